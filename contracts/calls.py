@@ -1,0 +1,55 @@
+"""One call to another service as an activity gets it: the body and key stand in history before the effect."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from pydantic import Field
+
+from contracts.fields import OwnModel
+from contracts.permissions import Scene
+
+Body = TypeVar("Body")
+
+
+class CallFor(OwnModel):
+    """For whom a call is made: our token names this tenant and user (contract §7)."""
+
+    task_id: str
+    tenant_id: str
+    user_id: str
+    scene: Scene
+    is_rollback: bool = False
+
+
+class Post(OwnModel, Generic[Body]):
+    """A POST: `key` is its `X-Idempotency-Key`; the same key always carries the same body (contract §4)."""
+
+    call_for: CallFor
+    key: str
+    body: Body
+
+
+class JobCall(OwnModel):
+    """A call about one job or training: `key` only for POSTs (start, cancel)."""
+
+    call_for: CallFor
+    job_id: str
+    key: str | None = None
+
+
+class LedgerQuery(OwnModel):
+    """Which ledger entries are asked for; `task_id` narrows where the service offers it (ours)."""
+
+    call_for: CallFor
+    task_id: str
+    limit: int = Field(default=200, ge=1, le=1000)
+
+
+class SnapshotOrder(OwnModel):
+    """A dataset to be copied to temporary object storage under the task's own folder."""
+
+    call_for: CallFor
+    dataset_id: str
+    source_uri: str
+    files: list[str] | None = None

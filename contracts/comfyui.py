@@ -1,0 +1,263 @@
+"""ComfyUI's wire (contract §2, §3): what we send, and what its answers and callbacks hold."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
+
+from contracts.errors import ErrorDetails, FailureCode
+from contracts.fields import (
+    MAX_RESULT_URLS,
+    Informative,
+    Instant,
+    Minutes,
+    OutsideId,
+    OutsideModel,
+    OutsideText,
+    OwnModel,
+    Percent,
+    Points,
+    Sequence,
+    WebAddress,
+)
+
+
+class Resolution(StrEnum):
+    SD = "sd"
+    HD = "hd"
+    UHD = "4k"
+
+
+class TaskPriority(StrEnum):
+    STANDARD = "standard"
+    ACCELERATED = "accelerated"
+
+
+class JobStatus(StrEnum):
+    QUEUED = "queued"
+    PROCESSING = "processing"
+    DELIVERY = "delivery"
+
+
+class TrainingStatus(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    CHECKPOINTING = "checkpointing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+class TrainingStage(StrEnum):
+    DATA_INGEST = "data_ingest"
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    PUBLISHING = "publishing"
+
+
+def _details_from_text(value: Any) -> Any:
+    """`error_details` may be a plain text: `internal`, not retried (contract §1)."""
+    if isinstance(value, str):
+        return {"code": FailureCode.INTERNAL.value, "message": value, "retryable": False}
+    return value
+
+
+OutsideDetails = Annotated[ErrorDetails, BeforeValidator(_details_from_text)]
+GpuSlots = Annotated[int, Field(ge=0, le=100_000)]
+GpuHours = Annotated[float, Field(ge=0, le=1_000_000)]
+
+
+class JobRequest(OwnModel):
+    """Body of `POST /comfyui/v1/jobs`."""
+
+    task_id: str
+    tenant_id: str
+    user_id: str
+    template_id: str
+    prompt: str
+    controls: list[dict[str, JsonValue]] = []
+    resolution: Resolution
+    priority: TaskPriority
+    extras: dict[str, JsonValue] = {}
+    callback_url: str
+
+
+class JobAccepted(OutsideModel):
+    """`202` to `POST /comfyui/v1/jobs`. `estimated_time` in minutes, `estimated_cost` in points."""
+
+    job_id: OutsideId
+    job_status: JobStatus = JobStatus.QUEUED
+    estimated_time: Annotated[Minutes | None, Informative] = None
+    gpu_slots: Annotated[GpuSlots | None, Informative] = None
+    estimated_cost: Annotated[Points, Field(ge=0)]
+
+
+class JobState(OutsideModel):
+    """`GET /comfyui/v1/jobs/{job_id}`; a callback holds the same fields (`JobCallback`)."""
+
+    job_id: OutsideId
+    job_status: JobStatus
+    stage_progress: Annotated[Percent | None, Informative] = None
+    next_eta: Annotated[Instant | None, Informative] = None
+    estimated_time: Annotated[Minutes | None, Informative] = None
+    gpu_slots: Annotated[GpuSlots | None, Informative] = None
+    queue_position: Annotated[int | None, Informative] = None
+    result_urls: Annotated[list[WebAddress], Field(max_length=MAX_RESULT_URLS), BeforeValidator(lambda v: v or [])] = []
+    error_details: OutsideDetails | None = None
+    actual_cost: Points | None = None
+    sequence: Sequence = 0
+
+    def has_succeeded(self) -> bool:
+        return self.error_details is None and self.job_status is JobStatus.DELIVERY and bool(self.result_urls)
+
+    def has_ended(self) -> bool:
+        return self.error_details is not None or self.has_succeeded()
+
+
+class JobCallback(JobState):
+    """Body of ComfyUI's callback for an image job (signal `comfyui_callback`)."""
+
+    task_id: OutsideText = ""
+    occurred_at: Annotated[Instant | None, Informative] = None
+
+
+class DatasetFile(OwnModel):
+    """One file of a snapshot; `path` is relative to the snapshot's folder."""
+
+    path: str
+    size_bytes: int = Field(ge=0)
+    sha256: str
+
+
+class DatasetSnapshot(OwnModel):
+    """`dataset` of a training request: where the snapshot lies and what it holds."""
+
+    dataset_id: str
+    snapshot_uri: str
+    files: list[DatasetFile]
+
+
+class TrainingRequest(OwnModel):
+    """Body of `POST /comfyui/v1/training`."""
+
+    task_id: str
+    tenant_id: str
+    user_id: str
+    base_model: str
+    dataset: DatasetSnapshot
+    hyperparameters: dict[str, JsonValue]
+    priority: TaskPriority
+    gpu_type: str | None = None
+    resume_from: str | None = None
+    callback_url: str
+
+
+class TrainingAccepted(OutsideModel):
+    """`202` to `POST /comfyui/v1/training`. `estimated_time` in minutes from `start`."""
+
+    training_id: OutsideId
+    training_status: TrainingStatus = TrainingStatus.QUEUED
+    estimated_time: Annotated[Minutes | None, Informative] = None
+    gpu_hours: GpuHours
+    gpu_slots: Annotated[GpuSlots | None, Informative] = None
+    gpu_type: Annotated[OutsideText | None, Informative] = None
+
+
+def _own_checkpoint_address(uri: str) -> str:
+    if any(ord(character) <= 0x20 for character in uri):
+        raise ValueError("must not hold blanks or control characters")
+    return uri
+
+
+OutsideUri = Annotated[OutsideText, Field(min_length=1, max_length=2048), AfterValidator(_own_checkpoint_address)]
+
+
+class Checkpoint(OutsideModel):
+    """`checkpoint`: where a training can be resumed, and the GPU hours that it had used by then."""
+
+    uri: OutsideUri
+    epoch: Annotated[int | None, Informative] = None
+    step: Annotated[int | None, Informative] = None
+    gpu_hours_used: GpuHours = 0.0
+
+
+class TrainingOutput(OutsideModel):
+    """`output` of a completed training; `metrics` is name → number."""
+
+    model_path: OutsideUri | None = None
+    version: Annotated[OutsideText | None, Informative] = None
+    metrics: Annotated[dict[OutsideText, float] | None, Informative] = None
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def _known_level(value: Any) -> Any:
+    return value if value in set(LogLevel) else LogLevel.INFO
+
+
+class TrainingLogLine(OutsideModel):
+    """One line of `log` (callbacks only)."""
+
+    ts: Annotated[Instant | None, Informative] = None
+    level: Annotated[LogLevel, BeforeValidator(_known_level)] = LogLevel.INFO
+    message: OutsideText = ""
+
+
+class TrainingState(OutsideModel):
+    """`GET /comfyui/v1/training/{id}`. GPU hours are of this training, not of the task."""
+
+    training_id: OutsideId
+    training_status: TrainingStatus
+    training_stage: TrainingStage | None = None
+    stage_progress: Annotated[Percent | None, Informative] = None
+    next_eta: Annotated[Instant | None, Informative] = None
+    estimated_time: Annotated[Minutes | None, Informative] = None
+    gpu_hours: GpuHours | None = None
+    gpu_hours_used: GpuHours | None = None
+    gpu_slots: Annotated[GpuSlots | None, Informative] = None
+    checkpoint: Checkpoint | None = None
+    output: TrainingOutput | None = None
+    error_details: OutsideDetails | None = None
+    sequence: Sequence = 0
+
+    def has_succeeded(self) -> bool:
+        return (
+            self.error_details is None
+            and self.training_status is TrainingStatus.COMPLETED
+            and self.output is not None
+            and self.output.model_path is not None
+        )
+
+    def has_ended(self) -> bool:
+        return self.failure() is not None or self.has_succeeded()
+
+    def failure(self) -> ErrorDetails | None:
+        """How it failed, or None. `failed` without details is `internal` (contract §1)."""
+        if self.error_details is not None:
+            return self.error_details
+        if self.training_status is TrainingStatus.FAILED:
+            return ErrorDetails(code=FailureCode.INTERNAL.value, message="The training failed without details.")
+        return None
+
+
+class TrainingCallback(TrainingState):
+    """Body of ComfyUI's callback for a training; `log` never enters the workflow (design, decision 4)."""
+
+    task_id: OutsideText = ""
+    occurred_at: Annotated[Instant | None, Informative] = None
+    log: Annotated[list[TrainingLogLine], Field(max_length=10_000)] = []
+
+
+class GpuPool(OutsideModel):
+    """One row of `GET /comfyui/v1/gpus`; `accelerated_wait` in minutes."""
+
+    gpu_type: OutsideText
+    total: Annotated[int, Field(ge=0)]
+    available: Annotated[int, Field(ge=0)]
+    accelerated_wait: Annotated[float | None, Informative] = None

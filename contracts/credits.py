@@ -1,0 +1,171 @@
+"""The credits service's wire (contract §4). All amounts are whole points."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from contracts.comfyui import TaskPriority
+from contracts.fields import Informative, Instant, OutsideId, OutsideModel, OutsideText, OwnModel, Points
+from contracts.permissions import Scene
+
+MIN_HOLD_SECONDS = 60
+MAX_HOLD_SECONDS = 3600
+MAX_CHARGE_POINTS = 2000
+CURRENCY = "point"
+
+
+class EstimateRequest(OwnModel):
+    """Body of `POST /api/v1/credits/estimate`. `resolution` holds the base model for `model.train`."""
+
+    tenant_id: str
+    user_id: str
+    template_id: str
+    scene: Scene
+    resolution: str
+    priority: TaskPriority
+    extras: dict[str, int] = {}
+    gpu_hours: float | None = None
+
+
+class PriceOption(OutsideModel):
+    """One of `options`: what each priority would cost, in points, and take, in minutes."""
+
+    priority: TaskPriority
+    total_cost: Points
+    eta_minutes: Annotated[float | None, Informative] = None
+
+
+class Estimate(OutsideModel):
+    """Answer to estimate; only `selected_cost` decides anything, the rest informs."""
+
+    currency: OutsideText = CURRENCY
+    estimated_cost: Annotated[Points | None, Informative] = None
+    selected_cost: Annotated[Points, Field(ge=0)]
+    min_cost: Annotated[Points | None, Informative] = None
+    max_cost: Annotated[Points | None, Informative] = None
+    current_balance: Annotated[Points | None, Informative] = None
+    suggest_topup: Annotated[Points | None, Informative] = None
+    calculation_basis: Annotated[Any, Informative] = None
+    policy_tag: Annotated[OutsideText | None, Informative] = None
+    audit_id: Annotated[OutsideText | None, Informative] = None
+    options: Annotated[list[PriceOption] | None, Informative] = None
+
+
+class PreDeductRequest(OwnModel):
+    """Body of `POST /api/v1/credits/pre-deduct`. `expire_in` in seconds, 60 to 3600."""
+
+    task_id: str
+    template_id: str
+    tenant_id: str
+    user_id: str
+    scene: Scene
+    estimated_cost: int
+    currency: str = CURRENCY
+    expire_in: Annotated[int, Field(ge=MIN_HOLD_SECONDS, le=MAX_HOLD_SECONDS)]
+
+
+class HoldReply(OutsideModel):
+    """Answer to pre-deduct and commit. After a commit `frozen_amount` is what was charged."""
+
+    pre_deduct_id: OutsideId
+    frozen_amount: Annotated[Points, Field(ge=0)]
+    balance_after: Annotated[Points | None, Informative] = None
+    expire_at: Annotated[Instant | None, Informative] = None
+
+
+class CommitRequest(OwnModel):
+    """Body of `POST /api/v1/credits/commit`."""
+
+    pre_deduct_id: str
+    actual_cost: int
+    task_id: str
+    tenant_id: str
+    template_id: str
+    user_id: str
+
+
+class CancelHoldRequest(OwnModel):
+    """Body of `POST /api/v1/credits/cancel`."""
+
+    pre_deduct_id: str
+    tenant_id: str
+    user_id: str
+    reason: str
+
+
+def _number_from_text(value: Any) -> Any:
+    return (
+        int(value) if isinstance(value, str) and value.lstrip("-").isascii() and value.lstrip("-").isdigit() else value
+    )
+
+
+class CancelHoldReply(OutsideModel):
+    """Answer to cancel; `balance_after` comes as a string (field)."""
+
+    pre_deduct_id: OutsideId
+    status: OutsideText = ""
+    reason: OutsideText = ""
+    balance_after: Annotated[Points | None, Informative, BeforeValidator(_number_from_text)] = None
+
+
+class ChargeRequest(OwnModel):
+    """Body of `POST /api/v1/credits/charge`; `amount` 1 to 2000 points."""
+
+    tenant_id: str
+    user_id: str
+    template_id: str
+    task_id: str
+    amount: Annotated[int, Field(ge=1, le=MAX_CHARGE_POINTS)]
+    priority: TaskPriority
+    reason: str
+
+
+class ChargeReply(OutsideModel):
+    """Answer to charge."""
+
+    ledger_id: OutsideId
+    change: Points
+    balance_after: Annotated[Points | None, Informative] = None
+    reason: OutsideText = ""
+    created_at: Annotated[Instant | None, Informative] = None
+
+
+class Balance(OutsideModel):
+    """`GET /api/v1/credits/balance`."""
+
+    balance: Points
+    frozen: Points
+    currency: OutsideText = CURRENCY
+
+
+class LedgerKind(StrEnum):
+    GRANT = "grant"
+    PRE_DEDUCT = "pre_deduct"
+    COMMIT = "commit"
+    CANCEL = "cancel"
+    EXPIRE = "expire"
+    CHARGE = "charge"
+
+
+class LedgerEntry(OutsideModel):
+    """One entry: `change` is its effect on `balance`, `frozen_change` on `frozen` (ours; null where not told)."""
+
+    ledger_id: OutsideId
+    task_id: OutsideText | None = None
+    change: Points
+    balance_after: Annotated[Points | None, Informative] = None
+    reason: OutsideText = ""
+    created_at: Annotated[Instant | None, Informative] = None
+    kind: Annotated[LedgerKind | None, Informative] = None
+    pre_deduct_id: Annotated[OutsideId | None, Informative] = None
+    frozen_change: Annotated[Points | None, Informative] = None
+
+
+class Ledger(OutsideModel):
+    """`GET /api/v1/credits/ledger`: newest first; `cursor` leads to the next page, null at the end (ours)."""
+
+    entries: list[LedgerEntry]
+    cursor: Annotated[OutsideText | None, Informative] = None

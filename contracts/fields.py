@@ -1,0 +1,174 @@
+"""Field types shared by every wire model.
+
+Two attitudes (contract §1). Towards callers we are strict: unknown fields are refused and unclean text is an error
+(`CallerModel`). Towards other services we are tolerant readers: unknown fields are ignored, percentages clamped,
+unclean text repaired, and a field that only informs (`next_eta`, `queue_position`) never costs a job its message
+(`OutsideModel`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StrictInt,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+
+MAX_DEPTH: Final = 32
+"""Nesting of any JSON value that is taken from outside."""
+MAX_MESSAGE_BYTES: Final = 2 * 1024
+MAX_PROMPT_BYTES: Final = 16 * 1024
+MAX_RESULT_URLS: Final = 64
+MAX_MINUTES: Final = 30 * 24 * 60
+"""The longest span anybody may announce: a training's cap of 30 days (contract §1), in minutes."""
+MAX_POINTS: Final = 1_000_000_000
+
+_UNCLEAN = re.compile("[\x00\ud800-\udfff]")
+
+
+class CallerModel(BaseModel):
+    """What a caller sends: unknown fields are refused, numbers are finite."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class OutsideModel(BaseModel):
+    """What ComfyUI or the credits service sends: unknown fields are ignored, numbers are finite."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class OwnModel(BaseModel):
+    """What we send, and what our own parts hand to each other."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+def repaired(text: str) -> str:
+    """The text with every NUL and lone surrogate replaced by U+FFFD: PostgreSQL and protobuf refuse both."""
+    return _UNCLEAN.sub("\ufffd", text)
+
+
+def shortened(text: str, limit_bytes: int = MAX_MESSAGE_BYTES) -> str:
+    """The text, cut so that its UTF-8 form has at most `limit_bytes` bytes; a cut shows as an ellipsis."""
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) <= limit_bytes:
+        return text
+    return encoded[: limit_bytes - 3].decode("utf-8", "ignore") + "…"
+
+
+def _clean(text: str) -> str:
+    if _UNCLEAN.search(text):
+        raise ValueError("must not hold NUL characters or lone surrogates")
+    return text
+
+
+def _at_most_bytes(limit: int) -> AfterValidator:
+    def check(text: str) -> str:
+        if len(text.encode("utf-8", "surrogatepass")) > limit:
+            raise ValueError(f"must not be longer than {limit} bytes in UTF-8")
+        return text
+
+    return AfterValidator(check)
+
+
+def check_json(value: Any, depth: int = 0) -> None:
+    """Raise ValueError where a JSON value nests deeper than 32 or holds unclean text or a non-finite number."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"must not nest deeper than {MAX_DEPTH}")
+    if isinstance(value, str):
+        _clean(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    elif isinstance(value, int) and abs(value) > 2**63 - 1:
+        raise ValueError("must fit into 64 bits")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _clean(key)
+            check_json(item, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            check_json(item, depth + 1)
+
+
+def _checked_json(value: JsonValue) -> JsonValue:
+    check_json(value)
+    return value
+
+
+def informative(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """A field that only informs: what cannot be read becomes None and the message around it still counts."""
+    try:
+        return handler(value)
+    except ValidationError:
+        return None
+
+
+Informative = WrapValidator(informative)
+
+CallerId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+"""An id that a caller gives (contract §1): workflow ids, headers and fairness keys are made from it."""
+OutsideId = Annotated[str, StringConstraints(pattern=r"^[._:-]*[A-Za-z0-9][A-Za-z0-9._:-]*$", max_length=128)]
+"""An id that another service gives (contract §1); percent-encoded in paths."""
+
+
+CallerText = Annotated[str, AfterValidator(_clean)]
+Prompt = Annotated[CallerText, _at_most_bytes(MAX_PROMPT_BYTES)]
+CallerMessage = Annotated[CallerText, _at_most_bytes(MAX_MESSAGE_BYTES)]
+OutsideText = Annotated[str, AfterValidator(repaired), AfterValidator(shortened)]
+CleanJson = Annotated[JsonValue, AfterValidator(_checked_json)]
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a whole number, not a boolean")
+    return value
+
+
+Points = Annotated[int, BeforeValidator(_whole), Field(ge=-MAX_POINTS, le=MAX_POINTS)]
+"""Whole points as another service states them; a float without a fraction is read as the whole number it is."""
+CallerPoints = Annotated[StrictInt, Field(ge=1, le=MAX_POINTS)]
+
+
+def _clamped_percent(value: float) -> float:
+    return min(100.0, max(0.0, value))
+
+
+Percent = Annotated[float, AfterValidator(_clamped_percent)]
+Minutes = Annotated[float, Field(gt=0), AfterValidator(lambda minutes: min(minutes, float(MAX_MINUTES)))]
+"""A span in minutes, clamped to 30 days."""
+Sequence = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=2**53)]
+Instant = AwareDatetime
+"""ISO 8601 instant with offset."""
+
+
+def _web_address(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be an http or https address")
+    if any(ord(character) <= 0x20 for character in url):
+        raise ValueError("must not hold blanks or control characters")
+    return url
+
+
+WebAddress = Annotated[str, Field(max_length=2048), AfterValidator(_clean), AfterValidator(_web_address)]
+
+
+def minutes_from(start: datetime, minutes: float) -> datetime:
+    """The instant `minutes` after `start`; the span is clamped to 30 days so that arithmetic never overflows."""
+    return start + timedelta(minutes=min(minutes, float(MAX_MINUTES)))

@@ -1,0 +1,57 @@
+"""Bytes from outside → JSON, with limits, before any model sees them (pitfalls 5, 25)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from contracts.fields import MAX_DEPTH, repaired
+
+
+class UnreadableJson(ValueError):
+    """The bytes are no JSON that we take: too large, too deep, not finite, a number too long, no UTF-8."""
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise UnreadableJson(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise UnreadableJson("a number is too large")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20:
+        raise UnreadableJson("a number is too long")
+    return int(text)
+
+
+def _repaired(value: Any, depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        raise UnreadableJson(f"nested deeper than {MAX_DEPTH}")
+    if isinstance(value, str):
+        return repaired(value)
+    if isinstance(value, dict):
+        return {repaired(key): _repaired(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_repaired(item, depth + 1) for item in value]
+    return value
+
+
+def read_json(raw: bytes, *, max_bytes: int) -> Any:
+    """The JSON value in `raw`, its texts cleaned of NULs and lone surrogates.
+
+    Of a repeated key the last value counts. Raises UnreadableJson and nothing else.
+    """
+    if len(raw) > max_bytes:
+        raise UnreadableJson(f"larger than {max_bytes} bytes")
+    try:
+        value = json.loads(raw, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
+        return _repaired(value)
+    except UnreadableJson:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UnreadableJson(f"not JSON: {type(error).__name__}") from None

@@ -1,0 +1,135 @@
+"""What workflows tell the task store: the claim of an id, and facts that become a task's row, events and log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from contracts.comfyui import TaskPriority, TrainingLogLine, TrainingOutput
+from contracts.errors import ErrorDetails
+from contracts.fields import Instant, OwnModel
+from contracts.permissions import Scene
+from contracts.policy import Policy
+from contracts.tasks import Confirmation, CreditsSummary, EventType, TaskStatus
+
+
+class Fact(OwnModel):
+    """One thing that happened, named by the workflow; the store gives it its `seq` (contract §6).
+
+    `key` is `accepted`, `held:{n}`, `{job_id}:{sequence}`, `settled`, `end` and the like: a known key writes
+    nothing. Where `job_id` and `sequence` are set, a lower sequence than the job's newest writes nothing.
+    """
+
+    key: str = Field(max_length=256)
+    event: EventType
+    ts: Instant
+    attempt: int
+    status: TaskStatus
+    stage: str | None = None
+    progress: float | None = None
+    next_eta: Instant | None = None
+    queue_position: int | None = None
+    message: str | None = None
+    credits_delta: int | None = None
+    balance_after: int | None = None
+    result_urls: list[str] | None = None
+    output: TrainingOutput | None = None
+    error: ErrorDetails | None = None
+    confirmation: Confirmation | None = None
+    job_id: str | None = None
+    sequence: int | None = None
+    is_end: bool = False
+    """The task's last fact: nothing is written after it."""
+
+
+class TaskException(OwnModel):
+    """A record for ops (contract §4, §6): `key` names it within the task, so that a repeat writes nothing."""
+
+    key: str = Field(max_length=256)
+    code: str
+    """A `FailureCode` or an `ExceptionCode`."""
+    message: str
+    details: dict[str, Any] = {}
+    ts: Instant
+
+
+class RecordedPrices(OwnModel):
+    """The three prices that are compared (contract §5), in points."""
+
+    job: int | None = None
+    estimate: int | None = None
+    table: int | None = None
+
+
+class TaskState(OwnModel):
+    """The mutable part of a task's row, whole each time it is written."""
+
+    version: int
+    """Rises with every change in the workflow; a lower one never overwrites a higher one."""
+    status: TaskStatus
+    stage: str | None = None
+    progress: float = 0.0
+    next_eta: Instant | None = None
+    estimated_time: float | None = None
+    gpu_slots: int | None = None
+    queue_position: int | None = None
+    job_id: str | None = None
+    """The current job's or training's id."""
+    attempts: int = 0
+    credits: CreditsSummary = CreditsSummary()
+    prices: RecordedPrices = RecordedPrices()
+    confirmation: Confirmation | None = None
+    result_urls: list[str] = []
+    output: TrainingOutput | None = None
+    error: ErrorDetails | None = None
+
+
+class TaskClaim(OwnModel):
+    """The first act of a run: claims the task id for its `first_execution_run_id` (contract §8)."""
+
+    task_id: str
+    tenant_id: str
+    user_id: str
+    scene: Scene
+    template_id: str
+    priority: TaskPriority
+    resolution: str
+    """The resolution, or a training's base model."""
+    workflow_id: str
+    first_execution_run_id: str
+    input_sha256: str
+    at: Instant
+
+
+class ClaimOutcome(OwnModel):
+    """`claimed` is true for the run that holds the id, whatever it repeats. `policy` is the worker's, read with it."""
+
+    claimed: bool
+    policy: Policy
+
+
+class TaskWrite(OwnModel):
+    """One transaction: row, events, log lines, exception records and one NOTIFY.
+
+    Accepted only from the run that claimed the id.
+    """
+
+    task_id: str
+    first_execution_run_id: str
+    state: TaskState
+    facts: list[Fact] = []
+    exceptions: list[TaskException] = []
+
+
+class TrainingLogWrite(OwnModel):
+    """Lines of one callback, written by the callback receiver (design, decision 4).
+
+    Keyed by training, sequence and line number: a repeated callback writes nothing twice.
+    """
+
+    task_id: str
+    training_id: str
+    sequence: int
+    lines: list[TrainingLogLine]
+    metrics: dict[str, float] = {}
