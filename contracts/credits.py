@@ -42,6 +42,11 @@ class Estimate(OutsideModel):
     """Answer to estimate; only `selected_cost` decides anything, the rest informs."""
 
     currency: OutsideText = CURRENCY
+    template_id: Annotated[OutsideText | None, Informative] = None
+    scene: Annotated[Scene | None, Informative] = None
+    resolution: Annotated[OutsideText | None, Informative] = None
+    priority: Annotated[TaskPriority | None, Informative] = None
+    extras: Annotated[dict[OutsideText, Points] | None, Informative] = None
     estimated_cost: Annotated[Points | None, Informative] = None
     selected_cost: Annotated[Points, Field(ge=0)]
     min_cost: Annotated[Points | None, Informative] = None
@@ -67,12 +72,20 @@ class PreDeductRequest(OwnModel):
     expire_in: Annotated[int, Field(ge=MIN_HOLD_SECONDS, le=MAX_HOLD_SECONDS)]
 
 
+class QuotaSnapshot(OutsideModel):
+    """`quota_snapshot`: the template's quota, −1 for none, and how much of it the user has used."""
+
+    template_quota: int = -1
+    user_usage: int = 0
+
+
 class HoldReply(OutsideModel):
     """Answer to pre-deduct and commit. After a commit `frozen_amount` is what was charged."""
 
     pre_deduct_id: OutsideId
     frozen_amount: Annotated[Points, Field(ge=0)]
     balance_after: Annotated[Points | None, Informative] = None
+    quota_snapshot: Annotated[QuotaSnapshot | None, Informative] = None
     expire_at: Annotated[Instant | None, Informative] = None
 
 

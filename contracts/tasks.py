@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Final, Literal
@@ -30,6 +32,18 @@ IMAGE_WORKFLOW: Final = "ImageGenerationWorkflow"
 TRAINING_WORKFLOW: Final = "TrainingWorkflow"
 CALLBACK_SIGNAL: Final = "comfyui_callback"
 MAX_EXTRAS_BYTES: Final = 32 * 1024
+INPUT_MEMO: Final = "input_sha256"
+SEARCH_ATTRIBUTES: Final = (
+    "TaskId",
+    "TenantId",
+    "UserId",
+    "Scene",
+    "TemplateId",
+    "TaskPriority",
+    "TaskStatus",
+    "TaskStage",
+)
+"""All of type Keyword; the last two change while the task runs (contract §8)."""
 
 
 def workflow_id_of(task_id: str) -> str:
@@ -175,6 +189,15 @@ class TrainingTask(CallerModel):
         return Scene.MODEL_TRAIN
 
 
+def input_sha256_of(task: ImageTask | TrainingTask) -> str:
+    """Hash of a task's input, in hex: equal for inputs that mean the same (contract §8 `input_sha256`).
+
+    Fields that hold their default do not count, so that a field added later changes no hash of today.
+    """
+    canonical = json.dumps(task.model_dump(mode="json", exclude_defaults=True), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 class CreditsSummary(OwnModel):
     """`credits` of results and of the query, in points. `held` is the last hold's amount."""
 
@@ -304,3 +327,11 @@ class TaskEvent(OwnModel):
     output: TrainingOutput | None = None
     error: ErrorDetails | None = None
     confirmation: Confirmation | None = None
+
+
+class Heartbeat(OwnModel):
+    """The event `system.heartbeat`: it has no `seq` and no `event_id` (contract §6)."""
+
+    event: Literal[EventType.HEARTBEAT] = EventType.HEARTBEAT
+    ts: Instant
+    cursor: str | None = None
