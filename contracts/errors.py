@@ -13,7 +13,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final, Generic, TypeVar
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from contracts.fields import OutsideModel, OutsideText, OwnModel
 
@@ -217,3 +217,10 @@ class Answer(OwnModel, Generic[T]):
     reply: T | None = None
     refusal: Refusal | None = None
     not_offered: bool = False
+
+
+def sentences_of(error: ValidationError) -> list[str]:
+    """A validation error, field by field: `prompt: Field required`. Never holds a value: a prompt stays out of logs."""
+    return [
+        f"{'.'.join(str(part) for part in problem['loc']) or 'input'}: {problem['msg']}" for problem in error.errors()
+    ][:20]

@@ -1,0 +1,175 @@
+"""What a run hands to its continuation (continue-as-new) and what its mechanisms keep as data, not as closures.
+
+Everything that must survive is here: a hold that may stand, a job that may run, facts not yet written.
+"""
+
+from __future__ import annotations
+
+from pydantic import JsonValue
+
+from contracts.comfyui import Checkpoint, JobRequest, JobState, TrainingOutput, TrainingRequest, TrainingState
+from contracts.credits import PreDeductRequest
+from contracts.errors import ErrorDetails
+from contracts.fields import Instant, OwnModel
+from contracts.policy import Policy
+from contracts.task_store import Fact, TaskException, TaskState
+from contracts.tasks import TaskStatus
+
+
+class JobNews(OwnModel):
+    """One message about a job or training, whichever way it came, in the words both flows share."""
+
+    job_id: str
+    sequence: int
+    status: TaskStatus
+    stage: str | None = None
+    progress: float | None = None
+    next_eta: Instant | None = None
+    estimated_time: float | None = None
+    gpu_slots: int | None = None
+    queue_position: int | None = None
+    error: ErrorDetails | None = None
+    succeeded: bool = False
+    result_urls: list[str] = []
+    actual_cost: int | None = None
+    gpu_hours: float | None = None
+    gpu_hours_used: float | None = None
+    checkpoint: Checkpoint | None = None
+    output: TrainingOutput | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.succeeded or self.error is not None
+
+    @classmethod
+    def of_job(cls, state: JobState) -> JobNews:
+        return cls(
+            job_id=state.job_id,
+            sequence=state.sequence,
+            status=TaskStatus.QUEUED if state.job_status == "queued" else TaskStatus.RUNNING,
+            stage=state.job_status.value,
+            progress=state.stage_progress,
+            next_eta=state.next_eta,
+            estimated_time=state.estimated_time,
+            gpu_slots=state.gpu_slots,
+            queue_position=state.queue_position,
+            error=state.error_details,
+            succeeded=state.has_succeeded(),
+            result_urls=state.result_urls,
+            actual_cost=state.actual_cost,
+        )
+
+    @classmethod
+    def of_training(cls, state: TrainingState) -> JobNews:
+        return cls(
+            job_id=state.training_id,
+            sequence=state.sequence,
+            status=TaskStatus.QUEUED if state.training_status == "queued" else TaskStatus.RUNNING,
+            stage=state.training_stage.value if state.training_stage else None,
+            progress=state.stage_progress,
+            next_eta=state.next_eta,
+            estimated_time=state.estimated_time,
+            gpu_slots=state.gpu_slots,
+            error=state.failure(),
+            succeeded=state.has_succeeded(),
+            gpu_hours=state.gpu_hours,
+            gpu_hours_used=state.gpu_hours_used,
+            checkpoint=state.checkpoint,
+            output=state.output,
+        )
+
+
+class AskedJob(OwnModel):
+    """A job that we asked for: noted before the call, so that an undo can learn its id by repeating key and body."""
+
+    attempt: int
+    key: str
+    request: JobRequest | TrainingRequest
+    asked_at: Instant
+    job_id: str | None = None
+    refused: bool = False
+    """A definite refusal: there is no job to cancel."""
+    cancelled: bool = False
+
+
+class AskedHold(OwnModel):
+    """A hold that we asked for, noted before the call. Its life counts from the first sending (contract §4)."""
+
+    n: int
+    request: PreDeductRequest
+    asked_at: Instant
+    pre_deduct_id: str | None = None
+    amount: int = 0
+    refused: bool = False
+    resolved: bool = False
+
+
+class HoldState(OwnModel):
+    """Every hold of a task; at most one stands outside a renewal."""
+
+    asked: list[AskedHold] = []
+    estimated: int = 0
+    charged: int = 0
+    returned: int = 0
+    shortfall: int = 0
+    next_renewal_at: Instant | None = None
+    uncovered_since: Instant | None = None
+
+
+class WatchState(OwnModel):
+    """What is known of the jobs of one task."""
+
+    current: str | None = None
+    newest: JobNews | None = None
+    earlier: list[str] = []
+    inbox: list[JobNews] = []
+    callbacks_refused: int = 0
+    last_news_at: Instant | None = None
+    silence_seconds: float = 0.0
+
+
+class ClockState(OwnModel):
+    """The instants a deadline is made of (contract §1)."""
+
+    first_start: Instant | None = None
+    attempt_start: Instant | None = None
+    first_span_minutes: float | None = None
+    estimated_time: float | None = None
+    queued_since: Instant | None = None
+    sla_told: bool = False
+
+
+class RecordState(OwnModel):
+    """A task's record and the facts that are not written yet."""
+
+    state: TaskState
+    unwritten: list[Fact] = []
+    exceptions: list[TaskException] = []
+    written_status: TaskStatus | None = None
+    written_stage: str | None = None
+    last_progress_at: Instant | None = None
+
+
+class PriceState(OwnModel):
+    """A training's price: what was confirmed, and the hours of earlier attempts that count."""
+
+    ceiling: int = 0
+    carried_gpu_hours: float = 0.0
+    gpu_hours: float = 0.0
+    resume_from: str | None = None
+    checkpoint: Checkpoint | None = None
+    asked_at_checkpoint: str | None = None
+    is_asking: bool = False
+
+
+class CarriedRun(OwnModel):
+    """Everything a continued run goes on with."""
+
+    policy: Policy
+    record: RecordState
+    watch: WatchState
+    clock: ClockState
+    hold: HoldState
+    jobs: list[AskedJob]
+    price: PriceState | None = None
+    snapshot: dict[str, JsonValue] | None = None

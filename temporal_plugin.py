@@ -1,0 +1,133 @@
+"""How everything here speaks Temporal: one plugin for client, worker, replayer and tests.
+
+Converter, sandbox and connection are the same wherever a workflow runs or is replayed, so that a replay test proves
+the real configuration (design, decision 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final, TypeGuard
+
+import temporalio.api.common.v1
+import temporalio.converter
+from pydantic import ValidationError
+from temporalio.client import Client
+from temporalio.common import RawValue
+from temporalio.contrib.pydantic import PydanticPayloadConverter
+from temporalio.envconfig import ClientConfig
+from temporalio.exceptions import ApplicationError
+from temporalio.plugin import SimplePlugin
+from temporalio.runtime import Runtime
+from temporalio.worker import WorkflowRunner
+from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
+
+from contracts.errors import FailureCode, sentences_of
+from contracts.fields import CallerModel
+from settings import Settings
+
+PASSED_THROUGH: Final = (
+    "contracts",
+    "activities",
+    "pydantic",
+    "pydantic_core",
+    "annotated_types",
+    "typing_extensions",
+    "httpx",
+    "structlog",
+    "obstore",
+    "workflows.alarm",
+    "workflows.attempts",
+    "workflows.credit_hold",
+    "workflows.failures",
+    "workflows.guards",
+    "workflows.job_clock",
+    "workflows.job_watch",
+    "workflows.outside_call",
+    "workflows.settlement",
+    "workflows.stop",
+    "workflows.task_flow",
+    "workflows.task_record",
+    "workflows.training_dataset",
+    "workflows.training_price",
+    "workflows.undo",
+)
+"""Loaded once per process instead of once per run: models reloaded per run cost 660 KiB an open workflow (pitfall 8).
+
+Only the two flow files stay inside the sandbox; what the others may not touch is kept by workflows/ruff.toml.
+"""
+
+
+class TaskPayloadConverter(PydanticPayloadConverter):
+    """Pydantic's converter, except that a caller's bad argument is a clean `input_invalid` (pitfall 1).
+
+    Without it a bad field, a foreign encoding or a wrong number of arguments fails the workflow task for ever.
+    """
+
+    def from_payloads(
+        self,
+        payloads: Sequence[temporalio.api.common.v1.Payload],
+        type_hints: list[type] | None = None,
+    ) -> list[Any]:
+        hints: Sequence[type | None] = type_hints or [None] * len(payloads)
+        return [self._value(payload, hint) for payload, hint in zip(payloads, hints, strict=False)]
+
+    def _value(self, payload: temporalio.api.common.v1.Payload, hint: type | None) -> Any:
+        if hint is None:
+            return self._untyped(payload)
+        if not _is_from_caller(hint):
+            return super().from_payloads([payload], [hint])[0]
+        try:
+            value = super().from_payloads([payload], [hint])[0]
+        except ValidationError as error:
+            raise _input_invalid("; ".join(sentences_of(error))) from None
+        except Exception as error:
+            raise _input_invalid(f"the argument is not JSON ({type(error).__name__})") from None
+        if not isinstance(value, hint):
+            raise _input_invalid("the argument is not a JSON object")
+        return value
+
+    def _untyped(self, payload: temporalio.api.common.v1.Payload) -> Any:
+        try:
+            return super().from_payloads([payload])[0]
+        except Exception:
+            # Only reached where the number of arguments is wrong: the guard that counts them refuses the call.
+            return RawValue(payload)
+
+
+def _is_from_caller(hint: Any) -> TypeGuard[type[CallerModel]]:
+    return isinstance(hint, type) and issubclass(hint, CallerModel)
+
+
+def _input_invalid(why: str) -> ApplicationError:
+    return ApplicationError(f"The input is not valid: {why}.", type=FailureCode.INPUT_INVALID, non_retryable=True)
+
+
+DATA_CONVERTER: Final = replace(
+    temporalio.converter.DataConverter.default, payload_converter_class=TaskPayloadConverter
+)
+
+
+def _sandboxed(_runner: WorkflowRunner | None) -> WorkflowRunner:
+    restrictions = SandboxRestrictions.default.with_passthrough_modules(*PASSED_THROUGH)
+    return SandboxedWorkflowRunner(restrictions=restrictions)
+
+
+class TasksPlugin(SimplePlugin):
+    """Converter and sandbox of this project. Give it to a client; workers made from that client have it too."""
+
+    def __init__(self) -> None:
+        super().__init__("comfyui-temporal", data_converter=DATA_CONVERTER, workflow_runner=_sandboxed)
+
+
+async def connect(settings: Settings, *, runtime: Runtime | None = None, lazy: bool = False) -> Client:
+    """A client by Temporal's environment configuration, our `temporal_*` settings going before it.
+
+    Raises RuntimeError (temporalio: connection failed) where the server cannot be reached.
+    """
+    profile = ClientConfig.load_client_connect_config(profile=settings.temporal_profile)
+    options: dict[str, Any] = {**profile}
+    options["target_host"] = settings.temporal_address or options.get("target_host") or "localhost:7233"
+    options["namespace"] = settings.temporal_namespace or options.get("namespace") or "default"
+    return await Client.connect(**options, plugins=[TasksPlugin()], runtime=runtime, lazy=lazy)
