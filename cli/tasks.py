@@ -1,0 +1,187 @@
+"""Tasks that stand already: show, list, cancel, confirm."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Any, Final, Literal
+
+from temporalio.client import (
+    WorkflowExecution,
+    WorkflowExecutionStatus,
+    WorkflowHandle,
+    WorkflowQueryFailedError,
+    WorkflowUpdateFailedError,
+    WorkflowUpdateRPCTimeoutOrCancelledError,
+)
+from temporalio.common import SearchAttributeKey
+from temporalio.exceptions import ApplicationError
+from temporalio.service import RPCError, RPCStatusCode
+
+from cli.connection import RPC_TIMEOUT, Connection, sentences
+from cli.failures import BadInput, CannotReach
+from cli.follow import QUERY_TIMEOUT, read_progress
+from cli.outcome import RESULT_TYPES, TaskOutcome, find_task, outcome_of
+from contracts.fields import OwnModel
+from contracts.tasks import (
+    SEARCH_ATTRIBUTES,
+    CancelTask,
+    CancelTaskOutcome,
+    ConfirmPrice,
+    ConfirmPriceOutcome,
+    CreditsSummary,
+    TaskStatus,
+    TrainingProgress,
+)
+
+UPDATE_SECONDS: Final = 10.0
+_OPEN: Final = WorkflowExecutionStatus.RUNNING
+_ENDED: Final = {
+    WorkflowExecutionStatus.FAILED: TaskStatus.FAILED,
+    WorkflowExecutionStatus.CANCELED: TaskStatus.CANCELLED,
+    WorkflowExecutionStatus.TERMINATED: TaskStatus.FAILED,
+    WorkflowExecutionStatus.TIMED_OUT: TaskStatus.FAILED,
+}
+
+
+class TaskRow(OwnModel):
+    """One task as visibility knows it."""
+
+    task_id: str
+    scene: str | None = None
+    status: str | None = None
+    stage: str | None = None
+    tenant_id: str | None = None
+    user_id: str | None = None
+    template_id: str | None = None
+    priority: str | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    workflow_id: str
+    run_id: str
+    ui_url: str | None = None
+
+
+class TaskPicture(OwnModel):
+    """What `show` tells: `progress` and `credits` while it runs (they need a worker), `outcome` once it ended."""
+
+    task: TaskRow
+    progress: TrainingProgress | None = None
+    credits: CreditsSummary | None = None
+    outcome: TaskOutcome | None = None
+
+
+def row_of(execution: WorkflowExecution, connection: Connection) -> TaskRow:
+    """A run's search attributes as a row; a run that ended without its own last word shows Temporal's status."""
+    found = {
+        name: execution.typed_search_attributes.get(SearchAttributeKey.for_keyword(name)) for name in SEARCH_ATTRIBUTES
+    }
+    ended = _ENDED.get(execution.status) if execution.status else None
+    return TaskRow(
+        task_id=found["TaskId"] or execution.id.removeprefix("task-"),
+        scene=found["Scene"],
+        status=ended.value if ended else found["TaskStatus"],
+        stage=found["TaskStage"],
+        tenant_id=found["TenantId"],
+        user_id=found["UserId"],
+        template_id=found["TemplateId"],
+        priority=found["TaskPriority"],
+        started_at=execution.start_time,
+        ended_at=execution.close_time,
+        workflow_id=execution.id,
+        run_id=execution.run_id,
+        ui_url=connection.server.ui_link(execution.id, execution.run_id),
+    )
+
+
+async def show_task(connection: Connection, task_id: str) -> TaskPicture:
+    """A task as it stands. Raises UnknownTask, CannotReach."""
+    handle = await find_task(connection.client, connection.server, task_id)
+    description = await handle.describe(rpc_timeout=RPC_TIMEOUT)
+    row = row_of(description, connection)
+    if description.status is not _OPEN:
+        outcome = await outcome_of(handle, connection.server, task_id)
+        return TaskPicture(task=row, credits=outcome.credits, outcome=outcome)
+    progress = await _answered(read_progress(handle))
+    credits = await _answered(handle.query("credits", result_type=CreditsSummary, rpc_timeout=QUERY_TIMEOUT))
+    return TaskPicture(task=row, progress=progress, credits=credits)
+
+
+async def _answered(query: Any) -> Any:
+    """A query's answer, or None where no worker gives one."""
+    try:
+        return await query
+    except (WorkflowQueryFailedError, RPCError):
+        return None
+
+
+async def list_tasks(connection: Connection, *, filters: dict[str, str], limit: int) -> AsyncIterator[TaskRow]:
+    """Newest first. `filters`: search attribute → value; values are quoted, so any text is safe."""
+    types = ", ".join(f"'{name}'" for name in RESULT_TYPES)
+    terms = [f"WorkflowType IN ({types})"]
+    for name, value in filters.items():
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        terms.append(f"{name} = '{quoted}'")
+    seen: set[str] = set()
+    async for execution in connection.client.list_workflows(" AND ".join(terms), rpc_timeout=RPC_TIMEOUT):
+        if execution.id in seen:  # a run that continued as new is listed once for each of its runs
+            continue
+        seen.add(execution.id)
+        yield row_of(execution, connection)
+        if len(seen) >= limit:
+            return
+
+
+async def cancel_task(connection: Connection, task_id: str, reason: str) -> Literal["accepted", "too_late"]:
+    """Ask a task to end cancelled; a task that is over says `too_late`. Raises UnknownTask, CannotReach."""
+    handle = await find_task(connection.client, connection.server, task_id)
+    try:
+        outcome: CancelTaskOutcome = await _update(
+            connection, handle, "cancel_task", CancelTask(reason=reason), CancelTaskOutcome
+        )
+    except RPCError as error:
+        if error.status is RPCStatusCode.NOT_FOUND:  # the run is known (found above) and over
+            return "too_late"
+        raise
+    return outcome.outcome
+
+
+async def confirm_price(connection: Connection, task_id: str, max_credits: int) -> int:
+    """Raise a training's ceiling; the ceiling in force, in points. Raises BadInput where it is refused."""
+    handle = await find_task(connection.client, connection.server, task_id)
+    try:
+        outcome: ConfirmPriceOutcome = await _update(
+            connection, handle, "confirm_price", ConfirmPrice(max_credits=max_credits), ConfirmPriceOutcome
+        )
+    except RPCError as error:
+        if error.status is RPCStatusCode.NOT_FOUND:
+            raise BadInput(f"Task {task_id!r} is over: there is no price left to confirm.") from None
+        raise
+    return outcome.max_credits
+
+
+async def wanted_confirmation(connection: Connection, task_id: str) -> TrainingProgress | None:
+    """The task's progress where a worker tells it. Raises UnknownTask."""
+    handle = await find_task(connection.client, connection.server, task_id)
+    with sentences(connection.server, task_id=task_id):
+        progress: TrainingProgress | None = await _answered(read_progress(handle))
+    return progress
+
+
+async def _update(
+    connection: Connection, handle: WorkflowHandle[Any, Any], name: str, argument: object, result_type: type
+) -> Any:
+    try:
+        return await asyncio.wait_for(
+            handle.execute_update(name, argument, result_type=result_type), timeout=UPDATE_SECONDS
+        )
+    except (TimeoutError, WorkflowUpdateRPCTimeoutOrCancelledError):
+        raise CannotReach(
+            f"{name} was not taken within {UPDATE_SECONDS:g} s: no worker answers on task queue "
+            f"{connection.task_queue!r} of {connection.server.address}. Start a worker and say it again."
+        ) from None
+    except WorkflowUpdateFailedError as failure:
+        cause = failure.cause
+        sentence = cause.message if isinstance(cause, ApplicationError) else str(cause)
+        raise BadInput(f"The task refused {name}: {sentence}") from None

@@ -1,0 +1,149 @@
+"""Progress on a terminal as bars, elsewhere as plain lines; nothing from outside can steer the terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from contracts.tasks import Confirmation, TrainingProgress
+
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_PLAIN_STEP: Final = 10
+"""Plain lines tell every stage, and within a stage each step of so many percent."""
+
+
+def printable(text: str) -> str:
+    """Text from outside without the control characters that could move the cursor or hide what stands there."""
+    return _CONTROL.sub("\ufffd", text)
+
+
+def span(seconds: float) -> str:
+    """A span in words: `12 s`, `3 min 5 s`, `2 h 10 min`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest and minutes < 10 else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+def eta_of(progress: TrainingProgress, now: datetime | None = None) -> str:
+    """When the next stage is expected, and how long the task is said to take in all."""
+    parts = []
+    if progress.next_eta is not None:
+        left = (progress.next_eta - (now or datetime.now(UTC))).total_seconds()
+        parts.append(f"next stage in {span(left)}" if left > 0 else "next stage any moment")
+    if progress.estimated_time is not None:
+        parts.append(f"about {span(progress.estimated_time * 60)} in all")
+    if progress.queue_position:
+        parts.append(f"{progress.queue_position} ahead")
+    return ", ".join(parts)
+
+
+def confirmation_of(task_id: str, wanted: Confirmation) -> str:
+    """What a training waits for, and the command that gives it."""
+    balance = f", balance {wanted.current_balance}" if wanted.current_balance is not None else ""
+    topup = f", top up {wanted.suggest_topup}" if wanted.suggest_topup else ""
+    return (
+        f"costs {wanted.estimated_cost} points{balance}{topup}: confirm by {wanted.confirm_by:%H:%M:%S %Z} with "
+        f"`comfyui-tasks confirm {task_id} --max-credits {wanted.estimated_cost}`"
+    )
+
+
+class PlainLines:
+    """One line per stage, attempt, confirmation and ten percent."""
+
+    def __init__(self, console: Console, task_id: str) -> None:
+        self._console = console
+        self._task_id = task_id
+        self._told: tuple[object, ...] | None = None
+        self._silent = False
+
+    def progressed(self, progress: TrainingProgress) -> None:
+        self._silent = False
+        step = int(progress.progress // _PLAIN_STEP)
+        wanted = progress.confirmation
+        now = (progress.status, progress.stage, progress.attempts, step, wanted)
+        if now == self._told:
+            return None
+        self._told = now
+        if wanted is not None:
+            return self._say(confirmation_of(self._task_id, wanted))
+        attempt = f"  attempt {progress.attempts}" if progress.attempts > 1 else ""
+        return self._say(
+            f"{progress.stage or progress.status.value:<13}{progress.progress:3.0f} %  {eta_of(progress)}{attempt}"
+        )
+
+    def waits_for_worker(self, sentence: str) -> None:
+        if not self._silent:
+            self._silent = True
+            self._say(sentence)
+
+    def ended(self, status: str) -> None:
+        self._say(status)
+
+    def _say(self, text: str) -> None:
+        line = f"{datetime.now().astimezone():%H:%M:%S}  {self._task_id}  {printable(text).rstrip()}"
+        self._console.print(Text(line), soft_wrap=True)
+
+
+class _Eta(ProgressColumn):
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        progress = task.fields.get("state")
+        note = task.fields.get("note") or (eta_of(progress) if isinstance(progress, TrainingProgress) else "")
+        return Text(printable(note), style="dim")
+
+
+class Bar:
+    """One task's bar: stage, percentage within the stage, ETA."""
+
+    def __init__(self, bars: Progress, task_id: str) -> None:
+        self._bars = bars
+        self._task_id = task_id
+        self._row: TaskID = bars.add_task(task_id, total=100, stage="starting", state=None, note="")
+
+    def progressed(self, progress: TrainingProgress) -> None:
+        wanted = progress.confirmation
+        self._bars.update(
+            self._row,
+            completed=progress.progress,
+            stage="waits for price" if wanted else printable(progress.stage or progress.status.value),
+            state=progress,
+            note=confirmation_of(self._task_id, wanted) if wanted else "",
+        )
+
+    def waits_for_worker(self, sentence: str) -> None:
+        self._bars.update(self._row, note=sentence)
+
+    def ended(self, status: str) -> None:
+        self._bars.update(self._row, stage=status, note=" ", completed=100 if status == "completed" else None)
+
+
+@contextmanager
+def watchers(console: Console, task_ids: list[str]) -> Iterator[dict[str, Bar | PlainLines]]:
+    """One watcher a task: bars that move where the console is a terminal, else plain lines."""
+    if not console.is_terminal:
+        yield {task_id: PlainLines(console, task_id) for task_id in task_ids}
+        return
+    bars = Progress(
+        SpinnerColumn(finished_text="•"),
+        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.fields[stage]:<14}", markup=False),
+        BarColumn(bar_width=30),
+        TextColumn("{task.percentage:>3.0f} %"),
+        _Eta(),
+        console=console,
+    )
+    with bars:
+        yield {task_id: Bar(bars, task_id) for task_id in task_ids}
