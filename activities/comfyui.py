@@ -1,0 +1,179 @@
+"""ComfyUI's routes (contract §2, §3): the client that calls them and the activities that workflows see.
+
+Each activity answers `Answer`: the reply, a definite refusal, or *not offered*. Everything else is raised, retryable
+(`comfyui_unavailable`, `reply_invalid`).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, ClassVar, Final
+
+from pydantic import BaseModel, TypeAdapter
+from temporalio import activity
+
+from activities.outside_client import OutsideClient, same
+from activities.outside_http import OutsideFailure, Party, Route
+from activities.running_call import answered
+from contracts.calls import CallFor, JobCall, Post
+from contracts.comfyui import (
+    GpuPool,
+    JobAccepted,
+    JobRequest,
+    JobState,
+    TrainingAccepted,
+    TrainingRequest,
+    TrainingState,
+)
+from contracts.errors import COMFYUI_CODES_BY_NUMBER, COMFYUI_ERRORS, Answer, FailureCode
+from contracts.permissions import REQUIRED_SCOPES, Operation
+
+COMFYUI: Final = Party(
+    name="ComfyUI",
+    setting="COMFYUI_TEMPORAL_COMFYUI_URL",
+    unavailable=FailureCode.COMFYUI_UNAVAILABLE,
+    errors={row.message: row for row in COMFYUI_ERRORS},
+    messages_by_number=COMFYUI_CODES_BY_NUMBER,
+)
+_TRAINING: Final = {"40401": "training_not_found"}
+
+SUBMIT_JOB: Final = Route("POST", "/comfyui/v1/jobs")
+GET_JOB: Final = Route("GET", "/comfyui/v1/jobs/{job_id}")
+CANCEL_JOB: Final = Route("POST", "/comfyui/v1/jobs/{job_id}/cancel", is_ours=True)
+CREATE_TRAINING: Final = Route("POST", "/comfyui/v1/training")
+GET_TRAINING: Final = Route("GET", "/comfyui/v1/training/{job_id}", messages_by_number=_TRAINING)
+START_TRAINING: Final = Route("POST", "/comfyui/v1/training/{job_id}/start", True, _TRAINING)
+CANCEL_TRAINING: Final = Route("POST", "/comfyui/v1/training/{job_id}/cancel", True, _TRAINING)
+LIST_GPUS: Final = Route("GET", "/comfyui/v1/gpus", is_ours=True)
+
+
+class RouteProbe(BaseModel):
+    """What a probe of one route showed. `problem` is a sentence where it did not behave as the contract says."""
+
+    route: str
+    offered: bool
+    problem: str | None = None
+
+
+class ComfyUIClient(OutsideClient):
+    """ComfyUI's service: one method a route."""
+
+    party: ClassVar[Party] = COMFYUI
+
+    async def submit_job(self, post: Post[JobRequest]) -> Answer[JobAccepted]:
+        scope = REQUIRED_SCOPES[Operation.CREATE_JOB]
+        return await self._call(SUBMIT_JOB, scope, post.call_for, JobAccepted, key=post.key, body=post.body)
+
+    async def get_job(self, call: JobCall) -> Answer[JobState]:
+        return await self._about_job(GET_JOB, Operation.READ_COMFYUI, call)
+
+    async def cancel_job(self, call: JobCall) -> Answer[JobState]:
+        return await self._about_job(CANCEL_JOB, Operation.CANCEL_JOB, call)
+
+    async def create_training(self, post: Post[TrainingRequest]) -> Answer[TrainingAccepted]:
+        scope = REQUIRED_SCOPES[Operation.CREATE_TRAINING]
+        return await self._call(CREATE_TRAINING, scope, post.call_for, TrainingAccepted, key=post.key, body=post.body)
+
+    async def start_training(self, call: JobCall) -> Answer[TrainingState]:
+        return await self._about_training(START_TRAINING, Operation.START_TRAINING, call)
+
+    async def get_training(self, call: JobCall) -> Answer[TrainingState]:
+        return await self._about_training(GET_TRAINING, Operation.READ_COMFYUI, call)
+
+    async def cancel_training(self, call: JobCall) -> Answer[TrainingState]:
+        return await self._about_training(CANCEL_TRAINING, Operation.CANCEL_JOB, call)
+
+    async def list_gpus(self, call_for: CallFor) -> Answer[list[GpuPool]]:
+        scope = REQUIRED_SCOPES[Operation.READ_COMFYUI]
+        return await self._call(LIST_GPUS, scope, call_for, TypeAdapter(list[GpuPool]))
+
+    async def probe_routes(self, call_for: CallFor) -> list[RouteProbe]:
+        """Ask each route about an id that cannot exist: which are offered, and what is wrong. Changes nothing.
+
+        Raises OutsideFailure where the service cannot be reached or does not take our token.
+        """
+        unknown = f"probe-{uuid.uuid4().hex}"
+        read = JobCall(call_for=call_for, job_id=unknown)
+        cancel = read.model_copy(update={"key": f"{unknown}:cancel:1"})
+        start = read.model_copy(update={"key": f"{unknown}:start:1"})
+        cancel_training = read.model_copy(update={"key": f"{unknown}:cancel:2"})
+        return [
+            await _probed(LIST_GPUS, self.list_gpus(call_for), None),
+            await _probed(GET_JOB, self.get_job(read), "job_not_found"),
+            await _probed(CANCEL_JOB, self.cancel_job(cancel), "job_not_found"),
+            await _probed(GET_TRAINING, self.get_training(read), "training_not_found"),
+            await _probed(START_TRAINING, self.start_training(start), "training_not_found"),
+            await _probed(CANCEL_TRAINING, self.cancel_training(cancel_training), "training_not_found"),
+        ]
+
+    async def _about_job(self, route: Route, operation: Operation, call: JobCall) -> Answer[JobState]:
+        check: Callable[[JobState], str | None] = lambda state: same("job_id", call.job_id, state.job_id)  # noqa: E731
+        scope = REQUIRED_SCOPES[operation]
+        return await self._call(
+            route, scope, call.call_for, JobState, ids={"job_id": call.job_id}, key=call.key, check=check
+        )
+
+    async def _about_training(self, route: Route, operation: Operation, call: JobCall) -> Answer[TrainingState]:
+        def check(state: TrainingState) -> str | None:
+            return same("training_id", call.job_id, state.training_id)
+
+        scope = REQUIRED_SCOPES[operation]
+        return await self._call(
+            route, scope, call.call_for, TrainingState, ids={"job_id": call.job_id}, key=call.key, check=check
+        )
+
+
+async def _probed(route: Route, call: Awaitable[Answer[Any]], expected_refusal: str | None) -> RouteProbe:
+    try:
+        answer = await call
+    except OutsideFailure as failure:
+        if failure.code is FailureCode.COMFYUI_UNAVAILABLE:
+            raise
+        return RouteProbe(route=str(route), offered=True, problem=failure.sentence)
+    if answer.not_offered:
+        return RouteProbe(route=str(route), offered=False)
+    refused = answer.refusal.message if answer.refusal else None
+    if refused == expected_refusal:
+        return RouteProbe(route=str(route), offered=True)
+    seen = answer.refusal.sentence if answer.refusal else "it answered as if it knew an id that cannot exist"
+    return RouteProbe(route=str(route), offered=True, problem=f"{route}: expected {expected_refusal}; {seen}")
+
+
+class ComfyUIActivities:
+    """ComfyUI as workflows see it. The client stays the caller's to open and close."""
+
+    def __init__(self, client: ComfyUIClient) -> None:
+        self._client = client
+
+    @activity.defn
+    async def submit_job(self, post: Post[JobRequest]) -> Answer[JobAccepted]:
+        return await answered(post.call_for, self._client.submit_job(post))
+
+    @activity.defn
+    async def get_job(self, call: JobCall) -> Answer[JobState]:
+        return await answered(call.call_for, self._client.get_job(call))
+
+    @activity.defn
+    async def cancel_job(self, call: JobCall) -> Answer[JobState]:
+        return await answered(call.call_for, self._client.cancel_job(call))
+
+    @activity.defn
+    async def create_training(self, post: Post[TrainingRequest]) -> Answer[TrainingAccepted]:
+        return await answered(post.call_for, self._client.create_training(post))
+
+    @activity.defn
+    async def start_training(self, call: JobCall) -> Answer[TrainingState]:
+        return await answered(call.call_for, self._client.start_training(call))
+
+    @activity.defn
+    async def get_training(self, call: JobCall) -> Answer[TrainingState]:
+        return await answered(call.call_for, self._client.get_training(call))
+
+    @activity.defn
+    async def cancel_training(self, call: JobCall) -> Answer[TrainingState]:
+        return await answered(call.call_for, self._client.cancel_training(call))
+
+    @activity.defn
+    async def list_gpus(self, call_for: CallFor) -> Answer[list[GpuPool]]:
+        return await answered(call_for, self._client.list_gpus(call_for))

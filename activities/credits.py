@@ -1,0 +1,187 @@
+"""The credits service's routes (contract §4): the client that calls them and the activities that workflows see.
+
+Each activity answers `Answer`: the reply or a definite refusal. Everything else is raised, retryable
+(`credits_unavailable`, `reply_invalid`).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import ClassVar, Final
+
+from temporalio import activity
+
+from activities.outside_client import OutsideClient, same
+from activities.outside_http import Party, Route, current_time_limit_seconds, time_limit
+from activities.running_call import answered
+from contracts.calls import CallFor, LedgerQuery, Post
+from contracts.credits import (
+    Balance,
+    CancelHoldReply,
+    CancelHoldRequest,
+    ChargeReply,
+    ChargeRequest,
+    CommitRequest,
+    Estimate,
+    EstimateRequest,
+    HoldReply,
+    Ledger,
+    LedgerEntry,
+    PreDeductRequest,
+)
+from contracts.errors import CREDITS_CODES_BY_NUMBER, CREDITS_ERRORS, Answer, FailureCode
+from contracts.permissions import SCENE_SCOPES, Scope
+
+CREDITS: Final = Party(
+    name="The credits service",
+    setting="COMFYUI_TEMPORAL_CREDITS_URL",
+    unavailable=FailureCode.CREDITS_UNAVAILABLE,
+    errors={row.message: row for row in CREDITS_ERRORS},
+    messages_by_number=CREDITS_CODES_BY_NUMBER,
+)
+_ABOUT_HOLD: Final = {"40401": "pre_deduct_not_found", "40901": "pre_deduct_already_processed"}
+_ABOUT_ACCOUNT: Final = {"40401": "account_not_found"}
+
+ESTIMATE: Final = Route("POST", "/api/v1/credits/estimate")
+PRE_DEDUCT: Final = Route("POST", "/api/v1/credits/pre-deduct", messages_by_number={"40401": "authorization_not_found"})
+COMMIT: Final = Route("POST", "/api/v1/credits/commit", messages_by_number=_ABOUT_HOLD)
+CANCEL_HOLD: Final = Route("POST", "/api/v1/credits/cancel", messages_by_number=_ABOUT_HOLD)
+CHARGE: Final = Route(
+    "POST",
+    "/api/v1/credits/charge",
+    messages_by_number={
+        "40302": "insufficient_balance",
+        "42201": "amount_limit_exceeded",
+        "42901": "charge_rate_limited",
+    },
+)
+BALANCE: Final = Route("GET", "/api/v1/credits/balance", messages_by_number=_ABOUT_ACCOUNT)
+LEDGER: Final = Route("GET", "/api/v1/credits/ledger", messages_by_number=_ABOUT_ACCOUNT)
+
+MAX_LEDGER_PAGES: Final = 200
+LEDGER_SECONDS: Final = 3.0
+"""How long further pages are asked for: the last one still has the time that a slow answer needs."""
+
+
+class CreditsClient(OutsideClient):
+    """The credits service: one method a route."""
+
+    party: ClassVar[Party] = CREDITS
+
+    async def estimate(self, post: Post[EstimateRequest]) -> Answer[Estimate]:
+        return await self._call(ESTIMATE, _scope(post.call_for), post.call_for, Estimate, key=post.key, body=post.body)
+
+    async def pre_deduct(self, post: Post[PreDeductRequest]) -> Answer[HoldReply]:
+        return await self._call(
+            PRE_DEDUCT, _scope(post.call_for), post.call_for, HoldReply, key=post.key, body=post.body
+        )
+
+    async def commit(self, post: Post[CommitRequest]) -> Answer[HoldReply]:
+        def check(reply: HoldReply) -> str | None:
+            return same("pre_deduct_id", post.body.pre_deduct_id, reply.pre_deduct_id)
+
+        return await self._call(
+            COMMIT, _scope(post.call_for), post.call_for, HoldReply, key=post.key, body=post.body, check=check
+        )
+
+    async def cancel_hold(self, post: Post[CancelHoldRequest]) -> Answer[CancelHoldReply]:
+        def check(reply: CancelHoldReply) -> str | None:
+            return same("pre_deduct_id", post.body.pre_deduct_id, reply.pre_deduct_id)
+
+        return await self._call(
+            CANCEL_HOLD,
+            _scope(post.call_for),
+            post.call_for,
+            CancelHoldReply,
+            key=post.key,
+            body=post.body,
+            check=check,
+        )
+
+    async def charge(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
+        return await self._call(CHARGE, _scope(post.call_for), post.call_for, ChargeReply, key=post.key, body=post.body)
+
+    async def balance(self, call_for: CallFor) -> Answer[Balance]:
+        """The balance of the tenant's and user's account, in points. Changes nothing."""
+        return await self._call(BALANCE, _scope(call_for), call_for, Balance, query=_account(call_for))
+
+    async def ledger_page(
+        self, call_for: CallFor, *, limit: int, task_id: str | None = None, cursor: str | None = None
+    ) -> Answer[Ledger]:
+        """One page of the account's ledger, newest first. A service may ignore `task_id` (ours)."""
+        query = _account(call_for) | {"limit": limit}
+        if task_id is not None:
+            query["task_id"] = task_id
+        if cursor is not None:
+            query["cursor"] = cursor
+        return await self._call(LEDGER, _scope(call_for), call_for, Ledger, query=query)
+
+    async def ledger(self, query: LedgerQuery) -> Answer[Ledger]:
+        """The entries of one task, of all pages. `cursor` is null when every page was read.
+
+        After 200 pages or 3 s it stops with the cursor that it came to: what was found counts, absence proves nothing.
+        """
+        entries: list[LedgerEntry] = []
+        cursor: str | None = None
+        seen: set[str] = set()
+        began, limit = time.monotonic(), current_time_limit_seconds()
+        for _ in range(MAX_LEDGER_PAGES):
+            with time_limit(limit - (time.monotonic() - began)):
+                answer = await self.ledger_page(query.call_for, limit=query.limit, task_id=query.task_id, cursor=cursor)
+            if answer.reply is None:
+                return answer
+            entries += answer.reply.entries
+            cursor = answer.reply.cursor or None
+            if cursor in seen:
+                raise self._http.reply_invalid(LEDGER, "its cursor leads in a circle")
+            if cursor is None or time.monotonic() - began > LEDGER_SECONDS:
+                break
+            seen.add(cursor)
+        return Answer(reply=Ledger(entries=entries_of_task(entries, query.task_id), cursor=cursor))
+
+
+def entries_of_task(entries: list[LedgerEntry], task_id: str) -> list[LedgerEntry]:
+    """The task's entries, and nameless ones of its holds: a cancel or an expiry need not repeat the task's id."""
+    holds = {entry.pre_deduct_id for entry in entries if entry.task_id == task_id and entry.pre_deduct_id}
+    return [
+        entry for entry in entries if entry.task_id == task_id or (not entry.task_id and entry.pre_deduct_id in holds)
+    ]
+
+
+def _scope(call_for: CallFor) -> Scope:
+    return Scope.CREDITS_ROLLBACK if call_for.is_rollback else SCENE_SCOPES[call_for.scene]
+
+
+def _account(call_for: CallFor) -> dict[str, str | int]:
+    return {"tenant_id": call_for.tenant_id, "user_id": call_for.user_id}
+
+
+class CreditsActivities:
+    """The credits service as workflows see it. The client stays the caller's to open and close."""
+
+    def __init__(self, client: CreditsClient) -> None:
+        self._client = client
+
+    @activity.defn
+    async def estimate(self, post: Post[EstimateRequest]) -> Answer[Estimate]:
+        return await answered(post.call_for, self._client.estimate(post))
+
+    @activity.defn
+    async def pre_deduct(self, post: Post[PreDeductRequest]) -> Answer[HoldReply]:
+        return await answered(post.call_for, self._client.pre_deduct(post))
+
+    @activity.defn
+    async def commit(self, post: Post[CommitRequest]) -> Answer[HoldReply]:
+        return await answered(post.call_for, self._client.commit(post))
+
+    @activity.defn
+    async def cancel_hold(self, post: Post[CancelHoldRequest]) -> Answer[CancelHoldReply]:
+        return await answered(post.call_for, self._client.cancel_hold(post))
+
+    @activity.defn
+    async def charge(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
+        return await answered(post.call_for, self._client.charge(post))
+
+    @activity.defn
+    async def ledger(self, query: LedgerQuery) -> Answer[Ledger]:
+        return await answered(query.call_for, self._client.ledger(query))

@@ -1,0 +1,77 @@
+"""What the clients of both parties share: one pool, a token for each call, an answer read by the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import ClassVar, Self, TypeVar
+
+from pydantic import BaseModel, TypeAdapter
+
+from activities.outside_http import CONNECT_SECONDS, POOL_SIZE, READ_SECONDS, OutsideHttp, Party, Route
+from activities.replies import read_answer
+from activities.tokens import TokenMaker
+from contracts.calls import CallFor
+from contracts.errors import Answer
+from contracts.permissions import Scope
+
+Reply = TypeVar("Reply")
+
+
+class OutsideClient:
+    """A party's service; an async context manager, opened once a process.
+
+    `url` is the service's address without a path of the contract's. Spans in seconds. Raises ValueError for an
+    unusable `url`. Every call answers `Answer` or raises OutsideFailure.
+    """
+
+    party: ClassVar[Party]
+
+    def __init__(
+        self,
+        url: str,
+        tokens: TokenMaker,
+        *,
+        connect_seconds: float = CONNECT_SECONDS,
+        read_seconds: float = READ_SECONDS,
+        pool_size: int = POOL_SIZE,
+    ) -> None:
+        self._tokens = tokens
+        self._http = OutsideHttp(
+            self.party, url, connect_seconds=connect_seconds, read_seconds=read_seconds, pool_size=pool_size
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.__aexit__(kind, error, trace)
+
+    @property
+    def address(self) -> str:
+        return self._http.address
+
+    async def _call(
+        self,
+        route: Route,
+        scope: Scope,
+        call_for: CallFor,
+        model: type[Reply] | TypeAdapter[Reply],
+        *,
+        ids: Mapping[str, str] | None = None,
+        query: Mapping[str, str | int] | None = None,
+        key: str | None = None,
+        body: BaseModel | None = None,
+        check: Callable[[Reply], str | None] = lambda _: None,
+    ) -> Answer[Reply]:
+        token = self._tokens(tenant_id=call_for.tenant_id, user_id=call_for.user_id, scope=scope)
+        raw = await self._http.send(route, token=token, ids=ids, query=query, key=key, body=body)
+        return read_answer(self._http, route, raw, model, check=check)
+
+
+def same(name: str, asked: str, got: str) -> str | None:
+    """The problem of a reply that is about another id than was asked for, or None."""
+    return None if got == asked else f"{name} is {got!r}, asked was {asked!r}"

@@ -1,0 +1,311 @@
+"""HTTP to one outside party: a pooled client whose every error is one named failure.
+
+    OutsideFailure (code, sentence, retry_after_seconds): what is retried
+    ├── *_unavailable    no connection, no answer in time, a broken or cut connection
+    └── reply_invalid    an answer that is too large, or no HTTP
+
+A definite refusal is no failure but an answer (activities/replies.py).
+
+Deliberate departures from httpx's defaults:
+1. No redirects: a token must not follow one, and a POST would turn into a GET.
+2. Bodies are read raw, never decompressed, and cut at `max_reply_bytes`: a few bytes of gzip can be gigabytes.
+3. One limit for the whole request beside connect and read: a server that sends a byte every 5 s never meets the latter.
+4. Loopback addresses never go through a proxy, whatever the environment says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final, Literal, Self
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError
+
+from contracts.errors import FailureCode, WireError
+from contracts.fields import repaired, shortened
+
+CONNECT_SECONDS: Final = 2.0
+READ_SECONDS: Final = 6.0
+REQUEST_SECONDS: Final = 9.0
+"""The whole request: below an activity's `start_to_close` of 10 s, so that its end is always ours to tell."""
+POOL_SIZE: Final = 100
+MAX_REPLY_BYTES: Final = 1024 * 1024
+
+_HEADER_SAFE = re.compile(r"[\x21-\x7e]{1,255}")
+_time_limit_seconds: ContextVar[float] = ContextVar("time_limit_seconds", default=REQUEST_SECONDS)
+
+
+class OutsideFailure(Exception):
+    """A call that came to no answer: `code` is stable, `sentence` says where, what was tried and what to do."""
+
+    def __init__(
+        self, code: FailureCode, sentence: str, *, retry_after_seconds: float | None = None, may_be_retried: bool = True
+    ) -> None:
+        super().__init__(sentence)
+        self.code = code
+        self.sentence = sentence
+        self.retry_after_seconds = retry_after_seconds
+        self.may_be_retried = may_be_retried
+
+
+@dataclass(frozen=True)
+class Party:
+    """One outside service: what its failures are called and how its error bodies are read (contract §2, §4)."""
+
+    name: str
+    setting: str
+    """The setting that holds its address, for sentences."""
+    unavailable: FailureCode
+    errors: Mapping[str, WireError]
+    """By message."""
+    messages_by_number: Mapping[str, str]
+    """Read where the message is none of `errors`."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """One row of the contract's route tables. `path` holds ids as `{job_id}`."""
+
+    method: Literal["GET", "POST"]
+    path: str
+    is_ours: bool = False
+    """Marked (ours): a server may lack it (contract §2, not offered)."""
+    messages_by_number: Mapping[str, str] = field(default_factory=dict)
+    """Where this route means another error by a number than its party does."""
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path}"
+
+
+@dataclass(frozen=True)
+class RawReply:
+    """What came back: at most `max_reply_bytes` of body, as sent."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Requests begun inside end within `seconds`, or the usual limit where that is shorter."""
+    token = _time_limit_seconds.set(min(seconds, REQUEST_SECONDS))
+    try:
+        yield
+    finally:
+        _time_limit_seconds.reset(token)
+
+
+def current_time_limit_seconds() -> float:
+    """How long a request that begins here may take."""
+    return _time_limit_seconds.get()
+
+
+class OutsideHttp:
+    """One pooled connection to a party; an async context manager, opened once a process.
+
+    Raises ValueError for an address that is no http or https one or that holds credentials.
+    """
+
+    def __init__(
+        self,
+        party: Party,
+        url: str,
+        *,
+        connect_seconds: float = CONNECT_SECONDS,
+        read_seconds: float = READ_SECONDS,
+        pool_size: int = POOL_SIZE,
+        max_reply_bytes: int = MAX_REPLY_BYTES,
+    ) -> None:
+        self.party = party
+        self.address = _checked_address(url, party)
+        self._max_reply_bytes = max_reply_bytes
+        self._client = httpx.AsyncClient(
+            timeout=httpx.Timeout(read_seconds, connect=connect_seconds, pool=connect_seconds),
+            limits=httpx.Limits(max_connections=pool_size, max_keepalive_connections=pool_size, keepalive_expiry=30),
+            follow_redirects=False,
+            headers={"accept": "application/json", "accept-encoding": "identity", "user-agent": "comfyui-temporal"},
+            mounts={"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None},
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.__aexit__(kind, error, trace)
+
+    async def send(
+        self,
+        route: Route,
+        *,
+        token: str,
+        ids: Mapping[str, str] | None = None,
+        query: Mapping[str, str | int] | None = None,
+        key: str | None = None,
+        body: BaseModel | None = None,
+    ) -> RawReply:
+        """Send one request and read its whole answer, whatever its status. Raises OutsideFailure and nothing else.
+
+        Never call it from a task that may be cancelled: httpx loses pool connections then (see running_call.py).
+        """
+        headers = {"authorization": f"Bearer {token}"}
+        if key is not None:
+            headers["x-idempotency-key"] = self._header_safe(key, route)
+        content: bytes | None = None
+        if body is not None:
+            headers["content-type"] = "application/json"
+            content = self._as_json(body, route)
+        path = route.path.format_map({name: quote(value, safe="") for name, value in (ids or {}).items()})
+        request = self._client.build_request(
+            route.method, self.address + path, params=query, headers=headers, content=content
+        )
+        return await self._within_limit(request, route)
+
+    def unavailable(self, route: Route, reason: str, *, retry_after_seconds: float | None = None) -> OutsideFailure:
+        """The party gave no usable answer: a retried failure whose sentence says where, what and what to do."""
+        party = self.party
+        sentence = (
+            f"{party.name} at {self.address} did not answer {route}: {reason}. "
+            f"It is retried; check that the service runs and that {party.setting} is its address."
+        )
+        return OutsideFailure(party.unavailable, sentence, retry_after_seconds=retry_after_seconds)
+
+    def reply_invalid(self, route: Route, reason: str, *, retry_after_seconds: float | None = None) -> OutsideFailure:
+        """The party answered what the contract does not know: a retried failure."""
+        party = self.party
+        sentence = (
+            f"{party.name} at {self.address} gave {route} an answer that is not the contract's: {reason}. "
+            f"It is retried; check that {party.setting} is this service's address and that its version fits."
+        )
+        return OutsideFailure(FailureCode.REPLY_INVALID, sentence, retry_after_seconds=retry_after_seconds)
+
+    async def _within_limit(self, request: httpx.Request, route: Route) -> RawReply:
+        limit = current_time_limit_seconds()
+        exchange = asyncio.create_task(self._exchange(request, route))
+        try:
+            await asyncio.wait({exchange}, timeout=limit)
+        finally:
+            # In time this does nothing. Past the limit the request has long had its connection: cutting a read in
+            # flight closes that connection and the pool makes another.
+            exchange.cancel()
+        await asyncio.wait({exchange})
+        if exchange.cancelled():
+            raise self.unavailable(route, f"no whole answer within {limit:g} s")
+        return exchange.result()
+
+    async def _exchange(self, request: httpx.Request, route: Route) -> RawReply:
+        try:
+            response = await self._client.send(request, stream=True)
+            try:
+                return RawReply(response.status_code, response.headers, await self._read(response, route))
+            finally:
+                await response.aclose()
+        except OutsideFailure:
+            raise
+        except Exception as error:
+            raise self._named(error, route) from None
+
+    async def _read(self, response: httpx.Response, route: Route) -> bytes:
+        body = bytearray()
+        async for chunk in response.aiter_raw():
+            body += chunk
+            if len(body) > self._max_reply_bytes:
+                raise self.reply_invalid(
+                    route, f"HTTP {response.status_code} with a body of more than {self._max_reply_bytes} bytes"
+                )
+        return bytes(body)
+
+    def _named(self, error: Exception, route: Route) -> OutsideFailure:
+        kind = next((base for base in type(error).__mro__ if base in CONNECTION_FAILURES), Exception)
+        reason = CONNECTION_FAILURES[kind]
+        said = shortened(repaired(str(error)), 300)
+        if said and said not in reason:
+            reason = f"{reason} ({said})"
+        if isinstance(error, httpx.RemoteProtocolError) and not _ENDED_EARLY.search(said):
+            return self.reply_invalid(route, reason)
+        if kind in _NO_CONTRACT_ANSWER:
+            return self.reply_invalid(route, reason)
+        return self.unavailable(route, reason)
+
+    def _header_safe(self, key: str, route: Route) -> str:
+        if not _HEADER_SAFE.fullmatch(key):
+            raise OutsideFailure(
+                FailureCode.INPUT_INVALID,
+                f"{route} was not sent: its idempotency key holds characters that no HTTP header takes; "
+                "use a task_id of letters, digits, '_' and '-'.",
+                may_be_retried=False,
+            )
+        return key
+
+    def _as_json(self, body: BaseModel, route: Route) -> bytes:
+        try:
+            return body.model_dump_json(exclude_none=True).encode()
+        except (PydanticSerializationError, UnicodeEncodeError):
+            raise OutsideFailure(
+                FailureCode.INPUT_INVALID,
+                f"{route} was not sent: its body holds a character that JSON cannot carry (a lone surrogate).",
+                may_be_retried=False,
+            ) from None
+
+
+CONNECTION_FAILURES: Final[Mapping[type[Exception], str]] = {
+    httpx.ConnectTimeout: "no connection in time",
+    httpx.ReadTimeout: "it took the request and then stayed silent for too long",
+    httpx.WriteTimeout: "it did not take the request in time",
+    httpx.PoolTimeout: "all of our connections to it are in use",
+    httpx.TimeoutException: "it was too slow",
+    httpx.ConnectError: "no connection",
+    httpx.ReadError: "the connection broke before the answer was whole",
+    httpx.WriteError: "the connection broke while the request was sent",
+    httpx.CloseError: "the connection broke while it was closed",
+    httpx.NetworkError: "the connection broke",
+    httpx.ProxyError: "the proxy in between refused or broke",
+    httpx.UnsupportedProtocol: "the address is neither http nor https",
+    httpx.LocalProtocolError: "our own request would be no valid HTTP",
+    httpx.RemoteProtocolError: "the answer ended early or is no HTTP",
+    httpx.ProtocolError: "the answer is no HTTP",
+    httpx.TransportError: "the connection failed",
+    httpx.DecodingError: "its body cannot be decoded",
+    httpx.TooManyRedirects: "it redirects, and redirects are not followed",
+    httpx.RequestError: "the request failed",
+    httpx.HTTPStatusError: "an HTTP status that nobody expected",
+    httpx.HTTPError: "the request failed",
+    httpx.InvalidURL: "the address is no URL",
+    httpx.CookieConflict: "its cookies contradict each other",
+    httpx.StreamConsumed: "the answer was read twice",
+    httpx.StreamClosed: "the answer was closed before it was read",
+    httpx.ResponseNotRead: "the answer was not read",
+    httpx.RequestNotRead: "the request was not read",
+    httpx.StreamError: "the answer could not be read",
+    Exception: "the request failed in a way that no one foresaw",
+}
+"""Every exception of httpx → the reason in the sentence; a test keeps it whole."""
+_NO_CONTRACT_ANSWER: Final = frozenset(
+    {httpx.DecodingError, httpx.TooManyRedirects, httpx.HTTPStatusError, httpx.CookieConflict, httpx.ProtocolError}
+)
+_ENDED_EARLY = re.compile(r"disconnected|closed")
+
+
+def _checked_address(url: str, party: Party) -> str:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        raise ValueError(f"{party.setting}: not a URL") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError(f"{party.setting}: must be an http:// or https:// address")
+    if parsed.userinfo:
+        raise ValueError(f"{party.setting}: must hold no user and password; calls carry bearer tokens")
+    if parsed.query or parsed.fragment:
+        raise ValueError(f"{party.setting}: must hold neither query nor fragment")
+    return str(parsed).rstrip("/")

@@ -1,0 +1,132 @@
+"""How an activity runs one outside call: heartbeats, never cut short by a cancellation, one log line, one failure.
+
+A request that was sent acts whether or not we wait for its answer, and httpx loses pool connections when a request is
+cancelled (pitfalls 13, 15). So a cancelled activity waits until the request in flight has ended by its own limit:
+
+    it succeeded                               → its answer, so that the workflow knows what happened
+    it failed, the workflow asked to cancel    → cancelled
+    it failed, for another reason (shutdown)   → the failure, which is retried on another worker
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeVar
+
+import structlog
+from temporalio import activity
+from temporalio.exceptions import ApplicationError
+
+from activities.outside_http import REQUEST_SECONDS, OutsideFailure, time_limit
+from contracts.calls import CallFor
+from contracts.errors import Answer
+
+HEARTBEAT_SECONDS: Final = 0.5
+MARGIN_SECONDS: Final = 0.5
+"""How long before Temporal's limit a request must have ended, so that its end can still be told."""
+SHORTEST_LIMIT_SECONDS: Final = 0.5
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+async def answered(call_for: CallFor, call: Coroutine[Any, Any, T]) -> T:
+    """Run an outside call to its own end and give its answer.
+
+    Raises ApplicationError (type: a `FailureCode`; retryable unless the request could not be sent) or CancelledError.
+    """
+    info = activity.info()
+    bound = {"task_id": call_for.task_id, "tenant_id": call_for.tenant_id, "workflow_id": info.workflow_id}
+    with structlog.contextvars.bound_contextvars(**bound):
+        began = time.monotonic()
+        outcome = "failed"
+        try:
+            with time_limit(request_limit_seconds(info)):
+                answer = await to_its_end(call)
+            outcome = _outcome_of(answer)
+            return answer
+        except OutsideFailure as failure:
+            outcome = failure.code.value
+            raise as_application_error(failure) from None
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            milliseconds = round((time.monotonic() - began) * 1000)
+            log.info(
+                "outside_call",
+                call=info.activity_type,
+                outcome=outcome,
+                attempt=info.attempt,
+                milliseconds=milliseconds,
+            )
+
+
+async def to_its_end(call: Coroutine[Any, Any, T], details: Callable[[], tuple[Any, ...]] = tuple) -> T:
+    """Await `call` in a task of its own, heartbeating `details()` each half second, whatever cancels the activity."""
+    request = asyncio.ensure_future(call)
+    cancellation = await wait_with_heartbeats(request, details)
+    failure = request.exception()
+    if failure is None:
+        return request.result()
+    if cancellation is not None and asked_by_workflow():
+        raise cancellation
+    raise failure
+
+
+async def wait_with_heartbeats(
+    running: asyncio.Future[Any], details: Callable[[], tuple[Any, ...]] = tuple
+) -> asyncio.CancelledError | None:
+    """Wait until `running` has ended; give back the cancellation that came meanwhile, or None. Cancels nothing."""
+    cancellation: asyncio.CancelledError | None = None
+    is_local = activity.info().is_local
+    while not running.done():
+        try:
+            await asyncio.wait({running}, timeout=HEARTBEAT_SECONDS)
+        except asyncio.CancelledError as error:
+            cancellation = error
+        if not is_local:
+            activity.heartbeat(*details())
+    return cancellation
+
+
+def asked_by_workflow() -> bool:
+    """Whether the activity's cancellation is the workflow's wish, not a worker's shutdown, a pause or a time-out."""
+    details = activity.cancellation_details()
+    return details is None or details.cancel_requested
+
+
+def as_application_error(failure: OutsideFailure) -> ApplicationError:
+    """The failure as Temporal keeps it: its type is the stable code, its message the sentence."""
+    delay = failure.retry_after_seconds
+    return ApplicationError(
+        failure.sentence,
+        type=failure.code.value,
+        non_retryable=not failure.may_be_retried,
+        next_retry_delay=timedelta(seconds=delay) if delay else None,
+    )
+
+
+def request_limit_seconds(info: activity.Info) -> float:
+    """How long a request may take, so that it ends before the activity's time does.
+
+    A local activity has `schedule_to_close` alone (pitfall 33); its clock is ours, so what is left of it is known.
+    """
+    left = REQUEST_SECONDS
+    if info.start_to_close_timeout is not None:
+        left = min(left, info.start_to_close_timeout.total_seconds() - MARGIN_SECONDS)
+    if info.is_local and info.schedule_to_close_timeout is not None:
+        gone = (datetime.now(UTC) - info.scheduled_time).total_seconds()
+        left = min(left, info.schedule_to_close_timeout.total_seconds() - gone - MARGIN_SECONDS)
+    return max(left, SHORTEST_LIMIT_SECONDS)
+
+
+def _outcome_of(answer: Any) -> str:
+    if not isinstance(answer, Answer):
+        return "ok"
+    if answer.refusal is not None:
+        return f"refused:{answer.refusal.message}"
+    return "not_offered" if answer.not_offered else "reply"

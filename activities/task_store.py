@@ -1,0 +1,122 @@
+"""The task store as workflows call it: the claim of an id, and facts.
+
+A local try must never wait long for a PostgreSQL that hangs: it holds one of few slots while its workflow hears
+nothing (design, "event write"). So after a failure local tries fail at once for a while and the visible try, which
+costs nobody a slot that matters, finds out whether PostgreSQL is back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Protocol, TypeVar
+
+from temporalio import activity
+from temporalio.exceptions import ApplicationError
+
+from activities.running_call import request_limit_seconds, to_its_end
+from contracts.errors import FailureCode
+from contracts.policy import Policy
+from contracts.task_store import ClaimOutcome, TaskClaim, TaskWrite
+from store.failures import NotTheClaimant, StoreFailure, StoreUnavailable, TaskUnknown, WriteRefused
+
+T = TypeVar("T")
+
+TRY_SECONDS: Final = 2.0
+"""How long one try may take: longer than the statement timeout, shorter than a local try's time."""
+BREAK_SECONDS: Final = 5.0
+"""For how long local tries fail at once after PostgreSQL could not be used."""
+
+
+class ClaimsAndFacts(Protocol):
+    """The part of `store.TaskStore` that is needed here."""
+
+    @property
+    def address(self) -> str: ...
+    async def claim(self, claim: TaskClaim, *, within_seconds: float = ...) -> bool: ...
+    async def write(self, write: TaskWrite, *, within_seconds: float = ...) -> None: ...
+
+
+class LocalBreaker:
+    """Whether local tries are worth making: no for `BREAK_SECONDS` after a failure, then one of them probes.
+
+    Visible tries always go through; whichever try succeeds closes the breaker for all.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._open_until = 0.0
+
+    def lets_through(self) -> bool:
+        """Whether a local try may be made now; the first after the pause is the probe, the rest wait on it."""
+        now = self._clock()
+        if now < self._open_until:
+            return False
+        if self._open_until:
+            self._open_until = now + BREAK_SECONDS
+        return True
+
+    def failed(self) -> None:
+        self._open_until = self._clock() + BREAK_SECONDS
+
+    def succeeded(self) -> None:
+        self._open_until = 0.0
+
+
+class TaskStoreActivities:
+    """Claim and write. A write may be repeated and may land late: facts are keyed (contract §6)."""
+
+    def __init__(self, store: ClaimsAndFacts, policy_of: Callable[[TaskClaim], Policy]) -> None:
+        """`policy_of` reads the worker's settings: prices and limits are no input (contract §5)."""
+        self._store = store
+        self._policy_of = policy_of
+        self._breaker = LocalBreaker()
+
+    @activity.defn
+    async def claim(self, claim: TaskClaim) -> ClaimOutcome:
+        """Claim the task id for the run (contract §8) and read the policy. Raises ApplicationError, retryable."""
+        limit = self._limit()
+        claimed = await self._tried(self._store.claim(claim, within_seconds=limit))
+        return ClaimOutcome(claimed=claimed, policy=self._policy_of(claim))
+
+    @activity.defn
+    async def write(self, write: TaskWrite) -> None:
+        """Write row, events and exception records. Raises ApplicationError.
+
+        Type `task_exists`, not retried: another run holds the id. `internal`, not retried: the store has no such
+        task, or refuses the values. `internal`, retried: PostgreSQL cannot be used now.
+        """
+        limit = self._limit()
+        await self._tried(self._store.write(write, within_seconds=limit))
+
+    def _limit(self) -> float:
+        """Seconds for this try. Raises ApplicationError at once when local tries are not worth making."""
+        info = activity.info()
+        if info.is_local and not self._breaker.lets_through():
+            raise ApplicationError(
+                f"PostgreSQL at {self._store.address} could not be used a moment ago, so this write is not tried "
+                "locally: it goes on as an activity of its own, repeated until it lands.",
+                type=FailureCode.INTERNAL.value,
+            )
+        return min(TRY_SECONDS, request_limit_seconds(info))
+
+    async def _tried(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            outcome = await to_its_end(work)
+        except StoreUnavailable as failure:
+            self._breaker.failed()
+            raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
+        except StoreFailure as failure:
+            raise ApplicationError(str(failure), type=_code_of(failure).value, non_retryable=True) from None
+        self._breaker.succeeded()
+        return outcome
+
+
+def _code_of(failure: StoreFailure) -> FailureCode:
+    """The stable code of a failure that trying again cannot mend."""
+    match failure:
+        case NotTheClaimant():
+            return FailureCode.TASK_EXISTS
+        case TaskUnknown() | WriteRefused():
+            return FailureCode.INTERNAL
+    raise AssertionError(f"unmapped store failure {type(failure).__name__}")
