@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
@@ -18,7 +18,7 @@ from activities.running_call import request_limit_seconds, to_its_end
 from contracts.errors import FailureCode
 from contracts.policy import Policy
 from contracts.task_store import ClaimOutcome, TaskClaim, TaskWrite
-from store.failures import NotTheClaimant, StoreFailure, StoreUnavailable, TaskUnknown, WriteRefused
+from store import NotTheClaimant, StoreFailure, StoreUnavailable, TaskStore, TaskUnknown, WriteRefused
 
 T = TypeVar("T")
 
@@ -26,15 +26,6 @@ TRY_SECONDS: Final = 2.0
 """How long one try may take: longer than the statement timeout, shorter than a local try's time."""
 BREAK_SECONDS: Final = 5.0
 """For how long local tries fail at once after PostgreSQL could not be used."""
-
-
-class ClaimsAndFacts(Protocol):
-    """The part of `store.TaskStore` that is needed here."""
-
-    @property
-    def address(self) -> str: ...
-    async def claim(self, claim: TaskClaim, *, within_seconds: float = ...) -> bool: ...
-    async def write(self, write: TaskWrite, *, within_seconds: float = ...) -> None: ...
 
 
 class LocalBreaker:
@@ -66,7 +57,7 @@ class LocalBreaker:
 class TaskStoreActivities:
     """Claim and write. A write may be repeated and may land late: facts are keyed (contract §6)."""
 
-    def __init__(self, store: ClaimsAndFacts, policy_of: Callable[[TaskClaim], Policy]) -> None:
+    def __init__(self, store: TaskStore, policy_of: Callable[[TaskClaim], Policy]) -> None:
         """`policy_of` reads the worker's settings: prices and limits are no input (contract §5)."""
         self._store = store
         self._policy_of = policy_of
@@ -107,6 +98,7 @@ class TaskStoreActivities:
             self._breaker.failed()
             raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
         except StoreFailure as failure:
+            self._breaker.succeeded()
             raise ApplicationError(str(failure), type=_code_of(failure).value, non_retryable=True) from None
         self._breaker.succeeded()
         return outcome

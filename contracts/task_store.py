@@ -133,3 +133,41 @@ class TrainingLogWrite(OwnModel):
     sequence: int
     lines: list[TrainingLogLine]
     metrics: dict[str, float] = {}
+
+
+class TaskRow(TaskState):
+    """A task as the store tells it: what the claim fixed, and the newest state."""
+
+    task_id: str
+    tenant_id: str
+    user_id: str
+    scene: Scene
+    template_id: str
+    priority: TaskPriority
+    resolution: str
+    workflow_id: str
+    input_sha256: str
+    created_at: Instant
+    updated_at: Instant
+    ended_at: Instant | None = None
+    last_seq: int
+    """`seq` of the newest event."""
+
+
+class TaskExceptionRow(TaskException):
+    """An exception record as the store tells it."""
+
+    task_id: str
+
+
+class TrainingLogRow(TrainingLogLine):
+    """A line of a task's training log; `position` is 1, 2, 3 … per task in order of arrival.
+
+    `line` counts from 1 within a callback; a row with line 0 holds that callback's `metrics` and no message.
+    """
+
+    position: int
+    training_id: str
+    sequence: int
+    line: int
+    metrics: dict[str, float] | None = None

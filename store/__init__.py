@@ -1,0 +1,26 @@
+"""The task store: PostgreSQL through SQLAlchemy 2 and asyncpg.
+
+failures.py      what can go wrong, as one tree
+database.py      engine, limits, and the one place where driver errors become failures
+tables.py        the tables; migrations/ makes them
+fact_rules.py    which facts become events (contract §6), as a pure function
+tasks.py         claim, write (row + events + exceptions + NOTIFY in one transaction), log lines
+reads.py         tasks, events, training log, exceptions
+cursors.py       opaque positions
+"""
+
+from store.cursors import CursorInvalid
+from store.failures import NotTheClaimant, StoreFailure, StoreUnavailable, TaskUnknown, WriteRefused
+from store.migrate import migrate
+from store.task_store import TaskStore
+
+__all__ = [
+    "CursorInvalid",
+    "NotTheClaimant",
+    "StoreFailure",
+    "StoreUnavailable",
+    "TaskStore",
+    "TaskUnknown",
+    "WriteRefused",
+    "migrate",
+]

@@ -1,0 +1,60 @@
+"""Opaque positions: where to go on reading. Never a global counter: commits overtake each other (pitfall 28)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from datetime import datetime
+
+_MAX_LENGTH = 512
+
+
+class CursorInvalid(ValueError):
+    """The text is no cursor that this store gave."""
+
+
+def _packed(*parts: str) -> str:
+    return base64.urlsafe_b64encode("\n".join(parts).encode()).decode().rstrip("=")
+
+
+def _unpacked(cursor: str, kind: str, count: int) -> list[str]:
+    try:
+        if len(cursor) > _MAX_LENGTH:
+            raise ValueError
+        padded = cursor + "=" * (-len(cursor) % 4)
+        found, *parts = base64.b64decode(padded, altchars=b"-_", validate=True).decode().split("\n")
+        if found != kind or len(parts) != count:
+            raise ValueError
+    except (ValueError, binascii.Error):
+        raise CursorInvalid("This cursor was not given by this service: leave it out to read from the start.") from None
+    return parts
+
+
+def event_cursor(task_id: str, seq: int) -> str:
+    """The position after event `seq` of a task."""
+    return _packed("e", task_id, str(seq))
+
+
+def seq_of_cursor(cursor: str, task_id: str) -> int:
+    """The `seq` after which to go on in this task's events. Raises CursorInvalid."""
+    owner, seq = _unpacked(cursor, "e", 2)
+    if owner != task_id or not (seq.isascii() and seq.isdigit() and len(seq) < 19):
+        raise CursorInvalid("This cursor belongs to another task: leave it out to read from the start.")
+    return int(seq)
+
+
+def list_cursor(created_at: datetime, task_id: str) -> str:
+    """The position after a task in the list, newest first."""
+    return _packed("l", created_at.isoformat(), task_id)
+
+
+def place_of_cursor(cursor: str) -> tuple[datetime, str]:
+    """The creation instant and id after which to go on in the list. Raises CursorInvalid."""
+    created_at, task_id = _unpacked(cursor, "l", 2)
+    try:
+        instant = datetime.fromisoformat(created_at)
+    except ValueError:
+        raise CursorInvalid("This cursor was not given by this service: leave it out.") from None
+    if instant.tzinfo is None:
+        raise CursorInvalid("This cursor was not given by this service: leave it out.")
+    return instant, task_id

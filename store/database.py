@@ -1,0 +1,154 @@
+"""The connection to PostgreSQL: engine, time limits, and driver errors as failures.
+
+Departures from the usual
+1. Work that outlives its limit is answered with `StoreUnavailable` at once but left to end by itself. Cancelling it
+   would make the driver wait for a server that hangs, and hold the caller for seconds; everything written here may
+   be repeated, so a write that lands after all does no harm.
+2. No ping before use: it would cost every write a round trip. A pooled connection that the server has closed shows
+   at first use and the work is done once more on a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, NoReturn, TypeVar
+
+import asyncpg
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from store.failures import StoreFailure, StoreUnavailable, WriteRefused
+
+T = TypeVar("T")
+
+STATEMENT_TIMEOUT_SECONDS: Final = 1.5
+CONNECT_SECONDS: Final = 1.5
+WORK_SECONDS: Final = 2.0
+"""How long one piece of work may take in all, unless its caller says less."""
+POOL_SIZE: Final = 5
+
+_REFUSED_CLASSES: Final = ("22", "23")
+"""SQLSTATE classes: data exception, integrity constraint violation."""
+_MISSING_TABLE: Final = "42P01"
+
+
+def address_of(dsn: str) -> str:
+    """Host, port and database of a DSN, for people: without user and password."""
+    url = make_url(dsn)
+    host = url.host or next(iter(url.normalized_query.get("host", ())), "localhost")
+    return f"{host}{f':{url.port}' if url.port else ''}/{url.database or ''}"
+
+
+class Database:
+    """A small pool of connections to one PostgreSQL database; opens none before it is used."""
+
+    def __init__(self, dsn: str, *, pool_size: int = POOL_SIZE) -> None:
+        """`dsn` is libpq's: `postgresql://user:password@host:port/database?sslmode=…`. Raises ValueError."""
+        try:
+            self.address = address_of(dsn)
+        except SQLAlchemyError:
+            raise ValueError("The database DSN must look like postgresql://user:password@host:port/database.") from None
+        self._dsn = dsn
+        self._engine = create_async_engine(
+            "postgresql+asyncpg://",
+            async_creator=self._connect,
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=CONNECT_SECONDS,
+        )
+        self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._outliving: set[asyncio.Task[Any]] = set()
+
+    async def _connect(self) -> asyncpg.Connection[Any]:
+        milliseconds = str(int(STATEMENT_TIMEOUT_SECONDS * 1000))
+        return await asyncpg.connect(
+            self._dsn,
+            timeout=CONNECT_SECONDS,
+            command_timeout=WORK_SECONDS,
+            server_settings={
+                "application_name": "comfyui-temporal",
+                "statement_timeout": milliseconds,
+                # A client that vanished in mid-transaction must not keep a task's row locked.
+                "idle_in_transaction_session_timeout": "5000",
+            },
+        )
+
+    async def transaction(
+        self, work: Callable[[AsyncConnection], Awaitable[T]], *, doing: str, within_seconds: float = WORK_SECONDS
+    ) -> T:
+        """Do `work` in one transaction. `doing` says in failures what was tried. Raises StoreFailure."""
+
+        async def once() -> T:
+            async with self._engine.begin() as connection:
+                return await work(connection)
+
+        return await self._bounded(once, doing, within_seconds)
+
+    async def read(
+        self, work: Callable[[AsyncConnection], Awaitable[T]], *, doing: str, within_seconds: float = WORK_SECONDS
+    ) -> T:
+        """Do `work` without a transaction: for single statements that change nothing. Raises StoreFailure."""
+
+        async def once() -> T:
+            async with self._autocommit.connect() as connection:
+                return await work(connection)
+
+        return await self._bounded(once, doing, within_seconds)
+
+    async def close(self) -> None:
+        """Wait for what still runs, then close every connection."""
+        if self._outliving:
+            await asyncio.wait(self._outliving)
+        await self._engine.dispose()
+
+    async def _bounded(self, once: Callable[[], Awaitable[T]], doing: str, seconds: float) -> T:
+        task = asyncio.ensure_future(self._mapped(once, doing))
+        self._outliving.add(task)
+        task.add_done_callback(self._forget)
+        await asyncio.wait({task}, timeout=seconds)
+        if not task.done():
+            raise StoreUnavailable(self._sentence(doing, f"it did not answer within {seconds:.1f} s"))
+        return task.result()
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._outliving.discard(task)
+        if not task.cancelled():
+            task.exception()  # marks it as seen: whoever gave up waiting has answered already
+
+    async def _mapped(self, once: Callable[[], Awaitable[T]], doing: str) -> T:
+        try:
+            try:
+                return await once()
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                return await once()
+        except StoreFailure:
+            raise
+        except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+            self._raise_failure(error, doing)
+
+    def _raise_failure(self, error: Exception, doing: str) -> NoReturn:
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        state = str(getattr(cause, "sqlstate", None) or "")
+        if state[:2] in _REFUSED_CLASSES:
+            # The driver's text may quote the values, which may be a caller's: only their kind is told.
+            raise WriteRefused(
+                f"PostgreSQL at {self.address} refused the values while {doing} (SQLSTATE {state}): "
+                "this is a defect; report it."
+            ) from None
+        if state == _MISSING_TABLE:
+            raise StoreUnavailable(
+                f"PostgreSQL at {self.address} lacks the task store's tables, noticed while {doing}: "
+                "run `python -m store migrate`."
+            ) from None
+        reason = f"{type(cause).__name__}{f' (SQLSTATE {state})' if state else ''}"
+        raise StoreUnavailable(self._sentence(doing, reason)) from None
+
+    def _sentence(self, doing: str, reason: str) -> str:
+        return (
+            f"PostgreSQL at {self.address} could not be used while {doing}: {reason}. "
+            "Check that it runs and can be reached; the write is repeated until it lands."
+        )

@@ -1,0 +1,64 @@
+"""Bring a database's tables to a revision, forwards or back; callable, and the work behind `python -m store`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, Final
+
+import asyncpg
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from store.database import address_of
+from store.failures import StoreUnavailable
+
+MIGRATIONS: Final = Path(__file__).parent / "migrations"
+CONNECT_SECONDS: Final = 5.0
+_LOCK_KEY: Final = 7_265_481
+"""Any number: two processes that migrate at once take turns."""
+
+
+async def migrate(dsn: str, *, revision: str = "head") -> None:
+    """Bring the tables forward to `revision`; what is there already is left alone. Raises StoreUnavailable."""
+    await _run(dsn, lambda config: command.upgrade(config, revision))
+
+
+async def revert(dsn: str, *, revision: str) -> None:
+    """Take the tables back to `revision` (`base`: none are left). Loses what they hold. Raises StoreUnavailable."""
+    await _run(dsn, lambda config: command.downgrade(config, revision))
+
+
+def configuration(connection: Connection | None = None) -> Config:
+    """Alembic's configuration; it needs no file."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+async def _run(dsn: str, step: Any) -> None:
+    async def connect() -> asyncpg.Connection[Any]:
+        return await asyncpg.connect(dsn, timeout=CONNECT_SECONDS)
+
+    def migrated(connection: Connection) -> None:
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
+        step(configuration(connection))
+
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
+    try:
+        async with engine.begin() as connection:
+            await connection.run_sync(migrated)
+    except (OSError, TimeoutError, asyncpg.PostgresError, SQLAlchemyError) as error:
+        cause = getattr(error, "orig", None) or error
+        raise StoreUnavailable(
+            f"The tables of PostgreSQL at {address_of(dsn)} could not be brought up to date: "
+            f"{type(cause).__name__}: {cause}. Check that the server runs and that the user may create tables."
+        ) from error
+    finally:
+        await asyncio.shield(engine.dispose())

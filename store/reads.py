@@ -1,0 +1,100 @@
+"""What is read. Every function takes a connection and gives contract models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Row, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from contracts.permissions import Scene
+from contracts.task_store import TaskExceptionRow, TaskRow, TrainingLogRow
+from contracts.tasks import TaskEvent, TaskStatus
+from store.cursors import event_cursor
+from store.tables import task_claims, task_events, task_exceptions, tasks, training_log
+
+
+async def task(connection: AsyncConnection, task_id: str) -> TaskRow | None:
+    row = (await connection.execute(select(tasks).where(tasks.c.task_id == task_id))).one_or_none()
+    return None if row is None else _task_row(row)
+
+
+async def is_claimed(connection: AsyncConnection, task_id: str) -> bool:
+    found = await connection.scalar(select(task_claims.c.task_id).where(task_claims.c.task_id == task_id))
+    return found is not None
+
+
+async def task_list(
+    connection: AsyncConnection,
+    *,
+    tenant_id: str | None,
+    status: TaskStatus | None,
+    scene: Scene | None,
+    after: tuple[datetime, str] | None,
+    limit: int,
+) -> list[TaskRow]:
+    """Newest first; `after` is the creation instant and id of the last task that was read before."""
+    statement = select(tasks).order_by(tasks.c.created_at.desc(), tasks.c.task_id.desc()).limit(limit)
+    if tenant_id is not None:
+        statement = statement.where(tasks.c.tenant_id == tenant_id)
+    if status is not None:
+        statement = statement.where(tasks.c.status == status)
+    if scene is not None:
+        statement = statement.where(tasks.c.scene == scene)
+    if after is not None:
+        statement = statement.where(tuple_(tasks.c.created_at, tasks.c.task_id) < tuple_(*after))
+    return [_task_row(row) for row in await connection.execute(statement)]
+
+
+async def events(connection: AsyncConnection, task_id: str, *, after_seq: int, limit: int) -> list[TaskEvent]:
+    statement = (
+        select(task_events, tasks.c.scene)
+        .join(tasks, tasks.c.task_id == task_events.c.task_id)
+        .where(task_events.c.task_id == task_id, task_events.c.seq > after_seq)
+        .order_by(task_events.c.seq)
+        .limit(limit)
+    )
+    return [_event(row) for row in await connection.execute(statement)]
+
+
+async def log_rows(
+    connection: AsyncConnection, task_id: str, *, after_position: int, limit: int
+) -> list[TrainingLogRow]:
+    statement = (
+        select(training_log)
+        .where(training_log.c.task_id == task_id, training_log.c.position > after_position)
+        .order_by(training_log.c.position)
+        .limit(limit)
+    )
+    return [TrainingLogRow.model_validate(dict(row._mapping)) for row in await connection.execute(statement)]
+
+
+async def exceptions(
+    connection: AsyncConnection, *, task_id: str | None, codes: Sequence[str] | None, limit: int
+) -> list[TaskExceptionRow]:
+    """Newest first."""
+    statement = select(task_exceptions).order_by(task_exceptions.c.ts.desc()).limit(limit)
+    if task_id is not None:
+        statement = statement.where(task_exceptions.c.task_id == task_id)
+    if codes is not None:
+        statement = statement.where(task_exceptions.c.code.in_(codes))
+    return [TaskExceptionRow.model_validate(dict(row._mapping)) for row in await connection.execute(statement)]
+
+
+def _task_row(row: Row[*tuple[Any, ...]]) -> TaskRow:
+    return TaskRow.model_validate(dict(row._mapping))
+
+
+def _event(row: Row[*tuple[Any, ...]]) -> TaskEvent:
+    values = dict(row._mapping)
+    task_id, seq = values["task_id"], values["seq"]
+    return TaskEvent.model_validate(
+        {
+            **values,
+            "event_id": f"{task_id}:{seq}",
+            "task_type": values["scene"],
+            "cursor": event_cursor(task_id, seq),
+        }
+    )

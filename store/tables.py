@@ -1,0 +1,149 @@
+"""The tables. `migrations/` makes them; a test compares the two."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+EVENTS_CHANNEL: Final = "task_events"
+"""The one NOTIFY channel; a payload is `task_id:seq`."""
+
+metadata: Final = MetaData()
+
+
+def _instant(name: str, *, nullable: bool = False) -> Column[Any]:
+    return Column(name, DateTime(timezone=True), nullable=nullable)
+
+
+def _json(name: str) -> Column[Any]:
+    """A JSON document; None is SQL's NULL, never JSON's."""
+    return Column(name, JSONB(none_as_null=True))
+
+
+def _task_id(*, primary_key: bool = True) -> Column[Any]:
+    return Column("task_id", Text, ForeignKey("tasks.task_id", ondelete="CASCADE"), primary_key=primary_key)
+
+
+task_claims = Table(
+    "task_claims",
+    metadata,
+    Column("task_id", Text, primary_key=True),
+    Column("first_execution_run_id", Text, nullable=False),
+    Column("workflow_id", Text, nullable=False),
+    Column("tenant_id", Text, nullable=False),
+    Column("input_sha256", Text, nullable=False),
+    _instant("claimed_at"),
+    comment="Who holds a task id (contract §8); outlives the task's row.",
+)
+
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("task_id", Text, ForeignKey("task_claims.task_id"), primary_key=True),
+    Column("tenant_id", Text, nullable=False),
+    Column("user_id", Text, nullable=False),
+    Column("scene", Text, nullable=False),
+    Column("template_id", Text, nullable=False),
+    Column("priority", Text, nullable=False),
+    Column("resolution", Text, nullable=False),
+    Column("workflow_id", Text, nullable=False),
+    Column("first_execution_run_id", Text, nullable=False),
+    Column("input_sha256", Text, nullable=False),
+    _instant("created_at"),
+    _instant("updated_at"),
+    _instant("ended_at", nullable=True),
+    Column("version", BigInteger, nullable=False),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("last_log_position", BigInteger, nullable=False, server_default=text("0")),
+    Column("job_sequences", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    Column("status", Text, nullable=False),
+    Column("stage", Text),
+    Column("progress", Double, nullable=False),
+    _instant("next_eta", nullable=True),
+    Column("estimated_time", Double),
+    Column("gpu_slots", Integer),
+    Column("queue_position", BigInteger),
+    Column("job_id", Text),
+    Column("attempts", Integer, nullable=False),
+    Column("credits", JSONB, nullable=False),
+    Column("prices", JSONB, nullable=False),
+    _json("confirmation"),
+    Column("result_urls", JSONB, nullable=False),
+    _json("output"),
+    _json("error"),
+    Index("tasks_by_time", text("created_at DESC"), text("task_id DESC")),
+    Index("tasks_of_tenant", "tenant_id", text("created_at DESC"), text("task_id DESC")),
+    Index("tasks_of_tenant_by_status", "tenant_id", "status", text("created_at DESC"), text("task_id DESC")),
+    comment="One row a task; job_sequences: the newest sequence written of each job.",
+)
+
+task_events = Table(
+    "task_events",
+    metadata,
+    _task_id(),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("key", Text, nullable=False),
+    Column("event", Text, nullable=False),
+    _instant("ts"),
+    Column("attempt", Integer, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("stage", Text),
+    Column("progress", Double),
+    _instant("next_eta", nullable=True),
+    Column("queue_position", BigInteger),
+    Column("message", Text),
+    Column("credits_delta", BigInteger),
+    Column("balance_after", BigInteger),
+    _json("result_urls"),
+    _json("output"),
+    _json("error"),
+    _json("confirmation"),
+    Column("job_id", Text),
+    Column("sequence", BigInteger),
+    UniqueConstraint("task_id", "key", name="task_events_key"),
+    comment="A task's history (contract §6): seq is 1, 2, 3 … without a gap, key the workflow's name of the fact.",
+)
+
+training_log = Table(
+    "training_log",
+    metadata,
+    _task_id(),
+    Column("position", BigInteger, primary_key=True, autoincrement=False),
+    Column("training_id", Text, nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("line", Integer, nullable=False),
+    _instant("ts"),
+    Column("level", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    _json("metrics"),
+    UniqueConstraint("task_id", "training_id", "sequence", "line", name="training_log_line"),
+    comment="Lines of callbacks in order of arrival; line 0 of a sequence holds its metrics.",
+)
+
+task_exceptions = Table(
+    "task_exceptions",
+    metadata,
+    _task_id(),
+    Column("key", Text, primary_key=True),
+    Column("code", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("details", JSONB, nullable=False),
+    _instant("ts"),
+    Index("task_exceptions_by_code", "code", "ts"),
+    comment="What ops should look at (contract §4, §6).",
+)

@@ -1,0 +1,131 @@
+"""`TaskStore`: everything that the rest of the house asks of PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from contracts.fields import OwnModel
+from contracts.permissions import Scene
+from contracts.task_store import TaskClaim, TaskExceptionRow, TaskRow, TaskWrite, TrainingLogRow, TrainingLogWrite
+from contracts.tasks import TaskEvent, TaskStatus
+from store import reads, tasks
+from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
+from store.database import POOL_SIZE, WORK_SECONDS, Database
+
+MAX_PAGE: Final = 1_000
+
+
+class TaskPage(OwnModel):
+    """Tasks, newest first; `cursor` leads to the next page, None at the end."""
+
+    tasks: list[TaskRow]
+    cursor: str | None = None
+
+
+class TaskStore:
+    """The task store. Every method may raise StoreUnavailable; whatever it does may be repeated."""
+
+    def __init__(self, dsn: str, *, pool_size: int = POOL_SIZE) -> None:
+        """Opens no connection yet. Raises ValueError when `dsn` is no PostgreSQL DSN."""
+        self._database = Database(dsn, pool_size=pool_size)
+
+    @property
+    def address(self) -> str:
+        """Host, port and database, for people."""
+        return self._database.address
+
+    async def close(self) -> None:
+        await self._database.close()
+
+    async def claim(self, claim: TaskClaim, *, within_seconds: float = WORK_SECONDS) -> bool:
+        """Claim the task id for a run (contract §8): True for the first run and its repeats, False for any other."""
+        return await self._database.transaction(
+            lambda connection: tasks.claim_task(connection, claim),
+            doing=f"claiming the task {claim.task_id}",
+            within_seconds=within_seconds,
+        )
+
+    async def write(self, write: TaskWrite, *, within_seconds: float = WORK_SECONDS) -> None:
+        """Row, events, exception records and NOTIFY in one transaction. Raises NotTheClaimant, TaskUnknown."""
+        await self._database.transaction(
+            lambda connection: tasks.write_task(connection, write),
+            doing=f"writing the events of the task {write.task_id}",
+            within_seconds=within_seconds,
+        )
+
+    async def write_log(self, task_id: str, writes: Sequence[TrainingLogWrite]) -> None:
+        """Append log lines of one task; lines that are there already are left out. Raises TaskUnknown."""
+        await self._database.transaction(
+            lambda connection: tasks.write_log(connection, task_id, writes),
+            doing=f"writing the training log of the task {task_id}",
+        )
+
+    async def task(self, task_id: str) -> TaskRow | None:
+        return await self._database.read(
+            lambda connection: reads.task(connection, task_id), doing=f"reading the task {task_id}"
+        )
+
+    async def is_claimed(self, task_id: str) -> bool:
+        """Whether any run ever claimed this id, its row purged or not."""
+        return await self._database.read(
+            lambda connection: reads.is_claimed(connection, task_id), doing=f"looking for the task {task_id}"
+        )
+
+    async def tasks(
+        self,
+        *,
+        tenant_id: str | None = None,
+        status: TaskStatus | None = None,
+        scene: Scene | None = None,
+        cursor: str | None = None,
+        limit: int = 50,
+    ) -> TaskPage:
+        """One page, newest first. Raises CursorInvalid."""
+        limit = _bounded(limit)
+        place = None if cursor is None else place_of_cursor(cursor)
+        rows = await self._database.read(
+            lambda connection: reads.task_list(
+                connection, tenant_id=tenant_id, status=status, scene=scene, after=place, limit=limit + 1
+            ),
+            doing="listing tasks",
+        )
+        page = rows[:limit]
+        has_more = len(rows) > limit
+        return TaskPage(tasks=page, cursor=list_cursor(page[-1].created_at, page[-1].task_id) if has_more else None)
+
+    async def events(self, task_id: str, *, after: str | None = None, limit: int = MAX_PAGE) -> list[TaskEvent]:
+        """A task's events after a cursor, in order of `seq`. Raises CursorInvalid."""
+        seq = 0 if after is None else seq_of_cursor(after, task_id)
+        return await self.events_after(task_id, seq, limit=limit)
+
+    async def events_after(self, task_id: str, seq: int, *, limit: int = MAX_PAGE) -> list[TaskEvent]:
+        """A task's events with a higher `seq`, in order."""
+        return await self._database.read(
+            lambda connection: reads.events(connection, task_id, after_seq=seq, limit=_bounded(limit)),
+            doing=f"reading the events of the task {task_id}",
+        )
+
+    async def training_log(
+        self, task_id: str, *, after_position: int = 0, limit: int = MAX_PAGE
+    ) -> list[TrainingLogRow]:
+        """A task's training log after a position, in order of arrival."""
+        return await self._database.read(
+            lambda connection: reads.log_rows(
+                connection, task_id, after_position=after_position, limit=_bounded(limit)
+            ),
+            doing=f"reading the training log of the task {task_id}",
+        )
+
+    async def exceptions(
+        self, *, task_id: str | None = None, codes: Sequence[str] | None = None, limit: int = MAX_PAGE
+    ) -> list[TaskExceptionRow]:
+        """Exception records, newest first: of one task or of all, of some codes or of any."""
+        return await self._database.read(
+            lambda connection: reads.exceptions(connection, task_id=task_id, codes=codes, limit=_bounded(limit)),
+            doing="reading exception records",
+        )
+
+
+def _bounded(limit: int) -> int:
+    return max(1, min(limit, MAX_PAGE))

@@ -1,0 +1,195 @@
+"""What is written: the claim, facts with the row, log lines. Each function is one transaction's work.
+
+Whoever writes to a task locks its row first and reads after that, in a statement of its own: what a single statement
+reads beside the lock may be older than what the lock waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from sqlalchemy import Row, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from contracts.fields import OwnModel, repaired
+from contracts.task_store import Fact, TaskClaim, TaskException, TaskState, TaskWrite, TrainingLogWrite
+from contracts.tasks import EventType, TaskStatus
+from store.fact_rules import WrittenSoFar
+from store.failures import NotTheClaimant, TaskUnknown
+from store.tables import EVENTS_CHANNEL, task_claims, task_events, task_exceptions, tasks, training_log
+
+ACCEPTED_KEY: Final = "accepted"
+METRICS_LINE: Final = 0
+_JSON_STATE: Final = ("credits", "prices", "confirmation", "result_urls", "output", "error")
+_JSON_FACT: Final = ("result_urls", "output", "error", "confirmation")
+_EVENT_COLUMNS: Final = frozenset(task_events.columns.keys())
+
+
+def _clean(value: Any) -> Any:
+    """The value without the characters that PostgreSQL refuses (pitfall 5), at any depth."""
+    if isinstance(value, str):
+        return repaired(value)
+    if isinstance(value, dict):
+        return {repaired(str(key)): _clean(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    return value
+
+
+def _columns(model: OwnModel, json_fields: Sequence[str]) -> dict[str, Any]:
+    """A model's fields as column values: documents as JSON, everything else as it is, all text clean."""
+    documents = model.model_dump(mode="json", include=set(json_fields))
+    return _clean({**model.model_dump(exclude=set(json_fields)), **documents})  # type: ignore[no-any-return]
+
+
+async def claim_task(connection: AsyncConnection, claim: TaskClaim) -> bool:
+    """Whether `claim`'s run holds the id; the first one's claim writes the row and the event `task.accepted`."""
+    won = await connection.scalar(
+        insert(task_claims)
+        .values(
+            task_id=claim.task_id,
+            first_execution_run_id=claim.first_execution_run_id,
+            workflow_id=claim.workflow_id,
+            tenant_id=claim.tenant_id,
+            input_sha256=claim.input_sha256,
+            claimed_at=claim.at,
+        )
+        .on_conflict_do_nothing()
+        .returning(task_claims.c.task_id)
+    )
+    if won is None:
+        holder = await connection.scalar(
+            select(task_claims.c.first_execution_run_id).where(task_claims.c.task_id == claim.task_id)
+        )
+        return bool(holder == claim.first_execution_run_id)
+    first = Fact(key=ACCEPTED_KEY, event=EventType.ACCEPTED, ts=claim.at, attempt=1, status=TaskStatus.QUEUED)
+    await connection.execute(
+        insert(tasks).values(
+            **claim.model_dump(exclude={"at"}),
+            **_columns(TaskState(version=0, status=TaskStatus.QUEUED), _JSON_STATE),
+            created_at=claim.at,
+            updated_at=claim.at,
+            last_seq=1,
+        )
+    )
+    await _insert_events(connection, claim.task_id, [(1, first)])
+    await connection.execute(select(func.pg_notify(EVENTS_CHANNEL, f"{claim.task_id}:1")))
+    return True
+
+
+async def write_task(connection: AsyncConnection, write: TaskWrite) -> None:
+    """Apply a write by the rules of contract §6. Raises NotTheClaimant, TaskUnknown."""
+    row = await _locked(connection, write.task_id)
+    if row.first_execution_run_id != write.first_execution_run_id:
+        raise NotTheClaimant(
+            f"The task {write.task_id} is another run's: run {write.first_execution_run_id} never claimed it, "
+            "and nothing was written. Start the task under a new task_id."
+        )
+    had_ended = row.ended_at is not None
+    so_far = WrittenSoFar(row.last_seq, had_ended, dict(row.job_sequences))
+    facts = [] if had_ended else [_with_clean_key(fact) for fact in write.facts]
+    taken = so_far.take(facts, await _known_keys(connection, write.task_id, facts)) if facts else []
+    if taken:
+        await _insert_events(connection, write.task_id, taken)
+    changes: dict[str, Any] = {}
+    if not had_ended and write.state.version > row.version:
+        changes |= _columns(write.state, _JSON_STATE)
+    if taken:
+        changes |= {"last_seq": so_far.last_seq, "job_sequences": so_far.job_sequences}
+    if so_far.has_ended and not had_ended:
+        changes["ended_at"] = taken[-1][1].ts
+    if changes:
+        await _update_row(connection, write.task_id, changes, notify_seq=so_far.last_seq if taken else None)
+    if write.exceptions:
+        await _insert_exceptions(connection, write.task_id, write.exceptions)
+
+
+async def write_log(connection: AsyncConnection, task_id: str, writes: Sequence[TrainingLogWrite]) -> None:
+    """Append the lines that are not there yet, numbered in order of arrival. Raises TaskUnknown."""
+    row = await _locked(connection, task_id)
+    found = await connection.execute(
+        select(training_log.c.training_id, training_log.c.sequence, training_log.c.line).where(
+            training_log.c.task_id == task_id,
+            training_log.c.training_id.in_({write.training_id for write in writes}),
+            training_log.c.sequence.in_({write.sequence for write in writes}),
+        )
+    )
+    known = {tuple(line) for line in found}
+    new: list[dict[str, Any]] = []
+    for line in (line for write in writes for line in _log_rows(write)):
+        key = (line["training_id"], line["sequence"], line["line"])
+        if key not in known:
+            known.add(key)
+            new.append({"task_id": task_id, "position": row.last_log_position + len(new) + 1, **line})
+    if not new:
+        return
+    await connection.execute(insert(training_log), new)
+    await connection.execute(
+        update(tasks).where(tasks.c.task_id == task_id).values(last_log_position=row.last_log_position + len(new))
+    )
+
+
+async def _locked(connection: AsyncConnection, task_id: str) -> Row[*tuple[Any, ...]]:
+    """The task's row, locked against other writers but not against rows that refer to it."""
+    statement = select(
+        tasks.c.first_execution_run_id,
+        tasks.c.version,
+        tasks.c.last_seq,
+        tasks.c.ended_at,
+        tasks.c.job_sequences,
+        tasks.c.last_log_position,
+    ).where(tasks.c.task_id == task_id)
+    row = (await connection.execute(statement.with_for_update(key_share=True))).one_or_none()
+    if row is None:
+        raise TaskUnknown(f"The task store has no task {task_id}: it was never claimed, or it was purged.")
+    return row
+
+
+def _with_clean_key(fact: Fact) -> Fact:
+    """The fact under the key and job id that the table will hold, so that both compare."""
+    job_id = None if fact.job_id is None else repaired(fact.job_id)
+    return fact.model_copy(update={"key": repaired(fact.key), "job_id": job_id})
+
+
+async def _known_keys(connection: AsyncConnection, task_id: str, facts: Sequence[Fact]) -> set[str]:
+    keys = {fact.key for fact in facts}
+    statement = select(task_events.c.key).where(task_events.c.task_id == task_id, task_events.c.key.in_(keys))
+    return set((await connection.scalars(statement)).all())
+
+
+async def _insert_events(connection: AsyncConnection, task_id: str, taken: Sequence[tuple[int, Fact]]) -> None:
+    rows = []
+    for seq, fact in taken:
+        values = _columns(fact, _JSON_FACT)
+        rows.append({"task_id": task_id, "seq": seq} | {k: v for k, v in values.items() if k in _EVENT_COLUMNS})
+    await connection.execute(insert(task_events), rows)
+
+
+async def _update_row(
+    connection: AsyncConnection, task_id: str, changes: dict[str, Any], *, notify_seq: int | None
+) -> None:
+    statement = update(tasks).where(tasks.c.task_id == task_id).values(**changes, updated_at=func.now())
+    if notify_seq is None:
+        await connection.execute(statement)
+    else:
+        await connection.execute(statement.returning(func.pg_notify(EVENTS_CHANNEL, f"{task_id}:{notify_seq}")))
+
+
+async def _insert_exceptions(connection: AsyncConnection, task_id: str, exceptions: Sequence[TaskException]) -> None:
+    rows = [{"task_id": task_id, **_columns(exception, ("details",))} for exception in exceptions]
+    await connection.execute(insert(task_exceptions).on_conflict_do_nothing(), rows)
+
+
+def _log_rows(write: TrainingLogWrite) -> list[dict[str, Any]]:
+    arrived = datetime.now(UTC)
+    rows: list[dict[str, Any]] = []
+    if write.metrics:
+        rows.append({"line": METRICS_LINE, "ts": arrived, "level": "info", "message": "", "metrics": write.metrics})
+    for number, line in enumerate(write.lines, start=METRICS_LINE + 1):
+        rows.append(
+            {"line": number, "ts": line.ts or arrived, "level": line.level, "message": line.message, "metrics": None}
+        )
+    return [{"training_id": write.training_id, "sequence": write.sequence, **_clean(row)} for row in rows]
