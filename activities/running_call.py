@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
@@ -38,30 +40,45 @@ async def answered(call_for: CallFor, call: Coroutine[Any, Any, T]) -> T:
 
     Raises ApplicationError (type: a `FailureCode`; retryable unless the request could not be sent) or CancelledError.
     """
+    with one_line(call_for) as line:
+        with time_limit(request_limit_seconds(activity.info())):
+            answer = await to_its_end(call)
+        line.outcome = _outcome_of(answer)
+        return answer
+
+
+@dataclass
+class LogLine:
+    """The outcome that a call's line tells; what is raised names itself."""
+
+    outcome: str = "ok"
+
+
+@contextmanager
+def one_line(call_for: CallFor) -> Iterator[LogLine]:
+    """Log one line about what happens inside: whose call, its outcome, milliseconds; never a body.
+
+    An OutsideFailure goes on as the ApplicationError that Temporal keeps.
+    """
     info = activity.info()
     bound = {"task_id": call_for.task_id, "tenant_id": call_for.tenant_id, "workflow_id": info.workflow_id}
+    line, began = LogLine(), time.monotonic()
     with structlog.contextvars.bound_contextvars(**bound):
-        began = time.monotonic()
-        outcome = "failed"
         try:
-            with time_limit(request_limit_seconds(info)):
-                answer = await to_its_end(call)
-            outcome = _outcome_of(answer)
-            return answer
+            yield line
         except OutsideFailure as failure:
-            outcome = failure.code.value
+            line.outcome = failure.code.value
             raise as_application_error(failure) from None
-        except asyncio.CancelledError:
-            outcome = "cancelled"
+        except BaseException as error:
+            line.outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
             raise
         finally:
-            milliseconds = round((time.monotonic() - began) * 1000)
             log.info(
                 "outside_call",
                 call=info.activity_type,
-                outcome=outcome,
+                outcome=line.outcome,
                 attempt=info.attempt,
-                milliseconds=milliseconds,
+                milliseconds=round((time.monotonic() - began) * 1000),
             )
 
 
@@ -78,9 +95,15 @@ async def to_its_end(call: Coroutine[Any, Any, T], details: Callable[[], tuple[A
 
 
 async def wait_with_heartbeats(
-    running: asyncio.Future[Any], details: Callable[[], tuple[Any, ...]] = tuple
+    running: asyncio.Future[Any],
+    details: Callable[[], tuple[Any, ...]] = tuple,
+    *,
+    on_cancel: Callable[[], object] = lambda: None,
 ) -> asyncio.CancelledError | None:
-    """Wait until `running` has ended; give back the cancellation that came meanwhile, or None. Cancels nothing."""
+    """Wait until `running` has ended; give back the cancellation that came meanwhile, or None.
+
+    A cancellation ends nothing by itself: `on_cancel` is called, and waiting goes on.
+    """
     cancellation: asyncio.CancelledError | None = None
     is_local = activity.info().is_local
     while not running.done():
@@ -88,6 +111,7 @@ async def wait_with_heartbeats(
             await asyncio.wait({running}, timeout=HEARTBEAT_SECONDS)
         except asyncio.CancelledError as error:
             cancellation = error
+            on_cancel()
         if not is_local:
             activity.heartbeat(*details())
     return cancellation

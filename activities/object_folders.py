@@ -1,0 +1,147 @@
+"""One folder of object storage, named by an address: `file://`, `s3://`, `gs://`, `az://`.
+
+Endpoints, regions and keys come from obstore's usual environment variables (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`,
+`GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, …). `file://` addresses may be relative to the working
+directory; they are percent-decoded like any URL's path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, ObjectStore, from_url
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
+
+SCHEMES: Final = frozenset({"file", "s3", "gs", "az"})
+READ_BYTES: Final = 1024 * 1024
+PART_BYTES: Final = 5 * 1024 * 1024
+PARTS_AT_ONCE: Final = 2
+"""Memory of one upload: at most these parts and the one that fills."""
+DELETES_AT_ONCE: Final = 16
+REMOTE: Final[ClientConfig] = {"connect_timeout": timedelta(seconds=2), "timeout": timedelta(seconds=60)}
+RETRIES: Final[RetryConfig] = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
+STORAGE_ERRORS: Final = (BaseError, OSError, ValueError)
+"""What obstore raises."""
+
+
+class BadAddress(ValueError):
+    """The address names no folder that we take; the message says why and never repeats credentials."""
+
+
+class LeadsOut(ValueError):
+    """A path or symbolic link leads out of its folder."""
+
+
+@dataclass(frozen=True)
+class FolderAddress:
+    """A checked address. `text` is absolute, without a slash at its end; `local` is set for `file://`."""
+
+    scheme: str
+    text: str
+    local: Path | None
+
+    def below(self, *parts: str) -> FolderAddress:
+        if self.local is not None:
+            return _local_address(self.local.joinpath(*parts))
+        return FolderAddress(self.scheme, "/".join([self.text, *parts]), None)
+
+
+@dataclass(frozen=True)
+class FoundObject:
+    """An object below a folder; `path` is relative to it."""
+
+    path: str
+    size_bytes: int
+
+
+def read_address(uri: str) -> FolderAddress:
+    """Check an address. Raises BadAddress."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        raise BadAddress("is no address") from None
+    if parts.scheme not in SCHEMES:
+        raise BadAddress("must begin with file://, s3://, gs:// or az://")
+    if parts.query or parts.fragment or "@" in parts.netloc:
+        raise BadAddress("must hold no credentials, query or fragment")
+    path = unquote(parts.netloc + parts.path)
+    if ".." in PurePosixPath(path.replace("\\", "/")).parts or any(character < " " for character in path):
+        raise BadAddress("must not hold '..' or control characters")
+    if parts.scheme == "file":
+        return _local_address(Path(path).absolute())
+    if not parts.netloc:
+        raise BadAddress("must name a bucket")
+    return FolderAddress(parts.scheme, uri.rstrip("/"), None)
+
+
+def _local_address(folder: Path) -> FolderAddress:
+    return FolderAddress("file", folder.as_uri(), folder)
+
+
+class ObjectFolder:
+    """Reads and writes below one folder. Every method raises STORAGE_ERRORS; a missing object is FileNotFoundError."""
+
+    def __init__(self, address: FolderAddress, *, make: bool = False) -> None:
+        self.address = address
+        if address.local is not None:
+            self._store: ObjectStore = LocalStore(address.local, mkdir=make, automatic_cleanup=make)
+        else:
+            self._store = _remote_store(address)
+
+    async def objects(self) -> AsyncIterator[FoundObject]:
+        async for batch in obstore.list(self._store, chunk_size=500):
+            for meta in batch:
+                yield FoundObject(meta["path"], meta["size"])
+
+    async def size_bytes(self, path: str) -> int:
+        meta = await obstore.head_async(self._store, path)
+        return meta["size"]
+
+    async def read(self, path: str) -> AsyncIterator[bytes]:
+        result = await obstore.get_async(self._store, path)
+        async for chunk in result.stream(min_chunk_size=READ_BYTES):
+            yield bytes(chunk)
+
+    async def read_whole(self, path: str) -> bytes:
+        result = await obstore.get_async(self._store, path)
+        return bytes(await result.bytes_async())
+
+    async def write(self, path: str, content: AsyncIterator[bytes] | bytes) -> None:
+        """Write an object whole or not at all."""
+        await obstore.put_async(self._store, path, content, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+
+    async def delete(self, paths: list[str]) -> None:
+        """Delete objects; one that is gone already is no error."""
+        for start in range(0, len(paths), DELETES_AT_ONCE):
+            await asyncio.gather(*(self._delete(path) for path in paths[start : start + DELETES_AT_ONCE]))
+
+    async def _delete(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            await obstore.delete_async(self._store, path)
+
+    async def check_inside(self, path: str) -> None:
+        """Raise LeadsOut where `path` leaves the folder, by '..' or (file://) by a symbolic link."""
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise LeadsOut(path)
+        if self.address.local is not None and not await asyncio.to_thread(is_inside, self.address.local, path):
+            raise LeadsOut(path)
+
+
+def is_inside(folder: Path, path: str) -> bool:
+    """Whether `path`, its symbolic links followed, still lies below `folder`, its own followed too."""
+    return (folder / path).resolve().is_relative_to(folder.resolve())
+
+
+def _remote_store(address: FolderAddress) -> ObjectStore:
+    return from_url(address.text, client_options=REMOTE, retry_config=RETRIES)
