@@ -24,14 +24,14 @@ _ID_PATTERN: Final = "{1,64}$"
 def read_model(model: type[Model], values: Mapping[str, Any]) -> Model:
     """The values as a model. Raises BadInput with one line a field."""
     try:
-        return model.model_validate(dict(values))
+        return model.model_validate(values)
     except ValidationError as error:
         fields: dict[str, str] = {}
         for issue in error.errors(include_url=False):
             name = ".".join(str(part) for part in issue["loc"]) or "input"
             fields.setdefault(name, _explained(issue))
         noun = "field is" if len(fields) == 1 else "fields are"
-        raise BadInput(f"Nothing was started: {len(fields)} {noun} wrong.", fields) from None
+        raise BadInput(f"Nothing was done: {len(fields)} {noun} wrong.", fields) from None
 
 
 def _explained(issue: ErrorDetails) -> str:
@@ -82,7 +82,7 @@ def named_values(field: str, pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         name, separator, text = pair.partition("=")
         if not name:
-            raise BadInput("Nothing was started: 1 field is wrong.", {field: f"must be name or name=value: {pair!r}"})
+            raise BadInput("Nothing was done: 1 field is wrong.", {field: f"must be name or name=value: {pair!r}"})
         values[name] = _json_or_text(text) if separator else True
     return values
 

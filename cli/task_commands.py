@@ -16,7 +16,7 @@ from cli.reports import picture_lines, print_json, print_lines, print_rows
 from cli.tasks import cancel_task, confirm_price, list_tasks, show_task, wanted_confirmation
 from cli.terminal import confirmation_of
 from contracts.fields import CallerId
-from contracts.tasks import ConfirmPrice, TaskStatus
+from contracts.tasks import CancelTask, ConfirmPrice, TaskStatus
 
 TaskIdArgument = Annotated[str, typer.Argument(metavar="TASK_ID", help="The task's id, without `task-` before it.")]
 
@@ -33,8 +33,9 @@ def watch(task_id: TaskIdArgument, as_json: Json = False) -> None:
     """
 
     async def work() -> ExitCode:
+        known_id = _checked_id(task_id)
         async with connection(read_settings()) as opened:
-            return await followed(opened, _checked_id(task_id), as_json=as_json)
+            return await followed(opened, known_id, as_json=as_json)
 
     perform(work, as_json=as_json)
 
@@ -51,8 +52,9 @@ def show(task_id: TaskIdArgument, as_json: Json = False) -> None:
     """
 
     async def work() -> ExitCode:
+        known_id = _checked_id(task_id)
         async with connection(read_settings()) as opened:
-            picture = await show_task(opened, _checked_id(task_id))
+            picture = await show_task(opened, known_id)
         if as_json:
             print_json(picture)
         else:
@@ -124,8 +126,10 @@ def cancel(
     """
 
     async def work() -> ExitCode:
+        known_id = _checked_id(task_id)
+        wanted = inputs.read_model(CancelTask, {"reason": reason})
         async with connection(read_settings()) as opened:
-            outcome = await cancel_task(opened, _checked_id(task_id), reason)
+            outcome = await cancel_task(opened, known_id, wanted.reason)
         if as_json:
             print_json({"task_id": task_id, "outcome": outcome})
         else:
@@ -152,10 +156,12 @@ def confirm(
     """
 
     async def work() -> ExitCode:
+        known_id = _checked_id(task_id)
+        if max_credits is not None:
+            inputs.read_model(ConfirmPrice, {"max_credits": max_credits})
         async with connection(read_settings()) as opened:
-            ceiling = max_credits if max_credits is not None else await _asked_price(opened, _checked_id(task_id))
-            wanted = inputs.read_model(ConfirmPrice, {"max_credits": ceiling})
-            in_force = await confirm_price(opened, _checked_id(task_id), wanted.max_credits)
+            ceiling = max_credits if max_credits is not None else await _asked_price(opened, known_id)
+            in_force = await confirm_price(opened, known_id, ceiling)
         if as_json:
             print_json({"task_id": task_id, "max_credits": in_force})
         else:

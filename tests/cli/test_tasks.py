@@ -1,0 +1,164 @@
+"""Watching, showing, listing, cancelling and confirming, whatever way a task goes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from cli.connection import Connection
+from cli.failures import BadInput, CannotReach, ExitCode, UnknownTask
+from cli.follow import follow
+from cli.start import start_image, start_training
+from cli.tasks import cancel_task, confirm_price, list_tasks, show_task
+from contracts.tasks import TaskStatus, TrainingProgress, TrainingResult
+from tests.cli.conftest import image_task, training_task
+from tests.conftest import unique
+
+
+class Seen:
+    """A watcher that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.progress: list[TrainingProgress] = []
+        self.sentences: list[str] = []
+
+    def progressed(self, progress: TrainingProgress) -> None:
+        self.progress.append(progress)
+
+    def waits_for_worker(self, sentence: str) -> None:
+        self.sentences.append(sentence)
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -> None:
+    async with asyncio.timeout(seconds):
+        while not await condition():  # noqa: ASYNC110 - what is waited for stands in the server
+            await asyncio.sleep(0.05)
+
+
+async def test_following_tells_each_change_and_the_end(opened: Connection) -> None:
+    started = await start_image(opened.client, image_task(), task_queue=opened.task_queue)
+    seen = Seen()
+    following = asyncio.create_task(follow(opened, started.handle, started.task_id, seen))
+
+    async def told(progress: float) -> bool:
+        return any(one.progress == progress for one in seen.progress)
+
+    await until(lambda: told(10.0))
+    await started.handle.signal("advance", 60.0)
+    await until(lambda: told(60.0))
+    await started.handle.signal("deliver")
+    outcome = await following
+    assert (outcome.status, outcome.exit_code) == (TaskStatus.COMPLETED, ExitCode.COMPLETED)
+    assert outcome.credits is not None
+    assert outcome.credits.charged == 24
+    states = [(one.stage, one.progress) for one in seen.progress]
+    assert states[:2] == [("processing", 10.0), ("processing", 60.0)]
+    assert len(states) == len(set(states)), "nothing is told twice"
+
+
+async def test_a_failed_task_says_code_sentence_and_points(opened: Connection) -> None:
+    started = await start_image(opened.client, image_task(prompt="fail"), task_queue=opened.task_queue)
+    outcome = await follow(opened, started.handle, started.task_id, Seen())
+    assert (outcome.status, outcome.exit_code) == (TaskStatus.FAILED, ExitCode.FAILED)
+    assert outcome.code == "insufficient_balance"
+    assert outcome.sentence is not None
+    assert "balance too low" in outcome.sentence
+    assert outcome.credits is not None
+    assert (outcome.credits.estimated, outcome.credits.charged) == (24, 0)
+
+
+async def test_a_cancel_ends_the_task_and_a_second_comes_too_late(opened: Connection) -> None:
+    started = await start_image(opened.client, image_task(), task_queue=opened.task_queue)
+    assert await cancel_task(opened, started.task_id, "wrong prompt") == "accepted"
+    outcome = await follow(opened, started.handle, started.task_id, Seen())
+    assert (outcome.status, outcome.exit_code) == (TaskStatus.CANCELLED, ExitCode.CANCELLED)
+    assert await cancel_task(opened, started.task_id, "again") == "too_late"
+
+
+@pytest.mark.parametrize(("end", "status"), [("cancel", TaskStatus.CANCELLED), ("terminate", TaskStatus.FAILED)])
+async def test_a_run_ended_in_temporal_is_told_as_such(opened: Connection, end: str, status: TaskStatus) -> None:
+    started = await start_image(opened.client, image_task(), task_queue=opened.task_queue)
+    await getattr(started.handle, end)()
+    outcome = await follow(opened, started.handle, started.task_id, Seen())
+    assert outcome.status is status
+    assert outcome.sentence
+    picture = await show_task(opened, started.task_id)
+    assert picture.task.status == status.value
+
+
+async def test_a_training_waits_for_its_price_and_ends_once_it_is_confirmed(opened: Connection) -> None:
+    started = await start_training(opened.client, training_task(), task_queue=opened.task_queue)
+    seen = Seen()
+    following = asyncio.create_task(follow(opened, started.handle, started.task_id, seen))
+
+    async def asked() -> bool:
+        return any(one.confirmation and one.confirmation.estimated_cost == 180 for one in seen.progress)
+
+    await until(asked)
+    with pytest.raises(BadInput, match="180 points are asked for"):
+        await confirm_price(opened, started.task_id, 100)
+    assert await confirm_price(opened, started.task_id, 200) == 200
+    outcome = await following
+    assert isinstance(outcome.result, TrainingResult)
+    assert outcome.result.output is not None
+    assert outcome.result.output.metrics == {"loss": 0.12}
+    with pytest.raises(BadInput, match="is over"):
+        await confirm_price(opened, started.task_id, 300)
+
+
+async def test_an_open_task_is_shown_with_stage_and_points(opened: Connection) -> None:
+    started = await start_image(opened.client, image_task(), task_queue=opened.task_queue)
+    picture = await show_task(opened, started.task_id)
+    assert picture.progress is not None
+    assert (picture.progress.stage, picture.task.tenant_id) == ("processing", "tenant-a")
+    assert picture.credits is not None
+    assert picture.credits.held == 24
+    assert picture.outcome is None
+
+
+async def test_an_unknown_task_is_named(opened: Connection) -> None:
+    with pytest.raises(UnknownTask, match="never-started"):
+        await show_task(opened, "never-started")
+    with pytest.raises(UnknownTask, match="never-started"):
+        await cancel_task(opened, "never-started", "")
+
+
+async def test_without_a_worker_watching_and_cancelling_say_so(
+    opened: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deserted = Connection(opened.client, opened.server, unique("queue"))
+    started = await start_image(deserted.client, image_task(), task_queue=deserted.task_queue)
+    seen = Seen()
+    following = asyncio.create_task(follow(deserted, started.handle, started.task_id, seen))
+
+    async def told() -> bool:
+        return bool(seen.sentences)
+
+    await until(told)
+    assert deserted.task_queue in seen.sentences[0]
+    monkeypatch.setattr("cli.tasks.UPDATE_SECONDS", 0.5)
+    with pytest.raises(CannotReach, match=deserted.task_queue):
+        await cancel_task(deserted, started.task_id, "")
+    await started.handle.terminate()
+    assert (await following).code == "terminated"
+
+
+async def test_lists_are_filtered_and_safe_against_any_text(opened: Connection) -> None:
+    tenant = unique("tenant")
+    mine = [image_task(tenant_id=tenant), image_task(tenant_id=tenant, priority="accelerated")]
+    for task in mine:
+        await start_image(opened.client, task, task_queue=opened.task_queue)
+
+    async def ids(**filters: str) -> set[str]:
+        return {row.task_id async for row in list_tasks(opened, filters=filters, limit=10)}
+
+    async def both_visible() -> bool:
+        return await ids(TenantId=tenant) == {task.task_id for task in mine}
+
+    await until(both_visible)
+    assert await ids(TenantId=tenant, TaskPriority="accelerated") == {mine[1].task_id}
+    assert await ids(TenantId=f"x' OR TenantId = '{tenant}") == set()
+    assert await ids(TenantId="back\\slash'") == set()
+    assert len([row async for row in list_tasks(opened, filters={"TenantId": tenant}, limit=1)]) == 1
