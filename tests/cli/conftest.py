@@ -21,6 +21,7 @@ from temporalio.client import Client
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Worker
+from typer.testing import CliRunner
 
 from cli.connection import Connection, Server
 from contracts.comfyui import TrainingOutput
@@ -41,6 +42,7 @@ from contracts.tasks import (
     TrainingResult,
     TrainingTask,
 )
+from starter import app
 from temporal_plugin import TasksPlugin
 from tests.conftest import unique
 
@@ -184,18 +186,32 @@ class Ended:
     err: str
 
 
+def _environment(connection: Connection | None, environment: dict[str, str] | None) -> dict[str, str]:
+    named = {"COLUMNS": "100"}
+    if connection is not None:
+        named["COMFYUI_TEMPORAL_TEMPORAL_ADDRESS"] = connection.server.address
+        named["COMFYUI_TEMPORAL_TASK_QUEUE"] = connection.task_queue
+    return named | (environment or {})
+
+
 async def run_command(
+    *arguments: str, connection: Connection | None = None, environment: dict[str, str] | None = None
+) -> Ended:
+    """One command, piped, in a thread of this process: its output is caught, so run one at a time."""
+    result = await asyncio.to_thread(
+        CliRunner().invoke, app, list(arguments), env=_environment(connection, environment)
+    )
+    return Ended(result.exit_code, result.stdout, result.stderr)
+
+
+async def start_process(
     *arguments: str,
     connection: Connection | None = None,
     cwd: Path = PROJECT,
     environment: dict[str, str] | None = None,
-) -> Ended:
-    """The command line as a script runs it: its own process, piped."""
-    settings = {"COLUMNS": "100"}
-    if connection is not None:
-        settings["COMFYUI_TEMPORAL_TEMPORAL_ADDRESS"] = connection.server.address
-        settings["COMFYUI_TEMPORAL_TASK_QUEUE"] = connection.task_queue
-    process = await asyncio.create_subprocess_exec(
+) -> asyncio.subprocess.Process:
+    """The command line as a script starts it: a process of its own, piped."""
+    return await asyncio.create_subprocess_exec(
         sys.executable,
         str(PROJECT / "starter.py"),
         *arguments,
@@ -203,7 +219,12 @@ async def run_command(
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         cwd=cwd,
-        env={**os.environ, **settings, **(environment or {})},
+        env={**os.environ, **_environment(connection, environment)},
     )
+
+
+async def run_process(*arguments: str, cwd: Path = PROJECT, environment: dict[str, str] | None = None) -> Ended:
+    """`start_process`, waited for."""
+    process = await start_process(*arguments, cwd=cwd, environment=environment)
     out, err = await asyncio.wait_for(process.communicate(), timeout=30)
     return Ended(process.returncode or 0, out.decode(), err.decode())

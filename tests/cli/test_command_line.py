@@ -9,47 +9,43 @@ from pathlib import Path
 
 import jwt
 import pytest
+from typer.testing import CliRunner
 
 from cli.connection import Connection
 from cli.failures import ExitCode
 from cli.start import start_image
 from contracts.stack import StackDescription
 from contracts.tasks import workflow_id_of
-from tests.cli.conftest import PROJECT, image_task, run_command
+from starter import app
+from tests.cli.conftest import image_task, run_command, run_process, start_process
 from tests.conftest import unique
 
 WHO = ("--tenant", "tenant-a", "--user", "ann")
 
 
 async def test_bad_input_is_told_field_by_field_and_nothing_is_started() -> None:
-    image, training, piped = await asyncio.gather(
-        run_command("generate", "a cat", *WHO, "--resolution", "8k", "--max-credits", "0", "--task-id", "a b"),
-        run_command("train", "--tenant", "tenant-a", "--epochs", "0", "--set", "optimizer=adam"),
-        run_command("generate", "secret words", "--tenant", "tenant-a", "--json", cwd=Path("/")),
-    )
-    assert (image.exit_code, training.exit_code, piped.exit_code) == (2, 2, 2)
+    image = await run_command("generate", "a cat", *WHO, "--resolution", "8k", "--max-credits", "0", "--task-id", "a b")
+    training = await run_command("train", "--tenant", "tenant-a", "--epochs", "0", "--set", "optimizer=adam")
+    script = await run_command("generate", "secret words", "--user", "ann", "--json")
+    assert (image.exit_code, training.exit_code, script.exit_code) == (2, 2, 2)
     assert "resolution: must be 'sd', 'hd' or '4k' (given: '8k')" in image.err
     assert "max_credits: must be greater than or equal to 1" in image.err
     assert "task_id: must be 1 to 64 of the characters A-Z a-z 0-9 _ - (given: 'a b')" in image.err
     assert {"user_id: is missing", "dataset: is missing"} <= {line.strip() for line in training.err.splitlines()}
     assert "hyperparameters.epochs: must be greater than or equal to 1 (given: 0)" in training.err
-    refused = json.loads(piped.out)["error"]
-    assert (refused["code"], list(refused["fields"])) == ("input_invalid", ["user_id"])
+    refused = json.loads(script.out)["error"]
+    assert (refused["code"], list(refused["fields"])) == ("input_invalid", ["tenant_id"])
 
 
 async def test_an_unreachable_server_is_named_within_three_seconds(unused_tcp_port: int) -> None:
     address = f"127.0.0.1:{unused_tcp_port}"
     began = time.monotonic()
-    human, script, configured = await asyncio.gather(
-        run_command("list", environment={"COMFYUI_TEMPORAL_TEMPORAL_ADDRESS": address}),
-        run_command("watch", "cat-1", "--json", environment={"COMFYUI_TEMPORAL_TEMPORAL_ADDRESS": address}),
-        run_command("show", "cat-1", environment={"TEMPORAL_ADDRESS": address}),
-    )
-    assert time.monotonic() - began < 10  # three interpreters starting at once; the wait itself ends at 2.5 s
-    assert [ended.exit_code for ended in (human, script, configured)] == [ExitCode.CANNOT_REACH] * 3
-    assert f"Cannot reach Temporal at {address}" in human.err
+    configured = await run_command("show", "cat-1", environment={"TEMPORAL_ADDRESS": address})
+    assert time.monotonic() - began < 3
+    script = await run_process("watch", "cat-1", "--json", environment={"COMFYUI_TEMPORAL_TEMPORAL_ADDRESS": address})
+    assert (configured.exit_code, script.exit_code) == (ExitCode.CANNOT_REACH, ExitCode.CANNOT_REACH)
+    assert f"Cannot reach Temporal at {address} (named by Temporal's environment configuration)" in configured.err
     assert address in json.loads(script.out)["error"]["message"]
-    assert "named by Temporal's environment configuration" in configured.err
 
 
 async def test_exit_codes_follow_how_tasks_end(opened: Connection) -> None:
@@ -57,43 +53,37 @@ async def test_exit_codes_follow_how_tasks_end(opened: Connection) -> None:
     for task in (done, failing, cancelled):
         await start_image(opened.client, task, task_queue=opened.task_queue)
     await opened.client.get_workflow_handle(workflow_id_of(done.task_id)).signal("deliver")
+
     accepted = await run_command("cancel", cancelled.task_id, "--reason", "wrong", connection=opened)
-    watched = await asyncio.gather(
-        *(run_command("watch", task.task_id, connection=opened) for task in (done, failing, cancelled))
-    )
-    others = await asyncio.gather(
-        run_command("cancel", done.task_id, "--json", connection=opened),
-        run_command("show", unique("unknown"), connection=opened),
-        run_command("generate", "a dog", *WHO, "--task-id", done.task_id, "--no-wait", connection=opened),
-    )
     assert (accepted.exit_code, accepted.out) == (0, "accepted\n")
+    watched = [await run_command("watch", task.task_id, connection=opened) for task in (done, failing, cancelled)]
     assert [ended.exit_code for ended in watched] == [ExitCode.COMPLETED, ExitCode.FAILED, ExitCode.CANCELLED]
-    assert [ended.exit_code for ended in others] == [ExitCode.TOO_LATE, ExitCode.UNKNOWN_TASK, ExitCode.TASK_EXISTS]
-    assert json.loads(others[0].out) == {"task_id": done.task_id, "outcome": "too_late"}
     assert "http://127.0.0.1/results/job-1/0.png" in watched[0].out
     assert "estimated 24, held 24, charged 24, returned 0" in watched[0].out
     assert "insufficient_balance" in watched[1].out
     assert "\x1b" not in watched[1].out, "text from outside cannot steer the terminal"
 
+    late = await run_command("cancel", done.task_id, "--json", connection=opened)
+    unknown = await run_command("show", unique("unknown"), connection=opened)
+    taken = await run_command("generate", "a dog", *WHO, "--task-id", done.task_id, "--no-wait", connection=opened)
+    assert (late.exit_code, json.loads(late.out)["outcome"]) == (ExitCode.TOO_LATE, "too_late")
+    assert (unknown.exit_code, taken.exit_code) == (ExitCode.UNKNOWN_TASK, ExitCode.TASK_EXISTS)
+
 
 async def test_a_task_is_started_and_followed_in_plain_lines(opened: Connection) -> None:
     task_id = unique("image")
-    following = asyncio.create_task(
-        run_command("generate", "a cat", *WHO, "--task-id", task_id, "--extra", "hires_fix", connection=opened)
-    )
+    process = await start_process("generate", "a cat", *WHO, "--task-id", task_id, connection=opened)
+    assert process.stdout is not None
     handle = opened.client.get_workflow_handle(workflow_id_of(task_id))
+    lines: list[str] = []
     async with asyncio.timeout(20):
-        while True:
-            try:
+        while raw := await process.stdout.readline():
+            lines.append(raw.decode().rstrip())
+            if "10 %" in lines[-1]:
                 await handle.signal("advance", 55.0)
-                break
-            except Exception:
-                await asyncio.sleep(0.1)
-    await asyncio.sleep(1.2)  # two polls of the follower: what it tells in between is the point
-    await handle.signal("deliver")
-    ended = await following
-    assert ended.exit_code == 0
-    lines = ended.out.splitlines()
+            if "55 %" in lines[-1]:
+                await handle.signal("deliver")
+        assert await process.wait() == 0
     assert lines[0] == f"Started task {task_id}"
     assert any("processing" in line and "55 %" in line for line in lines)
     assert any(line.split() == ["status", "completed"] for line in lines)
@@ -107,11 +97,9 @@ async def test_json_is_one_document_with_progress_beside_it(opened: Connection) 
     told = json.loads(started.out)
     assert (told["task_id"], told["workflow_id"], told["is_new"]) == (task_id, workflow_id_of(task_id), True)
     await opened.client.get_workflow_handle(workflow_id_of(task_id)).signal("deliver")
-    watched, shown, listed = await asyncio.gather(
-        run_command("watch", task_id, "--json", connection=opened),
-        run_command("show", task_id, "--json", connection=opened),
-        run_command("list", "--tenant", "tenant-a", "--limit", "1000", "--json", connection=opened),
-    )
+    watched = await run_command("watch", task_id, "--json", connection=opened)
+    shown = await run_command("show", task_id, "--json", connection=opened)
+    listed = await run_command("list", "--tenant", "tenant-a", "--limit", "1000", "--json", connection=opened)
     outcome = json.loads(watched.out)
     assert outcome["result"]["credits"]["charged"] == 24
     assert json.loads(shown.out)["task"]["priority"] == "standard"
@@ -136,7 +124,7 @@ async def test_the_local_stack_names_server_queue_and_user(opened: Connection, t
     (tmp_path / ".run").mkdir()
     (tmp_path / ".run" / "stack.json").write_text(stack.model_dump_json())
     task_id = unique("image")
-    ended = await run_command(
+    ended = await run_process(
         *("generate", "a cat", "--tenant", "tenant-demo", "--task-id", task_id, "--no-wait", "--json"), cwd=tmp_path
     )
     assert ended.exit_code == 0, ended.err + ended.out
@@ -149,17 +137,6 @@ async def test_the_local_stack_names_server_queue_and_user(opened: Connection, t
 
 @pytest.mark.parametrize("command", ["generate", "train", "watch", "show", "list", "cancel", "confirm"])
 def test_every_command_teaches_by_example(command: str) -> None:
-    from typer.testing import CliRunner
-
-    from starter import app
-
     help_text = CliRunner().invoke(app, [command, "--help"]).output
     assert f"comfyui-tasks {command}" in help_text
     assert "Exit codes:" in help_text
-
-
-def test_the_entry_point_publishes_the_functions_behind_the_commands() -> None:
-    import starter
-
-    assert all(hasattr(starter, name) for name in starter.__all__)
-    assert (PROJECT / "starter.py").exists()
