@@ -5,15 +5,23 @@ Everything that must survive is here: a hold that may stand, a job that may run,
 
 from __future__ import annotations
 
-from pydantic import JsonValue
+from pydantic import Field
 
-from contracts.comfyui import Checkpoint, JobRequest, JobState, TrainingOutput, TrainingRequest, TrainingState
+from contracts.comfyui import (
+    Checkpoint,
+    DatasetSnapshot,
+    JobRequest,
+    JobState,
+    TrainingOutput,
+    TrainingRequest,
+    TrainingState,
+)
 from contracts.credits import PreDeductRequest
 from contracts.errors import ErrorDetails
 from contracts.fields import Instant, OwnModel
 from contracts.policy import Policy
 from contracts.task_store import Fact, TaskException, TaskState
-from contracts.tasks import TaskStatus
+from contracts.tasks import ImageTask, TaskStatus, TrainingTask
 
 
 class JobNews(OwnModel):
@@ -142,7 +150,7 @@ class ClockState(OwnModel):
 class RecordState(OwnModel):
     """A task's record and the facts that are not written yet."""
 
-    state: TaskState
+    state: TaskState = Field(default_factory=lambda: TaskState(version=0, status=TaskStatus.QUEUED))
     unwritten: list[Fact] = []
     exceptions: list[TaskException] = []
     written_status: TaskStatus | None = None
@@ -151,25 +159,48 @@ class RecordState(OwnModel):
 
 
 class PriceState(OwnModel):
-    """A training's price: what was confirmed, and the hours of earlier attempts that count."""
+    """A task's price in points: what was confirmed, and for a training the hours that count.
+
+    `carried_gpu_hours` are those of earlier attempts, up to the checkpoint that the present one resumed from.
+    """
 
     ceiling: int = 0
+    job_estimate: int = 0
     carried_gpu_hours: float = 0.0
     gpu_hours: float = 0.0
     resume_from: str | None = None
     checkpoint: Checkpoint | None = None
     asked_at_checkpoint: str | None = None
-    is_asking: bool = False
+
+
+class DatasetState(OwnModel):
+    """A training's snapshot: noted before it is made, so that what was half copied is deleted too."""
+
+    snapshot: DatasetSnapshot | None = None
+    is_asked: bool = False
+    is_deleted: bool = False
 
 
 class CarriedRun(OwnModel):
-    """Everything a continued run goes on with."""
+    """Everything a continued run goes on with; a first run starts from the defaults."""
 
-    policy: Policy
-    record: RecordState
-    watch: WatchState
-    clock: ClockState
-    hold: HoldState
-    jobs: list[AskedJob]
-    price: PriceState | None = None
-    snapshot: dict[str, JsonValue] | None = None
+    policy: Policy | None = None
+    record: RecordState = Field(default_factory=RecordState)
+    watch: WatchState = Field(default_factory=WatchState)
+    clock: ClockState = Field(default_factory=ClockState)
+    hold: HoldState = Field(default_factory=HoldState)
+    jobs: list[AskedJob] = []
+    price: PriceState = Field(default_factory=PriceState)
+    dataset: DatasetState = Field(default_factory=DatasetState)
+
+
+class ImageRun(ImageTask):
+    """Argument of `ImageGenerationWorkflow`: the task, and in a continued run what it goes on with."""
+
+    carried: CarriedRun | None = None
+
+
+class TrainingRun(TrainingTask):
+    """Argument of `TrainingWorkflow`: the task, and in a continued run what it goes on with."""
+
+    carried: CarriedRun | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import unquote
+
 from pydantic import Field
 
 from contracts.fields import OwnModel
@@ -33,3 +35,8 @@ class Policy(OwnModel):
     continue_as_new_signals: int = 5_000
     dataset_roots: list[str] = []
     """Prefixes below which this tenant's `dataset.source_uri` and `resume_from` must lie."""
+
+    def is_own_address(self, uri: str) -> bool:
+        """Whether the address lies below one of this tenant's prefixes, without climbing out of it."""
+        climbs = any(part in ("..", ".") for part in unquote(uri).replace("\\", "/").split("/"))
+        return not climbs and any(uri.startswith(root) and len(uri) > len(root) for root in self.dataset_roots)

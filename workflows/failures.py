@@ -1,0 +1,59 @@
+"""How a task ends other than well.
+
+    TaskEnd
+    ├── TaskStopped    a cancel was obeyed
+    └── TaskFailed     with a code of contract §1
+
+Anything else that is raised in workflow code is a bug or an eviction: it fails the workflow task and undoes nothing
+(pitfall 9), so that a fixed worker goes on where the broken one stopped.
+"""
+
+from __future__ import annotations
+
+from contracts.errors import JOB_CODES, ErrorDetails, FailureCode, Refusal
+from temporalio.exceptions import ActivityError, ApplicationError, FailureError
+
+
+class TaskEnd(Exception):
+    """The task ends without delivery; what was done for it is given back."""
+
+
+class TaskStopped(TaskEnd):
+    """A cancel was seen before the delivery was."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason or "The task was cancelled.")
+
+
+class TaskFailed(TaskEnd):
+    """The task fails with `code`; `error_details` where a job told them."""
+
+    def __init__(self, code: FailureCode, sentence: str, error_details: ErrorDetails | None = None) -> None:
+        self.code = code
+        self.error_details = error_details or ErrorDetails(code=code.value, message=sentence, retryable=False)
+        super().__init__(sentence)
+
+    @classmethod
+    def by_refusal(cls, refusal: Refusal) -> TaskFailed:
+        """A definite refusal ends the task with the refusal's code; `job_refused` with the job's own (contract §2)."""
+        if refusal.error_details is not None:
+            return cls.by_job(refusal.error_details)
+        return cls(refusal.code, refusal.sentence)
+
+    @classmethod
+    def by_job(cls, details: ErrorDetails) -> TaskFailed:
+        code = FailureCode(details.code) if details.code in JOB_CODES else FailureCode.INTERNAL
+        return cls(code, details.message or f"The job ended with {details.code}.", details)
+
+
+def why(error: FailureError, unavailable: FailureCode) -> TaskFailed:
+    """The failure that an activity gave up with: its last attempt's own code and sentence, else `unavailable`."""
+    known = {code.value for code in FailureCode}
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ApplicationError) and cause.type in known:
+            return TaskFailed(FailureCode(cause.type), cause.message)
+        cause = cause.__cause__
+    last = error.cause if isinstance(error, ActivityError) and error.cause else error
+    return TaskFailed(unavailable, f"The call got no answer in time ({last}).")

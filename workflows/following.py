@@ -1,0 +1,70 @@
+"""Row 4: one job followed until it ends, the task is stopped or its time is up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Final, Protocol
+
+from contracts.carried import JobNews
+
+from workflows.alarm import Alarm
+from workflows.credit_hold import CreditHold
+from workflows.job_watch import JobWatch
+from workflows.stop import Stop
+
+SUMMARY: Final = "4 wait: callback, poll, deadline"
+
+
+class Concern(Protocol):
+    """Something that is looked after while a job runs."""
+
+    def due(self) -> datetime | None:
+        """When it wants to be looked at next, or None."""
+
+    def check(self) -> None:
+        """Act if it is due. Raises TaskEnd where the task is to end."""
+
+
+class Following:
+    """The one loop that waits for a job: the inbox first, then the wish to stop, then everything that is due.
+
+    A delivery in the inbox beats a cancel and a deadline (design, decision 8).
+    """
+
+    def __init__(
+        self,
+        watch: JobWatch,
+        hold: CreditHold,
+        stop: Stop,
+        alarm: Alarm,
+        concerns: Sequence[Concern],
+        continue_as_new: Callable[[], None],
+    ) -> None:
+        self._watch = watch
+        self._hold = hold
+        self._stop = stop
+        self._alarm = alarm
+        self._concerns = concerns
+        self._continue_as_new = continue_as_new
+
+    async def job_end(self) -> JobNews:
+        """The current job's last word, good or bad. Raises TaskEnd, or continues as new."""
+        while True:
+            self._watch.read()
+            newest = self._watch.newest
+            if newest is not None and newest.is_final:
+                self._watch.stop_polling()
+                return newest
+            self._stop.obey()
+            for concern in self._concerns:
+                concern.check()
+            self._continue_as_new()
+            await self._alarm.until(self._has_word, self._next_due(), SUMMARY)
+
+    def _has_word(self) -> bool:
+        return self._watch.has_word() or self._stop.requested or self._hold.has_word()
+
+    def _next_due(self) -> datetime | None:
+        dues = [due for concern in self._concerns if (due := concern.due()) is not None]
+        return min(dues) if dues else None

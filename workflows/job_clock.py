@@ -1,0 +1,105 @@
+"""The instants a task is measured against (contract §1): deadline, cap, queue SLA. All spans in minutes."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from contracts.carried import ClockState
+from contracts.errors import ExceptionCode, FailureCode
+from contracts.fields import minutes_from
+from contracts.tasks import EventType, TaskStatus
+from temporalio import workflow
+
+from workflows.failures import TaskFailed
+from workflows.task_record import TaskRecord
+
+
+class JobClock:
+    """Deadline = attempt's start + factor × estimated_time; the whole task is capped from its first start."""
+
+    def __init__(self, record: TaskRecord, carried: ClockState, *, default_eta_minutes: float) -> None:
+        self._record = record
+        self._state = carried
+        self._default_eta_minutes = default_eta_minutes
+        self.factor = 1.0
+        self.cap_minutes = 0.0
+        self.queue_sla_minutes = 0.0
+
+    def carry(self) -> ClockState:
+        return self._state
+
+    def configure(self, *, factor: float, cap_minutes: float, queue_sla_minutes: float) -> None:
+        """Limits from the policy; the caller's options have already lowered them."""
+        self.factor, self.cap_minutes, self.queue_sla_minutes = factor, cap_minutes, queue_sla_minutes
+
+    def estimated(self, minutes: float | None) -> None:
+        """The latest `estimated_time` wins; the first span fixes the cap."""
+        if minutes is None and self._state.estimated_time is not None:
+            return
+        self._state.estimated_time = minutes if minutes is not None else self._default_eta_minutes
+        self._record.state.estimated_time = self._state.estimated_time
+
+    def start(self) -> None:
+        """An attempt is submitted (an image) or started (a training)."""
+        now = workflow.now()
+        self._state.attempt_start = now
+        self._state.queued_since = now
+        if self._state.first_start is None:
+            self._state.first_start = now
+            self._state.first_span_minutes = self._span_minutes()
+
+    def not_started(self) -> None:
+        """A training was created: until its start no deadline runs."""
+        self._state.attempt_start = self._state.queued_since = None
+
+    def deadline(self) -> datetime:
+        """When the present attempt is out of time; before a start, as if it started now."""
+        start = self._state.attempt_start or workflow.now()
+        return min(minutes_from(start, self._span_minutes()), self._cap())
+
+    def left_for_retry(self) -> datetime:
+        """Until when another attempt may still begin."""
+        return self._cap()
+
+    def _span_minutes(self) -> float:
+        eta = self._state.estimated_time if self._state.estimated_time is not None else self._default_eta_minutes
+        return self.factor * eta
+
+    def _cap(self) -> datetime:
+        first_span = self._state.first_span_minutes or self._span_minutes()
+        start = self._state.first_start or workflow.now()
+        return minutes_from(start, min(2 * first_span, self.cap_minutes))
+
+    # What the follow loop asks
+
+    def due(self) -> datetime:
+        sla = self._sla_at()
+        return min(self.deadline(), sla) if sla else self.deadline()
+
+    def check(self) -> None:
+        """Raise TaskFailed `timeout` past the deadline; record a missed queue SLA once."""
+        now = workflow.now()
+        if now >= self.deadline():
+            raise TaskFailed(FailureCode.TIMEOUT, self._timeout_sentence())
+        sla = self._sla_at()
+        if sla is not None and now >= sla:
+            self._miss_sla()
+
+    def _sla_at(self) -> datetime | None:
+        if self._state.sla_told or self._state.queued_since is None:
+            return None
+        if self._record.state.status is not TaskStatus.QUEUED:
+            return None
+        return minutes_from(self._state.queued_since, self.queue_sla_minutes)
+
+    def _miss_sla(self) -> None:
+        self._state.sla_told = True
+        minutes = f"{self.queue_sla_minutes:g}"
+        message = f"Still queued after {minutes} minutes, longer than promised; the task goes on."
+        self._record.tell_exception("queue_sla", ExceptionCode.QUEUE_SLA_MISSED, message)
+        self._record.tell("queue_sla", EventType.RUNNING, message=message)
+
+    def _timeout_sentence(self) -> str:
+        started = self._state.attempt_start or workflow.now()
+        span = timedelta(seconds=round((self.deadline() - started).total_seconds()))
+        return f"The job did not end within {span} (its deadline); job and credits were given back."

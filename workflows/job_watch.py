@@ -1,0 +1,201 @@
+"""One job followed: any payload taken in, newest wins, early ones kept, polled when it is silent (contract §2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Final
+
+from contracts.calls import JobCall
+from contracts.carried import JobNews, WatchState
+from contracts.comfyui import JobState, TrainingState
+from contracts.errors import Answer, ErrorDetails, FailureCode
+from contracts.outside_json import UnreadableJson, read_json
+from contracts.tasks import TaskStatus
+from pydantic import ValidationError
+from temporalio import workflow
+from temporalio.exceptions import FailureError, is_cancelled_exception
+from temporalio.workflow import ActivityHandle
+
+from workflows.job_routes import JobRoutes
+from workflows.outside_call import OutsideCall
+from workflows.task_record import TaskRecord
+
+MAX_INBOX: Final = 256
+MAX_PAYLOAD_BYTES: Final = 256 * 1024
+LOST_AFTER: Final = timedelta(seconds=10)
+
+
+class JobWatch:
+    """The newest word on the task's current job, and the inbox that signals fill.
+
+    A message may come before the call that made its job has answered: it waits in the inbox until the id is known.
+    """
+
+    def __init__(
+        self, task_id: str, routes: JobRoutes, outside: OutsideCall, record: TaskRecord, carried: WatchState
+    ) -> None:
+        self._task_id = task_id
+        self._routes = routes
+        self._outside = outside
+        self._record = record
+        self.state = carried
+        self.poll_after_seconds = 30.0
+        self.poll_at_most_seconds = 120.0
+        self._poll: ActivityHandle[Answer[JobState]] | ActivityHandle[Answer[TrainingState]] | None = None
+        self._unknown_since: datetime | None = None
+        self._told: list[Callable[[JobNews], None]] = []
+
+    def carry(self) -> WatchState:
+        return self.state
+
+    def on_news(self, told: Callable[[JobNews], None]) -> None:
+        """Have `told` called with every message that is applied, in order."""
+        self._told.append(told)
+
+    # Intake: a signal handler stores, the flow decides
+
+    def take(self, payload: bytes | None) -> None:
+        """Any payload at all (pitfall 2): what cannot be a message of this task is counted, never raised."""
+        news = self._read(payload)
+        if news is None:
+            self.state.callbacks_refused += 1
+            return
+        inbox = self.state.inbox
+        if len(inbox) >= MAX_INBOX:
+            droppable = next((i for i, message in enumerate(inbox) if not message.is_final), 0)
+            del inbox[droppable]
+        inbox.append(news)
+
+    def _read(self, payload: bytes | None) -> JobNews | None:
+        if payload is None:
+            return None
+        try:
+            value = read_json(payload, max_bytes=MAX_PAYLOAD_BYTES)
+            if not isinstance(value, dict) or value.get("task_id") not in (None, "", self._task_id):
+                return None
+            return self._routes.news_of(value)
+        except (UnreadableJson, ValidationError):
+            return None
+
+    # The current job
+
+    def follow(self, job_id: str, *, first: JobNews | None = None) -> None:
+        """From now on `job_id` is the job that counts; an earlier one's messages are counted, never applied."""
+        if self.state.current is not None and self.state.current != job_id:
+            self.state.earlier.append(self.state.current)
+        self.state.current = job_id
+        self.state.newest = None
+        self.state.last_news_at = workflow.now()
+        self.state.silence_seconds = 0.0
+        self._unknown_since = None
+        self.stop_polling()
+        if first is not None:
+            self._apply(first)
+
+    def started(self) -> None:
+        """A training was started: its silence counts from here."""
+        self.state.last_news_at = workflow.now()
+
+    def has_word(self) -> bool:
+        """Whether `read` has something to do."""
+        if self.state.current is None:
+            return False
+        return bool(self.state.inbox) or (self._poll is not None and self._poll.done())
+
+    def read(self) -> None:
+        """Apply the inbox, then a poll's answer: newest wins."""
+        inbox, self.state.inbox = self.state.inbox, []
+        for news in inbox:
+            if news.job_id == self.state.current:
+                self._apply(news)
+            else:
+                self.state.callbacks_refused += 1
+        if self._poll is not None and self._poll.done():
+            self._take_poll()
+
+    @property
+    def newest(self) -> JobNews | None:
+        return self.state.newest
+
+    def _apply(self, news: JobNews) -> None:
+        newest = self.state.newest
+        if newest is not None and (news.sequence <= newest.sequence or newest.is_final):
+            return
+        is_new_stage = newest is None or (news.stage, news.status) != (newest.stage, newest.status)
+        self.state.newest = news
+        self.state.last_news_at = workflow.now()
+        self.state.silence_seconds = 0.0
+        self._unknown_since = None
+        self._record.apply(news, attempt_changed=newest is None)
+        for told in self._told:
+            told(news)
+        self._record.tell_progress(news, is_new_stage=is_new_stage or news.is_final)
+
+    # Polling covers for callbacks that stay out
+
+    def due(self) -> datetime | None:
+        if self._poll is not None or self.state.last_news_at is None:
+            return None
+        if self._unknown_since is not None:
+            return self._unknown_since + LOST_AFTER
+        silence = self.state.silence_seconds or self.poll_after_seconds
+        since = self.state.last_news_at
+        expected = self.state.newest.next_eta if self.state.newest else None
+        if expected is not None:
+            until_expected = (expected - since).total_seconds()
+            silence = min(max(silence, until_expected), max(silence, self.poll_at_most_seconds))
+        return since + timedelta(seconds=silence)
+
+    def check(self) -> None:
+        """Ask ComfyUI where it has been silent for too long."""
+        due = self.due()
+        if due is not None and workflow.now() >= due and self.state.current is not None:
+            call = JobCall(call_for=self._outside.call_for, job_id=self.state.current)
+            self._poll = self._outside.visible(self._routes.get, call, summary="4 poll")
+
+    def is_polling(self) -> bool:
+        return self._poll is not None
+
+    def stop_polling(self) -> None:
+        """A poll changes nothing and may be dropped at any time."""
+        if self._poll is not None:
+            self._poll.cancel()
+            self._poll = None
+
+    def _take_poll(self) -> None:
+        poll, self._poll = self._poll, None
+        assert poll is not None
+        try:
+            answer = poll.result()
+        except FailureError as error:
+            if is_cancelled_exception(error):
+                return
+            answer = Answer()
+        self._silent_again()
+        if answer.reply is not None:
+            self._apply(self._routes.news_of_state(answer.reply))
+        elif answer.refusal is not None and answer.refusal.code is FailureCode.LOST:
+            self._unknown()
+
+    def _silent_again(self) -> None:
+        longer = 2 * (self.state.silence_seconds or self.poll_after_seconds)
+        self.state.silence_seconds = min(longer, max(self.poll_at_most_seconds, self.poll_after_seconds))
+        self.state.last_news_at = workflow.now()
+
+    def _unknown(self) -> None:
+        """404 twice, 10 s apart: the server has lost the job (contract §1)."""
+        now = workflow.now()
+        if self._unknown_since is None:
+            self._unknown_since = now
+        elif now >= self._unknown_since + LOST_AFTER:
+            self._lose(ErrorDetails(code=FailureCode.LOST, message="ComfyUI no longer knows the job.", retryable=True))
+
+    def _lose(self, details: ErrorDetails) -> None:
+        assert self.state.current is not None
+        newest = self.state.newest
+        self.state.newest = (
+            newest.model_copy(update={"error": details, "succeeded": False})
+            if newest is not None
+            else JobNews(job_id=self.state.current, sequence=0, status=TaskStatus.QUEUED, error=details)
+        )

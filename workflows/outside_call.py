@@ -1,0 +1,207 @@
+"""One call to another party, as the workflow sees it.
+
+1. A call that changes money or a job is a visible activity from its first try: its key and body stand in history
+   before the effect, and a repeat sends the same (design, decision 1).
+2. A definite refusal is an answer. What cannot be answered in time raises TaskFailed with the party's code.
+3. No call is cut short. An opening call that is being retried when the task is to stop is asked to end after the
+   attempt in flight; its effect, if any, is learned by the undo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any, Final, Protocol, TypeVar
+
+from contracts.calls import CallFor
+from contracts.comfyui import TaskPriority
+from contracts.errors import Answer, FailureCode, Refusal
+from contracts.permissions import Scene
+from temporalio import workflow
+from temporalio.common import Priority, RetryPolicy
+from temporalio.exceptions import ApplicationError, FailureError, is_cancelled_exception
+from temporalio.workflow import ActivityCancellationType, ActivityHandle
+
+from workflows.failures import why
+from workflows.stop import Stop
+
+Argument = TypeVar("Argument")
+Reply = TypeVar("Reply")
+Result = TypeVar("Result")
+Method = Callable[[Any, Argument], Awaitable[Result]]
+
+ATTEMPT_TIMEOUT: Final = timedelta(seconds=10)
+HEARTBEAT_TIMEOUT: Final = timedelta(seconds=2)
+UNREADABLE_FOR: Final = timedelta(minutes=15)
+ASK_AGAIN_AFTER: Final = timedelta(seconds=30)
+RETRY: Final = RetryPolicy(
+    initial_interval=timedelta(seconds=1), backoff_coefficient=2, maximum_interval=timedelta(seconds=30)
+)
+RETRY_SILENCE_ONLY: Final = RetryPolicy(
+    initial_interval=timedelta(seconds=1),
+    backoff_coefficient=2,
+    maximum_interval=timedelta(seconds=30),
+    non_retryable_error_types=[FailureCode.REPLY_INVALID],
+)
+LOCAL_RETRY: Final = RetryPolicy(initial_interval=timedelta(milliseconds=200), maximum_attempts=2)
+LOCAL_TIMEOUT: Final = timedelta(seconds=3)
+LOCAL_RETRY_THRESHOLD: Final = timedelta(seconds=2.5)
+PRIORITY_KEYS: Final = {TaskPriority.ACCELERATED: 1, TaskPriority.STANDARD: 3}
+
+
+class _NoLocalAnswer(Exception):
+    """The short local try did not succeed in time."""
+
+
+class TaskFor(Protocol):
+    """What a call needs to know of the task it is made for."""
+
+    task_id: str
+    tenant_id: str
+    user_id: str
+    priority: TaskPriority
+
+    @property
+    def scene(self) -> Scene: ...
+
+
+class OutsideCall:
+    """Makes the calls of one task: for its tenant, at its priority."""
+
+    def __init__(self, task: TaskFor, stop: Stop) -> None:
+        self.call_for = CallFor(task_id=task.task_id, tenant_id=task.tenant_id, user_id=task.user_id, scene=task.scene)
+        self.priority = Priority(priority_key=PRIORITY_KEYS[task.priority], fairness_key=task.tenant_id)
+        self._stop = stop
+
+    def key(self, step: str, n: int) -> str:
+        """`X-Idempotency-Key` (contract §2, §4)."""
+        return f"{self.call_for.task_id}:{step}:{n}"
+
+    async def opening(
+        self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str, minutes: float
+    ) -> Answer[Reply]:
+        """A call that begins something, retried for `minutes`.
+
+        Raises TaskFailed (the party's `*_unavailable`, or `reply_invalid`), or TaskStopped where a stop was asked
+        for and the call has not been answered.
+        """
+        self._stop.obey()
+        handle = self.visible(method, argument, summary=summary, within=timedelta(minutes=minutes))
+        await workflow.wait_condition(lambda: handle.done() or self._stop.requested)
+        if not handle.done():
+            handle.cancel()
+        try:
+            return await handle
+        except FailureError as error:
+            if is_cancelled_exception(error):
+                self._stop.obey()
+            raise why(error, _unavailable(method)) from error
+
+    async def until_answered(
+        self,
+        method: Method[Argument, Answer[Reply]],
+        argument: Argument,
+        *,
+        summary: str,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Answer[Reply] | None:
+        """A call that is repeated without end for silence, 429 and 5xx (contract §4).
+
+        An answer that stays unreadable for 15 minutes counts as a refusal. None where `give_up()` came first.
+        """
+        unreadable_until = None
+        while True:
+            handle = self.visible(method, argument, summary=summary, retry=RETRY_SILENCE_ONLY)
+            await workflow.wait_condition(lambda handle=handle: handle.done() or give_up())  # type: ignore[misc]
+            if not handle.done():
+                handle.cancel()
+            try:
+                return await handle
+            except FailureError as error:
+                if is_cancelled_exception(error):
+                    return None
+                failure = why(error, _unavailable(method))
+            unreadable_until = unreadable_until or workflow.now() + UNREADABLE_FOR
+            if workflow.now() >= unreadable_until:
+                return Answer(refusal=_unreadable(str(failure)))
+            if await self.waited(ASK_AGAIN_AFTER, give_up, summary=f"{summary}: unreadable answer, asked again"):
+                return None
+
+    async def waited(self, span: timedelta, happened: Callable[[], bool], *, summary: str) -> bool:
+        """Wait until `happened()`, for `span` at most; whether it happened."""
+        try:
+            await workflow.wait_condition(happened, timeout=span, timeout_summary=summary)
+        except TimeoutError:
+            return False
+        return True
+
+    async def reading(
+        self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str, minutes: float
+    ) -> Answer[Reply]:
+        """A call that changes nothing: a short local try, then a visible one. Raises as `opening`."""
+        self._stop.obey()
+        try:
+            return await self._local_try(method, argument, summary=summary)
+        except _NoLocalAnswer:
+            return await self.opening(method, argument, summary=summary, minutes=minutes)
+
+    async def noted(self, method: Method[Argument, Result], argument: Argument, *, summary: str) -> Result:
+        """A keyed write to our own store: a short local try, then a visible one without end."""
+        try:
+            return await self._local_try(method, argument, summary=summary)
+        except _NoLocalAnswer:
+            return await self.visible(method, argument, summary=summary)
+
+    async def _local_try(self, method: Method[Argument, Result], argument: Argument, *, summary: str) -> Result:
+        """For reads and keyed writes only: it leaves no trace until it is recorded (pitfall 21).
+
+        Raises _NoLocalAnswer, or ApplicationError where no further try will help (pitfall 32).
+        """
+        try:
+            # Only `schedule_to_close`: a failed attempt's `start_to_close` timer would kill the next one (pitfall 33).
+            return await workflow.execute_local_activity_method(
+                method,
+                argument,
+                schedule_to_close_timeout=LOCAL_TIMEOUT,
+                retry_policy=LOCAL_RETRY,
+                local_retry_threshold=LOCAL_RETRY_THRESHOLD,
+                summary=summary,
+            )
+        except ApplicationError as error:
+            if error.non_retryable:
+                raise
+            raise _NoLocalAnswer from error
+        except FailureError as error:
+            raise _NoLocalAnswer from error
+
+    def visible(
+        self,
+        method: Method[Argument, Result],
+        argument: Argument,
+        *,
+        summary: str,
+        within: timedelta | None = None,
+        retry: RetryPolicy = RETRY,
+        attempt_timeout: timedelta = ATTEMPT_TIMEOUT,
+    ) -> ActivityHandle[Result]:
+        """Schedule the call as an activity that operators see while it is retried."""
+        return workflow.start_activity_method(
+            method,
+            argument,
+            schedule_to_close_timeout=within,
+            start_to_close_timeout=attempt_timeout,
+            heartbeat_timeout=HEARTBEAT_TIMEOUT,
+            retry_policy=retry,
+            cancellation_type=ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
+            priority=self.priority,
+            summary=summary,
+        )
+
+
+def _unavailable(method: Callable[..., Any]) -> FailureCode:
+    of_credits = "Credits" in getattr(method, "__qualname__", "")
+    return FailureCode.CREDITS_UNAVAILABLE if of_credits else FailureCode.COMFYUI_UNAVAILABLE
+
+
+def _unreadable(sentence: str) -> Refusal:
+    return Refusal(code=FailureCode.REPLY_INVALID, message="unreadable", http_status=0, sentence=sentence)

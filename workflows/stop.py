@@ -1,0 +1,72 @@
+"""One place decides whether a cancel is obeyed (design, decision 8)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, Literal, TypeVar
+
+from contracts.tasks import CancelTaskOutcome
+from temporalio import workflow
+
+from workflows.failures import TaskStopped
+
+Result = TypeVar("Result")
+
+
+class Stop:
+    """The wish to end a task early, by the update `cancel_task` or a Temporal cancellation.
+
+    The flow runs in a task of its own that no cancellation ever reaches: do, commit, undo and event write need no
+    shields (pitfalls 9 to 12, 16). It obeys the wish where it waits, and only there.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.requested = False
+        self.by_temporal = False
+        self.outcome: Literal["accepted", "too_late"] | None = None
+
+    def ask(self, reason: str, *, by_temporal: bool = False) -> None:
+        """Note the first wish; what the run ends as depends on it."""
+        if not self.requested and self.outcome is None:
+            self.requested, self.reason, self.by_temporal = True, reason, by_temporal
+
+    def obey(self) -> None:
+        """Raise TaskStopped if a stop was asked for. Called where the flow waits, after its inbox was read."""
+        if self.requested:
+            self.outcome = "accepted"
+            raise TaskStopped(self.reason)
+
+    def close(self) -> None:
+        """From here a cancel is too late: the work was delivered, or the task has ended by itself."""
+        if self.outcome is None:
+            self.outcome = "too_late"
+
+    async def cancel_task(self, reason: str) -> CancelTaskOutcome:
+        """The update: answers once it is decided."""
+        self.ask(reason)
+        await workflow.wait_condition(lambda: self.outcome is not None)
+        assert self.outcome is not None
+        return CancelTaskOutcome(outcome=self.outcome)
+
+    async def uninterrupted(self, flow: Coroutine[Any, Any, Result], writer: Coroutine[Any, Any, None]) -> Result:
+        """Run the flow, the event writer beside it; a Temporal cancellation becomes a wish.
+
+        Raises CancelledError at the end if the flow obeyed a Temporal cancellation: only then may a run end Canceled
+        (pitfall 17). A bug in either surfaces here, never in silence (pitfall 23).
+        """
+        running = asyncio.create_task(flow)
+        writing = asyncio.create_task(writer)
+        while not running.done():
+            try:
+                await workflow.wait([running, writing], return_when=asyncio.FIRST_COMPLETED)
+            except asyncio.CancelledError:
+                self.ask(workflow.cancellation_reason() or "", by_temporal=True)
+            if writing.done() and not running.done():
+                writing.result()
+        result = running.result()
+        writing.cancel()
+        if self.by_temporal and self.outcome == "accepted":
+            raise asyncio.CancelledError(self.reason)
+        return result

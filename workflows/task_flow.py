@@ -1,0 +1,261 @@
+"""What both flows share: their parts, their messages, and how a task ends. The step tables are in the flow files."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Generic, TypeVar
+
+from contracts.carried import CarriedRun, ImageRun, JobNews, PriceState, TrainingRun
+from contracts.errors import ExceptionCode
+from contracts.policy import Policy
+from contracts.prices import DEFAULT_ETA_MINUTES
+from contracts.task_store import RecordedPrices
+from contracts.tasks import (
+    CALLBACK_SIGNAL,
+    CancelTask,
+    CancelTaskOutcome,
+    CreditsSummary,
+    EventType,
+    ImageResult,
+    TaskStatus,
+    TrainingResult,
+)
+from temporalio import workflow
+from temporalio.exceptions import ApplicationError
+
+from workflows.alarm import Alarm
+from workflows.attempts import Attempts
+from workflows.credit_hold import CreditHold
+from workflows.failures import TaskEnd, TaskFailed, TaskStopped
+from workflows.following import Concern, Following
+from workflows.guards import any_payload
+from workflows.job_clock import JobClock
+from workflows.job_routes import JobRoutes
+from workflows.job_watch import JobWatch
+from workflows.outside_call import OutsideCall
+from workflows.settlement import Settlement
+from workflows.stop import Stop
+from workflows.task_record import TaskRecord
+from workflows.undo import Undo
+
+Run = TypeVar("Run", ImageRun, TrainingRun)
+Result = TypeVar("Result", ImageResult, TrainingResult)
+
+
+class TaskFlow(Generic[Run, Result]):
+    """The parts of one task and the ends that both kinds of task have in common."""
+
+    def __init__(self, task: Run, routes: JobRoutes) -> None:
+        carried = task.carried or CarriedRun()
+        self.task: Run = task
+        self.stop = Stop()  # one place decides whether a cancel is obeyed
+        self.alarm = Alarm()  # one long-lived timer
+        self.outside = OutsideCall(task, self.stop)
+        self.record = TaskRecord(task, self.outside, carried.record)  # the only source of state and events
+        self.clock = JobClock(
+            self.record, carried.clock, default_eta_minutes=DEFAULT_ETA_MINUTES[task.scene][task.priority]
+        )
+        self.watch = JobWatch(task.task_id, routes, self.outside, self.record, carried.watch)
+        self.hold = CreditHold(task, self.outside, self.record, self.clock.deadline, carried.hold)
+        self.attempts = Attempts(routes, self.outside, self.record, self.clock, self.stop, self.alarm, carried.jobs)
+        self.settlement = Settlement(task, self.outside, self.record, self.hold)
+        self.undo = Undo()  # all of it side by side, each until it lands
+        self.price: PriceState = carried.price
+        self.policy: Policy | None = carried.policy
+        self.signals = 0
+        self.concerns: list[Concern] = [self.clock, self.watch, self.hold]  # looked after while a job runs
+        self.following = Following(
+            self.watch, self.hold, self.stop, self.alarm, self.concerns, self.continue_as_new_if_long
+        )
+        self.watch.on_news(lambda news: self.clock.estimated(news.estimated_time))
+
+    # What a flow file says of itself
+
+    @abstractmethod
+    def result(self, status: TaskStatus) -> Result:
+        """The result object of contract §8."""
+
+    async def clean_up(self) -> None:
+        """What is left to do when job and credits are settled; it holds up nobody's credits."""
+
+    def carry_more(self, carried: CarriedRun) -> CarriedRun:
+        """What a flow adds to what a continued run goes on with."""
+        return carried
+
+    # Row 0
+
+    async def accept(self, resolution: str) -> Policy:
+        """Claim the id and read the policy; a continued run brings both."""
+        if self.policy is None:
+            self.policy = await self.record.claim(resolution=resolution)
+        policy, options = self.policy, self.task.options
+        self.clock.configure(
+            factor=min(options.deadline_factor or policy.deadline_factor, policy.deadline_factor),
+            cap_minutes=policy.cap_minutes,
+            queue_sla_minutes=policy.queue_sla_minutes,
+        )
+        self.watch.poll_after_seconds = min(
+            options.poll_after_seconds or policy.poll_after_seconds, policy.poll_after_seconds
+        )
+        self.watch.poll_at_most_seconds = policy.poll_at_most_seconds
+        self.hold.margin_seconds = policy.hold_margin_seconds
+        self.hold.opening_minutes = self.attempts.opening_minutes = policy.opening_call_minutes
+        self.attempts.retry_after_seconds = policy.retry_after_seconds
+        self.settlement.charge_shortfall = policy.charge_shortfall
+        self.undo.push("cancel job", self.attempts.cancel_all)
+        self.undo.push("cancel hold", self.hold.give_back)
+        return policy
+
+    @property
+    def is_continued(self) -> bool:
+        return self.task.carried is not None
+
+    @property
+    def limits(self) -> Policy:
+        assert self.policy is not None
+        return self.policy
+
+    def record_prices(self, prices: RecordedPrices) -> None:
+        """Where the three prices differ, all three are recorded on the task (contract §5)."""
+        self.record.state.prices = prices
+        stated = {price for price in (prices.job, prices.estimate, prices.table) if price is not None}
+        if len(stated) > 1:
+            self.record.tell_exception(
+                f"prices_differ:{self.attempts.number}",
+                ExceptionCode.PRICES_DIFFER,
+                f"The job's price is {prices.job}, the estimate {prices.estimate}, the table's {prices.table} points.",
+                **prices.model_dump(),
+            )
+
+    # Messages: handlers store, the flow decides
+
+    @workflow.signal(name=CALLBACK_SIGNAL)
+    @any_payload
+    def comfyui_callback(self, payload: bytes | None) -> None:
+        """ComfyUI's callback (contract §2, §3)."""
+        self.signals += 1
+        self.watch.take(payload)
+
+    @workflow.update
+    async def cancel_task(self, request: CancelTask) -> CancelTaskOutcome:
+        """Stop the task: `accepted`, or `too_late` where it was delivered or has ended; idempotent."""
+        return await self.stop.cancel_task(request.reason)
+
+    @cancel_task.validator
+    def refuse_bad_cancel(self, request: CancelTask) -> None:
+        """Reached only with one good argument: anything else is refused before it (pitfall 3)."""
+
+    @workflow.query
+    def credits(self) -> CreditsSummary:
+        """Points estimated, held, charged, returned (contract §8)."""
+        return self.hold.summary()
+
+    # How a task ends
+
+    async def settle(self, delivery: JobNews, cost: int) -> Result:
+        """Rows 5 and 6, delivered: from here nothing is undone and nothing cuts it short."""
+        self.stop.close()
+        self.alarm.clear()
+        await self.settlement.charge(cost)
+        return await self.completed(delivery)
+
+    async def completed(self, delivery: JobNews | None) -> Result:
+        if delivery is not None:
+            self.record.state.result_urls = delivery.result_urls
+            self.record.state.output = delivery.output
+        self.record.state.error = None
+        self.record.state.progress = 100.0
+        self.record.state.credits = self.hold.summary()
+        self.record.end(
+            TaskStatus.COMPLETED,
+            EventType.COMPLETED,
+            result_urls=self.record.state.result_urls or None,
+            output=self.record.state.output,
+        )
+        await self.all_told()
+        return self.result(TaskStatus.COMPLETED)
+
+    async def give_back(self, end: TaskEnd) -> Result:
+        """Row 5, not delivered: job and hold are cancelled side by side; then the task's failure or `cancelled`."""
+        self.stop.close()
+        self.watch.stop_polling()
+        self.alarm.clear()
+        committed = await self.undo.all(str(end))
+        if committed:
+            self.hold.state.charged = committed
+            delivered = self.watch.newest if self.watch.newest and self.watch.newest.succeeded else None
+            return await self.completed(delivered)
+        self.record.state.credits = self.hold.summary()
+        if isinstance(end, TaskFailed):
+            self.record.failed(end)
+        else:
+            self.record.end(TaskStatus.CANCELLED, EventType.CANCELLED, message=str(end))
+        await self.all_told()
+        if isinstance(end, TaskFailed):
+            failed = self.result(TaskStatus.FAILED)
+            raise ApplicationError(str(end), failed, type=end.code.value, non_retryable=True)
+        assert isinstance(end, TaskStopped)
+        return self.result(TaskStatus.CANCELLED)
+
+    async def all_told(self) -> None:
+        """Only the end of the run waits for the event writer and for handlers in flight."""
+        await self.clean_up()
+        await self.record.all_written()
+        await workflow.wait_condition(workflow.all_handlers_finished)
+
+    # Long runs
+
+    def continue_as_new_if_long(self) -> None:
+        """Start afresh with what counts, never with a cancel or a renewal pending (pitfall 22)."""
+        info = workflow.info()
+        is_long = (
+            info.is_continue_as_new_suggested()
+            or info.get_current_history_length() >= self.limits.continue_as_new_events
+            or self.signals >= self.limits.continue_as_new_signals
+        )
+        if not is_long or self.stop.requested or self.hold.is_renewing() or not workflow.all_handlers_finished():
+            return
+        self.watch.stop_polling()
+        carried = self.carry_more(
+            CarriedRun(
+                policy=self.limits,
+                record=self.record.carry(),
+                watch=self.watch.carry(),
+                clock=self.clock.carry(),
+                hold=self.hold.carry(),
+                jobs=self.attempts.carry(),
+                price=self.price,
+            )
+        )
+        workflow.continue_as_new(self.task.model_copy(update={"carried": carried}))
+
+    def progress_fields(self) -> dict[str, Any]:
+        """What both `progress` queries answer."""
+        state = self.record.state
+        return {
+            "task_id": self.task.task_id,
+            "status": state.status,
+            "stage": state.stage,
+            "progress": state.progress,
+            "next_eta": state.next_eta,
+            "estimated_time": state.estimated_time,
+            "gpu_slots": state.gpu_slots,
+            "queue_position": state.queue_position,
+            "job_id": state.job_id,
+            "attempts": state.attempts,
+            "error_details": state.error,
+            "callbacks_refused": self.watch.state.callbacks_refused,
+        }
+
+    def result_fields(self, status: TaskStatus) -> dict[str, Any]:
+        """What both results hold (contract §8)."""
+        state = self.record.state
+        return {
+            "task_id": self.task.task_id,
+            "status": status,
+            "estimated_time": state.estimated_time,
+            "gpu_slots": state.gpu_slots,
+            "error_details": state.error,
+            "attempts": state.attempts,
+            "credits": self.hold.summary(),
+        }

@@ -1,0 +1,236 @@
+"""The only source of a task's state: queries, search attributes, UI details and events are all read off it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Final
+
+from activities.task_store import TaskStoreActivities
+from contracts.carried import JobNews, RecordState
+from contracts.errors import ExceptionCode, FailureCode
+from contracts.fields import shortened
+from contracts.policy import Policy
+from contracts.task_store import Fact, TaskClaim, TaskException, TaskState, TaskWrite
+from contracts.tasks import INPUT_MEMO, EventType, ImageTask, TaskStatus, TrainingTask, input_sha256_of
+from temporalio import workflow
+from temporalio.common import SearchAttributeKey, SearchAttributePair, SearchAttributeUpdate
+from temporalio.exceptions import ApplicationError, FailureError
+
+from workflows.failures import TaskFailed
+from workflows.outside_call import OutsideCall
+
+PROGRESS_EVERY: Final = timedelta(seconds=1)
+MAX_UNWRITTEN: Final = 256
+_STATUS: Final = SearchAttributeKey.for_keyword("TaskStatus")
+_STAGE: Final = SearchAttributeKey.for_keyword("TaskStage")
+
+
+class TaskRecord:
+    """State, facts not yet written, and the one writer that writes them in order.
+
+    A write never stands between a step and its settlement (design, decision 3): only the end of the run waits for it.
+    """
+
+    def __init__(self, task: ImageTask | TrainingTask, outside: OutsideCall, carried: RecordState) -> None:
+        self._task = task
+        self._outside = outside
+        self._carried = carried
+        self._in_flight = 0
+
+    @property
+    def state(self) -> TaskState:
+        return self._carried.state
+
+    def carry(self) -> RecordState:
+        return self._carried
+
+    # Step 0: the claim
+
+    async def claim(self, *, resolution: str) -> Policy:
+        """Claim the task's id for this run; the store writes the first event with it.
+
+        Raises ApplicationError `task_exists` where another run holds the id: then nothing was called and nothing is
+        undone.
+        """
+        info = workflow.info()
+        claim = TaskClaim(
+            task_id=self._task.task_id,
+            tenant_id=self._task.tenant_id,
+            user_id=self._task.user_id,
+            scene=self._task.scene,
+            template_id=self._task.template_id,
+            priority=self._task.priority,
+            resolution=resolution,
+            workflow_id=info.workflow_id,
+            first_execution_run_id=info.first_execution_run_id,
+            input_sha256=input_sha256_of(self._task),
+            at=info.workflow_start_time,
+        )
+        outcome = await self._outside.noted(TaskStoreActivities.claim, claim, summary="0 accept")
+        if not outcome.claimed:
+            raise ApplicationError(
+                f"Task {claim.task_id} exists: another run holds its id. Use a new task_id, or read that run's result.",
+                type=FailureCode.TASK_EXISTS,
+                non_retryable=True,
+            )
+        self._publish_identity(claim)
+        return outcome.policy
+
+    def _publish_identity(self, claim: TaskClaim) -> None:
+        """Memo and search attributes, where the start did not bring them: a run is right without start options."""
+        if workflow.memo_value(INPUT_MEMO, None) != claim.input_sha256:
+            workflow.upsert_memo({INPUT_MEMO: claim.input_sha256})
+        wanted = {
+            "TaskId": claim.task_id,
+            "TenantId": claim.tenant_id,
+            "UserId": claim.user_id,
+            "Scene": claim.scene.value,
+            "TemplateId": claim.template_id,
+            "TaskPriority": claim.priority.value,
+            "TaskStatus": TaskStatus.QUEUED.value,
+        }
+        present = workflow.info().typed_search_attributes
+        keys = {name: SearchAttributeKey.for_keyword(name) for name in wanted}
+        if any(present.get(key) != wanted[name] for name, key in keys.items()):
+            pairs = [SearchAttributePair(key, wanted[name]) for name, key in keys.items()]
+            workflow.upsert_search_attributes([pair.key.value_set(pair.value) for pair in pairs])
+        self._carried.written_status = TaskStatus.QUEUED
+
+    # What happened
+
+    def submitted(self, stage: str | None) -> None:
+        """A job was asked for and taken: queued until it says otherwise."""
+        self.state.status = TaskStatus.QUEUED
+        self.state.stage = stage
+        self.state.progress = 0.0
+        self.state.next_eta = self.state.queue_position = None
+        self.publish()
+
+    def apply(self, news: JobNews, *, attempt_changed: bool = False) -> None:
+        """Take over what a job tells; progress never goes back within an attempt and stage."""
+        state = self.state
+        stage_changed = news.stage != state.stage or attempt_changed
+        reached = news.progress if news.progress is not None else (0.0 if stage_changed else state.progress)
+        state.progress = reached if stage_changed else max(state.progress, reached)
+        state.status = news.status
+        state.stage = news.stage
+        state.next_eta = news.next_eta
+        state.queue_position = news.queue_position
+        state.estimated_time = news.estimated_time or state.estimated_time
+        state.gpu_slots = news.gpu_slots if news.gpu_slots is not None else state.gpu_slots
+        self.publish()
+
+    def tell(self, key: str, event: EventType, **fields: Any) -> None:
+        """Note a fact, named by its key; the writer takes it from here."""
+        state = self.state
+        self._add(
+            Fact(
+                key=key,
+                event=event,
+                ts=workflow.now(),
+                attempt=max(state.attempts, 1),
+                status=state.status,
+                stage=state.stage,
+                progress=state.progress,
+                next_eta=state.next_eta,
+                queue_position=state.queue_position,
+                **fields,
+            )
+        )
+
+    def tell_progress(self, news: JobNews, *, is_new_stage: bool) -> None:
+        """Every change of stage is an event; progress within one at most once a second (design, step 6)."""
+        now = workflow.now()
+        last = self._carried.last_progress_at
+        if not is_new_stage and last is not None and now - last < PROGRESS_EVERY:
+            return
+        self._carried.last_progress_at = now
+        self.tell(f"{news.job_id}:{news.sequence}", EventType.RUNNING, job_id=news.job_id, sequence=news.sequence)
+
+    def tell_exception(self, key: str, code: ExceptionCode | FailureCode, message: str, **details: Any) -> None:
+        """Note an exception record for ops; it does not end the task."""
+        self._touch()
+        self._carried.exceptions.append(
+            TaskException(key=key, code=code.value, message=shortened(message), details=details, ts=workflow.now())
+        )
+
+    def end(self, status: TaskStatus, event: EventType, **fields: Any) -> None:
+        """The last fact; nothing is written after it."""
+        self.state.status = status
+        self.state.next_eta = self.state.queue_position = self.state.confirmation = None
+        self.publish()
+        self.tell("end", event, is_end=True, **fields)
+
+    def failed(self, failure: TaskFailed) -> None:
+        self.state.error = failure.error_details
+        self.tell_exception("end", failure.code, str(failure))
+        self.end(TaskStatus.FAILED, EventType.FAILED, error=failure.error_details, message=shortened(str(failure)))
+
+    def publish(self) -> None:
+        """Bring the search attributes up to the state; each upsert is an event, so only what changed."""
+        self._touch()
+        updates: list[SearchAttributeUpdate[Any]] = []
+        if self.state.status != self._carried.written_status:
+            self._carried.written_status = self.state.status
+            updates.append(_STATUS.value_set(self.state.status.value))
+        if self.state.stage != self._carried.written_stage:
+            self._carried.written_stage = self.state.stage
+            updates.append(_STAGE.value_set(self.state.stage) if self.state.stage else _STAGE.value_unset())
+        if updates:
+            workflow.upsert_search_attributes(updates)
+
+    # The one writer
+
+    async def write_facts(self) -> None:
+        """Write what is noted, in order, for as long as the run lives."""
+        while True:
+            await workflow.wait_condition(self._has_unwritten)
+            await self._write_batch()
+
+    async def all_written(self) -> None:
+        await workflow.wait_condition(lambda: not self._has_unwritten())
+
+    async def _write_batch(self) -> None:
+        facts, exceptions = list(self._carried.unwritten), list(self._carried.exceptions)
+        self._in_flight = len(facts)
+        write = TaskWrite(
+            task_id=self._task.task_id,
+            first_execution_run_id=workflow.info().first_execution_run_id,
+            state=self.state.model_copy(deep=True),
+            facts=facts,
+            exceptions=exceptions,
+        )
+        try:
+            await self._outside.noted(TaskStoreActivities.write, write, summary="6 tell")
+        except FailureError as error:
+            # The store will never take these (its row is gone, say): a task's money never hangs on its events.
+            workflow.logger.error("The task store refused %d facts: %s", len(facts), error)
+        del self._carried.unwritten[: len(facts)], self._carried.exceptions[: len(exceptions)]
+        self._in_flight = 0
+
+    def _has_unwritten(self) -> bool:
+        return bool(self._carried.unwritten or self._carried.exceptions)
+
+    def _touch(self) -> None:
+        self.state.version += 1
+
+    def _add(self, fact: Fact) -> None:
+        """Append; while the store is away progress is coalesced and the list stays bounded."""
+        self._touch()
+        waiting = self._carried.unwritten
+        if len(waiting) > self._in_flight and _is_progress(fact) and _same_stage(waiting[-1], fact):
+            waiting[-1] = fact
+            return
+        if len(waiting) >= MAX_UNWRITTEN:
+            droppable = next((i for i in range(self._in_flight, len(waiting)) if _is_progress(waiting[i])), None)
+            if droppable is not None:
+                del waiting[droppable]
+        waiting.append(fact)
+
+
+def _is_progress(fact: Fact) -> bool:
+    return fact.event is EventType.RUNNING and fact.sequence is not None and fact.message is None
+
+
+def _same_stage(earlier: Fact, later: Fact) -> bool:
+    return _is_progress(earlier) and (earlier.job_id, earlier.stage) == (later.job_id, later.stage)

@@ -1,0 +1,195 @@
+"""Step table 2 (contract §3, §4): one training task, from its GPU window to settled credits."""
+
+from __future__ import annotations
+
+from activities.comfyui import ComfyUIActivities
+from contracts.calls import JobCall
+from contracts.carried import CarriedRun, JobNews, TrainingRun
+from contracts.comfyui import TrainingAccepted, TrainingRequest
+from contracts.credits import EstimateRequest
+from contracts.errors import FailureCode
+from contracts.task_store import RecordedPrices
+from contracts.tasks import ConfirmPrice, ConfirmPriceOutcome, TaskStatus, TrainingProgress, TrainingResult
+from temporalio import workflow
+
+from workflows.failures import TaskEnd, TaskFailed
+from workflows.guards import one_task
+from workflows.job_routes import TRAINING_ROUTES
+from workflows.task_flow import TaskFlow
+from workflows.training_dataset import TrainingDataset
+from workflows.training_price import TrainingPrice
+
+
+@workflow.defn
+class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
+    """One training: window, GPUs, snapshot, create, estimate, confirm, hold, start, follow, settle, tell."""
+
+    @workflow.init
+    @one_task
+    def __init__(self, task: TrainingRun) -> None:
+        super().__init__(task, TRAINING_ROUTES)
+        self.training_price = TrainingPrice(task, self.price, self.record, self.hold, self.stop, self.alarm)
+        self.concerns.append(self.training_price)
+        self.watch.on_news(self.training_price.on_news)
+        self.dataset = TrainingDataset(task, self.outside, self.stop, (task.carried or CarriedRun()).dataset)
+
+    @workflow.run
+    async def run(self, task: TrainingRun) -> TrainingResult:
+        return await self.stop.uninterrupted(self.walk(), self.record.write_facts())
+
+    async def walk(self) -> TrainingResult:
+        policy = await self.accept(self.task.base_model)  # row 0
+        self.training_price.configure(policy, self.task.options)
+        try:
+            delivery = await self.reach_delivery()  # rows 0 to 5
+        except TaskEnd as end:  # anything else is a bug or an eviction: nothing is undone
+            return await self.give_back(end)
+        return await self.settle(delivery, self.training_price.cost_of(delivery))  # row 6: nothing is undone
+
+    async def reach_delivery(self) -> JobNews:
+        if self.is_continued:
+            end = await self.following.job_end()
+        else:
+            await self.window_opens()
+            await self.gpus_exist()
+            await self.snapshot_dataset()
+            end = await self.attempt()
+        while not end.succeeded:
+            await self.attempts.another_after(end)
+            self.training_price.resume()
+            end = await self.attempt()
+        await self.hold.settled_renewal()
+        return end
+
+    async def attempt(self) -> JobNews:
+        training = await self.create()  # rows 1 and 2
+        cost = await self.agree(training)  # row 3: estimate, confirm
+        await self.hold.cover(cost)
+        await self.start(training)
+        return await self.following.job_end()  # rows 4 and 5
+
+    async def window_opens(self) -> None:
+        """Wait for the GPU scheduling window; check first what needs no waiting."""
+        self.training_price.of(0)
+        self.check_addresses()
+        opens = self.task.window.not_before if self.task.window else None
+        while opens is not None and workflow.now() < opens:
+            await self.alarm.until(lambda: self.stop.requested, opens, "0 window: wait until it opens")
+            self.stop.obey()
+
+    def check_addresses(self) -> None:
+        """Dataset and checkpoint lie under the tenant's own prefix, or the task ends `input_invalid` (contract §8)."""
+        named = {"dataset.source_uri": self.task.dataset.source_uri, "resume_from": self.task.resume_from}
+        for field, uri in named.items():
+            if uri is not None and not self.limits.is_own_address(uri):
+                raise TaskFailed(
+                    FailureCode.INPUT_INVALID,
+                    f"The input is not valid: {field}: must lie under one of {', '.join(self.limits.dataset_roots)}.",
+                )
+
+    async def gpus_exist(self) -> None:
+        """No GPU of the asked type at all is an error before anything starts; none free only lengthens the ETA."""
+        answer = await self.outside.reading(
+            ComfyUIActivities.list_gpus,
+            self.outside.call_for,
+            summary="0 check GPUs",
+            minutes=self.limits.opening_call_minutes,
+        )
+        if answer.refusal is not None:
+            raise TaskFailed.by_refusal(answer.refusal)
+        if answer.reply is None:
+            return  # the server does not tell
+        wanted = [pool for pool in answer.reply if self.task.gpu_type in (None, pool.gpu_type)]
+        if not any(pool.total > 0 for pool in wanted):
+            raise TaskFailed(
+                FailureCode.GPU_UNAVAILABLE,
+                f"ComfyUI has no GPU of type {self.task.gpu_type}." if self.task.gpu_type else "ComfyUI has no GPU.",
+            )
+
+    async def snapshot_dataset(self) -> None:
+        await self.dataset.snapshot()
+
+    async def create(self) -> TrainingAccepted:
+        task = self.task
+        request = TrainingRequest(
+            task_id=task.task_id,
+            tenant_id=task.tenant_id,
+            user_id=task.user_id,
+            base_model=task.base_model,
+            dataset=self.dataset.copied,
+            hyperparameters=task.hyperparameters.model_dump(mode="json"),
+            priority=task.priority,
+            gpu_type=task.gpu_type,
+            resume_from=self.price.resume_from or task.resume_from,
+            callback_url=self.limits.callback_url,
+        )
+        self.clock.not_started()
+        training = await self.attempts.submit(request)
+        assert isinstance(training, TrainingAccepted)
+        self.price.gpu_hours = training.gpu_hours
+        self.watch.follow(training.training_id)
+        self.record.submitted(None)
+        return training
+
+    async def agree(self, training: TrainingAccepted) -> int:
+        """Points to hold, confirmed by `max_credits` or `confirm_price` (contract §5)."""
+        task = self.task
+        request = EstimateRequest(
+            tenant_id=task.tenant_id,
+            user_id=task.user_id,
+            template_id=task.template_id,
+            scene=task.scene,
+            resolution=task.base_model,
+            priority=task.priority,
+            gpu_hours=self.training_price.expected_gpu_hours,
+        )
+        estimate = await self.hold.estimate(request, n=self.attempts.number)
+        table = self.training_price.of(self.training_price.expected_gpu_hours)
+        self.record_prices(RecordedPrices(estimate=estimate.selected_cost, table=table))
+        not_after = self.task.window.not_after if self.task.window else None
+        await self.training_price.confirmed(estimate.selected_cost, estimate, not_after)
+        return estimate.selected_cost
+
+    async def start(self, training: TrainingAccepted) -> None:
+        """Begin the work: credits are held. A server without this route starts by itself (contract §2)."""
+        closes = self.task.window.not_after if self.task.window else None
+        if closes is not None and workflow.now() > closes:
+            raise TaskFailed(
+                FailureCode.GPU_UNAVAILABLE, f"The GPU window closed at {closes.isoformat()} before the training began."
+            )
+        call = JobCall(
+            call_for=self.outside.call_for,
+            job_id=training.training_id,
+            key=self.outside.key("start", self.attempts.number),
+        )
+        self.clock.start()
+        answer = await self.outside.opening(
+            ComfyUIActivities.start_training, call, summary="3 start", minutes=self.limits.opening_call_minutes
+        )
+        if answer.refusal is not None:
+            raise TaskFailed.by_refusal(answer.refusal)
+        self.watch.started()
+
+    @workflow.update
+    def confirm_price(self, request: ConfirmPrice) -> ConfirmPriceOutcome:
+        """Confirm a price up to `max_credits` points; at any time before the end, raises only."""
+        return ConfirmPriceOutcome(max_credits=self.training_price.raise_ceiling(request.max_credits))
+
+    @confirm_price.validator
+    def refuse_bad_confirmation(self, request: ConfirmPrice) -> None:
+        """Reached only with one good argument: anything else is refused before it (pitfall 3)."""
+
+    @workflow.query
+    def progress(self) -> TrainingProgress:
+        """Stage, percentage, ETA, and what is waited to be confirmed (contract §8)."""
+        return TrainingProgress(**self.progress_fields(), confirmation=self.record.state.confirmation)
+
+    async def clean_up(self) -> None:
+        await self.dataset.delete()
+
+    def carry_more(self, carried: CarriedRun) -> CarriedRun:
+        return carried.model_copy(update={"dataset": self.dataset.carry()})
+
+    def result(self, status: TaskStatus) -> TrainingResult:
+        state = self.record.state
+        return TrainingResult(**self.result_fields(status), training_id=state.job_id, output=state.output)

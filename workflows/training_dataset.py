@@ -1,0 +1,80 @@
+"""A training's dataset in temporary object storage: made before the training, deleted when it has ended."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Final
+
+from activities.datasets import DatasetActivities
+from contracts.calls import SnapshotOrder
+from contracts.carried import DatasetState
+from contracts.comfyui import DatasetSnapshot
+from contracts.errors import FailureCode
+from contracts.tasks import TrainingTask
+from temporalio import workflow
+from temporalio.exceptions import FailureError, is_cancelled_exception
+
+from workflows.failures import TaskFailed, why
+from workflows.outside_call import OutsideCall
+from workflows.stop import Stop
+
+COPY_WITHIN: Final = timedelta(hours=24)
+
+
+class TrainingDataset:
+    """The snapshot of one task; its deletion is the last undo, and follows a good end too."""
+
+    def __init__(self, task: TrainingTask, outside: OutsideCall, stop: Stop, carried: DatasetState) -> None:
+        self._outside = outside
+        self._stop = stop
+        self._source_uri = task.dataset.source_uri
+        self._order = SnapshotOrder(
+            call_for=outside.call_for,
+            dataset_id=task.dataset.dataset_id,
+            source_uri=task.dataset.source_uri,
+            files=task.dataset.files,
+        )
+        self.state = carried
+
+    def carry(self) -> DatasetState:
+        return self.state
+
+    async def snapshot(self) -> DatasetSnapshot:
+        """Copy the dataset. Raises TaskFailed `dataset_invalid`, or TaskStopped."""
+        self._stop.obey()
+        self.state.is_asked = True
+        handle = self._outside.visible(
+            DatasetActivities.snapshot,
+            self._order,
+            summary="0 snapshot dataset",
+            within=COPY_WITHIN,
+            attempt_timeout=COPY_WITHIN,
+        )
+        await workflow.wait_condition(lambda: handle.done() or self._stop.requested)
+        if not handle.done():
+            handle.cancel()
+        try:
+            self.state.snapshot = await handle
+        except FailureError as error:
+            if is_cancelled_exception(error):
+                self._stop.obey()
+            raise why(error, FailureCode.DATASET_INVALID) from error
+        return self.state.snapshot
+
+    @property
+    def copied(self) -> DatasetSnapshot:
+        if self.state.snapshot is None:
+            raise TaskFailed(FailureCode.DATASET_INVALID, "The dataset was not copied.")
+        return self.state.snapshot
+
+    async def delete(self) -> None:
+        """Delete the copy; what is already gone is fine."""
+        if self.state.is_deleted or not self.state.is_asked:
+            return
+        await self._outside.visible(
+            DatasetActivities.delete_snapshot,
+            self._order,
+            summary="5 delete snapshot",
+            attempt_timeout=timedelta(minutes=10),
+        )
+        self.state.is_deleted = True

@@ -1,0 +1,178 @@
+"""A training's price: quoted, confirmed, held anew as its GPU hours grow (contract §4, §5)."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from contracts.carried import JobNews, PriceState
+from contracts.comfyui import Checkpoint, TaskPriority
+from contracts.credits import Estimate
+from contracts.errors import FailureCode
+from contracts.policy import Policy
+from contracts.prices import PriceTable, UnknownPrice
+from contracts.tasks import Confirmation, EventType, TrainingOptions, TrainingTask
+from temporalio import workflow
+
+from workflows.alarm import Alarm
+from workflows.credit_hold import CreditHold
+from workflows.failures import TaskFailed
+from workflows.stop import Stop
+from workflows.task_record import TaskRecord
+
+
+class TrainingPrice:
+    """What the payer has confirmed is the ceiling; beyond it the training asks again and stops at a checkpoint."""
+
+    def __init__(
+        self,
+        task: TrainingTask,
+        state: PriceState,
+        record: TaskRecord,
+        hold: CreditHold,
+        stop: Stop,
+        alarm: Alarm,
+    ) -> None:
+        self._task = task
+        self.state = state
+        self._record = record
+        self._hold = hold
+        self._stop = stop
+        self._alarm = alarm
+        self.prices = PriceTable()
+        self.confirm_within_seconds = 3_600.0
+        if task.max_credits is not None:
+            self.state.ceiling = max(self.state.ceiling, task.max_credits)
+
+    def configure(self, policy: Policy, options: TrainingOptions) -> None:
+        """Prices and limits from the policy; the caller's options may only lower them."""
+        within = policy.confirm_within_seconds
+        self.prices = policy.prices
+        self.confirm_within_seconds = min(options.confirm_within_seconds or within, within)
+
+    def raise_ceiling(self, max_credits: int) -> int:
+        """The update `confirm_price`: the ceiling in force, in points; it is only ever raised."""
+        self.state.ceiling = max(self.state.ceiling, max_credits)
+        return self.state.ceiling
+
+    def of(self, gpu_hours: float) -> int:
+        """The table's price in points. Raises TaskFailed `input_invalid` for an unknown base model."""
+        is_accelerated = self._task.priority is TaskPriority.ACCELERATED
+        try:
+            return self.prices.training(
+                base_model=self._task.base_model, accelerated=is_accelerated, gpu_hours=gpu_hours
+            )
+        except UnknownPrice as error:
+            raise TaskFailed(FailureCode.INPUT_INVALID, f"The input is not valid: {error}.") from None
+
+    @property
+    def expected_gpu_hours(self) -> float:
+        """Hours over attempts: up to the checkpoint resumed from, plus the present one's estimate."""
+        return self.state.carried_gpu_hours + self.state.gpu_hours
+
+    # Before the hold: confirm
+
+    async def confirmed(self, cost: int, estimate: Estimate, not_after: datetime | None) -> None:
+        """Wait until `cost` points are confirmed. Raises TaskFailed `price_not_confirmed`, or TaskStopped."""
+        if cost <= self.state.ceiling:
+            return
+        confirm_by = workflow.now() + timedelta(seconds=self.confirm_within_seconds)
+        if not_after is not None:
+            confirm_by = min(confirm_by, not_after)
+        self._ask(cost, confirm_by, estimate)
+        while self.state.ceiling < cost:
+            self._stop.obey()
+            if workflow.now() >= confirm_by:
+                raise TaskFailed(
+                    FailureCode.PRICE_NOT_CONFIRMED,
+                    f"The price of {cost} points was not confirmed until {confirm_by.isoformat()}; nothing was held.",
+                )
+            await self._alarm.until(
+                lambda: self._stop.requested or self.state.ceiling >= cost, confirm_by, "3 confirm: wait for the payer"
+            )
+        self._record.state.confirmation = None
+
+    def _ask(self, cost: int, confirm_by: datetime, estimate: Estimate | None) -> None:
+        confirmation = Confirmation(
+            estimated_cost=cost,
+            options=(estimate.options if estimate else None) or [],
+            current_balance=estimate.current_balance if estimate else None,
+            suggest_topup=estimate.suggest_topup if estimate else None,
+            confirm_by=confirm_by,
+        )
+        self._record.state.confirmation = confirmation
+        self._record.tell(
+            f"confirm:{self._record.state.attempts}:{cost}",
+            EventType.CREDITS,
+            confirmation=confirmation,
+            message=f"The training costs {cost} points; confirm_price is waited for.",
+        )
+
+    # While it runs: refresh (a concern of the follow loop)
+
+    def on_news(self, news: JobNews) -> None:
+        """Take over hours and checkpoint of a message that was applied."""
+        if news.gpu_hours is not None:
+            self.state.gpu_hours = news.gpu_hours
+        if news.checkpoint is not None and news.checkpoint != self.state.checkpoint:
+            is_new = self.state.checkpoint is None or news.checkpoint.uri != self.state.checkpoint.uri
+            self.state.checkpoint = news.checkpoint
+            if is_new:
+                self._tell_checkpoint(news, news.checkpoint)
+
+    def _tell_checkpoint(self, news: JobNews, checkpoint: Checkpoint) -> None:
+        self._hold.checkpoint_passed()
+        self._record.tell(
+            f"checkpoint:{news.job_id}:{news.sequence}",
+            EventType.CHECKPOINT,
+            message=f"Checkpoint at epoch {checkpoint.epoch}, step {checkpoint.step}.",
+        )
+
+    def due(self) -> datetime | None:
+        return None
+
+    def check(self) -> None:
+        """Hold more when the price rises above the hold; ask again beyond the ceiling.
+
+        Raises TaskFailed `price_not_confirmed` at the next checkpoint after asking.
+        """
+        price = self.of(self.expected_gpu_hours)
+        if price <= self._hold.amount:
+            self._answered()
+        elif price <= self.state.ceiling:
+            self._answered()
+            self._hold.want(price)
+        else:
+            self._beyond_ceiling(price)
+
+    def _beyond_ceiling(self, price: int) -> None:
+        here = self.state.checkpoint.uri if self.state.checkpoint else ""
+        if self.state.asked_at_checkpoint is None:
+            self.state.asked_at_checkpoint = here
+            self._ask(price, workflow.now() + timedelta(seconds=self.confirm_within_seconds), None)
+        elif here != self.state.asked_at_checkpoint:
+            raise TaskFailed(
+                FailureCode.PRICE_NOT_CONFIRMED,
+                f"The training's price rose to {price} points, above the confirmed {self.state.ceiling}; "
+                "it was stopped at its checkpoint and nothing is charged.",
+            )
+
+    def _answered(self) -> None:
+        if self.state.asked_at_checkpoint is not None:
+            self.state.asked_at_checkpoint = None
+            self._record.state.confirmation = None
+
+    # Between attempts
+
+    def resume(self) -> None:
+        """The next attempt goes on from the newest checkpoint; hours after it are lost and cost nothing."""
+        checkpoint = self.state.checkpoint
+        if checkpoint is not None:
+            self.state.resume_from = checkpoint.uri
+            self.state.carried_gpu_hours += checkpoint.gpu_hours_used
+            self.state.checkpoint = None
+        self.state.gpu_hours = 0.0
+
+    def cost_of(self, delivery: JobNews) -> int:
+        """Points to charge: the price of the hours used, never above what was confirmed (contract §5 *Charged*)."""
+        used = delivery.gpu_hours_used if delivery.gpu_hours_used is not None else self.state.gpu_hours
+        return min(self.of(self.state.carried_gpu_hours + used), self.state.ceiling)
