@@ -131,9 +131,8 @@ class DatasetSnapshots:
         for name, value in (("task_id", order.call_for.task_id), ("dataset_id", order.dataset_id)):
             if not _ID.fullmatch(value):
                 raise invalid(f"{name} {value!r} names no folder: use 1 to 64 letters, digits, '_' and '-'.")
-        address = self._root.below("snapshots", order.call_for.task_id, order.dataset_id)
         try:
-            return ObjectFolder(address, make=True)
+            return ObjectFolder(self._root, "snapshots", order.call_for.task_id, order.dataset_id, is_ours=True)
         except STORAGE_ERRORS as error:
             raise self._storage_away(error) from None
 

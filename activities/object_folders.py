@@ -52,6 +52,8 @@ class FolderAddress:
     local: Path | None
 
     def below(self, *parts: str) -> FolderAddress:
+        if not parts:
+            return self
         if self.local is not None:
             return _local_address(self.local.joinpath(*parts))
         return FolderAddress(self.scheme, "/".join([self.text, *parts]), None)
@@ -90,36 +92,42 @@ def _local_address(folder: Path) -> FolderAddress:
 
 
 class ObjectFolder:
-    """Reads and writes below one folder. Every method raises STORAGE_ERRORS; a missing object is FileNotFoundError."""
+    """Reads and writes below one folder. Every method raises STORAGE_ERRORS; a missing object is FileNotFoundError.
 
-    def __init__(self, address: FolderAddress, *, make: bool = False) -> None:
-        self.address = address
-        if address.local is not None:
-            self._store: ObjectStore = LocalStore(address.local, mkdir=make, automatic_cleanup=make)
+    With `below` it is that folder under `root`; `is_ours`: made where it is missing, and empty folders are removed.
+    """
+
+    def __init__(self, root: FolderAddress, *below: str, is_ours: bool = False) -> None:
+        self.address = root.below(*below)
+        self._prefix = "".join(f"{part}/" for part in below)
+        if root.local is not None:
+            self._store: ObjectStore = LocalStore(root.local, mkdir=is_ours, automatic_cleanup=is_ours)
         else:
-            self._store = _remote_store(address)
+            self._store = from_url(root.text, client_options=REMOTE, retry_config=RETRIES)
 
     async def objects(self) -> AsyncIterator[FoundObject]:
-        async for batch in obstore.list(self._store, chunk_size=500):
+        async for batch in obstore.list(self._store, self._prefix or None, chunk_size=500):
             for meta in batch:
-                yield FoundObject(meta["path"], meta["size"])
+                yield FoundObject(meta["path"].removeprefix(self._prefix), meta["size"])
 
     async def size_bytes(self, path: str) -> int:
-        meta = await obstore.head_async(self._store, path)
+        meta = await obstore.head_async(self._store, self._prefix + path)
         return meta["size"]
 
     async def read(self, path: str) -> AsyncIterator[bytes]:
-        result = await obstore.get_async(self._store, path)
+        result = await obstore.get_async(self._store, self._prefix + path)
         async for chunk in result.stream(min_chunk_size=READ_BYTES):
             yield bytes(chunk)
 
     async def read_whole(self, path: str) -> bytes:
-        result = await obstore.get_async(self._store, path)
+        result = await obstore.get_async(self._store, self._prefix + path)
         return bytes(await result.bytes_async())
 
     async def write(self, path: str, content: AsyncIterator[bytes] | bytes) -> None:
         """Write an object whole or not at all."""
-        await obstore.put_async(self._store, path, content, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+        await obstore.put_async(
+            self._store, self._prefix + path, content, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE
+        )
 
     async def delete(self, paths: list[str]) -> None:
         """Delete objects; one that is gone already is no error."""
@@ -128,7 +136,7 @@ class ObjectFolder:
 
     async def _delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
-            await obstore.delete_async(self._store, path)
+            await obstore.delete_async(self._store, self._prefix + path)
 
     async def check_inside(self, path: str) -> None:
         """Raise LeadsOut where `path` leaves the folder, by '..' or (file://) by a symbolic link."""
@@ -141,7 +149,3 @@ class ObjectFolder:
 def is_inside(folder: Path, path: str) -> bool:
     """Whether `path`, its symbolic links followed, still lies below `folder`, its own followed too."""
     return (folder / path).resolve().is_relative_to(folder.resolve())
-
-
-def _remote_store(address: FolderAddress) -> ObjectStore:
-    return from_url(address.text, client_options=REMOTE, retry_config=RETRIES)
