@@ -1,0 +1,11 @@
+"""What reaches us over HTTP. So far: ComfyUI's callbacks.
+
+app.py                   the application, made of explicitly given parts
+callbacks.py             POST /callbacks/comfyui/{task_id}: bytes in, one of contract §2's answers out
+signatures.py            Standard Webhooks: who may call back, and which message came before
+callback_body.py         verified bytes → a callback
+callback_relay.py        callback → signal: coalesced and paced, one line per task
+callback_news.py         what a signal is worth, and how many a task may get
+task_runs.py             the signal itself, and what became of a run that takes none
+training_log_writer.py   log lines → task store, in batches per task
+"""

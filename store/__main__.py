@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from contracts.errors import sentences_of
 from settings import Settings
 from store.database import address_of
 from store.failures import StoreUnavailable
@@ -20,8 +21,7 @@ def _dsn() -> str:
     try:
         settings = Settings()
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise typer.BadParameter(f"A setting is wrong: {wrong}") from None
+        raise typer.BadParameter(f"A setting is wrong: {'; '.join(sentences_of(error))}.") from None
     if settings.database_dsn is None:
         raise typer.BadParameter(
             "No database is set: give COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://user:password@host:port/database."

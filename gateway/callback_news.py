@@ -1,0 +1,83 @@
+"""What a signal is worth, and how many a task may get (design, decision 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from contracts.comfyui import JobCallback
+from gateway.callback_body import Callback
+
+BURST: Final = 25
+PER_SECOND: Final = 2.0
+"""Signals that a task may get: a burst, then this many a second, so that a flood cannot blow up its history."""
+KEPT_FOR_FINALS: Final = 5
+"""The part of a burst that only callbacks of ended jobs may use."""
+
+
+def job_of(callback: Callback) -> str:
+    return callback.job_id if isinstance(callback, JobCallback) else callback.training_id
+
+
+def news_of(callback: Callback) -> tuple[Any, ...]:
+    """Two callbacks of a job with the same news tell the workflow the same."""
+    percent = None if callback.stage_progress is None else int(callback.stage_progress)
+    if isinstance(callback, JobCallback):
+        return (
+            percent,
+            callback.job_status,
+            callback.estimated_time,
+            callback.result_urls,
+            callback.actual_cost,
+            callback.error_details,
+        )
+    return (
+        percent,
+        callback.training_status,
+        callback.training_stage,
+        callback.estimated_time,
+        callback.gpu_hours,
+        callback.checkpoint,
+        callback.output,
+        callback.error_details,
+    )
+
+
+@dataclass
+class Told:
+    """What the workflow was told of a job."""
+
+    sequence: int
+    """The newest that was signalled, or that held no news beyond it."""
+    news: tuple[Any, ...]
+    is_final: bool
+
+    def covers(self, callback: Callback) -> bool:
+        """Whether the workflow would learn nothing from it."""
+        if callback.has_ended() and not self.is_final:
+            return False
+        return callback.sequence < self.sequence or news_of(callback) == self.news
+
+
+class Pace:
+    """A bucket of signals, filled at `PER_SECOND` up to `BURST`."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._left = float(BURST)
+        self._at = clock()
+
+    def ready_in(self, *, is_final: bool) -> float:
+        """Seconds until the next signal may go; 0: now."""
+        now = self._clock()
+        self._left = min(float(BURST), self._left + (now - self._at) * PER_SECOND)
+        self._at = now
+        needed = 1 if is_final else 1 + KEPT_FOR_FINALS
+        return max(0.0, (needed - self._left) / PER_SECOND)
+
+    def spend(self) -> None:
+        self._left -= 1
+
+    def refund(self) -> None:
+        self._left += 1

@@ -1,0 +1,213 @@
+"""Callbacks → signals: one in flight per task, coalesced and paced (design, decision 4).
+
+    take(callback)
+      the workflow was told the same, or something newer   → coalesced
+      a newer one of the job waits in the task's line      → coalesced
+      else it joins the line, in the place of an older one, and the line signals one after the other
+        with pace to spare   → its sender hears how the signal went: unavailable means come again
+        out of pace          → coalesced at once; the line signals the newest as soon as its pace allows
+
+One whose job has ended always hears how its own signal went, and a part of the pace is kept for it.
+
+Departures from "one callback, one signal"
+1. A callback that only moves `queue_position`, `next_eta`, `gpu_hours_used` or a fraction of a percent is not
+   signalled: the poll of a silent job brings those.
+2. Out of pace the answer comes before the signal. Were it held back, a sender that delivers one after the other
+   would fall behind its own job. What a crash can lose is the newest tick of the last half second, and polling covers
+   callbacks that stay out (contract §2).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Protocol
+
+import structlog
+
+from gateway.callback_body import Callback
+from gateway.callback_news import Pace, Told, job_of, news_of
+
+log = structlog.get_logger(__name__)
+
+TAKE_SECONDS: Final = 2.5
+"""How long a sender waits for its signal before it is told to come again."""
+RETRY_SECONDS: Final = 1.0
+MAX_RETRIES: Final = 60
+"""How often a tick whose sender was answered already is tried while Temporal is away."""
+MAX_JOBS: Final = 16
+"""Jobs of one task that are kept in mind; a task has four attempts."""
+MAX_LINES: Final = 10_000
+"""Tasks that are kept in mind; a forgotten one costs a superfluous signal."""
+
+
+class Relayed(StrEnum):
+    SIGNALLED = "signalled"
+    COALESCED = "coalesced"
+    TASK_OVER = "task_over"
+    TASK_UNKNOWN = "task_unknown"
+    UNAVAILABLE = "unavailable"
+
+
+class Signals(Protocol):
+    """Where signals go: `gateway.task_runs.TaskRuns`."""
+
+    async def signal(self, task_id: str, callback: Callback) -> Relayed: ...
+
+
+@dataclass
+class Waiting:
+    """A callback in line. `answer` is None when its sender has been answered already."""
+
+    callback: Callback
+    answer: asyncio.Future[Relayed] | None
+    retries: int = 0
+
+    @property
+    def place(self) -> tuple[str, bool]:
+        """At most one tick and one end of a job wait."""
+        return (job_of(self.callback), self.callback.has_ended())
+
+    def resolve(self, relayed: Relayed) -> None:
+        if self.answer is not None and not self.answer.done():
+            self.answer.set_result(relayed)
+
+
+class TaskLine:
+    """The callbacks of one task on their way to its workflow."""
+
+    def __init__(self, task_id: str, signals: Signals, clock: Callable[[], float]) -> None:
+        self._task_id = task_id
+        self._signals = signals
+        self._pace = Pace(clock)
+        self._told: dict[str, Told] = {}
+        self._waiting: dict[tuple[str, bool], Waiting] = {}
+        self._arrived = asyncio.Event()
+        self._is_failing = False
+        self.sender: asyncio.Task[None] | None = None
+
+    async def take(self, callback: Callback) -> Relayed:
+        if self._is_covered(callback):
+            return Relayed.COALESCED
+        hears = callback.has_ended() or self._is_failing or self._pace.ready_in(is_final=False) == 0
+        joining = Waiting(callback, asyncio.get_running_loop().create_future() if hears else None)
+        older = self._waiting.get(joining.place)
+        if older is not None and older.callback.sequence > callback.sequence:
+            return Relayed.COALESCED
+        if older is None and len(self._waiting) >= 2 * MAX_JOBS:
+            return Relayed.UNAVAILABLE
+        if older is not None:
+            older.resolve(Relayed.COALESCED)
+        self._waiting[joining.place] = joining
+        self._arrived.set()
+        if self.sender is None or self.sender.done():
+            self.sender = asyncio.create_task(self._send())
+        return Relayed.COALESCED if joining.answer is None else await self._heard(joining, joining.answer)
+
+    async def _heard(self, joining: Waiting, answer: asyncio.Future[Relayed]) -> Relayed:
+        await asyncio.wait({answer}, timeout=TAKE_SECONDS)
+        if answer.done():
+            return answer.result()
+        if self._waiting.get(joining.place) is joining:
+            del self._waiting[joining.place]
+        return Relayed.UNAVAILABLE
+
+    async def _send(self) -> None:
+        while self._waiting:
+            place = min(self._waiting, key=lambda place: not place[1])
+            if delay := self._pace.ready_in(is_final=place[1]):
+                await self._pause(delay)
+                continue
+            first = self._waiting.pop(place)
+            if self._is_covered(first.callback):
+                first.resolve(Relayed.COALESCED)
+            else:
+                await self._signal(first)
+
+    async def _signal(self, first: Waiting) -> None:
+        # Told before the signal lands: what arrives meanwhile must be compared with this one.
+        self._tell(first.callback)
+        self._pace.spend()
+        relayed = await self._signalled(first.callback)
+        self._is_failing = relayed is Relayed.UNAVAILABLE
+        if relayed is not Relayed.SIGNALLED:
+            self._told.pop(job_of(first.callback), None)
+        first.resolve(relayed)
+        if self._is_failing:
+            self._pace.refund()
+            await self._after_failure(first)
+
+    async def _signalled(self, callback: Callback) -> Relayed:
+        try:
+            return await self._signals.signal(self._task_id, callback)
+        except Exception:
+            log.exception("callback_signal_broke", task_id=self._task_id)
+            return Relayed.UNAVAILABLE
+
+    async def _after_failure(self, failed: Waiting) -> None:
+        """Whoever still listens comes again by itself; a tick whose sender was answered is ours to repeat."""
+        for waiting in list(self._waiting.values()):
+            if waiting.answer is not None:
+                waiting.resolve(Relayed.UNAVAILABLE)
+                del self._waiting[waiting.place]
+        if failed.answer is not None:
+            return
+        if failed.retries >= MAX_RETRIES:
+            log.warning("callback_given_up", task_id=self._task_id, job_id=job_of(failed.callback))
+            return
+        failed.retries += 1
+        self._waiting.setdefault(failed.place, failed)
+        await self._pause(RETRY_SECONDS)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not past the next arrival: it may be an end, which need not wait."""
+        self._arrived.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._arrived.wait(), seconds)
+
+    def _is_covered(self, callback: Callback) -> bool:
+        told = self._told.get(job_of(callback))
+        if told is None or not told.covers(callback):
+            return False
+        told.sequence = max(told.sequence, callback.sequence)
+        return True
+
+    def _tell(self, callback: Callback) -> None:
+        before = self._told.pop(job_of(callback), None)
+        sequence = callback.sequence if before is None else max(before.sequence, callback.sequence)
+        is_final = callback.has_ended() or (before is not None and before.is_final)
+        self._told[job_of(callback)] = Told(sequence, news_of(callback), is_final)
+        if len(self._told) > MAX_JOBS:
+            del self._told[next(iter(self._told))]
+
+
+class CallbackRelay:
+    """Brings callbacks to workflows; each task has its own line, so that none waits for another's."""
+
+    def __init__(self, signals: Signals, clock: Callable[[], float] = time.monotonic) -> None:
+        self._signals = signals
+        self._clock = clock
+        self._lines: OrderedDict[str, TaskLine] = OrderedDict()
+
+    async def take(self, task_id: str, callback: Callback) -> Relayed:
+        """Bring the callback to its task's workflow; answers within 2.5 s and never raises."""
+        line = self._lines.setdefault(task_id, TaskLine(task_id, self._signals, self._clock))
+        self._lines.move_to_end(task_id)
+        if len(self._lines) > MAX_LINES:
+            self._lines.popitem(last=False)
+        return await line.take(callback)
+
+    async def close(self) -> None:
+        """Give ticks that still wait a moment to leave, then stop."""
+        senders = {line.sender for line in self._lines.values() if line.sender is not None and not line.sender.done()}
+        if not senders:
+            return
+        _, unfinished = await asyncio.wait(senders, timeout=TAKE_SECONDS)
+        for sender in unfinished:
+            sender.cancel()
+        await asyncio.gather(*unfinished, return_exceptions=True)

@@ -1,0 +1,196 @@
+"""`POST /callbacks/comfyui/{task_id}` (contract §2): bytes in, one of the contract's answers out.
+
+    202 taken or coalesced   200 task already over   401 forged, or another task's   404 unknown task
+    413 too large            503 with Retry-After: cannot be taken now, the sender repeats
+
+Departures from the plain reading of the contract
+1. Signed, but no callback that can be read: 202 and counted as `unreadable`. Any answer that makes the sender repeat
+   would bring the same bytes for a day; 401 and 404 would say something untrue. Polling brings what it meant to tell.
+2. A body that arrives slower than 10 s is answered 408: the sender repeats, and no connection is held for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from enum import StrEnum
+from typing import Final
+
+import structlog
+from fastapi import APIRouter, Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from contracts.comfyui import JobCallback, TrainingCallback
+from contracts.task_store import TrainingLogWrite
+from gateway.callback_body import (
+    MAX_BYTES_WITH_LOG,
+    BodyTooLarge,
+    Callback,
+    ForeignTask,
+    UnreadableCallback,
+    read_callback,
+)
+from gateway.callback_relay import CallbackRelay, Relayed
+from gateway.signatures import CallbackSignatures, SeenCallbacks
+from gateway.training_log_writer import Logged, TrainingLogWriter
+
+log = structlog.get_logger(__name__)
+
+BODY_SECONDS: Final = 10.0
+RETRY_AFTER_SECONDS: Final = 5
+
+
+class CallbackOutcome(StrEnum):
+    """What became of a callback; counted by `CallbackReceiver.outcomes`."""
+
+    SIGNALLED = "signalled"
+    COALESCED = "coalesced"
+    REPLAYED = "replayed"
+    UNREADABLE = "unreadable"
+    TASK_OVER = "task_over"
+    FORGED = "forged"
+    FOREIGN_TASK = "foreign_task"
+    TASK_UNKNOWN = "task_unknown"
+    TOO_SLOW = "too_slow"
+    TOO_LARGE = "too_large"
+    UNAVAILABLE = "unavailable"
+
+
+_STATUS: Final = {
+    CallbackOutcome.SIGNALLED: 202,
+    CallbackOutcome.COALESCED: 202,
+    CallbackOutcome.REPLAYED: 202,
+    CallbackOutcome.UNREADABLE: 202,
+    CallbackOutcome.TASK_OVER: 200,
+    CallbackOutcome.FORGED: 401,
+    CallbackOutcome.FOREIGN_TASK: 401,
+    CallbackOutcome.TASK_UNKNOWN: 404,
+    CallbackOutcome.TOO_SLOW: 408,
+    CallbackOutcome.TOO_LARGE: 413,
+    CallbackOutcome.UNAVAILABLE: 503,
+}
+_DETAIL: Final = {
+    CallbackOutcome.FORGED: "No valid Standard Webhooks signature of a known secret within 5 minutes of now.",
+    CallbackOutcome.FOREIGN_TASK: "The body's task_id is not the one in the path.",
+    CallbackOutcome.TASK_UNKNOWN: "No task of this id was ever started here.",
+    CallbackOutcome.TOO_SLOW: "The body did not arrive within 10 seconds; send the callback again.",
+    CallbackOutcome.TOO_LARGE: "A callback has at most 64 KiB, a training's with log lines 256 KiB.",
+    CallbackOutcome.UNAVAILABLE: "The callback cannot be taken at the moment; send it again.",
+}
+_OF_RELAYED: Final = {
+    Relayed.SIGNALLED: CallbackOutcome.SIGNALLED,
+    Relayed.COALESCED: CallbackOutcome.COALESCED,
+    Relayed.TASK_OVER: CallbackOutcome.TASK_OVER,
+    Relayed.TASK_UNKNOWN: CallbackOutcome.TASK_UNKNOWN,
+    Relayed.UNAVAILABLE: CallbackOutcome.UNAVAILABLE,
+}
+
+
+class CallbackReceiver:
+    """Takes callbacks; one per process."""
+
+    def __init__(self, signatures: CallbackSignatures, relay: CallbackRelay, log_writer: TrainingLogWriter) -> None:
+        self._signatures = signatures
+        self._relay = relay
+        self._log_writer = log_writer
+        self._seen = SeenCallbacks()
+        self.outcomes: Counter[CallbackOutcome] = Counter()
+
+    async def receive(self, task_id: str, request: Request) -> Response:
+        """One of contract §2's answers."""
+        outcome = await self._outcome(task_id, request)
+        self.outcomes[outcome] += 1
+        status = _STATUS[outcome]
+        log.log(10 if status < 300 else 30, "callback", task_id=_shown(task_id), outcome=outcome.value, status=status)
+        if status < 300:
+            return JSONResponse({"outcome": outcome.value}, status)
+        return JSONResponse(
+            {"title": outcome.value, "status": status, "detail": _DETAIL[outcome]},
+            status,
+            headers={"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None,
+            media_type="application/problem+json",
+        )
+
+    async def _outcome(self, task_id: str, request: Request) -> CallbackOutcome:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                raw = await _body(request)
+        except (TimeoutError, ClientDisconnect):
+            return CallbackOutcome.TOO_SLOW
+        except BodyTooLarge:
+            return CallbackOutcome.TOO_LARGE
+        if not self._signatures.verifies(raw, request.headers):
+            return CallbackOutcome.FORGED
+        try:
+            callback = read_callback(raw, task_id)
+        except BodyTooLarge:
+            return CallbackOutcome.TOO_LARGE
+        except ForeignTask:
+            return CallbackOutcome.FOREIGN_TASK
+        except UnreadableCallback as error:
+            log.warning("callback_unreadable", task_id=_shown(task_id), reason=str(error))
+            return CallbackOutcome.UNREADABLE
+        webhook_id = request.headers["webhook-id"]
+        if self._seen.knows(webhook_id):
+            return CallbackOutcome.REPLAYED
+        outcome = await self._take(task_id, callback)
+        if _STATUS[outcome] < 300:
+            self._seen.remember(webhook_id)
+        return outcome
+
+    async def _take(self, task_id: str, callback: Callback) -> CallbackOutcome:
+        """Signal and log lines side by side, so that neither party's outage keeps the other's part."""
+        lines = _log_write(task_id, callback)
+        if lines is None:
+            return _OF_RELAYED[await self._relay.take(task_id, callback)]
+        relayed, logged = await asyncio.gather(self._relay.take(task_id, callback), self._log_writer.take(lines))
+        return CallbackOutcome.UNAVAILABLE if logged is Logged.UNAVAILABLE else _OF_RELAYED[relayed]
+
+
+def callback_routes(receiver: CallbackReceiver) -> APIRouter:
+    router = APIRouter(tags=["callbacks"])
+
+    @router.post("/callbacks/comfyui/{task_id}", status_code=202, response_model=None)
+    async def comfyui_callback(task_id: str, request: Request) -> Response:
+        """ComfyUI tells that a job or training of the task has changed. Signed by the Standard Webhooks scheme."""
+        return await receiver.receive(task_id, request)
+
+    return router
+
+
+async def _body(request: Request) -> bytes:
+    """The whole body, counted while it is read: a length that a sender states is not believed. Raises BodyTooLarge."""
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BYTES_WITH_LOG:
+            raise BodyTooLarge
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _log_write(task_id: str, callback: Callback) -> TrainingLogWrite | None:
+    """What goes to the training log; None when there is nothing."""
+    if isinstance(callback, JobCallback):
+        return None
+    metrics = _metrics(callback)
+    if not callback.log and not metrics:
+        return None
+    return TrainingLogWrite(
+        task_id=task_id,
+        training_id=callback.training_id,
+        sequence=callback.sequence,
+        lines=callback.log,
+        metrics=metrics,
+    )
+
+
+def _metrics(callback: TrainingCallback) -> dict[str, float]:
+    return {} if callback.output is None or callback.output.metrics is None else callback.output.metrics
+
+
+def _shown(task_id: str) -> str:
+    """A path is anybody's text: a log line holds a piece of it at most."""
+    return task_id[:64]

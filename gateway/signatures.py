@@ -1,0 +1,73 @@
+"""Standard Webhooks (contract §2): who may call back, and which message came before."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from standardwebhooks import Webhook
+
+REMEMBERED_SECONDS: Final = 600.0
+MAX_REMEMBERED: Final = 100_000
+"""Beyond this the oldest ids are forgotten early; a replay of those is coalesced like any repeat."""
+MAX_ID_LENGTH: Final = 256
+
+
+class CallbackSignatures:
+    """Verifies callbacks against every secret in use: two during a rotation."""
+
+    def __init__(self, secrets: Sequence[str]) -> None:
+        """`secrets` are `whsec_…`. Raises ValueError for none, or one that is no such secret, without quoting it."""
+        if not secrets:
+            raise ValueError("No callback secret is set: give at least one (whsec_…), or no callback can be taken.")
+        self._webhooks = [self._webhook(number, secret) for number, secret in enumerate(secrets, start=1)]
+
+    @staticmethod
+    def _webhook(number: int, secret: str) -> Webhook:
+        try:
+            return Webhook(secret)
+        except Exception:
+            raise ValueError(f"Callback secret {number} is no Standard Webhooks secret (whsec_ and base64).") from None
+
+    def verifies(self, raw: bytes, headers: Mapping[str, str]) -> bool:
+        """Whether `raw` was signed with one of the secrets within ±300 s of now."""
+        if len(headers.get("webhook-id", "")) > MAX_ID_LENGTH:
+            return False
+        return any(self._signed_with(webhook, raw, headers) for webhook in self._webhooks)
+
+    @staticmethod
+    def _signed_with(webhook: Webhook, raw: bytes, headers: Mapping[str, str]) -> bool:
+        try:
+            webhook.verify(raw, dict(headers), json_parse=False)
+        except Exception:
+            # Malformed signatures raise ValueError, binascii and Unicode errors too (pitfall 25).
+            return False
+        return True
+
+
+class SeenCallbacks:
+    """The webhook ids that were taken in the last 10 minutes."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._expires_at: OrderedDict[str, float] = OrderedDict()
+
+    def knows(self, webhook_id: str) -> bool:
+        self._forget_expired()
+        return webhook_id in self._expires_at
+
+    def remember(self, webhook_id: str) -> None:
+        """Called only once the callback's effect is safe: a sender that got no answer must be heard again."""
+        self._expires_at[webhook_id] = self._clock() + REMEMBERED_SECONDS
+        self._expires_at.move_to_end(webhook_id)
+        self._forget_expired()
+
+    def _forget_expired(self) -> None:
+        now = self._clock()
+        while self._expires_at:
+            oldest = next(iter(self._expires_at))
+            if self._expires_at[oldest] > now and len(self._expires_at) <= MAX_REMEMBERED:
+                return
+            del self._expires_at[oldest]

@@ -1,0 +1,146 @@
+"""A gateway served on a free port, a sender of signed callbacks, and a run that keeps what it is signalled."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+from standardwebhooks import Webhook
+from temporalio import workflow
+from temporalio.client import Client, WorkflowHandle
+
+from contracts.tasks import CALLBACK_SIGNAL, workflow_id_of
+from gateway.app import create_app
+from gateway.callbacks import CallbackOutcome
+from store import TaskStore
+from tests.conftest import unique
+
+
+def new_secret() -> str:
+    return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+@workflow.defn(name="KeepsSignals")
+class KeepsSignals:
+    """Stands where a task's workflow would: keeps each callback until it is told to end."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, Any]] = []
+        self.is_told_to_end = False
+
+    @workflow.run
+    async def run(self) -> None:
+        await workflow.wait_condition(lambda: self.is_told_to_end)
+
+    @workflow.signal(name=CALLBACK_SIGNAL)
+    def keep(self, callback: dict[str, Any]) -> None:
+        self.kept.append(callback)
+
+    @workflow.signal
+    def end(self) -> None:
+        self.is_told_to_end = True
+
+    @workflow.query
+    def callbacks(self) -> list[dict[str, Any]]:
+        return self.kept
+
+
+@dataclass
+class Gateway:
+    """A served gateway and how tests talk to it."""
+
+    app: FastAPI
+    http: httpx.AsyncClient
+    secret: str
+
+    async def post(
+        self,
+        task_id: str,
+        body: dict[str, Any] | bytes,
+        *,
+        webhook_id: str | None = None,
+        secret: str | None = None,
+        at: datetime | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> httpx.Response:
+        raw = body if isinstance(body, bytes) else json.dumps({"task_id": task_id, **body}).encode()
+        signed = signed_headers(raw, secret or self.secret, webhook_id=webhook_id, at=at)
+        return await self.http.post(f"/callbacks/comfyui/{task_id}", content=raw, headers={**signed, **(headers or {})})
+
+    def count(self, outcome: CallbackOutcome) -> int:
+        return int(self.app.state.callbacks.outcomes[outcome])
+
+
+def signed_headers(
+    raw: bytes, secret: str, *, webhook_id: str | None = None, at: datetime | None = None
+) -> dict[str, str]:
+    webhook_id = webhook_id or unique("msg")
+    at = at or datetime.now(UTC)
+    return {
+        "webhook-id": webhook_id,
+        "webhook-timestamp": str(int(at.timestamp())),
+        "webhook-signature": Webhook(secret).sign(webhook_id, at, raw.decode("utf-8", "replace")),
+        "content-type": "application/json",
+    }
+
+
+@asynccontextmanager
+async def served(client: Client, store: TaskStore, *more_secrets: str) -> AsyncIterator[Gateway]:
+    secret = new_secret()
+    app = create_app(temporal=client, store=store, callback_secrets=[secret, *more_secrets])
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
+    serving = asyncio.create_task(server.serve())
+    await eventually(lambda: _is(server.started))
+    port = server.servers[0].sockets[0].getsockname()[1]
+    limits = httpx.Limits(max_connections=200)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, limits=limits) as http:
+        yield Gateway(app, http, secret)
+    server.should_exit = True
+    await serving
+
+
+async def _is(value: bool) -> bool:
+    return value
+
+
+async def eventually(condition: Callable[[], Awaitable[Any]], *, within: timedelta = timedelta(seconds=10)) -> Any:
+    """The condition's first true value; fails when there is none in time."""
+    deadline = asyncio.get_running_loop().time() + within.total_seconds()
+    while not (value := await condition()):
+        assert asyncio.get_running_loop().time() < deadline, "the condition did not become true in time"
+        await asyncio.sleep(0.02)
+    return value
+
+
+async def start_run(client: Client, task_queue: str, task_id: str) -> WorkflowHandle[Any, Any]:
+    return await client.start_workflow("KeepsSignals", id=workflow_id_of(task_id), task_queue=task_queue)
+
+
+async def kept_by(handle: WorkflowHandle[Any, Any]) -> list[dict[str, Any]]:
+    return await handle.query("callbacks")  # type: ignore[no-any-return]
+
+
+def tick(sequence: int, percent: float = 0.0, **fields: Any) -> dict[str, Any]:
+    """An image job's callback while it runs."""
+    given = {"job_id": "job-1", "job_status": "processing", "stage_progress": percent, "sequence": sequence}
+    return {**given, **fields}
+
+
+def delivery(sequence: int, **fields: Any) -> dict[str, Any]:
+    urls = ["https://images.example/1.png"]
+    return tick(sequence, 100.0, **{"job_status": "delivery", "result_urls": urls, "actual_cost": 24, **fields})
+
+
+def training_tick(sequence: int, **fields: Any) -> dict[str, Any]:
+    given = {"training_id": "training-1", "training_status": "running", "training_stage": "training"}
+    return {**given, "stage_progress": 1.0, "sequence": sequence, **fields}
