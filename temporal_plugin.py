@@ -40,6 +40,7 @@ PASSED_THROUGH: Final = (
     "workflows.alarm",
     "workflows.attempts",
     "workflows.credit_hold",
+    "workflows.details",
     "workflows.failures",
     "workflows.following",
     "workflows.guards",

@@ -156,6 +156,8 @@ class RecordState(OwnModel):
     written_status: TaskStatus | None = None
     written_stage: str | None = None
     last_progress_at: Instant | None = None
+    last_shown: str = ""
+    last_news_at: Instant | None = None
 
 
 class PriceState(OwnModel):

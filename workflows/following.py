@@ -10,6 +10,7 @@ from contracts.carried import JobNews
 
 from workflows.alarm import Alarm
 from workflows.credit_hold import CreditHold
+from workflows.job_clock import JobClock
 from workflows.job_watch import JobWatch
 from workflows.stop import Stop
 
@@ -36,6 +37,7 @@ class Following:
         self,
         watch: JobWatch,
         hold: CreditHold,
+        clock: JobClock,
         stop: Stop,
         alarm: Alarm,
         concerns: Sequence[Concern],
@@ -43,6 +45,7 @@ class Following:
     ) -> None:
         self._watch = watch
         self._hold = hold
+        self._clock = clock
         self._stop = stop
         self._alarm = alarm
         self._concerns = concerns
@@ -60,6 +63,7 @@ class Following:
             for concern in self._concerns:
                 concern.check()
             self._continue_as_new()
+            self._clock.tell_wait()
             await self._alarm.until(self._has_word, self._next_due(), SUMMARY)
 
     def _has_word(self) -> bool:

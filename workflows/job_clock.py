@@ -72,6 +72,9 @@ class JobClock:
 
     # What the follow loop asks
 
+    def tell_wait(self) -> None:
+        self._record.waits_for("ComfyUI: callback or poll", self.deadline())
+
     def due(self) -> datetime:
         sla = self._sla_at()
         return min(self.deadline(), sla) if sla else self.deadline()

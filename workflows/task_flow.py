@@ -65,7 +65,7 @@ class TaskFlow(Generic[Run, Result]):
         self.signals = 0
         self.concerns: list[Concern] = [self.clock, self.watch, self.hold]  # looked after while a job runs
         self.following = Following(
-            self.watch, self.hold, self.stop, self.alarm, self.concerns, self.continue_as_new_if_long
+            self.watch, self.hold, self.clock, self.stop, self.alarm, self.concerns, self.continue_as_new_if_long
         )
         self.watch.on_news(lambda news: self.clock.estimated(news.estimated_time))
 
@@ -155,7 +155,7 @@ class TaskFlow(Generic[Run, Result]):
     async def settle(self, delivery: JobNews, cost: int) -> Result:
         """Rows 5 and 6, delivered: from here nothing is undone and nothing cuts it short."""
         self.stop.close()
-        self.alarm.clear()
+        self.record.waits_for("credits to be settled", None)
         await self.settlement.charge(cost)
         return await self.completed(delivery)
 
@@ -179,7 +179,7 @@ class TaskFlow(Generic[Run, Result]):
         """Row 5, not delivered: job and hold are cancelled side by side; then the task's failure or `cancelled`."""
         self.stop.close()
         self.watch.stop_polling()
-        self.alarm.clear()
+        self.record.waits_for("job and credits to be given back", None)
         committed = await self.undo.all(str(end))
         if committed:
             self.hold.state.charged = committed

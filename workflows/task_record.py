@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from activities.task_store import TaskStoreActivities
@@ -16,6 +16,7 @@ from temporalio import workflow
 from temporalio.common import SearchAttributeKey, SearchAttributePair, SearchAttributeUpdate
 from temporalio.exceptions import ApplicationError, FailureError
 
+from workflows.details import current_details
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall
 
@@ -36,6 +37,7 @@ class TaskRecord:
         self._outside = outside
         self._carried = carried
         self._in_flight = 0
+        self._waits: tuple[str, datetime | None] = ("", None)
 
     @property
     def state(self) -> TaskState:
@@ -104,11 +106,13 @@ class TaskRecord:
         self.state.stage = stage
         self.state.progress = 0.0
         self.state.next_eta = self.state.queue_position = None
+        self._carried.last_shown = f"{self.state.status} {stage} 0 None None"
         self.publish()
 
     def apply(self, news: JobNews, *, attempt_changed: bool = False) -> None:
         """Take over what a job tells; progress never goes back within an attempt and stage."""
         state = self.state
+        self._carried.last_news_at = workflow.now()
         stage_changed = news.stage != state.stage or attempt_changed
         reached = news.progress if news.progress is not None else (0.0 if stage_changed else state.progress)
         state.progress = reached if stage_changed else max(state.progress, reached)
@@ -142,8 +146,13 @@ class TaskRecord:
         """Every change of stage is an event; progress within one at most once a second (design, step 6)."""
         now = workflow.now()
         last = self._carried.last_progress_at
+        state = self.state
+        shown = f"{state.status} {state.stage} {int(state.progress)} {state.next_eta} {state.queue_position}"
+        if shown == self._carried.last_shown and news.error is None:
+            return
         if not is_new_stage and last is not None and now - last < PROGRESS_EVERY:
             return
+        self._carried.last_shown = shown
         self._carried.last_progress_at = now
         self.tell(f"{news.job_id}:{news.sequence}", EventType.RUNNING, job_id=news.job_id, sequence=news.sequence)
 
@@ -165,6 +174,18 @@ class TaskRecord:
         self.state.error = failure.error_details
         self.tell_exception("end", failure.code, str(failure))
         self.end(TaskStatus.FAILED, EventType.FAILED, error=failure.error_details, message=shortened(str(failure)))
+
+    def waits_for(self, what: str, until: datetime | None) -> None:
+        """What the task waits for now, as operators read it in the UI."""
+        if (what, until) != self._waits:
+            self._waits = (what, until)
+            self._show()
+
+    def _show(self) -> None:
+        waits_for, until = self._waits
+        workflow.set_current_details(
+            current_details(self.state, waits_for=waits_for, until=until, last_news_at=self._carried.last_news_at)
+        )
 
     def publish(self) -> None:
         """Bring the search attributes up to the state; each upsert is an event, so only what changed."""
@@ -213,6 +234,7 @@ class TaskRecord:
 
     def _touch(self) -> None:
         self.state.version += 1
+        self._show()
 
     def _add(self, fact: Fact) -> None:
         """Append; while the store is away progress is coalesced and the list stays bounded."""

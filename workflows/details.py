@@ -1,0 +1,38 @@
+"""A run explains itself in the Temporal UI: its current details, as Markdown (design, Ops)."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+
+from contracts.task_store import TaskState
+
+_MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>&~])")
+
+
+def escaped(text: str) -> str:
+    """Text from outside as text: no markup of it reaches the UI."""
+    return _MARKUP.sub(lambda match: f"&#{ord(match.group(1))};", " ".join(text.split()))
+
+
+def current_details(state: TaskState, *, waits_for: str, until: datetime | None, last_news_at: datetime | None) -> str:
+    """What an operator asks first: where the task stands, what is held, what it waits for and until when."""
+    credits = state.credits
+    rows = {
+        "status": state.status.value,
+        "stage": f"{state.stage or '-'} {state.progress:.0f} %",
+        "job": f"{state.job_id or '-'} (attempt {state.attempts})",
+        "credits": f"estimated {credits.estimated}, held {credits.held}, charged {credits.charged}, "
+        f"returned {credits.returned}",
+        "waits for": f"{waits_for} until {_instant(until)}" if waits_for else "-",
+        "last word from ComfyUI": _instant(last_news_at),
+    }
+    if state.confirmation is not None:
+        rows["to be confirmed"] = f"{state.confirmation.estimated_cost} points, see confirm_price"
+    if state.error is not None:
+        rows["last error"] = f"{state.error.code}: {state.error.message}"
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {escaped(value)} |" for name, value in rows.items())
+
+
+def _instant(at: datetime | None) -> str:
+    return at.strftime("%Y-%m-%d %H:%M:%S UTC") if at else "-"
