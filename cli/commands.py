@@ -6,10 +6,10 @@ import os
 import sys
 from typing import NoReturn
 
-from cli import start_commands, task_commands
+from cli import doctor_command, start_commands, task_commands
 from cli.app import app
 
-__all__ = ["app", "main", "start_commands", "task_commands"]
+__all__ = ["app", "doctor_command", "main", "start_commands", "task_commands"]
 
 
 def main() -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from temporalio.api.enums.v1 import EventType
 from temporalio.client import Client, WorkflowExecutionDescription, WorkflowHandle
@@ -19,10 +19,10 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from cli.connection import RPC_TIMEOUT
 from cli.failures import TaskExists
-from contracts.comfyui import TaskPriority
 from contracts.tasks import (
     IMAGE_WORKFLOW,
     INPUT_MEMO,
+    PRIORITY_KEYS,
     TASK_QUEUE,
     TRAINING_WORKFLOW,
     ImageResult,
@@ -33,9 +33,6 @@ from contracts.tasks import (
     input_sha256_of,
     workflow_id_of,
 )
-
-PRIORITY_KEYS: Final = {TaskPriority.ACCELERATED: 1, TaskPriority.STANDARD: 3}
-"""Temporal's priority keys: 1 goes first, 3 is its default."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ WORKFLOW_ID_PREFIX: Final = "task-"
 IMAGE_WORKFLOW: Final = "ImageGenerationWorkflow"
 TRAINING_WORKFLOW: Final = "TrainingWorkflow"
 CALLBACK_SIGNAL: Final = "comfyui_callback"
+PRIORITY_KEYS: Final = {TaskPriority.ACCELERATED: 1, TaskPriority.STANDARD: 3}
+"""Temporal's priority keys: 1 goes first, 3 is its default."""
 MAX_EXTRAS_BYTES: Final = 32 * 1024
 INPUT_MEMO: Final = "input_sha256"
 SEARCH_ATTRIBUTES: Final = (
