@@ -1,0 +1,406 @@
+"""Whatever ComfyUI or the credits service answers becomes exactly one named outcome (contract §2, §4)."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import pytest
+
+from activities.outside_http import OutsideFailure
+from contracts.errors import COMFYUI_ERRORS, CREDITS_ERRORS, FailureCode
+from tests.activities.conftest import Facing
+from tests.activities.loopback import Seen, always, error_body, http_bytes
+
+COMFYUI_CALLS = [
+    "submit_job",
+    "get_job",
+    "cancel_job",
+    "create_training",
+    "start_training",
+    "get_training",
+    "cancel_training",
+    "list_gpus",
+]
+CREDITS_CALLS = ["estimate", "pre_deduct", "commit", "cancel_hold", "charge", "balance", "ledger"]
+OURS = {"cancel_job", "start_training", "cancel_training", "list_gpus"}
+F = FailureCode
+
+# Contract §2 and §4, row by row: call, message, number, HTTP status, what it comes to.
+DEFINITE: list[tuple[str, str, str, int, FailureCode]] = [
+    ("submit_job", "payload_invalid", "42201", 422, F.INPUT_INVALID),
+    ("submit_job", "template_not_found", "40402", 404, F.INPUT_INVALID),
+    ("submit_job", "authorization_missing", "40302", 403, F.NOT_AUTHORIZED),
+    ("submit_job", "idempotency_conflict", "40901", 409, F.TASK_CONFLICT),
+    ("get_job", "job_not_found", "40401", 404, F.LOST),
+    ("cancel_job", "job_not_found", "40401", 404, F.LOST),
+    ("create_training", "payload_invalid", "42201", 422, F.INPUT_INVALID),
+    ("get_training", "training_not_found", "40401", 404, F.LOST),
+    ("start_training", "training_not_found", "40401", 404, F.LOST),
+    ("cancel_training", "training_not_found", "40401", 404, F.LOST),
+    ("estimate", "payload_invalid", "42201", 422, F.INPUT_INVALID),
+    ("estimate", "authorization_missing", "40302", 403, F.NOT_AUTHORIZED),
+    ("pre_deduct", "insufficient_balance", "40302", 403, F.INSUFFICIENT_BALANCE),
+    ("pre_deduct", "insufficient_balance", "40201", 402, F.INSUFFICIENT_BALANCE),
+    ("pre_deduct", "authorization_not_found", "40302", 403, F.NOT_AUTHORIZED),
+    ("pre_deduct", "authorization_not_found", "40401", 404, F.NOT_AUTHORIZED),
+    ("pre_deduct", "authorization_revoked", "40302", 403, F.NOT_AUTHORIZED),
+    ("pre_deduct", "authorization_expired", "40401", 404, F.NOT_AUTHORIZED),
+    ("pre_deduct", "authorization_quota_exceeded", "40302", 403, F.QUOTA_EXCEEDED),
+    ("pre_deduct", "idempotency_conflict", "40901", 409, F.TASK_CONFLICT),
+    ("commit", "pre_deduct_not_found", "40401", 404, F.REPLY_INVALID),
+    ("commit", "pre_deduct_already_processed", "40901", 409, F.REPLY_INVALID),
+    ("commit", "hold_insufficient", "40902", 409, F.REPLY_INVALID),
+    ("commit", "amount_invalid", "42200", 422, F.REPLY_INVALID),
+    ("cancel_hold", "pre_deduct_not_found", "40401", 404, F.REPLY_INVALID),
+    ("cancel_hold", "pre_deduct_already_processed", "40901", 409, F.REPLY_INVALID),
+    ("charge", "insufficient_balance", "40201", 402, F.INSUFFICIENT_BALANCE),
+    ("charge", "insufficient_balance", "40302", 403, F.INSUFFICIENT_BALANCE),
+    ("charge", "amount_limit_exceeded", "42201", 422, F.REPLY_INVALID),
+    ("charge", "idempotency_conflict", "40901", 409, F.TASK_CONFLICT),
+    ("balance", "account_not_found", "40401", 404, F.NOT_AUTHORIZED),
+    ("ledger", "account_not_found", "40401", 404, F.NOT_AUTHORIZED),
+]
+RETRIED: list[tuple[str, str, str, int, FailureCode]] = [
+    ("submit_job", "rate_limited", "42901", 429, F.COMFYUI_UNAVAILABLE),
+    ("estimate", "pricing_unavailable", "50301", 503, F.CREDITS_UNAVAILABLE),
+    ("estimate", "estimate_rate_limited", "42901", 429, F.CREDITS_UNAVAILABLE),
+    ("charge", "charge_rate_limited", "42901", 429, F.CREDITS_UNAVAILABLE),
+    ("charge", "ledger_unavailable", "50302", 503, F.CREDITS_UNAVAILABLE),
+]
+BY_NUMBER: list[tuple[str, str, str]] = [
+    ("submit_job", "42201", "payload_invalid"),
+    ("submit_job", "40402", "template_not_found"),
+    ("get_job", "40401", "job_not_found"),
+    ("get_training", "40401", "training_not_found"),
+    ("pre_deduct", "40201", "insufficient_balance"),
+    ("pre_deduct", "40302", "authorization_missing"),
+    ("pre_deduct", "40401", "authorization_not_found"),
+    ("pre_deduct", "40901", "idempotency_conflict"),
+    ("commit", "40401", "pre_deduct_not_found"),
+    ("commit", "40901", "pre_deduct_already_processed"),
+    ("commit", "40902", "hold_insufficient"),
+    ("commit", "42200", "amount_invalid"),
+    ("cancel_hold", "40901", "pre_deduct_already_processed"),
+    ("charge", "40302", "insufficient_balance"),
+    ("charge", "42201", "amount_limit_exceeded"),
+    ("balance", "40401", "account_not_found"),
+]
+
+
+def unavailable(call: str) -> FailureCode:
+    return F.COMFYUI_UNAVAILABLE if call in COMFYUI_CALLS else F.CREDITS_UNAVAILABLE
+
+
+@pytest.mark.parametrize(("call", "message", "number", "status", "code"), DEFINITE)
+async def test_a_definite_refusal_is_an_answer(
+    facing: Facing, call: str, message: str, number: str, status: int, code: FailureCode
+) -> None:
+    async with facing(always(status, error_body(message, number))) as (_, calls):
+        answer = await calls[call]()
+    assert answer.reply is None
+    assert not answer.not_offered
+    assert answer.refusal is not None
+    assert (answer.refusal.code, answer.refusal.message) == (code, message)
+    assert (answer.refusal.http_status, answer.refusal.wire_code) == (status, number)
+    assert message in answer.refusal.sentence
+
+
+@pytest.mark.parametrize(("call", "message", "number", "status", "code"), RETRIED)
+async def test_a_busy_service_is_retried_when_it_asks_to_be(
+    facing: Facing, call: str, message: str, number: str, status: int, code: FailureCode
+) -> None:
+    async with facing(always(status, error_body(message, number), {"retry-after": "7"})) as (_, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls[call]()
+    assert (raised.value.code, raised.value.retry_after_seconds) == (code, 7.0)
+    assert raised.value.may_be_retried
+    assert message in raised.value.sentence
+
+
+def test_every_row_of_the_contract_is_tried_above() -> None:
+    tried = {(call in COMFYUI_CALLS, message) for call, message, *_ in [*DEFINITE, *RETRIED]} | {(True, "job_refused")}
+    assert tried == {(True, row.message) for row in COMFYUI_ERRORS} | {(False, row.message) for row in CREDITS_ERRORS}
+
+
+@pytest.mark.parametrize(("call", "number", "message"), BY_NUMBER)
+@pytest.mark.parametrize("as_integer", [False, True])
+async def test_an_unknown_message_is_read_by_its_number(
+    facing: Facing, call: str, number: str, message: str, as_integer: bool
+) -> None:
+    body = error_body("words of a newer service", int(number) if as_integer else number)
+    async with facing(always(400, body)) as (_, calls):
+        answer = await calls[call]()
+    assert answer.refusal is not None
+    assert answer.refusal.message == message
+
+
+async def test_the_message_counts_more_than_number_and_status(facing: Facing) -> None:
+    async with facing(always(500, error_body("insufficient_balance", "40901"))) as (_, calls):
+        answer = await calls["pre_deduct"]()
+    assert answer.refusal is not None
+    assert answer.refusal.code is F.INSUFFICIENT_BALANCE
+
+
+@pytest.mark.parametrize(
+    ("details", "code"),
+    [
+        ({"code": "model_missing", "message": "no checkpoint", "node": "4"}, F.MODEL_MISSING),
+        ({"code": "gpu_preempted", "message": "", "retryable": True}, F.GPU_PREEMPTED),
+        ({"code": "word_of_tomorrow"}, F.INTERNAL),
+        ("just a text", F.INTERNAL),
+        (None, F.INTERNAL),
+        ({"code": {"odd": []}}, F.INTERNAL),
+    ],
+)
+async def test_a_refused_job_fails_with_the_code_of_its_details(
+    facing: Facing, details: Any, code: FailureCode
+) -> None:
+    async with facing(always(422, error_body("job_refused", "42202", error_details=details))) as (_, calls):
+        answer = await calls["submit_job"]()
+    assert answer.refusal is not None
+    assert (answer.refusal.message, answer.refusal.code) == ("job_refused", code)
+    if isinstance(details, dict) and isinstance(details["code"], str):
+        assert answer.refusal.error_details is not None
+        assert answer.refusal.error_details.code == details["code"]
+
+
+async def test_an_odd_extra_field_does_not_hide_the_message(facing: Facing) -> None:
+    body = error_body("payload_invalid", 42201, fields=[{"loc": ["prompt"]}, "prompt: too long"], error_details=[1])
+    async with facing(always(422, body)) as (_, calls):
+        answer = await calls["submit_job"]()
+    assert answer.refusal is not None
+    assert answer.refusal.code is F.INPUT_INVALID
+    assert "prompt: too long" in answer.refusal.sentence
+
+
+@pytest.mark.parametrize("call", [*COMFYUI_CALLS, *CREDITS_CALLS])
+@pytest.mark.parametrize("status", [401, 403, 408, 425, 429, 500, 502, 503, 504, 599])
+async def test_without_a_recognised_body_these_statuses_are_retried(facing: Facing, call: str, status: int) -> None:
+    async with facing(always(status, b"<html>busy</html>", {"content-type": "text/html"})) as (server, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls[call]()
+    assert (raised.value.code, raised.value.may_be_retried) == (unavailable(call), True)
+    assert server.url in raised.value.sentence
+    assert str(status) in raised.value.sentence
+    assert ("token" in raised.value.sentence) == (status in (401, 403))
+
+
+@pytest.mark.parametrize("call", [*COMFYUI_CALLS, *CREDITS_CALLS])
+@pytest.mark.parametrize("status", [400, 404, 405, 409, 410, 418, 422])
+async def test_without_a_recognised_body_other_statuses_are_an_invalid_reply(
+    facing: Facing, call: str, status: int
+) -> None:
+    async with facing(always(status, {"detail": "Not Found"})) as (_, calls):
+        if call in OURS and status in (404, 405):
+            assert (await calls[call]()).not_offered
+            return
+        with pytest.raises(OutsideFailure) as raised:
+            await calls[call]()
+    assert (raised.value.code, raised.value.may_be_retried) == (F.REPLY_INVALID, True)
+
+
+@pytest.mark.parametrize("call", [*COMFYUI_CALLS, *CREDITS_CALLS])
+async def test_only_our_routes_may_be_left_out(facing: Facing, call: str) -> None:
+    async with facing(always(501, b"")) as (_, calls):
+        if call in OURS:
+            answer = await calls[call]()
+            assert (answer.not_offered, answer.reply, answer.refusal) == (True, None, None)
+            return
+        with pytest.raises(OutsideFailure) as raised:
+            await calls[call]()
+    assert raised.value.code is unavailable(call)
+
+
+async def test_an_error_body_that_nobody_knows_does_not_make_a_route_not_offered(facing: Facing) -> None:
+    async with facing(always(404, error_body("job_is_elsewhere", "40499"))) as (_, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls["cancel_job"]()
+    assert raised.value.code is F.REPLY_INVALID
+
+
+@pytest.mark.parametrize(
+    ("header", "low", "high"),
+    [
+        ("3", 3, 3),
+        ("0", 0, 0),
+        ("86400", 60, 60),
+        ("9" * 400, 60, 60),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+    ],
+)
+async def test_retry_after_is_obeyed_up_to_a_minute(facing: Facing, header: str, low: float, high: float) -> None:
+    async with facing(always(503, b"", {"retry-after": header})) as (_, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls["estimate"]()
+    assert raised.value.retry_after_seconds is not None
+    assert low <= raised.value.retry_after_seconds <= high
+
+
+async def test_retry_after_may_be_a_date(facing: Facing) -> None:
+    header = format_datetime(datetime.now(UTC) + timedelta(seconds=40), usegmt=True)
+    async with facing(always(503, b"", {"retry-after": header})) as (_, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls["estimate"]()
+    assert raised.value.retry_after_seconds is not None
+    assert 20 <= raised.value.retry_after_seconds <= 40
+
+
+@pytest.mark.parametrize("header", ["soon", "-5", "1e9", "Wed, 99 Oct 99999 07:28:00 GMT", ""])
+async def test_an_unreadable_retry_after_is_ignored(facing: Facing, header: str) -> None:
+    async with facing(always(503, b"", {"retry-after": header})) as (_, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls["estimate"]()
+    assert raised.value.retry_after_seconds is None
+
+
+HOSTILE: dict[str, bytes] = {
+    "empty": b"",
+    "html": b"<html><body>It works!</body></html>",
+    "null": b"null",
+    "text": b'"ok"',
+    "list": b"[1]",
+    "number": b"7",
+    "truncated": b'{"job_id": "job-1"',
+    "not a number": b'{"estimated_cost": NaN, "selected_cost": NaN, "frozen_amount": NaN, "change": NaN}',
+    "infinite": b'{"job_id": 1e999}',
+    "deep": b'{"extras":' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    "rather deep": b'{"extras":' + b"[" * 40 + b"]" * 40 + b"}",
+    "5,000 digits": b'{"selected_cost": ' + b"9" * 5_000 + b"}",
+    "not utf-8": b'{"job_id": "\xff\xfe"}',
+    "nul bytes": b"\x00" * 64,
+    "wrong types": b'{"job_id": ["job-1"], "training_id": 5, "pre_deduct_id": {}, "selected_cost": "dear"}',
+    "10 MB": b'{"x": "' + b"y" * 10_000_000 + b'"}',
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+async def test_a_hostile_reply_is_an_invalid_reply(facing: Facing, kind: str) -> None:
+    async with facing(always(200, HOSTILE[kind])) as (server, calls):
+        for name, call in calls.items():
+            with pytest.raises(OutsideFailure) as raised:
+                await call()
+            assert (name, raised.value.code) == (name, F.REPLY_INVALID)
+            assert server.url in raised.value.sentence
+            assert len(raised.value.sentence) < 1_500
+            assert raised.value.sentence.isprintable()
+
+
+GOOD_REPLY: dict[str, Any] = {
+    "job_id": "job-1",
+    "job_status": "queued",
+    "training_id": "training-1",
+    "training_status": "queued",
+    "pre_deduct_id": "hold-1",
+    "ledger_id": "ledger-1",
+    "gpu_hours": 1.5,
+    **dict.fromkeys(("estimated_cost", "selected_cost", "frozen_amount", "change", "balance", "frozen"), 24),
+}
+ABOUT_POINTS = ["submit_job", "estimate", "pre_deduct", "commit", "charge", "balance"]
+ABOUT_IDS = [*(name for name in COMFYUI_CALLS if name != "list_gpus"), "pre_deduct", "commit", "cancel_hold", "charge"]
+
+
+@pytest.mark.parametrize("call", [*ABOUT_IDS, "estimate", "balance"])
+async def test_the_reply_that_the_next_tests_spoil_is_good(facing: Facing, call: str) -> None:
+    async with facing(always(200, GOOD_REPLY)) as (_, calls):
+        assert (await calls[call]()).reply is not None
+
+
+@pytest.mark.parametrize("call", ABOUT_POINTS)
+async def test_points_that_are_no_whole_number_are_an_invalid_reply(facing: Facing, call: str) -> None:
+    values: list[Any] = [23.5, True, None, [], {}, "dear", 10**18, -(10**18)]
+    for value in values:
+        spoilt = {name: value if points == 24 else points for name, points in GOOD_REPLY.items()}
+        async with facing(always(200, spoilt)) as (_, calls):
+            with pytest.raises(OutsideFailure) as raised:
+                await calls[call]()
+        assert (value, raised.value.code) == (value, F.REPLY_INVALID)
+
+
+@pytest.mark.parametrize("call", ABOUT_IDS)
+async def test_an_id_that_no_path_can_hold_is_an_invalid_reply(facing: Facing, call: str) -> None:
+    for value in ("a/../b", "..", "", "a\nb", "x" * 129, "a\ud800", "a\x00", "ü", "a b", "a%2fb", 5, None, ["job-1"]):
+        spoilt = {name: value if name.endswith("_id") else good for name, good in GOOD_REPLY.items()}
+        async with facing(always(200, spoilt)) as (_, calls):
+            with pytest.raises(OutsideFailure) as raised:
+                await calls[call]()
+        assert (value, raised.value.code) == (value, F.REPLY_INVALID)
+
+
+@pytest.mark.parametrize("call", ["submit_job", "create_training", "estimate", "pre_deduct", "commit"])
+async def test_a_negative_amount_is_an_invalid_reply(facing: Facing, call: str) -> None:
+    amounts = {"estimated_cost": -1, "selected_cost": -1, "frozen_amount": -1, "gpu_hours": -1}
+    ids = {"job_id": "job-1", "training_id": "training-1", "pre_deduct_id": "hold-1"}
+    async with facing(always(200, amounts | ids)) as (_, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls[call]()
+    assert raised.value.code is F.REPLY_INVALID
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_is_not_followed(facing: Facing, status: int) -> None:
+    async with facing(always(status, b"", {"location": "/elsewhere"})) as (server, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls["pre_deduct"]()
+        assert [request.target for request in server.seen] == ["/api/v1/credits/pre-deduct"]
+    assert raised.value.code is F.REPLY_INVALID
+    assert "redirect" in raised.value.sentence
+
+
+@pytest.mark.parametrize(
+    ("call", "reply"),
+    [
+        ("get_job", {"job_id": "job-2", "job_status": "queued"}),
+        ("cancel_job", {"job_id": "job-2", "job_status": "queued"}),
+        ("get_training", {"training_id": "training-2", "training_status": "queued"}),
+        ("start_training", {"training_id": "training-2", "training_status": "queued"}),
+        ("cancel_training", {"training_id": "training-2", "training_status": "queued"}),
+        ("commit", {"pre_deduct_id": "hold-2", "frozen_amount": 24}),
+        ("cancel_hold", {"pre_deduct_id": "hold-2", "status": "cancelled"}),
+    ],
+)
+async def test_an_answer_about_another_id_is_an_invalid_reply(facing: Facing, call: str, reply: dict[str, Any]) -> None:
+    async with facing(always(200, reply)) as (_, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls[call]()
+    assert raised.value.code is F.REPLY_INVALID
+
+
+async def test_unclean_text_is_repaired_and_what_only_informs_costs_nothing(facing: Facing) -> None:
+    state = {
+        "job_id": "job-1",
+        "job_status": "processing",
+        "stage_progress": 400,
+        "next_eta": "tomorrow",
+        "queue_position": "many",
+        "error_details": {"code": "node_error", "message": "bad \x00 text \ud800"},
+        "unknown": {"field": 1},
+    }
+    async with facing(always(200, state)) as (_, calls):
+        answer = await calls["get_job"]()
+    assert answer.reply is not None
+    assert answer.reply.stage_progress == 100
+    assert answer.reply.next_eta is None
+    assert answer.reply.error_details.message == "bad \ufffd text \ufffd"
+
+
+async def test_no_part_of_a_reply_stands_in_a_failure(facing: Facing) -> None:
+    """Replies may repeat prompts, and failures stay in histories."""
+    async with facing(always(200, {"job_id": "job 1 with a secret prompt", "job_status": "secret"})) as (_, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls["get_job"]()
+    assert "secret" not in raised.value.sentence
+    assert raised.value.__cause__ is None
+
+
+async def test_a_compressed_bomb_is_not_unpacked(facing: Facing) -> None:
+    async def answer(request: Seen, writer: asyncio.StreamWriter) -> None:
+        assert request.headers["accept-encoding"] == "identity"
+        writer.write(http_bytes(200, b"\x1f\x8b" + b"\x00" * 1_000, {"content-encoding": "gzip"}))
+
+    async with facing(answer) as (_, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls["get_job"]()
+    assert raised.value.code is F.REPLY_INVALID

@@ -1,0 +1,387 @@
+"""The HTTP client itself: every error of httpx has a name, limits hold, and nothing secret is told."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import socket
+import time
+
+import httpx
+import jwt
+import pytest
+
+from activities.comfyui import COMFYUI, LIST_GPUS, ComfyUIClient, RouteProbe
+from activities.credits import CREDITS, CreditsClient
+from activities.outside_http import CONNECTION_FAILURES, OutsideFailure, OutsideHttp, time_limit
+from activities.tokens import ServiceToken, SignedTokens
+from contracts.calls import LedgerQuery, Post
+from contracts.errors import FailureCode
+from contracts.permissions import Scene, Scope
+from tests.activities.calls import (
+    PROMPT,
+    SECRET,
+    call_for,
+    commit_post,
+    estimate_post,
+    job_call,
+    job_post,
+    pre_deduct_post,
+    tokens,
+)
+from tests.activities.conftest import Facing
+from tests.activities.loopback import Seen, always, error_body, http_bytes, serving
+
+HTTPX_EXCEPTIONS = [
+    kind
+    for _, kind in inspect.getmembers(httpx, inspect.isclass)
+    if issubclass(kind, Exception) and not issubclass(kind, Warning)
+]
+
+
+@pytest.mark.parametrize("kind", HTTPX_EXCEPTIONS, ids=lambda kind: kind.__name__)
+async def test_every_exception_of_httpx_is_one_named_failure(kind: type[Exception]) -> None:
+    assert kind in CONNECTION_FAILURES, "a new exception of httpx: give it a reason"
+
+    def fail(request: httpx.Request) -> httpx.Response:
+        raise kind.__new__(kind)
+
+    async with OutsideHttp(COMFYUI, "http://comfyui.test:8188") as http:
+        http._client._transport = httpx.MockTransport(fail)
+        with pytest.raises(OutsideFailure) as raised:
+            await http.send(LIST_GPUS, token="t")
+    assert raised.value.code in (FailureCode.COMFYUI_UNAVAILABLE, FailureCode.REPLY_INVALID)
+    assert raised.value.may_be_retried
+    assert CONNECTION_FAILURES[kind] in raised.value.sentence
+    assert "http://comfyui.test:8188" in raised.value.sentence
+
+
+async def test_an_error_that_no_one_foresaw_has_a_name_too() -> None:
+    def fail(request: httpx.Request) -> httpx.Response:
+        raise ZeroDivisionError
+
+    async with OutsideHttp(CREDITS, "http://credits.test") as http:
+        http._client._transport = httpx.MockTransport(fail)
+        with pytest.raises(OutsideFailure) as raised:
+            await http.send(LIST_GPUS, token="t")
+    assert raised.value.code is FailureCode.CREDITS_UNAVAILABLE
+
+
+async def test_nobody_there_is_said_with_address_and_advice() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        async with CreditsClient(url, tokens()) as client:
+            with pytest.raises(OutsideFailure) as raised:
+                await client.estimate(estimate_post())
+    assert raised.value.code is FailureCode.CREDITS_UNAVAILABLE
+    for part in (url, "POST /api/v1/credits/estimate", "no connection", "COMFYUI_TEMPORAL_CREDITS_URL"):
+        assert part in raised.value.sentence
+
+
+async def test_a_connection_closed_before_the_answer_is_retried(facing: Facing) -> None:
+    async def hang_up(request: Seen, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with facing(hang_up) as (_, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls["submit_job"]()
+    assert raised.value.code is FailureCode.COMFYUI_UNAVAILABLE
+
+
+async def test_a_body_cut_short_is_retried(facing: Facing) -> None:
+    async def half(request: Seen, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{")
+        await writer.drain()
+        writer.close()
+
+    async with facing(half) as (_, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls["submit_job"]()
+    assert raised.value.code is FailureCode.COMFYUI_UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"SSH-2.0-OpenSSH_9.2\r\n\r\n", b"HTTP/1.1 abc OK\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n"],
+)
+async def test_what_is_no_http_is_an_invalid_reply(facing: Facing, answer: bytes) -> None:
+    async def reply(request: Seen, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+
+    async with facing(reply) as (_, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls["estimate"]()
+    assert raised.value.code is FailureCode.REPLY_INVALID
+
+
+@pytest.mark.parametrize("where", ["head", "body"])
+async def test_a_byte_now_and_then_does_not_hold_a_request_open(where: str) -> None:
+    """No single read takes long, so only the limit of the whole request ends it; and no connection is lost."""
+
+    async def drip(request: Seen, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n" + (b"content-length: 9999\r\n\r\n" if where == "body" else b""))
+        while not writer.is_closing():
+            writer.write(b"x" if where == "body" else b"a: b\r\n")
+            await writer.drain()
+            await asyncio.sleep(0.02)
+
+    async with serving(drip) as server, ComfyUIClient(server.url, tokens(), pool_size=2) as client:
+        for _ in range(3):
+            began = time.monotonic()
+            with time_limit(0.15):
+                outcomes = await asyncio.gather(
+                    client.submit_job(job_post()), client.get_job(job_call()), return_exceptions=True
+                )
+            assert time.monotonic() - began < 1
+            assert [getattr(outcome, "code", outcome) for outcome in outcomes] == [FailureCode.COMFYUI_UNAVAILABLE] * 2
+            assert all("within 0.15 s" in str(outcome) for outcome in outcomes)
+        server.answer = always(202, {"job_id": "job-1", "estimated_cost": 24})
+        assert (await client.submit_job(job_post())).reply is not None
+
+
+async def test_a_silent_server_is_left_after_the_read_limit() -> None:
+    async def silent(request: Seen, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(60)
+
+    async with serving(silent) as server, ComfyUIClient(server.url, tokens(), read_seconds=0.1) as client:
+        with pytest.raises(OutsideFailure) as raised:
+            await client.get_job(job_call())
+    assert "silent for too long" in raised.value.sentence
+
+
+async def test_a_full_pool_is_said() -> None:
+    async def silent(request: Seen, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(60)
+
+    async with (
+        serving(silent) as server,
+        ComfyUIClient(server.url, tokens(), connect_seconds=0.1, read_seconds=0.5, pool_size=1) as client,
+    ):
+        outcomes = await asyncio.gather(client.get_job(job_call()), client.get_job(job_call()), return_exceptions=True)
+    assert sum("all of our connections" in str(outcome) for outcome in outcomes) == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://name:password@credits.test",
+        "ftp://credits.test",
+        "credits.test:8190",
+        "http://",
+        "http://credits.test/?key=1",
+        "http://[::1",
+        "",
+    ],
+)
+def test_an_unusable_address_is_refused_at_once_without_its_credentials(url: str) -> None:
+    with pytest.raises(ValueError, match="COMFYUI_TEMPORAL_CREDITS_URL") as raised:
+        CreditsClient(url, tokens())
+    assert "password" not in str(raised.value).replace("user and password", "")
+
+
+async def test_what_a_request_carries(facing: Facing) -> None:
+    async with facing(always(202, {"job_id": "job-1", "estimated_cost": 24})) as (server, calls):
+        await calls["submit_job"]()
+    [seen] = server.seen
+    assert (seen.method, seen.target) == ("POST", "/comfyui/v1/jobs")
+    assert seen.headers["x-idempotency-key"] == "task-1:submit:1"
+    assert b'"extras":{"seed":null}' in seen.body
+    assert PROMPT.encode() in seen.body
+    claims = jwt.decode(
+        seen.headers["authorization"].removeprefix("Bearer "),
+        SECRET,
+        algorithms=["HS256"],
+        audience="comfyui-platform",
+        issuer="comfyui-temporal",
+    )
+    assert (claims["tenant_id"], claims["user_id"]) == ("tenant-demo", "user-demo")
+    assert 290 < claims["exp"] - time.time() <= 301
+
+
+SCOPES = {
+    "submit_job": Scope.IMAGE_GENERATE,
+    "get_job": Scope.TASK_READ,
+    "cancel_job": Scope.TASK_CANCEL,
+    "create_training": Scope.MODEL_TRAIN,
+    "start_training": Scope.MODEL_TRAIN,
+    "get_training": Scope.TASK_READ,
+    "cancel_training": Scope.TASK_CANCEL,
+    "list_gpus": Scope.TASK_READ,
+    **dict.fromkeys(("estimate", "pre_deduct", "commit", "cancel_hold", "charge", "balance", "ledger"), "scene"),
+}
+
+
+@pytest.mark.parametrize("call", SCOPES)
+async def test_each_token_has_the_scope_that_the_call_needs_and_no_other(facing: Facing, call: str) -> None:
+    async with facing(always(422, error_body("payload_invalid"))) as (server, calls):
+        await calls[call]()
+    token = server.seen[0].headers["authorization"].removeprefix("Bearer ")
+    scope = SCOPES[call] if SCOPES[call] != "scene" else Scope.IMAGE_GENERATE
+    assert jwt.decode(token, options={"verify_signature": False})["scopes"] == [scope]
+
+
+@pytest.mark.parametrize(
+    ("scene", "is_rollback", "scope"),
+    [
+        (Scene.MODEL_TRAIN, False, Scope.MODEL_TRAIN),
+        (Scene.IMAGE_GENERATE, True, Scope.CREDITS_ROLLBACK),
+        (Scene.MODEL_TRAIN, True, Scope.CREDITS_ROLLBACK),
+    ],
+)
+async def test_credits_are_called_with_the_scenes_scope_or_rollbacks(
+    scene: Scene, is_rollback: bool, scope: Scope
+) -> None:
+    async with (
+        serving(always(200, {"balance": 1, "frozen": 0})) as server,
+        CreditsClient(server.url, tokens()) as client,
+    ):
+        await client.balance(call_for(scene=scene, is_rollback=is_rollback))
+        token = server.seen[0].headers["authorization"].removeprefix("Bearer ")
+        assert server.seen[0].target == "/api/v1/credits/balance?tenant_id=tenant-demo&user_id=user-demo"
+    assert jwt.decode(token, options={"verify_signature": False})["scopes"] == [scope]
+
+
+async def test_a_service_token_is_sent_as_it_is() -> None:
+    async with (
+        serving(always(200, [])) as server,
+        ComfyUIClient(server.url, ServiceToken("opaque-token")) as client,
+    ):
+        await client.list_gpus(call_for())
+        assert server.seen[0].headers["authorization"] == "Bearer opaque-token"
+
+
+@pytest.mark.parametrize("token", ["", "two words", "line\nbreak", "tökén"])
+def test_a_service_token_that_no_header_can_hold_is_refused(token: str) -> None:
+    with pytest.raises(ValueError, match="printable ASCII"):
+        ServiceToken(token)
+
+
+def test_secrets_are_long_and_never_shown() -> None:
+    with pytest.raises(ValueError, match="32 bytes"):
+        SignedTokens("short", "issuer", "audience")
+    assert SECRET not in repr(tokens())
+    assert "opaque" not in repr(ServiceToken("opaque"))
+
+
+async def test_an_id_is_percent_encoded_in_a_path(facing: Facing) -> None:
+    async with (
+        serving(always(404, error_body("job_not_found", "40401"))) as server,
+        ComfyUIClient(server.url, tokens()) as client,
+    ):
+        await client.get_job(job_call("a:b/../c?d#e%2f"))
+        assert server.seen[0].target == "/comfyui/v1/jobs/a%3Ab%2F..%2Fc%3Fd%23e%252f"
+
+
+@pytest.mark.parametrize("key", ["task-1:submit:1\r\nx-admin: yes", "tásk:submit:1", "", "k" * 256])
+async def test_a_key_that_no_header_can_hold_is_not_sent(key: str) -> None:
+    async with serving(always(200, {})) as server, CreditsClient(server.url, tokens()) as client:
+        with pytest.raises(OutsideFailure) as raised:
+            await client.pre_deduct(Post(call_for=call_for(), key=key, body=pre_deduct_post().body))
+        assert server.seen == []
+    assert (raised.value.code, raised.value.may_be_retried) == (FailureCode.INPUT_INVALID, False)
+
+
+async def test_a_body_that_json_cannot_carry_is_not_sent() -> None:
+    body = commit_post().body.model_copy(update={"task_id": "\ud800"})
+    async with serving(always(200, {})) as server, CreditsClient(server.url, tokens()) as client:
+        with pytest.raises(OutsideFailure) as raised:
+            await client.commit(Post(call_for=call_for(), key="k", body=body))
+        assert server.seen == []
+    assert (raised.value.code, raised.value.may_be_retried) == (FailureCode.INPUT_INVALID, False)
+
+
+async def test_a_repeated_post_sends_the_same_bytes(facing: Facing) -> None:
+    async with facing(always(503)) as (server, calls):
+        for _ in range(2):
+            with pytest.raises(OutsideFailure):
+                await calls["submit_job"]()
+    first, second = server.seen
+    assert (first.body, first.headers["x-idempotency-key"]) == (second.body, second.headers["x-idempotency-key"])
+
+
+async def test_a_proxy_of_the_environment_is_not_used_for_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    async with serving(always(200, [])) as server, ComfyUIClient(server.url, tokens()) as client:
+        assert (await client.list_gpus(call_for())).reply == []
+
+
+def entry(number: int, **more: object) -> dict[str, object]:
+    return {"ledger_id": f"l-{number}", "change": -1, "task_id": "task-1", "created_at": "2026-01-01T00:00:00Z"} | more
+
+
+async def test_a_ledger_is_read_to_its_last_page_and_narrowed_to_the_task() -> None:
+    """Also where the service ignores `task_id`, and where a cancel repeats only the hold's id."""
+    pages = {
+        None: {"entries": [entry(5, task_id=None, pre_deduct_id="h-1", kind="cancel")], "cursor": "p2"},
+        "p2": {"entries": [entry(4, task_id="task-2"), entry(3, kind="words of tomorrow")], "cursor": "p3"},
+        "p3": {"entries": [entry(2, pre_deduct_id="h-1"), entry(1, task_id=None, pre_deduct_id="h-9")], "cursor": None},
+    }
+
+    async def page(request: Seen, writer: asyncio.StreamWriter) -> None:
+        await always(200, pages[httpx.URL(request.target).params.get("cursor")])(request, writer)
+
+    async with serving(page) as server, CreditsClient(server.url, tokens()) as client:
+        answer = await client.ledger(LedgerQuery(call_for=call_for(), task_id="task-1", limit=2))
+        assert all("task_id=task-1" in seen.target and "limit=2" in seen.target for seen in server.seen)
+    assert answer.reply is not None
+    assert [found.ledger_id for found in answer.reply.entries] == ["l-5", "l-3", "l-2"]
+    assert answer.reply.cursor is None
+
+
+async def test_a_ledger_that_leads_in_a_circle_is_an_invalid_reply() -> None:
+    async with (
+        serving(always(200, {"entries": [], "cursor": "again"})) as server,
+        CreditsClient(server.url, tokens()) as client,
+    ):
+        with pytest.raises(OutsideFailure) as raised:
+            await client.ledger(LedgerQuery(call_for=call_for(), task_id="task-1"))
+    assert raised.value.code is FailureCode.REPLY_INVALID
+
+
+async def test_a_ledger_without_end_is_left_with_the_cursor_it_came_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("activities.credits.MAX_LEDGER_PAGES", 3)
+
+    async def page(request: Seen, writer: asyncio.StreamWriter) -> None:
+        last = int(httpx.URL(request.target).params.get("cursor", "0"))
+        await always(200, {"entries": [entry(last)], "cursor": str(last + 1)})(request, writer)
+
+    async with serving(page) as server, CreditsClient(server.url, tokens()) as client:
+        answer = await client.ledger(LedgerQuery(call_for=call_for(), task_id="task-1"))
+    assert answer.reply is not None
+    assert (len(answer.reply.entries), answer.reply.cursor) == (3, "3")
+
+
+async def test_a_probe_tells_which_routes_are_offered_and_changes_nothing() -> None:
+    async def answer(request: Seen, writer: asyncio.StreamWriter) -> None:
+        if request.target.endswith("/gpus"):
+            writer.write(http_bytes(404, b'{"detail":"Not Found"}'))
+        elif request.target.endswith("/start"):
+            writer.write(http_bytes(405))
+        elif request.target.startswith("/comfyui/v1/jobs/") and request.method == "GET":
+            writer.write(http_bytes(404, b"<html>no such page</html>"))
+        elif "/training/" in request.target:
+            await always(404, error_body("training_not_found", "40401"))(request, writer)
+        else:
+            await always(404, error_body("job_not_found", "40401"))(request, writer)
+
+    async with serving(answer) as server, ComfyUIClient(server.url, tokens()) as client:
+        probes = {probe.route: probe for probe in await client.probe_routes(call_for())}
+        posts = [seen for seen in server.seen if seen.method == "POST"]
+        assert len({seen.headers["x-idempotency-key"] for seen in posts}) == len(posts) == 3
+        assert all("/probe-" in seen.target for seen in posts)
+    assert not probes["GET /comfyui/v1/gpus"].offered
+    assert not probes["POST /comfyui/v1/training/{job_id}/start"].offered
+    assert probes["POST /comfyui/v1/jobs/{job_id}/cancel"] == RouteProbe(
+        route="POST /comfyui/v1/jobs/{job_id}/cancel", offered=True
+    )
+    assert "not the contract's" in (probes["GET /comfyui/v1/jobs/{job_id}"].problem or "")
+
+
+async def test_a_probe_of_a_service_that_is_away_says_so() -> None:
+    async with serving(always(401)) as server, ComfyUIClient(server.url, tokens()) as client:
+        with pytest.raises(OutsideFailure, match="token was not taken"):
+            await client.probe_routes(call_for())
