@@ -184,7 +184,7 @@ class Edge:
             faults=kinds,
         )
         self.requests_seen.note(seen)
-        log.debug("request", route=seen.route, task_id=seen.task_id, status=status, faults=kinds)
+        log.debug("request", route=seen.route, task_id=seen.task_id, status=status, outcome=outcome, faults=kinds)
 
 
 def _tenant_named(request: Request, body: Any) -> str | None:

@@ -1,0 +1,79 @@
+"""`python -m simulators credits` and `python -m simulators comfyui`: one simulator as a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from pydantic import SecretStr, ValidationError
+
+from logs import configure_logs
+from settings import Settings
+from simulators.comfyui_app import comfyui_app
+from simulators.credits_app import credits_app
+from simulators.serving import server_config
+from simulators.tokens import Tokens
+
+log = structlog.get_logger("simulators")
+
+
+def main(arguments: list[str]) -> None:
+    """Serve until SIGTERM or SIGINT. A bad setting ends the process with 2 and a sentence."""
+    if arguments not in (["credits"], ["comfyui"]):
+        _give_up("Say which one: python -m simulators credits, or python -m simulators comfyui.")
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        _give_up(f"A setting cannot be read.\n{error}")
+    configure_logs(level=settings.log_level, as_json=settings.log_json)
+    is_comfyui = arguments == ["comfyui"]
+    port = settings.comfyui_simulator_port if is_comfyui else settings.credits_simulator_port
+    app = _comfyui(settings) if is_comfyui else _credits(settings)
+    log.info("simulator serves", simulator=arguments[0], host=settings.simulator_host, port=port)
+    uvicorn.Server(server_config(app, host=settings.simulator_host, port=port)).run()
+
+
+def _comfyui(settings: Settings) -> FastAPI:
+    if not settings.callback_secrets:
+        _give_up("COMFYUI_TEMPORAL_CALLBACK_SECRETS is not set: callbacks must be signed.")
+    return comfyui_app(
+        folder=settings.simulator_folder,
+        tokens=_tokens(settings),
+        admin_token=_needed(settings.simulator_admin_token, "SIMULATOR_ADMIN_TOKEN"),
+        callback_secrets=[secret.get_secret_value() for secret in settings.callback_secrets],
+        prices=settings.prices,
+        speed=settings.simulator_speed,
+    )
+
+
+def _credits(settings: Settings) -> FastAPI:
+    return credits_app(
+        folder=settings.simulator_folder,
+        tokens=_tokens(settings),
+        admin_token=_needed(settings.simulator_admin_token, "SIMULATOR_ADMIN_TOKEN"),
+        prices=settings.prices,
+        speed=settings.simulator_speed,
+    )
+
+
+def _tokens(settings: Settings) -> Tokens:
+    secret = _needed(settings.token_secret, "TOKEN_SECRET")
+    return Tokens(secret, settings.token_issuer, settings.token_audience)
+
+
+def _needed(secret: SecretStr | None, name: str) -> str:
+    if secret is None:
+        _give_up(f"COMFYUI_TEMPORAL_{name} is not set; it must be at least 32 bytes long.")
+    return secret.get_secret_value()
+
+
+def _give_up(sentence: str) -> NoReturn:
+    sys.stderr.write(f"simulators: {sentence}\n")
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
