@@ -1,0 +1,137 @@
+"""The one shared assertion: design, "Never untrue" 1 to 4, checked from outside after every scenario."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from temporalio.api.enums.v1 import EventType as HistoryEvent
+from temporalio.api.enums.v1 import WorkflowTaskFailedCause
+from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError
+from temporalio.exceptions import ApplicationError, CancelledError
+
+from contracts.tasks import EventType, TaskEvent, TaskStatus
+from tests.workflows.platform import Handle, Platform
+
+ENDS = {
+    TaskStatus.COMPLETED: EventType.COMPLETED,
+    TaskStatus.FAILED: EventType.FAILED,
+    TaskStatus.CANCELLED: EventType.CANCELLED,
+}
+BENIGN_TASK_FAILURES = {
+    WorkflowTaskFailedCause.WORKFLOW_TASK_FAILED_CAUSE_UNHANDLED_COMMAND,
+    WorkflowTaskFailedCause.WORKFLOW_TASK_FAILED_CAUSE_UNHANDLED_UPDATE,
+}
+
+
+@dataclass
+class Ending:
+    """How a task ended, as seen from outside."""
+
+    status: TaskStatus
+    code: str | None
+    """The failure's type, or None."""
+    result: dict[str, Any]
+    """The result object; empty for a run that ended Canceled."""
+    events: list[TaskEvent]
+    charged: int
+    exceptions: list[str] = field(default_factory=list)
+    """Codes of the exception records."""
+
+    @property
+    def kinds(self) -> list[str]:
+        """The events as `type stage`, in order."""
+        return [f"{event.event.value} {event.stage or '-'}" for event in self.events]
+
+
+async def ended(platform: Platform, handle: Handle, *, exempt: Collection[str] = ()) -> Ending:
+    """Wait for the task's end and assert that nothing that may never be untrue is.
+
+    `exempt` names what cannot be known or stopped under a fault that takes it away: `hold_expires` (a nameless hold
+    ends by expiry), `job_runs_out` (a nameless or unstoppable job).
+    """
+    ending = await _how_it_ended(platform, handle)
+    task_id = handle.id.removeprefix("task-")
+    await _check_money(platform, task_id, ending, exempt)
+    await _check_jobs(platform, task_id, exempt)
+    _check_events(ending)
+    await _check_row(platform, task_id, ending)
+    await _check_history(handle)
+    return ending
+
+
+async def _how_it_ended(platform: Platform, handle: Handle) -> Ending:
+    code: str | None = None
+    try:
+        result = await handle.result()
+    except WorkflowFailureError as error:
+        if isinstance(error.cause, CancelledError):
+            result = {}
+        else:
+            assert isinstance(error.cause, ApplicationError), repr(error.cause)
+            code = error.cause.type
+            result = error.cause.details[0] if error.cause.details else {}
+    task_id = handle.id.removeprefix("task-")
+    events = await platform.store.events(task_id)
+    status = TaskStatus(result.get("status", TaskStatus.CANCELLED))
+    if not result:
+        assert (await handle.describe()).status is WorkflowExecutionStatus.CANCELED
+    charged = await platform.simulators.admin.credits.charged(task_id)
+    records = await platform.store.exceptions(task_id=task_id)
+    return Ending(status, code, result, events, charged, [record.code for record in records])
+
+
+async def _check_money(platform: Platform, task_id: str, ending: Ending, exempt: Collection[str]) -> None:
+    """Each hold resolved once; charged the price once where completed, nothing and nothing handed out elsewhere."""
+    books = await platform.simulators.admin.credits.balance_check()
+    assert books.ok, books.problems
+    holds = await platform.simulators.admin.credits.holds(task_id)
+    still_open = [hold for hold in holds if hold.phase == "open"]
+    assert not still_open or "hold_expires" in exempt, still_open
+    if ending.status is TaskStatus.COMPLETED:
+        credits = ending.result["credits"]
+        assert ending.charged == credits["charged"], (ending.charged, credits)
+        assert credits["returned"] == max(0, credits["held"] - credits["charged"])
+        committed = [hold for hold in holds if hold.phase == "committed"]
+        assert len(committed) <= 1, committed
+        return
+    assert ending.charged == 0
+    assert not ending.result.get("result_urls") and not ending.result.get("output")
+    for event in ending.events:
+        assert not event.result_urls and not event.output, event
+
+
+async def _check_jobs(platform: Platform, task_id: str, exempt: Collection[str]) -> None:
+    """No job or training keeps running whose task has ended."""
+    alive = [run for run in await platform.simulators.admin.comfyui.jobs(task_id) if not run.is_over]
+    assert not alive or "job_runs_out" in exempt, alive
+
+
+def _check_events(ending: Ending) -> None:
+    """Gapless, the last one is the end, progress never back within an attempt and stage."""
+    events = ending.events
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    assert events[0].event is EventType.ACCEPTED
+    assert events[-1].event is ENDS[ending.status], ending.kinds
+    assert sum(event.event in ENDS.values() for event in events) == 1, ending.kinds
+    reached: dict[tuple[int, str | None], float] = {}
+    for event in events:
+        at = (event.attempt, event.stage)
+        assert (event.progress or 0.0) >= reached.get(at, 0.0), ending.kinds
+        reached[at] = event.progress or 0.0
+
+
+async def _check_row(platform: Platform, task_id: str, ending: Ending) -> None:
+    row = await platform.store.task(task_id)
+    assert row is not None and row.status is ending.status
+    if ending.result:
+        assert row.credits.model_dump() == ending.result["credits"]
+
+
+async def _check_history(handle: Handle) -> None:
+    """No workflow task ever failed: nothing that came in left the run stuck, even for a moment."""
+    async for event in handle.fetch_history_events():
+        if event.event_type == HistoryEvent.EVENT_TYPE_WORKFLOW_TASK_FAILED:
+            failed = event.workflow_task_failed_event_attributes
+            assert failed.cause in BENIGN_TASK_FAILURES, failed

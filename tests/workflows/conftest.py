@@ -1,0 +1,57 @@
+"""A platform for each scenario, with a worker on it; one time-skipping server for the session."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from temporalio.common import SearchAttributeKey
+from temporalio.testing import WorkflowEnvironment
+
+from contracts.tasks import SEARCH_ATTRIBUTES
+from store import TaskStore
+from temporal_plugin import TasksPlugin
+from tests.conftest import temporal_binary
+from tests.workflows.platform import Platform, running_platform
+
+
+@pytest.fixture(params=[1_000], ids=["cached"])
+def cached_workflows(request: pytest.FixtureRequest) -> int:
+    """How many runs the worker keeps in memory; 0 replays the whole history at every step."""
+    size: int = request.param
+    return size
+
+
+@pytest_asyncio.fixture
+async def platform(
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path, cached_workflows: int
+) -> AsyncIterator[Platform]:
+    """A platform on the wall clock, where an image takes about a second."""
+    async with (
+        running_platform(temporal_env, task_store, tmp_path) as platform,
+        platform.worker(max_cached_workflows=cached_workflows),
+    ):
+        yield platform
+
+
+@pytest_asyncio.fixture(scope="session")
+async def skipping_env() -> AsyncIterator[WorkflowEnvironment]:
+    """A real Temporal server whose runs' clocks can be moved."""
+    async with await WorkflowEnvironment.start_time_skipping_v2(
+        plugins=[TasksPlugin()],
+        search_attributes=[SearchAttributeKey.for_keyword(name) for name in SEARCH_ATTRIBUTES],
+        dev_server_existing_path=temporal_binary(),
+        dev_server_extra_args=["--dynamic-config-value", "frontend.WorkflowTimeSkippingEnabled=true"],
+    ) as environment:
+        yield environment
+
+
+@pytest_asyncio.fixture
+async def slow_platform(
+    skipping_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path
+) -> AsyncIterator[Platform]:
+    """A platform at contract speed, whose time passes only by `pass_time`."""
+    async with running_platform(skipping_env, task_store, tmp_path, speed=1.0) as platform, platform.worker():
+        yield platform

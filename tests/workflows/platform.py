@@ -1,0 +1,243 @@
+"""A whole platform in one process, every wire of it real: simulators, gateway, PostgreSQL, Temporal, a worker.
+
+`Platform` starts tasks as any client would, by name and JSON. `books.py` holds the one assertion that every scenario
+ends with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvicorn
+from temporalio.client import Client, WorkflowHandle, WorkflowUpdateFailedError
+from temporalio.testing import WorkflowEnvironment
+from temporalio.worker import Worker
+
+from activities.comfyui import ComfyUIActivities, ComfyUIClient
+from activities.credits import CreditsActivities, CreditsClient
+from activities.datasets import DatasetActivities, DatasetSnapshots
+from activities.task_store import TaskStoreActivities
+from activities.tokens import SignedTokens
+from contracts.policy import Policy
+from contracts.task_store import TaskClaim
+from contracts.tasks import CALLBACK_SIGNAL, IMAGE_WORKFLOW, TRAINING_WORKFLOW, workflow_id_of
+from gateway.app import create_app
+from settings import Settings
+from simulators.serving import (
+    DEFAULT_AUDIENCE,
+    DEFAULT_ISSUER,
+    TEST_CALLBACK_SECRET,
+    TEST_TOKEN_SECRET,
+    Simulators,
+    running_simulators,
+)
+from store import TaskStore
+from temporal_plugin import TasksPlugin
+from tests.conftest import unique
+from workflows.image_generation import ImageGenerationWorkflow
+from workflows.training import TrainingWorkflow
+
+T = TypeVar("T")
+Handle = WorkflowHandle[Any, Any]
+
+
+@dataclass
+class Platform:
+    """Everything a scenario needs; `policy` overrides what the worker's settings would say."""
+
+    client: Client
+    environment: WorkflowEnvironment
+    simulators: Simulators
+    store: TaskStore
+    folder: Path
+    gateway_url: str = ""
+    task_queue: str = field(default_factory=lambda: unique("queue"))
+    policy: dict[str, Any] = field(default_factory=dict)
+
+    # Starting tasks
+
+    def image(self, **fields: Any) -> dict[str, Any]:
+        """A good image input as JSON."""
+        return {
+            "task_id": unique("image"),
+            "tenant_id": "tenant-demo",
+            "user_id": "user-demo",
+            "template_id": "text-to-image",
+            "prompt": "a lighthouse at dusk",
+            **fields,
+        }
+
+    def training(self, **fields: Any) -> dict[str, Any]:
+        """A good training input as JSON, its dataset on disk, its price confirmed beforehand."""
+        dataset = self.folder / "datasets" / "tenant-demo" / "faces"
+        dataset.mkdir(parents=True, exist_ok=True)
+        for n in range(3):
+            (dataset / f"{n}.txt").write_text(f"picture {n}")
+        return {
+            "task_id": unique("training"),
+            "tenant_id": "tenant-demo",
+            "user_id": "user-demo",
+            "template_id": "lora-train",
+            "dataset": {"dataset_id": "faces", "source_uri": dataset.as_uri()},
+            "hyperparameters": {"epochs": 4, "batch_size": 1, "learning_rate": 0.001},
+            "max_credits": 1_000,
+            **fields,
+        }
+
+    async def start(self, task: dict[str, Any], **options: Any) -> Handle:
+        """Start a task with no option but id and queue, unless more are given."""
+        workflow = TRAINING_WORKFLOW if "dataset" in task else IMAGE_WORKFLOW
+        return await self.client.start_workflow(
+            workflow, task, id=workflow_id_of(task["task_id"]), task_queue=self.task_queue, **options
+        )
+
+    async def start_image(self, **fields: Any) -> Handle:
+        return await self.start(self.image(**fields))
+
+    async def start_training(self, **fields: Any) -> Handle:
+        return await self.start(self.training(**fields))
+
+    # Messages
+
+    async def progress(self, handle: Handle) -> dict[str, Any]:
+        answer: dict[str, Any] = await handle.query("progress")
+        return answer
+
+    async def cancel(self, handle: Handle, reason: str = "no longer wanted") -> str:
+        """The update `cancel_task`; its outcome."""
+        answer: dict[str, str] = await handle.execute_update("cancel_task", {"reason": reason})
+        return answer["outcome"]
+
+    async def callback(self, handle: Handle, **body: Any) -> None:
+        """A signal past the gateway, as a careless sender would give it."""
+        await handle.signal(CALLBACK_SIGNAL, body)
+
+    # Waiting on conditions
+
+    async def until(self, condition: Callable[[], Awaitable[T]], *, seconds: float = 15.0) -> T:
+        """The condition's first true value; fails when there is none in time."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while not (value := await condition()):
+            assert asyncio.get_running_loop().time() < deadline, "the condition did not become true in time"
+            await asyncio.sleep(0.02)
+        return value
+
+    async def until_stage(self, handle: Handle, stage: str) -> dict[str, Any]:
+        """Wait until the task shows this stage; its progress."""
+
+        async def shown() -> dict[str, Any] | None:
+            progress = await self.progress(handle)
+            return progress if progress["stage"] == stage else None
+
+        progress = await self.until(shown)
+        assert progress is not None
+        return progress
+
+    async def until_held(self, task_id: str) -> None:
+        """Wait until credits are held for the task."""
+        await self.until(lambda: self._open_holds(task_id))
+
+    async def _open_holds(self, task_id: str) -> bool:
+        return any(hold.phase == "open" for hold in await self.simulators.admin.credits.holds(task_id))
+
+    async def pass_time(self, handle: Handle, span: timedelta | float) -> None:
+        """Move the task's clock and the simulators' on together; needs the time-skipping platform."""
+        seconds = span.total_seconds() if isinstance(span, timedelta) else span
+        await self.simulators.admin.advance(seconds)
+        await self.environment.fast_forward(handle, timedelta(seconds=seconds))
+
+    # Restarting parts
+
+    def settings(self) -> Settings:
+        return Settings(
+            _env_file=None,
+            callback_base_url=self.gateway_url,
+            dataset_roots=[f"{(self.folder / 'datasets').as_uri()}/{{tenant_id}}/"],
+        )
+
+    def policy_of(self, claim: TaskClaim) -> Policy:
+        policy = self.settings().policy(
+            scene=claim.scene, task_id=claim.task_id, tenant_id=claim.tenant_id, priority=claim.priority.value
+        )
+        return policy.model_copy(update=self.policy)
+
+    @asynccontextmanager
+    async def worker(self, **options: Any) -> AsyncIterator[Worker]:
+        """A worker on this platform's task queue, with its own clients, as `worker.py` opens them."""
+        tokens = SignedTokens(TEST_TOKEN_SECRET, DEFAULT_ISSUER, DEFAULT_AUDIENCE)
+        async with AsyncExitStack() as stack:
+            comfyui = await stack.enter_async_context(ComfyUIClient(self.simulators.comfyui_url, tokens))
+            credits = await stack.enter_async_context(CreditsClient(self.simulators.credits_url, tokens))
+            snapshots = await stack.enter_async_context(
+                DatasetSnapshots((self.folder / "objects").as_uri(), dataset_roots=self.settings().dataset_roots)
+            )
+            worker = Worker(
+                self.client,
+                task_queue=self.task_queue,
+                workflows=[ImageGenerationWorkflow, TrainingWorkflow],
+                activities=[
+                    method
+                    for activities in (
+                        ComfyUIActivities(comfyui),
+                        CreditsActivities(credits),
+                        DatasetActivities(snapshots),
+                        TaskStoreActivities(self.store, self.policy_of),
+                    )
+                    for method in activity_methods(activities)
+                ],
+                graceful_shutdown_timeout=timedelta(seconds=5),
+                **options,
+            )
+            yield await stack.enter_async_context(worker)
+
+
+def activity_methods(activities: object) -> list[Callable[..., Any]]:
+    """Every `@activity.defn` method of an activity class's instance."""
+    methods = [getattr(activities, name) for name in dir(activities) if not name.startswith("_")]
+    return [method for method in methods if hasattr(method, "__temporal_activity_definition")]
+
+
+@asynccontextmanager
+async def served_gateway(client: Client, store: TaskStore) -> AsyncIterator[str]:
+    """The callback route on a free port; its base URL."""
+    app = create_app(temporal=client, store=store, callback_secrets=[TEST_CALLBACK_SECRET])
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, lifespan="on")
+    )
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        assert not serving.done(), "the gateway ended while it was starting"
+        await asyncio.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    await serving
+
+
+@asynccontextmanager
+async def running_platform(
+    environment: WorkflowEnvironment, store: TaskStore, folder: Path, *, speed: float = 480.0, gateway: bool = True
+) -> AsyncIterator[Platform]:
+    """Everything but the worker, so that a scenario can start, stop and configure it."""
+    config = environment.client.service_client.config
+    async with AsyncExitStack() as stack:
+        client = (
+            environment.client
+            if environment.supports_time_skipping
+            else await Client.connect(config.target_host, plugins=[TasksPlugin()])
+        )
+        simulators = await stack.enter_async_context(running_simulators(folder / "simulators", speed=speed))
+        platform = Platform(client, environment, simulators, store, folder)
+        if gateway:
+            platform.gateway_url = await stack.enter_async_context(served_gateway(client, store))
+        else:
+            platform.gateway_url = "http://127.0.0.1:9"
+        yield platform
+
+
+__all__ = ["Handle", "Platform", "WorkflowUpdateFailedError", "running_platform"]
