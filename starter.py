@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 from cli.commands import app, main
+from cli.demo import run_demo
+from cli.doctor import examine
 from cli.failures import BadInput, CannotReach, CommandFailure, ExitCode, TaskExists, UnknownTask
 from cli.follow import Watcher, follow
 from cli.outcome import TaskOutcome, find_task
@@ -29,10 +31,12 @@ __all__ = [
     "app",
     "cancel_task",
     "confirm_price",
+    "examine",
     "find_task",
     "follow",
     "list_tasks",
     "main",
+    "run_demo",
     "show_task",
     "start_image",
     "start_training",

@@ -6,19 +6,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from cli import inputs
 from cli.app import EXIT_CODES, Json, app, perform
-from cli.checks import Finding, Verdict
+from cli.checks import Verdict
 from cli.connection import find_server, read_settings
 from cli.doctor import examine, services, take_hold
 from cli.failures import ExitCode
-from cli.reports import print_json
-from cli.terminal import printable
+from cli.reports import print_findings, print_json
 from contracts.fields import CallerId
-
-_STYLES = {Verdict.OK: "green", Verdict.NOTE: "yellow", Verdict.WRONG: "red"}
 
 
 @app.command(epilog=EXIT_CODES)
@@ -58,18 +54,8 @@ def doctor(
         if as_json:
             print_json([finding.model_dump(mode="json") for finding in findings])
         else:
-            _print(Console(), findings)
+            print_findings(Console(), findings)
         is_fit = all(finding.verdict is not Verdict.WRONG for finding in findings)
         return ExitCode.COMPLETED if is_fit else ExitCode.FAILED
 
     perform(work, as_json=as_json)
-
-
-def _print(console: Console, findings: list[Finding]) -> None:
-    width = max(len(finding.what) for finding in findings)
-    for finding in findings:
-        text = Text(f"{finding.verdict.value:<6}", style=_STYLES[finding.verdict])
-        text.append(f"{finding.what:<{width}}  {printable(finding.says)}", style="default")
-        console.print(text, soft_wrap=True)
-        if finding.advice and finding.verdict is not Verdict.OK:
-            console.print(Text(f"      {printable(finding.advice)}", style="dim"), soft_wrap=True)

@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cli.checks import Finding, Verdict
 from cli.failures import BadInput, CommandFailure
 from cli.outcome import TaskOutcome
 from cli.tasks import TaskPicture, TaskRow
 from cli.terminal import confirmation_of, eta_of, printable
 from contracts.tasks import CreditsSummary, ImageResult, TrainingProgress, TrainingResult
 
+_STYLES = {Verdict.OK: "green", Verdict.NOTE: "yellow", Verdict.WRONG: "red"}
 Lines = Iterable[tuple[str, str]]
 
 
@@ -38,6 +40,17 @@ def print_lines(console: Console, lines: Lines) -> None:
         text = Text(f"{name:<{width}}  ", style="dim")
         text.append(printable(value), style="default")
         console.print(text, soft_wrap=True)
+
+
+def print_findings(console: Console, findings: list[Finding]) -> None:
+    """What was checked, one line each, and what to do below those that are not fine."""
+    width = max((len(finding.what) for finding in findings), default=0)
+    for finding in findings:
+        text = Text(f"{finding.verdict.value:<6}", style=_STYLES[finding.verdict])
+        text.append(f"{finding.what:<{width}}  {printable(finding.says)}", style="default")
+        console.print(text, soft_wrap=True)
+        if finding.advice and finding.verdict is not Verdict.OK:
+            console.print(Text(f"      {printable(finding.advice)}", style="dim"), soft_wrap=True)
 
 
 def print_failure(console: Console, failure: CommandFailure, *, as_json: bool) -> None:
