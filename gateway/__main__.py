@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 
 import structlog
@@ -61,6 +62,9 @@ async def serve(settings: Settings) -> None:
         )
     )
     log.info("gateway_serves", host=settings.gateway_host, port=settings.gateway_port, database=store.address)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn raises the signal again once it has drained: without a handler that would kill us before we close.
+        signal.signal(number, lambda *_: None)
     try:
         await server.serve()
     finally:

@@ -102,9 +102,9 @@ class CallbackReceiver:
         outcome = await self._outcome(task_id, request)
         self.outcomes[outcome] += 1
         status = _STATUS[outcome]
-        log.log(10 if status < 300 else 30, "callback", task_id=_shown(task_id), outcome=outcome.value, status=status)
         if status < 300:
             return JSONResponse({"outcome": outcome.value}, status)
+        log.warning("callback_not_taken", task_id=_shown(task_id), outcome=outcome.value, status=status)
         return JSONResponse(
             {"title": outcome.value, "status": status, "detail": _DETAIL[outcome]},
             status,

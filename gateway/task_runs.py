@@ -61,7 +61,7 @@ class TaskRuns:
             return self._unavailable(task_id, error)
 
     def _unavailable(self, task_id: str, error: Exception) -> Relayed:
-        log.warning("callback_not_taken", task_id=task_id, reason=type(error).__name__, detail=str(error)[:200])
+        log.warning("callback_not_signalled", task_id=task_id, reason=type(error).__name__, detail=str(error)[:200])
         return Relayed.UNAVAILABLE
 
 

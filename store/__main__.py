@@ -44,7 +44,7 @@ def revert_command(revision: Annotated[str, typer.Argument(help="The revision to
 def _run(dsn: str, revision: str, *, forwards: bool) -> None:
     try:
         asyncio.run(migrate(dsn, revision=revision) if forwards else revert(dsn, revision=revision))
-    except StoreUnavailable as error:
+    except (StoreUnavailable, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     typer.echo(f"The tables at {address_of(dsn)} stand at {revision}.")

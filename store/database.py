@@ -35,8 +35,13 @@ _MISSING_TABLE: Final = "42P01"
 
 
 def address_of(dsn: str) -> str:
-    """Host, port and database of a DSN, for people: without user and password."""
-    url = make_url(dsn)
+    """Host, port and database of a DSN, for people: without user and password. Raises ValueError."""
+    try:
+        url = make_url(dsn)
+    except (SQLAlchemyError, ValueError):
+        url = None
+    if url is None or url.drivername not in ("postgresql", "postgres"):
+        raise ValueError("The database DSN must look like postgresql://user:password@host:port/database.") from None
     host = url.host or next(iter(url.normalized_query.get("host", ())), "localhost")
     return f"{host}{f':{url.port}' if url.port else ''}/{url.database or ''}"
 
@@ -46,10 +51,7 @@ class Database:
 
     def __init__(self, dsn: str, *, pool_size: int = POOL_SIZE) -> None:
         """`dsn` is libpq's: `postgresql://user:password@host:port/database?sslmode=…`. Raises ValueError."""
-        try:
-            self.address = address_of(dsn)
-        except SQLAlchemyError:
-            raise ValueError("The database DSN must look like postgresql://user:password@host:port/database.") from None
+        self.address = address_of(dsn)
         self._dsn = dsn
         self._engine = create_async_engine(
             "postgresql+asyncpg://",

@@ -1,14 +1,16 @@
-"""Bring a database's tables to a revision, forwards or back; callable, and the work behind `python -m store`."""
+"""Bring a database's tables to a revision, forwards or back; callable, and the work behind `python -m store`.
+
+Alembic is imported where it is used: every process loads this package, few migrate, and it takes half a second.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -16,6 +18,9 @@ from sqlalchemy.pool import NullPool
 
 from store.database import address_of
 from store.failures import StoreUnavailable
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
 CONNECT_SECONDS: Final = 5.0
@@ -25,16 +30,22 @@ _LOCK_KEY: Final = 7_265_481
 
 async def migrate(dsn: str, *, revision: str = "head") -> None:
     """Bring the tables forward to `revision`; what is there already is left alone. Raises StoreUnavailable."""
+    from alembic import command
+
     await _run(dsn, lambda config: command.upgrade(config, revision))
 
 
 async def revert(dsn: str, *, revision: str) -> None:
     """Take the tables back to `revision` (`base`: none are left). Loses what they hold. Raises StoreUnavailable."""
+    from alembic import command
+
     await _run(dsn, lambda config: command.downgrade(config, revision))
 
 
-def configuration(connection: Connection | None = None) -> Config:
+def _configuration(connection: Connection) -> Config:
     """Alembic's configuration; it needs no file."""
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
@@ -42,13 +53,13 @@ def configuration(connection: Connection | None = None) -> Config:
     return config
 
 
-async def _run(dsn: str, step: Any) -> None:
+async def _run(dsn: str, step: Callable[[Config], None]) -> None:
     async def connect() -> asyncpg.Connection[Any]:
         return await asyncpg.connect(dsn, timeout=CONNECT_SECONDS)
 
     def migrated(connection: Connection) -> None:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
-        step(configuration(connection))
+        step(_configuration(connection))
 
     engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
     try:

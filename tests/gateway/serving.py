@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import secrets
+import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -107,6 +111,81 @@ async def served(client: Client, store: TaskStore, *more_secrets: str) -> AsyncI
         yield Gateway(app, http, secret)
     server.should_exit = True
     await serving
+
+
+@dataclass
+class GatewayProcess:
+    """`python -m gateway`, on the session's servers."""
+
+    process: asyncio.subprocess.Process
+    port: int
+    secret: str
+
+    def request(self, task_id: str, body: dict[str, Any]) -> bytes:
+        """A signed callback as it goes over the wire."""
+        raw = json.dumps({"task_id": task_id, **body}).encode()
+        headers = {**signed_headers(raw, self.secret), "host": "gateway", "content-length": str(len(raw))}
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        return f"POST /callbacks/comfyui/{task_id} HTTP/1.1\r\n{head}\r\n".encode() + raw
+
+
+@asynccontextmanager
+async def gateway_process(environment: dict[str, str]) -> AsyncIterator[GatewayProcess]:
+    secret = new_secret()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    settings = {"CALLBACK_SECRETS": secret, "GATEWAY_PORT": str(port), **environment}
+    process = await started_gateway(settings)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+
+        async def is_up() -> bool:
+            assert process.returncode is None, "the gateway ended at its start"
+            try:
+                return (await http.get("/healthz")).is_success
+            except httpx.TransportError:
+                return False
+
+        await eventually(is_up, within=timedelta(seconds=20))
+    yield GatewayProcess(process, port, secret)
+    if process.returncode is None:
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), 15) == 0
+
+
+async def started_gateway(settings: dict[str, str], *, stderr: int | None = None) -> asyncio.subprocess.Process:
+    ours = {f"COMFYUI_TEMPORAL_{name}": value for name, value in settings.items()}
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "gateway",
+        env={**os.environ, **ours},
+        cwd=Path(__file__).parents[2],
+        stderr=stderr,
+    )
+
+
+class Wire:
+    """One keep-alive connection that sends ready-made requests: cheap enough to flood with."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._turn = asyncio.Lock()
+
+    @classmethod
+    async def to(cls, port: int) -> Wire:
+        return cls(*await asyncio.open_connection("127.0.0.1", port))
+
+    async def post(self, request: bytes) -> tuple[int, bytes]:
+        """Status and body of the answer."""
+        async with self._turn:
+            self._writer.write(request)
+            head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+            length = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
+            return int(head.split(b" ")[1]), await self._reader.readexactly(length)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 async def _is(value: bool) -> bool:

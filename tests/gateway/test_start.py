@@ -1,0 +1,44 @@
+"""What `python -m gateway` says when it cannot start."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from gateway.__main__ import CannotStart, serve
+from settings import Settings
+from tests.gateway.serving import started_gateway
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"callback_secrets": [SECRET]}, "COMFYUI_TEMPORAL_DATABASE_DSN"),
+        ({"callback_secrets": [SECRET], "database_dsn": "nonsense"}, "postgresql://user"),
+        ({"callback_secrets": [SECRET], "database_dsn": "postgresql://u:p@h:port/d"}, "postgresql://user"),
+        ({"callback_secrets": [SECRET], "database_dsn": "mysql://u:p@h/d"}, "postgresql://user"),
+        ({"database_dsn": "postgresql://u:p@h/d"}, "No callback secret is set"),
+        ({"callback_secrets": [SECRET, "whsec_é"], "database_dsn": "postgresql://u:p@h/d"}, "Callback secret 2"),
+        ({"callback_secrets": ["whsec_"], "database_dsn": "postgresql://u:p@h/d"}, "Callback secret 1"),
+    ],
+)
+async def test_a_missing_or_wrong_setting_is_named_before_anything_is_served(
+    settings: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(CannotStart, match=sentence):
+        await serve(Settings(_env_file=None, **settings))
+
+
+async def test_the_process_ends_with_2_and_a_sentence_without_secrets() -> None:
+    process = await started_gateway(
+        {"CALLBACK_SECRETS": f"{SECRET}x,secret-word", "GATEWAY_PORT": "a"}, stderr=asyncio.subprocess.PIPE
+    )
+    _, told = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 2
+    assert b"gateway_port" in told
+    assert b"secret-word" not in told
+    assert b"Traceback" not in told
