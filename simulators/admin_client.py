@@ -33,7 +33,7 @@ from simulators.admin_wire import (
 
 T = TypeVar("T")
 _LIMIT_SECONDS = 10.0
-_MATCH_FIELDS = frozenset(Match.model_fields) - {"status"}
+_MATCH_FIELDS = frozenset(Match.model_fields)
 
 
 class AdminRefused(Exception):
@@ -52,17 +52,12 @@ class ServiceAdmin:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def fault(
-        self, kind: FaultKind | str, *, match: Match | None = None, route: str | None = None, **given: Any
-    ) -> Fault:
+    async def fault(self, kind: FaultKind | str, **given: Any) -> Fault:
         """Set one fault, e.g. `fault("drop", route="commit", when="after", nth=2)`.
 
-        Names of `Match` (but `status`, which is a parameter's too: give `match`) select occasions, the rest are
-        `Parameters`. By default it hits once.
+        Names of `Match` select occasions, the rest are `Parameters`. It hits once unless `times` says otherwise.
         """
-        selected = {name: given.pop(name) for name in _MATCH_FIELDS & set(given)}
-        if match is None:
-            match = Match(route=route, **selected)
+        match = Match(**{name: given.pop(name) for name in _MATCH_FIELDS & set(given)})
         order = FaultOrder(kind=FaultKind(kind), match=match, parameters=Parameters(**given))
         return await self._call(Fault, "POST", "/faults", order)
 
@@ -108,7 +103,7 @@ class ServiceAdmin:
         response = await self._http.request(
             method,
             path,
-            content=body.model_dump_json() if body else None,
+            content=body.model_dump_json(exclude_unset=True) if body else None,
             headers={"Content-Type": "application/json"} if body else None,
             params={name: value for name, value in query.items() if value is not None},
         )

@@ -23,6 +23,17 @@ def guarded_router(admin_token: str) -> APIRouter:
     return APIRouter(prefix="/admin", dependencies=[Depends(check)])
 
 
+def health_router() -> APIRouter:
+    """`GET /health`: whether the service answers; for whoever starts it."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    return router
+
+
 def add_shared_routes(
     router: APIRouter, edge: Edge, clock: Clock, settle: Callable[[], None], reset: Callable[[], None]
 ) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 
 class FaultKind(StrEnum):
@@ -64,6 +64,12 @@ CALLBACK_KINDS: Final = frozenset(kind for kind in FaultKind if kind.startswith(
 JOB_KINDS: Final = frozenset(kind for kind in FaultKind if kind.startswith("job_"))
 
 
+STANDING_KINDS: Final = frozenset(
+    {FaultKind.NOT_OFFERED, FaultKind.IGNORE_KEYS, FaultKind.LEDGER_LAG, FaultKind.PLAIN_LEDGER}
+)
+"""What a service is like rather than what happens to it: without end unless `times` is given."""
+
+
 class AdminModel(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -71,17 +77,18 @@ class AdminModel(BaseModel):
 class Match(AdminModel):
     """Which occasions a fault hits; what is null is not looked at.
 
-    `route` is a route's name (`submit_job`, `pre_deduct` …). `status` is a callback's `job_status` or
-    `training_status`. `nth` counts from 1 over the occasions that match otherwise, from when the fault was set.
+    `route` is a route's name (`submit_job`, `pre_deduct` …). `callback_status` is the `job_status` or
+    `training_status` that a callback tells. `nth` counts from 1 over the occasions that match otherwise, from when
+    the fault was set.
     `probability` is decided by `seed`, route, task and how often that pair came, so that a run can be repeated.
-    `times`: how many hits the fault has in it; null is without end.
+    `times`: how many hits the fault has in it; null is without end. Default: 1, without end for `STANDING_KINDS`.
     """
 
     route: str | None = None
     method: Literal["GET", "POST"] | None = None
     task_id: str | None = None
     tenant_id: str | None = None
-    status: str | None = None
+    callback_status: str | None = None
     nth: int | None = Field(default=None, ge=1)
     probability: float | None = Field(default=None, ge=0, le=1)
     seed: int = 0
@@ -105,6 +112,8 @@ class Parameters(AdminModel):
     message: str = "The simulator was told to fail this job."
     retryable: bool = False
     node: str | None = None
+    as_text: bool = False
+    """`job_fail`: `error_details` is the message alone, as contract §1 allows."""
     at: float = Field(default=0.5, ge=0, le=1)
     """How far the work is when it happens, 0 to 1."""
     while_queued: bool = False
@@ -123,6 +132,12 @@ class FaultOrder(AdminModel):
     kind: FaultKind
     match: Match = Match()
     parameters: Parameters = Parameters()
+
+    @model_validator(mode="after")
+    def _standing(self) -> Self:
+        if self.kind in STANDING_KINDS and "times" not in self.match.model_fields_set:
+            self.match = self.match.model_copy(update={"times": None})
+        return self
 
 
 class Fault(FaultOrder):

@@ -54,8 +54,15 @@ class Authorizations:
                 NO_QUOTA,
             )
 
-    def demand(self, tenant_id: str, template_id: str) -> int:
-        """The template's quota (−1: none). Raises Refused by what is wrong."""
+    def quota(self, tenant_id: str, template_id: str) -> int:
+        """−1: none."""
+        row = self._state.row(
+            "SELECT quota FROM authorizations WHERE tenant_id = ? AND template_id = ?", tenant_id, template_id
+        )
+        return row["quota"] if row else NO_QUOTA
+
+    def demand(self, tenant_id: str, template_id: str) -> None:
+        """Raises Refused by what is wrong with the tenant's right to the template."""
         row = self._state.row(
             "SELECT * FROM authorizations WHERE tenant_id = ? AND template_id = ?", tenant_id, template_id
         )
@@ -67,4 +74,3 @@ class Authorizations:
             raise Refused("authorization_expired")
         if row["quota"] != NO_QUOTA and self._ledger.uses(tenant_id, template_id) >= row["quota"]:
             raise Refused("authorization_quota_exceeded")
-        return int(row["quota"])

@@ -185,7 +185,7 @@ class Outbox:
         try:
             response = await client.post(row["url"], content=row["body"].encode(), headers=self._signed(row))
             status = response.status_code
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             log.info("callback not delivered", run_id=row["run_id"], url=row["url"], error=type(error).__name__)
         finally:
             self._sending.pop(row["run_id"], None)

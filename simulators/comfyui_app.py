@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,8 +11,9 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse
 
 from contracts.prices import PriceTable
-from simulators.admin_routes import add_shared_routes, guarded_router
+from simulators.admin_routes import add_shared_routes, guarded_router, health_router
 from simulators.admin_wire import CallbackSeen, GpuOrder, RunOrder, RunSeen
+from simulators.background import running_beside
 from simulators.clock import Clock
 from simulators.comfyui_service import ComfyUIService
 from simulators.edge import Edge
@@ -45,22 +45,14 @@ def comfyui_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        running = [
-            asyncio.create_task(service.queue.keep_time()),
-            asyncio.create_task(service.outbox.keep_sending()),
-        ]
-        try:
+        async with running_beside(service.queue.keep_time(), service.outbox.keep_sending()):
             yield
-        finally:
-            for task in running:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-            state.close()
+        state.close()
 
     app = FastAPI(title="Simulated ComfyUI service", lifespan=lifespan)
     app.include_router(_contract_routes(service, edge))
     app.include_router(_result_routes(service))
+    app.include_router(health_router())
     app.include_router(_admin_routes(service, edge, admin_token))
     return app
 

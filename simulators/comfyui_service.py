@@ -61,6 +61,8 @@ class ComfyUIService:
             raise Refused("template_not_found")
         cost = self._image_price(order)
         faults = self._decided("submit_job", order.task_id, order.tenant_id)
+        if FaultKind.JOB_REFUSE in faults:
+            return _refusal(faults[FaultKind.JOB_REFUSE])
         run = new_job(
             order,
             base_url=call.base_url,
@@ -92,6 +94,8 @@ class ComfyUIService:
         _demand_address(order.callback_url)
         self._demand_trainable(order)
         faults = self._decided("create_training", order.task_id, order.tenant_id)
+        if FaultKind.JOB_REFUSE in faults:
+            return _refusal(faults[FaultKind.JOB_REFUSE])
         run = new_training(
             order,
             base_url=call.base_url,
@@ -201,13 +205,15 @@ class ComfyUIService:
         raise Refused("payload_invalid", fields=["resume_from: no such checkpoint"])
 
     def _decided(self, route: str, task_id: str, tenant_id: str) -> dict[FaultKind, Parameters]:
-        """What the switchboard has in store for a new run. Raises Refused `job_refused`."""
+        """What the switchboard has in store for a new run."""
         hits = self._faults.hit(Occasion(route, "POST", task_id, tenant_id), JOB_KINDS)
-        faults = {fault.kind: fault.parameters for fault in hits}
-        if given := faults.get(FaultKind.JOB_REFUSE):
-            details = ErrorDetails(code=given.code, message=given.message, retryable=given.retryable, node=given.node)
-            raise Refused("job_refused", error_details=details)
-        return faults
+        return {fault.kind: fault.parameters for fault in hits}
+
+
+def _refusal(given: Parameters) -> Reply:
+    # Answered, not raised: the hit that was counted stays counted.
+    details = ErrorDetails(code=given.code, message=given.message, retryable=given.retryable, node=given.node)
+    return Refused("job_refused", error_details=details).reply()
 
 
 def _burden(run: Run, faults: dict[FaultKind, Parameters]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI, Request, Response
 
 from contracts.prices import PriceTable
-from simulators.admin_routes import add_shared_routes, guarded_router
+from simulators.admin_routes import add_shared_routes, guarded_router, health_router
 from simulators.admin_wire import (
     AccountOrder,
     AccountSeen,
@@ -20,6 +20,7 @@ from simulators.admin_wire import (
     EntrySeen,
     HoldSeen,
 )
+from simulators.background import running_beside
 from simulators.clock import Clock
 from simulators.credits_service import CreditsService
 from simulators.edge import Edge
@@ -28,7 +29,7 @@ from simulators.ledger import Person
 from simulators.state_file import StateFile
 from simulators.tokens import Tokens
 
-_LONGEST_SLEEP_SECONDS = 60.0
+_LONGEST_SLEEP_SECONDS = 30.0
 
 
 def credits_app(*, folder: Path, tokens: Tokens, admin_token: str, prices: PriceTable, speed: float) -> FastAPI:
@@ -41,17 +42,13 @@ def credits_app(*, folder: Path, tokens: Tokens, admin_token: str, prices: Price
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        expiry = asyncio.create_task(_expire_holds(service))
-        try:
+        async with running_beside(_expire_holds(service)):
             yield
-        finally:
-            expiry.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await expiry
-            state.close()
+        state.close()
 
     app = FastAPI(title="Simulated credits service", lifespan=lifespan)
     app.include_router(_contract_routes(service, edge))
+    app.include_router(health_router())
     app.include_router(_admin_routes(service, edge, admin_token))
     return app
 
@@ -64,7 +61,7 @@ async def _expire_holds(service: CreditsService) -> None:
         service.ledger.expire_due()
         soonest = service.ledger.next_expiry()
         rest = _LONGEST_SLEEP_SECONDS if soonest is None else soonest - service.clock.timestamp()
-        # New holds live 60 s at least, so none can end within this second unless the clock is moved.
+        # A new hold lives 60 s at least: none can end during a sleep that began before it, unless the clock is moved.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(moved.wait(), min(max(rest, 0.001), _LONGEST_SLEEP_SECONDS))
         moved.clear()

@@ -125,7 +125,7 @@ class CreditsService:
         if order.currency != CURRENCY:
             raise Refused("payload_invalid", fields=[f"currency: Input should be '{CURRENCY}'"])
         self.ledger.expire_due()
-        quota = self.authorizations.demand(order.tenant_id, order.template_id)
+        self.authorizations.demand(order.tenant_id, order.template_id)
         hold = self.ledger.hold(
             Person(order.tenant_id, order.user_id),
             task_id=order.task_id,
@@ -134,7 +134,7 @@ class CreditsService:
             amount=order.estimated_cost,
             expire_in=order.expire_in,
         )
-        return self._hold_reply(hold, hold.amount, quota)
+        return self._hold_reply(hold, hold.amount)
 
     def commit(self, call: Call) -> Reply:
         order = checked(CommitRequest, call.body)
@@ -142,7 +142,7 @@ class CreditsService:
         if hold.task_id != order.task_id:
             raise Refused("pre_deduct_not_found")
         self.ledger.commit(hold, order.actual_cost)
-        return self._hold_reply(hold, order.actual_cost, None)
+        return self._hold_reply(hold, order.actual_cost)
 
     def cancel(self, call: Call) -> Reply:
         order = checked(CancelHoldRequest, call.body)
@@ -214,8 +214,9 @@ class CreditsService:
             raise Refused("pre_deduct_not_found")
         return hold
 
-    def _hold_reply(self, hold: Hold, amount: int, quota: int | None) -> Reply:
+    def _hold_reply(self, hold: Hold, amount: int) -> Reply:
         balance, _ = self.ledger.balances(hold.person) or (0, 0)
+        quota = self.authorizations.quota(hold.person.tenant_id, hold.template_id)
         usage = self.ledger.uses(hold.person.tenant_id, hold.template_id, hold.person.user_id)
         return Reply(
             200,
@@ -223,7 +224,7 @@ class CreditsService:
                 "pre_deduct_id": hold.pre_deduct_id,
                 "frozen_amount": amount,
                 "balance_after": balance,
-                "quota_snapshot": {"template_quota": -1 if quota is None else quota, "user_usage": usage},
+                "quota_snapshot": {"template_quota": quota, "user_usage": usage},
                 "expire_at": instant(hold.expire_at).isoformat(),
             },
         )

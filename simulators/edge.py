@@ -119,7 +119,7 @@ class Edge:
             body = error
         key = request.headers.get("x-idempotency-key")
         task_id = self._task_named(request, body, key)
-        occasion = Occasion(route, request.method, task_id, _tenant_named(request, body))
+        occasion = Occasion(route, request.method, task_id, self._tenant_named(request))
         return _Exchange(request, route, raw, body, key, occasion)
 
     def _task_named(self, request: Request, body: Any, key: str | None) -> str | None:
@@ -131,6 +131,12 @@ class Edge:
             if isinstance(held, str) and (task_id := self._task_of(held)):
                 return task_id
         return None
+
+    def _tenant_named(self, request: Request) -> str | None:
+        try:
+            return self._tokens.read(request.headers.get("authorization")).tenant_id
+        except Unauthenticated:
+            return None
 
     async def _acted(self, exchange: _Exchange, act: Act) -> tuple[Reply, Outcome]:
         late = exchange.waits(FaultKind.ACT_LATE, "before")
@@ -185,11 +191,6 @@ class Edge:
         )
         self.requests_seen.note(seen)
         log.debug("request", route=seen.route, task_id=seen.task_id, status=status, outcome=outcome, faults=kinds)
-
-
-def _tenant_named(request: Request, body: Any) -> str | None:
-    named = body.get("tenant_id") if isinstance(body, dict) else None
-    return named if isinstance(named, str) else request.query_params.get("tenant_id")
 
 
 def _when(fault: Fault) -> str:

@@ -30,7 +30,7 @@ class Occasion:
     method: str = "POST"
     task_id: str | None = None
     tenant_id: str | None = None
-    status: str | None = None
+    callback_status: str | None = None
 
 
 class Faults:
@@ -50,7 +50,7 @@ class Faults:
 
     def set(self, order: FaultOrder) -> Fault:
         fault_id = self._state.run("INSERT INTO faults (document) VALUES ('')")
-        fault = Fault(fault_id=fault_id, **order.model_dump())
+        fault = Fault(fault_id=fault_id, kind=order.kind, match=order.match, parameters=order.parameters)
         self._faults[fault_id] = fault
         self._save(fault)
         return fault
@@ -105,6 +105,6 @@ def _matches(match: Match, occasion: Occasion) -> bool:
             (match.method, occasion.method),
             (match.task_id, occasion.task_id),
             (match.tenant_id, occasion.tenant_id),
-            (match.status, occasion.status),
+            (match.callback_status, occasion.callback_status),
         )
     )

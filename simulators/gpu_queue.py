@@ -21,7 +21,7 @@ from simulators.admin_wire import RunSeen
 from simulators.callbacks import Outbox
 from simulators.clock import Clock
 from simulators.jobs import ImageRun
-from simulators.runs import Outlook, Run, Trouble
+from simulators.runs import ONLY_AT_THE_END, Outlook, Run, Trouble
 from simulators.state_file import StateFile
 from simulators.trainings import TrainingRun
 
@@ -90,7 +90,8 @@ class GpuQueue:
 
     def all_runs(self) -> list[AnyRun]:
         """Oldest first."""
-        return [_run_of(row["document"]) for row in self._state.rows("SELECT document FROM runs ORDER BY rowid")]
+        rows = self._state.rows("SELECT run_id, document FROM runs ORDER BY rowid")
+        return [self._open.get(row["run_id"]) or _run_of(row["document"]) for row in rows]
 
     def task_of(self, run_id: str) -> str | None:
         row = self._state.row("SELECT task_id FROM runs WHERE run_id = ?", run_id)
@@ -157,15 +158,19 @@ class GpuQueue:
     def observe(self, run: AnyRun, at: float | None = None) -> dict[str, Any]:
         """What others see of it now; `sequence` rises when any field differs from what was seen last."""
         if run.is_open or not run.shown:
-            at = self._clock.work() if at is None else at
-            fields = run.lied(run.fields(at, self.outlook(run, at), self._clock.instant_of, self._clock.speed))
+            fields = self._fields(run, self._clock.work() if at is None else at)
             if fields != run.shown:
                 run.shown = fields
                 run.sequence += 1
                 self._save(run)
         return run.shown | {"sequence": run.sequence}
 
+    def _fields(self, run: AnyRun, at: float) -> dict[str, Any]:
+        return run.lied(run.fields(at, self.outlook(run, at), self._clock.instant_of, self._clock.speed))
+
     def seen(self, run: AnyRun) -> RunSeen:
+        """What an admin sees; looking changes nothing."""
+        shown = self._fields(run, self._clock.work()) if run.is_open else run.shown
         return RunSeen(
             run_id=run.run_id,
             kind=run.kind,
@@ -175,7 +180,7 @@ class GpuQueue:
             phase=run.phase,
             holds_gpu=run.holds_gpu,
             pool=run.pool,
-            state=self.observe(run),
+            state=shown | {"sequence": run.sequence},
         )
 
     def outlook(self, run: AnyRun, at: float) -> Outlook:
@@ -185,7 +190,8 @@ class GpuQueue:
         if run.phase == "working":
             return Outlook(starts=at, ends=run.ends_if_undisturbed())
         if run.is_open:
-            return Outlook(starts=at + run.queue_seconds, ends=at + run.queue_seconds + run.total_seconds)
+            starts = run.counted_from + run.queue_seconds
+            return Outlook(starts=starts, ends=starts + run.total_seconds)
         return Outlook(starts=at, ends=at)
 
     def wait_of_new(self, gpu_type: str, priority: TaskPriority) -> float:
@@ -303,6 +309,7 @@ class GpuQueue:
         given = trouble.parameters
         if trouble.kind == "fail":
             details = ErrorDetails(code=given.code, message=given.message, retryable=given.retryable, node=given.node)
+            run.error_as_text = given.as_text
             self._end(run, at, details)
         elif trouble.kind == "forget":
             run.phase = "forgotten"
@@ -312,7 +319,9 @@ class GpuQueue:
             self._save(run)
         elif trouble.kind == "lie":
             run.overlay |= given.fields
-            self._tell(run, at)
+            self._save(run)
+            if set(given.fields) - ONLY_AT_THE_END:
+                self._tell(run, at)
         elif isinstance(run, TrainingRun) and given.gpu_hours is not None:
             run.gpu_hours = given.gpu_hours
             self._tell(run, at)

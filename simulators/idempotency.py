@@ -69,7 +69,7 @@ class IdempotencyKeys:
         kept = self._kept(tenant_id, key)
         if kept is not None:
             if kept["fingerprint"] != print_:
-                return Refused("idempotency_conflict").reply(), True
+                return Refused("idempotency_conflict").reply(), False
             return Reply(kept["status"], json.loads(kept["body"])), True
         with self._state.transaction():
             reply = self.tried(act)

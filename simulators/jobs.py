@@ -53,7 +53,7 @@ class ImageRun(Run):
             "gpu_slots": GPU_SLOTS,
             "queue_position": outlook.ahead if self.phase == "waiting" else None,
             "result_urls": self.result_urls,
-            "error_details": self.error_details.model_dump(mode="json") if self.error_details else None,
+            "error_details": self.shown_error(),
             "actual_cost": self.actual_cost,
         }
 

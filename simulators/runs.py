@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from contracts.comfyui import TaskPriority
 from contracts.errors import ErrorDetails
 from simulators.admin_wire import Parameters
 
 Phase = Literal["idle", "waiting", "working", "over", "forgotten"]
-_ONLY_AT_THE_END = frozenset({"actual_cost", "result_urls", "output"})
+ONLY_AT_THE_END: Final = frozenset({"actual_cost", "result_urls", "output"})
+"""Fields that a lie changes only once the run has finished: before, there is nothing to lie about."""
 
 
 class Segment(BaseModel):
@@ -50,8 +51,6 @@ class Outlook(BaseModel):
 class Run(BaseModel):
     """Shared by images and trainings. `phase`: idle (not started), waiting (for a GPU), working, over, forgotten."""
 
-    model_config = ConfigDict(validate_assignment=False)
-
     run_id: str
     kind: Literal["image", "training"]
     task_id: str
@@ -78,6 +77,7 @@ class Run(BaseModel):
     troubles: list[Trouble] = []
     overlay: dict[str, Any] = {}
     error_details: ErrorDetails | None = None
+    error_as_text: bool = False
     sequence: int = 0
     shown: dict[str, Any] = {}
     log: list[dict[str, str]] = []
@@ -179,10 +179,16 @@ class Run(BaseModel):
         """What GET answers, without `sequence` and lies."""
         raise NotImplementedError
 
+    def shown_error(self) -> dict[str, Any] | str | None:
+        """`error_details` on the wire."""
+        if self.error_details is None:
+            return None
+        return self.error_details.message if self.error_as_text else self.error_details.model_dump(mode="json")
+
     def lied(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The fields as the simulator was told to show them."""
         overlay = {
-            name: value for name, value in self.overlay.items() if name not in _ONLY_AT_THE_END or self.has_finished
+            name: value for name, value in self.overlay.items() if name not in ONLY_AT_THE_END or self.has_finished
         }
         return fields | overlay
 

@@ -83,7 +83,7 @@ class TrainingRun(Run):
             "gpu_type": self.gpu_type,
             "checkpoint": self.checkpoint,
             "output": self.output,
-            "error_details": self.error_details.model_dump(mode="json") if self.error_details else None,
+            "error_details": self.shown_error(),
         }
 
     def loss(self, epoch: float) -> float:

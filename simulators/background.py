@@ -1,0 +1,32 @@
+"""Work that goes on beside an application's requests; nothing of it dies in silence."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+
+@contextlib.asynccontextmanager
+async def running_beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run each until the block ends. One that ends by itself is a defect and is logged with its trace."""
+    tasks = [asyncio.create_task(_watched(one)) for one in work]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _watched(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    except Exception:
+        log.exception("background work ended")
+        raise
