@@ -82,7 +82,7 @@ class Attempts:
             raise TaskFailed.by_job(details)
         if self.number > len(self.retry_after_seconds):
             raise TaskFailed.by_job(details)
-        await self._cancel(self.asked[-1], "another attempt follows")
+        await self._cancel(self.asked[-1])
         await self._wait_for_retry(details, self.retry_after_seconds[self.number - 1])
         self._record.state.error = None
 
@@ -104,13 +104,16 @@ class Attempts:
 
     # The undo
 
-    async def cancel_all(self, reason: str) -> None:
+    async def cancel_all(self, _reason: str) -> None:
         """Cancel every job that may run, also one whose answer was lost."""
         open_jobs = [job for job in self.asked if not job.cancelled and not job.refused]
-        if open_jobs:
-            await workflow.wait([asyncio.create_task(self._cancel(job, reason)) for job in open_jobs])
+        cancelling = [asyncio.create_task(self._cancel(job)) for job in open_jobs]
+        if cancelling:
+            await workflow.wait(cancelling)
+        for task in cancelling:
+            task.result()
 
-    async def _cancel(self, job: AskedJob, reason: str) -> None:
+    async def _cancel(self, job: AskedJob) -> None:
         if job.job_id is None:
             await self._learn(job)
         if job.job_id is None:

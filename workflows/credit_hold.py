@@ -90,6 +90,12 @@ class CreditHold:
         granted = [hold.amount for hold in self.state.asked if hold.pre_deduct_id]
         return granted[-1] if granted else 0
 
+    @property
+    def covered(self) -> int:
+        """Points that the standing hold was asked for: what the present price is compared with."""
+        standing = self.standing
+        return standing.request.estimated_cost if standing else self.amount
+
     def summary(self) -> CreditsSummary:
         """`credits` of results and queries, in points."""
         return CreditsSummary(
@@ -125,7 +131,7 @@ class CreditHold:
         """
         await self.settled_renewal()
         old = self.standing
-        if old is not None and old.amount >= cost:
+        if old is not None and old.request.estimated_cost >= cost:
             return
         try:
             await self._take(cost, self._ask_opening)
@@ -210,7 +216,7 @@ class CreditHold:
         hold = self.standing
         if hold is None or self._renewal is not None:
             return None
-        if self._wanted > hold.amount:
+        if self._wanted > hold.request.estimated_cost:
             return self.state.next_renewal_at or workflow.now()
         if self._expires_at(hold) >= self._deadline() + timedelta(seconds=self.margin_seconds):
             return None
@@ -229,7 +235,7 @@ class CreditHold:
             self._take_up()
         due = self.due()
         if due is not None and workflow.now() >= due:
-            self._renewal = asyncio.create_task(self._renew(max(self.amount, self._wanted)))
+            self._renewal = asyncio.create_task(self._renew(max(self.covered, self._wanted)))
 
     def want(self, amount: int) -> None:
         """The price rose: the next renewal, due at once, is to hold `amount` points."""

@@ -33,11 +33,12 @@ class JobClock:
         self.factor, self.cap_minutes, self.queue_sla_minutes = factor, cap_minutes, queue_sla_minutes
 
     def estimated(self, minutes: float | None) -> None:
-        """The latest `estimated_time` wins; the first span fixes the cap."""
-        if minutes is None and self._state.estimated_time is not None:
+        """ComfyUI's word on how long it takes: the latest wins, the first one fixes the cap."""
+        if minutes is None:
             return
-        self._state.estimated_time = minutes if minutes is not None else self._default_eta_minutes
-        self._record.state.estimated_time = self._state.estimated_time
+        self._state.estimated_time = self._record.state.estimated_time = minutes
+        if self._state.first_span_minutes is None:
+            self._state.first_span_minutes = self._span_minutes()
 
     def start(self) -> None:
         """An attempt is submitted (an image) or started (a training)."""
@@ -46,7 +47,6 @@ class JobClock:
         self._state.queued_since = now
         if self._state.first_start is None:
             self._state.first_start = now
-            self._state.first_span_minutes = self._span_minutes()
 
     def not_started(self) -> None:
         """A training was created: until its start no deadline runs."""

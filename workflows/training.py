@@ -73,9 +73,18 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         self.training_price.of(0)
         self.check_addresses()
         opens = self.task.window.not_before if self.task.window else None
+        self.check_window()
         while opens is not None and workflow.now() < opens:
             await self.alarm.until(lambda: self.stop.requested, opens, "0 window: wait until it opens")
             self.stop.obey()
+
+    def check_window(self) -> None:
+        """Raise TaskFailed `gpu_unavailable` past the window: `start` must meet it (contract §1)."""
+        closes = self.task.window.not_after if self.task.window else None
+        if closes is not None and workflow.now() > closes:
+            raise TaskFailed(
+                FailureCode.GPU_UNAVAILABLE, f"The GPU window closed at {closes.isoformat()} before the training began."
+            )
 
     def check_addresses(self) -> None:
         """Dataset and checkpoint lie under the tenant's own prefix, or the task ends `input_invalid` (contract §8)."""
@@ -152,11 +161,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
 
     async def start(self, training: TrainingAccepted) -> None:
         """Begin the work: credits are held. A server without this route starts by itself (contract §2)."""
-        closes = self.task.window.not_after if self.task.window else None
-        if closes is not None and workflow.now() > closes:
-            raise TaskFailed(
-                FailureCode.GPU_UNAVAILABLE, f"The GPU window closed at {closes.isoformat()} before the training began."
-            )
+        self.check_window()
         call = JobCall(
             call_for=self.outside.call_for,
             job_id=training.training_id,

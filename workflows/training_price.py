@@ -136,7 +136,7 @@ class TrainingPrice:
         Raises TaskFailed `price_not_confirmed` at the next checkpoint after asking.
         """
         price = self.of(self.expected_gpu_hours)
-        if price <= self._hold.amount:
+        if price <= self._hold.covered:
             self._answered()
         elif price <= self.state.ceiling:
             self._answered()
