@@ -94,8 +94,12 @@ class Settings(BaseSettings):
     max_local_activities: int = Field(default=50, ge=1)
     grace_seconds: float = Field(default=20, ge=0)
     """How long a worker that was told to stop lets calls in flight end."""
-    health_port: int | None = None
-    metrics_port: int | None = None
+    worker_host: str = "127.0.0.1"
+    """Where the worker's health and metrics pages listen."""
+    health_port: int | None = Field(default=None, ge=1, le=65_535)
+    """`/healthz` and `/readyz`; none by default."""
+    metrics_port: int | None = Field(default=None, ge=1, le=65_535)
+    """Prometheus metrics, `/metrics`; none by default."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_json: bool = True
 

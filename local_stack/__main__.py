@@ -1,0 +1,62 @@
+"""`python -m local_stack up|down|demo|status`: see `make help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from local_stack.commands import demo, down, status, up
+from local_stack.folder import DEFAULT_FOLDER, RunFolder, StackFailure
+from local_stack.pace import DEMO_SPEED
+from local_stack.supervisor import supervise
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    try:
+        folder = RunFolder(given.folder)
+        if given.command == "supervise":
+            return supervise(folder, given.speed or DEMO_SPEED, has_lifeline=given.lifeline)
+        if given.command == "down":
+            return down(folder)
+        if given.command == "status":
+            return status(folder)
+        return (up if given.command == "up" else demo)(folder, given.speed)
+    except StackFailure as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m local_stack", description="The whole system on this machine.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where the stack keeps its files")
+    paced = argparse.ArgumentParser(add_help=False)
+    paced.add_argument("--speed", type=_speed, help=f"how many times real pace (default {DEMO_SPEED:g})")
+    commands.add_parser("up", parents=[common, paced], help="start the stack and leave it running")
+    commands.add_parser("down", parents=[common], help="end it")
+    commands.add_parser("demo", parents=[common, paced], help="run one image and one training task")
+    commands.add_parser("status", parents=[common], help="say what runs, and where")
+    supervisor = commands.add_parser("supervise", parents=[common, paced], help="be the stack's own process")
+    supervisor.add_argument("--lifeline", action="store_true", help="end when standard input ends")
+    return parser
+
+
+def _speed(text: str) -> float:
+    try:
+        speed = float(text)
+    except ValueError:
+        speed = 0.0
+    if not 0 < speed <= MAX_SPEED:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, at most {MAX_SPEED:g}")
+    return speed
+
+
+MAX_SPEED = 10_000.0
+
+if __name__ == "__main__":
+    sys.exit(main())

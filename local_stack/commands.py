@@ -1,0 +1,108 @@
+"""What `make up`, `make down`, `make demo` and `make status` do."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Final
+
+from contracts.stack import StackDescription
+from local_stack.background import Background, end_stack, running_stack, start_stack
+from local_stack.child import is_running
+from local_stack.folder import RunFolder, StackFailure
+from local_stack.pace import DEMO_SPEED
+
+EXIT_NOT_UP: Final = 1
+EXIT_INTERRUPTED: Final = 130
+
+
+def up(folder: RunFolder, speed: float | None) -> int:
+    """Start the stack and leave it running; one that is up already is left as it is."""
+    print("Starting the local stack …", flush=True)
+    started = start_stack(folder, speed or DEMO_SPEED, _said, has_lifeline=False)
+    stack = _described(folder)
+    _say_whether_started(folder, started, speed)
+    _show(folder, stack)
+    print("\nTry `.venv/bin/comfyui-tasks --help`, or `make demo`. `make down` ends it.")
+    return 0
+
+
+def down(folder: RunFolder) -> int:
+    print("The stack has ended." if end_stack(folder) else f"No stack was up in {folder.path}.")
+    return 0
+
+
+def status(folder: RunFolder) -> int:
+    """What runs, and where; exit code 1 where no stack is up."""
+    stack = running_stack(folder)
+    if stack is None:
+        print(f"No stack is up in {folder.path}. Start one with `make up`.")
+        return EXIT_NOT_UP
+    _show(folder, stack)
+    record = folder.record()
+    for name, process in (record.processes if record is not None else {}).items():
+        restarts = f", started again {process.restarts} times" if process.restarts else ""
+        print(f"  {name:<10} {'runs' if is_running(process) else 'is down'} (pid {process.pid}){restarts}")
+    return 0
+
+
+def demo(folder: RunFolder, speed: float | None) -> int:
+    """Run one image and one training task on a stack, which is ended afterwards if it was started for this."""
+    started = start_stack(folder, speed or DEMO_SPEED, _said, has_lifeline=True)
+    try:
+        stack = _described(folder)
+        _say_whether_started(folder, started, speed)
+        code = _run_demo(folder, stack)
+        if started is not None and sys.stdin.isatty() and sys.stdout.isatty():
+            input("\nThe stack is still up, so that the links work. Press Enter to end it. ")
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+        print()
+    finally:
+        if started is not None:
+            started.end()
+    if started is not None:
+        print("The stack has ended. `make up` shows these runs again, at the same addresses.")
+    return code
+
+
+def _run_demo(folder: RunFolder, stack: StackDescription) -> int:
+    """Loaded only here: it needs more than the stack does."""
+    code: int = import_module("starter").run_demo(stack, folder.path)
+    return code
+
+
+def _described(folder: RunFolder) -> StackDescription:
+    stack = running_stack(folder)
+    if stack is None:
+        raise StackFailure(f"The stack ended right after its start: see {folder.log('stack')}.")
+    return stack
+
+
+def _say_whether_started(folder: RunFolder, started: Background | None, speed: float | None) -> None:
+    record = folder.record()
+    if started is not None or record is None:
+        return
+    print(f"A stack is up in this folder already and is used as it is (speed {record.speed:g}).")
+    if speed is not None and speed != record.speed:
+        print(f"For speed {speed:g} end it first: `make down`.")
+
+
+def _show(folder: RunFolder, stack: StackDescription) -> None:
+    record = folder.record()
+    pace = f", {record.speed:g} times real pace" if record is not None else ""
+    print(f"The stack is up on this machine alone{pace}:")
+    for name, where in (
+        ("Temporal UI", stack.ui_url),
+        ("Temporal", stack.temporal_address),
+        ("gateway", stack.gateway_url),
+        ("ComfyUI", f"{stack.comfyui_url} (simulated)"),
+        ("credits", f"{stack.credits_url} (simulated)"),
+        ("described in", folder.path / "stack.json"),
+        ("logs", folder.path / "logs"),
+    ):
+        print(f"  {name:<13} {where}")
+
+
+def _said(line: str) -> None:
+    print(f"  {line}", flush=True)

@@ -1,0 +1,169 @@
+"""The parts of the stack: with which command and settings each runs, what it needs, and when it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+from contracts.tasks import TASK_QUEUE
+from local_stack.child import Part
+from local_stack.folder import PROJECT, RunFolder, StackFailure
+from local_stack.pace import paced_settings
+from local_stack.ports import LOOPBACK
+from local_stack.postgres import LocalPostgres
+from local_stack.temporal_server import NAMESPACE, LocalTemporal
+
+SETTINGS_PREFIX: Final = "COMFYUI_TEMPORAL_"
+DATABASE_SETTING: Final = SETTINGS_PREFIX + "DATABASE_DSN"
+NEVER_INHERITED: Final = frozenset({"SERVICE_TOKEN", "TEMPORAL_PROFILE", "TOKEN_ISSUER", "TOKEN_AUDIENCE"})
+"""A real platform's settings in the caller's shell must not reach the simulators."""
+TABLES: Final = "tables"
+"""Not a process: the task store's tables, which gateway and worker need."""
+GRACE_SECONDS: Final = 5.0
+"""Of the worker here: longer than the simulators take to answer, shorter than people wait for `make down`."""
+LOOK_SECONDS: Final = 1.0
+SERVER_ERROR: Final = 500
+STAGES: Final = (("worker",), ("gateway", "comfyui", "credits"), ("temporal", "postgres"))
+"""The order of ending: who calls ends before who is called."""
+
+
+class LocalParts:
+    """Every part of one stack, on its ports and in its folder. Raises StackFailure where a program is missing."""
+
+    def __init__(self, folder: RunFolder, ports: dict[str, int], speed: float) -> None:
+        self._folder = folder
+        self._ports = ports
+        self._sealed = sealed_environment()
+        self.temporal = LocalTemporal(
+            folder, port=ports["temporal"], ui_port=ports["temporal_ui"], environment=self._sealed
+        )
+        self.postgres: LocalPostgres | None = None
+        self.database_dsn = os.environ.get(DATABASE_SETTING, "")
+        if not self.database_dsn:
+            self.postgres = LocalPostgres(folder, ports["postgres"], self._sealed)
+            self.database_dsn = self.postgres.dsn
+        self._environment = {**self._sealed, **self._settings(speed)}
+
+    def url(self, part: str) -> str:
+        return f"http://{LOOPBACK}:{self._ports[part]}"
+
+    async def prepare(self) -> None:
+        """What must be done before anything runs. Raises StackFailure."""
+        if self.postgres is not None:
+            await self.postgres.prepare()
+
+    def processes(self) -> list[Part]:
+        return [
+            self.temporal.part(),
+            *([self.postgres.part()] if self.postgres is not None else []),
+            self._ours("credits", ["-m", "simulators", "credits"]),
+            self._ours("comfyui", ["-m", "simulators", "comfyui"]),
+            self._ours("gateway", ["-m", "gateway"], needs=(TABLES,)),
+            self._ours("worker", [str(PROJECT / "worker.py")], needs=("temporal", TABLES), page="/readyz"),
+        ]
+
+    async def make_tables(self) -> None:
+        """Bring the task store's tables up to date, once PostgreSQL is ready. Raises StackFailure."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "store", "migrate"),
+            env=self._environment,
+            cwd=self._folder.path,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        said, _ = await process.communicate()
+        if process.returncode != 0:
+            raise StackFailure(f"The task store's tables could not be made: {said.decode(errors='replace').strip()}")
+
+    def _ours(self, name: str, arguments: list[str], *, needs: tuple[str, ...] = (), page: str = "/healthz") -> Part:
+        return Part(
+            name=name,
+            command=[sys.executable, *arguments],
+            environment=self._environment,
+            is_ready=answers(self._ports[name], page),
+            needs=needs,
+            stop_within_seconds=GRACE_SECONDS + 10,
+        )
+
+    def _settings(self, speed: float) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if name.startswith(SETTINGS_PREFIX)}
+        for name in NEVER_INHERITED:
+            inherited.pop(SETTINGS_PREFIX + name, None)
+        paced = {SETTINGS_PREFIX + name: value for name, value in paced_settings(speed).items()}
+        own = {SETTINGS_PREFIX + name: value for name, value in self._own_settings(speed).items()}
+        return {**paced, **inherited, **own}
+
+    def _own_settings(self, speed: float) -> dict[str, str]:
+        secrets = self._folder.secrets()
+        return {
+            "TEMPORAL_ADDRESS": self.temporal.address,
+            "TEMPORAL_NAMESPACE": NAMESPACE,
+            "TASK_QUEUE": TASK_QUEUE,
+            "COMFYUI_URL": self.url("comfyui"),
+            "CREDITS_URL": self.url("credits"),
+            "TOKEN_SECRET": secrets.token_secret,
+            "CALLBACK_BASE_URL": self.url("gateway"),
+            "CALLBACK_SECRETS": secrets.callback_secret,
+            "GATEWAY_HOST": LOOPBACK,
+            "GATEWAY_PORT": str(self._ports["gateway"]),
+            "DATABASE_DSN": self.database_dsn,
+            "OBJECT_STORE_URL": (self._folder.path / "objects").as_uri(),
+            "DATASET_ROOTS": (self._folder.path / "datasets").as_uri() + "/{tenant_id}/",
+            "GRACE_SECONDS": str(GRACE_SECONDS),
+            "WORKER_HOST": LOOPBACK,
+            "HEALTH_PORT": str(self._ports["worker"]),
+            "SIMULATOR_HOST": LOOPBACK,
+            "SIMULATOR_SPEED": str(speed),
+            "SIMULATOR_FOLDER": str(self._folder.path / "simulators"),
+            "SIMULATOR_ADMIN_TOKEN": secrets.admin_token,
+            "COMFYUI_SIMULATOR_PORT": str(self._ports["comfyui"]),
+            "CREDITS_SIMULATOR_PORT": str(self._ports["credits"]),
+        }
+
+
+def sealed_environment() -> dict[str, str]:
+    """The caller's environment without what would lead a part elsewhere: Temporal profiles, settings, a `.env`.
+
+    (A `.env` is not read because the parts run in `.run`.)
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("TEMPORAL_", SETTINGS_PREFIX, "PYTHON", "PG"))
+    }
+    programs = Path(sys.executable).parent
+    return {
+        **kept,
+        "PATH": f"{programs}{os.pathsep}{kept.get('PATH', os.defpath)}",
+        "PYTHONPATH": str(PROJECT),
+        "PYTHONUNBUFFERED": "1",
+        "TEMPORAL_CONFIG_FILE": os.devnull,
+    }
+
+
+def answers(port: int, page: str) -> Callable[[], Awaitable[bool]]:
+    """Whether a server on this port answers `page` without an error of its own."""
+
+    async def look() -> bool:
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                reader, writer = await asyncio.open_connection(LOOPBACK, port)
+                try:
+                    writer.write(f"GET {page} HTTP/1.1\r\nHost: {LOOPBACK}\r\nConnection: close\r\n\r\n".encode())
+                    status = b"".join((await reader.readline()).split()[1:2])
+                    return status.isdigit() and int(status) < SERVER_ERROR
+                finally:
+                    writer.close()
+                    with contextlib.suppress(OSError):
+                        await writer.wait_closed()
+        except (OSError, TimeoutError):
+            return False
+
+    return look

@@ -1,0 +1,50 @@
+"""Where each part listens: where it did last time, else at its usual port, else wherever there is room."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from typing import Final
+
+LOOPBACK: Final = "127.0.0.1"
+PREFERRED: Final[dict[str, int]] = {
+    "temporal": 7233,
+    "temporal_ui": 8233,
+    "gateway": 8180,
+    "comfyui": 8188,
+    "credits": 8190,
+    "postgres": 8191,
+    "worker": 8192,
+}
+"""The worker's is that of its health page."""
+
+
+def choose_ports(last_time: Mapping[str, int], preferred: Mapping[str, int] = PREFERRED) -> dict[str, int]:
+    """A free port for each part, no two the same."""
+    chosen: dict[str, int] = {}
+    for part, usual in preferred.items():
+        wishes = [last_time[part]] if part in last_time else []
+        free = (port for port in [*wishes, usual] if port not in chosen.values() and is_free(port))
+        chosen[part] = next(free, None) or any_free_port(set(chosen.values()))
+    return chosen
+
+
+def is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # Servers set it too: a port whose last connections still linger can be listened at.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+            probe.listen(1)
+        except (OSError, OverflowError):
+            return False
+    return True
+
+
+def any_free_port(taken: set[int]) -> int:
+    while True:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind((LOOPBACK, 0))
+            port: int = probe.getsockname()[1]
+        if port not in taken:
+            return port

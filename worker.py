@@ -1,0 +1,301 @@
+"""`python worker.py`: run workflows and activities until told to stop, then drain.
+
+SIGTERM or SIGINT: nothing new is taken, calls in flight get `grace_seconds` to end, workflows go on elsewhere or
+later. A second signal ends the process at once, which costs no task either, only time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from typing import Any, Final
+
+import structlog
+from pydantic import ValidationError
+from temporalio.api.enums.v1 import IndexedValueType, TaskQueueType
+from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
+from temporalio.api.taskqueue.v1 import TaskQueue
+from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
+from temporalio.client import Client
+from temporalio.runtime import PrometheusConfig, Runtime, TelemetryConfig
+from temporalio.service import RPCError, RPCStatusCode
+from temporalio.worker import PollerBehaviorAutoscaling, Worker
+
+import temporal_plugin
+from activities.comfyui import ComfyUIActivities, ComfyUIClient
+from activities.credits import CreditsActivities, CreditsClient
+from activities.datasets import DatasetActivities, DatasetSnapshots
+from activities.task_store import TaskStoreActivities
+from activities.tokens import ServiceToken, SignedTokens, TokenMaker
+from contracts.errors import sentences_of
+from contracts.policy import Policy
+from contracts.task_store import TaskClaim
+from contracts.tasks import SEARCH_ATTRIBUTES
+from logs import configure_logs
+from settings import Settings
+from store import TaskStore
+from workflows.image_generation import ImageGenerationWorkflow
+from workflows.training import TrainingWorkflow
+
+WORKFLOWS: Final = (ImageGenerationWorkflow, TrainingWorkflow)
+STICKY_SECONDS: Final = 1.0
+"""How long a workflow waits for the worker that holds it: a killed one's work goes on that much later (design)."""
+LOOK_SECONDS: Final = 3.0
+REQUEST_SECONDS: Final = 5.0
+EXIT_CANNOT_START: Final = 2
+EXIT_FORCED: Final = 1
+
+log = structlog.get_logger("worker")
+
+
+class CannotStart(Exception):
+    """A setting or a server stands in the way; the text says which and what to do."""
+
+
+def read_settings() -> Settings:
+    """Raises CannotStart."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise CannotStart(f"A setting is wrong: {'; '.join(sentences_of(error))}.") from None
+
+
+def token_maker(settings: Settings) -> TokenMaker:
+    """How our calls identify themselves (contract §7). Raises CannotStart."""
+    if settings.service_token is not None:
+        return ServiceToken(settings.service_token.get_secret_value())
+    if settings.token_secret is None:
+        raise CannotStart(
+            "No token for ComfyUI and credits is set: give COMFYUI_TEMPORAL_TOKEN_SECRET (HS256, at least 32 bytes), "
+            "or COMFYUI_TEMPORAL_SERVICE_TOKEN where only a static token is taken."
+        )
+    return SignedTokens(
+        settings.token_secret.get_secret_value(), issuer=settings.token_issuer, audience=settings.token_audience
+    )
+
+
+def policy_by(settings: Settings) -> Callable[[TaskClaim], Policy]:
+    """Prices and limits of a task, from the worker's settings (contract §5)."""
+
+    def policy_of(claim: TaskClaim) -> Policy:
+        return settings.policy(
+            scene=claim.scene, task_id=claim.task_id, tenant_id=claim.tenant_id, priority=claim.priority.value
+        )
+
+    return policy_of
+
+
+def activities_of(*holders: object) -> list[Callable[..., Any]]:
+    """Every activity method of these objects."""
+    methods = (getattr(holder, name) for holder in holders for name in dir(holder) if not name.startswith("_"))
+    return [method for method in methods if hasattr(method, "__temporal_activity_definition")]
+
+
+@asynccontextmanager
+async def opened_activities(settings: Settings) -> AsyncIterator[Sequence[Callable[..., Any]]]:
+    """All activities on clients that are open; closed afterwards. Raises CannotStart."""
+    if settings.database_dsn is None:
+        raise CannotStart(
+            "No database is set: give COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://user:password@host:port/database."
+        )
+    tokens = token_maker(settings)
+    async with AsyncExitStack() as opened:
+        try:
+            store = TaskStore(settings.database_dsn.get_secret_value())
+            opened.push_async_callback(store.close)
+            comfyui = await opened.enter_async_context(ComfyUIClient(settings.comfyui_url, tokens))
+            credits_client = await opened.enter_async_context(CreditsClient(settings.credits_url, tokens))
+            datasets = await opened.enter_async_context(
+                DatasetSnapshots(settings.object_store_url, dataset_roots=settings.dataset_roots)
+            )
+        except ValueError as error:
+            raise CannotStart(str(error)) from None
+        yield activities_of(
+            ComfyUIActivities(comfyui),
+            CreditsActivities(credits_client),
+            DatasetActivities(datasets),
+            TaskStoreActivities(store, policy_by(settings)),
+        )
+
+
+async def connect(settings: Settings) -> Client:
+    """A client whose server knows our search attributes. Raises CannotStart."""
+    try:
+        client = await temporal_plugin.connect(settings, runtime=_runtime(settings))
+    except (RuntimeError, ValueError) as error:
+        address = settings.temporal_address or "the address of Temporal's environment configuration"
+        raise CannotStart(
+            f"Temporal at {address} cannot be reached: {error}. Check that the server runs, or name it in "
+            "TEMPORAL_ADDRESS, TEMPORAL_PROFILE or COMFYUI_TEMPORAL_TEMPORAL_ADDRESS."
+        ) from None
+    await check_search_attributes(client)
+    return client
+
+
+async def check_search_attributes(client: Client) -> None:
+    """Raises CannotStart where one of contract §8's is missing: with it a run would be stuck (pitfall 6)."""
+    try:
+        known = await client.operator_service.list_search_attributes(
+            ListSearchAttributesRequest(namespace=client.namespace), timeout=timedelta(seconds=REQUEST_SECONDS)
+        )
+    except RPCError as error:
+        if error.status in (RPCStatusCode.UNIMPLEMENTED, RPCStatusCode.PERMISSION_DENIED):
+            log.warning("search_attributes_unchecked", reason=error.message, needed=list(SEARCH_ATTRIBUTES))
+            return
+        raise CannotStart(
+            f"Temporal does not tell the search attributes of namespace {client.namespace!r}: {error.message}. "
+            "Check that the namespace exists."
+        ) from None
+    keyword = IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD
+    missing = [name for name in SEARCH_ATTRIBUTES if known.custom_attributes.get(name) != keyword]
+    if missing:
+        named = " ".join(f"--name {name} --type Keyword" for name in missing)
+        raise CannotStart(
+            f"Namespace {client.namespace!r} lacks the search attributes {', '.join(missing)} (type Keyword). "
+            f"Add them: temporal operator search-attribute create --namespace {client.namespace} {named}"
+        )
+
+
+def make_worker(client: Client, settings: Settings, activities: Sequence[Callable[..., Any]]) -> Worker:
+    """The worker, by the design's table of defaults."""
+    return Worker(
+        client,
+        task_queue=settings.task_queue,
+        workflows=WORKFLOWS,
+        activities=activities,
+        max_cached_workflows=settings.max_cached_workflows,
+        max_concurrent_workflow_tasks=settings.max_workflow_tasks,
+        max_concurrent_activities=settings.max_activities,
+        max_concurrent_local_activities=settings.max_local_activities,
+        workflow_task_poller_behavior=PollerBehaviorAutoscaling(minimum=2, maximum=settings.max_workflow_tasks),
+        activity_task_poller_behavior=PollerBehaviorAutoscaling(minimum=1, maximum=settings.max_activities),
+        sticky_queue_schedule_to_start_timeout=timedelta(seconds=STICKY_SECONDS),
+        graceful_shutdown_timeout=timedelta(seconds=settings.grace_seconds),
+    )
+
+
+class HealthPage:
+    """`/healthz`: the process lives. `/readyz`: the server sees this worker poll, and it is not draining."""
+
+    def __init__(self, client: Client, worker: Worker, task_queue: str) -> None:
+        self._client = client
+        self._worker = worker
+        self._task_queue = task_queue
+
+    @asynccontextmanager
+    async def served(self, host: str, port: int | None) -> AsyncIterator[None]:
+        """Raises CannotStart where the port is taken."""
+        if port is None:
+            yield
+            return
+        try:
+            server = await asyncio.start_server(self._answer, host, port, limit=8 * 1024)
+        except OSError as error:
+            raise CannotStart(
+                f"The health page cannot listen at {host}:{port} ({error.strerror}): "
+                "set COMFYUI_TEMPORAL_HEALTH_PORT to a free port."
+            ) from None
+        try:
+            yield
+        finally:
+            server.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), LOOK_SECONDS)
+            target = head.split(b" ", 2)[1:2]
+            status, text = await self._page(b"".join(target).split(b"?")[0])
+            body = f"{text}\n".encode()
+            head_lines = (f"HTTP/1.1 {status}", "Content-Type: text/plain", f"Content-Length: {len(body)}")
+            writer.write("\r\n".join([*head_lines, "Connection: close", "", ""]).encode() + body)
+            await writer.drain()
+        writer.close()
+
+    async def _page(self, target: bytes) -> tuple[str, str]:
+        if target == b"/healthz":
+            return "200 OK", "alive"
+        if target != b"/readyz":
+            return "404 Not Found", "there is /healthz and /readyz"
+        if await self._polls():
+            return "200 OK", "polling"
+        return "503 Service Unavailable", "not polling"
+
+    async def _polls(self) -> bool:
+        if not self._worker.is_running or self._worker.is_shutdown:
+            return False
+        request = DescribeTaskQueueRequest(
+            namespace=self._client.namespace,
+            task_queue=TaskQueue(name=self._task_queue),
+            task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW,
+        )
+        try:
+            seen = await self._client.workflow_service.describe_task_queue(
+                request, timeout=timedelta(seconds=LOOK_SECONDS)
+            )
+        except RPCError:
+            return False
+        return any(poller.identity == self._client.identity for poller in seen.pollers)
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Work until `stop` is set, then drain. Closes the worker before its clients (pitfall 30). Raises CannotStart."""
+    client = await connect(settings)
+    async with opened_activities(settings) as activities:
+        worker = make_worker(client, settings, activities)
+        page = HealthPage(client, worker, settings.task_queue)
+        async with page.served(settings.worker_host, settings.health_port):
+            running = asyncio.create_task(worker.run())
+            stopping = asyncio.create_task(stop.wait())
+            log.info("worker_serves", task_queue=settings.task_queue, namespace=client.namespace)
+            await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if not running.done():
+                log.info("worker_drains", grace_seconds=settings.grace_seconds)
+                await worker.shutdown()
+            await running
+    log.info("worker_ended")
+
+
+def _runtime(settings: Settings) -> Runtime | None:
+    if settings.metrics_port is None:
+        return None
+    address = f"{settings.worker_host}:{settings.metrics_port}"
+    return Runtime(telemetry=TelemetryConfig(metrics=PrometheusConfig(bind_address=address)))
+
+
+def _heed_signals(stop: asyncio.Event) -> None:
+    def told() -> None:
+        if stop.is_set():
+            log.warning("worker_ends_at_once")
+            os._exit(EXIT_FORCED)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told)
+
+
+async def run(settings: Settings) -> None:
+    stop = asyncio.Event()
+    _heed_signals(stop)
+    await serve(settings, stop)
+
+
+def main() -> int:
+    try:
+        settings = read_settings()
+        configure_logs(level=settings.log_level, as_json=settings.log_json)
+        asyncio.run(run(settings))
+    except CannotStart as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_CANNOT_START
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
