@@ -2,31 +2,76 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+STACK := $(BIN)/python -m local_stack
+PACE := $(if $(SPEED),--speed $(SPEED))
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types imports test clean
+.PHONY: help setup demo up down status logs test test-all lint types imports schemas pytest pytest-all format lock clean
 
 help: ## list every target
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready ## make the venv and install the locked dependencies
+	@:
 
-$(VENV)/.ready: requirements.lock
-	@test -x $(BIN)/uv || ($(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv)
+$(VENV)/.ready: requirements.lock Makefile
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=/path/to/it") if sys.version_info < (3, 11) else 0'
+	@test -x $(BIN)/uv || { echo "setting up $(VENV) ..."; $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; }
 	@$(BIN)/uv pip sync --quiet --require-hashes --python $(BIN)/python requirements.lock
+	@printf '#!/bin/sh\nexec "%s/python" "%s/starter.py" "$$@"\n' "$(CURDIR)/$(BIN)" "$(CURDIR)" > $(BIN)/comfyui-tasks
+	@chmod +x $(BIN)/comfyui-tasks
 	@touch $@
 
+demo: setup ## one image and one training task, start to finish (SPEED=100)
+	@$(STACK) demo $(PACE)
+
+up: setup ## start the local stack and leave it running (SPEED=100)
+	@$(STACK) up $(PACE)
+
+down: setup ## end the local stack
+	@$(STACK) down
+
+status: setup ## what runs, and where
+	@$(STACK) status
+
+logs: ## follow the local stack's logs
+	@tail -n 20 -F .run/logs/*.log
+
+# Prints how long a part took; $(1) is its name, $(2) its command.
+define timed
+	@echo "== $(1)"; began=$$(date +%s); $(2); code=$$?; echo "== $(1): $$(($$(date +%s) - began)) s"; exit $$code
+endef
+
+test: lint types imports schemas pytest ## all checks and tests that end within minutes
+
+test-all: lint types imports schemas pytest-all ## the slow tests too
+
 lint: setup ## ruff: style and format
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(call timed,lint,$(BIN)/ruff check . && $(BIN)/ruff format --check .)
 
 types: setup ## mypy --strict
-	@$(BIN)/mypy
+	$(call timed,types,$(BIN)/mypy)
 
 imports: setup ## who may import whom
-	@$(BIN)/lint-imports
+	$(call timed,imports,$(BIN)/lint-imports)
 
-test: setup lint types imports ## lint, types, import rules, schemas, tests
-	@$(BIN)/python -m pytest
+schemas: setup ## whether docs/schemas is what the code says
+	$(call timed,schemas,$(BIN)/python -m contracts.schemas --check)
 
-clean: ## remove the venv and what the stack left
+pytest: setup
+	$(call timed,tests,$(BIN)/python -m pytest -m "not slow")
+
+pytest-all: setup
+	$(call timed,tests,$(BIN)/python -m pytest)
+
+format: setup ## ruff: mend style and format
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+lock: setup ## lock the newest dependencies that requirements.in allows
+	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header \
+		--python-version 3.11 --upgrade requirements.in --output-file requirements.lock
+
+clean: ## end the stack; remove the venv and everything that the stack kept
+	@test ! -x $(BIN)/python || test ! -d .run || $(STACK) down
 	rm -rf $(VENV) .run

@@ -116,7 +116,8 @@ class Child:
                 return
             if time.monotonic() - since > STEADY_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
-            self._said(f"{self.part.name} {_ended(code)}; it is started again in {pause:.1f} s. {self.tail()}")
+            why = self.tail() if code > 0 else f"Its log is {self._log}."
+            self._said(f"{self.part.name} {_ended(code)} and is started again in {pause:.1f} s. {why}")
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
             try:

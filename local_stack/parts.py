@@ -23,8 +23,6 @@ SETTINGS_PREFIX: Final = "COMFYUI_TEMPORAL_"
 DATABASE_SETTING: Final = SETTINGS_PREFIX + "DATABASE_DSN"
 NEVER_INHERITED: Final = frozenset({"SERVICE_TOKEN", "TEMPORAL_PROFILE", "TOKEN_ISSUER", "TOKEN_AUDIENCE"})
 """A real platform's settings in the caller's shell must not reach the simulators."""
-TABLES: Final = "tables"
-"""Not a process: the task store's tables, which gateway and worker need."""
 GRACE_SECONDS: Final = 5.0
 """Of the worker here: longer than the simulators take to answer, shorter than people wait for `make down`."""
 LOOK_SECONDS: Final = 1.0
@@ -64,8 +62,8 @@ class LocalParts:
             *([self.postgres.part()] if self.postgres is not None else []),
             self._ours("credits", ["-m", "simulators", "credits"]),
             self._ours("comfyui", ["-m", "simulators", "comfyui"]),
-            self._ours("gateway", ["-m", "gateway"], needs=(TABLES,)),
-            self._ours("worker", [str(PROJECT / "worker.py")], needs=("temporal", TABLES), page="/readyz"),
+            self._ours("gateway", ["-m", "gateway"]),
+            self._ours("worker", [str(PROJECT / "worker.py")], needs=("temporal",), page="/readyz"),
         ]
 
     async def make_tables(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Final
 from local_stack.child import Child, kill_leftover
 from local_stack.description import REWRITE_SECONDS, describe
 from local_stack.folder import AlreadyLocked, RunFolder, StackFailure, StackRecord
-from local_stack.parts import STAGES, TABLES, LocalParts
+from local_stack.parts import STAGES, LocalParts
 from local_stack.ports import PREFERRED, choose_ports
 
 READY_LINE: Final = "ready"
@@ -83,7 +83,7 @@ class Supervisor:
         for part in parts.processes():
             log = self._folder.log(part.name)
             self._children[part.name] = Child(part, folder=self._folder.path, log=log, said=self._said)
-        ready = {name: asyncio.Event() for name in (*self._children, TABLES)}
+        ready = {name: asyncio.Event() for name in self._children}
 
         async def start(child: Child) -> None:
             for name in child.part.needs:
@@ -95,10 +95,10 @@ class Supervisor:
             ready[child.part.name].set()
 
         async def make_tables() -> None:
+            # Beside the worker's start, not before it: nobody starts a task before the stack is ready.
             if "postgres" in ready:
                 await ready["postgres"].wait()
             await parts.make_tables()
-            ready[TABLES].set()
 
         try:
             async with asyncio.TaskGroup() as starting:
