@@ -68,7 +68,10 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest_asyncio.fixture(scope="session")
 async def new_database(postgres_server: str) -> NewDatabase:
-    """Makes databases; a migrated one is a copy of a template, which takes some 50 ms."""
+    """Makes databases; a migrated one is a copy of a template, which takes some 100 ms."""
+    # Nothing here must outlive a power cut, and without it stopping the server costs 3 s less.
+    await _execute(postgres_server, "ALTER SYSTEM SET fsync = off")
+    await _execute(postgres_server, "SELECT pg_reload_conf()")
     await _execute(postgres_server, f'CREATE DATABASE "{_MIGRATED}"')
     await migrate(_with_database(postgres_server, _MIGRATED))
 

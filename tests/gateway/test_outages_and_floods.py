@@ -6,7 +6,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 from temporalio.client import Client
@@ -15,6 +14,7 @@ from temporalio.testing import WorkflowEnvironment
 
 from gateway import callback_news
 from store import TaskStore
+from tests.cable import Cable
 from tests.conftest import unique
 from tests.gateway.conftest import NewRun
 from tests.gateway.serving import (
@@ -34,65 +34,11 @@ from tests.store.facts import claim_of
 NOBODY_LISTENS = "postgresql://user:password@127.0.0.1:1/tasks"
 
 
-class Cable:
-    """A TCP forwarder to a server that can be pulled out, left hanging, and plugged in again."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._target = (host, port)
-        self._pipes: set[asyncio.Task[None]] = set()
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._flows = asyncio.Event()
-        self._flows.set()
-        self.is_plugged = True
-        self.port = 0
-
-    @asynccontextmanager
-    async def laid(self) -> AsyncIterator[Cable]:
-        server = await asyncio.start_server(self._forward, "127.0.0.1", 0)
-        self.port = server.sockets[0].getsockname()[1]
-        yield self
-        server.close()
-        self.pull()
-        await asyncio.gather(*self._pipes, return_exceptions=True)
-
-    def pull(self) -> None:
-        self.is_plugged = False
-        for writer in self._writers:
-            writer.close()
-
-    def hang(self) -> None:
-        self._flows.clear()
-
-    def plug_in(self) -> None:
-        self.is_plugged = True
-        self._flows.set()
-
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if not self.is_plugged:
-            writer.close()
-            return
-        far_reader, far_writer = await asyncio.open_connection(*self._target)
-        self._writers |= {writer, far_writer}
-        for source, sink in ((reader, far_writer), (far_reader, writer)):
-            pipe = asyncio.create_task(self._pipe(source, sink))
-            self._pipes.add(pipe)
-
-    async def _pipe(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        try:
-            while chunk := await source.read(65_536):
-                await self._flows.wait()
-                sink.write(chunk)
-        except OSError:
-            pass
-        finally:
-            sink.close()
-
-
 @pytest.fixture
 async def on_a_cable(temporal_env: WorkflowEnvironment, task_store: TaskStore) -> AsyncIterator[tuple[Gateway, Cable]]:
     """A gateway whose way to Temporal can be cut."""
     host, port = temporal_env.client.service_client.config.target_host.split(":")
-    async with Cable(host, int(port)).laid() as cable:
+    async with Cable(lambda: asyncio.open_connection(host, int(port))).laid() as cable:
         client = await Client.connect(f"127.0.0.1:{cable.port}", data_converter=pydantic_data_converter, lazy=True)
         async with served(client, task_store) as gateway:
             yield gateway, cable

@@ -1,0 +1,112 @@
+"""PostgreSQL away, hanging, restarted, locked: one named failure, in time, and back to work by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+from sqlalchemy.engine import make_url
+
+from store import StoreUnavailable, TaskStore
+from store.database import POOL_SIZE
+from tests.cable import Cable
+from tests.conftest import NewDatabase
+from tests.gateway.serving import eventually
+from tests.store.facts import claim_of, fact, new_task_id, write_of
+
+
+@pytest.fixture
+async def on_a_cable(postgres_dsn: str) -> AsyncIterator[tuple[TaskStore, Cable]]:
+    """A store whose way to PostgreSQL can be cut."""
+    url = make_url(postgres_dsn)
+    socket = f"{url.query['host']}/.s.PGSQL.5432"
+    async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
+        store = TaskStore(f"postgresql://postgres:secret-word@127.0.0.1:{cable.port}/{url.database}")
+        yield store, cable
+        cable.plug_in()
+        await store.close()
+
+
+@pytest.mark.parametrize("fault", ["pull", "hang"])
+async def test_an_outage_is_one_named_failure_in_time_and_ends_by_itself(
+    on_a_cable: tuple[TaskStore, Cable], fault: str
+) -> None:
+    store, cable = on_a_cable
+    task_id = new_task_id()
+    await store.claim(claim_of(task_id))
+    getattr(cable, fault)()
+
+    began = time.monotonic()
+    writes = [store.write(write_of(task_id, fact(f"k{n}"), version=n)) for n in range(POOL_SIZE * 2)]
+    failures = await asyncio.gather(*writes, return_exceptions=True)
+    took = time.monotonic() - began
+
+    assert all(isinstance(failure, StoreUnavailable) for failure in failures)
+    assert took < 2.5
+    assert f"127.0.0.1:{cable.port}" in str(failures[0])
+    assert "secret-word" not in " ".join(map(str, failures))
+    cable.plug_in()
+
+    async def written() -> bool:
+        try:
+            await store.write(write_of(task_id, fact("after"), version=99))
+        except StoreUnavailable:
+            return False
+        return True
+
+    await eventually(written)
+    events = await store.events(task_id)
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    assert (await store.task(task_id)).version == 99  # type: ignore[union-attr]
+
+
+async def test_a_restart_of_postgresql_is_not_noticed(new_database: NewDatabase) -> None:
+    dsn = await new_database()
+    store = TaskStore(dsn)
+    task_id = new_task_id()
+    await store.claim(claim_of(task_id))
+    await asyncio.gather(*(store.task(task_id) for _ in range(POOL_SIZE)))
+    admin = await asyncpg.connect(dsn)
+    await admin.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> $1",
+        admin.get_server_pid(),
+    )
+
+    await store.write(write_of(task_id, fact("after")))
+
+    assert (await store.events(task_id))[-1].seq == 2
+    await admin.close()
+    await store.close()
+
+
+async def test_a_locked_task_costs_no_more_than_the_statement_timeout(task_store: TaskStore, postgres_dsn: str) -> None:
+    locked, free = new_task_id(), new_task_id()
+    await task_store.claim(claim_of(locked))
+    await task_store.claim(claim_of(free))
+    other = await asyncpg.connect(postgres_dsn)
+    lock = other.transaction()
+    await lock.start()
+    await other.execute("SELECT 1 FROM tasks WHERE task_id = $1 FOR UPDATE", locked)
+
+    began = time.monotonic()
+    blocked = asyncio.create_task(task_store.write(write_of(locked, fact("a"))))
+    await task_store.write(write_of(free, fact("a")))
+    with pytest.raises(StoreUnavailable, match="57014"):
+        await blocked
+    took = time.monotonic() - began
+    await lock.rollback()
+    await other.close()
+
+    assert took < 2.0
+    await task_store.write(write_of(locked, fact("a")))
+    assert [event.seq for event in await task_store.events(locked)] == [1, 2]
+
+
+async def test_missing_tables_are_told_with_the_command_that_makes_them(new_database: NewDatabase) -> None:
+    store = TaskStore(await new_database(migrated=False))
+    with pytest.raises(StoreUnavailable, match="python -m store migrate"):
+        await store.claim(claim_of(new_task_id()))
+    await store.close()
