@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from cli import doctor_command, start_commands, task_commands
 from cli.app import app
+from logs import configure_logs
 
 __all__ = ["app", "doctor_command", "main", "start_commands", "task_commands"]
 
@@ -18,6 +19,7 @@ def main() -> NoReturn:
     Temporal's native threads may still hold a reply when the interpreter shuts down, and then abort the process:
     a script would see 134 instead of our exit code. Ending without that shutdown keeps the code.
     """
+    configure_logs(level="WARNING", as_json=False)
     code = 0
     try:
         app()

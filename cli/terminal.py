@@ -41,7 +41,7 @@ def eta_of(progress: TrainingProgress, now: datetime | None = None) -> str:
     parts = []
     if progress.next_eta is not None:
         left = (progress.next_eta - (now or datetime.now(UTC))).total_seconds()
-        parts.append(f"next stage in {span(left)}" if left > 0 else "next stage any moment")
+        parts.append(f"next stage in {span(left)}" if left >= 0.5 else "next stage any moment")
     if progress.estimated_time is not None:
         parts.append(f"about {span(progress.estimated_time * 60)} in all")
     if progress.queue_position:

@@ -6,9 +6,10 @@ They answer the queries and updates of contract §8; what a task does is told by
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from temporalio import workflow
+import structlog
+from temporalio import activity, workflow
 from temporalio.client import Client
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import WorkflowEnvironment
@@ -141,6 +143,20 @@ class StandInTraining:
             raise ApplicationError("180 points are asked for, less confirms nothing.", type="input_invalid")
 
 
+@activity.defn
+async def nothing() -> None:
+    """Never called: with it the worker polls for activities too, as a whole one does."""
+
+
+@pytest.fixture(autouse=True)
+def no_logs_among_the_output() -> Iterator[None]:
+    """Services of this test log in the process whose standard output is judged."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.configure(**before)
+
+
 @pytest.fixture(scope="session")
 def client(temporal_env: WorkflowEnvironment) -> Client:
     config = temporal_env.client.config()
@@ -158,7 +174,7 @@ def server(temporal_env: WorkflowEnvironment) -> Server:
 async def opened(client: Client, server: Server) -> AsyncIterator[Connection]:
     """A connection to a task queue that a worker with the stand-in workflows serves."""
     queue = unique("queue")
-    async with Worker(client, task_queue=queue, workflows=[StandInImage, StandInTraining]):
+    async with Worker(client, task_queue=queue, workflows=[StandInImage, StandInTraining], activities=[nothing]):
         yield Connection(client, server, queue)
 
 

@@ -1,0 +1,144 @@
+"""The demo and the commands on the real workflows: simulators, gateway, PostgreSQL, Temporal, a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from temporalio.testing import WorkflowEnvironment
+
+from activities.credits import CreditsClient
+from activities.tokens import ServiceToken
+from cli.books import check_books
+from cli.checks import Verdict
+from cli.connection import Connection, server_of
+from cli.demo import run_demo
+from cli.follow import follow
+from cli.start import start_image, start_training
+from cli.tasks import cancel_task, confirm_price, list_tasks, show_task
+from contracts.calls import CallFor
+from contracts.permissions import Scene
+from contracts.stack import StackDescription
+from contracts.tasks import CreditsSummary, ImageTask, TaskStatus, TrainingTask
+from store import TaskStore
+from tests.cli.test_tasks import Seen, until
+from tests.workflows.platform import Platform, running_platform
+
+PAYER = ("tenant-demo", "user-demo")
+
+
+@pytest_asyncio.fixture(scope="module")
+async def whole(
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Platform]:
+    """One platform for this module, where a training takes some two seconds."""
+    folder = tmp_path_factory.mktemp("platform")
+    async with running_platform(temporal_env, task_store, folder, speed=1_200) as platform, platform.worker():
+        yield platform
+
+
+@pytest.fixture(scope="module")
+def stack(whole: Platform) -> StackDescription:
+    """The platform, described as a local stack describes itself."""
+    return StackDescription(
+        temporal_address=whole.client.service_client.config.target_host,
+        namespace="default",
+        task_queue=whole.task_queue,
+        ui_url="http://127.0.0.1:8233",
+        comfyui_url=whole.simulators.comfyui_url,
+        credits_url=whole.simulators.credits_url,
+        gateway_url=whole.gateway_url,
+        database_dsn="",
+        callback_secret="",
+        admin_token=whole.simulators.admin_token,
+        tokens={PAYER[0]: whole.simulators.tokens.made_for(*PAYER)},
+    )
+
+
+@pytest.fixture(scope="module")
+def real(whole: Platform, stack: StackDescription) -> Connection:
+    return Connection(whole.client, server_of(stack), whole.task_queue)
+
+
+async def test_the_demo_shows_both_tasks_and_that_the_books_agree(
+    whole: Platform, stack: StackDescription, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = await asyncio.to_thread(run_demo, stack, whole.folder)
+    told = capsys.readouterr().out
+    assert code == 0, told
+    assert re.search(r"demo-image-\w+ +(queued|processing|delivery) +\d+ %", told), "told in lines where it is piped"
+    assert re.search(r"demo-training-\w+ +training +\d+ %", told)
+    assert re.search(rf"image +{re.escape(whole.simulators.comfyui_url)}/results/\S+\.png", told)
+    assert re.search(r"model +\S+", told)
+    assert re.search(r"metrics +.*loss", told)
+    assert len(re.findall(r"points +estimated \d+, held \d+, charged \d+, returned \d+", told)) == 2
+    assert len(re.findall(r"Temporal UI +http://127.0.0.1:8233/namespaces/default/workflows/task-demo-", told)) == 2
+    assert re.search(r"ok +ledger +balance \d+ = sum of", told)
+    assert (await whole.simulators.admin.credits.balance_check()).ok
+
+
+async def test_the_demo_fails_where_a_task_does(
+    whole: Platform, stack: StackDescription, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await whole.simulators.admin.comfyui.fault("job_fail", route="submit_job", code="node_error", node="KSampler")
+    code = await asyncio.to_thread(run_demo, stack, whole.folder)
+    assert code == 1
+    assert "node_error" in capsys.readouterr().out
+
+
+async def test_the_books_are_found_wrong_where_a_task_tells_another_charge(
+    whole: Platform, stack: StackDescription, real: Connection
+) -> None:
+    started = await start_image(real.client, ImageTask.model_validate(whole.image()), task_queue=real.task_queue)
+    outcome = await follow(real, started.handle, started.task_id, Seen())
+    assert outcome.credits is not None
+    call_for = CallFor(task_id="books", tenant_id=PAYER[0], user_id=PAYER[1], scene=Scene.IMAGE_GENERATE)
+    async with CreditsClient(stack.credits_url, ServiceToken(stack.tokens[PAYER[0]])) as credits:
+        right = await check_books(credits, call_for, {started.task_id: outcome.credits})
+        wrong = await check_books(credits, call_for, {started.task_id: CreditsSummary(charged=1)})
+    assert [finding.verdict for finding in right] == [Verdict.OK, Verdict.OK]
+    assert [finding.verdict for finding in wrong] == [Verdict.OK, Verdict.WRONG]
+
+
+async def test_an_image_is_cancelled_and_given_back(whole: Platform, real: Connection) -> None:
+    await whole.simulators.admin.comfyui.fault("job_stall", route="submit_job")
+    task = ImageTask.model_validate(whole.image())
+    started = await start_image(real.client, task, task_queue=real.task_queue)
+    await whole.until_held(task.task_id)
+    assert await cancel_task(real, task.task_id, "wrong prompt") == "accepted"
+    outcome = await follow(real, started.handle, task.task_id, Seen())
+    assert outcome.status is TaskStatus.CANCELLED
+    assert outcome.credits is not None
+    assert (outcome.credits.charged, outcome.credits.returned) == (0, outcome.credits.held)
+    assert await cancel_task(real, task.task_id, "again") == "too_late"
+    picture = await show_task(real, task.task_id)
+    assert (picture.task.status, picture.task.ui_url is not None) == ("cancelled", True)
+
+
+async def test_a_training_asks_for_its_price_and_goes_on_when_it_is_confirmed(
+    whole: Platform, real: Connection
+) -> None:
+    task = TrainingTask.model_validate(whole.training(max_credits=None))
+    started = await start_training(real.client, task, task_queue=real.task_queue)
+    seen = Seen()
+    following = asyncio.create_task(follow(real, started.handle, task.task_id, seen))
+
+    async def asked() -> bool:
+        return any(progress.confirmation for progress in seen.progress)
+
+    await until(asked)
+    [wanted] = {progress.confirmation.estimated_cost for progress in seen.progress if progress.confirmation}
+    assert await confirm_price(real, task.task_id, wanted) == wanted
+    outcome = await following
+    assert outcome.status is TaskStatus.COMPLETED, outcome
+    assert outcome.credits is not None
+    assert 0 < outcome.credits.charged <= wanted
+
+    async def listed() -> bool:
+        filters = {"TaskId": task.task_id, "TaskStatus": "completed", "Scene": "model.train"}
+        return [row.task_id async for row in list_tasks(real, filters=filters, limit=5)] == [task.task_id]
+
+    await until(listed)
