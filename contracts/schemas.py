@@ -87,7 +87,7 @@ def rendered() -> dict[str, str]:
     files = {f"{schema.name}.json": _as_json(schema) for schema in SCHEMAS}
     rows = "".join(f"| [{schema.name}]({schema.name}.json) | {schema.what} |\n" for schema in SCHEMAS)
     files["README.md"] = (
-        "# JSON Schemas\n\nMade from the models in `contracts/` by `make schemas`; do not edit by hand. "
+        "# JSON Schemas\n\nMade from the models in `contracts/` by `python -m contracts.schemas`; do not edit by hand. "
         "Example payloads are in [../examples](../examples/README.md).\n\n"
         f"| schema | what it describes |\n| --- | --- |\n{rows}"
     )
@@ -132,7 +132,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     differing = drifted(FOLDER)
     for name in differing:
-        sys.stderr.write(f"{FOLDER / name} is not what contracts/ says: run `make schemas` and commit it.\n")
+        sys.stderr.write(
+            f"{FOLDER / name} is not what contracts/ says: run `python -m contracts.schemas` and commit it.\n"
+        )
     return 1 if differing else 0
 
 
