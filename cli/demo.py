@@ -88,6 +88,7 @@ def demo_tasks(stack: StackDescription, dataset: Path) -> DemoTasks:
     training: dict[str, Any] = {
         "task_id": f"demo-training-{run}",
         "template_id": "lora-train",
+        "priority": "accelerated",
         "dataset": {"dataset_id": "demo-cats", "source_uri": dataset.absolute().as_uri() + "/"},
         "hyperparameters": {"epochs": 4, "batch_size": 2, "learning_rate": 1e-4},
         "max_credits": 500,
