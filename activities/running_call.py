@@ -1,7 +1,7 @@
 """How an activity runs one outside call: heartbeats, never cut short by a cancellation, one log line, one failure.
 
-A request that was sent acts whether or not we wait for its answer, and httpx loses pool connections when a request is
-cancelled (pitfalls 13, 15). So a cancelled activity waits until the request in flight has ended by its own limit:
+A request that was sent acts whether or not we wait for its answer (pitfall 13). So a cancelled activity waits until the
+request in flight has ended by its own limit:
 
     it succeeded                               → its answer, so that the workflow knows what happened
     it failed, the workflow asked to cancel    → cancelled

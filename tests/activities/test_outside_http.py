@@ -1,4 +1,4 @@
-"""The HTTP client itself: every error of httpx has a name, limits hold, and nothing secret is told."""
+"""The HTTP client itself: every error of httpx2 has a name, limits hold, and nothing secret is told."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import asyncio
 import inspect
 import socket
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from random import Random
 
-import httpx
+import httpx2
 import jwt
 import pytest
+import pytest_asyncio
 
 from activities.comfyui import COMFYUI, LIST_GPUS, ComfyUIClient, RouteProbe
-from activities.credits import CREDITS, CreditsClient
-from activities.outside_http import CONNECTION_FAILURES, OutsideFailure, OutsideHttp, time_limit
+from activities.credits import CreditsClient
+from activities.outside_http import CONNECTION_FAILURES, OutsideFailure, OutsideHttp, RawReply, time_limit
 from activities.tokens import ServiceToken, SignedTokens
 from contracts.calls import LedgerQuery, Post
 from contracts.errors import FailureCode
@@ -34,37 +38,45 @@ from tests.activities.loopback import Seen, always, error_body, http_bytes, serv
 
 HTTPX_EXCEPTIONS = [
     kind
-    for _, kind in inspect.getmembers(httpx, inspect.isclass)
+    for _, kind in inspect.getmembers(httpx2, inspect.isclass)
     if issubclass(kind, Exception) and not issubclass(kind, Warning)
 ]
 
 
-@pytest.mark.parametrize("kind", HTTPX_EXCEPTIONS, ids=lambda kind: kind.__name__)
-async def test_every_exception_of_httpx_is_one_named_failure(kind: type[Exception]) -> None:
-    assert kind in CONNECTION_FAILURES, "a new exception of httpx: give it a reason"
+FailingWith = Callable[[Exception], Awaitable[RawReply]]
 
-    def fail(request: httpx.Request) -> httpx.Response:
-        raise kind.__new__(kind)
 
+@pytest_asyncio.fixture(scope="module")
+async def failing_with() -> AsyncIterator[FailingWith]:
+    """`await failing_with(error)`: a request whose transport raises that error."""
     async with OutsideHttp(COMFYUI, "http://comfyui.test:8188") as http:
-        http._client._transport = httpx.MockTransport(fail)
-        with pytest.raises(OutsideFailure) as raised:
-            await http.send(LIST_GPUS, token="t")
+
+        async def send(error: Exception) -> RawReply:
+            def fail(request: httpx2.Request) -> httpx2.Response:
+                raise error
+
+            http._client._transport = httpx2.MockTransport(fail)
+            return await http.send(LIST_GPUS, token="t")
+
+        yield send
+
+
+@pytest.mark.parametrize("kind", HTTPX_EXCEPTIONS, ids=lambda kind: kind.__name__)
+async def test_every_exception_of_httpx2_is_one_named_failure(failing_with: FailingWith, kind: type[Exception]) -> None:
+    assert kind in CONNECTION_FAILURES, "a new exception of httpx2: give it a reason"
+
+    with pytest.raises(OutsideFailure) as raised:
+        await failing_with(kind.__new__(kind))
     assert raised.value.code in (FailureCode.COMFYUI_UNAVAILABLE, FailureCode.REPLY_INVALID)
     assert raised.value.may_be_retried
     assert CONNECTION_FAILURES[kind] in raised.value.sentence
     assert "http://comfyui.test:8188" in raised.value.sentence
 
 
-async def test_an_error_that_no_one_foresaw_has_a_name_too() -> None:
-    def fail(request: httpx.Request) -> httpx.Response:
-        raise ZeroDivisionError
-
-    async with OutsideHttp(CREDITS, "http://credits.test") as http:
-        http._client._transport = httpx.MockTransport(fail)
-        with pytest.raises(OutsideFailure) as raised:
-            await http.send(LIST_GPUS, token="t")
-    assert raised.value.code is FailureCode.CREDITS_UNAVAILABLE
+async def test_an_error_that_no_one_foresaw_has_a_name_too(failing_with: FailingWith) -> None:
+    with pytest.raises(OutsideFailure) as raised:
+        await failing_with(ZeroDivisionError())
+    assert raised.value.code is FailureCode.COMFYUI_UNAVAILABLE
 
 
 async def test_nobody_there_is_said_with_address_and_advice() -> None:
@@ -138,6 +150,31 @@ async def test_a_byte_now_and_then_does_not_hold_a_request_open(where: str) -> N
             assert all("within 0.15 s" in str(outcome) for outcome in outcomes)
         server.answer = always(202, {"job_id": "job-1", "estimated_cost": 24})
         assert (await client.submit_job(job_post())).reply is not None
+
+
+async def test_requests_cut_at_any_instant_leave_the_pool_whole() -> None:
+    """httpx 0.28 had all 5 connections lost here within a second: the reason for httpx2."""
+    random = Random(7)
+
+    async def dawdle(request: Seen, writer: asyncio.StreamWriter) -> None:
+        raw = http_bytes(202, b'{"job_id": "job-1", "estimated_cost": 24}' + b" " * random.choice([0, 100, 200_000]))
+        cut = random.randrange(len(raw))
+        await asyncio.sleep(random.uniform(0, 0.02))
+        writer.write(raw[:cut])
+        await asyncio.sleep(random.uniform(0, 0.004))
+        writer.write(raw[cut:])
+
+    async def submit_repeatedly() -> None:
+        for _ in range(40):
+            with time_limit(random.uniform(0.002, 0.03)), suppress(OutsideFailure):
+                await client.submit_job(job_post())
+
+    async with serving(dawdle) as server, ComfyUIClient(server.url, tokens(), pool_size=5) as client:
+        await asyncio.gather(*(submit_repeatedly() for _ in range(8)))
+        server.answer = always(202, {"job_id": "job-1", "estimated_cost": 24})
+        with time_limit(5):
+            answers = await asyncio.gather(*(client.submit_job(job_post()) for _ in range(10)))
+    assert all(answer.reply for answer in answers)
 
 
 async def test_a_silent_server_is_left_after_the_read_limit() -> None:
@@ -322,7 +359,7 @@ async def test_a_ledger_is_read_to_its_last_page_and_narrowed_to_the_task() -> N
     }
 
     async def page(request: Seen, writer: asyncio.StreamWriter) -> None:
-        await always(200, pages[httpx.URL(request.target).params.get("cursor")])(request, writer)
+        await always(200, pages[httpx2.URL(request.target).params.get("cursor")])(request, writer)
 
     async with serving(page) as server, CreditsClient(server.url, tokens()) as client:
         answer = await client.ledger(LedgerQuery(call_for=call_for(), task_id="task-1", limit=2))
@@ -346,7 +383,7 @@ async def test_a_ledger_without_end_is_left_with_the_cursor_it_came_to(monkeypat
     monkeypatch.setattr("activities.credits.MAX_LEDGER_PAGES", 3)
 
     async def page(request: Seen, writer: asyncio.StreamWriter) -> None:
-        last = int(httpx.URL(request.target).params.get("cursor", "0"))
+        last = int(httpx2.URL(request.target).params.get("cursor", "0"))
         await always(200, {"entries": [entry(last)], "cursor": str(last + 1)})(request, writer)
 
     async with serving(page) as server, CreditsClient(server.url, tokens()) as client:
