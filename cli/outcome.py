@@ -93,9 +93,7 @@ def _failed(cause: BaseException | None) -> dict[str, Any]:
             code = cause.type or FailureCode.INTERNAL.value
             return failed | {"code": code, "sentence": cause.message, "result": _result_in(cause.details)}
         case TerminatedError():
-            sentence = (
-                "The run was terminated: nothing of its own clean-up ran. The reconciler gives back hold and job."
-            )
+            sentence = "The run was terminated: no clean-up ran. Its hold ends by expiry, its job may still run."
             return failed | {"code": "terminated", "sentence": sentence}
         case TimeoutError():
             sentence = "The run ran into a Temporal time-out that its starter had set; this system sets none."

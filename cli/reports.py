@@ -37,18 +37,16 @@ def print_lines(console: Console, lines: Lines) -> None:
     rows = [(name, value) for name, value in lines if value]
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        text = Text(f"{name:<{width}}  ", style="dim")
-        text.append(printable(value), style="default")
-        console.print(text, soft_wrap=True)
+        console.print(Text.assemble((f"{name:<{width}}  ", "dim"), printable(value)), soft_wrap=True)
 
 
 def print_findings(console: Console, findings: list[Finding]) -> None:
     """What was checked, one line each, and what to do below those that are not fine."""
     width = max((len(finding.what) for finding in findings), default=0)
     for finding in findings:
-        text = Text(f"{finding.verdict.value:<6}", style=_STYLES[finding.verdict])
-        text.append(f"{finding.what:<{width}}  {printable(finding.says)}", style="default")
-        console.print(text, soft_wrap=True)
+        verdict = (f"{finding.verdict.value:<6}", _STYLES[finding.verdict])
+        says = f"{finding.what:<{width}}  {printable(finding.says)}"
+        console.print(Text.assemble(verdict, says), soft_wrap=True)
         if finding.advice and finding.verdict is not Verdict.OK:
             console.print(Text(f"      {printable(finding.advice)}", style="dim"), soft_wrap=True)
 
@@ -111,6 +109,7 @@ def _progress_lines(task_id: str, progress: TrainingProgress) -> Lines:
 def picture_lines(picture: TaskPicture) -> Lines:
     """What `show` prints."""
     task = picture.task
+    yield "task", task.task_id
     yield "scene", task.scene or ""
     yield "template", task.template_id or ""
     yield "for", " / ".join(part for part in (task.tenant_id, task.user_id) if part)
@@ -118,9 +117,8 @@ def picture_lines(picture: TaskPicture) -> Lines:
     yield "started", _instant(task.started_at)
     yield "ended", _instant(task.ended_at)
     if picture.outcome is not None:
-        yield from outcome_lines(picture.outcome)
+        yield from (line for line in outcome_lines(picture.outcome) if line[0] != "task")
         return
-    yield "task", task.task_id
     if picture.progress is not None:
         yield from _progress_lines(task.task_id, picture.progress)
     else:

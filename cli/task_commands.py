@@ -13,7 +13,7 @@ from cli.app import EXIT_CODES, Json, app, followed, perform
 from cli.connection import Connection, connection, read_settings
 from cli.failures import BadInput, CommandFailure, ExitCode
 from cli.reports import picture_lines, print_json, print_lines, print_rows
-from cli.tasks import cancel_task, confirm_price, list_tasks, show_task, wanted_confirmation
+from cli.tasks import asked_price_of, cancel_task, confirm_price, list_tasks, show_task
 from cli.terminal import confirmation_of
 from contracts.fields import CallerId
 from contracts.tasks import CancelTask, ConfirmPrice, TaskStatus
@@ -162,18 +162,20 @@ def confirm(
         async with connection(read_settings()) as opened:
             ceiling = max_credits if max_credits is not None else await _asked_price(opened, known_id)
             in_force = await confirm_price(opened, known_id, ceiling)
+            wanted = await asked_price_of(opened, known_id)
         if as_json:
             print_json({"task_id": task_id, "max_credits": in_force})
         else:
-            Console().print(f"Confirmed: up to {in_force} points.", highlight=False)
+            is_short = wanted is not None and wanted.estimated_cost > in_force
+            more = f" It costs {wanted.estimated_cost}, so the task goes on waiting." if wanted and is_short else ""
+            Console().print(f"Confirmed: up to {in_force} points.{more}", highlight=False)
         return ExitCode.COMPLETED
 
     perform(work, as_json=as_json)
 
 
 async def _asked_price(opened: Connection, task_id: str) -> int:
-    progress = await wanted_confirmation(opened, task_id)
-    wanted = progress.confirmation if progress else None
+    wanted = await asked_price_of(opened, task_id)
     if wanted is None:
         raise BadInput(f"Task {task_id!r} waits for no confirmation now; give --max-credits to raise its ceiling.")
     if not sys.stdin.isatty():

@@ -19,7 +19,7 @@ from temporalio.common import SearchAttributeKey
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from cli.connection import RPC_TIMEOUT, Connection, sentences
+from cli.connection import RPC_TIMEOUT, Connection
 from cli.failures import BadInput, CannotReach
 from cli.follow import QUERY_TIMEOUT, read_progress
 from cli.outcome import RESULT_TYPES, TaskOutcome, find_task, outcome_of
@@ -28,6 +28,7 @@ from contracts.tasks import (
     SEARCH_ATTRIBUTES,
     CancelTask,
     CancelTaskOutcome,
+    Confirmation,
     ConfirmPrice,
     ConfirmPriceOutcome,
     CreditsSummary,
@@ -161,12 +162,11 @@ async def confirm_price(connection: Connection, task_id: str, max_credits: int) 
     return outcome.max_credits
 
 
-async def wanted_confirmation(connection: Connection, task_id: str) -> TrainingProgress | None:
-    """The task's progress where a worker tells it. Raises UnknownTask."""
+async def asked_price_of(connection: Connection, task_id: str) -> Confirmation | None:
+    """The price that a task waits to have confirmed; None where it waits for none, or no worker tells."""
     handle = await find_task(connection.client, connection.server, task_id)
-    with sentences(connection.server, task_id=task_id):
-        progress: TrainingProgress | None = await _answered(read_progress(handle))
-    return progress
+    progress: TrainingProgress | None = await _answered(read_progress(handle))
+    return progress.confirmation if progress else None
 
 
 async def _update(

@@ -140,7 +140,7 @@ def watchers(console: Console, task_ids: list[str]) -> Iterator[dict[str, Bar | 
         SpinnerColumn(finished_text="•"),
         TextColumn("{task.description}", markup=False),
         TextColumn("{task.fields[stage]:<14}", markup=False),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=30, finished_style="green"),
         TextColumn("{task.percentage:>3.0f} %"),
         _Eta(),
         console=console,
