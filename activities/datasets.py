@@ -87,7 +87,9 @@ class DatasetSnapshots:
         max_files: int = MAX_FILES,
         max_bytes: int = MAX_BYTES,
     ) -> None:
-        self._root = read_address(object_store_url)
+        self._root = _setting("COMFYUI_TEMPORAL_OBJECT_STORE_URL", object_store_url)
+        for root in dataset_roots:
+            _setting("COMFYUI_TEMPORAL_DATASET_ROOTS", root)
         self._dataset_roots = tuple(dataset_roots)
         self._max_files = max_files
         self._max_bytes = max_bytes
@@ -228,6 +230,13 @@ class DatasetSnapshots:
             f"Temporary object storage at {self._root.text} cannot be used: {said(error)}. It is retried; "
             "check COMFYUI_TEMPORAL_OBJECT_STORE_URL, its credentials and its room.",
         )
+
+
+def _setting(name: str, uri: str) -> FolderAddress:
+    try:
+        return read_address(uri)
+    except BadAddress as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 async def _emptied(target: ObjectFolder) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -41,9 +42,12 @@ REQUEST_SECONDS: Final = 9.0
 """The whole request: below an activity's `start_to_close` of 10 s, so that its end is always ours to tell."""
 POOL_SIZE: Final = 100
 MAX_REPLY_BYTES: Final = 1024 * 1024
+SILENCE_SECONDS: Final = 5.0
+"""How long a party that let a request run out of time is taken to hang (`only_if_answering`)."""
 
 _HEADER_SAFE = re.compile(r"[\x21-\x7e]{1,255}")
 _time_limit_seconds: ContextVar[float] = ContextVar("time_limit_seconds", default=REQUEST_SECONDS)
+_only_if_answering: ContextVar[bool] = ContextVar("only_if_answering", default=False)
 
 
 class OutsideFailure(Exception):
@@ -107,6 +111,19 @@ def time_limit(seconds: float) -> Iterator[None]:
         _time_limit_seconds.reset(token)
 
 
+@contextmanager
+def only_if_answering() -> Iterator[None]:
+    """Requests begun inside fail at once while the party hangs, that is for 5 s after one ran out of time.
+
+    For short tries that hold something else up: with a party that hangs, each would wait its whole time in vain.
+    """
+    token = _only_if_answering.set(True)
+    try:
+        yield
+    finally:
+        _only_if_answering.reset(token)
+
+
 def current_time_limit_seconds() -> float:
     """How long a request that begins here may take."""
     return _time_limit_seconds.get()
@@ -131,6 +148,7 @@ class OutsideHttp:
         self.party = party
         self.address = _checked_address(url, party)
         self._max_reply_bytes = max_reply_bytes
+        self._hangs_until = 0.0
         self._client = httpx2.AsyncClient(
             timeout=httpx2.Timeout(read_seconds, connect=connect_seconds, pool=connect_seconds),
             limits=httpx2.Limits(max_connections=pool_size, max_keepalive_connections=pool_size, keepalive_expiry=30),
@@ -162,6 +180,8 @@ class OutsideHttp:
 
         A task that may be cancelled calls it through running_call.py: a request that was cut may have acted.
         """
+        if _only_if_answering.get() and time.monotonic() < self._hangs_until:
+            raise self.unavailable(route, "a moment ago it let a request run out of time")
         headers = {"authorization": f"Bearer {token}"}
         if key is not None:
             headers["x-idempotency-key"] = self._header_safe(key, route)
@@ -206,12 +226,14 @@ class OutsideHttp:
             exchange.cancel()
         await asyncio.wait({exchange})
         if exchange.cancelled():
+            self._hangs_until = time.monotonic() + SILENCE_SECONDS
             raise self.unavailable(route, f"no whole answer within {limit:g} s")
         return exchange.result()
 
     async def _exchange(self, request: httpx2.Request, route: Route) -> RawReply:
         try:
             response = await self._client.send(request, stream=True)
+            self._hangs_until = 0.0
             try:
                 return RawReply(response.status_code, response.headers, await self._read(response, route))
             finally:
@@ -219,6 +241,8 @@ class OutsideHttp:
         except OutsideFailure:
             raise
         except Exception as error:
+            if isinstance(error, httpx2.TimeoutException):
+                self._hangs_until = time.monotonic() + SILENCE_SECONDS
             raise self._named(error, route) from None
 
     async def _read(self, response: httpx2.Response, route: Route) -> bytes:

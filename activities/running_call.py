@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
@@ -22,7 +22,7 @@ import structlog
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
-from activities.outside_http import REQUEST_SECONDS, OutsideFailure, time_limit
+from activities.outside_http import REQUEST_SECONDS, OutsideFailure, only_if_answering, time_limit
 from contracts.calls import CallFor
 from contracts.errors import Answer
 
@@ -41,7 +41,8 @@ async def answered(call_for: CallFor, call: Coroutine[Any, Any, T]) -> T:
     Raises ApplicationError (type: a `FailureCode`; retryable unless the request could not be sent) or CancelledError.
     """
     with one_line(call_for) as line:
-        with time_limit(request_limit_seconds(activity.info())):
+        info = activity.info()
+        with time_limit(request_limit_seconds(info)), only_if_answering() if info.is_local else nullcontext():
             answer = await to_its_end(call)
         line.outcome = _outcome_of(answer)
         return answer

@@ -388,3 +388,10 @@ async def test_a_file_that_vanishes_while_it_is_copied_is_named(source: Path, ob
     assert (raised.value.type, raised.value.non_retryable) == ("dataset_invalid", True)
     assert "'captions/1.txt'" in raised.value.message
     assert copied(objects) == {}
+
+
+def test_an_unusable_setting_is_named_at_start(objects: Path) -> None:
+    with pytest.raises(ValueError, match="COMFYUI_TEMPORAL_OBJECT_STORE_URL: must begin with"):
+        DatasetSnapshots("/objects")
+    with pytest.raises(ValueError, match="COMFYUI_TEMPORAL_DATASET_ROOTS: must begin with"):
+        DatasetSnapshots(objects.as_uri(), dataset_roots=["datasets/{tenant_id}/"])

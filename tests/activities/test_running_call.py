@@ -191,6 +191,27 @@ async def test_a_local_try_ends_before_its_time_does() -> None:
     assert raised.value.type == "comfyui_unavailable"
 
 
+async def test_local_tries_fail_at_once_while_the_party_hangs_and_visible_ones_do_not() -> None:
+    """A workflow hears nothing during a local try: only the first may wait for a party that hangs."""
+    held = Held(ACCEPTED)
+    local = {
+        "is_local": True,
+        "schedule_to_close_timeout": timedelta(seconds=1.2),
+        "start_to_close_timeout": None,
+    }
+    async with comfyui_before(held) as (server, activities):
+        for seconds in (1.0, 0.1):
+            began = asyncio.get_running_loop().time()
+            with pytest.raises(ApplicationError) as raised:
+                await environment(**local).run(activities.submit_job, job_post())
+            assert asyncio.get_running_loop().time() - began < seconds
+        assert len(server.seen) == 1
+        assert raised.value.type == "comfyui_unavailable"
+        held.release.set()
+        assert (await environment().run(activities.submit_job, job_post())).reply is not None
+        assert (await environment(**local).run(activities.submit_job, job_post())).reply is not None
+
+
 def test_a_request_ends_before_its_activity_does() -> None:
     assert request_limit_seconds(environment().info) == 9.0
     assert request_limit_seconds(environment(start_to_close_timeout=timedelta(seconds=4)).info) == 3.5
