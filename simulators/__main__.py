@@ -9,6 +9,8 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 from pydantic import SecretStr, ValidationError
+from standardwebhooks import Webhook
+from standardwebhooks.webhooks import EmptyWebhookSecretError
 
 from logs import configure_logs
 from settings import Settings
@@ -39,11 +41,16 @@ def main(arguments: list[str]) -> None:
 def _comfyui(settings: Settings) -> FastAPI:
     if not settings.callback_secrets:
         _give_up("COMFYUI_TEMPORAL_CALLBACK_SECRETS is not set: callbacks must be signed.")
+    secrets = [secret.get_secret_value() for secret in settings.callback_secrets]
+    try:
+        Webhook(secrets[0])
+    except (ValueError, EmptyWebhookSecretError):
+        _give_up("The first of COMFYUI_TEMPORAL_CALLBACK_SECRETS is no Standard Webhooks secret (whsec_ and base64).")
     return comfyui_app(
         folder=settings.simulator_folder,
         tokens=_tokens(settings),
         admin_token=_needed(settings.simulator_admin_token, "SIMULATOR_ADMIN_TOKEN"),
-        callback_secrets=[secret.get_secret_value() for secret in settings.callback_secrets],
+        callback_secrets=secrets,
         prices=settings.prices,
         speed=settings.simulator_speed,
     )

@@ -159,7 +159,8 @@ class Run(BaseModel):
             now = segment.progress_from + self.within_segment(at) * (segment.progress_to - segment.progress_from)
         else:
             now = 0.0
-        return float(int(max(now, self._shown_progress())))
+        # A hair is added, or 30 % of a segment would come out as 29.
+        return float(int(max(now, self._shown_progress()) + 1e-6))
 
     def _shown_progress(self) -> float:
         status, stage = self.standing()

@@ -7,7 +7,7 @@ import json
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,14 @@ async def eventually(condition: Callable[[], bool], what: str, within_seconds: f
     """Wait until `condition` holds. Raises AssertionError naming `what` when it does not in time."""
     ends = time.monotonic() + within_seconds
     while not condition():
+        assert time.monotonic() < ends, f"{what} did not come within {within_seconds} s"
+        await asyncio.sleep(0.01)
+
+
+async def until(look: Callable[[], Awaitable[bool]], what: str, within_seconds: float = 5.0) -> None:
+    """As `eventually`, for what has to be asked for."""
+    ends = time.monotonic() + within_seconds
+    while not await look():
         assert time.monotonic() < ends, f"{what} did not come within {within_seconds} s"
         await asyncio.sleep(0.01)
 

@@ -1,0 +1,177 @@
+"""Callbacks: signed, told once per change, repeated on contract §2's schedule, and every way they can go wrong."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from contracts.comfyui import JobCallback
+from simulators.callbacks import HOURLY_SECONDS, RETRY_AFTER_SECONDS
+from simulators.serving import Simulators
+from tests.simulators.platform import Caller, Receiver, eventually, new_task, until
+
+ALL_FIVE = ["processing"] * 4 + ["delivery"]
+
+
+async def _delivered(receiver: Receiver, task: str) -> None:
+    await eventually(lambda: "delivery" in receiver.statuses(task), "the delivery callback")
+
+
+async def test_a_job_tells_each_step_signed_with_what_get_answers(caller: Caller, receiver: Receiver) -> None:
+    task = new_task()
+    job_id = (await caller.submit(task))["job_id"]
+    await _delivered(receiver, task)
+    arrivals = receiver.of(task)
+    assert all(arrival.is_genuine for arrival in arrivals)
+    assert receiver.statuses(task) == ALL_FIVE
+    assert len({arrival.webhook_id for arrival in arrivals}) == 5
+    told = [JobCallback.model_validate(arrival.body) for arrival in arrivals]
+    assert [callback.stage_progress for callback in told] == [0, 25, 50, 75, 100]
+    assert [callback.sequence for callback in told] == sorted({callback.sequence for callback in told})
+    times = [callback.occurred_at for callback in told if callback.occurred_at]
+    assert times == sorted(times)
+    state = await caller.job(job_id)
+    assert {name: arrivals[-1].body[name] for name in state} == state
+
+
+async def test_a_failure_and_a_cancel_are_told_too(caller: Caller, simulators: Simulators, receiver: Receiver) -> None:
+    await simulators.admin.set_speed(1)
+    for action, code in (("fail", "node_error"), ("preempt", "gpu_preempted")):
+        task = new_task()
+        job_id = (await caller.submit(task))["job_id"]
+        await simulators.admin.comfyui.act(job_id, action, code="node_error", node="KSampler")
+        await eventually(lambda task=task: bool(receiver.genuine(task)), "the callback")  # type: ignore[misc]
+        assert receiver.genuine(task)[-1]["error_details"]["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("status", "phase"), [(401, "refused"), (404, "refused"), (413, "refused"), (200, "delivered")]
+)
+async def test_what_is_not_repeated(
+    caller: Caller, simulators: Simulators, receiver: Receiver, status: int, phase: str
+) -> None:
+    task = new_task()
+    receiver.answers[task] = [status] * 5
+    await caller.submit(task)
+    await _delivered(receiver, task)
+    await simulators.admin.advance(2 * 24 * 3600)
+    callbacks = await simulators.admin.comfyui.callbacks(task)
+    await eventually(lambda: len(receiver.of(task)) == 5, "all five")
+    assert {(callback.phase, callback.attempts, callback.last_status) for callback in callbacks} == {(phase, 1, status)}
+
+
+async def test_a_503_is_repeated_on_schedule_under_the_same_id_and_signed_anew(
+    caller: Caller, simulators: Simulators, receiver: Receiver
+) -> None:
+    task = new_task()
+    await simulators.admin.comfyui.fault("callback_withhold", task_id=task, callback_status="processing", times=None)
+    receiver.answers[task] = [503] * 7
+    await caller.submit(task)
+    await eventually(lambda: len(receiver.of(task)) == 1, "the first attempt")
+    for number, seconds in enumerate((*RETRY_AFTER_SECONDS, HOURLY_SECONDS, HOURLY_SECONDS), start=1):
+        await _attempted(simulators, task, number)
+        due_at = (await simulators.admin.comfyui.callbacks(task))[-1].due_at
+        rest = (due_at - (await simulators.admin.comfyui.clock()).now).total_seconds()
+        assert seconds - 0.5 < rest <= seconds, f"attempt {number + 1}"
+        await simulators.admin.advance(seconds)
+        await eventually(lambda number=number: len(receiver.of(task)) == number + 1, "the next")  # type: ignore[misc]
+
+    arrivals = receiver.of(task)
+    assert len({arrival.webhook_id for arrival in arrivals}) == 1
+    assert len({arrival.raw for arrival in arrivals}) == 1
+    assert all(arrival.is_genuine for arrival in arrivals)
+    assert all(abs(arrival.timestamp - time.time()) < 60 for arrival in arrivals), "wall clock, not the moved one"
+
+
+async def _attempted(simulators: Simulators, task: str, times: int) -> None:
+    """Wait until the outbox has written what came of an attempt."""
+
+    async def is_written() -> bool:
+        sent = [seen for seen in await simulators.admin.comfyui.callbacks(task) if seen.phase != "withheld"]
+        return bool(sent) and sent[0].attempts == times
+
+    await until(is_written, f"attempt {times}")
+
+
+async def test_a_callback_is_given_up_after_a_day(caller: Caller, simulators: Simulators, receiver: Receiver) -> None:
+    task = new_task()
+    await simulators.admin.comfyui.fault("callback_withhold", task_id=task, callback_status="processing", times=None)
+    receiver.answers[task] = [500] * 99
+    await caller.submit(task)
+    await eventually(lambda: len(receiver.of(task)) == 1, "the first attempt")
+    await _attempted(simulators, task, 1)
+    await simulators.admin.advance(25 * 3600)
+    await _attempted(simulators, task, 2)
+    assert [seen.phase for seen in await simulators.admin.comfyui.callbacks(task)][-1] == "given_up"
+
+
+async def test_withheld_callbacks_come_only_when_released(
+    caller: Caller, simulators: Simulators, receiver: Receiver
+) -> None:
+    task = new_task()
+    await simulators.admin.comfyui.fault("callback_withhold", task_id=task, times=None)
+    job_id = (await caller.submit(task))["job_id"]
+    await simulators.admin.advance(60)
+    assert (await caller.job(job_id))["job_status"] == "delivery"
+    assert {seen.phase for seen in await simulators.admin.comfyui.callbacks(task)} == {"withheld"}
+    assert receiver.of(task) == []
+    await simulators.admin.comfyui.release_callbacks()
+    await _delivered(receiver, task)
+
+
+@pytest.mark.parametrize("same_id", [True, False])
+async def test_duplicates(caller: Caller, simulators: Simulators, receiver: Receiver, same_id: bool) -> None:
+    task = new_task()
+    fault = {"callback_status": "delivery", "copies": 2, "same_id": same_id}
+    await simulators.admin.comfyui.fault("callback_duplicate", task_id=task, **fault)
+    await caller.submit(task)
+    await eventually(lambda: receiver.statuses(task).count("delivery") == 3, "three deliveries")
+    deliveries = [arrival for arrival in receiver.of(task) if arrival.body["job_status"] == "delivery"]
+    assert len({arrival.raw for arrival in deliveries}) == 1
+    assert len({arrival.webhook_id for arrival in deliveries}) == (1 if same_id else 3)
+
+
+async def test_reordered_callbacks_are_overtaken(caller: Caller, simulators: Simulators, receiver: Receiver) -> None:
+    task = new_task()
+    await simulators.admin.comfyui.fault("callback_reorder", task_id=task, nth=4)
+    await caller.submit(task)
+    await eventually(lambda: len(receiver.of(task)) == 5, "all five")
+    assert receiver.statuses(task) == ["processing"] * 3 + ["delivery", "processing"]
+    sequences = [body["sequence"] for body in receiver.genuine(task)]
+    assert sequences[-1] < sequences[-2]
+
+
+async def test_garbage_and_forged_callbacks_come_besides_the_true_ones(
+    caller: Caller, simulators: Simulators, receiver: Receiver
+) -> None:
+    task = new_task()
+    before = len(receiver.arrivals)
+    await simulators.admin.comfyui.fault("callback_garbage", task_id=task, nth=1, body=f'[broken "{task}"')
+    await simulators.admin.comfyui.fault("callback_forge", task_id=task, nth=2, copies=2)
+    await caller.submit(task)
+    await eventually(lambda: len(receiver.of(task)) == 8, "five true, one garbage, two forged")
+    arrivals = receiver.arrivals[before:]
+    assert [arrival.is_genuine for arrival in arrivals].count(False) == 2
+    assert [arrival.raw for arrival in arrivals].count(f'[broken "{task}"'.encode()) == 1
+
+
+async def test_a_late_callback_waits_by_the_clock(caller: Caller, simulators: Simulators, receiver: Receiver) -> None:
+    task = new_task()
+    await simulators.admin.comfyui.fault("callback_late", task_id=task, callback_status="delivery", seconds=3600)
+    await caller.submit(task)
+    await simulators.admin.advance(60)
+    await eventually(lambda: receiver.statuses(task) == ALL_FIVE[:4], "all but the last")
+    await simulators.admin.advance(3601)
+    await _delivered(receiver, task)
+
+
+async def test_an_unreachable_receiver_harms_nobody_else(
+    caller: Caller, simulators: Simulators, receiver: Receiver
+) -> None:
+    lost, task = new_task(), new_task()
+    await caller.submit(lost, callback_url="http://127.0.0.1:1/callbacks/comfyui/x")
+    await caller.submit(task)
+    await _delivered(receiver, task)
+    await eventually(lambda: len(receiver.of(task)) == 5, "all five")
+    assert {seen.phase for seen in await simulators.admin.comfyui.callbacks(lost)} == {"pending"}
