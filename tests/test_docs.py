@@ -1,0 +1,79 @@
+"""What the documents say is what the code does: settings, codes, links, workflow names."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from contracts.errors import ExceptionCode, FailureCode
+from contracts.prices import PriceTable
+from contracts.tasks import SEARCH_ATTRIBUTES
+from settings import Settings
+
+PROJECT = Path(__file__).parents[1]
+DOCUMENTS = [PROJECT / "README.md", PROJECT / "CHANGELOG.md", *sorted((PROJECT / "docs").rglob("*.md"))]
+ROW = re.compile(r"^\| `(?P<name>\w+)` \| (?P<default>.*?) \| (?P<what>.+) \|$", re.MULTILINE)
+
+
+def text_of(name: str) -> str:
+    return (PROJECT / name).read_text(encoding="utf-8")
+
+
+def shown_default(field: FieldInfo) -> str:
+    """A default as it would be written into the environment."""
+    default: Any = field.default
+    if default is None or default == []:
+        return "none"
+    if isinstance(default, BaseModel):
+        return "below"
+    if isinstance(default, list):
+        return f"`{','.join(f'{item:g}' if isinstance(item, float) else item for item in default)}`"
+    if isinstance(default, bool | dict):
+        return f"`{json.dumps(default)}`"
+    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+
+
+def documented(section: str) -> dict[str, str]:
+    return {found["name"]: found["default"] for found in ROW.finditer(section)}
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    settings, _, prices = text_of("docs/settings.md").partition("## The price table")
+    wanted = {name.upper(): shown_default(field) for name, field in Settings.model_fields.items()}
+    assert documented(settings) == wanted, "docs/settings.md needs a row for each setting of settings.py"
+    assert documented(prices) == {name: shown_default(field) for name, field in PriceTable.model_fields.items()}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_setting_that_a_document_names_exists(path: Path) -> None:
+    named = set(re.findall(r"COMFYUI_TEMPORAL_([A-Z0-9_]+)", path.read_text(encoding="utf-8")))
+    assert named <= {name.upper() for name in Settings.model_fields}
+
+
+def test_every_code_is_explained_to_operators() -> None:
+    ends, _, records = text_of("docs/operations.md").partition("## Exception records")
+    assert set(documented(ends)) == set(FailureCode)
+    assert set(documented(records)) == set(ExceptionCode)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_no_link_is_dead(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
+    dead = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert dead == []
+
+
+def test_the_readme_names_each_search_attribute() -> None:
+    assert all(f"`{name}`" in text_of("README.md") for name in SEARCH_ATTRIBUTES)
+
+
+def test_every_make_target_that_the_readme_names_exists() -> None:
+    named = set(re.findall(r"`?make ([a-z-]+)", text_of("README.md")))
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
+    assert named <= targets
