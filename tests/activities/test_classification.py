@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from activities.credits import CreditsClient
 from activities.outside_http import OutsideFailure
 from contracts.errors import COMFYUI_ERRORS, CREDITS_ERRORS, FailureCode
+from tests.activities.calls import estimate_post, tokens
 from tests.activities.conftest import Facing
-from tests.activities.loopback import Seen, always, error_body, http_bytes
+from tests.activities.loopback import Seen, always, error_body, http_bytes, serving
 
 COMFYUI_CALLS = [
     "submit_job",
@@ -402,3 +404,21 @@ async def test_a_compressed_bomb_is_not_unpacked(facing: Facing) -> None:
         with pytest.raises(OutsideFailure) as raised:
             await calls["get_job"]()
     assert raised.value.code is F.REPLY_INVALID
+
+
+async def test_an_endless_body_is_cut() -> None:
+    sent = 0
+
+    async def pour(request: Seen, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        while True:
+            writer.write(b"10000\r\n" + b"x" * 65_536 + b"\r\n")
+            await writer.drain()
+            sent += 65_536
+
+    async with serving(pour) as server, CreditsClient(server.url, tokens()) as client:
+        with pytest.raises(OutsideFailure, match="a body of more than 1048576 bytes") as raised:
+            await client.estimate(estimate_post())
+    assert raised.value.code is F.REPLY_INVALID
+    assert sent < 16 * 1024 * 1024, "the rest was not waited for"
