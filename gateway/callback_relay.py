@@ -24,7 +24,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, Protocol
 
@@ -88,11 +88,12 @@ class TaskLine:
         self._told: dict[str, Told] = {}
         self._waiting: dict[tuple[str, bool], Waiting] = {}
         self._arrived = asyncio.Event()
+        self._in_flight: str | None = None
         self._is_failing = False
         self.sender: asyncio.Task[None] | None = None
 
     async def take(self, callback: Callback) -> Relayed:
-        if self._is_covered(callback):
+        if not self._will_tell_more(job_of(callback)) and self._is_covered(callback):
             return Relayed.COALESCED
         hears = callback.has_ended() or self._is_failing or self._pace.ready_in(is_final=False) == 0
         joining = Waiting(callback, asyncio.get_running_loop().create_future() if hears else None)
@@ -130,13 +131,13 @@ class TaskLine:
                 await self._signal(first)
 
     async def _signal(self, first: Waiting) -> None:
-        # Told before the signal lands: what arrives meanwhile must be compared with this one.
-        self._tell(first.callback)
         self._pace.spend()
+        self._in_flight = job_of(first.callback)
         relayed = await self._signalled(first.callback)
+        self._in_flight = None
         self._is_failing = relayed is Relayed.UNAVAILABLE
-        if relayed is not Relayed.SIGNALLED:
-            self._told.pop(job_of(first.callback), None)
+        if relayed is Relayed.SIGNALLED:
+            self._tell(first.callback)
         first.resolve(relayed)
         if self._is_failing:
             self._pace.refund()
@@ -170,6 +171,10 @@ class TaskLine:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._arrived.wait(), seconds)
 
+    def _will_tell_more(self, job: str) -> bool:
+        """Whether a signal of the job is in flight, or an end waits: until then it is open what was told last."""
+        return self._in_flight == job or (job, True) in self._waiting
+
     def _is_covered(self, callback: Callback) -> bool:
         told = self._told.get(job_of(callback))
         if told is None or not told.covers(callback):
@@ -178,10 +183,11 @@ class TaskLine:
         return True
 
     def _tell(self, callback: Callback) -> None:
+        told = Told(callback.sequence, news_of(callback), callback.has_ended())
         before = self._told.pop(job_of(callback), None)
-        sequence = callback.sequence if before is None else max(before.sequence, callback.sequence)
-        is_final = callback.has_ended() or (before is not None and before.is_final)
-        self._told[job_of(callback)] = Told(sequence, news_of(callback), is_final)
+        if before is not None and before.sequence > told.sequence:
+            told = replace(before, is_final=before.is_final or told.is_final)
+        self._told[job_of(callback)] = told
         if len(self._told) > MAX_JOBS:
             del self._told[next(iter(self._told))]
 
