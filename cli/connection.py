@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,7 @@ import jwt
 from pydantic import ValidationError
 from temporalio.client import Client
 from temporalio.envconfig import ClientConfigProfile
+from temporalio.runtime import LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
 from temporalio.service import RPCError, RPCStatusCode
 
 from cli.failures import BadInput, CannotReach, CommandFailure, UnknownTask
@@ -122,12 +124,19 @@ async def open_connection(server: Server, settings: Settings, *, task_queue: str
     """Connect, or raise CannotReach within three seconds."""
     named = settings.model_copy(update={"temporal_address": server.address, "temporal_namespace": server.namespace})
     try:
-        client = await asyncio.wait_for(connect(named), CONNECT_SECONDS)
+        client = await asyncio.wait_for(connect(named, runtime=_quiet_runtime()), CONNECT_SECONDS)
     except TimeoutError:
         raise CannotReach(_unreachable(server, f"no answer within {CONNECT_SECONDS:g} s")) from None
     except (RuntimeError, ValueError, OSError, RPCError) as error:
         raise CannotReach(_unreachable(server, _short_cause(error))) from None
     return Connection(client, server, task_queue)
+
+
+@cache
+def _quiet_runtime() -> Runtime:
+    """Temporal's native part tells each retry on standard output, where a script reads our JSON: only errors here."""
+    errors_only = LoggingConfig(filter=TelemetryFilter(core_level="ERROR", other_level="ERROR"))
+    return Runtime(telemetry=TelemetryConfig(logging=errors_only))
 
 
 @asynccontextmanager
@@ -181,6 +190,8 @@ def _unreachable(server: Server, cause: str) -> str:
 
 def _short_cause(error: BaseException) -> str:
     text = str(error)
+    if "h2 protocol error" in text or "get_system_info" in text:
+        return "something answers, but not Temporal (another service, or TLS is missing)"
     for known in ("Connection refused", "dns error", "invalid peer certificate", "No route to host"):
         if known.lower() in text.lower():
             return known.lower()
@@ -192,6 +203,8 @@ def user_of(stack: StackDescription | None, tenant_id: str) -> str | None:
     token = stack.tokens.get(tenant_id) if stack else None
     if token is None:
         return None
-    claims = jwt.decode(token, options={"verify_signature": False})
-    user = claims.get("user_id")
+    try:
+        user = jwt.decode(token, options={"verify_signature": False}).get("user_id")
+    except jwt.PyJWTError:
+        return None
     return user if isinstance(user, str) else None

@@ -14,13 +14,13 @@ from rich.text import Text
 
 from contracts.tasks import Confirmation, TrainingProgress
 
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _PLAIN_STEP: Final = 10
 """Plain lines tell every stage, and within a stage each step of so many percent."""
 
 
 def printable(text: str) -> str:
-    """Text from outside without the control characters that could move the cursor or hide what stands there."""
+    """Text from outside without what could move the cursor, hide what stands there or break the encoding."""
     return _CONTROL.sub("\ufffd", text)
 
 
