@@ -104,9 +104,9 @@ async def opened_activities(settings: Settings) -> AsyncIterator[Sequence[Callab
         raise CannotStart(
             "No database is set: give COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://user:password@host:port/database."
         )
-    tokens = token_maker(settings)
     async with AsyncExitStack() as opened:
         try:
+            tokens = token_maker(settings)
             store = TaskStore(settings.database_dsn.get_secret_value())
             opened.push_async_callback(store.close)
             comfyui = await opened.enter_async_context(ComfyUIClient(settings.comfyui_url, tokens))
@@ -183,10 +183,10 @@ def make_worker(client: Client, settings: Settings, activities: Sequence[Callabl
 class HealthPage:
     """`/healthz`: the process lives. `/readyz`: the server sees this worker poll, and it is not draining."""
 
-    def __init__(self, client: Client, worker: Worker, task_queue: str) -> None:
+    def __init__(self, client: Client, worker: Worker, stop: asyncio.Event) -> None:
         self._client = client
         self._worker = worker
-        self._task_queue = task_queue
+        self._stop = stop
 
     @asynccontextmanager
     async def served(self, host: str, port: int | None) -> AsyncIterator[None]:
@@ -227,11 +227,11 @@ class HealthPage:
         return "503 Service Unavailable", "not polling"
 
     async def _polls(self) -> bool:
-        if not self._worker.is_running or self._worker.is_shutdown:
+        if self._stop.is_set() or not self._worker.is_running:
             return False
         request = DescribeTaskQueueRequest(
             namespace=self._client.namespace,
-            task_queue=TaskQueue(name=self._task_queue),
+            task_queue=TaskQueue(name=self._worker.task_queue),
             task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW,
         )
         try:
@@ -248,7 +248,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     client = await connect(settings)
     async with opened_activities(settings) as activities:
         worker = make_worker(client, settings, activities)
-        page = HealthPage(client, worker, settings.task_queue)
+        page = HealthPage(client, worker, stop)
         async with page.served(settings.worker_host, settings.health_port):
             running = asyncio.create_task(worker.run())
             stopping = asyncio.create_task(stop.wait())

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import IO, Final
+from collections.abc import Callable, Iterable
+from typing import Final
 
 from contracts.stack import StackDescription
 from local_stack.child import kill_leftover
@@ -30,12 +30,16 @@ class Background:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
+    def ended(self) -> int:
+        """Its exit code, once it has ended by itself."""
+        self._let_go()
+        return self._process.wait()
+
     def end(self) -> None:
         """Ask it to end and wait until it has."""
-        lifeline = self._process.stdin
-        if lifeline is not None:
-            with contextlib.suppress(OSError):
-                lifeline.close()
+        # One word only: a second one means at once.
+        if self._process.stdin is not None:
+            self._let_go()
         else:
             self._process.terminate()
         try:
@@ -43,6 +47,15 @@ class Background:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def _let_go(self) -> None:
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+
+_started: Final[list[Background]] = []
+"""Held on to: a process that is left running on purpose is no forgotten one."""
 
 
 def running_stack(folder: RunFolder, *, within_seconds: float = 0.0) -> StackDescription | None:
@@ -77,22 +90,24 @@ def start_stack(folder: RunFolder, speed: float, said: Said, *, has_lifeline: bo
             start_new_session=True,
         )
     background = Background(process)
+    _started.append(background)
     try:
-        is_ready = _until_ready(process.stdout, said)
+        with process.stdout or contextlib.nullcontext(()) as lines:
+            is_ready = _until_ready(lines, said)
     except BaseException:
         background.end()
         raise
     if is_ready:
         return background
-    if process.wait() == EXIT_TAKEN:
+    if background.ended() == EXIT_TAKEN:
         if running_stack(folder, within_seconds=START_SECONDS) is not None:
             return None
         raise StackFailure(f"Another stack uses {folder.path} and does not get ready: see {folder.log('stack')}.")
     raise StackFailure(f"The stack did not start; all of its logs are in {folder.log('stack').parent}.")
 
 
-def _until_ready(lines: IO[str] | None, said: Said) -> bool:
-    for line in lines or ():
+def _until_ready(lines: Iterable[str], said: Said) -> bool:
+    for line in lines:
         if line.rstrip("\n") == READY_LINE:
             return True
         said(line.rstrip("\n"))

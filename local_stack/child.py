@@ -42,7 +42,7 @@ class Part:
     needs: tuple[str, ...] = ()
     finish: Callable[[], Awaitable[None]] | None = None
     """Work between ready and usable, such as making tables; done when the stack starts, not at a restart."""
-    ready_within_seconds: float = 30.0
+    ready_within_seconds: float = 60.0
     stop_signal: signal.Signals = signal.SIGTERM
     stop_within_seconds: float = 10.0
     orphan_signal: signal.Signals = signal.SIGKILL
