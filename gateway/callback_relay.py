@@ -202,7 +202,9 @@ class CallbackRelay:
 
     async def take(self, task_id: str, callback: Callback) -> Relayed:
         """Bring the callback to its task's workflow; answers within 2.5 s and never raises."""
-        line = self._lines.setdefault(task_id, TaskLine(task_id, self._signals, self._clock))
+        line = self._lines.get(task_id)
+        if line is None:
+            line = self._lines[task_id] = TaskLine(task_id, self._signals, self._clock)
         self._lines.move_to_end(task_id)
         if len(self._lines) > MAX_LINES:
             self._lines.popitem(last=False)

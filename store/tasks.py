@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import Row, func, select, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import Row, Text, any_, bindparam, func, select, update
+from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.dialects.postgresql.dml import Insert
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.dml import ReturningUpdate, Update
 
 from contracts.fields import OwnModel, repaired
 from contracts.task_store import Fact, TaskClaim, TaskException, TaskState, TaskWrite, TrainingLogWrite
@@ -26,6 +29,32 @@ METRICS_LINE: Final = 0
 _JSON_STATE: Final = ("credits", "prices", "confirmation", "result_urls", "output", "error")
 _JSON_FACT: Final = ("result_urls", "output", "error", "confirmation")
 _EVENT_COLUMNS: Final = frozenset(task_events.columns.keys())
+
+# Built once: building a statement costs as much as running it.
+_LOCK: Final = (
+    select(
+        tasks.c.first_execution_run_id,
+        tasks.c.version,
+        tasks.c.last_seq,
+        tasks.c.ended_at,
+        tasks.c.job_sequences,
+        tasks.c.last_log_position,
+    )
+    .where(tasks.c.task_id == bindparam("task"))
+    .with_for_update(key_share=True)
+)
+_KNOWN_KEYS: Final = select(task_events.c.key).where(
+    task_events.c.task_id == bindparam("task"), task_events.c.key == any_(bindparam("keys", type_=ARRAY(Text)))
+)
+_INSERT_EVENTS: Final[Insert] = insert(task_events)
+
+
+@cache
+def _update_of(columns: frozenset[str], *, notifies: bool) -> Update | ReturningUpdate[Any]:
+    """Sets `columns` from parameters `new_{column}` in the row of `task`; `notifies` with `payload`."""
+    new = {name: bindparam(f"new_{name}", type_=tasks.c[name].type) for name in columns}
+    statement = update(tasks).where(tasks.c.task_id == bindparam("task")).values(**new, updated_at=func.now())
+    return statement.returning(func.pg_notify(EVENTS_CHANNEL, bindparam("payload"))) if notifies else statement
 
 
 def _clean(value: Any) -> Any:
@@ -134,15 +163,7 @@ async def write_log(connection: AsyncConnection, task_id: str, writes: Sequence[
 
 async def _locked(connection: AsyncConnection, task_id: str) -> Row[*tuple[Any, ...]]:
     """The task's row, locked against other writers but not against rows that refer to it."""
-    statement = select(
-        tasks.c.first_execution_run_id,
-        tasks.c.version,
-        tasks.c.last_seq,
-        tasks.c.ended_at,
-        tasks.c.job_sequences,
-        tasks.c.last_log_position,
-    ).where(tasks.c.task_id == task_id)
-    row = (await connection.execute(statement.with_for_update(key_share=True))).one_or_none()
+    row = (await connection.execute(_LOCK, {"task": task_id})).one_or_none()
     if row is None:
         raise TaskUnknown(f"The task store has no task {task_id}: it was never claimed, or it was purged.")
     return row
@@ -155,9 +176,8 @@ def _with_clean_key(fact: Fact) -> Fact:
 
 
 async def _known_keys(connection: AsyncConnection, task_id: str, facts: Sequence[Fact]) -> set[str]:
-    keys = {fact.key for fact in facts}
-    statement = select(task_events.c.key).where(task_events.c.task_id == task_id, task_events.c.key.in_(keys))
-    return set((await connection.scalars(statement)).all())
+    keys = [fact.key for fact in facts]
+    return set((await connection.scalars(_KNOWN_KEYS, {"task": task_id, "keys": keys})).all())
 
 
 async def _insert_events(connection: AsyncConnection, task_id: str, taken: Sequence[tuple[int, Fact]]) -> None:
@@ -165,17 +185,16 @@ async def _insert_events(connection: AsyncConnection, task_id: str, taken: Seque
     for seq, fact in taken:
         values = _columns(fact, _JSON_FACT)
         rows.append({"task_id": task_id, "seq": seq} | {k: v for k, v in values.items() if k in _EVENT_COLUMNS})
-    await connection.execute(insert(task_events), rows)
+    await connection.execute(_INSERT_EVENTS, rows)
 
 
 async def _update_row(
     connection: AsyncConnection, task_id: str, changes: dict[str, Any], *, notify_seq: int | None
 ) -> None:
-    statement = update(tasks).where(tasks.c.task_id == task_id).values(**changes, updated_at=func.now())
-    if notify_seq is None:
-        await connection.execute(statement)
-    else:
-        await connection.execute(statement.returning(func.pg_notify(EVENTS_CHANNEL, f"{task_id}:{notify_seq}")))
+    values = {f"new_{name}": value for name, value in changes.items()} | {"task": task_id}
+    if notify_seq is not None:
+        values["payload"] = f"{task_id}:{notify_seq}"
+    await connection.execute(_update_of(frozenset(changes), notifies=notify_seq is not None), values)
 
 
 async def _insert_exceptions(connection: AsyncConnection, task_id: str, exceptions: Sequence[TaskException]) -> None:

@@ -135,7 +135,11 @@ async def gateway_process(environment: dict[str, str]) -> AsyncIterator[GatewayP
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     settings = {"CALLBACK_SECRETS": secret, "GATEWAY_PORT": str(port), **environment}
-    process = await started_gateway(settings)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway"),
+        env={**os.environ, **{f"COMFYUI_TEMPORAL_{name}": value for name, value in settings.items()}},
+        cwd=Path(__file__).parents[2],
+    )
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
 
         async def is_up() -> bool:
@@ -150,18 +154,6 @@ async def gateway_process(environment: dict[str, str]) -> AsyncIterator[GatewayP
     if process.returncode is None:
         process.terminate()
         assert await asyncio.wait_for(process.wait(), 15) == 0
-
-
-async def started_gateway(settings: dict[str, str], *, stderr: int | None = None) -> asyncio.subprocess.Process:
-    ours = {f"COMFYUI_TEMPORAL_{name}": value for name, value in settings.items()}
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "gateway",
-        env={**os.environ, **ours},
-        cwd=Path(__file__).parents[2],
-        stderr=stderr,
-    )
 
 
 class Wire:

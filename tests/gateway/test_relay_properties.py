@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from contracts.comfyui import JobCallback
@@ -67,7 +67,7 @@ async def _deliver(relay: CallbackRelay, callback: JobCallback, *, late: int) ->
         pass
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(_STATES, st.data(), st.lists(st.booleans(), max_size=4))
 async def test_the_run_learns_the_newest_and_every_end(
     states: list[JobCallback], data: st.DataObject, outcomes: list[bool]

@@ -45,7 +45,7 @@ async def test_an_outage_is_one_named_failure_in_time_and_ends_by_itself(
     took = time.monotonic() - began
 
     assert all(isinstance(failure, StoreUnavailable) for failure in failures)
-    assert took < 2.5
+    assert took < 4.0
     assert f"127.0.0.1:{cable.port}" in str(failures[0])
     assert "secret-word" not in " ".join(map(str, failures))
     cable.plug_in()
@@ -100,7 +100,7 @@ async def test_a_locked_task_costs_no_more_than_the_statement_timeout(task_store
     await lock.rollback()
     await other.close()
 
-    assert took < 2.0
+    assert took < 4.0
     await task_store.write(write_of(locked, fact("a")))
     assert [event.seq for event in await task_store.events(locked)] == [1, 2]
 

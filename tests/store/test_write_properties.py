@@ -61,7 +61,9 @@ class Model:
             self.version, self.stage = write.state.version, write.state.stage
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.lists(writes(), min_size=1, max_size=8))
 async def test_every_sequence_of_writes_leaves_the_history_of_the_contract(
     task_store: TaskStore, sequence: list[TaskWrite]
@@ -87,7 +89,9 @@ async def test_every_sequence_of_writes_leaves_the_history_of_the_contract(
     assert (row.ended_at is not None) == any(one.is_end for one in model.written)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.lists(writes(), min_size=2, max_size=6))
 async def test_writes_at_once_and_repeated_break_no_rule(task_store: TaskStore, at_once: list[TaskWrite]) -> None:
     task_id = new_task_id()
