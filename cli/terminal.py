@@ -15,6 +15,7 @@ from rich.text import Text
 from contracts.tasks import Confirmation, TrainingProgress
 
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_WIDE: Final = 120
 _PLAIN_STEP: Final = 10
 """Plain lines tell every stage, and within a stage each step of so many percent."""
 
@@ -97,37 +98,42 @@ class PlainLines:
 
 
 class _Eta(ProgressColumn):
-    max_refresh = 0.5
+    def __init__(self, *, is_narrow: bool) -> None:
+        super().__init__()
+        self._is_narrow = is_narrow
 
     def render(self, task: Task) -> Text:
-        progress = task.fields.get("state")
-        note = task.fields.get("note") or (eta_of(progress) if isinstance(progress, TrainingProgress) else "")
-        return Text(printable(note), style="dim")
+        state = task.fields.get("state")
+        eta = eta_of(state) if isinstance(state, TrainingProgress) else ""
+        # The first part alone: a row that is cut off would hide the ETA first.
+        return Text(eta.partition(", ")[0] if self._is_narrow else eta, style="dim")
 
 
 class Bar:
-    """One task's bar: stage, percentage within the stage, ETA."""
+    """One task's bar: stage, percentage within the stage, ETA. Sentences are printed once, above the bars."""
 
     def __init__(self, bars: Progress, task_id: str) -> None:
         self._bars = bars
         self._task_id = task_id
-        self._row: TaskID = bars.add_task(task_id, total=100, stage="starting", state=None, note="")
+        self._row: TaskID = bars.add_task(task_id, total=100, stage="starting", state=None)
+        self._told: str | None = None
 
     def progressed(self, progress: TrainingProgress) -> None:
         wanted = progress.confirmation
-        self._bars.update(
-            self._row,
-            completed=progress.progress,
-            stage="waits for price" if wanted else printable(progress.stage or progress.status.value),
-            state=progress,
-            note=confirmation_of(self._task_id, wanted) if wanted else "",
-        )
+        stage = "price asked" if wanted else printable(progress.stage or progress.status.value)
+        self._bars.update(self._row, completed=progress.progress, stage=stage, state=progress)
+        self._tell(f"{self._task_id} {confirmation_of(self._task_id, wanted)}" if wanted else None)
 
     def waits_for_worker(self, sentence: str) -> None:
-        self._bars.update(self._row, note=sentence)
+        self._tell(sentence)
 
     def ended(self, status: str) -> None:
-        self._bars.update(self._row, stage=status, note=" ", completed=100 if status == "completed" else None)
+        self._bars.update(self._row, stage=status, state=None, completed=100 if status == "completed" else None)
+
+    def _tell(self, sentence: str | None) -> None:
+        if sentence is not None and sentence != self._told:
+            self._bars.console.print(Text(printable(sentence)), soft_wrap=True)
+        self._told = sentence
 
 
 @contextmanager
@@ -136,13 +142,14 @@ def watchers(console: Console, task_ids: list[str]) -> Iterator[dict[str, Bar | 
     if not console.is_terminal:
         yield {task_id: PlainLines(console, task_id) for task_id in task_ids}
         return
+    is_narrow = console.width < _WIDE
     bars = Progress(
         SpinnerColumn(finished_text="•"),
         TextColumn("{task.description}", markup=False),
-        TextColumn("{task.fields[stage]:<14}", markup=False),
-        BarColumn(bar_width=30, finished_style="green"),
+        TextColumn("{task.fields[stage]:<12}", markup=False),
+        BarColumn(bar_width=10 if is_narrow else 30, finished_style="green"),
         TextColumn("{task.percentage:>3.0f} %"),
-        _Eta(),
+        _Eta(is_narrow=is_narrow),
         console=console,
     )
     with bars:

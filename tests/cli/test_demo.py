@@ -84,9 +84,12 @@ async def test_the_demo_fails_where_a_task_does(
     whole: Platform, stack: StackDescription, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await whole.simulators.admin.comfyui.fault("job_fail", route="submit_job", code="node_error", node="KSampler")
+    await whole.simulators.admin.comfyui.fault("job_refuse", route="create_training", code="model_missing")
     code = await asyncio.to_thread(run_demo, stack, whole.folder)
+    told = capsys.readouterr().out
     assert code == 1
-    assert "node_error" in capsys.readouterr().out
+    assert "node_error" in told
+    assert "model_missing" in told
 
 
 async def test_the_books_are_found_wrong_where_a_task_tells_another_charge(

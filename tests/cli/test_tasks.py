@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 
 import pytest
 
@@ -128,6 +129,7 @@ async def test_an_unknown_task_is_named(opened: Connection) -> None:
 async def test_without_a_worker_watching_and_cancelling_say_so(
     opened: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("cli.follow.QUERY_TIMEOUT", timedelta(seconds=0.3))
     deserted = Connection(opened.client, opened.server, unique("queue"))
     started = await start_image(deserted.client, image_task(), task_queue=deserted.task_queue)
     seen = Seen()
