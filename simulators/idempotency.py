@@ -1,7 +1,8 @@
 """Idempotency keys (contract §4): the first answer again for the same key and body, for 30 days.
 
 Keys are scoped by tenant and compared by method, path and body (canonical JSON). A repeat waits while the first is in
-flight. Only 2xx and definite refusals are kept; anything else frees the key.
+flight. Only 2xx and definite refusals are kept: an act gives nothing else, since a missing token, 429 and 5xx answer
+before or around it (`edge.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from simulators.clock import Clock
-from simulators.replies import Refused, Reply, Unauthenticated
+from simulators.replies import Refused, Reply
 from simulators.state_file import StateFile
 
 KEPT_SECONDS: Final = 30 * 24 * 3600
@@ -73,8 +74,7 @@ class IdempotencyKeys:
             return Reply(kept["status"], json.loads(kept["body"])), True
         with self._state.transaction():
             reply = self.tried(act)
-            if reply.is_kept:
-                self._keep(tenant_id, key, print_, reply)
+            self._keep(tenant_id, key, print_, reply)
         return reply, False
 
     def tried(self, act: Callable[[], Reply]) -> Reply:
@@ -82,7 +82,7 @@ class IdempotencyKeys:
         try:
             with self._state.transaction():
                 return act()
-        except (Refused, Unauthenticated) as refusal:
+        except Refused as refusal:
             return refusal.reply()
 
     def _kept(self, tenant_id: str, key: str) -> Any:

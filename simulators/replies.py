@@ -40,11 +40,10 @@ _ROWS: Final = {row.message: row for row in (*COMFYUI_ERRORS, *CREDITS_ERRORS)}
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer. `is_kept`: whether the idempotency key keeps it (contract §4: only 2xx and definite refusals)."""
+    """An answer: status and JSON body."""
 
     status: int
     body: Any
-    is_kept: bool = True
 
 
 @dataclass
@@ -64,14 +63,14 @@ class Refused(Exception):
             detail["fields"] = self.fields
         if self.error_details is not None:
             detail["error_details"] = self.error_details.model_dump(mode="json")
-        return Reply(self.status or _STATUSES[self.message], {"detail": detail}, is_kept=row.definite)
+        return Reply(self.status or _STATUSES[self.message], {"detail": detail})
 
 
 class Unauthenticated(Exception):
     """No token, or one that is not ours or has ended: 401, never kept under a key."""
 
     def reply(self) -> Reply:
-        return Reply(401, {"detail": {"code": "40101", "message": f"token_invalid: {self}"}}, is_kept=False)
+        return Reply(401, {"detail": {"code": "40101", "message": f"token_invalid: {self}"}})
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -17,9 +17,9 @@ from simulators.serving import Simulators
 from tests.simulators.platform import TENANT, USER, Caller, Receiver, eventually, new_task, refusal, until
 
 
-@pytest.mark.parametrize(("when", "jobs"), [("before", 0), ("after", 1)])
+@pytest.mark.parametrize(("when", "jobs"), [("before", 0), ("after", 1), (None, 1)])
 async def test_a_dropped_answer_closes_the_connection(
-    caller: Caller, simulators: Simulators, when: str, jobs: int
+    caller: Caller, simulators: Simulators, when: str | None, jobs: int
 ) -> None:
     await simulators.admin.comfyui.fault("drop", route="submit_job", when=when)
     task = new_task()

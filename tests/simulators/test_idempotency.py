@@ -54,6 +54,7 @@ async def test_a_repeat_waits_for_the_first_in_flight(caller: Caller, simulators
     )
     assert {answer.json()["job_id"] for answer in answers} == {answers[0].json()["job_id"]}
     assert len(await simulators.admin.comfyui.jobs(task)) == 1
+    assert all(answer.elapsed.total_seconds() >= 0.3 for answer in answers), "no repeat overtakes the first"
 
 
 async def test_definite_refusals_are_kept_and_others_free_the_key(caller: Caller, simulators: Simulators) -> None:
