@@ -87,7 +87,7 @@ async def _start(client: Client, task: ImageTask | TrainingTask, kind: _Kind, su
         )
     except WorkflowAlreadyStartedError:
         handle = client.get_workflow_handle(workflow_id, result_type=kind.result_type)
-        return await _same_task(client, handle, task, kind.workflow_type)
+        return await _same_task(client, handle, task)
     return Started(handle, task.task_id, handle.first_execution_run_id or "", is_new=True)
 
 
@@ -106,14 +106,9 @@ def _search_attributes(task: ImageTask | TrainingTask) -> TypedSearchAttributes:
     )
 
 
-async def _same_task(
-    client: Client, handle: WorkflowHandle[Any, Any], task: ImageTask | TrainingTask, workflow_type: str
-) -> Started:
+async def _same_task(client: Client, handle: WorkflowHandle[Any, Any], task: ImageTask | TrainingTask) -> Started:
     description = await handle.describe(rpc_timeout=RPC_TIMEOUT)
-    is_same = description.workflow_type == workflow_type and (
-        await _input_hash(client, handle, description, type(task)) == input_sha256_of(task)
-    )
-    if not is_same:
+    if await _input_hash(client, handle, description, type(task)) != input_sha256_of(task):
         raise TaskExists(
             f"Task {task.task_id!r} exists with another input; nothing was started and nothing of it was touched. "
             f"Use another task_id, or see it with `comfyui-tasks show {task.task_id}`."

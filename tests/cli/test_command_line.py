@@ -48,6 +48,22 @@ async def test_an_unreachable_server_is_named_within_three_seconds(unused_tcp_po
     assert address in json.loads(script.out)["error"]["message"]
 
 
+async def test_a_server_that_stays_silent_is_given_up_within_three_seconds() -> None:
+    async def silent(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await held.wait()
+        writer.close()
+
+    held = asyncio.Event()
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as listening:
+        address = f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        began = time.monotonic()
+        ended = await run_command("list", environment={"COMFYUI_TEMPORAL_TEMPORAL_ADDRESS": address})
+        assert time.monotonic() - began < 3
+        held.set()
+    assert ended.exit_code == ExitCode.CANNOT_REACH
+    assert f"{address} (named by the settings), namespace 'default': no answer within 2.5 s" in ended.err
+
+
 async def test_exit_codes_follow_how_tasks_end(opened: Connection) -> None:
     done, failing, cancelled = image_task(), image_task(prompt="fail"), image_task()
     for task in (done, failing, cancelled):
