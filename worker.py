@@ -46,6 +46,7 @@ from workflows.training import TrainingWorkflow
 WORKFLOWS: Final = (ImageGenerationWorkflow, TrainingWorkflow)
 STICKY_SECONDS: Final = 1.0
 """How long a workflow waits for the worker that holds it: a killed one's work goes on that much later (design)."""
+FIRST_POLLERS: Final = 5
 LOOK_SECONDS: Final = 3.0
 REQUEST_SECONDS: Final = 5.0
 EXIT_CANNOT_START: Final = 2
@@ -126,8 +127,9 @@ async def opened_activities(settings: Settings) -> AsyncIterator[Sequence[Callab
 
 async def connect(settings: Settings) -> Client:
     """A client whose server knows our search attributes. Raises CannotStart."""
+    runtime = _runtime(settings)
     try:
-        client = await temporal_plugin.connect(settings, runtime=_runtime(settings))
+        client = await temporal_plugin.connect(settings, runtime=runtime)
     except (RuntimeError, ValueError) as error:
         address = settings.temporal_address or "the address of Temporal's environment configuration"
         raise CannotStart(
@@ -173,11 +175,15 @@ def make_worker(client: Client, settings: Settings, activities: Sequence[Callabl
         max_concurrent_workflow_tasks=settings.max_workflow_tasks,
         max_concurrent_activities=settings.max_activities,
         max_concurrent_local_activities=settings.max_local_activities,
-        workflow_task_poller_behavior=PollerBehaviorAutoscaling(minimum=2, maximum=settings.max_workflow_tasks),
-        activity_task_poller_behavior=PollerBehaviorAutoscaling(minimum=1, maximum=settings.max_activities),
+        workflow_task_poller_behavior=_pollers(at_least=2, at_most=settings.max_workflow_tasks),
+        activity_task_poller_behavior=_pollers(at_least=1, at_most=settings.max_activities),
         sticky_queue_schedule_to_start_timeout=timedelta(seconds=STICKY_SECONDS),
         graceful_shutdown_timeout=timedelta(seconds=settings.grace_seconds),
     )
+
+
+def _pollers(*, at_least: int, at_most: int) -> PollerBehaviorAutoscaling:
+    return PollerBehaviorAutoscaling(minimum=at_least, maximum=at_most, initial=min(FIRST_POLLERS, at_most))
 
 
 class HealthPage:
@@ -266,7 +272,12 @@ def _runtime(settings: Settings) -> Runtime | None:
     if settings.metrics_port is None:
         return None
     address = f"{settings.worker_host}:{settings.metrics_port}"
-    return Runtime(telemetry=TelemetryConfig(metrics=PrometheusConfig(bind_address=address)))
+    try:
+        return Runtime(telemetry=TelemetryConfig(metrics=PrometheusConfig(bind_address=address)))
+    except (RuntimeError, ValueError) as error:
+        raise CannotStart(
+            f"The metrics page cannot listen at {address} ({error}): set COMFYUI_TEMPORAL_METRICS_PORT to a free port."
+        ) from None
 
 
 def _heed_signals(stop: asyncio.Event) -> None:

@@ -110,6 +110,33 @@ async def test_a_namespace_without_our_search_attributes_is_refused(temporal_env
         assert f"--name {name} --type Keyword" in str(refused.value)
 
 
+async def test_a_port_that_is_taken_is_named(temporal_env: WorkflowEnvironment) -> None:
+    address = temporal_env.client.service_client.config.target_host
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for setting in ("health_port", "metrics_port"):
+            with pytest.raises(worker.CannotStart, match=f"127.0.0.1:{port} .*COMFYUI_TEMPORAL_{setting.upper()}"):
+                await worker.serve(settings_with(temporal_address=address, **{setting: port}), asyncio.Event())
+
+
+async def test_the_smallest_worker_works(temporal_env: WorkflowEnvironment) -> None:
+    smallest = settings_with(
+        task_queue=unique("queue"),
+        max_workflow_tasks=2,
+        max_activities=1,
+        max_local_activities=1,
+        max_cached_workflows=0,
+    )
+    client = await Client.connect(temporal_env.client.service_client.config.target_host, plugins=[TasksPlugin()])
+    async with (
+        worker.opened_activities(smallest) as activities,
+        worker.make_worker(client, smallest, activities) as running,
+    ):
+        assert running.is_running
+
+
 class Silence:
     """A ComfyUI that takes calls and never answers. `calls` counts them."""
 
