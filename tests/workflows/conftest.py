@@ -43,7 +43,13 @@ async def skipping_env() -> AsyncIterator[WorkflowEnvironment]:
         plugins=[TasksPlugin()],
         search_attributes=[SearchAttributeKey.for_keyword(name) for name in SEARCH_ATTRIBUTES],
         dev_server_existing_path=temporal_binary(),
-        dev_server_extra_args=["--dynamic-config-value", "frontend.WorkflowTimeSkippingEnabled=true"],
+        dev_server_extra_args=[
+            "--dynamic-config-value",
+            "frontend.WorkflowTimeSkippingEnabled=true",
+            # Or each timer that is skipped to rings a second of wall time late.
+            "--dynamic-config-value",
+            'history.timerProcessorMaxTimeShift="10ms"',
+        ],
     ) as environment:
         yield environment
 
