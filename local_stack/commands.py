@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from importlib import import_module
 from typing import Final
@@ -105,4 +106,6 @@ def _show(folder: RunFolder, stack: StackDescription) -> None:
 
 
 def _said(line: str) -> None:
-    print(f"  {line}", flush=True)
+    # A reader that has had enough (`make up | head`) is no reason to end a stack that is starting.
+    with contextlib.suppress(BrokenPipeError):
+        print(f"  {line}", flush=True)

@@ -122,19 +122,14 @@ async def test_a_port_that_is_taken_is_named(temporal_env: WorkflowEnvironment) 
 
 
 async def test_the_smallest_worker_works(temporal_env: WorkflowEnvironment) -> None:
-    smallest = settings_with(
-        task_queue=unique("queue"),
-        max_workflow_tasks=2,
-        max_activities=1,
-        max_local_activities=1,
-        max_cached_workflows=0,
-    )
+    slots = {"max_workflow_tasks": 2, "max_activities": 1, "max_local_activities": 1, "max_cached_workflows": 0}
+    smallest = settings_with(task_queue=unique("queue"), **slots)
     client = await Client.connect(temporal_env.client.service_client.config.target_host, plugins=[TasksPlugin()])
     async with (
         worker.opened_activities(smallest) as activities,
         worker.make_worker(client, smallest, activities) as running,
     ):
-        assert running.is_running
+        await come_true(lambda: running.is_running)
 
 
 class Silence:
