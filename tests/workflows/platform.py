@@ -29,6 +29,8 @@ from contracts.task_store import TaskClaim
 from contracts.tasks import CALLBACK_SIGNAL, IMAGE_WORKFLOW, TRAINING_WORKFLOW, workflow_id_of
 from gateway.app import create_app
 from settings import Settings
+from simulators.admin_client import ServiceAdmin
+from simulators.admin_wire import Fault, RunSeen
 from simulators.serving import (
     DEFAULT_AUDIENCE,
     DEFAULT_ISSUER,
@@ -146,6 +148,36 @@ class Platform:
     async def _open_holds(self, task_id: str) -> bool:
         return any(hold.phase == "open" for hold in await self.simulators.admin.credits.holds(task_id))
 
+    def service_of(self, route: str) -> ServiceAdmin:
+        """The switchboard of the service that offers this route."""
+        on_credits = route in ("estimate", "pre_deduct", "commit", "cancel_hold", "charge", "ledger")
+        return self.simulators.admin.credits if on_credits else self.simulators.admin.comfyui
+
+    async def until_hit(self, route: str, fault: Fault) -> None:
+        """Wait until this fault of a route has hit."""
+        service = self.service_of(route)
+
+        async def hit() -> bool:
+            return any(standing.fault_id == fault.fault_id and standing.hits for standing in await service.faults())
+
+        await self.until(hit)
+
+    async def job(self, handle: Handle) -> RunSeen:
+        """The task's newest job or training, as ComfyUI has it; waits until there is one."""
+
+        async def newest() -> RunSeen | None:
+            runs = await self.simulators.admin.comfyui.jobs(handle.id.removeprefix("task-"))
+            return runs[-1] if runs else None
+
+        run = await self.until(newest)
+        assert run is not None
+        return run
+
+    def snapshot_files(self, task_id: str) -> list[Path]:
+        """What temporary object storage holds of a training's dataset."""
+        kept = self.folder / "objects" / "snapshots" / task_id
+        return sorted(path for path in kept.rglob("*") if path.is_file())
+
     async def pass_time(self, handle: Handle, span: timedelta | float) -> None:
         """Move the task's clock and the simulators' on together; needs the time-skipping platform."""
         seconds = span.total_seconds() if isinstance(span, timedelta) else span
@@ -221,16 +253,23 @@ async def served_gateway(client: Client, store: TaskStore) -> AsyncIterator[str]
 
 @asynccontextmanager
 async def running_platform(
-    environment: WorkflowEnvironment, store: TaskStore, folder: Path, *, speed: float = 480.0, gateway: bool = True
+    environment: WorkflowEnvironment,
+    store: TaskStore,
+    folder: Path,
+    *,
+    speed: float = 480.0,
+    gateway: bool = True,
+    client: Client | None = None,
 ) -> AsyncIterator[Platform]:
-    """Everything but the worker, so that a scenario can start, stop and configure it."""
+    """Everything but the worker, so that a scenario can start, stop and configure it.
+
+    `client`: on a server of the scenario's own.
+    """
     config = environment.client.service_client.config
     async with AsyncExitStack() as stack:
-        client = (
-            environment.client
-            if environment.supports_time_skipping
-            else await Client.connect(config.target_host, plugins=[TasksPlugin()])
-        )
+        if client is None and environment.supports_time_skipping:
+            client = environment.client
+        client = client or await Client.connect(config.target_host, plugins=[TasksPlugin()])
         simulators = await stack.enter_async_context(running_simulators(folder / "simulators", speed=speed))
         platform = Platform(client, environment, simulators, store, folder)
         if gateway:
