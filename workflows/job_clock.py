@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+from temporalio import workflow
+
 from contracts.carried import ClockState
 from contracts.errors import ExceptionCode, FailureCode
 from contracts.fields import minutes_from
 from contracts.tasks import EventType, TaskStatus
-from temporalio import workflow
-
 from workflows.failures import TaskFailed
 from workflows.task_record import TaskRecord
 

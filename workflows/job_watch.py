@@ -6,17 +6,17 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Final
 
+from pydantic import ValidationError
+from temporalio import workflow
+from temporalio.exceptions import FailureError, is_cancelled_exception
+from temporalio.workflow import ActivityHandle
+
 from contracts.calls import JobCall
 from contracts.carried import JobNews, WatchState
 from contracts.comfyui import JobState, TrainingState
 from contracts.errors import Answer, ErrorDetails, FailureCode
 from contracts.outside_json import UnreadableJson, read_json
 from contracts.tasks import TaskStatus
-from pydantic import ValidationError
-from temporalio import workflow
-from temporalio.exceptions import FailureError, is_cancelled_exception
-from temporalio.workflow import ActivityHandle
-
 from workflows.job_routes import JobRoutes
 from workflows.outside_call import OutsideCall
 from workflows.task_record import TaskRecord

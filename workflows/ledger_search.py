@@ -6,12 +6,12 @@ from datetime import timedelta
 from enum import Enum
 from typing import Final, NamedTuple
 
+from temporalio import workflow
+
 from activities.credits import CreditsActivities
 from contracts.calls import LedgerQuery
 from contracts.carried import AskedHold
 from contracts.credits import LedgerEntry, LedgerKind
-from temporalio import workflow
-
 from workflows.outside_call import OutsideCall
 
 LOOK_FOR: Final = timedelta(minutes=10)

@@ -13,15 +13,16 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any, Final, Protocol, TypeVar
 
-from contracts.calls import CallFor
-from contracts.comfyui import TaskPriority
-from contracts.errors import Answer, FailureCode, Refusal
-from contracts.permissions import Scene
 from temporalio import workflow
 from temporalio.common import Priority, RetryPolicy
 from temporalio.exceptions import ApplicationError, FailureError, is_cancelled_exception
 from temporalio.workflow import ActivityCancellationType, ActivityHandle
 
+from contracts.calls import CallFor
+from contracts.comfyui import TaskPriority
+from contracts.errors import Answer, FailureCode, Refusal
+from contracts.permissions import Scene
+from contracts.tasks import PRIORITY_KEYS
 from workflows.failures import why
 from workflows.stop import Stop
 
@@ -46,7 +47,6 @@ RETRY_SILENCE_ONLY: Final = RetryPolicy(
 LOCAL_RETRY: Final = RetryPolicy(initial_interval=timedelta(milliseconds=200), maximum_attempts=2)
 LOCAL_TIMEOUT: Final = timedelta(seconds=3)
 LOCAL_RETRY_THRESHOLD: Final = timedelta(seconds=2.5)
-PRIORITY_KEYS: Final = {TaskPriority.ACCELERATED: 1, TaskPriority.STANDARD: 3}
 
 
 class _NoLocalAnswer(Exception):
@@ -93,8 +93,8 @@ class OutsideCall:
         try:
             return await handle
         except FailureError as error:
-            if is_cancelled_exception(error):
-                self._stop.obey()
+            # Not always as cancelled: an attempt that fails before it hears of the wish ends as its own failure.
+            self._stop.obey()
             raise why(error, _unavailable(method)) from error
 
     async def until_answered(

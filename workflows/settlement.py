@@ -10,7 +10,6 @@ from contracts.carried import AskedHold
 from contracts.credits import MAX_CHARGE_POINTS, ChargeRequest, CommitRequest, HoldReply
 from contracts.errors import Answer, ExceptionCode, Refusal
 from contracts.tasks import EventType, ImageTask, TrainingTask
-
 from workflows.credit_hold import CreditHold
 from workflows.ledger_search import HoldFate
 from workflows.outside_call import OutsideCall

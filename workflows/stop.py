@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, Literal, TypeVar
 
-from contracts.tasks import CancelTaskOutcome
 from temporalio import workflow
 
+from contracts.tasks import CancelTaskOutcome
 from workflows.failures import TaskStopped
 
 Result = TypeVar("Result")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, Generic, TypeVar
 
+from temporalio import workflow
+from temporalio.exceptions import ApplicationError
+
 from contracts.carried import CarriedRun, ImageRun, JobNews, PriceState, TrainingRun
 from contracts.errors import ExceptionCode
 from contracts.policy import Policy
@@ -20,9 +23,6 @@ from contracts.tasks import (
     TaskStatus,
     TrainingResult,
 )
-from temporalio import workflow
-from temporalio.exceptions import ApplicationError
-
 from workflows.alarm import Alarm
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold

@@ -5,6 +5,10 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any, Final
 
+from temporalio import workflow
+from temporalio.common import SearchAttributeKey, SearchAttributePair, SearchAttributeUpdate
+from temporalio.exceptions import ApplicationError, FailureError
+
 from activities.task_store import TaskStoreActivities
 from contracts.carried import JobNews, RecordState
 from contracts.errors import ExceptionCode, FailureCode
@@ -12,10 +16,6 @@ from contracts.fields import shortened
 from contracts.policy import Policy
 from contracts.task_store import Fact, TaskClaim, TaskException, TaskState, TaskWrite
 from contracts.tasks import INPUT_MEMO, EventType, ImageTask, TaskStatus, TrainingTask, input_sha256_of
-from temporalio import workflow
-from temporalio.common import SearchAttributeKey, SearchAttributePair, SearchAttributeUpdate
-from temporalio.exceptions import ApplicationError, FailureError
-
 from workflows.details import current_details
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall

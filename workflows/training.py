@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from temporalio import workflow
+
 from activities.comfyui import ComfyUIActivities
 from contracts.calls import JobCall
 from contracts.carried import CarriedRun, JobNews, TrainingRun
@@ -10,8 +12,6 @@ from contracts.credits import EstimateRequest
 from contracts.errors import FailureCode
 from contracts.task_store import RecordedPrices
 from contracts.tasks import ConfirmPrice, ConfirmPriceOutcome, TaskStatus, TrainingProgress, TrainingResult
-from temporalio import workflow
-
 from workflows.failures import TaskEnd, TaskFailed
 from workflows.guards import one_task
 from workflows.job_routes import TRAINING_ROUTES

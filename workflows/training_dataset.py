@@ -5,15 +5,15 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Final
 
+from temporalio import workflow
+from temporalio.exceptions import FailureError
+
 from activities.datasets import DatasetActivities
 from contracts.calls import SnapshotOrder
 from contracts.carried import DatasetState
 from contracts.comfyui import DatasetSnapshot
 from contracts.errors import FailureCode
 from contracts.tasks import TrainingTask
-from temporalio import workflow
-from temporalio.exceptions import FailureError, is_cancelled_exception
-
 from workflows.failures import TaskFailed, why
 from workflows.outside_call import OutsideCall
 from workflows.stop import Stop
@@ -56,8 +56,7 @@ class TrainingDataset:
         try:
             self.state.snapshot = await handle
         except FailureError as error:
-            if is_cancelled_exception(error):
-                self._stop.obey()
+            self._stop.obey()
             raise why(error, FailureCode.DATASET_INVALID) from error
         return self.state.snapshot
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+from temporalio import workflow
+
 from contracts.carried import JobNews, PriceState
 from contracts.comfyui import Checkpoint, TaskPriority
 from contracts.credits import Estimate
@@ -11,8 +13,6 @@ from contracts.errors import FailureCode
 from contracts.policy import Policy
 from contracts.prices import PriceTable, UnknownPrice
 from contracts.tasks import Confirmation, EventType, TrainingOptions, TrainingTask
-from temporalio import workflow
-
 from workflows.alarm import Alarm
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskFailed
