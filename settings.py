@@ -8,6 +8,7 @@ before it where they are given.
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -58,8 +59,24 @@ class Settings(BaseSettings):
     """The address under which ComfyUI reaches our gateway."""
     callback_secrets: Annotated[list[SecretStr], NoDecode] = []
     """Standard Webhooks secrets (`whsec_…`), comma-separated; several during a rotation."""
+
+    # Gateway
     gateway_host: str = "127.0.0.1"
     gateway_port: int = Field(default=8180, ge=0, le=65_535)
+    gateway_public_url: ServiceUrl | None = None
+    """The address under which clients reach the gateway, for `stream/config`; default: the one they asked at."""
+    jwks_url: ServiceUrl | None = None
+    """Public keys of the callers' tokens; default: those are HS256 with `token_secret`."""
+    caller_issuer: str | None = None
+    """Issuer of the callers' tokens; default: `token_issuer`."""
+    caller_audience: str | None = None
+    """Audience of the callers' tokens; default: `token_audience`."""
+    stream_token_secret: SecretStr | None = None
+    """Secret (at least 32 bytes) of the gateway's own stream tokens, equal in all its processes; default: derived
+    from `token_secret`, else made anew at each start."""
+    allowed_origins: Annotated[list[str], NoDecode] = []
+    """Origins whose pages may call the gateway from a browser, with credentials; comma-separated, e.g.
+    `https://app.example`."""
 
     # Storage
     database_dsn: SecretStr | None = None
@@ -112,19 +129,27 @@ class Settings(BaseSettings):
     """How many contract seconds pass in one real second."""
     simulator_admin_token: SecretStr | None = None
 
-    @field_validator("callback_secrets", "dataset_roots", "retry_after_seconds", mode="before")
+    @field_validator("callback_secrets", "dataset_roots", "retry_after_seconds", "allowed_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return [part.strip() for part in value.split(",") if part.strip()]
         return value
 
-    @field_validator("token_secret", "simulator_admin_token")
+    @field_validator("token_secret", "stream_token_secret", "simulator_admin_token")
     @classmethod
     def _long_enough(cls, secret: SecretStr | None) -> SecretStr | None:
         if secret is not None and len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
             raise ValueError(f"must be at least {MIN_SECRET_BYTES} bytes long")
         return secret
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _named_one_by_one(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if not re.fullmatch(r"https?://[^/*\s]+", origin):
+                raise ValueError(f"{origin!r} must look like https://app.example, without a path; * is not taken")
+        return origins
 
     @field_validator("dataset_roots")
     @classmethod

@@ -1,6 +1,9 @@
-"""What reaches us over HTTP. So far: ComfyUI's callbacks.
+"""What reaches us over HTTP, and who may.
 
 app.py                   the application, made of explicitly given parts
+tokens.py                JWTs → who is asking; our own stream tokens
+access.py                the dependencies that let a caller in (contract §7)
+problems.py              every error as application/problem+json
 callbacks.py             POST /callbacks/comfyui/{task_id}: bytes in, one of contract §2's answers out
 signatures.py            Standard Webhooks: who may call back, and which message came before
 callback_body.py         verified bytes → a callback

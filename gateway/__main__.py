@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import signal
 import sys
 
@@ -12,7 +13,9 @@ from pydantic import ValidationError
 
 import temporal_plugin
 from contracts.errors import sentences_of
+from gateway.access import Access
 from gateway.app import create_app
+from gateway.tokens import CallerTokens, KeySet, SharedSecret, StreamTokens
 from logs import configure_logs
 from settings import Settings
 from store import TaskStore
@@ -35,18 +38,42 @@ def read_settings() -> Settings:
         raise CannotStart(f"A setting is wrong: {'; '.join(sentences_of(error))}.") from None
 
 
+def access_by(settings: Settings) -> Access:
+    """How callers' tokens are verified. Raises CannotStart."""
+    shared = settings.token_secret.get_secret_value() if settings.token_secret else None
+    if settings.jwks_url is not None:
+        keys: KeySet | SharedSecret = KeySet(settings.jwks_url)
+    elif shared is not None:
+        keys = SharedSecret(shared)
+    else:
+        raise CannotStart(
+            "No key of the callers' tokens is set: give COMFYUI_TEMPORAL_TOKEN_SECRET (HS256, at least 32 bytes) or "
+            "COMFYUI_TEMPORAL_JWKS_URL."
+        )
+    own = settings.stream_token_secret.get_secret_value() if settings.stream_token_secret else shared
+    if own is None:
+        log.warning("stream_tokens_of_this_process_only", setting="COMFYUI_TEMPORAL_STREAM_TOKEN_SECRET")
+    callers = CallerTokens(
+        keys,
+        issuer=settings.caller_issuer or settings.token_issuer,
+        audience=settings.caller_audience or settings.token_audience,
+    )
+    return Access(callers, StreamTokens(own or secrets.token_urlsafe(32)), allowed_origins=settings.allowed_origins)
+
+
 async def serve(settings: Settings) -> None:
     """Serve until told to stop. Raises CannotStart."""
     if settings.database_dsn is None:
         raise CannotStart(
             "No database is set: give COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://user:password@host:port/database."
         )
+    access = access_by(settings)
     # Lazy: callbacks are answered with 503 while Temporal is away, at the start as at any other time.
     client = await temporal_plugin.connect(settings, lazy=True)
     try:
         store = TaskStore(settings.database_dsn.get_secret_value())
-        secrets = [secret.get_secret_value() for secret in settings.callback_secrets]
-        app = create_app(temporal=client, store=store, callback_secrets=secrets)
+        callback_secrets = [secret.get_secret_value() for secret in settings.callback_secrets]
+        app = create_app(temporal=client, store=store, callback_secrets=callback_secrets, access=access)
     except ValueError as error:
         raise CannotStart(str(error)) from None
     server = uvicorn.Server(

@@ -21,7 +21,12 @@ from local_stack.temporal_server import NAMESPACE, LocalTemporal
 
 SETTINGS_PREFIX: Final = "COMFYUI_TEMPORAL_"
 DATABASE_SETTING: Final = SETTINGS_PREFIX + "DATABASE_DSN"
-NEVER_INHERITED: Final = frozenset({"SERVICE_TOKEN", "TEMPORAL_PROFILE", "TOKEN_ISSUER", "TOKEN_AUDIENCE"})
+NEVER_INHERITED: Final = frozenset(
+    {
+        *("SERVICE_TOKEN", "TEMPORAL_PROFILE", "TOKEN_ISSUER", "TOKEN_AUDIENCE"),
+        *("JWKS_URL", "CALLER_ISSUER", "CALLER_AUDIENCE", "STREAM_TOKEN_SECRET", "GATEWAY_PUBLIC_URL"),
+    }
+)
 """A real platform's settings in the caller's shell must not reach the simulators."""
 GRACE_SECONDS: Final = 5.0
 """Of the worker here: longer than the simulators take to answer, shorter than people wait for `make down`."""

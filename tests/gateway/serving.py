@@ -9,7 +9,8 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,17 +18,59 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jwt
 import uvicorn
 from fastapi import FastAPI
 from standardwebhooks import Webhook
 from temporalio import workflow
 from temporalio.client import Client, WorkflowHandle
 
+from contracts.permissions import Scope
 from contracts.tasks import CALLBACK_SIGNAL, workflow_id_of
+from gateway.access import Access
 from gateway.app import create_app
 from gateway.callbacks import CallbackOutcome
+from gateway.tokens import CallerTokens, SharedSecret, StreamTokens
 from store import TaskStore
 from tests.conftest import unique
+
+TOKEN_SECRET = "a secret of these tests, longer than 32 bytes"
+ISSUER = "tests"
+AUDIENCE = "gateway-tests"
+
+
+def new_access(**options: Any) -> Access:
+    """Access by HS256 tokens of `token_for`."""
+    callers = CallerTokens(SharedSecret(TOKEN_SECRET), issuer=ISSUER, audience=AUDIENCE)
+    return Access(callers, StreamTokens(TOKEN_SECRET), **options)
+
+
+def token_for(
+    tenant_id: Any = "tenant-a",
+    user_id: Any = "user-a",
+    scopes: Iterable[str] = tuple(Scope),
+    *,
+    valid_seconds: float = 300,
+    secret: str = TOKEN_SECRET,
+    **changes: Any,
+) -> str:
+    """A caller's token, by default with every scope; `changes` overwrite claims, None removes one."""
+    now = time.time()
+    claims = {
+        "iss": ISSUER,
+        "aud": AUDIENCE,
+        "iat": int(now),
+        "exp": int(now + valid_seconds),
+        "tenant_id": tenant_id,
+        "user_id": user_id,
+        "scopes": [str(scope) for scope in scopes],
+        **changes,
+    }
+    return jwt.encode({name: value for name, value in claims.items() if value is not None}, secret, algorithm="HS256")
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
 
 
 def new_secret() -> str:
@@ -101,7 +144,7 @@ def signed_headers(
 @asynccontextmanager
 async def served(client: Client, store: TaskStore, *more_secrets: str) -> AsyncIterator[Gateway]:
     secret = new_secret()
-    app = create_app(temporal=client, store=store, callback_secrets=[secret, *more_secrets])
+    app = create_app(temporal=client, store=store, callback_secrets=[secret, *more_secrets], access=new_access())
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
     serving = asyncio.create_task(server.serve())
     await eventually(lambda: _is(server.started))
@@ -134,7 +177,14 @@ async def gateway_process(environment: dict[str, str]) -> AsyncIterator[GatewayP
     secret = new_secret()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    settings = {"CALLBACK_SECRETS": secret, "GATEWAY_PORT": str(port), **environment}
+    settings = {
+        "CALLBACK_SECRETS": secret,
+        "GATEWAY_PORT": str(port),
+        "TOKEN_SECRET": TOKEN_SECRET,
+        "CALLER_ISSUER": ISSUER,
+        "CALLER_AUDIENCE": AUDIENCE,
+        **environment,
+    }
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gateway"),
         env={**os.environ, **{f"COMFYUI_TEMPORAL_{name}": value for name, value in settings.items()}},

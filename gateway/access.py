@@ -1,0 +1,133 @@
+"""Who may do what (contract §7): FastAPI dependencies that give the caller or answer with a problem.
+
+`access.demands(operation)` for ordinary routes, by the bearer token alone. `access.demands_for_stream()` for streams,
+which browsers open without headers: there a token may also come as `?token=` or as a cookie. A cookie is sent by the
+browser whoever's page asks, so it counts only for origins that are allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection
+from typing import Annotated, Final
+from urllib.parse import urlsplit
+
+from fastapi import Security
+from fastapi.security import APIKeyCookie, APIKeyQuery, HTTPBearer
+from starlette.requests import HTTPConnection
+
+from contracts.permissions import REQUIRED_SCOPES, Operation
+from gateway.problems import Problem, ProblemCode
+from gateway.tokens import Caller, CallerTokens, StreamTokens, TokenRefused, TokensUnverifiable
+
+TOKEN_COOKIE: Final = "comfyui_temporal_token"
+TOKEN_PARAMETER: Final = "token"
+MISSING: Final = "A bearer token is needed: send it as `Authorization: Bearer …`."
+MISSING_FOR_STREAM: Final = (
+    f"A token is needed: as `Authorization: Bearer …`, as `?{TOKEN_PARAMETER}=…` or in the cookie {TOKEN_COOKIE}."
+)
+
+Dependency = Callable[..., Awaitable[Caller]]
+
+
+class _Bearer(HTTPBearer):
+    """For the OpenAPI document; the header is read by `Access`, for HTTP and WebSocket alike."""
+
+    async def __call__(self, connection: HTTPConnection) -> None:
+        return None
+
+
+class _Query(APIKeyQuery):
+    async def __call__(self, connection: HTTPConnection) -> None:
+        return None
+
+
+class _Cookie(APIKeyCookie):
+    async def __call__(self, connection: HTTPConnection) -> None:
+        return None
+
+
+_BEARER: Final = _Bearer(bearerFormat="JWT", scheme_name="bearer", description="A JWT of the platform (contract §7).")
+_QUERY: Final = _Query(name=TOKEN_PARAMETER, scheme_name="token", description="For streams only.")
+_COOKIE: Final = _Cookie(name=TOKEN_COOKIE, scheme_name="cookie", description="For streams only.")
+
+
+class Access:
+    """Lets callers in, or says why not."""
+
+    def __init__(self, callers: CallerTokens, streams: StreamTokens, *, allowed_origins: Collection[str] = ()) -> None:
+        """`allowed_origins`: pages of other origins that may use the cookie, as in CORS; never `*`."""
+        self._callers = callers
+        self.stream_tokens = streams
+        self._allowed_origins = frozenset(allowed_origins)
+
+    def demands(self, operation: Operation) -> Dependency:
+        """The dependency of a route that does `operation`. Raises Problem 401, 403 or 503."""
+
+        async def caller(connection: HTTPConnection, _bearer: Annotated[None, Security(_BEARER)]) -> Caller:
+            token = _bearer_token(connection)
+            if token is None:
+                raise _unauthenticated(MISSING)
+            if self.stream_tokens.read(token) is not None:
+                raise Problem(ProblemCode.NOT_AUTHORIZED, "This token opens streams and nothing else.")
+            return _allowed(await self._read(token), operation)
+
+        return caller
+
+    def demands_for_stream(self) -> Dependency:
+        """The dependency of a stream's route, HTTP or WebSocket. Raises Problem 401, 403 or 503.
+
+        The stream must end at the caller's `expires_at`.
+        """
+
+        async def caller(
+            connection: HTTPConnection,
+            _bearer: Annotated[None, Security(_BEARER)],
+            _query: Annotated[None, Security(_QUERY)],
+            _cookie: Annotated[None, Security(_COOKIE)],
+        ) -> Caller:
+            token = _bearer_token(connection) or connection.query_params.get(TOKEN_PARAMETER)
+            if not token:
+                token = self._cookie_token(connection)
+            return _allowed(self.stream_tokens.read(token) or await self._read(token), Operation.READ_TASK)
+
+        return caller
+
+    def _cookie_token(self, connection: HTTPConnection) -> str:
+        token = connection.cookies.get(TOKEN_COOKIE)
+        if not token:
+            raise _unauthenticated(MISSING_FOR_STREAM)
+        origin = connection.headers.get("origin")
+        if origin is not None and origin not in self._allowed_origins and not _is_own(origin, connection):
+            raise Problem(
+                ProblemCode.NOT_AUTHORIZED,
+                "Pages of this origin may not use the cookie: allow it in COMFYUI_TEMPORAL_ALLOWED_ORIGINS.",
+            )
+        return token
+
+    async def _read(self, token: str) -> Caller:
+        try:
+            return await self._callers.read(token)
+        except TokenRefused as refused:
+            raise _unauthenticated(f"The token is refused: {refused}.", error="invalid_token") from None
+        except TokensUnverifiable as error:
+            raise Problem(ProblemCode.TOKENS_UNVERIFIABLE, f"{error} Try again; tell whoever runs this.") from None
+
+
+def _bearer_token(connection: HTTPConnection) -> str | None:
+    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" and token.strip() else None
+
+
+def _allowed(caller: Caller, operation: Operation) -> Caller:
+    if not caller.allows(operation):
+        raise Problem(ProblemCode.NOT_AUTHORIZED, f"The token lacks the scope {REQUIRED_SCOPES[operation]}.")
+    return caller
+
+
+def _unauthenticated(detail: str, *, error: str | None = None) -> Problem:
+    challenge = 'Bearer realm="comfyui-temporal"' + (f', error="{error}"' if error else "")
+    return Problem(ProblemCode.UNAUTHENTICATED, detail, headers={"WWW-Authenticate": challenge})
+
+
+def _is_own(origin: str, connection: HTTPConnection) -> bool:
+    return urlsplit(origin).netloc == connection.headers.get("host")

@@ -1,0 +1,214 @@
+"""Errors as `application/problem+json` (RFC 9457), each with one stable code and a sentence to act on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from http import HTTPStatus
+from typing import Any, Final
+
+from fastapi import FastAPI, Request, WebSocket
+from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
+
+from contracts.fields import OwnModel
+
+PROBLEM_JSON: Final = "application/problem+json"
+MAX_FIELDS: Final = 20
+
+
+class ProblemCode(StrEnum):
+    """What can be wrong with a request. Where contract §1 has a word for it, that word."""
+
+    INPUT_INVALID = "input_invalid"
+    UNAUTHENTICATED = "unauthenticated"
+    NOT_AUTHORIZED = "not_authorized"
+    TASK_UNKNOWN = "task_unknown"
+    ROUTE_UNKNOWN = "route_unknown"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    TASK_EXISTS = "task_exists"
+    TASK_OVER = "task_over"
+    PRICE_TOO_LOW = "price_too_low"
+    ALREADY_CHARGED = "already_charged"
+    STILL_ENDING = "still_ending"
+    TOO_LARGE = "too_large"
+    TOO_SLOW = "too_slow"
+    RATE_LIMITED = "rate_limited"
+    INTERNAL = "internal"
+    TEMPORAL_UNAVAILABLE = "temporal_unavailable"
+    STORE_UNAVAILABLE = "store_unavailable"
+    WORKER_UNAVAILABLE = "worker_unavailable"
+    TOKENS_UNVERIFIABLE = "tokens_unverifiable"
+    DRAINING = "draining"
+
+
+STATUS_OF: Final[dict[ProblemCode, int]] = {
+    ProblemCode.INPUT_INVALID: 422,
+    ProblemCode.UNAUTHENTICATED: 401,
+    ProblemCode.NOT_AUTHORIZED: 403,
+    ProblemCode.TASK_UNKNOWN: 404,
+    ProblemCode.ROUTE_UNKNOWN: 404,
+    ProblemCode.METHOD_NOT_ALLOWED: 405,
+    ProblemCode.TASK_EXISTS: 409,
+    ProblemCode.TASK_OVER: 409,
+    ProblemCode.PRICE_TOO_LOW: 409,
+    ProblemCode.ALREADY_CHARGED: 409,
+    ProblemCode.STILL_ENDING: 409,
+    ProblemCode.TOO_LARGE: 413,
+    ProblemCode.TOO_SLOW: 408,
+    ProblemCode.RATE_LIMITED: 429,
+    ProblemCode.INTERNAL: 500,
+    ProblemCode.TEMPORAL_UNAVAILABLE: 503,
+    ProblemCode.STORE_UNAVAILABLE: 503,
+    ProblemCode.WORKER_UNAVAILABLE: 503,
+    ProblemCode.TOKENS_UNVERIFIABLE: 503,
+    ProblemCode.DRAINING: 503,
+}
+RETRY_AFTER_SECONDS: Final = 2
+
+
+class FieldProblem(OwnModel):
+    """One field that is wrong, and what is allowed."""
+
+    field: str
+    message: str
+
+
+class ProblemBody(OwnModel):
+    """The body of every error."""
+
+    type: str
+    """`urn:comfyui-temporal:problem:{code}`."""
+    title: str
+    status: int
+    code: ProblemCode
+    detail: str
+    """A sentence: what is wrong and what to do."""
+    fields: list[FieldProblem] = []
+
+
+class Problem(Exception):
+    """Raised anywhere while a request is answered; becomes the answer."""
+
+    def __init__(
+        self,
+        code: ProblemCode,
+        detail: str,
+        *,
+        fields: Sequence[FieldProblem] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.code = code
+        self.detail = detail
+        self.fields = list(fields)
+        self.headers = dict(headers or {})
+        if STATUS_OF[code] == HTTPStatus.SERVICE_UNAVAILABLE:
+            self.headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
+        super().__init__(detail)
+
+    def response(self) -> JSONResponse:
+        status = STATUS_OF[self.code]
+        body = ProblemBody(
+            type=f"urn:comfyui-temporal:problem:{self.code}",
+            title=HTTPStatus(status).phrase,
+            status=status,
+            code=self.code,
+            detail=self.detail,
+            fields=self.fields,
+        )
+        return JSONResponse(body.model_dump(mode="json"), status, headers=self.headers, media_type=PROBLEM_JSON)
+
+
+def input_invalid(errors: Sequence[Any]) -> Problem:
+    """pydantic's errors, field by field; a value that was given is never repeated (a prompt stays where it was)."""
+    fields: list[FieldProblem] = []
+    for error in errors[:MAX_FIELDS]:
+        place = [str(part) for part in error["loc"]]
+        message = str(error["msg"]).removeprefix("Value error, ")
+        fields.append(FieldProblem(field=".".join(place[1:]) or place[0] if place else "body", message=message))
+    noun = "field is" if len(errors) == 1 else "fields are"
+    return Problem(
+        ProblemCode.INPUT_INVALID, f"Nothing was done: {len(errors)} {noun} wrong; see `fields`.", fields=fields
+    )
+
+
+def of_http_exception(error: HTTPException) -> Problem:
+    """What the framework itself refuses."""
+    match error.status_code:
+        case 404:
+            return Problem(ProblemCode.ROUTE_UNKNOWN, "There is no such route; /docs lists those that there are.")
+        case 405:
+            return Problem(
+                ProblemCode.METHOD_NOT_ALLOWED, "This route does not take this method.", headers=error.headers
+            )
+        case 413:
+            return Problem(ProblemCode.TOO_LARGE, "The request is larger than this service takes.")
+        case status if status < 500:
+            return Problem(ProblemCode.INPUT_INVALID, "The request cannot be read: its body must be one JSON object.")
+        case _:
+            return Problem(ProblemCode.INTERNAL, "The request could not be answered; try it again.")
+
+
+def answer_with_problems(app: FastAPI) -> None:
+    """Every refusal of the application, over HTTP and at a WebSocket's handshake, becomes a problem document."""
+
+    async def answer(connection: HTTPConnection, error: Exception) -> JSONResponse | None:
+        response = _problem_of(error).response()
+        if isinstance(connection, WebSocket):
+            await connection.send_denial_response(response)
+            return None
+        return response
+
+    async def answer_unforeseen(_request: Request, _error: Exception) -> JSONResponse:
+        return Problem(ProblemCode.INTERNAL, "The request could not be answered: this is a defect.").response()
+
+    for kind in (Problem, RequestValidationError, WebSocketRequestValidationError, HTTPException):
+        app.add_exception_handler(kind, answer)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, answer_unforeseen)
+
+
+def _problem_of(error: Exception) -> Problem:
+    match error:
+        case Problem():
+            return error
+        case RequestValidationError() | WebSocketRequestValidationError():
+            return input_invalid(error.errors())
+        case HTTPException():
+            return of_http_exception(error)
+    return Problem(ProblemCode.INTERNAL, "The request could not be answered: this is a defect.")
+
+
+def problems(*codes: ProblemCode) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route's OpenAPI entry: every error that it may answer with, by status, with examples."""
+    by_status: dict[int | str, dict[str, Any]] = {}
+    for code in codes:
+        status = STATUS_OF[code]
+        entry = by_status.setdefault(
+            status,
+            {
+                "model": ProblemBody,
+                "description": HTTPStatus(status).phrase,
+                "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/ProblemBody"}, "examples": {}}},
+            },
+        )
+        entry["content"][PROBLEM_JSON]["examples"][code.value] = {
+            "value": ProblemBody(
+                type=f"urn:comfyui-temporal:problem:{code}",
+                title=HTTPStatus(status).phrase,
+                status=status,
+                code=code,
+                detail=_EXAMPLE_DETAIL.get(code, "What is wrong and what to do."),
+            ).model_dump(mode="json")
+        }
+    return by_status
+
+
+_EXAMPLE_DETAIL: Final = {
+    ProblemCode.UNAUTHENTICATED: "A bearer token is needed: send it as `Authorization: Bearer …`.",
+    ProblemCode.NOT_AUTHORIZED: "The token lacks the scope task.read.",
+    ProblemCode.TASK_UNKNOWN: "There is no task image-3f9c of this tenant.",
+    ProblemCode.TASK_EXISTS: "Task image-3f9c exists with another input; nothing was started. Use another task_id.",
+    ProblemCode.ALREADY_CHARGED: "Task image-3f9c was delivered and charged: there is no hold left to give back.",
+}
