@@ -24,6 +24,17 @@ async def running_beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def woken(event: asyncio.Event, *, within_seconds: float) -> None:
+    """Wait until the event is set, or that long.
+
+    Not by `asyncio.wait_for`: on Python 3.11 it swallows a cancellation that comes in the same step as the event, and
+    a loop that is woken often would never end.
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(within_seconds):
+            await event.wait()
+
+
 async def _watched(work: Coroutine[Any, Any, None]) -> None:
     try:
         await work

@@ -8,7 +8,7 @@ other. One request at a time per job, oldest due first; each attempt is signed a
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import json
 import uuid
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -18,6 +18,7 @@ import structlog
 from standardwebhooks import Webhook
 
 from simulators.admin_wire import CALLBACK_KINDS, CallbackSeen, Fault, FaultKind
+from simulators.background import woken
 from simulators.clock import Clock
 from simulators.faults import Faults, Occasion
 from simulators.state_file import StateFile
@@ -148,8 +149,7 @@ class Outbox:
                 while True:
                     self._wake.clear()
                     self._send_due(client)
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._wake.wait(), self._seconds_to_next())
+                    await woken(self._wake, within_seconds=self._seconds_to_next())
             finally:
                 await self._stop_sending()
 
@@ -159,17 +159,20 @@ class Outbox:
         await asyncio.gather(*self._sending.values(), return_exceptions=True)
 
     def _send_due(self, client: httpx.AsyncClient) -> None:
-        for row in self._due():
-            if len(self._sending) >= _MOST_AT_ONCE:
-                return
+        free = _MOST_AT_ONCE - len(self._sending)
+        for row in self._due(free) if free else ():
             if row["run_id"] not in self._sending:
                 task = asyncio.create_task(self._send(client, row))
                 self._sending[row["run_id"]] = task
 
-    def _due(self) -> list[Any]:
+    def _due(self, limit: int) -> list[Any]:
+        """The oldest that are due, of jobs for which no request is in flight."""
         return self._state.rows(
-            "SELECT * FROM callbacks WHERE phase = 'pending' AND due_at <= ? ORDER BY due_at, callback_id LIMIT 500",
+            "SELECT * FROM callbacks WHERE phase = 'pending' AND due_at <= ?"
+            " AND run_id NOT IN (SELECT value FROM json_each(?)) ORDER BY due_at, callback_id LIMIT ?",
             self._clock.timestamp(),
+            json.dumps(list(self._sending)),
+            limit,
         )
 
     def _seconds_to_next(self) -> float:

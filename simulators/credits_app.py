@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from simulators.admin_wire import (
     EntrySeen,
     HoldSeen,
 )
-from simulators.background import running_beside
+from simulators.background import running_beside, woken
 from simulators.clock import Clock
 from simulators.credits_service import CreditsService
 from simulators.edge import Edge
@@ -62,8 +61,7 @@ async def _expire_holds(service: CreditsService) -> None:
         soonest = service.ledger.next_expiry()
         rest = _LONGEST_SLEEP_SECONDS if soonest is None else soonest - service.clock.timestamp()
         # A new hold lives 60 s at least: none can end during a sleep that began before it, unless the clock is moved.
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(moved.wait(), min(max(rest, 0.001), _LONGEST_SLEEP_SECONDS))
+        await woken(moved, within_seconds=min(max(rest, 0.001), _LONGEST_SLEEP_SECONDS))
         moved.clear()
 
 

@@ -7,7 +7,6 @@ its GPU at that instant for the next one. Accelerated goes before standard, then
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import heapq
 import json
 from pathlib import Path
@@ -18,6 +17,7 @@ from pydantic import Field, TypeAdapter
 from contracts.comfyui import TaskPriority
 from contracts.errors import ErrorDetails
 from simulators.admin_wire import RunSeen
+from simulators.background import woken
 from simulators.callbacks import Outbox
 from simulators.clock import Clock
 from simulators.jobs import ImageRun
@@ -246,8 +246,7 @@ class GpuQueue:
             self.settle()
             due = self._next()
             rest = _LONGEST_SLEEP_SECONDS if due is None else self._clock.timestamp_of(due[0]) - self._clock.timestamp()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), min(max(rest, 0.001), _LONGEST_SLEEP_SECONDS))
+            await woken(self._wake, within_seconds=min(max(rest, 0.001), _LONGEST_SLEEP_SECONDS))
 
     def _next(self) -> tuple[float, AnyRun] | None:
         """The next thing to happen: its work time and whom it happens to."""
