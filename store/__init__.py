@@ -6,19 +6,25 @@ tables.py        the tables; migrations/ makes them
 fact_rules.py    which facts become events (contract §6), as a pure function
 tasks.py         claim, write (row + events + exceptions + NOTIFY in one transaction), log lines
 reads.py         tasks, events, training log, exceptions
+stream_reads.py  heads of tasks, events of many tasks at once
+listener.py      one LISTEN connection: who wrote what
 cursors.py       opaque positions
 """
 
 from store.cursors import CursorInvalid
 from store.failures import NotTheClaimant, StoreFailure, StoreUnavailable, TaskUnknown, WriteRefused
+from store.listener import EventListener
 from store.migrate import migrate
+from store.stream_reads import TaskHead
 from store.task_store import TaskStore
 
 __all__ = [
     "CursorInvalid",
+    "EventListener",
     "NotTheClaimant",
     "StoreFailure",
     "StoreUnavailable",
+    "TaskHead",
     "TaskStore",
     "TaskUnknown",
     "WriteRefused",

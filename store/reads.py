@@ -56,7 +56,7 @@ async def events(connection: AsyncConnection, task_id: str, *, after_seq: int, l
         .order_by(task_events.c.seq)
         .limit(limit)
     )
-    return [_event(row) for row in await connection.execute(statement)]
+    return [event_of_row(row) for row in await connection.execute(statement)]
 
 
 async def log_rows(
@@ -87,7 +87,7 @@ def _task_row(row: Row[*tuple[Any, ...]]) -> TaskRow:
     return TaskRow.model_validate(dict(row._mapping))
 
 
-def _event(row: Row[*tuple[Any, ...]]) -> TaskEvent:
+def event_of_row(row: Row[*tuple[Any, ...]]) -> TaskEvent:
     values = dict(row._mapping)
     task_id, seq = values["task_id"], values["seq"]
     return TaskEvent.model_validate(

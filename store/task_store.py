@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from contracts.fields import OwnModel
 from contracts.permissions import Scene
 from contracts.task_store import TaskClaim, TaskExceptionRow, TaskRow, TaskWrite, TrainingLogRow, TrainingLogWrite
 from contracts.tasks import TaskEvent, TaskStatus
-from store import reads, tasks
+from store import reads, stream_reads, tasks
 from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
 from store.database import POOL_SIZE, WORK_SECONDS, Database
+from store.listener import EventListener
+from store.stream_reads import TaskHead
 
 MAX_PAGE: Final = 1_000
 
@@ -28,6 +30,7 @@ class TaskStore:
 
     def __init__(self, dsn: str, *, pool_size: int = POOL_SIZE) -> None:
         """Opens no connection yet. Raises ValueError when `dsn` is no PostgreSQL DSN."""
+        self._dsn = dsn
         self._database = Database(dsn, pool_size=pool_size)
 
     @property
@@ -105,6 +108,32 @@ class TaskStore:
             lambda connection: reads.events(connection, task_id, after_seq=seq, limit=_bounded(limit)),
             doing=f"reading the events of the task {task_id}",
         )
+
+    async def events_of_each(self, positions: Mapping[str, int], *, limit_each: int = MAX_PAGE) -> list[TaskEvent]:
+        """The events of several tasks after each one's `seq`, at most `limit_each` of a task, in order within each."""
+        return await self._database.read(
+            lambda connection: stream_reads.events_of_each(connection, positions, limit_each=limit_each),
+            doing=f"reading the newest events of {len(positions)} tasks",
+        )
+
+    async def heads(self, task_ids: Sequence[str]) -> dict[str, TaskHead]:
+        """How far each task has come; a task that there is not is left out."""
+        found = await self._database.read(
+            lambda connection: stream_reads.heads(connection, task_ids),
+            doing=f"reading how far {len(task_ids)} tasks have come",
+        )
+        return {head.task_id: head for head in found}
+
+    async def recent_heads(self, tenant_id: str, *, limit: int = MAX_PAGE) -> list[TaskHead]:
+        """How far a tenant's tasks have come that are open or began within the last minute; the newest `limit`."""
+        return await self._database.read(
+            lambda connection: stream_reads.recent_heads(connection, tenant_id, limit=_bounded(limit)),
+            doing=f"reading the recent tasks of {tenant_id}",
+        )
+
+    def listener(self, *, told: Callable[[str, int], None], resumed: Callable[[], None]) -> EventListener:
+        """A listener of its own connection: `told(task_id, seq)` of each write, `resumed()` when some may be missed."""
+        return EventListener(self._dsn, self.address, told=told, resumed=resumed)
 
     async def training_log(
         self, task_id: str, *, after_position: int = 0, limit: int = MAX_PAGE

@@ -1,0 +1,85 @@
+"""One LISTEN connection: who wrote what, as it is committed (pitfall 28).
+
+PostgreSQL delivers no notification to a connection that is gone, and says nothing of it to one that hangs. So the
+connection is asked for a sign of life, made anew when there is none, and whoever listens is told each time that
+notifications may have been missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+import asyncpg
+import structlog
+
+from store.tables import EVENTS_CHANNEL
+
+log = structlog.get_logger(__name__)
+
+SIGN_OF_LIFE_SECONDS: Final = 2.0
+ANSWER_SECONDS: Final = 1.5
+CONNECT_SECONDS: Final = 1.5
+FIRST_RETRY_SECONDS: Final = 0.1
+LAST_RETRY_SECONDS: Final = 1.0
+
+
+class EventListener:
+    """Tells `told(task_id, seq)` for each write, and `resumed()` when it begins to listen, each time anew."""
+
+    def __init__(
+        self, dsn: str, address: str, *, told: Callable[[str, int], None], resumed: Callable[[], None]
+    ) -> None:
+        self._dsn = dsn
+        self._address = address
+        self._told = told
+        self._resumed = resumed
+        self.is_listening = False
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+        retry = FIRST_RETRY_SECONDS
+        while True:
+            try:
+                connection = await asyncpg.connect(
+                    self._dsn,
+                    timeout=CONNECT_SECONDS,
+                    server_settings={"application_name": "comfyui-temporal listener"},
+                )
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+                self._warn("listener_not_connected", error)
+                await asyncio.sleep(retry)
+                retry = min(LAST_RETRY_SECONDS, retry * 2)
+                continue
+            retry = FIRST_RETRY_SECONDS
+            try:
+                await self._listen(connection)
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+                self._warn("listener_lost", error)
+                await asyncio.sleep(retry)
+            finally:
+                self.is_listening = False
+                connection.terminate()
+
+    async def _listen(self, connection: asyncpg.Connection[Any]) -> None:
+        """Until the connection gives no sign of life."""
+        ended = asyncio.Event()
+        connection.add_termination_listener(lambda _connection: ended.set())
+        await asyncio.wait_for(connection.add_listener(EVENTS_CHANNEL, self._notified), ANSWER_SECONDS)
+        self.is_listening = True
+        self._resumed()
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), SIGN_OF_LIFE_SECONDS)
+                raise ConnectionResetError("the server closed the connection")
+            await connection.execute("SELECT 1", timeout=ANSWER_SECONDS)
+
+    def _notified(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
+        task_id, _, seq = str(payload).rpartition(":")
+        if task_id and seq.isascii() and seq.isdigit():
+            self._told(task_id, int(seq))
+
+    def _warn(self, event: str, error: Exception) -> None:
+        log.warning(event, database=self._address, reason=type(error).__name__)

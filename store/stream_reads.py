@@ -1,0 +1,94 @@
+"""What streams read: heads of tasks, and the events of many tasks at once. Every function takes a connection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+from sqlalchemy import BigInteger, Row, Select, Text, any_, bindparam, column, func, or_, select, true
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from contracts.fields import OwnModel
+from contracts.permissions import Scene
+from contracts.tasks import TaskEvent, TaskStatus
+from store.reads import event_of_row
+from store.tables import task_events, tasks
+
+NEW_TASK_SECONDS: Final = 60
+"""A task that is younger counts as recent, ended or not."""
+_OPEN: Final = (TaskStatus.QUEUED, TaskStatus.RUNNING)
+
+
+class TaskHead(OwnModel):
+    """How far a task has come: `last_seq` is its newest event's; a task that has ended gets no further ones."""
+
+    task_id: str
+    tenant_id: str
+    scene: Scene
+    last_seq: int
+    has_ended: bool
+
+
+_HEADS: Final[Select[*tuple[Any, ...]]] = select(
+    tasks.c.task_id, tasks.c.tenant_id, tasks.c.scene, tasks.c.last_seq, tasks.c.ended_at
+)
+_HEADS_OF: Final = _HEADS.where(tasks.c.task_id == any_(bindparam("ids", type_=ARRAY(Text))))
+_RECENT_HEADS: Final = (
+    _HEADS.where(
+        tasks.c.tenant_id == bindparam("tenant"),
+        or_(
+            tasks.c.status.in_(_OPEN),
+            tasks.c.created_at > func.now() - timedelta(seconds=NEW_TASK_SECONDS),
+        ),
+    )
+    .order_by(tasks.c.created_at.desc(), tasks.c.task_id.desc())
+    .limit(bindparam("most"))
+)
+
+
+def _events_of_each() -> Select[*tuple[Any, ...]]:
+    wanted = (
+        func.unnest(bindparam("ids", type_=ARRAY(Text)), bindparam("seqs", type_=ARRAY(BigInteger)))
+        .table_valued(column("task_id", Text), column("seq", BigInteger))
+        .render_derived("wanted")
+    )
+    newer = (
+        select(task_events)
+        .where(task_events.c.task_id == wanted.c.task_id, task_events.c.seq > wanted.c.seq)
+        .order_by(task_events.c.seq)
+        .limit(bindparam("most"))
+        .lateral("newer")
+    )
+    return (
+        select(newer, tasks.c.scene)
+        .select_from(wanted.join(tasks, tasks.c.task_id == wanted.c.task_id).join(newer, true()))
+        .order_by(newer.c.task_id, newer.c.seq)
+    )
+
+
+_EVENTS_OF_EACH: Final = _events_of_each()
+
+
+async def heads(connection: AsyncConnection, task_ids: Sequence[str]) -> list[TaskHead]:
+    """Of the tasks that there are; in no order."""
+    return [_head(row) for row in await connection.execute(_HEADS_OF, {"ids": list(task_ids)})]
+
+
+async def recent_heads(connection: AsyncConnection, tenant_id: str, *, limit: int) -> list[TaskHead]:
+    """A tenant's tasks that are open or began within the last minute; the newest `limit` of them."""
+    return [_head(row) for row in await connection.execute(_RECENT_HEADS, {"tenant": tenant_id, "most": limit})]
+
+
+async def events_of_each(
+    connection: AsyncConnection, positions: Mapping[str, int], *, limit_each: int
+) -> list[TaskEvent]:
+    """Events after each task's `seq`, at most `limit_each` of a task, in order of `seq` within each."""
+    values = {"ids": list(positions), "seqs": list(positions.values()), "most": limit_each}
+    return [event_of_row(row) for row in await connection.execute(_EVENTS_OF_EACH, values)]
+
+
+def _head(row: Row[*tuple[Any, ...]]) -> TaskHead:
+    values = dict(row._mapping)
+    return TaskHead.model_validate({**values, "has_ended": values["ended_at"] is not None})

@@ -1,0 +1,107 @@
+"""What streams need of the store: word of each write, heads, and the events of many tasks at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+from sqlalchemy.engine import make_url
+
+from store import EventListener, TaskStore
+from tests.cable import Cable
+from tests.conftest import unique
+from tests.gateway.serving import eventually
+from tests.store.facts import claim_of, end, fact, new_task_id, write_of
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.writes: list[tuple[str, int]] = []
+        self.times_resumed = 0
+
+    def resumed(self) -> None:
+        self.times_resumed += 1
+
+    def told(self, task_id: str, seq: int) -> None:
+        self.writes.append((task_id, seq))
+
+    async def heard(self, task_id: str, seq: int) -> bool:
+        return (task_id, seq) in self.writes
+
+    async def has_resumed(self, times: int) -> bool:
+        return self.times_resumed >= times
+
+
+@asynccontextmanager
+async def running(listener: EventListener) -> AsyncIterator[None]:
+    task = asyncio.create_task(listener.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_each_write_is_told_with_its_newest_seq(task_store: TaskStore) -> None:
+    heard = Heard()
+    async with running(task_store.listener(told=heard.told, resumed=heard.resumed)):
+        await eventually(lambda: heard.has_resumed(1))
+        task_id = new_task_id()
+        await task_store.claim(claim_of(task_id))
+        await task_store.write(write_of(task_id, fact("a"), fact("b")))
+        await eventually(lambda: heard.heard(task_id, 3))
+    assert [seq for told_id, seq in heard.writes if told_id == task_id] == [1, 3]
+
+
+@pytest.mark.parametrize("fault", ["pull", "hang"])
+async def test_a_lost_connection_is_noticed_and_made_anew(task_store: TaskStore, postgres_dsn: str, fault: str) -> None:
+    url = make_url(postgres_dsn)
+    socket = f"{url.query['host']}/.s.PGSQL.5432"
+    heard = Heard()
+    async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
+        store = TaskStore(f"postgresql://postgres@127.0.0.1:{cable.port}/{url.database}")
+        listener = store.listener(told=heard.told, resumed=heard.resumed)
+        async with running(listener):
+            await eventually(lambda: heard.has_resumed(1))
+            getattr(cable, fault)()
+
+            async def is_lost() -> bool:
+                return not listener.is_listening
+
+            await eventually(is_lost)
+            cable.plug_in()
+            await eventually(lambda: heard.has_resumed(2))
+            task_id = new_task_id()
+            await task_store.claim(claim_of(task_id))
+            await eventually(lambda: heard.heard(task_id, 1))
+
+
+async def test_the_events_of_many_tasks_come_after_each_ones_own_position(task_store: TaskStore) -> None:
+    one, two, three = (new_task_id() for _ in range(3))
+    for task_id in (one, two, three):
+        await task_store.claim(claim_of(task_id))
+        await task_store.write(write_of(task_id, *(fact(f"k{n}") for n in range(4))))
+    found = await task_store.events_of_each({one: 0, two: 3, unique("none"): 0}, limit_each=4)
+    assert [event.seq for event in found if event.task_id == one] == [1, 2, 3, 4]
+    assert [event.seq for event in found if event.task_id == two] == [4, 5]
+    assert len(found) == 6
+    assert found[0] in await task_store.events(found[0].task_id)
+
+
+async def test_heads_tell_how_far_tasks_have_come(task_store: TaskStore) -> None:
+    tenant = unique("tenant")
+    running_id, ended_id = new_task_id(), new_task_id()
+    for task_id in (running_id, ended_id):
+        await task_store.claim(claim_of(task_id, tenant_id=tenant))
+    await task_store.write(write_of(ended_id, end(), status="completed"))
+    heads = await task_store.heads([running_id, ended_id, unique("none")])
+    assert {(head.task_id, head.last_seq, head.has_ended) for head in heads.values()} == {
+        (running_id, 1, False),
+        (ended_id, 2, True),
+    }
+    assert heads[running_id].tenant_id == tenant
+    recent = await task_store.recent_heads(tenant)
+    assert [head.task_id for head in recent] == [running_id], "the ended one began long ago"
