@@ -148,10 +148,8 @@ class GpuQueue:
     def resume(self, run: AnyRun) -> None:
         """Let a stalled run go on where it stood."""
         if run.is_open and run.stalled_at is not None:
-            rest = self._clock.work() - run.stalled_at
+            run.segment_since += self._clock.work() - run.stalled_at
             run.stalled_at = None
-            run.segment_since += rest
-            run.ready_at += rest
             self._save(run)
             self._wake.set()
 

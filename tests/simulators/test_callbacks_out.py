@@ -133,7 +133,7 @@ async def test_duplicates(caller: Caller, simulators: Simulators, receiver: Rece
 
 async def test_reordered_callbacks_are_overtaken(caller: Caller, simulators: Simulators, receiver: Receiver) -> None:
     task = new_task()
-    await simulators.admin.comfyui.fault("callback_reorder", task_id=task, nth=4)
+    await simulators.admin.comfyui.fault("callback_reorder", task_id=task, nth=4, seconds=600)
     await caller.submit(task)
     await eventually(lambda: len(receiver.of(task)) == 5, "all five")
     assert receiver.statuses(task) == ["processing"] * 3 + ["delivery", "processing"]

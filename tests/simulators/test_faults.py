@@ -229,6 +229,9 @@ async def test_a_job_can_hang_in_the_queue(caller: Caller, simulators: Simulator
     await simulators.admin.advance(3600)
     assert (await caller.job(job_id))["job_status"] == "queued"
     assert not (await simulators.admin.comfyui.jobs(task))[0].holds_gpu
+    await simulators.admin.comfyui.act(job_id, "resume")
+    await simulators.admin.advance(60)
+    assert (await caller.job(job_id))["job_status"] == "delivery"
 
 
 async def test_a_slow_job_takes_its_factor(caller: Caller, simulators: Simulators) -> None:
