@@ -168,8 +168,10 @@ class TaskLine:
     async def _pause(self, seconds: float) -> None:
         """Wait, but not past the next arrival: it may be an end, which need not wait."""
         self._arrived.clear()
+        # Not `asyncio.wait_for`: on Python 3.11 it swallows a cancellation that comes in the same step as the event.
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._arrived.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._arrived.wait()
 
     def _will_tell_more(self, job: str) -> bool:
         """Whether a signal of the job is in flight, or an end waits: until then it is open what was told last."""
