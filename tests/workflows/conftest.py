@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from temporalio.common import SearchAttributeKey
-from temporalio.testing import WorkflowEnvironment
+from temporalio.testing import TimeSkippingConfig, WorkflowEnvironment
 
 from contracts.tasks import SEARCH_ATTRIBUTES
 from store import TaskStore
@@ -36,10 +36,28 @@ async def platform(
         yield platform
 
 
+@pytest_asyncio.fixture(scope="module")
+async def brisk_platform(
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Platform]:
+    """One platform for a module's many small scenarios: work takes no time, deadlines are far, GPUs abound.
+
+    Faults name their task. The read limit is 1 s, so that a delay beyond it is quickly told.
+    """
+    async with running_platform(temporal_env, task_store, tmp_path_factory.mktemp("brisk"), speed=8_000) as platform:
+        platform.policy = {"deadline_factor": 5_000.0, "retry_after_seconds": [0.05, 0.05, 0.05]}
+        platform.read_seconds = 1.0
+        for gpu_type in ("rtx4090", "a100"):
+            await platform.simulators.admin.comfyui.set_gpus(gpu_type, 200)
+        async with platform.worker():
+            yield platform
+
+
 @pytest_asyncio.fixture(scope="session")
 async def skipping_env() -> AsyncIterator[WorkflowEnvironment]:
-    """A real Temporal server whose runs' clocks can be moved."""
+    """A real Temporal server whose runs' clocks can be moved; by themselves they go as the wall's."""
     async with await WorkflowEnvironment.start_time_skipping_v2(
+        ts_config=TimeSkippingConfig(enabled=False),
         plugins=[TasksPlugin()],
         search_attributes=[SearchAttributeKey.for_keyword(name) for name in SEARCH_ATTRIBUTES],
         dev_server_existing_path=temporal_binary(),

@@ -22,11 +22,12 @@ from temporalio.worker import Worker
 from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetActivities, DatasetSnapshots
+from activities.outside_http import READ_SECONDS
 from activities.task_store import TaskStoreActivities
 from activities.tokens import SignedTokens
 from contracts.policy import Policy
 from contracts.task_store import TaskClaim
-from contracts.tasks import CALLBACK_SIGNAL, IMAGE_WORKFLOW, TRAINING_WORKFLOW, workflow_id_of
+from contracts.tasks import CALLBACK_SIGNAL, IMAGE_WORKFLOW, TRAINING_WORKFLOW, WORKFLOW_ID_PREFIX, workflow_id_of
 from gateway.app import create_app
 from settings import Settings
 from simulators.admin_client import ServiceAdmin
@@ -61,6 +62,8 @@ class Platform:
     gateway_url: str = ""
     task_queue: str = field(default_factory=lambda: unique("queue"))
     policy: dict[str, Any] = field(default_factory=dict)
+    read_seconds: float = READ_SECONDS
+    """How long the worker's clients wait for an answer."""
 
     # Starting tasks
 
@@ -105,6 +108,13 @@ class Platform:
     async def start_training(self, **fields: Any) -> Handle:
         return await self.start(self.training(**fields))
 
+    async def start_waiting_image(self, **fields: Any) -> Handle:
+        """Start an image task and wait until its credits are held and its job is waited for."""
+        handle = await self.start_image(**fields)
+        await self.until_held(task_id_of(handle))
+        await self.until_settled(handle)
+        return handle
+
     # Messages
 
     async def progress(self, handle: Handle) -> dict[str, Any]:
@@ -140,6 +150,21 @@ class Platform:
         progress = await self.until(shown)
         assert progress is not None
         return progress
+
+    async def until_settled(self, handle: Handle, *, seconds: float = 0.1) -> None:
+        """Wait until nothing has happened in the run for a moment: all that was due by now has been done."""
+        length, since = 0, asyncio.get_running_loop().time()
+
+        async def quiet() -> bool:
+            nonlocal length, since
+            described = (await handle.describe()).raw_description
+            is_busy = described.pending_activities or described.HasField("pending_workflow_task")
+            seen, now = described.workflow_execution_info.history_length, asyncio.get_running_loop().time()
+            if seen != length or is_busy:
+                length, since = seen, now
+            return now - since >= seconds
+
+        await self.until(quiet)
 
     async def until_held(self, task_id: str) -> None:
         """Wait until credits are held for the task."""
@@ -204,8 +229,12 @@ class Platform:
         """A worker on this platform's task queue, with its own clients, as `worker.py` opens them."""
         tokens = SignedTokens(TEST_TOKEN_SECRET, DEFAULT_ISSUER, DEFAULT_AUDIENCE)
         async with AsyncExitStack() as stack:
-            comfyui = await stack.enter_async_context(ComfyUIClient(self.simulators.comfyui_url, tokens))
-            credits = await stack.enter_async_context(CreditsClient(self.simulators.credits_url, tokens))
+            comfyui = await stack.enter_async_context(
+                ComfyUIClient(self.simulators.comfyui_url, tokens, read_seconds=self.read_seconds)
+            )
+            credits = await stack.enter_async_context(
+                CreditsClient(self.simulators.credits_url, tokens, read_seconds=self.read_seconds)
+            )
             snapshots = await stack.enter_async_context(
                 DatasetSnapshots((self.folder / "objects").as_uri(), dataset_roots=self.settings().dataset_roots)
             )
@@ -227,6 +256,21 @@ class Platform:
                 **options,
             )
             yield await stack.enter_async_context(worker)
+
+
+def task_id_of(handle: Handle) -> str:
+    return handle.id.removeprefix(WORKFLOW_ID_PREFIX)
+
+
+async def scheduled(handle: Handle, activity: str) -> list[float]:
+    """When activities of this type were scheduled on the run's own clock, in seconds since its start."""
+    began, at = None, []
+    async for event in handle.fetch_history_events():
+        now = event.event_time.ToDatetime()
+        began = began or now
+        if event.activity_task_scheduled_event_attributes.activity_type.name == activity:
+            at.append((now - began).total_seconds())
+    return at
 
 
 def activity_methods(activities: object) -> list[Callable[..., Any]]:
