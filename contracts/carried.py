@@ -118,7 +118,7 @@ class HoldState(OwnModel):
     asked: list[AskedHold] = []
     estimated: int = 0
     charged: int = 0
-    returned: int = 0
+    """Points charged by commit or charge; also what a hold turned out to be committed for by somebody else."""
     shortfall: int = 0
     next_renewal_at: Instant | None = None
     uncovered_since: Instant | None = None

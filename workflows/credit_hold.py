@@ -20,7 +20,6 @@ from contracts.calls import Post
 from contracts.carried import AskedHold, HoldState
 from contracts.credits import (
     MAX_HOLD_SECONDS,
-    MIN_HOLD_SECONDS,
     CancelHoldRequest,
     Estimate,
     EstimateRequest,
@@ -36,6 +35,8 @@ from workflows.task_record import TaskRecord
 
 LAST_SECONDS: Final = timedelta(seconds=60)
 """A hold with less life than this is not relied on."""
+SHORTEST_LIFE_SECONDS: Final = 120
+"""Past the deadline, say: a hold of 60 s would be too short to rely on the moment it is granted, for ever."""
 REFUSED_AGAIN_AFTER: Final = timedelta(seconds=30)
 UNCOVERED_LIMIT_IMAGE: Final = timedelta(seconds=60)
 UNCOVERED_LIMIT_TRAINING: Final = timedelta(hours=1)
@@ -73,7 +74,7 @@ class CreditHold:
         self._is_closing = False
         self._checkpoint_passed = False
         self._exhausted: Refusal | None = None
-        self.ledger = LedgerSearch(outside)
+        self.ledger = LedgerSearch(outside, carried)
 
     def carry(self) -> HoldState:
         return self.state
@@ -97,12 +98,13 @@ class CreditHold:
         return standing.request.estimated_cost if standing else self.amount
 
     def summary(self) -> CreditsSummary:
-        """`credits` of results and queries, in points."""
+        """`credits` of results and queries, in points; nothing is returned while a hold stands."""
+        returned = 0 if self.standing else max(0, self.amount - self.state.charged)
         return CreditsSummary(
             estimated=self.state.estimated,
             held=self.amount,
             charged=self.state.charged,
-            returned=self.state.returned,
+            returned=returned,
             shortfall=self.state.shortfall,
             pre_deduct_ids=[hold.pre_deduct_id for hold in self.state.asked if hold.pre_deduct_id],
         )
@@ -131,7 +133,7 @@ class CreditHold:
         """
         await self.settled_renewal()
         old = self.standing
-        if old is not None and old.request.estimated_cost >= cost:
+        if cost == 0 or (old is not None and old.request.estimated_cost >= cost):
             return
         try:
             await self._take(cost, self._ask_opening)
@@ -173,7 +175,7 @@ class CreditHold:
             user_id=self._task.user_id,
             scene=self._task.scene,
             estimated_cost=amount,
-            expire_in=min(MAX_HOLD_SECONDS, max(MIN_HOLD_SECONDS, seconds)),
+            expire_in=min(MAX_HOLD_SECONDS, max(SHORTEST_LIFE_SECONDS, seconds)),
         )
         hold = AskedHold(n=len(self.state.asked) + 1, request=request, asked_at=now)
         self.state.asked.append(hold)
@@ -305,26 +307,23 @@ class CreditHold:
 
     # Give back
 
-    async def give_back(self, reason: str) -> int:
+    async def give_back(self, reason: str) -> None:
         """The undo: every hold that may stand is cancelled, also one whose answer was lost.
 
-        The points that had been committed before, normally 0: such a task is completed (contract §4 *cancel refused*).
+        One that turns out to be committed counts as charged: such a task is completed (contract §4 *cancel refused*).
         """
         self._is_closing = True
         if self._renewal is not None:
             await workflow.wait([self._renewal])
             self._renewal.result()
             self._renewal = None
-        committed = [
-            await self._give_back_one(hold, reason)
-            for hold in self.state.asked
-            if not hold.resolved and not hold.refused
-        ]
-        return sum(committed)
+        for hold in self.state.asked:
+            if not hold.resolved and not hold.refused:
+                await self._give_back_one(hold, reason)
 
-    async def _give_back_one(self, hold: AskedHold, reason: str) -> int:
+    async def _give_back_one(self, hold: AskedHold, reason: str) -> None:
         if hold.pre_deduct_id is None and not await self._learn(hold):
-            return 0
+            return
         assert hold.pre_deduct_id is not None
         body = CancelHoldRequest(
             pre_deduct_id=hold.pre_deduct_id,
@@ -340,8 +339,7 @@ class CreditHold:
         if answer is not None and answer.reply is not None:
             self._tell_given_back(hold, answer.reply.balance_after)
         elif answer is not None and answer.refusal is not None:
-            return await self._cancel_refused(hold, answer.refusal)
-        return 0
+            await self._cancel_refused(hold, answer.refusal)
 
     async def _learn(self, hold: AskedHold) -> bool:
         """Repeat key and body to learn the id of a hold whose answer was lost; whether there is such a hold."""
@@ -360,20 +358,22 @@ class CreditHold:
             )
         return False
 
-    async def _cancel_refused(self, hold: AskedHold, refusal: Refusal) -> int:
+    async def _cancel_refused(self, hold: AskedHold, refusal: Refusal) -> None:
         if refusal.message == "pre_deduct_not_found":
-            return 0
+            return
         if refusal.message == "pre_deduct_already_processed":
-            fate = await self.ledger.fate_of(hold)
-            if fate.fate is not HoldFate.UNKNOWN:
-                return fate.committed
+            found = await self.ledger.fate_of(hold)
+            self.state.charged += found.committed
+            if found.fate is HoldFate.GIVEN_BACK:
+                self._tell_given_back(hold, None)
+            if found.fate is not HoldFate.UNKNOWN:
+                return
         self._record.tell_exception(
             f"hold_left:{hold.n}",
             ExceptionCode.HOLD_LEFT_TO_EXPIRY,
             f"Hold {hold.pre_deduct_id} could not be cancelled; it ends by expiry. {refusal.sentence}",
             pre_deduct_id=hold.pre_deduct_id,
         )
-        return 0
 
     # What the record is told
 
@@ -388,8 +388,6 @@ class CreditHold:
         )
 
     def _tell_given_back(self, hold: AskedHold, balance_after: int | None) -> None:
-        still_held = self.standing is not None
-        self.state.returned = 0 if still_held else hold.amount
         self._record.state.credits = self.summary()
         self._record.tell(
             f"given_back:{hold.n}",

@@ -29,24 +29,28 @@ class Settlement:
         self._record = record
         self._hold = hold
         self.charge_shortfall = False
+        self._charges = 0
 
     async def charge(self, cost: int) -> None:
         """Charge `cost` points for delivered work; what cannot be charged is recorded, and the task is completed."""
         standing = self._hold.standing
-        if standing is None or cost == 0:
+        cost -= self._hold.state.charged  # what a hold was committed for by somebody else counts
+        if standing is None or cost <= 0:
             await self._hold.give_back("nothing is charged")
-            return self._settled(0, None)
-        within = min(cost, standing.amount)
-        charged, balance_after = await self._commit(standing, within)
+            self._settled(None)
+            return
+        charged, balance_after = await self._commit(standing, min(cost, standing.amount))
         standing.resolved = True
+        self._hold.state.charged += charged or 0
         await self._hold.give_back("another hold was committed")
         missing = cost - charged if charged is not None else 0
         if missing > 0 and charged == standing.amount and self.charge_shortfall:
             more, balance_after = await self._charge_in_parts(missing, balance_after)
-            charged, missing = charged + more, missing - more
+            self._hold.state.charged += more
+            missing -= more
         if missing > 0:
             self._tell_shortfall(missing)
-        return self._settled(charged or 0, balance_after)
+        self._settled(balance_after)
 
     async def _commit(self, hold: AskedHold, cost: int) -> tuple[int | None, int | None]:
         """Points charged (None: unknown) and the balance after."""
@@ -54,14 +58,12 @@ class Settlement:
         if answer.reply is not None:
             return cost, answer.reply.balance_after
         if answer.refusal is not None and answer.refusal.message == "hold_insufficient":
-            has = self._what_it_has(hold)
-            answer = await self._ask_commit(hold, has, n=2)
+            hold.amount = await self._hold.ledger.frozen_by(hold)
+            cost = min(cost, hold.amount)
+            answer = await self._ask_commit(hold, cost, n=2)
             if answer.reply is not None:
-                return has, answer.reply.balance_after
+                return cost, answer.reply.balance_after
         return await self._commit_refused(hold, cost, answer.refusal)
-
-    def _what_it_has(self, hold: AskedHold) -> int:
-        return hold.amount
 
     async def _commit_refused(
         self, hold: AskedHold, cost: int, refusal: Refusal | None
@@ -98,9 +100,13 @@ class Settlement:
         return answer
 
     async def _charge_in_parts(self, points: int, balance_after: int | None) -> tuple[int, int | None]:
-        """Charge without a hold, at most 2000 points a call; a refusal leaves the rest as shortfall."""
+        """Charge without a hold, at most 2000 points a call; a refusal leaves the rest as shortfall.
+
+        Every part of a task has a key of its own: a repeated one would charge nothing and seem to have.
+        """
         charged = 0
-        for n, amount in enumerate(_parts(points), start=1):
+        for amount in _parts(points):
+            self._charges += 1
             body = ChargeRequest(
                 tenant_id=self._task.tenant_id,
                 user_id=self._task.user_id,
@@ -110,7 +116,8 @@ class Settlement:
                 priority=self._task.priority,
                 reason=CHARGE_REASON,
             )
-            post = Post[ChargeRequest](call_for=self._outside.call_for, key=self._outside.key("charge", n), body=body)
+            key = self._outside.key("charge", self._charges)
+            post = Post[ChargeRequest](call_for=self._outside.call_for, key=key, body=body)
             answer = await self._outside.until_answered(CreditsActivities.charge, post, summary="5 charge")
             if answer is None or answer.reply is None:
                 break
@@ -126,17 +133,14 @@ class Settlement:
             shortfall=points,
         )
 
-    def _settled(self, charged: int, balance_after: int | None) -> None:
-        state = self._hold.state
-        state.charged = charged
-        state.returned = max(0, self._hold.amount - charged)
-        self._record.state.credits = self._hold.summary()
+    def _settled(self, balance_after: int | None) -> None:
+        credits = self._record.state.credits = self._hold.summary()
         self._record.tell(
             "settled",
             EventType.CREDITS,
-            credits_delta=state.returned,
+            credits_delta=credits.returned,
             balance_after=balance_after,
-            message=f"{charged} points were charged, {state.returned} returned.",
+            message=f"{credits.charged} points were charged, {credits.returned} returned.",
         )
 
 

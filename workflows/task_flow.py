@@ -180,9 +180,8 @@ class TaskFlow(Generic[Run, Result]):
         self.stop.close()
         self.watch.stop_polling()
         self.record.waits_for("job and credits to be given back", None)
-        committed = await self.undo.all(str(end))
-        if committed:
-            self.hold.state.charged = committed
+        await self.undo.all(str(end))
+        if self.hold.state.charged:
             delivered = self.watch.newest if self.watch.newest and self.watch.newest.succeeded else None
             return await self.completed(delivered)
         self.record.state.credits = self.hold.summary()

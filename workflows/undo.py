@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from temporalio import workflow
 
-UndoStep = Callable[[str], Awaitable[int | None]]
+UndoStep = Callable[[str], Awaitable[None]]
 
 
 class Undo:
@@ -24,16 +24,17 @@ class Undo:
         """Register an undo; pushing the same name again changes nothing."""
         self._steps.setdefault(name, step)
 
-    async def all(self, reason: str) -> int:
-        """Run every undo at once and wait for the last; the points that turned out to be committed, normally 0.
+    async def all(self, reason: str) -> None:
+        """Run every undo at once and wait for the last.
 
         An exception is a bug: it surfaces after the others have landed.
         """
         tasks = [asyncio.create_task(_run(step, reason), name=name) for name, step in self._steps.items()]
         if tasks:
             await workflow.wait(tasks)
-        return sum(task.result() or 0 for task in tasks)
+        for task in tasks:
+            task.result()
 
 
-async def _run(step: UndoStep, reason: str) -> int | None:
-    return await step(reason)
+async def _run(step: UndoStep, reason: str) -> None:
+    await step(reason)
