@@ -57,7 +57,7 @@ async def ended(platform: Platform, handle: Handle, *, exempt: Collection[str] =
     await _check_jobs(platform, task_id, exempt)
     _check_events(ending)
     await _check_row(platform, task_id, ending)
-    await _check_history(handle)
+    await check_history(handle)
     return ending
 
 
@@ -129,7 +129,7 @@ async def _check_row(platform: Platform, task_id: str, ending: Ending) -> None:
         assert row.credits.model_dump() == ending.result["credits"]
 
 
-async def _check_history(handle: Handle) -> None:
+async def check_history(handle: Handle) -> None:
     """No workflow task ever failed: nothing that came in left the run stuck, even for a moment."""
     async for event in handle.fetch_history_events():
         if event.event_type == HistoryEvent.EVENT_TYPE_WORKFLOW_TASK_FAILED:
