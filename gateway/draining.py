@@ -1,0 +1,38 @@
+"""Going away: told before the server stops, so that what is open can end by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from types import FrameType
+
+import uvicorn
+
+
+class Draining:
+    """Whether the process has been told to end. Streams wait for it and end with a retry hint."""
+
+    def __init__(self) -> None:
+        self._begun = asyncio.Event()
+
+    def begin(self) -> None:
+        self._begun.set()
+
+    @property
+    def has_begun(self) -> bool:
+        return self._begun.is_set()
+
+    async def wait(self) -> None:
+        """Return once the process has been told to end."""
+        await self._begun.wait()
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, except that a signal begins the draining before the server stops taking connections."""
+
+    def __init__(self, config: uvicorn.Config, draining: Draining) -> None:
+        super().__init__(config)
+        self._draining = draining
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._draining.begin()
+        super().handle_exit(sig, frame)

@@ -1,0 +1,246 @@
+"""Live streams (contract §6): one task, several, or all of a tenant; Server-Sent Events and WebSocket.
+
+Open: who asks, which tasks, from where → all of that is answered as an ordinary request. Then the hub tells.
+Annotations are evaluated here at once: the dependency that they name is made by `stream_routes`, not by the module.
+"""
+
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response, WebSocket
+from starlette.types import Receive, Scope, Send
+
+from contracts.fields import OwnModel
+from gateway.access import Access
+from gateway.problems import Problem, ProblemCode, problems
+from gateway.streams_cursors import positions_of
+from gateway.streams_hub import EventHub
+from gateway.streams_subscriber import Subscriber
+from gateway.streams_wires import RETRY_MILLISECONDS, EndReason, SseWire, WebSocketWire
+from gateway.tokens import Caller
+from store import CursorInvalid, StoreFailure, TaskHead
+
+MAX_TASKS: Final = 50
+MAX_STREAMS: Final = 15_000
+"""Of this process; further ones are asked to come again, which is another process's turn."""
+ALL_TASKS: Final = "*"
+RETRY_BACKOFF_SECONDS: Final = (1, 2, 5, 10, 30)
+EVENT_STREAM: Final = "text/event-stream"
+_TASK_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_HEADERS: Final = {
+    "Cache-Control": "no-store",
+    # Proxies that buffer would hold events back.
+    "X-Accel-Buffering": "no",
+}
+
+
+class StreamConfig(OwnModel):
+    """Where streams are, a token that opens them and nothing else, and how long to wait before each new try."""
+
+    ws_url: str
+    sse_url: str
+    token: str
+    retry_backoff_seconds: list[int]
+
+
+class Opening:
+    """A stream that may be opened: its tasks, how far each has come, and after which `seq` each is told."""
+
+    def __init__(self, caller: Caller, heads: dict[str, TaskHead], positions: dict[str, int]) -> None:
+        self._caller = caller
+        self.heads = heads
+        self._positions = positions
+        self._open_tasks = [task_id for task_id, head in heads.items() if self._has_more(head)]
+
+    def _has_more(self, head: TaskHead) -> bool:
+        return not head.has_ended or self._positions[head.task_id] < head.last_seq
+
+    @property
+    def is_over(self) -> bool:
+        """Everything was told before, up to the end of every task."""
+        return bool(self._positions) and not self._open_tasks
+
+    def subscriber(self, wire: SseWire | WebSocketWire) -> Subscriber:
+        return Subscriber(
+            wire,
+            tenant_id=self._caller.tenant_id,
+            expires_at=self._caller.expires_at,
+            positions=self._positions,
+            open_tasks=self._open_tasks,
+        )
+
+
+class EventStreamResponse(Response):
+    """One SSE stream, for as long as it lasts."""
+
+    media_type = EVENT_STREAM
+
+    def __init__(self, hub: EventHub, opening: Opening) -> None:
+        super().__init__(headers=_HEADERS)
+        del self.headers["content-length"]
+        self._hub = hub
+        self._opening = opening
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        wire = SseWire(receive, send)
+        # A first line at once: some browsers and proxies hold a response back until its body begins.
+        await wire.write([f"retry: {RETRY_MILLISECONDS}\n\n".encode()])
+        await self._hub.tell(self._opening.subscriber(wire), self._opening.heads)
+
+
+async def opened(
+    hub: EventHub, caller: Caller, task_ids: Sequence[str], *, cursor: str | None, all_tasks: bool = False
+) -> Opening:
+    """Check what is asked for. Raises Problem."""
+    if hub.is_draining:
+        raise Problem(ProblemCode.DRAINING, "This process is about to end: open the stream again.")
+    if hub.open_streams.total() >= MAX_STREAMS:
+        raise Problem(
+            ProblemCode.RATE_LIMITED,
+            f"This process serves its {MAX_STREAMS} streams already: open the stream again later.",
+            headers={"Retry-After": str(RETRY_BACKOFF_SECONDS[2])},
+        )
+    if all_tasks:
+        return Opening(caller, {}, {})
+    try:
+        positions = positions_of(cursor, task_ids) if cursor else dict.fromkeys(task_ids, 0)
+    except CursorInvalid as error:
+        raise Problem(ProblemCode.INPUT_INVALID, str(error)) from None
+    try:
+        heads = await hub.heads(task_ids)
+    except StoreFailure:
+        raise Problem(ProblemCode.STORE_UNAVAILABLE, "The task store cannot be read now: open it again.") from None
+    for task_id in task_ids:
+        # A stranger's task is as unknown as one that there is not.
+        if task_id not in heads or heads[task_id].tenant_id != caller.tenant_id:
+            raise Problem(ProblemCode.TASK_UNKNOWN, f"There is no task {task_id} of this tenant.")
+    return Opening(caller, heads, positions)
+
+
+def asked_for(task_id: str | None, subscribe: str | None) -> tuple[list[str], bool]:
+    """The ids in `task_id` and `subscribe`, or that all tasks are asked for. Raises Problem."""
+    if subscribe is not None and subscribe.strip() == ALL_TASKS:
+        if task_id:
+            raise Problem(ProblemCode.INPUT_INVALID, "subscribe=* is all tasks: leave task_id out.")
+        return [], True
+    parts = [task_id or "", *(subscribe or "").split(",")]
+    task_ids = list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+    if not task_ids:
+        raise Problem(ProblemCode.INPUT_INVALID, "Name a task: ?task_id=A, ?subscribe=B,C or ?subscribe=*.")
+    if len(task_ids) > MAX_TASKS:
+        raise Problem(ProblemCode.INPUT_INVALID, f"One stream tells of at most {MAX_TASKS} tasks: open several.")
+    if not all(_TASK_ID.fullmatch(part) for part in task_ids):
+        raise Problem(ProblemCode.INPUT_INVALID, "A task id has 1 to 64 letters, digits, '-' or '_'.")
+    return task_ids, False
+
+
+_TaskId = Annotated[str | None, Query(max_length=64, description="One task.", examples=["image-3f9c"])]
+_Subscribe = Annotated[
+    str | None,
+    Query(max_length=4_096, description=f"Up to {MAX_TASKS} tasks, comma-separated; `*`: all of the own tenant's."),
+]
+_Cursor = Annotated[str | None, Query(max_length=2_048, description="Where to go on: an event's `cursor`.")]
+_LastEventId = Annotated[
+    str | None, Header(max_length=2_048, description="As `cursor`, and before it: browsers send it by themselves.")
+]
+_REFUSALS: Final = (
+    ProblemCode.INPUT_INVALID,
+    ProblemCode.UNAUTHENTICATED,
+    ProblemCode.NOT_AUTHORIZED,
+    ProblemCode.TASK_UNKNOWN,
+    ProblemCode.RATE_LIMITED,
+    ProblemCode.STORE_UNAVAILABLE,
+    ProblemCode.DRAINING,
+    ProblemCode.TOKENS_UNVERIFIABLE,
+)
+_EXAMPLE: Final = "\n".join(
+    (
+        "id: ZQppbWFnZS0zZjljCjI",
+        "event: task.running",
+        'data: {"event_id":"image-3f9c:2","seq":2,"event":"task.running",…}',
+        "",
+        "",
+    )
+)
+_STREAM_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "Frames: `id` is the cursor, `event` the type, `data` one JSON object (TaskEvent).",
+        "content": {EVENT_STREAM: {"schema": {"type": "string"}, "example": _EXAMPLE}},
+    },
+    204: {"description": "Every event was told before and every task has ended: do not come again."},
+    **problems(*_REFUSALS),
+}
+
+
+def stream_routes(hub: EventHub, access: Access, *, public_url: str | None = None) -> APIRouter:
+    """`public_url`: the address under which clients reach the gateway; default: the one they asked at."""
+    router = APIRouter(prefix="/api/v1/tasks", tags=["streams"])
+    watcher = access.demands_for_stream()
+
+    @router.get(
+        "/stream/sse", response_class=EventStreamResponse, responses=_STREAM_RESPONSES, summary="Live events by SSE"
+    )
+    async def stream_sse(
+        caller: Annotated[Caller, Depends(watcher)],
+        task_id: _TaskId = None,
+        subscribe: _Subscribe = None,
+        cursor: _Cursor = None,
+        last_event_id: _LastEventId = None,
+    ) -> Response:
+        """History from the cursor on, then live, without a gap or a duplicate; ends after the last task's last event.
+
+        `subscribe=*` begins now, has no `id` in its frames and cannot be resumed.
+        """
+        task_ids, all_tasks = asked_for(task_id, subscribe)
+        return _answer(hub, await opened(hub, caller, task_ids, cursor=last_event_id or cursor, all_tasks=all_tasks))
+
+    @router.websocket("/stream/ws")
+    async def stream_ws(
+        socket: WebSocket,
+        caller: Annotated[Caller, Depends(watcher)],
+        task_id: _TaskId = None,
+        subscribe: _Subscribe = None,
+        cursor: _Cursor = None,
+    ) -> None:
+        task_ids, all_tasks = asked_for(task_id, subscribe)
+        opening = await opened(hub, caller, task_ids, cursor=cursor, all_tasks=all_tasks)
+        await socket.accept()
+        wire = WebSocketWire(socket)
+        if opening.is_over:
+            await wire.end(EndReason.OVER, RETRY_MILLISECONDS)
+            return
+        await hub.tell(opening.subscriber(wire), opening.heads)
+
+    @router.get(
+        "/stream/config",
+        responses=problems(ProblemCode.UNAUTHENTICATED, ProblemCode.NOT_AUTHORIZED, ProblemCode.TOKENS_UNVERIFIABLE),
+        summary="Where streams are, and a token for them",
+    )
+    async def stream_config(request: Request, caller: Annotated[Caller, Depends(watcher)]) -> StreamConfig:
+        """The token opens streams and nothing else, for at most ten minutes: it may stand in an address."""
+        base = (public_url or str(request.base_url)).rstrip("/")
+        return StreamConfig(
+            ws_url=f"{'ws' + base.removeprefix('http')}/api/v1/tasks/stream/ws",
+            sse_url=f"{base}/api/v1/tasks/stream/sse",
+            token=access.stream_tokens.made_for(caller),
+            retry_backoff_seconds=list(RETRY_BACKOFF_SECONDS),
+        )
+
+    return router
+
+
+def task_event_stream(hub: EventHub) -> Callable[[Request, Caller, str], Awaitable[Response]]:
+    """The live stream of one task, under the address of its history; taken up by `cursor`, `after` or Last-Event-ID."""
+
+    async def stream(request: Request, caller: Caller, task_id: str) -> Response:
+        told = request.headers.get("last-event-id")
+        cursor = told or request.query_params.get("cursor") or request.query_params.get("after")
+        return _answer(hub, await opened(hub, caller, asked_for(task_id, None)[0], cursor=cursor))
+
+    return stream
+
+
+def _answer(hub: EventHub, opening: Opening) -> Response:
+    return Response(status_code=204) if opening.is_over else EventStreamResponse(hub, opening)

@@ -1,0 +1,324 @@
+"""News of all tasks, once a process: one LISTEN connection, one reader, every stream (pitfall 27, 28).
+
+    NOTIFY ─┐                       ┌─▶ streams that name the task
+    sweep ──┴─▶ tasks with news ─▶ read ─┴─▶ streams of its tenant
+
+A notification only says that there is news; what is told is read from the store, in order, from where the last
+reading ended. So a lost, repeated or late notification changes nothing but the time, and the sweep bounds that to 2 s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from itertools import count
+from typing import Final
+
+import structlog
+
+from contracts.tasks import TaskEvent
+from gateway.draining import Draining
+from gateway.streams_subscriber import Subscriber
+from gateway.streams_wires import EndReason, SharedEvent
+from store import StoreFailure, StoreUnavailable, TaskHead, TaskStore
+
+log = structlog.get_logger(__name__)
+
+SWEEP_SECONDS: Final = 2.0
+HEARTBEAT_SECONDS: Final = 15
+PAGE: Final = 100
+"""Events of one task that are read at once."""
+SWEEP_PAGE: Final = 2_000
+READERS: Final = 3
+"""Streams that read history at the same time: the pool serves others too."""
+STORE_RETRY_SECONDS: Final = 0.25
+MAX_STRANGERS: Final = 10_000
+ENDED_KEPT_SECONDS: Final = 120.0
+"""How long an ended task of a watched tenant is known, so that its history is not taken for a new task's."""
+
+
+class Feed:
+    """A task that somebody watches."""
+
+    __slots__ = ("ended_at", "last_seq", "subscribers", "task_id", "tenant_id", "told_seq")
+
+    def __init__(self, head: TaskHead, *, last_seq: int) -> None:
+        self.task_id = head.task_id
+        self.tenant_id = head.tenant_id
+        self.last_seq = last_seq
+        """The newest that the streams were given."""
+        self.told_seq = head.last_seq
+        """The newest that is known to exist."""
+        self.ended_at = time.monotonic() if head.has_ended and last_seq >= head.last_seq else None
+        self.subscribers: set[Subscriber] = set()
+
+
+class EventHub:
+    """Gives every open stream of this process its tasks' news. `running()` is its life."""
+
+    def __init__(self, store: TaskStore, draining: Draining, *, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
+        self._store = store
+        self._draining = draining
+        self._listener = store.listener(told=self._told, resumed=self._sweep_now)
+        self._feeds: dict[str, Feed] = {}
+        self._tenants: dict[str, set[Subscriber]] = {}
+        self._unknown: dict[str, None] = {}
+        self._strangers: OrderedDict[str, None] = OrderedDict()
+        self._with_news: set[str] = set()
+        self._news = asyncio.Event()
+        self._sweep_due = asyncio.Event()
+        self._beats: list[set[Subscriber]] = [set() for _ in range(heartbeat_seconds)]
+        self._joined = 0
+        self._readers = asyncio.Semaphore(READERS)
+        self.open_streams: Counter[str] = Counter()
+        """How many are open, by kind: `sse`, `ws`."""
+        self.ended: Counter[EndReason] = Counter()
+        """Streams that we ended, by reason."""
+
+    @property
+    def is_draining(self) -> bool:
+        return self._draining.has_begun
+
+    @property
+    def is_listening(self) -> bool:
+        return self._listener.is_listening
+
+    @property
+    def watched_tenants(self) -> frozenset[str]:
+        """Tenants with a stream of all their tasks."""
+        return frozenset(self._tenants)
+
+    @property
+    def watched_tasks(self) -> int:
+        """Tasks that some stream tells of, and those whose last stream has just gone."""
+        return len(self._feeds)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        parts = (self._listener.run(), self._read_news(), self._sweep(), self._keep_time(), self._drain())
+        tasks = [asyncio.create_task(part) for part in parts]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            with suppress(asyncio.CancelledError):
+                await asyncio.gather(*tasks)
+
+    async def _drain(self) -> None:
+        """End every stream with word of when to come again; new ones are refused by then."""
+        await self._draining.wait()
+        for subscriber in [subscriber for beat in self._beats for subscriber in beat]:
+            self._end(subscriber, EndReason.DRAINING)
+
+    async def heads(self, task_ids: Sequence[str]) -> dict[str, TaskHead]:
+        """How far each task has come. Raises StoreFailure."""
+        async with self._readers:
+            return await self._store.heads(task_ids)
+
+    async def tell(self, subscriber: Subscriber, heads: Mapping[str, TaskHead]) -> None:
+        """Give the stream its tasks' history, then their news, until its client has gone or it has ended."""
+        beat = self._beats[self._joined % len(self._beats)]
+        self._joined += 1
+        beat.add(subscriber)
+        self.open_streams[subscriber.wire.kind] += 1
+        try:
+            if self.is_draining:
+                self._end(subscriber, EndReason.DRAINING)
+            elif subscriber.is_of_tenant:
+                await self._join_tenant(subscriber)
+            else:
+                await self._join_tasks(subscriber, heads)
+            await subscriber.wire.until_gone()
+        except asyncio.CancelledError:
+            if not subscriber.is_aborted:
+                raise
+        finally:
+            beat.discard(subscriber)
+            self.open_streams[subscriber.wire.kind] -= 1
+            self._leave(subscriber)
+            await subscriber.closed()
+
+    async def _join_tasks(self, subscriber: Subscriber, heads: Mapping[str, TaskHead]) -> None:
+        for task_id in subscriber.open_tasks:
+            feed = self._feeds.get(task_id)
+            if feed is None:
+                feed = self._feeds[task_id] = Feed(heads[task_id], last_seq=heads[task_id].last_seq)
+            feed.subscribers.add(subscriber)
+        while (behind := subscriber.behind) and subscriber.ending is None:
+            page = max(10, PAGE // len(behind))
+            try:
+                async with self._readers:
+                    events = await self._store.events_of_each(behind, limit_each=page)
+            except StoreFailure:
+                self._end(subscriber, EndReason.UNAVAILABLE)
+                return
+            subscriber.catch_up(SharedEvent(event) for event in events)
+            self._level(subscriber, events, page)
+            await subscriber.written()
+
+    def _level(self, subscriber: Subscriber, events: Sequence[TaskEvent], page: int) -> None:
+        """Which tasks have no more history than was read."""
+        read = Counter(event.task_id for event in events)
+        for task_id, seq in subscriber.behind.items():
+            feed = self._feeds[task_id]
+            if read[task_id] < page and (seq >= feed.last_seq or not read[task_id]):
+                subscriber.is_level(task_id)
+
+    async def _join_tenant(self, subscriber: Subscriber) -> None:
+        """From now on: of tasks that are open already, only what comes after what they have."""
+        tenant_id = subscriber.tenant_id
+        try:
+            if tenant_id not in self._tenants:
+                async with self._readers:
+                    recent = await self._store.recent_heads(tenant_id)
+                for head in recent:
+                    self._feeds.setdefault(head.task_id, Feed(head, last_seq=head.last_seq))
+                self._strangers.clear()
+        except StoreFailure:
+            self._end(subscriber, EndReason.UNAVAILABLE)
+            return
+        self._tenants.setdefault(tenant_id, set()).add(subscriber)
+        self._sweep_now()
+
+    def _leave(self, subscriber: Subscriber) -> None:
+        """Feeds without streams are dropped by the next sweep."""
+        for task_id in subscriber.positions:
+            if feed := self._feeds.get(task_id):
+                feed.subscribers.discard(subscriber)
+        if of_tenant := self._tenants.get(subscriber.tenant_id):
+            of_tenant.discard(subscriber)
+            if not of_tenant:
+                del self._tenants[subscriber.tenant_id]
+
+    def _end(self, subscriber: Subscriber, reason: EndReason) -> None:
+        if subscriber.ending is None:
+            self.ended[reason] += 1
+            subscriber.end(reason)
+
+    def _told(self, task_id: str, seq: int) -> None:
+        feed = self._feeds.get(task_id)
+        if feed is not None:
+            self._has_news(feed, seq)
+        elif self._tenants and task_id not in self._strangers:
+            self._unknown[task_id] = None
+            self._news.set()
+
+    def _has_news(self, feed: Feed, seq: int) -> None:
+        feed.told_seq = max(feed.told_seq, seq)
+        if feed.told_seq > feed.last_seq:
+            self._with_news.add(feed.task_id)
+            self._news.set()
+
+    async def _read_news(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            try:
+                if self._unknown:
+                    await self._get_to_know()
+                if self._with_news:
+                    await self._read_events()
+            except StoreUnavailable as error:
+                log.warning("news_not_read", reason=str(error))
+                await asyncio.sleep(STORE_RETRY_SECONDS)
+                self._news.set()
+            except StoreFailure as error:
+                log.error("news_unreadable", reason=str(error))
+                await asyncio.sleep(SWEEP_SECONDS)
+
+    async def _get_to_know(self) -> None:
+        """Tasks that began since their tenant is watched."""
+        task_ids = list(self._unknown)[:SWEEP_PAGE]
+        heads = await self._store.heads(task_ids)
+        for task_id in task_ids:
+            del self._unknown[task_id]
+            head = heads.get(task_id)
+            if head is not None and head.tenant_id in self._tenants:
+                self._begin(head)
+            else:
+                self._strangers[task_id] = None
+        while len(self._strangers) > MAX_STRANGERS:
+            self._strangers.popitem(last=False)
+        if self._unknown:
+            self._news.set()
+
+    def _begin(self, head: TaskHead) -> None:
+        if head.task_id not in self._feeds:
+            feed = self._feeds[head.task_id] = Feed(head, last_seq=0)
+            self._has_news(feed, head.last_seq)
+
+    async def _read_events(self) -> None:
+        chosen = list(self._with_news)[:SWEEP_PAGE]
+        positions = {task_id: self._feeds[task_id].last_seq for task_id in chosen if task_id in self._feeds}
+        events = await self._store.events_of_each(positions, limit_each=PAGE)
+        self._with_news.difference_update(chosen)
+        for event in events:
+            self._give(event)
+        for task_id in {event.task_id for event in events}:
+            if feed := self._feeds.get(task_id):
+                self._has_news(feed, feed.told_seq)
+        if self._with_news:
+            self._news.set()
+
+    def _give(self, event: TaskEvent) -> None:
+        feed = self._feeds.get(event.task_id)
+        if feed is None or event.seq <= feed.last_seq:
+            return
+        feed.last_seq = event.seq
+        shared = SharedEvent(event)
+        if shared.is_end:
+            feed.ended_at = time.monotonic()
+        for subscriber in (*feed.subscribers, *self._tenants.get(feed.tenant_id, ())):
+            was_open = subscriber.ending is None
+            subscriber.deliver(shared)
+            if was_open and subscriber.ending is not None:
+                self.ended[subscriber.ending] += 1
+
+    def _sweep_now(self) -> None:
+        self._sweep_due.set()
+
+    async def _sweep(self) -> None:
+        """Look for news that no notification told of."""
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._sweep_due.wait(), SWEEP_SECONDS)
+            self._sweep_due.clear()
+            self._drop_unwatched()
+            try:
+                await self._look_for_news()
+            except StoreFailure as error:
+                log.warning("sweep_failed", reason=str(error))
+
+    async def _look_for_news(self) -> None:
+        watched = [task_id for task_id, feed in self._feeds.items() if feed.ended_at is None]
+        for start in range(0, len(watched), SWEEP_PAGE):
+            heads = await self._store.heads(watched[start : start + SWEEP_PAGE])
+            for task_id, head in heads.items():
+                if feed := self._feeds.get(task_id):
+                    self._has_news(feed, head.last_seq)
+        for tenant_id in list(self._tenants):
+            for head in await self._store.recent_heads(tenant_id):
+                self._begin(head)
+
+    def _drop_unwatched(self) -> None:
+        forgotten = time.monotonic() - ENDED_KEPT_SECONDS
+        for feed in list(self._feeds.values()):
+            is_kept = feed.tenant_id in self._tenants and (feed.ended_at is None or feed.ended_at > forgotten)
+            if not feed.subscribers and not is_kept:
+                del self._feeds[feed.task_id]
+                self._with_news.discard(feed.task_id)
+
+    async def _keep_time(self) -> None:
+        """Each second: streams whose token has expired end, and those whose turn it is hear a heartbeat."""
+        for second in count():
+            await asyncio.sleep(1)
+            now = time.time()
+            for beat in self._beats:
+                for subscriber in [subscriber for subscriber in beat if subscriber.expires_at <= now]:
+                    self._end(subscriber, EndReason.EXPIRED)
+            for subscriber in list(self._beats[second % len(self._beats)]):
+                subscriber.beat()

@@ -1,0 +1,165 @@
+"""How a stream speaks: Server-Sent Events or WebSocket. What it says is the same JSON (contract §6).
+
+Departures from the framework's own ways, each for memory: measured with benchmarks/stream_memory.py.
+1. One task a stream: the application waits for the client to go, and whoever has news writes. The usual pair of
+   tasks, one producing and one waiting for the disconnect, costs as much again.
+2. An event is turned into text once for all streams that tell it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from functools import cached_property
+from typing import Final, Protocol
+
+from starlette.types import Receive, Send
+from starlette.websockets import WebSocket
+
+from contracts.tasks import EventType, Heartbeat, TaskEvent
+
+RETRY_MILLISECONDS: Final = 2_000
+ENDS: Final = frozenset({EventType.COMPLETED, EventType.FAILED, EventType.CANCELLED})
+"""Nothing follows these in a task's history."""
+
+
+class EndReason(StrEnum):
+    """Why a stream ends. All but `over` may be taken up again where it stood."""
+
+    OVER = "over"
+    """Every task it tells of has ended."""
+    SLOW = "slow"
+    """Its client reads more slowly than its tasks move."""
+    EXPIRED = "expired"
+    """Its token has expired."""
+    DRAINING = "draining"
+    """This process is about to end."""
+    UNAVAILABLE = "unavailable"
+    """The history cannot be read now."""
+
+
+_CLOSE_CODES: Final = {
+    EndReason.OVER: 1000,
+    EndReason.SLOW: 1013,
+    EndReason.EXPIRED: 3000,
+    EndReason.DRAINING: 1012,
+    EndReason.UNAVAILABLE: 1013,
+}
+"""RFC 6455 and the IANA registry: normal, try again later, unauthorized, service restart."""
+
+_LINE_ENDS: Final = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+"""JSON lets them stand and SSE takes them for text, but readers that split lines as Python does would not."""
+
+
+class SharedEvent:
+    """An event and its texts, each made at most once."""
+
+    def __init__(self, event: TaskEvent) -> None:
+        self.task_id = event.task_id
+        self.seq = event.seq
+        self.is_end = event.event in ENDS
+        self._event = event
+
+    @cached_property
+    def _before_cursor(self) -> str:
+        return self._event.model_dump_json(exclude={"cursor"})[:-1].translate(_LINE_ENDS)
+
+    @cached_property
+    def own_json(self) -> str:
+        return self.json(self._event.cursor)
+
+    @cached_property
+    def own_sse(self) -> bytes:
+        return self.sse(self._event.cursor)
+
+    @cached_property
+    def sse_without_id(self) -> bytes:
+        return f"event: {self._event.event}\ndata: {self.own_json}\n\n".encode()
+
+    def json(self, cursor: str) -> str:
+        """The event as JSON, with the stream's cursor."""
+        return f'{self._before_cursor},"cursor":"{cursor}"}}'
+
+    def sse(self, cursor: str) -> bytes:
+        return f"id: {cursor}\nevent: {self._event.event}\ndata: {self.json(cursor)}\n\n".encode()
+
+
+class Wire(Protocol):
+    """One client's connection, after it was accepted. Frames are `bytes` (SSE) or `str` (WebSocket)."""
+
+    kind: str
+
+    def frame(self, event: SharedEvent, cursor: str | None, *, is_own: bool) -> bytes | str:
+        """`is_own`: the cursor is the event's own; None: this stream cannot be resumed."""
+
+    def heartbeat(self, cursor: str | None) -> bytes | str: ...
+
+    async def write(self, frames: Sequence[bytes | str]) -> None: ...
+
+    async def end(self, reason: EndReason, retry_milliseconds: int) -> None: ...
+
+    async def until_gone(self) -> None:
+        """Returns when the client has gone or the stream has ended."""
+
+
+class SseWire:
+    """Server-Sent Events over one ASGI response that has been started."""
+
+    kind = "sse"
+    __slots__ = ("_receive", "_send")
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+
+    def frame(self, event: SharedEvent, cursor: str | None, *, is_own: bool) -> bytes:
+        if cursor is None:
+            return event.sse_without_id
+        return event.own_sse if is_own else event.sse(cursor)
+
+    def heartbeat(self, cursor: str | None) -> bytes:
+        return f"event: {EventType.HEARTBEAT}\ndata: {_heartbeat(cursor)}\n\n".encode()
+
+    async def write(self, frames: Sequence[bytes | str]) -> None:
+        body = b"".join(frame if isinstance(frame, bytes) else frame.encode() for frame in frames)
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self, reason: EndReason, retry_milliseconds: int) -> None:
+        farewell = f": {reason}\nretry: {retry_milliseconds}\n\n".encode()
+        await self._send({"type": "http.response.body", "body": farewell, "more_body": False})
+
+    async def until_gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+class WebSocketWire:
+    """The same over an accepted WebSocket; what the client sends is not looked at."""
+
+    kind = "ws"
+    __slots__ = ("_socket",)
+
+    def __init__(self, socket: WebSocket) -> None:
+        self._socket = socket
+
+    def frame(self, event: SharedEvent, cursor: str | None, *, is_own: bool) -> str:
+        return event.own_json if is_own or cursor is None else event.json(cursor)
+
+    def heartbeat(self, cursor: str | None) -> str:
+        return _heartbeat(cursor)
+
+    async def write(self, frames: Sequence[bytes | str]) -> None:
+        for frame in frames:
+            await self._socket.send_text(frame if isinstance(frame, str) else frame.decode())
+
+    async def end(self, reason: EndReason, retry_milliseconds: int) -> None:
+        await self._socket.close(_CLOSE_CODES[reason], f"{reason}; retry in {retry_milliseconds} ms")
+
+    async def until_gone(self) -> None:
+        while (await self._socket.receive())["type"] != "websocket.disconnect":
+            pass
+
+
+def _heartbeat(cursor: str | None) -> str:
+    return Heartbeat(ts=datetime.now(UTC), cursor=cursor).model_dump_json()

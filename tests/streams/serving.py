@@ -1,0 +1,170 @@
+"""Streams served on a free port, readers of them, and a writer of tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import jwt
+import uvicorn
+from fastapi import Depends, FastAPI, Request, Response
+
+from contracts.permissions import Scope
+from contracts.tasks import EventType, TaskStatus
+from gateway.access import Access
+from gateway.draining import Draining
+from gateway.problems import answer_with_problems
+from gateway.streams import stream_routes, task_event_stream
+from gateway.streams_hub import EventHub
+from gateway.tokens import Caller, CallerTokens, SharedSecret, StreamTokens
+from store import TaskStore
+from tests.conftest import unique
+from tests.local_stack.waiting import comes_true
+from tests.store.facts import claim_of, end, fact, new_task_id, write_of
+
+SECRET = "a secret of the tests, long enough for HS256"
+ISSUER, AUDIENCE = "tests", "gateway"
+
+
+def token_for(tenant_id: str, *, scopes: Sequence[str] = (Scope.TASK_READ,), seconds: float = 600) -> str:
+    claims = {"iss": ISSUER, "aud": AUDIENCE, "exp": time.time() + seconds, "tenant_id": tenant_id, "user_id": "user"}
+    return jwt.encode({**claims, "scopes": list(scopes)}, SECRET, algorithm="HS256")
+
+
+def access() -> Access:
+    return Access(CallerTokens(SharedSecret(SECRET), issuer=ISSUER, audience=AUDIENCE), StreamTokens(SECRET))
+
+
+@dataclass
+class Streams:
+    """A served process of streams, and how tests open them."""
+
+    hub: EventHub
+    http: httpx.AsyncClient
+    port: int
+    draining: Draining
+
+    @asynccontextmanager
+    async def opened(
+        self, tenant_id: str, query: str, *, headers: dict[str, str] | None = None, token: str | None = None
+    ) -> AsyncIterator[Reader]:
+        sent = {"authorization": f"Bearer {token or token_for(tenant_id)}", **(headers or {})}
+        path = query if query.startswith("/") else f"/api/v1/tasks/stream/sse?{query}"
+        async with self.http.stream("GET", path, headers=sent) as response:
+            assert response.status_code == 200, await response.aread()
+            reader = Reader(response)
+            reading = asyncio.create_task(reader.read())
+            try:
+                yield reader
+            finally:
+                reading.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
+
+    async def status(self, tenant_id: str, query: str, **headers: str) -> int:
+        """The status that a stream's request is answered with; for those that are not opened."""
+        sent = {"authorization": f"Bearer {token_for(tenant_id)}", **headers}
+        async with self.http.stream("GET", f"/api/v1/tasks/stream/sse?{query}", headers=sent) as response:
+            return response.status_code
+
+
+@dataclass
+class Reader:
+    """Reads a stream as a browser's EventSource does."""
+
+    response: httpx.Response
+    frames: list[dict[str, str]] = field(default_factory=list)
+    has_ended: bool = False
+
+    async def read(self) -> None:
+        frame: dict[str, str] = {}
+        async for line in self.response.aiter_lines():
+            if line:
+                name, _, value = line.partition(": ")
+                frame[name] = value
+            elif frame:
+                self.frames.append(frame)
+                frame = {}
+        self.has_ended = True
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What was told, without heartbeats."""
+        told = [json.loads(frame["data"]) for frame in self.frames if "data" in frame]
+        return [event for event in told if event["event"] != EventType.HEARTBEAT]
+
+    def seqs(self, task_id: str) -> list[int]:
+        return [event["seq"] for event in self.events if event["task_id"] == task_id]
+
+    @property
+    def last_id(self) -> str:
+        return next(frame["id"] for frame in reversed(self.frames) if "id" in frame)
+
+    async def until(self, condition: Callable[[Reader], Any], *, within: float = 10.0) -> None:
+        await comes_true(lambda: bool(condition(self)), within_seconds=within)
+
+    async def until_told(self, task_id: str, seq: int, *, within: float = 10.0) -> None:
+        await self.until(lambda reader: seq in reader.seqs(task_id), within=within)
+
+    async def until_ended(self, *, within: float = 10.0) -> None:
+        await self.until(lambda reader: reader.has_ended, within=within)
+
+
+@dataclass
+class Writer:
+    """Writes tasks as a workflow would."""
+
+    store: TaskStore
+    tenant_id: str
+    _versions: dict[str, int] = field(default_factory=dict)
+
+    async def begun(self) -> str:
+        task_id = new_task_id()
+        await self.store.claim(claim_of(task_id, tenant_id=self.tenant_id))
+        return task_id
+
+    async def tell(self, task_id: str, count: int = 1, **fields: Any) -> None:
+        """`count` events in one write."""
+        facts = [fact(unique("fact"), **fields) for _ in range(count)]
+        await self.store.write(write_of(task_id, *facts, version=self._version(task_id)))
+
+    async def end(self, task_id: str) -> None:
+        write = write_of(task_id, end(), version=self._version(task_id), status=TaskStatus.COMPLETED)
+        await self.store.write(write)
+
+    def _version(self, task_id: str) -> int:
+        self._versions[task_id] = self._versions.get(task_id, 0) + 1
+        return self._versions[task_id]
+
+
+@asynccontextmanager
+async def streams_on(store: TaskStore, *, heartbeat_seconds: int = 15) -> AsyncIterator[Streams]:
+    draining = Draining()
+    hub = EventHub(store, draining, heartbeat_seconds=heartbeat_seconds)
+    callers = access()
+    watcher = Depends(callers.demands_for_stream())
+    app = FastAPI()
+    answer_with_problems(app)
+    app.include_router(stream_routes(hub, callers))
+
+    async def events(request: Request, task_id: str, caller: Caller = watcher) -> Response:
+        return await task_event_stream(hub)(request, caller, task_id)
+
+    app.add_api_route("/api/v1/tasks/{task_id}/events", events, response_model=None)
+
+    async with hub.running():
+        server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
+        serving = asyncio.create_task(server.serve())
+        await comes_true(lambda: server.started and hub.is_listening)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        limits = httpx.Limits(max_connections=300)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, limits=limits) as http:
+            yield Streams(hub, http, port, draining)
+        draining.begin()
+        server.should_exit = True
+        await serving

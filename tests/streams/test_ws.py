@@ -1,0 +1,74 @@
+"""The same streams over WebSocket."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from store import TaskStore
+from tests.streams.serving import Streams, Writer, streams_on, token_for
+
+
+def dialled(streams: Streams, tenant_id: str, query: str, *, token: str | None = None, origin: Any = None) -> connect:
+    address = f"ws://127.0.0.1:{streams.port}/api/v1/tasks/stream/ws?{query}&token={token or token_for(tenant_id)}"
+    return connect(address, origin=origin, proxy=None)
+
+
+async def told(socket: ClientConnection, count: int) -> list[dict[str, Any]]:
+    return [json.loads(await socket.recv()) for _ in range(count)]
+
+
+async def close_code(socket: ClientConnection) -> int | None:
+    with pytest.raises(ConnectionClosed):
+        while True:
+            await socket.recv()
+    return socket.close_code
+
+
+async def test_history_then_news_then_a_normal_close(streams: Streams, writer: Writer) -> None:
+    task_id = await writer.begun()
+    await writer.tell(task_id)
+    async with dialled(streams, writer.tenant_id, f"task_id={task_id}") as socket:
+        events = await told(socket, 2)
+        await socket.send("whatever a client says is not looked at")
+        await writer.tell(task_id, 2)
+        await writer.end(task_id)
+        events += await told(socket, 3)
+        assert await close_code(socket) == 1000
+    assert [event["seq"] for event in events] == [1, 2, 3, 4, 5]
+    assert events == [json.loads(event.model_dump_json()) for event in await writer.store.events(task_id)]
+    async with dialled(streams, writer.tenant_id, f"task_id={task_id}&cursor={events[2]['cursor']}") as again:
+        assert [event["seq"] for event in await told(again, 2)] == [4, 5]
+    async with dialled(streams, writer.tenant_id, f"task_id={task_id}&cursor={events[-1]['cursor']}") as over:
+        assert await close_code(over) == 1000
+
+
+async def test_a_refusal_comes_before_the_handshake(streams: Streams, writer: Writer) -> None:
+    task_id = await writer.begun()
+    for query, token, status in [
+        (f"task_id={task_id}", token_for("somebody-else"), 404),
+        (f"task_id={task_id}", "nonsense", 401),
+        (f"task_id={task_id}", token_for(writer.tenant_id, scopes=[]), 403),
+        ("cursor=", token_for(writer.tenant_id), 422),
+    ]:
+        with pytest.raises(InvalidStatus) as refused:
+            async with dialled(streams, writer.tenant_id, query, token=token):
+                pass
+        assert refused.value.response.status_code == status
+        assert json.loads(refused.value.response.body)["code"]
+
+
+async def test_a_draining_process_says_so_and_an_expired_token_too(task_store: TaskStore, writer: Writer) -> None:
+    task_id = await writer.begun()
+    async with streams_on(task_store) as streams:
+        short = token_for(writer.tenant_id, seconds=2)
+        async with dialled(streams, writer.tenant_id, f"task_id={task_id}", token=short) as socket:
+            assert await close_code(socket) == 3000
+        async with dialled(streams, writer.tenant_id, f"task_id={task_id}") as socket:
+            await told(socket, 1)
+            streams.draining.begin()
+            assert await close_code(socket) == 1012
