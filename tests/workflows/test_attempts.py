@@ -1,0 +1,258 @@
+"""A job that ended badly, and the next one (contract §1): which codes, how often, under which hold."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from contracts.tasks import TaskStatus
+from tests.workflows.books import Ending, ended
+from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
+
+Task = dict[str, Any]
+NO_POLLS = {"poll_after_seconds": 86_400.0, "poll_at_most_seconds": 86_400.0}
+RETRIED = [("gpu_preempted", False), ("lost", False), ("internal", True), ("gpu_on_fire", True)]
+NOT_RETRIED = [
+    ("gpu_out_of_memory", True),
+    ("node_error", True),
+    ("workflow_invalid", True),
+    ("model_missing", True),
+    ("cancelled", True),
+    ("timeout", True),
+    ("internal", False),
+    ("gpu_on_fire", False),
+]
+
+
+async def start_failing(platform: Platform, kind: str, *, times: int = 1, **details: Any) -> Handle:
+    """A task whose first jobs fail with these `error_details`."""
+    task = platform.image() if kind == "image" else platform.training()
+    route = "submit_job" if kind == "image" else "create_training"
+    await platform.simulators.admin.comfyui.fault(
+        "job_fail", route=route, task_id=task["task_id"], times=times, **details
+    )
+    return await platform.start(task)
+
+
+def for_both(codes: list[tuple[str, bool]]) -> pytest.MarkDecorator:
+    """Each code for an image, the first and the last for a training too: the decision is the same code's."""
+    cases = [("image", *case) for case in codes] + [("training", *case) for case in (codes[0], codes[-1])]
+    return pytest.mark.parametrize(("kind", "code", "retryable"), cases, ids=str)
+
+
+@for_both(RETRIED)
+async def test_a_job_that_may_be_retried_is(brisk_platform: Platform, kind: str, code: str, retryable: bool) -> None:
+    handle = await start_failing(brisk_platform, kind, code=code, retryable=retryable)
+    ending = await ended(brisk_platform, handle)
+    assert ending.status is TaskStatus.COMPLETED
+    assert ending.result["attempts"] == 2
+    assert ending.result["error_details"] is None
+    assert len(ending.result["credits"]["pre_deduct_ids"]) == 1, "both attempts go under the same hold"
+    assert any(event.error and event.error.code == code for event in ending.events)
+
+
+@for_both(NOT_RETRIED)
+async def test_a_job_that_may_not_be_retried_fails_the_task_at_once(
+    brisk_platform: Platform, kind: str, code: str, retryable: bool
+) -> None:
+    handle = await start_failing(
+        brisk_platform, kind, code=code, retryable=retryable, message="it broke", node="KSampler"
+    )
+    ending = await ended(brisk_platform, handle)
+    assert ending.code == ("internal" if code == "gpu_on_fire" else code)
+    assert ending.result["attempts"] == 1
+    assert ending.result["error_details"] == {
+        "code": code,
+        "message": "it broke",
+        "retryable": retryable,
+        "node": "KSampler",
+    }
+    assert ending.result["credits"]["returned"] == ending.result["credits"]["held"] > 0
+
+
+@pytest.mark.parametrize("kind", ["image", "training"])
+async def test_error_details_that_are_a_text_are_internal_and_not_retried(brisk_platform: Platform, kind: str) -> None:
+    handle = await start_failing(brisk_platform, kind, as_text=True, message="out of coffee")
+    ending = await ended(brisk_platform, handle)
+    assert ending.code == "internal"
+    assert ending.result["error_details"]["message"] == "out of coffee"
+    assert ending.result["attempts"] == 1
+
+
+async def test_a_training_that_fails_without_details_is_internal(brisk_platform: Platform) -> None:
+    task = brisk_platform.training()
+    await brisk_platform.simulators.admin.comfyui.fault(
+        "job_lie", route="create_training", task_id=task["task_id"], fields={"training_status": "failed"}
+    )
+    ending = await ended(brisk_platform, await brisk_platform.start(task))
+    assert ending.code == "internal"
+    assert ending.result["attempts"] == 1
+
+
+async def test_three_more_attempts_follow_after_30_60_and_120_seconds_under_one_hold(slow_platform: Platform) -> None:
+    comfyui = slow_platform.simulators.admin.comfyui
+    handle = await slow_platform.start_waiting_image()
+    for number, wait in enumerate((30, 60, 120), start=1):
+        await comfyui.act((await slow_platform.job(handle)).run_id, "preempt")
+        await slow_platform.until_settled(handle)
+        assert (await slow_platform.progress(handle))["error_details"]["code"] == "gpu_preempted"
+        await slow_platform.pass_time(handle, wait - 3)
+        await slow_platform.until_settled(handle)
+        assert (await slow_platform.progress(handle))["attempts"] == number
+        await slow_platform.pass_time(handle, 4)
+        await slow_platform.until_settled(handle)
+        assert (await slow_platform.progress(handle))["attempts"] == number + 1
+    await comfyui.act((await slow_platform.job(handle)).run_id, "preempt")
+    ending = await ended(slow_platform, handle)
+    assert ending.code == "gpu_preempted"
+    assert ending.result["attempts"] == len(await comfyui.jobs(task_id_of(handle))) == 4
+    assert len(ending.result["credits"]["pre_deduct_ids"]) == 1
+    assert await keys_of(slow_platform, handle, "cancel_job") == [
+        f"{task_id_of(handle)}:cancel:{n}" for n in range(1, 5)
+    ]
+    messages = [event.message or "" for event in ending.events if event.error]
+    assert all(f"the next follows in {wait} s" in told for wait, told in zip((30, 60, 120), messages, strict=False))
+
+
+async def keys_of(platform: Platform, handle: Handle, route: str) -> list[str | None]:
+    return [seen.key for seen in await platform.simulators.admin.comfyui.requests_seen(route, task_id_of(handle))]
+
+
+async def test_a_job_that_only_says_it_failed_is_cancelled_before_the_next(brisk_platform: Platform) -> None:
+    """It still runs: without the cancel two jobs would work for one task."""
+    task = brisk_platform.image()
+    comfyui = brisk_platform.simulators.admin.comfyui
+    await comfyui.fault(
+        "job_lie",
+        route="submit_job",
+        task_id=task["task_id"],
+        at=0.0,
+        fields={"error_details": {"code": "gpu_preempted", "message": "gone", "retryable": True}},
+    )
+    await comfyui.fault("job_stall", route="submit_job", task_id=task["task_id"], at=0.5)
+    ending = await ended(brisk_platform, handle := await brisk_platform.start(task))
+    assert ending.status is TaskStatus.COMPLETED
+    first, second = await comfyui.jobs(task["task_id"])
+    assert first.phase == "over"
+    assert ending.result["job_id"] == second.run_id
+    assert await keys_of(brisk_platform, handle, "cancel_job") == [f"{task['task_id']}:cancel:1"]
+    assert await keys_of(brisk_platform, handle, "submit_job") == [f"{task['task_id']}:submit:{n}" for n in (1, 2)]
+
+
+@pytest.mark.parametrize(("balance", "covered"), [(100_000, True), (40, False)], ids=["ample", "too short for both"])
+async def test_a_dearer_job_tops_the_hold_up_first(brisk_platform: Platform, balance: int, covered: bool) -> None:
+    tenant, user = f"tenant-{balance}", f"user-{balance}"
+    await brisk_platform.simulators.admin.credits.set_balance(balance, tenant, user)
+    task = brisk_platform.image(tenant_id=tenant, user_id=user)
+    comfyui = brisk_platform.simulators.admin.comfyui
+    await comfyui.fault("job_preempt", route="submit_job", task_id=task["task_id"])
+    await comfyui.fault(
+        "job_lie",
+        route="submit_job",
+        task_id=task["task_id"],
+        nth=2,
+        reply={"estimated_cost": 30},
+        fields={"actual_cost": 30},
+    )
+    ending = await ended(brisk_platform, await brisk_platform.start(task))
+    assert ending.status is TaskStatus.COMPLETED
+    assert (ending.charged, ending.result["credits"]["held"]) == (30, 30)
+    kinds = [entry.kind for entry in await brisk_platform.simulators.admin.credits.ledger(task["task_id"])]
+    over_it = ["pre_deduct", "pre_deduct", "cancel", "commit"]
+    assert kinds == (over_it if covered else ["pre_deduct", "cancel", "pre_deduct", "commit"])
+    assert ("uncovered" in ending.exceptions) is not covered
+
+
+async def test_a_cheaper_job_keeps_the_hold(brisk_platform: Platform) -> None:
+    task = brisk_platform.image()
+    comfyui = brisk_platform.simulators.admin.comfyui
+    await comfyui.fault("job_preempt", route="submit_job", task_id=task["task_id"])
+    lie = {"reply": {"estimated_cost": 5}, "fields": {"actual_cost": 5}}
+    await comfyui.fault("job_lie", route="submit_job", task_id=task["task_id"], nth=2, **lie)
+    ending = await ended(brisk_platform, await brisk_platform.start(task))
+    assert (ending.charged, ending.result["credits"]["held"], ending.result["credits"]["returned"]) == (5, 24, 19)
+    assert len(ending.result["credits"]["pre_deduct_ids"]) == 1
+
+
+# Lost: the server no longer knows the job
+
+
+@pytest.mark.parametrize("kind", ["image", "training"])
+async def test_a_forgotten_job_is_lost_after_two_404_ten_seconds_apart(slow_platform: Platform, kind: str) -> None:
+    slow_platform.policy = {"poll_after_seconds": 30.0, "poll_at_most_seconds": 30.0}
+    comfyui = slow_platform.simulators.admin.comfyui
+    handle = await slow_platform.start(slow_platform.image() if kind == "image" else slow_platform.training())
+    await slow_platform.until_held(task_id_of(handle))
+    await slow_platform.until_settled(handle)
+    lost = await slow_platform.job(handle)
+    await comfyui.act(lost.run_id, "forget")
+    await slow_platform.pass_time(handle, 31)
+    await slow_platform.until_settled(handle)
+    assert (await slow_platform.progress(handle))["error_details"] is None, "one 404 proves nothing"
+    for seconds in (11, 31):  # the second 404; the wait before the next attempt
+        await slow_platform.pass_time(handle, seconds)
+        await slow_platform.until_settled(handle)
+    found = await slow_platform.job(handle)
+    assert found.run_id != lost.run_id
+    await comfyui.act(found.run_id, "finish")
+    ending = await ended(slow_platform, handle)
+    assert ending.status is TaskStatus.COMPLETED
+    assert ending.result["attempts"] == 2
+    assert [event.error.code for event in ending.events if event.error] == ["lost"]
+    get = "get_job" if kind == "image" else "get_training"
+    first, second = [seen for seen in await comfyui.requests_seen(get, task_id_of(handle)) if seen.status == 404]
+    asked = await scheduled(handle, get)
+    assert any(10 <= later - earlier < 14 for earlier, later in pairwise(asked)), (asked, first, second)
+
+
+async def test_a_job_that_is_unknown_only_once_goes_on(slow_platform: Platform) -> None:
+    slow_platform.policy = {"poll_after_seconds": 30.0, "poll_at_most_seconds": 30.0}
+    comfyui = slow_platform.simulators.admin.comfyui
+    body = {"detail": {"code": "40401", "message": "job_not_found"}}
+    await comfyui.fault("answer", route="get_job", status=404, body=body)
+    handle = await slow_platform.start_waiting_image()
+    for seconds in (31, 11, 31):
+        await slow_platform.pass_time(handle, seconds)
+        await slow_platform.until_settled(handle)
+    await comfyui.act((await slow_platform.job(handle)).run_id, "finish")
+    ending = await ended(slow_platform, handle)
+    assert ending.status is TaskStatus.COMPLETED
+    assert ending.result["attempts"] == 1
+    assert [seen.status for seen in await comfyui.requests_seen("get_job", task_id_of(handle))][:2] == [404, 200]
+
+
+# Work without a result is no success
+
+
+async def timed_out(platform: Platform, handle: Handle, minutes: float, lie: Task) -> Ending:
+    """Let a job finish that has nothing to show; the task goes on waiting until its deadline, `minutes` from now."""
+    job = await platform.job(handle)
+    await platform.simulators.admin.comfyui.act(job.run_id, "lie", fields=lie)
+    await platform.simulators.admin.comfyui.act(job.run_id, "finish")
+    for part in (minutes / 2, minutes / 2 - 1):
+        await platform.pass_time(handle, part * 60)
+        await platform.until_settled(handle)
+        assert (await platform.progress(handle))["status"] == "running"
+    await platform.pass_time(handle, 2 * 60)
+    return await ended(platform, handle)
+
+
+async def test_an_image_delivered_without_urls_is_no_success(slow_platform: Platform) -> None:
+    slow_platform.policy = NO_POLLS
+    handle = await slow_platform.start_waiting_image()
+    ending = await timed_out(slow_platform, handle, 24, {"result_urls": [], "estimated_time": 8})
+    assert ending.code == "timeout"
+    assert "task.running delivery" in ending.kinds
+
+
+async def test_a_training_completed_without_a_model_is_no_success(slow_platform: Platform) -> None:
+    slow_platform.policy = NO_POLLS
+    handle = await slow_platform.start_training()
+    await slow_platform.until_held(task_id_of(handle))
+    await slow_platform.until_settled(handle)
+    output: Task = {"model_path": None, "version": "1", "metrics": {}}
+    ending = await timed_out(slow_platform, handle, 30, {"output": output, "estimated_time": 10})
+    assert ending.code == "timeout"
+    assert "task.running publishing" in ending.kinds
