@@ -35,6 +35,8 @@ ATTEMPT_TIMEOUT: Final = timedelta(seconds=10)
 HEARTBEAT_TIMEOUT: Final = timedelta(seconds=2)
 UNREADABLE_FOR: Final = timedelta(minutes=15)
 ASK_AGAIN_AFTER: Final = timedelta(seconds=30)
+"""Doubled with each unreadable answer, up to `ASK_AGAIN_AT_MOST`: every time asked stands in the history."""
+ASK_AGAIN_AT_MOST: Final = timedelta(minutes=2)
 RETRY: Final = RetryPolicy(
     initial_interval=timedelta(seconds=1), backoff_coefficient=2, maximum_interval=timedelta(seconds=30)
 )
@@ -109,7 +111,7 @@ class OutsideCall:
 
         An answer that stays unreadable for 15 minutes counts as a refusal. None where `give_up()` came first.
         """
-        unreadable_until = None
+        unreadable_until, wait = None, ASK_AGAIN_AFTER
         while True:
             handle = self.visible(method, argument, summary=summary, retry=RETRY_SILENCE_ONLY)
             await workflow.wait_condition(lambda handle=handle: handle.done() or give_up())  # type: ignore[misc]
@@ -124,8 +126,10 @@ class OutsideCall:
             unreadable_until = unreadable_until or workflow.now() + UNREADABLE_FOR
             if workflow.now() >= unreadable_until:
                 return Answer(refusal=_unreadable(str(failure)))
-            if await self.waited(ASK_AGAIN_AFTER, give_up, summary=f"{summary}: unreadable answer, asked again"):
+            rest = unreadable_until - workflow.now()
+            if await self.waited(min(wait, rest), give_up, summary=f"{summary}: unreadable answer, asked again"):
                 return None
+            wait = min(2 * wait, ASK_AGAIN_AT_MOST)
 
     async def waited(self, span: timedelta, happened: Callable[[], bool], *, summary: str) -> bool:
         """Wait until `happened()`, for `span` at most; whether it happened."""

@@ -79,3 +79,41 @@ async def slow_platform(
     """A platform at contract speed, whose time passes only by `pass_time`."""
     async with running_platform(skipping_env, task_store, tmp_path, speed=1.0) as platform, platform.worker():
         yield platform
+
+
+@pytest_asyncio.fixture(scope="session")
+async def _quick_platform(
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Platform]:
+    folder = tmp_path_factory.mktemp("quick-platform")
+    async with running_platform(temporal_env, task_store, folder, speed=2_000) as platform, platform.worker():
+        yield platform
+
+
+@pytest_asyncio.fixture(scope="session")
+async def _patient_platform(
+    skipping_env: WorkflowEnvironment, task_store: TaskStore, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Platform]:
+    folder = tmp_path_factory.mktemp("patient-platform")
+    async with running_platform(skipping_env, task_store, folder, speed=1.0) as platform, platform.worker():
+        yield platform
+
+
+@pytest_asyncio.fixture
+async def quick_platform(_quick_platform: Platform) -> AsyncIterator[Platform]:
+    """A platform on the wall clock that many scenarios share; an image takes a quarter of a second.
+
+    Its deadlines are too far away to matter. Faults name their task or their payer; those that stand, and the policy,
+    are taken back.
+    """
+    _quick_platform.policy = {"deadline_factor": 1_000.0}
+    yield _quick_platform
+    await _quick_platform.simulators.admin.remove_faults()
+
+
+@pytest_asyncio.fixture
+async def patient_platform(_patient_platform: Platform) -> AsyncIterator[Platform]:
+    """A platform at contract speed that many scenarios share; time passes only by `pass_time`."""
+    _patient_platform.policy = {}
+    yield _patient_platform
+    await _patient_platform.simulators.admin.remove_faults()

@@ -1,0 +1,105 @@
+"""Accounts of a scenario's own: what a payer has is set to the point, whatever other scenarios spend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from simulators.admin_wire import EntrySeen, HoldSeen, RunSeen
+from tests.conftest import unique
+from tests.workflows.platform import Handle, Platform
+
+
+@dataclass(frozen=True)
+class Payer:
+    """A tenant's user with every template granted."""
+
+    platform: Platform
+    tenant_id: str
+    user_id: str = "user"
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The two fields of an input that name the payer."""
+        return {"tenant_id": self.tenant_id, "user_id": self.user_id}
+
+    async def has(self, balance: int) -> None:
+        """Set the balance, in points; what is frozen stays frozen."""
+        await self.platform.simulators.admin.credits.set_balance(balance, self.tenant_id, self.user_id)
+
+    async def balance(self) -> int:
+        return (await self.platform.simulators.admin.credits.account(self.tenant_id, self.user_id)).balance
+
+    async def may_use(self, template_id: str, **order: Any) -> None:
+        """Grant, revoke or limit a template; see `AuthorizationOrder`."""
+        await self.platform.simulators.admin.credits.set_authorization(template_id, self.tenant_id, **order)
+
+    def image(self, **fields: Any) -> dict[str, Any]:
+        return self.platform.image(**self.fields, **fields)
+
+    def training(self, **fields: Any) -> dict[str, Any]:
+        """A good training input whose dataset lies under the payer's own prefix."""
+        dataset = self.platform.folder / "datasets" / self.tenant_id / "faces"
+        dataset.mkdir(parents=True, exist_ok=True)
+        (dataset / "0.txt").write_text("a picture")
+        named = {"dataset_id": "faces", "source_uri": dataset.as_uri()}
+        return self.platform.training(**self.fields, dataset=named, **fields)
+
+    async def post(self, route: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
+        """A call to the credits service past the task, e.g. by an operator."""
+        token = self.platform.simulators.tokens.made_for(self.tenant_id, self.user_id)
+        async with httpx.AsyncClient(base_url=self.platform.simulators.credits_url) as http:
+            answer = await http.post(
+                f"/api/v1/credits/{route}",
+                json=self.fields | body,
+                headers={"Authorization": f"Bearer {token}", "X-Idempotency-Key": key},
+            )
+        assert answer.status_code == 200, answer.text
+        reply: dict[str, Any] = answer.json()
+        return reply
+
+
+async def new_payer(platform: Platform, balance: int = 100_000) -> Payer:
+    """A payer with this balance in points."""
+    payer = Payer(platform, unique("tenant"))
+    await payer.has(balance)
+    return payer
+
+
+def task_of(handle: Handle) -> str:
+    return handle.id.removeprefix("task-")
+
+
+async def holds_of(platform: Platform, handle: Handle) -> list[HoldSeen]:
+    """The task's holds, oldest first."""
+    return await platform.simulators.admin.credits.holds(task_of(handle))
+
+
+async def entries_of(platform: Platform, handle: Handle) -> list[EntrySeen]:
+    """The task's ledger entries, oldest first."""
+    return await platform.simulators.admin.credits.ledger(task_of(handle))
+
+
+async def kinds_of(platform: Platform, handle: Handle) -> list[str]:
+    """The kinds of the task's ledger entries, oldest first."""
+    return [entry.kind for entry in await entries_of(platform, handle)]
+
+
+async def has_kinds(platform: Platform, handle: Handle, *kinds: str) -> bool:
+    """Whether the task's ledger entries are of these kinds, oldest first."""
+    return await kinds_of(platform, handle) == list(kinds)
+
+
+async def until_started(platform: Platform, handle: Handle) -> RunSeen:
+    """Wait until the task's newest job or training has begun, which is once credits are held; how it stands."""
+
+    async def begun() -> RunSeen | None:
+        runs = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+        is_held = any(hold.phase == "open" for hold in await holds_of(platform, handle))
+        return runs[-1] if runs and is_held and runs[-1].phase in ("waiting", "working") else None
+
+    run = await platform.until(begun)
+    assert run is not None
+    return run

@@ -1,0 +1,290 @@
+"""Delivered work is charged its price once in all, whatever commit and the ledger say (contract §4, §5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from temporalio.client import WorkflowExecutionStatus
+
+from contracts.tasks import TaskStatus
+from tests.workflows.books import Ending, ended
+from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, task_of, until_started
+from tests.workflows.platform import Handle, Platform
+
+HD = 18 + 6
+"""The price of a standard image, in points."""
+
+
+async def start_telling(platform: Platform, task: dict[str, Any], **fields: Any) -> Handle:
+    """Start an image or a short training whose last state tells these fields, and the 202 the same GPU hours."""
+    comfyui = platform.simulators.admin.comfyui
+    job: dict[str, Any] = {"route": "submit_job", "task_id": task["task_id"]}
+    if "dataset" in task:
+        job["route"] = "create_training"
+        await comfyui.fault("job_duration", **job, seconds=1_000)
+    reply = {"gpu_hours": fields["gpu_hours"]} if "gpu_hours" in fields else {}
+    await comfyui.fault("job_lie", **job, at=0, fields=fields, reply=reply)
+    return await platform.start(task)
+
+
+async def expired(platform: Platform, handle: Handle) -> None:
+    """Let the task's hold end before its commit."""
+    await platform.until_held(task_of(handle))
+    for hold in await holds_of(platform, handle):
+        await platform.simulators.admin.credits.expire_hold(hold.pre_deduct_id)
+
+
+async def delivered(platform: Platform, handle: Handle) -> None:
+    """Let the job be delivered now; returns when its commit has been asked for."""
+    [job] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+    await platform.simulators.admin.comfyui.act(job.run_id, "finish")
+    await platform.until(lambda: platform.simulators.admin.credits.requests_seen("commit", task_of(handle)))
+
+
+# What is charged (contract §5 *Charged*)
+
+
+@pytest.mark.parametrize(
+    ("actual_cost", "charged", "exceptions"),
+    [
+        (HD - 4, HD - 4, []),
+        (500, HD, ["cost_above_hold"]),
+        (None, HD, []),
+        (0, 0, []),
+    ],
+    ids=["less than held", "above held", "unknown", "nothing"],
+)
+async def test_an_image_is_charged_what_it_cost_and_never_more_than_is_held(
+    quick_platform: Platform, actual_cost: int | None, charged: int, exceptions: list[str]
+) -> None:
+    handle = await start_telling(quick_platform, quick_platform.image(), actual_cost=actual_cost)
+    ending = await ended(quick_platform, handle)
+    assert ending.status is TaskStatus.COMPLETED and ending.result["result_urls"]
+    assert ending.charged == charged
+    assert (ending.result["credits"]["held"], ending.result["credits"]["shortfall"]) == (HD, 0)
+    assert ending.exceptions == exceptions
+    assert [hold.phase for hold in await holds_of(quick_platform, handle)] == ["committed" if charged else "cancelled"]
+
+
+async def test_a_negative_cost_charges_nothing_and_hands_out_nothing(quick_platform: Platform) -> None:
+    handle = await start_telling(quick_platform, quick_platform.image(), actual_cost=-5)
+    ending = await ended(quick_platform, handle)
+    assert ending.code == "reply_invalid"
+    assert ending.result["credits"]["returned"] == HD
+
+
+async def test_an_unknown_cost_is_the_jobs_estimate(quick_platform: Platform) -> None:
+    """The job says 20, the estimate 24: 24 are held, 20 charged."""
+    task = quick_platform.image()
+    await quick_platform.simulators.admin.comfyui.fault(
+        "job_lie",
+        route="submit_job",
+        task_id=task["task_id"],
+        reply={"estimated_cost": 20},
+        fields={"actual_cost": None},
+    )
+    ending = await ended(quick_platform, await quick_platform.start(task))
+    assert (ending.charged, ending.result["credits"]["returned"]) == (20, HD - 20)
+
+
+# Commit refused: the ledger decides (contract §4)
+
+
+@pytest.mark.parametrize("keys", ["kept", "ignored"])
+async def test_a_commit_whose_answer_is_lost_charges_once(quick_platform: Platform, keys: str) -> None:
+    """With keys the repeat tells; without them it is `already_processed`, and our commit stands in the ledger."""
+    task = quick_platform.image()
+    credits = quick_platform.simulators.admin.credits
+    await credits.fault("drop", route="commit", task_id=task["task_id"])
+    if keys == "ignored":
+        await credits.fault("ignore_keys", route="commit", task_id=task["task_id"])
+    handle = await start_telling(quick_platform, task, actual_cost=HD - 4)
+    ending = await ended(quick_platform, handle)
+    assert ending.status is TaskStatus.COMPLETED
+    assert (ending.charged, ending.result["credits"]["returned"], ending.exceptions) == (HD - 4, 4, [])
+    assert await kinds_of(quick_platform, handle) == ["pre_deduct", "commit"]
+
+
+@pytest.mark.parametrize("ledger", ["whole", "plain"])
+async def test_a_hold_that_expired_before_its_commit_is_charged(quick_platform: Platform, ledger: str) -> None:
+    payer = await new_payer(quick_platform)
+    if ledger == "plain":
+        await quick_platform.simulators.admin.credits.fault("plain_ledger", tenant_id=payer.tenant_id)
+    handle = await quick_platform.start(payer.image())
+    await expired(quick_platform, handle)
+    ending = await ended(quick_platform, handle)
+    assert ending.status is TaskStatus.COMPLETED
+    assert (ending.charged, ending.result["credits"]["shortfall"], ending.exceptions) == (HD, 0, [])
+    assert await kinds_of(quick_platform, handle) == ["pre_deduct", "expire", "charge"]
+
+
+async def test_more_than_2000_points_are_charged_in_parts(quick_platform: Platform) -> None:
+    task = quick_platform.training(max_credits=5_000)
+    handle = await start_telling(quick_platform, task, gpu_hours=40, gpu_hours_used=40)
+    await expired(quick_platform, handle)
+    ending = await ended(quick_platform, handle)
+    assert ending.status is TaskStatus.COMPLETED
+    assert ending.charged == 120 + 39 * 60 == 2_460
+    entries = await quick_platform.simulators.admin.credits.ledger(task_of(handle))
+    assert [entry.change for entry in entries if entry.kind == "charge"] == [-2_000, -460]
+
+
+@pytest.mark.parametrize(("left", "charged"), [(0, 0), (2_100, 2_000)], ids=["all of it", "the second part"])
+async def test_a_refused_charge_ends_the_task_completed_with_shortfall(
+    quick_platform: Platform, left: int, charged: int
+) -> None:
+    payer = await new_payer(quick_platform)
+    task = payer.training(max_credits=5_000)
+    handle = await start_telling(quick_platform, task, gpu_hours=40, gpu_hours_used=40)
+    await expired(quick_platform, handle)
+    await payer.has(left)
+    ending = await ended(quick_platform, handle)
+    assert ending.status is TaskStatus.COMPLETED and ending.result["output"]["model_path"]
+    assert (ending.charged, ending.result["credits"]["shortfall"]) == (charged, 2_460 - charged)
+    assert ending.exceptions == ["shortfall"]
+
+
+async def test_a_ledger_that_lags_is_waited_for(patient_platform: Platform) -> None:
+    payer = await new_payer(patient_platform)
+    await patient_platform.simulators.admin.credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=200)
+    handle = await patient_platform.start(payer.image())
+    await expired(patient_platform, handle)
+    await delivered(patient_platform, handle)
+    await patient_platform.pass_time(handle, 150)
+    assert await kinds_of(patient_platform, handle) == ["pre_deduct", "expire"], "an absent entry proves nothing"
+    await patient_platform.pass_time(handle, 120)
+    ending = await ended(patient_platform, handle)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
+
+
+# hold_insufficient
+
+
+@pytest.mark.parametrize(("policy", "charged"), [(False, HD), (True, 60)], ids=["by default", "if policy says so"])
+async def test_a_hold_that_has_less_than_the_service_said_is_committed_with_what_it_has(
+    quick_platform: Platform, policy: bool, charged: int
+) -> None:
+    quick_platform.policy["charge_shortfall"] = policy
+    task = quick_platform.image()
+    await quick_platform.simulators.admin.credits.fault(
+        "alter", route="pre_deduct", task_id=task["task_id"], fields={"frozen_amount": 100}
+    )
+    handle = await start_telling(quick_platform, task, actual_cost=60)
+    ending = await ended(quick_platform, handle)
+    assert ending.status is TaskStatus.COMPLETED
+    assert (ending.charged, ending.result["credits"]["shortfall"]) == (charged, 60 - charged)
+    assert ending.exceptions == ([] if policy else ["shortfall"])
+
+
+@pytest.mark.parametrize("hold", ["stands", "expired"])
+@pytest.mark.parametrize("policy", [False, True], ids=["shortfall", "shortfall charged"])
+async def test_a_training_that_used_more_than_is_held(quick_platform: Platform, policy: bool, hold: str) -> None:
+    """120 points are held, 240 used up at the very end: the rest is charged only if policy says so, each part once."""
+    quick_platform.policy["charge_shortfall"] = policy
+    handle = await start_telling(quick_platform, quick_platform.training(), gpu_hours_used=3)
+    if hold == "expired":
+        await expired(quick_platform, handle)
+    ending = await ended(quick_platform, handle)
+    assert ending.status is TaskStatus.COMPLETED
+    charged = 240 if policy else 120
+    assert (ending.charged, ending.result["credits"]["shortfall"]) == (charged, 240 - charged)
+
+
+# A ledger without kinds: totals are compared
+
+
+@pytest.mark.parametrize("cost", [HD - 4, HD], ids=["part of the hold", "all of it"])
+async def test_a_plain_ledger_shows_a_lost_commit_by_its_total(quick_platform: Platform, cost: int) -> None:
+    payer = await new_payer(quick_platform)
+    credits = quick_platform.simulators.admin.credits
+    await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
+    await credits.fault("ignore_keys", route="commit", tenant_id=payer.tenant_id)
+    await credits.fault("drop", route="commit", tenant_id=payer.tenant_id)
+    ending = await ended(quick_platform, await start_telling(quick_platform, payer.image(), actual_cost=cost))
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, cost, [])
+
+
+async def test_a_plain_ledger_that_lags_never_passes_a_commit_off_as_given_back(patient_platform: Platform) -> None:
+    """After a renewal the old hold's two entries come to nothing, as if nothing had been committed."""
+    payer = await new_payer(patient_platform)
+    credits = patient_platform.simulators.admin.credits
+    await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
+    await credits.fault("ignore_keys", route="commit", tenant_id=payer.tenant_id)
+    await credits.fault("drop", route="commit", tenant_id=payer.tenant_id)
+    task = payer.training()
+    await patient_platform.simulators.admin.comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
+    handle = await patient_platform.start(task)
+    await until_started(patient_platform, handle)
+    await patient_platform.pass_time(handle, 300)
+    await patient_platform.until_stage(handle, "data_ingest")
+    await patient_platform.pass_time(handle, 1_510)
+    await patient_platform.until(lambda: has_kinds(patient_platform, handle, "pre_deduct", "pre_deduct", "cancel"))
+    await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=400)
+    await delivered(patient_platform, handle)
+    await patient_platform.pass_time(handle, 300)
+    assert await kinds_of(patient_platform, handle) == ["pre_deduct", "pre_deduct", "cancel", "commit"]
+    await patient_platform.pass_time(handle, 250)
+    ending = await ended(patient_platform, handle)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 120, [])
+
+
+# What cannot be learned
+
+
+async def never_learned(platform: Platform, payer: Payer, *exempt: str) -> Ending:
+    """Follow an image whose settlement cannot be learned to its end, 10 minutes after its delivery."""
+    handle = await platform.start(payer.image())
+    await platform.until_held(task_of(handle))
+    await delivered(platform, handle)
+    await platform.pass_time(handle, 590)
+    assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING, "the ledger is looked at for 10 minutes"
+    await platform.pass_time(handle, 60)
+    return await ended(platform, handle, exempt=exempt)
+
+
+@pytest.mark.parametrize("message", ["amount_invalid", "pre_deduct_already_processed"])
+async def test_a_commit_that_no_ledger_shows_is_recorded_and_nothing_charged(
+    patient_platform: Platform, message: str
+) -> None:
+    """The service refuses the commit, whatever it calls that, and its ledger shows neither end of the hold."""
+    payer = await new_payer(patient_platform)
+    refusal = {"detail": {"code": "0", "message": message}}
+    await patient_platform.simulators.admin.credits.fault(
+        "answer", route="commit", tenant_id=payer.tenant_id, status=409, body=refusal
+    )
+    ending = await never_learned(patient_platform, payer, "hold_expires")
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 0)
+    assert ending.exceptions == ["settlement_unknown"]
+
+
+async def test_a_commit_that_stays_unreadable_is_looked_up_in_the_ledger(patient_platform: Platform) -> None:
+    payer = await new_payer(patient_platform)
+    await patient_platform.simulators.admin.credits.fault(
+        "garbage", route="commit", tenant_id=payer.tenant_id, when="after", times=None
+    )
+    handle = await patient_platform.start(payer.image())
+    await patient_platform.until_held(task_of(handle))
+    await delivered(patient_platform, handle)
+    await patient_platform.pass_time(handle, 880)
+    assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING, "it is asked again for 15 minutes"
+    await patient_platform.pass_time(handle, 150)
+    ending = await ended(patient_platform, handle)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
+
+
+async def test_a_commit_that_is_not_answered_is_repeated_without_end(patient_platform: Platform) -> None:
+    """Longer than any opening call, until the service is back."""
+    payer = await new_payer(patient_platform)
+    fault = await patient_platform.simulators.admin.credits.fault(
+        "rate_limit", route="commit", tenant_id=payer.tenant_id, seconds=60, times=None
+    )
+    handle = await patient_platform.start(payer.image())
+    await patient_platform.until_held(task_of(handle))
+    await delivered(patient_platform, handle)
+    await patient_platform.pass_time(handle, 16 * 60)
+    assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING
+    await patient_platform.simulators.admin.credits.remove_fault(fault)
+    await patient_platform.pass_time(handle, 60)
+    ending = await ended(patient_platform, handle)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
