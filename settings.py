@@ -65,6 +65,8 @@ class Settings(BaseSettings):
     gateway_port: int = Field(default=8180, ge=0, le=65_535)
     gateway_public_url: ServiceUrl | None = None
     """The address under which clients reach the gateway, for `stream/config`; default: the one they asked at."""
+    temporal_ui_url: ServiceUrl | None = None
+    """Where the Temporal UI is, for links on the live page."""
     jwks_url: ServiceUrl | None = None
     """Public keys of the callers' tokens; default: those are HS256 with `token_secret`."""
     caller_issuer: str | None = None

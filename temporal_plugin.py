@@ -37,29 +37,11 @@ PASSED_THROUGH: Final = (
     "httpx",
     "structlog",
     "obstore",
-    "workflows.alarm",
-    "workflows.attempts",
-    "workflows.credit_hold",
-    "workflows.details",
-    "workflows.failures",
-    "workflows.following",
-    "workflows.guards",
-    "workflows.job_clock",
-    "workflows.job_routes",
-    "workflows.job_watch",
-    "workflows.ledger_search",
-    "workflows.outside_call",
-    "workflows.settlement",
-    "workflows.stop",
-    "workflows.task_flow",
-    "workflows.task_record",
-    "workflows.training_dataset",
-    "workflows.training_price",
-    "workflows.undo",
+    "workflows",
 )
-"""Loaded once per process instead of once per run: models reloaded per run cost 660 KiB an open workflow (pitfall 8).
-
-Only the two flow files stay inside the sandbox; what the others may not touch is kept by workflows/ruff.toml.
+"""Loaded once per process instead of once per run: models reloaded per run cost 660 KiB an open workflow (pitfall 8),
+the flow files alone some 40 KiB and half of the throughput. What workflow code may not touch is kept by
+workflows/ruff.toml and the replay tests instead.
 """
 
 

@@ -28,6 +28,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import PollerBehaviorAutoscaling, Worker
 
 import temporal_plugin
+from activities.closed_runs import ClosedRunActivities
 from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetActivities, DatasetSnapshots
@@ -41,9 +42,10 @@ from logs import configure_logs
 from settings import Settings
 from store import TaskStore
 from workflows.image_generation import ImageGenerationWorkflow
+from workflows.reconciler import GiveBackWorkflow
 from workflows.training import TrainingWorkflow
 
-WORKFLOWS: Final = (ImageGenerationWorkflow, TrainingWorkflow)
+WORKFLOWS: Final = (ImageGenerationWorkflow, TrainingWorkflow, GiveBackWorkflow)
 STICKY_SECONDS: Final = 1.0
 """How long a workflow waits for the worker that holds it: a killed one's work goes on that much later (design)."""
 FIRST_POLLERS: Final = 5
@@ -99,8 +101,13 @@ def activities_of(*holders: object) -> list[Callable[..., Any]]:
 
 
 @asynccontextmanager
-async def opened_activities(settings: Settings) -> AsyncIterator[Sequence[Callable[..., Any]]]:
-    """All activities on clients that are open; closed afterwards. Raises CannotStart."""
+async def opened_activities(
+    settings: Settings, client: Client | None = None
+) -> AsyncIterator[Sequence[Callable[..., Any]]]:
+    """All activities on clients that are open; closed afterwards. `client` is for those that read runs.
+
+    Raises CannotStart.
+    """
     if settings.database_dsn is None:
         raise CannotStart(
             "No database is set: give COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://user:password@host:port/database."
@@ -122,6 +129,7 @@ async def opened_activities(settings: Settings) -> AsyncIterator[Sequence[Callab
             CreditsActivities(credits_client),
             DatasetActivities(datasets),
             TaskStoreActivities(store, policy_by(settings)),
+            *([ClosedRunActivities(client, store)] if client else []),
         )
 
 
@@ -252,7 +260,7 @@ class HealthPage:
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Work until `stop` is set, then drain. Closes the worker before its clients (pitfall 30). Raises CannotStart."""
     client = await connect(settings)
-    async with opened_activities(settings) as activities:
+    async with opened_activities(settings, client) as activities:
         worker = make_worker(client, settings, activities)
         page = HealthPage(client, worker, stop)
         async with page.served(settings.worker_host, settings.health_port):

@@ -146,6 +146,7 @@ class TaskRow(TaskState):
     priority: TaskPriority
     resolution: str
     workflow_id: str
+    first_execution_run_id: str
     input_sha256: str
     created_at: Instant
     updated_at: Instant

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import secrets
 import signal
 import sys
@@ -15,6 +16,8 @@ import temporal_plugin
 from contracts.errors import sentences_of
 from gateway.access import Access
 from gateway.app import create_app
+from gateway.draining import Draining, DrainingServer
+from gateway.page import PageSettings
 from gateway.tokens import CallerTokens, KeySet, SharedSecret, StreamTokens
 from logs import configure_logs
 from settings import Settings
@@ -23,7 +26,8 @@ from store import TaskStore
 log = structlog.get_logger("gateway")
 
 GRACE_SECONDS = 10
-MAX_CONNECTIONS = 2_000
+MAX_CONNECTIONS = 20_000
+"""Streams (15,000 at most, gateway/streams.py) and requests."""
 
 
 class CannotStart(Exception):
@@ -67,16 +71,26 @@ async def serve(settings: Settings) -> None:
         raise CannotStart(
             "No database is set: give COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://user:password@host:port/database."
         )
-    access = access_by(settings)
+    access, draining = access_by(settings), Draining()
     # Lazy: callbacks are answered with 503 while Temporal is away, at the start as at any other time.
     client = await temporal_plugin.connect(settings, lazy=True)
     try:
         store = TaskStore(settings.database_dsn.get_secret_value())
         callback_secrets = [secret.get_secret_value() for secret in settings.callback_secrets]
-        app = create_app(temporal=client, store=store, callback_secrets=callback_secrets, access=access)
+        app = create_app(
+            temporal=client,
+            store=store,
+            callback_secrets=callback_secrets,
+            access=access,
+            task_queue=settings.task_queue,
+            allowed_origins=settings.allowed_origins,
+            draining=draining,
+            public_url=settings.gateway_public_url,
+            page=PageSettings(temporal_ui_url=settings.temporal_ui_url, namespace=client.namespace),
+        )
     except ValueError as error:
         raise CannotStart(str(error)) from None
-    server = uvicorn.Server(
+    server = DrainingServer(
         uvicorn.Config(
             app,
             host=settings.gateway_host,
@@ -86,7 +100,8 @@ async def serve(settings: Settings) -> None:
             server_header=False,
             limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=GRACE_SECONDS,
-        )
+        ),
+        draining,
     )
     log.info("gateway_serves", host=settings.gateway_host, port=settings.gateway_port, database=store.address)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -98,7 +113,14 @@ async def serve(settings: Settings) -> None:
         await store.close()
 
 
+def allow_many_connections() -> None:
+    """As many open files as we may have: each stream is one, and a shell's usual limit is 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> int:
+    allow_many_connections()
     try:
         settings = read_settings()
         configure_logs(level=settings.log_level, as_json=settings.log_json)

@@ -64,12 +64,7 @@ class Access:
         """The dependency of a route that does `operation`. Raises Problem 401, 403 or 503."""
 
         async def caller(connection: HTTPConnection, _bearer: Annotated[None, Security(_BEARER)]) -> Caller:
-            token = _bearer_token(connection)
-            if token is None:
-                raise _unauthenticated(MISSING)
-            if self.stream_tokens.read(token) is not None:
-                raise Problem(ProblemCode.NOT_AUTHORIZED, "This token opens streams and nothing else.")
-            return _allowed(await self._read(token), operation)
+            return await self.caller(connection, operation)
 
         return caller
 
@@ -85,12 +80,25 @@ class Access:
             _query: Annotated[None, Security(_QUERY)],
             _cookie: Annotated[None, Security(_COOKIE)],
         ) -> Caller:
-            token = _bearer_token(connection) or connection.query_params.get(TOKEN_PARAMETER)
-            if not token:
-                token = self._cookie_token(connection)
-            return _allowed(self.stream_tokens.read(token) or await self._read(token), Operation.READ_TASK)
+            return await self.stream_caller(connection)
 
         return caller
+
+    async def caller(self, connection: HTTPConnection, operation: Operation) -> Caller:
+        """Who asks, by the bearer token alone. Raises Problem 401, 403 or 503."""
+        token = _bearer_token(connection)
+        if token is None:
+            raise _unauthenticated(MISSING)
+        if self.stream_tokens.read(token) is not None:
+            raise Problem(ProblemCode.NOT_AUTHORIZED, "This token opens streams and nothing else.")
+        return _allowed(await self._read(token), operation)
+
+    async def stream_caller(self, connection: HTTPConnection) -> Caller:
+        """Who opens a stream, by header, address or cookie. Raises Problem 401, 403 or 503."""
+        token = _bearer_token(connection) or connection.query_params.get(TOKEN_PARAMETER)
+        if not token:
+            token = self._cookie_token(connection)
+        return _allowed(self.stream_tokens.read(token) or await self._read(token), Operation.READ_TASK)
 
     def _cookie_token(self, connection: HTTPConnection) -> str:
         token = connection.cookies.get(TOKEN_COOKIE)

@@ -4,47 +4,96 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Final
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from temporalio.client import Client
 
+from contracts.tasks import TASK_QUEUE
 from gateway.access import Access
 from gateway.callback_relay import CallbackRelay
 from gateway.callbacks import CallbackReceiver, callback_routes
+from gateway.draining import Draining
+from gateway.metrics import CountRequests, Metrics, MetricsPage
+from gateway.operations_routes import operations_routes
+from gateway.page import PageSettings, page_routes
 from gateway.problems import answer_with_problems
+from gateway.request_limits import RequestLimits
+from gateway.rollback import Rollback
 from gateway.signatures import CallbackSignatures
+from gateway.streams import stream_routes, task_event_stream
+from gateway.streams_hub import EventHub
+from gateway.task_routes import task_routes
 from gateway.task_runs import TaskRuns
+from gateway.tasks import Tasks
 from gateway.training_log_writer import TrainingLogWriter
 from store import TaskStore
 
+DESCRIPTION: Final = (
+    "Tasks of image generation and model training: started, read, followed, cancelled; ComfyUI's callbacks in. "
+    "Every error is `application/problem+json` with a stable `code`."
+)
+
 
 def create_app(
-    *, temporal: Client, store: TaskStore, callback_secrets: Sequence[str], access: Access | None = None
+    *,
+    temporal: Client,
+    store: TaskStore,
+    callback_secrets: Sequence[str],
+    access: Access | None = None,
+    task_queue: str = TASK_QUEUE,
+    allowed_origins: Sequence[str] = (),
+    draining: Draining | None = None,
+    public_url: str | None = None,
+    page: PageSettings | None = None,
 ) -> FastAPI:
     """The application. It closes what it opens; client and store remain their opener's.
 
-    Without `access` nobody can be told from anybody: then callbacks are served and nothing else.
-
+    Without `access` nobody can be told from anybody: then callbacks are served and no tasks.
+    `public_url` is the address under which clients reach it; default: the one they asked at.
     `app.state.callbacks.outcomes` counts what became of callbacks. Raises ValueError for unusable secrets.
     """
-    relay = CallbackRelay(TaskRuns(temporal, store))
+    metrics = Metrics()
+    draining = draining or Draining()
+    relay = CallbackRelay(TaskRuns(temporal, store, metrics))
     log_writer = TrainingLogWriter(store)
-    receiver = CallbackReceiver(CallbackSignatures(callback_secrets), relay, log_writer)
+    receiver = CallbackReceiver(CallbackSignatures(callback_secrets), relay, log_writer, metrics)
+
+    hub = EventHub(store, draining)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with hub.running():
+            yield
         await relay.close()
         await log_writer.close()
 
-    app = FastAPI(title="comfyui-temporal gateway", lifespan=lifespan)
+    app = FastAPI(title="comfyui-temporal gateway", version="1", description=DESCRIPTION, lifespan=lifespan)
     answer_with_problems(app)
     app.state.callbacks = receiver
+    app.state.streams = hub
+    for kind in ("sse", "ws"):
+        metrics.streams_open.labels(kind).set_function(partial(hub.open_of, kind))
     app.include_router(callback_routes(receiver))
-
-    @app.get("/healthz", tags=["operations"])
-    async def healthz() -> dict[str, str]:
-        """The process is alive; says nothing of what it depends on."""
-        return {"status": "ok"}
-
+    app.include_router(operations_routes(temporal, store, MetricsPage(metrics, store.queue_states), draining))
+    if access is not None:
+        tasks = Tasks(temporal, store, task_queue=task_queue)
+        rollback = Rollback(temporal, tasks, task_queue=task_queue)
+        streams = task_event_stream(hub)
+        app.include_router(stream_routes(hub, access, public_url=public_url))
+        app.include_router(task_routes(tasks, access, roll_back=rollback.roll_back, event_stream=streams))
+        app.include_router(page_routes(page or PageSettings()))
+    app.add_middleware(RequestLimits)
+    if allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(allowed_origins),
+            allow_credentials=True,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "Last-Event-ID", "X-Idempotency-Key"],
+            expose_headers=["Location", "Retry-After"],
+        )
+    app.add_middleware(CountRequests, metrics)
     return app

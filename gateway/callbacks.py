@@ -32,6 +32,7 @@ from gateway.callback_body import (
     read_callback,
 )
 from gateway.callback_relay import CallbackRelay, Relayed
+from gateway.metrics import Metrics
 from gateway.signatures import CallbackSignatures, SeenCallbacks
 from gateway.training_log_writer import Logged, TrainingLogWriter
 
@@ -90,7 +91,10 @@ _OF_RELAYED: Final = {
 class CallbackReceiver:
     """Takes callbacks; one per process."""
 
-    def __init__(self, signatures: CallbackSignatures, relay: CallbackRelay, log_writer: TrainingLogWriter) -> None:
+    def __init__(
+        self, signatures: CallbackSignatures, relay: CallbackRelay, log_writer: TrainingLogWriter, metrics: Metrics
+    ) -> None:
+        self._metrics = metrics
         self._signatures = signatures
         self._relay = relay
         self._log_writer = log_writer
@@ -101,6 +105,7 @@ class CallbackReceiver:
         """One of contract §2's answers."""
         outcome = await self._outcome(task_id, request)
         self.outcomes[outcome] += 1
+        self._metrics.callbacks.labels(outcome.value).inc()
         status = _STATUS[outcome]
         if status < 300:
             return JSONResponse({"outcome": outcome.value}, status)

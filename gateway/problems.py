@@ -13,10 +13,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
-from contracts.fields import OwnModel
+from contracts.fields import OwnModel, repaired, shortened
 
 PROBLEM_JSON: Final = "application/problem+json"
 MAX_FIELDS: Final = 20
+MAX_NAME_BYTES: Final = 64
 
 
 class ProblemCode(StrEnum):
@@ -30,7 +31,6 @@ class ProblemCode(StrEnum):
     METHOD_NOT_ALLOWED = "method_not_allowed"
     TASK_EXISTS = "task_exists"
     TASK_OVER = "task_over"
-    PRICE_TOO_LOW = "price_too_low"
     ALREADY_CHARGED = "already_charged"
     STILL_ENDING = "still_ending"
     TOO_LARGE = "too_large"
@@ -53,7 +53,6 @@ STATUS_OF: Final[dict[ProblemCode, int]] = {
     ProblemCode.METHOD_NOT_ALLOWED: 405,
     ProblemCode.TASK_EXISTS: 409,
     ProblemCode.TASK_OVER: 409,
-    ProblemCode.PRICE_TOO_LOW: 409,
     ProblemCode.ALREADY_CHARGED: 409,
     ProblemCode.STILL_ENDING: 409,
     ProblemCode.TOO_LARGE: 413,
@@ -125,9 +124,9 @@ def input_invalid(errors: Sequence[Any]) -> Problem:
     """pydantic's errors, field by field; a value that was given is never repeated (a prompt stays where it was)."""
     fields: list[FieldProblem] = []
     for error in errors[:MAX_FIELDS]:
-        place = [str(part) for part in error["loc"]]
-        message = str(error["msg"]).removeprefix("Value error, ")
-        fields.append(FieldProblem(field=".".join(place[1:]) or place[0] if place else "body", message=message))
+        place = [shortened(repaired(str(part)), MAX_NAME_BYTES) for part in error["loc"]]
+        message = repaired(str(error["msg"])).removeprefix("Value error, ")
+        fields.append(FieldProblem(field=".".join(place[1:]) or "".join(place) or "body", message=message))
     noun = "field is" if len(errors) == 1 else "fields are"
     return Problem(
         ProblemCode.INPUT_INVALID, f"Nothing was done: {len(errors)} {noun} wrong; see `fields`.", fields=fields
@@ -143,8 +142,10 @@ def of_http_exception(error: HTTPException) -> Problem:
             return Problem(
                 ProblemCode.METHOD_NOT_ALLOWED, "This route does not take this method.", headers=error.headers
             )
+        case 408:
+            return Problem(ProblemCode.TOO_SLOW, "The body did not arrive in time; send the request again.")
         case 413:
-            return Problem(ProblemCode.TOO_LARGE, "The request is larger than this service takes.")
+            return Problem(ProblemCode.TOO_LARGE, "The body is larger than this service takes (128 KiB).")
         case status if status < 500:
             return Problem(ProblemCode.INPUT_INVALID, "The request cannot be read: its body must be one JSON object.")
         case _:

@@ -78,6 +78,9 @@ class EventHub:
         self.ended: Counter[EndReason] = Counter()
         """Streams that we ended, by reason."""
 
+    def open_of(self, kind: str) -> float:
+        return self.open_streams[kind]
+
     @property
     def is_draining(self) -> bool:
         return self._draining.has_begun

@@ -13,6 +13,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from contracts.tasks import CALLBACK_SIGNAL, workflow_id_of
 from gateway.callback_body import Callback
 from gateway.callback_relay import Relayed
+from gateway.metrics import Metrics
 from store import StoreUnavailable, TaskStore
 
 log = structlog.get_logger(__name__)
@@ -24,7 +25,8 @@ _NAMESPACE_MISSING: Final = "NamespaceNotFound"
 class TaskRuns:
     """The runs of this namespace, as far as callbacks concern them."""
 
-    def __init__(self, client: Client, store: TaskStore) -> None:
+    def __init__(self, client: Client, store: TaskStore, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._client = client
         self._store = store
 
@@ -34,7 +36,8 @@ class TaskRuns:
         payload = callback.model_dump(mode="json", exclude={"log"}, exclude_unset=True)
         try:
             async with asyncio.timeout(SIGNAL_SECONDS):
-                await handle.signal(CALLBACK_SIGNAL, payload, rpc_timeout=timedelta(seconds=SIGNAL_SECONDS))
+                with self._metrics.signal_seconds.time():
+                    await handle.signal(CALLBACK_SIGNAL, payload, rpc_timeout=timedelta(seconds=SIGNAL_SECONDS))
         except RPCError as error:
             if _is_run_missing(error):
                 return await self._without_open_run(task_id)

@@ -8,6 +8,7 @@ tasks.py         claim, write (row + events + exceptions + NOTIFY in one transac
 reads.py         tasks, events, training log, exceptions
 stream_reads.py  heads of tasks, events of many tasks at once
 listener.py      one LISTEN connection: who wrote what
+upkeep.py        purge, the state of the queues
 cursors.py       opaque positions
 """
 
@@ -17,11 +18,13 @@ from store.listener import EventListener
 from store.migrate import migrate
 from store.stream_reads import TaskHead
 from store.task_store import TaskStore
+from store.upkeep import QueueState
 
 __all__ = [
     "CursorInvalid",
     "EventListener",
     "NotTheClaimant",
+    "QueueState",
     "StoreFailure",
     "StoreUnavailable",
     "TaskHead",

@@ -26,6 +26,14 @@ async def is_claimed(connection: AsyncConnection, task_id: str) -> bool:
     return found is not None
 
 
+async def claimed_input(connection: AsyncConnection, task_id: str) -> str | None:
+    """The hash of the input that a task id was claimed with."""
+    found: str | None = await connection.scalar(
+        select(task_claims.c.input_sha256).where(task_claims.c.task_id == task_id)
+    )
+    return found
+
+
 async def task_list(
     connection: AsyncConnection,
     *,

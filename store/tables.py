@@ -89,6 +89,13 @@ tasks = Table(
     Index("tasks_by_time", text("created_at DESC"), text("task_id DESC")),
     Index("tasks_of_tenant", "tenant_id", text("created_at DESC"), text("task_id DESC")),
     Index("tasks_of_tenant_by_status", "tenant_id", "status", text("created_at DESC"), text("task_id DESC")),
+    Index("tasks_of_tenant_by_scene", "tenant_id", "scene", text("created_at DESC"), text("task_id DESC")),
+    Index(
+        "tasks_of_tenant_by_scene_and_status",
+        *("tenant_id", "scene", "status", text("created_at DESC"), text("task_id DESC")),
+    ),
+    Index("tasks_by_end", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
+    Index("tasks_queued", "priority", postgresql_where=text("status = 'queued'")),
     comment="One row a task; job_sequences: the newest sequence written of each job.",
 )
 

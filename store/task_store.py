@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Final
 
 from contracts.fields import OwnModel
 from contracts.permissions import Scene
 from contracts.task_store import TaskClaim, TaskExceptionRow, TaskRow, TaskWrite, TrainingLogRow, TrainingLogWrite
 from contracts.tasks import TaskEvent, TaskStatus
-from store import reads, stream_reads, tasks
+from store import reads, stream_reads, tasks, upkeep
 from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
 from store.database import POOL_SIZE, WORK_SECONDS, Database
 from store.listener import EventListener
 from store.stream_reads import TaskHead
+from store.upkeep import QueueState
 
 MAX_PAGE: Final = 1_000
 
@@ -73,6 +75,12 @@ class TaskStore:
         """Whether any run ever claimed this id, its row purged or not."""
         return await self._database.read(
             lambda connection: reads.is_claimed(connection, task_id), doing=f"looking for the task {task_id}"
+        )
+
+    async def claimed_input(self, task_id: str) -> str | None:
+        """`input_sha256` of the task that claimed this id, its row purged or not; None where none did."""
+        return await self._database.read(
+            lambda connection: reads.claimed_input(connection, task_id), doing=f"looking for the task {task_id}"
         )
 
     async def tasks(
@@ -154,6 +162,20 @@ class TaskStore:
             lambda connection: reads.exceptions(connection, task_id=task_id, codes=codes, limit=_bounded(limit)),
             doing="reading exception records",
         )
+
+    async def purge(self, before: datetime) -> int:
+        """Delete some of the tasks that ended before an instant; call again until none is deleted. Claims stay."""
+        return await self._database.transaction(
+            lambda connection: upkeep.purge(connection, before), doing=f"purging tasks that ended before {before}"
+        )
+
+    async def queue_states(self) -> list[QueueState]:
+        """How many tasks are queued, and for how long, by priority."""
+        return await self._database.read(upkeep.queue_states, doing="reading the queues")
+
+    async def check(self) -> None:
+        """Raises StoreUnavailable where PostgreSQL does not answer."""
+        await self._database.read(lambda connection: connection.execute(upkeep.ALIVE), doing="checking that it answers")
 
 
 def _bounded(limit: int) -> int:

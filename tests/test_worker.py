@@ -30,7 +30,7 @@ SECRET = "0123456789abcdef0123456789abcdef"
 CALLS = {
     *("submit_job", "get_job", "cancel_job", "create_training", "start_training", "get_training", "cancel_training"),
     *("list_gpus", "estimate", "pre_deduct", "commit", "cancel_hold", "charge", "ledger"),
-    *("snapshot", "delete_snapshot", "claim", "write"),
+    *("snapshot", "delete_snapshot", "claim", "write", "left_behind"),
 }
 NO_DATABASE = "postgresql://nobody:nothing@127.0.0.1:9/nowhere"
 
@@ -47,8 +47,8 @@ def free_port() -> int:
     return port
 
 
-async def test_it_offers_every_activity_that_workflows_call() -> None:
-    async with worker.opened_activities(settings_with()) as activities:
+async def test_it_offers_every_activity_that_workflows_call(temporal_env: WorkflowEnvironment) -> None:
+    async with worker.opened_activities(settings_with(), temporal_env.client) as activities:
         assert {activity.__name__ for activity in activities} == CALLS
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
+import httpx
+import pytest
 import pytest_asyncio
 from temporalio.client import WorkflowHandle
 from temporalio.testing import WorkflowEnvironment
@@ -12,7 +15,42 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from store import TaskStore
 from tests.conftest import unique
-from tests.gateway.serving import Gateway, KeepsSignals, served, start_run
+from tests.gateway.serving import Gateway, KeepsSignals, bearer, eventually, served, start_run, token_for
+from tests.workflows.platform import Platform, running_platform
+
+DEMO_TOKEN = token_for("tenant-demo", "user-demo")
+OTHER_TOKEN = token_for("tenant-other", "user-other")
+
+
+@dataclass
+class Api:
+    """A gateway in front of a whole platform."""
+
+    platform: Platform
+    gateway: Gateway
+
+    @property
+    def http(self) -> httpx.AsyncClient:
+        return self.gateway.http
+
+    async def call(
+        self, method: str, path: str, body: Any = None, *, token: str | None = None, **headers: str
+    ) -> httpx.Response:
+        """A request to `/api/v1/tasks…` in the name of `tenant-demo`, unless another token is given."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        sent = bearer(DEMO_TOKEN if token is None else token) | named
+        return await self.http.request(method, f"/api/v1/tasks{path}", json=body, headers=sent)
+
+    async def ended(self, task_id: str) -> dict[str, Any]:
+        """The task once it has ended."""
+
+        async def read() -> dict[str, Any] | None:
+            task = (await self.call("GET", f"/{task_id}")).json()
+            return task if task.get("ended_at") else None
+
+        task: dict[str, Any] = await eventually(read)
+        return task
+
 
 NewRun = Callable[[str], Awaitable[WorkflowHandle[Any, Any]]]
 
@@ -32,3 +70,15 @@ async def new_run(temporal_env: WorkflowEnvironment) -> AsyncIterator[NewRun]:
 async def gateway(temporal_env: WorkflowEnvironment, task_store: TaskStore) -> AsyncIterator[Gateway]:
     async with served(temporal_env.client, task_store) as gateway:
         yield gateway
+
+
+@pytest_asyncio.fixture(scope="session")
+async def api(
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Api]:
+    """A gateway with everything behind it; an image takes a quarter of a second."""
+    folder = tmp_path_factory.mktemp("gateway-platform")
+    async with running_platform(temporal_env, task_store, folder, speed=2_000) as platform, platform.worker():
+        platform.policy = {"deadline_factor": 1_000.0}
+        async with served(platform.client, task_store, task_queue=platform.task_queue) as gateway:
+            yield Api(platform, gateway)

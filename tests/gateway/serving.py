@@ -26,7 +26,7 @@ from temporalio import workflow
 from temporalio.client import Client, WorkflowHandle
 
 from contracts.permissions import Scope
-from contracts.tasks import CALLBACK_SIGNAL, workflow_id_of
+from contracts.tasks import CALLBACK_SIGNAL, TASK_QUEUE, workflow_id_of
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.callbacks import CallbackOutcome
@@ -142,9 +142,18 @@ def signed_headers(
 
 
 @asynccontextmanager
-async def served(client: Client, store: TaskStore, *more_secrets: str) -> AsyncIterator[Gateway]:
+async def served(
+    client: Client, store: TaskStore, *more_secrets: str, task_queue: str = TASK_QUEUE
+) -> AsyncIterator[Gateway]:
     secret = new_secret()
-    app = create_app(temporal=client, store=store, callback_secrets=[secret, *more_secrets], access=new_access())
+    app = create_app(
+        temporal=client,
+        store=store,
+        callback_secrets=[secret, *more_secrets],
+        access=new_access(),
+        task_queue=task_queue,
+        allowed_origins=["https://app.example"],
+    )
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
     serving = asyncio.create_task(server.serve())
     await eventually(lambda: _is(server.started))

@@ -19,6 +19,7 @@ from temporalio.client import Client, WorkflowHandle, WorkflowUpdateFailedError
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Worker
 
+from activities.closed_runs import ClosedRunActivities
 from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetActivities, DatasetSnapshots
@@ -44,6 +45,7 @@ from store import TaskStore
 from temporal_plugin import TasksPlugin
 from tests.conftest import unique
 from workflows.image_generation import ImageGenerationWorkflow
+from workflows.reconciler import GiveBackWorkflow
 from workflows.training import TrainingWorkflow
 
 T = TypeVar("T")
@@ -241,7 +243,7 @@ class Platform:
             worker = Worker(
                 self.client,
                 task_queue=self.task_queue,
-                workflows=[ImageGenerationWorkflow, TrainingWorkflow],
+                workflows=[ImageGenerationWorkflow, TrainingWorkflow, GiveBackWorkflow],
                 activities=[
                     method
                     for activities in (
@@ -249,6 +251,7 @@ class Platform:
                         CreditsActivities(credits),
                         DatasetActivities(snapshots),
                         TaskStoreActivities(self.store, self.policy_of),
+                        ClosedRunActivities(self.client, self.store),
                     )
                     for method in activity_methods(activities)
                 ],

@@ -1,0 +1,67 @@
+"""What those who run the gateway ask: does it live, can it work, how does it fare. No token; no word of any tenant."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from datetime import timedelta
+from typing import Final, Literal
+
+from fastapi import APIRouter, Response
+from temporalio.client import Client
+
+from contracts.fields import OwnModel
+from gateway.draining import Draining
+from gateway.metrics import CONTENT_TYPE, MetricsPage
+from store import TaskStore
+
+CHECK_SECONDS: Final = 2.0
+State = Literal["ok", "unavailable"]
+
+
+class Readiness(OwnModel):
+    """Whether requests can be answered, and what stands in the way."""
+
+    status: Literal["ready", "not_ready", "draining"]
+    postgresql: State
+    temporal: State
+
+
+def operations_routes(temporal: Client, store: TaskStore, metrics: MetricsPage, draining: Draining) -> APIRouter:
+    router = APIRouter(tags=["operations"])
+
+    @router.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """The process is alive; says nothing of what it depends on."""
+        return {"status": "ok"}
+
+    @router.get("/readyz", responses={503: {"model": Readiness, "description": "Not ready"}})
+    async def readyz(response: Response) -> Readiness:
+        """PostgreSQL and Temporal answer, and the process is not about to end."""
+        postgresql, server = await asyncio.gather(
+            _state(store.check()),
+            _state(temporal.service_client.check_health(timeout=timedelta(seconds=CHECK_SECONDS))),
+        )
+        is_ready = postgresql == server == "ok" and not draining.has_begun
+        response.status_code = 200 if is_ready else 503
+        status: Literal["ready", "not_ready", "draining"] = "ready" if is_ready else "not_ready"
+        return Readiness(status="draining" if draining.has_begun else status, postgresql=postgresql, temporal=server)
+
+    @router.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def read_metrics() -> Response:
+        """Counters of this process, for Prometheus."""
+        return Response(await metrics.text(), media_type=CONTENT_TYPE)
+
+    return router
+
+
+async def _state(check: Awaitable[object]) -> State:
+    try:
+        await asyncio.wait_for(check, CHECK_SECONDS)
+    except Exception:  # whatever keeps it from answering, it is not ready
+        return "unavailable"
+    return "ok"

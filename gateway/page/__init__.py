@@ -1,0 +1,77 @@
+"""The live page: `GET /`, static files and what they need to know of this installation. No build step, no token.
+
+index.html   what there is
+page.css     how it looks, light and dark, from 360 px on
+page.js      what happens: token, list, stream, form
+api.js       requests and the stream, as any client would make them
+card.js      one task on the page
+loss.js      a training's loss curve
+
+The browser is told to run no other script, to send no address on, and to let nobody frame the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+from fastapi import APIRouter, Response
+from fastapi.responses import FileResponse
+
+from contracts.fields import OwnModel
+
+FOLDER: Final = Path(__file__).parent
+FILES: Final = {
+    "index.html": "text/html; charset=utf-8",
+    "page.css": "text/css; charset=utf-8",
+    "page.js": "text/javascript; charset=utf-8",
+    "api.js": "text/javascript; charset=utf-8",
+    "card.js": "text/javascript; charset=utf-8",
+    "loss.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
+HEADERS: Final = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        # Delivered images lie where ComfyUI put them.
+        "img-src 'self' http: https:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+
+
+class PageSettings(OwnModel):
+    """Where the Temporal UI is, if anywhere, and the namespace of the tasks in it."""
+
+    temporal_ui_url: str | None = None
+    namespace: str = "default"
+
+
+def page_routes(settings: PageSettings) -> APIRouter:
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/")
+    async def page() -> Response:
+        return _file("index.html")
+
+    @router.get("/page/settings.json")
+    async def page_settings() -> PageSettings:
+        return settings
+
+    for name in FILES:
+        router.add_api_route(f"/page/{name}", _route_of(name))
+    return router
+
+
+def _route_of(name: str) -> Callable[[], Awaitable[Response]]:
+    async def file() -> Response:
+        return _file(name)
+
+    return file
+
+
+def _file(name: str) -> Response:
+    return FileResponse(FOLDER / name, media_type=FILES[name], headers=HEADERS)

@@ -1,0 +1,210 @@
+// One task on the page. Text from outside only ever becomes text, an address only where it is http or https.
+
+import { drawLosses, lossesOf } from "./loss.js";
+
+const STAGES = {
+  "image.generate": ["queued", "processing", "delivery"],
+  "model.train": ["data_ingest", "training", "evaluating", "publishing"],
+};
+const ENDS = ["completed", "failed", "cancelled"];
+const KINDS = { "image.generate": "image", "model.train": "training" };
+
+function element(name, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+/** The address, where it is one that a page may follow; else null. */
+export function webAddress(text) {
+  try {
+    const address = new URL(text);
+    return ["http:", "https:"].includes(address.protocol) ? address.href : null;
+  } catch {
+    return null;
+  }
+}
+
+export class Card {
+  #actions;
+  #links;
+  #parts = {};
+  #log = { after: 0, lines: [] };
+
+  /** `actions`: {cancel(taskId), confirm(taskId, points), trainingLog(taskId, after)}; `links`: where the UI is. */
+  constructor(task, actions, links) {
+    this.#actions = actions;
+    this.#links = links;
+    this.task = task;
+    this.item = element("li");
+    this.#build();
+    this.show();
+  }
+
+  get isOver() {
+    return ENDS.includes(this.task.status);
+  }
+
+  /** The task as the gateway tells it now. */
+  is(task) {
+    if (task.last_seq < this.task.last_seq) return;
+    this.task = task;
+    this.show();
+  }
+
+  /** An event; false where it is older than what is shown. */
+  tell(event) {
+    if (event.seq <= this.task.last_seq) return false;
+    const { seq, status, stage, progress, next_eta, queue_position, attempt, confirmation, error, result_urls, output } = event;
+    Object.assign(this.task, { last_seq: seq, status, next_eta, queue_position, attempts: attempt });
+    if (stage) this.task.stage = stage;
+    if (progress !== null) this.task.progress = progress;
+    if (confirmation) this.task.confirmation = confirmation;
+    if (error) this.task.error = error;
+    if (result_urls) this.task.result_urls = result_urls;
+    if (output) this.task.output = output;
+    if (event.message) this.task.message = event.message;
+    this.show();
+    return true;
+  }
+
+  #build() {
+    const { task_id, scene, template_id, resolution, priority, workflow_id } = this.task;
+    const part = this.#parts;
+    const title = element("h3", { id: `task-${task_id}`, textContent: task_id });
+    part.status = element("span", { className: "status" });
+    part.stages = element("ol", { className: "stages" }, ...(STAGES[scene] ?? []).map((stage) => element("li", { textContent: stage })));
+    part.stages.setAttribute("aria-label", "stages");
+    part.progress = element("progress", { max: 100 });
+    part.progress.setAttribute("aria-label", `progress of ${task_id}`);
+    part.eta = element("p", { className: "quiet eta" });
+    part.credits = element("dl", { className: "credits" });
+    part.pictures = element("ul", { className: "pictures", hidden: true });
+    part.loss = element("figure", { className: "loss", hidden: true });
+    part.output = element("p", { className: "quiet", hidden: true });
+    part.error = element("p", { className: "error", hidden: true });
+    part.confirm = this.#confirmation();
+    part.cancel = element("button", { className: "plain", type: "button", textContent: "Cancel" });
+    part.cancel.setAttribute("aria-label", `Cancel ${task_id}`);
+    part.cancel.onclick = () => this.#act(part.cancel, () => this.#actions.cancel(task_id));
+    const footer = element("p", { className: "actions" }, part.cancel);
+    const address = this.#links.temporal_ui_url && webAddress(this.#links.temporal_ui_url);
+    if (address) {
+      const path = `/namespaces/${encodeURIComponent(this.#links.namespace)}/workflows/${encodeURIComponent(workflow_id)}`;
+      const link = element("a", { href: address.replace(/\/$/, "") + path, target: "_blank", rel: "noreferrer", textContent: "in the Temporal UI" });
+      link.setAttribute("aria-label", `${task_id} in the Temporal UI`);
+      footer.append(link);
+    }
+    part.article = element(
+      "article", {},
+      element("header", {}, title, part.status),
+      element("p", { className: "quiet", textContent: [KINDS[scene] ?? scene, template_id, resolution, priority].join(" · ") }),
+      part.stages, part.progress, part.eta, part.credits, part.confirm, part.error, part.pictures, part.loss, part.output, footer,
+    );
+    part.article.setAttribute("aria-labelledby", title.id);
+    this.item.append(part.article);
+  }
+
+  #confirmation() {
+    const { task_id } = this.task;
+    const field = element("input", { type: "number", min: 1, step: 1, required: true, name: "points" });
+    const button = element("button", { type: "button", textContent: "Confirm" });
+    button.setAttribute("aria-label", `Confirm the price of ${task_id}`);
+    button.onclick = () => field.reportValidity() && this.#act(button, () => this.#actions.confirm(task_id, Number(field.value)));
+    const text = element("p");
+    const group = element("div", { className: "confirm", hidden: true }, text, element("label", {}, "Up to, in points ", field), button);
+    group.show = ({ estimated_cost, current_balance, confirm_by }) => {
+      const balance = current_balance === null ? "" : `, the balance is ${current_balance}`;
+      text.textContent = `The price is ${estimated_cost} points${balance}. Confirm it by ${new Date(confirm_by).toLocaleTimeString()}.`;
+      if (!field.value || Number(field.value) < estimated_cost) field.value = estimated_cost;
+    };
+    return group;
+  }
+
+  async #act(button, act) {
+    button.disabled = true;
+    try {
+      await act();
+    } finally {
+      button.disabled = false;
+    }
+  }
+
+  show() {
+    const { task } = this;
+    const part = this.#parts;
+    part.article.dataset.status = task.status;
+    part.status.textContent = task.attempts > 1 ? `${task.status}, attempt ${task.attempts}` : task.status;
+    const stages = STAGES[task.scene] ?? [];
+    const at = task.status === "completed" ? stages.length : stages.indexOf(task.stage);
+    [...part.stages.children].forEach((item, n) => {
+      item.toggleAttribute("data-done", n < at);
+      if (n === at && !this.isOver) item.setAttribute("aria-current", "step");
+      else item.removeAttribute("aria-current");
+    });
+    part.progress.value = task.status === "completed" ? 100 : (task.progress ?? 0);
+    this.showTime();
+    this.#showCredits();
+    part.confirm.hidden = !task.confirmation || this.isOver;
+    if (!part.confirm.hidden) part.confirm.show(task.confirmation);
+    part.cancel.hidden = this.isOver;
+    this.#showResults();
+    this.#showErrors();
+  }
+
+  /** Called each second: what is shown of time. */
+  showTime() {
+    const { next_eta, queue_position, message } = this.task;
+    const said = [];
+    if (!this.isOver && next_eta) {
+      const seconds = Math.round((new Date(next_eta) - Date.now()) / 1000);
+      said.push(seconds > 0 ? `next stage in ${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}` : "next stage any moment");
+    }
+    if (!this.isOver && queue_position) said.push(`${queue_position} ahead in the queue`);
+    if (message && this.task.status !== "failed") said.push(message);
+    this.#parts.eta.textContent = said.join(" · ");
+    this.#parts.eta.hidden = !said.length;
+  }
+
+  #showCredits() {
+    const { estimated, held, charged, returned, shortfall } = this.task.credits;
+    const amounts = { estimated, held, charged, returned };
+    if (shortfall) amounts.shortfall = shortfall;
+    this.#parts.credits.replaceChildren(
+      ...Object.entries(amounts).map(([name, points]) => element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: points }))),
+    );
+  }
+
+  #showResults() {
+    const { pictures, output } = this.#parts;
+    const addresses = (this.task.result_urls ?? []).map(webAddress).filter(Boolean);
+    if (addresses.length !== pictures.children.length) {
+      pictures.replaceChildren(
+        ...addresses.map((address, n) => {
+          const alt = `result ${n + 1} of ${this.task.task_id}`;
+          const picture = element("img", { src: address, alt, loading: "lazy", referrerPolicy: "no-referrer" });
+          return element("li", {}, element("a", { href: address, target: "_blank", rel: "noreferrer" }, picture));
+        }),
+      );
+    }
+    pictures.hidden = !addresses.length;
+    output.hidden = !this.task.output;
+    if (this.task.output) output.textContent = `model ${this.task.output.model_path}`;
+  }
+
+  #showErrors() {
+    const { error, exceptions, message, status } = this.task;
+    const lines = (exceptions ?? []).map((exception) => `${exception.code}: ${exception.message}`);
+    if (error && !lines.length) lines.push(`${error.code}: ${status === "failed" && message ? message : error.message}`);
+    this.#parts.error.textContent = lines.join("\n");
+    this.#parts.error.hidden = !lines.length;
+  }
+
+  /** Read what is new in the training log and draw the curve anew. */
+  async drawLoss() {
+    if (this.task.scene !== "model.train") return;
+    const { lines, after } = await this.#actions.trainingLog(this.task.task_id, this.#log.after);
+    this.#log = { after, lines: [...this.#log.lines, ...lossesOf(lines)].slice(-1000) };
+    drawLosses(this.#parts.loss, this.#log.lines);
+  }
+}

@@ -1,0 +1,201 @@
+"""What goes over the wire of the tasks API (contract §6): orders in, tasks and outcomes out."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import ConfigDict, Field, JsonValue, StringConstraints
+
+from contracts.comfyui import TaskPriority, TrainingOutput
+from contracts.errors import ErrorDetails
+from contracts.fields import CallerId, CallerModel, CallerText, Instant, OwnModel
+from contracts.permissions import Scene
+from contracts.task_store import RecordedPrices, TaskExceptionRow, TaskRow, TrainingLogRow
+from contracts.tasks import Confirmation, CreditsSummary, ImageTask, TaskStatus, TrainingTask, workflow_id_of
+
+IdempotencyKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")]
+"""`X-Idempotency-Key`: printable ASCII without blanks."""
+Cursor = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,512}$")]
+
+_IMAGE_EXAMPLE: Final[dict[str, JsonValue]] = {
+    "template_id": "text-to-image",
+    "prompt": "a lighthouse at dusk, long exposure",
+    "resolution": "4k",
+    "priority": "accelerated",
+    "extras": {"hires_fix": True, "seed": 7},
+    "max_credits": 60,
+}
+_TRAINING_EXAMPLE: Final[dict[str, JsonValue]] = {
+    "template_id": "lora-train",
+    "dataset": {"dataset_id": "faces", "source_uri": "s3://datasets/tenant-demo/faces/"},
+    "hyperparameters": {"epochs": 10, "batch_size": 4, "learning_rate": 0.0001},
+    "max_credits": 400,
+}
+
+
+def task_id_by_key(tenant_id: str, key: str) -> str:
+    """The task id that an idempotency key stands for: the same for every repeat, another for every tenant."""
+    return "key-" + hashlib.sha256(f"{tenant_id}\n{key}".encode()).hexdigest()[:40]
+
+
+class ImageOrder(ImageTask):
+    """Body of `POST /api/v1/tasks/images`: `ImageGenerationWorkflow`'s input.
+
+    `task_id` may be left out (a new one is made), `tenant_id` and `user_id` too, and must be the token's when given.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_IMAGE_EXAMPLE]})
+
+    task_id: CallerId | None = None  # type: ignore[assignment]
+    tenant_id: CallerId | None = None  # type: ignore[assignment]
+    user_id: CallerId | None = None  # type: ignore[assignment]
+
+    def task(self, *, tenant_id: str, user_id: str, key: str | None) -> ImageTask:
+        """The task that is ordered, in the name of the token."""
+        task_id = self.task_id or (task_id_by_key(tenant_id, key) if key else f"image-{secrets.token_hex(8)}")
+        return ImageTask(**_given(self, task_id=task_id, tenant_id=tenant_id, user_id=user_id))
+
+
+class TrainingOrder(TrainingTask):
+    """Body of `POST /api/v1/tasks/trainings`: `TrainingWorkflow`'s input; ids as in `ImageOrder`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_TRAINING_EXAMPLE]})
+
+    task_id: CallerId | None = None  # type: ignore[assignment]
+    tenant_id: CallerId | None = None  # type: ignore[assignment]
+    user_id: CallerId | None = None  # type: ignore[assignment]
+
+    def task(self, *, tenant_id: str, user_id: str, key: str | None) -> TrainingTask:
+        """The task that is ordered, in the name of the token."""
+        task_id = self.task_id or (task_id_by_key(tenant_id, key) if key else f"training-{secrets.token_hex(8)}")
+        return TrainingTask(**_given(self, task_id=task_id, tenant_id=tenant_id, user_id=user_id))
+
+
+def _given(order: ImageOrder | TrainingOrder, **ids: str) -> dict[str, Any]:
+    return {name: getattr(order, name) for name in order.model_fields_set} | ids
+
+
+class TaskView(OwnModel):
+    """A task as callers see it (contract §6, §8)."""
+
+    task_id: str
+    tenant_id: str
+    user_id: str
+    scene: Scene
+    template_id: str
+    priority: TaskPriority
+    resolution: str
+    """The resolution; a training's base model."""
+    workflow_id: str
+    status: TaskStatus
+    stage: str | None = None
+    progress: float = 0.0
+    next_eta: Instant | None = None
+    estimated_time: float | None = None
+    """Minutes."""
+    gpu_slots: int | None = None
+    queue_position: int | None = None
+    job_id: str | None = None
+    """ComfyUI's job or training."""
+    attempts: int = 0
+    credits: CreditsSummary = CreditsSummary()
+    prices: RecordedPrices = RecordedPrices()
+    confirmation: Confirmation | None = None
+    """What a training waits to have confirmed."""
+    result_urls: list[str] = []
+    output: TrainingOutput | None = None
+    error: ErrorDetails | None = None
+    created_at: Instant
+    updated_at: Instant
+    ended_at: Instant | None = None
+    last_seq: int = 0
+    """`seq` of the newest event; 0 before the first."""
+
+    @classmethod
+    def of_row(cls, row: TaskRow) -> TaskView:
+        return cls.model_validate(row.model_dump())
+
+    @classmethod
+    def accepted(cls, task: ImageTask | TrainingTask) -> TaskView:
+        """A task whose run has been started and has not claimed its id yet."""
+        now = datetime.now(UTC)
+        return cls(
+            task_id=task.task_id,
+            tenant_id=task.tenant_id,
+            user_id=task.user_id,
+            scene=task.scene,
+            template_id=task.template_id,
+            priority=task.priority,
+            resolution=task.resolution.value if isinstance(task, ImageTask) else task.base_model,
+            workflow_id=workflow_id_of(task.task_id),
+            status=TaskStatus.QUEUED,
+            created_at=now,
+            updated_at=now,
+        )
+
+
+class TaskDetail(TaskView):
+    """A task, and what ops should look at."""
+
+    exceptions: list[TaskExceptionRow] = []
+
+
+class TaskList(OwnModel):
+    """Tasks, newest first; `cursor` leads to the next page, null at the end."""
+
+    tasks: list[TaskView]
+    cursor: str | None = None
+
+
+class TaskFilters(CallerModel):
+    """The query of the list."""
+
+    status: TaskStatus | None = None
+    scene: Scene | None = None
+    cursor: Cursor | None = None
+    """As the page before told it."""
+    limit: Annotated[int, Field(ge=1, le=200)] = 50
+
+
+class EventsQuery(CallerModel):
+    """The query of a task's history."""
+
+    after: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,512}$")] | None = None
+    """An event's `cursor`, or its `seq`: the history from there on."""
+    limit: Annotated[int, Field(ge=1, le=1_000)] = 1_000
+
+
+class LogQuery(CallerModel):
+    """The query of a training log."""
+
+    after: Annotated[int, Field(ge=0, le=2**53)] = 0
+    """A line's `position`: the log from there on."""
+    limit: Annotated[int, Field(ge=1, le=1_000)] = 1_000
+
+
+class TrainingLog(OwnModel):
+    """Lines in order of arrival; `after` is where to go on."""
+
+    lines: list[TrainingLogRow]
+    after: int
+
+
+class RollbackOrder(CallerModel):
+    """Body of `POST …/rollback`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "ordered twice by mistake"}]})
+
+    reason: Annotated[CallerText, Field(max_length=500)] = ""
+
+
+class RollbackOutcome(OwnModel):
+    """`cancelled`: the open task ends cancelled. `given_back`: hold and job of an ended run were given back.
+
+    `giving_back`: that goes on, ask again. `nothing_held`: the task had ended and given back everything itself.
+    """
+
+    outcome: Literal["cancelled", "given_back", "giving_back", "nothing_held"]
+    credits: CreditsSummary

@@ -1,0 +1,174 @@
+"""The routes of the tasks API (contract §6): who may, what comes in, what goes out. What is done is in tasks.py.
+
+Annotations are evaluated here at once: the dependencies that they name are made by `task_routes`, not by the module.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
+from starlette.requests import HTTPConnection
+
+from contracts.fields import CallerId
+from contracts.permissions import Operation
+from contracts.tasks import CancelTask, CancelTaskOutcome, ConfirmPrice, ConfirmPriceOutcome, TaskEvent
+from gateway.access import Access
+from gateway.problems import ProblemCode, problems
+from gateway.task_bodies import (
+    EventsQuery,
+    IdempotencyKey,
+    ImageOrder,
+    LogQuery,
+    RollbackOrder,
+    RollbackOutcome,
+    TaskDetail,
+    TaskFilters,
+    TaskList,
+    TaskView,
+    TrainingLog,
+    TrainingOrder,
+)
+from gateway.tasks import Tasks
+from gateway.tokens import Caller
+
+TASKS: Final = "/api/v1/tasks"
+EVENT_STREAM: Final = "text/event-stream"
+
+EventStream = Callable[[Request, Caller, str], Awaitable[Response]]
+"""Opens the live stream of one task."""
+RollBack = Callable[[Caller, str, RollbackOrder], Awaitable[RollbackOutcome]]
+
+_READ: Final = (
+    ProblemCode.UNAUTHENTICATED,
+    ProblemCode.NOT_AUTHORIZED,
+    ProblemCode.INPUT_INVALID,
+    ProblemCode.STORE_UNAVAILABLE,
+    ProblemCode.TEMPORAL_UNAVAILABLE,
+    ProblemCode.TOKENS_UNVERIFIABLE,
+)
+_ONE: Final = (*_READ, ProblemCode.TASK_UNKNOWN)
+_CHANGE: Final = (*_ONE, ProblemCode.TOO_LARGE, ProblemCode.TOO_SLOW, ProblemCode.WORKER_UNAVAILABLE)
+_START: Final = (*_READ, ProblemCode.TASK_EXISTS, ProblemCode.TOO_LARGE, ProblemCode.TOO_SLOW)
+_REPEATED: Final[dict[int | str, dict[str, Any]]] = {200: {"model": TaskView, "description": "A repeat: the same task"}}
+
+Key = Annotated[
+    IdempotencyKey | None,
+    Header(
+        alias="X-Idempotency-Key",
+        description="Stands for a task id where the body has none: the same key and body is one task.",
+    ),
+]
+
+
+def task_routes(
+    tasks: Tasks, access: Access, *, roll_back: RollBack, event_stream: EventStream | None = None
+) -> APIRouter:
+    """The routes. `event_stream` serves `…/events` to clients that accept an event stream."""
+    router = APIRouter(prefix=TASKS, tags=["tasks"])
+    Reader = Annotated[Caller, Depends(access.demands(Operation.READ_TASK))]
+
+    async def reader_of_events(connection: HTTPConnection) -> Caller:
+        if event_stream is not None and _wants_stream(connection):
+            return await access.stream_caller(connection)
+        return await access.caller(connection, Operation.READ_TASK)
+
+    @router.post("/images", status_code=202, responses={**_REPEATED, **problems(*_START)})
+    async def start_image(
+        caller: Annotated[Caller, Depends(access.demands(Operation.START_IMAGE_TASK))],
+        order: ImageOrder,
+        response: Response,
+        key: Key = None,
+    ) -> TaskView:
+        """Start an image task: 202 the task, 200 a repeat, 409 another body under the same id or key."""
+        return _told(response, *await tasks.start(caller, order, key))
+
+    @router.post("/trainings", status_code=202, responses={**_REPEATED, **problems(*_START)})
+    async def start_training(
+        caller: Annotated[Caller, Depends(access.demands(Operation.START_TRAINING_TASK))],
+        order: TrainingOrder,
+        response: Response,
+        key: Key = None,
+    ) -> TaskView:
+        """Start a training task: 202 the task, 200 a repeat, 409 another body under the same id or key."""
+        return _told(response, *await tasks.start(caller, order, key))
+
+    @router.get("", responses=problems(*_READ))
+    async def list_tasks(caller: Reader, filters: Annotated[TaskFilters, Query()]) -> TaskList:
+        """The tenant's tasks, newest first."""
+        return await tasks.page(caller, filters)
+
+    @router.get("/{task_id}", responses=problems(*_ONE))
+    async def read_task(caller: Reader, task_id: CallerId) -> TaskDetail:
+        """The task as it stands."""
+        return await tasks.task(caller, task_id)
+
+    @router.get(
+        "/{task_id}/events",
+        response_model=list[TaskEvent],
+        responses={**_event_stream_response(), **problems(*_ONE)},
+    )
+    async def read_events(
+        caller: Annotated[Caller, Depends(reader_of_events)],
+        task_id: CallerId,
+        query: Annotated[EventsQuery, Query()],
+        request: Request,
+    ) -> Response | list[TaskEvent]:
+        """The task's history, in order; with `Accept: text/event-stream` the live stream."""
+        if event_stream is not None and _wants_stream(request):
+            return await event_stream(request, caller, task_id)
+        return await tasks.events(caller, task_id, query)
+
+    @router.get("/{task_id}/training-log", responses=problems(*_ONE))
+    async def read_training_log(caller: Reader, task_id: CallerId, query: Annotated[LogQuery, Query()]) -> TrainingLog:
+        """Lines and metrics of a training; none for an image."""
+        return await tasks.training_log(caller, task_id, query)
+
+    @router.post("/{task_id}/cancel", responses=problems(*_CHANGE))
+    async def cancel_task(
+        caller: Annotated[Caller, Depends(access.demands(Operation.CANCEL_TASK))],
+        task_id: CallerId,
+        order: Annotated[CancelTask | None, Body()] = None,
+    ) -> CancelTaskOutcome:
+        """Stop the task: `accepted`, or `too_late` where it was delivered or has ended; idempotent."""
+        return await tasks.cancel(caller, task_id, order or CancelTask())
+
+    @router.post("/{task_id}/confirm-price", responses=problems(*_CHANGE, ProblemCode.TASK_OVER))
+    async def confirm_price(
+        caller: Annotated[Caller, Depends(access.demands(Operation.CONFIRM_PRICE))],
+        task_id: CallerId,
+        order: ConfirmPrice,
+    ) -> ConfirmPriceOutcome:
+        """Confirm a training's price up to `max_credits`; it is only ever raised. Tells the ceiling in force."""
+        return await tasks.confirm_price(caller, task_id, order)
+
+    @router.post(
+        "/{task_id}/rollback", responses=problems(*_CHANGE, ProblemCode.ALREADY_CHARGED, ProblemCode.STILL_ENDING)
+    )
+    async def roll_back_task(
+        caller: Annotated[Caller, Depends(access.demands(Operation.ROLL_BACK))],
+        task_id: CallerId,
+        order: Annotated[RollbackOrder | None, Body()] = None,
+    ) -> RollbackOutcome:
+        """Give the task's hold and job back by hand (contract §7); what was charged is not refunded."""
+        return await roll_back(caller, task_id, order or RollbackOrder())
+
+    return router
+
+
+def _told(response: Response, task: TaskView, is_new: bool) -> TaskView:
+    response.status_code = 202 if is_new else 200
+    response.headers["Location"] = f"{TASKS}/{task.task_id}"
+    return task
+
+
+def _wants_stream(connection: HTTPConnection) -> bool:
+    return EVENT_STREAM in connection.headers.get("accept", "").lower()
+
+
+def _event_stream_response() -> dict[int | str, dict[str, Any]]:
+    return {
+        200: {
+            "description": "The history as an array, or the live stream",
+            "content": {EVENT_STREAM: {"schema": {"type": "string"}}},
+        }
+    }

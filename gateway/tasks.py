@@ -1,0 +1,219 @@
+"""What callers do with tasks: each method is one operation of contract §6, for one caller's tenant.
+
+A stranger's task is the same as none (contract §7). Raises Problem throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from datetime import UTC, datetime
+from typing import Any, Final, TypeVar
+
+from temporalio.client import Client, WorkflowExecutionDescription
+from temporalio.common import SearchAttributeKey
+
+import task_start
+from contracts.comfyui import TaskPriority
+from contracts.permissions import Scene
+from contracts.tasks import (
+    CancelTask,
+    CancelTaskOutcome,
+    ConfirmPrice,
+    ConfirmPriceOutcome,
+    ImageTask,
+    TaskEvent,
+    TaskStatus,
+    TrainingTask,
+    input_sha256_of,
+    workflow_id_of,
+)
+from gateway.problems import FieldProblem, Problem, ProblemCode
+from gateway.task_bodies import (
+    EventsQuery,
+    ImageOrder,
+    LogQuery,
+    TaskDetail,
+    TaskFilters,
+    TaskList,
+    TaskView,
+    TrainingLog,
+    TrainingOrder,
+)
+from gateway.temporal_calls import RunMissing, bounded, described, updated
+from gateway.tokens import Caller
+from store import CursorInvalid, StoreUnavailable, TaskStore
+
+T = TypeVar("T")
+MAX_EXCEPTIONS: Final = 100
+
+
+class Tasks:
+    """The tasks of all tenants, one caller at a time."""
+
+    def __init__(self, temporal: Client, store: TaskStore, *, task_queue: str) -> None:
+        self._temporal = temporal
+        self._store = store
+        self._task_queue = task_queue
+
+    async def start(self, caller: Caller, order: ImageOrder | TrainingOrder, key: str | None) -> tuple[TaskView, bool]:
+        """The task, and whether it is new: the same order under the same id or key is one task."""
+        _check_own(caller, order)
+        task = order.task(tenant_id=caller.tenant_id, user_id=caller.user_id, key=key)
+        earlier = await self._claimed(task)
+        if earlier is not None:
+            return earlier, False
+        start = task_start.start_image if isinstance(task, ImageTask) else task_start.start_training
+        try:
+            started: task_start.Started = await bounded(start(self._temporal, task, task_queue=self._task_queue))  # type: ignore[arg-type]
+        except task_start.TaskExists:
+            raise _exists(task.task_id) from None
+        if started.is_new:
+            return TaskView.accepted(task), True
+        row = await _stored(self._store.task(task.task_id))
+        return TaskView.of_row(row) if row else TaskView.accepted(task), False
+
+    async def _claimed(self, task: ImageTask | TrainingTask) -> TaskView | None:
+        """The task that holds the id already. The claim outlives the run and the row; while the store is away, the
+        run's own claim decides."""
+        try:
+            claimed_input = await self._store.claimed_input(task.task_id)
+            if claimed_input is None:
+                return None
+            if claimed_input != input_sha256_of(task):
+                raise _exists(task.task_id)
+            row = await self._store.task(task.task_id)
+        except StoreUnavailable:
+            return None
+        if row is None:
+            raise Problem(
+                ProblemCode.TASK_EXISTS,
+                f"Task {task.task_id} ended long ago and its record was purged; nothing was started. "
+                "Use another task_id.",
+            )
+        return TaskView.of_row(row)
+
+    async def task(self, caller: Caller, task_id: str) -> TaskDetail:
+        view = await self.owned(caller, task_id)
+        exceptions = await _stored(self._store.exceptions(task_id=task_id, limit=MAX_EXCEPTIONS))
+        return TaskDetail(**view.model_dump(), exceptions=exceptions)
+
+    async def page(self, caller: Caller, filters: TaskFilters) -> TaskList:
+        """The tenant's tasks, newest first."""
+        page = await _stored(
+            self._store.tasks(
+                tenant_id=caller.tenant_id,
+                status=filters.status,
+                scene=filters.scene,
+                cursor=filters.cursor,
+                limit=filters.limit,
+            )
+        )
+        return TaskList(tasks=[TaskView.of_row(row) for row in page.tasks], cursor=page.cursor)
+
+    async def events(self, caller: Caller, task_id: str, query: EventsQuery) -> list[TaskEvent]:
+        """The task's history."""
+        await self.owned(caller, task_id)
+        after = query.after
+        if after is not None and after.isdigit() and len(after) < 19:
+            return await _stored(self._store.events_after(task_id, int(after), limit=query.limit))
+        return await _stored(self._store.events(task_id, after=after, limit=query.limit))
+
+    async def training_log(self, caller: Caller, task_id: str, query: LogQuery) -> TrainingLog:
+        """Lines and metrics that ComfyUI told of a training; none for an image."""
+        await self.owned(caller, task_id)
+        lines = await _stored(self._store.training_log(task_id, after_position=query.after, limit=query.limit))
+        return TrainingLog(lines=lines, after=lines[-1].position if lines else query.after)
+
+    async def cancel(self, caller: Caller, task_id: str, order: CancelTask) -> CancelTaskOutcome:
+        """`accepted`: the task ends cancelled. `too_late`: delivered or ended first."""
+        view = await self.owned(caller, task_id)
+        if view.ended_at is not None:
+            return CancelTaskOutcome(outcome="too_late")
+        handle = self._temporal.get_workflow_handle(workflow_id_of(task_id))
+        try:
+            return await updated(handle, "cancel_task", order, CancelTaskOutcome)
+        except RunMissing:
+            return CancelTaskOutcome(outcome="too_late")
+
+    async def confirm_price(self, caller: Caller, task_id: str, order: ConfirmPrice) -> ConfirmPriceOutcome:
+        """Raise a training's ceiling."""
+        view = await self.owned(caller, task_id)
+        if view.scene is not Scene.MODEL_TRAIN:
+            raise Problem(ProblemCode.INPUT_INVALID, "Only a training waits to have its price confirmed.")
+        over = Problem(ProblemCode.TASK_OVER, f"Task {task_id} is over: there is no price left to confirm.")
+        if view.ended_at is not None:
+            raise over
+        handle = self._temporal.get_workflow_handle(workflow_id_of(task_id))
+        try:
+            return await updated(handle, "confirm_price", order, ConfirmPriceOutcome)
+        except RunMissing:
+            raise over from None
+
+    async def owned(self, caller: Caller, task_id: str) -> TaskView:
+        """The task, if it is the caller's tenant's; also one whose run has not claimed its id yet."""
+        row = await _stored(self._store.task(task_id))
+        if row is not None and row.tenant_id == caller.tenant_id:
+            return TaskView.of_row(row)
+        if row is None:
+            run = await described(self._temporal, workflow_id_of(task_id))
+            view = None if run is None else _view_of_run(task_id, run)
+            if view is not None and view.tenant_id == caller.tenant_id:
+                return view
+        raise Problem(ProblemCode.TASK_UNKNOWN, f"There is no task {task_id} of this tenant.")
+
+
+async def _stored(reading: Awaitable[T]) -> T:
+    try:
+        return await reading
+    except CursorInvalid as error:
+        raise Problem(
+            ProblemCode.INPUT_INVALID, str(error), fields=[FieldProblem(field="cursor", message=str(error))]
+        ) from None
+    except StoreUnavailable:
+        raise Problem(
+            ProblemCode.STORE_UNAVAILABLE, "The task store cannot be read now; nothing was changed. Try again."
+        ) from None
+
+
+def _check_own(caller: Caller, order: ImageOrder | TrainingOrder) -> None:
+    """Raises Problem 403 where the body names another tenant or user than the token."""
+    for field in ("tenant_id", "user_id"):
+        named = getattr(order, field)
+        if named is not None and named != getattr(caller, field):
+            detail = f"{field} is not the token's: leave it out, or use that tenant's and user's own token."
+            raise Problem(
+                ProblemCode.NOT_AUTHORIZED, detail, fields=[FieldProblem(field=field, message="must be the token's")]
+            )
+
+
+def _exists(task_id: str) -> Problem:
+    return Problem(
+        ProblemCode.TASK_EXISTS,
+        f"Task {task_id} exists with another input; nothing was started and nothing of it was touched. "
+        "Use another task_id.",
+    )
+
+
+def _view_of_run(task_id: str, run: WorkflowExecutionDescription) -> TaskView | None:
+    """A run without a row, by its search attributes; None where it is none of ours."""
+
+    def attribute(name: str) -> Any:
+        return run.typed_search_attributes.get(SearchAttributeKey.for_keyword(name))
+
+    try:
+        return TaskView(
+            task_id=task_id,
+            tenant_id=attribute("TenantId"),
+            user_id=attribute("UserId"),
+            scene=Scene(attribute("Scene")),
+            template_id=attribute("TemplateId"),
+            priority=TaskPriority(attribute("TaskPriority")),
+            resolution="",
+            workflow_id=run.id,
+            status=TaskStatus(attribute("TaskStatus")),
+            stage=attribute("TaskStage"),
+            created_at=run.start_time,
+            updated_at=datetime.now(UTC),
+        )
+    except ValueError:
+        return None

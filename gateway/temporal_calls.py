@@ -1,0 +1,92 @@
+"""Temporal, as requests see it: every call bounded, every failure a problem."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Final, TypeVar
+
+import structlog
+from temporalio.client import (
+    Client,
+    WorkflowExecutionDescription,
+    WorkflowHandle,
+    WorkflowUpdateFailedError,
+    WorkflowUpdateRPCTimeoutOrCancelledError,
+)
+from temporalio.exceptions import ApplicationError
+from temporalio.service import RPCError, RPCStatusCode
+
+from gateway.problems import Problem, ProblemCode
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+CALL_SECONDS: Final = 5.0
+UPDATE_SECONDS: Final = 10.0
+RPC_TIMEOUT: Final = timedelta(seconds=CALL_SECONDS)
+
+
+class RunMissing(Exception):
+    """There is no such run, or none that is open."""
+
+
+async def bounded(call: Awaitable[T]) -> T:
+    """The call's answer. Raises Problem `temporal_unavailable`, RunMissing."""
+    with temporal_problems():
+        return await asyncio.wait_for(call, CALL_SECONDS)
+
+
+async def described(client: Client, workflow_id: str) -> WorkflowExecutionDescription | None:
+    """The newest run under this id; None where Temporal knows none."""
+    try:
+        return await bounded(client.get_workflow_handle(workflow_id).describe(rpc_timeout=RPC_TIMEOUT))
+    except RunMissing:
+        return None
+
+
+async def updated(handle: WorkflowHandle[Any, Any], name: str, argument: object, result_type: type[T]) -> T:
+    """What the run answers to an update. Raises RunMissing where it is over, Problem.
+
+    The id is the update's name: while the first is in flight, a repeat waits for the same answer.
+    """
+    try:
+        with temporal_problems():
+            answer: T = await asyncio.wait_for(
+                handle.execute_update(name, argument, result_type=result_type), UPDATE_SECONDS
+            )
+            return answer
+    except WorkflowUpdateFailedError as failure:
+        cause = failure.cause
+        sentence = cause.message if isinstance(cause, ApplicationError) else str(cause)
+        raise Problem(ProblemCode.INPUT_INVALID, f"The task refuses it: {sentence}") from None
+
+
+@contextmanager
+def temporal_problems() -> Iterator[None]:
+    """Inside, what goes wrong with Temporal becomes a Problem, or RunMissing."""
+    try:
+        yield
+    except RPCError as error:
+        if error.status is RPCStatusCode.NOT_FOUND and not is_namespace_missing(error):
+            raise RunMissing from None
+        raise _unavailable(error) from None
+    except WorkflowUpdateRPCTimeoutOrCancelledError as error:
+        raise Problem(
+            ProblemCode.WORKER_UNAVAILABLE,
+            "The task did not answer in time: no worker runs, or it is busy. Ask again.",
+        ) from error
+    except (TimeoutError, RuntimeError) as error:
+        raise _unavailable(error) from None
+
+
+def is_namespace_missing(error: RPCError) -> bool:
+    """NOT_FOUND of the namespace, not of a run: we are set up wrong."""
+    return any("NamespaceNotFound" in detail.type_url for detail in error.grpc_status.details)
+
+
+def _unavailable(error: Exception) -> Problem:
+    log.warning("temporal_call_failed", reason=type(error).__name__, detail=str(error)[:200])
+    return Problem(ProblemCode.TEMPORAL_UNAVAILABLE, "Temporal cannot be reached now; nothing was changed. Try again.")

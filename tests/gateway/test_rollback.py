@@ -1,0 +1,160 @@
+"""Rolling back by hand (contract §7): whatever became of the run, hold and job are given back once, or charged once."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from temporalio.client import WorkflowHandle
+
+from contracts.tasks import TaskEvent, workflow_id_of
+from simulators.admin_wire import FaultKind
+from tests.conftest import unique
+from tests.gateway.conftest import OTHER_TOKEN, Api
+from tests.gateway.serving import eventually
+
+
+def handle_of(api: Api, task_id: str) -> WorkflowHandle[Any, Any]:
+    return api.platform.client.get_workflow_handle(workflow_id_of(task_id))
+
+
+async def waiting_task(api: Api, scene: str = "image") -> str:
+    """A task whose credits are held and whose job never ends."""
+    task_id = unique(scene)
+    await api.platform.simulators.admin.comfyui.fault("job_stall", task_id=task_id)
+    made = api.platform.image(task_id=task_id) if scene == "image" else api.platform.training(task_id=task_id)
+    answer = await api.call("POST", "/images" if scene == "image" else "/trainings", made)
+    assert answer.status_code == 202, answer.text
+    await api.platform.until_held(task_id)
+    await api.platform.until_settled(handle_of(api, task_id))
+    return task_id
+
+
+async def check_nothing_left(api: Api, task_id: str) -> list[TaskEvent]:
+    """No hold stands, no job runs, nothing was charged, and the last event is the task's only end."""
+    admin = api.platform.simulators.admin
+    assert [hold.phase for hold in await admin.credits.holds(task_id) if hold.phase == "open"] == []
+    assert [run for run in await admin.comfyui.jobs(task_id) if not run.is_over] == []
+    assert await admin.credits.charged(task_id) == 0
+    assert (await admin.credits.balance_check()).ok
+    assert api.platform.snapshot_files(task_id) == []
+    events = await api.platform.store.events(task_id)
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    ends = [event.event.value for event in events if event.status.is_end()]
+    assert len(ends) == 1 and ends[0] == events[-1].event.value
+    return events
+
+
+async def test_an_open_task_is_cancelled(api: Api) -> None:
+    task_id = await waiting_task(api)
+
+    answer = await api.call("POST", f"/{task_id}/rollback", {"reason": "by mistake"})
+
+    assert (answer.status_code, answer.json()["outcome"]) == (200, "cancelled")
+    assert (await api.ended(task_id))["status"] == "cancelled"
+    await check_nothing_left(api, task_id)
+    again = await api.call("POST", f"/{task_id}/rollback")
+    assert (again.status_code, again.json()["outcome"]) == (200, "nothing_held")
+
+
+@pytest.mark.parametrize("scene", ["image", "training"])
+async def test_what_a_terminated_run_left_is_given_back(api: Api, scene: str) -> None:
+    task_id = await waiting_task(api, scene)
+    await handle_of(api, task_id).terminate("by an operator")
+
+    answer = await api.call("POST", f"/{task_id}/rollback", {"reason": "its run was terminated"})
+
+    assert (answer.status_code, answer.json()["outcome"]) == (200, "given_back"), answer.text
+    credits = answer.json()["credits"]
+    assert credits["held"] == credits["returned"] > 0 and credits["charged"] == 0
+    task = await api.ended(task_id)
+    assert (task["status"], task["error"]["code"]) == ("failed", "internal")
+    assert "terminated" in task["error"]["message"]
+    events = await check_nothing_left(api, task_id)
+    assert [event.event.value for event in events[-2:]] == ["credits.updated", "task.failed"]
+    again = await api.call("POST", f"/{task_id}/rollback")
+    assert (again.status_code, again.json()["outcome"]) == (200, "nothing_held")
+
+
+@pytest.mark.parametrize("route", ["submit_job", "pre_deduct"])
+async def test_a_call_whose_answer_was_lost_is_learned_and_given_back(api: Api, route: str) -> None:
+    """Terminated while the call had landed and its answer had not: only the history knows of it."""
+    task_id = unique("image")
+    admin = api.platform.simulators.admin
+    await admin.comfyui.fault("job_stall", task_id=task_id)
+    fault = await api.platform.service_of(route).fault(FaultKind.DROP, route=route, task_id=task_id, times=None)
+    await api.call("POST", "/images", api.platform.image(task_id=task_id))
+    await api.platform.until_hit(route, fault)
+    await handle_of(api, task_id).terminate("by an operator")
+    await api.platform.service_of(route).remove_fault(fault)
+
+    answer = await api.call("POST", f"/{task_id}/rollback")
+
+    assert (answer.status_code, answer.json()["outcome"]) == (200, "given_back"), answer.text
+    await check_nothing_left(api, task_id)
+    assert [run.is_over for run in await admin.comfyui.jobs(task_id)] == [True]
+
+
+@pytest.mark.slow  # Temporal takes half a minute to delete a run
+async def test_a_vanished_run_is_given_back_by_its_row(api: Api) -> None:
+    task_id = await waiting_task(api)
+    handle = handle_of(api, task_id)
+    await handle.terminate("by an operator")
+    from temporalio.api.common.v1 import WorkflowExecution
+    from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
+
+    await api.platform.client.workflow_service.delete_workflow_execution(
+        DeleteWorkflowExecutionRequest(
+            namespace=api.platform.client.namespace, workflow_execution=WorkflowExecution(workflow_id=handle.id)
+        )
+    )
+
+    async def is_gone() -> bool:
+        from temporalio.service import RPCError
+
+        try:
+            await handle.describe()
+        except RPCError:
+            return True
+        return False
+
+    await eventually(is_gone, within=timedelta(seconds=60))
+    answer = await api.call("POST", f"/{task_id}/rollback")
+
+    assert (answer.status_code, answer.json()["outcome"]) == (200, "given_back"), answer.text
+    await check_nothing_left(api, task_id)
+
+
+async def test_what_was_charged_is_not_refunded(api: Api) -> None:
+    task_id = (await api.call("POST", "/images", api.platform.image())).json()["task_id"]
+    charged = (await api.ended(task_id))["credits"]["charged"]
+
+    answer = await api.call("POST", f"/{task_id}/rollback")
+
+    assert (answer.status_code, answer.json()["code"]) == (409, "already_charged")
+    assert str(charged) in answer.json()["detail"]
+
+
+async def test_a_run_terminated_after_its_commit_landed_is_completed_and_keeps_its_picture(api: Api) -> None:
+    task_id = unique("image")
+    admin = api.platform.simulators.admin
+    fault = await admin.credits.fault(FaultKind.DROP, route="commit", task_id=task_id, times=None)
+    await api.call("POST", "/images", api.platform.image(task_id=task_id))
+    await api.platform.until_hit("commit", fault)
+    await handle_of(api, task_id).terminate("by an operator")
+
+    answer = await api.call("POST", f"/{task_id}/rollback")
+
+    assert (answer.status_code, answer.json()["code"]) == (409, "already_charged"), answer.text
+    task = await api.ended(task_id)
+    assert task["status"] == "completed" and task["result_urls"]
+    assert task["credits"]["charged"] == await admin.credits.charged(task_id) > 0
+
+
+async def test_a_strangers_task_is_none(api: Api) -> None:
+    task_id = await waiting_task(api)
+    answer = await api.call("POST", f"/{task_id}/rollback", token=OTHER_TOKEN)
+    assert (answer.status_code, answer.json()["code"]) == (404, "task_unknown")
+    await api.call("POST", f"/{task_id}/rollback")
+    await api.ended(task_id)
