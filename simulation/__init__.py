@@ -1,0 +1,26 @@
+"""Seeded simulation: the real workflow classes, driven without a server, through everything that can go wrong.
+
+One number decides a whole schedule: in which order calls act and answer, which answers are lost or late, what callbacks
+arrive, when somebody cancels, when a worker is killed, what is replayed. Time is virtual, so a task of hours takes
+milliseconds, and the same number always gives the same schedule.
+
+    agenda.py          virtual time: what happens next
+    weather.py         what goes wrong, and until when
+    scenario.py        one seed's task, payer and people
+    hosted_run.py      one workflow run on a worker: activated, replayed, evicted (temporalio's own workflow runner)
+    server.py          what Temporal's server and the worker's core do: workflow tasks, timers, continue-as-new
+    calls.py           activities: attempts, retries, time limits, cancellation
+    credits_model.py   the credits service (contract §4)
+    comfyui_model.py   ComfyUI: what is common to its jobs
+    image_jobs.py      ... image jobs (contract §2)
+    trainings.py       ... trainings (contract §3)
+    store_model.py     the task store (contract §6)
+    parties.py         which call goes to which of them
+    oracle.py          design, "Never untrue" 1-4, 6, 7: looked at after every step
+    schedule.py        one seed, from start to end
+    mutants.py         known mistakes, put back one at a time
+    __main__.py        `python -m simulation`
+
+The models are written from the contract, not from the simulators or the store: what both sides get wrong in the same
+way, the simulation would not see.
+"""

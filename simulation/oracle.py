@@ -1,0 +1,237 @@
+"""What may never be untrue (design), looked at from outside after every step: the money, the jobs, the events.
+
+Exempt, by name, is what cannot be known or stopped and stands as an exception record: a hold that could not be
+cancelled ends by expiry, a job that could not be stopped runs out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
+
+from contracts.errors import ExceptionCode, FailureCode
+from contracts.task_store import Fact
+from contracts.tasks import EventType, ImageProgress, ImageResult, TaskStatus, TrainingProgress, TrainingResult
+from simulation.hosted_run import CONVERTER
+from simulation.parties import Parties
+from simulation.scenario import PRICES, Scenario
+from simulation.server import Server
+
+LEAST_LIFE: Final = 60.0
+"""Seconds that a hold must still live when it is relied on (contract §4 *Lost answer*)."""
+_ENDS: Final = {
+    TaskStatus.COMPLETED: EventType.COMPLETED,
+    TaskStatus.FAILED: EventType.FAILED,
+    TaskStatus.CANCELLED: EventType.CANCELLED,
+}
+_OPENING: Final = frozenset(
+    {"submit_job", "create_training", "estimate", "pre_deduct", "start_training", "cancel_job", "cancel_training"}
+)
+
+
+class Untrue(Exception):
+    """Something that may never be untrue is."""
+
+
+def must(holds: bool, sentence: str, *values: Any) -> None:
+    if not holds:
+        raise Untrue(f"{sentence} {', '.join(map(str, values))}".strip())
+
+
+class Oracle:
+    """Watches one schedule. Each method raises Untrue."""
+
+    def __init__(self, scenario: Scenario, server: Server, parties: Parties) -> None:
+        self._scenario = scenario
+        self._server = server
+        self._parties = parties
+        self._reached: dict[tuple[int, str | None], float] = {}
+        self._shown: tuple[int, float, Any] = (0, 0.0, None)
+        self._cancel_seen = False
+        self._delivery_first = False
+        self._charged_at_end: int | None = None
+        self.status: TaskStatus | None = None
+        self.ceiling = scenario.task.max_credits or 0
+        self.cancels: dict[str, bool] = {}
+        """Cancel → whether Temporal's."""
+        self.deliveries: dict[bytes, str] = {}
+        """Every callback that tells of delivered work → its job."""
+        server.on_recorded = self.task_recorded
+        parties.store.on_event = self.event_written
+
+    @property
+    def _works(self) -> dict[str, Any]:
+        return self._parties.jobs.works if self._scenario.is_image else self._parties.trainings.works
+
+    # As it happens
+
+    def after_step(self) -> None:
+        credits = self._parties.credits
+        committed = [hold for hold in credits.holds if hold.phase == "committed"]
+        must(len(committed) <= 1, "two holds were committed:", *(hold.pre_deduct_id for hold in committed))
+        must(not credits.books.conflicts, "a key came again with another body:", *credits.books.conflicts)
+        must(not self._parties.jobs.conflicts, "a key came again with another body:", *self._parties.jobs.conflicts)
+        must(
+            not self._parties.trainings.conflicts,
+            "a key came again with another body:",
+            *self._parties.trainings.conflicts,
+        )
+        if credits.charged():
+            must(any(work.state.has_succeeded() for work in self._works.values()), "charged before anything was delivered")
+        if self._server.closed is not None:
+            self._ended()
+
+    def task_recorded(self, jobs: list[WorkflowActivationJob], busy: set[str]) -> None:
+        """A delivery that the run sees with a cancel or before it, while it waits for the job, beats it (decision 8)."""
+        waits = not busy & _OPENING and bool(self._works) and self._holds_stand()
+        current = list(self._works)[-1] if self._works else ""
+        if waits and not self._cancel_seen and self._works[current].is_started:
+            self._delivery_first |= any(self._is_delivery(job, current) for job in jobs)
+        self._cancel_seen |= any(
+            job.HasField("cancel_workflow") or (job.HasField("do_update") and job.do_update.name == "cancel_task")
+            for job in jobs
+        )
+
+    def _holds_stand(self) -> bool:
+        return any(hold.phase == "open" for hold in self._parties.credits.holds)
+
+    def _is_delivery(self, job: WorkflowActivationJob, current: str) -> bool:
+        sent = job.signal_workflow.input if job.HasField("signal_workflow") else ()
+        return len(sent) == 1 and self.deliveries.get(sent[0].data) == current
+
+    def event_written(self, fact: Fact) -> None:
+        at = (fact.attempt, fact.stage)
+        must((fact.progress or 0.0) >= self._reached.get(at, 0.0), "progress went back:", fact.key, fact.progress)
+        self._reached[at] = fact.progress or 0.0
+        if fact.result_urls or fact.output:
+            must(fact.event is EventType.COMPLETED, "results were handed out before the end:", fact.key)
+        if fact.key.startswith("held:"):
+            self._relied_on(fact)
+
+    def _relied_on(self, fact: Fact) -> None:
+        key = f"{self._scenario.task.task_id}:pre_deduct:{fact.key.removeprefix('held:')}"
+        [hold] = [hold for hold in self._parties.credits.books.holds.values() if hold.key == key] or [None]
+        must(hold is not None, "a hold was told that the credits service does not have:", fact.key)
+        assert hold is not None
+        life = hold.expires_at - fact.ts.timestamp()
+        must(life >= LEAST_LIFE - 0.001, f"a hold with {life:.1f} s of life was relied on:", fact.key)
+
+    def asked(self, name: str, answer: Any) -> None:
+        """A query's answer: progress never goes back within an attempt and stage."""
+        if name != "progress":
+            return
+        model = ImageProgress if self._scenario.is_image else TrainingProgress
+        [progress] = CONVERTER.from_payloads([answer], [model])
+        attempt, reached, stage = self._shown
+        if (progress.attempts, progress.stage) == (attempt, stage):
+            must(progress.progress >= reached, "the query's progress went back:", progress.progress, reached)
+        must(progress.attempts >= attempt, "the attempt went back")
+        self._shown = (progress.attempts, progress.progress, progress.stage)
+
+    # Once it has ended
+
+    def _ended(self) -> None:
+        charged = self._parties.credits.charged()
+        if self._charged_at_end is None:
+            self._charged_at_end = charged
+            self._check_end()
+        must(charged == self._charged_at_end, "charged after the end:", charged, self._charged_at_end)
+        if self.status is None:
+            return
+        told = self._told()
+        holds_excused = {ExceptionCode.HOLD_LEFT_TO_EXPIRY, ExceptionCode.UNDO_UNFINISHED} & told
+        left = [hold.pre_deduct_id for hold in self._parties.credits.holds if hold.phase == "open"]
+        must(not left or bool(holds_excused) or self._unknown_settlement(), "holds are left open:", *left)
+        jobs_excused = {ExceptionCode.ROUTE_NOT_OFFERED, ExceptionCode.UNDO_UNFINISHED} & told
+        alive = [job_id for job_id, work in self._works.items() if work.runs]
+        must(not alive or bool(jobs_excused), "jobs run on after the end:", *alive)
+        must(not self._parties.objects.kept, "a dataset snapshot is left behind")
+
+    def _told(self) -> set[str]:
+        return {exception.code for exception in self._parties.store.exceptions.values()}
+
+    def _unknown_settlement(self) -> bool:
+        return ExceptionCode.SETTLEMENT_UNKNOWN in self._told()
+
+    def _check_end(self) -> None:
+        closed = self._server.closed
+        assert closed is not None
+        if closed.how == "failed" and closed.failure.application_failure_info.type == FailureCode.TASK_EXISTS:
+            must(self._scenario.is_id_taken, "task_exists although nobody else has the id")
+            must(set(self._parties.called) <= {"claim"}, "called for a task of another run:", *self._parties.called)
+            return
+        must(not self._scenario.is_id_taken, "went on although another run holds the id:", closed.how)
+        result = self._result()
+        self.status = TaskStatus.CANCELLED if result is None else result.status
+        self._check_events()
+        self._check_cancels(closed.how)
+        if self.status is TaskStatus.COMPLETED:
+            assert result is not None
+            self._check_charge(result)
+        else:
+            must(self._charged_at_end == 0, f"{self.status.value}, but charged", self._charged_at_end)
+            handed_out = result is not None and (getattr(result, "result_urls", None) or getattr(result, "output", None))
+            must(not handed_out, f"{self.status.value}, but results were handed out")
+        stated = self._server.search_attributes.get("TaskStatus", b"").decode().strip('"')
+        must(stated == self.status.value, "the search attribute TaskStatus says", stated)
+
+    def _result(self) -> ImageResult | TrainingResult | None:
+        """The run's result object; None for a run that ended Canceled."""
+        closed = self._server.closed
+        assert closed is not None
+        model: Any = ImageResult if self._scenario.is_image else TrainingResult
+        if closed.how == "cancelled":
+            return None
+        if closed.how == "completed":
+            [result] = CONVERTER.from_payloads([closed.result], [model])
+            return result
+        info = closed.failure.application_failure_info
+        must(info.type in set(FailureCode), "ended with no code of the contract:", info.type, closed.failure.message)
+        [result] = CONVERTER.from_payloads(list(info.details.payloads), [model])
+        return result
+
+    def _check_events(self) -> None:
+        events, store = self._parties.store.events, self._parties.store
+        assert self.status is not None
+        must(bool(events) and events[0].event is EventType.ACCEPTED, "the first event is not task.accepted")
+        must(events[-1].event is _ENDS[self.status], "the last event is not the end:", events[-1].key, self.status.value)
+        must(sum(event.event in _ENDS.values() for event in events) == 1, "more than one end was told")
+        must(store.state is not None and store.state.status is self.status, "the row's status is not the run's")
+
+    def _check_cancels(self, how: str) -> None:
+        answers = [answer for name, answer in self._server.updates.items() if name.startswith("cancel") and "outcome" in answer]
+        is_cancelled = self.status is TaskStatus.CANCELLED
+        must(not is_cancelled or bool(self.cancels), "cancelled although nobody asked")
+        must(how != "cancelled" or any(self.cancels.values()), "ended Canceled although Temporal was not asked")
+        for answer in answers:
+            must(("accepted" in answer) == is_cancelled, f"a cancel was answered {answer}, the task ended", self.status)
+        must(not (is_cancelled and self._delivery_first), "cancelled although the delivery was seen first")
+
+    # The price
+
+    def _check_charge(self, result: ImageResult | TrainingResult) -> None:
+        credits, charged = result.credits, self._charged_at_end
+        must(credits.charged == charged or self._unknown_settlement(), "the result says charged", credits.charged, charged)
+        price = self._image_price(result) if isinstance(result, ImageResult) else self._training_price(result)
+        covered = credits.charged + credits.shortfall
+        must(covered == price or self._unknown_settlement(), f"charged {charged}, short {credits.shortfall}, but it costs", price)
+        must(charged is not None and charged <= price, "charged more than it costs:", charged, price)
+        must(credits.returned == max(0, credits.held - credits.charged), "returned is not held - charged:", credits)
+
+    def _image_price(self, result: ImageResult) -> int:
+        must(bool(result.result_urls) and result.job_id in self._works, "completed without results")
+        work = self._works[result.job_id]
+        asked = work.state.actual_cost if work.state.actual_cost is not None else work.price
+        return int(min(asked, result.credits.held))
+
+    def _training_price(self, result: TrainingResult) -> int:
+        must(result.output is not None and result.training_id in self._works, "completed without a model")
+        works = list(self._works.values())
+        hours = self._works[result.training_id].state.gpu_hours_used or 0.0
+        for earlier, later in zip(works, works[1:], strict=False):
+            checkpoint = earlier.state.checkpoint
+            if checkpoint is not None and later.request.resume_from == checkpoint.uri:
+                hours += checkpoint.gpu_hours_used
+        price = PRICES.training(base_model="base", accelerated=False, gpu_hours=hours)
+        return min(price, self.ceiling)

@@ -1,0 +1,125 @@
+"""Which call goes to which of the others: the activities' names and types, answered by the models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from temporalio import activity
+from temporalio.api.common.v1 import Payload
+
+from activities.comfyui import ComfyUIActivities
+from activities.credits import CreditsActivities
+from activities.datasets import DatasetActivities
+from activities.task_store import TaskStoreActivities
+from contracts.calls import SnapshotOrder
+from contracts.comfyui import DatasetFile, DatasetSnapshot
+from contracts.errors import FailureCode
+from simulation.credits_model import CreditsModel
+from simulation.hosted_run import CONVERTER
+from simulation.image_jobs import ImageJobs
+from simulation.store_model import StoreModel, StoreRefused
+from simulation.trainings import Trainings
+from simulation.weather import Party
+
+_HOLDERS: Final = {
+    Party.COMFYUI: ComfyUIActivities,
+    Party.CREDITS: CreditsActivities,
+    Party.OBJECTS: DatasetActivities,
+    Party.STORE: TaskStoreActivities,
+}
+
+
+def _definitions() -> dict[str, tuple[Party, list[type]]]:
+    found = {}
+    for party, holder in _HOLDERS.items():
+        for method in vars(holder).values():
+            definition = activity._Definition.from_callable(method) if callable(method) else None
+            if definition is not None and definition.name is not None:
+                found[definition.name] = (party, definition.arg_types or [])
+    return found
+
+
+_DEFINITIONS: Final = _definitions()
+_UNAVAILABLE: Final = {
+    Party.CREDITS: FailureCode.CREDITS_UNAVAILABLE,
+    Party.COMFYUI: FailureCode.COMFYUI_UNAVAILABLE,
+    Party.STORE: FailureCode.INTERNAL,
+    Party.OBJECTS: FailureCode.DATASET_INVALID,
+}
+
+
+class CallRefused(Exception):
+    """What an activity raises although it was answered; `is_final`: no repeat can mend it."""
+
+    def __init__(self, code: FailureCode, why: str, *, is_final: bool) -> None:
+        self.code = code
+        self.is_final = is_final
+        super().__init__(why)
+
+
+class Objects:
+    """Temporary object storage: which snapshots lie there."""
+
+    def __init__(self, *, is_invalid: bool) -> None:
+        self.is_invalid = is_invalid
+        self.kept: set[str] = set()
+
+    def snapshot(self, order: SnapshotOrder) -> DatasetSnapshot:
+        self.kept.add(order.call_for.task_id)
+        if self.is_invalid:
+            raise CallRefused(FailureCode.DATASET_INVALID, "a file of the dataset is missing", is_final=True)
+        files = [DatasetFile(path="images.tar", size_bytes=1, sha256="0" * 64)]
+        return DatasetSnapshot(dataset_id=order.dataset_id, snapshot_uri="file:///snapshots/1/", files=files)
+
+    def delete_snapshot(self, order: SnapshotOrder) -> None:
+        self.kept.discard(order.call_for.task_id)
+
+
+class Parties:
+    """Everybody outside, behind the activities' names."""
+
+    def __init__(
+        self, credits: CreditsModel, jobs: ImageJobs, trainings: Trainings, store: StoreModel, objects: Objects
+    ) -> None:
+        self.credits, self.jobs, self.trainings, self.store, self.objects = credits, jobs, trainings, store, objects
+        self.called: list[str] = []
+        self._routes: dict[str, Callable[[Any], Any]] = {
+            "estimate": credits.estimate,
+            "pre_deduct": credits.pre_deduct,
+            "commit": credits.commit,
+            "cancel_hold": credits.cancel_hold,
+            "charge": credits.charge,
+            "ledger": credits.ledger,
+            "submit_job": jobs.submit,
+            "get_job": jobs.get,
+            "cancel_job": jobs.cancel,
+            "create_training": trainings.submit,
+            "start_training": trainings.start,
+            "get_training": trainings.get,
+            "cancel_training": trainings.cancel,
+            "list_gpus": trainings.list_gpus,
+            "snapshot": objects.snapshot,
+            "delete_snapshot": objects.delete_snapshot,
+            "claim": store.claim,
+            "write": store.write,
+        }
+
+    def party_of(self, name: str) -> Party:
+        return _DEFINITIONS[name][0]
+
+    def unavailable(self, name: str) -> FailureCode:
+        return _UNAVAILABLE[self.party_of(name)]
+
+    def argument_of(self, name: str, payloads: list[Payload]) -> Any:
+        """The activity's one argument, decoded as a worker decodes it."""
+        [argument] = CONVERTER.from_payloads(payloads, _DEFINITIONS[name][1])
+        return argument
+
+    def perform(self, name: str, argument: Any) -> Any:
+        """Do it: its answer. Raises CallRefused."""
+        self.called.append(name)
+        try:
+            return self._routes[name](argument)
+        except StoreRefused as refusal:
+            raise CallRefused(FailureCode.TASK_EXISTS, str(refusal), is_final=True) from None

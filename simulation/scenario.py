@@ -1,0 +1,199 @@
+"""One seed's task: who asks for what, on which terms the others serve, what goes wrong, and what people do meanwhile.
+
+People act at the n-th step of the schedule, so that every instant is as likely as any other, or at the very instant
+when a job's last word is sent.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from contracts.carried import ImageRun, TrainingRun
+from contracts.policy import Policy
+from contracts.prices import PriceTable
+from simulation.agenda import BEGINNING, Agenda
+from simulation.comfyui_model import ComfyUITerms
+from simulation.credits_model import CreditsTerms
+from simulation.weather import Party, Weather
+
+TASK_ID: Final = "t1"
+RUN_ID: Final = "run-1"
+PRICES: Final = PriceTable()
+IMAGE: Final = "ImageGenerationWorkflow"
+TRAINING: Final = "TrainingWorkflow"
+_ROOT: Final = "file:///datasets/tenant/"
+KINDS: Final = ("image", "training")
+
+
+@dataclass
+class Deeds:
+    """What people and machines do, by the step at which they do it: (step, deed), and on a job's last word."""
+
+    at_step: list[tuple[int, str]] = field(default_factory=list)
+    on_last_word: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Scenario:
+    """Everything that a seed decides beforehand."""
+
+    workflow_type: str
+    task: ImageRun | TrainingRun
+    policy: Policy
+    weather: Weather
+    credits: CreditsTerms
+    comfyui: ComfyUITerms
+    deeds: Deeds
+    job_price_offset: int
+    gpu_hours: float
+    has_no_gpu: bool
+    is_dataset_invalid: bool
+    is_id_taken: bool
+
+    @property
+    def is_image(self) -> bool:
+        return self.workflow_type == IMAGE
+
+    @property
+    def table_price(self) -> int:
+        """The price by the table when the task begins, in points."""
+        if isinstance(self.task, ImageRun):
+            return PRICES.image(resolution=self.task.resolution.value, accelerated=False, extras=self.task.extras)
+        return PRICES.training(base_model=self.task.base_model, accelerated=False, gpu_hours=self.gpu_hours)
+
+
+def drawn(rng: random.Random, agenda: Agenda, kind: str) -> Scenario:
+    """The scenario that this generator's seed stands for."""
+    is_image = kind == "image"
+    task: ImageRun | TrainingRun = _image(rng) if is_image else _training(rng)
+    scenario = Scenario(
+        workflow_type=IMAGE if is_image else TRAINING,
+        task=task,
+        policy=_policy(rng, is_image),
+        weather=_weather(rng, agenda, is_image),
+        credits=CreditsTerms(),
+        comfyui=_comfyui(rng, is_image),
+        deeds=_deeds(rng, is_image),
+        job_price_offset=_rarely(rng, 0.08, lambda: rng.choice((-3, 4, 100)), 0),
+        gpu_hours=rng.choice((0.5, 1.0, 2.5)),
+        has_no_gpu=rng.random() < 0.01,
+        is_dataset_invalid=rng.random() < 0.02,
+        is_id_taken=rng.random() < 0.01,
+    )
+    scenario.credits = _credits(rng, scenario.table_price)
+    return scenario
+
+
+def _rarely(rng: random.Random, chance: float, then: Callable[[], Any], otherwise: Any) -> Any:
+    return then() if rng.random() < chance else otherwise
+
+
+def _image(rng: random.Random) -> ImageRun:
+    return ImageRun(
+        task_id=TASK_ID,
+        tenant_id="tenant",
+        user_id="user",
+        template_id="text-to-image",
+        prompt="a lighthouse",
+        extras=rng.choice(({}, {"hires_fix": True})),
+        max_credits=_rarely(rng, 0.1, lambda: rng.choice((20, 500)), None),
+    )
+
+
+def _training(rng: random.Random) -> TrainingRun:
+    window = None
+    if rng.random() < 0.1:
+        opens = datetime.fromtimestamp(BEGINNING, UTC) + timedelta(minutes=10)
+        window = {"not_before": opens, "not_after": opens + timedelta(minutes=rng.choice((1, 120)))}
+    return TrainingRun.model_validate(
+        {
+            "task_id": TASK_ID,
+            "tenant_id": "tenant",
+            "user_id": "user",
+            "template_id": "lora-train",
+            "dataset": {"dataset_id": "d1", "source_uri": _ROOT + "d1/"},
+            "hyperparameters": {"epochs": 2, "batch_size": 1, "learning_rate": 0.1},
+            "max_credits": rng.choice((None, 500, 500, 10_000, 130)),
+            "window": window,
+        }
+    )
+
+
+def _policy(rng: random.Random, is_image: bool) -> Policy:
+    return Policy(
+        prices=PRICES,
+        callback_url=f"https://gateway.example/callbacks/comfyui/{TASK_ID}",
+        poll_after_seconds=30 if is_image else 300,
+        poll_at_most_seconds=120 if is_image else 1_800,
+        deadline_factor=3,
+        cap_minutes=24 * 60 if is_image else 30 * 24 * 60,
+        charge_shortfall=rng.random() < 0.2,
+        queue_sla_minutes=rng.choice((0.5, 8)),
+        continue_as_new_events=rng.choice((30, 60, 2_000, 2_000, 2_000)),
+        dataset_roots=[_ROOT],
+    )
+
+
+def _weather(rng: random.Random, agenda: Agenda, is_image: bool) -> Weather:
+    weather = Weather(agenda, rng, calm_from=BEGINNING)
+    if rng.random() < 0.1:
+        return weather
+    weather.calm_from += rng.choice((30, 300, 1_500)) if is_image else rng.choice((600, 7_200, 20_000))
+    weather.call_faults = rng.choice((0.0, 0.1, 0.3))
+    weather.task_losses = rng.choice((0.0, 0.05, 0.2))
+    weather.slow_tasks = rng.choice((0.0, 0.1, 0.4))
+    weather.callback_losses = rng.choice((0.0, 0.1, 0.5))
+    weather.callback_copies = rng.choice((0.0, 0.3))
+    if rng.random() < 0.3:
+        begin = BEGINNING + rng.choice((0, 1, 10, 100, 1_000))
+        weather.outages[rng.choice(list(Party))] = [(begin, begin + rng.choice((5, 60, 600, 1_200)))]
+    return weather
+
+
+def _credits(rng: random.Random, price: int) -> CreditsTerms:
+    return CreditsTerms(
+        balance=rng.choice((price, price + 1, price - 1, 2 * price - 1, 2 * price, 5_000, 5_000, 5_000, 5_000)),
+        price_offset=_rarely(rng, 0.08, lambda: rng.choice((-2, 3, 90)), 0),
+        lag_seconds=rng.choice((0.0, 0.0, 5.0, 200.0, 1_000.0)),
+        tells_kinds=rng.random() < 0.95,
+        refuses_holds_with=_rarely(rng, 0.02, lambda: "authorization_quota_exceeded", None),
+        refuses_commits_with=_rarely(rng, 0.02, lambda: rng.choice(("amount_invalid", "pre_deduct_not_found")), None),
+    )
+
+
+def _comfyui(rng: random.Random, is_image: bool) -> ComfyUITerms:
+    lacks = {route for route in ("cancel", "start", "list_gpus") if rng.random() < 0.02}
+    return ComfyUITerms(
+        not_offered=frozenset(lacks),
+        refuses_submits_with=_rarely(rng, 0.02, lambda: "template_not_found", None),
+        minutes=rng.choice((0.1, 1.0, 4.0)) if is_image else rng.choice((5.0, 45.0, 100.0)),
+        sends_callbacks=rng.random() < 0.9,
+    )
+
+
+def _deeds(rng: random.Random, is_image: bool) -> Deeds:
+    steps, deeds = (60 if is_image else 120), Deeds()
+    cancels = rng.choice((0, 0, 1, 1, 2))
+    for _ in range(cancels):
+        cancel = rng.choice(("cancel by update", "cancel by Temporal"))
+        if rng.random() < 0.25:
+            deeds.on_last_word.append(cancel)
+        else:
+            deeds.at_step.append((rng.randrange(steps), cancel))
+    often = {"kill": (0, 0, 1, 2), "garbage": (0, 0, 3), "evict": (0, 1), "query": (2,), "old news": (0, 2)}
+    for deed, counts in often.items():
+        deeds.at_step.extend((rng.randrange(steps), deed) for _ in range(rng.choice(counts)))
+    if rng.random() < 0.1:
+        deeds.at_step.append((rng.randrange(steps), rng.choice(("balance rises", "balance falls"))))
+    if rng.random() < 0.1:
+        deeds.on_last_word.append("kill")
+    if not is_image:
+        deeds.at_step.extend((rng.randrange(steps), "confirm") for _ in range(rng.choice((0, 1, 3))))
+    if rng.random() < 0.05:
+        deeds.at_step.append((rng.randrange(steps), "bad update"))
+    deeds.at_step.sort(reverse=True)
+    return deeds

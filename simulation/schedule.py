@@ -1,0 +1,212 @@
+"""One seed, from start to end: steps until the task has ended and everything late has landed."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from temporalio.api.common.v1 import Payload
+
+from contracts.comfyui import GpuPool
+from contracts.credits import EstimateRequest
+from contracts.tasks import CALLBACK_SIGNAL, CancelTask, ConfirmPrice, workflow_id_of
+from simulation.agenda import Agenda
+from simulation.credits_model import CreditsModel
+from simulation.hosted_run import RunIdentity, TaskFailed, payload_of
+from simulation.image_jobs import ImageJobs
+from simulation.oracle import Oracle, Untrue
+from simulation.parties import Objects, Parties
+from simulation.scenario import RUN_ID, Scenario, drawn
+from simulation.server import Server
+from simulation.store_model import StoreModel
+from simulation.trace import Trace
+from simulation.trainings import Trainings
+
+STEPS_AT_MOST: Final = 4_000
+GARBAGE: Final[tuple[tuple[Payload, ...], ...]] = (
+    (),
+    (payload_of(None),),
+    (payload_of({}), payload_of({})),
+    (payload_of("text"),),
+    (payload_of([]),),
+    (payload_of({"job_id": 5, "job_status": {}, "sequence": "many"}),),
+    (payload_of({"job_id": "job-1", "training_id": "training-1", "task_id": "another"}),),
+    (payload_of({"job_id": "job-99", "job_status": "delivery", "result_urls": ["https://x.example/"], "sequence": 9}),),
+    (Payload(metadata={"encoding": b"json/plain"}, data=b'{"job_id": "job-1", "sequence": Infinity'),),
+    (Payload(metadata={"encoding": b"json/plain"}, data=b'{"job_id": "job-1", "stage_progress": NaN}'),),
+    (Payload(metadata={"encoding": b"json/plain"}, data=b"[" * 3_000),),
+    (Payload(metadata={"encoding": b"json/plain"}, data=b'{"job_id": "\\ud800", "job_status": "queued"}'),),
+    (Payload(metadata={"encoding": b"binary/plain"}, data=b"\x00\xff"),),
+    (Payload(data=b"bare"),),
+)
+
+
+@dataclass
+class Outcome:
+    """What a seed came to; `problem` is None where everything held."""
+
+    seed: int
+    kind: str
+    end: str = "never"
+    problem: str | None = None
+    steps: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    trace: list[str] = field(default_factory=list)
+
+
+def play(seed: int, kind: str, *, is_traced: bool = False) -> Outcome:
+    """Run one schedule to its end."""
+    schedule = Schedule(seed, kind, is_traced=is_traced)
+    outcome = Outcome(seed, kind)
+    try:
+        outcome.end = schedule.run()
+    except (Untrue, TaskFailed) as problem:
+        outcome.problem = f"{type(problem).__name__}: {problem}"
+        schedule.trace("%s", outcome.problem)
+    finally:
+        outcome.steps = schedule.agenda.steps
+        outcome.counts = schedule.counts()
+        outcome.trace = schedule.trace.lines
+        schedule.tear_down()
+    return outcome
+
+
+class Schedule:
+    """The world of one seed."""
+
+    def __init__(self, seed: int, kind: str, *, is_traced: bool) -> None:
+        self.rng = rng = random.Random(f"{kind} {seed}")
+        self.agenda = agenda = Agenda(rng)
+        self.trace = Trace(agenda, is_wanted=is_traced)
+        self.scenario = scenario = drawn(rng, agenda, kind)
+        self.trace("%s", scenario)
+        self.parties = self._parties(scenario)
+        identity = RunIdentity(
+            workflow_type=scenario.workflow_type,
+            workflow_id=workflow_id_of(scenario.task.task_id),
+            run_id=RUN_ID,
+            first_run_id=RUN_ID,
+            continued_run_id=None,
+            arguments=(payload_of(scenario.task),),
+            started_at=agenda.now,
+            randomness_seed=seed,
+        )
+        self.server = Server(agenda, scenario.weather, rng, self.parties, self.trace, identity)
+        self.oracle = Oracle(scenario, self.server, self.parties)
+        self._sent: list[Payload] = []
+
+    def _parties(self, scenario: Scenario) -> Parties:
+        agenda, rng = self.agenda, self.rng
+        jobs = ImageJobs(agenda, rng, scenario.comfyui, self._call_back)
+        jobs.price_of = lambda _request: max(0, scenario.table_price + scenario.job_price_offset)
+        trainings = Trainings(agenda, rng, scenario.comfyui, self._call_back)
+        trainings.gpu_hours = scenario.gpu_hours
+        if scenario.has_no_gpu:
+            trainings.gpus = (GpuPool(gpu_type="a100", total=0, available=0),)
+        return Parties(
+            credits=CreditsModel(agenda, scenario.credits, self._estimate),
+            jobs=jobs,
+            trainings=trainings,
+            store=StoreModel(scenario.policy, held_by="another-run" if scenario.is_id_taken else None),
+            objects=Objects(is_invalid=scenario.is_dataset_invalid),
+        )
+
+    def _estimate(self, request: EstimateRequest) -> int:
+        if request.gpu_hours is None:
+            return self.scenario.table_price
+        prices = self.scenario.policy.prices
+        return prices.training(base_model=request.resolution, accelerated=False, gpu_hours=request.gpu_hours)
+
+    def run(self) -> str:
+        """Step until nothing is left to happen; how the task ended. Raises Untrue, TaskFailed."""
+        deeds = self.scenario.deeds.at_step
+        while self.agenda.step():
+            self.oracle.after_step()
+            while deeds and deeds[-1][0] <= self.agenda.steps:
+                self._do(deeds.pop()[1])
+            if self.agenda.steps > STEPS_AT_MOST:
+                raise Untrue(f"the task has not ended after {STEPS_AT_MOST} steps")
+        if self.server.closed is None:
+            raise Untrue("the task waits for ever: nothing is left that could wake it")
+        self.oracle.after_step()
+        return self._how()
+
+    def _how(self) -> str:
+        closed = self.server.closed
+        assert closed is not None
+        if closed.how == "failed":
+            return str(closed.failure.application_failure_info.type)
+        return self.oracle.status.value if self.oracle.status else closed.how
+
+    def counts(self) -> dict[str, int]:
+        server = self.server
+        return {
+            "tasks": server.tasks,
+            "replays": server.replays,
+            "tasks thrown away": server.thrown_away,
+            "continued": server.runs - 1,
+            "jobs": len(self.parties.jobs.works) + len(self.parties.trainings.works),
+            "holds": len(self.parties.credits.books.holds),
+        }
+
+    def tear_down(self) -> None:
+        try:
+            self.server.end()
+        except TaskFailed as problem:
+            self.trace("%s", problem)
+
+    # Callbacks
+
+    def _call_back(self, body: dict[str, Any]) -> None:
+        payload = Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(body).encode())
+        self._sent.append(payload)
+        if body.get("result_urls") or body.get("output"):
+            self.oracle.deliveries[payload.data] = body.get("job_id") or body["training_id"]
+        for seconds in self.scenario.weather.callback_delays():
+            self.agenda.after(seconds, lambda: self.server.signal(CALLBACK_SIGNAL, payload))
+        if body["error_details"] or body.get("result_urls") or body.get("output"):
+            for deed in self.scenario.deeds.on_last_word:
+                self.agenda.after(self.rng.choice((0.0, 0.0, 0.01)), lambda deed=deed: self._do(deed))
+
+    # What people and machines do
+
+    def _do(self, deed: str) -> None:
+        if self.server.closed is not None:
+            return
+        self.trace("DEED: %s", deed)
+        rng, server = self.rng, self.server
+        match deed:
+            case "cancel by update":
+                name = f"cancel-{len(self.oracle.cancels)}"
+                self.oracle.cancels[name] = False
+                server.update(name, "cancel_task", payload_of(CancelTask(reason="no longer wanted")))
+            case "cancel by Temporal":
+                self.oracle.cancels[f"cancel-{len(self.oracle.cancels)}"] = True
+                server.request_cancel("no longer wanted")
+            case "bad update":
+                bad = rng.choice(((), (payload_of(None),), (payload_of({"reason": 5}),), GARBAGE[2]))
+                server.update(f"bad-{self.agenda.steps}", rng.choice(("cancel_task", "confirm_price", "none")), *bad)
+            case "confirm":
+                points = rng.choice((150, 300, 1_000))
+                self.oracle.ceiling = max(self.oracle.ceiling, points)
+                server.update(f"confirm-{self.agenda.steps}", "confirm_price", payload_of(ConfirmPrice(max_credits=points)))
+            case "garbage":
+                server.signal(rng.choice((CALLBACK_SIGNAL, CALLBACK_SIGNAL, "no_such_signal")), *rng.choice(GARBAGE))
+            case "old news":
+                if self._sent:
+                    server.signal(CALLBACK_SIGNAL, rng.choice(self._sent))
+            case "kill":
+                server.kill_worker(rng.choice((0.5, 3.0, 30.0)))
+            case "evict":
+                server.evict()
+            case "query":
+                for name in ("progress", "credits"):
+                    answer = server.query(name)
+                    if answer is not None:
+                        self.oracle.asked(name, answer)
+            case "balance rises":
+                self.parties.credits.balance += 500
+            case "balance falls":
+                self.parties.credits.balance = 0

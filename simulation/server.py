@@ -1,0 +1,491 @@
+"""Temporal's server and the worker's core, as far as a run can tell: workflow tasks, timers, continue-as-new, replay.
+
+1. What comes while a workflow task is open waits for the next one.
+2. A task stays open while local activities run, for 2.4 s at most; then what it came to is recorded and the next begins.
+3. What a task came to counts once the server has recorded it. A worker killed before that leaves what its local
+   activities did and nothing else: the task comes again, with what has come since.
+4. A run does not close over what has come meanwhile: that task is thrown away, and comes again with it.
+5. A run that is not in memory is replayed; it must answer as it did.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import temporalio.bridge.proto.workflow_activation as activation_api
+from temporalio.api.common.v1 import Payload
+from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
+from temporalio.bridge.proto.workflow_commands import WorkflowCommand
+
+from simulation.agenda import Agenda, Happening
+from simulation.calls import Call, Calls, Resolution, cancelled_resolution
+from simulation.hosted_run import Activation, HostedRun, RunIdentity, TaskFailed, payload_of
+from simulation.parties import Parties
+from simulation.trace import Trace
+from simulation.weather import Weather
+
+TASK_SECONDS: Final = 3.0
+OPEN_AT_MOST_SECONDS: Final = 0.8 * TASK_SECONDS
+_CLOSING: Final = frozenset(
+    {
+        "complete_workflow_execution",
+        "fail_workflow_execution",
+        "cancel_workflow_execution",
+        "continue_as_new_workflow_execution",
+    }
+)
+_EVENTS_OF_JOB: Final = {"resolve_activity": 2, "do_update": 2}
+
+
+@dataclass
+class Recorded:
+    """One activation in the history, and what was answered to it."""
+
+    activation: Activation
+    answered: list[WorkflowCommand]
+    prints: list[bytes] = field(default_factory=list)
+
+
+@dataclass
+class OpenTask:
+    """A workflow task that a worker has taken up and not yet answered."""
+
+    jobs: list[WorkflowActivationJob]
+    busy: set[str] = field(default_factory=set)
+    recorded: list[Recorded] = field(default_factory=list)
+    commands: list[WorkflowCommand] = field(default_factory=list)
+    heartbeat: Happening | None = None
+
+
+@dataclass
+class Closed:
+    """How the last run ended: completed, failed, cancelled; with its result or failure."""
+
+    how: str
+    result: Payload | None = None
+    failure: Any = None
+
+
+class Server:
+    """One workflow id: its present run, and what is sent to it."""
+
+    def __init__(
+        self,
+        agenda: Agenda,
+        weather: Weather,
+        rng: random.Random,
+        parties: Parties,
+        trace: Trace,
+        identity: RunIdentity,
+    ) -> None:
+        self._agenda = agenda
+        self._weather = weather
+        self._rng = rng
+        self._parties = parties
+        self._trace = trace
+        self.closed: Closed | None = None
+        self.tasks = self.replays = self.runs = self.thrown_away = 0
+        self.updates: dict[str, str] = {}
+        """Update → rejected, accepted, or its result as JSON."""
+        self.search_attributes: dict[str, bytes] = {}
+        self.on_recorded: Callable[[list[WorkflowActivationJob], set[str]], None] = lambda _jobs, _busy: None
+        """Told of every task that counts: its jobs, and the names of the calls that were open when it began."""
+        self._worker_up_at = 0.0
+        self._hosted: HostedRun | None = None
+        self._open(identity, [])
+
+    def _open(self, identity: RunIdentity, waiting: list[WorkflowActivationJob]) -> None:
+        self.runs += 1
+        self._identity = identity
+        self._calls = Calls(
+            self._agenda, self._weather, self._rng, self._parties, self._trace, self._call_resolved_in(self.runs)
+        )
+        self._calls.worker_up_at = self._worker_up_at
+        self._history: list[Recorded] = []
+        self._flags: set[int] = set()
+        self._events = 1
+        self._timers: dict[int, Happening] = {}
+        self._names: dict[int, str] = {}
+        self._locals: dict[int, Call] = {}
+        self._task: OpenTask | None = None
+        self._is_task_due = False
+        self._cancel_requested = False
+        self._waiting = [identity.first_job(), *waiting]
+        self._due()
+
+    # What is sent to the run
+
+    def signal(self, name: str, *payloads: Payload) -> None:
+        self._receive(WorkflowActivationJob(signal_workflow=activation_api.SignalWorkflow(signal_name=name, input=payloads)))
+
+    def request_cancel(self, reason: str) -> None:
+        """As a client asks; the server tells a run once."""
+        if not self._cancel_requested:
+            self._cancel_requested = True
+            self._receive(WorkflowActivationJob(cancel_workflow=activation_api.CancelWorkflow(reason=reason)))
+
+    def update(self, update_id: str, name: str, *payloads: Payload) -> None:
+        self.updates[update_id] = "sent"
+        self._receive(
+            WorkflowActivationJob(
+                do_update=activation_api.DoUpdate(
+                    id=update_id, protocol_instance_id=update_id, name=name, input=payloads, run_validator=True
+                )
+            )
+        )
+
+    def query(self, name: str) -> Payload | None:
+        """The answer of a run in memory that is not at work; None: it would have to be replayed first."""
+        if self._hosted is None or self._task is not None or self.closed is not None:
+            return None
+        job = WorkflowActivationJob(query_workflow=activation_api.QueryWorkflow(query_id="query", query_type=name))
+        [command] = self._hosted.activate(Activation((job,), self._agenda.now, self._events), flags=sorted(self._flags))
+        if not command.respond_to_query.HasField("succeeded"):
+            raise TaskFailed(f"the query {name} failed: {command.respond_to_query.failed.message}")
+        return command.respond_to_query.succeeded.response
+
+    def _receive(self, job: WorkflowActivationJob) -> None:
+        if self.closed is None:
+            self._waiting.append(job)
+            self._due()
+
+    # Faults
+
+    def kill_worker(self, seconds_away: float) -> None:
+        """SIGKILL: whatever is in memory is gone; another worker is there after `seconds_away`."""
+        self._trace("KILL worker, back after %g s", seconds_away)
+        self._worker_up_at = self._agenda.now + seconds_away
+        self._calls.worker_killed(self._worker_up_at)
+        self._lose_task()
+
+    def evict(self) -> None:
+        """The worker's cache is full: a run that is not at work is dropped from memory."""
+        if self._task is None and self._hosted is not None:
+            self._trace("evicted")
+            self._drop()
+
+    def _lose_task(self) -> None:
+        """What the open task came to never reaches the server, and the worker forgets the run."""
+        for call in list(self._locals.values()):
+            self._calls.forget(call)
+        self._locals.clear()
+        self._drop()
+        if self._task is not None:
+            self.thrown_away += 1
+            if self._task.heartbeat is not None:
+                self._task.heartbeat.call_off()
+            self._waiting = self._task.jobs + self._waiting
+            self._task = None
+            self._due()
+
+    def _drop(self) -> None:
+        if self._hosted is not None:
+            hosted, self._hosted = self._hosted, None
+            hosted.evict(self._agenda.now)
+
+    def end(self) -> None:
+        """Leave nothing behind in memory."""
+        self._calls.forget_all()
+        self._drop()
+
+    # Workflow tasks
+
+    def _due(self) -> None:
+        if not self._is_task_due and self._task is None and self.closed is None:
+            self._is_task_due = True
+            delay = self._weather.task_delay()
+            self._agenda.at(max(self._agenda.now + delay, self._worker_up_at), self._take_up_in(self.runs))
+
+    def _take_up_in(self, run: int) -> Callable[[], None]:
+        def take_up() -> None:
+            if self.runs != run or self.closed is not None or self._task is not None:
+                return
+            self._is_task_due = False
+            if self._agenda.now < self._worker_up_at:
+                self._due()
+                return
+            self._take_up()
+
+        return take_up
+
+    def _take_up(self) -> None:
+        if self._hosted is None:
+            self._replay()
+        jobs, self._waiting = self._waiting, []
+        self.tasks += 1
+        self._events += 2 + sum(_EVENTS_OF_JOB.get(job.WhichOneof("variant"), 1) for job in jobs)
+        self._task = OpenTask(jobs, self._calls.names() | self._resolved_by(jobs))
+        self._trace("TASK %d: %s", self.tasks, ", ".join(map(_said, jobs)) or "nothing")
+        if self._locals:
+            self._task.heartbeat = self._agenda.after(OPEN_AT_MOST_SECONDS, self._heartbeat)
+        if jobs:
+            self._activate(_in_order(jobs))
+
+    def _activate(self, jobs: list[WorkflowActivationJob]) -> None:
+        assert self._hosted is not None
+        assert self._task is not None
+        activation = Activation(tuple(jobs), self._agenda.now, self._events)
+        commands = self._hosted.activate(activation, flags=sorted(self._flags))
+        self._task.recorded.append(Recorded(activation, commands))
+        self._task.commands.extend(commands)
+        for command in commands:
+            self._trace("    -> %s", _said_command(command))
+        self._start_locals(commands)
+        if self._cancelled_unsent(commands):
+            return
+        if not self._locals or any(command.WhichOneof("variant") in _CLOSING for command in commands):
+            self._answer()
+        elif self._task.heartbeat is None:
+            self._task.heartbeat = self._agenda.after(OPEN_AT_MOST_SECONDS, self._heartbeat)
+
+    def _start_locals(self, commands: list[WorkflowCommand]) -> None:
+        for command in commands:
+            if command.HasField("schedule_local_activity"):
+                self._begin_local(command)
+            elif command.HasField("request_cancel_local_activity"):
+                self._calls.request_cancel(command.request_cancel_local_activity.seq)
+
+    def _begin_local(self, command: WorkflowCommand) -> None:
+        local = command.schedule_local_activity
+        self._locals[local.seq] = self._calls.schedule(local, list(local.arguments))
+
+    def _cancelled_unsent(self, commands: list[WorkflowCommand]) -> bool:
+        """An activity cancelled in the task that scheduled it is never sent: the run hears so in the same task."""
+        assert self._task is not None
+        cancelled = {c.request_cancel_activity.seq for c in commands if c.HasField("request_cancel_activity")}
+        unsent = [c for c in self._task.commands if c.HasField("schedule_activity") and c.schedule_activity.seq in cancelled]
+        if not unsent:
+            return False
+        seqs = {command.schedule_activity.seq for command in unsent}
+        self._task.commands = [
+            c
+            for c in self._task.commands
+            if not (c.HasField("schedule_activity") and c.schedule_activity.seq in seqs)
+            and not (c.HasField("request_cancel_activity") and c.request_cancel_activity.seq in seqs)
+        ]
+        never = [Call.of(c.schedule_activity, None, self._agenda.now) for c in unsent]
+        self._activate([_resolved(call, cancelled_resolution(call)) for call in never])
+        return True
+
+    def _heartbeat(self) -> None:
+        """The task has been open for long: record what there is, and hear what has come."""
+        self._record()
+        self._take_up()
+
+    def _answer(self) -> None:
+        assert self._task is not None
+        is_closing = any(command.WhichOneof("variant") in _CLOSING for command in self._task.commands)
+        if self._weather.loses_task():
+            self._trace("the task's outcome is lost")
+            self._lose_task()
+        elif is_closing and self._waiting:
+            self._trace("the run would close over what has come: the task comes again")
+            self._lose_task()
+        else:
+            self._record()
+            if self._waiting:
+                self._due()
+
+    def _record(self) -> None:
+        assert self._task is not None
+        assert self._hosted is not None
+        task, self._task = self._task, None
+        if task.heartbeat is not None:
+            task.heartbeat.call_off()
+        self._flags |= self._hosted.flags
+        self.on_recorded(task.jobs, task.busy)
+        rejected = {
+            c.update_response.protocol_instance_id
+            for c in task.commands
+            if c.HasField("update_response") and c.update_response.HasField("rejected")
+        }
+        for recorded in task.recorded:
+            self._keep(recorded, rejected)
+        self._events += 1
+        for command in task.commands:
+            self._obey(command)
+
+    def _keep(self, recorded: Recorded, rejected: set[str]) -> None:
+        """A rejected update leaves nothing in the history, neither itself nor what was answered to it."""
+        activation = recorded.activation
+        jobs = tuple(job for job in activation.jobs if not (job.HasField("do_update") and job.do_update.id in rejected))
+        answered = [
+            command
+            for command in recorded.answered
+            if not (command.HasField("update_response") and command.update_response.protocol_instance_id in rejected)
+        ]
+        if jobs:
+            prints = [_fingerprint(command) for command in answered]
+            self._history.append(Recorded(replace(activation, jobs=jobs), answered, prints))
+        elif answered:
+            raise TaskFailed(f"a rejected update had an effect: {[_said_command(command) for command in answered]}")
+
+    def _replay(self) -> None:
+        """Bring the run back into memory: it must answer as it did. Local activities without a result run again."""
+        self._hosted = hosted = HostedRun(self._identity)
+        hosted.flags |= self._flags
+        if not self._history:
+            return
+        self.replays += 1
+        self._trace("REPLAY of %d activations", len(self._history))
+        unresolved: dict[int, WorkflowCommand] = {}
+        for recorded in self._history:
+            for job in recorded.activation.jobs:
+                if job.HasField("resolve_activity") and job.resolve_activity.is_local:
+                    unresolved.pop(job.resolve_activity.seq, None)
+            commands = hosted.activate(recorded.activation, flags=sorted(self._flags), is_replaying=True)
+            if [_fingerprint(command) for command in commands] != recorded.prints:
+                raise TaskFailed(
+                    f"nondeterministic: {[_said_command(c) for c in commands]} instead of "
+                    f"{[_said_command(c) for c in recorded.answered]} to "
+                    f"{[_said(job) for job in recorded.activation.jobs]}"
+                )
+            for command in commands:
+                if command.HasField("schedule_local_activity"):
+                    unresolved[command.schedule_local_activity.seq] = command
+        for command in unresolved.values():
+            self._begin_local(command)
+
+    # What the run asked for
+
+    def _obey(self, command: WorkflowCommand) -> None:
+        kind = command.WhichOneof("variant")
+        self._events += kind not in ("update_response", None)
+        if kind == "schedule_activity":
+            self._names[command.schedule_activity.seq] = command.schedule_activity.activity_type
+            self._calls.schedule(command.schedule_activity, list(command.schedule_activity.arguments))
+        elif kind == "request_cancel_activity":
+            self._calls.request_cancel(command.request_cancel_activity.seq)
+        elif kind == "start_timer":
+            self._start_timer(command)
+        elif kind == "cancel_timer":
+            self._cancel_timer(command.cancel_timer.seq)
+        elif kind == "update_response":
+            self._respond(command)
+        elif kind == "upsert_workflow_search_attributes":
+            upserted = command.upsert_workflow_search_attributes.search_attributes
+            self.search_attributes.update({name: payload.data for name, payload in upserted.indexed_fields.items()})
+        elif kind in _CLOSING:
+            self._close(command, kind)
+
+    def _start_timer(self, command: WorkflowCommand) -> None:
+        seq = command.start_timer.seq
+        seconds = command.start_timer.start_to_fire_timeout.ToTimedelta().total_seconds()
+
+        def ring() -> None:
+            if self._timers.pop(seq, None) is not None:
+                self._receive(WorkflowActivationJob(fire_timer=activation_api.FireTimer(seq=seq)))
+
+        self._timers[seq] = self._agenda.after(seconds, ring)
+
+    def _cancel_timer(self, seq: int) -> None:
+        timer = self._timers.pop(seq, None)
+        if timer is not None:
+            timer.call_off()
+        self._waiting = [job for job in self._waiting if not (job.HasField("fire_timer") and job.fire_timer.seq == seq)]
+
+    def _respond(self, command: WorkflowCommand) -> None:
+        response = command.update_response
+        update = response.protocol_instance_id
+        if response.HasField("completed"):
+            self.updates[update] = response.completed.data.decode()
+        else:
+            self.updates[update] = "rejected" if response.HasField("rejected") else "accepted"
+
+    def _close(self, command: WorkflowCommand, kind: str) -> None:
+        self._calls.forget_all()
+        for timer in self._timers.values():
+            timer.call_off()
+        self._drop()
+        if kind == "continue_as_new_workflow_execution":
+            identity = replace(
+                self._identity,
+                run_id=f"run-{self.runs + 1}",
+                continued_run_id=self._identity.run_id,
+                arguments=tuple(command.continue_as_new_workflow_execution.arguments),
+                started_at=self._agenda.now,
+            )
+            self._open(identity, self._waiting)
+        elif kind == "complete_workflow_execution":
+            self.closed = Closed("completed", result=command.complete_workflow_execution.result)
+        elif kind == "fail_workflow_execution":
+            self.closed = Closed("failed", failure=command.fail_workflow_execution.failure)
+        else:
+            self.closed = Closed("cancelled")
+
+    def _resolved_by(self, jobs: list[WorkflowActivationJob]) -> set[str]:
+        return {self._names[job.resolve_activity.seq] for job in jobs if job.HasField("resolve_activity")}
+
+    def _call_resolved_in(self, run: int) -> Callable[[Call, Resolution], None]:
+        def resolved(call: Call, resolution: Resolution) -> None:
+            if self.runs != run or self.closed is not None:
+                return
+            if call.is_local:
+                self._local_resolved(call, resolution)
+            else:
+                self._receive(_resolved(call, resolution))
+
+        return resolved
+
+    def _local_resolved(self, call: Call, resolution: Resolution) -> None:
+        """The run hears of it within the task that is open."""
+        self._locals.pop(call.seq, None)
+        assert self._task is not None, "local activities run while a task is open"
+        self._trace("  local result: %s", call.name)
+        self._activate([_resolved(call, resolution)])
+
+
+def _in_order(jobs: list[WorkflowActivationJob]) -> list[WorkflowActivationJob]:
+    """As the core orders them: the start, signals and updates, then everything else; each in order of arrival."""
+
+    def rank(job: WorkflowActivationJob) -> int:
+        if job.HasField("initialize_workflow"):
+            return 0
+        return 1 if job.HasField("signal_workflow") or job.HasField("do_update") else 2
+
+    return sorted(jobs, key=rank)
+
+
+def _resolved(call: Call, resolution: Resolution) -> WorkflowActivationJob:
+    return WorkflowActivationJob(
+        resolve_activity=activation_api.ResolveActivity(seq=call.seq, result=resolution, is_local=call.is_local)
+    )
+
+
+def _fingerprint(command: WorkflowCommand) -> bytes:
+    return command.SerializeToString(deterministic=True)
+
+
+def _said(job: WorkflowActivationJob) -> str:
+    kind = job.WhichOneof("variant")
+    if kind == "signal_workflow":
+        return "signal " + ", ".join(_shown(payload) for payload in job.signal_workflow.input)
+    if kind == "do_update":
+        return f"update {job.do_update.name} ({job.do_update.id})"
+    if kind == "resolve_activity":
+        return f"result of #{job.resolve_activity.seq}: {job.resolve_activity.result.WhichOneof('status')}"
+    if kind == "fire_timer":
+        return f"timer {job.fire_timer.seq}"
+    return str(kind)
+
+
+def _shown(payload: Payload) -> str:
+    return payload.data[:160].decode("utf-8", "replace")
+
+
+def _said_command(command: WorkflowCommand) -> str:
+    kind = command.WhichOneof("variant")
+    if kind in ("schedule_activity", "schedule_local_activity"):
+        scheduled = getattr(command, kind)
+        return f"{kind} #{scheduled.seq} {scheduled.activity_type} {_shown(scheduled.arguments[0])}"
+    if kind == "fail_workflow_execution":
+        return f"fail {command.fail_workflow_execution.failure.message}"
+    if kind == "complete_workflow_execution":
+        return f"complete {_shown(command.complete_workflow_execution.result)}"
+    return str(command).replace("\n", " ")[:120]
+
+
+__all__ = ["Closed", "Server", "payload_of"]
