@@ -149,12 +149,20 @@ class OutsideCall:
         except _NoLocalAnswer:
             return await self.opening(method, argument, summary=summary, minutes=minutes)
 
-    async def noted(self, method: Method[Argument, Result], argument: Argument, *, summary: str) -> Result:
-        """A keyed write to our own store: a short local try, then a visible one without end."""
+    async def noted(
+        self, method: Method[Argument, Result], argument: Argument, *, summary: str, is_recorded: bool = True
+    ) -> Result:
+        """A keyed write to our own store: a short local try, then a visible one without end.
+
+        What tells of a decision that is not `is_recorded` in the history yet is visible at once: its workflow task may
+        be lost after a local write, and decide otherwise when it comes again with what has come since (pitfall 34).
+        """
         try:
-            return await self._local_try(method, argument, summary=summary)
+            if is_recorded:
+                return await self._local_try(method, argument, summary=summary)
         except _NoLocalAnswer:
-            return await self.visible(method, argument, summary=summary)
+            pass
+        return await self.visible(method, argument, summary=summary)
 
     async def _local_try(self, method: Method[Argument, Result], argument: Argument, *, summary: str) -> Result:
         """For reads and keyed writes only: it leaves no trace until it is recorded (pitfall 21).

@@ -155,6 +155,7 @@ class TaskFlow(Generic[Run, Result]):
     async def settle(self, delivery: JobNews, cost: int) -> Result:
         """Rows 5 and 6, delivered: from here nothing is undone and nothing cuts it short."""
         self.stop.close()
+        self.record.decided()
         self.record.waits_for("credits to be settled", None)
         await self.settlement.charge(cost)
         return await self.completed(delivery)
@@ -178,6 +179,7 @@ class TaskFlow(Generic[Run, Result]):
     async def give_back(self, end: TaskEnd) -> Result:
         """Row 5, not delivered: job and hold are cancelled side by side; then the task's failure or `cancelled`."""
         self.stop.close()
+        self.record.decided()
         self.watch.stop_polling()
         self.record.waits_for("job and credits to be given back", None)
         await self.undo.all(str(end))

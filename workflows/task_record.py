@@ -37,6 +37,7 @@ class TaskRecord:
         self._outside = outside
         self._carried = carried
         self._in_flight = 0
+        self._decided_at = 0
         self._waits: tuple[str, datetime | None] = ("", None)
 
     @property
@@ -163,6 +164,10 @@ class TaskRecord:
             TaskException(key=key, code=code.value, message=shortened(message), details=details, ts=workflow.now())
         )
 
+    def decided(self) -> None:
+        """How the task ends is decided in this workflow task: history holds it once a later one has begun."""
+        self._decided_at = workflow.info().get_current_history_length()
+
     def end(self, status: TaskStatus, event: EventType, **fields: Any) -> None:
         """The last fact; nothing is written after it."""
         self.state.status = status
@@ -222,12 +227,19 @@ class TaskRecord:
             exceptions=exceptions,
         )
         try:
-            await self._outside.noted(TaskStoreActivities.write, write, summary="6 tell")
+            await self._outside.noted(
+                TaskStoreActivities.write, write, summary="6 tell", is_recorded=self._is_recorded(facts)
+            )
         except FailureError as error:
             # The store will never take these (its row is gone, say): a task's money never hangs on its events.
             workflow.logger.error("The task store refused %d facts: %s", len(facts), error)
         del self._carried.unwritten[: len(facts)], self._carried.exceptions[: len(exceptions)]
         self._in_flight = 0
+
+    def _is_recorded(self, facts: list[Fact]) -> bool:
+        """Whether what these facts tell can no longer be decided otherwise."""
+        is_end = any(fact.is_end for fact in facts)
+        return not is_end or workflow.info().get_current_history_length() > self._decided_at
 
     def _has_unwritten(self) -> bool:
         return bool(self._carried.unwritten or self._carried.exceptions)
