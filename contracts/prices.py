@@ -63,7 +63,9 @@ class PriceTable(OwnModel):
         """Price of a training that uses `gpu_hours`, in points. Raises UnknownPrice."""
         if base_model not in self.base_models:
             raise UnknownPrice("base_model", base_model, list(self.base_models))
-        billed = max(Decimal(0), Decimal(str(gpu_hours)) - Decimal(str(self.included_gpu_hours)))
+        # A sum of hours over attempts carries the noise of floats: it must not cost a point.
+        hours = Decimal(str(round(gpu_hours, 6)))
+        billed = max(Decimal(0), hours - Decimal(str(self.included_gpu_hours)))
         return (
             self.training_base
             + self.base_models[base_model]
