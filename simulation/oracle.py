@@ -12,7 +12,7 @@ from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
 
 from contracts.errors import ExceptionCode, FailureCode
 from contracts.task_store import Fact
-from contracts.tasks import EventType, ImageProgress, ImageResult, TaskStatus, TrainingProgress, TrainingResult
+from contracts.tasks import ConfirmPrice, EventType, ImageProgress, ImageResult, TaskStatus, TrainingProgress, TrainingResult
 from simulation.hosted_run import CONVERTER
 from simulation.parties import Parties
 from simulation.scenario import PRICES, Scenario
@@ -88,6 +88,8 @@ class Oracle:
         current = list(self._works)[-1] if self._works else ""
         if waits and not self._cancel_seen and self._works[current].is_started:
             self._delivery_first |= any(self._is_delivery(job, current) for job in jobs)
+        if "commit" not in busy and "commit" not in self._parties.called:  # what is confirmed later raises no charge
+            self.ceiling = max(self.ceiling, *map(_confirmed, jobs), 0)
         self._cancel_seen |= any(
             job.HasField("cancel_workflow") or (job.HasField("do_update") and job.do_update.name == "cancel_task")
             for job in jobs
@@ -227,11 +229,16 @@ class Oracle:
 
     def _training_price(self, result: TrainingResult) -> int:
         must(result.output is not None and result.training_id in self._works, "completed without a model")
-        works = list(self._works.values())
         hours = self._works[result.training_id].state.gpu_hours_used or 0.0
-        for earlier, later in zip(works, works[1:], strict=False):
-            checkpoint = earlier.state.checkpoint
-            if checkpoint is not None and later.request.resume_from == checkpoint.uri:
-                hours += checkpoint.gpu_hours_used
+        resumed_from = {work.request.resume_from for work in self._works.values()} - {None}
+        hours += sum(self._parties.trainings.hours_at[uri] for uri in resumed_from)
         price = PRICES.training(base_model="base", accelerated=False, gpu_hours=hours)
         return min(price, self.ceiling)
+
+
+def _confirmed(job: WorkflowActivationJob) -> int:
+    """The points that an update `confirm_price` confirms; 0 for anything else."""
+    if not job.HasField("do_update") or not job.do_update.id.startswith("confirm"):
+        return 0
+    [request] = CONVERTER.from_payloads(list(job.do_update.input), [ConfirmPrice])
+    return int(request.max_credits)

@@ -190,7 +190,6 @@ class Schedule:
                 server.update(f"bad-{self.agenda.steps}", rng.choice(("cancel_task", "confirm_price", "none")), *bad)
             case "confirm":
                 points = rng.choice((150, 300, 1_000))
-                self.oracle.ceiling = max(self.oracle.ceiling, points)
                 server.update(f"confirm-{self.agenda.steps}", "confirm_price", payload_of(ConfirmPrice(max_credits=points)))
             case "garbage":
                 server.signal(rng.choice((CALLBACK_SIGNAL, CALLBACK_SIGNAL, "no_such_signal")), *rng.choice(GARBAGE))

@@ -59,6 +59,10 @@ class OpenTask:
     commands: list[WorkflowCommand] = field(default_factory=list)
     heartbeat: Happening | None = None
 
+    @property
+    def is_closing(self) -> bool:
+        return any(command.WhichOneof("variant") in _CLOSING for command in self.commands)
+
 
 @dataclass
 class Closed:
@@ -95,9 +99,9 @@ class Server:
         """Told of every task that counts: its jobs, and the names of the calls that were open when it began."""
         self._worker_up_at = 0.0
         self._hosted: HostedRun | None = None
-        self._open(identity, [])
+        self._open(identity)
 
-    def _open(self, identity: RunIdentity, waiting: list[WorkflowActivationJob]) -> None:
+    def _open(self, identity: RunIdentity) -> None:
         self.runs += 1
         self._identity = identity
         self._calls = Calls(
@@ -113,7 +117,7 @@ class Server:
         self._task: OpenTask | None = None
         self._is_task_due = False
         self._cancel_requested = False
-        self._waiting = [identity.first_job(), *waiting]
+        self._waiting = [identity.first_job()]
         self._due()
 
     # What is sent to the run
@@ -234,10 +238,11 @@ class Server:
         for command in commands:
             self._trace("    -> %s", _said_command(command))
         self._start_locals(commands)
-        if self._cancelled_unsent(commands):
-            return
-        if not self._locals or any(command.WhichOneof("variant") in _CLOSING for command in commands):
+        unsent = self._cancelled_unsent(commands)
+        if self._task.is_closing or (not self._locals and not unsent):
             self._answer()
+        elif unsent:
+            self._activate(unsent)
         elif self._task.heartbeat is None:
             self._task.heartbeat = self._agenda.after(OPEN_AT_MOST_SECONDS, self._heartbeat)
 
@@ -252,23 +257,24 @@ class Server:
         local = command.schedule_local_activity
         self._locals[local.seq] = self._calls.schedule(local, list(local.arguments))
 
-    def _cancelled_unsent(self, commands: list[WorkflowCommand]) -> bool:
+    def _cancelled_unsent(self, commands: list[WorkflowCommand]) -> list[WorkflowActivationJob]:
         """An activity cancelled in the task that scheduled it is never sent: the run hears so in the same task."""
         assert self._task is not None
         cancelled = {c.request_cancel_activity.seq for c in commands if c.HasField("request_cancel_activity")}
-        unsent = [c for c in self._task.commands if c.HasField("schedule_activity") and c.schedule_activity.seq in cancelled]
-        if not unsent:
-            return False
-        seqs = {command.schedule_activity.seq for command in unsent}
+        unsent = [
+            c.schedule_activity
+            for c in self._task.commands
+            if c.HasField("schedule_activity") and c.schedule_activity.seq in cancelled
+        ]
+        seqs = {scheduled.seq for scheduled in unsent}
         self._task.commands = [
             c
             for c in self._task.commands
             if not (c.HasField("schedule_activity") and c.schedule_activity.seq in seqs)
             and not (c.HasField("request_cancel_activity") and c.request_cancel_activity.seq in seqs)
         ]
-        never = [Call.of(c.schedule_activity, None, self._agenda.now) for c in unsent]
-        self._activate([_resolved(call, cancelled_resolution(call)) for call in never])
-        return True
+        never = [Call.of(scheduled, None, self._agenda.now) for scheduled in unsent]
+        return [_resolved(call, cancelled_resolution(call)) for call in never]
 
     def _heartbeat(self) -> None:
         """The task has been open for long: record what there is, and hear what has come."""
@@ -277,11 +283,10 @@ class Server:
 
     def _answer(self) -> None:
         assert self._task is not None
-        is_closing = any(command.WhichOneof("variant") in _CLOSING for command in self._task.commands)
         if self._weather.loses_task():
             self._trace("the task's outcome is lost")
             self._lose_task()
-        elif is_closing and self._waiting:
+        elif self._task.is_closing and self._waiting:
             self._trace("the run would close over what has come: the task comes again")
             self._lose_task()
         else:
@@ -408,7 +413,7 @@ class Server:
                 arguments=tuple(command.continue_as_new_workflow_execution.arguments),
                 started_at=self._agenda.now,
             )
-            self._open(identity, self._waiting)
+            self._open(identity)  # what came while it closed would have kept it open; its calls' ends are nobody's
         elif kind == "complete_workflow_execution":
             self.closed = Closed("completed", result=command.complete_workflow_execution.result)
         elif kind == "fail_workflow_execution":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Final
 
 from contracts.calls import CallFor, JobCall, Post
@@ -31,6 +32,11 @@ class Trainings(ComfyUIModel[TrainingState]):
 
     gpu_hours = 1.0
     gpus: tuple[GpuPool, ...] = (GpuPool(gpu_type="a100", total=4, available=0),)
+
+    @cached_property
+    def hours_at(self) -> dict[str, float]:
+        """Checkpoint's uri → the GPU hours that its training had used by then."""
+        return {}
 
     def _made(self, post: Post[Any]) -> Answer[Any]:
         if self.terms.refuses_submits_with:
@@ -98,6 +104,7 @@ class Trainings(ComfyUIModel[TrainingState]):
 
     def _checkpoint(self, work: Work[TrainingState], n: int, used: float, hours: float) -> Callable[[], None]:
         uri = f"file:///checkpoints/{work.state.training_id}-{n}"
+        self.hours_at[uri] = used
         checkpoint = Checkpoint(uri=uri, epoch=n, step=100 * n, gpu_hours_used=used)
         return self._to(
             work, training_status="checkpointing", checkpoint=checkpoint, gpu_hours=hours, gpu_hours_used=used
