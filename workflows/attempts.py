@@ -54,6 +54,7 @@ class Attempts:
 
     async def submit(self, request: JobRequest | TrainingRequest) -> JobAccepted | TrainingAccepted:
         """Row 1: ask for the next job. Raises TaskFailed or TaskStopped."""
+        self._outside.may_begin()
         n = self.number + 1
         job = AskedJob(attempt=n, key=self._outside.key("submit", n), request=request, asked_at=workflow.now())
         self.asked.append(job)

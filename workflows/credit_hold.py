@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -136,7 +136,7 @@ class CreditHold:
         if cost == 0 or (old is not None and old.request.estimated_cost >= cost):
             return
         try:
-            await self._take(cost, self._ask_opening)
+            await self._take(cost, self._ask_opening, self._outside.may_begin)
         except HoldRefused as refused:
             if old is None or refused.refusal.code is not FailureCode.INSUFFICIENT_BALANCE:
                 raise TaskFailed.by_refusal(refused.refusal) from None
@@ -149,16 +149,19 @@ class CreditHold:
         await self._give_back_one(old, "topped up")
         self._tell_uncovered("The balance was too short to hold the dearer price beside the old hold.")
         try:
-            await self._take(cost, self._ask_opening)
+            await self._take(cost, self._ask_opening, self._outside.may_begin)
         except HoldRefused as refused:
             raise TaskFailed.by_refusal(refused.refusal) from None
         self.state.uncovered_since = None
 
-    async def _take(self, amount: int, ask: Callable[[AskedHold], asyncio.Future[HoldReply] | object]) -> AskedHold:
-        """Take a hold that has enough life left. Raises HoldRefused."""
+    async def _take(
+        self, amount: int, ask: Callable[[AskedHold], Awaitable[HoldReply]], may_begin: Callable[[], None]
+    ) -> AskedHold:
+        """Take a hold that has enough life left. Raises HoldRefused, and what `may_begin` raises before each asking."""
         while True:
+            may_begin()
             hold = self._note(amount)
-            reply = await ask(hold)  # type: ignore[misc]
+            reply = await ask(hold)
             hold.pre_deduct_id, hold.amount = reply.pre_deduct_id, reply.frozen_amount
             if self._expires_at(hold) - workflow.now() >= LAST_SECONDS:
                 self._tell_held(hold, reply)
@@ -186,6 +189,10 @@ class CreditHold:
             CreditsActivities.pre_deduct, self._post(hold), summary="3 hold", minutes=self.opening_minutes
         )
         return self._granted(hold, answer)
+
+    def _may_renew(self) -> None:
+        if self._is_closing:
+            raise HoldRefused(_closing())
 
     async def _ask_renewing(self, hold: AskedHold) -> HoldReply:
         """An outage is no refusal: it is retried, also uncovered, and recorded."""
@@ -266,7 +273,7 @@ class CreditHold:
     async def _renew(self, amount: int) -> None:
         old = self.standing
         try:
-            await self._take(amount, self._ask_renewing)
+            await self._take(amount, self._ask_renewing, self._may_renew)
         except HoldRefused as refused:
             if old is None or self._is_closing:
                 return
@@ -292,7 +299,7 @@ class CreditHold:
         self._checkpoint_passed = False
         while not self._is_closing:
             try:
-                await self._take(amount, self._ask_renewing)
+                await self._take(amount, self._ask_renewing, self._may_renew)
             except HoldRefused as refused:
                 refusal = refused.refusal
             else:

@@ -79,6 +79,13 @@ class OutsideCall:
         """`X-Idempotency-Key` (contract §2, §4)."""
         return f"{self.call_for.task_id}:{step}:{n}"
 
+    def may_begin(self) -> None:
+        """Raise TaskStopped if a stop was asked for.
+
+        To be asked before a call is noted: the undo learns of what is noted by asking for it, and would begin it.
+        """
+        self._stop.obey()
+
     async def opening(
         self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str, minutes: float
     ) -> Answer[Reply]:

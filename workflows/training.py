@@ -29,7 +29,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
     def __init__(self, task: TrainingRun) -> None:
         super().__init__(task, TRAINING_ROUTES)
         self.training_price = TrainingPrice(task, self.price, self.record, self.hold, self.stop, self.alarm)
-        self.concerns.append(self.training_price)
+        self.concerns.insert(0, self.training_price)  # before the hold: a task that it ends renews nothing
         self.watch.on_news(self.training_price.on_news)
         self.dataset = TrainingDataset(task, self.outside, self.stop, (task.carried or CarriedRun()).dataset)
 
