@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Final, Protocol
 
@@ -40,7 +40,7 @@ class Following:
         stop: Stop,
         alarm: Alarm,
         concerns: Sequence[Concern],
-        continue_as_new: Callable[[], None],
+        continue_as_new: Callable[[], Awaitable[bool]],
     ) -> None:
         self._watch = watch
         self._hold = hold
@@ -61,7 +61,8 @@ class Following:
             self._stop.obey()
             for concern in self._concerns:
                 concern.check()
-            self._continue_as_new()
+            if await self._continue_as_new():
+                continue
             self._clock.tell_wait()
             await self._alarm.until(self._has_word, self._next_due(), SUMMARY)
 

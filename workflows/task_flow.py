@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
 from temporalio import workflow
@@ -206,29 +207,43 @@ class TaskFlow(Generic[Run, Result]):
 
     # Long runs
 
-    def continue_as_new_if_long(self) -> None:
-        """Start afresh with what counts, never with a cancel or a renewal pending (pitfall 22)."""
+    async def continue_as_new_if_long(self) -> bool:
+        """Start afresh with what counts, never with a cancel or a renewal pending (pitfall 22).
+
+        True where it waited and a stop was asked for: look again. Of one workflow task the SDK works off the signals
+        first, then a cancellation; a run that ends on the signals has never heard of it. So it ends on a timer.
+        """
+        if not self._is_long() or not self._may_continue():
+            return False
+        self.watch.stop_polling()
+        await workflow.sleep(timedelta(milliseconds=1), summary="continue as new")
+        await workflow.wait_condition(lambda: True)  # until what came with the timer has been worked off too
+        if self._may_continue():
+            workflow.continue_as_new(self._continuation())
+        return True
+
+    def _continuation(self) -> Run:
+        carried = CarriedRun(
+            policy=self.limits,
+            record=self.record.carry(),
+            watch=self.watch.carry(),
+            clock=self.clock.carry(),
+            hold=self.hold.carry(),
+            jobs=self.attempts.carry(),
+            price=self.price,
+        )
+        return self.task.model_copy(update={"carried": self.carry_more(carried)})
+
+    def _is_long(self) -> bool:
         info = workflow.info()
-        is_long = (
+        return (
             info.is_continue_as_new_suggested()
             or info.get_current_history_length() >= self.limits.continue_as_new_events
             or self.signals >= self.limits.continue_as_new_signals
         )
-        if not is_long or self.stop.requested or self.hold.is_renewing() or not workflow.all_handlers_finished():
-            return
-        self.watch.stop_polling()
-        carried = self.carry_more(
-            CarriedRun(
-                policy=self.limits,
-                record=self.record.carry(),
-                watch=self.watch.carry(),
-                clock=self.clock.carry(),
-                hold=self.hold.carry(),
-                jobs=self.attempts.carry(),
-                price=self.price,
-            )
-        )
-        workflow.continue_as_new(self.task.model_copy(update={"carried": carried}))
+
+    def _may_continue(self) -> bool:
+        return not self.stop.requested and not self.hold.is_renewing() and workflow.all_handlers_finished()
 
     def progress_fields(self) -> dict[str, Any]:
         """What both `progress` queries answer."""
