@@ -6,7 +6,7 @@ An attempt that its caller no longer waits for may act all the same, later: what
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -100,7 +100,7 @@ class Calls:
         self._open: dict[int, Call] = {}
         self.worker_up_at = 0.0
 
-    def schedule(self, command: ScheduleActivity | ScheduleLocalActivity, payloads: list[Payload]) -> Call:
+    def schedule(self, command: ScheduleActivity | ScheduleLocalActivity, payloads: Sequence[Payload]) -> Call:
         call = Call.of(command, self._parties.argument_of(command.activity_type, payloads), self._agenda.now)
         self._open[call.seq] = call
         if call.expires_at != UNLIMITED:

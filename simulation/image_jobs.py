@@ -49,7 +49,7 @@ class ImageJobs(ComfyUIModel[JobState]):
 
     def _plan(self, work: Work[JobState]) -> list[tuple[float, Callable[[], None]]]:
         rng = self._rng
-        span = self.terms.minutes * 60 * rng.choice((0.0, 0.01, 0.3, 1.0, 1.0, 2.5, 4.0))
+        span = self.terms.minutes * 60 * rng.choice((0.0, 0.01, 0.3, 0.3, 1.0, 1.0, 1.0, 2.5, 4.0))
         steps = rng.choice((0, 1, 1, 2, 4))
         pause = span / (steps + 2)
         plan: list[tuple[float, Callable[[], None]]] = []

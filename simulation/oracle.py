@@ -25,6 +25,7 @@ _ENDS: Final = {
     TaskStatus.FAILED: EventType.FAILED,
     TaskStatus.CANCELLED: EventType.CANCELLED,
 }
+_BEGINNING: Final = frozenset({"submit_job", "create_training", "start_training", "pre_deduct"})
 _OPENING: Final = frozenset(
     {"submit_job", "create_training", "estimate", "pre_deduct", "start_training", "cancel_job", "cancel_training"}
 )
@@ -47,7 +48,9 @@ class Oracle:
         self._server = server
         self._parties = parties
         self._reached: dict[tuple[int, str | None], float] = {}
-        self._shown: tuple[int, float, Any] = (0, 0.0, None)
+        self._shown: dict[tuple[int, str | None], float] = {}
+        self._shown_attempt = 0
+        self._keys: set[str] = set()
         self._cancel_seen = False
         self._delivery_first = False
         self._charged_at_end: int | None = None
@@ -58,6 +61,7 @@ class Oracle:
         self.deliveries: dict[bytes, str] = {}
         """Every callback that tells of delivered work → its job."""
         server.on_recorded = self.task_recorded
+        server.on_scheduled = self.call_scheduled
         parties.store.on_event = self.event_written
 
     @property
@@ -91,9 +95,27 @@ class Oracle:
         if "commit" not in busy and "commit" not in self._parties.called:  # what is confirmed later raises no charge
             self.ceiling = max(self.ceiling, *map(_confirmed, jobs), 0)
         self._cancel_seen |= any(
-            job.HasField("cancel_workflow") or (job.HasField("do_update") and job.do_update.name == "cancel_task")
+            job.HasField("cancel_workflow") or (job.HasField("do_update") and job.do_update.id.startswith("cancel"))
             for job in jobs
         )
+
+    def call_scheduled(self, name: str, argument: Any) -> None:
+        """Once a cancel was seen nothing new is begun; what was begun may be asked for again, to undo it."""
+        key = getattr(argument, "key", None)
+        if name in _BEGINNING:
+            must(not self._cancel_seen or key in self._keys, "begun although a cancel was seen before:", name, key)
+            self._keys.add(key)
+        if name == "charge":
+            self._charge_is_due()
+
+    def _charge_is_due(self) -> None:
+        """Charged without a hold is only what had one that ran out, or more than the hold where policy says so."""
+        phases = {hold.phase for hold in self._parties.credits.holds}
+        is_more = "committed" in phases and self._scenario.policy.charge_shortfall
+        gave_it_up = self._parties.credits.terms.balance < 5_000  # the balance may have been too short for two holds
+        must(is_more or "expired" in phases or gave_it_up, "charged without a hold although none had expired:", *phases)
+        must("open" not in phases, "charged although a hold stands")
+        must(not self._scenario.is_easy_on_credits or is_more or bool(self._parties.credits.terms.refuses_commits_with), "a hold was let expire although it could be renewed")
 
     def _holds_stand(self) -> bool:
         return any(hold.phase == "open" for hold in self._parties.credits.holds)
@@ -125,11 +147,10 @@ class Oracle:
             return
         model = ImageProgress if self._scenario.is_image else TrainingProgress
         [progress] = CONVERTER.from_payloads([answer], [model])
-        attempt, reached, stage = self._shown
-        if (progress.attempts, progress.stage) == (attempt, stage):
-            must(progress.progress >= reached, "the query's progress went back:", progress.progress, reached)
-        must(progress.attempts >= attempt, "the attempt went back")
-        self._shown = (progress.attempts, progress.progress, progress.stage)
+        at = (progress.attempts, progress.stage)
+        must(progress.progress >= self._shown.get(at, 0.0), "the query's progress went back:", *at, progress.progress)
+        must(progress.attempts >= self._shown_attempt, "the query's attempt went back:", progress.attempts)
+        self._shown[at], self._shown_attempt = progress.progress, progress.attempts
 
     # Once it has ended
 
@@ -167,6 +188,7 @@ class Oracle:
         result = self._result()
         self.status = TaskStatus.CANCELLED if result is None else result.status
         self._check_events()
+        self._check_holds_told()
         self._check_cancels(closed.how)
         if self.status is TaskStatus.COMPLETED:
             assert result is not None
@@ -200,6 +222,12 @@ class Oracle:
         must(events[-1].event is _ENDS[self.status], "the last event is not the end:", events[-1].key, self.status.value)
         must(sum(event.event in _ENDS.values() for event in events) == 1, "more than one end was told")
         must(store.state is not None and store.state.status is self.status, "the row's status is not the run's")
+
+    def _check_holds_told(self) -> None:
+        told = {event.key for event in self._parties.store.events}
+        for hold in self._parties.credits.holds:
+            n = hold.key.rpartition(":")[2]
+            must(hold.phase != "committed" or f"held:{n}" in told, "the hold that was charged was never told:", hold.key)
 
     def _check_cancels(self, how: str) -> None:
         answers = [answer for name, answer in self._server.updates.items() if name.startswith("cancel") and "outcome" in answer]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from temporalio import activity
@@ -111,7 +111,7 @@ class Parties:
     def unavailable(self, name: str) -> FailureCode:
         return _UNAVAILABLE[self.party_of(name)]
 
-    def argument_of(self, name: str, payloads: list[Payload]) -> Any:
+    def argument_of(self, name: str, payloads: Sequence[Payload]) -> Any:
         """The activity's one argument, decoded as a worker decodes it."""
         [argument] = CONVERTER.from_payloads(payloads, _DEFINITIONS[name][1])
         return argument

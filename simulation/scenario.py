@@ -35,6 +35,8 @@ class Deeds:
 
     at_step: list[tuple[int, str]] = field(default_factory=list)
     on_last_word: list[str] = field(default_factory=list)
+    drawn: tuple[tuple[int, str], ...] = ()
+    """What was in `at_step` at first."""
 
 
 @dataclass
@@ -59,6 +61,13 @@ class Scenario:
         return self.workflow_type == IMAGE
 
     @property
+    def is_easy_on_credits(self) -> bool:
+        """Whether nothing keeps a hold from being renewed in time."""
+        weather, falls = self.weather, any(deed == "balance falls" for _, deed in self.deeds.drawn)
+        is_reachable = not weather.call_faults and not weather.outages and not weather.slow_tasks
+        return is_reachable and self.credits.balance >= 5_000 and not falls
+
+    @property
     def table_price(self) -> int:
         """The price by the table when the task begins, in points."""
         if isinstance(self.task, ImageRun):
@@ -78,7 +87,7 @@ def drawn(rng: random.Random, agenda: Agenda, kind: str) -> Scenario:
         credits=CreditsTerms(),
         comfyui=_comfyui(rng, is_image),
         deeds=_deeds(rng, is_image),
-        job_price_offset=_rarely(rng, 0.08, lambda: rng.choice((-3, 4, 100)), 0),
+        job_price_offset=_rarely(rng, 0.08, lambda: rng.choice((-3, 4, 4, 100)), 0),
         gpu_hours=rng.choice((0.5, 1.0, 2.5)),
         has_no_gpu=rng.random() < 0.01,
         is_dataset_invalid=rng.random() < 0.02,
@@ -100,7 +109,7 @@ def _image(rng: random.Random) -> ImageRun:
         template_id="text-to-image",
         prompt="a lighthouse",
         extras=rng.choice(({}, {"hires_fix": True})),
-        max_credits=_rarely(rng, 0.1, lambda: rng.choice((20, 500)), None),
+        max_credits=_rarely(rng, 0.1, lambda: rng.choice((20, 500, 500)), None),
     )
 
 
@@ -117,7 +126,7 @@ def _training(rng: random.Random) -> TrainingRun:
             "template_id": "lora-train",
             "dataset": {"dataset_id": "d1", "source_uri": _ROOT + "d1/"},
             "hyperparameters": {"epochs": 2, "batch_size": 1, "learning_rate": 0.1},
-            "max_credits": rng.choice((None, 500, 500, 10_000, 130)),
+            "max_credits": rng.choice((None, 500, 10_000, 10_000, 10_000, 130)),
             "window": window,
         }
     )
@@ -156,8 +165,8 @@ def _weather(rng: random.Random, agenda: Agenda, is_image: bool) -> Weather:
 
 def _credits(rng: random.Random, price: int) -> CreditsTerms:
     return CreditsTerms(
-        balance=rng.choice((price, price + 1, price - 1, 2 * price - 1, 2 * price, 5_000, 5_000, 5_000, 5_000)),
-        price_offset=_rarely(rng, 0.08, lambda: rng.choice((-2, 3, 90)), 0),
+        balance=rng.choice((price, price + 1, price - 1, 2 * price - 1, 2 * price, *(5_000,) * 8)),
+        price_offset=_rarely(rng, 0.08, lambda: rng.choice((-2, 3, 3, 90)), 0),
         lag_seconds=rng.choice((0.0, 0.0, 5.0, 200.0, 1_000.0)),
         tells_kinds=rng.random() < 0.95,
         refuses_holds_with=_rarely(rng, 0.02, lambda: "authorization_quota_exceeded", None),
@@ -196,4 +205,5 @@ def _deeds(rng: random.Random, is_image: bool) -> Deeds:
     if rng.random() < 0.05:
         deeds.at_step.append((rng.randrange(steps), "bad update"))
     deeds.at_step.sort(reverse=True)
+    deeds.drawn = tuple(deeds.at_step)
     return deeds

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 import temporalio.bridge.proto.workflow_activation as activation_api
@@ -97,6 +98,8 @@ class Server:
         self.search_attributes: dict[str, bytes] = {}
         self.on_recorded: Callable[[list[WorkflowActivationJob], set[str]], None] = lambda _jobs, _busy: None
         """Told of every task that counts: its jobs, and the names of the calls that were open when it began."""
+        self.on_scheduled: Callable[[str, Any], None] = lambda _name, _argument: None
+        """Told of every activity that is scheduled: its name and its argument."""
         self._worker_up_at = 0.0
         self._hosted: HostedRun | None = None
         self._open(identity)
@@ -222,7 +225,7 @@ class Server:
         self.tasks += 1
         self._events += 2 + sum(_EVENTS_OF_JOB.get(job.WhichOneof("variant"), 1) for job in jobs)
         self._task = OpenTask(jobs, self._calls.names() | self._resolved_by(jobs))
-        self._trace("TASK %d: %s", self.tasks, ", ".join(map(_said, jobs)) or "nothing")
+        self._trace("TASK %d: %s", self.tasks, lambda: ", ".join(map(_said, jobs)) or "nothing")
         if self._locals:
             self._task.heartbeat = self._agenda.after(OPEN_AT_MOST_SECONDS, self._heartbeat)
         if jobs:
@@ -236,7 +239,7 @@ class Server:
         self._task.recorded.append(Recorded(activation, commands))
         self._task.commands.extend(commands)
         for command in commands:
-            self._trace("    -> %s", _said_command(command))
+            self._trace("    -> %s", partial(_said_command, command))
         self._start_locals(commands)
         unsent = self._cancelled_unsent(commands)
         if self._task.is_closing or (not self._locals and not unsent):
@@ -255,7 +258,7 @@ class Server:
 
     def _begin_local(self, command: WorkflowCommand) -> None:
         local = command.schedule_local_activity
-        self._locals[local.seq] = self._calls.schedule(local, list(local.arguments))
+        self._locals[local.seq] = self._calls.schedule(local, local.arguments)
 
     def _cancelled_unsent(self, commands: list[WorkflowCommand]) -> list[WorkflowActivationJob]:
         """An activity cancelled in the task that scheduled it is never sent: the run hears so in the same task."""
@@ -273,7 +276,9 @@ class Server:
             if not (c.HasField("schedule_activity") and c.schedule_activity.seq in seqs)
             and not (c.HasField("request_cancel_activity") and c.request_cancel_activity.seq in seqs)
         ]
-        never = [Call.of(scheduled, None, self._agenda.now) for scheduled in unsent]
+        never = [Call.of(s, self._parties.argument_of(s.activity_type, s.arguments), self._agenda.now) for s in unsent]
+        for call in never:
+            self.on_scheduled(call.name, call.argument)
         return [_resolved(call, cancelled_resolution(call)) for call in never]
 
     def _heartbeat(self) -> None:
@@ -361,7 +366,8 @@ class Server:
         self._events += kind not in ("update_response", None)
         if kind == "schedule_activity":
             self._names[command.schedule_activity.seq] = command.schedule_activity.activity_type
-            self._calls.schedule(command.schedule_activity, list(command.schedule_activity.arguments))
+            call = self._calls.schedule(command.schedule_activity, command.schedule_activity.arguments)
+            self.on_scheduled(call.name, call.argument)
         elif kind == "request_cancel_activity":
             self._calls.request_cancel(command.request_cancel_activity.seq)
         elif kind == "start_timer":
