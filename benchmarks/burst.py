@@ -35,7 +35,7 @@ PROBES = 20
 
 
 @asynccontextmanager
-async def stack(folder: Path) -> AsyncIterator[Platform]:
+async def stack(folder: Path, *, with_worker: bool = True) -> AsyncIterator[Platform]:
     """Temporal on a file, PostgreSQL, simulators, gateway, and one worker as a process of its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -50,14 +50,15 @@ async def stack(folder: Path) -> AsyncIterator[Platform]:
     store = TaskStore(dsn)
     async with running_platform(environment, store, folder, client=client) as platform:
         worker = WorkerProcess(platform, server.address, dsn)
-        await worker.start()
         try:
+            if with_worker:
+                await worker.start()
             yield platform
         finally:
             await worker.terminate()
             await store.close()
-    await server.kill()
-    postgres.cleanup()
+            await server.kill()
+            postgres.cleanup()
 
 
 async def timed_out_workflow_tasks(handles: list[Handle]) -> int:

@@ -9,6 +9,8 @@ import socket
 import sys
 from pathlib import Path
 
+from temporalio.client import Client
+
 from contracts.tasks import SEARCH_ATTRIBUTES
 from simulators.serving import TEST_TOKEN_SECRET
 from tests.conftest import temporal_binary
@@ -119,8 +121,7 @@ class TemporalProcess:
 
     async def _listens(self) -> bool:
         try:
-            _, writer = await asyncio.open_connection("127.0.0.1", self._port)
-        except OSError:
+            await Client.connect(self.address)
+        except RuntimeError:
             return False
-        writer.close()
         return True

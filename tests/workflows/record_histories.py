@@ -1,0 +1,112 @@
+"""Record the histories that `test_replay.py` replays: `python -m tests.workflows.record_histories [name …]`.
+
+Run it when a step is added, never to make a failing replay pass: a history that no longer replays is a run that would
+be stuck (docs/versioning.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from temporalio.client import WorkflowFailureError
+
+from tests.workflows.platform import Handle, Platform
+
+HISTORIES = Path(__file__).parents[1] / "histories"
+Scenario = Callable[[Platform], Awaitable[Handle]]
+
+
+async def image_completed(platform: Platform) -> Handle:
+    return await platform.start_image(resolution="4k", priority="accelerated", extras={"hires_fix": True})
+
+
+async def image_polled(platform: Platform) -> Handle:
+    await platform.simulators.admin.comfyui.fault("callback_withhold", times=None)
+    return await platform.start_image(options={"poll_after_seconds": 0.5})
+
+
+async def image_retried(platform: Platform) -> Handle:
+    platform.policy = {"retry_after_seconds": [0.2, 0.2, 0.2]}
+    await platform.simulators.admin.comfyui.fault("job_preempt")
+    return await platform.start_image()
+
+
+async def image_cancelled(platform: Platform) -> Handle:
+    await platform.simulators.admin.comfyui.fault("job_stall")
+    handle = await platform.start_image()
+    await platform.until_held(handle.id.removeprefix("task-"))
+    await platform.cancel(handle)
+    return handle
+
+
+async def image_refused(platform: Platform) -> Handle:
+    return await platform.start_image(max_credits=1)
+
+
+async def image_continued(platform: Platform) -> Handle:
+    platform.policy = {"continue_as_new_signals": 2}
+    return await platform.start_image()
+
+
+async def training_completed(platform: Platform) -> Handle:
+    return await platform.start_training()
+
+
+async def training_confirmed(platform: Platform) -> Handle:
+    handle = await platform.start_training(max_credits=None)
+
+    async def asks() -> bool:
+        return bool((await platform.progress(handle))["confirmation"])
+
+    await platform.until(asks)
+    await handle.execute_update("confirm_price", {"max_credits": 1_000})
+    return handle
+
+
+async def training_resumed(platform: Platform) -> Handle:
+    platform.policy = {"retry_after_seconds": [0.2, 0.2, 0.2]}
+    await platform.simulators.admin.comfyui.fault("job_preempt", at=0.6)
+    return await platform.start_training()
+
+
+SCENARIOS: tuple[Scenario, ...] = (
+    image_completed,
+    image_polled,
+    image_retried,
+    image_cancelled,
+    image_refused,
+    image_continued,
+    training_completed,
+    training_confirmed,
+    training_resumed,
+)
+
+
+async def record(scenario: Scenario, platform: Platform) -> None:
+    """Run a scenario to its end and keep the history of its first run."""
+    handle = await scenario(platform)
+    with contextlib.suppress(WorkflowFailureError):
+        await handle.result()
+    first = platform.client.get_workflow_handle(handle.id, run_id=handle.first_execution_run_id)
+    history = await first.fetch_history()
+    (HISTORIES / f"{scenario.__name__}.json").write_text(history.to_json() + "\n")
+
+
+async def main(names: list[str]) -> None:
+    from benchmarks.burst import stack
+
+    HISTORIES.mkdir(exist_ok=True)
+    for scenario in [scenario for scenario in SCENARIOS if not names or scenario.__name__ in names]:
+        with tempfile.TemporaryDirectory(prefix="record-", ignore_cleanup_errors=True) as folder:
+            Path(folder).chmod(0o755)  # noqa: ASYNC240
+            async with stack(Path(folder), with_worker=False) as platform, platform.worker():
+                await record(scenario, platform)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1:]))

@@ -1,0 +1,29 @@
+"""Recorded histories replay with the real configuration: today's code goes on where yesterday's runs stand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from temporalio.client import WorkflowHistory
+from temporalio.worker import Replayer
+
+from temporal_plugin import TasksPlugin
+from tests.workflows.record_histories import HISTORIES, SCENARIOS
+from workflows.image_generation import ImageGenerationWorkflow
+from workflows.training import TrainingWorkflow
+
+RECORDED = sorted(HISTORIES.glob("*.json"))
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda path: path.stem)
+async def test_a_recorded_history_replays(recorded: Path) -> None:
+    replayer = Replayer(workflows=[ImageGenerationWorkflow, TrainingWorkflow], plugins=[TasksPlugin()])
+    history = json.loads(recorded.read_text())  # noqa: ASYNC240
+    workflow_id = history["events"][0]["workflowExecutionStartedEventAttributes"]["workflowId"]
+    await replayer.replay_workflow(WorkflowHistory.from_json(workflow_id, history))
+
+
+def test_every_scenario_is_recorded() -> None:
+    assert {path.stem for path in RECORDED} == {scenario.__name__ for scenario in SCENARIOS}
