@@ -16,6 +16,10 @@ class WrittenSoFar:
     has_ended: bool
     job_sequences: dict[str, int] = field(default_factory=dict)
     """Job → the newest sequence written."""
+    attempt: int = 1
+    stage: str | None = None
+    progress: float = 0.0
+    """What the row tells of the present attempt and stage, in percent."""
 
     def take(self, facts: Iterable[Fact], known_keys: Collection[str]) -> list[tuple[int, Fact]]:
         """The facts to write with their `seq`, in order; what is known, outdated or after the end is left out."""
@@ -29,8 +33,20 @@ class WrittenSoFar:
             if fact.job_id is not None and fact.sequence is not None:
                 self.job_sequences[fact.job_id] = fact.sequence
             self.has_ended = fact.is_end
-            taken.append((self.last_seq, fact))
+            progress = self.reached(fact.attempt, fact.stage, fact.progress or 0.0)
+            is_back = fact.progress is not None and progress > fact.progress
+            taken.append((self.last_seq, fact.model_copy(update={"progress": progress}) if is_back else fact))
         return taken
+
+    def reached(self, attempt: int, stage: str | None, progress: float) -> float:
+        """The progress to tell: never less than was told of this attempt and stage.
+
+        A run may be thrown back behind what it has told, and then end before it gets there again.
+        """
+        if (attempt, stage) == (self.attempt, self.stage):
+            progress = max(progress, self.progress)
+        self.attempt, self.stage, self.progress = attempt, stage, progress
+        return progress
 
     def _is_outdated(self, fact: Fact) -> bool:
         if fact.job_id is None or fact.sequence is None:

@@ -39,6 +39,9 @@ _LOCK: Final = (
         tasks.c.ended_at,
         tasks.c.job_sequences,
         tasks.c.last_log_position,
+        tasks.c.attempts,
+        tasks.c.stage,
+        tasks.c.progress,
     )
     .where(tasks.c.task_id == bindparam("task"))
     .with_for_update(key_share=True)
@@ -118,14 +121,19 @@ async def write_task(connection: AsyncConnection, write: TaskWrite) -> None:
             "and nothing was written. Start the task under a new task_id."
         )
     had_ended = row.ended_at is not None
-    so_far = WrittenSoFar(row.last_seq, had_ended, dict(row.job_sequences))
+    so_far = WrittenSoFar(
+        row.last_seq, had_ended, dict(row.job_sequences), max(row.attempts, 1), row.stage, row.progress
+    )
     facts = [] if had_ended else [_with_clean_key(fact) for fact in write.facts]
     taken = so_far.take(facts, await _known_keys(connection, write.task_id, facts)) if facts else []
     if taken:
         await _insert_events(connection, write.task_id, taken)
     changes: dict[str, Any] = {}
-    if not had_ended and write.state.version > row.version:
-        changes |= _columns(write.state, _JSON_STATE)
+    if not had_ended and (write.state.version > row.version or so_far.has_ended):
+        # The end counts whatever its version: a run may have told more before it was thrown back.
+        state = write.state
+        progress = so_far.reached(max(state.attempts, 1), state.stage, state.progress)
+        changes |= _columns(state.model_copy(update={"progress": progress}), _JSON_STATE)
     if taken:
         changes |= {"last_seq": so_far.last_seq, "job_sequences": so_far.job_sequences}
     if so_far.has_ended and not had_ended:

@@ -175,3 +175,30 @@ async def test_concurrent_writers_leave_one_gapless_history(task_store: TaskStor
     row = await task_store.task(task_id)
     assert row is not None
     assert (row.version, row.attempts, row.last_seq) == (12, 12, len(events))
+
+
+async def test_progress_never_goes_back_behind_what_was_told_of_an_attempt_and_stage(task_store: TaskStore) -> None:
+    task_id = await claimed(task_store)
+    there = {"stage": "processing", "progress": 66.0}
+    await task_store.write(write_of(task_id, told("j:3", **there), version=8, attempts=1, **there))
+
+    thrown_back = {"stage": "processing", "progress": 0.0}
+    await task_store.write(write_of(task_id, told("given_back:1", **thrown_back), version=9, attempts=1, **thrown_back))
+    next_stage = {"stage": "delivery", "progress": 10.0}
+    await task_store.write(write_of(task_id, told("j:4", **next_stage), version=10, attempts=1, **next_stage))
+
+    assert [event.progress for event in await task_store.events(task_id)][1:] == [66.0, 66.0, 10.0]
+    row = await task_store.task(task_id)
+    assert row is not None
+    assert (row.stage, row.progress) == ("delivery", 10.0)
+
+
+async def test_the_end_is_written_to_the_row_also_by_a_run_that_was_thrown_back(task_store: TaskStore) -> None:
+    task_id = await claimed(task_store)
+    await task_store.write(write_of(task_id, told("j:3"), version=8))
+    await task_store.write(write_of(task_id, end(status=TaskStatus.FAILED), version=5, status=TaskStatus.FAILED))
+
+    row = await task_store.task(task_id)
+    assert row is not None
+    assert row.status is TaskStatus.FAILED
+    assert row.ended_at is not None

@@ -57,7 +57,8 @@ class Model:
             is_older = one.sequence is not None and one.sequence < newest
             if not (is_known or is_older or any(other.is_end for other in self.written)):
                 self.written.append(one)
-        if not had_ended and write.state.version > self.version:
+        ends_now = any(one.is_end for one in self.written) and not had_ended
+        if ends_now or (not had_ended and write.state.version > self.version):
             self.version, self.stage = write.state.version, write.state.stage
 
 
