@@ -179,12 +179,12 @@ async def test_concurrent_writers_leave_one_gapless_history(task_store: TaskStor
 
 async def test_progress_never_goes_back_behind_what_was_told_of_an_attempt_and_stage(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
-    there = {"stage": "processing", "progress": 66.0}
+    there: dict[str, Any] = {"stage": "processing", "progress": 66.0}
     await task_store.write(write_of(task_id, told("j:3", **there), version=8, attempts=1, **there))
 
-    thrown_back = {"stage": "processing", "progress": 0.0}
+    thrown_back: dict[str, Any] = {"stage": "processing", "progress": 0.0}
     await task_store.write(write_of(task_id, told("given_back:1", **thrown_back), version=9, attempts=1, **thrown_back))
-    next_stage = {"stage": "delivery", "progress": 10.0}
+    next_stage: dict[str, Any] = {"stage": "delivery", "progress": 10.0}
     await task_store.write(write_of(task_id, told("j:4", **next_stage), version=10, attempts=1, **next_stage))
 
     assert [event.progress for event in await task_store.events(task_id)][1:] == [66.0, 66.0, 10.0]
