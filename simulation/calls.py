@@ -155,7 +155,7 @@ class Calls:
             return
         call.attempt += 1
         call.running = token = object()
-        attempt = self._weather.attempt(self._parties.party_of(call.name))
+        attempt = self._weather.attempt(self._parties.party_of(call.name), call.name)
         self._trace("  call %s #%d attempt %d: %s", call.name, call.seq, call.attempt, attempt)
         if attempt.acts_after is not None:
             self._agenda.after(attempt.acts_after, lambda: self._act(call, token, attempt))

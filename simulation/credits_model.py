@@ -52,6 +52,7 @@ class Hold:
     expires_at: float
     phase: str = "open"
     charged: int = 0
+    is_cancelled_by_hand: bool = False
 
 
 @dataclass
@@ -124,6 +125,14 @@ class CreditsModel:
             bare = {"kind": None, "pre_deduct_id": None, "frozen_change": None}
             entries = [entry.model_copy(update=bare) for entry in entries]
         return Answer(reply=Ledger(entries=list(reversed(entries))))
+
+    def cancel_by_hand(self) -> None:
+        """An operator gives the newest open hold back."""
+        for hold in reversed(self.holds):
+            if hold.phase == "open":
+                self._give_back(hold, "cancelled", LedgerKind.CANCEL)
+                hold.is_cancelled_by_hand = True
+                return
 
     # What they do
 

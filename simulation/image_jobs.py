@@ -53,6 +53,8 @@ class ImageJobs(ComfyUIModel[JobState]):
         steps = rng.choice((0, 1, 1, 2, 4))
         pause = span / (steps + 2)
         plan: list[tuple[float, Callable[[], None]]] = []
+        if rng.random() < 0.4:
+            plan.append((pause / 2, lambda: self.change(work, queue_position=1)))
         if rng.random() < 0.9:
             plan.append((pause, lambda: self.change(work, job_status=JobStatus.PROCESSING, stage_progress=0.0)))
             for step in range(steps):

@@ -15,7 +15,7 @@ from contracts.task_store import Fact
 from contracts.tasks import ConfirmPrice, EventType, ImageProgress, ImageResult, TaskStatus, TrainingProgress, TrainingResult
 from simulation.hosted_run import CONVERTER
 from simulation.parties import Parties
-from simulation.scenario import PRICES, Scenario
+from simulation.scenario import PLENTY, PRICES, Scenario
 from simulation.server import Server
 
 LEAST_LIFE: Final = 60.0
@@ -52,7 +52,7 @@ class Oracle:
         self._shown_attempt = 0
         self._keys: set[str] = set()
         self._cancel_seen = False
-        self._delivery_first = False
+        self._delivery_first = self._cancel_first = False
         self._charged_at_end: int | None = None
         self.status: TaskStatus | None = None
         self.ceiling = scenario.task.max_credits or 0
@@ -92,12 +92,12 @@ class Oracle:
         current = list(self._works)[-1] if self._works else ""
         if waits and not self._cancel_seen and self._works[current].is_started:
             self._delivery_first |= any(self._is_delivery(job, current) for job in jobs)
+        is_cancel = any(map(_is_cancel, jobs))
+        is_delivered = bool(current) and self._works[current].state.has_succeeded()
+        self._cancel_first |= waits and is_cancel and not is_delivered
         if "commit" not in busy and "commit" not in self._parties.called:  # what is confirmed later raises no charge
             self.ceiling = max(self.ceiling, *map(_confirmed, jobs), 0)
-        self._cancel_seen |= any(
-            job.HasField("cancel_workflow") or (job.HasField("do_update") and job.do_update.id.startswith("cancel"))
-            for job in jobs
-        )
+        self._cancel_seen |= is_cancel
 
     def call_scheduled(self, name: str, argument: Any) -> None:
         """Once a cancel was seen nothing new is begun; what was begun may be asked for again, to undo it."""
@@ -110,12 +110,16 @@ class Oracle:
 
     def _charge_is_due(self) -> None:
         """Charged without a hold is only what had one that ran out, or more than the hold where policy says so."""
-        phases = {hold.phase for hold in self._parties.credits.holds}
+        credits = self._parties.credits
+        phases = {hold.phase for hold in credits.holds}
         is_more = "committed" in phases and self._scenario.policy.charge_shortfall
-        gave_it_up = self._parties.credits.terms.balance < 5_000  # the balance may have been too short for two holds
-        must(is_more or "expired" in phases or gave_it_up, "charged without a hold although none had expired:", *phases)
+        by_hand = any(hold.is_cancelled_by_hand for hold in credits.holds)
+        was_short = credits.terms.balance < PLENTY  # perhaps too short for two holds at once
+        is_due = is_more or by_hand or was_short or "expired" in phases
+        must(is_due, "charged without a hold although none had expired:", *phases)
         must("open" not in phases, "charged although a hold stands")
-        must(not self._scenario.is_easy_on_credits or is_more or bool(self._parties.credits.terms.refuses_commits_with), "a hold was let expire although it could be renewed")
+        may_expire = is_more or by_hand or bool(credits.terms.refuses_commits_with)
+        must(may_expire or not self._scenario.is_easy_on_credits, "a hold was let expire although it could be renewed")
 
     def _holds_stand(self) -> bool:
         return any(hold.phase == "open" for hold in self._parties.credits.holds)
@@ -236,6 +240,8 @@ class Oracle:
         must(how != "cancelled" or any(self.cancels.values()), "ended Canceled although Temporal was not asked")
         for answer in answers:
             must(("accepted" in answer) == is_cancelled, f"a cancel was answered {answer}, the task ended", self.status)
+        is_completed = self.status is TaskStatus.COMPLETED
+        must(not (is_completed and self._cancel_first), "completed although a cancel was seen before the delivery")
         must(not (is_cancelled and self._delivery_first), "cancelled although the delivery was seen first")
 
     # The price
@@ -262,6 +268,10 @@ class Oracle:
         hours += sum(self._parties.trainings.hours_at[uri] for uri in resumed_from)
         price = PRICES.training(base_model="base", accelerated=False, gpu_hours=hours)
         return min(price, self.ceiling)
+
+
+def _is_cancel(job: WorkflowActivationJob) -> bool:
+    return job.HasField("cancel_workflow") or (job.HasField("do_update") and job.do_update.id.startswith("cancel"))
 
 
 def _confirmed(job: WorkflowActivationJob) -> int:

@@ -26,7 +26,17 @@ PRICES: Final = PriceTable()
 IMAGE: Final = "ImageGenerationWorkflow"
 TRAINING: Final = "TrainingWorkflow"
 _ROOT: Final = "file:///datasets/tenant/"
+NOT_OFFERED: Final = "no_such_extra"
+PLENTY: Final = 5_000
+"""A balance that is never too short."""
 KINDS: Final = ("image", "training")
+
+
+_CALLS: Final = (
+    *("submit_job", "create_training", "start_training", "get_job", "get_training", "cancel_job", "cancel_training"),
+    *("estimate", "pre_deduct", "pre_deduct", "commit", "cancel_hold", "ledger", "claim", "write", "write"),
+)
+"""The calls that an outage may begin with."""
 
 
 @dataclass
@@ -35,6 +45,9 @@ class Deeds:
 
     at_step: list[tuple[int, str]] = field(default_factory=list)
     on_last_word: list[str] = field(default_factory=list)
+    on_any_word: list[str] = field(default_factory=list)
+    """Once, with the n-th callback."""
+    word: int = 0
     drawn: tuple[tuple[int, str], ...] = ()
     """What was in `at_step` at first."""
 
@@ -64,14 +77,15 @@ class Scenario:
     def is_easy_on_credits(self) -> bool:
         """Whether nothing keeps a hold from being renewed in time."""
         weather, falls = self.weather, any(deed == "balance falls" for _, deed in self.deeds.drawn)
-        is_reachable = not weather.call_faults and not weather.outages and not weather.slow_tasks
-        return is_reachable and self.credits.balance >= 5_000 and not falls
+        is_reachable = not (weather.call_faults or weather.outages or weather.outage_with or weather.slow_tasks)
+        return is_reachable and self.credits.balance == PLENTY and not falls
 
     @property
     def table_price(self) -> int:
         """The price by the table when the task begins, in points."""
         if isinstance(self.task, ImageRun):
-            return PRICES.image(resolution=self.task.resolution.value, accelerated=False, extras=self.task.extras)
+            extras = {name: value for name, value in self.task.extras.items() if name != NOT_OFFERED}
+            return PRICES.image(resolution=self.task.resolution.value, accelerated=False, extras=extras)
         return PRICES.training(base_model=self.task.base_model, accelerated=False, gpu_hours=self.gpu_hours)
 
 
@@ -89,8 +103,8 @@ def drawn(rng: random.Random, agenda: Agenda, kind: str) -> Scenario:
         deeds=_deeds(rng, is_image),
         job_price_offset=_rarely(rng, 0.08, lambda: rng.choice((-3, 4, 4, 100)), 0),
         gpu_hours=rng.choice((0.5, 1.0, 2.5)),
-        has_no_gpu=rng.random() < 0.01,
-        is_dataset_invalid=rng.random() < 0.02,
+        has_no_gpu=rng.random() < 0.03,
+        is_dataset_invalid=rng.random() < 0.03,
         is_id_taken=rng.random() < 0.01,
     )
     scenario.credits = _credits(rng, scenario.table_price)
@@ -108,7 +122,7 @@ def _image(rng: random.Random) -> ImageRun:
         user_id="user",
         template_id="text-to-image",
         prompt="a lighthouse",
-        extras=rng.choice(({}, {"hires_fix": True})),
+        extras=_rarely(rng, 0.04, lambda: {NOT_OFFERED: True}, rng.choice(({}, {"hires_fix": True}))),
         max_credits=_rarely(rng, 0.1, lambda: rng.choice((20, 500, 500)), None),
     )
 
@@ -142,7 +156,7 @@ def _policy(rng: random.Random, is_image: bool) -> Policy:
         cap_minutes=24 * 60 if is_image else 30 * 24 * 60,
         charge_shortfall=rng.random() < 0.2,
         queue_sla_minutes=rng.choice((0.5, 8)),
-        continue_as_new_events=rng.choice((30, 60, 2_000, 2_000, 2_000)),
+        continue_as_new_events=rng.choice((20, 30, 50, 2_000, 2_000)),
         dataset_roots=[_ROOT],
     )
 
@@ -157,15 +171,20 @@ def _weather(rng: random.Random, agenda: Agenda, is_image: bool) -> Weather:
     weather.slow_tasks = rng.choice((0.0, 0.1, 0.4))
     weather.callback_losses = rng.choice((0.0, 0.1, 0.5))
     weather.callback_copies = rng.choice((0.0, 0.3))
-    if rng.random() < 0.3:
-        begin = BEGINNING + rng.choice((0, 1, 10, 100, 1_000))
-        weather.outages[rng.choice(list(Party))] = [(begin, begin + rng.choice((5, 60, 600, 1_200)))]
+    kind = rng.random()
+    if kind < 0.2:
+        begin = BEGINNING + rng.choice((0, 1, 10, 10, 100, 1_000))
+        end = begin + rng.choice((5, 60, 600, 1_200))
+        weather.outages[rng.choice(list(Party))] = [(begin, end)]
+        weather.calm_from = max(weather.calm_from, end)
+    elif kind < 0.5:
+        weather.outage_with = (rng.choice(_CALLS), rng.choice((5, 60, 600, 1_200)))
     return weather
 
 
 def _credits(rng: random.Random, price: int) -> CreditsTerms:
     return CreditsTerms(
-        balance=rng.choice((price, price + 1, price - 1, 2 * price - 1, 2 * price, *(5_000,) * 8)),
+        balance=rng.choice((price, price + 1, price - 1, 2 * price - 1, 2 * price, *(PLENTY,) * 8)),
         price_offset=_rarely(rng, 0.08, lambda: rng.choice((-2, 3, 3, 90)), 0),
         lag_seconds=rng.choice((0.0, 0.0, 5.0, 200.0, 1_000.0)),
         tells_kinds=rng.random() < 0.95,
@@ -185,19 +204,24 @@ def _comfyui(rng: random.Random, is_image: bool) -> ComfyUITerms:
 
 
 def _deeds(rng: random.Random, is_image: bool) -> Deeds:
-    steps, deeds = (60 if is_image else 120), Deeds()
+    most, deeds = (60 if is_image else 120), Deeds()
+    steps = rng.choice((12, most, most))
     cancels = rng.choice((0, 0, 1, 1, 2))
     for _ in range(cancels):
         cancel = rng.choice(("cancel by update", "cancel by Temporal"))
-        if rng.random() < 0.25:
+        when = rng.random()
+        if when < 0.2:
             deeds.on_last_word.append(cancel)
+        elif when < 0.5:
+            deeds.on_any_word.append(cancel)
+            deeds.word = rng.randrange(1, 6 if is_image else 12)
         else:
             deeds.at_step.append((rng.randrange(steps), cancel))
     often = {"kill": (0, 0, 1, 2), "garbage": (0, 0, 3), "evict": (0, 1), "query": (2,), "old news": (0, 2)}
     for deed, counts in often.items():
         deeds.at_step.extend((rng.randrange(steps), deed) for _ in range(rng.choice(counts)))
-    if rng.random() < 0.1:
-        deeds.at_step.append((rng.randrange(steps), rng.choice(("balance rises", "balance falls"))))
+    if rng.random() < 0.15:
+        deeds.at_step.append((rng.randrange(steps), rng.choice(("balance rises", "balance falls", "hold cancelled by hand"))))
     if rng.random() < 0.1:
         deeds.on_last_word.append("kill")
     if not is_image:

@@ -166,6 +166,9 @@ class Schedule:
             self.oracle.deliveries[payload.data] = body.get("job_id") or body["training_id"]
         for seconds in self.scenario.weather.callback_delays():
             self.agenda.after(seconds, lambda: self.server.signal(CALLBACK_SIGNAL, payload))
+        if len(self._sent) == self.scenario.deeds.word:
+            for deed in self.scenario.deeds.on_any_word:
+                self._do(deed)
         if body["error_details"] or body.get("result_urls") or body.get("output"):
             for deed in self.scenario.deeds.on_last_word:
                 self.agenda.after(self.rng.choice((0.0, 0.0, 0.01)), lambda deed=deed: self._do(deed))
@@ -205,6 +208,8 @@ class Schedule:
                     answer = server.query(name)
                     if answer is not None:
                         self.oracle.asked(name, answer)
+            case "hold cancelled by hand":
+                self.parties.credits.cancel_by_hand()
             case "balance rises":
                 self.parties.credits.balance += 500
             case "balance falls":

@@ -208,9 +208,11 @@ class Server:
 
     def _take_up_in(self, run: int) -> Callable[[], None]:
         def take_up() -> None:
-            if self.runs != run or self.closed is not None or self._task is not None:
+            if self.runs != run or self.closed is not None:
                 return
             self._is_task_due = False
+            if self._task is not None:
+                return
             if self._agenda.now < self._worker_up_at:
                 self._due()
                 return

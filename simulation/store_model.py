@@ -47,7 +47,7 @@ class StoreModel:
         for fact in write.facts:
             if not self.has_ended and fact.key not in self._keys and not self._is_outdated(fact):
                 self._append(fact)
-        if not had_ended and write.state.version > self.state.version:
+        if not had_ended and (write.state.version > self.state.version or self.has_ended):
             self.state = write.state
         for exception in write.exceptions:
             self.exceptions.setdefault(exception.key, exception)
@@ -61,5 +61,8 @@ class StoreModel:
         self._keys.add(fact.key)
         if fact.job_id is not None and fact.sequence is not None:
             self._sequences[fact.job_id] = fact.sequence
+        last = self.events[-1] if self.events else fact
+        if (fact.attempt, fact.stage) == (last.attempt, last.stage) and (fact.progress or 0.0) < (last.progress or 0.0):
+            fact = fact.model_copy(update={"progress": last.progress})
         self.events.append(fact)
         self.on_event(fact)

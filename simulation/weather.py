@@ -54,13 +54,19 @@ class Weather:
     callback_copies: float = 0.0
     slow_tasks: float = 0.0
     outages: dict[Party, list[tuple[float, float]]] = field(default_factory=dict)
+    outage_with: tuple[str, float] | None = None
+    """A call, and for how many seconds its party is away from the moment it is first sent."""
 
     @property
     def is_calm(self) -> bool:
         return self.agenda.now >= self.calm_from
 
-    def attempt(self, party: Party) -> Attempt:
+    def attempt(self, party: Party, name: str) -> Attempt:
         """What becomes of a call that is sent now."""
+        if self.outage_with is not None and self.outage_with[0] == name:
+            end = self.agenda.now + self.outage_with[1]
+            self.outages[party] = [(self.agenda.now, end)]
+            self.calm_from, self.outage_with = max(self.calm_from, end), None
         rng, latency = self.rng, self.rng.choice(LATENCIES)
         if not self.is_calm:
             if any(begin <= self.agenda.now < end for begin, end in self.outages.get(party, ())):
@@ -71,7 +77,7 @@ class Weather:
 
     def _during_outage(self, latency: float) -> Attempt:
         kind = self.rng.randrange(4)
-        if kind == 0:
+        if kind == 0:  # it hears us and we do not hear it
             return Attempt(acts_after=latency, heard_after=GIVES_UP_AFTER, is_lost=True)
         if kind == 1:
             return Attempt(acts_after=None, heard_after=GIVES_UP_AFTER, is_lost=True)
