@@ -17,6 +17,7 @@ from contracts.errors import sentences_of
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.draining import Draining, DrainingServer
+from gateway.page import PageSettings
 from gateway.tokens import CallerTokens, KeySet, SharedSecret, StreamTokens
 from logs import configure_logs
 from settings import Settings
@@ -85,6 +86,7 @@ async def serve(settings: Settings) -> None:
             allowed_origins=settings.allowed_origins,
             draining=draining,
             public_url=settings.gateway_public_url,
+            page=PageSettings(temporal_ui_url=settings.temporal_ui_url, namespace=client.namespace),
         )
     except ValueError as error:
         raise CannotStart(str(error)) from None

@@ -18,6 +18,7 @@ from gateway.callbacks import CallbackReceiver, callback_routes
 from gateway.draining import Draining
 from gateway.metrics import CountRequests, Metrics, MetricsPage
 from gateway.operations_routes import operations_routes
+from gateway.page import PageSettings, page_routes
 from gateway.problems import answer_with_problems
 from gateway.request_limits import RequestLimits
 from gateway.rollback import Rollback
@@ -46,6 +47,7 @@ def create_app(
     allowed_origins: Sequence[str] = (),
     draining: Draining | None = None,
     public_url: str | None = None,
+    page: PageSettings | None = None,
 ) -> FastAPI:
     """The application. It closes what it opens; client and store remain their opener's.
 
@@ -82,6 +84,7 @@ def create_app(
         streams = task_event_stream(hub)
         app.include_router(stream_routes(hub, access, public_url=public_url))
         app.include_router(task_routes(tasks, access, roll_back=rollback.roll_back, event_stream=streams))
+        app.include_router(page_routes(page or PageSettings()))
     app.add_middleware(RequestLimits)
     if allowed_origins:
         app.add_middleware(
