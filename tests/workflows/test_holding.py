@@ -153,6 +153,12 @@ async def test_credits_away_for_15_minutes_are_unavailable(patient_platform: Pla
     away = await credits.fault("rate_limit", route=route, task_id=task["task_id"], seconds=60, times=None)
     handle = await patient_platform.start(task)
     await patient_platform.until_hit(route, away)
+
+    async def is_tried_visibly() -> bool:
+        """The 15 minutes count from here: an estimate has a short local try before."""
+        return bool((await handle.describe()).raw_description.pending_activities)
+
+    await patient_platform.until(is_tried_visibly)
     await patient_platform.pass_time(handle, 14.5 * 60)
     assert (await patient_platform.progress(handle))["status"] == "queued"
     await patient_platform.pass_time(handle, 60)
