@@ -125,8 +125,11 @@ def asked_by_workflow() -> bool:
 
 
 def as_application_error(failure: OutsideFailure) -> ApplicationError:
-    """The failure as Temporal keeps it: its type is the stable code, its message the sentence."""
-    delay = failure.retry_after_seconds
+    """The failure as Temporal keeps it: its type is the stable code, its message the sentence.
+
+    A local try does not wait as long as it was asked to: the visible one does, where operators see it.
+    """
+    delay = None if activity.info().is_local else failure.retry_after_seconds
     return ApplicationError(
         failure.sentence,
         type=failure.code.value,
