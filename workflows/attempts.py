@@ -58,7 +58,7 @@ class Attempts:
         n = self.number + 1
         job = AskedJob(attempt=n, key=self._outside.key("submit", n), request=request, asked_at=workflow.now())
         self.asked.append(job)
-        self._record.state.attempts = n
+        self._record.attempted(n)
         answer: Answer[Any] = await self._outside.opening(
             self._routes.submit, self._post(job), summary=self._routes.submit_summary, minutes=self.opening_minutes
         )

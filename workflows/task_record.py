@@ -101,6 +101,12 @@ class TaskRecord:
 
     # What happened
 
+    def attempted(self, number: int) -> None:
+        """A job is asked for: stage and progress of the one before are not its own."""
+        self.state.attempts = number
+        self.state.stage = None
+        self.state.progress = 0.0
+
     def submitted(self, stage: str | None) -> None:
         """A job was asked for and taken: queued until it says otherwise."""
         self.state.status = TaskStatus.QUEUED
