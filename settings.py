@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     # Storage
     database_dsn: SecretStr | None = None
     """`postgresql://user:password@host:port/database`."""
+    retention_days: int = Field(default=90, ge=30)
+    """How long a task's row, events and log are kept after its end; never under the 30 days that idempotency keys
+    live. The claim of its id stays for ever."""
     object_store_url: str = "file://.run/objects"
     """Temporary object storage for dataset snapshots: `file://`, `s3://`, `gs://`, `az://`."""
     dataset_roots: Annotated[list[str], NoDecode] = ["file://.run/datasets/{tenant_id}/"]

@@ -54,7 +54,7 @@ class Metrics:
         )
         self.sla_missed = Gauge(
             "tasks_queue_sla_missed",
-            "Tasks on record that were queued for longer than promised.",
+            "Tasks that were queued for longer than promised, in the last 24 hours.",
             ("priority",),
             registry=self.registry,
         )

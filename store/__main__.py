@@ -1,8 +1,9 @@
-"""`python -m store migrate`: bring the tables of the configured database up to date."""
+"""`python -m store`: bring the tables of the configured database up to date; purge what is older than the retention."""
 
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
@@ -11,13 +12,15 @@ from pydantic import ValidationError
 from contracts.errors import sentences_of
 from settings import Settings
 from store.database import address_of
-from store.failures import StoreUnavailable
+from store.failures import StoreFailure, StoreUnavailable
 from store.migrate import migrate, revert
+from store.task_store import TaskStore
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The task store's tables.")
 
 
-def _dsn() -> str:
+def _settings() -> tuple[Settings, str]:
+    """The settings and the database's DSN."""
     try:
         settings = Settings()
     except ValidationError as error:
@@ -26,19 +29,46 @@ def _dsn() -> str:
         raise typer.BadParameter(
             "No database is set: give COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://user:password@host:port/database."
         )
-    return settings.database_dsn.get_secret_value()
+    return settings, settings.database_dsn.get_secret_value()
 
 
 @app.command("migrate")
 def migrate_command(revision: Annotated[str, typer.Argument(help="The revision to reach.")] = "head") -> None:
     """Bring the tables forward; safe to repeat."""
-    _run(_dsn(), revision, forwards=True)
+    _run(_settings()[1], revision, forwards=True)
 
 
 @app.command("revert")
 def revert_command(revision: Annotated[str, typer.Argument(help="The revision to go back to, e.g. base.")]) -> None:
     """Take the tables back. What they hold is lost."""
-    _run(_dsn(), revision, forwards=False)
+    _run(_settings()[1], revision, forwards=False)
+
+
+@app.command("purge")
+def purge_command() -> None:
+    """Delete tasks that ended longer ago than RETENTION_DAYS, with events and logs; safe to repeat, also at once.
+
+    The claims of their ids stay: no id is ever used twice.
+    """
+    settings, dsn = _settings()
+    before = datetime.now(UTC) - timedelta(days=settings.retention_days)
+    try:
+        count = asyncio.run(_purge(dsn, before))
+    except (StoreFailure, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{count} tasks that ended before {before:%Y-%m-%d %H:%M} UTC were deleted.")
+
+
+async def _purge(dsn: str, before: datetime) -> int:
+    """In many short transactions, so that nobody waits for it."""
+    store, total = TaskStore(dsn, pool_size=1), 0
+    try:
+        while not (step := await store.purge(before)).is_done:
+            total += step.tasks
+    finally:
+        await store.close()
+    return total
 
 
 def _run(dsn: str, revision: str, *, forwards: bool) -> None:

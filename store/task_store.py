@@ -15,7 +15,7 @@ from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
 from store.database import POOL_SIZE, WORK_SECONDS, Database
 from store.listener import EventListener
 from store.stream_reads import TaskHead
-from store.upkeep import QueueState
+from store.upkeep import Purged, QueueState
 
 MAX_PAGE: Final = 1_000
 
@@ -163,8 +163,8 @@ class TaskStore:
             doing="reading exception records",
         )
 
-    async def purge(self, before: datetime) -> int:
-        """Delete some of the tasks that ended before an instant; call again until none is deleted. Claims stay."""
+    async def purge(self, before: datetime) -> Purged:
+        """Delete some of the tasks that ended before an instant; call again until it is done. Claims stay."""
         return await self._database.transaction(
             lambda connection: upkeep.purge(connection, before), doing=f"purging tasks that ended before {before}"
         )

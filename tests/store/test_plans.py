@@ -1,0 +1,105 @@
+"""Every statement of the gateway is served by an index: PostgreSQL's own plans, in a store that is not small."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+import pytest_asyncio
+from sqlalchemy import event
+
+from benchmarks.store_reads import fill, reads_of
+from contracts.permissions import Scene
+from contracts.tasks import TaskStatus
+from store import TaskStore
+from tests.conftest import NewDatabase
+from tests.store.facts import claim_of, fact, new_task_id, write_of
+
+Filled = tuple[TaskStore, "asyncpg.Connection[Any]"]
+
+
+@pytest_asyncio.fixture(scope="module")
+async def filled(new_database: NewDatabase) -> AsyncIterator[Filled]:
+    """A store of 20,000 tasks and 80,000 events, and a connection of its own to ask for plans."""
+    dsn = await new_database()
+    await fill(dsn, 1, 20_000, events_each=4)
+    store, connection = TaskStore(dsn), await asyncpg.connect(dsn)
+    yield store, connection
+    await connection.close()
+    await store.close()
+
+
+@contextmanager
+def statements_of(store: TaskStore) -> Iterator[list[tuple[str, Any]]]:
+    """What is sent to PostgreSQL inside."""
+    sent: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        sent.append((statement, parameters[0] if isinstance(parameters, list) else parameters))
+
+    engine = store._database._engine.sync_engine
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield sent
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
+
+
+async def steps_of(connection: asyncpg.Connection[Any], statement: str, parameters: Any) -> list[dict[str, Any]]:
+    """The steps of PostgreSQL's plan."""
+    explained = await connection.fetchval(f"EXPLAIN (FORMAT JSON) {statement}", *parameters)
+    steps: list[dict[str, Any]] = []
+
+    def walk(step: dict[str, Any]) -> None:
+        steps.append(step)
+        for inner in step.get("Plans", []):
+            walk(inner)
+
+    walk(json.loads(explained)[0]["Plan"])
+    return steps
+
+
+async def check_served(filled: Filled, work: Callable[[TaskStore], Awaitable[object]]) -> None:
+    store, connection = filled
+    with statements_of(store) as sent:
+        await work(store)
+    assert sent
+    for statement, parameters in sent:
+        for step in await steps_of(connection, statement, parameters):
+            told = f"{step['Node Type']} on {step.get('Relation Name')}: {statement}"
+            assert step["Node Type"] != "Seq Scan", told
+            assert not (step["Node Type"] == "Sort" and "ORDER BY tasks.created_at" in statement), told
+
+
+READS = reads_of(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", READS)
+async def test_no_read_walks_through_a_table(filled: Filled, name: str) -> None:
+    await check_served(filled, lambda store: reads_of(store)[name](7))
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"status": TaskStatus.COMPLETED}, {"scene": Scene.MODEL_TRAIN}],
+    ids=["all", "by status", "by scene"],
+)
+async def test_a_page_begins_at_its_cursor(filled: Filled, filters: dict[str, Any]) -> None:
+    page = await filled[0].tasks(tenant_id="tenant-7", limit=5, **filters)
+    await check_served(filled, lambda store: store.tasks(tenant_id="tenant-7", cursor=page.cursor, limit=5, **filters))
+
+
+async def test_the_queues_and_the_purge_look_at_what_they_tell_of_only(filled: Filled) -> None:
+    await check_served(filled, lambda store: store.queue_states())
+    await check_served(filled, lambda store: store.purge(datetime.now(UTC) - timedelta(days=1)))
+
+
+async def test_claims_and_writes_find_their_task(filled: Filled) -> None:
+    task_id = new_task_id()
+    await check_served(filled, lambda store: store.claim(claim_of(task_id)))
+    await check_served(filled, lambda store: store.write(write_of(task_id, fact("a"))))
