@@ -15,12 +15,13 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from temporalio.api.enums.v1 import EventType
+from temporalio.api.enums.v1 import EventType, TimeoutType
 from temporalio.client import Client
 from temporalio.testing import WorkflowEnvironment
 
@@ -61,11 +62,14 @@ async def stack(folder: Path, *, with_worker: bool = True) -> AsyncIterator[Plat
             postgres.cleanup()
 
 
-async def timed_out_workflow_tasks(handles: list[Handle]) -> int:
-    timed_out = 0
+async def timed_out_workflow_tasks(handles: list[Handle]) -> Counter[str]:
+    """How many, by what they waited for: a worker (schedule to start, the sticky queue) or its answer."""
+    timed_out: Counter[str] = Counter()
     for handle in handles:
         async for event in handle.fetch_history_events():
-            timed_out += event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_TIMED_OUT
+            if event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_TIMED_OUT:
+                kind = event.workflow_task_timed_out_event_attributes.timeout_type
+                timed_out[TimeoutType.Name(kind).removeprefix("TIMEOUT_TYPE_").lower()] += 1
     return timed_out
 
 
@@ -77,7 +81,7 @@ async def burst(platform: Platform, tasks: int) -> None:
     took = time.monotonic() - began
     timed_out = await timed_out_workflow_tasks(handles)
     print(f"burst: {tasks} image tasks in {took:.1f} s = {tasks / took:.1f} a second")
-    print(f"workflow tasks that timed out: {timed_out}")
+    print(f"workflow tasks that timed out: {dict(timed_out) or 0}")
 
 
 async def callback_to_event(platform: Platform, probed: Handle, first_sequence: int) -> list[float]:

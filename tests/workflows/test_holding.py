@@ -159,9 +159,9 @@ async def test_credits_away_for_15_minutes_are_unavailable(patient_platform: Pla
         return bool((await handle.describe()).raw_description.pending_activities)
 
     await patient_platform.until(is_tried_visibly)
-    await patient_platform.pass_time(handle, 14.5 * 60)
+    await patient_platform.pass_time(handle, 13 * 60)
     assert (await patient_platform.progress(handle))["status"] == "queued"
-    await patient_platform.pass_time(handle, 60)
+    await patient_platform.pass_time(handle, 2.5 * 60)
     # Whether a hold was taken can be learned only once the service is back: until then the task is not over.
     assert route == "estimate" or (await handle.describe()).status is WorkflowExecutionStatus.RUNNING
     await credits.remove_fault(away)
