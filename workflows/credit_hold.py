@@ -247,8 +247,8 @@ class CreditHold:
             self._renewal = asyncio.create_task(self._renew(max(self.covered, self._wanted)))
 
     def want(self, amount: int) -> None:
-        """The price rose: the next renewal, due at once, is to hold `amount` points."""
-        self._wanted = max(self._wanted, amount)
+        """The price in points as it stands: where it is above the hold, a renewal to it is due at once."""
+        self._wanted = amount
 
     def checkpoint_passed(self) -> None:
         """A training reached a checkpoint: the last one that an uncovered task is let to reach."""

@@ -8,7 +8,6 @@ from typing import Final, Protocol
 
 from contracts.carried import JobNews
 from workflows.alarm import Alarm
-from workflows.credit_hold import CreditHold
 from workflows.job_clock import JobClock
 from workflows.job_watch import JobWatch
 from workflows.stop import Stop
@@ -18,6 +17,9 @@ SUMMARY: Final = "4 wait: callback, poll, deadline"
 
 class Concern(Protocol):
     """Something that is looked after while a job runs."""
+
+    def has_word(self) -> bool:
+        """Whether it wants to be looked at at once."""
 
     def due(self) -> datetime | None:
         """When it wants to be looked at next, or None."""
@@ -35,7 +37,6 @@ class Following:
     def __init__(
         self,
         watch: JobWatch,
-        hold: CreditHold,
         clock: JobClock,
         stop: Stop,
         alarm: Alarm,
@@ -43,7 +44,6 @@ class Following:
         continue_as_new: Callable[[], Awaitable[bool]],
     ) -> None:
         self._watch = watch
-        self._hold = hold
         self._clock = clock
         self._stop = stop
         self._alarm = alarm
@@ -67,7 +67,7 @@ class Following:
             await self._alarm.until(self._has_word, self._next_due(), SUMMARY)
 
     def _has_word(self) -> bool:
-        return self._watch.has_word() or self._stop.requested or self._hold.has_word()
+        return self._stop.requested or any(concern.has_word() for concern in self._concerns)
 
     def _next_due(self) -> datetime | None:
         dues = [due for concern in self._concerns if (due := concern.due()) is not None]

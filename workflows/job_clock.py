@@ -75,6 +75,9 @@ class JobClock:
     def tell_wait(self) -> None:
         self._record.waits_for("ComfyUI: callback or poll", self.deadline())
 
+    def has_word(self) -> bool:
+        return False
+
     def due(self) -> datetime:
         sla = self._sla_at()
         return min(self.deadline(), sla) if sla else self.deadline()

@@ -66,7 +66,7 @@ class TaskFlow(Generic[Run, Result]):
         self.signals = 0
         self.concerns: list[Concern] = [self.clock, self.watch, self.hold]  # looked after while a job runs
         self.following = Following(
-            self.watch, self.hold, self.clock, self.stop, self.alarm, self.concerns, self.continue_as_new_if_long
+            self.watch, self.clock, self.stop, self.alarm, self.concerns, self.continue_as_new_if_long
         )
         self.watch.on_news(lambda news: self.clock.estimated(news.estimated_time))
 

@@ -127,34 +127,38 @@ class TrainingPrice:
             message=f"Checkpoint at epoch {checkpoint.epoch}, step {checkpoint.step}.",
         )
 
+    def has_word(self) -> bool:
+        """Whether the price that is asked for has been confirmed."""
+        asked = self._record.state.confirmation
+        return asked is not None and self.state.ceiling >= asked.estimated_cost
+
     def due(self) -> datetime | None:
         return None
 
     def check(self) -> None:
-        """Hold more when the price rises above the hold; ask again beyond the ceiling.
+        """Hold more when the price rises above the hold, up to the ceiling; beyond it ask again.
 
         Raises TaskFailed `price_not_confirmed` at the next checkpoint after asking.
         """
         price = self.of(self.expected_gpu_hours)
-        if price <= self._hold.covered:
+        self._hold.want(min(price, self.state.ceiling))
+        if price <= max(self._hold.covered, self.state.ceiling):
             self._answered()
-        elif price <= self.state.ceiling:
-            self._answered()
-            self._hold.want(price)
         else:
             self._beyond_ceiling(price)
 
     def _beyond_ceiling(self, price: int) -> None:
         here = self.state.checkpoint.uri if self.state.checkpoint else ""
-        if self.state.asked_at_checkpoint is None:
-            self.state.asked_at_checkpoint = here
-            self._ask(price, workflow.now() + timedelta(seconds=self.confirm_within_seconds), None)
-        elif here != self.state.asked_at_checkpoint:
+        if self.state.asked_at_checkpoint not in (None, here):
             raise TaskFailed(
                 FailureCode.PRICE_NOT_CONFIRMED,
                 f"The training's price rose to {price} points, above the confirmed {self.state.ceiling}; "
                 "it was stopped at its checkpoint and nothing is charged.",
             )
+        self.state.asked_at_checkpoint = here
+        asked = self._record.state.confirmation
+        if asked is None or asked.estimated_cost != price:
+            self._ask(price, workflow.now() + timedelta(seconds=self.confirm_within_seconds), None)
 
     def _answered(self) -> None:
         if self.state.asked_at_checkpoint is not None:
@@ -171,6 +175,7 @@ class TrainingPrice:
             self.state.carried_gpu_hours += checkpoint.gpu_hours_used
             self.state.checkpoint = None
         self.state.gpu_hours = 0.0
+        self._answered()
 
     def cost_of(self, delivery: JobNews) -> int:
         """Points to charge: the price of the hours used, never above what was confirmed (contract §5 *Charged*)."""

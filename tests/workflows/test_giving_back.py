@@ -1,0 +1,161 @@
+"""What a refused cancel of a hold means (contract §4 *cancel refused*), and services that offer less than ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from temporalio.client import WorkflowExecutionStatus, WorkflowUpdateStage
+
+from contracts.tasks import TaskStatus
+from tests.workflows.books import ended
+from tests.workflows.payers import holds_of, kinds_of, new_payer, task_of, until_started
+from tests.workflows.platform import Handle, Platform
+
+HD = 18 + 6
+"""The price of a standard image, in points."""
+
+
+async def start_held(platform: Platform, task: dict[str, Any]) -> Handle:
+    """Start an image that never ends by itself; returns when credits are held."""
+    await platform.simulators.admin.comfyui.fault(
+        "job_stall", route="submit_job", task_id=task["task_id"], while_queued=True
+    )
+    handle = await platform.start(task)
+    await platform.until_held(task_of(handle))
+    return handle
+
+
+async def test_a_hold_that_had_expired_is_given_back(quick_platform: Platform) -> None:
+    handle = await start_held(quick_platform, quick_platform.image())
+    [hold] = await holds_of(quick_platform, handle)
+    await quick_platform.simulators.admin.credits.expire_hold(hold.pre_deduct_id)
+    assert await quick_platform.cancel(handle) == "accepted"
+    ending = await ended(quick_platform, handle)
+    assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, [])
+    assert ending.result["credits"]["returned"] == HD
+    assert [event.credits_delta for event in ending.events if event.credits_delta] == [-HD, HD]
+
+
+async def test_a_cancel_whose_answer_is_lost_is_found_in_the_ledger(quick_platform: Platform) -> None:
+    """The service looks at no keys: the repeat is refused as `already_processed`."""
+    task = quick_platform.image()
+    credits = quick_platform.simulators.admin.credits
+    await credits.fault("ignore_keys", route="cancel_hold", task_id=task["task_id"])
+    await credits.fault("drop", route="cancel_hold", task_id=task["task_id"])
+    handle = await start_held(quick_platform, task)
+    await quick_platform.cancel(handle)
+    ending = await ended(quick_platform, handle)
+    assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, [])
+    assert await kinds_of(quick_platform, handle) == ["pre_deduct", "cancel"]
+
+
+async def test_a_hold_that_was_committed_by_somebody_else_completes_the_task(quick_platform: Platform) -> None:
+    payer = await new_payer(quick_platform)
+    task = payer.image()
+    handle = await start_held(quick_platform, task)
+    [hold] = await holds_of(quick_platform, handle)
+    body = {
+        "pre_deduct_id": hold.pre_deduct_id,
+        "actual_cost": 20,
+        "task_id": task["task_id"],
+        "template_id": task["template_id"],
+    }
+    await payer.post("commit", "by-hand", body)
+    assert await quick_platform.cancel(handle) == "accepted"
+    ending = await ended(quick_platform, handle)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 20, [])
+
+
+@pytest.mark.parametrize(
+    ("message", "exceptions"),
+    [("pre_deduct_not_found", []), ("amount_invalid", ["hold_left_to_expiry"])],
+)
+async def test_a_cancel_refused_by_another_name_leaves_the_hold_to_its_expiry(
+    quick_platform: Platform, message: str, exceptions: list[str]
+) -> None:
+    task = quick_platform.image()
+    await quick_platform.simulators.admin.credits.fault(
+        "answer",
+        route="cancel_hold",
+        task_id=task["task_id"],
+        status=422,
+        body={"detail": {"code": "0", "message": message}},
+    )
+    handle = await start_held(quick_platform, task)
+    await quick_platform.cancel(handle)
+    ending = await ended(quick_platform, handle, exempt={"hold_expires"})
+    assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, exceptions)
+
+
+async def test_a_cancel_that_stays_unreadable_leaves_the_hold_to_its_expiry(patient_platform: Platform) -> None:
+    task = patient_platform.image()
+    unreadable = await patient_platform.simulators.admin.credits.fault(
+        "garbage", route="cancel_hold", task_id=task["task_id"], times=None
+    )
+    handle = await start_held(patient_platform, task)
+    cancelled = await handle.start_update("cancel_task", {"reason": ""}, wait_for_stage=WorkflowUpdateStage.ACCEPTED)
+    await patient_platform.until_hit("cancel_hold", unreadable)
+    await patient_platform.pass_time(handle, 14.5 * 60)
+    assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING, "it is asked again for 15 minutes"
+    await patient_platform.pass_time(handle, 60)
+    assert (await cancelled.result())["outcome"] == "accepted"
+    ending = await ended(patient_platform, handle, exempt={"hold_expires"})
+    assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, ["hold_left_to_expiry"])
+
+
+async def test_a_hold_whose_answer_is_never_readable_is_recorded(patient_platform: Platform) -> None:
+    """Its id cannot be learned: the pre-deduct is repeated for 15 minutes, and for 15 more by the undo."""
+    task = patient_platform.image()
+    unreadable = await patient_platform.simulators.admin.credits.fault(
+        "garbage", route="pre_deduct", task_id=task["task_id"], when="after", times=None
+    )
+    patient_platform.policy["opening_call_minutes"] = 0.1
+    handle = await patient_platform.start(task)
+    await patient_platform.until_hit("pre_deduct", unreadable)
+    await patient_platform.pass_time(handle, 16 * 60)
+    ending = await ended(patient_platform, handle, exempt={"hold_expires"})
+    assert ending.code == "reply_invalid"
+    assert set(ending.exceptions) == {"undo_unfinished", "reply_invalid"}
+
+
+# Services that offer less
+
+
+async def test_credits_that_look_at_no_keys_leave_a_nameless_hold_to_expiry_and_charge_once(
+    quick_platform: Platform,
+) -> None:
+    task = quick_platform.image()
+    credits = quick_platform.simulators.admin.credits
+    await credits.fault("ignore_keys", task_id=task["task_id"])
+    for route in ("pre_deduct", "commit"):
+        await credits.fault("drop", route=route, task_id=task["task_id"])
+    handle = await quick_platform.start(task)
+    ending = await ended(quick_platform, handle, exempt={"hold_expires"})
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
+    assert sorted(hold.phase for hold in await holds_of(quick_platform, handle)) == ["committed", "open"]
+
+
+async def offers_none_of_ours(platform: Platform, tenant_id: str) -> None:
+    """Neither ComfyUI's (ours) routes nor the ledger's kinds, for this tenant."""
+    await platform.simulators.admin.comfyui.fault("not_offered", tenant_id=tenant_id)
+    await platform.simulators.admin.credits.fault("plain_ledger", tenant_id=tenant_id)
+
+
+@pytest.mark.parametrize("scene", ["image", "training"])
+async def test_services_without_any_of_our_routes_deliver_and_charge(quick_platform: Platform, scene: str) -> None:
+    payer = await new_payer(quick_platform)
+    await offers_none_of_ours(quick_platform, payer.tenant_id)
+    task = payer.image() if scene == "image" else payer.training()
+    ending = await ended(quick_platform, await quick_platform.start(task))
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, HD if scene == "image" else 120)
+
+
+async def test_a_job_that_cannot_be_cancelled_runs_out_and_costs_nothing(quick_platform: Platform) -> None:
+    payer = await new_payer(quick_platform)
+    await offers_none_of_ours(quick_platform, payer.tenant_id)
+    handle = await start_held(quick_platform, payer.image())
+    await until_started(quick_platform, handle)
+    await quick_platform.cancel(handle)
+    ending = await ended(quick_platform, handle, exempt={"job_runs_out"})
+    assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, ["route_not_offered"])

@@ -1,0 +1,177 @@
+"""A training's price while it runs: held anew, confirmed again, charged by the hours that count (contract §5)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from contracts.tasks import TaskStatus
+from tests.workflows.books import ended
+from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, task_of, until_started
+from tests.workflows.platform import Handle, Platform
+
+BASE = 120
+"""The price of a training of up to one GPU hour, in points; each further hour costs 60."""
+RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
+
+
+async def start_training(platform: Platform, task: dict[str, Any]) -> Handle:
+    """Start a training that stands still after its first checkpoint, until `resume`; returns when it does."""
+    comfyui = platform.simulators.admin.comfyui
+    await comfyui.fault("job_stall", route="create_training", task_id=task["task_id"], at=0.3)
+    handle = await platform.start(task)
+    await until_checkpoint(platform, handle, 1)
+    return handle
+
+
+async def until_checkpoint(platform: Platform, handle: Handle, number: int) -> None:
+    async def written() -> bool:
+        events = await platform.store.events(task_of(handle))
+        return sum(event.event.value == "task.checkpoint" for event in events) >= number
+
+    await platform.until(written)
+
+
+async def act(platform: Platform, handle: Handle, action: str, **parameters: Any) -> None:
+    """Let something happen to the task's newest training."""
+    run = await until_started(platform, handle)
+    await platform.simulators.admin.comfyui.act(run.run_id, action, **parameters)
+
+
+async def let_it_end(platform: Platform, handle: Handle) -> None:
+    """Resume a training that may not have reached the point where it stands still."""
+    run = await until_started(platform, handle)
+
+    async def is_over() -> bool:
+        return (await platform.simulators.admin.comfyui.act(run.run_id, "resume")).is_over
+
+    await platform.until(is_over)
+
+
+async def confirmation(platform: Platform, handle: Handle) -> dict[str, Any] | None:
+    asked: dict[str, Any] | None = (await platform.progress(handle))["confirmation"]
+    return asked
+
+
+async def until_asked(platform: Platform, handle: Handle, cost: int) -> None:
+    """Wait until the task asks for this price to be confirmed."""
+
+    async def asked() -> bool:
+        wanted = await confirmation(platform, handle)
+        return wanted is not None and wanted["estimated_cost"] == cost
+
+    await platform.until(asked)
+
+
+async def until_kinds(platform: Platform, handle: Handle, kinds: list[str]) -> None:
+    await platform.until(lambda: has_kinds(platform, handle, *kinds))
+
+
+async def test_a_price_that_rises_above_the_hold_is_held_anew(quick_platform: Platform) -> None:
+    handle = await start_training(quick_platform, quick_platform.training(max_credits=360))
+    await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
+    await until_kinds(quick_platform, handle, RENEWED)
+    await act(quick_platform, handle, "resume")
+    ending = await ended(quick_platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, BASE + 4 * 60)
+    assert [hold.amount for hold in await holds_of(quick_platform, handle)] == [BASE, BASE + 4 * 60]
+    assert "uncovered" not in ending.exceptions
+
+
+async def test_a_price_that_falls_leaves_the_hold_and_lowers_the_charge(quick_platform: Platform) -> None:
+    task = quick_platform.training(hyperparameters={"epochs": 20, "batch_size": 1, "learning_rate": 0.001})
+    handle = await start_training(quick_platform, task)
+    await act(quick_platform, handle, "gpu_hours", gpu_hours=2)
+    await let_it_end(quick_platform, handle)
+    ending = await ended(quick_platform, handle)
+    assert (ending.charged, ending.result["credits"]["returned"]) == (BASE + 60, 60)
+    assert await kinds_of(quick_platform, handle) == ["pre_deduct", "commit"]
+
+
+async def test_a_price_above_the_ceiling_is_confirmed_again(quick_platform: Platform) -> None:
+    handle = await start_training(quick_platform, quick_platform.training(max_credits=200))
+    await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
+    await until_asked(quick_platform, handle, 360)
+    answer = await handle.execute_update("confirm_price", {"max_credits": 360})
+    assert answer == {"max_credits": 360}
+    await quick_platform.until(lambda: has_amount(quick_platform, handle, 360))
+    assert await confirmation(quick_platform, handle) is None, "it is asked for only while it is waited for"
+    await act(quick_platform, handle, "resume")
+    ending = await ended(quick_platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 360)
+
+
+async def has_amount(platform: Platform, handle: Handle, amount: int) -> bool:
+    return any(hold.amount == amount and hold.phase == "open" for hold in await holds_of(platform, handle))
+
+
+async def test_a_price_that_rises_again_is_asked_for_as_it_stands(quick_platform: Platform) -> None:
+    handle = await start_training(quick_platform, quick_platform.training(max_credits=200))
+    for hours, price in ((5, 360), (7, 480)):
+        await act(quick_platform, handle, "gpu_hours", gpu_hours=hours)
+        await until_asked(quick_platform, handle, price)
+    await handle.execute_update("confirm_price", {"max_credits": 480})
+    await act(quick_platform, handle, "resume")
+    ending = await ended(quick_platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 480)
+
+
+async def test_an_unconfirmed_price_stops_the_training_at_its_next_checkpoint(quick_platform: Platform) -> None:
+    handle = await start_training(quick_platform, quick_platform.training(max_credits=200))
+    await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
+    await until_asked(quick_platform, handle, 360)
+    await act(quick_platform, handle, "resume")
+    ending = await ended(quick_platform, handle)
+    assert ending.code == "price_not_confirmed"
+    assert sum(kind.startswith("task.checkpoint") for kind in ending.kinds) == 2
+
+
+async def test_work_delivered_before_the_next_checkpoint_costs_what_was_confirmed(quick_platform: Platform) -> None:
+    """What was not confirmed is never charged; what was, is held in time."""
+    handle = await start_training(quick_platform, quick_platform.training(max_credits=200))
+    await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
+    await until_asked(quick_platform, handle, 360)
+    await act(quick_platform, handle, "finish")
+    ending = await ended(quick_platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 200)
+    assert (ending.result["credits"]["held"], ending.result["credits"]["shortfall"]) == (200, 0)
+
+
+@pytest.mark.parametrize("balance", [BASE, 300], ids=["nothing left", "less than the new price"])
+async def test_a_dearer_price_that_the_balance_lacks_keeps_the_hold(quick_platform: Platform, balance: int) -> None:
+    """The rest is a shortfall at the end: an unpaid part never takes the work away while the old hold lasts."""
+    payer = await new_payer(quick_platform, balance)
+    handle = await start_training(quick_platform, payer.training())
+    await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
+    await until_refused(quick_platform, payer)
+    await act(quick_platform, handle, "resume")
+    ending = await ended(quick_platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, BASE)
+    assert (ending.result["credits"]["shortfall"], ending.exceptions) == (240, ["shortfall"])
+
+
+async def until_refused(platform: Platform, payer: Payer) -> None:
+    """Wait until the payer was refused a hold."""
+
+    async def refused() -> bool:
+        seen = await platform.simulators.admin.credits.requests_seen("pre_deduct")
+        return any(request.tenant_id == payer.tenant_id and request.outcome == "refused" for request in seen)
+
+    await platform.until(refused)
+
+
+async def test_a_retried_training_is_charged_to_its_checkpoint_and_its_last_attempt(quick_platform: Platform) -> None:
+    """The hours between the checkpoint and the preemption are lost and cost nothing."""
+    quick_platform.policy["retry_after_seconds"] = [0.05]
+    task = quick_platform.training(hyperparameters={"epochs": 40, "batch_size": 1, "learning_rate": 0.001})
+    comfyui = quick_platform.simulators.admin.comfyui
+    await comfyui.fault("job_preempt", route="create_training", task_id=task["task_id"], at=0.6)
+    handle = await quick_platform.start(task)
+    ending = await ended(quick_platform, handle)
+    first, last = (run.state for run in await comfyui.jobs(task_of(handle)))
+    assert 0 < first["checkpoint"]["gpu_hours_used"] < first["gpu_hours_used"]
+    hours = first["checkpoint"]["gpu_hours_used"] + last["gpu_hours_used"]
+    assert (ending.status, ending.result["attempts"]) == (TaskStatus.COMPLETED, 2)
+    assert ending.charged == BASE + math.ceil(round((hours - 1) * 60, 6))
