@@ -7,7 +7,7 @@ PACE := $(if $(SPEED),--speed $(SPEED))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down status logs test test-all lint types imports schemas pytest pytest-all format lock clean
+.PHONY: help setup demo up down status logs test test-all simulate lint types imports schemas pytest pytest-all format lock clean
 
 help: ## list every target
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ pytest: setup
 
 pytest-all: setup
 	$(call timed,tests,$(BIN)/python -m pytest)
+
+simulate: setup ## both workflows by seeds, without a server (SEEDS=10000)
+	@$(BIN)/python -m simulation --seeds $(or $(SEEDS),1000)
 
 format: setup ## ruff: mend style and format
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

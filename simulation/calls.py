@@ -8,9 +8,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
-import temporalio.bridge.proto.activity_result as activity_result
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import RetryState, TimeoutType
 from temporalio.api.failure.v1 import (
@@ -20,6 +20,7 @@ from temporalio.api.failure.v1 import (
     Failure,
     TimeoutFailureInfo,
 )
+from temporalio.bridge.proto import activity_result
 from temporalio.bridge.proto.workflow_commands import ScheduleActivity, ScheduleLocalActivity
 
 from contracts.errors import FailureCode
@@ -27,7 +28,7 @@ from simulation.agenda import Agenda, Happening
 from simulation.hosted_run import payload_of
 from simulation.parties import CallRefused, Parties
 from simulation.trace import Trace
-from simulation.weather import GIVES_UP_AFTER, Attempt, Spoiled, Weather
+from simulation.weather import Attempt, Spoiled, Weather
 
 HEARTBEAT_SECONDS: Final = 2.0
 HEARS_OF_CANCEL_AFTER: Final = 0.6
@@ -119,7 +120,7 @@ class Calls:
             return
         call.cancel_asked_at = self._agenda.now
         if call.running is None:
-            self._finish(call, _cancelled(call))
+            self._finish(call, cancelled(call))
 
     def worker_killed(self, up_again_at: float) -> None:
         """Attempts in flight are lost to the server, which notices by their heartbeats; local ones are forgotten."""
@@ -129,8 +130,10 @@ class Calls:
                 self.forget(call)
             elif call.running is not None:
                 call.running = lost = object()
-                failure = _timed_out(TimeoutType.TIMEOUT_TYPE_HEARTBEAT)
-                self._agenda.after(HEARTBEAT_SECONDS, lambda c=call, t=lost, f=failure: self._failed(c, t, f, True))
+                self._agenda.after(HEARTBEAT_SECONDS, partial(self._heartbeat_missed, call, lost))
+
+    def _heartbeat_missed(self, call: Call, attempt: object) -> None:
+        self._failed(call, attempt, _timed_out(TimeoutType.TIMEOUT_TYPE_HEARTBEAT), timed_out=True)
 
     def forget(self, call: Call) -> None:
         """Wait for it no longer, and tell nobody."""
@@ -172,7 +175,9 @@ class Calls:
         self._trace("  %s #%d acts: %s", call.name, call.seq, outcome)
         if not attempt.is_lost:
             assert attempt.acts_after is not None
-            self._agenda.after(attempt.heard_after - attempt.acts_after, lambda: self._heard(call, token, attempt, outcome))
+            self._agenda.after(
+                attempt.heard_after - attempt.acts_after, lambda: self._heard(call, token, attempt, outcome)
+            )
 
     def _heard(self, call: Call, token: object, attempt: Attempt, outcome: Any) -> None:
         if call.is_over or call.running is not token:
@@ -190,15 +195,14 @@ class Calls:
         code = FailureCode.REPLY_INVALID if unreadable else self._parties.unavailable(call.name)
         self._failed(call, token, _application(code, f"{call.name} got no usable answer"))
 
-    def _failed(self, call: Call, token: object, failure: Failure, timed_out: bool = False) -> None:
+    def _failed(self, call: Call, token: object, failure: Failure, *, timed_out: bool = False) -> None:
         if call.is_over or call.running is not token:
             return
         call.running, call.last_failure = None, failure
         info = failure.application_failure_info
         if call.cancel_asked_at is not None:
             heard = self._agenda.now - call.cancel_asked_at > HEARS_OF_CANCEL_AFTER or self._rng.random() < 0.5
-            cancelled = heard and not timed_out
-            self._finish(call, _cancelled(call) if cancelled else _failed(call, failure))
+            self._finish(call, cancelled(call) if heard and not timed_out else _failed(call, failure))
         elif info.non_retryable or info.type in call.not_retried:
             self._finish(call, _failed(call, failure, RetryState.RETRY_STATE_NON_RETRYABLE_FAILURE))
         elif call.attempts_at_most and call.attempt >= call.attempts_at_most:
@@ -226,7 +230,9 @@ def _application(code: FailureCode, message: str, *, non_retryable: bool = False
 
 
 def _timed_out(kind: TimeoutType.ValueType, cause: Failure | None = None) -> Failure:
-    return Failure(message="activity timed out", timeout_failure_info=TimeoutFailureInfo(timeout_type=kind), cause=cause)
+    return Failure(
+        message="activity timed out", timeout_failure_info=TimeoutFailureInfo(timeout_type=kind), cause=cause
+    )
 
 
 def _failed(
@@ -238,7 +244,7 @@ def _failed(
     return Resolution(failed=activity_result.Failure(failure=wrapped))
 
 
-def _cancelled(call: Call) -> Resolution:
+def cancelled(call: Call) -> Resolution:
     cause = Failure(message="cancelled", canceled_failure_info=CanceledFailureInfo())
     failure = _of_activity(call, cause, RetryState.RETRY_STATE_CANCEL_REQUESTED)
     return Resolution(cancelled=activity_result.Cancellation(failure=failure))
@@ -248,7 +254,3 @@ def _of_activity(call: Call, cause: Failure, state: RetryState.ValueType) -> Fai
     info = ActivityFailureInfo(activity_id=str(call.seq), retry_state=state)
     info.activity_type.name = call.name
     return Failure(message="activity error", activity_failure_info=info, cause=cause)
-
-
-cancelled_resolution = _cancelled
-__all__ = ["GIVES_UP_AFTER", "Call", "Calls", "Resolution", "cancelled_resolution"]

@@ -169,7 +169,7 @@ class CreditsModel:
             return refused("pre_deduct_not_found")
         if hold.phase != "open":
             return refused("pre_deduct_already_processed")
-        if not 0 <= body.actual_cost:
+        if not body.actual_cost >= 0:
             return refused("amount_invalid")
         if body.actual_cost > hold.amount:
             return refused("hold_insufficient")

@@ -25,9 +25,7 @@ from workflows.training import TrainingWorkflow
 CONVERTER: Final = DATA_CONVERTER.payload_converter
 DEFINITIONS: Final = {
     definition.name: definition
-    for definition in map(
-        workflow._Definition.must_from_class, (ImageGenerationWorkflow, TrainingWorkflow)
-    )
+    for definition in map(workflow._Definition.must_from_class, (ImageGenerationWorkflow, TrainingWorkflow))
 }
 _EXTERN_FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
     "__temporal_assert_local_activity_valid": lambda _name: None,

@@ -16,6 +16,7 @@ from unittest.mock import patch
 from temporalio import workflow
 from temporalio.exceptions import FailureError
 
+from contracts.tasks import CancelTaskOutcome
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskEnd, TaskFailed
@@ -250,8 +251,6 @@ def absence_is_proof() -> Patches:
 
 def cancel_answered_at_once() -> Patches:
     async def cancel_task(self: Stop, reason: str) -> Any:
-        from contracts.tasks import CancelTaskOutcome
-
         self.ask(reason)
         return CancelTaskOutcome(outcome="accepted")
 
@@ -267,7 +266,7 @@ def continues_on_signals() -> Patches:
         if not self._is_long() or not self._may_continue():
             return False
         self.watch.stop_polling()
-        workflow.continue_as_new(self._continuation())
+        return workflow.continue_as_new(self._continuation())
 
     return [(TaskFlow, "continue_as_new_if_long", at_once)]
 
@@ -298,7 +297,7 @@ MUTANTS: Final = {
     "absence_is_proof": Mutant("contract §4 commit refused", "image", absence_is_proof),
     "cancel_answered_at_once": Mutant("contract §8", "image", cancel_answered_at_once),
     "hold_never_renewed": Mutant("contract §4 Renewal", "training", hold_never_renewed),
-    "continues_on_signals": Mutant("pitfall 22", "training", continues_on_signals),
+    "continues_on_signals": Mutant("pitfall 22", "image", continues_on_signals),
     "noted_before_the_stop_is_obeyed": Mutant("contract §4 Lost answer", "image", noted_before_the_stop_is_obeyed),
 }
 

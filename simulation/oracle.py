@@ -10,9 +10,18 @@ from typing import Any, Final
 
 from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
 
+from contracts.comfyui import JobStatus, TrainingStage
 from contracts.errors import ExceptionCode, FailureCode
 from contracts.task_store import Fact
-from contracts.tasks import ConfirmPrice, EventType, ImageProgress, ImageResult, TaskStatus, TrainingProgress, TrainingResult
+from contracts.tasks import (
+    ConfirmPrice,
+    EventType,
+    ImageProgress,
+    ImageResult,
+    TaskStatus,
+    TrainingProgress,
+    TrainingResult,
+)
 from simulation.hosted_run import CONVERTER
 from simulation.parties import Parties
 from simulation.scenario import PLENTY, PRICES, Scenario
@@ -25,6 +34,8 @@ _ENDS: Final = {
     TaskStatus.FAILED: EventType.FAILED,
     TaskStatus.CANCELLED: EventType.CANCELLED,
 }
+_STAGES: Final = [*(stage.value for stage in JobStatus), *(stage.value for stage in TrainingStage)]
+"""In their order; neither kind of work here ever goes back."""
 _BEGINNING: Final = frozenset({"submit_job", "create_training", "start_training", "pre_deduct"})
 _OPENING: Final = frozenset(
     {"submit_job", "create_training", "estimate", "pre_deduct", "start_training", "cancel_job", "cancel_training"}
@@ -50,6 +61,7 @@ class Oracle:
         self._reached: dict[tuple[int, str | None], float] = {}
         self._shown: dict[tuple[int, str | None], float] = {}
         self._shown_attempt = 0
+        self._rank = (0, -1)
         self._keys: set[str] = set()
         self._cancel_seen = False
         self._delivery_first = self._cancel_first = False
@@ -82,12 +94,15 @@ class Oracle:
             *self._parties.trainings.conflicts,
         )
         if credits.charged():
-            must(any(work.state.has_succeeded() for work in self._works.values()), "charged before anything was delivered")
+            must(
+                any(work.state.has_succeeded() for work in self._works.values()),
+                "charged before anything was delivered",
+            )
         if self._server.closed is not None:
             self._ended()
 
     def task_recorded(self, jobs: list[WorkflowActivationJob], busy: set[str]) -> None:
-        """A delivery that the run sees with a cancel or before it, while it waits for the job, beats it (decision 8)."""
+        """While the run waits, what it sees first decides; a delivery beats a cancel that comes with it."""
         waits = not busy & _OPENING and bool(self._works) and self._holds_stand()
         current = list(self._works)[-1] if self._works else ""
         if waits and not self._cancel_seen and self._works[current].is_started:
@@ -101,7 +116,7 @@ class Oracle:
 
     def call_scheduled(self, name: str, argument: Any) -> None:
         """Once a cancel was seen nothing new is begun; what was begun may be asked for again, to undo it."""
-        key = getattr(argument, "key", None)
+        key = str(getattr(argument, "key", ""))
         if name in _BEGINNING:
             must(not self._cancel_seen or key in self._keys, "begun although a cancel was seen before:", name, key)
             self._keys.add(key)
@@ -126,10 +141,14 @@ class Oracle:
 
     def _is_delivery(self, job: WorkflowActivationJob, current: str) -> bool:
         sent = job.signal_workflow.input if job.HasField("signal_workflow") else ()
-        return len(sent) == 1 and self.deliveries.get(sent[0].data) == current
+        return len(sent) == 1 and self.deliveries.get(next(iter(sent)).data) == current
 
     def event_written(self, fact: Fact) -> None:
         at = (fact.attempt, fact.stage)
+        if fact.sequence is not None:
+            rank = (fact.attempt, _STAGES.index(fact.stage) if fact.stage else -1)
+            must(rank >= self._rank, "the stage went back:", fact.key, fact.attempt, fact.stage)
+            self._rank = rank
         must((fact.progress or 0.0) >= self._reached.get(at, 0.0), "progress went back:", fact.key, fact.progress)
         self._reached[at] = fact.progress or 0.0
         if fact.result_urls or fact.output:
@@ -139,7 +158,7 @@ class Oracle:
 
     def _relied_on(self, fact: Fact) -> None:
         key = f"{self._scenario.task.task_id}:pre_deduct:{fact.key.removeprefix('held:')}"
-        [hold] = [hold for hold in self._parties.credits.books.holds.values() if hold.key == key] or [None]
+        hold = next((hold for hold in self._parties.credits.books.holds.values() if hold.key == key), None)
         must(hold is not None, "a hold was told that the credits service does not have:", fact.key)
         assert hold is not None
         life = hold.expires_at - fact.ts.timestamp()
@@ -192,14 +211,16 @@ class Oracle:
         result = self._result()
         self.status = TaskStatus.CANCELLED if result is None else result.status
         self._check_events()
-        self._check_holds_told()
+        self._check_all_told(result.attempts if result is not None else 0)
         self._check_cancels(closed.how)
         if self.status is TaskStatus.COMPLETED:
             assert result is not None
             self._check_charge(result)
         else:
             must(self._charged_at_end == 0, f"{self.status.value}, but charged", self._charged_at_end)
-            handed_out = result is not None and (getattr(result, "result_urls", None) or getattr(result, "output", None))
+            handed_out = result is not None and (
+                getattr(result, "result_urls", None) or getattr(result, "output", None)
+            )
             must(not handed_out, f"{self.status.value}, but results were handed out")
         stated = self._server.search_attributes.get("TaskStatus", b"").decode().strip('"')
         must(stated == self.status.value, "the search attribute TaskStatus says", stated)
@@ -211,30 +232,41 @@ class Oracle:
         model: Any = ImageResult if self._scenario.is_image else TrainingResult
         if closed.how == "cancelled":
             return None
+        payloads = [] if closed.result is None else [closed.result]
         if closed.how == "completed":
-            [result] = CONVERTER.from_payloads([closed.result], [model])
-            return result
+            return model.model_validate_json(payloads[0].data)  # type: ignore[no-any-return]
         info = closed.failure.application_failure_info
         must(info.type in set(FailureCode), "ended with no code of the contract:", info.type, closed.failure.message)
-        [result] = CONVERTER.from_payloads(list(info.details.payloads), [model])
-        return result
+        return model.model_validate_json(info.details.payloads[0].data)  # type: ignore[no-any-return]
 
     def _check_events(self) -> None:
         events, store = self._parties.store.events, self._parties.store
         assert self.status is not None
         must(bool(events) and events[0].event is EventType.ACCEPTED, "the first event is not task.accepted")
-        must(events[-1].event is _ENDS[self.status], "the last event is not the end:", events[-1].key, self.status.value)
+        must(
+            events[-1].event is _ENDS[self.status], "the last event is not the end:", events[-1].key, self.status.value
+        )
+        open_updates = [name for name, answer in self._server.updates.items() if answer == "accepted"]
+        must(not open_updates, "ended while an update was being handled:", *open_updates)
         must(sum(event.event in _ENDS.values() for event in events) == 1, "more than one end was told")
         must(store.state is not None and store.state.status is self.status, "the row's status is not the run's")
 
-    def _check_holds_told(self) -> None:
+    def _check_all_told(self, attempts: int) -> None:
+        """No fact is lost on the way to the store: the charged hold's, and each retry's."""
         told = {event.key for event in self._parties.store.events}
         for hold in self._parties.credits.holds:
             n = hold.key.rpartition(":")[2]
-            must(hold.phase != "committed" or f"held:{n}" in told, "the hold that was charged was never told:", hold.key)
+            must(
+                hold.phase != "committed" or f"held:{n}" in told, "the hold that was charged was never told:", hold.key
+            )
+
+        lost = [n for n in range(1, attempts) if f"retry:{n}" not in told]
+        must(not lost, "a retry was never told:", *lost)
 
     def _check_cancels(self, how: str) -> None:
-        answers = [answer for name, answer in self._server.updates.items() if name.startswith("cancel") and "outcome" in answer]
+        answers = [
+            answer for name, answer in self._server.updates.items() if name.startswith("cancel") and "outcome" in answer
+        ]
         is_cancelled = self.status is TaskStatus.CANCELLED
         must(not is_cancelled or bool(self.cancels), "cancelled although nobody asked")
         must(how != "cancelled" or any(self.cancels.values()), "ended Canceled although Temporal was not asked")
@@ -248,22 +280,31 @@ class Oracle:
 
     def _check_charge(self, result: ImageResult | TrainingResult) -> None:
         credits, charged = result.credits, self._charged_at_end
-        must(credits.charged == charged or self._unknown_settlement(), "the result says charged", credits.charged, charged)
+        must(
+            credits.charged == charged or self._unknown_settlement(),
+            "the result says charged",
+            credits.charged,
+            charged,
+        )
         price = self._image_price(result) if isinstance(result, ImageResult) else self._training_price(result)
         covered = credits.charged + credits.shortfall
-        must(covered == price or self._unknown_settlement(), f"charged {charged}, short {credits.shortfall}, but it costs", price)
+        must(
+            covered == price or self._unknown_settlement(),
+            f"charged {charged}, short {credits.shortfall}, but it costs",
+            price,
+        )
         must(charged is not None and charged <= price, "charged more than it costs:", charged, price)
         must(credits.returned == max(0, credits.held - credits.charged), "returned is not held - charged:", credits)
 
     def _image_price(self, result: ImageResult) -> int:
         must(bool(result.result_urls) and result.job_id in self._works, "completed without results")
-        work = self._works[result.job_id]
+        work = self._works[str(result.job_id)]
         asked = work.state.actual_cost if work.state.actual_cost is not None else work.price
         return int(min(asked, result.credits.held))
 
     def _training_price(self, result: TrainingResult) -> int:
         must(result.output is not None and result.training_id in self._works, "completed without a model")
-        hours = self._works[result.training_id].state.gpu_hours_used or 0.0
+        hours = self._works[str(result.training_id)].state.gpu_hours_used or 0.0
         resumed_from = {work.request.resume_from for work in self._works.values()} - {None}
         hours += sum(self._parties.trainings.hours_at[uri] for uri in resumed_from)
         price = PRICES.training(base_model="base", accelerated=False, gpu_hours=hours)

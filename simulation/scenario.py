@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from typing import Any, Final
 
 from contracts.carried import ImageRun, TrainingRun
@@ -34,21 +35,48 @@ KINDS: Final = ("image", "training")
 
 _CALLS: Final = (
     *("submit_job", "create_training", "start_training", "get_job", "get_training", "cancel_job", "cancel_training"),
-    *("estimate", "pre_deduct", "pre_deduct", "commit", "cancel_hold", "ledger", "claim", "write", "write"),
+    *("estimate", "pre_deduct", "pre_deduct", "commit", "cancel_hold", "ledger", "claim", *("write",) * 5),
 )
 """The calls that an outage may begin with."""
+
+
+class Deed(StrEnum):
+    """What somebody does to the task."""
+
+    CANCEL_BY_UPDATE = "cancel by update"
+    CANCEL_BY_TEMPORAL = "cancel by Temporal"
+    CONFIRM = "confirm"
+    BAD_UPDATE = "bad update"
+    GARBAGE = "garbage"
+    OLD_NEWS = "old news"
+    QUERY = "query"
+    KILL = "kill"
+    EVICT = "evict"
+    HOLD_CANCELLED_BY_HAND = "hold cancelled by hand"
+    BALANCE_RISES = "balance rises"
+    BALANCE_FALLS = "balance falls"
+
+
+_OFTEN: Final = {
+    Deed.KILL: (0, 0, 1, 2),
+    Deed.GARBAGE: (0, 0, 3),
+    Deed.EVICT: (0, 1),
+    Deed.QUERY: (2, 2, 12),
+    Deed.OLD_NEWS: (0, 2),
+}
+"""How many times each is done: one of these numbers."""
 
 
 @dataclass
 class Deeds:
     """What people and machines do, by the step at which they do it: (step, deed), and on a job's last word."""
 
-    at_step: list[tuple[int, str]] = field(default_factory=list)
-    on_last_word: list[str] = field(default_factory=list)
-    on_any_word: list[str] = field(default_factory=list)
+    at_step: list[tuple[int, Deed]] = field(default_factory=list)
+    on_last_word: list[Deed] = field(default_factory=list)
+    on_any_word: list[Deed] = field(default_factory=list)
     """Once, with the n-th callback."""
     word: int = 0
-    drawn: tuple[tuple[int, str], ...] = ()
+    drawn: tuple[tuple[int, Deed], ...] = ()
     """What was in `at_step` at first."""
 
 
@@ -76,7 +104,7 @@ class Scenario:
     @property
     def is_easy_on_credits(self) -> bool:
         """Whether nothing keeps a hold from being renewed in time."""
-        weather, falls = self.weather, any(deed == "balance falls" for _, deed in self.deeds.drawn)
+        weather, falls = self.weather, any(deed == Deed.BALANCE_FALLS for _, deed in self.deeds.drawn)
         is_reachable = not (weather.call_faults or weather.outages or weather.outage_with or weather.slow_tasks)
         return is_reachable and self.credits.balance == PLENTY and not falls
 
@@ -208,26 +236,27 @@ def _deeds(rng: random.Random, is_image: bool) -> Deeds:
     steps = rng.choice((12, most, most))
     cancels = rng.choice((0, 0, 1, 1, 2))
     for _ in range(cancels):
-        cancel = rng.choice(("cancel by update", "cancel by Temporal"))
+        cancel = rng.choice((Deed.CANCEL_BY_UPDATE, Deed.CANCEL_BY_TEMPORAL))
         when = rng.random()
         if when < 0.2:
             deeds.on_last_word.append(cancel)
         elif when < 0.5:
-            deeds.on_any_word.append(cancel)
+            deeds.on_any_word.append(rng.choice((cancel, Deed.CANCEL_BY_TEMPORAL)))
             deeds.word = rng.randrange(1, 6 if is_image else 12)
         else:
             deeds.at_step.append((rng.randrange(steps), cancel))
-    often = {"kill": (0, 0, 1, 2), "garbage": (0, 0, 3), "evict": (0, 1), "query": (2,), "old news": (0, 2)}
-    for deed, counts in often.items():
+    for deed, counts in _OFTEN.items():
         deeds.at_step.extend((rng.randrange(steps), deed) for _ in range(rng.choice(counts)))
     if rng.random() < 0.15:
-        deeds.at_step.append((rng.randrange(steps), rng.choice(("balance rises", "balance falls", "hold cancelled by hand"))))
+        deeds.at_step.append(
+            (rng.randrange(steps), rng.choice((Deed.BALANCE_RISES, Deed.BALANCE_FALLS, Deed.HOLD_CANCELLED_BY_HAND)))
+        )
     if rng.random() < 0.1:
-        deeds.on_last_word.append("kill")
+        deeds.on_last_word.append(Deed.KILL)
     if not is_image:
-        deeds.at_step.extend((rng.randrange(steps), "confirm") for _ in range(rng.choice((0, 1, 3))))
+        deeds.at_step.extend((rng.randrange(steps), Deed.CONFIRM) for _ in range(rng.choice((0, 1, 3))))
     if rng.random() < 0.05:
-        deeds.at_step.append((rng.randrange(steps), "bad update"))
+        deeds.at_step.append((rng.randrange(steps), Deed.BAD_UPDATE))
     deeds.at_step.sort(reverse=True)
     deeds.drawn = tuple(deeds.at_step)
     return deeds

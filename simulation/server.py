@@ -1,7 +1,8 @@
 """Temporal's server and the worker's core, as far as a run can tell: workflow tasks, timers, continue-as-new, replay.
 
 1. What comes while a workflow task is open waits for the next one.
-2. A task stays open while local activities run, for 2.4 s at most; then what it came to is recorded and the next begins.
+2. A task stays open while local activities run, for 2.4 s at most; then what it came to is recorded, and the next
+   begins.
 3. What a task came to counts once the server has recorded it. A worker killed before that leaves what its local
    activities did and nothing else: the task comes again, with what has come since.
 4. A run does not close over what has come meanwhile: that task is thrown away, and comes again with it.
@@ -22,10 +23,10 @@ from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
 from temporalio.bridge.proto.workflow_commands import WorkflowCommand
 
 from simulation.agenda import Agenda, Happening
-from simulation.calls import Call, Calls, Resolution, cancelled_resolution
-from simulation.hosted_run import Activation, HostedRun, RunIdentity, TaskFailed, payload_of
+from simulation.calls import Call, Calls, Resolution, cancelled
+from simulation.hosted_run import Activation, HostedRun, RunIdentity, TaskFailed
 from simulation.parties import Parties
-from simulation.trace import Trace
+from simulation.trace import Trace, command_said, job_said
 from simulation.weather import Weather
 
 TASK_SECONDS: Final = 3.0
@@ -126,7 +127,9 @@ class Server:
     # What is sent to the run
 
     def signal(self, name: str, *payloads: Payload) -> None:
-        self._receive(WorkflowActivationJob(signal_workflow=activation_api.SignalWorkflow(signal_name=name, input=payloads)))
+        self._receive(
+            WorkflowActivationJob(signal_workflow=activation_api.SignalWorkflow(signal_name=name, input=payloads))
+        )
 
     def request_cancel(self, reason: str) -> None:
         """As a client asks; the server tells a run once."""
@@ -225,9 +228,9 @@ class Server:
             self._replay()
         jobs, self._waiting = self._waiting, []
         self.tasks += 1
-        self._events += 2 + sum(_EVENTS_OF_JOB.get(job.WhichOneof("variant"), 1) for job in jobs)
+        self._events += 2 + sum(_EVENTS_OF_JOB.get(str(job.WhichOneof("variant")), 1) for job in jobs)
         self._task = OpenTask(jobs, self._calls.names() | self._resolved_by(jobs))
-        self._trace("TASK %d: %s", self.tasks, lambda: ", ".join(map(_said, jobs)) or "nothing")
+        self._trace("TASK %d: %s", self.tasks, lambda: ", ".join(map(job_said, jobs)) or "nothing")
         if self._locals:
             self._task.heartbeat = self._agenda.after(OPEN_AT_MOST_SECONDS, self._heartbeat)
         if jobs:
@@ -241,7 +244,7 @@ class Server:
         self._task.recorded.append(Recorded(activation, commands))
         self._task.commands.extend(commands)
         for command in commands:
-            self._trace("    -> %s", partial(_said_command, command))
+            self._trace("    -> %s", partial(command_said, command))
         self._start_locals(commands)
         unsent = self._cancelled_unsent(commands)
         if self._task.is_closing or (not self._locals and not unsent):
@@ -265,11 +268,11 @@ class Server:
     def _cancelled_unsent(self, commands: list[WorkflowCommand]) -> list[WorkflowActivationJob]:
         """An activity cancelled in the task that scheduled it is never sent: the run hears so in the same task."""
         assert self._task is not None
-        cancelled = {c.request_cancel_activity.seq for c in commands if c.HasField("request_cancel_activity")}
+        unwanted = {c.request_cancel_activity.seq for c in commands if c.HasField("request_cancel_activity")}
         unsent = [
             c.schedule_activity
             for c in self._task.commands
-            if c.HasField("schedule_activity") and c.schedule_activity.seq in cancelled
+            if c.HasField("schedule_activity") and c.schedule_activity.seq in unwanted
         ]
         seqs = {scheduled.seq for scheduled in unsent}
         self._task.commands = [
@@ -281,7 +284,7 @@ class Server:
         never = [Call.of(s, self._parties.argument_of(s.activity_type, s.arguments), self._agenda.now) for s in unsent]
         for call in never:
             self.on_scheduled(call.name, call.argument)
-        return [_resolved(call, cancelled_resolution(call)) for call in never]
+        return [_resolved(call, cancelled(call)) for call in never]
 
     def _heartbeat(self) -> None:
         """The task has been open for long: record what there is, and hear what has come."""
@@ -333,7 +336,7 @@ class Server:
             prints = [_fingerprint(command) for command in answered]
             self._history.append(Recorded(replace(activation, jobs=jobs), answered, prints))
         elif answered:
-            raise TaskFailed(f"a rejected update had an effect: {[_said_command(command) for command in answered]}")
+            raise TaskFailed(f"a rejected update had an effect: {[command_said(command) for command in answered]}")
 
     def _replay(self) -> None:
         """Bring the run back into memory: it must answer as it did. Local activities without a result run again."""
@@ -351,9 +354,9 @@ class Server:
             commands = hosted.activate(recorded.activation, flags=sorted(self._flags), is_replaying=True)
             if [_fingerprint(command) for command in commands] != recorded.prints:
                 raise TaskFailed(
-                    f"nondeterministic: {[_said_command(c) for c in commands]} instead of "
-                    f"{[_said_command(c) for c in recorded.answered]} to "
-                    f"{[_said(job) for job in recorded.activation.jobs]}"
+                    f"nondeterministic: {[command_said(c) for c in commands]} instead of "
+                    f"{[command_said(c) for c in recorded.answered]} to "
+                    f"{[job_said(job) for job in recorded.activation.jobs]}"
                 )
             for command in commands:
                 if command.HasField("schedule_local_activity"):
@@ -470,35 +473,3 @@ def _resolved(call: Call, resolution: Resolution) -> WorkflowActivationJob:
 
 def _fingerprint(command: WorkflowCommand) -> bytes:
     return command.SerializeToString(deterministic=True)
-
-
-def _said(job: WorkflowActivationJob) -> str:
-    kind = job.WhichOneof("variant")
-    if kind == "signal_workflow":
-        return "signal " + ", ".join(_shown(payload) for payload in job.signal_workflow.input)
-    if kind == "do_update":
-        return f"update {job.do_update.name} ({job.do_update.id})"
-    if kind == "resolve_activity":
-        return f"result of #{job.resolve_activity.seq}: {job.resolve_activity.result.WhichOneof('status')}"
-    if kind == "fire_timer":
-        return f"timer {job.fire_timer.seq}"
-    return str(kind)
-
-
-def _shown(payload: Payload) -> str:
-    return payload.data[:160].decode("utf-8", "replace")
-
-
-def _said_command(command: WorkflowCommand) -> str:
-    kind = command.WhichOneof("variant")
-    if kind in ("schedule_activity", "schedule_local_activity"):
-        scheduled = getattr(command, kind)
-        return f"{kind} #{scheduled.seq} {scheduled.activity_type} {_shown(scheduled.arguments[0])}"
-    if kind == "fail_workflow_execution":
-        return f"fail {command.fail_workflow_execution.failure.message}"
-    if kind == "complete_workflow_execution":
-        return f"complete {_shown(command.complete_workflow_execution.result)}"
-    return str(command).replace("\n", " ")[:120]
-
-
-__all__ = ["Closed", "Server", "payload_of"]

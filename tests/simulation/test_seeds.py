@@ -1,0 +1,60 @@
+"""Some hundred seeded schedules of both workflows: nothing that may never be untrue is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from simulation.schedule import play
+
+SEEDS = {"image": 400, "training": 120}
+MANY_SEEDS = {"image": 5_000, "training": 2_000}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def problems(kind: str, seeds: range) -> list[str]:
+    outcomes = (play(seed, kind) for seed in seeds)
+    return [
+        f"{outcome.problem}; replay it: python -m simulation --kind {kind} --seed {outcome.seed}"
+        for outcome in outcomes
+        if outcome.problem
+    ]
+
+
+@pytest.mark.parametrize("kind", SEEDS)
+def test_every_schedule_keeps_what_may_never_be_untrue(kind: str) -> None:
+    assert problems(kind, range(SEEDS[kind])) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", MANY_SEEDS)
+def test_many_schedules_keep_what_may_never_be_untrue(kind: str) -> None:
+    assert problems(kind, range(SEEDS[kind], MANY_SEEDS[kind])) == []
+
+
+def test_the_seeds_reach_what_they_are_for() -> None:
+    outcomes = [play(seed, kind) for kind in SEEDS for seed in range(60)]
+    ends = {outcome.end for outcome in outcomes}
+    assert {"completed", "cancelled", "timeout", "insufficient_balance"} <= ends
+    for what in ("replays", "tasks thrown away", "continued", "jobs", "holds"):
+        assert sum(outcome.counts[what] for outcome in outcomes) > 0, what
+    assert max(outcome.counts["jobs"] for outcome in outcomes) > 1
+    assert max(outcome.counts["holds"] for outcome in outcomes) > 1
+
+
+@pytest.mark.parametrize("kind", SEEDS)
+def test_a_seed_is_the_same_schedule_each_time_and_whether_it_is_traced_or_not(kind: str) -> None:
+    first, again = play(7, kind, is_traced=True), play(7, kind)
+    assert first.trace
+    assert not again.trace
+    assert (first.end, first.steps, first.counts) == (again.end, again.steps, again.counts)
+    assert play(7, kind, is_traced=True).trace == first.trace
