@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from fastapi import APIRouter, Request
@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from contracts.comfyui import JobCallback, TrainingCallback
+from contracts.fields import OwnModel
 from contracts.task_store import TrainingLogWrite
 from gateway.callback_body import (
     MAX_BYTES_WITH_LOG,
@@ -153,10 +154,48 @@ class CallbackReceiver:
         return CallbackOutcome.UNAVAILABLE if logged is Logged.UNAVAILABLE else _OF_RELAYED[relayed]
 
 
+class CallbackTaken(OwnModel):
+    """What became of a callback that needs no repeat."""
+
+    outcome: CallbackOutcome
+
+
+class CallbackNotTaken(OwnModel):
+    """Why a callback was not taken, as `application/problem+json`."""
+
+    title: CallbackOutcome
+    status: int
+    detail: str
+
+
+def _documented() -> dict[int | str, dict[str, Any]]:
+    """Contract §2's answers, for the OpenAPI document."""
+    taken: dict[int | str, dict[str, Any]] = {200: {"model": CallbackTaken, "description": "The task is over"}}
+    refusal = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/CallbackNotTaken"}}}
+    refused: dict[int | str, dict[str, Any]] = {
+        _STATUS[outcome]: {"model": CallbackNotTaken, "description": detail, "content": refusal}
+        for outcome, detail in _DETAIL.items()
+    }
+    return {**taken, **refused}
+
+
+def _documented_body() -> dict[str, Any]:
+    """The body is read as bytes: it is verified before it is parsed."""
+    forms = [model.model_json_schema(ref_template="{model}") for model in (JobCallback, TrainingCallback)]
+    described = [{"type": "object", "title": form["title"], "required": form["required"]} for form in forms]
+    return {"required": True, "content": {"application/json": {"schema": {"anyOf": described}}}}
+
+
 def callback_routes(receiver: CallbackReceiver) -> APIRouter:
     router = APIRouter(tags=["callbacks"])
 
-    @router.post("/callbacks/comfyui/{task_id}", status_code=202, response_model=None)
+    @router.post(
+        "/callbacks/comfyui/{task_id}",
+        status_code=202,
+        response_model=CallbackTaken,
+        responses=_documented(),
+        openapi_extra={"requestBody": _documented_body()},
+    )
     async def comfyui_callback(task_id: str, request: Request) -> Response:
         """ComfyUI tells that a job or training of the task has changed. Signed by the Standard Webhooks scheme."""
         return await receiver.receive(task_id, request)

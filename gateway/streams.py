@@ -180,7 +180,11 @@ def stream_routes(hub: EventHub, access: Access, *, public_url: str | None = Non
     watcher = access.demands_for_stream()
 
     @router.get(
-        "/stream/sse", response_class=EventStreamResponse, responses=_STREAM_RESPONSES, summary="Live events by SSE"
+        "/stream/sse",
+        status_code=200,
+        response_class=EventStreamResponse,
+        responses=_STREAM_RESPONSES,
+        summary="Live events by SSE",
     )
     async def stream_sse(
         caller: Annotated[Caller, Depends(watcher)],

@@ -105,7 +105,8 @@ def task_routes(
     @router.get(
         "/{task_id}/events",
         response_model=list[TaskEvent],
-        responses={**_event_stream_response(), **problems(*_ONE)},
+        responses={**_event_stream_response(), **problems(*_ONE, ProblemCode.RATE_LIMITED)},
+        openapi_extra={"security": [{"bearer": []}, {"token": []}, {"cookie": []}]},
     )
     async def read_events(
         caller: Annotated[Caller, Depends(reader_of_events)],
