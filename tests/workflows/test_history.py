@@ -1,0 +1,66 @@
+"""What an image task takes of Temporal (README, "What a task costs Temporal"), and that it reads as the step table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from temporalio.api.enums.v1 import EventType
+from temporalio.api.history.v1 import HistoryEvent
+from temporalio.testing import WorkflowEnvironment
+
+from contracts.tasks import ImageTask, TaskStatus
+from starter import start_image
+from store import TaskStore
+from tests.workflows.books import ended
+from tests.workflows.platform import running_platform
+
+MAX_EVENTS = 57
+MAX_ACTIONS = 23
+ACTIONS = {
+    EventType.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED,
+    EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED,
+    EventType.EVENT_TYPE_TIMER_STARTED,
+    EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED,
+    EventType.EVENT_TYPE_UPSERT_WORKFLOW_SEARCH_ATTRIBUTES,
+}
+"""Temporal Cloud's billable actions (docs.temporal.io/cloud/actions); local activities come to it, see below."""
+
+
+def billable_actions(events: list[HistoryEvent]) -> int:
+    """All local activities of one workflow task are one action: their markers name the task they completed with."""
+    markers = [event for event in events if event.event_type == EventType.EVENT_TYPE_MARKER_RECORDED]
+    tasks = {event.marker_recorded_event_attributes.workflow_task_completed_event_id for event in markers}
+    return sum(event.event_type in ACTIONS for event in events) + len(tasks)
+
+
+async def test_an_image_task_with_five_spread_callbacks_stays_small(
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path
+) -> None:
+    async with running_platform(temporal_env, task_store, tmp_path, speed=24.0) as platform, platform.worker():
+        task = ImageTask.model_validate(platform.image(priority="accelerated"))
+        started = await start_image(platform.client, task, task_queue=platform.task_queue)
+        handle = platform.client.get_workflow_handle(started.handle.id)
+        ending = await ended(platform, handle)
+        events = [event async for event in handle.fetch_history_events()]
+    assert ending.status is TaskStatus.COMPLETED
+    signals = [event for event in events if event.event_type == EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED]
+    assert len(signals) == 5
+    assert sum(kind.startswith("task.running") for kind in ending.kinds) == 5, "no event was coalesced"
+    names = [EventType.Name(event.event_type) for event in events]
+    assert len(events) <= MAX_EVENTS, names
+    assert billable_actions(events) <= MAX_ACTIONS, names
+
+
+async def test_the_calls_of_a_history_read_as_the_step_table(
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path
+) -> None:
+    async with running_platform(temporal_env, task_store, tmp_path) as platform, platform.worker():
+        handle = await platform.start_image()
+        await ended(platform, handle)
+        scheduled = [
+            event
+            async for event in handle.fetch_history_events()
+            if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
+        ]
+    summaries = [event.user_metadata.summary.data.decode().strip('"') for event in scheduled]
+    assert [summary for summary in summaries if summary != "6 tell"] == ["1 submit", "3 hold", "5 commit"]
