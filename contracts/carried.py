@@ -147,6 +147,13 @@ class ClockState(OwnModel):
     sla_told: bool = False
 
 
+class HeldProgress(OwnModel):
+    """The newest progress that came too soon after the last that was told."""
+
+    job_id: str
+    sequence: int
+
+
 class RecordState(OwnModel):
     """A task's record and the facts that are not written yet."""
 
@@ -156,6 +163,7 @@ class RecordState(OwnModel):
     written_status: TaskStatus | None = None
     written_stage: str | None = None
     last_progress_at: Instant | None = None
+    held_back: HeldProgress | None = None
     last_shown: str = ""
     last_news_at: Instant | None = None
 

@@ -10,7 +10,7 @@ from temporalio.common import SearchAttributeKey, SearchAttributePair, SearchAtt
 from temporalio.exceptions import ApplicationError, FailureError
 
 from activities.task_store import TaskStoreActivities
-from contracts.carried import JobNews, RecordState
+from contracts.carried import HeldProgress, JobNews, RecordState
 from contracts.errors import ExceptionCode, FailureCode
 from contracts.fields import shortened
 from contracts.policy import Policy
@@ -106,6 +106,7 @@ class TaskRecord:
         self.state.attempts = number
         self.state.stage = None
         self.state.progress = 0.0
+        self._carried.held_back = None
 
     def submitted(self, stage: str | None) -> None:
         """A job was asked for and taken: queued until it says otherwise."""
@@ -113,7 +114,7 @@ class TaskRecord:
         self.state.stage = stage
         self.state.progress = 0.0
         self.state.next_eta = self.state.queue_position = None
-        self._carried.last_shown = f"{self.state.status} {stage} 0 None None"
+        self._carried.last_shown = self._shown()
         self.publish()
 
     def apply(self, news: JobNews, *, attempt_changed: bool = False) -> None:
@@ -150,18 +151,27 @@ class TaskRecord:
         )
 
     def tell_progress(self, news: JobNews, *, is_new_stage: bool) -> None:
-        """Every change of stage is an event; progress within one at most once a second (design, step 6)."""
-        now = workflow.now()
+        """Every change of stage is an event; progress within one at most once a second (design, step 6).
+
+        What comes sooner is held back, and told when the second is over unless newer progress came.
+        """
+        self._carried.held_back = None
+        if self._shown() == self._carried.last_shown and news.error is None:
+            return
         last = self._carried.last_progress_at
+        if not is_new_stage and last is not None and workflow.now() - last < PROGRESS_EVERY:
+            self._carried.held_back = HeldProgress(job_id=news.job_id, sequence=news.sequence)
+            return
+        self._tell_progress(news.job_id, news.sequence)
+
+    def _tell_progress(self, job_id: str, sequence: int) -> None:
+        self._carried.last_shown = self._shown()
+        self._carried.last_progress_at = workflow.now()
+        self.tell(f"{job_id}:{sequence}", EventType.RUNNING, job_id=job_id, sequence=sequence)
+
+    def _shown(self) -> str:
         state = self.state
-        shown = f"{state.status} {state.stage} {int(state.progress)} {state.next_eta} {state.queue_position}"
-        if shown == self._carried.last_shown and news.error is None:
-            return
-        if not is_new_stage and last is not None and now - last < PROGRESS_EVERY:
-            return
-        self._carried.last_shown = shown
-        self._carried.last_progress_at = now
-        self.tell(f"{news.job_id}:{news.sequence}", EventType.RUNNING, job_id=news.job_id, sequence=news.sequence)
+        return f"{state.status} {state.stage} {int(state.progress)} {state.next_eta} {state.queue_position}"
 
     def tell_exception(self, key: str, code: ExceptionCode | FailureCode, message: str, **details: Any) -> None:
         """Note an exception record for ops; it does not end the task."""
@@ -172,6 +182,7 @@ class TaskRecord:
 
     def decided(self) -> None:
         """How the task ends is decided in this workflow task: history holds it once a later one has begun."""
+        self._carried.held_back = None
         self._decided_at = workflow.info().get_current_history_length()
 
     def end(self, status: TaskStatus, event: EventType, **fields: Any) -> None:
@@ -216,8 +227,31 @@ class TaskRecord:
     async def write_facts(self) -> None:
         """Write what is noted, in order, for as long as the run lives."""
         while True:
-            await workflow.wait_condition(self._has_unwritten)
-            await self._write_batch()
+            await workflow.wait_condition(lambda: self._has_unwritten() or self._carried.held_back is not None)
+            if not self._has_unwritten():
+                await self._tell_held_back()
+            else:
+                await self._write_batch()
+
+    async def _tell_held_back(self) -> None:
+        """Wait until progress may be told again, or is told with something else; one timer for a whole burst."""
+        last = self._carried.last_progress_at
+        rest = last + PROGRESS_EVERY - workflow.now() if last is not None else timedelta(0)
+        if rest > timedelta(0):
+            try:
+                await workflow.wait_condition(
+                    lambda: self._has_unwritten() or self._carried.held_back is None,
+                    timeout=rest,
+                    timeout_summary="6 tell: progress held back",
+                )
+            except TimeoutError:
+                pass
+            else:
+                return
+        held = self._carried.held_back
+        if held is not None:
+            self._carried.held_back = None
+            self._tell_progress(held.job_id, held.sequence)
 
     async def all_written(self) -> None:
         await workflow.wait_condition(lambda: not self._has_unwritten())

@@ -11,6 +11,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,11 +19,12 @@ import pytest_asyncio
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from temporalio.api.common.v1 import Payload
+from temporalio.api.history.v1 import HistoryEvent
 from temporalio.common import RawValue
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.testing import WorkflowEnvironment
 
-from contracts.tasks import CALLBACK_SIGNAL, TaskStatus
+from contracts.tasks import CALLBACK_SIGNAL, EventType, TaskEvent, TaskStatus
 from store import TaskStore
 from tests.workflows.books import Ending, ended
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
@@ -194,6 +196,45 @@ async def test_a_burst_of_300_in_any_order_ends_where_the_newest_says(direct_pla
     await direct_platform.until(newest)
     ending = await delivered(direct_platform, handle, job_id)
     assert len(ending.events) < 30, "progress is told at most once a second"
+
+
+async def test_the_last_progress_of_a_burst_is_told_a_second_later_though_nothing_follows(
+    direct_platform: Platform,
+) -> None:
+    handle, job_id = await start_held(direct_platform)
+    for n in range(1, 31):
+        await direct_platform.callback(handle, job_id=job_id, job_status="processing", sequence=n, stage_progress=n)
+
+    async def told() -> list[TaskEvent]:
+        events = await direct_platform.store.events(task_id_of(handle))
+        return events if events[-1].progress == 30 else []
+
+    running = [event for event in await direct_platform.until(told) if event.event is EventType.RUNNING]
+    gaps = [(later.ts - earlier.ts).total_seconds() for earlier, later in pairwise(running)]
+    assert running[0].progress == 1
+    assert gaps and min(gaps) >= 1, "at most one a second"
+    assert len(await timers(handle, "6 tell: progress held back")) <= len(gaps), "one timer a burst, none a message"
+    await delivered(direct_platform, handle, job_id)
+
+
+async def timers(handle: Handle, summary: str) -> list[HistoryEvent]:
+    """The timers of this summary that the run has started."""
+    return [
+        event
+        async for event in handle.fetch_history_events()
+        if event.HasField("timer_started_event_attributes") and json.loads(event.user_metadata.summary.data) == summary
+    ]
+
+
+async def test_a_task_that_ends_within_the_second_waits_for_no_progress(direct_platform: Platform) -> None:
+    handle, job_id = await start_held(direct_platform)
+    for n in (1, 2):
+        await direct_platform.callback(handle, job_id=job_id, job_status="processing", sequence=n, stage_progress=n)
+    await direct_platform.cancel(handle)
+    ending = await ended(direct_platform, handle)
+    assert ending.status is TaskStatus.CANCELLED
+    assert [event.progress for event in ending.events if event.event is EventType.RUNNING] == [1]
+    assert ending.events[-1].progress == 2
 
 
 async def test_a_delivery_that_overtakes_the_submitting_call_counts_once(direct_platform: Platform) -> None:
