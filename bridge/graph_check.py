@@ -1,0 +1,166 @@
+"""A graph against a server's `/object_info`: what the server would refuse, said before anything is queued on it.
+
+`/object_info` (ComfyUI 0.3.64 to 0.38) gives for each class `input.required` and `input.optional`, name → [type or
+list of choices, options], and `output`, a list of types. Newer servers write choices as ["COMBO", {"options": […]}].
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from bridge.orders import ModelChoice
+from bridge.templates import is_link, reachable
+
+MODEL_INPUTS: Final = frozenset(
+    {
+        *("ckpt_name", "unet_name", "vae_name", "clip_name", "clip_name1", "clip_name2", "clip_name3", "lora_name"),
+        *("control_net_name", "model_name", "style_model_name", "gligen_name", "upscale_model", "existing_lora"),
+    }
+)
+"""Inputs whose choices are the model files that a server has."""
+ANY_TYPE: Final = "*"
+
+
+def graph_problems(
+    graph: Mapping[str, Any],
+    object_info: Mapping[str, Any],
+    result_nodes: Iterable[str],
+    *,
+    uploads: Iterable[tuple[str, str]] = (),
+) -> list[str]:
+    """What this server would refuse, one sentence each naming node and input. `uploads` are filled in later."""
+    problems: list[str] = []
+    later = set(uploads)
+    for node_id in sorted(reachable(graph, result_nodes)):
+        node = graph[node_id]
+        info = object_info.get(node["class_type"])
+        where = f"node {node_id!r} ({node['class_type']})"
+        if not isinstance(info, dict):
+            problems.append(f"{where}: this server has no such node type; install the custom nodes that bring it")
+            continue
+        problems += _node_problems(graph, object_info, where, node_id, info, later)
+    return problems
+
+
+def _node_problems(
+    graph: Mapping[str, Any],
+    object_info: Mapping[str, Any],
+    where: str,
+    node_id: str,
+    info: Mapping[str, Any],
+    later: set[tuple[str, str]],
+) -> list[str]:
+    problems = []
+    inputs = graph[node_id]["inputs"]
+    required, optional = _inputs_of(info, "required"), _inputs_of(info, "optional")
+    for name in required:
+        if name not in inputs:
+            problems.append(f"{where}, input {name!r}: missing")
+    for name, value in inputs.items():
+        spec = required.get(name) or optional.get(name)
+        if spec is None or (node_id, name) in later:
+            continue
+        problem = (
+            _link_problem(graph, object_info, spec, value) if is_link(value) else _value_problem(name, spec, value)
+        )
+        if problem:
+            problems.append(f"{where}, input {name!r}: {problem}")
+    return problems
+
+
+def _inputs_of(info: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    found = (info.get("input") or {}).get(kind)
+    return found if isinstance(found, dict) else {}
+
+
+def choices_of(object_info: Mapping[str, Any], class_type: str, name: str) -> list[str] | None:
+    """The choices of one input, or None where it takes no choice."""
+    info = object_info.get(class_type)
+    if not isinstance(info, dict):
+        return None
+    spec = _inputs_of(info, "required").get(name) or _inputs_of(info, "optional").get(name)
+    return None if spec is None else _choices(spec)
+
+
+def _choices(spec: Any) -> list[str] | None:
+    if not isinstance(spec, list) or not spec:
+        return None
+    if isinstance(spec[0], list):
+        return [str(choice) for choice in spec[0]]
+    options = spec[1].get("options") if len(spec) > 1 and isinstance(spec[1], dict) else None
+    return [str(choice) for choice in options] if isinstance(options, list) else None
+
+
+def _value_problem(name: str, spec: Any, value: Any) -> str | None:
+    choices = _choices(spec)
+    if choices is not None:
+        if str(value) in choices:
+            return None
+        has = ", ".join(choices[:8]) or "none"
+        what = "model file" if name in MODEL_INPUTS else "choice"
+        return f"{value!r} is no {what} of this server; it has {has}"
+    kind = spec[0] if isinstance(spec, list) and spec else None
+    limits = spec[1] if isinstance(spec, list) and len(spec) > 1 and isinstance(spec[1], dict) else {}
+    if kind in ("INT", "FLOAT"):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"must be a number, not {type(value).__name__}"
+        low, high = limits.get("min"), limits.get("max")
+        if (low is not None and value < low) or (high is not None and value > high):
+            return f"{value} is not between {low} and {high}"
+    if kind == "STRING" and not isinstance(value, str):
+        return f"must be a text, not {type(value).__name__}"
+    if kind == "BOOLEAN" and not isinstance(value, bool):
+        return f"must be true or false, not {type(value).__name__}"
+    return None
+
+
+def _link_problem(graph: Mapping[str, Any], object_info: Mapping[str, Any], spec: Any, link: Any) -> str | None:
+    source = graph[link[0]]["class_type"]
+    outputs = (object_info.get(source) or {}).get("output")
+    if not isinstance(outputs, list):
+        return None
+    if not 0 <= link[1] < len(outputs):
+        return f"node {link[0]!r} ({source}) has no output {link[1]}"
+    gives, takes = outputs[link[1]], spec[0] if isinstance(spec, list) and spec else ANY_TYPE
+    if not isinstance(gives, str) or not isinstance(takes, str):
+        return None
+    if ANY_TYPE in (gives, takes) or set(gives.split(",")) & set(takes.split(",")) or takes.startswith("COMFY_"):
+        return None
+    return f"takes {takes}, but node {link[0]!r} ({source}) gives {gives}"
+
+
+class NoModel(Exception):
+    """No installed model fits; the text says what was looked for and what there is."""
+
+
+def chosen_models(
+    graph: Mapping[str, Any], object_info: Mapping[str, Any], wishes: Iterable[ModelChoice], needed: Iterable[str]
+) -> list[tuple[ModelChoice, str]]:
+    """For each wish of a needed node, the installed model that fits best. Raises NoModel."""
+    chosen = []
+    needed_nodes = reachable(graph, needed)
+    for wish in wishes:
+        if wish.node not in needed_nodes:
+            continue
+        installed = choices_of(object_info, graph[wish.node]["class_type"], wish.input) or []
+        found = best_fit(installed, wish.prefer)
+        if found is None:
+            has = ", ".join(installed[:8]) or "none at all"
+            raise NoModel(
+                f"node {wish.node!r}, input {wish.input!r}: no installed model fits {', '.join(wish.prefer)}; "
+                f"this server has {has}"
+            )
+        chosen.append((wish, found))
+    return chosen
+
+
+def best_fit(installed: Iterable[str], patterns: Iterable[str]) -> str | None:
+    """The first of `installed` that fits the first pattern that any fits; case does not count."""
+    names = list(installed)
+    for pattern in patterns:
+        for name in names:
+            if fnmatch.fnmatchcase(name.lower(), pattern.lower()):
+                return name
+    return None

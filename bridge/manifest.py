@@ -1,0 +1,188 @@
+"""`manifest.toml`: what a template offers and which inputs of its graph a request sets.
+
+    template_id = "text-to-image"       the id that requests name
+    graph = "graph.json"                ComfyUI's API format ("Export (API)" in its menu), beside the manifest
+    pool = "default"                    which GPU workers take its jobs
+    results = ["Save image"]            the nodes whose files are the result
+
+    [inputs]                            request → graph inputs, "node.input"; a node by its id or its title
+    prompt = ["Positive prompt.text"]
+
+    [resolutions.hd]                    seconds: about how long a run takes; set: graph inputs
+    seconds = 20
+    set = { "Canvas.width" = 1024, "Canvas.height" = 1024 }
+
+A value may be a link, `["node", output]`, so that an extra can route around nodes: what no result needs is not run.
+Everything is checked when templates are loaded; unknown names are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from contracts.comfyui import Resolution, TaskPriority
+from contracts.fields import CallerId
+from contracts.permissions import Scene
+
+Ref = Annotated[str, Field(min_length=3, pattern=r"^.+\..+$")]
+"""`node.input`: the node's id or title, a dot, the input's name."""
+Value = bool | int | float | str | list[JsonValue]
+DEFAULT_POOL: Final = "default"
+
+
+class ManifestModel(BaseModel):
+    """Strict: a misspelt name in a manifest is refused, not ignored."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Setting(ManifestModel):
+    """Graph inputs that are set to fixed values. `seconds_factor` multiplies the time that a run should take."""
+
+    set: dict[Ref, Value] = {}
+    seconds_factor: float = Field(default=1.0, gt=0)
+
+
+class ResolutionSetting(ManifestModel):
+    seconds: float = Field(gt=0, le=86_400)
+    set: dict[Ref, Value] = {}
+
+
+class SeedInput(ManifestModel):
+    """`modulo`: for inputs that take less than ComfyUI's 64 bits, e.g. a colour."""
+
+    inputs: list[Ref] = Field(min_length=1)
+    modulo: int = Field(default=2**63, gt=1, le=2**63)
+
+
+class Inputs(ManifestModel):
+    prompt: list[Ref] = []
+    negative_prompt: list[Ref] = []
+    seed: list[Ref] | SeedInput = []
+
+
+class Strength(ManifestModel):
+    """A control's strength (0 to 1, clamped) → a number between `at_0` and `at_1` in these inputs."""
+
+    inputs: list[Ref] = Field(min_length=1)
+    at_0: float = 0.0
+    at_1: float = 1.0
+
+
+class ControlSlot(ManifestModel):
+    """One control image, in the order of the request's `controls`."""
+
+    image: Ref
+    kind: str | None = None
+    """Only a control of this kind fits; default: any."""
+    strength: Strength | None = None
+    required: bool = True
+    set: dict[Ref, Value] = {}
+    """Set where the control is given."""
+
+
+class BooleanExtra(Setting):
+    type: Literal["boolean"]
+    """`set` applies where it is true."""
+
+
+class NumberExtra(Setting):
+    """`set` applies where the extra is given; so for every kind below."""
+
+    type: Literal["integer", "number"]
+    inputs: list[Ref] = Field(min_length=1)
+    minimum: float
+    maximum: float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> NumberExtra:
+        if self.minimum > self.maximum:
+            raise ValueError("minimum must not be above maximum")
+        return self
+
+
+class ChoiceExtra(Setting):
+    type: Literal["choice"]
+    inputs: list[Ref] = []
+    choices: list[str] = Field(min_length=1)
+
+
+class TextExtra(Setting):
+    type: Literal["text"]
+    inputs: list[Ref] = Field(min_length=1)
+    max_length: int = Field(default=200, ge=1, le=4_096)
+
+
+Extra = Annotated[BooleanExtra | NumberExtra | ChoiceExtra | TextExtra, Field(discriminator="type")]
+
+
+class Model(ManifestModel):
+    """A graph input that names a model: the first installed one that fits `prefer` (shell patterns, best first)."""
+
+    input: Ref
+    prefer: list[str] = Field(min_length=1)
+
+
+class TrainingInputs(ManifestModel):
+    """Which graph inputs a training sets (scene `model.train`)."""
+
+    folder: list[Ref] = Field(min_length=1)
+    """The dataset's folder, below ComfyUI's input folder."""
+    steps: list[Ref] = Field(min_length=1)
+    """Steps of one chunk."""
+    batch_size: list[Ref] = []
+    learning_rate: list[Ref] = []
+    existing_lora: list[Ref] = Field(min_length=1)
+    lora_prefix: list[Ref] = Field(min_length=1)
+    """`SaveLoRA`'s prefix: it tells the history nothing, so the file is fetched by name."""
+    hyperparameters: dict[str, list[Ref]] = {}
+    """Further hyperparameters → inputs, passed on as they are."""
+
+
+class Training(ManifestModel):
+    inputs: TrainingInputs
+    base_models: dict[str, list[str]] = Field(min_length=1)
+    """`base_model` → patterns of model files, best first."""
+    base_model_input: Ref
+    images_per_step_seconds: float = Field(default=1.0, gt=0)
+    """Seconds that one image takes in one step, until it was measured."""
+    steps_per_chunk: int = Field(default=100, ge=1, le=100_000)
+
+
+def _named(extras: dict[str, Extra]) -> dict[str, Extra]:
+    for name in extras:
+        if name in ("seed", "negative_prompt"):
+            raise ValueError(f"{name!r} belongs under [inputs]")
+    return extras
+
+
+class Manifest(ManifestModel):
+    template_id: CallerId
+    summary: str = ""
+    scene: Scene = Scene.IMAGE_GENERATE
+    graph: str = "graph.json"
+    pool: CallerId = DEFAULT_POOL
+    results: list[str] = []
+    """Node ids or titles."""
+    inputs: Inputs = Inputs()
+    resolutions: dict[Resolution, ResolutionSetting] = {}
+    priorities: dict[TaskPriority, Setting] = {}
+    controls: list[ControlSlot] = []
+    extras: Annotated[dict[str, Extra], AfterValidator(_named)] = {}
+    models: list[Model] = []
+    training: Training | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Manifest:
+        if self.scene is Scene.MODEL_TRAIN:
+            if self.training is None:
+                raise ValueError("a template of scene model.train needs [training]")
+            return self
+        if not self.results:
+            raise ValueError("results: at least one node whose files are the result")
+        if set(self.resolutions) != set(Resolution):
+            missing = sorted(set(Resolution) - set(self.resolutions))
+            raise ValueError(f"resolutions: {', '.join(missing)} missing; all of sd, hd and 4k are needed")
+        return self

@@ -1,0 +1,430 @@
+"""Templates: a folder each, a ComfyUI graph in API format and a manifest that says what a request sets in it.
+
+    templates/<folder>/manifest.toml   see manifest.py
+    templates/<folder>/graph.json
+
+Everything that can be wrong is found before anything is queued: with the template itself when it is loaded
+(TemplateProblem), with a request when it is rendered (RequestRefused). Each is a sentence that names template, node and
+input.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from bridge.manifest import (
+    BooleanExtra,
+    ChoiceExtra,
+    ControlSlot,
+    Extra,
+    Manifest,
+    NumberExtra,
+    SeedInput,
+    Setting,
+    TextExtra,
+    TrainingInputs,
+)
+from bridge.orders import Graph, ModelChoice, RenderedGraph, Upload
+from contracts.comfyui import JobRequest
+from contracts.errors import sentences_of
+from contracts.permissions import Scene
+
+SHIPPED: Final = Path(__file__).parent / "templates"
+MAX_GRAPH_BYTES: Final = 512 * 1024
+"""A rendered graph goes through workflow history, where 2 MiB are taken at most."""
+MAX_SEED: Final = 2**63 - 1
+
+
+class TemplateProblem(ValueError):
+    """A template cannot be used; the text names it, the node and the input."""
+
+
+class RequestRefused(ValueError):
+    """A request does not fit its template; one sentence a field, as `payload_invalid` tells them."""
+
+    def __init__(self, fields: list[str]) -> None:
+        super().__init__("; ".join(fields))
+        self.fields = fields
+
+
+class Template:
+    """One checked template. Raises TemplateProblem."""
+
+    def __init__(self, manifest: Manifest, graph: Graph) -> None:
+        self.manifest = manifest
+        self.graph = graph
+        self._nodes = _by_name(manifest.template_id, graph)
+        for where, refs in _all_refs(manifest):
+            for ref in refs:
+                self._check(where, ref)
+        for where, values in _all_values(manifest):
+            for ref, value in values.items():
+                self._check(where, ref)
+                self._value(where, ref, value)
+        self.result_nodes = [self._node(f"results: {name!r}", name) for name in manifest.results]
+
+    @property
+    def template_id(self) -> str:
+        return self.manifest.template_id
+
+    def render(self, request: JobRequest, *, job_id: str) -> RenderedGraph:
+        """The graph with the request's values in it. Raises RequestRefused."""
+        problems: list[str] = []
+        graph = copy.deepcopy(self.graph)
+        manifest = self.manifest
+        resolution = manifest.resolutions[request.resolution]
+        seconds = resolution.seconds
+        self._put_all(graph, resolution.set)
+        if setting := manifest.priorities.get(request.priority):
+            self._put_all(graph, setting.set)
+            seconds *= setting.seconds_factor
+        self._put_texts(graph, request, problems)
+        for name, value in request.extras.items():
+            seconds *= self._put_extra(graph, name, value, problems)
+        uploads = self._put_controls(graph, request, problems)
+        if problems:
+            raise RequestRefused(problems)
+        for node_id in self.result_nodes:
+            inputs = graph[node_id]["inputs"]
+            if "filename_prefix" in inputs:
+                # A prefix of the job's own: a node that wrote the same picture before is not left out as cached.
+                inputs["filename_prefix"] = f"comfyui-temporal/{job_id}/{node_id}"
+        rendered = RenderedGraph(
+            template_id=self.template_id,
+            pool=manifest.pool,
+            graph=graph,
+            uploads=uploads,
+            models=self._model_choices(),
+            result_nodes=self.result_nodes,
+            expected_seconds=seconds,
+        )
+        if len(rendered.model_dump_json()) > MAX_GRAPH_BYTES:
+            raise RequestRefused([f"prompt: the graph of {self.template_id!r} is larger than {MAX_GRAPH_BYTES} bytes"])
+        return rendered
+
+    def put(self, graph: Graph, refs: Iterable[str], value: Any) -> None:
+        """Set graph inputs. The refs were checked when the template was loaded."""
+        for ref in refs:
+            node_id, name = self._split(ref)
+            graph[node_id]["inputs"][name] = value
+
+    def node_of(self, ref: str) -> tuple[str, str]:
+        """`node.input` → the node's id and the input's name."""
+        return self._split(ref)
+
+    def _model_choices(self) -> list[ModelChoice]:
+        choices = []
+        for model in self.manifest.models:
+            node, name = self._split(model.input)
+            choices.append(ModelChoice(node=node, input=name, prefer=model.prefer))
+        return choices
+
+    def _put_texts(self, graph: Graph, request: JobRequest, problems: list[str]) -> None:
+        inputs = self.manifest.inputs
+        self.put(graph, inputs.prompt, request.prompt)
+        negative = request.extras.get("negative_prompt")
+        if isinstance(negative, str) and inputs.negative_prompt:
+            self.put(graph, inputs.negative_prompt, negative)
+        elif negative is not None and not isinstance(negative, str):
+            problems.append("extras.negative_prompt: must be a text")
+        self._put_seed(graph, request, problems)
+
+    def _put_seed(self, graph: Graph, request: JobRequest, problems: list[str]) -> None:
+        """Without a seed one is made from the task's id: another attempt of the task gives the same picture."""
+        seed = request.extras.get("seed")
+        if seed is None:
+            seed = int.from_bytes(hashlib.sha256(request.task_id.encode()).digest()[:8], "big") & MAX_SEED
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+            problems.append(f"extras.seed: must be a whole number from 0 to {MAX_SEED}")
+            return
+        given = self.manifest.inputs.seed
+        into = given if isinstance(given, SeedInput) else SeedInput(inputs=given) if given else None
+        if into is not None:
+            self.put(graph, into.inputs, seed % into.modulo)
+
+    def _put_extra(self, graph: Graph, name: str, value: Any, problems: list[str]) -> float:
+        """Apply one extra; how much longer it makes the run."""
+        if name in ("seed", "negative_prompt") or value is None:
+            return 1.0
+        extra = self.manifest.extras.get(name)
+        if extra is None:
+            known = ", ".join(sorted([*self.manifest.extras, "negative_prompt", "seed"]))
+            problems.append(f"extras.{name}: template {self.template_id!r} does not offer it; it offers {known}")
+            return 1.0
+        problem = _extra_problem(extra, value)
+        if problem:
+            problems.append(f"extras.{name}: {problem}")
+            return 1.0
+        if isinstance(extra, BooleanExtra):
+            if value is False:
+                return 1.0
+        else:
+            self.put(graph, extra.inputs, value)
+        self._put_all(graph, extra.set)
+        return extra.seconds_factor
+
+    def _put_controls(self, graph: Graph, request: JobRequest, problems: list[str]) -> list[Upload]:
+        slots, given = self.manifest.controls, request.controls
+        if len(given) > len(slots):
+            problems.append(f"controls: template {self.template_id!r} takes at most {len(slots)}, {len(given)} given")
+        uploads: list[Upload] = []
+        for number, slot in enumerate(slots):
+            if number >= len(given):
+                if slot.required:
+                    problems.append(
+                        f"controls: template {self.template_id!r} needs an image for {slot.image!r}; "
+                        "give its address as image_url"
+                    )
+                continue
+            uploads.append(self._put_control(graph, slot, number, given[number], problems))
+        return uploads
+
+    def _put_control(
+        self, graph: Graph, slot: ControlSlot, number: int, control: Mapping[str, Any], problems: list[str]
+    ) -> Upload:
+        where = f"controls.{number}"
+        if not isinstance(control.get("image_url"), str) or not control["image_url"]:
+            problems.append(f"{where}.image_url: the address of an image is needed")
+        strength = control.get("strength", 1.0)
+        if isinstance(strength, bool) or not isinstance(strength, int | float):
+            problems.append(f"{where}.strength: must be a number from 0 to 1")
+            strength = 1.0
+        kind = control.get("kind")
+        if kind is not None and slot.kind is not None and kind != slot.kind:
+            problems.append(f"{where}.kind: template {self.template_id!r} takes {slot.kind!r} here, not {kind!r}")
+        if slot.strength is not None:
+            share = min(1.0, max(0.0, float(strength)))
+            span = slot.strength.at_1 - slot.strength.at_0
+            self.put(graph, slot.strength.inputs, round(slot.strength.at_0 + span * share, 6))
+        self._put_all(graph, slot.set)
+        node, name = self._split(slot.image)
+        return Upload(node=node, input=name, control=number)
+
+    def _put_all(self, graph: Graph, values: Mapping[str, Any]) -> None:
+        for ref, value in values.items():
+            self.put(graph, [ref], self._value("", ref, value))
+
+    def _value(self, where: str, ref: str, value: Any) -> Any:
+        """A manifest's value as the graph takes it: a link's node by its id. Raises TemplateProblem."""
+        if not isinstance(value, list):
+            return value
+        is_link = len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
+        if not is_link or isinstance(value[1], bool):
+            raise self._problem(f"{where}: {ref!r} must be a value or a link [node, output]")
+        return [self._node(f"{where}: {ref!r} links to {value[0]!r}", value[0]), value[1]]
+
+    def _check(self, where: str, ref: str) -> None:
+        node_id, name = self._split(ref, where)
+        if name not in self.graph[node_id]["inputs"]:
+            has = ", ".join(sorted(self.graph[node_id]["inputs"])) or "none"
+            raise self._problem(f"{where}: node {ref.rpartition('.')[0]!r} has no input {name!r}; it has {has}")
+
+    def _split(self, ref: str, where: str = "") -> tuple[str, str]:
+        node, _, name = ref.rpartition(".")
+        return self._node(f"{where}: {ref!r}", node), name
+
+    def _node(self, where: str, name: str) -> str:
+        found = self._nodes.get(name, [])
+        if len(found) == 1:
+            return found[0]
+        why = "is not in the graph" if not found else "is the title of several nodes: use an id"
+        raise self._problem(f"{where}: node {name!r} {why}")
+
+    def _problem(self, what: str) -> TemplateProblem:
+        return TemplateProblem(f"template {self.template_id!r}: {what}")
+
+
+class TemplateLibrary:
+    """All templates of a bridge, by id."""
+
+    def __init__(self, templates: Iterable[Template]) -> None:
+        self._templates: dict[str, Template] = {}
+        for template in templates:
+            if template.template_id in self._templates:
+                raise TemplateProblem(f"template {template.template_id!r}: two folders have this template_id")
+            self._templates[template.template_id] = template
+
+    def get(self, template_id: str, scene: Scene) -> Template | None:
+        found = self._templates.get(template_id)
+        return found if found is not None and found.manifest.scene is scene else None
+
+    def __iter__(self) -> Any:
+        return iter(self._templates.values())
+
+    def of_pools(self, pools: Iterable[str]) -> list[Template]:
+        asked = set(pools)
+        return [template for template in self._templates.values() if template.manifest.pool in asked]
+
+    def of_scene(self, scene: Scene) -> list[Template]:
+        return [template for template in self._templates.values() if template.manifest.scene is scene]
+
+
+def load_library(*folders: Path) -> TemplateLibrary:
+    """Every template in these folders; one of a later folder takes the place of an earlier one's. TemplateProblem."""
+    found: dict[str, Template] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise TemplateProblem(f"{folder} is no folder of templates")
+        here: dict[str, Path] = {}
+        for path in sorted(folder.glob("*/manifest.toml")):
+            template = load_template(path.parent)
+            if template.template_id in here:
+                raise TemplateProblem(
+                    f"template {template.template_id!r}: both {here[template.template_id]} and {path.parent} name it"
+                )
+            here[template.template_id] = path.parent
+            found[template.template_id] = template
+    if not found:
+        raise TemplateProblem(f"no template in {', '.join(str(folder) for folder in folders)}")
+    return TemplateLibrary(found.values())
+
+
+def load_template(folder: Path) -> Template:
+    """Raises TemplateProblem."""
+    path = folder / "manifest.toml"
+    try:
+        manifest = Manifest.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise TemplateProblem(f"{path}: {error}") from None
+    except ValidationError as error:
+        raise TemplateProblem(f"{path}: {'; '.join(sentences_of(error))}") from None
+    return Template(manifest, read_graph(manifest.template_id, folder / manifest.graph))
+
+
+def read_graph(template_id: str, path: Path) -> Graph:
+    """A graph in API format. Raises TemplateProblem, for a graph as the editor saves it too."""
+    try:
+        graph = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TemplateProblem(f"template {template_id!r}: {path} cannot be read: {error}") from None
+    return checked_graph(template_id, graph)
+
+
+def checked_graph(template_id: str, graph: Any) -> Graph:
+    """Raises TemplateProblem where this is no graph in API format or a link leads nowhere."""
+    if isinstance(graph, dict) and isinstance(graph.get("nodes"), list) and "links" in graph:
+        raise TemplateProblem(
+            f"template {template_id!r}: the graph is in the editor's format (nodes and links). "
+            "Save it with Workflow → Export (API) in ComfyUI's menu."
+        )
+    if not isinstance(graph, dict) or not graph:
+        raise TemplateProblem(f"template {template_id!r}: the graph must be an object of nodes in API format")
+    for node_id, node in graph.items():
+        is_node = (
+            isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
+        )
+        if not is_node:
+            raise TemplateProblem(f"template {template_id!r}: node {node_id!r} has no class_type or no inputs")
+    for node_id, node in graph.items():
+        for name, value in node["inputs"].items():
+            if is_link(value) and value[0] not in graph:
+                raise TemplateProblem(
+                    f"template {template_id!r}: node {node_id!r}, input {name!r} links to {value[0]!r}, "
+                    "which is not in the graph"
+                )
+    return graph
+
+
+def is_link(value: Any) -> bool:
+    """Whether an input's value is the output of another node: `[id, number]`."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and isinstance(value[1], int)
+        and not isinstance(value[1], bool)
+    )
+
+
+def reachable(graph: Mapping[str, Any], from_nodes: Iterable[str]) -> set[str]:
+    """The nodes that these need, themselves among them."""
+    seen: set[str] = set()
+    open_nodes = [node for node in from_nodes if node in graph]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        links = (value[0] for value in graph[node]["inputs"].values() if is_link(value))
+        open_nodes.extend(link for link in links if link in graph)
+    return seen
+
+
+def _by_name(template_id: str, graph: Graph) -> dict[str, list[str]]:
+    """Id or title → ids. An id goes before a title that reads like it."""
+    names: dict[str, list[str]] = {}
+    for node_id, node in graph.items():
+        title = (node.get("_meta") or {}).get("title")
+        if isinstance(title, str):
+            names.setdefault(title, []).append(node_id)
+    names.update({node_id: [node_id] for node_id in graph})
+    return names
+
+
+def _extra_problem(extra: Extra, value: Any) -> str | None:
+    """What is wrong with an extra's value, or None."""
+    if isinstance(extra, BooleanExtra):
+        return None if isinstance(value, bool) else "must be true or false"
+    if isinstance(extra, NumberExtra):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = is_number and extra.minimum <= value <= extra.maximum
+        if not fits or (extra.type == "integer" and not isinstance(value, int)):
+            kind = "a whole number" if extra.type == "integer" else "a number"
+            return f"must be {kind} from {extra.minimum:g} to {extra.maximum:g}"
+        return None
+    if isinstance(extra, ChoiceExtra):
+        return None if value in extra.choices else f"must be one of {', '.join(extra.choices)}"
+    return None if _is_short(extra, value) else f"must be a text of at most {extra.max_length} characters"
+
+
+def _is_short(extra: TextExtra, value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= extra.max_length
+
+
+def _all_refs(manifest: Manifest) -> Iterable[tuple[str, list[str]]]:
+    """Where in the manifest → graph inputs that it names."""
+    inputs = manifest.inputs
+    seed = inputs.seed.inputs if isinstance(inputs.seed, SeedInput) else inputs.seed
+    yield from (
+        ("inputs.prompt", inputs.prompt),
+        ("inputs.negative_prompt", inputs.negative_prompt),
+        ("inputs.seed", seed),
+    )
+    for number, slot in enumerate(manifest.controls):
+        yield f"controls.{number}.image", [slot.image]
+        if slot.strength is not None:
+            yield f"controls.{number}.strength", slot.strength.inputs
+    for name, extra in manifest.extras.items():
+        if not isinstance(extra, BooleanExtra):
+            yield f"extras.{name}", extra.inputs
+    for number, model in enumerate(manifest.models):
+        yield f"models.{number}", [model.input]
+    if manifest.training is not None:
+        yield from _training_refs(manifest.training.inputs)
+        yield "training.base_model_input", [manifest.training.base_model_input]
+
+
+def _training_refs(inputs: TrainingInputs) -> Iterable[tuple[str, list[str]]]:
+    for name in ("folder", "steps", "batch_size", "learning_rate", "existing_lora", "lora_prefix"):
+        yield f"training.inputs.{name}", getattr(inputs, name)
+    for name, refs in inputs.hyperparameters.items():
+        yield f"training.inputs.hyperparameters.{name}", refs
+
+
+def _all_values(manifest: Manifest) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    for resolution, chosen in manifest.resolutions.items():
+        yield f"resolutions.{resolution}", chosen.set
+    settings: dict[str, Setting] = {f"priorities.{name}": setting for name, setting in manifest.priorities.items()}
+    settings |= {f"extras.{name}": extra for name, extra in manifest.extras.items()}
+    for where, setting in settings.items():
+        yield where, setting.set
+    for number, slot in enumerate(manifest.controls):
+        yield f"controls.{number}", slot.set
