@@ -70,7 +70,15 @@ def create_app(
         await relay.close()
         await log_writer.close()
 
-    app = FastAPI(title="comfyui-temporal gateway", version="1", description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="comfyui-temporal gateway",
+        version="1",
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        # Those pages load scripts from elsewhere, on the origin where the live page keeps its token.
+        docs_url=None,
+        redoc_url=None,
+    )
     answer_with_problems(app)
     app.state.callbacks = receiver
     app.state.streams = hub

@@ -137,7 +137,7 @@ def of_http_exception(error: HTTPException) -> Problem:
     """What the framework itself refuses."""
     match error.status_code:
         case 404:
-            return Problem(ProblemCode.ROUTE_UNKNOWN, "There is no such route; /docs lists those that there are.")
+            return Problem(ProblemCode.ROUTE_UNKNOWN, "There is no such route; /openapi.json lists those there are.")
         case 405:
             return Problem(
                 ProblemCode.METHOD_NOT_ALLOWED, "This route does not take this method.", headers=error.headers

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Final
 
 from fastapi import APIRouter, Response
-from fastapi.responses import FileResponse
 
 from contracts.fields import OwnModel
 
@@ -51,27 +50,23 @@ class PageSettings(OwnModel):
 
 
 def page_routes(settings: PageSettings) -> APIRouter:
+    """The page's files are read here, once: they are small, and the same until the next start."""
     router = APIRouter(include_in_schema=False)
-
-    @router.get("/")
-    async def page() -> Response:
-        return _file("index.html")
 
     @router.get("/page/settings.json")
     async def page_settings() -> PageSettings:
         return settings
 
-    for name in FILES:
-        router.add_api_route(f"/page/{name}", _route_of(name))
+    for name, media_type in FILES.items():
+        route = _route_of((FOLDER / name).read_bytes(), media_type)
+        router.add_api_route(f"/page/{name}", route)
+        if name == "index.html":
+            router.add_api_route("/", route)
     return router
 
 
-def _route_of(name: str) -> Callable[[], Awaitable[Response]]:
+def _route_of(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
     async def file() -> Response:
-        return _file(name)
+        return Response(content, headers={**HEADERS, "Content-Type": media_type})
 
     return file
-
-
-def _file(name: str) -> Response:
-    return FileResponse(FOLDER / name, media_type=FILES[name], headers=HEADERS)

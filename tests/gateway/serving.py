@@ -34,7 +34,7 @@ from gateway.tokens import CallerTokens, SharedSecret, StreamTokens
 from store import TaskStore
 from tests.conftest import unique
 
-TOKEN_SECRET = "a secret of these tests, longer than 32 bytes"
+TOKEN_SECRET = "a secret of these tests, longer than the 64 bytes that HS512 wants of one"
 ISSUER = "tests"
 AUDIENCE = "gateway-tests"
 
