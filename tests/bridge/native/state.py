@@ -1,0 +1,131 @@
+"""One stand-in server's whole state, and what `POST /prompt` does."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Final
+
+from tests.bridge.native.definitions import Definitions
+from tests.bridge.native.drawing import Saving
+from tests.bridge.native.executor import Executor
+from tests.bridge.native.prompt_queue import Item, Json, PromptQueue
+from tests.bridge.native.sockets import Sockets
+from tests.bridge.native.traps import Traps
+from tests.bridge.native.validation import validate
+
+_UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_NO_PROMPT: Final = {
+    "type": "no_prompt",
+    "message": "No prompt provided",
+    "details": "No prompt provided",
+    "extra_info": {},
+}
+_BAD_ID: Final = {
+    "type": "invalid_prompt_id",
+    "message": "prompt_id must be a canonical UUID",
+    "details": "",
+    "extra_info": {},
+}
+
+
+class Native:
+    """One server's whole state. Nothing of it but the files in `folder` outlives the process."""
+
+    def __init__(self, folder: Path, traps: Traps) -> None:
+        self.traps = traps
+        self.saving = Saving(folder)
+        self.definitions = Definitions(folder)
+        self.sockets = Sockets(lambda: self.traps)
+        self.messages: asyncio.Queue[tuple[str, Any, str | None]] = asyncio.Queue()
+        self.queue = PromptQueue(lambda: self.say("status", {"status": self.status()}, None))
+        self.executor = Executor(
+            self.queue, self.saving, self.say, lambda: self.traps, is_output=self.definitions.is_output
+        )
+        self.submissions: list[str] = []
+        """The prompt id of every `/prompt` that was acted upon."""
+        self.requests: list[Json] = []
+        self.number = 0
+        self.answers = asyncio.Event()
+        """Cleared while requests hang."""
+        self.set(self.traps)
+
+    def set(self, traps: Traps) -> None:
+        """Other traps from now on; requests that hang go on where they may."""
+        self.traps = traps
+        if traps.hang:
+            self.answers.clear()
+        else:
+            self.answers.set()
+
+    def forget(self) -> None:
+        """What a restart does to queue, history and cache, while the process goes on."""
+        self.queue.wipe()
+        self.queue.history.clear()
+        self.executor.drop()
+
+    def say(self, event: str, data: Any, client_id: str | None) -> None:
+        self.messages.put_nowait((event, data, client_id))
+
+    def status(self) -> Json:
+        return {"exec_info": {"queue_remaining": self.queue.remaining}}
+
+    async def publish(self) -> None:
+        """Send what was said, in its order."""
+        while True:
+            event, data, client_id = await self.messages.get()
+            if event == "preview":
+                image, metadata = data
+                await self.sockets.send_preview(image, metadata, client_id)
+            else:
+                await self.sockets.send(event, data, client_id)
+
+    def executing(self, client_id: str) -> str | None:
+        return self.executor.node if self.executor.client_id == client_id else None
+
+    def submit(self, said: Json) -> tuple[int, Json]:
+        """What `POST /prompt` does: HTTP status and answer."""
+        number = float(said["number"]) if "number" in said else self._next_number(front=bool(said.get("front")))
+        if "prompt" not in said:
+            return 400, {"error": _NO_PROMPT, "node_errors": {}}
+        prompt_id = str(said.get("prompt_id", uuid.uuid4()))
+        if self.traps.strict_prompt_ids and not _UUID.fullmatch(prompt_id):
+            return 400, {"error": _BAD_ID, "node_errors": {}}
+        verdict = validate(
+            said["prompt"],
+            lambda kind: self.definitions.of(kind, self.traps.models) if self.definitions.known(kind) else None,
+            self.saving.has_input,
+            said.get("partial_execution_targets"),
+        )
+        if verdict.error is not None:
+            return 400, {"error": verdict.error, "node_errors": verdict.node_errors}
+        extra = dict(said.get("extra_data", {}))
+        if "client_id" in said:
+            extra["client_id"] = said["client_id"]
+        extra["create_time"] = int(time.time() * 1000)
+        item: Item = (number, prompt_id, said["prompt"], extra, verdict.outputs)
+        self.queue.put(item)
+        self.submissions.append(prompt_id)
+        errors: Any = verdict.node_errors or ([] if self.traps.node_errors_as_list else {})
+        if self.traps.node_errors_on_200:
+            errors = _another_output(verdict.outputs)
+        return 200, {"prompt_id": prompt_id, "number": number, "node_errors": errors}
+
+    def _next_number(self, *, front: bool) -> float:
+        number = -self.number if front else self.number
+        self.number += 1
+        return number
+
+
+def _another_output(outputs: list[str]) -> Json:
+    wrong = {
+        "type": "required_input_missing",
+        "message": "Required input is missing",
+        "details": "images",
+        "extra_info": {"input_name": "images"},
+    }
+    bad = max(outputs) + "9"
+    return {bad: {"errors": [wrong], "dependent_outputs": [bad], "class_type": "SaveImage"}}

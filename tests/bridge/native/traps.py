@@ -1,0 +1,71 @@
+"""What can go wrong with a ComfyUI server, each a switch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Lost = Literal["before", "after"]
+
+
+class Traps(BaseModel):
+    """All switches. Some traps need none, for ComfyUI always has them and so has this server:
+
+    a duplicate prompt id runs twice · events go to the submitting client id alone, to everyone without one · a socket
+    that reconnects under a client id goes deaf when the old one closes · `queue_pending` is a heap ·
+    `execution_success` comes before the history entry · a pending prompt that is deleted leaves no trace · a restart
+    empties queue and history · uploads of other bytes under a known name are renamed · `node_errors` on 200 where one
+    of two outputs is bad · `PreviewImage` gives files of type `temp` · an `/interrupt` without id stops whatever runs.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    step_seconds: float = 0.005
+    """What each step of a sampling or training node takes."""
+    node_seconds: float = 0.005
+    """What any other node takes."""
+    hold: bool = False
+    """Nothing moves on while this is set; an interrupt is obeyed. For tests that need a prompt to be running."""
+    stuck: bool = False
+    """As `hold`, but an interrupt is not obeyed: a call into a driver that never returns."""
+    worker_dead: bool = False
+    """The worker thread has died: HTTP lives, pending prompts stay pending. A running one keeps running for ever."""
+    silent_websocket: bool = False
+    """Sockets open and never say a word."""
+    websocket_refused: bool = False
+    hang: bool = False
+    """No HTTP request is answered until it is unset (admin's are)."""
+    answer_delay_seconds: float = 0.0
+    lose_prompt: dict[Lost, int] = {}
+    """How many `/prompt` requests are cut without an answer, before or after they were acted upon."""
+    broken_routes: dict[str, int] = {}
+    """Path without `/api` (or its beginning, with `*`) → HTTP status answered instead of acting."""
+    history_delay_seconds: float = 0.0
+    """Between `execution_success` and the history entry; the prompt is still `queue_running` meanwhile."""
+    history_limit: int = 10_000
+    empty_cached_outputs: bool = False
+    """A prompt whose outputs are all cached succeeds with empty `outputs` (before July 2026, seen for some clients)."""
+    extra_outputs: set[Literal["temp", "gifs", "audio", "text", "subfolder"]] = set()
+    """`SaveImage` also returns these kinds of files."""
+    node_errors_on_200: bool = False
+    """A prompt is queued although one of its outputs was refused, as if the graph had a second, bad output."""
+    node_errors_as_list: bool = False
+    """Servers before 0.3.44 say `[]` where there are none."""
+    jobs_api: Literal["none", "read", "cancel"] = "read"
+    """`/api/jobs`: none (before December 2025), read (0.8.0), with cancel (June 2026)."""
+    targeted_interrupt: bool = True
+    """False: a server before 0.3.56, whose `/interrupt` ignores `prompt_id` and stops whatever runs."""
+    interrupt_delay_seconds: float = 0.0
+    """Between `/interrupt`'s check that the prompt runs and the act, which hits whatever runs by then."""
+    strict_prompt_ids: bool = False
+    """Newer servers refuse a prompt id that is no canonical lower-case UUID."""
+    out_of_memory: int = 0
+    """How many prompts end with out of memory at their longest node."""
+    fail_nodes: dict[str, str] = {}
+    """Node class → message of the exception that it raises."""
+    models: dict[str, list[str]] = {}
+    """Folder → model files, e.g. `checkpoints`; what is not listed is refused as `value_not_in_list`."""
+    max_upload_bytes: int = 100 * 1024 * 1024
+    previews: bool = False
+    """Send a binary preview with each step."""
