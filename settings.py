@@ -109,6 +109,12 @@ class Settings(BaseSettings):
     continue_as_new_events: int = Field(default=2_000, ge=50)
     continue_as_new_signals: int = Field(default=5_000, ge=10)
 
+    # Reconciler
+    reconcile_every_seconds: float = Field(default=300, ge=1)
+    """How often tasks are looked for whose run is over while their row is open."""
+    reconcile_pause_seconds: float = Field(default=60, ge=0, le=3_600)
+    """How long such a row must have stood still, and how long its run is then found closed, before it is given back."""
+
     # Worker
     max_cached_workflows: int = Field(default=1_000, ge=0)
     max_workflow_tasks: int = Field(default=8, ge=2)

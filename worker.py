@@ -39,13 +39,15 @@ from contracts.policy import Policy
 from contracts.task_store import TaskClaim
 from contracts.tasks import SEARCH_ATTRIBUTES
 from logs import configure_logs
+from reconciler_schedule import ensure_reconciler
 from settings import Settings
 from store import TaskStore
+from workflows.give_back import GiveBackWorkflow
 from workflows.image_generation import ImageGenerationWorkflow
-from workflows.reconciler import GiveBackWorkflow
+from workflows.reconciler import ReconcileWorkflow
 from workflows.training import TrainingWorkflow
 
-WORKFLOWS: Final = (ImageGenerationWorkflow, TrainingWorkflow, GiveBackWorkflow)
+WORKFLOWS: Final = (ImageGenerationWorkflow, TrainingWorkflow, GiveBackWorkflow, ReconcileWorkflow)
 STICKY_SECONDS: Final = 2.5
 """How long a workflow waits for the worker that holds it: a killed one's work goes on that much later.
 
@@ -176,6 +178,14 @@ async def check_search_attributes(client: Client) -> None:
         )
 
 
+async def schedule_reconciler(client: Client, settings: Settings) -> None:
+    """Without its schedule tasks run all the same: what forbids it is logged, and `doctor` tells."""
+    try:
+        await ensure_reconciler(client, settings)
+    except RPCError as error:
+        log.warning("reconciler_not_scheduled", reason=error.message)
+
+
 def make_worker(client: Client, settings: Settings, activities: Sequence[Callable[..., Any]]) -> Worker:
     """The worker, by the design's table of defaults."""
     return Worker(
@@ -264,6 +274,7 @@ class HealthPage:
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Work until `stop` is set, then drain. Closes the worker before its clients (pitfall 30). Raises CannotStart."""
     client = await connect(settings)
+    await schedule_reconciler(client, settings)
     async with opened_activities(settings, client) as activities:
         worker = make_worker(client, settings, activities)
         page = HealthPage(client, worker, stop)

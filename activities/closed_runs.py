@@ -1,48 +1,46 @@
-"""What a run left that ended without its clean-up, read from its history: every intent stands there before its effect
-(design, decision 1)."""
+"""Runs that are over while their task's row is open: which they are, and what they left."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+import asyncio
+from datetime import timedelta
+from typing import Any, Final
 
-from pydantic import BaseModel, ValidationError
 from temporalio import activity
-from temporalio.api.enums.v1 import EventType as Happened
-from temporalio.api.history.v1 import HistoryEvent
-from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
+from temporalio.client import (
+    Client,
+    WorkflowExecutionDescription,
+    WorkflowExecutionStatus,
+    WorkflowHandle,
+    WorkflowHistoryEventFilterType,
+)
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from activities.comfyui import ComfyUIActivities
-from activities.credits import CreditsActivities
-from activities.datasets import DatasetActivities
-from contracts.calls import CallFor, JobCall, Post, SnapshotOrder
-from contracts.carried import AskedHold, AskedJob, CarriedRun, ImageRun, TrainingRun
-from contracts.comfyui import JobAccepted, JobRequest, Resolution, TaskPriority, TrainingAccepted, TrainingRequest
-from contracts.credits import MIN_HOLD_SECONDS, CancelHoldReply, CancelHoldRequest, HoldReply, PreDeductRequest
-from contracts.errors import Answer, FailureCode
+from activities.left_behind import HistoryReading, left_by_row
+from contracts.errors import FailureCode
 from contracts.give_back import GiveBackOrder, LeftBehind
+from contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen
 from contracts.task_store import TaskRow
-from contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW
 from store import StoreUnavailable, TaskStore
 
-Model = TypeVar("Model", bound=BaseModel)
-
 VANISHED: Final = "vanished"
-_RUNS: Final[dict[str, type[ImageRun] | type[TrainingRun]]] = {
-    IMAGE_WORKFLOW: ImageRun,
-    TRAINING_WORKFLOW: TrainingRun,
-}
+PAGE_SIZE: Final = 100
+LOOKS_AT_ONCE: Final = 10
+RPC_TIMEOUT: Final = timedelta(seconds=5)
 
 
-def _named(method: object) -> str:
-    return str(getattr(method, "__name__", ""))
+def is_namespace_missing(error: RPCError) -> bool:
+    """NOT_FOUND of the namespace, not of a run: we are set up wrong, and no run has vanished."""
+    return any("NamespaceNotFound" in detail.type_url for detail in error.grpc_status.details)
 
 
-def _number_in(key: str) -> int:
-    """`n` of an idempotency key `{task_id}:{step}:{n}`."""
-    return int(key.rpartition(":")[2])
+def _first_run_id(run: WorkflowExecutionDescription) -> str:
+    return run.raw_description.workflow_execution_info.first_run_id
+
+
+def _how(run: WorkflowExecutionDescription) -> str:
+    return run.status.name.lower() if run.status else VANISHED
 
 
 class ClosedRunActivities:
@@ -58,178 +56,92 @@ class ClosedRunActivities:
 
         `input_invalid`, not retried: there is no such task. `task_conflict`, not retried: its run is open.
         """
-        try:
-            row = await self._store.task(order.task_id)
-        except StoreUnavailable as failure:
-            raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
+        row = await self._row(order.task_id)
         if row is None:
             raise ApplicationError(
                 f"The task store has no task {order.task_id}.", type=FailureCode.INPUT_INVALID, non_retryable=True
             )
-        handle = self._client.get_workflow_handle(row.workflow_id)
-        try:
-            description = await handle.describe()
-        except RPCError as error:
-            if error.status is not RPCStatusCode.NOT_FOUND:
-                raise
-            return _by_row(row)
-        if description.status is WorkflowExecutionStatus.RUNNING:
+        run = await self._own_run(row)
+        if run is None:
+            return left_by_row(row, VANISHED)
+        if run.status is WorkflowExecutionStatus.RUNNING:
             raise ApplicationError(
                 f"Task {order.task_id} still runs: cancel it, it gives everything back itself.",
                 type=FailureCode.TASK_CONFLICT,
                 non_retryable=True,
             )
-        last_run = self._client.get_workflow_handle(row.workflow_id, run_id=description.run_id)
-        how = description.status.name.lower() if description.status else VANISHED
-        return await self._by_history(row, how, last_run)
+        return await self._by_history(row, _how(run), self._handle(row, run.run_id))
+
+    @activity.defn
+    async def closed_among_open(self, look: OpenTasksLook) -> OpenTasksSeen:
+        """Of one page of open rows, those whose run is over. Raises ApplicationError `internal`, retried."""
+        try:
+            page = await self._store.open_tasks(
+                quiet_for=timedelta(seconds=look.quiet_seconds), cursor=look.cursor, limit=PAGE_SIZE
+            )
+        except StoreUnavailable as failure:
+            raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
+        return OpenTasksSeen(closed=await self._closed_of(page.tasks), cursor=page.cursor)
+
+    @activity.defn
+    async def still_closed(self, found: list[ClosedRun]) -> list[ClosedRun]:
+        """Those whose row is open still, and whose run is over as it was. Raises as `closed_among_open`."""
+        rows = [row for closed in found if (row := await self._row(closed.task_id)) and row.ended_at is None]
+        return [closed for closed in await self._closed_of(rows) if closed in found]
+
+    async def _row(self, task_id: str) -> TaskRow | None:
+        try:
+            return await self._store.task(task_id)
+        except StoreUnavailable as failure:
+            raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
+
+    async def _closed_of(self, rows: list[TaskRow]) -> list[ClosedRun]:
+        side_by_side = asyncio.Semaphore(LOOKS_AT_ONCE)
+
+        async def look(row: TaskRow) -> ClosedRun | None:
+            async with side_by_side:
+                run = await self._own_run(row)
+            if run is None:
+                return ClosedRun(task_id=row.task_id, workflow_id=row.workflow_id, how=VANISHED)
+            if run.status is WorkflowExecutionStatus.RUNNING:
+                return None
+            return ClosedRun(task_id=row.task_id, workflow_id=row.workflow_id, run_id=run.run_id, how=_how(run))
+
+        found = await asyncio.gather(*(look(row) for row in rows))
+        return [closed for closed in found if closed is not None]
+
+    async def _own_run(self, row: TaskRow) -> WorkflowExecutionDescription | None:
+        """The last run of the chain that claimed the task; None where Temporal knows none.
+
+        Not simply the newest under its id: a second start under it ends `task_exists` and has begun nothing.
+        """
+        newest = await self._described(row, None)
+        if newest is None or _first_run_id(newest) == row.first_execution_run_id:
+            return newest
+        run = await self._described(row, row.first_execution_run_id)
+        while run is not None and run.status is WorkflowExecutionStatus.CONTINUED_AS_NEW:
+            run = await self._described(row, await self._continued_as(row, run.run_id))
+        return run
+
+    async def _described(self, row: TaskRow, run_id: str | None) -> WorkflowExecutionDescription | None:
+        try:
+            return await self._handle(row, run_id).describe(rpc_timeout=RPC_TIMEOUT)
+        except RPCError as error:
+            if error.status is not RPCStatusCode.NOT_FOUND or is_namespace_missing(error):
+                raise
+            return None
+
+    async def _continued_as(self, row: TaskRow, run_id: str) -> str:
+        last = WorkflowHistoryEventFilterType.CLOSE_EVENT
+        async for event in self._handle(row, run_id).fetch_history_events(event_filter_type=last):
+            return event.workflow_execution_continued_as_new_event_attributes.new_execution_run_id
+        raise AssertionError(f"run {run_id} was continued as new and has no last event")
+
+    def _handle(self, row: TaskRow, run_id: str | None) -> WorkflowHandle[Any, Any]:
+        return self._client.get_workflow_handle(row.workflow_id, run_id=run_id)
 
     async def _by_history(self, row: TaskRow, how: str, last_run: WorkflowHandle[Any, Any]) -> LeftBehind:
-        reading = _Reading(LeftBehind(row=row, how=how), self._client)
+        reading = HistoryReading(LeftBehind(row=row, how=how), self._client.data_converter)
         async for event in last_run.fetch_history_events():
             await reading.take(event)
         return reading.left
-
-
-class _Reading:
-    """One run's history, event by event. A continued run's first event carries what its forerunners left."""
-
-    def __init__(self, left: LeftBehind, client: Client) -> None:
-        self.left = left
-        self._client = client
-        self._asked: dict[int, tuple[str, Any]] = {}
-        """Scheduled event → the activity's name, and what was asked."""
-
-    async def take(self, event: HistoryEvent) -> None:
-        match event.event_type:
-            case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
-                started = event.workflow_execution_started_event_attributes
-                await self._take_carried(started.workflow_type.name, started.input.payloads)
-            case Happened.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
-                await self._take_call(event)
-            case Happened.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
-                completed = event.activity_task_completed_event_attributes
-                await self._take_answer(completed.scheduled_event_id, completed.result.payloads)
-
-    async def _take_carried(self, workflow_type: str, payloads: Any) -> None:
-        model = _RUNS.get(workflow_type)
-        run = None if model is None else await self._decoded(payloads, model)
-        carried: CarriedRun | None = None if run is None else run.carried
-        if run is None or carried is None:
-            return
-        self.left.holds, self.left.jobs = list(carried.hold.asked), list(carried.jobs)
-        if isinstance(run, TrainingRun) and carried.dataset.is_asked and not carried.dataset.is_deleted:
-            row = self.left.row
-            self.left.snapshot = SnapshotOrder(
-                call_for=CallFor(task_id=row.task_id, tenant_id=row.tenant_id, user_id=row.user_id, scene=row.scene),
-                **run.dataset.model_dump(),
-            )
-
-    async def _take_call(self, event: HistoryEvent) -> None:
-        scheduled = event.activity_task_scheduled_event_attributes
-        name, payloads = scheduled.activity_type.name, scheduled.input.payloads
-        at = event.event_time.ToDatetime(UTC)
-        asked: Any = None
-        if name == _named(ComfyUIActivities.submit_job):
-            asked = self._job(await self._decoded(payloads, Post[JobRequest]), at)
-        elif name == _named(ComfyUIActivities.create_training):
-            asked = self._job(await self._decoded(payloads, Post[TrainingRequest]), at)
-        elif name == _named(CreditsActivities.pre_deduct):
-            asked = self._hold(await self._decoded(payloads, Post[PreDeductRequest]), at)
-        elif name == _named(CreditsActivities.cancel_hold):
-            cancel = await self._decoded(payloads, Post[CancelHoldRequest])
-            asked = next((h for h in self.left.holds if cancel and h.pre_deduct_id == cancel.body.pre_deduct_id), None)
-        elif name in (_named(ComfyUIActivities.cancel_job), _named(ComfyUIActivities.cancel_training)):
-            call = await self._decoded(payloads, JobCall)
-            asked = next((job for job in self.left.jobs if call and job.job_id == call.job_id), None)
-        elif name == _named(DatasetActivities.snapshot):
-            self.left.snapshot = await self._decoded(payloads, SnapshotOrder)
-        elif name == _named(DatasetActivities.delete_snapshot):
-            asked = self.left.snapshot
-        self._asked[event.event_id] = (name, asked)
-
-    def _job(self, post: Post[Any] | None, at: datetime) -> AskedJob | None:
-        if post is None:
-            return None
-        known = next((job for job in self.left.jobs if job.key == post.key), None)
-        if known is None:
-            known = AskedJob(attempt=_number_in(post.key), key=post.key, request=post.body, asked_at=at)
-            self.left.jobs.append(known)
-        return known
-
-    def _hold(self, post: Post[PreDeductRequest] | None, at: datetime) -> AskedHold | None:
-        if post is None:
-            return None
-        n = _number_in(post.key)
-        known = next((hold for hold in self.left.holds if hold.n == n), None)
-        if known is None:
-            known = AskedHold(n=n, request=post.body, asked_at=at)
-            self.left.holds.append(known)
-        return known
-
-    async def _take_answer(self, scheduled_event_id: int, payloads: Any) -> None:
-        name, asked = self._asked.get(scheduled_event_id, ("", None))
-        if isinstance(asked, AskedHold) and name == _named(CreditsActivities.cancel_hold):
-            cancelled = await self._decoded(payloads, Answer[CancelHoldReply])
-            asked.resolved = cancelled is not None and cancelled.reply is not None
-        elif isinstance(asked, AskedHold):
-            held = await self._decoded(payloads, Answer[HoldReply])
-            if held is not None and held.reply is not None:
-                asked.pre_deduct_id, asked.amount = held.reply.pre_deduct_id, held.reply.frozen_amount
-            asked.refused = held is not None and held.refusal is not None and held.refusal.message != "unreadable"
-        elif isinstance(asked, AskedJob) and name == _named(ComfyUIActivities.submit_job):
-            submitted = await self._decoded(payloads, Answer[JobAccepted])
-            asked.job_id = submitted.reply.job_id if submitted and submitted.reply else None
-        elif isinstance(asked, AskedJob) and name == _named(ComfyUIActivities.create_training):
-            created = await self._decoded(payloads, Answer[TrainingAccepted])
-            asked.job_id = created.reply.training_id if created and created.reply else None
-        elif isinstance(asked, AskedJob):
-            asked.cancelled = True
-        elif isinstance(asked, SnapshotOrder):
-            self.left.snapshot = None
-
-    async def _decoded(self, payloads: Any, model: type[Model]) -> Model | None:
-        """The one value; None where it cannot be read: a call of that kind was never made by us."""
-        try:
-            [value] = await self._client.data_converter.decode(payloads, [model])
-        except (ApplicationError, ValidationError, ValueError, RuntimeError):
-            return None
-        return value if isinstance(value, model) else None
-
-
-def _by_row(row: TaskRow) -> LeftBehind:
-    """The run is gone from Temporal: what the row knows. These requests are never sent: their ids are known."""
-    holds = [
-        AskedHold(
-            n=n,
-            request=PreDeductRequest(
-                task_id=row.task_id,
-                template_id=row.template_id,
-                tenant_id=row.tenant_id,
-                user_id=row.user_id,
-                scene=row.scene,
-                estimated_cost=row.credits.held,
-                expire_in=MIN_HOLD_SECONDS,
-            ),
-            asked_at=row.created_at,
-            pre_deduct_id=pre_deduct_id,
-            amount=row.credits.held,
-        )
-        for n, pre_deduct_id in enumerate(row.credits.pre_deduct_ids, start=1)
-    ]
-    left = LeftBehind(row=row, how=VANISHED, holds=holds)
-    if row.job_id is not None:
-        request = JobRequest(
-            task_id=row.task_id,
-            tenant_id=row.tenant_id,
-            user_id=row.user_id,
-            template_id=row.template_id,
-            prompt="",
-            resolution=Resolution.HD,
-            priority=TaskPriority.STANDARD,
-            callback_url="",
-        )
-        key = f"{row.task_id}:submit:{row.attempts}"
-        left.jobs = [
-            AskedJob(attempt=row.attempts, key=key, request=request, asked_at=row.created_at, job_id=row.job_id)
-        ]
-    return left

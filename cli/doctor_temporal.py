@@ -13,7 +13,9 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from cli.checks import Finding, note, ok, wrong
 from cli.connection import RPC_TIMEOUT, Connection
+from contracts.reconcile import reconcile_id_of
 from contracts.tasks import SEARCH_ATTRIBUTES
+from reconciler_schedule import standing_reconciler
 
 LEAST_RETENTION: Final = timedelta(days=30)
 """As long as idempotency keys live: a shorter one would let a finished task id be started, and paid, again."""
@@ -30,7 +32,12 @@ async def check_temporal(connection: Connection) -> list[Finding]:
         if error.status is not RPCStatusCode.NOT_FOUND:
             advice = "Check the credentials (TEMPORAL_API_KEY, TLS) and that they may read this namespace."
         return [*findings, wrong("namespace", f"{server.namespace!r}: {error.message}", advice)]
-    return [*findings, await _search_attributes(connection), await _workers(connection)]
+    return [
+        *findings,
+        await _search_attributes(connection),
+        await _workers(connection),
+        await _reconciler(connection),
+    ]
 
 
 async def _retention(connection: Connection) -> Finding:
@@ -96,3 +103,21 @@ async def _workers(connection: Connection) -> Finding:
             "Start one with `python worker.py`, with the same server, namespace and COMFYUI_TEMPORAL_TASK_QUEUE.",
         )
     return ok("worker", f"{max(pollers.values())} polling task queue {queue!r}")
+
+
+async def _reconciler(connection: Connection) -> Finding:
+    queue = connection.task_queue
+    try:
+        standing = await standing_reconciler(connection.client, queue)
+    except RPCError as error:
+        return note("reconciler", f"its schedule cannot be read: {error.message}")
+    if standing is None:
+        return note(
+            "reconciler",
+            f"there is no schedule {reconcile_id_of(queue)!r}: what a terminated run left is not given back",
+            "A worker makes it at its start, where it may: start one, or let it create schedules in this namespace.",
+        )
+    every = standing.schedule.spec.intervals[0].every if standing.schedule.spec.intervals else None
+    if standing.schedule.state.paused:
+        return note("reconciler", "its schedule is paused", f"temporal schedule toggle --unpause -s {standing.id}")
+    return ok("reconciler", f"looks every {every} for tasks whose run is over")

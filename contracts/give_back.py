@@ -6,8 +6,9 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from contracts.calls import SnapshotOrder
+from contracts.calls import Post, SnapshotOrder
 from contracts.carried import AskedHold, AskedJob
+from contracts.credits import ChargeRequest
 from contracts.fields import CallerId, CallerModel, CallerText, OwnModel
 from contracts.task_store import TaskRow
 from contracts.tasks import CreditsSummary
@@ -36,6 +37,8 @@ class LeftBehind(OwnModel):
     """How the run ended: `terminated`, `timed_out`, `failed`, `vanished` …"""
     holds: list[AskedHold] = []
     jobs: list[AskedJob] = []
+    charges: list[Post[ChargeRequest]] = []
+    """Asked for after delivery, where the hold had ended."""
     snapshot: SnapshotOrder | None = None
 
 

@@ -25,4 +25,6 @@ def paced_settings(speed: float) -> dict[str, str]:
         "TRAINING_POLL_AFTER_SECONDS": "6",
         "TRAINING_POLL_AT_MOST_SECONDS": "24",
         "RETRY_AFTER_SECONDS": "3,6,12",
+        "RECONCILE_EVERY_SECONDS": "15",
+        "RECONCILE_PAUSE_SECONDS": "5",
     }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Row, select, tuple_
+from sqlalchemy import Row, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contracts.permissions import Scene
@@ -53,6 +53,21 @@ async def task_list(
         statement = statement.where(tasks.c.scene == scene)
     if after is not None:
         statement = statement.where(tuple_(tasks.c.created_at, tasks.c.task_id) < tuple_(*after))
+    return [_task_row(row) for row in await connection.execute(statement)]
+
+
+async def open_tasks(
+    connection: AsyncConnection, *, quiet_for: timedelta, after: tuple[datetime, str] | None, limit: int
+) -> list[TaskRow]:
+    """Tasks without an end that were not written to for a while; oldest first, `after` as in `task_list`."""
+    statement = (
+        select(tasks)
+        .where(tasks.c.ended_at.is_(None), tasks.c.updated_at <= func.now() - quiet_for)
+        .order_by(tasks.c.created_at, tasks.c.task_id)
+        .limit(limit)
+    )
+    if after is not None:
+        statement = statement.where(tuple_(tasks.c.created_at, tasks.c.task_id) > tuple_(*after))
     return [_task_row(row) for row in await connection.execute(statement)]
 
 

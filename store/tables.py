@@ -94,6 +94,7 @@ tasks = Table(
         "tasks_of_tenant_by_scene_and_status",
         *("tenant_id", "scene", "status", text("created_at DESC"), text("task_id DESC")),
     ),
+    Index("tasks_open", "created_at", "task_id", postgresql_where=text("ended_at IS NULL")),
     Index("tasks_by_end", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
     Index("tasks_queued", "priority", postgresql_where=text("status = 'queued'")),
     comment="One row a task; job_sequences: the newest sequence written of each job.",

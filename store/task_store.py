@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 from contracts.fields import OwnModel
@@ -21,7 +21,7 @@ MAX_PAGE: Final = 1_000
 
 
 class TaskPage(OwnModel):
-    """Tasks, newest first; `cursor` leads to the next page, None at the end."""
+    """Tasks in order; `cursor` leads to the next page, None at the end."""
 
     tasks: list[TaskRow]
     cursor: str | None = None
@@ -101,9 +101,20 @@ class TaskStore:
             ),
             doing="listing tasks",
         )
-        page = rows[:limit]
-        has_more = len(rows) > limit
-        return TaskPage(tasks=page, cursor=list_cursor(page[-1].created_at, page[-1].task_id) if has_more else None)
+        return _page(rows, limit)
+
+    async def open_tasks(self, *, quiet_for: timedelta, cursor: str | None = None, limit: int = 50) -> TaskPage:
+        """One page of the tasks that have not ended and that nothing was written to for a while; oldest first.
+
+        Raises CursorInvalid.
+        """
+        limit = _bounded(limit)
+        place = None if cursor is None else place_of_cursor(cursor)
+        rows = await self._database.read(
+            lambda connection: reads.open_tasks(connection, quiet_for=quiet_for, after=place, limit=limit + 1),
+            doing="listing open tasks",
+        )
+        return _page(rows, limit)
 
     async def events(self, task_id: str, *, after: str | None = None, limit: int = MAX_PAGE) -> list[TaskEvent]:
         """A task's events after a cursor, in order of `seq`. Raises CursorInvalid."""
@@ -176,6 +187,13 @@ class TaskStore:
     async def check(self) -> None:
         """Raises StoreUnavailable where PostgreSQL does not answer."""
         await self._database.read(lambda connection: connection.execute(upkeep.ALIVE), doing="checking that it answers")
+
+
+def _page(rows: list[TaskRow], limit: int) -> TaskPage:
+    """A page of rows that were read with one more than it may hold."""
+    page = rows[:limit]
+    has_more = len(rows) > limit
+    return TaskPage(tasks=page, cursor=list_cursor(page[-1].created_at, page[-1].task_id) if has_more else None)
 
 
 def _bounded(limit: int) -> int:

@@ -30,7 +30,7 @@ SECRET = "0123456789abcdef0123456789abcdef"
 CALLS = {
     *("submit_job", "get_job", "cancel_job", "create_training", "start_training", "get_training", "cancel_training"),
     *("list_gpus", "estimate", "pre_deduct", "commit", "cancel_hold", "charge", "ledger"),
-    *("snapshot", "delete_snapshot", "claim", "write", "left_behind"),
+    *("snapshot", "delete_snapshot", "claim", "write", "left_behind", "closed_among_open", "still_closed"),
 }
 NO_DATABASE = "postgresql://nobody:nothing@127.0.0.1:9/nowhere"
 

@@ -1,195 +1,84 @@
-"""Gives back what a run left that ended without its own clean-up: terminated, timed out, or vanished (pitfall 7).
+"""Finds the tasks whose run is over while their row is open, and has each given back (design, "Never untrue" 8).
 
-The task's row and the run's history say what was begun; the same parts that a task's own undo is made of give it back.
-Where the hold turns out to be committed, the task had been delivered: it is completed, and nothing is taken back.
+Started by a schedule. A run is taken for over when it is found so twice, a pause apart: a call in flight when it was
+terminated has landed by then, and a row that a last write reaches late is not called a lost one.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Final
+from typing import Final
 
 from temporalio import workflow
-from temporalio.common import RetryPolicy
-from temporalio.exceptions import FailureError
+from temporalio.common import RetryPolicy, WorkflowIDReusePolicy
+from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from activities.closed_runs import ClosedRunActivities
-from activities.datasets import DatasetActivities
-from activities.task_store import TaskStoreActivities
-from contracts.calls import JobCall
-from contracts.carried import AskedJob, ClockState, HoldState, JobNews, RecordState
-from contracts.errors import Answer, FailureCode
-from contracts.give_back import GiveBackOrder, GiveBackResult, LeftBehind, give_back_id_of
-from contracts.permissions import Scene
-from contracts.prices import DEFAULT_ETA_MINUTES
-from contracts.task_store import TaskRow, TaskState, TaskWrite
-from contracts.tasks import DatasetSource, EventType, Hyperparameters, ImageTask, TaskStatus, TrainingTask
-from workflows.alarm import Alarm
-from workflows.attempts import Attempts
-from workflows.credit_hold import CreditHold
-from workflows.failures import TaskFailed
-from workflows.guards import input_invalid
-from workflows.job_clock import JobClock
-from workflows.job_routes import IMAGE_ROUTES, TRAINING_ROUTES
-from workflows.outside_call import OutsideCall, TaskFor
-from workflows.stop import Stop
-from workflows.task_record import TaskRecord
-from workflows.undo import Undo
+from contracts.give_back import GiveBackOrder, give_back_id_of
+from contracts.reconcile import ClosedRun, OpenTasksLook, ReconcileOrder, ReconcileResult
+from workflows.give_back import GiveBackWorkflow
 
 LOOK_TIMEOUT: Final = timedelta(minutes=1)
 LOOK_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
-DELETE_TIMEOUT: Final = timedelta(minutes=10)
-
-
-class HandCall(OutsideCall):
-    """Calls made by hand: with the rollback scope, and under keys that the run itself never used with another body."""
-
-    def __init__(self, task: TaskFor, stop: Stop) -> None:
-        super().__init__(task, stop)
-        self.call_for = self.call_for.model_copy(update={"is_rollback": True})
-
-    def key(self, step: str, n: int) -> str:
-        return super().key("give_back" if step == "cancel" else step, n)
-
-
-class LeftRecord(TaskRecord):
-    """The record of a task whose run is over, written in the name of the run that claimed it."""
-
-    def __init__(self, task: ImageTask | TrainingTask, outside: OutsideCall, row: TaskRow) -> None:
-        state = TaskState.model_validate(row.model_dump(include=set(TaskState.model_fields)))
-        super().__init__(task, outside, RecordState(state=state, written_status=row.status, written_stage=row.stage))
-        self._claimant = row.first_execution_run_id
-
-    async def _write_batch(self) -> None:
-        carried = self.carry()
-        facts, exceptions = list(carried.unwritten), list(carried.exceptions)
-        self._in_flight = len(facts)
-        write = TaskWrite(
-            task_id=self._task.task_id,
-            first_execution_run_id=self._claimant,
-            state=self.state.model_copy(deep=True),
-            facts=facts,
-            exceptions=exceptions,
-        )
-        try:
-            await self._outside.noted(TaskStoreActivities.write, write, summary="6 tell")
-        except FailureError as error:
-            workflow.logger.error("The task store refused %d facts: %s", len(facts), error)
-        del carried.unwritten[: len(facts)], carried.exceptions[: len(exceptions)]
-        self._in_flight = 0
-
-
-class LeftTask:
-    """One task whose run is over: what it began is undone, then its end is told."""
-
-    def __init__(self, left: LeftBehind, reason: str) -> None:
-        self._left = left
-        self._reason = reason
-        task = _stand_in(left.row)
-        self._routes = IMAGE_ROUTES if isinstance(task, ImageTask) else TRAINING_ROUTES
-        self._stop = Stop()
-        self._outside = OutsideCall(task, self._stop)
-        by_hand = HandCall(task, self._stop)
-        self._record = LeftRecord(task, self._outside, left.row)
-        clock = JobClock(self._record, ClockState(), default_eta_minutes=DEFAULT_ETA_MINUTES[task.scene][task.priority])
-        holds = HoldState(asked=left.holds, estimated=left.row.credits.estimated)
-        self._hold = CreditHold(task, by_hand, self._record, workflow.now, holds)
-        self._attempts = Attempts(self._routes, self._outside, self._record, clock, self._stop, Alarm(), left.jobs)
-        self._undo = Undo()
-        self._undo.push("cancel job", self._attempts.cancel_all)
-        self._undo.push("cancel hold", self._hold.give_back)
-
-    async def given_back(self) -> GiveBackResult:
-        """A cancellation is noted and not obeyed: a give-back is an undo."""
-        return await self._stop.uninterrupted(self._walk(), self._record.write_facts())
-
-    async def _walk(self) -> GiveBackResult:
-        self._stop.close()
-        self._record.waits_for("job and credits to be given back", None)
-        await self._undo.all(self._reason or "its run ended without its own clean-up")
-        await self._delete_snapshot()
-        self._record.state.credits = self._hold.summary()
-        if self._hold.state.charged:
-            await self._tell_completed()
-        else:
-            self._record.failed(TaskFailed(FailureCode.INTERNAL, self._sentence()))
-        await self._record.all_written()
-        return GiveBackResult(
-            task_id=self._left.row.task_id,
-            outcome="already_charged" if self._hold.state.charged else "given_back",
-            credits=self._record.state.credits,
-        )
-
-    def _sentence(self) -> str:
-        said = f" ({self._reason})" if self._reason else ""
-        return (
-            f"The task's run ended without its own clean-up ({self._left.how}); job and credits were given back{said}."
-        )
-
-    async def _delete_snapshot(self) -> None:
-        if self._left.snapshot is not None:
-            await self._outside.visible(
-                DatasetActivities.delete_snapshot,
-                self._left.snapshot,
-                summary="5 delete snapshot",
-                attempt_timeout=DELETE_TIMEOUT,
-            )
-
-    async def _tell_completed(self) -> None:
-        """It was charged, so it was delivered: what was made is handed out."""
-        state = self._record.state
-        delivered = await self._delivered()
-        if delivered is not None:
-            state.result_urls, state.output = delivered.result_urls, delivered.output
-        state.error, state.progress = None, 100.0
-        self._record.end(
-            TaskStatus.COMPLETED, EventType.COMPLETED, result_urls=state.result_urls or None, output=state.output
-        )
-
-    async def _delivered(self) -> JobNews | None:
-        for job in reversed(self._left.jobs):
-            news = await self._asked(job)
-            if news is not None and news.succeeded:
-                return news
-        return None
-
-    async def _asked(self, job: AskedJob) -> JobNews | None:
-        if job.job_id is None:
-            return None
-        call = JobCall(call_for=self._outside.call_for, job_id=job.job_id)
-        answer: Answer[Any] | None = await self._outside.until_answered(self._routes.get, call, summary="4 poll")
-        return self._routes.news_of_state(answer.reply) if answer is not None and answer.reply is not None else None
+MAX_PAGES: Final = 20
+MAX_CLOSED: Final = 200
+"""Of one run: what is more waits for the run that it continues as."""
+REASON: Final = "found by the reconciler"
 
 
 @workflow.defn
-class GiveBackWorkflow:
-    """Gives back one task; started by hand (contract §7 rollback), or by who finds it."""
+class ReconcileWorkflow:
+    """One pass over the open rows."""
 
     @workflow.run
-    async def run(self, order: GiveBackOrder) -> GiveBackResult:
-        if workflow.info().workflow_id != give_back_id_of(order.task_id):
-            raise input_invalid("task_id: the workflow id must be 'give-back-' followed by it")
-        left = await workflow.execute_activity_method(
-            ClosedRunActivities.left_behind,
-            order,
-            start_to_close_timeout=LOOK_TIMEOUT,
-            retry_policy=LOOK_RETRY,
-            summary="0 what was left",
-        )
-        row = left.row
-        if row.ended_at is not None:  # it told its end itself, and does that after its clean-up only
-            outcome = "already_charged" if row.credits.charged else "nothing_held"
-            return GiveBackResult(task_id=row.task_id, outcome=outcome, credits=row.credits)
-        return await LeftTask(left, order.reason).given_back()
+    async def run(self, order: ReconcileOrder) -> ReconcileResult:
+        closed, cursor = await self._found_closed(order)
+        if closed:
+            summary = f"look again at {len(closed)} closed runs"
+            await workflow.sleep(timedelta(seconds=order.pause_seconds), summary=summary)
+            closed = await workflow.execute_activity_method(
+                ClosedRunActivities.still_closed,
+                closed,
+                start_to_close_timeout=LOOK_TIMEOUT,
+                retry_policy=LOOK_RETRY,
+                summary="2 look again",
+            )
+        for task in closed:
+            await self._begin_give_back(task)
+        given_back = order.given_back + len(closed)
+        if cursor is not None:
+            workflow.continue_as_new(order.model_copy(update={"cursor": cursor, "given_back": given_back}))
+        return ReconcileResult(given_back=given_back, task_ids=[task.task_id for task in closed])
 
+    async def _found_closed(self, order: ReconcileOrder) -> tuple[list[ClosedRun], str | None]:
+        """Some pages' worth, and where the next run goes on."""
+        closed: list[ClosedRun] = []
+        cursor = order.cursor
+        for _ in range(MAX_PAGES):
+            seen = await workflow.execute_activity_method(
+                ClosedRunActivities.closed_among_open,
+                OpenTasksLook(quiet_seconds=order.pause_seconds, cursor=cursor),
+                start_to_close_timeout=LOOK_TIMEOUT,
+                retry_policy=LOOK_RETRY,
+                summary="1 open rows whose run is closed",
+            )
+            closed += seen.closed
+            cursor = seen.cursor
+            if cursor is None or len(closed) >= MAX_CLOSED:
+                break
+        return closed, cursor
 
-def _stand_in(row: TaskRow) -> ImageTask | TrainingTask:
-    """The task by its row: whom calls are made for. What it was to make is no longer known, nor needed."""
-    known: dict[str, Any] = row.model_dump(include={"task_id", "tenant_id", "user_id", "template_id", "priority"})
-    if row.scene is Scene.IMAGE_GENERATE:
-        return ImageTask(prompt="", **known)
-    return TrainingTask(
-        dataset=DatasetSource(dataset_id="unknown", source_uri="unknown"),
-        hyperparameters=Hyperparameters(epochs=1, batch_size=1, learning_rate=1.0),
-        **known,
-    )
+    async def _begin_give_back(self, task: ClosedRun) -> None:
+        """Started and left to itself: one that takes long holds up none of the others."""
+        try:
+            await workflow.start_child_workflow(
+                GiveBackWorkflow.run,
+                GiveBackOrder(task_id=task.task_id, reason=REASON),
+                id=give_back_id_of(task.task_id),
+                parent_close_policy=workflow.ParentClosePolicy.ABANDON,
+                # Giving back twice is giving back once: a second one finds the task ended.
+                id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+                static_summary=f"give back {task.task_id}, whose run is {task.how}",
+            )
+        except WorkflowAlreadyStartedError:
+            workflow.logger.info("%s is being given back already", task.task_id)

@@ -14,6 +14,9 @@ from temporalio.testing import WorkflowEnvironment
 
 from cli.checks import Finding, Verdict
 from cli.connection import Connection
+from contracts.reconcile import reconcile_id_of
+from reconciler_schedule import ensure_reconciler
+from settings import Settings
 from simulators.serving import TEST_TOKEN_SECRET, Simulators, running_simulators
 from tests.cli.conftest import Ended, run_command
 from tests.conftest import unique
@@ -60,10 +63,25 @@ async def test_only_the_short_retention_of_this_server_is_wrong(opened: Connecti
     assert ended.exit_code == 1
     assert "--retention 30d" in findings["namespace"].advice
     assert "8 exist" in findings["search attributes"].says
+    assert findings["reconciler"].verdict is Verdict.NOTE, "no worker of this queue has made its schedule"
     assert findings["ComfyUI: POST /comfyui/v1/jobs/{job_id}/cancel"].says == "offered"
     admin = simulators.admin
     assert await admin.comfyui.jobs() == []
     assert await admin.credits.holds() == []
+
+
+async def test_the_reconcilers_schedule_is_told_of(opened: Connection, simulators: Simulators) -> None:
+    settings = Settings(_env_file=None, task_queue=opened.task_queue)
+    await ensure_reconciler(opened.client, settings)
+    schedule = opened.client.get_schedule_handle(reconcile_id_of(opened.task_queue))
+    try:
+        _, findings = await examined(opened, simulators)
+        assert findings["reconciler"].says == "looks every 0:05:00 for tasks whose run is over"
+        await schedule.pause()
+        _, findings = await examined(opened, simulators)
+        assert f"--unpause -s {schedule.id}" in findings["reconciler"].advice
+    finally:
+        await schedule.delete()
 
 
 async def test_a_namespace_without_search_attributes_and_worker_is_told_how_to_get_them(

@@ -11,7 +11,7 @@ from contracts.permissions import Scene
 from contracts.task_store import TrainingLogWrite
 from contracts.tasks import TaskStatus
 from store import CursorInvalid, TaskStore, TaskUnknown
-from tests.conftest import unique
+from tests.conftest import NewDatabase, unique
 from tests.store.facts import NOON, claim_of, end, fact, new_task_id, write_of
 
 
@@ -40,6 +40,24 @@ async def test_a_list_is_newest_first_filtered_and_goes_on_at_its_cursor(task_st
     assert [task.task_id for task in completed.tasks] == [ids[1]]
     trainings = await task_store.tasks(tenant_id=tenant, scene=Scene.MODEL_TRAIN)
     assert [task.task_id for task in trainings.tasks] == [ids[3]]
+
+
+async def test_open_tasks_are_oldest_first_quiet_and_go_on_at_their_cursor(new_database: NewDatabase) -> None:
+    store = TaskStore(await new_database())
+    ids = [new_task_id() for _ in range(4)]
+    for number, task_id in enumerate(ids):
+        await store.claim(claim_of(task_id, at=NOON + timedelta(seconds=number)))
+    await store.write(write_of(ids[1], end(), status=TaskStatus.COMPLETED))
+
+    first = await store.open_tasks(quiet_for=timedelta(0), limit=2)
+    rest = await store.open_tasks(quiet_for=timedelta(0), limit=2, cursor=first.cursor)
+    quiet = await store.open_tasks(quiet_for=timedelta(minutes=1), limit=2)
+    await store.close()
+
+    assert [task.task_id for task in first.tasks + rest.tasks] == [ids[0], ids[2], ids[3]]
+    assert rest.cursor is None
+    # A claim writes its own instant; only what is written later counts as now.
+    assert [task.task_id for task in quiet.tasks] == [ids[0], ids[2]]
 
 
 async def test_a_history_goes_on_after_the_cursor_of_any_event(task_store: TaskStore) -> None:

@@ -63,6 +63,27 @@ async def ended(platform: Platform, handle: Handle, *, exempt: Collection[str] =
     return ending
 
 
+async def ended_without_its_run(platform: Platform, task_id: str) -> Ending:
+    """The same assertion on a task whose run was terminated or vanished: its row tells how it ended."""
+    row = await platform.store.task(task_id)
+    assert row is not None and row.ended_at is not None, row
+    result = {
+        "credits": row.credits.model_dump(),
+        "result_urls": row.result_urls,
+        "output": row.output,
+    }
+    records = await platform.store.exceptions(task_id=task_id)
+    charged = await platform.simulators.admin.credits.charged(task_id)
+    code = row.error.code if row.error else None
+    events = await platform.store.events(task_id)
+    ending = Ending(row.status, code, result, events, charged, [record.code for record in records])
+    await _check_money(platform, task_id, ending, ())
+    await _check_jobs(platform, task_id, ())
+    _check_events(ending)
+    assert platform.snapshot_files(task_id) == []
+    return ending
+
+
 async def _how_it_ended(platform: Platform, handle: Handle) -> Ending:
     code: str | None = None
     try:

@@ -44,8 +44,9 @@ from simulators.serving import (
 from store import TaskStore
 from temporal_plugin import TasksPlugin
 from tests.conftest import unique
+from workflows.give_back import GiveBackWorkflow
 from workflows.image_generation import ImageGenerationWorkflow
-from workflows.reconciler import GiveBackWorkflow
+from workflows.reconciler import ReconcileWorkflow
 from workflows.training import TrainingWorkflow
 
 T = TypeVar("T")
@@ -243,7 +244,7 @@ class Platform:
             worker = Worker(
                 self.client,
                 task_queue=self.task_queue,
-                workflows=[ImageGenerationWorkflow, TrainingWorkflow, GiveBackWorkflow],
+                workflows=[ImageGenerationWorkflow, TrainingWorkflow, GiveBackWorkflow, ReconcileWorkflow],
                 activities=[
                     method
                     for activities in (

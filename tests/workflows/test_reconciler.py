@@ -1,0 +1,276 @@
+"""Runs terminated at every step of both flows: the reconciler finds them and gives back what they left (rule 8)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from temporalio.client import WorkflowExecutionStatus
+from temporalio.common import WorkflowIDReusePolicy
+from temporalio.testing import WorkflowEnvironment
+
+from activities import closed_runs
+from contracts.give_back import give_back_id_of
+from contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, ReconcileResult, reconcile_id_of
+from contracts.tasks import TaskStatus
+from reconciler_schedule import ensure_reconciler, standing_reconciler
+from settings import Settings
+from simulators.admin_wire import Fault
+from store import TaskStore
+from tests.conftest import NewDatabase, unique
+from tests.store.facts import claim_of, new_task_id
+from tests.workflows.books import Ending, check_history, ended, ended_without_its_run
+from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
+from workflows import reconciler
+
+HANG_SECONDS = 5.0
+PAUSE_SECONDS = 0.3
+ON_ONE_PASS = {"pause_seconds": PAUSE_SECONDS}
+
+
+@pytest_asyncio.fixture(scope="module")
+async def reconciled(
+    temporal_env: WorkflowEnvironment, new_database: NewDatabase, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Platform]:
+    """A platform whose store holds no other test's rows: the reconciler looks at all of them."""
+    store = TaskStore(await new_database())
+    folder: Path = tmp_path_factory.mktemp("reconciled")
+    async with running_platform(temporal_env, store, folder, speed=2_000) as platform:
+        platform.policy = {"deadline_factor": 5_000.0, "retry_after_seconds": [0.05, 0.05, 0.05]}
+        platform.read_seconds = 1.0
+        for gpu_type in ("rtx4090", "a100"):
+            await platform.simulators.admin.comfyui.set_gpus(gpu_type, 200)
+        async with platform.worker():
+            yield platform
+    await store.close()
+
+
+async def reconcile(platform: Platform, **order: Any) -> ReconcileResult:
+    """One pass, and whatever it gave back has ended."""
+    result: ReconcileResult = await platform.client.execute_workflow(
+        RECONCILE_WORKFLOW,
+        ReconcileOrder(**{**ON_ONE_PASS, **order}),
+        id=unique("reconcile"),
+        task_queue=platform.task_queue,
+        result_type=ReconcileResult,
+    )
+    for task_id in result.task_ids:
+        handle: Handle = platform.client.get_workflow_handle(give_back_id_of(task_id))
+        await handle.result()
+        await check_history(handle)
+    return result
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call that is out when its run is terminated. `acts`: whether the service had acted on it by then."""
+
+    route: str
+    acts: bool
+    after_cancel: bool = False
+    without_hold: bool = False
+    """The hold is made to expire, so that the delivery is charged without it."""
+
+    def __str__(self) -> str:
+        return f"{self.route} {'after' if self.acts else 'before'}"
+
+
+IMAGE_STEPS = [
+    *(Step(route, acts) for route in ("submit_job", "estimate", "pre_deduct", "commit") for acts in (False, True)),
+    *(Step(route, acts, after_cancel=True) for route in ("cancel_job", "cancel_hold") for acts in (False, True)),
+    *(Step("charge", acts, without_hold=True) for acts in (False, True)),
+]
+TRAINING_STEPS = [
+    *(
+        Step(route, acts)
+        for route in ("create_training", "estimate", "pre_deduct", "start_training", "commit")
+        for acts in (False, True)
+    ),
+    *(Step(route, acts, after_cancel=True) for route in ("cancel_training", "cancel_hold") for acts in (False, True)),
+]
+
+
+async def hanging(platform: Platform, task: dict[str, Any], step: Step) -> tuple[Handle, Fault]:
+    """A task whose calls of this step get no answer, with the first one out."""
+    task_id = task["task_id"]
+    admin = platform.simulators.admin
+    if step.after_cancel or step.without_hold:
+        await admin.comfyui.fault("job_stall", task_id=task_id)
+    fault = await platform.service_of(step.route).fault(
+        "delay",
+        route=step.route,
+        seconds=HANG_SECONDS,
+        when="after" if step.acts else "before",
+        task_id=task_id,
+        times=None,
+    )
+    handle = await platform.start(task)
+    if step.after_cancel or step.without_hold:
+        await platform.until_held(task_id)
+    if step.after_cancel:
+        await handle.cancel()
+    if step.without_hold:
+        [hold] = await admin.credits.holds(task_id)
+        await admin.credits.expire_hold(hold.pre_deduct_id)
+        await admin.comfyui.act((await platform.job(handle)).run_id, "finish")
+    await platform.until_hit(step.route, fault)
+    return handle, fault
+
+
+async def terminated(platform: Platform, task: dict[str, Any], step: Step) -> str:
+    handle, fault = await hanging(platform, task, step)
+    if step.acts:
+        await platform.until(lambda: _acted(platform, step.route, task["task_id"]))
+    await handle.terminate(f"by a test, in {step}")
+    await platform.service_of(step.route).remove_fault(fault)
+    return task_id_of(handle)
+
+
+async def _acted(platform: Platform, route: str, task_id: str) -> bool:
+    """Whether the service has acted; what it answers is still on its way."""
+    admin = platform.simulators.admin
+    match route:
+        case "submit_job" | "create_training":
+            return bool(await admin.comfyui.jobs(task_id))
+        case "pre_deduct":
+            return bool(await admin.credits.holds(task_id))
+        case "commit" | "cancel_hold":
+            return all(hold.phase != "open" for hold in await admin.credits.holds(task_id))
+        case "charge":
+            return any(entry.kind == "charge" for entry in await admin.credits.ledger(task_id))
+        case _:
+            return True
+
+
+async def all_given_back(platform: Platform, scene: str, steps: list[Step]) -> dict[str, Ending]:
+    """Terminate one task in each step, let the reconciler pass once, and check every task's books."""
+    makes = platform.image if scene == "image" else platform.training
+    ids = await asyncio.gather(*(terminated(platform, makes(), step) for step in steps))
+    await asyncio.sleep(PAUSE_SECONDS)  # rows count as quiet after it
+    result = await reconcile(platform)
+    assert set(ids) <= set(result.task_ids)
+    return {str(step): await ended_without_its_run(platform, id_) for step, id_ in zip(steps, ids, strict=True)}
+
+
+async def test_images_terminated_in_each_call_are_given_back(reconciled: Platform) -> None:
+    endings = await all_given_back(reconciled, "image", IMAGE_STEPS)
+    for step, ending in endings.items():
+        # Delivered and charged, or never charged: what happened first decides.
+        was_charged = step in ("commit after", "charge before", "charge after")
+        assert ending.status is (TaskStatus.COMPLETED if was_charged else TaskStatus.FAILED), step
+        assert ending.charged == (24 if was_charged else 0), step
+        assert bool(ending.result["result_urls"]) is was_charged, step
+
+
+async def test_trainings_terminated_in_each_call_are_given_back(reconciled: Platform) -> None:
+    endings = await all_given_back(reconciled, "training", TRAINING_STEPS)
+    for step, ending in endings.items():
+        is_completed = step == "commit after"
+        assert ending.status is (TaskStatus.COMPLETED if is_completed else TaskStatus.FAILED), step
+
+
+async def test_open_runs_are_left_alone_and_the_stream_is_told_of_the_others(reconciled: Platform) -> None:
+    waiting, left = [await waiting_image(reconciled) for _ in range(2)]
+    await left.terminate("by a test")
+    await asyncio.sleep(PAUSE_SECONDS)
+    assert (await reconcile(reconciled)).task_ids == [task_id_of(left)]
+    ending = await ended_without_its_run(reconciled, task_id_of(left))
+    assert ending.kinds[-2:] == ["credits.updated processing", "task.failed processing"]
+    assert ending.code == "internal" and "internal" in ending.exceptions
+    assert (await waiting.describe()).status is WorkflowExecutionStatus.RUNNING
+    assert (await reconcile(reconciled)).task_ids == []
+    await reconciled.cancel(waiting)
+    await ended(reconciled, waiting)
+
+
+async def waiting_image(platform: Platform) -> Handle:
+    task_id = unique("image")
+    await platform.simulators.admin.comfyui.fault("job_stall", task_id=task_id)
+    handle = await platform.start_waiting_image(task_id=task_id)
+    await platform.until_stage(handle, "processing")
+    return handle
+
+
+async def test_a_second_run_under_the_id_hides_nothing_that_the_first_one_left(reconciled: Platform) -> None:
+    """Pitfall 24: the newest run under an id need not be the one that claimed it."""
+    handle = await waiting_image(reconciled)
+    task_id = task_id_of(handle)
+    await handle.terminate("by a test")
+    second = await reconciled.start(
+        reconciled.image(task_id=task_id), id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE
+    )
+    with pytest.raises(Exception, match="execution failed"):
+        await second.result()
+    await asyncio.sleep(PAUSE_SECONDS)
+    assert task_id in (await reconcile(reconciled)).task_ids
+    ending = await ended_without_its_run(reconciled, task_id)
+    assert ending.status is TaskStatus.FAILED and "terminated" in str(ending.events[-1].message)
+
+
+async def test_a_continued_run_that_was_terminated_is_given_back(reconciled: Platform) -> None:
+    kept, reconciled.policy = reconciled.policy, {**reconciled.policy, "continue_as_new_signals": 3}
+    handle = await waiting_image(reconciled)
+    reconciled.policy = kept
+    for sequence in range(3):
+        await reconciled.callback(handle, job_id="another", job_status="processing", sequence=sequence)
+    latest: Handle = reconciled.client.get_workflow_handle(handle.id)
+
+    async def is_continued() -> bool:
+        return (await latest.describe()).run_id != handle.first_execution_run_id
+
+    await reconciled.until(is_continued)
+    await latest.terminate("by a test")
+    await asyncio.sleep(PAUSE_SECONDS)
+    assert task_id_of(handle) in (await reconcile(reconciled)).task_ids
+    assert (await ended_without_its_run(reconciled, task_id_of(handle))).status is TaskStatus.FAILED
+
+
+async def test_rows_without_any_run_are_closed_page_by_page(
+    reconciled: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(closed_runs, "PAGE_SIZE", 2)
+    monkeypatch.setattr(reconciler, "MAX_CLOSED", 4)
+    ids = [new_task_id() for _ in range(7)]
+    for task_id in ids:
+        await reconciled.store.claim(claim_of(task_id))
+    await asyncio.sleep(PAUSE_SECONDS)
+    result = await reconcile(reconciled)
+    assert result.given_back == len(ids) > len(result.task_ids), "it was continued as new"
+    await reconcile(reconciled)
+    for task_id in ids:
+        row = await reconciled.store.task(task_id)
+        assert row is not None and row.status is TaskStatus.FAILED and row.error is not None
+
+
+async def test_its_schedule_is_made_once_and_finds_what_was_left(reconciled: Platform) -> None:
+    settings = Settings(
+        _env_file=None,
+        task_queue=reconciled.task_queue,
+        reconcile_every_seconds=1,
+        reconcile_pause_seconds=PAUSE_SECONDS,
+    )
+    assert await standing_reconciler(reconciled.client, reconciled.task_queue) is None
+    handle = await waiting_image(reconciled)
+    schedule = reconciled.client.get_schedule_handle(reconcile_id_of(reconciled.task_queue))
+    try:
+        await ensure_reconciler(reconciled.client, settings.model_copy(update={"reconcile_every_seconds": 3_600}))
+        await ensure_reconciler(reconciled.client, settings)
+        await handle.terminate("by a test")
+
+        async def is_given_back() -> bool:
+            row = await reconciled.store.task(task_id_of(handle))
+            return row is not None and row.ended_at is not None
+
+        await reconciled.until(is_given_back)
+        await ended_without_its_run(reconciled, task_id_of(handle))
+        await schedule.pause(note="by a test")
+        await ensure_reconciler(reconciled.client, settings)
+        standing = await standing_reconciler(reconciled.client, reconciled.task_queue)
+        assert standing is not None and standing.schedule.state.paused
+    finally:
+        await schedule.delete()
