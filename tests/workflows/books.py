@@ -59,6 +59,7 @@ async def ended(platform: Platform, handle: Handle, *, exempt: Collection[str] =
     await _check_jobs(platform, task_id, exempt)
     _check_events(ending)
     await _check_row(platform, task_id, ending)
+    assert platform.snapshot_files(task_id) == [], "a dataset's copy is temporary"
     await check_history(handle)
     return ending
 

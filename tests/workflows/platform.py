@@ -7,6 +7,7 @@ ends with.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -275,6 +276,15 @@ async def scheduled(handle: Handle, activity: str) -> list[float]:
         if event.activity_task_scheduled_event_attributes.activity_type.name == activity:
             at.append((now - began).total_seconds())
     return at
+
+
+async def sent(handle: Handle, activity: str) -> list[dict[str, Any]]:
+    """The first argument of each visible activity of this type, as it stands in the run's history."""
+    return [
+        json.loads(event.activity_task_scheduled_event_attributes.input.payloads[0].data)
+        async for event in handle.fetch_history_events()
+        if event.activity_task_scheduled_event_attributes.activity_type.name == activity
+    ]
 
 
 def activity_methods(activities: object) -> list[Callable[..., Any]]:
