@@ -1,6 +1,6 @@
 """How everything here speaks Temporal: one plugin for client, worker, replayer and tests.
 
-Converter, sandbox and connection are the same wherever a workflow runs or is replayed, so that a replay test proves
+Converter, runner and connection are the same wherever a workflow runs or is replayed, so that a replay test proves
 the real configuration (design, decision 7).
 """
 
@@ -20,29 +20,11 @@ from temporalio.envconfig import ClientConfig
 from temporalio.exceptions import ApplicationError
 from temporalio.plugin import SimplePlugin
 from temporalio.runtime import Runtime
-from temporalio.worker import WorkflowRunner
-from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
+from temporalio.worker import UnsandboxedWorkflowRunner, WorkflowRunner
 
 from contracts.errors import FailureCode, sentences_of
 from contracts.fields import CallerModel
 from settings import Settings
-
-PASSED_THROUGH: Final = (
-    "contracts",
-    "activities",
-    "pydantic",
-    "pydantic_core",
-    "annotated_types",
-    "typing_extensions",
-    "httpx",
-    "structlog",
-    "obstore",
-    "workflows",
-)
-"""Loaded once per process instead of once per run: models reloaded per run cost 660 KiB an open workflow (pitfall 8),
-the flow files alone some 40 KiB and half of the throughput. What workflow code may not touch is kept by
-workflows/ruff.toml and the replay tests instead.
-"""
 
 
 class TaskPayloadConverter(PydanticPayloadConverter):
@@ -95,16 +77,21 @@ DATA_CONVERTER: Final = replace(
 )
 
 
-def _sandboxed(_runner: WorkflowRunner | None) -> WorkflowRunner:
-    restrictions = SandboxRestrictions.default.with_passthrough_modules(*PASSED_THROUGH)
-    return SandboxedWorkflowRunner(restrictions=restrictions)
+def _unsandboxed(_runner: WorkflowRunner | None) -> WorkflowRunner:
+    return UnsandboxedWorkflowRunner()
 
 
 class TasksPlugin(SimplePlugin):
-    """Converter and sandbox of this project. Give it to a client; workers made from that client have it too."""
+    """Converter and runner of this project. Give it to a client; workers made from that client have both too.
+
+    A deliberate departure: no sandbox. It loads workflow modules anew for every run, which cost 660 KiB an open
+    workflow (pitfall 8), unless they are passed through, and then it guards nothing while it still costs 18 KiB and a
+    fifth of the worker's time up to its wait. What workflow code may not touch is kept by workflows/ruff.toml, by the
+    import rules in pyproject.toml and by the replay of recorded histories.
+    """
 
     def __init__(self) -> None:
-        super().__init__("comfyui-temporal", data_converter=DATA_CONVERTER, workflow_runner=_sandboxed)
+        super().__init__("comfyui-temporal", data_converter=DATA_CONVERTER, workflow_runner=_unsandboxed)
 
 
 async def connect(settings: Settings, *, runtime: Runtime | None = None, lazy: bool = False) -> Client:
