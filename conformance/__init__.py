@@ -1,0 +1,31 @@
+"""What every server of `/comfyui/v1` must do (contract §1, §2, §3, §7), as cases that any such server can be held to.
+
+The same cases run against the simulator, the bridge and a customer's own platform:
+
+    async with opened(base_url, tokens, people, profile, receiver) as subject:
+        for outcome in await run(cases(), subject): ...
+
+A case passes, finds a route *not offered* (which contract §2 allows for some), or is broken, with a sentence that says
+what was expected and what came. Cases marked `changes_nothing` leave no trace: `starter.py doctor` runs them.
+"""
+
+from conformance.cases import Case, Outcome, Verdict, cases, outcome_of, run
+from conformance.receiver import CallbackReceiver, receiving
+from conformance.subject import Person, Profile, Subject, TokenMaker, Unreachable, opened
+
+__all__ = [
+    "CallbackReceiver",
+    "Case",
+    "Outcome",
+    "Person",
+    "Profile",
+    "Subject",
+    "TokenMaker",
+    "Unreachable",
+    "Verdict",
+    "cases",
+    "opened",
+    "outcome_of",
+    "receiving",
+    "run",
+]

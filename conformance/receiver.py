@@ -1,0 +1,94 @@
+"""A receiver of signed callbacks on a real port of this machine, which answers what a case tells it to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from standardwebhooks import Webhook
+
+HEADERS: Final = ("webhook-id", "webhook-timestamp", "webhook-signature")
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One callback as it arrived. `flaw`: why it is not genuine, else empty."""
+
+    webhook_id: str
+    timestamp: str
+    signature: str
+    raw: bytes
+    flaw: str
+
+    @property
+    def body(self) -> dict[str, Any]:
+        body: dict[str, Any] = json.loads(self.raw)
+        return body
+
+
+@dataclass
+class CallbackReceiver:
+    """Takes callbacks below `/callbacks/comfyui/{task_id}`; answers 202, or what was told for a task, in turn."""
+
+    secret: str
+    url: str = ""
+    arrivals: dict[str, list[Arrival]] = field(default_factory=dict)
+    answers: dict[str, list[int]] = field(default_factory=dict)
+
+    def of(self, task_id: str) -> list[Arrival]:
+        return self.arrivals.get(task_id, [])
+
+    async def take(self, request: Request, task_id: str) -> Response:
+        raw = await request.body()
+        headers = {name: request.headers.get(name, "") for name in HEADERS}
+        webhook_id, timestamp, signature = (headers[name] for name in HEADERS)
+        arrival = Arrival(webhook_id, timestamp, signature, raw, self._flaw(raw, headers))
+        self.arrivals.setdefault(task_id, []).append(arrival)
+        answers = self.answers.get(task_id)
+        return Response(status_code=answers.pop(0) if answers else 202)
+
+    def _flaw(self, raw: bytes, headers: dict[str, str]) -> str:
+        missing = [name for name in HEADERS if not headers[name]]
+        if missing:
+            return f"it lacks {', '.join(missing)}"
+        try:
+            Webhook(self.secret).verify(raw, headers, json_parse=False)
+        except Exception as error:
+            # standardwebhooks raises many kinds for malformed signatures; each of them is one that we do not take.
+            return f"its signature does not verify ({error})"
+        return ""
+
+
+class _QuietServer(uvicorn.Server):
+    """Leaves the process's signals to whoever runs it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def receiving(secret: str) -> AsyncIterator[CallbackReceiver]:
+    """Serve one on a free port of 127.0.0.1; `secret` is `whsec_…`, as the server under test has it."""
+    receiver = CallbackReceiver(secret)
+    app = FastAPI(openapi_url=None)
+    app.post("/callbacks/comfyui/{task_id}")(receiver.take)
+    # The protocol is named, or asyncio would not set TCP_NODELAY and every answer would take 40 ms.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.bind(("127.0.0.1", 0))
+    receiver.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server = _QuietServer(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    try:
+        yield receiver
+    finally:
+        server.should_exit = True
+        await serving
