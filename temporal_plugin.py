@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from temporalio.client import Client
 from temporalio.common import RawValue
 from temporalio.contrib.pydantic import PydanticPayloadConverter
+from temporalio.converter import CompositePayloadConverter
 from temporalio.envconfig import ClientConfig
 from temporalio.exceptions import ApplicationError
 from temporalio.plugin import SimplePlugin
@@ -27,11 +28,18 @@ from contracts.fields import CallerModel
 from settings import Settings
 
 
-class TaskPayloadConverter(PydanticPayloadConverter):
+_PYDANTIC: Final = PydanticPayloadConverter()
+"""Shared by every run: each of its own would build and keep the validators of all payload types anew."""
+
+
+class TaskPayloadConverter(CompositePayloadConverter):
     """Pydantic's converter, except that a caller's bad argument is a clean `input_invalid` (pitfall 1).
 
     Without it a bad field, a foreign encoding or a wrong number of arguments fails the workflow task for ever.
     """
+
+    def __init__(self) -> None:
+        super().__init__(*_PYDANTIC.converters.values())
 
     def from_payloads(
         self,
