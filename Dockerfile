@@ -10,6 +10,7 @@ RUN python -m pip install --no-cache-dir --disable-pip-version-check --require-h
 COPY *.py ./
 COPY activities activities
 COPY cli cli
+COPY conformance conformance
 COPY contracts contracts
 COPY gateway gateway
 COPY simulators simulators

@@ -6,15 +6,14 @@ Each activity answers `Answer`: the reply, a definite refusal, or *not offered*.
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Awaitable, Callable
-from typing import Any, ClassVar, Final
+from collections.abc import Callable
+from typing import ClassVar, Final
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 from temporalio import activity
 
 from activities.outside_client import OutsideClient, same
-from activities.outside_http import OutsideFailure, Party, Route
+from activities.outside_http import Party, Route
 from activities.running_call import answered
 from contracts.calls import CallFor, JobCall, Post
 from contracts.comfyui import (
@@ -46,14 +45,6 @@ GET_TRAINING: Final = Route("GET", "/comfyui/v1/training/{job_id}", messages_by_
 START_TRAINING: Final = Route("POST", "/comfyui/v1/training/{job_id}/start", True, _TRAINING)
 CANCEL_TRAINING: Final = Route("POST", "/comfyui/v1/training/{job_id}/cancel", True, _TRAINING)
 LIST_GPUS: Final = Route("GET", "/comfyui/v1/gpus", is_ours=True)
-
-
-class RouteProbe(BaseModel):
-    """What a probe of one route showed. `problem` is a sentence where it did not behave as the contract says."""
-
-    route: str
-    offered: bool
-    problem: str | None = None
 
 
 class ComfyUIClient(OutsideClient):
@@ -88,25 +79,6 @@ class ComfyUIClient(OutsideClient):
         scope = REQUIRED_SCOPES[Operation.READ_COMFYUI]
         return await self._call(LIST_GPUS, scope, call_for, TypeAdapter(list[GpuPool]))
 
-    async def probe_routes(self, call_for: CallFor) -> list[RouteProbe]:
-        """Ask each route about an id that cannot exist: which are offered, and what is wrong. Changes nothing.
-
-        Raises OutsideFailure where the service cannot be reached or does not take our token.
-        """
-        unknown = f"probe-{uuid.uuid4().hex}"
-        read = JobCall(call_for=call_for, job_id=unknown)
-        cancel = read.model_copy(update={"key": f"{unknown}:cancel:1"})
-        start = read.model_copy(update={"key": f"{unknown}:start:1"})
-        cancel_training = read.model_copy(update={"key": f"{unknown}:cancel:2"})
-        return [
-            await _probed(LIST_GPUS, self.list_gpus(call_for), None),
-            await _probed(GET_JOB, self.get_job(read), "job_not_found"),
-            await _probed(CANCEL_JOB, self.cancel_job(cancel), "job_not_found"),
-            await _probed(GET_TRAINING, self.get_training(read), "training_not_found"),
-            await _probed(START_TRAINING, self.start_training(start), "training_not_found"),
-            await _probed(CANCEL_TRAINING, self.cancel_training(cancel_training), "training_not_found"),
-        ]
-
     async def _about_job(self, route: Route, operation: Operation, call: JobCall) -> Answer[JobState]:
         check: Callable[[JobState], str | None] = lambda state: same("job_id", call.job_id, state.job_id)  # noqa: E731
         scope = REQUIRED_SCOPES[operation]
@@ -122,22 +94,6 @@ class ComfyUIClient(OutsideClient):
         return await self._call(
             route, scope, call.call_for, TrainingState, ids={"job_id": call.job_id}, key=call.key, check=check
         )
-
-
-async def _probed(route: Route, call: Awaitable[Answer[Any]], expected_refusal: str | None) -> RouteProbe:
-    try:
-        answer = await call
-    except OutsideFailure as failure:
-        if failure.code is FailureCode.COMFYUI_UNAVAILABLE:
-            raise
-        return RouteProbe(route=str(route), offered=True, problem=failure.sentence)
-    if answer.not_offered:
-        return RouteProbe(route=str(route), offered=False)
-    refused = answer.refusal.message if answer.refusal else None
-    if refused == expected_refusal:
-        return RouteProbe(route=str(route), offered=True)
-    seen = answer.refusal.sentence if answer.refusal else "it answered as if it knew an id that cannot exist"
-    return RouteProbe(route=str(route), offered=True, problem=f"{route}: expected {expected_refusal}; {seen}")
 
 
 class ComfyUIActivities:

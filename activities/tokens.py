@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -37,6 +38,10 @@ class SignedTokens:
             raise ValueError(f"the token secret must be at least {MIN_SECRET_BYTES} bytes long")
 
     def __call__(self, *, tenant_id: str, user_id: str, scope: Scope) -> str:
+        return self.with_scopes(tenant_id=tenant_id, user_id=user_id, scopes=(scope,))
+
+    def with_scopes(self, *, tenant_id: str, user_id: str, scopes: Collection[Scope]) -> str:
+        """A token of several scopes, or of none."""
         now = int(time.time())
         claims = {
             "iss": self.issuer,
@@ -45,7 +50,7 @@ class SignedTokens:
             "exp": now + LIFETIME_SECONDS,
             "tenant_id": tenant_id,
             "user_id": user_id,
-            "scopes": [scope.value],
+            "scopes": [scope.value for scope in scopes],
         }
         return jwt.encode(claims, self.secret, algorithm="HS256")
 

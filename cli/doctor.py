@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import conformance
 from activities.comfyui import ComfyUIClient
 from activities.credits import CreditsClient
 from activities.outside_http import OutsideFailure
@@ -19,10 +20,12 @@ from cli.checks import Finding, note, ok, wrong
 from cli.connection import find_server, open_connection, sentences, user_of
 from cli.doctor_temporal import check_temporal
 from cli.failures import BadInput, CommandFailure
+from conformance import Outcome, Person, Unreachable, Verdict, cases, run
+from conformance import opened as conformant
 from contracts.calls import CallFor, Post
 from contracts.credits import MIN_HOLD_SECONDS, CancelHoldRequest, HoldReply, PreDeductRequest
 from contracts.errors import Answer
-from contracts.permissions import Scene
+from contracts.permissions import Scene, Scope
 from contracts.stack import StackDescription
 from settings import Settings
 
@@ -39,6 +42,7 @@ class Services:
     comfyui: ComfyUIClient
     credits: CreditsClient
     call_for: CallFor
+    tokens: TokenMaker
 
 
 async def examine(settings: Settings) -> list[Finding]:
@@ -77,7 +81,7 @@ async def services(
     except ValueError as error:
         raise BadInput(str(error)) from None
     async with comfyui, credits:
-        yield Services(comfyui, credits, call_for)
+        yield Services(comfyui, credits, call_for, tokens)
 
 
 def _tokens(settings: Settings, stack: StackDescription | None, tenant_id: str) -> TokenMaker:
@@ -147,21 +151,35 @@ async def _asked(what: str, call: Awaitable[Answer[Any]], may_refuse: str) -> An
 
 
 async def check_comfyui(opened: Services) -> list[Finding]:
-    """Each route asked about an id that cannot exist: offered, not offered, or not the contract's."""
+    """The contract's cases that change nothing: held, not offered, or not the contract's."""
+    person = Person(opened.call_for.tenant_id, opened.call_for.user_id)
+    chosen = cases(changes_nothing=True, with_scopes=isinstance(opened.tokens, SignedTokens))
     try:
-        probes = await opened.comfyui.probe_routes(opened.call_for)
-    except OutsideFailure as failure:
-        return [wrong("ComfyUI", failure.sentence, "Correct the address or the service, and run doctor again.")]
-    findings = [ok("ComfyUI", f"{opened.comfyui.address} answers")]
-    for probe in probes:
-        what = f"ComfyUI: {probe.route}"
-        if probe.problem is not None:
-            findings.append(wrong(what, probe.problem, "Tasks rely on this route: correct the service."))
-        elif probe.offered:
-            findings.append(ok(what, "offered"))
-        else:
-            findings.append(note(what, "not offered: treated as done, and recorded on each task"))
-    return findings
+        async with conformant(opened.comfyui.address, _with_scopes(opened.tokens), person) as subject:
+            outcomes = await run(chosen, subject)
+    except Unreachable as problem:
+        return [wrong("ComfyUI", str(problem), "Correct the address or the service, and run doctor again.")]
+    return [ok("ComfyUI", f"{opened.comfyui.address} answers"), *map(_finding_of, outcomes)]
+
+
+def _finding_of(outcome: Outcome) -> Finding:
+    what = f"ComfyUI: {outcome.case.title}"
+    if outcome.verdict is Verdict.BROKEN:
+        return wrong(what, outcome.says, "Tasks rely on this: correct the service.")
+    if outcome.verdict is Verdict.NOT_OFFERED:
+        return note(what, "not offered: treated as done, and recorded on each task")
+    return ok(what, "as the contract says")
+
+
+def _with_scopes(tokens: TokenMaker) -> conformance.TokenMaker:
+    """Tokens as cases ask for them; a static token is always the same, and cases of scopes are left out then."""
+
+    def make(person: Person, scopes: Collection[Scope]) -> str:
+        if isinstance(tokens, SignedTokens):
+            return tokens.with_scopes(tenant_id=person.tenant_id, user_id=person.user_id, scopes=scopes)
+        return tokens(tenant_id=person.tenant_id, user_id=person.user_id, scope=Scope.TASK_READ)
+
+    return make
 
 
 async def take_hold(opened: Services, template_id: str) -> list[Finding]:

@@ -7,14 +7,14 @@ The same cases run against the simulator, the bridge and a customer's own platfo
 
 A case passes, finds a route *not offered* (which contract §2 allows for some), or is broken, with a sentence that says
 what was expected and what came. Cases marked `changes_nothing` leave no trace: `starter.py doctor` runs them.
+
+`receiving` (`conformance.receiver`) is imported by name, for it brings a web server that `doctor` has no use for.
 """
 
 from conformance.cases import Case, Outcome, Verdict, cases, outcome_of, run
-from conformance.receiver import CallbackReceiver, receiving
 from conformance.subject import Person, Profile, Subject, TokenMaker, Unreachable, opened
 
 __all__ = [
-    "CallbackReceiver",
     "Case",
     "Outcome",
     "Person",
@@ -26,6 +26,5 @@ __all__ = [
     "cases",
     "opened",
     "outcome_of",
-    "receiving",
     "run",
 ]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pydantic import ValidationError
 
 from conformance.cases import case
-from conformance.receiver import Arrival
 from conformance.subject import Subject, demand, new_task
 from contracts.comfyui import JobCallback, JobState, JobStatus
 from contracts.errors import FailureCode, sentences_of
+
+if TYPE_CHECKING:
+    from conformance.receiver import Arrival
 
 _CLOCK_SKEW_SECONDS: Final = 300
 

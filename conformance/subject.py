@@ -14,15 +14,17 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import httpx2
 from pydantic import BaseModel, ValidationError
 
-from conformance.receiver import CallbackReceiver
 from contracts.comfyui import DatasetSnapshot, JobAccepted, JobState, TrainingAccepted, TrainingState
 from contracts.errors import COMFYUI_ERRORS, sentences_of
 from contracts.permissions import Scope
+
+if TYPE_CHECKING:
+    from conformance.receiver import CallbackReceiver
 
 Json = dict[str, Any]
 ALL_SCOPES: Final = frozenset(Scope)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pydantic import ValidationError
 
 from conformance.callbacks import demand_genuine
 from conformance.cases import case
-from conformance.receiver import Arrival
 from conformance.subject import Broken, Subject, demand, new_task, refused
 from contracts.comfyui import TrainingCallback, TrainingStage, TrainingState, TrainingStatus
 from contracts.errors import FailureCode, sentences_of
+
+if TYPE_CHECKING:
+    from conformance.receiver import Arrival
 
 _STAGES: Final = list(TrainingStage)
 _TRIES: Final = 5

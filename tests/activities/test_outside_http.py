@@ -15,7 +15,7 @@ import jwt
 import pytest
 import pytest_asyncio
 
-from activities.comfyui import COMFYUI, LIST_GPUS, ComfyUIClient, RouteProbe
+from activities.comfyui import COMFYUI, LIST_GPUS, ComfyUIClient
 from activities.credits import CreditsClient
 from activities.outside_http import CONNECTION_FAILURES, OutsideFailure, OutsideHttp, RawReply, time_limit
 from activities.tokens import ServiceToken, SignedTokens
@@ -390,35 +390,3 @@ async def test_a_ledger_without_end_is_left_with_the_cursor_it_came_to(monkeypat
         answer = await client.ledger(LedgerQuery(call_for=call_for(), task_id="task-1"))
     assert answer.reply is not None
     assert (len(answer.reply.entries), answer.reply.cursor) == (3, "3")
-
-
-async def test_a_probe_tells_which_routes_are_offered_and_changes_nothing() -> None:
-    async def answer(request: Seen, writer: asyncio.StreamWriter) -> None:
-        if request.target.endswith("/gpus"):
-            writer.write(http_bytes(404, b'{"detail":"Not Found"}'))
-        elif request.target.endswith("/start"):
-            writer.write(http_bytes(405))
-        elif request.target.startswith("/comfyui/v1/jobs/") and request.method == "GET":
-            writer.write(http_bytes(404, b"<html>no such page</html>"))
-        elif "/training/" in request.target:
-            await always(404, error_body("training_not_found", "40401"))(request, writer)
-        else:
-            await always(404, error_body("job_not_found", "40401"))(request, writer)
-
-    async with serving(answer) as server, ComfyUIClient(server.url, tokens()) as client:
-        probes = {probe.route: probe for probe in await client.probe_routes(call_for())}
-        posts = [seen for seen in server.seen if seen.method == "POST"]
-        assert len({seen.headers["x-idempotency-key"] for seen in posts}) == len(posts) == 3
-        assert all("/probe-" in seen.target for seen in posts)
-    assert not probes["GET /comfyui/v1/gpus"].offered
-    assert not probes["POST /comfyui/v1/training/{job_id}/start"].offered
-    assert probes["POST /comfyui/v1/jobs/{job_id}/cancel"] == RouteProbe(
-        route="POST /comfyui/v1/jobs/{job_id}/cancel", offered=True
-    )
-    assert "not the contract's" in (probes["GET /comfyui/v1/jobs/{job_id}"].problem or "")
-
-
-async def test_a_probe_of_a_service_that_is_away_says_so() -> None:
-    async with serving(always(401)) as server, ComfyUIClient(server.url, tokens()) as client:
-        with pytest.raises(OutsideFailure, match="token was not taken"):
-            await client.probe_routes(call_for())

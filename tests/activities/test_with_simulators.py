@@ -241,19 +241,6 @@ async def test_a_service_without_our_routes_is_seen_as_such(platform: Platform) 
     job = reply_of(await platform.comfyui.submit_job(post))
     assert (await platform.comfyui.cancel_job(about(post, job.job_id, f"{post.key}:cancel"))).not_offered
     assert (await platform.comfyui.list_gpus(post.call_for)).not_offered
-    probes = await platform.comfyui.probe_routes(post.call_for)
-    assert {probe.route for probe in probes if not probe.offered} == {
-        "GET /comfyui/v1/gpus",
-        "POST /comfyui/v1/jobs/{job_id}/cancel",
-        "POST /comfyui/v1/training/{job_id}/start",
-        "POST /comfyui/v1/training/{job_id}/cancel",
-    }
-    assert [probe.problem for probe in probes if probe.problem] == []
-
-
-async def test_a_service_that_keeps_the_contract_probes_clean(platform: Platform) -> None:
-    probes = await platform.comfyui.probe_routes(call_for())
-    assert [(probe.offered, probe.problem) for probe in probes] == [(True, None)] * 6
 
 
 async def test_a_token_that_is_not_taken_is_told_as_such(platform: Platform) -> None:

@@ -64,7 +64,7 @@ async def test_only_the_short_retention_of_this_server_is_wrong(opened: Connecti
     assert "--retention 30d" in findings["namespace"].advice
     assert "8 exist" in findings["search attributes"].says
     assert findings["reconciler"].verdict is Verdict.NOTE, "no worker of this queue has made its schedule"
-    assert findings["ComfyUI: POST /comfyui/v1/jobs/{job_id}/cancel"].says == "offered"
+    assert findings["ComfyUI: POST /comfyui/v1/jobs/{job_id}/cancel"].says == "as the contract says"
     admin = simulators.admin
     assert await admin.comfyui.jobs() == []
     assert await admin.credits.holds() == []

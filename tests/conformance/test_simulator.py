@@ -19,9 +19,9 @@ from conformance import (
     cases,
     opened,
     outcome_of,
-    receiving,
     run,
 )
+from conformance.receiver import receiving
 from contracts.permissions import Scope
 from simulators.serving import TEST_CALLBACK_SECRET, Simulators, running_simulators
 
