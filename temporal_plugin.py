@@ -27,7 +27,6 @@ from contracts.errors import FailureCode, sentences_of
 from contracts.fields import CallerModel
 from settings import Settings
 
-
 _PYDANTIC: Final = PydanticPayloadConverter()
 """Shared by every run: each of its own would build and keep the validators of all payload types anew."""
 
