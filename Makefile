@@ -7,10 +7,10 @@ PACE := $(if $(SPEED),--speed $(SPEED))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down status logs test test-all simulate soak bench lint types imports schemas pytest pytest-all format lock clean
+.PHONY: help setup demo up down status logs test test-all test-comfyui simulate soak bench lint types imports schemas pytest pytest-all format lock clean
 
 help: ## list every target
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready ## make the venv and install the locked dependencies
 	@:
@@ -46,6 +46,10 @@ endef
 test: lint types imports schemas pytest ## all checks and tests that end within minutes
 
 test-all: lint types imports schemas pytest-all ## the slow tests too
+
+test-comfyui: setup ## against a real ComfyUI that nobody else uses (COMFYUI=http://127.0.0.1:8188)
+	@test -n "$(COMFYUI)" || { echo "say which: make test-comfyui COMFYUI=http://127.0.0.1:8188"; exit 2; }
+	@COMFYUI=$(COMFYUI) $(BIN)/python -m pytest tests/bridge/real
 
 lint: setup ## ruff: style and format
 	$(call timed,lint,$(BIN)/ruff check . && $(BIN)/ruff format --check .)

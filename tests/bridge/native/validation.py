@@ -123,8 +123,9 @@ class _Validation:
     def _link(self, name: str, kind: Any, config: Json, link: list[Any]) -> tuple[Json | None, bool]:
         """What is wrong with a link, and whether everything above it is valid."""
         if len(link) != 2:
+            known = {"input_name": name, "input_config": [kind, config], "received_value": link}
             message = "Bad linked input, must be a length-2 list of [node_id, slot_index]"
-            return _error("bad_linked_input", message, name, input_name=name, received_value=link), True
+            return _error("bad_linked_input", message, name, **known), True
         above = self._definition_of(self._graph[link[0]]["class_type"])
         assert above is not None
         received = above["output"][link[1]]

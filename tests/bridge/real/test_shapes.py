@@ -1,0 +1,249 @@
+"""The stand-in and the real server, asked the same: every answer and message must have the same shape."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from io import BytesIO
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+from websockets.asyncio.client import connect
+
+from tests.bridge.native.graphs import new_prompt_id, plain
+
+Json = dict[str, Any]
+Exchange = Callable[[httpx.AsyncClient], Awaitable[Any]]
+LIMIT_SECONDS = 60.0
+
+
+def shape(value: Any, names: dict[str, str]) -> Any:
+    """Keys and kinds, no values. `names`: keys and texts that differ by nature, as a prompt id, and what stands in."""
+    if isinstance(value, dict):
+        return {names.get(key, key): shape(item, names) for key, item in sorted(value.items()) if key != "tooltip"}
+    if isinstance(value, list):
+        return [shape(item, names) for item in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    # A whole number may be written either way in Python and in JSON.
+    return "number" if isinstance(value, int | float) else names.get(value, "text")
+
+
+def color() -> int:
+    """One that was not drawn before, or the cache would answer."""
+    return time.time_ns() % 0x1000000
+
+
+async def ended(http: httpx.AsyncClient, prompt_id: str) -> Json:
+    ends = time.monotonic() + LIMIT_SECONDS
+    while not (entry := (await http.get(f"/history/{prompt_id}")).json().get(prompt_id)):
+        assert time.monotonic() < ends, "the prompt did not end"
+        await asyncio.sleep(0.05)
+    found: Json = entry
+    return found
+
+
+async def submitted(http: httpx.AsyncClient, graph: Json, **more: Any) -> tuple[httpx.Response, str]:
+    prompt_id = new_prompt_id()
+    answer = await http.post("/prompt", json={"prompt": graph, "prompt_id": prompt_id, "client_id": "shapes"} | more)
+    return answer, prompt_id
+
+
+async def submit_and_history(http: httpx.AsyncClient) -> Any:
+    answer, prompt_id = await submitted(http, plain(color(), prefix="conformance/p"))
+    entry = await ended(http, prompt_id)
+    return shape([answer.status_code, answer.json(), entry], {prompt_id: "<prompt>"})
+
+
+async def a_cached_rerun(http: httpx.AsyncClient) -> Any:
+    graph = plain(color(), prefix="conformance/p")
+    await ended(http, (await submitted(http, graph))[1])
+    prompt_id = (await submitted(http, graph))[1]
+    return shape(await ended(http, prompt_id), {prompt_id: "<prompt>"})
+
+
+async def a_cached_rerun_without_client_id(http: httpx.AsyncClient) -> Any:
+    graph = plain(color(), prefix="conformance/p")
+    await ended(http, (await submitted(http, graph))[1])
+    prompt_id = new_prompt_id()
+    await http.post("/prompt", json={"prompt": graph, "prompt_id": prompt_id})
+    return (await ended(http, prompt_id))["outputs"]
+
+
+async def refusals(http: httpx.AsyncClient) -> Any:
+    bad = plain(color()) | {"3": {"class_type": "SaveImage", "inputs": {"filename_prefix": "x"}}}
+    linked = {"1": plain()["1"], "2": {"class_type": "SaveImage", "inputs": {"images": ["1"], "filename_prefix": "x"}}}
+    mismatched = plain() | {
+        "1": {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 8, "height": 8}},
+    }
+    scaled = {"upscale_method": "magic", "width": 8, "height": 8, "crop": "disabled", "image": ["1", 0]}
+    unlisted = plain() | {
+        "3": {"class_type": "ImageScale", "inputs": scaled},
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "x"}},
+    }
+    no_picture = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "no-such.png"}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "x"}},
+    }
+    model = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "no-such.safetensors"}},
+        "2": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["1", 2]}},
+        "3": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "x"}},
+    }
+    typed = plain(width="wide")  # type: ignore[arg-type]
+    graphs: list[Json] = [{}, {"1": {"inputs": {}}}, {"1": {"class_type": "Unheard", "inputs": {}}}, plain(width=0)]
+    graphs += [plain(width=99999), bad, linked, mismatched, unlisted, no_picture, model, typed]
+    said = []
+    for graph in graphs:
+        answer, prompt_id = await submitted(http, graph)
+        body = answer.json()
+        said.append([answer.status_code, _refusal(body), shape(body, {prompt_id: "<prompt>"})])
+    answer = await http.post("/prompt", json={})
+    return [*said, answer.status_code, answer.json()]
+
+
+def _refusal(body: Json) -> Any:
+    """The words that decide what a refusal means."""
+    errors = {
+        node: [(error["type"], error["extra_info"].get("input_name")) for error in said["errors"]]
+        for node, said in (body.get("node_errors") or {}).items()
+    }
+    return [body.get("error", {}).get("type"), errors]
+
+
+async def jobs_of_a_run(http: httpx.AsyncClient) -> Any:
+    prompt_id = (await submitted(http, plain(color(), prefix="conformance/p")))[1]
+    await ended(http, prompt_id)
+    one = await http.get(f"/api/jobs/{prompt_id}")
+    many = await http.get("/api/jobs", params={"limit": 1})
+    unknown = await http.get("/api/jobs/unknown")
+    cancel = await http.post(f"/api/jobs/{prompt_id}/cancel")
+    bad = await http.get("/api/jobs", params={"status": "sleeping"})
+    whole = many.json()
+    # How many there are is the server's own past.
+    whole["pagination"].pop("has_more")
+    answers = [(answer.status_code, whole if answer is many else answer.json()) for answer in (one, many, unknown, bad)]
+    return [shape(json.loads(json.dumps(answers)), {prompt_id: "<prompt>"}), cancel.status_code]
+
+
+async def the_messages_of_a_run(http: httpx.AsyncClient) -> Any:
+    client_id = new_prompt_id()
+    address = f"{str(http.base_url).rstrip('/').replace('http', 'ws', 1)}/ws?clientId={client_id}"
+    messages: list[Json] = []
+    async with connect(address, origin=None) as ws:
+        graph = plain(color(), prefix="conformance/p")
+        _, prompt_id = await submitted(http, graph, client_id=client_id)
+        async with asyncio.timeout(LIMIT_SECONDS):
+            while not messages or messages[-1]["data"].get("node", "") is not None:
+                messages.append(json.loads(await ws.recv()))
+    names = {prompt_id: "<prompt>", client_id: "<client>"}
+    told = [message for message in messages if message["type"] != "status"]
+    return [[message["type"], shape(message["data"], names)] for message in told]
+
+
+async def the_status_message(http: httpx.AsyncClient) -> Any:
+    address = f"{str(http.base_url).rstrip('/').replace('http', 'ws', 1)}/ws?clientId=status"
+    async with connect(address, origin=None) as ws:
+        first = json.loads(await ws.recv())
+        await ws.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
+        second = json.loads(await ws.recv())
+    return [first["type"], shape(first["data"], {}), second]
+
+
+async def a_failing_node(http: httpx.AsyncClient) -> Any:
+    """Saving outside the output folder fails while it runs."""
+    _, prompt_id = await submitted(http, plain(color(), prefix="../../outside"))
+    entry = await ended(http, prompt_id)
+    said = dict(entry["status"]["messages"])["execution_error"]
+    whole = [entry["status"]["status_str"], entry["status"]["completed"], sorted(entry["outputs"]), sorted(said)]
+    return [whole, said["node_id"], said["node_type"]]
+
+
+async def uploads_and_views(http: httpx.AsyncClient) -> Any:
+    name = f"{new_prompt_id()}.png"
+    said: list[Any] = []
+    for tint in (1, 1, 2):
+        with BytesIO() as file:
+            Image.new("RGB", (8, 8), (tint, 0, 0)).save(file, "PNG")
+            files = {"image": (name, file.getvalue(), "image/png")}
+        answer = await http.post("/upload/image", files=files, data={"subfolder": "conformance"})
+        said.append([answer.status_code, shape(answer.json(), {name: "<name>"})])
+    view = await http.get("/view", params={"filename": name, "subfolder": "conformance", "type": "input"})
+    said.append([view.status_code, view.headers["content-type"], len(view.content) > 0])
+    for query in ({}, {"filename": "no-such.png"}, {"filename": "../x.png"}, {"filename": "x", "type": "no-such"}):
+        said.append((await http.get("/view", params=query)).status_code)
+    outside = await http.get("/view", params={"filename": "x.png", "subfolder": "../.."})
+    return [*said, outside.status_code]
+
+
+async def reads(http: httpx.AsyncClient) -> Any:
+    said: list[Any] = []
+    for path in (
+        "/queue",
+        "/prompt",
+        "/features",
+        "/history/unknown",
+        "/object_info/Unheard",
+        "/models/no-such-folder",
+    ):
+        for prefix in ("", "/api"):
+            answer = await http.get(prefix + path)
+            said.append([path, answer.status_code, answer.json() if answer.status_code == 200 else None])
+    stats = (await http.get("/system_stats")).json()
+    return [said, sorted(stats), sorted(stats["system"]), sorted(stats["devices"][0])]
+
+
+async def what_answers_without_a_body(http: httpx.AsyncClient) -> Any:
+    said = []
+    for path, body in (
+        ("/interrupt", {"prompt_id": "unknown"}),
+        ("/queue", {"delete": ["unknown"]}),
+        ("/history", {"delete": ["unknown"]}),
+    ):
+        answer = await http.post(path, json=body)
+        said.append([path, answer.status_code, answer.content])
+    answer = await http.get("/queue", headers={"origin": "http://elsewhere.example"})
+    return [*said, answer.status_code]
+
+
+async def the_same_nodes(http: httpx.AsyncClient) -> Any:
+    """Inputs and outputs of the node classes that the shipped templates may use."""
+    info = (await http.get("/object_info")).json()
+    return {
+        name: [_kinds(info[name]["input"]), info[name]["output"], info[name]["output_node"]]
+        for name in ("EmptyImage", "SaveImage", "LoadImage", "ImageScale", "KSampler", "TrainLoraNode", "SaveLoRA")
+    }
+
+
+def _kinds(inputs: Json) -> Json:
+    return {
+        group: {name: "choices" if isinstance(given[0], list) else given[0] for name, given in named.items()}
+        for group, named in inputs.items()
+        if group != "hidden"
+    }
+
+
+EXCHANGES: list[Exchange] = [
+    submit_and_history,
+    a_cached_rerun,
+    a_cached_rerun_without_client_id,
+    refusals,
+    jobs_of_a_run,
+    the_messages_of_a_run,
+    the_status_message,
+    a_failing_node,
+    uploads_and_views,
+    reads,
+    what_answers_without_a_body,
+    the_same_nodes,
+]
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda exchange: exchange.__name__)
+async def test_both_answer_alike(real: httpx.AsyncClient, stand_in: httpx.AsyncClient, exchange: Exchange) -> None:
+    assert await exchange(stand_in) == await exchange(real)
