@@ -17,6 +17,7 @@ from gateway.callback_relay import CallbackRelay
 from gateway.callbacks import CallbackReceiver, callback_routes
 from gateway.draining import Draining
 from gateway.metrics import CountRequests, Metrics, MetricsPage
+from gateway.openapi import DocumentedApp
 from gateway.operations_routes import operations_routes
 from gateway.page import PageSettings, page_routes
 from gateway.problems import answer_with_problems
@@ -70,7 +71,7 @@ def create_app(
         await relay.close()
         await log_writer.close()
 
-    app = FastAPI(
+    app = DocumentedApp(
         title="comfyui-temporal gateway",
         version="1",
         description=DESCRIPTION,

@@ -173,9 +173,10 @@ def _documented() -> dict[int | str, dict[str, Any]]:
     taken: dict[int | str, dict[str, Any]] = {200: {"model": CallbackTaken, "description": "The task is over"}}
     refusal = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/CallbackNotTaken"}}}
     refused: dict[int | str, dict[str, Any]] = {
-        _STATUS[outcome]: {"model": CallbackNotTaken, "description": detail, "content": refusal}
+        _STATUS[outcome]: {"model": CallbackNotTaken, "description": detail, "content": refusal, "headers": {}}
         for outcome, detail in _DETAIL.items()
     }
+    refused[503]["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "string"}}}
     return {**taken, **refused}
 
 
@@ -186,6 +187,25 @@ def _documented_body() -> dict[str, Any]:
     return {"required": True, "content": {"application/json": {"schema": {"anyOf": described}}}}
 
 
+def _documented_headers() -> list[dict[str, Any]]:
+    """Of the Standard Webhooks scheme (https://www.standardwebhooks.com)."""
+    meanings = {
+        "webhook-id": "The message's id, the same at every repeat.",
+        "webhook-timestamp": "When this try was signed, in seconds since the epoch.",
+        "webhook-signature": "`v1,` and the base64 HMAC-SHA256 of id, timestamp and body; several with blanks between.",
+    }
+    return [
+        {
+            "name": name,
+            "in": "header",
+            "required": True,
+            "description": meaning,
+            "schema": {"type": "string", "minLength": 1},
+        }
+        for name, meaning in meanings.items()
+    ]
+
+
 def callback_routes(receiver: CallbackReceiver) -> APIRouter:
     router = APIRouter(tags=["callbacks"])
 
@@ -194,7 +214,7 @@ def callback_routes(receiver: CallbackReceiver) -> APIRouter:
         status_code=202,
         response_model=CallbackTaken,
         responses=_documented(),
-        openapi_extra={"requestBody": _documented_body()},
+        openapi_extra={"requestBody": _documented_body(), "parameters": _documented_headers()},
     )
     async def comfyui_callback(task_id: str, request: Request) -> Response:
         """ComfyUI tells that a job or training of the task has changed. Signed by the Standard Webhooks scheme."""

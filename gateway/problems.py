@@ -181,6 +181,14 @@ def _problem_of(error: Exception) -> Problem:
     return Problem(ProblemCode.INTERNAL, "The request could not be answered: this is a defect.")
 
 
+_RETRY_AFTER: Final = {"Retry-After": {"description": "Seconds.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}}
+_HEADERS_OF: Final[dict[int, dict[str, Any]]] = {
+    401: {"WWW-Authenticate": {"description": "A Bearer challenge (RFC 6750).", "schema": {"type": "string"}}},
+    429: _RETRY_AFTER,
+    503: _RETRY_AFTER,
+}
+
+
 def problems(*codes: ProblemCode) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route's OpenAPI entry: every error that it may answer with, by status, with examples."""
     by_status: dict[int | str, dict[str, Any]] = {}
@@ -192,6 +200,7 @@ def problems(*codes: ProblemCode) -> dict[int | str, dict[str, Any]]:
                 "model": ProblemBody,
                 "description": HTTPStatus(status).phrase,
                 "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/ProblemBody"}, "examples": {}}},
+                "headers": _HEADERS_OF.get(status, {}),
             },
         )
         entry["content"][PROBLEM_JSON]["examples"][code.value] = {

@@ -17,7 +17,7 @@ from gateway.problems import Problem, ProblemCode, problems
 from gateway.streams_cursors import positions_of
 from gateway.streams_hub import EventHub
 from gateway.streams_subscriber import Subscriber
-from gateway.streams_wires import RETRY_MILLISECONDS, EndReason, SseWire, WebSocketWire
+from gateway.streams_wires import FRAME_SCHEMA, RETRY_MILLISECONDS, EndReason, SseWire, WebSocketWire
 from gateway.tokens import Caller
 from store import CursorInvalid, StoreFailure, TaskHead
 
@@ -167,7 +167,7 @@ _EXAMPLE: Final = "\n".join(
 _STREAM_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "description": "Frames: `id` is the cursor, `event` the type, `data` one JSON object (TaskEvent).",
-        "content": {EVENT_STREAM: {"schema": {"type": "string"}, "example": _EXAMPLE}},
+        "content": {EVENT_STREAM: {"schema": FRAME_SCHEMA, "example": _EXAMPLE}},
     },
     204: {"description": "Every event was told before and every task has ended: do not come again."},
     **problems(*_REFUSALS),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cached_property
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from starlette.types import Receive, Send
 from starlette.websockets import WebSocket
@@ -22,6 +22,28 @@ from contracts.tasks import EventType, Heartbeat, TaskEvent
 RETRY_MILLISECONDS: Final = 2_000
 ENDS: Final = frozenset({EventType.COMPLETED, EventType.FAILED, EventType.CANCELLED})
 """Nothing follows these in a task's history."""
+
+
+def _schema_ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+FRAME_SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "title": "Frame",
+    "description": "One frame of the stream.",
+    "properties": {
+        "id": {"type": "string", "description": "The cursor; heartbeats and streams of all tasks have none."},
+        "event": {"type": "string", "enum": [kind.value for kind in EventType]},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"anyOf": [_schema_ref("TaskEvent"), _schema_ref("Heartbeat")]},
+        },
+        "retry": {"type": "integer", "description": "Milliseconds to wait before the stream is opened again."},
+    },
+}
+"""Of a Server-Sent Event, for the OpenAPI document."""
 
 
 class EndReason(StrEnum):

@@ -166,6 +166,10 @@ class EventsQuery(CallerModel):
     after: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,512}$")] | None = None
     """An event's `cursor`, or its `seq`: the history from there on."""
     limit: Annotated[int, Field(ge=1, le=1_000)] = 1_000
+    cursor: Annotated[str, Field(max_length=2_048)] | None = None
+    """The live stream's: as `after`, and before it."""
+    token: str | None = None
+    """The live stream's: who opens it, for clients that send no headers."""
 
 
 class LogQuery(CallerModel):

@@ -14,6 +14,7 @@ from contracts.permissions import Operation
 from contracts.tasks import CancelTask, CancelTaskOutcome, ConfirmPrice, ConfirmPriceOutcome, TaskEvent
 from gateway.access import Access
 from gateway.problems import ProblemCode, problems
+from gateway.streams_wires import FRAME_SCHEMA
 from gateway.task_bodies import (
     EventsQuery,
     IdempotencyKey,
@@ -49,7 +50,11 @@ _READ: Final = (
 _ONE: Final = (*_READ, ProblemCode.TASK_UNKNOWN)
 _CHANGE: Final = (*_ONE, ProblemCode.TOO_LARGE, ProblemCode.TOO_SLOW, ProblemCode.WORKER_UNAVAILABLE)
 _START: Final = (*_READ, ProblemCode.TASK_EXISTS, ProblemCode.TOO_LARGE, ProblemCode.TOO_SLOW)
-_REPEATED: Final[dict[int | str, dict[str, Any]]] = {200: {"model": TaskView, "description": "A repeat: the same task"}}
+_LOCATION: Final = {"Location": {"description": "The task's address.", "schema": {"type": "string"}}}
+_STARTED: Final[dict[int | str, dict[str, Any]]] = {
+    202: {"description": "The task", "headers": _LOCATION},
+    200: {"model": TaskView, "description": "A repeat: the same task", "headers": _LOCATION},
+}
 
 Key = Annotated[
     IdempotencyKey | None,
@@ -72,7 +77,7 @@ def task_routes(
             return await access.stream_caller(connection)
         return await access.caller(connection, Operation.READ_TASK)
 
-    @router.post("/images", status_code=202, responses={**_REPEATED, **problems(*_START)})
+    @router.post("/images", status_code=202, responses={**_STARTED, **problems(*_START)})
     async def start_image(
         caller: Annotated[Caller, Depends(access.demands(Operation.START_IMAGE_TASK))],
         order: ImageOrder,
@@ -82,7 +87,7 @@ def task_routes(
         """Start an image task: 202 the task, 200 a repeat, 409 another body under the same id or key."""
         return _told(response, *await tasks.start(caller, order, key))
 
-    @router.post("/trainings", status_code=202, responses={**_REPEATED, **problems(*_START)})
+    @router.post("/trainings", status_code=202, responses={**_STARTED, **problems(*_START)})
     async def start_training(
         caller: Annotated[Caller, Depends(access.demands(Operation.START_TRAINING_TASK))],
         order: TrainingOrder,
@@ -170,6 +175,7 @@ def _event_stream_response() -> dict[int | str, dict[str, Any]]:
     return {
         200: {
             "description": "The history as an array, or the live stream",
-            "content": {EVENT_STREAM: {"schema": {"type": "string"}}},
-        }
+            "content": {EVENT_STREAM: {"schema": FRAME_SCHEMA}},
+        },
+        204: {"description": "Of the live stream: every event was told before and the task has ended."},
     }

@@ -22,6 +22,7 @@ from websockets.exceptions import InvalidStatus
 
 from contracts.permissions import Scope
 from contracts.tasks import workflow_id_of
+from gateway.access import TOKEN_COOKIE
 from gateway.tokens import Caller, StreamTokens
 from store import TaskStore
 from tests.conftest import unique
@@ -227,6 +228,17 @@ async def test_a_token_in_the_address_and_a_stream_token_open_streams_alone(
     token = StreamTokens(TOKEN_SECRET).made_for(caller)
     with_stream_token = await asked(api, route, tenants.own_task, token)
     assert with_stream_token.status == (101 if route[0] == "WS" else 200 if is_stream else 403)
+
+
+async def test_a_tasks_live_stream_is_opened_by_address_or_cookie_and_its_history_is_not(
+    api: Api, tenants: Tenants
+) -> None:
+    path = f"{TASKS}/{tenants.own_task}/events"
+    token = token_for(tenants.own)
+    for headers, status in (({}, 401), ({"accept": "text/event-stream"}, 200)):
+        assert (await api.http.get(f"{path}?token={token}", headers=headers)).status_code == status
+        with_cookie = headers | {"cookie": f"{TOKEN_COOKIE}={token}"}
+        assert (await api.http.get(path, headers=with_cookie)).status_code == status
 
 
 async def test_open_routes_ask_for_no_token_and_callbacks_for_a_signature(api: Api, tenants: Tenants) -> None:
