@@ -9,6 +9,7 @@ RUN python -m pip install --no-cache-dir --disable-pip-version-check --require-h
 
 COPY *.py ./
 COPY activities activities
+COPY bridge bridge
 COPY cli cli
 COPY conformance conformance
 COPY contracts contracts

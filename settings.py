@@ -131,6 +131,31 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_json: bool = True
 
+    # Bridge: see docs/use-your-own-comfyui.md
+    bridge_task_queue: str = "comfyui-bridge"
+    """Of the bridge's own work; the names of its pools' and servers' queues begin with it."""
+    bridge_host: str = "127.0.0.1"
+    bridge_port: int = Field(default=8195, ge=0, le=65_535)
+    bridge_url: ServiceUrl | None = None
+    """The address under which results are fetched, where the store signs none; default: host and port."""
+    bridge_store_url: str = "file://.run/bridge"
+    """Object storage for results, control images and checkpoints: `file://`, `s3://`, `gs://`, `az://`. Bridge and GPU
+    workers must reach the same."""
+    bridge_templates: Annotated[list[Path], NoDecode] = []
+    """Folders of your own templates, comma-separated; one of them takes the place of a shipped one of the same id."""
+    bridge_image_hosts: Annotated[list[str], NoDecode] = []
+    """Hosts that control images may come from by https, comma-separated; `.example.org` for all below it."""
+    bridge_image_roots: Annotated[list[str], NoDecode] = []
+    """Prefixes of object storage below which a tenant's control images lie, comma-separated; each must name
+    `{tenant_id}`."""
+    bridge_callback_urls: Annotated[list[str], NoDecode] = []
+    """Where the bridge may send callbacks, comma-separated prefixes; default: `callback_base_url` alone."""
+    bridge_result_secret: SecretStr | None = None
+    """Secret (at least 32 bytes) that signs addresses of results, equal in all bridge processes; default: derived from
+    `token_secret`."""
+    gpu_grace_seconds: float = Field(default=600, ge=0)
+    """How long a GPU worker that was told to stop lets its graph run to its end before it hands the job back."""
+
     # Simulators
     simulator_host: str = "127.0.0.1"
     comfyui_simulator_port: int = Field(default=8188, ge=0, le=65_535)
@@ -140,14 +165,18 @@ class Settings(BaseSettings):
     """How many contract seconds pass in one real second."""
     simulator_admin_token: SecretStr | None = None
 
-    @field_validator("callback_secrets", "dataset_roots", "retry_after_seconds", "allowed_origins", mode="before")
+    @field_validator(
+        *("callback_secrets", "dataset_roots", "retry_after_seconds", "allowed_origins"),
+        *("bridge_templates", "bridge_image_hosts", "bridge_image_roots", "bridge_callback_urls"),
+        mode="before",
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return [part.strip() for part in value.split(",") if part.strip()]
         return value
 
-    @field_validator("token_secret", "stream_token_secret", "simulator_admin_token")
+    @field_validator("token_secret", "stream_token_secret", "simulator_admin_token", "bridge_result_secret")
     @classmethod
     def _long_enough(cls, secret: SecretStr | None) -> SecretStr | None:
         if secret is not None and len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
@@ -162,7 +191,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"{origin!r} must look like https://app.example, without a path; * is not taken")
         return origins
 
-    @field_validator("dataset_roots")
+    @field_validator("dataset_roots", "bridge_image_roots")
     @classmethod
     def _per_tenant(cls, roots: list[str]) -> list[str]:
         for root in roots:

@@ -143,3 +143,22 @@ class ImageJob(OwnModel):
     @property
     def priority(self) -> TaskPriority:
         return self.request.priority
+
+
+class JobView(OwnModel):
+    """What a job's workflow tells of itself: the fields that the wire shows, and whose they are."""
+
+    tenant_id: str
+    task_id: str
+    fields: dict[str, JsonValue]
+    sequence: int
+    tick_base: int | None = None
+    """Set while a graph runs: what its heartbeat tells is numbered from here."""
+
+
+class ControlsOrder(OwnModel):
+    """Control images to fetch for a job, as the request names them (`image_url`)."""
+
+    job_id: str
+    tenant_id: str
+    controls: list[dict[str, JsonValue]]

@@ -13,12 +13,13 @@ import uvicorn
 from pydantic import ValidationError
 
 import temporal_plugin
+from caller_tokens import CallerTokens, KeySet, SharedSecret
 from contracts.errors import sentences_of
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.draining import Draining, DrainingServer
 from gateway.page import PageSettings
-from gateway.tokens import CallerTokens, KeySet, SharedSecret, StreamTokens
+from gateway.tokens import StreamTokens
 from logs import configure_logs
 from settings import Settings
 from store import TaskStore

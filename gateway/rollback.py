@@ -12,13 +12,13 @@ from typing import Any, Final, Literal
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
 from temporalio.common import WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 
+from caller_tokens import Caller
 from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, GiveBackResult, give_back_id_of
 from contracts.tasks import CancelTask, workflow_id_of
 from gateway.problems import Problem, ProblemCode
 from gateway.task_bodies import RollbackOrder, RollbackOutcome, TaskView
 from gateway.tasks import Tasks
 from gateway.temporal_calls import RPC_TIMEOUT, bounded, described, temporal_problems
-from gateway.tokens import Caller
 
 WAIT_SECONDS: Final = 10.0
 """How long a give-back is waited for; it goes on all the same."""

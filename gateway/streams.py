@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Depends, Header, Query, Request, Response, WebSocket
 from starlette.types import Receive, Scope, Send
 
+from caller_tokens import Caller
 from contracts.fields import OwnModel
 from gateway.access import Access
 from gateway.problems import Problem, ProblemCode, problems
@@ -18,7 +19,6 @@ from gateway.streams_cursors import positions_of
 from gateway.streams_hub import EventHub
 from gateway.streams_subscriber import Subscriber
 from gateway.streams_wires import FRAME_SCHEMA, RETRY_MILLISECONDS, EndReason, SseWire, WebSocketWire
-from gateway.tokens import Caller
 from store import CursorInvalid, StoreFailure, TaskHead
 
 MAX_TASKS: Final = 50

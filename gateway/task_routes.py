@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from starlette.requests import HTTPConnection
 
+from caller_tokens import Caller
 from contracts.fields import CallerId
 from contracts.permissions import Operation
 from contracts.tasks import CancelTask, CancelTaskOutcome, ConfirmPrice, ConfirmPriceOutcome, TaskEvent
@@ -30,7 +31,6 @@ from gateway.task_bodies import (
     TrainingOrder,
 )
 from gateway.tasks import Tasks
-from gateway.tokens import Caller
 
 TASKS: Final = "/api/v1/tasks"
 EVENT_STREAM: Final = "text/event-stream"

@@ -13,6 +13,7 @@ from temporalio.client import Client, WorkflowExecutionDescription
 from temporalio.common import SearchAttributeKey
 
 import task_start
+from caller_tokens import Caller
 from contracts.comfyui import TaskPriority
 from contracts.permissions import Scene
 from contracts.tasks import (
@@ -40,7 +41,6 @@ from gateway.task_bodies import (
     TrainingOrder,
 )
 from gateway.temporal_calls import RunMissing, bounded, described, updated
-from gateway.tokens import Caller
 from store import CursorInvalid, StoreUnavailable, TaskStore
 
 T = TypeVar("T")

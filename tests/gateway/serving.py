@@ -25,12 +25,13 @@ from standardwebhooks import Webhook
 from temporalio import workflow
 from temporalio.client import Client, WorkflowHandle
 
+from caller_tokens import CallerTokens, SharedSecret
 from contracts.permissions import Scope
 from contracts.tasks import CALLBACK_SIGNAL, TASK_QUEUE, workflow_id_of
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.callbacks import CallbackOutcome
-from gateway.tokens import CallerTokens, SharedSecret, StreamTokens
+from gateway.tokens import StreamTokens
 from store import TaskStore
 from tests.conftest import unique
 

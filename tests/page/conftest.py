@@ -14,11 +14,12 @@ import uvicorn
 from playwright.async_api import Browser, Page, async_playwright
 from temporalio.testing import WorkflowEnvironment
 
+from caller_tokens import CallerTokens, SharedSecret
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.draining import Draining
 from gateway.page import PageSettings
-from gateway.tokens import CallerTokens, SharedSecret, StreamTokens
+from gateway.tokens import StreamTokens
 from simulators.serving import DEFAULT_AUDIENCE, DEFAULT_ISSUER, TEST_CALLBACK_SECRET, TEST_TOKEN_SECRET
 from store import TaskStore
 from tests.cable import Cable

@@ -1,0 +1,136 @@
+"""`python -m bridge`: contract §2's and §3's `/comfyui/v1`, and the workflows behind it, by the settings."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from contextlib import AsyncExitStack
+from datetime import timedelta
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from temporalio.client import Client
+from temporalio.worker import Worker
+
+import temporal_plugin
+from bridge.api import Edge, bridge_app
+from bridge.callbacks import CallbackActivities, CallbackSender
+from bridge.control_images import ControlImages
+from bridge.job_activities import JobActivities
+from bridge.job_workflow import ComfyUIJobWorkflow
+from bridge.outlook import Outlook
+from bridge.runs import Runs
+from bridge.service import ImageService
+from bridge.starting import (
+    CannotStart,
+    callback_secret_by,
+    read_settings,
+    result_secret_by,
+    templates_by,
+    tokens_by,
+)
+from bridge.storage import SignedAddresses, Storage
+from logs import configure_logs
+from settings import Settings
+
+WORKFLOWS = (ComfyUIJobWorkflow,)
+GRACE_SECONDS = 10
+STICKY = timedelta(seconds=2.5)
+
+log = structlog.get_logger("bridge")
+
+
+class Bridge:
+    """Everything that one bridge process holds. Raises CannotStart, ValueError for an unusable address or secret."""
+
+    def __init__(self, settings: Settings, client: Client) -> None:
+        self.storage = Storage(settings.bridge_store_url)
+        base_url = settings.bridge_url or f"http://{settings.bridge_host}:{settings.bridge_port}"
+        self.signed = SignedAddresses(base_url, result_secret_by(settings))
+        self.images = ControlImages(hosts=settings.bridge_image_hosts, roots=settings.bridge_image_roots)
+        self.sender = CallbackSender(callback_secret_by(settings))
+        self._client = client
+        self._settings = settings
+        self._tokens = tokens_by(settings)
+        self._templates = templates_by(settings)
+
+    def serves_at(self, base_url: str) -> None:
+        """Where results are fetched, where that is known only once it serves."""
+        self.signed.base_url = base_url
+
+    def app(self) -> FastAPI:
+        """The ASGI application."""
+        settings = self._settings
+        images = ImageService(
+            Runs(self._client, task_queue=settings.bridge_task_queue),
+            Outlook(self._client, task_queue=settings.bridge_task_queue),
+            self._templates,
+            self.images,
+            settings.prices,
+            settings.bridge_callback_urls or [settings.callback_base_url],
+        )
+        return bridge_app(Edge(self._tokens), images, self.storage, self.signed)
+
+    def worker(self) -> Worker:
+        """The worker of the bridge's own queue."""
+        jobs = JobActivities(self.storage, self.images, self.signed)
+        return Worker(
+            self._client,
+            task_queue=self._settings.bridge_task_queue,
+            workflows=WORKFLOWS,
+            activities=[
+                CallbackActivities(self.sender).send_callback,
+                jobs.fetch_controls,
+                jobs.sign_results,
+                jobs.clear_up,
+            ],
+            max_concurrent_workflow_tasks=self._settings.max_workflow_tasks,
+            max_cached_workflows=self._settings.max_cached_workflows,
+            sticky_queue_schedule_to_start_timeout=STICKY,
+            graceful_shutdown_timeout=timedelta(seconds=GRACE_SECONDS),
+        )
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until told to stop. Raises CannotStart."""
+    async with AsyncExitStack() as opened:
+        try:
+            client = await temporal_plugin.connect(settings)
+            bridge = Bridge(settings, client)
+        except (ValueError, RuntimeError) as error:
+            raise CannotStart(str(error)) from None
+        await opened.enter_async_context(bridge.sender)
+        await opened.enter_async_context(bridge.worker())
+        server = uvicorn.Server(
+            uvicorn.Config(
+                bridge.app(),
+                host=settings.bridge_host,
+                port=settings.bridge_port,
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+            )
+        )
+        log.info("bridge_serves", host=settings.bridge_host, port=settings.bridge_port, namespace=client.namespace)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # uvicorn raises the signal again once it has drained: without a handler that would kill us before we close.
+            signal.signal(number, lambda *_: None)
+        await server.serve()
+
+
+def main() -> int:
+    try:
+        settings = read_settings()
+        configure_logs(level=settings.log_level, as_json=settings.log_json)
+        asyncio.run(serve(settings))
+    except CannotStart as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""`/comfyui/v1` over HTTP (contract §2, §3), result files, and `/healthz`.
+
+A request passes: its size → its token → its idempotency key → the act (service.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import mimetypes
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import structlog
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+
+from bridge.replies import Refused, Reply, Unanswered, Unauthenticated
+from bridge.service import Call, ImageService
+from bridge.storage import RESULTS_PATH, STORAGE_ERRORS, SignedAddresses, Storage, is_plain
+from caller_tokens import CallerTokens, TokenRefused, TokensUnverifiable
+from contracts.outside_json import UnreadableJson, read_json
+from contracts.permissions import TokenClaims
+
+MAX_BODY_BYTES: Final = 8 * 1024 * 1024
+"""A training's list of files may be long."""
+BODY_SECONDS: Final = 15.0
+MAX_KEY_CHARACTERS: Final = 256
+SHOWN_TYPES: Final = frozenset({"image/png", "image/jpeg", "image/webp", "image/gif", "video/mp4", "video/webm"})
+"""Shown by browsers; whatever else a graph wrote is only downloaded."""
+
+Act = Callable[[Call], Awaitable[Reply]]
+log = structlog.get_logger(__name__)
+
+
+class Edge:
+    """Everything around an act."""
+
+    def __init__(self, tokens: CallerTokens) -> None:
+        self._tokens = tokens
+
+    async def handle(self, request: Request, act: Act) -> Response:
+        try:
+            reply = await act(await self._call(request))
+        except (Refused, Unanswered, Unauthenticated) as refusal:
+            reply = refusal.reply()
+        log.info("request", method=request.method, route=request.scope["route"].path, status=reply.status)
+        return Response(json.dumps(reply.body), reply.status, reply.headers, media_type="application/json")
+
+    async def _call(self, request: Request) -> Call:
+        raw = await _body(request)
+        claims = await self._claims(request.headers.get("authorization"))
+        try:
+            body = read_json(raw, max_bytes=MAX_BODY_BYTES) if raw else {}
+        except UnreadableJson as error:
+            raise Refused("payload_invalid", fields=[f"body: {error}"]) from None
+        key = request.headers.get("x-idempotency-key") or ""
+        if request.method == "POST" and not 0 < len(key) <= MAX_KEY_CHARACTERS:
+            raise Refused("payload_invalid", fields=["X-Idempotency-Key: Field required"])
+        return Call(request.url.path, body, claims, key, request.path_params.get("run_id", ""))
+
+    async def _claims(self, authorization: str | None) -> TokenClaims:
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise Unauthenticated("a bearer token is missing")
+        try:
+            return await self._tokens.read(token.strip())
+        except TokenRefused as refused:
+            raise Unauthenticated(str(refused)) from None
+        except TokensUnverifiable:
+            raise Unanswered(503, "the keys of callers' tokens cannot be read now") from None
+
+
+async def _body(request: Request) -> bytes:
+    """The whole body. Raises Refused where it is too large, Unanswered where it is too slow."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise Refused("payload_invalid", fields=[f"body: larger than {MAX_BODY_BYTES} bytes"])
+    except TimeoutError:
+        raise Unanswered(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
+    return bytes(body)
+
+
+def bridge_app(edge: Edge, images: ImageService, storage: Storage, signed: SignedAddresses) -> FastAPI:
+    app = FastAPI(title="ComfyUI bridge", docs_url=None, redoc_url=None)
+    app.include_router(_job_routes(edge, images))
+    app.include_router(_result_routes(storage, signed))
+
+    @app.get("/healthz")
+    async def alive() -> dict[str, str]:
+        return {"status": "alive"}
+
+    return app
+
+
+def _job_routes(edge: Edge, images: ImageService) -> APIRouter:
+    router = APIRouter(prefix="/comfyui/v1")
+
+    @router.post("/jobs")
+    async def submit_job(request: Request) -> Response:
+        return await edge.handle(request, images.submit)
+
+    @router.get("/jobs/{run_id}")
+    async def get_job(request: Request) -> Response:
+        return await edge.handle(request, images.get)
+
+    @router.post("/jobs/{run_id}/cancel")
+    async def cancel_job(request: Request) -> Response:
+        return await edge.handle(request, images.cancel)
+
+    @router.get("/gpus")
+    async def list_gpus(request: Request) -> Response:
+        return await edge.handle(request, images.gpus)
+
+    return router
+
+
+def _result_routes(storage: Storage, signed: SignedAddresses) -> APIRouter:
+    router = APIRouter()
+
+    @router.get(RESULTS_PATH + "/{path:path}")
+    async def result(path: str, expires: int = 0, signature: str = "") -> Response:
+        """A result, by a signed address that has not expired; else 404, as if there were none."""
+        if not is_plain(path) or not signed.holds(path, expires=expires, signature=signature):
+            return _said(404, "There is no such result, or its address has expired.")
+        try:
+            size = await storage.size_bytes(path)
+        except FileNotFoundError:
+            return _said(404, "There is no such result, or its address has expired.")
+        except STORAGE_ERRORS:
+            return _said(503, "The storage of results cannot be read now.")
+        kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+        headers: dict[str, Any] = {
+            "Content-Length": str(size),
+            "X-Content-Type-Options": "nosniff",
+            "Content-Security-Policy": "default-src 'none'; sandbox",
+            "Cache-Control": "private, max-age=3600",
+        }
+        if kind not in SHOWN_TYPES:
+            headers["Content-Disposition"] = "attachment"
+        return StreamingResponse(storage.read(path), headers=headers, media_type=kind)
+
+    return router
+
+
+def _said(status: int, sentence: str) -> Response:
+    return Response(json.dumps({"detail": sentence}), status, media_type="application/json")

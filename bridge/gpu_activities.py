@@ -1,0 +1,331 @@
+"""What a GPU worker does on its server: take a job, run its graph, copy its results. One server, one object of these.
+
+A heartbeat tells the run's whole percent and whether the server has taken the prompt, so that whoever comes after a
+killed worker finds the prompt again and never sends it twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import mimetypes
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, TypeVar
+
+import structlog
+from pydantic import BaseModel, ValidationError
+from temporalio import activity
+from temporalio.exceptions import ApplicationError
+
+from bridge.callbacks import TICK_SECONDS, CallbackSender
+from bridge.calls import COPY_RESULTS, RUN_GRAPH, TAKE_SERVER, RunFailureType
+from bridge.graph_check import NoModel, chosen_models
+from bridge.native import NativeServer
+from bridge.native_errors import NativeFailure, PromptRefused
+from bridge.orders import (
+    Callback,
+    CopyOrder,
+    GraphOutcome,
+    GraphRun,
+    NativeFile,
+    ServerTaken,
+    StoredResult,
+    TakeOrder,
+)
+from bridge.prompt_run import Patience, PromptLost, PromptRun, RunFailure, ServerDead, ServerGone
+from bridge.slot import Slot
+from bridge.storage import STORAGE_ERRORS, Storage, safe_name
+from contracts.errors import ErrorDetails, FailureCode
+
+HEARTBEAT_SECONDS: Final = 1.0
+TICK_EVERY_SECONDS: Final = 1.0
+_TYPES: Final[dict[type[RunFailure], RunFailureType]] = {
+    PromptLost: RunFailureType.LOST,
+    ServerGone: RunFailureType.GONE,
+    ServerDead: RunFailureType.DEAD,
+}
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+class RunBeat(BaseModel):
+    """What a heartbeat of `run_graph` tells."""
+
+    percent: int = 0
+    was_sent: bool = False
+
+
+@dataclass(frozen=True)
+class ServerIdentity:
+    """How this server is known: its name in queues, and its kind of GPU."""
+
+    name: str
+    task_queue: str
+    gpu_type: str
+
+
+class GpuActivities:
+    """The activities of one server. `sender`: None where ticks are not told, only polled."""
+
+    def __init__(
+        self,
+        server: NativeServer,
+        identity: ServerIdentity,
+        slot: Slot,
+        storage: Storage,
+        sender: CallbackSender | None,
+        *,
+        patience: Patience | None = None,
+    ) -> None:
+        self._server = server
+        self._identity = identity
+        self._slot = slot
+        self._storage = storage
+        self._sender = sender
+        self._patience = patience or Patience()
+        self._copying = 0
+
+    @property
+    def is_copying(self) -> bool:
+        return self._copying > 0
+
+    @activity.defn(name=TAKE_SERVER)
+    async def take_server(self, order: TakeOrder) -> ServerTaken:
+        """Hold this server for a job. Raises ApplicationError (retried, by any server) where it cannot be had."""
+        problem = await self._slot.take(order.job_id)
+        if problem is not None:
+            raise ApplicationError(f"{self._identity.name}: {problem}", type="server_taken")
+        log.info("job_taken", job_id=order.job_id, run=order.run, server=self._identity.name)
+        return ServerTaken(
+            server=self._identity.name, task_queue=self._identity.task_queue, gpu_type=self._identity.gpu_type
+        )
+
+    @activity.defn(name=RUN_GRAPH)
+    async def run_graph(self, run: GraphRun) -> GraphOutcome:
+        """Run one graph to its end. Raises ApplicationError of a `RunFailureType`, not retried on this server."""
+        beat = _last_beat()
+        ticks = _Ticks(run, self._sender)
+        prompt = PromptRun(
+            self._server,
+            run.model_copy(update={"first_percent": max(run.first_percent, beat.percent)}),
+            lambda: self._prepared(run),
+            was_sent=beat.was_sent,
+            patience=self._patience,
+            on_percent=ticks.reached,
+        )
+        bound = {"job_id": run.job_id, "task_id": run.task_id, "tenant_id": run.tenant_id, "run": run.run}
+        with structlog.contextvars.bound_contextvars(**bound), self._held(run.job_id):
+            try:
+                outcome = await _with_heartbeats(
+                    prompt.to_its_end(),
+                    lambda: (RunBeat(percent=prompt.percent, was_sent=prompt.was_sent).model_dump(),),
+                    on_cancel=prompt.stop,
+                )
+            except RunFailure as failure:
+                if isinstance(failure, ServerDead):
+                    self._slot.drain(str(failure))
+                log.warning("run_failed", kind=type(failure).__name__, reason=str(failure))
+                raise ApplicationError(
+                    str(failure),
+                    {"percent": prompt.percent},
+                    type=_TYPES[type(failure)].value,
+                    non_retryable=True,
+                ) from None
+            finally:
+                await ticks.close()
+            log.info(
+                "run_ended",
+                outcome=outcome.error.code if outcome.error else "ok",
+                seconds=round(outcome.seconds, 3),
+                attempt=activity.info().attempt,
+            )
+            return outcome
+
+    @activity.defn(name=COPY_RESULTS)
+    async def copy_results(self, order: CopyOrder) -> list[StoredResult]:
+        """Copy a run's files to storage. Raises ApplicationError: `prompt_lost` where they are gone, else retried."""
+        self._copying += 1
+        try:
+            return await _with_heartbeats(self._copied(order), tuple)
+        finally:
+            self._copying -= 1
+
+    async def _prepared(self, run: GraphRun) -> Mapping[str, Any]:
+        """The graph with this server's models and the control images' names in it. Raises PromptRefused."""
+        graph: dict[str, Any] = json.loads(json.dumps(run.graph.graph))
+        if run.graph.models:
+            info = await self._server.object_info()
+            try:
+                for wish, name in chosen_models(graph, info, run.graph.models, run.graph.result_nodes):
+                    graph[wish.node]["inputs"][wish.input] = name
+            except NoModel as missing:
+                raise PromptRefused(
+                    ErrorDetails(code=FailureCode.MODEL_MISSING.value, message=f"{run.graph.template_id}: {missing}")
+                ) from None
+        for upload in run.graph.uploads:
+            control = run.controls[upload.control]
+            try:
+                content = await self._storage.read_whole(control.path)
+            except FileNotFoundError:
+                raise PromptRefused(
+                    ErrorDetails(code=FailureCode.INTERNAL.value, message="The control image is no longer in storage.")
+                ) from None
+            suffix = mimetypes.guess_extension(control.content_type) or ".png"
+            graph[upload.node]["inputs"][upload.input] = await self._server.upload(
+                f"control-{upload.control}{suffix}",
+                content,
+                content_type=control.content_type,
+                subfolder=f"comfyui-temporal/{run.job_id}",
+            )
+        return graph
+
+    async def _copied(self, order: CopyOrder) -> list[StoredResult]:
+        stored: list[StoredResult] = []
+        try:
+            for file in order.files:
+                stored.append(await self._stored(order, file))
+            for number, text in enumerate(order.texts, 1):
+                content = text.encode("utf-8", "replace")
+                path = f"results/{order.job_id}/text-{number}.txt"
+                size = await self._storage.write(path, content, "text/plain; charset=utf-8")
+                stored.append(StoredResult(path=path, content_type="text/plain", size_bytes=size))
+        except FileNotFoundError as error:
+            raise ApplicationError(
+                f"{self._identity.name} no longer has the file {error}.",
+                type=RunFailureType.LOST.value,
+                non_retryable=True,
+            ) from None
+        except NativeFailure as failure:
+            raise ApplicationError(str(failure), type=RunFailureType.GONE.value) from None
+        except STORAGE_ERRORS as error:
+            raise ApplicationError(
+                f"Object storage at {self._storage.url} cannot be used: {type(error).__name__}. It is retried; check "
+                "COMFYUI_TEMPORAL_BRIDGE_STORE_URL, its credentials and its room.",
+                type=FailureCode.INTERNAL.value,
+            ) from None
+        return stored
+
+    async def _stored(self, order: CopyOrder, file: NativeFile) -> StoredResult:
+        path = result_path(order.job_id, file)
+        async with self._server.view(file) as (content_type, chunks):
+            size = await self._storage.write(path, _paced(chunks), content_type)
+        return StoredResult(path=path, content_type=content_type, size_bytes=size)
+
+    @contextmanager
+    def _held(self, job_id: str) -> Any:
+        self._slot.begin(job_id)
+        try:
+            yield
+        finally:
+            self._slot.end()
+
+
+def result_path(job_id: str, file: NativeFile) -> str:
+    """Where a file goes: its own folder below the job's, the prefix that we gave it left out."""
+    folders = [safe_name(part) for part in file.subfolder.replace("\\", "/").split("/") if part]
+    if folders[:2] == ["comfyui-temporal", safe_name(job_id)]:
+        folders = folders[2:]
+    return "/".join(["results", job_id, *folders, safe_name(file.filename)])
+
+
+async def _paced(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for chunk in chunks:
+        yield chunk
+
+
+class _Ticks:
+    """Tells the task how far its run is, best effort: one request at a time, at most once a second."""
+
+    def __init__(self, run: GraphRun, sender: CallbackSender | None) -> None:
+        self._run = run
+        self._sender = sender
+        self._newest = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def reached(self, percent: int) -> None:
+        self._newest = percent
+        if self._sender is not None and (self._task is None or self._task.done()):
+            self._task = asyncio.create_task(self._told(self._sender))
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    async def _told(self, sender: CallbackSender) -> None:
+        told = 0
+        while self._newest > told:
+            told = self._newest
+            await sender.send(tick(self._run, told), seconds=TICK_SECONDS)
+            await asyncio.sleep(TICK_EVERY_SECONDS)
+
+
+def tick(run: GraphRun, percent: int) -> Callback:
+    """What a tick says. The same percent of the same run always has the same number and the same fields."""
+    sequence = run.sequence_base + percent
+    body = {
+        **run.tick_fields,
+        "stage_progress": float(percent),
+        "sequence": sequence,
+        "occurred_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+    }
+    return Callback(url=run.callback_url, webhook_id=f"msg_{run.job_id}_{sequence}", body=json.dumps(body))
+
+
+def _last_beat() -> RunBeat:
+    details = activity.info().heartbeat_details
+    try:
+        return RunBeat.model_validate(details[0]) if details else RunBeat()
+    except ValidationError:
+        return RunBeat()
+
+
+async def _with_heartbeats(
+    work: Coroutine[Any, Any, T],
+    details: Callable[[], tuple[Any, ...]],
+    *,
+    on_cancel: Callable[[], Coroutine[Any, Any, None]] | None = None,
+) -> T:
+    """Run `work` with heartbeats.
+
+    The workflow's cancel and the end of a worker's grace stop it, after `on_cancel`; where the worker was told to
+    stop, the failure is `handed_back`. A lost heartbeat stops it and leaves what it began alone: whoever comes next
+    finds it.
+    """
+    running = asyncio.ensure_future(work)
+    try:
+        while not running.done():
+            activity.heartbeat(*details())
+            await asyncio.wait({running}, timeout=HEARTBEAT_SECONDS)
+    except asyncio.CancelledError:
+        running.cancel()
+        await asyncio.wait({running})
+        reason = activity.cancellation_details()
+        is_shutdown = reason is not None and reason.worker_shutdown
+        is_wish = reason is None or reason.cancel_requested
+        if on_cancel is not None and (is_wish or is_shutdown):
+            await _heartbeating(on_cancel(), details)
+        if is_shutdown and not is_wish:
+            raise ApplicationError(
+                "The worker was told to stop before the run had ended.",
+                type=RunFailureType.HANDED_BACK.value,
+                non_retryable=on_cancel is not None,
+            ) from None
+        raise
+    finally:
+        if not running.done():
+            running.cancel()
+    return running.result()
+
+
+async def _heartbeating(work: Coroutine[Any, Any, None], details: Callable[[], tuple[Any, ...]]) -> None:
+    running = asyncio.ensure_future(work)
+    while not running.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({running}, timeout=HEARTBEAT_SECONDS)
+        activity.heartbeat(*details())
+    running.result()

@@ -1,0 +1,82 @@
+"""What a job needs beside a GPU: control images in, addresses of results out, and its leftovers deleted."""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+from temporalio import activity
+from temporalio.exceptions import ApplicationError
+
+from bridge.calls import CLEAR_UP, FETCH_CONTROLS, SIGN_RESULTS
+from bridge.control_images import ControlImages, ImageRefused, ImageUnreachable, address_of
+from bridge.orders import ControlFile, ControlsOrder, StoredResult
+from bridge.storage import RESULT_SECONDS, STORAGE_ERRORS, SignedAddresses, Storage
+from contracts.errors import FailureCode
+
+MAX_CONTROLS = 16
+log = structlog.get_logger(__name__)
+
+
+class JobActivities:
+    """Activities of the bridge's own queue. Everything lies in `storage`."""
+
+    def __init__(self, storage: Storage, images: ControlImages, signed: SignedAddresses) -> None:
+        self._storage = storage
+        self._images = images
+        self._signed = signed
+
+    @activity.defn(name=FETCH_CONTROLS)
+    async def fetch_controls(self, order: ControlsOrder) -> list[ControlFile]:
+        """Copy a job's control images to storage. Raises ApplicationError: `workflow_invalid`, or retried."""
+        fetched: list[ControlFile] = []
+        for number, control in enumerate(order.controls):
+            try:
+                image = await self._images.fetch(address_of(control), order.tenant_id)
+                path = control_path(order.job_id, number)
+                await self._storage.write(path, image.content, image.content_type)
+            except ImageRefused as refused:
+                raise ApplicationError(
+                    f"The control image {number} cannot be used: {refused}.",
+                    type=FailureCode.WORKFLOW_INVALID.value,
+                    non_retryable=True,
+                ) from None
+            except ImageUnreachable as failure:
+                raise ApplicationError(f"The control image {number}: {failure}.", type="image_unreachable") from None
+            except STORAGE_ERRORS as error:
+                raise self._storage_away(error) from None
+            fetched.append(ControlFile(path=path, content_type=image.content_type, size_bytes=len(image.content)))
+        return fetched
+
+    @activity.defn(name=SIGN_RESULTS)
+    async def sign_results(self, stored: list[StoredResult]) -> list[str]:
+        """An expiring address for each result."""
+        urls: list[str] = []
+        for result in stored:
+            try:
+                by_store = await self._storage.signed_by_store(result.path, RESULT_SECONDS)
+            except STORAGE_ERRORS as error:
+                raise self._storage_away(error) from None
+            expires = int(time.time()) + RESULT_SECONDS
+            urls.append(by_store or self._signed.address(result.path, expires=expires))
+        return urls
+
+    @activity.defn(name=CLEAR_UP)
+    async def clear_up(self, job_id: str) -> None:
+        """Delete a job's control images. Idempotent."""
+        for number in range(MAX_CONTROLS):
+            try:
+                await self._storage.delete(control_path(job_id, number))
+            except STORAGE_ERRORS as error:
+                raise self._storage_away(error) from None
+
+    def _storage_away(self, error: Exception) -> ApplicationError:
+        return ApplicationError(
+            f"Object storage at {self._storage.url} cannot be used: {type(error).__name__}. It is retried; check "
+            "COMFYUI_TEMPORAL_BRIDGE_STORE_URL, its credentials and its room.",
+            type=FailureCode.INTERNAL.value,
+        )
+
+
+def control_path(job_id: str, number: int) -> str:
+    return f"controls/{job_id}/{number}"

@@ -1,0 +1,111 @@
+"""What went wrong on a ComfyUI server → the codes of contract §1, with the node and a sentence.
+
+NativeFailure
+├── ServerSilent     no connection, no answer in time, 5xx: the server may come back
+├── ServerConfused   an answer that is not ComfyUI's: another program, a proxy
+└── PromptRefused    the graph or a file was refused: `details` is how the job ends
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from bridge.graph_check import MODEL_INPUTS
+from contracts.errors import ErrorDetails, FailureCode
+from contracts.fields import repaired, shortened
+
+MAX_PROBLEMS: Final = 8
+
+
+class NativeFailure(Exception):
+    """A call to a ComfyUI server that came to nothing; the text says where and what."""
+
+
+class ServerSilent(NativeFailure):
+    """No usable answer: what was asked may or may not have happened."""
+
+
+class ServerConfused(NativeFailure):
+    """Something answered that is not ComfyUI."""
+
+
+class PromptRefused(NativeFailure):
+    """A definite refusal."""
+
+    def __init__(self, details: ErrorDetails) -> None:
+        super().__init__(details.message)
+        self.details = details
+
+
+def refusal_details(body: Any) -> ErrorDetails:
+    """The body of a 400 to `/prompt`, or of a 200 whose `node_errors` are not empty: parts of it would be dropped."""
+    fields = body if isinstance(body, Mapping) else {}
+    error = fields.get("error")
+    node_errors = fields.get("node_errors")
+    sentences: list[str] = []
+    first_node: str | None = None
+    missing_model = False
+    for node_id, found in node_errors.items() if isinstance(node_errors, Mapping) else ():
+        first_node = first_node or str(node_id)
+        class_type = _text(found, "class_type")
+        for problem in _list(found, "errors"):
+            name = _text(problem.get("extra_info"), "input_name") if isinstance(problem, Mapping) else ""
+            is_choice = _text(problem, "type") == "value_not_in_list"
+            missing_model = missing_model or (is_choice and name in MODEL_INPUTS)
+            said = _text(problem, "details") or _text(problem, "message")
+            sentences.append(f"node {node_id} ({class_type}): {_text(problem, 'message')}: {said}")
+    if not sentences:
+        sentences = [_text(error, "message") or (error if isinstance(error, str) else "the graph was refused")]
+    code = FailureCode.MODEL_MISSING if missing_model else FailureCode.WORKFLOW_INVALID
+    message = "ComfyUI refused the graph: " + "; ".join(sentences[:MAX_PROBLEMS])
+    return ErrorDetails(code=code.value, message=shortened(repaired(message)), retryable=False, node=first_node)
+
+
+def execution_details(messages: Any) -> ErrorDetails:
+    """How a run failed, by `status.messages` of its history entry: (name, data) pairs."""
+    for name, data in _pairs(messages):
+        if name == "execution_error":
+            return _error_details(data)
+        if name == "execution_interrupted":
+            node = _text(data, "node_id") or None
+            return ErrorDetails(
+                code=FailureCode.CANCELLED.value,
+                message="The run was interrupted on its ComfyUI server, not by this job's cancel.",
+                retryable=False,
+                node=node,
+            )
+    return ErrorDetails(
+        code=FailureCode.INTERNAL.value, message="ComfyUI says that the run failed, and not how.", retryable=True
+    )
+
+
+def _error_details(data: Any) -> ErrorDetails:
+    node, kind = _text(data, "node_id"), _text(data, "node_type")
+    exception, said = _text(data, "exception_type"), _text(data, "exception_message").strip()
+    code = FailureCode.NODE_ERROR
+    lowered = f"{exception} {said}".lower()
+    if "outofmemory" in lowered.replace(" ", "").replace("_", "") or "out of memory" in lowered:
+        code = FailureCode.GPU_OUT_OF_MEMORY
+    elif exception.endswith("FileNotFoundError") and "model" in lowered:
+        code = FailureCode.MODEL_MISSING
+    message = f"Node {node} ({kind}) failed: {exception.rpartition('.')[2]}: {said}"
+    return ErrorDetails(code=code.value, message=shortened(repaired(message)), retryable=False, node=node or None)
+
+
+def _pairs(messages: Any) -> list[tuple[str, Any]]:
+    pairs = []
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, list) and len(message) == 2 and isinstance(message[0], str):
+            pairs.append((message[0], message[1]))
+    return pairs
+
+
+def _text(holder: Any, name: str) -> str:
+    value = holder.get(name) if isinstance(holder, Mapping) else None
+    return value if isinstance(value, str) else "" if value is None else str(value)
+
+
+def _list(holder: Any, name: str) -> list[Any]:
+    value = holder.get(name) if isinstance(holder, Mapping) else None
+    return value if isinstance(value, list) else []

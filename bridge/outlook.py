@@ -1,0 +1,214 @@
+"""What can be expected: how long runs took, how many jobs wait, which servers there are. All of it asked of Temporal.
+
+Run times stand in the memos of ended jobs, the backlog in the task queue's own statistics, servers in the pollers of
+one queue that every GPU worker polls. Each is asked for at most every few seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeVar
+
+import structlog
+from temporalio.api.enums.v1 import TaskQueueType
+from temporalio.api.taskqueue.v1 import TaskQueue
+from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest, DescribeTaskQueueResponse
+from temporalio.client import Client
+from temporalio.service import RPCError
+
+from bridge.calls import (
+    BRIDGE_QUEUE,
+    JOB_WORKFLOW,
+    RESOLUTION_MEMO,
+    SECONDS_MEMO,
+    SERVER_MEMO,
+    TRAINING_WORKFLOW,
+    pool_queue,
+    presence_queue,
+)
+from contracts.comfyui import Resolution, TaskPriority
+from contracts.permissions import Scene
+from contracts.prices import DEFAULT_ETA_MINUTES
+from contracts.tasks import PRIORITY_KEYS
+
+KEPT_SECONDS: Final = 3.0
+MEASURED_KEPT_SECONDS: Final = 20.0
+MEASURED_RUNS: Final = 20
+ALIVE_SECONDS: Final = 100.0
+"""A worker asks again at least every minute; past this it is gone."""
+ASK_SECONDS: Final = 3.0
+_IDENTITY: Final = re.compile(r"gpu\|(?P<name>[^|]+)\|(?P<pool>[^|]+)\|(?P<gpu_type>[^|]+)\|")
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class SeenServer:
+    """A GPU worker that is there."""
+
+    name: str
+    pool: str
+    gpu_type: str
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """Jobs that wait for a server, by priority."""
+
+    accelerated: int = 0
+    standard: int = 0
+
+    def ahead_of(self, priority: TaskPriority) -> int:
+        """About how many go before a new job of this priority."""
+        return self.accelerated + (self.standard if priority is TaskPriority.STANDARD else 0)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """`minutes` from now to the end, `ahead` jobs before it, `run_seconds` on the server."""
+
+    minutes: float
+    ahead: int
+    run_seconds: float
+
+
+def identity_of(server: SeenServer, process_id: int) -> str:
+    """How a GPU worker names itself to Temporal."""
+    return f"gpu|{server.name}|{server.pool}|{server.gpu_type}|{process_id}"
+
+
+class Outlook:
+    """Answers are kept for a moment; where Temporal cannot say, defaults are."""
+
+    def __init__(self, client: Client, *, task_queue: str = BRIDGE_QUEUE) -> None:
+        self._client = client
+        self._task_queue = task_queue
+        self._kept: dict[Hashable, tuple[float, Any]] = {}
+        self._asking: dict[Hashable, asyncio.Lock] = {}
+
+    async def of_image(
+        self, *, template_id: str, resolution: Resolution, priority: TaskPriority, pool: str, by_manifest: float
+    ) -> Expected:
+        """What a new image job may expect. Contract §1's default until runs of its kind were measured."""
+        measured, backlog, servers, busy = await asyncio.gather(
+            self.run_seconds(template_id, resolution), self.backlog(pool), self.servers(), self.busy_servers()
+        )
+        here = [server for server in servers if server.pool == pool]
+        seconds = measured if measured is not None else by_manifest
+        ahead = backlog.ahead_of(priority)
+        running = sum(server.name in busy for server in here)
+        waits = (ahead + running / 2) * seconds / max(1, len(here)) if ahead or running >= len(here) else 0.0
+        minutes = (waits + seconds) / 60
+        if measured is None:
+            minutes = max(minutes, DEFAULT_ETA_MINUTES[Scene.IMAGE_GENERATE][priority])
+        return Expected(minutes=round(max(minutes, 0.01), 4), ahead=ahead, run_seconds=round(seconds, 3))
+
+    async def run_seconds(self, template_id: str, resolution: Resolution) -> float | None:
+        """The mean of the last measured runs, or None."""
+
+        async def ask() -> float | None:
+            ended = f"WorkflowType = '{JOB_WORKFLOW}' AND ExecutionStatus = 'Completed'"
+            query = f"TaskQueue = '{self._task_queue}' AND {ended} AND TemplateId = '{template_id}'"
+            seconds: list[float] = []
+            looked = 0
+            async for execution in self._client.list_workflows(query, page_size=100):
+                memo = await execution.memo()
+                looked += 1
+                if memo.get(RESOLUTION_MEMO) == resolution.value and isinstance(memo.get(SECONDS_MEMO), int | float):
+                    seconds.append(float(memo[SECONDS_MEMO]))
+                if len(seconds) >= MEASURED_RUNS or looked >= 200:
+                    break
+            return sum(seconds) / len(seconds) if seconds else None
+
+        return await self._asked(("run", template_id, resolution), ask, None, MEASURED_KEPT_SECONDS)
+
+    async def backlog(self, pool: str) -> Backlog:
+        async def ask() -> Backlog:
+            seen = await self._describe(pool_queue(self._task_queue, pool), stats=True)
+            by_key = {key: stats.approximate_backlog_count for key, stats in seen.stats_by_priority_key.items()}
+            accelerated = by_key.get(PRIORITY_KEYS[TaskPriority.ACCELERATED], 0)
+            return Backlog(accelerated=accelerated, standard=sum(by_key.values()) - accelerated)
+
+        return await self._asked(("backlog", pool), ask, Backlog(), KEPT_SECONDS / 3)
+
+    async def servers(self) -> list[SeenServer]:
+        """The GPU workers that are there, by name. Raises nothing: none where Temporal cannot say."""
+
+        async def ask() -> list[SeenServer]:
+            seen = await self._describe(presence_queue(self._task_queue))
+            oldest = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)
+            found: dict[str, SeenServer] = {}
+            for poller in seen.pollers:
+                match = _IDENTITY.match(poller.identity)
+                if match and poller.last_access_time.ToDatetime(UTC) > oldest:
+                    found[match["name"]] = SeenServer(match["name"], match["pool"], match["gpu_type"])
+            return [found[name] for name in sorted(found)]
+
+        return await self._asked(("servers",), ask, [], KEPT_SECONDS)
+
+    async def busy_servers(self) -> set[str]:
+        """Names of servers that run something of ours."""
+
+        async def ask() -> set[str]:
+            query = (
+                f"TaskQueue = '{self._task_queue}' AND WorkflowType IN ('{JOB_WORKFLOW}', '{TRAINING_WORKFLOW}') "
+                "AND ExecutionStatus = 'Running' AND TaskStatus = 'running'"
+            )
+            return {
+                str((await execution.memo()).get(SERVER_MEMO))
+                async for execution in self._client.list_workflows(query, page_size=200, limit=1_000)
+            }
+
+        return await self._asked(("busy",), ask, set(), KEPT_SECONDS / 3)
+
+    async def gpus(self, accelerated_run_seconds: float) -> list[dict[str, Any]]:
+        """Contract §3's list: one row for each type of GPU."""
+        servers, busy = await asyncio.gather(self.servers(), self.busy_servers())
+        rows: list[dict[str, Any]] = []
+        for gpu_type in sorted({server.gpu_type for server in servers}):
+            of_type = [server for server in servers if server.gpu_type == gpu_type]
+            available = sum(server.name not in busy for server in of_type)
+            ahead = max([(await self.backlog(pool)).accelerated for pool in {server.pool for server in of_type}])
+            wait = 0.0 if available and not ahead else (ahead + 1) * accelerated_run_seconds / len(of_type) / 60
+            rows.append(
+                {
+                    "gpu_type": gpu_type,
+                    "total": len(of_type),
+                    "available": available,
+                    "accelerated_wait": round(wait, 4),
+                }
+            )
+        return rows
+
+    async def _describe(self, queue: str, *, stats: bool = False) -> DescribeTaskQueueResponse:
+        return await self._client.workflow_service.describe_task_queue(
+            DescribeTaskQueueRequest(
+                namespace=self._client.namespace,
+                task_queue=TaskQueue(name=queue),
+                task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY,
+                report_stats=stats,
+            ),
+            timeout=timedelta(seconds=ASK_SECONDS),
+        )
+
+    async def _asked(self, key: Hashable, ask: Callable[[], Awaitable[T]], otherwise: T, kept_seconds: float) -> T:
+        """The kept answer while it is fresh, else a new one, asked for once; `otherwise` where Temporal fails."""
+        async with self._asking.setdefault(key, asyncio.Lock()):
+            at, value = self._kept.get(key, (float("-inf"), otherwise))
+            if time.monotonic() - at < kept_seconds:
+                kept: T = value
+                return kept
+            try:
+                async with asyncio.timeout(ASK_SECONDS):
+                    fresh = await ask()
+            except (RPCError, TimeoutError) as error:
+                log.warning("outlook_unknown", about=str(key), reason=type(error).__name__)
+                return otherwise
+            self._kept[key] = (time.monotonic(), fresh)
+            return fresh

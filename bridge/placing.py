@@ -1,0 +1,183 @@
+"""A graph finds a server, runs there and leaves its results in storage; it moves on where the server fails it.
+
+A job goes back to the pool only where its server no longer knows the prompt, has not answered for 2 minutes, runs
+nothing, or its worker was told to stop. The run's number, and with it the prompt's id, rises only in the first case.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Final
+
+from temporalio import workflow
+from temporalio.common import Priority, RetryPolicy
+from temporalio.exceptions import (
+    ActivityError,
+    ApplicationError,
+    TimeoutError,
+    TimeoutType,
+    is_cancelled_exception,
+)
+from temporalio.workflow import ActivityCancellationType
+
+from bridge.calls import COPY_RESULTS, RUN_GRAPH, TAKE_SERVER, RunFailureType, pool_queue
+from bridge.orders import CopyOrder, GraphOutcome, GraphRun, ServerTaken, StoredResult, TakeOrder
+from contracts.errors import ErrorDetails, FailureCode
+
+MAX_FAILED_RUNS: Final = 3
+"""After so many servers failed a job in a row it ends `lost`: another attempt of its task may follow."""
+SERVER_AWAY: Final = timedelta(minutes=2)
+"""How long a server's worker may stay away before its job goes to the pool again."""
+HEARTBEAT_TIMEOUT: Final = timedelta(seconds=10)
+LONGEST_RUN: Final = timedelta(hours=24)
+COPY_WITHIN: Final = timedelta(hours=1)
+CANCELLED: Final = ErrorDetails(code=FailureCode.CANCELLED.value, message="It was cancelled.", retryable=False)
+_PROMPTS: Final = uuid.UUID("6f0d5e64-3c6f-4d5e-9a43-6f2f0f3a5c11")
+_MOVES_ON: Final = frozenset(RunFailureType)
+_TAKE_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=10))
+_RUN_RETRY: Final = RetryPolicy(
+    initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=10), maximum_attempts=100
+)
+
+
+class RunRefused(Exception):
+    """The run failed for good: how the job ends."""
+
+    def __init__(self, details: ErrorDetails) -> None:
+        super().__init__(details.message)
+        self.details = details
+
+
+class Placing:
+    """One job's or training's way over servers. `started(server)` is told each time a run begins on one."""
+
+    def __init__(self, run_id: str, pool: str, priority: Priority) -> None:
+        self._run_id = run_id
+        self._pool = pool
+        self._priority = priority
+        self.run = 1
+        self.percent = 0
+        self.server: str | None = None
+
+    def prompt_id(self, part: int = 0) -> str:
+        """A UUID made from the job, the part of its work and the run's number."""
+        return str(uuid.uuid5(_PROMPTS, f"{self._run_id}:{part}:{self.run}"))
+
+    async def ran(
+        self,
+        graph_run: Callable[[ServerTaken], GraphRun],
+        *,
+        ended: Callable[[], None],
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> tuple[GraphOutcome, list[StoredResult]]:
+        """Run a graph, on as many servers as it takes. Raises RunRefused, or a cancellation.
+
+        `is_wanted` is asked before every further step: a cancel that met a run's end is obeyed there.
+        """
+        failed = 0
+        while True:
+            _demand(is_wanted)
+            taken = await self._taken()
+            self.server = taken.server
+            try:
+                return await self._ran_on(taken, graph_run(taken), ended, is_wanted)
+            except ActivityError as error:
+                if is_cancelled_exception(error):
+                    raise
+                kind = self._moves_on(error)
+                failed += kind is not RunFailureType.HANDED_BACK
+            if failed >= MAX_FAILED_RUNS:
+                raise RunRefused(
+                    ErrorDetails(
+                        code=FailureCode.LOST.value,
+                        message=f"{failed} servers in a row failed this job; the last was {taken.server}.",
+                        retryable=True,
+                    )
+                )
+
+    async def _taken(self) -> ServerTaken:
+        taken: ServerTaken = await workflow.execute_activity(
+            TAKE_SERVER,
+            TakeOrder(job_id=self._run_id, run=self.run),
+            result_type=ServerTaken,
+            task_queue=pool_queue(workflow.info().task_queue, self._pool),
+            start_to_close_timeout=timedelta(seconds=45),
+            retry_policy=_TAKE_RETRY,
+            priority=self._priority,
+            summary="wait for a server",
+        )
+        return taken
+
+    async def _ran_on(
+        self, taken: ServerTaken, graph_run: GraphRun, ended: Callable[[], None], is_wanted: Callable[[], bool]
+    ) -> tuple[GraphOutcome, list[StoredResult]]:
+        try:
+            outcome = await workflow.execute_activity(
+                RUN_GRAPH,
+                graph_run,
+                result_type=GraphOutcome,
+                task_queue=taken.task_queue,
+                schedule_to_start_timeout=SERVER_AWAY,
+                start_to_close_timeout=LONGEST_RUN,
+                heartbeat_timeout=HEARTBEAT_TIMEOUT,
+                retry_policy=_RUN_RETRY,
+                cancellation_type=ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
+                priority=self._priority,
+                summary=f"run on {taken.server}",
+            )
+        finally:
+            ended()
+        self.percent = max(self.percent, outcome.percent)
+        if outcome.error is not None:
+            raise RunRefused(outcome.error)
+        _demand(is_wanted)
+        stored = await workflow.execute_activity(
+            COPY_RESULTS,
+            CopyOrder(job_id=graph_run.job_id, tenant_id=graph_run.tenant_id, files=outcome.files, texts=outcome.texts),
+            result_type=list[StoredResult],
+            task_queue=taken.task_queue,
+            schedule_to_start_timeout=SERVER_AWAY,
+            schedule_to_close_timeout=COPY_WITHIN,
+            start_to_close_timeout=COPY_WITHIN,
+            heartbeat_timeout=HEARTBEAT_TIMEOUT,
+            retry_policy=_RUN_RETRY,
+            priority=self._priority,
+            summary=f"copy results from {taken.server}",
+        )
+        return outcome, stored
+
+    def _moves_on(self, error: ActivityError) -> RunFailureType:
+        """Why the job goes to another server. Raises RunRefused where it does not."""
+        cause = error.cause
+        if isinstance(cause, TimeoutError):
+            self._reached(cause.last_heartbeat_details)
+            is_away = cause.type in (TimeoutType.SCHEDULE_TO_START, TimeoutType.HEARTBEAT)
+            if is_away:
+                return RunFailureType.GONE
+        if isinstance(cause, ApplicationError):
+            self._reached(cause.details)
+            if cause.type in _MOVES_ON:
+                kind = RunFailureType(cause.type)
+                self.run += kind is RunFailureType.LOST
+                return kind
+        raise RunRefused(
+            ErrorDetails(
+                code=FailureCode.INTERNAL.value,
+                message=f"The run on {self.server} failed: {cause or error}",
+                retryable=True,
+            )
+        )
+
+    def _reached(self, details: Any) -> None:
+        """What the failed run had told of its progress: the next one never tells less."""
+        beat = details[0] if details else None
+        percent = beat.get("percent") if isinstance(beat, dict) else None
+        if isinstance(percent, int):
+            self.percent = max(self.percent, min(percent, 99))
+
+
+def _demand(is_wanted: Callable[[], bool]) -> None:
+    if not is_wanted():
+        raise RunRefused(CANCELLED)

@@ -1,0 +1,76 @@
+"""What the bridge answers: replies, and the refusals of contract §2 by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from contracts.errors import COMFYUI_ERRORS, sentences_of
+
+_STATUSES: Final[dict[str, int]] = {
+    "payload_invalid": 422,
+    "template_not_found": 404,
+    "job_not_found": 404,
+    "training_not_found": 404,
+    "authorization_missing": 403,
+    "idempotency_conflict": 409,
+    "rate_limited": 429,
+}
+_ROWS: Final = {row.message: row for row in COMFYUI_ERRORS}
+RETRY_AFTER_SECONDS: Final = 2
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer: status, JSON body, headers."""
+
+    status: int
+    body: Any
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Refused(Exception):
+    """A definite refusal, by its name in contract §2; `fields` has a sentence for each wrong field."""
+
+    message: str
+    fields: list[str] = field(default_factory=list)
+
+    def reply(self) -> Reply:
+        detail: dict[str, Any] = {"code": _ROWS[self.message].code, "message": self.message}
+        if self.fields:
+            detail["fields"] = self.fields
+        return Reply(_STATUSES[self.message], {"detail": detail})
+
+
+@dataclass
+class Unanswered(Exception):
+    """No answer now: nothing is kept, the same request may be repeated. The text says why, for people."""
+
+    status: int
+    why: str
+
+    def reply(self) -> Reply:
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 503 else {}
+        return Reply(self.status, {"detail": self.why}, headers)
+
+
+class Unauthenticated(Exception):
+    """No token, or one that is not ours or has ended."""
+
+    def reply(self) -> Reply:
+        return Reply(401, {"detail": {"code": "40101", "message": f"token_invalid: {self}"}})
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def checked(model: type[Model], body: Any) -> Model:
+    """The body as `model`, types taken strictly. Raises Refused `payload_invalid`."""
+    try:
+        return model.model_validate_json(json.dumps(body), strict=True)
+    except ValidationError as error:
+        raise Refused("payload_invalid", fields=sentences_of(error)) from None

@@ -1,0 +1,247 @@
+"""Jobs and trainings as Temporal has them: begun once a key, read, cancelled.
+
+An idempotency key is a workflow id: the first request under it starts the workflow, whose memo keeps what was asked
+(as a hash) and what was answered for as long as the namespace keeps it (30 days and more); a repeat reads it there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+from pydantic import BaseModel
+from temporalio.api.enums.v1 import PendingActivityState
+from temporalio.client import (
+    Client,
+    WorkflowExecutionDescription,
+    WorkflowExecutionStatus,
+    WorkflowFailureError,
+    WorkflowHandle,
+    WorkflowQueryFailedError,
+    WorkflowQueryRejectedError,
+    WorkflowUpdateFailedError,
+    WorkflowUpdateRPCTimeoutOrCancelledError,
+)
+from temporalio.common import (
+    Priority,
+    SearchAttributeKey,
+    SearchAttributePair,
+    TypedSearchAttributes,
+    WorkflowIDConflictPolicy,
+    WorkflowIDReusePolicy,
+)
+from temporalio.exceptions import WorkflowAlreadyStartedError
+from temporalio.service import RPCError, RPCStatusCode
+
+from bridge.calls import ANSWER_MEMO, BODY_MEMO, BRIDGE_QUEUE, RUN_GRAPH, VIEW_QUERY, workflow_of
+from bridge.orders import JobView
+from bridge.replies import Refused, Unanswered
+from contracts.comfyui import TaskPriority
+from contracts.errors import ErrorDetails, FailureCode
+from contracts.permissions import Scene
+from contracts.tasks import PRIORITY_KEYS, SEARCH_ATTRIBUTES, TaskStatus
+
+ASK: Final = timedelta(seconds=5)
+KIND_MEMO: Final = "kind"
+TENANT_MEMO: Final = "tenant_id"
+ENDED_BY_HAND_SEQUENCE: Final = 2**40
+"""Higher than a run ever counts: what is said of a run that was ended by hand is its last word."""
+
+
+@dataclass(frozen=True)
+class NewRun:
+    """Everything about a run that is to begin."""
+
+    workflow: str
+    workflow_id: str
+    kind: str
+    argument: BaseModel
+    answer: dict[str, Any]
+    fingerprint: str
+    task_id: str
+    tenant_id: str
+    user_id: str
+    scene: Scene
+    template_id: str
+    priority: TaskPriority
+
+
+def fingerprint(path: str, body: Any) -> str:
+    """One hash for all bodies that are the same JSON, whatever the order of their fields."""
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(f"POST {path}\n{canonical}".encode()).hexdigest()
+
+
+class Runs:
+    """Raises Refused, and Unanswered where Temporal or the bridge's workers are away."""
+
+    def __init__(self, client: Client, *, task_queue: str = BRIDGE_QUEUE) -> None:
+        self._client = client
+        self._task_queue = task_queue
+
+    async def kept_answer(self, workflow_id: str, fingerprint: str) -> dict[str, Any] | None:
+        """What was answered under this key before; None for a new one. Raises Refused `idempotency_conflict`."""
+        described = await self._described(workflow_id)
+        if described is None:
+            return None
+        memo = await described.memo()
+        if memo.get(BODY_MEMO) != fingerprint:
+            raise Refused("idempotency_conflict")
+        answer: dict[str, Any] = memo.get(ANSWER_MEMO) or {}
+        return answer
+
+    async def begin(self, new: NewRun) -> dict[str, Any]:
+        """Start the run; the answer, or the first one's where another request with the key was quicker."""
+        try:
+            await self._client.start_workflow(
+                new.workflow,
+                new.argument,
+                id=new.workflow_id,
+                task_queue=self._task_queue,
+                id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
+                id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+                memo={
+                    BODY_MEMO: new.fingerprint,
+                    ANSWER_MEMO: new.answer,
+                    KIND_MEMO: new.kind,
+                    TENANT_MEMO: new.tenant_id,
+                },
+                search_attributes=_attributes(new),
+                priority=Priority(priority_key=PRIORITY_KEYS[new.priority], fairness_key=new.tenant_id),
+                task_timeout=timedelta(seconds=5),
+                static_summary=f"{new.kind} of {new.task_id}",
+                rpc_timeout=ASK,
+            )
+        except WorkflowAlreadyStartedError:
+            kept = await self.kept_answer(new.workflow_id, new.fingerprint)
+            if kept is None:
+                raise Unanswered(503, "the first request under this key is still being taken") from None
+            return kept
+        except RPCError as error:
+            raise _away(error) from None
+        return new.answer
+
+    async def view(self, run_id: str, *, kind: str, tenant_id: str) -> dict[str, Any]:
+        """The wire's fields of a run. Raises Refused (404) for a stranger's too."""
+        described = await self._own(run_id, kind, tenant_id)
+        handle = self._client.get_workflow_handle(described.id, run_id=described.run_id)
+        if described.status is WorkflowExecutionStatus.RUNNING:
+            view = await self._asked(handle)
+            return _with_beat(view, await _last_percent(self._client, described))
+        return _fields(await _ended_view(handle, described, run_id, kind))
+
+    async def update(self, run_id: str, name: str, key: str, *, kind: str, tenant_id: str) -> dict[str, Any]:
+        """Ask a run for something; one that is over is left as it is. The same key asks once."""
+        described = await self._own(run_id, kind, tenant_id)
+        if described.status is WorkflowExecutionStatus.RUNNING:
+            handle = self._client.get_workflow_handle(described.id, run_id=described.run_id)
+            try:
+                view = await handle.execute_update(
+                    name, id=hashlib.sha256(key.encode()).hexdigest(), result_type=JobView, rpc_timeout=ASK
+                )
+                return _fields(view)
+            except (WorkflowUpdateRPCTimeoutOrCancelledError, WorkflowUpdateFailedError):
+                raise Unanswered(503, "the bridge's workers did not answer in time") from None
+            except RPCError as error:
+                if error.status is not RPCStatusCode.NOT_FOUND:
+                    raise _away(error) from None
+        return await self.view(run_id, kind=kind, tenant_id=tenant_id)
+
+    async def _own(self, run_id: str, kind: str, tenant_id: str) -> WorkflowExecutionDescription:
+        described = await self._described(workflow_of(run_id))
+        memo = await described.memo() if described is not None else {}
+        if described is None or memo.get(TENANT_MEMO) != tenant_id or memo.get(KIND_MEMO) != kind:
+            raise Refused(f"{kind}_not_found")
+        return described
+
+    async def _described(self, workflow_id: str) -> WorkflowExecutionDescription | None:
+        try:
+            return await self._client.get_workflow_handle(workflow_id).describe(rpc_timeout=ASK)
+        except RPCError as error:
+            if error.status is RPCStatusCode.NOT_FOUND:
+                return None
+            raise _away(error) from None
+
+    async def _asked(self, handle: WorkflowHandle[Any, Any]) -> JobView:
+        try:
+            view: JobView = await handle.query(VIEW_QUERY, result_type=JobView, rpc_timeout=ASK)
+            return view
+        except RPCError as error:
+            raise _away(error) from None
+        except (WorkflowQueryFailedError, WorkflowQueryRejectedError):
+            raise Unanswered(503, "the bridge's workers did not answer in time") from None
+
+
+def _attributes(new: NewRun) -> TypedSearchAttributes:
+    values = {
+        "TaskId": new.task_id,
+        "TenantId": new.tenant_id,
+        "UserId": new.user_id,
+        "Scene": new.scene.value,
+        "TemplateId": new.template_id,
+        "TaskPriority": new.priority.value,
+        "TaskStatus": TaskStatus.QUEUED.value,
+        "TaskStage": "queued",
+    }
+    return TypedSearchAttributes(
+        [SearchAttributePair(SearchAttributeKey.for_keyword(name), values[name]) for name in SEARCH_ATTRIBUTES]
+    )
+
+
+async def _last_percent(client: Client, described: WorkflowExecutionDescription) -> int:
+    """What the last heartbeat of the run on a server told."""
+    for pending in described.raw_description.pending_activities:
+        is_running = pending.state == PendingActivityState.PENDING_ACTIVITY_STATE_STARTED
+        if pending.activity_type.name == RUN_GRAPH and (is_running or pending.heartbeat_details.payloads):
+            beats = await client.data_converter.decode(pending.heartbeat_details.payloads)
+            percent = beats[0].get("percent") if beats and isinstance(beats[0], dict) else None
+            return percent if isinstance(percent, int) else 0
+    return 0
+
+
+def _with_beat(view: JobView, percent: int) -> dict[str, Any]:
+    """The view as the GPU worker's last heartbeat makes it, numbered as a tick is."""
+    fields = _fields(view)
+    told = fields.get("stage_progress") or 0
+    if view.tick_base is not None and percent > told and fields.get("error_details") is None:
+        fields |= {"stage_progress": float(percent), "sequence": view.tick_base + percent}
+    return fields
+
+
+def _fields(view: JobView) -> dict[str, Any]:
+    return {**view.fields, "sequence": view.sequence}
+
+
+async def _ended_view(
+    handle: WorkflowHandle[Any, Any], described: WorkflowExecutionDescription, run_id: str, kind: str
+) -> JobView:
+    if described.status is WorkflowExecutionStatus.COMPLETED:
+        typed: WorkflowHandle[Any, JobView] = handle
+        try:
+            return JobView.model_validate(await typed.result(rpc_timeout=ASK))
+        except (RPCError, WorkflowFailureError) as error:
+            raise Unanswered(503, f"the run's result cannot be read: {type(error).__name__}") from None
+    details = ErrorDetails(
+        code=FailureCode.INTERNAL.value,
+        message="The run's workflow was ended by hand or failed; see it in the Temporal UI.",
+        retryable=True,
+    )
+    names = {"job": "job_status", "training": "training_status"}
+    statuses = {"job": "processing", "training": "failed"}
+    return JobView(
+        tenant_id="",
+        task_id="",
+        fields={
+            f"{kind}_id": run_id,
+            names[kind]: statuses[kind],
+            "error_details": details.model_dump(mode="json", exclude_none=True),
+        },
+        sequence=ENDED_BY_HAND_SEQUENCE,
+    )
+
+
+def _away(error: RPCError) -> Unanswered:
+    return Unanswered(503, f"Temporal cannot be asked now: {error.status.name.lower()}")

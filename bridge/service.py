@@ -1,0 +1,188 @@
+"""What each route of `/comfyui/v1` does (contract §2, §3): checks, one answer, and never a state of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
+
+from pydantic import Field, JsonValue
+
+from bridge.calls import CANCEL_UPDATE, JOB_WORKFLOW, run_id_of, workflow_id
+from bridge.control_images import ControlImages, address_of
+from bridge.orders import ImageJob
+from bridge.outlook import Outlook
+from bridge.replies import Refused, Reply, checked
+from bridge.runs import NewRun, Runs, fingerprint
+from bridge.templates import RequestRefused, TemplateLibrary
+from contracts.comfyui import JobRequest, JobStatus, TaskPriority
+from contracts.fields import CallerId, Prompt
+from contracts.permissions import Operation, Scene, TokenClaims
+from contracts.prices import DEFAULT_ETA_MINUTES, PriceTable, UnknownPrice
+from contracts.tasks import Extras
+
+GPU_SLOTS: Final = 1
+_JOB_ID: Final = re.compile(r"job-[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request as an act sees it; `run_id` is the id in its path."""
+
+    path: str
+    body: Any
+    claims: TokenClaims
+    key: str
+    run_id: str = ""
+
+
+class TakenJobRequest(JobRequest):
+    """The request as it is taken from a caller: ids that workflow ids and fairness keys can be made from."""
+
+    task_id: CallerId
+    tenant_id: CallerId
+    user_id: CallerId
+    template_id: CallerId
+    prompt: Prompt
+    controls: Annotated[list[dict[str, JsonValue]], Field(max_length=16)] = []
+    extras: Extras = {}
+    callback_url: Annotated[str, Field(max_length=2048)]
+
+
+class ImageService:
+    """Image jobs. `callback_prefixes`: where callbacks may go; a caller's token is no right to have us call others."""
+
+    def __init__(
+        self,
+        runs: Runs,
+        outlook: Outlook,
+        templates: TemplateLibrary,
+        images: ControlImages,
+        prices: PriceTable,
+        callback_prefixes: Sequence[str],
+    ) -> None:
+        self._runs = runs
+        self._outlook = outlook
+        self._templates = templates
+        self._images = images
+        self._prices = prices
+        self._callback_prefixes = tuple(prefix.rstrip("/") + "/" for prefix in callback_prefixes)
+
+    async def submit(self, call: Call) -> Reply:
+        demand(call.claims, Operation.CREATE_JOB)
+        print_ = fingerprint(call.path, call.body)
+        started_as = workflow_id(call.claims.tenant_id, call.key)
+        kept = await self._runs.kept_answer(started_as, print_)
+        if kept is not None:
+            return Reply(202, kept)
+        request = checked(TakenJobRequest, call.body)
+        demand_person(call.claims, request.tenant_id, request.user_id)
+        job = await self._new_job(request, call)
+        answer = {
+            "job_id": job.job_id,
+            "job_status": JobStatus.QUEUED.value,
+            "estimated_time": job.estimated_time,
+            "gpu_slots": job.gpu_slots,
+            "estimated_cost": job.estimated_cost,
+        }
+        new = NewRun(
+            workflow=JOB_WORKFLOW,
+            workflow_id=started_as,
+            kind="job",
+            argument=job,
+            answer=answer,
+            fingerprint=print_,
+            task_id=request.task_id,
+            tenant_id=request.tenant_id,
+            user_id=request.user_id,
+            scene=Scene.IMAGE_GENERATE,
+            template_id=request.template_id,
+            priority=request.priority,
+        )
+        return Reply(202, await self._runs.begin(new))
+
+    async def get(self, call: Call) -> Reply:
+        demand(call.claims, Operation.READ_COMFYUI)
+        return Reply(200, await self._runs.view(_known(call), kind="job", tenant_id=call.claims.tenant_id))
+
+    async def cancel(self, call: Call) -> Reply:
+        demand(call.claims, Operation.CANCEL_JOB)
+        view = await self._runs.update(
+            _known(call), CANCEL_UPDATE, call.key, kind="job", tenant_id=call.claims.tenant_id
+        )
+        return Reply(200, view)
+
+    async def gpus(self, call: Call) -> Reply:
+        demand(call.claims, Operation.READ_COMFYUI)
+        default = DEFAULT_ETA_MINUTES[Scene.IMAGE_GENERATE][TaskPriority.ACCELERATED]
+        return Reply(200, await self._outlook.gpus(default * 60))
+
+    async def _new_job(self, request: TakenJobRequest, call: Call) -> ImageJob:
+        """Everything that can be refused is refused here, before anything is queued."""
+        template = self._templates.get(request.template_id, Scene.IMAGE_GENERATE)
+        if template is None:
+            raise Refused("template_not_found")
+        check_callback(request.callback_url, self._callback_prefixes)
+        job_id = run_id_of("job", request.tenant_id, call.key)
+        try:
+            rendered = template.render(request, job_id=job_id)
+        except RequestRefused as refused:
+            raise Refused("payload_invalid", fields=refused.fields) from None
+        problems = [
+            f"controls.{number}.image_url: {problem}"
+            for number, control in enumerate(request.controls)
+            if (problem := self._images.problem(address_of(control), request.tenant_id))
+        ]
+        if problems:
+            raise Refused("payload_invalid", fields=problems)
+        expected = await self._outlook.of_image(
+            template_id=request.template_id,
+            resolution=request.resolution,
+            priority=request.priority,
+            pool=rendered.pool,
+            by_manifest=rendered.expected_seconds,
+        )
+        return ImageJob(
+            job_id=job_id,
+            request=request,
+            graph=rendered.model_copy(update={"expected_seconds": max(0.1, expected.run_seconds)}),
+            estimated_cost=self._price(request),
+            estimated_time=expected.minutes,
+            gpu_slots=GPU_SLOTS,
+            queue_position=expected.ahead,
+        )
+
+    def _price(self, request: JobRequest) -> int:
+        is_accelerated = request.priority is TaskPriority.ACCELERATED
+        try:
+            return self._prices.image(
+                resolution=request.resolution.value, accelerated=is_accelerated, extras=request.extras
+            )
+        except UnknownPrice as error:
+            raise Refused("payload_invalid", fields=[str(error)]) from None
+
+
+def _known(call: Call) -> str:
+    if not _JOB_ID.fullmatch(call.run_id):
+        raise Refused("job_not_found")
+    return call.run_id
+
+
+def check_callback(url: str, prefixes: tuple[str, ...]) -> None:
+    """Raises Refused where a callback would go to where we do not call."""
+    if not url.startswith(prefixes) or any(character <= " " for character in url) or "/../" in url:
+        allowed = ", ".join(prefixes)
+        raise Refused("payload_invalid", fields=[f"callback_url: must begin with {allowed}"])
+
+
+def demand(claims: TokenClaims, operation: Operation) -> None:
+    """Raises Refused `authorization_missing` where the token lacks the operation's scope (contract §7)."""
+    if not claims.allows(operation):
+        raise Refused("authorization_missing")
+
+
+def demand_person(claims: TokenClaims, tenant_id: str, user_id: str) -> None:
+    """Raises Refused where the body names another tenant or user than the token."""
+    if (claims.tenant_id, claims.user_id) != (tenant_id, user_id):
+        raise Refused("authorization_missing")

@@ -1,0 +1,149 @@
+"""The bridge's own object storage: results and control images, below one address (`file://`, `s3://`, `gs://`, `az://`).
+
+    results/{job_id}/…      what a run left, kept
+    controls/{job_id}/{n}   control images, deleted when the job has ended
+    checkpoints/…           what trainings wrote
+
+Addresses of results expire: signed by the store where it can (`s3`, `gs`, `az`), else by us (`/comfyui/results/…`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path, PurePosixPath
+from typing import Final
+from urllib.parse import quote, unquote, urlsplit
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store, from_url
+
+STORAGE_ERRORS: Final = (BaseError, OSError, ValueError)
+"""What obstore raises; a missing object is FileNotFoundError."""
+SCHEMES: Final = ("file", "s3", "gs", "az")
+RESULT_SECONDS: Final = 7 * 24 * 3600
+"""The longest that S3 signs for."""
+RESULTS_PATH: Final = "/comfyui/results"
+PART_BYTES: Final = 5 * 1024 * 1024
+
+
+class Storage:
+    """Raises ValueError for an address that cannot be used. Every method raises STORAGE_ERRORS."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in SCHEMES or parts.query or parts.fragment or "@" in parts.netloc:
+            raise ValueError(
+                "the bridge's storage must be a file://, s3://, gs:// or az:// address, without credentials"
+            )
+        self.url = url.rstrip("/")
+        self._local: Path | None = None
+        if parts.scheme == "file":
+            self._local = Path(unquote(parts.netloc + parts.path)).absolute()
+            self.url = self._local.as_uri()
+            self._store: ObjectStore = LocalStore(self._local, mkdir=True, automatic_cleanup=True)
+        else:
+            self._store = from_url(self.url)
+
+    def address(self, path: str) -> str:
+        """The object's own address, for whoever has the store's credentials."""
+        return f"{self.url}/{path}"
+
+    def path_of(self, address: str) -> str | None:
+        """The path of an address below this storage, or None."""
+        prefix = self.url + "/"
+        path = address.removeprefix(prefix)
+        return path if address.startswith(prefix) and is_plain(path) else None
+
+    async def write(self, path: str, content: AsyncIterator[bytes] | bytes, content_type: str | None = None) -> int:
+        """Write an object whole or not at all; its size in bytes."""
+        size = 0
+
+        async def counted() -> AsyncIterator[bytes]:
+            nonlocal size
+            if isinstance(content, bytes):
+                size = len(content)
+                yield content
+                return
+            async for chunk in content:
+                size += len(chunk)
+                yield chunk
+
+        # Folders on disk have no place for a content type.
+        attributes = {"Content-Type": content_type} if content_type and self._local is None else None
+        await obstore.put_async(self._store, path, counted(), attributes=attributes, chunk_size=PART_BYTES)
+        return size
+
+    async def read(self, path: str) -> AsyncIterator[bytes]:
+        result = await obstore.get_async(self._store, path)
+        async for chunk in result.stream(min_chunk_size=1024 * 1024):
+            yield bytes(chunk)
+
+    async def read_whole(self, path: str) -> bytes:
+        result = await obstore.get_async(self._store, path)
+        return bytes(await result.bytes_async())
+
+    async def size_bytes(self, path: str) -> int:
+        return (await obstore.head_async(self._store, path))["size"]
+
+    def keeps_inside(self, path: str) -> bool:
+        """Whether a path stays below this storage when symbolic links are followed."""
+        if self._local is None:
+            return is_plain(path)
+        return is_plain(path) and (self._local / path).resolve().is_relative_to(self._local.resolve())
+
+    async def delete(self, path: str) -> None:
+        """One that is gone already is no error."""
+        with suppress(FileNotFoundError):
+            await obstore.delete_async(self._store, path)
+
+    async def signed_by_store(self, path: str, seconds: int) -> str | None:
+        """An expiring address signed by the store itself, or None where it cannot."""
+        if not isinstance(self._store, S3Store | GCSStore | AzureStore):
+            return None
+        return await obstore.sign_async(self._store, "GET", path, timedelta(seconds=seconds))
+
+
+class SignedAddresses:
+    """Expiring addresses of results that the bridge itself serves, where the store signs none."""
+
+    def __init__(self, base_url: str, secret: str) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._key = hmac.new(secret.encode(), b"comfyui-temporal bridge results", hashlib.sha256).digest()
+
+    def address(self, path: str, *, expires: int) -> str:
+        """`expires` in seconds since the epoch."""
+        return (
+            f"{self.base_url}{RESULTS_PATH}/{quote(path)}?expires={expires}&signature={self._signature(path, expires)}"
+        )
+
+    def holds(self, path: str, *, expires: int, signature: str) -> bool:
+        """Whether this address is ours and has not expired."""
+        expected = self._signature(path, expires)
+        return hmac.compare_digest(expected.encode(), signature.encode("utf-8", "replace")) and time.time() < expires
+
+    def _signature(self, path: str, expires: int) -> str:
+        return hmac.new(self._key, f"{expires}:{path}".encode(), hashlib.sha256).hexdigest()
+
+
+def is_plain(path: str) -> bool:
+    """Whether a path stays below its folder: relative, without '..', '.', backslashes or control characters."""
+    parts = PurePosixPath(path).parts
+    return (
+        bool(parts)
+        and not path.startswith("/")
+        and "\\" not in path
+        and all(part not in ("..", ".") for part in path.split("/"))
+        and all(character >= " " for character in path)
+    )
+
+
+def safe_name(name: str) -> str:
+    """A file name that every store and URL takes."""
+    kept = "".join(character if character.isalnum() or character in "._-" else "_" for character in name)
+    return kept.lstrip(".")[-120:] or "file"

@@ -1,0 +1,189 @@
+"""The bridge in one process, every wire real: Temporal, HTTP in, callbacks out, GPU workers, stand-in servers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import httpx
+from pydantic import SecretStr
+from temporalio.client import Client
+
+from bridge.__main__ import Bridge
+from bridge.gpu_worker import GpuWorker
+from bridge.native import NativeServer as NativeClient
+from bridge.outlook import SeenServer
+from bridge.prompt_run import Patience
+from contracts.permissions import Scope
+from settings import Settings
+from simulators.serving import ServedApp
+from simulators.tokens import Tokens
+from tests.bridge.native import NativeServer
+from tests.conftest import unique
+from tests.simulators.platform import Receiver, running_receiver
+
+T = TypeVar("T")
+Json = dict[str, Any]
+SECRET: Final = "the-bridge-in-tests-signs-with-this-one"
+CALLBACK_SECRET: Final = "whsec_dGhlLWJyaWRnZS1pbi10ZXN0cy1zaWducy13aXRoLXRoaXM="
+TENANT, USER = "tenant-demo", "user-demo"
+QUICK: Final = Patience(poll=0.1, silent=2.0, dead=1.0, stalled=2.0, look_again=0.3, stop=10.0)
+"""As in life, and some thirty times faster."""
+
+
+@dataclass
+class BridgePlatform:
+    """One bridge on queues of its own. Jobs are asked for as any client would, by HTTP."""
+
+    client: Client
+    settings: Settings
+    bridge: Bridge
+    url: str
+    receiver: Receiver
+    http: httpx.AsyncClient
+    folder: Path
+    tokens: Tokens = field(default_factory=lambda: Tokens(SECRET, "comfyui-temporal", "comfyui-platform"))
+    _numbers: Any = field(default_factory=itertools.count)
+
+    # Asking
+
+    def headers(
+        self, key: str | None = None, *, tenant: str = TENANT, user: str = USER, scopes: Any = tuple(Scope)
+    ) -> dict[str, str]:
+        token = self.tokens.made_for(tenant, user, scopes)
+        return {"Authorization": f"Bearer {token}"} | ({"X-Idempotency-Key": key} if key else {})
+
+    def job_body(self, **fields: Any) -> Json:
+        task_id = fields.pop("task_id", None) or unique("task")
+        return {
+            "task_id": task_id,
+            "tenant_id": TENANT,
+            "user_id": USER,
+            "template_id": "test-pattern",
+            "prompt": "a lighthouse at dusk",
+            "controls": [],
+            "resolution": "sd",
+            "priority": "standard",
+            "extras": {},
+            "callback_url": f"{self.receiver.url}/callbacks/comfyui/{task_id}",
+            **fields,
+        }
+
+    async def post(self, path: str, body: Json, *, key: str | None = None, **who: Any) -> httpx.Response:
+        key = key or f"{body.get('task_id', 'x')}:{path.rpartition('/')[2]}:{next(self._numbers)}"
+        return await self.http.post(f"{self.url}/comfyui/v1{path}", json=body, headers=self.headers(key, **who))
+
+    async def get(self, path: str, **who: Any) -> httpx.Response:
+        return await self.http.get(f"{self.url}/comfyui/v1{path}", headers=self.headers(**who))
+
+    async def submit(self, **fields: Any) -> Json:
+        """A job's 202."""
+        body = self.job_body(**fields)
+        answer = await self.post("/jobs", body, tenant=body["tenant_id"], user=body["user_id"])
+        assert answer.status_code == 202, answer.text
+        accepted: Json = answer.json()
+        return accepted | {"task_id": body["task_id"]}
+
+    async def job(self, job_id: str, **who: Any) -> Json:
+        answer = await self.get(f"/jobs/{job_id}", **who)
+        assert answer.status_code == 200, answer.text
+        state: Json = answer.json()
+        return state
+
+    async def cancel(self, job_id: str, **who: Any) -> Json:
+        answer = await self.post(f"/jobs/{job_id}/cancel", {}, **who)
+        assert answer.status_code == 200, answer.text
+        state: Json = answer.json()
+        return state
+
+    # Waiting on conditions
+
+    async def until(self, condition: Callable[[], Awaitable[T]], *, seconds: float = 20.0) -> T:
+        """The condition's first true value; fails when there is none in time."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while not (value := await condition()):
+            assert asyncio.get_running_loop().time() < deadline, "the condition did not become true in time"
+            await asyncio.sleep(0.05)
+        return value
+
+    async def ended(self, job_id: str, *, seconds: float = 30.0, **who: Any) -> Json:
+        """The job's state once it is over."""
+
+        async def over() -> Json | None:
+            state = await self.job(job_id, **who)
+            is_over = state["error_details"] is not None or state["job_status"] == "delivery"
+            return state if is_over else None
+
+        state = await self.until(over, seconds=seconds)
+        assert state is not None
+        return state
+
+    async def in_status(self, job_id: str, status: str) -> Json:
+        async def reached() -> Json | None:
+            state = await self.job(job_id)
+            return state if state["job_status"] == status else None
+
+        state = await self.until(reached)
+        assert state is not None
+        return state
+
+    # Servers
+
+    @asynccontextmanager
+    async def gpu(
+        self,
+        native: NativeServer,
+        *,
+        name: str | None = None,
+        gpu_type: str = "rtx-4090",
+        patience: Patience = QUICK,
+        grace_seconds: float = 5.0,
+        taken_seconds: float = 2.0,
+    ) -> AsyncIterator[GpuWorker]:
+        """A GPU worker beside this server, in this process."""
+        seen = SeenServer(name or unique("gpu"), "default", gpu_type)
+        async with NativeClient(native.url, read_seconds=1.0) as server:
+            worker = GpuWorker(
+                self.client,
+                server,
+                seen,
+                self.bridge.storage,
+                self.bridge.sender,
+                bridge_queue=self.settings.bridge_task_queue,
+                patience=patience,
+                taken_seconds=taken_seconds,
+            )
+            async with worker.running(grace_seconds=grace_seconds):
+                yield worker
+
+
+@asynccontextmanager
+async def running_bridge(client: Client, folder: Path, **settings: Any) -> AsyncIterator[BridgePlatform]:
+    """A bridge that serves at a free port until the body ends."""
+    async with running_receiver(CALLBACK_SECRET) as receiver, httpx.AsyncClient(timeout=10) as http:
+        chosen = Settings(
+            _env_file=None,
+            token_secret=SecretStr(SECRET),
+            callback_secrets=CALLBACK_SECRET,
+            callback_base_url=receiver.url,
+            bridge_task_queue=unique("bridge"),
+            bridge_store_url=(folder / "objects").as_uri(),
+            bridge_image_roots=[(folder / "images").as_uri() + "/{tenant_id}/"],
+            **settings,
+        )
+        bridge = Bridge(chosen, client)
+        served = ServedApp(bridge.app)
+        platform = BridgePlatform(client, chosen, bridge, "", receiver, http, folder)
+        async with bridge.sender, bridge.worker():
+            await served.start()
+            platform.url = served.url
+            bridge.serves_at(served.url)
+            try:
+                yield platform
+            finally:
+                await served.stop()
