@@ -24,7 +24,7 @@ def current_details(state: TaskState, *, waits_for: str, until: datetime | None,
         "job": f"{state.job_id or '-'} (attempt {state.attempts})",
         "credits": f"estimated {credits.estimated}, held {credits.held}, charged {credits.charged}, "
         f"returned {credits.returned}",
-        "waits for": f"{waits_for} until {_instant(until)}" if waits_for else "-",
+        "waits for": _waiting(state, waits_for, until),
         "last word from ComfyUI": _instant(last_news_at),
     }
     if state.confirmation is not None:
@@ -32,6 +32,12 @@ def current_details(state: TaskState, *, waits_for: str, until: datetime | None,
     if state.error is not None:
         rows["last error"] = f"{state.error.code}: {state.error.message}"
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {escaped(value)} |" for name, value in rows.items())
+
+
+def _waiting(state: TaskState, what: str, until: datetime | None) -> str:
+    if state.status.is_end() or not what:
+        return "-"
+    return f"{what}, until {_instant(until)}" if until else what
 
 
 def _instant(at: datetime | None) -> str:
