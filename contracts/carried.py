@@ -134,6 +134,8 @@ class WatchState(OwnModel):
     callbacks_refused: int = 0
     last_news_at: Instant | None = None
     silence_seconds: float = 0.0
+    unknown_since: Instant | None = None
+    """When the server said first that it does not know the job."""
 
 
 class ClockState(OwnModel):

@@ -43,7 +43,6 @@ class JobWatch:
         self.poll_after_seconds = 30.0
         self.poll_at_most_seconds = 120.0
         self._poll: ActivityHandle[Answer[JobState]] | ActivityHandle[Answer[TrainingState]] | None = None
-        self._unknown_since: datetime | None = None
         self._told: list[Callable[[JobNews], None]] = []
 
     def carry(self) -> WatchState:
@@ -88,7 +87,7 @@ class JobWatch:
         self.state.newest = None
         self.state.last_news_at = workflow.now()
         self.state.silence_seconds = 0.0
-        self._unknown_since = None
+        self.state.unknown_since = None
         self.stop_polling()
         if first is not None:
             self._apply(first)
@@ -126,7 +125,7 @@ class JobWatch:
         self.state.newest = news
         self.state.last_news_at = workflow.now()
         self.state.silence_seconds = 0.0
-        self._unknown_since = None
+        self.state.unknown_since = None
         self._record.apply(news, attempt_changed=newest is None)
         for told in self._told:
             told(news)
@@ -137,8 +136,8 @@ class JobWatch:
     def due(self) -> datetime | None:
         if self._poll is not None or self.state.last_news_at is None:
             return None
-        if self._unknown_since is not None:
-            return self._unknown_since + LOST_AFTER
+        if self.state.unknown_since is not None:
+            return self.state.unknown_since + LOST_AFTER
         silence = self.state.silence_seconds or self.poll_after_seconds
         since = self.state.last_news_at
         expected = self.state.newest.next_eta if self.state.newest else None
@@ -186,9 +185,9 @@ class JobWatch:
     def _unknown(self) -> None:
         """404 twice, 10 s apart: the server has lost the job (contract §1)."""
         now = workflow.now()
-        if self._unknown_since is None:
-            self._unknown_since = now
-        elif now >= self._unknown_since + LOST_AFTER:
+        if self.state.unknown_since is None:
+            self.state.unknown_since = now
+        elif now >= self.state.unknown_since + LOST_AFTER:
             self._lose(ErrorDetails(code=FailureCode.LOST, message="ComfyUI no longer knows the job.", retryable=True))
 
     def _lose(self, details: ErrorDetails) -> None:

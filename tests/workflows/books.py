@@ -8,7 +8,8 @@ from typing import Any
 
 from temporalio.api.enums.v1 import EventType as HistoryEvent
 from temporalio.api.enums.v1 import WorkflowTaskFailedCause
-from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError
+from temporalio.api.history import v1 as history
+from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError, WorkflowHistoryEventFilterType
 from temporalio.exceptions import ApplicationError, CancelledError
 
 from contracts.tasks import EventType, TaskEvent, TaskStatus
@@ -25,6 +26,9 @@ BENIGN_TASK_FAILURES = {
     # The server's own, where more signals come in one workflow task than it keeps aside.
     WorkflowTaskFailedCause.WORKFLOW_TASK_FAILED_CAUSE_FORCE_CLOSE_COMMAND,
 }
+CLOSE_EVENT = WorkflowHistoryEventFilterType.CLOSE_EVENT
+MAY_BE_LEFT = {"write", "get_job", "get_training"}
+"""Activities that a run may leave behind where it continues as new: keyed writes, and reads."""
 
 
 @dataclass
@@ -60,7 +64,7 @@ async def ended(platform: Platform, handle: Handle, *, exempt: Collection[str] =
     _check_events(ending)
     await _check_row(platform, task_id, ending)
     assert platform.snapshot_files(task_id) == [], "a dataset's copy is temporary"
-    await check_history(handle)
+    await check_history(platform, handle)
     return ending
 
 
@@ -153,9 +157,41 @@ async def _check_row(platform: Platform, task_id: str, ending: Ending) -> None:
         assert row.credits.model_dump() == ending.result["credits"]
 
 
-async def check_history(handle: Handle) -> None:
-    """No workflow task ever failed: nothing that came in left the run stuck, even for a moment."""
-    async for event in handle.fetch_history_events():
-        if event.event_type == HistoryEvent.EVENT_TYPE_WORKFLOW_TASK_FAILED:
-            failed = event.workflow_task_failed_event_attributes
-            assert failed.cause in BENIGN_TASK_FAILURES, failed
+async def runs_of(platform: Platform, handle: Handle) -> list[Handle]:
+    """The task's runs, oldest first: each but the last continued as new."""
+    runs: list[Handle] = []
+    run_id = handle.first_execution_run_id
+    while run_id:
+        run = platform.client.get_workflow_handle(handle.id, run_id=run_id)
+        runs.append(run)
+        run_id = None
+        if (await run.describe()).status is WorkflowExecutionStatus.CONTINUED_AS_NEW:
+            [closing] = [event async for event in run.fetch_history_events(event_filter_type=CLOSE_EVENT)]
+            run_id = closing.workflow_execution_continued_as_new_event_attributes.new_execution_run_id
+    return runs or [handle]
+
+
+async def check_history(platform: Platform, handle: Handle) -> None:
+    """No workflow task ever failed: nothing that came in left a run stuck, even for a moment.
+
+    And no run continued as new before its calls had ended: an answer that nobody hears is a hold that nobody knows.
+    """
+    runs = await runs_of(platform, handle)
+    for run in runs:
+        open_calls: dict[int, str] = {}
+        async for event in run.fetch_history_events():
+            if event.event_type == HistoryEvent.EVENT_TYPE_WORKFLOW_TASK_FAILED:
+                failed = event.workflow_task_failed_event_attributes
+                assert failed.cause in BENIGN_TASK_FAILURES, failed
+            _note_calls(event, open_calls)
+        assert run is runs[-1] or not set(open_calls.values()) - MAY_BE_LEFT, open_calls
+
+
+def _note_calls(event: history.HistoryEvent, open_calls: dict[int, str]) -> None:
+    """Keep the activities that are scheduled and have not ended, by the id of the event that scheduled them."""
+    if event.HasField("activity_task_scheduled_event_attributes"):
+        open_calls[event.event_id] = event.activity_task_scheduled_event_attributes.activity_type.name
+    for ending in ("completed", "failed", "timed_out", "canceled"):
+        name = f"activity_task_{ending}_event_attributes"
+        if event.HasField(name):  # type: ignore[arg-type]
+            open_calls.pop(getattr(event, name).scheduled_event_id)

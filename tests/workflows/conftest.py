@@ -53,6 +53,22 @@ async def brisk_platform(
             yield platform
 
 
+@pytest_asyncio.fixture(scope="module")
+async def direct_platform(
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Platform]:
+    """No gateway, no polls, and jobs that take minutes: a run hears what a scenario tells it, and nothing else."""
+    folder = tmp_path_factory.mktemp("direct")
+    async with running_platform(temporal_env, task_store, folder, speed=1.0, gateway=False) as platform:
+        await platform.simulators.admin.comfyui.fault("callback_withhold", times=None)
+        platform.policy = {"poll_after_seconds": 3_600.0, "poll_at_most_seconds": 3_600.0}
+        platform.policy["retry_after_seconds"] = [0.05]
+        for gpu_type in ("rtx4090", "a100"):
+            await platform.simulators.admin.comfyui.set_gpus(gpu_type, 200)
+        async with platform.worker():
+            yield platform
+
+
 @pytest_asyncio.fixture(scope="session")
 async def skipping_env() -> AsyncIterator[WorkflowEnvironment]:
     """A real Temporal server whose runs' clocks can be moved; by themselves they go as the wall's."""

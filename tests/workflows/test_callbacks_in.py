@@ -8,46 +8,26 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from temporalio.api.common.v1 import Payload
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.common import RawValue
 from temporalio.service import RPCError, RPCStatusCode
-from temporalio.testing import WorkflowEnvironment
 
 from contracts.tasks import CALLBACK_SIGNAL, EventType, TaskEvent, TaskStatus
-from store import TaskStore
 from tests.workflows.books import Ending, ended
-from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
+from tests.workflows.platform import Handle, Platform, task_id_of
 
 URL = "https://example.org/1.png"
 FORGED = ("job_runs_out",)
 """A delivery that the job knows nothing of: the job itself runs on, and no task that was delivered cancels one."""
-
-
-@pytest_asyncio.fixture(scope="module")
-async def direct_platform(
-    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Platform]:
-    """No gateway, no polls, and jobs that take minutes: a run hears what a scenario tells it, and nothing else."""
-    folder = tmp_path_factory.mktemp("direct")
-    async with running_platform(temporal_env, task_store, folder, speed=1.0, gateway=False) as platform:
-        await platform.simulators.admin.comfyui.fault("callback_withhold", times=None)
-        platform.policy = {"poll_after_seconds": 3_600.0, "poll_at_most_seconds": 3_600.0}
-        platform.policy["retry_after_seconds"] = [0.05]
-        for gpu_type in ("rtx4090", "a100"):
-            await platform.simulators.admin.comfyui.set_gpus(gpu_type, 200)
-        async with platform.worker():
-            yield platform
 
 
 async def start_held(platform: Platform, **fields: Any) -> tuple[Handle, str]:

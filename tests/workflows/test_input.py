@@ -43,7 +43,7 @@ async def assert_refused(platform: Platform, handle: Handle, code: str = "input_
     described = await handle.describe()
     assert described.close_time is not None
     assert described.close_time - described.start_time < timedelta(seconds=MOST_SECONDS)
-    await check_history(handle)
+    await check_history(platform, handle)
     return cause.message
 
 

@@ -62,7 +62,7 @@ async def reconcile(platform: Platform, **order: Any) -> ReconcileResult:
     for task_id in result.task_ids:
         handle: Handle = platform.client.get_workflow_handle(give_back_id_of(task_id))
         await handle.result()
-        await check_history(handle)
+        await check_history(platform, handle)
     return result
 
 

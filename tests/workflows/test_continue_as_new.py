@@ -1,0 +1,371 @@
+"""Runs that continue as new, made to: nothing is lost, nothing is asked for twice, there is one result (pitfall 22).
+
+Nothing reaches a run here but what a scenario tells it; `books.ended` looks at every run of the chain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from sqlalchemy.engine import make_url
+from temporalio.client import WorkflowExecutionStatus
+from temporalio.testing import WorkflowEnvironment
+
+from contracts.tasks import CALLBACK_SIGNAL, EventType, TaskStatus
+from store import TaskStore
+from tests.cable import Cable
+from tests.workflows.books import ended, runs_of
+from tests.workflows.payers import holds_of, kinds_of, until_started
+from tests.workflows.platform import Handle, Platform, running_platform, sent, task_id_of
+
+URL = "https://example.org/1.png"
+OUTPUT = {"model_path": "file:///models/1", "version": "1", "metrics": {"loss": 0.1}}
+FORGED = ("job_runs_out",)
+"""The service knows nothing of a delivery that a scenario made up: its job runs on."""
+SIGNALS = 3
+"""After so many signals a run continues as new."""
+LONG_RUNS = {"continue_as_new_signals": SIGNALS, "retry_after_seconds": [0.05, 0.05]}
+STAGES = ["data_ingest", "training", "evaluating", "publishing"]
+
+
+@pytest.fixture
+def platform(direct_platform: Platform) -> Iterator[Platform]:
+    """`direct_platform`, whose runs are short."""
+    before = direct_platform.policy
+    direct_platform.policy = before | LONG_RUNS
+    yield direct_platform
+    direct_platform.policy = before
+
+
+async def until_progress(platform: Platform, handle: Handle, **fields: Any) -> None:
+    """Wait until the task shows these fields."""
+
+    async def shown() -> bool:
+        progress = await platform.progress(handle)
+        return all(progress[name] == value for name, value in fields.items())
+
+    await platform.until(shown)
+
+
+async def until_runs(platform: Platform, handle: Handle, number: int) -> None:
+    """Wait until the task is in its `number`th run."""
+
+    async def begun() -> bool:
+        return len(await runs_of(platform, handle)) >= number
+
+    await platform.until(begun)
+
+
+async def tick(platform: Platform, handle: Handle, run_id: str, sequence: int, **fields: Any) -> None:
+    """A message, and the task's word that it was applied."""
+    kind = {"job_id": run_id, "job_status": "processing"}
+    if "training_status" in fields:
+        kind = {"training_id": run_id}
+    await platform.callback(handle, **kind, sequence=sequence, stage_progress=sequence, **fields)
+    await until_progress(platform, handle, progress=float(sequence))
+
+
+def delivery(job_id: str, **fields: Any) -> dict[str, Any]:
+    return {"job_id": job_id, "job_status": "delivery", "sequence": 1_000, "result_urls": [URL], **fields}
+
+
+def model(training_id: str, **fields: Any) -> dict[str, Any]:
+    status = {"training_status": "completed", "training_stage": "publishing", "output": OUTPUT}
+    return {"training_id": training_id, "sequence": 1_000, **status, **fields}
+
+
+async def started(platform: Platform, handle: Handle) -> str:
+    """Wait until the credits are held and the work has begun; the id of the job or training."""
+    run_id = (await until_started(platform, handle)).run_id
+    await until_progress(platform, handle, job_id=run_id)
+    return run_id
+
+
+async def assert_asked_once(platform: Platform, handle: Handle, **times: int) -> None:
+    """Every call that changes something was made once over all runs of the task, unless `times` says otherwise."""
+    admin, task_id = platform.simulators.admin, task_id_of(handle)
+    seen = [*await admin.comfyui.requests_seen(None, task_id), *await admin.credits.requests_seen(None, task_id)]
+    changing = [request.route for request in seen if request.method == "POST"]
+    assert {route: changing.count(route) for route in changing} == dict.fromkeys(set(changing), 1) | times
+
+
+async def test_an_image_of_many_runs_is_one_task(platform: Platform) -> None:
+    """Its attempts, its hold, what it refused and how far it came go with it."""
+    handle = await platform.start_image()
+    first = await started(platform, handle)
+    for sequence in range(1, 8):
+        await tick(platform, handle, first, sequence)
+        await handle.signal(CALLBACK_SIGNAL, "no message")
+    await until_progress(platform, handle, callbacks_refused=7)
+    details = {"code": "gpu_preempted", "message": "gone"}
+    await platform.callback(handle, job_id=first, job_status="processing", sequence=8, error_details=details)
+    await until_progress(platform, handle, attempts=2)
+    second = await started(platform, handle)
+    assert second != first
+    for sequence in range(1, 5):
+        await tick(platform, handle, second, sequence)
+        await platform.callback(handle, **delivery(first))
+    await until_progress(platform, handle, callbacks_refused=7 + 4)
+    await platform.callback(handle, **delivery(second))
+    ending = await ended(platform, handle, exempt=FORGED)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
+    assert (ending.result["attempts"], ending.result["result_urls"]) == (2, [URL])
+    assert len(await runs_of(platform, handle)) >= 5
+    assert await kinds_of(platform, handle) == ["pre_deduct", "commit"]
+    await assert_asked_once(platform, handle, submit_job=2, estimate=2)
+
+
+async def until_asked(platform: Platform, handle: Handle, cost: int) -> None:
+    """Wait until this price is asked to be confirmed."""
+
+    async def asked() -> bool:
+        confirmation = (await platform.progress(handle))["confirmation"]
+        return confirmation is not None and confirmation["estimated_cost"] == cost
+
+    await platform.until(asked)
+
+
+async def until_holds(platform: Platform, handle: Handle, amount: int) -> None:
+    """Wait until this is held, and nothing else."""
+
+    async def held() -> bool:
+        return [hold.amount for hold in await holds_of(platform, handle) if hold.phase == "open"] == [amount]
+
+    await platform.until(held)
+
+
+async def written_checkpoint(platform: Platform, handle: Handle) -> str:
+    """Wait until the training has written a checkpoint; its uri."""
+
+    async def written() -> str | None:
+        checkpoint: dict[str, str] | None = (await platform.job(handle)).state["checkpoint"]
+        return checkpoint["uri"] if checkpoint else None
+
+    uri = await platform.until(written)
+    assert uri is not None
+    return uri
+
+
+async def test_a_training_of_many_runs_keeps_its_hours_its_price_and_its_copy(platform: Platform) -> None:
+    """Charged are the hours up to the checkpoint that its second attempt resumed from, and that attempt's own."""
+    task = platform.training(max_credits=None)
+    comfyui, running = platform.simulators.admin.comfyui, {"training_status": "running", "training_stage": "training"}
+    await comfyui.fault("job_duration", route="create_training", task_id=task["task_id"], seconds=2)
+    await comfyui.fault("job_stall", route="create_training", task_id=task["task_id"], at=0.3)
+    handle = await platform.start(task)
+    await until_asked(platform, handle, 120)
+    await handle.execute_update("confirm_price", {"max_credits": 130})
+    first = await started(platform, handle)
+    checkpoint = {"uri": await written_checkpoint(platform, handle), "epoch": 1, "step": 100, "gpu_hours_used": 1.0}
+    for sequence in range(1, 5):
+        await tick(platform, handle, first, sequence, **running)
+    await platform.callback(handle, training_id=first, sequence=5, **running, checkpoint=checkpoint)
+    details = {"code": "gpu_preempted", "message": "gone"}
+    await platform.callback(handle, training_id=first, sequence=6, **running, error_details=details)
+
+    await until_asked(platform, handle, 147)  # the hour before the checkpoint and 0.45 to come
+    await handle.execute_update("confirm_price", {"max_credits": 200})
+    second = await started(platform, handle)
+    await tick(platform, handle, second, 1, **running, gpu_hours=1.2)
+    await until_holds(platform, handle, 192)
+    await tick(platform, handle, second, 2, **running, gpu_hours=2.0)
+    await until_asked(platform, handle, 240)
+    before = len(await runs_of(platform, handle))
+    for sequence in range(3, 10):
+        await tick(platform, handle, second, sequence, **running)
+    assert len(await runs_of(platform, handle)) >= before + 2
+    await until_asked(platform, handle, 240)
+    await handle.execute_update("confirm_price", {"max_credits": 1_000})
+    await until_holds(platform, handle, 240)
+    assert platform.snapshot_files(task["task_id"]) != []
+    await platform.callback(handle, **model(second, gpu_hours_used=0.5))
+    ending = await ended(platform, handle, exempt=FORGED)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120 + 30)
+    assert ending.result["output"] == OUTPUT
+    await assert_asked_once(
+        platform, handle, create_training=2, estimate=2, start_training=2, pre_deduct=5, cancel_hold=4
+    )
+
+
+async def test_messages_that_overtake_the_submitting_call_are_carried_on(platform: Platform) -> None:
+    """They alone make the run long: it continues as new before it has waited once."""
+    task = platform.image()
+    await platform.simulators.admin.comfyui.fault(
+        "delay", route="submit_job", task_id=task["task_id"], when="after", seconds=0.7
+    )
+    handle = await platform.start(task)
+    job_id = (await platform.job(handle)).run_id
+    for sequence in range(1, SIGNALS + 1):
+        await platform.callback(
+            handle, job_id=job_id, job_status="processing", sequence=sequence, stage_progress=10 * sequence
+        )
+    assert (await platform.progress(handle))["job_id"] is None, "the call has not answered yet"
+    await until_runs(platform, handle, 2)
+    await until_progress(platform, handle, progress=10.0 * SIGNALS, stage="processing")
+    await platform.callback(handle, **delivery(job_id))
+    ending = await ended(platform, handle, exempt=FORGED)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
+    await assert_asked_once(platform, handle)
+
+
+async def test_a_history_of_many_events_continues_as_new(platform: Platform) -> None:
+    platform.policy = platform.policy | {"continue_as_new_signals": 5_000, "continue_as_new_events": 60}
+    handle = await platform.start_image()
+    job_id = await started(platform, handle)
+    for sequence in range(1, 41):
+        await tick(platform, handle, job_id, sequence)
+    await platform.callback(handle, **delivery(job_id))
+    ending = await ended(platform, handle, exempt=FORGED)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
+    runs = await runs_of(platform, handle)
+    assert len(runs) >= 3
+    lengths = [(await run.describe()).history_length for run in runs]
+    assert max(lengths) < 60 + 40, lengths
+
+
+async def test_no_run_continues_as_new_while_a_renewal_is_in_flight(platform: Platform) -> None:
+    """Its answer would be heard by nobody: `books.ended` sees that no call is left behind."""
+    task = platform.training()
+    hanging = await platform.simulators.admin.credits.fault(
+        "delay", route="pre_deduct", task_id=task["task_id"], nth=2, seconds=1.0, when="after"
+    )
+    handle = await platform.start(task)
+    training_id = await started(platform, handle)
+    running = {"training_status": "running", "training_stage": "training"}
+    await tick(platform, handle, training_id, 1, **running, gpu_hours=3.0)
+    await platform.until_hit("pre_deduct", hanging)
+    for sequence in range(2, 2 + 2 * SIGNALS):
+        await tick(platform, handle, training_id, sequence, **running)
+    assert len(await runs_of(platform, handle)) == 1
+    await until_holds(platform, handle, 240)
+    await until_runs(platform, handle, 2)
+    await platform.callback(handle, **model(training_id, gpu_hours_used=3.0))
+    ending = await ended(platform, handle, exempt=FORGED)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 240)
+
+
+# What is not written yet
+
+
+@pytest_asyncio.fixture
+async def cable(postgres_dsn: str) -> AsyncIterator[Cable]:
+    """The way to PostgreSQL, which a scenario can cut."""
+    socket = f"{make_url(postgres_dsn).query['host']}/.s.PGSQL.5432"
+    async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
+        yield cable
+
+
+@pytest_asyncio.fixture
+async def storeless(
+    temporal_env: WorkflowEnvironment, postgres_dsn: str, cable: Cable, tmp_path: Path
+) -> AsyncIterator[Platform]:
+    """A platform of short runs whose store hangs on `cable`."""
+    store = TaskStore(f"postgresql://postgres:unused@127.0.0.1:{cable.port}/{make_url(postgres_dsn).database}")
+    async with running_platform(temporal_env, store, tmp_path, speed=1.0, gateway=False) as platform:
+        await platform.simulators.admin.comfyui.fault("callback_withhold", times=None)
+        platform.policy = {"poll_after_seconds": 3_600.0, "poll_at_most_seconds": 3_600.0, **LONG_RUNS}
+        async with platform.worker():
+            yield platform
+    await store.close()
+
+
+async def test_facts_that_wait_for_the_store_are_carried_on_and_written_in_order(
+    storeless: Platform, cable: Cable
+) -> None:
+    """A whole training while the store is away: it is paid for in time, and told of afterwards, gapless."""
+    handle = await storeless.start_training()
+    training_id = await started(storeless, handle)
+    cable.pull()
+    sequence = 0
+    for stage in STAGES:
+        for _ in range(2):
+            sequence += 1
+            fields: dict[str, Any] = {"training_status": "running", "training_stage": stage}
+            if stage == "training":
+                uri = f"file:///checkpoints/{sequence}"
+                fields["checkpoint"] = {"uri": uri, "epoch": 1, "step": sequence, "gpu_hours_used": 0.1}
+            await tick(storeless, handle, training_id, sequence, **fields)
+    assert len(await runs_of(storeless, handle)) >= 3
+    await storeless.callback(handle, **model(training_id, gpu_hours_used=0.6))
+
+    async def is_paid() -> bool:
+        return await kinds_of(storeless, handle) == ["pre_deduct", "commit"]
+
+    await storeless.until(is_paid)
+    assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING, "it ends once its end is written"
+    cable.plug_in()
+    ending = await ended(storeless, handle, exempt=FORGED)
+    assert ending.status is TaskStatus.COMPLETED
+    told = [event for event in ending.events if event.event in (EventType.RUNNING, EventType.CHECKPOINT)]
+    assert list(dict.fromkeys(event.stage for event in told)) == STAGES
+    assert [event.message for event in told if event.event is EventType.CHECKPOINT] == [
+        f"Checkpoint at epoch 1, step {step}." for step in (3, 4)
+    ]
+
+
+# What comes together with the signals that make a run long
+
+
+@pytest_asyncio.fixture
+async def idle(temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path) -> AsyncIterator[Platform]:
+    """A platform of short runs without a worker: what is sent while there is none comes in one workflow task."""
+    async with running_platform(temporal_env, task_store, tmp_path, speed=1.0, gateway=False) as platform:
+        await platform.simulators.admin.comfyui.fault("callback_withhold", times=None)
+        platform.policy = {"poll_after_seconds": 3_600.0, "poll_at_most_seconds": 3_600.0, **LONG_RUNS}
+        yield platform
+
+
+async def is_pending(handle: Handle) -> bool:
+    return (await handle.describe()).raw_description.HasField("pending_workflow_task")
+
+
+async def ticks(platform: Platform, handle: Handle, job_id: str) -> None:
+    for sequence in range(1, 2 * SIGNALS):
+        await platform.callback(handle, job_id=job_id, job_status="processing", sequence=sequence)
+
+
+async def test_a_cancel_among_the_signals_that_make_a_run_long_is_obeyed(idle: Platform) -> None:
+    """It comes before, among or after them, as an update or from Temporal; nothing else is left to end the task."""
+    ways = [(way, when) for way in ("temporal", "update") for when in ("before", "among", "after")]
+    async with idle.worker():
+        handles = [await idle.start_image() for _ in ways]
+        jobs = [await started(idle, handle) for handle in handles]
+        for handle in handles:
+            await idle.until_settled(handle)
+    updates: list[asyncio.Task[str]] = []
+    for (way, when), handle, job_id in zip(ways, handles, jobs, strict=True):
+        if when != "before":
+            await ticks(idle, handle, job_id)
+        if way == "temporal":
+            await handle.cancel()
+        else:
+            updates.append(asyncio.create_task(idle.cancel(handle)))
+            await idle.until(lambda handle=handle: is_pending(handle))  # type: ignore[misc]
+        if when != "after":
+            await ticks(idle, handle, job_id)
+    async with idle.worker():
+        for (way, _when), handle in zip(ways, handles, strict=True):
+            ending = await ended(idle, handle)
+            assert ending.status is TaskStatus.CANCELLED
+            expected = WorkflowExecutionStatus.CANCELED if way == "temporal" else WorkflowExecutionStatus.COMPLETED
+            assert (await handle.describe()).status is expected
+        assert await asyncio.gather(*updates) == ["accepted"] * 3
+
+
+async def test_a_delivery_among_the_signals_that_make_a_run_long_ends_it(idle: Platform) -> None:
+    async with idle.worker():
+        handle = await idle.start_image()
+        job_id = await started(idle, handle)
+        await idle.until_settled(handle)
+    await ticks(idle, handle, job_id)
+    await idle.callback(handle, **delivery(job_id))
+    await idle.callback(handle, job_id=job_id, job_status="processing", sequence=2_000)
+    async with idle.worker():
+        ending = await ended(idle, handle, exempt=FORGED)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
+    assert len(await sent(handle, "commit")) == 1
