@@ -78,6 +78,9 @@ simulate: setup ## both workflows by seeds, without a server (SEEDS=10000)
 soak: setup ## tasks under random faults on a whole stack (TASKS=10000 SEED=1, RESUME=1)
 	@$(BIN)/python -m soak $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)
 
+bench: setup ## figures and ratios on this machine, as a table and as JSON (QUICK=1, ONLY=waits)
+	@$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+
 format: setup ## ruff: mend style and format
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 

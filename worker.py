@@ -186,12 +186,17 @@ async def schedule_reconciler(client: Client, settings: Settings) -> None:
         log.warning("reconciler_not_scheduled", reason=error.message)
 
 
-def make_worker(client: Client, settings: Settings, activities: Sequence[Callable[..., Any]]) -> Worker:
+def make_worker(
+    client: Client,
+    settings: Settings,
+    activities: Sequence[Callable[..., Any]],
+    workflows: Sequence[type] = WORKFLOWS,
+) -> Worker:
     """The worker, by the design's table of defaults."""
     return Worker(
         client,
         task_queue=settings.task_queue,
-        workflows=WORKFLOWS,
+        workflows=workflows,
         activities=activities,
         max_cached_workflows=settings.max_cached_workflows,
         max_concurrent_workflow_tasks=settings.max_workflow_tasks,

@@ -53,7 +53,7 @@ GPU_TROUBLES: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("stall", {}),
 )
 RICH: Final = 100_000_000
-FLOOD: Final = 200
+FLOOD: Final = 100
 FLOOD_AT_ONCE: Final = 20
 JUMPS_SECONDS: Final = (10, 60, 200, 400, 1_000)
 """Two of them outlive a hold: at the soak's pace one lasts about five minutes."""

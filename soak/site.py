@@ -34,6 +34,8 @@ OUTSIDE_ERRORS: Final = (
     AdminRefused,
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
+    # What the driver makes of a server's farewell that comes between two of its own messages.
+    asyncpg.InternalClientError,
 )
 PAUSE_SECONDS: Final = 0.5
 PATIENCE_SECONDS: Final = 120.0
@@ -81,7 +83,7 @@ class TaskTable:
                 if self._connection is None:
                     self._connection = await asyncpg.connect(self._dsn, timeout=2, command_timeout=QUERY_SECONDS)
                 return list(await self._connection.fetch(query, *values))
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+            except OUTSIDE_ERRORS:
                 if self._connection is not None:
                     self._connection.terminate()
                 self._connection = None

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import Final
 
-from contracts.tasks import ImageTask, TrainingTask
+from contracts.tasks import WORKFLOW_ID_PREFIX, ImageTask, TrainingTask
 from soak.plan import USERS, Plan
 from soak.recorder import Recorder
 from soak.site import Site, Unmended, insist
@@ -16,6 +16,7 @@ LOOK_SECONDS: Final = 0.5
 STARTERS: Final = 4
 QUIET_SECONDS: Final = 300.0
 """Once all faults are over every task must end within this; it covers the longest deadline at the soak's pace."""
+RUNNING: Final = f"ExecutionStatus = 'Running' AND WorkflowId STARTS_WITH '{WORKFLOW_ID_PREFIX}'"
 CLOSING_SECONDS: Final = 30.0
 _DATASET_FILES: Final = {"0.txt": "a picture", "1.txt": "another picture"}
 
@@ -137,7 +138,7 @@ async def still_running(site: Site) -> list[str]:
     """Workflow ids of runs that Temporal has open; it may learn of the last ends a moment late."""
 
     async def running() -> list[str]:
-        return [run.id async for run in site.client.list_workflows("ExecutionStatus = 'Running'")]
+        return [run.id async for run in site.client.list_workflows(RUNNING)]
 
     deadline = asyncio.get_running_loop().time() + CLOSING_SECONDS
     while found := await insist(running, "Temporal"):

@@ -29,6 +29,15 @@ WORK_SECONDS: Final = 2.0
 """How long one piece of work may take in all, unless its caller says less."""
 POOL_SIZE: Final = 5
 
+DRIVER_ERRORS: Final = (
+    SQLAlchemyError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    # What the driver makes of a server's farewell that comes between two of its own messages.
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
 _REFUSED_CLASSES: Final = ("22", "23")
 """SQLSTATE classes: data exception, integrity constraint violation."""
 _MISSING_TABLE: Final = "42P01"
@@ -129,7 +138,7 @@ class Database:
                 return await once()
         except StoreFailure:
             raise
-        except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        except DRIVER_ERRORS as error:
             self._raise_failure(error, doing)
 
     def _raise_failure(self, error: Exception, doing: str) -> NoReturn:

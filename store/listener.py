@@ -15,6 +15,7 @@ from typing import Any, Final
 import asyncpg
 import structlog
 
+from store.database import DRIVER_ERRORS
 from store.tables import EVENTS_CHANNEL
 
 log = structlog.get_logger(__name__)
@@ -48,7 +49,7 @@ class EventListener:
                     timeout=CONNECT_SECONDS,
                     server_settings={"application_name": "comfyui-temporal listener"},
                 )
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+            except DRIVER_ERRORS as error:
                 self._warn("listener_not_connected", error)
                 await asyncio.sleep(retry)
                 retry = min(LAST_RETRY_SECONDS, retry * 2)
@@ -56,7 +57,7 @@ class EventListener:
             retry = FIRST_RETRY_SECONDS
             try:
                 await self._listen(connection)
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+            except DRIVER_ERRORS as error:
                 self._warn("listener_lost", error)
                 await asyncio.sleep(retry)
             finally:

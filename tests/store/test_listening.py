@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy.engine import make_url
 
@@ -54,6 +56,23 @@ async def test_each_write_is_told_with_its_newest_seq(task_store: TaskStore) -> 
         await task_store.write(write_of(task_id, fact("a"), fact("b")))
         await eventually(lambda: heard.heard(task_id, 3))
     assert [seq for told_id, seq in heard.writes if told_id == task_id] == [1, 3]
+
+
+async def test_a_driver_that_confuses_itself_ends_no_listener(
+    task_store: TaskStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen in a soak: asyncpg's InternalClientError, where a server's farewell came between two messages."""
+    heard, connect = Heard(), asyncpg.connect
+    faults = [asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")]
+
+    async def confused(*given: Any, **named: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return await connect(*given, **named)
+
+    monkeypatch.setattr(asyncpg, "connect", confused)
+    async with running(task_store.listener(told=heard.told, resumed=heard.resumed)):
+        await eventually(lambda: heard.has_resumed(1))
 
 
 @pytest.mark.parametrize("fault", ["pull", "hang"])

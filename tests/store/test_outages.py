@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from store import StoreUnavailable, TaskStore
-from store.database import POOL_SIZE
+from store.database import POOL_SIZE, Database
 from tests.cable import Cable
 from tests.conftest import NewDatabase
 from tests.gateway.serving import eventually
@@ -80,6 +81,18 @@ async def test_a_restart_of_postgresql_is_not_noticed(new_database: NewDatabase)
     assert (await store.events(task_id))[-1].seq == 2
     await admin.close()
     await store.close()
+
+
+async def test_a_driver_that_confuses_itself_is_an_outage(postgres_dsn: str) -> None:
+    """Seen in a soak: asyncpg's InternalClientError, where a server's farewell came between two messages."""
+    database = Database(postgres_dsn)
+
+    async def confused(_connection: AsyncConnection) -> None:
+        raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
+
+    with pytest.raises(StoreUnavailable):
+        await database.transaction(confused, doing="testing")
+    await database.close()
 
 
 async def test_a_locked_task_costs_no_more_than_the_statement_timeout(task_store: TaskStore, postgres_dsn: str) -> None:

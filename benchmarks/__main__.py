@@ -1,0 +1,79 @@
+"""Measure everything on this machine: a table with ratios, and the same as JSON.
+
+python -m benchmarks                     about 45 minutes on two quiet processors
+python -m benchmarks --quick             about 6 minutes: smaller numbers, same measurements
+python -m benchmarks --only waits        one of: compare, open, workers, history, waits, memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks import history_cost, memory, throughput, whole_stack
+from benchmarks.results import Results
+from local_stack.folder import DEFAULT_FOLDER
+from logs import configure_logs
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    tasks: int
+    rounds: int
+    opened: tuple[int, ...]
+    workers: tuple[int, ...]
+    probes: int
+    kills: int
+    memory_tasks: int
+    streams: int
+
+
+FULL: Final = Size(300, 3, (0, 1_000, 10_000), (1, 2, 4), 40, 5, 1_000, 10_000)
+QUICK: Final = Size(120, 1, (0, 200), (1, 2), 10, 2, 200, 500)
+
+MEASUREMENTS: Final[dict[str, tuple[str, Callable[[Size], Coroutine[Any, Any, Any]]]]] = {
+    "compare": ("comparison", lambda size: throughput.compare(size.tasks, size.rounds)),
+    "open": ("by_open_tasks", lambda size: throughput.by_open_tasks(size.tasks, size.opened)),
+    "workers": ("by_workers", lambda size: throughput.by_workers(size.tasks, size.workers)),
+    "history": ("history", lambda size: history_cost.measure()),
+    "waits": ("waits", lambda size: whole_stack.measure(size.probes, size.kills)),
+    "memory": ("memory", lambda size: memory.measure(size.memory_tasks, size.streams)),
+}
+"""Name → where it stands in the results, and what measures it."""
+
+
+def run(names: list[str], *, quick: bool, file: Path) -> Results:
+    """Measure, and keep what is known after each measurement."""
+    results = Results.begun(quick=quick)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        print(f"{name} …", flush=True)
+        place, measure = MEASUREMENTS[name]
+        setattr(results, place, asyncio.run(measure(QUICK if quick else FULL)))
+        file.write_text(results.model_dump_json(indent=2) + "\n")
+    return results
+
+
+def main() -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=form)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", choices=MEASUREMENTS, action="append", help="more than once, too")
+    parser.add_argument("--json", type=Path, default=DEFAULT_FOLDER / "bench.json", help="where the figures go")
+    options = parser.parse_args()
+    configure_logs(level="ERROR")
+    file = options.json.absolute()
+    results = run(options.only or list(MEASUREMENTS), quick=options.quick, file=file)
+    print(f"\n{results.table()}\n\nAs JSON: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
