@@ -33,7 +33,7 @@ from bridge.native import NativeServer
 from bridge.native_errors import NativeFailure
 from bridge.outlook import SeenServer, identity_of
 from bridge.prompt_run import Patience
-from bridge.slot import FreeSlots, Slot
+from bridge.slot import TAKEN_SECONDS, FreeSlots, Slot
 from bridge.starting import CannotStart, heed_signals, read_settings, templates_by
 from bridge.storage import Storage
 from bridge.templates import TemplateLibrary
@@ -70,8 +70,10 @@ class GpuWorker:
         *,
         bridge_queue: str = BRIDGE_QUEUE,
         patience: Patience | None = None,
-        taken_seconds: float = 20.0,
+        taken_seconds: float = TAKEN_SECONDS,
+        linger_seconds: float = LINGER_SECONDS,
     ) -> None:
+        self._linger_seconds = linger_seconds
         self.slot = Slot(server, taken_seconds=taken_seconds)
         identity = ServerIdentity(seen.name, server_queue(bridge_queue, seen.name), seen.gpu_type)
         self.activities = GpuActivities(server, identity, self.slot, storage, sender, patience=patience)
@@ -123,7 +125,7 @@ class GpuWorker:
                 while self.slot.is_held or self.activities.is_copying:
                     await asyncio.sleep(0.1)
                     if not self.slot.is_held:
-                        await asyncio.sleep(LINGER_SECONDS)
+                        await asyncio.sleep(self._linger_seconds)
         except TimeoutError:
             log.warning("gpu_worker_hands_back", grace_seconds=grace_seconds)
 

@@ -33,10 +33,10 @@ async def listening(ws_url: str, client_id: str, prompt_id: str, heard: Heard) -
 
     A socket that cannot be opened or breaks is opened again and again; the body never hears of it.
     """
-    opened = asyncio.Event()
-    running = asyncio.create_task(_listen(ws_url, client_id, prompt_id, heard, opened))
+    tried = asyncio.Event()
+    running = asyncio.create_task(_listen(ws_url, client_id, prompt_id, heard, tried))
     try:
-        waiting = asyncio.create_task(opened.wait())
+        waiting = asyncio.create_task(tried.wait())
         # Before the submit, or its first messages go to nobody.
         await asyncio.wait({running, waiting}, timeout=OPEN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
@@ -46,7 +46,7 @@ async def listening(ws_url: str, client_id: str, prompt_id: str, heard: Heard) -
         await asyncio.wait({running})
 
 
-async def _listen(ws_url: str, client_id: str, prompt_id: str, heard: Heard, opened: asyncio.Event) -> None:
+async def _listen(ws_url: str, client_id: str, prompt_id: str, heard: Heard, tried: asyncio.Event) -> None:
     address = f"{ws_url}?clientId={quote(client_id, safe='')}"
     while True:
         try:
@@ -59,9 +59,11 @@ async def _listen(ws_url: str, client_id: str, prompt_id: str, heard: Heard, ope
                 proxy=None,
                 user_agent_header="comfyui-temporal",
             ) as socket:
-                opened.set()
+                tried.set()
                 await _hear(socket, prompt_id, heard)
         except (OSError, TimeoutError, WebSocketException, InvalidHandshake, InvalidURI) as error:
+            # Whoever waits for the socket goes on without: polling does as well.
+            tried.set()
             log.info("comfyui_socket_broke", url=ws_url, reason=type(error).__name__)
         await asyncio.sleep(REOPEN_SECONDS)
 

@@ -60,7 +60,8 @@ class Patience:
     dead: float = 60.0
     """Queued prompts and none running for this long: the server's thread has died."""
     stalled: float = 900.0
-    """Running without any message for this long: it hangs. At least ten times the expected run."""
+    """Running without any message for this long, or for `stalled_runs` times the expected run: it hangs."""
+    stalled_runs: float = 10.0
     look_again: float = 3.0
     """Between two looks before what is not there counts as lost, or as never sent."""
     stop: float = 120.0
@@ -199,7 +200,7 @@ class PromptRun:
             self._idle_since = None
             if self._running_at is None:
                 self._running_at = self._sign_at = now
-            patience = max(self._patience.stalled, 10 * self._run.graph.expected_seconds)
+            patience = max(self._patience.stalled, self._patience.stalled_runs * self._run.graph.expected_seconds)
             if now - self._sign_at > patience:
                 await self._give_up(f"{self._server.url} runs the prompt and has said nothing for {patience:.0f} s")
         elif found.standing is Standing.PENDING:

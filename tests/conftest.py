@@ -125,6 +125,16 @@ async def temporal_env() -> AsyncIterator[WorkflowEnvironment]:
         search_attributes=[SearchAttributeKey.for_keyword(name) for name in SEARCH_ATTRIBUTES],
         dev_server_existing_path=temporal_binary(),
         # Or timers, and retries with them, ring up to a second late.
-        dev_server_extra_args=["--dynamic-config-value", 'history.timerProcessorMaxTimeShift="10ms"'],
+        dev_server_extra_args=[
+            word
+            for value in (
+                'history.timerProcessorMaxTimeShift="10ms"',
+                # As deploy/temporal-dynamic-config.yaml has it: priorities are strict, tenants go by turns.
+                "matching.enableFairness=true",
+                "matching.numTaskqueueReadPartitions=1",
+                "matching.numTaskqueueWritePartitions=1",
+            )
+            for word in ("--dynamic-config-value", value)
+        ],
     ) as environment:
         yield environment

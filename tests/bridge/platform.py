@@ -23,6 +23,7 @@ from contracts.permissions import Scope
 from settings import Settings
 from simulators.serving import ServedApp
 from simulators.tokens import Tokens
+from temporal_plugin import TasksPlugin
 from tests.bridge.native import NativeServer
 from tests.conftest import unique
 from tests.simulators.platform import Receiver, running_receiver
@@ -32,7 +33,7 @@ Json = dict[str, Any]
 SECRET: Final = "the-bridge-in-tests-signs-with-this-one"
 CALLBACK_SECRET: Final = "whsec_dGhlLWJyaWRnZS1pbi10ZXN0cy1zaWducy13aXRoLXRoaXM="
 TENANT, USER = "tenant-demo", "user-demo"
-QUICK: Final = Patience(poll=0.1, silent=2.0, dead=1.0, stalled=2.0, look_again=0.3, stop=10.0)
+QUICK: Final = Patience(poll=0.1, silent=2.0, dead=1.0, stalled=2.0, stalled_runs=0.0, look_again=0.3, stop=10.0)
 """As in life, and some thirty times faster."""
 
 
@@ -147,9 +148,11 @@ class BridgePlatform:
     ) -> AsyncIterator[GpuWorker]:
         """A GPU worker beside this server, in this process."""
         seen = SeenServer(name or unique("gpu"), "default", gpu_type)
+        # One process may have a queue polled once a connection: in life each worker has a process.
+        client = await Client.connect(self.client.service_client.config.target_host, plugins=[TasksPlugin()])
         async with NativeClient(native.url, read_seconds=1.0) as server:
             worker = GpuWorker(
-                self.client,
+                client,
                 server,
                 seen,
                 self.bridge.storage,
@@ -157,6 +160,7 @@ class BridgePlatform:
                 bridge_queue=self.settings.bridge_task_queue,
                 patience=patience,
                 taken_seconds=taken_seconds,
+                linger_seconds=0.5,
             )
             async with worker.running(grace_seconds=grace_seconds):
                 yield worker

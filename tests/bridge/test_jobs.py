@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
+import pytest
+
 from tests.bridge.native import NativeServer
-from tests.bridge.platform import BridgePlatform
+from tests.bridge.platform import TENANT, BridgePlatform
+from tests.conftest import unique
+
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
-async def test_a_job_is_delivered(bridge: BridgePlatform, native: NativeServer) -> None:
+async def told(bridge: BridgePlatform, task_id: str, status: str) -> bool:
+    return status in bridge.receiver.statuses(task_id)
+
+
+async def test_a_job_is_delivered_and_its_task_is_told(bridge: BridgePlatform, native: NativeServer) -> None:
     async with bridge.gpu(native):
         accepted = await bridge.submit()
         state = await bridge.ended(accepted["job_id"])
@@ -14,17 +26,244 @@ async def test_a_job_is_delivered(bridge: BridgePlatform, native: NativeServer) 
     assert state["actual_cost"] == accepted["estimated_cost"] == 18
     picture = await bridge.http.get(state["result_urls"][0])
     assert picture.headers["content-type"] == "image/png"
-    assert picture.content.startswith(b"\x89PNG")
+    assert picture.content.startswith(PNG)
     assert len(await native.admin.runs()) == 1
-    await bridge.until(lambda: told(bridge, accepted["task_id"]))
-    statuses = bridge.receiver.statuses(accepted["task_id"])
+    await bridge.until(lambda: told(bridge, accepted["task_id"], "delivery"))
+    assert all(arrival.is_genuine for arrival in bridge.receiver.of(accepted["task_id"]))
+    bodies = sorted(bridge.receiver.genuine(accepted["task_id"]), key=lambda body: body["sequence"])
+    statuses = [body["job_status"] for body in bodies]
     assert [status for n, status in enumerate(statuses) if status not in statuses[:n]] == [
         "queued",
         "processing",
         "delivery",
     ]
-    assert all(arrival.is_genuine for arrival in bridge.receiver.of(accepted["task_id"]))
+    assert len({body["sequence"] for body in bodies}) == len(bodies)
+    assert state["sequence"] == bodies[-1]["sequence"]
+    processing = [body["stage_progress"] for body in bodies if body["job_status"] == "processing"]
+    assert processing == sorted(processing)
 
 
-async def told(bridge: BridgePlatform, task_id: str) -> bool:
-    return "delivery" in bridge.receiver.statuses(task_id)
+async def test_an_address_that_was_altered_or_has_expired_gives_nothing(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    async with bridge.gpu(native):
+        state = await bridge.ended((await bridge.submit())["job_id"])
+    url = state["result_urls"][0]
+    for altered in (
+        url[:-1] + ("0" if url[-1] != "0" else "1"),
+        url.replace("expires=", "expires=9"),
+        url.split("?")[0],
+    ):
+        assert (await bridge.http.get(altered)).status_code == 404
+    expired = bridge.bridge.signed.address("results/x.png", expires=1)
+    assert (await bridge.http.get(expired)).status_code == 404
+
+
+async def test_progress_is_seen_while_it_runs_and_never_goes_back(bridge: BridgePlatform, native: NativeServer) -> None:
+    await native.admin.set(node_seconds=0.4)
+    async with bridge.gpu(native):
+        accepted = await bridge.submit()
+        await bridge.in_status(accepted["job_id"], "processing")
+        seen: list[tuple[int, float]] = []
+        while True:
+            state = await bridge.job(accepted["job_id"])
+            if state["job_status"] == "delivery":
+                break
+            seen.append((state["sequence"], state["stage_progress"]))
+            await asyncio.sleep(0.1)
+    assert seen == sorted(seen)
+    assert len({percent for _, percent in seen}) >= 2
+    by_number: dict[int, set[float]] = {}
+    for number, percent in seen:
+        by_number.setdefault(number, set()).add(percent)
+    assert all(len(percents) == 1 for percents in by_number.values())
+
+
+# The same key again
+
+
+async def test_the_same_key_and_body_is_one_job_and_another_body_a_conflict(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    body, key = bridge.job_body(), unique("key")
+    first, again = await asyncio.gather(*(bridge.post("/jobs", body, key=key) for _ in range(2)))
+    assert (first.status_code, first.json()) == (again.status_code, again.json()) == (202, first.json())
+    other = await bridge.post("/jobs", body | {"prompt": "another"}, key=key)
+    assert (other.status_code, other.json()["detail"]["message"]) == (409, "idempotency_conflict")
+    async with bridge.gpu(native):
+        await bridge.ended(first.json()["job_id"])
+        late = await bridge.post("/jobs", body, key=key)
+    assert (late.status_code, late.json()) == (202, first.json())
+    assert len(await native.admin.runs()) == 1
+
+
+# What is refused before anything is queued
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "message", "named"),
+    [
+        ({"template_id": "unknown"}, 404, "template_not_found", ""),
+        ({"template_id": "lora-train"}, 404, "template_not_found", ""),
+        ({"extras": {"hires_fix": True}}, 422, "payload_invalid", "extras.hires_fix: template 'test-pattern'"),
+        ({"resolution": "8k"}, 422, "payload_invalid", "resolution"),
+        ({"prompt": None}, 422, "payload_invalid", "prompt"),
+        ({"tenant_id": "tenant/demo"}, 422, "payload_invalid", "tenant_id"),
+        ({"user_id": "user-other"}, 403, "authorization_missing", ""),
+        ({"callback_url": "http://169.254.169.254/latest"}, 422, "payload_invalid", "callback_url"),
+        ({"template_id": "upscale"}, 422, "payload_invalid", "controls"),
+        (
+            {"template_id": "upscale", "controls": [{"image_url": "https://10.0.0.1/a.png"}]},
+            422,
+            "payload_invalid",
+            "controls.0.image_url: comes from a host that is not allowed",
+        ),
+        (
+            {"template_id": "upscale", "controls": [{"image_url": "file:///etc/passwd"}]},
+            422,
+            "payload_invalid",
+            "controls.0.image_url: does not lie below",
+        ),
+    ],
+)
+async def test_what_cannot_run_is_refused_with_the_field(
+    bridge: BridgePlatform, fields: dict[str, Any], status: int, message: str, named: str
+) -> None:
+    answer = await bridge.post("/jobs", bridge.job_body(**fields))
+    assert answer.status_code == status, answer.text
+    detail = answer.json()["detail"]
+    assert detail["message"] == message
+    assert named in "; ".join(detail.get("fields", []))
+
+
+async def test_without_a_token_a_scope_or_a_key_nothing_is_done(bridge: BridgePlatform) -> None:
+    body = bridge.job_body()
+    bare = await bridge.http.post(f"{bridge.url}/comfyui/v1/jobs", json=body, headers={"X-Idempotency-Key": "k"})
+    assert bare.status_code == 401
+    assert (await bridge.post("/jobs", body, scopes=["task.read"])).status_code == 403
+    keyless = await bridge.http.post(f"{bridge.url}/comfyui/v1/jobs", json=body, headers=bridge.headers())
+    assert "X-Idempotency-Key" in keyless.json()["detail"]["fields"][0]
+
+
+async def test_another_tenants_job_is_not_there(bridge: BridgePlatform) -> None:
+    accepted = await bridge.submit()
+    path = f"/jobs/{accepted['job_id']}"
+    stranger = {"tenant": "tenant-other", "user": "user-other"}
+    for answer in (await bridge.get(path, **stranger), await bridge.post(f"{path}/cancel", {}, **stranger)):
+        assert (answer.status_code, answer.json()["detail"]["message"]) == (404, "job_not_found")
+    assert (await bridge.get("/jobs/job-unknown")).status_code == 404
+    assert (await bridge.cancel(accepted["job_id"]))["error_details"]["code"] == "cancelled"
+
+
+# Cancelling
+
+
+async def test_a_job_that_is_cancelled_in_the_queue_never_reaches_a_server(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    accepted = await bridge.submit()
+    cancelled = await bridge.cancel(accepted["job_id"])
+    assert cancelled["error_details"]["code"] == "cancelled"
+    again = await bridge.cancel(accepted["job_id"])
+    assert again == cancelled
+    async with bridge.gpu(native):
+        other = await bridge.submit()
+        await bridge.ended(other["job_id"])
+    assert len(await native.admin.submissions()) == 1
+    await bridge.until(lambda: is_told_of_cancel(bridge, accepted["task_id"]))
+
+
+async def is_told_of_cancel(bridge: BridgePlatform, task_id: str) -> bool:
+    return any((body["error_details"] or {}).get("code") == "cancelled" for body in bridge.receiver.genuine(task_id))
+
+
+@pytest.mark.parametrize("jobs_api", ["none", "cancel"])
+async def test_cancelling_a_running_job_stops_that_one_alone(
+    bridge: BridgePlatform, native: NativeServer, jobs_api: str
+) -> None:
+    await native.admin.set(hold=True, jobs_api=jobs_api)
+    async with bridge.gpu(native):
+        accepted = await bridge.submit()
+        await bridge.in_status(accepted["job_id"], "processing")
+        await bridge.until(lambda: has_runs(native, 1))
+        # Somebody uses the server's own page: their prompt is no business of ours.
+        await bridge.http.post(
+            f"{native.url}/prompt",
+            json={
+                "prompt": {
+                    "1": {
+                        "class_type": "EmptyImage",
+                        "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 1},
+                    },
+                    "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "theirs"}},
+                },
+                "prompt_id": "00000000-0000-4000-8000-000000000001",
+            },
+        )
+        state = await bridge.cancel(accepted["job_id"])
+        assert state["error_details"]["code"] == "cancelled"
+        await bridge.until(lambda: has_outcome(native, 0, "interrupted"))
+        await native.admin.set(hold=False)
+        await bridge.until(lambda: has_outcome(native, 1, "success"))
+    assert (await bridge.job(accepted["job_id"]))["result_urls"] == []
+
+
+async def has_runs(native: NativeServer, number: int) -> bool:
+    return len(await native.admin.runs()) >= number
+
+
+async def has_outcome(native: NativeServer, number: int, outcome: str) -> bool:
+    runs = await native.admin.runs()
+    return len(runs) > number and runs[number].outcome == outcome
+
+
+async def test_a_delivered_job_stays_delivered_when_it_is_cancelled(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    async with bridge.gpu(native):
+        accepted = await bridge.submit()
+        state = await bridge.ended(accepted["job_id"])
+    assert await bridge.cancel(accepted["job_id"]) == state
+
+
+# Control images
+
+
+async def test_a_control_image_reaches_the_graph(bridge: BridgePlatform, native: NativeServer) -> None:
+    folder = bridge.folder / "images" / TENANT
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(_png())
+    control = {"image_url": (folder / "a.png").as_uri(), "strength": 1.0}
+    async with bridge.gpu(native):
+        accepted = await bridge.submit(template_id="upscale", controls=[control])
+        state = await bridge.ended(accepted["job_id"])
+    assert state["error_details"] is None, state
+    paths = [request.path for request in await native.admin.requests()]
+    assert any(path.endswith("/upload/image") for path in paths)
+    await bridge.until(lambda: _is_cleared(bridge))
+
+
+async def _is_cleared(bridge: BridgePlatform) -> bool:
+    return not await asyncio.to_thread(lambda: list((bridge.folder / "objects" / "controls").rglob("*.*")))
+
+
+async def test_what_is_no_picture_fails_the_job_with_a_sentence(bridge: BridgePlatform, native: NativeServer) -> None:
+    folder = bridge.folder / "images" / TENANT
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_text("<html>")
+    accepted = await bridge.submit(
+        template_id="upscale", controls=[{"image_url": (folder / "a.png").as_uri(), "strength": 1.0}]
+    )
+    state = await bridge.ended(accepted["job_id"])
+    assert state["error_details"]["code"] == "workflow_invalid"
+    assert "no PNG, JPEG, GIF or WebP" in state["error_details"]["message"]
+
+
+def _png() -> bytes:
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 10, 10)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -166,7 +166,7 @@ class Executor:
         except (NodeFailed, OSError, ValueError) as failure:
             self._tell(prompt, "execution_error", self._where(prompt, node) | _described(failure, prompt.graph[node]))
             return "error"
-        self._cache = {prompt.values[node].digest: prompt.ui.get(node, {}) for node in order}
+        self._cache = {self._signature(prompt, node): prompt.ui.get(node, {}) for node in order}
         self._tell(prompt, "execution_success", {})
         return "success"
 
@@ -182,7 +182,11 @@ class Executor:
         return {name: prompt.values[link[0]] for name, link in links.items()}
 
     def _cached(self, prompt: _Prompt, node: str) -> Json | None:
-        return self._cache.get(prompt.values[node].digest)
+        return self._cache.get(self._signature(prompt, node))
+
+    def _signature(self, prompt: _Prompt, node: str) -> str:
+        """A file's name is no part of its picture, and yet of what ComfyUI compares: all inputs of a node."""
+        return f"{prompt.values[node].digest}:{prompt.graph[node]['inputs'].get('filename_prefix')}"
 
     def _show_cached(self, prompt: _Prompt, node: str) -> None:
         """As 0.8.0: only a prompt with a client id is shown the outputs that the cache holds."""
