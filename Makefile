@@ -7,7 +7,7 @@ PACE := $(if $(SPEED),--speed $(SPEED))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down status logs test test-all test-comfyui simulate soak bench lint types imports schemas pytest pytest-all format lock clean
+.PHONY: help setup demo up down status logs test test-all test-comfyui simulate kill-points soak bench lint types imports schemas pytest pytest-all format lock clean
 
 help: ## list every target
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ pytest-all: setup
 
 simulate: setup ## both workflows by seeds, without a server (SEEDS=10000)
 	@$(BIN)/python -m simulation --seeds $(or $(SEEDS),1000)
+
+kill-points: setup ## the whole stack struck at every instant of both flows (ONLY="image: commit" KINDS=worker-killed,…)
+	@$(BIN)/python -m kill_points $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
 
 soak: setup ## tasks under random faults on a whole stack (TASKS=10000 SEED=1, RESUME=1)
 	@$(BIN)/python -m soak $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)

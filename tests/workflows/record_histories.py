@@ -15,6 +15,8 @@ from pathlib import Path
 
 from temporalio.client import WorkflowFailureError
 
+from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
+from contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder
 from tests.workflows.platform import Handle, Platform
 
 HISTORIES = Path(__file__).parents[1] / "histories"
@@ -74,6 +76,36 @@ async def training_resumed(platform: Platform) -> Handle:
     return await platform.start_training()
 
 
+async def left_image(platform: Platform) -> str:
+    """The task id of an image whose run was terminated while its credits were held."""
+    await platform.simulators.admin.comfyui.fault("job_stall")
+    handle = await platform.start_image()
+    await platform.until_held(handle.id.removeprefix("task-"))
+    await platform.until_settled(handle)
+    await handle.terminate("to be given back")
+    return handle.id.removeprefix("task-")
+
+
+async def image_given_back(platform: Platform) -> Handle:
+    task_id = await left_image(platform)
+    return await platform.client.start_workflow(
+        GIVE_BACK_WORKFLOW,
+        GiveBackOrder(task_id=task_id),
+        id=give_back_id_of(task_id),
+        task_queue=platform.task_queue,
+    )
+
+
+async def image_reconciled(platform: Platform) -> Handle:
+    await left_image(platform)
+    return await platform.client.start_workflow(
+        RECONCILE_WORKFLOW,
+        ReconcileOrder(pause_seconds=0.1),
+        id="reconcile",
+        task_queue=platform.task_queue,
+    )
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     image_completed,
     image_polled,
@@ -84,6 +116,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     training_completed,
     training_confirmed,
     training_resumed,
+    image_given_back,
+    image_reconciled,
 )
 
 

@@ -11,15 +11,14 @@ from temporalio.worker import Replayer
 
 from temporal_plugin import TasksPlugin
 from tests.workflows.record_histories import HISTORIES, SCENARIOS
-from workflows.image_generation import ImageGenerationWorkflow
-from workflows.training import TrainingWorkflow
+from worker import WORKFLOWS
 
 RECORDED = sorted(HISTORIES.glob("*.json"))
 
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda path: path.stem)
 async def test_a_recorded_history_replays(recorded: Path) -> None:
-    replayer = Replayer(workflows=[ImageGenerationWorkflow, TrainingWorkflow], plugins=[TasksPlugin()])
+    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()])
     history = json.loads(recorded.read_text())  # noqa: ASYNC240
     workflow_id = history["events"][0]["workflowExecutionStartedEventAttributes"]["workflowId"]
     await replayer.replay_workflow(WorkflowHistory.from_json(workflow_id, history))

@@ -1,0 +1,111 @@
+"""A small selection of the kill points on the real stack, and that its oracle sees what it is there to see."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from contracts.tasks import TaskStatus
+from kill_points.__main__ import chosen_instants, struck
+from kill_points.gates import BEFORE_SEND, Gate
+from kill_points.instants import ROUTES, all_instants
+from kill_points.kinds import KINDS, Kind
+from kill_points.oracle import Ending, judged
+from kill_points.report import failures, table
+from kill_points.rounds import Cell
+from kill_points.site import Site, opened_site, until
+from kill_points.stack import KillableStack
+from kill_points.ways import PLAIN, WAITING, task_of
+
+FEW = (
+    "image: submit_job, after effect",
+    "image: commit, before report",
+    "image: write last event, before send",
+    "image: continue as new, 10 ms after",
+    "image: cancel_hold, after reply",
+)
+RECOVERY_SECONDS = 30.0
+"""Other tests run beside it: work that goes on is what counts here; `make kill-points` measures how soon."""
+
+
+@pytest_asyncio.fixture(scope="module")
+async def folder(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path]:
+    made = tmp_path_factory.mktemp("kill-points")
+    for above in (made, made.parent):  # PostgreSQL, as another user where this is root, passes through
+        above.chmod(0o755)
+    yield made
+
+
+async def all_ok(folder: Path, kinds: list[Kind], labels: tuple[str, ...]) -> list[Cell]:
+    instants = chosen_instants(labels)
+    cells = await struck(folder / "run", kinds, instants, within_seconds=RECOVERY_SECONDS, most=40)
+    assert not failures(cells), failures(cells)
+    return cells
+
+
+async def test_a_worker_killed_in_some_instants_costs_no_task(folder: Path) -> None:
+    cells = await all_ok(folder, [KINDS["worker-killed"]], FEW)
+    assert {cell.instant.label for cell in cells} == set(FEW)
+    assert "**failed**" not in table(cells)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["temporal-killed", "postgres-killed", "credits-killed", "reply-lost", "terminated"])
+async def test_other_blows_in_many_instants_cost_no_task(folder: Path, kind: str) -> None:
+    await all_ok(folder, [KINDS[kind]], ("submit_job,", "pre_deduct,", "commit,", "write last event", "wait for C"))
+
+
+@pytest.mark.slow
+async def test_the_oracle_sees_a_hold_that_stands_and_a_job_that_runs(folder: Path) -> None:
+    """An open task judged as if it had ended."""
+    async with opened_site(KillableStack(folder / "run")) as site:
+        problems = await _judged_while_open(site)
+    assert any("holds still stand" in problem for problem in problems), problems
+    assert any("jobs still run" in problem for problem in problems), problems
+    assert any("its row is open" in problem for problem in problems), problems
+    assert any("the stream was told" in problem for problem in problems), problems
+
+
+async def _judged_while_open(site: Site) -> list[str]:
+    task_id = "kp-open"
+    await WAITING.before(site, task_id)
+    await site.client.start_workflow(
+        "ImageGenerationWorkflow", task_of(site, "image", task_id, WAITING), id=f"task-{task_id}", task_queue="comfyui"
+    )
+    assert WAITING.parked is not None
+    parked = WAITING.parked
+    await until(lambda: parked(site, task_id), "a waiting task", seconds=30)
+    ending = Ending(
+        task_id=task_id,
+        may_end=frozenset({TaskStatus.COMPLETED}),
+        jobs=1,
+        ends_runs=False,
+        told=[],
+        back=datetime.now(UTC),
+        problems=[],
+        recovered=lambda _: None,
+    )
+    await judged(site, [ending])
+    return ending.problems
+
+
+def test_every_call_that_the_flows_make_is_an_instant() -> None:
+    gated = {instant.gate.call for instant in all_instants() if instant.gate}
+    assert gated >= ROUTES | {"claim", "write", "snapshot", "delete_snapshot"}
+    assert len({instant.label for instant in all_instants()}) == len(all_instants())
+    assert any(instant.way is PLAIN for instant in all_instants())
+
+
+def test_a_gate_takes_the_call_it_names() -> None:
+    class Call:
+        key = "task-1:pre_deduct:2"
+
+    gate = Gate(call="pre_deduct", phase=BEFORE_SEND, about="pre_deduct:2")
+    assert gate.takes("pre_deduct", [Call()])
+    assert not gate.takes("commit", [Call()])
+    assert not Gate(call="pre_deduct", phase=BEFORE_SEND, about="pre_deduct:1").takes("pre_deduct", [Call()])
