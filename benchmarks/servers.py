@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import asyncpg
 import psutil
 from temporalio.client import Client
 
@@ -90,8 +91,17 @@ async def file_backed_servers(folder: Path) -> AsyncIterator[Servers]:
         for child in children.values():
             await child.ready()
         await parts.make_tables()
+        await _sync_as_temporal_does(parts.database_dsn)
         client = await Client.connect(parts.temporal.address, plugins=[TasksPlugin()])
         servers = Servers(run_folder, parts, client)
         servers.children = children
         await stack.enter_async_context(servers.stack)
         yield servers
+
+
+async def _sync_as_temporal_does(dsn: str) -> None:
+    """All are measured with the same promise: a killed server loses nothing, a power cut may cost the last moment."""
+    connection = await asyncpg.connect(dsn)
+    await connection.execute("ALTER SYSTEM SET synchronous_commit = off")
+    await connection.execute("SELECT pg_reload_conf()")
+    await connection.close()

@@ -18,6 +18,9 @@ from local_stack.ports import LOOPBACK
 
 DYNAMIC_CONFIG: Final = PROJECT / "deploy" / "temporal-dynamic-config.yaml"
 NAMESPACE: Final = "default"
+SQLITE_PRAGMAS: Final = ("journal_mode=wal", "synchronous=normal")
+"""A killed server loses nothing, a power cut may cost the last moment. Without them each of the dozens of transactions
+of a task waits for the disk three times: 3.2 small workflows a second instead of 14 (two processors, 3.5 ms a sync)."""
 RETENTION: Final = "720h"
 """30 days: as long as services keep idempotency keys (contract §4, pitfall 24)."""
 
@@ -44,6 +47,8 @@ class LocalTemporal:
         command = [str(self._binary), "server", "start-dev", "--ip", LOOPBACK, "--port", str(self._port)]
         command += ["--ui-port", str(self._ui_port), "--ui-disable-news-fetch", "--log-level", "error"]
         command += ["--db-filename", str(self._folder.temporal_file)]
+        for pragma in SQLITE_PRAGMAS:
+            command += ["--sqlite-pragma", pragma]
         for name in SEARCH_ATTRIBUTES:
             command += ["--search-attribute", f"{name}=Keyword"]
         for key, value in dynamic_config().items():
