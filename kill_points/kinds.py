@@ -15,7 +15,7 @@ from temporalio.service import RPCError
 from contracts.tasks import TaskStatus
 from kill_points.gates import AFTER_EFFECT, BEFORE_REPORT
 from kill_points.instants import Instant
-from kill_points.site import CREDITS_ROUTES, OUTSIDE_ERRORS, Site
+from kill_points.site import CREDITS_ROUTES, OUTSIDE_ERRORS, Site, until
 from kill_points.ways import Act, ask_to_cancel, finish, grow_dearer
 
 Strike = Callable[[Site, Sequence[str]], Awaitable[datetime]]
@@ -23,6 +23,7 @@ Strike = Callable[[Site, Sequence[str]], Awaitable[datetime]]
 OUT_SECONDS: Final = 1.0
 """How long a part other than the worker stays away."""
 SETTLE_SECONDS: Final = 0.3
+GIVE_BACK_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,20 @@ async def terminated(site: Site, task_ids: Sequence[str]) -> datetime:
     return _now()
 
 
+async def terminated_then_worker_killed(site: Site, task_ids: Sequence[str]) -> datetime:
+    """The worker is killed while it gives back what the terminated runs left."""
+    await terminated(site, task_ids)
+
+    async def is_begun() -> bool:
+        rows = [await site.row(task_id) for task_id in task_ids]
+        return any(row is not None and row.ended_at is not None for row in rows)
+
+    await until(is_begun, "the first that is given back", seconds=GIVE_BACK_SECONDS)
+    await site.stack.kill("worker")
+    await site.stack.start("worker")
+    return _now()
+
+
 async def _ask_all_to_cancel(site: Site, task_ids: Sequence[str]) -> None:
     for number, task_id in enumerate(task_ids):
         if number % 2:
@@ -177,6 +192,13 @@ KINDS: Final = {
         Kind("reply-lost", reply_lost, _loses),
         Kind("cancelled", cancelled, _no_reply_in_flight, _CANCELLED),
         Kind("terminated", terminated, _no_reply_in_flight, frozenset({TaskStatus.FAILED}), ends_runs=True),
+        Kind(
+            "terminated+killed",
+            terminated_then_worker_killed,
+            _no_reply_in_flight,
+            frozenset({TaskStatus.FAILED}),
+            ends_runs=True,
+        ),
         Kind("killed+cancelled", worker_killed_then_cancelled, _anywhere, _CANCELLED, is_reply_in_flight=True),
         Kind("killed+delivered", worker_killed_then(finish), _anywhere, is_reply_in_flight=True),
         Kind("killed+dearer", worker_killed_then(grow_dearer), _trains, is_reply_in_flight=True),

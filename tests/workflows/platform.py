@@ -136,7 +136,7 @@ class Platform:
 
     # Waiting on conditions
 
-    async def until(self, condition: Callable[[], Awaitable[T]], *, seconds: float = 15.0) -> T:
+    async def until(self, condition: Callable[[], Awaitable[T]], *, seconds: float = 30.0) -> T:
         """The condition's first true value; fails when there is none in time."""
         deadline = asyncio.get_running_loop().time() + seconds
         while not (value := await condition()):
