@@ -34,6 +34,8 @@ class Case:
     changes_nothing: bool = False
     needs_scopes: bool = False
     """Whether tokens of chosen scopes and tenants are needed, which a static service token cannot give."""
+    trains: bool = False
+    """Whether it is about trainings, which a platform for images alone does not have."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class Outcome:
 _all: list[Case] = []
 
 
-def case(title: str, *, changes_nothing: bool = False, needs_scopes: bool = False) -> Callable[[Check], Check]:
+def case(
+    title: str, *, changes_nothing: bool = False, needs_scopes: bool = False, trains: bool = False
+) -> Callable[[Check], Check]:
     """Put a check among the cases, under its function's name."""
 
     def add(check: Check) -> Check:
-        add_case(Case(check.__name__, title, check, changes_nothing, needs_scopes))
+        add_case(Case(check.__name__, title, check, changes_nothing, needs_scopes, trains))
         return check
 
     return add
@@ -65,12 +69,16 @@ def add_case(one: Case) -> None:
     _all.append(one)
 
 
-def cases(*, changes_nothing: bool | None = None, with_scopes: bool = True) -> list[Case]:
-    """All cases, or those that change nothing, or those that change something."""
+def cases(*, changes_nothing: bool | None = None, with_scopes: bool = True, with_trainings: bool = True) -> list[Case]:
+    """All cases, or those that change nothing (or something); all, or those that a lesser server can be held to."""
     for room in _ROOMS:
         importlib.import_module(f"conformance.{room}")
     return [
-        one for one in _all if changes_nothing in (None, one.changes_nothing) and (with_scopes or not one.needs_scopes)
+        one
+        for one in _all
+        if changes_nothing in (None, one.changes_nothing)
+        and (with_scopes or not one.needs_scopes)
+        and (with_trainings or not one.trains)
     ]
 
 

@@ -86,7 +86,7 @@ async def one_key_cancels_one_job(subject: Subject) -> None:
     refused(await subject.post(f"/jobs/{second}/cancel", {}, key), "idempotency_conflict")
 
 
-@case("a training that is created twice under one key is one training")
+@case("a training that is created twice under one key is one training", trains=True)
 async def a_training_is_created_once(subject: Subject) -> None:
     task = new_task()
     body = subject.training_body(task)

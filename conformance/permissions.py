@@ -27,7 +27,7 @@ async def job_routes_need_their_scope(subject: Subject) -> None:
     demand(state.has_succeeded(), f"a cancel without its scope was obeyed: {state.error_details}")
 
 
-@case("each training route needs its scope, and every other scope is not it", needs_scopes=True)
+@case("each training route needs its scope, and every other scope is not it", needs_scopes=True, trains=True)
 async def training_routes_need_their_scope(subject: Subject) -> None:
     task = new_task()
     training = await subject.create(task)
@@ -57,7 +57,7 @@ async def a_strangers_job_is_unknown(subject: Subject) -> None:
     demand(state.has_succeeded(), f"a stranger's cancel was obeyed: {state.error_details}")
 
 
-@case("a stranger's training is an unknown training, and nothing reaches it", needs_scopes=True)
+@case("a stranger's training is an unknown training, and nothing reaches it", needs_scopes=True, trains=True)
 async def a_strangers_training_is_unknown(subject: Subject) -> None:
     task = new_task()
     training = await subject.create(task)
@@ -75,12 +75,21 @@ async def a_body_names_the_tokens_person(subject: Subject) -> None:
     for number, change in enumerate(
         ({"tenant_id": subject.stranger.tenant_id}, {"user_id": subject.stranger.user_id}), start=1
     ):
-        job, training = subject.job_body(task, **change), subject.training_body(task, **change)
-        refused(await subject.post("/jobs", job, f"{task}:submit:{number}"), "authorization_missing")
-        refused(await subject.post("/training", training, f"{task}:submit:1{number}"), "authorization_missing")
+        body = subject.job_body(task, **change)
+        refused(await subject.post("/jobs", body, f"{task}:submit:{number}"), "authorization_missing")
 
 
-@case("a job is no training, and a training is no job")
+@case("a training that names another tenant or user than the token is refused", needs_scopes=True, trains=True)
+async def a_training_names_the_tokens_person(subject: Subject) -> None:
+    task = new_task()
+    for number, change in enumerate(
+        ({"tenant_id": subject.stranger.tenant_id}, {"user_id": subject.stranger.user_id}), start=1
+    ):
+        body = subject.training_body(task, **change)
+        refused(await subject.post("/training", body, f"{task}:submit:{number}"), "authorization_missing")
+
+
+@case("a job is no training, and a training is no job", trains=True)
 async def jobs_and_trainings_are_apart(subject: Subject) -> None:
     job, training = await asyncio.gather(subject.submit(new_task()), subject.create(new_task()))
     refused(await subject.get(f"/training/{job.job_id}"), "training_not_found")

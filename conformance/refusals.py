@@ -44,7 +44,8 @@ def _bad(name: str, path: str, change: dict[str, Any], message: str, field: str)
         demand_that(names_it, f"the refusal does not name {field}: {fields}")
 
     what = "job" if path == "/jobs" else "training"
-    add_case(Case(f"{what}_refused_{name}", f"a {what} with {name.replace('_', ' ')} is refused by name", check))
+    title = f"a {what} with {name.replace('_', ' ')} is refused by name"
+    add_case(Case(f"{what}_refused_{name}", title, check, trains=what == "training"))
 
 
 for _name, (_change, _message, _field) in _BAD_JOBS.items():

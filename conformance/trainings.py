@@ -21,7 +21,7 @@ _STAGES: Final = list(TrainingStage)
 _TRIES: Final = 5
 
 
-@case("a training is accepted as queued, and stays so until it is started")
+@case("a training is accepted as queued, and stays so until it is started", trains=True)
 async def a_training_waits_for_its_start(subject: Subject) -> None:
     training = await subject.create(new_task())
     demand(training.training_status is TrainingStatus.QUEUED, f"accepted as {training.training_status}")
@@ -33,7 +33,7 @@ async def a_training_waits_for_its_start(subject: Subject) -> None:
     demand(not state.gpu_hours_used, f"nobody started it, and it has used {state.gpu_hours_used} GPU hours")
 
 
-@case("a started training goes through its stages in order and ends with a model")
+@case("a started training goes through its stages in order and ends with a model", trains=True)
 async def a_training_is_trained(subject: Subject) -> None:
     task = new_task()
     training = await subject.create(task)
@@ -52,7 +52,7 @@ async def a_training_is_trained(subject: Subject) -> None:
     demand((state.gpu_hours_used or 0) > 0, f"gpu_hours_used is {state.gpu_hours_used}")
 
 
-@case("its checkpoints and its log are told")
+@case("its checkpoints and its log are told", trains=True)
 async def checkpoints_and_log_are_told(subject: Subject) -> None:
     task = new_task()
     training = await subject.create(task)
@@ -67,7 +67,7 @@ async def checkpoints_and_log_are_told(subject: Subject) -> None:
     demand(checkpointing, "nothing told that it is checkpointing")
 
 
-@case("a training that is started twice is trained once")
+@case("a training that is started twice is trained once", trains=True)
 async def a_training_is_started_once(subject: Subject) -> None:
     task = new_task()
     training = await subject.create(task)
@@ -79,7 +79,7 @@ async def a_training_is_started_once(subject: Subject) -> None:
     demand(again.has_succeeded(), f"a start after the end made it {again.training_status}")
 
 
-@case("a training that is cancelled before its start ends as cancelled, and no start revives it")
+@case("a training that is cancelled before its start ends as cancelled, and no start revives it", trains=True)
 async def an_idle_training_is_cancelled(subject: Subject) -> None:
     task = new_task()
     training = await subject.create(task)
@@ -88,7 +88,7 @@ async def an_idle_training_is_cancelled(subject: Subject) -> None:
     _demand_cancelled(await subject.start(task, training.training_id))
 
 
-@case("a running training is cancelled")
+@case("a running training is cancelled", trains=True)
 async def a_running_training_is_cancelled(subject: Subject) -> None:
     for _ in range(_TRIES):
         task = new_task()
@@ -107,7 +107,7 @@ async def a_running_training_is_cancelled(subject: Subject) -> None:
     raise Broken(f"none of {_TRIES} trainings could be cancelled while it was running")
 
 
-@case("a training is resumed from a checkpoint of its own tenant, and of no other", needs_scopes=True)
+@case("a training is resumed from a checkpoint of its own tenant, and of no other", needs_scopes=True, trains=True)
 async def a_training_is_resumed(subject: Subject) -> None:
     task = new_task()
     training = await subject.create(task)

@@ -31,7 +31,7 @@ SHAPE: dict[str, Any] = {
     "num_head_channels": -1,
     "legacy": False,
 }
-"""Whatever a UNet's size, ComfyUI calls it SD 1.5 by its 320 channels and a context of 768 (`supported_models.SD15`)."""
+"""Whatever its size, ComfyUI calls a UNet SD 1.5 by 320 channels and a context of 768 (`supported_models.SD15`)."""
 
 
 def main(target: Path) -> None:

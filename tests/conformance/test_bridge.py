@@ -1,0 +1,79 @@
+"""The bridge before two stand-in servers is held to every case, as the simulator is.
+
+Those that make no job run in `make test`; with all the others it takes a minute, so that is `make test-all`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import pytest_asyncio
+from temporalio.client import Client
+from temporalio.testing import WorkflowEnvironment
+
+from conformance import Case, Outcome, Person, Profile, Subject, Verdict, cases, opened, run
+from conformance.receiver import receiving
+from contracts.permissions import Scope
+from temporal_plugin import TasksPlugin
+from tests.bridge.native import NativeServer
+from tests.bridge.platform import CALLBACK_SECRET, running_bridge
+
+ME, STRANGER = Person("tenant-demo", "user-demo"), Person("tenant-other", "user-other")
+DEPARTURES: Final = {
+    "a_refusal_is_kept": "the bridge keeps no refusal under its key: it makes it anew, from the same templates",
+    "one_key_cancels_one_job": "a cancel's key is known to the job it cancels, and to no other",
+}
+"""What the bridge does not hold yet."""
+PROFILE = Profile(patience_seconds=60)
+ALL = cases(with_trainings=False)
+
+
+@asynccontextmanager
+async def held_to_account(temporal_env: WorkflowEnvironment, folder: Path) -> AsyncIterator[Subject]:
+    client = await Client.connect(temporal_env.client.service_client.config.target_host, plugins=[TasksPlugin()])
+    async with (
+        receiving(CALLBACK_SECRET) as receiver,
+        NativeServer(folder / "a") as first,
+        NativeServer(folder / "b") as second,
+        running_bridge(client, folder, bridge_callback_urls=[receiver.url]) as platform,
+        platform.gpu(first),
+        platform.gpu(second),
+    ):
+
+        def token(person: Person, scopes: Collection[Scope]) -> str:
+            return platform.tokens.made_for(person.tenant_id, person.user_id, scopes)
+
+        async with opened(platform.url, token, ME, STRANGER, PROFILE, receiver) as subject:
+            yield subject
+
+
+async def test_the_bridge_holds_what_makes_no_job(
+    temporal_env: WorkflowEnvironment, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    chosen = [case for case in ALL if case.changes_nothing or "refused" in case.name]
+    async with held_to_account(temporal_env, tmp_path_factory.mktemp("bridge")) as subject:
+        outcomes = await run(chosen, subject)
+    broken = [f"{outcome.case.name}: {outcome.says}" for outcome in outcomes if outcome.verdict is not Verdict.HELD]
+    assert broken == []
+
+
+@pytest_asyncio.fixture(scope="module")
+async def outcomes(temporal_env: WorkflowEnvironment, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Of all cases, which run side by side."""
+    async with held_to_account(temporal_env, tmp_path_factory.mktemp("bridge")) as subject:
+        return {outcome.case.name: outcome for outcome in await run(ALL, subject)}
+
+
+def _expected(case: Case) -> Any:
+    why = DEPARTURES.get(case.name)
+    return pytest.param(case.name, marks=pytest.mark.xfail(reason=why, strict=True) if why else ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [_expected(case) for case in ALL])
+def test_the_bridge_holds(outcomes: dict[str, Outcome], name: str) -> None:
+    assert outcomes[name].verdict is Verdict.HELD, outcomes[name].says
