@@ -17,6 +17,7 @@ from fastapi import Depends, FastAPI, Request, Response
 
 from caller_tokens import Caller, CallerTokens, SharedSecret
 from contracts.permissions import Scope
+from contracts.task_store import TaskWrite
 from contracts.tasks import EventType, TaskStatus
 from gateway.access import Access
 from gateway.draining import Draining
@@ -131,12 +132,17 @@ class Writer:
 
     async def tell(self, task_id: str, count: int = 1, **fields: Any) -> None:
         """`count` events in one write."""
-        facts = [fact(unique("fact"), **fields) for _ in range(count)]
-        await self.store.write(write_of(task_id, *facts, version=self._version(task_id)))
+        await self.store.write(self.telling(task_id, count, **fields))
 
     async def end(self, task_id: str) -> None:
-        write = write_of(task_id, end(), version=self._version(task_id), status=TaskStatus.COMPLETED)
-        await self.store.write(write)
+        await self.store.write(self.ending(task_id))
+
+    def telling(self, task_id: str, count: int = 1, **fields: Any) -> TaskWrite:
+        facts = [fact(unique("fact"), **fields) for _ in range(count)]
+        return write_of(task_id, *facts, version=self._version(task_id))
+
+    def ending(self, task_id: str) -> TaskWrite:
+        return write_of(task_id, end(), version=self._version(task_id), status=TaskStatus.COMPLETED)
 
     def _version(self, task_id: str) -> int:
         self._versions[task_id] = self._versions.get(task_id, 0) + 1
