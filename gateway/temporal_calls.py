@@ -89,4 +89,8 @@ def is_namespace_missing(error: RPCError) -> bool:
 
 def _unavailable(error: Exception) -> Problem:
     log.warning("temporal_call_failed", reason=type(error).__name__, detail=str(error)[:200])
-    return Problem(ProblemCode.TEMPORAL_UNAVAILABLE, "Temporal cannot be reached now; nothing was changed. Try again.")
+    # Not "nothing was changed": what was sent may have arrived, and only its answer not.
+    return Problem(
+        ProblemCode.TEMPORAL_UNAVAILABLE,
+        "Temporal does not answer now: try again. With a task_id, or an X-Idempotency-Key, a repeat is the same task.",
+    )

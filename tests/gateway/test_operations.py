@@ -1,0 +1,159 @@
+"""What those who run the gateway see: readiness and metrics, and the API while a party is away."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from temporalio.client import Client
+from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.testing import WorkflowEnvironment
+
+from contracts.tasks import workflow_id_of
+from store import TaskStore
+from tests.cable import Cable
+from tests.conftest import unique
+from tests.gateway.conftest import Api, NewRun
+from tests.gateway.serving import Gateway, bearer, eventually, served, tick, token_for
+from tests.store.facts import claim_of
+
+NOBODY_LISTENS = "postgresql://user:password@127.0.0.1:1/tasks"
+IMAGE = {"template_id": "text-to-image", "prompt": "a lighthouse"}
+
+
+@pytest.fixture
+async def on_a_cable(temporal_env: WorkflowEnvironment, task_store: TaskStore) -> AsyncIterator[tuple[Gateway, Cable]]:
+    """A gateway whose way to Temporal can be cut."""
+    host, port = temporal_env.client.service_client.config.target_host.split(":")
+    async with Cable(lambda: asyncio.open_connection(host, int(port))).laid() as cable:
+        client = await Client.connect(f"127.0.0.1:{cable.port}", data_converter=pydantic_data_converter, lazy=True)
+        async with served(client, task_store) as gateway:
+            yield gateway, cable
+            cable.plug_in()
+
+
+async def ask(gateway: Gateway, method: str, path: str, body: object = None, *, tenant: str) -> httpx.Response:
+    headers = bearer(token_for(tenant))
+    return await gateway.http.request(method, f"/api/v1/tasks{path}", json=body, headers=headers, timeout=20)
+
+
+# An update is waited for ten seconds.
+@pytest.mark.parametrize("fault", ["pull", pytest.param("hang", marks=pytest.mark.slow)])
+async def test_without_temporal_tasks_are_read_and_none_is_changed(
+    on_a_cable: tuple[Gateway, Cable],
+    temporal_env: WorkflowEnvironment,
+    task_store: TaskStore,
+    new_run: NewRun,
+    fault: str,
+) -> None:
+    gateway, cable = on_a_cable
+    tenant, task_id = unique("tenant"), unique("image")
+    await task_store.claim(claim_of(task_id, tenant_id=tenant))
+    run = await new_run(task_id)
+    assert (await gateway.http.get("/readyz")).json() == {"status": "ready", "postgresql": "ok", "temporal": "ok"}
+    getattr(cable, fault)()
+
+    new_id = unique("image")
+    changes = await asyncio.gather(
+        ask(gateway, "POST", "/images", {**IMAGE, "task_id": new_id}, tenant=tenant),
+        ask(gateway, "POST", f"/{task_id}/cancel", tenant=tenant),
+        ask(gateway, "POST", f"/{task_id}/rollback", tenant=tenant),
+        ask(gateway, "GET", f"/{unique('nobody')}", tenant=tenant),
+    )
+    reads = [await ask(gateway, "GET", path, tenant=tenant) for path in ("", f"/{task_id}", f"/{task_id}/events")]
+    readiness = await gateway.http.get("/readyz")
+
+    assert [answer.status_code for answer in changes] == [503] * 4
+    # An update that is not answered looks the same whether server or worker is silent.
+    assert {answer.json()["code"] for answer in changes} - {"worker_unavailable"} == {"temporal_unavailable"}
+    assert all(int(answer.headers["retry-after"]) > 0 for answer in changes)
+    assert [answer.status_code for answer in reads] == [200, 200, 200]
+    assert (readiness.status_code, readiness.json()["temporal"]) == (503, "unavailable")
+    assert (await gateway.http.get("/healthz")).status_code == 200
+    cable.plug_in()
+
+    async def is_ready() -> bool:
+        return (await gateway.http.get("/readyz")).status_code == 200
+
+    await eventually(is_ready)
+    assert (await run.describe()).status is not None
+    started = await ask(gateway, "POST", "/images", {**IMAGE, "task_id": new_id}, tenant=tenant)
+    assert started.status_code in (200, 202)
+    await temporal_env.client.get_workflow_handle(workflow_id_of(new_id)).terminate()
+
+
+async def test_without_postgresql_tasks_are_started_and_none_is_read(temporal_env: WorkflowEnvironment) -> None:
+    store = TaskStore(NOBODY_LISTENS)
+    tenant, task_id = unique("tenant"), unique("image")
+    async with served(temporal_env.client, store, task_queue=unique("nobody-works")) as gateway:
+        started = await ask(gateway, "POST", "/images", {**IMAGE, "task_id": task_id}, tenant=tenant)
+        again = await ask(gateway, "POST", "/images", {**IMAGE, "task_id": task_id}, tenant=tenant)
+        other = await ask(gateway, "POST", "/images", {**IMAGE, "task_id": task_id, "prompt": "a dog"}, tenant=tenant)
+        reads = [
+            await ask(gateway, "GET", path, tenant=tenant) for path in ("", f"/{task_id}", "/stream/sse?task_id=a")
+        ]
+        readiness = await gateway.http.get("/readyz")
+        metrics = await gateway.http.get("/metrics")
+    await store.close()
+    await temporal_env.client.get_workflow_handle(workflow_id_of(task_id)).terminate()
+
+    assert (started.status_code, other.status_code) == (202, 409)
+    assert again.status_code in (200, 503)
+    assert [(answer.status_code, answer.json()["code"]) for answer in reads] == [(503, "store_unavailable")] * 3
+    assert (readiness.status_code, readiness.json()["postgresql"]) == (503, "unavailable")
+    assert metrics.status_code == 200
+
+
+def value_of(metrics: str, name: str, **labels: str) -> float:
+    """A sample's value; 0 where it was not counted yet."""
+    for line in metrics.splitlines():
+        found = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
+        if found and all(f'{key}="{value}"' in (found[1] or "") for key, value in labels.items()):
+            return float(found[2])
+    return 0.0
+
+
+async def test_metrics_count_what_happens(api: Api) -> None:
+    async def metrics() -> str:
+        return (await api.http.get("/metrics")).text
+
+    task_id = unique("image")
+    await api.platform.simulators.admin.comfyui.fault("job_stall", task_id=task_id)
+    before = await metrics()
+    handle = await api.platform.start_waiting_image(task_id=task_id, priority="accelerated")
+    await api.call("GET", f"/{task_id}")
+    await api.call("GET", f"/{unique('nobody')}")
+    job = await api.platform.job(handle)
+    assert (await api.gateway.post(task_id, tick(1_000, 1.0, job_id=job.run_id))).status_code == 202
+    assert (
+        await api.gateway.post(task_id, tick(1_000, 1.0, job_id=job.run_id), secret="whsec_AAAA")
+    ).status_code == 401
+    path = f"/api/v1/tasks/stream/sse?task_id={task_id}"
+    async with api.http.stream("GET", path, headers=bearer(token_for("tenant-demo"))) as response:
+        assert response.status_code == 200
+
+        async def is_shown() -> bool:
+            return value_of(await metrics(), "gateway_streams_open", kind="sse") == 1
+
+        await eventually(is_shown)
+    after = await metrics()
+
+    def grown(name: str, **labels: str) -> float:
+        return value_of(after, name, **labels) - value_of(before, name, **labels)
+
+    one_task = "/api/v1/tasks/{task_id}"
+    assert grown("gateway_requests_total", route=one_task, method="GET", status="200") == 1
+    assert grown("gateway_requests_total", route=one_task, method="GET", status="404") == 1
+    assert grown("gateway_request_seconds_count", route=one_task) == 2
+    assert grown("gateway_callbacks_total", outcome="signalled") >= 1
+    assert grown("gateway_callbacks_total", outcome="forged") == 1
+    assert grown("gateway_signal_seconds_count") >= 1
+    assert task_id not in after, "labels come from our own code"
+    for priority in ("standard", "accelerated"):
+        for name in ("tasks_queued", "tasks_queue_wait_seconds", "tasks_queue_sla_missed"):
+            assert f'{name}{{priority="{priority}"}}' in after
+    await api.platform.cancel(handle)
+    await handle.result()
