@@ -51,6 +51,7 @@ class Bridge:
         self.signed = SignedAddresses(base_url, result_secret_by(settings))
         self.images = ControlImages(hosts=settings.bridge_image_hosts, roots=settings.bridge_image_roots)
         self.sender = CallbackSender(callback_secret_by(settings))
+        self.outlook = Outlook(client, task_queue=settings.bridge_task_queue)
         self._client = client
         self._settings = settings
         self._tokens = tokens_by(settings)
@@ -65,7 +66,7 @@ class Bridge:
         settings = self._settings
         images = ImageService(
             Runs(self._client, task_queue=settings.bridge_task_queue),
-            Outlook(self._client, task_queue=settings.bridge_task_queue),
+            self.outlook,
             self._templates,
             self.images,
             settings.prices,

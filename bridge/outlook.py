@@ -92,6 +92,10 @@ class Outlook:
         self._kept: dict[Hashable, tuple[float, Any]] = {}
         self._asking: dict[Hashable, asyncio.Lock] = {}
 
+    def forget(self) -> None:
+        """Ask anew at the next question."""
+        self._kept.clear()
+
     async def of_image(
         self, *, template_id: str, resolution: Resolution, priority: TaskPriority, pool: str, by_manifest: float
     ) -> Expected:

@@ -62,8 +62,8 @@ class Placing:
         self.server: str | None = None
 
     def prompt_id(self, part: int = 0) -> str:
-        """A UUID made from the job, the part of its work and the run's number."""
-        return str(uuid.uuid5(_PROMPTS, f"{self._run_id}:{part}:{self.run}"))
+        """The id of the prompt that is to run now."""
+        return prompt_id_of(self._run_id, part, self.run)
 
     async def ran(
         self,
@@ -176,6 +176,11 @@ class Placing:
         percent = beat.get("percent") if isinstance(beat, dict) else None
         if isinstance(percent, int):
             self.percent = max(self.percent, min(percent, 99))
+
+
+def prompt_id_of(run_id: str, part: int, run: int) -> str:
+    """A UUID made from the job, the part of its work and the run's number."""
+    return str(uuid.uuid5(_PROMPTS, f"{run_id}:{part}:{run}"))
 
 
 def _demand(is_wanted: Callable[[], bool]) -> None:

@@ -20,7 +20,8 @@ async def until_running(bridge: BridgePlatform, native: NativeServer, runs_befor
         runs = await native.admin.runs()
         return runs[-1].prompt_id if len(runs) > runs_before and runs[-1].outcome == "running" else None
 
-    prompt_id = await bridge.until(running)
+    # A worker that is a process of its own takes a while to start.
+    prompt_id = await bridge.until(running, seconds=60)
     assert prompt_id is not None
     return prompt_id
 

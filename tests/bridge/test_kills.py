@@ -1,0 +1,124 @@
+"""Processes that are killed or told to stop in mid-run: the prompt runs once, the job is delivered."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.bridge.native import NativeServer
+from tests.bridge.platform import CALLBACK_SECRET, SECRET, BridgePlatform
+from tests.bridge.test_servers import until_running
+from tests.conftest import unique
+
+PROJECT = Path(__file__).parents[2]
+
+
+@asynccontextmanager
+async def gpu_process(
+    bridge: BridgePlatform, native: NativeServer, name: str, grace_seconds: float = 20.0
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`python -m bridge.gpu_worker`, as it is run in life; killed at the end."""
+    settings = {
+        "TEMPORAL_ADDRESS": bridge.client.service_client.config.target_host,
+        "TEMPORAL_NAMESPACE": bridge.client.namespace,
+        "BRIDGE_TASK_QUEUE": bridge.settings.bridge_task_queue,
+        "BRIDGE_STORE_URL": bridge.settings.bridge_store_url,
+        "CALLBACK_SECRETS": CALLBACK_SECRET,
+        "TOKEN_SECRET": SECRET,
+        "GPU_GRACE_SECONDS": str(grace_seconds),
+    }
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "bridge.gpu_worker", "--server", native.url, "--name", name),
+        env={**os.environ, **{f"COMFYUI_TEMPORAL_{key}": value for key, value in settings.items()}},
+        cwd=PROJECT,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def test_a_killed_workers_prompt_is_found_again_and_ran_once(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    name = unique("gpu")
+    await native.admin.set(hold=True)
+    async with gpu_process(bridge, native, name) as process:
+        accepted = await bridge.submit()
+        prompt_id = await until_running(bridge, native)
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+    async with gpu_process(bridge, native, name):
+        await native.admin.set(hold=False)
+        state = await bridge.ended(accepted["job_id"], seconds=60)
+    assert state["error_details"] is None, state
+    assert await native.admin.submissions() == [prompt_id]
+    assert await native.admin.runs_of(prompt_id) == 1
+
+
+async def test_a_worker_that_is_told_to_stop_ends_its_graph_first(bridge: BridgePlatform, native: NativeServer) -> None:
+    await native.admin.set(hold=True)
+    async with gpu_process(bridge, native, unique("gpu")) as process:
+        accepted = await bridge.submit()
+        await until_running(bridge, native)
+        process.send_signal(signal.SIGTERM)
+        waiting = await bridge.submit()
+        await native.admin.set(hold=False)
+        state = await bridge.ended(accepted["job_id"])
+        assert await asyncio.wait_for(process.wait(), 30) == 0
+    assert state["error_details"] is None
+    assert len(await native.admin.submissions()) == 1
+    assert (await bridge.job(waiting["job_id"]))["job_status"] == "queued"
+    await bridge.cancel(waiting["job_id"])
+
+
+async def test_past_its_grace_it_stops_its_prompt_and_hands_the_job_back(
+    bridge: BridgePlatform, servers: tuple[NativeServer, NativeServer]
+) -> None:
+    first, second = servers
+    await first.admin.set(hold=True)
+    async with gpu_process(bridge, first, unique("gpu"), grace_seconds=0.2) as process:
+        accepted = await bridge.submit()
+        prompt_id = await until_running(bridge, first)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 30) == 0
+    assert [run.outcome for run in await first.admin.runs()] == ["interrupted"]
+    async with bridge.gpu(second):
+        state = await bridge.ended(accepted["job_id"])
+    assert state["error_details"] is None
+    assert await second.admin.runs_of(prompt_id) == 1
+
+
+@pytest.mark.slow
+async def test_a_workers_kill_at_any_moment_costs_no_second_run(bridge: BridgePlatform, native: NativeServer) -> None:
+    """Killed again and again, a little later each time, while jobs go through."""
+    name = unique("gpu")
+    await native.admin.set(node_seconds=0.1)
+    jobs = [await bridge.submit() for _ in range(12)]
+    for n in range(6):
+        async with gpu_process(bridge, native, name) as process:
+            before = len(await native.admin.submissions())
+            await bridge.until(partial(has_submitted, native, before), seconds=60)
+            await asyncio.sleep(0.11 * n)
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+    async with gpu_process(bridge, native, name):
+        states = [await bridge.ended(job["job_id"], seconds=90) for job in jobs]
+    assert [state["error_details"] for state in states] == [None] * len(jobs)
+    submissions = await native.admin.submissions()
+    assert len(submissions) == len(set(submissions)) == len(jobs)
+
+
+async def has_submitted(native: NativeServer, more_than: int) -> bool:
+    return len(await native.admin.submissions()) > more_than

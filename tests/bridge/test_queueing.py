@@ -1,0 +1,130 @@
+"""Many jobs of several tenants: accelerated first, tenants by turns, each job once."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.bridge.native import NativeServer
+from tests.bridge.platform import BridgePlatform, Json
+
+TENANTS = ("tenant-one", "tenant-two", "tenant-three")
+
+
+async def submitted(bridge: BridgePlatform, tenant: str, priority: str, **fields: Any) -> Json:
+    accepted = await bridge.submit(tenant_id=tenant, user_id=f"user-of-{tenant}", priority=priority, **fields)
+    return accepted | {"tenant": tenant, "priority": priority}
+
+
+async def waiting(bridge: BridgePlatform, jobs: int) -> bool:
+    """Whether so many jobs wait in the pool's queue."""
+    outlook = bridge.bridge.outlook
+    outlook.forget()
+    backlog = await outlook.backlog("default")
+    return backlog.accelerated + backlog.standard >= jobs
+
+
+async def order_of(native: NativeServer, jobs: list[Json]) -> list[Json]:
+    """The jobs in the order in which they ran."""
+    by_prompt = {first_prompt_of(job): job for job in jobs}
+    return [by_prompt[run.prompt_id] for run in await native.admin.runs()]
+
+
+def first_prompt_of(job: Json) -> str:
+    from bridge.placing import prompt_id_of
+
+    return prompt_id_of(job["job_id"], 0, 1)
+
+
+async def queued_and_run(bridge: BridgePlatform, native: NativeServer, jobs: list[Json]) -> list[Json]:
+    """Let all jobs wait, then one server run them; the order."""
+    await bridge.until(lambda: waiting(bridge, len(jobs)), seconds=60)
+    async with bridge.gpu(native):
+        for job in jobs:
+            who = {"tenant": job["tenant"], "user": f"user-of-{job['tenant']}"}
+            state = await bridge.ended(job["job_id"], seconds=300, **who)
+            assert state["error_details"] is None, state
+    return await order_of(native, jobs)
+
+
+async def test_accelerated_goes_first_and_tenants_by_turns(bridge: BridgePlatform, native: NativeServer) -> None:
+    jobs = [await submitted(bridge, "tenant-one", "standard") for _ in range(6)]
+    jobs += [await submitted(bridge, "tenant-two", "standard") for _ in range(2)]
+    jobs += [await submitted(bridge, "tenant-one", "accelerated") for _ in range(2)]
+    order = await queued_and_run(bridge, native, jobs)
+    assert [job["priority"] for job in order] == ["accelerated"] * 2 + ["standard"] * 8
+    # Tenant two came last, with two jobs: it does not wait for all six of tenant one.
+    places = [place for place, job in enumerate(order[2:]) if job["tenant"] == "tenant-two"]
+    assert places[-1] <= 5, [job["tenant"] for job in order]
+
+
+async def test_what_is_expected_and_the_gpus_tell_the_truth(bridge: BridgePlatform, native: NativeServer) -> None:
+    first = await bridge.submit(priority="standard")
+    assert first["estimated_time"] == pytest.approx(8.0)
+    accelerated = await bridge.submit(priority="accelerated")
+    assert accelerated["estimated_time"] == pytest.approx(3.0)
+    assert (await bridge.get("/gpus")).json() == []
+    async with bridge.gpu(native, gpu_type="rtx-4090"):
+        for job in (first, accelerated):
+            await bridge.ended(job["job_id"])
+        bridge.bridge.outlook.forget()
+        assert (await bridge.get("/gpus")).json() == [
+            {"gpu_type": "rtx-4090", "total": 1, "available": 1, "accelerated_wait": 0.0}
+        ]
+        measured = await bridge.until(lambda: measured_minutes(bridge))
+        assert 0 < measured < 1, "the estimate did not learn from the runs"
+        await native.admin.set(hold=True)
+        running = await bridge.submit()
+        await bridge.in_status(running["job_id"], "processing")
+        await bridge.until(lambda: is_busy(bridge))
+        await bridge.cancel(running["job_id"])
+
+
+async def measured_minutes(bridge: BridgePlatform) -> float:
+    bridge.bridge.outlook.forget()
+    accepted = await bridge.submit()
+    await bridge.cancel(accepted["job_id"])
+    minutes: float = accepted["estimated_time"]
+    return minutes if minutes < 3 else 0.0
+
+
+async def is_busy(bridge: BridgePlatform) -> bool:
+    bridge.bridge.outlook.forget()
+    return bool((await bridge.get("/gpus")).json()[0]["available"] == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_200_jobs_of_three_tenants_in_mixed_priority(
+    bridge: BridgePlatform, servers: tuple[NativeServer, NativeServer]
+) -> None:
+    native, _ = servers
+    await native.admin.set(node_seconds=0.0, step_seconds=0.0)
+    numbers = {"tenant-one": 120, "tenant-two": 50, "tenant-three": 30}
+    wanted = [
+        (tenant, "accelerated" if n % 5 == 0 else "standard") for tenant in TENANTS for n in range(numbers[tenant])
+    ]
+    jobs: list[Json] = []
+    for start in range(0, len(wanted), 10):
+        some = wanted[start : start + 10]
+        jobs += await asyncio.gather(*(submitted(bridge, tenant, priority) for tenant, priority in some))
+    order = await queued_and_run(bridge, native, jobs)
+
+    assert len(order) == 200
+    assert len({job["job_id"] for job in order}) == 200
+    accelerated = sum(priority == "accelerated" for _, priority in wanted)
+    assert [job["priority"] for job in order] == ["accelerated"] * accelerated + ["standard"] * (200 - accelerated)
+    # While all three still wait, each has about a third of the servers' time.
+    standard = [job["tenant"] for job in order[accelerated:]]
+    shared = standard[: 3 * 24]
+    for tenant in TENANTS:
+        assert 16 <= shared.count(tenant) <= 32, {name: shared.count(name) for name in TENANTS}
+    last = order[-1]
+    await bridge.until(lambda: told_all(bridge, [job["task_id"] for job in jobs]), seconds=60)
+    assert bridge.receiver.statuses(last["task_id"])[-1] == "delivery"
+
+
+async def told_all(bridge: BridgePlatform, task_ids: list[str]) -> bool:
+    return all("delivery" in bridge.receiver.statuses(task_id) for task_id in task_ids)
