@@ -5,6 +5,7 @@ Task ids, task queues and database names are unique per test (`unique`), so that
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import sys
@@ -22,6 +23,7 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.testing import WorkflowEnvironment
 
 from contracts.tasks import SEARCH_ATTRIBUTES
+from local_stack.temporal_server import dynamic_config
 from store import TaskStore, migrate
 
 NewDatabase = Callable[..., Awaitable[str]]
@@ -117,6 +119,12 @@ async def task_store(postgres_dsn: str) -> AsyncIterator[TaskStore]:
     await store.close()
 
 
+def _server_config() -> list[str]:
+    """The local stack's dynamic configuration; and timers, and retries with them, do not ring up to a second late."""
+    values = {**dynamic_config(), "history.timerProcessorMaxTimeShift": "10ms"}
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
 @pytest_asyncio.fixture(scope="session")
 async def temporal_env() -> AsyncIterator[WorkflowEnvironment]:
     """A real Temporal server in memory that knows our search attributes; its client speaks pydantic."""
@@ -124,17 +132,6 @@ async def temporal_env() -> AsyncIterator[WorkflowEnvironment]:
         data_converter=pydantic_data_converter,
         search_attributes=[SearchAttributeKey.for_keyword(name) for name in SEARCH_ATTRIBUTES],
         dev_server_existing_path=temporal_binary(),
-        # Or timers, and retries with them, ring up to a second late.
-        dev_server_extra_args=[
-            word
-            for value in (
-                'history.timerProcessorMaxTimeShift="10ms"',
-                # As deploy/temporal-dynamic-config.yaml has it: priorities are strict, tenants go by turns.
-                "matching.enableFairness=true",
-                "matching.numTaskqueueReadPartitions=1",
-                "matching.numTaskqueueWritePartitions=1",
-            )
-            for word in ("--dynamic-config-value", value)
-        ],
+        dev_server_extra_args=[word for value in _server_config() for word in ("--dynamic-config-value", value)],
     ) as environment:
         yield environment

@@ -26,6 +26,12 @@ BENIGN_TASK_FAILURES = {
     # The server's own, where more signals come in one workflow task than it keeps aside.
     WorkflowTaskFailedCause.WORKFLOW_TASK_FAILED_CAUSE_FORCE_CLOSE_COMMAND,
 }
+EXPLAINED = {
+    HistoryEvent.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED,
+    HistoryEvent.EVENT_TYPE_TIMER_STARTED,
+    HistoryEvent.EVENT_TYPE_MARKER_RECORDED,
+}
+"""Events that bear a summary; a marker is an activity that ran locally."""
 CLOSE_EVENT = WorkflowHistoryEventFilterType.CLOSE_EVENT
 MAY_BE_LEFT = {"write", "get_job", "get_training"}
 """Activities that a run may leave behind where it continues as new: keyed writes, and reads."""
@@ -174,7 +180,8 @@ async def runs_of(platform: Platform, handle: Handle) -> list[Handle]:
 async def check_history(platform: Platform, handle: Handle) -> None:
     """No workflow task ever failed: nothing that came in left a run stuck, even for a moment.
 
-    And no run continued as new before its calls had ended: an answer that nobody hears is a hold that nobody knows.
+    No run continued as new before its calls had ended: an answer that nobody hears is a hold that nobody knows. And
+    every activity and timer says in a line what it is for.
     """
     runs = await runs_of(platform, handle)
     for run in runs:
@@ -183,6 +190,8 @@ async def check_history(platform: Platform, handle: Handle) -> None:
             if event.event_type == HistoryEvent.EVENT_TYPE_WORKFLOW_TASK_FAILED:
                 failed = event.workflow_task_failed_event_attributes
                 assert failed.cause in BENIGN_TASK_FAILURES, failed
+            if event.event_type in EXPLAINED:
+                assert event.user_metadata.summary.data, event
             _note_calls(event, open_calls)
         assert run is runs[-1] or not set(open_calls.values()) - MAY_BE_LEFT, open_calls
 
