@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STACK := $(BIN)/python -m local_stack
-PACE := $(if $(SPEED),--speed $(SPEED))
+PACE := $(if $(SPEED),--speed $(SPEED)) $(if $(COMFYUI),--comfyui $(COMFYUI))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -23,10 +23,10 @@ $(VENV)/.ready: requirements.lock Makefile
 	@chmod +x $(BIN)/comfyui-tasks
 	@touch $@
 
-demo: setup ## one image and one training task, start to finish (SPEED=100)
+demo: setup ## one image and one training task, start to finish (SPEED=100, COMFYUI=http://…)
 	@$(STACK) demo $(PACE)
 
-up: setup ## start the local stack and leave it running (SPEED=100)
+up: setup ## start the local stack and leave it running (SPEED=100, COMFYUI=http://…)
 	@$(STACK) up $(PACE)
 
 down: setup ## end the local stack

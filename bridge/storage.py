@@ -4,7 +4,7 @@
     controls/{job_id}/{n}   control images, deleted when the job has ended
     checkpoints/…           what trainings wrote
 
-Addresses of results expire: signed by the store where it can (`s3`, `gs`, `az`), else by us (`/comfyui/results/…`).
+Addresses of results expire: signed by the store where it can (`s3`, `gs`, `az`), else by us (`/comfyui/files/…`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STORAGE_ERRORS: Final = (BaseError, OSError, ValueError)
 SCHEMES: Final = ("file", "s3", "gs", "az")
 RESULT_SECONDS: Final = 7 * 24 * 3600
 """The longest that S3 signs for."""
-RESULTS_PATH: Final = "/comfyui/results"
+RESULTS_PATH: Final = "/comfyui/files"
 PART_BYTES: Final = 5 * 1024 * 1024
 
 

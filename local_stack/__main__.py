@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -17,12 +18,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         folder = RunFolder(given.folder)
         if given.command == "supervise":
-            return supervise(folder, given.speed or DEMO_SPEED, has_lifeline=given.lifeline)
+            return supervise(folder, given.speed or DEMO_SPEED, given.comfyui, has_lifeline=given.lifeline)
         if given.command == "down":
             return down(folder)
         if given.command == "status":
             return status(folder)
-        return (up if given.command == "up" else demo)(folder, given.speed)
+        return (up if given.command == "up" else demo)(folder, given.speed, given.comfyui)
     except StackFailure as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -37,6 +38,14 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where the stack keeps its files")
     paced = argparse.ArgumentParser(add_help=False)
     paced.add_argument("--speed", type=_speed, help=f"how many times real pace (default {DEMO_SPEED:g})")
+    paced.add_argument(
+        "--comfyui",
+        type=_server,
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a real ComfyUI server, reached through the bridge, instead of the simulated one; may be repeated",
+    )
     commands.add_parser("up", parents=[common, paced], help="start the stack and leave it running")
     commands.add_parser("down", parents=[common], help="end it")
     commands.add_parser("demo", parents=[common, paced], help="run one image and one training task")
@@ -54,6 +63,12 @@ def _speed(text: str) -> float:
     if not 0 < speed <= MAX_SPEED:
         raise argparse.ArgumentTypeError(f"must be a number above 0, at most {MAX_SPEED:g}")
     return speed
+
+
+def _server(text: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/]+/?", text):
+        raise argparse.ArgumentTypeError("must be the address of a ComfyUI server, like http://127.0.0.1:8188")
+    return text.rstrip("/")
 
 
 MAX_SPEED = 10_000.0

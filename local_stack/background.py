@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from contracts.stack import StackDescription
@@ -71,7 +71,9 @@ def running_stack(folder: RunFolder, *, within_seconds: float = 0.0) -> StackDes
     return None
 
 
-def start_stack(folder: RunFolder, speed: float, said: Said, *, has_lifeline: bool) -> Background | None:
+def start_stack(
+    folder: RunFolder, speed: float, said: Said, comfyui: Sequence[str] = (), *, has_lifeline: bool
+) -> Background | None:
     """Start a stack and return once all of it is ready; None where another command's is up or came first.
 
     Raises StackFailure where it does not get ready: its last lines, which `said` heard, tell why.
@@ -79,6 +81,7 @@ def start_stack(folder: RunFolder, speed: float, said: Said, *, has_lifeline: bo
     if running_stack(folder, within_seconds=START_SECONDS) is not None:
         return None
     command = [sys.executable, "-m", "local_stack", "supervise", "--folder", str(folder.path), "--speed", str(speed)]
+    command += [f"--comfyui={server}" for server in comfyui]
     with folder.log("stack").open("a") as errors:
         process = subprocess.Popen(
             [*command, "--lifeline"] if has_lifeline else command,

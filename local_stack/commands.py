@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Final
 
@@ -11,16 +12,16 @@ from contracts.stack import StackDescription
 from local_stack.background import Background, end_stack, running_stack, start_stack
 from local_stack.child import is_running
 from local_stack.folder import RunFolder, StackFailure
-from local_stack.pace import DEMO_SPEED
+from local_stack.pace import DEMO_SPEED, REAL_SPEED
 
 EXIT_NOT_UP: Final = 1
 EXIT_INTERRUPTED: Final = 130
 
 
-def up(folder: RunFolder, speed: float | None) -> int:
+def up(folder: RunFolder, speed: float | None, comfyui: Sequence[str] = ()) -> int:
     """Start the stack and leave it running; one that is up already is left as it is."""
     print("Starting the local stack …", flush=True)
-    started = start_stack(folder, speed or DEMO_SPEED, _said, has_lifeline=False)
+    started = start_stack(folder, pace_of(speed, comfyui), _said, comfyui, has_lifeline=False)
     stack = _described(folder)
     _say_whether_started(folder, started, speed)
     _show(folder, stack)
@@ -47,9 +48,14 @@ def status(folder: RunFolder) -> int:
     return 0
 
 
-def demo(folder: RunFolder, speed: float | None) -> int:
+def pace_of(speed: float | None, comfyui: Sequence[str]) -> float:
+    """Real servers work at their own pace, and so does everything around them."""
+    return speed or (REAL_SPEED if comfyui else DEMO_SPEED)
+
+
+def demo(folder: RunFolder, speed: float | None, comfyui: Sequence[str] = ()) -> int:
     """Run one image and one training task on a stack, which is ended afterwards if it was started for this."""
-    started = start_stack(folder, speed or DEMO_SPEED, _said, has_lifeline=True)
+    started = start_stack(folder, pace_of(speed, comfyui), _said, comfyui, has_lifeline=True)
     try:
         stack = _described(folder)
         _say_whether_started(folder, started, speed)
@@ -97,12 +103,17 @@ def _show(folder: RunFolder, stack: StackDescription) -> None:
         ("Temporal UI", stack.ui_url),
         ("Temporal", stack.temporal_address),
         ("gateway", stack.gateway_url),
-        ("ComfyUI", f"{stack.comfyui_url} (simulated)"),
+        ("ComfyUI", f"{stack.comfyui_url} ({_behind(stack)})"),
         ("credits", f"{stack.credits_url} (simulated)"),
         ("described in", folder.path / "stack.json"),
         ("logs", folder.path / "logs"),
     ):
         print(f"  {name:<13} {where}")
+
+
+def _behind(stack: StackDescription) -> str:
+    servers = sum(name.startswith("gpu-") for name in stack.pids)
+    return f"the bridge, {servers} server{'s' if servers > 1 else ''} behind it" if servers else "simulated"
 
 
 def _said(line: str) -> None:

@@ -6,6 +6,7 @@ from typing import Final
 
 DEMO_SPEED: Final = 100.0
 """Contract seconds in one real second: an accelerated image in 2 s, a standard one in 5 s, a training in 12 to 27 s."""
+REAL_SPEED: Final = 1.0
 SLOWEST_DEADLINE_SPEED: Final = 10.0
 
 

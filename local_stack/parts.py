@@ -7,9 +7,10 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from contracts.tasks import TASK_QUEUE
 from local_stack.child import Part
@@ -32,15 +33,17 @@ GRACE_SECONDS: Final = 5.0
 """Of the worker here: longer than the simulators take to answer, shorter than people wait for `make down`."""
 LOOK_SECONDS: Final = 1.0
 SERVER_ERROR: Final = 500
-STAGES: Final = (("worker",), ("gateway", "comfyui", "credits"), ("temporal", "postgres"))
-"""The order of ending: who calls ends before who is called."""
+STAGES: Final = (("worker",), ("gateway", "comfyui", "gpu", "credits"), ("temporal", "postgres"))
+"""The order of ending: who calls ends before who is called. `gpu` are all of `gpu-1`, `gpu-2`, …"""
 
 
 class LocalParts:
     """Every part of one stack, on its ports and in its folder. Raises StackFailure where a program is missing."""
 
-    def __init__(self, folder: RunFolder, ports: dict[str, int], speed: float) -> None:
+    def __init__(self, folder: RunFolder, ports: dict[str, int], speed: float, comfyui: Sequence[str] = ()) -> None:
+        """`comfyui`: real servers, reached through the bridge, instead of the simulated one."""
         self._folder = folder
+        self._comfyui = comfyui
         self._ports = ports
         self._sealed = sealed_environment()
         self.temporal = LocalTemporal(
@@ -66,10 +69,27 @@ class LocalParts:
             self.temporal.part(),
             *([self.postgres.part()] if self.postgres is not None else []),
             self._ours("credits", ["-m", "simulators", "credits"]),
-            self._ours("comfyui", ["-m", "simulators", "comfyui"]),
+            *self._comfyui_parts(),
             self._ours("gateway", ["-m", "gateway"]),
             self._ours("worker", [str(PROJECT / "worker.py")], needs=("temporal",), page="/readyz"),
         ]
+
+    def _comfyui_parts(self) -> list[Part]:
+        """The simulator; or the bridge, and a GPU worker beside each real server."""
+        if not self._comfyui:
+            return [self._ours("comfyui", ["-m", "simulators", "comfyui"])]
+        workers = [
+            Part(
+                name=f"gpu-{number}",
+                command=[sys.executable, "-m", "bridge.gpu_worker", "--server", server],
+                environment=self._environment,
+                is_ready=serves(server),
+                needs=("temporal",),
+                stop_within_seconds=GRACE_SECONDS + 10,
+            )
+            for number, server in enumerate(self._comfyui, 1)
+        ]
+        return [self._ours("comfyui", ["-m", "bridge"], needs=("temporal",)), *workers]
 
     async def make_tables(self) -> None:
         """Bring the task store's tables up to date, once PostgreSQL is ready. Raises StackFailure."""
@@ -126,6 +146,12 @@ class LocalParts:
             "SIMULATOR_SPEED": str(speed),
             "SIMULATOR_FOLDER": str(self._folder.path / "simulators"),
             "SIMULATOR_ADMIN_TOKEN": secrets.admin_token,
+            "BRIDGE_HOST": LOOPBACK,
+            "BRIDGE_PORT": str(self._ports["comfyui"]),
+            "BRIDGE_URL": self.url("comfyui"),
+            "BRIDGE_STORE_URL": (self._folder.path / "bridge").as_uri(),
+            "BRIDGE_IMAGE_ROOTS": (self._folder.path / "images").as_uri() + "/{tenant_id}/",
+            "GPU_GRACE_SECONDS": str(GRACE_SECONDS),
             "COMFYUI_SIMULATOR_PORT": str(self._ports["comfyui"]),
             "CREDITS_SIMULATOR_PORT": str(self._ports["credits"]),
         }
@@ -149,6 +175,22 @@ def sealed_environment() -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TEMPORAL_CONFIG_FILE": os.devnull,
     }
+
+
+def serves(server: str) -> Callable[[], Awaitable[bool]]:
+    """Whether something answers at this address, whatever it says."""
+
+    async def look() -> bool:
+        parts = urlsplit(server)
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                _, writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
+                writer.close()
+                return True
+        except (OSError, TimeoutError):
+            return False
+
+    return look
 
 
 def answers(port: int, page: str) -> Callable[[], Awaitable[bool]]:

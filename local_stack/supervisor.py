@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -33,9 +33,12 @@ EXIT_TAKEN: Final = 3
 class Supervisor:
     """One stack's life. `said` hears each line meant for people."""
 
-    def __init__(self, folder: RunFolder, speed: float, said: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: RunFolder, speed: float, said: Callable[[str], None], comfyui: Sequence[str] = ()
+    ) -> None:
         self._folder = folder
         self._speed = speed
+        self._comfyui = comfyui
         self._said = said
         self._ports = folder.ports()
         self._stop = asyncio.Event()
@@ -76,7 +79,7 @@ class Supervisor:
         for name, usual in PREFERRED.items():
             if ports[name] not in (usual, self._ports.get(name)):
                 self._said(f"port {usual} is taken: {name.replace('_', ' ')} listens at {ports[name]}")
-        return LocalParts(self._folder, ports, self._speed)
+        return LocalParts(self._folder, ports, self._speed, self._comfyui)
 
     async def _start(self, parts: LocalParts, began: float) -> None:
         """All parts side by side, each as soon as what it needs is ready. Raises the first StackFailure."""
@@ -123,7 +126,8 @@ class Supervisor:
 
     async def _end_in_order(self) -> None:
         for stage in STAGES:
-            await asyncio.gather(*(self._children[name].stop() for name in stage if name in self._children))
+            ending = [child for name, child in self._children.items() if name.partition("-")[0] in stage]
+            await asyncio.gather(*(child.stop() for child in ending))
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
         """Do `work` until it fails or the stop is asked for."""
@@ -180,7 +184,7 @@ class Supervisor:
         self._stop.set()
 
 
-def supervise(folder: RunFolder, speed: float, *, has_lifeline: bool) -> int:
+def supervise(folder: RunFolder, speed: float, comfyui: Sequence[str] = (), *, has_lifeline: bool) -> int:
     """Run a stack in this process and give its exit code. Lines for people go to standard output and to a log."""
 
     def say(line: str) -> None:
@@ -192,7 +196,7 @@ def supervise(folder: RunFolder, speed: float, *, has_lifeline: bool) -> int:
 
     try:
         with folder.locked():
-            supervisor = Supervisor(folder, speed, say)
+            supervisor = Supervisor(folder, speed, say, comfyui)
             asyncio.run(supervisor.run(lifeline=sys.stdin.fileno() if has_lifeline else None))
     except AlreadyLocked:
         return EXIT_TAKEN

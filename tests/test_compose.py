@@ -28,7 +28,7 @@ OTHERS_VARIABLES = {
     "temporal-namespace": {"TEMPORAL_ADDRESS", "TEMPORAL_NAMESPACE", "RETENTION", "SEARCH_ATTRIBUTES"},
     "temporal-ui": {"TEMPORAL_ADDRESS"},
 }
-OURS = ("tables", "worker", "gateway", "comfyui-simulator", "credits-simulator")
+OURS = ("tables", "worker", "gateway", "comfyui-simulator", "credits-simulator", "bridge", "gpu-worker")
 SECRET = "0123456789abcdef0123456789abcdef"
 FILLED_IN = {
     "POSTGRES_PASSWORD": "p",
@@ -132,6 +132,7 @@ def test_services_listen_where_others_look_for_them(monkeypatch: pytest.MonkeyPa
         "gateway": {gateway.gateway_port},
         "comfyui-simulator": {comfyui.comfyui_simulator_port},
         "credits-simulator": {comfyui.credits_simulator_port},
+        "bridge": {settings_of("bridge", monkeypatch).bridge_port},
     }
     for name, ports in listens.items():
         assert {int(port.split(":")[2]) for port in services()[name]["ports"]} == ports, name
@@ -147,6 +148,8 @@ def test_services_listen_where_others_look_for_them(monkeypatch: pytest.MonkeyPa
 def test_a_drain_is_never_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     grace = settings_of("worker", monkeypatch).grace_seconds
     assert int(services()["worker"]["stop_grace_period"].removesuffix("s")) > grace
+    gpu_grace = settings_of("gpu-worker", monkeypatch).gpu_grace_seconds
+    assert int(services()["gpu-worker"]["stop_grace_period"].removesuffix("s")) > gpu_grace
 
 
 def test_what_a_service_waits_for_exists_and_can_come_true() -> None:
@@ -163,9 +166,14 @@ def test_what_a_service_waits_for_exists_and_can_come_true() -> None:
                 assert runs_once, f"{other} never ends"
 
 
-def test_only_the_simulators_are_optional() -> None:
+def test_only_the_simulators_and_the_bridge_are_optional() -> None:
     optional = {name: service["profiles"] for name, service in services().items() if "profiles" in service}
-    assert optional == {"comfyui-simulator": ["simulators"], "credits-simulator": ["simulators"]}
+    assert optional == {
+        "comfyui-simulator": ["simulators"],
+        "credits-simulator": ["simulators"],
+        "bridge": ["bridge"],
+        "gpu-worker": ["bridge"],
+    }
 
 
 def test_temporal_is_set_up_as_on_one_machine() -> None:
