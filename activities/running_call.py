@@ -113,7 +113,8 @@ async def wait_with_heartbeats(
         except asyncio.CancelledError as error:
             cancellation = error
             on_cancel()
-        if not is_local:
+        # Not once it is done: each heartbeat is a request that the server writes down.
+        if not is_local and not running.done():
             activity.heartbeat(*details())
     return cancellation
 
