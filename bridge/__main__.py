@@ -20,8 +20,9 @@ from bridge.callbacks import CallbackActivities, CallbackSender
 from bridge.control_images import ControlImages
 from bridge.job_activities import JobActivities
 from bridge.job_workflow import ComfyUIJobWorkflow
+from bridge.key_workflow import ComfyUIKeyWorkflow
 from bridge.outlook import Outlook
-from bridge.runs import Runs
+from bridge.runs import Keys, Runs
 from bridge.service import ImageService
 from bridge.starting import (
     CannotStart,
@@ -35,7 +36,7 @@ from bridge.storage import SignedAddresses, Storage
 from logs import configure_logs
 from settings import Settings
 
-WORKFLOWS = (ComfyUIJobWorkflow,)
+WORKFLOWS = (ComfyUIJobWorkflow, ComfyUIKeyWorkflow)
 GRACE_SECONDS = 10
 STICKY = timedelta(seconds=2.5)
 
@@ -64,15 +65,16 @@ class Bridge:
     def app(self) -> FastAPI:
         """The ASGI application."""
         settings = self._settings
+        runs = Runs(self._client, task_queue=settings.bridge_task_queue)
         images = ImageService(
-            Runs(self._client, task_queue=settings.bridge_task_queue),
+            runs,
             self.outlook,
             self._templates,
             self.images,
             settings.prices,
             settings.bridge_callback_urls or [settings.callback_base_url],
         )
-        return bridge_app(Edge(self._tokens), images, self.storage, self.signed)
+        return bridge_app(Edge(self._tokens, Keys(runs)), images, self.storage, self.signed)
 
     def worker(self) -> Worker:
         """The worker of the bridge's own queue."""

@@ -8,15 +8,15 @@ from __future__ import annotations
 import asyncio
 import json
 import mimetypes
-from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import structlog
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from bridge.replies import Refused, Reply, Unanswered, Unauthenticated
-from bridge.service import Call, ImageService
+from bridge.replies import Act, Call, Refused, Unanswered, Unauthenticated
+from bridge.runs import Keys
+from bridge.service import ImageService
 from bridge.storage import RESULTS_PATH, STORAGE_ERRORS, SignedAddresses, Storage, is_plain
 from caller_tokens import CallerTokens, TokenRefused, TokensUnverifiable
 from contracts.outside_json import UnreadableJson, read_json
@@ -29,19 +29,24 @@ MAX_KEY_CHARACTERS: Final = 256
 SHOWN_TYPES: Final = frozenset({"image/png", "image/jpeg", "image/webp", "image/gif", "video/mp4", "video/webm"})
 """Shown by browsers; whatever else a graph wrote is only downloaded."""
 
-Act = Callable[[Call], Awaitable[Reply]]
 log = structlog.get_logger(__name__)
 
 
 class Edge:
     """Everything around an act."""
 
-    def __init__(self, tokens: CallerTokens) -> None:
+    def __init__(self, tokens: CallerTokens, keys: Keys) -> None:
         self._tokens = tokens
+        self._keys = keys
 
-    async def handle(self, request: Request, act: Act) -> Response:
+    async def handle(self, request: Request, act: Act, *, begins: bool = False) -> Response:
+        """`begins`: the act starts a workflow under the request's key."""
         try:
-            reply = await act(await self._call(request))
+            call = await self._call(request)
+            if request.method == "GET":
+                reply = await act(call)
+            else:
+                reply = await (self._keys.once(call, act) if begins else self._keys.claimed(call, act))
         except (Refused, Unanswered, Unauthenticated) as refusal:
             reply = refusal.reply()
         log.info("request", method=request.method, route=request.scope["route"].path, status=reply.status)
@@ -102,7 +107,7 @@ def _job_routes(edge: Edge, images: ImageService) -> APIRouter:
 
     @router.post("/jobs")
     async def submit_job(request: Request) -> Response:
-        return await edge.handle(request, images.submit)
+        return await edge.handle(request, images.submit, begins=True)
 
     @router.get("/jobs/{run_id}")
     async def get_job(request: Request) -> Response:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from contracts.errors import COMFYUI_ERRORS, sentences_of
+from contracts.permissions import TokenClaims
 
 _STATUSES: Final[dict[str, int]] = {
     "payload_invalid": 422,
@@ -30,6 +32,20 @@ class Reply:
     status: int
     body: Any
     headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request as an act sees it; `run_id` is the id in its path."""
+
+    path: str
+    body: Any
+    claims: TokenClaims
+    key: str
+    run_id: str = ""
+
+
+Act = Callable[[Call], Awaitable[Reply]]
 
 
 @dataclass

@@ -36,14 +36,26 @@ from temporalio.common import (
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
-from bridge.calls import ANSWER_MEMO, BODY_MEMO, BRIDGE_QUEUE, RUN_GRAPH, VIEW_QUERY, workflow_of
+from bridge.calls import (
+    ANSWER_MEMO,
+    BODY_MEMO,
+    BRIDGE_QUEUE,
+    KEY_WORKFLOW,
+    RUN_GRAPH,
+    STATUS_MEMO,
+    VIEW_QUERY,
+    workflow_id,
+    workflow_of,
+)
 from bridge.orders import JobView
-from bridge.replies import Refused, Unanswered
+from bridge.replies import Act, Call, Refused, Reply, Unanswered
 from contracts.comfyui import TaskPriority
 from contracts.errors import ErrorDetails, FailureCode
 from contracts.permissions import Scene
 from contracts.tasks import PRIORITY_KEYS, SEARCH_ATTRIBUTES, TaskStatus
 
+ACCEPTED: Final = 202
+CLAIMED: Final = Reply(0, None)
 ASK: Final = timedelta(seconds=5)
 KIND_MEMO: Final = "kind"
 TENANT_MEMO: Final = "tenant_id"
@@ -75,6 +87,34 @@ def fingerprint(path: str, body: Any) -> str:
     return hashlib.sha256(f"POST {path}\n{canonical}".encode()).hexdigest()
 
 
+class Keys:
+    """Every POST goes under its key: the first answer again for the same request, a conflict for another."""
+
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
+
+    async def once(self, call: Call, act: Act) -> Reply:
+        """An act that starts a workflow under the key itself; a refusal is kept under it as well."""
+        name, print_ = workflow_id(call.claims.tenant_id, call.key), fingerprint(call.path, call.body)
+        kept = await self._runs.kept(name, print_)
+        if kept is not None:
+            return kept
+        try:
+            return await act(call)
+        except Refused as refused:
+            if refused.message != "idempotency_conflict":
+                await self._runs.keep(name, print_, refused.reply())
+            raise
+
+    async def claimed(self, call: Call, act: Act) -> Reply:
+        """An act that may be repeated without harm: its key is claimed for it."""
+        name, print_ = workflow_id(call.claims.tenant_id, call.key), fingerprint(call.path, call.body)
+        if await self._runs.kept(name, print_) is None:
+            await self._runs.keep(name, print_, CLAIMED)
+            await self._runs.kept(name, print_)
+        return await act(call)
+
+
 class Runs:
     """Raises Refused, and Unanswered where Temporal or the bridge's workers are away."""
 
@@ -82,18 +122,39 @@ class Runs:
         self._client = client
         self._task_queue = task_queue
 
-    async def kept_answer(self, workflow_id: str, fingerprint: str) -> dict[str, Any] | None:
-        """What was answered under this key before; None for a new one. Raises Refused `idempotency_conflict`."""
+    async def kept(self, workflow_id: str, fingerprint: str) -> Reply | None:
+        """What was answered under this key before, None for a new one; raises Refused `idempotency_conflict`.
+
+        A key that was only claimed (a cancel's) has status 0: the same may be asked again.
+        """
         described = await self._described(workflow_id)
         if described is None:
             return None
         memo = await described.memo()
         if memo.get(BODY_MEMO) != fingerprint:
             raise Refused("idempotency_conflict")
-        answer: dict[str, Any] = memo.get(ANSWER_MEMO) or {}
-        return answer
+        return Reply(int(memo.get(STATUS_MEMO, ACCEPTED)), memo.get(ANSWER_MEMO))
 
-    async def begin(self, new: NewRun) -> dict[str, Any]:
+    async def keep(self, workflow_id: str, fingerprint: str, reply: Reply) -> None:
+        """Keep a key and what was answered under it; a key that is taken already stays as it is."""
+        memo = {BODY_MEMO: fingerprint, STATUS_MEMO: reply.status, ANSWER_MEMO: reply.body, KIND_MEMO: "key"}
+        try:
+            await self._client.start_workflow(
+                KEY_WORKFLOW,
+                id=workflow_id,
+                task_queue=self._task_queue,
+                id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
+                id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+                memo=memo,
+                static_summary="an idempotency key",
+                rpc_timeout=ASK,
+            )
+        except WorkflowAlreadyStartedError:
+            return
+        except RPCError as error:
+            raise _away(error) from None
+
+    async def begin(self, new: NewRun) -> Reply:
         """Start the run; the answer, or the first one's where another request with the key was quicker."""
         try:
             await self._client.start_workflow(
@@ -116,13 +177,13 @@ class Runs:
                 rpc_timeout=ASK,
             )
         except WorkflowAlreadyStartedError:
-            kept = await self.kept_answer(new.workflow_id, new.fingerprint)
+            kept = await self.kept(new.workflow_id, new.fingerprint)
             if kept is None:
                 raise Unanswered(503, "the first request under this key is still being taken") from None
             return kept
         except RPCError as error:
             raise _away(error) from None
-        return new.answer
+        return Reply(ACCEPTED, new.answer)
 
     async def view(self, run_id: str, *, kind: str, tenant_id: str) -> dict[str, Any]:
         """The wire's fields of a run. Raises Refused (404) for a stranger's too."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 from pydantic import Field, JsonValue
 
@@ -13,7 +12,7 @@ from bridge.calls import CANCEL_UPDATE, JOB_WORKFLOW, run_id_of, workflow_id
 from bridge.control_images import ControlImages, address_of
 from bridge.orders import ImageJob
 from bridge.outlook import Outlook
-from bridge.replies import Refused, Reply, checked
+from bridge.replies import Call, Refused, Reply, checked
 from bridge.runs import NewRun, Runs, fingerprint
 from bridge.templates import RequestRefused, TemplateLibrary
 from contracts.comfyui import JobRequest, JobStatus, TaskPriority
@@ -24,17 +23,6 @@ from contracts.tasks import Extras
 
 GPU_SLOTS: Final = 1
 _JOB_ID: Final = re.compile(r"job-[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class Call:
-    """One request as an act sees it; `run_id` is the id in its path."""
-
-    path: str
-    body: Any
-    claims: TokenClaims
-    key: str
-    run_id: str = ""
 
 
 class TakenJobRequest(JobRequest):
@@ -71,11 +59,6 @@ class ImageService:
 
     async def submit(self, call: Call) -> Reply:
         demand(call.claims, Operation.CREATE_JOB)
-        print_ = fingerprint(call.path, call.body)
-        started_as = workflow_id(call.claims.tenant_id, call.key)
-        kept = await self._runs.kept_answer(started_as, print_)
-        if kept is not None:
-            return Reply(202, kept)
         request = checked(TakenJobRequest, call.body)
         demand_person(call.claims, request.tenant_id, request.user_id)
         job = await self._new_job(request, call)
@@ -88,11 +71,11 @@ class ImageService:
         }
         new = NewRun(
             workflow=JOB_WORKFLOW,
-            workflow_id=started_as,
+            workflow_id=workflow_id(call.claims.tenant_id, call.key),
             kind="job",
             argument=job,
             answer=answer,
-            fingerprint=print_,
+            fingerprint=fingerprint(call.path, call.body),
             task_id=request.task_id,
             tenant_id=request.tenant_id,
             user_id=request.user_id,
@@ -100,7 +83,7 @@ class ImageService:
             template_id=request.template_id,
             priority=request.priority,
         )
-        return Reply(202, await self._runs.begin(new))
+        return await self._runs.begin(new)
 
     async def get(self, call: Call) -> Reply:
         demand(call.claims, Operation.READ_COMFYUI)

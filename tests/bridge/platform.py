@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -49,7 +48,6 @@ class BridgePlatform:
     http: httpx.AsyncClient
     folder: Path
     tokens: Tokens = field(default_factory=lambda: Tokens(SECRET, "comfyui-temporal", "comfyui-platform"))
-    _numbers: Any = field(default_factory=itertools.count)
 
     # Asking
 
@@ -76,7 +74,7 @@ class BridgePlatform:
         }
 
     async def post(self, path: str, body: Json, *, key: str | None = None, **who: Any) -> httpx.Response:
-        key = key or f"{body.get('task_id', 'x')}:{path.rpartition('/')[2]}:{next(self._numbers)}"
+        key = key or unique("key")
         return await self.http.post(f"{self.url}/comfyui/v1{path}", json=body, headers=self.headers(key, **who))
 
     async def get(self, path: str, **who: Any) -> httpx.Response:

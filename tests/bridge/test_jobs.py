@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.bridge.native import NativeServer
-from tests.bridge.platform import TENANT, BridgePlatform
+from tests.bridge.platform import TENANT, BridgePlatform, Json
 from tests.conftest import unique
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -60,23 +60,38 @@ async def test_an_address_that_was_altered_or_has_expired_gives_nothing(
 
 
 async def test_progress_is_seen_while_it_runs_and_never_goes_back(bridge: BridgePlatform, native: NativeServer) -> None:
-    await native.admin.set(node_seconds=0.4)
+    await native.admin.set(node_seconds=0.3)
+    seen: list[tuple[int, float]] = []
     async with bridge.gpu(native):
         accepted = await bridge.submit()
-        await bridge.in_status(accepted["job_id"], "processing")
-        seen: list[tuple[int, float]] = []
-        while True:
+
+        async def noted() -> Json:
             state = await bridge.job(accepted["job_id"])
-            if state["job_status"] == "delivery":
-                break
-            seen.append((state["sequence"], state["stage_progress"]))
-            await asyncio.sleep(0.1)
+            if state["job_status"] == "processing":
+                seen.append((state["sequence"], state["stage_progress"]))
+            return state
+
+        async def is_beyond(percent: float) -> bool:
+            return bool((await noted())["stage_progress"] > percent)
+
+        async def is_delivered() -> bool:
+            return bool((await noted())["job_status"] == "delivery")
+
+        await bridge.until(lambda: has_nodes(native, 2))
+        await native.admin.set(hold=True)
+        await bridge.until(lambda: is_beyond(0))
+        await native.admin.set(hold=False)
+        await bridge.until(is_delivered)
     assert seen == sorted(seen)
-    assert len({percent for _, percent in seen}) >= 2
     by_number: dict[int, set[float]] = {}
     for number, percent in seen:
         by_number.setdefault(number, set()).add(percent)
-    assert all(len(percents) == 1 for percents in by_number.values())
+    assert all(len(percents) == 1 for percents in by_number.values()), seen
+
+
+async def has_nodes(native: NativeServer, number: int) -> bool:
+    runs = await native.admin.runs()
+    return bool(runs) and len(runs[0].nodes) >= number
 
 
 # The same key again
