@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request, Response
 
 from tests.bridge.native.admin_routes import admin_router
 from tests.bridge.native.prompt_queue import Json
-from tests.bridge.native.routes import file_routes, jobs_routes, prompt_routes, reading_routes
+from tests.bridge.native.routes import file_routes, internal_routes, jobs_routes, prompt_routes, reading_routes
 from tests.bridge.native.state import Native
 from tests.bridge.native.traps import Traps
 
@@ -37,6 +37,7 @@ def native_app(folder: Path, traps: Traps | None = None) -> FastAPI:
     app = FastAPI(title="A stand-in for ComfyUI", lifespan=lifespan, openapi_url=None)
     app.include_router(admin_router(native))
     app.include_router(jobs_routes(native))
+    app.include_router(internal_routes(native))
     for prefix in ("", "/api"):
         for router in (prompt_routes(native), file_routes(native), reading_routes(native)):
             app.include_router(router, prefix=prefix)

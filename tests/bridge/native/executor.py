@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +21,7 @@ STEPPING: Final = frozenset({"KSampler", "KSamplerAdvanced", "SamplerCustom", "S
 """Node classes that tell `progress` step by step."""
 _GLANCE_SECONDS: Final = 0.005
 _DEFAULT_STEPS: Final = 4
+_LOG_ENTRIES: Final = 300
 _OUT_OF_MEMORY: Final = (
     "Allocation on device \nThis error means you ran out of memory on your GPU.\n\nTIPS: If the workflow worked before "
     "you might have accidentally set the batch_size to a large number."
@@ -92,6 +95,7 @@ class Executor:
         self.client_id: str | None = None
         self.node: str | None = None
         self.runs: list[Run] = []
+        self.logs: deque[dict[str, str]] = deque(maxlen=_LOG_ENTRIES)
         self._running: asyncio.Task[None] | None = None
 
     def drop(self) -> None:
@@ -127,6 +131,7 @@ class Executor:
         await asyncio.sleep(self._traps().history_delay_seconds)
         run.ended = time.time()
         self._settle(number, prompt, run)
+        self.log(f"Prompt executed in {run.ended - run.began:.2f} seconds\n")
 
     def _settle(self, number: int, prompt: _Prompt, run: Run) -> None:
         is_success = run.outcome == "success"
@@ -246,9 +251,25 @@ class Executor:
         self._progress(prompt, node, "running", float(step), float(steps))
         told = {"value": step, "max": steps, "prompt_id": prompt.prompt_id, "node": node}
         self._say("progress", told, self.client_id)
+        if prompt.graph[node]["class_type"] == "TrainLoraNode":
+            self._train(step, steps)
         if self._traps().previews:
             dot = picture(prompt.values[node].digest, 1, 1)
             self._say("preview", (dot, self._named(prompt, node)), self.client_id)
+
+    def _train(self, step: int, steps: int) -> None:
+        """The loss stands in the server's log alone: a progress bar that overwrites itself until it is full."""
+        loss = f"loss={0.05 + 1 / step:.4f}"
+        line = f"\rTraining LoRA: {100 * step // steps:3}%|###| {step}/{steps} [00:01<00:01,  1.00it/s, {loss}]"
+        self.log(line)
+        if step == steps:
+            self.log("\n")
+
+    def log(self, said: str) -> None:
+        """What ComfyUI's `app/logger.py` keeps of what it prints: 300 entries, an unfinished line written over."""
+        if said.startswith("\r") and self.logs and not self.logs[-1]["m"].endswith("\n"):
+            self.logs.pop()
+        self.logs.append({"t": datetime.now(UTC).replace(tzinfo=None).isoformat(), "m": said})
 
     def _finish(self, prompt: _Prompt, node: str) -> None:
         most = prompt.progress.get(node, {}).get("max", 1.0)

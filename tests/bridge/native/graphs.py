@@ -48,3 +48,42 @@ def sampled(checkpoint: str = "sd.safetensors", seed: int = 1, steps: int = 5) -
         "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
         "7": {"class_type": "SaveImage", "inputs": {"images": ["6", 0], "filename_prefix": "sampled"}},
     }
+
+
+def training(
+    existing: str,
+    steps: int,
+    *,
+    folder: str = "cats",
+    checkpoint: str = "sd.safetensors",
+    prefix: str = "loras/mine",
+) -> Json:
+    """A chunk of LoRA training on a dataset folder, from an existing LoRA or from `[None]`."""
+    options = {
+        "batch_size": 1,
+        "grad_accumulation_steps": 1,
+        "steps": steps,
+        "learning_rate": 0.0005,
+        "rank": 8,
+        "optimizer": "AdamW",
+        "loss_function": "MSE",
+        "seed": 0,
+        "training_dtype": "fp32",
+        "lora_dtype": "fp32",
+        "algorithm": "LoRA",
+        "gradient_checkpointing": False,
+        "existing_lora": existing,
+        "bucket_mode": False,
+    }
+    links = {"model": ["1", 0], "latents": ["3", 0], "positive": ["4", 0]}
+    return {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}},
+        "2": {"class_type": "LoadImageTextDataSetFromFolder", "inputs": {"folder": folder}},
+        "3": {"class_type": "VAEEncode", "inputs": {"pixels": ["2", 0], "vae": ["1", 2]}},
+        "4": {"class_type": "CLIPTextEncode", "inputs": {"text": ["2", 1], "clip": ["1", 1]}},
+        "5": {"class_type": "TrainLoraNode", "inputs": options | links},
+        "6": {
+            "class_type": "SaveLoRA",
+            "inputs": {"lora": ["5", 1], "prefix": prefix, "steps": ["5", 3]},
+        },
+    }

@@ -242,6 +242,17 @@ def jobs_routes(native: Native) -> APIRouter:
     return router
 
 
+def internal_routes(native: Native) -> APIRouter:
+    """ComfyUI's own page reads these; they have no `/api` before them."""
+    router = APIRouter(prefix="/internal")
+
+    @router.get("/logs/raw")
+    async def raw_logs() -> Json:
+        return {"entries": list(native.executor.logs), "size": {"cols": 80, "rows": 24}}
+
+    return router
+
+
 def _system_stats() -> Json:
     memory = 24 * 1024**3
     return {

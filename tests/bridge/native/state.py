@@ -108,6 +108,7 @@ class Native:
         extra["create_time"] = int(time.time() * 1000)
         item: Item = (number, prompt_id, said["prompt"], extra, verdict.outputs)
         self.queue.put(item)
+        self.executor.log("got prompt\n")
         self.submissions.append(prompt_id)
         errors: Any = verdict.node_errors or ([] if self.traps.node_errors_as_list else {})
         if self.traps.node_errors_on_200:

@@ -17,7 +17,7 @@ from PIL import Image
 from websockets.asyncio.client import ClientConnection, connect
 
 from tests.bridge.native import NativeServer
-from tests.bridge.native.graphs import new_prompt_id, plain, sampled
+from tests.bridge.native.graphs import new_prompt_id, plain, sampled, training
 
 Json = dict[str, Any]
 LIMIT_SECONDS = 10.0
@@ -322,44 +322,15 @@ async def test_trained_loras_are_saved_by_name_and_can_be_trained_on(
     picture = (native.folder / "input" / "cats" / "1.png", native.folder / "input" / "cats" / "1.txt")
     picture[0].parent.mkdir(exist_ok=True)
     Image.new("RGB", (64, 64)).save(picture[0])
-    entry = await ended(http, await submit(http, _training("[None]", 4), "me"))
+    entry = await ended(http, await submit(http, training("[None]", 4), "me"))
     assert entry["outputs"] == {}, "SaveLoRA tells nothing"
+    logged = [entry["m"] for entry in (await http.get("/internal/logs/raw")).json()["entries"]]
+    assert [line for line in logged if "loss=" in line][-1].startswith("\rTraining LoRA: 100%|###| 4/4")
     loras = (await http.get("/models/loras")).json()
     [first] = [name for name in loras if name.startswith("mine_4_steps_")]
-    entry = await ended(http, await submit(http, _training(first, 4), "me"))
+    entry = await ended(http, await submit(http, training(first, 4), "me"))
     assert entry["status"]["completed"] is True
     assert any(name.startswith("mine_8_steps_") for name in (await http.get("/models/loras")).json())
-
-
-def _training(existing: str, steps: int) -> Json:
-    options = {
-        "batch_size": 1,
-        "grad_accumulation_steps": 1,
-        "steps": steps,
-        "learning_rate": 0.0005,
-        "rank": 8,
-        "optimizer": "AdamW",
-        "loss_function": "MSE",
-        "seed": 0,
-        "training_dtype": "fp32",
-        "lora_dtype": "fp32",
-        "algorithm": "LoRA",
-        "gradient_checkpointing": True,
-        "existing_lora": existing,
-        "bucket_mode": False,
-    }
-    links = {"model": ["1", 0], "latents": ["3", 0], "positive": ["4", 0]}
-    return {
-        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd.safetensors"}},
-        "2": {"class_type": "LoadImageTextDataSetFromFolder", "inputs": {"folder": "cats"}},
-        "3": {"class_type": "VAEEncode", "inputs": {"pixels": ["2", 0], "vae": ["1", 2]}},
-        "4": {"class_type": "CLIPTextEncode", "inputs": {"text": ["2", 1], "clip": ["1", 1]}},
-        "5": {"class_type": "TrainLoraNode", "inputs": options | links},
-        "6": {
-            "class_type": "SaveLoRA",
-            "inputs": {"lora": ["5", 1], "prefix": "loras/mine", "steps": ["5", 3]},
-        },
-    }
 
 
 async def test_a_restart_empties_queue_and_keeps_files(http: httpx.AsyncClient, native: NativeServer) -> None:

@@ -45,7 +45,9 @@ async def stand_in_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIter
 
 
 @pytest_asyncio.fixture
-async def stand_in(stand_in_server: NativeServer) -> AsyncIterator[httpx.AsyncClient]:
+async def stand_in(stand_in_server: NativeServer, real: httpx.AsyncClient) -> AsyncIterator[httpx.AsyncClient]:
+    """With the checkpoints that the real server has."""
     await stand_in_server.admin.reset()
+    await stand_in_server.admin.set(models={"checkpoints": (await real.get("/models/checkpoints")).json()})
     async with httpx.AsyncClient(base_url=stand_in_server.url, timeout=30) as http:
         yield http

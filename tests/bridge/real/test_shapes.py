@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable
 from io import BytesIO
@@ -14,11 +15,11 @@ import pytest
 from PIL import Image
 from websockets.asyncio.client import connect
 
-from tests.bridge.native.graphs import new_prompt_id, plain
+from tests.bridge.native.graphs import new_prompt_id, plain, training
 
 Json = dict[str, Any]
 Exchange = Callable[[httpx.AsyncClient], Awaitable[Any]]
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 110.0
 
 
 def shape(value: Any, names: dict[str, str]) -> Any:
@@ -228,6 +229,36 @@ def _kinds(inputs: Json) -> Json:
     }
 
 
+async def a_training_in_two_chunks(http: httpx.AsyncClient) -> Any:
+    """What is saved, told and logged, the second chunk going on from the first one's LoRA."""
+    name = f"t{time.time_ns()}"
+    for file, content in (("1.png", png(64)), ("1.txt", b"a cat")):
+        files = {"image": (file, content, "application/octet-stream")}
+        assert (await http.post("/upload/image", files=files, data={"subfolder": name})).status_code == 200
+    said: list[Any] = []
+    existing = "[None]"
+    for _ in range(2):
+        graph = training(existing, 2, folder=name, checkpoint=TINY, prefix=f"loras/{name}")
+        graph["7"] = {"class_type": "LossGraphNode", "inputs": {"loss": ["5", 2], "filename_prefix": "loss"}}
+        answer, prompt_id = await submitted(http, graph)
+        assert answer.status_code == 200, answer.text
+        entry = await ended(http, prompt_id)
+        assert entry["status"]["completed"], entry["status"]
+        saved = [lora for lora in (await http.get("/models/loras")).json() if lora.startswith(name)]
+        existing = max(saved, key=lambda lora: int(lora.split("_steps_")[0].rsplit("_", maxsplit=1)[-1]))
+        view = await http.get("/view", params={"filename": existing, "subfolder": "loras", "type": "output"})
+        said += [shape(entry["outputs"], {}), existing.replace(name, "<name>"), view.status_code]
+    entries = (await http.get("/internal/logs/raw")).json()["entries"]
+    last = [entry["m"] for entry in entries if "loss=" in entry["m"]][-1]
+    return [*said, re.sub(r"\|.*\| ", "|<bar>| ", last.split("[")[0]), re.sub(r"[\d.]+\]", "<loss>]", last)[-14:]]
+
+
+def png(side: int) -> bytes:
+    with BytesIO() as file:
+        Image.new("RGB", (side, side), (200, 40, 40)).save(file, "PNG")
+        return file.getvalue()
+
+
 EXCHANGES: list[Exchange] = [
     submit_and_history,
     a_cached_rerun,
@@ -242,8 +273,17 @@ EXCHANGES: list[Exchange] = [
     what_answers_without_a_body,
     the_same_nodes,
 ]
+TINY = "tiny.safetensors"
+"""Made by `tiny_checkpoint.py`."""
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda exchange: exchange.__name__)
 async def test_both_answer_alike(real: httpx.AsyncClient, stand_in: httpx.AsyncClient, exchange: Exchange) -> None:
     assert await exchange(stand_in) == await exchange(real)
+
+
+@pytest.mark.timeout(300)
+async def test_both_train_alike(real: httpx.AsyncClient, stand_in: httpx.AsyncClient) -> None:
+    if TINY not in (await real.get("/models/checkpoints")).json():
+        pytest.skip(f"this server has no {TINY}; tests/bridge/real/tiny_checkpoint.py makes it")
+    assert await a_training_in_two_chunks(stand_in) == await a_training_in_two_chunks(real)

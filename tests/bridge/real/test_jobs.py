@@ -1,0 +1,171 @@
+"""Jobs end to end on a real ComfyUI: bridge, GPU worker process, callbacks, pictures."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from PIL import Image
+from temporalio.client import Client
+
+from tests.bridge.platform import BridgePlatform, running_bridge
+from tests.bridge.real.own_templates import BAD, SLOW, TINY, write_templates
+from tests.bridge.real.worker_process import WorkerProcess
+
+LIMIT_SECONDS = 110.0
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest_asyncio.fixture(scope="module")
+async def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("templates")
+    write_templates(folder)
+    return folder
+
+
+@asynccontextmanager
+async def one_worker(
+    client: Client, folder: Path, server: str, templates: Path
+) -> AsyncIterator[tuple[BridgePlatform, WorkerProcess]]:
+    async with (
+        running_bridge(client, folder, bridge_templates=[templates]) as bridge,
+        WorkerProcess(bridge, client, server, templates) as worker,
+    ):
+        yield bridge, worker
+
+
+@pytest_asyncio.fixture
+async def worked(
+    temporal_client: Client, tmp_path: Path, comfyui_url: str, templates: Path
+) -> AsyncIterator[tuple[BridgePlatform, WorkerProcess]]:
+    async with one_worker(temporal_client, tmp_path, comfyui_url, templates) as both:
+        yield both
+
+
+def new_seed() -> int:
+    """One that ran never before, or the cache would answer; as the colour of a picture it is not cut."""
+    return secrets.randbelow(0x1000000)
+
+
+async def queued_or_running(real: httpx.AsyncClient) -> list[str]:
+    queue = (await real.get("/queue")).json()
+    return [item[1] for item in queue["queue_running"] + queue["queue_pending"]]
+
+
+async def until_running(bridge: BridgePlatform, real: httpx.AsyncClient) -> str:
+    """The prompt that the server runs, as soon as it runs one."""
+
+    async def look() -> str | None:
+        running = (await real.get("/queue")).json()["queue_running"]
+        return str(running[0][1]) if running else None
+
+    prompt_id = await bridge.until(look, seconds=LIMIT_SECONDS)
+    assert prompt_id is not None
+    return prompt_id
+
+
+async def test_a_test_pattern_is_delivered(worked: tuple[BridgePlatform, WorkerProcess]) -> None:
+    bridge, _ = worked
+    accepted = await bridge.submit(extras={"seed": new_seed()})
+    state = await bridge.ended(accepted["job_id"], seconds=LIMIT_SECONDS)
+    assert state["error_details"] is None, state
+    [url] = state["result_urls"]
+    answer = await bridge.http.get(url)
+    with Image.open(BytesIO(answer.content)) as picture:
+        assert (picture.format, picture.size) == ("PNG", (512, 512))
+
+    async def told() -> list[str]:
+        statuses = bridge.receiver.statuses(accepted["task_id"])
+        return statuses if "delivery" in statuses else []
+
+    assert "processing" in await bridge.until(told)
+
+
+async def test_progress_is_told_node_by_node(worked: tuple[BridgePlatform, WorkerProcess]) -> None:
+    bridge, _ = worked
+    job_id = (await bridge.submit(template_id=SLOW, resolution="hd", extras={"seed": new_seed()}))["job_id"]
+    seen: list[float] = []
+
+    async def over() -> bool:
+        state = await bridge.job(job_id)
+        assert state["error_details"] is None, state
+        if state["job_status"] == "processing":
+            seen.append(state["stage_progress"] or 0)
+        return bool(state["job_status"] == "delivery")
+
+    await bridge.until(over, seconds=LIMIT_SECONDS)
+    assert seen == sorted(seen)
+    assert len({percent for percent in seen if 0 < percent < 100}) >= 3, f"seen: {sorted(set(seen))}"
+
+
+async def test_a_running_job_is_cancelled_and_the_server_is_free(
+    worked: tuple[BridgePlatform, WorkerProcess], real: httpx.AsyncClient
+) -> None:
+    bridge, _ = worked
+    job_id = (await bridge.submit(template_id=SLOW, resolution="hd", extras={"seed": new_seed()}))["job_id"]
+    prompt_id = await until_running(bridge, real)
+    await bridge.cancel(job_id)
+    state = await bridge.ended(job_id, seconds=LIMIT_SECONDS)
+    assert state["error_details"]["code"] == "cancelled"
+
+    async def is_free() -> bool:
+        return prompt_id not in await queued_or_running(real)
+
+    await bridge.until(is_free, seconds=LIMIT_SECONDS)
+    after = await bridge.ended((await bridge.submit(extras={"seed": new_seed()}))["job_id"], seconds=LIMIT_SECONDS)
+    assert after["error_details"] is None, "the server takes no more jobs"
+
+
+async def test_a_graph_that_comfyui_refuses_is_refused_with_node_and_input(
+    worked: tuple[BridgePlatform, WorkerProcess],
+) -> None:
+    bridge, _ = worked
+    state = await bridge.ended((await bridge.submit(template_id=BAD))["job_id"], seconds=LIMIT_SECONDS)
+    details = state["error_details"]
+    assert details["code"] == "workflow_invalid"
+    assert details["retryable"] is False
+    assert "ground" in (details.get("node") or "") + details["message"]
+    assert "width" in details["message"]
+
+
+async def test_a_killed_workers_run_is_found_again_and_ran_once(
+    worked: tuple[BridgePlatform, WorkerProcess], real: httpx.AsyncClient
+) -> None:
+    bridge, worker = worked
+    seed = new_seed()
+    job_id = (await bridge.submit(template_id=SLOW, resolution="hd", extras={"seed": seed}))["job_id"]
+    prompt_id = await until_running(bridge, real)
+    await worker.end(signal.SIGKILL)
+    assert prompt_id in await queued_or_running(real), "killed too late to show anything: make the template slower"
+    await worker.start()
+    state = await bridge.ended(job_id, seconds=LIMIT_SECONDS)
+    assert state["error_details"] is None, state
+    assert len(state["result_urls"]) == 1
+    history: dict[str, Any] = (await real.get("/history")).json()
+    grounds = [entry["prompt"][2].get("ground", {"inputs": {}})["inputs"] for entry in history.values()]
+    assert sum(inputs.get("color") == seed for inputs in grounds) <= 1, "it ran twice"
+
+
+async def test_a_prompt_becomes_a_picture_where_there_is_a_checkpoint(
+    worked: tuple[BridgePlatform, WorkerProcess], real: httpx.AsyncClient
+) -> None:
+    """Without one the job must end as `model_missing`. `tiny_checkpoint.py` makes one."""
+    bridge, _ = worked
+    has_checkpoint = bool((await real.get("/models/checkpoints")).json())
+    accepted = await bridge.submit(template_id=TINY, extras={"seed": new_seed()})
+    state = await bridge.ended(accepted["job_id"], seconds=LIMIT_SECONDS)
+    if not has_checkpoint:
+        assert state["error_details"]["code"] == "model_missing"
+        return
+    assert state["error_details"] is None, state
+    answer = await bridge.http.get(state["result_urls"][0])
+    with Image.open(BytesIO(answer.content)) as picture:
+        assert picture.size == (64, 64)
