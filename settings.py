@@ -80,6 +80,13 @@ class Settings(BaseSettings):
     """Origins whose pages may call the gateway from a browser, with credentials; comma-separated, e.g.
     `https://app.example`."""
 
+    # Command line
+    gateway_url: ServiceUrl | None = None
+    """The gateway whose stream `comfyui-tasks watch`, `generate` and `train` follow; default: the local stack's, else
+    tasks are asked by query."""
+    gateway_token: SecretStr | None = None
+    """The caller's token for it, with the scope `task.read`."""
+
     # Storage
     database_dsn: SecretStr | None = None
     """`postgresql://user:password@host:port/database`."""

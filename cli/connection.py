@@ -23,6 +23,7 @@ from temporalio.runtime import LoggingConfig, Runtime, TelemetryConfig, Telemetr
 from temporalio.service import RPCError, RPCStatusCode
 
 from cli.failures import BadInput, CannotReach, CommandFailure, UnknownTask
+from cli.gateway_stream import GatewayAccess
 from contracts.stack import StackDescription
 from contracts.tasks import workflow_id_of
 from settings import Settings
@@ -67,6 +68,8 @@ class Connection:
     client: Client
     server: Server
     task_queue: str
+    gateway: GatewayAccess | None = None
+    """Whose stream tells how tasks go; None: they are asked by query."""
 
 
 def read_settings() -> Settings:
@@ -129,7 +132,17 @@ async def open_connection(server: Server, settings: Settings, *, task_queue: str
         raise CannotReach(_unreachable(server, f"no answer within {CONNECT_SECONDS:g} s")) from None
     except (RuntimeError, ValueError, OSError, RPCError) as error:
         raise CannotReach(_unreachable(server, _short_cause(error))) from None
-    return Connection(client, server, task_queue)
+    return Connection(client, server, task_queue, gateway_of(server, settings))
+
+
+def gateway_of(server: Server, settings: Settings) -> GatewayAccess | None:
+    """The gateway that is set, else the local stack's, with its tenants' tokens."""
+    if settings.gateway_url is not None:
+        token = settings.gateway_token
+        return GatewayAccess(settings.gateway_url, token.get_secret_value() if token else None)
+    if server.stack is not None:
+        return GatewayAccess(server.stack.gateway_url, tokens=server.stack.tokens)
+    return None
 
 
 @cache

@@ -66,7 +66,7 @@ async def _demo(console: Console, stack: StackDescription, folder: Path) -> int:
         started = [await start_image(opened.client, tasks.image, task_queue=opened.task_queue)]
         if tasks.training is not None:
             started.append(await start_training(opened.client, tasks.training, task_queue=opened.task_queue))
-        _announce(console, opened, started)
+        _announce(console, opened, stack, started)
         outcomes = await _followed(console, opened, started)
     for outcome in outcomes:
         console.print()
@@ -137,7 +137,10 @@ def make_dataset(folder: Path) -> Path:
     return folder
 
 
-def _announce(console: Console, opened: Connection, started: list[Started]) -> None:
+def _announce(console: Console, opened: Connection, stack: StackDescription, started: list[Started]) -> None:
+    if page := stack.page_url(TENANT):
+        console.print("The live page, with the token of the demo's tenant, which this stack made itself:")
+        console.print(Text(f"  {page}", style="dim"), soft_wrap=True)
     console.print("One image and one training, at the same time:" if len(started) > 1 else "One image:")
     for task in started:
         link = opened.server.ui_link(task.handle.id, task.run_id) or ""

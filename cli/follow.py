@@ -1,4 +1,5 @@
-"""Following a task until it ends: the `progress` query twice a second, the end by Temporal's own long poll."""
+"""Following a task until it ends: by the gateway's stream where one is known, else by the `progress` query twice a
+second. Its end is told by Temporal's own long poll."""
 
 from __future__ import annotations
 
@@ -7,14 +8,17 @@ from datetime import timedelta
 from typing import Any, Final, Protocol
 
 from temporalio.client import WorkflowHandle, WorkflowQueryFailedError, WorkflowQueryRejectedError
+from temporalio.common import SearchAttributeKey
 from temporalio.service import RPCError, RPCStatusCode
 
 from cli.connection import Connection
+from cli.gateway_stream import GatewayStream, StreamCut, StreamRefused
 from cli.outcome import TaskOutcome, outcome_of
 from contracts.tasks import TrainingProgress
 
 POLL_SECONDS: Final = 0.5
 QUERY_TIMEOUT: Final = timedelta(seconds=2)
+TENANT_ID: Final = SearchAttributeKey.for_keyword("TenantId")
 
 
 class Watcher(Protocol):
@@ -38,26 +42,76 @@ async def follow(
 ) -> TaskOutcome:
     """Tell `watcher` every change until the task ends. Raises RPCError where Temporal stays away."""
     end = asyncio.create_task(outcome_of(handle, connection.server, task_id))
-    seen: TrainingProgress | None = None
+    teller = _Teller(watcher)
+    stream = await _stream_of(connection, handle, task_id)
     try:
         while not end.done():
-            try:
-                progress = await read_progress(handle)
-            except (WorkflowQueryFailedError, WorkflowQueryRejectedError):
-                progress = None  # the first workflow task has not run yet, or the run is over
-            except RPCError as error:
-                progress = None
-                if _is_silence_of_worker(error):
-                    watcher.waits_for_worker(
-                        f"No worker answers on task queue {connection.task_queue!r}: the task waits until one runs."
-                    )
-            if progress is not None and progress != seen:
-                watcher.progressed(progress)
-                seen = progress
+            if stream is not None:
+                try:
+                    await _told_by(stream, teller, end)
+                except StreamRefused:
+                    stream = None
+                except StreamCut:
+                    pass  # asked by query in between, which also tells whether a worker answers
+            if stream is not None and stream.is_over:
+                break
+            if not end.done():
+                await _ask(connection, handle, teller)
             await asyncio.wait({end}, timeout=POLL_SECONDS)
         return await end
     finally:
         end.cancel()
+
+
+class _Teller:
+    """Tells a watcher what is new."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._told: TrainingProgress | None = None
+
+    def tell(self, progress: TrainingProgress) -> None:
+        if progress != self._told:
+            self._told = progress
+            self._watcher.progressed(progress)
+
+    def tell_of_silence(self, task_queue: str) -> None:
+        self._watcher.waits_for_worker(
+            f"No worker answers on task queue {task_queue!r}: the task waits until one runs."
+        )
+
+
+async def _stream_of(connection: Connection, handle: WorkflowHandle[Any, Any], task_id: str) -> GatewayStream | None:
+    if connection.gateway is None:
+        return None
+    run = await handle.describe(rpc_timeout=QUERY_TIMEOUT)
+    return connection.gateway.stream_of(task_id, run.typed_search_attributes.get(TENANT_ID))
+
+
+async def _told_by(stream: GatewayStream, teller: _Teller, end: asyncio.Task[TaskOutcome]) -> None:
+    """Until the stream or the task ends. Raises StreamRefused, StreamCut."""
+
+    async def tell() -> None:
+        async for progress in stream.changes():
+            teller.tell(progress)
+
+    telling = asyncio.create_task(tell())
+    try:
+        await asyncio.wait({telling, end}, return_when=asyncio.FIRST_COMPLETED)
+        if telling.done():
+            await telling
+    finally:
+        telling.cancel()
+
+
+async def _ask(connection: Connection, handle: WorkflowHandle[Any, Any], teller: _Teller) -> None:
+    try:
+        teller.tell(await read_progress(handle))
+    except (WorkflowQueryFailedError, WorkflowQueryRejectedError):
+        pass  # the first workflow task has not run yet, or the run is over
+    except RPCError as error:
+        if _is_silence_of_worker(error):
+            teller.tell_of_silence(connection.task_queue)
 
 
 def _is_silence_of_worker(error: RPCError) -> bool:

@@ -73,16 +73,15 @@ class PlainLines:
         self._silent = False
         step = int(progress.progress // _PLAIN_STEP)
         wanted = progress.confirmation
-        now = (progress.status, progress.stage, progress.attempts, step, wanted)
+        label = progress.stage or progress.status.value
+        now = (label, progress.attempts, step, wanted)
         if now == self._told:
             return None
         self._told = now
         if wanted is not None:
             return self._say(confirmation_of(self._task_id, wanted))
         attempt = f"  attempt {progress.attempts}" if progress.attempts > 1 else ""
-        return self._say(
-            f"{progress.stage or progress.status.value:<13}{progress.progress:3.0f} %  {eta_of(progress)}{attempt}"
-        )
+        return self._say(f"{label:<13}{progress.progress:3.0f} %  {eta_of(progress)}{attempt}")
 
     def waits_for_worker(self, sentence: str) -> None:
         if not self._silent:

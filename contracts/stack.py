@@ -23,3 +23,8 @@ class StackDescription(OwnModel):
     """Tenant → JWT of its user with every scope, valid for 24 hours."""
     admin_token: str
     """For the simulators' fault switchboard and clock."""
+
+    def page_url(self, tenant_id: str) -> str | None:
+        """The live page for this tenant, its token in the fragment, which browsers send to nobody; None without one."""
+        token = self.tokens.get(tenant_id)
+        return f"{self.gateway_url}/#token={token}" if token else None

@@ -109,6 +109,9 @@ def _show(folder: RunFolder, stack: StackDescription) -> None:
         ("logs", folder.path / "logs"),
     ):
         print(f"  {name:<13} {where}")
+    # The token stands in the fragment, which browsers send to nobody.
+    if tenant_id := next(iter(stack.tokens), None):
+        print(f"  {'live page':<13} {stack.page_url(tenant_id)}")
 
 
 def _behind(stack: StackDescription) -> str:

@@ -136,6 +136,7 @@ class LocalParts:
             "CALLBACK_SECRETS": secrets.callback_secret,
             "GATEWAY_HOST": LOOPBACK,
             "GATEWAY_PORT": str(self._ports["gateway"]),
+            "TEMPORAL_UI_URL": self.temporal.ui_url,
             "DATABASE_DSN": self.database_dsn,
             "OBJECT_STORE_URL": (self._folder.path / "objects").as_uri(),
             "DATASET_ROOTS": (self._folder.path / "datasets").as_uri() + "/{tenant_id}/",

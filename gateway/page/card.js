@@ -167,7 +167,9 @@ export class Card {
   }
 
   #showCredits() {
-    const { estimated, held, charged, returned, shortfall } = this.task.credits;
+    const { held, charged, returned, shortfall } = this.task.credits;
+    // While a price waits to be confirmed nothing else says what is estimated.
+    const estimated = this.task.credits.estimated || (this.task.confirmation?.estimated_cost ?? 0);
     const amounts = { estimated, held, charged, returned };
     if (shortfall) amounts.shortfall = shortfall;
     this.#parts.credits.replaceChildren(

@@ -27,10 +27,13 @@ from activities.datasets import DatasetActivities, DatasetSnapshots
 from activities.outside_http import READ_SECONDS
 from activities.task_store import TaskStoreActivities
 from activities.tokens import SignedTokens
+from caller_tokens import CallerTokens, SharedSecret
 from contracts.policy import Policy
 from contracts.task_store import TaskClaim
 from contracts.tasks import CALLBACK_SIGNAL, IMAGE_WORKFLOW, TRAINING_WORKFLOW, WORKFLOW_ID_PREFIX, workflow_id_of
+from gateway.access import Access
 from gateway.app import create_app
+from gateway.tokens import StreamTokens
 from settings import Settings
 from simulators.admin_client import ServiceAdmin
 from simulators.admin_wire import Fault, RunSeen
@@ -295,8 +298,10 @@ def activity_methods(activities: object) -> list[Callable[..., Any]]:
 
 @asynccontextmanager
 async def served_gateway(client: Client, store: TaskStore) -> AsyncIterator[str]:
-    """The callback route on a free port; its base URL."""
-    app = create_app(temporal=client, store=store, callback_secrets=[TEST_CALLBACK_SECRET])
+    """The gateway on a free port; its base URL. Its callers' tokens are the simulators' own."""
+    callers = CallerTokens(SharedSecret(TEST_TOKEN_SECRET), issuer=DEFAULT_ISSUER, audience=DEFAULT_AUDIENCE)
+    access = Access(callers, StreamTokens(TEST_TOKEN_SECRET))
+    app = create_app(temporal=client, store=store, callback_secrets=[TEST_CALLBACK_SECRET], access=access)
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, lifespan="on")
     )

@@ -1,0 +1,125 @@
+"""Following a task by the gateway's stream: everything once, over cut connections, and by query where there is none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from urllib.parse import urlsplit
+
+import httpx2
+import pytest
+import pytest_asyncio
+from temporalio.testing import WorkflowEnvironment
+
+from cli.connection import Connection, Server
+from cli.follow import follow
+from cli.gateway_stream import GatewayAccess
+from cli.start import start_image
+from contracts.tasks import ImageTask, TaskStatus
+from store import TaskStore
+from tests.cable import Cable
+from tests.cli.test_tasks import Seen
+from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
+
+TENANT = ("tenant-demo", "user-demo")
+STREAM = 'method="GET",route="/api/v1/tasks/stream/sse",status="200"'
+
+
+@pytest_asyncio.fixture(scope="module")
+async def whole(
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Platform]:
+    """An image takes some three seconds."""
+    folder = tmp_path_factory.mktemp("streamed")
+    async with running_platform(temporal_env, task_store, folder, speed=160) as platform, platform.worker():
+        yield platform
+
+
+@pytest.fixture
+def opened(whole: Platform) -> Connection:
+    """A connection that knows the gateway and the tenant's token, as the local stack describes them."""
+    server = Server(whole.client.service_client.config.target_host, "default", "named by the test")
+    tokens = {TENANT[0]: whole.simulators.tokens.made_for(*TENANT)}
+    return Connection(whole.client, server, whole.task_queue, GatewayAccess(whole.gateway_url, tokens=tokens))
+
+
+async def streams_opened(whole: Platform) -> float:
+    async with httpx2.AsyncClient() as http:
+        lines = (await http.get(f"{whole.gateway_url}/metrics")).text.splitlines()
+    return sum(
+        float(line.split()[-1]) for line in lines if line.startswith("gateway_requests_total") and STREAM in line
+    )
+
+
+async def begun(whole: Platform) -> Handle:
+    """A task whose id is claimed, so that the gateway knows it."""
+    task = ImageTask.model_validate(whole.image())
+    handle = (await start_image(whole.client, task, task_queue=whole.task_queue)).handle
+
+    async def is_claimed() -> bool:
+        return await whole.store.is_claimed(task_id_of(handle))
+
+    await whole.until(is_claimed)
+    return handle
+
+
+def check_told_in_order(seen: Seen) -> None:
+    steps = [(one.stage or "", one.progress) for one in seen.progress]
+    order = ["", "queued", "processing", "delivery"]
+    assert steps == sorted(steps, key=lambda step: (order.index(step[0]), step[1]))
+    assert "processing" in {stage for stage, _ in steps}
+
+
+@pytest.fixture
+def no_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(handle: Handle) -> None:
+        pytest.fail("a task with a stream needs no query")
+
+    monkeypatch.setattr("cli.follow.read_progress", never)
+
+
+@pytest.mark.usefixtures("no_queries")
+async def test_a_task_is_followed_by_its_stream_to_its_end(whole: Platform, opened: Connection) -> None:
+    before = await streams_opened(whole)
+    handle = await begun(whole)
+    seen = Seen()
+    outcome = await follow(opened, handle, task_id_of(handle), seen)
+    assert outcome.status is TaskStatus.COMPLETED
+    assert await streams_opened(whole) == before + 1
+    check_told_in_order(seen)
+    assert seen.progress[-1].estimated_time is not None, "how long it takes stands in no event, and is read"
+
+
+async def test_a_stream_that_is_cut_goes_on_where_it_was(whole: Platform, opened: Connection) -> None:
+    address = urlsplit(whole.gateway_url)
+    async with Cable(lambda: asyncio.open_connection(address.hostname, address.port)).laid() as cable:
+        assert opened.gateway is not None
+        by_cable = replace(opened, gateway=replace(opened.gateway, url=f"http://127.0.0.1:{cable.port}"))
+        handle = await begun(whole)
+        seen = Seen()
+        following = asyncio.create_task(follow(by_cable, handle, task_id_of(handle), seen))
+        await whole.until(lambda: _any(seen))
+        cable.pull()
+        cable.plug_in()
+        outcome = await following
+    assert outcome.status is TaskStatus.COMPLETED
+    check_told_in_order(seen)
+
+
+async def _any(seen: Seen) -> bool:
+    return bool(seen.progress)
+
+
+@pytest.mark.parametrize(
+    "gateway", [GatewayAccess("http://127.0.0.1:9", token="any"), GatewayAccess("", token="nonsense")]
+)
+async def test_without_gateway_or_right_the_task_is_asked_by_query(
+    whole: Platform, opened: Connection, gateway: GatewayAccess
+) -> None:
+    known = replace(gateway, url=gateway.url or whole.gateway_url)
+    handle = await begun(whole)
+    seen = Seen()
+    outcome = await follow(replace(opened, gateway=known), handle, task_id_of(handle), seen)
+    assert outcome.status is TaskStatus.COMPLETED
+    assert any(one.job_id for one in seen.progress), "only the query tells the job's id"
