@@ -9,7 +9,7 @@ from conformance.subject import Broken, Subject, demand, new_task
 from contracts.comfyui import JobState, JobStatus
 from contracts.errors import FailureCode
 
-_TRIES: Final = 5
+_TRIES: Final = 20
 """A job may be over before the cancel reaches it: then another is tried."""
 
 

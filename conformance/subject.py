@@ -71,7 +71,6 @@ class Profile:
     dataset: DatasetSnapshot = field(
         default_factory=lambda: DatasetSnapshot(dataset_id="cats", snapshot_uri="file:///snapshots/cats", files=[])
     )
-    has_trainings: bool = True
     patience_seconds: float = 30.0
     """How long a job, a training or a callback may take."""
     quiet_seconds: float = 2.0

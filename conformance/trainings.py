@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from conformance.receiver import Arrival
 
 _STAGES: Final = list(TrainingStage)
-_TRIES: Final = 5
+_TRIES: Final = 10
 
 
 @case("a training is accepted as queued, and stays so until it is started", trains=True)

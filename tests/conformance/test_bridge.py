@@ -6,16 +6,15 @@ Those that make no job run in `make test`; with all the others it takes a minute
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
 
 import pytest
 import pytest_asyncio
 from temporalio.client import Client
 from temporalio.testing import WorkflowEnvironment
 
-from conformance import Case, Outcome, Person, Profile, Subject, Verdict, cases, opened, run
+from conformance import Outcome, Person, Profile, Subject, Verdict, cases, opened, run
 from conformance.receiver import receiving
 from contracts.permissions import Scope
 from temporal_plugin import TasksPlugin
@@ -23,23 +22,22 @@ from tests.bridge.native import NativeServer
 from tests.bridge.platform import CALLBACK_SECRET, running_bridge
 
 ME, STRANGER = Person("tenant-demo", "user-demo"), Person("tenant-other", "user-other")
-DEPARTURES: Final[dict[str, str]] = {}
-"""What the bridge does not hold yet."""
 PROFILE = Profile(patience_seconds=60)
 ALL = cases(with_trainings=False)
 
 
 @asynccontextmanager
-async def held_to_account(temporal_env: WorkflowEnvironment, folder: Path) -> AsyncIterator[Subject]:
+async def held_to_account(temporal_env: WorkflowEnvironment, folder: Path, *, servers: int) -> AsyncIterator[Subject]:
+    """The bridge before so many ComfyUI servers."""
     client = await Client.connect(temporal_env.client.service_client.config.target_host, plugins=[TasksPlugin()])
     async with (
         receiving(CALLBACK_SECRET) as receiver,
-        NativeServer(folder / "a") as first,
-        NativeServer(folder / "b") as second,
         running_bridge(client, folder, bridge_callback_urls=[receiver.url]) as platform,
-        platform.gpu(first),
-        platform.gpu(second),
+        AsyncExitStack() as opened_servers,
     ):
+        for number in range(servers):
+            server = await opened_servers.enter_async_context(NativeServer(folder / str(number)))
+            await opened_servers.enter_async_context(platform.gpu(server))
 
         def token(person: Person, scopes: Collection[Scope]) -> str:
             return platform.tokens.made_for(person.tenant_id, person.user_id, scopes)
@@ -51,8 +49,8 @@ async def held_to_account(temporal_env: WorkflowEnvironment, folder: Path) -> As
 async def test_the_bridge_holds_what_makes_no_job(
     temporal_env: WorkflowEnvironment, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    chosen = [case for case in ALL if case.changes_nothing or "refused" in case.name]
-    async with held_to_account(temporal_env, tmp_path_factory.mktemp("bridge")) as subject:
+    chosen = [case for case in ALL if case.changes_nothing or case.name.startswith("job_refused")]
+    async with held_to_account(temporal_env, tmp_path_factory.mktemp("bridge"), servers=0) as subject:
         outcomes = await run(chosen, subject)
     broken = [f"{outcome.case.name}: {outcome.says}" for outcome in outcomes if outcome.verdict is not Verdict.HELD]
     assert broken == []
@@ -61,16 +59,11 @@ async def test_the_bridge_holds_what_makes_no_job(
 @pytest_asyncio.fixture(scope="module")
 async def outcomes(temporal_env: WorkflowEnvironment, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """Of all cases, which run side by side."""
-    async with held_to_account(temporal_env, tmp_path_factory.mktemp("bridge")) as subject:
+    async with held_to_account(temporal_env, tmp_path_factory.mktemp("bridge"), servers=2) as subject:
         return {outcome.case.name: outcome for outcome in await run(ALL, subject)}
 
 
-def _expected(case: Case) -> Any:
-    why = DEPARTURES.get(case.name)
-    return pytest.param(case.name, marks=pytest.mark.xfail(reason=why, strict=True) if why else ())
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [_expected(case) for case in ALL])
+@pytest.mark.parametrize("name", [case.name for case in ALL])
 def test_the_bridge_holds(outcomes: dict[str, Outcome], name: str) -> None:
     assert outcomes[name].verdict is Verdict.HELD, outcomes[name].says

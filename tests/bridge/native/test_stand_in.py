@@ -15,6 +15,7 @@ import httpx
 import pytest
 from PIL import Image
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import InvalidStatus
 
 from tests.bridge.native import NativeServer
 from tests.bridge.native.graphs import new_prompt_id, plain, sampled, training
@@ -308,6 +309,54 @@ async def test_older_servers_know_no_jobs(http: httpx.AsyncClient, native: Nativ
     await native.admin.set(jobs_api="none")
     for path in ("/api/jobs", f"/api/jobs/{prompt_id}"):
         assert (await http.get(path)).status_code == 404
+
+
+async def test_a_server_that_knows_no_target_interrupts_whatever_runs(
+    http: httpx.AsyncClient, native: NativeServer
+) -> None:
+    await native.admin.set(hold=True, targeted_interrupt=False)
+    prompt_id = await submit(http, plain(24))
+    await running(http, prompt_id)
+    await http.post("/interrupt", json={"prompt_id": new_prompt_id()})
+    assert (await ended(http, prompt_id))["status"]["messages"][-1][0] == "execution_interrupted"
+
+
+async def test_a_stuck_prompt_obeys_no_interrupt(http: httpx.AsyncClient, native: NativeServer) -> None:
+    await native.admin.set(stuck=True)
+    prompt_id = await submit(http, plain(25))
+    await running(http, prompt_id)
+    await http.post("/interrupt", json={"prompt_id": prompt_id})
+    await running(http, prompt_id)
+    await native.admin.set(stuck=False)
+    assert (await ended(http, prompt_id))["status"]["status_str"] == "error", "once it moves, it obeys"
+
+
+async def test_strict_ids_broken_routes_and_refused_sockets(http: httpx.AsyncClient, native: NativeServer) -> None:
+    await native.admin.set(strict_prompt_ids=True, broken_routes={"/history/*": 502}, websocket_refused=True)
+    answer = await http.post("/prompt", json={"prompt": plain(26), "prompt_id": "NOT-A-UUID"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_prompt_id")
+    assert (await http.get("/history/x")).status_code == 502
+    assert (await http.get("/history")).status_code == 200
+    with pytest.raises(InvalidStatus):
+        await connect(f"{native.url.replace('http', 'ws')}/ws?clientId=me")
+
+
+async def test_previews_are_binary_and_metadata_comes_only_when_asked_for(
+    http: httpx.AsyncClient, native: NativeServer
+) -> None:
+    await native.admin.set(previews=True, models={"checkpoints": ["sd.safetensors"]})
+    kinds: list[int] = []
+    for client_id, flags in (("plain", None), ("rich", {"supports_preview_metadata": True})):
+        async with socket(native, client_id) as ws:
+            if flags:
+                await ws.send(json.dumps({"type": "feature_flags", "data": flags}))
+            await submit(http, sampled(seed=len(kinds) + 5, steps=1), client_id)
+            async with asyncio.timeout(LIMIT_SECONDS):
+                while isinstance(message := await ws.recv(), str):
+                    continue
+            kinds.append(int.from_bytes(message[:4], "big"))
+            assert b"\x89PNG" in message
+    assert kinds == [1, 4]
 
 
 async def test_another_origin_is_refused(http: httpx.AsyncClient, native: NativeServer) -> None:
