@@ -33,10 +33,12 @@ from bridge.starting import (
     tokens_by,
 )
 from bridge.storage import SignedAddresses, Storage
+from bridge.training_service import TrainingService
+from bridge.training_workflow import ComfyUITrainingWorkflow
 from logs import configure_logs
 from settings import Settings
 
-WORKFLOWS = (ComfyUIJobWorkflow, ComfyUIKeyWorkflow)
+WORKFLOWS = (ComfyUIJobWorkflow, ComfyUITrainingWorkflow, ComfyUIKeyWorkflow)
 GRACE_SECONDS = 10
 STICKY = timedelta(seconds=2.5)
 
@@ -66,15 +68,25 @@ class Bridge:
         """The ASGI application."""
         settings = self._settings
         runs = Runs(self._client, task_queue=settings.bridge_task_queue)
+        callback_prefixes = settings.bridge_callback_urls or [settings.callback_base_url]
         images = ImageService(
             runs,
             self.outlook,
             self._templates,
             self.images,
             settings.prices,
-            settings.bridge_callback_urls or [settings.callback_base_url],
+            callback_prefixes,
         )
-        return bridge_app(Edge(self._tokens, Keys(runs)), images, self.storage, self.signed)
+        trainings = TrainingService(
+            runs,
+            self.outlook,
+            self._templates,
+            self.storage,
+            settings.prices,
+            callback_prefixes=callback_prefixes,
+            snapshots_url=settings.object_store_url,
+        )
+        return bridge_app(Edge(self._tokens, Keys(runs)), images, trainings, self.storage, self.signed)
 
     def worker(self) -> Worker:
         """The worker of the bridge's own queue."""
@@ -88,6 +100,7 @@ class Bridge:
                 jobs.fetch_controls,
                 jobs.sign_results,
                 jobs.clear_up,
+                jobs.publish_model,
             ],
             max_concurrent_workflow_tasks=self._settings.max_workflow_tasks,
             max_cached_workflows=self._settings.max_cached_workflows,

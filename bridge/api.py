@@ -18,6 +18,7 @@ from bridge.replies import Act, Call, Refused, Unanswered, Unauthenticated
 from bridge.runs import Keys
 from bridge.service import ImageService
 from bridge.storage import RESULTS_PATH, STORAGE_ERRORS, SignedAddresses, Storage, is_plain
+from bridge.training_service import TrainingService
 from caller_tokens import CallerTokens, TokenRefused, TokensUnverifiable
 from contracts.outside_json import UnreadableJson, read_json
 from contracts.permissions import TokenClaims
@@ -90,9 +91,12 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def bridge_app(edge: Edge, images: ImageService, storage: Storage, signed: SignedAddresses) -> FastAPI:
+def bridge_app(
+    edge: Edge, images: ImageService, trainings: TrainingService, storage: Storage, signed: SignedAddresses
+) -> FastAPI:
     app = FastAPI(title="ComfyUI bridge", docs_url=None, redoc_url=None)
     app.include_router(_job_routes(edge, images))
+    app.include_router(_training_routes(edge, trainings))
     app.include_router(_result_routes(storage, signed))
 
     @app.get("/healthz")
@@ -120,6 +124,28 @@ def _job_routes(edge: Edge, images: ImageService) -> APIRouter:
     @router.get("/gpus")
     async def list_gpus(request: Request) -> Response:
         return await edge.handle(request, images.gpus)
+
+    return router
+
+
+def _training_routes(edge: Edge, trainings: TrainingService) -> APIRouter:
+    router = APIRouter(prefix="/comfyui/v1")
+
+    @router.post("/training")
+    async def create_training(request: Request) -> Response:
+        return await edge.handle(request, trainings.create, begins=True)
+
+    @router.get("/training/{run_id}")
+    async def get_training(request: Request) -> Response:
+        return await edge.handle(request, trainings.get)
+
+    @router.post("/training/{run_id}/start")
+    async def start_training(request: Request) -> Response:
+        return await edge.handle(request, trainings.start)
+
+    @router.post("/training/{run_id}/cancel")
+    async def cancel_training(request: Request) -> Response:
+        return await edge.handle(request, trainings.cancel)
 
     return router
 

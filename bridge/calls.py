@@ -23,6 +23,8 @@ SEND_CALLBACK: Final = "send_callback"
 FETCH_CONTROLS: Final = "fetch_controls"
 SIGN_RESULTS: Final = "sign_results"
 CLEAR_UP: Final = "clear_up"
+INGEST_DATASET: Final = "ingest_dataset"
+PUBLISH_MODEL: Final = "publish_model"
 
 TICKS: Final = 100
 """Sequence numbers set aside for a run's ticks: one for each whole percent."""

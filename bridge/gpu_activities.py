@@ -7,8 +7,10 @@ killed worker finds the prompt again and never sends it twice.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import mimetypes
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,13 +23,15 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from bridge.callbacks import TICK_SECONDS, CallbackSender
-from bridge.calls import COPY_RESULTS, RUN_GRAPH, TAKE_SERVER, RunFailureType
-from bridge.graph_check import NoModel, chosen_models
+from bridge.calls import COPY_RESULTS, INGEST_DATASET, RUN_GRAPH, TAKE_SERVER, RunFailureType
+from bridge.graph_check import NoModel, chosen_models, relink
 from bridge.native import NativeServer
 from bridge.native_errors import NativeFailure, PromptRefused
 from bridge.orders import (
     Callback,
     CopyOrder,
+    DatasetOrder,
+    ExistingLora,
     GraphOutcome,
     GraphRun,
     NativeFile,
@@ -42,6 +46,7 @@ from contracts.errors import ErrorDetails, FailureCode
 
 HEARTBEAT_SECONDS: Final = 1.0
 TICK_EVERY_SECONDS: Final = 1.0
+_LOSS: Final = re.compile(r"loss=([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)")
 _TYPES: Final[dict[type[RunFailure], RunFailureType]] = {
     PromptLost: RunFailureType.LOST,
     ServerGone: RunFailureType.GONE,
@@ -88,6 +93,7 @@ class GpuActivities:
         self._sender = sender
         self._patience = patience or Patience()
         self._copying = 0
+        self._ingested_datasets: set[str] = set()
 
     @property
     def is_copying(self) -> bool:
@@ -137,6 +143,7 @@ class GpuActivities:
                 ) from None
             finally:
                 await ticks.close()
+            outcome = await self._with_loss(run, outcome)
             log.info(
                 "run_ended",
                 outcome=outcome.error.code if outcome.error else "ok",
@@ -154,11 +161,60 @@ class GpuActivities:
         finally:
             self._copying -= 1
 
+    @activity.defn(name=INGEST_DATASET)
+    async def ingest_dataset(self, order: DatasetOrder) -> int:
+        """Put a training's dataset on this server; how many files. Raises ApplicationError: `workflow_invalid`,
+        a `RunFailureType`, or retried."""
+        with self._held(order.training_id):
+            return await _with_heartbeats(self._ingested(order), tuple)
+
+    async def _ingested(self, order: DatasetOrder) -> int:
+        wanted = [file for file in order.snapshot.files if is_trained_on(file.path)]
+        if order.training_id in self._ingested_datasets:
+            return len(wanted)
+        try:
+            snapshot = Storage(order.snapshot.snapshot_uri)
+            for file in wanted:
+                content = await snapshot.read_whole(file.path)
+                if hashlib.sha256(content).hexdigest() != file.sha256:
+                    raise PromptRefused(
+                        ErrorDetails(
+                            code=FailureCode.WORKFLOW_INVALID.value,
+                            message=f"dataset.files: {file.path!r} is not what its sha256 says.",
+                        )
+                    )
+                folder, _, name = file.path.rpartition("/")
+                await self._server.upload(
+                    name,
+                    content,
+                    content_type=mimetypes.guess_type(name)[0] or "application/octet-stream",
+                    subfolder="/".join(part for part in ("comfyui-temporal", order.training_id, folder) if part),
+                )
+        except PromptRefused as refused:
+            raise ApplicationError(refused.details.message, type=refused.details.code, non_retryable=True) from None
+        except FileNotFoundError as error:
+            raise ApplicationError(
+                f"A file of the dataset's snapshot is gone: {error}.",
+                type=FailureCode.WORKFLOW_INVALID.value,
+                non_retryable=True,
+            ) from None
+        except NativeFailure as failure:
+            raise ApplicationError(str(failure), type=RunFailureType.GONE.value, non_retryable=True) from None
+        except STORAGE_ERRORS as error:
+            raise ApplicationError(
+                f"The dataset's snapshot at {order.snapshot.snapshot_uri} cannot be read: {type(error).__name__}.",
+                type=FailureCode.INTERNAL.value,
+            ) from None
+        self._ingested_datasets.add(order.training_id)
+        return len(wanted)
+
     async def _prepared(self, run: GraphRun) -> Mapping[str, Any]:
-        """The graph with this server's models and the control images' names in it. Raises PromptRefused."""
+        """The graph with this server's models, images and checkpoint in it. Raises PromptRefused."""
         graph: dict[str, Any] = json.loads(json.dumps(run.graph.graph))
         if run.graph.models:
             info = await self._server.object_info()
+            if run.named_files:
+                relink(graph, info)
             try:
                 for wish, name in chosen_models(graph, info, run.graph.models, run.graph.result_nodes):
                     graph[wish.node]["inputs"][wish.input] = name
@@ -181,7 +237,39 @@ class GpuActivities:
                 content_type=control.content_type,
                 subfolder=f"comfyui-temporal/{run.job_id}",
             )
+        if run.existing_lora is not None:
+            await self._put_lora(graph, run, run.existing_lora)
         return graph
+
+    async def _put_lora(self, graph: dict[str, Any], run: GraphRun, lora: ExistingLora) -> None:
+        """Put the checkpoint where this server looks for LoRAs, and name it in the graph."""
+        folder = f"comfyui-temporal/{run.job_id}"
+        try:
+            content = await self._storage.read_whole(lora.path)
+        except FileNotFoundError:
+            raise PromptRefused(
+                ErrorDetails(code=FailureCode.INTERNAL.value, message="The checkpoint is no longer in storage.")
+            ) from None
+        given = await self._server.upload(
+            lora.name,
+            content,
+            content_type="application/octet-stream",
+            subfolder=f"loras/{folder}",
+            kind="output",
+        )
+        for node, name in lora.inputs:
+            graph[node]["inputs"][name] = f"{folder}/{given.rpartition('/')[2]}"
+
+    async def _with_loss(self, run: GraphRun, outcome: GraphOutcome) -> GraphOutcome:
+        """A training's outcome with the last loss that the server printed, where it shows what it prints."""
+        if not run.named_files or outcome.error is not None:
+            return outcome
+        try:
+            lines = await self._server.log_lines()
+        except NativeFailure:
+            return outcome
+        losses = _LOSS.findall("".join(lines))
+        return outcome.model_copy(update={"loss": float(losses[-1])}) if losses else outcome
 
     async def _copied(self, order: CopyOrder) -> list[StoredResult]:
         stored: list[StoredResult] = []
@@ -210,7 +298,8 @@ class GpuActivities:
         return stored
 
     async def _stored(self, order: CopyOrder, file: NativeFile) -> StoredResult:
-        path = result_path(order.job_id, file)
+        is_kept_flat = bool(order.folder)
+        path = f"{order.folder}/{safe_name(file.filename)}" if is_kept_flat else result_path(order.job_id, file)
         async with self._server.view(file) as (content_type, chunks):
             size = await self._storage.write(path, _paced(chunks), content_type)
         return StoredResult(path=path, content_type=content_type, size_bytes=size)
@@ -222,6 +311,11 @@ class GpuActivities:
             yield
         finally:
             self._slot.end()
+
+
+def is_trained_on(path: str) -> bool:
+    """Whether ComfyUI's training nodes read a file: pictures, and captions beside them."""
+    return path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".txt"))
 
 
 def result_path(job_id: str, file: NativeFile) -> str:
@@ -269,11 +363,16 @@ def tick(run: GraphRun, percent: int) -> Callback:
     sequence = run.sequence_base + percent
     body = {
         **run.tick_fields,
-        "stage_progress": float(percent),
+        "stage_progress": scaled(percent, run.progress_from, run.progress_to),
         "sequence": sequence,
         "occurred_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
     return Callback(url=run.callback_url, webhook_id=f"msg_{run.job_id}_{sequence}", body=json.dumps(body))
+
+
+def scaled(percent: float, low: float, high: float) -> float:
+    """A run's own percent as the stage's that it is part of."""
+    return round(low + (high - low) * percent / 100, 2)
 
 
 def _last_beat() -> RunBeat:

@@ -95,7 +95,7 @@ class GpuWorker:
         self._own = Worker(
             client,
             task_queue=identity.task_queue,
-            activities=[self.activities.run_graph, self.activities.copy_results],
+            activities=[self.activities.run_graph, self.activities.copy_results, self.activities.ingest_dataset],
             identity=names,
             max_concurrent_activities=8,
             activity_task_poller_behavior=PollerBehaviorSimpleMaximum(maximum=2),

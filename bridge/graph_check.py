@@ -131,6 +131,22 @@ def _link_problem(graph: Mapping[str, Any], object_info: Mapping[str, Any], spec
     return f"takes {takes}, but node {link[0]!r} ({source}) gives {gives}"
 
 
+def relink(graph: dict[str, Any], object_info: Mapping[str, Any]) -> None:
+    """Point links at the output of the type that their input takes: outputs of nodes moved between versions."""
+    for node in graph.values():
+        info = object_info.get(node["class_type"])
+        if not isinstance(info, dict):
+            continue
+        specs = _inputs_of(info, "optional") | _inputs_of(info, "required")
+        for name, value in node["inputs"].items():
+            if not is_link(value) or name not in specs or not isinstance(specs[name], list):
+                continue
+            outputs = (object_info.get(graph[value[0]]["class_type"]) or {}).get("output")
+            takes = specs[name][0]
+            if isinstance(outputs, list) and outputs.count(takes) == 1:
+                node["inputs"][name] = [value[0], outputs.index(takes)]
+
+
 class NoModel(Exception):
     """No installed model fits; the text says what was looked for and what there is."""
 

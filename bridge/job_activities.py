@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
 
 import structlog
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
-from bridge.calls import CLEAR_UP, FETCH_CONTROLS, SIGN_RESULTS
+from bridge.calls import CLEAR_UP, FETCH_CONTROLS, PUBLISH_MODEL, SIGN_RESULTS
 from bridge.control_images import ControlImages, ImageRefused, ImageUnreachable, address_of
-from bridge.orders import ControlFile, ControlsOrder, StoredResult
+from bridge.orders import ControlFile, ControlsOrder, PublishOrder, StoredResult
 from bridge.storage import RESULT_SECONDS, STORAGE_ERRORS, SignedAddresses, Storage
 from contracts.errors import FailureCode
 
@@ -60,6 +61,20 @@ class JobActivities:
             expires = int(time.time()) + RESULT_SECONDS
             urls.append(by_store or self._signed.address(result.path, expires=expires))
         return urls
+
+    @activity.defn(name=PUBLISH_MODEL)
+    async def publish_model(self, order: PublishOrder) -> str:
+        """Copy a checkpoint to where models are kept; its address. Idempotent."""
+        try:
+            await self._storage.write(order.target, self._told_alive(order.source))
+        except STORAGE_ERRORS as error:
+            raise self._storage_away(error) from None
+        return self._storage.address(order.target)
+
+    async def _told_alive(self, path: str) -> AsyncIterator[bytes]:
+        async for chunk in self._storage.read(path):
+            activity.heartbeat()
+            yield chunk
 
     @activity.defn(name=CLEAR_UP)
     async def clear_up(self, job_id: str) -> None:

@@ -1,21 +1,13 @@
-"""An image job as a workflow: queued → a server takes it → its graph runs → results are stored → delivered.
-
-Every state is told by a callback of its own (telling.py); a cancel is obeyed at any time before delivery, and answered
-at once: what it still has to stop on a server is stopped afterwards.
-"""
+"""An image job as a workflow: queued → a server takes it → its graph runs → results are stored → delivered."""
 
 from __future__ import annotations
 
-import asyncio
-from datetime import datetime, timedelta
-from typing import Any, Final
+from datetime import timedelta
+from typing import Any
 
 from temporalio import workflow
-from temporalio.common import Priority, RetryPolicy, SearchAttributeKey
-from temporalio.exceptions import ActivityError, ApplicationError, FailureError, is_cancelled_exception
 
 from bridge.calls import (
-    CANCEL_UPDATE,
     CLEAR_UP,
     FETCH_CONTROLS,
     JOB_WORKFLOW,
@@ -23,42 +15,22 @@ from bridge.calls import (
     SECONDS_MEMO,
     SERVER_MEMO,
     SIGN_RESULTS,
-    VIEW_QUERY,
 )
-from bridge.orders import (
-    ControlFile,
-    ControlsOrder,
-    GraphRun,
-    ImageJob,
-    JobView,
-    ServerTaken,
-    StoredResult,
-)
-from bridge.placing import CANCELLED, Placing, RunRefused
-from bridge.telling import Telling
+from bridge.orders import ControlFile, ControlsOrder, GraphRun, ImageJob, JobView, ServerTaken, StoredResult
+from bridge.run_flow import STORE_RETRY, RunFlow, instant, minutes
 from contracts.comfyui import JobStatus
-from contracts.errors import JOB_CODES, ErrorDetails, FailureCode
-from contracts.tasks import PRIORITY_KEYS, TaskStatus
-
-_STATUS: Final = SearchAttributeKey.for_keyword("TaskStatus")
-_STAGE: Final = SearchAttributeKey.for_keyword("TaskStage")
-_STORE_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
+from contracts.tasks import TaskStatus
 
 
 @workflow.defn(name=JOB_WORKFLOW)
-class ComfyUIJobWorkflow:
+class ComfyUIJobWorkflow(RunFlow):
     """One image job (contract §2)."""
 
     @workflow.init
     def __init__(self, job: ImageJob) -> None:
         self._job = job
-        priority = Priority(priority_key=PRIORITY_KEYS[job.priority], fairness_key=job.request.tenant_id)
-        self._priority = priority
-        self._telling = Telling(job.job_id, job.request.callback_url, priority)
-        self._placing = Placing(job.job_id, job.graph.pool, priority)
         self._submitted = workflow.now()
-        self._is_cancelled = False
-        self._fields: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "job_id": job.job_id,
             "job_status": JobStatus.QUEUED.value,
             "stage_progress": 0.0,
@@ -70,81 +42,40 @@ class ComfyUIJobWorkflow:
             "error_details": None,
             "actual_cost": None,
         }
+        self._open(job.job_id, job.request, job.graph.pool, fields)
 
     @workflow.run
     async def run(self, job: ImageJob) -> JobView:
         """The job's last state."""
         self._change("queued")
-        work = asyncio.ensure_future(self._delivered())
-        try:
-            await workflow.wait_condition(lambda: work.done() or self._is_cancelled)
-        except asyncio.CancelledError:
-            # A cancel by Temporal's own means is the job's cancel.
-            self._end_cancelled()
-        if not work.done():
-            work.cancel()
-        await self._settled(work)
-        try:
-            await self._told()
-        except asyncio.CancelledError:
-            workflow.logger.info("cancelled while callbacks were out; the job is over all the same")
-        return self.view()
-
-    @workflow.query(name=VIEW_QUERY)
-    def view(self) -> JobView:
-        return JobView(
-            tenant_id=self._job.request.tenant_id,
-            task_id=self._job.request.task_id,
-            fields=self._fields,
-            sequence=self._telling.sequence,
-            tick_base=self._telling.tick_base,
-        )
-
-    @workflow.update(name=CANCEL_UPDATE)
-    def cancel(self) -> JobView:
-        """End the job as cancelled, unless it is over. Idempotent."""
-        self._end_cancelled()
+        await self._to_its_end(self._delivered())
+        if job.request.controls:
+            await self._cleared_up()
+        await self._all_told()
         return self.view()
 
     @property
     def _is_over(self) -> bool:
         return self._fields["error_details"] is not None or self._fields["job_status"] == JobStatus.DELIVERY
 
-    def _end_cancelled(self) -> None:
-        if not self._is_over:
-            self._is_cancelled = True
-            self._failed(CANCELLED)
+    def _task_status(self) -> TaskStatus:
+        by_stage = {JobStatus.QUEUED: TaskStatus.QUEUED, JobStatus.PROCESSING: TaskStatus.RUNNING}
+        return self._ended_status() or by_stage.get(JobStatus(self._stage()), TaskStatus.COMPLETED)
 
-    async def _settled(self, work: asyncio.Future[None]) -> None:
-        """Until the work has ended, its run on a server stopped; a second cancel changes nothing."""
-        while not work.done():
-            try:
-                await asyncio.shield(work)
-            except asyncio.CancelledError:
-                continue
-            except FailureError:
-                break
-        error = None if work.cancelled() else work.exception()
-        if error is not None and not self._is_over:
-            raise error
+    def _stage(self) -> str:
+        return str(self._fields["job_status"])
+
+    def _end_fields(self) -> dict[str, Any]:
+        return {"queue_position": None}
 
     async def _delivered(self) -> None:
-        try:
-            controls = await self._controls()
-            outcome, stored = await self._placing.ran(
-                lambda taken: self._graph_run(taken, controls),
-                ended=self._telling.run_ended,
-                is_wanted=lambda: not self._is_over,
-            )
-            urls = await self._signed(stored)
-        except RunRefused as refused:
-            self._failed(refused.details)
-            return
-        except ActivityError as error:
-            if is_cancelled_exception(error):
-                raise
-            self._failed(_details_of(error))
-            return
+        controls = await self._controls()
+        outcome, stored = await self._placing.ran(
+            lambda taken: self._graph_run(taken, controls),
+            ended=self._run_ended,
+            is_wanted=lambda: not self._is_over,
+        )
+        urls = await self._signed(stored)
         if not self._is_over:
             self._deliver(urls, outcome.seconds)
 
@@ -158,7 +89,7 @@ class ComfyUIJobWorkflow:
             result_type=list[ControlFile],
             start_to_close_timeout=timedelta(minutes=2),
             schedule_to_close_timeout=timedelta(minutes=15),
-            retry_policy=_STORE_RETRY,
+            retry_policy=STORE_RETRY,
             priority=self._priority,
             summary="fetch control images",
         )
@@ -167,13 +98,14 @@ class ComfyUIJobWorkflow:
     def _graph_run(self, taken: ServerTaken, controls: list[ControlFile]) -> GraphRun:
         """What the taken server runs; from here the job is being processed."""
         if not self._is_over:
-            now = workflow.now()
-            span = timedelta(seconds=self._job.graph.expected_seconds)
-            self._fields["job_status"] = JobStatus.PROCESSING.value
-            self._fields["stage_progress"] = float(self._placing.percent)
-            self._fields["next_eta"] = _instant(now + span)
-            self._fields["estimated_time"] = _minutes(now + span - self._submitted)
-            self._fields["queue_position"] = None
+            now, span = workflow.now(), timedelta(seconds=self._job.graph.expected_seconds)
+            self._fields |= {
+                "job_status": JobStatus.PROCESSING.value,
+                "stage_progress": float(self._placing.percent),
+                "next_eta": instant(now + span),
+                "estimated_time": minutes(now + span - self._submitted),
+                "queue_position": None,
+            }
             self._change("processing")
         workflow.upsert_memo({SERVER_MEMO: taken.server})
         request = self._job.request
@@ -197,7 +129,7 @@ class ComfyUIJobWorkflow:
             stored,
             result_type=list[str],
             start_to_close_timeout=timedelta(seconds=30),
-            retry_policy=_STORE_RETRY,
+            retry_policy=STORE_RETRY,
             priority=self._priority,
             summary="sign result addresses",
         )
@@ -208,7 +140,7 @@ class ComfyUIJobWorkflow:
             "job_status": JobStatus.DELIVERY.value,
             "stage_progress": 100.0,
             "next_eta": None,
-            "estimated_time": _minutes(workflow.now() - self._submitted),
+            "estimated_time": minutes(workflow.now() - self._submitted),
             "queue_position": None,
             "result_urls": urls,
             "actual_cost": self._job.estimated_cost,
@@ -216,57 +148,11 @@ class ComfyUIJobWorkflow:
         workflow.upsert_memo({SECONDS_MEMO: seconds, RESOLUTION_MEMO: self._job.request.resolution.value})
         self._change("delivery")
 
-    def _failed(self, details: ErrorDetails) -> None:
-        if self._is_over:
-            return
-        self._fields |= {
-            "error_details": details.model_dump(mode="json", exclude_none=True),
-            "next_eta": None,
-            "queue_position": None,
-        }
-        self._change(details.code)
-
-    def _change(self, what: str) -> None:
-        self._telling.tell({**self._fields, "task_id": self._job.request.task_id}, what)
-        status = self._task_status()
-        workflow.upsert_search_attributes(
-            [_STATUS.value_set(status.value), _STAGE.value_set(str(self._fields["job_status"]))]
+    async def _cleared_up(self) -> None:
+        await workflow.execute_activity(
+            CLEAR_UP,
+            self._job.job_id,
+            start_to_close_timeout=timedelta(seconds=60),
+            retry_policy=STORE_RETRY,
+            summary="delete control images",
         )
-        server = f" on {self._placing.server}" if self._placing.server else ""
-        workflow.set_current_details(f"**{what}**{server}, run {self._placing.run}")
-
-    def _task_status(self) -> TaskStatus:
-        error = self._fields["error_details"]
-        if error is not None:
-            return TaskStatus.CANCELLED if error["code"] == FailureCode.CANCELLED else TaskStatus.FAILED
-        by_stage = {JobStatus.QUEUED: TaskStatus.QUEUED, JobStatus.PROCESSING: TaskStatus.RUNNING}
-        return by_stage.get(JobStatus(self._fields["job_status"]), TaskStatus.COMPLETED)
-
-    async def _told(self) -> None:
-        if self._job.request.controls:
-            await workflow.execute_activity(
-                CLEAR_UP,
-                self._job.job_id,
-                start_to_close_timeout=timedelta(seconds=60),
-                retry_policy=_STORE_RETRY,
-                summary="delete control images",
-            )
-        await self._telling.all_told()
-
-
-def _instant(at: datetime) -> str:
-    return at.isoformat(timespec="milliseconds")
-
-
-def _minutes(span: timedelta) -> float:
-    return max(round(span.total_seconds() / 60, 4), 0.0001)
-
-
-def _details_of(error: ActivityError) -> ErrorDetails:
-    """An activity that failed for good: its code where it is one of contract §1's, else `internal`."""
-    cause = error.cause
-    if isinstance(cause, ApplicationError):
-        known = cause.type in set(JOB_CODES)
-        code = cause.type if known and cause.type else FailureCode.INTERNAL.value
-        return ErrorDetails(code=code, message=cause.message, retryable=not known)
-    return ErrorDetails(code=FailureCode.INTERNAL.value, message=f"{cause or error}", retryable=True)

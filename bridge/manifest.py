@@ -137,6 +137,7 @@ class TrainingInputs(ManifestModel):
     existing_lora: list[Ref] = Field(min_length=1)
     lora_prefix: list[Ref] = Field(min_length=1)
     """`SaveLoRA`'s prefix: it tells the history nothing, so the file is fetched by name."""
+    seed: list[Ref] = []
     hyperparameters: dict[str, list[Ref]] = {}
     """Further hyperparameters → inputs, passed on as they are."""
 
@@ -146,9 +147,10 @@ class Training(ManifestModel):
     base_models: dict[str, list[str]] = Field(min_length=1)
     """`base_model` → patterns of model files, best first."""
     base_model_input: Ref
-    images_per_step_seconds: float = Field(default=1.0, gt=0)
-    """Seconds that one image takes in one step, until it was measured."""
-    steps_per_chunk: int = Field(default=100, ge=1, le=100_000)
+    seconds_per_image: float = Field(default=1.0, gt=0)
+    """What one image takes in one step, until it was measured."""
+    checkpoints: int = Field(default=10, ge=1, le=1_000)
+    """At most so many chunks: each ends with an epoch and writes a checkpoint."""
 
 
 def _named(extras: dict[str, Extra]) -> dict[str, Extra]:
@@ -177,8 +179,8 @@ class Manifest(ManifestModel):
     @model_validator(mode="after")
     def _whole(self) -> Manifest:
         if self.scene is Scene.MODEL_TRAIN:
-            if self.training is None:
-                raise ValueError("a template of scene model.train needs [training]")
+            if self.training is None or len(self.results) != 1:
+                raise ValueError("a template of scene model.train needs [training], and one node in results")
             return self
         if not self.results:
             raise ValueError("results: at least one node whose files are the result")

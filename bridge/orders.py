@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, JsonValue
 
-from contracts.comfyui import JobRequest, TaskPriority
+from contracts.comfyui import DatasetSnapshot, JobRequest, TaskPriority, TrainingRequest
 from contracts.errors import ErrorDetails
 from contracts.fields import OwnModel
 
@@ -81,6 +81,22 @@ class GraphRun(OwnModel):
     """Never less is told: what an earlier run of the job had reached."""
     tick_fields: dict[str, JsonValue] = {}
     """The other fields of the job's state, as a tick tells them."""
+    progress_from: float = 0.0
+    progress_to: float = 100.0
+    """What the run's own 0 and 100 % are in the stage that is told."""
+    named_files: list[NativeFile] = []
+    """Files that a node writes and tells the history nothing of (`SaveLoRA`)."""
+    existing_lora: ExistingLora | None = None
+
+
+class ExistingLora(OwnModel):
+    """A checkpoint in storage to train on from: put on the server under this name, and named in these inputs."""
+
+    path: str
+    name: str
+    """Below the server's folder of trained LoRAs; it holds `_{steps}_steps_`, which ComfyUI reads the steps from."""
+    inputs: list[tuple[str, str]]
+    """(node, input) pairs."""
 
 
 class GraphOutcome(OwnModel):
@@ -91,6 +107,8 @@ class GraphOutcome(OwnModel):
     error: ErrorDetails | None = None
     seconds: float = 0.0
     percent: int = 0
+    loss: float | None = None
+    """The last loss that a training's run printed, where the server tells."""
 
 
 class ServerTaken(OwnModel):
@@ -116,7 +134,8 @@ class StoredResult(OwnModel):
 
 class CopyOrder(OwnModel):
     job_id: str
-    tenant_id: str
+    folder: str = ""
+    """Below which to store; default: the job's results."""
     files: list[NativeFile]
     texts: list[str] = []
 
@@ -154,6 +173,8 @@ class JobView(OwnModel):
     sequence: int
     tick_base: int | None = None
     """Set while a graph runs: what its heartbeat tells is numbered from here."""
+    progress_from: float = 0.0
+    progress_to: float = 100.0
 
 
 class ControlsOrder(OwnModel):
@@ -162,3 +183,54 @@ class ControlsOrder(OwnModel):
     job_id: str
     tenant_id: str
     controls: list[dict[str, JsonValue]]
+
+
+class DatasetOrder(OwnModel):
+    """A training's dataset, to be put on the server that trains."""
+
+    training_id: str
+    snapshot: DatasetSnapshot
+
+
+class PublishOrder(OwnModel):
+    """A checkpoint that becomes the training's model."""
+
+    source: str
+    target: str
+
+
+Ref = tuple[str, str]
+"""(node, input)."""
+
+
+class TrainingGraph(OwnModel):
+    """A training template with the hyperparameters in it, and the inputs that change from chunk to chunk."""
+
+    rendered: RenderedGraph
+    save_node: str
+    folder: list[Ref]
+    steps: list[Ref]
+    existing_lora: list[Ref]
+    lora_prefix: list[Ref]
+    seeds: list[Ref] = []
+
+
+class TrainingJob(OwnModel):
+    """Input of `ComfyUITrainingWorkflow`. Times in minutes from `start`, epochs and steps counted over resumes."""
+
+    training_id: str
+    request: TrainingRequest
+    graph: TrainingGraph
+    epochs: int
+    steps_per_epoch: int
+    epochs_per_chunk: int
+    first_epoch: int = 0
+    first_step: int = 0
+    resume_path: str | None = None
+    checkpoint_root: str
+    """The storage's own address: `checkpoint.uri` begins with it."""
+    seconds_per_step: float
+    gpu_hours: float
+    estimated_time: float
+    gpu_slots: int
+    gpu_type: str

@@ -7,7 +7,7 @@ nothing, or its worker was told to stop. The run's number, and with it the promp
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ from temporalio.workflow import ActivityCancellationType
 
 from bridge.calls import COPY_RESULTS, RUN_GRAPH, TAKE_SERVER, RunFailureType, pool_queue
 from bridge.orders import CopyOrder, GraphOutcome, GraphRun, ServerTaken, StoredResult, TakeOrder
-from contracts.errors import ErrorDetails, FailureCode
+from contracts.errors import JOB_CODES, ErrorDetails, FailureCode
 
 MAX_FAILED_RUNS: Final = 3
 """After so many servers failed a job in a row it ends `lost`: another attempt of its task may follow."""
@@ -57,13 +57,14 @@ class Placing:
         self._run_id = run_id
         self._pool = pool
         self._priority = priority
+        self._part = 0
         self.run = 1
         self.percent = 0
         self.server: str | None = None
 
-    def prompt_id(self, part: int = 0) -> str:
+    def prompt_id(self) -> str:
         """The id of the prompt that is to run now."""
-        return prompt_id_of(self._run_id, part, self.run)
+        return prompt_id_of(self._run_id, self._part, self.run)
 
     async def ran(
         self,
@@ -71,8 +72,15 @@ class Placing:
         *,
         ended: Callable[[], None],
         is_wanted: Callable[[], bool] = lambda: True,
+        prepared: Callable[[ServerTaken], Awaitable[None]] | None = None,
+        copying: Callable[[], None] = lambda: None,
+        folder: str = "",
     ) -> tuple[GraphOutcome, list[StoredResult]]:
         """Run a graph, on as many servers as it takes. Raises RunRefused, or a cancellation.
+
+        `prepared` does on the taken server what its run needs; `copying` is called before what the run left is copied
+        to `folder` (default: the job's results). `ended` is called when a run on a server is over, however it ended;
+        `percent` is known by then.
 
         `is_wanted` is asked before every further step: a cancel that met a run's end is obeyed there.
         """
@@ -82,7 +90,12 @@ class Placing:
             taken = await self._taken()
             self.server = taken.server
             try:
-                return await self._ran_on(taken, graph_run(taken), ended, is_wanted)
+                if prepared is not None:
+                    await prepared(taken)
+                outcome = await self._ran_on(taken, graph_run(taken), ended)
+                _demand(is_wanted)
+                copying()
+                return outcome, await self._copied(taken, outcome, folder)
             except ActivityError as error:
                 if is_cancelled_exception(error):
                     raise
@@ -110,11 +123,9 @@ class Placing:
         )
         return taken
 
-    async def _ran_on(
-        self, taken: ServerTaken, graph_run: GraphRun, ended: Callable[[], None], is_wanted: Callable[[], bool]
-    ) -> tuple[GraphOutcome, list[StoredResult]]:
+    async def _ran_on(self, taken: ServerTaken, graph_run: GraphRun, ended: Callable[[], None]) -> GraphOutcome:
         try:
-            outcome = await workflow.execute_activity(
+            outcome: GraphOutcome = await workflow.execute_activity(
                 RUN_GRAPH,
                 graph_run,
                 result_type=GraphOutcome,
@@ -127,15 +138,20 @@ class Placing:
                 priority=self._priority,
                 summary=f"run on {taken.server}",
             )
+            self.percent = max(self.percent, outcome.percent)
+        except ActivityError as error:
+            self._reached(error.cause)
+            raise
         finally:
             ended()
-        self.percent = max(self.percent, outcome.percent)
         if outcome.error is not None:
             raise RunRefused(outcome.error)
-        _demand(is_wanted)
-        stored = await workflow.execute_activity(
+        return outcome
+
+    async def _copied(self, taken: ServerTaken, outcome: GraphOutcome, folder: str) -> list[StoredResult]:
+        stored: list[StoredResult] = await workflow.execute_activity(
             COPY_RESULTS,
-            CopyOrder(job_id=graph_run.job_id, tenant_id=graph_run.tenant_id, files=outcome.files, texts=outcome.texts),
+            CopyOrder(job_id=self._run_id, folder=folder, files=outcome.files, texts=outcome.texts),
             result_type=list[StoredResult],
             task_queue=taken.task_queue,
             schedule_to_start_timeout=SERVER_AWAY,
@@ -146,32 +162,35 @@ class Placing:
             priority=self._priority,
             summary=f"copy results from {taken.server}",
         )
-        return outcome, stored
+        return stored
+
+    def begin_part(self, part: int) -> None:
+        """The next part of the work: its prompts have ids of their own, and its progress begins anew."""
+        self._part = part
+        self.percent = 0
 
     def _moves_on(self, error: ActivityError) -> RunFailureType:
         """Why the job goes to another server. Raises RunRefused where it does not."""
         cause = error.cause
-        if isinstance(cause, TimeoutError):
-            self._reached(cause.last_heartbeat_details)
-            is_away = cause.type in (TimeoutType.SCHEDULE_TO_START, TimeoutType.HEARTBEAT)
-            if is_away:
-                return RunFailureType.GONE
-        if isinstance(cause, ApplicationError):
-            self._reached(cause.details)
-            if cause.type in _MOVES_ON:
-                kind = RunFailureType(cause.type)
-                self.run += kind is RunFailureType.LOST
-                return kind
-        raise RunRefused(
-            ErrorDetails(
-                code=FailureCode.INTERNAL.value,
-                message=f"The run on {self.server} failed: {cause or error}",
-                retryable=True,
-            )
-        )
+        is_away = (TimeoutType.SCHEDULE_TO_START, TimeoutType.HEARTBEAT)
+        if isinstance(cause, TimeoutError) and cause.type in is_away:
+            return RunFailureType.GONE
+        if isinstance(cause, ApplicationError) and cause.type in _MOVES_ON:
+            kind = RunFailureType(cause.type)
+            self.run += kind is RunFailureType.LOST
+            return kind
+        known = isinstance(cause, ApplicationError) and cause.type in set(JOB_CODES)
+        code = str(cause.type) if isinstance(cause, ApplicationError) and known else FailureCode.INTERNAL.value
+        said = cause.message if isinstance(cause, ApplicationError) else str(cause or error)
+        raise RunRefused(ErrorDetails(code=code, message=f"On {self.server}: {said}", retryable=not known))
 
-    def _reached(self, details: Any) -> None:
+    def _reached(self, cause: BaseException | None) -> None:
         """What the failed run had told of its progress: the next one never tells less."""
+        details: Sequence[Any] = ()
+        if isinstance(cause, TimeoutError):
+            details = cause.last_heartbeat_details
+        elif isinstance(cause, ApplicationError):
+            details = cause.details
         beat = details[0] if details else None
         percent = beat.get("percent") if isinstance(beat, dict) else None
         if isinstance(percent, int):

@@ -238,6 +238,8 @@ class PromptRun:
         error = found.error()
         nodes = self._run.graph.result_nodes
         files, texts = found.files(nodes), found.texts(nodes)
+        if error is None:
+            files = files + self._run.named_files
         if error is None and not files and not texts:
             error = ErrorDetails(
                 code=FailureCode.INTERNAL.value,

@@ -266,9 +266,9 @@ async def _last_percent(client: Client, described: WorkflowExecutionDescription)
 def _with_beat(view: JobView, percent: int) -> dict[str, Any]:
     """The view as the GPU worker's last heartbeat makes it, numbered as a tick is."""
     fields = _fields(view)
-    told = fields.get("stage_progress") or 0
-    if view.tick_base is not None and percent > told and fields.get("error_details") is None:
-        fields |= {"stage_progress": float(percent), "sequence": view.tick_base + percent}
+    if view.tick_base is not None and percent > 0 and fields.get("error_details") is None:
+        progress = view.progress_from + (view.progress_to - view.progress_from) * percent / 100
+        fields |= {"stage_progress": round(progress, 2), "sequence": view.tick_base + percent}
     return fields
 
 

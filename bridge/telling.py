@@ -57,7 +57,10 @@ class Telling:
         return self.sequence
 
     def run_ended(self) -> None:
-        self.tick_base = None
+        """What its last tick may have told is behind us, whoever saw it."""
+        if self.tick_base is not None:
+            self.tick_base = None
+            self.number()
 
     async def all_told(self) -> None:
         await workflow.wait_condition(lambda: not self._sending)

@@ -32,7 +32,7 @@ from bridge.manifest import (
     TextExtra,
     TrainingInputs,
 )
-from bridge.orders import Graph, ModelChoice, RenderedGraph, Upload
+from bridge.orders import Graph, ModelChoice, RenderedGraph, TrainingGraph, Upload
 from contracts.comfyui import JobRequest
 from contracts.errors import sentences_of
 from contracts.permissions import Scene
@@ -109,6 +109,47 @@ class Template:
         if len(rendered.model_dump_json()) > MAX_GRAPH_BYTES:
             raise RequestRefused([f"prompt: the graph of {self.template_id!r} is larger than {MAX_GRAPH_BYTES} bytes"])
         return rendered
+
+    def render_training(self, base_model: str, hyperparameters: Mapping[str, Any]) -> TrainingGraph:
+        """The graph of one chunk, but for what changes from chunk to chunk. Raises RequestRefused."""
+        training = self.manifest.training
+        assert training is not None, "the library gives trainings only templates of their scene"
+        graph, inputs = copy.deepcopy(self.graph), training.inputs
+        problems: list[str] = []
+        known = {"batch_size": inputs.batch_size, "learning_rate": inputs.learning_rate, **inputs.hyperparameters}
+        for name, value in hyperparameters.items():
+            if name in known:
+                self.put(graph, known[name], value)
+            elif name != "epochs":
+                offered = ", ".join(sorted(["epochs", *known]))
+                problems.append(
+                    f"hyperparameters.{name}: template {self.template_id!r} does not take it; it takes {offered}"
+                )
+        if problems:
+            raise RequestRefused(problems)
+        node, name = self._split(training.base_model_input)
+        choice = ModelChoice(node=node, input=name, prefer=training.base_models[base_model])
+        rendered = RenderedGraph(
+            template_id=self.template_id,
+            pool=self.manifest.pool,
+            graph=graph,
+            models=[*self._model_choices(), choice],
+            result_nodes=self.result_nodes,
+            expected_seconds=1.0,
+        )
+
+        def split(refs: list[str]) -> list[tuple[str, str]]:
+            return [self._split(ref) for ref in refs]
+
+        return TrainingGraph(
+            rendered=rendered,
+            save_node=self.result_nodes[0],
+            folder=split(inputs.folder),
+            steps=split(inputs.steps),
+            existing_lora=split(inputs.existing_lora),
+            lora_prefix=split(inputs.lora_prefix),
+            seeds=split(inputs.seed),
+        )
 
     def put(self, graph: Graph, refs: Iterable[str], value: Any) -> None:
         """Set graph inputs. The refs were checked when the template was loaded."""
@@ -413,7 +454,7 @@ def _all_refs(manifest: Manifest) -> Iterable[tuple[str, list[str]]]:
 
 
 def _training_refs(inputs: TrainingInputs) -> Iterable[tuple[str, list[str]]]:
-    for name in ("folder", "steps", "batch_size", "learning_rate", "existing_lora", "lora_prefix"):
+    for name in ("folder", "steps", "batch_size", "learning_rate", "existing_lora", "lora_prefix", "seed"):
         yield f"training.inputs.{name}", getattr(inputs, name)
     for name, refs in inputs.hyperparameters.items():
         yield f"training.inputs.hyperparameters.{name}", refs

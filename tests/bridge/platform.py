@@ -174,6 +174,7 @@ async def running_bridge(client: Client, folder: Path, **settings: Any) -> Async
             callback_secrets=CALLBACK_SECRET,
             callback_base_url=receiver.url,
             bridge_task_queue=unique("bridge"),
+            object_store_url=(folder / "store").as_uri(),
             bridge_store_url=(folder / "objects").as_uri(),
             bridge_image_roots=[(folder / "images").as_uri() + "/{tenant_id}/"],
             **settings,

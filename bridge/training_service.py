@@ -1,0 +1,223 @@
+"""What the training routes do (contract §3): checks, one answer, and never a state of their own."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Annotated, Final
+
+from pydantic import Field
+
+from bridge.calls import CANCEL_UPDATE, START_UPDATE, TRAINING_WORKFLOW, run_id_of, workflow_id
+from bridge.gpu_activities import is_trained_on
+from bridge.orders import TrainingJob
+from bridge.outlook import Outlook
+from bridge.replies import Call, Refused, Reply, checked
+from bridge.runs import NewRun, Runs, fingerprint
+from bridge.service import GPU_SLOTS, check_callback, demand, demand_person
+from bridge.storage import Storage, is_plain
+from bridge.templates import RequestRefused, Template, TemplateLibrary
+from contracts.comfyui import TrainingRequest, TrainingStatus
+from contracts.fields import CallerId
+from contracts.permissions import Operation, Scene
+from contracts.prices import PriceTable
+from contracts.tasks import Hyperparameters
+
+MAX_FILE_BYTES: Final = 100 * 1024 * 1024
+"""ComfyUI's own limit of an upload."""
+MAX_FILES: Final = 10_000
+_TRAINING_ID: Final = re.compile(r"training-[0-9a-f]{40}")
+_CHECKPOINT: Final = re.compile(r"epoch-(?P<epoch>\d+)-r\d+_(?P<step>\d+)_steps_")
+
+
+class TakenTrainingRequest(TrainingRequest):
+    """The request as it is taken from a caller."""
+
+    task_id: CallerId
+    tenant_id: CallerId
+    user_id: CallerId
+    callback_url: Annotated[str, Field(max_length=2048)]
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a training goes on from."""
+
+    path: str
+    epoch: int
+    step: int
+
+
+class TrainingService:
+    """Trainings. `snapshots_url`: below it datasets' snapshots lie; nothing else is read for a caller."""
+
+    def __init__(
+        self,
+        runs: Runs,
+        outlook: Outlook,
+        templates: TemplateLibrary,
+        storage: Storage,
+        prices: PriceTable,
+        *,
+        callback_prefixes: Sequence[str],
+        snapshots_url: str,
+    ) -> None:
+        self._runs = runs
+        self._outlook = outlook
+        self._templates = templates
+        self._storage = storage
+        self._prices = prices
+        self._callback_prefixes = tuple(prefix.rstrip("/") + "/" for prefix in callback_prefixes)
+        self._snapshots = Storage(snapshots_url)
+
+    async def create(self, call: Call) -> Reply:
+        demand(call.claims, Operation.CREATE_TRAINING)
+        request = checked(TakenTrainingRequest, call.body)
+        demand_person(call.claims, request.tenant_id, request.user_id)
+        job = await self._new_job(request, call)
+        answer = {
+            "training_id": job.training_id,
+            "training_status": TrainingStatus.QUEUED.value,
+            "estimated_time": job.estimated_time,
+            "gpu_hours": job.gpu_hours,
+            "gpu_slots": job.gpu_slots,
+            "gpu_type": job.gpu_type,
+        }
+        return await self._runs.begin(
+            NewRun(
+                workflow=TRAINING_WORKFLOW,
+                workflow_id=workflow_id(request.tenant_id, call.key),
+                kind="training",
+                argument=job,
+                answer=answer,
+                fingerprint=fingerprint(call.path, call.body),
+                task_id=request.task_id,
+                tenant_id=request.tenant_id,
+                user_id=request.user_id,
+                scene=Scene.MODEL_TRAIN,
+                template_id=job.graph.rendered.template_id,
+                priority=request.priority,
+            )
+        )
+
+    async def get(self, call: Call) -> Reply:
+        demand(call.claims, Operation.READ_COMFYUI)
+        return Reply(200, await self._runs.view(_known(call), kind="training", tenant_id=call.claims.tenant_id))
+
+    async def start(self, call: Call) -> Reply:
+        demand(call.claims, Operation.START_TRAINING)
+        return await self._asked(call, START_UPDATE)
+
+    async def cancel(self, call: Call) -> Reply:
+        demand(call.claims, Operation.CANCEL_JOB)
+        return await self._asked(call, CANCEL_UPDATE)
+
+    async def _asked(self, call: Call, update: str) -> Reply:
+        tenant_id = call.claims.tenant_id
+        return Reply(200, await self._runs.update(_known(call), update, call.key, kind="training", tenant_id=tenant_id))
+
+    async def _new_job(self, request: TakenTrainingRequest, call: Call) -> TrainingJob:
+        """Everything that can be refused is refused here, before anything is queued."""
+        check_callback(request.callback_url, self._callback_prefixes)
+        hyperparameters = self._hyperparameters(request)
+        template = self._template(request.base_model)
+        pictures = self._pictures(request)
+        resumed = self._resumed(request)
+        if resumed is not None and resumed.epoch >= hyperparameters.epochs:
+            raise _invalid("resume_from", f"is of epoch {resumed.epoch}; hyperparameters.epochs must be higher")
+        try:
+            graph = template.render_training(request.base_model, hyperparameters.model_dump(mode="json"))
+        except RequestRefused as refused:
+            raise Refused("payload_invalid", fields=refused.fields) from None
+        training = template.manifest.training
+        assert training is not None
+        first_epoch = resumed.epoch if resumed else 0
+        steps_per_epoch = math.ceil(pictures / hyperparameters.batch_size)
+        seconds_per_step = training.seconds_per_image * hyperparameters.batch_size
+        epochs = hyperparameters.epochs - first_epoch
+        hours = max(epochs * steps_per_epoch * seconds_per_step / 3600, 0.0001)
+        return TrainingJob(
+            training_id=run_id_of("training", request.tenant_id, call.key),
+            request=request,
+            graph=graph,
+            epochs=hyperparameters.epochs,
+            steps_per_epoch=steps_per_epoch,
+            epochs_per_chunk=math.ceil(epochs / training.checkpoints),
+            first_epoch=first_epoch,
+            first_step=resumed.step if resumed else 0,
+            resume_path=resumed.path if resumed else None,
+            checkpoint_root=self._storage.url,
+            seconds_per_step=seconds_per_step,
+            gpu_hours=round(hours, 4),
+            estimated_time=round(max(hours * 60, 1.0), 2),
+            gpu_slots=GPU_SLOTS,
+            gpu_type=await self._gpu_type(request.gpu_type, template.manifest.pool),
+        )
+
+    def _hyperparameters(self, request: TakenTrainingRequest) -> Hyperparameters:
+        try:
+            return checked(Hyperparameters, request.hyperparameters)
+        except Refused as refused:
+            raise Refused("payload_invalid", fields=[f"hyperparameters.{line}" for line in refused.fields]) from None
+
+    def _template(self, base_model: str) -> Template:
+        offered = {
+            name: template
+            for template in self._templates.of_scene(Scene.MODEL_TRAIN)
+            for name in (template.manifest.training.base_models if template.manifest.training else ())
+            if name in self._prices.base_models
+        }
+        if base_model not in offered:
+            raise _invalid("base_model", f"{base_model!r} is not offered; offered are {', '.join(sorted(offered))}")
+        return offered[base_model]
+
+    def _pictures(self, request: TakenTrainingRequest) -> int:
+        """How many pictures the dataset has. Raises Refused for what cannot be trained on, or is not ours to read."""
+        dataset = request.dataset
+        root = f"{self._snapshots.url}/snapshots/"
+        if (
+            not dataset.snapshot_uri.startswith(root)
+            or self._snapshots.path_of(dataset.snapshot_uri.rstrip("/")) is None
+        ):
+            raise _invalid("dataset.snapshot_uri", f"must lie below {root}")
+        if len(dataset.files) > MAX_FILES:
+            raise _invalid("dataset.files", f"at most {MAX_FILES} are taken")
+        for file in dataset.files:
+            if not is_plain(file.path):
+                raise _invalid("dataset.files", f"{file.path!r} must be a relative path without '..'")
+            if file.size_bytes > MAX_FILE_BYTES:
+                raise _invalid("dataset.files", f"{file.path!r} is larger than {MAX_FILE_BYTES} bytes")
+        pictures = sum(
+            is_trained_on(file.path) and PurePosixPath(file.path).suffix.lower() != ".txt" for file in dataset.files
+        )
+        if not pictures:
+            raise _invalid("dataset.files", "holds no picture (png, jpg, jpeg, webp) to train on")
+        return pictures
+
+    def _resumed(self, request: TakenTrainingRequest) -> Resumed | None:
+        if request.resume_from is None:
+            return None
+        path = self._storage.path_of(request.resume_from)
+        match = _CHECKPOINT.search(path or "")
+        if path is None or match is None or not path.startswith(f"checkpoints/{request.tenant_id}/"):
+            raise _invalid("resume_from", "is no checkpoint of this tenant's")
+        return Resumed(path, int(match["epoch"]), int(match["step"]))
+
+    async def _gpu_type(self, asked: str | None, pool: str) -> str:
+        there = sorted({server.gpu_type for server in await self._outlook.servers() if server.pool == pool})
+        if asked is not None and asked not in there:
+            raise _invalid("gpu_type", f"no {asked!r} here; there are {', '.join(there) or 'none at all'}")
+        return asked or (there[0] if there else "any")
+
+
+def _invalid(field: str, problem: str) -> Refused:
+    return Refused("payload_invalid", fields=[f"{field}: {problem}"])
+
+
+def _known(call: Call) -> str:
+    if not _TRAINING_ID.fullmatch(call.run_id):
+        raise Refused("training_not_found")
+    return call.run_id

@@ -1,0 +1,305 @@
+"""A training as a workflow: queued until it is started, then chunk by chunk, each trained on from the one before.
+
+    data_ingest   the dataset is put on the server that took the training, its checksums verified
+    training      one graph a chunk; running while it trains, checkpointing while its LoRA is copied to storage
+    evaluating    what the chunks' runs said of the loss
+    publishing    the last checkpoint becomes the model
+
+ComfyUI itself has no checkpoint in mid-run and keeps no optimizer state: a chunk is what a failure costs, and what a
+resumed training begins from. Between chunks the server is free for others, and the next may run elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from datetime import timedelta
+from typing import Any, Final
+
+from temporalio import workflow
+from temporalio.workflow import ActivityCancellationType
+
+from bridge.calls import (
+    INGEST_DATASET,
+    PUBLISH_MODEL,
+    SERVER_MEMO,
+    START_UPDATE,
+    TRAINING_WORKFLOW,
+)
+from bridge.orders import (
+    DatasetOrder,
+    ExistingLora,
+    GraphOutcome,
+    GraphRun,
+    JobView,
+    NativeFile,
+    PublishOrder,
+    Ref,
+    RenderedGraph,
+    ServerTaken,
+    StoredResult,
+    TrainingJob,
+)
+from bridge.placing import HEARTBEAT_TIMEOUT, SERVER_AWAY
+from bridge.run_flow import STORE_RETRY, RunFlow, instant, minutes
+from contracts.comfyui import LogLevel, TrainingStage, TrainingStatus
+from contracts.tasks import TaskStatus
+
+INGEST_WITHIN: Final = timedelta(hours=4)
+LORA_FOLDER: Final = "comfyui-temporal"
+"""Below the server's folders of inputs and of trained LoRAs."""
+
+
+@workflow.defn(name=TRAINING_WORKFLOW)
+class ComfyUITrainingWorkflow(RunFlow):
+    """One training (contract §3)."""
+
+    @workflow.init
+    def __init__(self, job: TrainingJob) -> None:
+        self._job = job
+        self._is_started = False
+        self._started_at = workflow.now()
+        self._epoch = job.first_epoch
+        self._step = job.first_step
+        self._latest = job.resume_path
+        self._hours = 0.0
+        self._trained_steps = 0
+        self._loss: float | None = None
+        fields: dict[str, Any] = {
+            "training_id": job.training_id,
+            "training_status": TrainingStatus.QUEUED.value,
+            "training_stage": None,
+            "stage_progress": 0.0,
+            "next_eta": None,
+            "estimated_time": job.estimated_time,
+            "gpu_hours": job.gpu_hours,
+            "gpu_hours_used": 0.0,
+            "gpu_slots": job.gpu_slots,
+            "gpu_type": job.gpu_type,
+            "checkpoint": None,
+            "output": None,
+            "error_details": None,
+        }
+        self._open(job.training_id, job.request, job.graph.rendered.pool, fields)
+
+    @workflow.run
+    async def run(self, job: TrainingJob) -> JobView:
+        """The training's last state."""
+        self._change("queued")
+        await self._to_its_end(self._trained())
+        await self._all_told()
+        return self.view()
+
+    @workflow.update(name=START_UPDATE)
+    def start(self) -> JobView:
+        """Let a queued training begin; called once credits are held. Idempotent."""
+        if not self._is_started and not self._is_over:
+            self._is_started = True
+            self._started_at = workflow.now()
+            self._fields["next_eta"] = instant(self._started_at + timedelta(minutes=self._job.estimated_time))
+            self._telling.number()
+        return self.view()
+
+    @property
+    def _is_over(self) -> bool:
+        ended = self._fields["training_status"] in (TrainingStatus.COMPLETED, TrainingStatus.FAILED)
+        return ended or self._fields["error_details"] is not None
+
+    def _task_status(self) -> TaskStatus:
+        by_status = {
+            TrainingStatus.QUEUED: TaskStatus.QUEUED,
+            TrainingStatus.RUNNING: TaskStatus.RUNNING,
+            TrainingStatus.CHECKPOINTING: TaskStatus.RUNNING,
+        }
+        status = TrainingStatus(self._fields["training_status"])
+        return self._ended_status() or by_status.get(status, TaskStatus.COMPLETED)
+
+    def _stage(self) -> str:
+        return str(self._fields["training_stage"] or TrainingStatus.QUEUED.value)
+
+    def _end_fields(self) -> dict[str, Any]:
+        return {"training_status": TrainingStatus.FAILED.value}
+
+    # Step by step
+
+    async def _trained(self) -> None:
+        await workflow.wait_condition(lambda: self._is_started)
+        while self._epoch < self._job.epochs:
+            await self._chunk(min(self._epoch + self._job.epochs_per_chunk, self._job.epochs))
+        said = "unknown" if self._loss is None else f"{self._loss:.4f}"
+        self._enter(TrainingStage.EVALUATING, f"evaluation loss={said}")
+        await self._published()
+
+    async def _chunk(self, last_epoch: int) -> None:
+        """Train up to the end of an epoch, and keep what came of it. Raises RunRefused, or a cancellation."""
+        steps = (last_epoch - self._epoch) * self._job.steps_per_epoch
+        self._placing.begin_part(last_epoch)
+        whole = self._job.epochs - self._job.first_epoch
+        done = self._epoch - self._job.first_epoch
+        self._progress_span = (100 * done / whole, 100 * (last_epoch - self._job.first_epoch) / whole)
+        outcome, stored = await self._placing.ran(
+            lambda taken: self._graph_run(taken, last_epoch, steps),
+            prepared=self._ingested,
+            copying=self._checkpointing,
+            ended=self._run_ended,
+            is_wanted=lambda: not self._is_over,
+            folder=f"checkpoints/{self._request.tenant_id}/{self._job.training_id}",
+        )
+        self._keep(last_epoch, steps, outcome, stored)
+
+    async def _ingested(self, taken: ServerTaken) -> None:
+        if self._fields["training_stage"] is None:
+            self._enter(TrainingStage.DATA_INGEST)
+        workflow.upsert_memo({SERVER_MEMO: taken.server})
+        assert self._job.request.dataset is not None
+        files: int = await workflow.execute_activity(
+            INGEST_DATASET,
+            DatasetOrder(training_id=self._job.training_id, snapshot=self._job.request.dataset),
+            result_type=int,
+            task_queue=taken.task_queue,
+            schedule_to_start_timeout=SERVER_AWAY,
+            start_to_close_timeout=INGEST_WITHIN,
+            heartbeat_timeout=HEARTBEAT_TIMEOUT,
+            retry_policy=STORE_RETRY,
+            cancellation_type=ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
+            priority=self._priority,
+            summary=f"put the dataset on {taken.server}",
+        )
+        if self._fields["training_stage"] == TrainingStage.DATA_INGEST:
+            epochs = self._job.epochs - self._epoch
+            text = f"{files} files ingested; training {self._job.request.base_model} for {epochs} epochs"
+            self._enter(TrainingStage.TRAINING, text)
+
+    def _graph_run(self, taken: ServerTaken, last_epoch: int, steps: int) -> GraphRun:
+        if self._fields["training_status"] == TrainingStatus.CHECKPOINTING:
+            self._fields["training_status"] = TrainingStatus.RUNNING.value
+            self._change("running again")
+        prefix = f"epoch-{last_epoch:04d}-r{self._placing.run}"
+        folder = f"{LORA_FOLDER}/{self._job.training_id}"
+        graph = self._job.graph
+        return GraphRun(
+            job_id=self._job.training_id,
+            tenant_id=self._request.tenant_id,
+            task_id=self._request.task_id,
+            run=self._placing.run,
+            prompt_id=self._placing.prompt_id(),
+            graph=self._chunk_graph(steps, f"loras/{folder}/{prefix}", last_epoch),
+            callback_url=self._request.callback_url,
+            sequence_base=self._telling.run_begins(),
+            first_percent=self._placing.percent,
+            tick_fields={**self._fields, "task_id": self._request.task_id},
+            progress_from=self._progress_span[0],
+            progress_to=self._progress_span[1],
+            named_files=[
+                NativeFile(
+                    node=graph.save_node,
+                    kind="loras",
+                    filename=f"{prefix}_{self._step + steps}_steps_00001_.safetensors",
+                    subfolder=f"loras/{folder}",
+                )
+            ],
+            existing_lora=self._existing(graph.existing_lora),
+        )
+
+    def _existing(self, inputs: list[Ref]) -> ExistingLora | None:
+        if self._latest is None:
+            return None
+        return ExistingLora(path=self._latest, name=self._latest.rpartition("/")[2], inputs=inputs)
+
+    def _chunk_graph(self, steps: int, prefix: str, last_epoch: int) -> RenderedGraph:
+        graph = self._job.graph
+        nodes: dict[str, Any] = copy.deepcopy(graph.rendered.graph)
+        digest = hashlib.sha256(f"{self._job.training_id}:{last_epoch}".encode()).digest()
+        values: list[tuple[list[Ref], Any]] = [
+            (graph.steps, steps),
+            (graph.lora_prefix, prefix),
+            (graph.folder, f"{LORA_FOLDER}/{self._job.training_id}"),
+            (graph.existing_lora, "[None]"),
+            (graph.seeds, int.from_bytes(digest[:6], "big")),
+        ]
+        for refs, value in values:
+            for node, name in refs:
+                nodes[node]["inputs"][name] = value
+        seconds = max(1.0, steps * self._seconds_per_step())
+        return graph.rendered.model_copy(update={"graph": nodes, "expected_seconds": seconds})
+
+    def _checkpointing(self) -> None:
+        if not self._is_over:
+            self._fields["training_status"] = TrainingStatus.CHECKPOINTING.value
+            self._change("checkpointing")
+
+    def _keep(self, last_epoch: int, steps: int, outcome: GraphOutcome, stored: list[StoredResult]) -> None:
+        """The chunk's end: hours used, what is left of them, and where to go on from."""
+        if self._is_over:
+            return
+        self._hours += outcome.seconds / 3600
+        self._trained_steps += steps
+        self._epoch, self._step = last_epoch, self._step + steps
+        self._latest = stored[0].path
+        self._loss = outcome.loss if outcome.loss is not None else self._loss
+        left = timedelta(
+            seconds=(self._job.epochs - self._epoch) * self._job.steps_per_epoch * self._seconds_per_step()
+        )
+        now = workflow.now()
+        self._fields |= {
+            "training_status": TrainingStatus.RUNNING.value,
+            "stage_progress": round(self._progress_span[1], 2),
+            "gpu_hours_used": round(self._hours, 6),
+            "gpu_hours": round(self._hours + left.total_seconds() / 3600, 6),
+            "estimated_time": minutes(now + left - self._started_at),
+            "next_eta": instant(now + left),
+            "checkpoint": {
+                "uri": f"{self._job.checkpoint_root}/{self._latest}",
+                "epoch": self._epoch,
+                "step": self._step,
+                "gpu_hours_used": round(self._hours, 6),
+            },
+        }
+        said = "" if outcome.loss is None else f" loss={outcome.loss:.4f}"
+        self._say(f"epoch {self._epoch}/{self._job.epochs} step {self._step}{said}; checkpoint written")
+
+    def _seconds_per_step(self) -> float:
+        if not self._trained_steps:
+            return self._job.seconds_per_step
+        return max(self._hours * 3600 / self._trained_steps, 0.001)
+
+    async def _published(self) -> None:
+        self._enter(TrainingStage.PUBLISHING)
+        assert self._latest is not None
+        target = f"models/{self._request.tenant_id}/{self._job.training_id}.safetensors"
+        address: str = await workflow.execute_activity(
+            PUBLISH_MODEL,
+            PublishOrder(source=self._latest, target=target),
+            result_type=str,
+            start_to_close_timeout=timedelta(minutes=30),
+            heartbeat_timeout=HEARTBEAT_TIMEOUT,
+            retry_policy=STORE_RETRY,
+            priority=self._priority,
+            summary="publish the model",
+        )
+        if self._is_over:
+            return
+        metrics = {"steps": float(self._step)} | ({} if self._loss is None else {"loss": self._loss})
+        self._fields |= {
+            "training_status": TrainingStatus.COMPLETED.value,
+            "stage_progress": 100.0,
+            "next_eta": None,
+            "gpu_hours": round(self._hours, 6),
+            "estimated_time": minutes(workflow.now() - self._started_at),
+            "output": {"model_path": address, "version": self._job.training_id, "metrics": metrics},
+        }
+        self._say("model published")
+
+    def _enter(self, stage: TrainingStage, said: str = "") -> None:
+        if self._is_over:
+            return
+        self._fields |= {
+            "training_status": TrainingStatus.RUNNING.value,
+            "training_stage": stage.value,
+            "stage_progress": 0.0,
+        }
+        self._say(said or f"{stage.value} begins")
+
+    def _say(self, text: str) -> None:
+        line = {"ts": instant(workflow.now()), "level": LogLevel.INFO.value, "message": text}
+        self._change(self._stage(), log=[line])

@@ -1,0 +1,238 @@
+"""A training through the bridge: queued until started, chunk by chunk, resumed, cancelled."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from PIL import Image
+
+from tests.bridge.native import NativeServer
+from tests.bridge.platform import TENANT, USER, BridgePlatform, Json
+from tests.bridge.test_servers import until_running
+from tests.conftest import unique
+
+MODELS = {"checkpoints": ["v1-5-pruned.safetensors"]}
+
+
+def picture(color: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (color, 90, 20)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def training_body(bridge: BridgePlatform, *, pictures: int = 4, **fields: Any) -> Json:
+    """A good request, its dataset's snapshot in storage as the task's worker leaves it."""
+    task_id = unique("task")
+    folder = bridge.folder / "store" / "snapshots" / task_id / "cats" / "files"
+    folder.mkdir(parents=True)
+    files = []
+    for n in range(pictures):
+        for name, content in ((f"cat-{n}.png", picture(40 * n)), (f"cat-{n}.txt", f"a cat, {n}".encode())):
+            (folder / name).write_bytes(content)
+            files.append({"path": name, "size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+    return {
+        "task_id": task_id,
+        "tenant_id": TENANT,
+        "user_id": USER,
+        "base_model": "base",
+        "dataset": {"dataset_id": "cats", "snapshot_uri": folder.as_uri() + "/", "files": files},
+        "hyperparameters": {"epochs": 3, "batch_size": 2, "learning_rate": 0.0005},
+        "priority": "standard",
+        "callback_url": f"{bridge.receiver.url}/callbacks/comfyui/{task_id}",
+        **fields,
+    }
+
+
+async def created(bridge: BridgePlatform, **fields: Any) -> Json:
+    body = training_body(bridge, **fields)
+    answer = await bridge.post("/training", body)
+    assert answer.status_code == 202, answer.text
+    accepted: Json = answer.json()
+    return accepted | {"task_id": body["task_id"]}
+
+
+async def state_of(bridge: BridgePlatform, training_id: str) -> Json:
+    answer = await bridge.get(f"/training/{training_id}")
+    assert answer.status_code == 200, answer.text
+    state: Json = answer.json()
+    return state
+
+
+async def asked(bridge: BridgePlatform, training_id: str, what: str) -> Json:
+    answer = await bridge.post(f"/training/{training_id}/{what}", {})
+    assert answer.status_code == 200, answer.text
+    state: Json = answer.json()
+    return state
+
+
+async def ended(bridge: BridgePlatform, training_id: str, seconds: float = 60) -> Json:
+    async def over() -> Json | None:
+        state = await state_of(bridge, training_id)
+        return state if state["training_status"] in ("completed", "failed") else None
+
+    state = await bridge.until(over, seconds=seconds)
+    assert state is not None
+    return state
+
+
+def file_of(address: str) -> Path:
+    return Path(unquote(urlsplit(address).path))
+
+
+async def is_told_of_the_end(bridge: BridgePlatform, task_id: str) -> bool:
+    return bool(set(bridge.receiver.statuses(task_id)) & {"completed", "failed"})
+
+
+async def test_a_training_is_trained_chunk_by_chunk(bridge: BridgePlatform, native: NativeServer) -> None:
+    await native.admin.set(models=MODELS)
+    async with bridge.gpu(native):
+        accepted = await created(bridge)
+        assert accepted["training_status"] == "queued"
+        assert await native.admin.submissions() == []
+        await asked(bridge, accepted["training_id"], "start")
+        state = await ended(bridge, accepted["training_id"])
+        assert state["error_details"] is None, state
+        await bridge.until(lambda: is_told_of_the_end(bridge, accepted["task_id"]))
+    # Four pictures, two at a time, three epochs: three chunks of two steps, each on from the one before.
+    assert len(await native.admin.runs()) == 3
+    assert state["checkpoint"]["epoch"] == 3
+    assert state["checkpoint"]["step"] == 6
+    assert file_of(state["checkpoint"]["uri"]).name == "epoch-0003-r1_6_steps_00001_.safetensors"
+    assert file_of(state["output"]["model_path"]).read_bytes() == file_of(state["checkpoint"]["uri"]).read_bytes()
+    assert state["gpu_hours_used"] > 0
+
+    told = sorted(bridge.receiver.genuine(accepted["task_id"]), key=lambda body: body["sequence"])
+    stages = [body["training_stage"] for body in told if body["training_stage"]]
+    assert [key for key, _ in itertools.groupby(stages)] == ["data_ingest", "training", "evaluating", "publishing"]
+    statuses = [body["training_status"] for body in told]
+    assert statuses.count("checkpointing") == 3
+    training = [body["stage_progress"] for body in told if body["training_stage"] == "training"]
+    assert training == sorted(training)
+    lines = [line["message"] for body in told for line in body.get("log", [])]
+    assert any(line.startswith("epoch 2/3 step 4") for line in lines), lines
+
+
+async def test_a_training_that_is_not_started_holds_nothing_and_can_be_cancelled(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    async with bridge.gpu(native):
+        accepted = await created(bridge)
+        assert (await bridge.ended((await bridge.submit())["job_id"]))["error_details"] is None
+        cancelled = await asked(bridge, accepted["training_id"], "cancel")
+        assert (cancelled["training_status"], cancelled["error_details"]["code"]) == ("failed", "cancelled")
+        revived = await asked(bridge, accepted["training_id"], "start")
+        assert revived["training_status"] == "failed"
+    assert len(await native.admin.submissions()) == 1
+
+
+async def test_cancelling_a_running_training_stops_its_prompt(bridge: BridgePlatform, native: NativeServer) -> None:
+    await native.admin.set(models=MODELS, hold=True)
+    async with bridge.gpu(native):
+        accepted = await created(bridge)
+        await asked(bridge, accepted["training_id"], "start")
+        await until_running(bridge, native)
+        await asked(bridge, accepted["training_id"], "cancel")
+
+        async def interrupted() -> bool:
+            return [run.outcome for run in await native.admin.runs()] == ["interrupted"]
+
+        await bridge.until(interrupted)
+        state = await state_of(bridge, accepted["training_id"])
+    assert state["error_details"]["code"] == "cancelled"
+    assert state["output"] is None
+
+
+async def test_it_is_resumed_from_its_last_checkpoint_by_its_own_tenant_alone(
+    bridge: BridgePlatform, servers: tuple[NativeServer, NativeServer]
+) -> None:
+    first, second = servers
+    for server in servers:
+        await server.admin.set(models=MODELS)
+    async with bridge.gpu(first):
+        accepted = await created(bridge)
+        await asked(bridge, accepted["training_id"], "start")
+        checkpoint = (await ended(bridge, accepted["training_id"]))["checkpoint"]["uri"]
+    theirs = training_body(bridge, resume_from=checkpoint, tenant_id="tenant-other", user_id="user-other")
+    refused = await bridge.post("/training", theirs, tenant="tenant-other", user="user-other")
+    assert refused.status_code == 422
+    assert "resume_from" in refused.json()["detail"]["fields"][0]
+    # On another server, which has never seen the checkpoint.
+    async with bridge.gpu(second):
+        hyperparameters = {"epochs": 5, "batch_size": 2, "learning_rate": 0.0005}
+        resumed = await created(bridge, resume_from=checkpoint, hyperparameters=hyperparameters)
+        await asked(bridge, resumed["training_id"], "start")
+        state = await ended(bridge, resumed["training_id"])
+    assert state["error_details"] is None, state
+    assert (state["checkpoint"]["epoch"], state["checkpoint"]["step"]) == (5, 10)
+    assert len(await second.admin.runs()) == 2
+
+
+async def test_a_server_that_is_lost_in_mid_training_costs_one_chunk(
+    bridge: BridgePlatform, servers: tuple[NativeServer, NativeServer]
+) -> None:
+    first, second = servers
+    for server in servers:
+        await server.admin.set(models=MODELS)
+    try:
+        async with bridge.gpu(first):
+            accepted = await created(bridge)
+            await asked(bridge, accepted["training_id"], "start")
+
+            async def has_checkpoint() -> bool:
+                state = await state_of(bridge, accepted["training_id"])
+                return state["checkpoint"] is not None
+
+            await bridge.until(has_checkpoint)
+            await first.kill()
+            async with bridge.gpu(second):
+                state = await ended(bridge, accepted["training_id"])
+        assert state["error_details"] is None, state
+        assert state["checkpoint"]["step"] == 6
+        assert 1 <= len(await second.admin.runs()) <= 2
+    finally:
+        await first.restart()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"base_model": "flux"}, "base_model: 'flux' is not offered; offered are base, sdxl"),
+        ({"hyperparameters": {"epochs": 0, "batch_size": 1, "learning_rate": 0.1}}, "hyperparameters.epochs"),
+        (
+            {"hyperparameters": {"epochs": 1, "batch_size": 1, "learning_rate": 0.1, "warmup": 3}},
+            "hyperparameters.warmup: template 'lora-train' does not take it",
+        ),
+        ({"gpu_type": "h100"}, "gpu_type: no 'h100' here"),
+        (
+            {"dataset": {"dataset_id": "cats", "snapshot_uri": "file:///etc/", "files": []}},
+            "dataset.snapshot_uri: must lie below",
+        ),
+        ({"resume_from": "file:///etc/passwd"}, "resume_from: is no checkpoint"),
+        ({"callback_url": "http://169.254.169.254/"}, "callback_url"),
+    ],
+)
+async def test_what_cannot_be_trained_is_refused_with_the_field(
+    bridge: BridgePlatform, fields: Json, named: str
+) -> None:
+    answer = await bridge.post("/training", training_body(bridge, **fields))
+    assert answer.status_code == 422, answer.text
+    assert named in "; ".join(answer.json()["detail"]["fields"])
+
+
+async def test_a_dataset_that_was_changed_ends_the_training(bridge: BridgePlatform, native: NativeServer) -> None:
+    await native.admin.set(models=MODELS)
+    async with bridge.gpu(native):
+        accepted = await created(bridge)
+        changed = bridge.folder / "store" / "snapshots" / accepted["task_id"] / "cats" / "files" / "cat-1.png"
+        changed.write_bytes(picture(250))
+        await asked(bridge, accepted["training_id"], "start")
+        state = await ended(bridge, accepted["training_id"])
+    assert state["error_details"]["code"] == "workflow_invalid"
+    assert "cat-1.png" in state["error_details"]["message"]
+    assert await native.admin.submissions() == []
