@@ -21,6 +21,13 @@ from soak.plan import Plan
 from soak.run import soak
 from soak.site import Unmended
 
+SETTINGS = {
+    # Less to write: ten thousand tasks' lines help nobody, warnings do.
+    "LOG_LEVEL": "WARNING",
+    # At the pace of the soak: a terminated run is found in the time that an image takes.
+    "RECONCILE_EVERY_SECONDS": "15",
+    "RECONCILE_PAUSE_SECONDS": "10",
+}
 EXIT_UNTRUE = 1
 EXIT_CANNOT = 2
 EXIT_INTERRUPTED = 130
@@ -32,8 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         journal = _journal(options)
         plan = journal.plan
         assert plan is not None
-        # Less to write: ten thousand tasks' lines help nobody, warnings do.
-        os.environ.setdefault(f"{SETTINGS_PREFIX}LOG_LEVEL", "WARNING")
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(f"{SETTINGS_PREFIX}{name}", value)
         folder = RunFolder(options.folder / "stack")
         stack = start_stack(folder, plan.speed, lambda line: print(f"  {line}", flush=True), has_lifeline=True)
         if stack is None:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
-import httpx
+import httpx2
 import psutil
 from standardwebhooks import Webhook
 
@@ -138,7 +138,7 @@ async def callback_flood(site: Site, dice: random.Random) -> str:
 
     async def send(task_id: str, content: bytes, headers: dict[str, str]) -> None:
         async with gate:
-            with contextlib.suppress(httpx.HTTPError):
+            with contextlib.suppress(httpx2.HTTPError):
                 response = await site.gateway.post(f"/callbacks/comfyui/{task_id}", content=content, headers=headers)
                 answers[response.status_code] = answers.get(response.status_code, 0) + 1
 
@@ -167,6 +167,17 @@ async def users_cancel(site: Site, dice: random.Random) -> str:
                 await site.gateway.post(path, json={"reason": "no longer wanted"}, headers=site.bearer(tenant_id))
             if way != "gateway":
                 await site.client.get_workflow_handle(workflow_id_of(task_id)).cancel()
+    return f"{len(chosen)} tasks"
+
+
+async def run_terminated(site: Site, dice: random.Random) -> str:
+    """What nobody should do: the run ends without its own clean-up, and the reconciler gives back what it left."""
+    # Before its first act a run has nothing to leave, and nobody could know of it.
+    query = "SELECT task_id FROM tasks WHERE task_id = ANY($1::text[]) AND ended_at IS NULL"
+    chosen = [row["task_id"] for row in await site.table.rows(query, _some_open(site, dice, 1))]
+    for task_id in chosen:
+        with contextlib.suppress(*OUTSIDE_ERRORS):
+            await site.client.get_workflow_handle(workflow_id_of(task_id)).terminate("soak")
     return f"{len(chosen)} tasks"
 
 
@@ -208,6 +219,7 @@ KINDS: Final[dict[str, tuple[Act, float]]] = {
     "callback_flood": (callback_flood, 1.0),
     "clock_jumps": (clock_jumps, 1.5),
     "users_cancel": (users_cancel, 3.0),
+    "run_terminated": (run_terminated, 0.5),
     "gpus_fail": (gpus_fail, 3.0),
     "purse_empty": (purse_empty, 0.5),
 }

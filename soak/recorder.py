@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
-import httpx
+import httpx2
 
 from soak.journal import Journal
 from soak.site import Site
@@ -15,7 +15,7 @@ from soak.site import Site
 TASKS_A_STREAM: Final = 5
 NEW_STREAM_SECONDS: Final = 10.0
 """A stream that is not full is opened after this all the same."""
-AGAIN_SECONDS: Final = 0.3
+AGAIN_SECONDS: Final = 1.0
 SILENT_SECONDS: Final = 45.0
 """Three heartbeats: a stream that tells nothing for longer is opened anew."""
 
@@ -72,11 +72,13 @@ class Recorder:
         is_over = False
         while not is_over:
             try:
-                async for frame in self._frames(tenant_id, task_ids, cursor):
-                    cursor = frame.get("id", cursor)
-                    self._take(json.loads(frame["data"]), told)
-                is_over = await self._has_been_told(tenant_id, task_ids, cursor)
-            except httpx.HTTPError:
+                async with self._asked(tenant_id, task_ids, cursor) as response:
+                    # 204: every event was told before, to the last one of every task.
+                    is_over = response.status_code == 204
+                    async for frame in _frames(response) if response.status_code == 200 else _nothing():
+                        cursor = frame.get("id", cursor)
+                        self._take(json.loads(frame["data"]), told)
+            except httpx2.HTTPError:
                 pass
             if not is_over:
                 self.reopened += 1
@@ -88,30 +90,28 @@ class Recorder:
             told[event["task_id"]].append(event["seq"])
             self._on_event()
 
-    async def _has_been_told(self, tenant_id: str, task_ids: list[str], cursor: str | None) -> bool:
-        """A stream that ended is asked for once more: 204 says that nothing is left to tell."""
-        async with self._asked(tenant_id, task_ids, cursor) as response:
-            status: int = response.status_code
-        return status == 204
-
-    async def _frames(self, tenant_id: str, task_ids: list[str], cursor: str | None) -> AsyncIterator[dict[str, str]]:
-        async with self._asked(tenant_id, task_ids, cursor) as response:
-            if response.status_code != 200:
-                return
-            frame: dict[str, str] = {}
-            async for line in response.aiter_lines():
-                name, _, value = line.partition(": ")
-                if line:
-                    frame[name] = value
-                elif "data" in frame:
-                    yield frame
-                    frame = {}
-
     def _asked(self, tenant_id: str, task_ids: list[str], cursor: str | None) -> Any:
         return self._site.gateway.stream(
             "GET",
             "/api/v1/tasks/stream/sse",
             params={"subscribe": ",".join(task_ids)},
             headers={**self._site.bearer(tenant_id), **({"Last-Event-ID": cursor} if cursor else {})},
-            timeout=httpx.Timeout(10, read=SILENT_SECONDS),
+            timeout=httpx2.Timeout(10, read=SILENT_SECONDS),
         )
+
+
+async def _frames(response: httpx2.Response) -> AsyncIterator[dict[str, str]]:
+    frame: dict[str, str] = {}
+    async for line in response.aiter_lines():
+        name, _, value = line.partition(": ")
+        if line:
+            frame[name] = value
+        elif "data" in frame:
+            yield frame
+            frame = {}
+
+
+async def _nothing() -> AsyncIterator[dict[str, str]]:
+    """Its task is not known yet, or the gateway cannot tell now."""
+    return
+    yield {}

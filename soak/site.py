@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 
 import asyncpg
 import httpx
+import httpx2
 import psutil
 from temporalio.client import Client
 from temporalio.service import RPCError
@@ -28,6 +29,7 @@ from temporal_plugin import TasksPlugin
 T = TypeVar("T")
 OUTSIDE_ERRORS: Final = (
     httpx.HTTPError,
+    httpx2.HTTPError,
     OSError,
     TimeoutError,
     RPCError,
@@ -93,7 +95,7 @@ class TaskTable:
 class Site:
     """One running stack."""
 
-    def __init__(self, folder: RunFolder, stack: StackDescription, client: Client, gateway: httpx.AsyncClient) -> None:
+    def __init__(self, folder: RunFolder, stack: StackDescription, client: Client, gateway: httpx2.AsyncClient) -> None:
         self.folder = folder
         self.stack = stack
         self.client = client
@@ -153,8 +155,8 @@ class Site:
 async def opened_site(folder: RunFolder, stack: StackDescription) -> AsyncIterator[Site]:
     """Connect to a stack that is up."""
     client = await Client.connect(stack.temporal_address, namespace=stack.namespace, plugins=[TasksPlugin()])
-    limits = httpx.Limits(max_connections=200, max_keepalive_connections=20)
-    async with httpx.AsyncClient(base_url=stack.gateway_url, timeout=10, limits=limits) as gateway:
+    limits = httpx2.Limits(max_connections=200, max_keepalive_connections=20)
+    async with httpx2.AsyncClient(base_url=stack.gateway_url, timeout=10, limits=limits) as gateway:
         site = Site(folder, stack, client, gateway)
         try:
             yield site

@@ -164,6 +164,15 @@ async def test_it_heartbeats_while_the_request_is_in_flight() -> None:
     assert 0.4 < beats[1] - beats[0] < 1.0
 
 
+async def test_a_call_that_is_answered_at_once_does_not_heartbeat() -> None:
+    """Each heartbeat would be one more write of Temporal's."""
+    env, beats = environment(), list[Any]()
+    env.on_heartbeat = lambda *details: beats.append(details)
+    async with comfyui_before(ACCEPTED) as (_, activities):
+        await env.run(activities.submit_job, job_post())
+    assert beats == []
+
+
 async def test_a_local_activity_does_not_heartbeat() -> None:
     env = environment(is_local=True, schedule_to_close_timeout=timedelta(seconds=3), start_to_close_timeout=None)
     beats: list[object] = []
