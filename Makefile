@@ -49,7 +49,7 @@ test-all: lint types imports schemas pytest-all ## the slow tests too
 
 test-comfyui: setup ## against a real ComfyUI that nobody else uses (COMFYUI=http://127.0.0.1:8188)
 	@test -n "$(COMFYUI)" || { echo "say which: make test-comfyui COMFYUI=http://127.0.0.1:8188"; exit 2; }
-	@COMFYUI=$(COMFYUI) $(BIN)/python -m pytest tests/bridge/real
+	@COMFYUI=$(COMFYUI) RESTART="$(RESTART)" $(BIN)/python -m pytest tests/bridge/real
 
 lint: setup ## ruff: style and format
 	$(call timed,lint,$(BIN)/ruff check . && $(BIN)/ruff format --check .)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import secrets
 import signal
 from collections.abc import AsyncIterator
@@ -21,7 +23,7 @@ from tests.bridge.real.own_templates import BAD, SLOW, TINY, write_templates
 from tests.bridge.real.worker_process import WorkerProcess
 
 LIMIT_SECONDS = 110.0
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest_asyncio.fixture(scope="module")
@@ -169,3 +171,21 @@ async def test_a_prompt_becomes_a_picture_where_there_is_a_checkpoint(
     answer = await bridge.http.get(state["result_urls"][0])
     with Image.open(BytesIO(answer.content)) as picture:
         assert picture.size == (64, 64)
+
+
+async def test_a_job_outlives_a_restart_of_its_server(
+    worked: tuple[BridgePlatform, WorkerProcess], real: httpx.AsyncClient
+) -> None:
+    """With `RESTART`, a shell command that kills the server and starts it again without waiting for it."""
+    command = os.environ.get("RESTART")
+    if not command:
+        pytest.skip("say how: make test-comfyui COMFYUI=… RESTART='…'")
+    bridge, _ = worked
+    job_id = (await bridge.submit(template_id=SLOW, resolution="hd", extras={"seed": new_seed()}))["job_id"]
+    prompt_id = await until_running(bridge, real)
+    restart = await asyncio.create_subprocess_shell(command)
+    assert await restart.wait() == 0
+    state = await bridge.ended(job_id, seconds=4 * LIMIT_SECONDS)
+    assert state["error_details"] is None, state
+    history: dict[str, Any] = (await real.get("/history")).json()
+    assert history and prompt_id not in history, "the second run is another prompt"
