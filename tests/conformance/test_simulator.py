@@ -29,6 +29,7 @@ ME, STRANGER = Person("tenant-demo", "user-demo"), Person("tenant-other", "user-
 SPEED = 960.0
 """A standard image takes 0.5 s, a training 3 s."""
 ALL = cases()
+TRAINED_EARLY = "a_training_waits_for_its_start"
 
 
 @pytest_asyncio.fixture(scope="module")
@@ -81,6 +82,7 @@ async def faulty(simulators: Simulators) -> AsyncIterator[Simulators]:
         ("alter", {"route": "get_job", "fields": {"job_status": "queued"}}, "a_delivered_job_has_pictures", "the end"),
         ("alter", {"route": "submit_job", "fields": {"job_id": "///"}}, "a_job_is_accepted", "job_id"),
         ("alter", {"route": "submit_job", "fields": {"estimated_cost": 7}}, "prices_rise", "sd 7, hd 7"),
+        ("alter", {"route": "create_training", "fields": {"training_status": "running"}}, TRAINED_EARLY, "as running"),
         ("callback_forge", {"instead": True}, "states_are_told", "not genuine"),
         ("callback_duplicate", {"same_id": False}, "states_are_told", "share a sequence"),
         ("callback_withhold", {}, "a_callback_is_repeated", "did not come"),
