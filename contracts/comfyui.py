@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 from contracts.errors import ErrorDetails, FailureCode
 from contracts.fields import (
     MAX_RESULT_URLS,
+    Counted,
     Informative,
     Instant,
     Minutes,
@@ -102,7 +103,7 @@ class JobState(OutsideModel):
     next_eta: Annotated[Instant | None, Informative] = None
     estimated_time: Annotated[Minutes | None, Informative] = None
     gpu_slots: Annotated[GpuSlots | None, Informative] = None
-    queue_position: Annotated[int | None, Informative] = None
+    queue_position: Annotated[Counted | None, Informative] = None
     result_urls: Annotated[list[WebAddress], Field(max_length=MAX_RESULT_URLS), BeforeValidator(lambda v: v or [])] = []
     error_details: OutsideDetails | None = None
     actual_cost: Points | None = None
@@ -177,8 +178,8 @@ class Checkpoint(OutsideModel):
     """`checkpoint`: where a training can be resumed, and the GPU hours that it had used by then."""
 
     uri: OutsideUri
-    epoch: Annotated[int | None, Informative] = None
-    step: Annotated[int | None, Informative] = None
+    epoch: Annotated[Counted | None, Informative] = None
+    step: Annotated[Counted | None, Informative] = None
     gpu_hours_used: GpuHours = 0.0
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
@@ -153,8 +153,20 @@ Percent = Annotated[float, AfterValidator(_clamped_percent)]
 Minutes = Annotated[float, Field(gt=0), AfterValidator(lambda minutes: min(minutes, float(MAX_MINUTES)))]
 """A span in minutes, clamped to 30 days."""
 Sequence = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=2**53)]
-Instant = AwareDatetime
-"""ISO 8601 instant with offset."""
+Counted = Annotated[int, Field(ge=0, le=2**53)]
+"""A count that another service gives; beyond that neither PostgreSQL nor every reader of JSON can hold it."""
+
+
+def _in_utc(instant: datetime) -> datetime:
+    try:
+        instant.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must lie between the years 1 and 9999 in UTC") from None
+    return instant
+
+
+Instant = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+"""ISO 8601 instant with offset; one that UTC cannot express would be refused by PostgreSQL."""
 
 
 def _web_address(url: str) -> str:

@@ -32,6 +32,12 @@ NewDatabase = Callable[..., Awaitable[str]]
 _MIGRATED = "migrated_template"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--uncached", action="store_true", help="workers keep no run in memory: each step replays the whole history"
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without Chromium the tests of the live page are left out, and the summary says so."""
     if shutil.which("chromium"):

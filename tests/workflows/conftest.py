@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from sqlalchemy.engine import make_url
 from temporalio.common import SearchAttributeKey
 from temporalio.testing import TimeSkippingConfig, WorkflowEnvironment
 
 from contracts.tasks import SEARCH_ATTRIBUTES
 from store import TaskStore
 from temporal_plugin import TasksPlugin
+from tests.cable import Cable
 from tests.conftest import temporal_binary
 from tests.workflows.platform import Platform, running_platform
 
 
-@pytest.fixture(params=[1_000], ids=["cached"])
-def cached_workflows(request: pytest.FixtureRequest) -> int:
+@pytest.fixture(scope="session", autouse=True)
+def replayed_at_every_step(pytestconfig: pytest.Config) -> Iterator[None]:
+    """With `--uncached` every worker of every test here replays the whole history at every step."""
+    if pytestconfig.getoption("uncached"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Platform, "cached_workflows", 0)
+            patch.setenv("COMFYUI_TEMPORAL_MAX_CACHED_WORKFLOWS", "0")  # for workers that are processes
+            yield
+    else:
+        yield
+
+
+@pytest.fixture(params=[None], ids=["as set"])
+def cached_workflows(request: pytest.FixtureRequest) -> int | None:
     """How many runs the worker keeps in memory; 0 replays the whole history at every step."""
-    size: int = request.param
+    size: int | None = request.param
     return size
 
 
 @pytest_asyncio.fixture
 async def platform(
-    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path, cached_workflows: int
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path, cached_workflows: int | None
 ) -> AsyncIterator[Platform]:
     """A platform on the wall clock, where an image takes about a second."""
-    async with (
-        running_platform(temporal_env, task_store, tmp_path) as platform,
-        platform.worker(max_cached_workflows=cached_workflows),
-    ):
+    cache = {} if cached_workflows is None else {"max_cached_workflows": cached_workflows}
+    async with running_platform(temporal_env, task_store, tmp_path) as platform, platform.worker(**cache):
         yield platform
 
 
@@ -67,6 +80,14 @@ async def direct_platform(
             await platform.simulators.admin.comfyui.set_gpus(gpu_type, 200)
         async with platform.worker():
             yield platform
+
+
+@pytest_asyncio.fixture
+async def cable(postgres_dsn: str) -> AsyncIterator[Cable]:
+    """The way to PostgreSQL, which a scenario can cut."""
+    socket = f"{make_url(postgres_dsn).query['host']}/.s.PGSQL.5432"
+    async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
+        yield cable
 
 
 @pytest_asyncio.fixture(scope="session")

@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import uvicorn
 from temporalio.client import Client, WorkflowHandle, WorkflowUpdateFailedError
@@ -71,6 +71,9 @@ class Platform:
     policy: dict[str, Any] = field(default_factory=dict)
     read_seconds: float = READ_SECONDS
     """How long the worker's clients wait for an answer."""
+
+    cached_workflows: ClassVar[int] = 1_000
+    """How many runs a worker keeps in memory, unless it is told otherwise."""
 
     # Starting tasks
 
@@ -231,6 +234,11 @@ class Platform:
         )
         return policy.model_copy(update=self.policy)
 
+    def _cache(self) -> dict[str, int]:
+        """Without a cache one workflow task at a time: a second would evict the first while its local call runs."""
+        one = {} if self.cached_workflows else {"max_concurrent_workflow_tasks": 1}
+        return {"max_cached_workflows": self.cached_workflows, **one}
+
     @asynccontextmanager
     async def worker(self, **options: Any) -> AsyncIterator[Worker]:
         """A worker on this platform's task queue, with its own clients, as `worker.py` opens them."""
@@ -261,7 +269,7 @@ class Platform:
                     for method in activity_methods(activities)
                 ],
                 graceful_shutdown_timeout=timedelta(seconds=5),
-                **options,
+                **{**self._cache(), **options},
             )
             yield await stack.enter_async_context(worker)
 

@@ -162,6 +162,45 @@ async def test_fields_that_only_inform_never_cost_a_message(direct_platform: Pla
     assert ending.status is TaskStatus.COMPLETED
 
 
+BEYOND_MEASURE: list[dict[str, Any]] = [
+    {"next_eta": "9999-12-31T23:59:59-14:00", "estimated_time": 1e308},
+    {"next_eta": "0001-01-01T00:00:00+14:00", "estimated_time": -1},
+    {"queue_position": 10**19, "gpu_slots": 10**19},
+    {"queue_position": -(10**18), "stage_progress": 1e308},
+]
+"""Values that JSON can hold and PostgreSQL, UTC or a timer cannot."""
+
+
+async def test_values_beyond_measure_cost_an_image_no_event(direct_platform: Platform) -> None:
+    handle, job_id = await start_held(direct_platform)
+    for sequence, fields in enumerate(BEYOND_MEASURE, start=1):
+        status = "queued" if sequence % 2 else "processing"
+        await direct_platform.callback(handle, job_id=job_id, job_status=status, sequence=sequence, **fields)
+        await direct_platform.until(lambda status=status: is_written(direct_platform, handle, status))  # type: ignore[misc]
+    await delivered(direct_platform, handle, job_id)
+
+
+async def is_written(platform: Platform, handle: Handle, stage: str) -> bool:
+    """Whether the task's row and its newest event are of this stage."""
+    row = await platform.store.task(task_id_of(handle))
+    return row is not None and row.stage == stage and (await platform.store.events(row.task_id))[-1].stage == stage
+
+
+async def test_values_beyond_measure_cost_a_training_no_event(direct_platform: Platform) -> None:
+    handle = await direct_platform.start_training()
+    await direct_platform.until_held(task_id_of(handle))
+    training_id = (await direct_platform.job(handle)).run_id
+    running = {"training_id": training_id, "training_status": "running", "training_stage": "training"}
+    checkpoint = {"uri": "file:///1", "epoch": 10**19, "step": -(10**18), "gpu_hours_used": 0.5}
+    await direct_platform.callback(handle, **running, sequence=1, checkpoint=checkpoint, **BEYOND_MEASURE[0])
+    output = {"model_path": "file:///models/1", "version": "1", "metrics": {"loss": 10**19}}
+    end = {"training_id": training_id, "training_status": "completed", "training_stage": "publishing", "sequence": 9}
+    await direct_platform.callback(handle, **end, output=output, gpu_hours_used=1.0)
+    ending = await ended(direct_platform, handle, exempt=FORGED)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120)
+    assert "task.checkpoint training" in ending.kinds
+
+
 async def test_a_burst_of_300_in_any_order_ends_where_the_newest_says(direct_platform: Platform) -> None:
     handle, job_id = await start_held(direct_platform)
     ticks = [

@@ -253,14 +253,6 @@ async def test_no_run_continues_as_new_while_a_renewal_is_in_flight(platform: Pl
 
 
 @pytest_asyncio.fixture
-async def cable(postgres_dsn: str) -> AsyncIterator[Cable]:
-    """The way to PostgreSQL, which a scenario can cut."""
-    socket = f"{make_url(postgres_dsn).query['host']}/.s.PGSQL.5432"
-    async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
-        yield cable
-
-
-@pytest_asyncio.fixture
 async def storeless(
     temporal_env: WorkflowEnvironment, postgres_dsn: str, cable: Cable, tmp_path: Path
 ) -> AsyncIterator[Platform]:

@@ -1,0 +1,99 @@
+"""PostgreSQL away for ten minutes in mid-task: money settles in time, events follow in order (design, decision 3).
+
+The clocks of task, ComfyUI and credits are moved on; PostgreSQL's absence is real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest_asyncio
+from sqlalchemy.engine import make_url
+from temporalio.client import WorkflowExecutionStatus
+from temporalio.testing import WorkflowEnvironment
+
+from contracts.tasks import EventType, TaskStatus
+from store import TaskStore
+from tests.cable import Cable
+from tests.workflows.books import Ending, ended
+from tests.workflows.payers import entries_of, has_kinds, kinds_of, until_started
+from tests.workflows.platform import Handle, Platform, running_platform
+
+MINUTE = 60.0
+RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
+
+
+@pytest_asyncio.fixture
+async def platform(
+    skipping_env: WorkflowEnvironment, postgres_dsn: str, cable: Cable, tmp_path: Path
+) -> AsyncIterator[Platform]:
+    """A platform at contract speed, whose worker and gateway reach PostgreSQL by `cable`."""
+    store = TaskStore(f"postgresql://postgres:unused@127.0.0.1:{cable.port}/{make_url(postgres_dsn).database}")
+    async with running_platform(skipping_env, store, tmp_path, speed=1.0) as platform, platform.worker():
+        yield platform
+    await store.close()
+
+
+async def pass_minutes(platform: Platform, handle: Handle, minutes: int) -> None:
+    """A minute at a time, so that what comes of each has come before the next."""
+    for _ in range(minutes):
+        await platform.pass_time(handle, MINUTE)
+        await platform.until(lambda: is_at_rest(handle))
+
+
+async def is_at_rest(handle: Handle) -> bool:
+    """Whether the run does nothing but tell: that is repeated for as long as the store is away."""
+    described = (await handle.describe()).raw_description
+    calls = [activity for activity in described.pending_activities if activity.activity_type.name != "write"]
+    return not calls and not described.HasField("pending_workflow_task")
+
+
+def assert_in_order(ending: Ending, stages: list[str | None]) -> None:
+    """Every stage is told, in order, at the time it was reached and not at the time it was written."""
+    told = [event for event in ending.events if event.event is EventType.RUNNING]
+    assert list(dict.fromkeys(event.stage for event in told)) == stages
+    times = [event.ts for event in ending.events]
+    assert times == sorted(times)
+    assert (times[-1] - times[0]).total_seconds() > 5 * MINUTE
+
+
+async def test_an_image_is_delivered_and_paid_for_while_the_store_is_away(platform: Platform, cable: Cable) -> None:
+    handle = await platform.start_image()
+    await until_started(platform, handle)
+    await platform.until_settled(handle)
+    cable.pull()
+    await pass_minutes(platform, handle, 10)
+    assert await kinds_of(platform, handle) == ["pre_deduct", "commit"]
+    held, paid = await entries_of(platform, handle)
+    assert (paid.created_at - held.created_at).total_seconds() < 9 * MINUTE, "it takes eight"
+    assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING, "it ends once its end is written"
+    assert (await platform.progress(handle))["status"] == "completed", "who asks the run knows already"
+    cable.plug_in()
+    await platform.pass_time(handle, 31)
+    ending = await ended(platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
+    assert_in_order(ending, ["queued", "processing", "delivery"])
+
+
+async def test_a_training_is_renewed_and_cancelled_while_the_store_is_away(platform: Platform, cable: Cable) -> None:
+    task = platform.training()
+    await platform.simulators.admin.comfyui.fault(
+        "job_duration", route="create_training", task_id=task["task_id"], seconds=5 * 60 * MINUTE
+    )
+    handle = await platform.start(task)
+    await until_started(platform, handle)
+    await platform.until_settled(handle)
+    await pass_minutes(platform, handle, 25)
+    cable.pull()
+    await pass_minutes(platform, handle, 10)
+    await platform.until(lambda: has_kinds(platform, handle, *RENEWED))
+    await handle.cancel()
+    await platform.until(lambda: has_kinds(platform, handle, *RENEWED, "cancel"))
+    assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING
+    cable.plug_in()
+    await platform.pass_time(handle, 31)
+    ending = await ended(platform, handle)
+    assert ending.status is TaskStatus.CANCELLED
+    assert_in_order(ending, [None, "data_ingest"])
+    assert [event.credits_delta for event in ending.events if event.credits_delta] == [-120, -120, 120, 120]
