@@ -147,13 +147,14 @@ async def served(
     client: Client, store: TaskStore, *more_secrets: str, task_queue: str = TASK_QUEUE
 ) -> AsyncIterator[Gateway]:
     secret = new_secret()
+    origins = ["https://app.example"]
     app = create_app(
         temporal=client,
         store=store,
         callback_secrets=[secret, *more_secrets],
-        access=new_access(),
+        access=new_access(allowed_origins=origins),
         task_queue=task_queue,
-        allowed_origins=["https://app.example"],
+        allowed_origins=origins,
     )
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
     serving = asyncio.create_task(server.serve())
