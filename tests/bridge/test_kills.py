@@ -67,6 +67,7 @@ async def test_a_killed_workers_prompt_is_found_again_and_ran_once(
     assert await native.admin.runs_of(prompt_id) == 1
 
 
+@pytest.mark.slow
 async def test_a_worker_that_is_told_to_stop_ends_its_graph_first(bridge: BridgePlatform, native: NativeServer) -> None:
     await native.admin.set(hold=True)
     async with gpu_process(bridge, native, unique("gpu")) as process:
@@ -83,6 +84,7 @@ async def test_a_worker_that_is_told_to_stop_ends_its_graph_first(bridge: Bridge
     await bridge.cancel(waiting["job_id"])
 
 
+@pytest.mark.slow
 async def test_past_its_grace_it_stops_its_prompt_and_hands_the_job_back(
     bridge: BridgePlatform, servers: tuple[NativeServer, NativeServer]
 ) -> None:

@@ -55,14 +55,14 @@ async def failed(bridge: BridgePlatform, native: NativeServer, **traps: Any) -> 
     [
         {"silent_websocket": True},
         {"websocket_refused": True},
-        {"history_delay_seconds": 0.5},
+        {"history_delay_seconds": 0.3},
         {"jobs_api": "none"},
         {"node_errors_as_list": True},
         {"strict_prompt_ids": True},
         {"previews": True},
         {"lose_prompt": {"after": 1}},
         {"lose_prompt": {"before": 1}},
-        {"lose_prompt": {"after": 1, "before": 1}},
+        pytest.param({"lose_prompt": {"after": 1, "before": 1}}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -182,7 +182,9 @@ async def test_a_queue_that_was_emptied_is_a_lost_job_never_a_done_one(
     assert len(await native.admin.submissions()) == 2
 
 
-@pytest.mark.parametrize("how", ["kill", "freeze", "worker_dead", "stuck"])
+@pytest.mark.parametrize(
+    "how", ["kill", *(pytest.param(how, marks=pytest.mark.slow) for how in ("freeze", "worker_dead", "stuck"))]
+)
 async def test_of_two_servers_one_fails_and_the_other_delivers(
     bridge: BridgePlatform, servers: Servers, how: str
 ) -> None:

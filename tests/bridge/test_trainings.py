@@ -148,6 +148,7 @@ async def test_cancelling_a_running_training_stops_its_prompt(bridge: BridgePlat
     assert state["output"] is None
 
 
+@pytest.mark.slow
 async def test_it_is_resumed_from_its_last_checkpoint_by_its_own_tenant_alone(
     bridge: BridgePlatform, servers: tuple[NativeServer, NativeServer]
 ) -> None:
@@ -173,6 +174,7 @@ async def test_it_is_resumed_from_its_last_checkpoint_by_its_own_tenant_alone(
     assert len(await second.admin.runs()) == 2
 
 
+@pytest.mark.slow
 async def test_a_server_that_is_lost_in_mid_training_costs_one_chunk(
     bridge: BridgePlatform, servers: tuple[NativeServer, NativeServer]
 ) -> None:

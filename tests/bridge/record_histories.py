@@ -1,0 +1,89 @@
+"""Record the histories that `test_replay.py` replays: `python -m tests.bridge.record_histories`.
+
+Run it when a step is added, never to make a failing replay pass (docs/versioning.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from temporalio.client import Client
+from temporalio.common import SearchAttributeKey
+from temporalio.testing import WorkflowEnvironment
+
+from bridge.calls import workflow_of
+from contracts.tasks import SEARCH_ATTRIBUTES
+from temporal_plugin import TasksPlugin
+from tests.bridge.native import NativeServer
+from tests.bridge.platform import BridgePlatform, running_bridge
+from tests.bridge.test_servers import until_running
+from tests.bridge.test_trainings import MODELS, asked, created, ended
+from tests.conftest import temporal_binary
+
+HISTORIES = Path(__file__).parent / "histories"
+Scenario = Callable[[BridgePlatform, NativeServer], Awaitable[str]]
+
+
+async def job_delivered(bridge: BridgePlatform, native: NativeServer) -> str:
+    accepted = await bridge.submit()
+    await bridge.ended(accepted["job_id"])
+    return str(accepted["job_id"])
+
+
+async def job_cancelled_in_mid_run(bridge: BridgePlatform, native: NativeServer) -> str:
+    await native.admin.set(hold=True)
+    accepted = await bridge.submit()
+    await until_running(bridge, native)
+    await bridge.cancel(accepted["job_id"])
+    return str(accepted["job_id"])
+
+
+async def job_lost_and_run_again(bridge: BridgePlatform, native: NativeServer) -> str:
+    await native.admin.set(hold=True)
+    accepted = await bridge.submit()
+    await until_running(bridge, native)
+    await native.admin.forget()
+    await native.admin.set(hold=False)
+    await bridge.ended(accepted["job_id"])
+    return str(accepted["job_id"])
+
+
+async def training_completed(bridge: BridgePlatform, native: NativeServer) -> str:
+    await native.admin.set(models=MODELS)
+    accepted = await created(bridge)
+    await asked(bridge, accepted["training_id"], "start")
+    await ended(bridge, accepted["training_id"])
+    return str(accepted["training_id"])
+
+
+SCENARIOS: tuple[Scenario, ...] = (
+    job_delivered,
+    job_cancelled_in_mid_run,
+    job_lost_and_run_again,
+    training_completed,
+)
+
+
+async def record() -> None:
+    HISTORIES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = await WorkflowEnvironment.start_local(
+            search_attributes=[SearchAttributeKey.for_keyword(name) for name in SEARCH_ATTRIBUTES],
+            dev_server_existing_path=temporal_binary(),
+        )
+        async with environment, NativeServer(Path(folder) / "server") as native:
+            client = await Client.connect(environment.client.service_client.config.target_host, plugins=[TasksPlugin()])
+            async with running_bridge(client, Path(folder)) as bridge, bridge.gpu(native):
+                for scenario in SCENARIOS:
+                    await native.admin.reset()
+                    handle = client.get_workflow_handle(workflow_of(await scenario(bridge, native)))
+                    await handle.result()
+                    history = await handle.fetch_history()
+                    (HISTORIES / f"{scenario.__name__}.json").write_text(history.to_json() + "\n")
+
+
+if __name__ == "__main__":
+    asyncio.run(record())

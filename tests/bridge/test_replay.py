@@ -1,0 +1,28 @@
+"""Recorded histories of the bridge's workflows replay with the real configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from temporalio.client import WorkflowHistory
+from temporalio.worker import Replayer
+
+from bridge.__main__ import WORKFLOWS
+from temporal_plugin import TasksPlugin
+from tests.bridge.record_histories import HISTORIES, SCENARIOS
+
+RECORDED = sorted(HISTORIES.glob("*.json"))
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda path: path.stem)
+async def test_a_recorded_history_replays(recorded: Path) -> None:
+    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()])
+    history = json.loads(recorded.read_text())  # noqa: ASYNC240
+    workflow_id = history["events"][0]["workflowExecutionStartedEventAttributes"]["workflowId"]
+    await replayer.replay_workflow(WorkflowHistory.from_json(workflow_id, history))
+
+
+def test_every_scenario_is_recorded() -> None:
+    assert {path.stem for path in RECORDED} == {scenario.__name__ for scenario in SCENARIOS}
