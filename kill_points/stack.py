@@ -79,7 +79,7 @@ class KillableStack:
             yield describe(self._parts, self.folder.secrets(), known)
         finally:
             for stage in STAGES:
-                await asyncio.gather(*(self._children[name].stop() for name in stage))
+                await asyncio.gather(*(self._children[name].stop() for name in stage if name in self._children))
 
     async def start(self, name: str) -> None:
         """Returns when it is ready. Raises StackFailure."""
