@@ -196,7 +196,9 @@ async def _history_events(servers: Servers, stem: str, tasks: int) -> float:
 
 
 def towards(party: Party) -> dict[str, str]:
-    return {"COMFYUI_URL": party.url, "CREDITS_URL": party.url}
+    """Settings of a worker. The waiting tasks' party is silent for good: they are not to ask it every two minutes."""
+    seldom = {"IMAGE_POLL_AFTER_SECONDS": "7200", "IMAGE_POLL_AT_MOST_SECONDS": "7200"}
+    return {"COMFYUI_URL": party.url, "CREDITS_URL": party.url, **seldom}
 
 
 def _line(rate: Rate) -> str:

@@ -47,7 +47,7 @@ def test_the_table_tells_ratios_beside_their_aims() -> None:
     results.comparison = Comparison(rounds=rounds, to_bare=1.25, to_dbos=0.5)
     results.by_workers = [rate("ours", 9.0).model_copy(update={"workers": 2})]
     table = results.table()
-    assert "| ours to bare Temporal | 1.25 (aim 1.0) |" in table
-    assert "| ours to DBOS | 0.50 (aim 1.2) |" in table
+    assert "| ours to bare Temporal | 1.25 (aim 1); by processor time 1.00 |" in table
+    assert "| ours to DBOS | 0.50 (aim 1.2); by processor time 1.00 |" in table
     assert "| ours on 2 workers | 9.00 tasks a second, 100 ms processor a task |" in table
     assert Results.model_validate_json(results.model_dump_json()) == results
