@@ -17,6 +17,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -151,6 +152,7 @@ async def callbacks(
     """Seconds from each callback's sending to its event at the client, and how many were never heard of."""
     wires = [await Wire.to(gateway.port) for _ in range(WIRES)]
     sent_at: dict[tuple[str, int], float] = {}
+    statuses: Counter[int] = Counter()
     async with heard(gateway) as heard_at:
 
         async def send(number: int, target: int) -> None:
@@ -159,13 +161,14 @@ async def callbacks(
             body = tick(1_000 + turn, 10.0 + turn, job_id=job_id, queue_position=turn)
             sent_at[task_id, turn] = time.monotonic()
             status, _ = await wires[number % WIRES].post(gateway.request(task_id, body))
-            if status != 202:
-                raise SystemExit(f"a callback was answered {status}")
+            statuses[status] += 1
 
         await at_a_rate(send, targets=len(tasks), per_second=per_second, seconds=seconds)
         await asyncio.sleep(SETTLING_SECONDS)
     for wire in wires:
         wire.close()
+    if statuses[202] != statuses.total():
+        print(f"answers to callbacks: {dict(statuses)}")
     spans = [heard_at[key] - at for key, at in sent_at.items() if key in heard_at]
     return spans, len(sent_at) - len(spans)
 

@@ -58,6 +58,27 @@ async def test_a_client_of_a_killed_gateway_goes_on_at_another_without_loss_or_r
     assert reader.seqs(task_id) + other.seqs(task_id) == list(range(1, 303))
 
 
+async def test_a_gateway_that_is_told_to_end_sends_its_streams_away_and_ends(
+    temporal_env: WorkflowEnvironment, writer: Writer, postgres_dsn: str
+) -> None:
+    task_id = await writer.begun()
+    address = temporal_env.client.service_client.config.target_host
+    headers = {"authorization": f"Bearer {token_for(writer.tenant_id)}"}
+    async with (
+        gateway_process({"TEMPORAL_ADDRESS": address, "DATABASE_DSN": postgres_dsn}) as leaving,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{leaving.port}") as http,
+        http.stream("GET", f"/api/v1/tasks/stream/sse?task_id={task_id}", headers=headers) as response,
+    ):
+        reader = Reader(response)
+        reading = asyncio.create_task(reader.read())
+        await reader.until_told(task_id, 1)
+        leaving.process.terminate()
+        await reading
+        assert await asyncio.wait_for(leaving.process.wait(), 20) == 0
+    assert int(reader.frames[-1]["retry"]) > 0, "a hint when to come again"
+    assert reader.seqs(task_id) == [1]
+
+
 class OwnPostgres:
     """A PostgreSQL that a test may stop; on a socket, as the session's is."""
 
