@@ -196,6 +196,10 @@ def stream_routes(hub: EventHub, access: Access, *, public_url: str | None = Non
         """History from the cursor on, then live, without a gap or a duplicate; ends after the last task's last event.
 
         `subscribe=*` begins now, has no `id` in its frames and cannot be resumed.
+
+        `GET /api/v1/tasks/stream/ws` is the same over WebSocket: one JSON object a message, `cursor` to go on. It
+        closes with 1000 after the last event, 1012 where the process ends, 1013 where it was cut, 3000 where the token
+        has expired.
         """
         task_ids, all_tasks = asked_for(task_id, subscribe)
         return _answer(hub, await opened(hub, caller, task_ids, cursor=last_event_id or cursor, all_tasks=all_tasks))
