@@ -76,15 +76,15 @@ class _QuietServer(uvicorn.Server):
 
 
 @asynccontextmanager
-async def receiving(secret: str) -> AsyncIterator[CallbackReceiver]:
-    """Serve one on a free port of 127.0.0.1; `secret` is `whsec_…`, as the server under test has it."""
+async def receiving(secret: str, *, host: str = "127.0.0.1") -> AsyncIterator[CallbackReceiver]:
+    """Serve one on a free port of this address; `secret` is `whsec_…`, as the server under test has it."""
     receiver = CallbackReceiver(secret)
     app = FastAPI(openapi_url=None)
     app.post("/callbacks/comfyui/{task_id}")(receiver.take)
     # The protocol is named, or asyncio would not set TCP_NODELAY and every answer would take 40 ms.
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.bind(("127.0.0.1", 0))
-    receiver.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    listening.bind((host, 0))
+    receiver.url = f"http://{host}:{listening.getsockname()[1]}"
     server = _QuietServer(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from pydantic import SecretStr
 
 from conformance import (
     Outcome,
@@ -21,9 +23,11 @@ from conformance import (
     outcome_of,
     run,
 )
+from conformance.__main__ import main
 from conformance.receiver import receiving
 from contracts.permissions import Scope
-from simulators.serving import TEST_CALLBACK_SECRET, Simulators, running_simulators
+from settings import Settings
+from simulators.serving import TEST_CALLBACK_SECRET, TEST_TOKEN_SECRET, Simulators, running_simulators
 
 ME, STRANGER = Person("tenant-demo", "user-demo"), Person("tenant-other", "user-other")
 SPEED = 960.0
@@ -116,6 +120,23 @@ async def test_where_the_token_is_not_taken_no_case_is_judged(simulators: Simula
     async with opened(simulators.comfyui_url, lambda person, scopes: "token", ME) as subject:
         with pytest.raises(Unreachable, match="token"):
             await run(cases(changes_nothing=True), subject)
+
+
+@pytest.mark.parametrize(("fault", "code", "said"), [(None, 0, "ok    prices_rise"), ("alter", 1, "WRONG prices_rise")])
+async def test_the_command_says_what_is_broken(
+    faulty: Simulators, capsys: pytest.CaptureFixture[str], fault: str | None, code: int, said: str
+) -> None:
+    if fault:
+        await faulty.admin.comfyui.fault(fault, times=None, route="submit_job", fields={"estimated_cost": 7})
+    settings = Settings(
+        _env_file=None, token_secret=SecretStr(TEST_TOKEN_SECRET), callback_secrets=TEST_CALLBACK_SECRET
+    )
+    arguments = ["--url", faulty.comfyui_url, "--only", "prices_rise", "--only", "states_are_told"]
+    # It has an event loop of its own, as when it is run.
+    assert await asyncio.to_thread(main, arguments, settings) == code
+    out = capsys.readouterr().out
+    assert said in out
+    assert "ok    states_are_told" in out
 
 
 async def test_cases_that_change_nothing_leave_nothing(simulators: Simulators) -> None:
