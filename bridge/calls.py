@@ -26,6 +26,9 @@ CLEAR_UP: Final = "clear_up"
 INGEST_DATASET: Final = "ingest_dataset"
 PUBLISH_MODEL: Final = "publish_model"
 
+LEAST_MINUTES: Final = 1.0
+"""The shortest `estimated_time` that is announced for what is not over: tasks reckon their deadline from it (three
+times by default), and a server that fails is found out after two minutes. `next_eta` is as near as it is known."""
 TICKS: Final = 100
 """Sequence numbers set aside for a run's ticks: one for each whole percent."""
 BODY_MEMO: Final = "body_sha256"

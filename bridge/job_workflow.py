@@ -11,6 +11,7 @@ from bridge.calls import (
     CLEAR_UP,
     FETCH_CONTROLS,
     JOB_WORKFLOW,
+    LEAST_MINUTES,
     RESOLUTION_MEMO,
     SECONDS_MEMO,
     SERVER_MEMO,
@@ -103,7 +104,7 @@ class ComfyUIJobWorkflow(RunFlow):
                 "job_status": JobStatus.PROCESSING.value,
                 "stage_progress": float(self._placing.percent),
                 "next_eta": instant(now + span),
-                "estimated_time": minutes(now + span - self._submitted),
+                "estimated_time": minutes(now + span - self._submitted, at_least=LEAST_MINUTES),
                 "queue_position": None,
             }
             self._change("processing")

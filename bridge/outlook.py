@@ -24,6 +24,7 @@ from temporalio.service import RPCError
 from bridge.calls import (
     BRIDGE_QUEUE,
     JOB_WORKFLOW,
+    LEAST_MINUTES,
     RESOLUTION_MEMO,
     SECONDS_MEMO,
     SERVER_MEMO,
@@ -111,7 +112,7 @@ class Outlook:
         minutes = (waits + seconds) / 60
         if measured is None:
             minutes = max(minutes, DEFAULT_ETA_MINUTES[Scene.IMAGE_GENERATE][priority])
-        return Expected(minutes=round(max(minutes, 0.01), 4), ahead=ahead, run_seconds=round(seconds, 3))
+        return Expected(minutes=round(max(minutes, LEAST_MINUTES), 4), ahead=ahead, run_seconds=round(seconds, 3))
 
     async def run_seconds(self, template_id: str, resolution: Resolution) -> float | None:
         """The mean of the last measured runs, or None."""

@@ -165,8 +165,8 @@ def instant(at: datetime) -> str:
     return at.isoformat(timespec="milliseconds")
 
 
-def minutes(span: timedelta) -> float:
-    return max(round(span.total_seconds() / 60, 4), 0.0001)
+def minutes(span: timedelta, *, at_least: float = 0.0001) -> float:
+    return max(round(span.total_seconds() / 60, 4), at_least)
 
 
 def details_of(error: ActivityError) -> ErrorDetails:

@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 from pydantic import Field
 
-from bridge.calls import CANCEL_UPDATE, START_UPDATE, TRAINING_WORKFLOW, run_id_of, workflow_id
+from bridge.calls import CANCEL_UPDATE, LEAST_MINUTES, START_UPDATE, TRAINING_WORKFLOW, run_id_of, workflow_id
 from bridge.gpu_activities import is_trained_on
 from bridge.orders import TrainingJob
 from bridge.outlook import Outlook
@@ -152,7 +152,7 @@ class TrainingService:
             checkpoint_root=self._storage.url,
             seconds_per_step=seconds_per_step,
             gpu_hours=round(hours, 4),
-            estimated_time=round(max(hours * 60, 1.0), 2),
+            estimated_time=round(max(hours * 60, 2 * LEAST_MINUTES), 2),
             gpu_slots=GPU_SLOTS,
             gpu_type=await self._gpu_type(request.gpu_type, template.manifest.pool),
         )

@@ -21,6 +21,7 @@ from temporalio.workflow import ActivityCancellationType
 
 from bridge.calls import (
     INGEST_DATASET,
+    LEAST_MINUTES,
     PUBLISH_MODEL,
     SERVER_MEMO,
     START_UPDATE,
@@ -246,7 +247,7 @@ class ComfyUITrainingWorkflow(RunFlow):
             "stage_progress": round(self._progress_span[1], 2),
             "gpu_hours_used": round(self._hours, 6),
             "gpu_hours": round(self._hours + left.total_seconds() / 3600, 6),
-            "estimated_time": minutes(now + left - self._started_at),
+            "estimated_time": minutes(now + left - self._started_at, at_least=2 * LEAST_MINUTES),
             "next_eta": instant(now + left),
             "checkpoint": {
                 "uri": f"{self._job.checkpoint_root}/{self._latest}",
