@@ -15,6 +15,7 @@ from contracts.errors import ExceptionCode, FailureCode
 from contracts.prices import PriceTable
 from contracts.tasks import SEARCH_ATTRIBUTES
 from settings import Settings
+from simulation.mutants import MUTANTS
 
 PROJECT = Path(__file__).parents[1]
 DOCUMENTS = [PROJECT / "README.md", PROJECT / "CHANGELOG.md", *sorted((PROJECT / "docs").rglob("*.md"))]
@@ -77,3 +78,14 @@ def test_every_make_target_that_the_readme_names_exists() -> None:
     named = set(re.findall(r"`?make ([a-z-]+)", text_of("README.md")))
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
     assert named <= targets
+
+
+def test_every_test_and_mutant_that_the_pitfalls_name_exists() -> None:
+    text = text_of("docs/pitfalls-covered.md")
+    tests = re.findall(r"`(tests/\S+\.py)::(\w+)`", text)
+    assert len(tests) > 20
+    for path, name in tests:
+        assert f"def {name}(" in text_of(path), f"{path} has no {name}"
+    listed = {name for names in re.findall(r"mutants? ((?:`\w+`(?:, )?)+)", text) for name in re.findall(r"\w+", names)}
+    assert len(listed) > 10
+    assert listed <= set(MUTANTS)
