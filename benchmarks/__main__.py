@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import traceback
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,16 +50,20 @@ MEASUREMENTS: Final[dict[str, tuple[str, Callable[[Size], Coroutine[Any, Any, An
 """Name → where it stands in the results, and what measures it."""
 
 
-def run(names: list[str], *, quick: bool, file: Path) -> Results:
-    """Measure, and keep what is known after each measurement."""
-    results = Results.begun(quick=quick)
+def run(names: list[str], *, quick: bool, file: Path) -> tuple[Results, list[str]]:
+    """Measure, and keep what is known after each measurement; the names of those that failed."""
+    results, failed = Results.begun(quick=quick), list[str]()
     file.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         print(f"{name} …", flush=True)
         place, measure = MEASUREMENTS[name]
-        setattr(results, place, asyncio.run(measure(QUICK if quick else FULL)))
+        try:
+            setattr(results, place, asyncio.run(measure(QUICK if quick else FULL)))
+        except Exception:  # an hour's other measurements are worth keeping
+            traceback.print_exc()
+            failed.append(name)
         file.write_text(results.model_dump_json(indent=2) + "\n")
-    return results
+    return results, failed
 
 
 def main() -> int:
@@ -70,9 +75,11 @@ def main() -> int:
     options = parser.parse_args()
     configure_logs(level="ERROR")
     file = options.json.absolute()
-    results = run(options.only or list(MEASUREMENTS), quick=options.quick, file=file)
+    results, failed = run(options.only or list(MEASUREMENTS), quick=options.quick, file=file)
     print(f"\n{results.table()}\n\nAs JSON: {file}")
-    return 0
+    if failed:
+        print(f"Not measured: {', '.join(failed)}; see above.")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ async def process(port: int, *arguments: str, environment: dict[str, str]) -> As
         await child.wait()
 
 
-async def until(look: Callable[[], Any], *, what: str, seconds: float = 30) -> None:
+async def until(look: Callable[[], Any], *, what: str, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not look():
         if time.monotonic() > deadline:

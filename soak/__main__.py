@@ -52,6 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (StackFailure, Unmended, Taken) as failure:
         print(failure, file=sys.stderr)
         return EXIT_CANNOT
+    except ExceptionGroup as group:
+        unmended, others = group.split(Unmended)
+        if others is not None or unmended is None:
+            raise
+        print(f"{unmended.exceptions}\nThe stack's logs: {folder.log('stack').parent}", file=sys.stderr)
+        return EXIT_CANNOT
     except KeyboardInterrupt:
         print("\nInterrupted; `--resume` goes on (`make soak RESUME=1`).")
         return EXIT_INTERRUPTED
