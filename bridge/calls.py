@@ -14,6 +14,7 @@ KEY_WORKFLOW: Final = "ComfyUIKeyWorkflow"
 TRAINING_WORKFLOW: Final = "ComfyUITrainingWorkflow"
 CANCEL_UPDATE: Final = "cancel"
 START_UPDATE: Final = "start"
+MOVE_UPDATE: Final = "move"
 VIEW_QUERY: Final = "view"
 
 TAKE_SERVER: Final = "take_server"

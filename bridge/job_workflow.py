@@ -12,6 +12,7 @@ from bridge.calls import (
     FETCH_CONTROLS,
     JOB_WORKFLOW,
     LEAST_MINUTES,
+    MOVE_UPDATE,
     RESOLUTION_MEMO,
     SECONDS_MEMO,
     SERVER_MEMO,
@@ -31,11 +32,12 @@ class ComfyUIJobWorkflow(RunFlow):
     def __init__(self, job: ImageJob) -> None:
         self._job = job
         self._submitted = workflow.now()
+        waits = timedelta(seconds=max(0.0, job.estimated_time * 60 - job.graph.expected_seconds))
         fields: dict[str, Any] = {
             "job_id": job.job_id,
             "job_status": JobStatus.QUEUED.value,
             "stage_progress": 0.0,
-            "next_eta": None,
+            "next_eta": instant(self._submitted + waits),
             "estimated_time": job.estimated_time,
             "gpu_slots": job.gpu_slots,
             "queue_position": job.queue_position,
@@ -53,6 +55,15 @@ class ComfyUIJobWorkflow(RunFlow):
         if job.request.controls:
             await self._cleared_up()
         await self._all_told()
+        return self.view()
+
+    @workflow.update(name=MOVE_UPDATE)
+    def move(self, position: int) -> JobView:
+        """About how many jobs are ahead now; whoever looks at a queued job finds out, nobody is told."""
+        shown = self._fields["queue_position"]
+        if shown is not None and 0 <= position < shown:
+            self._fields["queue_position"] = position
+            self._telling.number()
         return self.view()
 
     @property

@@ -169,6 +169,8 @@ class JobView(OwnModel):
 
     tenant_id: str
     task_id: str
+    pool: str = ""
+    priority: TaskPriority = TaskPriority.STANDARD
     fields: dict[str, JsonValue]
     sequence: int
     tick_base: int | None = None

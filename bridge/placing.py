@@ -30,7 +30,8 @@ MAX_FAILED_RUNS: Final = 3
 """After so many servers failed a job in a row it ends `lost`: another attempt of its task may follow."""
 SERVER_AWAY: Final = timedelta(minutes=2)
 """How long a server's worker may stay away before its job goes to the pool again."""
-HEARTBEAT_TIMEOUT: Final = timedelta(seconds=10)
+HEARTBEAT_TIMEOUT: Final = timedelta(seconds=5)
+"""A beat goes out each second: a killed worker's run is looked for again this soon."""
 LONGEST_RUN: Final = timedelta(hours=24)
 COPY_WITHIN: Final = timedelta(hours=1)
 CANCELLED: Final = ErrorDetails(code=FailureCode.CANCELLED.value, message="It was cancelled.", retryable=False)
@@ -55,7 +56,7 @@ class Placing:
 
     def __init__(self, run_id: str, pool: str, priority: Priority) -> None:
         self._run_id = run_id
-        self._pool = pool
+        self.pool = pool
         self._priority = priority
         self._part = 0
         self.run = 1
@@ -115,7 +116,7 @@ class Placing:
             TAKE_SERVER,
             TakeOrder(job_id=self._run_id, run=self.run),
             result_type=ServerTaken,
-            task_queue=pool_queue(workflow.info().task_queue, self._pool),
+            task_queue=pool_queue(workflow.info().task_queue, self.pool),
             start_to_close_timeout=timedelta(seconds=45),
             retry_policy=_TAKE_RETRY,
             priority=self._priority,

@@ -63,6 +63,8 @@ class RunFlow:
         return JobView(
             tenant_id=self._request.tenant_id,
             task_id=self._request.task_id,
+            pool=self._placing.pool,
+            priority=self._request.priority,
             fields=self._fields,
             sequence=self._telling.sequence,
             tick_base=self._telling.tick_base,

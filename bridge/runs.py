@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -41,6 +42,7 @@ from bridge.calls import (
     BODY_MEMO,
     BRIDGE_QUEUE,
     KEY_WORKFLOW,
+    MOVE_UPDATE,
     RUN_GRAPH,
     STATUS_MEMO,
     VIEW_QUERY,
@@ -61,6 +63,9 @@ KIND_MEMO: Final = "kind"
 TENANT_MEMO: Final = "tenant_id"
 ENDED_BY_HAND_SEQUENCE: Final = 2**40
 """Higher than a run ever counts: what is said of a run that was ended by hand is its last word."""
+
+
+Moved = Callable[[JobView], Awaitable[int | None]]
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ class Runs:
         try:
             await self._client.start_workflow(
                 KEY_WORKFLOW,
+                MOVE_UPDATE,
                 id=workflow_id,
                 task_queue=self._task_queue,
                 id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
@@ -185,12 +191,17 @@ class Runs:
             raise _away(error) from None
         return Reply(ACCEPTED, new.answer)
 
-    async def view(self, run_id: str, *, kind: str, tenant_id: str) -> dict[str, Any]:
-        """The wire's fields of a run. Raises Refused (404) for a stranger's too."""
+    async def view(self, run_id: str, *, kind: str, tenant_id: str, moved: Moved | None = None) -> dict[str, Any]:
+        """The wire's fields of a run. Raises Refused (404) for a stranger's too.
+
+        `moved` says about how many jobs are ahead of a queued one now, which the run is told.
+        """
         described = await self._own(run_id, kind, tenant_id)
         handle = self._client.get_workflow_handle(described.id, run_id=described.run_id)
         if described.status is WorkflowExecutionStatus.RUNNING:
             view = await self._asked(handle)
+            if moved is not None:
+                view = await self._moved(handle, view, await moved(view))
             return _with_beat(view, await _last_percent(self._client, described))
         return _fields(await _ended_view(handle, described, run_id, kind))
 
@@ -210,6 +221,17 @@ class Runs:
                 if error.status is not RPCStatusCode.NOT_FOUND:
                     raise _away(error) from None
         return await self.view(run_id, kind=kind, tenant_id=tenant_id)
+
+    async def _moved(self, handle: WorkflowHandle[Any, Any], view: JobView, position: int | None) -> JobView:
+        shown = view.fields.get("queue_position")
+        if position is None or not isinstance(shown, int) or position >= shown:
+            return view
+        try:
+            told: JobView = await handle.execute_update(MOVE_UPDATE, position, result_type=JobView, rpc_timeout=ASK)
+            return told
+        except (WorkflowUpdateRPCTimeoutOrCancelledError, WorkflowUpdateFailedError, RPCError):
+            # A count that informs is not worth an answer.
+            return view
 
     async def _own(self, run_id: str, kind: str, tenant_id: str) -> WorkflowExecutionDescription:
         described = await self._described(workflow_of(run_id))

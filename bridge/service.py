@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue
 
 from bridge.calls import CANCEL_UPDATE, JOB_WORKFLOW, run_id_of, workflow_id
 from bridge.control_images import ControlImages, address_of
-from bridge.orders import ImageJob
+from bridge.orders import ImageJob, JobView
 from bridge.outlook import Outlook
 from bridge.replies import Call, Refused, Reply, checked
 from bridge.runs import NewRun, Runs, fingerprint
@@ -87,7 +87,15 @@ class ImageService:
 
     async def get(self, call: Call) -> Reply:
         demand(call.claims, Operation.READ_COMFYUI)
-        return Reply(200, await self._runs.view(_known(call), kind="job", tenant_id=call.claims.tenant_id))
+        tenant_id = call.claims.tenant_id
+        view = await self._runs.view(_known(call), kind="job", tenant_id=tenant_id, moved=self._ahead_of)
+        return Reply(200, view)
+
+    async def _ahead_of(self, view: JobView) -> int | None:
+        """At most so many are ahead of a queued job as wait now, perhaps itself among them; None where it is not."""
+        if view.fields.get("job_status") != JobStatus.QUEUED or not view.fields.get("queue_position"):
+            return None
+        return (await self._outlook.backlog(view.pool)).ahead_of(view.priority)
 
     async def cancel(self, call: Call) -> Reply:
         demand(call.claims, Operation.CANCEL_JOB)

@@ -153,6 +153,7 @@ async def test_a_run_that_somebody_interrupts_on_the_server_ends_cancelled(
 # A server that is lost
 
 
+@pytest.mark.slow
 async def test_a_restarted_server_runs_the_job_again_under_another_prompt_id(
     bridge: BridgePlatform, native: NativeServer
 ) -> None:
