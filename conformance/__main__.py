@@ -49,7 +49,7 @@ async def _outcomes(options: argparse.Namespace, settings: Settings) -> list[Out
         chosen = [case for case in chosen if case.name in options.only]
     me, stranger = _person(options.me), _person(options.stranger)
     async with (
-        receiving(secret, host=options.host) as receiver,
+        receiving(secret, host=options.host, port=options.port) as receiver,
         opened(options.url, _tokens_by(settings), me, stranger, profile, receiver) as subject,
     ):
         return await run(chosen, subject)
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--template", default="test-pattern", help="the image template whose jobs are made")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds that a job may take")
     parser.add_argument("--host", default="127.0.0.1", help="address of this machine at which callbacks arrive")
+    parser.add_argument("--port", type=int, default=0, help="its port; default: a free one")
     parser.add_argument("--no-trainings", action="store_true", help="images alone")
     parser.add_argument("--only", action="append", metavar="CASE", help="this case alone; may be given several times")
     return parser

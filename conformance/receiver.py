@@ -76,14 +76,14 @@ class _QuietServer(uvicorn.Server):
 
 
 @asynccontextmanager
-async def receiving(secret: str, *, host: str = "127.0.0.1") -> AsyncIterator[CallbackReceiver]:
-    """Serve one on a free port of this address; `secret` is `whsec_…`, as the server under test has it."""
+async def receiving(secret: str, *, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[CallbackReceiver]:
+    """Serve one at this address, on a free port unless one is named. `secret`: `whsec_…`, as the server has it."""
     receiver = CallbackReceiver(secret)
     app = FastAPI(openapi_url=None)
     app.post("/callbacks/comfyui/{task_id}")(receiver.take)
     # The protocol is named, or asyncio would not set TCP_NODELAY and every answer would take 40 ms.
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.bind((host, 0))
+    listening.bind((host, port))
     receiver.url = f"http://{host}:{listening.getsockname()[1]}"
     server = _QuietServer(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
     serving = asyncio.create_task(server.serve(sockets=[listening]))
