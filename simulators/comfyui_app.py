@@ -131,7 +131,7 @@ def _admin_routes(service: ComfyUIService, edge: Edge, admin_token: str) -> APIR
     @router.get("/jobs")
     async def jobs(task_id: str | None = None) -> list[RunSeen]:
         service.queue.settle()
-        return [service.queue.seen(run) for run in service.queue.all_runs() if task_id in (None, run.task_id)]
+        return [service.queue.seen(run) for run in service.queue.all_runs(task_id)]
 
     @router.post("/jobs/{run_id}")
     async def act_on(run_id: str, order: RunOrder) -> RunSeen:

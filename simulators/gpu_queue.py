@@ -88,9 +88,10 @@ class GpuQueue:
         row = self._state.row("SELECT document FROM runs WHERE run_id = ?", run_id)
         return _run_of(row["document"]) if row else None
 
-    def all_runs(self) -> list[AnyRun]:
-        """Oldest first."""
-        rows = self._state.rows("SELECT run_id, document FROM runs ORDER BY rowid")
+    def all_runs(self, task_id: str | None = None) -> list[AnyRun]:
+        """Oldest first; of one task, or of all."""
+        query = "SELECT run_id, document FROM runs WHERE ?1 IS NULL OR task_id = ?1 ORDER BY rowid"
+        rows = self._state.rows(query, task_id)
         return [self._open.get(row["run_id"]) or _run_of(row["document"]) for row in rows]
 
     def task_of(self, run_id: str) -> str | None:
