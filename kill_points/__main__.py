@@ -44,12 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(failure, file=sys.stderr)
         return EXIT_CANNOT
     print(table(cells))
-    if told := failures(cells):
-        print(f"\n{told}\n\nLogs: {folder / 'run' / 'logs'}")
+    has_failed = any(cell.problems for cell in cells)
+    if has_failed:
+        print(f"\nLogs: {folder / 'run' / 'logs'}")
     else:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"\n{summary(cells, time.monotonic() - began)}")
-    return EXIT_FAILED if told else 0
+    return EXIT_FAILED if has_failed else 0
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -96,6 +97,8 @@ async def struck(
                 cells += done
                 failed = sum(bool(cell.problems) for cell in done)
                 print(f"{kind.name}: {len(done)} cells, {failed} failed: {clock}", flush=True)
+                if failed:
+                    print(failures(done), flush=True)
     return cells
 
 
