@@ -26,6 +26,7 @@ class Stop:
         self.requested = False
         self.by_temporal = False
         self.outcome: Literal["accepted", "too_late"] | None = None
+        self._decided = asyncio.Event()
 
     def ask(self, reason: str, *, by_temporal: bool = False) -> None:
         """Note the first wish; what the run ends as depends on it."""
@@ -35,18 +36,26 @@ class Stop:
     def obey(self) -> None:
         """Raise TaskStopped if a stop was asked for. Called where the flow waits, after its inbox was read."""
         if self.requested:
-            self.outcome = "accepted"
+            self._decide("accepted")
             raise TaskStopped(self.reason)
 
     def close(self) -> None:
         """From here a cancel is too late: the work was delivered, or the task has ended by itself."""
         if self.outcome is None:
-            self.outcome = "too_late"
+            self._decide("too_late")
+
+    def _decide(self, outcome: Literal["accepted", "too_late"]) -> None:
+        self.outcome = outcome
+        self._decided.set()
 
     async def cancel_task(self, reason: str) -> CancelTaskOutcome:
-        """The update: answers once it is decided."""
+        """The update: answers once it is decided.
+
+        By an event, not a condition: those are looked at in the order in which they were begun, and an update that
+        came while a local try outlived its workflow task is replayed earlier than it was (seen with temporalio 1.35).
+        """
         self.ask(reason)
-        await workflow.wait_condition(lambda: self.outcome is not None)
+        await self._decided.wait()
         assert self.outcome is not None
         return CancelTaskOutcome(outcome=self.outcome)
 

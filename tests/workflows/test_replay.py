@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from temporalio.api.enums.v1 import EventType as HistoryEvent
 from temporalio.client import WorkflowHistory
 from temporalio.worker import Replayer
 
 from temporal_plugin import TasksPlugin
+from tests.workflows.books import ended
+from tests.workflows.platform import Handle, Platform
 from tests.workflows.record_histories import HISTORIES, SCENARIOS
 from worker import WORKFLOWS
+from workflows import outside_call
 
 RECORDED = sorted(HISTORIES.glob("*.json"))
 
@@ -26,3 +33,34 @@ async def test_a_recorded_history_replays(recorded: Path) -> None:
 
 def test_every_scenario_is_recorded() -> None:
     assert {path.stem for path in RECORDED} == {scenario.__name__ for scenario in SCENARIOS}
+
+
+@pytest.mark.parametrize("is_training", [False, True], ids=["image", "training"])
+async def test_a_cancel_that_came_while_a_local_try_outlived_its_workflow_task_replays(
+    quick_platform: Platform, monkeypatch: pytest.MonkeyPatch, is_training: bool
+) -> None:
+    """Replayed, it comes with the start; as it happened, it came some workflow tasks later."""
+    monkeypatch.setattr(outside_call, "LOCAL_TIMEOUT", timedelta(seconds=60))
+    is_asked, claim = asyncio.Event(), quick_platform.store.claim
+
+    async def claim_late(*arguments: Any, **named: Any) -> bool:
+        await is_asked.wait()
+        return await claim(*arguments, **named)
+
+    monkeypatch.setattr(quick_platform.store, "claim", claim_late)
+    task = quick_platform.training() if is_training else quick_platform.image()
+    handle = await quick_platform.start(task, task_timeout=timedelta(seconds=1))
+    await quick_platform.until(lambda: _has_workflow_tasks(handle, 1))
+    asking = asyncio.create_task(quick_platform.cancel(handle))
+    await quick_platform.until(lambda: _has_workflow_tasks(handle, 4))
+    is_asked.set()
+    assert await asking == "accepted"
+    await ended(quick_platform, handle)
+    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()])
+    await replayer.replay_workflow(await handle.fetch_history())
+
+
+async def _has_workflow_tasks(handle: Handle, count: int) -> bool:
+    """Whether so many workflow tasks have been completed, with nothing to show for it."""
+    events = [event.event_type async for event in handle.fetch_history_events()]
+    return events.count(HistoryEvent.EVENT_TYPE_WORKFLOW_TASK_COMPLETED) >= count
