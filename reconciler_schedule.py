@@ -24,6 +24,8 @@ from contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, reconcile_id
 from settings import Settings
 
 RPC_TIMEOUT: Final = timedelta(seconds=5)
+TASK_TIMEOUT: Final = timedelta(seconds=3)
+"""What a killed worker held of a pass is another's after that long."""
 CATCH_UP: Final = timedelta(seconds=10)
 """After an outage one pass is enough: what it would have found earlier it finds now."""
 
@@ -59,6 +61,7 @@ def _schedule(settings: Settings) -> Schedule:
             ReconcileOrder(pause_seconds=settings.reconcile_pause_seconds),
             id=reconcile_id_of(settings.task_queue),
             task_queue=settings.task_queue,
+            task_timeout=TASK_TIMEOUT,
             static_summary="give back what runs left that ended without their own clean-up",
         ),
         spec=ScheduleSpec(

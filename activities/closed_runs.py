@@ -18,6 +18,7 @@ from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 from activities.left_behind import HistoryReading, left_by_row
+from activities.running_call import to_its_end
 from contracts.errors import FailureCode
 from contracts.give_back import GiveBackOrder, LeftBehind
 from contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen
@@ -44,7 +45,7 @@ def _how(run: WorkflowExecutionDescription) -> str:
 
 
 class ClosedRunActivities:
-    """Looks at runs that are over."""
+    """Looks at runs that are over. Each heartbeats: a killed worker's look is another's within seconds."""
 
     def __init__(self, client: Client, store: TaskStore) -> None:
         self._client = client
@@ -56,6 +57,19 @@ class ClosedRunActivities:
 
         `input_invalid`, not retried: there is no such task. `task_conflict`, not retried: its run is open.
         """
+        return await to_its_end(self._left_behind(order))
+
+    @activity.defn
+    async def closed_among_open(self, look: OpenTasksLook) -> OpenTasksSeen:
+        """Of one page of open rows, those whose run is over. Raises ApplicationError `internal`, retried."""
+        return await to_its_end(self._closed_among_open(look))
+
+    @activity.defn
+    async def still_closed(self, found: list[ClosedRun]) -> list[ClosedRun]:
+        """Those whose row is open still, and whose run is over as it was. Raises as `closed_among_open`."""
+        return await to_its_end(self._still_closed(found))
+
+    async def _left_behind(self, order: GiveBackOrder) -> LeftBehind:
         row = await self._row(order.task_id)
         if row is None:
             raise ApplicationError(
@@ -72,9 +86,7 @@ class ClosedRunActivities:
             )
         return await self._by_history(row, _how(run), self._handle(row, run.run_id))
 
-    @activity.defn
-    async def closed_among_open(self, look: OpenTasksLook) -> OpenTasksSeen:
-        """Of one page of open rows, those whose run is over. Raises ApplicationError `internal`, retried."""
+    async def _closed_among_open(self, look: OpenTasksLook) -> OpenTasksSeen:
         try:
             page = await self._store.open_tasks(
                 quiet_for=timedelta(seconds=look.quiet_seconds), cursor=look.cursor, limit=PAGE_SIZE
@@ -83,9 +95,7 @@ class ClosedRunActivities:
             raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
         return OpenTasksSeen(closed=await self._closed_of(page.tasks), cursor=page.cursor)
 
-    @activity.defn
-    async def still_closed(self, found: list[ClosedRun]) -> list[ClosedRun]:
-        """Those whose row is open still, and whose run is over as it was. Raises as `closed_among_open`."""
+    async def _still_closed(self, found: list[ClosedRun]) -> list[ClosedRun]:
         rows = [row for closed in found if (row := await self._row(closed.task_id)) and row.ended_at is None]
         return [closed for closed in await self._closed_of(rows) if closed in found]
 

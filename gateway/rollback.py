@@ -19,6 +19,7 @@ from gateway.problems import Problem, ProblemCode
 from gateway.task_bodies import RollbackOrder, RollbackOutcome, TaskView
 from gateway.tasks import Tasks
 from gateway.temporal_calls import RPC_TIMEOUT, bounded, described, temporal_problems
+from task_start import WORKFLOW_TASK_TIMEOUT
 
 WAIT_SECONDS: Final = 10.0
 """How long a give-back is waited for; it goes on all the same."""
@@ -67,6 +68,7 @@ class Rollback:
                 id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
                 id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
                 static_summary=f"give back {task.task_id}, for {task.tenant_id}",
+                task_timeout=WORKFLOW_TASK_TIMEOUT,
                 rpc_timeout=RPC_TIMEOUT,
             )
         )

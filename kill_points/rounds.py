@@ -15,7 +15,7 @@ from kill_points.instants import Instant
 from kill_points.kinds import Kind
 from kill_points.oracle import Ending, judged
 from kill_points.recorder import Recorder
-from kill_points.site import Site, key_of, until
+from kill_points.site import OUTSIDE_ERRORS, Site, key_of, until
 from kill_points.ways import task_of
 from simulators.admin_wire import Fault
 
@@ -88,6 +88,9 @@ async def run_round(site: Site, kind: Kind, instants: Sequence[Instant], number:
         clock.lap("ended")
         await judged(site, [_ending(cell, recorder, back) for cell in cells])
         clock.lap("judged")
+    except OUTSIDE_ERRORS as failure:
+        for cell in cells:
+            cell.problems.append(f"the round was broken off: {type(failure).__name__} {failure}")
     finally:
         site.gates.open_all()
         await recorder.finish(seconds=0)

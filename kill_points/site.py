@@ -81,7 +81,9 @@ class Site:
         folder = self.stack.folder.path / "datasets" / TENANT / "faces"
         folder.mkdir(parents=True, exist_ok=True)
         for n in range(3):
-            (folder / f"{n}.txt").write_text(f"picture {n}")
+            path = folder / f"{n}.txt"
+            if not path.exists():  # a training fails, rightly, whose dataset is written to meanwhile
+                path.write_text(f"picture {n}")
         return folder
 
     # What is asked of a task

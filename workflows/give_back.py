@@ -32,7 +32,7 @@ from workflows.failures import TaskFailed
 from workflows.guards import input_invalid
 from workflows.job_clock import JobClock
 from workflows.job_routes import IMAGE_ROUTES, TRAINING_ROUTES
-from workflows.outside_call import OutsideCall, TaskFor
+from workflows.outside_call import HEARTBEAT_TIMEOUT, OutsideCall, TaskFor
 from workflows.stop import Stop
 from workflows.task_record import TaskRecord
 from workflows.undo import Undo
@@ -183,6 +183,7 @@ class GiveBackWorkflow:
             ClosedRunActivities.left_behind,
             order,
             start_to_close_timeout=LOOK_TIMEOUT,
+            heartbeat_timeout=HEARTBEAT_TIMEOUT,
             retry_policy=LOOK_RETRY,
             summary="0 what was left",
         )

@@ -17,9 +17,12 @@ from activities.closed_runs import ClosedRunActivities
 from contracts.give_back import GiveBackOrder, give_back_id_of
 from contracts.reconcile import ClosedRun, OpenTasksLook, ReconcileOrder, ReconcileResult
 from workflows.give_back import GiveBackWorkflow
+from workflows.outside_call import HEARTBEAT_TIMEOUT
 
 LOOK_TIMEOUT: Final = timedelta(minutes=1)
 LOOK_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
+TASK_TIMEOUT: Final = timedelta(seconds=3)
+"""What a killed worker held of a run is another's after that long."""
 MAX_PAGES: Final = 20
 MAX_CLOSED: Final = 200
 """Of one run: what is more waits for the run that it continues as."""
@@ -40,6 +43,7 @@ class ReconcileWorkflow:
                 ClosedRunActivities.still_closed,
                 closed,
                 start_to_close_timeout=LOOK_TIMEOUT,
+                heartbeat_timeout=HEARTBEAT_TIMEOUT,
                 retry_policy=LOOK_RETRY,
                 summary="2 look again",
             )
@@ -59,6 +63,7 @@ class ReconcileWorkflow:
                 ClosedRunActivities.closed_among_open,
                 OpenTasksLook(quiet_seconds=order.pause_seconds, cursor=cursor),
                 start_to_close_timeout=LOOK_TIMEOUT,
+                heartbeat_timeout=HEARTBEAT_TIMEOUT,
                 retry_policy=LOOK_RETRY,
                 summary="1 open rows whose run is closed",
             )
@@ -78,6 +83,7 @@ class ReconcileWorkflow:
                 parent_close_policy=workflow.ParentClosePolicy.ABANDON,
                 # Giving back twice is giving back once: a second one finds the task ended.
                 id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+                task_timeout=TASK_TIMEOUT,
                 static_summary=f"give back {task.task_id}, whose run is {task.how}",
             )
         except WorkflowAlreadyStartedError:

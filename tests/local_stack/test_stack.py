@@ -25,6 +25,7 @@ from local_stack.background import end_stack, running_stack, start_stack
 from local_stack.child import is_running
 from local_stack.commands import EXIT_NOT_UP, down, status, up
 from local_stack.folder import PROJECT, RunFolder, StackFailure, StackRecord
+from reconciler_schedule import standing_reconciler
 from temporal_plugin import TasksPlugin
 from tests.conftest import unique
 from tests.local_stack.waiting import comes_true, eventually
@@ -115,6 +116,12 @@ def test_everything_listens_on_this_machine_alone(stack: StackDescription) -> No
         if connection.status == psutil.CONN_LISTEN
     }
     assert addresses == {"127.0.0.1"}
+
+
+async def test_its_worker_has_scheduled_the_reconciler(client: Client, stack: StackDescription) -> None:
+    standing = await standing_reconciler(client, stack.task_queue)
+    assert standing is not None
+    assert [interval.every for interval in standing.schedule.spec.intervals] == [timedelta(seconds=15)]
 
 
 async def test_both_accounts_have_their_points_and_only_theirs(stack: StackDescription) -> None:
