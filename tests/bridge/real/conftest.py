@@ -48,6 +48,7 @@ async def stand_in_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIter
 async def stand_in(stand_in_server: NativeServer, real: httpx.AsyncClient) -> AsyncIterator[httpx.AsyncClient]:
     """With the checkpoints that the real server has."""
     await stand_in_server.admin.reset()
+    await stand_in_server.admin.set(node_seconds=0.2)
     await stand_in_server.admin.set(models={"checkpoints": (await real.get("/models/checkpoints")).json()})
     async with httpx.AsyncClient(base_url=stand_in_server.url, timeout=30) as http:
         yield http

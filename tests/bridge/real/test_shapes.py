@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 
 from tests.bridge.native.graphs import new_prompt_id, plain, training
 
@@ -156,6 +156,95 @@ async def the_status_message(http: httpx.AsyncClient) -> Any:
     return [first["type"], shape(first["data"], {}), second]
 
 
+async def a_reconnected_socket(http: httpx.AsyncClient) -> Any:
+    """Two sockets under one client id, the older of which closes: what the newer one still hears of a run."""
+    client_id = new_prompt_id()
+    address = socket_address(http, client_id)
+    async with connect(address, origin=None) as old, connect(address, origin=None) as new:
+        for ws in (old, new):
+            await ws.recv()
+        await old.close()
+        # Both servers take a moment to see that it has closed.
+        await asyncio.sleep(0.5)
+        _, prompt_id = await submitted(http, plain(color(), prefix="conformance/p"), client_id=client_id)
+        await ended(http, prompt_id)
+        return await kinds_heard(new)
+
+
+async def a_stranger_listens(http: httpx.AsyncClient) -> Any:
+    """What a socket hears of a prompt of another client id, and of one without any."""
+    async with connect(socket_address(http, new_prompt_id()), origin=None) as ws:
+        await ws.recv()
+        await ended(http, (await submitted(http, plain(color(), prefix="conformance/p")))[1])
+        of_another = await kinds_heard(ws)
+        prompt_id = new_prompt_id()
+        graph = plain(color(), prefix="conformance/p")
+        await http.post("/prompt", json={"prompt": graph, "prompt_id": prompt_id})
+        await ended(http, prompt_id)
+        return [of_another, await kinds_heard(ws)]
+
+
+async def a_prompt_id_that_is_sent_twice(http: httpx.AsyncClient) -> Any:
+    """How many outputs it leaves: it is queued and run again."""
+    prompt_id = new_prompt_id()
+    name = f"conformance/{prompt_id}"
+    for _ in range(2):
+        body = {"prompt": plain(color(), prefix=name), "prompt_id": prompt_id, "client_id": "shapes"}
+        answer = await http.post("/prompt", json=body)
+        assert answer.status_code == 200
+    ends = time.monotonic() + LIMIT_SECONDS
+    second = {"filename": f"{prompt_id}_00002_.png", "subfolder": "conformance"}
+    while (found := await http.get("/view", params=second)).status_code != 200:
+        assert time.monotonic() < ends, "it ran once"
+        await asyncio.sleep(0.1)
+    return found.status_code
+
+
+async def an_interrupted_prompt(http: httpx.AsyncClient) -> Any:
+    """Deleted while pending it leaves no trace; interrupted while running it is an error with its own message."""
+    _, running_id = await submitted(http, blurred())
+    _, pending_id = await submitted(http, plain(color(), prefix="conformance/p"))
+    ends = time.monotonic() + LIMIT_SECONDS
+    while running_id not in [item[1] for item in (await http.get("/queue")).json()["queue_running"]]:
+        assert time.monotonic() < ends, "it did not run"
+        await asyncio.sleep(0.02)
+    queue = (await http.get("/queue")).json()
+    shapes = [shape(item, {running_id: "<running>", pending_id: "<pending>"}) for item in queue["queue_pending"]]
+    await http.post("/queue", json={"delete": [pending_id]})
+    await http.post("/interrupt", json={"prompt_id": running_id})
+    entry = await ended(http, running_id)
+    name, said = entry["status"]["messages"][-1]
+    gone = (await http.get(f"/api/jobs/{pending_id}")).status_code
+    return [shapes, entry["status"]["status_str"], name, sorted(said), said["node_type"], gone]
+
+
+def blurred() -> Json:
+    """Some seconds of work on a CPU."""
+    graph = plain(color(), width=512, height=512, prefix="conformance/p")
+    above = "1"
+    for number in range(3, 11):
+        inputs = {"image": [above, 0], "blur_radius": 31, "sigma": 10.0}
+        above = str(number)
+        graph[above] = {"class_type": "ImageBlur", "inputs": inputs}
+    graph["2"]["inputs"]["images"] = [above, 0]
+    return graph
+
+
+def socket_address(http: httpx.AsyncClient, client_id: str) -> str:
+    return f"{str(http.base_url).rstrip('/').replace('http', 'ws', 1)}/ws?clientId={client_id}"
+
+
+async def kinds_heard(ws: ClientConnection) -> list[str]:
+    """The kinds of messages that have arrived, but for `status`, which everyone is sent."""
+    kinds: set[str] = set()
+    while True:
+        try:
+            async with asyncio.timeout(1.0):
+                kinds.add(json.loads(await ws.recv())["type"])
+        except TimeoutError:
+            return sorted(kinds - {"status"})
+
+
 async def a_failing_node(http: httpx.AsyncClient) -> Any:
     """Saving outside the output folder fails while it runs."""
     _, prompt_id = await submitted(http, plain(color(), prefix="../../outside"))
@@ -267,6 +356,10 @@ EXCHANGES: list[Exchange] = [
     jobs_of_a_run,
     the_messages_of_a_run,
     the_status_message,
+    a_reconnected_socket,
+    a_stranger_listens,
+    a_prompt_id_that_is_sent_twice,
+    an_interrupted_prompt,
     a_failing_node,
     uploads_and_views,
     reads,
