@@ -32,7 +32,7 @@ Json = dict[str, Any]
 SECRET: Final = "the-bridge-in-tests-signs-with-this-one"
 CALLBACK_SECRET: Final = "whsec_dGhlLWJyaWRnZS1pbi10ZXN0cy1zaWducy13aXRoLXRoaXM="
 TENANT, USER = "tenant-demo", "user-demo"
-QUICK: Final = Patience(poll=0.1, silent=2.0, dead=1.0, stalled=2.0, stalled_runs=0.0, look_again=0.3, stop=10.0)
+QUICK: Final = Patience(poll=0.1, silent=2.0, dead=1.0, stalled=60.0, stalled_runs=0.0, look_again=0.3, stop=10.0)
 """As in life, and some thirty times faster."""
 
 

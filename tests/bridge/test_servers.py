@@ -191,8 +191,9 @@ async def test_of_two_servers_one_fails_and_the_other_delivers(
 ) -> None:
     first, second = servers
     await first.admin.set(hold=True)
+    patience = replace(QUICK, stalled=2.0 if how in ("worker_dead", "stuck") else QUICK.stalled)
     try:
-        async with bridge.gpu(first) as failing:
+        async with bridge.gpu(first, patience=patience) as failing:
             accepted = await bridge.submit()
             prompt_id = await until_running(bridge, first)
             async with bridge.gpu(second):
