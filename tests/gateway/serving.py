@@ -211,10 +211,14 @@ async def gateway_process(environment: dict[str, str]) -> AsyncIterator[GatewayP
                 return False
 
         await eventually(is_up, within=timedelta(seconds=20))
-    yield GatewayProcess(process, port, secret)
-    if process.returncode is None:
-        process.terminate()
-        assert await asyncio.wait_for(process.wait(), 15) == 0
+    try:
+        yield GatewayProcess(process, port, secret)
+    finally:
+        was_running = process.returncode is None
+        if was_running:
+            process.terminate()
+        code = await asyncio.wait_for(process.wait(), 20)
+    assert code == 0 or not was_running
 
 
 class Wire:
