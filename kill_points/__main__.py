@@ -59,7 +59,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], help="instants whose name holds this; may be repeated")
     parser.add_argument("--kinds", type=_kinds, default=list(KINDS), help=f"some of {', '.join(KINDS)}")
     parser.add_argument("--within", type=float, default=5.0, help="seconds within which work has to go on (5)")
-    parser.add_argument("--most", type=int, default=70, help="tasks struck at once (70)")
+    parser.add_argument("--most", type=int, default=50, help="tasks struck at once (50)")
     return parser.parse_args(arguments)
 
 

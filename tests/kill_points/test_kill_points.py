@@ -55,7 +55,9 @@ async def test_a_worker_killed_in_some_instants_costs_no_task(folder: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", ["temporal-killed", "postgres-killed", "credits-killed", "reply-lost", "terminated"])
+@pytest.mark.parametrize(
+    "kind", ["temporal-killed", "postgres-killed", "credits-killed", "reply-lost", "terminated+killed"]
+)
 async def test_other_blows_in_many_instants_cost_no_task(folder: Path, kind: str) -> None:
     await all_ok(folder, [KINDS[kind]], ("submit_job,", "pre_deduct,", "commit,", "write last event", "wait for C"))
 

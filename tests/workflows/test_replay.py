@@ -56,6 +56,9 @@ async def test_a_cancel_that_came_while_a_local_try_outlived_its_workflow_task_r
     is_asked.set()
     assert await asking == "accepted"
     await ended(quick_platform, handle)
+    order = [event.event_type async for event in handle.fetch_history_events()]
+    answered = order.index(HistoryEvent.EVENT_TYPE_WORKFLOW_EXECUTION_UPDATE_COMPLETED)
+    assert answered < order.index(HistoryEvent.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED), "as when it comes with the start"
     replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()])
     await replayer.replay_workflow(await handle.fetch_history())
 
