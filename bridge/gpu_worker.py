@@ -27,7 +27,7 @@ import temporal_plugin
 from bridge.callbacks import CallbackSender
 from bridge.calls import BRIDGE_QUEUE, pool_queue, presence_queue, server_queue
 from bridge.gpu_activities import GpuActivities, ServerIdentity
-from bridge.graph_check import graph_problems
+from bridge.graph_check import NoModel, chosen_models, graph_problems
 from bridge.manifest import DEFAULT_POOL
 from bridge.native import NativeServer
 from bridge.native_errors import NativeFailure
@@ -178,9 +178,11 @@ async def check_templates(server: NativeServer, templates: TemplateLibrary, pool
     info = await server.object_info()
     problems: list[str] = []
     for template in templates.of_pools([pool]):
-        later = [template.node_of(slot.image) for slot in template.manifest.controls]
-        later += [template.node_of(model.input) for model in template.manifest.models]
-        found = graph_problems(template.graph, info, template.result_nodes, uploads=later)
+        found = graph_problems(template.graph, info, template.result_nodes, uploads=template.filled_in_later())
+        try:
+            chosen_models(template.graph, info, template.models_needed(), template.result_nodes)
+        except NoModel as missing:
+            found.append(str(missing))
         problems += [f"template {template.template_id!r}: {problem}" for problem in found]
     return problems
 

@@ -161,6 +161,22 @@ class Template:
         """`node.input` → the node's id and the input's name."""
         return self._split(ref)
 
+    def filled_in_later(self) -> list[tuple[str, str]]:
+        """Node and input of what no graph file can know: uploaded pictures, datasets, models of whichever server."""
+        refs = [slot.image for slot in self.manifest.controls] + [model.input for model in self.manifest.models]
+        if (training := self.manifest.training) is not None:
+            refs += [training.base_model_input, *training.inputs.folder, *training.inputs.existing_lora]
+        return [self._split(ref) for ref in refs]
+
+    def models_needed(self) -> list[ModelChoice]:
+        """The models that a server must have for any of its jobs; of a training's base models one will do."""
+        choices = self._model_choices()
+        if (training := self.manifest.training) is not None:
+            node, name = self._split(training.base_model_input)
+            patterns = [pattern for fitting in training.base_models.values() for pattern in fitting]
+            choices.append(ModelChoice(node=node, input=name, prefer=list(dict.fromkeys(patterns))))
+        return choices
+
     def _model_choices(self) -> list[ModelChoice]:
         choices = []
         for model in self.manifest.models:
