@@ -27,6 +27,7 @@ async def stored(dsn: str) -> set[tuple[str, ...]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 async def test_dbos_stores_the_same_events_as_ours() -> None:
     stories = {}
     for kind in (Ours, OnDbos):

@@ -28,6 +28,7 @@ def is_under_way(folder: Path) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_soak_that_is_interrupted_goes_on_and_finds_no_untruth(tmp_path: Path) -> None:
     folder = tmp_path / "soak"
     given = ("--tasks", str(TASKS), "--seed", "5", "--open", "12", "--gap", "2", "--speed", "200")
