@@ -11,6 +11,7 @@ from typing import Any, Final
 from bridge.templates import is_link
 
 STEP_INPUTS: Final = ("steps",)
+MOST_STEPS: Final = 1e12
 MOST_WHILE_RUNNING: Final = 99
 """100 is said when the result is there."""
 
@@ -65,8 +66,7 @@ class RunProgress:
                 self._reached(node, state.get("value"), state.get("max"))
 
     def _reached(self, node: Any, value: Any, most: Any) -> None:
-        numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in (value, most))
-        if isinstance(node, str) and numbers and most > 0:
+        if isinstance(node, str) and _is_count(value) and _is_count(most) and most > 0:
             share = min(1.0, max(0.0, value / most))
             self._shares[node] = max(self._shares.get(node, 0.0), share)
 
@@ -88,5 +88,10 @@ class RunProgress:
         return weights
 
 
+def _is_count(number: Any) -> bool:
+    """Whether it can be reckoned with: no NaN, and nothing whose quotient no float holds."""
+    return isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < MOST_STEPS
+
+
 def _steps(value: Any) -> float:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else 0.0
+    return float(value) if _is_count(value) else 0.0
