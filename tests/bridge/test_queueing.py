@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
 
+from bridge.calls import TAKE_SERVER, workflow_of
+from bridge.placing import prompt_id_of
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import BridgePlatform, Json
 
@@ -18,11 +21,16 @@ async def submitted(bridge: BridgePlatform, tenant: str, priority: str, **fields
     return accepted | {"tenant": tenant, "priority": priority}
 
 
-async def waiting(bridge: BridgePlatform, jobs: int) -> bool:
-    """Whether so many jobs wait in the pool's queue."""
-    outlook = bridge.bridge.outlook
-    outlook.forget()
-    backlog = await outlook.backlog("default")
+async def waits(bridge: BridgePlatform, job: Json) -> bool:
+    """Whether this job has asked for a server."""
+    described = await bridge.client.get_workflow_handle(workflow_of(job["job_id"])).describe()
+    return any(pending.activity_type.name == TAKE_SERVER for pending in described.raw_description.pending_activities)
+
+
+async def is_told(bridge: BridgePlatform, jobs: int) -> bool:
+    """Whether Temporal tells that so many wait; it does so some seconds late."""
+    bridge.bridge.outlook.forget()
+    backlog = await bridge.bridge.outlook.backlog("default")
     return backlog.accelerated + backlog.standard >= jobs
 
 
@@ -33,14 +41,13 @@ async def order_of(native: NativeServer, jobs: list[Json]) -> list[Json]:
 
 
 def first_prompt_of(job: Json) -> str:
-    from bridge.placing import prompt_id_of
-
     return prompt_id_of(job["job_id"], 0, 1)
 
 
 async def queued_and_run(bridge: BridgePlatform, native: NativeServer, jobs: list[Json]) -> list[Json]:
     """Let all jobs wait, then one server run them; the order."""
-    await bridge.until(lambda: waiting(bridge, len(jobs)), seconds=60)
+    for job in jobs:
+        await bridge.until(partial(waits, bridge, job), seconds=60)
     async with bridge.gpu(native):
         for job in jobs:
             who = {"tenant": job["tenant"], "user": f"user-of-{job['tenant']}"}
@@ -104,7 +111,7 @@ async def test_a_queued_job_moves_up_and_its_number_rises(
         await server.admin.set(hold=True)
     for _ in range(3):
         await bridge.submit()
-    await bridge.until(lambda: waiting(bridge, 3))
+    await bridge.until(lambda: is_told(bridge, 3))
     last = await bridge.submit()
     first_seen = await bridge.job(last["job_id"])
     assert first_seen["queue_position"] == 3
