@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 import structlog
+import uvloop
 from pydantic import ValidationError
 from temporalio.api.enums.v1 import IndexedValueType, TaskQueueType
 from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
@@ -329,7 +330,7 @@ def main() -> int:
     try:
         settings = read_settings()
         configure_logs(level=settings.log_level, as_json=settings.log_json)
-        asyncio.run(run(settings))
+        uvloop.run(run(settings))
     except CannotStart as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_CANNOT_START
