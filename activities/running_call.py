@@ -113,9 +113,10 @@ async def wait_with_heartbeats(
         except asyncio.CancelledError as error:
             cancellation = error
             on_cancel()
-        # Not once it is done: each heartbeat is a request that the server writes down.
-        if not is_local and not running.done():
-            activity.heartbeat(*details())
+        progress = details()
+        # Each heartbeat is a request that the server writes down: once it is done, only what a next attempt needs.
+        if not is_local and (progress or not running.done()):
+            activity.heartbeat(*progress)
     return cancellation
 
 

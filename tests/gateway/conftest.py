@@ -18,8 +18,9 @@ from tests.conftest import unique
 from tests.gateway.serving import Gateway, KeepsSignals, bearer, eventually, served, start_run, token_for
 from tests.workflows.platform import Platform, running_platform
 
-DEMO_TOKEN = token_for("tenant-demo", "user-demo")
-OTHER_TOKEN = token_for("tenant-other", "user-other")
+ALL_TESTS_SECONDS = 3_600
+DEMO_TOKEN = token_for("tenant-demo", "user-demo", valid_seconds=ALL_TESTS_SECONDS)
+OTHER_TOKEN = token_for("tenant-other", "user-other", valid_seconds=ALL_TESTS_SECONDS)
 
 
 @dataclass
