@@ -63,8 +63,8 @@ imports: setup ## who may import whom
 schemas: setup ## whether docs/schemas is what the code says
 	$(call timed,schemas,$(BIN)/python -m contracts.schemas --check)
 
-# Two processes, each with servers of its own; most tests wait for a server, so it nearly halves the time.
-SIDE_BY_SIDE := -n 2 --dist loadfile
+# Processes with servers of their own; most tests wait for a server, so two for each processor are not too many.
+SIDE_BY_SIDE := -n 4 --dist loadfile
 
 pytest: setup
 	$(call timed,tests,$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE))

@@ -47,6 +47,7 @@ async def all_ok(folder: Path, kinds: list[Kind], labels: tuple[str, ...]) -> li
     return cells
 
 
+@pytest.mark.slow
 async def test_a_worker_killed_in_some_instants_costs_no_task(folder: Path) -> None:
     cells = await all_ok(folder, [KINDS["worker-killed"]], FEW)
     assert {cell.instant.label for cell in cells} == set(FEW)

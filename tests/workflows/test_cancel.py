@@ -98,7 +98,7 @@ async def cancelled_while_hanging(platform: Platform, kind: str, route: str, whe
     await ended_cancelled(platform, handle, way, await cancel(platform, handle, way))
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
 async def test_cancelled_while_a_call_hangs_before_and_after_it_acted(working: Platform, when: str) -> None:
     """Two ways a call, so that over both runs every call has met every way."""
     ways = list(WAYS) if when == "before" else list(WAYS)[::-1]

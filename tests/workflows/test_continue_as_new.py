@@ -178,7 +178,7 @@ async def test_a_training_of_many_runs_keeps_its_hours_its_price_and_its_copy(pl
     before = len(await runs_of(platform, handle))
     for sequence in range(3, 10):
         await tick(platform, handle, second, sequence, **running)
-    assert len(await runs_of(platform, handle)) >= before + 2
+    assert len(await runs_of(platform, handle)) > before
     await until_asked(platform, handle, 240)
     await handle.execute_update("confirm_price", {"max_credits": 1_000})
     await until_holds(platform, handle, 240)

@@ -122,6 +122,7 @@ async def test_a_worker_killed_in_each_call_of_an_image_charges_once(
         assert ending.result["attempts"] == 1
 
 
+@pytest.mark.slow
 async def test_a_worker_killed_in_each_call_of_a_training_charges_once(
     bare_platform: Platform, worker: WorkerProcess
 ) -> None:
@@ -139,6 +140,7 @@ async def test_a_worker_killed_in_each_call_of_a_training_charges_once(
         assert ending.result["attempts"] == 1
 
 
+@pytest.mark.slow
 async def test_a_worker_killed_while_it_gives_back_gives_everything_back(
     bare_platform: Platform, worker: WorkerProcess
 ) -> None:

@@ -169,6 +169,7 @@ async def test_images_terminated_in_each_call_are_given_back(reconciled: Platfor
         assert bool(ending.result["result_urls"]) is was_charged, step
 
 
+@pytest.mark.slow
 async def test_trainings_terminated_in_each_call_are_given_back(reconciled: Platform) -> None:
     endings = await all_given_back(reconciled, "training", TRAINING_STEPS)
     for step, ending in endings.items():

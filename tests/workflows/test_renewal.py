@@ -111,6 +111,7 @@ async def test_an_image_that_cannot_be_covered_for_a_minute_is_exhausted(patient
     assert await kinds_of(patient_platform, handle) == ["pre_deduct", "cancel"]
 
 
+@pytest.mark.slow
 async def test_delivered_work_that_cannot_be_covered_is_neither_charged_nor_handed_out(
     patient_platform: Platform,
 ) -> None:
@@ -137,6 +138,7 @@ async def test_a_training_that_cannot_be_covered_is_exhausted_at_its_next_checkp
     assert "task.checkpoint training" in ending.kinds
 
 
+@pytest.mark.slow
 async def test_an_outage_during_renewal_is_borne_uncovered_and_recorded(patient_platform: Platform) -> None:
     payer = await new_payer(patient_platform)
     handle = await start_slow_image(patient_platform, payer)
