@@ -211,12 +211,14 @@ class TaskFlow(Generic[Run, Result]):
         """Start afresh with what counts, never with a cancel or a renewal pending (pitfall 22).
 
         True where it waited and a stop was asked for: look again. Of one workflow task the SDK works off the signals
-        first, then a cancellation; a run that ends on the signals has never heard of it. So it ends on a timer.
+        first, then a cancellation; a run that ends on the signals has never heard of it. So it ends on a timer, which a
+        stop that came with them cuts short.
         """
         if not self._is_long() or not self._may_continue():
             return False
         self.watch.stop_polling()
-        await workflow.sleep(timedelta(milliseconds=1), summary="continue as new")
+        if await self.outside.waited(timedelta(milliseconds=1), lambda: self.stop.requested, summary="continue as new"):
+            return True
         await workflow.wait_condition(lambda: True)  # until what came with the timer has been worked off too
         if self._may_continue():
             workflow.continue_as_new(self._continuation())
