@@ -7,6 +7,7 @@ afterwards.
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import Coroutine
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -43,18 +44,21 @@ class RunFlow:
     # What a subclass says
 
     @property
+    @abstractmethod
     def _is_over(self) -> bool:
-        raise NotImplementedError
+        """Whether the run has ended, however."""
 
+    @abstractmethod
     def _task_status(self) -> TaskStatus:
-        raise NotImplementedError
+        """What the search attribute `TaskStatus` says."""
 
+    @abstractmethod
     def _stage(self) -> str:
-        raise NotImplementedError
+        """What the search attribute `TaskStage` says."""
 
+    @abstractmethod
     def _end_fields(self) -> dict[str, Any]:
         """What else a failure or a cancel changes."""
-        raise NotImplementedError
 
     # Messages
 
