@@ -18,7 +18,6 @@ from typing import Any, Final
 
 import structlog
 import uvloop
-from pydantic import ValidationError
 from temporalio.api.enums.v1 import IndexedValueType, TaskQueueType
 from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
 from temporalio.api.taskqueue.v1 import TaskQueue
@@ -35,13 +34,13 @@ from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetActivities, DatasetSnapshots
 from activities.task_store import TaskStoreActivities
 from activities.tokens import ServiceToken, SignedTokens, TokenMaker
-from contracts.errors import sentences_of
 from contracts.policy import Policy
 from contracts.task_store import TaskClaim
 from contracts.tasks import SEARCH_ATTRIBUTES
 from logs import configure_logs
 from reconciler_schedule import ensure_reconciler
 from settings import Settings
+from start_up import CannotStart, read_settings
 from store import TaskStore
 from workflows.give_back import GiveBackWorkflow
 from workflows.image_generation import ImageGenerationWorkflow
@@ -62,18 +61,6 @@ EXIT_CANNOT_START: Final = 2
 EXIT_FORCED: Final = 1
 
 log = structlog.get_logger("worker")
-
-
-class CannotStart(Exception):
-    """A setting or a server stands in the way; the text says which and what to do."""
-
-
-def read_settings() -> Settings:
-    """Raises CannotStart."""
-    try:
-        return Settings()
-    except ValidationError as error:
-        raise CannotStart(f"A setting is wrong: {'; '.join(sentences_of(error))}.") from None
 
 
 def token_maker(settings: Settings) -> TokenMaker:

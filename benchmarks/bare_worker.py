@@ -63,8 +63,9 @@ class BareImageWorkflow:
 async def main() -> None:
     import worker
     from logs import configure_logs
+    from start_up import read_settings
 
-    settings = worker.read_settings()
+    settings = read_settings()
     configure_logs(level=settings.log_level)
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)

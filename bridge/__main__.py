@@ -24,19 +24,13 @@ from bridge.key_workflow import ComfyUIKeyWorkflow
 from bridge.outlook import Outlook
 from bridge.runs import Keys, Runs
 from bridge.service import ImageService
-from bridge.starting import (
-    CannotStart,
-    callback_secret_by,
-    read_settings,
-    result_secret_by,
-    templates_by,
-    tokens_by,
-)
+from bridge.starting import callback_secret_by, result_secret_by, templates_by
 from bridge.storage import SignedAddresses, Storage
 from bridge.training_service import TrainingService
 from bridge.training_workflow import ComfyUITrainingWorkflow
 from logs import configure_logs
 from settings import Settings
+from start_up import CannotStart, caller_tokens_by, read_settings
 
 WORKFLOWS = (ComfyUIJobWorkflow, ComfyUITrainingWorkflow, ComfyUIKeyWorkflow)
 GRACE_SECONDS = 10
@@ -57,7 +51,7 @@ class Bridge:
         self.outlook = Outlook(client, task_queue=settings.bridge_task_queue)
         self._client = client
         self._settings = settings
-        self._tokens = tokens_by(settings)
+        self._tokens = caller_tokens_by(settings)
         self._templates = templates_by(settings)
 
     def serves_at(self, base_url: str) -> None:

@@ -34,11 +34,12 @@ from bridge.native_errors import NativeFailure
 from bridge.outlook import SeenServer, identity_of
 from bridge.prompt_run import Patience
 from bridge.slot import TAKEN_SECONDS, FreeSlots, Slot
-from bridge.starting import CannotStart, heed_signals, read_settings, templates_by
+from bridge.starting import heed_signals, templates_by
 from bridge.storage import Storage
 from bridge.templates import TemplateLibrary
 from logs import configure_logs
 from settings import Settings
+from start_up import CannotStart, read_settings
 
 OLDEST: Final = (0, 3, 56)
 """Before it, `/interrupt` stops whatever runs, whoever's it is."""

@@ -5,24 +5,9 @@ from __future__ import annotations
 import signal
 from asyncio import Event, get_running_loop
 
-from pydantic import ValidationError
-
 from bridge.templates import SHIPPED, TemplateLibrary, TemplateProblem, load_library
-from caller_tokens import CallerTokens, KeySet, SharedSecret
-from contracts.errors import sentences_of
 from settings import Settings
-
-
-class CannotStart(Exception):
-    """A setting or a server stands in the way; the text says which and what to do."""
-
-
-def read_settings() -> Settings:
-    """Raises CannotStart."""
-    try:
-        return Settings()
-    except ValidationError as error:
-        raise CannotStart(f"A setting is wrong: {'; '.join(sentences_of(error))}.") from None
+from start_up import CannotStart
 
 
 def templates_by(settings: Settings) -> TemplateLibrary:
@@ -31,24 +16,6 @@ def templates_by(settings: Settings) -> TemplateLibrary:
         return load_library(SHIPPED, *settings.bridge_templates)
     except TemplateProblem as problem:
         raise CannotStart(f"{problem}.") from None
-
-
-def tokens_by(settings: Settings) -> CallerTokens:
-    """How callers' tokens are verified, as the gateway does it. Raises CannotStart."""
-    if settings.jwks_url is not None:
-        keys: KeySet | SharedSecret = KeySet(settings.jwks_url)
-    elif settings.token_secret is not None:
-        keys = SharedSecret(settings.token_secret.get_secret_value())
-    else:
-        raise CannotStart(
-            "No key of the callers' tokens is set: give COMFYUI_TEMPORAL_TOKEN_SECRET (HS256, at least 32 bytes) or "
-            "COMFYUI_TEMPORAL_JWKS_URL."
-        )
-    return CallerTokens(
-        keys,
-        issuer=settings.caller_issuer or settings.token_issuer,
-        audience=settings.caller_audience or settings.token_audience,
-    )
 
 
 def result_secret_by(settings: Settings) -> str:

@@ -10,11 +10,8 @@ import sys
 
 import structlog
 import uvicorn
-from pydantic import ValidationError
 
 import temporal_plugin
-from caller_tokens import CallerTokens, KeySet, SharedSecret
-from contracts.errors import sentences_of
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.draining import Draining, DrainingServer
@@ -22,6 +19,7 @@ from gateway.page import PageSettings
 from gateway.tokens import StreamTokens
 from logs import configure_logs
 from settings import Settings
+from start_up import CannotStart, caller_tokens_by, read_settings
 from store import TaskStore
 
 log = structlog.get_logger("gateway")
@@ -31,39 +29,17 @@ MAX_CONNECTIONS = 20_000
 """Streams (15,000 at most, gateway/streams.py) and requests."""
 
 
-class CannotStart(Exception):
-    """A setting is missing or wrong; the text says which and what to do."""
-
-
-def read_settings() -> Settings:
-    """Raises CannotStart."""
-    try:
-        return Settings()
-    except ValidationError as error:
-        raise CannotStart(f"A setting is wrong: {'; '.join(sentences_of(error))}.") from None
-
-
 def access_by(settings: Settings) -> Access:
     """How callers' tokens are verified. Raises CannotStart."""
     shared = settings.token_secret.get_secret_value() if settings.token_secret else None
-    if settings.jwks_url is not None:
-        keys: KeySet | SharedSecret = KeySet(settings.jwks_url)
-    elif shared is not None:
-        keys = SharedSecret(shared)
-    else:
-        raise CannotStart(
-            "No key of the callers' tokens is set: give COMFYUI_TEMPORAL_TOKEN_SECRET (HS256, at least 32 bytes) or "
-            "COMFYUI_TEMPORAL_JWKS_URL."
-        )
     own = settings.stream_token_secret.get_secret_value() if settings.stream_token_secret else shared
     if own is None:
         log.warning("stream_tokens_of_this_process_only", setting="COMFYUI_TEMPORAL_STREAM_TOKEN_SECRET")
-    callers = CallerTokens(
-        keys,
-        issuer=settings.caller_issuer or settings.token_issuer,
-        audience=settings.caller_audience or settings.token_audience,
+    return Access(
+        caller_tokens_by(settings),
+        StreamTokens(own or secrets.token_urlsafe(32)),
+        allowed_origins=settings.allowed_origins,
     )
-    return Access(callers, StreamTokens(own or secrets.token_urlsafe(32)), allowed_origins=settings.allowed_origins)
 
 
 async def serve(settings: Settings) -> None:

@@ -23,6 +23,7 @@ from temporalio.testing import WorkflowEnvironment
 import worker
 from contracts.tasks import SEARCH_ATTRIBUTES, workflow_id_of
 from settings import Settings
+from start_up import CannotStart
 from temporal_plugin import TasksPlugin
 from tests.conftest import unique
 
@@ -63,7 +64,7 @@ async def test_it_offers_every_activity_that_workflows_call(temporal_env: Workfl
     ],
 )
 async def test_a_setting_that_is_missing_or_wrong_is_said(given: dict[str, object], told: str) -> None:
-    with pytest.raises(worker.CannotStart) as refused:
+    with pytest.raises(CannotStart) as refused:
         async with worker.opened_activities(settings_with(**given)):
             pytest.fail("it opened")
     assert told in str(refused.value)
@@ -84,7 +85,7 @@ def test_its_process_ends_with_2_and_a_sentence_that_shows_no_secret() -> None:
 
 async def test_a_temporal_that_does_not_answer_is_named() -> None:
     address = f"127.0.0.1:{free_port()}"
-    with pytest.raises(worker.CannotStart, match=f"Temporal at {address} cannot be reached"):
+    with pytest.raises(CannotStart, match=f"Temporal at {address} cannot be reached"):
         await worker.connect(settings_with(temporal_address=address))
 
 
@@ -95,13 +96,13 @@ async def test_a_namespace_without_our_search_attributes_is_refused(temporal_env
     )
     bare = await Client.connect(temporal_env.client.service_client.config.target_host, namespace=namespace)
     await worker.check_search_attributes(temporal_env.client)
-    with pytest.raises(worker.CannotStart) as refused:
+    with pytest.raises(CannotStart) as refused:
         async with asyncio.timeout(20):
             # A new namespace is not known to every part of the server at once.
             while True:
                 try:
                     await worker.check_search_attributes(bare)
-                except worker.CannotStart as error:
+                except CannotStart as error:
                     if "Check that the namespace exists" not in str(error):
                         raise
                     await asyncio.sleep(0.1)
@@ -117,7 +118,7 @@ async def test_a_port_that_is_taken_is_named(temporal_env: WorkflowEnvironment) 
         taken.listen()
         port = taken.getsockname()[1]
         for setting in ("health_port", "metrics_port"):
-            with pytest.raises(worker.CannotStart, match=f"127.0.0.1:{port} .*COMFYUI_TEMPORAL_{setting.upper()}"):
+            with pytest.raises(CannotStart, match=f"127.0.0.1:{port} .*COMFYUI_TEMPORAL_{setting.upper()}"):
                 await worker.serve(settings_with(temporal_address=address, **{setting: port}), asyncio.Event())
 
 

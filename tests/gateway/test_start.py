@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from gateway.__main__ import CannotStart, main, serve
+from gateway.__main__ import main, serve
 from settings import Settings
+from start_up import CannotStart
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
