@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Final
 
 from contracts.stack import StackDescription
 from local_stack.background import Background, end_stack, running_stack, start_stack
 from local_stack.child import is_running
+from local_stack.comfyui_servers import silent_servers
 from local_stack.folder import RunFolder, StackFailure
 from local_stack.pace import DEMO_SPEED, REAL_SPEED
 
@@ -21,6 +22,7 @@ EXIT_INTERRUPTED: Final = 130
 def up(folder: RunFolder, speed: float | None, comfyui: Sequence[str] = ()) -> int:
     """Start the stack and leave it running; one that is up already is left as it is."""
     print("Starting the local stack …", flush=True)
+    _say_each(silent_servers(comfyui))
     started = start_stack(folder, pace_of(speed, comfyui), _said, comfyui, has_lifeline=False)
     stack = _described(folder)
     _say_whether_started(folder, started, speed)
@@ -53,8 +55,14 @@ def pace_of(speed: float | None, comfyui: Sequence[str]) -> float:
     return speed or (REAL_SPEED if comfyui else DEMO_SPEED)
 
 
+def _say_each(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        print(sentence, flush=True)
+
+
 def demo(folder: RunFolder, speed: float | None, comfyui: Sequence[str] = ()) -> int:
     """Run one image and one training task on a stack, which is ended afterwards if it was started for this."""
+    _say_each(silent_servers(comfyui))
     started = start_stack(folder, pace_of(speed, comfyui), _said, comfyui, has_lifeline=True)
     try:
         stack = _described(folder)

@@ -1,0 +1,35 @@
+"""Whoever names a ComfyUI that is not there is told so."""
+
+from __future__ import annotations
+
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+
+from local_stack.comfyui_servers import silent_servers
+from local_stack.ports import any_free_port
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A server that knows `/system_stats` alone."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/system_stats" else 404)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        return None
+
+
+def test_only_the_silent_one_is_named_with_what_to_do() -> None:
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        there, gone = f"http://127.0.0.1:{server.server_port}/", f"http://127.0.0.1:{any_free_port(set())}"
+        said = list(silent_servers([there, gone, f"{there}elsewhere"]))
+        server.shutdown()
+    assert [sentence.split()[2] for sentence in said] == [gone, f"{there}elsewhere"]
+    assert all("Jobs wait until it does" in sentence and "COMFYUI=http://host:port" in sentence for sentence in said)
+
+
+def test_what_is_no_address_is_named_too() -> None:
+    [sentence] = silent_servers(["http://a b:8188"])
+    assert sentence.startswith("ComfyUI at http://a b:8188 does not answer")
