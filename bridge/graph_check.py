@@ -10,8 +10,8 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from bridge.graphs import is_link, reachable
 from bridge.orders import ModelChoice
-from bridge.templates import is_link, reachable
 
 MODEL_INPUTS: Final = frozenset(
     {

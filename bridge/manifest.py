@@ -18,7 +18,8 @@ Everything is checked when templates are loaded; unknown names are refused.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -141,6 +142,13 @@ class TrainingInputs(ManifestModel):
     hyperparameters: dict[str, list[Ref]] = {}
     """Further hyperparameters → inputs, passed on as they are."""
 
+    def refs(self) -> Iterable[tuple[str, list[str]]]:
+        """Where in the manifest → graph inputs that it names."""
+        for name in ("folder", "steps", "batch_size", "learning_rate", "existing_lora", "lora_prefix", "seed"):
+            yield f"training.inputs.{name}", getattr(self, name)
+        for name, refs in self.hyperparameters.items():
+            yield f"training.inputs.hyperparameters.{name}", refs
+
 
 class Training(ManifestModel):
     inputs: TrainingInputs
@@ -188,3 +196,36 @@ class Manifest(ManifestModel):
             missing = sorted(set(Resolution) - set(self.resolutions))
             raise ValueError(f"resolutions: {', '.join(missing)} missing; all of sd, hd and 4k are needed")
         return self
+
+    def refs(self) -> Iterable[tuple[str, list[str]]]:
+        """Where in the manifest → graph inputs that it names."""
+        inputs = self.inputs
+        seed = inputs.seed.inputs if isinstance(inputs.seed, SeedInput) else inputs.seed
+        yield from (
+            ("inputs.prompt", inputs.prompt),
+            ("inputs.negative_prompt", inputs.negative_prompt),
+            ("inputs.seed", seed),
+        )
+        for number, slot in enumerate(self.controls):
+            yield f"controls.{number}.image", [slot.image]
+            if slot.strength is not None:
+                yield f"controls.{number}.strength", slot.strength.inputs
+        for name, extra in self.extras.items():
+            if not isinstance(extra, BooleanExtra):
+                yield f"extras.{name}", extra.inputs
+        for number, model in enumerate(self.models):
+            yield f"models.{number}", [model.input]
+        if self.training is not None:
+            yield from self.training.inputs.refs()
+            yield "training.base_model_input", [self.training.base_model_input]
+
+    def set_values(self) -> Iterable[tuple[str, Mapping[str, Any]]]:
+        """Where in the manifest → values that it puts into graph inputs."""
+        for resolution, chosen in self.resolutions.items():
+            yield f"resolutions.{resolution}", chosen.set
+        settings: dict[str, Setting] = {f"priorities.{name}": setting for name, setting in self.priorities.items()}
+        settings |= {f"extras.{name}": extra for name, extra in self.extras.items()}
+        for where, setting in settings.items():
+            yield where, setting.set
+        for number, slot in enumerate(self.controls):
+            yield f"controls.{number}", slot.set

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from bridge.templates import is_link
+from bridge.graphs import is_link
 
 STEP_INPUTS: Final = ("steps",)
 MOST_STEPS: Final = 1e12

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from bridge.graphs import GraphProblem, by_name, read_graph
 from bridge.manifest import (
     BooleanExtra,
     ChoiceExtra,
@@ -28,9 +28,7 @@ from bridge.manifest import (
     Manifest,
     NumberExtra,
     SeedInput,
-    Setting,
     TextExtra,
-    TrainingInputs,
 )
 from bridge.orders import Graph, ModelChoice, RenderedGraph, TrainingGraph, Upload
 from contracts.comfyui import JobRequest
@@ -61,11 +59,11 @@ class Template:
     def __init__(self, manifest: Manifest, graph: Graph) -> None:
         self.manifest = manifest
         self.graph = graph
-        self._nodes = _by_name(manifest.template_id, graph)
-        for where, refs in _all_refs(manifest):
+        self._nodes = by_name(graph)
+        for where, refs in manifest.refs():
             for ref in refs:
                 self._check(where, ref)
-        for where, values in _all_values(manifest):
+        for where, values in manifest.set_values():
             for ref, value in values.items():
                 self._check(where, ref)
                 self._value(where, ref, value)
@@ -353,77 +351,10 @@ def load_template(folder: Path) -> Template:
         raise TemplateProblem(f"{path}: {error}") from None
     except ValidationError as error:
         raise TemplateProblem(f"{path}: {'; '.join(sentences_of(error))}") from None
-    return Template(manifest, read_graph(manifest.template_id, folder / manifest.graph))
-
-
-def read_graph(template_id: str, path: Path) -> Graph:
-    """A graph in API format. Raises TemplateProblem, for a graph as the editor saves it too."""
     try:
-        graph = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TemplateProblem(f"template {template_id!r}: {path} cannot be read: {error}") from None
-    return checked_graph(template_id, graph)
-
-
-def checked_graph(template_id: str, graph: Any) -> Graph:
-    """Raises TemplateProblem where this is no graph in API format or a link leads nowhere."""
-    if isinstance(graph, dict) and isinstance(graph.get("nodes"), list) and "links" in graph:
-        raise TemplateProblem(
-            f"template {template_id!r}: the graph is in the editor's format (nodes and links). "
-            "Save it with Workflow → Export (API) in ComfyUI's menu."
-        )
-    if not isinstance(graph, dict) or not graph:
-        raise TemplateProblem(f"template {template_id!r}: the graph must be an object of nodes in API format")
-    for node_id, node in graph.items():
-        is_node = (
-            isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
-        )
-        if not is_node:
-            raise TemplateProblem(f"template {template_id!r}: node {node_id!r} has no class_type or no inputs")
-    for node_id, node in graph.items():
-        for name, value in node["inputs"].items():
-            if is_link(value) and value[0] not in graph:
-                raise TemplateProblem(
-                    f"template {template_id!r}: node {node_id!r}, input {name!r} links to {value[0]!r}, "
-                    "which is not in the graph"
-                )
-    return graph
-
-
-def is_link(value: Any) -> bool:
-    """Whether an input's value is the output of another node: `[id, number]`."""
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and isinstance(value[0], str)
-        and isinstance(value[1], int)
-        and not isinstance(value[1], bool)
-    )
-
-
-def reachable(graph: Mapping[str, Any], from_nodes: Iterable[str]) -> set[str]:
-    """The nodes that these need, themselves among them."""
-    seen: set[str] = set()
-    open_nodes = [node for node in from_nodes if node in graph]
-    while open_nodes:
-        node = open_nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        links = (value[0] for value in graph[node]["inputs"].values() if is_link(value))
-        open_nodes.extend(link for link in links if link in graph)
-    return seen
-
-
-def _by_name(template_id: str, graph: Graph) -> dict[str, list[str]]:
-    """Id or title → ids. An id goes before a title that reads like it."""
-    names: dict[str, list[str]] = {}
-    for node_id, node in graph.items():
-        title = (node.get("_meta") or {}).get("title")
-        if isinstance(title, str):
-            names.setdefault(title, []).append(node_id)
-    names.update({node_id: [node_id] for node_id in graph})
-    return names
+        return Template(manifest, read_graph(folder / manifest.graph))
+    except GraphProblem as problem:
+        raise TemplateProblem(f"template {manifest.template_id!r}: {problem}") from None
 
 
 def _extra_problem(extra: Extra, value: Any) -> str | None:
@@ -444,44 +375,3 @@ def _extra_problem(extra: Extra, value: Any) -> str | None:
 
 def _is_short(extra: TextExtra, value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= extra.max_length
-
-
-def _all_refs(manifest: Manifest) -> Iterable[tuple[str, list[str]]]:
-    """Where in the manifest → graph inputs that it names."""
-    inputs = manifest.inputs
-    seed = inputs.seed.inputs if isinstance(inputs.seed, SeedInput) else inputs.seed
-    yield from (
-        ("inputs.prompt", inputs.prompt),
-        ("inputs.negative_prompt", inputs.negative_prompt),
-        ("inputs.seed", seed),
-    )
-    for number, slot in enumerate(manifest.controls):
-        yield f"controls.{number}.image", [slot.image]
-        if slot.strength is not None:
-            yield f"controls.{number}.strength", slot.strength.inputs
-    for name, extra in manifest.extras.items():
-        if not isinstance(extra, BooleanExtra):
-            yield f"extras.{name}", extra.inputs
-    for number, model in enumerate(manifest.models):
-        yield f"models.{number}", [model.input]
-    if manifest.training is not None:
-        yield from _training_refs(manifest.training.inputs)
-        yield "training.base_model_input", [manifest.training.base_model_input]
-
-
-def _training_refs(inputs: TrainingInputs) -> Iterable[tuple[str, list[str]]]:
-    for name in ("folder", "steps", "batch_size", "learning_rate", "existing_lora", "lora_prefix", "seed"):
-        yield f"training.inputs.{name}", getattr(inputs, name)
-    for name, refs in inputs.hyperparameters.items():
-        yield f"training.inputs.hyperparameters.{name}", refs
-
-
-def _all_values(manifest: Manifest) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    for resolution, chosen in manifest.resolutions.items():
-        yield f"resolutions.{resolution}", chosen.set
-    settings: dict[str, Setting] = {f"priorities.{name}": setting for name, setting in manifest.priorities.items()}
-    settings |= {f"extras.{name}": extra for name, extra in manifest.extras.items()}
-    for where, setting in settings.items():
-        yield where, setting.set
-    for number, slot in enumerate(manifest.controls):
-        yield f"controls.{number}", slot.set

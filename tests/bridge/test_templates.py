@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from bridge.graph_check import NoModel, chosen_models, graph_problems
+from bridge.graphs import reachable
 from bridge.orders import ModelChoice
-from bridge.templates import SHIPPED, RequestRefused, TemplateProblem, load_library, load_template, reachable
+from bridge.templates import SHIPPED, RequestRefused, TemplateProblem, load_library, load_template
 from contracts.comfyui import JobRequest
 from contracts.permissions import Scene
 

@@ -1,0 +1,81 @@
+"""Graphs in ComfyUI's API format: node id → `class_type` and `inputs`, where a link is `[node id, output]`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bridge.orders import Graph
+
+
+class GraphProblem(ValueError):
+    """This is no graph that ComfyUI takes; the text names node and input."""
+
+
+def read_graph(path: Path) -> Graph:
+    """A graph in API format. Raises GraphProblem, for a graph as the editor saves it too."""
+    try:
+        graph = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GraphProblem(f"{path} cannot be read: {error}") from None
+    return checked_graph(graph)
+
+
+def checked_graph(graph: Any) -> Graph:
+    """Raises GraphProblem where this is no graph in API format or a link leads nowhere."""
+    if isinstance(graph, dict) and isinstance(graph.get("nodes"), list) and "links" in graph:
+        raise GraphProblem(
+            "the graph is in the editor's format (nodes and links). "
+            "Save it with Workflow → Export (API) in ComfyUI's menu."
+        )
+    if not isinstance(graph, dict) or not graph:
+        raise GraphProblem("the graph must be an object of nodes in API format")
+    for node_id, node in graph.items():
+        is_node = (
+            isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
+        )
+        if not is_node:
+            raise GraphProblem(f"node {node_id!r} has no class_type or no inputs")
+    for node_id, node in graph.items():
+        for name, value in node["inputs"].items():
+            if is_link(value) and value[0] not in graph:
+                raise GraphProblem(f"node {node_id!r}, input {name!r} links to {value[0]!r}, which is not in the graph")
+    return graph
+
+
+def is_link(value: Any) -> bool:
+    """Whether an input's value is the output of another node: `[id, number]`."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and isinstance(value[1], int)
+        and not isinstance(value[1], bool)
+    )
+
+
+def reachable(graph: Mapping[str, Any], from_nodes: Iterable[str]) -> set[str]:
+    """The nodes that these need, themselves among them."""
+    seen: set[str] = set()
+    open_nodes = [node for node in from_nodes if node in graph]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        links = (value[0] for value in graph[node]["inputs"].values() if is_link(value))
+        open_nodes.extend(link for link in links if link in graph)
+    return seen
+
+
+def by_name(graph: Graph) -> dict[str, list[str]]:
+    """Id or title → ids. An id goes before a title that reads like it."""
+    names: dict[str, list[str]] = {}
+    for node_id, node in graph.items():
+        title = (node.get("_meta") or {}).get("title")
+        if isinstance(title, str):
+            names.setdefault(title, []).append(node_id)
+    names.update({node_id: [node_id] for node_id in graph})
+    return names
