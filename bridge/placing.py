@@ -83,16 +83,19 @@ class Placing:
         to `folder` (default: the job's results). `ended` is called when a run on a server is over, however it ended;
         `percent` is known by then.
 
-        `is_wanted` is asked before every further step: a cancel that met a run's end is obeyed there.
+        `is_wanted` is asked before every further step: a cancel that comes in one workflow task with a step's answer is
+        lost on that step, which is over already, and obeyed here.
         """
         failed = 0
         while True:
             _demand(is_wanted)
             taken = await self._taken()
+            _demand(is_wanted)
             self.server = taken.server
             try:
                 if prepared is not None:
                     await prepared(taken)
+                    _demand(is_wanted)
                 outcome = await self._ran_on(taken, graph_run(taken), ended)
                 _demand(is_wanted)
                 copying()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from temporalio.client import Client
 
 from bridge.__main__ import Bridge
+from bridge.calls import TAKE_SERVER, workflow_of
 from bridge.gpu_worker import GpuWorker
 from bridge.native import NativeServer as NativeClient
 from bridge.outlook import SeenServer
@@ -47,6 +48,7 @@ class BridgePlatform:
     receiver: Receiver
     http: httpx.AsyncClient
     folder: Path
+    working: AsyncExitStack = field(default_factory=AsyncExitStack)
     tokens: Tokens = field(default_factory=lambda: Tokens(SECRET, "comfyui-temporal", "comfyui-platform"))
 
     # Asking
@@ -131,7 +133,22 @@ class BridgePlatform:
         assert state is not None
         return state
 
-    # Servers
+    async def waits(self, job: Json) -> bool:
+        """Whether this job has asked for a server and has none."""
+        described = await self.client.get_workflow_handle(workflow_of(job["job_id"])).describe()
+        return any(
+            pending.activity_type.name == TAKE_SERVER for pending in described.raw_description.pending_activities
+        )
+
+    # Workers
+
+    async def start_worker(self) -> None:
+        """Work on the bridge's own queue."""
+        await self.working.enter_async_context(self.bridge.worker())
+
+    async def stop_worker(self) -> None:
+        """Nobody works there: what comes meanwhile comes in one workflow task."""
+        await self.working.aclose()
 
     @asynccontextmanager
     async def gpu(
@@ -182,7 +199,8 @@ async def running_bridge(client: Client, folder: Path, **settings: Any) -> Async
         bridge = Bridge(chosen, client)
         served = ServedApp(bridge.app)
         platform = BridgePlatform(client, chosen, bridge, "", receiver, http, folder)
-        async with bridge.sender, bridge.worker():
+        async with bridge.sender, platform.working:
+            await platform.start_worker()
             await served.start()
             platform.url = served.url
             bridge.serves_at(served.url)

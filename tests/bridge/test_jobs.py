@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from bridge.calls import CANCEL_UPDATE, workflow_of
+from bridge.gpu_worker import GpuWorker
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import TENANT, BridgePlatform, Json
 from tests.conftest import unique
@@ -190,6 +192,34 @@ async def test_a_job_that_is_cancelled_in_the_queue_never_reaches_a_server(
 
 async def is_told_of_cancel(bridge: BridgePlatform, task_id: str) -> bool:
     return any((body["error_details"] or {}).get("code") == "cancelled" for body in bridge.receiver.genuine(task_id))
+
+
+async def test_a_cancel_that_comes_with_the_taken_server_runs_nothing(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    await native.admin.set(hold=True)
+    accepted = await bridge.submit()
+    await bridge.until(lambda: bridge.waits(accepted))
+    await bridge.stop_worker()
+    async with bridge.gpu(native) as worker:
+
+        async def is_taken() -> bool:
+            return not await bridge.waits(accepted)
+
+        await bridge.until(is_taken)
+        workflow = bridge.client.get_workflow_handle(workflow_of(accepted["job_id"]))
+        cancelling = asyncio.create_task(workflow.execute_update(CANCEL_UPDATE))
+        # Nothing tells that an update has come before somebody works on it.
+        await asyncio.sleep(0.2)
+        await bridge.start_worker()
+        await cancelling
+        assert (await bridge.job(accepted["job_id"]))["error_details"]["code"] == "cancelled"
+        await bridge.until(lambda: is_free(worker))
+    assert await native.admin.submissions() == []
+
+
+async def is_free(worker: GpuWorker) -> bool:
+    return not worker.slot.is_held
 
 
 @pytest.mark.parametrize("jobs_api", ["none", "cancel"])

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from bridge.calls import TAKE_SERVER, workflow_of
 from bridge.placing import prompt_id_of
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import BridgePlatform, Json
@@ -19,12 +18,6 @@ TENANTS = ("tenant-one", "tenant-two", "tenant-three")
 async def submitted(bridge: BridgePlatform, tenant: str, priority: str, **fields: Any) -> Json:
     accepted = await bridge.submit(tenant_id=tenant, user_id=f"user-of-{tenant}", priority=priority, **fields)
     return accepted | {"tenant": tenant, "priority": priority}
-
-
-async def waits(bridge: BridgePlatform, job: Json) -> bool:
-    """Whether this job has asked for a server."""
-    described = await bridge.client.get_workflow_handle(workflow_of(job["job_id"])).describe()
-    return any(pending.activity_type.name == TAKE_SERVER for pending in described.raw_description.pending_activities)
 
 
 async def is_told(bridge: BridgePlatform, jobs: int) -> bool:
@@ -47,7 +40,7 @@ def first_prompt_of(job: Json) -> str:
 async def queued_and_run(bridge: BridgePlatform, native: NativeServer, jobs: list[Json]) -> list[Json]:
     """Let all jobs wait, then one server run them; the order."""
     for job in jobs:
-        await bridge.until(partial(waits, bridge, job), seconds=60)
+        await bridge.until(partial(bridge.waits, job), seconds=60)
     async with bridge.gpu(native):
         for job in jobs:
             who = {"tenant": job["tenant"], "user": f"user-of-{job['tenant']}"}
