@@ -64,7 +64,7 @@ schemas: setup ## whether docs/schemas is what the code says
 	$(call timed,schemas,$(BIN)/python -m contracts.schemas --check)
 
 # Processes with servers of their own; most tests wait for a server, so two for each processor are not too many.
-SIDE_BY_SIDE := -n 4 --dist loadfile
+SIDE_BY_SIDE := -n 4 --dist loadfile --no-loadscope-reorder
 
 pytest: setup
 	$(call timed,tests,$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE))

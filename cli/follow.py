@@ -102,6 +102,8 @@ async def _told_by(stream: GatewayStream, teller: _Teller, end: asyncio.Task[Tas
             await telling
     finally:
         telling.cancel()
+        # Its connection is closed by then: whatever cancels next would leave it half open.
+        await asyncio.wait({telling})
 
 
 async def _ask(connection: Connection, handle: WorkflowHandle[Any, Any], teller: _Teller) -> None:

@@ -30,6 +30,24 @@ NewDatabase = Callable[..., Awaitable[str]]
 """`await new_database()` → DSN of an empty, migrated database of its own; `migrated=False`: without tables."""
 
 _MIGRATED = "migrated_template"
+_LONGEST_FIRST = (
+    "workflows/test_kills.py",
+    "workflows/test_cancel.py",
+    "page/test_page.py",
+    "bridge/test_servers.py",
+    "workflows/test_attempts.py",
+    "local_stack/test_stack.py",
+    "workflows/test_settlement.py",
+    "workflows/test_training_steps.py",
+    "workflows/test_silence.py",
+    "workflows/test_renewal.py",
+    "simulation/test_seeds.py",
+    "workflows/test_continue_as_new.py",
+    "bridge/test_jobs.py",
+    "workflows/test_callbacks_in.py",
+    "workflows/test_reconciler.py",
+)
+"""Files that take half a minute and more: were one begun last, the other processes would wait for it."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,7 +57,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without Chromium the tests of the live page are left out, and the summary says so."""
+    """Long files first. Without Chromium the tests of the live page are left out, and the summary says so."""
+    place = {Path(__file__).parent / name: number for number, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     if shutil.which("chromium"):
         return
     left_out = [item for item in items if item.get_closest_marker("browser")]
