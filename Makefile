@@ -18,7 +18,7 @@ setup: $(VENV)/.ready ## make the venv and install the locked dependencies
 $(VENV)/.ready: requirements.lock Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=/path/to/it") if sys.version_info < (3, 11) else 0'
 	@test -x $(BIN)/uv || { echo "setting up $(VENV) ..."; $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; }
-	@$(BIN)/uv pip sync --quiet --require-hashes --python $(BIN)/python requirements.lock
+	@$(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes --python $(BIN)/python requirements.lock
 	@printf '#!/bin/sh\nexec "%s/python" "%s/starter.py" "$$@"\n' "$(CURDIR)/$(BIN)" "$(CURDIR)" > $(BIN)/comfyui-tasks
 	@chmod +x $(BIN)/comfyui-tasks
 	@touch $@

@@ -374,7 +374,7 @@ def first_end(drawn: list[Message]) -> Message:
 
 
 @settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],

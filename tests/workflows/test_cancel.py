@@ -123,7 +123,13 @@ async def cancelled_while_retried(platform: Platform, kind: str, route: str, way
     return handle, outcomes
 
 
-@pytest.mark.parametrize("ways", [("update", "temporal"), ("two updates", "both")], ids=["once", "twice"])
+@pytest.mark.parametrize(
+    "ways",
+    [
+        pytest.param(("update", "temporal"), id="once"),
+        pytest.param(("two updates", "both"), id="twice", marks=pytest.mark.slow),
+    ],
+)
 async def test_cancelled_while_a_call_is_retried_in_an_outage(working: Platform, ways: tuple[str, str]) -> None:
     """A cancel does not sit out an outage; what the lost answer stands for is given back once the party is back."""
     scenarios = [(kind, route, way) for kind, route in CALLS for way in ways]
@@ -278,7 +284,9 @@ async def asks_to_confirm(platform: Platform, handle: Handle) -> bool:
     return bool((await platform.progress(handle)).get("confirmation"))
 
 
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize(
+    "way", ["update", "temporal", *(pytest.param(way, marks=pytest.mark.slow) for way in ("two updates", "both"))]
+)
 async def test_cancelled_while_it_waits(working: Platform, way: str) -> None:
     async def cancelled_waiting_for(what: str) -> None:
         handle = await WAITS[what](working)

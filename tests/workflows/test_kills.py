@@ -237,7 +237,7 @@ async def test_a_temporal_server_killed_and_started_on_its_file_loses_no_task(
     assert [ending.status for ending in endings] == [TaskStatus.COMPLETED, TaskStatus.COMPLETED]
 
 
-@pytest.mark.parametrize("outage", ["pull", "hang"])
+@pytest.mark.parametrize("outage", ["pull", pytest.param("hang", marks=pytest.mark.slow)])
 async def test_postgresql_away_in_mid_task_costs_no_money_and_no_event(
     temporal_env: WorkflowEnvironment, postgres_dsn: str, tmp_path: Path, outage: str
 ) -> None:

@@ -159,6 +159,7 @@ async def all_given_back(platform: Platform, scene: str, steps: list[Step]) -> d
     return {str(step): await ended_without_its_run(platform, id_) for step, id_ in zip(steps, ids, strict=True)}
 
 
+@pytest.mark.slow
 async def test_images_terminated_in_each_call_are_given_back(reconciled: Platform) -> None:
     endings = await all_given_back(reconciled, "image", IMAGE_STEPS)
     for step, ending in endings.items():
