@@ -1,13 +1,15 @@
 """One folder of object storage, named by an address: `file://`, `s3://`, `gs://`, `az://`.
 
 Endpoints, regions and keys come from obstore's usual environment variables (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`,
-`GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, …). `file://` addresses may be relative to the working
+`GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, …); a store in one's own network that speaks no TLS
+needs `AWS_ALLOW_HTTP=true` as well. `file://` addresses may be relative to the working
 directory; they are percent-decoded like any URL's path.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -87,6 +89,15 @@ def read_address(uri: str) -> FolderAddress:
     return FolderAddress(parts.scheme, uri.rstrip("/"), None)
 
 
+def _client_options() -> ClientConfig:
+    """`REMOTE`, and what the environment says of plain HTTP: obstore reads that only where no options are given."""
+    is_plain = any(
+        os.environ.get(f"{cloud}_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on")
+        for cloud in ("AWS", "AZURE", "GOOGLE")
+    )
+    return {**REMOTE, "allow_http": True} if is_plain else REMOTE
+
+
 def _local_address(folder: Path) -> FolderAddress:
     return FolderAddress("file", folder.as_uri(), folder)
 
@@ -103,7 +114,7 @@ class ObjectFolder:
         if root.local is not None:
             self._store: ObjectStore = LocalStore(root.local, mkdir=is_ours, automatic_cleanup=is_ours)
         else:
-            self._store = from_url(root.text, client_options=REMOTE, retry_config=RETRIES)
+            self._store = from_url(root.text, client_options=_client_options(), retry_config=RETRIES)
 
     async def objects(self) -> AsyncIterator[FoundObject]:
         async for batch in obstore.list(self._store, self._prefix or None, chunk_size=500):
