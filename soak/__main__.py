@@ -1,6 +1,6 @@
 """Tasks of both kinds under random faults on a whole local stack; exit code 1 where something that must be 0 is not.
 
-python -m soak --tasks 10000             about an hour on two processors; Ctrl-C interrupts
+python -m soak --tasks 10000             half an hour on two processors; Ctrl-C interrupts
 python -m soak --resume                  go on with the plan in the folder
 """
 
