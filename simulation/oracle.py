@@ -63,7 +63,7 @@ class Oracle:
         self._shown_attempt = 0
         self._rank = (0, -1)
         self._keys: set[str] = set()
-        self._cancel_seen = False
+        self._cancel_seen = self._delivery_seen = False
         self._delivery_first = self._cancel_first = False
         self._charged_at_end: int | None = None
         self.status: TaskStatus | None = None
@@ -112,7 +112,10 @@ class Oracle:
         self._cancel_first |= waits and is_cancel and not is_delivered
         if "commit" not in busy and "commit" not in self._parties.called:  # what is confirmed later raises no charge
             self.ceiling = max(self.ceiling, *map(_confirmed, jobs), 0)
-        self._cancel_seen |= is_cancel
+        # A renewal in flight may go on after a delivery until the work is covered, and no cancel ends that.
+        if self._parties.credits.holds and current and self._works[current].is_started:
+            self._delivery_seen |= any(self._is_delivery(job, current) for job in jobs)
+        self._cancel_seen |= is_cancel and not self._delivery_seen
 
     def call_scheduled(self, name: str, argument: Any) -> None:
         """Once a cancel was seen nothing new is begun; what was begun may be asked for again, to undo it."""

@@ -131,7 +131,9 @@ class CreditHold:
 
         Raises TaskFailed with the refusal's code, TaskStopped, or `credits_unavailable`.
         """
-        await self.settled_renewal()
+        if self._renewal is not None:
+            await self._outside.unless_stopped(self._renewal.done)  # it may be refused for an hour
+            self._take_up()
         old = self.standing
         if cost == 0 or (old is not None and old.request.estimated_cost >= cost):
             return

@@ -149,6 +149,12 @@ class OutsideCall:
             return False
         return True
 
+    async def unless_stopped(self, happened: Callable[[], bool]) -> None:
+        """Wait until `happened()`. Raises TaskStopped where a stop was asked for before."""
+        await workflow.wait_condition(lambda: happened() or self._stop.requested)
+        if not happened():
+            self._stop.obey()
+
     async def reading(
         self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str, minutes: float
     ) -> Answer[Reply]:
