@@ -149,8 +149,14 @@ class Tenants:
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def tenants(api: Api) -> AsyncIterator[Tenants]:
     strangers = unique("image")
-    await api.platform.simulators.admin.comfyui.fault("job_stall", task_id=strangers)
+    await api.platform.simulators.admin.comfyui.fault("job_stall", task_id=strangers, at=0.4)
     await api.platform.start_waiting_image(task_id=strangers)
+
+    async def stands_still() -> bool:
+        row = await api.platform.store.task(strangers)
+        return row is not None and row.progress == 25.0
+
+    await api.platform.until(stands_still)
     own = unique("tenant")
     yield Tenants(own, await ended_task(api.platform.store, own), strangers)
     handle = api.platform.client.get_workflow_handle(workflow_id_of(strangers))
