@@ -38,6 +38,7 @@ from contracts.policy import Policy
 from contracts.task_store import TaskClaim
 from contracts.tasks import SEARCH_ATTRIBUTES
 from logs import configure_logs
+from process_end import end_process
 from reconciler_schedule import ensure_reconciler
 from settings import Settings
 from start_up import CannotStart, read_settings
@@ -325,4 +326,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

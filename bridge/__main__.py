@@ -29,6 +29,7 @@ from bridge.storage import SignedAddresses, Storage
 from bridge.training_service import TrainingService
 from bridge.training_workflow import ComfyUITrainingWorkflow
 from logs import configure_logs
+from process_end import end_process
 from settings import Settings
 from start_up import CannotStart, caller_tokens_by, read_settings
 
@@ -143,4 +144,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -38,6 +38,7 @@ from bridge.starting import heed_signals, templates_by
 from bridge.storage import Storage
 from bridge.templates import TemplateLibrary
 from logs import configure_logs
+from process_end import end_process
 from settings import Settings
 from start_up import CannotStart, read_settings
 
@@ -267,4 +268,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

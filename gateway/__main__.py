@@ -18,6 +18,7 @@ from gateway.draining import Draining, DrainingServer
 from gateway.page import PageSettings
 from gateway.tokens import StreamTokens
 from logs import configure_logs
+from process_end import end_process
 from settings import Settings
 from start_up import CannotStart, caller_tokens_by, read_settings
 from store import TaskStore
@@ -109,4 +110,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -24,6 +24,7 @@ from kill_points.rounds import Cell, Clock, run_round
 from kill_points.site import opened_site
 from kill_points.stack import KillableStack
 from local_stack.folder import StackFailure
+from process_end import end_process
 
 EXIT_FAILED = 1
 EXIT_CANNOT = 2
@@ -118,4 +119,4 @@ def _check_recovery(cells: Sequence[Cell], within_seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

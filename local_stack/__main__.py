@@ -11,6 +11,7 @@ from local_stack.commands import demo, down, status, up
 from local_stack.folder import DEFAULT_FOLDER, RunFolder, StackFailure
 from local_stack.pace import DEMO_SPEED
 from local_stack.supervisor import supervise
+from process_end import end_process
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,4 +75,4 @@ def _server(text: str) -> str:
 MAX_SPEED = 10_000.0
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

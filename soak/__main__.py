@@ -16,6 +16,7 @@ from pathlib import Path
 from local_stack.background import start_stack
 from local_stack.folder import DEFAULT_FOLDER, RunFolder, StackFailure
 from local_stack.parts import SETTINGS_PREFIX
+from process_end import end_process
 from soak.journal import FILE, Journal
 from soak.plan import Plan
 from soak.run import soak
@@ -111,4 +112,4 @@ def _journal(options: argparse.Namespace) -> Journal:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -38,7 +39,9 @@ async def run(program: str, *arguments: str, opened: Connection) -> str:
         env={**os.environ, **address},
     )
     out, _ = await asyncio.wait_for(process.communicate(), timeout=30)
-    assert process.returncode == 0, out.decode()
+    # An example that ends as a script does: temporalio/sdk-python issue 300 may abort it in the interpreter's shutdown.
+    is_aborted = process.returncode == -signal.SIGABRT and b"Python runtime state: finalizing" in out
+    assert process.returncode == 0 or is_aborted, out.decode()
     return out.decode()
 
 
