@@ -1,6 +1,6 @@
 """Measure everything on this machine: a table with ratios, and the same as JSON.
 
-python -m benchmarks                     about 45 minutes on two quiet processors
+python -m benchmarks                     about half an hour on two quiet processors
 python -m benchmarks --quick             about 6 minutes: smaller numbers, same measurements
 python -m benchmarks --only waits        one of: compare, open, workers, history, waits, memory
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 import traceback
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from benchmarks import history_cost, memory, throughput, whole_stack
 from benchmarks.results import Results
 from local_stack.folder import DEFAULT_FOLDER
 from logs import configure_logs
+from process_end import end_process
 
 
 @dataclass(frozen=True)
@@ -83,4 +83,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
