@@ -226,8 +226,7 @@ async def test_a_temporal_server_killed_and_started_on_its_file_loses_no_task(
             worker = WorkerProcess(platform, server.address, postgres_dsn)
             await worker.start()
             handles = [await platform.start_image(), await platform.start_training()]
-            for handle in handles:
-                await platform.until_held(handle.id.removeprefix("task-"))
+            await asyncio.gather(*(platform.until_held(handle.id.removeprefix("task-")) for handle in handles))
             await server.kill()
             await server.start()
             endings = await all_ended(platform, handles)
