@@ -2,8 +2,8 @@
 
 Endpoints, regions and keys come from obstore's usual environment variables (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`,
 `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, …); a store in one's own network that speaks no TLS
-needs `AWS_ALLOW_HTTP=true` as well. `file://` addresses may be relative to the working
-directory; they are percent-decoded like any URL's path.
+needs `AWS_ALLOW_HTTP=true` as well. `file://` addresses may be relative to the working directory; they are
+percent-decoded like any URL's path.
 """
 
 from __future__ import annotations

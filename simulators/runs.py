@@ -5,6 +5,7 @@ Times are work seconds (`clock.work()`), so that a run's plan is in contract sec
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -170,15 +171,15 @@ class Run(BaseModel):
             return 0.0
         return float(self.shown.get("stage_progress") or 0.0)
 
+    @abstractmethod
     def standing(self) -> tuple[str, str | None]:
         """Status and stage on the wire."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fields(
         self, at: float, outlook: Outlook, instant_of: Callable[[float], datetime], speed: float
     ) -> dict[str, Any]:
         """What GET answers, without `sequence` and lies."""
-        raise NotImplementedError
 
     def shown_error(self) -> dict[str, Any] | str | None:
         """`error_details` on the wire."""

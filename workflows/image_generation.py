@@ -44,8 +44,7 @@ class ImageGenerationWorkflow(TaskFlow[ImageRun, ImageResult]):
         while not end.succeeded:
             await self.attempts.another_after(end)
             end = await self.attempt()
-        self.stop.close()  # delivered: no cancel from here, though it may take a while to be covered
-        await self.hold.settled_renewal()
+        await self.delivered()
         return end
 
     async def attempt(self) -> JobNews:

@@ -153,9 +153,16 @@ class TaskFlow(Generic[Run, Result]):
 
     # How a task ends
 
+    async def delivered(self) -> None:
+        """No cancel from here. Before anything is settled a renewal in flight finishes, which may take an hour.
+
+        Raises TaskFailed `credit_exhausted`.
+        """
+        self.stop.close()
+        await self.hold.settled_renewal()
+
     async def settle(self, delivery: JobNews, cost: int) -> Result:
         """Rows 5 and 6, delivered: from here nothing is undone and nothing cuts it short."""
-        self.stop.close()
         self.record.decided()
         self.record.waits_for("credits to be settled", None)
         await self.settlement.charge(cost)

@@ -58,8 +58,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
             await self.attempts.another_after(end)
             self.training_price.resume()
             end = await self.attempt()
-        self.stop.close()  # delivered: no cancel from here, though it may take a while to be covered
-        await self.hold.settled_renewal()
+        await self.delivered()
         return end
 
     async def attempt(self) -> JobNews:

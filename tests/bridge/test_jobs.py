@@ -6,6 +6,10 @@ import asyncio
 from typing import Any
 
 import pytest
+from temporalio.api.common.v1 import WorkflowExecution
+from temporalio.api.update.v1 import UpdateRef
+from temporalio.api.workflowservice.v1 import PollWorkflowExecutionUpdateRequest
+from temporalio.service import RPCError, RPCStatusCode
 
 from bridge.calls import CANCEL_UPDATE, workflow_of
 from bridge.gpu_worker import GpuWorker
@@ -208,14 +212,26 @@ async def test_a_cancel_that_comes_with_the_taken_server_runs_nothing(
 
         await bridge.until(is_taken)
         workflow = bridge.client.get_workflow_handle(workflow_of(accepted["job_id"]))
-        cancelling = asyncio.create_task(workflow.execute_update(CANCEL_UPDATE))
-        # Nothing tells that an update has come before somebody works on it.
-        await asyncio.sleep(0.2)
+        cancelling = asyncio.create_task(workflow.execute_update(CANCEL_UPDATE, id="cancel"))
+        await bridge.until(lambda: has_come(bridge, accepted, "cancel"))
         await bridge.start_worker()
         await cancelling
         assert (await bridge.job(accepted["job_id"]))["error_details"]["code"] == "cancelled"
         await bridge.until(lambda: is_free(worker))
     assert await native.admin.submissions() == []
+
+
+async def has_come(bridge: BridgePlatform, job: Json, update_id: str) -> bool:
+    """Whether the server holds this update, worked on or not."""
+    execution = WorkflowExecution(workflow_id=workflow_of(job["job_id"]))
+    reference = UpdateRef(workflow_execution=execution, update_id=update_id)
+    request = PollWorkflowExecutionUpdateRequest(namespace=bridge.client.namespace, update_ref=reference)
+    try:
+        await bridge.client.workflow_service.poll_workflow_execution_update(request)
+    except RPCError as error:
+        assert error.status is RPCStatusCode.NOT_FOUND, error
+        return False
+    return True
 
 
 async def is_free(worker: GpuWorker) -> bool:
