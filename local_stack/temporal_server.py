@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -45,14 +46,9 @@ class LocalTemporal:
 
     def part(self) -> Part:
         command = [str(self._binary), "server", "start-dev", "--ip", LOOPBACK, "--port", str(self._port)]
-        command += ["--ui-port", str(self._ui_port), "--ui-disable-news-fetch", "--log-level", "error"]
+        command += ["--ui-port", str(self._ui_port), "--ui-disable-news-fetch"]
         command += ["--db-filename", str(self._folder.temporal_file)]
-        for pragma in SQLITE_PRAGMAS:
-            command += ["--sqlite-pragma", pragma]
-        for name in SEARCH_ATTRIBUTES:
-            command += ["--search-attribute", f"{name}=Keyword"]
-        for key, value in dynamic_config().items():
-            command += ["--dynamic-config-value", f"{key}={json.dumps(value)}"]
+        command += server_flags()
         return Part(
             name="temporal",
             command=command,
@@ -83,6 +79,17 @@ class LocalTemporal:
         )
         said, _ = await process.communicate()
         return process.returncode == 0, said.decode(errors="replace").strip()
+
+
+def server_flags() -> list[str]:
+    """What each of our servers on a file is told, here and in tests: its journal, search attributes, configuration."""
+    pragmas = [word for pragma in SQLITE_PRAGMAS for word in ("--sqlite-pragma", pragma)]
+    attributes = [word for name in SEARCH_ATTRIBUTES for word in ("--search-attribute", f"{name}=Keyword")]
+    return ["--log-level", "error", *pragmas, *attributes, *dynamic_config_flags(dynamic_config())]
+
+
+def dynamic_config_flags(values: Mapping[str, object]) -> list[str]:
+    return [word for key, value in values.items() for word in ("--dynamic-config-value", f"{key}={json.dumps(value)}")]
 
 
 def dynamic_config(path: Path = DYNAMIC_CONFIG) -> dict[str, object]:

@@ -5,7 +5,6 @@ Task ids, task queues and database names are unique per test (`unique`), so that
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 import sys
@@ -23,7 +22,7 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.testing import WorkflowEnvironment
 
 from contracts.tasks import SEARCH_ATTRIBUTES
-from local_stack.temporal_server import dynamic_config
+from local_stack.temporal_server import dynamic_config, dynamic_config_flags
 from store import TaskStore, migrate
 
 NewDatabase = Callable[..., Awaitable[str]]
@@ -145,10 +144,9 @@ async def task_store(postgres_dsn: str) -> AsyncIterator[TaskStore]:
     await store.close()
 
 
-def _server_config() -> list[str]:
+def server_config() -> list[str]:
     """The local stack's dynamic configuration; and timers, and retries with them, do not ring up to a second late."""
-    values = {**dynamic_config(), "history.timerProcessorMaxTimeShift": "10ms"}
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return dynamic_config_flags({**dynamic_config(), "history.timerProcessorMaxTimeShift": "10ms"})
 
 
 @pytest_asyncio.fixture(scope="session")
@@ -158,6 +156,6 @@ async def temporal_env() -> AsyncIterator[WorkflowEnvironment]:
         data_converter=pydantic_data_converter,
         search_attributes=[SearchAttributeKey.for_keyword(name) for name in SEARCH_ATTRIBUTES],
         dev_server_existing_path=temporal_binary(),
-        dev_server_extra_args=[word for value in _server_config() for word in ("--dynamic-config-value", value)],
+        dev_server_extra_args=server_config(),
     ) as environment:
         yield environment

@@ -13,10 +13,11 @@ from temporalio.common import SearchAttributeKey
 from temporalio.testing import TimeSkippingConfig, WorkflowEnvironment
 
 from contracts.tasks import SEARCH_ATTRIBUTES
+from local_stack.temporal_server import dynamic_config_flags
 from store import TaskStore
 from temporal_plugin import TasksPlugin
 from tests.cable import Cable
-from tests.conftest import temporal_binary
+from tests.conftest import server_config, temporal_binary
 from tests.workflows.platform import Platform, running_platform
 
 
@@ -98,13 +99,7 @@ async def skipping_env() -> AsyncIterator[WorkflowEnvironment]:
         plugins=[TasksPlugin()],
         search_attributes=[SearchAttributeKey.for_keyword(name) for name in SEARCH_ATTRIBUTES],
         dev_server_existing_path=temporal_binary(),
-        dev_server_extra_args=[
-            "--dynamic-config-value",
-            "frontend.WorkflowTimeSkippingEnabled=true",
-            # Or each timer that is skipped to rings a second of wall time late.
-            "--dynamic-config-value",
-            'history.timerProcessorMaxTimeShift="10ms"',
-        ],
+        dev_server_extra_args=[*server_config(), *dynamic_config_flags({"frontend.WorkflowTimeSkippingEnabled": True})],
     ) as environment:
         yield environment
 

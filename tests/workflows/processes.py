@@ -11,7 +11,7 @@ from pathlib import Path
 
 from temporalio.client import Client
 
-from contracts.tasks import SEARCH_ATTRIBUTES
+from local_stack.temporal_server import server_flags
 from simulators.serving import TEST_TOKEN_SECRET
 from tests.conftest import temporal_binary
 from tests.workflows.platform import Platform
@@ -101,11 +101,10 @@ class TemporalProcess:
         return f"127.0.0.1:{self._port}"
 
     async def start(self) -> None:
-        attributes = [word for name in SEARCH_ATTRIBUTES for word in ("--search-attribute", f"{name}=Keyword")]
         with (self._folder / "temporal.log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *(temporal_binary(), "server", "start-dev", "--headless", "--port", str(self._port)),
-                *("--db-filename", str(self._folder / "temporal.db"), *attributes),
+                *("--db-filename", str(self._folder / "temporal.db"), *server_flags()),
                 stdout=log,
                 stderr=log,
             )
