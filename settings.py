@@ -124,7 +124,7 @@ class Settings(BaseSettings):
 
     # Worker
     max_cached_workflows: int = Field(default=1_000, ge=0)
-    max_workflow_tasks: int = Field(default=8, ge=2)
+    max_workflow_tasks: int = Field(default=20, ge=2)
     max_activities: int = Field(default=100, ge=1)
     max_local_activities: int = Field(default=50, ge=1)
     grace_seconds: float = Field(default=20, ge=0)
