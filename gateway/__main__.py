@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import resource
 import secrets
 import signal
@@ -10,6 +9,7 @@ import sys
 
 import structlog
 import uvicorn
+import uvloop
 
 import temporal_plugin
 from gateway.access import Access
@@ -102,7 +102,7 @@ def main() -> int:
     try:
         settings = read_settings()
         configure_logs(level=settings.log_level, as_json=settings.log_json)
-        asyncio.run(serve(settings))
+        uvloop.run(serve(settings))
     except CannotStart as error:
         sys.stderr.write(f"{error}\n")
         return 2
