@@ -38,6 +38,16 @@ class WrittenSoFar:
             taken.append((self.last_seq, fact.model_copy(update={"progress": progress}) if is_back else fact))
         return taken
 
+    def are_newer(self, facts: Iterable[Fact]) -> bool:
+        """Whether each tells more of its job than was ever written, under the key that says so: none can be known."""
+        return all(
+            fact.job_id is not None
+            and fact.sequence is not None
+            and fact.sequence > self.job_sequences.get(fact.job_id, fact.sequence - 1)
+            and fact.key == f"{fact.job_id}:{fact.sequence}"
+            for fact in facts
+        )
+
     def reached(self, attempt: int, stage: str | None, progress: float) -> float:
         """The progress to tell: never less than was told of this attempt and stage.
 

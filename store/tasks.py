@@ -11,9 +11,8 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import Row, Text, any_, bindparam, func, select, update
-from sqlalchemy.dialects.postgresql import ARRAY, insert
-from sqlalchemy.dialects.postgresql.dml import Insert
+from sqlalchemy import Row, Text, any_, bindparam, func, literal_column, select, update
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import ReturningUpdate, Update
 
@@ -27,8 +26,6 @@ from store.tables import EVENTS_CHANNEL, task_claims, task_events, task_exceptio
 ACCEPTED_KEY: Final = "accepted"
 METRICS_LINE: Final = 0
 _JSON_STATE: Final = ("credits", "prices", "confirmation", "result_urls", "output", "error")
-_JSON_FACT: Final = ("result_urls", "output", "error", "confirmation")
-_EVENT_COLUMNS: Final = frozenset(task_events.columns.keys())
 
 # Built once: building a statement costs as much as running it.
 _LOCK: Final = (
@@ -49,15 +46,22 @@ _LOCK: Final = (
 _KNOWN_KEYS: Final = select(task_events.c.key).where(
     task_events.c.task_id == bindparam("task"), task_events.c.key == any_(bindparam("keys", type_=ARRAY(Text)))
 )
-_INSERT_EVENTS: Final[Insert] = insert(task_events)
+_EVENT_COLUMNS: Final = tuple(task_events.columns.keys())
+_EVENTS: Final = func.jsonb_populate_recordset(
+    literal_column("NULL::task_events"), bindparam("events", type_=JSONB)
+).table_valued(*task_events.columns)
+_INSERT_EVENTS: Final = insert(task_events).from_select(_EVENT_COLUMNS, select(*(_EVENTS.c[n] for n in _EVENT_COLUMNS)))
+"""As many rows as `events` has documents."""
 
 
 @cache
-def _update_of(columns: frozenset[str], *, notifies: bool) -> Update | ReturningUpdate[Any]:
-    """Sets `columns` from parameters `new_{column}` in the row of `task`; `notifies` with `payload`."""
+def _update_of(columns: frozenset[str], *, tells: bool) -> Update | ReturningUpdate[Any]:
+    """Sets `columns` from parameters `new_{column}` in the row of `task`; `tells` of `events` too, with `payload`."""
     new = {name: bindparam(f"new_{name}", type_=tasks.c[name].type) for name in columns}
     statement = update(tasks).where(tasks.c.task_id == bindparam("task")).values(**new, updated_at=func.now())
-    return statement.returning(func.pg_notify(EVENTS_CHANNEL, bindparam("payload"))) if notifies else statement
+    if not tells:
+        return statement
+    return statement.add_cte(_INSERT_EVENTS.cte("told")).returning(func.pg_notify(EVENTS_CHANNEL, bindparam("payload")))
 
 
 def _clean(value: Any) -> Any:
@@ -107,7 +111,7 @@ async def claim_task(connection: AsyncConnection, claim: TaskClaim) -> bool:
             last_seq=1,
         )
     )
-    await _insert_events(connection, claim.task_id, [(1, first)])
+    await connection.execute(_INSERT_EVENTS, {"events": _event_rows(claim.task_id, [(1, first)])})
     await connection.execute(select(func.pg_notify(EVENTS_CHANNEL, f"{claim.task_id}:1")))
     return True
 
@@ -125,9 +129,8 @@ async def write_task(connection: AsyncConnection, write: TaskWrite) -> None:
         row.last_seq, had_ended, dict(row.job_sequences), max(row.attempts, 1), row.stage, row.progress
     )
     facts = [] if had_ended else [_with_clean_key(fact) for fact in write.facts]
-    taken = so_far.take(facts, await _known_keys(connection, write.task_id, facts)) if facts else []
-    if taken:
-        await _insert_events(connection, write.task_id, taken)
+    known = set() if so_far.are_newer(facts) else await _known_keys(connection, write.task_id, facts)
+    taken = so_far.take(facts, known)
     changes: dict[str, Any] = {}
     if not had_ended and (write.state.version > row.version or so_far.has_ended):
         # The end counts whatever its version: a run may have told more before it was thrown back.
@@ -139,7 +142,7 @@ async def write_task(connection: AsyncConnection, write: TaskWrite) -> None:
     if so_far.has_ended and not had_ended:
         changes["ended_at"] = taken[-1][1].ts
     if changes:
-        await _update_row(connection, write.task_id, changes, notify_seq=so_far.last_seq if taken else None)
+        await _update_row(connection, write.task_id, changes, taken)
     if write.exceptions:
         await _insert_exceptions(connection, write.task_id, write.exceptions)
 
@@ -188,21 +191,19 @@ async def _known_keys(connection: AsyncConnection, task_id: str, facts: Sequence
     return set((await connection.scalars(_KNOWN_KEYS, {"task": task_id, "keys": keys})).all())
 
 
-async def _insert_events(connection: AsyncConnection, task_id: str, taken: Sequence[tuple[int, Fact]]) -> None:
-    rows = []
-    for seq, fact in taken:
-        values = _columns(fact, _JSON_FACT)
-        rows.append({"task_id": task_id, "seq": seq} | {k: v for k, v in values.items() if k in _EVENT_COLUMNS})
-    await connection.execute(_INSERT_EVENTS, rows)
+def _event_rows(task_id: str, taken: Sequence[tuple[int, Fact]]) -> list[dict[str, Any]]:
+    """Documents for `_INSERT_EVENTS`."""
+    return [{"task_id": task_id, "seq": seq} | _clean(fact.model_dump(mode="json")) for seq, fact in taken]
 
 
 async def _update_row(
-    connection: AsyncConnection, task_id: str, changes: dict[str, Any], *, notify_seq: int | None
+    connection: AsyncConnection, task_id: str, changes: dict[str, Any], taken: Sequence[tuple[int, Fact]]
 ) -> None:
+    """Change the task's row, and with it, in one statement, write the events of `taken` and tell of them."""
     values = {f"new_{name}": value for name, value in changes.items()} | {"task": task_id}
-    if notify_seq is not None:
-        values["payload"] = f"{task_id}:{notify_seq}"
-    await connection.execute(_update_of(frozenset(changes), notifies=notify_seq is not None), values)
+    if taken:
+        values |= {"events": _event_rows(task_id, taken), "payload": f"{task_id}:{taken[-1][0]}"}
+    await connection.execute(_update_of(frozenset(changes), tells=bool(taken)), values)
 
 
 async def _insert_exceptions(connection: AsyncConnection, task_id: str, exceptions: Sequence[TaskException]) -> None:

@@ -69,6 +69,14 @@ async def test_a_lower_sequence_of_the_same_job_is_not_written(task_store: TaskS
     assert await history(task_store, task_id) == [(2, "j:5"), (3, "k:1"), (4, "j:5b"), (5, "j:6")]
 
 
+async def test_a_known_key_writes_nothing_also_with_a_higher_sequence(task_store: TaskStore) -> None:
+    task_id = await claimed(task_store)
+    await task_store.write(write_of(task_id, told("stage", job_id="j", sequence=5)))
+    await task_store.write(write_of(task_id, told("stage", job_id="j", sequence=6), version=2))
+
+    assert await history(task_store, task_id) == [(2, "stage")]
+
+
 async def test_nothing_is_written_after_the_end(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     await task_store.write(write_of(task_id, end(message="end"), told("x"), version=5, status=TaskStatus.COMPLETED))
