@@ -6,15 +6,15 @@ reads beside the lock may be older than what the lock waited for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import Row, Text, any_, bindparam, func, literal_column, select, update
+from sqlalchemy import BindParameter, Row, Text, any_, bindparam, func, literal_column, select, update
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.sql.dml import ReturningUpdate, Update
+from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate, Update
 
 from contracts.fields import OwnModel, repaired
 from contracts.task_store import Fact, TaskClaim, TaskException, TaskState, TaskWrite, TrainingLogWrite
@@ -52,16 +52,39 @@ _EVENTS: Final = func.jsonb_populate_recordset(
 ).table_valued(*task_events.columns)
 _INSERT_EVENTS: Final = insert(task_events).from_select(_EVENT_COLUMNS, select(*(_EVENTS.c[n] for n in _EVENT_COLUMNS)))
 """As many rows as `events` has documents."""
+_NOTIFY: Final = func.pg_notify(EVENTS_CHANNEL, bindparam("payload"))
+_CLAIM_COLUMNS: Final = tuple(task_claims.columns.keys())
+_CLAIM: Final = insert(task_claims).on_conflict_do_nothing().returning(task_claims.c.task_id)
+_HOLDER: Final = select(task_claims.c.first_execution_run_id).where(task_claims.c.task_id == bindparam("task"))
+
+
+def _parameters(columns: frozenset[str]) -> dict[str, BindParameter[Any]]:
+    return {name: bindparam(f"new_{name}", type_=tasks.c[name].type) for name in columns}
+
+
+@cache
+def _insert_of(columns: frozenset[str]) -> ReturningInsert[Any]:
+    """A row of `columns` from parameters `new_{column}`, its `events`, and the notification of `payload`."""
+    statement = insert(tasks).values(**_parameters(columns))
+    return statement.add_cte(_INSERT_EVENTS.cte("told")).returning(_NOTIFY)
 
 
 @cache
 def _update_of(columns: frozenset[str], *, tells: bool) -> Update | ReturningUpdate[Any]:
     """Sets `columns` from parameters `new_{column}` in the row of `task`; `tells` of `events` too, with `payload`."""
-    new = {name: bindparam(f"new_{name}", type_=tasks.c[name].type) for name in columns}
-    statement = update(tasks).where(tasks.c.task_id == bindparam("task")).values(**new, updated_at=func.now())
-    if not tells:
-        return statement
-    return statement.add_cte(_INSERT_EVENTS.cte("told")).returning(func.pg_notify(EVENTS_CHANNEL, bindparam("payload")))
+    changed = _parameters(columns)
+    statement = update(tasks).where(tasks.c.task_id == bindparam("task")).values(**changed, updated_at=func.now())
+    return statement.add_cte(_INSERT_EVENTS.cte("told")).returning(_NOTIFY) if tells else statement
+
+
+def _new(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"new_{name}": value for name, value in values.items()}
+
+
+def _told(task_id: str, taken: Sequence[tuple[int, Fact]]) -> dict[str, Any]:
+    """Parameters of `_INSERT_EVENTS` and `_NOTIFY`."""
+    documents = [{"task_id": task_id, "seq": seq} | _clean(fact.model_dump(mode="json")) for seq, fact in taken]
+    return {"events": documents, "payload": f"{task_id}:{taken[-1][0]}"}
 
 
 def _clean(value: Any) -> Any:
@@ -83,36 +106,19 @@ def _columns(model: OwnModel, json_fields: Sequence[str]) -> dict[str, Any]:
 
 async def claim_task(connection: AsyncConnection, claim: TaskClaim) -> bool:
     """Whether `claim`'s run holds the id; the first one's claim writes the row and the event `task.accepted`."""
-    won = await connection.scalar(
-        insert(task_claims)
-        .values(
-            task_id=claim.task_id,
-            first_execution_run_id=claim.first_execution_run_id,
-            workflow_id=claim.workflow_id,
-            tenant_id=claim.tenant_id,
-            input_sha256=claim.input_sha256,
-            claimed_at=claim.at,
-        )
-        .on_conflict_do_nothing()
-        .returning(task_claims.c.task_id)
-    )
-    if won is None:
-        holder = await connection.scalar(
-            select(task_claims.c.first_execution_run_id).where(task_claims.c.task_id == claim.task_id)
-        )
+    claimed = claim.model_dump(include=set(_CLAIM_COLUMNS)) | {"claimed_at": claim.at}
+    if await connection.scalar(_CLAIM, claimed) is None:
+        holder = await connection.scalar(_HOLDER, {"task": claim.task_id})
         return bool(holder == claim.first_execution_run_id)
+    row = {
+        **claim.model_dump(exclude={"at"}),
+        **_columns(TaskState(version=0, status=TaskStatus.QUEUED), _JSON_STATE),
+        "created_at": claim.at,
+        "updated_at": claim.at,
+        "last_seq": 1,
+    }
     first = Fact(key=ACCEPTED_KEY, event=EventType.ACCEPTED, ts=claim.at, attempt=1, status=TaskStatus.QUEUED)
-    await connection.execute(
-        insert(tasks).values(
-            **claim.model_dump(exclude={"at"}),
-            **_columns(TaskState(version=0, status=TaskStatus.QUEUED), _JSON_STATE),
-            created_at=claim.at,
-            updated_at=claim.at,
-            last_seq=1,
-        )
-    )
-    await connection.execute(_INSERT_EVENTS, {"events": _event_rows(claim.task_id, [(1, first)])})
-    await connection.execute(select(func.pg_notify(EVENTS_CHANNEL, f"{claim.task_id}:1")))
+    await connection.execute(_insert_of(frozenset(row)), _new(row) | _told(claim.task_id, [(1, first)]))
     return True
 
 
@@ -142,7 +148,9 @@ async def write_task(connection: AsyncConnection, write: TaskWrite) -> None:
     if so_far.has_ended and not had_ended:
         changes["ended_at"] = taken[-1][1].ts
     if changes:
-        await _update_row(connection, write.task_id, changes, taken)
+        told = _told(write.task_id, taken) if taken else {}
+        statement = _update_of(frozenset(changes), tells=bool(taken))
+        await connection.execute(statement, {"task": write.task_id} | _new(changes) | told)
     if write.exceptions:
         await _insert_exceptions(connection, write.task_id, write.exceptions)
 
@@ -189,21 +197,6 @@ def _with_clean_key(fact: Fact) -> Fact:
 async def _known_keys(connection: AsyncConnection, task_id: str, facts: Sequence[Fact]) -> set[str]:
     keys = [fact.key for fact in facts]
     return set((await connection.scalars(_KNOWN_KEYS, {"task": task_id, "keys": keys})).all())
-
-
-def _event_rows(task_id: str, taken: Sequence[tuple[int, Fact]]) -> list[dict[str, Any]]:
-    """Documents for `_INSERT_EVENTS`."""
-    return [{"task_id": task_id, "seq": seq} | _clean(fact.model_dump(mode="json")) for seq, fact in taken]
-
-
-async def _update_row(
-    connection: AsyncConnection, task_id: str, changes: dict[str, Any], taken: Sequence[tuple[int, Fact]]
-) -> None:
-    """Change the task's row, and with it, in one statement, write the events of `taken` and tell of them."""
-    values = {f"new_{name}": value for name, value in changes.items()} | {"task": task_id}
-    if taken:
-        values |= {"events": _event_rows(task_id, taken), "payload": f"{task_id}:{taken[-1][0]}"}
-    await connection.execute(_update_of(frozenset(changes), tells=bool(taken)), values)
 
 
 async def _insert_exceptions(connection: AsyncConnection, task_id: str, exceptions: Sequence[TaskException]) -> None:
