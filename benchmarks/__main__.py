@@ -36,8 +36,8 @@ class Size:
     streams: int
 
 
-FULL: Final = Size(300, 3, (0, 1_000, 10_000), (1, 2, 4), 40, 5, 1_000, 10_000)
-QUICK: Final = Size(120, 1, (0, 200), (1, 2), 10, 2, 200, 500)
+FULL: Final = Size(480, 3, (0, 1_000, 10_000), (1, 2, 4), 40, 5, 1_000, 10_000)
+QUICK: Final = Size(240, 1, (0, 200), (1, 2), 10, 2, 200, 500)
 
 MEASUREMENTS: Final[dict[str, tuple[str, Callable[[Size], Coroutine[Any, Any, Any]]]]] = {
     "compare": ("comparison", lambda size: throughput.compare(size.tasks, size.rounds)),
