@@ -1,7 +1,7 @@
 """Measure everything on this machine: a table with ratios, and the same as JSON.
 
 python -m benchmarks                     about half an hour on two quiet processors
-python -m benchmarks --quick             about 6 minutes: smaller numbers, same measurements
+python -m benchmarks --quick             about 10 minutes: smaller numbers, same measurements
 python -m benchmarks --only waits        one of: compare, open, workers, history, waits, memory
 """
 
