@@ -46,7 +46,12 @@ class ServiceAdmin:
     def __init__(self, url: str, token: str) -> None:
         self.url = url
         self._http = httpx.AsyncClient(
-            base_url=f"{url}/admin", headers={"Authorization": f"Bearer {token}"}, timeout=_LIMIT_SECONDS
+            base_url=f"{url}/admin",
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=_LIMIT_SECONDS,
+            # Well under the five seconds after which the server closes an idle connection: an order that meets the
+            # closing is lost.
+            limits=httpx.Limits(keepalive_expiry=1),
         )
 
     async def close(self) -> None:
