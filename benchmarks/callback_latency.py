@@ -32,6 +32,7 @@ from temporalio.service import RPCError
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from benchmarks.burst import stack
+from benchmarks.servers import seconds_of
 from logs import configure_logs
 from tests.conftest import unique
 from tests.gateway.serving import GatewayProcess, Wire, bearer, gateway_process, tick, token_for
@@ -189,12 +190,12 @@ async def callbacks(
 
 def processor_seconds() -> dict[str, float]:
     """User and system time so far, by part; PostgreSQL is not among them: it is no child of this process."""
-    taken = {"this": sum(psutil.Process().cpu_times()[:2])}
+    taken = {"driver": seconds_of(psutil.Process())}
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             command = " ".join(process.cmdline())
             part = next((part for part, sign in PARTS.items() if sign in command), "other")
-            taken[part] = taken.get(part, 0.0) + sum(process.cpu_times()[:2])
+            taken[part] = taken.get(part, 0.0) + seconds_of(process)
     return taken
 
 

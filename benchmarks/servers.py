@@ -69,9 +69,14 @@ class Servers:
             if record is not None:
                 process = psutil.Process(record.pid)
                 family = [process, *process.children(recursive=True)]
-                taken[name] = sum(sum(member.cpu_times()[:2]) for member in family)
-        own = psutil.Process().cpu_times()
-        return {**taken, "driver": own.user + own.system}
+                taken[name] = sum(seconds_of(member) for member in family)
+        return {**taken, "driver": seconds_of(psutil.Process())}
+
+
+def seconds_of(process: psutil.Process) -> float:
+    """User and system time of this process alone, so far."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 @asynccontextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import asyncpg
@@ -75,6 +75,28 @@ async def test_a_known_key_writes_nothing_also_with_a_higher_sequence(task_store
     await task_store.write(write_of(task_id, told("stage", job_id="j", sequence=6), version=2))
 
     assert await history(task_store, task_id) == [(2, "stage")]
+
+
+@pytest.mark.parametrize(
+    "instant",
+    [
+        datetime(1, 1, 2, tzinfo=UTC),
+        datetime(2026, 1, 1, 1, 2, 3, 4, tzinfo=timezone(timedelta(hours=5, minutes=30))),
+        datetime(9999, 12, 30, 23, 59, 59, 999_999, tzinfo=UTC),
+    ],
+)
+async def test_the_extremes_of_every_kind_of_value_come_back_as_they_were(
+    task_store: TaskStore, instant: datetime
+) -> None:
+    task_id = await claimed(task_store)
+    given = {"ts": instant, "next_eta": instant, "progress": 33.333333333333336, "message": 'a "\\u0000" \n é 😀'}
+    numbers = {"queue_position": 2**63 - 1, "credits_delta": -(2**63), "balance_after": 0}
+
+    await task_store.write(write_of(task_id, fact("a", **given, **numbers, result_urls=["https://a.example/1"])))
+
+    event = (await task_store.events(task_id))[-1]
+    assert event.model_dump(include={*given, *numbers}) == {**given, **numbers}
+    assert (event.result_urls, event.output, event.stage) == (["https://a.example/1"], None, None)
 
 
 async def test_nothing_is_written_after_the_end(task_store: TaskStore) -> None:
