@@ -197,6 +197,8 @@ class CarriedRun(OwnModel):
     """Everything a continued run goes on with; a first run starts from the defaults."""
 
     policy: Policy | None = None
+    run_number: int = 0
+    """1 for a chain's second run, and so on; see `contracts.lives.TaskRun`."""
     record: RecordState = Field(default_factory=RecordState)
     watch: WatchState = Field(default_factory=WatchState)
     clock: ClockState = Field(default_factory=ClockState)

@@ -66,6 +66,8 @@ class CreditHold:
         self._record = record
         self._deadline = deadline
         self.state = carried
+        self.told_by_row: CreditsSummary | None = None
+        """What an earlier life has settled: it counts, whatever this run has done since."""
         self.margin_seconds = 300.0
         self.opening_minutes = 15.0
         self.uncovered_limit = UNCOVERED_LIMIT_IMAGE if isinstance(task, ImageTask) else UNCOVERED_LIMIT_TRAINING
@@ -99,6 +101,8 @@ class CreditHold:
 
     def summary(self) -> CreditsSummary:
         """`credits` of results and queries, in points; nothing is returned while a hold stands."""
+        if self.told_by_row is not None:
+            return self.told_by_row
         returned = 0 if self.standing else max(0, self.amount - self.state.charged)
         return CreditsSummary(
             estimated=self.state.estimated,
