@@ -184,7 +184,7 @@ class TaskLedger:
 
     def open_holds(self) -> OpenHolds:
         """The holds whose end is not shown."""
-        ended = {entry.pre_deduct_id for entry in (*self.commits, *self.returns) if entry.pre_deduct_id is not None}
+        ended = {entry.pre_deduct_id for entry in self.commits} | {entry.pre_deduct_id for entry in self.returns}
         named = {
             entry.pre_deduct_id: entry.amount
             for entry in self.holds

@@ -103,7 +103,10 @@ def lives(draw: st.DrawFn, shapes: tuple[str, ...] = SHAPES, *, mixed: bool = Fa
         draw(st.lists(st.integers(1, 2_000), max_size=3)),
     )
     shape = draw(st.sampled_from(shapes))
-    each = lambda: draw(st.sampled_from(shapes)) if mixed else shape  # noqa: E731
+
+    def each() -> str:
+        return draw(st.sampled_from(shapes)) if mixed else shape
+
     rows = [entries_of(hold, each()) for hold in life.holds] + [
         [charge_entry(points, each())] for points in life.charges
     ]
