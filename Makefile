@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STACK := $(BIN)/python -m local_stack
-PACE := $(if $(SPEED),--speed $(SPEED)) $(if $(COMFYUI),--comfyui $(COMFYUI))
+CREDITS := $(if $(PROFILE),--credits-profile $(PROFILE))
+PACE := $(if $(SPEED),--speed $(SPEED)) $(if $(COMFYUI),--comfyui $(COMFYUI)) $(CREDITS)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -23,10 +24,10 @@ $(VENV)/.ready: requirements.lock Makefile
 	@chmod +x $(BIN)/comfyui-tasks
 	@touch $@
 
-demo: setup ## one image and one training task, start to finish (SPEED=100, COMFYUI=http://…)
+demo: setup ## one image and one training task, start to finish (SPEED=100, COMFYUI=http://…, PROFILE=field)
 	@$(STACK) demo $(PACE)
 
-up: setup ## start the local stack and leave it running (SPEED=100, COMFYUI=http://…)
+up: setup ## start the local stack and leave it running (SPEED=100, COMFYUI=http://…, PROFILE=field)
 	@$(STACK) up $(PACE)
 
 down: setup ## end the local stack

@@ -71,6 +71,8 @@ class ExceptionCode(StrEnum):
 
     SHORTFALL = "shortfall"
     SETTLEMENT_UNKNOWN = "settlement_unknown"
+    SETTLEMENT_CORRECTED = "settlement_corrected"
+    HOLD_DOUBLED = "hold_doubled"
     UNDO_UNFINISHED = "undo_unfinished"
     HOLD_LEFT_TO_EXPIRY = "hold_left_to_expiry"
     COST_ABOVE_HOLD = "cost_above_hold"
@@ -220,6 +222,8 @@ class Answer(OwnModel, Generic[T]):
     not_offered: bool = False
     earlier_life: EarlierLife | None = None
     """What the task's row told when the call was made; None where the run knows everything itself."""
+    tries: int = 1
+    """How often it was sent, this answer's try included: a service without idempotency may have acted each time."""
 
 
 def sentences_of(error: ValidationError) -> list[str]:

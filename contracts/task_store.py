@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from contracts.comfyui import TaskPriority, TrainingLogLine, TrainingOutput
 from contracts.errors import ErrorDetails
@@ -12,7 +12,7 @@ from contracts.fields import Instant, OwnModel
 from contracts.lives import EarlierLife
 from contracts.permissions import Scene
 from contracts.policy import Policy
-from contracts.tasks import Confirmation, CreditsSummary, EventType, TaskStatus
+from contracts.tasks import Confirmation, CreditsSummary, EventType, TaskStatus, with_settlement
 
 
 class Fact(OwnModel):
@@ -184,6 +184,12 @@ class TaskRow(TaskState):
     hold_ids: list[str] = []
     """Every hold that any run of the task took, and `job_ids` every job or training that one asked for."""
     job_ids: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_earlier_release(cls, values: Any) -> Any:
+        has_ended = isinstance(values, dict) and values.get("ended_at") is not None
+        return with_settlement(values, has_ended=has_ended)
 
 
 class TaskExceptionRow(TaskException):

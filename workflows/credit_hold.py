@@ -20,6 +20,7 @@ from contracts.calls import Post
 from contracts.carried import AskedHold, HoldState
 from contracts.credits import (
     MAX_HOLD_SECONDS,
+    CancelHoldReply,
     CancelHoldRequest,
     Estimate,
     EstimateRequest,
@@ -27,10 +28,16 @@ from contracts.credits import (
     PreDeductRequest,
 )
 from contracts.errors import Answer, ExceptionCode, FailureCode, Refusal
-from contracts.tasks import CreditsSummary, EventType, ImageTask, TrainingTask
+from contracts.tasks import CreditsSummary, EventType, ImageTask, SettlementState, TrainingTask
+from workflows.doubled_holds import DoubledHolds
+from workflows.earlier_life import is_own_key
 from workflows.failures import TaskFailed
-from workflows.ledger_search import HoldFate, LedgerSearch
+from workflows.forgotten_holds import ForgottenHolds
+from workflows.hold_ends import HoldEnds
+from workflows.ledger_search import LedgerSearch
 from workflows.outside_call import OutsideCall
+from workflows.row_look import RowLook
+from workflows.task_ledger import Found, HoldFate
 from workflows.task_record import TaskRecord
 
 LAST_SECONDS: Final = timedelta(seconds=60)
@@ -50,6 +57,10 @@ class HoldRefused(Exception):
         super().__init__(refusal.sentence)
 
 
+class HoldForgotten(Exception):
+    """An earlier life of the task has used this hold's key."""
+
+
 class CreditHold:
     """Held, then committed, cancelled or expired: each hold once, and each belongs to this task."""
 
@@ -60,6 +71,7 @@ class CreditHold:
         record: TaskRecord,
         deadline: Callable[[], datetime],
         carried: HoldState,
+        look: RowLook | None = None,
     ) -> None:
         self._task = task
         self._outside = outside
@@ -77,6 +89,9 @@ class CreditHold:
         self._checkpoint_passed = False
         self._exhausted: Refusal | None = None
         self.ledger = LedgerSearch(outside, carried)
+        self.ends = HoldEnds(carried)
+        self._doubled = DoubledHolds(carried, self.ledger, record, self._cancel)
+        self.forgotten = ForgottenHolds(carried, self.ledger, self.ends, record, look or RowLook(outside), self._cancel)
 
     def carry(self) -> HoldState:
         return self.state
@@ -99,23 +114,35 @@ class CreditHold:
         standing = self.standing
         return standing.request.estimated_cost if standing else self.amount
 
+    @property
+    def usable(self) -> int:
+        """Points of the standing hold that may be taken: one that was granted higher counts as far as it was asked."""
+        standing = self.standing
+        return self.usable_of(standing) if standing else self.amount
+
+    @staticmethod
+    def usable_of(hold: AskedHold) -> int:
+        return min(hold.amount, hold.request.estimated_cost)
+
     def summary(self) -> CreditsSummary:
         """`credits` of results and queries, in points; nothing is returned while a hold stands."""
         if self.told_by_row is not None:
             return self.told_by_row
         returned = 0 if self.standing else max(0, self.amount - self.state.charged)
+        is_unknown = self.state.settlement is SettlementState.UNKNOWN
         return CreditsSummary(
             estimated=self.state.estimated,
             held=self.amount,
-            charged=self.state.charged,
-            returned=returned,
+            charged=None if is_unknown else self.state.charged,
+            returned=None if is_unknown else returned,
             shortfall=self.state.shortfall,
+            settlement=self.state.settlement,
             pre_deduct_ids=[hold.pre_deduct_id for hold in self.state.asked if hold.pre_deduct_id],
         )
 
     # Row 2: estimate
 
-    async def estimate(self, request: EstimateRequest, *, n: int) -> Estimate:
+    async def estimate(self, request: EstimateRequest, *, n: int | str) -> Estimate:
         """The credits service's own price. Raises TaskFailed, TaskStopped."""
         post = Post[EstimateRequest](
             call_for=self._outside.call_for, key=self._outside.key("estimate", n), body=request
@@ -123,6 +150,8 @@ class CreditHold:
         answer = await self._outside.reading(
             CreditsActivities.estimate, post, summary="2 agree", minutes=self.opening_minutes
         )
+        if is_own_key(answer, self._outside.told):
+            return await self.estimate(request, n=f"{n}:{workflow.info().get_current_history_length()}")
         if answer.reply is None:
             raise TaskFailed.by_refusal(answer.refusal or _closing())
         self.state.estimated = answer.reply.selected_cost
@@ -167,12 +196,26 @@ class CreditHold:
         while True:
             may_begin()
             hold = self._note(amount)
-            reply = await ask(hold)
+            try:
+                reply = await ask(hold)
+            except HoldForgotten:
+                await self._give_back_forgotten(hold)
+                continue
             hold.pre_deduct_id, hold.amount = reply.pre_deduct_id, reply.frozen_amount
             if self._expires_at(hold) - workflow.now() >= LAST_SECONDS:
                 self._tell_held(hold, reply)
                 return hold
             await self._give_back_one(hold, "its answer came too late to rely on it")
+
+    async def _give_back_forgotten(self, hold: AskedHold) -> None:
+        """An earlier life has taken a hold under this key: it is cancelled, and the next number asked for."""
+        hold.refused = True
+        if not await self.forgotten.give_back("taken before the task's run was reset"):
+            self._record.tell_exception(
+                f"undo_hold:{hold.n}",
+                ExceptionCode.UNDO_UNFINISHED,
+                f"Hold {hold.n} was taken before the run was reset, and is not shown; it ends by expiry.",
+            )
 
     def _note(self, amount: int) -> AskedHold:
         now = workflow.now()
@@ -186,7 +229,7 @@ class CreditHold:
             estimated_cost=amount,
             expire_in=min(MAX_HOLD_SECONDS, max(SHORTEST_LIFE_SECONDS, seconds)),
         )
-        hold = AskedHold(n=len(self.state.asked) + 1, request=request, asked_at=now)
+        hold = AskedHold(n=self.forgotten.numbers_taken + 1, request=request, asked_at=now)
         self.state.asked.append(hold)
         return hold
 
@@ -210,11 +253,14 @@ class CreditHold:
         return self._granted(hold, answer)
 
     def _granted(self, hold: AskedHold, answer: Answer[HoldReply]) -> HoldReply:
+        if is_own_key(answer, self._outside.told) or (answer.earlier_life is not None and answer.earlier_life.is_known):
+            raise HoldForgotten()
         if answer.reply is None:
             refusal = answer.refusal or _closing()
             # An unreadable answer may have taken the hold all the same: it stays noted, and the undo learns of it.
             hold.refused = refusal.message != "unreadable"
             raise HoldRefused(refusal)
+        self.ends.count_grant(answer.tries)
         return answer.reply
 
     def _post(self, hold: AskedHold) -> Post[PreDeductRequest]:
@@ -333,37 +379,46 @@ class CreditHold:
         for hold in self.state.asked:
             if not hold.resolved and not hold.refused:
                 await self._give_back_one(hold, reason)
+        await self._doubled.give_back(reason)
 
     async def _give_back_one(self, hold: AskedHold, reason: str) -> None:
         if hold.pre_deduct_id is None and not await self._learn(hold):
             return
         assert hold.pre_deduct_id is not None
-        body = CancelHoldRequest(
-            pre_deduct_id=hold.pre_deduct_id,
-            tenant_id=self._task.tenant_id,
-            user_id=self._task.user_id,
-            reason=reason,
-        )
-        post = Post[CancelHoldRequest](
-            call_for=self._outside.call_for, key=self._outside.key("cancel", hold.n), body=body
-        )
-        answer = await self._outside.until_answered(CreditsActivities.cancel_hold, post, summary="5 cancel hold")
+        answer = await self._cancel(hold.pre_deduct_id, hold.n, reason)
         hold.resolved = True
         if answer is not None and answer.reply is not None:
             self._tell_given_back(hold, answer.reply.balance_after)
         elif answer is not None and answer.refusal is not None:
             await self._cancel_refused(hold, answer.refusal)
 
+    async def _cancel(self, pre_deduct_id: str, n: int | str, reason: str) -> Answer[CancelHoldReply] | None:
+        body = CancelHoldRequest(
+            pre_deduct_id=pre_deduct_id, tenant_id=self._task.tenant_id, user_id=self._task.user_id, reason=reason
+        )
+        for key in (
+            self._outside.key("cancel", n),
+            self._outside.key("cancel", f"{n}:{self._outside.told.life.lives}"),
+        ):
+            post = Post[CancelHoldRequest](call_for=self._outside.call_for, key=key, body=body)
+            answer = await self._outside.until_answered(CreditsActivities.cancel_hold, post, summary="5 cancel hold")
+            if answer is None or not is_own_key(answer, self._outside.told):
+                break
+        return answer
+
     async def _learn(self, hold: AskedHold) -> bool:
         """Repeat key and body to learn the id of a hold whose answer was lost; whether there is such a hold."""
+        post = self._post(hold).model_copy(update={"is_undo": True})
         answer = await self._outside.until_answered(
-            CreditsActivities.pre_deduct, self._post(hold), summary="5 cancel hold: learn its id"
+            CreditsActivities.pre_deduct, post, summary="5 cancel hold: learn its id"
         )
         if answer is not None and answer.reply is not None:
             hold.pre_deduct_id, hold.amount = answer.reply.pre_deduct_id, answer.reply.frozen_amount
+            self.ends.count_grant(answer.tries + 1)  # it had been asked before, or the id would be known
             return True
         hold.refused = True
         if answer is not None and answer.refusal is not None and answer.refusal.message == "unreadable":
+            self.ends.left_open()
             self._record.tell_exception(
                 f"undo_hold:{hold.n}",
                 ExceptionCode.UNDO_UNFINISHED,
@@ -375,18 +430,35 @@ class CreditHold:
         if refusal.message == "pre_deduct_not_found":
             return
         if refusal.message == "pre_deduct_already_processed":
-            found = await self.ledger.fate_of(hold)
-            self.state.charged += found.committed
-            if found.fate is HoldFate.GIVEN_BACK:
+            found = await self.fate_of(hold)
+            self.count_committed(found.committed)
+            if found.fate is HoldFate.COMMITTED:
+                self.ends.count(found.fate)
+            elif found.fate is HoldFate.GIVEN_BACK:
                 self._tell_given_back(hold, None)
-            if found.fate is not HoldFate.UNKNOWN:
-                return
+            else:
+                self._tell_end_unknown(hold, refusal)
+            return
+        self.ends.left_open()
         self._record.tell_exception(
             f"hold_left:{hold.n}",
             ExceptionCode.HOLD_LEFT_TO_EXPIRY,
             f"Hold {hold.pre_deduct_id} could not be cancelled; it ends by expiry. {refusal.sentence}",
             pre_deduct_id=hold.pre_deduct_id,
         )
+
+    async def fate_of(self, hold: AskedHold) -> Found:
+        """What became of a hold that commit or cancel was refused for."""
+        if self._outside.told.is_possible:
+            return await self.ledger.fate_by_all(hold, known=self.forgotten.numbers_taken)
+        return await self.ledger.fate_of(hold)
+
+    def count_committed(self, points: int) -> None:
+        """Points that a hold turned out to be committed for; where the ledger was read for the task it knows them."""
+        if self._outside.told.is_possible:
+            self.state.charged = max(self.state.charged, points)
+        else:
+            self.state.charged += points
 
     # What the record is told
 
@@ -401,6 +473,7 @@ class CreditHold:
         )
 
     def _tell_given_back(self, hold: AskedHold, balance_after: int | None) -> None:
+        self.ends.count(HoldFate.GIVEN_BACK)
         self._record.state.credits = self.summary()
         self._record.tell(
             f"given_back:{hold.n}",
@@ -408,6 +481,16 @@ class CreditHold:
             credits_delta=hold.amount,
             balance_after=balance_after,
             message=f"{hold.amount} points were given back.",
+        )
+
+    def _tell_end_unknown(self, hold: AskedHold, refusal: Refusal) -> None:
+        self.ends.is_unknown()
+        self._record.tell_exception(
+            f"hold_unknown:{hold.n}",
+            ExceptionCode.SETTLEMENT_UNKNOWN,
+            f"Whether hold {hold.pre_deduct_id} was charged or given back could not be learned; the ledger is looked "
+            f"at again hourly for a day. {refusal.sentence}",
+            pre_deduct_id=hold.pre_deduct_id,
         )
 
     def _tell_uncovered(self, why: str) -> None:

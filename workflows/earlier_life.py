@@ -12,7 +12,7 @@ from typing import Any
 from temporalio.exceptions import ApplicationError
 
 from contracts.errors import Answer
-from contracts.lives import STORE_UNAVAILABLE, EarlierLife
+from contracts.lives import READ_THE_LEDGER, STORE_UNAVAILABLE, TASK_ENDED, EarlierLife
 from workflows.failures import RowEnded
 
 
@@ -23,6 +23,11 @@ def is_of_store(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def was_stopped(answer: Answer[Any]) -> bool:
+    """Whether a call was not made because the task's row lets nothing more begin."""
+    return answer.refusal is not None and answer.refusal.message == TASK_ENDED
 
 
 class LifeTold:
@@ -61,3 +66,20 @@ class LifeTold:
 
     def check(self) -> None:
         self.obey()
+
+
+def is_own_key(answer: Answer[Any], told: LifeTold) -> bool:
+    """Whether a key was used by an earlier life of the task, with another body."""
+    return answer.refusal is not None and answer.refusal.message == "idempotency_conflict" and told.is_possible
+
+
+class EarlierLifePossible(Exception):
+    """A call that settles was not made: the task's ledger is read first."""
+
+
+def obey_life(answer: Answer[Any]) -> None:
+    """Raise RowEnded or EarlierLifePossible where a call that settles was not made."""
+    if was_stopped(answer):
+        raise RowEnded()
+    if answer.refusal is not None and answer.refusal.message == READ_THE_LEDGER:
+        raise EarlierLifePossible()

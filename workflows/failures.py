@@ -59,8 +59,9 @@ class TaskFailed(TaskEnd):
     def by_row(cls, error: ErrorDetails | None) -> TaskFailed:
         """The failure that a task's row tells."""
         details = error or ErrorDetails()
-        code = details.code if details.code in FailureCode else FailureCode.INTERNAL.value
-        return cls(FailureCode(code), details.message or f"The task had failed with {details.code}.", details)
+        known = {code.value for code in FailureCode}
+        code = FailureCode(details.code) if details.code in known else FailureCode.INTERNAL
+        return cls(code, details.message or f"The task had failed with {details.code}.", details)
 
 
 def why(error: FailureError, unavailable: FailureCode) -> TaskFailed:

@@ -23,8 +23,8 @@ from contracts.comfyui import TaskPriority
 from contracts.errors import Answer, FailureCode, Refusal
 from contracts.permissions import Scene
 from contracts.tasks import PRIORITY_KEYS
-from workflows.earlier_life import LifeTold, is_of_store
-from workflows.failures import why
+from workflows.earlier_life import LifeTold, is_of_store, was_stopped
+from workflows.failures import RowEnded, why
 from workflows.stop import Stop
 
 Argument = TypeVar("Argument")
@@ -87,7 +87,7 @@ class OutsideCall:
         self._stop = stop
         self.told = LifeTold()
 
-    def key(self, step: str, n: int) -> str:
+    def key(self, step: str, n: int | str) -> str:
         """`X-Idempotency-Key` (contract §2, §4)."""
         return f"{self.call_for.task_id}:{step}:{n}"
 
@@ -122,7 +122,8 @@ class OutsideCall:
                     continue
                 raise why(error, _unavailable(method)) from error
             self.told.heard(answer)
-            self.told.obey()
+            if was_stopped(answer):
+                raise RowEnded()
             return answer
 
     async def until_answered(
@@ -137,7 +138,7 @@ class OutsideCall:
 
         An answer that stays unreadable for 15 minutes counts as a refusal. None where `give_up()` came first.
         """
-        unreadable_until, wait = None, ASK_AGAIN_AFTER
+        unreadable_until, wait, rounds = None, ASK_AGAIN_AFTER, 0
         while True:
             handle = self.visible(method, argument, summary=summary, retry=RETRY_SILENCE_ONLY)
             await workflow.wait_condition(lambda handle=handle: handle.done() or give_up())  # type: ignore[misc]
@@ -150,8 +151,10 @@ class OutsideCall:
                     return None
                 failure = why(error, _unavailable(method))
             else:
+                answer.tries += rounds
                 self.told.heard(answer)
                 return answer
+            rounds += 1
             unreadable_until = unreadable_until or workflow.now() + UNREADABLE_FOR
             if workflow.now() >= unreadable_until:
                 return Answer(refusal=_unreadable(str(failure)))

@@ -29,6 +29,7 @@ from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
 from workflows.failures import RowEnded, TaskEnd, TaskFailed, TaskStopped
 from workflows.following import Concern, Following
+from workflows.forgotten_jobs import ForgottenJobs
 from workflows.guards import any_payload
 from workflows.job_clock import JobClock
 from workflows.job_routes import JobRoutes
@@ -59,8 +60,9 @@ class TaskFlow(Generic[Run, Result]):
             self.record, carried.clock, default_eta_minutes=DEFAULT_ETA_MINUTES[task.scene][task.priority]
         )
         self.watch = JobWatch(task.task_id, routes, self.outside, self.record, carried.watch)
-        self.hold = CreditHold(task, self.outside, self.record, self.clock.deadline, carried.hold)
+        self.hold = CreditHold(task, self.outside, self.record, self.clock.deadline, carried.hold, self.row_look)
         self.attempts = Attempts(routes, self.outside, self.record, self.clock, self.stop, self.alarm, carried.jobs)
+        self.forgotten_jobs = ForgottenJobs(routes, self.outside, self.record, self.attempts, self.row_look)
         self.settlement = Settlement(task, self.outside, self.record, self.hold)
         self.undo = Undo()  # all of it side by side, each until it lands
         self.price: PriceState = carried.price
@@ -175,7 +177,15 @@ class TaskFlow(Generic[Run, Result]):
             return await self.give_back(end)
         return await self.completed(delivery)
 
+    async def delivery_of_any_life(self) -> JobNews | None:
+        """What the task was charged for."""
+        newest = self.watch.newest
+        if newest is not None and newest.succeeded:
+            return newest
+        return await self.forgotten_jobs.delivery() if self.outside.told.is_possible else None
+
     async def completed(self, delivery: JobNews | None) -> Result:
+        await self.forgotten_jobs.cancel()
         if delivery is not None:
             self.record.state.result_urls = delivery.result_urls
             self.record.state.output = delivery.output
@@ -205,9 +215,13 @@ class TaskFlow(Generic[Run, Result]):
             if row is not None:
                 return await self.as_row_tells(row)
             end = self.row_look.failure()
+        if self.outside.told.is_possible:
+            await self.row_look.once_all_has_landed()
+            await self.hold.forgotten.give_back(str(end))
+        self.hold.ends.close()
         if self.hold.state.charged:
-            delivered = self.watch.newest if self.watch.newest and self.watch.newest.succeeded else None
-            return await self.completed(delivered)
+            return await self.completed(await self.delivery_of_any_life())
+        await self.forgotten_jobs.cancel()
         self.record.state.credits = self.hold.summary()
         if isinstance(end, TaskFailed):
             self.record.failed(end)

@@ -166,7 +166,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         call = JobCall(
             call_for=self.outside.call_for,
             job_id=training.training_id,
-            key=self.outside.key("start", self.attempts.number),
+            key=self.outside.key("start", self.attempts.key_number),
         )
         self.clock.start()
         answer = await self.outside.opening(
