@@ -9,7 +9,6 @@ python -m mutation --list --only workflows/stop.py  what would be judged
 from __future__ import annotations
 
 import argparse
-import importlib
 import multiprocessing
 import os
 import random
@@ -21,8 +20,7 @@ from typing import Final
 from mutation import report
 from mutation.forked import adopt_orphans, forked
 from mutation.harmless import Harmless
-from mutation.in_memory import forget
-from mutation.judging import Effort, Judge, Verdict
+from mutation.judging import Effort, Judge, Verdict, load_what_others_wrote
 from mutation.mutations import FOLDERS, ROOT, Mutation, modules, mutations_of
 from mutation.reach import Reach, fingerprint, kept, seeds_that_reach
 from mutation.tests_played import tests_that_reach
@@ -36,6 +34,7 @@ _judge: Judge
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CANNOT))
     everywhere = [mutation for module in modules([]) for mutation in mutations_of(module)]
     harmless = Harmless.read()
     stale = harmless.stale(everywhere)
@@ -66,6 +65,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds-each", type=int, default=150, help="schedules for one mutant at most (150)")
     parser.add_argument("--test-seconds", type=float, default=60.0, help="of tests for one mutant at most (60)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once (one for each processor)")
+    parser.add_argument("--quick", action="store_true", help="by the simulation alone: what survives may die of a test")
     parser.add_argument("--list", action="store_true", help="list the mutants, judge none")
     return parser.parse_args(arguments)
 
@@ -82,15 +82,16 @@ def _wanted(everywhere: list[Mutation], options: argparse.Namespace) -> list[Mut
 def _judged(wanted: list[Mutation], options: argparse.Namespace) -> list[report.Judged]:
     """Each with its verdict, in order; what was judged before is not judged again."""
     everything = fingerprint(*FOLDERS, "contracts", "store", "simulation", "simulators", "tests")
-    verdicts = Verdicts(FOLDER / "verdicts.jsonl", f"{everything} {options.seeds_each} {options.test_seconds:g}")
+    effort = Effort(seeds=options.seeds_each, test_seconds=0.0 if options.quick else options.test_seconds)
+    verdicts = Verdicts(FOLDER / "verdicts.jsonl", f"{everything} {effort}")
     waiting = [mutation for mutation in wanted if verdicts.of(mutation) is None]
     if waiting:
-        _load_what_others_wrote()
-        reach = _reach(options.seeds)
-        effort = Effort(seeds=options.seeds_each, test_seconds=options.test_seconds)
+        load_what_others_wrote()
+        reach = _reach(options.seeds, has_tests=not options.quick)
         global _judge
         _judge = Judge(reach, effort, verdicts.killers(), FOLDER)
-        forget()
+        if not options.quick:
+            _judge.check()
         with multiprocessing.get_context("fork").Pool(options.processes, _begin) as processes:
             results = processes.imap_unordered(_verdict, waiting)
             for number, (mutation, verdict) in enumerate(results, start=1):
@@ -119,14 +120,7 @@ def _tell(number: int, count: int, mutation: Mutation, verdict: Verdict) -> None
     print(f"{number}/{count} {verdict.fate.value:<10} {change}  <- {verdict.by[:100]}", flush=True)
 
 
-def _load_what_others_wrote() -> None:
-    """Import once what every mutant's process needs and none changes: forks have it without importing it."""
-    for name in ("simulation.schedule", "tests.workflows.platform"):
-        importlib.import_module(name)
-    forget()
-
-
-def _reach(seeds: int) -> Reach:
+def _reach(seeds: int, *, has_tests: bool) -> Reach:
     """What reaches each block; found out anew where what is played has changed."""
     counts = {"image": 2 * seeds // 3, "training": seeds // 3}
 
@@ -140,7 +134,7 @@ def _reach(seeds: int) -> Reach:
 
     FOLDER.mkdir(parents=True, exist_ok=True)
     by_seed = kept(FOLDER / f"reach-seeds-{seeds}.json", fingerprint(*FOLDERS, "contracts", "simulation"), by_seeds)
-    tested = tests_that_reach(FOLDER)
+    tested = tests_that_reach(FOLDER) if has_tests else Reach()
     return Reach(
         seeds={block: [(kind, seed) for kind, seed in some] for block, some in by_seed.items()},
         tests=tested.tests,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,11 +14,12 @@ from typing import Final
 import pytest
 
 from mutation.forked import Broke, RanOn, forked
-from mutation.in_memory import InMemory
+from mutation.in_memory import InMemory, forget
 from mutation.mutations import ROOT, Mutation
 from mutation.reach import EVERYWHERE, Reach, simulation
 
-SIMULATION_CPU_SECONDS: Final = 90
+SIMULATION_CPU_SECONDS: Final = 30
+"""For all seeds of one mutant, which take a fifth of it: a mutant that waits without waiting takes all of it."""
 TEST_CPU_SECONDS: Final = 300
 TEST_LIMIT_SECONDS: Final = 40
 """For one test: none takes a quarter of it, and a run that a mutant left stuck is waited for this long."""
@@ -66,6 +68,13 @@ class Judge:
         self._effort = effort
         self._killers = killers
         self._folder = folder
+
+    def check(self) -> None:
+        """Raises RuntimeError where tests fail here without any mutant: then they would seem to kill each."""
+        some = [min(tests, key=lambda test: self._reach.seconds[test]) for tests in self._reach.tests.values()]
+        failed = self._first_failure(None, some[:1])
+        if failed is not None:
+            raise RuntimeError(f"fails without any mutant: {failed}; see {self._log('tests')}")
 
     def verdict(self, mutation: Mutation) -> Verdict:
         block = f"{mutation.module}:{mutation.block}"
@@ -139,9 +148,10 @@ class Judge:
             rest.remove(failed)
         return None
 
-    def _first_failure(self, mutation: Mutation, tests: list[str]) -> str | None:
+    def _first_failure(self, mutation: Mutation | None, tests: list[str]) -> str | None:
         def run() -> str | None:
-            _put_in(mutation)
+            if mutation is not None:
+                _put_in(mutation)
             return first_failure(tests)
 
         usual = sum(self._reach.seconds[test] for test in tests)
@@ -157,6 +167,13 @@ class Judge:
         return self._folder / f"{name}-{os.getpid()}.log"
 
 
+def load_what_others_wrote() -> None:
+    """Import once what every mutant's process needs and none changes: forks have it without importing it."""
+    for name in ("simulation.schedule", "tests.workflows.platform"):
+        importlib.import_module(name)
+    forget()
+
+
 def spread(seeds: Sequence[tuple[str, int]], most: int) -> list[tuple[str, int]]:
     """At most so many, kinds by turns."""
     by_kind: dict[str, list[tuple[str, int]]] = {}
@@ -170,10 +187,10 @@ def spread(seeds: Sequence[tuple[str, int]], most: int) -> list[tuple[str, int]]
 def first_failure(tests: list[str]) -> str | None:
     """Run these in this process; the first that fails, or None. Raises AssertionError where pytest cannot run them."""
     seen = _Watch(tests)
-    code = pytest.main(
-        ["-x", "-p", "no:cacheprovider", f"--timeout={TEST_LIMIT_SECONDS}", "--rootdir", str(ROOT), *tests],
-        plugins=[seen],
-    )
+    # Modules that were there before the fork: their assertions are those of others, and are well as they are.
+    as_they_are = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    options = ["-x", "-p", "no:cacheprovider", f"--timeout={TEST_LIMIT_SECONDS}", "--rootdir", str(ROOT)]
+    code = pytest.main([*options, *as_they_are, *tests], plugins=[seen])
     if seen.failed is not None:
         return seen.failed
     assert code == pytest.ExitCode.OK, f"pytest ended with {code!r}"

@@ -32,7 +32,7 @@ def verdict_on(module: str, becomes: str, tmp_path: Path, *, seeds: int = 0, tes
     """Fate and killer of this change, judged by the first seeds of images and by these tests."""
     return in_a_process(
         f"""
-        from mutation.judging import Effort, Judge
+        from mutation.judging import Effort, Judge, load_what_others_wrote
         from mutation.mutations import mutations_of
         from mutation.reach import Reach
 
@@ -40,6 +40,7 @@ def verdict_on(module: str, becomes: str, tmp_path: Path, *, seeds: int = 0, tes
         block = f"{{mutation.module}}:{{mutation.block}}"
         reach = Reach({{block: [("image", n) for n in range({seeds})]}}, {{block: {list(tests)!r}}})
         reach.seconds = {{test: 1.0 for test in {tests!r}}}
+        load_what_others_wrote()
         verdict = Judge(reach, Effort(100, 60), {{}}, folder).verdict(mutation)
         answer = [verdict.fate.value, verdict.by]
         """,
@@ -82,23 +83,27 @@ def test_the_tree_is_left_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "problem"),
+    ("call", "wall_seconds", "problem"),
     [
-        ("(lambda: 1 / 0)", "Broke: ZeroDivisionError: division by zero"),
-        ("(lambda: [None for _ in iter(int, 1)])", "RanOn: not ended after 1 s of processor time, or its process died"),
-        ("(lambda: time.sleep(60))", "RanOn: not ended after 3 s"),
-        ("(lambda: os._exit(3))", "RanOn: not ended after 1 s of processor time, or its process died"),
-        ("(lambda: bytearray(1 << 40))", "Broke: MemoryError: "),
+        ("(lambda: 1 / 0)", 60, "Broke: ZeroDivisionError: division by zero"),
+        (
+            "(lambda: [None for _ in iter(int, 1)])",
+            60,
+            "RanOn: not ended after 1 s of processor time, or its process died",
+        ),
+        ("(lambda: time.sleep(60))", 3, "RanOn: not ended after 3 s"),
+        ("(lambda: os._exit(3))", 60, "RanOn: not ended after 1 s of processor time, or its process died"),
+        ("(lambda: bytearray(1 << 40))", 60, "Broke: MemoryError: "),
     ],
 )
-def test_a_call_that_breaks_or_runs_on_is_named(call: str, problem: str, tmp_path: Path) -> None:
+def test_a_call_that_breaks_or_runs_on_is_named(call: str, wall_seconds: int, problem: str, tmp_path: Path) -> None:
     said = in_a_process(
         f"""
         import os, time
         from mutation.forked import Broke, RanOn, forked
 
         try:
-            answer = forked({call}, cpu_seconds=1, wall_seconds=3, log=folder / "log")
+            answer = forked({call}, cpu_seconds=1, wall_seconds={wall_seconds}, log=folder / "log")
         except (Broke, RanOn) as error:
             answer = f"{{type(error).__name__}}: {{error}}"
         """,
