@@ -98,6 +98,12 @@ class CreditHold:
         return granted[-1] if granted else 0
 
     @property
+    def usable(self) -> int:
+        """Points of the last granted hold that may be charged: never more than were asked for."""
+        granted = [hold.usable for hold in self.state.asked if hold.pre_deduct_id]
+        return granted[-1] if granted else 0
+
+    @property
     def covered(self) -> int:
         """Points that the standing hold was asked for: what the present price is compared with."""
         standing = self.standing

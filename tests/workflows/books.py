@@ -33,7 +33,7 @@ EXPLAINED = {
 }
 """Events that bear a summary; a marker is an activity that ran locally."""
 PATCH_MARKER = "core_patch"
-"""The SDK's own, written where the code has changed for runs that began before."""
+"""... or the name of a patch that this run was decided with (docs/versioning.md)."""
 CLOSE_EVENT = WorkflowHistoryEventFilterType.CLOSE_EVENT
 UNKNOWN_WITH = {"settlement_unknown", "hold_left_to_expiry", "undo_unfinished"}
 """Exception records of which one says why a settlement is unknown."""
