@@ -76,11 +76,11 @@ pytest-all: setup
 simulate: setup ## both workflows by seeds, without a server (SEEDS=10000)
 	@$(BIN)/python -m simulation --seeds $(or $(SEEDS),1000)
 
-kill-points: setup ## the whole stack struck at every instant of both flows (ONLY="image: commit" KINDS=worker-killed,…)
-	@$(BIN)/python -m kill_points $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
+kill-points: setup ## the whole stack struck at every instant of both flows (ONLY="image: commit" KINDS=worker-killed,… PROFILE=field)
+	@$(BIN)/python -m kill_points $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
 
-soak: setup ## tasks under random faults on a whole stack (TASKS=10000 SEED=1, RESUME=1)
-	@$(BIN)/python -m soak $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)
+soak: setup ## tasks under random faults on a whole stack (TASKS=10000 SEED=1 PROFILE=field, RESUME=1)
+	@$(BIN)/python -m soak $(if $(PROFILE),--profile $(PROFILE)) $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)
 
 bench: setup ## figures and ratios on this machine, as a table and as JSON (QUICK=1, ONLY=waits)
 	@$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
