@@ -26,6 +26,7 @@ from store import TaskStore
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, new_task_id
 from tests.workflows.books import Ending, check_history, ended, ended_without_its_run
+from tests.workflows.payers import end_open_holds
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
 from workflows import reconciler
 
@@ -122,8 +123,7 @@ async def hanging(platform: Platform, task: dict[str, Any], step: Step) -> tuple
     if step.after_cancel:
         await handle.cancel()
     if step.without_hold:
-        [hold] = await admin.credits.holds(task_id)
-        await admin.credits.expire_hold(hold.pre_deduct_id)
+        await end_open_holds(platform, handle)
         await admin.comfyui.act((await platform.job(handle)).run_id, "finish")
     await platform.until_hit(step.route, fault)
     return handle, fault
