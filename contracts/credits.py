@@ -15,6 +15,8 @@ MIN_HOLD_SECONDS = 60
 MAX_HOLD_SECONDS = 3600
 MAX_CHARGE_POINTS = 2000
 CURRENCY = "point"
+CHARGE_REASON = "delivered work whose hold had ended"
+"""`reason` of every charge of ours: where a ledger tells no kinds, an entry of ours is known by it (contract §4)."""
 
 
 class EstimateRequest(OwnModel):
@@ -161,6 +163,15 @@ class LedgerKind(StrEnum):
     CANCEL = "cancel"
     EXPIRE = "expire"
     CHARGE = "charge"
+
+
+class LedgerReason(StrEnum):
+    """`reason` on a ledger without kinds (field); a charge shows the reason of its request, ours `CHARGE_REASON`."""
+
+    PRE_DEDUCT = "pre_deduct"
+    REFUND = "refund_pre_deduct"
+    COMMIT = "commit"
+    CANCEL = "cancel"
 
 
 class LedgerEntry(OutsideModel):

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from activities.credits import CreditsActivities
 from contracts.calls import Post
 from contracts.carried import AskedHold
-from contracts.credits import MAX_CHARGE_POINTS, ChargeRequest, CommitRequest, HoldReply
+from contracts.credits import CHARGE_REASON, MAX_CHARGE_POINTS, ChargeRequest, CommitRequest, HoldReply
 from contracts.errors import Answer, ExceptionCode, Refusal
 from contracts.tasks import EventType, ImageTask, TrainingTask
 from workflows.credit_hold import CreditHold
 from workflows.ledger_search import HoldFate
 from workflows.outside_call import OutsideCall
 from workflows.task_record import TaskRecord
-
-CHARGE_REASON: Final = "delivered work whose hold had ended"
 
 
 class Settlement:
