@@ -22,6 +22,7 @@ from contracts.credits import (
     CancelHoldReply,
     CancelHoldRequest,
     ChargeRequest,
+    CommitRequest,
     HoldReply,
     PreDeductRequest,
 )
@@ -98,6 +99,8 @@ class HistoryReading:
         elif name in (_named(ComfyUIActivities.cancel_job), _named(ComfyUIActivities.cancel_training)):
             call = await self._decoded(payloads, JobCall)
             asked = next((job for job in self.left.jobs if call and job.job_id == call.job_id), None)
+        elif name == _named(CreditsActivities.commit):
+            self._take_commit(await self._decoded(payloads, Post[CommitRequest]))
         elif name == _named(CreditsActivities.charge):
             self._take_charge(await self._decoded(payloads, Post[ChargeRequest]))
         elif name == _named(DatasetActivities.snapshot):
@@ -125,6 +128,11 @@ class HistoryReading:
             self.left.holds.append(known)
         return known
 
+    def _take_commit(self, post: Post[CommitRequest] | None) -> None:
+        """The first asks for the whole cost; where the hold has less, a second asks for what it has."""
+        if post is not None:
+            self.left.cost = max(self.left.cost or 0, post.body.actual_cost)
+
     def _take_charge(self, post: Post[ChargeRequest] | None) -> None:
         if post is not None and all(known.key != post.key for known in self.left.charges):
             self.left.charges.append(post)
@@ -138,6 +146,7 @@ class HistoryReading:
             held = await self._decoded(payloads, Answer[HoldReply])
             if held is not None and held.reply is not None:
                 asked.pre_deduct_id, asked.amount = held.reply.pre_deduct_id, held.reply.frozen_amount
+                self.left.asked_again += held.tries > 1
             asked.refused = held is not None and held.refusal is not None and held.refusal.message != "unreadable"
         elif isinstance(asked, AskedJob) and name == _named(ComfyUIActivities.submit_job):
             submitted = await self._decoded(payloads, Answer[JobAccepted])

@@ -36,7 +36,7 @@ async def check_books(credits: CreditsClient, call_for: CallFor, told: dict[str,
 
 def _check_account(account: Balance, entries: list[LedgerEntry]) -> Finding:
     if any(entry.frozen_change is None for entry in entries):
-        return ok("ledger", "tells no effect on frozen points: each task is read by its entries' reasons")
+        return ok("ledger", "tells no effect on frozen points: only what each task was charged is compared")
     balance = sum(entry.change for entry in entries)
     frozen = sum(entry.frozen_change or 0 for entry in entries)
     says = f"balance {account.balance} = sum of {len(entries)} entries, frozen {account.frozen} = sum of their holds"
@@ -51,17 +51,21 @@ def _check_account(account: Balance, entries: list[LedgerEntry]) -> Finding:
 
 
 def _check_task(task_id: str, entries: list[LedgerEntry], told: CreditsSummary) -> Finding:
-    """By kind or by reason, never by a sum: a committed hold may show its hold and its cost (contract §4)."""
-    what, read = f"ledger of {task_id}", TaskLedger(entries)
-    charged, held = read.charged(), read.open_holds().points
-    if charged is not None and (charged, held) == (told.charged, 0):
+    what = f"ledger of {task_id}"
+    reading = TaskLedger(entries)
+    charged, frozen = reading.charged(), reading.open_holds().points
+    if charged is not None and (charged, frozen) == (told.charged, 0):
         return ok(what, f"{charged} points charged, nothing frozen any more, in {len(entries)} entries")
-    took = "do not tell what they took" if charged is None else f"took {charged}"
+    says, shows = _points(told.charged), _points(charged)
     return wrong(
         what,
-        f"the task says {told.charged} charged; its {len(entries)} entries {took} and leave {held} frozen",
+        f"the task says {says} charged; its {len(entries)} entries took {shows} and leave {frozen} frozen",
         "See the task's exception records and the run in the Temporal UI.",
     )
+
+
+def _points(points: int | None) -> str:
+    return "an unknown number" if points is None else str(points)
 
 
 async def _balance(credits: CreditsClient, call_for: CallFor) -> Balance:

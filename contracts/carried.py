@@ -21,7 +21,7 @@ from contracts.errors import ErrorDetails
 from contracts.fields import Instant, OwnModel
 from contracts.policy import Policy
 from contracts.task_store import Fact, TaskException, TaskState
-from contracts.tasks import ImageTask, TaskStatus, TrainingTask
+from contracts.tasks import ImageTask, SettlementState, TaskStatus, TrainingTask
 
 
 class JobNews(OwnModel):
@@ -120,6 +120,17 @@ class HoldState(OwnModel):
     charged: int = 0
     """Points charged by commit or charge; also what a hold turned out to be committed for by somebody else."""
     shortfall: int = 0
+    settlement: SettlementState = SettlementState.OPEN
+    is_unknown: bool = False
+    """What became of a hold or a charge could not be learned: the task ends with `settlement` unknown."""
+    granted: int | None = None
+    """How many holds were granted in all; None where an earlier release kept no count, as for the next."""
+    given_back: int | None = None
+    """How many of these are known to have been given back."""
+    committed: int = 0
+    """How many of these are known to have been committed."""
+    asked_again: int = 0
+    """How many of these were asked for more than once: a service without idempotency may have taken more of them."""
     next_renewal_at: Instant | None = None
     uncovered_since: Instant | None = None
 

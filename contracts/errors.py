@@ -70,6 +70,8 @@ class ExceptionCode(StrEnum):
 
     SHORTFALL = "shortfall"
     SETTLEMENT_UNKNOWN = "settlement_unknown"
+    SETTLEMENT_CORRECTED = "settlement_corrected"
+    HOLD_DOUBLED = "hold_doubled"
     UNDO_UNFINISHED = "undo_unfinished"
     HOLD_LEFT_TO_EXPIRY = "hold_left_to_expiry"
     COST_ABOVE_HOLD = "cost_above_hold"
@@ -217,6 +219,8 @@ class Answer(OwnModel, Generic[T]):
     reply: T | None = None
     refusal: Refusal | None = None
     not_offered: bool = False
+    tries: int = 1
+    """How often it was sent, this answer's try included: a service without idempotency may have acted each time."""
 
 
 def sentences_of(error: ValidationError) -> list[str]:

@@ -39,16 +39,31 @@ class LeftBehind(OwnModel):
     jobs: list[AskedJob] = []
     charges: list[Post[ChargeRequest]] = []
     """Asked for after delivery, where the hold had ended."""
+    asked_again: int = 0
+    """How many of the holds were asked for more than once."""
+    cost: int | None = None
+    """Points that were to be committed after delivery; None where no commit had been asked for."""
     snapshot: SnapshotOrder | None = None
+
+
+GiveBackOutcome = Literal["given_back", "already_charged", "nothing_held", "settlement_unknown"]
 
 
 class GiveBackResult(OwnModel):
     """Result of `GiveBackWorkflow`.
 
     `given_back`: hold and job are given back and the task has failed. `already_charged`: it had been charged, and is
-    completed. `nothing_held`: it had ended and given back everything itself.
+    completed. `nothing_held`: it had ended and given back everything itself. `settlement_unknown`: whether it was
+    charged could not be learned; the reconciler looks again.
     """
 
     task_id: str
-    outcome: Literal["given_back", "already_charged", "nothing_held"]
+    outcome: GiveBackOutcome
     credits: CreditsSummary
+
+
+def outcome_of(credits: CreditsSummary, if_not_charged: GiveBackOutcome) -> GiveBackOutcome:
+    """What a give-back came to, by an ended task's credits."""
+    if credits.charged is None:
+        return "settlement_unknown"
+    return "already_charged" if credits.charged else if_not_charged

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from contracts.comfyui import TaskPriority, TrainingLogLine, TrainingOutput
 from contracts.errors import ErrorDetails
 from contracts.fields import Instant, OwnModel
 from contracts.permissions import Scene
 from contracts.policy import Policy
-from contracts.tasks import Confirmation, CreditsSummary, EventType, TaskStatus
+from contracts.tasks import Confirmation, CreditsSummary, EventType, TaskStatus, with_settlement
 
 
 class Fact(OwnModel):
@@ -153,6 +153,12 @@ class TaskRow(TaskState):
     ended_at: Instant | None = None
     last_seq: int
     """`seq` of the newest event."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_earlier_release(cls, values: Any) -> Any:
+        has_ended = isinstance(values, dict) and values.get("ended_at") is not None
+        return with_settlement(values, has_ended=has_ended)
 
 
 class TaskExceptionRow(TaskException):

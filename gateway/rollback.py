@@ -13,7 +13,7 @@ from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureEr
 from temporalio.common import WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 
 from caller_tokens import Caller
-from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, GiveBackResult, give_back_id_of
+from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, GiveBackResult, give_back_id_of, outcome_of
 from contracts.tasks import CancelTask, workflow_id_of
 from gateway.problems import Problem, ProblemCode
 from gateway.task_bodies import RollbackOrder, RollbackOutcome, TaskView
@@ -34,7 +34,7 @@ class Rollback:
         self._task_queue = task_queue
 
     async def roll_back(self, caller: Caller, task_id: str, order: RollbackOrder) -> RollbackOutcome:
-        """What became of the task's hold. Raises Problem: `already_charged`, `still_ending`, …"""
+        """What became of the task's hold. Raises Problem: `already_charged`, `settlement_unknown`, `still_ending`, …"""
         task = await self._tasks.owned(caller, task_id)
         if task.ended_at is not None:
             return _of_ended(task)
@@ -91,7 +91,7 @@ async def _result_of(handle: WorkflowHandle[Any, GiveBackResult]) -> GiveBackRes
 def _of_ended(task: TaskView) -> RollbackOutcome:
     result = GiveBackResult(
         task_id=task.task_id,
-        outcome="already_charged" if task.credits.charged else "nothing_held",
+        outcome=outcome_of(task.credits, "nothing_held"),
         credits=task.credits,
     )
     return _of_outcome(task.task_id, result)
@@ -103,6 +103,12 @@ def _of_outcome(task_id: str, result: GiveBackResult) -> RollbackOutcome:
             ProblemCode.ALREADY_CHARGED,
             f"Task {task_id} was delivered and {result.credits.charged} points were charged: "
             "there is no hold left to give back.",
+        )
+    if result.outcome == "settlement_unknown":
+        raise Problem(
+            ProblemCode.SETTLEMENT_UNKNOWN,
+            f"Whether task {task_id} was charged could not be learned, so nothing can be rolled back. The ledger is "
+            "looked at again hourly for a day: ask again, or look into the credits service's ledger.",
         )
     outcome: Literal["given_back", "nothing_held"] = result.outcome
     return RollbackOutcome(outcome=outcome, credits=result.credits)

@@ -20,6 +20,7 @@ from contracts.credits import (
     Ledger,
     LedgerEntry,
     LedgerKind,
+    LedgerReason,
     PreDeductRequest,
 )
 from contracts.errors import CREDITS_ERRORS, Answer, Refusal
@@ -122,9 +123,22 @@ class CreditsModel:
         seen = self._agenda.now - self.terms.lag_seconds
         entries = [entry for at, entry in self.books.entries if at <= seen]
         if not self.terms.tells_kinds:
-            bare = {"kind": None, "pre_deduct_id": None, "frozen_change": None}
-            entries = [entry.model_copy(update=bare) for entry in entries]
+            entries = [row for entry in entries for row in self._by_reason(entry)]
         return Answer(reply=Ledger(entries=list(reversed(entries))))
+
+    def _by_reason(self, entry: LedgerEntry) -> list[LedgerEntry]:
+        """An entry on a ledger that tells reasons alone, oldest first; an expiry is not told (contract §4 (field))."""
+        hold = self.books.holds.get(entry.pre_deduct_id or "")
+        bare = entry.model_copy(update={"kind": None, "pre_deduct_id": None})
+        if entry.kind is LedgerKind.EXPIRE:
+            return []
+        if entry.kind is LedgerKind.COMMIT and hold is not None:
+            rest = bare.model_copy(update={"reason": LedgerReason.REFUND.value})
+            cost = bare.model_copy(update={"reason": LedgerReason.COMMIT.value, "change": -hold.charged})
+            return [rest, cost] if entry.change else [cost]
+        if entry.kind is LedgerKind.CHARGE:
+            return [bare]
+        return [bare.model_copy(update={"reason": entry.kind.value if entry.kind else ""})]
 
     def cancel_by_hand(self) -> None:
         """An operator gives the newest open hold back."""
@@ -193,7 +207,7 @@ class CreditsModel:
     def _charge(self, body: ChargeRequest) -> Answer[ChargeReply]:
         if body.amount > self.balance:
             return refused("insufficient_balance")
-        entry = self._enter(body.task_id, LedgerKind.CHARGE, -body.amount, None)
+        entry = self._enter(body.task_id, LedgerKind.CHARGE, -body.amount, None, reason=body.reason)
         return Answer(reply=ChargeReply(ledger_id=entry.ledger_id, change=entry.change, balance_after=self.balance))
 
     def _expire(self) -> None:
@@ -205,7 +219,9 @@ class CreditsModel:
         hold.phase = phase
         self._enter(hold.task_id, kind, hold.amount, hold)
 
-    def _enter(self, task_id: str, kind: LedgerKind, change: int, hold: Hold | None) -> LedgerEntry:
+    def _enter(
+        self, task_id: str, kind: LedgerKind, change: int, hold: Hold | None, *, reason: str = ""
+    ) -> LedgerEntry:
         self.balance += change
         entry = LedgerEntry(
             ledger_id=f"entry-{len(self.books.entries) + 1}",
@@ -213,6 +229,7 @@ class CreditsModel:
             change=change,
             balance_after=self.balance,
             kind=kind,
+            reason=reason,
             pre_deduct_id=hold.pre_deduct_id if hold else None,
         )
         self.books.entries.append((self._agenda.now, entry))

@@ -22,10 +22,11 @@ from workflows.credit_hold import CreditHold
 from workflows.failures import TaskEnd, TaskFailed
 from workflows.following import Following
 from workflows.job_watch import JobWatch
-from workflows.ledger_search import Found, HoldFate, LedgerSearch, _by_kind
+from workflows.ledger_search import LedgerSearch
 from workflows.outside_call import OutsideCall, _NoLocalAnswer
 from workflows.stop import Stop
 from workflows.task_flow import TaskFlow
+from workflows.task_ledger import Found, HoldFate, TaskLedger
 from workflows.task_record import TaskRecord
 
 Patches = list[tuple[type, str, Any]]
@@ -243,7 +244,7 @@ def end_told_before_it_is_decided() -> Patches:
 
 def absence_is_proof() -> Patches:
     async def at_first_sight(self: LedgerSearch, hold: Any) -> Found:
-        found = _by_kind(await self._entries(), hold)
+        found = TaskLedger(await self._entries()).fate(hold)
         return Found(HoldFate.GIVEN_BACK) if found.fate is HoldFate.UNKNOWN else found
 
     return [(LedgerSearch, "fate_of", at_first_sight)]

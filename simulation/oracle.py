@@ -18,6 +18,7 @@ from contracts.tasks import (
     EventType,
     ImageProgress,
     ImageResult,
+    SettlementState,
     TaskStatus,
     TrainingProgress,
     TrainingResult,
@@ -290,14 +291,21 @@ class Oracle:
             charged,
         )
         price = self._image_price(result) if isinstance(result, ImageResult) else self._training_price(result)
-        covered = credits.charged + credits.shortfall
+        if credits.settlement is SettlementState.UNKNOWN:
+            must(self._unknown_settlement(), "the settlement is told as unknown without a record:", credits)
+            return
+        covered = (credits.charged or 0) + credits.shortfall
         must(
             covered == price or self._unknown_settlement(),
             f"charged {charged}, short {credits.shortfall}, but it costs",
             price,
         )
         must(charged is not None and charged <= price, "charged more than it costs:", charged, price)
-        must(credits.returned == max(0, credits.held - credits.charged), "returned is not held - charged:", credits)
+        must(
+            credits.returned == max(0, credits.held - (credits.charged or 0)),
+            "returned is not held - charged:",
+            credits,
+        )
 
     def _image_price(self, result: ImageResult) -> int:
         must(bool(result.result_urls) and result.job_id in self._works, "completed without results")

@@ -213,7 +213,7 @@ class CreditsService:
         return Reply(
             200,
             {
-                "entries": by_kind(entries, is_bare=is_plain),
+                "entries": by_reason(entries) if is_plain else by_kind(entries),
                 "cursor": _cursor_of(following) if following is not None else None,
             },
         )

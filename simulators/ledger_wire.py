@@ -12,9 +12,9 @@ _BARE_FIELDS: Final = frozenset({"ledger_id", "task_id", "change", "balance_afte
 _FIELDS: Final = _BARE_FIELDS | {"kind", "pre_deduct_id", "frozen_change"}
 
 
-def by_kind(entries: list[EntrySeen], *, is_bare: bool = False) -> list[dict[str, Any]]:
-    """One object an entry, in the order given; `is_bare`: without `kind`, `pre_deduct_id`, `frozen_change`."""
-    return [_told(entry, _BARE_FIELDS if is_bare else _FIELDS) for entry in entries]
+def by_kind(entries: list[EntrySeen]) -> list[dict[str, Any]]:
+    """One object an entry, in the order given."""
+    return [_told(entry, _FIELDS) for entry in entries]
 
 
 def by_reason(entries: list[EntrySeen]) -> list[dict[str, Any]]:

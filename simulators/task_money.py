@@ -6,7 +6,7 @@ by its name and its amount, and nothing else is:
 hold_doubled        Without idempotency a repeat after a lost answer is a second hold, and without ids in the ledger
                     nobody can name it to cancel it. It stands, and the task has recorded its points: all of them, and
                     no more.
-settlement_unknown  The task tells no charge (null), and has recorded that it does not know.
+settlement_unknown  The task tells no charge (null), and a record says why it does not know.
 """
 
 from __future__ import annotations
@@ -20,8 +20,15 @@ from contracts.errors import ExceptionCode
 from simulators.admin_wire import EntrySeen, HoldSeen
 from simulators.credits_profile import CreditsProfile
 
-HOLD_DOUBLED: Final = "hold_doubled"
-SETTLEMENT_UNKNOWN: Final = ExceptionCode.SETTLEMENT_UNKNOWN.value
+HOLD_DOUBLED: Final = ExceptionCode.HOLD_DOUBLED.value
+SAY_UNKNOWN: Final = frozenset(
+    {
+        ExceptionCode.SETTLEMENT_UNKNOWN.value,
+        ExceptionCode.HOLD_LEFT_TO_EXPIRY.value,
+        ExceptionCode.UNDO_UNFINISHED.value,
+    }
+)
+"""Exception records of which one says why a settlement is unknown."""
 _CHARGING: Final = (LedgerKind.COMMIT, LedgerKind.CHARGE)
 
 
@@ -58,7 +65,8 @@ class TaskMoney:
     def mischarges(self) -> list[str]:
         """Where the task tells another charge than the service has made, in sentences."""
         if self.told is None:
-            return [] if self._has(SETTLEMENT_UNKNOWN) else [f"{self.taken} points were taken, no charge is told"]
+            is_said = any(code in SAY_UNKNOWN for code, _ in self.records)
+            return [] if is_said else [f"{self.taken} points were taken, no charge is told, and no record says why"]
         return [] if self.taken == self.told else [f"{self.taken} points were taken, {self.told} are told"]
 
     def _doubled_points(self) -> int:
@@ -66,6 +74,3 @@ class TaskMoney:
         if self.profile.keeps_keys or self.profile.tells_kinds:
             return 0
         return sum(int(details.get("amount", 0)) for code, details in self.records if code == HOLD_DOUBLED)
-
-    def _has(self, code: str) -> bool:
-        return any(found == code for found, _ in self.records)

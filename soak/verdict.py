@@ -16,7 +16,7 @@ from temporalio.api.enums.v1 import WorkflowTaskFailedCause
 from contracts.tasks import EventType, workflow_id_of
 from simulators.admin_wire import EntrySeen, HoldSeen
 from simulators.credits_profile import CONTRACT, PROFILES, CreditsProfile
-from simulators.task_money import HOLD_DOUBLED, SETTLEMENT_UNKNOWN, TaskMoney
+from simulators.task_money import HOLD_DOUBLED, SAY_UNKNOWN, TaskMoney
 from soak.journal import Journal
 from soak.plan import Plan
 from soak.site import Site, insist
@@ -122,7 +122,7 @@ async def _by_task(
     records: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
     for row in await site.table.rows(
         "SELECT task_id, code, details::text AS details FROM task_exceptions WHERE code = ANY($1::text[])",
-        [HOLD_DOUBLED, SETTLEMENT_UNKNOWN],
+        [HOLD_DOUBLED, *SAY_UNKNOWN],
     ):
         records[row["task_id"]].append((row["code"], json.loads(row["details"])))
     return entries, holds, records

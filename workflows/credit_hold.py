@@ -20,6 +20,7 @@ from contracts.calls import Post
 from contracts.carried import AskedHold, HoldState
 from contracts.credits import (
     MAX_HOLD_SECONDS,
+    CancelHoldReply,
     CancelHoldRequest,
     Estimate,
     EstimateRequest,
@@ -27,10 +28,13 @@ from contracts.credits import (
     PreDeductRequest,
 )
 from contracts.errors import Answer, ExceptionCode, FailureCode, Refusal
-from contracts.tasks import CreditsSummary, EventType, ImageTask, TrainingTask
+from contracts.tasks import CreditsSummary, EventType, ImageTask, SettlementState, TrainingTask
+from workflows.doubled_holds import DoubledHolds
 from workflows.failures import TaskFailed
-from workflows.ledger_search import HoldFate, LedgerSearch
+from workflows.hold_ends import HoldEnds
+from workflows.ledger_search import LedgerSearch
 from workflows.outside_call import OutsideCall
+from workflows.task_ledger import HoldFate
 from workflows.task_record import TaskRecord
 
 LAST_SECONDS: Final = timedelta(seconds=60)
@@ -75,6 +79,8 @@ class CreditHold:
         self._checkpoint_passed = False
         self._exhausted: Refusal | None = None
         self.ledger = LedgerSearch(outside, carried)
+        self.ends = HoldEnds(carried)
+        self._doubled = DoubledHolds(carried, self.ledger, record, self._cancel)
 
     def carry(self) -> HoldState:
         return self.state
@@ -97,15 +103,27 @@ class CreditHold:
         standing = self.standing
         return standing.request.estimated_cost if standing else self.amount
 
+    @property
+    def usable(self) -> int:
+        """Points of the standing hold that may be taken: one that was granted higher counts as far as it was asked."""
+        standing = self.standing
+        return self.usable_of(standing) if standing else self.amount
+
+    @staticmethod
+    def usable_of(hold: AskedHold) -> int:
+        return min(hold.amount, hold.request.estimated_cost)
+
     def summary(self) -> CreditsSummary:
         """`credits` of results and queries, in points; nothing is returned while a hold stands."""
         returned = 0 if self.standing else max(0, self.amount - self.state.charged)
+        is_unknown = self.state.settlement is SettlementState.UNKNOWN
         return CreditsSummary(
             estimated=self.state.estimated,
             held=self.amount,
-            charged=self.state.charged,
-            returned=returned,
+            charged=None if is_unknown else self.state.charged,
+            returned=None if is_unknown else returned,
             shortfall=self.state.shortfall,
+            settlement=self.state.settlement,
             pre_deduct_ids=[hold.pre_deduct_id for hold in self.state.asked if hold.pre_deduct_id],
         )
 
@@ -211,6 +229,7 @@ class CreditHold:
             # An unreadable answer may have taken the hold all the same: it stays noted, and the undo learns of it.
             hold.refused = refusal.message != "unreadable"
             raise HoldRefused(refusal)
+        self.ends.count_grant(answer.tries)
         return answer.reply
 
     def _post(self, hold: AskedHold) -> Post[PreDeductRequest]:
@@ -329,26 +348,25 @@ class CreditHold:
         for hold in self.state.asked:
             if not hold.resolved and not hold.refused:
                 await self._give_back_one(hold, reason)
+        await self._doubled.give_back(reason)
 
     async def _give_back_one(self, hold: AskedHold, reason: str) -> None:
         if hold.pre_deduct_id is None and not await self._learn(hold):
             return
         assert hold.pre_deduct_id is not None
-        body = CancelHoldRequest(
-            pre_deduct_id=hold.pre_deduct_id,
-            tenant_id=self._task.tenant_id,
-            user_id=self._task.user_id,
-            reason=reason,
-        )
-        post = Post[CancelHoldRequest](
-            call_for=self._outside.call_for, key=self._outside.key("cancel", hold.n), body=body
-        )
-        answer = await self._outside.until_answered(CreditsActivities.cancel_hold, post, summary="5 cancel hold")
+        answer = await self._cancel(hold.pre_deduct_id, hold.n, reason)
         hold.resolved = True
         if answer is not None and answer.reply is not None:
             self._tell_given_back(hold, answer.reply.balance_after)
         elif answer is not None and answer.refusal is not None:
             await self._cancel_refused(hold, answer.refusal)
+
+    async def _cancel(self, pre_deduct_id: str, n: int | str, reason: str) -> Answer[CancelHoldReply] | None:
+        body = CancelHoldRequest(
+            pre_deduct_id=pre_deduct_id, tenant_id=self._task.tenant_id, user_id=self._task.user_id, reason=reason
+        )
+        post = Post[CancelHoldRequest](call_for=self._outside.call_for, key=self._outside.key("cancel", n), body=body)
+        return await self._outside.until_answered(CreditsActivities.cancel_hold, post, summary="5 cancel hold")
 
     async def _learn(self, hold: AskedHold) -> bool:
         """Repeat key and body to learn the id of a hold whose answer was lost; whether there is such a hold."""
@@ -357,9 +375,11 @@ class CreditHold:
         )
         if answer is not None and answer.reply is not None:
             hold.pre_deduct_id, hold.amount = answer.reply.pre_deduct_id, answer.reply.frozen_amount
+            self.ends.count_grant(answer.tries + 1)  # it had been asked before, or the id would be known
             return True
         hold.refused = True
         if answer is not None and answer.refusal is not None and answer.refusal.message == "unreadable":
+            self.ends.left_open()
             self._record.tell_exception(
                 f"undo_hold:{hold.n}",
                 ExceptionCode.UNDO_UNFINISHED,
@@ -373,10 +393,14 @@ class CreditHold:
         if refusal.message == "pre_deduct_already_processed":
             found = await self.ledger.fate_of(hold)
             self.state.charged += found.committed
-            if found.fate is HoldFate.GIVEN_BACK:
+            if found.fate is HoldFate.COMMITTED:
+                self.ends.count(found.fate)
+            elif found.fate is HoldFate.GIVEN_BACK:
                 self._tell_given_back(hold, None)
-            if found.fate is not HoldFate.UNKNOWN:
-                return
+            else:
+                self._tell_end_unknown(hold, refusal)
+            return
+        self.ends.left_open()
         self._record.tell_exception(
             f"hold_left:{hold.n}",
             ExceptionCode.HOLD_LEFT_TO_EXPIRY,
@@ -397,6 +421,7 @@ class CreditHold:
         )
 
     def _tell_given_back(self, hold: AskedHold, balance_after: int | None) -> None:
+        self.ends.count(HoldFate.GIVEN_BACK)
         self._record.state.credits = self.summary()
         self._record.tell(
             f"given_back:{hold.n}",
@@ -404,6 +429,16 @@ class CreditHold:
             credits_delta=hold.amount,
             balance_after=balance_after,
             message=f"{hold.amount} points were given back.",
+        )
+
+    def _tell_end_unknown(self, hold: AskedHold, refusal: Refusal) -> None:
+        self.ends.is_unknown()
+        self._record.tell_exception(
+            f"hold_unknown:{hold.n}",
+            ExceptionCode.SETTLEMENT_UNKNOWN,
+            f"Whether hold {hold.pre_deduct_id} was charged or given back could not be learned; the ledger is looked "
+            f"at again hourly for a day. {refusal.sentence}",
+            pre_deduct_id=hold.pre_deduct_id,
         )
 
     def _tell_uncovered(self, why: str) -> None:

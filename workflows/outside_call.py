@@ -78,7 +78,7 @@ class OutsideCall:
         self.priority = Priority(priority_key=PRIORITY_KEYS[task.priority], fairness_key=task.tenant_id)
         self._stop = stop
 
-    def key(self, step: str, n: int) -> str:
+    def key(self, step: str, n: int | str) -> str:
         """`X-Idempotency-Key` (contract §2, §4)."""
         return f"{self.call_for.task_id}:{step}:{n}"
 
@@ -121,18 +121,21 @@ class OutsideCall:
 
         An answer that stays unreadable for 15 minutes counts as a refusal. None where `give_up()` came first.
         """
-        unreadable_until, wait = None, ASK_AGAIN_AFTER
+        unreadable_until, wait, rounds = None, ASK_AGAIN_AFTER, 0
         while True:
             handle = self.visible(method, argument, summary=summary, retry=RETRY_SILENCE_ONLY)
             await workflow.wait_condition(lambda handle=handle: handle.done() or give_up())  # type: ignore[misc]
             if not handle.done():
                 handle.cancel()
             try:
-                return await handle
+                answer = await handle
+                answer.tries += rounds
+                return answer
             except FailureError as error:
                 if is_cancelled_exception(error):
                     return None
                 failure = why(error, _unavailable(method))
+            rounds += 1
             unreadable_until = unreadable_until or workflow.now() + UNREADABLE_FOR
             if workflow.now() >= unreadable_until:
                 return Answer(refusal=_unreadable(str(failure)))

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Final, NamedTuple
+
+from temporalio import workflow
+
 from activities.credits import CreditsActivities
 from contracts.calls import Post
 from contracts.carried import AskedHold
-from contracts.credits import CHARGE_REASON, MAX_CHARGE_POINTS, ChargeRequest, CommitRequest, HoldReply
+from contracts.credits import ChargeRequest, CommitRequest, HoldReply
 from contracts.errors import Answer, ExceptionCode, Refusal
-from contracts.tasks import EventType, ImageTask, TrainingTask
+from contracts.tasks import EventType, ImageTask, SettlementState, TrainingTask
+from workflows.charges import Charges, ChargeUnknown
 from workflows.credit_hold import CreditHold
-from workflows.ledger_search import HoldFate
 from workflows.outside_call import OutsideCall
+from workflows.task_ledger import HoldFate
 from workflows.task_record import TaskRecord
+
+COMMIT_LOOKED_UP: Final = "commit-of-another-amount-looked-up"
+
+
+class Paid(NamedTuple):
+    """Points charged, and the balance after where it is known."""
+
+    points: int
+    balance_after: int | None = None
 
 
 class Settlement:
@@ -24,8 +38,8 @@ class Settlement:
         self._outside = outside
         self._record = record
         self._hold = hold
+        self.charges = Charges(task, outside, hold.ledger)
         self.charge_shortfall = False
-        self._charges = 0
 
     async def charge(self, cost: int) -> None:
         """Charge `cost` points for delivered work; what cannot be charged is recorded, and the task is completed."""
@@ -33,52 +47,84 @@ class Settlement:
         cost -= self._hold.state.charged  # what a hold was committed for by somebody else counts
         if standing is None or cost <= 0:
             await self._hold.give_back("nothing is charged")
-            self._settled(None)
+            self.settled(None)
             return
-        charged, balance_after = await self._commit(standing, min(cost, standing.amount))
+        charged, balance_after, is_unknown = 0, None, False
+        try:
+            charged, balance_after = await self._commit(standing, min(cost, self._hold.usable))
+        except ChargeUnknown as unknown:
+            charged, is_unknown = unknown.charged, True
+            self._tell_unknown(standing, cost, unknown)
         standing.resolved = True
-        self._hold.state.charged += charged or 0
+        self._hold.state.charged += charged
         await self._hold.give_back("another hold was committed")
-        missing = cost - charged if charged is not None else 0
-        if missing > 0 and charged == standing.amount and self.charge_shortfall:
-            more, balance_after = await self._charge_in_parts(missing, balance_after)
-            self._hold.state.charged += more
-            missing -= more
+        missing = 0 if is_unknown else cost - charged
+        if missing > 0 and charged == self._hold.usable_of(standing) and self.charge_shortfall:
+            missing, balance_after = await self._charge_missing(standing, missing, balance_after)
         if missing > 0:
-            self._tell_shortfall(missing)
-        self._settled(balance_after)
+            self.tell_shortfall(missing)
+        self.settled(balance_after)
 
-    async def _commit(self, hold: AskedHold, cost: int) -> tuple[int | None, int | None]:
-        """Points charged (None: unknown) and the balance after."""
+    async def _charge_missing(self, hold: AskedHold, missing: int, balance_after: int | None) -> tuple[int, int | None]:
+        """What the hold lacked is charged as well, as policy says: what is missing then, and the balance after."""
+        try:
+            more = await self.charges.take(missing)
+        except ChargeUnknown as unknown:
+            self._hold.state.charged += unknown.charged
+            self._tell_unknown(hold, missing, unknown)
+            return 0, None
+        self._hold.state.charged += more.points
+        return missing - more.points, more.balance_after or balance_after
+
+    async def finish(self, asked: list[Post[ChargeRequest]], cost: int | None) -> None:
+        """What a run had begun to charge when it ended: learned, and charged to the end; what is missing is recorded.
+
+        `cost`: points in all; None where that is not known.
+        """
+        state = self._hold.state
+        try:
+            learned = await self.charges.learn(asked)
+            state.charged += learned.points
+            missing = max(0, (cost or 0) - state.charged)
+            if asked and missing and not learned.is_refused:
+                more = await self.charges.take(missing)
+                state.charged += more.points
+                missing -= more.points
+        except ChargeUnknown as unknown:
+            state.charged += unknown.charged
+            self._tell_unknown(None, cost or 0, unknown)
+            return
+        if missing and state.charged and not state.is_unknown:
+            self.tell_shortfall(missing)
+
+    async def _commit(self, hold: AskedHold, cost: int) -> Paid:
         answer = await self._ask_commit(hold, cost, n=1)
-        if answer.reply is not None:
-            return cost, answer.reply.balance_after
         if answer.refusal is not None and answer.refusal.message == "hold_insufficient":
             hold.amount = await self._hold.ledger.frozen_by(hold)
             cost = min(cost, hold.amount)
             answer = await self._ask_commit(hold, cost, n=2)
-            if answer.reply is not None:
-                return cost, answer.reply.balance_after
-        return await self._commit_refused(hold, cost, answer.refusal)
+        if answer.reply is None:
+            return await self._by_ledger(hold, cost, answer.refusal)
+        told = answer.reply.frozen_amount
+        if told != cost and workflow.patched(COMMIT_LOOKED_UP):
+            return await self._by_ledger(hold, cost, None, f"The commit of {cost} points was answered with {told}.")
+        self._hold.ends.count(HoldFate.COMMITTED)
+        return Paid(cost, answer.reply.balance_after)
 
-    async def _commit_refused(
-        self, hold: AskedHold, cost: int, refusal: Refusal | None
-    ) -> tuple[int | None, int | None]:
-        """Already processed, not found, or any other definite refusal: the ledger decides, absence is never proof."""
+    async def _by_ledger(self, hold: AskedHold, cost: int, refusal: Refusal | None, said: str = "") -> Paid:
+        """Already processed, not found, any other definite refusal, or another amount: the ledger decides."""
         found = await self._hold.ledger.fate_of(hold)
         if found.fate is HoldFate.COMMITTED:
-            return found.committed, None
-        if found.fate is HoldFate.GIVEN_BACK:
-            return await self._charge_in_parts(cost, None)
-        self._record.tell_exception(
-            "settlement_unknown",
-            ExceptionCode.SETTLEMENT_UNKNOWN,
-            f"Whether {cost} points were charged could not be learned; nothing more is charged. "
-            f"{refusal.sentence if refusal else ''}",
-            pre_deduct_id=hold.pre_deduct_id,
-            cost=cost,
-        )
-        return None, None
+            self._hold.ends.count(HoldFate.COMMITTED)
+            return Paid(found.committed)
+        if found.fate is HoldFate.UNKNOWN:
+            raise ChargeUnknown(refusal.sentence if refusal else said)
+        self._hold.ends.count(HoldFate.GIVEN_BACK)
+        charged = self.charges.taken_before()
+        if charged >= cost:
+            return Paid(charged)
+        more = await self.charges.take(cost - charged, before=charged)
+        return Paid(charged + more.points, more.balance_after)
 
     async def _ask_commit(self, hold: AskedHold, cost: int, *, n: int) -> Answer[HoldReply]:
         assert hold.pre_deduct_id is not None
@@ -95,32 +141,20 @@ class Settlement:
         assert answer is not None
         return answer
 
-    async def _charge_in_parts(self, points: int, balance_after: int | None) -> tuple[int, int | None]:
-        """Charge without a hold, at most 2000 points a call; a refusal leaves the rest as shortfall.
+    # What the record is told
 
-        Every part of a task has a key of its own: a repeated one would charge nothing and seem to have.
-        """
-        charged = 0
-        for amount in _parts(points):
-            self._charges += 1
-            body = ChargeRequest(
-                tenant_id=self._task.tenant_id,
-                user_id=self._task.user_id,
-                template_id=self._task.template_id,
-                task_id=self._task.task_id,
-                amount=amount,
-                priority=self._task.priority,
-                reason=CHARGE_REASON,
-            )
-            key = self._outside.key("charge", self._charges)
-            post = Post[ChargeRequest](call_for=self._outside.call_for, key=key, body=body)
-            answer = await self._outside.until_answered(CreditsActivities.charge, post, summary="5 charge")
-            if answer is None or answer.reply is None:
-                break
-            charged, balance_after = charged + amount, answer.reply.balance_after
-        return charged, balance_after
+    def _tell_unknown(self, hold: AskedHold | None, cost: int, unknown: ChargeUnknown) -> None:
+        self._hold.ends.is_unknown()
+        self._record.tell_exception(
+            "settlement_unknown",
+            ExceptionCode.SETTLEMENT_UNKNOWN,
+            f"Whether {cost} points were charged could not be learned; nothing more is charged, and the ledger is "
+            f"looked at again hourly for a day. {unknown}",
+            pre_deduct_id=hold.pre_deduct_id if hold else None,
+            cost=cost,
+        )
 
-    def _tell_shortfall(self, points: int) -> None:
+    def tell_shortfall(self, points: int) -> None:
         self._hold.state.shortfall = points
         self._record.tell_exception(
             "shortfall",
@@ -129,8 +163,14 @@ class Settlement:
             shortfall=points,
         )
 
-    def _settled(self, balance_after: int | None) -> None:
+    def settled(self, balance_after: int | None) -> None:
+        """Tell what was charged and what came back; where that is not known, that it is not."""
+        self._hold.ends.close()
         credits = self._record.state.credits = self._hold.summary()
+        if credits.settlement is SettlementState.UNKNOWN:
+            message = "Whether points were charged is not known yet; the ledger is looked at again."
+            self._record.tell("settled", EventType.CREDITS, message=message)
+            return
         self._record.tell(
             "settled",
             EventType.CREDITS,
@@ -138,8 +178,3 @@ class Settlement:
             balance_after=balance_after,
             message=f"{credits.charged} points were charged, {credits.returned} returned.",
         )
-
-
-def _parts(points: int) -> list[int]:
-    whole, rest = divmod(points, MAX_CHARGE_POINTS)
-    return [MAX_CHARGE_POINTS] * whole + ([rest] if rest else [])

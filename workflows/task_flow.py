@@ -191,6 +191,7 @@ class TaskFlow(Generic[Run, Result]):
         self.watch.stop_polling()
         self.record.waits_for("job and credits to be given back", None)
         await self.undo.all(str(end))
+        self.hold.ends.close()
         if self.hold.state.charged:
             delivered = self.watch.newest if self.watch.newest and self.watch.newest.succeeded else None
             return await self.completed(delivered)
