@@ -79,11 +79,11 @@ simulate: setup ## both workflows by seeds, without a server (SEEDS=10000)
 mutation: setup ## which small mistakes neither simulation nor tests see (ONLY=workflows/stop.py, SAMPLE=60 SEED=1, SEEDS=1200)
 	@$(BIN)/python -m mutation $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS))
 
-kill-points: setup ## the whole stack struck at every instant of both flows (ONLY="image: commit" KINDS=worker-killed,…)
-	@$(BIN)/python -m kill_points $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
+kill-points: setup ## the whole stack struck at every instant of both flows (ONLY="image: commit" KINDS=worker-killed,… PROFILE=field)
+	@$(BIN)/python -m kill_points $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
 
-soak: setup ## tasks under random faults on a whole stack (TASKS=10000 SEED=1, RESUME=1)
-	@$(BIN)/python -m soak $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)
+soak: setup ## tasks under random faults on a whole stack (TASKS=10000 SEED=1 PROFILE=field, RESUME=1)
+	@$(BIN)/python -m soak $(if $(PROFILE),--profile $(PROFILE)) $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)
 
 bench: setup ## figures and ratios on this machine, as a table and as JSON (QUICK=1, ONLY=waits)
 	@$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))

@@ -109,16 +109,6 @@ class CreditHold:
         standing = self.standing
         return standing.request.estimated_cost if standing else self.amount
 
-    @property
-    def usable(self) -> int:
-        """Points of the standing hold that may be taken: one that was granted higher counts as far as it was asked."""
-        standing = self.standing
-        return self.usable_of(standing) if standing else self.amount
-
-    @staticmethod
-    def usable_of(hold: AskedHold) -> int:
-        return min(hold.amount, hold.request.estimated_cost)
-
     def summary(self) -> CreditsSummary:
         """`credits` of results and queries, in points; nothing is returned while a hold stands."""
         returned = 0 if self.standing else max(0, self.amount - self.state.charged)

@@ -37,6 +37,7 @@ from gateway.tokens import StreamTokens
 from settings import Settings
 from simulators.admin_client import ServiceAdmin
 from simulators.admin_wire import Fault, RunSeen
+from simulators.credits_profile import CONTRACT, CreditsProfile
 from simulators.serving import (
     DEFAULT_AUDIENCE,
     DEFAULT_ISSUER,
@@ -331,6 +332,7 @@ async def running_platform(
     speed: float = 480.0,
     gateway: bool = True,
     client: Client | None = None,
+    credits_profile: CreditsProfile = CONTRACT,
 ) -> AsyncIterator[Platform]:
     """Everything but the worker, so that a scenario can start, stop and configure it.
 
@@ -341,7 +343,9 @@ async def running_platform(
         if client is None and environment.supports_time_skipping:
             client = environment.client
         client = client or await Client.connect(config.target_host, plugins=[TasksPlugin()])
-        simulators = await stack.enter_async_context(running_simulators(folder / "simulators", speed=speed))
+        simulators = await stack.enter_async_context(
+            running_simulators(folder / "simulators", speed=speed, credits_profile=credits_profile)
+        )
         platform = Platform(client, environment, simulators, store, folder)
         # At such a pace three times what is announced is a hiccup of a busy machine, as the local stack knows too.
         platform.policy = {"deadline_factor": max(3.0, 0.3 * speed)}

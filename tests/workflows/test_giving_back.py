@@ -9,7 +9,7 @@ from temporalio.client import WorkflowExecutionStatus, WorkflowUpdateStage
 
 from contracts.tasks import TaskStatus
 from tests.workflows.books import ended
-from tests.workflows.payers import holds_of, kinds_of, new_payer, task_of, until_started
+from tests.workflows.payers import end_open_holds, holds_of, kinds_of, new_payer, task_of, until_started
 from tests.workflows.platform import Handle, Platform
 
 HD = 18 + 6
@@ -28,8 +28,7 @@ async def start_held(platform: Platform, task: dict[str, Any]) -> Handle:
 
 async def test_a_hold_that_had_expired_is_given_back(quick_platform: Platform) -> None:
     handle = await start_held(quick_platform, quick_platform.image())
-    [hold] = await holds_of(quick_platform, handle)
-    await quick_platform.simulators.admin.credits.expire_hold(hold.pre_deduct_id)
+    await end_open_holds(quick_platform, handle)
     assert await quick_platform.cancel(handle) == "accepted"
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, [])

@@ -15,6 +15,7 @@ from temporalio.client import Client, WorkflowExecutionStatus
 from temporalio.testing import WorkflowEnvironment
 
 from contracts.tasks import TaskStatus
+from simulators.credits_profile import CreditsProfile
 from store import TaskStore
 from temporal_plugin import TasksPlugin
 from tests.cable import Cable
@@ -32,10 +33,11 @@ TRAINING_CALLS = ["create_training", "estimate", "pre_deduct", "start_training",
 
 @pytest_asyncio.fixture
 async def bare_platform(
-    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path, credits_profile: CreditsProfile
 ) -> AsyncIterator[Platform]:
     """A platform without a worker."""
-    async with running_platform(temporal_env, task_store, tmp_path) as platform:
+    running = running_platform(temporal_env, task_store, tmp_path, credits_profile=credits_profile)
+    async with running as platform:
         yield platform
 
 
