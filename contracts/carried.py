@@ -110,6 +110,10 @@ class AskedHold(OwnModel):
     amount: int = 0
     refused: bool = False
     resolved: bool = False
+    told: bool = False
+    """Whether an event told that it is held."""
+    told_back: bool = False
+    """Whether an event told that it was given back."""
 
     @property
     def usable(self) -> int:

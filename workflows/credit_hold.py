@@ -109,6 +109,11 @@ class CreditHold:
         standing = self.standing
         return standing.request.estimated_cost if standing else self.amount
 
+    @property
+    def told_as_held(self) -> int:
+        """Points that events told as held and not as given back."""
+        return sum(hold.amount for hold in self.state.asked if hold.told and not hold.told_back)
+
     def summary(self) -> CreditsSummary:
         """`credits` of results and queries, in points; nothing is returned while a hold stands."""
         returned = 0 if self.standing else max(0, self.amount - self.state.charged)
@@ -180,7 +185,7 @@ class CreditHold:
             reply = await ask(hold)
             hold.pre_deduct_id, hold.amount = reply.pre_deduct_id, reply.frozen_amount
             if self._expires_at(hold) - workflow.now() >= LAST_SECONDS:
-                self._tell_held(hold, reply)
+                self._tell_held(hold, reply.balance_after)
                 return hold
             await self._give_back_one(hold, "its answer came too late to rely on it")
 
@@ -406,17 +411,22 @@ class CreditHold:
 
     # What the record is told
 
-    def _tell_held(self, hold: AskedHold, reply: HoldReply) -> None:
+    def _tell_held(self, hold: AskedHold, balance_after: int | None) -> None:
+        hold.told = True
         self._record.state.credits = self.summary()
         self._record.tell(
             f"held:{hold.n}",
             EventType.CREDITS,
             credits_delta=-hold.amount,
-            balance_after=reply.balance_after,
+            balance_after=balance_after,
             message=f"{hold.amount} points are held.",
         )
 
     def _tell_given_back(self, hold: AskedHold, balance_after: int | None) -> None:
+        """One that was never relied on is told as held now, so that what comes back has gone before."""
+        if not hold.told:
+            self._tell_held(hold, None)
+        hold.told_back = True
         self.ends.count(HoldFate.GIVEN_BACK)
         self._record.state.credits = self.summary()
         self._record.tell(

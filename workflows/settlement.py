@@ -44,6 +44,8 @@ class Settlement:
     async def charge(self, cost: int) -> None:
         """Charge `cost` points for delivered work; what cannot be charged is recorded, and the task is completed."""
         standing = self._hold.standing
+        if standing is not None:
+            standing.told = True  # of a run from before this was noted
         cost -= self._hold.state.charged  # what a hold was committed for by somebody else counts
         if standing is None or cost <= 0:
             await self._hold.give_back("nothing is charged")
@@ -174,7 +176,7 @@ class Settlement:
         self._record.tell(
             "settled",
             EventType.CREDITS,
-            credits_delta=credits.returned,
+            credits_delta=self._hold.told_as_held - credits.charged,
             balance_after=balance_after,
             message=f"{credits.charged} points were charged, {credits.returned} returned.",
         )
