@@ -111,6 +111,11 @@ class AskedHold(OwnModel):
     refused: bool = False
     resolved: bool = False
 
+    @property
+    def usable(self) -> int:
+        """Points that may be charged to it: what was granted beyond the asked amount is never used (contract §5)."""
+        return min(self.amount, self.request.estimated_cost)
+
 
 class HoldState(OwnModel):
     """Every hold of a task; at most one stands outside a renewal."""
@@ -192,6 +197,8 @@ class PriceState(OwnModel):
     carried_gpu_hours: float = 0.0
     gpu_hours: float = 0.0
     resume_from: str | None = None
+    resumed_from: list[str] = []
+    """Every checkpoint that an attempt resumed from: reported again, it stands for no new hours."""
     checkpoint: Checkpoint | None = None
     asked_at_checkpoint: str | None = None
 

@@ -25,6 +25,10 @@ class ReconcileOrder(CallerModel):
     cursor: str | None = None
     given_back: int = 0
     """By the runs before this one."""
+    unseen: int = 0
+    """Rows that the runs before this one could not look at."""
+    not_started: int = 0
+    """Give-backs that the runs before this one could not start."""
 
 
 class OpenTasksLook(OwnModel):
@@ -49,10 +53,17 @@ class OpenTasksSeen(OwnModel):
 
     closed: list[ClosedRun] = []
     cursor: str | None = None
+    unseen: int = 0
+    """Rows of the page that could not be looked at: left to the next pass, and kept for `doctor`."""
 
 
 class ReconcileResult(OwnModel):
-    """Result of `ReconcileWorkflow`: how many give-backs were started, and which by its last run."""
+    """Result of `ReconcileWorkflow`: how many give-backs were started, and which by its last run.
+
+    `unseen` rows could not be looked at, `not_started` give-backs not be started: the next pass tries both again.
+    """
 
     given_back: int
     task_ids: list[str]
+    unseen: int = 0
+    not_started: int = 0

@@ -161,15 +161,15 @@ class Calls:
         attempt = self._weather.attempt(self._parties.party_of(call.name), call.name)
         self._trace("  call %s #%d attempt %d: %s", call.name, call.seq, call.attempt, attempt)
         if attempt.acts_after is not None:
-            self._agenda.after(attempt.acts_after, lambda: self._act(call, token, attempt))
+            self._agenda.after(attempt.acts_after, partial(self._act, call, token, attempt, self._agenda.now))
             if not attempt.is_lost:
                 return
         self._agenda.after(attempt.heard_after, lambda: self._unheard(call, token, attempt))
 
-    def _act(self, call: Call, token: object, attempt: Attempt) -> None:
+    def _act(self, call: Call, token: object, attempt: Attempt, began_at: float) -> None:
         outcome: Any
         try:
-            outcome = self._parties.perform(call.name, call.argument)
+            outcome = self._parties.perform(call.name, call.argument, began_at)
         except CallRefused as refusal:
             outcome = refusal
         self._trace("  %s #%d acts: %s", call.name, call.seq, outcome)

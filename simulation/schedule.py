@@ -98,7 +98,7 @@ class Schedule:
             jobs=jobs,
             trainings=trainings,
             store=StoreModel(scenario.policy, held_by="another-run" if scenario.is_id_taken else None),
-            objects=Objects(is_invalid=scenario.is_dataset_invalid),
+            objects=Objects(agenda, is_invalid=scenario.is_dataset_invalid),
         )
 
     def _estimate(self, request: EstimateRequest) -> int:

@@ -351,7 +351,7 @@ class Server:
             for job in recorded.activation.jobs:
                 if job.HasField("resolve_activity") and job.resolve_activity.is_local:
                     unresolved.pop(job.resolve_activity.seq, None)
-            commands = hosted.activate(recorded.activation, flags=sorted(self._flags), is_replaying=True)
+            commands = hosted.activate(_with_patches(recorded), flags=sorted(self._flags), is_replaying=True)
             if [_fingerprint(command) for command in commands] != recorded.prints:
                 raise TaskFailed(
                     f"nondeterministic: {[command_said(c) for c in commands]} instead of "
@@ -469,6 +469,13 @@ def _resolved(call: Call, resolution: Resolution) -> WorkflowActivationJob:
     return WorkflowActivationJob(
         resolve_activity=activation_api.ResolveActivity(seq=call.seq, result=resolution, is_local=call.is_local)
     )
+
+
+def _with_patches(recorded: Recorded) -> Activation:
+    """As it was, and told of the patches whose markers its answer wrote into the history."""
+    markers = [c.set_patch_marker.patch_id for c in recorded.answered if c.HasField("set_patch_marker")]
+    told = [WorkflowActivationJob(notify_has_patch=activation_api.NotifyHasPatch(patch_id=name)) for name in markers]
+    return replace(recorded.activation, jobs=(*told, *recorded.activation.jobs))
 
 
 def _fingerprint(command: WorkflowCommand) -> bytes:

@@ -6,6 +6,8 @@ from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
+    CheckConstraint,
     Column,
     DateTime,
     Double,
@@ -154,4 +156,26 @@ task_exceptions = Table(
     _instant("ts"),
     Index("task_exceptions_by_code", "code", "ts"),
     comment="What ops should look at (contract §4, §6).",
+)
+
+store_home = Table(
+    "store_home",
+    metadata,
+    Column("only_one", Boolean, primary_key=True),
+    Column("namespace", Text, nullable=False),
+    Column("namespace_id", Text),
+    Column("bound_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    CheckConstraint("only_one", name="store_home_has_one_row"),
+    comment="The Temporal namespace that the tasks of this store run in.",
+)
+
+unseen_tasks = Table(
+    "unseen_tasks",
+    metadata,
+    _task_id(),
+    Column("reason", Text, nullable=False),
+    Column("first_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("last_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("times", Integer, nullable=False, server_default=text("1")),
+    comment="Open tasks that the reconciler could not look at the last time it tried.",
 )

@@ -145,8 +145,12 @@ async def task_store(postgres_dsn: str) -> AsyncIterator[TaskStore]:
 
 
 def server_config() -> list[str]:
-    """The local stack's dynamic configuration; and timers, and retries with them, do not ring up to a second late."""
-    return dynamic_config_flags({**dynamic_config(), "history.timerProcessorMaxTimeShift": "10ms"})
+    """The local stack's dynamic configuration; and timers, and retries with them, do not ring up to a second late.
+
+    Runs may be paused: other servers allow it, so we must stand it.
+    """
+    more = {"history.timerProcessorMaxTimeShift": "10ms", "frontend.WorkflowPauseEnabled": True}
+    return dynamic_config_flags({**dynamic_config(), **more})
 
 
 @pytest_asyncio.fixture(scope="session")

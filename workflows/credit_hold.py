@@ -98,20 +98,16 @@ class CreditHold:
         return granted[-1] if granted else 0
 
     @property
+    def usable(self) -> int:
+        """Points of the last granted hold that may be charged: never more than were asked for."""
+        granted = [hold.usable for hold in self.state.asked if hold.pre_deduct_id]
+        return granted[-1] if granted else 0
+
+    @property
     def covered(self) -> int:
         """Points that the standing hold was asked for: what the present price is compared with."""
         standing = self.standing
         return standing.request.estimated_cost if standing else self.amount
-
-    @property
-    def usable(self) -> int:
-        """Points of the standing hold that may be taken: one that was granted higher counts as far as it was asked."""
-        standing = self.standing
-        return self.usable_of(standing) if standing else self.amount
-
-    @staticmethod
-    def usable_of(hold: AskedHold) -> int:
-        return min(hold.amount, hold.request.estimated_cost)
 
     def summary(self) -> CreditsSummary:
         """`credits` of results and queries, in points; nothing is returned while a hold stands."""

@@ -35,7 +35,7 @@ EXPLAINED = {
 }
 """Events that bear a summary; a marker is an activity that ran locally."""
 PATCH_MARKER = "core_patch"
-"""The SDK's own, written where the code has changed for runs that began before."""
+"""... or the name of a patch that this run was decided with (docs/versioning.md)."""
 CLOSE_EVENT = WorkflowHistoryEventFilterType.CLOSE_EVENT
 MAY_BE_LEFT = {"write", "get_job", "get_training"}
 """Activities that a run may leave behind where it continues as new: keyed writes, and reads."""
