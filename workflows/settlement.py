@@ -59,7 +59,7 @@ class Settlement:
         self._hold.state.charged += charged
         await self._hold.give_back("another hold was committed")
         missing = 0 if is_unknown else cost - charged
-        if missing > 0 and charged == self._hold.usable_of(standing) and self.charge_shortfall:
+        if missing > 0 and charged == standing.usable and self.charge_shortfall:
             missing, balance_after = await self._charge_missing(standing, missing, balance_after)
         if missing > 0:
             self.tell_shortfall(missing)
