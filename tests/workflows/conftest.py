@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -15,7 +14,7 @@ from temporalio.testing import TimeSkippingConfig, WorkflowEnvironment
 
 from contracts.tasks import SEARCH_ATTRIBUTES
 from local_stack.temporal_server import dynamic_config_flags
-from simulators.credits_profile import CONTRACT, FIELD, CreditsProfile
+from simulators.credits_profile import CONTRACT, FIELD, PROFILES, CreditsProfile
 from store import TaskStore
 from temporal_plugin import TasksPlugin
 from tests.cable import Cable
@@ -36,19 +35,30 @@ def replayed_at_every_step(pytestconfig: pytest.Config) -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Scenarios run on both credits profiles (contract §4): on the field's in the slow suite, unless they are marked.
+    """Scenarios run on both credits profiles (contract §4)."""
+    if "credits_profile" in metafunc.fixturenames:
+        metafunc.parametrize("credits_profile", PROFILES.values(), ids=list(PROFILES), scope="session")
 
-    `on_both_profiles`: also in `make test`. `by_contract("why")`: what the scenario is about the field's does not do.
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On the field's profile they run in the slow suite; `on_both_profiles`: also in `make test`.
+
+    `by_contract("why")`: not there at all, being about what only a service by our contract does.
     """
-    if "credits_profile" not in metafunc.fixturenames:
-        return
-    marked = metafunc.definition.get_closest_marker
-    profiles: list[Any] = [CONTRACT]
-    if marked("by_contract") is None:
-        is_quick = marked("on_both_profiles") is not None
-        profiles.append(FIELD if is_quick else pytest.param(FIELD, marks=pytest.mark.slow))
-    names = [CONTRACT.name, FIELD.name][: len(profiles)]
-    metafunc.parametrize("credits_profile", profiles, ids=names, scope="session")
+    left_out = []
+    for item in items:
+        if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+            continue
+        if item.callspec.params.get("credits_profile") is not FIELD:
+            continue
+        if item.get_closest_marker("by_contract"):
+            left_out.append(item)
+        elif not item.get_closest_marker("on_both_profiles"):
+            item.add_marker(pytest.mark.slow)
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

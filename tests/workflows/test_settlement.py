@@ -318,6 +318,7 @@ async def test_the_ledger_wins_over_what_was_committed(quick_platform: Platform)
 # A charge that is not answered
 
 
+@pytest.mark.by_contract("keys are kept")
 @pytest.mark.parametrize("acts", [True, False], ids=["acted", "did not act"])
 @pytest.mark.parametrize("part", [1, 2])
 async def test_an_unanswered_charge_is_repeated_where_keys_are_kept(
