@@ -25,6 +25,8 @@ class ReconcileOrder(CallerModel):
     cursor: str | None = None
     given_back: int = 0
     """By the runs before this one."""
+    look_again_seconds: Annotated[float, Field(ge=0, le=86_400)] = 3_600.0
+    """How often the ledger of a task whose settlement is unknown is looked at again, for a day."""
 
 
 class OpenTasksLook(OwnModel):
@@ -32,6 +34,12 @@ class OpenTasksLook(OwnModel):
 
     quiet_seconds: float
     cursor: str | None = None
+
+
+class UnsettledLook(OwnModel):
+    """Which unknown settlements are due: those that were not looked at for `every_seconds`."""
+
+    every_seconds: float
 
 
 class ClosedRun(OwnModel):
@@ -56,3 +64,5 @@ class ReconcileResult(OwnModel):
 
     given_back: int
     task_ids: list[str]
+    corrected: int = 0
+    """Rows whose settlement was unknown and is known now."""

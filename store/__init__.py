@@ -8,6 +8,7 @@ tasks.py         claim, write (row + events + exceptions + NOTIFY in one transac
 reads.py         tasks, events, training log, exceptions
 stream_reads.py  heads of tasks, events of many tasks at once
 listener.py      one LISTEN connection: who wrote what
+unsettled.py     ended tasks whose settlement is unknown: taken, corrected
 upkeep.py        purge, the state of the queues
 cursors.py       opaque positions
 """

@@ -16,6 +16,7 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from activities.closed_runs import ClosedRunActivities
 from contracts.give_back import GiveBackOrder, give_back_id_of
 from contracts.reconcile import ClosedRun, OpenTasksLook, ReconcileOrder, ReconcileResult
+from workflows.correction import Corrections
 from workflows.give_back import GiveBackWorkflow
 from workflows.outside_call import HEARTBEAT_TIMEOUT
 
@@ -26,6 +27,7 @@ TASK_TIMEOUT: Final = timedelta(seconds=3)
 MAX_PAGES: Final = 20
 MAX_CLOSED: Final = 200
 """Of one run: what is more waits for the run that it continues as."""
+LOOKS_AT_UNSETTLED: Final = "unknown-settlements-looked-at"
 REASON: Final = "found by the reconciler"
 
 
@@ -52,7 +54,10 @@ class ReconcileWorkflow:
         given_back = order.given_back + len(closed)
         if cursor is not None:
             workflow.continue_as_new(order.model_copy(update={"cursor": cursor, "given_back": given_back}))
-        return ReconcileResult(given_back=given_back, task_ids=[task.task_id for task in closed])
+        corrected = 0
+        if workflow.patched(LOOKS_AT_UNSETTLED):
+            corrected = await Corrections().made(every_seconds=order.look_again_seconds)
+        return ReconcileResult(given_back=given_back, task_ids=[task.task_id for task in closed], corrected=corrected)
 
     async def _found_closed(self, order: ReconcileOrder) -> tuple[list[ClosedRun], str | None]:
         """Some pages' worth, and where the next run goes on."""
