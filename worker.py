@@ -34,6 +34,7 @@ from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetActivities, DatasetSnapshots
 from activities.task_store import TaskStoreActivities
 from activities.tokens import ServiceToken, SignedTokens, TokenMaker
+from activities.unsettled import UnsettledActivities
 from contracts.policy import Policy
 from contracts.task_store import TaskClaim
 from contracts.tasks import SEARCH_ATTRIBUTES
@@ -122,7 +123,7 @@ async def opened_activities(
             CreditsActivities(credits_client),
             DatasetActivities(datasets),
             TaskStoreActivities(store, policy_by(settings)),
-            *([ClosedRunActivities(client, store)] if client else []),
+            *([ClosedRunActivities(client, store), UnsettledActivities(store)] if client else []),
         )
 
 

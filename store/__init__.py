@@ -10,6 +10,7 @@ stream_reads.py  heads of tasks, events of many tasks at once
 listener.py      one LISTEN connection: who wrote what
 home.py          which Temporal namespace the store belongs to
 unseen.py        open tasks whose run could not be looked at
+unsettled.py     ended tasks whose settlement is unknown: taken, corrected
 upkeep.py        purge, the state of the queues
 cursors.py       opaque positions
 """

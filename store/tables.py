@@ -88,6 +88,7 @@ tasks = Table(
     Column("result_urls", JSONB, nullable=False),
     _json("output"),
     _json("error"),
+    _instant("settlement_looked_at", nullable=True),
     Index("tasks_by_time", text("created_at DESC"), text("task_id DESC")),
     Index("tasks_of_tenant", "tenant_id", text("created_at DESC"), text("task_id DESC")),
     Index("tasks_of_tenant_by_status", "tenant_id", "status", text("created_at DESC"), text("task_id DESC")),
@@ -98,6 +99,11 @@ tasks = Table(
     ),
     Index("tasks_open", "created_at", "task_id", postgresql_where=text("ended_at IS NULL")),
     Index("tasks_by_end", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
+    Index(
+        "tasks_unsettled",
+        "ended_at",
+        postgresql_where=text("credits ->> 'settlement' = 'unknown' AND ended_at IS NOT NULL"),
+    ),
     Index("tasks_queued", "priority", postgresql_where=text("status = 'queued'")),
     comment="One row a task; job_sequences: the newest sequence written of each job.",
 )

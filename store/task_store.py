@@ -8,9 +8,18 @@ from typing import Final
 
 from contracts.fields import OwnModel
 from contracts.permissions import Scene
-from contracts.task_store import TaskClaim, TaskExceptionRow, TaskRow, TaskWrite, TrainingLogRow, TrainingLogWrite
+from contracts.task_store import (
+    Correction,
+    TaskClaim,
+    TaskExceptionRow,
+    TaskRow,
+    TaskWrite,
+    TrainingLogRow,
+    TrainingLogWrite,
+    UnsettledTask,
+)
 from contracts.tasks import TaskEvent, TaskStatus
-from store import home, reads, stream_reads, tasks, unseen, upkeep
+from store import home, reads, stream_reads, tasks, unseen, unsettled, upkeep
 from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
 from store.database import POOL_SIZE, WORK_SECONDS, Database
 from store.home import StoreHome
@@ -188,6 +197,20 @@ class TaskStore:
         return await self._database.read(
             lambda connection: reads.exceptions(connection, task_id=task_id, codes=codes, limit=_bounded(limit)),
             doing="reading exception records",
+        )
+
+    async def take_unsettled(self, *, every: timedelta, limit: int) -> list[UnsettledTask]:
+        """Some ended tasks whose settlement is unknown and whose ledger is due; they are due again after `every`."""
+        return await self._database.transaction(
+            lambda connection: unsettled.take_unsettled(connection, every=every, limit=limit),
+            doing="taking tasks whose settlement is unknown",
+        )
+
+    async def correct_settlement(self, correction: Correction) -> bool:
+        """Write what the ledger shows by now into a row's credits, with its record; False where that was known."""
+        return await self._database.transaction(
+            lambda connection: unsettled.correct(connection, correction),
+            doing=f"correcting the settlement of the task {correction.task_id}",
         )
 
     async def purge(self, before: datetime) -> Purged:

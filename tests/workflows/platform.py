@@ -27,6 +27,7 @@ from activities.datasets import DatasetActivities, DatasetSnapshots
 from activities.outside_http import READ_SECONDS
 from activities.task_store import TaskStoreActivities
 from activities.tokens import SignedTokens
+from activities.unsettled import UnsettledActivities
 from caller_tokens import CallerTokens, SharedSecret
 from contracts.policy import Policy
 from contracts.task_store import TaskClaim
@@ -266,6 +267,7 @@ class Platform:
                         DatasetActivities(snapshots),
                         TaskStoreActivities(self.store, self.policy_of),
                         ClosedRunActivities(self.client, self.store),
+                        UnsettledActivities(self.store),
                     )
                     for method in activity_methods(activities)
                 ],
