@@ -32,6 +32,7 @@ from activities.closed_runs import ClosedRunActivities
 from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetActivities, DatasetSnapshots
+from activities.lives import Lives
 from activities.task_store import TaskStoreActivities
 from activities.tokens import ServiceToken, SignedTokens, TokenMaker
 from activities.unsettled import UnsettledActivities
@@ -118,9 +119,10 @@ async def opened_activities(
             )
         except ValueError as error:
             raise CannotStart(str(error)) from None
+        lives = Lives(store)
         yield activities_of(
-            ComfyUIActivities(comfyui),
-            CreditsActivities(credits_client),
+            ComfyUIActivities(comfyui, lives),
+            CreditsActivities(credits_client, lives),
             DatasetActivities(datasets),
             TaskStoreActivities(store, policy_by(settings)),
             *([ClosedRunActivities(client, store), UnsettledActivities(store)] if client else []),

@@ -85,6 +85,6 @@ def _unseen(unseen: list[UnseenTaskRow]) -> Finding:
     more = [f"and {len(unseen) - SHOWN} more: table unseen_tasks"] if len(unseen) > SHOWN else []
     return note(
         "open tasks",
-        f"the reconciler cannot look at {len(unseen)} of them: should such a run be over, nothing of it is given back yet",
+        f"the reconciler cannot look at {len(unseen)} of them: if such a run is over, nothing of it is given back yet",
         "\n      ".join(shown[:SHOWN] + more),
     )

@@ -16,6 +16,7 @@ from typing import Final, Generic, TypeVar
 from pydantic import Field, ValidationError
 
 from contracts.fields import OutsideModel, OutsideText, OwnModel
+from contracts.lives import EarlierLife
 
 
 class FailureCode(StrEnum):
@@ -276,6 +277,8 @@ class Answer(OwnModel, Generic[T]):
     reply: T | None = None
     refusal: Refusal | None = None
     not_offered: bool = False
+    earlier_life: EarlierLife | None = None
+    """What the task's row told when the call was made; None where the run knows everything itself."""
     tries: int = 1
     """How often it was sent, this answer's try included: a service without idempotency may have acted each time."""
 

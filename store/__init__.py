@@ -4,6 +4,7 @@ failures.py      what can go wrong, as one tree
 database.py      engine, limits, and the one place where driver errors become failures
 tables.py        the tables; migrations/ makes them
 fact_rules.py    which facts become events (contract §6), as a pure function
+lives.py         which run of a task acts, and what it may not know of the runs before it
 tasks.py         claim, write (row + events + exceptions + NOTIFY in one transaction), log lines
 reads.py         tasks, events, training log, exceptions
 stream_reads.py  heads of tasks, events of many tasks at once

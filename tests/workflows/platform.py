@@ -24,6 +24,7 @@ from activities.closed_runs import ClosedRunActivities
 from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetActivities, DatasetSnapshots
+from activities.lives import Lives
 from activities.outside_http import READ_SECONDS
 from activities.task_store import TaskStoreActivities
 from activities.tokens import SignedTokens
@@ -255,6 +256,7 @@ class Platform:
             snapshots = await stack.enter_async_context(
                 DatasetSnapshots((self.folder / "objects").as_uri(), dataset_roots=self.settings().dataset_roots)
             )
+            lives = Lives(self.store)
             worker = Worker(
                 self.client,
                 task_queue=self.task_queue,
@@ -262,8 +264,8 @@ class Platform:
                 activities=[
                     method
                     for activities in (
-                        ComfyUIActivities(comfyui),
-                        CreditsActivities(credits),
+                        ComfyUIActivities(comfyui, lives),
+                        CreditsActivities(credits, lives),
                         DatasetActivities(snapshots),
                         TaskStoreActivities(self.store, self.policy_of),
                         ClosedRunActivities(self.client, self.store),
