@@ -37,11 +37,12 @@ COMFYUI: Final = Party(
     messages_by_number=COMFYUI_CODES_BY_NUMBER,
 )
 _TRAINING: Final = {"40401": "training_not_found"}
+_TEMPLATE: Final = {"40401": "template_not_found"}
 
-SUBMIT_JOB: Final = Route("POST", "/comfyui/v1/jobs")
+SUBMIT_JOB: Final = Route("POST", "/comfyui/v1/jobs", messages_by_number=_TEMPLATE)
 GET_JOB: Final = Route("GET", "/comfyui/v1/jobs/{job_id}")
 CANCEL_JOB: Final = Route("POST", "/comfyui/v1/jobs/{job_id}/cancel", is_ours=True)
-CREATE_TRAINING: Final = Route("POST", "/comfyui/v1/training")
+CREATE_TRAINING: Final = Route("POST", "/comfyui/v1/training", messages_by_number=_TEMPLATE)
 GET_TRAINING: Final = Route("GET", "/comfyui/v1/training/{job_id}", messages_by_number=_TRAINING)
 START_TRAINING: Final = Route("POST", "/comfyui/v1/training/{job_id}/start", True, _TRAINING)
 CANCEL_TRAINING: Final = Route("POST", "/comfyui/v1/training/{job_id}/cancel", True, _TRAINING)

@@ -43,7 +43,7 @@ CREDITS: Final = Party(
 _ABOUT_HOLD: Final = {"40401": "pre_deduct_not_found", "40901": "pre_deduct_already_processed"}
 _ABOUT_ACCOUNT: Final = {"40401": "account_not_found"}
 
-ESTIMATE: Final = Route("POST", "/api/v1/credits/estimate")
+ESTIMATE: Final = Route("POST", "/api/v1/credits/estimate", messages_by_number={"40401": "template_not_found"})
 PRE_DEDUCT: Final = Route("POST", "/api/v1/credits/pre-deduct", messages_by_number={"40401": "authorization_not_found"})
 COMMIT: Final = Route("POST", "/api/v1/credits/commit", messages_by_number=_ABOUT_HOLD)
 CANCEL_HOLD: Final = Route("POST", "/api/v1/credits/cancel", messages_by_number=_ABOUT_HOLD)

@@ -4,10 +4,16 @@ A snapshot lies in temporary object storage, below the task's own folder:
 
     {object_store_url}/snapshots/{task_id}/{dataset_id}/files/…        the copies; `snapshot_uri`
     {object_store_url}/snapshots/{task_id}/{dataset_id}/manifest.json  written last: a snapshot with one is whole
+    {object_store_url}/deleted/{task_id}.{dataset_id}                  when its deletion was ordered; kept for two days
 
 Copying resumes: each heartbeat tells how many files, in the order of their paths, are done and the digest of their
 checksums. The next attempt reads those copies again and goes on behind them when sizes and digest agree; else it
 starts over. Objects are written whole or not at all.
+
+A copy may outlive the attempt that makes it: its worker was cut off, and Temporal has given it up. So a deletion
+leaves a note of when it was ordered. A copy that began before that looks for the note behind its last write, and
+removes what it has written. Both instants are Temporal's: an attempt that it has given up began before whatever was
+ordered after it.
 """
 
 from __future__ import annotations
@@ -15,7 +21,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import time
 from collections.abc import Callable, Coroutine, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -23,6 +31,7 @@ from pydantic import BaseModel, Field, ValidationError
 from temporalio import activity
 
 from activities.dataset_source import DatasetSource, HashedChunks, invalid, said
+from activities.deletion_note import DeletionNote
 from activities.object_folders import (
     STORAGE_ERRORS,
     BadAddress,
@@ -40,6 +49,8 @@ from contracts.errors import FailureCode
 
 MAX_FILES: Final = 10_000
 MAX_BYTES: Final = 100 * 1024**3
+LOOK_EVERY_SECONDS: Final = 5.0
+"""How long a copy goes on at most that a deletion has overtaken, apart from the file it is at."""
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 T = TypeVar("T")
@@ -65,6 +76,8 @@ class Manifest(BaseModel):
     source_uri: str
     asked_files: list[str] | None
     snapshot: DatasetSnapshot
+    began_at: datetime | None = None
+    """When the attempt began that wrote it."""
 
 
 def chained(digest: str, file: DatasetFile) -> str:
@@ -102,32 +115,76 @@ class DatasetSnapshots:
     ) -> None:
         return None
 
-    async def snapshot(self, order: SnapshotOrder, progress: Progress) -> DatasetSnapshot:
-        """Copy the dataset and give its list of files; `progress` is resumed from and kept up to date."""
-        target = self._target(order)
+    async def snapshot(self, order: SnapshotOrder, progress: Progress, began_at: datetime) -> DatasetSnapshot:
+        """Copy the dataset and give its list of files; `progress` is resumed from and kept up to date.
+
+        `began_at`: when this attempt began. Where a deletion was ordered later nothing of the copy is left.
+        """
+        target, note = self._target(order), self._note(order)
         finished = await self._finished(order, target)
         if finished is not None:
             return finished
         source = DatasetSource(self._source_folder(order), order.files)
+        try:
+            files = await self._all_copied(source, target, note, progress, began_at)
+            snapshot = DatasetSnapshot(
+                dataset_id=order.dataset_id, snapshot_uri=target.address.below("files").text + "/", files=files
+            )
+            manifest = Manifest(
+                source_uri=order.source_uri, asked_files=order.files, snapshot=snapshot, began_at=began_at
+            )
+            await self._check_wanted(note, began_at)
+            await self._stored(target.write("manifest.json", manifest.model_dump_json().encode()))
+            await self._check_wanted(note, began_at)
+        finally:
+            ordered_at = await self._stored(note.ordered_at())
+            if ordered_at is not None and began_at < ordered_at:
+                await self._stored(self._emptied_of(target, before=ordered_at))
+        return snapshot
+
+    async def _all_copied(
+        self, source: DatasetSource, target: ObjectFolder, note: DeletionNote, progress: Progress, began_at: datetime
+    ) -> list[DatasetFile]:
         found = await source.files(self._max_files, self._max_bytes)
         files = await self._resumed(target, found, progress)
         progress.files_total = len(found)
+        looked_at = -LOOK_EVERY_SECONDS
         for item in found[len(files) :]:
+            if time.monotonic() - looked_at >= LOOK_EVERY_SECONDS:
+                await self._check_wanted(note, began_at)
+                looked_at = time.monotonic()
             file = await self._copied(source, target, item)
             files.append(file)
             progress.add(file)
-        snapshot = DatasetSnapshot(
-            dataset_id=order.dataset_id, snapshot_uri=target.address.below("files").text + "/", files=files
-        )
-        manifest = Manifest(source_uri=order.source_uri, asked_files=order.files, snapshot=snapshot)
-        await self._stored(target.write("manifest.json", manifest.model_dump_json().encode()))
-        return snapshot
+        return files
 
-    async def delete(self, order: SnapshotOrder) -> None:
-        """Delete the snapshot, its manifest first; one that is gone already is deleted."""
-        target = self._target(order)
-        await self._stored(target.delete(["manifest.json"]))
-        await self._stored(_emptied(target))
+    async def _check_wanted(self, note: DeletionNote, began_at: datetime) -> None:
+        ordered_at = await self._stored(note.ordered_at())
+        if ordered_at is not None and began_at < ordered_at:
+            raise invalid("The dataset's copy was deleted while it was made: its task is over.")
+
+    async def delete(self, order: SnapshotOrder, ordered_at: datetime) -> None:
+        """Delete the snapshot, its manifest first; one that is gone already is deleted.
+
+        `ordered_at`: when it was ordered. A copy that began before it and lands later removes itself; one that began
+        later, of a run that was reset, is not touched.
+        """
+        target, note = self._target(order), self._note(order)
+        await self._stored(note.leave(ordered_at))
+        await self._stored(self._emptied_of(target, before=ordered_at))
+        await self._stored(note.forget_old())
+
+    async def _emptied_of(self, target: ObjectFolder, *, before: datetime) -> None:
+        """Remove what lies in the folder, unless it is whole and of an attempt that began after `before`."""
+        manifest = await self._manifest(target)
+        if manifest is None or manifest.began_at is None or manifest.began_at < before:
+            await _emptied(target)
+
+    def _note(self, order: SnapshotOrder) -> DeletionNote:
+        try:
+            return DeletionNote(self._root, order.call_for.task_id, order.dataset_id)
+        except STORAGE_ERRORS as error:
+            raise self._storage_away(error) from None
 
     def _target(self, order: SnapshotOrder) -> ObjectFolder:
         for name, value in (("task_id", order.call_for.task_id), ("dataset_id", order.dataset_id)):
@@ -164,15 +221,20 @@ class DatasetSnapshots:
 
     async def _finished(self, order: SnapshotOrder, target: ObjectFolder) -> DatasetSnapshot | None:
         """The snapshot of an earlier attempt whose answer was lost, if it is whole and answers this order."""
+        manifest = await self._manifest(target)
+        if manifest is None:
+            return None
+        if manifest.source_uri != order.source_uri or manifest.asked_files != order.files:
+            return None
+        return manifest.snapshot
+
+    async def _manifest(self, target: ObjectFolder) -> Manifest | None:
         try:
-            manifest = Manifest.model_validate_json(await target.read_whole("manifest.json"))
+            return Manifest.model_validate_json(await target.read_whole("manifest.json"))
         except (FileNotFoundError, ValidationError):
             return None
         except STORAGE_ERRORS as error:
             raise self._storage_away(error) from None
-        if manifest.source_uri != order.source_uri or manifest.asked_files != order.files:
-            return None
-        return manifest.snapshot
 
     async def _resumed(self, target: ObjectFolder, found: list[FoundObject], progress: Progress) -> list[DatasetFile]:
         """The files that an earlier attempt copied, checked by size and checksum; none where they do not agree."""
@@ -240,6 +302,7 @@ def _setting(name: str, uri: str) -> FolderAddress:
 
 
 async def _emptied(target: ObjectFolder) -> None:
+    await target.delete(["manifest.json"])
     await target.delete([item.path async for item in target.objects()])
 
 
@@ -252,14 +315,15 @@ class DatasetActivities:
     @activity.defn
     async def snapshot(self, order: SnapshotOrder) -> DatasetSnapshot:
         """Raises ApplicationError: `dataset_invalid` (not retried) or `internal` (storage away, retried)."""
-        progress = _last_progress(activity.info().heartbeat_details)
-        copying = self._client.snapshot(order, progress)
+        info = activity.info()
+        progress = _last_progress(info.heartbeat_details)
+        copying = self._client.snapshot(order, progress, info.started_time)
         return await _until_done(order.call_for, copying, lambda: (progress.model_dump(),))
 
     @activity.defn
     async def delete_snapshot(self, order: SnapshotOrder) -> None:
         """Idempotent. Raises ApplicationError `internal` (storage away, retried)."""
-        await _until_done(order.call_for, self._client.delete(order), tuple)
+        await _until_done(order.call_for, self._client.delete(order, activity.info().scheduled_time), tuple)
 
 
 def _last_progress(details: Sequence[Any]) -> Progress:

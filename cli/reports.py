@@ -120,6 +120,8 @@ def picture_lines(picture: TaskPicture) -> Lines:
     yield "priority", task.priority or ""
     yield "started", _instant(task.started_at)
     yield "ended", _instant(task.ended_at)
+    if task.is_paused:
+        yield "paused", f"nothing of it goes on until: temporal workflow unpause --workflow-id {task.workflow_id}"
     if picture.outcome is not None:
         yield from (line for line in outcome_lines(picture.outcome) if line[0] != "task")
         return

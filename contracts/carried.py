@@ -112,6 +112,15 @@ class AskedHold(OwnModel):
     amount: int = 0
     refused: bool = False
     resolved: bool = False
+    told: bool = False
+    """Whether an event told that it is held."""
+    told_back: bool = False
+    """Whether an event told that it was given back."""
+
+    @property
+    def usable(self) -> int:
+        """Points that may be charged to it: what was granted beyond the asked amount is never used (contract §5)."""
+        return min(self.amount, self.request.estimated_cost)
 
 
 class HoldState(OwnModel):
@@ -194,6 +203,8 @@ class PriceState(OwnModel):
     carried_gpu_hours: float = 0.0
     gpu_hours: float = 0.0
     resume_from: str | None = None
+    resumed_from: list[str] = []
+    """Every checkpoint that an attempt resumed from: reported again, it stands for no new hours."""
     checkpoint: Checkpoint | None = None
     asked_at_checkpoint: str | None = None
 

@@ -192,6 +192,25 @@ class TaskRow(TaskState):
         return with_settlement(values, has_ended=has_ended)
 
 
+class UnsettledTask(OwnModel):
+    """An ended task whose settlement is unknown: whose ledger is to be read, and what was told."""
+
+    task_id: str
+    tenant_id: str
+    user_id: str
+    scene: Scene
+    priority: TaskPriority
+    credits: CreditsSummary
+
+
+class Correction(OwnModel):
+    """What the ledger shows of a task by now: its row's new `credits`, and the record that says so."""
+
+    task_id: str
+    credits: CreditsSummary
+    record: TaskException
+
+
 class TaskExceptionRow(TaskException):
     """An exception record as the store tells it."""
 

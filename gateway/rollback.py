@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final, Literal
 
-from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
+from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
 from temporalio.common import WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 
 from caller_tokens import Caller
@@ -19,6 +19,7 @@ from gateway.problems import Problem, ProblemCode
 from gateway.task_bodies import RollbackOrder, RollbackOutcome, TaskView
 from gateway.tasks import Tasks
 from gateway.temporal_calls import RPC_TIMEOUT, bounded, described, temporal_problems
+from runs_seen import RunStatus
 from task_start import WORKFLOW_TASK_TIMEOUT
 
 WAIT_SECONDS: Final = 10.0
@@ -39,7 +40,13 @@ class Rollback:
         if task.ended_at is not None:
             return _of_ended(task)
         run = await described(self._temporal, workflow_id_of(task_id))
-        if run is not None and run.status is WorkflowExecutionStatus.RUNNING:
+        if run is not None and run.status is RunStatus.PAUSED:
+            raise Problem(
+                ProblemCode.WORKER_UNAVAILABLE,
+                f"The run of task {task_id} is paused in Temporal, and gives nothing back until it goes on: unpause "
+                "it and ask again.",
+            )
+        if run is not None and not run.status.is_over:
             return await self._cancelled(caller, task, order)
         return await self._given_back(task, order)
 

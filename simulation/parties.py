@@ -15,6 +15,7 @@ from activities.task_store import TaskStoreActivities
 from contracts.calls import SnapshotOrder
 from contracts.comfyui import DatasetFile, DatasetSnapshot
 from contracts.errors import FailureCode
+from simulation.agenda import Agenda
 from simulation.credits_model import CreditsModel
 from simulation.hosted_run import CONVERTER
 from simulation.image_jobs import ImageJobs
@@ -59,13 +60,17 @@ class CallRefused(Exception):
 
 
 class Objects:
-    """Temporary object storage: which snapshots lie there."""
+    """Temporary object storage: which snapshots lie there. A copy that began before its deletion does not stay."""
 
-    def __init__(self, *, is_invalid: bool) -> None:
+    def __init__(self, agenda: Agenda, *, is_invalid: bool) -> None:
+        self._agenda = agenda
         self.is_invalid = is_invalid
         self.kept: set[str] = set()
+        self._deleted_at: dict[str, float] = {}
 
-    def snapshot(self, order: SnapshotOrder) -> DatasetSnapshot:
+    def snapshot(self, order: SnapshotOrder, began_at: float) -> DatasetSnapshot:
+        if began_at <= self._deleted_at.get(order.call_for.task_id, -1.0):
+            raise CallRefused(FailureCode.DATASET_INVALID, "the copy was deleted while it was made", is_final=True)
         self.kept.add(order.call_for.task_id)
         if self.is_invalid:
             raise CallRefused(FailureCode.DATASET_INVALID, "a file of the dataset is missing", is_final=True)
@@ -74,6 +79,7 @@ class Objects:
 
     def delete_snapshot(self, order: SnapshotOrder) -> None:
         self.kept.discard(order.call_for.task_id)
+        self._deleted_at[order.call_for.task_id] = self._agenda.now
 
 
 class Parties:
@@ -99,7 +105,6 @@ class Parties:
             "get_training": trainings.get,
             "cancel_training": trainings.cancel,
             "list_gpus": trainings.list_gpus,
-            "snapshot": objects.snapshot,
             "delete_snapshot": objects.delete_snapshot,
             "claim": store.claim,
             "write": store.write,
@@ -116,9 +121,11 @@ class Parties:
         [argument] = CONVERTER.from_payloads(payloads, _DEFINITIONS[name][1])
         return argument
 
-    def perform(self, name: str, argument: Any) -> Any:
-        """Do it: its answer. Raises CallRefused."""
+    def perform(self, name: str, argument: Any, began_at: float) -> Any:
+        """Do it for an attempt that began at `began_at`: its answer. Raises CallRefused."""
         self.called.append(name)
+        if name == "snapshot":
+            return self.objects.snapshot(argument, began_at)
         try:
             return self._routes[name](argument)
         except StoreRefused as refusal:

@@ -72,7 +72,7 @@ class Weather:
             if any(begin <= self.agenda.now < end for begin, end in self.outages.get(party, ())):
                 return self._during_outage(latency)
             if rng.random() < self.call_faults:
-                return self._faulty(latency, party)
+                return self._faulty(latency)
         return Attempt(acts_after=latency, heard_after=latency + rng.choice(LATENCIES))
 
     def _during_outage(self, latency: float) -> Attempt:
@@ -83,13 +83,13 @@ class Weather:
             return Attempt(acts_after=None, heard_after=GIVES_UP_AFTER, is_lost=True)
         return Attempt(acts_after=None, heard_after=latency, spoiled=Spoiled.UNAVAILABLE)
 
-    def _faulty(self, latency: float, party: Party) -> Attempt:
+    def _faulty(self, latency: float) -> Attempt:
         rng, kind = self.rng, self.rng.randrange(6)
         if kind == 0:
             return Attempt(acts_after=latency, heard_after=GIVES_UP_AFTER, is_lost=True)
         if kind == 1:
             return Attempt(acts_after=None, heard_after=GIVES_UP_AFTER, is_lost=True)
-        if kind == 2 and party is not Party.OBJECTS:  # what copies files is the activity itself: it is not late
+        if kind == 2:
             return Attempt(acts_after=rng.choice(LATE), heard_after=GIVES_UP_AFTER, is_lost=True)
         if kind == 3:
             return Attempt(acts_after=None, heard_after=latency, spoiled=Spoiled.UNAVAILABLE)

@@ -9,16 +9,21 @@ tasks.py         claim, write (row + events + exceptions + NOTIFY in one transac
 reads.py         tasks, events, training log, exceptions
 stream_reads.py  heads of tasks, events of many tasks at once
 listener.py      one LISTEN connection: who wrote what
+home.py          which Temporal namespace the store belongs to
+unseen.py        open tasks whose run could not be looked at
+unsettled.py     ended tasks whose settlement is unknown: taken, corrected
 upkeep.py        purge, the state of the queues
 cursors.py       opaque positions
 """
 
 from store.cursors import CursorInvalid
 from store.failures import NotTheClaimant, StoreFailure, StoreUnavailable, TaskUnknown, WriteRefused
+from store.home import StoreHome
 from store.listener import EventListener
 from store.migrate import migrate
 from store.stream_reads import TaskHead
 from store.task_store import TaskStore
+from store.unseen import UnseenTask, UnseenTaskRow
 from store.upkeep import QueueState
 
 __all__ = [
@@ -27,10 +32,13 @@ __all__ = [
     "NotTheClaimant",
     "QueueState",
     "StoreFailure",
+    "StoreHome",
     "StoreUnavailable",
     "TaskHead",
     "TaskStore",
     "TaskUnknown",
+    "UnseenTask",
+    "UnseenTaskRow",
     "WriteRefused",
     "migrate",
 ]

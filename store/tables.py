@@ -6,6 +6,8 @@ from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
+    CheckConstraint,
     Column,
     DateTime,
     Double,
@@ -90,6 +92,7 @@ tasks = Table(
     Column("result_urls", JSONB, nullable=False),
     _json("output"),
     _json("error"),
+    _instant("settlement_looked_at", nullable=True),
     Column("run_id", Text),
     Column("run_number", Integer, nullable=False, server_default=text("0")),
     Column("lives", Integer, nullable=False, server_default=text("0")),
@@ -108,6 +111,11 @@ tasks = Table(
     ),
     Index("tasks_open", "created_at", "task_id", postgresql_where=text("ended_at IS NULL")),
     Index("tasks_by_end", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
+    Index(
+        "tasks_unsettled",
+        "ended_at",
+        postgresql_where=text("credits ->> 'settlement' = 'unknown' AND ended_at IS NOT NULL"),
+    ),
     Index("tasks_queued", "priority", postgresql_where=text("status = 'queued'")),
     comment="One row a task; job_sequences: the newest sequence written of each job.",
 )
@@ -167,4 +175,26 @@ task_exceptions = Table(
     _instant("ts"),
     Index("task_exceptions_by_code", "code", "ts"),
     comment="What ops should look at (contract §4, §6).",
+)
+
+store_home = Table(
+    "store_home",
+    metadata,
+    Column("only_one", Boolean, primary_key=True),
+    Column("namespace", Text, nullable=False),
+    Column("namespace_id", Text),
+    Column("bound_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    CheckConstraint("only_one", name="store_home_has_one_row"),
+    comment="The Temporal namespace that the tasks of this store run in.",
+)
+
+unseen_tasks = Table(
+    "unseen_tasks",
+    metadata,
+    _task_id(),
+    Column("reason", Text, nullable=False),
+    Column("first_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("last_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("times", Integer, nullable=False, server_default=text("1")),
+    comment="Open tasks that the reconciler could not look at the last time it tried.",
 )

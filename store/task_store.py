@@ -10,6 +10,7 @@ from contracts.fields import OwnModel
 from contracts.lives import EarlierLife, TaskRun
 from contracts.permissions import Scene
 from contracts.task_store import (
+    Correction,
     RowSeen,
     TaskClaim,
     TaskExceptionRow,
@@ -17,13 +18,17 @@ from contracts.task_store import (
     TaskWrite,
     TrainingLogRow,
     TrainingLogWrite,
+    UnsettledTask,
 )
 from contracts.tasks import TaskEvent, TaskStatus
-from store import lives, reads, stream_reads, tasks, upkeep
+from store import home, lives, reads, stream_reads, tasks, unseen, unsettled, upkeep
 from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
 from store.database import POOL_SIZE, WORK_SECONDS, Database
+from store.home import StoreHome
 from store.listener import EventListener
+from store.reads import UnreadableRow
 from store.stream_reads import TaskHead
+from store.unseen import UnseenTask, UnseenTaskRow
 from store.upkeep import Purged, QueueState
 
 MAX_PAGE: Final = 1_000
@@ -35,6 +40,14 @@ class TaskPage(OwnModel):
     """Tasks in order; `cursor` leads to the next page, None at the end."""
 
     tasks: list[TaskRow]
+    cursor: str | None = None
+
+
+class OpenTasks(OwnModel):
+    """Open tasks in order, those whose row cannot be read apart; `cursor` as in `TaskPage`."""
+
+    tasks: list[TaskRow]
+    unreadable: list[UnreadableRow] = []
     cursor: str | None = None
 
 
@@ -159,7 +172,7 @@ class TaskStore:
         )
         return _page(rows, limit)
 
-    async def open_tasks(self, *, quiet_for: timedelta, cursor: str | None = None, limit: int = 50) -> TaskPage:
+    async def open_tasks(self, *, quiet_for: timedelta, cursor: str | None = None, limit: int = 50) -> OpenTasks:
         """One page of the tasks that have not ended and that nothing was written to for a while; oldest first.
 
         Raises CursorInvalid.
@@ -170,7 +183,12 @@ class TaskStore:
             lambda connection: reads.open_tasks(connection, quiet_for=quiet_for, after=place, limit=limit + 1),
             doing="listing open tasks",
         )
-        return _page(rows, limit)
+        page, following = rows[:limit], _cursor_after(rows, limit)
+        return OpenTasks(
+            tasks=[row for row in page if isinstance(row, TaskRow)],
+            unreadable=[row for row in page if isinstance(row, UnreadableRow)],
+            cursor=following,
+        )
 
     async def events(self, task_id: str, *, after: str | None = None, limit: int = MAX_PAGE) -> list[TaskEvent]:
         """A task's events after a cursor, in order of `seq`. Raises CursorInvalid."""
@@ -230,6 +248,20 @@ class TaskStore:
             doing="reading exception records",
         )
 
+    async def take_unsettled(self, *, every: timedelta, limit: int) -> list[UnsettledTask]:
+        """Some ended tasks whose settlement is unknown and whose ledger is due; they are due again after `every`."""
+        return await self._database.transaction(
+            lambda connection: unsettled.take_unsettled(connection, every=every, limit=limit),
+            doing="taking tasks whose settlement is unknown",
+        )
+
+    async def correct_settlement(self, correction: Correction) -> bool:
+        """Write what the ledger shows by now into a row's credits, with its record; False where that was known."""
+        return await self._database.transaction(
+            lambda connection: unsettled.correct(connection, correction),
+            doing=f"correcting the settlement of the task {correction.task_id}",
+        )
+
     async def purge(self, before: datetime) -> Purged:
         """Delete some of the tasks that ended before an instant; call again until it is done. Claims stay."""
         return await self._database.transaction(
@@ -240,6 +272,37 @@ class TaskStore:
         """How many tasks are queued, and for how long, by priority."""
         return await self._database.read(upkeep.queue_states, doing="reading the queues")
 
+    async def home(self) -> StoreHome | None:
+        """The Temporal namespace that the store belongs to; None where it was never bound."""
+        return await self._database.read(home.home, doing="reading which Temporal namespace the store belongs to")
+
+    async def bind(self, wanted: StoreHome) -> StoreHome:
+        """Bind a store that is bound to no namespace yet; which it is bound to now."""
+        return await self._database.transaction(
+            lambda connection: home.bind(connection, wanted), doing=f"binding the store to namespace {wanted}"
+        )
+
+    async def bind_anew(self, wanted: StoreHome) -> None:
+        """Bind the store to another namespace than before: every task that runs elsewhere looks vanished then."""
+        await self._database.transaction(
+            lambda connection: home.bind_anew(connection, wanted), doing=f"binding the store to namespace {wanted}"
+        )
+
+    async def note_looks(self, *, unseen_tasks: Sequence[UnseenTask] = (), seen: Sequence[str] = ()) -> None:
+        """Keep which open tasks could not be looked at, and forget those that could."""
+        if unseen_tasks or seen:
+            await self._database.transaction(
+                lambda connection: unseen.note(connection, unseen_tasks, seen),
+                doing="noting which tasks could be looked at",
+            )
+
+    async def unseen_tasks(self, *, limit: int = MAX_PAGE) -> list[UnseenTaskRow]:
+        """Open tasks that could not be looked at the last time it was tried; the longest unseen first."""
+        return await self._database.read(
+            lambda connection: unseen.unseen(connection, limit=_bounded(limit)),
+            doing="reading which tasks could not be looked at",
+        )
+
     async def check(self) -> None:
         """Raises StoreUnavailable where PostgreSQL does not answer."""
         await self._database.read(lambda connection: connection.execute(upkeep.ALIVE), doing="checking that it answers")
@@ -247,9 +310,12 @@ class TaskStore:
 
 def _page(rows: list[TaskRow], limit: int) -> TaskPage:
     """A page of rows that were read with one more than it may hold."""
-    page = rows[:limit]
-    has_more = len(rows) > limit
-    return TaskPage(tasks=page, cursor=list_cursor(page[-1].created_at, page[-1].task_id) if has_more else None)
+    return TaskPage(tasks=rows[:limit], cursor=_cursor_after(rows, limit))
+
+
+def _cursor_after(rows: Sequence[TaskRow | UnreadableRow], limit: int) -> str | None:
+    """Where the next page begins; None where there is none."""
+    return list_cursor(rows[limit - 1].created_at, rows[limit - 1].task_id) if len(rows) > limit else None
 
 
 def _bounded(limit: int) -> int:

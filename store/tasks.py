@@ -183,7 +183,7 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
         statement = _update_of(frozenset(changes), tells=bool(taken))
         await connection.execute(statement, {"task": write.task_id} | _new(changes) | told)
     if write.exceptions:
-        await _insert_exceptions(connection, write.task_id, write.exceptions)
+        await insert_exceptions(connection, write.task_id, write.exceptions)
 
 
 async def _row_of(connection: AsyncConnection, write: TaskWrite, run: TaskRun | None) -> Row[*tuple[Any, ...]]:
@@ -262,7 +262,8 @@ async def _known_keys(connection: AsyncConnection, task_id: str, facts: Sequence
     return set((await connection.scalars(_KNOWN_KEYS, {"task": task_id, "keys": keys})).all())
 
 
-async def _insert_exceptions(connection: AsyncConnection, task_id: str, exceptions: Sequence[TaskException]) -> None:
+async def insert_exceptions(connection: AsyncConnection, task_id: str, exceptions: Sequence[TaskException]) -> None:
+    """Write exception records; one whose key is there already is left as it is."""
     rows = [{"task_id": task_id, **_columns(exception, ("details",))} for exception in exceptions]
     await connection.execute(insert(task_exceptions).on_conflict_do_nothing(), rows)
 

@@ -109,20 +109,21 @@ class CreditHold:
         return granted[-1] if granted else 0
 
     @property
+    def usable(self) -> int:
+        """Points of the last granted hold that may be charged: never more than were asked for."""
+        granted = [hold.usable for hold in self.state.asked if hold.pre_deduct_id]
+        return granted[-1] if granted else 0
+
+    @property
     def covered(self) -> int:
         """Points that the standing hold was asked for: what the present price is compared with."""
         standing = self.standing
         return standing.request.estimated_cost if standing else self.amount
 
     @property
-    def usable(self) -> int:
-        """Points of the standing hold that may be taken: one that was granted higher counts as far as it was asked."""
-        standing = self.standing
-        return self.usable_of(standing) if standing else self.amount
-
-    @staticmethod
-    def usable_of(hold: AskedHold) -> int:
-        return min(hold.amount, hold.request.estimated_cost)
+    def told_as_held(self) -> int:
+        """Points that events told as held and not as given back."""
+        return sum(hold.amount for hold in self.state.asked if hold.told and not hold.told_back)
 
     def summary(self) -> CreditsSummary:
         """`credits` of results and queries, in points; nothing is returned while a hold stands."""
@@ -203,7 +204,7 @@ class CreditHold:
                 continue
             hold.pre_deduct_id, hold.amount = reply.pre_deduct_id, reply.frozen_amount
             if self._expires_at(hold) - workflow.now() >= LAST_SECONDS:
-                self._tell_held(hold, reply)
+                self._tell_held(hold, reply.balance_after)
                 return hold
             await self._give_back_one(hold, "its answer came too late to rely on it")
 
@@ -462,17 +463,22 @@ class CreditHold:
 
     # What the record is told
 
-    def _tell_held(self, hold: AskedHold, reply: HoldReply) -> None:
+    def _tell_held(self, hold: AskedHold, balance_after: int | None) -> None:
+        hold.told = True
         self._record.state.credits = self.summary()
         self._record.tell(
             f"held:{hold.n}",
             EventType.CREDITS,
             credits_delta=-hold.amount,
-            balance_after=reply.balance_after,
+            balance_after=balance_after,
             message=f"{hold.amount} points are held.",
         )
 
     def _tell_given_back(self, hold: AskedHold, balance_after: int | None) -> None:
+        """One that was never relied on is told as held now, so that what comes back has gone before."""
+        if not hold.told:
+            self._tell_held(hold, None)
+        hold.told_back = True
         self.ends.count(HoldFate.GIVEN_BACK)
         self._record.state.credits = self.summary()
         self._record.tell(

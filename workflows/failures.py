@@ -24,7 +24,6 @@ class TaskStopped(TaskEnd):
     """A cancel was seen before the delivery was."""
 
     def __init__(self, reason: str) -> None:
-        self.reason = reason
         super().__init__(reason or "The task was cancelled.")
 
 

@@ -67,6 +67,8 @@ class Settlement:
 
     async def _charge(self, cost: int) -> None:
         standing = self._hold.standing
+        if standing is not None:
+            standing.told = True  # of a run from before this was noted
         cost -= self._hold.state.charged  # what a hold was committed for by somebody else counts
         if cost <= 0 or (standing is None and not self._outside.told.is_possible):
             await self._hold.give_back("nothing is charged")
@@ -85,7 +87,7 @@ class Settlement:
         self._hold.state.charged += charged
         await self._hold.give_back("another hold was committed")
         missing = 0 if is_unknown else cost - charged
-        if missing > 0 and charged == self._hold.usable_of(standing) and self.charge_shortfall:
+        if missing > 0 and charged == standing.usable and self.charge_shortfall:
             missing, balance_after = await self._charge_missing(standing, missing, balance_after)
         if missing > 0:
             self.tell_shortfall(missing)
@@ -220,7 +222,7 @@ class Settlement:
         self._record.tell(
             "settled",
             EventType.CREDITS,
-            credits_delta=credits.returned,
+            credits_delta=self._hold.told_as_held - credits.charged,
             balance_after=balance_after,
             message=f"{credits.charged} points were charged, {credits.returned} returned.",
         )

@@ -156,9 +156,10 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         estimate = await self.hold.estimate(request, n=self.attempts.number)
         table = self.training_price.of(self.training_price.expected_gpu_hours)
         self.record_prices(RecordedPrices(estimate=estimate.selected_cost, table=table))
+        cost = self.training_price.asked(estimate.selected_cost, table)
         not_after = self.task.window.not_after if self.task.window else None
-        await self.training_price.confirmed(estimate.selected_cost, estimate, not_after)
-        return estimate.selected_cost
+        await self.training_price.confirmed(cost, estimate, not_after)
+        return cost
 
     async def start(self, training: TrainingAccepted) -> None:
         """Begin the work: credits are held. A server without this route starts by itself (contract §2)."""

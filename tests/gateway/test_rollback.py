@@ -13,6 +13,7 @@ from simulators.admin_wire import FaultKind
 from tests.conftest import unique
 from tests.gateway.conftest import OTHER_TOKEN, Api
 from tests.gateway.serving import eventually
+from tests.pausing import pause, unpause
 
 
 def handle_of(api: Api, task_id: str) -> WorkflowHandle[Any, Any]:
@@ -56,6 +57,20 @@ async def test_an_open_task_is_cancelled(api: Api) -> None:
     await check_nothing_left(api, task_id)
     again = await api.call("POST", f"/{task_id}/rollback")
     assert (again.status_code, again.json()["outcome"]) == (200, "nothing_held")
+
+
+async def test_a_paused_task_is_said_to_be_paused_and_left_alone(api: Api) -> None:
+    task_id = await waiting_task(api)
+    await pause(api.platform.client, workflow_id_of(task_id))
+
+    answer = await api.call("POST", f"/{task_id}/rollback")
+
+    assert (answer.status_code, answer.json()["code"]) == (503, "worker_unavailable")
+    assert "unpause" in answer.json()["detail"]
+    await unpause(api.platform.client, workflow_id_of(task_id))
+    assert (await api.call("POST", f"/{task_id}/rollback")).json()["outcome"] == "cancelled"
+    await api.ended(task_id)
+    await check_nothing_left(api, task_id)
 
 
 @pytest.mark.parametrize("scene", ["image", "training"])

@@ -42,7 +42,7 @@ async def folder(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path
 
 async def all_ok(folder: Path, kinds: list[Kind], labels: tuple[str, ...]) -> list[Cell]:
     instants = chosen_instants(labels)
-    cells = await struck(folder / "run", kinds, instants, within_seconds=RECOVERY_SECONDS, most=40)
+    cells = await struck(KillableStack(folder / "run"), kinds, instants, within_seconds=RECOVERY_SECONDS, most=40)
     assert not failures(cells), failures(cells)
     return cells
 

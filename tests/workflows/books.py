@@ -12,7 +12,9 @@ from temporalio.api.history import v1 as history
 from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError, WorkflowHistoryEventFilterType
 from temporalio.exceptions import ApplicationError, CancelledError
 
+from contracts.task_store import TaskExceptionRow
 from contracts.tasks import EventType, TaskEvent, TaskStatus
+from simulators.task_money import TaskMoney
 from tests.workflows.platform import Handle, Platform
 
 ENDS = {
@@ -34,12 +36,13 @@ EXPLAINED = {
 }
 """Events that bear a summary; a marker is an activity that ran locally."""
 PATCH_MARKER = "core_patch"
-"""The SDK's own, written where the code has changed for runs that began before."""
+"""... or the name of a patch that this run was decided with (docs/versioning.md)."""
 CLOSE_EVENT = WorkflowHistoryEventFilterType.CLOSE_EVENT
-UNKNOWN_WITH = {"settlement_unknown", "hold_left_to_expiry", "undo_unfinished"}
-"""Exception records of which one says why a settlement is unknown."""
 MAY_BE_LEFT = {"write", "get_job", "get_training"}
 """Activities that a run may leave behind where it continues as new: keyed writes, and reads."""
+
+UNTOLD = {"settlement_unknown", "hold_left_to_expiry", "undo_unfinished"}
+"""Exceptions of tasks of whose points nobody can tell what became of them."""
 
 
 @dataclass
@@ -53,8 +56,12 @@ class Ending:
     """The result object; empty for a run that ended Canceled."""
     events: list[TaskEvent]
     charged: int
-    exceptions: list[str] = field(default_factory=list)
-    """Codes of the exception records."""
+    records: list[TaskExceptionRow] = field(default_factory=list)
+
+    @property
+    def exceptions(self) -> list[str]:
+        """Codes of the exception records."""
+        return [record.code for record in self.records]
 
     @property
     def kinds(self) -> list[str]:
@@ -66,7 +73,8 @@ async def ended(platform: Platform, handle: Handle, *, exempt: Collection[str] =
     """Wait for the task's end and assert that nothing that may never be untrue is.
 
     `exempt` names what cannot be known or stopped under a fault that takes it away: `hold_expires` (a nameless hold
-    ends by expiry), `job_runs_out` (a nameless or unstoppable job). `bug`: workflow tasks were made to fail.
+    ends by expiry), `job_runs_out` (a nameless or unstoppable job). `bug`: workflow tasks were made to fail. What the
+    field's credits service never tells is exempt by `simulators/task_money.py`, by its name and amount.
     """
     ending = await _how_it_ended(platform, handle)
     task_id = handle.id.removeprefix("task-")
@@ -92,7 +100,7 @@ async def ended_without_its_run(platform: Platform, task_id: str) -> Ending:
     charged = await platform.simulators.admin.credits.charged(task_id)
     code = row.error.code if row.error else None
     events = await platform.store.events(task_id)
-    ending = Ending(row.status, code, result, events, charged, [record.code for record in records])
+    ending = Ending(row.status, code, result, events, charged, records)
     await _check_money(platform, task_id, ending, ())
     await _check_jobs(platform, task_id, ())
     _check_events(ending)
@@ -118,20 +126,20 @@ async def _how_it_ended(platform: Platform, handle: Handle) -> Ending:
         assert (await handle.describe()).status is WorkflowExecutionStatus.CANCELED
     charged = await platform.simulators.admin.credits.charged(task_id)
     records = await platform.store.exceptions(task_id=task_id)
-    return Ending(status, code, result, events, charged, [record.code for record in records])
+    return Ending(status, code, result, events, charged, records)
 
 
 async def _check_money(platform: Platform, task_id: str, ending: Ending, exempt: Collection[str]) -> None:
     """Each hold resolved once; charged the price once where completed, nothing and nothing handed out elsewhere."""
     books = await platform.simulators.admin.credits.balance_check()
     assert books.ok, books.problems
-    holds = await platform.simulators.admin.credits.holds(task_id)
-    still_open = [hold for hold in holds if hold.phase == "open"]
-    assert not still_open or "hold_expires" in exempt, still_open
+    money = await _money(platform, task_id, ending)
+    assert not money.leaks() or "hold_expires" in exempt, money.leaks()
+    assert not money.mischarges(), money.mischarges()
     if ending.result:
         _check_told(ending)
     if ending.status is TaskStatus.COMPLETED:
-        committed = [hold for hold in holds if hold.phase == "committed"]
+        committed = [hold for hold in money.holds if hold.phase == "committed"]
         assert len(committed) <= 1, committed
         return
     assert ending.charged == 0
@@ -140,16 +148,25 @@ async def _check_money(platform: Platform, task_id: str, ending: Ending, exempt:
         assert not event.result_urls and not event.output, event
 
 
+async def _money(platform: Platform, task_id: str, ending: Ending) -> TaskMoney:
+    credits = platform.simulators.admin.credits
+    return TaskMoney(
+        platform.simulators.credits_profile,
+        await credits.holds(task_id),
+        await credits.ledger(task_id),
+        told=ending.result["credits"]["charged"] if ending.result else 0,
+        records=[(record.code, record.details) for record in ending.records],
+    )
+
+
 def _check_told(ending: Ending) -> None:
-    """What is told of the settlement is true, or it is told that it is not known, with a record that says why."""
+    """What is told agrees with itself, and no event says that points came back where that is not known."""
     credits = ending.result["credits"]
     if credits["settlement"] == "unknown":
         assert (credits["charged"], credits["returned"]) == (None, None)
-        assert UNKNOWN_WITH & set(ending.exceptions), ending.exceptions
         assert not any(event.credits_delta for event in ending.events if _says_unknown(event)), ending.kinds
         return
     assert credits["settlement"] == "settled"
-    assert ending.charged == credits["charged"], (ending.charged, credits)
     assert credits["returned"] == max(0, credits["held"] - credits["charged"])
 
 
@@ -170,6 +187,8 @@ def _check_events(ending: Ending) -> None:
     assert events[0].event is EventType.ACCEPTED
     assert events[-1].event is ENDS[ending.status], ending.kinds
     assert sum(event.event in ENDS.values() for event in events) == 1, ending.kinds
+    moved = sum(event.credits_delta or 0 for event in events)
+    assert moved == -ending.charged or set(ending.exceptions) & UNTOLD, "what the events tell is what was charged"
     reached: dict[tuple[int, str | None], float] = {}
     for event in events:
         at = (event.attempt, event.stage)

@@ -28,6 +28,7 @@ from activities.lives import Lives
 from activities.outside_http import READ_SECONDS
 from activities.task_store import TaskStoreActivities
 from activities.tokens import SignedTokens
+from activities.unsettled import UnsettledActivities
 from caller_tokens import CallerTokens, SharedSecret
 from contracts.policy import Policy
 from contracts.task_store import TaskClaim
@@ -38,6 +39,7 @@ from gateway.tokens import StreamTokens
 from settings import Settings
 from simulators.admin_client import ServiceAdmin
 from simulators.admin_wire import Fault, RunSeen
+from simulators.credits_profile import CONTRACT, CreditsProfile
 from simulators.serving import (
     DEFAULT_AUDIENCE,
     DEFAULT_ISSUER,
@@ -267,6 +269,7 @@ class Platform:
                         DatasetActivities(snapshots),
                         TaskStoreActivities(self.store, self.policy_of),
                         ClosedRunActivities(self.client, self.store),
+                        UnsettledActivities(self.store),
                     )
                     for method in activity_methods(activities)
                 ],
@@ -333,6 +336,7 @@ async def running_platform(
     speed: float = 480.0,
     gateway: bool = True,
     client: Client | None = None,
+    credits_profile: CreditsProfile = CONTRACT,
 ) -> AsyncIterator[Platform]:
     """Everything but the worker, so that a scenario can start, stop and configure it.
 
@@ -343,7 +347,9 @@ async def running_platform(
         if client is None and environment.supports_time_skipping:
             client = environment.client
         client = client or await Client.connect(config.target_host, plugins=[TasksPlugin()])
-        simulators = await stack.enter_async_context(running_simulators(folder / "simulators", speed=speed))
+        simulators = await stack.enter_async_context(
+            running_simulators(folder / "simulators", speed=speed, credits_profile=credits_profile)
+        )
         platform = Platform(client, environment, simulators, store, folder)
         # At such a pace three times what is announced is a hiccup of a busy machine, as the local stack knows too.
         platform.policy = {"deadline_factor": max(3.0, 0.3 * speed)}

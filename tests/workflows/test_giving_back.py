@@ -9,11 +9,12 @@ from temporalio.client import WorkflowExecutionStatus, WorkflowUpdateStage
 
 from contracts.tasks import TaskStatus
 from tests.workflows.books import ended
-from tests.workflows.payers import holds_of, kinds_of, new_payer, task_of, until_started
+from tests.workflows.payers import end_open_holds, holds_of, kinds_of, new_payer, task_of, until_started
 from tests.workflows.platform import Handle, Platform
 
 HD = 18 + 6
 """The price of a standard image, in points."""
+BY_KIND = pytest.mark.by_contract("the ledger tells kinds and ids")
 
 
 async def start_held(platform: Platform, task: dict[str, Any]) -> Handle:
@@ -28,8 +29,7 @@ async def start_held(platform: Platform, task: dict[str, Any]) -> Handle:
 
 async def test_a_hold_that_had_expired_is_given_back(quick_platform: Platform) -> None:
     handle = await start_held(quick_platform, quick_platform.image())
-    [hold] = await holds_of(quick_platform, handle)
-    await quick_platform.simulators.admin.credits.expire_hold(hold.pre_deduct_id)
+    await end_open_holds(quick_platform, handle)
     assert await quick_platform.cancel(handle) == "accepted"
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, [])
@@ -138,7 +138,7 @@ async def test_a_hold_whose_cancel_was_lost_is_found_by_reason_alone(quick_platf
 
 
 @pytest.mark.parametrize("fate", ["commit", "cancel"])
-@pytest.mark.parametrize("ledger", ["by kind", "by reason"])
+@pytest.mark.parametrize("ledger", [pytest.param("by kind", marks=BY_KIND), "by reason"])
 async def test_a_hold_that_was_taken_twice_is_recorded_with_its_amount(
     quick_platform: Platform, ledger: str, fate: str
 ) -> None:
@@ -163,6 +163,7 @@ async def test_a_hold_that_was_taken_twice_is_recorded_with_its_amount(
     assert len(open_holds) == (1 if ledger == "by reason" else 0)
 
 
+@pytest.mark.by_contract("keys are kept")
 async def test_a_hold_that_was_asked_for_twice_and_taken_once_is_no_doubled_one(quick_platform: Platform) -> None:
     task = quick_platform.image()
     await quick_platform.simulators.admin.credits.fault("drop", route="pre_deduct", task_id=task["task_id"])

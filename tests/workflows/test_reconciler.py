@@ -18,13 +18,15 @@ from activities import closed_runs
 from contracts.give_back import give_back_id_of
 from contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, ReconcileResult, reconcile_id_of
 from contracts.tasks import TaskStatus
-from reconciler_schedule import ensure_reconciler, standing_reconciler
+from reconciler_schedule import ensure_reconciler, last_pass, standing_reconciler
 from settings import Settings
 from simulators.admin_wire import Fault
+from simulators.credits_profile import CreditsProfile
 from store import TaskStore
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, new_task_id
 from tests.workflows.books import Ending, check_history, ended, ended_without_its_run
+from tests.workflows.payers import end_open_holds
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
 from workflows import reconciler
 
@@ -35,12 +37,16 @@ ON_ONE_PASS = {"pause_seconds": PAUSE_SECONDS}
 
 @pytest_asyncio.fixture(scope="module")
 async def reconciled(
-    temporal_env: WorkflowEnvironment, new_database: NewDatabase, tmp_path_factory: pytest.TempPathFactory
+    temporal_env: WorkflowEnvironment,
+    new_database: NewDatabase,
+    tmp_path_factory: pytest.TempPathFactory,
+    credits_profile: CreditsProfile,
 ) -> AsyncIterator[Platform]:
     """A platform whose store holds no other test's rows: the reconciler looks at all of them."""
     store = TaskStore(await new_database())
     folder: Path = tmp_path_factory.mktemp("reconciled")
-    async with running_platform(temporal_env, store, folder, speed=2_000) as platform:
+    running = running_platform(temporal_env, store, folder, speed=2_000, credits_profile=credits_profile)
+    async with running as platform:
         platform.policy = {"deadline_factor": 5_000.0, "retry_after_seconds": [0.05, 0.05, 0.05]}
         platform.read_seconds = 1.0
         for gpu_type in ("rtx4090", "a100"):
@@ -117,8 +123,7 @@ async def hanging(platform: Platform, task: dict[str, Any], step: Step) -> tuple
     if step.after_cancel:
         await handle.cancel()
     if step.without_hold:
-        [hold] = await admin.credits.holds(task_id)
-        await admin.credits.expire_hold(hold.pre_deduct_id)
+        await end_open_holds(platform, handle)
         await admin.comfyui.act((await platform.job(handle)).run_id, "finish")
     await platform.until_hit(step.route, fault)
     return handle, fault
@@ -273,6 +278,8 @@ async def test_its_schedule_is_made_once_and_finds_what_was_left(reconciled: Pla
 
         await reconciled.until(is_given_back)
         await ended_without_its_run(reconciled, task_id_of(handle))
+        standing = await standing_reconciler(reconciled.client, reconciled.task_queue)
+        assert standing is not None and await last_pass(reconciled.client, standing) is not None
         await schedule.pause(note="by a test")
         await ensure_reconciler(reconciled.client, settings)
         standing = await standing_reconciler(reconciled.client, reconciled.task_queue)

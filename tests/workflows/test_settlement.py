@@ -9,7 +9,17 @@ from temporalio.client import WorkflowExecutionStatus
 
 from contracts.tasks import TaskStatus
 from tests.workflows.books import Ending, ended
-from tests.workflows.payers import Payer, entries_of, has_kinds, holds_of, kinds_of, new_payer, task_of, until_started
+from tests.workflows.payers import (
+    Payer,
+    end_open_holds,
+    entries_of,
+    has_kinds,
+    holds_of,
+    kinds_of,
+    new_payer,
+    task_of,
+    until_started,
+)
 from tests.workflows.platform import Handle, Platform, scheduled, sent
 
 HD = 18 + 6
@@ -28,11 +38,10 @@ async def start_telling(platform: Platform, task: dict[str, Any], **fields: Any)
     return await platform.start(task)
 
 
-async def expired(platform: Platform, handle: Handle) -> None:
-    """Let the task's hold end before its commit."""
+async def expired(platform: Platform, handle: Handle) -> str:
+    """Let the task's hold end before its commit; the kind of the entry that tells it."""
     await platform.until_held(task_of(handle))
-    for hold in await holds_of(platform, handle):
-        await platform.simulators.admin.credits.expire_hold(hold.pre_deduct_id)
+    return await end_open_holds(platform, handle)
 
 
 async def delivered(platform: Platform, handle: Handle) -> None:
@@ -109,11 +118,11 @@ async def test_a_commit_whose_answer_is_lost_charges_once(quick_platform: Platfo
 async def test_a_hold_that_expired_before_its_commit_is_charged(quick_platform: Platform) -> None:
     payer = await new_payer(quick_platform)
     handle = await quick_platform.start(payer.image())
-    await expired(quick_platform, handle)
+    how = await expired(quick_platform, handle)
     ending = await ended(quick_platform, handle)
     assert ending.status is TaskStatus.COMPLETED
     assert (ending.charged, ending.result["credits"]["shortfall"], ending.exceptions) == (HD, 0, [])
-    assert await kinds_of(quick_platform, handle) == ["pre_deduct", "expire", "charge"]
+    assert await kinds_of(quick_platform, handle) == ["pre_deduct", how, "charge"]
 
 
 async def test_more_than_2000_points_are_charged_in_parts(quick_platform: Platform) -> None:
@@ -146,10 +155,10 @@ async def test_a_ledger_that_lags_is_waited_for(patient_platform: Platform) -> N
     payer = await new_payer(patient_platform)
     await patient_platform.simulators.admin.credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=200)
     handle = await patient_platform.start(payer.image())
-    await expired(patient_platform, handle)
+    how = await expired(patient_platform, handle)
     await delivered(patient_platform, handle)
     await patient_platform.pass_time(handle, 150)
-    assert await kinds_of(patient_platform, handle) == ["pre_deduct", "expire"], "an absent entry proves nothing"
+    assert await kinds_of(patient_platform, handle) == ["pre_deduct", how], "an absent entry proves nothing"
     await patient_platform.pass_time(handle, 120)
     ending = await ended(patient_platform, handle)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
@@ -236,8 +245,10 @@ async def test_a_commit_that_acted_without_an_answer_is_settled_within_seconds(
     credits = quick_platform.simulators.admin.credits
     if ledger == "by reason":
         await tells_reasons_alone(payer)
-    kind = {"lost": {"kind": "drop"}, "500": {"kind": "error", "status": 500, "when": "after"}}[answer]
-    await credits.fault(**kind, route="commit", tenant_id=payer.tenant_id)
+    if answer == "lost":
+        await credits.fault("drop", route="commit", tenant_id=payer.tenant_id)
+    else:
+        await credits.fault("error", route="commit", tenant_id=payer.tenant_id, status=500, when="after")
     handle = await start_telling(quick_platform, payer.image(), actual_cost=cost)
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, cost, [])
@@ -306,6 +317,7 @@ async def test_the_ledger_wins_over_what_was_committed(quick_platform: Platform)
 # A charge that is not answered
 
 
+@pytest.mark.by_contract("keys are kept")
 @pytest.mark.parametrize("acts", [True, False], ids=["acted", "did not act"])
 @pytest.mark.parametrize("part", [1, 2])
 async def test_an_unanswered_charge_is_repeated_where_keys_are_kept(

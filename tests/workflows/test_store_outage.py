@@ -14,6 +14,7 @@ from temporalio.client import WorkflowExecutionStatus
 from temporalio.testing import WorkflowEnvironment
 
 from contracts.tasks import EventType, TaskStatus
+from simulators.credits_profile import CreditsProfile
 from store import TaskStore
 from tests.cable import Cable
 from tests.workflows.books import Ending, ended
@@ -26,11 +27,16 @@ RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
 
 @pytest_asyncio.fixture
 async def platform(
-    skipping_env: WorkflowEnvironment, postgres_dsn: str, cable: Cable, tmp_path: Path
+    skipping_env: WorkflowEnvironment,
+    postgres_dsn: str,
+    cable: Cable,
+    tmp_path: Path,
+    credits_profile: CreditsProfile,
 ) -> AsyncIterator[Platform]:
     """A platform at contract speed, whose worker and gateway reach PostgreSQL by `cable`."""
     store = TaskStore(f"postgresql://postgres:unused@127.0.0.1:{cable.port}/{make_url(postgres_dsn).database}")
-    async with running_platform(skipping_env, store, tmp_path, speed=1.0) as platform, platform.worker():
+    running = running_platform(skipping_env, store, tmp_path, speed=1.0, credits_profile=credits_profile)
+    async with running as platform, platform.worker():
         yield platform
     await store.close()
 
