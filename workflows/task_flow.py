@@ -207,9 +207,9 @@ class TaskFlow(Generic[Run, Result]):
         self.record.decided()
         self.watch.stop_polling()
         self.record.waits_for("job and credits to be given back", None)
-        if workflow.patched("row-looked-at-before-giving-back"):
-            await self.row_look.once()
         await self.undo.all(str(end))
+        if workflow.patched("row-looked-at-once-given-back"):
+            await self.row_look.once()
         if self.outside.told.life.must_stop:
             row = await self.row_look.ended()
             if row is not None:
