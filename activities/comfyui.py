@@ -12,6 +12,7 @@ from typing import ClassVar, Final
 from pydantic import TypeAdapter
 from temporalio import activity
 
+from activities.lives import Lives
 from activities.outside_client import OutsideClient, same
 from activities.outside_http import Party, Route
 from activities.running_call import answered
@@ -36,11 +37,12 @@ COMFYUI: Final = Party(
     messages_by_number=COMFYUI_CODES_BY_NUMBER,
 )
 _TRAINING: Final = {"40401": "training_not_found"}
+_TEMPLATE: Final = {"40401": "template_not_found"}
 
-SUBMIT_JOB: Final = Route("POST", "/comfyui/v1/jobs")
+SUBMIT_JOB: Final = Route("POST", "/comfyui/v1/jobs", messages_by_number=_TEMPLATE)
 GET_JOB: Final = Route("GET", "/comfyui/v1/jobs/{job_id}")
 CANCEL_JOB: Final = Route("POST", "/comfyui/v1/jobs/{job_id}/cancel", is_ours=True)
-CREATE_TRAINING: Final = Route("POST", "/comfyui/v1/training")
+CREATE_TRAINING: Final = Route("POST", "/comfyui/v1/training", messages_by_number=_TEMPLATE)
 GET_TRAINING: Final = Route("GET", "/comfyui/v1/training/{job_id}", messages_by_number=_TRAINING)
 START_TRAINING: Final = Route("POST", "/comfyui/v1/training/{job_id}/start", True, _TRAINING)
 CANCEL_TRAINING: Final = Route("POST", "/comfyui/v1/training/{job_id}/cancel", True, _TRAINING)
@@ -97,14 +99,18 @@ class ComfyUIClient(OutsideClient):
 
 
 class ComfyUIActivities:
-    """ComfyUI as workflows see it. The client stays the caller's to open and close."""
+    """ComfyUI as workflows see it. The client stays the caller's to open and close.
 
-    def __init__(self, client: ComfyUIClient) -> None:
+    Calls that begin something go through `lives` first.
+    """
+
+    def __init__(self, client: ComfyUIClient, lives: Lives) -> None:
         self._client = client
+        self._lives = lives
 
     @activity.defn
     async def submit_job(self, post: Post[JobRequest]) -> Answer[JobAccepted]:
-        return await answered(post.call_for, self._client.submit_job(post))
+        return await answered(post.call_for, self._lives.begin(post, self._client.submit_job))
 
     @activity.defn
     async def get_job(self, call: JobCall) -> Answer[JobState]:
@@ -116,11 +122,11 @@ class ComfyUIActivities:
 
     @activity.defn
     async def create_training(self, post: Post[TrainingRequest]) -> Answer[TrainingAccepted]:
-        return await answered(post.call_for, self._client.create_training(post))
+        return await answered(post.call_for, self._lives.begin(post, self._client.create_training))
 
     @activity.defn
     async def start_training(self, call: JobCall) -> Answer[TrainingState]:
-        return await answered(call.call_for, self._client.start_training(call))
+        return await answered(call.call_for, self._lives.begin(call, self._client.start_training))
 
     @activity.defn
     async def get_training(self, call: JobCall) -> Answer[TrainingState]:

@@ -20,6 +20,9 @@ class CallFor(OwnModel):
     user_id: str
     scene: Scene
     is_rollback: bool = False
+    first_execution_run_id: str | None = None
+    run_number: int = 0
+    """Of the run that calls; see `contracts.lives.TaskRun`."""
 
 
 class Post(OwnModel, Generic[Body]):
@@ -28,6 +31,10 @@ class Post(OwnModel, Generic[Body]):
     call_for: CallFor
     key: str
     body: Body
+    is_undo: bool = False
+    """Repeats a key to learn what it made, so that it can be undone: also for a task that has ended."""
+    has_read_ledger: bool = False
+    """A commit or charge that is made after the task's ledger was read: no earlier life has settled the task."""
 
 
 class JobCall(OwnModel):

@@ -97,6 +97,8 @@ class AskedJob(OwnModel):
     job_id: str | None = None
     refused: bool = False
     """A definite refusal: there is no job to cancel."""
+    is_key_taken: bool = False
+    """An earlier life of the task had used the key with another body: this was no attempt."""
     cancelled: bool = False
 
 
@@ -110,6 +112,10 @@ class AskedHold(OwnModel):
     amount: int = 0
     refused: bool = False
     resolved: bool = False
+    told: bool = False
+    """Whether an event told that it is held."""
+    told_back: bool = False
+    """Whether an event told that it was given back."""
 
     @property
     def usable(self) -> int:
@@ -215,6 +221,8 @@ class CarriedRun(OwnModel):
     """Everything a continued run goes on with; a first run starts from the defaults."""
 
     policy: Policy | None = None
+    run_number: int = 0
+    """1 for a chain's second run, and so on; see `contracts.lives.TaskRun`."""
     record: RecordState = Field(default_factory=RecordState)
     watch: WatchState = Field(default_factory=WatchState)
     clock: ClockState = Field(default_factory=ClockState)

@@ -29,6 +29,8 @@ class ReconcileOrder(CallerModel):
     """Rows that the runs before this one could not look at."""
     not_started: int = 0
     """Give-backs that the runs before this one could not start."""
+    look_again_seconds: Annotated[float, Field(ge=0, le=86_400)] = 3_600.0
+    """How often the ledger of a task whose settlement is unknown is looked at again, for a day."""
 
 
 class OpenTasksLook(OwnModel):
@@ -36,6 +38,12 @@ class OpenTasksLook(OwnModel):
 
     quiet_seconds: float
     cursor: str | None = None
+
+
+class UnsettledLook(OwnModel):
+    """Which unknown settlements are due: those that were not looked at for `every_seconds`."""
+
+    every_seconds: float
 
 
 class ClosedRun(OwnModel):
@@ -67,3 +75,5 @@ class ReconcileResult(OwnModel):
     task_ids: list[str]
     unseen: int = 0
     not_started: int = 0
+    corrected: int = 0
+    """Rows whose settlement was unknown and is known now."""

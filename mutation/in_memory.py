@@ -15,6 +15,8 @@ from mutation.mutations import ROOT
 
 KEPT: Final = ("contracts", "mutation", "process_end")
 """Ours, and never imported anew: nothing in them imports what is mutated."""
+_forgotten: Final[list[ModuleType]] = []
+"""Kept alive: what would be thrown away with one, e.g. an event loop, would be warned of in the midst of a test."""
 
 
 class InMemory(MetaPathFinder):
@@ -65,4 +67,4 @@ def forget() -> None:
         file = getattr(module, "__file__", None) or ""
         is_ours = file.startswith(f"{ROOT}/") and not file.startswith(f"{ROOT}/.venv/")
         if is_ours and name != "__main__" and name.partition(".")[0] not in KEPT:
-            del sys.modules[name]
+            _forgotten.append(sys.modules.pop(name))

@@ -10,6 +10,7 @@ import ast
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -45,7 +46,11 @@ class Mutation:
     def key(self) -> str:
         return f"{self.module}::{self.function}::{self.becomes}::{self.ordinal}"
 
-    def applied(self, source: bytes) -> bytes:
+    def applied(self) -> bytes:
+        """The module's source with this change."""
+        return self.applied_to(source_of(self.module))
+
+    def applied_to(self, source: bytes) -> bytes:
         return source[: self.start] + self.text.encode() + source[self.end :]
 
 
@@ -56,9 +61,15 @@ def modules(names: list[str]) -> list[str]:
     return [module for module in found if not names or any(module.startswith(name) for name in names)]
 
 
+@cache
+def source_of(module: str) -> bytes:
+    """The module's source, as it was when this process first read it: places in it hold for no other."""
+    return (ROOT / module).read_bytes()
+
+
 def mutations_of(module: str) -> list[Mutation]:
     """Every mutation of a module, in the order of its source."""
-    return mutations_in(module, (ROOT / module).read_bytes())
+    return mutations_in(module, source_of(module))
 
 
 def mutations_in(module: str, source: bytes) -> list[Mutation]:

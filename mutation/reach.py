@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mutation.in_memory import InMemory
-from mutation.mutations import ROOT, modules
+from mutation.mutations import ROOT, modules, source_of
 
 NOTED: Final = "__reached__"
 Block = str
@@ -47,7 +47,7 @@ def note_into(reached: set[Block]) -> None:
 
 
 def _noting(module: str) -> ast.Module:
-    tree = ast.parse((ROOT / module).read_bytes())
+    tree = ast.parse(source_of(module))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef):
             continue
@@ -77,13 +77,14 @@ def seeds_that_reach(seeds: dict[str, int]) -> dict[Block, list[tuple[str, int]]
     reached = set[Block]()
     note_into(reached)
     play = simulation()
+    at_import = {EVERYWHERE, *reached}
     found: dict[Block, list[tuple[str, int]]] = {}
     for kind, count in seeds.items():
         for seed in range(count):
             reached.clear()
             problem = play(seed, kind).problem
             assert problem is None, f"the seed fails without any mutant: {kind} {seed}: {problem}"
-            for block in (EVERYWHERE, *reached):
+            for block in reached | at_import:
                 found.setdefault(block, []).append((kind, seed))
     return found
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mutation.judging import Fate, Verdict
-from mutation.mutations import ROOT, Mutation
+from mutation.mutations import Mutation, source_of
 
 KILLERS_AT_MOST = 12
 
@@ -61,7 +61,7 @@ class Verdicts:
 
     def _source(self, module: str) -> str:
         if module not in self._sources:
-            self._sources[module] = hashlib.sha256((ROOT / module).read_bytes()).hexdigest()[:16]
+            self._sources[module] = hashlib.sha256(source_of(module)).hexdigest()[:16]
         return self._sources[module]
 
     def _lines(self) -> Iterator[dict[str, str]]:

@@ -57,6 +57,11 @@ class Call:
     is_over: bool = False
     last_failure: Failure | None = None
     next_try: Happening | None = None
+    outcome: Any = None
+    """What it came to on the other side, where its caller was told; None: it failed."""
+    scheduled_at: float = 0.0
+    told_at: float | None = None
+    """When the run was told of its end."""
 
     @classmethod
     def of(cls, command: ScheduleActivity | ScheduleLocalActivity, argument: Any, now: float) -> Call:
@@ -103,6 +108,7 @@ class Calls:
 
     def schedule(self, command: ScheduleActivity | ScheduleLocalActivity, payloads: Sequence[Payload]) -> Call:
         call = Call.of(command, self._parties.argument_of(command.activity_type, payloads), self._agenda.now)
+        call.scheduled_at = self._agenda.now
         self._open[call.seq] = call
         if call.expires_at != UNLIMITED:
             self._agenda.at(call.expires_at, lambda: self._expire(call))
@@ -188,6 +194,7 @@ class Calls:
             self._unheard(call, token, attempt)
         else:
             result = activity_result.Success(result=payload_of(outcome))
+            call.outcome = outcome
             self._finish(call, Resolution(completed=result))
 
     def _unheard(self, call: Call, token: object, attempt: Attempt) -> None:

@@ -55,6 +55,11 @@ class Hold:
     charged: int = 0
     is_cancelled_by_hand: bool = False
 
+    @property
+    def n(self) -> int:
+        """Which of the task's holds this is, by the key that it was asked for with."""
+        return int(self.key.rpartition(":")[2])
+
 
 @dataclass
 class CreditsTerms:
@@ -77,6 +82,8 @@ class Books:
     answers: dict[str, tuple[str, Answer[Any]]] = field(default_factory=dict)
     conflicts: list[str] = field(default_factory=list)
     """Keys that came again with another body."""
+    estimates: dict[int, int] = field(default_factory=dict)
+    """Attempt → what it was estimated at, in points."""
 
 
 class CreditsModel:
@@ -104,6 +111,7 @@ class CreditsModel:
 
     def estimate(self, post: Post[EstimateRequest]) -> Answer[Estimate]:
         cost = max(0, self._price_of(post.body) + self.terms.price_offset)
+        self.books.estimates[int(post.key.rpartition(":")[2])] = cost
         return Answer(reply=Estimate(selected_cost=cost, estimated_cost=cost, current_balance=self.balance))
 
     def pre_deduct(self, post: Post[PreDeductRequest]) -> Answer[HoldReply]:

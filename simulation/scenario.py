@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from contracts.carried import ImageRun, TrainingRun
+from contracts.comfyui import TaskPriority
 from contracts.policy import Policy
 from contracts.prices import PriceTable
 from simulation.agenda import BEGINNING, Agenda
@@ -102,6 +103,14 @@ class Scenario:
         return self.workflow_type == IMAGE
 
     @property
+    def is_accelerated(self) -> bool:
+        return self.task.priority is TaskPriority.ACCELERATED
+
+    @property
+    def has_wrong_input(self) -> bool:
+        return isinstance(self.task, ImageRun) and NOT_OFFERED in self.task.extras
+
+    @property
     def is_easy_on_credits(self) -> bool:
         """Whether nothing keeps a hold from being renewed in time."""
         weather, falls = self.weather, any(deed == Deed.BALANCE_FALLS for _, deed in self.deeds.drawn)
@@ -113,8 +122,10 @@ class Scenario:
         """The price by the table when the task begins, in points."""
         if isinstance(self.task, ImageRun):
             extras = {name: value for name, value in self.task.extras.items() if name != NOT_OFFERED}
-            return PRICES.image(resolution=self.task.resolution.value, accelerated=False, extras=extras)
-        return PRICES.training(base_model=self.task.base_model, accelerated=False, gpu_hours=self.gpu_hours)
+            return PRICES.image(resolution=self.task.resolution.value, accelerated=self.is_accelerated, extras=extras)
+        return PRICES.training(
+            base_model=self.task.base_model, accelerated=self.is_accelerated, gpu_hours=self.gpu_hours
+        )
 
 
 def drawn(rng: random.Random, agenda: Agenda, kind: str) -> Scenario:

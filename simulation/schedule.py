@@ -15,10 +15,11 @@ from contracts.comfyui import GpuPool
 from contracts.credits import EstimateRequest
 from contracts.tasks import CALLBACK_SIGNAL, workflow_id_of
 from simulation.agenda import Agenda
+from simulation.comfyui_model import Work
 from simulation.credits_model import CreditsModel
 from simulation.hosted_run import RunIdentity, TaskFailed, payload_of
 from simulation.image_jobs import ImageJobs
-from simulation.oracle import Oracle, Untrue
+from simulation.oracle import Oracle
 from simulation.parties import Objects, Parties
 from simulation.people import People
 from simulation.scenario import RUN_ID, Deed, Scenario, drawn
@@ -26,6 +27,7 @@ from simulation.server import Server
 from simulation.store_model import StoreModel
 from simulation.trace import Trace
 from simulation.trainings import Trainings
+from simulation.truth import Untrue
 
 STEPS_AT_MOST: Final = 4_000
 
@@ -104,8 +106,9 @@ class Schedule:
     def _estimate(self, request: EstimateRequest) -> int:
         if request.gpu_hours is None:
             return self.scenario.table_price
-        prices = self.scenario.policy.prices
-        return prices.training(base_model=request.resolution, accelerated=False, gpu_hours=request.gpu_hours)
+        return self.scenario.policy.prices.training(
+            base_model=request.resolution, accelerated=self.scenario.is_accelerated, gpu_hours=request.gpu_hours
+        )
 
     def run(self) -> str:
         """Step until nothing is left to happen; how the task ended. Raises Untrue, TaskFailed."""
@@ -147,11 +150,12 @@ class Schedule:
 
     # Callbacks
 
-    def _call_back(self, body: dict[str, Any]) -> None:
+    def _call_back(self, work: Work[Any]) -> None:
+        told = {"task_id": work.request.task_id, "occurred_at": self.agenda.instant().isoformat()}
+        body = work.state.model_dump(mode="json") | told
         payload = Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(body).encode())
         self.people.heard.append(payload)
-        if body.get("result_urls") or body.get("output"):
-            self.oracle.deliveries[payload.data] = body.get("job_id") or body["training_id"]
+        self.server.witness.sent[payload.data] = work.state
         with_it = self.scenario.deeds.on_any_word if len(self.people.heard) == self.scenario.deeds.word else []
         for seconds in self.scenario.weather.callback_delays():
             self.agenda.after(seconds, lambda: self._arrive(payload, with_it))

@@ -20,7 +20,7 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 EVENTS_CHANNEL: Final = "task_events"
 """The one NOTIFY channel; a payload is `task_id:seq`."""
@@ -35,6 +35,10 @@ def _instant(name: str, *, nullable: bool = False) -> Column[Any]:
 def _json(name: str) -> Column[Any]:
     """A JSON document; None is SQL's NULL, never JSON's."""
     return Column(name, JSONB(none_as_null=True))
+
+
+def _texts(name: str) -> Column[Any]:
+    return Column(name, ARRAY(Text), nullable=False, server_default=text("'{}'::text[]"))
 
 
 def _task_id(*, primary_key: bool = True) -> Column[Any]:
@@ -88,6 +92,15 @@ tasks = Table(
     Column("result_urls", JSONB, nullable=False),
     _json("output"),
     _json("error"),
+    _instant("settlement_looked_at", nullable=True),
+    Column("run_id", Text),
+    Column("run_number", Integer, nullable=False, server_default=text("0")),
+    Column("lives", Integer, nullable=False, server_default=text("0")),
+    _instant("life_began_at", nullable=True),
+    Column("given_back_by", Text),
+    _texts("earlier_run_ids"),
+    _texts("hold_ids"),
+    _texts("job_ids"),
     Index("tasks_by_time", text("created_at DESC"), text("task_id DESC")),
     Index("tasks_of_tenant", "tenant_id", text("created_at DESC"), text("task_id DESC")),
     Index("tasks_of_tenant_by_status", "tenant_id", "status", text("created_at DESC"), text("task_id DESC")),
@@ -98,9 +111,15 @@ tasks = Table(
     ),
     Index("tasks_open", "created_at", "task_id", postgresql_where=text("ended_at IS NULL")),
     Index("tasks_by_end", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
+    Index(
+        "tasks_unsettled",
+        "ended_at",
+        postgresql_where=text("credits ->> 'settlement' = 'unknown' AND ended_at IS NOT NULL"),
+    ),
     Index("tasks_queued", "priority", postgresql_where=text("status = 'queued'")),
     comment="One row a task; job_sequences: the newest sequence written of each job.",
 )
+"""`run_id` is the run that acts, `lives` how often it was reset, `hold_ids` and `job_ids` are those of every run."""
 
 task_events = Table(
     "task_events",

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, Literal
 
 from contracts.fields import OwnModel
+from contracts.lives import EarlierLife, TaskRun
 from contracts.permissions import Scene
-from contracts.task_store import TaskClaim, TaskExceptionRow, TaskRow, TaskWrite, TrainingLogRow, TrainingLogWrite
+from contracts.task_store import (
+    Correction,
+    RowSeen,
+    TaskClaim,
+    TaskExceptionRow,
+    TaskRow,
+    TaskWrite,
+    TrainingLogRow,
+    TrainingLogWrite,
+    UnsettledTask,
+)
 from contracts.tasks import TaskEvent, TaskStatus
-from store import home, reads, stream_reads, tasks, unseen, upkeep
+from store import home, lives, reads, stream_reads, tasks, unseen, unsettled, upkeep
 from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
 from store.database import POOL_SIZE, WORK_SECONDS, Database
 from store.home import StoreHome
@@ -21,6 +32,8 @@ from store.unseen import UnseenTask, UnseenTaskRow
 from store.upkeep import Purged, QueueState
 
 MAX_PAGE: Final = 1_000
+Made = Literal["hold", "job"]
+"""What a run makes for its task elsewhere."""
 
 
 class TaskPage(OwnModel):
@@ -54,20 +67,65 @@ class TaskStore:
     async def close(self) -> None:
         await self._database.close()
 
-    async def claim(self, claim: TaskClaim, *, within_seconds: float = WORK_SECONDS) -> bool:
-        """Claim the task id for a run (contract §8): True for the first run and its repeats, False for any other."""
+    async def claim(
+        self, claim: TaskClaim, run: TaskRun | None = None, *, within_seconds: float = WORK_SECONDS
+    ) -> bool:
+        """Claim the task id for a run (contract §8): True for the first run and its repeats, False for any other.
+
+        `run` is the one that acts for the task from the first claim on.
+        """
         return await self._database.transaction(
-            lambda connection: tasks.claim_task(connection, claim),
+            lambda connection: tasks.claim_task(connection, claim, run),
             doing=f"claiming the task {claim.task_id}",
             within_seconds=within_seconds,
         )
 
-    async def write(self, write: TaskWrite, *, within_seconds: float = WORK_SECONDS) -> None:
-        """Row, events, exception records and NOTIFY in one transaction. Raises NotTheClaimant, TaskUnknown."""
+    async def write(
+        self, write: TaskWrite, run: TaskRun | None = None, *, within_seconds: float = WORK_SECONDS
+    ) -> None:
+        """Row, events, exception records and NOTIFY in one transaction. Raises NotTheClaimant, TaskUnknown.
+
+        Registers `run`, the one that writes; None for whoever writes in the name of a run that is over.
+        """
         await self._database.transaction(
-            lambda connection: tasks.write_task(connection, write),
+            lambda connection: tasks.write_task(connection, write, run),
             doing=f"writing the events of the task {write.task_id}",
             within_seconds=within_seconds,
+        )
+
+    async def register(self, run: TaskRun, *, within_seconds: float = WORK_SECONDS) -> EarlierLife:
+        """Make `run` the one that acts for its task, and tell what the row knows beyond it."""
+        doing = f"looking at the task {run.task_id}"
+        known = await self._database.read(
+            lambda connection: lives.seen(connection, run), doing=doing, within_seconds=within_seconds
+        )
+        if known is not None:
+            return known
+        return await self._database.transaction(
+            lambda connection: lives.register(connection, run), doing=doing, within_seconds=within_seconds
+        )
+
+    async def look(self, run: TaskRun, *, within_seconds: float = WORK_SECONDS) -> RowSeen:
+        """As `register`, with the whole row."""
+        return await self._database.transaction(
+            lambda connection: lives.look(connection, run),
+            doing=f"looking at the task {run.task_id}",
+            within_seconds=within_seconds,
+        )
+
+    async def note_made(self, task_id: str, kind: Made, made: str, *, within_seconds: float = WORK_SECONDS) -> bool:
+        """Keep the id of a hold or job with its task's row; whether it was known. A task without a row keeps none."""
+        return await self._database.transaction(
+            lambda connection: lives.note_made(connection, task_id, column=f"{kind}_ids", made=made),
+            doing=f"noting a {kind} of the task {task_id}",
+            within_seconds=within_seconds,
+        )
+
+    async def claim_give_back(self, task_id: str, *, by: str, found_run: str | None) -> bool:
+        """Claim an open row for a give-back: False where another run than `found_run` acts for it, or it has ended."""
+        return await self._database.transaction(
+            lambda connection: lives.claim_give_back(connection, task_id, by=by, found_run=found_run),
+            doing=f"claiming the give-back of the task {task_id}",
         )
 
     async def write_log(self, task_id: str, writes: Sequence[TrainingLogWrite]) -> None:
@@ -188,6 +246,20 @@ class TaskStore:
         return await self._database.read(
             lambda connection: reads.exceptions(connection, task_id=task_id, codes=codes, limit=_bounded(limit)),
             doing="reading exception records",
+        )
+
+    async def take_unsettled(self, *, every: timedelta, limit: int) -> list[UnsettledTask]:
+        """Some ended tasks whose settlement is unknown and whose ledger is due; they are due again after `every`."""
+        return await self._database.transaction(
+            lambda connection: unsettled.take_unsettled(connection, every=every, limit=limit),
+            doing="taking tasks whose settlement is unknown",
+        )
+
+    async def correct_settlement(self, correction: Correction) -> bool:
+        """Write what the ledger shows by now into a row's credits, with its record; False where that was known."""
+        return await self._database.transaction(
+            lambda connection: unsettled.correct(connection, correction),
+            doing=f"correcting the settlement of the task {correction.task_id}",
         )
 
     async def purge(self, before: datetime) -> Purged:

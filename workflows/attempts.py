@@ -14,6 +14,7 @@ from contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, Trainin
 from contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode, Refusal
 from contracts.tasks import EventType
 from workflows.alarm import Alarm
+from workflows.earlier_life import is_own_key
 from workflows.failures import TaskFailed
 from workflows.job_clock import JobClock
 from workflows.job_routes import JobRoutes
@@ -50,18 +51,28 @@ class Attempts:
 
     @property
     def number(self) -> int:
+        """How many attempts there were."""
+        return sum(not job.is_key_taken for job in self.asked)
+
+    @property
+    def key_number(self) -> int:
+        """`n` in the keys of the present attempt's calls."""
         return len(self.asked)
 
     async def submit(self, request: JobRequest | TrainingRequest) -> JobAccepted | TrainingAccepted:
         """Row 1: ask for the next job. Raises TaskFailed or TaskStopped."""
-        self._outside.may_begin()
-        n = self.number + 1
-        job = AskedJob(attempt=n, key=self._outside.key("submit", n), request=request, asked_at=workflow.now())
-        self.asked.append(job)
-        self._record.attempted(n)
-        answer: Answer[Any] = await self._outside.opening(
-            self._routes.submit, self._post(job), summary=self._routes.submit_summary, minutes=self.opening_minutes
-        )
+        while True:
+            self._outside.may_begin()
+            n = len(self.asked) + 1
+            job = AskedJob(attempt=n, key=self._outside.key("submit", n), request=request, asked_at=workflow.now())
+            self.asked.append(job)
+            self._record.attempted(self.number)
+            answer: Answer[Any] = await self._outside.opening(
+                self._routes.submit, self._post(job), summary=self._routes.submit_summary, minutes=self.opening_minutes
+            )
+            if not is_own_key(answer, self._outside.told):
+                break
+            job.refused = job.is_key_taken = True  # by an earlier life: its job is cancelled when the task ends
         if answer.reply is None:
             job.refused = True
             raise TaskFailed.by_refusal(_refusal_of(answer))
@@ -119,8 +130,11 @@ class Attempts:
             await self._learn(job)
         if job.job_id is None:
             return
-        call = JobCall(call_for=self._outside.call_for, job_id=job.job_id, key=self._outside.key("cancel", job.attempt))
-        answer = await self._outside.until_answered(self._routes.cancel, call, summary="5 cancel job")
+        for n in (job.attempt, f"{job.attempt}:{self._outside.told.life.lives}"):
+            call = JobCall(call_for=self._outside.call_for, job_id=job.job_id, key=self._outside.key("cancel", n))
+            answer = await self._outside.until_answered(self._routes.cancel, call, summary="5 cancel job")
+            if answer is None or not is_own_key(answer, self._outside.told):
+                break
         job.cancelled = True
         if answer is not None and answer.not_offered:
             self._record.tell_exception(
@@ -135,7 +149,7 @@ class Attempts:
     async def _learn(self, job: AskedJob) -> None:
         """Repeat key and body to learn the id of a job whose answer was lost."""
         answer: Answer[Any] | None = await self._outside.until_answered(
-            self._routes.submit, self._post(job), summary="5 cancel job: learn its id"
+            self._routes.submit, self._post(job, is_undo=True), summary="5 cancel job: learn its id"
         )
         if answer is not None and answer.reply is not None:
             reply = answer.reply
@@ -153,9 +167,10 @@ class Attempts:
             job_id=job.job_id,
         )
 
-    def _post(self, job: AskedJob) -> Post[Any]:
+    def _post(self, job: AskedJob, *, is_undo: bool = False) -> Post[Any]:
         kind = JobRequest if isinstance(job.request, JobRequest) else TrainingRequest
-        return Post[kind](call_for=self._outside.call_for, key=job.key, body=job.request)  # type: ignore[valid-type]
+        call_for = self._outside.call_for
+        return Post[kind](call_for=call_for, key=job.key, body=job.request, is_undo=is_undo)  # type: ignore[valid-type]
 
 
 def _refusal_of(answer: Answer[Any]) -> Refusal:

@@ -7,6 +7,7 @@ stays out, the ledger says whether it may be sent again.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Final, NamedTuple
 
 from temporalio import workflow
@@ -18,12 +19,16 @@ from contracts.calls import Post
 from contracts.credits import CHARGE_REASON, MAX_CHARGE_POINTS, ChargeReply, ChargeRequest
 from contracts.errors import Answer, FailureCode
 from contracts.tasks import ImageTask, TrainingTask
+from workflows.earlier_life import is_of_store, obey_life
 from workflows.failures import why
 from workflows.ledger_search import LedgerSearch, Shown
 from workflows.outside_call import OutsideCall
 
 SENT_ONCE: Final = "charge-sent-once"
 ONE_TRY: Final = RetryPolicy(maximum_attempts=1)
+STORE_AGAIN_AFTER: Final = timedelta(seconds=2)
+"""Doubled each time, up to `STORE_AGAIN_AT_MOST`."""
+STORE_AGAIN_AT_MOST: Final = timedelta(minutes=1)
 MAX_SENDINGS: Final = 6
 """Of one part to a service that keeps no keys: after each the ledger has shown it absent for 10 minutes."""
 NOT_REFUSED: Final = frozenset({"unreadable", "idempotency_conflict"})
@@ -104,18 +109,34 @@ class Charges:
             reason=CHARGE_REASON,
         )
         key = self._outside.key("charge", self._n)
-        return Post[ChargeRequest](call_for=self._outside.call_for, key=key, body=body)
+        has_read = self._outside.told.is_possible
+        return Post[ChargeRequest](call_for=self._outside.call_for, key=key, body=body, has_read_ledger=has_read)
 
     async def _sent(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
         """The answer to a part: what was charged, or a refusal. Raises ChargeUnknown."""
         if not workflow.patched(SENT_ONCE):
             return await self._repeated(post)
-        handle = self._outside.visible(CreditsActivities.charge, post, summary="5 charge", retry=ONE_TRY)
+        newest = self._ledger.newest
+        if self._outside.told.is_possible and not (newest is not None and newest.has_kinds):
+            return await self._unanswered(post, "the task's run was reset")  # an earlier life may have sent it
         try:
-            answer = await handle
+            answer = await self._once(post)
         except FailureError as error:
             return await self._unanswered(post, str(why(error, FailureCode.CREDITS_UNAVAILABLE)))
         return await self._decided(post, answer)
+
+    async def _once(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
+        """One sending; a task store that is away is waited for: nothing was sent. Raises FailureError."""
+        wait = STORE_AGAIN_AFTER
+        while True:
+            handle = self._outside.visible(CreditsActivities.charge, post, summary="5 charge", retry=ONE_TRY)
+            try:
+                return await handle
+            except FailureError as error:
+                if not is_of_store(error):
+                    raise
+            await workflow.sleep(wait, summary="5 charge: the task store is away")
+            wait = min(2 * wait, STORE_AGAIN_AT_MOST)
 
     async def _unanswered(self, post: Post[ChargeRequest], said: str) -> Answer[ChargeReply]:
         """The ledger shows what became of a part whose answer stayed out, or whether it may be sent again."""
@@ -127,9 +148,8 @@ class Charges:
                     return await self._decided(post, await self._repeated(post))
                 case Shown.UNKNOWN:
                     break
-            handle = self._outside.visible(CreditsActivities.charge, post, summary="5 charge", retry=ONE_TRY)
             try:
-                return await self._decided(post, await handle)
+                return await self._decided(post, await self._once(post))
             except FailureError as error:
                 said = str(why(error, FailureCode.CREDITS_UNAVAILABLE))
         raise ChargeUnknown(said)
@@ -141,6 +161,7 @@ class Charges:
 
     async def _decided(self, post: Post[ChargeRequest], answer: Answer[ChargeReply]) -> Answer[ChargeReply]:
         """An answer that does not say whether it was charged is looked up."""
+        obey_life(answer)
         if answer.refusal is None or answer.refusal.message not in NOT_REFUSED:
             return answer
         if await self._ledger.charge_shown(self._n, may_repeat=False) is Shown.CHARGED:

@@ -30,11 +30,14 @@ from contracts.credits import (
 from contracts.errors import Answer, ExceptionCode, FailureCode, Refusal
 from contracts.tasks import CreditsSummary, EventType, ImageTask, SettlementState, TrainingTask
 from workflows.doubled_holds import DoubledHolds
+from workflows.earlier_life import is_own_key
 from workflows.failures import TaskFailed
+from workflows.forgotten_holds import ForgottenHolds
 from workflows.hold_ends import HoldEnds
 from workflows.ledger_search import LedgerSearch
 from workflows.outside_call import OutsideCall
-from workflows.task_ledger import HoldFate
+from workflows.row_look import RowLook
+from workflows.task_ledger import Found, HoldFate
 from workflows.task_record import TaskRecord
 
 LAST_SECONDS: Final = timedelta(seconds=60)
@@ -54,6 +57,10 @@ class HoldRefused(Exception):
         super().__init__(refusal.sentence)
 
 
+class HoldForgotten(Exception):
+    """An earlier life of the task has used this hold's key."""
+
+
 class CreditHold:
     """Held, then committed, cancelled or expired: each hold once, and each belongs to this task."""
 
@@ -64,12 +71,15 @@ class CreditHold:
         record: TaskRecord,
         deadline: Callable[[], datetime],
         carried: HoldState,
+        look: RowLook | None = None,
     ) -> None:
         self._task = task
         self._outside = outside
         self._record = record
         self._deadline = deadline
         self.state = carried
+        self.told_by_row: CreditsSummary | None = None
+        """What an earlier life has settled: it counts, whatever this run has done since."""
         self.margin_seconds = 300.0
         self.opening_minutes = 15.0
         self.uncovered_limit = UNCOVERED_LIMIT_IMAGE if isinstance(task, ImageTask) else UNCOVERED_LIMIT_TRAINING
@@ -81,6 +91,7 @@ class CreditHold:
         self.ledger = LedgerSearch(outside, carried)
         self.ends = HoldEnds(carried)
         self._doubled = DoubledHolds(carried, self.ledger, record, self._cancel)
+        self.forgotten = ForgottenHolds(carried, self.ledger, self.ends, record, look or RowLook(outside), self._cancel)
 
     def carry(self) -> HoldState:
         return self.state
@@ -109,8 +120,15 @@ class CreditHold:
         standing = self.standing
         return standing.request.estimated_cost if standing else self.amount
 
+    @property
+    def told_as_held(self) -> int:
+        """Points that events told as held and not as given back."""
+        return sum(hold.amount for hold in self.state.asked if hold.told and not hold.told_back)
+
     def summary(self) -> CreditsSummary:
         """`credits` of results and queries, in points; nothing is returned while a hold stands."""
+        if self.told_by_row is not None:
+            return self.told_by_row
         returned = 0 if self.standing else max(0, self.amount - self.state.charged)
         is_unknown = self.state.settlement is SettlementState.UNKNOWN
         return CreditsSummary(
@@ -125,7 +143,7 @@ class CreditHold:
 
     # Row 2: estimate
 
-    async def estimate(self, request: EstimateRequest, *, n: int) -> Estimate:
+    async def estimate(self, request: EstimateRequest, *, n: int | str) -> Estimate:
         """The credits service's own price. Raises TaskFailed, TaskStopped."""
         post = Post[EstimateRequest](
             call_for=self._outside.call_for, key=self._outside.key("estimate", n), body=request
@@ -133,6 +151,8 @@ class CreditHold:
         answer = await self._outside.reading(
             CreditsActivities.estimate, post, summary="2 agree", minutes=self.opening_minutes
         )
+        if is_own_key(answer, self._outside.told):
+            return await self.estimate(request, n=f"{n}:{workflow.info().get_current_history_length()}")
         if answer.reply is None:
             raise TaskFailed.by_refusal(answer.refusal or _closing())
         self.state.estimated = answer.reply.selected_cost
@@ -177,12 +197,26 @@ class CreditHold:
         while True:
             may_begin()
             hold = self._note(amount)
-            reply = await ask(hold)
+            try:
+                reply = await ask(hold)
+            except HoldForgotten:
+                await self._give_back_forgotten(hold)
+                continue
             hold.pre_deduct_id, hold.amount = reply.pre_deduct_id, reply.frozen_amount
             if self._expires_at(hold) - workflow.now() >= LAST_SECONDS:
-                self._tell_held(hold, reply)
+                self._tell_held(hold, reply.balance_after)
                 return hold
             await self._give_back_one(hold, "its answer came too late to rely on it")
+
+    async def _give_back_forgotten(self, hold: AskedHold) -> None:
+        """An earlier life has taken a hold under this key: it is cancelled, and the next number asked for."""
+        hold.refused = True
+        if not await self.forgotten.give_back("taken before the task's run was reset"):
+            self._record.tell_exception(
+                f"undo_hold:{hold.n}",
+                ExceptionCode.UNDO_UNFINISHED,
+                f"Hold {hold.n} was taken before the run was reset, and is not shown; it ends by expiry.",
+            )
 
     def _note(self, amount: int) -> AskedHold:
         now = workflow.now()
@@ -196,7 +230,7 @@ class CreditHold:
             estimated_cost=amount,
             expire_in=min(MAX_HOLD_SECONDS, max(SHORTEST_LIFE_SECONDS, seconds)),
         )
-        hold = AskedHold(n=len(self.state.asked) + 1, request=request, asked_at=now)
+        hold = AskedHold(n=self.forgotten.numbers_taken + 1, request=request, asked_at=now)
         self.state.asked.append(hold)
         return hold
 
@@ -220,6 +254,8 @@ class CreditHold:
         return self._granted(hold, answer)
 
     def _granted(self, hold: AskedHold, answer: Answer[HoldReply]) -> HoldReply:
+        if is_own_key(answer, self._outside.told) or (answer.earlier_life is not None and answer.earlier_life.is_known):
+            raise HoldForgotten()
         if answer.reply is None:
             refusal = answer.refusal or _closing()
             # An unreadable answer may have taken the hold all the same: it stays noted, and the undo learns of it.
@@ -361,13 +397,21 @@ class CreditHold:
         body = CancelHoldRequest(
             pre_deduct_id=pre_deduct_id, tenant_id=self._task.tenant_id, user_id=self._task.user_id, reason=reason
         )
-        post = Post[CancelHoldRequest](call_for=self._outside.call_for, key=self._outside.key("cancel", n), body=body)
-        return await self._outside.until_answered(CreditsActivities.cancel_hold, post, summary="5 cancel hold")
+        for key in (
+            self._outside.key("cancel", n),
+            self._outside.key("cancel", f"{n}:{self._outside.told.life.lives}"),
+        ):
+            post = Post[CancelHoldRequest](call_for=self._outside.call_for, key=key, body=body)
+            answer = await self._outside.until_answered(CreditsActivities.cancel_hold, post, summary="5 cancel hold")
+            if answer is None or not is_own_key(answer, self._outside.told):
+                break
+        return answer
 
     async def _learn(self, hold: AskedHold) -> bool:
         """Repeat key and body to learn the id of a hold whose answer was lost; whether there is such a hold."""
+        post = self._post(hold).model_copy(update={"is_undo": True})
         answer = await self._outside.until_answered(
-            CreditsActivities.pre_deduct, self._post(hold), summary="5 cancel hold: learn its id"
+            CreditsActivities.pre_deduct, post, summary="5 cancel hold: learn its id"
         )
         if answer is not None and answer.reply is not None:
             hold.pre_deduct_id, hold.amount = answer.reply.pre_deduct_id, answer.reply.frozen_amount
@@ -387,8 +431,8 @@ class CreditHold:
         if refusal.message == "pre_deduct_not_found":
             return
         if refusal.message == "pre_deduct_already_processed":
-            found = await self.ledger.fate_of(hold)
-            self.state.charged += found.committed
+            found = await self.fate_of(hold)
+            self.count_committed(found.committed)
             if found.fate is HoldFate.COMMITTED:
                 self.ends.count(found.fate)
             elif found.fate is HoldFate.GIVEN_BACK:
@@ -404,19 +448,37 @@ class CreditHold:
             pre_deduct_id=hold.pre_deduct_id,
         )
 
+    async def fate_of(self, hold: AskedHold) -> Found:
+        """What became of a hold that commit or cancel was refused for."""
+        if self._outside.told.is_possible:
+            return await self.ledger.fate_by_all(hold, known=self.forgotten.numbers_taken)
+        return await self.ledger.fate_of(hold)
+
+    def count_committed(self, points: int) -> None:
+        """Points that a hold turned out to be committed for; where the ledger was read for the task it knows them."""
+        if self._outside.told.is_possible:
+            self.state.charged = max(self.state.charged, points)
+        else:
+            self.state.charged += points
+
     # What the record is told
 
-    def _tell_held(self, hold: AskedHold, reply: HoldReply) -> None:
+    def _tell_held(self, hold: AskedHold, balance_after: int | None) -> None:
+        hold.told = True
         self._record.state.credits = self.summary()
         self._record.tell(
             f"held:{hold.n}",
             EventType.CREDITS,
             credits_delta=-hold.amount,
-            balance_after=reply.balance_after,
+            balance_after=balance_after,
             message=f"{hold.amount} points are held.",
         )
 
     def _tell_given_back(self, hold: AskedHold, balance_after: int | None) -> None:
+        """One that was never relied on is told as held now, so that what comes back has gone before."""
+        if not hold.told:
+            self._tell_held(hold, None)
+        hold.told_back = True
         self.ends.count(HoldFate.GIVEN_BACK)
         self._record.state.credits = self.summary()
         self._record.tell(

@@ -58,6 +58,41 @@ class LedgerSearch:
         found = await self._looked(lambda ledger: self._known(ledger.fate(hold, **self._ends())), LOOK_FOR)
         return found or Found(HoldFate.UNKNOWN)
 
+    async def read(self) -> TaskLedger | None:
+        """The ledger as it is now. None where the service definitely does not show it."""
+        return await self._reading(None)
+
+    async def once_all_ended(self, *, but: int, known: int) -> TaskLedger | None:
+        """The ledger once it shows a charge, or the end of all but `but` of at least `known` holds.
+
+        None where it shows neither within 10 minutes.
+        """
+
+        def seen(ledger: TaskLedger) -> TaskLedger | None:
+            stands = ledger.open_holds()
+            has_all = len(ledger.holds) >= known and len(stands.named) + stands.nameless <= but
+            return ledger if ledger.charged() or (has_all and ledger.charged() is not None) else None
+
+        return await self._looked(seen, LOOK_FOR)
+
+    async def fate_by_all(self, hold: AskedHold, *, known: int) -> Found:
+        """What became of a hold whose end is sure, where an earlier life may have ended others of the task.
+
+        By its id; where the ledger tells none, by what all the task's holds came to once they have ended.
+        """
+
+        def seen(ledger: TaskLedger) -> Found | None:
+            if ledger.tells_ids:
+                return self._known(ledger.fate(hold))
+            stands = ledger.open_holds()
+            charged = ledger.charged()
+            if charged:
+                return Found(HoldFate.COMMITTED, charged)
+            has_all = len(ledger.holds) >= known and not stands.nameless
+            return Found(HoldFate.GIVEN_BACK) if has_all and charged == 0 else None
+
+        return await self._looked(seen, LOOK_FOR) or Found(HoldFate.UNKNOWN)
+
     def _ends(self) -> dict[str, int]:
         return {"given_back": self._holds.given_back or 0, "committed": self._holds.committed}
 

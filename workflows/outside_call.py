@@ -23,7 +23,8 @@ from contracts.comfyui import TaskPriority
 from contracts.errors import Answer, FailureCode, Refusal
 from contracts.permissions import Scene
 from contracts.tasks import PRIORITY_KEYS
-from workflows.failures import why
+from workflows.earlier_life import LifeTold, is_of_store, was_stopped
+from workflows.failures import RowEnded, why
 from workflows.stop import Stop
 
 Argument = TypeVar("Argument")
@@ -73,41 +74,57 @@ class TaskFor(Protocol):
 class OutsideCall:
     """Makes the calls of one task: for its tenant, at its priority."""
 
-    def __init__(self, task: TaskFor, stop: Stop) -> None:
-        self.call_for = CallFor(task_id=task.task_id, tenant_id=task.tenant_id, user_id=task.user_id, scene=task.scene)
+    def __init__(self, task: TaskFor, stop: Stop, *, run_number: int = 0) -> None:
+        self.call_for = CallFor(
+            task_id=task.task_id,
+            tenant_id=task.tenant_id,
+            user_id=task.user_id,
+            scene=task.scene,
+            first_execution_run_id=workflow.info().first_execution_run_id,
+            run_number=run_number,
+        )
         self.priority = Priority(priority_key=PRIORITY_KEYS[task.priority], fairness_key=task.tenant_id)
         self._stop = stop
+        self.told = LifeTold()
 
     def key(self, step: str, n: int | str) -> str:
         """`X-Idempotency-Key` (contract §2, §4)."""
         return f"{self.call_for.task_id}:{step}:{n}"
 
     def may_begin(self) -> None:
-        """Raise TaskStopped if a stop was asked for.
+        """Raise TaskStopped if a stop was asked for, RowEnded if the task has ended.
 
         To be asked before a call is noted: the undo learns of what is noted by asking for it, and would begin it.
         """
         self._stop.obey()
+        self.told.obey()
 
     async def opening(
         self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str, minutes: float
     ) -> Answer[Reply]:
-        """A call that begins something, retried for `minutes`.
+        """A call that begins something, retried for `minutes`, which a task store that is away does not use up.
 
         Raises TaskFailed (the party's `*_unavailable`, or `reply_invalid`), or TaskStopped where a stop was asked
-        for and the call has not been answered.
+        for and the call has not been answered, or RowEnded where the task has ended.
         """
-        self._stop.obey()
-        handle = self.visible(method, argument, summary=summary, within=timedelta(minutes=minutes))
-        await workflow.wait_condition(lambda: handle.done() or self._stop.requested)
-        if not handle.done():
-            handle.cancel()
-        try:
-            return await handle
-        except FailureError as error:
-            # Not always as cancelled: an attempt that fails before it hears of the wish ends as its own failure.
+        while True:
             self._stop.obey()
-            raise why(error, _unavailable(method)) from error
+            handle = self.visible(method, argument, summary=summary, within=timedelta(minutes=minutes))
+            await workflow.wait_condition(lambda handle=handle: handle.done() or self._stop.requested)  # type: ignore[misc]
+            if not handle.done():
+                handle.cancel()
+            try:
+                answer = await handle
+            except FailureError as error:
+                # Not always as cancelled: an attempt that fails before it hears of the wish ends as its own failure.
+                self._stop.obey()
+                if is_of_store(error):
+                    continue
+                raise why(error, _unavailable(method)) from error
+            self.told.heard(answer)
+            if was_stopped(answer):
+                raise RowEnded()
+            return answer
 
     async def until_answered(
         self,
@@ -129,12 +146,14 @@ class OutsideCall:
                 handle.cancel()
             try:
                 answer = await handle
-                answer.tries += rounds
-                return answer
             except FailureError as error:
                 if is_cancelled_exception(error):
                     return None
                 failure = why(error, _unavailable(method))
+            else:
+                answer.tries += rounds
+                self.told.heard(answer)
+                return answer
             rounds += 1
             unreadable_until = unreadable_until or workflow.now() + UNREADABLE_FOR
             if workflow.now() >= unreadable_until:
@@ -182,6 +201,15 @@ class OutsideCall:
         except _NoLocalAnswer:
             pass
         return await self.visible(method, argument, summary=summary)
+
+    async def looked(
+        self, method: Method[Argument, Result], argument: Argument, *, summary: str, within: timedelta
+    ) -> Result:
+        """A read of our own store: a short local try, then a visible one. Raises FailureError where none answers."""
+        try:
+            return await self._local_try(method, argument, summary=summary)
+        except _NoLocalAnswer:
+            return await self.visible(method, argument, summary=summary, within=within)
 
     async def _local_try(self, method: Method[Argument, Result], argument: Argument, *, summary: str) -> Result:
         """For reads and keyed writes only: it leaves no trace until it is recorded (pitfall 21).

@@ -16,6 +16,7 @@ from temporalio.exceptions import FailureError, WorkflowAlreadyStartedError
 from activities.closed_runs import ClosedRunActivities
 from contracts.give_back import GiveBackOrder, give_back_id_of
 from contracts.reconcile import ClosedRun, OpenTasksLook, ReconcileOrder, ReconcileResult
+from workflows.correction import Corrections
 from workflows.give_back import GiveBackWorkflow
 from workflows.outside_call import HEARTBEAT_TIMEOUT
 
@@ -26,6 +27,7 @@ TASK_TIMEOUT: Final = timedelta(seconds=3)
 MAX_PAGES: Final = 20
 MAX_CLOSED: Final = 200
 """Of one run: what is more waits for the run that it continues as."""
+LOOKS_AT_UNSETTLED: Final = "unknown-settlements-looked-at"
 REASON: Final = "found by the reconciler"
 
 
@@ -55,7 +57,10 @@ class ReconcileWorkflow:
         }
         if cursor is not None:
             workflow.continue_as_new(order.model_copy(update={"cursor": cursor, **so_far}))
-        return ReconcileResult(task_ids=begun, **so_far)
+        corrected = 0
+        if workflow.patched(LOOKS_AT_UNSETTLED):
+            corrected = await Corrections().made(every_seconds=order.look_again_seconds)
+        return ReconcileResult(task_ids=begun, corrected=corrected, **so_far)
 
     async def _found_closed(self, order: ReconcileOrder) -> tuple[list[ClosedRun], str | None, int]:
         """Some pages' worth, where the next run goes on, and how many rows could not be looked at."""

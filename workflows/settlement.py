@@ -14,10 +14,12 @@ from contracts.errors import Answer, ExceptionCode, Refusal
 from contracts.tasks import EventType, ImageTask, SettlementState, TrainingTask
 from workflows.charges import Charges, ChargeUnknown
 from workflows.credit_hold import CreditHold
+from workflows.earlier_life import EarlierLifePossible, is_own_key, obey_life
 from workflows.outside_call import OutsideCall
 from workflows.task_ledger import HoldFate
 from workflows.task_record import TaskRecord
 
+MOST_COMMITS: Final = 20
 COMMIT_LOOKED_UP: Final = "commit-of-another-amount-looked-up"
 
 
@@ -42,12 +44,38 @@ class Settlement:
         self.charge_shortfall = False
 
     async def charge(self, cost: int) -> None:
-        """Charge `cost` points for delivered work; what cannot be charged is recorded, and the task is completed."""
+        """Charge `cost` points for delivered work; what cannot be charged is recorded, and the task is completed.
+
+        Raises RowEnded where an earlier life has ended the task.
+        """
+        try:
+            if self._outside.told.is_possible:
+                raise EarlierLifePossible()
+            await self._charge(cost)
+        except EarlierLifePossible:
+            await self._charge(await self._left_by_earlier_lives(cost))
+
+    async def _left_by_earlier_lives(self, cost: int) -> int:
+        """What is to be charged of `cost`, counting what the ledger shows: a commit of any hold settles the task."""
+        self._outside.told.obey()
+        forgotten = self._hold.forgotten
+        await forgotten.give_back("another hold of the task is committed", keep_one=True)
+        self.charges.taken_before()
+        if self._hold.state.is_unknown:
+            self._tell_unknown(self._hold.standing, cost, ChargeUnknown("The task's run was reset."))
+        return self._hold.state.charged if forgotten.was_committed or self._hold.state.is_unknown else cost
+
+    async def _charge(self, cost: int) -> None:
         standing = self._hold.standing
+        if standing is not None:
+            standing.told = True  # of a run from before this was noted
         cost -= self._hold.state.charged  # what a hold was committed for by somebody else counts
-        if standing is None or cost <= 0:
+        if cost <= 0 or (standing is None and not self._outside.told.is_possible):
             await self._hold.give_back("nothing is charged")
             self.settled(None)
+            return
+        if standing is None:
+            await self._charge_without_hold(cost)
             return
         charged, balance_after, is_unknown = 0, None, False
         try:
@@ -65,7 +93,17 @@ class Settlement:
             self.tell_shortfall(missing)
         self.settled(balance_after)
 
-    async def _charge_missing(self, hold: AskedHold, missing: int, balance_after: int | None) -> tuple[int, int | None]:
+    async def _charge_without_hold(self, cost: int) -> None:
+        """No hold of any life of the task stands: as where one had ended before its commit."""
+        missing, balance_after = await self._charge_missing(None, cost, None)
+        await self._hold.give_back("nothing is committed")
+        if missing > 0:
+            self.tell_shortfall(missing)
+        self.settled(balance_after)
+
+    async def _charge_missing(
+        self, hold: AskedHold | None, missing: int, balance_after: int | None
+    ) -> tuple[int, int | None]:
         """What the hold lacked is charged as well, as policy says: what is missing then, and the balance after."""
         try:
             more = await self.charges.take(missing)
@@ -98,11 +136,15 @@ class Settlement:
             self.tell_shortfall(missing)
 
     async def _commit(self, hold: AskedHold, cost: int) -> Paid:
-        answer = await self._ask_commit(hold, cost, n=1)
+        n = 1
+        answer = await self._ask_commit(hold, cost, n=n)
+        while is_own_key(answer, self._outside.told) and n < MOST_COMMITS:
+            n += 1  # an earlier life's commit, which was refused: every other hold has been cancelled
+            answer = await self._ask_commit(hold, cost, n=n)
         if answer.refusal is not None and answer.refusal.message == "hold_insufficient":
             hold.amount = await self._hold.ledger.frozen_by(hold)
             cost = min(cost, hold.amount)
-            answer = await self._ask_commit(hold, cost, n=2)
+            answer = await self._ask_commit(hold, cost, n=n + 1)
         if answer.reply is None:
             return await self._by_ledger(hold, cost, answer.refusal)
         told = answer.reply.frozen_amount
@@ -113,7 +155,7 @@ class Settlement:
 
     async def _by_ledger(self, hold: AskedHold, cost: int, refusal: Refusal | None, said: str = "") -> Paid:
         """Already processed, not found, any other definite refusal, or another amount: the ledger decides."""
-        found = await self._hold.ledger.fate_of(hold)
+        found = await self._hold.fate_of(hold)
         if found.fate is HoldFate.COMMITTED:
             self._hold.ends.count(HoldFate.COMMITTED)
             return Paid(found.committed)
@@ -136,9 +178,15 @@ class Settlement:
             template_id=self._task.template_id,
             user_id=self._task.user_id,
         )
-        post = Post[CommitRequest](call_for=self._outside.call_for, key=self._outside.key("commit", n), body=body)
+        post = Post[CommitRequest](
+            call_for=self._outside.call_for,
+            key=self._outside.key("commit", n),
+            body=body,
+            has_read_ledger=self._outside.told.is_possible,
+        )
         answer = await self._outside.until_answered(CreditsActivities.commit, post, summary="5 commit")
         assert answer is not None
+        obey_life(answer)
         return answer
 
     # What the record is told
@@ -174,7 +222,7 @@ class Settlement:
         self._record.tell(
             "settled",
             EventType.CREDITS,
-            credits_delta=credits.returned,
+            credits_delta=self._hold.told_as_held - credits.charged,
             balance_after=balance_after,
             message=f"{credits.charged} points were charged, {credits.returned} returned.",
         )

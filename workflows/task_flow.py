@@ -13,7 +13,7 @@ from contracts.carried import CarriedRun, ImageRun, JobNews, PriceState, Trainin
 from contracts.errors import ExceptionCode
 from contracts.policy import Policy
 from contracts.prices import DEFAULT_ETA_MINUTES
-from contracts.task_store import RecordedPrices
+from contracts.task_store import RecordedPrices, TaskRow
 from contracts.tasks import (
     CALLBACK_SIGNAL,
     CancelTask,
@@ -27,13 +27,15 @@ from contracts.tasks import (
 from workflows.alarm import Alarm
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
-from workflows.failures import TaskEnd, TaskFailed, TaskStopped
+from workflows.failures import RowEnded, TaskEnd, TaskFailed, TaskStopped
 from workflows.following import Concern, Following
+from workflows.forgotten_jobs import ForgottenJobs
 from workflows.guards import any_payload
 from workflows.job_clock import JobClock
 from workflows.job_routes import JobRoutes
 from workflows.job_watch import JobWatch
 from workflows.outside_call import OutsideCall
+from workflows.row_look import RowLook
 from workflows.settlement import Settlement
 from workflows.stop import Stop
 from workflows.task_record import TaskRecord
@@ -51,20 +53,23 @@ class TaskFlow(Generic[Run, Result]):
         self.task: Run = task
         self.stop = Stop()  # one place decides whether a cancel is obeyed
         self.alarm = Alarm()  # one long-lived timer
-        self.outside = OutsideCall(task, self.stop)
+        self.outside = OutsideCall(task, self.stop, run_number=carried.run_number)
+        self.row_look = RowLook(self.outside)  # what earlier lives of the task did
         self.record = TaskRecord(task, self.outside, carried.record)  # the only source of state and events
         self.clock = JobClock(
             self.record, carried.clock, default_eta_minutes=DEFAULT_ETA_MINUTES[task.scene][task.priority]
         )
         self.watch = JobWatch(task.task_id, routes, self.outside, self.record, carried.watch)
-        self.hold = CreditHold(task, self.outside, self.record, self.clock.deadline, carried.hold)
+        self.hold = CreditHold(task, self.outside, self.record, self.clock.deadline, carried.hold, self.row_look)
         self.attempts = Attempts(routes, self.outside, self.record, self.clock, self.stop, self.alarm, carried.jobs)
+        self.forgotten_jobs = ForgottenJobs(routes, self.outside, self.record, self.attempts, self.row_look)
         self.settlement = Settlement(task, self.outside, self.record, self.hold)
         self.undo = Undo()  # all of it side by side, each until it lands
         self.price: PriceState = carried.price
         self.policy: Policy | None = carried.policy
         self.signals = 0
-        self.concerns: list[Concern] = [self.clock, self.watch, self.hold]  # looked after while a job runs
+        # Looked after while a job runs:
+        self.concerns: list[Concern] = [self.outside.told, self.clock, self.watch, self.hold]
         self.following = Following(
             self.watch, self.clock, self.stop, self.alarm, self.concerns, self.continue_as_new_if_long
         )
@@ -87,8 +92,9 @@ class TaskFlow(Generic[Run, Result]):
 
     async def accept(self, resolution: str) -> Policy:
         """Claim the id and read the policy; a continued run brings both."""
+        self.record.claimed_as(resolution)
         if self.policy is None:
-            self.policy = await self.record.claim(resolution=resolution)
+            self.policy = await self.record.claim()
         policy, options = self.policy, self.task.options
         self.clock.configure(
             factor=min(options.deadline_factor or policy.deadline_factor, policy.deadline_factor),
@@ -165,10 +171,21 @@ class TaskFlow(Generic[Run, Result]):
         """Rows 5 and 6, delivered: from here nothing is undone and nothing cuts it short."""
         self.record.decided()
         self.record.waits_for("credits to be settled", None)
-        await self.settlement.charge(cost)
+        try:
+            await self.settlement.charge(cost)
+        except RowEnded as end:
+            return await self.give_back(end)
         return await self.completed(delivery)
 
+    async def delivery_of_any_life(self) -> JobNews | None:
+        """What the task was charged for."""
+        newest = self.watch.newest
+        if newest is not None and newest.succeeded:
+            return newest
+        return await self.forgotten_jobs.delivery() if self.outside.told.is_possible else None
+
     async def completed(self, delivery: JobNews | None) -> Result:
+        await self.forgotten_jobs.cancel()
         if delivery is not None:
             self.record.state.result_urls = delivery.result_urls
             self.record.state.output = delivery.output
@@ -190,11 +207,21 @@ class TaskFlow(Generic[Run, Result]):
         self.record.decided()
         self.watch.stop_polling()
         self.record.waits_for("job and credits to be given back", None)
+        if workflow.patched("row-looked-at-before-giving-back"):
+            await self.row_look.once()
         await self.undo.all(str(end))
+        if self.outside.told.life.must_stop:
+            row = await self.row_look.ended()
+            if row is not None:
+                return await self.as_row_tells(row)
+            end = self.row_look.failure()
+        if self.outside.told.is_possible:
+            await self.row_look.once_all_has_landed()
+            await self.hold.forgotten.give_back(str(end))
         self.hold.ends.close()
         if self.hold.state.charged:
-            delivered = self.watch.newest if self.watch.newest and self.watch.newest.succeeded else None
-            return await self.completed(delivered)
+            return await self.completed(await self.delivery_of_any_life())
+        await self.forgotten_jobs.cancel()
         self.record.state.credits = self.hold.summary()
         if isinstance(end, TaskFailed):
             self.record.failed(end)
@@ -202,10 +229,21 @@ class TaskFlow(Generic[Run, Result]):
             self.record.end(TaskStatus.CANCELLED, EventType.CANCELLED, message=str(end))
         await self.all_told()
         if isinstance(end, TaskFailed):
-            failed = self.result(TaskStatus.FAILED)
-            raise ApplicationError(str(end), failed, type=end.code.value, non_retryable=True)
+            raise self.failure(end)
         assert isinstance(end, TaskStopped)
         return self.result(TaskStatus.CANCELLED)
+
+    def failure(self, end: TaskFailed) -> ApplicationError:
+        return ApplicationError(str(end), self.result(TaskStatus.FAILED), type=end.code.value, non_retryable=True)
+
+    async def as_row_tells(self, row: TaskRow) -> Result:
+        """An earlier life has ended the task: its outcome is this run's too. Raises as the end that the row tells."""
+        self.record.take_over(row)
+        self.hold.told_by_row = row.credits
+        await self.all_told()
+        if row.status is TaskStatus.FAILED:
+            raise self.failure(TaskFailed.by_row(row.error))
+        return self.result(row.status)
 
     async def all_told(self) -> None:
         """Only the end of the run waits for the event writer and for handlers in flight."""
@@ -235,6 +273,7 @@ class TaskFlow(Generic[Run, Result]):
     def _continuation(self) -> Run:
         carried = CarriedRun(
             policy=self.limits,
+            run_number=self.outside.call_for.run_number + 1,
             record=self.record.carry(),
             watch=self.watch.carry(),
             clock=self.clock.carry(),

@@ -198,6 +198,11 @@ class TaskLedger:
         points = max(0, sum(held) - sum(back) - spent - sum(self.refunds))
         return OpenHolds(named, nameless, points if nameless else 0)
 
+    def ended_ids(self) -> set[str]:
+        """Holds whose end is shown, where ids are told."""
+        ended = {entry.pre_deduct_id for entry in self.commits} | {entry.pre_deduct_id for entry in self.returns}
+        return {each for each in ended if each is not None}
+
     def doubled(self, known: Collection[str], *, granted: int) -> OpenHolds:
         """Open holds of this task that nobody of ours knows: asked for twice where a service keeps no keys.
 

@@ -70,6 +70,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
 
     async def window_opens(self) -> None:
         """Wait for the GPU scheduling window; check first what needs no waiting."""
+        self.outside.told.obey()
         self.training_price.of(0)
         self.check_addresses()
         opens = self.task.window.not_before if self.task.window else None
@@ -166,7 +167,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         call = JobCall(
             call_for=self.outside.call_for,
             job_id=training.training_id,
-            key=self.outside.key("start", self.attempts.number),
+            key=self.outside.key("start", self.attempts.key_number),
         )
         self.clock.start()
         answer = await self.outside.opening(

@@ -68,7 +68,8 @@ class TrainingDataset:
 
     async def delete(self) -> None:
         """Delete the copy; what is already gone is fine."""
-        if self.state.is_deleted or not self.state.is_asked:
+        may_be_there = self.state.is_asked or self._outside.told.is_possible
+        if self.state.is_deleted or not may_be_there:
             return
         await self._outside.visible(
             DatasetActivities.delete_snapshot,

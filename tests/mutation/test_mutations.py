@@ -7,7 +7,7 @@ from textwrap import dedent
 
 import pytest
 
-from mutation.mutations import ROOT, Mutation, modules, mutations_in, mutations_of
+from mutation.mutations import Mutation, modules, mutations_in, mutations_of, source_of
 
 MODULE = "workflows/example.py"
 CHAINED = ("0 < a < b", "0 > a < b", "0 <= a <= b", "0 <= a >= b", "1 <= a < b")
@@ -111,11 +111,10 @@ def test_text_that_is_not_ascii_moves_nothing() -> None:
 
 @pytest.mark.parametrize("module", ["workflows/stop.py", "workflows/job_watch.py", "activities/replies.py"])
 def test_each_mutation_of_a_module_is_another_program_that_compiles(module: str) -> None:
-    source = (ROOT / module).read_bytes()
-    original = ast.dump(ast.parse(source))
+    original = ast.dump(ast.parse(source_of(module)))
 
     for mutation in mutations_of(module):
-        assert ast.dump(ast.parse(mutation.applied(source))) != original, mutation
+        assert ast.dump(ast.parse(mutation.applied())) != original, mutation
 
 
 def test_modules_are_chosen_by_how_their_path_begins() -> None:

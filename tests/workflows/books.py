@@ -40,6 +40,9 @@ CLOSE_EVENT = WorkflowHistoryEventFilterType.CLOSE_EVENT
 MAY_BE_LEFT = {"write", "get_job", "get_training"}
 """Activities that a run may leave behind where it continues as new: keyed writes, and reads."""
 
+UNTOLD = {"settlement_unknown", "hold_left_to_expiry", "undo_unfinished"}
+"""Exceptions of tasks of whose points nobody can tell what became of them."""
+
 
 @dataclass
 class Ending:
@@ -183,6 +186,8 @@ def _check_events(ending: Ending) -> None:
     assert events[0].event is EventType.ACCEPTED
     assert events[-1].event is ENDS[ending.status], ending.kinds
     assert sum(event.event in ENDS.values() for event in events) == 1, ending.kinds
+    moved = sum(event.credits_delta or 0 for event in events)
+    assert moved == -ending.charged or set(ending.exceptions) & UNTOLD, "what the events tell is what was charged"
     reached: dict[tuple[int, str | None], float] = {}
     for event in events:
         at = (event.attempt, event.stage)

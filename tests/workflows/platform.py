@@ -24,9 +24,11 @@ from activities.closed_runs import ClosedRunActivities
 from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetActivities, DatasetSnapshots
+from activities.lives import Lives
 from activities.outside_http import READ_SECONDS
 from activities.task_store import TaskStoreActivities
 from activities.tokens import SignedTokens
+from activities.unsettled import UnsettledActivities
 from caller_tokens import CallerTokens, SharedSecret
 from contracts.policy import Policy
 from contracts.task_store import TaskClaim
@@ -254,6 +256,7 @@ class Platform:
             snapshots = await stack.enter_async_context(
                 DatasetSnapshots((self.folder / "objects").as_uri(), dataset_roots=self.settings().dataset_roots)
             )
+            lives = Lives(self.store)
             worker = Worker(
                 self.client,
                 task_queue=self.task_queue,
@@ -261,11 +264,12 @@ class Platform:
                 activities=[
                     method
                     for activities in (
-                        ComfyUIActivities(comfyui),
-                        CreditsActivities(credits),
+                        ComfyUIActivities(comfyui, lives),
+                        CreditsActivities(credits, lives),
                         DatasetActivities(snapshots),
                         TaskStoreActivities(self.store, self.policy_of),
                         ClosedRunActivities(self.client, self.store),
+                        UnsettledActivities(self.store),
                     )
                     for method in activity_methods(activities)
                 ],

@@ -19,6 +19,7 @@ from simulators.credits_profile import CreditsProfile
 from store import TaskStore
 from temporal_plugin import TasksPlugin
 from tests.cable import Cable
+from tests.conftest import NewDatabase
 from tests.workflows.books import Ending, ended
 from tests.workflows.platform import Handle, Platform, running_platform
 from tests.workflows.processes import TemporalProcess, WorkerProcess
@@ -220,14 +221,15 @@ async def test_a_worker_told_to_stop_during_a_submit_leaves_the_same_job(
 
 
 async def test_a_temporal_server_killed_and_started_on_its_file_loses_no_task(
-    temporal_env: WorkflowEnvironment, task_store: TaskStore, postgres_dsn: str, tmp_path: Path
+    temporal_env: WorkflowEnvironment, new_database: NewDatabase, tmp_path: Path
 ) -> None:
-    server = TemporalProcess(tmp_path)
+    server, dsn = TemporalProcess(tmp_path), await new_database()
+    task_store = TaskStore(dsn)
     await server.start()
     try:
         client = await Client.connect(server.address, plugins=[TasksPlugin()])
         async with running_platform(temporal_env, task_store, tmp_path, client=client) as platform:
-            worker = WorkerProcess(platform, server.address, postgres_dsn)
+            worker = WorkerProcess(platform, server.address, dsn)
             await worker.start()
             handles = [await platform.start_image(), await platform.start_training()]
             await asyncio.gather(*(platform.until_held(handle.id.removeprefix("task-")) for handle in handles))
@@ -237,6 +239,7 @@ async def test_a_temporal_server_killed_and_started_on_its_file_loses_no_task(
             await worker.kill()
     finally:
         await server.kill()
+        await task_store.close()
     assert [ending.status for ending in endings] == [TaskStatus.COMPLETED, TaskStatus.COMPLETED]
 
 

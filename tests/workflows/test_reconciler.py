@@ -18,7 +18,7 @@ from activities import closed_runs
 from contracts.give_back import give_back_id_of
 from contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, ReconcileResult, reconcile_id_of
 from contracts.tasks import TaskStatus
-from reconciler_schedule import ensure_reconciler, standing_reconciler
+from reconciler_schedule import ensure_reconciler, last_pass, standing_reconciler
 from settings import Settings
 from simulators.admin_wire import Fault
 from simulators.credits_profile import CreditsProfile
@@ -282,6 +282,8 @@ async def test_its_schedule_is_made_once_and_finds_what_was_left(reconciled: Pla
 
         await reconciled.until(is_given_back)
         await ended_without_its_run(reconciled, task_id_of(handle))
+        standing = await standing_reconciler(reconciled.client, reconciled.task_queue)
+        assert standing is not None and await last_pass(reconciled.client, standing) is not None
         await schedule.pause(note="by a test")
         await ensure_reconciler(reconciled.client, settings)
         standing = await standing_reconciler(reconciled.client, reconciled.task_queue)

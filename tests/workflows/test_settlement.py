@@ -248,11 +248,10 @@ async def test_a_commit_that_acted_without_an_answer_is_settled_within_seconds(
     credits = quick_platform.simulators.admin.credits
     if ledger == "by reason":
         await tells_reasons_alone(payer)
-    faults: dict[str, dict[str, Any]] = {
-        "lost": {"kind": "drop"},
-        "500": {"kind": "error", "status": 500, "when": "after"},
-    }
-    await credits.fault(**faults[answer], route="commit", tenant_id=payer.tenant_id)
+    if answer == "lost":
+        await credits.fault("drop", route="commit", tenant_id=payer.tenant_id)
+    else:
+        await credits.fault("error", route="commit", tenant_id=payer.tenant_id, status=500, when="after")
     handle = await start_telling(quick_platform, payer.image(), actual_cost=cost)
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, cost, [])
