@@ -18,6 +18,7 @@ from temporalio.worker import Replayer
 from contracts.give_back import give_back_id_of
 from contracts.task_store import TaskExceptionRow, TaskRow
 from contracts.tasks import EventType, TaskEvent, TaskStatus, workflow_id_of
+from kill_points.shorter_waits import shorter_waits
 from kill_points.site import Site
 from simulators.admin_wire import EntrySeen, HoldSeen, RunSeen
 from simulators.credits_profile import CreditsProfile
@@ -218,7 +219,7 @@ def _check_histories(ending: Ending) -> None:
 
 
 async def _check_replays(endings: Sequence[Ending]) -> None:
-    """Every history replays with the real configuration."""
+    """Every history replays with the configuration of the gated worker."""
     by_run = {history.run_id: ending for ending in endings for history in ending.histories}
 
     async def all_histories() -> AsyncIterator[WorkflowHistory]:
@@ -227,11 +228,12 @@ async def _check_replays(endings: Sequence[Ending]) -> None:
                 yield history
 
     replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()])
-    async with replayer.workflow_replay_iterator(all_histories()) as results:
-        async for result in results:
-            if result.replay_failure is not None:
-                ending = by_run[result.history.run_id]
-                ending.problems.append(f"its history does not replay: {result.replay_failure}")
+    with shorter_waits():
+        async with replayer.workflow_replay_iterator(all_histories()) as results:
+            async for result in results:
+                if result.replay_failure is not None:
+                    ending = by_run[result.history.run_id]
+                    ending.problems.append(f"its history does not replay: {result.replay_failure}")
 
 
 def _snapshot_files(site: Site, task_id: str) -> list[str]:

@@ -252,6 +252,8 @@ async def training_with_a_renewal_in_flight(platform: Platform) -> Handle:
     return handle
 
 
+pytestmark = pytest.mark.on_both_profiles
+
 WAITS: Final = {
     "an image's job": waiting_image,
     "an image's next attempt": image_between_attempts,

@@ -12,6 +12,8 @@ from tests.workflows.books import ended
 from tests.workflows.payers import end_open_holds, holds_of, kinds_of, new_payer, task_of, until_started
 from tests.workflows.platform import Handle, Platform
 
+pytestmark = pytest.mark.on_both_profiles
+
 HD = 18 + 6
 """The price of a standard image, in points."""
 BY_KIND = pytest.mark.by_contract("the ledger tells kinds and ids")

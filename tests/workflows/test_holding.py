@@ -13,6 +13,8 @@ from tests.workflows.books import ended
 from tests.workflows.payers import holds_of, kinds_of, lost, new_payer, task_of
 from tests.workflows.platform import Platform
 
+pytestmark = pytest.mark.on_both_profiles
+
 HD = 18 + 6
 """The price of a standard image, in points."""
 TRAINING = 120

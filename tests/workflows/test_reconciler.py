@@ -117,6 +117,10 @@ async def hanging(platform: Platform, task: dict[str, Any], step: Step) -> tuple
         task_id=task_id,
         times=None,
     )
+    keeps_keys = platform.simulators.credits_profile.keeps_keys
+    if step == Step("pre_deduct", acts=False) and not keeps_keys:
+        # Else it would act after its minute: a second hold, taken when all is over, that nobody could know of.
+        await admin.credits.fault("drop", route="pre_deduct", task_id=task_id, when="before")
     handle = await platform.start(task)
     if step.after_cancel or step.without_hold:
         await platform.until_held(task_id)

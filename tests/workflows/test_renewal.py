@@ -12,6 +12,8 @@ from tests.workflows.books import ended
 from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, lost, new_payer, task_of, until_started
 from tests.workflows.platform import Handle, Platform
 
+pytestmark = pytest.mark.on_both_profiles
+
 TRAINING = 120
 RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
 SWAPPED = ["pre_deduct", "cancel", "pre_deduct"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 from sqlalchemy.engine import make_url
 from temporalio.client import WorkflowExecutionStatus
@@ -21,6 +22,8 @@ from tests.cable import Cable
 from tests.workflows.books import Ending, ended
 from tests.workflows.payers import entries_of, has_kinds, kinds_of, until_started
 from tests.workflows.platform import Handle, Platform, running_platform
+
+pytestmark = pytest.mark.on_both_profiles
 
 MINUTE = 60.0
 RENEWED = ["pre_deduct", "pre_deduct", "cancel"]

@@ -13,6 +13,8 @@ from tests.workflows.books import ended
 from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, task_of, until_started
 from tests.workflows.platform import Handle, Platform
 
+pytestmark = pytest.mark.on_both_profiles
+
 BASE = 120
 """The price of a training of up to one GPU hour, in points; each further hour costs 60."""
 RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
