@@ -451,7 +451,10 @@ class CreditHold:
     async def fate_of(self, hold: AskedHold) -> Found:
         """What became of a hold that commit or cancel was refused for."""
         if self._outside.told.is_possible:
-            return await self.ledger.fate_by_all(hold, known=self.forgotten.numbers_taken)
+            if not self.forgotten.is_done:  # while they stand the ledger does not tell this one's end apart
+                await self.forgotten.give_back("taken before the task's run was reset")
+            known = sum(bool(each.pre_deduct_id) for each in self.state.asked)
+            return await self.ledger.fate_by_all(hold, known=known, but=self.forgotten.own_standing())
         return await self.ledger.fate_of(hold)
 
     def count_committed(self, points: int) -> None:

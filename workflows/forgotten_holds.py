@@ -39,6 +39,8 @@ class ForgottenHolds:
         self._cancel = cancel
         self.was_committed = False
         """Whether the ledger shows a commit of any of the task's holds: the task is settled."""
+        self.is_done = False
+        """Whether they were given back before: no more of them can come."""
 
     @property
     def numbers_taken(self) -> int:
@@ -49,46 +51,53 @@ class ForgottenHolds:
     async def give_back(self, reason: str, *, keep_one: bool = False) -> bool:
         """Cancel them, and learn what the task was charged; whether there is any such hold.
 
-        `keep_one`: one hold of the task is left standing, to be committed: this run's own, or else a forgotten one.
+        `keep_one`: the newest hold of the task that may stand is left, as this run's own, to be committed; this run's
+        others are cancelled too.
         """
         await self._look.once()
         ledger = await self._ledger.read()
-        own = {hold.pre_deduct_id for hold in self._state.asked if hold.pre_deduct_id}
+        own = {hold.pre_deduct_id: hold for hold in self._state.asked if hold.pre_deduct_id}
         stands = {} if ledger is None else ledger.open_holds().named
-        ended = set() if ledger is None else ledger.ended_ids()
-        forgotten = dict.fromkeys([*self._look.forgotten_holds(own), *(each for each in stands if each not in own)])
-        open_ones = [each for each in forgotten if each not in ended]
-        if keep_one and not self._has_standing(ended):
-            open_ones = self._adopt(open_ones, stands)
+        known = dict.fromkeys([*own, *self._look.forgotten_holds(set(own)), *stands])
+        may_stand = self._may_stand(list(known), own, ledger)
+        kept = may_stand[-1] if keep_one and may_stand and self._state.asked else None
+        if kept is not None and kept not in own:
+            self._adopt(kept, stands.get(kept) or (ledger.holds[0].amount if ledger and ledger.holds else 0))
         is_unsure = False
-        for pre_deduct_id in open_ones:
+        for pre_deduct_id in may_stand:
+            if pre_deduct_id == kept or (pre_deduct_id in own and not keep_one):
+                continue
             answer = await self._cancel(pre_deduct_id, f"forgotten:{pre_deduct_id}", reason)
             is_unsure |= self._is_unsure(pre_deduct_id, answer)
+            if pre_deduct_id in own:
+                own[pre_deduct_id].resolved = True
         if is_unsure:
-            ledger = await self._ledger.once_all_ended(but=int(keep_one), known=len(own) + len(forgotten))
+            ledger = await self._ledger.once_all_ended(but=self.own_standing(), known=len(known))
         self._learn_charged(ledger)
-        return bool(forgotten)
+        self.is_done = True
+        return len(known) > len(own)
 
-    def _has_standing(self, ended: set[str]) -> bool:
-        """Whether a hold of our own stands, as far as the ledger shows."""
-        for hold in self._state.asked:
-            if hold.pre_deduct_id in ended:
-                hold.resolved = True
-        return any(hold.pre_deduct_id and not hold.resolved for hold in self._state.asked)
+    def _may_stand(self, known: list[str], own: dict[str, AskedHold], ledger: TaskLedger | None) -> list[str]:
+        """Those of `known` that are not shown to have ended, oldest first."""
+        ended = set() if ledger is None else ledger.ended_ids()
+        for pre_deduct_id, hold in own.items():
+            hold.resolved |= pre_deduct_id in ended
+        in_order = self._look.row.hold_ids if self._look.row is not None else []
+        place = {pre_deduct_id: n for n, pre_deduct_id in enumerate(in_order)}
+        ended |= {pre_deduct_id for pre_deduct_id, hold in own.items() if hold.resolved}
+        return sorted((each for each in known if each not in ended), key=lambda each: place.get(each, len(place)))
 
-    def _adopt(self, open_ones: list[str], stands: dict[str, int]) -> list[str]:
-        """Make one that the ledger shows open our own; those that are left."""
-        adopted = next((each for each in reversed(open_ones) if each in stands), None)
-        like = self._state.asked[-1] if self._state.asked else None
-        if adopted is None or like is None:
-            return open_ones
-        amount = stands[adopted]
+    def _adopt(self, pre_deduct_id: str, amount: int) -> None:
+        """Make a forgotten hold this run's own."""
+        like = self._state.asked[-1]
         request = like.request.model_copy(update={"estimated_cost": amount})
-        number = self.numbers_taken + 1
-        self._state.asked.append(
-            AskedHold(n=number, request=request, asked_at=like.asked_at, pre_deduct_id=adopted, amount=amount)
-        )
-        return [each for each in open_ones if each != adopted]
+        adopted = AskedHold(n=self.numbers_taken + 1, request=request, asked_at=like.asked_at)
+        adopted.pre_deduct_id, adopted.amount = pre_deduct_id, amount
+        self._state.asked.append(adopted)
+
+    def own_standing(self) -> int:
+        """How many holds of this run stand, as far as it knows."""
+        return sum(bool(hold.pre_deduct_id) and not hold.resolved for hold in self._state.asked)
 
     def _is_unsure(self, pre_deduct_id: str, answer: Answer[CancelHoldReply] | None) -> bool:
         """Whether a hold may have been committed, by the answer to its cancel."""

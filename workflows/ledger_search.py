@@ -75,10 +75,11 @@ class LedgerSearch:
 
         return await self._looked(seen, LOOK_FOR)
 
-    async def fate_by_all(self, hold: AskedHold, *, known: int) -> Found:
+    async def fate_by_all(self, hold: AskedHold, *, known: int, but: int) -> Found:
         """What became of a hold whose end is sure, where an earlier life may have ended others of the task.
 
-        By its id; where the ledger tells none, by what all the task's holds came to once they have ended.
+        By its id; where the ledger tells none, by what the task's holds, at least `known`, came to once all but `but`
+        have ended.
         """
 
         def seen(ledger: TaskLedger) -> Found | None:
@@ -88,7 +89,7 @@ class LedgerSearch:
             charged = ledger.charged()
             if charged:
                 return Found(HoldFate.COMMITTED, charged)
-            has_all = len(ledger.holds) >= known and not stands.nameless
+            has_all = len(ledger.holds) >= known and stands.nameless <= but
             return Found(HoldFate.GIVEN_BACK) if has_all and charged == 0 else None
 
         return await self._looked(seen, LOOK_FOR) or Found(HoldFate.UNKNOWN)

@@ -12,14 +12,22 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from contracts.task_store import TaskRow
 from contracts.tasks import TaskStatus
 from tests.workflows.books import Ending, ended
-from tests.workflows.payers import Payer, new_payer
+from tests.workflows.payers import new_payer, task_of
 from tests.workflows.platform import Handle, Platform
 from tests.workflows.reset_scenarios import ENDED, OPEN, POLICY, Scenario, work_goes_on
 from tests.workflows.resets import Point, points_of, reset
 
 SIDE_BY_SIDE = 6
+SAMPLE = {
+    "image completed",
+    "image given back",
+    "image terminated",
+    "training topped up",
+    "training topped up and running",
+}
 
 
 @pytest_asyncio.fixture
@@ -31,18 +39,17 @@ async def platform(quick_platform: Platform) -> Platform:
     return quick_platform
 
 
-async def payer_of(platform: Platform, ledger: str) -> Payer:
-    payer = await new_payer(platform)
-    if ledger == "plain":
-        await platform.simulators.admin.credits.fault("plain_ledger", tenant_id=payer.tenant_id)
-    return payer
+async def row_of(platform: Platform, handle: Handle) -> TaskRow:
+    row = await platform.store.task(task_of(handle))
+    assert row is not None
+    return row
 
 
-async def begun(platform: Platform, scenario: Scenario, ledger: str) -> Handle:
+async def begun(platform: Platform, scenario: Scenario) -> Handle:
     before: dict[str, Any] = dict(platform.policy)
     platform.policy |= dict(scenario.policy)
     try:
-        return await scenario.begin(platform, await payer_of(platform, ledger))
+        return await scenario.begin(platform, await new_payer(platform))
     finally:
         platform.policy = before
 
@@ -53,42 +60,58 @@ async def reset_and_ended(platform: Platform, handle: Handle, point: Point) -> E
         return await ended(platform, run)
 
 
-LEDGERS = pytest.mark.parametrize("ledger", ["whole", "plain"])
-
-
 @pytest.mark.slow
-@LEDGERS
 @pytest.mark.parametrize("scenario", ENDED, ids=str)
 async def test_a_task_that_had_ended_ends_as_it_had_wherever_it_is_reset_to(
-    platform: Platform, scenario: Scenario, ledger: str
+    platform: Platform, scenario: Scenario
 ) -> None:
-    handle = await begun(platform, scenario, ledger)
-    row = await platform.store.task(handle.id.removeprefix("task-"))
-    assert row is not None and row.ended_at is not None
-    for point in await points_of(platform, handle):
+    await ends_as_it_had(platform, scenario, every=1)
+
+
+@pytest.mark.parametrize("scenario", [scenario for scenario in ENDED if scenario.name in SAMPLE], ids=str)
+async def test_a_task_that_had_ended_ends_as_it_had(platform: Platform, scenario: Scenario) -> None:
+    """At some points; at every one in the slow suite."""
+    await ends_as_it_had(platform, scenario, every=3)
+
+
+async def ends_as_it_had(platform: Platform, scenario: Scenario, *, every: int) -> None:
+    """Each reset is of a run that may have been reset before."""
+    handle = await begun(platform, scenario)
+    row = await row_of(platform, handle)
+    assert row.ended_at is not None
+    for point in (await points_of(platform, handle))[::every]:
         again = await reset_and_ended(platform, handle, point)
         assert again.status is row.status, point
-        assert await platform.store.task(row.task_id) == row, point
+        assert await row_of(platform, handle) == row, point
 
 
 @pytest.mark.slow
-@LEDGERS
 @pytest.mark.parametrize("scenario", OPEN, ids=str)
 async def test_a_task_that_waits_is_completed_and_charged_once_wherever_it_is_reset_to(
-    platform: Platform, scenario: Scenario, ledger: str
+    platform: Platform, scenario: Scenario
 ) -> None:
-    first = await begun(platform, scenario, ledger)
-    places = len(await points_of(platform, first))
-    await reset_and_ended(platform, first, (await points_of(platform, first))[-1])
+    await completed_once(platform, scenario, every=1)
+
+
+@pytest.mark.parametrize("scenario", [scenario for scenario in OPEN if scenario.name in SAMPLE], ids=str)
+async def test_a_task_that_waits_is_completed_and_charged_once(platform: Platform, scenario: Scenario) -> None:
+    """At some points; at every one in the slow suite."""
+    await completed_once(platform, scenario, every=4)
+
+
+async def completed_once(platform: Platform, scenario: Scenario, *, every: int) -> None:
+    first = await begun(platform, scenario)
+    points = await points_of(platform, first)
+    await reset_and_ended(platform, first, points[-1])
     turns = asyncio.Semaphore(SIDE_BY_SIDE)
 
     async def one(place: int) -> None:
         async with turns:
-            handle = await begun(platform, scenario, ledger)
+            handle = await begun(platform, scenario)
             points = await points_of(platform, handle)
             point = points[min(place, len(points) - 1)]
             ending = await reset_and_ended(platform, handle, point)
             assert ending.status is TaskStatus.COMPLETED, (point, ending)
             assert ending.charged > 0, (point, ending)
 
-    await asyncio.gather(*(one(place) for place in range(places)))
+    await asyncio.gather(*(one(place) for place in range(0, len(points), every)))
