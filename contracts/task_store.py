@@ -124,6 +124,8 @@ class RowSeen(OwnModel):
 
     life: EarlierLife
     row: TaskRow | None = None
+    told_points: int = 0
+    """What the events that are written have told of points: the sum of their `credits_delta`."""
     life_seconds: float | None = None
     """For how long the run that acts has been the one; None where the task's run was never reset."""
 

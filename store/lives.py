@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from contracts.lives import EarlierLife, TaskRun
 from contracts.task_store import RowSeen
 from store import reads
-from store.tables import tasks
+from store.tables import task_events, tasks
 
 MOST_EARLIER_RUNS: Final = 200
 """Of the runs that were superseded the newest so many are remembered: only their late writes need to be told apart."""
@@ -39,6 +39,7 @@ _LOCKED: Final = _SEEN.with_for_update(key_share=True)
 _NEWEST_EARLIER: Final = func.array_prepend(tasks.c.run_id, tasks.c.earlier_run_ids, type_=ARRAY(Text))[
     1:MOST_EARLIER_RUNS
 ]
+_TOLD_POINTS: Final = select(func.sum(task_events.c.credits_delta)).where(task_events.c.task_id == bindparam("task"))
 _LIFE_SECONDS: Final = select(func.extract("epoch", func.now() - tasks.c.life_began_at)).where(
     tasks.c.task_id == bindparam("task")
 )
@@ -101,6 +102,7 @@ async def look(connection: AsyncConnection, run: TaskRun) -> RowSeen:
     return RowSeen(
         life=life,
         row=await reads.task(connection, run.task_id),
+        told_points=int(await connection.scalar(_TOLD_POINTS, {"task": run.task_id}) or 0),
         life_seconds=await connection.scalar(_LIFE_SECONDS, {"task": run.task_id}),
     )
 

@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 from contracts.carried import AskedHold, HoldState
 from contracts.credits import CancelHoldReply
 from contracts.errors import Answer, ExceptionCode, Refusal
-from contracts.tasks import EventType
 from workflows.hold_ends import HoldEnds
 from workflows.ledger_search import LedgerSearch
 from workflows.row_look import RowLook
@@ -64,7 +63,7 @@ class ForgottenHolds:
         is_unsure = False
         for pre_deduct_id in open_ones:
             answer = await self._cancel(pre_deduct_id, f"forgotten:{pre_deduct_id}", reason)
-            is_unsure |= self._is_unsure(pre_deduct_id, stands.get(pre_deduct_id), answer)
+            is_unsure |= self._is_unsure(pre_deduct_id, answer)
         if is_unsure:
             ledger = await self._ledger.once_all_ended(but=int(keep_one), known=len(own) + len(forgotten))
         self._learn_charged(ledger)
@@ -91,16 +90,13 @@ class ForgottenHolds:
         )
         return [each for each in open_ones if each != adopted]
 
-    def _is_unsure(self, pre_deduct_id: str, amount: int | None, answer: Answer[CancelHoldReply] | None) -> bool:
+    def _is_unsure(self, pre_deduct_id: str, answer: Answer[CancelHoldReply] | None) -> bool:
         """Whether a hold may have been committed, by the answer to its cancel."""
-        if answer is not None and answer.reply is not None:
-            self._tell_given_back(pre_deduct_id, amount, answer.reply.balance_after)
-        elif answer is not None and answer.refusal is not None:
-            if answer.refusal.message == "pre_deduct_already_processed":
-                return True
-            if answer.refusal.message != "pre_deduct_not_found":
-                self._tell_left(pre_deduct_id, answer.refusal)
-        return False
+        if answer is None or answer.refusal is None:
+            return False
+        if answer.refusal.message not in ("pre_deduct_already_processed", "pre_deduct_not_found"):
+            self._tell_left(pre_deduct_id, answer.refusal)
+        return answer.refusal.message == "pre_deduct_already_processed"
 
     def _learn_charged(self, ledger: TaskLedger | None) -> None:
         charged = None if ledger is None else ledger.charged()
@@ -109,16 +105,6 @@ class ForgottenHolds:
             return
         self.was_committed = bool(ledger.commits)
         self._state.charged = max(self._state.charged, charged)
-
-    def _tell_given_back(self, pre_deduct_id: str, amount: int | None, balance_after: int | None) -> None:
-        if amount is not None:
-            self._record.tell(
-                f"given_back:{pre_deduct_id}",
-                EventType.CREDITS,
-                credits_delta=amount,
-                balance_after=balance_after,
-                message=f"{amount} points were given back, held before the task's run was reset.",
-            )
 
     def _tell_left(self, pre_deduct_id: str, refusal: Refusal) -> None:
         self._ends.left_open()

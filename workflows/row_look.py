@@ -29,6 +29,8 @@ class RowLook:
     def __init__(self, outside: OutsideCall) -> None:
         self._outside = outside
         self.row: TaskRow | None = None
+        self.told_points: int | None = None
+        """What the task's events have told of points, when the row was looked at last; None where it was not seen."""
         self._in_flight_until: datetime | None = None
 
     @property
@@ -48,9 +50,10 @@ class RowLook:
             )
         except FailureError:
             self._outside.told.note(EarlierLife(is_store_away=True))
+            self.told_points = None
             return
         self._outside.told.note(seen.life)
-        self.row = seen.row
+        self.row, self.told_points = seen.row, seen.told_points
         if seen.life_seconds is not None and not seen.life.has_ended:
             self._in_flight_until = workflow.now() + ATTEMPT_TIMEOUT - timedelta(seconds=seen.life_seconds)
 

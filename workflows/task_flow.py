@@ -184,6 +184,24 @@ class TaskFlow(Generic[Run, Result]):
             return await self.give_back(end)
         return await self.completed(delivery)
 
+    async def tell_difference(self) -> None:
+        """What the events tell of points is what was charged, whatever earlier lives have told or left untold."""
+        if not self.outside.told.is_possible:
+            return
+        await self.record.all_written()
+        await self.row_look.once()
+        charged, told = self.hold.summary().charged, self.row_look.told_points
+        difference = 0 if charged is None or told is None else -charged - told
+        if difference:
+            self.record.tell(
+                f"difference:{self.outside.told.life.lives}",
+                EventType.CREDITS,
+                credits_delta=difference,
+                message=f"{abs(difference)} points "
+                + ("came back that were held" if difference > 0 else "were charged")
+                + " before the task's run was reset.",
+            )
+
     async def delivery_of_any_life(self) -> JobNews | None:
         """What the task was charged for."""
         newest = self.watch.newest
@@ -193,6 +211,7 @@ class TaskFlow(Generic[Run, Result]):
 
     async def completed(self, delivery: JobNews | None) -> Result:
         await self.forgotten_jobs.cancel()
+        await self.tell_difference()
         if delivery is not None:
             self.record.state.result_urls = delivery.result_urls
             self.record.state.output = delivery.output
@@ -216,9 +235,9 @@ class TaskFlow(Generic[Run, Result]):
         self.record.decided()
         self.watch.stop_polling()
         self.record.waits_for("job and credits to be given back", None)
-        if workflow.patched("row-looked-at-before-giving-back"):
-            await self.row_look.once()
         await self.undo.all(str(end))
+        if workflow.patched("row-looked-at-once-given-back"):
+            await self.row_look.once()
         if self.outside.told.life.must_stop:
             row = await self.row_look.ended()
             if row is not None:
@@ -231,6 +250,7 @@ class TaskFlow(Generic[Run, Result]):
         if self.hold.state.charged:
             return await self.completed(await self.delivery_of_any_life())
         await self.forgotten_jobs.cancel()
+        await self.tell_difference()
         self.record.state.credits = self.hold.summary()
         if isinstance(end, TaskFailed):
             self.record.failed(end)
