@@ -61,8 +61,8 @@ class JobNews(OwnModel):
             estimated_time=state.estimated_time,
             gpu_slots=state.gpu_slots,
             queue_position=state.queue_position,
-            error=state.error_details,
-            succeeded=state.has_succeeded(),
+            error=state.failure(),
+            succeeded=state.has_succeeded() and state.failure() is None,
             result_urls=state.result_urls,
             actual_cost=state.actual_cost,
         )
@@ -79,7 +79,7 @@ class JobNews(OwnModel):
             estimated_time=state.estimated_time,
             gpu_slots=state.gpu_slots,
             error=state.failure(),
-            succeeded=state.has_succeeded(),
+            succeeded=state.has_succeeded() and state.failure() is None,
             gpu_hours=state.gpu_hours,
             gpu_hours_used=state.gpu_hours_used,
             checkpoint=state.checkpoint,
@@ -162,6 +162,9 @@ class WatchState(OwnModel):
     callbacks_refused: int = 0
     last_news_at: Instant | None = None
     silence_seconds: float = 0.0
+    unreadable: str = ""
+    """Why the last poll's answer could not be read; empty where it could."""
+    unreadable_since: Instant | None = None
     unknown_since: Instant | None = None
     """When the server said first that it does not know the job."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from temporalio import workflow
@@ -24,6 +25,8 @@ class JobClock:
         self.factor = 1.0
         self.cap_minutes = 0.0
         self.queue_sla_minutes = 0.0
+        self.unreadable: Callable[[], str] = lambda: ""
+        """Why the job's state cannot be read; empty where it can."""
 
     def carry(self) -> ClockState:
         return self._state
@@ -93,9 +96,15 @@ class JobClock:
         return min(self.deadline(), sla) if sla else self.deadline()
 
     def check(self) -> None:
-        """Raise TaskFailed `timeout` past the deadline; record a missed queue SLA once."""
+        """Raise TaskFailed past the deadline; record a missed queue SLA once.
+
+        `timeout`, or `reply_invalid` where the job's state could not be read.
+        """
         now = workflow.now()
         if now >= self.deadline():
+            unreadable = self.unreadable()
+            if unreadable:
+                raise TaskFailed(FailureCode.REPLY_INVALID, f"{self._timeout_sentence()} {unreadable}")
             raise TaskFailed(FailureCode.TIMEOUT, self._timeout_sentence())
         sla = self._sla_at()
         if sla is not None and now >= sla:

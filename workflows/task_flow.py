@@ -78,6 +78,7 @@ class TaskFlow(Generic[Run, Result]):
         self.following = Following(
             self.watch, self.clock, self.stop, self.alarm, self.concerns, self.continue_as_new_if_long
         )
+        self.clock.unreadable = lambda: self.watch.state.unreadable
         self.watch.on_news(lambda news: self.clock.estimated(news.estimated_time))
 
     # What a flow file says of itself
