@@ -222,7 +222,7 @@ class Settlement:
         self._record.tell(
             "settled",
             EventType.CREDITS,
-            credits_delta=self._hold.told_as_held - credits.charged,
+            credits_delta=self._hold.told_as_held - (credits.charged or 0),
             balance_after=balance_after,
             message=f"{credits.charged} points were charged, {credits.returned} returned.",
         )

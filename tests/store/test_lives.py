@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import asyncpg
 import pytest
@@ -90,7 +91,7 @@ async def test_progress_of_every_attempt_and_stage_stays_where_it_was_told(task_
     task_id = await claimed(task_store)
     for attempt, stage, progress in ((1, "processing", 60.0), (2, "processing", 20.0)):
         told = fact(f"j{attempt}:1", attempt=attempt, stage=stage, progress=progress)
-        state = {"attempts": attempt, "stage": stage, "progress": progress}
+        state: dict[str, Any] = {"attempts": attempt, "stage": stage, "progress": progress}
         await task_store.write(write_of(task_id, told, version=attempt, **state), run_of(task_id))
     again = fact("j1:2", attempt=1, stage="processing", progress=5.0)
     reset = write_of(task_id, again, version=2, attempts=1, stage="processing", progress=5.0)

@@ -1,7 +1,7 @@
 """Which Temporal namespace the store belongs to, and open tasks whose run could not be looked at.
 
 Revision ID: 0005
-Revises: 0003
+Revises: 0004
 """
 
 import sqlalchemy as sa

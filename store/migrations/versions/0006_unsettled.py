@@ -1,7 +1,7 @@
 """Which ended tasks' settlement is unknown, and when their ledger was last looked at.
 
 Revision ID: 0006
-Revises: 0003
+Revises: 0005
 """
 
 import sqlalchemy as sa
