@@ -116,6 +116,8 @@ class AskedHold(OwnModel):
     """Whether an event told that it is held."""
     told_back: bool = False
     """Whether an event told that it was given back."""
+    leaving: str | None = None
+    """Why it is being given back beside the flow; a repeat of that call, or the undo, says the same."""
 
     @property
     def usable(self) -> int:
@@ -144,6 +146,10 @@ class HoldState(OwnModel):
     """How many of these were asked for more than once: a service without idempotency may have taken more of them."""
     next_renewal_at: Instant | None = None
     uncovered_since: Instant | None = None
+    asking: int | None = None
+    """`n` of the hold that a renewal asked for and has no answer about: it repeats key and body."""
+    checkpoint_passed: bool = False
+    """Whether a training has reached a checkpoint since it was without cover."""
 
 
 class WatchState(OwnModel):
@@ -228,6 +234,8 @@ class CarriedRun(OwnModel):
     clock: ClockState = Field(default_factory=ClockState)
     hold: HoldState = Field(default_factory=HoldState)
     jobs: list[AskedJob] = []
+    retry_at: Instant | None = None
+    """When the next attempt may begin, of a run that continues as new between two attempts."""
     price: PriceState = Field(default_factory=PriceState)
     dataset: DatasetState = Field(default_factory=DatasetState)
 

@@ -49,13 +49,23 @@ class JobClock:
             self._state.first_start = now
 
     def not_started(self) -> None:
-        """A training was created: until its start no deadline runs."""
+        """A training was created, or a job has ended and the next is waited for: until a start no deadline runs."""
         self._state.attempt_start = self._state.queued_since = None
 
     def deadline(self) -> datetime:
         """When the present attempt is out of time; before a start, as if it started now."""
         start = self._state.attempt_start or workflow.now()
         return min(minutes_from(start, self._span_minutes()), self._cap())
+
+    def is_running(self) -> bool:
+        """Whether an attempt has begun; before that the deadline moves on with the clock."""
+        return self._state.attempt_start is not None
+
+    def latest(self) -> datetime | None:
+        """When the time of the attempt is over, or between two attempts the task's whole time; None before a start."""
+        if self.is_running():
+            return self.deadline()
+        return self._cap() if self._state.first_start is not None else None
 
     def left_for_retry(self) -> datetime:
         """Until when another attempt may still begin."""

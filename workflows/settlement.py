@@ -79,7 +79,7 @@ class Settlement:
             return
         charged, balance_after, is_unknown = 0, None, False
         try:
-            charged, balance_after = await self._commit(standing, min(cost, self._hold.usable))
+            charged, balance_after = await self._commit(standing, min(cost, standing.usable))
         except ChargeUnknown as unknown:
             charged, is_unknown = unknown.charged, True
             self._tell_unknown(standing, cost, unknown)
