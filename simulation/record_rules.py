@@ -81,10 +81,10 @@ class RecordRules:
         must(attempt is not None and fact.error is not None, "a retry of nothing is told:", fact.key)
         assert attempt is not None
         assert fact.error is not None
-        news = self._world.witness.news_of(attempt.job_id)
-        ended = news[-1].error if news else None
-        is_lost = ended is None and fact.error.code == FailureCode.LOST
-        must(is_lost or (ended is not None and ended.code == fact.error.code), "a retry is told for", fact.error.code)
+        # By what its job ever said: it is told in the workflow task that hears of it, before that is recorded.
+        codes = self._world.jobs.failures_of(attempt.job_id)
+        is_lost = not codes and fact.error.code == FailureCode.LOST
+        must(is_lost or fact.error.code in codes, "a retry is told for", fact.error.code)
 
     def _state(self, job_id: str, sequence: int) -> JobState | TrainingState | None:
         return self._world.jobs.told.get((job_id, sequence))
