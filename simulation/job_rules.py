@@ -52,9 +52,11 @@ class JobRules:
         """Of the attempts before: the newest that the run was told of before the job's end."""
         witness = self._world.witness
         for n in sorted(witness.attempts, reverse=True)[1:]:
-            told = [word.checkpoint for word in witness.news_of(witness.attempts[n].job_id) if word.checkpoint]
-            if told:
-                return told[-1].uri
+            told = [word.checkpoint.uri for word in witness.news_of(witness.attempts[n].job_id) if word.checkpoint]
+            known = {witness.attempts[k].call.argument.body.resume_from for k in witness.attempts if k <= n}
+            new = [uri for uri in told if uri not in known]
+            if new:
+                return new[-1]
         return self._world.scenario.task.resume_from  # type: ignore[union-attr]
 
     def _check_next(self, earlier: Attempt, call: Call) -> None:

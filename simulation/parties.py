@@ -16,7 +16,7 @@ from contracts.calls import SnapshotOrder
 from contracts.comfyui import DatasetFile, DatasetSnapshot
 from contracts.errors import FailureCode
 from simulation.agenda import Agenda
-from simulation.credits_model import CreditsModel
+from simulation.credits_model import ActedAndFailed, CreditsModel
 from simulation.hosted_run import CONVERTER
 from simulation.image_jobs import ImageJobs
 from simulation.store_model import StoreModel, StoreRefused
@@ -128,5 +128,9 @@ class Parties:
             return self.objects.snapshot(argument, began_at)
         try:
             return self._routes[name](argument)
+        except ActedAndFailed:
+            raise CallRefused(
+                FailureCode.CREDITS_UNAVAILABLE, f"{name} was answered with 500", is_final=False
+            ) from None
         except StoreRefused as refusal:
             raise CallRefused(FailureCode.TASK_EXISTS, str(refusal), is_final=True) from None

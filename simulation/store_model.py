@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 from contracts.policy import Policy
@@ -24,6 +25,7 @@ class StoreModel:
         self.exceptions: dict[str, TaskException] = {}
         self._keys: set[str] = set()
         self._sequences: dict[str, int] = {}
+        self._writes: list[TaskWrite] = []
         self.on_event: Callable[[Fact], None] = lambda _fact: None
 
     @property
@@ -43,6 +45,7 @@ class StoreModel:
         """Raises StoreRefused."""
         if write.first_execution_run_id != self.held_by or self.state is None:
             raise StoreRefused("another run holds the id")
+        self._writes.append(write)
         had_ended = self.has_ended
         for fact in write.facts:
             if not self.has_ended and fact.key not in self._keys and not self._is_outdated(fact):
@@ -51,6 +54,11 @@ class StoreModel:
             self.state = write.state
         for exception in write.exceptions:
             self.exceptions.setdefault(exception.key, exception)
+
+    def write_again(self, rng: random.Random) -> None:
+        """A second writer: an earlier write comes once more, from a worker that was cut off."""
+        if self._writes:
+            self.write(rng.choice(self._writes))
 
     def _is_outdated(self, fact: Fact) -> bool:
         if fact.job_id is None or fact.sequence is None:

@@ -123,7 +123,7 @@ class CreditHold:
     @property
     def told_as_held(self) -> int:
         """Points that events told as held and not as given back."""
-        return sum(hold.amount for hold in self.state.asked if hold.told and not hold.told_back)
+        return sum(hold.told for hold in self.state.asked if not hold.told_back)
 
     def summary(self) -> CreditsSummary:
         """`credits` of results and queries, in points; nothing is returned while a hold stands."""
@@ -464,7 +464,7 @@ class CreditHold:
     # What the record is told
 
     def _tell_held(self, hold: AskedHold, balance_after: int | None) -> None:
-        hold.told = True
+        hold.told = hold.amount
         self._record.state.credits = self.summary()
         self._record.tell(
             f"held:{hold.n}",
