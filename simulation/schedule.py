@@ -19,15 +19,17 @@ from simulation.comfyui_model import Work
 from simulation.credits_model import CreditsModel
 from simulation.hosted_run import RunIdentity, TaskFailed, payload_of
 from simulation.image_jobs import ImageJobs
+from simulation.life_gate import LifeGate
 from simulation.oracle import Oracle
 from simulation.parties import Objects, Parties
 from simulation.people import People
 from simulation.scenario import RUN_ID, Deed, Scenario, drawn
 from simulation.server import Server
-from simulation.store_model import StoreModel
+from simulation.store_model import ANOTHERS, StoreModel
 from simulation.trace import Trace
 from simulation.trainings import Trainings
 from simulation.truth import Untrue
+from simulation.weather import Party
 
 STEPS_AT_MOST: Final = 4_000
 
@@ -97,12 +99,14 @@ class Schedule:
         trainings.tells_resumed_from = scenario.tells_resumed_from
         if scenario.has_no_gpu:
             trainings.gpus = (GpuPool(gpu_type="a100", total=0, available=0),)
+        store = StoreModel(agenda, scenario.policy, held_by=ANOTHERS if scenario.is_id_taken else None)
         return Parties(
             credits=CreditsModel(agenda, scenario.credits, self._estimate),
             jobs=jobs,
             trainings=trainings,
-            store=StoreModel(scenario.policy, held_by="another-run" if scenario.is_id_taken else None),
+            store=store,
             objects=Objects(agenda, is_invalid=scenario.is_dataset_invalid),
+            gate=LifeGate(store, lambda: scenario.weather.is_away(Party.STORE)),
         )
 
     def _job_price(self, earlier: int) -> int:

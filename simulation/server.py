@@ -113,7 +113,13 @@ class Server:
         self.runs += 1
         self._identity = identity
         self._calls = Calls(
-            self._agenda, self._weather, self._rng, self._parties, self._trace, self._call_resolved_in(self.runs)
+            self._agenda,
+            self._weather,
+            self._rng,
+            self._parties,
+            self._trace,
+            self._call_resolved_in(self.runs),
+            identity.run_id,
         )
         self._calls.worker_up_at = self._worker_up_at
         self._history: list[Recorded] = []

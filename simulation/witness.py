@@ -11,6 +11,7 @@ from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
 from contracts.calls import JobCall
 from contracts.comfyui import Checkpoint, JobState, TrainingState
 from contracts.errors import Answer, ErrorDetails
+from contracts.lives import READ_THE_LEDGER, TASK_ENDED
 from contracts.tasks import ConfirmPrice
 from simulation.calls import Call
 from simulation.comfyui_model import id_of
@@ -20,6 +21,8 @@ State = JobState | TrainingState
 SUBMITS = frozenset({"submit_job", "create_training"})
 GETS = frozenset({"get_job", "get_training"})
 CANCELS = frozenset({"cancel_job", "cancel_training"})
+OURS = frozenset({TASK_ENDED, READ_THE_LEDGER})
+"""Refusals that no service gave: the call was not made."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,7 @@ class Witness:
             (call.told_at or 0.0, call.outcome.refusal.message)
             for call in told
             if isinstance(call.outcome, Answer) and call.outcome.refusal is not None
+            if call.outcome.refusal.message not in OURS
         ]
 
     def is_open(self, name: str, since: float) -> bool:
