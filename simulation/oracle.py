@@ -52,7 +52,10 @@ _STAGES: Final = [*(stage.value for stage in JobStatus), *(stage.value for stage
 """In their order; neither kind of work here ever goes back."""
 _BEGINNING: Final = frozenset({"submit_job", "create_training", "start_training", "pre_deduct"})
 _OPENING: Final = frozenset(
-    {"submit_job", "create_training", "estimate", "pre_deduct", "start_training", "cancel_job", "cancel_training"}
+    {
+        *("submit_job", "create_training", "estimate", "pre_deduct", "start_training"),
+        *("cancel_job", "cancel_training", "look"),
+    }
 )
 
 

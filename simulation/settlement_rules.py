@@ -69,7 +69,9 @@ class SettlementRules:
 
     def _check_unknown(self) -> None:
         """Not known is only what was refused or unreadable, and what the ledger does not show in time."""
+        is_hold_unknown = bool(self._world.witness.refusals("cancel_hold"))
         has_doubt = self._commits_refused() or self._is_answered_otherwise() or self._is_charge_unanswered()
+        has_doubt = has_doubt or is_hold_unknown
         must(bool(has_doubt), "settlement_unknown although no commit was refused")
         committed = {call.argument.body.pre_deduct_id for call in self._world.witness.calls["commit"]}
         looks = [call.outcome.reply.entries for call in self._world.witness.calls["ledger"] if call.outcome is not None]

@@ -91,7 +91,8 @@ class StoreModel:
         if caller.run_id in self._earlier_runs:
             return
         self._writes.append((write, caller))
-        self._take_over(caller.run_id, write.run_number)
+        if write.run_number > self._run_number:  # what had been in flight when a run continued is no reset
+            self._take_over(caller.run_id, write.run_number)
         had_ended = self.has_ended
         for fact in write.facts:
             if not self.has_ended and fact.key not in self._keys and not self._is_outdated(fact):

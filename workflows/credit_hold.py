@@ -367,6 +367,10 @@ class CreditHold:
 
     # Give back
 
+    def close(self) -> None:
+        """From here no further hold is asked for."""
+        self._is_closing = True
+
     async def give_back(self, reason: str) -> None:
         """The undo: every hold that may stand is cancelled, also one whose answer was lost.
 
@@ -484,7 +488,7 @@ class CreditHold:
         self._record.tell(
             f"given_back:{hold.n}",
             EventType.CREDITS,
-            credits_delta=hold.amount,
+            credits_delta=hold.told,
             balance_after=balance_after,
             message=f"{hold.amount} points were given back.",
         )

@@ -206,6 +206,7 @@ class TaskFlow(Generic[Run, Result]):
         self.stop.close()
         self.record.decided()
         self.watch.stop_polling()
+        self.hold.close()
         self.record.waits_for("job and credits to be given back", None)
         if workflow.patched("row-looked-at-before-giving-back"):
             await self.row_look.once()
