@@ -112,8 +112,8 @@ class AskedHold(OwnModel):
     amount: int = 0
     refused: bool = False
     resolved: bool = False
-    told: bool = False
-    """Whether an event told that it is held."""
+    told: int = 0
+    """Points that an event told as held."""
     told_back: bool = False
     """Whether an event told that it was given back."""
     leaving: str | None = None

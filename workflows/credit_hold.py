@@ -135,7 +135,7 @@ class CreditHold:
     @property
     def told_as_held(self) -> int:
         """Points that events told as held and not as given back."""
-        return sum(hold.amount for hold in self.state.asked if hold.told and not hold.told_back)
+        return sum(hold.told for hold in self.state.asked if not hold.told_back)
 
     def summary(self) -> CreditsSummary:
         """`credits` of results and queries, in points; nothing is returned while a hold stands."""
@@ -517,6 +517,10 @@ class CreditHold:
 
     # Give back
 
+    def close(self) -> None:
+        """From here no further hold is asked for."""
+        self._is_closing = True
+
     async def give_back(self, reason: str) -> None:
         """The undo: every hold that may stand is cancelled, also one whose answer was lost.
 
@@ -620,7 +624,7 @@ class CreditHold:
     # What the record is told
 
     def _tell_held(self, hold: AskedHold, balance_after: int | None) -> None:
-        hold.told = True
+        hold.told = hold.amount
         self._record.state.credits = self.summary()
         self._record.tell(
             f"held:{hold.n}",
@@ -640,7 +644,7 @@ class CreditHold:
         self._record.tell(
             f"given_back:{hold.n}",
             EventType.CREDITS,
-            credits_delta=hold.amount,
+            credits_delta=hold.told,
             balance_after=balance_after,
             message=f"{hold.amount} points were given back.",
         )

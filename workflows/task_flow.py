@@ -235,6 +235,7 @@ class TaskFlow(Generic[Run, Result]):
         self.outside.take_up()
         self.record.decided()
         self.watch.stop_polling()
+        self.hold.close()
         self.record.waits_for("job and credits to be given back", None)
         await self.undo.all(str(end))
         if workflow.patched("row-looked-at-once-given-back"):
