@@ -271,16 +271,18 @@ class TaskFlow(Generic[Run, Result]):
         return True
 
     def _continuation(self) -> Run:
-        carried = CarriedRun(
-            policy=self.limits,
-            run_number=self.outside.call_for.run_number + 1,
-            record=self.record.carry(),
-            watch=self.watch.carry(),
-            clock=self.clock.carry(),
-            hold=self.hold.carry(),
-            jobs=self.attempts.carry(),
-            price=self.price,
-        )
+        state = {
+            "policy": self.limits,
+            "run_number": self.outside.call_for.run_number + 1,
+            "record": self.record.carry(),
+            "watch": self.watch.carry(),
+            "clock": self.clock.carry(),
+            "hold": self.hold.carry(),
+            "jobs": self.attempts.carry(),
+            "price": self.price,
+        }
+        # Not made anew: what a worker of another version carried besides goes on with it.
+        carried = (self.task.carried or CarriedRun()).model_copy(update=state)
         return self.task.model_copy(update={"carried": self.carry_more(carried)})
 
     def _is_long(self) -> bool:
