@@ -1,6 +1,7 @@
 """What a run hands to its continuation (continue-as-new) and what its mechanisms keep as data, not as closures.
 
-Everything that must survive is here: a hold that may stand, a job that may run, facts not yet written.
+Everything that must survive is here: a hold that may stand, a job that may run, facts not yet written. A worker of
+another version may read it: see contracts/handed_on.py, and docs/versioning.md before a field is added.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from contracts.comfyui import (
 from contracts.credits import PreDeductRequest
 from contracts.errors import ErrorDetails
 from contracts.fields import Instant, OwnModel
+from contracts.handed_on import RunArgument
 from contracts.policy import Policy
 from contracts.task_store import Fact, TaskException, TaskState
 from contracts.tasks import ImageTask, SettlementState, TaskStatus, TrainingTask
@@ -243,13 +245,13 @@ class CarriedRun(OwnModel):
     dataset: DatasetState = Field(default_factory=DatasetState)
 
 
-class ImageRun(ImageTask):
+class ImageRun(ImageTask, RunArgument):
     """Argument of `ImageGenerationWorkflow`: the task, and in a continued run what it goes on with."""
 
     carried: CarriedRun | None = None
 
 
-class TrainingRun(TrainingTask):
+class TrainingRun(TrainingTask, RunArgument):
     """Argument of `TrainingWorkflow`: the task, and in a continued run what it goes on with."""
 
     carried: CarriedRun | None = None

@@ -312,17 +312,19 @@ class TaskFlow(Generic[Run, Result]):
         self.hold.take_up()
 
     def _continuation(self) -> Run:
-        carried = CarriedRun(
-            policy=self.limits,
-            run_number=self.outside.call_for.run_number + 1,
-            record=self.record.carry(),
-            watch=self.watch.carry(),
-            clock=self.clock.carry(),
-            hold=self.hold.carry(),
-            jobs=self.attempts.carry(),
-            retry_at=self.attempts.retry_at,
-            price=self.price,
-        )
+        state = {
+            "policy": self.limits,
+            "run_number": self.outside.call_for.run_number + 1,
+            "record": self.record.carry(),
+            "watch": self.watch.carry(),
+            "clock": self.clock.carry(),
+            "hold": self.hold.carry(),
+            "jobs": self.attempts.carry(),
+            "retry_at": self.attempts.retry_at,
+            "price": self.price,
+        }
+        # Not made anew: what a worker of another version carried besides goes on with it.
+        carried = (self.task.carried or CarriedRun()).model_copy(update=state)
         return self.task.model_copy(update={"carried": self.carry_more(carried)})
 
     def is_long(self) -> bool:
