@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
 
 
 @pytest.fixture
-def platform(patient_platform: Platform) -> Iterator[Platform]:
+def platform(patient_platform: Platform) -> Platform:
     """Hours pass here, and other scenarios' jobs may stand still: there are GPUs for all of them."""
     return patient_platform
 
