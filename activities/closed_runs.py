@@ -19,7 +19,7 @@ from temporalio.client import Client, WorkflowHandle, WorkflowHistoryEventFilter
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from activities.left_behind import HistoryReading, left_by_row
+from activities.left_behind import HistoryReading, NotReadHere, left_by_row
 from activities.running_call import to_its_end
 from contracts.errors import FailureCode, sentences_of
 from contracts.give_back import GiveBackOrder, LeftBehind
@@ -49,7 +49,7 @@ def is_namespace_missing(error: RPCError) -> bool:
 
 
 def _why(error: Exception) -> str:
-    if isinstance(error, NotToBeSeen):
+    if isinstance(error, NotToBeSeen | NotReadHere):
         return str(error)
     if isinstance(error, ValidationError):
         return f"Its row cannot be read: {'; '.join(sentences_of(error))}."

@@ -20,6 +20,7 @@ from contracts.calls import CallFor, JobCall, Post
 from contracts.comfyui import (
     GpuPool,
     JobAccepted,
+    JobCancelled,
     JobRequest,
     JobState,
     TrainingAccepted,
@@ -61,8 +62,8 @@ class ComfyUIClient(OutsideClient):
     async def get_job(self, call: JobCall) -> Answer[JobState]:
         return await self._about_job(GET_JOB, Operation.READ_COMFYUI, call)
 
-    async def cancel_job(self, call: JobCall) -> Answer[JobState]:
-        return await self._about_job(CANCEL_JOB, Operation.CANCEL_JOB, call)
+    async def cancel_job(self, call: JobCall) -> Answer[JobCancelled]:
+        return await self._cancel(CANCEL_JOB, call, lambda reply: reply.job_id)
 
     async def create_training(self, post: Post[TrainingRequest]) -> Answer[TrainingAccepted]:
         scope = REQUIRED_SCOPES[Operation.CREATE_TRAINING]
@@ -74,12 +75,23 @@ class ComfyUIClient(OutsideClient):
     async def get_training(self, call: JobCall) -> Answer[TrainingState]:
         return await self._about_training(GET_TRAINING, Operation.READ_COMFYUI, call)
 
-    async def cancel_training(self, call: JobCall) -> Answer[TrainingState]:
-        return await self._about_training(CANCEL_TRAINING, Operation.CANCEL_JOB, call)
+    async def cancel_training(self, call: JobCall) -> Answer[JobCancelled]:
+        return await self._cancel(CANCEL_TRAINING, call, lambda reply: reply.training_id)
 
     async def list_gpus(self, call_for: CallFor) -> Answer[list[GpuPool]]:
         scope = REQUIRED_SCOPES[Operation.READ_COMFYUI]
         return await self._call(LIST_GPUS, scope, call_for, TypeAdapter(list[GpuPool]))
+
+    async def _cancel(
+        self, route: Route, call: JobCall, id_in: Callable[[JobCancelled], str | None]
+    ) -> Answer[JobCancelled]:
+        def check(reply: JobCancelled) -> str | None:
+            return same("its id", call.job_id, id_in(reply) or "")
+
+        scope = REQUIRED_SCOPES[Operation.CANCEL_JOB]
+        return await self._call(
+            route, scope, call.call_for, JobCancelled, ids={"job_id": call.job_id}, key=call.key, check=check
+        )
 
     async def _about_job(self, route: Route, operation: Operation, call: JobCall) -> Answer[JobState]:
         check: Callable[[JobState], str | None] = lambda state: same("job_id", call.job_id, state.job_id)  # noqa: E731
@@ -117,7 +129,7 @@ class ComfyUIActivities:
         return await answered(call.call_for, self._client.get_job(call))
 
     @activity.defn
-    async def cancel_job(self, call: JobCall) -> Answer[JobState]:
+    async def cancel_job(self, call: JobCall) -> Answer[JobCancelled]:
         return await answered(call.call_for, self._client.cancel_job(call))
 
     @activity.defn
@@ -133,7 +145,7 @@ class ComfyUIActivities:
         return await answered(call.call_for, self._client.get_training(call))
 
     @activity.defn
-    async def cancel_training(self, call: JobCall) -> Answer[TrainingState]:
+    async def cancel_training(self, call: JobCall) -> Answer[JobCancelled]:
         return await answered(call.call_for, self._client.cancel_training(call))
 
     @activity.defn

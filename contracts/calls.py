@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 from pydantic import Field
 
 from contracts.fields import OwnModel
+from contracts.handed_on import KeptModel
 from contracts.permissions import Scene
 
 Body = TypeVar("Body")
@@ -25,7 +26,7 @@ class CallFor(OwnModel):
     """Of the run that calls; see `contracts.lives.TaskRun`."""
 
 
-class Post(OwnModel, Generic[Body]):
+class Post(KeptModel, Generic[Body]):
     """A POST: `key` is its `X-Idempotency-Key`; the same key always carries the same body (contract §4)."""
 
     call_for: CallFor
@@ -37,7 +38,7 @@ class Post(OwnModel, Generic[Body]):
     """A commit or charge that is made after the task's ledger was read: no earlier life has settled the task."""
 
 
-class JobCall(OwnModel):
+class JobCall(KeptModel):
     """A call about one job or training: `key` only for POSTs (start, cancel)."""
 
     call_for: CallFor
@@ -53,7 +54,7 @@ class LedgerQuery(OwnModel):
     limit: int = Field(default=200, ge=1, le=1000)
 
 
-class SnapshotOrder(OwnModel):
+class SnapshotOrder(KeptModel):
     """A dataset to be copied to temporary object storage under the task's own folder."""
 
     call_for: CallFor

@@ -1,6 +1,7 @@
 """What a run hands to its continuation (continue-as-new) and what its mechanisms keep as data, not as closures.
 
-Everything that must survive is here: a hold that may stand, a job that may run, facts not yet written.
+Everything that must survive is here: a hold that may stand, a job that may run, facts not yet written. A worker of
+another version may read it: see contracts/handed_on.py, and docs/versioning.md before a field is added.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from contracts.comfyui import (
 from contracts.credits import PreDeductRequest
 from contracts.errors import ErrorDetails
 from contracts.fields import Instant, OwnModel
+from contracts.handed_on import RunArgument
 from contracts.policy import Policy
 from contracts.task_store import Fact, TaskException, TaskState
 from contracts.tasks import ImageTask, SettlementState, TaskStatus, TrainingTask
@@ -61,8 +63,8 @@ class JobNews(OwnModel):
             estimated_time=state.estimated_time,
             gpu_slots=state.gpu_slots,
             queue_position=state.queue_position,
-            error=state.error_details,
-            succeeded=state.has_succeeded(),
+            error=state.failure(),
+            succeeded=state.has_succeeded() and state.failure() is None,
             result_urls=state.result_urls,
             actual_cost=state.actual_cost,
         )
@@ -79,7 +81,7 @@ class JobNews(OwnModel):
             estimated_time=state.estimated_time,
             gpu_slots=state.gpu_slots,
             error=state.failure(),
-            succeeded=state.has_succeeded(),
+            succeeded=state.has_succeeded() and state.failure() is None,
             gpu_hours=state.gpu_hours,
             gpu_hours_used=state.gpu_hours_used,
             checkpoint=state.checkpoint,
@@ -112,10 +114,12 @@ class AskedHold(OwnModel):
     amount: int = 0
     refused: bool = False
     resolved: bool = False
-    told: bool = False
-    """Whether an event told that it is held."""
+    told: int = 0
+    """Points that an event told as held."""
     told_back: bool = False
     """Whether an event told that it was given back."""
+    leaving: str | None = None
+    """Why it is being given back beside the flow; a repeat of that call, or the undo, says the same."""
 
     @property
     def usable(self) -> int:
@@ -144,6 +148,10 @@ class HoldState(OwnModel):
     """How many of these were asked for more than once: a service without idempotency may have taken more of them."""
     next_renewal_at: Instant | None = None
     uncovered_since: Instant | None = None
+    asking: int | None = None
+    """`n` of the hold that a renewal asked for and has no answer about: it repeats key and body."""
+    checkpoint_passed: bool = False
+    """Whether a training has reached a checkpoint since it was without cover."""
 
 
 class WatchState(OwnModel):
@@ -156,6 +164,9 @@ class WatchState(OwnModel):
     callbacks_refused: int = 0
     last_news_at: Instant | None = None
     silence_seconds: float = 0.0
+    unreadable: str = ""
+    """Why the last poll's answer could not be read; empty where it could."""
+    unreadable_since: Instant | None = None
     unknown_since: Instant | None = None
     """When the server said first that it does not know the job."""
 
@@ -228,17 +239,19 @@ class CarriedRun(OwnModel):
     clock: ClockState = Field(default_factory=ClockState)
     hold: HoldState = Field(default_factory=HoldState)
     jobs: list[AskedJob] = []
+    retry_at: Instant | None = None
+    """When the next attempt may begin, of a run that continues as new between two attempts."""
     price: PriceState = Field(default_factory=PriceState)
     dataset: DatasetState = Field(default_factory=DatasetState)
 
 
-class ImageRun(ImageTask):
+class ImageRun(ImageTask, RunArgument):
     """Argument of `ImageGenerationWorkflow`: the task, and in a continued run what it goes on with."""
 
     carried: CarriedRun | None = None
 
 
-class TrainingRun(TrainingTask):
+class TrainingRun(TrainingTask, RunArgument):
     """Argument of `TrainingWorkflow`: the task, and in a continued run what it goes on with."""
 
     carried: CarriedRun | None = None

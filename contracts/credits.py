@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 
 from contracts.comfyui import TaskPriority
 from contracts.fields import Informative, Instant, OutsideId, OutsideModel, OutsideText, OwnModel, Points
@@ -188,8 +188,21 @@ class LedgerEntry(OutsideModel):
     frozen_change: Annotated[Points | None, Informative] = None
 
 
+def _each_readable(entries: Any) -> Any:
+    """One entry that cannot be read hides none of the others: it stays as one that says nothing, of its task."""
+    return [_readable(entry) for entry in entries] if isinstance(entries, list) else entries
+
+
+def _readable(entry: Any) -> LedgerEntry:
+    try:
+        return LedgerEntry.model_validate(entry)
+    except ValidationError:
+        task_id = entry.get("task_id") if isinstance(entry, dict) else None
+        return LedgerEntry(ledger_id="unreadable", task_id=task_id if isinstance(task_id, str) else None, change=0)
+
+
 class Ledger(OutsideModel):
     """`GET /api/v1/credits/ledger`: newest first; `cursor` leads to the next page, null at the end (ours)."""
 
-    entries: list[LedgerEntry]
+    entries: Annotated[list[LedgerEntry], BeforeValidator(_each_readable)]
     cursor: Annotated[OutsideText | None, Informative] = None

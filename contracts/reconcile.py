@@ -6,7 +6,8 @@ from typing import Annotated, Final
 
 from pydantic import Field
 
-from contracts.fields import CallerModel, OwnModel
+from contracts.fields import OwnModel
+from contracts.handed_on import Order
 
 RECONCILE_WORKFLOW: Final = "ReconcileWorkflow"
 RECONCILE_PREFIX: Final = "reconcile-"
@@ -17,7 +18,7 @@ def reconcile_id_of(task_queue: str) -> str:
     return RECONCILE_PREFIX + task_queue
 
 
-class ReconcileOrder(CallerModel):
+class ReconcileOrder(Order):
     """Argument of `ReconcileWorkflow`; a continued run goes on after `cursor`."""
 
     pause_seconds: Annotated[float, Field(ge=0, le=3_600)] = 60.0

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from contracts.comfyui import TaskPriority, TrainingLogLine, TrainingOutput
 from contracts.errors import ErrorDetails
 from contracts.fields import Instant, OwnModel
+from contracts.handed_on import KeptModel
 from contracts.lives import EarlierLife
 from contracts.permissions import Scene
 from contracts.policy import Policy
@@ -103,7 +104,7 @@ class TaskClaim(OwnModel):
     at: Instant
 
 
-class ClaimOutcome(OwnModel):
+class ClaimOutcome(KeptModel):
     """`claimed` is true for the run that holds the id, whatever it repeats. `policy` is the worker's, read with it."""
 
     claimed: bool

@@ -22,7 +22,7 @@ from mutation.forked import adopt_orphans, forked
 from mutation.harmless import Harmless
 from mutation.judging import Effort, Judge, Verdict, load_what_others_wrote
 from mutation.mutations import FOLDERS, ROOT, Mutation, modules, mutations_of
-from mutation.reach import Reach, fingerprint, kept, seeds_that_reach
+from mutation.reach import Block, Reach, fingerprint, kept, seeds_that_reach
 from mutation.tests_played import tests_that_reach
 from mutation.verdicts import Verdicts
 
@@ -65,6 +65,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds-each", type=int, default=150, help="schedules for one mutant at most (150)")
     parser.add_argument("--test-seconds", type=float, default=60.0, help="of tests for one mutant at most (60)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once (one for each processor)")
+    parser.add_argument("--tests", action="append", default=[], help="test files whose path begins so; may be repeated")
     parser.add_argument("--quick", action="store_true", help="by the simulation alone: what survives may die of a test")
     parser.add_argument("--list", action="store_true", help="list the mutants, judge none")
     return parser.parse_args(arguments)
@@ -83,11 +84,13 @@ def _judged(wanted: list[Mutation], options: argparse.Namespace) -> list[report.
     """Each with its verdict, in order; what was judged before is not judged again."""
     everything = fingerprint(*FOLDERS, "contracts", "store", "simulation", "simulators", "tests")
     effort = Effort(seeds=options.seeds_each, test_seconds=0.0 if options.quick else options.test_seconds)
-    verdicts = Verdicts(FOLDER / "verdicts.jsonl", f"{everything} {effort}")
+    verdicts = Verdicts(FOLDER / "verdicts.jsonl", f"{everything} {effort} {options.tests}")
     waiting = [mutation for mutation in wanted if verdicts.of(mutation) is None]
     if waiting:
+        FOLDER.mkdir(parents=True, exist_ok=True)
         load_what_others_wrote()
-        reach = _reach(options.seeds, has_tests=not options.quick)
+        reach = Reach() if options.quick else tests_that_reach(FOLDER, options.tests)
+        reach.seeds = _seeds(options.seeds)
         global _judge
         _judge = Judge(reach, effort, verdicts.killers(), FOLDER)
         if not options.quick:
@@ -120,26 +123,19 @@ def _tell(number: int, count: int, mutation: Mutation, verdict: Verdict) -> None
     print(f"{number}/{count} {verdict.fate.value:<10} {change}  <- {verdict.by[:100]}", flush=True)
 
 
-def _reach(seeds: int, *, has_tests: bool) -> Reach:
-    """What reaches each block; found out anew where what is played has changed."""
-    counts = {"image": 2 * seeds // 3, "training": seeds // 3}
+def _seeds(count: int) -> dict[Block, list[tuple[str, int]]]:
+    """What reaches each block of so many schedules; found out anew where what is played has changed."""
+    counts = {"image": 2 * count // 3, "training": count // 3}
 
-    def by_seeds() -> dict[str, list[tuple[str, int]]]:
-        print(f"finding out what {seeds} schedules reach ...", flush=True)
-        log = FOLDER / "reach-seeds.log"
-        found: dict[str, list[tuple[str, int]]] = forked(
-            lambda: seeds_that_reach(counts), cpu_seconds=1_800, wall_seconds=3_600, log=log
+    def played() -> dict[Block, list[tuple[str, int]]]:
+        print(f"finding out what {count} schedules reach ...", flush=True)
+        found: dict[Block, list[tuple[str, int]]] = forked(
+            lambda: seeds_that_reach(counts), cpu_seconds=1_800, wall_seconds=3_600, log=FOLDER / "reach-seeds.log"
         )
         return found
 
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    by_seed = kept(FOLDER / f"reach-seeds-{seeds}.json", fingerprint(*FOLDERS, "contracts", "simulation"), by_seeds)
-    tested = tests_that_reach(FOLDER) if has_tests else Reach()
-    return Reach(
-        seeds={block: [(kind, seed) for kind, seed in some] for block, some in by_seed.items()},
-        tests=tested.tests,
-        seconds=tested.seconds,
-    )
+    found = kept(FOLDER / f"reach-seeds-{count}.json", fingerprint(*FOLDERS, "contracts", "simulation"), played)
+    return {block: [(kind, seed) for kind, seed in some] for block, some in found.items()}
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class Judge:
         block = f"{mutation.module}:{mutation.block}"
         seeds, tests = self._reach.seeds.get(block, []), self._reach.tests.get(block, [])
         if not mutation.block:  # no statement of a function: whoever imports it reaches it
-            seeds = self._reach.seeds[EVERYWHERE]
+            seeds = self._reach.seeds.get(EVERYWHERE, [])
             tests = sorted({test for other, some in self._reach.tests.items() for test in some if _of(other, mutation)})
         if seeds:
             seen = self._simulated(mutation, spread(seeds, self._effort.seeds))

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,18 +26,21 @@ LEFT_OUT: Final = {
 }
 
 
-def tests_that_reach(folder: Path) -> Reach:
-    """What is kept of each file stands for as long as the file, its helpers and our code are what they were."""
+def tests_that_reach(folder: Path, chosen: Sequence[str] = ()) -> Reach:
+    """... of the files whose path begins as one of `chosen` does, or of all.
+
+    What is kept of each file stands for as long as the file, its helpers and our code are what they were."""
     kept_in = folder / "reach-tests.json"
     known: dict[str, Any] = json.loads(kept_in.read_text()) if kept_in.exists() else {}
     around = fingerprint(*FOLDERS, "contracts", "store", "simulators", "gateway") + _helpers()
-    of = {file: hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16] + around for file in test_files()}
+    files = [file for file in test_files() if not chosen or file.startswith(tuple(chosen))]
+    of = {file: hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16] + around for file in files}
     stale = [file for file in of if known.get(file, {}).get("of") != of[file]]
     if stale:
         print(f"finding out what the tests of {len(stale)} files reach ...", flush=True)
         for file, played in _played(stale, folder).items():
             known[file] = {"of": of[file], **played}
-        kept_in.write_text(json.dumps({file: known[file] for file in of if file in known}))
+        kept_in.write_text(json.dumps(known))
     reach = Reach()
     for file in of:
         reach.seconds.update(known[file]["seconds"])

@@ -27,6 +27,7 @@ from contracts.errors import FailureCode
 from simulation.agenda import Agenda, Happening
 from simulation.hosted_run import payload_of
 from simulation.parties import CallRefused, Parties
+from simulation.store_model import Caller
 from simulation.trace import Trace
 from simulation.weather import Attempt, Spoiled, Weather
 
@@ -96,7 +97,9 @@ class Calls:
         parties: Parties,
         trace: Trace,
         resolved: Callable[[Call, Resolution], None],
+        run_id: str,
     ) -> None:
+        self._run_id = run_id
         self._agenda = agenda
         self._weather = weather
         self._rng = rng
@@ -175,7 +178,8 @@ class Calls:
     def _act(self, call: Call, token: object, attempt: Attempt, began_at: float) -> None:
         outcome: Any
         try:
-            outcome = self._parties.perform(call.name, call.argument, began_at)
+            caller = Caller(self._run_id, began_at, call.scheduled_at)
+            outcome = self._parties.perform(call.name, call.argument, caller)
         except CallRefused as refusal:
             outcome = refusal
         self._trace("  %s #%d acts: %s", call.name, call.seq, outcome)
@@ -230,9 +234,9 @@ class Calls:
         self._resolved(call, resolution)
 
 
-def _application(code: FailureCode, message: str, *, non_retryable: bool = False) -> Failure:
+def _application(code: str, message: str, *, non_retryable: bool = False) -> Failure:
     return Failure(
-        message=message, application_failure_info=ApplicationFailureInfo(type=code.value, non_retryable=non_retryable)
+        message=message, application_failure_info=ApplicationFailureInfo(type=str(code), non_retryable=non_retryable)
     )
 
 

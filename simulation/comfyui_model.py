@@ -33,6 +33,11 @@ def id_of(state: JobState | TrainingState) -> str:
     return state.job_id if isinstance(state, JobState) else state.training_id
 
 
+def error_of(state: JobState | TrainingState) -> ErrorDetails | None:
+    """How it has failed, or None."""
+    return state.error_details if isinstance(state, JobState) else state.failure()
+
+
 @dataclass
 class Work(Generic[State]):
     """One job or training; `state` is what GET shows."""
@@ -98,6 +103,16 @@ class ComfyUIModel(Generic[State]):
             return Answer(not_offered=True)
         assert call.key is not None
         return self._once(call.key, call.job_id, lambda: self._cancelled(call.job_id))
+
+    def failures_of(self, job_id: str | None) -> set[str]:
+        """The codes with which a job ever said that it has failed."""
+        errors = [error_of(state) for (told_id, _), state in self.told.items() if told_id == job_id]
+        return {error.code for error in errors if error is not None}
+
+    def has_failed(self, job_id: str | None) -> bool:
+        """Whether a job failed, or is no longer known."""
+        work = self.works.get(job_id or "")
+        return bool(self.failures_of(job_id)) or (work is not None and work.is_forgotten)
 
     # What a kind of work says of itself
 

@@ -43,12 +43,13 @@ def refused(message: str) -> Answer[Any]:
 
 @dataclass
 class Hold:
-    """One hold; `amount` in points, `phase` open, committed, cancelled or expired."""
+    """One hold; `amount` and what was `asked` in points, `phase` open, committed, cancelled or expired."""
 
     pre_deduct_id: str
     task_id: str
     key: str
     amount: int
+    asked: int
     taken_at: float
     expires_at: float
     phase: str = "open"
@@ -69,6 +70,16 @@ class CreditsTerms:
     price_offset: int = 0
     lag_seconds: float = 0.0
     tells_kinds: bool = True
+    grants_more: int = 0
+    """Points that a hold has beyond what was asked for."""
+    commits_less: int = 0
+    """Points that a commit charges less than it was sent."""
+    says_less: int = 0
+    """Points that a commit's answer tells less than were charged."""
+    is_field: bool = False
+    """The platform's own service (contract §4 (field)): no idempotency, no expiry, no hours in its estimate."""
+    acts_and_fails: bool = False
+    """(field) The first commit acts and is answered with 500."""
     refuses_holds_with: str | None = None
     refuses_commits_with: str | None = None
 
@@ -84,6 +95,10 @@ class Books:
     """Keys that came again with another body."""
     estimates: dict[int, int] = field(default_factory=dict)
     """Attempt → what it was estimated at, in points."""
+
+
+class ActedAndFailed(Exception):
+    """It acted, and its caller hears of an error."""
 
 
 class CreditsModel:
@@ -110,9 +125,13 @@ class CreditsModel:
     # Routes
 
     def estimate(self, post: Post[EstimateRequest]) -> Answer[Estimate]:
-        cost = max(0, self._price_of(post.body) + self.terms.price_offset)
+        body = post.body.model_copy(update={"gpu_hours": 0.0}) if self._ignores_hours(post.body) else post.body
+        cost = max(0, self._price_of(body) + self.terms.price_offset)
         self.books.estimates[int(post.key.rpartition(":")[2])] = cost
         return Answer(reply=Estimate(selected_cost=cost, estimated_cost=cost, current_balance=self.balance))
+
+    def _ignores_hours(self, body: EstimateRequest) -> bool:
+        return self.terms.is_field and body.gpu_hours is not None
 
     def pre_deduct(self, post: Post[PreDeductRequest]) -> Answer[HoldReply]:
         return self._once(post, lambda body: self._take(post.key, body))
@@ -161,6 +180,8 @@ class CreditsModel:
     def _once(self, post: Post[Body], act: Callable[[Body], Answer[Any]]) -> Answer[Any]:
         """The first answer again for the same key and body; `idempotency_conflict` for another body."""
         self._expire()
+        if self.terms.is_field:
+            return act(post.body)
         body = post.body.model_dump_json()
         known = self.books.answers.get(post.key)
         if known is None:
@@ -176,9 +197,9 @@ class CreditsModel:
         if body.estimated_cost > self.balance:
             return refused("insufficient_balance")
         now = self._agenda.now
-        hold = Hold(
-            f"hold-{len(self.books.holds) + 1}", body.task_id, key, body.estimated_cost, now, now + body.expire_in
-        )
+        amount = min(body.estimated_cost + self.terms.grants_more, self.balance)
+        ends_at = float("inf") if self.terms.is_field else now + body.expire_in
+        hold = Hold(f"hold-{len(self.books.holds) + 1}", body.task_id, key, amount, body.estimated_cost, now, ends_at)
         self.books.holds[hold.pre_deduct_id] = hold
         self._enter(hold.task_id, LedgerKind.PRE_DEDUCT, -hold.amount, hold)
         return Answer(reply=self._reply(hold, hold.amount))
@@ -195,9 +216,12 @@ class CreditsModel:
             return refused("amount_invalid")
         if body.actual_cost > hold.amount:
             return refused("hold_insufficient")
-        hold.phase, hold.charged = "committed", body.actual_cost
-        self._enter(hold.task_id, LedgerKind.COMMIT, hold.amount - body.actual_cost, hold)
-        return Answer(reply=self._reply(hold, body.actual_cost))
+        hold.phase, hold.charged = "committed", max(0, body.actual_cost - self.terms.commits_less)
+        self._enter(hold.task_id, LedgerKind.COMMIT, hold.amount - hold.charged, hold)
+        if self.terms.acts_and_fails:
+            self.terms.acts_and_fails = False
+            raise ActedAndFailed
+        return Answer(reply=self._reply(hold, max(0, hold.charged - self.terms.says_less)))
 
     def _cancel(self, body: CancelHoldRequest) -> Answer[CancelHoldReply]:
         hold = self.books.holds.get(body.pre_deduct_id)
@@ -248,5 +272,5 @@ class CreditsModel:
             pre_deduct_id=hold.pre_deduct_id,
             frozen_amount=frozen,
             balance_after=self.balance,
-            expire_at=datetime.fromtimestamp(hold.expires_at, UTC),
+            expire_at=None if self.terms.is_field else datetime.fromtimestamp(hold.expires_at, UTC),
         )

@@ -139,7 +139,10 @@ class HoldRules:
     # Deadlines (contract §1)
 
     def deadlines(self, at: float) -> list[float]:
-        """When the present attempt may be out of time, by every `estimated_time` that was told of it."""
+        """When the present attempt may be out of time, by every `estimated_time` that was told of it.
+
+        Between two attempts the next may begin at any time: its deadline is reckoned as if it did now.
+        """
         scenario, witness = self._world.scenario, self._world.witness
         first, current = witness.attempts.get(1), witness.attempt
         if first is None or current is None:
@@ -154,7 +157,8 @@ class HoldRules:
         factor, cap = self._factor, scenario.policy.cap_minutes
         first_span = factor * (told[0] if told else max(spans))
         capped = (first_start or at) + 60 * min(2 * first_span, cap)
-        return [min((start or at) + 60 * factor * span, capped) for span in spans]
+        starts = [start or at, at] if self._world.jobs.has_failed(current.job_id) else [start or at]
+        return [min(start + 60 * factor * span, capped) for start in starts for span in spans]
 
     @property
     def _factor(self) -> float:

@@ -13,7 +13,6 @@ from simulation.truth import World, must
 from simulation.witness import Attempt, key_of, number_of
 
 SLACK: Final = 0.01
-LOST_AFTER: Final = 10.0
 
 
 class JobRules:
@@ -52,9 +51,11 @@ class JobRules:
         """Of the attempts before: the newest that the run was told of before the job's end."""
         witness = self._world.witness
         for n in sorted(witness.attempts, reverse=True)[1:]:
-            told = [word.checkpoint for word in witness.news_of(witness.attempts[n].job_id) if word.checkpoint]
-            if told:
-                return told[-1].uri
+            told = [word.checkpoint.uri for word in witness.news_of(witness.attempts[n].job_id) if word.checkpoint]
+            known = {witness.attempts[k].call.argument.body.resume_from for k in witness.attempts if k <= n}
+            new = [uri for uri in told if uri not in known]
+            if new:
+                return new[-1]
         return self._world.scenario.task.resume_from  # type: ignore[union-attr]
 
     def _check_next(self, earlier: Attempt, call: Call) -> None:
@@ -75,8 +76,7 @@ class JobRules:
         news = self._world.witness.news_of(attempt.job_id)
         if news and news[-1].error is not None and news[-1].error.may_be_retried():
             return news[-1].at
-        unknown = self._world.witness.unknown_at.get(attempt.job_id or "", [])
-        return unknown[-1] if len(unknown) > 1 and unknown[-1] - unknown[0] >= LOST_AFTER else None
+        return self._world.witness.lost_at(attempt.job_id)
 
     def cancelled(self, call: Call) -> None:
         """Only the newest job is cancelled while the task goes on, and only once it has ended."""
@@ -129,7 +129,7 @@ class JobRules:
     def _reasons_of_job(self, attempt: Attempt) -> set[str]:
         news = self._world.witness.news_of(attempt.job_id)
         details = news[-1].error if news else None
-        if details is None and self._world.witness.unknown_at.get(attempt.job_id or ""):
+        if details is None and self._world.witness.lost_at(attempt.job_id) is not None:
             details = ErrorDetails(code=FailureCode.LOST, message="", retryable=True)
         if details is None:
             return set()
@@ -154,7 +154,9 @@ class JobRules:
         return codes
 
     def _given_up_at(self, attempt: Attempt) -> float:
-        return self._cancelled.get(attempt.job_id or "", float("inf"))
+        """When the run began to give the task back."""
+        looks = [call.scheduled_at for call in self._world.witness.calls.get("look", ())]
+        return min([*looks[:1], self._cancelled.get(attempt.job_id or "", float("inf"))])
 
     def _reasons_of_training(self, at: float) -> set[str]:
         scenario = self._world.scenario

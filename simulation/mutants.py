@@ -266,7 +266,7 @@ def hold_never_renewed() -> Patches:
 
 def continues_on_signals() -> Patches:
     async def at_once(self: TaskFlow[Any, Any]) -> bool:
-        if not self._is_long() or not self._may_continue():
+        if not self.is_long() or not self._may_continue():
             return False
         self.watch.stop_polling()
         return workflow.continue_as_new(self._continuation())

@@ -52,7 +52,10 @@ _STAGES: Final = [*(stage.value for stage in JobStatus), *(stage.value for stage
 """In their order; neither kind of work here ever goes back."""
 _BEGINNING: Final = frozenset({"submit_job", "create_training", "start_training", "pre_deduct"})
 _OPENING: Final = frozenset(
-    {"submit_job", "create_training", "estimate", "pre_deduct", "start_training", "cancel_job", "cancel_training"}
+    {
+        *("submit_job", "create_training", "estimate", "pre_deduct", "start_training"),
+        *("cancel_job", "cancel_training", "look"),
+    }
 )
 
 
@@ -151,7 +154,9 @@ class Oracle:
         phases = {hold.phase for hold in credits.holds}
         is_more = "committed" in phases and self._scenario.policy.charge_shortfall
         by_hand = any(hold.is_cancelled_by_hand for hold in credits.holds)
-        was_short = credits.terms.balance < PLENTY  # perhaps too short for two holds at once
+        was_short = (
+            credits.terms.balance < PLENTY or self._scenario.is_paused
+        )  # perhaps too short for two holds at once
         is_due = is_more or by_hand or was_short or "expired" in phases
         must(is_due, "charged without a hold although none had expired:", *phases)
         must("open" not in phases, "charged although a hold stands")

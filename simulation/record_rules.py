@@ -81,10 +81,10 @@ class RecordRules:
         must(attempt is not None and fact.error is not None, "a retry of nothing is told:", fact.key)
         assert attempt is not None
         assert fact.error is not None
-        news = self._world.witness.news_of(attempt.job_id)
-        ended = news[-1].error if news else None
-        is_lost = ended is None and fact.error.code == FailureCode.LOST
-        must(is_lost or (ended is not None and ended.code == fact.error.code), "a retry is told for", fact.error.code)
+        # By what its job ever said: it is told in the workflow task that hears of it, before that is recorded.
+        codes = self._world.jobs.failures_of(attempt.job_id)
+        is_lost = not codes and fact.error.code == FailureCode.LOST
+        must(is_lost or fact.error.code in codes, "a retry is told for", fact.error.code)
 
     def _state(self, job_id: str, sequence: int) -> JobState | TrainingState | None:
         return self._world.jobs.told.get((job_id, sequence))
@@ -146,11 +146,15 @@ class RecordRules:
                 word,
             )
         keys, before = self._keys(), None
+        resumed_from = {a.call.argument.body.resume_from for a in self._trained() if a.n <= attempt.n}
         for word in news:
             key = f"checkpoint:{attempt.job_id}:{word.state.sequence}"
-            if word.checkpoint is not None:
+            if word.checkpoint is not None and word.checkpoint.uri not in resumed_from:
                 must(word.checkpoint.uri == before or key in keys, "a checkpoint was never told:", key)
                 before = word.checkpoint.uri
+
+    def _trained(self) -> list[Attempt]:
+        return [] if self._world.scenario.is_image else list(self._world.witness.attempts.values())
 
     def _check_row(self) -> None:
         state, attempt = self._world.parties.store.state, self._world.witness.attempt
@@ -176,7 +180,7 @@ class RecordRules:
             ExceptionCode.PRICES_DIFFER: lambda: self._are_different(exception.key, self._prices.answered),
             ExceptionCode.COST_ABOVE_HOLD: self._is_above_hold,
             ExceptionCode.SHORTFALL: lambda: self._settlement.shortfall > 0,
-            ExceptionCode.SETTLEMENT_UNKNOWN: lambda: self._world.is_completed,
+            ExceptionCode.SETTLEMENT_UNKNOWN: lambda: self._world.is_completed or self._was_not_given_back(),
             ExceptionCode.ROUTE_NOT_OFFERED: self._lacks_route,
             ExceptionCode.UNCOVERED: lambda: self._was_uncovered(at),
             ExceptionCode.QUEUE_SLA_MISSED: lambda: self._was_queued_until(at),
@@ -215,7 +219,7 @@ class RecordRules:
         if work is None or not self._world.scenario.is_image or not work.state.has_succeeded():
             return False
         asked = work.state.actual_cost if work.state.actual_cost is not None else work.price
-        return asked > self._settlement.held
+        return asked > self._settlement.usable
 
     def _lacks_route(self) -> bool:
         calls = [call for name in CANCELS for call in self._world.witness.calls.get(name, ())]

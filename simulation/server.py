@@ -105,7 +105,7 @@ class Server:
         """Told of every task that counts: its jobs, and the names of the calls that were open when it began."""
         self.on_scheduled: Callable[[Call], None] = lambda _call: None
         """Told of every visible activity that is scheduled."""
-        self._worker_up_at = 0.0
+        self._worker_up_at = self._paused_until = 0.0
         self._hosted: HostedRun | None = None
         self._open(identity)
 
@@ -113,7 +113,13 @@ class Server:
         self.runs += 1
         self._identity = identity
         self._calls = Calls(
-            self._agenda, self._weather, self._rng, self._parties, self._trace, self._call_resolved_in(self.runs)
+            self._agenda,
+            self._weather,
+            self._rng,
+            self._parties,
+            self._trace,
+            self._call_resolved_in(self.runs),
+            identity.run_id,
         )
         self._calls.worker_up_at = self._worker_up_at
         self._history: list[Recorded] = []
@@ -179,6 +185,11 @@ class Server:
         self._calls.worker_killed(self._worker_up_at)
         self._lose_task()
 
+    def pause(self, seconds: float) -> None:
+        """An operator pauses the run: until it is unpaused no worker takes up a workflow task of it."""
+        self._trace("PAUSE for %g s", seconds)
+        self._paused_until = self._agenda.now + seconds
+
     def evict(self) -> None:
         """The worker's cache is full: a run that is not at work is dropped from memory."""
         if self._task is None and self._hosted is not None:
@@ -215,7 +226,8 @@ class Server:
         if not self._is_task_due and self._task is None and self.closed is None:
             self._is_task_due = True
             delay = self._weather.task_delay()
-            self._agenda.at(max(self._agenda.now + delay, self._worker_up_at), self._take_up_in(self.runs))
+            begin = max(self._agenda.now + delay, self._worker_up_at, self._paused_until)
+            self._agenda.at(begin, self._take_up_in(self.runs))
 
     def _take_up_in(self, run: int) -> Callable[[], None]:
         def take_up() -> None:
@@ -224,7 +236,7 @@ class Server:
             self._is_task_due = False
             if self._task is not None:
                 return
-            if self._agenda.now < self._worker_up_at:
+            if self._agenda.now < max(self._worker_up_at, self._paused_until):
                 self._due()
                 return
             self._take_up()

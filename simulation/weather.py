@@ -61,6 +61,11 @@ class Weather:
     def is_calm(self) -> bool:
         return self.agenda.now >= self.calm_from
 
+    def is_away(self, party: Party) -> bool:
+        """Whether the party does not answer now."""
+        outages = self.outages.get(party, ())
+        return not self.is_calm and any(begin <= self.agenda.now < end for begin, end in outages)
+
     def attempt(self, party: Party, name: str) -> Attempt:
         """What becomes of a call that is sent now."""
         if self.outage_with is not None and self.outage_with[0] == name:
@@ -69,7 +74,7 @@ class Weather:
             self.calm_from, self.outage_with = max(self.calm_from, end), None
         rng, latency = self.rng, self.rng.choice(LATENCIES)
         if not self.is_calm:
-            if any(begin <= self.agenda.now < end for begin, end in self.outages.get(party, ())):
+            if self.is_away(party):
                 return self._during_outage(latency)
             if rng.random() < self.call_faults:
                 return self._faulty(latency)

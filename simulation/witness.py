@@ -11,6 +11,7 @@ from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
 from contracts.calls import JobCall
 from contracts.comfyui import Checkpoint, JobState, TrainingState
 from contracts.errors import Answer, ErrorDetails
+from contracts.lives import READ_THE_LEDGER, TASK_ENDED
 from contracts.tasks import ConfirmPrice
 from simulation.calls import Call
 from simulation.comfyui_model import id_of
@@ -20,6 +21,9 @@ State = JobState | TrainingState
 SUBMITS = frozenset({"submit_job", "create_training"})
 GETS = frozenset({"get_job", "get_training"})
 CANCELS = frozenset({"cancel_job", "cancel_training"})
+LOST_AFTER = 10.0
+OURS = frozenset({TASK_ENDED, READ_THE_LEDGER})
+"""Refusals that no service gave: the call was not made."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +130,26 @@ class Witness:
     def news_of(self, job_id: str | None) -> list[Word]:
         """The words that count: each with a higher sequence than any before, up to the job's last."""
         news: list[Word] = []
+        lost_at = self.lost_at(job_id)
         for word in self.words.get(job_id or "", ()):
+            if lost_at is not None and word.at >= lost_at:
+                break
             if not news or word.state.sequence > news[-1].state.sequence:
                 news.append(word)
                 if word.state.has_ended():
                     break
         return news
+
+    def lost_at(self, job_id: str | None) -> float | None:
+        """When the server had said twice, and far enough apart, that it does not know the job."""
+        since: float | None = None
+        words = [word.at for word in self.words.get(job_id or "", ())]
+        for at in self.unknown_at.get(job_id or "", ()):
+            if since is None or any(since < word <= at for word in words):
+                since = at
+            elif at - since >= LOST_AFTER:
+                return at
+        return None
 
     def first(self, name: str, n: int) -> Call | None:
         """The first asking of a step's `n`-th call."""
@@ -156,6 +174,7 @@ class Witness:
             (call.told_at or 0.0, call.outcome.refusal.message)
             for call in told
             if isinstance(call.outcome, Answer) and call.outcome.refusal is not None
+            if call.outcome.refusal.message not in OURS
         ]
 
     def is_open(self, name: str, since: float) -> bool:

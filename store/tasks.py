@@ -145,6 +145,8 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
     """Apply a write by the rules of contract §6. Raises NotTheClaimant, TaskUnknown.
 
     `run` is the one that writes, None for whoever writes in a run's name. What a superseded run tells is no longer so.
+    A write takes over for a run that was continued, never for one that was reset: what a run had in flight when it
+    continued may land after its successor's first write. A reset run is registered by its calls and looks.
     """
     row = await _row_of(connection, write, run)
     if row.first_execution_run_id != write.first_execution_run_id:
@@ -156,9 +158,9 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
         return
     had_ended = row.ended_at is not None
     version, reached = row.version, dict[tuple[int, str | None], float]()
-    if run is not None:
+    if run is not None and (row.run_id is None or run.run_number > row.run_number):
         version = (await taken_over(connection, row, run)).get("version", version)
-    if not had_ended and (row.lives or version != row.version):
+    if not had_ended and (row.lives or (run is not None and run.run_id != row.run_id)):
         told_before = await connection.execute(_REACHED, {"task": write.task_id})
         reached = {(attempt, stage): progress for attempt, stage, progress in told_before}
     so_far = WrittenSoFar(

@@ -51,7 +51,8 @@ class TaskFailed(TaskEnd):
 
     @classmethod
     def by_job(cls, details: ErrorDetails) -> TaskFailed:
-        code = FailureCode(details.code) if details.code in JOB_CODES else FailureCode.INTERNAL
+        is_known = details.code in JOB_CODES or details.code == FailureCode.REPLY_INVALID
+        code = FailureCode(details.code) if is_known else FailureCode.INTERNAL
         return cls(code, details.message or f"The job ended with {details.code}.", details)
 
     @classmethod

@@ -20,7 +20,7 @@ from activities.task_store import TaskStoreActivities
 from contracts.calls import JobCall
 from contracts.carried import AskedJob, ClockState, HoldState, JobNews, RecordState
 from contracts.errors import Answer, FailureCode
-from contracts.give_back import GiveBackOrder, GiveBackResult, LeftBehind, give_back_id_of, outcome_of
+from contracts.give_back import GiveBackResult, GiveBackRun, LeftBehind, give_back_id_of, outcome_of
 from contracts.permissions import Scene
 from contracts.prices import DEFAULT_ETA_MINUTES
 from contracts.task_store import TaskRow, TaskState, TaskWrite
@@ -29,7 +29,7 @@ from workflows.alarm import Alarm
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskFailed
-from workflows.guards import input_invalid
+from workflows.guards import given, input_invalid
 from workflows.job_clock import JobClock
 from workflows.job_routes import IMAGE_ROUTES, TRAINING_ROUTES
 from workflows.outside_call import HEARTBEAT_TIMEOUT, OutsideCall, TaskFor
@@ -183,7 +183,8 @@ class GiveBackWorkflow:
     """Gives back one task; started by hand (contract §7 rollback), or by who finds it."""
 
     @workflow.run
-    async def run(self, order: GiveBackOrder) -> GiveBackResult:
+    async def run(self, order: GiveBackRun) -> GiveBackResult:
+        order = given(order, GiveBackRun)
         if workflow.info().workflow_id != give_back_id_of(order.task_id):
             raise input_invalid("task_id: the workflow id must be 'give-back-' followed by it")
         left = await workflow.execute_activity_method(

@@ -5,6 +5,8 @@
 2. A definite refusal is an answer. What cannot be answered in time raises TaskFailed with the party's code.
 3. No call is cut short. An opening call that is being retried when the task is to stop is asked to end after the
    attempt in flight; its effect, if any, is learned by the undo.
+4. A call beside the flow (a renewal, an old job's cancel) is put down before the run continues as new: it ends after
+   the attempt in flight, and the next run repeats it.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from contracts.comfyui import TaskPriority
 from contracts.errors import Answer, FailureCode, Refusal
 from contracts.permissions import Scene
 from contracts.tasks import PRIORITY_KEYS
-from workflows.earlier_life import LifeTold, is_of_store, was_stopped
+from workflows.alarm import Alarm
+from workflows.earlier_life import is_of_store, was_stopped
 from workflows.failures import RowEnded, why
 from workflows.stop import Stop
+from workflows.waiting import Waiting
 
 Argument = TypeVar("Argument")
 Reply = TypeVar("Reply")
@@ -74,7 +78,7 @@ class TaskFor(Protocol):
 class OutsideCall:
     """Makes the calls of one task: for its tenant, at its priority."""
 
-    def __init__(self, task: TaskFor, stop: Stop, *, run_number: int = 0) -> None:
+    def __init__(self, task: TaskFor, stop: Stop, *, run_number: int = 0, waiting: Waiting | None = None) -> None:
         self.call_for = CallFor(
             task_id=task.task_id,
             tenant_id=task.tenant_id,
@@ -85,32 +89,35 @@ class OutsideCall:
         )
         self.priority = Priority(priority_key=PRIORITY_KEYS[task.priority], fairness_key=task.tenant_id)
         self._stop = stop
-        self.told = LifeTold()
+        self.waiting = waiting or Waiting(stop, Alarm())
+        self.told = self.waiting.told
+        self._is_put_down = False
+        self._beside = 0
 
     def key(self, step: str, n: int | str) -> str:
         """`X-Idempotency-Key` (contract §2, §4)."""
         return f"{self.call_for.task_id}:{step}:{n}"
 
     def may_begin(self) -> None:
-        """Raise TaskStopped if a stop was asked for, RowEnded if the task has ended.
+        """Raise TaskStopped if a stop was asked for, RowEnded if the task has ended, TaskFailed if the credits have.
 
         To be asked before a call is noted: the undo learns of what is noted by asking for it, and would begin it.
         """
-        self._stop.obey()
-        self.told.obey()
+        self.waiting.obey()
 
     async def opening(
         self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str, minutes: float
     ) -> Answer[Reply]:
         """A call that begins something, retried for `minutes`, which a task store that is away does not use up.
 
-        Raises TaskFailed (the party's `*_unavailable`, or `reply_invalid`), or TaskStopped where a stop was asked
-        for and the call has not been answered, or RowEnded where the task has ended.
+        The hold is looked after meanwhile. Raises TaskFailed (the party's `*_unavailable`, `reply_invalid`, `timeout`
+        or `credit_exhausted`), or TaskStopped where a stop was asked for and the call has not been answered, or
+        RowEnded where the task has ended.
         """
         while True:
-            self._stop.obey()
+            self.waiting.obey()
             handle = self.visible(method, argument, summary=summary, within=timedelta(minutes=minutes))
-            await workflow.wait_condition(lambda handle=handle: handle.done() or self._stop.requested)  # type: ignore[misc]
+            end = await self.waiting.answered(handle, summary=f"{summary}: look after the hold meanwhile")
             if not handle.done():
                 handle.cancel()
             try:
@@ -118,6 +125,8 @@ class OutsideCall:
             except FailureError as error:
                 # Not always as cancelled: an attempt that fails before it hears of the wish ends as its own failure.
                 self._stop.obey()
+                if end is not None:
+                    raise end from error
                 if is_of_store(error):
                     continue
                 raise why(error, _unavailable(method)) from error
@@ -163,6 +172,44 @@ class OutsideCall:
                 return None
             wait = min(2 * wait, ASK_AGAIN_AT_MOST)
 
+    # Calls beside the flow
+
+    async def beside(
+        self,
+        method: Method[Argument, Answer[Reply]],
+        argument: Argument,
+        *,
+        summary: str,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Answer[Reply] | None:
+        """`until_answered` for a call that the flow does not wait for: None also where it was put down."""
+        if self._is_put_down:
+            return None
+        self._beside += 1
+        try:
+            return await self.until_answered(
+                method, argument, summary=summary, give_up=lambda: self._is_put_down or give_up()
+            )
+        finally:
+            self._beside -= 1
+
+    def has_beside(self) -> bool:
+        """Whether a call beside the flow is in flight: its answer would be heard by nobody."""
+        return self._beside > 0
+
+    @property
+    def is_put_down(self) -> bool:
+        return self._is_put_down
+
+    async def put_down(self) -> None:
+        """Wait until no call is left beside the flow, each after its attempt in flight, or a stop is asked for."""
+        self._is_put_down = True
+        await workflow.wait_condition(lambda: self._stop.requested or not self.has_beside())
+
+    def take_up(self) -> None:
+        """Calls may be made again: the run did not continue as new after all, or its end has begun."""
+        self._is_put_down = False
+
     async def waited(self, span: timedelta, happened: Callable[[], bool], *, summary: str) -> bool:
         """Wait until `happened()`, for `span` at most; whether it happened."""
         try:
@@ -181,7 +228,7 @@ class OutsideCall:
         self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str, minutes: float
     ) -> Answer[Reply]:
         """A call that changes nothing: a short local try, then a visible one. Raises as `opening`."""
-        self._stop.obey()
+        self.waiting.obey()
         try:
             return await self._local_try(method, argument, summary=summary)
         except _NoLocalAnswer:

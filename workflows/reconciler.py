@@ -14,10 +14,11 @@ from temporalio.common import RetryPolicy, WorkflowIDReusePolicy
 from temporalio.exceptions import FailureError, WorkflowAlreadyStartedError
 
 from activities.closed_runs import ClosedRunActivities
-from contracts.give_back import GiveBackOrder, give_back_id_of
+from contracts.give_back import GiveBackRun, give_back_id_of
 from contracts.reconcile import ClosedRun, OpenTasksLook, ReconcileOrder, ReconcileResult
 from workflows.correction import Corrections
 from workflows.give_back import GiveBackWorkflow
+from workflows.guards import given
 from workflows.outside_call import HEARTBEAT_TIMEOUT
 
 LOOK_TIMEOUT: Final = timedelta(minutes=1)
@@ -37,6 +38,7 @@ class ReconcileWorkflow:
 
     @workflow.run
     async def run(self, order: ReconcileOrder) -> ReconcileResult:
+        order = given(order, ReconcileOrder)
         closed, cursor, unseen = await self._found_closed(order)
         if closed:
             summary = f"look again at {len(closed)} closed runs"
@@ -87,7 +89,7 @@ class ReconcileWorkflow:
         try:
             await workflow.start_child_workflow(
                 GiveBackWorkflow.run,
-                GiveBackOrder(task_id=task.task_id, reason=REASON),
+                GiveBackRun(task_id=task.task_id, reason=REASON),
                 id=give_back_id_of(task.task_id),
                 parent_close_policy=workflow.ParentClosePolicy.ABANDON,
                 # Giving back twice is giving back once: a second one finds the task ended.

@@ -68,7 +68,7 @@ class Settlement:
     async def _charge(self, cost: int) -> None:
         standing = self._hold.standing
         if standing is not None:
-            standing.told = True  # of a run from before this was noted
+            standing.told = standing.told or standing.amount  # of a run from before this was noted
         cost -= self._hold.state.charged  # what a hold was committed for by somebody else counts
         if cost <= 0 or (standing is None and not self._outside.told.is_possible):
             await self._hold.give_back("nothing is charged")
@@ -79,7 +79,7 @@ class Settlement:
             return
         charged, balance_after, is_unknown = 0, None, False
         try:
-            charged, balance_after = await self._commit(standing, min(cost, self._hold.usable))
+            charged, balance_after = await self._commit(standing, min(cost, standing.usable))
         except ChargeUnknown as unknown:
             charged, is_unknown = unknown.charged, True
             self._tell_unknown(standing, cost, unknown)

@@ -40,6 +40,7 @@ from workflows.settlement import Settlement
 from workflows.stop import Stop
 from workflows.task_record import TaskRecord
 from workflows.undo import Undo
+from workflows.waiting import Waiting
 
 Run = TypeVar("Run", ImageRun, TrainingRun)
 Result = TypeVar("Result", ImageResult, TrainingResult)
@@ -53,7 +54,8 @@ class TaskFlow(Generic[Run, Result]):
         self.task: Run = task
         self.stop = Stop()  # one place decides whether a cancel is obeyed
         self.alarm = Alarm()  # one long-lived timer
-        self.outside = OutsideCall(task, self.stop, run_number=carried.run_number)
+        self.waiting = Waiting(self.stop, self.alarm)  # it obeys the stop, the time and the hold's life
+        self.outside = OutsideCall(task, self.stop, run_number=carried.run_number, waiting=self.waiting)
         self.row_look = RowLook(self.outside)  # what earlier lives of the task did
         self.record = TaskRecord(task, self.outside, carried.record)  # the only source of state and events
         self.clock = JobClock(
@@ -63,6 +65,9 @@ class TaskFlow(Generic[Run, Result]):
         self.hold = CreditHold(task, self.outside, self.record, self.clock.deadline, carried.hold, self.row_look)
         self.attempts = Attempts(routes, self.outside, self.record, self.clock, self.stop, self.alarm, carried.jobs)
         self.forgotten_jobs = ForgottenJobs(routes, self.outside, self.record, self.attempts, self.row_look)
+        self.hold.has_begun = self.clock.is_running
+        self.waiting.look_after(self.hold, self.clock.latest)
+        self.attempts.retry_at, self.attempts.long_run = carried.retry_at, self
         self.settlement = Settlement(task, self.outside, self.record, self.hold)
         self.undo = Undo()  # all of it side by side, each until it lands
         self.price: PriceState = carried.price
@@ -73,6 +78,7 @@ class TaskFlow(Generic[Run, Result]):
         self.following = Following(
             self.watch, self.clock, self.stop, self.alarm, self.concerns, self.continue_as_new_if_long
         )
+        self.clock.unreadable = lambda: self.watch.state.unreadable
         self.watch.on_news(lambda news: self.clock.estimated(news.estimated_time))
 
     # What a flow file says of itself
@@ -111,6 +117,7 @@ class TaskFlow(Generic[Run, Result]):
         self.settlement.charge_shortfall = policy.charge_shortfall
         self.undo.push("cancel job", self.attempts.cancel_all)
         self.undo.push("cancel hold", self.hold.give_back)
+        self.take_up_calls()
         return policy
 
     @property
@@ -165,6 +172,7 @@ class TaskFlow(Generic[Run, Result]):
         Raises TaskFailed `credit_exhausted`.
         """
         self.stop.close()
+        self.outside.take_up()
         await self.hold.settled_renewal()
 
     async def settle(self, delivery: JobNews, cost: int) -> Result:
@@ -208,6 +216,7 @@ class TaskFlow(Generic[Run, Result]):
         if delivery is not None:
             self.record.state.result_urls = delivery.result_urls
             self.record.state.output = delivery.output
+        await self.attempts.all_old_cancelled()
         self.record.state.error = None
         self.record.state.progress = 100.0
         self.record.state.credits = self.hold.summary()
@@ -223,8 +232,10 @@ class TaskFlow(Generic[Run, Result]):
     async def give_back(self, end: TaskEnd) -> Result:
         """Row 5, not delivered: job and hold are cancelled side by side; then the task's failure or `cancelled`."""
         self.stop.close()
+        self.outside.take_up()
         self.record.decided()
         self.watch.stop_polling()
+        self.hold.close()
         self.record.waits_for("job and credits to be given back", None)
         await self.undo.all(str(end))
         if workflow.patched("row-looked-at-once-given-back"):
@@ -274,36 +285,50 @@ class TaskFlow(Generic[Run, Result]):
     # Long runs
 
     async def continue_as_new_if_long(self) -> bool:
-        """Start afresh with what counts, never with a cancel or a renewal pending (pitfall 22).
+        """Start afresh with what counts, never with a cancel pending or a call in flight (pitfall 22).
 
+        A renewal, a give-back and a job's cancel may hang for hours: they are put down, and the next run takes them up.
         True where it waited and a stop was asked for: look again. Of one workflow task the SDK works off the signals
         first, then a cancellation; a run that ends on the signals has never heard of it. So it ends on a timer, which a
         stop that came with them cuts short.
         """
-        if not self._is_long() or not self._may_continue():
+        if not self._may_try_to_continue():
             return False
         self.watch.stop_polling()
+        if self.outside.has_beside():
+            await self.outside.put_down()
         if await self.outside.waited(timedelta(milliseconds=1), lambda: self.stop.requested, summary="continue as new"):
             return True
         await workflow.wait_condition(lambda: True)  # until what came with the timer has been worked off too
         if self._may_continue():
             workflow.continue_as_new(self._continuation())
+        self.take_up_calls()
         return True
 
+    def take_up_calls(self) -> None:
+        """Make the calls that were put down, in this run or by the one before."""
+        self.outside.take_up()
+        self.attempts.take_up()
+        self.hold.take_up()
+
     def _continuation(self) -> Run:
-        carried = CarriedRun(
-            policy=self.limits,
-            run_number=self.outside.call_for.run_number + 1,
-            record=self.record.carry(),
-            watch=self.watch.carry(),
-            clock=self.clock.carry(),
-            hold=self.hold.carry(),
-            jobs=self.attempts.carry(),
-            price=self.price,
-        )
+        state = {
+            "policy": self.limits,
+            "run_number": self.outside.call_for.run_number + 1,
+            "record": self.record.carry(),
+            "watch": self.watch.carry(),
+            "clock": self.clock.carry(),
+            "hold": self.hold.carry(),
+            "jobs": self.attempts.carry(),
+            "retry_at": self.attempts.retry_at,
+            "price": self.price,
+        }
+        # Not made anew: what a worker of another version carried besides goes on with it.
+        carried = (self.task.carried or CarriedRun()).model_copy(update=state)
         return self.task.model_copy(update={"carried": self.carry_more(carried)})
 
-    def _is_long(self) -> bool:
+    def is_long(self) -> bool:
+        """Whether the history is to be left behind."""
         info = workflow.info()
         return (
             info.is_continue_as_new_suggested()
@@ -311,8 +336,14 @@ class TaskFlow(Generic[Run, Result]):
             or self.signals >= self.limits.continue_as_new_signals
         )
 
+    def _may_try_to_continue(self) -> bool:
+        if not self.is_long() or self.stop.requested or not workflow.all_handlers_finished():
+            return False
+        hangs = self.hold.is_renewing() or self.outside.has_beside()
+        return not hangs or workflow.patched("continues-while-calls-hang")
+
     def _may_continue(self) -> bool:
-        return not self.stop.requested and not self.hold.is_renewing() and workflow.all_handlers_finished()
+        return not self.stop.requested and not self.outside.has_beside() and workflow.all_handlers_finished()
 
     def progress_fields(self) -> dict[str, Any]:
         """What both `progress` queries answer."""

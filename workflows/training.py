@@ -28,7 +28,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
     @one_task
     def __init__(self, task: TrainingRun) -> None:
         super().__init__(task, TRAINING_ROUTES)
-        self.training_price = TrainingPrice(task, self.price, self.record, self.hold, self.stop, self.alarm)
+        self.training_price = TrainingPrice(task, self.price, self.record, self.hold, self.waiting)
         self.concerns.insert(0, self.training_price)  # before the hold: a task that it ends renews nothing
         self.watch.on_news(self.training_price.on_news)
         self.dataset = TrainingDataset(task, self.outside, self.stop, (task.carried or CarriedRun()).dataset)
@@ -75,9 +75,8 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         self.check_addresses()
         opens = self.task.window.not_before if self.task.window else None
         self.check_window()
-        while opens is not None and workflow.now() < opens:
-            await self.alarm.until(lambda: self.stop.requested, opens, "0 window: wait until it opens")
-            self.stop.obey()
+        if opens is not None:
+            await self.waiting.until(lambda: workflow.now() >= opens, at=opens, summary="0 window: wait until it opens")
 
     def check_window(self) -> None:
         """Raise TaskFailed `gpu_unavailable` past the window: `start` must meet it (contract §1)."""
@@ -117,7 +116,8 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
             )
 
     async def snapshot_dataset(self) -> None:
-        await self.dataset.snapshot()
+        closes = self.task.window.not_after if self.task.window else None
+        await self.dataset.snapshot(closes, self.check_window)
 
     async def create(self) -> TrainingAccepted:
         task = self.task

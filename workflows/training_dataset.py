@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import datetime, timedelta
 from typing import Final
 
 from temporalio import workflow
@@ -39,9 +40,15 @@ class TrainingDataset:
     def carry(self) -> DatasetState:
         return self.state
 
-    async def snapshot(self) -> DatasetSnapshot:
-        """Copy the dataset. Raises TaskFailed `dataset_invalid`, or TaskStopped."""
+    async def snapshot(self, closes: datetime | None, check_window: Callable[[], None]) -> DatasetSnapshot:
+        """Copy the dataset, until the GPU window `closes` at the latest.
+
+        Raises TaskFailed `dataset_invalid`, what `check_window` raises past it, or TaskStopped.
+        """
         self._stop.obey()
+        at = closes if closes is not None and workflow.patched("copy-ends-with-the-window") else None
+        if at is not None:
+            check_window()
         self.state.is_asked = True
         handle = self._outside.visible(
             DatasetActivities.snapshot,
@@ -50,13 +57,15 @@ class TrainingDataset:
             within=COPY_WITHIN,
             attempt_timeout=COPY_WITHIN,
         )
-        await workflow.wait_condition(lambda: handle.done() or self._stop.requested)
+        await self._outside.waiting.answered(handle, at=at, summary="0 snapshot dataset: until the window closes")
         if not handle.done():
             handle.cancel()
         try:
             self.state.snapshot = await handle
         except FailureError as error:
             self._stop.obey()
+            if at is not None:
+                check_window()
             raise why(error, FailureCode.DATASET_INVALID) from error
         return self.state.snapshot
 

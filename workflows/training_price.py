@@ -13,11 +13,10 @@ from contracts.errors import FailureCode
 from contracts.policy import Policy
 from contracts.prices import PriceTable, UnknownPrice
 from contracts.tasks import Confirmation, EventType, TrainingOptions, TrainingTask
-from workflows.alarm import Alarm
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskFailed
-from workflows.stop import Stop
 from workflows.task_record import TaskRecord
+from workflows.waiting import Waiting
 
 
 class TrainingPrice:
@@ -29,15 +28,13 @@ class TrainingPrice:
         state: PriceState,
         record: TaskRecord,
         hold: CreditHold,
-        stop: Stop,
-        alarm: Alarm,
+        waiting: Waiting,
     ) -> None:
         self._task = task
         self.state = state
         self._record = record
         self._hold = hold
-        self._stop = stop
-        self._alarm = alarm
+        self._waiting = waiting
         self.prices = PriceTable()
         self.confirm_within_seconds = 3_600.0
         if task.max_credits is not None:
@@ -85,18 +82,16 @@ class TrainingPrice:
         if cost <= self.state.ceiling:
             return
         confirm_by = workflow.now() + timedelta(seconds=self.confirm_within_seconds)
-        if not_after is not None:
-            confirm_by = min(confirm_by, not_after)
+        for limit in (not_after, self._waiting.latest() if self._waiting.keeps_hold() else None):
+            confirm_by = min(confirm_by, limit or confirm_by)
         self._ask(cost, confirm_by, estimate)
-        while self.state.ceiling < cost:
-            self._stop.obey()
-            if workflow.now() >= confirm_by:
-                raise TaskFailed(
-                    FailureCode.PRICE_NOT_CONFIRMED,
-                    f"The price of {cost} points was not confirmed until {confirm_by.isoformat()}; nothing was held.",
-                )
-            await self._alarm.until(
-                lambda: self._stop.requested or self.state.ceiling >= cost, confirm_by, "3 confirm: wait for the payer"
+        is_confirmed = await self._waiting.until(
+            lambda: self.state.ceiling >= cost, at=confirm_by, summary="3 confirm: wait for the payer"
+        )
+        if not is_confirmed:
+            raise TaskFailed(
+                FailureCode.PRICE_NOT_CONFIRMED,
+                f"The price of {cost} points was not confirmed until {confirm_by.isoformat()}; nothing was charged.",
             )
         self._record.state.confirmation = None
 

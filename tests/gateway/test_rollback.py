@@ -14,6 +14,7 @@ from tests.conftest import unique
 from tests.gateway.conftest import OTHER_TOKEN, Api
 from tests.gateway.serving import eventually
 from tests.pausing import pause, unpause
+from workflows import ledger_search
 
 
 def handle_of(api: Api, task_id: str) -> WorkflowHandle[Any, Any]:
@@ -149,6 +150,25 @@ async def test_what_was_charged_is_not_refunded(api: Api) -> None:
 
     assert (answer.status_code, answer.json()["code"]) == (409, "already_charged")
     assert str(charged) in answer.json()["detail"]
+
+
+async def test_what_is_unknown_is_told_as_unknown(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit acted, its answer was lost, and the ledger does not show it: neither charged nor given back."""
+    monkeypatch.setattr(ledger_search, "LOOK_FOR", timedelta(seconds=1))
+    task_id = unique("image")
+    admin = api.platform.simulators.admin
+    for kind in (FaultKind.IGNORE_KEYS, FaultKind.DROP):
+        await admin.credits.fault(kind, route="commit", task_id=task_id)
+    await admin.credits.fault(FaultKind.LEDGER_LAG, task_id=task_id, seconds=3_600)
+    await api.call("POST", "/images", api.platform.image(task_id=task_id))
+    credits = (await api.ended(task_id))["credits"]
+    assert (credits["settlement"], credits["charged"], credits["returned"]) == ("unknown", None, None)
+
+    answer = await api.call("POST", f"/{task_id}/rollback")
+
+    assert (answer.status_code, answer.json()["code"]) == (409, "settlement_unknown"), answer.text
+    events = await api.platform.store.events(task_id)
+    assert [event.credits_delta for event in events if event.credits_delta is not None] == [-credits["held"]]
 
 
 async def test_a_run_terminated_after_its_commit_landed_is_completed_and_keeps_its_picture(api: Api) -> None:

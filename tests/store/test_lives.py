@@ -78,6 +78,7 @@ async def test_another_chains_run_is_superseded_too(task_store: TaskStore) -> No
 async def test_the_state_of_a_run_that_was_reset_counts_whatever_its_version(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     await task_store.write(write_of(task_id, fact("a"), version=40, attempts=3), run_of(task_id))
+    await task_store.register(run_of(task_id, "reset"))
     await task_store.write(write_of(task_id, fact("b"), version=7, attempts=1), run_of(task_id, "reset"))
     row = await row_of(task_store, task_id)
     assert (row.version, row.attempts, row.lives, row.run_id) == (7, 1, 1, "reset")
@@ -87,12 +88,23 @@ async def test_the_state_of_a_run_that_was_reset_counts_whatever_its_version(tas
     assert (await row_of(task_store, task_id)).attempts == 2, "its own older state does not"
 
 
+async def test_a_write_that_lands_after_its_run_has_continued_is_no_reset(task_store: TaskStore) -> None:
+    task_id = await claimed(task_store)
+    await task_store.write(write_of(task_id, fact("b"), version=8), run_of(task_id, "run-3", 2))
+    await task_store.write(write_of(task_id, fact("a"), version=7), run_of(task_id, "run-2", 1))
+    row = await row_of(task_store, task_id)
+    assert (row.run_id, row.lives, row.version) == ("run-3", 0, 8)
+    assert [event.event_id for event in await task_store.events(task_id)] == [f"{task_id}:{n}" for n in (1, 2, 3)]
+    assert await task_store.register(run_of(task_id, "run-3", 2)) == EarlierLife(), "it acts as before"
+
+
 async def test_progress_of_every_attempt_and_stage_stays_where_it_was_told(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     for attempt, stage, progress in ((1, "processing", 60.0), (2, "processing", 20.0)):
         told = fact(f"j{attempt}:1", attempt=attempt, stage=stage, progress=progress)
         state: dict[str, Any] = {"attempts": attempt, "stage": stage, "progress": progress}
         await task_store.write(write_of(task_id, told, version=attempt, **state), run_of(task_id))
+    await task_store.register(run_of(task_id, "reset"))
     again = fact("j1:2", attempt=1, stage="processing", progress=5.0)
     reset = write_of(task_id, again, version=2, attempts=1, stage="processing", progress=5.0)
     await task_store.write(reset, run_of(task_id, "reset"))
@@ -119,6 +131,7 @@ async def test_every_hold_and_job_of_every_run_is_kept(task_store: TaskStore) ->
     credits = CreditsSummary(pre_deduct_ids=["h1", "h2"])
     await task_store.write(write_of(task_id, fact("a"), version=9, credits=credits, job_id="j1"), run_of(task_id))
     credits = CreditsSummary(pre_deduct_ids=["h3"])
+    await task_store.register(run_of(task_id, "reset"))
     reset = write_of(task_id, fact("b"), version=2, credits=credits, job_id="j2")
     await task_store.write(reset, run_of(task_id, "reset"))
     row = await row_of(task_store, task_id)

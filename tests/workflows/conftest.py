@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -83,7 +84,7 @@ async def platform(
     credits_profile: CreditsProfile,
 ) -> AsyncIterator[Platform]:
     """A platform on the wall clock, where an image takes about a second."""
-    cache = {} if cached_workflows is None else {"max_cached_workflows": cached_workflows}
+    cache: dict[str, Any] = {} if cached_workflows is None else {"max_cached_workflows": cached_workflows}
     running = running_platform(temporal_env, task_store, tmp_path, credits_profile=credits_profile)
     async with running as platform, platform.worker(**cache):
         yield platform

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -58,6 +58,7 @@ from workflows.training import TrainingWorkflow
 
 T = TypeVar("T")
 Handle = WorkflowHandle[Any, Any]
+FLOWS: tuple[type, ...] = (ImageGenerationWorkflow, TrainingWorkflow)
 
 
 @dataclass
@@ -243,8 +244,11 @@ class Platform:
         return {"max_cached_workflows": self.cached_workflows, **one}
 
     @asynccontextmanager
-    async def worker(self, **options: Any) -> AsyncIterator[Worker]:
-        """A worker on this platform's task queue, with its own clients, as `worker.py` opens them."""
+    async def worker(self, *, flows: Sequence[type] = FLOWS, **options: Any) -> AsyncIterator[Worker]:
+        """A worker on this platform's task queue, with its own clients, as `worker.py` opens them.
+
+        `flows`: the tasks' workflows, where another version's take their place.
+        """
         tokens = SignedTokens(TEST_TOKEN_SECRET, DEFAULT_ISSUER, DEFAULT_AUDIENCE)
         async with AsyncExitStack() as stack:
             comfyui = await stack.enter_async_context(
@@ -260,7 +264,7 @@ class Platform:
             worker = Worker(
                 self.client,
                 task_queue=self.task_queue,
-                workflows=[ImageGenerationWorkflow, TrainingWorkflow, GiveBackWorkflow, ReconcileWorkflow],
+                workflows=[*flows, GiveBackWorkflow, ReconcileWorkflow],
                 activities=[
                     method
                     for activities in (

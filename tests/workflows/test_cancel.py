@@ -24,6 +24,8 @@ from store import TaskStore
 from tests.workflows.books import Ending, ended
 from tests.workflows.platform import Handle, Platform, running_platform
 
+pytestmark = pytest.mark.on_both_profiles
+
 COMPLETED, CANCELED = WorkflowExecutionStatus.COMPLETED, WorkflowExecutionStatus.CANCELED
 WAYS: Final = {
     "update": {COMPLETED},
@@ -251,8 +253,6 @@ async def training_with_a_renewal_in_flight(platform: Platform) -> Handle:
     await platform.until_hit("pre_deduct", fault)
     return handle
 
-
-pytestmark = pytest.mark.on_both_profiles
 
 WAITS: Final = {
     "an image's job": waiting_image,

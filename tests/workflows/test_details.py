@@ -74,3 +74,12 @@ def test_before_a_job_has_told_anything_there_is_nothing_to_tell() -> None:
 
 def test_text_from_outside_is_no_markup_and_no_second_line() -> None:
     assert escaped("a | b\n[x](y)") == "a &#124; b &#91;x&#93;&#40;y&#41;"
+
+
+def test_points_that_nobody_knows_are_told_as_unknown() -> None:
+    state = TaskState(version=1, status=TaskStatus.COMPLETED, credits=CreditsSummary(held=24))
+    state.credits.charged = state.credits.returned = None
+
+    details = current_details(state, waits_for="", until=None, last_news_at=None)
+
+    assert "| credits | estimated 0, held 24, charged unknown, returned unknown |" in details

@@ -39,6 +39,23 @@ def test_a_job_that_failed_ends_the_task_with_its_code(details: ErrorDetails, co
     assert (failed.code, str(failed), failed.error_details) == (code, sentence, details)
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (ErrorDetails(code="quota_exceeded", message="No."), FailureCode.QUOTA_EXCEEDED, "No."),
+        (ErrorDetails(code="flooded", message=""), FailureCode.INTERNAL, "The task had failed with flooded."),
+        (None, FailureCode.INTERNAL, "The task had failed with internal."),
+    ],
+    ids=["our own code", "an unknown code", "no error"],
+)
+def test_a_row_that_failed_ends_the_run_as_it_tells(
+    error: ErrorDetails | None, code: FailureCode, sentence: str
+) -> None:
+    failed = TaskFailed.by_row(error)
+
+    assert (failed.code, str(failed), failed.error_details) == (code, sentence, error or ErrorDetails())
+
+
 def test_a_refusal_ends_the_task_with_its_code_and_a_refused_job_with_the_jobs_own() -> None:
     refusal = Refusal(code=FailureCode.INPUT_INVALID, message="job_refused", http_status=422, sentence="Refused.")
 

@@ -76,5 +76,8 @@ async def test_a_call_is_its_tenants_at_its_tasks_priority(
     assert (call.priority.priority_key, call.priority.fairness_key) == (key, "tenant")
 
 
-def test_a_key_names_task_step_and_number() -> None:
-    assert calls_of(TaskPriority.STANDARD).key("pre_deduct", 2) == "t1:pre_deduct:2"
+async def test_a_key_names_task_step_and_number(temporal_env: WorkflowEnvironment) -> None:
+    async def lines() -> str:
+        return calls_of(TaskPriority.STANDARD).key("pre_deduct", 2)
+
+    assert (await probed(temporal_env, lines)).result == "t1:pre_deduct:2"

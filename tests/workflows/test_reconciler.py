@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from store import TaskStore
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, new_task_id
 from tests.workflows.books import Ending, check_history, ended, ended_without_its_run
-from tests.workflows.payers import end_open_holds
+from tests.workflows.payers import end_open_holds, new_payer, until_started
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
-from workflows import reconciler
+from tests.workflows.test_settlement import cancelled_by_hand, start_telling
+from workflows import ledger_search, reconciler
 
 HANG_SECONDS = 60.0
 PAUSE_SECONDS = 0.3
@@ -290,3 +292,44 @@ async def test_its_schedule_is_made_once_and_finds_what_was_left(reconciled: Pla
         assert standing is not None and standing.schedule.state.paused
     finally:
         await schedule.delete()
+
+
+# Terminated between two parts of a charge
+
+
+@pytest.mark.parametrize("ledger", ["by kind", "by reason"])
+@pytest.mark.parametrize("balance", ["enough", "short"])
+async def test_a_run_terminated_between_two_parts_of_a_charge_is_charged_to_the_end_or_leaves_a_record(
+    reconciled: Platform, ledger: str, balance: str
+) -> None:
+    """2,460 points are charged as 2,000 and 460; the run is terminated while the second is out."""
+    payer = await new_payer(reconciled)
+    credits = reconciled.simulators.admin.credits
+    if ledger == "by reason":
+        await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
+    task = payer.training(max_credits=5_000)
+    await reconciled.simulators.admin.comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
+    second = await credits.fault("delay", route="charge", task_id=task["task_id"], seconds=HANG_SECONDS, nth=2)
+    handle = await start_telling(reconciled, task, gpu_hours=40, gpu_hours_used=40)
+    run = await until_started(reconciled, handle)
+    await cancelled_by_hand(reconciled, payer, handle)
+
+    async def is_being_charged() -> bool:
+        """A job may be told to finish a moment before it stalls."""
+        await reconciled.simulators.admin.comfyui.act(run.run_id, "finish")
+        return any(fault.fault_id == second.fault_id and fault.hits for fault in await credits.faults())
+
+    await reconciled.until(is_being_charged)
+    await handle.terminate("by a test")
+    await credits.remove_fault(second)
+    if balance == "short":
+        await payer.has(100)
+    await asyncio.sleep(PAUSE_SECONDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger_search, "LOOK_FOR", timedelta(seconds=1))
+        assert task["task_id"] in (await reconcile(reconciled)).task_ids
+    ending = await ended_without_its_run(reconciled, task["task_id"])
+    charged = 2_460 if balance == "enough" else 2_000
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, charged)
+    assert ending.result["credits"]["shortfall"] == 2_460 - charged
+    assert ending.exceptions == ([] if balance == "enough" else ["shortfall"])
