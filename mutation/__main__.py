@@ -2,7 +2,7 @@
 
 python -m mutation                                  all of them; goes on where it was interrupted
 python -m mutation --only workflows/stop.py         some modules; may be repeated
-python -m mutation --sample 60 --seed 3             some mutants of all modules
+python -m mutation --read --sample 60 --seed 3      some mutants of the modules whose survivors were all read
 python -m mutation --list --only workflows/stop.py  what would be judged
 """
 
@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     if stale:
         print("Named as harmless, and no mutation any more:", *stale, sep="\n  ", file=sys.stderr)
         return EXIT_CANNOT
+    if options.read:
+        everywhere = [mutation for mutation in everywhere if mutation.module in harmless.modules_read]
     wanted = _wanted(everywhere, options)
     if options.list:
         print(*(f"{each.module}:{each.line} {each.function}\n    + {each.becomes}" for each in wanted), sep="\n")
@@ -59,6 +61,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m mutation", description=__doc__, formatter_class=form)
     parser.add_argument("--only", action="append", default=[], help="modules whose path begins so; may be repeated")
+    parser.add_argument("--read", action="store_true", help="modules whose survivors were all read (harmless.toml)")
     parser.add_argument("--sample", type=int, help="so many of them, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0, help="which sample (0)")
     parser.add_argument("--seeds", type=int, default=1_200, help="schedules to choose from (1200)")
