@@ -20,7 +20,7 @@ RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
 
 @pytest.fixture
 def platform(patient_platform: Platform) -> Platform:
-    """Hours pass here, and other scenarios' jobs may stand still: there are GPUs for all of them."""
+    """Hours pass here, and no timing is left to chance."""
     return patient_platform
 
 
