@@ -95,6 +95,7 @@ class CreditHold:
         self.uncovered_limit = UNCOVERED_LIMIT_IMAGE if isinstance(task, ImageTask) else UNCOVERED_LIMIT_TRAINING
         self._renewal: asyncio.Task[None] | None = None
         self._leaver: asyncio.Task[None] | None = None
+        self._forgetting: asyncio.Task[None] | None = None
         self._wanted = 0
         self._is_closing = False
         self._is_taking = False
@@ -245,7 +246,8 @@ class CreditHold:
             try:
                 reply = await ask(hold)
             except HoldForgotten:
-                await self._give_back_forgotten(hold)
+                self._forgetting = asyncio.create_task(self._give_back_forgotten(hold))
+                await back(self._forgetting.done)
                 continue
             hold.pre_deduct_id, hold.amount = reply.pre_deduct_id, reply.frozen_amount
             if self._life_of(hold) >= LAST_SECONDS:
@@ -511,9 +513,10 @@ class CreditHold:
             await self._give_back_one(hold, str(hold.leaving))
 
     async def _all_left(self) -> None:
-        if self._leaver is not None:
-            await workflow.wait([self._leaver])
-            self._leaver.result()
+        for task in (self._leaver, self._forgetting):
+            if task is not None:
+                await workflow.wait([task])
+                task.result()
 
     # Give back
 
