@@ -187,7 +187,7 @@ class TaskFlow(Generic[Run, Result]):
 
     async def tell_difference(self) -> None:
         """What the events tell of points is what was charged, whatever earlier lives have told or left untold."""
-        if not self.outside.told.is_possible:
+        if not self.outside.told.life.is_sure:
             return
         await self.record.all_written()
         await self.row_look.once()
