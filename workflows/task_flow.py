@@ -295,8 +295,7 @@ class TaskFlow(Generic[Run, Result]):
         if not self._may_try_to_continue():
             return False
         self.watch.stop_polling()
-        if self.outside.has_beside():
-            await self.outside.put_down()
+        await self.outside.put_down()
         if await self.outside.waited(timedelta(milliseconds=1), lambda: self.stop.requested, summary="continue as new"):
             return True
         await workflow.wait_condition(lambda: True)  # until what came with the timer has been worked off too
