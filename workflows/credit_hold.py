@@ -45,6 +45,7 @@ LAST_SECONDS: Final = timedelta(seconds=60)
 """A hold with less life than this is not relied on."""
 SHORTEST_LIFE_SECONDS: Final = 120
 """Past the deadline, say: a hold of 60 s would be too short to rely on the moment it is granted, for ever."""
+UNKNOWN_HOLD_TOLD: Final = "unknown-hold-told-as-given-back"
 REFUSED_AGAIN_AFTER: Final = timedelta(seconds=30)
 TOO_SHORT: Final = "The balance was too short to hold the renewal beside the old hold."
 UNCOVERED_LIMIT_IMAGE: Final = timedelta(seconds=60)
@@ -552,6 +553,7 @@ class CreditHold:
             return
         hold.resolved = True
         if answer.reply is not None:
+            self.ends.count(HoldFate.GIVEN_BACK)
             self._tell_given_back(hold, answer.reply.balance_after)
 
     async def _cancel(self, pre_deduct_id: str, n: int | str, reason: str) -> Answer[CancelHoldReply] | None:
@@ -593,14 +595,15 @@ class CreditHold:
         found = await self.fate_of(hold) if is_processed else None
         hold.resolved = True  # not before: a run that continues as new meanwhile asks again
         if refusal.message == "pre_deduct_not_found":
+            if workflow.patched(UNKNOWN_HOLD_TOLD):
+                self._tell_given_back(hold, None)
             return
         if found is not None:
             self.count_committed(found.committed)
-            if found.fate is HoldFate.COMMITTED:
-                self.ends.count(found.fate)
-            elif found.fate is HoldFate.GIVEN_BACK:
+            self.ends.count(found.fate)
+            if found.fate is HoldFate.GIVEN_BACK:
                 self._tell_given_back(hold, None)
-            else:
+            elif found.fate is HoldFate.UNKNOWN:
                 self._tell_end_unknown(hold, refusal)
             return
         self.ends.left_open()
@@ -640,12 +643,15 @@ class CreditHold:
             message=f"{hold.amount} points are held.",
         )
 
-    def _tell_given_back(self, hold: AskedHold, balance_after: int | None) -> None:
-        """One that was never relied on is told as held now, so that what comes back has gone before."""
+    def tell_as_held(self, hold: AskedHold) -> None:
+        """Tell that a hold was taken, unless that is told; a fact that the store knows is not written twice."""
         if not hold.told:
             self._tell_held(hold, None)
+
+    def _tell_given_back(self, hold: AskedHold, balance_after: int | None) -> None:
+        """One that was never relied on is told as held now, so that what comes back has gone before."""
+        self.tell_as_held(hold)
         hold.told_back = True
-        self.ends.count(HoldFate.GIVEN_BACK)
         self._record.state.credits = self.summary()
         self._record.tell(
             f"given_back:{hold.n}",

@@ -42,6 +42,7 @@ LOOK_TIMEOUT: Final = timedelta(minutes=1)
 LOOK_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
 DELETE_TIMEOUT: Final = timedelta(minutes=10)
 CHARGED_TO_THE_END: Final = "left-charges-finished"
+CHARGE_TOLD: Final = "left-charge-told"
 
 
 class HandCall(OutsideCall):
@@ -96,6 +97,8 @@ class LeftTask:
         self._record = LeftRecord(task, self._outside, left.row)
         clock = JobClock(self._record, ClockState(), default_eta_minutes=DEFAULT_ETA_MINUTES[task.scene][task.priority])
         holds = HoldState(asked=left.holds, estimated=left.row.credits.estimated, asked_again=left.asked_again)
+        self._ended_before = {hold.n for hold in left.holds if hold.resolved}
+        """Holds that the run had given back, and told so."""
         self._hold = CreditHold(task, by_hand, self._record, workflow.now, holds)
         self._attempts = Attempts(self._routes, self._outside, self._record, clock, self._stop, Alarm(), left.jobs)
         self._settlement = Settlement(task, self._outside, self._record, self._hold)
@@ -117,6 +120,8 @@ class LeftTask:
         self._hold.ends.close()
         credits = self._record.state.credits = self._hold.summary()
         if self._hold.state.charged or (self._left.cost is not None and credits.charged is None):
+            if workflow.patched(CHARGE_TOLD):
+                self._tell_settled()
             await self._tell_completed()
         else:
             self._record.failed(TaskFailed(FailureCode.INTERNAL, self._sentence()))
@@ -151,6 +156,12 @@ class LeftTask:
                 summary="5 delete snapshot",
                 attempt_timeout=DELETE_TIMEOUT,
             )
+
+    def _tell_settled(self) -> None:
+        for hold in self._hold.state.asked:
+            if hold.pre_deduct_id and hold.n not in self._ended_before:
+                self._hold.tell_as_held(hold)
+        self._settlement.settled(None)
 
     async def _tell_completed(self) -> None:
         """It was charged, so it was delivered: what was made is handed out."""
