@@ -21,7 +21,7 @@ SLACK: Final = 0.01
 SURELY: Final = 150.0
 """Seconds within which a run that waits has surely been woken: longer than a task may be slow or a worker away."""
 NEVER: Final = float("inf")
-_UNSEEN: Final = {"accepted", "settled", "end", "queue_sla"}
+_UNSEEN: Final = {"accepted", "settled", "end", "queue_sla", "difference"}
 
 
 class RecordRules:
@@ -53,7 +53,7 @@ class RecordRules:
         elif name in self._world.works:
             self._check_progress(fact, name, int(rest))
         else:
-            must(fact.key in _UNSEEN, "an event that nothing stands behind:", fact.key)
+            must(name in _UNSEEN, "an event that nothing stands behind:", fact.key)
 
     def _hold(self, n: int) -> Any:
         holds = self._world.parties.credits.books.holds.values()
