@@ -109,6 +109,7 @@ UNOBEYING: Final = (
         "Who calls them obeys, or stands in this table.",
         (
             "alarm.Alarm.until",
+            "attempts.Attempts._pause",
             "waiting.Waiting.answered",
             "stop.Stop.uninterrupted",
             "outside_call.OutsideCall.until_answered",
