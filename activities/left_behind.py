@@ -7,6 +7,7 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from temporalio.api.enums.v1 import EventType as Happened
+from temporalio.api.failure.v1 import Failure
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.converter import DataConverter
 from temporalio.exceptions import ApplicationError
@@ -27,11 +28,12 @@ from contracts.credits import (
     HoldReply,
     PreDeductRequest,
 )
-from contracts.errors import Answer, sentences_of
-from contracts.give_back import LeftBehind
+from contracts.errors import Answer, FailureCode, sentences_of
+from contracts.give_back import LeftBehind, OwnEnd
 from contracts.handed_on import Doubtful
+from contracts.permissions import Scene
 from contracts.task_store import TaskRow
-from contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW
+from contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, ImageResult, TaskStatus, TrainingResult
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -81,6 +83,13 @@ class HistoryReading:
                 await self._take_call(event)
             case Happened.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
                 await self._take_answer(event)
+            case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED:
+                completed = event.workflow_execution_completed_event_attributes
+                await self._take_result(completed.result.payloads, event)
+            case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_CANCELED:
+                self.left.own_end = OwnEnd(status=TaskStatus.CANCELLED)
+            case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED:
+                self._take_failure(event.workflow_execution_failed_event_attributes.failure)
 
     async def _take_carried(self, event: HistoryEvent) -> None:
         started = event.workflow_execution_started_event_attributes
@@ -174,6 +183,21 @@ class HistoryReading:
         elif isinstance(asked, SnapshotOrder):
             self.left.snapshot = None
 
+    async def _take_result(self, payloads: Any, event: HistoryEvent) -> None:
+        if self.left.row.scene is Scene.IMAGE_GENERATE:
+            image = await self._read(payloads, ImageResult, event)
+            self.left.own_end = OwnEnd(status=image.status, result_urls=image.result_urls)
+        else:
+            training = await self._read(payloads, TrainingResult, event)
+            self.left.own_end = OwnEnd(status=training.status, output=training.output)
+
+    def _take_failure(self, failure: Failure) -> None:
+        """An end of the task brings its result along; a run that was refused has begun nothing."""
+        application = failure.application_failure_info
+        if application.type in set(FailureCode) and application.details.payloads:
+            code = FailureCode(application.type)
+            self.left.own_end = OwnEnd(status=TaskStatus.FAILED, code=code, message=failure.message)
+
     async def _read(self, payloads: Any, model: type[Model], event: HistoryEvent) -> Model:
         """The one value, with the fields that this code does not know. Raises NotReadHere."""
         try:
@@ -198,39 +222,56 @@ class HistoryReading:
 
 
 def left_by_row(row: TaskRow, how: str) -> LeftBehind:
-    """The run is gone from Temporal: what the row knows. These requests are never sent: their ids are known."""
-    holds = [
-        AskedHold(
-            n=n,
-            request=PreDeductRequest(
-                task_id=row.task_id,
-                template_id=row.template_id,
-                tenant_id=row.tenant_id,
-                user_id=row.user_id,
-                scene=row.scene,
-                estimated_cost=row.credits.held,
-                expire_in=MIN_HOLD_SECONDS,
-            ),
-            asked_at=row.created_at,
-            pre_deduct_id=pre_deduct_id,
-            amount=row.credits.held,
-        )
-        for n, pre_deduct_id in enumerate(row.credits.pre_deduct_ids, start=1)
-    ]
-    left = LeftBehind(row=row, how=how, holds=holds)
-    if row.job_id is not None:
-        request = JobRequest(
-            task_id=row.task_id,
-            tenant_id=row.tenant_id,
-            user_id=row.user_id,
-            template_id=row.template_id,
-            prompt="",
-            resolution=Resolution.HD,
-            priority=TaskPriority.STANDARD,
-            callback_url="",
-        )
-        key = f"{row.task_id}:submit:{row.attempts}"
-        left.jobs = [
-            AskedJob(attempt=row.attempts, key=key, request=request, asked_at=row.created_at, job_id=row.job_id)
-        ]
+    """The run is gone from Temporal: what the row knows."""
+    left = LeftBehind(row=row, how=how)
+    add_what_the_row_knows(left)
     return left
+
+
+def add_what_the_row_knows(left: LeftBehind) -> None:
+    """Holds and jobs of earlier lives, which the last run's history may not hold.
+
+    Their requests are never sent: their ids are known.
+    """
+    row = left.row
+    holds = {hold.pre_deduct_id for hold in left.holds}
+    taken = max((hold.n for hold in left.holds), default=0)
+    for pre_deduct_id in dict.fromkeys([*row.hold_ids, *row.credits.pre_deduct_ids]):
+        if pre_deduct_id not in holds:
+            taken += 1
+            left.holds.append(_hold_of(row, taken, pre_deduct_id))
+    jobs = {job.job_id for job in left.jobs}
+    asked = max((job.attempt for job in left.jobs), default=0)
+    for job_id in dict.fromkeys([*row.job_ids, *([row.job_id] if row.job_id else [])]):
+        if job_id not in jobs:
+            asked += 1
+            left.jobs.append(_job_of(row, asked, job_id))
+
+
+def _hold_of(row: TaskRow, n: int, pre_deduct_id: str) -> AskedHold:
+    request = PreDeductRequest(
+        task_id=row.task_id,
+        template_id=row.template_id,
+        tenant_id=row.tenant_id,
+        user_id=row.user_id,
+        scene=row.scene,
+        estimated_cost=row.credits.held,
+        expire_in=MIN_HOLD_SECONDS,
+    )
+    asked_at, amount = row.created_at, row.credits.held
+    return AskedHold(n=n, request=request, asked_at=asked_at, pre_deduct_id=pre_deduct_id, amount=amount)
+
+
+def _job_of(row: TaskRow, attempt: int, job_id: str) -> AskedJob:
+    request = JobRequest(
+        task_id=row.task_id,
+        tenant_id=row.tenant_id,
+        user_id=row.user_id,
+        template_id=row.template_id,
+        prompt="",
+        resolution=Resolution.HD,
+        priority=TaskPriority.STANDARD,
+        callback_url="",
+    )
+    key = f"{row.task_id}:submit:{attempt}"
+    return AskedJob(attempt=attempt, key=key, request=request, asked_at=row.created_at, job_id=job_id)

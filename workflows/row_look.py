@@ -88,3 +88,15 @@ class RowLook:
 
     def forgotten_holds(self, known: set[str]) -> list[str]:
         return [] if self.row is None else [hold_id for hold_id in self.row.hold_ids if hold_id not in known]
+
+
+class RowRead(RowLook):
+    """A row that was read already, of a task whose run is over: it is not looked at again."""
+
+    def __init__(self, outside: OutsideCall, row: TaskRow) -> None:
+        super().__init__(outside)
+        self.row = row
+        outside.told.note(EarlierLife(lives=row.lives))
+
+    async def once(self) -> None:
+        return
