@@ -86,6 +86,9 @@ class JobRules:
         must(job_id in self._world.works, "a job is cancelled that there is not:", job_id)
         self._cancelled.setdefault(job_id, call.scheduled_at)
 
+    def is_given_up(self, job_id: str) -> bool:
+        return job_id in self._cancelled
+
     # Once the task has ended
 
     def check_end(self) -> None:

@@ -109,7 +109,11 @@ class Oracle:
         committed = [hold for hold in holds if hold.phase == "committed"]
         must(len(committed) <= 1, "two holds were committed:", *(hold.pre_deduct_id for hold in committed))
         left = [hold for hold in holds if hold.phase == "open"]
-        must(len(left) <= 2, "more than two holds stand at once:", *(hold.pre_deduct_id for hold in left))
+        must(
+            len(left) <= 2 or credits.terms.is_field,
+            "more than two holds stand at once:",
+            *(hold.pre_deduct_id for hold in left),
+        )
         must(not credits.books.conflicts, "a key came again with another body:", *credits.books.conflicts)
         must(not self._world.jobs.conflicts, "a key came again with another body:", *self._world.jobs.conflicts)
         if credits.charged():
@@ -138,6 +142,7 @@ class Oracle:
         """While the run waits, what it sees first decides; a delivery beats a cancel that comes with it."""
         waits = not busy & _OPENING and bool(self._works) and self._holds_stand()
         current = list(self._works)[-1] if self._works else ""
+        waits = waits and not self._jobs.is_given_up(current)
         if waits and not self._cancel_seen and self._works[current].is_started:
             self._delivery_first |= any(self._is_delivery(job, current) for job in jobs)
         is_cancel = any(map(_is_cancel, jobs))
@@ -236,7 +241,9 @@ class Oracle:
             return
         told = self._world.told()
         holds_excused = {ExceptionCode.HOLD_LEFT_TO_EXPIRY, ExceptionCode.UNDO_UNFINISHED} & told
-        left = [hold.pre_deduct_id for hold in self._parties.credits.holds if hold.phase == "open"]
+        doubled = [hold.pre_deduct_id for hold in self._holds.untold()] if self._parties.credits.terms.is_field else []
+        open_holds = [hold.pre_deduct_id for hold in self._parties.credits.holds if hold.phase == "open"]
+        left = [pre_deduct_id for pre_deduct_id in open_holds if pre_deduct_id not in doubled]
         must(not left or bool(holds_excused) or self._settlement.is_unknown, "holds are left open:", *left)
         jobs_excused = {ExceptionCode.ROUTE_NOT_OFFERED, ExceptionCode.UNDO_UNFINISHED} & told
         alive = [job_id for job_id, work in self._works.items() if work.runs]

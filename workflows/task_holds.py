@@ -186,6 +186,7 @@ class TaskHolds:
             refusal = answer.refusal or no_answer()
             # An unreadable answer may have taken the hold all the same: it stays noted, and the undo learns of it.
             hold.refused = refusal.message != "unreadable"
+            self.ends.count_refusal(answer.tries)
             raise HoldRefused(refusal)
         self.ends.count_grant(answer.tries)
         return answer.reply
@@ -287,6 +288,7 @@ class TaskHolds:
             self.ends.count_grant(answer.tries + 1)  # it had been asked before, or the id would be known
             return True
         hold.refused = True
+        self.ends.count_refusal(answer.tries + 1 if answer is not None else 1)
         if answer is not None and answer.refusal is not None and answer.refusal.message == "unreadable":
             self.ends.left_open()
             self._record.tell_exception(
@@ -326,7 +328,8 @@ class TaskHolds:
             if not self.forgotten.is_done:  # while they stand the ledger does not tell this one's end apart
                 await self.forgotten.give_back("taken before the task's run was reset")
             known = sum(bool(each.pre_deduct_id) for each in self.state.asked)
-            return await self.ledger.fate_by_all(hold, known=known, but=self.forgotten.own_standing())
+            others = self.forgotten.own_standing() - (not hold.resolved)
+            return await self.ledger.fate_by_all(hold, known=known, but=others)
         return await self.ledger.fate_of(hold)
 
     def count_committed(self, points: int) -> None:
