@@ -179,7 +179,8 @@ class Oracle:
     def _charge_is_due(self) -> None:
         """Charged without a hold is only what had one that ran out, or more than the hold where policy says so."""
         credits = self._parties.credits
-        phases = {hold.phase for hold in credits.holds}
+        untold = self._holds.untold() if credits.terms.is_field else []
+        phases = {hold.phase for hold in credits.holds if hold not in untold}
         is_more = "committed" in phases and self._scenario.policy.charge_shortfall
         by_hand = any(hold.is_cancelled_by_hand for hold in credits.holds)
         was_short = (

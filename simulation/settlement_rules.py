@@ -106,7 +106,8 @@ class SettlementRules:
         if any(at >= since for at, _ in witness.refusals("pre_deduct")):
             return True
         asking = [call for call in witness.calls.get("pre_deduct", ()) if (call.told_at or last.at) >= last.at]
-        return bool(asking) or self._prices.known_before(attempt, last) <= self.usable
+        is_heard_at_once = self._holds.followed_since(attempt) >= last.at
+        return bool(asking) or is_heard_at_once or self._prices.known_before(attempt, last) <= self.usable
 
     def _check_told(self, charged: int, told: CreditsSummary) -> None:
         estimate = self._last_estimate()
