@@ -175,6 +175,7 @@ def test_what_can_be_no_message_of_this_task_is_counted_and_raises_nothing(
 ) -> None:
     watched.watch.take(payload)
 
+    assert MAX_PAYLOAD_BYTES == 256 * 1024, "what the gateway takes"
     assert (watched.state.callbacks_refused, watched.state.inbox) == (1, [])
     assert not watched.watch.has_word()
 
@@ -296,6 +297,22 @@ def test_it_is_asked_after_a_silence_and_again_after_twice_that_up_to_a_limit(wa
     assert silences == [30.0, 60.0, 120.0, 120.0]
     watched.hear(said(1))
     assert watched.due_in() == 30.0
+
+
+def test_a_silence_counts_from_the_last_word(watched: Watched) -> None:
+    watched.pass_seconds(20)
+    watched.hear(said(1))
+
+    assert watched.due_in() == 30.0
+
+
+def test_a_word_that_comes_while_a_poll_is_out_drops_no_poll(watched: Watched) -> None:
+    poll = watched.ask()
+    watched.hear(said(1))
+    poll.answer = Answer(reply=state(2))
+    watched.watch.read()
+
+    assert watched.record.applied == [(1, True), (2, False)]
 
 
 def test_a_limit_below_the_first_silence_shortens_none(watched: Watched) -> None:
