@@ -28,6 +28,8 @@ from workflows.task_holds import LAST_SECONDS, HoldRefused, TaskHolds, no_answer
 from workflows.task_record import TaskRecord
 
 REFUSED_AGAIN_AFTER: Final = timedelta(seconds=30)
+LEFT_FOR_LATE: Final = 0.75
+"""The share of a hold's life after which it is renewed although the one before is still being given back."""
 TOO_SHORT: Final = "The balance was too short to hold the renewal beside the old hold."
 UNCOVERED_LIMIT_IMAGE: Final = timedelta(seconds=60)
 UNCOVERED_LIMIT_TRAINING: Final = timedelta(hours=1)
@@ -164,8 +166,13 @@ class CreditHold(TaskHolds):
             return None
         if self._is_interrupted():
             return workflow.now()
-        if hold is None:
-            return None
+        due = self._due_of(hold) if hold is not None else None
+        if hold is None or due is None or self._leaver is None:
+            return due
+        # A third hold is taken beside the two only where the standing one would run out.
+        return max(due, hold.asked_at + timedelta(seconds=hold.request.expire_in * LEFT_FOR_LATE))
+
+    def _due_of(self, hold: AskedHold) -> datetime | None:
         if self._wanted > hold.request.estimated_cost:
             return self.state.next_renewal_at or workflow.now()
         spare = self._expires_at(hold) - self._deadline() - timedelta(seconds=self.margin_seconds)
@@ -184,12 +191,15 @@ class CreditHold(TaskHolds):
         return self._renewal is not None
 
     def has_word(self) -> bool:
-        return self._renewal is not None and self._renewal.done()
+        return any(task is not None and task.done() for task in (self._renewal, self._leaver))
 
     def check(self) -> None:
         """Start a renewal that is due; take up one that ended. Raises TaskFailed `credit_exhausted`."""
-        if self.has_word():
+        if self._renewal is not None and self._renewal.done():
             self._take_up()
+        if self._leaver is not None and self._leaver.done():
+            self._leaver.result()
+            self._leaver = None
         self._raise_if_exhausted()
         due = self.due()
         if due is not None and workflow.now() >= due:
