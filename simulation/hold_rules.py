@@ -179,7 +179,9 @@ class HoldRules:
         if first is None or current is None:
             return [at]
         start, first_start = self.start_of(current.n), self.start_of(1)
-        words = witness.words.get(current.job_id or "", ())
+        # Until a job is taken the latest word on the one before counts.
+        heard = [current] if current.accepted is not None else list(witness.attempts.values())
+        words = [word for attempt in heard for word in witness.words.get(attempt.job_id or "", ())]
         spans = {word.state.estimated_time for word in words if word.state.estimated_time is not None}
         told: list[float] = [a.accepted.estimated_time for a in witness.attempts.values() if a.accepted is not None]
         spans.update(told[-1:])

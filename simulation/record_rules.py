@@ -77,7 +77,8 @@ class RecordRules:
         assert attempt is not None
         assert fact.error is not None
         # By what its job ever said: it is told in the workflow task that hears of it, before that is recorded.
-        codes = self._world.jobs.failures_of(attempt.job_id)
+        jobs = self._world.works if attempt.job_id is None else [attempt.job_id]
+        codes = {code for job_id in jobs for code in self._world.jobs.failures_of(job_id)}
         is_lost = not codes and fact.error.code == FailureCode.LOST
         must(is_lost or fact.error.code in codes, "a retry is told for", fact.error.code)
 
