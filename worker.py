@@ -120,7 +120,7 @@ async def opened_activities(
         except ValueError as error:
             raise CannotStart(str(error)) from None
         yield activities_of(
-            ComfyUIActivities(comfyui),
+            ComfyUIActivities(comfyui, datasets),
             CreditsActivities(credits_client),
             DatasetActivities(datasets),
             TaskStoreActivities(store, policy_by(settings)),

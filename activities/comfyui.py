@@ -6,22 +6,26 @@ Each activity answers `Answer`: the reply, a definite refusal, or *not offered*.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Protocol
 
 from pydantic import TypeAdapter
 from temporalio import activity
 
 from activities.outside_client import OutsideClient, same
-from activities.outside_http import Party, Route
+from activities.outside_http import Party, Route, current_time_limit_seconds, time_limit
 from activities.running_call import answered
 from contracts.calls import CallFor, JobCall, Post
 from contracts.comfyui import (
+    DatasetSnapshot,
     GpuPool,
     JobAccepted,
     JobRequest,
     JobState,
+    SnapshotReference,
     TrainingAccepted,
+    TrainingDraft,
     TrainingRequest,
     TrainingState,
 )
@@ -96,11 +100,18 @@ class ComfyUIClient(OutsideClient):
         )
 
 
+class Snapshots(Protocol):
+    """Where a snapshot's list of files is read: `activities.datasets.DatasetSnapshots`."""
+
+    async def whole(self, reference: SnapshotReference) -> DatasetSnapshot: ...
+
+
 class ComfyUIActivities:
     """ComfyUI as workflows see it. The client stays the caller's to open and close."""
 
-    def __init__(self, client: ComfyUIClient) -> None:
+    def __init__(self, client: ComfyUIClient, snapshots: Snapshots) -> None:
         self._client = client
+        self._snapshots = snapshots
 
     @activity.defn
     async def submit_job(self, post: Post[JobRequest]) -> Answer[JobAccepted]:
@@ -115,8 +126,17 @@ class ComfyUIActivities:
         return await answered(call.call_for, self._client.cancel_job(call))
 
     @activity.defn
-    async def create_training(self, post: Post[TrainingRequest]) -> Answer[TrainingAccepted]:
-        return await answered(post.call_for, self._client.create_training(post))
+    async def create_training(self, post: Post[TrainingDraft]) -> Answer[TrainingAccepted]:
+        """The list of files joins the body here; one that is not the draft's is `dataset_invalid`."""
+        return await answered(post.call_for, self._create_training(post))
+
+    async def _create_training(self, post: Post[TrainingDraft]) -> Answer[TrainingAccepted]:
+        began, limit = time.monotonic(), current_time_limit_seconds()
+        request = post.body.request(await self._snapshots.whole(post.body.dataset))
+        with time_limit(limit - (time.monotonic() - began)):
+            return await self._client.create_training(
+                Post[TrainingRequest](call_for=post.call_for, key=post.key, body=request)
+            )
 
     @activity.defn
     async def start_training(self, call: JobCall) -> Answer[TrainingState]:

@@ -3,7 +3,8 @@
 A snapshot lies in temporary object storage, below the task's own folder:
 
     {object_store_url}/snapshots/{task_id}/{dataset_id}/files/…        the copies; `snapshot_uri`
-    {object_store_url}/snapshots/{task_id}/{dataset_id}/manifest.json  written last: a snapshot with one is whole
+    {object_store_url}/snapshots/{task_id}/{dataset_id}/manifest.json  written last: a snapshot with one is whole;
+                                                                       runs carry its address and checksum
 
 Copying resumes: each heartbeat tells how many files, in the order of their paths, are done and the digest of their
 checksums. The next attempt reads those copies again and goes on behind them when sizes and digest agree; else it
@@ -18,11 +19,13 @@ import re
 from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
+from urllib.parse import unquote
 
 from pydantic import BaseModel, Field, ValidationError
 from temporalio import activity
 
 from activities.dataset_source import DatasetSource, HashedChunks, invalid, said
+from activities.file_lists import FileLists, as_list, checksum_of, read_manifest, storage_away, task_folder
 from activities.object_folders import (
     STORAGE_ERRORS,
     BadAddress,
@@ -35,11 +38,12 @@ from activities.object_folders import (
 from activities.outside_http import OutsideFailure
 from activities.running_call import asked_by_workflow, one_line, wait_with_heartbeats
 from contracts.calls import CallFor, SnapshotOrder
-from contracts.comfyui import DatasetFile, DatasetSnapshot
+from contracts.comfyui import DatasetFile, DatasetSnapshot, ManifestReference, SnapshotReference
 from contracts.errors import FailureCode
 
 MAX_FILES: Final = 10_000
 MAX_BYTES: Final = 100 * 1024**3
+MANIFEST: Final = "manifest.json"
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 T = TypeVar("T")
@@ -63,8 +67,22 @@ class Manifest(BaseModel):
     """`manifest.json`: which order this snapshot answers, and what it holds."""
 
     source_uri: str
-    asked_files: list[str] | None
+    asked_sha256: str | None = None
+    """Of the list of files that was asked for; None for all of them."""
     snapshot: DatasetSnapshot
+    asked_files: list[str] | None = Field(default=None, exclude=True)
+    """The list itself, as the first release wrote it."""
+
+    def answers(self, order: SnapshotOrder) -> bool:
+        asked = self.asked_sha256 or (None if self.asked_files is None else checksum_of(as_list(self.asked_files)))
+        return (self.source_uri, asked) == (order.source_uri, asked_sha256_of(order))
+
+
+def asked_sha256_of(order: SnapshotOrder) -> str | None:
+    """What names the list that an order asks for, whichever way it is told; None for all files."""
+    if order.files is not None:
+        return checksum_of(as_list(order.files))
+    return order.manifest.sha256 if order.manifest is not None else order.files_sha256
 
 
 def chained(digest: str, file: DatasetFile) -> str:
@@ -102,13 +120,13 @@ class DatasetSnapshots:
     ) -> None:
         return None
 
-    async def snapshot(self, order: SnapshotOrder, progress: Progress) -> DatasetSnapshot:
-        """Copy the dataset and give its list of files; `progress` is resumed from and kept up to date."""
+    async def snapshot(self, order: SnapshotOrder, progress: Progress) -> SnapshotReference:
+        """Copy the dataset and tell where its list of files lies; `progress` is resumed from and kept up to date."""
         target = self._target(order)
         finished = await self._finished(order, target)
         if finished is not None:
             return finished
-        source = DatasetSource(self._source_folder(order), order.files)
+        source = DatasetSource(self._source_folder(order), await self._asked_files(order, target))
         found = await source.files(self._max_files, self._max_bytes)
         files = await self._resumed(target, found, progress)
         progress.files_total = len(found)
@@ -119,14 +137,32 @@ class DatasetSnapshots:
         snapshot = DatasetSnapshot(
             dataset_id=order.dataset_id, snapshot_uri=target.address.below("files").text + "/", files=files
         )
-        manifest = Manifest(source_uri=order.source_uri, asked_files=order.files, snapshot=snapshot)
-        await self._stored(target.write("manifest.json", manifest.model_dump_json().encode()))
-        return snapshot
+        manifest = Manifest(source_uri=order.source_uri, asked_sha256=asked_sha256_of(order), snapshot=snapshot)
+        raw = manifest.model_dump_json().encode()
+        await self._stored(target.write(MANIFEST, raw))
+        return _reference(target, manifest, raw)
+
+    async def whole(self, reference: SnapshotReference) -> DatasetSnapshot:
+        """The snapshot with its list, as a training request holds it. Raises OutsideFailure `dataset_invalid`."""
+        if reference.manifest is None:  # the list came with it
+            return DatasetSnapshot(**reference.model_dump(exclude={"manifest"}))
+        uri = reference.manifest.uri
+        raw = b""
+        try:
+            folder = ObjectFolder(read_address(uri.removesuffix(MANIFEST)))
+            raw = await folder.read_whole(MANIFEST)
+        except FileNotFoundError:
+            pass
+        except STORAGE_ERRORS as error:
+            raise self._storage_away(error) from None
+        if checksum_of(raw) != reference.manifest.sha256:
+            raise invalid(f"{uri} is gone or is not what its sha256 says. Nobody but the worker may touch snapshots.")
+        return Manifest.model_validate_json(raw).snapshot
 
     async def delete(self, order: SnapshotOrder) -> None:
         """Delete the snapshot, its manifest first; one that is gone already is deleted."""
         target = self._target(order)
-        await self._stored(target.delete(["manifest.json"]))
+        await self._stored(target.delete([MANIFEST]))
         await self._stored(_emptied(target))
 
     def _target(self, order: SnapshotOrder) -> ObjectFolder:
@@ -134,21 +170,34 @@ class DatasetSnapshots:
             if not _ID.fullmatch(value):
                 raise invalid(f"{name} {value!r} names no folder: use 1 to 64 letters, digits, '_' and '-'.")
         try:
-            return ObjectFolder(self._root, "snapshots", order.call_for.task_id, order.dataset_id, is_ours=True)
+            return task_folder(self._root, order.call_for.task_id, order.dataset_id)
         except STORAGE_ERRORS as error:
             raise self._storage_away(error) from None
 
+    async def _asked_files(self, order: SnapshotOrder, target: ObjectFolder) -> list[str] | None:
+        """The files that were asked for, however that was told; None for all."""
+        if order.manifest is not None:
+            uri, _, name = order.manifest.uri.rpartition("/")
+            folder = self._tenants_folder(order, "dataset.manifest.uri", uri)
+            return await read_manifest(folder, unquote(name), order.manifest.sha256)
+        if order.files_sha256 is not None:
+            return await FileLists(self._root).get(target, order.files_sha256)
+        return order.files
+
     def _source_folder(self, order: SnapshotOrder) -> ObjectFolder:
+        return self._tenants_folder(order, "dataset.source_uri", order.source_uri)
+
+    def _tenants_folder(self, order: SnapshotOrder, field: str, uri: str) -> ObjectFolder:
         try:
-            address = read_address(order.source_uri)
+            address = read_address(uri)
         except BadAddress as error:
-            raise invalid(f"dataset.source_uri {error}.") from None
+            raise invalid(f"{field} {error}.") from None
         if self._dataset_roots and not self._is_tenants(address, order.call_for.tenant_id):
-            raise invalid("dataset.source_uri does not lie below a folder of the task's tenant.")
+            raise invalid(f"{field} does not lie below a folder of the task's tenant.")
         try:
             return ObjectFolder(address)
         except STORAGE_ERRORS as error:
-            raise invalid(f"{address.text} cannot be opened: {said(error)}. Check dataset.source_uri.") from None
+            raise invalid(f"{address.text} cannot be opened: {said(error)}. Check {field}.") from None
 
     def _is_tenants(self, address: FolderAddress, tenant_id: str) -> bool:
         for template in self._dataset_roots:
@@ -162,17 +211,16 @@ class DatasetSnapshots:
                 return True
         return False
 
-    async def _finished(self, order: SnapshotOrder, target: ObjectFolder) -> DatasetSnapshot | None:
+    async def _finished(self, order: SnapshotOrder, target: ObjectFolder) -> SnapshotReference | None:
         """The snapshot of an earlier attempt whose answer was lost, if it is whole and answers this order."""
         try:
-            manifest = Manifest.model_validate_json(await target.read_whole("manifest.json"))
+            raw = await target.read_whole(MANIFEST)
+            manifest = Manifest.model_validate_json(raw)
         except (FileNotFoundError, ValidationError):
             return None
         except STORAGE_ERRORS as error:
             raise self._storage_away(error) from None
-        if manifest.source_uri != order.source_uri or manifest.asked_files != order.files:
-            return None
-        return manifest.snapshot
+        return _reference(target, manifest, raw) if manifest.answers(order) else None
 
     async def _resumed(self, target: ObjectFolder, found: list[FoundObject], progress: Progress) -> list[DatasetFile]:
         """The files that an earlier attempt copied, checked by size and checksum; none where they do not agree."""
@@ -225,11 +273,21 @@ class DatasetSnapshots:
             raise self._storage_away(error) from None
 
     def _storage_away(self, error: Exception) -> OutsideFailure:
-        return OutsideFailure(
-            FailureCode.INTERNAL,
-            f"Temporary object storage at {self._root.text} cannot be used: {said(error)}. It is retried; "
-            "check COMFYUI_TEMPORAL_OBJECT_STORE_URL, its credentials and its room.",
-        )
+        return storage_away(self._root, error)
+
+
+def _reference(target: ObjectFolder, manifest: Manifest, raw: bytes) -> SnapshotReference:
+    files = manifest.snapshot.files
+    return SnapshotReference(
+        dataset_id=manifest.snapshot.dataset_id,
+        snapshot_uri=manifest.snapshot.snapshot_uri,
+        manifest=ManifestReference(
+            uri=target.address.below(MANIFEST).text,
+            sha256=checksum_of(raw),
+            file_count=len(files),
+            total_bytes=sum(file.size_bytes for file in files),
+        ),
+    )
 
 
 def _setting(name: str, uri: str) -> FolderAddress:
@@ -250,7 +308,7 @@ class DatasetActivities:
         self._client = client
 
     @activity.defn
-    async def snapshot(self, order: SnapshotOrder) -> DatasetSnapshot:
+    async def snapshot(self, order: SnapshotOrder) -> SnapshotReference:
         """Raises ApplicationError: `dataset_invalid` (not retried) or `internal` (storage away, retried)."""
         progress = _last_progress(activity.info().heartbeat_details)
         copying = self._client.snapshot(order, progress)

@@ -5,21 +5,25 @@ Everything that must survive is here: a hold that may stand, a job that may run,
 
 from __future__ import annotations
 
-from pydantic import Field
+from datetime import datetime
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from contracts.comfyui import (
     Checkpoint,
-    DatasetSnapshot,
     JobRequest,
     JobState,
+    SnapshotReference,
+    TrainingDraft,
     TrainingOutput,
-    TrainingRequest,
     TrainingState,
 )
 from contracts.credits import PreDeductRequest
 from contracts.errors import ErrorDetails
 from contracts.fields import Instant, OwnModel
 from contracts.policy import Policy
+from contracts.size_budget import MAX_KEPT_HOLDS
 from contracts.task_store import Fact, TaskException, TaskState
 from contracts.tasks import ImageTask, TaskStatus, TrainingTask
 
@@ -92,12 +96,27 @@ class AskedJob(OwnModel):
 
     attempt: int
     key: str
-    request: JobRequest | TrainingRequest
+    request: JobRequest | TrainingDraft | None = None
+    """Kept until the call is answered: then nothing asks again with it, and a run does not carry it on."""
     asked_at: Instant
     job_id: str | None = None
     refused: bool = False
     """A definite refusal: there is no job to cancel."""
     cancelled: bool = False
+
+    @model_validator(mode="after")
+    def _light(self) -> Self:
+        if self.job_id is not None or self.refused:
+            self.request = None
+        return self
+
+    def is_known_as(self, job_id: str) -> None:
+        """The call was answered."""
+        self.job_id, self.request = job_id, None
+
+    def is_refused(self) -> None:
+        """The call was refused, or its answer never became readable."""
+        self.refused, self.request = True, None
 
 
 class AskedHold(OwnModel):
@@ -113,15 +132,43 @@ class AskedHold(OwnModel):
 
 
 class HoldState(OwnModel):
-    """Every hold of a task; at most one stands outside a renewal."""
+    """A task's holds; at most one stands outside a renewal. Of what is over the newest are kept, of the rest counts."""
 
     asked: list[AskedHold] = []
+    asked_count: int = 0
+    """How many were asked for in all: the newest one's `n`."""
+    granted_before: int = 0
+    """How many were granted of those that are not kept."""
     estimated: int = 0
     charged: int = 0
     """Points charged by commit or charge; also what a hold turned out to be committed for by somebody else."""
     shortfall: int = 0
     next_renewal_at: Instant | None = None
     uncovered_since: Instant | None = None
+
+    @model_validator(mode="after")
+    def _counted(self) -> Self:
+        self.asked_count = max(self.asked_count, *(hold.n for hold in self.asked), 0)
+        return self
+
+    def note(self, request: PreDeductRequest, at: datetime) -> AskedHold:
+        """The next hold, noted before it is asked for."""
+        self.leave_out_old()
+        self.asked_count += 1
+        hold = AskedHold(n=self.asked_count, request=request, asked_at=at)
+        self.asked.append(hold)
+        return hold
+
+    def granted(self) -> list[AskedHold]:
+        """Those kept that were granted, oldest first."""
+        return [hold for hold in self.asked if hold.pre_deduct_id]
+
+    def leave_out_old(self) -> None:
+        """Thirty days of renewals ask for thousands of holds: what nothing can ask for again is counted, not kept."""
+        over = [hold for hold in self.granted() if hold.resolved]
+        too_old = {hold.n for hold in over[: max(0, len(over) - MAX_KEPT_HOLDS)]}
+        self.granted_before += len(too_old)
+        self.asked = [hold for hold in self.asked if not hold.refused and hold.n not in too_old]
 
 
 class WatchState(OwnModel):
@@ -188,7 +235,7 @@ class PriceState(OwnModel):
 class DatasetState(OwnModel):
     """A training's snapshot: noted before it is made, so that what was half copied is deleted too."""
 
-    snapshot: DatasetSnapshot | None = None
+    snapshot: SnapshotReference | None = None
     is_asked: bool = False
     is_deleted: bool = False
 

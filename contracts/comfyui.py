@@ -139,6 +139,44 @@ class DatasetSnapshot(OwnModel):
     files: list[DatasetFile]
 
 
+class ManifestReference(OwnModel):
+    """A snapshot's `manifest.json`: where it lies, the checksum of its bytes, and what it counts."""
+
+    uri: str
+    sha256: str
+    file_count: int = Field(ge=0)
+    total_bytes: int = Field(ge=0)
+
+
+class SnapshotReference(OwnModel):
+    """A snapshot as runs, histories and rows carry it: its list of files by reference (pitfall 39)."""
+
+    dataset_id: str
+    snapshot_uri: str
+    manifest: ManifestReference | None = None
+    files: list[DatasetFile] | None = None
+    """The list itself: only in what the first release wrote, which had no reference."""
+
+
+class TrainingDraft(OwnModel):
+    """A `TrainingRequest` as history holds it. The manifest's checksum fixes the list that is sent with it."""
+
+    task_id: str
+    tenant_id: str
+    user_id: str
+    base_model: str
+    dataset: SnapshotReference
+    hyperparameters: dict[str, JsonValue]
+    priority: TaskPriority
+    gpu_type: str | None = None
+    resume_from: str | None = None
+    callback_url: str
+
+    def request(self, dataset: DatasetSnapshot) -> TrainingRequest:
+        """The body that goes over the wire."""
+        return TrainingRequest(**self.model_dump(exclude={"dataset"}), dataset=dataset)
+
+
 class TrainingRequest(OwnModel):
     """Body of `POST /comfyui/v1/training`."""
 

@@ -36,10 +36,13 @@ class LeftBehind(OwnModel):
     how: str
     """How the run ended: `terminated`, `timed_out`, `failed`, `vanished` …"""
     holds: list[AskedHold] = []
+    holds_before: int = 0
+    """How many more were granted, all of them over long ago."""
     jobs: list[AskedJob] = []
     charges: list[Post[ChargeRequest]] = []
     """Asked for after delivery, where the hold had ended."""
     snapshot: SnapshotOrder | None = None
+    """What is to be deleted; it names no files."""
 
 
 class GiveBackResult(OwnModel):

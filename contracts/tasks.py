@@ -6,9 +6,9 @@ import hashlib
 import json
 from enum import StrEnum
 from pathlib import PurePosixPath
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from contracts.comfyui import Resolution, TaskPriority, TrainingOutput
 from contracts.credits import PriceOption
@@ -126,18 +126,47 @@ def _relative_path(path: str) -> str:
     return path
 
 
+FilePath = Annotated[CallerText, Field(min_length=1, max_length=1024), AfterValidator(_relative_path)]
+"""A dataset's file, relative to its folder."""
+FileList = Annotated[list[FilePath], Field(min_length=1, max_length=10_000)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+_Address = Annotated[CallerText, Field(min_length=1, max_length=2048)]
+
+
+class DatasetManifest(CallerModel):
+    """A caller's own list of files: a JSON array of paths at `uri`, under the tenant's own prefix, at most 4 MiB."""
+
+    uri: _Address
+    sha256: Sha256
+    """Of the array's bytes: what was ordered is what is trained on."""
+
+
 class DatasetSource(CallerModel):
-    """The dataset to train on: `files` below `source_uri`, or all of them."""
+    """The dataset to train on: `files` below `source_uri`, those that `manifest` lists, or all of them."""
 
     dataset_id: CallerId
-    source_uri: Annotated[CallerText, Field(min_length=1, max_length=2048)]
-    files: (
-        Annotated[
-            list[Annotated[CallerText, Field(min_length=1, max_length=1024), AfterValidator(_relative_path)]],
-            Field(min_length=1, max_length=10_000),
-        ]
-        | None
-    ) = None
+    source_uri: _Address
+    files: FileList | None = None
+    manifest: DatasetManifest | None = None
+
+    @model_validator(mode="after")
+    def _told_once(self) -> Self:
+        if sum(way is not None for way in self._ways()) > 1:
+            raise ValueError("files and manifest exclude each other: name the files in one way")
+        return self
+
+    def _ways(self) -> tuple[object, ...]:
+        return (self.files, self.manifest)
+
+
+class TakenDataset(DatasetSource):
+    """A dataset as the workflow takes it."""
+
+    files_sha256: Sha256 | None = None
+    """A list that the gateway put into temporary object storage, by the checksum of its bytes."""
+
+    def _ways(self) -> tuple[object, ...]:
+        return (self.files, self.manifest, self.files_sha256)
 
 
 class Hyperparameters(BaseModel):
@@ -178,7 +207,7 @@ class TrainingTask(CallerModel):
     template_id: CallerId
     priority: TaskPriority = TaskPriority.STANDARD
     base_model: CallerId = "base"
-    dataset: DatasetSource
+    dataset: TakenDataset
     hyperparameters: Hyperparameters
     gpu_type: CallerId | None = None
     max_credits: CallerPoints | None = None
@@ -209,6 +238,9 @@ class CreditsSummary(OwnModel):
     returned: int = 0
     shortfall: int = 0
     pre_deduct_ids: list[str] = []
+    """The newest 64."""
+    pre_deduct_count: int = 0
+    """How many there were in all."""
 
 
 class TaskResult(OwnModel):

@@ -13,7 +13,7 @@ from activities.credits import CreditsActivities
 from activities.datasets import DatasetActivities
 from activities.task_store import TaskStoreActivities
 from contracts.calls import SnapshotOrder
-from contracts.comfyui import DatasetFile, DatasetSnapshot
+from contracts.comfyui import ManifestReference, SnapshotReference
 from contracts.errors import FailureCode
 from simulation.credits_model import CreditsModel
 from simulation.hosted_run import CONVERTER
@@ -65,12 +65,12 @@ class Objects:
         self.is_invalid = is_invalid
         self.kept: set[str] = set()
 
-    def snapshot(self, order: SnapshotOrder) -> DatasetSnapshot:
+    def snapshot(self, order: SnapshotOrder) -> SnapshotReference:
         self.kept.add(order.call_for.task_id)
         if self.is_invalid:
             raise CallRefused(FailureCode.DATASET_INVALID, "a file of the dataset is missing", is_final=True)
-        files = [DatasetFile(path="images.tar", size_bytes=1, sha256="0" * 64)]
-        return DatasetSnapshot(dataset_id=order.dataset_id, snapshot_uri="file:///snapshots/1/", files=files)
+        manifest = ManifestReference(uri="file:///manifest.json", sha256="0" * 64, file_count=1, total_bytes=1)
+        return SnapshotReference(dataset_id=order.dataset_id, snapshot_uri="file:///snapshots/1/", manifest=manifest)
 
     def delete_snapshot(self, order: SnapshotOrder) -> None:
         self.kept.discard(order.call_for.task_id)

@@ -10,7 +10,7 @@ from temporalio import workflow
 
 from contracts.calls import JobCall, Post
 from contracts.carried import AskedJob, JobNews
-from contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingRequest
+from contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingDraft
 from contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode, Refusal
 from contracts.tasks import EventType
 from workflows.alarm import Alarm
@@ -52,7 +52,7 @@ class Attempts:
     def number(self) -> int:
         return len(self.asked)
 
-    async def submit(self, request: JobRequest | TrainingRequest) -> JobAccepted | TrainingAccepted:
+    async def submit(self, request: JobRequest | TrainingDraft) -> JobAccepted | TrainingAccepted:
         """Row 1: ask for the next job. Raises TaskFailed or TaskStopped."""
         self._outside.may_begin()
         n = self.number + 1
@@ -63,10 +63,10 @@ class Attempts:
             self._routes.submit, self._post(job), summary=self._routes.submit_summary, minutes=self.opening_minutes
         )
         if answer.reply is None:
-            job.refused = True
+            job.is_refused()
             raise TaskFailed.by_refusal(_refusal_of(answer))
         accepted: JobAccepted | TrainingAccepted = answer.reply
-        job.job_id = accepted.job_id if isinstance(accepted, JobAccepted) else accepted.training_id
+        job.is_known_as(_id_of(accepted))
         self._record.state.job_id = job.job_id
         self._record.state.gpu_slots = accepted.gpu_slots
         self._clock.estimated(accepted.estimated_time)
@@ -138,10 +138,9 @@ class Attempts:
             self._routes.submit, self._post(job), summary="5 cancel job: learn its id"
         )
         if answer is not None and answer.reply is not None:
-            reply = answer.reply
-            job.job_id = reply.job_id if isinstance(reply, JobAccepted) else reply.training_id
+            job.is_known_as(_id_of(answer.reply))
             return
-        job.refused = True
+        job.is_refused()
         if answer is not None and answer.refusal is not None and answer.refusal.message == "unreadable":
             self._unfinished(job, answer.refusal)
 
@@ -154,8 +153,13 @@ class Attempts:
         )
 
     def _post(self, job: AskedJob) -> Post[Any]:
-        kind = JobRequest if isinstance(job.request, JobRequest) else TrainingRequest
+        assert job.request is not None
+        kind = JobRequest if isinstance(job.request, JobRequest) else TrainingDraft
         return Post[kind](call_for=self._outside.call_for, key=job.key, body=job.request)  # type: ignore[valid-type]
+
+
+def _id_of(accepted: JobAccepted | TrainingAccepted) -> str:
+    return accepted.job_id if isinstance(accepted, JobAccepted) else accepted.training_id
 
 
 def _refusal_of(answer: Answer[Any]) -> Refusal:

@@ -27,6 +27,7 @@ from contracts.credits import (
     PreDeductRequest,
 )
 from contracts.errors import Answer, ExceptionCode, FailureCode, Refusal
+from contracts.size_budget import MAX_KEPT_HOLDS
 from contracts.tasks import CreditsSummary, EventType, ImageTask, TrainingTask
 from workflows.failures import TaskFailed
 from workflows.ledger_search import HoldFate, LedgerSearch
@@ -77,19 +78,20 @@ class CreditHold:
         self.ledger = LedgerSearch(outside, carried)
 
     def carry(self) -> HoldState:
+        self.state.leave_out_old()
         return self.state
 
     @property
     def standing(self) -> AskedHold | None:
         """The newest hold that was granted and is not resolved."""
-        granted = [hold for hold in self.state.asked if hold.pre_deduct_id and not hold.resolved]
+        granted = [hold for hold in self.state.granted() if not hold.resolved]
         return granted[-1] if granted else None
 
     @property
     def amount(self) -> int:
         """Points of the last hold that was granted."""
-        granted = [hold.amount for hold in self.state.asked if hold.pre_deduct_id]
-        return granted[-1] if granted else 0
+        granted = self.state.granted()
+        return granted[-1].amount if granted else 0
 
     @property
     def covered(self) -> int:
@@ -100,13 +102,15 @@ class CreditHold:
     def summary(self) -> CreditsSummary:
         """`credits` of results and queries, in points; nothing is returned while a hold stands."""
         returned = 0 if self.standing else max(0, self.amount - self.state.charged)
+        ids = [hold.pre_deduct_id for hold in self.state.granted() if hold.pre_deduct_id]
         return CreditsSummary(
             estimated=self.state.estimated,
             held=self.amount,
             charged=self.state.charged,
             returned=returned,
             shortfall=self.state.shortfall,
-            pre_deduct_ids=[hold.pre_deduct_id for hold in self.state.asked if hold.pre_deduct_id],
+            pre_deduct_ids=ids[-MAX_KEPT_HOLDS:],
+            pre_deduct_count=self.state.granted_before + len(ids),
         )
 
     # Row 2: estimate
@@ -182,9 +186,7 @@ class CreditHold:
             estimated_cost=amount,
             expire_in=min(MAX_HOLD_SECONDS, max(SHORTEST_LIFE_SECONDS, seconds)),
         )
-        hold = AskedHold(n=len(self.state.asked) + 1, request=request, asked_at=now)
-        self.state.asked.append(hold)
-        return hold
+        return self.state.note(request, now)
 
     async def _ask_opening(self, hold: AskedHold) -> HoldReply:
         answer = await self._outside.opening(
@@ -326,7 +328,7 @@ class CreditHold:
             await workflow.wait([self._renewal])
             self._renewal.result()
             self._renewal = None
-        for hold in self.state.asked:
+        for hold in list(self.state.asked):
             if not hold.resolved and not hold.refused:
                 await self._give_back_one(hold, reason)
 

@@ -24,7 +24,7 @@ from contracts.give_back import GiveBackOrder, GiveBackResult, LeftBehind, give_
 from contracts.permissions import Scene
 from contracts.prices import DEFAULT_ETA_MINUTES
 from contracts.task_store import TaskRow, TaskState, TaskWrite
-from contracts.tasks import DatasetSource, EventType, Hyperparameters, ImageTask, TaskStatus, TrainingTask
+from contracts.tasks import EventType, Hyperparameters, ImageTask, TakenDataset, TaskStatus, TrainingTask
 from workflows.alarm import Alarm
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
@@ -93,7 +93,7 @@ class LeftTask:
         by_hand = HandCall(task, self._stop)
         self._record = LeftRecord(task, self._outside, left.row)
         clock = JobClock(self._record, ClockState(), default_eta_minutes=DEFAULT_ETA_MINUTES[task.scene][task.priority])
-        holds = HoldState(asked=left.holds, estimated=left.row.credits.estimated)
+        holds = HoldState(asked=left.holds, granted_before=left.holds_before, estimated=left.row.credits.estimated)
         self._hold = CreditHold(task, by_hand, self._record, workflow.now, holds)
         self._attempts = Attempts(self._routes, self._outside, self._record, clock, self._stop, Alarm(), left.jobs)
         self._undo = Undo()
@@ -200,7 +200,7 @@ def _stand_in(row: TaskRow) -> ImageTask | TrainingTask:
     if row.scene is Scene.IMAGE_GENERATE:
         return ImageTask(prompt="", **known)
     return TrainingTask(
-        dataset=DatasetSource(dataset_id="unknown", source_uri="unknown"),
+        dataset=TakenDataset(dataset_id="unknown", source_uri="unknown"),
         hyperparameters=Hyperparameters(epochs=1, batch_size=1, learning_rate=1.0),
         **known,
     )

@@ -79,9 +79,9 @@ class TaskFlow(Generic[Run, Result]):
     async def clean_up(self) -> None:
         """What is left to do when job and credits are settled; it holds up nobody's credits."""
 
-    def carry_more(self, carried: CarriedRun) -> CarriedRun:
-        """What a flow adds to what a continued run goes on with."""
-        return carried
+    def continuation(self, carried: CarriedRun) -> Run:
+        """The argument of the run that goes on with `carried`."""
+        return self.task.model_copy(update={"carried": carried})
 
     # Row 0
 
@@ -241,7 +241,7 @@ class TaskFlow(Generic[Run, Result]):
             jobs=self.attempts.carry(),
             price=self.price,
         )
-        return self.task.model_copy(update={"carried": self.carry_more(carried)})
+        return self.continuation(carried)
 
     def _is_long(self) -> bool:
         info = workflow.info()

@@ -260,7 +260,7 @@ class Platform:
                 activities=[
                     method
                     for activities in (
-                        ComfyUIActivities(comfyui),
+                        ComfyUIActivities(comfyui, snapshots),
                         CreditsActivities(credits),
                         DatasetActivities(snapshots),
                         TaskStoreActivities(self.store, self.policy_of),
