@@ -16,7 +16,7 @@ from temporalio import activity
 from activities.outside_client import OutsideClient, same
 from activities.outside_http import Party, Route, current_time_limit_seconds, time_limit
 from activities.running_call import answered
-from contracts.calls import CallFor, JobCall, Post
+from contracts.calls import CallFor, GpuQuestion, JobCall, Post
 from contracts.comfyui import (
     DatasetSnapshot,
     GpuPool,
@@ -31,6 +31,7 @@ from contracts.comfyui import (
 )
 from contracts.errors import COMFYUI_CODES_BY_NUMBER, COMFYUI_ERRORS, Answer, FailureCode
 from contracts.permissions import REQUIRED_SCOPES, Operation
+from contracts.size_budget import MAX_POOLS
 
 COMFYUI: Final = Party(
     name="ComfyUI",
@@ -151,5 +152,17 @@ class ComfyUIActivities:
         return await answered(call.call_for, self._client.cancel_training(call))
 
     @activity.defn
-    async def list_gpus(self, call_for: CallFor) -> Answer[list[GpuPool]]:
-        return await answered(call_for, self._client.list_gpus(call_for))
+    async def list_gpus(self, question: GpuQuestion) -> Answer[list[GpuPool]]:
+        """The pools that decide, of a list that may be long."""
+        answer = await answered(question, self._client.list_gpus(question))
+        return answer if answer.reply is None else Answer(reply=deciding_pools(answer.reply, question.gpu_type))
+
+
+def deciding_pools(pools: list[GpuPool], gpu_type: str | None) -> list[GpuPool]:
+    """One pool a type, one that has GPUs where there is one: of the asked type, else of the first types."""
+    deciding: dict[str, GpuPool] = {}
+    for pool in pools:
+        known = deciding.get(pool.gpu_type)
+        if gpu_type in (None, pool.gpu_type) and (known is None or (pool.total > 0 and not known.total)):
+            deciding[pool.gpu_type] = pool
+    return sorted(deciding.values(), key=lambda pool: pool.total == 0)[:MAX_POOLS]

@@ -39,6 +39,12 @@ class JobCall(OwnModel):
     key: str | None = None
 
 
+class GpuQuestion(CallFor):
+    """Whether there are GPUs: of `gpu_type`, or of any."""
+
+    gpu_type: str | None = None
+
+
 class LedgerQuery(OwnModel):
     """Which ledger entries are asked for; `task_id` narrows where the service offers it (ours)."""
 

@@ -67,7 +67,7 @@ class JobNews(OwnModel):
             queue_position=state.queue_position,
             error=state.error_details,
             succeeded=state.has_succeeded(),
-            result_urls=state.result_urls,
+            result_urls=state.result_urls if state.has_succeeded() else [],
             actual_cost=state.actual_cost,
         )
 
@@ -87,7 +87,7 @@ class JobNews(OwnModel):
             gpu_hours=state.gpu_hours,
             gpu_hours_used=state.gpu_hours_used,
             checkpoint=state.checkpoint,
-            output=state.output,
+            output=state.output if state.has_succeeded() else None,
         )
 
 

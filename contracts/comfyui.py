@@ -9,20 +9,24 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
 from contracts.errors import ErrorDetails, FailureCode
 from contracts.fields import (
-    MAX_RESULT_URLS,
     Counted,
     Informative,
     Instant,
     Minutes,
     OutsideId,
     OutsideModel,
+    OutsideName,
     OutsideText,
     OwnModel,
     Percent,
     Points,
     Sequence,
     WebAddress,
+    first_of,
+    in_json_at_most,
+    repaired,
 )
+from contracts.size_budget import MAX_ADDRESS_BYTES, MAX_METRICS, MAX_RESULT_URLS
 
 
 class Resolution(StrEnum):
@@ -200,7 +204,7 @@ class TrainingAccepted(OutsideModel):
     estimated_time: Annotated[Minutes | None, Informative] = None
     gpu_hours: GpuHours
     gpu_slots: Annotated[GpuSlots | None, Informative] = None
-    gpu_type: Annotated[OutsideText | None, Informative] = None
+    gpu_type: Annotated[OutsideName | None, Informative] = None
 
 
 def _own_checkpoint_address(uri: str) -> str:
@@ -209,7 +213,13 @@ def _own_checkpoint_address(uri: str) -> str:
     return uri
 
 
-OutsideUri = Annotated[OutsideText, Field(min_length=1, max_length=2048), AfterValidator(_own_checkpoint_address)]
+OutsideUri = Annotated[
+    str,
+    Field(min_length=1, max_length=2048),
+    AfterValidator(repaired),
+    AfterValidator(_own_checkpoint_address),
+    in_json_at_most(MAX_ADDRESS_BYTES),
+]
 
 
 class Checkpoint(OutsideModel):
@@ -222,11 +232,11 @@ class Checkpoint(OutsideModel):
 
 
 class TrainingOutput(OutsideModel):
-    """`output` of a completed training; `metrics` is name → number."""
+    """`output` of a completed training; `metrics` is name → number, of which the first 64 are kept."""
 
     model_path: OutsideUri | None = None
-    version: Annotated[OutsideText | None, Informative] = None
-    metrics: Annotated[dict[OutsideText, float] | None, Informative] = None
+    version: Annotated[OutsideName | None, Informative] = None
+    metrics: Annotated[dict[OutsideName, float] | None, first_of(MAX_METRICS), Informative] = None
 
 
 class LogLevel(StrEnum):
@@ -296,7 +306,7 @@ class TrainingCallback(TrainingState):
 class GpuPool(OutsideModel):
     """One row of `GET /comfyui/v1/gpus`; `accelerated_wait` in minutes."""
 
-    gpu_type: OutsideText
+    gpu_type: OutsideName
     total: Annotated[int, Field(ge=0)]
     available: Annotated[int, Field(ge=0)]
     accelerated_wait: Annotated[float | None, Informative] = None

@@ -34,28 +34,41 @@ MAX_SENT_LIST_BYTES: Final = 6 * 1024 * KIB
 MAX_START_BYTES: Final = SERVER_PAYLOAD_BYTES - 4 * KIB
 """Of an input that a client hands to Temporal itself."""
 
+# What callers give.
+MAX_PROMPT_BYTES: Final = 16 * KIB
+MAX_EXTRAS_BYTES: Final = 32 * KIB
+
 # What a run keeps until it can be used.
+MAX_SIGNAL_BYTES: Final = 256 * KIB
+"""Of a callback as a signal; a larger one is counted and not read."""
 MAX_INBOX: Final = 256
-MAX_INBOX_BYTES: Final = 288 * KIB
-"""One delivery at its largest (64 addresses of 2,048 bytes, each of them escaped) and some dozen smaller messages."""
+MAX_INBOX_BYTES: Final = 160 * KIB
+"""One delivery at its largest (64 addresses) and some dozen other messages."""
 MAX_UNWRITTEN: Final = 256
-MAX_UNWRITTEN_BYTES: Final = 128 * KIB
-"""Facts that wait for the task store: about 256 ordinary ones."""
+"""Facts that wait for the task store: of more, the oldest progress goes."""
+MAX_UNWRITTEN_BYTES: Final = 256 * KIB
+"""About 600 ordinary facts: two weeks of renewals while the store is away."""
 MAX_EXCEPTIONS: Final = 64
 MAX_EXCEPTIONS_BYTES: Final = 64 * KIB
+"""Past it the first record of each code is kept, and the others are counted."""
 MAX_KEPT_HOLDS: Final = 64
 """Holds that are over and still told; of older ones the number is kept."""
 MAX_ATTEMPTS: Final = 16
+MAX_TABLE_ENTRIES: Final = 256
+"""Of extras and base models in the price table, which each run carries."""
 
 # What is kept of another party's answer.
+MAX_MESSAGE_BYTES: Final = 2 * KIB
+MAX_ADDRESS_BYTES: Final = 2 * KIB
+MAX_RESULT_URLS: Final = 64
 MAX_OPTIONS: Final = 8
 """Of an estimate: there are two priorities."""
 MAX_METRICS: Final = 64
 """Of a trained model."""
 MAX_NAME_BYTES: Final = 128
 """Of a word that another party chooses: an error's code, a metric's name, a version."""
-MAX_POOLS: Final = 8
-"""Of the list of GPUs: those that decide whether the asked type is there."""
+MAX_POOLS: Final = 64
+"""Of the list of GPUs: types that decide whether the asked one is there."""
 MAX_LEDGER_BYTES: Final = 256 * KIB
 """Of a task's ledger: about 1,500 entries."""
 

@@ -25,6 +25,7 @@ from contracts.fields import (
     Prompt,
 )
 from contracts.permissions import Scene
+from contracts.size_budget import MAX_EXTRAS_BYTES
 
 TASK_QUEUE: Final = "comfyui"
 WORKFLOW_ID_PREFIX: Final = "task-"
@@ -33,7 +34,6 @@ TRAINING_WORKFLOW: Final = "TrainingWorkflow"
 CALLBACK_SIGNAL: Final = "comfyui_callback"
 PRIORITY_KEYS: Final = {TaskPriority.ACCELERATED: 1, TaskPriority.STANDARD: 3}
 """Temporal's priority keys: 1 goes first, 3 is its default."""
-MAX_EXTRAS_BYTES: Final = 32 * 1024
 INPUT_MEMO: Final = "input_sha256"
 SEARCH_ATTRIBUTES: Final = (
     "TaskId",

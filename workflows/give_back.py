@@ -62,9 +62,7 @@ class LeftRecord(TaskRecord):
         self._claimant = row.first_execution_run_id
 
     async def _write_batch(self) -> None:
-        carried = self.carry()
-        facts, exceptions = list(carried.unwritten), list(carried.exceptions)
-        self._in_flight = len(facts)
+        facts, exceptions = self._backlog.take()
         write = TaskWrite(
             task_id=self._task.task_id,
             first_execution_run_id=self._claimant,
@@ -76,8 +74,7 @@ class LeftRecord(TaskRecord):
             await self._outside.noted(TaskStoreActivities.write, write, summary="6 tell")
         except FailureError as error:
             workflow.logger.error("The task store refused %d facts: %s", len(facts), error)
-        del carried.unwritten[: len(facts)], carried.exceptions[: len(exceptions)]
-        self._in_flight = 0
+        self._backlog.written()
 
 
 class LeftTask:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from temporalio import workflow
 
 from activities.comfyui import ComfyUIActivities
-from contracts.calls import JobCall
+from contracts.calls import GpuQuestion, JobCall
 from contracts.carried import CarriedRun, JobNews, TrainingRun
 from contracts.comfyui import TrainingAccepted, TrainingDraft
 from contracts.credits import EstimateRequest
@@ -105,7 +105,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         """No GPU of the asked type at all is an error before anything starts; none free only lengthens the ETA."""
         answer = await self.outside.reading(
             ComfyUIActivities.list_gpus,
-            self.outside.call_for,
+            GpuQuestion(**self.outside.call_for.model_dump(), gpu_type=self.task.gpu_type),
             summary="0 check GPUs",
             minutes=self.limits.opening_call_minutes,
         )
