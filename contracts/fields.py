@@ -39,6 +39,7 @@ MAX_MINUTES: Final = 30 * 24 * 60
 MAX_POINTS: Final = 1_000_000_000
 
 _UNCLEAN = re.compile("[\x00\ud800-\udfff]")
+_BLANKS = re.compile("[\x00-\x20]")
 _CONTROLS = re.compile("[\x00-\x1f]")
 _ESCAPED = re.compile(r'["\\]')
 
@@ -74,13 +75,11 @@ def text_bytes(text: str) -> int:
 
 def shortened(text: str, limit_bytes: int = MAX_MESSAGE_BYTES) -> str:
     """The text, cut so that it takes at most `limit_bytes` bytes in JSON; a cut shows as an ellipsis."""
-    if len(text) * 6 <= limit_bytes or text_bytes(text) <= limit_bytes:
+    if len(text) * 6 <= limit_bytes or (len(text) <= limit_bytes and text_bytes(text) <= limit_bytes):
         return text
     left, cut = limit_bytes - len("…".encode()), 0
-    for cut, character in enumerate(text):  # noqa: B007 - where it ends is what counts
-        left -= text_bytes(character)
-        if left < 0:
-            break
+    while cut < len(text) and (left := left - text_bytes(text[cut])) >= 0:
+        cut += 1
     return text[:cut] + "…"
 
 
@@ -201,7 +200,7 @@ def _web_address(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("must be an http or https address")
-    if any(ord(character) <= 0x20 for character in url):
+    if _BLANKS.search(url):
         raise ValueError("must not hold blanks or control characters")
     return url
 

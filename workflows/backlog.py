@@ -9,10 +9,7 @@ The store may be away for days while a training is renewed and told of. What goe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Final
-
-from pydantic import BaseModel
 
 from contracts.carried import RecordState
 from contracts.fields import shortened
@@ -25,6 +22,7 @@ from contracts.size_budget import (
 )
 from contracts.task_store import Fact, TaskException
 from contracts.tasks import EventType
+from workflows.measured import Measured
 
 LEFT_OUT: Final = "left_out:"
 SHORT_MESSAGE_BYTES: Final = 256
@@ -35,96 +33,94 @@ class Backlog:
     """Appended to by the flow, taken from by the one writer; what is being written is not touched."""
 
     def __init__(self, carried: RecordState) -> None:
-        self._carried = carried
+        self._facts = Measured(carried.unwritten)
+        self._exceptions = Measured(carried.exceptions)
         self._facts_in_flight = 0
         self._exceptions_in_flight = 0
 
     @property
     def is_empty(self) -> bool:
-        return not self._carried.unwritten and not self._carried.exceptions
+        return not self._facts.items and not self._exceptions.items
 
     # The writer
 
     def take(self) -> tuple[list[Fact], list[TaskException]]:
         """All that waits, from now on in flight until it is `written`."""
-        facts, exceptions = list(self._carried.unwritten), list(self._carried.exceptions)
+        facts, exceptions = list(self._facts.items), list(self._exceptions.items)
         self._facts_in_flight, self._exceptions_in_flight = len(facts), len(exceptions)
         return facts, exceptions
 
     def written(self) -> None:
         """What was taken is written, or will never be."""
-        del self._carried.unwritten[: self._facts_in_flight]
-        del self._carried.exceptions[: self._exceptions_in_flight]
+        self._facts.remove_first(self._facts_in_flight)
+        self._exceptions.remove_first(self._exceptions_in_flight)
         self._facts_in_flight = self._exceptions_in_flight = 0
 
     # The flow
 
     def add(self, fact: Fact) -> None:
         """Append a fact; progress takes the place of the progress before it."""
-        waiting = self._carried.unwritten
+        waiting = self._facts.items
         if len(waiting) > self._facts_in_flight and _is_progress(fact) and _same_stage(waiting[-1], fact):
-            waiting[-1] = fact
+            self._facts.replace(len(waiting) - 1, fact)
             return
         if len(waiting) >= MAX_UNWRITTEN:
-            droppable = next((i for i in range(self._facts_in_flight, len(waiting)) if _is_progress(waiting[i])), None)
-            if droppable is not None:
-                del waiting[droppable]
-        waiting.append(fact)
-        while _bytes_of(waiting) > MAX_UNWRITTEN_BYTES and self._leave_out_a_fact():
-            pass
+            self._leave_out_progress(len(waiting))
+        self._facts.append(fact)
+        while self._facts.total_bytes > MAX_UNWRITTEN_BYTES:
+            if not self._leave_out_progress(len(waiting) - 1) and not self._leave_out_any():
+                break
 
-    def _leave_out_a_fact(self) -> bool:
-        """Whether there was one to leave out."""
-        waiting = self._carried.unwritten
+    def _leave_out_progress(self, end: int) -> bool:
+        waiting = self._facts.items
+        oldest = next((i for i in range(self._facts_in_flight, end) if _is_progress(waiting[i])), None)
+        if oldest is not None:
+            self._facts.remove(oldest)
+        return oldest is not None
+
+    def _leave_out_any(self) -> bool:
+        waiting = self._facts.items
         places = range(self._facts_in_flight, len(waiting) - 1)
-        progress = next((i for i in places if _is_progress(waiting[i])), None)
-        if progress is not None:
-            del waiting[progress]
-            return True
         marker = next((i for i in places if waiting[i].key.startswith(LEFT_OUT)), None)
         oldest = next((i for i in places if i != marker and waiting[i].key not in _ALWAYS_KEPT), None)
         if oldest is None:
             return False
         if marker is None:
-            waiting[oldest] = _in_place_of(waiting[oldest], 1)
+            self._facts.replace(oldest, _in_place_of(waiting[oldest], 1))
         else:
-            waiting[marker] = _in_place_of(waiting[marker], _count_of(waiting[marker]) + 1)
-            del waiting[oldest]
+            self._facts.replace(marker, _in_place_of(waiting[marker], _count_of(waiting[marker]) + 1))
+            self._facts.remove(oldest)
         return True
 
     def add_exception(self, record: TaskException) -> None:
         """Append a record; past the limit the first of its code, in short, and then their number."""
-        waiting = self._carried.exceptions
-        is_full = len(waiting) >= MAX_EXCEPTIONS or _bytes_of([*waiting, record]) > MAX_EXCEPTIONS_BYTES
+        waiting = self._exceptions.items
+        size = self._exceptions.total_bytes + json_bytes(record)
         alike = [i for i in range(self._exceptions_in_flight, len(waiting)) if waiting[i].code == record.code]
-        if not is_full:
-            waiting.append(record)
+        if len(waiting) < MAX_EXCEPTIONS and size <= MAX_EXCEPTIONS_BYTES:
+            self._exceptions.append(record)
         elif not alike:
             message = shortened(record.message, SHORT_MESSAGE_BYTES)
-            waiting.append(record.model_copy(update={"message": message}))
+            self._exceptions.append(record.model_copy(update={"message": message}))
         else:
             self._count(record, alike)
 
     def _count(self, record: TaskException, alike: list[int]) -> None:
-        waiting = self._carried.exceptions
-        counted = next((i for i in alike if waiting[i].key.startswith(LEFT_OUT)), None)
-        left_out = 1 + (int(waiting[counted].details["left_out"]) if counted is not None else 0)
-        key = waiting[counted].key if counted is not None else f"{LEFT_OUT}{record.code}:{record.ts.isoformat()}"
+        waiting = self._exceptions.items
+        place = next((i for i in alike if waiting[i].key.startswith(LEFT_OUT)), None)
+        counted = None if place is None else waiting[place]
+        left_out = 1 + (int(counted.details["left_out"]) if counted is not None else 0)
         counting = TaskException(
-            key=key,
+            key=counted.key if counted is not None else f"{LEFT_OUT}{record.code}:{record.ts.isoformat()}",
             code=record.code,
             message=f"{left_out} more records of this kind were left out while the task store was away.",
             details={"left_out": left_out},
             ts=record.ts,
         )
-        if counted is None:
-            waiting.append(counting)
+        if place is None:
+            self._exceptions.append(counting)
         else:
-            waiting[counted] = counting
-
-
-def _bytes_of(models: Iterable[BaseModel]) -> int:
-    return sum(json_bytes(model) for model in models)
+            self._exceptions.replace(place, counting)
 
 
 def _is_progress(fact: Fact) -> bool:

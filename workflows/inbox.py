@@ -9,42 +9,37 @@ from __future__ import annotations
 from temporalio import workflow
 
 from contracts.carried import JobNews, WatchState
-from contracts.size_budget import MAX_INBOX, MAX_INBOX_BYTES, json_bytes
+from contracts.size_budget import MAX_INBOX, MAX_INBOX_BYTES
+from workflows.measured import Measured
 
 
 class Inbox:
     """The newest message always stays; what makes room for it is the oldest that says least."""
 
     def __init__(self, state: WatchState) -> None:
-        self._state = state
-        self._sizes = [json_bytes(message) for message in state.inbox]
-        """Counted once a message: a burst of thousands comes in one workflow task."""
+        self._messages = Measured(state.inbox)
 
     def put(self, news: JobNews) -> None:
-        messages = self._state.inbox
-        if len(messages) >= MAX_INBOX:
-            self._drop(next((i for i, message in enumerate(messages) if not message.is_final), 0))
+        messages = self._messages
+        if len(messages.items) >= MAX_INBOX:
+            messages.remove(next((i for i, message in enumerate(messages.items) if not message.is_final), 0))
         messages.append(news)
-        self._sizes.append(json_bytes(news))
-        while len(messages) > 1 and self._is_too_large():
-            self._drop(self._least())
+        while len(messages.items) > 1 and self._is_too_large():
+            messages.remove(self._least())
 
     def take_all(self) -> list[JobNews]:
         """The messages in the order in which they came; the inbox is empty afterwards."""
-        taken, self._state.inbox = self._state.inbox, []
-        self._sizes.clear()
+        taken = list(self._messages.items)
+        self._messages.remove_first(len(taken))
         return taken
 
     def _is_too_large(self) -> bool:
         # A patch, asked where it matters: what is left out decides which stages are told.
-        return sum(self._sizes) > MAX_INBOX_BYTES and workflow.patched("inbox-bounded-by-bytes")
-
-    def _drop(self, place: int) -> None:
-        del self._state.inbox[place], self._sizes[place]
+        return self._messages.total_bytes > MAX_INBOX_BYTES and workflow.patched("inbox-bounded-by-bytes")
 
     def _least(self) -> int:
         """The oldest tick that a later message of its job follows; else tick, end that is told again, message."""
-        messages = self._state.inbox
+        messages = self._messages.items
         last = len(messages) - 1
         newest_of = {message.job_id: i for i, message in enumerate(messages)}
         followed = [i for i in range(last) if newest_of[messages[i].job_id] > i]
