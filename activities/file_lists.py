@@ -15,7 +15,7 @@ from typing import Final
 from pydantic import TypeAdapter, ValidationError
 
 from activities.dataset_source import folder_failure, invalid, said
-from activities.object_folders import STORAGE_ERRORS, FolderAddress, ObjectFolder
+from activities.object_folders import STORAGE_ERRORS, BadAddress, FolderAddress, ObjectFolder, read_address
 from activities.outside_http import OutsideFailure
 from contracts.errors import FailureCode
 from contracts.size_budget import MAX_FILE_LIST_BYTES
@@ -55,6 +55,14 @@ class FileLists:
 
     def __init__(self, root: FolderAddress) -> None:
         self._root = root
+
+    @classmethod
+    def at(cls, object_store_url: str) -> FileLists:
+        """Raises ValueError for an unusable address."""
+        try:
+            return cls(read_address(object_store_url))
+        except BadAddress as error:
+            raise ValueError(f"COMFYUI_TEMPORAL_OBJECT_STORE_URL: {error}") from None
 
     async def put(self, task_id: str, dataset_id: str, files: list[str]) -> str:
         """Keep the list and give the checksum that names it; the same list twice is one object."""
