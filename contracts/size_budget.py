@@ -41,6 +41,10 @@ MAX_EXTRAS_BYTES: Final = 32 * KIB
 # What a run keeps until it can be used.
 MAX_SIGNAL_BYTES: Final = 256 * KIB
 """Of a callback as a signal; a larger one is counted and not read."""
+SMALL_SIGNAL_BYTES: Final = 8 * KIB
+MAX_READ_BYTES: Final = 2 * 1024 * KIB
+"""Of callbacks larger than a small one, in one run. Reading eight of the largest takes a quarter of a second, and again
+with each replay; a workflow task that takes two seconds is failed as a deadlock, again and again."""
 MAX_INBOX: Final = 256
 MAX_INBOX_BYTES: Final = 160 * KIB
 """One delivery at its largest (64 addresses) and some dozen other messages."""

@@ -16,7 +16,7 @@ from contracts.carried import JobNews, WatchState
 from contracts.comfyui import JobState, TrainingState
 from contracts.errors import Answer, ErrorDetails, FailureCode
 from contracts.outside_json import UnreadableJson, read_json
-from contracts.size_budget import MAX_SIGNAL_BYTES
+from contracts.size_budget import MAX_READ_BYTES, MAX_SIGNAL_BYTES, SMALL_SIGNAL_BYTES
 from contracts.tasks import TaskStatus
 from workflows.inbox import Inbox
 from workflows.job_routes import JobRoutes
@@ -45,6 +45,7 @@ class JobWatch:
         self.poll_at_most_seconds = 120.0
         self._poll: ActivityHandle[Answer[JobState]] | ActivityHandle[Answer[TrainingState]] | None = None
         self._told: list[Callable[[JobNews], None]] = []
+        self._read_bytes = 0
 
     def carry(self) -> WatchState:
         return self.state
@@ -64,7 +65,7 @@ class JobWatch:
         self._inbox.put(news)
 
     def _read(self, payload: bytes | None) -> JobNews | None:
-        if payload is None:
+        if payload is None or not self._may_read(len(payload)):
             return None
         try:
             value = read_json(payload, max_bytes=MAX_SIGNAL_BYTES)
@@ -73,6 +74,13 @@ class JobWatch:
             return self._routes.news_of(value)
         except (UnreadableJson, ValidationError):
             return None
+
+    def _may_read(self, size: int) -> bool:
+        """Whether there is time for it: a run has a budget for large ones, and a poll covers for what is left out."""
+        if size <= SMALL_SIGNAL_BYTES:
+            return True
+        self._read_bytes += size
+        return self._read_bytes <= MAX_READ_BYTES or not workflow.patched("callbacks-read-by-budget")
 
     # The current job
 
