@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STACK := $(BIN)/python -m local_stack
-PACE := $(if $(SPEED),--speed $(SPEED)) $(if $(COMFYUI),--comfyui $(COMFYUI))
+CREDITS := $(if $(PROFILE),--credits-profile $(PROFILE))
+PACE := $(if $(SPEED),--speed $(SPEED)) $(if $(COMFYUI),--comfyui $(COMFYUI)) $(CREDITS)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down status logs test test-all test-comfyui simulate kill-points soak bench lint types imports schemas pytest pytest-all format lock clean
+.PHONY: help setup demo up down status logs test test-all test-comfyui simulate mutation kill-points soak bench lint types imports schemas pytest pytest-all format lock clean
 
 help: ## list every target
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,10 +24,10 @@ $(VENV)/.ready: requirements.lock Makefile
 	@chmod +x $(BIN)/comfyui-tasks
 	@touch $@
 
-demo: setup ## one image and one training task, start to finish (SPEED=100, COMFYUI=http://…)
+demo: setup ## one image and one training task, start to finish (SPEED=100, COMFYUI=http://…, PROFILE=field)
 	@$(STACK) demo $(PACE)
 
-up: setup ## start the local stack and leave it running (SPEED=100, COMFYUI=http://…)
+up: setup ## start the local stack and leave it running (SPEED=100, COMFYUI=http://…, PROFILE=field)
 	@$(STACK) up $(PACE)
 
 down: setup ## end the local stack
@@ -72,14 +73,17 @@ pytest: setup
 pytest-all: setup
 	$(call timed,tests,$(BIN)/python -m pytest $(SIDE_BY_SIDE))
 
-simulate: setup ## both workflows by seeds, without a server (SEEDS=10000)
-	@$(BIN)/python -m simulation --seeds $(or $(SEEDS),1000)
+simulate: setup ## both workflows by seeds, without a server (SEEDS=10000 PROFILE=both)
+	@$(BIN)/python -m simulation --seeds $(or $(SEEDS),1000) $(if $(PROFILE),--profile $(PROFILE))
 
-kill-points: setup ## the whole stack struck at every instant of both flows (ONLY="image: commit" KINDS=worker-killed,…)
-	@$(BIN)/python -m kill_points $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
+mutation: setup ## which small mistakes neither simulation nor tests see (ONLY=workflows/stop.py, READ=1 SAMPLE=60 SEED=1, SEEDS=1200)
+	@$(BIN)/python -m mutation $(if $(READ),--read) $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS))
 
-soak: setup ## tasks under random faults on a whole stack (TASKS=10000 SEED=1, RESUME=1)
-	@$(BIN)/python -m soak $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)
+kill-points: setup ## the whole stack struck at every instant of both flows (ONLY="image: commit" KINDS=worker-killed,… PROFILE=field)
+	@$(BIN)/python -m kill_points $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
+
+soak: setup ## tasks under random faults on a whole stack (TASKS=10000 SEED=1 PROFILE=field, RESUME=1)
+	@$(BIN)/python -m soak $(if $(PROFILE),--profile $(PROFILE)) $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)
 
 bench: setup ## figures and ratios on this machine, as a table and as JSON (QUICK=1, ONLY=waits)
 	@$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))

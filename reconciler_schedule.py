@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
 from temporalio.client import (
     Client,
     Schedule,
+    ScheduleActionExecutionStartWorkflow,
     ScheduleActionStartWorkflow,
     ScheduleAlreadyRunningError,
     ScheduleDescription,
@@ -17,15 +20,20 @@ from temporalio.client import (
     ScheduleSpec,
     ScheduleUpdate,
     ScheduleUpdateInput,
+    WorkflowFailureError,
+    WorkflowHandle,
 )
 from temporalio.service import RPCError, RPCStatusCode
 
-from contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, reconcile_id_of
+from contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, ReconcileResult, reconcile_id_of
 from settings import Settings
 
 RPC_TIMEOUT: Final = timedelta(seconds=5)
 TASK_TIMEOUT: Final = timedelta(seconds=3)
 """What a killed worker held of a pass is another's after that long."""
+PASSES_LOOKED_AT: Final = 3
+RESULT_SECONDS: Final = 1.0
+"""A pass that is still under way is not waited for."""
 CATCH_UP: Final = timedelta(seconds=10)
 """After an outage one pass is enough: what it would have found earlier it finds now."""
 
@@ -52,6 +60,19 @@ async def standing_reconciler(client: Client, task_queue: str) -> ScheduleDescri
         if error.status is not RPCStatusCode.NOT_FOUND:
             raise
         return None
+
+
+async def last_pass(client: Client, standing: ScheduleDescription) -> ReconcileResult | None:
+    """What the schedule's newest ended pass came to; None where none has ended well, or it cannot be read."""
+    for taken in reversed(standing.info.recent_actions[-PASSES_LOOKED_AT:]):
+        if not isinstance(taken.action, ScheduleActionExecutionStartWorkflow):
+            continue
+        handle: WorkflowHandle[Any, ReconcileResult] = client.get_workflow_handle(
+            taken.action.workflow_id, result_type=ReconcileResult
+        )
+        with contextlib.suppress(RPCError, WorkflowFailureError, TimeoutError):
+            return await asyncio.wait_for(handle.result(), RESULT_SECONDS)
+    return None
 
 
 def _schedule(settings: Settings) -> Schedule:

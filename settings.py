@@ -170,6 +170,8 @@ class Settings(BaseSettings):
     simulator_folder: Path = Path(".run/simulators")
     simulator_speed: float = Field(default=1.0, gt=0)
     """How many contract seconds pass in one real second."""
+    simulator_credits_profile: Literal["contract", "field"] = "contract"
+    """Which credits service is simulated: one that keeps our contract, or the platform's own as it was seen (field)."""
     simulator_admin_token: SecretStr | None = None
 
     @field_validator(

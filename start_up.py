@@ -21,6 +21,15 @@ def read_settings() -> Settings:
         raise CannotStart(f"A setting is wrong: {'; '.join(sentences_of(error))}.") from None
 
 
+def database_of(settings: Settings) -> str:
+    """The task store's DSN. Raises CannotStart."""
+    if settings.database_dsn is None:
+        raise CannotStart(
+            "No database is set: give COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://user:password@host:port/database."
+        )
+    return settings.database_dsn.get_secret_value()
+
+
 def caller_tokens_by(settings: Settings) -> CallerTokens:
     """How callers' tokens are verified, at the gateway and at the bridge alike (contract §7). Raises CannotStart."""
     if settings.jwks_url is not None:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from temporalio.api.enums.v1 import EventType
-from temporalio.client import Client, WorkflowExecutionDescription, WorkflowHandle
+from temporalio.client import Client, WorkflowHandle
 from temporalio.common import (
     Priority,
     SearchAttributeKey,
@@ -35,6 +35,7 @@ from contracts.tasks import (
     input_sha256_of,
     workflow_id_of,
 )
+from runs_seen import RunSeen, describe_run
 
 RPC_TIMEOUT: Final = timedelta(seconds=5)
 WORKFLOW_TASK_TIMEOUT: Final = timedelta(seconds=3)
@@ -122,19 +123,19 @@ def _search_attributes(task: ImageTask | TrainingTask) -> TypedSearchAttributes:
 
 
 async def _same_task(client: Client, handle: WorkflowHandle[Any, Any], task: ImageTask | TrainingTask) -> Started:
-    description = await handle.describe(rpc_timeout=RPC_TIMEOUT)
-    if await _input_hash(client, handle, description, type(task)) != input_sha256_of(task):
+    run = await describe_run(client, handle.id, rpc_timeout=RPC_TIMEOUT)
+    if await _input_hash(client, handle, run, type(task)) != input_sha256_of(task):
         raise TaskExists(task.task_id)
-    return Started(handle, task.task_id, description.run_id, is_new=False)
+    return Started(handle, task.task_id, run.run_id, is_new=False)
 
 
 async def _input_hash(
     client: Client,
     handle: WorkflowHandle[Any, Any],
-    description: WorkflowExecutionDescription,
+    run: RunSeen,
     input_type: type[ImageTask] | type[TrainingTask],
 ) -> str | None:
-    remembered = (await description.memo()).get(INPUT_MEMO)
+    remembered = (await run.memo()).get(INPUT_MEMO)
     if isinstance(remembered, str):
         return remembered
     # Started by another client a moment ago: the run has not written its memo yet, but its input stands in history.

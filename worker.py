@@ -32,16 +32,19 @@ from activities.closed_runs import ClosedRunActivities
 from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetActivities, DatasetSnapshots
+from activities.lives import Lives
 from activities.task_store import TaskStoreActivities
 from activities.tokens import ServiceToken, SignedTokens, TokenMaker
+from activities.unsettled import UnsettledActivities
 from contracts.policy import Policy
 from contracts.task_store import TaskClaim
 from contracts.tasks import SEARCH_ATTRIBUTES
 from logs import configure_logs
+from namespace_of_store import at_home
 from process_end import end_process
 from reconciler_schedule import ensure_reconciler
 from settings import Settings
-from start_up import CannotStart, read_settings
+from start_up import CannotStart, database_of, read_settings
 from store import TaskStore
 from workflows.give_back import GiveBackWorkflow
 from workflows.image_generation import ImageGenerationWorkflow
@@ -103,14 +106,11 @@ async def opened_activities(
 
     Raises CannotStart.
     """
-    if settings.database_dsn is None:
-        raise CannotStart(
-            "No database is set: give COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://user:password@host:port/database."
-        )
+    dsn = database_of(settings)
     async with AsyncExitStack() as opened:
         try:
             tokens = token_maker(settings)
-            store = TaskStore(settings.database_dsn.get_secret_value())
+            store = TaskStore(dsn)
             opened.push_async_callback(store.close)
             comfyui = await opened.enter_async_context(ComfyUIClient(settings.comfyui_url, tokens))
             credits_client = await opened.enter_async_context(CreditsClient(settings.credits_url, tokens))
@@ -119,12 +119,13 @@ async def opened_activities(
             )
         except ValueError as error:
             raise CannotStart(str(error)) from None
+        lives = Lives(store)
         yield activities_of(
-            ComfyUIActivities(comfyui, datasets),
-            CreditsActivities(credits_client),
+            ComfyUIActivities(comfyui, lives, datasets),
+            CreditsActivities(credits_client, lives),
             DatasetActivities(datasets),
             TaskStoreActivities(store, policy_by(settings)),
-            *([ClosedRunActivities(client, store)] if client else []),
+            *([ClosedRunActivities(client, store), UnsettledActivities(store)] if client else []),
         )
 
 
@@ -268,8 +269,13 @@ class HealthPage:
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Work until `stop` is set, then drain. Closes the worker before its clients (pitfall 30). Raises CannotStart."""
     client = await connect(settings)
-    await schedule_reconciler(client, settings)
-    async with opened_activities(settings, client) as activities:
+    home = at_home(
+        client,
+        database_of(settings),
+        refused=stop.set,
+        then=lambda: schedule_reconciler(client, settings),
+    )
+    async with home, opened_activities(settings, client) as activities:
         worker = make_worker(client, settings, activities)
         page = HealthPage(client, worker, stop)
         async with page.served(settings.worker_host, settings.health_port):

@@ -1,34 +1,46 @@
-"""Runs that are over while their task's row is open: which they are, and what they left."""
+"""Runs that are over while their task's row is open: which they are, and what they left.
+
+Rows are looked at one by one: one that cannot be looked at is noted for `doctor`, left to the next pass, and holds up
+none of the others (pitfall 42).
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final
 
+import structlog
+from pydantic import ValidationError
 from temporalio import activity
-from temporalio.client import (
-    Client,
-    WorkflowExecutionDescription,
-    WorkflowExecutionStatus,
-    WorkflowHandle,
-    WorkflowHistoryEventFilterType,
-)
+from temporalio.client import Client, WorkflowHandle, WorkflowHistoryEventFilterType
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from activities.left_behind import HistoryReading, left_by_row
+from activities.left_behind import HistoryReading, NotReadHere, left_by_row
 from activities.running_call import to_its_end
-from contracts.errors import FailureCode
+from contracts.errors import FailureCode, sentences_of
 from contracts.give_back import GiveBackOrder, LeftBehind
 from contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen
 from contracts.task_store import TaskRow
-from store import StoreUnavailable, TaskStore
+from runs_seen import RunSeen, RunStatus, describe_run
+from store import StoreFailure, StoreUnavailable, TaskStore, UnseenTask
 
 VANISHED: Final = "vanished"
 PAGE_SIZE: Final = 100
 LOOKS_AT_ONCE: Final = 10
 RPC_TIMEOUT: Final = timedelta(seconds=5)
+ROW_SECONDS: Final = 8.0
+PAGE_SECONDS: Final = 40.0
+"""For all rows of a page together: less than the activity has, so that a page that hangs still tells what it saw."""
+
+log = structlog.get_logger(__name__)
+
+
+class NotToBeSeen(Exception):
+    """A row whose run cannot be judged; the text is a sentence for people."""
 
 
 def is_namespace_missing(error: RPCError) -> bool:
@@ -36,12 +48,25 @@ def is_namespace_missing(error: RPCError) -> bool:
     return any("NamespaceNotFound" in detail.type_url for detail in error.grpc_status.details)
 
 
-def _first_run_id(run: WorkflowExecutionDescription) -> str:
-    return run.raw_description.workflow_execution_info.first_run_id
+def _why(error: Exception) -> str:
+    if isinstance(error, NotToBeSeen | NotReadHere):
+        return str(error)
+    if isinstance(error, ValidationError):
+        return f"Its row cannot be read: {'; '.join(sentences_of(error))}."
+    if isinstance(error, TimeoutError):
+        return "Temporal did not tell in time how its run stands."
+    if isinstance(error, RPCError):
+        return f"Temporal does not tell how its run stands: {error.status.name}: {error.message}"
+    return f"How its run stands cannot be read ({type(error).__name__})."
 
 
-def _how(run: WorkflowExecutionDescription) -> str:
-    return run.status.name.lower() if run.status else VANISHED
+@dataclass
+class Looks:
+    """What came of looking at some rows."""
+
+    closed: list[ClosedRun] = field(default_factory=list)
+    seen: list[str] = field(default_factory=list)
+    unseen: list[UnseenTask] = field(default_factory=list)
 
 
 class ClosedRunActivities:
@@ -55,9 +80,10 @@ class ClosedRunActivities:
     async def left_behind(self, order: GiveBackOrder) -> LeftBehind:
         """What the task's last run left. Raises ApplicationError.
 
-        `input_invalid`, not retried: there is no such task. `task_conflict`, not retried: its run is open.
+        `input_invalid`, not retried: there is no such task. `task_conflict`, not retried: its run is open. `internal`,
+        retried: row, run or history cannot be read now, or by this worker; `doctor` shows it meanwhile.
         """
-        return await to_its_end(self._left_behind(order))
+        return await to_its_end(self._left_behind_or_noted(order))
 
     @activity.defn
     async def closed_among_open(self, look: OpenTasksLook) -> OpenTasksSeen:
@@ -69,6 +95,22 @@ class ClosedRunActivities:
         """Those whose row is open still, and whose run is over as it was. Raises as `closed_among_open`."""
         return await to_its_end(self._still_closed(found))
 
+    async def _left_behind_or_noted(self, order: GiveBackOrder) -> LeftBehind:
+        looks = Looks()
+        try:
+            left = await self._left_behind(order)
+        except ApplicationError:
+            raise
+        except Exception as error:
+            looks.unseen.append(UnseenTask(task_id=order.task_id, reason=_why(error)))
+            await self._note(looks)
+            raise ApplicationError(
+                f"What task {order.task_id} left cannot be read: {_why(error)}", type=FailureCode.INTERNAL.value
+            ) from None
+        looks.seen.append(order.task_id)
+        await self._note(looks)
+        return left
+
     async def _left_behind(self, order: GiveBackOrder) -> LeftBehind:
         row = await self._row(order.task_id)
         if row is None:
@@ -78,13 +120,14 @@ class ClosedRunActivities:
         run = await self._own_run(row)
         if run is None:
             return left_by_row(row, VANISHED)
-        if run.status is WorkflowExecutionStatus.RUNNING:
+        if not run.status.is_over:
             raise ApplicationError(
-                f"Task {order.task_id} still runs: cancel it, it gives everything back itself.",
+                f"Task {order.task_id} is open still, its run is {run.status}: cancel it, it gives everything back "
+                "itself.",
                 type=FailureCode.TASK_CONFLICT,
                 non_retryable=True,
             )
-        return await self._by_history(row, _how(run), self._handle(row, run.run_id))
+        return await self._by_history(row, run.status.value, self._handle(row, run.run_id))
 
     async def _closed_among_open(self, look: OpenTasksLook) -> OpenTasksSeen:
         try:
@@ -93,11 +136,27 @@ class ClosedRunActivities:
             )
         except StoreUnavailable as failure:
             raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
-        return OpenTasksSeen(closed=await self._closed_of(page.tasks), cursor=page.cursor)
+        looks = await self._look_at(page.tasks)
+        for row in page.unreadable:
+            looks.unseen.append(UnseenTask(task_id=row.task_id, reason=f"Its row cannot be read: {row.why}."))
+        await self._note(looks)
+        return OpenTasksSeen(closed=looks.closed, cursor=page.cursor, unseen=len(looks.unseen))
 
     async def _still_closed(self, found: list[ClosedRun]) -> list[ClosedRun]:
-        rows = [row for closed in found if (row := await self._row(closed.task_id)) and row.ended_at is None]
-        return [closed for closed in await self._closed_of(rows) if closed in found]
+        rows: list[TaskRow] = []
+        unreadable: list[UnseenTask] = []
+        for closed in found:
+            try:
+                row = await self._row(closed.task_id)
+            except ValidationError as error:
+                unreadable.append(UnseenTask(task_id=closed.task_id, reason=_why(error)))
+                continue
+            if row is not None and row.ended_at is None:
+                rows.append(row)
+        looks = await self._look_at(rows)
+        looks.unseen += unreadable
+        await self._note(looks)
+        return [closed for closed in looks.closed if closed in found]
 
     async def _row(self, task_id: str) -> TaskRow | None:
         try:
@@ -105,37 +164,72 @@ class ClosedRunActivities:
         except StoreUnavailable as failure:
             raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
 
-    async def _closed_of(self, rows: list[TaskRow]) -> list[ClosedRun]:
-        side_by_side = asyncio.Semaphore(LOOKS_AT_ONCE)
+    async def _look_at(self, rows: Sequence[TaskRow]) -> Looks:
+        """Side by side, each for itself: what goes wrong with one is its own. Raises RPCError without a namespace."""
+        looks, side_by_side = Looks(), asyncio.Semaphore(LOOKS_AT_ONCE)
+        until = asyncio.get_running_loop().time() + PAGE_SECONDS
 
-        async def look(row: TaskRow) -> ClosedRun | None:
+        async def look(row: TaskRow) -> None:
             async with side_by_side:
-                run = await self._own_run(row)
-            if run is None:
-                return ClosedRun(task_id=row.task_id, workflow_id=row.workflow_id, how=VANISHED)
-            if run.status is WorkflowExecutionStatus.RUNNING:
-                return None
-            return ClosedRun(task_id=row.task_id, workflow_id=row.workflow_id, run_id=run.run_id, how=_how(run))
+                left = until - asyncio.get_running_loop().time()
+                try:
+                    closed = await asyncio.wait_for(self._judged(row), max(0.0, min(ROW_SECONDS, left)))
+                except Exception as error:
+                    if isinstance(error, RPCError) and is_namespace_missing(error):
+                        raise
+                    looks.unseen.append(UnseenTask(task_id=row.task_id, reason=_why(error)))
+                    return
+            looks.seen.append(row.task_id)
+            looks.closed += [closed] if closed else []
 
-        found = await asyncio.gather(*(look(row) for row in rows))
-        return [closed for closed in found if closed is not None]
+        await asyncio.gather(*(look(row) for row in rows))
+        return looks
 
-    async def _own_run(self, row: TaskRow) -> WorkflowExecutionDescription | None:
+    async def _judged(self, row: TaskRow) -> ClosedRun | None:
+        """How the task's run ended; None where it is open. Raises NotToBeSeen, and whatever reading it raises."""
+        run = await self._own_run(row)
+        if run is None:
+            return ClosedRun(task_id=row.task_id, workflow_id=row.workflow_id, how=VANISHED)
+        if run.status is RunStatus.UNKNOWN:
+            raise NotToBeSeen(f"Its run has a status that is not known here ({run.info.status}); it counts as open.")
+        if run.status is RunStatus.PAUSED:
+            raise NotToBeSeen(
+                "Its run is paused: it renews no hold and obeys no deadline until it goes on "
+                f"(temporal workflow unpause --workflow-id {row.workflow_id})."
+            )
+        if not run.status.is_over:
+            return None
+        return ClosedRun(task_id=row.task_id, workflow_id=row.workflow_id, run_id=run.run_id, how=run.status.value)
+
+    async def _note(self, looks: Looks) -> None:
+        """Count, log and keep what could not be looked at; that the store is away now costs no look."""
+        for task in looks.unseen:
+            log.warning("task_not_looked_at", task_id=task.task_id, reason=task.reason)
+        if looks.unseen:
+            activity.metric_meter().create_counter(
+                "reconciler_rows_not_looked_at", "Open rows whose run the reconciler could not look at."
+            ).add(len(looks.unseen))
+        try:
+            await self._store.note_looks(unseen_tasks=looks.unseen, seen=looks.seen)
+        except StoreFailure as failure:
+            log.warning("looks_not_noted", reason=str(failure))
+
+    async def _own_run(self, row: TaskRow) -> RunSeen | None:
         """The last run of the chain that claimed the task; None where Temporal knows none.
 
         Not simply the newest under its id: a second start under it ends `task_exists` and has begun nothing.
         """
         newest = await self._described(row, None)
-        if newest is None or _first_run_id(newest) == row.first_execution_run_id:
+        if newest is None or newest.first_run_id == row.first_execution_run_id:
             return newest
         run = await self._described(row, row.first_execution_run_id)
-        while run is not None and run.status is WorkflowExecutionStatus.CONTINUED_AS_NEW:
+        while run is not None and run.status is RunStatus.CONTINUED_AS_NEW:
             run = await self._described(row, await self._continued_as(row, run.run_id))
         return run
 
-    async def _described(self, row: TaskRow, run_id: str | None) -> WorkflowExecutionDescription | None:
+    async def _described(self, row: TaskRow, run_id: str | None) -> RunSeen | None:
         try:
-            return await self._handle(row, run_id).describe(rpc_timeout=RPC_TIMEOUT)
+            return await describe_run(self._client, row.workflow_id, run_id, rpc_timeout=RPC_TIMEOUT)
         except RPCError as error:
             if error.status is not RPCStatusCode.NOT_FOUND or is_namespace_missing(error):
                 raise
@@ -145,7 +239,7 @@ class ClosedRunActivities:
         last = WorkflowHistoryEventFilterType.CLOSE_EVENT
         async for event in self._handle(row, run_id).fetch_history_events(event_filter_type=last):
             return event.workflow_execution_continued_as_new_event_attributes.new_execution_run_id
-        raise AssertionError(f"run {run_id} was continued as new and has no last event")
+        raise NotToBeSeen(f"Its run {run_id} was continued as new and has no last event.")
 
     def _handle(self, row: TaskRow, run_id: str | None) -> WorkflowHandle[Any, Any]:
         return self._client.get_workflow_handle(row.workflow_id, run_id=run_id)

@@ -13,6 +13,7 @@ from typing import ClassVar, Final, Protocol
 from pydantic import TypeAdapter
 from temporalio import activity
 
+from activities.lives import Lives
 from activities.outside_client import OutsideClient, same
 from activities.outside_http import Party, Route, current_time_limit_seconds, time_limit
 from activities.running_call import answered
@@ -21,6 +22,7 @@ from contracts.comfyui import (
     DatasetSnapshot,
     GpuPool,
     JobAccepted,
+    JobCancelled,
     JobRequest,
     JobState,
     SnapshotReference,
@@ -41,11 +43,12 @@ COMFYUI: Final = Party(
     messages_by_number=COMFYUI_CODES_BY_NUMBER,
 )
 _TRAINING: Final = {"40401": "training_not_found"}
+_TEMPLATE: Final = {"40401": "template_not_found"}
 
-SUBMIT_JOB: Final = Route("POST", "/comfyui/v1/jobs")
+SUBMIT_JOB: Final = Route("POST", "/comfyui/v1/jobs", messages_by_number=_TEMPLATE)
 GET_JOB: Final = Route("GET", "/comfyui/v1/jobs/{job_id}")
 CANCEL_JOB: Final = Route("POST", "/comfyui/v1/jobs/{job_id}/cancel", is_ours=True)
-CREATE_TRAINING: Final = Route("POST", "/comfyui/v1/training")
+CREATE_TRAINING: Final = Route("POST", "/comfyui/v1/training", messages_by_number=_TEMPLATE)
 GET_TRAINING: Final = Route("GET", "/comfyui/v1/training/{job_id}", messages_by_number=_TRAINING)
 START_TRAINING: Final = Route("POST", "/comfyui/v1/training/{job_id}/start", True, _TRAINING)
 CANCEL_TRAINING: Final = Route("POST", "/comfyui/v1/training/{job_id}/cancel", True, _TRAINING)
@@ -64,8 +67,8 @@ class ComfyUIClient(OutsideClient):
     async def get_job(self, call: JobCall) -> Answer[JobState]:
         return await self._about_job(GET_JOB, Operation.READ_COMFYUI, call)
 
-    async def cancel_job(self, call: JobCall) -> Answer[JobState]:
-        return await self._about_job(CANCEL_JOB, Operation.CANCEL_JOB, call)
+    async def cancel_job(self, call: JobCall) -> Answer[JobCancelled]:
+        return await self._cancel(CANCEL_JOB, call, lambda reply: reply.job_id)
 
     async def create_training(self, post: Post[TrainingRequest]) -> Answer[TrainingAccepted]:
         scope = REQUIRED_SCOPES[Operation.CREATE_TRAINING]
@@ -77,12 +80,23 @@ class ComfyUIClient(OutsideClient):
     async def get_training(self, call: JobCall) -> Answer[TrainingState]:
         return await self._about_training(GET_TRAINING, Operation.READ_COMFYUI, call)
 
-    async def cancel_training(self, call: JobCall) -> Answer[TrainingState]:
-        return await self._about_training(CANCEL_TRAINING, Operation.CANCEL_JOB, call)
+    async def cancel_training(self, call: JobCall) -> Answer[JobCancelled]:
+        return await self._cancel(CANCEL_TRAINING, call, lambda reply: reply.training_id)
 
     async def list_gpus(self, call_for: CallFor) -> Answer[list[GpuPool]]:
         scope = REQUIRED_SCOPES[Operation.READ_COMFYUI]
         return await self._call(LIST_GPUS, scope, call_for, TypeAdapter(list[GpuPool]))
+
+    async def _cancel(
+        self, route: Route, call: JobCall, id_in: Callable[[JobCancelled], str | None]
+    ) -> Answer[JobCancelled]:
+        def check(reply: JobCancelled) -> str | None:
+            return same("its id", call.job_id, id_in(reply) or "")
+
+        scope = REQUIRED_SCOPES[Operation.CANCEL_JOB]
+        return await self._call(
+            route, scope, call.call_for, JobCancelled, ids={"job_id": call.job_id}, key=call.key, check=check
+        )
 
     async def _about_job(self, route: Route, operation: Operation, call: JobCall) -> Answer[JobState]:
         check: Callable[[JobState], str | None] = lambda state: same("job_id", call.job_id, state.job_id)  # noqa: E731
@@ -108,28 +122,32 @@ class Snapshots(Protocol):
 
 
 class ComfyUIActivities:
-    """ComfyUI as workflows see it. The client stays the caller's to open and close."""
+    """ComfyUI as workflows see it. The client stays the caller's to open and close.
 
-    def __init__(self, client: ComfyUIClient, snapshots: Snapshots) -> None:
+    Calls that begin something go through `lives` first.
+    """
+
+    def __init__(self, client: ComfyUIClient, lives: Lives, snapshots: Snapshots) -> None:
         self._client = client
+        self._lives = lives
         self._snapshots = snapshots
 
     @activity.defn
     async def submit_job(self, post: Post[JobRequest]) -> Answer[JobAccepted]:
-        return await answered(post.call_for, self._client.submit_job(post))
+        return await answered(post.call_for, self._lives.begin(post, self._client.submit_job))
 
     @activity.defn
     async def get_job(self, call: JobCall) -> Answer[JobState]:
         return await answered(call.call_for, self._client.get_job(call))
 
     @activity.defn
-    async def cancel_job(self, call: JobCall) -> Answer[JobState]:
+    async def cancel_job(self, call: JobCall) -> Answer[JobCancelled]:
         return await answered(call.call_for, self._client.cancel_job(call))
 
     @activity.defn
     async def create_training(self, post: Post[TrainingDraft]) -> Answer[TrainingAccepted]:
         """The list of files joins the body here; one that is not the draft's is `dataset_invalid`."""
-        return await answered(post.call_for, self._create_training(post))
+        return await answered(post.call_for, self._lives.begin(post, self._create_training))
 
     async def _create_training(self, post: Post[TrainingDraft]) -> Answer[TrainingAccepted]:
         began, limit = time.monotonic(), current_time_limit_seconds()
@@ -141,14 +159,14 @@ class ComfyUIActivities:
 
     @activity.defn
     async def start_training(self, call: JobCall) -> Answer[TrainingState]:
-        return await answered(call.call_for, self._client.start_training(call))
+        return await answered(call.call_for, self._lives.begin(call, self._client.start_training))
 
     @activity.defn
     async def get_training(self, call: JobCall) -> Answer[TrainingState]:
         return await answered(call.call_for, self._client.get_training(call))
 
     @activity.defn
-    async def cancel_training(self, call: JobCall) -> Answer[TrainingState]:
+    async def cancel_training(self, call: JobCall) -> Answer[JobCancelled]:
         return await answered(call.call_for, self._client.cancel_training(call))
 
     @activity.defn

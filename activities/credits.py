@@ -12,6 +12,7 @@ from typing import ClassVar, Final
 
 from temporalio import activity
 
+from activities.lives import Lives
 from activities.outside_client import OutsideClient, same
 from activities.outside_http import Party, Route, current_time_limit_seconds, time_limit
 from activities.running_call import answered
@@ -45,7 +46,7 @@ CREDITS: Final = Party(
 _ABOUT_HOLD: Final = {"40401": "pre_deduct_not_found", "40901": "pre_deduct_already_processed"}
 _ABOUT_ACCOUNT: Final = {"40401": "account_not_found"}
 
-ESTIMATE: Final = Route("POST", "/api/v1/credits/estimate")
+ESTIMATE: Final = Route("POST", "/api/v1/credits/estimate", messages_by_number={"40401": "template_not_found"})
 PRE_DEDUCT: Final = Route("POST", "/api/v1/credits/pre-deduct", messages_by_number={"40401": "authorization_not_found"})
 COMMIT: Final = Route("POST", "/api/v1/credits/commit", messages_by_number=_ABOUT_HOLD)
 CANCEL_HOLD: Final = Route("POST", "/api/v1/credits/cancel", messages_by_number=_ABOUT_HOLD)
@@ -200,10 +201,14 @@ def _account(call_for: CallFor) -> dict[str, str | int]:
 
 
 class CreditsActivities:
-    """The credits service as workflows see it. The client stays the caller's to open and close."""
+    """The credits service as workflows see it. The client stays the caller's to open and close.
 
-    def __init__(self, client: CreditsClient) -> None:
+    Calls that begin something and commits go through `lives` first.
+    """
+
+    def __init__(self, client: CreditsClient, lives: Lives) -> None:
         self._client = client
+        self._lives = lives
 
     @activity.defn
     async def estimate(self, post: Post[EstimateRequest]) -> Answer[Estimate]:
@@ -211,11 +216,11 @@ class CreditsActivities:
 
     @activity.defn
     async def pre_deduct(self, post: Post[PreDeductRequest]) -> Answer[HoldReply]:
-        return await answered(post.call_for, self._client.pre_deduct(post))
+        return await answered(post.call_for, self._lives.begin(post, self._client.pre_deduct))
 
     @activity.defn
     async def commit(self, post: Post[CommitRequest]) -> Answer[HoldReply]:
-        return await answered(post.call_for, self._client.commit(post))
+        return await answered(post.call_for, self._lives.settle(post, self._client.commit))
 
     @activity.defn
     async def cancel_hold(self, post: Post[CancelHoldRequest]) -> Answer[CancelHoldReply]:
@@ -223,7 +228,7 @@ class CreditsActivities:
 
     @activity.defn
     async def charge(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
-        return await answered(post.call_for, self._client.charge(post))
+        return await answered(post.call_for, self._lives.charge(post, self._client.charge))
 
     @activity.defn
     async def ledger(self, query: LedgerQuery) -> Answer[Ledger]:

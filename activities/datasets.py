@@ -3,12 +3,19 @@
 A snapshot lies in temporary object storage, below the task's own folder:
 
     {object_store_url}/snapshots/{task_id}/{dataset_id}/files/…        the copies; `snapshot_uri`
-    {object_store_url}/snapshots/{task_id}/{dataset_id}/manifest.json  written last: a snapshot with one is whole;
-                                                                       runs carry its address and checksum
+    {object_store_url}/snapshots/{task_id}/{dataset_id}/list-{sha256}.json
+                                                                       the list of files; runs carry its address
+    {object_store_url}/snapshots/{task_id}/{dataset_id}/manifest.json  written last: a snapshot with one is whole
+    {object_store_url}/deleted/{task_id}.{dataset_id}                  when its deletion was ordered; kept for two days
 
 Copying resumes: each heartbeat tells how many files, in the order of their paths, are done and the digest of their
 checksums. The next attempt reads those copies again and goes on behind them when sizes and digest agree; else it
 starts over. Objects are written whole or not at all.
+
+A copy may outlive the attempt that makes it: its worker was cut off, and Temporal has given it up. So a deletion
+leaves a note of when it was ordered. A copy that began before that looks for the note behind its last write, and
+removes what it has written. Both instants are Temporal's: an attempt that it has given up began before whatever was
+ordered after it.
 """
 
 from __future__ import annotations
@@ -16,7 +23,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import time
 from collections.abc import Callable, Coroutine, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import unquote
@@ -25,6 +34,7 @@ from pydantic import BaseModel, Field, ValidationError
 from temporalio import activity
 
 from activities.dataset_source import DatasetSource, HashedChunks, invalid, said
+from activities.deletion_note import DeletionNote
 from activities.file_lists import FileLists, as_list, checksum_of, read_manifest, storage_away, task_folder
 from activities.object_folders import (
     STORAGE_ERRORS,
@@ -44,6 +54,8 @@ from contracts.errors import FailureCode
 MAX_FILES: Final = 10_000
 MAX_BYTES: Final = 100 * 1024**3
 MANIFEST: Final = "manifest.json"
+LOOK_EVERY_SECONDS: Final = 5.0
+"""How long a copy goes on at most that a deletion has overtaken, apart from the file it is at."""
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 T = TypeVar("T")
@@ -69,7 +81,9 @@ class Manifest(BaseModel):
     source_uri: str
     asked_sha256: str | None = None
     """Of the list of files that was asked for; None for all of them."""
-    snapshot: DatasetSnapshot
+    snapshot: SnapshotReference
+    began_at: datetime | None = None
+    """When the attempt began that wrote it."""
     asked_files: list[str] | None = Field(default=None, exclude=True)
     """The list itself, as the first release wrote it."""
 
@@ -120,50 +134,116 @@ class DatasetSnapshots:
     ) -> None:
         return None
 
-    async def snapshot(self, order: SnapshotOrder, progress: Progress) -> SnapshotReference:
-        """Copy the dataset and tell where its list of files lies; `progress` is resumed from and kept up to date."""
-        target = self._target(order)
+    async def snapshot(self, order: SnapshotOrder, progress: Progress, began_at: datetime) -> SnapshotReference:
+        """Copy the dataset and tell where its list of files lies; `progress` is resumed from and kept up to date.
+
+        `began_at`: when this attempt began. Where a deletion was ordered later nothing of the copy is left.
+        """
+        target, note = self._target(order), self._note(order)
         finished = await self._finished(order, target)
         if finished is not None:
             return finished
         source = DatasetSource(self._source_folder(order), await self._asked_files(order, target))
+        try:
+            files = await self._all_copied(source, target, note, progress, began_at)
+            snapshot = DatasetSnapshot(
+                dataset_id=order.dataset_id, snapshot_uri=target.address.below("files").text + "/", files=files
+            )
+            await self._check_wanted(note, began_at)
+            reference = await self._listed(target, snapshot)
+            manifest = Manifest(
+                source_uri=order.source_uri,
+                asked_sha256=asked_sha256_of(order),
+                snapshot=reference,
+                began_at=began_at,
+            )
+            await self._stored(target.write(MANIFEST, manifest.model_dump_json().encode()))
+            await self._check_wanted(note, began_at)
+        finally:
+            ordered_at = await self._stored(note.ordered_at())
+            if ordered_at is not None and began_at < ordered_at:
+                await self._stored(self._emptied_of(target, before=ordered_at))
+        return reference
+
+    async def _listed(self, target: ObjectFolder, snapshot: DatasetSnapshot) -> SnapshotReference:
+        """Keep a snapshot's list under a name made of its checksum: an attempt that lands late changes nothing."""
+        raw = snapshot.model_dump_json().encode()
+        sha256 = checksum_of(raw)
+        name = f"list-{sha256}.json"
+        await self._stored(target.write(name, raw))
+        return SnapshotReference(
+            dataset_id=snapshot.dataset_id,
+            snapshot_uri=snapshot.snapshot_uri,
+            manifest=ManifestReference(
+                uri=target.address.below(name).text,
+                sha256=sha256,
+                file_count=len(snapshot.files),
+                total_bytes=sum(file.size_bytes for file in snapshot.files),
+            ),
+        )
+
+    async def _all_copied(
+        self, source: DatasetSource, target: ObjectFolder, note: DeletionNote, progress: Progress, began_at: datetime
+    ) -> list[DatasetFile]:
         found = await source.files(self._max_files, self._max_bytes)
         files = await self._resumed(target, found, progress)
         progress.files_total = len(found)
+        looked_at = -LOOK_EVERY_SECONDS
         for item in found[len(files) :]:
+            if time.monotonic() - looked_at >= LOOK_EVERY_SECONDS:
+                await self._check_wanted(note, began_at)
+                looked_at = time.monotonic()
             file = await self._copied(source, target, item)
             files.append(file)
             progress.add(file)
-        snapshot = DatasetSnapshot(
-            dataset_id=order.dataset_id, snapshot_uri=target.address.below("files").text + "/", files=files
-        )
-        manifest = Manifest(source_uri=order.source_uri, asked_sha256=asked_sha256_of(order), snapshot=snapshot)
-        raw = manifest.model_dump_json().encode()
-        await self._stored(target.write(MANIFEST, raw))
-        return _reference(target, manifest, raw)
+        return files
 
     async def whole(self, reference: SnapshotReference) -> DatasetSnapshot:
         """The snapshot with its list, as a training request holds it. Raises OutsideFailure `dataset_invalid`."""
-        if reference.manifest is None:  # the list came with it
-            return DatasetSnapshot(**reference.model_dump(exclude={"manifest"}))
-        uri = reference.manifest.uri
+        if reference.manifest is None:
+            return _inline(reference)
+        folder, _, name = reference.manifest.uri.rpartition("/")
         raw = b""
         try:
-            folder = ObjectFolder(read_address(uri.removesuffix(MANIFEST)))
-            raw = await folder.read_whole(MANIFEST)
+            raw = await ObjectFolder(read_address(folder)).read_whole(name)
         except FileNotFoundError:
             pass
         except STORAGE_ERRORS as error:
             raise self._storage_away(error) from None
         if checksum_of(raw) != reference.manifest.sha256:
-            raise invalid(f"{uri} is gone or is not what its sha256 says. Nobody but the worker may touch snapshots.")
-        return Manifest.model_validate_json(raw).snapshot
+            raise invalid(
+                f"{reference.manifest.uri} is gone or is not what its sha256 says. "
+                "Nobody but the worker may touch snapshots."
+            )
+        return DatasetSnapshot.model_validate_json(raw)
 
-    async def delete(self, order: SnapshotOrder) -> None:
-        """Delete the snapshot, its manifest first; one that is gone already is deleted."""
-        target = self._target(order)
-        await self._stored(target.delete([MANIFEST]))
-        await self._stored(_emptied(target))
+    async def _check_wanted(self, note: DeletionNote, began_at: datetime) -> None:
+        ordered_at = await self._stored(note.ordered_at())
+        if ordered_at is not None and began_at < ordered_at:
+            raise invalid("The dataset's copy was deleted while it was made: its task is over.")
+
+    async def delete(self, order: SnapshotOrder, ordered_at: datetime) -> None:
+        """Delete the snapshot, its manifest first; one that is gone already is deleted.
+
+        `ordered_at`: when it was ordered. A copy that began before it and lands later removes itself; one that began
+        later, of a run that was reset, is not touched.
+        """
+        target, note = self._target(order), self._note(order)
+        await self._stored(note.leave(ordered_at))
+        await self._stored(self._emptied_of(target, before=ordered_at))
+        await self._stored(note.forget_old())
+
+    async def _emptied_of(self, target: ObjectFolder, *, before: datetime) -> None:
+        """Remove what lies in the folder, unless it is whole and of an attempt that began after `before`."""
+        manifest = await self._manifest(target)
+        if manifest is None or manifest.began_at is None or manifest.began_at < before:
+            await _emptied(target)
+
+    def _note(self, order: SnapshotOrder) -> DeletionNote:
+        try:
+            return DeletionNote(self._root, order.call_for.task_id, order.dataset_id)
+        except STORAGE_ERRORS as error:
+            raise self._storage_away(error) from None
 
     def _target(self, order: SnapshotOrder) -> ObjectFolder:
         for name, value in (("task_id", order.call_for.task_id), ("dataset_id", order.dataset_id)):
@@ -213,14 +293,20 @@ class DatasetSnapshots:
 
     async def _finished(self, order: SnapshotOrder, target: ObjectFolder) -> SnapshotReference | None:
         """The snapshot of an earlier attempt whose answer was lost, if it is whole and answers this order."""
+        manifest = await self._manifest(target)
+        if manifest is None or not manifest.answers(order):
+            return None
+        if manifest.snapshot.manifest is None:  # the first release kept the list here
+            return await self._listed(target, _inline(manifest.snapshot))
+        return manifest.snapshot
+
+    async def _manifest(self, target: ObjectFolder) -> Manifest | None:
         try:
-            raw = await target.read_whole(MANIFEST)
-            manifest = Manifest.model_validate_json(raw)
+            return Manifest.model_validate_json(await target.read_whole(MANIFEST))
         except (FileNotFoundError, ValidationError):
             return None
         except STORAGE_ERRORS as error:
             raise self._storage_away(error) from None
-        return _reference(target, manifest, raw) if manifest.answers(order) else None
 
     async def _resumed(self, target: ObjectFolder, found: list[FoundObject], progress: Progress) -> list[DatasetFile]:
         """The files that an earlier attempt copied, checked by size and checksum; none where they do not agree."""
@@ -276,18 +362,9 @@ class DatasetSnapshots:
         return storage_away(self._root, error)
 
 
-def _reference(target: ObjectFolder, manifest: Manifest, raw: bytes) -> SnapshotReference:
-    files = manifest.snapshot.files
-    return SnapshotReference(
-        dataset_id=manifest.snapshot.dataset_id,
-        snapshot_uri=manifest.snapshot.snapshot_uri,
-        manifest=ManifestReference(
-            uri=target.address.below(MANIFEST).text,
-            sha256=checksum_of(raw),
-            file_count=len(files),
-            total_bytes=sum(file.size_bytes for file in files),
-        ),
-    )
+def _inline(reference: SnapshotReference) -> DatasetSnapshot:
+    """A snapshot whose list came with it, as the first release carried it."""
+    return DatasetSnapshot(**reference.model_dump(exclude={"manifest"}))
 
 
 def _setting(name: str, uri: str) -> FolderAddress:
@@ -298,6 +375,7 @@ def _setting(name: str, uri: str) -> FolderAddress:
 
 
 async def _emptied(target: ObjectFolder) -> None:
+    await target.delete(["manifest.json"])
     await target.delete([item.path async for item in target.objects()])
 
 
@@ -310,14 +388,15 @@ class DatasetActivities:
     @activity.defn
     async def snapshot(self, order: SnapshotOrder) -> SnapshotReference:
         """Raises ApplicationError: `dataset_invalid` (not retried) or `internal` (storage away, retried)."""
-        progress = _last_progress(activity.info().heartbeat_details)
-        copying = self._client.snapshot(order, progress)
+        info = activity.info()
+        progress = _last_progress(info.heartbeat_details)
+        copying = self._client.snapshot(order, progress, info.started_time)
         return await _until_done(order.call_for, copying, lambda: (progress.model_dump(),))
 
     @activity.defn
     async def delete_snapshot(self, order: SnapshotOrder) -> None:
         """Idempotent. Raises ApplicationError `internal` (storage away, retried)."""
-        await _until_done(order.call_for, self._client.delete(order), tuple)
+        await _until_done(order.call_for, self._client.delete(order, activity.info().scheduled_time), tuple)
 
 
 def _last_progress(details: Sequence[Any]) -> Progress:

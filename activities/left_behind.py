@@ -14,19 +14,22 @@ from temporalio.exceptions import ApplicationError
 from activities.comfyui import ComfyUIActivities
 from activities.credits import CreditsActivities
 from activities.datasets import DatasetActivities
+from activities.task_store import TaskStoreActivities
 from contracts.calls import CallFor, JobCall, Post, SnapshotOrder
-from contracts.carried import AskedHold, AskedJob, CarriedRun, HoldState, ImageRun, TrainingRun
+from contracts.carried import AskedHold, AskedJob, HoldState, ImageRun, TrainingRun
 from contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingDraft
 from contracts.credits import (
     MIN_HOLD_SECONDS,
     CancelHoldReply,
     CancelHoldRequest,
     ChargeRequest,
+    CommitRequest,
     HoldReply,
     PreDeductRequest,
 )
-from contracts.errors import Answer
+from contracts.errors import Answer, sentences_of
 from contracts.give_back import LeftBehind
+from contracts.handed_on import Doubtful
 from contracts.task_store import TaskRow
 from contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW
 
@@ -38,8 +41,21 @@ _RUNS: Final[dict[str, type[ImageRun] | type[TrainingRun]]] = {
 }
 
 
+class NotReadHere(Exception):
+    """A history holds what this worker does not know; the text says where, and what that means."""
+
+
 def _named(method: object) -> str:
     return str(getattr(method, "__name__", ""))
+
+
+_KNOWN_CALLS: Final = frozenset(
+    name
+    for activities in (ComfyUIActivities, CreditsActivities, DatasetActivities, TaskStoreActivities)
+    for name, method in vars(activities).items()
+    if hasattr(method, "__temporal_activity_definition")
+)
+"""What runs of this version and of those before it call."""
 
 
 def _number_in(key: str) -> int:
@@ -65,23 +81,25 @@ class HistoryReading:
         return self._left
 
     async def take(self, event: HistoryEvent) -> None:
+        """Raises NotReadHere: what a newer worker wrote is never passed over, for it may hold credits or a job."""
         match event.event_type:
             case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
-                started = event.workflow_execution_started_event_attributes
-                await self._take_carried(started.workflow_type.name, started.input.payloads)
+                await self._take_carried(event)
             case Happened.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
                 await self._take_call(event)
             case Happened.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
-                completed = event.activity_task_completed_event_attributes
-                await self._take_answer(completed.scheduled_event_id, completed.result.payloads)
+                await self._take_answer(event)
 
-    async def _take_carried(self, workflow_type: str, payloads: Any) -> None:
-        model = _RUNS.get(workflow_type)
-        run = None if model is None else await self._decoded(payloads, model)
+    async def _take_carried(self, event: HistoryEvent) -> None:
+        started = event.workflow_execution_started_event_attributes
+        model = _RUNS.get(started.workflow_type.name)
+        if model is None:
+            raise self._unread(event, f"a workflow {started.workflow_type.name} is not known here")
+        run: ImageRun | TrainingRun = await self._read(started.input.payloads, model, event)
         if isinstance(run, TrainingRun) and run.dataset.files_sha256 is not None:
             self._left.snapshot = self._snapshot_of(run)  # the gateway's list of files lies there
-        carried: CarriedRun | None = None if run is None else run.carried
-        if run is None or carried is None:
+        carried = run.carried
+        if carried is None:
             return
         self._holds, self._left.jobs = carried.hold, list(carried.jobs)
         if isinstance(run, TrainingRun) and carried.dataset.is_asked and not carried.dataset.is_deleted:
@@ -97,41 +115,38 @@ class HistoryReading:
         name, payloads = scheduled.activity_type.name, scheduled.input.payloads
         at = event.event_time.ToDatetime(UTC)
         asked: Any = None
+        if name not in _KNOWN_CALLS:
+            raise self._unread(event, f"a call {name} is not known here")
         if name == _named(ComfyUIActivities.submit_job):
-            asked = self._job(await self._decoded(payloads, Post[JobRequest]), at)
+            asked = self._job(await self._read(payloads, Post[JobRequest], event), at)
         elif name == _named(ComfyUIActivities.create_training):
-            asked = self._job(await self._decoded(payloads, Post[TrainingDraft]), at)
+            asked = self._job(await self._read(payloads, Post[TrainingDraft], event), at)
         elif name == _named(CreditsActivities.pre_deduct):
-            asked = self._hold(await self._decoded(payloads, Post[PreDeductRequest]), at)
+            asked = self._hold(await self._read(payloads, Post[PreDeductRequest], event), at)
         elif name == _named(CreditsActivities.cancel_hold):
-            cancel = await self._decoded(payloads, Post[CancelHoldRequest])
-            asked = next(
-                (h for h in self._holds.asked if cancel and h.pre_deduct_id == cancel.body.pre_deduct_id), None
-            )
+            cancel = await self._read(payloads, Post[CancelHoldRequest], event)
+            asked = next((hold for hold in self._holds.asked if hold.pre_deduct_id == cancel.body.pre_deduct_id), None)
         elif name in (_named(ComfyUIActivities.cancel_job), _named(ComfyUIActivities.cancel_training)):
-            call = await self._decoded(payloads, JobCall)
-            asked = next((job for job in self._left.jobs if call and job.job_id == call.job_id), None)
+            call = await self._read(payloads, JobCall, event)
+            asked = next((job for job in self._left.jobs if job.job_id == call.job_id), None)
+        elif name == _named(CreditsActivities.commit):
+            self._take_commit(await self._read(payloads, Post[CommitRequest], event))
         elif name == _named(CreditsActivities.charge):
-            self._take_charge(await self._decoded(payloads, Post[ChargeRequest]))
+            self._take_charge(await self._read(payloads, Post[ChargeRequest], event))
         elif name == _named(DatasetActivities.snapshot):
-            order = await self._decoded(payloads, SnapshotOrder)
-            self._left.snapshot = None if order is None else order.to_delete()
+            self._left.snapshot = (await self._read(payloads, SnapshotOrder, event)).to_delete()
         elif name == _named(DatasetActivities.delete_snapshot):
             asked = self._left.snapshot
         self._asked[event.event_id] = (name, asked)
 
-    def _job(self, post: Post[Any] | None, at: datetime) -> AskedJob | None:
-        if post is None:
-            return None
+    def _job(self, post: Post[Any], at: datetime) -> AskedJob:
         known = next((job for job in self._left.jobs if job.key == post.key), None)
         if known is None:
             known = AskedJob(attempt=_number_in(post.key), key=post.key, request=post.body, asked_at=at)
             self._left.jobs.append(known)
         return known
 
-    def _hold(self, post: Post[PreDeductRequest] | None, at: datetime) -> AskedHold | None:
-        if post is None:
-            return None
+    def _hold(self, post: Post[PreDeductRequest], at: datetime) -> AskedHold:
         n = _number_in(post.key)
         known = next((hold for hold in self._holds.asked if hold.n == n), None)
         if known is None:
@@ -139,40 +154,60 @@ class HistoryReading:
             self._holds.asked.append(known)
         return known
 
-    def _take_charge(self, post: Post[ChargeRequest] | None) -> None:
-        if post is not None and all(known.key != post.key for known in self._left.charges):
+    def _take_commit(self, post: Post[CommitRequest]) -> None:
+        """The first asks for the whole cost; where the hold has less, a second asks for what it has."""
+        self._left.cost = max(self._left.cost or 0, post.body.actual_cost)
+
+    def _take_charge(self, post: Post[ChargeRequest]) -> None:
+        if all(known.key != post.key for known in self._left.charges):
             self._left.charges.append(post)
 
-    async def _take_answer(self, scheduled_event_id: int, payloads: Any) -> None:
-        name, asked = self._asked.get(scheduled_event_id, ("", None))
+    async def _take_answer(self, event: HistoryEvent) -> None:
+        completed = event.activity_task_completed_event_attributes
+        payloads = completed.result.payloads
+        name, asked = self._asked.get(completed.scheduled_event_id, ("", None))
         if isinstance(asked, AskedHold) and name == _named(CreditsActivities.cancel_hold):
-            cancelled = await self._decoded(payloads, Answer[CancelHoldReply])
-            asked.resolved = cancelled is not None and cancelled.reply is not None
+            asked.resolved = (await self._read(payloads, Answer[CancelHoldReply], event)).reply is not None
         elif isinstance(asked, AskedHold):
-            held = await self._decoded(payloads, Answer[HoldReply])
-            if held is not None and held.reply is not None:
+            held = await self._read(payloads, Answer[HoldReply], event)
+            if held.reply is not None:
                 asked.pre_deduct_id, asked.amount = held.reply.pre_deduct_id, held.reply.frozen_amount
-            asked.refused = held is not None and held.refusal is not None and held.refusal.message != "unreadable"
+                self._left.asked_again += held.tries > 1
+            asked.refused = held.refusal is not None and held.refusal.message != "unreadable"
         elif isinstance(asked, AskedJob) and name == _named(ComfyUIActivities.submit_job):
-            submitted = await self._decoded(payloads, Answer[JobAccepted])
-            if submitted is not None and submitted.reply is not None:
+            submitted = await self._read(payloads, Answer[JobAccepted], event)
+            if submitted.reply is not None:
                 asked.is_known_as(submitted.reply.job_id)
         elif isinstance(asked, AskedJob) and name == _named(ComfyUIActivities.create_training):
-            created = await self._decoded(payloads, Answer[TrainingAccepted])
-            if created is not None and created.reply is not None:
+            created = await self._read(payloads, Answer[TrainingAccepted], event)
+            if created.reply is not None:
                 asked.is_known_as(created.reply.training_id)
         elif isinstance(asked, AskedJob):
             asked.cancelled = True
         elif isinstance(asked, SnapshotOrder):
             self._left.snapshot = None
 
-    async def _decoded(self, payloads: Any, model: type[Model]) -> Model | None:
-        """The one value; None where it cannot be read: a call of that kind was never made by us."""
+    async def _read(self, payloads: Any, model: type[Model], event: HistoryEvent) -> Model:
+        """The one value, with the fields that this code does not know. Raises NotReadHere."""
         try:
             [value] = await self._converter.decode(payloads, [model])
-        except (ApplicationError, ValidationError, ValueError, RuntimeError):
-            return None
-        return value if isinstance(value, model) else None
+        except (ApplicationError, ValidationError, ValueError, RuntimeError) as error:
+            why = "; ".join(sentences_of(error)) if isinstance(error, ValidationError) else type(error).__name__
+            raise self._unread(event, why) from None
+        if isinstance(value, Doubtful):  # with a field of a caller's that a newer worker took, or not to be read at all
+            if value.as_read is None:
+                raise self._unread(event, value.why)
+            value = value.as_read
+        if not isinstance(value, model):
+            raise self._unread(event, f"it is no {model.__name__}")
+        return value
+
+    def _unread(self, event: HistoryEvent, why: str) -> NotReadHere:
+        row = self._left.row
+        return NotReadHere(
+            f"Event {event.event_id} of the history of {row.workflow_id} cannot be read here ({why}). A newer "
+            "worker wrote it, and it may hold credits: nothing is given back until a worker that knows it tries."
+        )
 
 
 def left_by_row(row: TaskRow, how: str) -> LeftBehind:

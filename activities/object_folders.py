@@ -13,7 +13,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
@@ -67,6 +67,7 @@ class FoundObject:
 
     path: str
     size_bytes: int
+    changed_at: datetime | None = None
 
 
 def read_address(uri: str) -> FolderAddress:
@@ -119,7 +120,7 @@ class ObjectFolder:
     async def objects(self) -> AsyncIterator[FoundObject]:
         async for batch in obstore.list(self._store, self._prefix or None, chunk_size=500):
             for meta in batch:
-                yield FoundObject(meta["path"].removeprefix(self._prefix), meta["size"])
+                yield FoundObject(meta["path"].removeprefix(self._prefix), meta["size"], meta["last_modified"])
 
     async def size_bytes(self, path: str) -> int:
         meta = await obstore.head_async(self._store, self._prefix + path)

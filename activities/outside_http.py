@@ -31,8 +31,9 @@ from urllib.parse import quote
 
 import httpx2
 from pydantic import BaseModel
-from pydantic_core import PydanticSerializationError
+from pydantic_core import PydanticSerializationError, to_json
 
+from contracts import handed_on
 from contracts.errors import FailureCode, WireError
 from contracts.fields import repaired, shortened
 
@@ -279,7 +280,10 @@ class OutsideHttp:
 
     def _as_json(self, body: BaseModel, route: Route) -> bytes:
         try:
-            return body.model_dump_json(exclude_none=True).encode()
+            if not handed_on.has_unknown_fields(body):
+                return body.model_dump_json(exclude_none=True).encode()
+            # A newer worker's request, perhaps sent by it before: the same key goes with the same body.
+            return to_json(handed_on.as_json(body, exclude_none=True))
         except (PydanticSerializationError, UnicodeEncodeError):
             raise OutsideFailure(
                 FailureCode.INPUT_INVALID,

@@ -61,7 +61,7 @@ def read_answer(
             raise _retried(http, route, raw, row, error_body)
     elif route.is_ours and raw.status in NOT_OFFERED_STATUSES:
         return Answer(not_offered=True)
-    raise _unrecognised(http, route, raw)
+    raise _unrecognised(http, route, raw, error_body)
 
 
 def read_error_body(body: bytes) -> ErrorBody | None:
@@ -169,15 +169,17 @@ def _retried(http: OutsideHttp, route: Route, raw: RawReply, row: WireError, bod
     )
 
 
-def _unrecognised(http: OutsideHttp, route: Route, raw: RawReply) -> OutsideFailure:
+def _unrecognised(http: OutsideHttp, route: Route, raw: RawReply, body: ErrorBody | None) -> OutsideFailure:
+    """`body`: an error body of the contract's shape whose message and number the contract does not know."""
     retry_after = read_retry_after(raw)
-    if raw.status in (401, 403):
+    said = f" and says {body.number} {body.message}".rstrip() if body is not None else ""
+    if raw.status == 401 or (raw.status == 403 and body is None):
         reason = f"HTTP {raw.status}: our token was not taken; check secret, issuer, audience and clock of both sides"
         return http.unavailable(route, reason, retry_after_seconds=retry_after)
     if raw.status in RETRIED_STATUSES or raw.status >= 500:
-        return http.unavailable(route, f"HTTP {raw.status}", retry_after_seconds=retry_after)
+        return http.unavailable(route, f"HTTP {raw.status}{said}", retry_after_seconds=retry_after)
     what = "a redirect, which is not followed" if 300 <= raw.status < 400 else _kind_of(raw)
-    return http.reply_invalid(route, f"HTTP {raw.status}, {what}", retry_after_seconds=retry_after)
+    return http.reply_invalid(route, f"HTTP {raw.status}, {what}{said}", retry_after_seconds=retry_after)
 
 
 def _kind_of(raw: RawReply) -> str:

@@ -45,6 +45,8 @@ async def answered(call_for: CallFor, call: Coroutine[Any, Any, T]) -> T:
         with time_limit(request_limit_seconds(info)), only_if_answering() if info.is_local else nullcontext():
             answer = await to_its_end(call)
         line.outcome = _outcome_of(answer)
+        if isinstance(answer, Answer) and info.attempt > 1:
+            answer.tries = info.attempt
         return answer
 
 

@@ -1,4 +1,4 @@
-"""The task store as workflows call it: the claim of an id, and facts.
+"""The task store as workflows call it: the claim of an id, facts, and what a run may have forgotten.
 
 A local try must never wait long for a PostgreSQL that hangs: it holds one of few slots while its workflow hears
 nothing (design, "event write"). So after a failure local tries fail at once for a while and the visible try, which
@@ -14,10 +14,12 @@ from typing import Any, Final, TypeVar
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
+from activities.lives import acting_run
 from activities.running_call import request_limit_seconds, to_its_end
 from contracts.errors import FailureCode
+from contracts.lives import EarlierLife
 from contracts.policy import Policy
-from contracts.task_store import ClaimOutcome, TaskClaim, TaskWrite
+from contracts.task_store import ClaimOutcome, LookOrder, RowSeen, TaskClaim, TaskWrite
 from store import NotTheClaimant, StoreFailure, StoreUnavailable, TaskStore, TaskUnknown, WriteRefused
 
 T = TypeVar("T")
@@ -55,7 +57,7 @@ class LocalBreaker:
 
 
 class TaskStoreActivities:
-    """Claim and write. A write may be repeated and may land late: facts are keyed (contract §6)."""
+    """Claim, write, look. A write may be repeated and may land late: facts are keyed (contract §6)."""
 
     def __init__(self, store: TaskStore, policy_of: Callable[[TaskClaim], Policy]) -> None:
         """`policy_of` reads the worker's settings: prices and limits are no input (contract §5)."""
@@ -66,9 +68,13 @@ class TaskStoreActivities:
     @activity.defn
     async def claim(self, claim: TaskClaim) -> ClaimOutcome:
         """Claim the task id for the run (contract §8) and read the policy. Raises ApplicationError, retryable."""
-        limit = self._limit()
-        claimed = await self._tried(self._store.claim(claim, within_seconds=limit))
-        return ClaimOutcome(claimed=claimed, policy=self._policy_of(claim))
+        run = acting_run(claim.task_id, claim.first_execution_run_id, 0)
+        claimed = await self._tried(self._store.claim(claim, run, within_seconds=self._limit()))
+        life = EarlierLife()
+        if claimed and run is not None:
+            life = await self._tried(self._store.register(run, within_seconds=self._limit()))
+        policy = self._policy_of(claim)
+        return ClaimOutcome(claimed=claimed, policy=policy, earlier_life=life if life.is_possible else None)
 
     @activity.defn
     async def write(self, write: TaskWrite) -> None:
@@ -77,8 +83,16 @@ class TaskStoreActivities:
         Type `task_exists`, not retried: another run holds the id. `internal`, not retried: the store has no such
         task, or refuses the values. `internal`, retried: PostgreSQL cannot be used now.
         """
-        limit = self._limit()
-        await self._tried(self._store.write(write, within_seconds=limit))
+        run = acting_run(write.task_id, write.first_execution_run_id, write.run_number)
+        await self._tried(self._store.write(write, run, within_seconds=self._limit()))
+
+    @activity.defn
+    async def look(self, order: LookOrder) -> RowSeen:
+        """What the task's row knows beyond the run that asks. Raises ApplicationError `internal`, retried."""
+        run = acting_run(order.task_id, order.first_execution_run_id, order.run_number)
+        if run is None:
+            raise ApplicationError("Only a task's own run asks.", type=FailureCode.INTERNAL.value, non_retryable=True)
+        return await self._tried(self._store.look(run, within_seconds=self._limit()))
 
     def _limit(self) -> float:
         """Seconds for this try. Raises ApplicationError at once when local tries are not worth making."""

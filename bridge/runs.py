@@ -17,8 +17,6 @@ from pydantic import BaseModel
 from temporalio.api.enums.v1 import PendingActivityState
 from temporalio.client import (
     Client,
-    WorkflowExecutionDescription,
-    WorkflowExecutionStatus,
     WorkflowFailureError,
     WorkflowHandle,
     WorkflowQueryFailedError,
@@ -55,6 +53,7 @@ from contracts.comfyui import TaskPriority
 from contracts.errors import ErrorDetails, FailureCode
 from contracts.permissions import Scene
 from contracts.tasks import PRIORITY_KEYS, SEARCH_ATTRIBUTES, TaskStatus
+from runs_seen import NoQueryNow, RunSeen, RunStatus, describe_run, query_run
 
 ACCEPTED: Final = 202
 CLAIMED: Final = Reply(0, None)
@@ -197,8 +196,8 @@ class Runs:
         `moved` says about how many jobs are ahead of a queued one now, which the run is told.
         """
         described = await self._own(run_id, kind, tenant_id)
-        handle = self._client.get_workflow_handle(described.id, run_id=described.run_id)
-        if described.status is WorkflowExecutionStatus.RUNNING:
+        handle = self._client.get_workflow_handle(described.workflow_id, run_id=described.run_id)
+        if not described.status.is_over:
             view = await self._asked(handle)
             if moved is not None:
                 view = await self._moved(handle, view, await moved(view))
@@ -208,8 +207,8 @@ class Runs:
     async def update(self, run_id: str, name: str, key: str, *, kind: str, tenant_id: str) -> dict[str, Any]:
         """Ask a run for something; one that is over is left as it is. The same key asks once."""
         described = await self._own(run_id, kind, tenant_id)
-        if described.status is WorkflowExecutionStatus.RUNNING:
-            handle = self._client.get_workflow_handle(described.id, run_id=described.run_id)
+        if not described.status.is_over:
+            handle = self._client.get_workflow_handle(described.workflow_id, run_id=described.run_id)
             try:
                 view = await handle.execute_update(
                     name, id=hashlib.sha256(key.encode()).hexdigest(), result_type=JobView, rpc_timeout=ASK
@@ -233,16 +232,16 @@ class Runs:
             # A count that informs is not worth an answer.
             return view
 
-    async def _own(self, run_id: str, kind: str, tenant_id: str) -> WorkflowExecutionDescription:
+    async def _own(self, run_id: str, kind: str, tenant_id: str) -> RunSeen:
         described = await self._described(workflow_of(run_id))
         memo = await described.memo() if described is not None else {}
         if described is None or memo.get(TENANT_MEMO) != tenant_id or memo.get(KIND_MEMO) != kind:
             raise Refused(f"{kind}_not_found")
         return described
 
-    async def _described(self, workflow_id: str) -> WorkflowExecutionDescription | None:
+    async def _described(self, workflow_id: str) -> RunSeen | None:
         try:
-            return await self._client.get_workflow_handle(workflow_id).describe(rpc_timeout=ASK)
+            return await describe_run(self._client, workflow_id, rpc_timeout=ASK)
         except RPCError as error:
             if error.status is RPCStatusCode.NOT_FOUND:
                 return None
@@ -250,12 +249,13 @@ class Runs:
 
     async def _asked(self, handle: WorkflowHandle[Any, Any]) -> JobView:
         try:
-            view: JobView = await handle.query(VIEW_QUERY, result_type=JobView, rpc_timeout=ASK)
-            return view
+            return await query_run(handle, VIEW_QUERY, result_type=JobView, rpc_timeout=ASK)
         except RPCError as error:
             raise _away(error) from None
         except (WorkflowQueryFailedError, WorkflowQueryRejectedError):
             raise Unanswered(503, "the bridge's workers did not answer in time") from None
+        except NoQueryNow as paused:
+            raise Unanswered(503, str(paused)) from None
 
 
 def _attributes(new: NewRun) -> TypedSearchAttributes:
@@ -274,9 +274,9 @@ def _attributes(new: NewRun) -> TypedSearchAttributes:
     )
 
 
-async def _last_percent(client: Client, described: WorkflowExecutionDescription) -> int:
+async def _last_percent(client: Client, described: RunSeen) -> int:
     """What the last heartbeat of the run on a server told."""
-    for pending in described.raw_description.pending_activities:
+    for pending in described.pending_activities:
         is_running = pending.state == PendingActivityState.PENDING_ACTIVITY_STATE_STARTED
         if pending.activity_type.name == RUN_GRAPH and (is_running or pending.heartbeat_details.payloads):
             beats = await client.data_converter.decode(pending.heartbeat_details.payloads)
@@ -298,10 +298,8 @@ def _fields(view: JobView) -> dict[str, Any]:
     return {**view.fields, "sequence": view.sequence}
 
 
-async def _ended_view(
-    handle: WorkflowHandle[Any, Any], described: WorkflowExecutionDescription, run_id: str, kind: str
-) -> JobView:
-    if described.status is WorkflowExecutionStatus.COMPLETED:
+async def _ended_view(handle: WorkflowHandle[Any, Any], described: RunSeen, run_id: str, kind: str) -> JobView:
+    if described.status is RunStatus.COMPLETED:
         typed: WorkflowHandle[Any, JobView] = handle
         try:
             return JobView.model_validate(await typed.result(rpc_timeout=ASK))

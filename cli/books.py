@@ -10,6 +10,7 @@ from contracts.calls import CallFor
 from contracts.credits import Balance, Ledger, LedgerEntry
 from contracts.errors import Answer
 from contracts.tasks import CreditsSummary
+from workflows.task_ledger import TaskLedger
 
 PAGE: Final = 200
 MAX_PAGES: Final = 500
@@ -35,7 +36,7 @@ async def check_books(credits: CreditsClient, call_for: CallFor, told: dict[str,
 
 def _check_account(account: Balance, entries: list[LedgerEntry]) -> Finding:
     if any(entry.frozen_change is None for entry in entries):
-        return ok("ledger", "tells no effect on frozen points: only totals per task are compared")
+        return ok("ledger", "tells no effect on frozen points: only what each task was charged is compared")
     balance = sum(entry.change for entry in entries)
     frozen = sum(entry.frozen_change or 0 for entry in entries)
     says = f"balance {account.balance} = sum of {len(entries)} entries, frozen {account.frozen} = sum of their holds"
@@ -51,15 +52,20 @@ def _check_account(account: Balance, entries: list[LedgerEntry]) -> Finding:
 
 def _check_task(task_id: str, entries: list[LedgerEntry], told: CreditsSummary) -> Finding:
     what = f"ledger of {task_id}"
-    charged = -sum(entry.change for entry in entries)
-    frozen = sum(entry.frozen_change or 0 for entry in entries)
-    if (charged, frozen) == (told.charged, 0):
+    reading = TaskLedger(entries)
+    charged, frozen = reading.charged(), reading.open_holds().points
+    if charged is not None and (charged, frozen) == (told.charged, 0):
         return ok(what, f"{charged} points charged, nothing frozen any more, in {len(entries)} entries")
+    says, shows = _points(told.charged), _points(charged)
     return wrong(
         what,
-        f"the task says {told.charged} charged; its {len(entries)} entries took {charged} and leave {frozen} frozen",
+        f"the task says {says} charged; its {len(entries)} entries took {shows} and leave {frozen} frozen",
         "See the task's exception records and the run in the Temporal UI.",
     )
+
+
+def _points(points: int | None) -> str:
+    return "an unknown number" if points is None else str(points)
 
 
 async def _balance(credits: CreditsClient, call_for: CallFor) -> Balance:

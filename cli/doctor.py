@@ -20,6 +20,7 @@ from cli.checks import Finding, note, ok, wrong
 from cli.connection import find_server, open_connection, sentences, user_of
 from cli.doctor_temporal import check_temporal
 from cli.failures import BadInput, CommandFailure
+from cli.task_store import check_store
 from conformance import Outcome, Person, Unreachable, Verdict, cases, run
 from conformance import opened as conformant
 from contracts.calls import CallFor, Post
@@ -53,6 +54,7 @@ async def examine(settings: Settings) -> list[Finding]:
         opened = await open_connection(server, settings, task_queue=queue)
         with sentences(server):
             findings = await check_temporal(opened)
+            findings += await check_store(opened, settings)
     except CommandFailure as failure:
         findings = [wrong("Temporal", failure.sentence, "")]
     try:

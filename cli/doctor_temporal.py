@@ -15,7 +15,7 @@ from cli.checks import Finding, note, ok, wrong
 from cli.connection import RPC_TIMEOUT, Connection
 from contracts.reconcile import reconcile_id_of
 from contracts.tasks import SEARCH_ATTRIBUTES
-from reconciler_schedule import standing_reconciler
+from reconciler_schedule import last_pass, standing_reconciler
 
 LEAST_RETENTION: Final = timedelta(days=30)
 """As long as idempotency keys live: a shorter one would let a finished task id be started, and paid, again."""
@@ -120,4 +120,11 @@ async def _reconciler(connection: Connection) -> Finding:
     every = standing.schedule.spec.intervals[0].every if standing.schedule.spec.intervals else None
     if standing.schedule.state.paused:
         return note("reconciler", "its schedule is paused", f"temporal schedule toggle --unpause -s {standing.id}")
+    last = await last_pass(connection.client, standing)
+    if last is not None and last.not_started:
+        return note(
+            "reconciler",
+            f"its last pass could not start {last.not_started} give-backs; the next one tries again",
+            f"See the runs of {standing.id!r} in the Temporal UI, and the worker's log.",
+        )
     return ok("reconciler", f"looks every {every} for tasks whose run is over")

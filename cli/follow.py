@@ -15,6 +15,7 @@ from cli.connection import Connection
 from cli.gateway_stream import GatewayStream, StreamCut, StreamRefused
 from cli.outcome import TaskOutcome, outcome_of
 from contracts.tasks import TrainingProgress
+from runs_seen import NoQueryNow, describe_run, query_run
 
 POLL_SECONDS: Final = 0.5
 QUERY_TIMEOUT: Final = timedelta(seconds=2)
@@ -32,16 +33,18 @@ class Watcher(Protocol):
 
 
 async def read_progress(handle: WorkflowHandle[Any, Any]) -> TrainingProgress:
-    """The query `progress`; image tasks leave `confirmation` empty. Raises RPCError, WorkflowQueryFailedError."""
-    progress: TrainingProgress = await handle.query("progress", result_type=TrainingProgress, rpc_timeout=QUERY_TIMEOUT)
-    return progress
+    """The query `progress`; image tasks leave `confirmation` empty.
+
+    Raises RPCError, WorkflowQueryFailedError, NoQueryNow.
+    """
+    return await query_run(handle, "progress", result_type=TrainingProgress, rpc_timeout=QUERY_TIMEOUT)
 
 
 async def follow(
     connection: Connection, handle: WorkflowHandle[Any, Any], task_id: str, watcher: Watcher
 ) -> TaskOutcome:
     """Tell `watcher` every change until the task ends. Raises RPCError where Temporal stays away."""
-    end = asyncio.create_task(outcome_of(handle, connection.server, task_id))
+    end = asyncio.create_task(outcome_of(handle, connection, task_id))
     teller = _Teller(watcher)
     stream = await _stream_of(connection, handle, task_id)
     try:
@@ -80,12 +83,15 @@ class _Teller:
             f"No worker answers on task queue {task_queue!r}: the task waits until one runs."
         )
 
+    def tell_of_pause(self, sentence: str) -> None:
+        self._watcher.waits_for_worker(sentence)
+
 
 async def _stream_of(connection: Connection, handle: WorkflowHandle[Any, Any], task_id: str) -> GatewayStream | None:
     if connection.gateway is None:
         return None
-    run = await handle.describe(rpc_timeout=QUERY_TIMEOUT)
-    return connection.gateway.stream_of(task_id, run.typed_search_attributes.get(TENANT_ID))
+    run = await describe_run(connection.client, handle.id, rpc_timeout=QUERY_TIMEOUT)
+    return connection.gateway.stream_of(task_id, run.search_attributes.get(TENANT_ID))
 
 
 async def _told_by(stream: GatewayStream, teller: _Teller, end: asyncio.Task[TaskOutcome]) -> None:
@@ -111,6 +117,8 @@ async def _ask(connection: Connection, handle: WorkflowHandle[Any, Any], teller:
         teller.tell(await read_progress(handle))
     except (WorkflowQueryFailedError, WorkflowQueryRejectedError):
         pass  # the first workflow task has not run yet, or the run is over
+    except NoQueryNow as paused:
+        teller.tell_of_pause(str(paused))
     except RPCError as error:
         if _is_silence_of_worker(error):
             teller.tell_of_silence(connection.task_queue)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
 from temporalio.exceptions import ApplicationError, CancelledError, TerminatedError, TimeoutError
 
-from cli.connection import RPC_TIMEOUT, Server, sentences
+from cli.connection import RPC_TIMEOUT, Connection, Server, sentences
 from cli.failures import ExitCode, UnknownTask
 from contracts.errors import FailureCode
 from contracts.fields import OwnModel
@@ -22,6 +22,7 @@ from contracts.tasks import (
     TrainingResult,
     workflow_id_of,
 )
+from runs_seen import describe_run
 
 RESULT_TYPES: dict[str, type[ImageResult] | type[TrainingResult]] = {
     IMAGE_WORKFLOW: ImageResult,
@@ -59,14 +60,14 @@ async def find_task(client: Client, server: Server, task_id: str) -> WorkflowHan
     """A handle that knows the task's result type. Raises UnknownTask."""
     workflow_id = workflow_id_of(task_id)
     with sentences(server, task_id=task_id):
-        description = await client.get_workflow_handle(workflow_id).describe(rpc_timeout=RPC_TIMEOUT)
-    result_type = RESULT_TYPES.get(description.workflow_type)
+        run = await describe_run(client, workflow_id, rpc_timeout=RPC_TIMEOUT)
+    result_type = RESULT_TYPES.get(run.workflow_type)
     if result_type is None:
-        raise UnknownTask(f"Workflow {workflow_id!r} is a {description.workflow_type}, no task of this system.")
+        raise UnknownTask(f"Workflow {workflow_id!r} is a {run.workflow_type}, no task of this system.")
     return client.get_workflow_handle(workflow_id, result_type=result_type)
 
 
-async def outcome_of(handle: WorkflowHandle[Any, Any], server: Server, task_id: str) -> TaskOutcome:
+async def outcome_of(handle: WorkflowHandle[Any, Any], connection: Connection, task_id: str) -> TaskOutcome:
     """Wait for the task's end and say how it ended. Raises RPCError."""
     try:
         result: ImageResult | TrainingResult = await handle.result()
@@ -74,8 +75,8 @@ async def outcome_of(handle: WorkflowHandle[Any, Any], server: Server, task_id: 
         ended = {"status": result.status, "result": result, "sentence": cause.message if cause else None}
     except WorkflowFailureError as failure:
         ended = _failed(failure.cause)
-    description = await handle.describe(rpc_timeout=RPC_TIMEOUT)
-    ui_url = server.ui_link(handle.id, description.run_id)
+    run = await describe_run(connection.client, handle.id, rpc_timeout=RPC_TIMEOUT)
+    ui_url = connection.server.ui_link(handle.id, run.run_id)
     return TaskOutcome(task_id=task_id, workflow_id=handle.id, ui_url=ui_url, **ended)
 
 

@@ -18,7 +18,7 @@ from cli.failures import BadInput, CommandFailure
 from cli.outcome import TaskOutcome
 from cli.tasks import TaskPicture, TaskRow
 from cli.terminal import confirmation_of, eta_of, printable
-from contracts.tasks import CreditsSummary, ImageResult, TrainingProgress, TrainingResult
+from contracts.tasks import CreditsSummary, ImageResult, SettlementState, TrainingProgress, TrainingResult
 
 _STYLES = {Verdict.OK: "green", Verdict.NOTE: "yellow", Verdict.WRONG: "red"}
 Lines = Iterable[tuple[str, str]]
@@ -64,10 +64,14 @@ def print_failure(console: Console, failure: CommandFailure, *, as_json: bool) -
 def credit_lines(credits: CreditsSummary | None) -> Lines:
     if credits is None:
         return
-    amounts = (
-        f"estimated {credits.estimated}, held {credits.held}, charged {credits.charged}, returned {credits.returned}"
-    )
-    yield "points", amounts + (f", shortfall {credits.shortfall}" if credits.shortfall else "")
+    told = {"estimated": credits.estimated, "held": credits.held}
+    if credits.settlement is not SettlementState.UNKNOWN:
+        told |= {"charged": credits.charged or 0, "returned": credits.returned or 0}
+    if credits.shortfall:
+        told["shortfall"] = credits.shortfall
+    yield "points", ", ".join(f"{name} {points}" for name, points in told.items())
+    if credits.settlement is SettlementState.UNKNOWN:
+        yield "settlement", "unknown: whether it was charged could not be learned; the ledger is looked at again"
 
 
 def outcome_lines(outcome: TaskOutcome) -> Lines:
@@ -116,6 +120,8 @@ def picture_lines(picture: TaskPicture) -> Lines:
     yield "priority", task.priority or ""
     yield "started", _instant(task.started_at)
     yield "ended", _instant(task.ended_at)
+    if task.is_paused:
+        yield "paused", f"nothing of it goes on until: temporal workflow unpause --workflow-id {task.workflow_id}"
     if picture.outcome is not None:
         yield from (line for line in outcome_lines(picture.outcome) if line[0] != "task")
         return

@@ -14,6 +14,7 @@ from cli.connection import Connection, connection, find_server, read_settings, u
 from cli.failures import ExitCode
 from cli.reports import print_json
 from cli.start import Started, start_image, start_training
+from cli.task_store import refuse_strange_store
 from contracts.tasks import ImageTask, TrainingTask
 
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Start the task and return; `watch` follows it.")]
@@ -88,7 +89,9 @@ def generate(
         )
         values = {"task_id": inputs.new_task_id("image"), "template_id": "text-to-image"} | _with_user(values)
         task = inputs.read_model(ImageTask, values)
-        async with connection(read_settings()) as opened:
+        settings = read_settings()
+        async with connection(settings) as opened:
+            await refuse_strange_store(opened, settings)
             started = await start_image(opened.client, task, task_queue=opened.task_queue)
             return await _started(opened, started, no_wait=no_wait, as_json=as_json)
 
@@ -162,7 +165,9 @@ def train(
         )
         values = {"task_id": inputs.new_task_id("training"), "template_id": "lora-train"} | _with_user(values)
         task = inputs.read_model(TrainingTask, values)
-        async with connection(read_settings()) as opened:
+        settings = read_settings()
+        async with connection(settings) as opened:
+            await refuse_strange_store(opened, settings)
             started = await start_training(opened.client, task, task_queue=opened.task_queue)
             return await _started(opened, started, no_wait=no_wait, as_json=as_json)
 

@@ -8,8 +8,6 @@ from datetime import datetime
 from typing import Any, Final, Literal
 
 from temporalio.client import (
-    WorkflowExecution,
-    WorkflowExecutionStatus,
     WorkflowHandle,
     WorkflowQueryFailedError,
     WorkflowUpdateFailedError,
@@ -35,14 +33,14 @@ from contracts.tasks import (
     TaskStatus,
     TrainingProgress,
 )
+from runs_seen import NoQueryNow, RunSeen, RunStatus, describe_run, list_runs, query_run
 
 UPDATE_SECONDS: Final = 10.0
-_OPEN: Final = WorkflowExecutionStatus.RUNNING
 _ENDED: Final = {
-    WorkflowExecutionStatus.FAILED: TaskStatus.FAILED,
-    WorkflowExecutionStatus.CANCELED: TaskStatus.CANCELLED,
-    WorkflowExecutionStatus.TERMINATED: TaskStatus.FAILED,
-    WorkflowExecutionStatus.TIMED_OUT: TaskStatus.FAILED,
+    RunStatus.FAILED: TaskStatus.FAILED,
+    RunStatus.CANCELED: TaskStatus.CANCELLED,
+    RunStatus.TERMINATED: TaskStatus.FAILED,
+    RunStatus.TIMED_OUT: TaskStatus.FAILED,
 }
 
 
@@ -53,6 +51,8 @@ class TaskRow(OwnModel):
     scene: str | None = None
     status: str | None = None
     stage: str | None = None
+    is_paused: bool = False
+    """Its run was paused by hand in Temporal: nothing of it goes on."""
     tenant_id: str | None = None
     user_id: str | None = None
     template_id: str | None = None
@@ -73,14 +73,13 @@ class TaskPicture(OwnModel):
     outcome: TaskOutcome | None = None
 
 
-def row_of(execution: WorkflowExecution, connection: Connection) -> TaskRow:
+def row_of(run: RunSeen, connection: Connection) -> TaskRow:
     """A run's search attributes as a row; a run that ended without its own last word shows Temporal's status."""
-    found = {
-        name: execution.typed_search_attributes.get(SearchAttributeKey.for_keyword(name)) for name in SEARCH_ATTRIBUTES
-    }
-    ended = _ENDED.get(execution.status) if execution.status else None
+    attributes = run.search_attributes
+    found = {name: attributes.get(SearchAttributeKey.for_keyword(name)) for name in SEARCH_ATTRIBUTES}
+    ended = _ENDED.get(run.status)
     return TaskRow(
-        task_id=found["TaskId"] or execution.id.removeprefix("task-"),
+        task_id=found["TaskId"] or run.workflow_id.removeprefix("task-"),
         scene=found["Scene"],
         status=ended.value if ended else found["TaskStatus"],
         stage=found["TaskStage"],
@@ -88,32 +87,33 @@ def row_of(execution: WorkflowExecution, connection: Connection) -> TaskRow:
         user_id=found["UserId"],
         template_id=found["TemplateId"],
         priority=found["TaskPriority"],
-        started_at=execution.start_time,
-        ended_at=execution.close_time,
-        workflow_id=execution.id,
-        run_id=execution.run_id,
-        ui_url=connection.server.ui_link(execution.id, execution.run_id),
+        is_paused=run.status is RunStatus.PAUSED,
+        started_at=run.start_time,
+        ended_at=run.close_time,
+        workflow_id=run.workflow_id,
+        run_id=run.run_id,
+        ui_url=connection.server.ui_link(run.workflow_id, run.run_id),
     )
 
 
 async def show_task(connection: Connection, task_id: str) -> TaskPicture:
     """A task as it stands. Raises UnknownTask, CannotReach."""
     handle = await find_task(connection.client, connection.server, task_id)
-    description = await handle.describe(rpc_timeout=RPC_TIMEOUT)
-    row = row_of(description, connection)
-    if description.status is not _OPEN:
-        outcome = await outcome_of(handle, connection.server, task_id)
+    run = await describe_run(connection.client, handle.id, rpc_timeout=RPC_TIMEOUT)
+    row = row_of(run, connection)
+    if run.status.is_over:
+        outcome = await outcome_of(handle, connection, task_id)
         return TaskPicture(task=row, credits=outcome.credits, outcome=outcome)
     progress = await _answered(read_progress(handle))
-    credits = await _answered(handle.query("credits", result_type=CreditsSummary, rpc_timeout=QUERY_TIMEOUT))
+    credits = await _answered(query_run(handle, "credits", result_type=CreditsSummary, rpc_timeout=QUERY_TIMEOUT))
     return TaskPicture(task=row, progress=progress, credits=credits)
 
 
 async def _answered(query: Any) -> Any:
-    """A query's answer, or None where no worker gives one."""
+    """A query's answer, or None where no worker gives one, or the run takes none."""
     try:
         return await query
-    except (WorkflowQueryFailedError, RPCError):
+    except (WorkflowQueryFailedError, NoQueryNow, RPCError):
         return None
 
 
@@ -125,11 +125,11 @@ async def list_tasks(connection: Connection, *, filters: dict[str, str], limit: 
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
         terms.append(f"{name} = '{quoted}'")
     seen: set[str] = set()
-    async for execution in connection.client.list_workflows(" AND ".join(terms), rpc_timeout=RPC_TIMEOUT):
-        if execution.id in seen:  # a run that continued as new is listed once for each of its runs
+    async for run in list_runs(connection.client, " AND ".join(terms), rpc_timeout=RPC_TIMEOUT):
+        if run.workflow_id in seen:  # a run that continued as new is listed once for each of its runs
             continue
-        seen.add(execution.id)
-        yield row_of(execution, connection)
+        seen.add(run.workflow_id)
+        yield row_of(run, connection)
         if len(seen) >= limit:
             return
 

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 from pydantic import Field
 
 from contracts.fields import OwnModel
+from contracts.handed_on import KeptModel
 from contracts.permissions import Scene
 from contracts.tasks import DatasetManifest
 
@@ -21,17 +22,24 @@ class CallFor(OwnModel):
     user_id: str
     scene: Scene
     is_rollback: bool = False
+    first_execution_run_id: str | None = None
+    run_number: int = 0
+    """Of the run that calls; see `contracts.lives.TaskRun`."""
 
 
-class Post(OwnModel, Generic[Body]):
+class Post(KeptModel, Generic[Body]):
     """A POST: `key` is its `X-Idempotency-Key`; the same key always carries the same body (contract §4)."""
 
     call_for: CallFor
     key: str
     body: Body
+    is_undo: bool = False
+    """Repeats a key to learn what it made, so that it can be undone: also for a task that has ended."""
+    has_read_ledger: bool = False
+    """A commit or charge that is made after the task's ledger was read: no earlier life has settled the task."""
 
 
-class JobCall(OwnModel):
+class JobCall(KeptModel):
     """A call about one job or training: `key` only for POSTs (start, cancel)."""
 
     call_for: CallFor
@@ -53,7 +61,7 @@ class LedgerQuery(OwnModel):
     limit: int = Field(default=200, ge=1, le=1000)
 
 
-class SnapshotOrder(OwnModel):
+class SnapshotOrder(KeptModel):
     """A dataset to be copied to temporary object storage under the task's own folder.
 
     Which files is said in one of three ways, as in `contracts.tasks.DatasetSource`, or in none: then all of them.

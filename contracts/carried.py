@@ -1,6 +1,7 @@
 """What a run hands to its continuation (continue-as-new) and what its mechanisms keep as data, not as closures.
 
-Everything that must survive is here: a hold that may stand, a job that may run, facts not yet written.
+Everything that must survive is here: a hold that may stand, a job that may run, facts not yet written. A worker of
+another version may read it: see contracts/handed_on.py, and docs/versioning.md before a field is added.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from contracts.comfyui import (
 from contracts.credits import PreDeductRequest
 from contracts.errors import ErrorDetails
 from contracts.fields import Instant, OwnModel
+from contracts.handed_on import RunArgument
 from contracts.policy import Policy
 from contracts.size_budget import MAX_KEPT_HOLDS
 from contracts.task_store import Fact, TaskException, TaskState
-from contracts.tasks import ImageTask, TaskStatus, TrainingTask
+from contracts.tasks import ImageTask, SettlementState, TaskStatus, TrainingTask
 
 
 class JobNews(OwnModel):
@@ -65,8 +67,8 @@ class JobNews(OwnModel):
             estimated_time=state.estimated_time,
             gpu_slots=state.gpu_slots,
             queue_position=state.queue_position,
-            error=state.error_details,
-            succeeded=state.has_succeeded(),
+            error=state.failure(),
+            succeeded=state.has_succeeded() and state.failure() is None,
             result_urls=state.result_urls if state.has_succeeded() else [],
             actual_cost=state.actual_cost,
         )
@@ -83,7 +85,7 @@ class JobNews(OwnModel):
             estimated_time=state.estimated_time,
             gpu_slots=state.gpu_slots,
             error=state.failure(),
-            succeeded=state.has_succeeded(),
+            succeeded=state.has_succeeded() and state.failure() is None,
             gpu_hours=state.gpu_hours,
             gpu_hours_used=state.gpu_hours_used,
             checkpoint=state.checkpoint,
@@ -102,6 +104,8 @@ class AskedJob(OwnModel):
     job_id: str | None = None
     refused: bool = False
     """A definite refusal: there is no job to cancel."""
+    is_key_taken: bool = False
+    """An earlier life of the task had used the key with another body: this was no attempt."""
     cancelled: bool = False
 
     @model_validator(mode="after")
@@ -129,6 +133,22 @@ class AskedHold(OwnModel):
     amount: int = 0
     refused: bool = False
     resolved: bool = False
+    told: int = 0
+    """Points that an event told as held."""
+    told_back: bool = False
+    """Whether an event told that it was given back."""
+    leaving: str | None = None
+    """Why it is being given back beside the flow; a repeat of that call, or the undo, says the same."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will be done or told about it."""
+        return self.resolved and (self.told_back or not self.told)
+
+    @property
+    def usable(self) -> int:
+        """Points that may be charged to it: what was granted beyond the asked amount is never used (contract §5)."""
+        return min(self.amount, self.request.estimated_cost)
 
 
 class HoldState(OwnModel):
@@ -143,32 +163,48 @@ class HoldState(OwnModel):
     charged: int = 0
     """Points charged by commit or charge; also what a hold turned out to be committed for by somebody else."""
     shortfall: int = 0
+    settlement: SettlementState = SettlementState.OPEN
+    is_unknown: bool = False
+    """What became of a hold or a charge could not be learned: the task ends with `settlement` unknown."""
+    granted: int | None = None
+    """How many holds were granted in all; None where an earlier release kept no count, as for the next."""
+    given_back: int | None = None
+    """How many of these are known to have been given back."""
+    committed: int = 0
+    """How many of these are known to have been committed."""
+    asked_again: int = 0
+    """How many of these were asked for more than once: a service without idempotency may have taken more of them."""
     next_renewal_at: Instant | None = None
     uncovered_since: Instant | None = None
+    asking: int | None = None
+    """`n` of the hold that a renewal asked for and has no answer about: it repeats key and body."""
+    checkpoint_passed: bool = False
+    """Whether a training has reached a checkpoint since it was without cover."""
 
     @model_validator(mode="after")
     def _counted(self) -> Self:
         self.asked_count = max(self.asked_count, *(hold.n for hold in self.asked), 0)
         return self
 
-    def note(self, request: PreDeductRequest, at: datetime) -> AskedHold:
+    def note(self, n: int, request: PreDeductRequest, at: datetime) -> AskedHold:
         """The next hold, noted before it is asked for."""
         self.leave_out_old()
-        self.asked_count += 1
-        hold = AskedHold(n=self.asked_count, request=request, asked_at=at)
+        self.asked_count = max(self.asked_count, n)
+        hold = AskedHold(n=n, request=request, asked_at=at)
         self.asked.append(hold)
         return hold
 
-    def granted(self) -> list[AskedHold]:
+    def granted_holds(self) -> list[AskedHold]:
         """Those kept that were granted, oldest first."""
         return [hold for hold in self.asked if hold.pre_deduct_id]
 
     def leave_out_old(self) -> None:
         """Thirty days of renewals ask for thousands of holds: what nothing can ask for again is counted, not kept."""
-        over = [hold for hold in self.granted() if hold.resolved]
+        over = [hold for hold in self.granted_holds() if hold.is_over]
         too_old = {hold.n for hold in over[: max(0, len(over) - MAX_KEPT_HOLDS)]}
         self.granted_before += len(too_old)
-        self.asked = [hold for hold in self.asked if not hold.refused and hold.n not in too_old]
+        refused = {hold.n for hold in self.asked[:-1] if hold.refused and hold.n != self.asking}
+        self.asked = [hold for hold in self.asked if hold.n not in too_old | refused]
 
 
 class WatchState(OwnModel):
@@ -181,6 +217,9 @@ class WatchState(OwnModel):
     callbacks_refused: int = 0
     last_news_at: Instant | None = None
     silence_seconds: float = 0.0
+    unreadable: str = ""
+    """Why the last poll's answer could not be read; empty where it could."""
+    unreadable_since: Instant | None = None
     unknown_since: Instant | None = None
     """When the server said first that it does not know the job."""
 
@@ -228,6 +267,8 @@ class PriceState(OwnModel):
     carried_gpu_hours: float = 0.0
     gpu_hours: float = 0.0
     resume_from: str | None = None
+    resumed_from: list[str] = []
+    """Every checkpoint that an attempt resumed from: reported again, it stands for no new hours."""
     checkpoint: Checkpoint | None = None
     asked_at_checkpoint: str | None = None
 
@@ -244,22 +285,26 @@ class CarriedRun(OwnModel):
     """Everything a continued run goes on with; a first run starts from the defaults."""
 
     policy: Policy | None = None
+    run_number: int = 0
+    """1 for a chain's second run, and so on; see `contracts.lives.TaskRun`."""
     record: RecordState = Field(default_factory=RecordState)
     watch: WatchState = Field(default_factory=WatchState)
     clock: ClockState = Field(default_factory=ClockState)
     hold: HoldState = Field(default_factory=HoldState)
     jobs: list[AskedJob] = []
+    retry_at: Instant | None = None
+    """When the next attempt may begin, of a run that continues as new between two attempts."""
     price: PriceState = Field(default_factory=PriceState)
     dataset: DatasetState = Field(default_factory=DatasetState)
 
 
-class ImageRun(ImageTask):
+class ImageRun(ImageTask, RunArgument):
     """Argument of `ImageGenerationWorkflow`: the task, and in a continued run what it goes on with."""
 
     carried: CarriedRun | None = None
 
 
-class TrainingRun(TrainingTask):
+class TrainingRun(TrainingTask, RunArgument):
     """Argument of `TrainingWorkflow`: the task, and in a continued run what it goes on with."""
 
     carried: CarriedRun | None = None

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
 from contracts.errors import ErrorDetails, FailureCode
 from contracts.fields import (
+    MAX_POINTS,
     Counted,
     Informative,
     Instant,
@@ -21,10 +22,12 @@ from contracts.fields import (
     Percent,
     Points,
     Sequence,
+    StatedPoints,
     WebAddress,
     first_of,
     in_json_at_most,
     repaired,
+    stated,
 )
 from contracts.size_budget import MAX_ADDRESS_BYTES, MAX_METRICS, MAX_RESULT_URLS
 
@@ -68,9 +71,17 @@ def _details_from_text(value: Any) -> Any:
     return value
 
 
+def _out_of_range(field: str, limit: str) -> ErrorDetails:
+    message = f"The job was delivered, but its {field} is not between 0 and {limit}: what it costs is not known."
+    return ErrorDetails(code=FailureCode.REPLY_INVALID.value, message=message)
+
+
 OutsideDetails = Annotated[ErrorDetails, BeforeValidator(_details_from_text)]
 GpuSlots = Annotated[int, Field(ge=0, le=100_000)]
-GpuHours = Annotated[float, Field(ge=0, le=1_000_000)]
+MAX_GPU_HOURS = 1_000_000
+GpuHours = Annotated[float, Field(ge=0, le=MAX_GPU_HOURS)]
+StatedHours = Annotated[float, stated(0, MAX_GPU_HOURS)]
+"""As `GpuHours`; one out of range is just outside."""
 
 
 class JobRequest(OwnModel):
@@ -110,7 +121,7 @@ class JobState(OutsideModel):
     queue_position: Annotated[Counted | None, Informative] = None
     result_urls: Annotated[list[WebAddress], Field(max_length=MAX_RESULT_URLS), BeforeValidator(lambda v: v or [])] = []
     error_details: OutsideDetails | None = None
-    actual_cost: Points | None = None
+    actual_cost: StatedPoints | None = None
     sequence: Sequence = 0
 
     def has_succeeded(self) -> bool:
@@ -118,6 +129,20 @@ class JobState(OutsideModel):
 
     def has_ended(self) -> bool:
         return self.error_details is not None or self.has_succeeded()
+
+    def failure(self) -> ErrorDetails | None:
+        """How it failed, or None; a delivery whose cost is no number of points is `reply_invalid`."""
+        is_out_of_range = self.actual_cost is not None and abs(self.actual_cost) > MAX_POINTS
+        if self.error_details is None and self.has_succeeded() and is_out_of_range:
+            return _out_of_range("actual_cost", f"{MAX_POINTS} points")
+        return self.error_details
+
+
+class JobCancelled(OutsideModel):
+    """Answer to `POST …/cancel`, of a job or a training: whose it is; how it stands is asked by nobody."""
+
+    job_id: Annotated[OutsideId | None, Informative] = None
+    training_id: Annotated[OutsideId | None, Informative] = None
 
 
 class JobCallback(JobState):
@@ -267,10 +292,10 @@ class TrainingState(OutsideModel):
     stage_progress: Annotated[Percent | None, Informative] = None
     next_eta: Annotated[Instant | None, Informative] = None
     estimated_time: Annotated[Minutes | None, Informative] = None
-    gpu_hours: GpuHours | None = None
-    gpu_hours_used: GpuHours | None = None
+    gpu_hours: Annotated[GpuHours | None, Informative] = None
+    gpu_hours_used: StatedHours | None = None
     gpu_slots: Annotated[GpuSlots | None, Informative] = None
-    checkpoint: Checkpoint | None = None
+    checkpoint: Annotated[Checkpoint | None, Informative] = None
     output: TrainingOutput | None = None
     error_details: OutsideDetails | None = None
     sequence: Sequence = 0
@@ -287,9 +312,12 @@ class TrainingState(OutsideModel):
         return self.failure() is not None or self.has_succeeded()
 
     def failure(self) -> ErrorDetails | None:
-        """How it failed, or None. `failed` without details is `internal` (contract §1)."""
+        """How it failed, or None. `failed` without details is `internal` (contract §1); as `JobState.failure`."""
         if self.error_details is not None:
             return self.error_details
+        is_out_of_range = self.gpu_hours_used is not None and not 0 <= self.gpu_hours_used <= MAX_GPU_HOURS
+        if self.has_succeeded() and is_out_of_range:
+            return _out_of_range("gpu_hours_used", f"{MAX_GPU_HOURS} hours")
         if self.training_status is TrainingStatus.FAILED:
             return ErrorDetails(code=FailureCode.INTERNAL.value, message="The training failed without details.")
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 
 from contracts.comfyui import TaskPriority
 from contracts.fields import (
@@ -27,6 +27,8 @@ MIN_HOLD_SECONDS = 60
 MAX_HOLD_SECONDS = 3600
 MAX_CHARGE_POINTS = 2000
 CURRENCY = "point"
+CHARGE_REASON = "delivered work whose hold had ended"
+"""`reason` of every charge of ours: where a ledger tells no kinds, an entry of ours is known by it (contract §4)."""
 
 
 class EstimateRequest(OwnModel):
@@ -175,6 +177,15 @@ class LedgerKind(StrEnum):
     CHARGE = "charge"
 
 
+class LedgerReason(StrEnum):
+    """`reason` on a ledger without kinds (field); a charge shows the reason of its request, ours `CHARGE_REASON`."""
+
+    PRE_DEDUCT = "pre_deduct"
+    REFUND = "refund_pre_deduct"
+    COMMIT = "commit"
+    CANCEL = "cancel"
+
+
 class LedgerEntry(OutsideModel):
     """One entry: `change` is its effect on `balance`, `frozen_change` on `frozen` (ours; null where not told)."""
 
@@ -189,8 +200,21 @@ class LedgerEntry(OutsideModel):
     frozen_change: Annotated[Points | None, Informative] = None
 
 
+def _each_readable(entries: Any) -> Any:
+    """One entry that cannot be read hides none of the others: it stays as one that says nothing, of its task."""
+    return [_readable(entry) for entry in entries] if isinstance(entries, list) else entries
+
+
+def _readable(entry: Any) -> LedgerEntry:
+    try:
+        return LedgerEntry.model_validate(entry)
+    except ValidationError:
+        task_id = entry.get("task_id") if isinstance(entry, dict) else None
+        return LedgerEntry(ledger_id="unreadable", task_id=task_id if isinstance(task_id, str) else None, change=0)
+
+
 class Ledger(OutsideModel):
     """`GET /api/v1/credits/ledger`: newest first; `cursor` leads to the next page, null at the end (ours)."""
 
-    entries: list[LedgerEntry]
+    entries: Annotated[list[LedgerEntry], BeforeValidator(_each_readable)]
     cursor: Annotated[OutsideText | None, Informative] = None

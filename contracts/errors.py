@@ -16,6 +16,7 @@ from typing import Final, Generic, TypeVar
 from pydantic import Field, ValidationError
 
 from contracts.fields import OutsideModel, OutsideName, OutsideText, OwnModel
+from contracts.lives import EarlierLife
 
 
 class FailureCode(StrEnum):
@@ -70,6 +71,8 @@ class ExceptionCode(StrEnum):
 
     SHORTFALL = "shortfall"
     SETTLEMENT_UNKNOWN = "settlement_unknown"
+    SETTLEMENT_CORRECTED = "settlement_corrected"
+    HOLD_DOUBLED = "hold_doubled"
     UNDO_UNFINISHED = "undo_unfinished"
     HOLD_LEFT_TO_EXPIRY = "hold_left_to_expiry"
     COST_ABOVE_HOLD = "cost_above_hold"
@@ -129,43 +132,100 @@ def _row(message: str, code: str, failure: FailureCode, advice: str, *, definite
 
 
 _F = FailureCode
+_CORRECT: Final = "The caller has to correct the field that the message names."
+_SCOPE: Final = "The operator has to give our service token the scope that contract §7 names."
+_NEW_KEY: Final = "The caller has to use a new task_id: another request used this task's key."
+_WAITED: Final = "Nobody has to do anything yet: it is retried; the operator has to look at the service if it lasts."
+_LOOKED_UP: Final = "Nobody has to do anything: the ledger is looked at."
 COMFYUI_ERRORS: Final[tuple[WireError, ...]] = (
-    _row("payload_invalid", "42201", _F.INPUT_INVALID, "Correct the field that the message names."),
-    _row("template_not_found", "40402", _F.INPUT_INVALID, "Use a template that ComfyUI offers."),
-    _row("job_refused", "42202", _F.INTERNAL, "The server refused the job: see error_details."),
-    _row("job_not_found", "40401", _F.LOST, "The server no longer knows the job."),
-    _row("training_not_found", "40401", _F.LOST, "The server no longer knows the training."),
-    _row("authorization_missing", "40302", _F.NOT_AUTHORIZED, "Give the token the scope that contract §7 names."),
-    _row("idempotency_conflict", "40901", _F.TASK_CONFLICT, "Another request used this task's key: use a new task_id."),
-    _row("rate_limited", "42901", _F.COMFYUI_UNAVAILABLE, "Retried; raise the limit if it lasts.", definite=False),
+    _row("payload_invalid", "42201", _F.INPUT_INVALID, _CORRECT),
+    _row("template_not_found", "40402", _F.INPUT_INVALID, "The caller has to use a template that ComfyUI offers."),
+    _row("job_refused", "42202", _F.INTERNAL, "The caller has to read error_details: the server refused the job."),
+    _row("job_not_found", "40401", _F.LOST, "Nobody has to do anything: the server no longer knows the job."),
+    _row("training_not_found", "40401", _F.LOST, "Nobody has to do anything: the server no longer knows the training."),
+    _row("authorization_missing", "40302", _F.NOT_AUTHORIZED, _SCOPE),
+    _row("idempotency_conflict", "40901", _F.TASK_CONFLICT, _NEW_KEY),
+    _row("rate_limited", "42901", _F.COMFYUI_UNAVAILABLE, _WAITED, definite=False),
 )
 CREDITS_ERRORS: Final[tuple[WireError, ...]] = (
-    _row("payload_invalid", "42201", _F.INPUT_INVALID, "Correct the field that the message names."),
-    _row("insufficient_balance", "40302", _F.INSUFFICIENT_BALANCE, "Top the balance up and start a new task."),
-    _row("authorization_missing", "40302", _F.NOT_AUTHORIZED, "Give the token the scope that contract §7 names."),
-    _row("authorization_not_found", "40401", _F.NOT_AUTHORIZED, "Authorise the tenant for this template."),
-    _row("authorization_revoked", "40302", _F.NOT_AUTHORIZED, "The tenant's right to this template was revoked."),
-    _row("authorization_expired", "40302", _F.NOT_AUTHORIZED, "Renew the tenant's right to this template."),
+    _row("payload_invalid", "42201", _F.INPUT_INVALID, _CORRECT),
     _row(
-        "authorization_quota_exceeded", "40302", _F.QUOTA_EXCEEDED, "Raise the template's quota or wait for the next."
+        "template_not_found",
+        "40401",
+        _F.INPUT_INVALID,
+        "The caller has to use a template that has a price, or the credits service's operator has to give it one.",
     ),
-    _row("idempotency_conflict", "40901", _F.TASK_CONFLICT, "Another request used this task's key: use a new task_id."),
-    _row("pre_deduct_not_found", "40401", _F.REPLY_INVALID, "The service knows no such hold: look in the ledger."),
     _row(
-        "pre_deduct_already_processed", "40901", _F.REPLY_INVALID, "The hold was resolved before: look in the ledger."
+        "insufficient_balance",
+        "40302",
+        _F.INSUFFICIENT_BALANCE,
+        "The tenant's administrator has to top the balance up; then the caller starts a new task.",
     ),
-    _row("hold_insufficient", "40902", _F.REPLY_INVALID, "The hold is smaller than the cost."),
-    _row("amount_invalid", "42200", _F.REPLY_INVALID, "The service refuses this amount."),
-    _row("amount_limit_exceeded", "42201", _F.REPLY_INVALID, "Charge at most 2000 points at once."),
-    _row("account_not_found", "40401", _F.NOT_AUTHORIZED, "The credits service has no such account."),
-    _row("pricing_unavailable", "50301", _F.CREDITS_UNAVAILABLE, "Retried.", definite=False),
-    _row("estimate_rate_limited", "42901", _F.CREDITS_UNAVAILABLE, "Retried.", definite=False),
-    _row("charge_rate_limited", "42901", _F.CREDITS_UNAVAILABLE, "Retried.", definite=False),
-    _row("ledger_unavailable", "50302", _F.CREDITS_UNAVAILABLE, "Retried.", definite=False),
+    _row("scope_denied", "40301", _F.NOT_AUTHORIZED, _SCOPE),
+    _row("authorization_missing", "40302", _F.NOT_AUTHORIZED, _SCOPE),
+    _row(
+        "authorization_not_found",
+        "40401",
+        _F.NOT_AUTHORIZED,
+        "The tenant's administrator has to have the tenant authorised for this template.",
+    ),
+    _row(
+        "authorization_revoked",
+        "40302",
+        _F.NOT_AUTHORIZED,
+        "The tenant's administrator has to have the tenant's right to this template restored: it was revoked.",
+    ),
+    _row(
+        "authorization_expired",
+        "40302",
+        _F.NOT_AUTHORIZED,
+        "The tenant's administrator has to renew the tenant's right to this template.",
+    ),
+    _row(
+        "authorization_quota_exceeded",
+        "40302",
+        _F.QUOTA_EXCEEDED,
+        "The tenant's administrator has to have the template's quota raised, or the caller waits for the next one.",
+    ),
+    _row(
+        "authorization_daily_limit",
+        "40302",
+        _F.QUOTA_EXCEEDED,
+        "The caller has to wait for the next day, or the tenant's administrator has this template's limit raised.",
+    ),
+    _row(
+        "daily_quota_exceeded",
+        "40303",
+        _F.QUOTA_EXCEEDED,
+        "The caller has to wait for the next day, or the tenant's administrator has the daily quota raised.",
+    ),
+    _row("idempotency_conflict", "40901", _F.TASK_CONFLICT, _NEW_KEY),
+    _row("pre_deduct_not_found", "40401", _F.REPLY_INVALID, f"{_LOOKED_UP} The service knows no such hold."),
+    _row("pre_deduct_already_processed", "40901", _F.REPLY_INVALID, f"{_LOOKED_UP} The hold was resolved before."),
+    _row("hold_insufficient", "40902", _F.REPLY_INVALID, f"{_LOOKED_UP} The hold is smaller than the cost."),
+    _row("amount_invalid", "42200", _F.REPLY_INVALID, "The operator has to compare prices: the amount is refused."),
+    _row(
+        "amount_limit_exceeded",
+        "42201",
+        _F.REPLY_INVALID,
+        "The operator has to raise the service's limit to 2000 points.",
+    ),
+    _row(
+        "account_not_found",
+        "40401",
+        _F.NOT_AUTHORIZED,
+        "The tenant's administrator has to open an account: the credits service has none for this tenant and user.",
+    ),
+    _row("pricing_unavailable", "50301", _F.CREDITS_UNAVAILABLE, _WAITED, definite=False),
+    _row("estimate_rate_limited", "42901", _F.CREDITS_UNAVAILABLE, _WAITED, definite=False),
+    _row("charge_rate_limited", "42901", _F.CREDITS_UNAVAILABLE, _WAITED, definite=False),
+    _row("ledger_unavailable", "50302", _F.CREDITS_UNAVAILABLE, _WAITED, definite=False),
 )
 CREDITS_CODES_BY_NUMBER: Final = {
     "40201": "insufficient_balance",
+    "40301": "scope_denied",
     "40302": "authorization_missing",
+    "40303": "daily_quota_exceeded",
     "40401": "pre_deduct_not_found",
     "40901": "idempotency_conflict",
     "40902": "hold_insufficient",
@@ -217,6 +277,10 @@ class Answer(OwnModel, Generic[T]):
     reply: T | None = None
     refusal: Refusal | None = None
     not_offered: bool = False
+    earlier_life: EarlierLife | None = None
+    """What the task's row told when the call was made; None where the run knows everything itself."""
+    tries: int = 1
+    """How often it was sent, this answer's try included: a service without idempotency may have acted each time."""
 
 
 def sentences_of(error: ValidationError) -> list[str]:

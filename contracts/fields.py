@@ -169,6 +169,18 @@ def _whole(value: Any) -> Any:
 
 Points = Annotated[int, BeforeValidator(_whole), Field(ge=-MAX_POINTS, le=MAX_POINTS)]
 """Whole points as another service states them; a float without a fraction is read as the whole number it is."""
+
+
+def stated(lowest: float, highest: float) -> AfterValidator:
+    """A number that decides how a job's end is charged: one out of range is kept just outside, so that it is named.
+
+    Refused, it would take the whole message with it, and the job would seem to be silent.
+    """
+    return AfterValidator(lambda number: type(number)(min(max(number, lowest - 1), highest + 1)))
+
+
+StatedPoints = Annotated[int, BeforeValidator(_whole), stated(-MAX_POINTS, MAX_POINTS)]
+"""As `Points`; one out of range is `MAX_POINTS + 1` or below `-MAX_POINTS`."""
 CallerPoints = Annotated[StrictInt, Field(ge=1, le=MAX_POINTS)]
 
 

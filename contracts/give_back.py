@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from contracts.calls import Post, SnapshotOrder
 from contracts.carried import AskedHold, AskedJob
 from contracts.credits import ChargeRequest
-from contracts.fields import CallerId, CallerModel, CallerText, OwnModel
+from contracts.fields import CallerId, CallerText, OwnModel
+from contracts.handed_on import KeptModel, Order
 from contracts.task_store import TaskRow
 from contracts.tasks import CreditsSummary
 
 GIVE_BACK_WORKFLOW: Final = "GiveBackWorkflow"
+_NOTHING: Final[tuple[Any, ...]] = (None, [], {}, "", 0, False)
 GIVE_BACK_PREFIX: Final = "give-back-"
 
 
@@ -22,15 +24,24 @@ def give_back_id_of(task_id: str) -> str:
     return GIVE_BACK_PREFIX + task_id
 
 
-class GiveBackOrder(CallerModel):
-    """Argument of `GiveBackWorkflow`."""
+class GiveBackOrder(KeptModel):
+    """Which task is given back, and who wants it why."""
 
     task_id: CallerId
     reason: Annotated[CallerText, Field(max_length=500)] = ""
 
 
-class LeftBehind(OwnModel):
-    """What an ended run left, as its history and the task's row tell it."""
+class GiveBackRun(GiveBackOrder, Order):
+    """Argument of `GiveBackWorkflow`."""
+
+    model_config = Order.model_config
+
+
+class LeftBehind(KeptModel):
+    """What an ended run left, as its history and the task's row tell it.
+
+    What a newer worker found besides may hold money: it is not read without it, and waits for a worker that knows it.
+    """
 
     row: TaskRow
     how: str
@@ -41,17 +52,41 @@ class LeftBehind(OwnModel):
     jobs: list[AskedJob] = []
     charges: list[Post[ChargeRequest]] = []
     """Asked for after delivery, where the hold had ended."""
+    asked_again: int = 0
+    """How many of the holds were asked for more than once."""
+    cost: int | None = None
+    """Points that were to be committed after delivery; None where no commit had been asked for."""
     snapshot: SnapshotOrder | None = None
     """What is to be deleted; it names no files."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_as_a_whole(cls, found: Any) -> Any:
+        if isinstance(found, dict):
+            unknown = [name for name in found if name not in cls.model_fields and found[name] not in _NOTHING]
+            if unknown:
+                raise ValueError(f"a newer worker found {', '.join(unknown)}, which this one cannot give back")
+        return found
+
+
+GiveBackOutcome = Literal["given_back", "already_charged", "nothing_held", "settlement_unknown"]
 
 
 class GiveBackResult(OwnModel):
     """Result of `GiveBackWorkflow`.
 
     `given_back`: hold and job are given back and the task has failed. `already_charged`: it had been charged, and is
-    completed. `nothing_held`: it had ended and given back everything itself.
+    completed. `nothing_held`: it had ended and given back everything itself. `settlement_unknown`: whether it was
+    charged could not be learned; the reconciler looks again.
     """
 
     task_id: str
-    outcome: Literal["given_back", "already_charged", "nothing_held"]
+    outcome: GiveBackOutcome
     credits: CreditsSummary
+
+
+def outcome_of(credits: CreditsSummary, if_not_charged: GiveBackOutcome) -> GiveBackOutcome:
+    """What a give-back came to, by an ended task's credits."""
+    if credits.charged is None:
+        return "settlement_unknown"
+    return "already_charged" if credits.charged else if_not_charged

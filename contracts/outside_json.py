@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from contracts.fields import MAX_DEPTH, repaired
 
+MAX_DIGITS: Final = 20
+TOO_LARGE: Final = 10**MAX_DIGITS
+"""What a longer number counts as: out of every range, so that the field that holds it is named."""
+
 
 class UnreadableJson(ValueError):
-    """The bytes are no JSON that we take: too large, too deep, not finite, a number too long, no UTF-8."""
+    """The bytes are no JSON that we take: too large, too deep, not finite, no UTF-8."""
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -24,8 +28,8 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
-    if len(text) > 20:
-        raise UnreadableJson("a number is too long")
+    if len(text) > MAX_DIGITS:
+        return -TOO_LARGE if text.startswith("-") else TOO_LARGE
     return int(text)
 
 

@@ -6,7 +6,8 @@ from typing import Annotated, Final
 
 from pydantic import Field
 
-from contracts.fields import CallerModel, OwnModel
+from contracts.fields import OwnModel
+from contracts.handed_on import Order
 
 RECONCILE_WORKFLOW: Final = "ReconcileWorkflow"
 RECONCILE_PREFIX: Final = "reconcile-"
@@ -17,7 +18,7 @@ def reconcile_id_of(task_queue: str) -> str:
     return RECONCILE_PREFIX + task_queue
 
 
-class ReconcileOrder(CallerModel):
+class ReconcileOrder(Order):
     """Argument of `ReconcileWorkflow`; a continued run goes on after `cursor`."""
 
     pause_seconds: Annotated[float, Field(ge=0, le=3_600)] = 60.0
@@ -25,6 +26,12 @@ class ReconcileOrder(CallerModel):
     cursor: str | None = None
     given_back: int = 0
     """By the runs before this one."""
+    unseen: int = 0
+    """Rows that the runs before this one could not look at."""
+    not_started: int = 0
+    """Give-backs that the runs before this one could not start."""
+    look_again_seconds: Annotated[float, Field(ge=0, le=86_400)] = 3_600.0
+    """How often the ledger of a task whose settlement is unknown is looked at again, for a day."""
 
 
 class OpenTasksLook(OwnModel):
@@ -32,6 +39,12 @@ class OpenTasksLook(OwnModel):
 
     quiet_seconds: float
     cursor: str | None = None
+
+
+class UnsettledLook(OwnModel):
+    """Which unknown settlements are due: those that were not looked at for `every_seconds`."""
+
+    every_seconds: float
 
 
 class ClosedRun(OwnModel):
@@ -49,10 +62,19 @@ class OpenTasksSeen(OwnModel):
 
     closed: list[ClosedRun] = []
     cursor: str | None = None
+    unseen: int = 0
+    """Rows of the page that could not be looked at: left to the next pass, and kept for `doctor`."""
 
 
 class ReconcileResult(OwnModel):
-    """Result of `ReconcileWorkflow`: how many give-backs were started, and which by its last run."""
+    """Result of `ReconcileWorkflow`: how many give-backs were started, and which by its last run.
+
+    `unseen` rows could not be looked at, `not_started` give-backs not be started: the next pass tries both again.
+    """
 
     given_back: int
     task_ids: list[str]
+    unseen: int = 0
+    not_started: int = 0
+    corrected: int = 0
+    """Rows whose settlement was unknown and is known now."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from contracts.comfyui import TaskPriority, TrainingLogLine, TrainingOutput
 from contracts.errors import ErrorDetails
 from contracts.fields import Instant, OwnModel
+from contracts.handed_on import KeptModel
+from contracts.lives import EarlierLife
 from contracts.permissions import Scene
 from contracts.policy import Policy
-from contracts.tasks import Confirmation, CreditsSummary, EventType, TaskStatus
+from contracts.tasks import Confirmation, CreditsSummary, EventType, TaskStatus, with_settlement
 
 
 class Fact(OwnModel):
@@ -102,11 +104,31 @@ class TaskClaim(OwnModel):
     at: Instant
 
 
-class ClaimOutcome(OwnModel):
+class ClaimOutcome(KeptModel):
     """`claimed` is true for the run that holds the id, whatever it repeats. `policy` is the worker's, read with it."""
 
     claimed: bool
     policy: Policy
+    earlier_life: EarlierLife | None = None
+
+
+class LookOrder(OwnModel):
+    """Which run asks what the task's row knows."""
+
+    task_id: str
+    first_execution_run_id: str
+    run_number: int = 0
+
+
+class RowSeen(OwnModel):
+    """What the store knows of a task that one of its runs may have forgotten. `row` is None where there is none."""
+
+    life: EarlierLife
+    row: TaskRow | None = None
+    told_points: int = 0
+    """What the events that are written have told of points: the sum of their `credits_delta`."""
+    life_seconds: float | None = None
+    """For how long the run that acts has been the one; None where the task's run was never reset."""
 
 
 class TaskWrite(OwnModel):
@@ -120,6 +142,10 @@ class TaskWrite(OwnModel):
     state: TaskState
     facts: list[Fact] = []
     exceptions: list[TaskException] = []
+    run_number: int = 0
+    """Of the run that writes; see `contracts.lives.TaskRun`."""
+    claim: TaskClaim | None = None
+    """What the run claimed the id with: a store that lost the row makes it anew from this."""
 
 
 class TrainingLogWrite(OwnModel):
@@ -153,6 +179,39 @@ class TaskRow(TaskState):
     ended_at: Instant | None = None
     last_seq: int
     """`seq` of the newest event."""
+    run_id: str | None = None
+    """The run that acts for the task, as the store has seen last; None where none has told since 0.1.0."""
+    lives: int = 0
+    """How often the task's run was reset."""
+    given_back_by: str | None = None
+    hold_ids: list[str] = []
+    """Every hold that any run of the task took, and `job_ids` every job or training that one asked for."""
+    job_ids: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_earlier_release(cls, values: Any) -> Any:
+        has_ended = isinstance(values, dict) and values.get("ended_at") is not None
+        return with_settlement(values, has_ended=has_ended)
+
+
+class UnsettledTask(OwnModel):
+    """An ended task whose settlement is unknown: whose ledger is to be read, and what was told."""
+
+    task_id: str
+    tenant_id: str
+    user_id: str
+    scene: Scene
+    priority: TaskPriority
+    credits: CreditsSummary
+
+
+class Correction(OwnModel):
+    """What the ledger shows of a task by now: its row's new `credits`, and the record that says so."""
+
+    task_id: str
+    credits: CreditsSummary
+    record: TaskException
 
 
 class TaskExceptionRow(TaskException):

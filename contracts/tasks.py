@@ -6,7 +6,7 @@ import hashlib
 import json
 from enum import StrEnum
 from pathlib import PurePosixPath
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -229,18 +229,41 @@ def input_sha256_of(task: ImageTask | TrainingTask) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+class SettlementState(StrEnum):
+    """`settlement` of a task's credits.
+
+    `open`: the task goes on. `settled`: what is told is true. `unknown`: whether it was charged could not be learned.
+    """
+
+    OPEN = "open"
+    SETTLED = "settled"
+    UNKNOWN = "unknown"
+
+
 class CreditsSummary(OwnModel):
-    """`credits` of results and of the query, in points. `held` is the last hold's amount."""
+    """`credits` of results and of the query, in points. `held` is the last hold's amount.
+
+    `charged` and `returned` are null where `settlement` is `unknown`, and nowhere else.
+    """
 
     estimated: int = 0
     held: int = 0
-    charged: int = 0
-    returned: int = 0
+    charged: int | None = 0
+    returned: int | None = 0
     shortfall: int = 0
+    settlement: SettlementState = SettlementState.OPEN
     pre_deduct_ids: list[str] = []
     """The newest 64."""
     pre_deduct_count: int = 0
     """How many there were in all."""
+
+
+def with_settlement(values: Any, *, has_ended: bool) -> Any:
+    """A result or row as data: where `credits` of an ended task tell no settlement (release 0.1.0), it was settled."""
+    credits = values.get("credits") if isinstance(values, dict) else None
+    if not has_ended or not isinstance(credits, dict) or "settlement" in credits:
+        return values
+    return {**values, "credits": {**credits, "settlement": SettlementState.SETTLED.value}}
 
 
 class TaskResult(OwnModel):
@@ -254,6 +277,11 @@ class TaskResult(OwnModel):
     error_details: ErrorDetails | None = None
     attempts: int = 0
     credits: CreditsSummary = CreditsSummary()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_earlier_release(cls, values: Any) -> Any:
+        return with_settlement(values, has_ended=True)
 
 
 class ImageResult(TaskResult):

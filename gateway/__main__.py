@@ -19,9 +19,10 @@ from gateway.draining import Draining, DrainingServer
 from gateway.page import PageSettings
 from gateway.tokens import StreamTokens
 from logs import configure_logs
+from namespace_of_store import at_home
 from process_end import end_process
 from settings import Settings
-from start_up import CannotStart, caller_tokens_by, read_settings
+from start_up import CannotStart, caller_tokens_by, database_of, read_settings
 from store import TaskStore
 
 log = structlog.get_logger("gateway")
@@ -46,15 +47,12 @@ def access_by(settings: Settings) -> Access:
 
 async def serve(settings: Settings) -> None:
     """Serve until told to stop. Raises CannotStart."""
-    if settings.database_dsn is None:
-        raise CannotStart(
-            "No database is set: give COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://user:password@host:port/database."
-        )
+    dsn = database_of(settings)
     access, draining = access_by(settings), Draining()
     # Lazy: callbacks are answered with 503 while Temporal is away, at the start as at any other time.
     client = await temporal_plugin.connect(settings, lazy=True)
     try:
-        store = TaskStore(settings.database_dsn.get_secret_value())
+        store = TaskStore(dsn)
         callback_secrets = [secret.get_secret_value() for secret in settings.callback_secrets]
         app = create_app(
             temporal=client,
@@ -83,12 +81,17 @@ async def serve(settings: Settings) -> None:
         ),
         draining,
     )
-    log.info("gateway_serves", host=settings.gateway_host, port=settings.gateway_port, database=store.address)
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises the signal again once it has drained: without a handler that would kill us before we close.
         signal.signal(number, lambda *_: None)
+
+    def leave() -> None:
+        server.should_exit = True
+
     try:
-        await server.serve()
+        async with at_home(client, dsn, refused=leave):
+            log.info("gateway_serves", host=settings.gateway_host, port=settings.gateway_port, database=store.address)
+            await server.serve()
     finally:
         await store.close()
 

@@ -32,6 +32,7 @@ class ProblemCode(StrEnum):
     TASK_EXISTS = "task_exists"
     TASK_OVER = "task_over"
     ALREADY_CHARGED = "already_charged"
+    SETTLEMENT_UNKNOWN = "settlement_unknown"
     STILL_ENDING = "still_ending"
     TOO_LARGE = "too_large"
     TOO_SLOW = "too_slow"
@@ -55,6 +56,7 @@ STATUS_OF: Final[dict[ProblemCode, int]] = {
     ProblemCode.TASK_EXISTS: 409,
     ProblemCode.TASK_OVER: 409,
     ProblemCode.ALREADY_CHARGED: 409,
+    ProblemCode.SETTLEMENT_UNKNOWN: 409,
     ProblemCode.STILL_ENDING: 409,
     ProblemCode.TOO_LARGE: 413,
     ProblemCode.TOO_SLOW: 408,

@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final, Literal
 
-from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
+from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
 from temporalio.common import WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 
 from caller_tokens import Caller
-from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, GiveBackResult, give_back_id_of
+from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, GiveBackResult, give_back_id_of, outcome_of
 from contracts.tasks import CancelTask, workflow_id_of
 from gateway.problems import Problem, ProblemCode
 from gateway.task_bodies import RollbackOrder, RollbackOutcome, TaskView
 from gateway.tasks import Tasks
 from gateway.temporal_calls import RPC_TIMEOUT, bounded, described, temporal_problems
+from runs_seen import RunStatus
 from task_start import WORKFLOW_TASK_TIMEOUT
 
 WAIT_SECONDS: Final = 10.0
@@ -34,12 +35,18 @@ class Rollback:
         self._task_queue = task_queue
 
     async def roll_back(self, caller: Caller, task_id: str, order: RollbackOrder) -> RollbackOutcome:
-        """What became of the task's hold. Raises Problem: `already_charged`, `still_ending`, …"""
+        """What became of the task's hold. Raises Problem: `already_charged`, `settlement_unknown`, `still_ending`, …"""
         task = await self._tasks.owned(caller, task_id)
         if task.ended_at is not None:
             return _of_ended(task)
         run = await described(self._temporal, workflow_id_of(task_id))
-        if run is not None and run.status is WorkflowExecutionStatus.RUNNING:
+        if run is not None and run.status is RunStatus.PAUSED:
+            raise Problem(
+                ProblemCode.WORKER_UNAVAILABLE,
+                f"The run of task {task_id} is paused in Temporal, and gives nothing back until it goes on: unpause "
+                "it and ask again.",
+            )
+        if run is not None and not run.status.is_over:
             return await self._cancelled(caller, task, order)
         return await self._given_back(task, order)
 
@@ -91,7 +98,7 @@ async def _result_of(handle: WorkflowHandle[Any, GiveBackResult]) -> GiveBackRes
 def _of_ended(task: TaskView) -> RollbackOutcome:
     result = GiveBackResult(
         task_id=task.task_id,
-        outcome="already_charged" if task.credits.charged else "nothing_held",
+        outcome=outcome_of(task.credits, "nothing_held"),
         credits=task.credits,
     )
     return _of_outcome(task.task_id, result)
@@ -103,6 +110,12 @@ def _of_outcome(task_id: str, result: GiveBackResult) -> RollbackOutcome:
             ProblemCode.ALREADY_CHARGED,
             f"Task {task_id} was delivered and {result.credits.charged} points were charged: "
             "there is no hold left to give back.",
+        )
+    if result.outcome == "settlement_unknown":
+        raise Problem(
+            ProblemCode.SETTLEMENT_UNKNOWN,
+            f"Whether task {task_id} was charged could not be learned, so nothing can be rolled back. The ledger is "
+            "looked at again hourly for a day: ask again, or look into the credits service's ledger.",
         )
     outcome: Literal["given_back", "nothing_held"] = result.outcome
     return RollbackOutcome(outcome=outcome, credits=result.credits)

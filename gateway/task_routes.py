@@ -149,7 +149,10 @@ def task_routes(
         return await tasks.confirm_price(caller, task_id, order)
 
     @router.post(
-        "/{task_id}/rollback", responses=problems(*_CHANGE, ProblemCode.ALREADY_CHARGED, ProblemCode.STILL_ENDING)
+        "/{task_id}/rollback",
+        responses=problems(
+            *_CHANGE, ProblemCode.ALREADY_CHARGED, ProblemCode.SETTLEMENT_UNKNOWN, ProblemCode.STILL_ENDING
+        ),
     )
     async def roll_back_task(
         caller: Annotated[Caller, Depends(access.demands(Operation.ROLL_BACK))],

@@ -14,6 +14,7 @@ from contracts.tasks import CALLBACK_SIGNAL, workflow_id_of
 from gateway.callback_body import Callback
 from gateway.callback_relay import Relayed
 from gateway.metrics import Metrics
+from runs_seen import describe_run
 from store import StoreUnavailable, TaskStore
 
 log = structlog.get_logger(__name__)
@@ -48,10 +49,10 @@ class TaskRuns:
 
     async def _without_open_run(self, task_id: str) -> Relayed:
         """Over when a closed run or a claim is known; unknown only when both Temporal and the store say so."""
-        handle = self._client.get_workflow_handle(workflow_id_of(task_id))
+        limit = timedelta(seconds=SIGNAL_SECONDS)
         try:
             async with asyncio.timeout(SIGNAL_SECONDS):
-                await handle.describe(rpc_timeout=timedelta(seconds=SIGNAL_SECONDS))
+                await describe_run(self._client, workflow_id_of(task_id), rpc_timeout=limit)
             return Relayed.TASK_OVER
         except RPCError as error:
             if not _is_run_missing(error):

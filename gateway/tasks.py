@@ -9,7 +9,7 @@ from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
-from temporalio.client import Client, WorkflowExecutionDescription
+from temporalio.client import Client
 from temporalio.common import SearchAttributeKey
 
 import task_start
@@ -43,6 +43,7 @@ from gateway.task_bodies import (
     TrainingOrder,
 )
 from gateway.temporal_calls import RunMissing, bounded, described, updated
+from runs_seen import RunSeen
 from store import CursorInvalid, StoreUnavailable, TaskStore
 
 T = TypeVar("T")
@@ -209,11 +210,11 @@ def _exists(task_id: str) -> Problem:
     )
 
 
-def _view_of_run(task_id: str, run: WorkflowExecutionDescription) -> TaskView | None:
+def _view_of_run(task_id: str, run: RunSeen) -> TaskView | None:
     """A run without a row, by its search attributes; None where it is none of ours."""
 
     def attribute(name: str) -> Any:
-        return run.typed_search_attributes.get(SearchAttributeKey.for_keyword(name))
+        return run.search_attributes.get(SearchAttributeKey.for_keyword(name))
 
     try:
         return TaskView(
@@ -224,7 +225,7 @@ def _view_of_run(task_id: str, run: WorkflowExecutionDescription) -> TaskView | 
             template_id=attribute("TemplateId"),
             priority=TaskPriority(attribute("TaskPriority")),
             resolution="",
-            workflow_id=run.id,
+            workflow_id=run.workflow_id,
             status=TaskStatus(attribute("TaskStatus")),
             stage=attribute("TaskStage"),
             created_at=run.start_time,

@@ -11,7 +11,6 @@ from typing import Any, Final, TypeVar
 import structlog
 from temporalio.client import (
     Client,
-    WorkflowExecutionDescription,
     WorkflowHandle,
     WorkflowUpdateFailedError,
     WorkflowUpdateRPCTimeoutOrCancelledError,
@@ -20,6 +19,7 @@ from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 from gateway.problems import Problem, ProblemCode
+from runs_seen import RunSeen, describe_run
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -39,10 +39,10 @@ async def bounded(call: Awaitable[T]) -> T:
         return await asyncio.wait_for(call, CALL_SECONDS)
 
 
-async def described(client: Client, workflow_id: str) -> WorkflowExecutionDescription | None:
+async def described(client: Client, workflow_id: str) -> RunSeen | None:
     """The newest run under this id; None where Temporal knows none."""
     try:
-        return await bounded(client.get_workflow_handle(workflow_id).describe(rpc_timeout=RPC_TIMEOUT))
+        return await bounded(describe_run(client, workflow_id, rpc_timeout=RPC_TIMEOUT))
     except RunMissing:
         return None
 

@@ -6,6 +6,7 @@ once, what was struck comes back, and every task has to end as if nothing had be
 instants.py      every instant of both flows, and how a task is brought to it
 ways.py          the lives of a task that lead there
 gates.py         how a call is kept in its instant: files that the worker looks at
+shorter_waits.py waits of minutes that the rounds have no time for
 gated_worker.py  `worker.py` with these gates; nothing of it is in production code
 kinds.py         the blows
 stack.py         the stack's processes, each ours to kill and to start again

@@ -3,6 +3,7 @@
 python -m kill_points                                    everything
 python -m kill_points --kinds worker-killed,terminated   some blows
 python -m kill_points --only "image: commit"             some instants
+python -m kill_points --profile field                    with the platform's own credits service (contract §4, field)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from kill_points.site import opened_site
 from kill_points.stack import KillableStack
 from local_stack.folder import StackFailure
 from process_end import end_process
+from simulators.credits_profile import CONTRACT, PROFILES
 
 EXIT_FAILED = 1
 EXIT_CANNOT = 2
@@ -40,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="kill-points-"))
     folder.chmod(0o755)
     try:
-        cells = asyncio.run(struck(folder / "run", kinds, instants, within_seconds=options.within, most=options.most))
+        stack = KillableStack(folder / "run", PROFILES[options.profile])
+        cells = asyncio.run(struck(stack, kinds, instants, within_seconds=options.within, most=options.most))
     except StackFailure as failure:
         print(failure, file=sys.stderr)
         return EXIT_CANNOT
@@ -59,6 +62,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kill_points", description=__doc__, formatter_class=form)
     parser.add_argument("--only", action="append", default=[], help="instants whose name holds this; may be repeated")
     parser.add_argument("--kinds", type=_kinds, default=list(KINDS), help=f"some of {', '.join(KINDS)}")
+    parser.add_argument("--profile", choices=list(PROFILES), default=CONTRACT.name, help="of the credits service")
     parser.add_argument("--within", type=float, default=5.0, help="seconds within which work has to go on (5)")
     parser.add_argument("--most", type=int, default=50, help="tasks struck at once (50)")
     return parser.parse_args(arguments)
@@ -82,12 +86,12 @@ def chosen_instants(only: Sequence[str]) -> list[Instant]:
 
 
 async def struck(
-    folder: Path, kinds: Sequence[Kind], instants: Sequence[Instant], *, within_seconds: float, most: int
+    stack: KillableStack, kinds: Sequence[Kind], instants: Sequence[Instant], *, within_seconds: float, most: int
 ) -> list[Cell]:
     """Every cell, with its problems. Raises StackFailure."""
     cells: list[Cell] = []
     number = 0
-    async with opened_site(KillableStack(folder)) as site:
+    async with opened_site(stack) as site:
         for kind in kinds:
             fitting = [instant for instant in instants if kind.fits(instant)]
             for some in _evenly(fitting, most):
@@ -99,7 +103,7 @@ async def struck(
                 failed = sum(bool(cell.problems) for cell in done)
                 print(f"{kind.name}: {len(done)} cells, {failed} failed: {clock}", flush=True)
                 if failed:
-                    print(failures(done), flush=True)
+                    print(failures(done, stack.profile), flush=True)
     return cells
 
 

@@ -4,6 +4,7 @@ What differs from production, and only here:
 1. An interceptor stops a call at its gate (gates.py), heartbeating, for as long as the gate is closed.
 2. Calls may take two minutes, not ten seconds: one that waits in its instant must not be given up before the blow.
    Heartbeats, by which a killed worker's calls are missed, are as they are.
+3. The ledger is looked at for 20 seconds, not ten minutes, before what it does not show counts as absent.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from activities.credits import CreditsClient
 from activities.outside_http import OutsideHttp, RawReply
 from contracts.tasks import WORKFLOW_ID_PREFIX
 from kill_points.gates import AFTER_REPLY, BEFORE_REPORT, BEFORE_SEND, Gate, Gates
+from kill_points.shorter_waits import shorter_waits
 from settings import Settings
 
 FOLDER_VARIABLE: Final = "KILL_POINTS_FOLDER"
@@ -143,6 +145,7 @@ def main() -> int:
     with ExitStack() as replaced:
         replaced.enter_context(patch.object(worker, "connect", gated_connect))
         replaced.enter_context(patch.object(OutsideHttp, "send", gated_send))
+        replaced.enter_context(shorter_waits())
         for module in (outside_http, running_call):
             replaced.enter_context(patch.object(module, "REQUEST_SECONDS", seconds))
         for client in (ComfyUIClient, CreditsClient):

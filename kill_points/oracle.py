@@ -16,10 +16,13 @@ from temporalio.service import RPCError
 from temporalio.worker import Replayer
 
 from contracts.give_back import give_back_id_of
-from contracts.task_store import TaskRow
+from contracts.task_store import TaskExceptionRow, TaskRow
 from contracts.tasks import EventType, TaskEvent, TaskStatus, workflow_id_of
+from kill_points.shorter_waits import shorter_waits
 from kill_points.site import Site
 from simulators.admin_wire import EntrySeen, HoldSeen, RunSeen
+from simulators.credits_profile import CreditsProfile
+from simulators.task_money import TaskMoney
 from temporal_plugin import TasksPlugin
 from worker import WORKFLOWS
 
@@ -61,6 +64,7 @@ class Ending:
     recovered: Callable[[float], None]
     row: TaskRow | None = None
     events: list[TaskEvent] = field(default_factory=list)
+    exceptions: list[TaskExceptionRow] = field(default_factory=list)
     histories: list[WorkflowHistory] = field(default_factory=list)
 
     def must(self, is_true: bool, problem: str) -> None:
@@ -72,6 +76,7 @@ class Ending:
 class Books:
     """What both services have noted, by task."""
 
+    profile: CreditsProfile
     entries: dict[str, list[EntrySeen]]
     holds: dict[str, list[HoldSeen]]
     runs: dict[str, list[RunSeen]]
@@ -81,6 +86,7 @@ class Books:
 async def judged(site: Site, endings: Sequence[Ending]) -> None:
     """Note every untruth with its task."""
     books = Books(
+        site.stack.profile,
         _by_task(await site.admin.credits.ledger()),
         _by_task(await site.admin.credits.holds()),
         _by_task(await site.admin.comfyui.jobs()),
@@ -116,6 +122,7 @@ def _by_task(seen: Iterable[Seen]) -> dict[str, list[Seen]]:
 async def _read(site: Site, ending: Ending) -> None:
     ending.row = await site.store.task(ending.task_id)
     ending.events = await site.store.events(ending.task_id)
+    ending.exceptions = await site.store.exceptions(task_id=ending.task_id)
     ending.histories = [
         *[history async for history in _histories(site, workflow_id_of(ending.task_id))],
         *[history async for history in _histories(site, give_back_id_of(ending.task_id))],
@@ -148,14 +155,17 @@ def _check_end(ending: Ending) -> None:
 
 def _check_money(ending: Ending, books: Books) -> None:
     """Each hold is resolved once; charged is the price once where completed, and nothing elsewhere."""
-    entries, holds, row = books.entries[ending.task_id], books.holds[ending.task_id], ending.row
+    row = ending.row
     ending.problems += [problem for problem in books.problems if ending.task_id in problem]
-    still_open = [hold.pre_deduct_id for hold in holds if hold.phase == "open"]
-    ending.must(not still_open, f"holds still stand: {still_open}")
-    taken = -sum(entry.change + entry.frozen_change for entry in entries)
-    charges = sum(entry.kind in ("commit", "charge") for entry in entries)
-    told = row.credits.charged if row else 0
-    ending.must(taken == told, f"{taken} points were taken, {told} are told")
+    money = TaskMoney(
+        books.profile,
+        books.holds[ending.task_id],
+        books.entries[ending.task_id],
+        told=row.credits.charged if row else 0,
+        records=[(record.code, record.details) for record in ending.exceptions],
+    )
+    ending.problems += [*money.leaks(), *money.mischarges()]
+    charges, taken = money.charges, money.taken
     if row is not None and row.status is TaskStatus.COMPLETED:
         ending.must(charges == 1 and taken > 0, f"completed with {charges} charges, {taken} points")
         ending.must(bool(row.result_urls or row.output), "completed, and nothing handed out")
@@ -209,7 +219,7 @@ def _check_histories(ending: Ending) -> None:
 
 
 async def _check_replays(endings: Sequence[Ending]) -> None:
-    """Every history replays with the real configuration."""
+    """Every history replays with the configuration of the gated worker."""
     by_run = {history.run_id: ending for ending in endings for history in ending.histories}
 
     async def all_histories() -> AsyncIterator[WorkflowHistory]:
@@ -218,11 +228,12 @@ async def _check_replays(endings: Sequence[Ending]) -> None:
                 yield history
 
     replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()])
-    async with replayer.workflow_replay_iterator(all_histories()) as results:
-        async for result in results:
-            if result.replay_failure is not None:
-                ending = by_run[result.history.run_id]
-                ending.problems.append(f"its history does not replay: {result.replay_failure}")
+    with shorter_waits():
+        async with replayer.workflow_replay_iterator(all_histories()) as results:
+            async for result in results:
+                if result.replay_failure is not None:
+                    ending = by_run[result.history.run_id]
+                    ending.problems.append(f"its history does not replay: {result.replay_failure}")
 
 
 def _snapshot_files(site: Site, task_id: str) -> list[str]:

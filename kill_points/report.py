@@ -10,6 +10,7 @@ from typing import Final
 
 from kill_points.kinds import KINDS
 from kill_points.rounds import Cell
+from simulators.credits_profile import CONTRACT, CreditsProfile
 
 SHOWN: Final = 6
 
@@ -32,15 +33,15 @@ def _verdict(cell: Cell | None) -> str:
     return "**failed**" if cell.problems else "ok"
 
 
-def failures(cells: Sequence[Cell]) -> str:
+def failures(cells: Sequence[Cell], profile: CreditsProfile = CONTRACT) -> str:
     """Each failing cell, its problems and its command."""
-    told = []
+    told, named = [], "" if profile is CONTRACT else f" --profile {profile.name}"
     for cell in cells:
         if cell.problems:
             only = shlex.quote(cell.instant.label)
             told.append(f"{cell.instant.label} × {cell.kind.name} ({cell.task_id})")
             told += [f"    {problem}" for problem in cell.problems[:SHOWN]]
-            told.append(f"    alone: python -m kill_points --only {only} --kinds {cell.kind.name}")
+            told.append(f"    alone: python -m kill_points --only {only} --kinds {cell.kind.name}{named}")
     return "\n".join(told)
 
 

@@ -86,6 +86,12 @@ class Site:
                 path.write_text(f"picture {n}")
         return folder
 
+    async def end_hold(self, pre_deduct_id: str) -> None:
+        """Let an open hold end without its task: by expiry; where holds do not expire, cancelled by hand."""
+        credits = self.admin.credits
+        is_ended_by_service = self.stack.profile.ends_holds
+        await (credits.expire_hold if is_ended_by_service else credits.cancel_hold)(pre_deduct_id)
+
     # What is asked of a task
 
     async def progress(self, task_id: str) -> dict[str, Any]:

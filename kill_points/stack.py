@@ -21,6 +21,7 @@ from local_stack.description import describe
 from local_stack.folder import RunFolder
 from local_stack.parts import SETTINGS_PREFIX, STAGES, LocalParts
 from local_stack.ports import PREFERRED, any_free_port
+from simulators.credits_profile import CONTRACT, CreditsProfile
 
 SPEED: Final = 480.0
 """A standard image in a second, a training in about six."""
@@ -47,10 +48,11 @@ SETTINGS: Final = {
 
 
 class KillableStack:
-    """One stack in a folder of its own, on free ports."""
+    """One stack in a folder of its own, on free ports, with one of the two simulated credits services."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, profile: CreditsProfile = CONTRACT) -> None:
         self.folder = RunFolder(folder)
+        self.profile = profile
         ports: dict[str, int] = {}
         for name in PREFERRED:
             ports[name] = any_free_port(set(ports.values()))
@@ -61,7 +63,8 @@ class KillableStack:
         }
 
     def _gated(self, part: Part) -> Part:
-        settings = {SETTINGS_PREFIX + name: value for name, value in SETTINGS.items()}
+        given = {**SETTINGS, "SIMULATOR_CREDITS_PROFILE": self.profile.name}
+        settings = {SETTINGS_PREFIX + name: value for name, value in given.items()}
         environment = {**part.environment, **settings, FOLDER_VARIABLE: str(self.folder.path)}
         command = [sys.executable, "-m", "kill_points.gated_worker"] if part.name == "worker" else part.command
         return replace(part, environment=environment, command=command)

@@ -144,7 +144,7 @@ async def _expire(site: Site, task_id: str) -> None:
     row = await site.row(task_id)
     assert row is not None
     for pre_deduct_id in row.credits.pre_deduct_ids:
-        await site.admin.credits.expire_hold(pre_deduct_id)
+        await site.end_hold(pre_deduct_id)
     await finish(site, task_id)
 
 

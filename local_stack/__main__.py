@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -10,12 +11,16 @@ from pathlib import Path
 from local_stack.commands import demo, down, status, up
 from local_stack.folder import DEFAULT_FOLDER, RunFolder, StackFailure
 from local_stack.pace import DEMO_SPEED
+from local_stack.parts import PROFILE_SETTING
 from local_stack.supervisor import supervise
 from process_end import end_process
+from simulators.credits_profile import PROFILES
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
+    if getattr(given, "credits_profile", None):
+        os.environ[PROFILE_SETTING] = given.credits_profile  # as if the caller had set it: every part inherits it
     try:
         folder = RunFolder(given.folder)
         if given.command == "supervise":
@@ -46,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="URL",
         help="a real ComfyUI server, reached through the bridge, instead of the simulated one; may be repeated",
+    )
+    paced.add_argument(
+        "--credits-profile",
+        choices=list(PROFILES),
+        help="which credits service is simulated: one by our contract, or the platform's own (field)",
     )
     commands.add_parser("up", parents=[common, paced], help="start the stack and leave it running")
     commands.add_parser("down", parents=[common], help="end it")

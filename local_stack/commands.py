@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
@@ -12,8 +13,9 @@ from contracts.stack import StackDescription
 from local_stack.background import Background, end_stack, running_stack, start_stack
 from local_stack.child import is_running
 from local_stack.comfyui_servers import silent_servers
-from local_stack.folder import RunFolder, StackFailure
+from local_stack.folder import RunFolder, StackFailure, StackRecord
 from local_stack.pace import DEMO_SPEED, REAL_SPEED
+from local_stack.parts import DEFAULT_PROFILE, PROFILE_SETTING
 
 EXIT_NOT_UP: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -98,7 +100,10 @@ def _say_whether_started(folder: RunFolder, started: Background | None, speed: f
     record = folder.record()
     if started is not None or record is None:
         return
+    profile = os.environ.get(PROFILE_SETTING)
     print(f"A stack is up in this folder already and is used as it is (speed {record.speed:g}).")
+    if profile and profile != record.credits_profile:
+        print(f"For the {profile} credits profile end it first: `make down`.")
     if speed is not None and speed != record.speed:
         print(f"For speed {speed:g} end it first: `make down`.")
 
@@ -112,7 +117,7 @@ def _show(folder: RunFolder, stack: StackDescription) -> None:
         ("Temporal", stack.temporal_address),
         ("gateway", stack.gateway_url),
         ("ComfyUI", f"{stack.comfyui_url} ({_behind(stack)})"),
-        ("credits", f"{stack.credits_url} (simulated)"),
+        ("credits", f"{stack.credits_url} (simulated{_unusual(record)})"),
         ("described in", folder.path / "stack.json"),
         ("logs", folder.path / "logs"),
     ):
@@ -120,6 +125,12 @@ def _show(folder: RunFolder, stack: StackDescription) -> None:
     # The token stands in the fragment, which browsers send to nobody.
     if tenant_id := next(iter(stack.tokens), None):
         print(f"  {'live page':<13} {stack.page_url(tenant_id)}")
+
+
+def _unusual(record: StackRecord | None) -> str:
+    if record is None or record.credits_profile == DEFAULT_PROFILE:
+        return ""
+    return f", profile {record.credits_profile}"
 
 
 def _behind(stack: StackDescription) -> str:

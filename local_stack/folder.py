@@ -65,6 +65,8 @@ class StackRecord(BaseModel):
     """What a later command, or the next start after a kill, needs to know of this run."""
 
     speed: float
+    credits_profile: str = "contract"
+    """Which credits service is simulated."""
     processes: dict[str, ProcessRecord] = {}
 
 

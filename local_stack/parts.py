@@ -19,9 +19,12 @@ from local_stack.pace import paced_settings
 from local_stack.ports import LOOPBACK
 from local_stack.postgres import LocalPostgres
 from local_stack.temporal_server import NAMESPACE, LocalTemporal
+from simulators.credits_profile import CONTRACT
 
 SETTINGS_PREFIX: Final = "COMFYUI_TEMPORAL_"
 DATABASE_SETTING: Final = SETTINGS_PREFIX + "DATABASE_DSN"
+PROFILE_SETTING: Final = SETTINGS_PREFIX + "SIMULATOR_CREDITS_PROFILE"
+DEFAULT_PROFILE: Final = CONTRACT.name
 NEVER_INHERITED: Final = frozenset(
     {
         *("SERVICE_TOKEN", "TEMPORAL_PROFILE", "TOKEN_ISSUER", "TOKEN_AUDIENCE"),

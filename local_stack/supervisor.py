@@ -20,7 +20,7 @@ from typing import Any, Final
 from local_stack.child import Child, kill_leftover
 from local_stack.description import REWRITE_SECONDS, describe
 from local_stack.folder import AlreadyLocked, RunFolder, StackFailure, StackRecord
-from local_stack.parts import STAGES, LocalParts
+from local_stack.parts import DEFAULT_PROFILE, PROFILE_SETTING, STAGES, LocalParts
 from local_stack.ports import PREFERRED, choose_ports
 
 READY_LINE: Final = "ready"
@@ -148,7 +148,8 @@ class Supervisor:
     def _record(self) -> None:
         processes = {name: child.record for name, child in self._children.items()}
         kept = {name: process for name, process in processes.items() if process is not None}
-        self._folder.write_record(StackRecord(speed=self._speed, processes=kept))
+        profile = os.environ.get(PROFILE_SETTING) or DEFAULT_PROFILE
+        self._folder.write_record(StackRecord(speed=self._speed, credits_profile=profile, processes=kept))
 
     def _write(self, parts: LocalParts) -> None:
         self._record()

@@ -17,9 +17,10 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 
 from simulation.mutants import MUTANTS
-from simulation.scenario import KINDS
+from simulation.scenario import KINDS, PROFILES
 from simulation.schedule import Outcome, play
 
 AT_ONCE = 100
@@ -30,7 +31,7 @@ def main() -> int:
     options = _options()
     logging.disable(logging.CRITICAL)
     if options.seed is not None:
-        return _one(options.seed, options.kind or KINDS[0], options.mutant)
+        return _one(options.seed, options.kind or KINDS[0], options.profile, options.mutant)
     seeds = range(options.first, options.first + options.seeds)
     kinds = [options.kind] if options.kind else KINDS
     return max(_many(seeds, kind, options) for kind in kinds)
@@ -42,6 +43,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1_000, help="how many (1000)")
     parser.add_argument("--first", type=int, default=0, help="from which on (0)")
     parser.add_argument("--kind", choices=KINDS, help="one kind of task; both by default")
+    parser.add_argument("--profile", choices=PROFILES, default="contract", help="whose credits service (contract)")
     parser.add_argument("--seed", type=int, help="play this one and print all that happens")
     parser.add_argument("--mutant", choices=MUTANTS, help="put this mistake back first; only with --seed")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once (one for each processor)")
@@ -49,9 +51,9 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _one(seed: int, kind: str, mutant: str | None) -> int:
+def _one(seed: int, kind: str, profile: str, mutant: str | None) -> int:
     with MUTANTS[mutant].put_back() if mutant else nullcontext():
-        outcome = play(seed, kind, is_traced=True)
+        outcome = play(seed, kind, profile=profile, is_traced=True)
     print("\n".join(outcome.trace))
     print(f"{kind} {seed}: {outcome.problem or outcome.end}")
     return 1 if outcome.problem else 0
@@ -60,7 +62,7 @@ def _one(seed: int, kind: str, mutant: str | None) -> int:
 def _many(seeds: range, kind: str, options: argparse.Namespace) -> int:
     began, ends, counts, failed = time.monotonic(), Counter[str](), Counter[str](), list[Outcome]()
     with ProcessPoolExecutor(options.processes, initializer=_quiet) as processes:
-        for outcome in _played(processes, seeds, kind):
+        for outcome in _played(processes, seeds, kind, options.profile):
             ends[outcome.end] += 1
             counts.update(outcome.counts)
             if outcome.problem:
@@ -79,14 +81,14 @@ def _quiet() -> None:
     gc.set_threshold(100_000, 50, 50)
 
 
-def _played(processes: ProcessPoolExecutor, seeds: range, kind: str) -> Iterator[Outcome]:
+def _played(processes: ProcessPoolExecutor, seeds: range, kind: str, profile: str) -> Iterator[Outcome]:
     chunks = [seeds[at : at + AT_ONCE] for at in range(0, len(seeds), AT_ONCE)]
-    for outcomes in processes.map(_play_all, chunks, [kind] * len(chunks)):
+    for outcomes in processes.map(partial(_play_all, kind=kind, profile=profile), chunks):
         yield from outcomes
 
 
-def _play_all(seeds: range, kind: str) -> list[Outcome]:
-    return [play(seed, kind) for seed in seeds]
+def _play_all(seeds: range, *, kind: str, profile: str) -> list[Outcome]:
+    return [play(seed, kind, profile=profile) for seed in seeds]
 
 
 def _print(kind: str, ends: Counter[str], counts: Counter[str], failed: list[Outcome], seconds: float) -> None:

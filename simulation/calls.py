@@ -27,6 +27,7 @@ from contracts.errors import FailureCode
 from simulation.agenda import Agenda, Happening
 from simulation.hosted_run import payload_of
 from simulation.parties import CallRefused, Parties
+from simulation.store_model import Caller
 from simulation.trace import Trace
 from simulation.weather import Attempt, Spoiled, Weather
 
@@ -57,6 +58,11 @@ class Call:
     is_over: bool = False
     last_failure: Failure | None = None
     next_try: Happening | None = None
+    outcome: Any = None
+    """What it came to on the other side, where its caller was told; None: it failed."""
+    scheduled_at: float = 0.0
+    told_at: float | None = None
+    """When the run was told of its end."""
 
     @classmethod
     def of(cls, command: ScheduleActivity | ScheduleLocalActivity, argument: Any, now: float) -> Call:
@@ -91,7 +97,9 @@ class Calls:
         parties: Parties,
         trace: Trace,
         resolved: Callable[[Call, Resolution], None],
+        run_id: str,
     ) -> None:
+        self._run_id = run_id
         self._agenda = agenda
         self._weather = weather
         self._rng = rng
@@ -103,6 +111,7 @@ class Calls:
 
     def schedule(self, command: ScheduleActivity | ScheduleLocalActivity, payloads: Sequence[Payload]) -> Call:
         call = Call.of(command, self._parties.argument_of(command.activity_type, payloads), self._agenda.now)
+        call.scheduled_at = self._agenda.now
         self._open[call.seq] = call
         if call.expires_at != UNLIMITED:
             self._agenda.at(call.expires_at, lambda: self._expire(call))
@@ -161,15 +170,16 @@ class Calls:
         attempt = self._weather.attempt(self._parties.party_of(call.name), call.name)
         self._trace("  call %s #%d attempt %d: %s", call.name, call.seq, call.attempt, attempt)
         if attempt.acts_after is not None:
-            self._agenda.after(attempt.acts_after, lambda: self._act(call, token, attempt))
+            self._agenda.after(attempt.acts_after, partial(self._act, call, token, attempt, self._agenda.now))
             if not attempt.is_lost:
                 return
         self._agenda.after(attempt.heard_after, lambda: self._unheard(call, token, attempt))
 
-    def _act(self, call: Call, token: object, attempt: Attempt) -> None:
+    def _act(self, call: Call, token: object, attempt: Attempt, began_at: float) -> None:
         outcome: Any
         try:
-            outcome = self._parties.perform(call.name, call.argument)
+            caller = Caller(self._run_id, began_at, call.scheduled_at)
+            outcome = self._parties.perform(call.name, call.argument, caller)
         except CallRefused as refusal:
             outcome = refusal
         self._trace("  %s #%d acts: %s", call.name, call.seq, outcome)
@@ -188,6 +198,7 @@ class Calls:
             self._unheard(call, token, attempt)
         else:
             result = activity_result.Success(result=payload_of(outcome))
+            call.outcome = outcome
             self._finish(call, Resolution(completed=result))
 
     def _unheard(self, call: Call, token: object, attempt: Attempt) -> None:
@@ -223,9 +234,9 @@ class Calls:
         self._resolved(call, resolution)
 
 
-def _application(code: FailureCode, message: str, *, non_retryable: bool = False) -> Failure:
+def _application(code: str, message: str, *, non_retryable: bool = False) -> Failure:
     return Failure(
-        message=message, application_failure_info=ApplicationFailureInfo(type=code.value, non_retryable=non_retryable)
+        message=message, application_failure_info=ApplicationFailureInfo(type=str(code), non_retryable=non_retryable)
     )
 
 

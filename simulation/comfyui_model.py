@@ -29,6 +29,15 @@ def refused(message: str) -> Answer[Any]:
     )
 
 
+def id_of(state: JobState | TrainingState) -> str:
+    return state.job_id if isinstance(state, JobState) else state.training_id
+
+
+def error_of(state: JobState | TrainingState) -> ErrorDetails | None:
+    """How it has failed, or None."""
+    return state.error_details if isinstance(state, JobState) else state.failure()
+
+
 @dataclass
 class Work(Generic[State]):
     """One job or training; `state` is what GET shows."""
@@ -64,18 +73,19 @@ class ComfyUITerms:
     sends_callbacks: bool = True
 
 
-Sender = Callable[[dict[str, Any]], None]
-
-
 class ComfyUIModel(Generic[State]):
     """Jobs of one kind. A change raises `sequence` and is told to whoever listens."""
 
-    def __init__(self, agenda: Agenda, rng: random.Random, terms: ComfyUITerms, told: Sender) -> None:
+    def __init__(
+        self, agenda: Agenda, rng: random.Random, terms: ComfyUITerms, told: Callable[[Work[Any]], None]
+    ) -> None:
         self._agenda = agenda
         self._rng = rng
         self.terms = terms
-        self._told = told
+        self._call_back = told
         self.works: dict[str, Work[State]] = {}
+        self.told: dict[tuple[str, int], State] = {}
+        """Job and sequence → what it told then."""
         self._answers: dict[str, tuple[str, Answer[Any]]] = {}
         self.conflicts: list[str] = []
 
@@ -93,6 +103,16 @@ class ComfyUIModel(Generic[State]):
             return Answer(not_offered=True)
         assert call.key is not None
         return self._once(call.key, call.job_id, lambda: self._cancelled(call.job_id))
+
+    def failures_of(self, job_id: str | None) -> set[str]:
+        """The codes with which a job ever said that it has failed."""
+        errors = [error_of(state) for (told_id, _), state in self.told.items() if told_id == job_id]
+        return {error.code for error in errors if error is not None}
+
+    def has_failed(self, job_id: str | None) -> bool:
+        """Whether a job failed, or is no longer known."""
+        work = self.works.get(job_id or "")
+        return bool(self.failures_of(job_id)) or (work is not None and work.is_forgotten)
 
     # What a kind of work says of itself
 
@@ -126,15 +146,10 @@ class ComfyUIModel(Generic[State]):
 
     def change(self, work: Work[State], **fields: Any) -> None:
         """Something of the work's state is new; told by a callback where the server sends them."""
-        work.state = work.state.model_copy(update={**fields, "sequence": work.state.sequence + 1})
+        work.state = state = work.state.model_copy(update={**fields, "sequence": work.state.sequence + 1})
+        self.told[id_of(state), state.sequence] = state
         if self.terms.sends_callbacks:
-            self._told(
-                {
-                    **work.state.model_dump(mode="json"),
-                    "task_id": work.request.task_id,
-                    "occurred_at": self._agenda.instant().isoformat(),
-                }
-            )
+            self._call_back(work)
 
     def forget(self, work: Work[State]) -> None:
         work.is_forgotten = True

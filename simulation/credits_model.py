@@ -20,6 +20,7 @@ from contracts.credits import (
     Ledger,
     LedgerEntry,
     LedgerKind,
+    LedgerReason,
     PreDeductRequest,
 )
 from contracts.errors import CREDITS_ERRORS, Answer, Refusal
@@ -42,17 +43,23 @@ def refused(message: str) -> Answer[Any]:
 
 @dataclass
 class Hold:
-    """One hold; `amount` in points, `phase` open, committed, cancelled or expired."""
+    """One hold; `amount` and what was `asked` in points, `phase` open, committed, cancelled or expired."""
 
     pre_deduct_id: str
     task_id: str
     key: str
     amount: int
+    asked: int
     taken_at: float
     expires_at: float
     phase: str = "open"
     charged: int = 0
     is_cancelled_by_hand: bool = False
+
+    @property
+    def n(self) -> int:
+        """Which of the task's holds this is, by the key that it was asked for with."""
+        return int(self.key.rpartition(":")[2])
 
 
 @dataclass
@@ -63,6 +70,16 @@ class CreditsTerms:
     price_offset: int = 0
     lag_seconds: float = 0.0
     tells_kinds: bool = True
+    grants_more: int = 0
+    """Points that a hold has beyond what was asked for."""
+    commits_less: int = 0
+    """Points that a commit charges less than it was sent."""
+    says_less: int = 0
+    """Points that a commit's answer tells less than were charged."""
+    is_field: bool = False
+    """The platform's own service (contract §4 (field)): no idempotency, no expiry, no hours in its estimate."""
+    acts_and_fails: bool = False
+    """(field) The first commit acts and is answered with 500."""
     refuses_holds_with: str | None = None
     refuses_commits_with: str | None = None
 
@@ -76,6 +93,12 @@ class Books:
     answers: dict[str, tuple[str, Answer[Any]]] = field(default_factory=dict)
     conflicts: list[str] = field(default_factory=list)
     """Keys that came again with another body."""
+    estimates: dict[int, int] = field(default_factory=dict)
+    """Attempt → what it was estimated at, in points."""
+
+
+class ActedAndFailed(Exception):
+    """It acted, and its caller hears of an error."""
 
 
 class CreditsModel:
@@ -102,8 +125,13 @@ class CreditsModel:
     # Routes
 
     def estimate(self, post: Post[EstimateRequest]) -> Answer[Estimate]:
-        cost = max(0, self._price_of(post.body) + self.terms.price_offset)
+        body = post.body.model_copy(update={"gpu_hours": 0.0}) if self._ignores_hours(post.body) else post.body
+        cost = max(0, self._price_of(body) + self.terms.price_offset)
+        self.books.estimates[int(post.key.rpartition(":")[2])] = cost
         return Answer(reply=Estimate(selected_cost=cost, estimated_cost=cost, current_balance=self.balance))
+
+    def _ignores_hours(self, body: EstimateRequest) -> bool:
+        return self.terms.is_field and body.gpu_hours is not None
 
     def pre_deduct(self, post: Post[PreDeductRequest]) -> Answer[HoldReply]:
         return self._once(post, lambda body: self._take(post.key, body))
@@ -122,9 +150,22 @@ class CreditsModel:
         seen = self._agenda.now - self.terms.lag_seconds
         entries = [entry for at, entry in self.books.entries if at <= seen]
         if not self.terms.tells_kinds:
-            bare = {"kind": None, "pre_deduct_id": None, "frozen_change": None}
-            entries = [entry.model_copy(update=bare) for entry in entries]
+            entries = [row for entry in entries for row in self._by_reason(entry)]
         return Answer(reply=Ledger(entries=list(reversed(entries))))
+
+    def _by_reason(self, entry: LedgerEntry) -> list[LedgerEntry]:
+        """An entry on a ledger that tells reasons alone, oldest first; an expiry is not told (contract §4 (field))."""
+        hold = self.books.holds.get(entry.pre_deduct_id or "")
+        bare = entry.model_copy(update={"kind": None, "pre_deduct_id": None})
+        if entry.kind is LedgerKind.EXPIRE:
+            return []
+        if entry.kind is LedgerKind.COMMIT and hold is not None:
+            rest = bare.model_copy(update={"reason": LedgerReason.REFUND.value})
+            cost = bare.model_copy(update={"reason": LedgerReason.COMMIT.value, "change": -hold.charged})
+            return [rest, cost] if entry.change else [cost]
+        if entry.kind is LedgerKind.CHARGE:
+            return [bare]
+        return [bare.model_copy(update={"reason": entry.kind.value if entry.kind else ""})]
 
     def cancel_by_hand(self) -> None:
         """An operator gives the newest open hold back."""
@@ -139,6 +180,8 @@ class CreditsModel:
     def _once(self, post: Post[Body], act: Callable[[Body], Answer[Any]]) -> Answer[Any]:
         """The first answer again for the same key and body; `idempotency_conflict` for another body."""
         self._expire()
+        if self.terms.is_field:
+            return act(post.body)
         body = post.body.model_dump_json()
         known = self.books.answers.get(post.key)
         if known is None:
@@ -154,9 +197,9 @@ class CreditsModel:
         if body.estimated_cost > self.balance:
             return refused("insufficient_balance")
         now = self._agenda.now
-        hold = Hold(
-            f"hold-{len(self.books.holds) + 1}", body.task_id, key, body.estimated_cost, now, now + body.expire_in
-        )
+        amount = min(body.estimated_cost + self.terms.grants_more, self.balance)
+        ends_at = float("inf") if self.terms.is_field else now + body.expire_in
+        hold = Hold(f"hold-{len(self.books.holds) + 1}", body.task_id, key, amount, body.estimated_cost, now, ends_at)
         self.books.holds[hold.pre_deduct_id] = hold
         self._enter(hold.task_id, LedgerKind.PRE_DEDUCT, -hold.amount, hold)
         return Answer(reply=self._reply(hold, hold.amount))
@@ -173,9 +216,12 @@ class CreditsModel:
             return refused("amount_invalid")
         if body.actual_cost > hold.amount:
             return refused("hold_insufficient")
-        hold.phase, hold.charged = "committed", body.actual_cost
-        self._enter(hold.task_id, LedgerKind.COMMIT, hold.amount - body.actual_cost, hold)
-        return Answer(reply=self._reply(hold, body.actual_cost))
+        hold.phase, hold.charged = "committed", max(0, body.actual_cost - self.terms.commits_less)
+        self._enter(hold.task_id, LedgerKind.COMMIT, hold.amount - hold.charged, hold)
+        if self.terms.acts_and_fails:
+            self.terms.acts_and_fails = False
+            raise ActedAndFailed
+        return Answer(reply=self._reply(hold, max(0, hold.charged - self.terms.says_less)))
 
     def _cancel(self, body: CancelHoldRequest) -> Answer[CancelHoldReply]:
         hold = self.books.holds.get(body.pre_deduct_id)
@@ -193,7 +239,7 @@ class CreditsModel:
     def _charge(self, body: ChargeRequest) -> Answer[ChargeReply]:
         if body.amount > self.balance:
             return refused("insufficient_balance")
-        entry = self._enter(body.task_id, LedgerKind.CHARGE, -body.amount, None)
+        entry = self._enter(body.task_id, LedgerKind.CHARGE, -body.amount, None, reason=body.reason)
         return Answer(reply=ChargeReply(ledger_id=entry.ledger_id, change=entry.change, balance_after=self.balance))
 
     def _expire(self) -> None:
@@ -205,7 +251,9 @@ class CreditsModel:
         hold.phase = phase
         self._enter(hold.task_id, kind, hold.amount, hold)
 
-    def _enter(self, task_id: str, kind: LedgerKind, change: int, hold: Hold | None) -> LedgerEntry:
+    def _enter(
+        self, task_id: str, kind: LedgerKind, change: int, hold: Hold | None, *, reason: str = ""
+    ) -> LedgerEntry:
         self.balance += change
         entry = LedgerEntry(
             ledger_id=f"entry-{len(self.books.entries) + 1}",
@@ -213,6 +261,7 @@ class CreditsModel:
             change=change,
             balance_after=self.balance,
             kind=kind,
+            reason=reason,
             pre_deduct_id=hold.pre_deduct_id if hold else None,
         )
         self.books.entries.append((self._agenda.now, entry))
@@ -223,5 +272,5 @@ class CreditsModel:
             pre_deduct_id=hold.pre_deduct_id,
             frozen_amount=frozen,
             balance_after=self.balance,
-            expire_at=datetime.fromtimestamp(hold.expires_at, UTC),
+            expire_at=None if self.terms.is_field else datetime.fromtimestamp(hold.expires_at, UTC),
         )

@@ -21,11 +21,14 @@ from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskEnd, TaskFailed
 from workflows.following import Following
+from workflows.image_generation import ImageGenerationWorkflow
 from workflows.job_watch import JobWatch
-from workflows.ledger_search import Found, HoldFate, LedgerSearch, _by_kind
+from workflows.ledger_search import LedgerSearch
 from workflows.outside_call import OutsideCall, _NoLocalAnswer
+from workflows.settlement import Settlement
 from workflows.stop import Stop
 from workflows.task_flow import TaskFlow
+from workflows.task_ledger import Found, HoldFate, TaskLedger
 from workflows.task_record import TaskRecord
 
 Patches = list[tuple[type, str, Any]]
@@ -242,7 +245,7 @@ def end_told_before_it_is_decided() -> Patches:
 
 def absence_is_proof() -> Patches:
     async def at_first_sight(self: LedgerSearch, hold: Any) -> Found:
-        found = _by_kind(await self._entries(), hold)
+        found = TaskLedger(await self._entries()).fate(hold)
         return Found(HoldFate.GIVEN_BACK) if found.fate is HoldFate.UNKNOWN else found
 
     return [(LedgerSearch, "fate_of", at_first_sight)]
@@ -262,7 +265,7 @@ def hold_never_renewed() -> Patches:
 
 def continues_on_signals() -> Patches:
     async def at_once(self: TaskFlow[Any, Any]) -> bool:
-        if not self._is_long() or not self._may_continue():
+        if not self.is_long() or not self._may_continue():
             return False
         self.watch.stop_polling()
         return workflow.continue_as_new(self._continuation())
@@ -272,6 +275,64 @@ def continues_on_signals() -> Patches:
 
 def noted_before_the_stop_is_obeyed() -> Patches:
     return [(OutsideCall, "may_begin", lambda _self: None)]
+
+
+def commit_a_point_short() -> Patches:
+    commit = Settlement._commit
+
+    async def short(self: Settlement, hold: Any, cost: int) -> Any:
+        return await commit(self, hold, max(cost - 1, 0))
+
+    return [(Settlement, "_commit", short)]
+
+
+def stale_job_cancelled() -> Patches:
+    another_after, cancel = Attempts.another_after, Attempts._cancel
+
+    async def noted(self: Attempts, end: Any) -> None:
+        self.is_retrying = True  # type: ignore[attr-defined]
+        try:
+            await another_after(self, end)
+        finally:
+            self.is_retrying = False  # type: ignore[attr-defined]
+
+    async def the_first(self: Attempts, job: Any) -> None:
+        await cancel(self, self.asked[0] if getattr(self, "is_retrying", False) else job)
+
+    return [(Attempts, "another_after", noted), (Attempts, "_cancel", the_first)]
+
+
+def hold_without_margin() -> Patches:
+    note = CreditHold._note
+
+    def noted(self: CreditHold, amount: int) -> Any:
+        self.margin_seconds = 0.0
+        return note(self, amount)
+
+    return [(CreditHold, "_note", noted)]
+
+
+def estimate_ignored() -> Patches:
+    agree = ImageGenerationWorkflow.agree
+
+    async def jobs_price(self: ImageGenerationWorkflow, job: Any, table: int) -> int:
+        await agree(self, job, table)
+        return int(job.estimated_cost)
+
+    return [(ImageGenerationWorkflow, "agree", jobs_price)]
+
+
+def ceiling_ignored() -> Patches:
+    agree = ImageGenerationWorkflow.agree
+
+    async def without_limit(self: ImageGenerationWorkflow, job: Any, table: int) -> int:
+        task, self.task = self.task, self.task.model_copy(update={"max_credits": 1_000_000})
+        try:
+            return await agree(self, job, table)
+        finally:
+            self.task = task
+
+    return [(ImageGenerationWorkflow, "agree", without_limit)]
 
 
 MUTANTS: Final = {
@@ -297,6 +358,14 @@ MUTANTS: Final = {
     "cancel_answered_at_once": Mutant("contract §8", "image", cancel_answered_at_once),
     "hold_never_renewed": Mutant("contract §4 Renewal", "training", hold_never_renewed),
     "continues_on_signals": Mutant("pitfall 22", "image", continues_on_signals),
+    "commit_a_point_short": Mutant("pitfall 60, contract §5 Charged", "image", commit_a_point_short),
+    "stale_job_cancelled": Mutant("pitfall 60, contract §1", "image", stale_job_cancelled),
+    "hold_without_margin": Mutant("pitfall 60, contract §4 Renewal", "image", hold_without_margin),
+    "estimate_ignored": Mutant("pitfall 60, contract §5", "image", estimate_ignored),
+    "ceiling_ignored": Mutant("pitfall 60, contract §5", "image", ceiling_ignored),
+    "training_hold_never_refreshed": Mutant(
+        "pitfall 60, contract §5", "training", lambda: [(CreditHold, "want", lambda _self, _amount: None)]
+    ),
     "noted_before_the_stop_is_obeyed": Mutant("contract §4 Lost answer", "image", noted_before_the_stop_is_obeyed),
 }
 

@@ -1,7 +1,14 @@
 """What may never be untrue (design), looked at from outside after every step: the money, the jobs, the events.
 
-Exempt, by name, is what cannot be known or stopped and stands as an exception record: a hold that could not be
-cancelled ends by expiry, a job that could not be stopped runs out.
+What was held, charged, capped and promised is computed from the input, the policy and what the others saw; the run's
+own result is only ever compared with it. Exempt, by name, is what cannot be known or stopped and stands as an
+exception record: a hold that could not be cancelled ends by expiry, a job that could not be stopped runs out.
+
+    price_rules.py        what the task costs, and its ceiling
+    hold_rules.py         holds: how much, how long, when
+    settlement_rules.py   what was charged, and why it may be less than the price
+    job_rules.py          jobs: asked for, retried, cancelled; why a task may fail
+    record_rules.py       row, events, exception records: all of what happened and nothing else
 """
 
 from __future__ import annotations
@@ -14,7 +21,7 @@ from contracts.comfyui import JobStatus, TrainingStage
 from contracts.errors import ExceptionCode, FailureCode
 from contracts.task_store import Fact
 from contracts.tasks import (
-    ConfirmPrice,
+    CreditsSummary,
     EventType,
     ImageProgress,
     ImageResult,
@@ -22,13 +29,20 @@ from contracts.tasks import (
     TrainingProgress,
     TrainingResult,
 )
+from simulation.calls import Call
+from simulation.comfyui_model import id_of
+from simulation.hold_rules import HoldRules
 from simulation.hosted_run import CONVERTER
+from simulation.job_rules import JobRules
 from simulation.parties import Parties
-from simulation.scenario import PLENTY, PRICES, Scenario
+from simulation.price_rules import Prices
+from simulation.record_rules import RecordRules
+from simulation.scenario import PLENTY, Scenario
 from simulation.server import Server
+from simulation.settlement_rules import SettlementRules
+from simulation.truth import World, must
+from simulation.witness import CANCELS, SUBMITS
 
-LEAST_LIFE: Final = 60.0
-"""Seconds that a hold must still live when it is relied on (contract §4 *Lost answer*)."""
 _ENDS: Final = {
     TaskStatus.COMPLETED: EventType.COMPLETED,
     TaskStatus.FAILED: EventType.FAILED,
@@ -38,17 +52,11 @@ _STAGES: Final = [*(stage.value for stage in JobStatus), *(stage.value for stage
 """In their order; neither kind of work here ever goes back."""
 _BEGINNING: Final = frozenset({"submit_job", "create_training", "start_training", "pre_deduct"})
 _OPENING: Final = frozenset(
-    {"submit_job", "create_training", "estimate", "pre_deduct", "start_training", "cancel_job", "cancel_training"}
+    {
+        *("submit_job", "create_training", "estimate", "pre_deduct", "start_training"),
+        *("cancel_job", "cancel_training", "look"),
+    }
 )
-
-
-class Untrue(Exception):
-    """Something that may never be untrue is."""
-
-
-def must(holds: bool, sentence: str, *values: Any) -> None:
-    if not holds:
-        raise Untrue(f"{sentence} {', '.join(map(str, values))}".strip())
 
 
 class Oracle:
@@ -58,6 +66,12 @@ class Oracle:
         self._scenario = scenario
         self._server = server
         self._parties = parties
+        self._world = world = World(scenario, parties, server.witness)
+        self._prices = Prices(world)
+        self._holds = HoldRules(world, self._prices)
+        self._settlement = SettlementRules(world, self._prices, self._holds)
+        self._jobs = JobRules(world, self._prices, self._holds)
+        self._record = RecordRules(world, self._prices, self._holds, self._settlement)
         self._reached: dict[tuple[int, str | None], float] = {}
         self._shown: dict[tuple[int, str | None], float] = {}
         self._shown_attempt = 0
@@ -66,33 +80,31 @@ class Oracle:
         self._cancel_seen = self._delivery_seen = False
         self._delivery_first = self._cancel_first = False
         self._charged_at_end: int | None = None
-        self.status: TaskStatus | None = None
-        self.ceiling = scenario.task.max_credits or 0
         self.cancels: dict[str, bool] = {}
         """Cancel → whether Temporal's."""
-        self.deliveries: dict[bytes, str] = {}
-        """Every callback that tells of delivered work → its job."""
         server.on_recorded = self.task_recorded
         server.on_scheduled = self.call_scheduled
         parties.store.on_event = self.event_written
 
     @property
+    def status(self) -> TaskStatus | None:
+        return self._world.status
+
+    @property
     def _works(self) -> dict[str, Any]:
-        return self._parties.jobs.works if self._scenario.is_image else self._parties.trainings.works
+        return self._world.works
 
     # As it happens
 
     def after_step(self) -> None:
         credits = self._parties.credits
-        committed = [hold for hold in credits.holds if hold.phase == "committed"]
+        holds = credits.holds
+        committed = [hold for hold in holds if hold.phase == "committed"]
         must(len(committed) <= 1, "two holds were committed:", *(hold.pre_deduct_id for hold in committed))
+        left = [hold for hold in holds if hold.phase == "open"]
+        must(len(left) <= 2, "more than two holds stand at once:", *(hold.pre_deduct_id for hold in left))
         must(not credits.books.conflicts, "a key came again with another body:", *credits.books.conflicts)
-        must(not self._parties.jobs.conflicts, "a key came again with another body:", *self._parties.jobs.conflicts)
-        must(
-            not self._parties.trainings.conflicts,
-            "a key came again with another body:",
-            *self._parties.trainings.conflicts,
-        )
+        must(not self._world.jobs.conflicts, "a key came again with another body:", *self._world.jobs.conflicts)
         if credits.charged():
             must(
                 any(work.state.has_succeeded() for work in self._works.values()),
@@ -110,20 +122,30 @@ class Oracle:
         is_cancel = any(map(_is_cancel, jobs))
         is_delivered = bool(current) and self._works[current].state.has_succeeded()
         self._cancel_first |= waits and is_cancel and not is_delivered
-        if "commit" not in busy and "commit" not in self._parties.called:  # what is confirmed later raises no charge
-            self.ceiling = max(self.ceiling, *map(_confirmed, jobs), 0)
+        if not busy & {"commit", "cancel_hold"} and "commit" not in self._parties.called:
+            self._prices.ceiling_at_settlement = self._prices.ceiling  # what is confirmed later raises no charge
         # A renewal in flight may go on after a delivery until the work is covered, and no cancel ends that.
         if self._parties.credits.holds and current and self._works[current].is_started:
             self._delivery_seen |= any(self._is_delivery(job, current) for job in jobs)
+        if is_cancel:
+            self._world.cancels_seen.append(self._server.now)
         self._cancel_seen |= is_cancel and not self._delivery_seen
 
-    def call_scheduled(self, name: str, argument: Any) -> None:
+    def call_scheduled(self, call: Call) -> None:
         """Once a cancel was seen nothing new is begun; what was begun may be asked for again, to undo it."""
-        key = str(getattr(argument, "key", ""))
-        if name in _BEGINNING:
-            must(not self._cancel_seen or key in self._keys, "begun although a cancel was seen before:", name, key)
+        key = str(getattr(call.argument, "key", ""))
+        if call.name in _BEGINNING:
+            must(not self._cancel_seen or key in self._keys, "begun although a cancel was seen before:", call.name, key)
             self._keys.add(key)
-        if name == "charge":
+        if call.name in SUBMITS:
+            self._jobs.submitted(call)
+        elif call.name in CANCELS:
+            self._jobs.cancelled(call)
+        elif call.name == "pre_deduct":
+            self._holds.asked_for(call)
+        elif call.name == "start_training":
+            self._holds.started(call)
+        elif call.name == "charge":
             self._charge_is_due()
 
     def _charge_is_due(self) -> None:
@@ -132,7 +154,9 @@ class Oracle:
         phases = {hold.phase for hold in credits.holds}
         is_more = "committed" in phases and self._scenario.policy.charge_shortfall
         by_hand = any(hold.is_cancelled_by_hand for hold in credits.holds)
-        was_short = credits.terms.balance < PLENTY  # perhaps too short for two holds at once
+        was_short = (
+            credits.terms.balance < PLENTY or self._scenario.is_paused
+        )  # perhaps too short for two holds at once
         is_due = is_more or by_hand or was_short or "expired" in phases
         must(is_due, "charged without a hold although none had expired:", *phases)
         must("open" not in phases, "charged although a hold stands")
@@ -143,8 +167,10 @@ class Oracle:
         return any(hold.phase == "open" for hold in self._parties.credits.holds)
 
     def _is_delivery(self, job: WorkflowActivationJob, current: str) -> bool:
+        """Whether it is a callback that tells of the current job's delivery."""
         sent = job.signal_workflow.input if job.HasField("signal_workflow") else ()
-        return len(sent) == 1 and self.deliveries.get(next(iter(sent)).data) == current
+        state = self._server.witness.sent.get(next(iter(sent)).data) if len(sent) == 1 else None
+        return state is not None and state.has_succeeded() and id_of(state) == current
 
     def event_written(self, fact: Fact) -> None:
         at = (fact.attempt, fact.stage)
@@ -156,20 +182,14 @@ class Oracle:
         self._reached[at] = fact.progress or 0.0
         if fact.result_urls or fact.output:
             must(fact.event is EventType.COMPLETED, "results were handed out before the end:", fact.key)
-        if fact.key.startswith("held:"):
-            self._relied_on(fact)
-
-    def _relied_on(self, fact: Fact) -> None:
-        key = f"{self._scenario.task.task_id}:pre_deduct:{fact.key.removeprefix('held:')}"
-        hold = next((hold for hold in self._parties.credits.books.holds.values() if hold.key == key), None)
-        must(hold is not None, "a hold was told that the credits service does not have:", fact.key)
-        assert hold is not None
-        life = hold.expires_at - fact.ts.timestamp()
-        must(life >= LEAST_LIFE - 0.001, f"a hold with {life:.1f} s of life was relied on:", fact.key)
+        self._record.event_written(fact)
 
     def asked(self, name: str, answer: Any) -> None:
-        """A query's answer: progress never goes back within an attempt and stage."""
-        if name != "progress":
+        """A query's answer: progress never goes back within an attempt and stage; no more is charged than was."""
+        if name == "credits":
+            [credits] = CONVERTER.from_payloads([answer], [CreditsSummary])
+            charged = self._parties.credits.charged()
+            must((credits.charged or 0) <= charged, "the query says charged:", credits.charged, charged)
             return
         model = ImageProgress if self._scenario.is_image else TrainingProgress
         [progress] = CONVERTER.from_payloads([answer], [model])
@@ -184,26 +204,20 @@ class Oracle:
         charged = self._parties.credits.charged()
         if self._charged_at_end is None:
             self._charged_at_end = charged
-            self._check_end()
+            self._check_end(charged)
         must(charged == self._charged_at_end, "charged after the end:", charged, self._charged_at_end)
         if self.status is None:
             return
-        told = self._told()
+        told = self._world.told()
         holds_excused = {ExceptionCode.HOLD_LEFT_TO_EXPIRY, ExceptionCode.UNDO_UNFINISHED} & told
         left = [hold.pre_deduct_id for hold in self._parties.credits.holds if hold.phase == "open"]
-        must(not left or bool(holds_excused) or self._unknown_settlement(), "holds are left open:", *left)
+        must(not left or bool(holds_excused) or self._settlement.is_unknown, "holds are left open:", *left)
         jobs_excused = {ExceptionCode.ROUTE_NOT_OFFERED, ExceptionCode.UNDO_UNFINISHED} & told
         alive = [job_id for job_id, work in self._works.items() if work.runs]
         must(not alive or bool(jobs_excused), "jobs run on after the end:", *alive)
         must(not self._parties.objects.kept, "a dataset snapshot is left behind")
 
-    def _told(self) -> set[str]:
-        return {exception.code for exception in self._parties.store.exceptions.values()}
-
-    def _unknown_settlement(self) -> bool:
-        return ExceptionCode.SETTLEMENT_UNKNOWN in self._told()
-
-    def _check_end(self) -> None:
+    def _check_end(self, charged: int) -> None:
         closed = self._server.closed
         assert closed is not None
         if closed.how == "failed" and closed.failure.application_failure_info.type == FailureCode.TASK_EXISTS:
@@ -212,21 +226,27 @@ class Oracle:
             return
         must(not self._scenario.is_id_taken, "went on although another run holds the id:", closed.how)
         result = self._result()
-        self.status = TaskStatus.CANCELLED if result is None else result.status
+        self._world.status = TaskStatus.CANCELLED if result is None else result.status
         self._check_events()
-        self._check_all_told(result.attempts if result is not None else 0)
         self._check_cancels(closed.how)
-        if self.status is TaskStatus.COMPLETED:
-            assert result is not None
-            self._check_charge(result)
-        else:
-            must(self._charged_at_end == 0, f"{self.status.value}, but charged", self._charged_at_end)
-            handed_out = result is not None and (
-                getattr(result, "result_urls", None) or getattr(result, "output", None)
-            )
-            must(not handed_out, f"{self.status.value}, but results were handed out")
+        self._jobs.check_end()
+        row = self._parties.store.state
+        assert row is not None
+        self._settlement.check(charged, row.credits)
+        ended_at = self._parties.store.events[-1].ts.timestamp()
+        self._record.check_end(ended_at)
+        if closed.how == "failed":
+            self._jobs.check_failure(closed.failure.application_failure_info.type, ended_at)
+            must(not self._delivery_first or self._may_fail_delivered(closed), "failed although it was delivered first")
+        if result is not None:
+            self._check_result(result)
         stated = self._server.search_attributes.get("TaskStatus", b"").decode().strip('"')
-        must(stated == self.status.value, "the search attribute TaskStatus says", stated)
+        must(stated == self._world.status.value, "the search attribute TaskStatus says", stated)
+
+    def _may_fail_delivered(self, closed: Any) -> bool:
+        """Delivered work is refused only where it costs less than nothing or could not be covered."""
+        allowed = {FailureCode.CREDIT_EXHAUSTED, FailureCode.REPLY_INVALID}
+        return closed.failure.application_failure_info.type in allowed
 
     def _result(self) -> ImageResult | TrainingResult | None:
         """The run's result object; None for a run that ended Canceled."""
@@ -242,6 +262,20 @@ class Oracle:
         must(info.type in set(FailureCode), "ended with no code of the contract:", info.type, closed.failure.message)
         return model.model_validate_json(info.details.payloads[0].data)  # type: ignore[no-any-return]
 
+    def _check_result(self, result: ImageResult | TrainingResult) -> None:
+        """The result tells what the row tells, which was compared with what the others did."""
+        row = self._parties.store.state
+        assert row is not None
+        must(result.credits == row.credits, "result and row differ in credits:", result.credits, row.credits)
+        told = result.model_dump(include={"attempts", "estimated_time", "gpu_slots", "result_urls", "output"})
+        kept = row.model_dump(include=set(told))
+        must(told == kept, "result and row differ:", told, kept)
+        job_id = result.job_id if isinstance(result, ImageResult) else result.training_id
+        must(job_id == row.job_id, "result and row name different jobs:", job_id, row.job_id)
+        must(
+            result.error_details == row.error, "result and row tell different errors:", result.error_details, row.error
+        )
+
     def _check_events(self) -> None:
         events, store = self._parties.store.events, self._parties.store
         assert self.status is not None
@@ -253,18 +287,6 @@ class Oracle:
         must(not open_updates, "ended while an update was being handled:", *open_updates)
         must(sum(event.event in _ENDS.values() for event in events) == 1, "more than one end was told")
         must(store.state is not None and store.state.status is self.status, "the row's status is not the run's")
-
-    def _check_all_told(self, attempts: int) -> None:
-        """No fact is lost on the way to the store: the charged hold's, and each retry's."""
-        told = {event.key for event in self._parties.store.events}
-        for hold in self._parties.credits.holds:
-            n = hold.key.rpartition(":")[2]
-            must(
-                hold.phase != "committed" or f"held:{n}" in told, "the hold that was charged was never told:", hold.key
-            )
-
-        lost = [n for n in range(1, attempts) if f"retry:{n}" not in told]
-        must(not lost, "a retry was never told:", *lost)
 
     def _check_cancels(self, how: str) -> None:
         answers = [
@@ -279,48 +301,6 @@ class Oracle:
         must(not (is_completed and self._cancel_first), "completed although a cancel was seen before the delivery")
         must(not (is_cancelled and self._delivery_first), "cancelled although the delivery was seen first")
 
-    # The price
-
-    def _check_charge(self, result: ImageResult | TrainingResult) -> None:
-        credits, charged = result.credits, self._charged_at_end
-        must(
-            credits.charged == charged or self._unknown_settlement(),
-            "the result says charged",
-            credits.charged,
-            charged,
-        )
-        price = self._image_price(result) if isinstance(result, ImageResult) else self._training_price(result)
-        covered = credits.charged + credits.shortfall
-        must(
-            covered == price or self._unknown_settlement(),
-            f"charged {charged}, short {credits.shortfall}, but it costs",
-            price,
-        )
-        must(charged is not None and charged <= price, "charged more than it costs:", charged, price)
-        must(credits.returned == max(0, credits.held - credits.charged), "returned is not held - charged:", credits)
-
-    def _image_price(self, result: ImageResult) -> int:
-        must(bool(result.result_urls) and result.job_id in self._works, "completed without results")
-        work = self._works[str(result.job_id)]
-        asked = work.state.actual_cost if work.state.actual_cost is not None else work.price
-        return int(min(asked, result.credits.held))
-
-    def _training_price(self, result: TrainingResult) -> int:
-        must(result.output is not None and result.training_id in self._works, "completed without a model")
-        hours = self._works[str(result.training_id)].state.gpu_hours_used or 0.0
-        resumed_from = {work.request.resume_from for work in self._works.values()} - {None}
-        hours += sum(self._parties.trainings.hours_at[uri] for uri in resumed_from)
-        price = PRICES.training(base_model="base", accelerated=False, gpu_hours=hours)
-        return min(price, self.ceiling)
-
 
 def _is_cancel(job: WorkflowActivationJob) -> bool:
     return job.HasField("cancel_workflow") or (job.HasField("do_update") and job.do_update.id.startswith("cancel"))
-
-
-def _confirmed(job: WorkflowActivationJob) -> int:
-    """The points that an update `confirm_price` confirms; 0 for anything else."""
-    if not job.HasField("do_update") or not job.do_update.id.startswith("confirm"):
-        return 0
-    [request] = CONVERTER.from_payloads(list(job.do_update.input), [ConfirmPrice])
-    return int(request.max_credits)

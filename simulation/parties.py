@@ -15,10 +15,13 @@ from activities.task_store import TaskStoreActivities
 from contracts.calls import SnapshotOrder
 from contracts.comfyui import ManifestReference, SnapshotReference
 from contracts.errors import FailureCode
-from simulation.credits_model import CreditsModel
+from contracts.lives import STORE_UNAVAILABLE
+from simulation.agenda import Agenda
+from simulation.credits_model import ActedAndFailed, CreditsModel
 from simulation.hosted_run import CONVERTER
 from simulation.image_jobs import ImageJobs
-from simulation.store_model import StoreModel, StoreRefused
+from simulation.life_gate import LifeGate, StoreAway
+from simulation.store_model import Caller, StoreModel, StoreRefused
 from simulation.trainings import Trainings
 from simulation.weather import Party
 
@@ -52,37 +55,50 @@ _UNAVAILABLE: Final = {
 class CallRefused(Exception):
     """What an activity raises although it was answered; `is_final`: no repeat can mend it."""
 
-    def __init__(self, code: FailureCode, why: str, *, is_final: bool) -> None:
+    def __init__(self, code: str, why: str, *, is_final: bool) -> None:
         self.code = code
         self.is_final = is_final
         super().__init__(why)
 
 
 class Objects:
-    """Temporary object storage: which snapshots lie there."""
+    """Temporary object storage: which snapshots lie there. A copy that began before its deletion does not stay."""
 
-    def __init__(self, *, is_invalid: bool) -> None:
+    def __init__(self, agenda: Agenda, *, is_invalid: bool) -> None:
+        self._agenda = agenda
         self.is_invalid = is_invalid
         self.kept: set[str] = set()
+        self._deleted_at: dict[str, float] = {}
 
-    def snapshot(self, order: SnapshotOrder) -> SnapshotReference:
+    def snapshot(self, order: SnapshotOrder, caller: Caller) -> SnapshotReference:
+        if caller.began_at <= self._deleted_at.get(order.call_for.task_id, -1.0):
+            raise CallRefused(FailureCode.DATASET_INVALID, "the copy was deleted while it was made", is_final=True)
         self.kept.add(order.call_for.task_id)
         if self.is_invalid:
             raise CallRefused(FailureCode.DATASET_INVALID, "a file of the dataset is missing", is_final=True)
         manifest = ManifestReference(uri="file:///manifest.json", sha256="0" * 64, file_count=1, total_bytes=1)
         return SnapshotReference(dataset_id=order.dataset_id, snapshot_uri="file:///snapshots/1/", manifest=manifest)
 
-    def delete_snapshot(self, order: SnapshotOrder) -> None:
+    def delete_snapshot(self, order: SnapshotOrder, caller: Caller) -> None:
         self.kept.discard(order.call_for.task_id)
+        ordered_before = self._deleted_at.get(order.call_for.task_id, -1.0)
+        self._deleted_at[order.call_for.task_id] = max(ordered_before, caller.scheduled_at)
 
 
 class Parties:
     """Everybody outside, behind the activities' names."""
 
     def __init__(
-        self, credits: CreditsModel, jobs: ImageJobs, trainings: Trainings, store: StoreModel, objects: Objects
+        self,
+        credits: CreditsModel,
+        jobs: ImageJobs,
+        trainings: Trainings,
+        store: StoreModel,
+        objects: Objects,
+        gate: LifeGate,
     ) -> None:
         self.credits, self.jobs, self.trainings, self.store, self.objects = credits, jobs, trainings, store, objects
+        self._gate = gate
         self.called: list[str] = []
         self._routes: dict[str, Callable[[Any], Any]] = {
             "estimate": credits.estimate,
@@ -99,10 +115,13 @@ class Parties:
             "get_training": trainings.get,
             "cancel_training": trainings.cancel,
             "list_gpus": trainings.list_gpus,
+        }
+        self._of_our_own: dict[str, Callable[[Any, Caller], Any]] = {
             "snapshot": objects.snapshot,
             "delete_snapshot": objects.delete_snapshot,
             "claim": store.claim,
             "write": store.write,
+            "look": store.look,
         }
 
     def party_of(self, name: str) -> Party:
@@ -116,10 +135,18 @@ class Parties:
         [argument] = CONVERTER.from_payloads(payloads, _DEFINITIONS[name][1])
         return argument
 
-    def perform(self, name: str, argument: Any) -> Any:
+    def perform(self, name: str, argument: Any, caller: Caller) -> Any:
         """Do it: its answer. Raises CallRefused."""
         self.called.append(name)
         try:
-            return self._routes[name](argument)
+            if name in self._of_our_own:
+                return self._of_our_own[name](argument, caller)
+            return self._gate.through(name, argument, caller, self._routes[name])
+        except StoreAway:
+            raise CallRefused(STORE_UNAVAILABLE, "the task store did not answer", is_final=False) from None
+        except ActedAndFailed:
+            raise CallRefused(
+                FailureCode.CREDITS_UNAVAILABLE, f"{name} was answered with 500", is_final=False
+            ) from None
         except StoreRefused as refusal:
             raise CallRefused(FailureCode.TASK_EXISTS, str(refusal), is_final=True) from None

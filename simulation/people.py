@@ -65,6 +65,8 @@ class People:
             Deed.KILL: lambda: server.kill_worker(rng.choice((0.5, 3.0, 30.0))),
             Deed.EVICT: server.evict,
             Deed.HOLD_CANCELLED_BY_HAND: parties.credits.cancel_by_hand,
+            Deed.PAUSE: lambda: server.pause(rng.choice((5.0, 100.0, 2_000.0))),
+            Deed.OLD_WRITE: lambda: parties.store.write_again(rng),
             Deed.BALANCE_RISES: lambda: self._set_balance(parties.credits.balance + 500),
             Deed.BALANCE_FALLS: lambda: self._set_balance(0),
         }

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from contracts.carried import ImageRun, TrainingRun
+from contracts.comfyui import TaskPriority
 from contracts.policy import Policy
 from contracts.prices import PriceTable
 from simulation.agenda import BEGINNING, Agenda
@@ -23,12 +24,11 @@ from simulation.weather import Party, Weather
 
 TASK_ID: Final = "t1"
 RUN_ID: Final = "run-1"
-PRICES: Final = PriceTable()
 IMAGE: Final = "ImageGenerationWorkflow"
 TRAINING: Final = "TrainingWorkflow"
 _ROOT: Final = "file:///datasets/tenant/"
 NOT_OFFERED: Final = "no_such_extra"
-PLENTY: Final = 5_000
+PLENTY: Final = 100_000
 """A balance that is never too short."""
 KINDS: Final = ("image", "training")
 
@@ -55,6 +55,8 @@ class Deed(StrEnum):
     HOLD_CANCELLED_BY_HAND = "hold cancelled by hand"
     BALANCE_RISES = "balance rises"
     BALANCE_FALLS = "balance falls"
+    PAUSE = "pause"
+    OLD_WRITE = "old write"
 
 
 _OFTEN: Final = {
@@ -65,6 +67,10 @@ _OFTEN: Final = {
     Deed.OLD_NEWS: (0, 2),
 }
 """How many times each is done: one of these numbers."""
+_RARE: Final = {Deed.PAUSE: 0.08, Deed.OLD_WRITE: 0.15}
+"""How likely each is done once."""
+PROFILES: Final = ("contract", "field", "both")
+"""Whose credits service: one by our contract, the platform's own, or either by the seed."""
 
 
 @dataclass
@@ -96,16 +102,32 @@ class Scenario:
     has_no_gpu: bool
     is_dataset_invalid: bool
     is_id_taken: bool
+    dearer_by: tuple[int, ...] = ()
+    """Points by which each further image job of the task is dearer."""
+    tells_resumed_from: bool = False
 
     @property
     def is_image(self) -> bool:
         return self.workflow_type == IMAGE
 
     @property
+    def is_accelerated(self) -> bool:
+        return self.task.priority is TaskPriority.ACCELERATED
+
+    @property
+    def has_wrong_input(self) -> bool:
+        return isinstance(self.task, ImageRun) and NOT_OFFERED in self.task.extras
+
+    @property
+    def is_paused(self) -> bool:
+        return any(deed == Deed.PAUSE for _, deed in self.deeds.drawn)
+
+    @property
     def is_easy_on_credits(self) -> bool:
         """Whether nothing keeps a hold from being renewed in time."""
         weather, falls = self.weather, any(deed == Deed.BALANCE_FALLS for _, deed in self.deeds.drawn)
-        is_reachable = not (weather.call_faults or weather.outages or weather.outage_with or weather.slow_tasks)
+        has_faults = weather.call_faults or weather.outages or weather.outage_with or weather.slow_tasks
+        is_reachable = not (has_faults or self.is_paused)
         return is_reachable and self.credits.balance == PLENTY and not falls
 
     @property
@@ -113,18 +135,22 @@ class Scenario:
         """The price by the table when the task begins, in points."""
         if isinstance(self.task, ImageRun):
             extras = {name: value for name, value in self.task.extras.items() if name != NOT_OFFERED}
-            return PRICES.image(resolution=self.task.resolution.value, accelerated=False, extras=extras)
-        return PRICES.training(base_model=self.task.base_model, accelerated=False, gpu_hours=self.gpu_hours)
+            return self.policy.prices.image(
+                resolution=self.task.resolution.value, accelerated=self.is_accelerated, extras=extras
+            )
+        return self.policy.prices.training(
+            base_model=self.task.base_model, accelerated=self.is_accelerated, gpu_hours=self.gpu_hours
+        )
 
 
-def drawn(rng: random.Random, agenda: Agenda, kind: str) -> Scenario:
-    """The scenario that this generator's seed stands for."""
+def drawn(rng: random.Random, more: random.Random, agenda: Agenda, kind: str, profile: str) -> Scenario:
+    """The scenario that these generators' seed stands for; `more` is drawn from for what came later."""
     is_image = kind == "image"
     task: ImageRun | TrainingRun = _image(rng) if is_image else _training(rng)
     scenario = Scenario(
         workflow_type=IMAGE if is_image else TRAINING,
         task=task,
-        policy=_policy(rng, is_image),
+        policy=_policy(rng, is_image, _prices(more, is_image)),
         weather=_weather(rng, agenda, is_image),
         credits=CreditsTerms(),
         comfyui=_comfyui(rng, is_image),
@@ -135,8 +161,38 @@ def drawn(rng: random.Random, agenda: Agenda, kind: str) -> Scenario:
         is_dataset_invalid=rng.random() < 0.03,
         is_id_taken=rng.random() < 0.01,
     )
+    if more.random() < 0.15:
+        scenario.task = scenario.task.model_copy(update={"priority": TaskPriority.ACCELERATED})
     scenario.credits = _credits(rng, scenario.table_price)
+    _add_more(more, scenario)
+    scenario.credits.is_field = profile == "field" or (profile == "both" and more.random() < 0.3)
+    if scenario.credits.is_field:
+        scenario.credits.tells_kinds = False
+        scenario.credits.acts_and_fails = more.random() < 0.3
     return scenario
+
+
+def _prices(more: random.Random, is_image: bool) -> PriceTable:
+    """Now and then so dear that a charge comes in parts."""
+    if more.random() > 0.04:
+        return PriceTable()
+    return PriceTable(image_base=4_500) if is_image else PriceTable(points_per_gpu_hour=900)
+
+
+def _add_more(more: random.Random, scenario: Scenario) -> None:
+    terms = scenario.credits
+    if more.random() < 0.15:
+        scenario.dearer_by = tuple(more.choice((0, 0, 3, 9)) for _ in range(4))
+    terms.price_offset = _rarely(more, 0.03, lambda: -1_000_000, terms.price_offset)
+    terms.grants_more = _rarely(more, 0.04, lambda: 7, 0)
+    terms.commits_less = _rarely(more, 0.02, lambda: 1, 0)
+    terms.says_less = _rarely(more, 0.02, lambda: 3, 0)
+    scenario.tells_resumed_from = more.random() < 0.3
+    for deed, chance in _RARE.items():  # drawn last: what is drawn before stays as it was
+        if more.random() < chance:
+            scenario.deeds.at_step.append((more.randrange(100), deed))
+    scenario.deeds.at_step.sort(key=lambda act: act[0], reverse=True)
+    scenario.deeds.drawn = tuple(scenario.deeds.at_step)
 
 
 def _rarely(rng: random.Random, chance: float, then: Callable[[], Any], otherwise: Any) -> Any:
@@ -174,9 +230,9 @@ def _training(rng: random.Random) -> TrainingRun:
     )
 
 
-def _policy(rng: random.Random, is_image: bool) -> Policy:
+def _policy(rng: random.Random, is_image: bool, prices: PriceTable) -> Policy:
     return Policy(
-        prices=PRICES,
+        prices=prices,
         callback_url=f"https://gateway.example/callbacks/comfyui/{TASK_ID}",
         poll_after_seconds=30 if is_image else 300,
         poll_at_most_seconds=120 if is_image else 1_800,

@@ -15,17 +15,21 @@ from contracts.comfyui import GpuPool
 from contracts.credits import EstimateRequest
 from contracts.tasks import CALLBACK_SIGNAL, workflow_id_of
 from simulation.agenda import Agenda
+from simulation.comfyui_model import Work
 from simulation.credits_model import CreditsModel
 from simulation.hosted_run import RunIdentity, TaskFailed, payload_of
 from simulation.image_jobs import ImageJobs
-from simulation.oracle import Oracle, Untrue
+from simulation.life_gate import LifeGate
+from simulation.oracle import Oracle
 from simulation.parties import Objects, Parties
 from simulation.people import People
 from simulation.scenario import RUN_ID, Deed, Scenario, drawn
 from simulation.server import Server
-from simulation.store_model import StoreModel
+from simulation.store_model import ANOTHERS, StoreModel
 from simulation.trace import Trace
 from simulation.trainings import Trainings
+from simulation.truth import Untrue
+from simulation.weather import Party
 
 STEPS_AT_MOST: Final = 4_000
 
@@ -43,9 +47,9 @@ class Outcome:
     trace: list[str] = field(default_factory=list)
 
 
-def play(seed: int, kind: str, *, is_traced: bool = False) -> Outcome:
+def play(seed: int, kind: str, *, profile: str = "contract", is_traced: bool = False) -> Outcome:
     """Run one schedule to its end."""
-    schedule = Schedule(seed, kind, is_traced=is_traced)
+    schedule = Schedule(seed, kind, profile, is_traced=is_traced)
     outcome = Outcome(seed, kind)
     try:
         with warnings.catch_warnings(action="ignore"):  # what temporalio warns of, the oracle sees
@@ -64,11 +68,12 @@ def play(seed: int, kind: str, *, is_traced: bool = False) -> Outcome:
 class Schedule:
     """The world of one seed."""
 
-    def __init__(self, seed: int, kind: str, *, is_traced: bool) -> None:
+    def __init__(self, seed: int, kind: str, profile: str, *, is_traced: bool) -> None:
         self.rng = rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seed that can be given again is the point
         self.agenda = agenda = Agenda(rng)
         self.trace = Trace(agenda, is_wanted=is_traced)
-        self.scenario = scenario = drawn(rng, agenda, kind)
+        more = random.Random(f"{kind} {seed} more")  # noqa: S311
+        self.scenario = scenario = drawn(rng, more, agenda, kind, profile)
         self.trace("%s", scenario)
         self.parties = self._parties(scenario)
         identity = RunIdentity(
@@ -88,24 +93,33 @@ class Schedule:
     def _parties(self, scenario: Scenario) -> Parties:
         agenda, rng = self.agenda, self.rng
         jobs = ImageJobs(agenda, rng, scenario.comfyui, self._call_back)
-        jobs.price_of = lambda _request: max(0, scenario.table_price + scenario.job_price_offset)
+        jobs.price_of = lambda _request: self._job_price(len(jobs.works))
         trainings = Trainings(agenda, rng, scenario.comfyui, self._call_back)
         trainings.gpu_hours = scenario.gpu_hours
+        trainings.tells_resumed_from = scenario.tells_resumed_from
         if scenario.has_no_gpu:
             trainings.gpus = (GpuPool(gpu_type="a100", total=0, available=0),)
+        store = StoreModel(agenda, scenario.policy, held_by=ANOTHERS if scenario.is_id_taken else None)
         return Parties(
             credits=CreditsModel(agenda, scenario.credits, self._estimate),
             jobs=jobs,
             trainings=trainings,
-            store=StoreModel(scenario.policy, held_by="another-run" if scenario.is_id_taken else None),
-            objects=Objects(is_invalid=scenario.is_dataset_invalid),
+            store=store,
+            objects=Objects(agenda, is_invalid=scenario.is_dataset_invalid),
+            gate=LifeGate(store, lambda: scenario.weather.is_away(Party.STORE)),
         )
+
+    def _job_price(self, earlier: int) -> int:
+        """Of an image job that comes after so many of the task's."""
+        dearer = sum(self.scenario.dearer_by[:earlier])
+        return max(0, self.scenario.table_price + self.scenario.job_price_offset + dearer)
 
     def _estimate(self, request: EstimateRequest) -> int:
         if request.gpu_hours is None:
             return self.scenario.table_price
-        prices = self.scenario.policy.prices
-        return prices.training(base_model=request.resolution, accelerated=False, gpu_hours=request.gpu_hours)
+        return self.scenario.policy.prices.training(
+            base_model=request.resolution, accelerated=self.scenario.is_accelerated, gpu_hours=request.gpu_hours
+        )
 
     def run(self) -> str:
         """Step until nothing is left to happen; how the task ended. Raises Untrue, TaskFailed."""
@@ -147,11 +161,12 @@ class Schedule:
 
     # Callbacks
 
-    def _call_back(self, body: dict[str, Any]) -> None:
+    def _call_back(self, work: Work[Any]) -> None:
+        told = {"task_id": work.request.task_id, "occurred_at": self.agenda.instant().isoformat()}
+        body = work.state.model_dump(mode="json") | told
         payload = Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(body).encode())
         self.people.heard.append(payload)
-        if body.get("result_urls") or body.get("output"):
-            self.oracle.deliveries[payload.data] = body.get("job_id") or body["training_id"]
+        self.server.witness.sent[payload.data] = work.state
         with_it = self.scenario.deeds.on_any_word if len(self.people.heard) == self.scenario.deeds.word else []
         for seconds in self.scenario.weather.callback_delays():
             self.agenda.after(seconds, lambda: self._arrive(payload, with_it))

@@ -28,6 +28,7 @@ from simulation.hosted_run import Activation, HostedRun, RunIdentity, TaskFailed
 from simulation.parties import Parties
 from simulation.trace import Trace, command_said, job_said
 from simulation.weather import Weather
+from simulation.witness import Witness
 
 TASK_SECONDS: Final = 3.0
 OPEN_AT_MOST_SECONDS: Final = 0.8 * TASK_SECONDS
@@ -59,6 +60,8 @@ class OpenTask:
     busy: set[str] = field(default_factory=set)
     recorded: list[Recorded] = field(default_factory=list)
     commands: list[WorkflowCommand] = field(default_factory=list)
+    unsent: list[Call] = field(default_factory=list)
+    """Activities that the run scheduled and called off in this task."""
     heartbeat: Happening | None = None
 
     @property
@@ -97,11 +100,12 @@ class Server:
         self.updates: dict[str, str] = {}
         """Update → rejected, accepted, or its result as JSON."""
         self.search_attributes: dict[str, bytes] = {}
+        self.witness = Witness()
         self.on_recorded: Callable[[list[WorkflowActivationJob], set[str]], None] = lambda _jobs, _busy: None
         """Told of every task that counts: its jobs, and the names of the calls that were open when it began."""
-        self.on_scheduled: Callable[[str, Any], None] = lambda _name, _argument: None
-        """Told of every activity that is scheduled: its name and its argument."""
-        self._worker_up_at = 0.0
+        self.on_scheduled: Callable[[Call], None] = lambda _call: None
+        """Told of every visible activity that is scheduled."""
+        self._worker_up_at = self._paused_until = 0.0
         self._hosted: HostedRun | None = None
         self._open(identity)
 
@@ -109,20 +113,30 @@ class Server:
         self.runs += 1
         self._identity = identity
         self._calls = Calls(
-            self._agenda, self._weather, self._rng, self._parties, self._trace, self._call_resolved_in(self.runs)
+            self._agenda,
+            self._weather,
+            self._rng,
+            self._parties,
+            self._trace,
+            self._call_resolved_in(self.runs),
+            identity.run_id,
         )
         self._calls.worker_up_at = self._worker_up_at
         self._history: list[Recorded] = []
         self._flags: set[int] = set()
         self._events = 1
         self._timers: dict[int, Happening] = {}
-        self._names: dict[int, str] = {}
+        self._called: dict[int, Call] = {}
         self._locals: dict[int, Call] = {}
         self._task: OpenTask | None = None
         self._is_task_due = False
         self._cancel_requested = False
         self._waiting = [identity.first_job()]
         self._due()
+
+    @property
+    def now(self) -> float:
+        return self._agenda.now
 
     # What is sent to the run
 
@@ -171,6 +185,11 @@ class Server:
         self._calls.worker_killed(self._worker_up_at)
         self._lose_task()
 
+    def pause(self, seconds: float) -> None:
+        """An operator pauses the run: until it is unpaused no worker takes up a workflow task of it."""
+        self._trace("PAUSE for %g s", seconds)
+        self._paused_until = self._agenda.now + seconds
+
     def evict(self) -> None:
         """The worker's cache is full: a run that is not at work is dropped from memory."""
         if self._task is None and self._hosted is not None:
@@ -207,7 +226,8 @@ class Server:
         if not self._is_task_due and self._task is None and self.closed is None:
             self._is_task_due = True
             delay = self._weather.task_delay()
-            self._agenda.at(max(self._agenda.now + delay, self._worker_up_at), self._take_up_in(self.runs))
+            begin = max(self._agenda.now + delay, self._worker_up_at, self._paused_until)
+            self._agenda.at(begin, self._take_up_in(self.runs))
 
     def _take_up_in(self, run: int) -> Callable[[], None]:
         def take_up() -> None:
@@ -216,7 +236,7 @@ class Server:
             self._is_task_due = False
             if self._task is not None:
                 return
-            if self._agenda.now < self._worker_up_at:
+            if self._agenda.now < max(self._worker_up_at, self._paused_until):
                 self._due()
                 return
             self._take_up()
@@ -263,7 +283,7 @@ class Server:
 
     def _begin_local(self, command: WorkflowCommand) -> None:
         local = command.schedule_local_activity
-        self._locals[local.seq] = self._calls.schedule(local, local.arguments)
+        self._called[local.seq] = self._locals[local.seq] = self._calls.schedule(local, local.arguments)
 
     def _cancelled_unsent(self, commands: list[WorkflowCommand]) -> list[WorkflowActivationJob]:
         """An activity cancelled in the task that scheduled it is never sent: the run hears so in the same task."""
@@ -283,7 +303,9 @@ class Server:
         ]
         never = [Call.of(s, self._parties.argument_of(s.activity_type, s.arguments), self._agenda.now) for s in unsent]
         for call in never:
-            self.on_scheduled(call.name, call.argument)
+            self._called[call.seq] = call
+            call.scheduled_at = self._agenda.now
+        self._task.unsent += never
         return [_resolved(call, cancelled(call)) for call in never]
 
     def _heartbeat(self) -> None:
@@ -311,6 +333,8 @@ class Server:
         if task.heartbeat is not None:
             task.heartbeat.call_off()
         self._flags |= self._hosted.flags
+        for recorded in task.recorded:
+            self._witness(recorded.activation, task.unsent)
         self.on_recorded(task.jobs, task.busy)
         rejected = {
             c.update_response.protocol_instance_id
@@ -320,8 +344,21 @@ class Server:
         for recorded in task.recorded:
             self._keep(recorded, rejected)
         self._events += 1
+        answered_at = {id(command): r.activation.at for r in task.recorded for command in r.answered}
         for command in task.commands:
-            self._obey(command)
+            self._obey(command, answered_at[id(command)])
+
+    def _witness(self, activation: Activation, unsent: list[Call]) -> None:
+        for job in activation.jobs:
+            if not job.HasField("resolve_activity"):
+                self.witness.received(job, activation.at)
+                continue
+            call = self._called[job.resolve_activity.seq]
+            if call.is_local or call in unsent:
+                self.witness.scheduled(call, call.scheduled_at)
+            if call in unsent:
+                self.on_scheduled(call)
+            self.witness.resolved(call, activation.at)
 
     def _keep(self, recorded: Recorded, rejected: set[str]) -> None:
         """A rejected update leaves nothing in the history, neither itself nor what was answered to it."""
@@ -351,7 +388,7 @@ class Server:
             for job in recorded.activation.jobs:
                 if job.HasField("resolve_activity") and job.resolve_activity.is_local:
                     unresolved.pop(job.resolve_activity.seq, None)
-            commands = hosted.activate(recorded.activation, flags=sorted(self._flags), is_replaying=True)
+            commands = hosted.activate(_with_patches(recorded), flags=sorted(self._flags), is_replaying=True)
             if [_fingerprint(command) for command in commands] != recorded.prints:
                 raise TaskFailed(
                     f"nondeterministic: {[command_said(c) for c in commands]} instead of "
@@ -366,13 +403,14 @@ class Server:
 
     # What the run asked for
 
-    def _obey(self, command: WorkflowCommand) -> None:
+    def _obey(self, command: WorkflowCommand, at: float) -> None:
         kind = command.WhichOneof("variant")
         self._events += kind not in ("update_response", None)
         if kind == "schedule_activity":
-            self._names[command.schedule_activity.seq] = command.schedule_activity.activity_type
             call = self._calls.schedule(command.schedule_activity, command.schedule_activity.arguments)
-            self.on_scheduled(call.name, call.argument)
+            self._called[call.seq] = call
+            self.witness.scheduled(call, at)
+            self.on_scheduled(call)
         elif kind == "request_cancel_activity":
             self._calls.request_cancel(command.request_cancel_activity.seq)
         elif kind == "start_timer":
@@ -433,7 +471,7 @@ class Server:
             self.closed = Closed("cancelled")
 
     def _resolved_by(self, jobs: list[WorkflowActivationJob]) -> set[str]:
-        return {self._names[job.resolve_activity.seq] for job in jobs if job.HasField("resolve_activity")}
+        return {self._called[job.resolve_activity.seq].name for job in jobs if job.HasField("resolve_activity")}
 
     def _call_resolved_in(self, run: int) -> Callable[[Call, Resolution], None]:
         def resolved(call: Call, resolution: Resolution) -> None:
@@ -469,6 +507,13 @@ def _resolved(call: Call, resolution: Resolution) -> WorkflowActivationJob:
     return WorkflowActivationJob(
         resolve_activity=activation_api.ResolveActivity(seq=call.seq, result=resolution, is_local=call.is_local)
     )
+
+
+def _with_patches(recorded: Recorded) -> Activation:
+    """As it was, and told of the patches whose markers its answer wrote into the history."""
+    markers = [c.set_patch_marker.patch_id for c in recorded.answered if c.HasField("set_patch_marker")]
+    told = [WorkflowActivationJob(notify_has_patch=activation_api.NotifyHasPatch(patch_id=name)) for name in markers]
+    return replace(recorded.activation, jobs=(*told, *recorded.activation.jobs))
 
 
 def _fingerprint(command: WorkflowCommand) -> bytes:

@@ -31,6 +31,8 @@ class Trainings(ComfyUIModel[TrainingState]):
     """ComfyUI's trainings. `gpu_hours`: what one is thought to need when it is created."""
 
     gpu_hours = 1.0
+    tells_resumed_from = False
+    """Whether a resumed training reports the checkpoint that it resumed from."""
     gpus: tuple[GpuPool, ...] = (GpuPool(gpu_type="a100", total=4, available=0),)
 
     @cached_property
@@ -88,6 +90,11 @@ class Trainings(ComfyUIModel[TrainingState]):
         pause = span / (2 * checkpoints + 3)
         hours = self.gpu_hours * rng.choice((1.0, 1.0, 1.0, 2.0, 4.0))
         plan: Plan = [(pause, self._to(work, training_status="running", training_stage="data_ingest"))]
+        resumed_from = work.request.resume_from
+        if self.tells_resumed_from and resumed_from is not None:
+            hours_then = self.hours_at.get(resumed_from, 0.0)
+            again = Checkpoint(uri=resumed_from, epoch=1, step=100, gpu_hours_used=hours_then)
+            plan.append((pause, self._to(work, checkpoint=again)))
         for n in range(1, checkpoints + 1):
             used = hours * n / (checkpoints + 1)
             plan.append((pause, self._to(work, training_stage="training", stage_progress=90.0 * n / checkpoints)))

@@ -61,6 +61,11 @@ class Weather:
     def is_calm(self) -> bool:
         return self.agenda.now >= self.calm_from
 
+    def is_away(self, party: Party) -> bool:
+        """Whether the party does not answer now."""
+        outages = self.outages.get(party, ())
+        return not self.is_calm and any(begin <= self.agenda.now < end for begin, end in outages)
+
     def attempt(self, party: Party, name: str) -> Attempt:
         """What becomes of a call that is sent now."""
         if self.outage_with is not None and self.outage_with[0] == name:
@@ -69,10 +74,10 @@ class Weather:
             self.calm_from, self.outage_with = max(self.calm_from, end), None
         rng, latency = self.rng, self.rng.choice(LATENCIES)
         if not self.is_calm:
-            if any(begin <= self.agenda.now < end for begin, end in self.outages.get(party, ())):
+            if self.is_away(party):
                 return self._during_outage(latency)
             if rng.random() < self.call_faults:
-                return self._faulty(latency, party)
+                return self._faulty(latency)
         return Attempt(acts_after=latency, heard_after=latency + rng.choice(LATENCIES))
 
     def _during_outage(self, latency: float) -> Attempt:
@@ -83,13 +88,13 @@ class Weather:
             return Attempt(acts_after=None, heard_after=GIVES_UP_AFTER, is_lost=True)
         return Attempt(acts_after=None, heard_after=latency, spoiled=Spoiled.UNAVAILABLE)
 
-    def _faulty(self, latency: float, party: Party) -> Attempt:
+    def _faulty(self, latency: float) -> Attempt:
         rng, kind = self.rng, self.rng.randrange(6)
         if kind == 0:
             return Attempt(acts_after=latency, heard_after=GIVES_UP_AFTER, is_lost=True)
         if kind == 1:
             return Attempt(acts_after=None, heard_after=GIVES_UP_AFTER, is_lost=True)
-        if kind == 2 and party is not Party.OBJECTS:  # what copies files is the activity itself: it is not late
+        if kind == 2:
             return Attempt(acts_after=rng.choice(LATE), heard_after=GIVES_UP_AFTER, is_lost=True)
         if kind == 3:
             return Attempt(acts_after=None, heard_after=latency, spoiled=Spoiled.UNAVAILABLE)

@@ -1,7 +1,11 @@
-"""`python -m simulators credits` and `python -m simulators comfyui`: one simulator as a process of its own."""
+"""`python -m simulators credits` and `python -m simulators comfyui`: one simulator as a process of its own.
+
+`python -m simulators credits --credits-profile field` is the platform's own credits service as it was seen.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import NoReturn
 
@@ -16,6 +20,7 @@ from logs import configure_logs
 from settings import Settings
 from simulators.comfyui_app import comfyui_app
 from simulators.credits_app import credits_app
+from simulators.credits_profile import PROFILES, CreditsProfile
 from simulators.serving import server_config
 from simulators.tokens import Tokens
 
@@ -24,18 +29,29 @@ log = structlog.get_logger("simulators")
 
 def main(arguments: list[str]) -> None:
     """Serve until SIGTERM or SIGINT. A bad setting ends the process with 2 and a sentence."""
-    if arguments not in (["credits"], ["comfyui"]):
-        _give_up("Say which one: python -m simulators credits, or python -m simulators comfyui.")
+    given = _given(arguments)
     try:
         settings = Settings()
     except ValidationError as error:
         _give_up(f"A setting cannot be read.\n{error}")
     configure_logs(level=settings.log_level, as_json=settings.log_json)
-    is_comfyui = arguments == ["comfyui"]
+    is_comfyui = given.simulator == "comfyui"
     port = settings.comfyui_simulator_port if is_comfyui else settings.credits_simulator_port
-    app = _comfyui(settings) if is_comfyui else _credits(settings)
-    log.info("simulator serves", simulator=arguments[0], host=settings.simulator_host, port=port)
+    profile = PROFILES[given.credits_profile or settings.simulator_credits_profile]
+    app = _comfyui(settings) if is_comfyui else _credits(settings, profile)
+    named = {} if is_comfyui else {"profile": profile.name}
+    log.info("simulator serves", simulator=given.simulator, host=settings.simulator_host, port=port, **named)
     uvicorn.Server(server_config(app, host=settings.simulator_host, port=port)).run()
+
+
+def _given(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m simulators")
+    parser.add_argument("simulator", nargs="?", choices=["credits", "comfyui"])
+    parser.add_argument("--credits-profile", choices=list(PROFILES), help="instead of the setting's")
+    given = parser.parse_args(arguments)
+    if given.simulator is None:
+        _give_up("Say which one: python -m simulators credits, or python -m simulators comfyui.")
+    return given
 
 
 def _comfyui(settings: Settings) -> FastAPI:
@@ -56,13 +72,14 @@ def _comfyui(settings: Settings) -> FastAPI:
     )
 
 
-def _credits(settings: Settings) -> FastAPI:
+def _credits(settings: Settings, profile: CreditsProfile) -> FastAPI:
     return credits_app(
         folder=settings.simulator_folder,
         tokens=_tokens(settings),
         admin_token=_needed(settings.simulator_admin_token, "SIMULATOR_ADMIN_TOKEN"),
         prices=settings.prices,
         speed=settings.simulator_speed,
+        profile=profile,
     )
 
 

@@ -170,8 +170,12 @@ class CreditsAdmin(ServiceAdmin):
         return [hold for hold in holds if task_id in (None, hold.task_id)]
 
     async def expire_hold(self, pre_deduct_id: str) -> None:
-        """End an open hold's life now."""
+        """End an open hold's life now. Raises AdminRefused where holds do not expire (profile `field`)."""
         await self._send("POST", f"/holds/{pre_deduct_id}/expire")
+
+    async def cancel_hold(self, pre_deduct_id: str) -> None:
+        """Cancel an open hold by hand, as an operator of the service would."""
+        await self._send("POST", f"/holds/{pre_deduct_id}/cancel")
 
     async def ledger(self, task_id: str | None = None) -> list[EntrySeen]:
         """Every entry, oldest first."""

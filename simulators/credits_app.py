@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 
 from contracts.prices import PriceTable
 from simulators.admin_routes import add_shared_routes, guarded_router, health_router
@@ -21,6 +21,7 @@ from simulators.admin_wire import (
 )
 from simulators.background import running_beside, woken
 from simulators.clock import Clock
+from simulators.credits_profile import CONTRACT, CreditsProfile
 from simulators.credits_service import CreditsService
 from simulators.edge import Edge
 from simulators.faults import Faults
@@ -31,13 +32,29 @@ from simulators.tokens import Tokens
 _LONGEST_SLEEP_SECONDS = 30.0
 
 
-def credits_app(*, folder: Path, tokens: Tokens, admin_token: str, prices: PriceTable, speed: float) -> FastAPI:
+def credits_app(
+    *,
+    folder: Path,
+    tokens: Tokens,
+    admin_token: str,
+    prices: PriceTable,
+    speed: float,
+    profile: CreditsProfile = CONTRACT,
+) -> FastAPI:
     """The application; its state lies in `folder`/credits.sqlite3 and is closed when the application ends."""
     state = StateFile(folder / "credits.sqlite3")
     clock = Clock(state, speed=speed)
     faults = Faults(state)
-    service = CreditsService(state, clock, faults, prices)
-    edge = Edge(state, clock, tokens, faults, service.task_of)
+    service = CreditsService(state, clock, faults, prices, profile)
+    edge = Edge(
+        state,
+        clock,
+        tokens,
+        faults,
+        service.task_of,
+        keeps_keys=profile.keeps_keys,
+        asks_for_tokens=profile.asks_for_tokens,
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -130,7 +147,17 @@ def _admin_routes(service: CreditsService, edge: Edge, admin_token: str) -> APIR
 
     @router.post("/holds/{pre_deduct_id}/expire", status_code=204)
     async def expire(pre_deduct_id: str) -> None:
+        if not service.profile.ends_holds:
+            raise HTTPException(409, "Holds of this service do not expire.")
         service.ledger.expire_now(pre_deduct_id)
+
+    @router.post("/holds/{pre_deduct_id}/cancel", status_code=204)
+    async def cancel_by_hand(pre_deduct_id: str) -> None:
+        service.ledger.expire_due()
+        hold = service.ledger.find_hold(pre_deduct_id)
+        if hold is not None and hold.phase == "open":
+            with service.state.transaction():
+                service.ledger.cancel(hold, "by hand")
 
     @router.get("/ledger")
     async def entries() -> list[EntrySeen]:

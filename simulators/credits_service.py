@@ -21,9 +21,11 @@ from contracts.prices import DEFAULT_ETA_MINUTES, PriceTable
 from simulators.admin_wire import EntrySeen, FaultKind
 from simulators.authorizations import Authorizations
 from simulators.clock import Clock
+from simulators.credits_profile import CreditsProfile
 from simulators.edge import Call
 from simulators.faults import Faults, Occasion
 from simulators.ledger import Hold, Ledger, Person, instant
+from simulators.ledger_wire import by_kind, by_reason
 from simulators.replies import Refused, Reply, checked
 from simulators.state_file import StateFile
 from simulators.tokens import demand_person, demand_scene
@@ -38,12 +40,15 @@ DEFAULT_PAGE: Final = 50
 class CreditsService:
     """Accounts, authorisations and prices behind `/api/v1/credits`."""
 
-    def __init__(self, state: StateFile, clock: Clock, faults: Faults, prices: PriceTable) -> None:
+    def __init__(
+        self, state: StateFile, clock: Clock, faults: Faults, prices: PriceTable, profile: CreditsProfile
+    ) -> None:
         self.state = state
         self.clock = clock
         self.prices = prices
+        self.profile = profile
         self._faults = faults
-        self.ledger = Ledger(state, clock)
+        self.ledger = Ledger(state, clock, ends_holds=profile.ends_holds)
         self.authorizations = Authorizations(state, clock, self.ledger)
         self.open_first_accounts()
 
@@ -110,11 +115,12 @@ class CreditsService:
             return base + sum(order.extras.values())
         if order.resolution not in self.prices.base_models:
             raise Refused("payload_invalid", fields=["resolution: no such base model"])
-        if order.gpu_hours is None or order.gpu_hours < 0:
+        gpu_hours = order.gpu_hours if self.profile.counts_gpu_hours else 0.0
+        if gpu_hours is None or gpu_hours < 0:
             raise Refused("payload_invalid", fields=["gpu_hours: Field required for model.train, at least 0"])
-        return self.prices.training(
-            base_model=order.resolution, accelerated=is_accelerated, gpu_hours=order.gpu_hours
-        ) + sum(order.extras.values())
+        return self.prices.training(base_model=order.resolution, accelerated=is_accelerated, gpu_hours=gpu_hours) + sum(
+            order.extras.values()
+        )
 
     def pre_deduct(self, call: Call) -> Reply:
         order = checked(PreDeductRequest, {"expire_in": DEFAULT_HOLD_SECONDS} | _object(call.body))
@@ -169,7 +175,13 @@ class CreditsService:
         demand_person(call.claims, order.tenant_id, order.user_id)
         self.ledger.expire_due()
         person = Person(order.tenant_id, order.user_id)
-        entry = self.ledger.charge(person, task_id=order.task_id, amount=order.amount, reason=order.reason)
+        entry = self.ledger.charge(
+            person,
+            task_id=order.task_id,
+            amount=order.amount,
+            reason=order.reason,
+            refusal=self.profile.charge_refusal,
+        )
         return Reply(200, _entry_fields(entry, "ledger_id", "change", "balance_after", "reason", "created_at"))
 
     def balance(self, call: Call) -> Reply:
@@ -185,21 +197,23 @@ class CreditsService:
         asked = call.request.query_params
         occasion = Occasion("ledger", "GET", asked.get("task_id"), person.tenant_id)
         lag = sum(fault.parameters.seconds or 0 for fault in self._faults.hit(occasion, {FaultKind.LEDGER_LAG}))
+        until = self.clock.timestamp() - lag
+        limit = _limit(asked.get("limit"))
+        if not self.profile.tells_kinds:
+            entries, _ = self.ledger.page(person, limit=limit, before=None, task_id=None, until=until)
+            return Reply(200, {"entries": by_reason(entries)[:limit]})
         is_plain = bool(self._faults.hit(occasion, {FaultKind.PLAIN_LEDGER}))
         entries, following = self.ledger.page(
             person,
-            limit=_limit(asked.get("limit")),
+            limit=limit,
             before=_number_of(asked.get("cursor")),
             task_id=None if is_plain else asked.get("task_id"),
-            until=self.clock.timestamp() - lag,
+            until=until,
         )
-        names = ["ledger_id", "task_id", "change", "balance_after", "reason", "created_at"]
-        if not is_plain:
-            names += ["kind", "pre_deduct_id", "frozen_change"]
         return Reply(
             200,
             {
-                "entries": [_entry_fields(entry, *names) for entry in entries],
+                "entries": by_reason(entries) if is_plain else by_kind(entries),
                 "cursor": _cursor_of(following) if following is not None else None,
             },
         )
@@ -216,7 +230,7 @@ class CreditsService:
 
     def _hold_reply(self, hold: Hold, amount: int) -> Reply:
         balance, _ = self.ledger.balances(hold.person) or (0, 0)
-        quota = self.authorizations.quota(hold.person.tenant_id, hold.template_id)
+        quota = self.authorizations.quota(hold.person.tenant_id, hold.template_id) if self.profile.tells_quota else None
         usage = self.ledger.uses(hold.person.tenant_id, hold.template_id, hold.person.user_id)
         return Reply(
             200,

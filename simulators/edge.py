@@ -23,10 +23,10 @@ from simulators.clock import Clock
 from simulators.connections import cut
 from simulators.faults import Faults, Occasion
 from simulators.idempotency import IdempotencyKeys, fingerprint
-from simulators.replies import Refused, Reply, Unauthenticated
+from simulators.replies import Refused, Reply, Unauthenticated, checked
 from simulators.requests_seen import RequestsSeen
 from simulators.state_file import StateFile
-from simulators.tokens import Tokens
+from simulators.tokens import ALL_SCOPES, Tokens
 
 MAX_BODY_BYTES: Final = 8 * 1024 * 1024
 MAX_KEY_CHARACTERS: Final = 256
@@ -75,7 +75,11 @@ class _Exchange:
 
 
 class Edge:
-    """`task_of` finds the task of an id in a path or body, for requests that do not name it themselves."""
+    """`task_of` finds the task of an id in a path or body, for requests that do not name it themselves.
+
+    Without `keeps_keys` every request acts, whatever its key; without `asks_for_tokens` whoever calls is who the body
+    or the query names, with every right (contract §4, field).
+    """
 
     def __init__(
         self,
@@ -84,6 +88,9 @@ class Edge:
         tokens: Tokens,
         faults: Faults,
         task_of: Callable[[str], str | None],
+        *,
+        keeps_keys: bool = True,
+        asks_for_tokens: bool = True,
     ) -> None:
         self.faults = faults
         self.keys = IdempotencyKeys(state, clock)
@@ -91,6 +98,8 @@ class Edge:
         self._clock = clock
         self._tokens = tokens
         self._task_of = task_of
+        self._keeps_keys = keeps_keys
+        self._asks_for_tokens = asks_for_tokens
 
     async def handle(self, request: Request, route: str, act: Act, *, is_ours: bool = False) -> Response:
         """Answer one request. `is_ours`: a route that contract §2 marks (ours), which a server may not offer."""
@@ -119,7 +128,7 @@ class Edge:
             body = error
         key = request.headers.get("x-idempotency-key")
         task_id = self._task_named(request, body, key)
-        occasion = Occasion(route, request.method, task_id, self._tenant_named(request))
+        occasion = Occasion(route, request.method, task_id, self._tenant_named(request, body))
         return _Exchange(request, route, raw, body, key, occasion)
 
     def _task_named(self, request: Request, body: Any, key: str | None) -> str | None:
@@ -132,11 +141,19 @@ class Edge:
                 return task_id
         return None
 
-    def _tenant_named(self, request: Request) -> str | None:
+    def _tenant_named(self, request: Request, body: Any) -> str | None:
         try:
-            return self._tokens.read(request.headers.get("authorization")).tenant_id
-        except Unauthenticated:
+            return self._claims(request, body).tenant_id
+        except (Refused, Unauthenticated):
             return None
+
+    def _claims(self, request: Request, body: Any) -> TokenClaims:
+        """Who calls. Raises Unauthenticated, or Refused where no token is asked for and nobody is named."""
+        if self._asks_for_tokens:
+            return self._tokens.read(request.headers.get("authorization"))
+        named = body if request.method == "POST" and isinstance(body, dict) else request.query_params
+        who = {name: named.get(name) for name in ("tenant_id", "user_id")}
+        return checked(TokenClaims, who | {"scopes": list(ALL_SCOPES)})
 
     async def _acted(self, exchange: _Exchange, act: Act) -> tuple[Reply, Outcome]:
         late = exchange.waits(FaultKind.ACT_LATE, "before")
@@ -144,7 +161,7 @@ class Edge:
             call = self._call(exchange)
         except (Refused, Unauthenticated) as refusal:
             return refusal.reply(), "refused"
-        if exchange.request.method == "GET" or self.faults.hit(exchange.occasion, {FaultKind.IGNORE_KEYS}):
+        if not self._looks_at_key(exchange):
             await asyncio.sleep(late)
             reply, is_repeat = self.keys.tried(lambda: act(call)), False
         else:
@@ -158,11 +175,17 @@ class Edge:
             return reply, "repeated"
         return reply, "acted" if reply.status < 400 else "refused"
 
+    def _looks_at_key(self, exchange: _Exchange) -> bool:
+        if exchange.request.method == "GET" or not self._keeps_keys:
+            return False
+        return not self.faults.hit(exchange.occasion, {FaultKind.IGNORE_KEYS})
+
     def _call(self, exchange: _Exchange) -> Call:
-        claims = self._tokens.read(exchange.request.headers.get("authorization"))
+        claims = self._claims(exchange.request, exchange.body)
         if isinstance(exchange.body, UnreadableJson):
             raise Refused("payload_invalid", fields=[f"body: {exchange.body}"])
-        if exchange.request.method == "POST" and not 0 < len(exchange.key or "") <= MAX_KEY_CHARACTERS:
+        wants_key = exchange.request.method == "POST" and self._keeps_keys
+        if wants_key and not 0 < len(exchange.key or "") <= MAX_KEY_CHARACTERS:
             raise Refused("payload_invalid", fields=["X-Idempotency-Key: Field required"])
         base_url = str(exchange.request.base_url).rstrip("/")
         return Call(exchange.request, exchange.route, exchange.body, claims, base_url)

@@ -100,9 +100,11 @@ class Hold:
 class Ledger:
     """Every effect on points. Calls run inside the caller's transaction; refusals are contract §4's."""
 
-    def __init__(self, state: StateFile, clock: Clock) -> None:
+    def __init__(self, state: StateFile, clock: Clock, *, ends_holds: bool = True) -> None:
+        """`ends_holds`: a hold whose `expire_at` has passed is returned by the service itself."""
         self._state = state
         self._clock = clock
+        self._ends_holds = ends_holds
         state.lay_out(_SCHEMA)
 
     def balances(self, person: Person) -> tuple[int, int] | None:
@@ -164,6 +166,8 @@ class Ledger:
 
     def expire_due(self) -> None:
         """Return every hold whose `expire_at` has passed, in the order they ended."""
+        if not self._ends_holds:
+            return
         with self._state.transaction():
             for row in self._state.rows(
                 "SELECT * FROM holds WHERE phase = 'open' AND expire_at <= ? ORDER BY expire_at, pre_deduct_id",
@@ -182,13 +186,18 @@ class Ledger:
         self.expire_due()
 
     def next_expiry(self) -> float | None:
-        """When the next open hold ends, in seconds since the epoch."""
+        """When the next open hold ends by itself, in seconds since the epoch."""
+        if not self._ends_holds:
+            return None
         row = self._state.row("SELECT min(expire_at) AS soonest FROM holds WHERE phase = 'open'")
         return row["soonest"] if row else None
 
-    def charge(self, person: Person, *, task_id: str, amount: int, reason: str) -> EntrySeen:
-        """Take `amount` from `balance` without a hold. Raises Refused `insufficient_balance`."""
-        self._demand(person, amount, status=402, code="40201")
+    def charge(
+        self, person: Person, *, task_id: str, amount: int, reason: str, refusal: tuple[int, str] = (402, "40201")
+    ) -> EntrySeen:
+        """Take `amount` from `balance` without a hold. Raises Refused `insufficient_balance`, as `refusal` says."""
+        status, code = refusal
+        self._demand(person, amount, status=status, code=code)
         return self._enter(person, LedgerKind.CHARGE, -amount, 0, reason=reason, task_id=task_id)
 
     def uses(self, tenant_id: str, template_id: str, user_id: str | None = None) -> int:

@@ -17,6 +17,9 @@ _STATUSES: Final[dict[str, int]] = {
     "job_not_found": 404,
     "training_not_found": 404,
     "authorization_missing": 403,
+    "scope_denied": 403,
+    "authorization_daily_limit": 403,
+    "daily_quota_exceeded": 403,
     "authorization_not_found": 404,
     "authorization_revoked": 403,
     "authorization_expired": 403,
@@ -35,7 +38,8 @@ _STATUSES: Final[dict[str, int]] = {
     "pricing_unavailable": 503,
     "ledger_unavailable": 503,
 }
-_ROWS: Final = {row.message: row for row in (*COMFYUI_ERRORS, *CREDITS_ERRORS)}
+_ROWS: Final = {row.message: row for row in (*CREDITS_ERRORS, *COMFYUI_ERRORS)}
+"""Of `template_not_found`, which both have, ComfyUI's: the simulated credits service knows every template."""
 
 
 @dataclass(frozen=True)

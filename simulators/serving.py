@@ -19,6 +19,7 @@ from simulators.admin_client import Admin
 from simulators.comfyui_app import comfyui_app
 from simulators.connections import CuttableProtocol
 from simulators.credits_app import credits_app
+from simulators.credits_profile import CONTRACT, CreditsProfile
 from simulators.tokens import Tokens
 
 LOOPBACK: Final = "127.0.0.1"
@@ -102,6 +103,7 @@ class Simulators:
     tokens: Tokens
     admin_token: str
     callback_secrets: list[str]
+    credits_profile: CreditsProfile = CONTRACT
 
     @property
     def comfyui_url(self) -> str:
@@ -124,6 +126,7 @@ async def running_simulators(
     callback_secrets: list[str] | None = None,
     prices: PriceTable | None = None,
     gpus: dict[str, int] | None = None,
+    credits_profile: CreditsProfile = CONTRACT,
     comfyui_port: int = 0,
     credits_port: int = 0,
 ) -> AsyncIterator[Simulators]:
@@ -147,7 +150,14 @@ async def running_simulators(
         )
 
     def credits_() -> FastAPI:
-        return credits_app(folder=folder, tokens=tokens, admin_token=admin_token, prices=table, speed=speed)
+        return credits_app(
+            folder=folder,
+            tokens=tokens,
+            admin_token=admin_token,
+            prices=table,
+            speed=speed,
+            profile=credits_profile,
+        )
 
     served = [ServedApp(comfyui, comfyui_port), ServedApp(credits_, credits_port)]
     async with contextlib.AsyncExitStack() as stack:
@@ -155,4 +165,4 @@ async def running_simulators(
             await app.start()
             stack.push_async_callback(app.stop)
         admin = await stack.enter_async_context(Admin(served[0].url, served[1].url, admin_token))
-        yield Simulators(served[0], served[1], admin, tokens, admin_token, signing)
+        yield Simulators(served[0], served[1], admin, tokens, admin_token, signing, credits_profile)

@@ -1,6 +1,7 @@
 """Tasks of both kinds under random faults on a whole local stack; exit code 1 where something that must be 0 is not.
 
 python -m soak --tasks 10000             half an hour on two processors; Ctrl-C interrupts
+python -m soak --profile field           with the platform's own credits service (contract §4, field)
 python -m soak --resume                  go on with the plan in the folder
 """
 
@@ -15,8 +16,9 @@ from pathlib import Path
 
 from local_stack.background import start_stack
 from local_stack.folder import DEFAULT_FOLDER, RunFolder, StackFailure
-from local_stack.parts import SETTINGS_PREFIX
+from local_stack.parts import PROFILE_SETTING, SETTINGS_PREFIX
 from process_end import end_process
+from simulators.credits_profile import PROFILES
 from soak.journal import FILE, Journal
 from soak.plan import Plan
 from soak.run import soak
@@ -42,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         assert plan is not None
         for name, value in SETTINGS.items():
             os.environ.setdefault(f"{SETTINGS_PREFIX}{name}", value)
+        os.environ[PROFILE_SETTING] = plan.profile
         folder = RunFolder(options.folder / "stack")
         stack = start_stack(folder, plan.speed, lambda line: print(f"  {line}", flush=True), has_lifeline=True)
         if stack is None:
@@ -78,6 +81,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--open", type=int, default=defaults.most_open, help="tasks open at once (%(default)s)")
     parser.add_argument("--gap", type=float, default=defaults.mean_gap_seconds, help="mean seconds between faults")
     parser.add_argument("--speed", type=float, default=defaults.speed, help="of the simulated work (%(default)g)")
+    parser.add_argument("--profile", choices=list(PROFILES), default=defaults.profile, help="of the credits service")
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER / "soak", help="where its state is kept")
     parser.add_argument("--resume", action="store_true", help="go on with the plan in the folder")
     return parser.parse_args(arguments)
@@ -106,6 +110,7 @@ def _journal(options: argparse.Namespace) -> Journal:
             most_open=options.open,
             mean_gap_seconds=options.gap,
             speed=options.speed,
+            profile=options.profile,
         )
     )
     return journal

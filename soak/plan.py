@@ -9,6 +9,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field
 
 from contracts.tasks import ImageTask, TrainingTask
+from simulators.credits_profile import CONTRACT
 
 USERS: Final = {"tenant-demo": "user-demo", "tenant-other": "user-other"}
 TRAININGS: Final = 0.08
@@ -31,6 +32,8 @@ class Plan(BaseModel):
     """Between the begins of two faults."""
     speed: float = Field(default=100.0, gt=0)
     """Of the simulated work, in times real pace."""
+    profile: str = CONTRACT.name
+    """Which credits service is simulated (contract §4)."""
 
     def task_id(self, n: int) -> str:
         return f"soak-{self.seed}-{n}"

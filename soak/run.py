@@ -8,6 +8,8 @@ from contextlib import suppress
 from typing import Final
 
 from local_stack.folder import RunFolder
+from simulators.admin_wire import Fault
+from simulators.credits_profile import FIELD
 from soak.faults import RICH
 from soak.journal import Journal
 from soak.plan import USERS, Plan
@@ -21,6 +23,7 @@ PROGRESS_SECONDS: Final = 10.0
 STREAMS_SECONDS: Final = 60.0
 IMAGE_GPUS: Final = 48
 TRAINING_GPUS: Final = 12
+FAILING_COMMITS: Final = 0.05
 
 
 async def soak(folder: RunFolder, plan: Plan, journal: Journal) -> bool:
@@ -31,7 +34,7 @@ async def soak(folder: RunFolder, plan: Plan, journal: Journal) -> bool:
     stack = folder.description()
     assert stack is not None, "the stack has just become ready"
     async with opened_site(folder, stack) as site:
-        await _furnish(site)
+        await _furnish(site, plan)
         recovery = RecoveryClock(site, journal)
         recorder = Recorder(site, journal, recovery.event_told)
         workload = Workload(site, plan, recorder)
@@ -58,11 +61,20 @@ async def _run_through(workload: Workload, weather: Weather, recorder: Recorder,
         showing.cancel()
 
 
-async def _furnish(site: Site) -> None:
-    """Enough GPUs and points that both run short only where a fault says so."""
+async def _furnish(site: Site, plan: Plan) -> None:
+    """Enough GPUs and points that both run short only where a fault says so; and what the service is like."""
     await insist(lambda: site.admin.comfyui.set_gpus("rtx4090", IMAGE_GPUS), "GPUs")
     await insist(lambda: site.admin.comfyui.set_gpus("a100", TRAINING_GPUS), "GPUs")
     await _mended(site)
+    if plan.profile == FIELD.name:
+        await insist(lambda: _acting_and_failing(site, plan.seed), "fault switchboard")
+
+
+async def _acting_and_failing(site: Site, seed: int) -> Fault:
+    """Now and then a commit acts and answers 500, all the while (contract §4, field)."""
+    return await site.admin.credits.fault(
+        "error", route="commit", status=500, when="after", probability=FAILING_COMMITS, seed=seed, times=None
+    )
 
 
 async def _mended(site: Site) -> None:

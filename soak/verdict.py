@@ -14,7 +14,9 @@ from temporalio.api.enums.v1 import EventType as HistoryEvent
 from temporalio.api.enums.v1 import WorkflowTaskFailedCause
 
 from contracts.tasks import EventType, workflow_id_of
-from simulators.admin_wire import EntrySeen
+from simulators.admin_wire import EntrySeen, HoldSeen
+from simulators.credits_profile import CONTRACT, PROFILES, CreditsProfile
+from simulators.task_money import HOLD_DOUBLED, SAY_UNKNOWN, TaskMoney
 from soak.journal import Journal
 from soak.plan import Plan
 from soak.site import Site, insist
@@ -70,7 +72,7 @@ async def judge(site: Site, plan: Plan, journal: Journal) -> Verdict:
     verdict = Verdict()
     rows = await site.table.rows(
         "SELECT task_id, scene, status, ended_at, extract(epoch FROM ended_at - created_at)::float8 AS seconds, "
-        "credits->>'charged' AS charged, error->>'code' AS code FROM tasks WHERE task_id LIKE $1",
+        "(credits->>'charged')::int AS charged, error->>'code' AS code FROM tasks WHERE task_id LIKE $1",
         f"soak-{plan.seed}-%",
     )
     begun = {row["task_id"] for row in rows}
@@ -80,31 +82,50 @@ async def judge(site: Site, plan: Plan, journal: Journal) -> Verdict:
     verdict.kinds.update(row["scene"] for row in rows)
     verdict.ends.update(f"{row['status']} ({row['code']})" if row["code"] else row["status"] for row in rows)
     verdict.add("runs still open", await still_running(site))
-    await _judge_money(site, rows, verdict)
+    await _judge_money(site, PROFILES[plan.profile], rows, verdict)
     await _judge_jobs(site, verdict)
     await _judge_events(site, plan, rows, journal, verdict)
     await _judge_histories(site, sorted(begun), verdict)
     return verdict
 
 
-async def _judge_money(site: Site, rows: list[Any], verdict: Verdict) -> None:
+async def _judge_money(site: Site, profile: CreditsProfile, rows: list[Any], verdict: Verdict) -> None:
+    entries, holds, records = await _by_task(site)
+    for row in rows:
+        task_id, told = row["task_id"], row["charged"]
+        money = TaskMoney(profile, holds.pop(task_id, []), entries[task_id], told, records[task_id])
+        commits = sum(entry.kind == "commit" for entry in money.entries)
+        shown = f"{task_id} {row['status']}: {money.taken} taken, {told} told, {commits} commits"
+        is_more_than_told = told is not None and money.taken > told
+        if is_more_than_told or commits > 1 or (money.taken and row["status"] != "completed"):
+            verdict.add("double charges", [shown])
+        elif money.mischarges():
+            verdict.add("charges that differ from what the task tells", [shown])
+        verdict.add("leaked holds", (f"{task_id}: {leak}" for leak in money.leaks()))
+    for task_id, left in holds.items():
+        verdict.add("leaked holds", (f"{task_id}: {hold.pre_deduct_id}" for hold in left if hold.phase == "open"))
+    books = await insist(site.admin.credits.balance_check, "the books")
+    verdict.add("untrue books", books.problems)
+
+
+async def _by_task(
+    site: Site,
+) -> tuple[dict[str, list[EntrySeen]], dict[str, list[HoldSeen]], dict[str, list[tuple[str, dict[str, Any]]]]]:
+    """Ledger entries, holds, and the exception records that say what is not known."""
     entries: dict[str, list[EntrySeen]] = defaultdict(list)
     for entry in await insist(site.admin.credits.ledger, "the ledger"):
         if entry.task_id is not None:
             entries[entry.task_id].append(entry)
-    for row in rows:
-        own, told = entries[row["task_id"]], int(row["charged"])
-        taken = -sum(entry.change + entry.frozen_change for entry in own)
-        commits = sum(entry.kind == "commit" for entry in own)
-        shown = f"{row['task_id']} {row['status']}: {taken} taken, {told} told, {commits} commits"
-        if taken > told or commits > 1 or (taken and row["status"] != "completed"):
-            verdict.add("double charges", [shown])
-        elif taken != told:
-            verdict.add("charges that differ from what the task tells", [shown])
-    holds = await insist(site.admin.credits.holds, "the holds")
-    verdict.add("leaked holds", (f"{hold.pre_deduct_id} of {hold.task_id}" for hold in holds if hold.phase == "open"))
-    books = await insist(site.admin.credits.balance_check, "the books")
-    verdict.add("untrue books", books.problems)
+    holds: dict[str, list[HoldSeen]] = defaultdict(list)
+    for hold in await insist(site.admin.credits.holds, "the holds"):
+        holds[hold.task_id].append(hold)
+    records: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+    for row in await site.table.rows(
+        "SELECT task_id, code, details::text AS details FROM task_exceptions WHERE code = ANY($1::text[])",
+        [HOLD_DOUBLED, *SAY_UNKNOWN],
+    ):
+        records[row["task_id"]].append((row["code"], json.loads(row["details"])))
+    return entries, holds, records
 
 
 async def _judge_jobs(site: Site, verdict: Verdict) -> None:
@@ -178,9 +199,10 @@ def table(plan: Plan, journal: Journal, verdict: Verdict) -> str:
         *((name, f"**{len(examples)}**") for name, examples in verdict.untrue.items()),
     ]
     shown = [f"| {name} | {value} |" for name, value in lines]
+    named = f" PROFILE={plan.profile}" if plan.profile != CONTRACT.name else ""
     for name, examples in verdict.untrue.items():
         shown += [f"{name}: {example}" for example in examples[:SHOWN]]
-    return "\n".join([f"| `make soak TASKS={plan.tasks} SEED={plan.seed}` | |", "| --- | --- |", *shown])
+    return "\n".join([f"| `make soak TASKS={plan.tasks} SEED={plan.seed}{named}` | |", "| --- | --- |", *shown])
 
 
 def as_json(plan: Plan, journal: Journal, verdict: Verdict) -> str:

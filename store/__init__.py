@@ -4,20 +4,26 @@ failures.py      what can go wrong, as one tree
 database.py      engine, limits, and the one place where driver errors become failures
 tables.py        the tables; migrations/ makes them
 fact_rules.py    which facts become events (contract §6), as a pure function
+lives.py         which run of a task acts, and what it may not know of the runs before it
 tasks.py         claim, write (row + events + exceptions + NOTIFY in one transaction), log lines
 reads.py         tasks, events, training log, exceptions
 stream_reads.py  heads of tasks, events of many tasks at once
 listener.py      one LISTEN connection: who wrote what
+home.py          which Temporal namespace the store belongs to
+unseen.py        open tasks whose run could not be looked at
+unsettled.py     ended tasks whose settlement is unknown: taken, corrected
 upkeep.py        purge, the state of the queues
 cursors.py       opaque positions
 """
 
 from store.cursors import CursorInvalid
 from store.failures import NotTheClaimant, StoreFailure, StoreUnavailable, TaskUnknown, WriteRefused
+from store.home import StoreHome
 from store.listener import EventListener
 from store.migrate import migrate
 from store.stream_reads import TaskHead
 from store.task_store import TaskStore
+from store.unseen import UnseenTask, UnseenTaskRow
 from store.upkeep import QueueState
 
 __all__ = [
@@ -26,10 +32,13 @@ __all__ = [
     "NotTheClaimant",
     "QueueState",
     "StoreFailure",
+    "StoreHome",
     "StoreUnavailable",
     "TaskHead",
     "TaskStore",
     "TaskUnknown",
+    "UnseenTask",
+    "UnseenTaskRow",
     "WriteRefused",
     "migrate",
 ]

@@ -1,4 +1,7 @@
-"""`python -m store`: bring the tables of the configured database up to date; purge what is older than the retention."""
+"""`python -m store`: the tables of the configured database.
+
+Bring them up to date, say which Temporal namespace they belong to, purge what is older than the retention.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from contracts.errors import sentences_of
 from settings import Settings
 from store.database import address_of
 from store.failures import StoreFailure, StoreUnavailable
+from store.home import StoreHome
 from store.migrate import migrate, revert
 from store.task_store import TaskStore
 
@@ -42,6 +46,36 @@ def migrate_command(revision: Annotated[str, typer.Argument(help="The revision t
 def revert_command(revision: Annotated[str, typer.Argument(help="The revision to go back to, e.g. base.")]) -> None:
     """Take the tables back. What they hold is lost."""
     _run(_settings()[1], revision, forwards=False)
+
+
+@app.command("bind")
+def bind_command(
+    namespace: Annotated[str, typer.Option(help="The Temporal namespace that the tasks run in.")],
+) -> None:
+    """Say which Temporal namespace the store belongs to, whatever it belonged to before.
+
+    Only for a store whose tasks really run there, say after a move: the reconciler gives back every open task that the
+    namespace does not know. Stop workers and gateways of the other namespace first.
+    """
+    dsn = _settings()[1]
+    try:
+        before = asyncio.run(_bind(dsn, namespace))
+    except (StoreFailure, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    was = f"it belonged to {before}" if before else "it was not bound before"
+    typer.echo(f"The task store at {address_of(dsn)} belongs to Temporal namespace {namespace!r} now; {was}.")
+
+
+async def _bind(dsn: str, namespace: str) -> StoreHome | None:
+    """What it was bound to before. The first process that starts in the namespace adds the namespace's id."""
+    store = TaskStore(dsn, pool_size=1)
+    try:
+        before = await store.home()
+        await store.bind_anew(StoreHome(namespace=namespace))
+        return before
+    finally:
+        await store.close()
 
 
 @app.command("purge")

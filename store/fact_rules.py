@@ -20,6 +20,8 @@ class WrittenSoFar:
     stage: str | None = None
     progress: float = 0.0
     """What the row tells of the present attempt and stage, in percent."""
+    told: dict[tuple[int, str | None], float] = field(default_factory=dict)
+    """Attempt and stage → the most that was told of it. Given where the run was reset: it goes through them again."""
 
     def take(self, facts: Iterable[Fact], known_keys: Collection[str]) -> list[tuple[int, Fact]]:
         """The facts to write with their `seq`, in order; what is known, outdated or after the end is left out."""
@@ -55,6 +57,7 @@ class WrittenSoFar:
         """
         if (attempt, stage) == (self.attempt, self.stage):
             progress = max(progress, self.progress)
+        progress = max(progress, self.told.get((attempt, stage), progress))
         self.attempt, self.stage, self.progress = attempt, stage, progress
         return progress
 

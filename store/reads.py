@@ -6,14 +6,25 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import Row, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from contracts.errors import sentences_of
+from contracts.fields import Instant, OwnModel
 from contracts.permissions import Scene
 from contracts.task_store import TaskExceptionRow, TaskRow, TrainingLogRow
 from contracts.tasks import TaskEvent, TaskStatus
 from store.cursors import event_cursor
 from store.tables import task_claims, task_events, task_exceptions, tasks, training_log
+
+
+class UnreadableRow(OwnModel):
+    """A task whose row this process cannot read, a newer one's perhaps; `why` names fields, never a value."""
+
+    task_id: str
+    created_at: Instant
+    why: str
 
 
 async def task(connection: AsyncConnection, task_id: str) -> TaskRow | None:
@@ -58,8 +69,11 @@ async def task_list(
 
 async def open_tasks(
     connection: AsyncConnection, *, quiet_for: timedelta, after: tuple[datetime, str] | None, limit: int
-) -> list[TaskRow]:
-    """Tasks without an end that were not written to for a while; oldest first, `after` as in `task_list`."""
+) -> list[TaskRow | UnreadableRow]:
+    """Tasks without an end that were not written to for a while; oldest first, `after` as in `task_list`.
+
+    A row that cannot be read hides none of the others.
+    """
     statement = (
         select(tasks)
         .where(tasks.c.ended_at.is_(None), tasks.c.updated_at <= func.now() - quiet_for)
@@ -68,7 +82,14 @@ async def open_tasks(
     )
     if after is not None:
         statement = statement.where(tuple_(tasks.c.created_at, tasks.c.task_id) > tuple_(*after))
-    return [_task_row(row) for row in await connection.execute(statement)]
+    return [_row_if_readable(row) for row in await connection.execute(statement)]
+
+
+def _row_if_readable(row: Row[*tuple[Any, ...]]) -> TaskRow | UnreadableRow:
+    try:
+        return _task_row(row)
+    except ValidationError as error:
+        return UnreadableRow(task_id=row.task_id, created_at=row.created_at, why="; ".join(sentences_of(error)))
 
 
 async def events(connection: AsyncConnection, task_id: str, *, after_seq: int, limit: int) -> list[TaskEvent]:

@@ -6,6 +6,8 @@ from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
+    CheckConstraint,
     Column,
     DateTime,
     Double,
@@ -18,7 +20,7 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 EVENTS_CHANNEL: Final = "task_events"
 """The one NOTIFY channel; a payload is `task_id:seq`."""
@@ -33,6 +35,10 @@ def _instant(name: str, *, nullable: bool = False) -> Column[Any]:
 def _json(name: str) -> Column[Any]:
     """A JSON document; None is SQL's NULL, never JSON's."""
     return Column(name, JSONB(none_as_null=True))
+
+
+def _texts(name: str) -> Column[Any]:
+    return Column(name, ARRAY(Text), nullable=False, server_default=text("'{}'::text[]"))
 
 
 def _task_id(*, primary_key: bool = True) -> Column[Any]:
@@ -86,6 +92,15 @@ tasks = Table(
     Column("result_urls", JSONB, nullable=False),
     _json("output"),
     _json("error"),
+    _instant("settlement_looked_at", nullable=True),
+    Column("run_id", Text),
+    Column("run_number", Integer, nullable=False, server_default=text("0")),
+    Column("lives", Integer, nullable=False, server_default=text("0")),
+    _instant("life_began_at", nullable=True),
+    Column("given_back_by", Text),
+    _texts("earlier_run_ids"),
+    _texts("hold_ids"),
+    _texts("job_ids"),
     Index("tasks_by_time", text("created_at DESC"), text("task_id DESC")),
     Index("tasks_of_tenant", "tenant_id", text("created_at DESC"), text("task_id DESC")),
     Index("tasks_of_tenant_by_status", "tenant_id", "status", text("created_at DESC"), text("task_id DESC")),
@@ -96,9 +111,15 @@ tasks = Table(
     ),
     Index("tasks_open", "created_at", "task_id", postgresql_where=text("ended_at IS NULL")),
     Index("tasks_by_end", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
+    Index(
+        "tasks_unsettled",
+        "ended_at",
+        postgresql_where=text("credits ->> 'settlement' = 'unknown' AND ended_at IS NOT NULL"),
+    ),
     Index("tasks_queued", "priority", postgresql_where=text("status = 'queued'")),
     comment="One row a task; job_sequences: the newest sequence written of each job.",
 )
+"""`run_id` is the run that acts, `lives` how often it was reset, `hold_ids` and `job_ids` are those of every run."""
 
 task_events = Table(
     "task_events",
@@ -154,4 +175,26 @@ task_exceptions = Table(
     _instant("ts"),
     Index("task_exceptions_by_code", "code", "ts"),
     comment="What ops should look at (contract §4, §6).",
+)
+
+store_home = Table(
+    "store_home",
+    metadata,
+    Column("only_one", Boolean, primary_key=True),
+    Column("namespace", Text, nullable=False),
+    Column("namespace_id", Text),
+    Column("bound_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    CheckConstraint("only_one", name="store_home_has_one_row"),
+    comment="The Temporal namespace that the tasks of this store run in.",
+)
+
+unseen_tasks = Table(
+    "unseen_tasks",
+    metadata,
+    _task_id(),
+    Column("reason", Text, nullable=False),
+    Column("first_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("last_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("times", Integer, nullable=False, server_default=text("1")),
+    comment="Open tasks that the reconciler could not look at the last time it tried.",
 )

@@ -4,26 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, Literal
 
 from contracts.fields import OwnModel
+from contracts.lives import EarlierLife, TaskRun
 from contracts.permissions import Scene
-from contracts.task_store import TaskClaim, TaskExceptionRow, TaskRow, TaskWrite, TrainingLogRow, TrainingLogWrite
+from contracts.task_store import (
+    Correction,
+    RowSeen,
+    TaskClaim,
+    TaskExceptionRow,
+    TaskRow,
+    TaskWrite,
+    TrainingLogRow,
+    TrainingLogWrite,
+    UnsettledTask,
+)
 from contracts.tasks import TaskEvent, TaskStatus
-from store import reads, stream_reads, tasks, upkeep
+from store import home, lives, reads, stream_reads, tasks, unseen, unsettled, upkeep
 from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
 from store.database import POOL_SIZE, WORK_SECONDS, Database
+from store.home import StoreHome
 from store.listener import EventListener
+from store.reads import UnreadableRow
 from store.stream_reads import TaskHead
+from store.unseen import UnseenTask, UnseenTaskRow
 from store.upkeep import Purged, QueueState
 
 MAX_PAGE: Final = 1_000
+Made = Literal["hold", "job"]
+"""What a run makes for its task elsewhere."""
 
 
 class TaskPage(OwnModel):
     """Tasks in order; `cursor` leads to the next page, None at the end."""
 
     tasks: list[TaskRow]
+    cursor: str | None = None
+
+
+class OpenTasks(OwnModel):
+    """Open tasks in order, those whose row cannot be read apart; `cursor` as in `TaskPage`."""
+
+    tasks: list[TaskRow]
+    unreadable: list[UnreadableRow] = []
     cursor: str | None = None
 
 
@@ -43,20 +67,65 @@ class TaskStore:
     async def close(self) -> None:
         await self._database.close()
 
-    async def claim(self, claim: TaskClaim, *, within_seconds: float = WORK_SECONDS) -> bool:
-        """Claim the task id for a run (contract §8): True for the first run and its repeats, False for any other."""
+    async def claim(
+        self, claim: TaskClaim, run: TaskRun | None = None, *, within_seconds: float = WORK_SECONDS
+    ) -> bool:
+        """Claim the task id for a run (contract §8): True for the first run and its repeats, False for any other.
+
+        `run` is the one that acts for the task from the first claim on.
+        """
         return await self._database.transaction(
-            lambda connection: tasks.claim_task(connection, claim),
+            lambda connection: tasks.claim_task(connection, claim, run),
             doing=f"claiming the task {claim.task_id}",
             within_seconds=within_seconds,
         )
 
-    async def write(self, write: TaskWrite, *, within_seconds: float = WORK_SECONDS) -> None:
-        """Row, events, exception records and NOTIFY in one transaction. Raises NotTheClaimant, TaskUnknown."""
+    async def write(
+        self, write: TaskWrite, run: TaskRun | None = None, *, within_seconds: float = WORK_SECONDS
+    ) -> None:
+        """Row, events, exception records and NOTIFY in one transaction. Raises NotTheClaimant, TaskUnknown.
+
+        Registers `run`, the one that writes; None for whoever writes in the name of a run that is over.
+        """
         await self._database.transaction(
-            lambda connection: tasks.write_task(connection, write),
+            lambda connection: tasks.write_task(connection, write, run),
             doing=f"writing the events of the task {write.task_id}",
             within_seconds=within_seconds,
+        )
+
+    async def register(self, run: TaskRun, *, within_seconds: float = WORK_SECONDS) -> EarlierLife:
+        """Make `run` the one that acts for its task, and tell what the row knows beyond it."""
+        doing = f"looking at the task {run.task_id}"
+        known = await self._database.read(
+            lambda connection: lives.seen(connection, run), doing=doing, within_seconds=within_seconds
+        )
+        if known is not None:
+            return known
+        return await self._database.transaction(
+            lambda connection: lives.register(connection, run), doing=doing, within_seconds=within_seconds
+        )
+
+    async def look(self, run: TaskRun, *, within_seconds: float = WORK_SECONDS) -> RowSeen:
+        """As `register`, with the whole row."""
+        return await self._database.transaction(
+            lambda connection: lives.look(connection, run),
+            doing=f"looking at the task {run.task_id}",
+            within_seconds=within_seconds,
+        )
+
+    async def note_made(self, task_id: str, kind: Made, made: str, *, within_seconds: float = WORK_SECONDS) -> bool:
+        """Keep the id of a hold or job with its task's row; whether it was known. A task without a row keeps none."""
+        return await self._database.transaction(
+            lambda connection: lives.note_made(connection, task_id, column=f"{kind}_ids", made=made),
+            doing=f"noting a {kind} of the task {task_id}",
+            within_seconds=within_seconds,
+        )
+
+    async def claim_give_back(self, task_id: str, *, by: str, found_run: str | None) -> bool:
+        """Claim an open row for a give-back: False where another run than `found_run` acts for it, or it has ended."""
+        return await self._database.transaction(
+            lambda connection: lives.claim_give_back(connection, task_id, by=by, found_run=found_run),
+            doing=f"claiming the give-back of the task {task_id}",
         )
 
     async def write_log(self, task_id: str, writes: Sequence[TrainingLogWrite]) -> None:
@@ -103,7 +172,7 @@ class TaskStore:
         )
         return _page(rows, limit)
 
-    async def open_tasks(self, *, quiet_for: timedelta, cursor: str | None = None, limit: int = 50) -> TaskPage:
+    async def open_tasks(self, *, quiet_for: timedelta, cursor: str | None = None, limit: int = 50) -> OpenTasks:
         """One page of the tasks that have not ended and that nothing was written to for a while; oldest first.
 
         Raises CursorInvalid.
@@ -114,7 +183,12 @@ class TaskStore:
             lambda connection: reads.open_tasks(connection, quiet_for=quiet_for, after=place, limit=limit + 1),
             doing="listing open tasks",
         )
-        return _page(rows, limit)
+        page, following = rows[:limit], _cursor_after(rows, limit)
+        return OpenTasks(
+            tasks=[row for row in page if isinstance(row, TaskRow)],
+            unreadable=[row for row in page if isinstance(row, UnreadableRow)],
+            cursor=following,
+        )
 
     async def events(self, task_id: str, *, after: str | None = None, limit: int = MAX_PAGE) -> list[TaskEvent]:
         """A task's events after a cursor, in order of `seq`. Raises CursorInvalid."""
@@ -174,6 +248,20 @@ class TaskStore:
             doing="reading exception records",
         )
 
+    async def take_unsettled(self, *, every: timedelta, limit: int) -> list[UnsettledTask]:
+        """Some ended tasks whose settlement is unknown and whose ledger is due; they are due again after `every`."""
+        return await self._database.transaction(
+            lambda connection: unsettled.take_unsettled(connection, every=every, limit=limit),
+            doing="taking tasks whose settlement is unknown",
+        )
+
+    async def correct_settlement(self, correction: Correction) -> bool:
+        """Write what the ledger shows by now into a row's credits, with its record; False where that was known."""
+        return await self._database.transaction(
+            lambda connection: unsettled.correct(connection, correction),
+            doing=f"correcting the settlement of the task {correction.task_id}",
+        )
+
     async def purge(self, before: datetime) -> Purged:
         """Delete some of the tasks that ended before an instant; call again until it is done. Claims stay."""
         return await self._database.transaction(
@@ -184,6 +272,37 @@ class TaskStore:
         """How many tasks are queued, and for how long, by priority."""
         return await self._database.read(upkeep.queue_states, doing="reading the queues")
 
+    async def home(self) -> StoreHome | None:
+        """The Temporal namespace that the store belongs to; None where it was never bound."""
+        return await self._database.read(home.home, doing="reading which Temporal namespace the store belongs to")
+
+    async def bind(self, wanted: StoreHome) -> StoreHome:
+        """Bind a store that is bound to no namespace yet; which it is bound to now."""
+        return await self._database.transaction(
+            lambda connection: home.bind(connection, wanted), doing=f"binding the store to namespace {wanted}"
+        )
+
+    async def bind_anew(self, wanted: StoreHome) -> None:
+        """Bind the store to another namespace than before: every task that runs elsewhere looks vanished then."""
+        await self._database.transaction(
+            lambda connection: home.bind_anew(connection, wanted), doing=f"binding the store to namespace {wanted}"
+        )
+
+    async def note_looks(self, *, unseen_tasks: Sequence[UnseenTask] = (), seen: Sequence[str] = ()) -> None:
+        """Keep which open tasks could not be looked at, and forget those that could."""
+        if unseen_tasks or seen:
+            await self._database.transaction(
+                lambda connection: unseen.note(connection, unseen_tasks, seen),
+                doing="noting which tasks could be looked at",
+            )
+
+    async def unseen_tasks(self, *, limit: int = MAX_PAGE) -> list[UnseenTaskRow]:
+        """Open tasks that could not be looked at the last time it was tried; the longest unseen first."""
+        return await self._database.read(
+            lambda connection: unseen.unseen(connection, limit=_bounded(limit)),
+            doing="reading which tasks could not be looked at",
+        )
+
     async def check(self) -> None:
         """Raises StoreUnavailable where PostgreSQL does not answer."""
         await self._database.read(lambda connection: connection.execute(upkeep.ALIVE), doing="checking that it answers")
@@ -191,9 +310,12 @@ class TaskStore:
 
 def _page(rows: list[TaskRow], limit: int) -> TaskPage:
     """A page of rows that were read with one more than it may hold."""
-    page = rows[:limit]
-    has_more = len(rows) > limit
-    return TaskPage(tasks=page, cursor=list_cursor(page[-1].created_at, page[-1].task_id) if has_more else None)
+    return TaskPage(tasks=rows[:limit], cursor=_cursor_after(rows, limit))
+
+
+def _cursor_after(rows: Sequence[TaskRow | UnreadableRow], limit: int) -> str | None:
+    """Where the next page begins; None where there is none."""
+    return list_cursor(rows[limit - 1].created_at, rows[limit - 1].task_id) if len(rows) > limit else None
 
 
 def _bounded(limit: int) -> int:

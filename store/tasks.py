@@ -17,10 +17,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate, Update
 
 from contracts.fields import OwnModel, repaired
+from contracts.lives import TaskRun
 from contracts.task_store import Fact, TaskClaim, TaskException, TaskState, TaskWrite, TrainingLogWrite
 from contracts.tasks import EventType, TaskStatus
 from store.fact_rules import WrittenSoFar
 from store.failures import NotTheClaimant, TaskUnknown
+from store.lives import IS_EARLIER, STANDING, taken_over
 from store.tables import EVENTS_CHANNEL, task_claims, task_events, task_exceptions, tasks, training_log
 
 ACCEPTED_KEY: Final = "accepted"
@@ -30,10 +32,10 @@ _JSON_STATE: Final = ("credits", "prices", "confirmation", "result_urls", "outpu
 # Built once: building a statement costs as much as running it.
 _LOCK: Final = (
     select(
-        tasks.c.first_execution_run_id,
+        *STANDING,
+        IS_EARLIER,
         tasks.c.version,
         tasks.c.last_seq,
-        tasks.c.ended_at,
         tasks.c.job_sequences,
         tasks.c.last_log_position,
         tasks.c.attempts,
@@ -42,6 +44,16 @@ _LOCK: Final = (
     )
     .where(tasks.c.task_id == bindparam("task"))
     .with_for_update(key_share=True)
+)
+_LISTS: Final = select(tasks.c.hold_ids, tasks.c.job_ids).where(tasks.c.task_id == bindparam("task"))
+_LISTS_BOTH: Final = select(
+    bindparam("holds", type_=ARRAY(Text)).contained_by(tasks.c.hold_ids)
+    & bindparam("jobs", type_=ARRAY(Text)).contained_by(tasks.c.job_ids)
+).where(tasks.c.task_id == bindparam("task"))
+_REACHED: Final = (
+    select(task_events.c.attempt, task_events.c.stage, func.max(task_events.c.progress))
+    .where(task_events.c.task_id == bindparam("task"), task_events.c.progress.is_not(None))
+    .group_by(task_events.c.attempt, task_events.c.stage)
 )
 _KNOWN_KEYS: Final = select(task_events.c.key).where(
     task_events.c.task_id == bindparam("task"), task_events.c.key == any_(bindparam("keys", type_=ARRAY(Text)))
@@ -104,41 +116,61 @@ def _columns(model: OwnModel, json_fields: Sequence[str]) -> dict[str, Any]:
     return _clean({**model.model_dump(exclude=set(json_fields)), **documents})  # type: ignore[no-any-return]
 
 
-async def claim_task(connection: AsyncConnection, claim: TaskClaim) -> bool:
+async def claim_task(connection: AsyncConnection, claim: TaskClaim, run: TaskRun | None = None) -> bool:
     """Whether `claim`'s run holds the id; the first one's claim writes the row and the event `task.accepted`."""
     claimed = claim.model_dump(include=set(_CLAIM_COLUMNS)) | {"claimed_at": claim.at}
     if await connection.scalar(_CLAIM, claimed) is None:
         holder = await connection.scalar(_HOLDER, {"task": claim.task_id})
         return bool(holder == claim.first_execution_run_id)
+    await _insert_row(connection, claim, run, lives=0)
+    return True
+
+
+async def _insert_row(connection: AsyncConnection, claim: TaskClaim, run: TaskRun | None, *, lives: int) -> None:
     row = {
         **claim.model_dump(exclude={"at"}),
         **_columns(TaskState(version=0, status=TaskStatus.QUEUED), _JSON_STATE),
         "created_at": claim.at,
         "updated_at": claim.at,
         "last_seq": 1,
+        "run_id": run.run_id if run else None,
+        "run_number": run.run_number if run else 0,
+        "lives": lives,
     }
     first = Fact(key=ACCEPTED_KEY, event=EventType.ACCEPTED, ts=claim.at, attempt=1, status=TaskStatus.QUEUED)
     await connection.execute(_insert_of(frozenset(row)), _new(row) | _told(claim.task_id, [(1, first)]))
-    return True
 
 
-async def write_task(connection: AsyncConnection, write: TaskWrite) -> None:
-    """Apply a write by the rules of contract §6. Raises NotTheClaimant, TaskUnknown."""
-    row = await _locked(connection, write.task_id)
+async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun | None = None) -> None:
+    """Apply a write by the rules of contract §6. Raises NotTheClaimant, TaskUnknown.
+
+    `run` is the one that writes, None for whoever writes in a run's name. What a superseded run tells is no longer so.
+    A write takes over for a run that was continued, never for one that was reset: what a run had in flight when it
+    continued may land after its successor's first write. A reset run is registered by its calls and looks.
+    """
+    row = await _row_of(connection, write, run)
     if row.first_execution_run_id != write.first_execution_run_id:
         raise NotTheClaimant(
             f"The task {write.task_id} is another run's: run {write.first_execution_run_id} never claimed it, "
             "and nothing was written. Start the task under a new task_id."
         )
+    if row.is_earlier:
+        return
     had_ended = row.ended_at is not None
+    version, reached = row.version, dict[tuple[int, str | None], float]()
+    if run is not None and (row.run_id is None or run.run_number > row.run_number):
+        version = (await taken_over(connection, row, run)).get("version", version)
+    if not had_ended and (row.lives or (run is not None and run.run_id != row.run_id)):
+        told_before = await connection.execute(_REACHED, {"task": write.task_id})
+        reached = {(attempt, stage): progress for attempt, stage, progress in told_before}
     so_far = WrittenSoFar(
-        row.last_seq, had_ended, dict(row.job_sequences), max(row.attempts, 1), row.stage, row.progress
+        row.last_seq, had_ended, dict(row.job_sequences), max(row.attempts, 1), row.stage, row.progress, reached
     )
     facts = [] if had_ended else [_with_clean_key(fact) for fact in write.facts]
     known = set() if so_far.are_newer(facts) else await _known_keys(connection, write.task_id, facts)
     taken = so_far.take(facts, known)
     changes: dict[str, Any] = {}
-    if not had_ended and (write.state.version > row.version or so_far.has_ended):
+    if not had_ended and (write.state.version > version or so_far.has_ended):
         # The end counts whatever its version: a run may have told more before it was thrown back.
         state = write.state
         progress = so_far.reached(max(state.attempts, 1), state.stage, state.progress)
@@ -148,11 +180,44 @@ async def write_task(connection: AsyncConnection, write: TaskWrite) -> None:
     if so_far.has_ended and not had_ended:
         changes["ended_at"] = taken[-1][1].ts
     if changes:
+        changes |= await _longer_lists(connection, write.task_id, write.state)
         told = _told(write.task_id, taken) if taken else {}
         statement = _update_of(frozenset(changes), tells=bool(taken))
         await connection.execute(statement, {"task": write.task_id} | _new(changes) | told)
     if write.exceptions:
-        await _insert_exceptions(connection, write.task_id, write.exceptions)
+        await insert_exceptions(connection, write.task_id, write.exceptions)
+
+
+async def _row_of(connection: AsyncConnection, write: TaskWrite, run: TaskRun | None) -> Row[*tuple[Any, ...]]:
+    """The task's row, locked. A store that was restored may have lost it: it is made anew from the run's claim.
+
+    What else was lost with it nobody knows: the row tells of an earlier life.
+    """
+    run_id = run.run_id if run else None
+    try:
+        return await _locked(connection, write.task_id, run_id)
+    except TaskUnknown:
+        if write.claim is None:
+            raise
+    claimed = write.claim.model_dump(include=set(_CLAIM_COLUMNS)) | {"claimed_at": write.claim.at}
+    await connection.execute(_CLAIM, claimed)
+    holder = await connection.scalar(_HOLDER, {"task": write.task_id})
+    if holder == write.first_execution_run_id:
+        await _insert_row(connection, write.claim, run, lives=1)
+        return await _locked(connection, write.task_id, run_id)
+    raise NotTheClaimant(f"The task {write.task_id} is another run's, and nothing was written.")
+
+
+async def _longer_lists(connection: AsyncConnection, task_id: str, state: TaskState) -> dict[str, Any]:
+    """`hold_ids` and `job_ids` as they are with those of `state`; nothing where they hold these already."""
+    holds, jobs = _clean(state.credits.pre_deduct_ids), _clean([state.job_id] if state.job_id else [])
+    if await connection.scalar(_LISTS_BOTH, {"task": task_id, "holds": holds, "jobs": jobs}):
+        return {}
+    row = (await connection.execute(_LISTS, {"task": task_id})).one()
+    return {
+        "hold_ids": list(dict.fromkeys([*row.hold_ids, *holds])),
+        "job_ids": list(dict.fromkeys([*row.job_ids, *jobs])),
+    }
 
 
 async def write_log(connection: AsyncConnection, task_id: str, writes: Sequence[TrainingLogWrite]) -> None:
@@ -180,9 +245,9 @@ async def write_log(connection: AsyncConnection, task_id: str, writes: Sequence[
     )
 
 
-async def _locked(connection: AsyncConnection, task_id: str) -> Row[*tuple[Any, ...]]:
+async def _locked(connection: AsyncConnection, task_id: str, run_id: str | None = None) -> Row[*tuple[Any, ...]]:
     """The task's row, locked against other writers but not against rows that refer to it."""
-    row = (await connection.execute(_LOCK, {"task": task_id})).one_or_none()
+    row = (await connection.execute(_LOCK, {"task": task_id, "run": run_id})).one_or_none()
     if row is None:
         raise TaskUnknown(f"The task store has no task {task_id}: it was never claimed, or it was purged.")
     return row
@@ -199,7 +264,8 @@ async def _known_keys(connection: AsyncConnection, task_id: str, facts: Sequence
     return set((await connection.scalars(_KNOWN_KEYS, {"task": task_id, "keys": keys})).all())
 
 
-async def _insert_exceptions(connection: AsyncConnection, task_id: str, exceptions: Sequence[TaskException]) -> None:
+async def insert_exceptions(connection: AsyncConnection, task_id: str, exceptions: Sequence[TaskException]) -> None:
+    """Write exception records; one whose key is there already is left as it is."""
     rows = [{"task_id": task_id, **_columns(exception, ("details",))} for exception in exceptions]
     await connection.execute(insert(task_exceptions).on_conflict_do_nothing(), rows)
 

@@ -28,6 +28,7 @@ from contracts.errors import ExceptionCode
 from contracts.fields import OwnModel
 from contracts.tasks import TaskStatus
 from store.tables import task_events, task_exceptions, tasks, training_log
+from store.unsettled import still_looked_at
 
 PURGED_AT_ONCE: Final = 20
 LINES_AT_ONCE: Final = 5_000
@@ -61,7 +62,7 @@ def _some_of(table: Table) -> Delete:
 ALIVE: Final[TextClause] = text("SELECT 1")
 _ENDED_BEFORE: Final = (
     select(tasks.c.task_id)
-    .where(tasks.c.ended_at < bindparam("before"))
+    .where(tasks.c.ended_at < bindparam("before"), ~still_looked_at())
     .order_by(tasks.c.ended_at)
     .limit(PURGED_AT_ONCE)
     .with_for_update(skip_locked=True)
@@ -90,7 +91,10 @@ _MISSED: Final[Select[Any]] = (
 
 
 async def purge(connection: AsyncConnection, before: datetime) -> Purged:
-    """Delete some of what ended before an instant: lines first, then the tasks; the claims of their ids stay."""
+    """Delete some of what ended before an instant: lines first, then the tasks; the claims of their ids stay.
+
+    A task whose settlement is unknown stays while its ledger is looked at again.
+    """
     ids = (await connection.scalars(_ENDED_BEFORE, {"before": before})).all()
     if not ids:
         return Purged(tasks=0, is_done=True)

@@ -23,7 +23,7 @@ from temporalio.testing import WorkflowEnvironment
 
 from contracts.tasks import SEARCH_ATTRIBUTES
 from local_stack.temporal_server import dynamic_config, dynamic_config_flags
-from store import TaskStore, migrate
+from store import StoreHome, TaskStore, migrate
 
 NewDatabase = Callable[..., Awaitable[str]]
 """`await new_database()` → DSN of an empty, migrated database of its own; `migrated=False`: without tables."""
@@ -132,8 +132,15 @@ async def new_database(postgres_server: str) -> NewDatabase:
 
 @pytest_asyncio.fixture(scope="session")
 async def postgres_dsn(new_database: NewDatabase) -> str:
-    """DSN of one migrated database that the session's tests share; their task ids differ."""
-    return await new_database()
+    """DSN of one migrated database that the session's tests share; their task ids differ.
+
+    Bound by hand: it holds rows of runs that there never were, beside which no process would bind it.
+    """
+    dsn = await new_database()
+    store = TaskStore(dsn)
+    await store.bind_anew(StoreHome(namespace="default"))
+    await store.close()
+    return dsn
 
 
 @pytest_asyncio.fixture(scope="session")
@@ -145,8 +152,12 @@ async def task_store(postgres_dsn: str) -> AsyncIterator[TaskStore]:
 
 
 def server_config() -> list[str]:
-    """The local stack's dynamic configuration; and timers, and retries with them, do not ring up to a second late."""
-    return dynamic_config_flags({**dynamic_config(), "history.timerProcessorMaxTimeShift": "10ms"})
+    """The local stack's dynamic configuration; and timers, and retries with them, do not ring up to a second late.
+
+    Runs may be paused: other servers allow it, so we must stand it.
+    """
+    more = {"history.timerProcessorMaxTimeShift": "10ms", "frontend.WorkflowPauseEnabled": True}
+    return dynamic_config_flags({**dynamic_config(), **more})
 
 
 @pytest_asyncio.fixture(scope="session")

@@ -36,10 +36,11 @@ class Alarm:
         self._at = self._timer = None
 
     def _set(self, at: datetime, summary: str) -> None:
+        """`at` lies ahead."""
         self.clear()
         self._at = at
         # Timers have a resolution of milliseconds: a little later is right, a little earlier rings twice.
-        span = max(at - workflow.now(), timedelta(0)) + timedelta(milliseconds=1)
+        span = at - workflow.now() + timedelta(milliseconds=1)
         self._timer = asyncio.create_task(workflow.sleep(span, summary=summary))
 
     def _has_rung(self) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
-from typing import Any
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any, Protocol
 
 from temporalio import workflow
 
@@ -14,12 +15,21 @@ from contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, Trainin
 from contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode, Refusal
 from contracts.tasks import EventType
 from workflows.alarm import Alarm
+from workflows.earlier_life import is_own_key
 from workflows.failures import TaskFailed
 from workflows.job_clock import JobClock
 from workflows.job_routes import JobRoutes
 from workflows.outside_call import OutsideCall
 from workflows.stop import Stop
 from workflows.task_record import TaskRecord
+
+
+class LongRun(Protocol):
+    """A run that continues as new when its history has become long."""
+
+    def is_long(self) -> bool: ...
+
+    async def continue_as_new_if_long(self) -> bool: ...
 
 
 class Attempts:
@@ -42,6 +52,10 @@ class Attempts:
         self._stop = stop
         self._alarm = alarm
         self.asked: list[AskedJob] = carried
+        self.retry_at: datetime | None = None
+        """When the next attempt may begin, while it is waited for."""
+        self.long_run: LongRun | None = None
+        self._cancelling: dict[int, asyncio.Task[None]] = {}
         self.retry_after_seconds: list[float] = []
         self.opening_minutes = 15.0
 
@@ -50,18 +64,29 @@ class Attempts:
 
     @property
     def number(self) -> int:
+        """How many attempts there were."""
+        return sum(not job.is_key_taken for job in self.asked)
+
+    @property
+    def key_number(self) -> int:
+        """`n` in the keys of the present attempt's calls."""
         return len(self.asked)
 
     async def submit(self, request: JobRequest | TrainingDraft) -> JobAccepted | TrainingAccepted:
         """Row 1: ask for the next job. Raises TaskFailed or TaskStopped."""
-        self._outside.may_begin()
-        n = self.number + 1
-        job = AskedJob(attempt=n, key=self._outside.key("submit", n), request=request, asked_at=workflow.now())
-        self.asked.append(job)
-        self._record.attempted(n)
-        answer: Answer[Any] = await self._outside.opening(
-            self._routes.submit, self._post(job), summary=self._routes.submit_summary, minutes=self.opening_minutes
-        )
+        while True:
+            self._outside.may_begin()
+            n = len(self.asked) + 1
+            job = AskedJob(attempt=n, key=self._outside.key("submit", n), request=request, asked_at=workflow.now())
+            self.asked.append(job)
+            self._record.attempted(self.number)
+            answer: Answer[Any] = await self._outside.opening(
+                self._routes.submit, self._post(job), summary=self._routes.submit_summary, minutes=self.opening_minutes
+            )
+            if not is_own_key(answer, self._outside.told):
+                break
+            job.is_key_taken = True  # by an earlier life: its job is cancelled when the task ends
+            job.is_refused()
         if answer.reply is None:
             job.is_refused()
             raise TaskFailed.by_refusal(_refusal_of(answer))
@@ -83,18 +108,62 @@ class Attempts:
             raise TaskFailed.by_job(details)
         if self.number > len(self.retry_after_seconds):
             raise TaskFailed.by_job(details)
-        await self._cancel(self.asked[-1])
-        await self._wait_for_retry(details, self.retry_after_seconds[self.number - 1])
+        seconds = self.retry_after_seconds[self.number - 1]
+        if workflow.patched("old-job-cancelled-beside-the-next"):
+            self._clock.not_started()
+            self._cancel_beside(self.asked[-1])
+            await self._pause(details, seconds)
+        else:
+            await self._cancel(self.asked[-1])
+            await self._wait_for_retry(details, seconds)
         self._record.state.error = None
 
-    async def _wait_for_retry(self, details: ErrorDetails, seconds: float) -> None:
-        again_at = workflow.now() + timedelta(seconds=seconds)
+    async def _pause(self, details: ErrorDetails, seconds: float) -> None:
+        """Wait until the next attempt may begin: its time has come, and the hold covers it.
+
+        A run may continue as new meanwhile; `retry_at` goes with it.
+        """
+        if self.retry_at is None:
+            self.retry_at = workflow.now() + timedelta(seconds=seconds)
+            self._tell_retry(details, seconds)
+        waiting, again_at = self._outside.waiting, self.retry_at
+        while workflow.now() < again_at or not waiting.is_covered():
+            waiting.obey()
+            latest = self._clock.left_for_retry()
+            if workflow.now() >= latest:
+                raise TaskFailed(FailureCode.TIMEOUT, "No time is left for another attempt.", details)
+            if self.long_run is not None and await self.long_run.continue_as_new_if_long():
+                continue
+            at = min(again_at, latest) if workflow.now() < again_at else latest
+            await waiting.until(self._pause_over(again_at), at=at, summary="4 retry: next attempt")
+        self.retry_at = None
+
+    def _pause_over(self, again_at: datetime) -> Callable[[], bool]:
+        """When the pause is to be looked at before its time: the hold covers the next attempt, or the run became long.
+
+        A run that is long already and could not continue as new is not looked at again for that.
+        """
+        long_run = self.long_run
+        was_long = long_run is None or long_run.is_long()
+
+        def is_over() -> bool:
+            is_long = not was_long and long_run is not None and long_run.is_long()
+            return is_long or (workflow.now() >= again_at and self._outside.waiting.is_covered())
+
+        return is_over
+
+    def _tell_retry(self, details: ErrorDetails, seconds: float) -> None:
         self._record.tell(
             f"retry:{self.number}",
             EventType.RUNNING,
             error=details,
             message=f"Attempt {self.number} ended with {details.code}; the next follows in {seconds:g} s.",
         )
+
+    async def _wait_for_retry(self, details: ErrorDetails, seconds: float) -> None:
+        """As runs of 0.1.0 wait, which the hold outlives or not."""
+        again_at = workflow.now() + timedelta(seconds=seconds)
+        self._tell_retry(details, seconds)
         while workflow.now() < again_at:
             await self._alarm.until(
                 lambda: self._stop.requested, min(again_at, self._clock.left_for_retry()), "4 retry: next attempt"
@@ -103,12 +172,39 @@ class Attempts:
             if workflow.now() >= self._clock.left_for_retry():
                 raise TaskFailed(FailureCode.TIMEOUT, "No time is left for another attempt.", details)
 
+    # Jobs that ended without delivery: cancelled beside the flow
+
+    def _cancel_beside(self, job: AskedJob) -> None:
+        running = self._cancelling.get(job.attempt)
+        if not (job.cancelled or job.refused) and (running is None or running.done()):
+            self._cancelling[job.attempt] = asyncio.create_task(self._cancel(job))
+
+    def take_up(self) -> None:
+        """Go on with the cancels that were put down."""
+        for job in self.asked if self.retry_at is not None else self.asked[:-1]:
+            self._cancel_beside(job)
+
+    async def all_old_cancelled(self) -> None:
+        """Wait until no job but the last one can be running: a task does not end before."""
+        for job in self.asked[:-1]:
+            if job.attempt in self._cancelling:
+                await self._finally_cancelled(job)
+
+    async def _finally_cancelled(self, job: AskedJob) -> None:
+        """Wait for the cancel in flight; make the call where there is none, or it was put down."""
+        running = self._cancelling.get(job.attempt)
+        if running is not None:
+            await workflow.wait([running])
+            running.result()
+        if not (job.cancelled or job.refused):
+            await self._cancel(job)
+
     # The undo
 
     async def cancel_all(self, _reason: str) -> None:
         """Cancel every job that may run, also one whose answer was lost."""
         open_jobs = [job for job in self.asked if not job.cancelled and not job.refused]
-        cancelling = [asyncio.create_task(self._cancel(job)) for job in open_jobs]
+        cancelling = [asyncio.create_task(self._finally_cancelled(job)) for job in open_jobs]
         if cancelling:
             await workflow.wait(cancelling)
         for task in cancelling:
@@ -119,23 +215,29 @@ class Attempts:
             await self._learn(job)
         if job.job_id is None:
             return
-        call = JobCall(call_for=self._outside.call_for, job_id=job.job_id, key=self._outside.key("cancel", job.attempt))
-        answer = await self._outside.until_answered(self._routes.cancel, call, summary="5 cancel job")
+        answer: Answer[Any] | None = None
+        for n in (job.attempt, f"{job.attempt}:{self._outside.told.life.lives}"):
+            call = JobCall(call_for=self._outside.call_for, job_id=job.job_id, key=self._outside.key("cancel", n))
+            answer = await self._outside.beside(self._routes.cancel, call, summary="5 cancel job")
+            if answer is None or not is_own_key(answer, self._outside.told):
+                break
+        if answer is None:
+            return
         job.cancelled = True
-        if answer is not None and answer.not_offered:
+        if answer.not_offered:
             self._record.tell_exception(
                 f"cancel_job:{job.attempt}",
                 ExceptionCode.ROUTE_NOT_OFFERED,
                 f"Job {job.job_id} could not be cancelled: the server has no such route; it runs out.",
                 job_id=job.job_id,
             )
-        elif answer is not None and answer.refusal is not None and answer.refusal.code is not FailureCode.LOST:
+        elif answer.refusal is not None and answer.refusal.code is not FailureCode.LOST:
             self._unfinished(job, answer.refusal)
 
     async def _learn(self, job: AskedJob) -> None:
         """Repeat key and body to learn the id of a job whose answer was lost."""
         answer: Answer[Any] | None = await self._outside.until_answered(
-            self._routes.submit, self._post(job), summary="5 cancel job: learn its id"
+            self._routes.submit, self._post(job, is_undo=True), summary="5 cancel job: learn its id"
         )
         if answer is not None and answer.reply is not None:
             job.is_known_as(_id_of(answer.reply))
@@ -152,10 +254,11 @@ class Attempts:
             job_id=job.job_id,
         )
 
-    def _post(self, job: AskedJob) -> Post[Any]:
+    def _post(self, job: AskedJob, *, is_undo: bool = False) -> Post[Any]:
         assert job.request is not None
         kind = JobRequest if isinstance(job.request, JobRequest) else TrainingDraft
-        return Post[kind](call_for=self._outside.call_for, key=job.key, body=job.request)  # type: ignore[valid-type]
+        call_for = self._outside.call_for
+        return Post[kind](call_for=call_for, key=job.key, body=job.request, is_undo=is_undo)  # type: ignore[valid-type]
 
 
 def _id_of(accepted: JobAccepted | TrainingAccepted) -> str:

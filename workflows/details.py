@@ -22,8 +22,8 @@ def current_details(state: TaskState, *, waits_for: str, until: datetime | None,
         "status": state.status.value,
         "stage": f"{state.stage or '-'} {state.progress:.0f} %",
         "job": f"{state.job_id or '-'} (attempt {state.attempts})",
-        "credits": f"estimated {credits.estimated}, held {credits.held}, charged {credits.charged}, "
-        f"returned {credits.returned}",
+        "credits": f"estimated {credits.estimated}, held {credits.held}, charged {_points(credits.charged)}, "
+        f"returned {_points(credits.returned)}",
         "waits for": _waiting(state, waits_for, until),
         "last word from ComfyUI": _instant(last_news_at),
     }
@@ -38,6 +38,10 @@ def _waiting(state: TaskState, what: str, until: datetime | None) -> str:
     if state.status.is_end() or not what:
         return "-"
     return f"{what}, until {_instant(until)}" if until else what
+
+
+def _points(points: int | None) -> str:
+    return "unknown" if points is None else str(points)
 
 
 def _instant(at: datetime | None) -> str:

@@ -2,6 +2,7 @@
 
     TaskEnd
     ├── TaskStopped    a cancel was obeyed
+    ├── RowEnded       an earlier life of the task has ended it
     └── TaskFailed     with a code of contract §1
 
 Anything else that is raised in workflow code is a bug or an eviction: it fails the workflow task and undoes nothing
@@ -23,8 +24,14 @@ class TaskStopped(TaskEnd):
     """A cancel was seen before the delivery was."""
 
     def __init__(self, reason: str) -> None:
-        self.reason = reason
         super().__init__(reason or "The task was cancelled.")
+
+
+class RowEnded(TaskEnd):
+    """The task's row has ended, or is being given back, or is another run's: this run begins nothing more."""
+
+    def __init__(self) -> None:
+        super().__init__("The task had ended before this run was reset.")
 
 
 class TaskFailed(TaskEnd):
@@ -44,8 +51,17 @@ class TaskFailed(TaskEnd):
 
     @classmethod
     def by_job(cls, details: ErrorDetails) -> TaskFailed:
-        code = FailureCode(details.code) if details.code in JOB_CODES else FailureCode.INTERNAL
+        is_known = details.code in JOB_CODES or details.code == FailureCode.REPLY_INVALID
+        code = FailureCode(details.code) if is_known else FailureCode.INTERNAL
         return cls(code, details.message or f"The job ended with {details.code}.", details)
+
+    @classmethod
+    def by_row(cls, error: ErrorDetails | None) -> TaskFailed:
+        """The failure that a task's row tells."""
+        details = error or ErrorDetails()
+        known = {code.value for code in FailureCode}
+        code = FailureCode(details.code) if details.code in known else FailureCode.INTERNAL
+        return cls(code, details.message or f"The task had failed with {details.code}.", details)
 
 
 def why(error: FailureError, unavailable: FailureCode) -> TaskFailed:

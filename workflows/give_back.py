@@ -20,7 +20,7 @@ from activities.task_store import TaskStoreActivities
 from contracts.calls import JobCall
 from contracts.carried import AskedJob, ClockState, HoldState, JobNews, RecordState
 from contracts.errors import Answer, FailureCode
-from contracts.give_back import GiveBackOrder, GiveBackResult, LeftBehind, give_back_id_of
+from contracts.give_back import GiveBackResult, GiveBackRun, LeftBehind, give_back_id_of, outcome_of
 from contracts.permissions import Scene
 from contracts.prices import DEFAULT_ETA_MINUTES
 from contracts.task_store import TaskRow, TaskState, TaskWrite
@@ -29,10 +29,11 @@ from workflows.alarm import Alarm
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskFailed
-from workflows.guards import input_invalid
+from workflows.guards import given, input_invalid
 from workflows.job_clock import JobClock
 from workflows.job_routes import IMAGE_ROUTES, TRAINING_ROUTES
 from workflows.outside_call import HEARTBEAT_TIMEOUT, OutsideCall, TaskFor
+from workflows.settlement import Settlement
 from workflows.stop import Stop
 from workflows.task_record import TaskRecord
 from workflows.undo import Undo
@@ -40,6 +41,7 @@ from workflows.undo import Undo
 LOOK_TIMEOUT: Final = timedelta(minutes=1)
 LOOK_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
 DELETE_TIMEOUT: Final = timedelta(minutes=10)
+CHARGED_TO_THE_END: Final = "left-charges-finished"
 
 
 class HandCall(OutsideCall):
@@ -49,7 +51,7 @@ class HandCall(OutsideCall):
         super().__init__(task, stop)
         self.call_for = self.call_for.model_copy(update={"is_rollback": True})
 
-    def key(self, step: str, n: int) -> str:
+    def key(self, step: str, n: int | str) -> str:
         return super().key("give_back" if step == "cancel" else step, n)
 
 
@@ -90,9 +92,15 @@ class LeftTask:
         by_hand = HandCall(task, self._stop)
         self._record = LeftRecord(task, self._outside, left.row)
         clock = JobClock(self._record, ClockState(), default_eta_minutes=DEFAULT_ETA_MINUTES[task.scene][task.priority])
-        holds = HoldState(asked=left.holds, granted_before=left.holds_before, estimated=left.row.credits.estimated)
+        holds = HoldState(
+            asked=left.holds,
+            granted_before=left.holds_before,
+            estimated=left.row.credits.estimated,
+            asked_again=left.asked_again,
+        )
         self._hold = CreditHold(task, by_hand, self._record, workflow.now, holds)
         self._attempts = Attempts(self._routes, self._outside, self._record, clock, self._stop, Alarm(), left.jobs)
+        self._settlement = Settlement(task, self._outside, self._record, self._hold)
         self._undo = Undo()
         self._undo.push("cancel job", self._attempts.cancel_all)
         self._undo.push("cancel hold", self._hold.give_back)
@@ -108,17 +116,15 @@ class LeftTask:
         await self._undo.all("its run ended without its own clean-up")
         await self._finish_charges()
         await self._delete_snapshot()
-        self._record.state.credits = self._hold.summary()
-        if self._hold.state.charged:
+        self._hold.ends.close()
+        credits = self._record.state.credits = self._hold.summary()
+        if self._hold.state.charged or (self._left.cost is not None and credits.charged is None):
             await self._tell_completed()
         else:
             self._record.failed(TaskFailed(FailureCode.INTERNAL, self._sentence()))
         await self._record.all_written()
-        return GiveBackResult(
-            task_id=self._left.row.task_id,
-            outcome="already_charged" if self._hold.state.charged else "given_back",
-            credits=self._record.state.credits,
-        )
+        outcome = outcome_of(credits, "given_back")
+        return GiveBackResult(task_id=self._left.row.task_id, outcome=outcome, credits=credits)
 
     def _sentence(self) -> str:
         said = f" ({self._reason})" if self._reason else ""
@@ -127,7 +133,13 @@ class LeftTask:
         )
 
     async def _finish_charges(self) -> None:
-        """It was delivered after its hold had ended, and being charged: that is learned by repeating key and body."""
+        """It was delivered after its hold had ended, and being charged: what is missing of its price is charged too."""
+        if self._left.charges and not workflow.patched(CHARGED_TO_THE_END):
+            await self._repeat_charges()
+        else:
+            await self._settlement.finish(self._left.charges, self._left.cost)
+
+    async def _repeat_charges(self) -> None:
         for post in self._left.charges:
             answer = await self._outside.until_answered(CreditsActivities.charge, post, summary="5 charge")
             if answer is not None and answer.reply is not None:
@@ -173,7 +185,8 @@ class GiveBackWorkflow:
     """Gives back one task; started by hand (contract §7 rollback), or by who finds it."""
 
     @workflow.run
-    async def run(self, order: GiveBackOrder) -> GiveBackResult:
+    async def run(self, order: GiveBackRun) -> GiveBackResult:
+        order = given(order, GiveBackRun)
         if workflow.info().workflow_id != give_back_id_of(order.task_id):
             raise input_invalid("task_id: the workflow id must be 'give-back-' followed by it")
         left = await workflow.execute_activity_method(
@@ -186,8 +199,9 @@ class GiveBackWorkflow:
         )
         row = left.row
         if row.ended_at is not None:  # it told its end itself, and does that after its clean-up only
-            outcome = "already_charged" if row.credits.charged else "nothing_held"
-            return GiveBackResult(task_id=row.task_id, outcome=outcome, credits=row.credits)
+            return GiveBackResult(
+                task_id=row.task_id, outcome=outcome_of(row.credits, "nothing_held"), credits=row.credits
+            )
         return await LeftTask(left, order.reason).given_back()
 
 

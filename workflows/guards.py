@@ -11,15 +11,45 @@ from temporalio.common import RawValue
 from temporalio.exceptions import ApplicationError
 
 from contracts.errors import FailureCode
-from contracts.fields import CallerModel
+from contracts.handed_on import Doubtful, RunArgument
 from contracts.tasks import workflow_id_of
 
 Self = TypeVar("Self")
 Task = TypeVar("Task")
+Argument = TypeVar("Argument", bound=RunArgument)
+
+
+class NotReadHere(Exception):
+    """Another version's words, which this code cannot read. No failure of the run: it fails the workflow task."""
 
 
 def input_invalid(why: str) -> ApplicationError:
     return ApplicationError(f"The input is not valid: {why}.", type=FailureCode.INPUT_INVALID, non_retryable=True)
+
+
+def given(argument: Any, model: type[Argument]) -> Argument:
+    """The run's argument, if it is one; to be asked in the run itself, for it depends on who gave it.
+
+    A caller's doubtful argument ends the run cleanly with `input_invalid`. What another worker of ours took or handed
+    on is read as far as this one knows it; what it cannot read fails the workflow task, and a worker that can gets it.
+    """
+    if isinstance(argument, Doubtful):
+        if _is_from_caller():
+            raise input_invalid(argument.why)
+        argument = argument.as_read
+        if argument is None:
+            raise NotReadHere(
+                "What this run goes on with was written by another version, whose workers must take over."
+            )
+    if not isinstance(argument, model):
+        raise input_invalid("the argument is not a JSON object")
+    return argument
+
+
+def _is_from_caller() -> bool:
+    """Whether nobody of ours has acted on the argument: no forerunner, no parent, no workflow task of this run."""
+    info = workflow.info()
+    return info.continued_run_id is None and info.parent is None and not workflow.unsafe.is_replaying()
 
 
 def one_task(init: Callable[[Self, Task], None]) -> Callable[[Self, Task], None]:
@@ -33,9 +63,7 @@ def one_task(init: Callable[[Self, Task], None]) -> Callable[[Self, Task], None]
     def guarded(self: Self, *arguments: Any) -> None:
         if len(arguments) != 1:
             raise input_invalid(f"exactly one argument is taken, {len(arguments)} were given")
-        task = arguments[0]
-        if not isinstance(task, CallerModel):
-            raise input_invalid("the argument is not a JSON object")
+        task = given(arguments[0], RunArgument)
         if workflow.info().workflow_id != workflow_id_of(getattr(task, "task_id", "")):
             raise input_invalid("task_id: the workflow id must be 'task-' followed by it")
         if getattr(task, "carried", None) is not None and workflow.info().continued_run_id is None:

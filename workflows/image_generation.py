@@ -115,15 +115,16 @@ class ImageGenerationWorkflow(TaskFlow[ImageRun, ImageResult]):
         asked = delivery.actual_cost if delivery.actual_cost is not None else self.price.job_estimate
         if asked < 0:
             raise TaskFailed(FailureCode.REPLY_INVALID, f"ComfyUI states a cost of {asked} points; nothing is charged.")
-        if asked > self.hold.amount:
+        usable = self.hold.usable
+        if asked > usable:
             self.record.tell_exception(
                 "cost_above_hold",
                 ExceptionCode.COST_ABOVE_HOLD,
-                f"ComfyUI asks {asked} points, {self.hold.amount} are held; no more than these are charged.",
+                f"ComfyUI asks {asked} points, {usable} are held; no more than these are charged.",
                 actual_cost=asked,
-                held=self.hold.amount,
+                held=usable,
             )
-        return min(asked, self.hold.amount)
+        return min(asked, usable)
 
     @workflow.query
     def progress(self) -> ImageProgress:

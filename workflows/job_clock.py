@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from temporalio import workflow
@@ -24,6 +25,8 @@ class JobClock:
         self.factor = 1.0
         self.cap_minutes = 0.0
         self.queue_sla_minutes = 0.0
+        self.unreadable: Callable[[], str] = lambda: ""
+        """Why the job's state cannot be read; empty where it can."""
 
     def carry(self) -> ClockState:
         return self._state
@@ -49,13 +52,23 @@ class JobClock:
             self._state.first_start = now
 
     def not_started(self) -> None:
-        """A training was created: until its start no deadline runs."""
+        """A training was created, or a job has ended and the next is waited for: until a start no deadline runs."""
         self._state.attempt_start = self._state.queued_since = None
 
     def deadline(self) -> datetime:
         """When the present attempt is out of time; before a start, as if it started now."""
         start = self._state.attempt_start or workflow.now()
         return min(minutes_from(start, self._span_minutes()), self._cap())
+
+    def is_running(self) -> bool:
+        """Whether an attempt has begun; before that the deadline moves on with the clock."""
+        return self._state.attempt_start is not None
+
+    def latest(self) -> datetime | None:
+        """When the time of the attempt is over, or between two attempts the task's whole time; None before a start."""
+        if self.is_running():
+            return self.deadline()
+        return self._cap() if self._state.first_start is not None else None
 
     def left_for_retry(self) -> datetime:
         """Until when another attempt may still begin."""
@@ -83,9 +96,15 @@ class JobClock:
         return min(self.deadline(), sla) if sla else self.deadline()
 
     def check(self) -> None:
-        """Raise TaskFailed `timeout` past the deadline; record a missed queue SLA once."""
+        """Raise TaskFailed past the deadline; record a missed queue SLA once.
+
+        `timeout`, or `reply_invalid` where the job's state could not be read.
+        """
         now = workflow.now()
         if now >= self.deadline():
+            unreadable = self.unreadable()
+            if unreadable:
+                raise TaskFailed(FailureCode.REPLY_INVALID, f"{self._timeout_sentence()} {unreadable}")
             raise TaskFailed(FailureCode.TIMEOUT, self._timeout_sentence())
         sla = self._sla_at()
         if sla is not None and now >= sla:

@@ -18,9 +18,10 @@ from contracts.errors import Answer, ErrorDetails, FailureCode
 from contracts.outside_json import UnreadableJson, read_json
 from contracts.size_budget import MAX_READ_BYTES, MAX_SIGNAL_BYTES, SMALL_SIGNAL_BYTES
 from contracts.tasks import TaskStatus
+from workflows.failures import TaskFailed, why
 from workflows.inbox import Inbox
 from workflows.job_routes import JobRoutes
-from workflows.outside_call import OutsideCall
+from workflows.outside_call import RETRY_SILENCE_ONLY, UNREADABLE_FOR, OutsideCall
 from workflows.task_record import TaskRecord
 
 LOST_AFTER: Final = timedelta(seconds=10)
@@ -92,7 +93,8 @@ class JobWatch:
         self.state.newest = None
         self.state.last_news_at = workflow.now()
         self.state.silence_seconds = 0.0
-        self.state.unknown_since = None
+        self.state.unknown_since = self.state.unreadable_since = None
+        self.state.unreadable = ""
         self.stop_polling()
         if first is not None:
             self._apply(first)
@@ -129,7 +131,8 @@ class JobWatch:
         self.state.newest = news
         self.state.last_news_at = workflow.now()
         self.state.silence_seconds = 0.0
-        self.state.unknown_since = None
+        self.state.unknown_since = self.state.unreadable_since = None
+        self.state.unreadable = ""
         self._record.apply(news, attempt_changed=newest is None)
         for told in self._told:
             told(news)
@@ -155,7 +158,7 @@ class JobWatch:
         due = self.due()
         if due is not None and workflow.now() >= due and self.state.current is not None:
             call = JobCall(call_for=self._outside.call_for, job_id=self.state.current)
-            self._poll = self._outside.visible(self._routes.get, call, summary="4 poll")
+            self._poll = self._outside.visible(self._routes.get, call, summary="4 poll", retry=RETRY_SILENCE_ONLY)
 
     def is_polling(self) -> bool:
         return self._poll is not None
@@ -175,6 +178,10 @@ class JobWatch:
             if is_cancelled_exception(error):
                 return
             answer = Answer()
+            self._silent_again()
+            self._unreadable(why(error, FailureCode.COMFYUI_UNAVAILABLE))
+            return
+        self.state.unreadable, self.state.unreadable_since = "", None
         self._silent_again()
         if answer.reply is not None:
             self._apply(self._routes.news_of_state(answer.reply))
@@ -185,6 +192,18 @@ class JobWatch:
         longer = 2 * (self.state.silence_seconds or self.poll_after_seconds)
         self.state.silence_seconds = min(longer, max(self.poll_at_most_seconds, self.poll_after_seconds))
         self.state.last_news_at = workflow.now()
+
+    def _unreadable(self, failure: TaskFailed) -> None:
+        """An answer that stays unreadable for 15 minutes is the job's end (contract §4); until then it is asked again.
+
+        A deadline that passes before says so too: see `JobClock`.
+        """
+        if failure.code is not FailureCode.REPLY_INVALID:
+            return
+        now = workflow.now()
+        self.state.unreadable, self.state.unreadable_since = str(failure), self.state.unreadable_since or now
+        if now >= self.state.unreadable_since + UNREADABLE_FOR:
+            self._lose(ErrorDetails(code=FailureCode.REPLY_INVALID, message=str(failure)))
 
     def _unknown(self) -> None:
         """404 twice, 10 s apart: the server has lost the job (contract §1)."""

@@ -1,48 +1,179 @@
-"""What became of a hold, by the ledger: asked only where commit or cancel was refused (contract §4)."""
+"""What became of a hold or a charge, looked up in the ledger over time (contract §4).
+
+Presence is proof, absence never is: a ledger may lag. So what is not shown is looked for again, for 10 minutes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Final, TypeVar
 
 from temporalio import workflow
+from temporalio.exceptions import FailureError
 
 from activities.credits import CreditsActivities
 from contracts.calls import LedgerQuery
 from contracts.carried import AskedHold, HoldState
 from contracts.credits import LedgerEntry, LedgerKind
 from workflows.outside_call import OutsideCall
+from workflows.task_ledger import Found, HoldFate, OpenHolds, TaskLedger
+
+T = TypeVar("T")
 
 LOOK_FOR: Final = timedelta(minutes=10)
-LOOK_AGAIN_AFTER: Final = timedelta(seconds=30)
-"""Doubled with each look, up to `LOOK_AGAIN_AT_MOST`."""
+LOOK_AGAIN_AFTER: Final = timedelta(seconds=4)
+"""Doubled with each look, up to `LOOK_AGAIN_AT_MOST`: a ledger that lags by seconds settles a task in seconds."""
 LOOK_AGAIN_AT_MOST: Final = timedelta(minutes=2)
+DOUBLED_FOR: Final = timedelta(minutes=1)
+"""How long a doubled hold is looked for: nobody's credits wait for it, but the task's end does."""
+BY_KIND_OR_REASON: Final = "ledger-by-kind-or-reason"
 
 
-class HoldFate(Enum):
-    COMMITTED = "committed"
-    GIVEN_BACK = "given_back"
+class Shown(Enum):
+    """What the ledger shows of a charge that was not answered."""
+
+    CHARGED = "charged"
+    KEEPS_KEYS = "keeps_keys"
+    """Nothing yet, but the service tells kinds: the same key may be repeated."""
+    ABSENT = "absent"
+    """Nothing for 10 minutes, in a ledger that was read whole and understood."""
     UNKNOWN = "unknown"
 
 
-class Found(NamedTuple):
-    """What the ledger says of a hold; `committed` in points."""
-
-    fate: HoldFate
-    committed: int = 0
-
-
 class LedgerSearch:
-    """Looks for a hold's resolution, for 10 minutes: absence is never proof, a ledger may lag."""
+    """Looks into the ledger of one task."""
 
     def __init__(self, outside: OutsideCall, holds: HoldState) -> None:
         self._outside = outside
         self._holds = holds
+        self.newest: TaskLedger | None = None
+        """The last reading."""
 
     async def fate_of(self, hold: AskedHold) -> Found:
         """What became of a hold that commit or cancel was refused for."""
-        until, wait = workflow.now() + LOOK_FOR, LOOK_AGAIN_AFTER
+        if not workflow.patched(BY_KIND_OR_REASON):
+            return await self._fate_by_total(hold)
+        found = await self._looked(lambda ledger: self._known(ledger.fate(hold, **self._ends())), LOOK_FOR)
+        return found or Found(HoldFate.UNKNOWN)
+
+    async def read(self) -> TaskLedger | None:
+        """The ledger as it is now. None where the service definitely does not show it."""
+        return await self._reading(None)
+
+    async def once_all_ended(self, *, but: int, known: int) -> TaskLedger | None:
+        """The ledger once it shows a charge, or the end of all but `but` of at least `known` holds.
+
+        None where it shows neither within 10 minutes.
+        """
+
+        def seen(ledger: TaskLedger) -> TaskLedger | None:
+            stands = ledger.open_holds()
+            has_all = len(ledger.holds) >= known and len(stands.named) + stands.nameless <= but
+            return ledger if ledger.charged() or (has_all and ledger.charged() is not None) else None
+
+        return await self._looked(seen, LOOK_FOR)
+
+    async def fate_by_all(self, hold: AskedHold, *, known: int, but: int) -> Found:
+        """What became of a hold whose end is sure, where an earlier life may have ended others of the task.
+
+        By its id; where the ledger tells none, by what the task's holds, at least `known`, came to once all but `but`
+        have ended.
+        """
+
+        def seen(ledger: TaskLedger) -> Found | None:
+            if ledger.tells_ids:
+                return self._known(ledger.fate(hold))
+            stands = ledger.open_holds()
+            charged = ledger.charged()
+            if charged:
+                return Found(HoldFate.COMMITTED, charged)
+            has_all = len(ledger.holds) >= known and stands.nameless <= but
+            return Found(HoldFate.GIVEN_BACK) if has_all and charged == 0 else None
+
+        return await self._looked(seen, LOOK_FOR) or Found(HoldFate.UNKNOWN)
+
+    def _ends(self) -> dict[str, int]:
+        return {"given_back": self._holds.given_back or 0, "committed": self._holds.committed}
+
+    @staticmethod
+    def _known(found: Found) -> Found | None:
+        return None if found.fate is HoldFate.UNKNOWN else found
+
+    async def frozen_by(self, hold: AskedHold) -> int:
+        """Points that a hold really has: by its own entry, else what was asked for."""
+        amount = TaskLedger(await self._entries()).amount_of(hold)
+        return hold.request.estimated_cost if amount is None else amount
+
+    async def charge_shown(self, n: int, *, may_repeat: bool = True) -> Shown:
+        """What the ledger shows of the task's charge number `n`; `KEEPS_KEYS` only where it `may_repeat` it."""
+
+        def seen(ledger: TaskLedger) -> Shown | None:
+            if len(ledger.charges) >= n:
+                return Shown.CHARGED
+            return Shown.KEEPS_KEYS if may_repeat and ledger.has_kinds else None
+
+        self.newest = None
+        shown = await self._looked(seen, LOOK_FOR)
+        if shown is not None:
+            return shown
+        last = self.newest
+        is_whole = last is not None and last.is_complete and not last.unknown and bool(last.holds)
+        return Shown.ABSENT if is_whole else Shown.UNKNOWN
+
+    def charged_without_hold(self) -> int:
+        """Points that the last reading shows taken by charges."""
+        return self.newest.charged_without_hold() if self.newest is not None else 0
+
+    async def doubled(self) -> OpenHolds:
+        """Holds of this task that stand and that nobody of ours knows; none where the ledger cannot be read now."""
+        known = [hold.pre_deduct_id for hold in self._holds.asked if hold.pre_deduct_id]
+        granted = self._holds.granted or len(known)
+
+        def seen(ledger: TaskLedger) -> OpenHolds | None:
+            doubled = ledger.doubled(known, granted=granted)
+            is_late = not ledger.tells_ids and len(ledger.holds) > granted  # ends of ours are not shown yet
+            return None if is_late and not doubled.nameless else doubled
+
+        return await self._looked(seen, DOUBLED_FOR) or OpenHolds()
+
+    async def _looked(self, decided: Callable[[TaskLedger], T | None], span: timedelta) -> T | None:
+        """What `decided` makes of the ledger, looked at again and again; None where it decides nothing in time."""
+        until, wait = workflow.now() + span, LOOK_AGAIN_AFTER
+        while True:
+            ledger = await self._reading(None if span is LOOK_FOR else until - workflow.now())
+            found = decided(ledger) if ledger is not None else None
+            if found is not None or workflow.now() >= until:
+                return found
+            await workflow.sleep(min(wait, until - workflow.now()), summary="5 ledger: look again")
+            wait = min(2 * wait, LOOK_AGAIN_AT_MOST)
+
+    async def _reading(self, within: timedelta | None) -> TaskLedger | None:
+        """The ledger as it is now; an outage is sat out unless `within` limits it. None where it is not shown."""
+        if within is None:
+            answer = await self._outside.until_answered(CreditsActivities.ledger, self._query(), summary="5 ledger")
+            reply = answer.reply if answer is not None else None
+        else:
+            span = max(within, timedelta(seconds=1))
+            handle = self._outside.visible(CreditsActivities.ledger, self._query(), summary="5 ledger", within=span)
+            try:
+                reply = (await handle).reply
+            except FailureError:
+                reply = None
+        if reply is None:
+            return None
+        self.newest = TaskLedger.of(reply)
+        return self.newest
+
+    def _query(self) -> LedgerQuery:
+        call_for = self._outside.call_for
+        return LedgerQuery(call_for=call_for, task_id=call_for.task_id)
+
+    # Before the patch `ledger-by-kind-or-reason`: read by the ids of kinds, else by the task's total
+
+    async def _fate_by_total(self, hold: AskedHold) -> Found:
+        until, wait = workflow.now() + LOOK_FOR, timedelta(seconds=30)
         while True:
             entries = await self._entries()
             has_kinds = any(entry.kind is not None for entry in entries)
@@ -52,17 +183,8 @@ class LedgerSearch:
             await workflow.sleep(min(wait, until - workflow.now()), summary="5 ledger: look again")
             wait = min(2 * wait, LOOK_AGAIN_AT_MOST)
 
-    async def frozen_by(self, hold: AskedHold) -> int:
-        """Points that a hold really has: by its own entry, else what was asked for."""
-        for entry in await self._entries():
-            if entry.kind is LedgerKind.PRE_DEDUCT and entry.pre_deduct_id == hold.pre_deduct_id:
-                return -entry.change
-        return hold.request.estimated_cost
-
     async def _entries(self) -> list[LedgerEntry]:
-        call_for = self._outside.call_for
-        query = LedgerQuery(call_for=call_for, task_id=call_for.task_id)
-        answer = await self._outside.until_answered(CreditsActivities.ledger, query, summary="5 ledger")
+        answer = await self._outside.until_answered(CreditsActivities.ledger, self._query(), summary="5 ledger")
         return answer.reply.entries if answer is not None and answer.reply is not None else []
 
 
@@ -79,13 +201,13 @@ def _by_kind(entries: list[LedgerEntry], hold: AskedHold) -> Found:
 
 
 def _by_total(entries: list[LedgerEntry], hold: AskedHold, holds: HoldState) -> Found:
-    """A ledger without kinds: only the task's total can be compared (contract §4 (field)).
+    """A ledger without kinds, whose commit shows as the rest that went back: totals can be compared.
 
     It is compared once the ledger shows every hold of the task taken and every one but those that stand ended: a total
     that lacks an entry would tell of a commit that never was, or hide one.
     """
-    granted = holds.granted_before + len(holds.granted())
-    standing = [each for each in holds.granted() if each is not hold and not each.resolved]
+    granted = holds.granted_before + len(holds.granted_holds())
+    standing = [each for each in holds.granted_holds() if each is not hold and not each.resolved]
     taken = sum(entry.change < 0 for entry in entries)
     if taken != granted or len(entries) - taken != granted - len(standing):
         return Found(HoldFate.UNKNOWN)

@@ -5,6 +5,8 @@
 2. A definite refusal is an answer. What cannot be answered in time raises TaskFailed with the party's code.
 3. No call is cut short. An opening call that is being retried when the task is to stop is asked to end after the
    attempt in flight; its effect, if any, is learned by the undo.
+4. A call beside the flow (a renewal, an old job's cancel) is put down before the run continues as new: it ends after
+   the attempt in flight, and the next run repeats it.
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ from contracts.comfyui import TaskPriority
 from contracts.errors import Answer, FailureCode, Refusal
 from contracts.permissions import Scene
 from contracts.tasks import PRIORITY_KEYS
-from workflows.failures import why
+from workflows.alarm import Alarm
+from workflows.earlier_life import is_of_store, was_stopped
+from workflows.failures import RowEnded, why
 from workflows.stop import Stop
+from workflows.waiting import Waiting
 
 Argument = TypeVar("Argument")
 Reply = TypeVar("Reply")
@@ -73,41 +78,62 @@ class TaskFor(Protocol):
 class OutsideCall:
     """Makes the calls of one task: for its tenant, at its priority."""
 
-    def __init__(self, task: TaskFor, stop: Stop) -> None:
-        self.call_for = CallFor(task_id=task.task_id, tenant_id=task.tenant_id, user_id=task.user_id, scene=task.scene)
+    def __init__(self, task: TaskFor, stop: Stop, *, run_number: int = 0, waiting: Waiting | None = None) -> None:
+        self.call_for = CallFor(
+            task_id=task.task_id,
+            tenant_id=task.tenant_id,
+            user_id=task.user_id,
+            scene=task.scene,
+            first_execution_run_id=workflow.info().first_execution_run_id,
+            run_number=run_number,
+        )
         self.priority = Priority(priority_key=PRIORITY_KEYS[task.priority], fairness_key=task.tenant_id)
         self._stop = stop
+        self.waiting = waiting or Waiting(stop, Alarm())
+        self.told = self.waiting.told
+        self._is_put_down = False
+        self._beside = 0
 
-    def key(self, step: str, n: int) -> str:
+    def key(self, step: str, n: int | str) -> str:
         """`X-Idempotency-Key` (contract §2, §4)."""
         return f"{self.call_for.task_id}:{step}:{n}"
 
     def may_begin(self) -> None:
-        """Raise TaskStopped if a stop was asked for.
+        """Raise TaskStopped if a stop was asked for, RowEnded if the task has ended, TaskFailed if the credits have.
 
         To be asked before a call is noted: the undo learns of what is noted by asking for it, and would begin it.
         """
-        self._stop.obey()
+        self.waiting.obey()
 
     async def opening(
         self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str, minutes: float
     ) -> Answer[Reply]:
-        """A call that begins something, retried for `minutes`.
+        """A call that begins something, retried for `minutes`, which a task store that is away does not use up.
 
-        Raises TaskFailed (the party's `*_unavailable`, or `reply_invalid`), or TaskStopped where a stop was asked
-        for and the call has not been answered.
+        The hold is looked after meanwhile. Raises TaskFailed (the party's `*_unavailable`, `reply_invalid`, `timeout`
+        or `credit_exhausted`), or TaskStopped where a stop was asked for and the call has not been answered, or
+        RowEnded where the task has ended.
         """
-        self._stop.obey()
-        handle = self.visible(method, argument, summary=summary, within=timedelta(minutes=minutes))
-        await workflow.wait_condition(lambda: handle.done() or self._stop.requested)
-        if not handle.done():
-            handle.cancel()
-        try:
-            return await handle
-        except FailureError as error:
-            # Not always as cancelled: an attempt that fails before it hears of the wish ends as its own failure.
-            self._stop.obey()
-            raise why(error, _unavailable(method)) from error
+        while True:
+            self.waiting.obey()
+            handle = self.visible(method, argument, summary=summary, within=timedelta(minutes=minutes))
+            end = await self.waiting.answered(handle, summary=f"{summary}: look after the hold meanwhile")
+            if not handle.done():
+                handle.cancel()
+            try:
+                answer = await handle
+            except FailureError as error:
+                # Not always as cancelled: an attempt that fails before it hears of the wish ends as its own failure.
+                self._stop.obey()
+                if end is not None:
+                    raise end from error
+                if is_of_store(error):
+                    continue
+                raise why(error, _unavailable(method)) from error
+            self.told.heard(answer)
+            if was_stopped(answer):
+                raise RowEnded()
+            return answer
 
     async def until_answered(
         self,
@@ -121,18 +147,23 @@ class OutsideCall:
 
         An answer that stays unreadable for 15 minutes counts as a refusal. None where `give_up()` came first.
         """
-        unreadable_until, wait = None, ASK_AGAIN_AFTER
+        unreadable_until, wait, rounds = None, ASK_AGAIN_AFTER, 0
         while True:
             handle = self.visible(method, argument, summary=summary, retry=RETRY_SILENCE_ONLY)
             await workflow.wait_condition(lambda handle=handle: handle.done() or give_up())  # type: ignore[misc]
             if not handle.done():
                 handle.cancel()
             try:
-                return await handle
+                answer = await handle
             except FailureError as error:
                 if is_cancelled_exception(error):
                     return None
                 failure = why(error, _unavailable(method))
+            else:
+                answer.tries += rounds
+                self.told.heard(answer)
+                return answer
+            rounds += 1
             unreadable_until = unreadable_until or workflow.now() + UNREADABLE_FOR
             if workflow.now() >= unreadable_until:
                 return Answer(refusal=_unreadable(str(failure)))
@@ -140,6 +171,44 @@ class OutsideCall:
             if await self.waited(min(wait, rest), give_up, summary=f"{summary}: unreadable answer, asked again"):
                 return None
             wait = min(2 * wait, ASK_AGAIN_AT_MOST)
+
+    # Calls beside the flow
+
+    async def beside(
+        self,
+        method: Method[Argument, Answer[Reply]],
+        argument: Argument,
+        *,
+        summary: str,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Answer[Reply] | None:
+        """`until_answered` for a call that the flow does not wait for: None also where it was put down."""
+        if self._is_put_down:
+            return None
+        self._beside += 1
+        try:
+            return await self.until_answered(
+                method, argument, summary=summary, give_up=lambda: self._is_put_down or give_up()
+            )
+        finally:
+            self._beside -= 1
+
+    def has_beside(self) -> bool:
+        """Whether a call beside the flow is in flight: its answer would be heard by nobody."""
+        return self._beside > 0
+
+    @property
+    def is_put_down(self) -> bool:
+        return self._is_put_down
+
+    async def put_down(self) -> None:
+        """Wait until no call is left beside the flow, each after its attempt in flight, or a stop is asked for."""
+        self._is_put_down = True
+        await workflow.wait_condition(lambda: self._stop.requested or not self.has_beside())
+
+    def take_up(self) -> None:
+        """Calls may be made again: the run did not continue as new after all, or its end has begun."""
+        self._is_put_down = False
 
     async def waited(self, span: timedelta, happened: Callable[[], bool], *, summary: str) -> bool:
         """Wait until `happened()`, for `span` at most; whether it happened."""
@@ -159,7 +228,7 @@ class OutsideCall:
         self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str, minutes: float
     ) -> Answer[Reply]:
         """A call that changes nothing: a short local try, then a visible one. Raises as `opening`."""
-        self._stop.obey()
+        self.waiting.obey()
         try:
             return await self._local_try(method, argument, summary=summary)
         except _NoLocalAnswer:
@@ -179,6 +248,15 @@ class OutsideCall:
         except _NoLocalAnswer:
             pass
         return await self.visible(method, argument, summary=summary)
+
+    async def looked(
+        self, method: Method[Argument, Result], argument: Argument, *, summary: str, within: timedelta
+    ) -> Result:
+        """A read of our own store: a short local try, then a visible one. Raises FailureError where none answers."""
+        try:
+            return await self._local_try(method, argument, summary=summary)
+        except _NoLocalAnswer:
+            return await self.visible(method, argument, summary=summary, within=within)
 
     async def _local_try(self, method: Method[Argument, Result], argument: Argument, *, summary: str) -> Result:
         """For reads and keyed writes only: it leaves no trace until it is recorded (pitfall 21).

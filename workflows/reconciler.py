@@ -11,12 +11,14 @@ from typing import Final
 
 from temporalio import workflow
 from temporalio.common import RetryPolicy, WorkflowIDReusePolicy
-from temporalio.exceptions import WorkflowAlreadyStartedError
+from temporalio.exceptions import FailureError, WorkflowAlreadyStartedError
 
 from activities.closed_runs import ClosedRunActivities
-from contracts.give_back import GiveBackOrder, give_back_id_of
+from contracts.give_back import GiveBackRun, give_back_id_of
 from contracts.reconcile import ClosedRun, OpenTasksLook, ReconcileOrder, ReconcileResult
+from workflows.correction import Corrections
 from workflows.give_back import GiveBackWorkflow
+from workflows.guards import given
 from workflows.outside_call import HEARTBEAT_TIMEOUT
 
 LOOK_TIMEOUT: Final = timedelta(minutes=1)
@@ -26,6 +28,7 @@ TASK_TIMEOUT: Final = timedelta(seconds=3)
 MAX_PAGES: Final = 20
 MAX_CLOSED: Final = 200
 """Of one run: what is more waits for the run that it continues as."""
+LOOKS_AT_UNSETTLED: Final = "unknown-settlements-looked-at"
 REASON: Final = "found by the reconciler"
 
 
@@ -35,7 +38,8 @@ class ReconcileWorkflow:
 
     @workflow.run
     async def run(self, order: ReconcileOrder) -> ReconcileResult:
-        closed, cursor = await self._found_closed(order)
+        order = given(order, ReconcileOrder)
+        closed, cursor, unseen = await self._found_closed(order)
         if closed:
             summary = f"look again at {len(closed)} closed runs"
             await workflow.sleep(timedelta(seconds=order.pause_seconds), summary=summary)
@@ -47,17 +51,23 @@ class ReconcileWorkflow:
                 retry_policy=LOOK_RETRY,
                 summary="2 look again",
             )
-        for task in closed:
-            await self._begin_give_back(task)
-        given_back = order.given_back + len(closed)
+        begun = [task.task_id for task in closed if await self._begin_give_back(task)]
+        so_far = {
+            "given_back": order.given_back + len(begun),
+            "unseen": order.unseen + unseen,
+            "not_started": order.not_started + len(closed) - len(begun),
+        }
         if cursor is not None:
-            workflow.continue_as_new(order.model_copy(update={"cursor": cursor, "given_back": given_back}))
-        return ReconcileResult(given_back=given_back, task_ids=[task.task_id for task in closed])
+            workflow.continue_as_new(order.model_copy(update={"cursor": cursor, **so_far}))
+        corrected = 0
+        if workflow.patched(LOOKS_AT_UNSETTLED):
+            corrected = await Corrections().made(every_seconds=order.look_again_seconds)
+        return ReconcileResult(task_ids=begun, corrected=corrected, **so_far)
 
-    async def _found_closed(self, order: ReconcileOrder) -> tuple[list[ClosedRun], str | None]:
-        """Some pages' worth, and where the next run goes on."""
+    async def _found_closed(self, order: ReconcileOrder) -> tuple[list[ClosedRun], str | None, int]:
+        """Some pages' worth, where the next run goes on, and how many rows could not be looked at."""
         closed: list[ClosedRun] = []
-        cursor = order.cursor
+        cursor, unseen = order.cursor, 0
         for _ in range(MAX_PAGES):
             seen = await workflow.execute_activity_method(
                 ClosedRunActivities.closed_among_open,
@@ -69,16 +79,17 @@ class ReconcileWorkflow:
             )
             closed += seen.closed
             cursor = seen.cursor
+            unseen += seen.unseen
             if cursor is None or len(closed) >= MAX_CLOSED:
                 break
-        return closed, cursor
+        return closed, cursor, unseen
 
-    async def _begin_give_back(self, task: ClosedRun) -> None:
-        """Started and left to itself: one that takes long holds up none of the others."""
+    async def _begin_give_back(self, task: ClosedRun) -> bool:
+        """Started and left to itself: one that takes long, or cannot be started, holds up none of the others."""
         try:
             await workflow.start_child_workflow(
                 GiveBackWorkflow.run,
-                GiveBackOrder(task_id=task.task_id, reason=REASON),
+                GiveBackRun(task_id=task.task_id, reason=REASON),
                 id=give_back_id_of(task.task_id),
                 parent_close_policy=workflow.ParentClosePolicy.ABANDON,
                 # Giving back twice is giving back once: a second one finds the task ended.
@@ -88,3 +99,8 @@ class ReconcileWorkflow:
             )
         except WorkflowAlreadyStartedError:
             workflow.logger.info("%s is being given back already", task.task_id)
+        except (RuntimeError, FailureError) as error:
+            # The server's refusal of this one child; the SDK has no type of its own for most of its reasons.
+            workflow.logger.error("The give-back of %s could not be started: %s", task.task_id, error)
+            return False
+        return True

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
+
+from temporalio import workflow
 
 from activities.credits import CreditsActivities
 from contracts.calls import Post
 from contracts.carried import AskedHold
-from contracts.credits import MAX_CHARGE_POINTS, ChargeRequest, CommitRequest, HoldReply
+from contracts.credits import ChargeRequest, CommitRequest, HoldReply
 from contracts.errors import Answer, ExceptionCode, Refusal
-from contracts.tasks import EventType, ImageTask, TrainingTask
+from contracts.tasks import EventType, ImageTask, SettlementState, TrainingTask
+from workflows.charges import Charges, ChargeUnknown
 from workflows.credit_hold import CreditHold
-from workflows.ledger_search import HoldFate
+from workflows.earlier_life import EarlierLifePossible, is_own_key, obey_life
 from workflows.outside_call import OutsideCall
+from workflows.task_ledger import HoldFate
 from workflows.task_record import TaskRecord
 
-CHARGE_REASON: Final = "delivered work whose hold had ended"
+MOST_COMMITS: Final = 20
+COMMIT_LOOKED_UP: Final = "commit-of-another-amount-looked-up"
+
+
+class Paid(NamedTuple):
+    """Points charged, and the balance after where it is known."""
+
+    points: int
+    balance_after: int | None = None
 
 
 class Settlement:
@@ -28,61 +40,133 @@ class Settlement:
         self._outside = outside
         self._record = record
         self._hold = hold
+        self.charges = Charges(task, outside, hold.ledger)
         self.charge_shortfall = False
-        self._charges = 0
 
     async def charge(self, cost: int) -> None:
-        """Charge `cost` points for delivered work; what cannot be charged is recorded, and the task is completed."""
-        standing = self._hold.standing
-        cost -= self._hold.state.charged  # what a hold was committed for by somebody else counts
-        if standing is None or cost <= 0:
-            await self._hold.give_back("nothing is charged")
-            self._settled(None)
-            return
-        charged, balance_after = await self._commit(standing, min(cost, standing.amount))
-        standing.resolved = True
-        self._hold.state.charged += charged or 0
-        await self._hold.give_back("another hold was committed")
-        missing = cost - charged if charged is not None else 0
-        if missing > 0 and charged == standing.amount and self.charge_shortfall:
-            more, balance_after = await self._charge_in_parts(missing, balance_after)
-            self._hold.state.charged += more
-            missing -= more
-        if missing > 0:
-            self._tell_shortfall(missing)
-        self._settled(balance_after)
+        """Charge `cost` points for delivered work; what cannot be charged is recorded, and the task is completed.
 
-    async def _commit(self, hold: AskedHold, cost: int) -> tuple[int | None, int | None]:
-        """Points charged (None: unknown) and the balance after."""
-        answer = await self._ask_commit(hold, cost, n=1)
-        if answer.reply is not None:
-            return cost, answer.reply.balance_after
+        Raises RowEnded where an earlier life has ended the task.
+        """
+        try:
+            if self._outside.told.is_possible:
+                raise EarlierLifePossible()
+            await self._charge(cost)
+        except EarlierLifePossible:
+            await self._charge(await self._left_by_earlier_lives(cost))
+
+    async def _left_by_earlier_lives(self, cost: int) -> int:
+        """What is to be charged of `cost`, counting what the ledger shows: a commit of any hold settles the task."""
+        self._outside.told.obey()
+        forgotten = self._hold.forgotten
+        await forgotten.give_back("another hold of the task is committed", keep_one=True)
+        self.charges.taken_before()
+        if self._hold.state.is_unknown:
+            self._tell_unknown(self._hold.standing, cost, ChargeUnknown("The task's run was reset."))
+        return self._hold.state.charged if forgotten.was_committed or self._hold.state.is_unknown else cost
+
+    async def _charge(self, cost: int) -> None:
+        standing = self._hold.standing
+        if standing is not None:
+            standing.told = standing.told or standing.amount  # of a run from before this was noted
+        cost -= self._hold.state.charged  # what a hold was committed for by somebody else counts
+        if cost <= 0 or (standing is None and not self._outside.told.is_possible):
+            await self._hold.give_back("nothing is charged")
+            self.settled(None)
+            return
+        if standing is None:
+            await self._charge_without_hold(cost)
+            return
+        charged, balance_after, is_unknown = 0, None, False
+        try:
+            charged, balance_after = await self._commit(standing, min(cost, standing.usable))
+        except ChargeUnknown as unknown:
+            charged, is_unknown = unknown.charged, True
+            self._tell_unknown(standing, cost, unknown)
+        standing.resolved = True
+        self._hold.state.charged += charged
+        await self._hold.give_back("another hold was committed")
+        missing = 0 if is_unknown else cost - charged
+        if missing > 0 and charged == standing.usable and self.charge_shortfall:
+            missing, balance_after = await self._charge_missing(standing, missing, balance_after)
+        if missing > 0:
+            self.tell_shortfall(missing)
+        self.settled(balance_after)
+
+    async def _charge_without_hold(self, cost: int) -> None:
+        """No hold of any life of the task stands: as where one had ended before its commit."""
+        missing, balance_after = await self._charge_missing(None, cost, None)
+        await self._hold.give_back("nothing is committed")
+        if missing > 0:
+            self.tell_shortfall(missing)
+        self.settled(balance_after)
+
+    async def _charge_missing(
+        self, hold: AskedHold | None, missing: int, balance_after: int | None
+    ) -> tuple[int, int | None]:
+        """What the hold lacked is charged as well, as policy says: what is missing then, and the balance after."""
+        try:
+            more = await self.charges.take(missing)
+        except ChargeUnknown as unknown:
+            self._hold.state.charged += unknown.charged
+            self._tell_unknown(hold, missing, unknown)
+            return 0, None
+        self._hold.state.charged += more.points
+        return missing - more.points, more.balance_after or balance_after
+
+    async def finish(self, asked: list[Post[ChargeRequest]], cost: int | None) -> None:
+        """What a run had begun to charge when it ended: learned, and charged to the end; what is missing is recorded.
+
+        `cost`: points in all; None where that is not known.
+        """
+        state = self._hold.state
+        try:
+            learned = await self.charges.learn(asked)
+            state.charged += learned.points
+            missing = max(0, (cost or 0) - state.charged)
+            if asked and missing and not learned.is_refused:
+                more = await self.charges.take(missing)
+                state.charged += more.points
+                missing -= more.points
+        except ChargeUnknown as unknown:
+            state.charged += unknown.charged
+            self._tell_unknown(None, cost or 0, unknown)
+            return
+        if missing and state.charged and not state.is_unknown:
+            self.tell_shortfall(missing)
+
+    async def _commit(self, hold: AskedHold, cost: int) -> Paid:
+        n = 1
+        answer = await self._ask_commit(hold, cost, n=n)
+        while is_own_key(answer, self._outside.told) and n < MOST_COMMITS:
+            n += 1  # an earlier life's commit, which was refused: every other hold has been cancelled
+            answer = await self._ask_commit(hold, cost, n=n)
         if answer.refusal is not None and answer.refusal.message == "hold_insufficient":
             hold.amount = await self._hold.ledger.frozen_by(hold)
             cost = min(cost, hold.amount)
-            answer = await self._ask_commit(hold, cost, n=2)
-            if answer.reply is not None:
-                return cost, answer.reply.balance_after
-        return await self._commit_refused(hold, cost, answer.refusal)
+            answer = await self._ask_commit(hold, cost, n=n + 1)
+        if answer.reply is None:
+            return await self._by_ledger(hold, cost, answer.refusal)
+        told = answer.reply.frozen_amount
+        if told != cost and workflow.patched(COMMIT_LOOKED_UP):
+            return await self._by_ledger(hold, cost, None, f"The commit of {cost} points was answered with {told}.")
+        self._hold.ends.count(HoldFate.COMMITTED)
+        return Paid(cost, answer.reply.balance_after)
 
-    async def _commit_refused(
-        self, hold: AskedHold, cost: int, refusal: Refusal | None
-    ) -> tuple[int | None, int | None]:
-        """Already processed, not found, or any other definite refusal: the ledger decides, absence is never proof."""
-        found = await self._hold.ledger.fate_of(hold)
+    async def _by_ledger(self, hold: AskedHold, cost: int, refusal: Refusal | None, said: str = "") -> Paid:
+        """Already processed, not found, any other definite refusal, or another amount: the ledger decides."""
+        found = await self._hold.fate_of(hold)
         if found.fate is HoldFate.COMMITTED:
-            return found.committed, None
-        if found.fate is HoldFate.GIVEN_BACK:
-            return await self._charge_in_parts(cost, None)
-        self._record.tell_exception(
-            "settlement_unknown",
-            ExceptionCode.SETTLEMENT_UNKNOWN,
-            f"Whether {cost} points were charged could not be learned; nothing more is charged. "
-            f"{refusal.sentence if refusal else ''}",
-            pre_deduct_id=hold.pre_deduct_id,
-            cost=cost,
-        )
-        return None, None
+            self._hold.ends.count(HoldFate.COMMITTED)
+            return Paid(found.committed)
+        if found.fate is HoldFate.UNKNOWN:
+            raise ChargeUnknown(refusal.sentence if refusal else said)
+        self._hold.ends.count(HoldFate.GIVEN_BACK)
+        charged = self.charges.taken_before()
+        if charged >= cost:
+            return Paid(charged)
+        more = await self.charges.take(cost - charged, before=charged)
+        return Paid(charged + more.points, more.balance_after)
 
     async def _ask_commit(self, hold: AskedHold, cost: int, *, n: int) -> Answer[HoldReply]:
         assert hold.pre_deduct_id is not None
@@ -94,37 +178,31 @@ class Settlement:
             template_id=self._task.template_id,
             user_id=self._task.user_id,
         )
-        post = Post[CommitRequest](call_for=self._outside.call_for, key=self._outside.key("commit", n), body=body)
+        post = Post[CommitRequest](
+            call_for=self._outside.call_for,
+            key=self._outside.key("commit", n),
+            body=body,
+            has_read_ledger=self._outside.told.is_possible,
+        )
         answer = await self._outside.until_answered(CreditsActivities.commit, post, summary="5 commit")
         assert answer is not None
+        obey_life(answer)
         return answer
 
-    async def _charge_in_parts(self, points: int, balance_after: int | None) -> tuple[int, int | None]:
-        """Charge without a hold, at most 2000 points a call; a refusal leaves the rest as shortfall.
+    # What the record is told
 
-        Every part of a task has a key of its own: a repeated one would charge nothing and seem to have.
-        """
-        charged = 0
-        for amount in _parts(points):
-            self._charges += 1
-            body = ChargeRequest(
-                tenant_id=self._task.tenant_id,
-                user_id=self._task.user_id,
-                template_id=self._task.template_id,
-                task_id=self._task.task_id,
-                amount=amount,
-                priority=self._task.priority,
-                reason=CHARGE_REASON,
-            )
-            key = self._outside.key("charge", self._charges)
-            post = Post[ChargeRequest](call_for=self._outside.call_for, key=key, body=body)
-            answer = await self._outside.until_answered(CreditsActivities.charge, post, summary="5 charge")
-            if answer is None or answer.reply is None:
-                break
-            charged, balance_after = charged + amount, answer.reply.balance_after
-        return charged, balance_after
+    def _tell_unknown(self, hold: AskedHold | None, cost: int, unknown: ChargeUnknown) -> None:
+        self._hold.ends.is_unknown()
+        self._record.tell_exception(
+            "settlement_unknown",
+            ExceptionCode.SETTLEMENT_UNKNOWN,
+            f"Whether {cost} points were charged could not be learned; nothing more is charged, and the ledger is "
+            f"looked at again hourly for a day. {unknown}",
+            pre_deduct_id=hold.pre_deduct_id if hold else None,
+            cost=cost,
+        )
 
-    def _tell_shortfall(self, points: int) -> None:
+    def tell_shortfall(self, points: int) -> None:
         self._hold.state.shortfall = points
         self._record.tell_exception(
             "shortfall",
@@ -133,17 +211,18 @@ class Settlement:
             shortfall=points,
         )
 
-    def _settled(self, balance_after: int | None) -> None:
+    def settled(self, balance_after: int | None) -> None:
+        """Tell what was charged and what came back; where that is not known, that it is not."""
+        self._hold.ends.close()
         credits = self._record.state.credits = self._hold.summary()
+        if credits.settlement is SettlementState.UNKNOWN:
+            message = "Whether points were charged is not known yet; the ledger is looked at again."
+            self._record.tell("settled", EventType.CREDITS, message=message)
+            return
         self._record.tell(
             "settled",
             EventType.CREDITS,
-            credits_delta=credits.returned,
+            credits_delta=self._hold.told_as_held - (credits.charged or 0),
             balance_after=balance_after,
             message=f"{credits.charged} points were charged, {credits.returned} returned.",
         )
-
-
-def _parts(points: int) -> list[int]:
-    whole, rest = divmod(points, MAX_CHARGE_POINTS)
-    return [MAX_CHARGE_POINTS] * whole + ([rest] if rest else [])

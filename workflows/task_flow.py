@@ -13,7 +13,7 @@ from contracts.carried import CarriedRun, ImageRun, JobNews, PriceState, Trainin
 from contracts.errors import ExceptionCode
 from contracts.policy import Policy
 from contracts.prices import DEFAULT_ETA_MINUTES
-from contracts.task_store import RecordedPrices
+from contracts.task_store import RecordedPrices, TaskRow
 from contracts.tasks import (
     CALLBACK_SIGNAL,
     CancelTask,
@@ -27,17 +27,20 @@ from contracts.tasks import (
 from workflows.alarm import Alarm
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
-from workflows.failures import TaskEnd, TaskFailed, TaskStopped
+from workflows.failures import RowEnded, TaskEnd, TaskFailed, TaskStopped
 from workflows.following import Concern, Following
+from workflows.forgotten_jobs import ForgottenJobs
 from workflows.guards import any_payload
 from workflows.job_clock import JobClock
 from workflows.job_routes import JobRoutes
 from workflows.job_watch import JobWatch
 from workflows.outside_call import OutsideCall
+from workflows.row_look import RowLook
 from workflows.settlement import Settlement
 from workflows.stop import Stop
 from workflows.task_record import TaskRecord
 from workflows.undo import Undo
+from workflows.waiting import Waiting
 
 Run = TypeVar("Run", ImageRun, TrainingRun)
 Result = TypeVar("Result", ImageResult, TrainingResult)
@@ -51,23 +54,31 @@ class TaskFlow(Generic[Run, Result]):
         self.task: Run = task
         self.stop = Stop()  # one place decides whether a cancel is obeyed
         self.alarm = Alarm()  # one long-lived timer
-        self.outside = OutsideCall(task, self.stop)
+        self.waiting = Waiting(self.stop, self.alarm)  # it obeys the stop, the time and the hold's life
+        self.outside = OutsideCall(task, self.stop, run_number=carried.run_number, waiting=self.waiting)
+        self.row_look = RowLook(self.outside)  # what earlier lives of the task did
         self.record = TaskRecord(task, self.outside, carried.record)  # the only source of state and events
         self.clock = JobClock(
             self.record, carried.clock, default_eta_minutes=DEFAULT_ETA_MINUTES[task.scene][task.priority]
         )
         self.watch = JobWatch(task.task_id, routes, self.outside, self.record, carried.watch)
-        self.hold = CreditHold(task, self.outside, self.record, self.clock.deadline, carried.hold)
+        self.hold = CreditHold(task, self.outside, self.record, self.clock.deadline, carried.hold, self.row_look)
         self.attempts = Attempts(routes, self.outside, self.record, self.clock, self.stop, self.alarm, carried.jobs)
+        self.forgotten_jobs = ForgottenJobs(routes, self.outside, self.record, self.attempts, self.row_look)
+        self.hold.has_begun = self.clock.is_running
+        self.waiting.look_after(self.hold, self.clock.latest)
+        self.attempts.retry_at, self.attempts.long_run = carried.retry_at, self
         self.settlement = Settlement(task, self.outside, self.record, self.hold)
         self.undo = Undo()  # all of it side by side, each until it lands
         self.price: PriceState = carried.price
         self.policy: Policy | None = carried.policy
         self.signals = 0
-        self.concerns: list[Concern] = [self.clock, self.watch, self.hold]  # looked after while a job runs
+        # Looked after while a job runs:
+        self.concerns: list[Concern] = [self.outside.told, self.clock, self.watch, self.hold]
         self.following = Following(
             self.watch, self.clock, self.stop, self.alarm, self.concerns, self.continue_as_new_if_long
         )
+        self.clock.unreadable = lambda: self.watch.state.unreadable
         self.watch.on_news(lambda news: self.clock.estimated(news.estimated_time))
 
     # What a flow file says of itself
@@ -87,8 +98,9 @@ class TaskFlow(Generic[Run, Result]):
 
     async def accept(self, resolution: str) -> Policy:
         """Claim the id and read the policy; a continued run brings both."""
+        self.record.claimed_as(resolution)
         if self.policy is None:
-            self.policy = await self.record.claim(resolution=resolution)
+            self.policy = await self.record.claim()
         policy, options = self.policy, self.task.options
         self.clock.configure(
             factor=min(options.deadline_factor or policy.deadline_factor, policy.deadline_factor),
@@ -105,6 +117,7 @@ class TaskFlow(Generic[Run, Result]):
         self.settlement.charge_shortfall = policy.charge_shortfall
         self.undo.push("cancel job", self.attempts.cancel_all)
         self.undo.push("cancel hold", self.hold.give_back)
+        self.take_up_calls()
         return policy
 
     @property
@@ -159,19 +172,51 @@ class TaskFlow(Generic[Run, Result]):
         Raises TaskFailed `credit_exhausted`.
         """
         self.stop.close()
+        self.outside.take_up()
         await self.hold.settled_renewal()
 
     async def settle(self, delivery: JobNews, cost: int) -> Result:
         """Rows 5 and 6, delivered: from here nothing is undone and nothing cuts it short."""
         self.record.decided()
         self.record.waits_for("credits to be settled", None)
-        await self.settlement.charge(cost)
+        try:
+            await self.settlement.charge(cost)
+        except RowEnded as end:
+            return await self.give_back(end)
         return await self.completed(delivery)
 
+    async def tell_difference(self) -> None:
+        """What the events tell of points is what was charged, whatever earlier lives have told or left untold."""
+        if not self.outside.told.is_possible:
+            return
+        await self.record.all_written()
+        await self.row_look.once()
+        charged, told = self.hold.summary().charged, self.row_look.told_points
+        difference = 0 if charged is None or told is None else -charged - told
+        if difference:
+            self.record.tell(
+                f"difference:{self.outside.told.life.lives}",
+                EventType.CREDITS,
+                credits_delta=difference,
+                message=f"{abs(difference)} points "
+                + ("came back that were held" if difference > 0 else "were charged")
+                + " before the task's run was reset.",
+            )
+
+    async def delivery_of_any_life(self) -> JobNews | None:
+        """What the task was charged for."""
+        newest = self.watch.newest
+        if newest is not None and newest.succeeded:
+            return newest
+        return await self.forgotten_jobs.delivery() if self.outside.told.is_possible else None
+
     async def completed(self, delivery: JobNews | None) -> Result:
+        await self.forgotten_jobs.cancel()
+        await self.tell_difference()
         if delivery is not None:
             self.record.state.result_urls = delivery.result_urls
             self.record.state.output = delivery.output
+        await self.attempts.all_old_cancelled()
         self.record.state.error = None
         self.record.state.progress = 100.0
         self.record.state.credits = self.hold.summary()
@@ -187,13 +232,27 @@ class TaskFlow(Generic[Run, Result]):
     async def give_back(self, end: TaskEnd) -> Result:
         """Row 5, not delivered: job and hold are cancelled side by side; then the task's failure or `cancelled`."""
         self.stop.close()
+        self.outside.take_up()
         self.record.decided()
         self.watch.stop_polling()
+        self.hold.close()
         self.record.waits_for("job and credits to be given back", None)
         await self.undo.all(str(end))
+        if workflow.patched("row-looked-at-once-given-back"):
+            await self.row_look.once()
+        if self.outside.told.life.must_stop:
+            row = await self.row_look.ended()
+            if row is not None:
+                return await self.as_row_tells(row)
+            end = self.row_look.failure()
+        if self.outside.told.is_possible:
+            await self.row_look.once_all_has_landed()
+            await self.hold.forgotten.give_back(str(end))
+        self.hold.ends.close()
         if self.hold.state.charged:
-            delivered = self.watch.newest if self.watch.newest and self.watch.newest.succeeded else None
-            return await self.completed(delivered)
+            return await self.completed(await self.delivery_of_any_life())
+        await self.forgotten_jobs.cancel()
+        await self.tell_difference()
         self.record.state.credits = self.hold.summary()
         if isinstance(end, TaskFailed):
             self.record.failed(end)
@@ -201,10 +260,21 @@ class TaskFlow(Generic[Run, Result]):
             self.record.end(TaskStatus.CANCELLED, EventType.CANCELLED, message=str(end))
         await self.all_told()
         if isinstance(end, TaskFailed):
-            failed = self.result(TaskStatus.FAILED)
-            raise ApplicationError(str(end), failed, type=end.code.value, non_retryable=True)
+            raise self.failure(end)
         assert isinstance(end, TaskStopped)
         return self.result(TaskStatus.CANCELLED)
+
+    def failure(self, end: TaskFailed) -> ApplicationError:
+        return ApplicationError(str(end), self.result(TaskStatus.FAILED), type=end.code.value, non_retryable=True)
+
+    async def as_row_tells(self, row: TaskRow) -> Result:
+        """An earlier life has ended the task: its outcome is this run's too. Raises as the end that the row tells."""
+        self.record.take_over(row)
+        self.hold.told_by_row = row.credits
+        await self.all_told()
+        if row.status is TaskStatus.FAILED:
+            raise self.failure(TaskFailed.by_row(row.error))
+        return self.result(row.status)
 
     async def all_told(self) -> None:
         """Only the end of the run waits for the event writer and for handlers in flight."""
@@ -215,35 +285,49 @@ class TaskFlow(Generic[Run, Result]):
     # Long runs
 
     async def continue_as_new_if_long(self) -> bool:
-        """Start afresh with what counts, never with a cancel or a renewal pending (pitfall 22).
+        """Start afresh with what counts, never with a cancel pending or a call in flight (pitfall 22).
 
+        A renewal, a give-back and a job's cancel may hang for hours: they are put down, and the next run takes them up.
         True where it waited and a stop was asked for: look again. Of one workflow task the SDK works off the signals
         first, then a cancellation; a run that ends on the signals has never heard of it. So it ends on a timer, which a
         stop that came with them cuts short.
         """
-        if not self._is_long() or not self._may_continue():
+        if not self._may_try_to_continue():
             return False
         self.watch.stop_polling()
+        if self.outside.has_beside():
+            await self.outside.put_down()
         if await self.outside.waited(timedelta(milliseconds=1), lambda: self.stop.requested, summary="continue as new"):
             return True
         await workflow.wait_condition(lambda: True)  # until what came with the timer has been worked off too
         if self._may_continue():
             workflow.continue_as_new(self._continuation())
+        self.take_up_calls()
         return True
 
-    def _continuation(self) -> Run:
-        carried = CarriedRun(
-            policy=self.limits,
-            record=self.record.carry(),
-            watch=self.watch.carry(),
-            clock=self.clock.carry(),
-            hold=self.hold.carry(),
-            jobs=self.attempts.carry(),
-            price=self.price,
-        )
-        return self.continuation(carried)
+    def take_up_calls(self) -> None:
+        """Make the calls that were put down, in this run or by the one before."""
+        self.outside.take_up()
+        self.attempts.take_up()
+        self.hold.take_up()
 
-    def _is_long(self) -> bool:
+    def _continuation(self) -> Run:
+        state = {
+            "policy": self.limits,
+            "run_number": self.outside.call_for.run_number + 1,
+            "record": self.record.carry(),
+            "watch": self.watch.carry(),
+            "clock": self.clock.carry(),
+            "hold": self.hold.carry(),
+            "jobs": self.attempts.carry(),
+            "retry_at": self.attempts.retry_at,
+            "price": self.price,
+        }
+        # Not made anew: what a worker of another version carried besides goes on with it.
+        return self.continuation((self.task.carried or CarriedRun()).model_copy(update=state))
+
+    def is_long(self) -> bool:
+        """Whether the history is to be left behind."""
         info = workflow.info()
         return (
             info.is_continue_as_new_suggested()
@@ -251,8 +335,14 @@ class TaskFlow(Generic[Run, Result]):
             or self.signals >= self.limits.continue_as_new_signals
         )
 
+    def _may_try_to_continue(self) -> bool:
+        if not self.is_long() or self.stop.requested or not workflow.all_handlers_finished():
+            return False
+        hangs = self.hold.is_renewing() or self.outside.has_beside()
+        return not hangs or workflow.patched("continues-while-calls-hang")
+
     def _may_continue(self) -> bool:
-        return not self.stop.requested and not self.hold.is_renewing() and workflow.all_handlers_finished()
+        return not self.stop.requested and not self.outside.has_beside() and workflow.all_handlers_finished()
 
     def progress_fields(self) -> dict[str, Any]:
         """What both `progress` queries answer."""

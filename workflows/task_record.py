@@ -14,7 +14,7 @@ from contracts.carried import HeldProgress, JobNews, RecordState
 from contracts.errors import ExceptionCode, FailureCode
 from contracts.fields import shortened
 from contracts.policy import Policy
-from contracts.task_store import Fact, TaskClaim, TaskException, TaskState, TaskWrite
+from contracts.task_store import Fact, TaskClaim, TaskException, TaskRow, TaskState, TaskWrite
 from contracts.tasks import INPUT_MEMO, EventType, ImageTask, TaskStatus, TrainingTask, input_sha256_of
 from workflows.backlog import Backlog
 from workflows.details import current_details
@@ -39,6 +39,7 @@ class TaskRecord:
         self._backlog = Backlog(carried)
         self._decided_at = 0
         self._waits: tuple[str, datetime | None] = ("", None)
+        self._claim: TaskClaim | None = None
 
     @property
     def state(self) -> TaskState:
@@ -49,14 +50,30 @@ class TaskRecord:
 
     # Step 0: the claim
 
-    async def claim(self, *, resolution: str) -> Policy:
+    async def claim(self) -> Policy:
         """Claim the task's id for this run; the store writes the first event with it.
 
         Raises ApplicationError `task_exists` where another run holds the id: then nothing was called and nothing is
         undone.
         """
+        claim = self._claim
+        assert claim is not None
+        outcome = await self._outside.noted(TaskStoreActivities.claim, claim, summary="0 accept")
+        if outcome.earlier_life is not None:
+            self._outside.told.note(outcome.earlier_life)
+        if not outcome.claimed:
+            raise ApplicationError(
+                f"Task {claim.task_id} exists: another run holds its id. Use a new task_id, or read that run's result.",
+                type=FailureCode.TASK_EXISTS,
+                non_retryable=True,
+            )
+        self._publish_identity(claim)
+        return outcome.policy
+
+    def claimed_as(self, resolution: str) -> None:
+        """Remember the claim: each write brings it, for a store that was restored and has lost the row."""
         info = workflow.info()
-        claim = TaskClaim(
+        self._claim = TaskClaim(
             task_id=self._task.task_id,
             tenant_id=self._task.tenant_id,
             user_id=self._task.user_id,
@@ -69,15 +86,6 @@ class TaskRecord:
             input_sha256=input_sha256_of(self._task),
             at=info.workflow_start_time,
         )
-        outcome = await self._outside.noted(TaskStoreActivities.claim, claim, summary="0 accept")
-        if not outcome.claimed:
-            raise ApplicationError(
-                f"Task {claim.task_id} exists: another run holds its id. Use a new task_id, or read that run's result.",
-                type=FailureCode.TASK_EXISTS,
-                non_retryable=True,
-            )
-        self._publish_identity(claim)
-        return outcome.policy
 
     def _publish_identity(self, claim: TaskClaim) -> None:
         """Memo and search attributes, where the start did not bring them: a run is right without start options."""
@@ -197,6 +205,12 @@ class TaskRecord:
         self.tell_exception("end", failure.code, str(failure))
         self.end(TaskStatus.FAILED, EventType.FAILED, error=failure.error_details, message=shortened(str(failure)))
 
+    def take_over(self, row: TaskRow) -> None:
+        """An earlier life has ended the task: what it told is what this run tells."""
+        self._carried.state = TaskState.model_validate(row.model_dump(include=set(TaskState.model_fields)))
+        self._carried.held_back = None
+        self.publish()
+
     def waits_for(self, what: str, until: datetime | None) -> None:
         """What the task waits for now, as operators read it in the UI."""
         if (what, until) != self._waits:
@@ -264,6 +278,8 @@ class TaskRecord:
             state=self.state.model_copy(deep=True),
             facts=facts,
             exceptions=exceptions,
+            run_number=self._outside.call_for.run_number,
+            claim=self._claim,
         )
         try:
             await self._outside.noted(

@@ -28,7 +28,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
     @one_task
     def __init__(self, task: TrainingRun) -> None:
         super().__init__(task, TRAINING_ROUTES)
-        self.training_price = TrainingPrice(task, self.price, self.record, self.hold, self.stop, self.alarm)
+        self.training_price = TrainingPrice(task, self.price, self.record, self.hold, self.waiting)
         self.concerns.insert(0, self.training_price)  # before the hold: a task that it ends renews nothing
         self.watch.on_news(self.training_price.on_news)
         self.dataset = TrainingDataset(task, self.outside, self.stop, (task.carried or CarriedRun()).dataset)
@@ -70,13 +70,13 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
 
     async def window_opens(self) -> None:
         """Wait for the GPU scheduling window; check first what needs no waiting."""
+        self.outside.told.obey()
         self.training_price.of(0)
         self.check_addresses()
         opens = self.task.window.not_before if self.task.window else None
         self.check_window()
-        while opens is not None and workflow.now() < opens:
-            await self.alarm.until(lambda: self.stop.requested, opens, "0 window: wait until it opens")
-            self.stop.obey()
+        if opens is not None:
+            await self.waiting.until(lambda: workflow.now() >= opens, at=opens, summary="0 window: wait until it opens")
 
     def check_window(self) -> None:
         """Raise TaskFailed `gpu_unavailable` past the window: `start` must meet it (contract §1)."""
@@ -121,7 +121,8 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
             )
 
     async def snapshot_dataset(self) -> None:
-        await self.dataset.snapshot()
+        closes = self.task.window.not_after if self.task.window else None
+        await self.dataset.snapshot(closes, self.check_window)
 
     async def create(self) -> TrainingAccepted:
         task = self.task
@@ -160,9 +161,10 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         estimate = await self.hold.estimate(request, n=self.attempts.number)
         table = self.training_price.of(self.training_price.expected_gpu_hours)
         self.record_prices(RecordedPrices(estimate=estimate.selected_cost, table=table))
+        cost = self.training_price.asked(estimate.selected_cost, table)
         not_after = self.task.window.not_after if self.task.window else None
-        await self.training_price.confirmed(estimate.selected_cost, estimate, not_after)
-        return estimate.selected_cost
+        await self.training_price.confirmed(cost, estimate, not_after)
+        return cost
 
     async def start(self, training: TrainingAccepted) -> None:
         """Begin the work: credits are held. A server without this route starts by itself (contract §2)."""
@@ -170,7 +172,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         call = JobCall(
             call_for=self.outside.call_for,
             job_id=training.training_id,
-            key=self.outside.key("start", self.attempts.number),
+            key=self.outside.key("start", self.attempts.key_number),
         )
         self.clock.start()
         answer = await self.outside.opening(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import datetime, timedelta
 from typing import Final
 
 from temporalio import workflow
@@ -41,9 +42,15 @@ class TrainingDataset:
     def carry(self) -> DatasetState:
         return self.state
 
-    async def snapshot(self) -> SnapshotReference:
-        """Copy the dataset. Raises TaskFailed `dataset_invalid`, or TaskStopped."""
+    async def snapshot(self, closes: datetime | None, check_window: Callable[[], None]) -> SnapshotReference:
+        """Copy the dataset, until the GPU window `closes` at the latest.
+
+        Raises TaskFailed `dataset_invalid`, what `check_window` raises past it, or TaskStopped.
+        """
         self._stop.obey()
+        at = closes if closes is not None and workflow.patched("copy-ends-with-the-window") else None
+        if at is not None:
+            check_window()
         self.state.is_asked = True
         handle = self._outside.visible(
             DatasetActivities.snapshot,
@@ -52,13 +59,15 @@ class TrainingDataset:
             within=COPY_WITHIN,
             attempt_timeout=COPY_WITHIN,
         )
-        await workflow.wait_condition(lambda: handle.done() or self._stop.requested)
+        await self._outside.waiting.answered(handle, at=at, summary="0 snapshot dataset: until the window closes")
         if not handle.done():
             handle.cancel()
         try:
             self.state.snapshot = await handle
         except FailureError as error:
             self._stop.obey()
+            if at is not None:
+                check_window()
             raise why(error, FailureCode.DATASET_INVALID) from error
         return self.state.snapshot
 
@@ -70,8 +79,9 @@ class TrainingDataset:
 
     async def delete(self) -> None:
         """Delete the copy, and the list that the gateway put beside it; what is already gone is fine."""
-        is_there = self.state.is_asked or self._order.files_sha256 is not None
-        if self.state.is_deleted or not is_there:
+        is_listed = self._order.files_sha256 is not None
+        may_be_there = self.state.is_asked or self._outside.told.is_possible or is_listed
+        if self.state.is_deleted or not may_be_there:
             return
         await self._outside.visible(
             DatasetActivities.delete_snapshot,

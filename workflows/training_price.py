@@ -8,16 +8,15 @@ from temporalio import workflow
 
 from contracts.carried import JobNews, PriceState
 from contracts.comfyui import Checkpoint, TaskPriority
-from contracts.credits import Estimate
+from contracts.credits import Estimate, PriceOption
 from contracts.errors import FailureCode
 from contracts.policy import Policy
 from contracts.prices import PriceTable, UnknownPrice
 from contracts.tasks import Confirmation, EventType, TrainingOptions, TrainingTask
-from workflows.alarm import Alarm
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskFailed
-from workflows.stop import Stop
 from workflows.task_record import TaskRecord
+from workflows.waiting import Waiting
 
 
 class TrainingPrice:
@@ -29,15 +28,13 @@ class TrainingPrice:
         state: PriceState,
         record: TaskRecord,
         hold: CreditHold,
-        stop: Stop,
-        alarm: Alarm,
+        waiting: Waiting,
     ) -> None:
         self._task = task
         self.state = state
         self._record = record
         self._hold = hold
-        self._stop = stop
-        self._alarm = alarm
+        self._waiting = waiting
         self.prices = PriceTable()
         self.confirm_within_seconds = 3_600.0
         if task.max_credits is not None:
@@ -71,32 +68,39 @@ class TrainingPrice:
 
     # Before the hold: confirm
 
+    def asked(self, estimate: int, table: int) -> int:
+        """Points that are shown, confirmed and held: the larger of the estimate and the table's price (contract §5).
+
+        An estimate may ignore the GPU hours, or say nothing at all: the price that is charged goes by the table.
+        """
+        if table > estimate and workflow.patched("training-held-by-the-table-too"):
+            return table
+        return estimate
+
     async def confirmed(self, cost: int, estimate: Estimate, not_after: datetime | None) -> None:
         """Wait until `cost` points are confirmed. Raises TaskFailed `price_not_confirmed`, or TaskStopped."""
         if cost <= self.state.ceiling:
             return
         confirm_by = workflow.now() + timedelta(seconds=self.confirm_within_seconds)
-        if not_after is not None:
-            confirm_by = min(confirm_by, not_after)
+        for limit in (not_after, self._waiting.latest() if self._waiting.keeps_hold() else None):
+            confirm_by = min(confirm_by, limit or confirm_by)
         self._ask(cost, confirm_by, estimate)
-        while self.state.ceiling < cost:
-            self._stop.obey()
-            if workflow.now() >= confirm_by:
-                raise TaskFailed(
-                    FailureCode.PRICE_NOT_CONFIRMED,
-                    f"The price of {cost} points was not confirmed until {confirm_by.isoformat()}; nothing was held.",
-                )
-            await self._alarm.until(
-                lambda: self._stop.requested or self.state.ceiling >= cost, confirm_by, "3 confirm: wait for the payer"
+        is_confirmed = await self._waiting.until(
+            lambda: self.state.ceiling >= cost, at=confirm_by, summary="3 confirm: wait for the payer"
+        )
+        if not is_confirmed:
+            raise TaskFailed(
+                FailureCode.PRICE_NOT_CONFIRMED,
+                f"The price of {cost} points was not confirmed until {confirm_by.isoformat()}; nothing was charged.",
             )
         self._record.state.confirmation = None
 
     def _ask(self, cost: int, confirm_by: datetime, estimate: Estimate | None) -> None:
         confirmation = Confirmation(
             estimated_cost=cost,
-            options=(estimate.options if estimate else None) or [],
+            options=self._options(cost, estimate),
             current_balance=estimate.current_balance if estimate else None,
-            suggest_topup=estimate.suggest_topup if estimate else None,
+            suggest_topup=_topup(cost, estimate) if estimate else None,
             confirm_by=confirm_by,
         )
         self._record.state.confirmation = confirmation
@@ -107,17 +111,39 @@ class TrainingPrice:
             message=f"The training costs {cost} points; confirm_price is waited for.",
         )
 
+    def _options(self, cost: int, estimate: Estimate | None) -> list[PriceOption]:
+        """The estimate's options; the one that was chosen never shows less than is asked for."""
+        options = (estimate.options if estimate else None) or []
+        chosen = self._task.priority.value
+        return [
+            option.model_copy(update={"total_cost": max(option.total_cost, cost)})
+            if option.priority == chosen
+            else option
+            for option in options
+        ]
+
     # While it runs: refresh (a concern of the follow loop)
 
     def on_news(self, news: JobNews) -> None:
         """Take over hours and checkpoint of a message that was applied."""
         if news.gpu_hours is not None:
             self.state.gpu_hours = news.gpu_hours
+        if news.checkpoint is not None and self._adds_nothing(news.checkpoint):
+            return
         if news.checkpoint is not None and news.checkpoint != self.state.checkpoint:
             is_new = self.state.checkpoint is None or news.checkpoint.uri != self.state.checkpoint.uri
             self.state.checkpoint = news.checkpoint
             if is_new:
                 self._tell_checkpoint(news, news.checkpoint)
+
+    def _adds_nothing(self, checkpoint: Checkpoint) -> bool:
+        """Whether an attempt resumed from it: its hours count already, whatever this message says of them.
+
+        By its uri: a training may report the hours of all attempts, and an earlier checkpoint than its own first one.
+        """
+        state = self.state
+        known = checkpoint.uri in (self._task.resume_from, state.resume_from, *state.resumed_from)
+        return known and workflow.patched("checkpoint-resumed-from-adds-nothing")
 
     def _tell_checkpoint(self, news: JobNews, checkpoint: Checkpoint) -> None:
         self._hold.checkpoint_passed()
@@ -172,6 +198,7 @@ class TrainingPrice:
         checkpoint = self.state.checkpoint
         if checkpoint is not None:
             self.state.resume_from = checkpoint.uri
+            self.state.resumed_from.append(checkpoint.uri)
             self.state.carried_gpu_hours += checkpoint.gpu_hours_used
             self.state.checkpoint = None
         self.state.gpu_hours = 0.0
@@ -181,3 +208,10 @@ class TrainingPrice:
         """Points to charge: the price of the hours used, never above what was confirmed (contract §5 *Charged*)."""
         used = delivery.gpu_hours_used if delivery.gpu_hours_used is not None else self.state.gpu_hours
         return min(self.of(self.state.carried_gpu_hours + used), self.state.ceiling)
+
+
+def _topup(cost: int, estimate: Estimate) -> int | None:
+    """Points that the balance lacks: the service counts them for its own estimate, which may be the smaller price."""
+    if estimate.current_balance is None:
+        return estimate.suggest_topup
+    return max(estimate.suggest_topup or 0, cost - estimate.current_balance)

@@ -167,7 +167,10 @@ export class Card {
   }
 
   #showCredits() {
-    const { held, charged, returned, shortfall } = this.task.credits;
+    const { held, shortfall } = this.task.credits;
+    // What is not known is null, and told as such.
+    const charged = this.task.credits.charged ?? "unknown";
+    const returned = this.task.credits.returned ?? "unknown";
     // While a price waits to be confirmed nothing else says what is estimated.
     const estimated = this.task.credits.estimated || (this.task.confirmation?.estimated_cost ?? 0);
     const amounts = { estimated, held, charged, returned };

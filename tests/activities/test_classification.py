@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +46,11 @@ DEFINITE: list[tuple[str, str, str, int, FailureCode]] = [
     ("cancel_training", "training_not_found", "40401", 404, F.LOST),
     ("estimate", "payload_invalid", "42201", 422, F.INPUT_INVALID),
     ("estimate", "authorization_missing", "40302", 403, F.NOT_AUTHORIZED),
+    ("estimate", "template_not_found", "40401", 404, F.INPUT_INVALID),
+    ("estimate", "scope_denied", "40301", 403, F.NOT_AUTHORIZED),
+    ("pre_deduct", "scope_denied", "40301", 403, F.NOT_AUTHORIZED),
+    ("pre_deduct", "authorization_daily_limit", "40302", 403, F.QUOTA_EXCEEDED),
+    ("pre_deduct", "daily_quota_exceeded", "40303", 403, F.QUOTA_EXCEEDED),
     ("pre_deduct", "insufficient_balance", "40302", 403, F.INSUFFICIENT_BALANCE),
     ("pre_deduct", "insufficient_balance", "40201", 402, F.INSUFFICIENT_BALANCE),
     ("pre_deduct", "authorization_not_found", "40302", 403, F.NOT_AUTHORIZED),
@@ -73,6 +80,13 @@ RETRIED: list[tuple[str, str, str, int, FailureCode]] = [
     ("charge", "ledger_unavailable", "50302", 503, F.CREDITS_UNAVAILABLE),
 ]
 BY_NUMBER: list[tuple[str, str, str]] = [
+    ("submit_job", "40401", "template_not_found"),
+    ("create_training", "40401", "template_not_found"),
+    ("estimate", "40401", "template_not_found"),
+    ("estimate", "40301", "scope_denied"),
+    ("pre_deduct", "40301", "scope_denied"),
+    ("pre_deduct", "40303", "daily_quota_exceeded"),
+    ("commit", "40301", "scope_denied"),
     ("submit_job", "42201", "payload_invalid"),
     ("submit_job", "40402", "template_not_found"),
     ("get_job", "40401", "job_not_found"),
@@ -125,6 +139,83 @@ async def test_a_busy_service_is_retried_when_it_asks_to_be(
 def test_every_row_of_the_contract_is_tried_above() -> None:
     tried = {(call in COMFYUI_CALLS, message) for call, message, *_ in [*DEFINITE, *RETRIED]} | {(True, "job_refused")}
     assert tried == {(True, row.message) for row in COMFYUI_ERRORS} | {(False, row.message) for row in CREDITS_ERRORS}
+
+
+CONTRACT = Path(__file__).parents[2] / "docs" / "contract.md"
+CALLS_BY_ROUTE = {
+    "estimate": "estimate",
+    "pre-deduct": "pre_deduct",
+    "commit": "commit",
+    "cancel": "cancel_hold",
+    "charge": "charge",
+    "balance": "balance",
+    "ledger": "ledger",
+}
+COMES_TO = {
+    "payload_invalid": F.INPUT_INVALID,
+    "template_not_found": F.INPUT_INVALID,
+    "authorization_missing": F.NOT_AUTHORIZED,
+    "scope_denied": F.NOT_AUTHORIZED,
+    "authorization_not_found": F.NOT_AUTHORIZED,
+    "authorization_revoked": F.NOT_AUTHORIZED,
+    "authorization_expired": F.NOT_AUTHORIZED,
+    "authorization_quota_exceeded": F.QUOTA_EXCEEDED,
+    "authorization_daily_limit": F.QUOTA_EXCEEDED,
+    "daily_quota_exceeded": F.QUOTA_EXCEEDED,
+    "insufficient_balance": F.INSUFFICIENT_BALANCE,
+    "idempotency_conflict": F.TASK_CONFLICT,
+    "account_not_found": F.NOT_AUTHORIZED,
+}
+"""What a task ends with; of the errors left out a rule decides, or they are retried."""
+
+
+def errors_of_the_contract() -> list[tuple[str, str, str]]:
+    """Contract §4's table: call, message, number, for each number that it gives a message."""
+    rows = re.findall(
+        r"^\| `(?:POST|GET) /api/v1/credits/(\S+)` \|.*\| ([^|]*) \|$", CONTRACT.read_text(), re.MULTILINE
+    )
+    table = dict(rows)
+    found: list[tuple[str, str, str]] = []
+    for route, cell in rows:
+        for group in table["commit" if cell == "as commit" else route].split(" · "):
+            names = [name.replace(" (2)", "") for name in re.findall(r"[a-z_]+(?: \(2\))?", group.replace(" or ", " "))]
+            prefix = names[0].partition("_")[0]
+            for name in names:
+                message = prefix + name if name.startswith("_") else name
+                found += [(CALLS_BY_ROUTE[route], message, number) for number in re.findall(r"\d{5}", group)]
+    return found
+
+
+@pytest.mark.parametrize(("call", "message", "number"), errors_of_the_contract())
+@pytest.mark.parametrize("status", ["by its number", 403, 500])
+async def test_every_error_that_the_platform_documents_says_who_has_to_do_what(
+    facing: Facing, call: str, message: str, number: str, status: str | int
+) -> None:
+    """By message, whatever the HTTP status; and it names a person, or says that nobody has to do anything."""
+    http_status = status if isinstance(status, int) else int(number[:3])
+    async with facing(always(http_status, error_body(message, number))) as (_, calls):
+        try:
+            answer = await calls[call]()
+        except OutsideFailure as failure:
+            sentence, code = failure.sentence, None
+        else:
+            assert answer.refusal is not None
+            sentence, code = answer.refusal.sentence, answer.refusal.code
+    assert message in sentence and "token was not taken" not in sentence
+    assert re.search(r"(caller|administrator|operator) has to|Nobody has to", sentence), sentence
+    assert code == COMES_TO.get(message, code)
+
+
+def test_the_contracts_table_is_read_whole() -> None:
+    documented = {message for _, message, _ in errors_of_the_contract()}
+    assert documented == {row.message for row in CREDITS_ERRORS}
+
+
+async def test_a_403_that_says_what_it_is_is_never_told_as_a_token(facing: Facing) -> None:
+    async with facing(always(403, error_body("tenant_frozen", "40399"))) as (_, calls):
+        with pytest.raises(OutsideFailure, match="40399 tenant_frozen") as raised:
+            await calls["pre_deduct"]()
+    assert "token was not taken" not in raised.value.sentence
 
 
 @pytest.mark.parametrize(("call", "number", "message"), BY_NUMBER)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +52,22 @@ def activities(objects: Path, **limits: Any) -> DatasetActivities:
     return DatasetActivities(DatasetSnapshots(objects.as_uri(), **limits))
 
 
-def environment(*details: Any) -> ActivityEnvironment:
+EARLIER = datetime(2026, 1, 1, tzinfo=UTC)
+LATER = EARLIER + timedelta(hours=1)
+
+
+def environment(
+    *details: Any, began_at: datetime = EARLIER, ordered_at: datetime = EARLIER + timedelta(minutes=1)
+) -> ActivityEnvironment:
+    """`began_at`: when the attempt began; `ordered_at`: when the activity was scheduled."""
     env = ActivityEnvironment()
-    env.info = replace(env.info, heartbeat_details=list(details), start_to_close_timeout=timedelta(hours=1))
+    env.info = replace(
+        env.info,
+        heartbeat_details=list(details),
+        start_to_close_timeout=timedelta(hours=1),
+        started_time=began_at,
+        scheduled_time=ordered_at,
+    )
     return env
 
 
@@ -82,10 +97,11 @@ async def test_a_snapshot_holds_every_file_with_size_and_checksum(source: Path, 
         path: (len(content), hashlib.sha256(content).hexdigest()) for path, content in FILES.items()
     }
     assert snapshot.snapshot_uri == (objects / "snapshots/task-1/cats/files").as_uri() + "/"
-    raw = (objects / "snapshots/task-1/cats/manifest.json").read_bytes()
+    [kept] = (objects / "snapshots/task-1/cats").glob("list-*.json")
+    sha256 = hashlib.sha256(kept.read_bytes()).hexdigest()
     assert snapshot.manifest == ManifestReference(
-        uri=(objects / "snapshots/task-1/cats/manifest.json").as_uri(),
-        sha256=hashlib.sha256(raw).hexdigest(),
+        uri=(objects / f"snapshots/task-1/cats/list-{sha256}.json").as_uri(),
+        sha256=sha256,
         file_count=len(FILES),
         total_bytes=sum(len(content) for content in FILES.values()),
     )
@@ -118,8 +134,8 @@ async def test_another_order_is_not_answered_with_an_old_manifest(source: Path, 
 async def test_odd_names_are_copied_too(source: Path, objects: Path, name: str) -> None:
     (source / name).parent.mkdir(parents=True, exist_ok=True)
     (source / name).write_bytes(b"odd")
-    for files in (None, [name]):
-        snapshot = await environment().run(activities(objects).snapshot, order(source, files=files))
+    for files, began_at in ((None, EARLIER), ([name], LATER)):
+        snapshot = await environment(began_at=began_at).run(activities(objects).snapshot, order(source, files=files))
         assert name in [file.path for file in await files_of(objects, snapshot)]
         assert copied(objects)[name] == b"odd"
         await environment().run(activities(objects).delete_snapshot, order(source))
@@ -334,6 +350,69 @@ async def test_remote_storage_that_is_away_is_retried(
         with pytest.raises(ApplicationError) as raised:
             await running
         assert (raised.value.type, raised.value.non_retryable) == ("internal", False)
+
+
+class CutOff(DatasetSnapshots):
+    """Copies on after Temporal has given its attempt up: before its n-th file the snapshot is deleted by another."""
+
+    def __init__(self, objects: Path, *, before_file: int, deleting: DatasetActivities, **limits: Any) -> None:
+        super().__init__(objects.as_uri(), **limits)
+        self._left, self._deleting = before_file, deleting
+        self.order: SnapshotOrder
+
+    async def _copied(self, source: Any, target: Any, item: Any) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            await environment(ordered_at=LATER).run(self._deleting.delete_snapshot, self.order)
+        return await super()._copied(source, target, item)
+
+
+@pytest.mark.parametrize("before_file", [1, 2, len(FILES)])
+async def test_a_copy_that_lands_after_its_deletion_does_not_stay(
+    source: Path, objects: Path, before_file: int
+) -> None:
+    late = CutOff(objects, before_file=before_file, deleting=activities(objects))
+    late.order = order(source)
+    with pytest.raises(ApplicationError, match="deleted while it was made"):
+        await environment().run(DatasetActivities(late).snapshot, late.order)
+    assert not (objects / "snapshots").exists() or not list((objects / "snapshots").iterdir())
+
+
+async def test_a_late_copy_that_is_cancelled_on_the_way_leaves_nothing(source: Path, objects: Path) -> None:
+    class Stuck(CutOff):
+        async def _copied(self, source: Any, target: Any, item: Any) -> Any:
+            file = await super()._copied(source, target, item)
+            if self._left <= 0:
+                env.cancel(activity.ActivityCancellationDetails(not_found=True))
+                await asyncio.Event().wait()
+            return file
+
+    env = environment()
+    late = Stuck(objects, before_file=2, deleting=activities(objects))
+    late.order = order(source)
+    with pytest.raises(ApplicationError):
+        async with asyncio.timeout(5):
+            await env.run(DatasetActivities(late).snapshot, late.order)
+    assert not list((objects / "snapshots").rglob("*.png"))
+
+
+async def test_a_copy_that_begins_after_a_deletion_stays_also_when_the_deletion_comes_again(
+    source: Path, objects: Path
+) -> None:
+    wanted = order(source)
+    await environment(ordered_at=LATER).run(activities(objects).delete_snapshot, wanted)
+    await environment(began_at=LATER + timedelta(seconds=1)).run(activities(objects).snapshot, wanted)
+    await environment(ordered_at=LATER).run(activities(objects).delete_snapshot, wanted)
+    assert copied(objects) == FILES
+
+
+async def test_notes_of_deletions_are_not_kept_for_ever(source: Path, objects: Path) -> None:
+    old, new = (order(source, call_for=call_for(task_id=task_id)) for task_id in ("old", "new"))
+    await environment().run(activities(objects).delete_snapshot, old)
+    three_days_ago = time.time() - 3 * 86_400
+    os.utime(objects / "deleted/old.cats", (three_days_ago, three_days_ago))
+    await environment().run(activities(objects).delete_snapshot, new)
+    assert [path.name for path in (objects / "deleted").iterdir()] == ["new.cats"]
 
 
 class Slow(DatasetSnapshots):

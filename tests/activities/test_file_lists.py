@@ -18,7 +18,17 @@ from contracts.comfyui import SnapshotReference
 from contracts.size_budget import MAX_FILE_LIST_BYTES, PAYLOAD_BYTES, json_bytes
 from contracts.tasks import DatasetManifest
 from tests.activities.s3_stand_in import BUCKET, s3
-from tests.activities.test_datasets import FILES, activities, copied, environment, files_of, objects, order, source
+from tests.activities.test_datasets import (
+    FILES,
+    LATER,
+    activities,
+    copied,
+    environment,
+    files_of,
+    objects,
+    order,
+    source,
+)
 
 __all__ = ["objects", "source"]
 
@@ -111,30 +121,40 @@ async def test_lists_lie_in_a_bucket_too(monkeypatch: pytest.MonkeyPatch) -> Non
 
 async def test_a_list_that_was_touched_is_never_sent(source: Path, objects: Path) -> None:
     snapshot = await environment().run(activities(objects).snapshot, order(source))
-    manifest = objects / "snapshots/task-1/cats/manifest.json"
-    manifest.write_bytes(manifest.read_bytes().replace(b"images/1.png", b"images/9.png"))
+    [kept] = (objects / "snapshots/task-1/cats").glob("list-*.json")
+    kept.write_bytes(kept.read_bytes().replace(b"images/1.png", b"images/9.png"))
     for touched in (True, False):
         with pytest.raises(OutsideFailure, match="gone or is not what its sha256 says") as raised:
             await files_of(objects, snapshot)
         assert not raised.value.may_be_retried
         if touched:
-            manifest.unlink()
+            kept.unlink()
+
+
+async def test_an_attempt_that_lands_late_leaves_the_list_as_it_was(source: Path, objects: Path) -> None:
+    """What was recorded of the one attempt is still there when the other has written its own."""
+    first = await environment().run(activities(objects).snapshot, order(source))
+    (objects / "snapshots/task-1/cats/manifest.json").unlink()
+    assert await environment(began_at=LATER).run(activities(objects).snapshot, order(source)) == first
+    (source / "images/1.png").write_bytes(b"another")
+    (objects / "snapshots/task-1/cats/manifest.json").unlink()
+    second = await environment(began_at=LATER).run(activities(objects).snapshot, order(source))
+    assert second != first and await files_of(objects, first) != await files_of(objects, second)
 
 
 async def test_what_the_first_release_wrote_is_read(source: Path, objects: Path) -> None:
-    """A manifest that holds the order's list, and a carried snapshot that holds its files."""
+    """A manifest that holds the order's list and the snapshot's, and a carried snapshot that holds its files."""
     snapshot = await environment().run(activities(objects).snapshot, order(source, files=TWO))
     path = objects / "snapshots/task-1/cats/manifest.json"
-    old = json.loads(path.read_text())
-    del old["asked_sha256"]
-    path.write_text(json.dumps(old | {"asked_files": TWO}))
-    again = await environment().run(activities(objects).snapshot, order(source, files=TWO))
-    assert again.manifest is not None and again.manifest != snapshot.manifest
-    assert again.manifest.sha256 == hashlib.sha256(path.read_bytes()).hexdigest(), "its copies were not made anew"
+    whole = await DatasetSnapshots(objects.as_uri()).whole(snapshot)
+    old = {"source_uri": source.as_uri(), "asked_files": TWO, "snapshot": whole.model_dump()}
+    path.write_text(json.dumps(old))
+    assert await environment().run(activities(objects).snapshot, order(source, files=TWO)) == snapshot
+    assert json.loads(path.read_text()) == old, "its copies were not made anew"
     inline = SnapshotReference.model_validate(old["snapshot"])
-    assert (await DatasetSnapshots(objects.as_uri()).whole(inline)).model_dump() == old["snapshot"]
-    other = await environment().run(activities(objects).snapshot, order(source))
-    assert set(copied(objects)) == set(FILES) and other != again
+    assert await DatasetSnapshots(objects.as_uri()).whole(inline) == whole
+    await environment().run(activities(objects).snapshot, order(source))
+    assert set(copied(objects)) == set(FILES)
 
 
 async def test_a_reference_is_small_however_long_the_list(source: Path, objects: Path) -> None:

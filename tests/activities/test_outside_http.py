@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,14 +15,17 @@ import httpx2
 import jwt
 import pytest
 import pytest_asyncio
+from temporalio.api.common.v1 import Payload
 
 from activities.comfyui import COMFYUI, LIST_GPUS, ComfyUIClient
 from activities.credits import CreditsClient
 from activities.outside_http import CONNECTION_FAILURES, OutsideFailure, OutsideHttp, RawReply, time_limit
 from activities.tokens import ServiceToken, SignedTokens
 from contracts.calls import LedgerQuery, Post
+from contracts.comfyui import JobRequest
 from contracts.errors import FailureCode
 from contracts.permissions import Scene, Scope
+from temporal_plugin import DATA_CONVERTER
 from tests.activities.calls import (
     PROMPT,
     SECRET,
@@ -390,3 +394,19 @@ async def test_a_ledger_without_end_is_left_with_the_cursor_it_came_to(monkeypat
         answer = await client.ledger(LedgerQuery(call_for=call_for(), task_id="task-1"))
     assert answer.reply is not None
     assert (len(answer.reply.entries), answer.reply.cursor) == (3, "3")
+
+
+async def test_a_newer_workers_request_is_sent_as_it_stands() -> None:
+    """The same key goes with the same body: a repeat that left out a field would be another request."""
+    post = job_post()
+    document = json.loads(post.model_dump_json())
+    document["body"] |= {"style": "etching", "upscaling": None, "controls": [{"image_url": "https://a.example/"}]}
+    document["of_tomorrow"] = 1
+    payload = Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(document).encode())
+    [newer] = DATA_CONVERTER.payload_converter.from_payloads([payload], [Post[JobRequest]])
+    answer = {"job_id": "job-1", "job_status": "queued", "estimated_time": 1, "gpu_slots": 1, "estimated_cost": 24}
+    async with serving(always(202, answer)) as server, ComfyUIClient(server.url, tokens()) as comfyui:
+        assert (await comfyui.submit_job(newer)).reply is not None
+    sent = json.loads(server.seen[0].body)
+    wanted = {name: value for name, value in document["body"].items() if value is not None}
+    assert sent == wanted and sent["style"] == "etching"

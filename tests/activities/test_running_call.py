@@ -23,15 +23,19 @@ from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxR
 from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetSnapshots
+from activities.lives import Lives
 from activities.running_call import request_limit_seconds
 from contracts.calls import Post
 from contracts.comfyui import JobAccepted, JobRequest
 from contracts.errors import Answer
+from store import TaskStore
 from tests.activities.calls import PROMPT, SECRET, estimate_post, job_post, tokens
 from tests.activities.loopback import Answer as Reply
 from tests.activities.loopback import Loopback, Seen, always, error_body, serving
 from tests.conftest import unique
 
+NO_TASKS_RUN = Lives(TaskStore("postgresql://nobody@127.0.0.1:1/none"))
+"""Looks at nothing: what runs here is no task's workflow."""
 ACCEPTED = always(202, {"job_id": "job-1", "estimated_cost": 24})
 SHUTDOWN = activity.ActivityCancellationDetails(worker_shutdown=True)
 
@@ -53,7 +57,7 @@ class Held:
 @asynccontextmanager
 async def comfyui_before(reply: Reply, *, pool_size: int = 100) -> AsyncIterator[tuple[Loopback, ComfyUIActivities]]:
     async with serving(reply) as server, ComfyUIClient(server.url, tokens(), pool_size=pool_size) as client:
-        yield server, ComfyUIActivities(client, DatasetSnapshots("file://.run/objects"))
+        yield server, ComfyUIActivities(client, NO_TASKS_RUN, DatasetSnapshots("file://.run/objects"))
 
 
 def environment(**info: Any) -> ActivityEnvironment:
@@ -309,7 +313,7 @@ async def submitted(
     queue = unique("submit")
     async with serving(held) as server, AnsweredAfterCancel(server.url, tokens()) as client:
         client.release = held.release
-        activities = ComfyUIActivities(client, DatasetSnapshots("file://.run/objects"))
+        activities = ComfyUIActivities(client, NO_TASKS_RUN, DatasetSnapshots("file://.run/objects"))
         async with worker(env, queue, activities) as running:
             run = await env.client.start_workflow(OneSubmit.run, job_post(), id=queue, task_queue=queue)
             async with asyncio.timeout(10):
@@ -368,6 +372,8 @@ async def test_credits_activities_run_the_same_way() -> None:
         serving(always(200, {"selected_cost": 24})) as server,
         CreditsClient(server.url, tokens()) as client,
     ):
-        answer = await environment(activity_type="estimate").run(CreditsActivities(client).estimate, estimate_post())
+        answer = await environment(activity_type="estimate").run(
+            CreditsActivities(client, NO_TASKS_RUN).estimate, estimate_post()
+        )
     assert answer.reply is not None
     assert answer.reply.selected_cost == 24

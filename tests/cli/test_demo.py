@@ -138,7 +138,7 @@ async def test_a_training_asks_for_its_price_and_goes_on_when_it_is_confirmed(
     outcome = await following
     assert outcome.status is TaskStatus.COMPLETED, outcome
     assert outcome.credits is not None
-    assert 0 < outcome.credits.charged <= wanted
+    assert outcome.credits.charged is not None and 0 < outcome.credits.charged <= wanted
 
     async def listed() -> bool:
         filters = {"TaskId": task.task_id, "TaskStatus": "completed", "Scene": "model.train"}

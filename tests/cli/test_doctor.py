@@ -10,16 +10,21 @@ import pytest
 import pytest_asyncio
 from google.protobuf.duration_pb2 import Duration
 from temporalio.api.workflowservice.v1 import RegisterNamespaceRequest
+from temporalio.service import RPCError
 from temporalio.testing import WorkflowEnvironment
 
 from cli.checks import Finding, Verdict
 from cli.connection import Connection
-from contracts.reconcile import reconcile_id_of
+from contracts.reconcile import ReconcileResult, reconcile_id_of
+from contracts.tasks import workflow_id_of
+from namespace_of_store import home_of
 from reconciler_schedule import ensure_reconciler
 from settings import Settings
 from simulators.serving import TEST_TOKEN_SECRET, Simulators, running_simulators
+from store import StoreHome, TaskStore, UnseenTask
 from tests.cli.conftest import Ended, run_command
-from tests.conftest import unique
+from tests.conftest import NewDatabase, unique
+from tests.store.facts import claim_of, new_task_id
 
 
 @pytest_asyncio.fixture
@@ -165,3 +170,49 @@ async def test_without_a_token_the_setting_is_named(opened: Connection) -> None:
     ended = await run_command("doctor", connection=opened)
     assert ended.exit_code == 1
     assert "COMFYUI_TEMPORAL_TOKEN_SECRET" in ended.out
+
+
+async def test_the_task_store_and_what_could_not_be_looked_at_are_shown(
+    opened: Connection, simulators: Simulators, new_database: NewDatabase
+) -> None:
+    dsn = await new_database()
+    store = TaskStore(dsn)
+    task_id = new_task_id()
+    await store.claim(claim_of(task_id))
+    _, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_DATABASE_DSN=dsn)
+    assert findings["task store"].verdict is Verdict.NOTE
+    await store.bind(await home_of(opened.client))
+    _, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_DATABASE_DSN=dsn)
+    assert findings["task store"].verdict is findings["open tasks"].verdict is Verdict.OK
+    await store.note_looks(unseen_tasks=[UnseenTask(task_id=task_id, reason="Its run is paused.")])
+    _, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_DATABASE_DSN=dsn)
+    assert findings["open tasks"].verdict is Verdict.NOTE
+    assert task_id in findings["open tasks"].advice and "Its run is paused." in findings["open tasks"].advice
+    await store.bind_anew(StoreHome(namespace="elsewhere"))
+    _, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_DATABASE_DSN=dsn)
+    assert "task store" in wrongs(findings) and "elsewhere" in findings["task store"].says
+    started = await run_command(
+        *("generate", "a cat", "--tenant", "tenant-a", "--user", "ann", "--task-id", task_id, "--no-wait"),
+        connection=opened,
+        environment={"COMFYUI_TEMPORAL_DATABASE_DSN": dsn},
+    )
+    assert started.exit_code != 0 and "elsewhere" in started.out + started.err
+    with pytest.raises(RPCError, match="not found"):
+        await opened.client.get_workflow_handle(workflow_id_of(task_id)).describe()
+    await store.close()
+
+
+async def test_give_backs_that_could_not_be_started_are_told_of(
+    opened: Connection, simulators: Simulators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def last(*_: object) -> ReconcileResult:
+        return ReconcileResult(given_back=1, task_ids=["a"], not_started=2)
+
+    await ensure_reconciler(opened.client, Settings(_env_file=None, task_queue=opened.task_queue))
+    schedule = opened.client.get_schedule_handle(reconcile_id_of(opened.task_queue))
+    try:
+        monkeypatch.setattr("cli.doctor_temporal.last_pass", last)
+        _, findings = await examined(opened, simulators)
+        assert findings["reconciler"].verdict is Verdict.NOTE and "2 give-backs" in findings["reconciler"].says
+    finally:
+        await schedule.delete()

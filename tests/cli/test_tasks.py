@@ -16,6 +16,7 @@ from cli.tasks import cancel_task, confirm_price, list_tasks, show_task
 from contracts.tasks import TaskStatus, TrainingProgress, TrainingResult
 from tests.cli.conftest import image_task, training_task
 from tests.conftest import unique
+from tests.pausing import pause, unpause
 
 
 class Seen:
@@ -117,6 +118,28 @@ async def test_an_open_task_is_shown_with_stage_and_points(opened: Connection) -
     assert picture.credits is not None
     assert picture.credits.held == 24
     assert picture.outcome is None
+
+
+async def test_a_paused_run_is_listed_and_shown_as_paused(opened: Connection) -> None:
+    """The SDK's own list raises at its status, and with it at every other task (pitfall 42)."""
+    task = image_task(tenant_id=unique("tenant"))
+    started = await start_image(opened.client, task, task_queue=opened.task_queue)
+    await pause(opened.client, started.handle.id)
+    again = await start_image(opened.client, task, task_queue=opened.task_queue)
+    assert (again.is_new, again.run_id) == (False, started.run_id)
+    picture = await show_task(opened, started.task_id)
+    assert picture.task.is_paused and picture.outcome is None
+
+    async def listed() -> list[bool]:
+        filters = {"TenantId": task.tenant_id}
+        return [row.is_paused async for row in list_tasks(opened, filters=filters, limit=10)]
+
+    async def shown_as_paused() -> bool:
+        return await listed() == [True]
+
+    await until(shown_as_paused)
+    await unpause(opened.client, started.handle.id)
+    assert await cancel_task(opened, started.task_id, "") == "accepted"
 
 
 async def test_an_unknown_task_is_named(opened: Connection) -> None:

@@ -13,6 +13,8 @@ from simulators.admin_wire import FaultKind
 from tests.conftest import unique
 from tests.gateway.conftest import OTHER_TOKEN, Api
 from tests.gateway.serving import eventually
+from tests.pausing import pause, unpause
+from workflows import ledger_search
 
 
 def handle_of(api: Api, task_id: str) -> WorkflowHandle[Any, Any]:
@@ -56,6 +58,20 @@ async def test_an_open_task_is_cancelled(api: Api) -> None:
     await check_nothing_left(api, task_id)
     again = await api.call("POST", f"/{task_id}/rollback")
     assert (again.status_code, again.json()["outcome"]) == (200, "nothing_held")
+
+
+async def test_a_paused_task_is_said_to_be_paused_and_left_alone(api: Api) -> None:
+    task_id = await waiting_task(api)
+    await pause(api.platform.client, workflow_id_of(task_id))
+
+    answer = await api.call("POST", f"/{task_id}/rollback")
+
+    assert (answer.status_code, answer.json()["code"]) == (503, "worker_unavailable")
+    assert "unpause" in answer.json()["detail"]
+    await unpause(api.platform.client, workflow_id_of(task_id))
+    assert (await api.call("POST", f"/{task_id}/rollback")).json()["outcome"] == "cancelled"
+    await api.ended(task_id)
+    await check_nothing_left(api, task_id)
 
 
 @pytest.mark.parametrize("scene", ["image", "training"])
@@ -134,6 +150,25 @@ async def test_what_was_charged_is_not_refunded(api: Api) -> None:
 
     assert (answer.status_code, answer.json()["code"]) == (409, "already_charged")
     assert str(charged) in answer.json()["detail"]
+
+
+async def test_what_is_unknown_is_told_as_unknown(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit acted, its answer was lost, and the ledger does not show it: neither charged nor given back."""
+    monkeypatch.setattr(ledger_search, "LOOK_FOR", timedelta(seconds=1))
+    task_id = unique("image")
+    admin = api.platform.simulators.admin
+    for kind in (FaultKind.IGNORE_KEYS, FaultKind.DROP):
+        await admin.credits.fault(kind, route="commit", task_id=task_id)
+    await admin.credits.fault(FaultKind.LEDGER_LAG, task_id=task_id, seconds=3_600)
+    await api.call("POST", "/images", api.platform.image(task_id=task_id))
+    credits = (await api.ended(task_id))["credits"]
+    assert (credits["settlement"], credits["charged"], credits["returned"]) == ("unknown", None, None)
+
+    answer = await api.call("POST", f"/{task_id}/rollback")
+
+    assert (answer.status_code, answer.json()["code"]) == (409, "settlement_unknown"), answer.text
+    events = await api.platform.store.events(task_id)
+    assert [event.credits_delta for event in events if event.credits_delta is not None] == [-credits["held"]]
 
 
 async def test_a_run_terminated_after_its_commit_landed_is_completed_and_keeps_its_picture(api: Api) -> None:

@@ -20,6 +20,7 @@ from kill_points.rounds import Cell
 from kill_points.site import Site, opened_site, until
 from kill_points.stack import KillableStack
 from kill_points.ways import PLAIN, WAITING, task_of
+from simulators.credits_profile import CONTRACT, FIELD, CreditsProfile
 
 FEW = (
     "image: submit_job, after effect",
@@ -40,9 +41,13 @@ async def folder(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path
     yield made
 
 
-async def all_ok(folder: Path, kinds: list[Kind], labels: tuple[str, ...]) -> list[Cell]:
+async def all_ok(
+    folder: Path, kinds: list[Kind], labels: tuple[str, ...], profile: CreditsProfile = CONTRACT
+) -> list[Cell]:
     instants = chosen_instants(labels)
-    cells = await struck(folder / "run", kinds, instants, within_seconds=RECOVERY_SECONDS, most=40)
+    cells = await struck(
+        KillableStack(folder / "run", profile), kinds, instants, within_seconds=RECOVERY_SECONDS, most=40
+    )
     assert not failures(cells), failures(cells)
     return cells
 
@@ -61,6 +66,14 @@ async def test_a_worker_killed_in_some_instants_costs_no_task(folder: Path) -> N
 )
 async def test_other_blows_in_many_instants_cost_no_task(folder: Path, kind: str) -> None:
     await all_ok(folder, [KINDS[kind]], ("submit_job,", "pre_deduct,", "commit,", "write last event", "wait for C"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_calls_of_the_fields_credits_service_cost_no_task(folder: Path) -> None:
+    """A hold whose answer was lost is doubled there: it stands, and exactly its points are recorded."""
+    calls = ("pre_deduct,", "commit,", "charge,", "cancel_hold,")
+    await all_ok(folder, [KINDS["reply-lost"], KINDS["worker-killed"]], calls, FIELD)
 
 
 @pytest.mark.slow

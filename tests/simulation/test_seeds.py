@@ -51,6 +51,11 @@ def test_a_cancel_that_comes_after_a_delivery_while_it_waits_to_be_covered_is_to
     assert problems("training", range(9677, 9678)) == []
 
 
+def test_a_snapshot_that_lands_after_its_deletion_does_not_stay() -> None:
+    """The worker was killed while it copied, and the copy landed when another had deleted it."""
+    assert problems("training", range(5_002_430, 5_002_431)) == []
+
+
 def test_the_seeds_reach_what_they_are_for() -> None:
     outcomes = [play(seed, kind) for kind in SEEDS for seed in range(40)]
     ends = {outcome.end for outcome in outcomes}

@@ -41,11 +41,11 @@ def _settings(folder: Path, **other: str) -> dict[str, str]:
     return {PREFIX + name: value for name, value in given.items()}
 
 
-async def _started(name: str, folder: Path, port: int) -> asyncio.subprocess.Process:
+async def _started(name: str, folder: Path, port: int, *options: str) -> asyncio.subprocess.Process:
     """A simulator's own process, answering. Its working directory holds no `.env`."""
     others = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "simulators", name),
+        *(sys.executable, "-m", "simulators", name, *options),
         cwd=folder,
         env=others | {"PYTHONPATH": str(ROOT)} | _settings(folder, **{f"{name.upper()}_SIMULATOR_PORT": str(port)}),
         stderr=subprocess.DEVNULL,
@@ -121,6 +121,18 @@ async def test_killed_credits_lose_no_hold_and_expire_it_in_time(tmp_path: Path,
             async with asyncio.timeout(10):
                 await process.wait()
     assert process.returncode in (0, -signal.SIGTERM), "it ends when it is told to"
+
+
+async def test_the_profile_of_credits_is_chosen_by_an_option(tmp_path: Path) -> None:
+    port = _free_port()
+    process = await _started("credits", tmp_path, port, "--credits-profile", "field")
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+            who = {"tenant_id": "tenant-demo", "user_id": "user-demo"}
+            answer = await http.get("/api/v1/credits/ledger", params=who)
+            assert set(answer.json()) == {"entries"}, "no token, no pages"
+    finally:
+        await _kill(process)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from simulators.credits_profile import PROFILES
 from tests.local_stack.waiting import eventually
 
 PROJECT = Path(__file__).parents[2]
@@ -29,9 +30,10 @@ def is_under_way(folder: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_soak_that_is_interrupted_goes_on_and_finds_no_untruth(tmp_path: Path) -> None:
+@pytest.mark.parametrize("profile", list(PROFILES))
+def test_a_soak_that_is_interrupted_goes_on_and_finds_no_untruth(tmp_path: Path, profile: str) -> None:
     folder = tmp_path / "soak"
-    given = ("--tasks", str(TASKS), "--seed", "5", "--open", "12", "--gap", "2", "--speed", "200")
+    given = ("--tasks", str(TASKS), "--seed", "5", "--open", "12", "--gap", "2", "--speed", "200", "--profile", profile)
     first = soak(folder, *given)
     eventually(lambda: is_under_way(folder), within_seconds=60)
     os.kill(first.pid, signal.SIGINT)

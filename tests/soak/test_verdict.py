@@ -21,7 +21,7 @@ COMPLETED, CANCELLED = PLAN.task_id(0), PLAN.task_id(1)
 
 def row(task_id: str, status: str, charged: int, **given: Any) -> dict[str, Any]:
     told = {"scene": "image.generate", "ended_at": 1, "seconds": 5.0, "code": None}
-    return {"task_id": task_id, "status": status, "charged": str(charged), **told, **given}
+    return {"task_id": task_id, "status": status, "charged": charged, **told, **given}
 
 
 def entry(task_id: str, kind: str, change: int, frozen_change: int) -> Any:
@@ -39,9 +39,11 @@ class World:
             entry(CANCELLED, "pre_deduct", -18, 18),
             entry(CANCELLED, "cancel", 18, -18),
         ]
-        self.holds = [SimpleNamespace(pre_deduct_id="h", task_id=COMPLETED, phase="committed")]
+        self.holds = [SimpleNamespace(pre_deduct_id="h", task_id=COMPLETED, phase="committed", amount=24)]
         self.jobs = [SimpleNamespace(run_id="j", task_id=COMPLETED, phase="over", is_over=True)]
         self.events = {COMPLETED: ["task.accepted", "task.completed"], CANCELLED: ["task.accepted", "task.cancelled"]}
+        self.exceptions: list[dict[str, Any]] = []
+        self.plan = PLAN
         self.running: list[str] = []
         self.problems: list[str] = []
         self.history: list[Event] = []
@@ -51,14 +53,14 @@ class World:
 
     async def untrue(self) -> dict[str, list[str]]:
         """Only what is not empty."""
-        verdict = await judge(cast(Site, self), PLAN, self.journal)
+        verdict = await judge(cast(Site, self), self.plan, self.journal)
         return {name: examples for name, examples in verdict.untrue.items() if examples}
 
     @property
     def table(self) -> Any:
         async def rows(query: str, *_: Any) -> list[dict[str, Any]]:
             if "FROM task_exceptions" in query:
-                return []
+                return [] if "count(*)" in query else self.exceptions
             if "FROM task_events" in query:
                 told = self.events.items()
                 return [
@@ -158,6 +160,32 @@ async def test_tasks_that_are_missing_or_open_are_found(world: World, monkeypatc
 async def test_a_workflow_task_that_failed_is_found(world: World) -> None:
     world.history = [Event(event_type=HistoryEvent.EVENT_TYPE_WORKFLOW_TASK_FAILED)]
     assert list(await world.untrue()) == ["failed workflow tasks"]
+
+
+async def test_a_doubled_hold_is_no_leak_where_nobody_can_name_it(world: World) -> None:
+    """On the field's credits service, and only with its points recorded."""
+    world.holds.append(SimpleNamespace(pre_deduct_id="second", task_id=COMPLETED, phase="open", amount=24))
+    recorded = {"task_id": COMPLETED, "code": "hold_doubled", "details": '{"amount": 24}'}
+    world.exceptions = [recorded]
+    assert list(await world.untrue()) == ["leaked holds"]
+    world.plan = PLAN.model_copy(update={"profile": "field"})
+    assert await world.untrue() == {}
+    world.exceptions = []
+    assert list(await world.untrue()) == ["leaked holds"]
+    world.exceptions = [{**recorded, "details": '{"amount": 20}'}]
+    assert list(await world.untrue()) == ["leaked holds"]
+
+
+async def test_a_charge_that_is_not_known_is_told_as_unknown_and_recorded(world: World) -> None:
+    world.rows[0]["charged"] = None
+    assert list(await world.untrue()) == ["charges that differ from what the task tells"]
+    world.exceptions = [{"task_id": COMPLETED, "code": "settlement_unknown", "details": "{}"}]
+    assert await world.untrue() == {}
+
+
+async def test_a_hold_of_no_task_is_a_leak(world: World) -> None:
+    world.holds.append(SimpleNamespace(pre_deduct_id="stray", task_id="soak-unknown", phase="open", amount=24))
+    assert list(await world.untrue()) == ["leaked holds"]
 
 
 async def test_the_table_tells_zeros_and_the_slowest_recovery(world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -14,6 +15,7 @@ from temporalio.testing import TimeSkippingConfig, WorkflowEnvironment
 
 from contracts.tasks import SEARCH_ATTRIBUTES
 from local_stack.temporal_server import dynamic_config_flags
+from simulators.credits_profile import CONTRACT, FIELD, PROFILES, CreditsProfile
 from store import TaskStore
 from temporal_plugin import TasksPlugin
 from tests.cable import Cable
@@ -33,6 +35,39 @@ def replayed_at_every_step(pytestconfig: pytest.Config) -> Iterator[None]:
         yield
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Scenarios run on both credits profiles (contract §4)."""
+    if "credits_profile" in metafunc.fixturenames:
+        metafunc.parametrize("credits_profile", PROFILES.values(), ids=list(PROFILES), scope="session")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On the field's profile they run in the slow suite; `on_both_profiles`: also in `make test`.
+
+    `by_contract("why")`: not there at all, being about what only a service by our contract does.
+    """
+    left_out = []
+    for item in items:
+        if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+            continue
+        if item.callspec.params.get("credits_profile") is not FIELD:
+            continue
+        if item.get_closest_marker("by_contract"):
+            left_out.append(item)
+        elif not item.get_closest_marker("on_both_profiles"):
+            item.add_marker(pytest.mark.slow)
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope="session")
+def credits_profile() -> CreditsProfile:
+    """Which credits service the platform has; given by `pytest_generate_tests`."""
+    return CONTRACT
+
+
 @pytest.fixture(params=[None], ids=["as set"])
 def cached_workflows(request: pytest.FixtureRequest) -> int | None:
     """How many runs the worker keeps in memory; 0 replays the whole history at every step."""
@@ -42,23 +77,33 @@ def cached_workflows(request: pytest.FixtureRequest) -> int | None:
 
 @pytest_asyncio.fixture
 async def platform(
-    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path, cached_workflows: int | None
+    temporal_env: WorkflowEnvironment,
+    task_store: TaskStore,
+    tmp_path: Path,
+    cached_workflows: int | None,
+    credits_profile: CreditsProfile,
 ) -> AsyncIterator[Platform]:
     """A platform on the wall clock, where an image takes about a second."""
-    cache = {} if cached_workflows is None else {"max_cached_workflows": cached_workflows}
-    async with running_platform(temporal_env, task_store, tmp_path) as platform, platform.worker(**cache):
+    cache: dict[str, Any] = {} if cached_workflows is None else {"max_cached_workflows": cached_workflows}
+    running = running_platform(temporal_env, task_store, tmp_path, credits_profile=credits_profile)
+    async with running as platform, platform.worker(**cache):
         yield platform
 
 
 @pytest_asyncio.fixture(scope="module")
 async def brisk_platform(
-    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path_factory: pytest.TempPathFactory
+    temporal_env: WorkflowEnvironment,
+    task_store: TaskStore,
+    tmp_path_factory: pytest.TempPathFactory,
+    credits_profile: CreditsProfile,
 ) -> AsyncIterator[Platform]:
     """One platform for a module's many small scenarios: work takes no time, deadlines are far, GPUs abound.
 
     Faults name their task. The read limit is 1 s, so that a delay beyond it is quickly told.
     """
-    async with running_platform(temporal_env, task_store, tmp_path_factory.mktemp("brisk"), speed=8_000) as platform:
+    folder = tmp_path_factory.mktemp("brisk")
+    running = running_platform(temporal_env, task_store, folder, speed=8_000, credits_profile=credits_profile)
+    async with running as platform:
         platform.policy = {"deadline_factor": 5_000.0, "retry_after_seconds": [0.05, 0.05, 0.05]}
         platform.read_seconds = 1.0
         for gpu_type in ("rtx4090", "a100"):
@@ -106,28 +151,37 @@ async def skipping_env() -> AsyncIterator[WorkflowEnvironment]:
 
 @pytest_asyncio.fixture
 async def slow_platform(
-    skipping_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path
+    skipping_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path, credits_profile: CreditsProfile
 ) -> AsyncIterator[Platform]:
     """A platform at contract speed, whose time passes only by `pass_time`."""
-    async with running_platform(skipping_env, task_store, tmp_path, speed=1.0) as platform, platform.worker():
+    running = running_platform(skipping_env, task_store, tmp_path, speed=1.0, credits_profile=credits_profile)
+    async with running as platform, platform.worker():
         yield platform
 
 
 @pytest_asyncio.fixture(scope="session")
 async def _quick_platform(
-    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path_factory: pytest.TempPathFactory
+    temporal_env: WorkflowEnvironment,
+    task_store: TaskStore,
+    tmp_path_factory: pytest.TempPathFactory,
+    credits_profile: CreditsProfile,
 ) -> AsyncIterator[Platform]:
     folder = tmp_path_factory.mktemp("quick-platform")
-    async with running_platform(temporal_env, task_store, folder, speed=2_000) as platform, platform.worker():
+    running = running_platform(temporal_env, task_store, folder, speed=2_000, credits_profile=credits_profile)
+    async with running as platform, platform.worker():
         yield platform
 
 
 @pytest_asyncio.fixture(scope="session")
 async def _patient_platform(
-    skipping_env: WorkflowEnvironment, task_store: TaskStore, tmp_path_factory: pytest.TempPathFactory
+    skipping_env: WorkflowEnvironment,
+    task_store: TaskStore,
+    tmp_path_factory: pytest.TempPathFactory,
+    credits_profile: CreditsProfile,
 ) -> AsyncIterator[Platform]:
     folder = tmp_path_factory.mktemp("patient-platform")
-    async with running_platform(skipping_env, task_store, folder, speed=1.0) as platform, platform.worker():
+    running = running_platform(skipping_env, task_store, folder, speed=1.0, credits_profile=credits_profile)
+    async with running as platform, platform.worker():
         yield platform
 
 

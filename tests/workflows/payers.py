@@ -77,6 +77,24 @@ async def holds_of(platform: Platform, handle: Handle) -> list[HoldSeen]:
     return await platform.simulators.admin.credits.holds(task_of(handle))
 
 
+async def end_open_holds(platform: Platform, handle: Handle) -> str:
+    """Let the task's open holds end without it, by expiry; where holds do not expire, cancelled by hand.
+
+    The kind of the entries that tell it.
+    """
+    credits = platform.simulators.admin.credits
+    expires = platform.simulators.credits_profile.ends_holds
+    for hold in await holds_of(platform, handle):
+        if hold.phase == "open":
+            await (credits.expire_hold if expires else credits.cancel_hold)(hold.pre_deduct_id)
+    return "expire" if expires else "cancel"
+
+
+def lost(platform: Platform) -> list[str]:
+    """How a hold stands whose answer was lost: by contract the repeat is the same hold, else it is a second one."""
+    return [] if platform.simulators.credits_profile.keeps_keys else ["open"]
+
+
 async def entries_of(platform: Platform, handle: Handle) -> list[EntrySeen]:
     """The task's ledger entries, oldest first."""
     return await platform.simulators.admin.credits.ledger(task_of(handle))

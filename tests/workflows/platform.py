@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,9 +25,11 @@ from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetActivities, DatasetSnapshots
 from activities.file_lists import FileLists
+from activities.lives import Lives
 from activities.outside_http import READ_SECONDS
 from activities.task_store import TaskStoreActivities
 from activities.tokens import SignedTokens
+from activities.unsettled import UnsettledActivities
 from caller_tokens import CallerTokens, SharedSecret
 from contracts.policy import Policy
 from contracts.task_store import TaskClaim
@@ -38,6 +40,7 @@ from gateway.tokens import StreamTokens
 from settings import Settings
 from simulators.admin_client import ServiceAdmin
 from simulators.admin_wire import Fault, RunSeen
+from simulators.credits_profile import CONTRACT, CreditsProfile
 from simulators.serving import (
     DEFAULT_AUDIENCE,
     DEFAULT_ISSUER,
@@ -56,6 +59,7 @@ from workflows.training import TrainingWorkflow
 
 T = TypeVar("T")
 Handle = WorkflowHandle[Any, Any]
+FLOWS: tuple[type, ...] = (ImageGenerationWorkflow, TrainingWorkflow)
 
 
 @dataclass
@@ -241,8 +245,11 @@ class Platform:
         return {"max_cached_workflows": self.cached_workflows, **one}
 
     @asynccontextmanager
-    async def worker(self, **options: Any) -> AsyncIterator[Worker]:
-        """A worker on this platform's task queue, with its own clients, as `worker.py` opens them."""
+    async def worker(self, *, flows: Sequence[type] = FLOWS, **options: Any) -> AsyncIterator[Worker]:
+        """A worker on this platform's task queue, with its own clients, as `worker.py` opens them.
+
+        `flows`: the tasks' workflows, where another version's take their place.
+        """
         tokens = SignedTokens(TEST_TOKEN_SECRET, DEFAULT_ISSUER, DEFAULT_AUDIENCE)
         async with AsyncExitStack() as stack:
             comfyui = await stack.enter_async_context(
@@ -254,18 +261,20 @@ class Platform:
             snapshots = await stack.enter_async_context(
                 DatasetSnapshots((self.folder / "objects").as_uri(), dataset_roots=self.settings().dataset_roots)
             )
+            lives = Lives(self.store)
             worker = Worker(
                 self.client,
                 task_queue=self.task_queue,
-                workflows=[ImageGenerationWorkflow, TrainingWorkflow, GiveBackWorkflow, ReconcileWorkflow],
+                workflows=[*flows, GiveBackWorkflow, ReconcileWorkflow],
                 activities=[
                     method
                     for activities in (
-                        ComfyUIActivities(comfyui, snapshots),
-                        CreditsActivities(credits),
+                        ComfyUIActivities(comfyui, lives, snapshots),
+                        CreditsActivities(credits, lives),
                         DatasetActivities(snapshots),
                         TaskStoreActivities(self.store, self.policy_of),
                         ClosedRunActivities(self.client, self.store),
+                        UnsettledActivities(self.store),
                     )
                     for method in activity_methods(activities)
                 ],
@@ -338,6 +347,7 @@ async def running_platform(
     speed: float = 480.0,
     gateway: bool = True,
     client: Client | None = None,
+    credits_profile: CreditsProfile = CONTRACT,
 ) -> AsyncIterator[Platform]:
     """Everything but the worker, so that a scenario can start, stop and configure it.
 
@@ -348,7 +358,9 @@ async def running_platform(
         if client is None and environment.supports_time_skipping:
             client = environment.client
         client = client or await Client.connect(config.target_host, plugins=[TasksPlugin()])
-        simulators = await stack.enter_async_context(running_simulators(folder / "simulators", speed=speed))
+        simulators = await stack.enter_async_context(
+            running_simulators(folder / "simulators", speed=speed, credits_profile=credits_profile)
+        )
         platform = Platform(client, environment, simulators, store, folder)
         # At such a pace three times what is announced is a hiccup of a busy machine, as the local stack knows too.
         platform.policy = {"deadline_factor": max(3.0, 0.3 * speed)}

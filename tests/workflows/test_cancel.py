@@ -19,9 +19,12 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporalio.testing import WorkflowEnvironment
 
 from contracts.tasks import TaskStatus
+from simulators.credits_profile import CreditsProfile
 from store import TaskStore
 from tests.workflows.books import Ending, ended
 from tests.workflows.platform import Handle, Platform, running_platform
+
+pytestmark = pytest.mark.on_both_profiles
 
 COMPLETED, CANCELED = WorkflowExecutionStatus.COMPLETED, WorkflowExecutionStatus.CANCELED
 WAYS: Final = {
@@ -41,10 +44,11 @@ OBEYED_WITHIN_SECONDS: Final = 5.0
 
 @pytest_asyncio.fixture
 async def bare_platform(
-    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path, credits_profile: CreditsProfile
 ) -> AsyncIterator[Platform]:
     """A platform without a worker, where an image takes 24 s and a training more than 2 minutes."""
-    async with running_platform(temporal_env, task_store, tmp_path, speed=20.0) as platform:
+    running = running_platform(temporal_env, task_store, tmp_path, speed=20.0, credits_profile=credits_profile)
+    async with running as platform:
         yield platform
 
 

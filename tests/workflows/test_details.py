@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from contracts.errors import ErrorDetails
 from contracts.task_store import TaskState
-from contracts.tasks import TaskStatus
-from workflows.details import current_details
+from contracts.tasks import Confirmation, CreditsSummary, TaskStatus
+from workflows.details import current_details, escaped
 
 UNTIL = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -28,3 +29,57 @@ def test_without_a_limit_none_is_named() -> None:
 
 def test_a_task_that_has_ended_waits_for_nothing() -> None:
     assert waiting_row(TaskStatus.COMPLETED, "credits to be settled", None) == "| waits for | &#45; |"
+
+
+def test_all_that_an_operator_asks_first_is_told() -> None:
+    state = TaskState(
+        version=1,
+        status=TaskStatus.RUNNING,
+        stage="training",
+        progress=41.6,
+        job_id="tr1",
+        attempts=2,
+        credits=CreditsSummary(estimated=120, held=160, charged=100, returned=60),
+        confirmation=Confirmation(estimated_cost=180, confirm_by=UNTIL),
+        error=ErrorDetails(code="node_error", message="node 4", retryable=False),
+    )
+
+    details = current_details(state, waits_for="", until=None, last_news_at=UNTIL)
+
+    assert details.splitlines() == [
+        "| | |",
+        "|---|---|",
+        "| status | running |",
+        "| stage | training 42 % |",
+        "| job | tr1 &#40;attempt 2&#41; |",
+        "| credits | estimated 120, held 160, charged 100, returned 60 |",
+        "| waits for | &#45; |",
+        "| last word from ComfyUI | 2026&#45;01&#45;02 03:04:05 UTC |",
+        "| to be confirmed | 180 points, see confirm&#95;price |",
+        "| last error | node&#95;error: node 4 |",
+    ]
+
+
+def test_before_a_job_has_told_anything_there_is_nothing_to_tell() -> None:
+    state = TaskState(version=1, status=TaskStatus.QUEUED)
+
+    details = current_details(state, waits_for="", until=None, last_news_at=None)
+
+    assert "| stage | &#45; 0 % |" in details
+    assert "| job | &#45; &#40;attempt 0&#41; |" in details
+    assert "| last word from ComfyUI | &#45; |" in details
+    assert "to be confirmed" not in details
+    assert "last error" not in details
+
+
+def test_text_from_outside_is_no_markup_and_no_second_line() -> None:
+    assert escaped("a | b\n[x](y)") == "a &#124; b &#91;x&#93;&#40;y&#41;"
+
+
+def test_points_that_nobody_knows_are_told_as_unknown() -> None:
+    state = TaskState(version=1, status=TaskStatus.COMPLETED, credits=CreditsSummary(held=24))
+    state.credits.charged = state.credits.returned = None
+
+    details = current_details(state, waits_for="", until=None, last_news_at=None)
+
+    assert "| credits | estimated 0, held 24, charged unknown, returned unknown |" in details

@@ -9,11 +9,14 @@ from temporalio.client import WorkflowExecutionStatus, WorkflowUpdateStage
 
 from contracts.tasks import TaskStatus
 from tests.workflows.books import ended
-from tests.workflows.payers import holds_of, kinds_of, new_payer, task_of, until_started
+from tests.workflows.payers import end_open_holds, holds_of, kinds_of, new_payer, task_of, until_started
 from tests.workflows.platform import Handle, Platform
+
+pytestmark = pytest.mark.on_both_profiles
 
 HD = 18 + 6
 """The price of a standard image, in points."""
+BY_KIND = pytest.mark.by_contract("the ledger tells kinds and ids")
 
 
 async def start_held(platform: Platform, task: dict[str, Any]) -> Handle:
@@ -28,8 +31,7 @@ async def start_held(platform: Platform, task: dict[str, Any]) -> Handle:
 
 async def test_a_hold_that_had_expired_is_given_back(quick_platform: Platform) -> None:
     handle = await start_held(quick_platform, quick_platform.image())
-    [hold] = await holds_of(quick_platform, handle)
-    await quick_platform.simulators.admin.credits.expire_hold(hold.pre_deduct_id)
+    await end_open_holds(quick_platform, handle)
     assert await quick_platform.cancel(handle) == "accepted"
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, [])
@@ -86,6 +88,7 @@ async def test_a_cancel_refused_by_another_name_leaves_the_hold_to_its_expiry(
     await quick_platform.cancel(handle)
     ending = await ended(quick_platform, handle, exempt={"hold_expires"})
     assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, exceptions)
+    assert ending.result["credits"]["settlement"] == ("unknown" if exceptions else "settled")
 
 
 async def test_a_cancel_that_stays_unreadable_leaves_the_hold_to_its_expiry(patient_platform: Platform) -> None:
@@ -122,18 +125,52 @@ async def test_a_hold_whose_answer_is_never_readable_is_recorded(patient_platfor
 # Services that offer less
 
 
-async def test_credits_that_look_at_no_keys_leave_a_nameless_hold_to_expiry_and_charge_once(
-    quick_platform: Platform,
-) -> None:
-    task = quick_platform.image()
+async def test_a_hold_whose_cancel_was_lost_is_found_by_reason_alone(quick_platform: Platform) -> None:
+    """No keys, no ids: that one more cancel is shown than is known of says that it was this hold's."""
+    payer = await new_payer(quick_platform)
     credits = quick_platform.simulators.admin.credits
-    await credits.fault("ignore_keys", task_id=task["task_id"])
-    for route in ("pre_deduct", "commit"):
-        await credits.fault("drop", route=route, task_id=task["task_id"])
-    handle = await quick_platform.start(task)
+    await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
+    await credits.fault("ignore_keys", route="cancel_hold", tenant_id=payer.tenant_id)
+    await credits.fault("drop", route="cancel_hold", tenant_id=payer.tenant_id)
+    handle = await start_held(quick_platform, payer.image())
+    await quick_platform.cancel(handle)
+    ending = await ended(quick_platform, handle)
+    assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, [])
+    assert ending.result["credits"]["returned"] == HD
+
+
+@pytest.mark.parametrize("fate", ["commit", "cancel"])
+@pytest.mark.parametrize("ledger", [pytest.param("by kind", marks=BY_KIND), "by reason"])
+async def test_a_hold_that_was_taken_twice_is_recorded_with_its_amount(
+    quick_platform: Platform, ledger: str, fate: str
+) -> None:
+    """The first answer is lost and no keys are looked at: another hold stands. Where its id is told it is cancelled."""
+    payer = await new_payer(quick_platform)
+    credits = quick_platform.simulators.admin.credits
+    await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
+    await credits.fault("drop", route="pre_deduct", tenant_id=payer.tenant_id)
+    if ledger == "by reason":
+        await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
+    task = payer.image()
+    handle = await (quick_platform.start(task) if fate == "commit" else start_held(quick_platform, task))
+    if fate == "cancel":
+        await until_started(quick_platform, handle)
+        await quick_platform.cancel(handle)
     ending = await ended(quick_platform, handle, exempt={"hold_expires"})
-    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
-    assert sorted(hold.phase for hold in await holds_of(quick_platform, handle)) == ["committed", "open"]
+    assert ending.charged == (HD if fate == "commit" else 0)
+    assert ending.exceptions == ["hold_doubled"]
+    [record] = await quick_platform.store.exceptions(task_id=task["task_id"])
+    assert record.details["amount"] == HD
+    open_holds = [hold for hold in await holds_of(quick_platform, handle) if hold.phase == "open"]
+    assert len(open_holds) == (1 if ledger == "by reason" else 0)
+
+
+@pytest.mark.by_contract("keys are kept")
+async def test_a_hold_that_was_asked_for_twice_and_taken_once_is_no_doubled_one(quick_platform: Platform) -> None:
+    task = quick_platform.image()
+    await quick_platform.simulators.admin.credits.fault("drop", route="pre_deduct", task_id=task["task_id"])
+    ending = await ended(quick_platform, await quick_platform.start(task))
+    assert (ending.status, ending.exceptions) == (TaskStatus.COMPLETED, [])
 
 
 async def offers_none_of_ours(platform: Platform, tenant_id: str) -> None:

@@ -10,8 +10,10 @@ from temporalio.client import WorkflowExecutionStatus
 
 from contracts.tasks import TaskStatus
 from tests.workflows.books import ended
-from tests.workflows.payers import holds_of, kinds_of, new_payer, task_of
+from tests.workflows.payers import holds_of, kinds_of, lost, new_payer, task_of
 from tests.workflows.platform import Platform
+
+pytestmark = pytest.mark.on_both_profiles
 
 HD = 18 + 6
 """The price of a standard image, in points."""
@@ -27,8 +29,10 @@ async def test_a_pre_deduct_whose_answer_is_lost_holds_once(quick_platform: Plat
     handle = await quick_platform.start(task)
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, HD)
-    [hold] = await holds_of(quick_platform, handle)
+    *doubled, hold = await holds_of(quick_platform, handle)
+    assert [other.phase for other in doubled] == lost(quick_platform)
     assert ending.result["credits"]["pre_deduct_ids"] == [hold.pre_deduct_id]
+    assert ending.exceptions == ["hold_doubled"] * len(doubled)
 
 
 async def late_answer(platform: Platform, task: dict[str, Any], route: str) -> Any:
@@ -66,6 +70,7 @@ async def test_an_answer_that_comes_past_the_deadline_ends_in_timeout_or_deliver
 # Refusals
 
 
+@pytest.mark.by_contract("keys are kept")
 async def test_a_key_that_another_has_used_is_a_conflict_and_the_others_hold_stands(quick_platform: Platform) -> None:
     payer = await new_payer(quick_platform)
     task = payer.image()

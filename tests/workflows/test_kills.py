@@ -15,9 +15,11 @@ from temporalio.client import Client, WorkflowExecutionStatus
 from temporalio.testing import WorkflowEnvironment
 
 from contracts.tasks import TaskStatus
+from simulators.credits_profile import CreditsProfile
 from store import TaskStore
 from temporal_plugin import TasksPlugin
 from tests.cable import Cable
+from tests.conftest import NewDatabase
 from tests.workflows.books import Ending, ended
 from tests.workflows.platform import Handle, Platform, running_platform
 from tests.workflows.processes import TemporalProcess, WorkerProcess
@@ -32,10 +34,11 @@ TRAINING_CALLS = ["create_training", "estimate", "pre_deduct", "start_training",
 
 @pytest_asyncio.fixture
 async def bare_platform(
-    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path, credits_profile: CreditsProfile
 ) -> AsyncIterator[Platform]:
     """A platform without a worker."""
-    async with running_platform(temporal_env, task_store, tmp_path) as platform:
+    running = running_platform(temporal_env, task_store, tmp_path, credits_profile=credits_profile)
+    async with running as platform:
         yield platform
 
 
@@ -105,6 +108,7 @@ async def all_ended(platform: Platform, handles: list[Handle]) -> list[Ending]:
     return [await ended(platform, handle) for handle in handles]
 
 
+@pytest.mark.on_both_profiles
 async def test_a_worker_killed_in_each_call_of_an_image_charges_once(
     bare_platform: Platform, worker: WorkerProcess
 ) -> None:
@@ -172,6 +176,7 @@ async def test_a_worker_killed_while_it_gives_back_gives_everything_back(
         assert ending.status is TaskStatus.CANCELLED
 
 
+@pytest.mark.on_both_profiles
 async def test_what_happens_while_the_worker_is_dead_counts_when_it_is_back(
     bare_platform: Platform, worker: WorkerProcess
 ) -> None:
@@ -216,14 +221,15 @@ async def test_a_worker_told_to_stop_during_a_submit_leaves_the_same_job(
 
 
 async def test_a_temporal_server_killed_and_started_on_its_file_loses_no_task(
-    temporal_env: WorkflowEnvironment, task_store: TaskStore, postgres_dsn: str, tmp_path: Path
+    temporal_env: WorkflowEnvironment, new_database: NewDatabase, tmp_path: Path
 ) -> None:
-    server = TemporalProcess(tmp_path)
+    server, dsn = TemporalProcess(tmp_path), await new_database()
+    task_store = TaskStore(dsn)
     await server.start()
     try:
         client = await Client.connect(server.address, plugins=[TasksPlugin()])
         async with running_platform(temporal_env, task_store, tmp_path, client=client) as platform:
-            worker = WorkerProcess(platform, server.address, postgres_dsn)
+            worker = WorkerProcess(platform, server.address, dsn)
             await worker.start()
             handles = [await platform.start_image(), await platform.start_training()]
             await asyncio.gather(*(platform.until_held(handle.id.removeprefix("task-")) for handle in handles))
@@ -233,6 +239,7 @@ async def test_a_temporal_server_killed_and_started_on_its_file_loses_no_task(
             await worker.kill()
     finally:
         await server.kill()
+        await task_store.close()
     assert [ending.status for ending in endings] == [TaskStatus.COMPLETED, TaskStatus.COMPLETED]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ from activities import closed_runs
 from contracts.give_back import give_back_id_of
 from contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, ReconcileResult, reconcile_id_of
 from contracts.tasks import TaskStatus
-from reconciler_schedule import ensure_reconciler, standing_reconciler
+from reconciler_schedule import ensure_reconciler, last_pass, standing_reconciler
 from settings import Settings
 from simulators.admin_wire import Fault
+from simulators.credits_profile import CreditsProfile
 from store import TaskStore
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, new_task_id
 from tests.workflows.books import Ending, check_history, ended, ended_without_its_run
+from tests.workflows.payers import end_open_holds, new_payer, until_started
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
-from workflows import reconciler
+from tests.workflows.test_settlement import cancelled_by_hand, start_telling
+from workflows import ledger_search, reconciler
 
 HANG_SECONDS = 60.0
 PAUSE_SECONDS = 0.3
@@ -35,12 +39,16 @@ ON_ONE_PASS = {"pause_seconds": PAUSE_SECONDS}
 
 @pytest_asyncio.fixture(scope="module")
 async def reconciled(
-    temporal_env: WorkflowEnvironment, new_database: NewDatabase, tmp_path_factory: pytest.TempPathFactory
+    temporal_env: WorkflowEnvironment,
+    new_database: NewDatabase,
+    tmp_path_factory: pytest.TempPathFactory,
+    credits_profile: CreditsProfile,
 ) -> AsyncIterator[Platform]:
     """A platform whose store holds no other test's rows: the reconciler looks at all of them."""
     store = TaskStore(await new_database())
     folder: Path = tmp_path_factory.mktemp("reconciled")
-    async with running_platform(temporal_env, store, folder, speed=2_000) as platform:
+    running = running_platform(temporal_env, store, folder, speed=2_000, credits_profile=credits_profile)
+    async with running as platform:
         platform.policy = {"deadline_factor": 5_000.0, "retry_after_seconds": [0.05, 0.05, 0.05]}
         platform.read_seconds = 1.0
         for gpu_type in ("rtx4090", "a100"):
@@ -111,14 +119,17 @@ async def hanging(platform: Platform, task: dict[str, Any], step: Step) -> tuple
         task_id=task_id,
         times=None,
     )
+    keeps_keys = platform.simulators.credits_profile.keeps_keys
+    if step == Step("pre_deduct", acts=False) and not keeps_keys:
+        # Else it would act after its minute: a second hold, taken when all is over, that nobody could know of.
+        await admin.credits.fault("drop", route="pre_deduct", task_id=task_id, when="before")
     handle = await platform.start(task)
     if step.after_cancel or step.without_hold:
         await platform.until_held(task_id)
     if step.after_cancel:
         await handle.cancel()
     if step.without_hold:
-        [hold] = await admin.credits.holds(task_id)
-        await admin.credits.expire_hold(hold.pre_deduct_id)
+        await end_open_holds(platform, handle)
         await admin.comfyui.act((await platform.job(handle)).run_id, "finish")
     await platform.until_hit(step.route, fault)
     return handle, fault
@@ -273,9 +284,52 @@ async def test_its_schedule_is_made_once_and_finds_what_was_left(reconciled: Pla
 
         await reconciled.until(is_given_back)
         await ended_without_its_run(reconciled, task_id_of(handle))
+        standing = await standing_reconciler(reconciled.client, reconciled.task_queue)
+        assert standing is not None and await last_pass(reconciled.client, standing) is not None
         await schedule.pause(note="by a test")
         await ensure_reconciler(reconciled.client, settings)
         standing = await standing_reconciler(reconciled.client, reconciled.task_queue)
         assert standing is not None and standing.schedule.state.paused
     finally:
         await schedule.delete()
+
+
+# Terminated between two parts of a charge
+
+
+@pytest.mark.parametrize("ledger", ["by kind", "by reason"])
+@pytest.mark.parametrize("balance", ["enough", "short"])
+async def test_a_run_terminated_between_two_parts_of_a_charge_is_charged_to_the_end_or_leaves_a_record(
+    reconciled: Platform, ledger: str, balance: str
+) -> None:
+    """2,460 points are charged as 2,000 and 460; the run is terminated while the second is out."""
+    payer = await new_payer(reconciled)
+    credits = reconciled.simulators.admin.credits
+    if ledger == "by reason":
+        await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
+    task = payer.training(max_credits=5_000)
+    await reconciled.simulators.admin.comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
+    second = await credits.fault("delay", route="charge", task_id=task["task_id"], seconds=HANG_SECONDS, nth=2)
+    handle = await start_telling(reconciled, task, gpu_hours=40, gpu_hours_used=40)
+    run = await until_started(reconciled, handle)
+    await cancelled_by_hand(reconciled, payer, handle)
+
+    async def is_being_charged() -> bool:
+        """A job may be told to finish a moment before it stalls."""
+        await reconciled.simulators.admin.comfyui.act(run.run_id, "finish")
+        return any(fault.fault_id == second.fault_id and fault.hits for fault in await credits.faults())
+
+    await reconciled.until(is_being_charged)
+    await handle.terminate("by a test")
+    await credits.remove_fault(second)
+    if balance == "short":
+        await payer.has(100)
+    await asyncio.sleep(PAUSE_SECONDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger_search, "LOOK_FOR", timedelta(seconds=1))
+        assert task["task_id"] in (await reconcile(reconciled)).task_ids
+    ending = await ended_without_its_run(reconciled, task["task_id"])
+    charged = 2_460 if balance == "enough" else 2_000
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, charged)
+    assert ending.result["credits"]["shortfall"] == 2_460 - charged
+    assert ending.exceptions == ([] if balance == "enough" else ["shortfall"])

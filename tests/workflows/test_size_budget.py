@@ -102,6 +102,7 @@ def filled_holds() -> HoldState:
     for renewal in range(1_440):
         for attempt in range(4):
             hold = state.note(
+                4 * renewal + attempt + 1,
                 PreDeductRequest(
                     task_id=ID,
                     template_id=ID,
@@ -227,7 +228,7 @@ def policy() -> Policy:
 
 def carried(make: Callable[..., JobNews], text: str) -> CarriedRun:
     holds = filled_holds()
-    ids = [hold.pre_deduct_id for hold in holds.granted() if hold.pre_deduct_id]
+    ids = [hold.pre_deduct_id for hold in holds.granted_holds() if hold.pre_deduct_id]
     credits = CreditsSummary(estimated=10**9, held=10**9, pre_deduct_ids=ids[-MAX_KEPT_HOLDS:], pre_deduct_count=1_440)
     jobs = [
         AskedJob(attempt=n, key=f"{ID}:submit:{n}", asked_at=NOW, job_id=OUTSIDE_ID, cancelled=True)
@@ -344,8 +345,8 @@ def test_an_estimate_whose_numbers_are_longer_written_anew_keeps_what_is_used() 
 def test_holds_that_are_over_are_counted_and_numbers_go_on() -> None:
     holds = filled_holds()
     assert holds.asked_count == 1_440 * 4
-    assert holds.granted_before + len(holds.granted()) == 1_440
-    assert [hold.pre_deduct_id for hold in holds.granted()][-1] == "001439".ljust(128, "h")
+    assert holds.granted_before + len(holds.granted_holds()) == 1_440
+    assert [hold.pre_deduct_id for hold in holds.granted_holds()][-1] == "001439".ljust(128, "h")
     assert [hold.n for hold in holds.asked if not hold.resolved] == [1_439 * 4, 1_440 * 4], "what stands stays"
     assert len(holds.asked) <= MAX_KEPT_HOLDS + 2
 

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from contracts.tasks import TaskStatus
+from simulators.admin_wire import RunSeen
 from tests.workflows.books import ended
 from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, task_of, until_started
 from tests.workflows.platform import Handle, Platform
+
+pytestmark = pytest.mark.on_both_profiles
 
 BASE = 120
 """The price of a training of up to one GPU hour, in points; each further hour costs 60."""
@@ -175,3 +178,69 @@ async def test_a_retried_training_is_charged_to_its_checkpoint_and_its_last_atte
     hours = first["checkpoint"]["gpu_hours_used"] + last["gpu_hours_used"]
     assert (ending.status, ending.result["attempts"]) == (TaskStatus.COMPLETED, 2)
     assert ending.charged == BASE + math.ceil(round((hours - 1) * 60, 6))
+
+
+@pytest.mark.parametrize("told_hours", [3.0, 9.0], ids=["as they were", "other hours"])
+@pytest.mark.parametrize("resumes", [1, 2])
+async def test_a_checkpoint_that_a_training_resumed_from_adds_nothing(
+    quick_platform: Platform, told_hours: float, resumes: int
+) -> None:
+    """Each resumed attempt reports the checkpoint it began with, as a server may: its hours count once."""
+    quick_platform.policy["retry_after_seconds"] = [0.05, 0.05, 0.05]
+    task = quick_platform.training(max_credits=10_000)
+    comfyui = quick_platform.simulators.admin.comfyui
+    await comfyui.fault("job_stall", route="create_training", task_id=task["task_id"], at=0.3, times=None)
+    handle = await quick_platform.start(task)
+    await until_checkpoint(quick_platform, handle, 1)
+    first = await until_started(quick_platform, handle)
+    checkpoint = first.state["checkpoint"] | {"gpu_hours_used": 3.0}
+    await report(quick_platform, handle, first.run_id, 100, checkpoint=checkpoint)
+    await preempt(quick_platform, handle, first.run_id)
+    for attempt in range(2, 2 + resumes):
+        resumed = await until_attempt(quick_platform, handle, attempt)
+        assert resumed.state["gpu_hours_used"] is not None
+        await report(
+            quick_platform, handle, resumed.run_id, 100, checkpoint=checkpoint | {"gpu_hours_used": told_hours}
+        )
+        if attempt <= resumes:
+            await preempt(quick_platform, handle, resumed.run_id)
+    model = {"model_path": "file:///models/1", "version": "1", "metrics": {}}
+    ends = {"training_status": "completed", "training_stage": "publishing", "output": model, "gpu_hours_used": 1.0}
+    await quick_platform.callback(handle, training_id=resumed.run_id, sequence=200, **ends)
+    await comfyui.act(resumed.run_id, "finish")
+    ending = await ended(quick_platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, BASE + 3 * 60)
+    assert sum(kind.startswith("task.checkpoint") for kind in ending.kinds) == 1
+
+
+RUNNING = {"training_status": "running", "training_stage": "training"}
+
+
+async def report(platform: Platform, handle: Handle, training_id: str, sequence: int, **fields: Any) -> None:
+    """A message of this training, past the simulator, and the task's word that it was applied."""
+    told = {"training_id": training_id, "sequence": sequence, "stage_progress": 99.5, "gpu_hours": 4.0}
+    await platform.callback(handle, **RUNNING, **told, **fields)
+    await platform.until(lambda: _shows(platform, handle, 99.5))
+
+
+async def preempt(platform: Platform, handle: Handle, training_id: str) -> None:
+    details = {"code": "gpu_preempted", "message": "gone"}
+    await platform.callback(handle, **RUNNING, training_id=training_id, sequence=101, error_details=details)
+
+
+async def _shows(platform: Platform, handle: Handle, percent: float) -> bool:
+    return bool((await platform.progress(handle))["progress"] == percent)
+
+
+async def until_attempt(platform: Platform, handle: Handle, number: int) -> RunSeen:
+    """Wait until the task's `number`th training is the one that it follows; how it stands."""
+
+    async def begun() -> RunSeen | None:
+        runs = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+        followed = (await platform.progress(handle))["job_id"]
+        is_there = len(runs) == number and followed == runs[-1].run_id and runs[-1].phase in ("waiting", "working")
+        return runs[-1] if is_there else None
+
+    run = await platform.until(begun)
+    assert run is not None
+    return run

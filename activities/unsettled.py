@@ -1,0 +1,43 @@
+"""Tasks whose settlement is unknown, as the reconciler finds them in the task store and corrects them."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Final
+
+from temporalio import activity
+from temporalio.exceptions import ApplicationError
+
+from activities.running_call import to_its_end
+from contracts.errors import FailureCode
+from contracts.reconcile import UnsettledLook
+from contracts.task_store import Correction, UnsettledTask
+from store import StoreFailure, StoreUnavailable, TaskStore
+
+TAKEN_AT_ONCE: Final = 50
+
+
+class UnsettledActivities:
+    """Each may be repeated: what was taken comes again when it is due, what was corrected is not corrected again."""
+
+    def __init__(self, store: TaskStore) -> None:
+        self._store = store
+
+    @activity.defn
+    async def take_unsettled(self, look: UnsettledLook) -> list[UnsettledTask]:
+        """Some tasks whose ledger is due to be looked at. Raises ApplicationError `internal`, retried."""
+        try:
+            return await to_its_end(
+                self._store.take_unsettled(every=timedelta(seconds=look.every_seconds), limit=TAKEN_AT_ONCE)
+            )
+        except StoreUnavailable as failure:
+            raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
+
+    @activity.defn
+    async def correct_settlement(self, correction: Correction) -> bool:
+        """Whether the row was corrected. Raises ApplicationError `internal`, retried while PostgreSQL is away."""
+        try:
+            return await to_its_end(self._store.correct_settlement(correction))
+        except StoreFailure as failure:
+            is_final = not isinstance(failure, StoreUnavailable)
+            raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value, non_retryable=is_final) from None

@@ -1,0 +1,134 @@
+"""Which run of a task acts (contract §4, earlier lives). Each function is one transaction's work.
+
+    the run that is registered          nothing changes
+    a run that was registered before    nothing changes: it was superseded
+    a higher run number                 the run continued as new: the new one takes over
+    anything else                       the run was reset: the new one takes over, and `lives` rises
+
+Taking over after a reset sets the row's version back: from then on the new run's state counts, not the forgotten one's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from sqlalchemy import Row, Text, any_, bindparam, func, select, update
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from contracts.lives import EarlierLife, TaskRun
+from contracts.task_store import RowSeen
+from store import reads
+from store.tables import task_events, tasks
+
+MOST_EARLIER_RUNS: Final = 200
+"""Of the runs that were superseded the newest so many are remembered: only their late writes need to be told apart."""
+
+IS_EARLIER: Final = (bindparam("run", type_=Text) == any_(tasks.c.earlier_run_ids)).label("is_earlier")
+STANDING: Final = (
+    tasks.c.first_execution_run_id,
+    tasks.c.run_id,
+    tasks.c.run_number,
+    tasks.c.lives,
+    tasks.c.ended_at,
+    tasks.c.given_back_by,
+)
+"""What `take_over` and `life_of` need of a row; `IS_EARLIER` beside it, with the parameter `run`."""
+_SEEN: Final = select(*STANDING, IS_EARLIER).where(tasks.c.task_id == bindparam("task"))
+_LOCKED: Final = _SEEN.with_for_update(key_share=True)
+_NEWEST_EARLIER: Final = func.array_prepend(tasks.c.run_id, tasks.c.earlier_run_ids, type_=ARRAY(Text))[
+    1:MOST_EARLIER_RUNS
+]
+_TOLD_POINTS: Final = select(func.sum(task_events.c.credits_delta)).where(task_events.c.task_id == bindparam("task"))
+_LIFE_SECONDS: Final = select(func.extract("epoch", func.now() - tasks.c.life_began_at)).where(
+    tasks.c.task_id == bindparam("task")
+)
+
+
+async def seen(connection: AsyncConnection, run: TaskRun) -> EarlierLife | None:
+    """What the row knows beyond `run`; None where `run` is to be registered first."""
+    row = (await connection.execute(_SEEN, {"task": run.task_id, "run": run.run_id})).one_or_none()
+    if row is None:
+        return EarlierLife(is_row_missing=True)
+    return None if take_over(row, run) else life_of(row, run)
+
+
+async def register(connection: AsyncConnection, run: TaskRun) -> EarlierLife:
+    """Make `run` the one that acts, unless it was superseded; what the row knows beyond it."""
+    row = (await connection.execute(_LOCKED, {"task": run.task_id, "run": run.run_id})).one_or_none()
+    if row is None:
+        return EarlierLife(is_row_missing=True)
+    return life_of(row, run, await taken_over(connection, row, run))
+
+
+async def taken_over(connection: AsyncConnection, row: Row[*tuple[Any, ...]], run: TaskRun) -> dict[str, Any]:
+    """Make `run` the one that acts, where it is to be; the columns that were set. `row` is locked."""
+    changes = take_over(row, run)
+    if changes:
+        statement = update(tasks).where(tasks.c.task_id == run.task_id).values(**changes, updated_at=func.now())
+        await connection.execute(statement)
+    return changes
+
+
+def take_over(row: Row[*tuple[Any, ...]], run: TaskRun) -> dict[str, Any]:
+    """The columns to set so that `run` is the one that acts; none where it is, or may not be."""
+    if is_anothers(row, run) or row.ended_at is not None or row.run_id == run.run_id or row.is_earlier:
+        return {}
+    changes: dict[str, Any] = {"run_id": run.run_id, "run_number": run.run_number}
+    if row.run_id is not None:
+        changes["earlier_run_ids"] = _NEWEST_EARLIER
+        if run.run_number <= row.run_number:
+            changes |= {"lives": row.lives + 1, "life_began_at": func.now(), "version": 0}
+    return changes
+
+
+def is_anothers(row: Row[*tuple[Any, ...]], run: TaskRun) -> bool:
+    """Whether the task is that of another chain of runs."""
+    return run.first_execution_run_id not in (None, row.first_execution_run_id)
+
+
+def life_of(row: Row[*tuple[Any, ...]], run: TaskRun, changes: dict[str, Any] | None = None) -> EarlierLife:
+    return EarlierLife(
+        lives=(changes or {}).get("lives", row.lives),
+        has_ended=row.ended_at is not None,
+        is_given_back=row.given_back_by is not None,
+        is_superseded=bool(row.is_earlier) or is_anothers(row, run),
+    )
+
+
+async def look(connection: AsyncConnection, run: TaskRun) -> RowSeen:
+    """Register `run`, and the whole row as it is then."""
+    life = await register(connection, run)
+    return RowSeen(
+        life=life,
+        row=await reads.task(connection, run.task_id),
+        told_points=int(await connection.scalar(_TOLD_POINTS, {"task": run.task_id}) or 0),
+        life_seconds=await connection.scalar(_LIFE_SECONDS, {"task": run.task_id}),
+    )
+
+
+async def note_made(connection: AsyncConnection, task_id: str, *, column: str, made: str) -> bool:
+    """Add an id to `hold_ids` or `job_ids`; whether it was there already."""
+    lists = tasks.c[column]
+    added = await connection.execute(
+        update(tasks)
+        .where(tasks.c.task_id == task_id, ~(bindparam("made", type_=Text) == any_(lists)))
+        .values({column: func.array_append(lists, bindparam("made", type_=Text))}),
+        {"made": made},
+    )
+    return added.rowcount == 0
+
+
+async def claim_give_back(connection: AsyncConnection, task_id: str, *, by: str, found_run: str | None) -> bool:
+    """Whether the row is `by`'s to give back: it is open, and the run that acts is still `found_run`."""
+    claimed = await connection.execute(
+        update(tasks)
+        .where(
+            tasks.c.task_id == task_id,
+            tasks.c.ended_at.is_(None),
+            tasks.c.run_id.is_not_distinct_from(bindparam("found", type_=Text)),
+        )
+        .values(given_back_by=by),
+        {"found": found_run},
+    )
+    return claimed.rowcount == 1

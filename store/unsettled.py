@@ -1,0 +1,56 @@
+"""Ended tasks whose settlement is unknown: which are to be looked at, and what was found. Each takes a connection."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Final
+
+from sqlalchemy import ColumnElement, and_, func, select, text, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from contracts.task_store import Correction, UnsettledTask
+from contracts.tasks import SettlementState
+from store.tables import tasks
+from store.tasks import insert_exceptions
+
+LOOKED_AT_FOR: Final = timedelta(hours=25)
+"""After a task's end: hourly for a day, and the hour that a last look may be late."""
+# Literals, not parameters: only then does the planner see that the partial index serves.
+_IS_UNKNOWN: Final = text(f"tasks.credits ->> 'settlement' = '{SettlementState.UNKNOWN.value}'")
+
+
+def still_looked_at() -> ColumnElement[bool]:
+    """Tasks that are unsettled and young enough for another look."""
+    return and_(_IS_UNKNOWN, tasks.c.ended_at > func.now() - LOOKED_AT_FOR)
+
+
+async def take_unsettled(connection: AsyncConnection, *, every: timedelta, limit: int) -> list[UnsettledTask]:
+    """Some tasks whose ledger is due to be looked at; they are due again after `every`."""
+    due = (
+        select(tasks.c.task_id)
+        .where(
+            still_looked_at(),
+            tasks.c.ended_at.is_not(None),
+            func.coalesce(tasks.c.settlement_looked_at, tasks.c.ended_at) <= func.now() - every,
+        )
+        .order_by(tasks.c.ended_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    columns = [tasks.c[name] for name in UnsettledTask.model_fields]
+    taken = update(tasks).where(tasks.c.task_id.in_(due)).values(settlement_looked_at=func.now()).returning(*columns)
+    return [UnsettledTask.model_validate(dict(row._mapping)) for row in await connection.execute(taken)]
+
+
+async def correct(connection: AsyncConnection, correction: Correction) -> bool:
+    """Write what the ledger shows into the row's `credits`, with its record; False where that was not unknown."""
+    settled = (
+        update(tasks)
+        .where(tasks.c.task_id == correction.task_id, _IS_UNKNOWN)
+        .values(credits=correction.credits.model_dump(mode="json"))
+        .returning(tasks.c.task_id)
+    )
+    if await connection.scalar(settled) is None:
+        return False
+    await insert_exceptions(connection, correction.task_id, [correction.record])
+    return True

@@ -1,0 +1,39 @@
+"""What a person reads of a task's credits: what is not known is said to be unknown."""
+
+from __future__ import annotations
+
+from cli.books import _check_task
+from cli.checks import Verdict
+from cli.reports import credit_lines
+from contracts.credits import LedgerEntry
+from contracts.tasks import CreditsSummary, ImageResult, SettlementState, TaskStatus
+
+UNKNOWN = CreditsSummary(held=24, charged=None, returned=None, settlement=SettlementState.UNKNOWN)
+
+
+def test_an_unknown_settlement_names_no_points_that_were_charged() -> None:
+    told = dict(credit_lines(UNKNOWN))
+    assert told["points"] == "estimated 0, held 24"
+    assert told["settlement"].startswith("unknown")
+
+
+def test_a_known_settlement_is_told_in_one_line() -> None:
+    settled = CreditsSummary(held=24, charged=20, returned=4, settlement=SettlementState.SETTLED)
+    assert dict(credit_lines(settled)) == {"points": "estimated 0, held 24, charged 20, returned 4"}
+
+
+def test_the_result_of_an_earlier_release_counts_as_settled() -> None:
+    """Release 0.1.0 told no `settlement`."""
+    old = {"task_id": "t", "status": TaskStatus.COMPLETED, "credits": {"held": 24, "charged": 20, "returned": 4}}
+    credits = ImageResult.model_validate(old).credits
+    assert (credits.settlement, credits.charged) == (SettlementState.SETTLED, 20)
+
+
+def test_the_books_of_a_ledger_by_reason_are_no_sum() -> None:
+    """−24 for the hold and −24 for its commit: 24 were charged."""
+    entries = [
+        LedgerEntry(ledger_id=reason, task_id="t", change=-24, reason=reason) for reason in ("commit", "pre_deduct")
+    ]
+    right = _check_task("t", entries, CreditsSummary(held=24, charged=24, settlement=SettlementState.SETTLED))
+    assert right.verdict is Verdict.OK
+    assert _check_task("t", entries, UNKNOWN).verdict is Verdict.WRONG

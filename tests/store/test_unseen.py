@@ -1,0 +1,51 @@
+"""Which open tasks could not be looked at, and which namespace the store belongs to."""
+
+from __future__ import annotations
+
+import asyncio
+
+from store import StoreHome, TaskStore, UnseenTask
+from tests.conftest import NewDatabase
+from tests.store.facts import claim_of, end, new_task_id, write_of
+
+
+async def test_what_could_not_be_looked_at_is_kept_until_it_could(task_store: TaskStore) -> None:
+    first, second, purged = new_task_id(), new_task_id(), new_task_id()
+    for task_id in (first, second):
+        await task_store.claim(claim_of(task_id))
+
+    async def kept() -> dict[str, tuple[str, int]]:
+        rows = await task_store.unseen_tasks()
+        return {row.task_id: (row.reason, row.times) for row in rows if row.task_id in (first, second, purged)}
+
+    noted = [UnseenTask(task_id=task_id, reason="a reason\x00") for task_id in (first, second, purged)]
+    await task_store.note_looks(unseen_tasks=noted)
+    assert await kept() == {first: ("a reason\ufffd", 1), second: ("a reason\ufffd", 1)}, (
+        "a task that is gone is not kept"
+    )
+    await task_store.note_looks(unseen_tasks=[UnseenTask(task_id=first, reason="x" * 2_000)], seen=[second])
+    [(reason, times)] = (await kept()).values()
+    assert (len(reason.encode()), times) == (500, 2)
+    await task_store.write(write_of(first, end()))
+    assert await kept() == {}, "what has ended needs no look"
+
+
+async def test_a_store_is_bound_once_and_to_another_namespace_only_by_hand(new_database: NewDatabase) -> None:
+    store = TaskStore(await new_database())
+    ours, theirs = StoreHome(namespace="ours", namespace_id="1"), StoreHome(namespace="theirs", namespace_id="2")
+    assert await store.home() is None
+    bound = await asyncio.gather(*(store.bind(home) for home in (ours, theirs) * 3))
+    assert len({home.namespace for home in bound}) == 1, "whoever comes first"
+    await store.bind_anew(StoreHome(namespace="ours"))
+    assert await store.home() == StoreHome(namespace="ours")
+    assert await store.bind(theirs) == StoreHome(namespace="ours")
+    assert await store.bind(ours) == ours, "the first process there tells the namespace's id"
+    assert await store.bind(StoreHome(namespace="ours", namespace_id="3")) == ours
+    await store.close()
+
+
+def test_two_namespaces_of_one_name_are_told_apart_by_their_ids() -> None:
+    by_name, first, second = (StoreHome(namespace="default", namespace_id=id_) for id_ in (None, "1", "2"))
+    assert by_name.is_same(first) and first.is_same(by_name) and first.is_same(first)
+    assert not first.is_same(second)
+    assert not by_name.is_same(StoreHome(namespace="other"))

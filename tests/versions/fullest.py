@@ -1,0 +1,100 @@
+"""What our runs and workers hand to each other, with every field filled: what one release must read of another."""
+
+from __future__ import annotations
+
+import types
+from enum import Enum
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+
+from pydantic import AwareDatetime, BaseModel
+
+from contracts.calls import JobCall, Post, SnapshotOrder
+from contracts.carried import ImageRun, TrainingRun
+from contracts.comfyui import JobRequest, TrainingRequest
+from contracts.credits import CancelHoldRequest, ChargeRequest, CommitRequest, EstimateRequest, PreDeductRequest
+from contracts.give_back import GiveBackRun, LeftBehind
+from contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen, ReconcileOrder
+from contracts.task_store import ClaimOutcome, TaskClaim, TaskWrite
+
+HANDED_ON: Final[dict[str, type[BaseModel]]] = {
+    "image-run": ImageRun,
+    "training-run": TrainingRun,
+    "give-back-run": GiveBackRun,
+    "reconcile-order": ReconcileOrder,
+    "submit-job": Post[JobRequest],
+    "create-training": Post[TrainingRequest],
+    "estimate": Post[EstimateRequest],
+    "pre-deduct": Post[PreDeductRequest],
+    "commit": Post[CommitRequest],
+    "cancel-hold": Post[CancelHoldRequest],
+    "charge": Post[ChargeRequest],
+    "job-call": JobCall,
+    "snapshot-order": SnapshotOrder,
+    "task-claim": TaskClaim,
+    "claim-outcome": ClaimOutcome,
+    "task-write": TaskWrite,
+    "left-behind": LeftBehind,
+    "open-tasks-look": OpenTasksLook,
+    "open-tasks-seen": OpenTasksSeen,
+    "closed-run": ClosedRun,
+}
+"""File name → model: arguments of our workflows and activities, and the results that hold state."""
+
+_ADDRESS: Final = "https://example.org/"
+_BY_NAME: Final[dict[str, Any]] = {
+    "not_before": "2031-01-01T00:00:00Z",
+    "not_after": "2031-01-02T00:00:00Z",
+    "callback_url": _ADDRESS,
+    "image_url": _ADDRESS,
+    "result_urls": [_ADDRESS],
+}
+"""What no type tells: the order of two instants, addresses."""
+_LEAVES: Final[dict[Any, Any]] = {
+    bool: True,
+    int: 77,
+    float: 7.5,
+    str: "a-word",
+    AwareDatetime: "2031-01-01T12:00:00Z",
+    Any: {"of": ["any", 1]},
+}
+
+
+def fullest(model: type[BaseModel]) -> dict[str, Any]:
+    """The model's JSON with every field set, at every depth; a list of several kinds holds one of each."""
+    document = model.model_validate(_object(model)).model_dump(mode="json")
+    assert isinstance(document, dict)
+    return document
+
+
+def _object(model: type[BaseModel]) -> dict[str, Any]:
+    return {
+        name: _BY_NAME[name] if name in _BY_NAME else _value(info.annotation)
+        for name, info in model.model_fields.items()
+    }
+
+
+def _value(kind: Any) -> Any:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _value(parts[0])
+    if origin in (Union, types.UnionType):
+        return _value(next(part for part in parts if part is not type(None)))
+    if origin is Literal:
+        return parts[-1]
+    if origin is list:
+        return [_value(kind_of_one) for kind_of_one in _kinds_of(parts[0])]
+    if origin is dict:
+        return {_value(parts[0]): _value(parts[1])}
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return _object(kind)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return list(kind)[-1].value
+    return _LEAVES.get(kind, "a-word")
+
+
+def _kinds_of(kind: Any) -> list[Any]:
+    """The kinds that a list may hold, or of which its objects hold one."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return [part for part in parts if part is not type(None)]
+    return [kind]

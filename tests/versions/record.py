@@ -1,0 +1,40 @@
+"""Record what this version hands on: `python -m tests.versions.record`.
+
+Run it when a field is added to what our runs and workers hand to each other. It writes the newest version's folder anew
+and no other: those of releases stay as they were released. With a release, give `NEWEST` the next version's name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from tests.versions.fullest import HANDED_ON, fullest
+
+VERSIONS: Final = Path(__file__).parent
+NEWEST: Final = "0.2.0"
+
+
+def rendered() -> dict[str, str]:
+    """File name → text, for all that is handed on."""
+    return {f"{name}.json": _text(fullest(model)) for name, model in HANDED_ON.items()}
+
+
+def _text(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def main() -> None:
+    folder = VERSIONS / NEWEST
+    folder.mkdir(exist_ok=True)
+    wanted = rendered()
+    for path in folder.glob("*.json"):
+        if path.name not in wanted:
+            path.unlink()
+    for name, text in wanted.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""What was told as unknown when a task ended is looked up again by the reconciler (contract §4)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from temporalio.testing import WorkflowEnvironment
+
+from contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, ReconcileResult
+from contracts.tasks import SettlementState, TaskStatus
+from simulators.admin_wire import Fault
+from store import TaskStore
+from tests.conftest import NewDatabase, unique
+from tests.workflows.books import check_history, ended
+from tests.workflows.payers import Payer, holds_of, new_payer, task_of
+from tests.workflows.platform import Handle, Platform, running_platform
+from workflows import ledger_search
+
+HD = 18 + 6
+"""The price of a standard image, in points."""
+HOURS = 3_600.0
+
+
+@pytest_asyncio.fixture
+async def alone(
+    temporal_env: WorkflowEnvironment,
+    new_database: NewDatabase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[Platform]:
+    """A platform whose store holds no other test's rows, and whose runs look into the ledger for a second only."""
+    monkeypatch.setattr(ledger_search, "LOOK_FOR", timedelta(seconds=1))
+    store = TaskStore(await new_database())
+    async with running_platform(temporal_env, store, tmp_path, speed=2_000) as platform:
+        platform.policy = {"deadline_factor": 5_000.0}
+        async with platform.worker():
+            yield platform
+    await store.close()
+
+
+async def reconcile(platform: Platform, *, every_seconds: float = 0.0) -> ReconcileResult:
+    """One pass."""
+    passing: Handle = await platform.client.start_workflow(
+        RECONCILE_WORKFLOW,
+        ReconcileOrder(pause_seconds=0.1, look_again_seconds=every_seconds),
+        id=unique("reconcile"),
+        task_queue=platform.task_queue,
+        result_type=ReconcileResult,
+    )
+    result: ReconcileResult = await passing.result()
+    await check_history(platform, passing)
+    return result
+
+
+async def committed_unseen(payer: Payer, *, ledger: str = "by kind") -> tuple[Handle, Fault]:
+    """A task whose commit acted, was not answered, and is not shown by the ledger until the fault is removed."""
+    credits = payer.platform.simulators.admin.credits
+    for kind in ("ignore_keys", "drop"):
+        await credits.fault(kind, route="commit", tenant_id=payer.tenant_id)
+    if ledger == "by reason":
+        await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
+    lag = await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=HOURS)
+    return await payer.platform.start(payer.image()), lag
+
+
+async def credits_in_row(platform: Platform, handle: Handle) -> dict[str, Any]:
+    row = await platform.store.task(task_of(handle))
+    assert row is not None
+    return row.credits.model_dump()
+
+
+@pytest.mark.parametrize("ledger", ["by kind", "by reason"])
+async def test_a_settlement_that_was_unknown_is_corrected_once_the_ledger_shows_it(
+    alone: Platform, ledger: str
+) -> None:
+    payer = await new_payer(alone)
+    handle, lag = await committed_unseen(payer, ledger=ledger)
+    result = await handle.result()
+    told = {"settlement": "unknown", "charged": None, "returned": None}
+    assert result["credits"] | told == result["credits"] == await credits_in_row(alone, handle)
+    assert (await reconcile(alone)).corrected == 0
+    assert await credits_in_row(alone, handle) == result["credits"], "an absent entry proves nothing"
+    events = await alone.store.events(task_of(handle))
+
+    await alone.simulators.admin.credits.remove_fault(lag)
+    assert (await reconcile(alone)).corrected == 1
+
+    known = {"settlement": SettlementState.SETTLED, "charged": HD, "returned": 0}
+    assert await credits_in_row(alone, handle) == {**result["credits"], **known}
+    assert [record.code for record in await alone.store.exceptions(task_id=task_of(handle))] == [
+        "settlement_corrected",
+        "settlement_unknown",
+    ]
+    assert await alone.store.events(task_of(handle)) == events, "a correction tells no event"
+    assert (await handle.result())["credits"] == result["credits"], "the run's result stays as it was"
+    assert (await reconcile(alone)).corrected == 0
+
+
+async def test_a_hold_that_could_not_be_cancelled_is_given_back_by_its_expiry(alone: Platform) -> None:
+    payer = await new_payer(alone)
+    task = payer.image()
+    refusal = {"detail": {"code": "0", "message": "amount_invalid"}}
+    admin = alone.simulators.admin
+    await admin.credits.fault("answer", route="cancel_hold", task_id=task["task_id"], status=422, body=refusal)
+    await admin.comfyui.fault("job_stall", route="submit_job", task_id=task["task_id"])
+    handle = await alone.start(task)
+    await alone.until_held(task["task_id"])
+    await alone.cancel(handle)
+    ending = await ended(alone, handle, exempt={"hold_expires"})
+    assert (ending.status, ending.result["credits"]["settlement"]) == (TaskStatus.CANCELLED, "unknown")
+    assert (await reconcile(alone)).corrected == 0, "its points have not come back"
+
+    [hold] = await holds_of(alone, handle)
+    await admin.credits.expire_hold(hold.pre_deduct_id)
+    assert (await reconcile(alone)).corrected == 1
+
+    credits = await credits_in_row(alone, handle)
+    assert (credits["charged"], credits["returned"], credits["settlement"]) == (0, HD, "settled")
+
+
+async def test_an_account_that_cannot_be_read_holds_up_no_other(alone: Platform) -> None:
+    unread, shown = await new_payer(alone), await new_payer(alone)
+    (first, first_lag), (second, lag) = await committed_unseen(unread), await committed_unseen(shown)
+    await first.result()
+    await second.result()
+    credits = alone.simulators.admin.credits
+    for gone in (lag, first_lag):
+        await credits.remove_fault(gone)
+    refusal = {"detail": {"code": "40401", "message": "account_not_found"}}
+    await credits.fault("answer", route="ledger", tenant_id=unread.tenant_id, status=404, body=refusal)
+    assert (await reconcile(alone)).corrected == 1
+    assert (await credits_in_row(alone, first))["settlement"] == "unknown"
+    assert (await credits_in_row(alone, second))["charged"] == HD
+    assert (await reconcile(alone)).corrected == 1
+
+
+async def test_the_ledger_is_looked_at_hourly_and_the_row_stays_for_that_day(alone: Platform) -> None:
+    payer = await new_payer(alone)
+    handle, lag = await committed_unseen(payer)
+    await handle.result()
+    await alone.simulators.admin.credits.remove_fault(lag)
+    assert (await reconcile(alone, every_seconds=HOURS)).corrected == 0, "it is not due yet"
+    await alone.store.purge(datetime.now(UTC) + timedelta(days=2))
+    assert (await credits_in_row(alone, handle))["settlement"] == "unknown"
+    assert (await reconcile(alone)).corrected == 1
+    await alone.store.purge(datetime.now(UTC) + timedelta(days=2))
+    assert await alone.store.task(task_of(handle)) is None

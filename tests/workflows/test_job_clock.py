@@ -1,0 +1,185 @@
+"""The instants that a task is measured against (contract §1), without the wait for them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+import pytest
+from temporalio import workflow
+
+from contracts.carried import ClockState
+from contracts.errors import ExceptionCode, FailureCode
+from contracts.task_store import TaskState
+from contracts.tasks import TaskStatus
+from workflows.failures import TaskFailed
+from workflows.job_clock import JobClock
+from workflows.task_record import TaskRecord
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+FACTOR, DEFAULT_ETA, QUEUE_SLA = 3.0, 8.0, 5.0
+
+
+class NotedRecord:
+    """What the clock tells its task's record."""
+
+    def __init__(self) -> None:
+        self.state = TaskState(version=1, status=TaskStatus.QUEUED)
+        self.exceptions: list[tuple[str, str]] = []
+        self.facts: list[tuple[str, str]] = []
+        self.waits: list[tuple[str, datetime]] = []
+
+    def tell_exception(self, key: str, code: ExceptionCode, message: str) -> None:
+        self.exceptions.append((code.value, message))
+
+    def tell(self, key: str, event: Any, *, message: str) -> None:
+        self.facts.append((key, message))
+
+    def waits_for(self, what: str, until: datetime) -> None:
+        self.waits.append((what, until))
+
+
+class Clock:
+    """A job clock of a task whose present this moves."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, carried: ClockState | None = None, *, cap: float = 600.0) -> None:
+        self.now = NOON
+        self.record = NotedRecord()
+        patch.setattr(workflow, "now", lambda: self.now)
+        self.job = JobClock(cast(TaskRecord, self.record), carried or ClockState(), default_eta_minutes=DEFAULT_ETA)
+        self.job.configure(factor=FACTOR, cap_minutes=cap, queue_sla_minutes=QUEUE_SLA)
+
+    def pass_minutes(self, minutes: float) -> None:
+        self.now += timedelta(minutes=minutes)
+
+    def in_minutes(self, at: datetime) -> float:
+        return (at - NOON).total_seconds() / 60
+
+
+def test_a_deadline_is_the_start_and_the_factor_times_the_latest_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.job.start()
+    clock.pass_minutes(1)
+    assert clock.in_minutes(clock.job.deadline()) == FACTOR * DEFAULT_ETA
+
+    clock.job.estimated(10.0)
+    assert clock.in_minutes(clock.job.deadline()) == 30.0
+    assert clock.record.state.estimated_time == 10.0
+
+    clock.job.estimated(4.0)
+    clock.job.estimated(None)
+    assert clock.in_minutes(clock.job.deadline()) == 12.0
+
+
+def test_before_a_start_a_deadline_is_as_if_it_started_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.job.estimated(10.0)
+    clock.pass_minutes(7)
+
+    assert clock.in_minutes(clock.job.deadline()) == 7 + 30.0
+    assert clock.in_minutes(clock.job.left_for_retry()) == 7 + 60.0
+
+
+def test_no_deadline_of_an_earlier_attempt_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.job.start()
+    clock.job.estimated(10.0)
+    clock.pass_minutes(9)
+    clock.job.not_started()
+
+    assert clock.in_minutes(clock.job.deadline()) == 9 + 30.0
+    assert clock.job.due() == clock.job.deadline()
+
+    clock.pass_minutes(1)
+    clock.job.start()
+    clock.pass_minutes(1)
+    assert clock.in_minutes(clock.job.deadline()) == 10 + 30.0
+
+
+def test_the_whole_task_has_twice_its_first_span_from_its_first_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.job.start()
+    clock.job.estimated(10.0)
+    clock.pass_minutes(50)
+    clock.job.start()
+    clock.job.estimated(100.0)
+
+    assert clock.in_minutes(clock.job.deadline()) == 60.0
+    assert clock.in_minutes(clock.job.left_for_retry()) == 60.0
+
+
+def test_the_cap_of_the_policy_is_never_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, cap=20.0)
+    clock.job.start()
+    clock.job.estimated(10.0)
+
+    assert clock.in_minutes(clock.job.deadline()) == 20.0
+
+
+def test_what_was_carried_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    carried = ClockState(first_start=NOON, attempt_start=NOON, first_span_minutes=30.0, estimated_time=10.0)
+    clock = Clock(monkeypatch, carried)
+    clock.pass_minutes(5)
+
+    assert clock.in_minutes(clock.job.deadline()) == 30.0
+    assert clock.job.carry() == carried
+
+
+def test_past_its_deadline_a_task_fails_and_says_how_long_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.job.start()
+    clock.job.estimated(10.0)
+    clock.record.state.status = TaskStatus.RUNNING
+    clock.pass_minutes(30 - 0.001)
+    clock.job.check()
+
+    clock.pass_minutes(0.001)
+    with pytest.raises(TaskFailed, match=r"did not end within 0:30:00 \(its deadline\)") as failed:
+        clock.job.check()
+    assert failed.value.code is FailureCode.TIMEOUT
+
+
+def test_one_that_waits_in_the_queue_for_too_long_is_recorded_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.job.start()
+    clock.job.estimated(10.0)
+    assert clock.in_minutes(clock.job.due()) == QUEUE_SLA
+    clock.pass_minutes(QUEUE_SLA - 0.001)
+    clock.job.check()
+    assert clock.record.exceptions == []
+
+    clock.pass_minutes(0.001)
+    clock.job.check()
+    clock.job.check()
+
+    sentence = "Still queued after 5 minutes, longer than promised; the task goes on."
+    assert clock.record.exceptions == [("queue_sla_missed", sentence)]
+    assert clock.record.facts == [("queue_sla", sentence)]
+    assert clock.job.due() == clock.job.deadline()
+
+
+@pytest.mark.parametrize("status", [TaskStatus.RUNNING, TaskStatus.QUEUED])
+def test_only_the_queue_is_measured_against_its_promise(monkeypatch: pytest.MonkeyPatch, status: TaskStatus) -> None:
+    clock = Clock(monkeypatch)
+    clock.job.start()
+    clock.record.state.status = status
+    clock.pass_minutes(QUEUE_SLA + 1)
+    clock.job.check()
+
+    assert bool(clock.record.exceptions) == (status is TaskStatus.QUEUED)
+
+
+def test_a_deadline_before_the_promise_of_the_queue_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, cap=2.0)
+    clock.job.start()
+
+    assert clock.in_minutes(clock.job.due()) == 2.0
+
+
+def test_an_operator_reads_what_is_waited_for_and_until_when(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.job.start()
+    clock.job.tell_wait()
+
+    assert clock.record.waits == [("ComfyUI: callback or poll", clock.job.deadline())]
+    assert not clock.job.has_word()

@@ -1,0 +1,178 @@
+"""Points charged without a hold: delivered work whose hold had ended (contract §4 *commit refused*).
+
+At most 2000 points a call, each part under a key of its own: a repeated one would charge nothing and seem to have. A
+service that keeps no keys may have acted on a call that it did not answer. So each part is sent once; where its answer
+stays out, the ledger says whether it may be sent again.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Final, NamedTuple
+
+from temporalio import workflow
+from temporalio.common import RetryPolicy
+from temporalio.exceptions import FailureError
+
+from activities.credits import CreditsActivities
+from contracts.calls import Post
+from contracts.credits import CHARGE_REASON, MAX_CHARGE_POINTS, ChargeReply, ChargeRequest
+from contracts.errors import Answer, FailureCode
+from contracts.tasks import ImageTask, TrainingTask
+from workflows.earlier_life import is_of_store, obey_life
+from workflows.failures import why
+from workflows.ledger_search import LedgerSearch, Shown
+from workflows.outside_call import OutsideCall
+
+SENT_ONCE: Final = "charge-sent-once"
+ONE_TRY: Final = RetryPolicy(maximum_attempts=1)
+STORE_AGAIN_AFTER: Final = timedelta(seconds=2)
+"""Doubled each time, up to `STORE_AGAIN_AT_MOST`."""
+STORE_AGAIN_AT_MOST: Final = timedelta(minutes=1)
+MAX_SENDINGS: Final = 6
+"""Of one part to a service that keeps no keys: after each the ledger has shown it absent for 10 minutes."""
+NOT_REFUSED: Final = frozenset({"unreadable", "idempotency_conflict"})
+"""Answers that do not say that nothing was charged."""
+
+
+class ChargeUnknown(Exception):
+    """Whether points were charged could not be learned; `charged`: what is known to have been, by this settlement."""
+
+    def __init__(self, sentence: str, *, charged: int = 0) -> None:
+        self.charged = charged
+        super().__init__(sentence)
+
+
+class Charged(NamedTuple):
+    """Points charged in all parts, and the balance after where it is known."""
+
+    points: int
+    balance_after: int | None = None
+    is_refused: bool = False
+    """A part was refused: what is missing stays uncharged."""
+
+
+class Charges:
+    """The parts of one task, numbered 1, 2, 3 …"""
+
+    def __init__(self, task: ImageTask | TrainingTask, outside: OutsideCall, ledger: LedgerSearch) -> None:
+        self._task = task
+        self._outside = outside
+        self._ledger = ledger
+        self._n = 0
+
+    def taken_before(self) -> int:
+        """Points that the ledger, as it was last read, shows charged already; their numbers are taken."""
+        shown = self._ledger.newest
+        self._n = max(self._n, len(shown.charges) if shown is not None else 0)
+        return self._ledger.charged_without_hold()
+
+    async def take(self, points: int, *, before: int = 0) -> Charged:
+        """Charge `points`; a refusal leaves the rest uncharged. Raises ChargeUnknown.
+
+        `before`: what was charged for the task until now, for the failure.
+        """
+        charged, balance_after = 0, None
+        for amount in _parts(points):
+            self._n += 1
+            try:
+                answer = await self._sent(self._post(amount))
+            except ChargeUnknown as unknown:
+                raise ChargeUnknown(str(unknown), charged=before + charged) from None
+            if answer.reply is None:
+                return Charged(charged, balance_after, is_refused=True)
+            charged, balance_after = charged + amount, answer.reply.balance_after
+        return Charged(charged, balance_after)
+
+    async def learn(self, asked: list[Post[ChargeRequest]]) -> Charged:
+        """What became of parts that a run had asked for when it ended. Raises ChargeUnknown."""
+        charged, balance_after = 0, None
+        for post in asked:
+            self._n += 1
+            try:
+                answer = await self._unanswered(post, "its run had ended")
+            except ChargeUnknown as unknown:
+                raise ChargeUnknown(str(unknown), charged=charged) from None
+            if answer.reply is None:
+                return Charged(charged, balance_after, is_refused=True)
+            charged, balance_after = charged + post.body.amount, answer.reply.balance_after
+        return Charged(charged, balance_after)
+
+    def _post(self, amount: int) -> Post[ChargeRequest]:
+        body = ChargeRequest(
+            tenant_id=self._task.tenant_id,
+            user_id=self._task.user_id,
+            template_id=self._task.template_id,
+            task_id=self._task.task_id,
+            amount=amount,
+            priority=self._task.priority,
+            reason=CHARGE_REASON,
+        )
+        key = self._outside.key("charge", self._n)
+        has_read = self._outside.told.is_possible
+        return Post[ChargeRequest](call_for=self._outside.call_for, key=key, body=body, has_read_ledger=has_read)
+
+    async def _sent(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
+        """The answer to a part: what was charged, or a refusal. Raises ChargeUnknown."""
+        if not workflow.patched(SENT_ONCE):
+            return await self._repeated(post)
+        newest = self._ledger.newest
+        if self._outside.told.is_possible and not (newest is not None and newest.has_kinds):
+            return await self._unanswered(post, "the task's run was reset")  # an earlier life may have sent it
+        try:
+            answer = await self._once(post)
+        except FailureError as error:
+            return await self._unanswered(post, str(why(error, FailureCode.CREDITS_UNAVAILABLE)))
+        return await self._decided(post, answer)
+
+    async def _once(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
+        """One sending; a task store that is away is waited for: nothing was sent. Raises FailureError."""
+        wait = STORE_AGAIN_AFTER
+        while True:
+            handle = self._outside.visible(CreditsActivities.charge, post, summary="5 charge", retry=ONE_TRY)
+            try:
+                return await handle
+            except FailureError as error:
+                if not is_of_store(error):
+                    raise
+            await workflow.sleep(wait, summary="5 charge: the task store is away")
+            wait = min(2 * wait, STORE_AGAIN_AT_MOST)
+
+    async def _unanswered(self, post: Post[ChargeRequest], said: str) -> Answer[ChargeReply]:
+        """The ledger shows what became of a part whose answer stayed out, or whether it may be sent again."""
+        for _ in range(MAX_SENDINGS):
+            match await self._ledger.charge_shown(self._n):
+                case Shown.CHARGED:
+                    return self._by_ledger(post)
+                case Shown.KEEPS_KEYS:
+                    return await self._decided(post, await self._repeated(post))
+                case Shown.UNKNOWN:
+                    break
+            try:
+                return await self._decided(post, await self._once(post))
+            except FailureError as error:
+                said = str(why(error, FailureCode.CREDITS_UNAVAILABLE))
+        raise ChargeUnknown(said)
+
+    async def _repeated(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
+        answer = await self._outside.until_answered(CreditsActivities.charge, post, summary="5 charge")
+        assert answer is not None
+        return answer
+
+    async def _decided(self, post: Post[ChargeRequest], answer: Answer[ChargeReply]) -> Answer[ChargeReply]:
+        """An answer that does not say whether it was charged is looked up."""
+        obey_life(answer)
+        if answer.refusal is None or answer.refusal.message not in NOT_REFUSED:
+            return answer
+        if await self._ledger.charge_shown(self._n, may_repeat=False) is Shown.CHARGED:
+            return self._by_ledger(post)
+        raise ChargeUnknown(answer.refusal.sentence)
+
+    def _by_ledger(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
+        """The reply that stayed out, as the ledger tells it."""
+        return Answer(reply=ChargeReply(ledger_id=f"charge-{self._n}", change=-post.body.amount))
+
+
+def _parts(points: int) -> list[int]:
+    whole, rest = divmod(points, MAX_CHARGE_POINTS)
+    return [MAX_CHARGE_POINTS] * whole + ([rest] if rest else [])

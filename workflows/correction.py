@@ -1,0 +1,103 @@
+"""What was told as unknown when a task ended, looked up again (contract §4): hourly for a day.
+
+A correction changes the row's `credits` alone and adds a record: no event, and the run's result stays as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import Final
+
+from temporalio import workflow
+from temporalio.common import RetryPolicy
+from temporalio.exceptions import FailureError
+
+from activities.credits import CreditsActivities
+from activities.unsettled import UnsettledActivities
+from contracts.calls import LedgerQuery
+from contracts.errors import ExceptionCode
+from contracts.reconcile import UnsettledLook
+from contracts.task_store import Correction, TaskException, UnsettledTask
+from contracts.tasks import CreditsSummary, SettlementState
+from workflows.outside_call import HEARTBEAT_TIMEOUT, OutsideCall
+from workflows.stop import Stop
+from workflows.task_ledger import TaskLedger
+
+STORE_TIMEOUT: Final = timedelta(minutes=1)
+STORE_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
+READ_WITHIN: Final = timedelta(seconds=30)
+"""What cannot be read in time is left to the next hour: one service's outage holds up no pass."""
+READS_AT_ONCE: Final = 10
+
+
+def corrected(told: CreditsSummary, ledger: TaskLedger) -> CreditsSummary | None:
+    """The credits as the ledger shows them by now; None where it still does not tell."""
+    charged, stands = ledger.charged(), ledger.open_holds()
+    if charged is None or not ledger.is_complete or not ledger.holds:
+        return None
+    if charged == 0 and (stands.named or stands.nameless):
+        return None  # its points have not come back
+    settled = {
+        "charged": charged,
+        "returned": max(0, told.held - charged),
+        "settlement": SettlementState.SETTLED,
+    }
+    return told.model_copy(update=settled)
+
+
+class Corrections:
+    """One pass over the tasks that are due."""
+
+    def __init__(self) -> None:
+        self._turns = asyncio.Semaphore(READS_AT_ONCE)
+
+    async def made(self, *, every_seconds: float) -> int:
+        """Correct what can be corrected; how many rows were. One that cannot be read holds up no other."""
+        due = await workflow.execute_activity_method(
+            UnsettledActivities.take_unsettled,
+            UnsettledLook(every_seconds=every_seconds),
+            start_to_close_timeout=STORE_TIMEOUT,
+            heartbeat_timeout=HEARTBEAT_TIMEOUT,
+            retry_policy=STORE_RETRY,
+            summary="3 unknown settlements",
+        )
+        made = [asyncio.create_task(self._look(task)) for task in due]
+        if made:
+            await workflow.wait(made)
+        return sum(task.result() for task in made)
+
+    async def _look(self, task: UnsettledTask) -> bool:
+        async with self._turns:
+            try:
+                return await self._corrected(task)
+            except FailureError as error:
+                workflow.logger.warning("The settlement of %s could not be looked up: %s", task.task_id, error)
+                return False
+
+    async def _corrected(self, task: UnsettledTask) -> bool:
+        outside = OutsideCall(task, Stop())
+        query = LedgerQuery(call_for=outside.call_for, task_id=task.task_id)
+        answer = await outside.visible(
+            CreditsActivities.ledger, query, summary=f"3 ledger of {task.task_id}", within=READ_WITHIN
+        )
+        credits = corrected(task.credits, TaskLedger.of(answer.reply)) if answer.reply is not None else None
+        if credits is None:
+            return False
+        record = TaskException(
+            key="settlement_corrected",
+            code=ExceptionCode.SETTLEMENT_CORRECTED.value,
+            message=f"The ledger shows by now that {credits.charged} points were charged and {credits.returned} "
+            "returned; the task had ended before this was known.",
+            details={"charged": credits.charged, "returned": credits.returned},
+            ts=workflow.now(),
+        )
+        return await workflow.execute_activity_method(
+            UnsettledActivities.correct_settlement,
+            Correction(task_id=task.task_id, credits=credits, record=record),
+            start_to_close_timeout=STORE_TIMEOUT,
+            schedule_to_close_timeout=STORE_TIMEOUT,
+            heartbeat_timeout=HEARTBEAT_TIMEOUT,
+            retry_policy=STORE_RETRY,
+            summary=f"3 correct {task.task_id}",
+        )

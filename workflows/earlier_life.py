@@ -1,0 +1,85 @@
+"""What the answers tell of an earlier life of this task: the run was reset, or the store was (contract §4).
+
+The calls that begin something look at the task's row first. A row that has ended, or is being given back, lets a run
+begin nothing more: it gives back what it holds and returns the row's outcome.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from temporalio.exceptions import ApplicationError
+
+from contracts.errors import Answer
+from contracts.lives import READ_THE_LEDGER, STORE_UNAVAILABLE, TASK_ENDED, EarlierLife
+from workflows.failures import RowEnded
+
+
+def is_of_store(error: BaseException | None) -> bool:
+    """Whether a call failed because the task store, looked at before it, did not answer."""
+    while error is not None:
+        if isinstance(error, ApplicationError) and error.type == STORE_UNAVAILABLE:
+            return True
+        error = error.__cause__
+    return False
+
+
+def was_stopped(answer: Answer[Any]) -> bool:
+    """Whether a call was not made because the task's row lets nothing more begin."""
+    return answer.refusal is not None and answer.refusal.message == TASK_ENDED
+
+
+class LifeTold:
+    """All that was told so far; one of the concerns of a run that waits for its job."""
+
+    def __init__(self) -> None:
+        self.life = EarlierLife()
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether something may have been done for the task that this run does not know."""
+        return self.life.is_possible
+
+    def heard(self, answer: Answer[Any]) -> None:
+        if answer.earlier_life is not None:
+            self.note(answer.earlier_life)
+
+    def note(self, life: EarlierLife) -> None:
+        """What was told once stays so: a store that is away, say, tells nothing of what it knew before."""
+        known = self.life
+        flags = {name: True for name in EarlierLife.model_fields if getattr(known, name) is True}
+        self.life = life.model_copy(update={**flags, "lives": max(known.lives, life.lives), "is_known": False})
+
+    def obey(self) -> None:
+        """Raise RowEnded where nothing more may be begun."""
+        if self.life.must_stop:
+            raise RowEnded()
+
+    # As a concern of the follow loop
+
+    def has_word(self) -> bool:
+        return self.life.must_stop
+
+    def due(self) -> datetime | None:
+        return None
+
+    def check(self) -> None:
+        self.obey()
+
+
+def is_own_key(answer: Answer[Any], told: LifeTold) -> bool:
+    """Whether a key was used by an earlier life of the task, with another body."""
+    return answer.refusal is not None and answer.refusal.message == "idempotency_conflict" and told.is_possible
+
+
+class EarlierLifePossible(Exception):
+    """A call that settles was not made: the task's ledger is read first."""
+
+
+def obey_life(answer: Answer[Any]) -> None:
+    """Raise RowEnded or EarlierLifePossible where a call that settles was not made."""
+    if was_stopped(answer):
+        raise RowEnded()
+    if answer.refusal is not None and answer.refusal.message == READ_THE_LEDGER:
+        raise EarlierLifePossible()

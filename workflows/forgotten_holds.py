@@ -1,0 +1,124 @@
+"""Holds of this task that an earlier life of it took and this run does not know (contract §4, earlier lives).
+
+A hold ends once. So before one is committed every other is cancelled: a cancel that takes effect proves that the hold
+was not committed, one that is refused sends us to the ledger. What the ledger does not show yet decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from contracts.carried import AskedHold, HoldState
+from contracts.credits import CancelHoldReply
+from contracts.errors import Answer, ExceptionCode, Refusal
+from workflows.hold_ends import HoldEnds
+from workflows.ledger_search import LedgerSearch
+from workflows.row_look import RowLook
+from workflows.task_ledger import TaskLedger
+from workflows.task_record import TaskRecord
+
+
+class ForgottenHolds:
+    """Known by the task's row and by the ledger, where that tells ids."""
+
+    def __init__(
+        self,
+        state: HoldState,
+        ledger: LedgerSearch,
+        ends: HoldEnds,
+        record: TaskRecord,
+        look: RowLook,
+        cancel: Callable[[str, str, str], Awaitable[Answer[CancelHoldReply] | None]],
+    ) -> None:
+        """`cancel`: takes a hold's id, the end of the call's key and the reason."""
+        self._state = state
+        self._ledger = ledger
+        self._ends = ends
+        self._record = record
+        self._look = look
+        self._cancel = cancel
+        self.was_committed = False
+        """Whether the ledger shows a commit of any of the task's holds: the task is settled."""
+        self.is_done = False
+        """Whether they were given back before: no more of them can come."""
+
+    @property
+    def numbers_taken(self) -> int:
+        """How many numbers of holds are taken at least."""
+        known = len(self._look.row.hold_ids) if self._look.row is not None else 0
+        return max(known, self._state.asked_count)
+
+    async def give_back(self, reason: str, *, keep_one: bool = False) -> bool:
+        """Cancel them, and learn what the task was charged; whether there is any such hold.
+
+        `keep_one`: the newest hold of the task that may stand is left, as this run's own, to be committed; this run's
+        others are cancelled too.
+        """
+        await self._look.once()
+        ledger = await self._ledger.read()
+        own = {hold.pre_deduct_id: hold for hold in self._state.asked if hold.pre_deduct_id}
+        stands = {} if ledger is None else ledger.open_holds().named
+        known = dict.fromkeys([*own, *self._look.forgotten_holds(set(own)), *stands])
+        may_stand = self._may_stand(list(known), own, ledger)
+        kept = may_stand[-1] if keep_one and may_stand and self._state.asked else None
+        if kept is not None and kept not in own:
+            self._adopt(kept, stands.get(kept) or (ledger.holds[0].amount if ledger and ledger.holds else 0))
+        is_unsure = False
+        for pre_deduct_id in may_stand:
+            if pre_deduct_id == kept or (pre_deduct_id in own and not keep_one):
+                continue
+            answer = await self._cancel(pre_deduct_id, f"forgotten:{pre_deduct_id}", reason)
+            is_unsure |= self._is_unsure(pre_deduct_id, answer)
+            if pre_deduct_id in own:
+                own[pre_deduct_id].resolved = True
+        if is_unsure:
+            ledger = await self._ledger.once_all_ended(but=self.own_standing(), known=len(known))
+        self._learn_charged(ledger)
+        self.is_done = True
+        return len(known) > len(own)
+
+    def _may_stand(self, known: list[str], own: dict[str, AskedHold], ledger: TaskLedger | None) -> list[str]:
+        """Those of `known` that are not shown to have ended, oldest first."""
+        ended = set() if ledger is None else ledger.ended_ids()
+        for pre_deduct_id, hold in own.items():
+            hold.resolved |= pre_deduct_id in ended
+        in_order = self._look.row.hold_ids if self._look.row is not None else []
+        place = {pre_deduct_id: n for n, pre_deduct_id in enumerate(in_order)}
+        ended |= {pre_deduct_id for pre_deduct_id, hold in own.items() if hold.resolved}
+        return sorted((each for each in known if each not in ended), key=lambda each: place.get(each, len(place)))
+
+    def _adopt(self, pre_deduct_id: str, amount: int) -> None:
+        """Make a forgotten hold this run's own."""
+        like = self._state.asked[-1]
+        request = like.request.model_copy(update={"estimated_cost": amount})
+        adopted = self._state.note(self.numbers_taken + 1, request, like.asked_at)
+        adopted.pre_deduct_id, adopted.amount = pre_deduct_id, amount
+
+    def own_standing(self) -> int:
+        """How many holds of this run stand, as far as it knows."""
+        return sum(bool(hold.pre_deduct_id) and not hold.resolved for hold in self._state.asked)
+
+    def _is_unsure(self, pre_deduct_id: str, answer: Answer[CancelHoldReply] | None) -> bool:
+        """Whether a hold may have been committed, by the answer to its cancel."""
+        if answer is None or answer.refusal is None:
+            return False
+        if answer.refusal.message not in ("pre_deduct_already_processed", "pre_deduct_not_found"):
+            self._tell_left(pre_deduct_id, answer.refusal)
+        return answer.refusal.message == "pre_deduct_already_processed"
+
+    def _learn_charged(self, ledger: TaskLedger | None) -> None:
+        charged = None if ledger is None else ledger.charged()
+        if ledger is None or charged is None:
+            self._ends.is_unknown()
+            return
+        self.was_committed = bool(ledger.commits)
+        self._state.charged = max(self._state.charged, charged)
+
+    def _tell_left(self, pre_deduct_id: str, refusal: Refusal) -> None:
+        self._ends.left_open()
+        self._record.tell_exception(
+            f"hold_left:{pre_deduct_id}",
+            ExceptionCode.HOLD_LEFT_TO_EXPIRY,
+            f"Hold {pre_deduct_id}, taken before the run was reset, could not be cancelled. {refusal.sentence}",
+            pre_deduct_id=pre_deduct_id,
+        )

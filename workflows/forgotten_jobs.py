@@ -1,0 +1,61 @@
+"""Jobs and trainings of this task that an earlier life of it asked for and this run does not know (contract §4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from contracts.calls import JobCall
+from contracts.carried import JobNews
+from contracts.errors import Answer, ExceptionCode, FailureCode
+from workflows.attempts import Attempts
+from workflows.job_routes import JobRoutes
+from workflows.outside_call import OutsideCall
+from workflows.row_look import RowLook
+from workflows.task_record import TaskRecord
+
+
+class ForgottenJobs:
+    """Known by the task's row."""
+
+    def __init__(
+        self, routes: JobRoutes, outside: OutsideCall, record: TaskRecord, attempts: Attempts, look: RowLook
+    ) -> None:
+        self._routes = routes
+        self._outside = outside
+        self._record = record
+        self._attempts = attempts
+        self._look = look
+
+    def _own(self) -> set[str]:
+        return {job.job_id for job in self._attempts.asked if job.job_id}
+
+    async def cancel(self) -> None:
+        """Cancel them: one that is over is left as it is."""
+        for job_id in self._look.forgotten_jobs(self._own()):
+            call = JobCall(
+                call_for=self._outside.call_for,
+                job_id=job_id,
+                key=self._outside.key("cancel", f"forgotten:{job_id}"),
+            )
+            answer: Answer[Any] | None = await self._outside.until_answered(
+                self._routes.cancel, call, summary="5 cancel job"
+            )
+            if answer is not None and answer.refusal is not None and answer.refusal.code is not FailureCode.LOST:
+                self._record.tell_exception(
+                    f"undo_job:{job_id}",
+                    ExceptionCode.UNDO_UNFINISHED,
+                    f"Job {job_id}, asked for before the run was reset, could not be cancelled; it runs out. "
+                    f"{answer.refusal.sentence}",
+                    job_id=job_id,
+                )
+
+    async def delivery(self) -> JobNews | None:
+        """What any job of the task delivered: the task was charged, so it is handed out."""
+        own = self._own()
+        for job_id in reversed([*sorted(own), *self._look.forgotten_jobs(own)]):
+            call = JobCall(call_for=self._outside.call_for, job_id=job_id)
+            answer: Answer[Any] | None = await self._outside.until_answered(self._routes.get, call, summary="4 poll")
+            news = None if answer is None or answer.reply is None else self._routes.news_of_state(answer.reply)
+            if news is not None and news.succeeded:
+                return news
+        return None

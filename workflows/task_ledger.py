@@ -1,0 +1,240 @@
+"""What the ledger says of one task (contract §4 *Reading a ledger*): pure, so that it can be proved.
+
+Each entry is read by its `kind` where it has one, else by its `reason`; what neither tells is unknown, never guessed.
+The two shapes show a commit differently:
+
+    by kind      pre_deduct −24 (+24 frozen)     commit +4 (−24 frozen)                       20 were charged
+    by reason    pre_deduct −24                  refund_pre_deduct +4, commit −20             20 were charged
+
+So a sum over a task says nothing. Presence is proof, absence never is: a ledger may lag. All amounts are points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+from contracts.carried import AskedHold
+from contracts.credits import CHARGE_REASON, Ledger, LedgerEntry, LedgerKind, LedgerReason
+
+
+class HoldFate(Enum):
+    COMMITTED = "committed"
+    GIVEN_BACK = "given_back"
+    UNKNOWN = "unknown"
+
+
+class Found(NamedTuple):
+    """What the ledger says of a hold; `committed` in points."""
+
+    fate: HoldFate
+    committed: int = 0
+
+
+class HeldEntry(NamedTuple):
+    amount: int
+    pre_deduct_id: str | None
+
+
+class CommitEntry(NamedTuple):
+    """`points` were charged; None where the ledger does not tell how many. `rest` went back, where it tells that."""
+
+    points: int | None
+    pre_deduct_id: str | None
+    rest: int | None = None
+
+
+class ReturnEntry(NamedTuple):
+    amount: int
+    pre_deduct_id: str | None
+    kind: LedgerKind
+    """`cancel` or `expire`."""
+
+
+class ChargeEntry(NamedTuple):
+    points: int
+    ledger_id: str
+
+
+class OpenHolds(NamedTuple):
+    """Holds whose end the ledger does not show."""
+
+    named: dict[str, int] = {}
+    """`pre_deduct_id` → amount."""
+    nameless: int = 0
+    """How many the ledger shows without an id."""
+    nameless_points: int = 0
+    """What these hold together."""
+
+    @property
+    def points(self) -> int:
+        return sum(self.named.values()) + self.nameless_points
+
+
+class TaskLedger:
+    """The entries of one task, read. `is_complete`: every page was read, though a ledger may lag all the same."""
+
+    def __init__(self, entries: Sequence[LedgerEntry], *, is_complete: bool = True) -> None:
+        self.is_complete = is_complete
+        self.has_kinds = any(entry.kind is not None for entry in entries)
+        """A service that tells kinds keeps our contract, idempotency too."""
+        self.tells_ids = any(entry.pre_deduct_id is not None for entry in entries)
+        self.holds: list[HeldEntry] = []
+        self.commits: list[CommitEntry] = []
+        self.returns: list[ReturnEntry] = []
+        self.charges: list[ChargeEntry] = []
+        self.refunds: list[int] = []
+        """What commits gave back, where that is an entry of its own."""
+        self.unknown: list[LedgerEntry] = []
+        commits: list[LedgerEntry] = []
+        for entry in entries:
+            kind = _kind_of(entry)
+            if kind is LedgerKind.COMMIT:
+                commits.append(entry)  # what one charged may need its hold's amount
+            elif not self._take(entry, kind):
+                self.unknown.append(entry)
+        self.commits = [self._commit(entry) for entry in commits]
+
+    @classmethod
+    def of(cls, reply: Ledger) -> TaskLedger:
+        """The reading of a ledger's answer that holds the entries of one task."""
+        return cls(reply.entries, is_complete=not reply.cursor)
+
+    def _take(self, entry: LedgerEntry, kind: LedgerKind | None) -> bool:
+        """Keep an entry that is no commit; whether it could be read."""
+        match kind:
+            case LedgerKind.PRE_DEDUCT if entry.change <= 0:
+                self.holds.append(HeldEntry(-entry.change, entry.pre_deduct_id))
+            case LedgerKind.CANCEL | LedgerKind.EXPIRE if entry.change >= 0:
+                self.returns.append(ReturnEntry(entry.change, entry.pre_deduct_id, kind))
+            case LedgerKind.CHARGE if entry.change <= 0:
+                self.charges.append(ChargeEntry(-entry.change, entry.ledger_id))
+            case LedgerKind.GRANT:
+                pass  # a gift to the account is no effect of the task
+            case None if entry.kind is None and entry.reason == LedgerReason.REFUND and entry.change >= 0:
+                self.refunds.append(entry.change)
+            case _:
+                return False
+        return True
+
+    def _commit(self, entry: LedgerEntry) -> CommitEntry:
+        named = entry.pre_deduct_id
+        if entry.change < 0:  # a commit lowers no balance: this is its cost
+            return CommitEntry(-entry.change, named)
+        if entry.kind is None:
+            return CommitEntry(None, named)
+        rest = entry.change
+        frozen = next((hold.amount for hold in self.holds if named and hold.pre_deduct_id == named), None)
+        if entry.frozen_change is not None:
+            frozen = -entry.frozen_change
+        return CommitEntry(frozen - rest if frozen is not None and frozen >= rest else None, named, rest)
+
+    # What became of the task
+
+    def charged(self) -> int | None:
+        """Points that this task was charged, as far as the ledger shows; None where what is unknown could hide some."""
+        if self.unknown or any(commit.points is None for commit in self.commits):
+            return None
+        if len(self.refunds) > len(self.commits):
+            return None  # the commit that this rest belongs to is not shown yet
+        return sum(commit.points or 0 for commit in self.commits) + self.charged_without_hold()
+
+    def charged_without_hold(self) -> int:
+        """Points taken by `charge`."""
+        return sum(charge.points for charge in self.charges)
+
+    # What became of a hold
+
+    def fate(self, hold: AskedHold, *, given_back: int = 0, committed: int = 0) -> Found:
+        """What became of a hold.
+
+        `given_back` and `committed`: how many of the task's other holds are known to have ended so. Where the ledger
+        tells no ids, an end counts as this hold's only if it is one more than those.
+        """
+        for commit in self.commits:
+            if commit.pre_deduct_id is not None and commit.pre_deduct_id == hold.pre_deduct_id:
+                return _committed(commit, hold)
+        if any(back.pre_deduct_id is not None and back.pre_deduct_id == hold.pre_deduct_id for back in self.returns):
+            return Found(HoldFate.GIVEN_BACK)
+        nameless = [commit for commit in self.commits if commit.pre_deduct_id is None]
+        if len(nameless) > committed:
+            return self._nameless_commit(nameless, hold, among=committed + 1)
+        returned = [back.amount for back in self.returns if back.pre_deduct_id is None]
+        if len(returned) > given_back and hold.amount in returned:
+            return Found(HoldFate.GIVEN_BACK)
+        return Found(HoldFate.UNKNOWN)
+
+    def _nameless_commit(self, commits: list[CommitEntry], hold: AskedHold, *, among: int) -> Found:
+        """This hold's commit, where it is the only one that fits; more of them than can be ours are not told apart."""
+        fitting = [commit for commit in commits if commit.points is None or commit.points <= hold.amount]
+        if len(commits) > among or len(fitting) != 1:
+            return Found(HoldFate.UNKNOWN)
+        return _committed(fitting[0], hold)
+
+    def amount_of(self, hold: AskedHold) -> int | None:
+        """Points that a hold really has, by its own entry; None where the ledger does not tell it apart."""
+        for entry in self.holds:
+            if entry.pre_deduct_id is not None and entry.pre_deduct_id == hold.pre_deduct_id:
+                return entry.amount
+        amounts = {entry.amount for entry in self.holds}
+        return amounts.pop() if len(amounts) == 1 else None
+
+    # What stands
+
+    def open_holds(self) -> OpenHolds:
+        """The holds whose end is not shown."""
+        ended = {entry.pre_deduct_id for entry in self.commits} | {entry.pre_deduct_id for entry in self.returns}
+        named = {
+            entry.pre_deduct_id: entry.amount
+            for entry in self.holds
+            if entry.pre_deduct_id is not None and entry.pre_deduct_id not in ended
+        }
+        held = [entry.amount for entry in self.holds if entry.pre_deduct_id is None]
+        back = [entry.amount for entry in self.returns if entry.pre_deduct_id is None]
+        commits = [commit for commit in self.commits if commit.pre_deduct_id is None]
+        nameless = max(0, len(held) - len(back) - len(commits))
+        spent = sum(commit.points or 0 for commit in commits) + sum(commit.rest or 0 for commit in commits)
+        points = max(0, sum(held) - sum(back) - spent - sum(self.refunds))
+        return OpenHolds(named, nameless, points if nameless else 0)
+
+    def ended_ids(self) -> set[str]:
+        """Holds whose end is shown, where ids are told."""
+        ended = {entry.pre_deduct_id for entry in self.commits} | {entry.pre_deduct_id for entry in self.returns}
+        return {each for each in ended if each is not None}
+
+    def doubled(self, known: Collection[str], *, granted: int) -> OpenHolds:
+        """Open holds of this task that nobody of ours knows: asked for twice where a service keeps no keys.
+
+        `known`: the ids of our holds. `granted`: how many we were granted in all, which must have ended but for those
+        that the ledger names. A hold more than these is presence, so a lag makes none up.
+        """
+        stands = self.open_holds()
+        named = {pre_deduct_id: amount for pre_deduct_id, amount in stands.named.items() if pre_deduct_id not in known}
+        if self.tells_ids:
+            return OpenHolds(named)
+        more = len(self.holds) - granted
+        return OpenHolds({}, more, stands.nameless_points) if more > 0 and stands.nameless == more else OpenHolds()
+
+
+def _committed(commit: CommitEntry, hold: AskedHold) -> Found:
+    points = commit.points
+    if points is None and commit.rest is not None:
+        points = hold.amount - commit.rest
+    return Found(HoldFate.COMMITTED, points) if points is not None and points >= 0 else Found(HoldFate.UNKNOWN)
+
+
+def _kind_of(entry: LedgerEntry) -> LedgerKind | None:
+    """What an entry is: by its kind, else by its reason; None where neither tells, and for a commit's refund."""
+    if entry.kind is not None:
+        return entry.kind
+    if entry.reason == CHARGE_REASON:
+        return LedgerKind.CHARGE
+    return _KINDS_BY_REASON.get(entry.reason)
+
+
+_KINDS_BY_REASON: dict[str, LedgerKind] = {
+    LedgerReason.PRE_DEDUCT: LedgerKind.PRE_DEDUCT,
+    LedgerReason.COMMIT: LedgerKind.COMMIT,
+    LedgerReason.CANCEL: LedgerKind.CANCEL,
+}
