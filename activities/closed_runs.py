@@ -19,7 +19,7 @@ from temporalio.client import Client, WorkflowHandle, WorkflowHistoryEventFilter
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from activities.left_behind import HistoryReading, NotReadHere, left_by_row
+from activities.left_behind import HistoryReading, NotReadHere, add_what_the_row_knows, left_by_row
 from activities.running_call import to_its_end
 from contracts.errors import FailureCode, sentences_of
 from contracts.give_back import GiveBackOrder, LeftBehind
@@ -119,6 +119,7 @@ class ClosedRunActivities:
             )
         run = await self._own_run(row)
         if run is None:
+            await self._claim(row)
             return left_by_row(row, VANISHED)
         if not run.status.is_over:
             raise ApplicationError(
@@ -127,7 +128,28 @@ class ClosedRunActivities:
                 type=FailureCode.TASK_CONFLICT,
                 non_retryable=True,
             )
+        await self._claim(row)
         return await self._by_history(row, run.status.value, self._handle(row, run.run_id))
+
+    async def _claim(self, row: TaskRow) -> None:
+        """From here no run of the task begins anything. Raises ApplicationError where one has since: it was reset."""
+        if row.ended_at is not None:
+            return
+        by = activity.info().workflow_run_id or ""
+        if not await self._store.claim_give_back(row.task_id, by=by, found_run=row.run_id):
+            raise ApplicationError(
+                f"Task {row.task_id} was reset, or has ended, while it was looked at: nothing is given back.",
+                type=FailureCode.TASK_CONFLICT,
+                non_retryable=True,
+            )
+
+    @activity.defn
+    async def told_points(self, order: GiveBackOrder) -> int:
+        """What the task's events have told of points. Raises ApplicationError `internal`, retried."""
+        try:
+            return await to_its_end(self._store.told_points(order.task_id))
+        except StoreUnavailable as failure:
+            raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
 
     async def _closed_among_open(self, look: OpenTasksLook) -> OpenTasksSeen:
         try:
@@ -248,4 +270,5 @@ class ClosedRunActivities:
         reading = HistoryReading(LeftBehind(row=row, how=how), self._client.data_converter)
         async for event in last_run.fetch_history_events():
             await reading.take(event)
+        add_what_the_row_knows(reading.left)
         return reading.left

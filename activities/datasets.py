@@ -94,9 +94,11 @@ class Manifest(BaseModel):
 
 def asked_sha256_of(order: SnapshotOrder) -> str | None:
     """What names the list that an order asks for, whichever way it is told; None for all files."""
-    if order.files is not None:
-        return checksum_of(as_list(order.files))
-    return order.manifest.sha256 if order.manifest is not None else order.files_sha256
+    if order.files_sha256 is not None:
+        return order.files_sha256
+    if order.manifest is not None:
+        return order.manifest.sha256
+    return None if order.files is None else checksum_of(as_list(order.files))
 
 
 def chained(digest: str, file: DatasetFile) -> str:
@@ -256,12 +258,12 @@ class DatasetSnapshots:
 
     async def _asked_files(self, order: SnapshotOrder, target: ObjectFolder) -> list[str] | None:
         """The files that were asked for, however that was told; None for all."""
+        if order.files_sha256 is not None:
+            return await FileLists(self._root).get(target, order.files_sha256)
         if order.manifest is not None:
             uri, _, name = order.manifest.uri.rpartition("/")
             folder = self._tenants_folder(order, "dataset.manifest.uri", uri)
             return await read_manifest(folder, unquote(name), order.manifest.sha256)
-        if order.files_sha256 is not None:
-            return await FileLists(self._root).get(target, order.files_sha256)
         return order.files
 
     def _source_folder(self, order: SnapshotOrder) -> ObjectFolder:

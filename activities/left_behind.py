@@ -7,6 +7,7 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from temporalio.api.enums.v1 import EventType as Happened
+from temporalio.api.failure.v1 import Failure
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.converter import DataConverter
 from temporalio.exceptions import ApplicationError
@@ -16,7 +17,7 @@ from activities.credits import CreditsActivities
 from activities.datasets import DatasetActivities
 from activities.task_store import TaskStoreActivities
 from contracts.calls import CallFor, JobCall, Post, SnapshotOrder
-from contracts.carried import AskedHold, AskedJob, HoldState, ImageRun, TrainingRun
+from contracts.carried import AskedHold, AskedJob, HoldState, ImageRun, TrainingRun, not_left_out
 from contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingDraft
 from contracts.credits import (
     MIN_HOLD_SECONDS,
@@ -27,11 +28,13 @@ from contracts.credits import (
     HoldReply,
     PreDeductRequest,
 )
-from contracts.errors import Answer, sentences_of
-from contracts.give_back import LeftBehind
+from contracts.errors import Answer, FailureCode, sentences_of
+from contracts.give_back import LeftBehind, OwnEnd
 from contracts.handed_on import Doubtful
+from contracts.permissions import Scene
+from contracts.size_budget import MAX_KEPT_HOLDS
 from contracts.task_store import TaskRow
-from contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW
+from contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, ImageResult, TaskStatus, TrainingResult
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -77,6 +80,8 @@ class HistoryReading:
     def left(self) -> LeftBehind:
         """What was read so far: of holds and jobs what can still be asked about, and never a list of files."""
         self._holds.leave_out_old()
+        for job in self._left.jobs:
+            job.lighten()
         self._left.holds, self._left.holds_before = self._holds.asked, self._holds.granted_before
         return self._left
 
@@ -89,6 +94,13 @@ class HistoryReading:
                 await self._take_call(event)
             case Happened.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
                 await self._take_answer(event)
+            case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED:
+                completed = event.workflow_execution_completed_event_attributes
+                await self._take_result(completed.result.payloads, event)
+            case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_CANCELED:
+                self._left.own_end = OwnEnd(status=TaskStatus.CANCELLED)
+            case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED:
+                self._take_failure(event.workflow_execution_failed_event_attributes.failure)
 
     async def _take_carried(self, event: HistoryEvent) -> None:
         started = event.workflow_execution_started_event_attributes
@@ -187,6 +199,21 @@ class HistoryReading:
         elif isinstance(asked, SnapshotOrder):
             self._left.snapshot = None
 
+    async def _take_result(self, payloads: Any, event: HistoryEvent) -> None:
+        if self._left.row.scene is Scene.IMAGE_GENERATE:
+            image = await self._read(payloads, ImageResult, event)
+            self._left.own_end = OwnEnd(status=image.status, result_urls=image.result_urls)
+        else:
+            training = await self._read(payloads, TrainingResult, event)
+            self._left.own_end = OwnEnd(status=training.status, output=training.output)
+
+    def _take_failure(self, failure: Failure) -> None:
+        """An end of the task brings its result along; a run that was refused has begun nothing."""
+        application = failure.application_failure_info
+        if application.type in set(FailureCode) and application.details.payloads:
+            code = FailureCode(application.type)
+            self._left.own_end = OwnEnd(status=TaskStatus.FAILED, code=code, message=failure.message)
+
     async def _read(self, payloads: Any, model: type[Model], event: HistoryEvent) -> Model:
         """The one value, with the fields that this code does not know. Raises NotReadHere."""
         try:
@@ -211,29 +238,47 @@ class HistoryReading:
 
 
 def left_by_row(row: TaskRow, how: str) -> LeftBehind:
-    """The run is gone from Temporal: what the row knows. These requests are never sent: their ids are known."""
-    ids = row.credits.pre_deduct_ids
-    before = max(row.credits.pre_deduct_count, len(ids)) - len(ids)
-    holds = [
-        AskedHold(
-            n=n,
-            request=PreDeductRequest(
-                task_id=row.task_id,
-                template_id=row.template_id,
-                tenant_id=row.tenant_id,
-                user_id=row.user_id,
-                scene=row.scene,
-                estimated_cost=row.credits.held,
-                expire_in=MIN_HOLD_SECONDS,
-            ),
-            asked_at=row.created_at,
-            pre_deduct_id=pre_deduct_id,
-            amount=row.credits.held,
-        )
-        for n, pre_deduct_id in enumerate(ids, start=before + 1)
-    ]
-    left = LeftBehind(row=row, how=how, holds=holds, holds_before=before)
-    if row.job_id is not None:
-        key = f"{row.task_id}:submit:{row.attempts}"
-        left.jobs = [AskedJob(attempt=row.attempts, key=key, asked_at=row.created_at, job_id=row.job_id)]
+    """The run is gone from Temporal: what the row knows."""
+    left = LeftBehind(row=row, how=how)
+    add_what_the_row_knows(left)
     return left
+
+
+def add_what_the_row_knows(left: LeftBehind) -> None:
+    """Holds and jobs of earlier lives, which the last run's history may not hold.
+
+    Their requests are never sent: their ids are known.
+    """
+    row = left.row
+    holds = {hold.pre_deduct_id for hold in left.holds if hold.pre_deduct_id}
+    taken = max((hold.n for hold in left.holds), default=0)
+    in_order = not_left_out(list(dict.fromkeys([*row.hold_ids, *row.credits.pre_deduct_ids])), holds, left.holds_before)
+    unknown = [pre_deduct_id for pre_deduct_id in in_order if pre_deduct_id not in holds]
+    left.holds_before += max(0, len(unknown) - MAX_KEPT_HOLDS)
+    for n, pre_deduct_id in enumerate(unknown[-MAX_KEPT_HOLDS:], start=taken + 1):
+        left.holds.append(_hold_of(row, n, pre_deduct_id))
+    jobs = {job.job_id for job in left.jobs}
+    asked = max((job.attempt for job in left.jobs), default=0)
+    for job_id in dict.fromkeys([*row.job_ids, *([row.job_id] if row.job_id else [])]):
+        if job_id not in jobs:
+            asked += 1
+            left.jobs.append(_job_of(row, asked, job_id))
+
+
+def _hold_of(row: TaskRow, n: int, pre_deduct_id: str) -> AskedHold:
+    request = PreDeductRequest(
+        task_id=row.task_id,
+        template_id=row.template_id,
+        tenant_id=row.tenant_id,
+        user_id=row.user_id,
+        scene=row.scene,
+        estimated_cost=row.credits.held,
+        expire_in=MIN_HOLD_SECONDS,
+    )
+    asked_at, amount = row.created_at, row.credits.held
+    return AskedHold(n=n, request=request, asked_at=asked_at, pre_deduct_id=pre_deduct_id, amount=amount)
+
+
+def _job_of(row: TaskRow, attempt: int, job_id: str) -> AskedJob:
+    key = f"{row.task_id}:submit:{attempt}"
+    return AskedJob(attempt=attempt, key=key, asked_at=row.created_at, job_id=job_id)

@@ -6,6 +6,7 @@ another version may read it: see contracts/handed_on.py, and docs/versioning.md 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 from typing import Self
 
@@ -108,12 +109,6 @@ class AskedJob(OwnModel):
     """An earlier life of the task had used the key with another body: this was no attempt."""
     cancelled: bool = False
 
-    @model_validator(mode="after")
-    def _light(self) -> Self:
-        if self.job_id is not None or self.refused:
-            self.request = None
-        return self
-
     def is_known_as(self, job_id: str) -> None:
         """The call was answered."""
         self.job_id, self.request = job_id, None
@@ -121,6 +116,11 @@ class AskedJob(OwnModel):
     def is_refused(self) -> None:
         """The call was refused, or its answer never became readable."""
         self.refused, self.request = True, None
+
+    def lighten(self) -> None:
+        """Drop the body that nothing asks again with: the first release carried every job's."""
+        if self.job_id is not None or self.refused:
+            self.request = None
 
 
 class AskedHold(OwnModel):
@@ -205,6 +205,16 @@ class HoldState(OwnModel):
         self.granted_before += len(too_old)
         refused = {hold.n for hold in self.asked[:-1] if hold.refused and hold.n != self.asking}
         self.asked = [hold for hold in self.asked if hold.n not in too_old | refused]
+
+
+def not_left_out(in_order: list[str], kept: Collection[str], left_out: int) -> list[str]:
+    """Of a task's holds, in the order in which they were granted, those that are not older than what was kept.
+
+    `left_out`: how many were over and are counted only. What is older than the 64 that are kept has long expired.
+    """
+    if not left_out:
+        return in_order
+    return in_order[next((n for n, pre_deduct_id in enumerate(in_order) if pre_deduct_id in kept), 0) :]
 
 
 class WatchState(OwnModel):

@@ -8,11 +8,13 @@ from pydantic import Field, model_validator
 
 from contracts.calls import Post, SnapshotOrder
 from contracts.carried import AskedHold, AskedJob
+from contracts.comfyui import TrainingOutput
 from contracts.credits import ChargeRequest
+from contracts.errors import FailureCode
 from contracts.fields import CallerId, CallerText, OwnModel
 from contracts.handed_on import KeptModel, Order
 from contracts.task_store import TaskRow
-from contracts.tasks import CreditsSummary
+from contracts.tasks import CreditsSummary, TaskStatus
 
 GIVE_BACK_WORKFLOW: Final = "GiveBackWorkflow"
 _NOTHING: Final[tuple[Any, ...]] = (None, [], {}, "", 0, False)
@@ -37,6 +39,16 @@ class GiveBackRun(GiveBackOrder, Order):
     model_config = Order.model_config
 
 
+class OwnEnd(KeptModel):
+    """How a run ended by itself. Its row can be open all the same: the store was restored from an older backup."""
+
+    status: TaskStatus
+    code: FailureCode | None = None
+    message: str = ""
+    result_urls: list[str] = []
+    output: TrainingOutput | None = None
+
+
 class LeftBehind(KeptModel):
     """What an ended run left, as its history and the task's row tell it.
 
@@ -58,6 +70,8 @@ class LeftBehind(KeptModel):
     """Points that were to be committed after delivery; None where no commit had been asked for."""
     snapshot: SnapshotOrder | None = None
     """What is to be deleted; it names no files."""
+    own_end: OwnEnd | None = None
+    """How the run ended by itself; None where it did not, or had not begun anything."""
 
     @model_validator(mode="before")
     @classmethod

@@ -49,6 +49,11 @@ class EarlierLife(OwnModel):
         return self.lives > 0 or self.has_ended or self.is_given_back or self.is_row_missing or self.is_store_away
 
     @property
+    def is_sure(self) -> bool:
+        """Whether the row itself tells of an earlier life, or was lost with what it told."""
+        return self.lives > 0 or self.is_row_missing
+
+    @property
     def must_stop(self) -> bool:
         """Whether the run that acts begins nothing any more."""
         return self.has_ended or self.is_given_back or self.is_superseded

@@ -6,7 +6,7 @@ import hashlib
 import json
 from enum import StrEnum
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -149,24 +149,17 @@ class DatasetSource(CallerModel):
     files: FileList | None = None
     manifest: DatasetManifest | None = None
 
-    @model_validator(mode="after")
-    def _told_once(self) -> Self:
-        if sum(way is not None for way in self._ways()) > 1:
-            raise ValueError("files and manifest exclude each other: name the files in one way")
-        return self
-
-    def _ways(self) -> tuple[object, ...]:
-        return (self.files, self.manifest)
+    @property
+    def is_told_twice(self) -> bool:
+        """Whether the files are named in more than one way: a caller's mistake, which the task's first step refuses."""
+        return self.files is not None and self.manifest is not None
 
 
 class TakenDataset(DatasetSource):
     """A dataset as the workflow takes it."""
 
     files_sha256: Sha256 | None = None
-    """A list that the gateway put into temporary object storage, by the checksum of its bytes."""
-
-    def _ways(self) -> tuple[object, ...]:
-        return (self.files, self.manifest, self.files_sha256)
+    """A list that the gateway put into temporary object storage, by the checksum of its bytes; it goes before."""
 
 
 class Hyperparameters(BaseModel):

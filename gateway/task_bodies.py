@@ -7,7 +7,7 @@ import secrets
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import ConfigDict, Field, JsonValue, StringConstraints, field_validator
 
 from activities.file_lists import as_list, checksum_of
 from contracts.comfyui import TaskPriority, TrainingOutput
@@ -78,6 +78,13 @@ class TrainingOrder(TrainingTask):
     tenant_id: CallerId | None = None  # type: ignore[assignment]
     user_id: CallerId | None = None  # type: ignore[assignment]
     dataset: DatasetSource  # type: ignore[assignment]
+
+    @field_validator("dataset")
+    @classmethod
+    def _told_once(cls, dataset: DatasetSource) -> DatasetSource:
+        if dataset.is_told_twice:
+            raise ValueError("files and manifest exclude each other: name the files in one way")
+        return dataset
 
     def task(self, *, tenant_id: str, user_id: str, key: str | None) -> TrainingTask:
         """The task that is ordered, in the name of the token; a long list of files is named by its checksum."""

@@ -10,6 +10,7 @@ from contracts.credits import MAX_HOLD_SECONDS, PreDeductRequest
 from contracts.errors import Answer
 from contracts.prices import DEFAULT_ETA_MINUTES
 from simulation.calls import Call
+from simulation.credits_model import Hold
 from simulation.price_rules import Prices
 from simulation.truth import World, must
 from simulation.witness import key_of, number_of
@@ -129,6 +130,26 @@ class HoldRules:
             assert first is not None
             told[n] = Known(n, first, answer.reply.pre_deduct_id, call.told_at)
         return [told[n] for n in sorted(told)]
+
+    def of_number(self, n: int) -> list[Hold]:
+        """The task's `n`-th hold, by the id that the run was told; what it may be, where that is not recorded yet."""
+        holds = self._world.parties.credits.books.holds
+        known = [holds[known.pre_deduct_id] for known in self.granted() if known.n == n]
+        return known or [hold for hold in holds.values() if hold.n == n]
+
+    def last(self) -> Hold | None:
+        """The last hold that the run was told of."""
+        granted = self.granted()
+        return self._world.parties.credits.books.holds[granted[-1].pre_deduct_id] if granted else None
+
+    def untold(self) -> list[Hold]:
+        """Holds that stand and of which the run was never told: a service without idempotency took them beside."""
+        told = {known.pre_deduct_id for known in self.granted()}
+        return [
+            hold
+            for hold in self._world.parties.credits.holds
+            if hold.phase == "open" and hold.pre_deduct_id not in told
+        ]
 
     def _is_given_up(self, known: Known) -> bool:
         return any(

@@ -86,6 +86,9 @@ class JobRules:
         must(job_id in self._world.works, "a job is cancelled that there is not:", job_id)
         self._cancelled.setdefault(job_id, call.scheduled_at)
 
+    def is_given_up(self, job_id: str) -> bool:
+        return job_id in self._cancelled
+
     # Once the task has ended
 
     def check_end(self) -> None:
@@ -109,6 +112,7 @@ class JobRules:
         if attempt is not None:
             reasons |= self._reasons_of_job(attempt)
             reasons |= self._reasons_of_price(attempt)
+            reasons |= self._reasons_of_row()
             if at >= min(self._holds.deadlines(at)) or attempt.n > 1 or self._waits_for_retry(attempt):
                 reasons.add(FailureCode.TIMEOUT)
         must(code in reasons, f"failed with {code}, the reasons there are:", *sorted(reasons))
@@ -138,6 +142,12 @@ class JobRules:
 
     def _waits_for_retry(self, attempt: Attempt) -> bool:
         return self._ended_at(attempt) is not None
+
+    def _reasons_of_row(self) -> set[str]:
+        """A run that was thrown back behind its own end finds it in the row, and ends as that tells."""
+        looks = [call.outcome for call in self._world.witness.calls.get("look", ()) if call.outcome is not None]
+        errors = [seen.row.error for seen in looks if seen.life.has_ended and seen.row is not None]
+        return {error.code for error in errors if error is not None}
 
     def _reasons_of_price(self, attempt: Attempt) -> set[str]:
         codes: set[str] = set()

@@ -102,9 +102,14 @@ async def look(connection: AsyncConnection, run: TaskRun) -> RowSeen:
     return RowSeen(
         life=life,
         row=await reads.task(connection, run.task_id),
-        told_points=int(await connection.scalar(_TOLD_POINTS, {"task": run.task_id}) or 0),
+        told_points=await told_points(connection, run.task_id),
         life_seconds=await connection.scalar(_LIFE_SECONDS, {"task": run.task_id}),
     )
+
+
+async def told_points(connection: AsyncConnection, task_id: str) -> int:
+    """The sum of what a task's events tell of points."""
+    return int(await connection.scalar(_TOLD_POINTS, {"task": task_id}) or 0)
 
 
 async def note_made(connection: AsyncConnection, task_id: str, *, column: str, made: str) -> bool:

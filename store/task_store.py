@@ -113,6 +113,12 @@ class TaskStore:
             within_seconds=within_seconds,
         )
 
+    async def told_points(self, task_id: str) -> int:
+        """The sum of what a task's events tell of points."""
+        return await self._database.read(
+            lambda connection: lives.told_points(connection, task_id), doing=f"reading the events of the task {task_id}"
+        )
+
     async def note_made(self, task_id: str, kind: Made, made: str, *, within_seconds: float = WORK_SECONDS) -> bool:
         """Keep the id of a hold or job with its task's row; whether it was known. A task without a row keeps none."""
         return await self._database.transaction(

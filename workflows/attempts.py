@@ -52,6 +52,8 @@ class Attempts:
         self._stop = stop
         self._alarm = alarm
         self.asked: list[AskedJob] = carried
+        for job in carried:
+            job.lighten()
         self.retry_at: datetime | None = None
         """When the next attempt may begin, while it is waited for."""
         self.long_run: LongRun | None = None
@@ -127,11 +129,14 @@ class Attempts:
             self.retry_at = workflow.now() + timedelta(seconds=seconds)
             self._tell_retry(details, seconds)
         waiting, again_at = self._outside.waiting, self.retry_at
-        while workflow.now() < again_at or not waiting.is_covered():
+        await workflow.wait_condition(lambda: True)  # until the old job's cancel was asked for
+        while True:
             waiting.obey()
             latest = self._clock.left_for_retry()
             if workflow.now() >= latest:
                 raise TaskFailed(FailureCode.TIMEOUT, "No time is left for another attempt.", details)
+            if workflow.now() >= again_at and waiting.is_covered():
+                break
             if self.long_run is not None and await self.long_run.continue_as_new_if_long():
                 continue
             at = min(again_at, latest) if workflow.now() < again_at else latest

@@ -58,7 +58,9 @@ class ForgottenHolds:
         ledger = await self._ledger.read()
         own = {hold.pre_deduct_id: hold for hold in self._state.asked if hold.pre_deduct_id}
         stands = {} if ledger is None else ledger.open_holds().named
-        known = dict.fromkeys([*own, *self._look.forgotten_holds(set(own)), *stands])
+        known = dict.fromkeys(
+            [*own, *self._look.forgotten_holds(set(own), left_out=self._state.granted_before), *stands]
+        )
         may_stand = self._may_stand(list(known), own, ledger)
         kept = may_stand[-1] if keep_one and may_stand and self._state.asked else None
         if kept is not None and kept not in own:

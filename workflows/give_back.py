@@ -20,11 +20,19 @@ from activities.task_store import TaskStoreActivities
 from contracts.calls import JobCall
 from contracts.carried import AskedJob, ClockState, HoldState, JobNews, RecordState
 from contracts.errors import Answer, FailureCode
-from contracts.give_back import GiveBackResult, GiveBackRun, LeftBehind, give_back_id_of, outcome_of
+from contracts.give_back import GiveBackOrder, GiveBackResult, GiveBackRun, LeftBehind, give_back_id_of, outcome_of
 from contracts.permissions import Scene
 from contracts.prices import DEFAULT_ETA_MINUTES
 from contracts.task_store import TaskRow, TaskState, TaskWrite
-from contracts.tasks import EventType, Hyperparameters, ImageTask, TakenDataset, TaskStatus, TrainingTask
+from contracts.tasks import (
+    CreditsSummary,
+    EventType,
+    Hyperparameters,
+    ImageTask,
+    TakenDataset,
+    TaskStatus,
+    TrainingTask,
+)
 from workflows.alarm import Alarm
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
@@ -33,6 +41,7 @@ from workflows.guards import given, input_invalid
 from workflows.job_clock import JobClock
 from workflows.job_routes import IMAGE_ROUTES, TRAINING_ROUTES
 from workflows.outside_call import HEARTBEAT_TIMEOUT, OutsideCall, TaskFor
+from workflows.row_look import RowRead
 from workflows.settlement import Settlement
 from workflows.stop import Stop
 from workflows.task_record import TaskRecord
@@ -42,6 +51,8 @@ LOOK_TIMEOUT: Final = timedelta(minutes=1)
 LOOK_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
 DELETE_TIMEOUT: Final = timedelta(minutes=10)
 CHARGED_TO_THE_END: Final = "left-charges-finished"
+CHARGE_TOLD: Final = "left-charge-told"
+LEDGER_READ: Final = "ledger-read-by-give-back"
 
 
 class HandCall(OutsideCall):
@@ -98,7 +109,10 @@ class LeftTask:
             estimated=left.row.credits.estimated,
             asked_again=left.asked_again,
         )
-        self._hold = CreditHold(task, by_hand, self._record, workflow.now, holds)
+        self._ended_before = {hold.n for hold in left.holds if hold.resolved}
+        """Holds that the run had given back, and told so."""
+        look = RowRead(by_hand, left.row)
+        self._hold = CreditHold(task, by_hand, self._record, workflow.now, holds, look)
         self._attempts = Attempts(self._routes, self._outside, self._record, clock, self._stop, Alarm(), left.jobs)
         self._settlement = Settlement(task, self._outside, self._record, self._hold)
         self._undo = Undo()
@@ -115,16 +129,57 @@ class LeftTask:
         # The same words whoever asks: a second give-back repeats key and body of the first.
         await self._undo.all("its run ended without its own clean-up")
         await self._finish_charges()
+        if workflow.patched(LEDGER_READ):
+            await self._hold.forgotten.give_back("its run ended without its own clean-up")
         await self._delete_snapshot()
         self._hold.ends.close()
         credits = self._record.state.credits = self._hold.summary()
-        if self._hold.state.charged or (self._left.cost is not None and credits.charged is None):
+        is_charged = bool(self._hold.state.charged) or (self._left.cost is not None and credits.charged is None)
+        if is_charged and workflow.patched(CHARGE_TOLD):
+            self._tell_settled()
+        if workflow.patched(LEDGER_READ):
+            await self._tell_difference(credits)
+        if is_charged:
             await self._tell_completed()
         else:
-            self._record.failed(TaskFailed(FailureCode.INTERNAL, self._sentence()))
+            await self._tell_own_end()
         await self._record.all_written()
         outcome = outcome_of(credits, "given_back")
         return GiveBackResult(task_id=self._left.row.task_id, outcome=outcome, credits=credits)
+
+    async def _tell_own_end(self) -> None:
+        """Nothing was charged: the end that the run came to by itself, else that it came to none."""
+        end = self._left.own_end
+        if end is None or (end.status is TaskStatus.COMPLETED and self._record.state.credits.charged is None):
+            self._record.failed(TaskFailed(FailureCode.INTERNAL, self._sentence()))
+        elif end.status is TaskStatus.COMPLETED:
+            await self._tell_completed()
+        elif end.status is TaskStatus.CANCELLED:
+            self._record.end(TaskStatus.CANCELLED, EventType.CANCELLED, message="The task was cancelled.")
+        else:
+            self._record.failed(TaskFailed(end.code or FailureCode.INTERNAL, end.message))
+
+    async def _tell_difference(self, credits: CreditsSummary) -> None:
+        """What the events tell of points is what was charged, whatever the run has left untold."""
+        if credits.charged is None:
+            return
+        await self._record.all_written()
+        told = await workflow.execute_activity_method(
+            ClosedRunActivities.told_points,
+            GiveBackOrder(task_id=self._left.row.task_id),
+            start_to_close_timeout=LOOK_TIMEOUT,
+            heartbeat_timeout=HEARTBEAT_TIMEOUT,
+            retry_policy=LOOK_RETRY,
+            summary="6 tell: what was told of points",
+        )
+        difference = -credits.charged - told
+        if difference:
+            self._record.tell(
+                "difference",
+                EventType.CREDITS,
+                credits_delta=difference,
+                message=f"{abs(difference)} points {'came back' if difference > 0 else 'were charged'}.",
+            )
 
     def _sentence(self) -> str:
         said = f" ({self._reason})" if self._reason else ""
@@ -154,12 +209,20 @@ class LeftTask:
                 attempt_timeout=DELETE_TIMEOUT,
             )
 
+    def _tell_settled(self) -> None:
+        for hold in self._hold.state.asked:
+            if hold.pre_deduct_id and hold.n not in self._ended_before:
+                self._hold.tell_as_held(hold)
+        self._settlement.settled(None)
+
     async def _tell_completed(self) -> None:
         """It was charged, so it was delivered: what was made is handed out."""
         state = self._record.state
         delivered = await self._delivered()
         if delivered is not None:
             state.result_urls, state.output = delivered.result_urls, delivered.output
+        elif self._left.own_end is not None:
+            state.result_urls, state.output = self._left.own_end.result_urls, self._left.own_end.output
         state.error, state.progress = None, 100.0
         self._record.end(
             TaskStatus.COMPLETED, EventType.COMPLETED, result_urls=state.result_urls or None, output=state.output

@@ -24,6 +24,10 @@ class HoldEnds:
         self._state.granted = (self._state.granted or 0) + 1
         self._state.asked_again += tries > 1
 
+    def count_refusal(self, tries: int) -> None:
+        """A hold was refused, after it had been asked for this often: the first time may have taken it."""
+        self._state.asked_again += tries > 1
+
     def count(self, fate: HoldFate) -> None:
         """How a hold ended is known."""
         if fate is HoldFate.COMMITTED:

@@ -185,12 +185,18 @@ class TaskFlow(Generic[Run, Result]):
             return await self.give_back(end)
         return await self.completed(delivery)
 
-    async def tell_difference(self) -> None:
-        """What the events tell of points is what was charged, whatever earlier lives have told or left untold."""
-        if not self.outside.told.is_possible:
-            return
+    async def tell_difference(self) -> TaskRow | None:
+        """What the events tell of points is what was charged, whatever earlier lives have told or left untold.
+
+        The row, where another life has ended the task meanwhile: an earlier look may have been copied by a reset.
+        """
+        if not self.outside.told.life.is_sure:
+            return None
         await self.record.all_written()
         await self.row_look.once()
+        row = self.row_look.row
+        if self.outside.told.life.has_ended and row is not None and row.ended_at is not None:
+            return row
         charged, told = self.hold.summary().charged, self.row_look.told_points
         difference = 0 if charged is None or told is None else -charged - told
         if difference:
@@ -202,6 +208,7 @@ class TaskFlow(Generic[Run, Result]):
                 + ("came back that were held" if difference > 0 else "were charged")
                 + " before the task's run was reset.",
             )
+        return None
 
     async def delivery_of_any_life(self) -> JobNews | None:
         """What the task was charged for."""
@@ -212,7 +219,9 @@ class TaskFlow(Generic[Run, Result]):
 
     async def completed(self, delivery: JobNews | None) -> Result:
         await self.forgotten_jobs.cancel()
-        await self.tell_difference()
+        ended = await self.tell_difference()
+        if ended is not None:
+            return await self.as_row_tells(ended)
         if delivery is not None:
             self.record.state.result_urls = delivery.result_urls
             self.record.state.output = delivery.output
@@ -250,9 +259,13 @@ class TaskFlow(Generic[Run, Result]):
             await self.hold.forgotten.give_back(str(end))
         self.hold.ends.close()
         if self.hold.state.charged:
+            if workflow.patched("charge-of-others-told"):
+                self.settlement.settled(None)  # by somebody else, or by an earlier life
             return await self.completed(await self.delivery_of_any_life())
         await self.forgotten_jobs.cancel()
-        await self.tell_difference()
+        ended = await self.tell_difference()
+        if ended is not None:
+            return await self.as_row_tells(ended)
         self.record.state.credits = self.hold.summary()
         if isinstance(end, TaskFailed):
             self.record.failed(end)
@@ -295,8 +308,7 @@ class TaskFlow(Generic[Run, Result]):
         if not self._may_try_to_continue():
             return False
         self.watch.stop_polling()
-        if self.outside.has_beside():
-            await self.outside.put_down()
+        await self.outside.put_down()
         if await self.outside.waited(timedelta(milliseconds=1), lambda: self.stop.requested, summary="continue as new"):
             return True
         await workflow.wait_condition(lambda: True)  # until what came with the timer has been worked off too

@@ -89,6 +89,11 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
     def check_addresses(self) -> None:
         """Dataset and checkpoint lie under the tenant's own prefix, or the task ends `input_invalid` (contract §8)."""
         dataset = self.task.dataset
+        if dataset.is_told_twice:
+            raise TaskFailed(
+                FailureCode.INPUT_INVALID,
+                "The input is not valid: dataset: files and manifest exclude each other: name the files in one way.",
+            )
         named = {
             "dataset.source_uri": dataset.source_uri,
             "dataset.manifest.uri": dataset.manifest.uri if dataset.manifest else None,

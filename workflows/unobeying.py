@@ -44,8 +44,8 @@ UNOBEYING: Final = (
             "attempts.Attempts._finally_cancelled",
             "attempts.Attempts._learn",
             "credit_hold.CreditHold.give_back",
-            "credit_hold.CreditHold._all_left",
-            "credit_hold.CreditHold._learn",
+            "task_holds.TaskHolds._all_left",
+            "task_holds.TaskHolds._learn",
             "forgotten_jobs.ForgottenJobs.cancel",
             "forgotten_jobs.ForgottenJobs.delivery",
             "row_look.RowLook.once",
@@ -62,7 +62,7 @@ UNOBEYING: Final = (
             "credit_hold.CreditHold._ask_renewing",
             "credit_hold.CreditHold._cover_again",
             "credit_hold.CreditHold._returned_or_closing",
-            "credit_hold.CreditHold._cancel",
+            "task_holds.TaskHolds._cancel",
         ),
     ),
     Unobeying(
@@ -109,6 +109,7 @@ UNOBEYING: Final = (
         "Who calls them obeys, or stands in this table.",
         (
             "alarm.Alarm.until",
+            "attempts.Attempts._pause",
             "waiting.Waiting.answered",
             "stop.Stop.uninterrupted",
             "outside_call.OutsideCall.until_answered",

@@ -1,0 +1,177 @@
+"""Tasks that are reset while something else goes wrong: the store is away, or they are being given back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from sqlalchemy.engine import make_url
+from temporalio.client import WorkflowFailureError
+from temporalio.testing import WorkflowEnvironment
+
+from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
+from contracts.tasks import TaskStatus
+from store import TaskStore
+from tests.cable import Cable
+from tests.workflows.books import ended
+from tests.workflows.payers import has_kinds, holds_of, new_payer, task_of
+from tests.workflows.platform import Handle, Platform, running_platform
+from tests.workflows.reset_scenarios import POLICY, RENEWED, standing, topped_up, work_goes_on
+from tests.workflows.resets import points_of, reset
+
+
+@pytest_asyncio.fixture
+async def platform(
+    temporal_env: WorkflowEnvironment, postgres_dsn: str, cable: Cable, tmp_path: Path
+) -> AsyncIterator[Platform]:
+    """A platform whose worker and gateway reach PostgreSQL by `cable`."""
+    store = TaskStore(f"postgresql://postgres:unused@127.0.0.1:{cable.port}/{make_url(postgres_dsn).database}")
+    async with running_platform(temporal_env, store, tmp_path, speed=2_000) as platform:
+        platform.policy = {"deadline_factor": 1_000.0, **POLICY}
+        async with platform.worker():
+            yield platform
+    await store.close()
+
+
+async def give_back(platform: Platform, handle: Handle) -> Handle:
+    return await platform.client.start_workflow(
+        GIVE_BACK_WORKFLOW,
+        GiveBackOrder(task_id=task_of(handle)),
+        id=give_back_id_of(task_of(handle)),
+        task_queue=platform.task_queue,
+    )
+
+
+# The store is away
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8, 1.0])
+async def test_a_charged_image_whose_end_is_not_written_is_charged_once(
+    platform: Platform, cable: Cable, share: float
+) -> None:
+    """The row knows nothing of the commit: it is found in the ledger, wherever the run is reset to."""
+    payer = await new_payer(platform)
+    handle = await standing(platform, payer.image())
+    cable.pull()
+    async with work_goes_on(platform, handle):
+        await platform.until(lambda: has_kinds(platform, handle, "pre_deduct", "commit"))
+    points = await points_of(platform, handle)
+    run = await reset(platform, handle, points[round(share * (len(points) - 1))])
+    await asyncio.sleep(0.3)
+    cable.plug_in()
+    async with work_goes_on(platform, run):
+        ending = await ended(platform, run)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
+    assert ending.result["result_urls"]
+
+
+async def test_a_task_that_is_reset_while_the_store_is_away_is_settled_by_the_ledger_alone(
+    platform: Platform, cable: Cable
+) -> None:
+    """Nothing is begun before the store is back; what was begun is paid for all the same."""
+    payer = await new_payer(platform)
+    handle = await topped_up(platform, payer)
+    cable.pull()
+    points = await points_of(platform, handle)
+    run = await reset(platform, handle, points[-1])
+    async with work_goes_on(platform, run):
+        await platform.until(lambda: has_kinds(platform, handle, *RENEWED, "commit"))
+        cable.plug_in()
+        ending = await ended(platform, run)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 360)
+
+
+async def test_a_run_that_was_reset_begins_nothing_while_the_store_is_away(platform: Platform, cable: Cable) -> None:
+    """It obeys a cancel meanwhile."""
+    payer = await new_payer(platform)
+    handle = await standing(platform, payer.image())
+    [job] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+    cable.pull()
+    await platform.simulators.admin.comfyui.act(job.run_id, "preempt")
+    points = await points_of(platform, handle)
+    run = await reset(platform, handle, points[-1])
+
+    async def waits() -> bool:
+        pending = (await run.describe()).raw_description.pending_activities
+        return any(call.activity_type.name == "submit_job" and call.attempt > 1 for call in pending)
+
+    await platform.until(waits)
+    assert len(await platform.simulators.admin.comfyui.jobs(task_of(handle))) == 1
+    asking = asyncio.create_task(platform.cancel(run))
+    await platform.until(lambda: has_kinds(platform, handle, "pre_deduct", "cancel"))
+    cable.plug_in()
+    assert await asking == "accepted"
+    ending = await ended(platform, run)
+    assert ending.status is TaskStatus.CANCELLED
+
+
+# It is being given back
+
+
+async def test_a_run_that_is_reset_while_it_is_given_back_begins_nothing(platform: Platform) -> None:
+    payer = await new_payer(platform)
+    handle = await standing(platform, payer.image())
+    points = await points_of(platform, handle)
+    hangs = await platform.simulators.admin.credits.fault(
+        "delay", route="cancel_hold", tenant_id=payer.tenant_id, seconds=60, times=None
+    )
+    await handle.terminate("by a test")
+    giving_back = await give_back(platform, handle)
+    await platform.until_hit("cancel_hold", hangs)
+    run = await reset(platform, handle, points[0])
+    with pytest.raises(WorkflowFailureError):
+        async with asyncio.timeout(20):
+            reset_end = asyncio.ensure_future(run.result())
+            await asyncio.sleep(1)
+            await platform.simulators.admin.credits.remove_fault(hangs)
+            await reset_end
+    assert (await giving_back.result())["outcome"] == "given_back"
+    ending = await ended(platform, run)
+    assert (ending.status, ending.charged, ending.code) == (TaskStatus.FAILED, 0, "internal")
+    assert len(await holds_of(platform, handle)) == 1
+
+
+async def test_a_give_back_stops_where_the_run_was_reset_before_it_could_claim_the_row(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payer = await new_payer(platform)
+    handle = await standing(platform, payer.image())
+    points = await points_of(platform, handle)
+    claim, runs = platform.store.claim_give_back, list[Handle]()
+
+    async def claim_late(task_id: str, **order: Any) -> bool:
+        if not runs:
+            runs.append(await reset(platform, handle, points[0]))
+            await platform.until(lambda: _has_other_run(platform, handle))
+        return await claim(task_id, **order)
+
+    monkeypatch.setattr(platform.store, "claim_give_back", claim_late)
+    await handle.terminate("by a test")
+    with pytest.raises(WorkflowFailureError):
+        await (await give_back(platform, handle)).result()
+    async with work_goes_on(platform, runs[0]):
+        ending = await ended(platform, runs[0])
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
+
+
+async def _has_other_run(platform: Platform, handle: Handle) -> bool:
+    row = await platform.store.task(task_of(handle))
+    return row is not None and row.run_id != handle.first_execution_run_id
+
+
+async def test_a_reset_run_that_is_terminated_is_given_back_with_all_that_its_lives_made(platform: Platform) -> None:
+    payer = await new_payer(platform)
+    handle = await topped_up(platform, payer)
+    points = await points_of(platform, handle)
+    run = await reset(platform, handle, points[0])
+    await platform.until(lambda: _has_other_run(platform, handle))
+    await run.terminate("by a test")
+    assert (await (await give_back(platform, handle)).result())["outcome"] == "given_back"
+    row = await platform.store.task(task_of(handle))
+    assert row is not None and (row.status, row.credits.charged) == (TaskStatus.FAILED, 0)
+    assert {hold.phase for hold in await holds_of(platform, handle)} == {"cancelled"}
+    assert all(job.is_over for job in await platform.simulators.admin.comfyui.jobs(task_of(handle)))
