@@ -26,10 +26,10 @@ from contracts.prices import DEFAULT_ETA_MINUTES
 from contracts.task_store import TaskRow, TaskState, TaskWrite
 from contracts.tasks import (
     CreditsSummary,
-    DatasetSource,
     EventType,
     Hyperparameters,
     ImageTask,
+    TakenDataset,
     TaskStatus,
     TrainingTask,
 )
@@ -75,9 +75,7 @@ class LeftRecord(TaskRecord):
         self._claimant = row.first_execution_run_id
 
     async def _write_batch(self) -> None:
-        carried = self.carry()
-        facts, exceptions = list(carried.unwritten), list(carried.exceptions)
-        self._in_flight = len(facts)
+        facts, exceptions = self._backlog.take()
         write = TaskWrite(
             task_id=self._task.task_id,
             first_execution_run_id=self._claimant,
@@ -89,8 +87,7 @@ class LeftRecord(TaskRecord):
             await self._outside.noted(TaskStoreActivities.write, write, summary="6 tell")
         except FailureError as error:
             workflow.logger.error("The task store refused %d facts: %s", len(facts), error)
-        del carried.unwritten[: len(facts)], carried.exceptions[: len(exceptions)]
-        self._in_flight = 0
+        self._backlog.written()
 
 
 class LeftTask:
@@ -106,7 +103,12 @@ class LeftTask:
         by_hand = HandCall(task, self._stop)
         self._record = LeftRecord(task, self._outside, left.row)
         clock = JobClock(self._record, ClockState(), default_eta_minutes=DEFAULT_ETA_MINUTES[task.scene][task.priority])
-        holds = HoldState(asked=left.holds, estimated=left.row.credits.estimated, asked_again=left.asked_again)
+        holds = HoldState(
+            asked=left.holds,
+            granted_before=left.holds_before,
+            estimated=left.row.credits.estimated,
+            asked_again=left.asked_again,
+        )
         self._ended_before = {hold.n for hold in left.holds if hold.resolved}
         """Holds that the run had given back, and told so."""
         look = RowRead(by_hand, left.row)
@@ -272,7 +274,7 @@ def _stand_in(row: TaskRow) -> ImageTask | TrainingTask:
     if row.scene is Scene.IMAGE_GENERATE:
         return ImageTask(prompt="", **known)
     return TrainingTask(
-        dataset=DatasetSource(dataset_id="unknown", source_uri="unknown"),
+        dataset=TakenDataset(dataset_id="unknown", source_uri="unknown"),
         hyperparameters=Hyperparameters(epochs=1, batch_size=1, learning_rate=1.0),
         **known,
     )

@@ -16,8 +16,8 @@ class HoldEnds:
     def __init__(self, state: HoldState) -> None:
         self._state = state
         if state.granted is None:  # a first run, or one that release 0.1.0 began
-            state.granted = sum(hold.pre_deduct_id is not None for hold in state.asked)
-            state.given_back = sum(hold.resolved for hold in state.asked)
+            state.granted = state.granted_before + sum(hold.pre_deduct_id is not None for hold in state.asked)
+            state.given_back = state.granted_before + sum(hold.resolved for hold in state.asked)
 
     def count_grant(self, tries: int) -> None:
         """A hold was granted, after it had been asked for this often."""

@@ -177,7 +177,7 @@ class LedgerSearch:
         while True:
             entries = await self._entries()
             has_kinds = any(entry.kind is not None for entry in entries)
-            found = _by_kind(entries, hold) if has_kinds else _by_total(entries, hold, self._holds.asked)
+            found = _by_kind(entries, hold) if has_kinds else _by_total(entries, hold, self._holds)
             if found.fate is not HoldFate.UNKNOWN or workflow.now() >= until:
                 return found
             await workflow.sleep(min(wait, until - workflow.now()), summary="5 ledger: look again")
@@ -200,16 +200,16 @@ def _by_kind(entries: list[LedgerEntry], hold: AskedHold) -> Found:
     return Found(HoldFate.UNKNOWN)
 
 
-def _by_total(entries: list[LedgerEntry], hold: AskedHold, asked: list[AskedHold]) -> Found:
+def _by_total(entries: list[LedgerEntry], hold: AskedHold, holds: HoldState) -> Found:
     """A ledger without kinds, whose commit shows as the rest that went back: totals can be compared.
 
     It is compared once the ledger shows every hold of the task taken and every one but those that stand ended: a total
     that lacks an entry would tell of a commit that never was, or hide one.
     """
-    granted = [each for each in asked if each.pre_deduct_id]
-    standing = [each for each in granted if each is not hold and not each.resolved]
+    granted = holds.granted_before + len(holds.granted_holds())
+    standing = [each for each in holds.granted_holds() if each is not hold and not each.resolved]
     taken = sum(entry.change < 0 for entry in entries)
-    if taken != len(granted) or len(entries) - taken != len(granted) - len(standing):
+    if taken != granted or len(entries) - taken != granted - len(standing):
         return Found(HoldFate.UNKNOWN)
     spent = -sum(entry.change for entry in entries) - sum(each.amount for each in standing)
     if spent == 0:

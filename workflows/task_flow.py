@@ -90,9 +90,9 @@ class TaskFlow(Generic[Run, Result]):
     async def clean_up(self) -> None:
         """What is left to do when job and credits are settled; it holds up nobody's credits."""
 
-    def carry_more(self, carried: CarriedRun) -> CarriedRun:
-        """What a flow adds to what a continued run goes on with."""
-        return carried
+    def continuation(self, carried: CarriedRun) -> Run:
+        """The argument of the run that goes on with `carried`."""
+        return self.task.model_copy(update={"carried": carried})
 
     # Row 0
 
@@ -338,8 +338,7 @@ class TaskFlow(Generic[Run, Result]):
             "price": self.price,
         }
         # Not made anew: what a worker of another version carried besides goes on with it.
-        carried = (self.task.carried or CarriedRun()).model_copy(update=state)
-        return self.task.model_copy(update={"carried": self.carry_more(carried)})
+        return self.continuation((self.task.carried or CarriedRun()).model_copy(update=state))
 
     def is_long(self) -> bool:
         """Whether the history is to be left behind."""

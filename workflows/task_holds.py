@@ -19,6 +19,7 @@ from contracts.calls import Post
 from contracts.carried import AskedHold, HoldState
 from contracts.credits import MAX_HOLD_SECONDS, CancelHoldReply, CancelHoldRequest, HoldReply, PreDeductRequest
 from contracts.errors import Answer, ExceptionCode, FailureCode, Refusal
+from contracts.size_budget import MAX_KEPT_HOLDS
 from contracts.tasks import CreditsSummary, EventType, ImageTask, SettlementState, TrainingTask
 from workflows.doubled_holds import DoubledHolds
 from workflows.earlier_life import is_own_key
@@ -80,25 +81,26 @@ class TaskHolds:
         self.forgotten = ForgottenHolds(carried, self.ledger, self.ends, record, look or RowLook(outside), self._cancel)
 
     def carry(self) -> HoldState:
+        self.state.leave_out_old()
         return self.state
 
     @property
     def standing(self) -> AskedHold | None:
         """The newest hold that was granted, is not resolved and not being given back."""
-        granted = [hold for hold in self.state.asked if hold.pre_deduct_id and not hold.resolved and not hold.leaving]
+        granted = [hold for hold in self.state.granted_holds() if not hold.resolved and not hold.leaving]
         return granted[-1] if granted else None
 
     @property
     def amount(self) -> int:
         """Points of the last hold that was granted."""
-        granted = [hold.amount for hold in self.state.asked if hold.pre_deduct_id]
-        return granted[-1] if granted else 0
+        granted = self.state.granted_holds()
+        return granted[-1].amount if granted else 0
 
     @property
     def usable(self) -> int:
         """Points of the last granted hold that may be charged: never more than were asked for."""
-        granted = [hold.usable for hold in self.state.asked if hold.pre_deduct_id]
-        return granted[-1] if granted else 0
+        granted = self.state.granted_holds()
+        return granted[-1].usable if granted else 0
 
     @property
     def told_as_held(self) -> int:
@@ -109,8 +111,10 @@ class TaskHolds:
         """`credits` of results and queries, in points; nothing is returned while a hold stands."""
         if self.told_by_row is not None:
             return self.told_by_row
-        is_open = any(hold.pre_deduct_id and not hold.resolved for hold in self.state.asked)
+        granted = self.state.granted_holds()
+        is_open = any(not hold.resolved for hold in granted)
         returned = 0 if is_open else max(0, self.amount - self.state.charged)
+        ids = [hold.pre_deduct_id for hold in granted if hold.pre_deduct_id]
         is_unknown = self.state.settlement is SettlementState.UNKNOWN
         return CreditsSummary(
             estimated=self.state.estimated,
@@ -119,7 +123,8 @@ class TaskHolds:
             returned=None if is_unknown else returned,
             shortfall=self.state.shortfall,
             settlement=self.state.settlement,
-            pre_deduct_ids=[hold.pre_deduct_id for hold in self.state.asked if hold.pre_deduct_id],
+            pre_deduct_ids=ids[-MAX_KEPT_HOLDS:],
+            pre_deduct_count=self.state.granted_before + len(ids),
         )
 
     # Taken
@@ -175,9 +180,7 @@ class TaskHolds:
             estimated_cost=amount,
             expire_in=min(MAX_HOLD_SECONDS, max(SHORTEST_LIFE_SECONDS, seconds)),
         )
-        hold = AskedHold(n=self.forgotten.numbers_taken + 1, request=request, asked_at=now)
-        self.state.asked.append(hold)
-        return hold
+        return self.state.note(self.forgotten.numbers_taken + 1, request, now)
 
     def _granted(self, hold: AskedHold, answer: Answer[HoldReply]) -> HoldReply:
         if is_own_key(answer, self._outside.told) or (answer.earlier_life is not None and answer.earlier_life.is_known):
@@ -243,7 +246,7 @@ class TaskHolds:
         One that turns out to be committed counts as charged: such a task is completed (contract §4 *cancel refused*).
         """
         await self._all_left()
-        for hold in self.state.asked:
+        for hold in list(self.state.asked):
             if not hold.resolved and not hold.refused:
                 await self._give_back_one(hold, hold.leaving or reason)
         await self._doubled.give_back(reason)

@@ -10,7 +10,7 @@ from pydantic import AwareDatetime, BaseModel
 
 from contracts.calls import JobCall, Post, SnapshotOrder
 from contracts.carried import ImageRun, TrainingRun
-from contracts.comfyui import JobRequest, TrainingRequest
+from contracts.comfyui import JobRequest, TrainingDraft
 from contracts.credits import CancelHoldRequest, ChargeRequest, CommitRequest, EstimateRequest, PreDeductRequest
 from contracts.give_back import GiveBackRun, LeftBehind
 from contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen, ReconcileOrder
@@ -22,7 +22,7 @@ HANDED_ON: Final[dict[str, type[BaseModel]]] = {
     "give-back-run": GiveBackRun,
     "reconcile-order": ReconcileOrder,
     "submit-job": Post[JobRequest],
-    "create-training": Post[TrainingRequest],
+    "create-training": Post[TrainingDraft],
     "estimate": Post[EstimateRequest],
     "pre-deduct": Post[PreDeductRequest],
     "commit": Post[CommitRequest],
@@ -51,6 +51,8 @@ _BY_NAME: Final[dict[str, Any]] = {
     "callback_url": _ADDRESS,
     "image_url": _ADDRESS,
     "result_urls": [_ADDRESS],
+    "sha256": "0" * 64,
+    "files_sha256": "0" * 64,
 }
 """What no type tells: the order of two instants, addresses."""
 _LEAVES: Final[dict[Any, Any]] = {

@@ -15,9 +15,10 @@ from contracts.carried import JobNews, WatchState
 from contracts.comfyui import JobState
 from contracts.errors import Answer, ErrorDetails, FailureCode, Refusal
 from contracts.permissions import Scene
+from contracts.size_budget import MAX_INBOX, MAX_SIGNAL_BYTES
 from contracts.tasks import TaskStatus
 from workflows.job_routes import IMAGE_ROUTES
-from workflows.job_watch import MAX_INBOX, MAX_PAYLOAD_BYTES, JobWatch
+from workflows.job_watch import JobWatch
 from workflows.outside_call import OutsideCall
 from workflows.task_record import TaskRecord
 
@@ -166,7 +167,7 @@ def state(sequence: int, **fields: Any) -> JobState:
         b'"t1"',
         json.dumps(said(1) | {"task_id": "t2"}).encode(),
         json.dumps({"task_id": "t1"}).encode(),
-        json.dumps(said(1, message="x" * MAX_PAYLOAD_BYTES)).encode(),
+        json.dumps(said(1, message="x" * MAX_SIGNAL_BYTES)).encode(),
     ],
     ids=["nothing", "empty", "no JSON", "a list", "a text", "another task's", "no job", "too large"],
 )

@@ -12,10 +12,11 @@ from temporalio.common import SearchAttributeUpdate
 
 from contracts.carried import HeldProgress, JobNews, RecordState
 from contracts.errors import ErrorDetails, ExceptionCode, FailureCode
+from contracts.size_budget import MAX_UNWRITTEN
 from contracts.tasks import EventType, ImageTask, TaskStatus
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall
-from workflows.task_record import MAX_UNWRITTEN, TaskRecord
+from workflows.task_record import TaskRecord
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TASK = ImageTask(task_id="t1", tenant_id="tenant", user_id="user", template_id="upscale", prompt="")
@@ -170,7 +171,8 @@ def test_a_word_that_shows_nothing_new_is_not_told(recorded: Recorded) -> None:
 
     changes: list[dict[str, Any]] = [{"progress": 11.0}, {"queue_position": 3}, {"next_eta": NOON}]
     for changed in changes:
-        recorded.carried.unwritten.clear()
+        recorded.record._backlog.take()
+        recorded.record._backlog.written()
         recorded.pass_seconds(5)
         recorded.hear(9, **{"progress": 10.9, **changed})
         assert recorded.keys == ["j1:9"], changed
@@ -194,7 +196,7 @@ def test_while_the_store_is_away_only_the_newest_progress_of_a_stage_waits(recor
 
 def test_what_is_being_written_is_not_changed(recorded: Recorded) -> None:
     recorded.hear(1, progress=10.0)
-    recorded.record._in_flight = 1
+    recorded.record._backlog.take()
     for sequence in (2, 3):
         recorded.pass_seconds(2)
         recorded.hear(sequence, progress=10.0 * sequence)
@@ -213,7 +215,7 @@ def test_a_message_is_no_progress_and_is_never_coalesced(recorded: Recorded) -> 
 
 def test_a_full_list_drops_the_oldest_progress_that_is_not_being_written_and_nothing_else(recorded: Recorded) -> None:
     recorded.hear(1, progress=1.0)
-    recorded.record._in_flight = 1
+    recorded.record._backlog.take()
     for n in range(2, MAX_UNWRITTEN, 2):
         recorded.pass_seconds(2)
         recorded.hear(n, queue_position=n)
