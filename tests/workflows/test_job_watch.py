@@ -176,7 +176,7 @@ def test_what_can_be_no_message_of_this_task_is_counted_and_raises_nothing(
 ) -> None:
     watched.watch.take(payload)
 
-    assert MAX_PAYLOAD_BYTES == 256 * 1024, "what the gateway takes"
+    assert MAX_SIGNAL_BYTES == 256 * 1024, "what the gateway takes"
     assert (watched.state.callbacks_refused, watched.state.inbox) == (1, [])
     assert not watched.watch.has_word()
 
