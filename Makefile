@@ -73,11 +73,11 @@ pytest: setup
 pytest-all: setup
 	$(call timed,tests,$(BIN)/python -m pytest $(SIDE_BY_SIDE))
 
-simulate: setup ## both workflows by seeds, without a server (SEEDS=10000)
-	@$(BIN)/python -m simulation --seeds $(or $(SEEDS),1000)
+simulate: setup ## both workflows by seeds, without a server (SEEDS=10000 PROFILE=both)
+	@$(BIN)/python -m simulation --seeds $(or $(SEEDS),1000) $(if $(PROFILE),--profile $(PROFILE))
 
-mutation: setup ## which small mistakes neither simulation nor tests see (ONLY=workflows/stop.py, SAMPLE=60 SEED=1, SEEDS=1200)
-	@$(BIN)/python -m mutation $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS))
+mutation: setup ## which small mistakes neither simulation nor tests see (ONLY=workflows/stop.py, READ=1 SAMPLE=60 SEED=1, SEEDS=1200)
+	@$(BIN)/python -m mutation $(if $(READ),--read) $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS))
 
 kill-points: setup ## the whole stack struck at every instant of both flows (ONLY="image: commit" KINDS=worker-killed,… PROFILE=field)
 	@$(BIN)/python -m kill_points $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))

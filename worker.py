@@ -121,7 +121,7 @@ async def opened_activities(
             raise CannotStart(str(error)) from None
         lives = Lives(store)
         yield activities_of(
-            ComfyUIActivities(comfyui, lives),
+            ComfyUIActivities(comfyui, lives, datasets),
             CreditsActivities(credits_client, lives),
             DatasetActivities(datasets),
             TaskStoreActivities(store, policy_by(settings)),

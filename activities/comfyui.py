@@ -6,29 +6,34 @@ Each activity answers `Answer`: the reply, a definite refusal, or *not offered*.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Protocol
 
 from pydantic import TypeAdapter
 from temporalio import activity
 
 from activities.lives import Lives
 from activities.outside_client import OutsideClient, same
-from activities.outside_http import Party, Route
+from activities.outside_http import Party, Route, current_time_limit_seconds, time_limit
 from activities.running_call import answered
-from contracts.calls import CallFor, JobCall, Post
+from contracts.calls import CallFor, GpuQuestion, JobCall, Post
 from contracts.comfyui import (
+    DatasetSnapshot,
     GpuPool,
     JobAccepted,
     JobCancelled,
     JobRequest,
     JobState,
+    SnapshotReference,
     TrainingAccepted,
+    TrainingDraft,
     TrainingRequest,
     TrainingState,
 )
 from contracts.errors import COMFYUI_CODES_BY_NUMBER, COMFYUI_ERRORS, Answer, FailureCode
 from contracts.permissions import REQUIRED_SCOPES, Operation
+from contracts.size_budget import MAX_POOLS
 
 COMFYUI: Final = Party(
     name="ComfyUI",
@@ -110,15 +115,22 @@ class ComfyUIClient(OutsideClient):
         )
 
 
+class Snapshots(Protocol):
+    """Where a snapshot's list of files is read: `activities.datasets.DatasetSnapshots`."""
+
+    async def whole(self, reference: SnapshotReference) -> DatasetSnapshot: ...
+
+
 class ComfyUIActivities:
     """ComfyUI as workflows see it. The client stays the caller's to open and close.
 
     Calls that begin something go through `lives` first.
     """
 
-    def __init__(self, client: ComfyUIClient, lives: Lives) -> None:
+    def __init__(self, client: ComfyUIClient, lives: Lives, snapshots: Snapshots) -> None:
         self._client = client
         self._lives = lives
+        self._snapshots = snapshots
 
     @activity.defn
     async def submit_job(self, post: Post[JobRequest]) -> Answer[JobAccepted]:
@@ -133,8 +145,17 @@ class ComfyUIActivities:
         return await answered(call.call_for, self._client.cancel_job(call))
 
     @activity.defn
-    async def create_training(self, post: Post[TrainingRequest]) -> Answer[TrainingAccepted]:
-        return await answered(post.call_for, self._lives.begin(post, self._client.create_training))
+    async def create_training(self, post: Post[TrainingDraft]) -> Answer[TrainingAccepted]:
+        """The list of files joins the body here; one that is not the draft's is `dataset_invalid`."""
+        return await answered(post.call_for, self._lives.begin(post, self._create_training))
+
+    async def _create_training(self, post: Post[TrainingDraft]) -> Answer[TrainingAccepted]:
+        began, limit = time.monotonic(), current_time_limit_seconds()
+        request = post.body.request(await self._snapshots.whole(post.body.dataset))
+        with time_limit(limit - (time.monotonic() - began)):
+            return await self._client.create_training(
+                Post[TrainingRequest](call_for=post.call_for, key=post.key, body=request)
+            )
 
     @activity.defn
     async def start_training(self, call: JobCall) -> Answer[TrainingState]:
@@ -149,5 +170,17 @@ class ComfyUIActivities:
         return await answered(call.call_for, self._client.cancel_training(call))
 
     @activity.defn
-    async def list_gpus(self, call_for: CallFor) -> Answer[list[GpuPool]]:
-        return await answered(call_for, self._client.list_gpus(call_for))
+    async def list_gpus(self, question: GpuQuestion) -> Answer[list[GpuPool]]:
+        """The pools that decide, of a list that may be long."""
+        answer = await answered(question, self._client.list_gpus(question))
+        return answer if answer.reply is None else Answer(reply=deciding_pools(answer.reply, question.gpu_type))
+
+
+def deciding_pools(pools: list[GpuPool], gpu_type: str | None) -> list[GpuPool]:
+    """One pool a type, one that has GPUs where there is one: of the asked type, else of the first types."""
+    deciding: dict[str, GpuPool] = {}
+    for pool in pools:
+        known = deciding.get(pool.gpu_type)
+        if gpu_type in (None, pool.gpu_type) and (known is None or (pool.total > 0 and not known.total)):
+            deciding[pool.gpu_type] = pool
+    return sorted(deciding.values(), key=lambda pool: pool.total == 0)[:MAX_POOLS]

@@ -7,6 +7,7 @@ Each activity answers `Answer`: the reply or a definite refusal. Everything else
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import ClassVar, Final
 
 from temporalio import activity
@@ -28,10 +29,12 @@ from contracts.credits import (
     HoldReply,
     Ledger,
     LedgerEntry,
+    LedgerKind,
     PreDeductRequest,
 )
 from contracts.errors import CREDITS_CODES_BY_NUMBER, CREDITS_ERRORS, Answer, FailureCode
 from contracts.permissions import SCENE_SCOPES, Scope
+from contracts.size_budget import MAX_LEDGER_BYTES, json_bytes
 
 CREDITS: Final = Party(
     name="The credits service",
@@ -60,6 +63,8 @@ BALANCE: Final = Route("GET", "/api/v1/credits/balance", messages_by_number=_ABO
 LEDGER: Final = Route("GET", "/api/v1/credits/ledger", messages_by_number=_ABOUT_ACCOUNT)
 
 MAX_LEDGER_PAGES: Final = 200
+CUT: Final = "cut"
+"""Stands for the cursor of a ledger that was read and is too large to be told whole."""
 LEDGER_SECONDS: Final = 3.0
 """How long further pages are asked for: the last one still has the time that a slow answer needs."""
 
@@ -138,7 +143,7 @@ class CreditsClient(OutsideClient):
             if cursor is None or time.monotonic() - began > LEDGER_SECONDS:
                 break
             seen.add(cursor)
-        return Answer(reply=Ledger(entries=entries_of_task(entries, query.task_id), cursor=cursor))
+        return Answer(reply=fitting(Ledger(entries=entries_of_task(entries, query.task_id), cursor=cursor)))
 
 
 def entries_of_task(entries: list[LedgerEntry], task_id: str) -> list[LedgerEntry]:
@@ -147,6 +152,44 @@ def entries_of_task(entries: list[LedgerEntry], task_id: str) -> list[LedgerEntr
     return [
         entry for entry in entries if entry.task_id == task_id or (not entry.task_id and entry.pre_deduct_id in holds)
     ]
+
+
+def fitting(ledger: Ledger) -> Ledger:
+    """The ledger without its oldest holds that were taken and given back, where it is too large to be told whole.
+
+    Such a pair charged nothing. What still does not fit goes too, the oldest first, and `cursor` says that not all
+    was read.
+    """
+    sizes = [json_bytes(entry) + 1 for entry in ledger.entries]
+    too_much = sum(sizes) - MAX_LEDGER_BYTES
+    if too_much <= 0:
+        return ledger
+    left_out: set[int] = set()
+    for pair in _given_back(ledger.entries):
+        if too_much > 0:
+            left_out |= set(pair)
+            too_much -= sum(sizes[i] for i in pair)
+    cursor = ledger.cursor
+    for i in reversed(range(len(ledger.entries))):
+        if too_much > 0 and i not in left_out:
+            left_out.add(i)
+            too_much -= sizes[i]
+            cursor = cursor or CUT
+    return Ledger(entries=[entry for i, entry in enumerate(ledger.entries) if i not in left_out], cursor=cursor)
+
+
+def _given_back(entries: list[LedgerEntry]) -> Iterator[tuple[int, int]]:
+    """Places of a pre-deduct and of the cancel or expiry that undid it, the oldest first; entries are newest first."""
+    taken: dict[tuple[str | None, int], list[int]] = {}
+    for i in reversed(range(len(entries))):
+        entry = entries[i]
+        kind = entry.kind.value if entry.kind is not None else entry.reason
+        if kind == LedgerKind.PRE_DEDUCT:
+            taken.setdefault((entry.pre_deduct_id, -entry.change), []).append(i)
+        elif kind in (LedgerKind.CANCEL, LedgerKind.EXPIRE) and (
+            held := taken.get((entry.pre_deduct_id, entry.change))
+        ):
+            yield held.pop(0), i
 
 
 def _scope(call_for: CallFor) -> Scope:

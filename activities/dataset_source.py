@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from obstore.exceptions import GenericError, JoinError
+from pydantic_core import to_json
 
 from activities.object_folders import STORAGE_ERRORS, FoundObject, LeadsOut, ObjectFolder
 from activities.outside_http import OutsideFailure
 from contracts.comfyui import DatasetFile
 from contracts.errors import FailureCode
 from contracts.fields import repaired, shortened
+from contracts.size_budget import MAX_SENT_LIST_BYTES
 
-MAX_LIST_BYTES: Final = 1536 * 1024
-"""A snapshot's list of files goes through workflow history and the training request: Temporal takes 2 MiB at most."""
+FILE_BYTES: Final = 120
+"""Of one file in a training request, beside its path."""
 SIZES_AT_ONCE: Final = 16
 
 
@@ -37,11 +39,11 @@ class DatasetSource:
         total = sum(item.size_bytes for item in found)
         if total > max_bytes:
             raise invalid(f"The dataset has {total} bytes, at most {max_bytes} are taken.")
-        list_bytes = sum(len(item.path.encode()) + 120 for item in found)
-        if list_bytes > MAX_LIST_BYTES:
+        list_bytes = sum(len(to_json(item.path)) + FILE_BYTES for item in found)
+        if list_bytes > MAX_SENT_LIST_BYTES:
             raise invalid(
-                f"The list of the dataset's {len(found)} files takes {list_bytes} bytes, at most {MAX_LIST_BYTES} are "
-                "taken. Use shorter paths or pack files together."
+                f"The list of the dataset's {len(found)} files takes {list_bytes} bytes, at most {MAX_SENT_LIST_BYTES} "
+                "are taken. Use shorter paths or pack files together."
             )
         return sorted(found, key=lambda item: item.path)
 
@@ -80,16 +82,7 @@ class DatasetSource:
             raise self._named(error, path) from None
 
     def _named(self, error: Exception, path: str) -> OutsideFailure:
-        where = self._folder.address.text
-        if isinstance(error, LeadsOut):
-            return invalid(f"{str(error)!r} leads out of {where}. Symbolic links must stay inside the dataset.")
-        if isinstance(error, FileNotFoundError):
-            return invalid(f"{path!r} is not in {where}. Check dataset.files and source_uri.")
-        if self._folder.address.local is None and _is_passing(error):
-            return OutsideFailure(
-                FailureCode.INTERNAL, f"{where} did not answer for {path!r}: {said(error)}. It is retried."
-            )
-        return invalid(f"{path!r} in {where} cannot be read: {said(error)}. Give the worker the right to read it.")
+        return folder_failure(self._folder, error, path)
 
 
 @dataclass
@@ -118,6 +111,20 @@ class HashedChunks:
 
     def as_file(self, path: str) -> DatasetFile:
         return DatasetFile(path=path, size_bytes=self.size_bytes, sha256=self._sha256.hexdigest())
+
+
+def folder_failure(folder: ObjectFolder, error: Exception, path: str) -> OutsideFailure:
+    """What an error of a caller's own folder means: `dataset_invalid`, or `internal` where it may pass."""
+    where = folder.address.text
+    if isinstance(error, LeadsOut):
+        return invalid(f"{str(error)!r} leads out of {where}. Symbolic links must stay inside the dataset.")
+    if isinstance(error, FileNotFoundError):
+        return invalid(f"{path!r} is not in {where}. Check dataset.files and source_uri.")
+    if folder.address.local is None and _is_passing(error):
+        return OutsideFailure(
+            FailureCode.INTERNAL, f"{where} did not answer for {path!r}: {said(error)}. It is retried."
+        )
+    return invalid(f"{path!r} in {where} cannot be read: {said(error)}. Give the worker the right to read it.")
 
 
 def _is_passing(error: Exception) -> bool:

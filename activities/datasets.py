@@ -3,6 +3,8 @@
 A snapshot lies in temporary object storage, below the task's own folder:
 
     {object_store_url}/snapshots/{task_id}/{dataset_id}/files/…        the copies; `snapshot_uri`
+    {object_store_url}/snapshots/{task_id}/{dataset_id}/list-{sha256}.json
+                                                                       the list of files; runs carry its address
     {object_store_url}/snapshots/{task_id}/{dataset_id}/manifest.json  written last: a snapshot with one is whole
     {object_store_url}/deleted/{task_id}.{dataset_id}                  when its deletion was ordered; kept for two days
 
@@ -26,12 +28,14 @@ from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
+from urllib.parse import unquote
 
 from pydantic import BaseModel, Field, ValidationError
 from temporalio import activity
 
 from activities.dataset_source import DatasetSource, HashedChunks, invalid, said
 from activities.deletion_note import DeletionNote
+from activities.file_lists import FileLists, as_list, checksum_of, read_manifest, storage_away, task_folder
 from activities.object_folders import (
     STORAGE_ERRORS,
     BadAddress,
@@ -44,11 +48,12 @@ from activities.object_folders import (
 from activities.outside_http import OutsideFailure
 from activities.running_call import asked_by_workflow, one_line, wait_with_heartbeats
 from contracts.calls import CallFor, SnapshotOrder
-from contracts.comfyui import DatasetFile, DatasetSnapshot
+from contracts.comfyui import DatasetFile, DatasetSnapshot, ManifestReference, SnapshotReference
 from contracts.errors import FailureCode
 
 MAX_FILES: Final = 10_000
 MAX_BYTES: Final = 100 * 1024**3
+MANIFEST: Final = "manifest.json"
 LOOK_EVERY_SECONDS: Final = 5.0
 """How long a copy goes on at most that a deletion has overtaken, apart from the file it is at."""
 
@@ -74,10 +79,26 @@ class Manifest(BaseModel):
     """`manifest.json`: which order this snapshot answers, and what it holds."""
 
     source_uri: str
-    asked_files: list[str] | None
-    snapshot: DatasetSnapshot
+    asked_sha256: str | None = None
+    """Of the list of files that was asked for; None for all of them."""
+    snapshot: SnapshotReference
     began_at: datetime | None = None
     """When the attempt began that wrote it."""
+    asked_files: list[str] | None = Field(default=None, exclude=True)
+    """The list itself, as the first release wrote it."""
+
+    def answers(self, order: SnapshotOrder) -> bool:
+        asked = self.asked_sha256 or (None if self.asked_files is None else checksum_of(as_list(self.asked_files)))
+        return (self.source_uri, asked) == (order.source_uri, asked_sha256_of(order))
+
+
+def asked_sha256_of(order: SnapshotOrder) -> str | None:
+    """What names the list that an order asks for, whichever way it is told; None for all files."""
+    if order.files_sha256 is not None:
+        return order.files_sha256
+    if order.manifest is not None:
+        return order.manifest.sha256
+    return None if order.files is None else checksum_of(as_list(order.files))
 
 
 def chained(digest: str, file: DatasetFile) -> str:
@@ -115,8 +136,8 @@ class DatasetSnapshots:
     ) -> None:
         return None
 
-    async def snapshot(self, order: SnapshotOrder, progress: Progress, began_at: datetime) -> DatasetSnapshot:
-        """Copy the dataset and give its list of files; `progress` is resumed from and kept up to date.
+    async def snapshot(self, order: SnapshotOrder, progress: Progress, began_at: datetime) -> SnapshotReference:
+        """Copy the dataset and tell where its list of files lies; `progress` is resumed from and kept up to date.
 
         `began_at`: when this attempt began. Where a deletion was ordered later nothing of the copy is left.
         """
@@ -124,23 +145,44 @@ class DatasetSnapshots:
         finished = await self._finished(order, target)
         if finished is not None:
             return finished
-        source = DatasetSource(self._source_folder(order), order.files)
+        source = DatasetSource(self._source_folder(order), await self._asked_files(order, target))
         try:
             files = await self._all_copied(source, target, note, progress, began_at)
             snapshot = DatasetSnapshot(
                 dataset_id=order.dataset_id, snapshot_uri=target.address.below("files").text + "/", files=files
             )
-            manifest = Manifest(
-                source_uri=order.source_uri, asked_files=order.files, snapshot=snapshot, began_at=began_at
-            )
             await self._check_wanted(note, began_at)
-            await self._stored(target.write("manifest.json", manifest.model_dump_json().encode()))
+            reference = await self._listed(target, snapshot)
+            manifest = Manifest(
+                source_uri=order.source_uri,
+                asked_sha256=asked_sha256_of(order),
+                snapshot=reference,
+                began_at=began_at,
+            )
+            await self._stored(target.write(MANIFEST, manifest.model_dump_json().encode()))
             await self._check_wanted(note, began_at)
         finally:
             ordered_at = await self._stored(note.ordered_at())
             if ordered_at is not None and began_at < ordered_at:
                 await self._stored(self._emptied_of(target, before=ordered_at))
-        return snapshot
+        return reference
+
+    async def _listed(self, target: ObjectFolder, snapshot: DatasetSnapshot) -> SnapshotReference:
+        """Keep a snapshot's list under a name made of its checksum: an attempt that lands late changes nothing."""
+        raw = snapshot.model_dump_json().encode()
+        sha256 = checksum_of(raw)
+        name = f"list-{sha256}.json"
+        await self._stored(target.write(name, raw))
+        return SnapshotReference(
+            dataset_id=snapshot.dataset_id,
+            snapshot_uri=snapshot.snapshot_uri,
+            manifest=ManifestReference(
+                uri=target.address.below(name).text,
+                sha256=sha256,
+                file_count=len(snapshot.files),
+                total_bytes=sum(file.size_bytes for file in snapshot.files),
+            ),
+        )
 
     async def _all_copied(
         self, source: DatasetSource, target: ObjectFolder, note: DeletionNote, progress: Progress, began_at: datetime
@@ -157,6 +199,25 @@ class DatasetSnapshots:
             files.append(file)
             progress.add(file)
         return files
+
+    async def whole(self, reference: SnapshotReference) -> DatasetSnapshot:
+        """The snapshot with its list, as a training request holds it. Raises OutsideFailure `dataset_invalid`."""
+        if reference.manifest is None:
+            return _inline(reference)
+        folder, _, name = reference.manifest.uri.rpartition("/")
+        raw = b""
+        try:
+            raw = await ObjectFolder(read_address(folder)).read_whole(name)
+        except FileNotFoundError:
+            pass
+        except STORAGE_ERRORS as error:
+            raise self._storage_away(error) from None
+        if checksum_of(raw) != reference.manifest.sha256:
+            raise invalid(
+                f"{reference.manifest.uri} is gone or is not what its sha256 says. "
+                "Nobody but the worker may touch snapshots."
+            )
+        return DatasetSnapshot.model_validate_json(raw)
 
     async def _check_wanted(self, note: DeletionNote, began_at: datetime) -> None:
         ordered_at = await self._stored(note.ordered_at())
@@ -191,21 +252,34 @@ class DatasetSnapshots:
             if not _ID.fullmatch(value):
                 raise invalid(f"{name} {value!r} names no folder: use 1 to 64 letters, digits, '_' and '-'.")
         try:
-            return ObjectFolder(self._root, "snapshots", order.call_for.task_id, order.dataset_id, is_ours=True)
+            return task_folder(self._root, order.call_for.task_id, order.dataset_id)
         except STORAGE_ERRORS as error:
             raise self._storage_away(error) from None
 
+    async def _asked_files(self, order: SnapshotOrder, target: ObjectFolder) -> list[str] | None:
+        """The files that were asked for, however that was told; None for all."""
+        if order.files_sha256 is not None:
+            return await FileLists(self._root).get(target, order.files_sha256)
+        if order.manifest is not None:
+            uri, _, name = order.manifest.uri.rpartition("/")
+            folder = self._tenants_folder(order, "dataset.manifest.uri", uri)
+            return await read_manifest(folder, unquote(name), order.manifest.sha256)
+        return order.files
+
     def _source_folder(self, order: SnapshotOrder) -> ObjectFolder:
+        return self._tenants_folder(order, "dataset.source_uri", order.source_uri)
+
+    def _tenants_folder(self, order: SnapshotOrder, field: str, uri: str) -> ObjectFolder:
         try:
-            address = read_address(order.source_uri)
+            address = read_address(uri)
         except BadAddress as error:
-            raise invalid(f"dataset.source_uri {error}.") from None
+            raise invalid(f"{field} {error}.") from None
         if self._dataset_roots and not self._is_tenants(address, order.call_for.tenant_id):
-            raise invalid("dataset.source_uri does not lie below a folder of the task's tenant.")
+            raise invalid(f"{field} does not lie below a folder of the task's tenant.")
         try:
             return ObjectFolder(address)
         except STORAGE_ERRORS as error:
-            raise invalid(f"{address.text} cannot be opened: {said(error)}. Check dataset.source_uri.") from None
+            raise invalid(f"{address.text} cannot be opened: {said(error)}. Check {field}.") from None
 
     def _is_tenants(self, address: FolderAddress, tenant_id: str) -> bool:
         for template in self._dataset_roots:
@@ -219,18 +293,18 @@ class DatasetSnapshots:
                 return True
         return False
 
-    async def _finished(self, order: SnapshotOrder, target: ObjectFolder) -> DatasetSnapshot | None:
+    async def _finished(self, order: SnapshotOrder, target: ObjectFolder) -> SnapshotReference | None:
         """The snapshot of an earlier attempt whose answer was lost, if it is whole and answers this order."""
         manifest = await self._manifest(target)
-        if manifest is None:
+        if manifest is None or not manifest.answers(order):
             return None
-        if manifest.source_uri != order.source_uri or manifest.asked_files != order.files:
-            return None
+        if manifest.snapshot.manifest is None:  # the first release kept the list here
+            return await self._listed(target, _inline(manifest.snapshot))
         return manifest.snapshot
 
     async def _manifest(self, target: ObjectFolder) -> Manifest | None:
         try:
-            return Manifest.model_validate_json(await target.read_whole("manifest.json"))
+            return Manifest.model_validate_json(await target.read_whole(MANIFEST))
         except (FileNotFoundError, ValidationError):
             return None
         except STORAGE_ERRORS as error:
@@ -287,11 +361,12 @@ class DatasetSnapshots:
             raise self._storage_away(error) from None
 
     def _storage_away(self, error: Exception) -> OutsideFailure:
-        return OutsideFailure(
-            FailureCode.INTERNAL,
-            f"Temporary object storage at {self._root.text} cannot be used: {said(error)}. It is retried; "
-            "check COMFYUI_TEMPORAL_OBJECT_STORE_URL, its credentials and its room.",
-        )
+        return storage_away(self._root, error)
+
+
+def _inline(reference: SnapshotReference) -> DatasetSnapshot:
+    """A snapshot whose list came with it, as the first release carried it."""
+    return DatasetSnapshot(**reference.model_dump(exclude={"manifest"}))
 
 
 def _setting(name: str, uri: str) -> FolderAddress:
@@ -313,7 +388,7 @@ class DatasetActivities:
         self._client = client
 
     @activity.defn
-    async def snapshot(self, order: SnapshotOrder) -> DatasetSnapshot:
+    async def snapshot(self, order: SnapshotOrder) -> SnapshotReference:
         """Raises ApplicationError: `dataset_invalid` (not retried) or `internal` (storage away, retried)."""
         info = activity.info()
         progress = _last_progress(info.heartbeat_details)

@@ -17,8 +17,8 @@ from activities.credits import CreditsActivities
 from activities.datasets import DatasetActivities
 from activities.task_store import TaskStoreActivities
 from contracts.calls import CallFor, JobCall, Post, SnapshotOrder
-from contracts.carried import AskedHold, AskedJob, ImageRun, TrainingRun
-from contracts.comfyui import JobAccepted, JobRequest, Resolution, TaskPriority, TrainingAccepted, TrainingRequest
+from contracts.carried import AskedHold, AskedJob, HoldState, ImageRun, TrainingRun, not_left_out
+from contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingDraft
 from contracts.credits import (
     MIN_HOLD_SECONDS,
     CancelHoldReply,
@@ -32,6 +32,7 @@ from contracts.errors import Answer, FailureCode, sentences_of
 from contracts.give_back import LeftBehind, OwnEnd
 from contracts.handed_on import Doubtful
 from contracts.permissions import Scene
+from contracts.size_budget import MAX_KEPT_HOLDS
 from contracts.task_store import TaskRow
 from contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, ImageResult, TaskStatus, TrainingResult
 
@@ -69,10 +70,20 @@ class HistoryReading:
     """One run's history, event by event. A continued run's first event carries what its forerunners left."""
 
     def __init__(self, left: LeftBehind, converter: DataConverter) -> None:
-        self.left = left
+        self._left = left
+        self._holds = HoldState(asked=left.holds)
         self._converter = converter
         self._asked: dict[int, tuple[str, Any]] = {}
         """Scheduled event → the activity's name, and what was asked."""
+
+    @property
+    def left(self) -> LeftBehind:
+        """What was read so far: of holds and jobs what can still be asked about, and never a list of files."""
+        self._holds.leave_out_old()
+        for job in self._left.jobs:
+            job.lighten()
+        self._left.holds, self._left.holds_before = self._holds.asked, self._holds.granted_before
+        return self._left
 
     async def take(self, event: HistoryEvent) -> None:
         """Raises NotReadHere: what a newer worker wrote is never passed over, for it may hold credits or a job."""
@@ -87,7 +98,7 @@ class HistoryReading:
                 completed = event.workflow_execution_completed_event_attributes
                 await self._take_result(completed.result.payloads, event)
             case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_CANCELED:
-                self.left.own_end = OwnEnd(status=TaskStatus.CANCELLED)
+                self._left.own_end = OwnEnd(status=TaskStatus.CANCELLED)
             case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED:
                 self._take_failure(event.workflow_execution_failed_event_attributes.failure)
 
@@ -97,16 +108,19 @@ class HistoryReading:
         if model is None:
             raise self._unread(event, f"a workflow {started.workflow_type.name} is not known here")
         run: ImageRun | TrainingRun = await self._read(started.input.payloads, model, event)
+        if isinstance(run, TrainingRun) and run.dataset.files_sha256 is not None:
+            self._left.snapshot = self._snapshot_of(run)  # the gateway's list of files lies there
         carried = run.carried
         if carried is None:
             return
-        self.left.holds, self.left.jobs = list(carried.hold.asked), list(carried.jobs)
+        self._holds, self._left.jobs = carried.hold, list(carried.jobs)
         if isinstance(run, TrainingRun) and carried.dataset.is_asked and not carried.dataset.is_deleted:
-            row = self.left.row
-            self.left.snapshot = SnapshotOrder(
-                call_for=CallFor(task_id=row.task_id, tenant_id=row.tenant_id, user_id=row.user_id, scene=row.scene),
-                **run.dataset.model_dump(),
-            )
+            self._left.snapshot = self._snapshot_of(run)
+
+    def _snapshot_of(self, run: TrainingRun) -> SnapshotOrder:
+        row, dataset = self._left.row, run.dataset
+        call_for = CallFor(task_id=row.task_id, tenant_id=row.tenant_id, user_id=row.user_id, scene=row.scene)
+        return SnapshotOrder(call_for=call_for, dataset_id=dataset.dataset_id, source_uri=dataset.source_uri)
 
     async def _take_call(self, event: HistoryEvent) -> None:
         scheduled = event.activity_task_scheduled_event_attributes
@@ -118,47 +132,47 @@ class HistoryReading:
         if name == _named(ComfyUIActivities.submit_job):
             asked = self._job(await self._read(payloads, Post[JobRequest], event), at)
         elif name == _named(ComfyUIActivities.create_training):
-            asked = self._job(await self._read(payloads, Post[TrainingRequest], event), at)
+            asked = self._job(await self._read(payloads, Post[TrainingDraft], event), at)
         elif name == _named(CreditsActivities.pre_deduct):
             asked = self._hold(await self._read(payloads, Post[PreDeductRequest], event), at)
         elif name == _named(CreditsActivities.cancel_hold):
             cancel = await self._read(payloads, Post[CancelHoldRequest], event)
-            asked = next((hold for hold in self.left.holds if hold.pre_deduct_id == cancel.body.pre_deduct_id), None)
+            asked = next((hold for hold in self._holds.asked if hold.pre_deduct_id == cancel.body.pre_deduct_id), None)
         elif name in (_named(ComfyUIActivities.cancel_job), _named(ComfyUIActivities.cancel_training)):
             call = await self._read(payloads, JobCall, event)
-            asked = next((job for job in self.left.jobs if job.job_id == call.job_id), None)
+            asked = next((job for job in self._left.jobs if job.job_id == call.job_id), None)
         elif name == _named(CreditsActivities.commit):
             self._take_commit(await self._read(payloads, Post[CommitRequest], event))
         elif name == _named(CreditsActivities.charge):
             self._take_charge(await self._read(payloads, Post[ChargeRequest], event))
         elif name == _named(DatasetActivities.snapshot):
-            self.left.snapshot = await self._read(payloads, SnapshotOrder, event)
+            self._left.snapshot = (await self._read(payloads, SnapshotOrder, event)).to_delete()
         elif name == _named(DatasetActivities.delete_snapshot):
-            asked = self.left.snapshot
+            asked = self._left.snapshot
         self._asked[event.event_id] = (name, asked)
 
     def _job(self, post: Post[Any], at: datetime) -> AskedJob:
-        known = next((job for job in self.left.jobs if job.key == post.key), None)
+        known = next((job for job in self._left.jobs if job.key == post.key), None)
         if known is None:
             known = AskedJob(attempt=_number_in(post.key), key=post.key, request=post.body, asked_at=at)
-            self.left.jobs.append(known)
+            self._left.jobs.append(known)
         return known
 
     def _hold(self, post: Post[PreDeductRequest], at: datetime) -> AskedHold:
         n = _number_in(post.key)
-        known = next((hold for hold in self.left.holds if hold.n == n), None)
+        known = next((hold for hold in self._holds.asked if hold.n == n), None)
         if known is None:
             known = AskedHold(n=n, request=post.body, asked_at=at)
-            self.left.holds.append(known)
+            self._holds.asked.append(known)
         return known
 
     def _take_commit(self, post: Post[CommitRequest]) -> None:
         """The first asks for the whole cost; where the hold has less, a second asks for what it has."""
-        self.left.cost = max(self.left.cost or 0, post.body.actual_cost)
+        self._left.cost = max(self._left.cost or 0, post.body.actual_cost)
 
     def _take_charge(self, post: Post[ChargeRequest]) -> None:
-        if all(known.key != post.key for known in self.left.charges):
-            self.left.charges.append(post)
+        if all(known.key != post.key for known in self._left.charges):
+            self._left.charges.append(post)
 
     async def _take_answer(self, event: HistoryEvent) -> None:
         completed = event.activity_task_completed_event_attributes
@@ -170,33 +184,35 @@ class HistoryReading:
             held = await self._read(payloads, Answer[HoldReply], event)
             if held.reply is not None:
                 asked.pre_deduct_id, asked.amount = held.reply.pre_deduct_id, held.reply.frozen_amount
-                self.left.asked_again += held.tries > 1
+                self._left.asked_again += held.tries > 1
             asked.refused = held.refusal is not None and held.refusal.message != "unreadable"
         elif isinstance(asked, AskedJob) and name == _named(ComfyUIActivities.submit_job):
             submitted = await self._read(payloads, Answer[JobAccepted], event)
-            asked.job_id = submitted.reply.job_id if submitted.reply else None
+            if submitted.reply is not None:
+                asked.is_known_as(submitted.reply.job_id)
         elif isinstance(asked, AskedJob) and name == _named(ComfyUIActivities.create_training):
             created = await self._read(payloads, Answer[TrainingAccepted], event)
-            asked.job_id = created.reply.training_id if created.reply else None
+            if created.reply is not None:
+                asked.is_known_as(created.reply.training_id)
         elif isinstance(asked, AskedJob):
             asked.cancelled = True
         elif isinstance(asked, SnapshotOrder):
-            self.left.snapshot = None
+            self._left.snapshot = None
 
     async def _take_result(self, payloads: Any, event: HistoryEvent) -> None:
-        if self.left.row.scene is Scene.IMAGE_GENERATE:
+        if self._left.row.scene is Scene.IMAGE_GENERATE:
             image = await self._read(payloads, ImageResult, event)
-            self.left.own_end = OwnEnd(status=image.status, result_urls=image.result_urls)
+            self._left.own_end = OwnEnd(status=image.status, result_urls=image.result_urls)
         else:
             training = await self._read(payloads, TrainingResult, event)
-            self.left.own_end = OwnEnd(status=training.status, output=training.output)
+            self._left.own_end = OwnEnd(status=training.status, output=training.output)
 
     def _take_failure(self, failure: Failure) -> None:
         """An end of the task brings its result along; a run that was refused has begun nothing."""
         application = failure.application_failure_info
         if application.type in set(FailureCode) and application.details.payloads:
             code = FailureCode(application.type)
-            self.left.own_end = OwnEnd(status=TaskStatus.FAILED, code=code, message=failure.message)
+            self._left.own_end = OwnEnd(status=TaskStatus.FAILED, code=code, message=failure.message)
 
     async def _read(self, payloads: Any, model: type[Model], event: HistoryEvent) -> Model:
         """The one value, with the fields that this code does not know. Raises NotReadHere."""
@@ -214,7 +230,7 @@ class HistoryReading:
         return value
 
     def _unread(self, event: HistoryEvent, why: str) -> NotReadHere:
-        row = self.left.row
+        row = self._left.row
         return NotReadHere(
             f"Event {event.event_id} of the history of {row.workflow_id} cannot be read here ({why}). A newer "
             "worker wrote it, and it may hold credits: nothing is given back until a worker that knows it tries."
@@ -234,12 +250,13 @@ def add_what_the_row_knows(left: LeftBehind) -> None:
     Their requests are never sent: their ids are known.
     """
     row = left.row
-    holds = {hold.pre_deduct_id for hold in left.holds}
+    holds = {hold.pre_deduct_id for hold in left.holds if hold.pre_deduct_id}
     taken = max((hold.n for hold in left.holds), default=0)
-    for pre_deduct_id in dict.fromkeys([*row.hold_ids, *row.credits.pre_deduct_ids]):
-        if pre_deduct_id not in holds:
-            taken += 1
-            left.holds.append(_hold_of(row, taken, pre_deduct_id))
+    in_order = not_left_out(list(dict.fromkeys([*row.hold_ids, *row.credits.pre_deduct_ids])), holds, left.holds_before)
+    unknown = [pre_deduct_id for pre_deduct_id in in_order if pre_deduct_id not in holds]
+    left.holds_before += max(0, len(unknown) - MAX_KEPT_HOLDS)
+    for n, pre_deduct_id in enumerate(unknown[-MAX_KEPT_HOLDS:], start=taken + 1):
+        left.holds.append(_hold_of(row, n, pre_deduct_id))
     jobs = {job.job_id for job in left.jobs}
     asked = max((job.attempt for job in left.jobs), default=0)
     for job_id in dict.fromkeys([*row.job_ids, *([row.job_id] if row.job_id else [])]):
@@ -263,15 +280,5 @@ def _hold_of(row: TaskRow, n: int, pre_deduct_id: str) -> AskedHold:
 
 
 def _job_of(row: TaskRow, attempt: int, job_id: str) -> AskedJob:
-    request = JobRequest(
-        task_id=row.task_id,
-        tenant_id=row.tenant_id,
-        user_id=row.user_id,
-        template_id=row.template_id,
-        prompt="",
-        resolution=Resolution.HD,
-        priority=TaskPriority.STANDARD,
-        callback_url="",
-    )
     key = f"{row.task_id}:submit:{attempt}"
-    return AskedJob(attempt=attempt, key=key, request=request, asked_at=row.created_at, job_id=job_id)
+    return AskedJob(attempt=attempt, key=key, asked_at=row.created_at, job_id=job_id)

@@ -135,6 +135,15 @@ class ObjectFolder:
         result = await obstore.get_async(self._store, self._prefix + path)
         return bytes(await result.bytes_async())
 
+    async def read_at_most(self, path: str, max_bytes: int) -> bytes | None:
+        """A whole object; None where it is larger, whatever size it states."""
+        read = bytearray()
+        async for chunk in self.read(path):
+            read += chunk
+            if len(read) > max_bytes:
+                return None
+        return bytes(read)
+
     async def write(self, path: str, content: AsyncIterator[bytes] | bytes) -> None:
         """Write an object whole or not at all."""
         await obstore.put_async(

@@ -9,6 +9,7 @@ from pydantic import Field
 from contracts.fields import OwnModel
 from contracts.handed_on import KeptModel
 from contracts.permissions import Scene
+from contracts.tasks import DatasetManifest
 
 Body = TypeVar("Body")
 
@@ -46,6 +47,12 @@ class JobCall(KeptModel):
     key: str | None = None
 
 
+class GpuQuestion(CallFor):
+    """Whether there are GPUs: of `gpu_type`, or of any."""
+
+    gpu_type: str | None = None
+
+
 class LedgerQuery(OwnModel):
     """Which ledger entries are asked for; `task_id` narrows where the service offers it (ours)."""
 
@@ -55,9 +62,18 @@ class LedgerQuery(OwnModel):
 
 
 class SnapshotOrder(KeptModel):
-    """A dataset to be copied to temporary object storage under the task's own folder."""
+    """A dataset to be copied to temporary object storage under the task's own folder.
+
+    Which files is said in one of three ways, as in `contracts.tasks.DatasetSource`, or in none: then all of them.
+    """
 
     call_for: CallFor
     dataset_id: str
     source_uri: str
     files: list[str] | None = None
+    manifest: DatasetManifest | None = None
+    files_sha256: str | None = None
+
+    def to_delete(self) -> SnapshotOrder:
+        """The same folder, without a list: what deleting it needs."""
+        return SnapshotOrder(call_for=self.call_for, dataset_id=self.dataset_id, source_uri=self.source_uri)

@@ -6,15 +6,19 @@ another version may read it: see contracts/handed_on.py, and docs/versioning.md 
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Collection
+from datetime import datetime
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from contracts.comfyui import (
     Checkpoint,
-    DatasetSnapshot,
     JobRequest,
     JobState,
+    SnapshotReference,
+    TrainingDraft,
     TrainingOutput,
-    TrainingRequest,
     TrainingState,
 )
 from contracts.credits import PreDeductRequest
@@ -22,6 +26,7 @@ from contracts.errors import ErrorDetails
 from contracts.fields import Instant, OwnModel
 from contracts.handed_on import RunArgument
 from contracts.policy import Policy
+from contracts.size_budget import MAX_KEPT_HOLDS
 from contracts.task_store import Fact, TaskException, TaskState
 from contracts.tasks import ImageTask, SettlementState, TaskStatus, TrainingTask
 
@@ -65,7 +70,7 @@ class JobNews(OwnModel):
             queue_position=state.queue_position,
             error=state.failure(),
             succeeded=state.has_succeeded() and state.failure() is None,
-            result_urls=state.result_urls,
+            result_urls=state.result_urls if state.has_succeeded() else [],
             actual_cost=state.actual_cost,
         )
 
@@ -85,7 +90,7 @@ class JobNews(OwnModel):
             gpu_hours=state.gpu_hours,
             gpu_hours_used=state.gpu_hours_used,
             checkpoint=state.checkpoint,
-            output=state.output,
+            output=state.output if state.has_succeeded() else None,
         )
 
 
@@ -94,7 +99,8 @@ class AskedJob(OwnModel):
 
     attempt: int
     key: str
-    request: JobRequest | TrainingRequest
+    request: JobRequest | TrainingDraft | None = None
+    """Kept until the call is answered: then nothing asks again with it, and a run does not carry it on."""
     asked_at: Instant
     job_id: str | None = None
     refused: bool = False
@@ -102,6 +108,19 @@ class AskedJob(OwnModel):
     is_key_taken: bool = False
     """An earlier life of the task had used the key with another body: this was no attempt."""
     cancelled: bool = False
+
+    def is_known_as(self, job_id: str) -> None:
+        """The call was answered."""
+        self.job_id, self.request = job_id, None
+
+    def is_refused(self) -> None:
+        """The call was refused, or its answer never became readable."""
+        self.refused, self.request = True, None
+
+    def lighten(self) -> None:
+        """Drop the body that nothing asks again with: the first release carried every job's."""
+        if self.job_id is not None or self.refused:
+            self.request = None
 
 
 class AskedHold(OwnModel):
@@ -122,15 +141,24 @@ class AskedHold(OwnModel):
     """Why it is being given back beside the flow; a repeat of that call, or the undo, says the same."""
 
     @property
+    def is_over(self) -> bool:
+        """Whether nothing more will be done or told about it."""
+        return self.resolved and (self.told_back or not self.told)
+
+    @property
     def usable(self) -> int:
         """Points that may be charged to it: what was granted beyond the asked amount is never used (contract §5)."""
         return min(self.amount, self.request.estimated_cost)
 
 
 class HoldState(OwnModel):
-    """Every hold of a task; at most one stands outside a renewal."""
+    """A task's holds; at most one stands outside a renewal. Of what is over the newest are kept, of the rest counts."""
 
     asked: list[AskedHold] = []
+    asked_count: int = 0
+    """How many were asked for in all: the newest one's `n`."""
+    granted_before: int = 0
+    """How many were granted of those that are not kept."""
     estimated: int = 0
     charged: int = 0
     """Points charged by commit or charge; also what a hold turned out to be committed for by somebody else."""
@@ -152,6 +180,41 @@ class HoldState(OwnModel):
     """`n` of the hold that a renewal asked for and has no answer about: it repeats key and body."""
     checkpoint_passed: bool = False
     """Whether a training has reached a checkpoint since it was without cover."""
+
+    @model_validator(mode="after")
+    def _counted(self) -> Self:
+        self.asked_count = max(self.asked_count, *(hold.n for hold in self.asked), 0)
+        return self
+
+    def note(self, n: int, request: PreDeductRequest, at: datetime) -> AskedHold:
+        """The next hold, noted before it is asked for."""
+        self.leave_out_old()
+        self.asked_count = max(self.asked_count, n)
+        hold = AskedHold(n=n, request=request, asked_at=at)
+        self.asked.append(hold)
+        return hold
+
+    def granted_holds(self) -> list[AskedHold]:
+        """Those kept that were granted, oldest first."""
+        return [hold for hold in self.asked if hold.pre_deduct_id]
+
+    def leave_out_old(self) -> None:
+        """Thirty days of renewals ask for thousands of holds: what nothing can ask for again is counted, not kept."""
+        over = [hold for hold in self.granted_holds() if hold.is_over]
+        too_old = {hold.n for hold in over[: max(0, len(over) - MAX_KEPT_HOLDS)]}
+        self.granted_before += len(too_old)
+        refused = {hold.n for hold in self.asked[:-1] if hold.refused and hold.n != self.asking}
+        self.asked = [hold for hold in self.asked if hold.n not in too_old | refused]
+
+
+def not_left_out(in_order: list[str], kept: Collection[str], left_out: int) -> list[str]:
+    """Of a task's holds, in the order in which they were granted, those that are not older than what was kept.
+
+    `left_out`: how many were over and are counted only. What is older than the 64 that are kept has long expired.
+    """
+    if not left_out:
+        return in_order
+    return in_order[next((n for n, pre_deduct_id in enumerate(in_order) if pre_deduct_id in kept), 0) :]
 
 
 class WatchState(OwnModel):
@@ -225,7 +288,7 @@ class PriceState(OwnModel):
 class DatasetState(OwnModel):
     """A training's snapshot: noted before it is made, so that what was half copied is deleted too."""
 
-    snapshot: DatasetSnapshot | None = None
+    snapshot: SnapshotReference | None = None
     is_asked: bool = False
     is_deleted: bool = False
 

@@ -10,13 +10,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 from contracts.errors import ErrorDetails, FailureCode
 from contracts.fields import (
     MAX_POINTS,
-    MAX_RESULT_URLS,
     Counted,
     Informative,
     Instant,
     Minutes,
     OutsideId,
     OutsideModel,
+    OutsideName,
     OutsideText,
     OwnModel,
     Percent,
@@ -24,8 +24,12 @@ from contracts.fields import (
     Sequence,
     StatedPoints,
     WebAddress,
+    first_of,
+    in_json_at_most,
+    repaired,
     stated,
 )
+from contracts.size_budget import MAX_ADDRESS_BYTES, MAX_METRICS, MAX_RESULT_URLS
 
 
 class Resolution(StrEnum):
@@ -164,6 +168,44 @@ class DatasetSnapshot(OwnModel):
     files: list[DatasetFile]
 
 
+class ManifestReference(OwnModel):
+    """A snapshot's `manifest.json`: where it lies, the checksum of its bytes, and what it counts."""
+
+    uri: str
+    sha256: str
+    file_count: int = Field(ge=0)
+    total_bytes: int = Field(ge=0)
+
+
+class SnapshotReference(OwnModel):
+    """A snapshot as runs, histories and rows carry it: its list of files by reference (pitfall 39)."""
+
+    dataset_id: str
+    snapshot_uri: str
+    manifest: ManifestReference | None = None
+    files: list[DatasetFile] | None = None
+    """The list itself: only in what the first release wrote, which had no reference."""
+
+
+class TrainingDraft(OwnModel):
+    """A `TrainingRequest` as history holds it. The manifest's checksum fixes the list that is sent with it."""
+
+    task_id: str
+    tenant_id: str
+    user_id: str
+    base_model: str
+    dataset: SnapshotReference
+    hyperparameters: dict[str, JsonValue]
+    priority: TaskPriority
+    gpu_type: str | None = None
+    resume_from: str | None = None
+    callback_url: str
+
+    def request(self, dataset: DatasetSnapshot) -> TrainingRequest:
+        """The body that goes over the wire."""
+        return TrainingRequest(**self.model_dump(exclude={"dataset"}), dataset=dataset)
+
+
 class TrainingRequest(OwnModel):
     """Body of `POST /comfyui/v1/training`."""
 
@@ -187,7 +229,7 @@ class TrainingAccepted(OutsideModel):
     estimated_time: Annotated[Minutes | None, Informative] = None
     gpu_hours: GpuHours
     gpu_slots: Annotated[GpuSlots | None, Informative] = None
-    gpu_type: Annotated[OutsideText | None, Informative] = None
+    gpu_type: Annotated[OutsideName | None, Informative] = None
 
 
 def _own_checkpoint_address(uri: str) -> str:
@@ -196,7 +238,13 @@ def _own_checkpoint_address(uri: str) -> str:
     return uri
 
 
-OutsideUri = Annotated[OutsideText, Field(min_length=1, max_length=2048), AfterValidator(_own_checkpoint_address)]
+OutsideUri = Annotated[
+    str,
+    Field(min_length=1, max_length=2048),
+    AfterValidator(repaired),
+    AfterValidator(_own_checkpoint_address),
+    in_json_at_most(MAX_ADDRESS_BYTES),
+]
 
 
 class Checkpoint(OutsideModel):
@@ -209,11 +257,11 @@ class Checkpoint(OutsideModel):
 
 
 class TrainingOutput(OutsideModel):
-    """`output` of a completed training; `metrics` is name → number."""
+    """`output` of a completed training; `metrics` is name → number, of which the first 64 are kept."""
 
     model_path: OutsideUri | None = None
-    version: Annotated[OutsideText | None, Informative] = None
-    metrics: Annotated[dict[OutsideText, float] | None, Informative] = None
+    version: Annotated[OutsideName | None, Informative] = None
+    metrics: Annotated[dict[OutsideName, float] | None, first_of(MAX_METRICS), Informative] = None
 
 
 class LogLevel(StrEnum):
@@ -286,7 +334,7 @@ class TrainingCallback(TrainingState):
 class GpuPool(OutsideModel):
     """One row of `GET /comfyui/v1/gpus`; `accelerated_wait` in minutes."""
 
-    gpu_type: OutsideText
+    gpu_type: OutsideName
     total: Annotated[int, Field(ge=0)]
     available: Annotated[int, Field(ge=0)]
     accelerated_wait: Annotated[float | None, Informative] = None

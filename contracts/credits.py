@@ -8,8 +8,20 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError
 
 from contracts.comfyui import TaskPriority
-from contracts.fields import Informative, Instant, OutsideId, OutsideModel, OutsideText, OwnModel, Points
+from contracts.fields import (
+    Informative,
+    Instant,
+    NotKept,
+    OutsideId,
+    OutsideModel,
+    OutsideName,
+    OutsideText,
+    OwnModel,
+    Points,
+    first_of,
+)
 from contracts.permissions import Scene
+from contracts.size_budget import MAX_OPTIONS
 
 MIN_HOLD_SECONDS = 60
 MAX_HOLD_SECONDS = 3600
@@ -41,24 +53,24 @@ class PriceOption(OutsideModel):
 
 
 class Estimate(OutsideModel):
-    """Answer to estimate; only `selected_cost` decides anything, the rest informs."""
+    """Answer to estimate; only `selected_cost` decides anything. What nobody is shown is not kept."""
 
-    currency: OutsideText = CURRENCY
-    template_id: Annotated[OutsideText | None, Informative] = None
-    scene: Annotated[Scene | None, Informative] = None
-    resolution: Annotated[OutsideText | None, Informative] = None
-    priority: Annotated[TaskPriority | None, Informative] = None
-    extras: Annotated[dict[OutsideText, Points] | None, Informative] = None
+    currency: Annotated[OutsideName, NotKept] = CURRENCY
+    template_id: Annotated[OutsideName | None, Informative, NotKept] = None
+    scene: Annotated[Scene | None, Informative, NotKept] = None
+    resolution: Annotated[OutsideName | None, Informative, NotKept] = None
+    priority: Annotated[TaskPriority | None, Informative, NotKept] = None
+    extras: Annotated[dict[OutsideName, Points] | None, Informative, NotKept] = None
     estimated_cost: Annotated[Points | None, Informative] = None
     selected_cost: Annotated[Points, Field(ge=0)]
     min_cost: Annotated[Points | None, Informative] = None
     max_cost: Annotated[Points | None, Informative] = None
     current_balance: Annotated[Points | None, Informative] = None
     suggest_topup: Annotated[Points | None, Informative] = None
-    calculation_basis: Annotated[Any, Informative] = None
-    policy_tag: Annotated[OutsideText | None, Informative] = None
-    audit_id: Annotated[OutsideText | None, Informative] = None
-    options: Annotated[list[PriceOption] | None, Informative] = None
+    calculation_basis: Annotated[Any, Informative, NotKept] = None
+    policy_tag: Annotated[OutsideName | None, Informative, NotKept] = None
+    audit_id: Annotated[OutsideName | None, Informative, NotKept] = None
+    options: Annotated[list[PriceOption] | None, first_of(MAX_OPTIONS), Informative] = None
 
 
 class PreDeductRequest(OwnModel):
@@ -121,8 +133,8 @@ class CancelHoldReply(OutsideModel):
     """Answer to cancel; `balance_after` comes as a string (field)."""
 
     pre_deduct_id: OutsideId
-    status: OutsideText = ""
-    reason: OutsideText = ""
+    status: OutsideName = ""
+    reason: Annotated[OutsideText, NotKept] = ""
     balance_after: Annotated[Points | None, Informative, BeforeValidator(_number_from_text)] = None
 
 
@@ -144,8 +156,8 @@ class ChargeReply(OutsideModel):
     ledger_id: OutsideId
     change: Points
     balance_after: Annotated[Points | None, Informative] = None
-    reason: OutsideText = ""
-    created_at: Annotated[Instant | None, Informative] = None
+    reason: Annotated[OutsideText, NotKept] = ""
+    created_at: Annotated[Instant | None, Informative, NotKept] = None
 
 
 class Balance(OutsideModel):
@@ -153,7 +165,7 @@ class Balance(OutsideModel):
 
     balance: Points
     frozen: Points
-    currency: OutsideText = CURRENCY
+    currency: OutsideName = CURRENCY
 
 
 class LedgerKind(StrEnum):
@@ -178,11 +190,11 @@ class LedgerEntry(OutsideModel):
     """One entry: `change` is its effect on `balance`, `frozen_change` on `frozen` (ours; null where not told)."""
 
     ledger_id: OutsideId
-    task_id: OutsideText | None = None
+    task_id: OutsideName | None = None
     change: Points
-    balance_after: Annotated[Points | None, Informative] = None
-    reason: OutsideText = ""
-    created_at: Annotated[Instant | None, Informative] = None
+    balance_after: Annotated[Points | None, Informative, NotKept] = None
+    reason: OutsideName = ""
+    created_at: Annotated[Instant | None, Informative, NotKept] = None
     kind: Annotated[LedgerKind | None, Informative] = None
     pre_deduct_id: Annotated[OutsideId | None, Informative] = None
     frozen_change: Annotated[Points | None, Informative] = None

@@ -15,7 +15,7 @@ from typing import Final, Generic, TypeVar
 
 from pydantic import Field, ValidationError
 
-from contracts.fields import OutsideModel, OutsideText, OwnModel
+from contracts.fields import OutsideModel, OutsideName, OutsideText, OwnModel
 from contracts.lives import EarlierLife
 
 
@@ -88,10 +88,10 @@ class ErrorDetails(OutsideModel):
     `code` is kept as it came: an unknown one is retried only if `retryable` is true.
     """
 
-    code: OutsideText = FailureCode.INTERNAL.value
+    code: OutsideName = FailureCode.INTERNAL.value
     message: OutsideText = ""
     retryable: bool = False
-    node: OutsideText | None = None
+    node: OutsideName | None = None
 
     def may_be_retried(self) -> bool:
         """Whether the job's end is one that another attempt may mend (contract §1)."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
@@ -29,16 +30,18 @@ from pydantic import (
     WrapValidator,
 )
 
+from contracts.size_budget import MAX_ADDRESS_BYTES, MAX_MESSAGE_BYTES, MAX_NAME_BYTES, MAX_PROMPT_BYTES
+
 MAX_DEPTH: Final = 32
 """Nesting of any JSON value that is taken from outside."""
-MAX_MESSAGE_BYTES: Final = 2 * 1024
-MAX_PROMPT_BYTES: Final = 16 * 1024
-MAX_RESULT_URLS: Final = 64
 MAX_MINUTES: Final = 30 * 24 * 60
 """The longest span anybody may announce: a training's cap of 30 days (contract §1), in minutes."""
 MAX_POINTS: Final = 1_000_000_000
 
 _UNCLEAN = re.compile("[\x00\ud800-\udfff]")
+_BLANKS = re.compile("[\x00-\x20]")
+_CONTROLS = re.compile("[\x00-\x1f]")
+_ESCAPED = re.compile(r'["\\]')
 
 
 class CallerModel(BaseModel):
@@ -64,12 +67,20 @@ def repaired(text: str) -> str:
     return _UNCLEAN.sub("\ufffd", text)
 
 
+def text_bytes(text: str) -> int:
+    """How many bytes a text takes in JSON, at most: a control character six, a quotation mark or backslash two."""
+    plain = len(text.encode("utf-8", "surrogatepass"))
+    return plain + 5 * len(_CONTROLS.findall(text)) + len(_ESCAPED.findall(text))
+
+
 def shortened(text: str, limit_bytes: int = MAX_MESSAGE_BYTES) -> str:
-    """The text, cut so that its UTF-8 form has at most `limit_bytes` bytes; a cut shows as an ellipsis."""
-    encoded = text.encode("utf-8", "replace")
-    if len(encoded) <= limit_bytes:
+    """The text, cut so that it takes at most `limit_bytes` bytes in JSON; a cut shows as an ellipsis."""
+    if len(text) * 6 <= limit_bytes or (len(text) <= limit_bytes and text_bytes(text) <= limit_bytes):
         return text
-    return encoded[: limit_bytes - 3].decode("utf-8", "ignore") + "…"
+    left, cut = limit_bytes - len("…".encode()), 0
+    while cut < len(text) and (left := left - text_bytes(text[cut])) >= 0:
+        cut += 1
+    return text[:cut] + "…"
 
 
 def _clean(text: str) -> str:
@@ -120,6 +131,20 @@ def informative(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 
 
 Informative = WrapValidator(informative)
+NotKept = Field(exclude=True)
+"""A field of a reply that is read and goes no further: no history and no carried state holds it (pitfall 43)."""
+
+
+def first_of(count: int) -> BeforeValidator:
+    """Of a list or an object that another service sends, the first entries; the rest is left out."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, list):
+            return value[:count]
+        return dict(islice(value.items(), count)) if isinstance(value, dict) else value
+
+    return BeforeValidator(cut)
+
 
 CallerId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 """An id that a caller gives (contract §1): workflow ids, headers and fairness keys are made from it."""
@@ -131,6 +156,8 @@ CallerText = Annotated[str, AfterValidator(_clean)]
 Prompt = Annotated[CallerText, _at_most_bytes(MAX_PROMPT_BYTES)]
 CallerMessage = Annotated[CallerText, _at_most_bytes(MAX_MESSAGE_BYTES)]
 OutsideText = Annotated[str, AfterValidator(repaired), AfterValidator(shortened)]
+OutsideName = Annotated[str, AfterValidator(repaired), AfterValidator(lambda text: shortened(text, MAX_NAME_BYTES))]
+"""A word that another service chooses: a code, a version, a metric's name."""
 CleanJson = Annotated[JsonValue, AfterValidator(_checked_json)]
 
 
@@ -185,12 +212,29 @@ def _web_address(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("must be an http or https address")
-    if any(ord(character) <= 0x20 for character in url):
+    if _BLANKS.search(url):
         raise ValueError("must not hold blanks or control characters")
     return url
 
 
-WebAddress = Annotated[str, Field(max_length=2048), AfterValidator(_clean), AfterValidator(_web_address)]
+def in_json_at_most(limit_bytes: int) -> AfterValidator:
+    """A text that is refused, not cut, where it takes more bytes in JSON: an address that was cut leads nowhere."""
+
+    def check(text: str) -> str:
+        if text_bytes(text) > limit_bytes:
+            raise ValueError(f"must not take more than {limit_bytes} bytes")
+        return text
+
+    return AfterValidator(check)
+
+
+WebAddress = Annotated[
+    str,
+    Field(max_length=2048),
+    AfterValidator(_clean),
+    AfterValidator(_web_address),
+    in_json_at_most(MAX_ADDRESS_BYTES),
+]
 
 
 def minutes_from(start: datetime, minutes: float) -> datetime:

@@ -59,6 +59,8 @@ class LeftBehind(KeptModel):
     how: str
     """How the run ended: `terminated`, `timed_out`, `failed`, `vanished` …"""
     holds: list[AskedHold] = []
+    holds_before: int = 0
+    """How many more were granted, all of them over long ago."""
     jobs: list[AskedJob] = []
     charges: list[Post[ChargeRequest]] = []
     """Asked for after delivery, where the hold had ended."""
@@ -67,6 +69,7 @@ class LeftBehind(KeptModel):
     cost: int | None = None
     """Points that were to be committed after delivery; None where no commit had been asked for."""
     snapshot: SnapshotOrder | None = None
+    """What is to be deleted; it names no files."""
     own_end: OwnEnd | None = None
     """How the run ended by itself; None where it did not, or had not begun anything."""
 

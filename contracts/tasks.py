@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from contracts.comfyui import Resolution, TaskPriority, TrainingOutput
 from contracts.credits import PriceOption
@@ -25,6 +25,7 @@ from contracts.fields import (
     Prompt,
 )
 from contracts.permissions import Scene
+from contracts.size_budget import MAX_EXTRAS_BYTES
 
 TASK_QUEUE: Final = "comfyui"
 WORKFLOW_ID_PREFIX: Final = "task-"
@@ -33,7 +34,6 @@ TRAINING_WORKFLOW: Final = "TrainingWorkflow"
 CALLBACK_SIGNAL: Final = "comfyui_callback"
 PRIORITY_KEYS: Final = {TaskPriority.ACCELERATED: 1, TaskPriority.STANDARD: 3}
 """Temporal's priority keys: 1 goes first, 3 is its default."""
-MAX_EXTRAS_BYTES: Final = 32 * 1024
 INPUT_MEMO: Final = "input_sha256"
 SEARCH_ATTRIBUTES: Final = (
     "TaskId",
@@ -126,18 +126,40 @@ def _relative_path(path: str) -> str:
     return path
 
 
+FilePath = Annotated[CallerText, Field(min_length=1, max_length=1024), AfterValidator(_relative_path)]
+"""A dataset's file, relative to its folder."""
+FileList = Annotated[list[FilePath], Field(min_length=1, max_length=10_000)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+_Address = Annotated[CallerText, Field(min_length=1, max_length=2048)]
+
+
+class DatasetManifest(CallerModel):
+    """A caller's own list of files: a JSON array of paths at `uri`, under the tenant's own prefix, at most 4 MiB."""
+
+    uri: _Address
+    sha256: Sha256
+    """Of the array's bytes: what was ordered is what is trained on."""
+
+
 class DatasetSource(CallerModel):
-    """The dataset to train on: `files` below `source_uri`, or all of them."""
+    """The dataset to train on: `files` below `source_uri`, those that `manifest` lists, or all of them."""
 
     dataset_id: CallerId
-    source_uri: Annotated[CallerText, Field(min_length=1, max_length=2048)]
-    files: (
-        Annotated[
-            list[Annotated[CallerText, Field(min_length=1, max_length=1024), AfterValidator(_relative_path)]],
-            Field(min_length=1, max_length=10_000),
-        ]
-        | None
-    ) = None
+    source_uri: _Address
+    files: FileList | None = None
+    manifest: DatasetManifest | None = None
+
+    @property
+    def is_told_twice(self) -> bool:
+        """Whether the files are named in more than one way: a caller's mistake, which the task's first step refuses."""
+        return self.files is not None and self.manifest is not None
+
+
+class TakenDataset(DatasetSource):
+    """A dataset as the workflow takes it."""
+
+    files_sha256: Sha256 | None = None
+    """A list that the gateway put into temporary object storage, by the checksum of its bytes; it goes before."""
 
 
 class Hyperparameters(BaseModel):
@@ -178,7 +200,7 @@ class TrainingTask(CallerModel):
     template_id: CallerId
     priority: TaskPriority = TaskPriority.STANDARD
     base_model: CallerId = "base"
-    dataset: DatasetSource
+    dataset: TakenDataset
     hyperparameters: Hyperparameters
     gpu_type: CallerId | None = None
     max_credits: CallerPoints | None = None
@@ -224,6 +246,9 @@ class CreditsSummary(OwnModel):
     shortfall: int = 0
     settlement: SettlementState = SettlementState.OPEN
     pre_deduct_ids: list[str] = []
+    """The newest 64."""
+    pre_deduct_count: int = 0
+    """How many there were in all."""
 
 
 def with_settlement(values: Any, *, has_ended: bool) -> Any:

@@ -12,6 +12,7 @@ import uvicorn
 import uvloop
 
 import temporal_plugin
+from activities.file_lists import FileLists
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.draining import Draining, DrainingServer
@@ -56,6 +57,7 @@ async def serve(settings: Settings) -> None:
         app = create_app(
             temporal=client,
             store=store,
+            lists=FileLists.at(settings.object_store_url),
             callback_secrets=callback_secrets,
             access=access,
             task_queue=settings.task_queue,

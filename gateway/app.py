@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from temporalio.client import Client
 
+from activities.file_lists import FileLists
 from contracts.tasks import TASK_QUEUE
 from gateway.access import Access
 from gateway.callback_relay import CallbackRelay
@@ -42,6 +43,7 @@ def create_app(
     *,
     temporal: Client,
     store: TaskStore,
+    lists: FileLists,
     callback_secrets: Sequence[str],
     access: Access | None = None,
     task_queue: str = TASK_QUEUE,
@@ -53,6 +55,7 @@ def create_app(
     """The application. It closes what it opens; client and store remain their opener's.
 
     Without `access` nobody can be told from anybody: then callbacks are served and no tasks.
+    `lists` is where long lists of files are put for the workers.
     `public_url` is the address under which clients reach it; default: the one they asked at.
     `app.state.callbacks.outcomes` counts what became of callbacks. Raises ValueError for unusable secrets.
     """
@@ -88,7 +91,7 @@ def create_app(
     app.include_router(callback_routes(receiver))
     app.include_router(operations_routes(temporal, store, MetricsPage(metrics, store.queue_states), draining))
     if access is not None:
-        tasks = Tasks(temporal, store, task_queue=task_queue)
+        tasks = Tasks(temporal, store, lists, task_queue=task_queue)
         rollback = Rollback(temporal, tasks, task_queue=task_queue)
         streams = task_event_stream(hub)
         app.include_router(stream_routes(hub, access, public_url=public_url))

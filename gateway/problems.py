@@ -41,6 +41,7 @@ class ProblemCode(StrEnum):
     TEMPORAL_UNAVAILABLE = "temporal_unavailable"
     STORE_UNAVAILABLE = "store_unavailable"
     WORKER_UNAVAILABLE = "worker_unavailable"
+    STORAGE_UNAVAILABLE = "storage_unavailable"
     TOKENS_UNVERIFIABLE = "tokens_unverifiable"
     DRAINING = "draining"
 
@@ -64,6 +65,7 @@ STATUS_OF: Final[dict[ProblemCode, int]] = {
     ProblemCode.TEMPORAL_UNAVAILABLE: 503,
     ProblemCode.STORE_UNAVAILABLE: 503,
     ProblemCode.WORKER_UNAVAILABLE: 503,
+    ProblemCode.STORAGE_UNAVAILABLE: 503,
     ProblemCode.TOKENS_UNVERIFIABLE: 503,
     ProblemCode.DRAINING: 503,
 }
@@ -147,7 +149,7 @@ def of_http_exception(error: HTTPException) -> Problem:
         case 408:
             return Problem(ProblemCode.TOO_SLOW, "The body did not arrive in time; send the request again.")
         case 413:
-            return Problem(ProblemCode.TOO_LARGE, "The body is larger than this service takes (128 KiB).")
+            return Problem(ProblemCode.TOO_LARGE, f"The body is larger than this route takes: {error.detail}.")
         case status if status < 500:
             return Problem(ProblemCode.INPUT_INVALID, "The request cannot be read: its body must be one JSON object.")
         case _:

@@ -11,46 +11,55 @@ from typing import Final
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_BODY_BYTES: Final = 128 * 1024
+from contracts.size_budget import KIB, MAX_FILE_LIST_BYTES
+
+MAX_BODY_BYTES: Final = 128 * KIB
 BODY_SECONDS: Final = 10.0
+START_TRAINING: Final = "/api/v1/tasks/trainings"
+LONG_BODY_SECONDS: Final = 30.0
+"""For a list of files: 4 MiB over a line of little more than 1 Mbit/s."""
 LIMITED_PATHS: Final = "/api/"
 """Callbacks have limits of their own (contract §2)."""
 
 
 class RequestLimits:
-    """ASGI middleware: 413 beyond 128 KiB, counted, whatever length is stated; 408 where it takes over 10 s."""
+    """ASGI middleware: 413 beyond 128 KiB, counted, whatever length is stated; 408 where it takes over 10 s.
 
-    def __init__(
-        self, app: ASGIApp, *, max_body_bytes: int = MAX_BODY_BYTES, body_seconds: float = BODY_SECONDS
-    ) -> None:
+    The order of a training may hold a list of files of 4 MiB besides, and take 30 s.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._max_body_bytes = max_body_bytes
-        self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith(LIMITED_PATHS):
             await self._app(scope, receive, send)
             return
-        await self._app(scope, self._limited(receive), send)
+        if scope["path"].rstrip("/") == START_TRAINING:
+            limited = _limited(receive, MAX_BODY_BYTES + MAX_FILE_LIST_BYTES, LONG_BODY_SECONDS)
+        else:
+            limited = _limited(receive, MAX_BODY_BYTES, BODY_SECONDS)
+        await self._app(scope, limited, send)
 
-    def _limited(self, receive: Receive) -> Receive:
-        size = 0
-        is_complete = False
-        until = asyncio.get_running_loop().time() + self._body_seconds
 
-        async def limited() -> Message:
-            nonlocal size, is_complete
-            if is_complete:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(until):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408) from None
-            size += len(message.get("body", b""))
-            if size > self._max_body_bytes:
-                raise HTTPException(413)
-            is_complete = message["type"] != "http.request" or not message.get("more_body", False)
-            return message
+def _limited(receive: Receive, max_bytes: int, seconds: float) -> Receive:
+    size = 0
+    is_complete = False
+    until = asyncio.get_running_loop().time() + seconds
 
-        return limited
+    async def limited() -> Message:
+        nonlocal size, is_complete
+        if is_complete:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(until):
+                message = await receive()
+        except TimeoutError:
+            raise HTTPException(408) from None
+        size += len(message.get("body", b""))
+        if size > max_bytes:
+            raise HTTPException(413, f"{max_bytes // KIB} KiB")
+        is_complete = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
+
+    return limited

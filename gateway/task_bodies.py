@@ -7,14 +7,24 @@ import secrets
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import ConfigDict, Field, JsonValue, StringConstraints, field_validator
 
+from activities.file_lists import as_list, checksum_of
 from contracts.comfyui import TaskPriority, TrainingOutput
 from contracts.errors import ErrorDetails
 from contracts.fields import CallerId, CallerModel, CallerText, Instant, OwnModel
 from contracts.permissions import Scene
+from contracts.size_budget import MAX_INLINE_LIST_BYTES
 from contracts.task_store import RecordedPrices, TaskExceptionRow, TaskRow, TrainingLogRow
-from contracts.tasks import Confirmation, CreditsSummary, ImageTask, TaskStatus, TrainingTask, workflow_id_of
+from contracts.tasks import (
+    Confirmation,
+    CreditsSummary,
+    DatasetSource,
+    ImageTask,
+    TaskStatus,
+    TrainingTask,
+    workflow_id_of,
+)
 
 IdempotencyKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")]
 """`X-Idempotency-Key`: printable ASCII without blanks."""
@@ -67,11 +77,29 @@ class TrainingOrder(TrainingTask):
     task_id: CallerId | None = None  # type: ignore[assignment]
     tenant_id: CallerId | None = None  # type: ignore[assignment]
     user_id: CallerId | None = None  # type: ignore[assignment]
+    dataset: DatasetSource  # type: ignore[assignment]
+
+    @field_validator("dataset")
+    @classmethod
+    def _told_once(cls, dataset: DatasetSource) -> DatasetSource:
+        if dataset.is_told_twice:
+            raise ValueError("files and manifest exclude each other: name the files in one way")
+        return dataset
 
     def task(self, *, tenant_id: str, user_id: str, key: str | None) -> TrainingTask:
-        """The task that is ordered, in the name of the token."""
+        """The task that is ordered, in the name of the token; a long list of files is named by its checksum."""
         task_id = self.task_id or (task_id_by_key(tenant_id, key) if key else f"training-{secrets.token_hex(8)}")
-        return TrainingTask(**_given(self, task_id=task_id, tenant_id=tenant_id, user_id=user_id))
+        dataset = self.dataset.model_dump(exclude_unset=True)
+        if self.long_list is not None:
+            dataset |= {"files": None, "files_sha256": checksum_of(as_list(self.long_list))}
+        given = _given(self, task_id=task_id, tenant_id=tenant_id, user_id=user_id)
+        return TrainingTask(**given | {"dataset": dataset})
+
+    @property
+    def long_list(self) -> list[str] | None:
+        """The list of files, where it is too long to travel in the input."""
+        files = self.dataset.files
+        return files if files is not None and len(as_list(files)) > MAX_INLINE_LIST_BYTES else None
 
 
 def _given(order: ImageOrder | TrainingOrder, **ids: str) -> dict[str, Any]:

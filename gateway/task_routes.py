@@ -50,6 +50,7 @@ _READ: Final = (
 _ONE: Final = (*_READ, ProblemCode.TASK_UNKNOWN)
 _CHANGE: Final = (*_ONE, ProblemCode.TOO_LARGE, ProblemCode.TOO_SLOW, ProblemCode.WORKER_UNAVAILABLE)
 _START: Final = (*_READ, ProblemCode.TASK_EXISTS, ProblemCode.TOO_LARGE, ProblemCode.TOO_SLOW)
+_START_TRAINING: Final = (*_START, ProblemCode.STORAGE_UNAVAILABLE)
 _LOCATION: Final = {"Location": {"description": "The task's address.", "schema": {"type": "string"}}}
 _STARTED: Final[dict[int | str, dict[str, Any]]] = {
     202: {"description": "The task", "headers": _LOCATION},
@@ -87,7 +88,7 @@ def task_routes(
         """Start an image task: 202 the task, 200 a repeat, 409 another body under the same id or key."""
         return _told(response, *await tasks.start(caller, order, key))
 
-    @router.post("/trainings", status_code=202, responses={**_STARTED, **problems(*_START)})
+    @router.post("/trainings", status_code=202, responses={**_STARTED, **problems(*_START_TRAINING)})
     async def start_training(
         caller: Annotated[Caller, Depends(access.demands(Operation.START_TRAINING_TASK))],
         order: TrainingOrder,

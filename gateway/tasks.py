@@ -13,6 +13,8 @@ from temporalio.client import Client
 from temporalio.common import SearchAttributeKey
 
 import task_start
+from activities.file_lists import FileLists
+from activities.outside_http import OutsideFailure
 from caller_tokens import Caller
 from contracts.comfyui import TaskPriority
 from contracts.permissions import Scene
@@ -51,9 +53,11 @@ MAX_EXCEPTIONS: Final = 100
 class Tasks:
     """The tasks of all tenants, one caller at a time."""
 
-    def __init__(self, temporal: Client, store: TaskStore, *, task_queue: str) -> None:
+    def __init__(self, temporal: Client, store: TaskStore, lists: FileLists, *, task_queue: str) -> None:
+        """`lists` keeps lists of files that are too long for a run's input."""
         self._temporal = temporal
         self._store = store
+        self._lists = lists
         self._task_queue = task_queue
 
     async def start(self, caller: Caller, order: ImageOrder | TrainingOrder, key: str | None) -> tuple[TaskView, bool]:
@@ -63,6 +67,8 @@ class Tasks:
         earlier = await self._claimed(task)
         if earlier is not None:
             return earlier, False
+        if isinstance(order, TrainingOrder) and order.long_list is not None:
+            await self._keep(task.task_id, order.dataset.dataset_id, order.long_list)
         start = task_start.start_image if isinstance(task, ImageTask) else task_start.start_training
         try:
             started: task_start.Started = await bounded(start(self._temporal, task, task_queue=self._task_queue))  # type: ignore[arg-type]
@@ -72,6 +78,15 @@ class Tasks:
             return TaskView.accepted(task), True
         row = await _stored(self._store.task(task.task_id))
         return TaskView.of_row(row) if row else TaskView.accepted(task), False
+
+    async def _keep(self, task_id: str, dataset_id: str, files: list[str]) -> None:
+        try:
+            await self._lists.put(task_id, dataset_id, files)
+        except OutsideFailure:
+            raise Problem(
+                ProblemCode.STORAGE_UNAVAILABLE,
+                "The list of files cannot be put into object storage now; nothing was started. Try again.",
+            ) from None
 
     async def _claimed(self, task: ImageTask | TrainingTask) -> TaskView | None:
         """The task that holds the id already. The claim outlives the run and the row; while the store is away, the

@@ -2,7 +2,7 @@
 
 python -m mutation                                  all of them; goes on where it was interrupted
 python -m mutation --only workflows/stop.py         some modules; may be repeated
-python -m mutation --sample 60 --seed 3             some mutants of all modules
+python -m mutation --read --sample 60 --seed 3      some mutants of the modules whose survivors were all read
 python -m mutation --list --only workflows/stop.py  what would be judged
 """
 
@@ -22,7 +22,7 @@ from mutation.forked import adopt_orphans, forked
 from mutation.harmless import Harmless
 from mutation.judging import Effort, Judge, Verdict, load_what_others_wrote
 from mutation.mutations import FOLDERS, ROOT, Mutation, modules, mutations_of
-from mutation.reach import Block, Reach, fingerprint, kept, seeds_that_reach
+from mutation.reach import EVERYWHERE, Block, Reach, Seed, fingerprint, kept, seeds_that_reach
 from mutation.tests_played import tests_that_reach
 from mutation.verdicts import Verdicts
 
@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     if stale:
         print("Named as harmless, and no mutation any more:", *stale, sep="\n  ", file=sys.stderr)
         return EXIT_CANNOT
+    if options.read:
+        everywhere = [mutation for mutation in everywhere if mutation.module in harmless.modules_read]
     wanted = _wanted(everywhere, options)
     if options.list:
         print(*(f"{each.module}:{each.line} {each.function}\n    + {each.becomes}" for each in wanted), sep="\n")
@@ -59,9 +61,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m mutation", description=__doc__, formatter_class=form)
     parser.add_argument("--only", action="append", default=[], help="modules whose path begins so; may be repeated")
+    parser.add_argument("--read", action="store_true", help="modules whose survivors were all read (harmless.toml)")
     parser.add_argument("--sample", type=int, help="so many of them, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0, help="which sample (0)")
-    parser.add_argument("--seeds", type=int, default=1_200, help="schedules to choose from, two thirds images (1200)")
+    parser.add_argument("--seeds", type=int, default=1_200, help="schedules to choose from (1200)")
     parser.add_argument("--seeds-each", type=int, default=150, help="schedules for one mutant at most (150)")
     parser.add_argument("--test-seconds", type=float, default=60.0, help="of tests for one mutant at most (60)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once (one for each processor)")
@@ -123,19 +126,22 @@ def _tell(number: int, count: int, mutation: Mutation, verdict: Verdict) -> None
     print(f"{number}/{count} {verdict.fate.value:<10} {change}  <- {verdict.by[:100]}", flush=True)
 
 
-def _seeds(count: int) -> dict[Block, list[tuple[str, int]]]:
+def _seeds(count: int) -> dict[Block, list[Seed]]:
     """What reaches each block of so many schedules; found out anew where what is played has changed."""
-    counts = {"image": 2 * count // 3, "training": count // 3}
 
-    def played() -> dict[Block, list[tuple[str, int]]]:
+    def played() -> dict[Block, list[Seed]]:
         print(f"finding out what {count} schedules reach ...", flush=True)
-        found: dict[Block, list[tuple[str, int]]] = forked(
-            lambda: seeds_that_reach(counts), cpu_seconds=1_800, wall_seconds=3_600, log=FOLDER / "reach-seeds.log"
+        found: dict[Block, list[Seed]] = forked(
+            lambda: seeds_that_reach(count), cpu_seconds=1_800, wall_seconds=3_600, log=FOLDER / "reach-seeds.log"
         )
         return found
 
     found = kept(FOLDER / f"reach-seeds-{count}.json", fingerprint(*FOLDERS, "contracts", "simulation"), played)
-    return {block: [(kind, seed) for kind, seed in some] for block, some in found.items()}
+    seeds = {block: [Seed(*parts) for parts in some] for block, some in found.items()}
+    failed = count - len(seeds.get(EVERYWHERE, []))
+    if failed > 0:
+        print(f"{failed} schedules fail without any mutant, and judge none.", flush=True)
+    return seeds
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ class Entry:
 class Harmless:
     """What `harmless.toml` names."""
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    def __init__(self, entries: Iterable[Entry], read: Iterable[str] = ()) -> None:
         self.entries = list(entries)
+        self.modules_read = frozenset(read)
+        """Modules whose survivors were all read: another one there is news."""
         self._reasons = {
             (entry.module, entry.function, folded(line)): entry.reason
             for entry in self.entries
@@ -41,12 +43,12 @@ class Harmless:
     @classmethod
     def read(cls, file: Path = FILE) -> Harmless:
         """Raises ValueError where an entry lacks something."""
-        entries = []
-        for raw in tomllib.loads(file.read_text())["harmless"]:
+        entries, told = [], tomllib.loads(file.read_text())
+        for raw in told["harmless"]:
             if set(raw) != {"module", "function", "becomes", "reason"} or not raw["reason"].strip():
                 raise ValueError(f"{file.name}: an entry has module, function, becomes and reason, not {sorted(raw)}")
             entries.append(Entry(raw["module"], raw["function"], tuple(raw["becomes"]), raw["reason"]))
-        return cls(entries)
+        return cls(entries, told["read"])
 
     def reason(self, mutation: Mutation) -> str | None:
         return self._reasons.get((mutation.module, mutation.function, mutation.becomes))
@@ -54,4 +56,5 @@ class Harmless:
     def stale(self, mutations: Iterable[Mutation]) -> list[str]:
         """The entries that match none of these, which are all there are."""
         present = {(mutation.module, mutation.function, mutation.becomes) for mutation in mutations}
-        return [" | ".join(known) for known in self._reasons if known not in present]
+        gone = self.modules_read - {module for module, _, _ in present}
+        return [" | ".join(known) for known in self._reasons if known not in present] + sorted(gone)

@@ -17,7 +17,7 @@ import pytest
 from mutation.forked import Broke, RanOn, forked
 from mutation.in_memory import InMemory, forget
 from mutation.mutations import ROOT, Mutation
-from mutation.reach import EVERYWHERE, Reach, simulation
+from mutation.reach import EVERYWHERE, Reach, Seed, simulation
 
 SIMULATION_CPU_SECONDS: Final = 15
 """For all seeds of one mutant, which take a third of it: a mutant that waits without waiting takes all of it."""
@@ -96,16 +96,16 @@ class Judge:
 
     # The simulation
 
-    def _simulated(self, mutation: Mutation, seeds: Sequence[tuple[str, int]]) -> str | None:
+    def _simulated(self, mutation: Mutation, seeds: Sequence[Seed]) -> str | None:
         """What a seed saw of the mutant, or None."""
 
         def played() -> str | None:
             _put_in(mutation)
             play = simulation()
-            for kind, seed in seeds:
-                problem = play(seed, kind).problem
+            for seed in seeds:
+                problem = play(seed)
                 if problem is not None:
-                    return f"{kind} {seed}: {problem[:200]}"
+                    return f"{seed}: {problem[:200]}"
             return None
 
         try:
@@ -176,13 +176,13 @@ def load_what_others_wrote() -> None:
     gc.freeze()
 
 
-def spread(seeds: Sequence[tuple[str, int]], most: int) -> list[tuple[str, int]]:
-    """At most so many, kinds by turns."""
-    by_kind: dict[str, list[tuple[str, int]]] = {}
-    for kind, seed in seeds:
-        by_kind.setdefault(kind, []).append((kind, seed))
-    longest = max(map(len, by_kind.values()), default=0)
-    turns = [some[at] for at in range(longest) for some in by_kind.values() if at < len(some)]
+def spread(seeds: Sequence[Seed], most: int) -> list[Seed]:
+    """At most so many, kinds and profiles by turns."""
+    groups: dict[tuple[str, str], list[Seed]] = {}
+    for seed in seeds:
+        groups.setdefault((seed.kind, seed.profile), []).append(seed)
+    longest = max(map(len, groups.values()), default=0)
+    turns = [some[at] for at in range(longest) for some in groups.values() if at < len(some)]
     return turns[:most]
 
 

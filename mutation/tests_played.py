@@ -18,6 +18,8 @@ TESTS: Final = (
     "tests/workflows",
     "tests/activities",
     "tests/store/test_activities.py",
+    "tests/store/test_activity_limits.py",
+    "tests/store/test_lives.py",
     "tests/gateway/test_rollback.py",
 )
 LEFT_OUT: Final = {

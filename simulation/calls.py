@@ -23,7 +23,7 @@ from temporalio.api.failure.v1 import (
 from temporalio.bridge.proto import activity_result
 from temporalio.bridge.proto.workflow_commands import ScheduleActivity, ScheduleLocalActivity
 
-from contracts.errors import FailureCode
+from contracts.errors import Answer, FailureCode
 from simulation.agenda import Agenda, Happening
 from simulation.hosted_run import payload_of
 from simulation.parties import CallRefused, Parties
@@ -197,6 +197,8 @@ class Calls:
         elif attempt.spoiled is not None:
             self._unheard(call, token, attempt)
         else:
+            if isinstance(outcome, Answer):
+                outcome = outcome.model_copy(update={"tries": call.attempt})
             result = activity_result.Success(result=payload_of(outcome))
             call.outcome = outcome
             self._finish(call, Resolution(completed=result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Final
 
 from contracts.carried import ImageRun
@@ -69,7 +70,6 @@ class JobRules:
         must(
             waited >= pauses[earlier.n - 1] - SLACK, f"the next job after {waited:g} s, right is", pauses[earlier.n - 1]
         )
-        must(earlier.job_id in self._cancelled, "another job although the old one is not cancelled:", earlier.job_id)
 
     def _ended_at(self, attempt: Attempt) -> float | None:
         """When the run was told of an end that may be retried: the job's own, or that it is lost."""
@@ -86,6 +86,9 @@ class JobRules:
         must(job_id in self._world.works, "a job is cancelled that there is not:", job_id)
         self._cancelled.setdefault(job_id, call.scheduled_at)
 
+    def is_given_up(self, job_id: str) -> bool:
+        return job_id in self._cancelled
+
     # Once the task has ended
 
     def check_end(self) -> None:
@@ -94,6 +97,10 @@ class JobRules:
             if attempt.job_id in self._cancelled:
                 is_late = self._ended_at(attempt) is None
                 must(not is_late, "a job was cancelled that had not ended:", attempt.job_id)
+        for earlier, later in pairwise(attempts):
+            cancelled_at = self._cancelled.get(earlier.job_id or "")
+            is_in_time = cancelled_at is not None and cancelled_at <= later.call.scheduled_at
+            must(is_in_time, "another job although the old one was not cancelled:", earlier.job_id)
         for attempt in attempts:
             is_left = attempt.accepted is not None and attempt.job_id not in self._cancelled
             must(not is_left or self._world.is_completed, "a job was never cancelled:", attempt.job_id)
@@ -109,6 +116,7 @@ class JobRules:
         if attempt is not None:
             reasons |= self._reasons_of_job(attempt)
             reasons |= self._reasons_of_price(attempt)
+            reasons |= self._reasons_of_row()
             if at >= min(self._holds.deadlines(at)) or attempt.n > 1 or self._waits_for_retry(attempt):
                 reasons.add(FailureCode.TIMEOUT)
         must(code in reasons, f"failed with {code}, the reasons there are:", *sorted(reasons))
@@ -138,6 +146,12 @@ class JobRules:
 
     def _waits_for_retry(self, attempt: Attempt) -> bool:
         return self._ended_at(attempt) is not None
+
+    def _reasons_of_row(self) -> set[str]:
+        """A run that was thrown back behind its own end finds it in the row, and ends as that tells."""
+        looks = [call.outcome for call in self._world.witness.calls.get("look", ()) if call.outcome is not None]
+        errors = [seen.row.error for seen in looks if seen.life.has_ended and seen.row is not None]
+        return {error.code for error in errors if error is not None}
 
     def _reasons_of_price(self, attempt: Attempt) -> set[str]:
         codes: set[str] = set()

@@ -198,8 +198,7 @@ def signal_handler_raises() -> Patches:
 
 def earlier_jobs_count() -> Patches:
     def read(self: JobWatch) -> None:
-        inbox, self.state.inbox = self.state.inbox, []
-        for news in inbox:
+        for news in self._inbox.take_all():
             self._apply(news)
         if self._poll is not None and self._poll.done():
             self._take_poll()

@@ -19,18 +19,20 @@ from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
 
 from contracts.comfyui import JobStatus, TrainingStage
 from contracts.errors import ExceptionCode, FailureCode
-from contracts.task_store import Fact
+from contracts.task_store import Fact, TaskState
 from contracts.tasks import (
     CreditsSummary,
     EventType,
     ImageProgress,
     ImageResult,
+    SettlementState,
     TaskStatus,
     TrainingProgress,
     TrainingResult,
 )
 from simulation.calls import Call
 from simulation.comfyui_model import id_of
+from simulation.credits_model import Hold
 from simulation.hold_rules import HoldRules
 from simulation.hosted_run import CONVERTER
 from simulation.job_rules import JobRules
@@ -80,6 +82,8 @@ class Oracle:
         self._cancel_seen = self._delivery_seen = False
         self._delivery_first = self._cancel_first = False
         self._charged_at_end: int | None = None
+        self._ended_before: tuple[int, TaskState | None] | None = None
+        """What was charged, and the row, when a run was reset whose task had ended."""
         self.cancels: dict[str, bool] = {}
         """Cancel → whether Temporal's."""
         server.on_recorded = self.task_recorded
@@ -99,10 +103,18 @@ class Oracle:
     def after_step(self) -> None:
         credits = self._parties.credits
         holds = credits.holds
+        if self._world.is_reset:
+            self._after_step_of_reset(holds)
+            return
         committed = [hold for hold in holds if hold.phase == "committed"]
         must(len(committed) <= 1, "two holds were committed:", *(hold.pre_deduct_id for hold in committed))
         left = [hold for hold in holds if hold.phase == "open"]
-        must(len(left) <= 2, "more than two holds stand at once:", *(hold.pre_deduct_id for hold in left))
+        # A third stands where the first one's cancel hangs and the second would run out meanwhile.
+        must(
+            len(left) <= 3 or credits.terms.is_field,
+            "more than three holds stand at once:",
+            *(hold.pre_deduct_id for hold in left),
+        )
         must(not credits.books.conflicts, "a key came again with another body:", *credits.books.conflicts)
         must(not self._world.jobs.conflicts, "a key came again with another body:", *self._world.jobs.conflicts)
         if credits.charged():
@@ -113,10 +125,25 @@ class Oracle:
         if self._server.closed is not None:
             self._ended()
 
+    def _after_step_of_reset(self, holds: list[Hold]) -> None:
+        """After a reset a key may come again with another body, and what it asked for may stand twice for a while."""
+        committed = [hold for hold in holds if hold.phase == "committed"]
+        must(len(committed) <= 1, "two holds were committed:", *(hold.pre_deduct_id for hold in committed))
+        if self._server.closed is not None:
+            self._ended()
+
+    def was_reset(self) -> None:
+        """The run was reset: whatever end it had come to, it goes on."""
+        self._world.is_reset = True
+        self._world.status = self._charged_at_end = None
+        had_ended = self._parties.store.has_ended
+        self._ended_before = (self._parties.credits.charged(), self._parties.store.state) if had_ended else None
+
     def task_recorded(self, jobs: list[WorkflowActivationJob], busy: set[str]) -> None:
         """While the run waits, what it sees first decides; a delivery beats a cancel that comes with it."""
         waits = not busy & _OPENING and bool(self._works) and self._holds_stand()
         current = list(self._works)[-1] if self._works else ""
+        waits = waits and not self._jobs.is_given_up(current)
         if waits and not self._cancel_seen and self._works[current].is_started:
             self._delivery_first |= any(self._is_delivery(job, current) for job in jobs)
         is_cancel = any(map(_is_cancel, jobs))
@@ -133,6 +160,8 @@ class Oracle:
 
     def call_scheduled(self, call: Call) -> None:
         """Once a cancel was seen nothing new is begun; what was begun may be asked for again, to undo it."""
+        if self._world.is_reset:
+            return
         key = str(getattr(call.argument, "key", ""))
         if call.name in _BEGINNING:
             must(not self._cancel_seen or key in self._keys, "begun although a cancel was seen before:", call.name, key)
@@ -151,7 +180,8 @@ class Oracle:
     def _charge_is_due(self) -> None:
         """Charged without a hold is only what had one that ran out, or more than the hold where policy says so."""
         credits = self._parties.credits
-        phases = {hold.phase for hold in credits.holds}
+        untold = self._holds.untold() if credits.terms.is_field else []
+        phases = {hold.phase for hold in credits.holds if hold not in untold}
         is_more = "committed" in phases and self._scenario.policy.charge_shortfall
         by_hand = any(hold.is_cancelled_by_hand for hold in credits.holds)
         was_short = (
@@ -174,7 +204,7 @@ class Oracle:
 
     def event_written(self, fact: Fact) -> None:
         at = (fact.attempt, fact.stage)
-        if fact.sequence is not None:
+        if fact.sequence is not None and not self._world.is_reset:
             rank = (fact.attempt, _STAGES.index(fact.stage) if fact.stage else -1)
             must(rank >= self._rank, "the stage went back:", fact.key, fact.attempt, fact.stage)
             self._rank = rank
@@ -182,10 +212,13 @@ class Oracle:
         self._reached[at] = fact.progress or 0.0
         if fact.result_urls or fact.output:
             must(fact.event is EventType.COMPLETED, "results were handed out before the end:", fact.key)
-        self._record.event_written(fact)
+        if not self._world.is_reset:
+            self._record.event_written(fact)
 
     def asked(self, name: str, answer: Any) -> None:
         """A query's answer: progress never goes back within an attempt and stage; no more is charged than was."""
+        if self._world.is_reset:
+            return
         if name == "credits":
             [credits] = CONVERTER.from_payloads([answer], [CreditsSummary])
             charged = self._parties.credits.charged()
@@ -210,7 +243,9 @@ class Oracle:
             return
         told = self._world.told()
         holds_excused = {ExceptionCode.HOLD_LEFT_TO_EXPIRY, ExceptionCode.UNDO_UNFINISHED} & told
-        left = [hold.pre_deduct_id for hold in self._parties.credits.holds if hold.phase == "open"]
+        doubled = [hold.pre_deduct_id for hold in self._holds.untold()] if self._parties.credits.terms.is_field else []
+        open_holds = [hold.pre_deduct_id for hold in self._parties.credits.holds if hold.phase == "open"]
+        left = [pre_deduct_id for pre_deduct_id in open_holds if pre_deduct_id not in doubled]
         must(not left or bool(holds_excused) or self._settlement.is_unknown, "holds are left open:", *left)
         jobs_excused = {ExceptionCode.ROUTE_NOT_OFFERED, ExceptionCode.UNDO_UNFINISHED} & told
         alive = [job_id for job_id, work in self._works.items() if work.runs]
@@ -226,6 +261,9 @@ class Oracle:
             return
         must(not self._scenario.is_id_taken, "went on although another run holds the id:", closed.how)
         result = self._result()
+        if self._world.is_reset:
+            self._check_end_of_reset(charged, result)
+            return
         self._world.status = TaskStatus.CANCELLED if result is None else result.status
         self._check_events()
         self._check_cancels(closed.how)
@@ -242,6 +280,41 @@ class Oracle:
             self._check_result(result)
         stated = self._server.search_attributes.get("TaskStatus", b"").decode().strip('"')
         must(stated == self._world.status.value, "the search attribute TaskStatus says", stated)
+
+    def _check_end_of_reset(self, charged: int, result: ImageResult | TrainingResult | None) -> None:
+        """At most one charge, the row tells what the ledger shows, and nothing is handed out that was not paid."""
+        row, store = self._parties.store.state, self._parties.store
+        assert row is not None
+        self._world.status = row.status
+        must(store.has_ended, "the run has ended and the row has not")
+        must(
+            result is None or result.status is row.status,
+            "result and row differ:",
+            result and result.status,
+            row.status,
+        )
+        if self._ended_before is not None:
+            must((charged, row) == self._ended_before, "the row had ended, and then:", charged, row)
+        must(
+            not result or result.credits == row.credits,
+            "result and row differ:",
+            result and result.credits,
+            row.credits,
+        )
+        is_unknown = row.credits.settlement is SettlementState.UNKNOWN
+        must(is_unknown or row.credits.charged == charged, "the row says charged:", row.credits.charged, charged)
+        is_paid = row.status is TaskStatus.COMPLETED
+        must(is_paid or is_unknown or charged == 0, f"{row.status.value}, but charged", charged)
+        must(is_paid or not (row.result_urls or row.output), f"{row.status.value}, but results were handed out")
+        must(charged <= self._dearest(), "charged more than any of the jobs costs:", charged, self._dearest())
+        must(sum(event.event in _ENDS.values() for event in store.events) == 1, "more than one end was told")
+
+    def _dearest(self) -> int:
+        """The most that a job of the task may cost."""
+        holds = self._parties.credits.holds
+        return max((hold.amount for hold in holds), default=0) + (
+            10**6 if self._scenario.policy.charge_shortfall else 0
+        )
 
     def _may_fail_delivered(self, closed: Any) -> bool:
         """Delivered work is refused only where it costs less than nothing or could not be covered."""

@@ -13,7 +13,7 @@ from activities.credits import CreditsActivities
 from activities.datasets import DatasetActivities
 from activities.task_store import TaskStoreActivities
 from contracts.calls import SnapshotOrder
-from contracts.comfyui import DatasetFile, DatasetSnapshot
+from contracts.comfyui import ManifestReference, SnapshotReference
 from contracts.errors import FailureCode
 from contracts.lives import STORE_UNAVAILABLE
 from simulation.agenda import Agenda
@@ -70,14 +70,14 @@ class Objects:
         self.kept: set[str] = set()
         self._deleted_at: dict[str, float] = {}
 
-    def snapshot(self, order: SnapshotOrder, caller: Caller) -> DatasetSnapshot:
+    def snapshot(self, order: SnapshotOrder, caller: Caller) -> SnapshotReference:
         if caller.began_at <= self._deleted_at.get(order.call_for.task_id, -1.0):
             raise CallRefused(FailureCode.DATASET_INVALID, "the copy was deleted while it was made", is_final=True)
         self.kept.add(order.call_for.task_id)
         if self.is_invalid:
             raise CallRefused(FailureCode.DATASET_INVALID, "a file of the dataset is missing", is_final=True)
-        files = [DatasetFile(path="images.tar", size_bytes=1, sha256="0" * 64)]
-        return DatasetSnapshot(dataset_id=order.dataset_id, snapshot_uri="file:///snapshots/1/", files=files)
+        manifest = ManifestReference(uri="file:///manifest.json", sha256="0" * 64, file_count=1, total_bytes=1)
+        return SnapshotReference(dataset_id=order.dataset_id, snapshot_uri="file:///snapshots/1/", manifest=manifest)
 
     def delete_snapshot(self, order: SnapshotOrder, caller: Caller) -> None:
         self.kept.discard(order.call_for.task_id)

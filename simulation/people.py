@@ -65,6 +65,7 @@ class People:
             Deed.KILL: lambda: server.kill_worker(rng.choice((0.5, 3.0, 30.0))),
             Deed.EVICT: server.evict,
             Deed.HOLD_CANCELLED_BY_HAND: parties.credits.cancel_by_hand,
+            Deed.RESET: self._reset,
             Deed.PAUSE: lambda: server.pause(rng.choice((5.0, 100.0, 2_000.0))),
             Deed.OLD_WRITE: lambda: parties.store.write_again(rng),
             Deed.BALANCE_RISES: lambda: self._set_balance(parties.credits.balance + 500),
@@ -72,8 +73,8 @@ class People:
         }
 
     def do(self, deed: Deed) -> None:
-        """Do it, unless the task has ended."""
-        if self._server.closed is None:
+        """Do it, unless the task has ended: then it may still be reset."""
+        if self._server.closed is None or deed is Deed.RESET:
             self._trace("DEED: %s", deed.value)
             self._deeds[deed]()
 
@@ -107,6 +108,10 @@ class People:
             answer = self._server.query(name)
             if answer is not None:
                 self._oracle.asked(name, answer)
+
+    def _reset(self) -> None:
+        self._oracle.was_reset()
+        self._server.reset()
 
     def _set_balance(self, points: int) -> None:
         self._parties.credits.balance = points

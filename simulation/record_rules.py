@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Final
+from typing import Final
 
 from contracts.comfyui import JobState, JobStatus, TrainingState, TrainingStatus
 from contracts.errors import Answer, ExceptionCode, FailureCode
@@ -20,8 +20,7 @@ from simulation.witness import CANCELS, Attempt, Word, key_of, number_of
 SLACK: Final = 0.01
 SURELY: Final = 150.0
 """Seconds within which a run that waits has surely been woken: longer than a task may be slow or a worker away."""
-NEVER: Final = float("inf")
-_UNSEEN: Final = {"accepted", "settled", "end", "queue_sla"}
+_UNSEEN: Final = {"accepted", "settled", "end", "queue_sla", "difference"}
 
 
 class RecordRules:
@@ -53,28 +52,24 @@ class RecordRules:
         elif name in self._world.works:
             self._check_progress(fact, name, int(rest))
         else:
-            must(fact.key in _UNSEEN, "an event that nothing stands behind:", fact.key)
-
-    def _hold(self, n: int) -> Any:
-        holds = self._world.parties.credits.books.holds.values()
-        return next((hold for hold in holds if hold.n == n), None)
+            must(name in _UNSEEN, "an event that nothing stands behind:", fact.key)
 
     def _check_held(self, fact: Fact, n: int) -> None:
-        hold = self._hold(n)
-        must(hold is not None, "a hold was told that the credits service does not have:", fact.key)
-        must(fact.credits_delta == -hold.amount, "a hold is told with", fact.credits_delta, hold.amount)
-        life = hold.expires_at - fact.ts.timestamp()
+        holds = self._holds.of_number(n)
+        must(bool(holds), "a hold was told that the credits service does not have:", fact.key)
+        amounts = [-hold.amount for hold in holds]
+        must(fact.credits_delta in amounts, "a hold is told with", fact.credits_delta, *amounts)
+        life = max(hold.expires_at for hold in holds) - fact.ts.timestamp()
+        is_relied_on = any(hold.phase == "open" for hold in holds)
         must(
-            life >= LEAST_LIFE - 0.001 or hold.phase != "open",
-            f"a hold with {life:.1f} s of life was relied on:",
-            fact.key,
+            life >= LEAST_LIFE - 0.001 or not is_relied_on, f"a hold with {life:.1f} s of life was relied on:", fact.key
         )
 
     def _check_given_back(self, fact: Fact, n: int) -> None:
-        hold = self._hold(n)
-        must(hold is not None, "a hold was given back that the credits service does not have:", fact.key)
-        must(hold.phase in ("cancelled", "expired"), f"{fact.key} is told of a hold that is", hold.phase)
-        must(fact.credits_delta == hold.amount, "a hold is given back with", fact.credits_delta, hold.amount)
+        holds = self._holds.of_number(n)
+        ended = [hold.amount for hold in holds if hold.phase in ("cancelled", "expired")]
+        must(bool(ended), f"{fact.key} is told of a hold that is", *(hold.phase for hold in holds))
+        must(fact.credits_delta in ended, "a hold is given back with", fact.credits_delta, *ended)
 
     def _check_retry(self, fact: Fact, n: int) -> None:
         attempt = self._world.witness.attempts.get(n)
@@ -82,7 +77,8 @@ class RecordRules:
         assert attempt is not None
         assert fact.error is not None
         # By what its job ever said: it is told in the workflow task that hears of it, before that is recorded.
-        codes = self._world.jobs.failures_of(attempt.job_id)
+        jobs = self._world.works if attempt.job_id is None else [attempt.job_id]
+        codes = {code for job_id in jobs for code in self._world.jobs.failures_of(job_id)}
         is_lost = not codes and fact.error.code == FailureCode.LOST
         must(is_lost or fact.error.code in codes, "a retry is told for", fact.error.code)
 
@@ -103,6 +99,7 @@ class RecordRules:
         self._check_holds_told()
         self._check_jobs_told()
         self._check_row()
+        self._check_doubled()
         for exception in self._world.parties.store.exceptions.values():
             self._check_reason(exception)
         self._check_recorded(ended_at)
@@ -186,6 +183,7 @@ class RecordRules:
             ExceptionCode.QUEUE_SLA_MISSED: lambda: self._was_queued_until(at),
             ExceptionCode.HOLD_LEFT_TO_EXPIRY: self._was_not_given_back,
             ExceptionCode.UNDO_UNFINISHED: self._was_unreadable,
+            ExceptionCode.HOLD_DOUBLED: lambda: self._world.parties.credits.terms.is_field,
         }
         if exception.key == "end":
             must(
@@ -196,6 +194,18 @@ class RecordRules:
             return
         has_reason = reasons.get(exception.code, lambda: False)
         must(has_reason(), "an exception is recorded without a reason:", exception.key, exception.code)
+
+    def _check_doubled(self) -> None:
+        """What a service without idempotency holds beside is recorded with its amount, once the ledger shows it."""
+        terms, untold = self._world.parties.credits.terms, self._holds.untold()
+        looks = self._world.witness.calls.get("ledger", [])
+        is_shown = bool(looks) and looks[-1].outcome is not None and terms.lag_seconds == 0
+        if not untold or not terms.is_field or not is_shown:
+            return
+        seen = sum(hold.amount for hold in untold if hold.taken_at <= looks[-1].scheduled_at)
+        records = self._world.parties.store.exceptions.values()
+        told = sum(record.details["amount"] for record in records if record.code == ExceptionCode.HOLD_DOUBLED)
+        must(told == seen, f"{seen} points are held twice, recorded are", told)
 
     def _was_not_given_back(self) -> bool:
         refused = {message for _, message in self._world.witness.refusals("cancel_hold")}
@@ -271,6 +281,8 @@ class RecordRules:
         )
 
     def _was_queued_for_long(self, ended_at: float) -> bool:
+        if self._world.scenario.is_paused:
+            return False
         sla = 60 * self._world.scenario.policy.queue_sla_minutes
         for attempt in self._world.witness.attempts.values():
             start, news = self._holds.start_of(attempt.n), self._world.witness.news_of(attempt.job_id)
@@ -278,19 +290,10 @@ class RecordRules:
                 continue
             moved = [word.at for word in news if not _is_queued(word)]
             until = min([*moved, *self._cancels_of(attempt), *self._world.cancels_seen, ended_at])
-            begun = max(start + sla, attempt.accepted_at, self._followed_since(attempt))
+            begun = max(start + sla, attempt.accepted_at, self._holds.followed_since(attempt))
             if until > begun + SURELY:
                 return True
         return False
-
-    def _followed_since(self, attempt: Attempt) -> float:
-        """Since when the run waits for nothing but the job: its price is held, and a training has been started."""
-        granted = self._holds.granted()
-        if not granted:
-            return NEVER
-        names = ("estimate",) if self._world.scenario.is_image else ("estimate", "start_training")
-        told = [call.told_at for name in names if (call := self._world.witness.last(name, attempt.n)) is not None]
-        return max([granted[0].told_at, *((at if at is not None else NEVER) for at in told)])
 
     def _cancels_of(self, attempt: Attempt) -> list[float]:
         calls: list[Call] = [call for name in CANCELS for call in self._world.witness.calls.get(name, ())]

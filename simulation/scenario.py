@@ -57,6 +57,7 @@ class Deed(StrEnum):
     BALANCE_FALLS = "balance falls"
     PAUSE = "pause"
     OLD_WRITE = "old write"
+    RESET = "reset"
 
 
 _OFTEN: Final = {
@@ -105,6 +106,8 @@ class Scenario:
     dearer_by: tuple[int, ...] = ()
     """Points by which each further image job of the task is dearer."""
     tells_resumed_from: bool = False
+    resets_at_end: int = 0
+    """How often the run is reset when the task has ended."""
 
     @property
     def is_image(self) -> bool:
@@ -143,7 +146,9 @@ class Scenario:
         )
 
 
-def drawn(rng: random.Random, more: random.Random, agenda: Agenda, kind: str, profile: str) -> Scenario:
+def drawn(
+    rng: random.Random, more: random.Random, agenda: Agenda, kind: str, *, profile: str, resets: float
+) -> Scenario:
     """The scenario that these generators' seed stands for; `more` is drawn from for what came later."""
     is_image = kind == "image"
     task: ImageRun | TrainingRun = _image(rng) if is_image else _training(rng)
@@ -166,6 +171,11 @@ def drawn(rng: random.Random, more: random.Random, agenda: Agenda, kind: str, pr
     scenario.credits = _credits(rng, scenario.table_price)
     _add_more(more, scenario)
     scenario.credits.is_field = profile == "field" or (profile == "both" and more.random() < 0.3)
+    if not scenario.is_id_taken and more.random() < resets:
+        scenario.resets_at_end = more.choice((0, 1, 1, 2))
+        acts = scenario.deeds.at_step
+        acts.extend((more.randrange(100), Deed.RESET) for _ in range(more.choice((0, 1, 1, 2))))
+        acts.sort(key=lambda act: act[0], reverse=True)
     if scenario.credits.is_field:
         scenario.credits.tells_kinds = False
         scenario.credits.acts_and_fails = more.random() < 0.3

@@ -47,9 +47,15 @@ class Outcome:
     trace: list[str] = field(default_factory=list)
 
 
-def play(seed: int, kind: str, *, profile: str = "contract", is_traced: bool = False) -> Outcome:
+RESETS: Final = 0.1
+"""How likely a task's run is reset, once or more."""
+
+
+def play(
+    seed: int, kind: str, *, profile: str = "contract", resets: float = RESETS, is_traced: bool = False
+) -> Outcome:
     """Run one schedule to its end."""
-    schedule = Schedule(seed, kind, profile, is_traced=is_traced)
+    schedule = Schedule(seed, kind, profile=profile, resets=resets, is_traced=is_traced)
     outcome = Outcome(seed, kind)
     try:
         with warnings.catch_warnings(action="ignore"):  # what temporalio warns of, the oracle sees
@@ -68,12 +74,12 @@ def play(seed: int, kind: str, *, profile: str = "contract", is_traced: bool = F
 class Schedule:
     """The world of one seed."""
 
-    def __init__(self, seed: int, kind: str, profile: str, *, is_traced: bool) -> None:
+    def __init__(self, seed: int, kind: str, *, profile: str, resets: float, is_traced: bool) -> None:
         self.rng = rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seed that can be given again is the point
         self.agenda = agenda = Agenda(rng)
         self.trace = Trace(agenda, is_wanted=is_traced)
         more = random.Random(f"{kind} {seed} more")  # noqa: S311
-        self.scenario = scenario = drawn(rng, more, agenda, kind, profile)
+        self.scenario = scenario = drawn(rng, more, agenda, kind, profile=profile, resets=resets)
         self.trace("%s", scenario)
         self.parties = self._parties(scenario)
         identity = RunIdentity(
@@ -123,17 +129,23 @@ class Schedule:
 
     def run(self) -> str:
         """Step until nothing is left to happen; how the task ended. Raises Untrue, TaskFailed."""
-        deeds = self.scenario.deeds.at_step
-        while self.agenda.step():
-            self.oracle.after_step()
-            while deeds and deeds[-1][0] <= self.agenda.steps:
-                self.people.do(deeds.pop()[1])
-            if self.agenda.steps > STEPS_AT_MOST:
-                raise Untrue(f"the task has not ended after {STEPS_AT_MOST} steps")
+        self._step_to_the_end()
+        for _ in range(self.scenario.resets_at_end):
+            self.people.do(Deed.RESET)
+            self._step_to_the_end()
         if self.server.closed is None:
             raise Untrue("the task waits for ever: nothing is left that could wake it")
         self.oracle.after_step()
         return self._how()
+
+    def _step_to_the_end(self) -> None:
+        deeds, at_most = self.scenario.deeds.at_step, self.agenda.steps + STEPS_AT_MOST
+        while self.agenda.step():
+            self.oracle.after_step()
+            while deeds and deeds[-1][0] <= self.agenda.steps:
+                self.people.do(deeds.pop()[1])
+            if self.agenda.steps > at_most:
+                raise Untrue(f"the task has not ended after {STEPS_AT_MOST} steps")
 
     def _how(self) -> str:
         closed = self.server.closed
@@ -148,7 +160,8 @@ class Schedule:
             "tasks": server.tasks,
             "replays": server.replays,
             "tasks thrown away": server.thrown_away,
-            "continued": server.runs - 1,
+            "continued": server.runs - 1 - server.resets,
+            "resets": server.resets,
             "jobs": len(self.parties.jobs.works) + len(self.parties.trainings.works),
             "holds": len(self.parties.credits.books.holds),
         }

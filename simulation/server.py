@@ -13,69 +13,38 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import temporalio.bridge.proto.workflow_activation as activation_api
 from temporalio.api.common.v1 import Payload
 from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
 from temporalio.bridge.proto.workflow_commands import WorkflowCommand
 
-from simulation.agenda import Agenda, Happening
+from simulation.agenda import Agenda
 from simulation.calls import Call, Calls, Resolution, cancelled
+from simulation.history import (
+    CLOSING,
+    Closed,
+    OpenTask,
+    PastRun,
+    Recorded,
+    fingerprint,
+    in_order,
+    replayed,
+    resolved,
+)
 from simulation.hosted_run import Activation, HostedRun, RunIdentity, TaskFailed
 from simulation.parties import Parties
+from simulation.timers import Timers
 from simulation.trace import Trace, command_said, job_said
 from simulation.weather import Weather
 from simulation.witness import Witness
 
 TASK_SECONDS: Final = 3.0
 OPEN_AT_MOST_SECONDS: Final = 0.8 * TASK_SECONDS
-_CLOSING: Final = frozenset(
-    {
-        "complete_workflow_execution",
-        "fail_workflow_execution",
-        "cancel_workflow_execution",
-        "continue_as_new_workflow_execution",
-    }
-)
 _EVENTS_OF_JOB: Final = {"resolve_activity": 2, "do_update": 2}
-
-
-@dataclass
-class Recorded:
-    """One activation in the history, and what was answered to it."""
-
-    activation: Activation
-    answered: list[WorkflowCommand]
-    prints: list[bytes] = field(default_factory=list)
-
-
-@dataclass
-class OpenTask:
-    """A workflow task that a worker has taken up and not yet answered."""
-
-    jobs: list[WorkflowActivationJob]
-    busy: set[str] = field(default_factory=set)
-    recorded: list[Recorded] = field(default_factory=list)
-    commands: list[WorkflowCommand] = field(default_factory=list)
-    unsent: list[Call] = field(default_factory=list)
-    """Activities that the run scheduled and called off in this task."""
-    heartbeat: Happening | None = None
-
-    @property
-    def is_closing(self) -> bool:
-        return any(command.WhichOneof("variant") in _CLOSING for command in self.commands)
-
-
-@dataclass
-class Closed:
-    """How the last run ended: completed, failed, cancelled; with its result or failure."""
-
-    how: str
-    result: Payload | None = None
-    failure: Any = None
 
 
 class Server:
@@ -107,6 +76,9 @@ class Server:
         """Told of every visible activity that is scheduled."""
         self._worker_up_at = self._paused_until = 0.0
         self._hosted: HostedRun | None = None
+        self._past: list[PastRun] = []
+        """The runs that continued as the present one, oldest first."""
+        self.resets = 0
         self._open(identity)
 
     def _open(self, identity: RunIdentity) -> None:
@@ -125,7 +97,7 @@ class Server:
         self._history: list[Recorded] = []
         self._flags: set[int] = set()
         self._events = 1
-        self._timers: dict[int, Happening] = {}
+        self._timers = Timers(self._agenda, self._receive)
         self._called: dict[int, Call] = {}
         self._locals: dict[int, Call] = {}
         self._task: OpenTask | None = None
@@ -189,6 +161,47 @@ class Server:
         """An operator pauses the run: until it is unpaused no worker takes up a workflow task of it."""
         self._trace("PAUSE for %g s", seconds)
         self._paused_until = self._agenda.now + seconds
+
+    def reset(self) -> None:
+        """An operator resets a run of the task to a workflow task of it, any of them.
+
+        What the run waited for then is begun anew; what was in flight lands all the same, and nobody hears of it.
+        """
+        runs = [*self._past, self._as_past()]
+        which = self._rng.randrange(len(runs))
+        if not runs[which].cuts():  # its first task has not been recorded yet
+            return
+        kept = runs[which].cut(self._rng.choice(runs[which].cuts()))
+        self.resets += 1
+        self._trace("RESET of %s to its %d. activation", kept.identity.run_id, len(kept.history))
+        self._stop_present()
+        self._past = self._past[:which]
+        self.closed = None
+        self._open(replace(kept.identity, run_id=f"reset-{self.resets}"))
+        self._history, self._called, self._waiting = kept.history, kept.called, kept.unrecorded
+        self._flags |= kept.flags
+        self.search_attributes = kept.search_attributes()
+        self._events = 1 + sum(len(recorded.answered) + 3 for recorded in kept.history)
+        self._cancel_requested = any(job.HasField("cancel_workflow") for job in kept.unrecorded)
+        for began_at, command in kept.open_timers():
+            self._timers.start(command.start_timer, began_at)
+        unwanted = kept.unwanted_calls()
+        for command in kept.open_calls():
+            call = self._calls.schedule(command.schedule_activity, command.schedule_activity.arguments)
+            self._called[call.seq] = call
+            if call.seq in unwanted:
+                self._calls.request_cancel(call.seq)
+
+    def _as_past(self) -> PastRun:
+        sent = (self._task.jobs if self._task is not None else []) + self._waiting
+        return PastRun(self._identity, self._history, self._called, self._flags, sent)
+
+    def _stop_present(self) -> None:
+        self._calls.forget_all()
+        self._timers.call_off_all()
+        if self._task is not None and self._task.heartbeat is not None:
+            self._task.heartbeat.call_off()
+        self._drop()
 
     def evict(self) -> None:
         """The worker's cache is full: a run that is not at work is dropped from memory."""
@@ -254,7 +267,7 @@ class Server:
         if self._locals:
             self._task.heartbeat = self._agenda.after(OPEN_AT_MOST_SECONDS, self._heartbeat)
         if jobs:
-            self._activate(_in_order(jobs))
+            self._activate(in_order(jobs))
 
     def _activate(self, jobs: list[WorkflowActivationJob]) -> None:
         assert self._hosted is not None
@@ -306,7 +319,7 @@ class Server:
             self._called[call.seq] = call
             call.scheduled_at = self._agenda.now
         self._task.unsent += never
-        return [_resolved(call, cancelled(call)) for call in never]
+        return [resolved(call, cancelled(call)) for call in never]
 
     def _heartbeat(self) -> None:
         """The task has been open for long: record what there is, and hear what has come."""
@@ -334,33 +347,34 @@ class Server:
             task.heartbeat.call_off()
         self._flags |= self._hosted.flags
         for recorded in task.recorded:
-            self._witness(recorded.activation, task.unsent)
+            self._tell_witness(recorded.activation, task.unsent)
         self.on_recorded(task.jobs, task.busy)
         rejected = {
             c.update_response.protocol_instance_id
             for c in task.commands
             if c.HasField("update_response") and c.update_response.HasField("rejected")
         }
+        length = len(self._history)
         for recorded in task.recorded:
-            self._keep(recorded, rejected)
+            self._keep(recorded, rejected, begins_task=len(self._history) == length)
         self._events += 1
         answered_at = {id(command): r.activation.at for r in task.recorded for command in r.answered}
         for command in task.commands:
             self._obey(command, answered_at[id(command)])
 
-    def _witness(self, activation: Activation, unsent: list[Call]) -> None:
+    def _tell_witness(self, activation: Activation, unsent: list[Call]) -> None:
         for job in activation.jobs:
-            if not job.HasField("resolve_activity"):
+            call = self._called[job.resolve_activity.seq] if job.HasField("resolve_activity") else None
+            if call is None:
                 self.witness.received(job, activation.at)
                 continue
-            call = self._called[job.resolve_activity.seq]
             if call.is_local or call in unsent:
                 self.witness.scheduled(call, call.scheduled_at)
             if call in unsent:
                 self.on_scheduled(call)
             self.witness.resolved(call, activation.at)
 
-    def _keep(self, recorded: Recorded, rejected: set[str]) -> None:
+    def _keep(self, recorded: Recorded, rejected: set[str], *, begins_task: bool) -> None:
         """A rejected update leaves nothing in the history, neither itself nor what was answered to it."""
         activation = recorded.activation
         jobs = tuple(job for job in activation.jobs if not (job.HasField("do_update") and job.do_update.id in rejected))
@@ -370,8 +384,8 @@ class Server:
             if not (command.HasField("update_response") and command.update_response.protocol_instance_id in rejected)
         ]
         if jobs:
-            prints = [_fingerprint(command) for command in answered]
-            self._history.append(Recorded(replace(activation, jobs=jobs), answered, prints))
+            prints = [fingerprint(command) for command in answered]
+            self._history.append(Recorded(replace(activation, jobs=jobs), answered, prints, begins_task))
         elif answered:
             raise TaskFailed(f"a rejected update had an effect: {[command_said(command) for command in answered]}")
 
@@ -383,22 +397,7 @@ class Server:
             return
         self.replays += 1
         self._trace("REPLAY of %d activations", len(self._history))
-        unresolved: dict[int, WorkflowCommand] = {}
-        for recorded in self._history:
-            for job in recorded.activation.jobs:
-                if job.HasField("resolve_activity") and job.resolve_activity.is_local:
-                    unresolved.pop(job.resolve_activity.seq, None)
-            commands = hosted.activate(_with_patches(recorded), flags=sorted(self._flags), is_replaying=True)
-            if [_fingerprint(command) for command in commands] != recorded.prints:
-                raise TaskFailed(
-                    f"nondeterministic: {[command_said(c) for c in commands]} instead of "
-                    f"{[command_said(c) for c in recorded.answered]} to "
-                    f"{[job_said(job) for job in recorded.activation.jobs]}"
-                )
-            for command in commands:
-                if command.HasField("schedule_local_activity"):
-                    unresolved[command.schedule_local_activity.seq] = command
-        for command in unresolved.values():
+        for command in replayed(self._history, hosted, self._flags):
             self._begin_local(command)
 
     # What the run asked for
@@ -414,32 +413,18 @@ class Server:
         elif kind == "request_cancel_activity":
             self._calls.request_cancel(command.request_cancel_activity.seq)
         elif kind == "start_timer":
-            self._start_timer(command)
+            self._timers.start(command.start_timer, self._agenda.now)
         elif kind == "cancel_timer":
-            self._cancel_timer(command.cancel_timer.seq)
+            seq = command.cancel_timer.seq
+            self._timers.call_off(seq)
+            self._waiting = [job for job in self._waiting if not _rings(job, seq)]
         elif kind == "update_response":
             self._respond(command)
         elif kind == "upsert_workflow_search_attributes":
             upserted = command.upsert_workflow_search_attributes.search_attributes
             self.search_attributes.update({name: payload.data for name, payload in upserted.indexed_fields.items()})
-        elif kind in _CLOSING:
+        elif kind in CLOSING:
             self._close(command, kind)
-
-    def _start_timer(self, command: WorkflowCommand) -> None:
-        seq = command.start_timer.seq
-        seconds = command.start_timer.start_to_fire_timeout.ToTimedelta().total_seconds()
-
-        def ring() -> None:
-            if self._timers.pop(seq, None) is not None:
-                self._receive(WorkflowActivationJob(fire_timer=activation_api.FireTimer(seq=seq)))
-
-        self._timers[seq] = self._agenda.after(seconds, ring)
-
-    def _cancel_timer(self, seq: int) -> None:
-        timer = self._timers.pop(seq, None)
-        if timer is not None:
-            timer.call_off()
-        self._waiting = [job for job in self._waiting if not (job.HasField("fire_timer") and job.fire_timer.seq == seq)]
 
     def _respond(self, command: WorkflowCommand) -> None:
         response = command.update_response
@@ -450,10 +435,7 @@ class Server:
             self.updates[update] = "rejected" if response.HasField("rejected") else "accepted"
 
     def _close(self, command: WorkflowCommand, kind: str) -> None:
-        self._calls.forget_all()
-        for timer in self._timers.values():
-            timer.call_off()
-        self._drop()
+        self._stop_present()
         if kind == "continue_as_new_workflow_execution":
             identity = replace(
                 self._identity,
@@ -462,6 +444,7 @@ class Server:
                 arguments=tuple(command.continue_as_new_workflow_execution.arguments),
                 started_at=self._agenda.now,
             )
+            self._past.append(self._as_past())
             self._open(identity)  # what came while it closed would have kept it open; its calls' ends are nobody's
         elif kind == "complete_workflow_execution":
             self.closed = Closed("completed", result=command.complete_workflow_execution.result)
@@ -474,47 +457,23 @@ class Server:
         return {self._called[job.resolve_activity.seq].name for job in jobs if job.HasField("resolve_activity")}
 
     def _call_resolved_in(self, run: int) -> Callable[[Call, Resolution], None]:
-        def resolved(call: Call, resolution: Resolution) -> None:
+        def heard(call: Call, resolution: Resolution) -> None:
             if self.runs != run or self.closed is not None:
                 return
             if call.is_local:
                 self._local_resolved(call, resolution)
             else:
-                self._receive(_resolved(call, resolution))
+                self._receive(resolved(call, resolution))
 
-        return resolved
+        return heard
 
     def _local_resolved(self, call: Call, resolution: Resolution) -> None:
         """The run hears of it within the task that is open."""
         self._locals.pop(call.seq, None)
         assert self._task is not None, "local activities run while a task is open"
         self._trace("  local result: %s", call.name)
-        self._activate([_resolved(call, resolution)])
+        self._activate([resolved(call, resolution)])
 
 
-def _in_order(jobs: list[WorkflowActivationJob]) -> list[WorkflowActivationJob]:
-    """As the core orders them: the start, signals and updates, then everything else; each in order of arrival."""
-
-    def rank(job: WorkflowActivationJob) -> int:
-        if job.HasField("initialize_workflow"):
-            return 0
-        return 1 if job.HasField("signal_workflow") or job.HasField("do_update") else 2
-
-    return sorted(jobs, key=rank)
-
-
-def _resolved(call: Call, resolution: Resolution) -> WorkflowActivationJob:
-    return WorkflowActivationJob(
-        resolve_activity=activation_api.ResolveActivity(seq=call.seq, result=resolution, is_local=call.is_local)
-    )
-
-
-def _with_patches(recorded: Recorded) -> Activation:
-    """As it was, and told of the patches whose markers its answer wrote into the history."""
-    markers = [c.set_patch_marker.patch_id for c in recorded.answered if c.HasField("set_patch_marker")]
-    told = [WorkflowActivationJob(notify_has_patch=activation_api.NotifyHasPatch(patch_id=name)) for name in markers]
-    return replace(recorded.activation, jobs=(*told, *recorded.activation.jobs))
-
-
-def _fingerprint(command: WorkflowCommand) -> bytes:
-    return command.SerializeToString(deterministic=True)
+def _rings(job: WorkflowActivationJob, seq: int) -> bool:
+    return job.HasField("fire_timer") and job.fire_timer.seq == seq

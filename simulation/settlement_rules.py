@@ -7,7 +7,6 @@ from typing import Final
 from contracts.credits import LedgerKind
 from contracts.errors import Answer, ExceptionCode
 from contracts.tasks import CreditsSummary, EventType, SettlementState
-from simulation.credits_model import Hold
 from simulation.hold_rules import HoldRules
 from simulation.price_rules import Prices
 from simulation.truth import World, must
@@ -34,18 +33,14 @@ class SettlementRules:
     @property
     def held(self) -> int:
         """Points of the last hold that there was."""
-        hold = self._last_hold
+        hold = self._holds.last()
         return hold.amount if hold else 0
 
     @property
     def usable(self) -> int:
         """Points of it that may be charged: what was granted beyond what was asked for is never used."""
-        hold = self._last_hold
+        hold = self._holds.last()
         return min(hold.amount, hold.asked) if hold else 0
-
-    @property
-    def _last_hold(self) -> Hold | None:
-        return max(self._world.parties.credits.books.holds.values(), key=lambda hold: hold.n, default=None)
 
     def check(self, charged: int, told: CreditsSummary) -> None:
         """`told` is what the row tells; the result's credits are compared with the row's elsewhere."""
@@ -61,11 +56,18 @@ class SettlementRules:
         assert attempt is not None
         price = self._prices.of_delivery(attempt, self.usable)
         self.shortfall = price - charged
+        if self.shortfall < 0 and self._may_be_charged_twice():
+            self.shortfall = 0
         must(self.shortfall >= 0, f"charged {charged}, more than it costs:", price)
         if self.is_unknown:
             self._check_unknown()
         elif self.shortfall:
             must(self._may_be_short(price), f"charged {charged} of {price} points without a reason to charge less")
+
+    def _may_be_charged_twice(self) -> bool:
+        """Exempt: a service that keeps no keys, and whose ledger shows a charge later than is waited for it."""
+        terms = self._world.parties.credits.terms
+        return terms.is_field and terms.lag_seconds >= LOOKS_FOR_SECONDS and self._is_charge_unanswered()
 
     def _check_unknown(self) -> None:
         """Not known is only what was refused or unreadable, and what the ledger does not show in time."""
@@ -111,14 +113,15 @@ class SettlementRules:
         if any(at >= since for at, _ in witness.refusals("pre_deduct")):
             return True
         asking = [call for call in witness.calls.get("pre_deduct", ()) if (call.told_at or last.at) >= last.at]
-        return bool(asking) or self._prices.known_before(attempt, last) <= self.usable
+        is_heard_at_once = self._holds.followed_since(attempt) >= last.at
+        return bool(asking) or is_heard_at_once or self._prices.known_before(attempt, last) <= self.usable
 
     def _check_told(self, charged: int, told: CreditsSummary) -> None:
-        books, estimate = self._world.parties.credits.books, self._last_estimate()
+        estimate = self._last_estimate()
         must(told.estimated == estimate, "the row's estimate:", told.estimated, estimate)
-        must(told.held == self.held or self._is_unlearned(), "the row says held:", told.held, self.held)
-        ids = [hold.pre_deduct_id for hold in sorted(books.holds.values(), key=lambda hold: hold.n)]
-        must(told.pre_deduct_ids == ids or self._is_unlearned(), "the row names the holds:", *told.pre_deduct_ids)
+        must(told.held == self.held, "the row says held:", told.held, self.held)
+        ids = [known.pre_deduct_id for known in self._holds.granted()]
+        must(told.pre_deduct_ids == ids, "the row names the holds:", *told.pre_deduct_ids)
         if self.is_unknown or ExceptionCode.UNDO_UNFINISHED in self._world.told():
             is_told = told.settlement is SettlementState.UNKNOWN
             must(is_told or not self.is_unknown, "what is not known is told as known:", told)
@@ -128,10 +131,6 @@ class SettlementRules:
         must(told.charged == charged, "the row says charged:", told.charged, charged)
         must(told.shortfall == self.shortfall, "the row says short:", told.shortfall, self.shortfall)
         must(told.returned == max(0, told.held - charged), "returned is not held - charged:", told)
-
-    def _is_unlearned(self) -> bool:
-        """A hold whose id could not be learned is not known."""
-        return ExceptionCode.UNDO_UNFINISHED in self._world.told()
 
     def _last_estimate(self) -> int:
         told = [self._world.witness.reply("estimate", n) for n in sorted(self._world.witness.attempts, reverse=True)]

@@ -107,7 +107,8 @@ class StoreModel:
         life = self.register(caller.run_id, order.run_number, order.first_execution_run_id)
         began = self._life_began_at
         seconds = self._agenda.now - began if began is not None else None
-        return RowSeen(life=life, row=self._row(), life_seconds=seconds)
+        points = sum(event.credits_delta or 0 for event in self.events)
+        return RowSeen(life=life, row=self._row(), life_seconds=seconds, told_points=points)
 
     # Lives
 

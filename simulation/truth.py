@@ -33,6 +33,8 @@ class World:
     witness: Witness
     status: TaskStatus | None = None
     """How the task ended."""
+    is_reset: bool = False
+    """Whether the task's run was reset: from then on one body may come twice, and only the services know all."""
     cancels_seen: list[float] = field(default_factory=list)
     """When the run was told of a cancel."""
 

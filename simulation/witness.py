@@ -129,23 +129,19 @@ class Witness:
 
     def news_of(self, job_id: str | None) -> list[Word]:
         """The words that count: each with a higher sequence than any before, up to the job's last."""
-        news: list[Word] = []
         lost_at = self.lost_at(job_id)
-        for word in self.words.get(job_id or "", ()):
-            if lost_at is not None and word.at >= lost_at:
-                break
-            if not news or word.state.sequence > news[-1].state.sequence:
-                news.append(word)
-                if word.state.has_ended():
-                    break
-        return news
+        words = self.words.get(job_id or "", [])
+        return _new(words if lost_at is None else [word for word in words if word.at < lost_at])
 
     def lost_at(self, job_id: str | None) -> float | None:
         """When the server had said twice, and far enough apart, that it does not know the job."""
+        unknown = self.unknown_at.get(job_id or "")
+        if not unknown:
+            return None
         since: float | None = None
-        words = [word.at for word in self.words.get(job_id or "", ())]
-        for at in self.unknown_at.get(job_id or "", ()):
-            if since is None or any(since < word <= at for word in words):
+        new = _new(self.words.get(job_id or "", []))
+        for at in unknown:
+            if since is None or any(since < word.at <= at for word in new):
                 since = at
             elif at - since >= LOST_AFTER:
                 return at
@@ -180,3 +176,14 @@ class Witness:
     def is_open(self, name: str, since: float) -> bool:
         """Whether a call of that name was under way at some time after `since`."""
         return any(call.told_at is None or call.told_at >= since for call in self.calls.get(name, ()))
+
+
+def _new(words: list[Word]) -> list[Word]:
+    """Those with a higher sequence than any before, up to the job's last."""
+    news: list[Word] = []
+    for word in words:
+        if not news or word.state.sequence > news[-1].state.sequence:
+            news.append(word)
+            if word.state.has_ended():
+                break
+    return news

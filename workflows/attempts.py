@@ -11,7 +11,7 @@ from temporalio import workflow
 
 from contracts.calls import JobCall, Post
 from contracts.carried import AskedJob, JobNews
-from contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingRequest
+from contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingDraft
 from contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode, Refusal
 from contracts.tasks import EventType
 from workflows.alarm import Alarm
@@ -52,6 +52,8 @@ class Attempts:
         self._stop = stop
         self._alarm = alarm
         self.asked: list[AskedJob] = carried
+        for job in carried:
+            job.lighten()
         self.retry_at: datetime | None = None
         """When the next attempt may begin, while it is waited for."""
         self.long_run: LongRun | None = None
@@ -72,7 +74,7 @@ class Attempts:
         """`n` in the keys of the present attempt's calls."""
         return len(self.asked)
 
-    async def submit(self, request: JobRequest | TrainingRequest) -> JobAccepted | TrainingAccepted:
+    async def submit(self, request: JobRequest | TrainingDraft) -> JobAccepted | TrainingAccepted:
         """Row 1: ask for the next job. Raises TaskFailed or TaskStopped."""
         while True:
             self._outside.may_begin()
@@ -85,12 +87,13 @@ class Attempts:
             )
             if not is_own_key(answer, self._outside.told):
                 break
-            job.refused = job.is_key_taken = True  # by an earlier life: its job is cancelled when the task ends
+            job.is_key_taken = True  # by an earlier life: its job is cancelled when the task ends
+            job.is_refused()
         if answer.reply is None:
-            job.refused = True
+            job.is_refused()
             raise TaskFailed.by_refusal(_refusal_of(answer))
         accepted: JobAccepted | TrainingAccepted = answer.reply
-        job.job_id = accepted.job_id if isinstance(accepted, JobAccepted) else accepted.training_id
+        job.is_known_as(_id_of(accepted))
         self._record.state.job_id = job.job_id
         self._record.state.gpu_slots = accepted.gpu_slots
         self._clock.estimated(accepted.estimated_time)
@@ -126,11 +129,14 @@ class Attempts:
             self.retry_at = workflow.now() + timedelta(seconds=seconds)
             self._tell_retry(details, seconds)
         waiting, again_at = self._outside.waiting, self.retry_at
-        while workflow.now() < again_at or not waiting.is_covered():
+        await workflow.wait_condition(lambda: True)  # until the old job's cancel was asked for
+        while True:
             waiting.obey()
             latest = self._clock.left_for_retry()
             if workflow.now() >= latest:
                 raise TaskFailed(FailureCode.TIMEOUT, "No time is left for another attempt.", details)
+            if workflow.now() >= again_at and waiting.is_covered():
+                break
             if self.long_run is not None and await self.long_run.continue_as_new_if_long():
                 continue
             at = min(again_at, latest) if workflow.now() < again_at else latest
@@ -239,10 +245,9 @@ class Attempts:
             self._routes.submit, self._post(job, is_undo=True), summary="5 cancel job: learn its id"
         )
         if answer is not None and answer.reply is not None:
-            reply = answer.reply
-            job.job_id = reply.job_id if isinstance(reply, JobAccepted) else reply.training_id
+            job.is_known_as(_id_of(answer.reply))
             return
-        job.refused = True
+        job.is_refused()
         if answer is not None and answer.refusal is not None and answer.refusal.message == "unreadable":
             self._unfinished(job, answer.refusal)
 
@@ -255,9 +260,14 @@ class Attempts:
         )
 
     def _post(self, job: AskedJob, *, is_undo: bool = False) -> Post[Any]:
-        kind = JobRequest if isinstance(job.request, JobRequest) else TrainingRequest
+        assert job.request is not None
+        kind = JobRequest if isinstance(job.request, JobRequest) else TrainingDraft
         call_for = self._outside.call_for
         return Post[kind](call_for=call_for, key=job.key, body=job.request, is_undo=is_undo)  # type: ignore[valid-type]
+
+
+def _id_of(accepted: JobAccepted | TrainingAccepted) -> str:
+    return accepted.job_id if isinstance(accepted, JobAccepted) else accepted.training_id
 
 
 def _refusal_of(answer: Answer[Any]) -> Refusal:

@@ -46,7 +46,7 @@ class ForgottenHolds:
     def numbers_taken(self) -> int:
         """How many numbers of holds are taken at least."""
         known = len(self._look.row.hold_ids) if self._look.row is not None else 0
-        return max(known, max((hold.n for hold in self._state.asked), default=0))
+        return max(known, self._state.asked_count)
 
     async def give_back(self, reason: str, *, keep_one: bool = False) -> bool:
         """Cancel them, and learn what the task was charged; whether there is any such hold.
@@ -58,7 +58,9 @@ class ForgottenHolds:
         ledger = await self._ledger.read()
         own = {hold.pre_deduct_id: hold for hold in self._state.asked if hold.pre_deduct_id}
         stands = {} if ledger is None else ledger.open_holds().named
-        known = dict.fromkeys([*own, *self._look.forgotten_holds(set(own)), *stands])
+        known = dict.fromkeys(
+            [*own, *self._look.forgotten_holds(set(own), left_out=self._state.granted_before), *stands]
+        )
         may_stand = self._may_stand(list(known), own, ledger)
         kept = may_stand[-1] if keep_one and may_stand and self._state.asked else None
         if kept is not None and kept not in own:
@@ -91,9 +93,8 @@ class ForgottenHolds:
         """Make a forgotten hold this run's own."""
         like = self._state.asked[-1]
         request = like.request.model_copy(update={"estimated_cost": amount})
-        adopted = AskedHold(n=self.numbers_taken + 1, request=request, asked_at=like.asked_at)
+        adopted = self._state.note(self.numbers_taken + 1, request, like.asked_at)
         adopted.pre_deduct_id, adopted.amount = pre_deduct_id, amount
-        self._state.asked.append(adopted)
 
     def own_standing(self) -> int:
         """How many holds of this run stand, as far as it knows."""

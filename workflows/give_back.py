@@ -26,10 +26,10 @@ from contracts.prices import DEFAULT_ETA_MINUTES
 from contracts.task_store import TaskRow, TaskState, TaskWrite
 from contracts.tasks import (
     CreditsSummary,
-    DatasetSource,
     EventType,
     Hyperparameters,
     ImageTask,
+    TakenDataset,
     TaskStatus,
     TrainingTask,
 )
@@ -51,6 +51,7 @@ LOOK_TIMEOUT: Final = timedelta(minutes=1)
 LOOK_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
 DELETE_TIMEOUT: Final = timedelta(minutes=10)
 CHARGED_TO_THE_END: Final = "left-charges-finished"
+CHARGE_TOLD: Final = "left-charge-told"
 LEDGER_READ: Final = "ledger-read-by-give-back"
 
 
@@ -74,9 +75,7 @@ class LeftRecord(TaskRecord):
         self._claimant = row.first_execution_run_id
 
     async def _write_batch(self) -> None:
-        carried = self.carry()
-        facts, exceptions = list(carried.unwritten), list(carried.exceptions)
-        self._in_flight = len(facts)
+        facts, exceptions = self._backlog.take()
         write = TaskWrite(
             task_id=self._task.task_id,
             first_execution_run_id=self._claimant,
@@ -88,8 +87,7 @@ class LeftRecord(TaskRecord):
             await self._outside.noted(TaskStoreActivities.write, write, summary="6 tell")
         except FailureError as error:
             workflow.logger.error("The task store refused %d facts: %s", len(facts), error)
-        del carried.unwritten[: len(facts)], carried.exceptions[: len(exceptions)]
-        self._in_flight = 0
+        self._backlog.written()
 
 
 class LeftTask:
@@ -105,7 +103,14 @@ class LeftTask:
         by_hand = HandCall(task, self._stop)
         self._record = LeftRecord(task, self._outside, left.row)
         clock = JobClock(self._record, ClockState(), default_eta_minutes=DEFAULT_ETA_MINUTES[task.scene][task.priority])
-        holds = HoldState(asked=left.holds, estimated=left.row.credits.estimated, asked_again=left.asked_again)
+        holds = HoldState(
+            asked=left.holds,
+            granted_before=left.holds_before,
+            estimated=left.row.credits.estimated,
+            asked_again=left.asked_again,
+        )
+        self._ended_before = {hold.n for hold in left.holds if hold.resolved}
+        """Holds that the run had given back, and told so."""
         look = RowRead(by_hand, left.row)
         self._hold = CreditHold(task, by_hand, self._record, workflow.now, holds, look)
         self._attempts = Attempts(self._routes, self._outside, self._record, clock, self._stop, Alarm(), left.jobs)
@@ -129,9 +134,12 @@ class LeftTask:
         await self._delete_snapshot()
         self._hold.ends.close()
         credits = self._record.state.credits = self._hold.summary()
+        is_charged = bool(self._hold.state.charged) or (self._left.cost is not None and credits.charged is None)
+        if is_charged and workflow.patched(CHARGE_TOLD):
+            self._tell_settled()
         if workflow.patched(LEDGER_READ):
             await self._tell_difference(credits)
-        if self._hold.state.charged or (self._left.cost is not None and credits.charged is None):
+        if is_charged:
             await self._tell_completed()
         else:
             await self._tell_own_end()
@@ -201,6 +209,12 @@ class LeftTask:
                 attempt_timeout=DELETE_TIMEOUT,
             )
 
+    def _tell_settled(self) -> None:
+        for hold in self._hold.state.asked:
+            if hold.pre_deduct_id and hold.n not in self._ended_before:
+                self._hold.tell_as_held(hold)
+        self._settlement.settled(None)
+
     async def _tell_completed(self) -> None:
         """It was charged, so it was delivered: what was made is handed out."""
         state = self._record.state
@@ -260,7 +274,7 @@ def _stand_in(row: TaskRow) -> ImageTask | TrainingTask:
     if row.scene is Scene.IMAGE_GENERATE:
         return ImageTask(prompt="", **known)
     return TrainingTask(
-        dataset=DatasetSource(dataset_id="unknown", source_uri="unknown"),
+        dataset=TakenDataset(dataset_id="unknown", source_uri="unknown"),
         hyperparameters=Hyperparameters(epochs=1, batch_size=1, learning_rate=1.0),
         **known,
     )

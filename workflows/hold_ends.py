@@ -16,12 +16,16 @@ class HoldEnds:
     def __init__(self, state: HoldState) -> None:
         self._state = state
         if state.granted is None:  # a first run, or one that release 0.1.0 began
-            state.granted = sum(hold.pre_deduct_id is not None for hold in state.asked)
-            state.given_back = sum(hold.resolved for hold in state.asked)
+            state.granted = state.granted_before + sum(hold.pre_deduct_id is not None for hold in state.asked)
+            state.given_back = state.granted_before + sum(hold.resolved for hold in state.asked)
 
     def count_grant(self, tries: int) -> None:
         """A hold was granted, after it had been asked for this often."""
         self._state.granted = (self._state.granted or 0) + 1
+        self._state.asked_again += tries > 1
+
+    def count_refusal(self, tries: int) -> None:
+        """A hold was refused, after it had been asked for this often: the first time may have taken it."""
         self._state.asked_again += tries > 1
 
     def count(self, fate: HoldFate) -> None:

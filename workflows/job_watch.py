@@ -16,14 +16,14 @@ from contracts.carried import JobNews, WatchState
 from contracts.comfyui import JobState, TrainingState
 from contracts.errors import Answer, ErrorDetails, FailureCode
 from contracts.outside_json import UnreadableJson, read_json
+from contracts.size_budget import MAX_READ_BYTES, MAX_SIGNAL_BYTES, SMALL_SIGNAL_BYTES
 from contracts.tasks import TaskStatus
 from workflows.failures import TaskFailed, why
+from workflows.inbox import Inbox
 from workflows.job_routes import JobRoutes
 from workflows.outside_call import RETRY_SILENCE_ONLY, UNREADABLE_FOR, OutsideCall
 from workflows.task_record import TaskRecord
 
-MAX_INBOX: Final = 256
-MAX_PAYLOAD_BYTES: Final = 256 * 1024
 LOST_AFTER: Final = timedelta(seconds=10)
 
 
@@ -41,10 +41,12 @@ class JobWatch:
         self._outside = outside
         self._record = record
         self.state = carried
+        self._inbox = Inbox(carried)
         self.poll_after_seconds = 30.0
         self.poll_at_most_seconds = 120.0
         self._poll: ActivityHandle[Answer[JobState]] | ActivityHandle[Answer[TrainingState]] | None = None
         self._told: list[Callable[[JobNews], None]] = []
+        self._read_bytes = 0
 
     def carry(self) -> WatchState:
         return self.state
@@ -61,22 +63,25 @@ class JobWatch:
         if news is None:
             self.state.callbacks_refused += 1
             return
-        inbox = self.state.inbox
-        if len(inbox) >= MAX_INBOX:
-            droppable = next((i for i, message in enumerate(inbox) if not message.is_final), 0)
-            del inbox[droppable]
-        inbox.append(news)
+        self._inbox.put(news)
 
     def _read(self, payload: bytes | None) -> JobNews | None:
-        if payload is None:
+        if payload is None or not self._may_read(len(payload)):
             return None
         try:
-            value = read_json(payload, max_bytes=MAX_PAYLOAD_BYTES)
+            value = read_json(payload, max_bytes=MAX_SIGNAL_BYTES)
             if not isinstance(value, dict) or value.get("task_id") not in (None, "", self._task_id):
                 return None
             return self._routes.news_of(value)
         except (UnreadableJson, ValidationError):
             return None
+
+    def _may_read(self, size: int) -> bool:
+        """Whether there is time for it: a run has a budget for large ones, and a poll covers for what is left out."""
+        if size <= SMALL_SIGNAL_BYTES:
+            return True
+        self._read_bytes += size
+        return self._read_bytes <= MAX_READ_BYTES or not workflow.patched("callbacks-read-by-budget")
 
     # The current job
 
@@ -106,8 +111,7 @@ class JobWatch:
 
     def read(self) -> None:
         """Apply the inbox, then a poll's answer: newest wins."""
-        inbox, self.state.inbox = self.state.inbox, []
-        for news in inbox:
+        for news in self._inbox.take_all():
             if news.job_id == self.state.current:
                 self._apply(news)
             else:
@@ -173,7 +177,6 @@ class JobWatch:
         except FailureError as error:
             if is_cancelled_exception(error):
                 return
-            answer = Answer()
             self._silent_again()
             self._unreadable(why(error, FailureCode.COMFYUI_UNAVAILABLE))
             return

@@ -202,9 +202,13 @@ class OutsideCall:
         return self._is_put_down
 
     async def put_down(self) -> None:
-        """Wait until no call is left beside the flow, each after its attempt in flight, or a stop is asked for."""
+        """Wait until no call is left beside the flow, each after its attempt in flight, or a stop is asked for.
+
+        None begins from here on: one that began while the run closes would be left behind.
+        """
         self._is_put_down = True
-        await workflow.wait_condition(lambda: self._stop.requested or not self.has_beside())
+        if self.has_beside():
+            await workflow.wait_condition(lambda: self._stop.requested or not self.has_beside())
 
     def take_up(self) -> None:
         """Calls may be made again: the run did not continue as new after all, or its end has begun."""

@@ -9,6 +9,7 @@ from temporalio import workflow
 from temporalio.exceptions import FailureError
 
 from activities.task_store import TaskStoreActivities
+from contracts.carried import not_left_out
 from contracts.errors import FailureCode
 from contracts.lives import EarlierLife
 from contracts.task_store import LookOrder, TaskRow
@@ -86,8 +87,10 @@ class RowLook:
     def forgotten_jobs(self, known: set[str]) -> list[str]:
         return [] if self.row is None else [job_id for job_id in self.row.job_ids if job_id not in known]
 
-    def forgotten_holds(self, known: set[str]) -> list[str]:
-        return [] if self.row is None else [hold_id for hold_id in self.row.hold_ids if hold_id not in known]
+    def forgotten_holds(self, known: set[str], *, left_out: int = 0) -> list[str]:
+        """`left_out`: how many this run counts only, since they were over."""
+        in_order = [] if self.row is None else not_left_out(self.row.hold_ids, known, left_out)
+        return [hold_id for hold_id in in_order if hold_id not in known]
 
 
 class RowRead(RowLook):

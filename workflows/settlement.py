@@ -60,6 +60,7 @@ class Settlement:
         self._outside.told.obey()
         forgotten = self._hold.forgotten
         await forgotten.give_back("another hold of the task is committed", keep_one=True)
+        self._outside.told.obey()  # it has looked at the row
         self.charges.taken_before()
         if self._hold.state.is_unknown:
             self._tell_unknown(self._hold.standing, cost, ChargeUnknown("The task's run was reset."))

@@ -65,7 +65,7 @@ class TaskFlow(Generic[Run, Result]):
         self.hold = CreditHold(task, self.outside, self.record, self.clock.deadline, carried.hold, self.row_look)
         self.attempts = Attempts(routes, self.outside, self.record, self.clock, self.stop, self.alarm, carried.jobs)
         self.forgotten_jobs = ForgottenJobs(routes, self.outside, self.record, self.attempts, self.row_look)
-        self.hold.has_begun = self.clock.is_running
+        self.hold.deadline_stands = self.clock.stands
         self.waiting.look_after(self.hold, self.clock.latest)
         self.attempts.retry_at, self.attempts.long_run = carried.retry_at, self
         self.settlement = Settlement(task, self.outside, self.record, self.hold)
@@ -90,9 +90,9 @@ class TaskFlow(Generic[Run, Result]):
     async def clean_up(self) -> None:
         """What is left to do when job and credits are settled; it holds up nobody's credits."""
 
-    def carry_more(self, carried: CarriedRun) -> CarriedRun:
-        """What a flow adds to what a continued run goes on with."""
-        return carried
+    def continuation(self, carried: CarriedRun) -> Run:
+        """The argument of the run that goes on with `carried`."""
+        return self.task.model_copy(update={"carried": carried})
 
     # Row 0
 
@@ -179,18 +179,26 @@ class TaskFlow(Generic[Run, Result]):
         """Rows 5 and 6, delivered: from here nothing is undone and nothing cuts it short."""
         self.record.decided()
         self.record.waits_for("credits to be settled", None)
+        if cost <= 0 and workflow.patched("row-looked-at-where-nothing-is-charged"):
+            await self.row_look.once()  # no commit tells of an earlier life
         try:
             await self.settlement.charge(cost)
         except RowEnded as end:
             return await self.give_back(end)
         return await self.completed(delivery)
 
-    async def tell_difference(self) -> None:
-        """What the events tell of points is what was charged, whatever earlier lives have told or left untold."""
+    async def tell_difference(self) -> TaskRow | None:
+        """What the events tell of points is what was charged, whatever earlier lives have told or left untold.
+
+        The row, where another life has ended the task meanwhile: an earlier look may have been copied by a reset.
+        """
         if not self.outside.told.life.is_sure:
-            return
+            return None
         await self.record.all_written()
         await self.row_look.once()
+        row = self.row_look.row
+        if self.outside.told.life.has_ended and row is not None and row.ended_at is not None:
+            return row
         charged, told = self.hold.summary().charged, self.row_look.told_points
         difference = 0 if charged is None or told is None else -charged - told
         if difference:
@@ -202,6 +210,7 @@ class TaskFlow(Generic[Run, Result]):
                 + ("came back that were held" if difference > 0 else "were charged")
                 + " before the task's run was reset.",
             )
+        return None
 
     async def delivery_of_any_life(self) -> JobNews | None:
         """What the task was charged for."""
@@ -212,7 +221,9 @@ class TaskFlow(Generic[Run, Result]):
 
     async def completed(self, delivery: JobNews | None) -> Result:
         await self.forgotten_jobs.cancel()
-        await self.tell_difference()
+        ended = await self.tell_difference()
+        if ended is not None:
+            return await self.as_row_tells(ended)
         if delivery is not None:
             self.record.state.result_urls = delivery.result_urls
             self.record.state.output = delivery.output
@@ -250,9 +261,13 @@ class TaskFlow(Generic[Run, Result]):
             await self.hold.forgotten.give_back(str(end))
         self.hold.ends.close()
         if self.hold.state.charged:
+            if workflow.patched("charge-of-others-told"):
+                self.settlement.settled(None)  # by somebody else, or by an earlier life
             return await self.completed(await self.delivery_of_any_life())
         await self.forgotten_jobs.cancel()
-        await self.tell_difference()
+        ended = await self.tell_difference()
+        if ended is not None:
+            return await self.as_row_tells(ended)
         self.record.state.credits = self.hold.summary()
         if isinstance(end, TaskFailed):
             self.record.failed(end)
@@ -295,8 +310,7 @@ class TaskFlow(Generic[Run, Result]):
         if not self._may_try_to_continue():
             return False
         self.watch.stop_polling()
-        if self.outside.has_beside():
-            await self.outside.put_down()
+        await self.outside.put_down()
         if await self.outside.waited(timedelta(milliseconds=1), lambda: self.stop.requested, summary="continue as new"):
             return True
         await workflow.wait_condition(lambda: True)  # until what came with the timer has been worked off too
@@ -324,8 +338,7 @@ class TaskFlow(Generic[Run, Result]):
             "price": self.price,
         }
         # Not made anew: what a worker of another version carried besides goes on with it.
-        carried = (self.task.carried or CarriedRun()).model_copy(update=state)
-        return self.task.model_copy(update={"carried": self.carry_more(carried)})
+        return self.continuation((self.task.carried or CarriedRun()).model_copy(update=state))
 
     def is_long(self) -> bool:
         """Whether the history is to be left behind."""

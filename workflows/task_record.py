@@ -16,12 +16,12 @@ from contracts.fields import shortened
 from contracts.policy import Policy
 from contracts.task_store import Fact, TaskClaim, TaskException, TaskRow, TaskState, TaskWrite
 from contracts.tasks import INPUT_MEMO, EventType, ImageTask, TaskStatus, TrainingTask, input_sha256_of
+from workflows.backlog import Backlog
 from workflows.details import current_details
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall
 
 PROGRESS_EVERY: Final = timedelta(seconds=1)
-MAX_UNWRITTEN: Final = 256
 _STATUS: Final = SearchAttributeKey.for_keyword("TaskStatus")
 _STAGE: Final = SearchAttributeKey.for_keyword("TaskStage")
 
@@ -36,7 +36,7 @@ class TaskRecord:
         self._task = task
         self._outside = outside
         self._carried = carried
-        self._in_flight = 0
+        self._backlog = Backlog(carried)
         self._decided_at = 0
         self._waits: tuple[str, datetime | None] = ("", None)
         self._claim: TaskClaim | None = None
@@ -184,7 +184,7 @@ class TaskRecord:
     def tell_exception(self, key: str, code: ExceptionCode | FailureCode, message: str, **details: Any) -> None:
         """Note an exception record for ops; it does not end the task."""
         self._touch()
-        self._carried.exceptions.append(
+        self._backlog.add_exception(
             TaskException(key=key, code=code.value, message=shortened(message), details=details, ts=workflow.now())
         )
 
@@ -241,8 +241,8 @@ class TaskRecord:
     async def write_facts(self) -> None:
         """Write what is noted, in order, for as long as the run lives."""
         while True:
-            await workflow.wait_condition(lambda: self._has_unwritten() or self._carried.held_back is not None)
-            if not self._has_unwritten():
+            await workflow.wait_condition(lambda: not self._backlog.is_empty or self._carried.held_back is not None)
+            if self._backlog.is_empty:
                 await self._tell_held_back()
             else:
                 await self._write_batch()
@@ -254,7 +254,7 @@ class TaskRecord:
         if rest > timedelta(0):
             try:
                 await workflow.wait_condition(
-                    lambda: self._has_unwritten() or self._carried.held_back is None,
+                    lambda: not self._backlog.is_empty or self._carried.held_back is None,
                     timeout=rest,
                     timeout_summary="6 tell: progress held back",
                 )
@@ -268,11 +268,10 @@ class TaskRecord:
             self._tell_progress(held.job_id, held.sequence)
 
     async def all_written(self) -> None:
-        await workflow.wait_condition(lambda: not self._has_unwritten())
+        await workflow.wait_condition(lambda: self._backlog.is_empty)
 
     async def _write_batch(self) -> None:
-        facts, exceptions = list(self._carried.unwritten), list(self._carried.exceptions)
-        self._in_flight = len(facts)
+        facts, exceptions = self._backlog.take()
         write = TaskWrite(
             task_id=self._task.task_id,
             first_execution_run_id=workflow.info().first_execution_run_id,
@@ -291,38 +290,17 @@ class TaskRecord:
         except FailureError as error:
             # The store will never take these (its row is gone, say): a task's money never hangs on its events.
             workflow.logger.error("The task store refused %d facts: %s", len(facts), error)
-        del self._carried.unwritten[: len(facts)], self._carried.exceptions[: len(exceptions)]
-        self._in_flight = 0
+        self._backlog.written()
 
     def _is_recorded(self, facts: list[Fact]) -> bool:
         """Whether what these facts tell can no longer be decided otherwise."""
         is_end = any(fact.is_end for fact in facts)
         return not is_end or workflow.info().get_current_history_length() > self._decided_at
 
-    def _has_unwritten(self) -> bool:
-        return bool(self._carried.unwritten or self._carried.exceptions)
-
     def _touch(self) -> None:
         self.state.version += 1
         self._show()
 
     def _add(self, fact: Fact) -> None:
-        """Append; while the store is away progress is coalesced and the list stays bounded."""
         self._touch()
-        waiting = self._carried.unwritten
-        if len(waiting) > self._in_flight and _is_progress(fact) and _same_stage(waiting[-1], fact):
-            waiting[-1] = fact
-            return
-        if len(waiting) >= MAX_UNWRITTEN:
-            droppable = next((i for i in range(self._in_flight, len(waiting)) if _is_progress(waiting[i])), None)
-            if droppable is not None:
-                del waiting[droppable]
-        waiting.append(fact)
-
-
-def _is_progress(fact: Fact) -> bool:
-    return fact.event is EventType.RUNNING and fact.sequence is not None and fact.message is None
-
-
-def _same_stage(earlier: Fact, later: Fact) -> bool:
-    return _is_progress(earlier) and (earlier.job_id, earlier.stage) == (later.job_id, later.stage)
+        self._backlog.add(fact)

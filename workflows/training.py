@@ -5,9 +5,9 @@ from __future__ import annotations
 from temporalio import workflow
 
 from activities.comfyui import ComfyUIActivities
-from contracts.calls import JobCall
+from contracts.calls import GpuQuestion, JobCall
 from contracts.carried import CarriedRun, JobNews, TrainingRun
-from contracts.comfyui import TrainingAccepted, TrainingRequest
+from contracts.comfyui import TrainingAccepted, TrainingDraft
 from contracts.credits import EstimateRequest
 from contracts.errors import FailureCode
 from contracts.task_store import RecordedPrices
@@ -88,7 +88,17 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
 
     def check_addresses(self) -> None:
         """Dataset and checkpoint lie under the tenant's own prefix, or the task ends `input_invalid` (contract §8)."""
-        named = {"dataset.source_uri": self.task.dataset.source_uri, "resume_from": self.task.resume_from}
+        dataset = self.task.dataset
+        if dataset.is_told_twice:
+            raise TaskFailed(
+                FailureCode.INPUT_INVALID,
+                "The input is not valid: dataset: files and manifest exclude each other: name the files in one way.",
+            )
+        named = {
+            "dataset.source_uri": dataset.source_uri,
+            "dataset.manifest.uri": dataset.manifest.uri if dataset.manifest else None,
+            "resume_from": self.task.resume_from,
+        }
         for field, uri in named.items():
             if uri is not None and not self.limits.is_own_address(uri):
                 raise TaskFailed(
@@ -100,7 +110,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         """No GPU of the asked type at all is an error before anything starts; none free only lengthens the ETA."""
         answer = await self.outside.reading(
             ComfyUIActivities.list_gpus,
-            self.outside.call_for,
+            GpuQuestion(**self.outside.call_for.model_dump(), gpu_type=self.task.gpu_type),
             summary="0 check GPUs",
             minutes=self.limits.opening_call_minutes,
         )
@@ -121,7 +131,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
 
     async def create(self) -> TrainingAccepted:
         task = self.task
-        request = TrainingRequest(
+        request = TrainingDraft(
             task_id=task.task_id,
             tenant_id=task.tenant_id,
             user_id=task.user_id,
@@ -194,8 +204,11 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
     async def clean_up(self) -> None:
         await self.dataset.delete()
 
-    def carry_more(self, carried: CarriedRun) -> CarriedRun:
-        return carried.model_copy(update={"dataset": self.dataset.carry()})
+    def continuation(self, carried: CarriedRun) -> TrainingRun:
+        """The list of files stays behind: it stands in the snapshot's manifest by now (pitfall 39)."""
+        carried = carried.model_copy(update={"dataset": self.dataset.carry()})
+        dataset = self.task.dataset.model_copy(update={"files": None})
+        return self.task.model_copy(update={"carried": carried, "dataset": dataset})
 
     def result(self, status: TaskStatus) -> TrainingResult:
         state = self.record.state

@@ -12,7 +12,7 @@ from temporalio.exceptions import FailureError
 from activities.datasets import DatasetActivities
 from contracts.calls import SnapshotOrder
 from contracts.carried import DatasetState
-from contracts.comfyui import DatasetSnapshot
+from contracts.comfyui import SnapshotReference
 from contracts.errors import FailureCode
 from contracts.tasks import TrainingTask
 from workflows.failures import TaskFailed, why
@@ -34,13 +34,15 @@ class TrainingDataset:
             dataset_id=task.dataset.dataset_id,
             source_uri=task.dataset.source_uri,
             files=task.dataset.files,
+            manifest=task.dataset.manifest,
+            files_sha256=task.dataset.files_sha256,
         )
         self.state = carried
 
     def carry(self) -> DatasetState:
         return self.state
 
-    async def snapshot(self, closes: datetime | None, check_window: Callable[[], None]) -> DatasetSnapshot:
+    async def snapshot(self, closes: datetime | None, check_window: Callable[[], None]) -> SnapshotReference:
         """Copy the dataset, until the GPU window `closes` at the latest.
 
         Raises TaskFailed `dataset_invalid`, what `check_window` raises past it, or TaskStopped.
@@ -70,19 +72,20 @@ class TrainingDataset:
         return self.state.snapshot
 
     @property
-    def copied(self) -> DatasetSnapshot:
+    def copied(self) -> SnapshotReference:
         if self.state.snapshot is None:
             raise TaskFailed(FailureCode.DATASET_INVALID, "The dataset was not copied.")
         return self.state.snapshot
 
     async def delete(self) -> None:
-        """Delete the copy; what is already gone is fine."""
-        may_be_there = self.state.is_asked or self._outside.told.is_possible
+        """Delete the copy, and the list that the gateway put beside it; what is already gone is fine."""
+        is_listed = self._order.files_sha256 is not None
+        may_be_there = self.state.is_asked or self._outside.told.is_possible or is_listed
         if self.state.is_deleted or not may_be_there:
             return
         await self._outside.visible(
             DatasetActivities.delete_snapshot,
-            self._order,
+            self._order.to_delete(),
             summary="5 delete snapshot",
             attempt_timeout=timedelta(minutes=10),
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import time
 from collections.abc import AsyncIterator
@@ -21,7 +20,7 @@ from temporalio.testing import ActivityEnvironment
 from activities.datasets import DatasetActivities, DatasetSnapshots
 from activities.object_folders import BadAddress, ObjectFolder, read_address
 from contracts.calls import SnapshotOrder
-from contracts.comfyui import DatasetSnapshot
+from contracts.comfyui import DatasetFile, ManifestReference, SnapshotReference
 from contracts.permissions import Scene
 from tests.activities.calls import call_for
 from tests.activities.s3_stand_in import BUCKET, s3
@@ -72,6 +71,12 @@ def environment(
     return env
 
 
+async def files_of(objects: Path, snapshot: SnapshotReference) -> list[DatasetFile]:
+    """The snapshot's list, as a training request will hold it."""
+    assert snapshot.files is None, "a run carries a reference"
+    return (await DatasetSnapshots(objects.as_uri()).whole(snapshot)).files
+
+
 async def refused(objects: Path, wanted: SnapshotOrder, **limits: Any) -> str:
     """The sentence of a snapshot that ends `dataset_invalid`, and that nothing is retried."""
     with pytest.raises(ApplicationError) as raised:
@@ -88,12 +93,18 @@ def copied(objects: Path) -> dict[str, bytes]:
 async def test_a_snapshot_holds_every_file_with_size_and_checksum(source: Path, objects: Path) -> None:
     snapshot = await environment().run(activities(objects).snapshot, order(source))
     assert copied(objects) == FILES
-    assert {file.path: (file.size_bytes, file.sha256) for file in snapshot.files} == {
+    assert {file.path: (file.size_bytes, file.sha256) for file in await files_of(objects, snapshot)} == {
         path: (len(content), hashlib.sha256(content).hexdigest()) for path, content in FILES.items()
     }
     assert snapshot.snapshot_uri == (objects / "snapshots/task-1/cats/files").as_uri() + "/"
-    manifest = json.loads((objects / "snapshots/task-1/cats/manifest.json").read_text())
-    assert DatasetSnapshot.model_validate(manifest["snapshot"]) == snapshot
+    [kept] = (objects / "snapshots/task-1/cats").glob("list-*.json")
+    sha256 = hashlib.sha256(kept.read_bytes()).hexdigest()
+    assert snapshot.manifest == ManifestReference(
+        uri=(objects / f"snapshots/task-1/cats/list-{sha256}.json").as_uri(),
+        sha256=sha256,
+        file_count=len(FILES),
+        total_bytes=sum(len(content) for content in FILES.values()),
+    )
 
 
 async def test_a_snapshot_does_not_follow_later_changes_of_its_source(source: Path, objects: Path) -> None:
@@ -107,14 +118,14 @@ async def test_a_snapshot_does_not_follow_later_changes_of_its_source(source: Pa
 async def test_only_the_files_asked_for_are_copied(source: Path, objects: Path) -> None:
     wanted = order(source, files=["images/2.png", "captions/1.txt", "images/2.png"])
     snapshot = await environment().run(activities(objects).snapshot, wanted)
-    assert [file.path for file in snapshot.files] == ["captions/1.txt", "images/2.png"]
+    assert [file.path for file in await files_of(objects, snapshot)] == ["captions/1.txt", "images/2.png"]
     assert set(copied(objects)) == {"captions/1.txt", "images/2.png"}
 
 
 async def test_another_order_is_not_answered_with_an_old_manifest(source: Path, objects: Path) -> None:
     await environment().run(activities(objects).snapshot, order(source, files=["images/1.png"]))
     snapshot = await environment().run(activities(objects).snapshot, order(source))
-    assert len(snapshot.files) == 3
+    assert len(await files_of(objects, snapshot)) == 3
 
 
 @pytest.mark.parametrize(
@@ -125,7 +136,7 @@ async def test_odd_names_are_copied_too(source: Path, objects: Path, name: str) 
     (source / name).write_bytes(b"odd")
     for files, began_at in ((None, EARLIER), ([name], LATER)):
         snapshot = await environment(began_at=began_at).run(activities(objects).snapshot, order(source, files=files))
-        assert name in [file.path for file in snapshot.files]
+        assert name in [file.path for file in await files_of(objects, snapshot)]
         assert copied(objects)[name] == b"odd"
         await environment().run(activities(objects).delete_snapshot, order(source))
 
@@ -136,7 +147,7 @@ async def test_large_files_stream_and_heartbeat(source: Path, objects: Path) -> 
     env, beats = environment(), []
     env.on_heartbeat = lambda *details: beats.append(details)
     snapshot = await env.run(activities(objects).snapshot, order(source))
-    large = next(file for file in snapshot.files if file.path == "large.bin")
+    large = next(file for file in await files_of(objects, snapshot) if file.path == "large.bin")
     assert (large.size_bytes, large.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     assert beats[-1][0]["files_total"] == 4
 
@@ -176,7 +187,7 @@ async def test_the_next_attempt_goes_on_where_the_last_one_stopped(source: Path,
     snapshot = await environment(left).run(DatasetActivities(client).snapshot, order(source))
     assert client.written == ["captions/1.txt", "images/1.png", "images/2.png"], "each file was copied once"
     assert copied(objects) == FILES
-    assert [file.sha256 for file in snapshot.files] == [
+    assert [file.sha256 for file in await files_of(objects, snapshot)] == [
         hashlib.sha256(FILES[path]).hexdigest() for path in sorted(FILES)
     ]
 
@@ -247,7 +258,7 @@ async def test_limits_of_count_and_size_are_kept(source: Path, objects: Path) ->
 async def test_a_list_of_files_that_no_history_can_hold_is_refused(
     source: Path, objects: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("activities.dataset_source.MAX_LIST_BYTES", 300)
+    monkeypatch.setattr("activities.dataset_source.MAX_SENT_LIST_BYTES", 300)
     assert "Use shorter paths" in await refused(objects, order(source))
 
 
@@ -484,6 +495,6 @@ async def test_a_store_in_ones_own_network_needs_no_tls(monkeypatch: pytest.Monk
         snapshot = await environment().run(DatasetActivities(client).snapshot, wanted)
         copies = {f"objects/snapshots/task-1/cats/files/{path}": content for path, content in FILES.items()}
         assert copies.items() <= objects.items()
-        assert {file.path for file in snapshot.files} == set(FILES)
+        assert {file.path for file in (await client.whole(snapshot)).files} == set(FILES)
         await environment().run(DatasetActivities(client).delete_snapshot, wanted)
         assert {key for key in objects if key.startswith("objects/")} == set()

@@ -22,6 +22,7 @@ from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxR
 
 from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
+from activities.datasets import DatasetSnapshots
 from activities.lives import Lives
 from activities.running_call import request_limit_seconds
 from contracts.calls import Post
@@ -56,7 +57,7 @@ class Held:
 @asynccontextmanager
 async def comfyui_before(reply: Reply, *, pool_size: int = 100) -> AsyncIterator[tuple[Loopback, ComfyUIActivities]]:
     async with serving(reply) as server, ComfyUIClient(server.url, tokens(), pool_size=pool_size) as client:
-        yield server, ComfyUIActivities(client, NO_TASKS_RUN)
+        yield server, ComfyUIActivities(client, NO_TASKS_RUN, DatasetSnapshots("file://.run/objects"))
 
 
 def environment(**info: Any) -> ActivityEnvironment:
@@ -312,7 +313,8 @@ async def submitted(
     queue = unique("submit")
     async with serving(held) as server, AnsweredAfterCancel(server.url, tokens()) as client:
         client.release = held.release
-        async with worker(env, queue, ComfyUIActivities(client, NO_TASKS_RUN)) as running:
+        activities = ComfyUIActivities(client, NO_TASKS_RUN, DatasetSnapshots("file://.run/objects"))
+        async with worker(env, queue, activities) as running:
             run = await env.client.start_workflow(OneSubmit.run, job_post(), id=queue, task_queue=queue)
             async with asyncio.timeout(10):
                 await held.arrived.wait()

@@ -99,7 +99,9 @@ async def test_a_job_is_submitted_read_and_cancelled(platform: Platform) -> None
     state = reply_of(await platform.comfyui.get_job(about(post, job.job_id)))
     assert (state.job_id, state.has_ended()) == (job.job_id, False)
     cancelled = reply_of(await platform.comfyui.cancel_job(about(post, job.job_id, f"{post.key}:cancel")))
-    assert cancelled.error_details.code == "cancelled"
+    assert cancelled.job_id == job.job_id
+    state = reply_of(await platform.comfyui.get_job(about(post, job.job_id)))
+    assert state.error_details.code == "cancelled"
     [run] = await platform.simulators.admin.comfyui.jobs(post.call_for.task_id)
     assert run.is_over
 
@@ -114,7 +116,9 @@ async def test_a_training_is_created_started_read_and_cancelled(platform: Platfo
     state = reply_of(await platform.comfyui.get_training(about(post, training.training_id)))
     assert not state.has_ended()
     cancel = about(post, training.training_id, f"{post.key}:cancel")
-    assert reply_of(await platform.comfyui.cancel_training(cancel)).failure().code == "cancelled"
+    assert reply_of(await platform.comfyui.cancel_training(cancel)).training_id == training.training_id
+    state = reply_of(await platform.comfyui.get_training(about(post, training.training_id)))
+    assert state.failure().code == "cancelled"
 
 
 async def test_gpus_are_listed(platform: Platform) -> None:

@@ -81,5 +81,6 @@ async def api(
     folder = tmp_path_factory.mktemp("gateway-platform")
     async with running_platform(temporal_env, task_store, folder, speed=2_000) as platform, platform.worker():
         platform.policy = {"deadline_factor": 1_000.0}
-        async with served(platform.client, task_store, task_queue=platform.task_queue) as gateway:
+        objects = (platform.folder / "objects").as_uri()
+        async with served(platform.client, task_store, task_queue=platform.task_queue, objects=objects) as gateway:
             yield Api(platform, gateway)

@@ -25,6 +25,7 @@ from standardwebhooks import Webhook
 from temporalio import workflow
 from temporalio.client import Client, WorkflowHandle
 
+from activities.file_lists import FileLists
 from caller_tokens import CallerTokens, SharedSecret
 from contracts.permissions import Scope
 from contracts.tasks import CALLBACK_SIGNAL, TASK_QUEUE, workflow_id_of
@@ -144,13 +145,18 @@ def signed_headers(
 
 @asynccontextmanager
 async def served(
-    client: Client, store: TaskStore, *more_secrets: str, task_queue: str = TASK_QUEUE
+    client: Client,
+    store: TaskStore,
+    *more_secrets: str,
+    task_queue: str = TASK_QUEUE,
+    objects: str = "file://.run/objects",
 ) -> AsyncIterator[Gateway]:
     secret = new_secret()
     origins = ["https://app.example"]
     app = create_app(
         temporal=client,
         store=store,
+        lists=FileLists.at(objects),
         callback_secrets=[secret, *more_secrets],
         access=new_access(allowed_origins=origins),
         task_queue=task_queue,

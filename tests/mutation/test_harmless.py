@@ -42,10 +42,14 @@ def test_an_entry_that_matches_nothing_is_stale(entry: Entry) -> None:
     assert stale == [f"{entry.module} | {entry.function} | {entry.becomes[0]}"]
 
 
+def test_a_module_that_is_no_more_was_not_read() -> None:
+    assert Harmless([], [MODULE, "workflows/gone.py"]).stale(mutations_in(MODULE, SOURCE)) == ["workflows/gone.py"]
+
+
 @pytest.mark.parametrize("reason", ["", 'reason = " "', 'reason = "as it is"\nline = 3'])
 def test_an_entry_needs_a_reason_and_has_nothing_else(reason: str, tmp_path: Path) -> None:
     file = tmp_path / "harmless.toml"
-    file.write_text(f'[[harmless]]\nmodule = "m"\nfunction = "f"\nbecomes = ["x"]\n{reason}\n')
+    file.write_text(f'read = []\n[[harmless]]\nmodule = "m"\nfunction = "f"\nbecomes = ["x"]\n{reason}\n')
 
     with pytest.raises(ValueError, match=r"harmless\.toml: an entry has module, function, becomes and reason"):
         Harmless.read(file)

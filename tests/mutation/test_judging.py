@@ -16,6 +16,7 @@ import pytest
 
 from mutation.judging import Fate, Verdict, spread
 from mutation.mutations import ROOT, mutations_of
+from mutation.reach import Seed
 from mutation.verdicts import Verdicts
 
 
@@ -34,11 +35,11 @@ def verdict_on(module: str, becomes: str, tmp_path: Path, *, seeds: int = 0, tes
         f"""
         from mutation.judging import Effort, Judge, load_what_others_wrote
         from mutation.mutations import mutations_of
-        from mutation.reach import Reach
+        from mutation.reach import Reach, Seed
 
         [mutation] = [each for each in mutations_of({module!r}) if each.becomes == {becomes!r}]
         block = f"{{mutation.module}}:{{mutation.block}}"
-        reach = Reach({{block: [("image", n) for n in range({seeds})]}}, {{block: {list(tests)!r}}})
+        reach = Reach({{block: [Seed("image", "contract", n) for n in range({seeds})]}}, {{block: {list(tests)!r}}})
         reach.seconds = {{test: 1.0 for test in {tests!r}}}
         load_what_others_wrote()
         verdict = Judge(reach, Effort(100, 60), {{}}, folder).verdict(mutation)
@@ -129,10 +130,11 @@ def test_what_a_call_has_started_ends_with_it(tmp_path: Path) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_seeds_are_chosen_by_turns_from_both_kinds() -> None:
-    reaching = [("image", 1), ("image", 5), ("image", 9), ("training", 2)]
+def test_seeds_are_chosen_by_turns_of_every_kind_and_profile() -> None:
+    images = [Seed("image", "contract", number) for number in (1, 5, 9)]
+    field, training = Seed("image", "field", 4), Seed("training", "contract", 2)
 
-    assert spread(reaching, 3) == [("image", 1), ("training", 2), ("image", 5)]
+    assert spread([*images, field, training], 4) == [images[0], field, training, images[1]]
 
 
 def test_a_kill_is_kept_and_a_survival_only_while_the_judges_are_the_same(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import uvicorn
 from playwright.async_api import Browser, Page, async_playwright
 from temporalio.testing import WorkflowEnvironment
 
+from activities.file_lists import FileLists
 from caller_tokens import CallerTokens, SharedSecret
 from gateway.access import Access
 from gateway.app import create_app
@@ -54,6 +55,7 @@ async def _served(platform: Platform) -> AsyncIterator[int]:
     app = create_app(
         temporal=platform.client,
         store=platform.store,
+        lists=FileLists.at((platform.folder / "objects").as_uri()),
         callback_secrets=[TEST_CALLBACK_SECRET],
         access=Access(callers, StreamTokens(TEST_TOKEN_SECRET)),
         task_queue=platform.task_queue,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import types
 from enum import Enum
-from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import AwareDatetime, BaseModel
 
 from contracts.calls import JobCall, Post, SnapshotOrder
 from contracts.carried import ImageRun, TrainingRun
-from contracts.comfyui import JobRequest, TrainingRequest
+from contracts.comfyui import JobRequest, TrainingDraft
 from contracts.credits import CancelHoldRequest, ChargeRequest, CommitRequest, EstimateRequest, PreDeductRequest
 from contracts.give_back import GiveBackRun, LeftBehind
 from contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen, ReconcileOrder
-from contracts.task_store import ClaimOutcome, TaskClaim, TaskWrite
+from contracts.task_store import ClaimOutcome, Correction, LookOrder, RowSeen, TaskClaim, TaskWrite, UnsettledTask
 
 HANDED_ON: Final[dict[str, type[BaseModel]]] = {
     "image-run": ImageRun,
@@ -22,7 +22,7 @@ HANDED_ON: Final[dict[str, type[BaseModel]]] = {
     "give-back-run": GiveBackRun,
     "reconcile-order": ReconcileOrder,
     "submit-job": Post[JobRequest],
-    "create-training": Post[TrainingRequest],
+    "create-training": Post[TrainingDraft],
     "estimate": Post[EstimateRequest],
     "pre-deduct": Post[PreDeductRequest],
     "commit": Post[CommitRequest],
@@ -33,6 +33,10 @@ HANDED_ON: Final[dict[str, type[BaseModel]]] = {
     "task-claim": TaskClaim,
     "claim-outcome": ClaimOutcome,
     "task-write": TaskWrite,
+    "look-order": LookOrder,
+    "row-seen": RowSeen,
+    "unsettled-task": UnsettledTask,
+    "correction": Correction,
     "left-behind": LeftBehind,
     "open-tasks-look": OpenTasksLook,
     "open-tasks-seen": OpenTasksSeen,
@@ -47,6 +51,8 @@ _BY_NAME: Final[dict[str, Any]] = {
     "callback_url": _ADDRESS,
     "image_url": _ADDRESS,
     "result_urls": [_ADDRESS],
+    "sha256": "0" * 64,
+    "files_sha256": "0" * 64,
 }
 """What no type tells: the order of two instants, addresses."""
 _LEAVES: Final[dict[Any, Any]] = {
@@ -67,10 +73,13 @@ def fullest(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _object(model: type[BaseModel]) -> dict[str, Any]:
-    return {
-        name: _BY_NAME[name] if name in _BY_NAME else _value(info.annotation)
-        for name, info in model.model_fields.items()
-    }
+    return {name: _BY_NAME[name] if name in _BY_NAME else _value(_kind_of(model, name)) for name in model.model_fields}
+
+
+def _kind_of(model: type[BaseModel], name: str) -> Any:
+    """The field's type; one that names a later class is looked up."""
+    kind = model.model_fields[name].annotation
+    return get_type_hints(model)[name] if "ForwardRef" in repr(kind) else kind
 
 
 def _value(kind: Any) -> Any:

@@ -45,7 +45,6 @@ KEPT_FOR_SURE = [
     ("carried", "hold", "asked", 0),
     ("carried", "hold", "asked", 0, "request"),
     ("carried", "jobs", 0),
-    ("carried", "jobs", 0, "request"),
     ("carried", "record"),
     ("carried", "record", "state"),
     ("carried", "clock"),

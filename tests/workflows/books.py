@@ -38,7 +38,7 @@ EXPLAINED = {
 PATCH_MARKER = "core_patch"
 """... or the name of a patch that this run was decided with (docs/versioning.md)."""
 CLOSE_EVENT = WorkflowHistoryEventFilterType.CLOSE_EVENT
-MAY_BE_LEFT = {"write", "get_job", "get_training"}
+MAY_BE_LEFT = {"write", "get_job", "get_training", "ledger", "look"}
 """Activities that a run may leave behind where it continues as new: keyed writes, and reads."""
 
 UNTOLD = {"settlement_unknown", "hold_left_to_expiry", "undo_unfinished"}

@@ -24,6 +24,7 @@ from activities.closed_runs import ClosedRunActivities
 from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetActivities, DatasetSnapshots
+from activities.file_lists import FileLists
 from activities.lives import Lives
 from activities.outside_http import READ_SECONDS
 from activities.task_store import TaskStoreActivities
@@ -268,7 +269,7 @@ class Platform:
                 activities=[
                     method
                     for activities in (
-                        ComfyUIActivities(comfyui, lives),
+                        ComfyUIActivities(comfyui, lives, snapshots),
                         CreditsActivities(credits, lives),
                         DatasetActivities(snapshots),
                         TaskStoreActivities(self.store, self.policy_of),
@@ -314,11 +315,17 @@ def activity_methods(activities: object) -> list[Callable[..., Any]]:
 
 
 @asynccontextmanager
-async def served_gateway(client: Client, store: TaskStore) -> AsyncIterator[str]:
+async def served_gateway(client: Client, store: TaskStore, objects: str) -> AsyncIterator[str]:
     """The gateway on a free port; its base URL. Its callers' tokens are the simulators' own."""
     callers = CallerTokens(SharedSecret(TEST_TOKEN_SECRET), issuer=DEFAULT_ISSUER, audience=DEFAULT_AUDIENCE)
     access = Access(callers, StreamTokens(TEST_TOKEN_SECRET))
-    app = create_app(temporal=client, store=store, callback_secrets=[TEST_CALLBACK_SECRET], access=access)
+    app = create_app(
+        temporal=client,
+        store=store,
+        lists=FileLists.at(objects),
+        callback_secrets=[TEST_CALLBACK_SECRET],
+        access=access,
+    )
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, lifespan="on")
     )
@@ -358,7 +365,9 @@ async def running_platform(
         # At such a pace three times what is announced is a hiccup of a busy machine, as the local stack knows too.
         platform.policy = {"deadline_factor": max(3.0, 0.3 * speed)}
         if gateway:
-            platform.gateway_url = await stack.enter_async_context(served_gateway(client, store))
+            platform.gateway_url = await stack.enter_async_context(
+                served_gateway(client, store, (folder / "objects").as_uri())
+            )
         else:
             platform.gateway_url = "http://127.0.0.1:9"
         yield platform

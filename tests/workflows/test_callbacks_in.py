@@ -127,7 +127,7 @@ async def test_a_training_survives_the_same(direct_platform: Platform) -> None:
         await handle.signal(CALLBACK_SIGNAL, args=arguments)
     odd = {"training_id": training_id, "training_status": "running", "sequence": 3}
     await direct_platform.callback(handle, **odd, training_stage="baking")
-    await direct_platform.callback(handle, **odd, gpu_hours=-1)
+    await direct_platform.callback(handle, **odd, gpu_hours=-1)  # an estimate only informs: taken without it
     await direct_platform.callback(handle, **odd, log=[{"message": "x"}] * 10_001)
     output = {"model_path": "file:///models/1", "version": "1", "metrics": {"loss": 0.1}}
     end = {"training_id": training_id, "training_status": "completed", "training_stage": "publishing", "sequence": 9}
@@ -135,7 +135,7 @@ async def test_a_training_survives_the_same(direct_platform: Platform) -> None:
     ending = await ended(direct_platform, handle, exempt=FORGED)
     assert ending.status is TaskStatus.COMPLETED
     assert ending.result["output"]["model_path"] == "file:///models/1"
-    assert refused(await direct_platform.progress(handle)) == len(HOSTILE) + 3
+    assert refused(await direct_platform.progress(handle)) == len(HOSTILE) + 2
 
 
 @pytest.mark.parametrize("sign", [b"\\ud800", b"\\u0000"], ids=["lone surrogate", "NUL"])

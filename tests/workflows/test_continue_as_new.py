@@ -17,6 +17,7 @@ from temporalio.client import WorkflowExecutionStatus
 from temporalio.testing import WorkflowEnvironment
 
 from contracts.tasks import CALLBACK_SIGNAL, EventType, TaskStatus
+from simulators.admin_wire import Fault
 from store import TaskStore
 from tests.cable import Cable
 from tests.workflows.books import ended, runs_of
@@ -86,6 +87,19 @@ async def started(platform: Platform, handle: Handle) -> str:
     return run_id
 
 
+async def started_again(platform: Platform, handle: Handle, number: int) -> str:
+    """Wait until the task follows its `number`th job; its id. The one before may still be running."""
+
+    async def followed() -> str | None:
+        runs = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
+        job_id = (await platform.progress(handle))["job_id"]
+        return job_id if len(runs) == number and runs[-1].run_id == job_id else None
+
+    job_id = await platform.until(followed)
+    assert job_id is not None
+    return job_id
+
+
 async def assert_asked_once(platform: Platform, handle: Handle, **times: int) -> None:
     """Every call that changes something was made once over all runs of the task, unless `times` says otherwise."""
     admin, task_id = platform.simulators.admin, task_id_of(handle)
@@ -105,8 +119,7 @@ async def test_an_image_of_many_runs_is_one_task(platform: Platform) -> None:
     details = {"code": "gpu_preempted", "message": "gone"}
     await platform.callback(handle, job_id=first, job_status="processing", sequence=8, error_details=details)
     await until_progress(platform, handle, attempts=2)
-    second = await started(platform, handle)
-    assert second != first
+    second = await started_again(platform, handle, 2)
     for sequence in range(1, 5):
         await tick(platform, handle, second, sequence)
         await platform.callback(handle, **delivery(first))
@@ -170,7 +183,7 @@ async def test_a_training_of_many_runs_keeps_its_hours_its_price_and_its_copy(pl
 
     await until_asked(platform, handle, 147)  # the hour before the checkpoint and 0.45 to come
     await handle.execute_update("confirm_price", {"max_credits": 200})
-    second = await started(platform, handle)
+    second = await started_again(platform, handle, 2)
     await tick(platform, handle, second, 1, **running, gpu_hours=1.2)
     await until_holds(platform, handle, 192)
     await tick(platform, handle, second, 2, **running, gpu_hours=2.0)
@@ -228,25 +241,134 @@ async def test_a_history_of_many_events_continues_as_new(platform: Platform) -> 
     assert max(lengths) < 60 + 40, lengths
 
 
-async def test_no_run_continues_as_new_while_a_renewal_is_in_flight(platform: Platform) -> None:
-    """Its answer would be heard by nobody: `books.ended` sees that no call is left behind."""
+# What hangs while a run becomes long: put down, and taken up by the next run
+
+
+async def until_more_runs(platform: Platform, handle: Handle, number: int, run_id: str, **fields: Any) -> None:
+    """Send messages of this job until the task has continued as new so often."""
+    wanted = len(await runs_of(platform, handle)) + number
+    for sequence in range(2, 90):
+        if len(await runs_of(platform, handle)) >= wanted:
+            return
+        await tick(platform, handle, run_id, sequence, **fields)
+    raise AssertionError("it did not continue as new")
+
+
+async def away(platform: Platform, route: str, task_id: str, **match: Any) -> Fault:
+    """From now on this route does not answer for this task; returns once it was tried."""
+    service = platform.service_of(route)
+    return await service.fault("error", route=route, task_id=task_id, times=None, status=503, **match)
+
+
+RUNNING = {"training_status": "running", "training_stage": "training"}
+
+
+@pytest.mark.on_both_profiles
+async def test_a_run_continues_as_new_while_a_renewal_hangs(platform: Platform) -> None:
+    """The next run repeats key and body of what the one before had asked: one hold comes of it."""
     task = platform.training()
-    hanging = await platform.simulators.admin.credits.fault(
-        "delay", route="pre_deduct", task_id=task["task_id"], nth=2, seconds=1.0, when="after"
-    )
     handle = await platform.start(task)
     training_id = await started(platform, handle)
-    running = {"training_status": "running", "training_stage": "training"}
-    await tick(platform, handle, training_id, 1, **running, gpu_hours=3.0)
-    await platform.until_hit("pre_deduct", hanging)
-    for sequence in range(2, 2 + 2 * SIGNALS):
-        await tick(platform, handle, training_id, sequence, **running)
-    assert len(await runs_of(platform, handle)) == 1
+    fault = await away(platform, "pre_deduct", task["task_id"])
+    await tick(platform, handle, training_id, 1, **RUNNING, gpu_hours=3.0)
+    await platform.until_hit("pre_deduct", fault)
+    await until_more_runs(platform, handle, 2, training_id, **RUNNING)
+    await platform.simulators.admin.credits.remove_fault(fault)
     await until_holds(platform, handle, 240)
-    await until_runs(platform, handle, 2)
     await platform.callback(handle, **model(training_id, gpu_hours_used=3.0))
     ending = await ended(platform, handle, exempt=FORGED)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 240)
+    seen = await platform.simulators.admin.credits.requests_seen("pre_deduct", task["task_id"])
+    assert len({request.key for request in seen}) == len({request.body_sha256 for request in seen}) == 2
+    assert len({run.run_id for run in await runs_of(platform, handle)}) >= 3
+
+
+async def test_a_delivery_after_continuing_as_new_finds_the_renewal_that_hung(platform: Platform) -> None:
+    """It finishes before anything is settled, in whichever run it began."""
+    task = platform.training()
+    handle = await platform.start(task)
+    training_id = await started(platform, handle)
+    fault = await away(platform, "pre_deduct", task["task_id"])
+    await tick(platform, handle, training_id, 1, **RUNNING, gpu_hours=3.0)
+    await platform.until_hit("pre_deduct", fault)
+    await until_more_runs(platform, handle, 1, training_id, **RUNNING)
+    await platform.callback(handle, **model(training_id, gpu_hours_used=3.0))
+    await platform.simulators.admin.credits.remove_fault(fault)
+    ending = await ended(platform, handle, exempt=FORGED)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 240)
+
+
+async def test_a_run_continues_as_new_while_an_old_hold_cannot_be_given_back(platform: Platform) -> None:
+    task = platform.training()
+    fault = await away(platform, "cancel_hold", task["task_id"])
+    handle = await platform.start(task)
+    training_id = await started(platform, handle)
+    await tick(platform, handle, training_id, 1, **RUNNING, gpu_hours=3.0)
+    await platform.until_hit("cancel_hold", fault)
+    await until_more_runs(platform, handle, 2, training_id, **RUNNING)
+    await platform.simulators.admin.credits.remove_fault(fault)
+    await until_holds(platform, handle, 240)
+    await platform.callback(handle, **model(training_id, gpu_hours_used=3.0))
+    ending = await ended(platform, handle, exempt=FORGED)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 240)
+    assert await kinds_of(platform, handle) == ["pre_deduct", "pre_deduct", "cancel", "commit"]
+
+
+async def test_a_run_continues_as_new_while_an_old_job_cannot_be_cancelled(platform: Platform) -> None:
+    task = platform.image()
+    fault = await away(platform, "cancel_job", task["task_id"])
+    handle = await platform.start(task)
+    first = await started(platform, handle)
+    await platform.callback(handle, **gone(first, 1))
+    await until_progress(platform, handle, attempts=2)
+    second = await started_again(platform, handle, 2)
+    await platform.until_hit("cancel_job", fault)
+    await until_more_runs(platform, handle, 2, second)
+    await platform.simulators.admin.comfyui.remove_fault(fault)
+    await platform.callback(handle, **delivery(second))
+    ending = await ended(platform, handle, exempt=FORGED)
+    assert (ending.status, ending.result["attempts"]) == (TaskStatus.COMPLETED, 2)
+    runs = await platform.simulators.admin.comfyui.jobs(task["task_id"])
+    assert [run.is_over for run in runs] == [True, False], "the first was cancelled for certain"
+
+
+def gone(job_id: str, sequence: int) -> dict[str, Any]:
+    details = {"code": "gpu_preempted", "message": "gone"}
+    return {"job_id": job_id, "job_status": "processing", "sequence": sequence, "error_details": details}
+
+
+async def test_a_run_continues_as_new_between_two_attempts(platform: Platform) -> None:
+    """The pause goes on where it was: one retry is told, and the next job follows once."""
+    platform.policy = platform.policy | {"retry_after_seconds": [2.0]}
+    handle = await platform.start_image()
+    first = await started(platform, handle)
+    await platform.callback(handle, **gone(first, 1))
+    for sequence in range(2, 2 + 2 * SIGNALS):
+        await platform.callback(handle, job_id=first, job_status="processing", sequence=sequence)
+    await until_runs(platform, handle, 2)
+    assert (await platform.progress(handle))["attempts"] == 1
+    await until_progress(platform, handle, attempts=2)
+    second = await started_again(platform, handle, 2)
+    await platform.callback(handle, **delivery(second))
+    ending = await ended(platform, handle, exempt=FORGED)
+    assert (ending.status, ending.result["attempts"]) == (TaskStatus.COMPLETED, 2)
+    assert sum(event.error is not None for event in ending.events) == 1
+    assert len(await runs_of(platform, handle)) >= 2
+    await assert_asked_once(platform, handle, submit_job=2, estimate=2)
+
+
+async def test_a_cancel_while_the_calls_of_a_long_run_hang_is_obeyed(platform: Platform) -> None:
+    task = platform.training()
+    handle = await platform.start(task)
+    training_id = await started(platform, handle)
+    fault = await away(platform, "pre_deduct", task["task_id"])
+    await tick(platform, handle, training_id, 1, **RUNNING, gpu_hours=3.0)
+    await platform.until_hit("pre_deduct", fault)
+    await until_more_runs(platform, handle, 1, training_id, **RUNNING)
+    assert await platform.cancel(handle) == "accepted"
+    await platform.simulators.admin.credits.remove_fault(fault)
+    ending = await ended(platform, handle)
+    assert ending.status is TaskStatus.CANCELLED
 
 
 # What is not written yet

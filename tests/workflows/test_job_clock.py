@@ -139,6 +139,32 @@ def test_past_its_deadline_a_task_fails_and_says_how_long_it_had(monkeypatch: py
     assert failed.value.code is FailureCode.TIMEOUT
 
 
+def test_a_job_whose_state_cannot_be_read_fails_as_that_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.job.start()
+    clock.job.unreadable = lambda: "The answer is no JSON."
+    clock.job.check()
+
+    clock.pass_minutes(FACTOR * DEFAULT_ETA)
+    with pytest.raises(TaskFailed, match=r"\(its deadline\).* The answer is no JSON\.$") as failed:
+        clock.job.check()
+    assert failed.value.code is FailureCode.REPLY_INVALID
+
+
+def test_between_two_attempts_the_whole_tasks_time_is_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.job.estimated(10.0)
+    assert (clock.job.is_running(), clock.job.latest()) == (False, None)
+
+    clock.job.start()
+    clock.pass_minutes(5)
+    assert (clock.job.is_running(), clock.job.latest()) == (True, clock.job.deadline())
+
+    clock.job.not_started()
+    assert not clock.job.is_running()
+    assert clock.job.latest() == NOON + timedelta(minutes=60)
+
+
 def test_one_that_waits_in_the_queue_for_too_long_is_recorded_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     clock.job.start()

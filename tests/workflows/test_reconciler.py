@@ -294,6 +294,21 @@ async def test_its_schedule_is_made_once_and_finds_what_was_left(reconciled: Pla
         await schedule.delete()
 
 
+async def test_a_run_terminated_after_its_commit_tells_what_came_back(reconciled: Platform) -> None:
+    """24 points were held and 20 committed: the events add up to that."""
+    task = reconciled.image()
+    lost = await reconciled.simulators.admin.credits.fault("drop", route="commit", task_id=task["task_id"], times=None)
+    handle = await start_telling(reconciled, task, actual_cost=20)
+    await reconciled.until_hit("commit", lost)
+    await handle.terminate("by a test")
+    await reconciled.simulators.admin.credits.remove_fault(lost)
+    await asyncio.sleep(PAUSE_SECONDS)
+    assert task["task_id"] in (await reconcile(reconciled)).task_ids
+    ending = await ended_without_its_run(reconciled, task["task_id"])
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 20)
+    assert sum(event.credits_delta or 0 for event in ending.events) == -20
+
+
 # Terminated between two parts of a charge
 
 
@@ -332,4 +347,5 @@ async def test_a_run_terminated_between_two_parts_of_a_charge_is_charged_to_the_
     charged = 2_460 if balance == "enough" else 2_000
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, charged)
     assert ending.result["credits"]["shortfall"] == 2_460 - charged
-    assert ending.exceptions == ([] if balance == "enough" else ["shortfall"])
+    told = set(ending.exceptions) - {"prices_differ"}  # an estimate may ignore the hours
+    assert told == (set() if balance == "enough" else {"shortfall"})

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from activities.datasets import DatasetSnapshots
+from contracts.comfyui import TrainingDraft, TrainingRequest
 from contracts.tasks import EventType, TaskStatus
 from tests.workflows.books import Ending, ended
 from tests.workflows.payers import holds_of, kinds_of, new_payer, task_of, until_started
@@ -221,6 +223,17 @@ async def test_an_address_outside_the_tenants_own_prefix_is_refused(quick_platfo
     await asyncio.gather(*(refused(template) for template in FOREIGN))
 
 
+async def body_told(platform: Platform, handle: Handle) -> TrainingRequest:
+    """What the service was sent: history holds it without the list of files, which lies beside the copy."""
+    [order] = await sent(handle, "create_training")
+    draft = TrainingDraft.model_validate(order["body"])
+    assert draft.dataset.files is None
+    body = draft.request(await DatasetSnapshots((platform.folder / "objects").as_uri()).whole(draft.dataset))
+    [seen] = await platform.simulators.admin.comfyui.requests_seen("create_training", task_id_of(handle))
+    assert seen.body_sha256 == hashlib.sha256(body.model_dump_json(exclude_none=True).encode()).hexdigest()
+    return body
+
+
 async def test_the_service_trains_on_a_copy_whose_checksums_it_is_told(quick_platform: Platform) -> None:
     """The copy stands for as long as the training runs, whatever becomes of the source."""
     payer = await new_payer(quick_platform)
@@ -232,12 +245,12 @@ async def test_the_service_trains_on_a_copy_whose_checksums_it_is_told(quick_pla
     await until_started(quick_platform, handle)
     source = quick_platform.folder / "datasets" / payer.tenant_id / "faces" / "0.txt"
     source.write_text("another picture")
-    [order] = await sent(handle, "create_training")
-    [told] = order["body"]["dataset"]["files"]
+    body = await body_told(quick_platform, handle)
+    [told] = body.dataset.files
     [copy] = [path for path in quick_platform.snapshot_files(task_id_of(handle)) if path.name == "0.txt"]
-    assert copy.as_uri() == order["body"]["dataset"]["snapshot_uri"] + told["path"]
-    assert hashlib.sha256(copy.read_bytes()).hexdigest() == told["sha256"]
-    assert (copy.read_text(), told["size_bytes"]) == ("a picture", len("a picture"))
+    assert copy.as_uri() == body.dataset.snapshot_uri + told.path
+    assert hashlib.sha256(copy.read_bytes()).hexdigest() == told.sha256
+    assert (copy.read_text(), told.size_bytes) == ("a picture", len("a picture"))
     await quick_platform.until(lambda: is_over(quick_platform, handle))
     await ended(quick_platform, handle)
 

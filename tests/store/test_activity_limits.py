@@ -1,0 +1,190 @@
+"""What the activities ask of the store: for which run, and how long they wait for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+import pytest
+from temporalio.exceptions import ApplicationError
+from temporalio.testing import ActivityEnvironment
+
+from activities.task_store import BREAK_SECONDS, TRY_SECONDS, LocalBreaker, TaskStoreActivities
+from contracts.lives import EarlierLife, TaskRun
+from contracts.task_store import LookOrder, RowSeen
+from contracts.tasks import IMAGE_WORKFLOW
+from store import StoreUnavailable, TaskStore, TaskUnknown
+from tests.store.facts import claim_of, fact, write_of
+from tests.store.test_activities import policy_of
+
+RUN = TaskRun(task_id="t1", run_id="run-id-of-the-activity", run_number=0, first_execution_run_id="run-1")
+
+
+@dataclass
+class NotedStore:
+    """Notes what it is asked for; `fails_with` is raised instead of an answer."""
+
+    life: EarlierLife = field(default_factory=EarlierLife)
+    is_claimed: bool = True
+    fails_with: Exception | None = None
+    address: str = "db"
+    asked: list[tuple[str, TaskRun | None]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def _note(self, what: str, run: TaskRun | None, within_seconds: float) -> None:
+        self.asked.append((what, run))
+        self.seconds.append(within_seconds)
+        if self.fails_with is not None:
+            raise self.fails_with
+
+    async def claim(self, _claim: Any, run: TaskRun | None, *, within_seconds: float) -> bool:
+        self._note("claim", run, within_seconds)
+        return self.is_claimed
+
+    async def register(self, run: TaskRun, *, within_seconds: float) -> EarlierLife:
+        self._note("register", run, within_seconds)
+        return self.life
+
+    async def write(self, _write: Any, run: TaskRun | None, *, within_seconds: float) -> None:
+        self._note("write", run, within_seconds)
+
+    async def look(self, run: TaskRun, *, within_seconds: float) -> RowSeen:
+        self._note("look", run, within_seconds)
+        return RowSeen(life=self.life)
+
+
+async def run(
+    store: NotedStore,
+    name: str,
+    argument: Any,
+    *,
+    activities: TaskStoreActivities | None = None,
+    workflow_type: str = IMAGE_WORKFLOW,
+    local_seconds: float | None = None,
+    start_to_close: float = 10.0,
+) -> Any:
+    """The activity's answer; `local_seconds` is the time of a local try."""
+    environment = ActivityEnvironment()
+    is_local = local_seconds is not None
+    environment.info = replace(
+        environment.info,
+        workflow_type=workflow_type,
+        workflow_run_id=RUN.run_id,
+        is_local=is_local,
+        schedule_to_close_timeout=timedelta(seconds=local_seconds) if local_seconds is not None else None,
+        start_to_close_timeout=None if is_local else timedelta(seconds=start_to_close),
+        scheduled_time=datetime.now(UTC),
+    )
+    activities = activities or TaskStoreActivities(cast(TaskStore, store), policy_of)
+    return await environment.run(getattr(activities, name), argument)
+
+
+CLAIM, WRITE = claim_of("t1"), write_of("t1", fact("a")).model_copy(update={"run_number": 2})
+LOOK = LookOrder(task_id="t1", first_execution_run_id="run-1", run_number=2)
+
+
+async def test_a_claim_is_made_for_the_run_that_the_activity_belongs_to() -> None:
+    store = NotedStore()
+    outcome = await run(store, "claim", CLAIM)
+
+    assert store.asked == [("claim", RUN), ("register", RUN)]
+    assert outcome.earlier_life is None
+
+
+async def test_an_earlier_life_is_told_with_the_claim() -> None:
+    store = NotedStore(life=EarlierLife(lives=1))
+
+    assert (await run(store, "claim", CLAIM)).earlier_life == EarlierLife(lives=1)
+
+
+@pytest.mark.parametrize("is_claimed", [True, False])
+async def test_who_does_not_hold_the_id_or_is_no_task_registers_nothing(is_claimed: bool) -> None:
+    store = NotedStore(is_claimed=is_claimed, life=EarlierLife(lives=1))
+    outcome = await run(store, "claim", CLAIM, workflow_type="GiveBackWorkflow" if is_claimed else IMAGE_WORKFLOW)
+
+    assert store.asked == [("claim", None if is_claimed else RUN)]
+    assert (outcome.claimed, outcome.earlier_life) == (is_claimed, None)
+
+
+@pytest.mark.parametrize(("name", "argument"), [("write", WRITE), ("look", LOOK)])
+async def test_a_write_and_a_look_name_the_run_of_its_chain(name: str, argument: Any) -> None:
+    store = NotedStore(life=EarlierLife(lives=3))
+    answer = await run(store, name, argument)
+
+    assert store.asked == [(name, RUN.model_copy(update={"run_number": 2}))]
+    assert answer == (None if name == "write" else RowSeen(life=EarlierLife(lives=3)))
+
+
+async def test_only_a_tasks_own_run_looks() -> None:
+    store = NotedStore()
+    with pytest.raises(ApplicationError, match="own run") as failure:
+        await run(store, "look", LOOK, workflow_type="GiveBackWorkflow")
+
+    assert (failure.value.type, failure.value.non_retryable, store.asked) == ("internal", True, [])
+
+
+@pytest.mark.parametrize(
+    ("limits", "seconds"),
+    [
+        ({}, TRY_SECONDS),
+        ({"start_to_close": 2.0}, 1.5),
+        ({"local_seconds": 3.0}, TRY_SECONDS),
+        ({"local_seconds": 2.0}, 1.5),
+    ],
+    ids=["visible", "visible, hurried", "local", "local, hurried"],
+)
+async def test_a_try_ends_before_its_activity_does(limits: dict[str, float], seconds: float) -> None:
+    """Longer than a statement of the store may take, which is 1.5 s."""
+    store = NotedStore()
+    for name, argument in (("claim", CLAIM), ("write", WRITE), ("look", LOOK)):
+        await run(store, name, argument, **cast(Any, limits))
+
+    assert TRY_SECONDS == 2.0
+    assert all(math.isclose(asked, seconds, abs_tol=0.4) and asked <= seconds for asked in store.seconds), store.seconds
+
+
+@pytest.mark.parametrize("failure", [None, TaskUnknown("no such task")], ids=["it answers", "it refuses"])
+async def test_a_store_that_answers_a_visible_try_is_tried_locally_again(failure: Exception | None) -> None:
+    store = NotedStore(fails_with=StoreUnavailable("away"))
+    activities = TaskStoreActivities(cast(TaskStore, store), policy_of)
+
+    async def attempt(*, is_local: bool) -> None:
+        local = {"local_seconds": 3.0} if is_local else {}
+        await run(store, "write", WRITE, activities=activities, **cast(Any, local))
+
+    with pytest.raises(ApplicationError, match="away"):
+        await attempt(is_local=False)
+    with pytest.raises(ApplicationError, match="not tried locally"):
+        await attempt(is_local=True)
+    store.fails_with = failure
+    if failure is None:
+        await attempt(is_local=False)
+    else:
+        with pytest.raises(ApplicationError, match="no such task"):
+            await attempt(is_local=False)
+    store.fails_with = None
+
+    await attempt(is_local=True)
+    assert len(store.asked) == 3
+
+
+def test_before_anything_has_failed_every_local_try_is_made() -> None:
+    breaker = LocalBreaker(lambda: 0.0)
+
+    assert [breaker.lets_through() for _ in range(3)] == [True, True, True]
+
+
+def test_a_probe_that_is_still_out_holds_the_others_back_for_as_long_again() -> None:
+    now = 0.0
+    clock: Callable[[], float] = lambda: now  # noqa: E731 - it reads what this test sets
+    breaker = LocalBreaker(clock)
+    breaker.failed()
+    now = BREAK_SECONDS
+    assert breaker.lets_through()
+    now = 2 * BREAK_SECONDS - 0.001
+    assert not breaker.lets_through()
+    now = 2 * BREAK_SECONDS
+    assert breaker.lets_through()

@@ -1,0 +1,489 @@
+"""The newest word on a job: what is taken, what is applied, and when ComfyUI is asked."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+import pytest
+from temporalio import workflow
+from temporalio.exceptions import ActivityError, ApplicationError, CancelledError, RetryState
+
+from contracts.calls import CallFor
+from contracts.carried import JobNews, WatchState
+from contracts.comfyui import JobState
+from contracts.errors import Answer, ErrorDetails, FailureCode, Refusal
+from contracts.permissions import Scene
+from contracts.size_budget import MAX_INBOX, MAX_SIGNAL_BYTES
+from contracts.tasks import TaskStatus
+from workflows.job_routes import IMAGE_ROUTES
+from workflows.job_watch import JobWatch
+from workflows.outside_call import OutsideCall
+from workflows.task_record import TaskRecord
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+UNKNOWN = Refusal(code=FailureCode.LOST, message="job_not_found", http_status=404, sentence="There is no such job.")
+
+
+class NotedRecord:
+    """What the watch tells its task's record."""
+
+    def __init__(self) -> None:
+        self.applied: list[tuple[int, bool]] = []
+        """Sequence, and whether it is the attempt's first word."""
+        self.told: list[tuple[int, bool]] = []
+        """Sequence, and whether it is a new stage."""
+
+    def apply(self, news: JobNews, *, attempt_changed: bool) -> None:
+        self.applied.append((news.sequence, attempt_changed))
+
+    def tell_progress(self, news: JobNews, *, is_new_stage: bool) -> None:
+        self.told.append((news.sequence, is_new_stage))
+
+
+class Poll:
+    """A poll in flight, answered by the test."""
+
+    def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
+        self.answer: Answer[JobState] | Exception | None = None
+        self.is_cancelled = False
+
+    def done(self) -> bool:
+        return self.answer is not None
+
+    def result(self) -> Answer[JobState]:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        assert self.answer is not None
+        return self.answer
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Polls:
+    """Stands for the calls of a task; keeps each poll."""
+
+    call_for = CallFor(task_id="t1", tenant_id="tenant", user_id="user", scene=Scene.IMAGE_GENERATE)
+
+    def __init__(self) -> None:
+        self.all: list[Poll] = []
+
+    def visible(self, method: Any, call: Any, *, summary: str, **_: Any) -> Poll:
+        assert (method, summary) == (IMAGE_ROUTES.get, "4 poll")
+        self.all.append(Poll(call.job_id))
+        return self.all[-1]
+
+
+class Watched:
+    """A watch whose present the test moves."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, carried: WatchState | None = None) -> None:
+        self.now = NOON
+        patch.setattr(workflow, "now", lambda: self.now)
+        self.record, self.polls = NotedRecord(), Polls()
+        self.watch = JobWatch(
+            "t1",
+            IMAGE_ROUTES,
+            cast(OutsideCall, self.polls),
+            cast(TaskRecord, self.record),
+            carried or WatchState(),
+        )
+
+    @property
+    def state(self) -> WatchState:
+        return self.watch.state
+
+    def pass_seconds(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+    def hear(self, *messages: dict[str, Any]) -> None:
+        for body in messages:
+            self.watch.take(json.dumps(body).encode())
+        self.watch.read()
+
+    def due_in(self) -> float | None:
+        due = self.watch.due()
+        return None if due is None else (due - self.now).total_seconds()
+
+    def ask(self) -> Poll:
+        """Wait until ComfyUI is due to be asked; the poll."""
+        due_in = self.due_in()
+        assert due_in is not None
+        self.pass_seconds(due_in - 0.001)
+        before = len(self.polls.all)
+        self.watch.check()
+        assert len(self.polls.all) == before, "asked before it was due"
+        self.pass_seconds(0.001)
+        self.watch.check()
+        return self.polls.all[-1]
+
+    def answered(self, answer: Answer[JobState] | Exception) -> None:
+        """Ask, and take this answer."""
+        poll = self.ask()
+        poll.answer = answer
+        assert self.watch.has_word()
+        self.watch.read()
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    watched = Watched(monkeypatch)
+    watched.watch.follow("j1")
+    return watched
+
+
+def said(sequence: int, job_status: str = "processing", **fields: Any) -> dict[str, Any]:
+    return {
+        "task_id": "t1",
+        "job_id": "j1",
+        "job_status": job_status,
+        "sequence": sequence,
+        "occurred_at": NOON.isoformat(),
+        **fields,
+    }
+
+
+def delivered(sequence: int) -> dict[str, Any]:
+    return said(sequence, "delivery", result_urls=["https://results/1.png"], actual_cost=24)
+
+
+def state(sequence: int, **fields: Any) -> JobState:
+    return JobState.model_validate({"job_id": "j1", "job_status": "processing", "sequence": sequence, **fields})
+
+
+# What is taken
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        None,
+        b"",
+        b"{",
+        b"[]",
+        b'"t1"',
+        json.dumps(said(1) | {"task_id": "t2"}).encode(),
+        json.dumps({"task_id": "t1"}).encode(),
+        json.dumps(said(1, message="x" * MAX_SIGNAL_BYTES)).encode(),
+    ],
+    ids=["nothing", "empty", "no JSON", "a list", "a text", "another task's", "no job", "too large"],
+)
+def test_what_can_be_no_message_of_this_task_is_counted_and_raises_nothing(
+    watched: Watched, payload: bytes | None
+) -> None:
+    watched.watch.take(payload)
+
+    assert MAX_PAYLOAD_BYTES == 256 * 1024, "what the gateway takes"
+    assert (watched.state.callbacks_refused, watched.state.inbox) == (1, [])
+    assert not watched.watch.has_word()
+
+
+@pytest.mark.parametrize("named", [{"task_id": "t1"}, {"task_id": ""}, {}], ids=["its task", "an empty one", "none"])
+def test_a_message_that_names_its_task_or_none_is_taken(watched: Watched, named: dict[str, str]) -> None:
+    body = {name: value for name, value in said(1).items() if name != "task_id"}
+    watched.watch.take(json.dumps(body | named).encode())
+
+    assert watched.watch.has_word()
+    assert watched.state.callbacks_refused == 0
+
+
+def test_a_full_inbox_keeps_the_newest_and_every_last_word(watched: Watched) -> None:
+    watched.watch.take(json.dumps(delivered(1)).encode())
+    for sequence in range(2, MAX_INBOX + 3):
+        watched.watch.take(json.dumps(said(sequence)).encode())
+
+    kept = [news.sequence for news in watched.state.inbox]
+    assert kept == [1, *range(4, MAX_INBOX + 3)]
+    assert len(kept) == MAX_INBOX == 256
+
+
+def test_an_inbox_full_of_last_words_drops_the_oldest(watched: Watched) -> None:
+    for sequence in range(MAX_INBOX + 1):
+        watched.watch.take(json.dumps(delivered(sequence)).encode())
+
+    assert [news.sequence for news in watched.state.inbox] == [*range(1, MAX_INBOX + 1)]
+
+
+def test_what_comes_before_its_job_is_known_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    watched.watch.take(json.dumps(said(3)).encode())
+    assert not watched.watch.has_word()
+
+    watched.watch.follow("j1")
+    assert watched.watch.has_word()
+    watched.watch.read()
+    assert watched.record.applied == [(3, True)]
+
+
+# What is applied
+
+
+def test_the_newest_wins_and_an_older_or_repeated_word_changes_nothing(watched: Watched) -> None:
+    watched.hear(said(2), said(1), said(2), said(5))
+
+    assert watched.record.applied == [(2, True), (5, False)]
+    assert watched.watch.newest is not None and watched.watch.newest.sequence == 5
+
+
+def test_after_a_last_word_nothing_counts(watched: Watched) -> None:
+    watched.hear(delivered(2), said(3, error_details={"code": "node_error", "message": "x"}))
+
+    assert watched.record.applied == [(2, True)]
+    assert watched.watch.newest is not None and watched.watch.newest.succeeded
+
+
+def test_only_a_change_of_stage_and_a_last_word_are_told_at_once(watched: Watched) -> None:
+    watched.hear(said(1, "queued"), said(2), said(3), delivered(4))
+
+    assert watched.record.told == [(1, True), (2, True), (3, False), (4, True)]
+
+
+def test_a_last_word_within_a_stage_is_told_at_once(watched: Watched) -> None:
+    watched.hear(said(1), said(2, error_details={"code": "node_error", "message": "x"}))
+
+    assert watched.record.told == [(1, True), (2, True)]
+
+
+def test_everybody_who_asked_for_news_is_told_of_what_is_applied(watched: Watched) -> None:
+    heard = list[tuple[str, int]]()
+    watched.watch.on_news(lambda news: heard.append(("price", news.sequence)))
+    watched.watch.on_news(lambda news: heard.append(("clock", news.sequence)))
+
+    watched.hear(said(2), said(1))
+
+    assert heard == [("price", 2), ("clock", 2)]
+
+
+def test_another_jobs_messages_are_counted_and_never_applied(watched: Watched) -> None:
+    watched.hear(said(1))
+    watched.watch.follow("j2")
+    watched.hear(said(7), said(1) | {"job_id": "j2"})
+
+    assert watched.record.applied == [(1, True), (1, True)]
+    assert watched.state.callbacks_refused == 1
+    assert (watched.state.current, watched.state.earlier) == ("j2", ["j1"])
+
+
+def test_the_same_job_followed_again_is_no_earlier_one(watched: Watched) -> None:
+    watched.watch.follow("j1", first=JobNews(job_id="j1", sequence=0, status=TaskStatus.QUEUED))
+
+    assert watched.state.earlier == []
+    assert watched.record.applied == [(0, True)]
+
+
+def test_a_new_job_begins_with_nothing_of_the_one_before(watched: Watched) -> None:
+    watched.answered(Answer(refusal=UNKNOWN))
+    poll = watched.ask()
+    watched.pass_seconds(5)
+    watched.watch.follow("j2")
+
+    assert poll.is_cancelled and not watched.watch.is_polling()
+    assert watched.watch.newest is None
+    assert watched.state.unknown_since is None
+    assert watched.due_in() == 30.0
+
+
+# When ComfyUI is asked
+
+
+def test_it_is_asked_after_a_silence_and_again_after_twice_that_up_to_a_limit(watched: Watched) -> None:
+    silences = list[float | None]()
+    for _ in range(4):
+        silences.append(watched.due_in())
+        watched.answered(Answer())
+
+    assert silences == [30.0, 60.0, 120.0, 120.0]
+    watched.hear(said(1))
+    assert watched.due_in() == 30.0
+
+
+def test_a_silence_counts_from_the_last_word(watched: Watched) -> None:
+    watched.pass_seconds(20)
+    watched.hear(said(1))
+
+    assert watched.due_in() == 30.0
+
+
+def test_a_word_that_comes_while_a_poll_is_out_drops_no_poll(watched: Watched) -> None:
+    poll = watched.ask()
+    watched.hear(said(1))
+    poll.answer = Answer(reply=state(2))
+    watched.watch.read()
+
+    assert watched.record.applied == [(1, True), (2, False)]
+
+
+def test_a_limit_below_the_first_silence_shortens_none(watched: Watched) -> None:
+    watched.watch.poll_after_seconds, watched.watch.poll_at_most_seconds = 40.0, 10.0
+
+    assert watched.due_in() == 40.0
+    watched.answered(Answer())
+    assert watched.due_in() == 40.0
+
+
+@pytest.mark.parametrize(("eta_seconds", "silence"), [(10, 30.0), (90, 90.0), (500, 120.0)])
+def test_what_is_expected_stretches_the_silence_up_to_its_limit(
+    watched: Watched, eta_seconds: float, silence: float
+) -> None:
+    watched.hear(said(1, next_eta=(NOON + timedelta(seconds=eta_seconds)).isoformat()))
+
+    assert watched.due_in() == silence
+
+
+def test_one_poll_at_a_time_of_the_current_job(watched: Watched) -> None:
+    assert watched.ask().job_id == "j1"
+    assert watched.due_in() is None
+    assert watched.watch.is_polling()
+    assert not watched.watch.has_word()
+    watched.pass_seconds(1_000)
+    watched.watch.check()
+    assert len(watched.polls.all) == 1
+
+
+def test_nothing_is_asked_before_there_is_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    assert watched.due_in() is None
+
+    watched.watch.started()
+    watched.pass_seconds(1_000)
+    watched.watch.check()
+    assert watched.polls.all == []
+
+
+def test_a_trainings_silence_counts_from_its_start(watched: Watched) -> None:
+    watched.pass_seconds(20)
+    watched.watch.started()
+
+    assert watched.due_in() == 30.0
+
+
+def test_a_polls_answer_is_a_word_as_any_other(watched: Watched) -> None:
+    watched.answered(Answer(reply=state(4)))
+
+    assert watched.record.applied == [(4, True)]
+    assert not watched.watch.is_polling()
+    assert watched.due_in() == 30.0
+
+
+def test_an_answer_that_tells_nothing_new_makes_the_next_silence_longer(watched: Watched) -> None:
+    watched.hear(said(4))
+    watched.answered(Answer(reply=state(4)))
+
+    assert watched.record.applied == [(4, True)]
+    assert watched.due_in() == 60.0
+
+
+def test_a_poll_that_was_dropped_is_not_read(watched: Watched) -> None:
+    poll = watched.ask()
+    watched.watch.stop_polling()
+    watched.watch.stop_polling()
+    poll.answer = Answer(reply=state(4))
+    watched.watch.read()
+
+    assert poll.is_cancelled
+    assert watched.record.applied == []
+
+
+# Jobs that are lost, and answers that cannot be read
+
+
+def failed_with(cause: Exception) -> ActivityError:
+    error = ActivityError(
+        "Activity task failed",
+        scheduled_event_id=1,
+        started_event_id=2,
+        identity="worker",
+        activity_type="get_job",
+        activity_id="1",
+        retry_state=RetryState.NON_RETRYABLE_FAILURE,
+    )
+    error.__cause__ = cause
+    return error
+
+
+UNREADABLE = failed_with(ApplicationError("No JSON.", type=FailureCode.REPLY_INVALID))
+
+
+def test_a_job_that_is_unknown_twice_ten_seconds_apart_is_lost(watched: Watched) -> None:
+    watched.hear(said(3))
+    watched.answered(Answer(refusal=UNKNOWN))
+    assert watched.due_in() == 10.0
+    assert watched.watch.newest is not None and not watched.watch.newest.is_final
+
+    watched.answered(Answer(refusal=UNKNOWN))
+
+    newest = watched.watch.newest
+    assert newest.error == ErrorDetails(code="lost", message="ComfyUI no longer knows the job.", retryable=True)
+    assert (newest.sequence, newest.succeeded) == (3, False)
+
+
+def test_a_job_that_never_said_a_word_can_be_lost_too(watched: Watched) -> None:
+    for _ in range(2):
+        watched.answered(Answer(refusal=UNKNOWN))
+
+    newest = watched.watch.newest
+    assert newest is not None and newest.error is not None and newest.error.code == "lost"
+    assert (newest.job_id, newest.sequence, newest.status) == ("j1", 0, TaskStatus.QUEUED)
+
+
+def test_a_word_in_between_shows_that_the_job_is_known(watched: Watched) -> None:
+    watched.answered(Answer(refusal=UNKNOWN))
+    watched.hear(said(3))
+    assert watched.due_in() == 30.0
+
+    watched.answered(Answer(refusal=UNKNOWN))
+    assert watched.watch.newest is not None and not watched.watch.newest.is_final
+
+
+def test_another_refusal_is_no_loss(watched: Watched) -> None:
+    for _ in range(2):
+        watched.answered(Answer(refusal=UNKNOWN.model_copy(update={"code": FailureCode.NOT_AUTHORIZED})))
+
+    assert watched.watch.newest is None
+
+
+def test_answers_that_stay_unreadable_for_a_quarter_of_an_hour_end_the_job(watched: Watched) -> None:
+    watched.answered(UNREADABLE)
+    since = watched.now
+    while watched.watch.newest is None:
+        assert watched.state.unreadable == "No JSON."
+        watched.answered(UNREADABLE)
+    assert watched.now - since == timedelta(minutes=15), "asked after 1 minute, then every 2"
+    assert watched.watch.newest.error == ErrorDetails(code="reply_invalid", message="No JSON.")
+
+
+@pytest.mark.parametrize("heals_by", ["a poll", "a callback", "another job"])
+def test_an_answer_that_can_be_read_begins_the_count_anew(watched: Watched, heals_by: str) -> None:
+    watched.answered(UNREADABLE)
+    if heals_by == "a poll":
+        watched.answered(Answer())
+    elif heals_by == "a callback":
+        watched.hear(said(1))
+    else:
+        watched.watch.follow("j2")
+
+    assert (watched.state.unreadable, watched.state.unreadable_since) == ("", None)
+
+
+def test_silence_is_not_unreadable(watched: Watched) -> None:
+    watched.answered(failed_with(ApplicationError("away", type=FailureCode.COMFYUI_UNAVAILABLE)))
+
+    assert (watched.state.unreadable, watched.due_in()) == ("", 60.0)
+
+
+def test_a_poll_that_was_cancelled_says_nothing(watched: Watched) -> None:
+    watched.answered(failed_with(CancelledError("cancelled")))
+
+    assert watched.state.silence_seconds == 0.0
+    assert watched.state.unreadable == ""
+
+
+def test_what_was_carried_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    carried = WatchState(current="j1", last_news_at=NOON - timedelta(seconds=10), silence_seconds=60.0)
+    watched = Watched(monkeypatch, carried)
+
+    assert watched.due_in() == 50.0
+    assert watched.watch.carry() is carried

@@ -1,0 +1,150 @@
+"""What waits for the task store: facts and exception records, in order, bounded by count and by bytes.
+
+The store may be away for days while a training is renewed and told of. What goes first when there is too much:
+
+    facts        progress within a stage, the oldest; then any fact, the oldest, in whose place one says how many are
+                 left out; the newest, the settlement and the end stay
+    exceptions   the first of each code stays; further ones are counted in a record of their own
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from contracts.carried import RecordState
+from contracts.fields import shortened
+from contracts.size_budget import (
+    MAX_EXCEPTIONS,
+    MAX_EXCEPTIONS_BYTES,
+    MAX_UNWRITTEN,
+    MAX_UNWRITTEN_BYTES,
+    json_bytes,
+)
+from contracts.task_store import Fact, TaskException
+from contracts.tasks import EventType
+from workflows.measured import Measured
+
+LEFT_OUT: Final = "left_out:"
+SHORT_MESSAGE_BYTES: Final = 256
+_ALWAYS_KEPT: Final = frozenset({"settled", "end"})
+
+
+class Backlog:
+    """Appended to by the flow, taken from by the one writer; what is being written is not touched."""
+
+    def __init__(self, carried: RecordState) -> None:
+        self._facts = Measured(carried.unwritten)
+        self._exceptions = Measured(carried.exceptions)
+        self._facts_in_flight = 0
+        self._exceptions_in_flight = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._facts.items and not self._exceptions.items
+
+    # The writer
+
+    def take(self) -> tuple[list[Fact], list[TaskException]]:
+        """All that waits, from now on in flight until it is `written`."""
+        facts, exceptions = list(self._facts.items), list(self._exceptions.items)
+        self._facts_in_flight, self._exceptions_in_flight = len(facts), len(exceptions)
+        return facts, exceptions
+
+    def written(self) -> None:
+        """What was taken is written, or will never be."""
+        self._facts.remove_first(self._facts_in_flight)
+        self._exceptions.remove_first(self._exceptions_in_flight)
+        self._facts_in_flight = self._exceptions_in_flight = 0
+
+    # The flow
+
+    def add(self, fact: Fact) -> None:
+        """Append a fact; progress takes the place of the progress before it."""
+        waiting = self._facts.items
+        if len(waiting) > self._facts_in_flight and _is_progress(fact) and _same_stage(waiting[-1], fact):
+            self._facts.replace(len(waiting) - 1, fact)
+            return
+        if len(waiting) >= MAX_UNWRITTEN:
+            self._leave_out_progress(len(waiting))
+        self._facts.append(fact)
+        while self._facts.total_bytes > MAX_UNWRITTEN_BYTES:
+            if not self._leave_out_progress(len(waiting) - 1) and not self._leave_out_any():
+                break
+
+    def _leave_out_progress(self, end: int) -> bool:
+        waiting = self._facts.items
+        oldest = next((i for i in range(self._facts_in_flight, end) if _is_progress(waiting[i])), None)
+        if oldest is not None:
+            self._facts.remove(oldest)
+        return oldest is not None
+
+    def _leave_out_any(self) -> bool:
+        waiting = self._facts.items
+        places = range(self._facts_in_flight, len(waiting) - 1)
+        marker = next((i for i in places if waiting[i].key.startswith(LEFT_OUT)), None)
+        oldest = next((i for i in places if i != marker and waiting[i].key not in _ALWAYS_KEPT), None)
+        if oldest is None:
+            return False
+        if marker is None:
+            self._facts.replace(oldest, _in_place_of(waiting[oldest], 1))
+        else:
+            self._facts.replace(marker, _in_place_of(waiting[marker], _count_of(waiting[marker]) + 1))
+            self._facts.remove(oldest)
+        return True
+
+    def add_exception(self, record: TaskException) -> None:
+        """Append a record; past the limit the first of its code, in short, and then their number."""
+        waiting = self._exceptions.items
+        size = self._exceptions.total_bytes + json_bytes(record)
+        alike = [i for i in range(self._exceptions_in_flight, len(waiting)) if waiting[i].code == record.code]
+        if len(waiting) < MAX_EXCEPTIONS and size <= MAX_EXCEPTIONS_BYTES:
+            self._exceptions.append(record)
+        elif not alike:
+            message = shortened(record.message, SHORT_MESSAGE_BYTES)
+            self._exceptions.append(record.model_copy(update={"message": message}))
+        else:
+            self._count(record, alike)
+
+    def _count(self, record: TaskException, alike: list[int]) -> None:
+        waiting = self._exceptions.items
+        place = next((i for i in alike if waiting[i].key.startswith(LEFT_OUT)), None)
+        counted = None if place is None else waiting[place]
+        left_out = 1 + (int(counted.details["left_out"]) if counted is not None else 0)
+        counting = TaskException(
+            key=counted.key if counted is not None else f"{LEFT_OUT}{record.code}:{record.ts.isoformat()}",
+            code=record.code,
+            message=f"{left_out} more records of this kind were left out while the task store was away.",
+            details={"left_out": left_out},
+            ts=record.ts,
+        )
+        if place is None:
+            self._exceptions.append(counting)
+        else:
+            self._exceptions.replace(place, counting)
+
+
+def _is_progress(fact: Fact) -> bool:
+    return fact.event is EventType.RUNNING and fact.sequence is not None and fact.message is None
+
+
+def _same_stage(earlier: Fact, later: Fact) -> bool:
+    return _is_progress(earlier) and (earlier.job_id, earlier.stage) == (later.job_id, later.stage)
+
+
+def _count_of(marker: Fact) -> int:
+    return int(marker.key.rpartition(":")[2])
+
+
+def _in_place_of(fact: Fact, left_out: int) -> Fact:
+    """A fact that says how many are missing here. Its key holds their number: it names what was left out."""
+    first = fact.key if not fact.key.startswith(LEFT_OUT) else fact.key.removeprefix(LEFT_OUT).rpartition(":")[0]
+    return Fact(
+        key=f"{LEFT_OUT}{first[:200]}:{left_out}",
+        event=EventType.RUNNING,
+        ts=fact.ts,
+        attempt=fact.attempt,
+        status=fact.status,
+        stage=fact.stage,
+        progress=fact.progress,
+        message=f"{left_out} events were left out while the task store was away.",
+    )
