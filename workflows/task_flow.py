@@ -192,13 +192,16 @@ class TaskFlow(Generic[Run, Result]):
 
         The row, where another life has ended the task meanwhile: an earlier look may have been copied by a reset.
         """
-        if not self.outside.told.life.is_sure:
+        is_unknown = self.hold.state.is_unknown and workflow.patched("row-looked-at-where-settlement-is-unknown")
+        if not self.outside.told.life.is_sure and not is_unknown:
             return None
         await self.record.all_written()
         await self.row_look.once()
         row = self.row_look.row
         if self.outside.told.life.has_ended and row is not None and row.ended_at is not None:
             return row
+        if not self.outside.told.life.is_sure:
+            return None
         charged, told = self.hold.summary().charged, self.row_look.told_points
         difference = 0 if charged is None or told is None else -charged - told
         if difference:
@@ -238,7 +241,8 @@ class TaskFlow(Generic[Run, Result]):
             output=self.record.state.output,
         )
         await self.all_told()
-        return self.result(TaskStatus.COMPLETED)
+        row = await self.ended_otherwise()
+        return await self.as_row_tells(row) if row is not None else self.result(TaskStatus.COMPLETED)
 
     async def give_back(self, end: TaskEnd) -> Result:
         """Row 5, not delivered: job and hold are cancelled side by side; then the task's failure or `cancelled`."""
@@ -274,10 +278,23 @@ class TaskFlow(Generic[Run, Result]):
         else:
             self.record.end(TaskStatus.CANCELLED, EventType.CANCELLED, message=str(end))
         await self.all_told()
+        row = await self.ended_otherwise()
+        if row is not None:
+            return await self.as_row_tells(row)
         if isinstance(end, TaskFailed):
             raise self.failure(end)
         assert isinstance(end, TaskStopped)
         return self.result(TaskStatus.CANCELLED)
+
+    async def ended_otherwise(self) -> TaskRow | None:
+        """The row, where it could not be looked at before, and turns out to have ended in another way than this run."""
+        if not self.outside.told.life.is_store_away or not workflow.patched("row-looked-at-when-the-store-is-back"):
+            return None
+        await self.row_look.once()
+        row, own = self.row_look.row, self.record.state
+        if row is None or row.ended_at is None or (row.status, row.credits) == (own.status, own.credits):
+            return None
+        return row
 
     def failure(self, end: TaskFailed) -> ApplicationError:
         return ApplicationError(str(end), self.result(TaskStatus.FAILED), type=end.code.value, non_retryable=True)
