@@ -260,6 +260,8 @@ class RecordState(OwnModel):
     exceptions: list[TaskException] = []
     written_status: TaskStatus | None = None
     written_stage: str | None = None
+    written_version: int = 0
+    """Of the newest state that is known to be in the store."""
     last_progress_at: Instant | None = None
     held_back: HeldProgress | None = None
     last_shown: str = ""

@@ -27,6 +27,11 @@ class TaskRun(OwnModel):
     first_execution_run_id: str | None = None
     """None where the call was scheduled by a worker of 0.1.0."""
 
+    @property
+    def was_reset(self) -> bool:
+        """Whether the run shows by itself that it was reset: a chain's first run has the chain's id."""
+        return self.run_number == 0 and self.first_execution_run_id not in (None, self.run_id)
+
 
 class EarlierLife(OwnModel):
     """What the task's row tells the run that acts; without an earlier life nothing of it is set."""

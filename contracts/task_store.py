@@ -146,6 +146,8 @@ class TaskWrite(OwnModel):
     exceptions: list[TaskException] = []
     run_number: int = 0
     """Of the run that writes; see `contracts.lives.TaskRun`."""
+    written_version: int = 0
+    """The newest version that the run knows to be written; a row that is older comes from a backup."""
     claim: TaskClaim | None = None
     """What the run claimed the id with: a store that lost the row makes it anew from this."""
 

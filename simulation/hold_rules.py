@@ -13,12 +13,13 @@ from simulation.calls import Call
 from simulation.credits_model import Hold
 from simulation.price_rules import Prices
 from simulation.truth import World, must
-from simulation.witness import key_of, number_of
+from simulation.witness import Attempt, key_of, number_of
 
 LEAST_LIFE: Final = 60.0
 """Seconds that a hold must still live when it is relied on (contract §4 *Lost answer*)."""
 SHORTEST: Final = 120
 """Past the deadline a hold may be asked for this long, although the margin alone would be shorter."""
+NEVER: Final = float("inf")
 EARLY: Final = 1.0
 """Seconds of rounding."""
 
@@ -157,6 +158,15 @@ class HoldRules:
             for call in self._world.witness.calls.get("cancel_hold", ())
         )
 
+    def followed_since(self, attempt: Attempt) -> float:
+        """Since when the run waits for nothing but the job: its price is held, and a training has been started."""
+        granted = self.granted()
+        if not granted:
+            return NEVER
+        names = ("estimate",) if self._world.scenario.is_image else ("estimate", "start_training")
+        told = [call.told_at for name in names if (call := self._world.witness.last(name, attempt.n)) is not None]
+        return max([granted[0].told_at, *((at if at is not None else NEVER) for at in told)])
+
     # Deadlines (contract §1)
 
     def deadlines(self, at: float) -> list[float]:
@@ -169,7 +179,9 @@ class HoldRules:
         if first is None or current is None:
             return [at]
         start, first_start = self.start_of(current.n), self.start_of(1)
-        words = witness.words.get(current.job_id or "", ())
+        # Until a job is taken the latest word on the one before counts.
+        heard = [current] if current.accepted is not None else list(witness.attempts.values())
+        words = [word for attempt in heard for word in witness.words.get(attempt.job_id or "", ())]
         spans = {word.state.estimated_time for word in words if word.state.estimated_time is not None}
         told: list[float] = [a.accepted.estimated_time for a in witness.attempts.values() if a.accepted is not None]
         spans.update(told[-1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Final
 
 from contracts.carried import ImageRun
@@ -69,7 +70,6 @@ class JobRules:
         must(
             waited >= pauses[earlier.n - 1] - SLACK, f"the next job after {waited:g} s, right is", pauses[earlier.n - 1]
         )
-        must(earlier.job_id in self._cancelled, "another job although the old one is not cancelled:", earlier.job_id)
 
     def _ended_at(self, attempt: Attempt) -> float | None:
         """When the run was told of an end that may be retried: the job's own, or that it is lost."""
@@ -97,6 +97,10 @@ class JobRules:
             if attempt.job_id in self._cancelled:
                 is_late = self._ended_at(attempt) is None
                 must(not is_late, "a job was cancelled that had not ended:", attempt.job_id)
+        for earlier, later in pairwise(attempts):
+            cancelled_at = self._cancelled.get(earlier.job_id or "")
+            is_in_time = cancelled_at is not None and cancelled_at <= later.call.scheduled_at
+            must(is_in_time, "another job although the old one was not cancelled:", earlier.job_id)
         for attempt in attempts:
             is_left = attempt.accepted is not None and attempt.job_id not in self._cancelled
             must(not is_left or self._world.is_completed, "a job was never cancelled:", attempt.job_id)

@@ -20,7 +20,6 @@ from simulation.witness import CANCELS, Attempt, Word, key_of, number_of
 SLACK: Final = 0.01
 SURELY: Final = 150.0
 """Seconds within which a run that waits has surely been woken: longer than a task may be slow or a worker away."""
-NEVER: Final = float("inf")
 _UNSEEN: Final = {"accepted", "settled", "end", "queue_sla", "difference"}
 
 
@@ -78,7 +77,8 @@ class RecordRules:
         assert attempt is not None
         assert fact.error is not None
         # By what its job ever said: it is told in the workflow task that hears of it, before that is recorded.
-        codes = self._world.jobs.failures_of(attempt.job_id)
+        jobs = self._world.works if attempt.job_id is None else [attempt.job_id]
+        codes = {code for job_id in jobs for code in self._world.jobs.failures_of(job_id)}
         is_lost = not codes and fact.error.code == FailureCode.LOST
         must(is_lost or fact.error.code in codes, "a retry is told for", fact.error.code)
 
@@ -281,6 +281,8 @@ class RecordRules:
         )
 
     def _was_queued_for_long(self, ended_at: float) -> bool:
+        if self._world.scenario.is_paused:
+            return False
         sla = 60 * self._world.scenario.policy.queue_sla_minutes
         for attempt in self._world.witness.attempts.values():
             start, news = self._holds.start_of(attempt.n), self._world.witness.news_of(attempt.job_id)
@@ -288,19 +290,10 @@ class RecordRules:
                 continue
             moved = [word.at for word in news if not _is_queued(word)]
             until = min([*moved, *self._cancels_of(attempt), *self._world.cancels_seen, ended_at])
-            begun = max(start + sla, attempt.accepted_at, self._followed_since(attempt))
+            begun = max(start + sla, attempt.accepted_at, self._holds.followed_since(attempt))
             if until > begun + SURELY:
                 return True
         return False
-
-    def _followed_since(self, attempt: Attempt) -> float:
-        """Since when the run waits for nothing but the job: its price is held, and a training has been started."""
-        granted = self._holds.granted()
-        if not granted:
-            return NEVER
-        names = ("estimate",) if self._world.scenario.is_image else ("estimate", "start_training")
-        told = [call.told_at for name in names if (call := self._world.witness.last(name, attempt.n)) is not None]
-        return max([granted[0].told_at, *((at if at is not None else NEVER) for at in told)])
 
     def _cancels_of(self, attempt: Attempt) -> list[float]:
         calls: list[Call] = [call for name in CANCELS for call in self._world.witness.calls.get(name, ())]

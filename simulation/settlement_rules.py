@@ -56,11 +56,18 @@ class SettlementRules:
         assert attempt is not None
         price = self._prices.of_delivery(attempt, self.usable)
         self.shortfall = price - charged
+        if self.shortfall < 0 and self._may_be_charged_twice():
+            self.shortfall = 0
         must(self.shortfall >= 0, f"charged {charged}, more than it costs:", price)
         if self.is_unknown:
             self._check_unknown()
         elif self.shortfall:
             must(self._may_be_short(price), f"charged {charged} of {price} points without a reason to charge less")
+
+    def _may_be_charged_twice(self) -> bool:
+        """Exempt: a service that keeps no keys, and whose ledger shows a charge later than is waited for it."""
+        terms = self._world.parties.credits.terms
+        return terms.is_field and terms.lag_seconds >= LOOKS_FOR_SECONDS and self._is_charge_unanswered()
 
     def _check_unknown(self) -> None:
         """Not known is only what was refused or unreadable, and what the ledger does not show in time."""
@@ -106,7 +113,8 @@ class SettlementRules:
         if any(at >= since for at, _ in witness.refusals("pre_deduct")):
             return True
         asking = [call for call in witness.calls.get("pre_deduct", ()) if (call.told_at or last.at) >= last.at]
-        return bool(asking) or self._prices.known_before(attempt, last) <= self.usable
+        is_heard_at_once = self._holds.followed_since(attempt) >= last.at
+        return bool(asking) or is_heard_at_once or self._prices.known_before(attempt, last) <= self.usable
 
     def _check_told(self, charged: int, told: CreditsSummary) -> None:
         estimate = self._last_estimate()

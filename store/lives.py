@@ -70,6 +70,14 @@ async def taken_over(connection: AsyncConnection, row: Row[*tuple[Any, ...]], ru
     return changes
 
 
+async def note_older_row(
+    connection: AsyncConnection, row: Row[*tuple[Any, ...]], run: TaskRun, *, written: int
+) -> None:
+    """A row that is older than what the run has had written comes from a backup: what it tells is not the whole."""
+    if row.run_id == run.run_id and row.ended_at is None and row.version < written and not row.lives:
+        await connection.execute(update(tasks).where(tasks.c.task_id == run.task_id).values(lives=1))
+
+
 def take_over(row: Row[*tuple[Any, ...]], run: TaskRun) -> dict[str, Any]:
     """The columns to set so that `run` is the one that acts; none where it is, or may not be."""
     if is_anothers(row, run) or row.ended_at is not None or row.run_id == run.run_id or row.is_earlier:
@@ -77,8 +85,9 @@ def take_over(row: Row[*tuple[Any, ...]], run: TaskRun) -> dict[str, Any]:
     changes: dict[str, Any] = {"run_id": run.run_id, "run_number": run.run_number}
     if row.run_id is not None:
         changes["earlier_run_ids"] = _NEWEST_EARLIER
-        if run.run_number <= row.run_number:
-            changes |= {"lives": row.lives + 1, "life_began_at": func.now(), "version": 0}
+    is_reset = run.was_reset if row.run_id is None else run.run_number <= row.run_number
+    if is_reset:
+        changes |= {"lives": row.lives + 1, "life_began_at": func.now(), "version": 0}
     return changes
 
 

@@ -22,7 +22,7 @@ from contracts.task_store import Fact, TaskClaim, TaskException, TaskState, Task
 from contracts.tasks import EventType, TaskStatus
 from store.fact_rules import WrittenSoFar
 from store.failures import NotTheClaimant, TaskUnknown
-from store.lives import IS_EARLIER, STANDING, taken_over
+from store.lives import IS_EARLIER, STANDING, note_older_row, taken_over
 from store.tables import EVENTS_CHANNEL, task_claims, task_events, task_exceptions, tasks, training_log
 
 ACCEPTED_KEY: Final = "accepted"
@@ -122,7 +122,7 @@ async def claim_task(connection: AsyncConnection, claim: TaskClaim, run: TaskRun
     if await connection.scalar(_CLAIM, claimed) is None:
         holder = await connection.scalar(_HOLDER, {"task": claim.task_id})
         return bool(holder == claim.first_execution_run_id)
-    await _insert_row(connection, claim, run, lives=0)
+    await _insert_row(connection, claim, run, lives=int(run is not None and run.was_reset))
     return True
 
 
@@ -145,8 +145,8 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
     """Apply a write by the rules of contract §6. Raises NotTheClaimant, TaskUnknown.
 
     `run` is the one that writes, None for whoever writes in a run's name. What a superseded run tells is no longer so.
-    A write takes over for a run that was continued, never for one that was reset: what a run had in flight when it
-    continued may land after its successor's first write. A reset run is registered by its calls and looks.
+    A write of a lower run number takes nothing over: what a run had in flight when it continued may land after its
+    successor's first write. A run that was reset to before a continuation is registered by its calls and looks.
     """
     row = await _row_of(connection, write, run)
     if row.first_execution_run_id != write.first_execution_run_id:
@@ -158,8 +158,9 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
         return
     had_ended = row.ended_at is not None
     version, reached = row.version, dict[tuple[int, str | None], float]()
-    if run is not None and (row.run_id is None or run.run_number > row.run_number):
+    if run is not None and (row.run_id is None or run.run_number >= row.run_number):
         version = (await taken_over(connection, row, run)).get("version", version)
+        await note_older_row(connection, row, run, written=write.written_version)
     if not had_ended and (row.lives or (run is not None and run.run_id != row.run_id)):
         told_before = await connection.execute(_REACHED, {"task": write.task_id})
         reached = {(attempt, stage): progress for attempt, stage, progress in told_before}

@@ -28,6 +28,9 @@ from workflows.task_holds import LAST_SECONDS, HoldRefused, TaskHolds, no_answer
 from workflows.task_record import TaskRecord
 
 REFUSED_AGAIN_AFTER: Final = timedelta(seconds=30)
+LOOK_AGAIN_AFTER: Final = timedelta(seconds=1)
+LEFT_FOR_LATE: Final = 0.75
+"""The share of a hold's life after which it is renewed although the one before is still being given back."""
 TOO_SHORT: Final = "The balance was too short to hold the renewal beside the old hold."
 UNCOVERED_LIMIT_IMAGE: Final = timedelta(seconds=60)
 UNCOVERED_LIMIT_TRAINING: Final = timedelta(hours=1)
@@ -52,8 +55,8 @@ class CreditHold(TaskHolds):
         super().__init__(task, outside, record, deadline, carried, look)
         self.opening_minutes = 15.0
         self.uncovered_limit = UNCOVERED_LIMIT_IMAGE if isinstance(task, ImageTask) else UNCOVERED_LIMIT_TRAINING
-        self.has_begun: Callable[[], bool] = lambda: True
-        """Whether an attempt has begun: until then its deadline moves on with the clock."""
+        self.deadline_stands: Callable[[], bool] = lambda: True
+        """Whether the deadline is an instant: until an attempt has begun it moves on with the clock."""
         self._renewal: asyncio.Task[None] | None = None
         self._wanted = 0
         self._is_closing = False
@@ -62,9 +65,10 @@ class CreditHold(TaskHolds):
 
     @property
     def covered(self) -> int:
-        """Points that the standing hold was asked for: what the present price is compared with."""
-        standing = self.standing
-        return standing.request.estimated_cost if standing else self.amount
+        """Points that the standing hold, or the last one, was asked for: what the present price is compared with."""
+        granted = [hold for hold in self.state.asked if hold.pre_deduct_id]
+        newest = self.standing or (granted[-1] if granted else None)
+        return newest.request.estimated_cost if newest else 0
 
     # Row 2: estimate
 
@@ -164,15 +168,19 @@ class CreditHold(TaskHolds):
             return None
         if self._is_interrupted():
             return workflow.now()
-        if hold is None:
-            return None
+        due = self._due_of(hold) if hold is not None else None
+        if hold is None or due is None or self._leaver is None:
+            return due
+        # A third hold is taken beside the two only where the standing one would run out.
+        return max(due, hold.asked_at + timedelta(seconds=hold.request.expire_in * LEFT_FOR_LATE))
+
+    def _due_of(self, hold: AskedHold) -> datetime | None:
         if self._wanted > hold.request.estimated_cost:
             return self.state.next_renewal_at or workflow.now()
         spare = self._expires_at(hold) - self._deadline() - timedelta(seconds=self.margin_seconds)
         half_life = hold.asked_at + timedelta(seconds=hold.request.expire_in / 2)
         if spare >= timedelta(0):
-            # Until an attempt has begun its deadline moves on with the clock.
-            return None if self.has_begun() else max(half_life, workflow.now() + spare)
+            return None if self.deadline_stands() else max(half_life, workflow.now() + max(spare, LOOK_AGAIN_AFTER))
         return max(half_life, self.state.next_renewal_at or half_life)
 
     def _is_interrupted(self) -> bool:
@@ -184,12 +192,15 @@ class CreditHold(TaskHolds):
         return self._renewal is not None
 
     def has_word(self) -> bool:
-        return self._renewal is not None and self._renewal.done()
+        return any(task is not None and task.done() for task in (self._renewal, self._leaver))
 
     def check(self) -> None:
         """Start a renewal that is due; take up one that ended. Raises TaskFailed `credit_exhausted`."""
-        if self.has_word():
+        if self._renewal is not None and self._renewal.done():
             self._take_up()
+        if self._leaver is not None and self._leaver.done():
+            self._leaver.result()
+            self._leaver = None
         self._raise_if_exhausted()
         due = self.due()
         if due is not None and workflow.now() >= due:

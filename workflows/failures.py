@@ -11,7 +11,7 @@ Anything else that is raised in workflow code is a bug or an eviction: it fails 
 
 from __future__ import annotations
 
-from temporalio.exceptions import ActivityError, ApplicationError, FailureError
+from temporalio.exceptions import ApplicationError, FailureError
 
 from contracts.errors import JOB_CODES, ErrorDetails, FailureCode, Refusal
 
@@ -72,5 +72,4 @@ def why(error: FailureError, unavailable: FailureCode) -> TaskFailed:
         if isinstance(cause, ApplicationError) and cause.type in known:
             return TaskFailed(FailureCode(cause.type), cause.message)
         cause = cause.__cause__
-    last = error.cause if isinstance(error, ActivityError) and error.cause else error
-    return TaskFailed(unavailable, f"The call got no answer in time ({last}).")
+    return TaskFailed(unavailable, f"The call got no answer in time ({error.cause or error}).")

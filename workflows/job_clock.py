@@ -61,8 +61,12 @@ class JobClock:
         return min(minutes_from(start, self._span_minutes()), self._cap())
 
     def is_running(self) -> bool:
-        """Whether an attempt has begun; before that the deadline moves on with the clock."""
+        """Whether an attempt has begun."""
         return self._state.attempt_start is not None
+
+    def stands(self) -> bool:
+        """Whether the deadline is an instant: an attempt has begun, or the task's whole time ends before its own."""
+        return self.is_running() or (self._state.first_start is not None and self.deadline() >= self._cap())
 
     def latest(self) -> datetime | None:
         """When the time of the attempt is over, or between two attempts the task's whole time; None before a start."""

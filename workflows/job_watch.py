@@ -177,7 +177,6 @@ class JobWatch:
         except FailureError as error:
             if is_cancelled_exception(error):
                 return
-            answer = Answer()
             self._silent_again()
             self._unreadable(why(error, FailureCode.COMFYUI_UNAVAILABLE))
             return

@@ -55,7 +55,7 @@ class LedgerSearch:
         """What became of a hold that commit or cancel was refused for."""
         if not workflow.patched(BY_KIND_OR_REASON):
             return await self._fate_by_total(hold)
-        found = await self._looked(lambda ledger: self._known(ledger.fate(hold, **self._ends())), LOOK_FOR)
+        found = await self._looked(lambda ledger: self._known(ledger.fate(hold, **self._ends(hold))), LOOK_FOR)
         return found or Found(HoldFate.UNKNOWN)
 
     async def read(self) -> TaskLedger | None:
@@ -94,8 +94,13 @@ class LedgerSearch:
 
         return await self._looked(seen, LOOK_FOR) or Found(HoldFate.UNKNOWN)
 
-    def _ends(self) -> dict[str, int]:
-        return {"given_back": self._holds.given_back or 0, "committed": self._holds.committed}
+    def _ends(self, hold: AskedHold) -> dict[str, int]:
+        """How many of the other holds have ended, or may have: one that is being given back may be shown any time."""
+        others = [each for each in self._holds.asked if each is not hold and each.pre_deduct_id]
+        stand = sum(not each.resolved and each.leaving is None for each in others)
+        may_have_ended = (self._holds.granted or 0) - 1 - stand - self._holds.committed
+        given_back = max(self._holds.given_back or 0, may_have_ended)
+        return {"given_back": given_back, "committed": self._holds.committed}
 
     @staticmethod
     def _known(found: Found) -> Found | None:
@@ -120,6 +125,8 @@ class LedgerSearch:
             return shown
         last = self.newest
         is_whole = last is not None and last.is_complete and not last.unknown and bool(last.holds)
+        if last is not None and len(last.commits) < self._holds.committed:
+            is_whole = False  # it lacks what was done before the charge: it may lack the charge as well
         return Shown.ABSENT if is_whole else Shown.UNKNOWN
 
     def charged_without_hold(self) -> int:

@@ -214,7 +214,8 @@ class TaskLedger:
         if self.tells_ids:
             return OpenHolds(named)
         more = len(self.holds) - granted
-        return OpenHolds({}, more, stands.nameless_points) if more > 0 and stands.nameless == more else OpenHolds()
+        is_sure = stands.nameless == more or granted == 0  # of none of ours an end may be missing
+        return OpenHolds({}, stands.nameless, stands.nameless_points) if more > 0 and is_sure else OpenHolds()
 
 
 def _committed(commit: CommitEntry, hold: AskedHold) -> Found:

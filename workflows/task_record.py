@@ -279,12 +279,14 @@ class TaskRecord:
             facts=facts,
             exceptions=exceptions,
             run_number=self._outside.call_for.run_number,
+            written_version=self._carried.written_version,
             claim=self._claim,
         )
         try:
             await self._outside.noted(
                 TaskStoreActivities.write, write, summary="6 tell", is_recorded=self._is_recorded(facts)
             )
+            self._carried.written_version = write.state.version
         except FailureError as error:
             # The store will never take these (its row is gone, say): a task's money never hangs on its events.
             workflow.logger.error("The task store refused %d facts: %s", len(facts), error)

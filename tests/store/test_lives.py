@@ -228,3 +228,19 @@ async def test_a_lost_row_is_not_made_anew_where_another_run_has_claimed_the_id_
     await forget(postgres_dsn, task_id, claim=False)
     with pytest.raises(NotTheClaimant):
         await task_store.write(write_with_claim(task_id), run_of(task_id))
+
+
+async def test_a_run_that_was_reset_shows_it_by_itself_to_a_store_that_lost_its_claim(task_store: TaskStore) -> None:
+    task_id = new_task_id()
+    assert await task_store.claim(claim_of(task_id), run_of(task_id, "reset"))
+    assert (await task_store.register(run_of(task_id, "reset"))).lives == 1
+
+
+async def test_a_row_that_is_older_than_what_its_run_has_written_comes_from_a_backup(task_store: TaskStore) -> None:
+    task_id = await claimed(task_store)
+    first = write_of(task_id, fact("a"), version=4)
+    await task_store.write(first, run_of(task_id))
+    await task_store.write(write_of(task_id, version=6).model_copy(update={"written_version": 4}), run_of(task_id))
+    assert (await task_store.register(run_of(task_id))).lives == 0
+    await task_store.write(write_of(task_id, version=9).model_copy(update={"written_version": 7}), run_of(task_id))
+    assert (await task_store.register(run_of(task_id))).lives == 1

@@ -12,6 +12,7 @@ from contracts.handed_on import as_json
 
 NEW_FIELD: Final = "a_field_of_tomorrow"
 NEW_VALUE: Final = {"kept": ["as", 1, None]}
+CHOSEN_BY_CALLERS: Final = "a-word"
 NEW_WORD: Final = "a-word-of-tomorrow"
 Path = tuple[str | int, ...]
 
@@ -68,3 +69,17 @@ def leaves(document: Any, path: Path = ()) -> dict[Path, Any]:
         return {path: document}
     inner: Any = document.items() if isinstance(document, dict) else enumerate(document)
     return {place: leaf for key, held in inner for place, leaf in leaves(held, (*path, key)).items()}
+
+
+def as_released(document: Any, shape: Any) -> Any:
+    """The document without the fields that a release's recorded one lacks: what that release would have written.
+
+    `shape` names one key for fields that a caller chooses, and one kind of object for a list's.
+    """
+    if isinstance(document, dict) and isinstance(shape, dict):
+        if list(shape) == [CHOSEN_BY_CALLERS]:
+            return document
+        return {name: as_released(held, shape[name]) for name, held in document.items() if name in shape}
+    if isinstance(document, list) and isinstance(shape, list) and shape:
+        return [as_released(held, shape[0]) for held in document]
+    return document

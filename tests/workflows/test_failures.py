@@ -6,7 +6,7 @@ import pytest
 from temporalio.exceptions import ActivityError, ApplicationError, RetryState, TimeoutError, TimeoutType
 
 from contracts.errors import ErrorDetails, FailureCode, Refusal
-from workflows.failures import TaskFailed, TaskStopped, why
+from workflows.failures import RowEnded, TaskFailed, TaskStopped, why
 
 UNAVAILABLE = FailureCode.CREDITS_UNAVAILABLE
 OUT_OF_MEMORY = ErrorDetails(code="gpu_out_of_memory", message="24 GB are not enough.", retryable=False, node="4")
@@ -15,6 +15,7 @@ OUT_OF_MEMORY = ErrorDetails(code="gpu_out_of_memory", message="24 GB are not en
 def test_a_stop_says_why_or_that_it_was_one() -> None:
     assert str(TaskStopped("no longer wanted")) == "no longer wanted"
     assert str(TaskStopped("")) == "The task was cancelled."
+    assert str(RowEnded()) == "The task had ended before this run was reset."
 
 
 def test_a_failure_without_details_has_its_own() -> None:
@@ -30,8 +31,9 @@ def test_a_failure_without_details_has_its_own() -> None:
         (OUT_OF_MEMORY, FailureCode.GPU_OUT_OF_MEMORY, "24 GB are not enough."),
         (ErrorDetails(code="flooded", message="", retryable=True), FailureCode.INTERNAL, "The job ended with flooded."),
         (ErrorDetails(code="quota_exceeded", message="No.", retryable=False), FailureCode.INTERNAL, "No."),
+        (ErrorDetails(code="reply_invalid", message="No JSON."), FailureCode.REPLY_INVALID, "No JSON."),
     ],
-    ids=["a job's code", "an unknown code", "a code that is no job's"],
+    ids=["a job's code", "an unknown code", "a code that is no job's", "a job that cannot be read"],
 )
 def test_a_job_that_failed_ends_the_task_with_its_code(details: ErrorDetails, code: FailureCode, sentence: str) -> None:
     failed = TaskFailed.by_job(details)

@@ -17,7 +17,7 @@ from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_
 from contracts.tasks import TaskStatus
 from store import TaskStore
 from tests.cable import Cable
-from tests.workflows.books import ended
+from tests.workflows.books import Ending, ended
 from tests.workflows.payers import has_kinds, holds_of, new_payer, task_of
 from tests.workflows.platform import Handle, Platform, running_platform
 from tests.workflows.reset_scenarios import POLICY, RENEWED, standing, topped_up, work_goes_on
@@ -32,6 +32,8 @@ async def platform(
     store = TaskStore(f"postgresql://postgres:unused@127.0.0.1:{cable.port}/{make_url(postgres_dsn).database}")
     async with running_platform(temporal_env, store, tmp_path, speed=2_000) as platform:
         platform.policy = {"deadline_factor": 1_000.0, **POLICY}
+        for gpu_type in ("rtx4090", "a100"):
+            await platform.simulators.admin.comfyui.set_gpus(gpu_type, 200)
         async with platform.worker():
             yield platform
     await store.close()
@@ -49,26 +51,49 @@ async def give_back(platform: Platform, handle: Handle) -> Handle:
 # The store is away
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 0.8, 1.0])
-async def test_a_charged_image_whose_end_is_not_written_is_charged_once(
-    platform: Platform, cable: Cable, share: float
-) -> None:
+SHARES = (0.0, 0.4, 0.8, 1.0)
+"""Where in the run's whole life the point lies that it is reset to."""
+
+
+@pytest.mark.slow
+async def test_an_image_whose_end_is_not_written_is_charged_once(platform: Platform, cable: Cable) -> None:
     """The row knows nothing of the commit: it is found in the ledger, wherever the run is reset to."""
-    payer = await new_payer(platform)
-    handle = await standing(platform, payer.image())
+    handles = [await standing(platform, (await new_payer(platform)).image()) for _ in SHARES]
+    for ending in await charged_and_reset(platform, cable, handles, "pre_deduct", "commit"):
+        assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
+        assert ending.result["result_urls"]
+
+
+async def test_a_training_whose_end_is_not_written_is_charged_once(platform: Platform, cable: Cable) -> None:
+    """Where it is reset to before its second hold, the first one's commit would be another key's."""
+    handles = [await topped_up(platform, await new_payer(platform)) for _ in SHARES]
+    for ending in await charged_and_reset(platform, cable, handles, *RENEWED, "commit"):
+        assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 360)
+        assert ending.result["output"]
+
+
+async def charged_and_reset(platform: Platform, cable: Cable, handles: list[Handle], *kinds: str) -> list[Ending]:
+    """Charge tasks while the store is away, and reset each to another point before it is back."""
+
+    async def charged(handle: Handle, share: float) -> Handle:
+        async with work_goes_on(platform, handle):
+            await platform.until(lambda: has_kinds(platform, handle, *kinds))
+        points = await points_of(platform, handle)
+        return await reset(platform, handle, points[round(share * (len(points) - 1))])
+
     cable.pull()
-    async with work_goes_on(platform, handle):
-        await platform.until(lambda: has_kinds(platform, handle, "pre_deduct", "commit"))
-    points = await points_of(platform, handle)
-    run = await reset(platform, handle, points[round(share * (len(points) - 1))])
+    runs = await asyncio.gather(*map(charged, handles, SHARES))
     await asyncio.sleep(0.3)
     cable.plug_in()
-    async with work_goes_on(platform, run):
-        ending = await ended(platform, run)
-    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
-    assert ending.result["result_urls"]
+
+    async def end(run: Handle) -> Ending:
+        async with work_goes_on(platform, run):
+            return await ended(platform, run)
+
+    return await asyncio.gather(*(end(run) for run in runs))
 
 
+@pytest.mark.slow
 async def test_a_task_that_is_reset_while_the_store_is_away_is_settled_by_the_ledger_alone(
     platform: Platform, cable: Cable
 ) -> None:

@@ -1,0 +1,188 @@
+"""A task store restored from a backup older than Temporal: rows that are missing, and rows of some time ago."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
+from contracts.task_store import TaskRow
+from contracts.tasks import TaskStatus
+from tests.workflows.books import ended, ended_without_its_run
+from tests.workflows.payers import has_kinds, holds_of, new_payer, task_of
+from tests.workflows.platform import Handle, Platform
+from tests.workflows.reset_scenarios import POLICY, RENEWED, over, standing, topped_up, work_goes_on
+from tests.workflows.resets import points_of, reset
+
+TABLES = ("task_claims", "tasks", "task_events", "task_exceptions")
+Backup = dict[str, list[str]]
+
+
+class Database:
+    """What an operator does to PostgreSQL, for one task."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+
+    async def backup(self, task_id: str) -> Backup:
+        connection = await asyncpg.connect(self._dsn)
+        rows = {
+            table: [
+                row["document"]
+                for row in await connection.fetch(
+                    f"SELECT to_jsonb(t)::text AS document FROM {table} t WHERE task_id = $1", task_id
+                )
+            ]
+            for table in TABLES
+        }
+        await connection.close()
+        return rows
+
+    async def restore(self, task_id: str, backup: Backup | None = None) -> None:
+        """Bring the task's rows back to `backup`; without one the backup is older than the task."""
+        connection = await asyncpg.connect(self._dsn)
+        async with connection.transaction():
+            for table in reversed(TABLES):
+                await connection.execute(f"DELETE FROM {table} WHERE task_id = $1", task_id)
+            for table in TABLES:
+                for document in (backup or {}).get(table, []):
+                    await connection.execute(
+                        f"INSERT INTO {table} SELECT * FROM jsonb_populate_record(NULL::{table}, $1::jsonb)", document
+                    )
+        await connection.close()
+
+
+@pytest.fixture
+def database(postgres_dsn: str) -> Database:
+    return Database(postgres_dsn)
+
+
+@pytest_asyncio.fixture
+async def platform(quick_platform: Platform) -> Platform:
+    quick_platform.policy |= POLICY
+    return quick_platform
+
+
+async def row_of(platform: Platform, handle: Handle) -> TaskRow:
+    row = await platform.store.task(task_of(handle))
+    assert row is not None
+    return row
+
+
+async def given_back(platform: Platform, handle: Handle) -> dict[str, Any]:
+    result: dict[str, Any] = await platform.client.execute_workflow(
+        GIVE_BACK_WORKFLOW,
+        GiveBackOrder(task_id=task_of(handle)),
+        id=give_back_id_of(task_of(handle)),
+        task_queue=platform.task_queue,
+    )
+    return result
+
+
+# Open runs
+
+
+async def test_an_open_run_whose_row_was_lost_makes_it_anew_and_is_charged_once(
+    platform: Platform, database: Database
+) -> None:
+    handle = await standing(platform, (await new_payer(platform)).image())
+    before = await row_of(platform, handle)
+    await database.restore(task_of(handle))
+    assert await platform.store.task(task_of(handle)) is None
+    async with work_goes_on(platform, handle):
+        ending = await ended(platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
+    after = await row_of(platform, handle)
+    assert (after.input_sha256, after.tenant_id, after.resolution) == (
+        before.input_sha256,
+        before.tenant_id,
+        before.resolution,
+    )
+
+
+async def test_an_open_run_whose_row_was_lost_is_cancelled_and_given_back(
+    platform: Platform, database: Database
+) -> None:
+    handle = await standing(platform, (await new_payer(platform)).image())
+    await database.restore(task_of(handle))
+    assert await platform.cancel(handle) == "accepted"
+    ending = await ended(platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.CANCELLED, 0)
+
+
+async def test_an_open_run_goes_on_with_an_older_row(platform: Platform, database: Database) -> None:
+    """Its second hold and its job's progress are not in the backup."""
+    handle = await standing(platform, (await new_payer(platform)).training())
+    older = await database.backup(task_of(handle))
+    [run] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+    await platform.simulators.admin.comfyui.act(run.run_id, "lie", fields={"gpu_hours": 5, "gpu_hours_used": 5})
+    await platform.until(lambda: has_kinds(platform, handle, *RENEWED))
+    await platform.until_settled(handle)
+    await database.restore(task_of(handle), older)
+    async with work_goes_on(platform, handle):
+        ending = await ended(platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 360)
+
+
+@pytest.mark.parametrize("place", [0, -1], ids=["its beginning", "where it stood"])
+async def test_a_run_that_is_reset_after_the_row_was_lost_is_charged_once(
+    platform: Platform, database: Database, place: int
+) -> None:
+    handle = await topped_up(platform, await new_payer(platform))
+    await database.restore(task_of(handle))
+    run = await reset(platform, handle, (await points_of(platform, handle))[place])
+    async with work_goes_on(platform, run):
+        ending = await ended(platform, run)
+    assert ending.status is TaskStatus.COMPLETED and ending.charged > 0
+    assert sum(hold.phase == "committed" for hold in await holds_of(platform, handle)) == 1
+
+
+# Runs that are over
+
+
+async def test_a_completed_task_whose_row_is_open_again_is_completed_again(
+    platform: Platform, database: Database
+) -> None:
+    handle = await standing(platform, (await new_payer(platform)).image())
+    older = await database.backup(task_of(handle))
+    async with work_goes_on(platform, handle):
+        ending = await ended(platform, handle)
+    await database.restore(task_of(handle), older)
+    assert (await given_back(platform, handle))["outcome"] == "already_charged"
+    again = await ended_without_its_run(platform, task_of(handle))
+    assert (again.status, again.charged) == (TaskStatus.COMPLETED, ending.charged)
+    assert again.result["result_urls"] == ending.result["result_urls"]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+async def test_an_ended_task_whose_row_is_open_again_ends_as_it_had(
+    platform: Platform, database: Database, how: str
+) -> None:
+    handle = await standing(platform, (await new_payer(platform)).image())
+    older = await database.backup(task_of(handle))
+    if how == "cancelled":
+        await platform.cancel(handle)
+    else:
+        [job] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+        await platform.simulators.admin.comfyui.act(job.run_id, "fail", code="node_error")
+    await over(handle)
+    before = await row_of(platform, handle)
+    await database.restore(task_of(handle), older)
+    await given_back(platform, handle)
+    again = await ended_without_its_run(platform, task_of(handle))
+    assert (again.status, again.code) == (before.status, before.error.code if before.error else None)
+
+
+async def test_a_backup_is_what_the_store_held(platform: Platform, database: Database) -> None:
+    """Of the test's own means: a row that is restored is the row that was kept."""
+    handle = await over(await platform.start((await new_payer(platform)).image()))
+    row, backup = await row_of(platform, handle), await database.backup(task_of(handle))
+    events = await platform.store.events(task_of(handle))
+    assert len(backup["task_events"]) == len(events) and json.loads(backup["tasks"][0])["task_id"] == row.task_id
+    await database.restore(task_of(handle))
+    await database.restore(task_of(handle), backup)
+    assert await row_of(platform, handle) == row and await platform.store.events(task_of(handle)) == events
