@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from contracts.permissions import Scene
 from contracts.policy import Policy
 from contracts.prices import PriceTable
+from contracts.size_budget import MAX_ATTEMPTS, MAX_TABLE_ENTRIES
 from contracts.tasks import TASK_QUEUE
 
 MIN_SECRET_BYTES = 32
@@ -191,6 +192,23 @@ class Settings(BaseSettings):
         if secret is not None and len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
             raise ValueError(f"must be at least {MIN_SECRET_BYTES} bytes long")
         return secret
+
+    @field_validator("prices")
+    @classmethod
+    def _carried_by_each_run(cls, prices: PriceTable) -> PriceTable:
+        entries = len(prices.extras) + len(prices.base_models)
+        if entries > MAX_TABLE_ENTRIES:
+            raise ValueError(
+                f"names {entries} extras and base models; each run carries them, {MAX_TABLE_ENTRIES} at most"
+            )
+        return prices
+
+    @field_validator("retry_after_seconds")
+    @classmethod
+    def _few_attempts(cls, pauses: list[float]) -> list[float]:
+        if len(pauses) >= MAX_ATTEMPTS:
+            raise ValueError(f"names {len(pauses)} pauses; a task has {MAX_ATTEMPTS} attempts at most")
+        return pauses
 
     @field_validator("allowed_origins")
     @classmethod

@@ -38,10 +38,12 @@ from bridge.orders import (
     ServerTaken,
     StoredResult,
     TakeOrder,
+    long_list,
 )
 from bridge.prompt_run import Patience, PromptLost, PromptRun, RunFailure, ServerDead, ServerGone
 from bridge.slot import Slot
 from bridge.storage import STORAGE_ERRORS, Storage, safe_name
+from contracts.comfyui import DatasetFile, DatasetSnapshot
 from contracts.errors import ErrorDetails, FailureCode
 
 HEARTBEAT_SECONDS: Final = 1.0
@@ -169,10 +171,10 @@ class GpuActivities:
             return await _with_heartbeats(self._ingested(order), tuple)
 
     async def _ingested(self, order: DatasetOrder) -> int:
-        wanted = [file for file in order.snapshot.files if is_trained_on(file.path)]
-        if order.training_id in self._ingested_datasets:
-            return len(wanted)
         try:
+            wanted = [file for file in await self._files_of(order) if is_trained_on(file.path)]
+            if order.training_id in self._ingested_datasets:
+                return len(wanted)
             snapshot = Storage(order.snapshot.snapshot_uri)
             for file in wanted:
                 content = await snapshot.read_whole(file.path)
@@ -207,6 +209,16 @@ class GpuActivities:
             ) from None
         self._ingested_datasets.add(order.training_id)
         return len(wanted)
+
+    async def _files_of(self, order: DatasetOrder) -> list[DatasetFile]:
+        """The files to train on. Raises STORAGE_ERRORS, PromptRefused."""
+        if order.list_sha256 is None:
+            return order.snapshot.files
+        raw = await self._storage.read_whole(long_list(order.training_id, order.list_sha256))
+        if hashlib.sha256(raw).hexdigest() != order.list_sha256:
+            message = "dataset.files: the kept list is not what its sha256 says."
+            raise PromptRefused(ErrorDetails(code=FailureCode.WORKFLOW_INVALID.value, message=message))
+        return DatasetSnapshot.model_validate_json(raw).files
 
     async def _prepared(self, run: GraphRun) -> Mapping[str, Any]:
         """The graph with this server's models, images and checkpoint in it. Raises PromptRefused."""

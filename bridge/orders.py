@@ -192,6 +192,13 @@ class DatasetOrder(OwnModel):
 
     training_id: str
     snapshot: DatasetSnapshot
+    list_sha256: str | None = None
+    """Where the list of files is long it lies in the bridge's storage (`long_list`), and `snapshot` names none."""
+
+
+def long_list(training_id: str, sha256: str) -> str:
+    """The path of a training's list of files in the bridge's storage."""
+    return f"datasets/{training_id}/{sha256}.json"
 
 
 class PublishOrder(OwnModel):
@@ -222,6 +229,8 @@ class TrainingJob(OwnModel):
 
     training_id: str
     request: TrainingRequest
+    list_sha256: str | None = None
+    """As `DatasetOrder`'s; then the request's dataset names no files: Temporal takes an input of 2 MiB at most."""
     graph: TrainingGraph
     epochs: int
     steps_per_epoch: int

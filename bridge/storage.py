@@ -3,6 +3,7 @@
     results/{job_id}/…      what a run left, kept
     controls/{job_id}/{n}   control images, deleted when the job has ended
     checkpoints/…           what trainings wrote
+    datasets/{training_id}/ long lists of files to train on
 
 Addresses of results expire: signed by the store where it can (`s3`, `gs`, `az`), else by us (`/comfyui/files/…`).
 """

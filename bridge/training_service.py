@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -13,17 +14,18 @@ from pydantic import Field
 
 from bridge.calls import CANCEL_UPDATE, LEAST_MINUTES, START_UPDATE, TRAINING_WORKFLOW, run_id_of, workflow_id
 from bridge.gpu_activities import is_trained_on
-from bridge.orders import TrainingJob
+from bridge.orders import TrainingJob, long_list
 from bridge.outlook import Outlook
-from bridge.replies import Call, Refused, Reply, checked
+from bridge.replies import Call, Refused, Reply, Unanswered, checked
 from bridge.runs import NewRun, Runs, fingerprint
 from bridge.service import GPU_SLOTS, check_callback, demand, demand_person
-from bridge.storage import Storage, is_plain
+from bridge.storage import STORAGE_ERRORS, Storage, is_plain
 from bridge.templates import RequestRefused, Template, TemplateLibrary
 from contracts.comfyui import TrainingRequest, TrainingStatus
 from contracts.fields import CallerId
 from contracts.permissions import Operation, Scene
 from contracts.prices import PriceTable
+from contracts.size_budget import MAX_INLINE_LIST_BYTES
 from contracts.tasks import Hyperparameters
 
 MAX_FILE_BYTES: Final = 100 * 1024 * 1024
@@ -77,7 +79,7 @@ class TrainingService:
         demand(call.claims, Operation.CREATE_TRAINING)
         request = checked(TakenTrainingRequest, call.body)
         demand_person(call.claims, request.tenant_id, request.user_id)
-        job = await self._new_job(request, call)
+        job = await self._with_long_list_apart(await self._new_job(request, call))
         answer = {
             "training_id": job.training_id,
             "training_status": TrainingStatus.QUEUED.value,
@@ -156,6 +158,20 @@ class TrainingService:
             gpu_slots=GPU_SLOTS,
             gpu_type=await self._gpu_type(request.gpu_type, template.manifest.pool),
         )
+
+    async def _with_long_list_apart(self, job: TrainingJob) -> TrainingJob:
+        """A long list of files goes to storage, under a name that another request's never takes."""
+        dataset = job.request.dataset
+        raw = dataset.model_dump_json().encode()
+        if len(raw) <= MAX_INLINE_LIST_BYTES:
+            return job
+        sha256 = hashlib.sha256(raw).hexdigest()
+        try:
+            await self._storage.write(long_list(job.training_id, sha256), raw, "application/json")
+        except STORAGE_ERRORS as error:
+            raise Unanswered(503, f"the bridge's storage cannot be written: {type(error).__name__}") from None
+        request = job.request.model_copy(update={"dataset": dataset.model_copy(update={"files": []})})
+        return job.model_copy(update={"request": request, "list_sha256": sha256})
 
     def _hyperparameters(self, request: TakenTrainingRequest) -> Hyperparameters:
         try:

@@ -155,7 +155,11 @@ class ComfyUITrainingWorkflow(RunFlow):
         assert self._job.request.dataset is not None
         files: int = await workflow.execute_activity(
             INGEST_DATASET,
-            DatasetOrder(training_id=self._job.training_id, snapshot=self._job.request.dataset),
+            DatasetOrder(
+                training_id=self._job.training_id,
+                snapshot=self._job.request.dataset,
+                list_sha256=self._job.list_sha256,
+            ),
             result_type=int,
             task_queue=taken.task_queue,
             schedule_to_start_timeout=SERVER_AWAY,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import secrets
@@ -14,9 +15,11 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from cli.failures import BadInput
+from contracts.size_budget import MAX_FILE_LIST_BYTES, MAX_START_BYTES, json_bytes
+from contracts.tasks import TrainingTask
 
 Model = TypeVar("Model", bound=BaseModel)
-MAX_FILE_BYTES: Final = 1024 * 1024
+MAX_FILE_BYTES: Final = MAX_FILE_LIST_BYTES
 _SHOWN_CHARACTERS: Final = 60
 _ID_PATTERN: Final = "{1,64}$"
 
@@ -74,6 +77,27 @@ def read_file(path: str | None) -> dict[str, Any]:
 def given(**values: Any) -> dict[str, Any]:
     """Only what was given: what is left out keeps the value of the file or the model's default."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def check_list_fits(task: TrainingTask) -> None:
+    """Raises BadInput where the list of files makes the input larger than Temporal takes."""
+    size = json_bytes(task)
+    if size > MAX_START_BYTES:
+        raise BadInput(
+            f"Nothing was done: the input takes {size} bytes, and Temporal takes {MAX_START_BYTES}. Put the list of "
+            "files as a JSON array into object storage, under the tenant's prefix, and give its address by --manifest."
+        )
+
+
+def manifest(address: str, sha256: str | None) -> dict[str, str]:
+    """A caller's own list of files: a file of this machine is hashed, of an address the checksum must be given."""
+    if "://" in address:
+        return {"uri": address, **given(sha256=sha256)}
+    try:
+        raw = Path(address).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{address} cannot be read: {error.strerror}.") from None
+    return {"uri": Path(address).resolve().as_uri(), "sha256": sha256 or hashlib.sha256(raw).hexdigest()}
 
 
 def named_values(field: str, pairs: Sequence[str]) -> dict[str, Any]:

@@ -110,6 +110,12 @@ def train(
     base_model: Annotated[str | None, typer.Option(help="Model to start from; default base.")] = None,
     dataset_id: Annotated[str | None, typer.Option(help="Default: the last part of the dataset's address.")] = None,
     file: Annotated[list[str] | None, typer.Option(help="Take only this file of the dataset. Repeatable.")] = None,
+    manifest: Annotated[
+        str | None, typer.Option(help="Take only the files that this JSON array names; under the tenant's own prefix.")
+    ] = None,
+    manifest_sha256: Annotated[
+        str | None, typer.Option(help="Its checksum; of a file on this machine it is read off.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="At least 1; default 10.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="At least 1; default 4.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Above 0; default 0.0001.")] = None,
@@ -143,7 +149,15 @@ def train(
     async def work() -> ExitCode:
         values = inputs.read_file(input_file)
         chosen = {
-            "dataset": _dataset(values.get("dataset"), dataset, dataset_id, file),
+            "dataset": _dataset(
+                values.get("dataset"),
+                dataset,
+                inputs.given(
+                    dataset_id=dataset_id,
+                    files=file or None,
+                    manifest=inputs.manifest(manifest, manifest_sha256) if manifest else None,
+                ),
+            ),
             "hyperparameters": _hyperparameters(
                 values.get("hyperparameters"),
                 inputs.named_values("hyperparameters", parameter or [])
@@ -165,6 +179,7 @@ def train(
         )
         values = {"task_id": inputs.new_task_id("training"), "template_id": "lora-train"} | _with_user(values)
         task = inputs.read_model(TrainingTask, values)
+        inputs.check_list_fits(task)
         settings = read_settings()
         async with connection(settings) as opened:
             await refuse_strange_store(opened, settings)
@@ -174,13 +189,13 @@ def train(
     perform(work, as_json=as_json)
 
 
-def _dataset(from_file: Any, address: str | None, dataset_id: str | None, files: list[str] | None) -> Any:
-    if address is None and dataset_id is None and not files:
+def _dataset(from_file: Any, address: str | None, chosen: dict[str, Any]) -> Any:
+    if address is None and not chosen:
         return from_file
     source_uri = inputs.dataset_address(address) if address else None
-    named = dataset_id or (inputs.dataset_name(source_uri) if source_uri else None)
+    named = inputs.given(dataset_id=inputs.dataset_name(source_uri)) if source_uri else {}
     base = from_file if isinstance(from_file, dict) else {}
-    return base | inputs.given(source_uri=source_uri, dataset_id=named, files=files or None)
+    return base | inputs.given(source_uri=source_uri) | named | chosen
 
 
 def _hyperparameters(from_file: Any, chosen: dict[str, Any]) -> Any:

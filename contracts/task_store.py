@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from contracts.comfyui import TaskPriority, TrainingLogLine, TrainingOutput
+from contracts.comfyui import SnapshotReference, TaskPriority, TrainingLogLine, TrainingOutput
 from contracts.errors import ErrorDetails
 from contracts.fields import Instant, OwnModel
 from contracts.handed_on import KeptModel
@@ -85,6 +85,8 @@ class TaskState(OwnModel):
     result_urls: list[str] = []
     output: TrainingOutput | None = None
     error: ErrorDetails | None = None
+    dataset: SnapshotReference | None = None
+    """What a training trains on: where the list of its files lay, its checksum and counts."""
 
 
 class TaskClaim(OwnModel):

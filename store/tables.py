@@ -92,6 +92,7 @@ tasks = Table(
     Column("result_urls", JSONB, nullable=False),
     _json("output"),
     _json("error"),
+    _json("dataset"),
     _instant("settlement_looked_at", nullable=True),
     Column("run_id", Text),
     Column("run_number", Integer, nullable=False, server_default=text("0")),

@@ -27,7 +27,7 @@ from store.tables import EVENTS_CHANNEL, task_claims, task_events, task_exceptio
 
 ACCEPTED_KEY: Final = "accepted"
 METRICS_LINE: Final = 0
-_JSON_STATE: Final = ("credits", "prices", "confirmation", "result_urls", "output", "error")
+_JSON_STATE: Final = ("credits", "prices", "confirmation", "result_urls", "output", "error", "dataset")
 
 # Built once: building a statement costs as much as running it.
 _LOCK: Final = (

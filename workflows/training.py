@@ -127,7 +127,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
 
     async def snapshot_dataset(self) -> None:
         closes = self.task.window.not_after if self.task.window else None
-        await self.dataset.snapshot(closes, self.check_window)
+        self.record.state.dataset = await self.dataset.snapshot(closes, self.check_window)
 
     async def create(self) -> TrainingAccepted:
         task = self.task

@@ -89,6 +89,24 @@ async def is_told_of_the_end(bridge: BridgePlatform, task_id: str) -> bool:
     return bool(set(bridge.receiver.statuses(task_id)) & {"completed", "failed"})
 
 
+async def test_a_dataset_of_ten_thousand_long_paths_is_trained_on(bridge: BridgePlatform, native: NativeServer) -> None:
+    """Its list takes 3 MB, more than Temporal takes in an input; most of it is nothing to train on."""
+    await native.admin.set(models=MODELS)
+    body = training_body(bridge)
+    notes = [{"path": f"{n:05}".ljust(200, "x") + ".md", "size_bytes": 1, "sha256": "0" * 64} for n in range(9_990)]
+    body["dataset"]["files"] += notes
+    async with bridge.gpu(native):
+        key = unique("key")
+        answers = [await bridge.post("/training", body, key=key) for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [202, 202], answers[0].text
+        assert answers[0].json() == answers[1].json()
+        training_id = answers[0].json()["training_id"]
+        await asked(bridge, training_id, "start")
+        state = await ended(bridge, training_id)
+    assert state["error_details"] is None, state
+    assert state["checkpoint"]["step"] == 6, "four pictures, as without the notes"
+
+
 async def test_a_training_is_trained_chunk_by_chunk(bridge: BridgePlatform, native: NativeServer) -> None:
     await native.admin.set(models=MODELS)
     async with bridge.gpu(native):

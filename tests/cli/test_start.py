@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import pytest
 
 from cli.connection import Connection
-from cli.failures import TaskExists
+from cli.failures import BadInput, TaskExists
+from cli.inputs import check_list_fits, manifest
 from cli.start import start_image, start_training
 from contracts.tasks import INPUT_MEMO, input_sha256_of, workflow_id_of
 from tests.cli.conftest import image_task, training_task
@@ -85,3 +89,26 @@ async def test_a_run_carries_what_operators_look_for(opened: Connection) -> None
     assert await description.static_summary() == "text-to-image, hd, accelerated, for tenant-a"
     priority = description.raw_info.priority
     assert (priority.priority_key, priority.fairness_key) == (1, "tenant-a")
+
+
+def test_a_list_that_temporal_does_not_take_says_what_to_do() -> None:
+    names = [f"{n:05}".ljust(200, "x") for n in range(10_000)]
+    task = training_task()
+    fits = task.model_copy(update={"dataset": task.dataset.model_copy(update={"files": names})})
+    check_list_fits(fits)
+    longer = fits.model_copy(
+        update={"dataset": fits.dataset.model_copy(update={"files": [f"{n}{10 * chr(120)}" for n in names]})}
+    )
+    with pytest.raises(BadInput, match="--manifest"):
+        check_list_fits(longer)
+
+
+def test_a_manifest_on_this_machine_is_hashed(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text('["a.png"]')
+    told = manifest(str(tmp_path / "list.json"), None)
+    sha256 = hashlib.sha256(b'["a.png"]').hexdigest()
+    assert told == {"uri": (tmp_path / "list.json").as_uri(), "sha256": sha256}
+    assert manifest("s3://bucket/list.json", "0" * 64) == {"uri": "s3://bucket/list.json", "sha256": "0" * 64}
+    assert manifest("s3://bucket/list.json", None) == {"uri": "s3://bucket/list.json"}, "its checksum is then missing"
+    with pytest.raises(BadInput, match="cannot be read"):
+        manifest(str(tmp_path / "gone.json"), None)
