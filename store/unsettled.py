@@ -5,13 +5,18 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Final
 
+import structlog
+from pydantic import ValidationError
 from sqlalchemy import ColumnElement, and_, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from contracts.errors import sentences_of
 from contracts.task_store import Correction, UnsettledTask
 from contracts.tasks import SettlementState
 from store.tables import tasks
 from store.tasks import insert_exceptions
+
+log = structlog.get_logger(__name__)
 
 LOOKED_AT_FOR: Final = timedelta(hours=25)
 """After a task's end: hourly for a day, and the hour that a last look may be late."""
@@ -25,7 +30,10 @@ def still_looked_at() -> ColumnElement[bool]:
 
 
 async def take_unsettled(connection: AsyncConnection, *, every: timedelta, limit: int) -> list[UnsettledTask]:
-    """Some tasks whose ledger is due to be looked at; they are due again after `every`."""
+    """Some tasks whose ledger is due to be looked at; they are due again after `every`.
+
+    A row that cannot be read, a newer worker's perhaps, hides none of the others: it is due again as they are.
+    """
     due = (
         select(tasks.c.task_id)
         .where(
@@ -39,7 +47,13 @@ async def take_unsettled(connection: AsyncConnection, *, every: timedelta, limit
     )
     columns = [tasks.c[name] for name in UnsettledTask.model_fields]
     taken = update(tasks).where(tasks.c.task_id.in_(due)).values(settlement_looked_at=func.now()).returning(*columns)
-    return [UnsettledTask.model_validate(dict(row._mapping)) for row in await connection.execute(taken)]
+    found: list[UnsettledTask] = []
+    for row in await connection.execute(taken):
+        try:
+            found.append(UnsettledTask.model_validate(dict(row._mapping)))
+        except ValidationError as error:
+            log.warning("unsettled_row_not_read", task_id=row.task_id, reason="; ".join(sentences_of(error)))
+    return found
 
 
 async def correct(connection: AsyncConnection, correction: Correction) -> bool:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 
+import asyncpg
+
+from contracts.tasks import CreditsSummary, SettlementState, TaskStatus
 from store import StoreHome, TaskStore, UnseenTask
 from tests.conftest import NewDatabase
 from tests.store.facts import claim_of, end, new_task_id, write_of
@@ -49,3 +53,19 @@ def test_two_namespaces_of_one_name_are_told_apart_by_their_ids() -> None:
     assert by_name.is_same(first) and first.is_same(by_name) and first.is_same(first)
     assert not first.is_same(second)
     assert not by_name.is_same(StoreHome(namespace="other"))
+
+
+async def test_an_unsettled_row_that_cannot_be_read_hides_no_other(new_database: NewDatabase) -> None:
+    dsn = await new_database()
+    store = TaskStore(dsn)
+    readable, unreadable = new_task_id(), new_task_id()
+    unknown = CreditsSummary(settlement=SettlementState.UNKNOWN, charged=None, returned=None)
+    for task_id in (readable, unreadable):
+        await store.claim(claim_of(task_id))
+        await store.write(write_of(task_id, end(), credits=unknown, status=TaskStatus.COMPLETED))
+    connection = await asyncpg.connect(dsn)
+    await connection.execute("UPDATE tasks SET priority = 'urgent' WHERE task_id = $1", unreadable)
+    await connection.close()
+    taken = await store.take_unsettled(every=timedelta(0), limit=10)
+    assert [task.task_id for task in taken] == [readable]
+    await store.close()
