@@ -105,7 +105,12 @@ class HoldRules:
         must(not lasts, "a hold is renewed although the old one lasts:", standing[-1].call.argument.key)
 
     def started(self, call: Call) -> None:
-        """A training begins to use a GPU: what it costs is held."""
+        """A training begins to use a GPU: what it costs is held when that is asked for.
+
+        Not looked at is a start that is asked for again because the task store was away: its hold may have ended.
+        """
+        if self._world.witness.first("start_training", number_of(key_of(call))) is not call:
+            return
         attempt = self._world.witness.attempt
         assert attempt is not None
         needed = min(self._prices.asked(attempt), default=0)
@@ -113,7 +118,7 @@ class HoldRules:
         by_hand = any(hold.is_cancelled_by_hand for hold in credits.holds)
         held = [hold for hold in credits.holds if hold.phase == "open"]
         must(
-            not needed or by_hand or any(hold.amount >= needed for hold in held) or attempt.n > 1,
+            not needed or by_hand or any(hold.amount >= needed for hold in held),
             f"{key_of(call)}: work is begun that costs {needed} points; held are",
             *(hold.amount for hold in held),
         )

@@ -20,6 +20,7 @@ from contracts.prices import PriceTable
 from simulation.agenda import BEGINNING, Agenda
 from simulation.comfyui_model import ComfyUITerms
 from simulation.credits_model import CreditsTerms
+from simulation.versions import Release
 from simulation.weather import Party, Weather
 
 TASK_ID: Final = "t1"
@@ -106,6 +107,10 @@ class Scenario:
     dearer_by: tuple[int, ...] = ()
     """Points by which each further image job of the task is dearer."""
     tells_resumed_from: bool = False
+    hands_on_as: Release = Release.PRESENT
+    """Which release's worker continues the run now and then."""
+    checkpoints: int | None = None
+    """How many a training passes, where it is not drawn when it begins: many, while the store is away."""
     resets_at_end: int = 0
     """How often the run is reset when the task has ended."""
 
@@ -198,6 +203,9 @@ def _add_more(more: random.Random, scenario: Scenario) -> None:
     terms.commits_less = _rarely(more, 0.02, lambda: 1, 0)
     terms.says_less = _rarely(more, 0.02, lambda: 3, 0)
     scenario.tells_resumed_from = more.random() < 0.3
+    scenario.hands_on_as = _rarely(more, 0.1, lambda: more.choice((Release.NEWER, Release.OLDER)), Release.PRESENT)
+    if not scenario.is_image and more.random() < 0.03:
+        _let_much_wait(scenario)
     for deed, chance in _RARE.items():  # drawn last: what is drawn before stays as it was
         if more.random() < chance:
             scenario.deeds.at_step.append((more.randrange(100), deed))
@@ -238,6 +246,17 @@ def _training(rng: random.Random) -> TrainingRun:
             "window": window,
         }
     )
+
+
+def _let_much_wait(scenario: Scenario) -> None:
+    """A large input, and more to tell than fits the list of what waits for the store."""
+    weather, task = scenario.weather, scenario.task
+    scenario.checkpoints = 150
+    weather.outages[Party.STORE] = [(BEGINNING + 60, BEGINNING + 7_200)]
+    weather.calm_from = max(weather.calm_from, BEGINNING + 7_200)
+    files = [f"{number:06}{'x' * 180}.png" for number in range(500)]
+    dataset = task.dataset.model_copy(update={"files": files})  # type: ignore[union-attr]
+    scenario.task = task.model_copy(update={"dataset": dataset})
 
 
 def _policy(rng: random.Random, is_image: bool, prices: PriceTable) -> Policy:

@@ -29,9 +29,10 @@ from simulation.store_model import ANOTHERS, StoreModel
 from simulation.trace import Trace
 from simulation.trainings import Trainings
 from simulation.truth import Untrue
+from simulation.versions import Release, handed_on, keeps_unknown
 from simulation.weather import Party
 
-STEPS_AT_MOST: Final = 4_000
+STEPS_AT_MOST: Final = 6_000
 
 
 @dataclass
@@ -93,6 +94,8 @@ class Schedule:
             randomness_seed=seed,
         )
         self.server = Server(agenda, scenario.weather, rng, self.parties, self.trace, identity)
+        self._was_unknown_handed_on = False
+        self.server.hand_on = self._hand_on
         self.oracle = Oracle(scenario, self.server, self.parties)
         self.people = People(rng, agenda, self.server, self.oracle, self.parties, self.trace)
 
@@ -103,6 +106,7 @@ class Schedule:
         trainings = Trainings(agenda, rng, scenario.comfyui, self._call_back)
         trainings.gpu_hours = scenario.gpu_hours
         trainings.tells_resumed_from = scenario.tells_resumed_from
+        trainings.checkpoints = scenario.checkpoints
         if scenario.has_no_gpu:
             trainings.gpus = (GpuPool(gpu_type="a100", total=0, available=0),)
         store = StoreModel(agenda, scenario.policy, held_by=ANOTHERS if scenario.is_id_taken else None)
@@ -137,6 +141,16 @@ class Schedule:
             raise Untrue("the task waits for ever: nothing is left that could wake it")
         self.oracle.after_step()
         return self._how()
+
+    def _hand_on(self, argument: Payload) -> Payload:
+        """A worker of another release continues the run now and then; what one does not know another may need."""
+        if self._was_unknown_handed_on and not keeps_unknown(argument):
+            raise Untrue("what a newer worker had handed on was dropped")
+        if self.scenario.hands_on_as is Release.PRESENT or self.rng.random() < 0.5:
+            return argument
+        self.trace("CONTINUED by a worker of the %s release", self.scenario.hands_on_as.value)
+        self._was_unknown_handed_on = self.scenario.hands_on_as is Release.NEWER
+        return handed_on(argument, self.scenario.hands_on_as)
 
     def _step_to_the_end(self) -> None:
         deeds, at_most = self.scenario.deeds.at_step, self.agenda.steps + STEPS_AT_MOST

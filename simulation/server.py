@@ -22,6 +22,7 @@ from temporalio.api.common.v1 import Payload
 from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
 from temporalio.bridge.proto.workflow_commands import WorkflowCommand
 
+from contracts.size_budget import SERVER_PAYLOAD_BYTES
 from simulation.agenda import Agenda
 from simulation.calls import Call, Calls, Resolution, cancelled
 from simulation.history import (
@@ -74,6 +75,8 @@ class Server:
         """Told of every task that counts: its jobs, and the names of the calls that were open when it began."""
         self.on_scheduled: Callable[[Call], None] = lambda _call: None
         """Told of every visible activity that is scheduled."""
+        self.hand_on: Callable[[Payload], Payload] = lambda argument: argument
+        """What becomes of a continued run's argument on its way."""
         self._worker_up_at = self._paused_until = 0.0
         self._hosted: HostedRun | None = None
         self._past: list[PastRun] = []
@@ -385,6 +388,8 @@ class Server:
         ]
         if jobs:
             prints = [fingerprint(command) for command in answered]
+            if any(len(each) > SERVER_PAYLOAD_BYTES for each in prints):
+                raise TaskFailed(f"PayloadsTooLarge: {max(map(len, prints))} bytes")
             self._history.append(Recorded(replace(activation, jobs=jobs), answered, prints, begins_task))
         elif answered:
             raise TaskFailed(f"a rejected update had an effect: {[command_said(command) for command in answered]}")
@@ -437,11 +442,12 @@ class Server:
     def _close(self, command: WorkflowCommand, kind: str) -> None:
         self._stop_present()
         if kind == "continue_as_new_workflow_execution":
+            [argument] = command.continue_as_new_workflow_execution.arguments
             identity = replace(
                 self._identity,
                 run_id=f"run-{self.runs + 1}",
                 continued_run_id=self._identity.run_id,
-                arguments=tuple(command.continue_as_new_workflow_execution.arguments),
+                arguments=(self.hand_on(argument),),
                 started_at=self._agenda.now,
             )
             self._past.append(self._as_past())

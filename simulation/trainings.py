@@ -31,6 +31,7 @@ class Trainings(ComfyUIModel[TrainingState]):
     """ComfyUI's trainings. `gpu_hours`: what one is thought to need when it is created."""
 
     gpu_hours = 1.0
+    checkpoints: int | None = None
     tells_resumed_from = False
     """Whether a resumed training reports the checkpoint that it resumed from."""
     gpus: tuple[GpuPool, ...] = (GpuPool(gpu_type="a100", total=4, available=0),)
@@ -86,7 +87,7 @@ class Trainings(ComfyUIModel[TrainingState]):
     def _plan(self, work: Work[TrainingState]) -> Plan:
         rng = self._rng
         span = self.terms.minutes * 60 * rng.choice((0.01, 0.5, 1.0, 1.0, 1.5, 2.5))
-        checkpoints = rng.choice((0, 1, 2, 4))
+        checkpoints = rng.choice((0, 1, 2, 4)) if self.checkpoints is None else self.checkpoints
         pause = span / (2 * checkpoints + 3)
         hours = self.gpu_hours * rng.choice((1.0, 1.0, 1.0, 2.0, 4.0))
         plan: Plan = [(pause, self._to(work, training_status="running", training_stage="data_ingest"))]
