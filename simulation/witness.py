@@ -59,8 +59,9 @@ class Attempt:
 
 
 def number_of(key: str) -> int:
-    """The `n` of an idempotency key."""
-    return int(key.rpartition(":")[2])
+    """The `n` of an idempotency key; −1 for a key without one, which no call of ours has."""
+    n = key.rpartition(":")[2]
+    return int(n) if n.isdigit() else -1
 
 
 def key_of(call: Call) -> str:

@@ -109,6 +109,11 @@ class JobWatch:
             return False
         return bool(self.state.inbox) or (self._poll is not None and self._poll.done())
 
+    def has_delivery(self) -> bool:
+        """Whether the current job has delivered, by what was read or waits in the inbox."""
+        told = [*self.state.inbox, *([self.state.newest] if self.state.newest else [])]
+        return any(news.succeeded and news.job_id == self.state.current for news in told)
+
     def read(self) -> None:
         """Apply the inbox, then a poll's answer: newest wins."""
         for news in self._inbox.take_all():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
 
 from temporalio import workflow
@@ -66,7 +66,7 @@ class TaskFlow(Generic[Run, Result]):
         self.attempts = Attempts(routes, self.outside, self.record, self.clock, self.stop, self.alarm, carried.jobs)
         self.forgotten_jobs = ForgottenJobs(routes, self.outside, self.record, self.attempts, self.row_look)
         self.hold.deadline_stands = self.clock.stands
-        self.waiting.look_after(self.hold, self.clock.latest)
+        self.waiting.look_after(self.hold, self.latest)
         self.attempts.retry_at, self.attempts.long_run = carried.retry_at, self
         self.settlement = Settlement(task, self.outside, self.record, self.hold)
         self.undo = Undo()  # all of it side by side, each until it lands
@@ -93,6 +93,10 @@ class TaskFlow(Generic[Run, Result]):
     def continuation(self, carried: CarriedRun) -> Run:
         """The argument of the run that goes on with `carried`."""
         return self.task.model_copy(update={"carried": carried})
+
+    def latest(self) -> datetime | None:
+        """When the task's time is over; delivered work beats it, read or not (decision 8)."""
+        return None if self.watch.has_delivery() else self.clock.latest()
 
     # Row 0
 

@@ -82,7 +82,7 @@ UNOBEYING: Final = (
     Unobeying(
         "the end's events",
         "The task has ended: its last events are written and updates answered before its run closes.",
-        ("task_record.TaskRecord.all_written", "task_flow.TaskFlow.all_told"),
+        ("task_record.TaskRecord.all_written", "task_flow.TaskFlow.all_told", "give_back.LeftTask._tell_difference"),
     ),
     Unobeying(
         "the update cancel_task",

@@ -204,10 +204,9 @@ async def test_a_replayed_id_is_taken_once(gateway: Gateway, new_run: NewRun) ->
         b"null",
         b'{"task_id": NaN}',
         b"[" * 5_000,
-        b'{"a": ' + b"9" * 5_000 + b"}",
         b'{"a": 1e999}',
     ],
-    ids=["empty", "no JSON", "list", "null", "NaN", "deep", "long number", "infinite"],
+    ids=["empty", "no JSON", "list", "null", "NaN", "deep", "infinite"],
 )
 async def test_what_is_signed_but_unreadable_is_not_repeated(gateway: Gateway, raw: bytes) -> None:
     before = gateway.count(CallbackOutcome.UNREADABLE)

@@ -119,7 +119,7 @@ async def test_a_hold_whose_answer_is_never_readable_is_recorded(patient_platfor
     await patient_platform.pass_time(handle, 16 * 60)
     ending = await ended(patient_platform, handle, exempt={"hold_expires"})
     assert ending.code == "reply_invalid"
-    assert set(ending.exceptions) == {"undo_unfinished", "reply_invalid"}
+    assert set(ending.exceptions) == {"undo_unfinished", "reply_invalid", "hold_doubled"}, "the ledger shows the hold"
 
 
 # Services that offer less

@@ -98,7 +98,10 @@ async def test_a_polled_and_retried_image_reads_as_its_step_table(quick_platform
     handle = await quick_platform.start(task)
     await ended(quick_platform, handle)
     seen = [step for step in await read(handle) if step not in (WAIT, "4 poll")]
-    assert seen == [*OPENING, "5 cancel job", "4 retry: next attempt", "1 submit", "2 agree", "5 commit"]
+    assert seen == [
+        *(*OPENING, "5 cancel job", "4 retry: next attempt"),
+        *("1 submit", "1 submit: look after the hold meanwhile", "2 agree", "5 commit"),
+    ]
     assert {WAIT, "4 poll"} <= set(await read(handle))
 
 
@@ -120,7 +123,7 @@ async def test_a_training_reads_as_its_step_table(quick_platform: Platform) -> N
     handle = await quick_platform.start_training()
     await ended(quick_platform, handle)
     assert await read(handle) == [
-        *("0 accept", "0 check GPUs", *TRAINING, "3 hold", "3 start"),
+        *("0 accept", "0 check GPUs", *TRAINING, "3 hold", "3 start", "3 start: look after the hold meanwhile"),
         *(WAIT, "5 commit", "5 delete snapshot"),
     ]
 

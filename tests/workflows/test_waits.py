@@ -223,8 +223,9 @@ async def test_a_hold_is_renewed_again_though_the_one_before_cannot_be_given_bac
     await platform.simulators.admin.comfyui.act(
         (await platform.job(handle)).run_id, "lie", fields={"estimated_time": 600}
     )
-    for renewal in (2, 3, 4):
-        await platform.pass_time(handle, 1_810)
+    # A third hold is taken only when the second has little life left: the first one is still being given back.
+    for renewal, seconds in ((2, 1_810), (3, 2_710), (4, 2_710)):
+        await platform.pass_time(handle, seconds)
         await platform.until(lambda number=renewal: has_holds(platform, handle, number))  # type: ignore[misc]
     await back(platform, fault)
     await platform.pass_time(handle, 61)
