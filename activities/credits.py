@@ -65,6 +65,8 @@ LEDGER: Final = Route("GET", "/api/v1/credits/ledger", messages_by_number=_ABOUT
 MAX_LEDGER_PAGES: Final = 200
 CUT: Final = "cut"
 """Stands for the cursor of a ledger that was read and is too large to be told whole."""
+CUT_OFF: Final = "cut-off"
+"""In place of a cursor: there may be more entries, and no way to read them."""
 LEDGER_SECONDS: Final = 3.0
 """How long further pages are asked for: the last one still has the time that a slow answer needs."""
 
@@ -126,6 +128,7 @@ class CreditsClient(OutsideClient):
         """The entries of one task, of all pages. `cursor` is null when every page was read.
 
         After 200 pages or 3 s it stops with the cursor that it came to: what was found counts, absence proves nothing.
+        The same holds for a full page of a service that knows no pages (field): older entries may be missing.
         """
         entries: list[LedgerEntry] = []
         cursor: str | None = None
@@ -140,10 +143,18 @@ class CreditsClient(OutsideClient):
             cursor = answer.reply.cursor or None
             if cursor in seen:
                 raise self._http.reply_invalid(LEDGER, "its cursor leads in a circle")
+            if cursor is None and not seen and _may_be_cut(answer.reply, query.limit):
+                cursor = CUT_OFF
+                break
             if cursor is None or time.monotonic() - began > LEDGER_SECONDS:
                 break
             seen.add(cursor)
         return Answer(reply=fitting(Ledger(entries=entries_of_task(entries, query.task_id), cursor=cursor)))
+
+
+def _may_be_cut(page: Ledger, limit: int) -> bool:
+    """Whether a last page is full although its service names no kinds: then it may know no cursor either."""
+    return len(page.entries) >= limit and all(entry.kind is None for entry in page.entries)
 
 
 def entries_of_task(entries: list[LedgerEntry], task_id: str) -> list[LedgerEntry]:

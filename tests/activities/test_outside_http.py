@@ -373,6 +373,17 @@ async def test_a_ledger_is_read_to_its_last_page_and_narrowed_to_the_task() -> N
     assert answer.reply.cursor is None
 
 
+@pytest.mark.parametrize(("limit", "is_whole"), [(2, False), (3, True)], ids=["a full page", "room left"])
+async def test_a_full_page_of_a_ledger_without_pages_proves_no_absence(limit: int, is_whole: bool) -> None:
+    async with (
+        serving(always(200, {"entries": [entry(2), entry(1)]})) as server,
+        CreditsClient(server.url, tokens()) as client,
+    ):
+        answer = await client.ledger(LedgerQuery(call_for=call_for(), task_id="task-1", limit=limit))
+    assert answer.reply is not None
+    assert (answer.reply.cursor is None) == is_whole
+
+
 async def test_a_ledger_that_leads_in_a_circle_is_an_invalid_reply() -> None:
     async with (
         serving(always(200, {"entries": [], "cursor": "again"})) as server,
