@@ -8,6 +8,7 @@ from typing import Final
 
 from contracts.comfyui import JobState, JobStatus, TrainingState, TrainingStatus
 from contracts.errors import Answer, ExceptionCode, FailureCode
+from contracts.size_budget import MAX_INBOX
 from contracts.task_store import Fact, TaskException
 from contracts.tasks import EventType, TaskStatus
 from simulation.calls import Call
@@ -137,6 +138,8 @@ class RecordRules:
         if any(key.startswith(LEFT_OUT) for key in self._keys()):
             return  # the store was away for so long that an event says how many are missing
         news = self._world.witness.news_of(attempt.job_id)
+        if len(news) > MAX_INBOX:
+            return  # while a call stays unanswered nobody reads the inbox, and it keeps the newest
         stages = {(event.attempt, event.stage) for event in self._world.parties.store.events}
         for word in news:
             must(

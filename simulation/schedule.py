@@ -94,7 +94,6 @@ class Schedule:
             randomness_seed=seed,
         )
         self.server = Server(agenda, scenario.weather, rng, self.parties, self.trace, identity)
-        self._was_unknown_handed_on = False
         self.server.hand_on = self._hand_on
         self.oracle = Oracle(scenario, self.server, self.parties)
         self.people = People(rng, agenda, self.server, self.oracle, self.parties, self.trace)
@@ -144,12 +143,11 @@ class Schedule:
 
     def _hand_on(self, argument: Payload) -> Payload:
         """A worker of another release continues the run now and then; what one does not know another may need."""
-        if self._was_unknown_handed_on and not keeps_unknown(argument):
+        if keeps_unknown(self.server.argument) and not keeps_unknown(argument):
             raise Untrue("what a newer worker had handed on was dropped")
         if self.scenario.hands_on_as is Release.PRESENT or self.rng.random() < 0.5:
             return argument
         self.trace("CONTINUED by a worker of the %s release", self.scenario.hands_on_as.value)
-        self._was_unknown_handed_on = self.scenario.hands_on_as is Release.NEWER
         return handed_on(argument, self.scenario.hands_on_as)
 
     def _step_to_the_end(self) -> None:

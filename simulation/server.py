@@ -84,6 +84,11 @@ class Server:
         self.resets = 0
         self._open(identity)
 
+    @property
+    def argument(self) -> Payload:
+        """What the present run was started with; a reset may have gone back to an earlier one's."""
+        return self._identity.arguments[0]
+
     def _open(self, identity: RunIdentity) -> None:
         self.runs += 1
         self._identity = identity

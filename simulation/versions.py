@@ -45,7 +45,7 @@ def handed_on(payload: Payload, release: Release) -> Payload:
 
 def keeps_unknown(payload: Payload) -> bool:
     """Whether what a newer worker had handed on is handed on."""
-    carried = json.loads(payload.data)["carried"]
+    carried = json.loads(payload.data).get("carried") or {}
     return bool(carried.get(UNKNOWN) and carried["hold"].get(UNKNOWN))
 
 
