@@ -65,6 +65,7 @@ async def test_an_unsettled_row_that_cannot_be_read_hides_no_other(new_database:
         await store.write(write_of(task_id, end(), credits=unknown, status=TaskStatus.COMPLETED))
     connection = await asyncpg.connect(dsn)
     await connection.execute("UPDATE tasks SET priority = 'urgent' WHERE task_id = $1", unreadable)
+    await connection.execute("UPDATE tasks SET ended_at = now()")  # a day after its end no row is looked at any more
     await connection.close()
     taken = await store.take_unsettled(every=timedelta(0), limit=10)
     assert [task.task_id for task in taken] == [readable]
