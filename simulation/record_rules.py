@@ -17,7 +17,6 @@ from simulation.price_rules import Prices
 from simulation.settlement_rules import LOOKS_FOR_SECONDS, SettlementRules
 from simulation.truth import World, must
 from simulation.witness import CANCELS, Attempt, Word, key_of, number_of
-from workflows.backlog import LEFT_OUT
 
 SLACK: Final = 0.01
 SURELY: Final = 150.0
@@ -135,19 +134,13 @@ class RecordRules:
             must(f"retry:{attempt.n}" in told, "a retry was never told:", attempt.n)
 
     def _check_news_told(self, attempt: Attempt) -> None:
-        if any(key.startswith(LEFT_OUT) for key in self._keys()):
-            return  # the store was away for so long that an event says how many are missing
-        news = self._world.witness.news_of(attempt.job_id)
-        if len(news) > MAX_INBOX:
-            return  # while a call stays unanswered nobody reads the inbox, and it keeps the newest
-        stages = {(event.attempt, event.stage) for event in self._world.parties.store.events}
-        for word in news:
-            must(
-                (attempt.n, _stage(word.state)) in stages or _is_queued(word),
-                "a stage was never told:",
-                attempt.n,
-                word,
-            )
+        news = self._read_news(attempt)
+        events = self._world.parties.store.events
+        stages = {(event.attempt, event.stage) for event in events}
+        untold = {_stage(word.state) for word in news if not _is_queued(word)} - {
+            s for n, s in stages if n == attempt.n
+        }
+        must(len(untold) <= self._left_out(), "a stage was never told:", attempt.n, *untold)
         keys, before, missing = self._keys(), None, 0
         resumed_from = {a.call.argument.body.resume_from for a in self._trained() if a.n <= attempt.n}
         for word in news:
@@ -156,6 +149,15 @@ class RecordRules:
                 missing += word.checkpoint.uri != before and key not in keys
                 before = word.checkpoint.uri
         must(missing <= self._left_out(), "checkpoints were never told:", missing)
+
+    def _read_news(self, attempt: Attempt) -> list[Word]:
+        """What the run was sent and could keep: while `start` stays unanswered the inbox keeps the newest."""
+        news = self._world.witness.news_of(attempt.job_id)
+        starts = self._world.witness.calls.get("start_training", ())
+        own = [call for call in starts if call.argument.job_id == attempt.job_id and isinstance(call.outcome, Answer)]
+        answered = [call.told_at for call in own if call.told_at is not None]
+        waiting = [word for word in news if answered and word.at <= min(answered)]
+        return news[max(0, len(waiting) - MAX_INBOX) :]
 
     def _left_out(self) -> int:
         """How many events were left out while the store was away, and counted."""
