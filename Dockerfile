@@ -8,16 +8,18 @@ COPY requirements.lock .
 RUN python -m pip install --no-cache-dir --disable-pip-version-check --require-hashes -r requirements.lock
 
 COPY *.py ./
-COPY activities activities
-COPY bridge bridge
-COPY cli cli
-COPY conformance conformance
-COPY contracts contracts
-COPY gateway gateway
-COPY simulators simulators
-COPY store store
+COPY comfyui_temporal comfyui_temporal
 COPY workflows workflows
-# The sandbox loads workflow modules anew for each run: without bytecode it would compile them each time.
+COPY activities activities
+COPY store store
+COPY gateway gateway
+COPY bridge bridge
+COPY runtime runtime
+COPY doctor doctor
+COPY proof/__init__.py proof/
+COPY proof/conformance proof/conformance
+COPY proof/simulators proof/simulators
+# Compiled once here, and not by every process at its start.
 RUN python -m compileall -q --invalidation-mode unchecked-hash /app
 
 RUN useradd --system --create-home --uid 10001 app && mkdir /data && chown app /data

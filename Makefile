@@ -62,7 +62,7 @@ imports: setup ## who may import whom
 	$(call timed,imports,$(BIN)/lint-imports)
 
 schemas: setup ## whether docs/schemas is what the code says
-	$(call timed,schemas,$(BIN)/python -m contracts.schemas --check)
+	$(call timed,schemas,$(BIN)/python -m comfyui_temporal.contracts.schemas --check)
 
 # Processes with servers of their own; most tests wait for a server, so two for each processor are not too many.
 SIDE_BY_SIDE := -n 4 --dist loadfile --no-loadscope-reorder
@@ -74,19 +74,19 @@ pytest-all: setup
 	$(call timed,tests,$(BIN)/python -m pytest $(SIDE_BY_SIDE))
 
 simulate: setup ## both workflows by seeds, without a server (SEEDS=10000 PROFILE=both)
-	@$(BIN)/python -m simulation --seeds $(or $(SEEDS),1000) $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m proof.simulation --seeds $(or $(SEEDS),1000) $(if $(PROFILE),--profile $(PROFILE))
 
 mutation: setup ## which small mistakes neither simulation nor tests see (ONLY=workflows/stop.py, READ=1 SAMPLE=60 SEED=1, SEEDS=1200)
-	@$(BIN)/python -m mutation $(if $(READ),--read) $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS))
+	@$(BIN)/python -m proof.mutation $(if $(READ),--read) $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS))
 
 kill-points: setup ## the whole stack struck at every instant of both flows (ONLY="image: commit" KINDS=worker-killed,… PROFILE=field)
-	@$(BIN)/python -m kill_points $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
+	@$(BIN)/python -m proof.kill_points $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
 
 soak: setup ## tasks under random faults on a whole stack (TASKS=10000 SEED=1 PROFILE=field, RESUME=1)
-	@$(BIN)/python -m soak $(if $(PROFILE),--profile $(PROFILE)) $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)
+	@$(BIN)/python -m proof.soak $(if $(PROFILE),--profile $(PROFILE)) $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)
 
 bench: setup ## figures and ratios on this machine, as a table and as JSON (QUICK=1, ONLY=waits)
-	@$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+	@$(BIN)/python -m proof.benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
 format: setup ## ruff: mend style and format
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

@@ -4,19 +4,26 @@
     started = await start_image(client, ImageTask(task_id="cat-1", …))
     result = await started.handle.result()
 
-`python starter.py --help` lists the commands. The pieces are in `cli/`.
+`python starter.py --help` lists the commands. The pieces are in `comfyui_temporal/command_line/`.
 """
 
 from __future__ import annotations
 
-from cli.commands import app, main
-from cli.demo import run_demo
-from cli.doctor import examine
-from cli.failures import BadInput, CannotReach, CommandFailure, ExitCode, TaskExists, UnknownTask
-from cli.follow import Watcher, follow
-from cli.outcome import TaskOutcome, find_task
-from cli.start import Started, start_image, start_training
-from cli.tasks import cancel_task, confirm_price, list_tasks, show_task
+from comfyui_temporal.command_line.commands import app, main
+from comfyui_temporal.command_line.failures import (
+    BadInput,
+    CannotReach,
+    CommandFailure,
+    ExitCode,
+    TaskExists,
+    UnknownTask,
+)
+from comfyui_temporal.command_line.follow import Watcher, follow
+from comfyui_temporal.command_line.outcome import TaskOutcome, find_task
+from comfyui_temporal.command_line.start import Started, start_image, start_training
+from comfyui_temporal.command_line.tasks import cancel_task, confirm_price, list_tasks, show_task
+from doctor.checks_of_set_up import examine
+from local_stack.demo import run_demo
 
 __all__ = [
     "BadInput",

@@ -27,7 +27,6 @@ from temporalio.runtime import PrometheusConfig, Runtime, TelemetryConfig
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import PollerBehaviorAutoscaling, Worker
 
-import temporal_plugin
 from activities.closed_runs import ClosedRunActivities
 from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
@@ -36,16 +35,17 @@ from activities.lives import Lives
 from activities.task_store import TaskStoreActivities
 from activities.tokens import ServiceToken, SignedTokens, TokenMaker
 from activities.unsettled import UnsettledActivities
-from contracts.policy import Policy
-from contracts.task_store import TaskClaim
-from contracts.tasks import SEARCH_ATTRIBUTES
-from logs import configure_logs
-from namespace_of_store import at_home
-from process_end import end_process
-from reconciler_schedule import ensure_reconciler
-from settings import Settings
-from start_up import CannotStart, database_of, read_settings
+from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.task_store import TaskClaim
+from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
+from runtime import temporal_connection
+from runtime.logs import configure_logs
+from runtime.process_end import end_process
+from runtime.reconciler_schedule import ensure_reconciler
+from runtime.required_settings import CannotStart, database_of, read_settings
+from runtime.settings import Settings
 from store import TaskStore
+from store.namespace_check import at_home
 from workflows.give_back import GiveBackWorkflow
 from workflows.image_generation import ImageGenerationWorkflow
 from workflows.reconciler import ReconcileWorkflow
@@ -133,7 +133,7 @@ async def connect(settings: Settings) -> Client:
     """A client whose server knows our search attributes. Raises CannotStart."""
     runtime = _runtime(settings)
     try:
-        client = await temporal_plugin.connect(settings, runtime=runtime)
+        client = await temporal_connection.connect(settings, runtime=runtime)
     except (RuntimeError, ValueError) as error:
         address = settings.temporal_address or "the address of Temporal's environment configuration"
         raise CannotStart(

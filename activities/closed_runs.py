@@ -21,11 +21,11 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from activities.left_behind import HistoryReading, NotReadHere, add_what_the_row_knows, left_by_row
 from activities.running_call import to_its_end
-from contracts.errors import FailureCode, sentences_of
-from contracts.give_back import GiveBackOrder, LeftBehind
-from contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen
-from contracts.task_store import TaskRow
-from runs_seen import RunSeen, RunStatus, describe_run
+from comfyui_temporal.contracts.errors import FailureCode, sentences_of
+from comfyui_temporal.contracts.give_back import GiveBackOrder, LeftBehind
+from comfyui_temporal.contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen
+from comfyui_temporal.contracts.task_store import TaskRow
+from comfyui_temporal.runs import RunSeen, RunStatus, describe_run
 from store import StoreFailure, StoreUnavailable, TaskStore, UnseenTask
 
 VANISHED: Final = "vanished"

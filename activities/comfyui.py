@@ -17,8 +17,8 @@ from activities.lives import Lives
 from activities.outside_client import OutsideClient, same
 from activities.outside_http import Party, Route, current_time_limit_seconds, time_limit
 from activities.running_call import answered
-from contracts.calls import CallFor, GpuQuestion, JobCall, Post
-from contracts.comfyui import (
+from comfyui_temporal.contracts.calls import CallFor, GpuQuestion, JobCall, Post
+from comfyui_temporal.contracts.comfyui import (
     DatasetSnapshot,
     GpuPool,
     JobAccepted,
@@ -31,9 +31,9 @@ from contracts.comfyui import (
     TrainingRequest,
     TrainingState,
 )
-from contracts.errors import COMFYUI_CODES_BY_NUMBER, COMFYUI_ERRORS, Answer, FailureCode
-from contracts.permissions import REQUIRED_SCOPES, Operation
-from contracts.size_budget import MAX_POOLS
+from comfyui_temporal.contracts.errors import COMFYUI_CODES_BY_NUMBER, COMFYUI_ERRORS, Answer, FailureCode
+from comfyui_temporal.contracts.permissions import REQUIRED_SCOPES, Operation
+from comfyui_temporal.contracts.size_budget import MAX_POOLS
 
 COMFYUI: Final = Party(
     name="ComfyUI",

@@ -16,8 +16,8 @@ from activities.lives import Lives
 from activities.outside_client import OutsideClient, same
 from activities.outside_http import Party, Route, current_time_limit_seconds, time_limit
 from activities.running_call import answered
-from contracts.calls import CallFor, LedgerQuery, Post
-from contracts.credits import (
+from comfyui_temporal.contracts.calls import CallFor, LedgerQuery, Post
+from comfyui_temporal.contracts.credits import (
     Balance,
     CancelHoldReply,
     CancelHoldRequest,
@@ -32,9 +32,9 @@ from contracts.credits import (
     LedgerKind,
     PreDeductRequest,
 )
-from contracts.errors import CREDITS_CODES_BY_NUMBER, CREDITS_ERRORS, Answer, FailureCode
-from contracts.permissions import SCENE_SCOPES, Scope
-from contracts.size_budget import MAX_LEDGER_BYTES, json_bytes
+from comfyui_temporal.contracts.errors import CREDITS_CODES_BY_NUMBER, CREDITS_ERRORS, Answer, FailureCode
+from comfyui_temporal.contracts.permissions import SCENE_SCOPES, Scope
+from comfyui_temporal.contracts.size_budget import MAX_LEDGER_BYTES, json_bytes
 
 CREDITS: Final = Party(
     name="The credits service",

@@ -13,10 +13,10 @@ from pydantic_core import to_json
 
 from activities.object_folders import STORAGE_ERRORS, FoundObject, LeadsOut, ObjectFolder
 from activities.outside_http import OutsideFailure
-from contracts.comfyui import DatasetFile
-from contracts.errors import FailureCode
-from contracts.fields import repaired, shortened
-from contracts.size_budget import MAX_SENT_LIST_BYTES
+from comfyui_temporal.contracts.comfyui import DatasetFile
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.fields import repaired, shortened
+from comfyui_temporal.contracts.size_budget import MAX_SENT_LIST_BYTES
 
 FILE_BYTES: Final = 120
 """Of one file in a training request, beside its path."""

@@ -47,9 +47,9 @@ from activities.object_folders import (
 )
 from activities.outside_http import OutsideFailure
 from activities.running_call import asked_by_workflow, one_line, wait_with_heartbeats
-from contracts.calls import CallFor, SnapshotOrder
-from contracts.comfyui import DatasetFile, DatasetSnapshot, ManifestReference, SnapshotReference
-from contracts.errors import FailureCode
+from comfyui_temporal.contracts.calls import CallFor, SnapshotOrder
+from comfyui_temporal.contracts.comfyui import DatasetFile, DatasetSnapshot, ManifestReference, SnapshotReference
+from comfyui_temporal.contracts.errors import FailureCode
 
 MAX_FILES: Final = 10_000
 MAX_BYTES: Final = 100 * 1024**3

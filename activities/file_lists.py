@@ -17,9 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 from activities.dataset_source import folder_failure, invalid, said
 from activities.object_folders import STORAGE_ERRORS, BadAddress, FolderAddress, ObjectFolder, read_address
 from activities.outside_http import OutsideFailure
-from contracts.errors import FailureCode
-from contracts.size_budget import MAX_FILE_LIST_BYTES
-from contracts.tasks import FileList
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.size_budget import MAX_FILE_LIST_BYTES
+from comfyui_temporal.contracts.tasks import FileList
 
 _LIST: Final[TypeAdapter[list[str]]] = TypeAdapter(FileList)
 

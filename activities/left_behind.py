@@ -16,10 +16,10 @@ from activities.comfyui import ComfyUIActivities
 from activities.credits import CreditsActivities
 from activities.datasets import DatasetActivities
 from activities.task_store import TaskStoreActivities
-from contracts.calls import CallFor, JobCall, Post, SnapshotOrder
-from contracts.carried import AskedHold, AskedJob, HoldState, ImageRun, TrainingRun, not_left_out
-from contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingDraft
-from contracts.credits import (
+from comfyui_temporal.contracts.calls import CallFor, JobCall, Post, SnapshotOrder
+from comfyui_temporal.contracts.carried import AskedHold, AskedJob, HoldState, ImageRun, TrainingRun, not_left_out
+from comfyui_temporal.contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingDraft
+from comfyui_temporal.contracts.credits import (
     MIN_HOLD_SECONDS,
     CancelHoldReply,
     CancelHoldRequest,
@@ -28,13 +28,13 @@ from contracts.credits import (
     HoldReply,
     PreDeductRequest,
 )
-from contracts.errors import Answer, FailureCode, sentences_of
-from contracts.give_back import LeftBehind, OwnEnd
-from contracts.handed_on import Doubtful
-from contracts.permissions import Scene
-from contracts.size_budget import MAX_KEPT_HOLDS
-from contracts.task_store import TaskRow
-from contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, ImageResult, TaskStatus, TrainingResult
+from comfyui_temporal.contracts.errors import Answer, FailureCode, sentences_of
+from comfyui_temporal.contracts.give_back import LeftBehind, OwnEnd
+from comfyui_temporal.contracts.handed_on import Doubtful
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
+from comfyui_temporal.contracts.task_store import TaskRow
+from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, ImageResult, TaskStatus, TrainingResult
 
 Model = TypeVar("Model", bound=BaseModel)
 

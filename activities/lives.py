@@ -15,12 +15,12 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from activities.outside_http import current_time_limit_seconds, time_limit
-from contracts.calls import CallFor, JobCall, Post
-from contracts.comfyui import JobAccepted, TrainingAccepted
-from contracts.credits import HoldReply
-from contracts.errors import Answer, FailureCode, Refusal
-from contracts.lives import READ_THE_LEDGER, STORE_UNAVAILABLE, TASK_ENDED, EarlierLife, TaskRun
-from contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW
+from comfyui_temporal.contracts.calls import CallFor, JobCall, Post
+from comfyui_temporal.contracts.comfyui import JobAccepted, TrainingAccepted
+from comfyui_temporal.contracts.credits import HoldReply
+from comfyui_temporal.contracts.errors import Answer, FailureCode, Refusal
+from comfyui_temporal.contracts.lives import READ_THE_LEDGER, STORE_UNAVAILABLE, TASK_ENDED, EarlierLife, TaskRun
+from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW
 from store import StoreFailure, StoreUnavailable, TaskStore
 
 Asked = TypeVar("Asked", bound=Post[Any] | JobCall)

@@ -11,9 +11,9 @@ from pydantic import BaseModel, TypeAdapter
 from activities.outside_http import CONNECT_SECONDS, POOL_SIZE, READ_SECONDS, OutsideHttp, Party, Route
 from activities.replies import read_answer
 from activities.tokens import TokenMaker
-from contracts.calls import CallFor
-from contracts.errors import Answer
-from contracts.permissions import Scope
+from comfyui_temporal.contracts.calls import CallFor
+from comfyui_temporal.contracts.errors import Answer
+from comfyui_temporal.contracts.permissions import Scope
 
 Reply = TypeVar("Reply")
 

@@ -33,9 +33,9 @@ import httpx2
 from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError, to_json
 
-from contracts import handed_on
-from contracts.errors import FailureCode, WireError
-from contracts.fields import repaired, shortened
+from comfyui_temporal.contracts import handed_on
+from comfyui_temporal.contracts.errors import FailureCode, WireError
+from comfyui_temporal.contracts.fields import repaired, shortened
 
 CONNECT_SECONDS: Final = 2.0
 READ_SECONDS: Final = 6.0

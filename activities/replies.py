@@ -17,10 +17,18 @@ from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from activities.outside_http import MAX_REPLY_BYTES, OutsideFailure, OutsideHttp, RawReply, Route
-from contracts.comfyui import OutsideDetails
-from contracts.errors import JOB_CODES, RETRIED_STATUSES, Answer, ErrorDetails, FailureCode, Refusal, WireError
-from contracts.fields import repaired, shortened
-from contracts.outside_json import UnreadableJson, read_json
+from comfyui_temporal.contracts.comfyui import OutsideDetails
+from comfyui_temporal.contracts.errors import (
+    JOB_CODES,
+    RETRIED_STATUSES,
+    Answer,
+    ErrorDetails,
+    FailureCode,
+    Refusal,
+    WireError,
+)
+from comfyui_temporal.contracts.fields import repaired, shortened
+from comfyui_temporal.contracts.outside_json import UnreadableJson, read_json
 
 Reply = TypeVar("Reply")
 

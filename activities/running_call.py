@@ -23,8 +23,8 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from activities.outside_http import REQUEST_SECONDS, OutsideFailure, only_if_answering, time_limit
-from contracts.calls import CallFor
-from contracts.errors import Answer
+from comfyui_temporal.contracts.calls import CallFor
+from comfyui_temporal.contracts.errors import Answer
 
 HEARTBEAT_SECONDS: Final = 0.5
 MARGIN_SECONDS: Final = 0.5

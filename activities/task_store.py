@@ -16,10 +16,10 @@ from temporalio.exceptions import ApplicationError
 
 from activities.lives import acting_run
 from activities.running_call import request_limit_seconds, to_its_end
-from contracts.errors import FailureCode
-from contracts.lives import EarlierLife
-from contracts.policy import Policy
-from contracts.task_store import ClaimOutcome, LookOrder, RowSeen, TaskClaim, TaskWrite
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.lives import EarlierLife
+from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.task_store import ClaimOutcome, LookOrder, RowSeen, TaskClaim, TaskWrite
 from store import NotTheClaimant, StoreFailure, StoreUnavailable, TaskStore, TaskUnknown, WriteRefused
 
 T = TypeVar("T")

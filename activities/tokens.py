@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 import jwt
 
-from contracts.permissions import Scope
+from comfyui_temporal.contracts.permissions import Scope
 
 LIFETIME_SECONDS: Final = 300
 CLOCK_SKEW_SECONDS: Final = 30

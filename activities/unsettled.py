@@ -9,9 +9,9 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from activities.running_call import to_its_end
-from contracts.errors import FailureCode
-from contracts.reconcile import UnsettledLook
-from contracts.task_store import Correction, UnsettledTask
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.reconcile import UnsettledLook
+from comfyui_temporal.contracts.task_store import Correction, UnsettledTask
 from store import StoreFailure, StoreUnavailable, TaskStore
 
 TAKEN_AT_ONCE: Final = 50

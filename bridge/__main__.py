@@ -14,7 +14,6 @@ from fastapi import FastAPI
 from temporalio.client import Client
 from temporalio.worker import Worker
 
-import temporal_plugin
 from bridge.api import Edge, bridge_app
 from bridge.callbacks import CallbackActivities, CallbackSender
 from bridge.control_images import ControlImages
@@ -28,10 +27,11 @@ from bridge.starting import callback_secret_by, result_secret_by, templates_by
 from bridge.storage import SignedAddresses, Storage
 from bridge.training_service import TrainingService
 from bridge.training_workflow import ComfyUITrainingWorkflow
-from logs import configure_logs
-from process_end import end_process
-from settings import Settings
-from start_up import CannotStart, caller_tokens_by, read_settings
+from runtime import temporal_connection
+from runtime.logs import configure_logs
+from runtime.process_end import end_process
+from runtime.required_settings import CannotStart, caller_tokens_by, read_settings
+from runtime.settings import Settings
 
 WORKFLOWS = (ComfyUIJobWorkflow, ComfyUITrainingWorkflow, ComfyUIKeyWorkflow)
 GRACE_SECONDS = 10
@@ -108,7 +108,7 @@ async def serve(settings: Settings) -> None:
     """Serve until told to stop. Raises CannotStart."""
     async with AsyncExitStack() as opened:
         try:
-            client = await temporal_plugin.connect(settings)
+            client = await temporal_connection.connect(settings)
             bridge = Bridge(settings, client)
         except (ValueError, RuntimeError) as error:
             raise CannotStart(str(error)) from None

@@ -19,9 +19,9 @@ from bridge.runs import Keys
 from bridge.service import ImageService
 from bridge.storage import RESULTS_PATH, STORAGE_ERRORS, SignedAddresses, Storage, is_plain
 from bridge.training_service import TrainingService
-from caller_tokens import CallerTokens, TokenRefused, TokensUnverifiable
-from contracts.outside_json import UnreadableJson, read_json
-from contracts.permissions import TokenClaims
+from comfyui_temporal.contracts.outside_json import UnreadableJson, read_json
+from comfyui_temporal.contracts.permissions import TokenClaims
+from runtime.caller_tokens import CallerTokens, TokenRefused, TokensUnverifiable
 
 MAX_BODY_BYTES: Final = 8 * 1024 * 1024
 """A training's list of files may be long."""

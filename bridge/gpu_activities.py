@@ -43,8 +43,8 @@ from bridge.orders import (
 from bridge.prompt_run import Patience, PromptLost, PromptRun, RunFailure, ServerDead, ServerGone
 from bridge.slot import Slot
 from bridge.storage import STORAGE_ERRORS, Storage, safe_name
-from contracts.comfyui import DatasetFile, DatasetSnapshot
-from contracts.errors import ErrorDetails, FailureCode
+from comfyui_temporal.contracts.comfyui import DatasetFile, DatasetSnapshot
+from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 
 HEARTBEAT_SECONDS: Final = 1.0
 TICK_EVERY_SECONDS: Final = 1.0

@@ -23,7 +23,6 @@ from temporalio import activity
 from temporalio.client import Client
 from temporalio.worker import FixedSizeSlotSupplier, PollerBehaviorSimpleMaximum, Worker, WorkerTuner
 
-import temporal_plugin
 from bridge.callbacks import CallbackSender
 from bridge.calls import BRIDGE_QUEUE, pool_queue, presence_queue, server_queue
 from bridge.gpu_activities import GpuActivities, ServerIdentity
@@ -37,10 +36,11 @@ from bridge.slot import TAKEN_SECONDS, FreeSlots, Slot
 from bridge.starting import heed_signals, templates_by
 from bridge.storage import Storage
 from bridge.templates import TemplateLibrary
-from logs import configure_logs
-from process_end import end_process
-from settings import Settings
-from start_up import CannotStart, read_settings
+from runtime import temporal_connection
+from runtime.logs import configure_logs
+from runtime.process_end import end_process
+from runtime.required_settings import CannotStart, read_settings
+from runtime.settings import Settings
 
 OLDEST: Final = (0, 3, 56)
 """Before it, `/interrupt` stops whatever runs, whoever's it is."""
@@ -200,7 +200,7 @@ async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.E
             if settings.callback_secrets:
                 secret = settings.callback_secrets[0].get_secret_value()
                 sender = await opened.enter_async_context(CallbackSender(secret))
-            client = await temporal_plugin.connect(settings)
+            client = await temporal_connection.connect(settings)
         except (ValueError, RuntimeError) as error:
             raise CannotStart(str(error)) from None
         stats = await until_answering(server, stop)

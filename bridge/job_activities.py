@@ -13,7 +13,7 @@ from bridge.calls import CLEAR_UP, FETCH_CONTROLS, PUBLISH_MODEL, SIGN_RESULTS
 from bridge.control_images import ControlImages, ImageRefused, ImageUnreachable, address_of
 from bridge.orders import ControlFile, ControlsOrder, PublishOrder, StoredResult
 from bridge.storage import RESULT_SECONDS, STORAGE_ERRORS, SignedAddresses, Storage
-from contracts.errors import FailureCode
+from comfyui_temporal.contracts.errors import FailureCode
 
 MAX_CONTROLS = 16
 log = structlog.get_logger(__name__)

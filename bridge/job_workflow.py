@@ -20,8 +20,8 @@ from bridge.calls import (
 )
 from bridge.orders import ControlFile, ControlsOrder, GraphRun, ImageJob, JobView, ServerTaken, StoredResult
 from bridge.run_flow import STORE_RETRY, RunFlow, instant, minutes
-from contracts.comfyui import JobStatus
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.comfyui import JobStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 
 
 @workflow.defn(name=JOB_WORKFLOW)

@@ -23,9 +23,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from contracts.comfyui import Resolution, TaskPriority
-from contracts.fields import CallerId
-from contracts.permissions import Scene
+from comfyui_temporal.contracts.comfyui import Resolution, TaskPriority
+from comfyui_temporal.contracts.fields import CallerId
+from comfyui_temporal.contracts.permissions import Scene
 
 Ref = Annotated[str, Field(min_length=3, pattern=r"^.+\..+$")]
 """`node.input`: the node's id or title, a dot, the input's name."""

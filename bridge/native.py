@@ -23,8 +23,8 @@ import httpx2
 
 from bridge.native_errors import PromptRefused, ServerConfused, ServerSilent, execution_details, refusal_details
 from bridge.orders import NativeFile
-from contracts.errors import ErrorDetails
-from contracts.fields import repaired, shortened
+from comfyui_temporal.contracts.errors import ErrorDetails
+from comfyui_temporal.contracts.fields import repaired, shortened
 
 CONNECT_SECONDS: Final = 3.0
 READ_SECONDS: Final = 20.0

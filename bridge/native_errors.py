@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from bridge.graph_check import MODEL_INPUTS
-from contracts.errors import ErrorDetails, FailureCode
-from contracts.fields import repaired, shortened
+from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
+from comfyui_temporal.contracts.fields import repaired, shortened
 
 MAX_PROBLEMS: Final = 8
 

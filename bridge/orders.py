@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import Field, JsonValue
 
-from contracts.comfyui import DatasetSnapshot, JobRequest, TaskPriority, TrainingRequest
-from contracts.errors import ErrorDetails
-from contracts.fields import OwnModel
+from comfyui_temporal.contracts.comfyui import DatasetSnapshot, JobRequest, TaskPriority, TrainingRequest
+from comfyui_temporal.contracts.errors import ErrorDetails
+from comfyui_temporal.contracts.fields import OwnModel
 
 Graph = dict[str, dict[str, Any]]
 """ComfyUI's API format: node id → `class_type`, `inputs`, `_meta`."""

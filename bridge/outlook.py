@@ -32,10 +32,10 @@ from bridge.calls import (
     pool_queue,
     presence_queue,
 )
-from contracts.comfyui import Resolution, TaskPriority
-from contracts.permissions import Scene
-from contracts.prices import DEFAULT_ETA_MINUTES
-from contracts.tasks import PRIORITY_KEYS
+from comfyui_temporal.contracts.comfyui import Resolution, TaskPriority
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES
+from comfyui_temporal.contracts.tasks import PRIORITY_KEYS
 
 KEPT_SECONDS: Final = 3.0
 MEASURED_KEPT_SECONDS: Final = 20.0

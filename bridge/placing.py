@@ -24,7 +24,7 @@ from temporalio.workflow import ActivityCancellationType
 
 from bridge.calls import COPY_RESULTS, RUN_GRAPH, TAKE_SERVER, RunFailureType, pool_queue
 from bridge.orders import CopyOrder, GraphOutcome, GraphRun, ServerTaken, StoredResult, TakeOrder
-from contracts.errors import JOB_CODES, ErrorDetails, FailureCode
+from comfyui_temporal.contracts.errors import JOB_CODES, ErrorDetails, FailureCode
 
 MAX_FAILED_RUNS: Final = 3
 """After so many servers failed a job in a row it ends `lost`: another attempt of its task may follow."""

@@ -24,7 +24,7 @@ from bridge.native_errors import NativeFailure, PromptRefused, ServerConfused, S
 from bridge.native_events import listening
 from bridge.orders import GraphOutcome, GraphRun
 from bridge.progress import RunProgress
-from contracts.errors import ErrorDetails, FailureCode
+from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)

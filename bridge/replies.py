@@ -9,8 +9,8 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from contracts.errors import COMFYUI_ERRORS, sentences_of
-from contracts.permissions import TokenClaims
+from comfyui_temporal.contracts.errors import COMFYUI_ERRORS, sentences_of
+from comfyui_temporal.contracts.permissions import TokenClaims
 
 _STATUSES: Final[dict[str, int]] = {
     "payload_invalid": 422,

@@ -20,9 +20,9 @@ from bridge.calls import CANCEL_UPDATE, VIEW_QUERY
 from bridge.orders import JobView
 from bridge.placing import CANCELLED, Placing, RunRefused
 from bridge.telling import Telling
-from contracts.comfyui import JobRequest, TrainingRequest
-from contracts.errors import JOB_CODES, ErrorDetails, FailureCode
-from contracts.tasks import PRIORITY_KEYS, TaskStatus
+from comfyui_temporal.contracts.comfyui import JobRequest, TrainingRequest
+from comfyui_temporal.contracts.errors import JOB_CODES, ErrorDetails, FailureCode
+from comfyui_temporal.contracts.tasks import PRIORITY_KEYS, TaskStatus
 
 STORE_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
 _STATUS: Final = SearchAttributeKey.for_keyword("TaskStatus")

@@ -49,11 +49,11 @@ from bridge.calls import (
 )
 from bridge.orders import JobView
 from bridge.replies import Act, Call, Refused, Reply, Unanswered
-from contracts.comfyui import TaskPriority
-from contracts.errors import ErrorDetails, FailureCode
-from contracts.permissions import Scene
-from contracts.tasks import PRIORITY_KEYS, SEARCH_ATTRIBUTES, TaskStatus
-from runs_seen import NoQueryNow, RunSeen, RunStatus, describe_run, query_run
+from comfyui_temporal.contracts.comfyui import TaskPriority
+from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.tasks import PRIORITY_KEYS, SEARCH_ATTRIBUTES, TaskStatus
+from comfyui_temporal.runs import NoQueryNow, RunSeen, RunStatus, describe_run, query_run
 
 ACCEPTED: Final = 202
 CLAIMED: Final = Reply(0, None)

@@ -15,11 +15,11 @@ from bridge.outlook import Outlook
 from bridge.replies import Call, Refused, Reply, checked
 from bridge.runs import NewRun, Runs, fingerprint
 from bridge.templates import RequestRefused, TemplateLibrary
-from contracts.comfyui import JobRequest, JobStatus, TaskPriority
-from contracts.fields import CallerId, Prompt
-from contracts.permissions import Operation, Scene, TokenClaims
-from contracts.prices import DEFAULT_ETA_MINUTES, PriceTable, UnknownPrice
-from contracts.tasks import Extras
+from comfyui_temporal.contracts.comfyui import JobRequest, JobStatus, TaskPriority
+from comfyui_temporal.contracts.fields import CallerId, Prompt
+from comfyui_temporal.contracts.permissions import Operation, Scene, TokenClaims
+from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES, PriceTable, UnknownPrice
+from comfyui_temporal.contracts.tasks import Extras
 
 GPU_SLOTS: Final = 1
 _JOB_ID: Final = re.compile(r"job-[0-9a-f]{40}")

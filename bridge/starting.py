@@ -6,8 +6,8 @@ import signal
 from asyncio import Event, get_running_loop
 
 from bridge.templates import SHIPPED, TemplateLibrary, TemplateProblem, load_library
-from settings import Settings
-from start_up import CannotStart
+from runtime.required_settings import CannotStart
+from runtime.settings import Settings
 
 
 def templates_by(settings: Settings) -> TemplateLibrary:

@@ -31,9 +31,9 @@ from bridge.manifest import (
     TextExtra,
 )
 from bridge.orders import Graph, ModelChoice, RenderedGraph, TrainingGraph, Upload
-from contracts.comfyui import JobRequest
-from contracts.errors import sentences_of
-from contracts.permissions import Scene
+from comfyui_temporal.contracts.comfyui import JobRequest
+from comfyui_temporal.contracts.errors import sentences_of
+from comfyui_temporal.contracts.permissions import Scene
 
 SHIPPED: Final = Path(__file__).parent / "templates"
 MAX_GRAPH_BYTES: Final = 512 * 1024

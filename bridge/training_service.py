@@ -21,12 +21,12 @@ from bridge.runs import NewRun, Runs, fingerprint
 from bridge.service import GPU_SLOTS, check_callback, demand, demand_person
 from bridge.storage import STORAGE_ERRORS, Storage, is_plain
 from bridge.templates import RequestRefused, Template, TemplateLibrary
-from contracts.comfyui import TrainingRequest, TrainingStatus
-from contracts.fields import CallerId
-from contracts.permissions import Operation, Scene
-from contracts.prices import PriceTable
-from contracts.size_budget import MAX_INLINE_LIST_BYTES
-from contracts.tasks import Hyperparameters
+from comfyui_temporal.contracts.comfyui import TrainingRequest, TrainingStatus
+from comfyui_temporal.contracts.fields import CallerId
+from comfyui_temporal.contracts.permissions import Operation, Scene
+from comfyui_temporal.contracts.prices import PriceTable
+from comfyui_temporal.contracts.size_budget import MAX_INLINE_LIST_BYTES
+from comfyui_temporal.contracts.tasks import Hyperparameters
 
 MAX_FILE_BYTES: Final = 100 * 1024 * 1024
 """ComfyUI's own limit of an upload."""

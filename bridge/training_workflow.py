@@ -43,8 +43,8 @@ from bridge.orders import (
 )
 from bridge.placing import HEARTBEAT_TIMEOUT, SERVER_AWAY
 from bridge.run_flow import STORE_RETRY, RunFlow, instant, minutes
-from contracts.comfyui import LogLevel, TrainingStage, TrainingStatus
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.comfyui import LogLevel, TrainingStage, TrainingStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 
 INGEST_WITHIN: Final = timedelta(hours=4)
 LORA_FOLDER: Final = "comfyui-temporal"

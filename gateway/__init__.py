@@ -3,7 +3,7 @@
 app.py                   the application, made of explicitly given parts
 openapi.py               what its OpenAPI document says beyond the framework's
 access.py                the dependencies that let a caller in (contract §7)
-tokens.py                our own short-lived stream tokens; callers' JWTs are read by caller_tokens.py
+tokens.py                our own short-lived stream tokens; callers' JWTs are read by runtime/caller_tokens.py
 problems.py              every error as application/problem+json
 request_limits.py        how large a request may be, and how slow
 task_routes.py           the tasks API: who may, what comes in, what goes out

@@ -11,19 +11,19 @@ import structlog
 import uvicorn
 import uvloop
 
-import temporal_plugin
 from activities.file_lists import FileLists
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.draining import Draining, DrainingServer
 from gateway.page import PageSettings
 from gateway.tokens import StreamTokens
-from logs import configure_logs
-from namespace_of_store import at_home
-from process_end import end_process
-from settings import Settings
-from start_up import CannotStart, caller_tokens_by, database_of, read_settings
+from runtime import temporal_connection
+from runtime.logs import configure_logs
+from runtime.process_end import end_process
+from runtime.required_settings import CannotStart, caller_tokens_by, database_of, read_settings
+from runtime.settings import Settings
 from store import TaskStore
+from store.namespace_check import at_home
 
 log = structlog.get_logger("gateway")
 
@@ -50,7 +50,7 @@ async def serve(settings: Settings) -> None:
     dsn = database_of(settings)
     access, draining = access_by(settings), Draining()
     # Lazy: callbacks are answered with 503 while Temporal is away, at the start as at any other time.
-    client = await temporal_plugin.connect(settings, lazy=True)
+    client = await temporal_connection.connect(settings, lazy=True)
     try:
         store = TaskStore(dsn)
         callback_secrets = [secret.get_secret_value() for secret in settings.callback_secrets]

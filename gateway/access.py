@@ -15,10 +15,10 @@ from fastapi import Security
 from fastapi.security import APIKeyCookie, APIKeyQuery, HTTPBearer
 from starlette.requests import HTTPConnection
 
-from caller_tokens import Caller, CallerTokens, TokenRefused, TokensUnverifiable
-from contracts.permissions import REQUIRED_SCOPES, Operation
+from comfyui_temporal.contracts.permissions import REQUIRED_SCOPES, Operation
 from gateway.problems import Problem, ProblemCode
 from gateway.tokens import StreamTokens
+from runtime.caller_tokens import Caller, CallerTokens, TokenRefused, TokensUnverifiable
 
 TOKEN_COOKIE: Final = "comfyui_temporal_token"
 TOKEN_PARAMETER: Final = "token"

@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from temporalio.client import Client
 
 from activities.file_lists import FileLists
-from contracts.tasks import TASK_QUEUE
+from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from gateway.access import Access
 from gateway.callback_relay import CallbackRelay
 from gateway.callbacks import CallbackReceiver, callback_routes

@@ -6,8 +6,8 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from contracts.comfyui import JobCallback, TrainingCallback
-from contracts.outside_json import UnreadableJson, read_json
+from comfyui_temporal.contracts.comfyui import JobCallback, TrainingCallback
+from comfyui_temporal.contracts.outside_json import UnreadableJson, read_json
 
 MAX_BYTES: Final = 64 * 1024
 MAX_BYTES_WITH_LOG: Final = 256 * 1024

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from contracts.comfyui import JobCallback
+from comfyui_temporal.contracts.comfyui import JobCallback
 from gateway.callback_body import Callback
 
 BURST: Final = 25

@@ -21,9 +21,9 @@ from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from contracts.comfyui import JobCallback, TrainingCallback
-from contracts.fields import OwnModel
-from contracts.task_store import TrainingLogWrite
+from comfyui_temporal.contracts.comfyui import JobCallback, TrainingCallback
+from comfyui_temporal.contracts.fields import OwnModel
+from comfyui_temporal.contracts.task_store import TrainingLogWrite
 from gateway.callback_body import (
     MAX_BYTES_WITH_LOG,
     BodyTooLarge,

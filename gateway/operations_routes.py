@@ -10,7 +10,7 @@ from typing import Final, Literal
 from fastapi import APIRouter, Response
 from temporalio.client import Client
 
-from contracts.fields import OwnModel
+from comfyui_temporal.contracts.fields import OwnModel
 from gateway.draining import Draining
 from gateway.metrics import CONTENT_TYPE, MetricsPage
 from store import TaskStore

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
-from contracts.fields import OwnModel, repaired, shortened
+from comfyui_temporal.contracts.fields import OwnModel, repaired, shortened
 
 PROBLEM_JSON: Final = "application/problem+json"
 MAX_FIELDS: Final = 20

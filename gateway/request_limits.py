@@ -11,7 +11,7 @@ from typing import Final
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from contracts.size_budget import KIB, MAX_FILE_LIST_BYTES
+from comfyui_temporal.contracts.size_budget import KIB, MAX_FILE_LIST_BYTES
 
 MAX_BODY_BYTES: Final = 128 * KIB
 BODY_SECONDS: Final = 10.0

@@ -12,15 +12,21 @@ from typing import Any, Final, Literal
 from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
 from temporalio.common import WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 
-from caller_tokens import Caller
-from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, GiveBackResult, give_back_id_of, outcome_of
-from contracts.tasks import CancelTask, workflow_id_of
+from comfyui_temporal.client.start import WORKFLOW_TASK_TIMEOUT
+from comfyui_temporal.contracts.give_back import (
+    GIVE_BACK_WORKFLOW,
+    GiveBackOrder,
+    GiveBackResult,
+    give_back_id_of,
+    outcome_of,
+)
+from comfyui_temporal.contracts.tasks import CancelTask, workflow_id_of
+from comfyui_temporal.runs import RunStatus
 from gateway.problems import Problem, ProblemCode
 from gateway.task_bodies import RollbackOrder, RollbackOutcome, TaskView
 from gateway.tasks import Tasks
 from gateway.temporal_calls import RPC_TIMEOUT, bounded, described, temporal_problems
-from runs_seen import RunStatus
-from task_start import WORKFLOW_TASK_TIMEOUT
+from runtime.caller_tokens import Caller
 
 WAIT_SECONDS: Final = 10.0
 """How long a give-back is waited for; it goes on all the same."""

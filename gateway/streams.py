@@ -11,14 +11,14 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Depends, Header, Query, Request, Response, WebSocket
 from starlette.types import Receive, Scope, Send
 
-from caller_tokens import Caller
-from contracts.fields import OwnModel
+from comfyui_temporal.contracts.fields import OwnModel
 from gateway.access import Access
 from gateway.problems import Problem, ProblemCode, problems
 from gateway.streams_cursors import positions_of
 from gateway.streams_hub import EventHub
 from gateway.streams_subscriber import Subscriber
 from gateway.streams_wires import FRAME_SCHEMA, RETRY_MILLISECONDS, EndReason, SseWire, WebSocketWire
+from runtime.caller_tokens import Caller
 from store import CursorInvalid, StoreFailure, TaskHead
 
 MAX_TASKS: Final = 50

@@ -1,6 +1,6 @@
 """How a stream speaks: Server-Sent Events or WebSocket. What it says is the same JSON (contract §6).
 
-Departures from the framework's own ways, each for memory: measured with benchmarks/stream_memory.py.
+Departures from the framework's own ways, each for memory: measured with proof/benchmarks/stream_memory.py.
 1. One task a stream: the application waits for the client to go, and whoever has news writes. The usual pair of
    tasks, one producing and one waiting for the disconnect, costs as much again.
 2. An event is turned into text once for all streams that tell it.
@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 from starlette.types import Receive, Send
 from starlette.websockets import WebSocket
 
-from contracts.tasks import EventType, Heartbeat, TaskEvent
+from comfyui_temporal.contracts.tasks import EventType, Heartbeat, TaskEvent
 
 RETRY_MILLISECONDS: Final = 2_000
 ENDS: Final = frozenset({EventType.COMPLETED, EventType.FAILED, EventType.CANCELLED})

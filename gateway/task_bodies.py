@@ -10,13 +10,13 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import ConfigDict, Field, JsonValue, StringConstraints, field_validator
 
 from activities.file_lists import as_list, checksum_of
-from contracts.comfyui import TaskPriority, TrainingOutput
-from contracts.errors import ErrorDetails
-from contracts.fields import CallerId, CallerModel, CallerText, Instant, OwnModel
-from contracts.permissions import Scene
-from contracts.size_budget import MAX_INLINE_LIST_BYTES
-from contracts.task_store import RecordedPrices, TaskExceptionRow, TaskRow, TrainingLogRow
-from contracts.tasks import (
+from comfyui_temporal.contracts.comfyui import TaskPriority, TrainingOutput
+from comfyui_temporal.contracts.errors import ErrorDetails
+from comfyui_temporal.contracts.fields import CallerId, CallerModel, CallerText, Instant, OwnModel
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.size_budget import MAX_INLINE_LIST_BYTES
+from comfyui_temporal.contracts.task_store import RecordedPrices, TaskExceptionRow, TaskRow, TrainingLogRow
+from comfyui_temporal.contracts.tasks import (
     Confirmation,
     CreditsSummary,
     DatasetSource,

@@ -9,10 +9,9 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from starlette.requests import HTTPConnection
 
-from caller_tokens import Caller
-from contracts.fields import CallerId
-from contracts.permissions import Operation
-from contracts.tasks import CancelTask, CancelTaskOutcome, ConfirmPrice, ConfirmPriceOutcome, TaskEvent
+from comfyui_temporal.contracts.fields import CallerId
+from comfyui_temporal.contracts.permissions import Operation
+from comfyui_temporal.contracts.tasks import CancelTask, CancelTaskOutcome, ConfirmPrice, ConfirmPriceOutcome, TaskEvent
 from gateway.access import Access
 from gateway.problems import ProblemCode, problems
 from gateway.streams_wires import FRAME_SCHEMA
@@ -31,6 +30,7 @@ from gateway.task_bodies import (
     TrainingOrder,
 )
 from gateway.tasks import Tasks
+from runtime.caller_tokens import Caller
 
 TASKS: Final = "/api/v1/tasks"
 EVENT_STREAM: Final = "text/event-stream"

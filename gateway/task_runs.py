@@ -10,11 +10,11 @@ import structlog
 from temporalio.client import Client
 from temporalio.service import RPCError, RPCStatusCode
 
-from contracts.tasks import CALLBACK_SIGNAL, workflow_id_of
+from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, workflow_id_of
+from comfyui_temporal.runs import describe_run
 from gateway.callback_body import Callback
 from gateway.callback_relay import Relayed
 from gateway.metrics import Metrics
-from runs_seen import describe_run
 from store import StoreUnavailable, TaskStore
 
 log = structlog.get_logger(__name__)

@@ -12,13 +12,12 @@ from typing import Any, Final, TypeVar
 from temporalio.client import Client
 from temporalio.common import SearchAttributeKey
 
-import task_start
 from activities.file_lists import FileLists
 from activities.outside_http import OutsideFailure
-from caller_tokens import Caller
-from contracts.comfyui import TaskPriority
-from contracts.permissions import Scene
-from contracts.tasks import (
+from comfyui_temporal.client import start as task_start
+from comfyui_temporal.contracts.comfyui import TaskPriority
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.tasks import (
     CancelTask,
     CancelTaskOutcome,
     ConfirmPrice,
@@ -30,6 +29,7 @@ from contracts.tasks import (
     input_sha256_of,
     workflow_id_of,
 )
+from comfyui_temporal.runs import RunSeen
 from gateway.problems import FieldProblem, Problem, ProblemCode
 from gateway.task_bodies import (
     EventsQuery,
@@ -43,7 +43,7 @@ from gateway.task_bodies import (
     TrainingOrder,
 )
 from gateway.temporal_calls import RunMissing, bounded, described, updated
-from runs_seen import RunSeen
+from runtime.caller_tokens import Caller
 from store import CursorInvalid, StoreUnavailable, TaskStore
 
 T = TypeVar("T")

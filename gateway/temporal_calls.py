@@ -18,8 +18,8 @@ from temporalio.client import (
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
+from comfyui_temporal.runs import RunSeen, describe_run
 from gateway.problems import Problem, ProblemCode
-from runs_seen import RunSeen, describe_run
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)

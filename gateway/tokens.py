@@ -1,4 +1,4 @@
-"""Short-lived stream tokens of our own, beside the platform's (contract §7, caller_tokens.py)."""
+"""Short-lived stream tokens of our own, beside the platform's (contract §7, runtime/caller_tokens.py)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Final
 
 import jwt
 
-from caller_tokens import Caller, caller_of, check_size, decoded
-from contracts.permissions import Operation, Scope
+from comfyui_temporal.contracts.permissions import Operation, Scope
+from runtime.caller_tokens import Caller, caller_of, check_size, decoded
 
 STREAM_TOKEN_SECONDS: Final = 600
 STREAM_ISSUER: Final = "comfyui-temporal-gateway"

@@ -13,7 +13,7 @@ from typing import Final
 
 import structlog
 
-from contracts.task_store import TrainingLogWrite
+from comfyui_temporal.contracts.task_store import TrainingLogWrite
 from store import StoreFailure, StoreUnavailable, TaskStore, TaskUnknown
 
 log = structlog.get_logger(__name__)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from contracts.stack import StackDescription
+from comfyui_temporal.contracts.stack import StackDescription
 from local_stack.child import kill_leftover
 from local_stack.folder import PROJECT, AlreadyLocked, RunFolder, StackFailure
 from local_stack.supervisor import EXIT_TAKEN, READY_LINE

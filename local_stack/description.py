@@ -8,13 +8,13 @@ from typing import Final
 
 import jwt
 
-from contracts.permissions import Scope
-from contracts.stack import StackDescription
-from contracts.tasks import TASK_QUEUE
+from comfyui_temporal.contracts.permissions import Scope
+from comfyui_temporal.contracts.stack import StackDescription
+from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from local_stack.folder import ProcessRecord, Secrets
 from local_stack.parts import LocalParts
 from local_stack.temporal_server import NAMESPACE
-from settings import Settings
+from runtime.settings import Settings
 
 ACCOUNTS: Final = {"tenant-demo": "user-demo", "tenant-other": "user-other"}
 """Tenant → user: the accounts that the simulators know."""

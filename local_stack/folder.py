@@ -14,7 +14,7 @@ from typing import Any, Final, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from contracts.stack import StackDescription
+from comfyui_temporal.contracts.stack import StackDescription
 
 PROJECT: Final = Path(__file__).resolve().parent.parent
 DEFAULT_FOLDER: Final = PROJECT / ".run"

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from contracts.tasks import TASK_QUEUE
+from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from local_stack.child import Part
 from local_stack.folder import PROJECT, RunFolder, StackFailure
 from local_stack.pace import paced_settings
 from local_stack.ports import LOOPBACK
 from local_stack.postgres import LocalPostgres
 from local_stack.temporal_server import NAMESPACE, LocalTemporal
-from simulators.credits_profile import CONTRACT
+from proof.simulators.credits_profile import CONTRACT
 
 SETTINGS_PREFIX: Final = "COMFYUI_TEMPORAL_"
 DATABASE_SETTING: Final = SETTINGS_PREFIX + "DATABASE_DSN"
@@ -71,7 +71,7 @@ class LocalParts:
         return [
             self.temporal.part(),
             *([self.postgres.part()] if self.postgres is not None else []),
-            self._ours("credits", ["-m", "simulators", "credits"]),
+            self._ours("credits", ["-m", "proof.simulators", "credits"]),
             *self._comfyui_parts(),
             self._ours("gateway", ["-m", "gateway"]),
             self._ours("worker", [str(PROJECT / "worker.py")], needs=("temporal",), page="/readyz"),
@@ -80,7 +80,7 @@ class LocalParts:
     def _comfyui_parts(self) -> list[Part]:
         """The simulator; or the bridge, and a GPU worker beside each real server."""
         if not self._comfyui:
-            return [self._ours("comfyui", ["-m", "simulators", "comfyui"])]
+            return [self._ours("comfyui", ["-m", "proof.simulators", "comfyui"])]
         workers = [
             Part(
                 name=f"gpu-{number}",

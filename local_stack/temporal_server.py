@@ -12,7 +12,7 @@ from typing import Final
 
 import yaml
 
-from contracts.tasks import SEARCH_ATTRIBUTES
+from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
 from local_stack.child import Part
 from local_stack.folder import PROJECT, RunFolder, StackFailure
 from local_stack.ports import LOOPBACK

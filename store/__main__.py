@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from contracts.errors import sentences_of
-from settings import Settings
+from comfyui_temporal.contracts.errors import sentences_of
+from runtime.settings import Settings
 from store.database import address_of
 from store.failures import StoreFailure, StoreUnavailable
 from store.home import StoreHome

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from contracts.task_store import Fact
+from comfyui_temporal.contracts.task_store import Fact
 
 
 @dataclass

@@ -8,7 +8,7 @@ from sqlalchemy import func, literal, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from contracts.fields import OwnModel
+from comfyui_temporal.contracts.fields import OwnModel
 from store.tables import store_home
 
 

@@ -16,8 +16,8 @@ from sqlalchemy import Row, Text, any_, bindparam, func, select, update
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from contracts.lives import EarlierLife, TaskRun
-from contracts.task_store import RowSeen
+from comfyui_temporal.contracts.lives import EarlierLife, TaskRun
+from comfyui_temporal.contracts.task_store import RowSeen
 from store import reads
 from store.tables import task_events, tasks
 

@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from sqlalchemy import Row, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from contracts.errors import sentences_of
-from contracts.fields import Instant, OwnModel
-from contracts.permissions import Scene
-from contracts.task_store import TaskExceptionRow, TaskRow, TrainingLogRow
-from contracts.tasks import TaskEvent, TaskStatus
+from comfyui_temporal.contracts.errors import sentences_of
+from comfyui_temporal.contracts.fields import Instant, OwnModel
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.task_store import TaskExceptionRow, TaskRow, TrainingLogRow
+from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
 from store.cursors import event_cursor
 from store.tables import task_claims, task_events, task_exceptions, tasks, training_log
 

@@ -10,9 +10,9 @@ from sqlalchemy import BigInteger, Row, Select, Text, any_, bindparam, column, f
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from contracts.fields import OwnModel
-from contracts.permissions import Scene
-from contracts.tasks import TaskEvent, TaskStatus
+from comfyui_temporal.contracts.fields import OwnModel
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
 from store.reads import event_of_row
 from store.tables import task_events, tasks
 

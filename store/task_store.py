@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Final, Literal
 
-from contracts.fields import OwnModel
-from contracts.lives import EarlierLife, TaskRun
-from contracts.permissions import Scene
-from contracts.task_store import (
+from comfyui_temporal.contracts.fields import OwnModel
+from comfyui_temporal.contracts.lives import EarlierLife, TaskRun
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.task_store import (
     Correction,
     RowSeen,
     TaskClaim,
@@ -20,7 +20,7 @@ from contracts.task_store import (
     TrainingLogWrite,
     UnsettledTask,
 )
-from contracts.tasks import TaskEvent, TaskStatus
+from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
 from store import home, lives, reads, stream_reads, tasks, unseen, unsettled, upkeep
 from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
 from store.database import POOL_SIZE, WORK_SECONDS, Database

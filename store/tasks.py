@@ -16,10 +16,10 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate, Update
 
-from contracts.fields import OwnModel, repaired
-from contracts.lives import TaskRun
-from contracts.task_store import Fact, TaskClaim, TaskException, TaskState, TaskWrite, TrainingLogWrite
-from contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.fields import OwnModel, repaired
+from comfyui_temporal.contracts.lives import TaskRun
+from comfyui_temporal.contracts.task_store import Fact, TaskClaim, TaskException, TaskState, TaskWrite, TrainingLogWrite
+from comfyui_temporal.contracts.tasks import EventType, TaskStatus
 from store.fact_rules import WrittenSoFar
 from store.failures import NotTheClaimant, TaskUnknown
 from store.lives import IS_EARLIER, STANDING, note_older_row, taken_over

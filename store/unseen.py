@@ -9,7 +9,7 @@ from sqlalchemy import Text, any_, bindparam, column, delete, func, select
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from contracts.fields import Instant, OwnModel, repaired, shortened
+from comfyui_temporal.contracts.fields import Instant, OwnModel, repaired, shortened
 from store.tables import tasks, unseen_tasks
 
 MAX_REASON_BYTES: Final = 500

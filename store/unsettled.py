@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from sqlalchemy import ColumnElement, and_, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from contracts.errors import sentences_of
-from contracts.task_store import Correction, UnsettledTask
-from contracts.tasks import SettlementState
+from comfyui_temporal.contracts.errors import sentences_of
+from comfyui_temporal.contracts.task_store import Correction, UnsettledTask
+from comfyui_temporal.contracts.tasks import SettlementState
 from store.tables import tasks
 from store.tasks import insert_exceptions
 

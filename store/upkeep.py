@@ -23,10 +23,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from contracts.comfyui import TaskPriority
-from contracts.errors import ExceptionCode
-from contracts.fields import OwnModel
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.comfyui import TaskPriority
+from comfyui_temporal.contracts.errors import ExceptionCode
+from comfyui_temporal.contracts.fields import OwnModel
+from comfyui_temporal.contracts.tasks import TaskStatus
 from store.tables import task_events, task_exceptions, tasks, training_log
 from store.unsettled import still_looked_at
 

@@ -21,7 +21,7 @@ from temporalio.common import SearchAttributeKey
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.testing import WorkflowEnvironment
 
-from contracts.tasks import SEARCH_ATTRIBUTES
+from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
 from local_stack.temporal_server import dynamic_config, dynamic_config_flags
 from store import StoreHome, TaskStore, migrate
 

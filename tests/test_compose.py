@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from contracts.tasks import SEARCH_ATTRIBUTES, TASK_QUEUE
+from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES, TASK_QUEUE
 from local_stack.temporal_server import DYNAMIC_CONFIG, RETENTION, dynamic_config, temporal_binary
-from settings import Settings
+from runtime.settings import Settings
 
 PROJECT = Path(__file__).parent.parent
 PREFIX = "COMFYUI_TEMPORAL_"

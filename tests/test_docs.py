@@ -11,11 +11,11 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from contracts.errors import ExceptionCode, FailureCode
-from contracts.prices import PriceTable
-from contracts.tasks import SEARCH_ATTRIBUTES
-from settings import Settings
-from simulation.mutants import MUTANTS
+from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
+from comfyui_temporal.contracts.prices import PriceTable
+from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
+from proof.simulation.mutants import MUTANTS
+from runtime.settings import Settings
 
 PROJECT = Path(__file__).parents[1]
 DOCUMENTS = [PROJECT / "README.md", PROJECT / "CHANGELOG.md", *sorted((PROJECT / "docs").rglob("*.md"))]
@@ -47,7 +47,7 @@ def documented(section: str) -> dict[str, str]:
 def test_every_setting_is_documented_with_its_default() -> None:
     settings, _, prices = text_of("docs/settings.md").partition("## The price table")
     wanted = {name.upper(): shown_default(field) for name, field in Settings.model_fields.items()}
-    assert documented(settings) == wanted, "docs/settings.md needs a row for each setting of settings.py"
+    assert documented(settings) == wanted, "docs/settings.md needs a row for each setting of runtime/settings.py"
     assert documented(prices) == {name: shown_default(field) for name, field in PriceTable.model_fields.items()}
 
 

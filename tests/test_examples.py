@@ -12,11 +12,11 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel, TypeAdapter
 
-from contracts.comfyui import JobStatus, TrainingStatus
-from contracts.credits import LedgerKind
-from contracts.errors import COMFYUI_ERRORS, CREDITS_ERRORS, WireError
-from contracts.schemas import SCHEMAS
-from contracts.tasks import EventType
+from comfyui_temporal.contracts.comfyui import JobStatus, TrainingStatus
+from comfyui_temporal.contracts.credits import LedgerKind
+from comfyui_temporal.contracts.errors import COMFYUI_ERRORS, CREDITS_ERRORS, WireError
+from comfyui_temporal.contracts.schemas import SCHEMAS
+from comfyui_temporal.contracts.tasks import EventType
 
 PROJECT = Path(__file__).parents[1]
 EXAMPLES = PROJECT / "docs" / "examples"

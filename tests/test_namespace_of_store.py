@@ -19,13 +19,13 @@ from temporalio.client import Client
 from temporalio.service import RPCError
 from temporalio.testing import WorkflowEnvironment
 
-import namespace_of_store
-from contracts.tasks import IMAGE_WORKFLOW
+from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW
+from comfyui_temporal.plugin import TasksPlugin
 from local_stack.temporal_server import NAMESPACE
-from namespace_of_store import at_home, check_home
-from start_up import CannotStart
+from runtime.required_settings import CannotStart
 from store import StoreHome, TaskStore
-from temporal_plugin import TasksPlugin
+from store import namespace_check as namespace_of_store
+from store.namespace_check import at_home, check_home
 from tests.cable import Cable
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, new_task_id

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
-from contracts import schemas
-from contracts.schemas import FOLDER, SCHEMAS, drifted, main, rendered, write
+from comfyui_temporal.contracts import schemas
+from comfyui_temporal.contracts.schemas import FOLDER, SCHEMAS, drifted, main, rendered, write
 
 PROJECT = Path(__file__).parents[1]
 

@@ -21,10 +21,10 @@ from temporalio.client import Client
 from temporalio.testing import WorkflowEnvironment
 
 import worker
-from contracts.tasks import SEARCH_ATTRIBUTES, workflow_id_of
-from settings import Settings
-from start_up import CannotStart
-from temporal_plugin import TasksPlugin
+from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES, workflow_id_of
+from comfyui_temporal.plugin import TasksPlugin
+from runtime.required_settings import CannotStart
+from runtime.settings import Settings
 from tests.conftest import unique
 
 SECRET = "0123456789abcdef0123456789abcdef"

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from temporalio import workflow
 
-from contracts.calls import JobCall, Post
-from contracts.carried import AskedJob, JobNews
-from contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingDraft
-from contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode, Refusal
-from contracts.tasks import EventType
+from comfyui_temporal.contracts.calls import JobCall, Post
+from comfyui_temporal.contracts.carried import AskedJob, JobNews
+from comfyui_temporal.contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingDraft
+from comfyui_temporal.contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode, Refusal
+from comfyui_temporal.contracts.tasks import EventType
 from workflows.alarm import Alarm
 from workflows.earlier_life import is_own_key
 from workflows.failures import TaskFailed

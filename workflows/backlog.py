@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from typing import Final
 
-from contracts.carried import RecordState
-from contracts.fields import shortened
-from contracts.size_budget import (
+from comfyui_temporal.contracts.carried import RecordState
+from comfyui_temporal.contracts.fields import shortened
+from comfyui_temporal.contracts.size_budget import (
     MAX_EXCEPTIONS,
     MAX_EXCEPTIONS_BYTES,
     MAX_UNWRITTEN,
     MAX_UNWRITTEN_BYTES,
     json_bytes,
 )
-from contracts.task_store import Fact, TaskException
-from contracts.tasks import EventType
+from comfyui_temporal.contracts.task_store import Fact, TaskException
+from comfyui_temporal.contracts.tasks import EventType
 from workflows.measured import Measured
 
 LEFT_OUT: Final = "left_out:"

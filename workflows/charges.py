@@ -15,10 +15,10 @@ from temporalio.common import RetryPolicy
 from temporalio.exceptions import FailureError
 
 from activities.credits import CreditsActivities
-from contracts.calls import Post
-from contracts.credits import CHARGE_REASON, MAX_CHARGE_POINTS, ChargeReply, ChargeRequest
-from contracts.errors import Answer, FailureCode
-from contracts.tasks import ImageTask, TrainingTask
+from comfyui_temporal.contracts.calls import Post
+from comfyui_temporal.contracts.credits import CHARGE_REASON, MAX_CHARGE_POINTS, ChargeReply, ChargeRequest
+from comfyui_temporal.contracts.errors import Answer, FailureCode
+from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
 from workflows.earlier_life import is_of_store, obey_life
 from workflows.failures import why
 from workflows.ledger_search import LedgerSearch, Shown

@@ -15,11 +15,11 @@ from temporalio.exceptions import FailureError
 
 from activities.credits import CreditsActivities
 from activities.unsettled import UnsettledActivities
-from contracts.calls import LedgerQuery
-from contracts.errors import ExceptionCode
-from contracts.reconcile import UnsettledLook
-from contracts.task_store import Correction, TaskException, UnsettledTask
-from contracts.tasks import CreditsSummary, SettlementState
+from comfyui_temporal.contracts.calls import LedgerQuery
+from comfyui_temporal.contracts.errors import ExceptionCode
+from comfyui_temporal.contracts.reconcile import UnsettledLook
+from comfyui_temporal.contracts.task_store import Correction, TaskException, UnsettledTask
+from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState
 from workflows.outside_call import HEARTBEAT_TIMEOUT, OutsideCall
 from workflows.stop import Stop
 from workflows.task_ledger import TaskLedger

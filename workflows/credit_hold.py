@@ -15,11 +15,11 @@ from typing import Final
 from temporalio import workflow
 
 from activities.credits import CreditsActivities
-from contracts.calls import Post
-from contracts.carried import AskedHold, HoldState
-from contracts.credits import Estimate, EstimateRequest, HoldReply
-from contracts.errors import ExceptionCode, FailureCode, Refusal
-from contracts.tasks import ImageTask, TrainingTask
+from comfyui_temporal.contracts.calls import Post
+from comfyui_temporal.contracts.carried import AskedHold, HoldState
+from comfyui_temporal.contracts.credits import Estimate, EstimateRequest, HoldReply
+from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode, Refusal
+from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
 from workflows.earlier_life import is_own_key
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall

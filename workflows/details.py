@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from datetime import datetime
 
-from contracts.task_store import TaskState
+from comfyui_temporal.contracts.task_store import TaskState
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>&~])")
 

@@ -7,9 +7,9 @@ from typing import Any, Final
 
 from temporalio import workflow
 
-from contracts.carried import HoldState
-from contracts.credits import CancelHoldReply
-from contracts.errors import Answer, ExceptionCode
+from comfyui_temporal.contracts.carried import HoldState
+from comfyui_temporal.contracts.credits import CancelHoldReply
+from comfyui_temporal.contracts.errors import Answer, ExceptionCode
 from workflows.ledger_search import LedgerSearch
 from workflows.task_record import TaskRecord
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from temporalio.exceptions import ApplicationError
 
-from contracts.errors import Answer
-from contracts.lives import READ_THE_LEDGER, STORE_UNAVAILABLE, TASK_ENDED, EarlierLife
+from comfyui_temporal.contracts.errors import Answer
+from comfyui_temporal.contracts.lives import READ_THE_LEDGER, STORE_UNAVAILABLE, TASK_ENDED, EarlierLife
 from workflows.failures import RowEnded
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from temporalio.exceptions import ApplicationError, FailureError
 
-from contracts.errors import JOB_CODES, ErrorDetails, FailureCode, Refusal
+from comfyui_temporal.contracts.errors import JOB_CODES, ErrorDetails, FailureCode, Refusal
 
 
 class TaskEnd(Exception):

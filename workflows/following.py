@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Final, Protocol
 
-from contracts.carried import JobNews
+from comfyui_temporal.contracts.carried import JobNews
 from workflows.alarm import Alarm
 from workflows.job_clock import JobClock
 from workflows.job_watch import JobWatch

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from contracts.carried import AskedHold, HoldState
-from contracts.credits import CancelHoldReply
-from contracts.errors import Answer, ExceptionCode, Refusal
+from comfyui_temporal.contracts.carried import AskedHold, HoldState
+from comfyui_temporal.contracts.credits import CancelHoldReply
+from comfyui_temporal.contracts.errors import Answer, ExceptionCode, Refusal
 from workflows.hold_ends import HoldEnds
 from workflows.ledger_search import LedgerSearch
 from workflows.row_look import RowLook

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from contracts.calls import JobCall
-from contracts.carried import JobNews
-from contracts.errors import Answer, ExceptionCode, FailureCode
+from comfyui_temporal.contracts.calls import JobCall
+from comfyui_temporal.contracts.carried import JobNews
+from comfyui_temporal.contracts.errors import Answer, ExceptionCode, FailureCode
 from workflows.attempts import Attempts
 from workflows.job_routes import JobRoutes
 from workflows.outside_call import OutsideCall

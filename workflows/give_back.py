@@ -17,14 +17,21 @@ from activities.closed_runs import ClosedRunActivities
 from activities.credits import CreditsActivities
 from activities.datasets import DatasetActivities
 from activities.task_store import TaskStoreActivities
-from contracts.calls import JobCall
-from contracts.carried import AskedJob, ClockState, HoldState, JobNews, RecordState
-from contracts.errors import Answer, FailureCode
-from contracts.give_back import GiveBackOrder, GiveBackResult, GiveBackRun, LeftBehind, give_back_id_of, outcome_of
-from contracts.permissions import Scene
-from contracts.prices import DEFAULT_ETA_MINUTES
-from contracts.task_store import TaskRow, TaskState, TaskWrite
-from contracts.tasks import (
+from comfyui_temporal.contracts.calls import JobCall
+from comfyui_temporal.contracts.carried import AskedJob, ClockState, HoldState, JobNews, RecordState
+from comfyui_temporal.contracts.errors import Answer, FailureCode
+from comfyui_temporal.contracts.give_back import (
+    GiveBackOrder,
+    GiveBackResult,
+    GiveBackRun,
+    LeftBehind,
+    give_back_id_of,
+    outcome_of,
+)
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES
+from comfyui_temporal.contracts.task_store import TaskRow, TaskState, TaskWrite
+from comfyui_temporal.contracts.tasks import (
     CreditsSummary,
     EventType,
     Hyperparameters,

@@ -10,9 +10,9 @@ from temporalio import workflow
 from temporalio.common import RawValue
 from temporalio.exceptions import ApplicationError
 
-from contracts.errors import FailureCode
-from contracts.handed_on import Doubtful, RunArgument
-from contracts.tasks import workflow_id_of
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.handed_on import Doubtful, RunArgument
+from comfyui_temporal.contracts.tasks import workflow_id_of
 
 Self = TypeVar("Self")
 Task = TypeVar("Task")

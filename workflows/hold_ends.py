@@ -5,8 +5,8 @@ On a ledger without ids a hold's end is told apart by them: it is one more than 
 
 from __future__ import annotations
 
-from contracts.carried import HoldState
-from contracts.tasks import SettlementState
+from comfyui_temporal.contracts.carried import HoldState
+from comfyui_temporal.contracts.tasks import SettlementState
 from workflows.task_ledger import HoldFate
 
 

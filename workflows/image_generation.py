@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from temporalio import workflow
 
-from contracts.carried import ImageRun, JobNews
-from contracts.comfyui import JobAccepted, JobRequest, TaskPriority
-from contracts.credits import EstimateRequest
-from contracts.errors import ExceptionCode, FailureCode
-from contracts.prices import UnknownPrice
-from contracts.task_store import RecordedPrices
-from contracts.tasks import ImageProgress, ImageResult, TaskStatus
+from comfyui_temporal.contracts.carried import ImageRun, JobNews
+from comfyui_temporal.contracts.comfyui import JobAccepted, JobRequest, TaskPriority
+from comfyui_temporal.contracts.credits import EstimateRequest
+from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
+from comfyui_temporal.contracts.prices import UnknownPrice
+from comfyui_temporal.contracts.task_store import RecordedPrices
+from comfyui_temporal.contracts.tasks import ImageProgress, ImageResult, TaskStatus
 from workflows.failures import TaskEnd, TaskFailed
 from workflows.guards import one_task
 from workflows.job_routes import IMAGE_ROUTES

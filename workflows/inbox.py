@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from temporalio import workflow
 
-from contracts.carried import JobNews, WatchState
-from contracts.size_budget import MAX_INBOX, MAX_INBOX_BYTES
+from comfyui_temporal.contracts.carried import JobNews, WatchState
+from comfyui_temporal.contracts.size_budget import MAX_INBOX, MAX_INBOX_BYTES
 from workflows.measured import Measured
 
 

@@ -7,10 +7,10 @@ from datetime import datetime, timedelta
 
 from temporalio import workflow
 
-from contracts.carried import ClockState
-from contracts.errors import ExceptionCode, FailureCode
-from contracts.fields import minutes_from
-from contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.carried import ClockState
+from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
+from comfyui_temporal.contracts.fields import minutes_from
+from comfyui_temporal.contracts.tasks import EventType, TaskStatus
 from workflows.failures import TaskFailed
 from workflows.task_record import TaskRecord
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from activities.comfyui import ComfyUIActivities
-from contracts.carried import JobNews
-from contracts.comfyui import JobCallback, JobState, TrainingCallback, TrainingState
+from comfyui_temporal.contracts.carried import JobNews
+from comfyui_temporal.contracts.comfyui import JobCallback, JobState, TrainingCallback, TrainingState
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from temporalio import workflow
 from temporalio.exceptions import FailureError, is_cancelled_exception
 from temporalio.workflow import ActivityHandle
 
-from contracts.calls import JobCall
-from contracts.carried import JobNews, WatchState
-from contracts.comfyui import JobState, TrainingState
-from contracts.errors import Answer, ErrorDetails, FailureCode
-from contracts.outside_json import UnreadableJson, read_json
-from contracts.size_budget import MAX_READ_BYTES, MAX_SIGNAL_BYTES, SMALL_SIGNAL_BYTES
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.calls import JobCall
+from comfyui_temporal.contracts.carried import JobNews, WatchState
+from comfyui_temporal.contracts.comfyui import JobState, TrainingState
+from comfyui_temporal.contracts.errors import Answer, ErrorDetails, FailureCode
+from comfyui_temporal.contracts.outside_json import UnreadableJson, read_json
+from comfyui_temporal.contracts.size_budget import MAX_READ_BYTES, MAX_SIGNAL_BYTES, SMALL_SIGNAL_BYTES
+from comfyui_temporal.contracts.tasks import TaskStatus
 from workflows.failures import TaskFailed, why
 from workflows.inbox import Inbox
 from workflows.job_routes import JobRoutes

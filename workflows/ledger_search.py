@@ -14,9 +14,9 @@ from temporalio import workflow
 from temporalio.exceptions import FailureError
 
 from activities.credits import CreditsActivities
-from contracts.calls import LedgerQuery
-from contracts.carried import AskedHold, HoldState
-from contracts.credits import LedgerEntry, LedgerKind
+from comfyui_temporal.contracts.calls import LedgerQuery
+from comfyui_temporal.contracts.carried import AskedHold, HoldState
+from comfyui_temporal.contracts.credits import LedgerEntry, LedgerKind
 from workflows.outside_call import OutsideCall
 from workflows.task_ledger import Found, HoldFate, OpenHolds, TaskLedger
 

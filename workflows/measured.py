@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel
 
-from contracts.size_budget import json_bytes
+from comfyui_temporal.contracts.size_budget import json_bytes
 
 Item = TypeVar("Item", bound=BaseModel)
 

@@ -20,11 +20,11 @@ from temporalio.common import Priority, RetryPolicy
 from temporalio.exceptions import ApplicationError, FailureError, is_cancelled_exception
 from temporalio.workflow import ActivityCancellationType, ActivityHandle
 
-from contracts.calls import CallFor
-from contracts.comfyui import TaskPriority
-from contracts.errors import Answer, FailureCode, Refusal
-from contracts.permissions import Scene
-from contracts.tasks import PRIORITY_KEYS
+from comfyui_temporal.contracts.calls import CallFor
+from comfyui_temporal.contracts.comfyui import TaskPriority
+from comfyui_temporal.contracts.errors import Answer, FailureCode, Refusal
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.tasks import PRIORITY_KEYS
 from workflows.alarm import Alarm
 from workflows.earlier_life import is_of_store, was_stopped
 from workflows.failures import RowEnded, why

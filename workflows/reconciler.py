@@ -14,8 +14,8 @@ from temporalio.common import RetryPolicy, WorkflowIDReusePolicy
 from temporalio.exceptions import FailureError, WorkflowAlreadyStartedError
 
 from activities.closed_runs import ClosedRunActivities
-from contracts.give_back import GiveBackRun, give_back_id_of
-from contracts.reconcile import ClosedRun, OpenTasksLook, ReconcileOrder, ReconcileResult
+from comfyui_temporal.contracts.give_back import GiveBackRun, give_back_id_of
+from comfyui_temporal.contracts.reconcile import ClosedRun, OpenTasksLook, ReconcileOrder, ReconcileResult
 from workflows.correction import Corrections
 from workflows.give_back import GiveBackWorkflow
 from workflows.guards import given

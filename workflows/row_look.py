@@ -9,10 +9,10 @@ from temporalio import workflow
 from temporalio.exceptions import FailureError
 
 from activities.task_store import TaskStoreActivities
-from contracts.carried import not_left_out
-from contracts.errors import FailureCode
-from contracts.lives import EarlierLife
-from contracts.task_store import LookOrder, TaskRow
+from comfyui_temporal.contracts.carried import not_left_out
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.lives import EarlierLife
+from comfyui_temporal.contracts.task_store import LookOrder, TaskRow
 from workflows.failures import TaskFailed
 from workflows.outside_call import ATTEMPT_TIMEOUT, OutsideCall
 

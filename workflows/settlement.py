@@ -7,11 +7,11 @@ from typing import Final, NamedTuple
 from temporalio import workflow
 
 from activities.credits import CreditsActivities
-from contracts.calls import Post
-from contracts.carried import AskedHold
-from contracts.credits import ChargeRequest, CommitRequest, HoldReply
-from contracts.errors import Answer, ExceptionCode, Refusal
-from contracts.tasks import EventType, ImageTask, SettlementState, TrainingTask
+from comfyui_temporal.contracts.calls import Post
+from comfyui_temporal.contracts.carried import AskedHold
+from comfyui_temporal.contracts.credits import ChargeRequest, CommitRequest, HoldReply
+from comfyui_temporal.contracts.errors import Answer, ExceptionCode, Refusal
+from comfyui_temporal.contracts.tasks import EventType, ImageTask, SettlementState, TrainingTask
 from workflows.charges import Charges, ChargeUnknown
 from workflows.credit_hold import CreditHold
 from workflows.earlier_life import EarlierLifePossible, is_own_key, obey_life

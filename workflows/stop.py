@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from temporalio import workflow
 
-from contracts.tasks import CancelTaskOutcome
+from comfyui_temporal.contracts.tasks import CancelTaskOutcome
 from workflows.failures import TaskStopped
 
 Result = TypeVar("Result")

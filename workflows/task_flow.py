@@ -9,12 +9,12 @@ from typing import Any, Generic, TypeVar
 from temporalio import workflow
 from temporalio.exceptions import ApplicationError
 
-from contracts.carried import CarriedRun, ImageRun, JobNews, PriceState, TrainingRun
-from contracts.errors import ExceptionCode
-from contracts.policy import Policy
-from contracts.prices import DEFAULT_ETA_MINUTES
-from contracts.task_store import RecordedPrices, TaskRow
-from contracts.tasks import (
+from comfyui_temporal.contracts.carried import CarriedRun, ImageRun, JobNews, PriceState, TrainingRun
+from comfyui_temporal.contracts.errors import ExceptionCode
+from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES
+from comfyui_temporal.contracts.task_store import RecordedPrices, TaskRow
+from comfyui_temporal.contracts.tasks import (
     CALLBACK_SIGNAL,
     CancelTask,
     CancelTaskOutcome,

@@ -15,12 +15,18 @@ from typing import Final
 from temporalio import workflow
 
 from activities.credits import CreditsActivities
-from contracts.calls import Post
-from contracts.carried import AskedHold, HoldState
-from contracts.credits import MAX_HOLD_SECONDS, CancelHoldReply, CancelHoldRequest, HoldReply, PreDeductRequest
-from contracts.errors import Answer, ExceptionCode, FailureCode, Refusal
-from contracts.size_budget import MAX_KEPT_HOLDS
-from contracts.tasks import CreditsSummary, EventType, ImageTask, SettlementState, TrainingTask
+from comfyui_temporal.contracts.calls import Post
+from comfyui_temporal.contracts.carried import AskedHold, HoldState
+from comfyui_temporal.contracts.credits import (
+    MAX_HOLD_SECONDS,
+    CancelHoldReply,
+    CancelHoldRequest,
+    HoldReply,
+    PreDeductRequest,
+)
+from comfyui_temporal.contracts.errors import Answer, ExceptionCode, FailureCode, Refusal
+from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
+from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, ImageTask, SettlementState, TrainingTask
 from workflows.doubled_holds import DoubledHolds
 from workflows.earlier_life import is_own_key
 from workflows.forgotten_holds import ForgottenHolds

@@ -15,8 +15,8 @@ from collections.abc import Collection, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from contracts.carried import AskedHold
-from contracts.credits import CHARGE_REASON, Ledger, LedgerEntry, LedgerKind, LedgerReason
+from comfyui_temporal.contracts.carried import AskedHold
+from comfyui_temporal.contracts.credits import CHARGE_REASON, Ledger, LedgerEntry, LedgerKind, LedgerReason
 
 
 class HoldFate(Enum):

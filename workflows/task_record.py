@@ -10,12 +10,12 @@ from temporalio.common import SearchAttributeKey, SearchAttributePair, SearchAtt
 from temporalio.exceptions import ApplicationError, FailureError
 
 from activities.task_store import TaskStoreActivities
-from contracts.carried import HeldProgress, JobNews, RecordState
-from contracts.errors import ExceptionCode, FailureCode
-from contracts.fields import shortened
-from contracts.policy import Policy
-from contracts.task_store import Fact, TaskClaim, TaskException, TaskRow, TaskState, TaskWrite
-from contracts.tasks import INPUT_MEMO, EventType, ImageTask, TaskStatus, TrainingTask, input_sha256_of
+from comfyui_temporal.contracts.carried import HeldProgress, JobNews, RecordState
+from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
+from comfyui_temporal.contracts.fields import shortened
+from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.task_store import Fact, TaskClaim, TaskException, TaskRow, TaskState, TaskWrite
+from comfyui_temporal.contracts.tasks import INPUT_MEMO, EventType, ImageTask, TaskStatus, TrainingTask, input_sha256_of
 from workflows.backlog import Backlog
 from workflows.details import current_details
 from workflows.failures import TaskFailed

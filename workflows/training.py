@@ -5,13 +5,19 @@ from __future__ import annotations
 from temporalio import workflow
 
 from activities.comfyui import ComfyUIActivities
-from contracts.calls import GpuQuestion, JobCall
-from contracts.carried import CarriedRun, JobNews, TrainingRun
-from contracts.comfyui import TrainingAccepted, TrainingDraft
-from contracts.credits import EstimateRequest
-from contracts.errors import FailureCode
-from contracts.task_store import RecordedPrices
-from contracts.tasks import ConfirmPrice, ConfirmPriceOutcome, TaskStatus, TrainingProgress, TrainingResult
+from comfyui_temporal.contracts.calls import GpuQuestion, JobCall
+from comfyui_temporal.contracts.carried import CarriedRun, JobNews, TrainingRun
+from comfyui_temporal.contracts.comfyui import TrainingAccepted, TrainingDraft
+from comfyui_temporal.contracts.credits import EstimateRequest
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.task_store import RecordedPrices
+from comfyui_temporal.contracts.tasks import (
+    ConfirmPrice,
+    ConfirmPriceOutcome,
+    TaskStatus,
+    TrainingProgress,
+    TrainingResult,
+)
 from workflows.failures import TaskEnd, TaskFailed
 from workflows.guards import one_task
 from workflows.job_routes import TRAINING_ROUTES

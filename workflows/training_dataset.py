@@ -10,11 +10,11 @@ from temporalio import workflow
 from temporalio.exceptions import FailureError
 
 from activities.datasets import DatasetActivities
-from contracts.calls import SnapshotOrder
-from contracts.carried import DatasetState
-from contracts.comfyui import SnapshotReference
-from contracts.errors import FailureCode
-from contracts.tasks import TrainingTask
+from comfyui_temporal.contracts.calls import SnapshotOrder
+from comfyui_temporal.contracts.carried import DatasetState
+from comfyui_temporal.contracts.comfyui import SnapshotReference
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.tasks import TrainingTask
 from workflows.failures import TaskFailed, why
 from workflows.outside_call import OutsideCall
 from workflows.stop import Stop

@@ -6,13 +6,13 @@ from datetime import datetime, timedelta
 
 from temporalio import workflow
 
-from contracts.carried import JobNews, PriceState
-from contracts.comfyui import Checkpoint, TaskPriority
-from contracts.credits import Estimate, PriceOption
-from contracts.errors import FailureCode
-from contracts.policy import Policy
-from contracts.prices import PriceTable, UnknownPrice
-from contracts.tasks import Confirmation, EventType, TrainingOptions, TrainingTask
+from comfyui_temporal.contracts.carried import JobNews, PriceState
+from comfyui_temporal.contracts.comfyui import Checkpoint, TaskPriority
+from comfyui_temporal.contracts.credits import Estimate, PriceOption
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.prices import PriceTable, UnknownPrice
+from comfyui_temporal.contracts.tasks import Confirmation, EventType, TrainingOptions, TrainingTask
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskFailed
 from workflows.task_record import TaskRecord

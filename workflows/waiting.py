@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from temporalio import workflow
 from temporalio.workflow import ActivityHandle
 
-from contracts.errors import FailureCode
+from comfyui_temporal.contracts.errors import FailureCode
 from workflows.alarm import Alarm
 from workflows.earlier_life import LifeTold
 from workflows.failures import TaskEnd, TaskFailed

@@ -18,7 +18,7 @@ from typing import Final
 
 from fastapi import APIRouter, Response
 
-from contracts.fields import OwnModel
+from comfyui_temporal.contracts.fields import OwnModel
 
 FOLDER: Final = Path(__file__).parent
 FILES: Final = {

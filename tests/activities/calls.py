@@ -8,11 +8,17 @@ from typing import Any, Final
 from activities.comfyui import ComfyUIClient
 from activities.credits import CreditsClient
 from activities.tokens import SignedTokens
-from contracts.calls import CallFor, JobCall, LedgerQuery, Post
-from contracts.comfyui import DatasetSnapshot, JobRequest, Resolution, TaskPriority, TrainingRequest
-from contracts.credits import CancelHoldRequest, ChargeRequest, CommitRequest, EstimateRequest, PreDeductRequest
-from contracts.errors import Answer
-from contracts.permissions import Scene
+from comfyui_temporal.contracts.calls import CallFor, JobCall, LedgerQuery, Post
+from comfyui_temporal.contracts.comfyui import DatasetSnapshot, JobRequest, Resolution, TaskPriority, TrainingRequest
+from comfyui_temporal.contracts.credits import (
+    CancelHoldRequest,
+    ChargeRequest,
+    CommitRequest,
+    EstimateRequest,
+    PreDeductRequest,
+)
+from comfyui_temporal.contracts.errors import Answer
+from comfyui_temporal.contracts.permissions import Scene
 
 SECRET: Final = "a-secret-for-tests-of-32-bytes-or-more"
 PROMPT: Final = "a prompt that nobody but ComfyUI may see"

@@ -13,7 +13,7 @@ import pytest
 
 from activities.credits import CreditsClient
 from activities.outside_http import OutsideFailure
-from contracts.errors import COMFYUI_ERRORS, CREDITS_ERRORS, FailureCode
+from comfyui_temporal.contracts.errors import COMFYUI_ERRORS, CREDITS_ERRORS, FailureCode
 from tests.activities.calls import estimate_post, tokens
 from tests.activities.conftest import Facing
 from tests.activities.loopback import Seen, always, error_body, http_bytes, serving

@@ -19,9 +19,9 @@ from temporalio.testing import ActivityEnvironment
 
 from activities.datasets import DatasetActivities, DatasetSnapshots
 from activities.object_folders import BadAddress, ObjectFolder, read_address
-from contracts.calls import SnapshotOrder
-from contracts.comfyui import DatasetFile, ManifestReference, SnapshotReference
-from contracts.permissions import Scene
+from comfyui_temporal.contracts.calls import SnapshotOrder
+from comfyui_temporal.contracts.comfyui import DatasetFile, ManifestReference, SnapshotReference
+from comfyui_temporal.contracts.permissions import Scene
 from tests.activities.calls import call_for
 from tests.activities.s3_stand_in import BUCKET, s3
 

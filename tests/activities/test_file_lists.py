@@ -14,9 +14,9 @@ from activities.datasets import DatasetActivities, DatasetSnapshots
 from activities.file_lists import FileLists
 from activities.object_folders import read_address
 from activities.outside_http import OutsideFailure
-from contracts.comfyui import SnapshotReference
-from contracts.size_budget import MAX_FILE_LIST_BYTES, PAYLOAD_BYTES, json_bytes
-from contracts.tasks import DatasetManifest
+from comfyui_temporal.contracts.comfyui import SnapshotReference
+from comfyui_temporal.contracts.size_budget import MAX_FILE_LIST_BYTES, PAYLOAD_BYTES, json_bytes
+from comfyui_temporal.contracts.tasks import DatasetManifest
 from tests.activities.s3_stand_in import BUCKET, s3
 from tests.activities.test_datasets import (
     FILES,

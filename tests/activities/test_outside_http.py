@@ -21,11 +21,11 @@ from activities.comfyui import COMFYUI, LIST_GPUS, ComfyUIClient
 from activities.credits import CreditsClient
 from activities.outside_http import CONNECTION_FAILURES, OutsideFailure, OutsideHttp, RawReply, time_limit
 from activities.tokens import ServiceToken, SignedTokens
-from contracts.calls import LedgerQuery, Post
-from contracts.comfyui import JobRequest
-from contracts.errors import FailureCode
-from contracts.permissions import Scene, Scope
-from temporal_plugin import DATA_CONVERTER
+from comfyui_temporal.contracts.calls import LedgerQuery, Post
+from comfyui_temporal.contracts.comfyui import JobRequest
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.permissions import Scene, Scope
+from comfyui_temporal.plugin import DATA_CONVERTER
 from tests.activities.calls import (
     PROMPT,
     SECRET,

@@ -25,9 +25,9 @@ from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetSnapshots
 from activities.lives import Lives
 from activities.running_call import request_limit_seconds
-from contracts.calls import Post
-from contracts.comfyui import JobAccepted, JobRequest
-from contracts.errors import Answer
+from comfyui_temporal.contracts.calls import Post
+from comfyui_temporal.contracts.comfyui import JobAccepted, JobRequest
+from comfyui_temporal.contracts.errors import Answer
 from store import TaskStore
 from tests.activities.calls import PROMPT, SECRET, estimate_post, job_post, tokens
 from tests.activities.loopback import Answer as Reply

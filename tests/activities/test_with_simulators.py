@@ -13,8 +13,8 @@ from activities.comfyui import ComfyUIClient
 from activities.credits import CreditsClient
 from activities.outside_http import OutsideFailure
 from activities.tokens import SignedTokens
-from contracts.calls import JobCall, LedgerQuery, Post
-from contracts.comfyui import (
+from comfyui_temporal.contracts.calls import JobCall, LedgerQuery, Post
+from comfyui_temporal.contracts.comfyui import (
     DatasetFile,
     DatasetSnapshot,
     JobRequest,
@@ -22,10 +22,10 @@ from contracts.comfyui import (
     TrainingRequest,
     TrainingStatus,
 )
-from contracts.credits import ChargeRequest, EstimateRequest, LedgerKind
-from contracts.errors import Answer, FailureCode
-from contracts.permissions import Scene
-from simulators.serving import DEFAULT_AUDIENCE, DEFAULT_ISSUER, TEST_TOKEN_SECRET, Simulators, running_simulators
+from comfyui_temporal.contracts.credits import ChargeRequest, EstimateRequest, LedgerKind
+from comfyui_temporal.contracts.errors import Answer, FailureCode
+from comfyui_temporal.contracts.permissions import Scene
+from proof.simulators.serving import DEFAULT_AUDIENCE, DEFAULT_ISSUER, TEST_TOKEN_SECRET, Simulators, running_simulators
 from tests.activities.calls import (
     call_for,
     cancel_hold_post,

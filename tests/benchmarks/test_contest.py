@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 import asyncpg
 import pytest
 
-from benchmarks.contestants import OnDbos, Ours
-from benchmarks.results import Machine, Results
-from benchmarks.throughput import Comparison, Rate, contest, measure, towards
+from proof.benchmarks.contestants import OnDbos, Ours
+from proof.benchmarks.results import Machine, Results
+from proof.benchmarks.throughput import Comparison, Rate, contest, measure, towards
 
 TASKS = 3
 

@@ -9,7 +9,7 @@ import pytest_asyncio
 from temporalio.client import Client
 from temporalio.testing import WorkflowEnvironment
 
-from temporal_plugin import TasksPlugin
+from comfyui_temporal.plugin import TasksPlugin
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import BridgePlatform, running_bridge
 

@@ -19,11 +19,11 @@ from bridge.gpu_worker import GpuWorker
 from bridge.native import NativeServer as NativeClient
 from bridge.outlook import SeenServer
 from bridge.prompt_run import Patience
-from contracts.permissions import Scope
-from settings import Settings
-from simulators.serving import ServedApp
-from simulators.tokens import Tokens
-from temporal_plugin import TasksPlugin
+from comfyui_temporal.contracts.permissions import Scope
+from comfyui_temporal.plugin import TasksPlugin
+from proof.simulators.serving import ServedApp
+from proof.simulators.tokens import Tokens
+from runtime.settings import Settings
 from tests.bridge.native import NativeServer
 from tests.conftest import unique
 from tests.simulators.platform import Receiver, running_receiver

@@ -15,8 +15,8 @@ from temporalio.common import SearchAttributeKey
 from temporalio.testing import WorkflowEnvironment
 
 from bridge.calls import workflow_of
-from contracts.tasks import SEARCH_ATTRIBUTES
-from temporal_plugin import TasksPlugin
+from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
+from comfyui_temporal.plugin import TasksPlugin
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import BridgePlatform, running_bridge
 from tests.bridge.test_servers import until_running

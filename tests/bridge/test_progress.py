@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bridge.native_errors import execution_details, refusal_details
 from bridge.progress import RunProgress
-from contracts.errors import JOB_CODES
+from comfyui_temporal.contracts.errors import JOB_CODES
 
 GRAPH: dict[str, Any] = {
     "load": {"class_type": "Loader", "inputs": {}},

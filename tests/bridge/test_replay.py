@@ -10,7 +10,7 @@ from temporalio.client import WorkflowHistory
 from temporalio.worker import Replayer
 
 from bridge.__main__ import WORKFLOWS
-from temporal_plugin import TasksPlugin
+from comfyui_temporal.plugin import TasksPlugin
 from tests.bridge.record_histories import HISTORIES, SCENARIOS
 
 RECORDED = sorted(HISTORIES.glob("*.json"))

@@ -13,8 +13,8 @@ from bridge.graph_check import NoModel, chosen_models, graph_problems
 from bridge.graphs import reachable
 from bridge.orders import ModelChoice
 from bridge.templates import SHIPPED, RequestRefused, TemplateProblem, load_library, load_template
-from contracts.comfyui import JobRequest
-from contracts.permissions import Scene
+from comfyui_temporal.contracts.comfyui import JobRequest
+from comfyui_temporal.contracts.permissions import Scene
 
 LIBRARY = load_library(SHIPPED)
 

@@ -15,12 +15,12 @@ import pytest
 import pytest_asyncio
 from temporalio.client import Client
 
-from contracts.stack import StackDescription
-from contracts.tasks import IMAGE_WORKFLOW, workflow_id_of
+from comfyui_temporal.contracts.stack import StackDescription
+from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, workflow_id_of
+from comfyui_temporal.plugin import TasksPlugin
 from local_stack.background import end_stack
 from local_stack.commands import up
 from local_stack.folder import PROJECT, RunFolder
-from temporal_plugin import TasksPlugin
 from tests.bridge.native import NativeServer
 from tests.bridge.test_servers import until_running
 from tests.conftest import unique

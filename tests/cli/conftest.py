@@ -25,9 +25,9 @@ from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Worker
 from typer.testing import CliRunner
 
-from cli.connection import Connection, Server
-from contracts.comfyui import TrainingOutput
-from contracts.tasks import (
+from comfyui_temporal.command_line.connection import Connection, Server
+from comfyui_temporal.contracts.comfyui import TrainingOutput
+from comfyui_temporal.contracts.tasks import (
     IMAGE_WORKFLOW,
     TRAINING_WORKFLOW,
     CancelTask,
@@ -44,8 +44,8 @@ from contracts.tasks import (
     TrainingResult,
     TrainingTask,
 )
+from comfyui_temporal.plugin import TasksPlugin
 from starter import app
-from temporal_plugin import TasksPlugin
 from tests.conftest import unique
 
 PROJECT = Path(__file__).parents[2]

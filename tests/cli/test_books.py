@@ -10,13 +10,13 @@ import pytest_asyncio
 
 from activities.credits import CreditsClient
 from activities.tokens import ServiceToken
-from cli.books import check_books
-from cli.checks import Verdict
-from contracts.calls import CallFor
-from contracts.permissions import Scene
-from contracts.tasks import CreditsSummary
-from simulators.credits_profile import PROFILES
-from simulators.serving import Simulators, running_simulators
+from comfyui_temporal.contracts.calls import CallFor
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.tasks import CreditsSummary
+from doctor.books import check_books
+from doctor.finding import Verdict
+from proof.simulators.credits_profile import PROFILES
+from proof.simulators.serving import Simulators, running_simulators
 from tests.conftest import unique
 
 WHO = {"tenant_id": "tenant-demo", "user_id": "user-demo"}

@@ -11,11 +11,11 @@ import jwt
 import pytest
 from typer.testing import CliRunner
 
-from cli.connection import Connection
-from cli.failures import ExitCode
-from cli.start import start_image
-from contracts.stack import StackDescription
-from contracts.tasks import workflow_id_of
+from comfyui_temporal.command_line.connection import Connection
+from comfyui_temporal.command_line.failures import ExitCode
+from comfyui_temporal.command_line.start import start_image
+from comfyui_temporal.contracts.stack import StackDescription
+from comfyui_temporal.contracts.tasks import workflow_id_of
 from starter import app
 from tests.cli.conftest import image_task, run_command, run_process, start_process
 from tests.conftest import unique

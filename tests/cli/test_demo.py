@@ -12,17 +12,17 @@ from temporalio.testing import WorkflowEnvironment
 
 from activities.credits import CreditsClient
 from activities.tokens import ServiceToken
-from cli.books import check_books
-from cli.checks import Verdict
-from cli.connection import Connection, server_of
-from cli.demo import run_demo
-from cli.follow import follow
-from cli.start import start_image, start_training
-from cli.tasks import cancel_task, confirm_price, list_tasks, show_task
-from contracts.calls import CallFor
-from contracts.permissions import Scene
-from contracts.stack import StackDescription
-from contracts.tasks import CreditsSummary, ImageTask, TaskStatus, TrainingTask
+from comfyui_temporal.command_line.connection import Connection, server_of
+from comfyui_temporal.command_line.follow import follow
+from comfyui_temporal.command_line.start import start_image, start_training
+from comfyui_temporal.command_line.tasks import cancel_task, confirm_price, list_tasks, show_task
+from comfyui_temporal.contracts.calls import CallFor
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.stack import StackDescription
+from comfyui_temporal.contracts.tasks import CreditsSummary, ImageTask, TaskStatus, TrainingTask
+from doctor.books import check_books
+from doctor.finding import Verdict
+from local_stack.demo import run_demo
 from store import TaskStore
 from tests.cli.test_tasks import Seen, until
 from tests.workflows.platform import Platform, running_platform

@@ -13,15 +13,15 @@ from temporalio.api.workflowservice.v1 import RegisterNamespaceRequest
 from temporalio.service import RPCError
 from temporalio.testing import WorkflowEnvironment
 
-from cli.checks import Finding, Verdict
-from cli.connection import Connection
-from contracts.reconcile import ReconcileResult, reconcile_id_of
-from contracts.tasks import workflow_id_of
-from namespace_of_store import home_of
-from reconciler_schedule import ensure_reconciler
-from settings import Settings
-from simulators.serving import TEST_TOKEN_SECRET, Simulators, running_simulators
+from comfyui_temporal.command_line.connection import Connection
+from comfyui_temporal.contracts.reconcile import ReconcileResult, reconcile_id_of
+from comfyui_temporal.contracts.tasks import workflow_id_of
+from doctor.finding import Finding, Verdict
+from proof.simulators.serving import TEST_TOKEN_SECRET, Simulators, running_simulators
+from runtime.reconciler_schedule import ensure_reconciler
+from runtime.settings import Settings
 from store import StoreHome, TaskStore, UnseenTask
+from store.namespace_check import home_of
 from tests.cli.conftest import Ended, run_command
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, new_task_id
@@ -211,7 +211,7 @@ async def test_give_backs_that_could_not_be_started_are_told_of(
     await ensure_reconciler(opened.client, Settings(_env_file=None, task_queue=opened.task_queue))
     schedule = opened.client.get_schedule_handle(reconcile_id_of(opened.task_queue))
     try:
-        monkeypatch.setattr("cli.doctor_temporal.last_pass", last)
+        monkeypatch.setattr("doctor.temporal.last_pass", last)
         _, findings = await examined(opened, simulators)
         assert findings["reconciler"].verdict is Verdict.NOTE and "2 give-backs" in findings["reconciler"].says
     finally:

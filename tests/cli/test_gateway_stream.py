@@ -12,11 +12,11 @@ import pytest
 import pytest_asyncio
 from temporalio.testing import WorkflowEnvironment
 
-from cli.connection import Connection, Server
-from cli.follow import follow
-from cli.gateway_stream import GatewayAccess
-from cli.start import start_image
-from contracts.tasks import ImageTask, TaskStatus
+from comfyui_temporal.command_line.connection import Connection, Server
+from comfyui_temporal.command_line.follow import follow
+from comfyui_temporal.command_line.gateway_stream import GatewayAccess
+from comfyui_temporal.command_line.start import start_image
+from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus
 from store import TaskStore
 from tests.cable import Cable
 from tests.cli.test_tasks import Seen
@@ -76,7 +76,7 @@ def no_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     async def never(handle: Handle) -> None:
         pytest.fail("a task with a stream needs no query")
 
-    monkeypatch.setattr("cli.follow.read_progress", never)
+    monkeypatch.setattr("comfyui_temporal.command_line.follow.read_progress", never)
 
 
 @pytest.mark.usefixtures("no_queries")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from temporalio.worker import Worker
 
-from cli.connection import Connection
-from contracts.tasks import TASK_QUEUE
+from comfyui_temporal.command_line.connection import Connection
+from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from tests.cli.conftest import StandInImage
 from tests.conftest import temporal_binary
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from cli.books import _check_task
-from cli.checks import Verdict
-from cli.reports import credit_lines
-from contracts.credits import LedgerEntry
-from contracts.tasks import CreditsSummary, ImageResult, SettlementState, TaskStatus
+from comfyui_temporal.command_line.reports import credit_lines
+from comfyui_temporal.contracts.credits import LedgerEntry
+from comfyui_temporal.contracts.tasks import CreditsSummary, ImageResult, SettlementState, TaskStatus
+from doctor.books import _check_task
+from doctor.finding import Verdict
 
 UNKNOWN = CreditsSummary(held=24, charged=None, returned=None, settlement=SettlementState.UNKNOWN)
 

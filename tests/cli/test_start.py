@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cli.connection import Connection
-from cli.failures import BadInput, TaskExists
-from cli.inputs import check_list_fits, manifest
-from cli.start import start_image, start_training
-from contracts.tasks import INPUT_MEMO, input_sha256_of, workflow_id_of
+from comfyui_temporal.command_line.connection import Connection
+from comfyui_temporal.command_line.failures import BadInput, TaskExists
+from comfyui_temporal.command_line.inputs import check_list_fits, manifest
+from comfyui_temporal.command_line.start import start_image, start_training
+from comfyui_temporal.contracts.tasks import INPUT_MEMO, input_sha256_of, workflow_id_of
 from tests.cli.conftest import image_task, training_task
 
 

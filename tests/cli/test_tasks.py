@@ -8,12 +8,12 @@ from datetime import timedelta
 
 import pytest
 
-from cli.connection import Connection
-from cli.failures import BadInput, CannotReach, ExitCode, UnknownTask
-from cli.follow import follow
-from cli.start import start_image, start_training
-from cli.tasks import cancel_task, confirm_price, list_tasks, show_task
-from contracts.tasks import TaskStatus, TrainingProgress, TrainingResult
+from comfyui_temporal.command_line.connection import Connection
+from comfyui_temporal.command_line.failures import BadInput, CannotReach, ExitCode, UnknownTask
+from comfyui_temporal.command_line.follow import follow
+from comfyui_temporal.command_line.start import start_image, start_training
+from comfyui_temporal.command_line.tasks import cancel_task, confirm_price, list_tasks, show_task
+from comfyui_temporal.contracts.tasks import TaskStatus, TrainingProgress, TrainingResult
 from tests.cli.conftest import image_task, training_task
 from tests.conftest import unique
 from tests.pausing import pause, unpause
@@ -152,7 +152,7 @@ async def test_an_unknown_task_is_named(opened: Connection) -> None:
 async def test_without_a_worker_watching_and_cancelling_say_so(
     opened: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cli.follow.QUERY_TIMEOUT", timedelta(seconds=0.3))
+    monkeypatch.setattr("comfyui_temporal.command_line.follow.QUERY_TIMEOUT", timedelta(seconds=0.3))
     deserted = Connection(opened.client, opened.server, unique("queue"))
     started = await start_image(deserted.client, image_task(), task_queue=deserted.task_queue)
     seen = Seen()
@@ -163,7 +163,7 @@ async def test_without_a_worker_watching_and_cancelling_say_so(
 
     await until(told)
     assert deserted.task_queue in seen.sentences[0]
-    monkeypatch.setattr("cli.tasks.UPDATE_SECONDS", 0.5)
+    monkeypatch.setattr("comfyui_temporal.command_line.tasks.UPDATE_SECONDS", 0.5)
     with pytest.raises(CannotReach, match=deserted.task_queue):
         await cancel_task(deserted, started.task_id, "")
     await started.handle.terminate()

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from cli.terminal import eta_of, printable, span, watchers
-from contracts.tasks import Confirmation, TaskStatus, TrainingProgress
+from comfyui_temporal.command_line.terminal import eta_of, printable, span, watchers
+from comfyui_temporal.contracts.tasks import Confirmation, TaskStatus, TrainingProgress
 
 NOW = datetime(2026, 5, 4, 9, 0, tzinfo=UTC)
 

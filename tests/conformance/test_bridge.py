@@ -18,11 +18,11 @@ from PIL import Image
 from temporalio.client import Client
 from temporalio.testing import WorkflowEnvironment
 
-from conformance import Outcome, Person, Profile, Subject, Verdict, cases, opened, run
-from conformance.receiver import receiving
-from contracts.comfyui import DatasetFile, DatasetSnapshot
-from contracts.permissions import Scope
-from temporal_plugin import TasksPlugin
+from comfyui_temporal.contracts.comfyui import DatasetFile, DatasetSnapshot
+from comfyui_temporal.contracts.permissions import Scope
+from comfyui_temporal.plugin import TasksPlugin
+from proof.conformance import Outcome, Person, Profile, Subject, Verdict, cases, opened, run
+from proof.conformance.receiver import receiving
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import CALLBACK_SECRET, running_bridge
 

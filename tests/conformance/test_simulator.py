@@ -11,7 +11,8 @@ import pytest
 import pytest_asyncio
 from pydantic import SecretStr
 
-from conformance import (
+from comfyui_temporal.contracts.permissions import Scope
+from proof.conformance import (
     Outcome,
     Person,
     Profile,
@@ -23,11 +24,10 @@ from conformance import (
     outcome_of,
     run,
 )
-from conformance.__main__ import main
-from conformance.receiver import receiving
-from contracts.permissions import Scope
-from settings import Settings
-from simulators.serving import TEST_CALLBACK_SECRET, TEST_TOKEN_SECRET, Simulators, running_simulators
+from proof.conformance.__main__ import main
+from proof.conformance.receiver import receiving
+from proof.simulators.serving import TEST_CALLBACK_SECRET, TEST_TOKEN_SECRET, Simulators, running_simulators
+from runtime.settings import Settings
 
 ME, STRANGER = Person("tenant-demo", "user-demo"), Person("tenant-other", "user-other")
 SPEED = 960.0

@@ -26,13 +26,13 @@ from temporalio import workflow
 from temporalio.client import Client, WorkflowHandle
 
 from activities.file_lists import FileLists
-from caller_tokens import CallerTokens, SharedSecret
-from contracts.permissions import Scope
-from contracts.tasks import CALLBACK_SIGNAL, TASK_QUEUE, workflow_id_of
+from comfyui_temporal.contracts.permissions import Scope
+from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, TASK_QUEUE, workflow_id_of
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.callbacks import CallbackOutcome
 from gateway.tokens import StreamTokens
+from runtime.caller_tokens import CallerTokens, SharedSecret
 from store import TaskStore
 from tests.conftest import unique
 

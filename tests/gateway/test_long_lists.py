@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from contracts.size_budget import MAX_INLINE_LIST_BYTES
+from comfyui_temporal.contracts.size_budget import MAX_INLINE_LIST_BYTES
 from tests.conftest import unique
 from tests.gateway.conftest import Api
 

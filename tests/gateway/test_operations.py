@@ -12,7 +12,7 @@ from temporalio.client import Client
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.testing import WorkflowEnvironment
 
-from contracts.tasks import workflow_id_of
+from comfyui_temporal.contracts.tasks import workflow_id_of
 from store import TaskStore
 from tests.cable import Cable
 from tests.conftest import unique

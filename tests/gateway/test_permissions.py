@@ -20,11 +20,11 @@ from fastapi.routing import iter_route_contexts
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from caller_tokens import Caller
-from contracts.permissions import Scope
-from contracts.tasks import workflow_id_of
+from comfyui_temporal.contracts.permissions import Scope
+from comfyui_temporal.contracts.tasks import workflow_id_of
 from gateway.access import TOKEN_COOKIE
 from gateway.tokens import StreamTokens
+from runtime.caller_tokens import Caller
 from store import TaskStore
 from tests.conftest import unique
 from tests.gateway.conftest import Api

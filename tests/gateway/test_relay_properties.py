@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from contracts.comfyui import JobCallback
+from comfyui_temporal.contracts.comfyui import JobCallback
 from gateway.callback_body import Callback
 from gateway.callback_news import BURST, PER_SECOND, news_of
 from gateway.callback_relay import CallbackRelay, Relayed

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from temporalio.client import WorkflowHandle
 
-from contracts.tasks import TaskEvent, workflow_id_of
-from simulators.admin_wire import FaultKind
+from comfyui_temporal.contracts.tasks import TaskEvent, workflow_id_of
+from proof.simulators.admin_wire import FaultKind
 from tests.conftest import unique
 from tests.gateway.conftest import OTHER_TOKEN, Api
 from tests.gateway.serving import eventually

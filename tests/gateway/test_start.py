@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from gateway.__main__ import main, serve
-from settings import Settings
-from start_up import CannotStart
+from runtime.required_settings import CannotStart
+from runtime.settings import Settings
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 

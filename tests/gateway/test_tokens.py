@@ -19,11 +19,11 @@ from fastapi.testclient import TestClient
 from jwt.algorithms import get_default_algorithms
 from starlette.testclient import WebSocketDenialResponse
 
-from caller_tokens import Caller, CallerTokens, KeySet, SharedSecret, TokenRefused, TokensUnverifiable
-from contracts.permissions import Operation, Scope
+from comfyui_temporal.contracts.permissions import Operation, Scope
 from gateway.access import TOKEN_COOKIE
 from gateway.problems import answer_with_problems
 from gateway.tokens import StreamTokens
+from runtime.caller_tokens import Caller, CallerTokens, KeySet, SharedSecret, TokenRefused, TokensUnverifiable
 from tests.gateway.serving import AUDIENCE, ISSUER, TOKEN_SECRET, bearer, new_access, token_for
 
 CALLERS = CallerTokens(SharedSecret(TOKEN_SECRET), issuer=ISSUER, audience=AUDIENCE)

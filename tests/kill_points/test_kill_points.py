@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from contracts.tasks import TaskStatus
-from kill_points.__main__ import chosen_instants, struck
-from kill_points.gates import BEFORE_SEND, Gate
-from kill_points.instants import ROUTES, all_instants
-from kill_points.kinds import KINDS, Kind
-from kill_points.oracle import Ending, judged
-from kill_points.report import failures, table
-from kill_points.rounds import Cell
-from kill_points.site import Site, opened_site, until
-from kill_points.stack import KillableStack
-from kill_points.ways import PLAIN, WAITING, task_of
-from simulators.credits_profile import CONTRACT, FIELD, CreditsProfile
+from comfyui_temporal.contracts.tasks import TaskStatus
+from proof.kill_points.__main__ import chosen_instants, struck
+from proof.kill_points.gates import BEFORE_SEND, Gate
+from proof.kill_points.instants import ROUTES, all_instants
+from proof.kill_points.kinds import KINDS, Kind
+from proof.kill_points.oracle import Ending, judged
+from proof.kill_points.report import failures, table
+from proof.kill_points.rounds import Cell
+from proof.kill_points.site import Site, opened_site, until
+from proof.kill_points.stack import KillableStack
+from proof.kill_points.ways import PLAIN, WAITING, task_of
+from proof.simulators.credits_profile import CONTRACT, FIELD, CreditsProfile
 
 FEW = (
     "image: submit_job, after effect",

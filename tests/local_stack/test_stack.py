@@ -19,14 +19,14 @@ from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 from temporalio.client import Client
 
-from contracts.stack import StackDescription
-from contracts.tasks import SEARCH_ATTRIBUTES, workflow_id_of
+from comfyui_temporal.contracts.stack import StackDescription
+from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES, workflow_id_of
+from comfyui_temporal.plugin import TasksPlugin
 from local_stack.background import end_stack, running_stack, start_stack
 from local_stack.child import is_running
 from local_stack.commands import EXIT_NOT_UP, down, status, up
 from local_stack.folder import PROJECT, RunFolder, StackFailure, StackRecord
-from reconciler_schedule import standing_reconciler
-from temporal_plugin import TasksPlugin
+from runtime.reconciler_schedule import standing_reconciler
 from tests.conftest import unique
 from tests.local_stack.waiting import comes_true, eventually
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mutation.harmless import Entry, Harmless
-from mutation.mutations import modules, mutations_in, mutations_of
+from proof.mutation.harmless import Entry, Harmless
+from proof.mutation.mutations import modules, mutations_in, mutations_of
 
 MODULE = "workflows/example.py"
 SOURCE = b"def f(a):\n    if a < 3:\n        g()\n"

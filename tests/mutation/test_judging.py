@@ -1,6 +1,6 @@
 """Who kills a mutant, and that nothing of it is left behind.
 
-Judged in a process of its own, as `python -m mutation` does it: one that forks must have no threads.
+Judged in a process of its own, as `python -m proof.mutation` does it: one that forks must have no threads.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from mutation.judging import Fate, Verdict, spread
-from mutation.mutations import ROOT, mutations_of
-from mutation.reach import Seed
-from mutation.verdicts import Verdicts
+from proof.mutation.judging import Fate, Verdict, spread
+from proof.mutation.mutations import ROOT, mutations_of
+from proof.mutation.reach import Seed
+from proof.mutation.verdicts import Verdicts
 
 
 def in_a_process(body: str, tmp_path: Path) -> Any:
@@ -33,9 +33,9 @@ def verdict_on(module: str, becomes: str, tmp_path: Path, *, seeds: int = 0, tes
     """Fate and killer of this change, judged by the first seeds of images and by these tests."""
     return in_a_process(
         f"""
-        from mutation.judging import Effort, Judge, load_what_others_wrote
-        from mutation.mutations import mutations_of
-        from mutation.reach import Reach, Seed
+        from proof.mutation.judging import Effort, Judge, load_what_others_wrote
+        from proof.mutation.mutations import mutations_of
+        from proof.mutation.reach import Reach, Seed
 
         [mutation] = [each for each in mutations_of({module!r}) if each.becomes == {becomes!r}]
         block = f"{{mutation.module}}:{{mutation.block}}"
@@ -101,7 +101,7 @@ def test_a_call_that_breaks_or_runs_on_is_named(call: str, wall_seconds: int, pr
     said = in_a_process(
         f"""
         import os, time
-        from mutation.forked import Broke, RanOn, forked
+        from proof.mutation.forked import Broke, RanOn, forked
 
         try:
             answer = forked({call}, cpu_seconds=1, wall_seconds={wall_seconds}, log=folder / "log")
@@ -118,7 +118,7 @@ def test_what_a_call_has_started_ends_with_it(tmp_path: Path) -> None:
     pid = in_a_process(
         """
         import os, subprocess
-        from mutation.forked import adopt_orphans, forked
+        from proof.mutation.forked import adopt_orphans, forked
 
         adopt_orphans()
         start = ["sh", "-c", "setsid sleep 60 >/dev/null 2>&1 & echo $!"]

@@ -7,7 +7,7 @@ from textwrap import dedent
 
 import pytest
 
-from mutation.mutations import Mutation, modules, mutations_in, mutations_of, source_of
+from proof.mutation.mutations import Mutation, modules, mutations_in, mutations_of, source_of
 
 MODULE = "workflows/example.py"
 CHAINED = ("0 < a < b", "0 > a < b", "0 <= a <= b", "0 <= a >= b", "1 <= a < b")

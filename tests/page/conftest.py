@@ -15,13 +15,13 @@ from playwright.async_api import Browser, Page, async_playwright
 from temporalio.testing import WorkflowEnvironment
 
 from activities.file_lists import FileLists
-from caller_tokens import CallerTokens, SharedSecret
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.draining import Draining
 from gateway.page import PageSettings
 from gateway.tokens import StreamTokens
-from simulators.serving import DEFAULT_AUDIENCE, DEFAULT_ISSUER, TEST_CALLBACK_SECRET, TEST_TOKEN_SECRET
+from proof.simulators.serving import DEFAULT_AUDIENCE, DEFAULT_ISSUER, TEST_CALLBACK_SECRET, TEST_TOKEN_SECRET
+from runtime.caller_tokens import CallerTokens, SharedSecret
 from store import TaskStore
 from tests.cable import Cable
 from tests.local_stack.waiting import comes_true

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from simulation.mutants import MUTANTS, caught
-from simulation.schedule import play
+from proof.simulation.mutants import MUTANTS, caught
+from proof.simulation.schedule import play
 
 WITHIN_SEEDS = 500
 QUICK = ("events_numbered_by_the_workflow", "undo_without_an_id", "cancel_answered_at_once", "body_made_anew")

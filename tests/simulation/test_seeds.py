@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from simulation.schedule import play
+from proof.simulation.schedule import play
 
 SEEDS = {"image": 200, "training": 60}
 MANY_SEEDS = {"image": 5_000, "training": 2_000}
@@ -23,7 +23,7 @@ def quiet() -> Iterator[None]:
 def problems(kind: str, seeds: range) -> list[str]:
     outcomes = (play(seed, kind) for seed in seeds)
     return [
-        f"{outcome.problem}; replay it: python -m simulation --kind {kind} --seed {outcome.seed}"
+        f"{outcome.problem}; replay it: python -m proof.simulation --kind {kind} --seed {outcome.seed}"
         for outcome in outcomes
         if outcome.problem
     ]

@@ -8,7 +8,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from simulators.serving import TEST_CALLBACK_SECRET, Simulators, running_simulators
+from proof.simulators.serving import TEST_CALLBACK_SECRET, Simulators, running_simulators
 from tests.simulators.platform import Caller, Receiver, running_receiver
 
 SPEED = 4_800.0

@@ -17,8 +17,8 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from simulators.serving import Simulators
-from simulators.tokens import ALL_SCOPES
+from proof.simulators.serving import Simulators
+from proof.simulators.tokens import ALL_SCOPES
 from tests.conftest import unique
 
 TENANT, USER = "tenant-demo", "user-demo"

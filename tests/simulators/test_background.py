@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from simulators.background import running_beside, woken
+from proof.simulators.background import running_beside, woken
 
 
 @pytest.mark.parametrize("steps_between", range(5))

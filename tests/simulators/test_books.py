@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulators.clock import Clock
-from simulators.ledger import Ledger, Person
-from simulators.replies import Refused
-from simulators.state_file import StateFile
+from proof.simulators.clock import Clock
+from proof.simulators.ledger import Ledger, Person
+from proof.simulators.replies import Refused
+from proof.simulators.state_file import StateFile
 
 PEOPLE = (Person("a", "u"), Person("b", "u"))
 STEPS = st.tuples(

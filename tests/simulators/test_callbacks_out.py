@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from contracts.comfyui import JobCallback
-from simulators.serving import Simulators
+from comfyui_temporal.contracts.comfyui import JobCallback
+from proof.simulators.serving import Simulators
 from tests.simulators.platform import Caller, Receiver, eventually, new_task, until
 
 ALL_FIVE = ["processing"] * 4 + ["delivery"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from simulators.clock import Clock
-from simulators.state_file import StateFile
+from proof.simulators.clock import Clock
+from proof.simulators.state_file import StateFile
 
 
 @contextmanager

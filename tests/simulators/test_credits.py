@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from contracts.credits import CancelHoldReply, Estimate, HoldReply, Ledger
-from simulators.serving import Simulators
+from comfyui_temporal.contracts.credits import CancelHoldReply, Estimate, HoldReply, Ledger
+from proof.simulators.serving import Simulators
 from tests.simulators.platform import TENANT, USER, Caller, new_task, refusal
 
 WHO = {"tenant_id": TENANT, "user_id": USER}

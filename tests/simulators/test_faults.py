@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
-from contracts.comfyui import JobState
-from contracts.errors import JOB_CODES
-from simulators.admin_client import AdminRefused
-from simulators.admin_wire import FaultKind
-from simulators.serving import Simulators
+from comfyui_temporal.contracts.comfyui import JobState
+from comfyui_temporal.contracts.errors import JOB_CODES
+from proof.simulators.admin_client import AdminRefused
+from proof.simulators.admin_wire import FaultKind
+from proof.simulators.serving import Simulators
 from tests.simulators.platform import TENANT, USER, Caller, Receiver, eventually, new_task, refusal, until
 
 

@@ -10,10 +10,10 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from contracts.credits import Estimate, HoldReply, Ledger
-from simulators.admin_client import AdminRefused
-from simulators.credits_profile import FIELD
-from simulators.serving import Simulators, running_simulators
+from comfyui_temporal.contracts.credits import Estimate, HoldReply, Ledger
+from proof.simulators.admin_client import AdminRefused
+from proof.simulators.credits_profile import FIELD
+from proof.simulators.serving import Simulators, running_simulators
 from tests.simulators.platform import TENANT, USER, Caller, Json, Receiver, new_task, refusal, until
 
 WHO = {"tenant_id": TENANT, "user_id": USER}

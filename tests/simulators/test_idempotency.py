@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from simulators.serving import Simulators
+from proof.simulators.serving import Simulators
 from tests.simulators.platform import Caller, new_task, refusal
 
 

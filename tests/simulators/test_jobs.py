@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from contracts.comfyui import JobAccepted, JobState
-from simulators.serving import Simulators
+from comfyui_temporal.contracts.comfyui import JobAccepted, JobState
+from proof.simulators.serving import Simulators
 from tests.simulators.platform import Caller, new_task, refusal
 
 SLOW = 1.0

@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-import simulators.__main__
-from simulators.admin_client import ComfyUIAdmin, CreditsAdmin
-from simulators.serving import TEST_ADMIN_TOKEN, TEST_CALLBACK_SECRET, TEST_TOKEN_SECRET, running_simulators
+import proof.simulators.__main__
+from proof.simulators.admin_client import ComfyUIAdmin, CreditsAdmin
+from proof.simulators.serving import TEST_ADMIN_TOKEN, TEST_CALLBACK_SECRET, TEST_TOKEN_SECRET, running_simulators
 from tests.simulators.platform import Caller, Receiver, eventually, new_task, until
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ async def _started(name: str, folder: Path, port: int, *options: str) -> asyncio
     """A simulator's own process, answering. Its working directory holds no `.env`."""
     others = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "simulators", name, *options),
+        *(sys.executable, "-m", "proof.simulators", name, *options),
         cwd=folder,
         env=others | {"PYTHONPATH": str(ROOT)} | _settings(folder, **{f"{name.upper()}_SIMULATOR_PORT": str(port)}),
         stderr=subprocess.DEVNULL,
@@ -153,11 +153,11 @@ def test_a_bad_setting_is_a_sentence(
     sentence: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(simulators.__main__, "configure_logs", lambda **_: None)
+    monkeypatch.setattr(proof.simulators.__main__, "configure_logs", lambda **_: None)
     for name, value in _settings(tmp_path, **settings).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
-        simulators.__main__.main(arguments)
+        proof.simulators.__main__.main(arguments)
     assert ended.value.code == 2
     assert sentence in capsys.readouterr().err
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from simulators.admin_wire import EntrySeen, HoldSeen
-from simulators.credits_profile import CONTRACT, FIELD, CreditsProfile
-from simulators.task_money import HOLD_DOUBLED, SAY_UNKNOWN, TaskMoney
+from proof.simulators.admin_wire import EntrySeen, HoldSeen
+from proof.simulators.credits_profile import CONTRACT, FIELD, CreditsProfile
+from proof.simulators.task_money import HOLD_DOUBLED, SAY_UNKNOWN, TaskMoney
 
 NOW = datetime.now(UTC)
 DOUBLED = (HOLD_DOUBLED, {"amount": 24})

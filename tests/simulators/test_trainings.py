@@ -12,8 +12,8 @@ from urllib.request import url2pathname
 
 import pytest
 
-from contracts.comfyui import TrainingAccepted, TrainingState
-from simulators.serving import Simulators
+from comfyui_temporal.contracts.comfyui import TrainingAccepted, TrainingState
+from proof.simulators.serving import Simulators
 from tests.simulators.platform import Caller, Receiver, eventually, new_task, refusal
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from simulators.credits_profile import PROFILES
+from proof.simulators.credits_profile import PROFILES
 from tests.local_stack.waiting import eventually
 
 PROJECT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ TASKS = 16
 
 
 def soak(folder: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "soak", "--folder", str(folder), *options]
+    command = [sys.executable, "-m", "proof.soak", "--folder", str(folder), *options]
     return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

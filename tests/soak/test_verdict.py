@@ -10,10 +10,10 @@ import pytest
 from temporalio.api.enums.v1 import EventType as HistoryEvent
 from temporalio.api.history.v1 import HistoryEvent as Event
 
-from soak.journal import FaultSeen, Journal
-from soak.plan import Plan
-from soak.site import Site
-from soak.verdict import judge, table
+from proof.soak.journal import FaultSeen, Journal
+from proof.soak.plan import Plan
+from proof.soak.site import Site
+from proof.soak.verdict import judge, table
 
 PLAN = Plan(tasks=2)
 COMPLETED, CANCELLED = PLAN.task_id(0), PLAN.task_id(1)
@@ -151,7 +151,7 @@ async def test_a_history_must_end_as_its_task_did(world: World, kinds: list[str]
 
 
 async def test_tasks_that_are_missing_or_open_are_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("soak.workload.CLOSING_SECONDS", 0.0)
+    monkeypatch.setattr("proof.soak.workload.CLOSING_SECONDS", 0.0)
     world.rows = [row(COMPLETED, "completed", 24, ended_at=None)]
     world.running = ["task-" + COMPLETED]
     assert list(await world.untrue()) == ["tasks not begun", "tasks not ended", "runs still open"]

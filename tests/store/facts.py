@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from contracts.comfyui import TaskPriority
-from contracts.permissions import Scene
-from contracts.task_store import Fact, TaskClaim, TaskState, TaskWrite
-from contracts.tasks import EventType, TaskStatus, workflow_id_of
+from comfyui_temporal.contracts.comfyui import TaskPriority
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.task_store import Fact, TaskClaim, TaskState, TaskWrite
+from comfyui_temporal.contracts.tasks import EventType, TaskStatus, workflow_id_of
 from tests.conftest import unique
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)

@@ -14,8 +14,8 @@ from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 
 from activities.task_store import BREAK_SECONDS, LocalBreaker, TaskStoreActivities
-from contracts.policy import Policy
-from contracts.task_store import TaskClaim
+from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.task_store import TaskClaim
 from store import TaskStore
 from tests.conftest import unique
 from tests.store.facts import claim_of, fact, new_task_id, write_of

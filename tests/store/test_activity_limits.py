@@ -13,9 +13,9 @@ from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 
 from activities.task_store import BREAK_SECONDS, TRY_SECONDS, LocalBreaker, TaskStoreActivities
-from contracts.lives import EarlierLife, TaskRun
-from contracts.task_store import LookOrder, RowSeen
-from contracts.tasks import IMAGE_WORKFLOW
+from comfyui_temporal.contracts.lives import EarlierLife, TaskRun
+from comfyui_temporal.contracts.task_store import LookOrder, RowSeen
+from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW
 from store import StoreUnavailable, TaskStore, TaskUnknown
 from tests.store.facts import claim_of, fact, write_of
 from tests.store.test_activities import policy_of

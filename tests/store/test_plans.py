@@ -13,9 +13,9 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import event
 
-from benchmarks.store_reads import fill, reads_of
-from contracts.permissions import Scene
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.tasks import TaskStatus
+from proof.benchmarks.store_reads import fill, reads_of
 from store import TaskStore
 from tests.conftest import NewDatabase
 from tests.store.facts import claim_of, fact, new_task_id, write_of

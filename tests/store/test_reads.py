@@ -6,10 +6,10 @@ from datetime import timedelta
 
 import pytest
 
-from contracts.comfyui import TrainingLogLine
-from contracts.permissions import Scene
-from contracts.task_store import TrainingLogWrite
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.comfyui import TrainingLogLine
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.task_store import TrainingLogWrite
+from comfyui_temporal.contracts.tasks import TaskStatus
 from store import CursorInvalid, TaskStore, TaskUnknown
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import NOON, claim_of, end, fact, new_task_id, write_of

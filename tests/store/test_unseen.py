@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import asyncpg
 
-from contracts.tasks import CreditsSummary, SettlementState, TaskStatus
+from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState, TaskStatus
 from store import StoreHome, TaskStore, UnseenTask
 from tests.conftest import NewDatabase
 from tests.store.facts import claim_of, end, new_task_id, write_of

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from contracts.comfyui import TaskPriority, TrainingLogLine
-from contracts.task_store import TrainingLogWrite
-from contracts.tasks import TaskStatus
-from settings import Settings
+from comfyui_temporal.contracts.comfyui import TaskPriority, TrainingLogLine
+from comfyui_temporal.contracts.task_store import TrainingLogWrite
+from comfyui_temporal.contracts.tasks import TaskStatus
+from runtime.settings import Settings
 from store import TaskStore
 from store.upkeep import LINES_AT_ONCE
 from tests.conftest import NewDatabase

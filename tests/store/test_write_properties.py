@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from contracts.task_store import Fact, TaskWrite
+from comfyui_temporal.contracts.task_store import Fact, TaskWrite
 from store import NotTheClaimant, TaskStore
 from tests.store.facts import claim_of, end, fact, new_task_id, write_of
 

@@ -15,16 +15,16 @@ import jwt
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 
-from caller_tokens import Caller, CallerTokens, SharedSecret
-from contracts.permissions import Scope
-from contracts.task_store import TaskWrite
-from contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.permissions import Scope
+from comfyui_temporal.contracts.task_store import TaskWrite
+from comfyui_temporal.contracts.tasks import EventType, TaskStatus
 from gateway.access import Access
 from gateway.draining import Draining
 from gateway.problems import answer_with_problems
 from gateway.streams import stream_routes, task_event_stream
 from gateway.streams_hub import EventHub
 from gateway.tokens import StreamTokens
+from runtime.caller_tokens import Caller, CallerTokens, SharedSecret
 from store import TaskStore
 from tests.conftest import unique
 from tests.local_stack.waiting import comes_true

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from contracts.permissions import Scope
-from contracts.tasks import TaskEvent
+from comfyui_temporal.contracts.permissions import Scope
+from comfyui_temporal.contracts.tasks import TaskEvent
 from tests.conftest import unique
 from tests.streams.serving import Streams, Writer, token_for
 

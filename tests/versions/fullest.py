@@ -8,13 +8,27 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, 
 
 from pydantic import AwareDatetime, BaseModel
 
-from contracts.calls import JobCall, Post, SnapshotOrder
-from contracts.carried import ImageRun, TrainingRun
-from contracts.comfyui import JobRequest, TrainingDraft
-from contracts.credits import CancelHoldRequest, ChargeRequest, CommitRequest, EstimateRequest, PreDeductRequest
-from contracts.give_back import GiveBackRun, LeftBehind
-from contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen, ReconcileOrder
-from contracts.task_store import ClaimOutcome, Correction, LookOrder, RowSeen, TaskClaim, TaskWrite, UnsettledTask
+from comfyui_temporal.contracts.calls import JobCall, Post, SnapshotOrder
+from comfyui_temporal.contracts.carried import ImageRun, TrainingRun
+from comfyui_temporal.contracts.comfyui import JobRequest, TrainingDraft
+from comfyui_temporal.contracts.credits import (
+    CancelHoldRequest,
+    ChargeRequest,
+    CommitRequest,
+    EstimateRequest,
+    PreDeductRequest,
+)
+from comfyui_temporal.contracts.give_back import GiveBackRun, LeftBehind
+from comfyui_temporal.contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen, ReconcileOrder
+from comfyui_temporal.contracts.task_store import (
+    ClaimOutcome,
+    Correction,
+    LookOrder,
+    RowSeen,
+    TaskClaim,
+    TaskWrite,
+    UnsettledTask,
+)
 
 HANDED_ON: Final[dict[str, type[BaseModel]]] = {
     "image-run": ImageRun,

@@ -14,11 +14,11 @@ from temporalio.api.history.v1 import HistoryEvent
 from temporalio.client import WorkflowHistory
 
 from activities.left_behind import HistoryReading, NotReadHere
-from contracts.fields import CallerModel
-from contracts.give_back import LeftBehind
-from contracts.handed_on import Doubtful, KeptModel, RunArgument
-from contracts.task_store import TaskRow
-from temporal_plugin import DATA_CONVERTER
+from comfyui_temporal.contracts.fields import CallerModel
+from comfyui_temporal.contracts.give_back import LeftBehind
+from comfyui_temporal.contracts.handed_on import Doubtful, KeptModel, RunArgument
+from comfyui_temporal.contracts.task_store import TaskRow
+from comfyui_temporal.plugin import DATA_CONVERTER
 from tests.versions.fullest import HANDED_ON, fullest
 from tests.versions.record import NEWEST, VERSIONS, rendered
 from tests.versions.words import NEW_FIELD, NEW_WORD, at, leaves, new_fields_in, with_new_fields, words_of

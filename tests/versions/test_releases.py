@@ -11,9 +11,9 @@ from temporalio.api.enums.v1 import EventType as Happened
 from temporalio.client import WorkflowHistory
 from temporalio.worker import Replayer
 
-from contracts.carried import ImageRun, TrainingRun
-from contracts.tasks import TaskStatus
-from temporal_plugin import TasksPlugin
+from comfyui_temporal.contracts.carried import ImageRun, TrainingRun
+from comfyui_temporal.contracts.tasks import TaskStatus
+from comfyui_temporal.plugin import TasksPlugin
 from tests.versions.record import NEWEST, VERSIONS
 from tests.versions.test_side_by_side import bare, continued, delivered, waiting
 from tests.versions.words import as_released

@@ -18,11 +18,11 @@ from temporalio import workflow
 from temporalio.testing import WorkflowEnvironment
 
 from activities import left_behind
-from contracts.carried import ImageRun, TrainingRun
-from contracts.give_back import give_back_id_of
-from contracts.handed_on import read_tolerantly
-from contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, ImageResult, TaskStatus, TrainingResult
-from runs_seen import RunStatus, describe_run
+from comfyui_temporal.contracts.carried import ImageRun, TrainingRun
+from comfyui_temporal.contracts.give_back import give_back_id_of
+from comfyui_temporal.contracts.handed_on import read_tolerantly
+from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, ImageResult, TaskStatus, TrainingResult
+from comfyui_temporal.runs import RunStatus, describe_run
 from store import TaskStore
 from tests.conftest import NewDatabase
 from tests.versions.words import NEW_FIELD, at, new_fields_in, with_new_fields

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from contracts.handed_on import as_json
+from comfyui_temporal.contracts.handed_on import as_json
 
 NEW_FIELD: Final = "a_field_of_tomorrow"
 NEW_VALUE: Final = {"kept": ["as", 1, None]}

@@ -12,9 +12,9 @@ from temporalio.api.history import v1 as history
 from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError, WorkflowHistoryEventFilterType
 from temporalio.exceptions import ApplicationError, CancelledError
 
-from contracts.task_store import TaskExceptionRow
-from contracts.tasks import EventType, TaskEvent, TaskStatus
-from simulators.task_money import TaskMoney
+from comfyui_temporal.contracts.task_store import TaskExceptionRow
+from comfyui_temporal.contracts.tasks import EventType, TaskEvent, TaskStatus
+from proof.simulators.task_money import TaskMoney
 from tests.workflows.platform import Handle, Platform
 
 ENDS = {
@@ -74,7 +74,7 @@ async def ended(platform: Platform, handle: Handle, *, exempt: Collection[str] =
 
     `exempt` names what cannot be known or stopped under a fault that takes it away: `hold_expires` (a nameless hold
     ends by expiry), `job_runs_out` (a nameless or unstoppable job). `bug`: workflow tasks were made to fail. What the
-    field's credits service never tells is exempt by `simulators/task_money.py`, by its name and amount.
+    field's credits service never tells is exempt by `proof/simulators/task_money.py`, by its name and amount.
     """
     ending = await _how_it_ended(platform, handle)
     task_id = handle.id.removeprefix("task-")

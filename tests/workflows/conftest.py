@@ -13,11 +13,11 @@ from sqlalchemy.engine import make_url
 from temporalio.common import SearchAttributeKey
 from temporalio.testing import TimeSkippingConfig, WorkflowEnvironment
 
-from contracts.tasks import SEARCH_ATTRIBUTES
+from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
+from comfyui_temporal.plugin import TasksPlugin
 from local_stack.temporal_server import dynamic_config_flags
-from simulators.credits_profile import CONTRACT, FIELD, PROFILES, CreditsProfile
+from proof.simulators.credits_profile import CONTRACT, FIELD, PROFILES, CreditsProfile
 from store import TaskStore
-from temporal_plugin import TasksPlugin
 from tests.cable import Cable
 from tests.conftest import server_config, temporal_binary
 from tests.workflows.platform import Platform, running_platform

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from simulators.admin_wire import EntrySeen, HoldSeen, RunSeen
+from proof.simulators.admin_wire import EntrySeen, HoldSeen, RunSeen
 from tests.conftest import unique
 from tests.workflows.platform import Handle, Platform
 

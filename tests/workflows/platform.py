@@ -30,18 +30,23 @@ from activities.outside_http import READ_SECONDS
 from activities.task_store import TaskStoreActivities
 from activities.tokens import SignedTokens
 from activities.unsettled import UnsettledActivities
-from caller_tokens import CallerTokens, SharedSecret
-from contracts.policy import Policy
-from contracts.task_store import TaskClaim
-from contracts.tasks import CALLBACK_SIGNAL, IMAGE_WORKFLOW, TRAINING_WORKFLOW, WORKFLOW_ID_PREFIX, workflow_id_of
+from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.task_store import TaskClaim
+from comfyui_temporal.contracts.tasks import (
+    CALLBACK_SIGNAL,
+    IMAGE_WORKFLOW,
+    TRAINING_WORKFLOW,
+    WORKFLOW_ID_PREFIX,
+    workflow_id_of,
+)
+from comfyui_temporal.plugin import TasksPlugin
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.tokens import StreamTokens
-from settings import Settings
-from simulators.admin_client import ServiceAdmin
-from simulators.admin_wire import Fault, RunSeen
-from simulators.credits_profile import CONTRACT, CreditsProfile
-from simulators.serving import (
+from proof.simulators.admin_client import ServiceAdmin
+from proof.simulators.admin_wire import Fault, RunSeen
+from proof.simulators.credits_profile import CONTRACT, CreditsProfile
+from proof.simulators.serving import (
     DEFAULT_AUDIENCE,
     DEFAULT_ISSUER,
     TEST_CALLBACK_SECRET,
@@ -49,8 +54,9 @@ from simulators.serving import (
     Simulators,
     running_simulators,
 )
+from runtime.caller_tokens import CallerTokens, SharedSecret
+from runtime.settings import Settings
 from store import TaskStore
-from temporal_plugin import TasksPlugin
 from tests.conftest import unique
 from workflows.give_back import GiveBackWorkflow
 from workflows.image_generation import ImageGenerationWorkflow

@@ -12,7 +12,7 @@ from pathlib import Path
 from temporalio.client import Client
 
 from local_stack.temporal_server import server_flags
-from simulators.serving import TEST_TOKEN_SECRET
+from proof.simulators.serving import TEST_TOKEN_SECRET
 from tests.conftest import temporal_binary
 from tests.workflows.platform import Platform
 

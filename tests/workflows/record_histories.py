@@ -15,8 +15,8 @@ from pathlib import Path
 
 from temporalio.client import WorkflowFailureError
 
-from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
-from contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder
+from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
+from comfyui_temporal.contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder
 from tests.workflows.platform import Handle, Platform
 
 HISTORIES = Path(__file__).parents[1] / "histories"
@@ -132,7 +132,7 @@ async def record(scenario: Scenario, platform: Platform) -> None:
 
 
 async def main(names: list[str]) -> None:
-    from benchmarks.burst import stack
+    from proof.benchmarks.burst import stack
 
     HISTORIES.mkdir(exist_ok=True)
     for scenario in [scenario for scenario in SCENARIOS if not names or scenario.__name__ in names]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError
 
-from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
+from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
 from tests.conftest import unique
 from tests.workflows.payers import Payer, has_kinds, task_of
 from tests.workflows.platform import Handle, Platform

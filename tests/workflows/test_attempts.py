@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import Ending, ended
 from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
 

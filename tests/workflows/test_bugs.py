@@ -15,7 +15,7 @@ import pytest_asyncio
 from temporalio.client import WorkflowExecutionStatus
 from temporalio.testing import WorkflowEnvironment
 
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from store import TaskStore
 from tests.workflows.books import ended
 from tests.workflows.payers import holds_of, kinds_of, until_started

@@ -21,7 +21,7 @@ from temporalio.api.history.v1 import HistoryEvent
 from temporalio.common import RawValue
 from temporalio.service import RPCError, RPCStatusCode
 
-from contracts.tasks import CALLBACK_SIGNAL, EventType, TaskEvent, TaskStatus
+from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, EventType, TaskEvent, TaskStatus
 from tests.workflows.books import Ending, ended
 from tests.workflows.platform import Handle, Platform, task_id_of
 

@@ -18,8 +18,8 @@ from temporalio.client import WorkflowExecutionStatus
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.testing import WorkflowEnvironment
 
-from contracts.tasks import TaskStatus
-from simulators.credits_profile import CreditsProfile
+from comfyui_temporal.contracts.tasks import TaskStatus
+from proof.simulators.credits_profile import CreditsProfile
 from store import TaskStore
 from tests.workflows.books import Ending, ended
 from tests.workflows.platform import Handle, Platform, running_platform

@@ -16,8 +16,8 @@ from sqlalchemy.engine import make_url
 from temporalio.client import WorkflowExecutionStatus
 from temporalio.testing import WorkflowEnvironment
 
-from contracts.tasks import CALLBACK_SIGNAL, EventType, TaskStatus
-from simulators.admin_wire import Fault
+from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, EventType, TaskStatus
+from proof.simulators.admin_wire import Fault
 from store import TaskStore
 from tests.cable import Cable
 from tests.workflows.books import ended, runs_of

@@ -11,9 +11,9 @@ import pytest
 import pytest_asyncio
 from temporalio.testing import WorkflowEnvironment
 
-from contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, ReconcileResult
-from contracts.tasks import SettlementState, TaskStatus
-from simulators.admin_wire import Fault
+from comfyui_temporal.contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, ReconcileResult
+from comfyui_temporal.contracts.tasks import SettlementState, TaskStatus
+from proof.simulators.admin_wire import Fault
 from store import TaskStore
 from tests.conftest import NewDatabase, unique
 from tests.workflows.books import check_history, ended

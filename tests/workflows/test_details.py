@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from contracts.errors import ErrorDetails
-from contracts.task_store import TaskState
-from contracts.tasks import Confirmation, CreditsSummary, TaskStatus
+from comfyui_temporal.contracts.errors import ErrorDetails
+from comfyui_temporal.contracts.task_store import TaskState
+from comfyui_temporal.contracts.tasks import Confirmation, CreditsSummary, TaskStatus
 from workflows.details import current_details, escaped
 
 UNTIL = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""What guards workflow code in the sandbox's place (temporal_plugin.py): ruff's rules for that folder."""
+"""What guards workflow code in the sandbox's place (comfyui_temporal/plugin.py): ruff's rules for that folder."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from temporalio.exceptions import ActivityError, ApplicationError, RetryState, TimeoutError, TimeoutType
 
-from contracts.errors import ErrorDetails, FailureCode, Refusal
+from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode, Refusal
 from workflows.failures import RowEnded, TaskFailed, TaskStopped, why
 
 UNAVAILABLE = FailureCode.CREDITS_UNAVAILABLE

@@ -8,7 +8,7 @@ from temporalio.api.enums.v1 import EventType
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.testing import WorkflowEnvironment
 
-from contracts.tasks import ImageTask, TaskStatus
+from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus
 from starter import start_image
 from store import TaskStore
 from tests.workflows.books import ended

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from temporalio.client import WorkflowExecutionStatus
 
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
 from tests.workflows.payers import holds_of, kinds_of, lost, new_payer, task_of
 from tests.workflows.platform import Platform

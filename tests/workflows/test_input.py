@@ -13,8 +13,8 @@ from temporalio.client import WorkflowFailureError
 from temporalio.common import RawValue
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 
-from contracts.carried import CarriedRun
-from contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, TaskStatus, workflow_id_of
+from comfyui_temporal.contracts.carried import CarriedRun
+from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, TaskStatus, workflow_id_of
 from tests.workflows.books import check_history, ended
 from tests.workflows.platform import Handle, Platform, task_id_of
 

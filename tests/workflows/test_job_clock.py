@@ -8,10 +8,10 @@ from typing import Any, cast
 import pytest
 from temporalio import workflow
 
-from contracts.carried import ClockState
-from contracts.errors import ExceptionCode, FailureCode
-from contracts.task_store import TaskState
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.carried import ClockState
+from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
+from comfyui_temporal.contracts.task_store import TaskState
+from comfyui_temporal.contracts.tasks import TaskStatus
 from workflows.failures import TaskFailed
 from workflows.job_clock import JobClock
 from workflows.task_record import TaskRecord

@@ -10,13 +10,13 @@ import pytest
 from temporalio import workflow
 from temporalio.exceptions import ActivityError, ApplicationError, CancelledError, RetryState
 
-from contracts.calls import CallFor
-from contracts.carried import JobNews, WatchState
-from contracts.comfyui import JobState
-from contracts.errors import Answer, ErrorDetails, FailureCode, Refusal
-from contracts.permissions import Scene
-from contracts.size_budget import MAX_INBOX, MAX_SIGNAL_BYTES
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.calls import CallFor
+from comfyui_temporal.contracts.carried import JobNews, WatchState
+from comfyui_temporal.contracts.comfyui import JobState
+from comfyui_temporal.contracts.errors import Answer, ErrorDetails, FailureCode, Refusal
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.size_budget import MAX_INBOX, MAX_SIGNAL_BYTES
+from comfyui_temporal.contracts.tasks import TaskStatus
 from workflows.job_routes import IMAGE_ROUTES
 from workflows.job_watch import JobWatch
 from workflows.outside_call import OutsideCall

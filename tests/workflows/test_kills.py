@@ -14,10 +14,10 @@ from temporalio.api.enums.v1 import EventType as HistoryEvent
 from temporalio.client import Client, WorkflowExecutionStatus
 from temporalio.testing import WorkflowEnvironment
 
-from contracts.tasks import TaskStatus
-from simulators.credits_profile import CreditsProfile
+from comfyui_temporal.contracts.tasks import TaskStatus
+from comfyui_temporal.plugin import TasksPlugin
+from proof.simulators.credits_profile import CreditsProfile
 from store import TaskStore
-from temporal_plugin import TasksPlugin
 from tests.cable import Cable
 from tests.conftest import NewDatabase
 from tests.workflows.books import Ending, ended

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from contracts.credits import Ledger
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.credits import Ledger
+from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
 from tests.workflows.platform import Platform
 from tests.workflows.test_settlement import HD, start_telling

@@ -18,7 +18,7 @@ import pytest_asyncio
 from temporalio.api.sdk.v1 import WorkflowMetadata
 from temporalio.testing import WorkflowEnvironment
 
-from contracts.tasks import INPUT_MEMO, ImageTask, TaskStatus, input_sha256_of
+from comfyui_temporal.contracts.tasks import INPUT_MEMO, ImageTask, TaskStatus, input_sha256_of
 from store import TaskStore
 from tests.workflows.books import PATCH_MARKER, ended
 from tests.workflows.payers import new_payer, until_started

@@ -11,10 +11,10 @@ from temporalio.common import RetryPolicy
 from temporalio.testing import WorkflowEnvironment
 
 from activities.comfyui import ComfyUIActivities
-from contracts.calls import JobCall
-from contracts.comfyui import TaskPriority
-from contracts.errors import FailureCode
-from contracts.tasks import ImageTask
+from comfyui_temporal.contracts.calls import JobCall
+from comfyui_temporal.contracts.comfyui import TaskPriority
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.tasks import ImageTask
 from tests.workflows.probe import probed
 from workflows.outside_call import RETRY, RETRY_SILENCE_ONLY, OutsideCall
 from workflows.stop import Stop

@@ -8,9 +8,9 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from cli.terminal import confirmation_of
-from contracts.prices import PriceTable
-from contracts.tasks import Confirmation, TaskStatus
+from comfyui_temporal.command_line.terminal import confirmation_of
+from comfyui_temporal.contracts.prices import PriceTable
+from comfyui_temporal.contracts.tasks import Confirmation, TaskStatus
 from tests.workflows.books import ended
 from tests.workflows.payers import Payer, entries_of, holds_of, new_payer, task_of
 from tests.workflows.platform import Handle, Platform

@@ -16,13 +16,13 @@ from temporalio.common import WorkflowIDReusePolicy
 from temporalio.testing import WorkflowEnvironment
 
 from activities import closed_runs
-from contracts.give_back import give_back_id_of
-from contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, ReconcileResult, reconcile_id_of
-from contracts.tasks import TaskStatus
-from reconciler_schedule import ensure_reconciler, last_pass, standing_reconciler
-from settings import Settings
-from simulators.admin_wire import Fault
-from simulators.credits_profile import CreditsProfile
+from comfyui_temporal.contracts.give_back import give_back_id_of
+from comfyui_temporal.contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, ReconcileResult, reconcile_id_of
+from comfyui_temporal.contracts.tasks import TaskStatus
+from proof.simulators.admin_wire import Fault
+from proof.simulators.credits_profile import CreditsProfile
+from runtime.reconciler_schedule import ensure_reconciler, last_pass, standing_reconciler
+from runtime.settings import Settings
 from store import TaskStore
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, new_task_id

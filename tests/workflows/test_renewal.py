@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
 from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, lost, new_payer, task_of, until_started
 from tests.workflows.platform import Handle, Platform

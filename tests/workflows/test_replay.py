@@ -13,7 +13,7 @@ from temporalio.api.enums.v1 import EventType as HistoryEvent
 from temporalio.client import WorkflowHistory
 from temporalio.worker import Replayer
 
-from temporal_plugin import TasksPlugin
+from comfyui_temporal.plugin import TasksPlugin
 from tests.workflows.books import ended
 from tests.workflows.platform import Handle, Platform
 from tests.workflows.record_histories import HISTORIES, SCENARIOS

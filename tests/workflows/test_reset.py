@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from contracts.task_store import TaskRow
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.task_store import TaskRow
+from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import Ending, ended
 from tests.workflows.payers import new_payer, task_of
 from tests.workflows.platform import Handle, Platform

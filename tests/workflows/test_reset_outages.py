@@ -13,8 +13,8 @@ from sqlalchemy.engine import make_url
 from temporalio.client import WorkflowFailureError
 from temporalio.testing import WorkflowEnvironment
 
-from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
+from comfyui_temporal.contracts.tasks import TaskStatus
 from store import TaskStore
 from tests.cable import Cable
 from tests.workflows.books import Ending, ended

@@ -9,9 +9,9 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
-from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
-from contracts.task_store import TaskRow
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
+from comfyui_temporal.contracts.task_store import TaskRow
+from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended, ended_without_its_run
 from tests.workflows.payers import has_kinds, holds_of, new_payer, task_of
 from tests.workflows.platform import Handle, Platform

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
 from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from temporalio import workflow
 
-from contracts.carried import (
+from comfyui_temporal.contracts.carried import (
     AskedJob,
     CarriedRun,
     DatasetState,
@@ -27,14 +27,14 @@ from contracts.carried import (
     TrainingRun,
     WatchState,
 )
-from contracts.comfyui import JobCallback, ManifestReference, SnapshotReference, TrainingCallback
-from contracts.credits import Estimate, PreDeductRequest
-from contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode
-from contracts.give_back import LeftBehind
-from contracts.permissions import Scene
-from contracts.policy import Policy
-from contracts.prices import PriceTable
-from contracts.size_budget import (
+from comfyui_temporal.contracts.comfyui import JobCallback, ManifestReference, SnapshotReference, TrainingCallback
+from comfyui_temporal.contracts.credits import Estimate, PreDeductRequest
+from comfyui_temporal.contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode
+from comfyui_temporal.contracts.give_back import LeftBehind
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.prices import PriceTable
+from comfyui_temporal.contracts.size_budget import (
     MAX_ATTEMPTS,
     MAX_EXCEPTIONS,
     MAX_INBOX,
@@ -45,8 +45,8 @@ from contracts.size_budget import (
     PAYLOAD_BYTES,
     json_bytes,
 )
-from contracts.task_store import Fact, TaskException, TaskRow, TaskState, TaskWrite
-from contracts.tasks import Confirmation, CreditsSummary, EventType, TaskStatus
+from comfyui_temporal.contracts.task_store import Fact, TaskException, TaskRow, TaskState, TaskWrite
+from comfyui_temporal.contracts.tasks import Confirmation, CreditsSummary, EventType, TaskStatus
 from workflows.backlog import LEFT_OUT, Backlog
 from workflows.inbox import Inbox
 

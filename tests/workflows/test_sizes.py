@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, GiveBackResult, give_back_id_of
-from contracts.size_budget import MAX_START_BYTES, PAYLOAD_BYTES, json_bytes
-from contracts.tasks import TaskStatus, TrainingTask
+from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, GiveBackResult, give_back_id_of
+from comfyui_temporal.contracts.size_budget import MAX_START_BYTES, PAYLOAD_BYTES, json_bytes
+from comfyui_temporal.contracts.tasks import TaskStatus, TrainingTask
 from tests.conftest import unique
 from tests.workflows.books import check_history, ended, ended_without_its_run, runs_of
 from tests.workflows.platform import Handle, Platform, task_id_of

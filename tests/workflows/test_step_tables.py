@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
 from tests.workflows.platform import Platform
 

@@ -16,9 +16,9 @@ from temporalio.client import WorkflowExecutionStatus
 from temporalio.service import RPCError
 from temporalio.testing import WorkflowEnvironment
 
-from contracts.lives import STORE_UNAVAILABLE
-from contracts.tasks import EventType, TaskStatus
-from simulators.credits_profile import CreditsProfile
+from comfyui_temporal.contracts.lives import STORE_UNAVAILABLE
+from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from proof.simulators.credits_profile import CreditsProfile
 from store import TaskStore
 from tests.cable import Cable
 from tests.workflows.books import Ending, ended

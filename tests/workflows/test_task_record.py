@@ -10,10 +10,10 @@ import pytest
 from temporalio import workflow
 from temporalio.common import SearchAttributeUpdate
 
-from contracts.carried import HeldProgress, JobNews, RecordState
-from contracts.errors import ErrorDetails, ExceptionCode, FailureCode
-from contracts.size_budget import MAX_UNWRITTEN
-from contracts.tasks import EventType, ImageTask, TaskStatus
+from comfyui_temporal.contracts.carried import HeldProgress, JobNews, RecordState
+from comfyui_temporal.contracts.errors import ErrorDetails, ExceptionCode, FailureCode
+from comfyui_temporal.contracts.size_budget import MAX_UNWRITTEN
+from comfyui_temporal.contracts.tasks import EventType, ImageTask, TaskStatus
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall
 from workflows.task_record import TaskRecord

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from contracts.tasks import TaskStatus
-from simulators.admin_wire import RunSeen
+from comfyui_temporal.contracts.tasks import TaskStatus
+from proof.simulators.admin_wire import RunSeen
 from tests.workflows.books import ended
 from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, task_of, until_started
 from tests.workflows.platform import Handle, Platform

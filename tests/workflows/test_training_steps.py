@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from activities.datasets import DatasetSnapshots
-from contracts.comfyui import TrainingDraft, TrainingRequest
-from contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.comfyui import TrainingDraft, TrainingRequest
+from comfyui_temporal.contracts.tasks import EventType, TaskStatus
 from tests.workflows.books import Ending, ended
 from tests.workflows.payers import holds_of, kinds_of, new_payer, task_of, until_started
 from tests.workflows.platform import Handle, Platform, sent, task_id_of

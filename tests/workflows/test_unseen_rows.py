@@ -16,10 +16,10 @@ from temporalio.exceptions import ActivityError
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.testing import WorkflowEnvironment
 
-import runs_seen
 from activities import closed_runs
-from contracts.give_back import give_back_id_of
-from contracts.tasks import TaskStatus
+from comfyui_temporal import runs as runs_seen
+from comfyui_temporal.contracts.give_back import give_back_id_of
+from comfyui_temporal.contracts.tasks import TaskStatus
 from store import TaskStore
 from tests.conftest import NewDatabase
 from tests.pausing import pause, unpause

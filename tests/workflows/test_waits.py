@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from temporalio.client import WorkflowExecutionStatus
 
-from contracts.tasks import TaskStatus
-from simulators.admin_wire import Fault
+from comfyui_temporal.contracts.tasks import TaskStatus
+from proof.simulators.admin_wire import Fault
 from tests.workflows.books import ended
 from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, task_of, until_started
 from tests.workflows.platform import Handle, Platform, scheduled

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import uvicorn
 
-from simulators.connections import CuttableProtocol
+from proof.simulators.connections import CuttableProtocol
 from tests.bridge.native.app import native_app
 from tests.bridge.native.traps import Traps
 

@@ -14,7 +14,7 @@ from typing import Final
 from fastapi import APIRouter, Request, Response, WebSocket
 from fastapi.responses import FileResponse, JSONResponse
 
-from simulators.connections import cut
+from proof.simulators.connections import cut
 from tests.bridge.native import jobs
 from tests.bridge.native.definitions import model_folders
 from tests.bridge.native.drawing import Saving

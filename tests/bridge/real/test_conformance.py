@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from temporalio.client import Client
 
-from conformance import Person, Profile, Verdict, cases, opened, run
-from conformance.receiver import receiving
-from contracts.permissions import Scope
+from comfyui_temporal.contracts.permissions import Scope
+from proof.conformance import Person, Profile, Verdict, cases, opened, run
+from proof.conformance.receiver import receiving
 from tests.bridge.platform import CALLBACK_SECRET, running_bridge
 from tests.bridge.real.worker_process import WorkerProcess
 

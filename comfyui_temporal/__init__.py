@@ -1,0 +1,1 @@
+"""Image generation and model training on ComfyUI as durable Temporal workflows."""

@@ -1,0 +1,1 @@
+"""Start, follow, confirm, cancel, show and list tasks."""

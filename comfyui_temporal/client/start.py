@@ -1,0 +1,151 @@
+"""Starting a task: the same input started twice under one id is one task (contract §8).
+
+For the command line and the gateway alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+from temporalio.api.enums.v1 import EventType
+from temporalio.client import Client, WorkflowHandle
+from temporalio.common import (
+    Priority,
+    SearchAttributeKey,
+    SearchAttributePair,
+    TypedSearchAttributes,
+    WorkflowIDConflictPolicy,
+    WorkflowIDReusePolicy,
+)
+from temporalio.exceptions import WorkflowAlreadyStartedError
+
+from comfyui_temporal.contracts.tasks import (
+    IMAGE_WORKFLOW,
+    INPUT_MEMO,
+    PRIORITY_KEYS,
+    TASK_QUEUE,
+    TRAINING_WORKFLOW,
+    ImageResult,
+    ImageTask,
+    TaskStatus,
+    TrainingResult,
+    TrainingTask,
+    input_sha256_of,
+    workflow_id_of,
+)
+from comfyui_temporal.runs import RunSeen, describe_run
+
+RPC_TIMEOUT: Final = timedelta(seconds=5)
+WORKFLOW_TASK_TIMEOUT: Final = timedelta(seconds=3)
+
+
+class TaskExists(Exception):
+    """Another input runs, or ran, under this task id: nothing of it was touched."""
+
+    def __init__(self, task_id: str) -> None:
+        self.task_id = task_id
+        super().__init__(f"Task {task_id!r} exists with another input; nothing was started and nothing of it touched.")
+
+
+@dataclass(frozen=True)
+class Started:
+    """A task that runs. `is_new` is false where this very input had been started before."""
+
+    handle: WorkflowHandle[Any, Any]
+    task_id: str
+    run_id: str
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class _Kind:
+    workflow_type: str
+    result_type: type[ImageResult] | type[TrainingResult]
+
+
+async def start_image(client: Client, task: ImageTask, *, task_queue: str = TASK_QUEUE) -> Started:
+    """Start an image task, or find the run of the same input. Raises TaskExists, RPCError."""
+    summary = f"{task.template_id}, {task.resolution}, {task.priority}, for {task.tenant_id}"
+    return await _start(client, task, _Kind(IMAGE_WORKFLOW, ImageResult), summary, task_queue)
+
+
+async def start_training(client: Client, task: TrainingTask, *, task_queue: str = TASK_QUEUE) -> Started:
+    """Start a training task, or find the run of the same input. Raises TaskExists, RPCError."""
+    summary = (
+        f"{task.template_id} on {task.base_model}, dataset {task.dataset.dataset_id}, {task.priority}, "
+        f"for {task.tenant_id}"
+    )
+    return await _start(client, task, _Kind(TRAINING_WORKFLOW, TrainingResult), summary, task_queue)
+
+
+async def _start(client: Client, task: ImageTask | TrainingTask, kind: _Kind, summary: str, task_queue: str) -> Started:
+    workflow_id = workflow_id_of(task.task_id)
+    try:
+        handle: WorkflowHandle[Any, Any] = await client.start_workflow(
+            kind.workflow_type,
+            task,
+            id=workflow_id,
+            task_queue=task_queue,
+            result_type=kind.result_type,
+            # A closed run counts too: a finished task is never run, nor paid, again.
+            id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
+            # Not USE_EXISTING: that would hand out a run of another input or type under the same id.
+            id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+            memo={INPUT_MEMO: input_sha256_of(task)},
+            search_attributes=_search_attributes(task),
+            static_summary=summary,
+            priority=Priority(priority_key=PRIORITY_KEYS[task.priority], fairness_key=task.tenant_id),
+            # What a killed worker held of the run is another's after 3 s instead of 10 (design, Defaults).
+            task_timeout=WORKFLOW_TASK_TIMEOUT,
+            rpc_timeout=RPC_TIMEOUT,
+        )
+    except WorkflowAlreadyStartedError:
+        handle = client.get_workflow_handle(workflow_id, result_type=kind.result_type)
+        return await _same_task(client, handle, task)
+    return Started(handle, task.task_id, handle.first_execution_run_id or "", is_new=True)
+
+
+def _search_attributes(task: ImageTask | TrainingTask) -> TypedSearchAttributes:
+    values = {
+        "TaskId": task.task_id,
+        "TenantId": task.tenant_id,
+        "UserId": task.user_id,
+        "Scene": task.scene.value,
+        "TemplateId": task.template_id,
+        "TaskPriority": task.priority.value,
+        "TaskStatus": TaskStatus.QUEUED.value,
+    }
+    return TypedSearchAttributes(
+        [SearchAttributePair(SearchAttributeKey.for_keyword(name), value) for name, value in values.items()]
+    )
+
+
+async def _same_task(client: Client, handle: WorkflowHandle[Any, Any], task: ImageTask | TrainingTask) -> Started:
+    run = await describe_run(client, handle.id, rpc_timeout=RPC_TIMEOUT)
+    if await _input_hash(client, handle, run, type(task)) != input_sha256_of(task):
+        raise TaskExists(task.task_id)
+    return Started(handle, task.task_id, run.run_id, is_new=False)
+
+
+async def _input_hash(
+    client: Client,
+    handle: WorkflowHandle[Any, Any],
+    run: RunSeen,
+    input_type: type[ImageTask] | type[TrainingTask],
+) -> str | None:
+    remembered = (await run.memo()).get(INPUT_MEMO)
+    if isinstance(remembered, str):
+        return remembered
+    # Started by another client a moment ago: the run has not written its memo yet, but its input stands in history.
+    async for event in handle.fetch_history_events(page_size=1):
+        if event.event_type != EventType.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
+            return None
+        payloads = event.workflow_execution_started_event_attributes.input.payloads
+        try:
+            [task] = await client.data_converter.decode(payloads, [input_type])
+        except Exception:  # any input at all may stand there; one that cannot be read is another input
+            return None
+        return input_sha256_of(task)
+    return None

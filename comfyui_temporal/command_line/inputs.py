@@ -1,0 +1,154 @@
+"""What a person types → a task's input; every mistake is told at once, field by field, before anything is started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from comfyui_temporal.command_line.failures import BadInput
+from comfyui_temporal.contracts.size_budget import MAX_FILE_LIST_BYTES, MAX_START_BYTES, json_bytes
+from comfyui_temporal.contracts.tasks import TrainingTask
+
+Model = TypeVar("Model", bound=BaseModel)
+MAX_FILE_BYTES: Final = MAX_FILE_LIST_BYTES
+_SHOWN_CHARACTERS: Final = 60
+_ID_PATTERN: Final = "{1,64}$"
+
+
+def read_model(model: type[Model], values: Mapping[str, Any]) -> Model:
+    """The values as a model. Raises BadInput with one line a field."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        fields: dict[str, str] = {}
+        for issue in error.errors(include_url=False):
+            name = ".".join(str(part) for part in issue["loc"]) or "input"
+            fields.setdefault(name, _explained(issue))
+        noun = "field is" if len(fields) == 1 else "fields are"
+        raise BadInput(f"Nothing was done: {len(fields)} {noun} wrong.", fields) from None
+
+
+def _explained(issue: ErrorDetails) -> str:
+    """What is allowed, and what was given where that is short; a prompt is never repeated."""
+    match issue["type"]:
+        case "missing":
+            return "is missing"
+        case "extra_forbidden":
+            return "is not a field of this task"
+        case "string_pattern_mismatch" if _ID_PATTERN in issue["msg"]:
+            allowed = "must be 1 to 64 of the characters A-Z a-z 0-9 _ -"
+        case _:
+            allowed = re.sub(r"^Value error, ", "", issue["msg"])
+            allowed = re.sub(r"^Input should be", "must be", allowed)
+            allowed = re.sub(r"^(\w+) should", lambda found: f"{found[1].lower()} should", allowed)
+    given = issue["input"]
+    is_short = isinstance(given, str | int | float | bool) and len(str(given)) <= _SHOWN_CHARACTERS
+    return f"{allowed} (given: {given!r})" if is_short and issue["loc"] != ("prompt",) else allowed
+
+
+def read_file(path: str | None) -> dict[str, Any]:
+    """The JSON object in a file, `-` for standard input; empty without a path. Raises BadInput."""
+    if path is None:
+        return {}
+    try:
+        with sys.stdin.buffer if path == "-" else Path(path).open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+        if len(raw) > MAX_FILE_BYTES:
+            raise BadInput(f"{path} is larger than {MAX_FILE_BYTES} bytes.")
+        value = json.loads(raw)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} holds no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} must hold one JSON object, the task's input (docs/schemas shows its fields).")
+    return value
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Only what was given: what is left out keeps the value of the file or the model's default."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def check_list_fits(task: TrainingTask) -> None:
+    """Raises BadInput where the list of files makes the input larger than Temporal takes."""
+    size = json_bytes(task)
+    if size > MAX_START_BYTES:
+        raise BadInput(
+            f"Nothing was done: the input takes {size} bytes, and Temporal takes {MAX_START_BYTES}. Put the list of "
+            "files as a JSON array into object storage, under the tenant's prefix, and give its address by --manifest."
+        )
+
+
+def manifest(address: str, sha256: str | None) -> dict[str, str]:
+    """A caller's own list of files: a file of this machine is hashed, of an address the checksum must be given."""
+    if "://" in address:
+        return {"uri": address, **given(sha256=sha256)}
+    try:
+        raw = Path(address).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{address} cannot be read: {error.strerror}.") from None
+    return {"uri": Path(address).resolve().as_uri(), "sha256": sha256 or hashlib.sha256(raw).hexdigest()}
+
+
+def named_values(field: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """`name=value` pairs; a value is read as JSON where it is JSON, a name alone is true. Raises BadInput."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not name:
+            raise BadInput("Nothing was done: 1 field is wrong.", {field: f"must be name or name=value: {pair!r}"})
+        values[name] = _json_or_text(text) if separator else True
+    return values
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def controls(texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Control images, each `URL` or `URL,strength`; the comma is no separator where no number follows it."""
+    found: list[dict[str, Any]] = []
+    for text in texts:
+        url, _, strength = text.rpartition(",")
+        try:
+            found.append({"image_url": url, "strength": float(strength)} if url else {"image_url": text})
+        except ValueError:
+            found.append({"image_url": text})
+    return found
+
+
+def new_task_id(kind: str) -> str:
+    """A task id nobody has used: `image-3f9c…`."""
+    return f"{kind}-{secrets.token_hex(6)}"
+
+
+def dataset_address(text: str) -> str:
+    """A dataset as an address: a path on this machine becomes `file://…`, an address stays as it is."""
+    return text if "://" in text else Path(text).resolve().as_uri() + "/"
+
+
+def dataset_name(address: str) -> str:
+    """A `dataset_id` made from the last part of its address."""
+    last = address.rstrip("/").rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-")[:64] or "dataset"
+
+
+def checked(annotation: Any, name: str, value: object) -> Any:
+    """One value as its type of the contract. Raises BadInput."""
+    try:
+        return TypeAdapter(annotation).validate_python(value)
+    except ValidationError as error:
+        raise BadInput("Nothing was done: 1 field is wrong.", {name: _explained(error.errors()[0])}) from None

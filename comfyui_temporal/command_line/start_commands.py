@@ -1,0 +1,227 @@
+"""The commands that start a task: `generate` and `train`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from comfyui_temporal.command_line import inputs
+from comfyui_temporal.command_line.app import EXIT_CODES, Json, app, followed, perform
+from comfyui_temporal.command_line.connection import Connection, connection, find_server, read_settings, user_of
+from comfyui_temporal.command_line.failures import ExitCode
+from comfyui_temporal.command_line.reports import print_json
+from comfyui_temporal.command_line.start import Started, start_image, start_training
+from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
+from doctor.task_store import refuse_strange_store
+
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Start the task and return; `watch` follows it.")]
+Tenant = Annotated[str | None, typer.Option(help="Who pays. On the local stack: tenant-demo or tenant-other.")]
+User = Annotated[str | None, typer.Option(help="Default on the local stack: the tenant's own user.")]
+TaskId = Annotated[str | None, typer.Option(help="Default: a new one. The same id and input twice is one task.")]
+Priority = Annotated[str | None, typer.Option(help="standard (default) or accelerated.")]
+MaxCredits = Annotated[int | None, typer.Option(help="The most this task may cost, in points.")]
+InputFile = Annotated[
+    str | None, typer.Option("--input", metavar="FILE", help="The whole input as JSON, `-` for standard input.")
+]
+
+
+def _with_user(values: dict[str, Any]) -> dict[str, Any]:
+    """On the local stack a tenant's user is known; elsewhere it must be given."""
+    tenant_id = values.get("tenant_id")
+    if isinstance(tenant_id, str) and "user_id" not in values:
+        user_id = user_of(find_server(read_settings()).stack, tenant_id)
+        return values | inputs.given(user_id=user_id)
+    return values
+
+
+@app.command(epilog=EXIT_CODES)
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What the image shows.")] = None,
+    *,
+    tenant: Tenant = None,
+    user: User = None,
+    template: Annotated[str | None, typer.Option(help="Template to run; default text-to-image.")] = None,
+    resolution: Annotated[str | None, typer.Option(help="sd, hd (default) or 4k.")] = None,
+    priority: Priority = None,
+    extra: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="An extra, e.g. hires_fix. Repeatable.")
+    ] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(metavar="URL[,STRENGTH]", help="A control image. Repeatable.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same image.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the image must not show.")] = None,
+    max_credits: MaxCredits = None,
+    task_id: TaskId = None,
+    input_file: InputFile = None,
+    no_wait: NoWait = False,
+    as_json: Json = False,
+) -> None:
+    """Start an image task and follow it to its end.
+
+    \b
+    Examples:
+      comfyui-tasks generate "a cat" --tenant tenant-demo
+      comfyui-tasks generate "a cat" --tenant tenant-demo --resolution 4k --priority accelerated --extra hires_fix
+      comfyui-tasks generate "a cat" --tenant tenant-demo --task-id cat-1 --no-wait --json
+      comfyui-tasks generate --input docs/examples/tasks/image-task.json
+    """
+
+    async def work() -> ExitCode:
+        values = inputs.read_file(input_file)
+        extras = values.get("extras", {})
+        extras = (extras if isinstance(extras, dict) else {}) | inputs.named_values("extras", extra or [])
+        extras |= inputs.given(seed=seed, negative_prompt=negative_prompt)
+        values |= inputs.given(
+            prompt=prompt,
+            tenant_id=tenant,
+            user_id=user,
+            template_id=template,
+            resolution=resolution,
+            priority=priority,
+            extras=extras or None,
+            controls=inputs.controls(control) if control else None,
+            max_credits=max_credits,
+            task_id=task_id,
+        )
+        values = {"task_id": inputs.new_task_id("image"), "template_id": "text-to-image"} | _with_user(values)
+        task = inputs.read_model(ImageTask, values)
+        settings = read_settings()
+        async with connection(settings) as opened:
+            await refuse_strange_store(opened, settings)
+            started = await start_image(opened.client, task, task_queue=opened.task_queue)
+            return await _started(opened, started, no_wait=no_wait, as_json=as_json)
+
+    perform(work, as_json=as_json)
+
+
+@app.command(epilog=EXIT_CODES)
+def train(
+    *,
+    dataset: Annotated[
+        str | None, typer.Option(help="Folder or file://, s3://, gs://, az:// address under the tenant's own prefix.")
+    ] = None,
+    tenant: Tenant = None,
+    user: User = None,
+    template: Annotated[str | None, typer.Option(help="Template to run; default lora-train.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Model to start from; default base.")] = None,
+    dataset_id: Annotated[str | None, typer.Option(help="Default: the last part of the dataset's address.")] = None,
+    file: Annotated[list[str] | None, typer.Option(help="Take only this file of the dataset. Repeatable.")] = None,
+    manifest: Annotated[
+        str | None, typer.Option(help="Take only the files that this JSON array names; under the tenant's own prefix.")
+    ] = None,
+    manifest_sha256: Annotated[
+        str | None, typer.Option(help="Its checksum; of a file on this machine it is read off.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="At least 1; default 10.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="At least 1; default 4.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Above 0; default 0.0001.")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other hyperparameter. Repeatable.")
+    ] = None,
+    priority: Priority = None,
+    gpu_type: Annotated[str | None, typer.Option(help="Train on this type of GPU only.")] = None,
+    max_credits: Annotated[
+        int | None, typer.Option(help="Confirms every price up to this many points; else `confirm` is waited for.")
+    ] = None,
+    resume_from: Annotated[str | None, typer.Option(help="Checkpoint to go on from.")] = None,
+    not_before: Annotated[str | None, typer.Option(help="Start no earlier than this ISO 8601 instant.")] = None,
+    not_after: Annotated[str | None, typer.Option(help="Start no later, else the task ends.")] = None,
+    task_id: TaskId = None,
+    input_file: InputFile = None,
+    no_wait: NoWait = False,
+    as_json: Json = False,
+) -> None:
+    """Start a training task and follow it to its end.
+
+    Without --max-credits the task asks for its price to be confirmed: `comfyui-tasks confirm` does that.
+
+    \b
+    Examples:
+      comfyui-tasks train --dataset .run/datasets/tenant-demo/cats --tenant tenant-demo --max-credits 500
+      comfyui-tasks train --dataset s3://data/tenant-a/cats/ --tenant tenant-a --user ann --epochs 20 --no-wait
+      comfyui-tasks train --input docs/examples/tasks/training-task.json
+    """
+
+    async def work() -> ExitCode:
+        values = inputs.read_file(input_file)
+        chosen = {
+            "dataset": _dataset(
+                values.get("dataset"),
+                dataset,
+                inputs.given(
+                    dataset_id=dataset_id,
+                    files=file or None,
+                    manifest=inputs.manifest(manifest, manifest_sha256) if manifest else None,
+                ),
+            ),
+            "hyperparameters": _hyperparameters(
+                values.get("hyperparameters"),
+                inputs.named_values("hyperparameters", parameter or [])
+                | inputs.given(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate),
+            ),
+            "window": inputs.given(not_before=not_before, not_after=not_after) or None,
+        }
+        values |= inputs.given(
+            tenant_id=tenant,
+            user_id=user,
+            template_id=template,
+            base_model=base_model,
+            priority=priority,
+            gpu_type=gpu_type,
+            max_credits=max_credits,
+            resume_from=resume_from,
+            task_id=task_id,
+            **chosen,
+        )
+        values = {"task_id": inputs.new_task_id("training"), "template_id": "lora-train"} | _with_user(values)
+        task = inputs.read_model(TrainingTask, values)
+        inputs.check_list_fits(task)
+        settings = read_settings()
+        async with connection(settings) as opened:
+            await refuse_strange_store(opened, settings)
+            started = await start_training(opened.client, task, task_queue=opened.task_queue)
+            return await _started(opened, started, no_wait=no_wait, as_json=as_json)
+
+    perform(work, as_json=as_json)
+
+
+def _dataset(from_file: Any, address: str | None, chosen: dict[str, Any]) -> Any:
+    if address is None and not chosen:
+        return from_file
+    source_uri = inputs.dataset_address(address) if address else None
+    named = inputs.given(dataset_id=inputs.dataset_name(source_uri)) if source_uri else {}
+    base = from_file if isinstance(from_file, dict) else {}
+    return base | inputs.given(source_uri=source_uri) | named | chosen
+
+
+def _hyperparameters(from_file: Any, chosen: dict[str, Any]) -> Any:
+    if from_file is None:
+        return {"epochs": 10, "batch_size": 4, "learning_rate": 1e-4} | chosen
+    return from_file | chosen if isinstance(from_file, dict) else from_file
+
+
+async def _started(opened: Connection, started: Started, *, no_wait: bool, as_json: bool) -> ExitCode:
+    ui_url = opened.server.ui_link(started.handle.id, started.run_id)
+    if no_wait and as_json:
+        print_json(
+            {
+                "task_id": started.task_id,
+                "workflow_id": started.handle.id,
+                "run_id": started.run_id,
+                "is_new": started.is_new,
+                "ui_url": ui_url,
+            }
+        )
+        return ExitCode.COMPLETED
+    console = Console(stderr=as_json)
+    console.print(f"{'Started' if started.is_new else 'Already started:'} task {started.task_id}", highlight=False)
+    if ui_url:
+        console.print(Text(ui_url, style="dim"), soft_wrap=True)
+    if no_wait:
+        console.print(f"Follow it: comfyui-tasks watch {started.task_id}", highlight=False)
+        return ExitCode.COMPLETED
+    return await followed(opened, started.task_id, as_json=as_json)

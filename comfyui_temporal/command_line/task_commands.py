@@ -1,0 +1,190 @@
+"""The commands about tasks that stand already: `watch`, `show`, `list`, `cancel`, `confirm`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from comfyui_temporal.command_line import inputs
+from comfyui_temporal.command_line.app import EXIT_CODES, Json, app, followed, perform
+from comfyui_temporal.command_line.connection import Connection, connection, read_settings
+from comfyui_temporal.command_line.failures import BadInput, CommandFailure, ExitCode
+from comfyui_temporal.command_line.reports import picture_lines, print_json, print_lines, print_rows
+from comfyui_temporal.command_line.tasks import asked_price_of, cancel_task, confirm_price, list_tasks, show_task
+from comfyui_temporal.command_line.terminal import confirmation_of
+from comfyui_temporal.contracts.fields import CallerId
+from comfyui_temporal.contracts.tasks import CancelTask, ConfirmPrice, TaskStatus
+
+TaskIdArgument = Annotated[str, typer.Argument(metavar="TASK_ID", help="The task's id, without `task-` before it.")]
+
+
+@app.command(epilog=EXIT_CODES)
+def watch(task_id: TaskIdArgument, as_json: Json = False) -> None:
+    """Follow a task to its end.
+
+    The exit code says how it ended.
+
+    \b
+    Example:
+      comfyui-tasks watch cat-1 && echo delivered
+    """
+
+    async def work() -> ExitCode:
+        known_id = _checked_id(task_id)
+        async with connection(read_settings()) as opened:
+            return await followed(opened, known_id, as_json=as_json)
+
+    perform(work, as_json=as_json)
+
+
+@app.command(epilog=EXIT_CODES)
+def show(task_id: TaskIdArgument, as_json: Json = False) -> None:
+    """Show a task as it stands.
+
+    Stage and ETA while it runs, then result or failure; points, attempts and the link into the Temporal UI.
+
+    \b
+    Example:
+      comfyui-tasks show cat-1 --json
+    """
+
+    async def work() -> ExitCode:
+        known_id = _checked_id(task_id)
+        async with connection(read_settings()) as opened:
+            picture = await show_task(opened, known_id)
+        if as_json:
+            print_json(picture)
+        else:
+            print_lines(Console(), picture_lines(picture))
+        return ExitCode.COMPLETED
+
+    perform(work, as_json=as_json)
+
+
+@app.command("list", epilog=EXIT_CODES)
+def list_command(
+    *,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
+    user: Annotated[str | None, typer.Option(help="Only this user's.")] = None,
+    status: Annotated[str | None, typer.Option(help="queued, running, completed, failed or cancelled.")] = None,
+    stage: Annotated[str | None, typer.Option(help="E.g. processing, training.")] = None,
+    scene: Annotated[str | None, typer.Option(help="image.generate or model.train.")] = None,
+    template: Annotated[str | None, typer.Option(help="Only tasks of this template.")] = None,
+    priority: Annotated[str | None, typer.Option(help="standard or accelerated.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """List tasks, newest first.
+
+    Piped, one tab-separated line a task.
+
+    \b
+    Examples:
+      comfyui-tasks list --tenant tenant-demo --status running
+      comfyui-tasks list --scene model.train --limit 100 --json
+    """
+
+    async def work() -> ExitCode:
+        filters = inputs.given(
+            TenantId=tenant,
+            UserId=user,
+            TaskStatus=status,
+            TaskStage=stage,
+            Scene=scene,
+            TemplateId=template,
+            TaskPriority=priority,
+        )
+        if status is not None and status not in set(TaskStatus):
+            raise BadInput("Nothing was listed.", {"status": f"must be one of {', '.join(TaskStatus)}"})
+        async with connection(read_settings()) as opened:
+            rows = [row async for row in list_tasks(opened, filters=filters, limit=limit)]
+        if as_json:
+            print_json([row.model_dump(mode="json") for row in rows])
+        else:
+            print_rows(Console(), rows)
+        return ExitCode.COMPLETED
+
+    perform(work, as_json=as_json)
+
+
+@app.command(epilog=EXIT_CODES)
+def cancel(
+    task_id: TaskIdArgument,
+    reason: Annotated[str, typer.Option(help="Why; kept with the task.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Cancel a task and give its credits back.
+
+    Says `accepted`, or `too_late` where the task was delivered or over first.
+
+    \b
+    Example:
+      comfyui-tasks cancel cat-1 --reason "wrong prompt"
+    """
+
+    async def work() -> ExitCode:
+        known_id = _checked_id(task_id)
+        wanted = inputs.read_model(CancelTask, {"reason": reason})
+        async with connection(read_settings()) as opened:
+            outcome = await cancel_task(opened, known_id, wanted.reason)
+        if as_json:
+            print_json({"task_id": task_id, "outcome": outcome})
+        else:
+            Console().print(outcome)
+        return ExitCode.COMPLETED if outcome == "accepted" else ExitCode.TOO_LATE
+
+    perform(work, as_json=as_json)
+
+
+@app.command(epilog=EXIT_CODES)
+def confirm(
+    task_id: TaskIdArgument,
+    max_credits: Annotated[
+        int | None, typer.Option(help="The most it may cost, in points; can only be raised. Default: asks.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Confirm a training's price, so that it starts.
+
+    \b
+    Examples:
+      comfyui-tasks confirm lora-7                    (shows the price and asks)
+      comfyui-tasks confirm lora-7 --max-credits 200
+    """
+
+    async def work() -> ExitCode:
+        known_id = _checked_id(task_id)
+        if max_credits is not None:
+            inputs.read_model(ConfirmPrice, {"max_credits": max_credits})
+        async with connection(read_settings()) as opened:
+            ceiling = max_credits if max_credits is not None else await _asked_price(opened, known_id)
+            in_force = await confirm_price(opened, known_id, ceiling)
+            wanted = await asked_price_of(opened, known_id)
+        if as_json:
+            print_json({"task_id": task_id, "max_credits": in_force})
+        else:
+            is_short = wanted is not None and wanted.estimated_cost > in_force
+            more = f" It costs {wanted.estimated_cost}, so the task goes on waiting." if wanted and is_short else ""
+            Console().print(f"Confirmed: up to {in_force} points.{more}", highlight=False)
+        return ExitCode.COMPLETED
+
+    perform(work, as_json=as_json)
+
+
+async def _asked_price(opened: Connection, task_id: str) -> int:
+    wanted = await asked_price_of(opened, task_id)
+    if wanted is None:
+        raise BadInput(f"Task {task_id!r} waits for no confirmation now; give --max-credits to raise its ceiling.")
+    if not sys.stdin.isatty():
+        raise BadInput(f"Task {task_id!r} {confirmation_of(task_id, wanted)}")
+    if not typer.confirm(f"{task_id} costs {wanted.estimated_cost} points. Confirm?", err=True):
+        raise CommandFailure("Not confirmed: the task goes on waiting.")
+    return wanted.estimated_cost
+
+
+def _checked_id(task_id: str) -> str:
+    checked: str = inputs.checked(CallerId, "task_id", task_id)
+    return checked

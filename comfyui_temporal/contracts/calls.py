@@ -1,0 +1,79 @@
+"""One call to another service as an activity gets it: the body and key stand in history before the effect."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from pydantic import Field
+
+from comfyui_temporal.contracts.fields import OwnModel
+from comfyui_temporal.contracts.handed_on import KeptModel
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.tasks import DatasetManifest
+
+Body = TypeVar("Body")
+
+
+class CallFor(OwnModel):
+    """For whom a call is made: our token names this tenant and user (contract §7)."""
+
+    task_id: str
+    tenant_id: str
+    user_id: str
+    scene: Scene
+    is_rollback: bool = False
+    first_execution_run_id: str | None = None
+    run_number: int = 0
+    """Of the run that calls; see `comfyui_temporal.contracts.lives.TaskRun`."""
+
+
+class Post(KeptModel, Generic[Body]):
+    """A POST: `key` is its `X-Idempotency-Key`; the same key always carries the same body (contract §4)."""
+
+    call_for: CallFor
+    key: str
+    body: Body
+    is_undo: bool = False
+    """Repeats a key to learn what it made, so that it can be undone: also for a task that has ended."""
+    has_read_ledger: bool = False
+    """A commit or charge that is made after the task's ledger was read: no earlier life has settled the task."""
+
+
+class JobCall(KeptModel):
+    """A call about one job or training: `key` only for POSTs (start, cancel)."""
+
+    call_for: CallFor
+    job_id: str
+    key: str | None = None
+
+
+class GpuQuestion(CallFor):
+    """Whether there are GPUs: of `gpu_type`, or of any."""
+
+    gpu_type: str | None = None
+
+
+class LedgerQuery(OwnModel):
+    """Which ledger entries are asked for; `task_id` narrows where the service offers it (ours)."""
+
+    call_for: CallFor
+    task_id: str
+    limit: int = Field(default=200, ge=1, le=1000)
+
+
+class SnapshotOrder(KeptModel):
+    """A dataset to be copied to temporary object storage under the task's own folder.
+
+    The files are given in one of three ways, as in `contracts.tasks.DatasetSource`. Without any, all files are copied.
+    """
+
+    call_for: CallFor
+    dataset_id: str
+    source_uri: str
+    files: list[str] | None = None
+    manifest: DatasetManifest | None = None
+    files_sha256: str | None = None
+
+    def to_delete(self) -> SnapshotOrder:
+        """The same folder, without a list: what deleting it needs."""
+        return SnapshotOrder(call_for=self.call_for, dataset_id=self.dataset_id, source_uri=self.source_uri)

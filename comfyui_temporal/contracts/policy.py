@@ -1,0 +1,42 @@
+"""What the worker's settings decide for a task (contract §5): read by a run's first step, kept in its history."""
+
+from __future__ import annotations
+
+from urllib.parse import unquote
+
+from pydantic import Field
+
+from comfyui_temporal.contracts.fields import OwnModel
+from comfyui_temporal.contracts.prices import PriceTable
+
+
+class Policy(OwnModel):
+    """Limits and prices of one task. Spans name their unit."""
+
+    prices: PriceTable = PriceTable()
+    callback_url: str
+    """Where ComfyUI posts this task's callbacks: `…/callbacks/comfyui/{task_id}`."""
+    poll_after_seconds: float = Field(gt=0)
+    poll_at_most_seconds: float = Field(gt=0)
+    deadline_factor: float = Field(gt=0)
+    cap_minutes: float = Field(gt=0)
+    """A task's whole time is capped at the smaller of twice its first span and this."""
+    ceiling_factor: float = Field(default=2.0, ge=1)
+    """Default `max_credits` of an image: this times the table's price."""
+    confirm_within_seconds: float = Field(default=3600, gt=0)
+    retry_after_seconds: list[float] = [30.0, 60.0, 120.0]
+    """One further attempt after each of these."""
+    charge_shortfall: bool = False
+    queue_sla_minutes: float = Field(gt=0)
+    hold_margin_seconds: float = 300.0
+    opening_call_minutes: float = 15.0
+    """How long submit, create, estimate, pre-deduct and start are retried (contract §4)."""
+    continue_as_new_events: int = 2_000
+    continue_as_new_signals: int = 5_000
+    dataset_roots: list[str] = []
+    """Prefixes below which this tenant's `dataset.source_uri` and `resume_from` must lie."""
+
+    def is_own_address(self, uri: str) -> bool:
+        """Whether the address lies below one of this tenant's prefixes, without climbing out of it."""
+        climbs = any(part in ("..", ".") for part in unquote(uri).replace("\\", "/").split("/"))
+        return not climbs and any(uri.startswith(root) and len(uri) > len(root) for root in self.dataset_roots)

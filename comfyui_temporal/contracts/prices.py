@@ -1,0 +1,81 @@
+"""The price table (contract §5). Pure arithmetic on whole points; the table is the worker's configuration."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from typing import Any, Final
+
+from pydantic import Field
+
+from comfyui_temporal.contracts.fields import OwnModel
+from comfyui_temporal.contracts.permissions import Scene
+
+FREE_EXTRAS: Final = frozenset({"seed", "negative_prompt"})
+
+
+class UnknownPrice(ValueError):
+    """The table has no price for an extra or a base model: the caller's `input_invalid`."""
+
+    def __init__(self, field: str, name: str, known: list[str]) -> None:
+        self.field = field
+        super().__init__(f"{field}: {name!r} is not offered; offered are {', '.join(sorted(known)) or 'none'}")
+
+
+class PriceTable(OwnModel):
+    """Prices in points. `extras` and `base_models` are what the platform offers beyond the base price."""
+
+    image_base: int = Field(default=18, ge=0)
+    resolutions: dict[str, int] = {"sd": 0, "hd": 6, "4k": 14}
+    image_accelerated: int = Field(default=12, ge=0)
+    extras: dict[str, int] = {"hires_fix": 8, "upscaler": 6}
+    training_base: int = Field(default=120, ge=0)
+    base_models: dict[str, int] = {"base": 0, "sdxl": 30, "flux": 60}
+    training_accelerated: int = Field(default=40, ge=0)
+    included_gpu_hours: float = Field(default=1.0, ge=0)
+    points_per_gpu_hour: int = Field(default=60, ge=0)
+
+    def points_of_extras(self, extras: dict[str, Any]) -> dict[str, int]:
+        """Name → points of the extras that cost something (contract §4 `extras`, §5).
+
+        Raises UnknownPrice for a name that the table lacks.
+        """
+        points: dict[str, int] = {}
+        for name, value in extras.items():
+            if name in FREE_EXTRAS:
+                continue
+            if name not in self.extras:
+                raise UnknownPrice("extras", name, [*self.extras, *FREE_EXTRAS])
+            if value is not None and value is not False:
+                points[name] = self.extras[name]
+        return points
+
+    def image(self, *, resolution: str, accelerated: bool, extras: dict[str, Any]) -> int:
+        """Price of one image in points. Raises UnknownPrice."""
+        return (
+            self.image_base
+            + self.resolutions[resolution]
+            + (self.image_accelerated if accelerated else 0)
+            + sum(self.points_of_extras(extras).values())
+        )
+
+    def training(self, *, base_model: str, accelerated: bool, gpu_hours: float) -> int:
+        """Price of a training that uses `gpu_hours`, in points. Raises UnknownPrice."""
+        if base_model not in self.base_models:
+            raise UnknownPrice("base_model", base_model, list(self.base_models))
+        # A sum of hours over attempts carries the noise of floats: it must not cost a point.
+        hours = Decimal(str(round(gpu_hours, 6)))
+        billed = max(Decimal(0), hours - Decimal(str(self.included_gpu_hours)))
+        return (
+            self.training_base
+            + self.base_models[base_model]
+            + (self.training_accelerated if accelerated else 0)
+            + math.ceil(billed * self.points_per_gpu_hour)
+        )
+
+
+DEFAULT_ETA_MINUTES: Final[dict[Scene, dict[str, float]]] = {
+    Scene.IMAGE_GENERATE: {"standard": 8.0, "accelerated": 3.0},
+    Scene.MODEL_TRAIN: {"standard": 45.0, "accelerated": 20.0},
+}
+"""ETA before ComfyUI answers, in minutes (contract §1)."""

@@ -1,0 +1,30 @@
+"""`.run/stack.json`: how a stack that runs on this machine describes itself (contract §8)."""
+
+from __future__ import annotations
+
+from comfyui_temporal.contracts.fields import OwnModel
+
+
+class StackDescription(OwnModel):
+    """Everything that a client needs; the file has mode 0600 because it holds secrets."""
+
+    temporal_address: str
+    namespace: str
+    task_queue: str
+    ui_url: str
+    comfyui_url: str
+    credits_url: str
+    gateway_url: str
+    database_dsn: str
+    callback_secret: str
+    pids: dict[str, int] = {}
+    """Name of a part → its process id."""
+    tokens: dict[str, str] = {}
+    """Tenant → JWT of its user with every scope, valid for 24 hours."""
+    admin_token: str
+    """For the simulators' fault switchboard and clock."""
+
+    def page_url(self, tenant_id: str) -> str | None:
+        """The live page for this tenant, its token in the fragment, which browsers send to nobody; None without one."""
+        token = self.tokens.get(tenant_id)
+        return f"{self.gateway_url}/#token={token}" if token else None

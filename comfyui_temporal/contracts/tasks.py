@@ -1,0 +1,392 @@
+"""The workflow interface (contract §8) and task events (contract §6): what callers and watchers see."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import StrEnum
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from comfyui_temporal.contracts.comfyui import Resolution, TaskPriority, TrainingOutput
+from comfyui_temporal.contracts.credits import PriceOption
+from comfyui_temporal.contracts.errors import ErrorDetails
+from comfyui_temporal.contracts.fields import (
+    CallerId,
+    CallerMessage,
+    CallerModel,
+    CallerPoints,
+    CallerText,
+    CleanJson,
+    Instant,
+    OwnModel,
+    Prompt,
+)
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.size_budget import MAX_EXTRAS_BYTES
+
+TASK_QUEUE: Final = "comfyui"
+WORKFLOW_ID_PREFIX: Final = "task-"
+IMAGE_WORKFLOW: Final = "ImageGenerationWorkflow"
+TRAINING_WORKFLOW: Final = "TrainingWorkflow"
+CALLBACK_SIGNAL: Final = "comfyui_callback"
+PRIORITY_KEYS: Final = {TaskPriority.ACCELERATED: 1, TaskPriority.STANDARD: 3}
+"""Temporal's priority keys: 1 goes first, 3 is its default."""
+INPUT_MEMO: Final = "input_sha256"
+SEARCH_ATTRIBUTES: Final = (
+    "TaskId",
+    "TenantId",
+    "UserId",
+    "Scene",
+    "TemplateId",
+    "TaskPriority",
+    "TaskStatus",
+    "TaskStage",
+)
+"""All of type Keyword; the last two change while the task runs (contract §8)."""
+
+
+def workflow_id_of(task_id: str) -> str:
+    """The only workflow id a task may run under (contract §8)."""
+    return WORKFLOW_ID_PREFIX + task_id
+
+
+class TaskStatus(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    def is_end(self) -> bool:
+        return self in (TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED)
+
+
+class Control(CallerModel):
+    """One control image and how strongly it steers the result."""
+
+    image_url: Annotated[CallerText, Field(min_length=1, max_length=2048)]
+    strength: Annotated[float, Field(ge=0, le=10)] = 1.0
+    kind: Annotated[CallerText, Field(max_length=64)] | None = None
+
+
+_PositiveSeconds = Annotated[float, Field(gt=0, le=86_400)]
+_PositiveFactor = Annotated[float, Field(gt=0, le=1_000)]
+
+
+class ImageOptions(CallerModel):
+    """What a caller may lower below the worker's policy; a higher value counts as the policy's."""
+
+    poll_after_seconds: _PositiveSeconds | None = None
+    deadline_factor: _PositiveFactor | None = None
+
+
+class TrainingOptions(ImageOptions):
+    """As `ImageOptions`, and how long the price confirmation is waited for, in seconds."""
+
+    confirm_within_seconds: _PositiveSeconds | None = None
+
+
+def _bounded_extras(extras: dict[str, CleanJson]) -> dict[str, CleanJson]:
+    if len(repr(extras).encode("utf-8", "surrogatepass")) > MAX_EXTRAS_BYTES:
+        raise ValueError(f"must not be larger than {MAX_EXTRAS_BYTES} bytes")
+    return extras
+
+
+_Name = Annotated[CallerText, Field(min_length=1, max_length=128)]
+Extras = Annotated[dict[_Name, CleanJson], Field(max_length=64), AfterValidator(_bounded_extras)]
+
+
+class ImageTask(CallerModel):
+    """Input of `ImageGenerationWorkflow`. `max_credits` in points: the most this task may cost its payer."""
+
+    task_id: CallerId
+    tenant_id: CallerId
+    user_id: CallerId
+    template_id: CallerId
+    prompt: Prompt
+    controls: Annotated[list[Control], Field(max_length=16)] = []
+    resolution: Resolution = Resolution.HD
+    priority: TaskPriority = TaskPriority.STANDARD
+    extras: Extras = {}
+    max_credits: CallerPoints | None = None
+    options: ImageOptions = ImageOptions()
+
+    @property
+    def scene(self) -> Scene:
+        return Scene.IMAGE_GENERATE
+
+
+def _relative_path(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if path.startswith("/") or "\\" in path or not parts or any(part in ("..", ".") for part in parts):
+        raise ValueError("must be a relative path without '..'")
+    return path
+
+
+FilePath = Annotated[CallerText, Field(min_length=1, max_length=1024), AfterValidator(_relative_path)]
+"""A dataset's file, relative to its folder."""
+FileList = Annotated[list[FilePath], Field(min_length=1, max_length=10_000)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+_Address = Annotated[CallerText, Field(min_length=1, max_length=2048)]
+
+
+class DatasetManifest(CallerModel):
+    """A caller's own list of files: a JSON array of paths at `uri`, under the tenant's own prefix, at most 4 MiB."""
+
+    uri: _Address
+    sha256: Sha256
+    """Of the array's bytes: what was ordered is what is trained on."""
+
+
+class DatasetSource(CallerModel):
+    """The dataset to train on: `files` below `source_uri`, those that `manifest` lists, or all of them."""
+
+    dataset_id: CallerId
+    source_uri: _Address
+    files: FileList | None = None
+    manifest: DatasetManifest | None = None
+
+    @property
+    def is_told_twice(self) -> bool:
+        """Whether the files are named in more than one way: a caller's mistake, which the task's first step refuses."""
+        return self.files is not None and self.manifest is not None
+
+
+class TakenDataset(DatasetSource):
+    """A dataset as the workflow takes it."""
+
+    files_sha256: Sha256 | None = None
+    """A list that the gateway put into temporary object storage, by the checksum of its bytes; it goes before."""
+
+
+class Hyperparameters(BaseModel):
+    """`epochs`, `batch_size`, `learning_rate`; others are passed on as they are."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, CleanJson]
+
+    epochs: Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
+    learning_rate: Annotated[float, Field(gt=0, le=1_000)]
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Hyperparameters:
+        _bounded_extras(self.__pydantic_extra__)
+        return self
+
+
+class GpuWindow(CallerModel):
+    """The GPU scheduling window: `start` is called in it or not at all."""
+
+    not_before: Instant | None = None
+    not_after: Instant | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> GpuWindow:
+        if self.not_before and self.not_after and self.not_after <= self.not_before:
+            raise ValueError("not_after must lie after not_before")
+        return self
+
+
+class TrainingTask(CallerModel):
+    """Input of `TrainingWorkflow`. `max_credits` in points confirms every price up to it beforehand."""
+
+    task_id: CallerId
+    tenant_id: CallerId
+    user_id: CallerId
+    template_id: CallerId
+    priority: TaskPriority = TaskPriority.STANDARD
+    base_model: CallerId = "base"
+    dataset: TakenDataset
+    hyperparameters: Hyperparameters
+    gpu_type: CallerId | None = None
+    max_credits: CallerPoints | None = None
+    resume_from: Annotated[CallerText, Field(min_length=1, max_length=2048)] | None = None
+    window: GpuWindow | None = None
+    options: TrainingOptions = TrainingOptions()
+
+    @property
+    def scene(self) -> Scene:
+        return Scene.MODEL_TRAIN
+
+
+def input_sha256_of(task: ImageTask | TrainingTask) -> str:
+    """Hash of a task's input, in hex: equal for inputs that mean the same (contract §8 `input_sha256`).
+
+    Fields that hold their default do not count, so that a field added later changes no hash of today.
+    """
+    canonical = json.dumps(task.model_dump(mode="json", exclude_defaults=True), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class SettlementState(StrEnum):
+    """`settlement` of a task's credits.
+
+    `open`: the task goes on. `settled`: what is told is true. `unknown`: whether it was charged could not be learned.
+    """
+
+    OPEN = "open"
+    SETTLED = "settled"
+    UNKNOWN = "unknown"
+
+
+class CreditsSummary(OwnModel):
+    """`credits` of results and of the query, in points. `held` is the last hold's amount.
+
+    `charged` and `returned` are null where `settlement` is `unknown`, and nowhere else.
+    """
+
+    estimated: int = 0
+    held: int = 0
+    charged: int | None = 0
+    returned: int | None = 0
+    shortfall: int = 0
+    settlement: SettlementState = SettlementState.OPEN
+    pre_deduct_ids: list[str] = []
+    """The newest 64."""
+    pre_deduct_count: int = 0
+    """How many there were in all."""
+
+
+def with_settlement(values: Any, *, has_ended: bool) -> Any:
+    """A result or row as data: where `credits` of an ended task tell no settlement (release 0.1.0), it was settled."""
+    credits = values.get("credits") if isinstance(values, dict) else None
+    if not has_ended or not isinstance(credits, dict) or "settlement" in credits:
+        return values
+    return {**values, "credits": {**credits, "settlement": SettlementState.SETTLED.value}}
+
+
+class TaskResult(OwnModel):
+    """What both results share; a failed run carries the same object in its failure's details."""
+
+    task_id: str
+    status: TaskStatus
+    estimated_time: float | None = None
+    """Minutes."""
+    gpu_slots: int | None = None
+    error_details: ErrorDetails | None = None
+    attempts: int = 0
+    credits: CreditsSummary = CreditsSummary()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_earlier_release(cls, values: Any) -> Any:
+        return with_settlement(values, has_ended=True)
+
+
+class ImageResult(TaskResult):
+    """Result of `ImageGenerationWorkflow`."""
+
+    job_id: str | None = None
+    result_urls: list[str] = []
+
+
+class TrainingResult(TaskResult):
+    """Result of `TrainingWorkflow`."""
+
+    training_id: str | None = None
+    output: TrainingOutput | None = None
+
+
+class ImageProgress(OwnModel):
+    """Answer to the query `progress`. `estimated_time` in minutes, `progress` 0 to 100."""
+
+    task_id: str
+    status: TaskStatus
+    stage: str | None = None
+    progress: float = 0.0
+    next_eta: Instant | None = None
+    estimated_time: float | None = None
+    gpu_slots: int | None = None
+    queue_position: int | None = None
+    job_id: str | None = None
+    attempts: int = 0
+    error_details: ErrorDetails | None = None
+    callbacks_refused: int = 0
+
+
+class Confirmation(OwnModel):
+    """What a training waits to have confirmed; points, and the instant it waits until."""
+
+    estimated_cost: int
+    options: list[PriceOption] = []
+    current_balance: int | None = None
+    suggest_topup: int | None = None
+    confirm_by: Instant
+
+
+class TrainingProgress(ImageProgress):
+    """As `ImageProgress` (`job_id` holds the training's id), and `confirmation` while it waits."""
+
+    confirmation: Confirmation | None = None
+
+
+class CancelTask(CallerModel):
+    """Argument of the update `cancel_task`."""
+
+    reason: CallerMessage = ""
+
+
+class CancelTaskOutcome(OwnModel):
+    """`accepted`: the task ends cancelled. `too_late`: delivered or ended first."""
+
+    outcome: Literal["accepted", "too_late"]
+
+
+class ConfirmPrice(CallerModel):
+    """Argument of the update `confirm_price`: the ceiling in points; it can only be raised."""
+
+    max_credits: CallerPoints
+
+
+class ConfirmPriceOutcome(OwnModel):
+    """The ceiling in force after the update, in points."""
+
+    max_credits: int
+
+
+class EventType(StrEnum):
+    ACCEPTED = "task.accepted"
+    RUNNING = "task.running"
+    CHECKPOINT = "task.checkpoint"
+    COMPLETED = "task.completed"
+    FAILED = "task.failed"
+    CANCELLED = "task.cancelled"
+    CREDITS = "credits.updated"
+    HEARTBEAT = "system.heartbeat"
+
+
+class TaskEvent(OwnModel):
+    """One event as pushed and kept (contract §6). `seq` is the store's; `cursor` is opaque."""
+
+    event_id: str
+    seq: int
+    event: EventType
+    task_id: str
+    task_type: Scene
+    attempt: int
+    status: TaskStatus
+    stage: str | None = None
+    progress: float | None = None
+    next_eta: Instant | None = None
+    queue_position: int | None = None
+    message: str | None = None
+    credits_delta: int | None = None
+    balance_after: int | None = None
+    ts: Instant
+    cursor: str
+    result_urls: list[str] | None = None
+    output: TrainingOutput | None = None
+    error: ErrorDetails | None = None
+    confirmation: Confirmation | None = None
+
+
+class Heartbeat(OwnModel):
+    """The event `system.heartbeat`: it has no `seq` and no `event_id` (contract §6)."""
+
+    event: Literal[EventType.HEARTBEAT] = EventType.HEARTBEAT
+    ts: Instant
+    cursor: str | None = None

@@ -1,0 +1,155 @@
+"""How everything here speaks Temporal: one plugin for client, worker, replayer and tests.
+
+Converter, runner and connection are the same wherever a workflow runs or is replayed, so that a replay test proves
+the real configuration (design, decision 7).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final, TypeGuard, TypeVar
+
+import temporalio.api.common.v1
+import temporalio.converter
+from pydantic import BaseModel, ValidationError
+from temporalio import workflow
+from temporalio.common import RawValue
+from temporalio.contrib.pydantic import PydanticPayloadConverter
+from temporalio.converter import CompositePayloadConverter
+from temporalio.exceptions import ApplicationError
+from temporalio.plugin import SimplePlugin
+from temporalio.worker import UnsandboxedWorkflowRunner, WorkflowRunner
+
+from comfyui_temporal.contracts.errors import FailureCode, sentences_of
+from comfyui_temporal.contracts.fields import CallerModel
+from comfyui_temporal.contracts.handed_on import (
+    Doubtful,
+    KeptModel,
+    RunArgument,
+    as_json,
+    has_unknown_fields,
+    read_tolerantly,
+)
+
+Model = TypeVar("Model", bound=BaseModel)
+Caller = TypeVar("Caller", bound=CallerModel)
+_PYDANTIC: Final = PydanticPayloadConverter()
+"""Shared by every run: each of its own would build and keep the validators of all payload types anew."""
+
+
+class _NotAsAsked(Exception):
+    """An argument that no caller may give; the text says why, field by field, and shows no value."""
+
+
+class TaskPayloadConverter(CompositePayloadConverter):
+    """Pydantic's converter, with two rules of our own.
+
+    1. A caller's bad argument is a clean `input_invalid` (pitfall 1). Without it a bad field, a foreign encoding or a
+       wrong number of arguments fails the workflow task for ever. Whether a run's argument is a caller's is decided in
+       the run: where it might not be taken, the run gets it as `Doubtful`.
+    2. What our runs and workers hand to each other keeps the fields that this code does not know (pitfall 41).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(*_PYDANTIC.converters.values())
+
+    def to_payloads(self, values: Sequence[Any]) -> list[temporalio.api.common.v1.Payload]:
+        return super().to_payloads([_with_unknown_fields(value) for value in values])
+
+    def from_payloads(
+        self,
+        payloads: Sequence[temporalio.api.common.v1.Payload],
+        type_hints: list[type] | None = None,
+    ) -> list[Any]:
+        hints: Sequence[type | None] = type_hints or [None] * len(payloads)
+        return [self._value(payload, hint) for payload, hint in zip(payloads, hints, strict=False)]
+
+    def _value(self, payload: temporalio.api.common.v1.Payload, hint: type | None) -> Any:
+        if hint is None:
+            return self._untyped(payload)
+        if _is_a(hint, RunArgument):
+            return self._argument(payload, hint)
+        if _is_a(hint, CallerModel):
+            return self._from_caller(payload, hint)
+        if _is_a(hint, KeptModel) and _is_json(payload):
+            return read_tolerantly(hint, payload.data)
+        return super().from_payloads([payload], [hint])[0]
+
+    def _argument(self, payload: temporalio.api.common.v1.Payload, hint: type[RunArgument]) -> RunArgument | Doubtful:
+        as_read: RunArgument | None = None
+        if _is_json(payload):
+            with contextlib.suppress(ValidationError):
+                as_read = read_tolerantly(hint, payload.data)
+        if getattr(as_read, "carried", None) is not None:
+            return as_read  # type: ignore[return-value]  # a forged one is refused by the run itself
+        try:
+            return self._strictly(payload, hint)
+        except _NotAsAsked as refusal:
+            return Doubtful(str(refusal), as_read)
+
+    def _from_caller(self, payload: temporalio.api.common.v1.Payload, hint: type[CallerModel]) -> CallerModel:
+        """An update's argument, or whatever else a caller gave. One that history holds was taken by some worker."""
+        if _is_json(payload) and workflow.in_workflow() and workflow.unsafe.is_replaying():
+            return read_tolerantly(hint, payload.data)
+        try:
+            return self._strictly(payload, hint)
+        except _NotAsAsked as refusal:
+            raise ApplicationError(
+                f"The input is not valid: {refusal}.", type=FailureCode.INPUT_INVALID, non_retryable=True
+            ) from None
+
+    def _strictly(self, payload: temporalio.api.common.v1.Payload, hint: type[Caller]) -> Caller:
+        """Raises _NotAsAsked."""
+        try:
+            value = super().from_payloads([payload], [hint])[0]
+        except ValidationError as error:
+            raise _NotAsAsked("; ".join(sentences_of(error))) from None
+        except Exception as error:
+            raise _NotAsAsked(f"the argument is not JSON ({type(error).__name__})") from None
+        if not isinstance(value, hint):
+            raise _NotAsAsked("the argument is not a JSON object")
+        return value
+
+    def _untyped(self, payload: temporalio.api.common.v1.Payload) -> Any:
+        try:
+            return super().from_payloads([payload])[0]
+        except Exception:
+            # Only reached where the number of arguments is wrong: the guard that counts them refuses the call.
+            return RawValue(payload)
+
+
+def _with_unknown_fields(value: Any) -> Any:
+    is_kept = isinstance(value, KeptModel | RunArgument)
+    return as_json(value) if is_kept and has_unknown_fields(value) else value
+
+
+def _is_json(payload: temporalio.api.common.v1.Payload) -> bool:
+    return payload.metadata.get("encoding") == b"json/plain"
+
+
+def _is_a(hint: Any, model: type[Model]) -> TypeGuard[type[Model]]:
+    return isinstance(hint, type) and issubclass(hint, model)
+
+
+DATA_CONVERTER: Final = replace(
+    temporalio.converter.DataConverter.default, payload_converter_class=TaskPayloadConverter
+)
+
+
+def _unsandboxed(_runner: WorkflowRunner | None) -> WorkflowRunner:
+    return UnsandboxedWorkflowRunner()
+
+
+class TasksPlugin(SimplePlugin):
+    """Converter and runner of this project. Give it to a client; workers made from that client have both too.
+
+    A deliberate departure: no sandbox. It loads workflow modules anew for every run, which cost 660 KiB an open
+    workflow (pitfall 8), unless they are passed through, and then it guards nothing while it still costs 18 KiB and a
+    fifth of the worker's time up to its wait. What workflow code may not touch is kept by workflows/ruff.toml, by the
+    import rules in pyproject.toml and by the replay of recorded histories.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("comfyui-temporal", data_converter=DATA_CONVERTER, workflow_runner=_unsandboxed)

@@ -1,0 +1,90 @@
+"""Do the books agree? A task's credits against the ledger, read as its payer reads it."""
+
+from __future__ import annotations
+
+from typing import Final, TypeVar
+
+from activities.credits import CreditsClient, entries_of_task
+from comfyui_temporal.contracts.calls import CallFor
+from comfyui_temporal.contracts.credits import Balance, Ledger, LedgerEntry
+from comfyui_temporal.contracts.errors import Answer
+from comfyui_temporal.contracts.tasks import CreditsSummary
+from doctor.finding import Finding, ok, wrong
+from workflows.task_ledger import TaskLedger
+
+PAGE: Final = 200
+MAX_PAGES: Final = 500
+T = TypeVar("T")
+QUIET_READS: Final = 3
+"""Balance and ledger are two reads: they are compared where no other task's entry came in between."""
+
+
+class LedgerUnreadable(Exception):
+    """The service refused to show balance or ledger; the text says why."""
+
+
+async def check_books(credits: CreditsClient, call_for: CallFor, told: dict[str, CreditsSummary]) -> list[Finding]:
+    """One finding for the account, one for each task in `told`. Raises LedgerUnreadable, OutsideFailure."""
+    for _ in range(QUIET_READS):
+        before = await _balance(credits, call_for)
+        entries = await _ledger(credits, call_for)
+        if await _balance(credits, call_for) == before:
+            break
+    tasks = [_check_task(task_id, entries_of_task(entries, task_id), summary) for task_id, summary in told.items()]
+    return [_check_account(before, entries), *tasks]
+
+
+def _check_account(account: Balance, entries: list[LedgerEntry]) -> Finding:
+    if any(entry.frozen_change is None for entry in entries):
+        return ok("ledger", "tells no effect on frozen points: only what each task was charged is compared")
+    balance = sum(entry.change for entry in entries)
+    frozen = sum(entry.frozen_change or 0 for entry in entries)
+    says = f"balance {account.balance} = sum of {len(entries)} entries, frozen {account.frozen} = sum of their holds"
+    if (account.balance, account.frozen) == (balance, frozen):
+        return ok("ledger", says)
+    return wrong(
+        "ledger",
+        f"the account says {account.balance} and {account.frozen} frozen, its {len(entries)} entries {balance} "
+        f"and {frozen}",
+        "An entry is missing or counted twice: look at the credits service.",
+    )
+
+
+def _check_task(task_id: str, entries: list[LedgerEntry], told: CreditsSummary) -> Finding:
+    what = f"ledger of {task_id}"
+    reading = TaskLedger(entries)
+    charged, frozen = reading.charged(), reading.open_holds().points
+    if charged is not None and (charged, frozen) == (told.charged, 0):
+        return ok(what, f"{charged} points charged, nothing frozen any more, in {len(entries)} entries")
+    says, shows = _points(told.charged), _points(charged)
+    return wrong(
+        what,
+        f"the task says {says} charged; its {len(entries)} entries took {shows} and leave {frozen} frozen",
+        "See the task's exception records and the run in the Temporal UI.",
+    )
+
+
+def _points(points: int | None) -> str:
+    return "an unknown number" if points is None else str(points)
+
+
+async def _balance(credits: CreditsClient, call_for: CallFor) -> Balance:
+    return _shown(await credits.balance(call_for))
+
+
+async def _ledger(credits: CreditsClient, call_for: CallFor) -> list[LedgerEntry]:
+    entries: list[LedgerEntry] = []
+    cursor: str | None = None
+    for _ in range(MAX_PAGES):
+        page: Ledger = _shown(await credits.ledger_page(call_for, limit=PAGE, cursor=cursor))
+        entries += page.entries
+        cursor = page.cursor
+        if not cursor:
+            return entries
+    raise LedgerUnreadable(f"The ledger has more than {MAX_PAGES * PAGE} entries: too many to add up here.")
+
+
+def _shown(answer: Answer[T]) -> T:
+    if answer.reply is None:
+        raise LedgerUnreadable(answer.refusal.sentence if answer.refusal else "The service shows no ledger.")
+    return answer.reply

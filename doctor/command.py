@@ -1,0 +1,61 @@
+"""The command `doctor`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from comfyui_temporal.command_line import inputs
+from comfyui_temporal.command_line.app import EXIT_CODES, Json, app, perform
+from comfyui_temporal.command_line.connection import find_server, read_settings
+from comfyui_temporal.command_line.failures import ExitCode
+from comfyui_temporal.command_line.reports import print_findings, print_json
+from comfyui_temporal.contracts.fields import CallerId
+from doctor.checks_of_set_up import examine, services, take_hold
+from doctor.finding import Verdict
+
+
+@app.command(epilog=EXIT_CODES)
+def doctor(
+    hold: Annotated[
+        tuple[str, str, str] | None,
+        typer.Option(
+            metavar="TENANT USER TEMPLATE",
+            help="Also take one hold of 1 point twice under one key, then cancel whatever came of it.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a set-up before it costs money.
+
+    Temporal, its namespace, retention and search attributes, a worker, the credits service, ComfyUI and which
+    optional routes it offers. It starts no job and changes nothing; only --hold takes a hold, and gives it back.
+
+    \b
+    Examples:
+      comfyui-tasks doctor
+      comfyui-tasks doctor --hold tenant-demo user-demo text-to-image
+    """
+
+    async def work() -> ExitCode:
+        settings = read_settings()
+        asked = hold and [
+            inputs.checked(CallerId, name, value)
+            for name, value in zip(("TENANT", "USER", "TEMPLATE"), hold, strict=True)
+        ]
+        findings = await examine(settings)
+        if asked:
+            tenant_id, user_id, template_id = asked
+            stack = find_server(settings).stack
+            async with services(settings, stack, tenant_id=tenant_id, user_id=user_id) as opened:
+                findings += await take_hold(opened, template_id)
+        if as_json:
+            print_json([finding.model_dump(mode="json") for finding in findings])
+        else:
+            print_findings(Console(), findings)
+        is_fit = all(finding.verdict is not Verdict.WRONG for finding in findings)
+        return ExitCode.COMPLETED if is_fit else ExitCode.FAILED
+
+    perform(work, as_json=as_json)

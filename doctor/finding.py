@@ -1,0 +1,35 @@
+"""One finding of `doctor`: what was looked at, how it stands, what to do."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from comfyui_temporal.contracts.fields import OwnModel
+
+
+class Verdict(StrEnum):
+    OK = "ok"
+    NOTE = "note"
+    """Works, but somebody should know."""
+    WRONG = "wrong"
+
+
+class Finding(OwnModel):
+    """`what` is checked, `says` how it stands, `advice` what to do where it is not fine."""
+
+    what: str
+    verdict: Verdict
+    says: str
+    advice: str = ""
+
+
+def ok(what: str, says: str) -> Finding:
+    return Finding(what=what, verdict=Verdict.OK, says=says)
+
+
+def note(what: str, says: str, advice: str = "") -> Finding:
+    return Finding(what=what, verdict=Verdict.NOTE, says=says, advice=advice)
+
+
+def wrong(what: str, says: str, advice: str) -> Finding:
+    return Finding(what=what, verdict=Verdict.WRONG, says=says, advice=advice)

@@ -1,0 +1,130 @@
+"""Temporal as tasks need it: namespace, retention, search attributes, a worker. Reads only."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Final
+
+from temporalio.api.enums.v1 import IndexedValueType, TaskQueueType
+from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
+from temporalio.api.taskqueue.v1 import TaskQueue
+from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, DescribeTaskQueueRequest
+from temporalio.service import RPCError, RPCStatusCode
+
+from comfyui_temporal.command_line.connection import RPC_TIMEOUT, Connection
+from comfyui_temporal.contracts.reconcile import reconcile_id_of
+from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
+from doctor.finding import Finding, note, ok, wrong
+from runtime.reconciler_schedule import last_pass, standing_reconciler
+
+LEAST_RETENTION: Final = timedelta(days=30)
+"""As long as idempotency keys live: a shorter one would let a finished task id be started, and paid, again."""
+
+
+async def check_temporal(connection: Connection) -> list[Finding]:
+    """Everything about the server; without the namespace nothing more can be asked."""
+    server = connection.server
+    findings = [ok("Temporal", f"answers at {server.address} ({server.named_by})")]
+    try:
+        findings.append(await _retention(connection))
+    except RPCError as error:
+        advice = f"Create it: temporal operator namespace create --namespace {server.namespace} --retention 30d"
+        if error.status is not RPCStatusCode.NOT_FOUND:
+            advice = "Check the credentials (TEMPORAL_API_KEY, TLS) and that they may read this namespace."
+        return [*findings, wrong("namespace", f"{server.namespace!r}: {error.message}", advice)]
+    return [
+        *findings,
+        await _search_attributes(connection),
+        await _workers(connection),
+        await _reconciler(connection),
+    ]
+
+
+async def _retention(connection: Connection) -> Finding:
+    namespace = connection.server.namespace
+    described = await connection.client.workflow_service.describe_namespace(
+        DescribeNamespaceRequest(namespace=namespace), timeout=RPC_TIMEOUT
+    )
+    retention = described.config.workflow_execution_retention_ttl.ToTimedelta()
+    if retention >= LEAST_RETENTION:
+        return ok("namespace", f"{namespace!r} keeps runs for {retention.days} days")
+    return wrong(
+        "namespace",
+        f"{namespace!r} keeps runs for {retention.total_seconds() / 86_400:g} days only: idempotency keys live 30 days",
+        f"Raise it: temporal operator namespace update --namespace {namespace} --retention 30d",
+    )
+
+
+async def _search_attributes(connection: Connection) -> Finding:
+    namespace = connection.server.namespace
+    try:
+        listed = await connection.client.operator_service.list_search_attributes(
+            ListSearchAttributesRequest(namespace=namespace), timeout=RPC_TIMEOUT
+        )
+    except RPCError as error:
+        return note(
+            "search attributes",
+            f"cannot be read: {error.message}",
+            f"See that {', '.join(SEARCH_ATTRIBUTES)} exist with type Keyword.",
+        )
+    keyword = IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD
+    missing = [name for name in SEARCH_ATTRIBUTES if name not in listed.custom_attributes]
+    mistyped = [name for name in SEARCH_ATTRIBUTES if listed.custom_attributes.get(name, keyword) != keyword]
+    if mistyped:
+        advice = "A type cannot be changed: use another namespace, where they are created as Keyword."
+        return wrong("search attributes", f"not of type Keyword: {', '.join(mistyped)}", advice)
+    if missing:
+        names = " ".join(f"--name {name} --type Keyword" for name in missing)
+        advice = f"Create them: temporal operator search-attribute create --namespace {namespace} {names}"
+        return wrong("search attributes", f"missing: {', '.join(missing)}", advice)
+    return ok("search attributes", f"all {len(SEARCH_ATTRIBUTES)} exist with type Keyword")
+
+
+async def _workers(connection: Connection) -> Finding:
+    queue = connection.task_queue
+    pollers: dict[str, int] = {}
+    kinds = {
+        "workflows": TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW,
+        "activities": TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY,
+    }
+    for kind, queue_type in kinds.items():
+        described = await connection.client.workflow_service.describe_task_queue(
+            DescribeTaskQueueRequest(
+                namespace=connection.server.namespace, task_queue=TaskQueue(name=queue), task_queue_type=queue_type
+            ),
+            timeout=RPC_TIMEOUT,
+        )
+        pollers[kind] = len(described.pollers)
+    idle = [kind for kind, count in pollers.items() if not count]
+    if idle:
+        return wrong(
+            "worker",
+            f"nobody polls task queue {queue!r} for {' and '.join(idle)}",
+            "Start one with `python worker.py`, with the same server, namespace and COMFYUI_TEMPORAL_TASK_QUEUE.",
+        )
+    return ok("worker", f"{max(pollers.values())} polling task queue {queue!r}")
+
+
+async def _reconciler(connection: Connection) -> Finding:
+    queue = connection.task_queue
+    try:
+        standing = await standing_reconciler(connection.client, queue)
+    except RPCError as error:
+        return note("reconciler", f"its schedule cannot be read: {error.message}")
+    if standing is None:
+        return note(
+            "reconciler",
+            f"there is no schedule {reconcile_id_of(queue)!r}: what a terminated run left is not given back",
+            "A worker makes it at its start, where it may: start one, or let it create schedules in this namespace.",
+        )
+    every = standing.schedule.spec.intervals[0].every if standing.schedule.spec.intervals else None
+    if standing.schedule.state.paused:
+        return note("reconciler", "its schedule is paused", f"temporal schedule toggle --unpause -s {standing.id}")
+    last = await last_pass(connection.client, standing)
+    if last is not None and last.not_started:
+        return note(
+            "reconciler",
+            f"its last pass could not start {last.not_started} give-backs; the next one tries again",
+            f"See the runs of {standing.id!r} in the Temporal UI, and the worker's log.",
+        )
+    return ok("reconciler", f"looks every {every} for tasks whose run is over")

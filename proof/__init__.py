@@ -1,0 +1,1 @@
+"""What shows that the promises hold; nothing in production imports it."""

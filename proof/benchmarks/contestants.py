@@ -1,0 +1,101 @@
+"""The same job three ways, as the driver sees them: their worker, how a task starts, how a callback comes in."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol
+
+from dbos import DBOSClient
+
+from comfyui_temporal.client.start import WORKFLOW_TASK_TIMEOUT, start_image
+from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, TASK_QUEUE, workflow_id_of
+from local_stack.folder import PROJECT
+from proof.benchmarks import dbos_worker, job
+from proof.benchmarks.bare_worker import BARE_WORKFLOW
+from proof.benchmarks.servers import Servers
+
+
+class Contestant(Protocol):
+    """One way of doing the job."""
+
+    name: str
+
+    async def run_workers(self, count: int, settings: dict[str, str]) -> None: ...
+
+    async def start(self, task_id: str) -> None: ...
+
+    async def call_back(self, task_id: str, body: dict[str, Any]) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Ours:
+    """`ImageGenerationWorkflow` on `worker.py`; callbacks as signals, as the gateway gives them."""
+
+    name = "ours"
+
+    def __init__(self, servers: Servers) -> None:
+        self.servers = servers
+
+    async def run_workers(self, count: int, settings: dict[str, str]) -> None:
+        for number in range(count):
+            await self.servers.run_worker(f"worker-{self.name}-{number}", self._command(), settings)
+
+    async def start(self, task_id: str) -> None:
+        await start_image(self.servers.client, job.image_task(task_id))
+
+    async def call_back(self, task_id: str, body: dict[str, Any]) -> None:
+        await self.servers.client.get_workflow_handle(workflow_id_of(task_id)).signal(CALLBACK_SIGNAL, body)
+
+    async def aclose(self) -> None:
+        """Its client is the servers'."""
+
+    def _command(self) -> list[str]:
+        return [str(PROJECT / "worker.py")]
+
+
+class Bare(Ours):
+    """`BareImageWorkflow`."""
+
+    name = "bare Temporal"
+
+    async def start(self, task_id: str) -> None:
+        await self.servers.client.start_workflow(
+            BARE_WORKFLOW,
+            job.image_task(task_id),
+            id=workflow_id_of(task_id),
+            task_queue=TASK_QUEUE,
+            task_timeout=WORKFLOW_TASK_TIMEOUT,
+        )
+
+    def _command(self) -> list[str]:
+        return ["-m", "proof.benchmarks.bare_worker"]
+
+
+class OnDbos:
+    """`dbos_worker.image_job`; callbacks as messages."""
+
+    name = "DBOS"
+
+    def __init__(self, servers: Servers) -> None:
+        self._servers = servers
+        self._make_client = lambda: DBOSClient(
+            system_database_url=dbos_worker.system_database_url(servers.database_dsn)
+        )
+        self._client: Any = None
+
+    async def run_workers(self, count: int, settings: dict[str, str]) -> None:
+        for number in range(count):
+            await self._servers.run_worker(f"worker-dbos-{number}", ["-m", "proof.benchmarks.dbos_worker"], settings)
+        self._client = await asyncio.to_thread(self._make_client)
+
+    async def start(self, task_id: str) -> None:
+        options = {"workflow_name": dbos_worker.WORKFLOW, "queue_name": dbos_worker.QUEUE, "workflow_id": task_id}
+        task = job.image_task(task_id).model_dump(mode="json")
+        await self._client.enqueue_async({**options, "app_version": dbos_worker.VERSION}, task, dbos_worker.now())
+
+    async def call_back(self, task_id: str, body: dict[str, Any]) -> None:
+        await self._client.send_async(task_id, body, dbos_worker.TOPIC)
+
+    async def aclose(self) -> None:
+        await asyncio.to_thread(self._client.destroy)

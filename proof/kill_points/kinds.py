@@ -1,0 +1,206 @@
+"""The blows. Each strikes once, whatever tasks stand where, and tells when what it struck was back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from temporalio.service import RPCError
+
+from comfyui_temporal.contracts.tasks import TaskStatus
+from proof.kill_points.gates import AFTER_EFFECT, BEFORE_REPORT
+from proof.kill_points.instants import Instant
+from proof.kill_points.site import CREDITS_ROUTES, OUTSIDE_ERRORS, Site, until
+from proof.kill_points.ways import Act, ask_to_cancel, finish, grow_dearer
+
+Strike = Callable[[Site, Sequence[str]], Awaitable[datetime]]
+
+OUT_SECONDS: Final = 1.0
+"""How long a part other than the worker stays away."""
+SETTLE_SECONDS: Final = 0.3
+GIVE_BACK_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A blow, the instants it fits, and how tasks may end that would have ended otherwise."""
+
+    name: str
+    strike: Strike
+    fits: Callable[[Instant], bool]
+    may_end: frozenset[TaskStatus] = frozenset()
+    is_reply_in_flight: bool = False
+    """`after effect`: the reply stands in the service (else that is the instant `after reply`)."""
+    ends_runs: bool = False
+    """Runs end without their own clean-up: the reconciler's turn."""
+
+
+async def _loosen(site: Site) -> None:
+    """Nothing is kept waiting, or goes wrong, any more. Both services have to be there."""
+    site.gates.open_all()
+    await site.admin.remove_faults()
+    await site.admin.comfyui.release_callbacks()
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+async def worker_killed(site: Site, task_ids: Sequence[str]) -> datetime:
+    await site.stack.kill("worker")
+    await _loosen(site)
+    await site.stack.start("worker")
+    return _now()
+
+
+async def worker_stopped(site: Site, task_ids: Sequence[str]) -> datetime:
+    """SIGTERM: the calls in flight may end meanwhile."""
+    stopping = asyncio.create_task(site.stack.kill("worker", signal.SIGTERM))
+    await asyncio.sleep(SETTLE_SECONDS)
+    await _loosen(site)
+    await stopping
+    await site.stack.start("worker")
+    return _now()
+
+
+def part_killed(part: str) -> Strike:
+    """The tasks go on meanwhile, as far as they can."""
+
+    async def strike(site: Site, task_ids: Sequence[str]) -> datetime:
+        await site.stack.kill(part)
+        site.gates.open_all()
+        await asyncio.sleep(OUT_SECONDS)
+        await site.stack.start(part)
+        back = _now()
+        await _loosen(site)
+        return back
+
+    return strike
+
+
+async def reply_lost(site: Site, task_ids: Sequence[str]) -> datetime:
+    """Done by a fault, or in the worker, when each task came there."""
+    await _loosen(site)
+    return _now()
+
+
+async def cancelled(site: Site, task_ids: Sequence[str]) -> datetime:
+    """In turn by the update and by a Temporal cancellation."""
+    await _ask_all_to_cancel(site, task_ids)
+    await asyncio.sleep(SETTLE_SECONDS)
+    await _loosen(site)
+    return _now()
+
+
+async def terminated(site: Site, task_ids: Sequence[str]) -> datetime:
+    """Calls in flight go on after it, until their worker hears that nobody waits for them."""
+    for task_id in task_ids:
+        with contextlib.suppress(RPCError):
+            await site.handle(task_id).terminate("by a kill point")
+    await _loosen(site)
+    return _now()
+
+
+async def terminated_then_worker_killed(site: Site, task_ids: Sequence[str]) -> datetime:
+    """The worker is killed while it gives back what the terminated runs left."""
+    await terminated(site, task_ids)
+
+    async def is_begun() -> bool:
+        rows = [await site.row(task_id) for task_id in task_ids]
+        return any(row is not None and row.ended_at is not None for row in rows)
+
+    await until(is_begun, "the first that is given back", seconds=GIVE_BACK_SECONDS)
+    await site.stack.kill("worker")
+    await site.stack.start("worker")
+    return _now()
+
+
+async def _ask_all_to_cancel(site: Site, task_ids: Sequence[str]) -> None:
+    for number, task_id in enumerate(task_ids):
+        if number % 2:
+            with contextlib.suppress(RPCError):
+                await site.handle(task_id).cancel()
+        else:
+            await ask_to_cancel(site, task_id)
+
+
+def worker_killed_then(act: Act) -> Strike:
+    """The worker is killed; before it is started again something happens to each task."""
+
+    async def strike(site: Site, task_ids: Sequence[str]) -> datetime:
+        await site.stack.kill("worker")
+        await _loosen(site)
+        for task_id in task_ids:
+            with contextlib.suppress(*OUTSIDE_ERRORS):
+                await act(site, task_id)
+        await site.stack.start("worker")
+        return _now()
+
+    return strike
+
+
+async def worker_killed_then_cancelled(site: Site, task_ids: Sequence[str]) -> datetime:
+    await site.stack.kill("worker")
+    await _loosen(site)
+    await _ask_all_to_cancel(site, task_ids)
+    await site.stack.start("worker")
+    return _now()
+
+
+def _anywhere(instant: Instant) -> bool:
+    return True
+
+
+def _no_reply_in_flight(instant: Instant) -> bool:
+    return instant.phase != AFTER_EFFECT
+
+
+def _of_service(is_credits: bool) -> Callable[[Instant], bool]:
+    """A reply in flight is the struck service's own."""
+
+    def fits(instant: Instant) -> bool:
+        is_own = instant.gate is not None and (instant.gate.call in CREDITS_ROUTES) is is_credits
+        return instant.phase != AFTER_EFFECT or is_own
+
+    return fits
+
+
+def _loses(instant: Instant) -> bool:
+    return instant.phase == AFTER_EFFECT or (instant.phase == BEFORE_REPORT and not instant.is_route)
+
+
+def _trains(instant: Instant) -> bool:
+    return instant.scene == "training"
+
+
+_CANCELLED: Final = frozenset({TaskStatus.CANCELLED})
+KINDS: Final = {
+    kind.name: kind
+    for kind in (
+        Kind("worker-killed", worker_killed, _anywhere, is_reply_in_flight=True),
+        Kind("worker-stopped", worker_stopped, _no_reply_in_flight),
+        Kind("temporal-killed", part_killed("temporal"), _no_reply_in_flight),
+        Kind("gateway-killed", part_killed("gateway"), _no_reply_in_flight),
+        Kind("postgres-killed", part_killed("postgres"), _no_reply_in_flight),
+        Kind("comfyui-killed", part_killed("comfyui"), _of_service(is_credits=False), is_reply_in_flight=True),
+        Kind("credits-killed", part_killed("credits"), _of_service(is_credits=True), is_reply_in_flight=True),
+        Kind("reply-lost", reply_lost, _loses),
+        Kind("cancelled", cancelled, _no_reply_in_flight, _CANCELLED),
+        Kind("terminated", terminated, _no_reply_in_flight, frozenset({TaskStatus.FAILED}), ends_runs=True),
+        Kind(
+            "terminated+killed",
+            terminated_then_worker_killed,
+            _no_reply_in_flight,
+            frozenset({TaskStatus.FAILED}),
+            ends_runs=True,
+        ),
+        Kind("killed+cancelled", worker_killed_then_cancelled, _anywhere, _CANCELLED, is_reply_in_flight=True),
+        Kind("killed+delivered", worker_killed_then(finish), _anywhere, is_reply_in_flight=True),
+        Kind("killed+dearer", worker_killed_then(grow_dearer), _trains, is_reply_in_flight=True),
+    )
+}

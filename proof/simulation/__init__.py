@@ -1,0 +1,32 @@
+"""Seeded simulation: the real workflow classes, driven without a server, through everything that can go wrong.
+
+One number decides a whole schedule: in which order calls act and answer, which answers are lost or late, what callbacks
+arrive, when somebody cancels, when a worker is killed, what is replayed. Time is virtual, so a task of hours takes
+milliseconds, and the same number always gives the same schedule.
+
+    agenda.py          virtual time: what happens next
+    weather.py         what goes wrong, and until when
+    scenario.py        one seed's task, payer and people
+    hosted_run.py      one workflow run on a worker: activated, replayed, evicted (temporalio's own workflow runner)
+    server.py          what Temporal's server and the worker's core do: workflow tasks, timers, continue-as-new
+    history.py         a run's history, and what is left of it when it is reset
+    timers.py          the timers of one run
+    versions.py        what a worker of another release hands on
+    calls.py           activities: attempts, retries, time limits, cancellation
+    witness.py         what a run was told and asked for, by Temporal's account
+    credits_model.py   the credits service (contract §4), ours and the platform's own
+    comfyui_model.py   ComfyUI: what is common to its jobs
+    image_jobs.py      ... image jobs (contract §2)
+    trainings.py       ... trainings (contract §3)
+    store_model.py     the task store (contract §4 earlier lives, §6)
+    life_gate.py       the look at the task's row before a call that begins something
+    parties.py         which call goes to which of them
+    oracle.py          design, "Never untrue" 1-4, 6, 7: looked at after every step
+    ..._rules.py       ... by what the others saw: prices, holds, settlement, jobs, the record
+    schedule.py        one seed, from start to end
+    mutants.py         known mistakes, put back one at a time
+    __main__.py        `python -m proof.simulation`
+
+The models are written from the contract, not from the simulators or the store: what both sides get wrong in the same
+way, the simulation would not see.
+"""

@@ -1,0 +1,168 @@
+"""ComfyUI, by the letter of contract §2 and §3: what image jobs and trainings have in common."""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+from comfyui_temporal.contracts.calls import JobCall, Post
+from comfyui_temporal.contracts.comfyui import JobState, TrainingState
+from comfyui_temporal.contracts.errors import COMFYUI_ERRORS, Answer, ErrorDetails, FailureCode, Refusal
+from comfyui_temporal.contracts.fields import OwnModel
+from proof.simulation.agenda import Agenda
+
+_ROWS: Final = {row.message: row for row in COMFYUI_ERRORS}
+State = TypeVar("State", JobState, TrainingState)
+Request = TypeVar("Request", bound=OwnModel)
+
+
+def refused(message: str) -> Answer[Any]:
+    """A definite refusal by contract §2's table."""
+    row = _ROWS[message]
+    return Answer(
+        refusal=Refusal(
+            code=row.failure, message=message, http_status=404, wire_code=row.code, sentence=f"Refused: {message}."
+        )
+    )
+
+
+def id_of(state: JobState | TrainingState) -> str:
+    return state.job_id if isinstance(state, JobState) else state.training_id
+
+
+def error_of(state: JobState | TrainingState) -> ErrorDetails | None:
+    """How it has failed, or None."""
+    return state.error_details if isinstance(state, JobState) else state.failure()
+
+
+@dataclass
+class Work(Generic[State]):
+    """One job or training; `state` is what GET shows."""
+
+    state: State
+    request: Any
+    asked_at: float
+    price: int = 0
+    """An image's `estimated_cost` in points."""
+    is_started: bool = True
+    is_forgotten: bool = False
+    is_cancelled: bool = False
+    next_change: int = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.state.has_ended()
+
+    @property
+    def runs(self) -> bool:
+        """Whether it uses, or may yet use, a GPU."""
+        return not self.is_over and not self.is_forgotten
+
+
+@dataclass
+class ComfyUITerms:
+    """How this server is set up. `not_offered`: names of (ours) routes that it lacks."""
+
+    not_offered: frozenset[str] = frozenset()
+    refuses_submits_with: str | None = None
+    minutes: float = 2.0
+    """Its `estimated_time`."""
+    sends_callbacks: bool = True
+
+
+class ComfyUIModel(Generic[State]):
+    """Jobs of one kind. A change raises `sequence` and is told to whoever listens."""
+
+    def __init__(
+        self, agenda: Agenda, rng: random.Random, terms: ComfyUITerms, told: Callable[[Work[Any]], None]
+    ) -> None:
+        self._agenda = agenda
+        self._rng = rng
+        self.terms = terms
+        self._call_back = told
+        self.works: dict[str, Work[State]] = {}
+        self.told: dict[tuple[str, int], State] = {}
+        """Job and sequence → what it told then."""
+        self._answers: dict[str, tuple[str, Answer[Any]]] = {}
+        self.conflicts: list[str] = []
+
+    def submit(self, post: Post[Any]) -> Answer[Any]:
+        return self._once(post.key, post.body.model_dump_json(), lambda: self._made(post))
+
+    def get(self, call: JobCall) -> Answer[State]:
+        work = self.works.get(call.job_id)
+        if work is None or work.is_forgotten:
+            return self._unknown()
+        return Answer(reply=work.state)
+
+    def cancel(self, call: JobCall) -> Answer[State]:
+        if "cancel" in self.terms.not_offered:
+            return Answer(not_offered=True)
+        assert call.key is not None
+        return self._once(call.key, call.job_id, lambda: self._cancelled(call.job_id))
+
+    def failures_of(self, job_id: str | None) -> set[str]:
+        """The codes with which a job ever said that it has failed."""
+        errors = [error_of(state) for (told_id, _), state in self.told.items() if told_id == job_id]
+        return {error.code for error in errors if error is not None}
+
+    def has_failed(self, job_id: str | None) -> bool:
+        """Whether a job failed, or is no longer known."""
+        work = self.works.get(job_id or "")
+        return bool(self.failures_of(job_id)) or (work is not None and work.is_forgotten)
+
+    # What a kind of work says of itself
+
+    @abstractmethod
+    def _made(self, post: Post[Any]) -> Answer[Any]:
+        """Begin a new piece of work, or refuse."""
+
+    @abstractmethod
+    def _unknown(self) -> Answer[Any]:
+        """404."""
+
+    # Shared
+
+    def _once(self, key: str, body: str, act: Callable[[], Answer[Any]]) -> Answer[Any]:
+        known = self._answers.get(key)
+        if known is None:
+            self._answers[key] = known = (body, act())
+        elif known[0] != body:
+            self.conflicts.append(key)
+            return refused("idempotency_conflict")
+        return known[1]
+
+    def _cancelled(self, job_id: str) -> Answer[State]:
+        work = self.works.get(job_id)
+        if work is None or work.is_forgotten:
+            return self._unknown()
+        if not work.is_over:
+            work.is_cancelled = True
+            self.change(work, error_details=ErrorDetails(code=FailureCode.CANCELLED, message="cancelled"))
+        return Answer(reply=work.state)
+
+    def change(self, work: Work[State], **fields: Any) -> None:
+        """Something of the work's state is new; told by a callback where the server sends them."""
+        work.state = state = work.state.model_copy(update={**fields, "sequence": work.state.sequence + 1})
+        self.told[id_of(state), state.sequence] = state
+        if self.terms.sends_callbacks:
+            self._call_back(work)
+
+    def forget(self, work: Work[State]) -> None:
+        work.is_forgotten = True
+
+    def live(self, work: Work[State], plan: list[tuple[float, Callable[[], None]]]) -> None:
+        """Let the work go its way: each change after its seconds, unless the work has ended or was forgotten."""
+        if not plan:
+            return
+        (seconds, change), rest = plan[0], plan[1:]
+
+        def happen() -> None:
+            if not work.is_over and not work.is_forgotten:
+                change()
+                self.live(work, rest)
+
+        self._agenda.after(seconds, happen)

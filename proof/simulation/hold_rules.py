@@ -1,0 +1,211 @@
+"""Holds (contract §4): how much, for how long, when, and why; by the credits service's books."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from comfyui_temporal.contracts.credits import MAX_HOLD_SECONDS, PreDeductRequest
+from comfyui_temporal.contracts.errors import Answer
+from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES
+from proof.simulation.calls import Call
+from proof.simulation.credits_model import Hold
+from proof.simulation.price_rules import Prices
+from proof.simulation.truth import World, must
+from proof.simulation.witness import Attempt, key_of, number_of
+
+LEAST_LIFE: Final = 60.0
+"""Seconds that a hold must still live when it is relied on (contract §4 *Lost answer*)."""
+SHORTEST: Final = 120
+"""Past the deadline a hold may be asked for this long, although the margin alone would be shorter."""
+NEVER: Final = float("inf")
+EARLY: Final = 1.0
+"""Seconds of rounding."""
+
+
+@dataclass
+class Known:
+    """A hold as the run knows it: its first asking, and when it was told that it stands."""
+
+    n: int
+    call: Call
+    pre_deduct_id: str
+    told_at: float
+
+    @property
+    def body(self) -> PreDeductRequest:
+        return self.call.argument.body  # type: ignore[no-any-return]
+
+    @property
+    def ends_at(self) -> float:
+        """By the run's reckoning: from the first sending."""
+        return self.call.scheduled_at + self.body.expire_in
+
+    @property
+    def life_when_told(self) -> float:
+        return self.ends_at - self.told_at
+
+
+class HoldRules:
+    """Looks at every hold that is asked for. Each method raises Untrue."""
+
+    def __init__(self, world: World, prices: Prices) -> None:
+        self._world = world
+        self._prices = prices
+        self._asked: set[str] = set()
+
+    # As it happens
+
+    def asked_for(self, call: Call) -> None:
+        """Under a new key a hold has to be right; under a known one it is the same, or the books show a conflict."""
+        if key_of(call) in self._asked:
+            return
+        self._asked.add(key_of(call))
+        body: PreDeductRequest = call.argument.body
+        must(not self._is_settling(), "a hold is asked for although the task is being settled:", key_of(call))
+        task = self._world.scenario.task
+        whose = (body.task_id, body.tenant_id, body.user_id, body.template_id, body.scene)
+        must(whose == (task.task_id, task.tenant_id, task.user_id, task.template_id, task.scene), "held for:", *whose)
+        self._check_amount(body.estimated_cost)
+        self._check_life(body.expire_in, call.scheduled_at)
+        self._check_need(body.estimated_cost, call.scheduled_at)
+
+    def _is_settling(self) -> bool:
+        return bool(self._world.witness.calls.get("commit") or self._world.witness.calls.get("charge"))
+
+    def _check_amount(self, amount: int) -> None:
+        must(amount <= self._prices.ceiling, "more is held than the ceiling:", amount, self._prices.ceiling)
+        attempts = self._world.witness.attempts.values()
+        right = {
+            price for attempt in attempts for price in self._prices.asked(attempt) | self._prices.refreshed(attempt)
+        }
+        must(amount in right, f"{amount} points are held, right is one of", sorted(right))
+        held = [known.body.estimated_cost for known in self.granted()]
+        must(not held or amount >= held[-1], "less is held than before:", amount, *held)
+
+    def _check_life(self, expire_in: int, at: float) -> None:
+        right = {self._life(deadline - at) for deadline in self.deadlines(at)}
+        must(
+            any(abs(expire_in - life) <= EARLY or (life <= SHORTEST and 60 <= expire_in <= SHORTEST) for life in right),
+            f"a hold for {expire_in} s, right is one of",
+            sorted(right),
+        )
+
+    def _life(self, seconds_left: float) -> int:
+        margin = self._world.scenario.policy.hold_margin_seconds
+        return min(MAX_HOLD_SECONDS, max(SHORTEST, math.ceil(seconds_left + margin)))
+
+    def _check_need(self, amount: int, at: float) -> None:
+        """A new hold beside one that stands is for more points, or for more time."""
+        standing = [known for known in self.granted() if not self._is_given_up(known)]
+        if not standing or amount > standing[-1].body.estimated_cost or standing[-1].life_when_told < LEAST_LIFE:
+            return
+        lasts = standing[-1].ends_at >= max(self.deadlines(at)) + self._world.scenario.policy.hold_margin_seconds
+        must(not lasts, "a hold is renewed although the old one lasts:", standing[-1].call.argument.key)
+
+    def started(self, call: Call) -> None:
+        """A training begins to use a GPU: what it costs is held when that is asked for.
+
+        Not looked at is a start that is asked for again because the task store was away: its hold may have ended.
+        """
+        if self._world.witness.first("start_training", number_of(key_of(call))) is not call:
+            return
+        attempt = self._world.witness.attempt
+        assert attempt is not None
+        needed = min(self._prices.asked(attempt), default=0)
+        credits = self._world.parties.credits
+        by_hand = any(hold.is_cancelled_by_hand for hold in credits.holds)
+        held = [hold for hold in credits.holds if hold.phase == "open"]
+        must(
+            not needed or by_hand or any(hold.amount >= needed for hold in held),
+            f"{key_of(call)}: work is begun that costs {needed} points; held are",
+            *(hold.amount for hold in held),
+        )
+
+    # The books
+
+    def granted(self) -> list[Known]:
+        """The holds that the run was told of, by their number."""
+        told: dict[int, Known] = {}
+        for call in self._world.witness.calls.get("pre_deduct", ()):
+            n, answer = number_of(key_of(call)), call.outcome
+            if call.told_at is None or not isinstance(answer, Answer) or answer.reply is None or n in told:
+                continue
+            first = self._world.witness.first("pre_deduct", n)
+            assert first is not None
+            told[n] = Known(n, first, answer.reply.pre_deduct_id, call.told_at)
+        return [told[n] for n in sorted(told)]
+
+    def of_number(self, n: int) -> list[Hold]:
+        """The task's `n`-th hold, by the id that the run was told; what it may be, where that is not recorded yet."""
+        holds = self._world.parties.credits.books.holds
+        known = [holds[known.pre_deduct_id] for known in self.granted() if known.n == n]
+        return known or [hold for hold in holds.values() if hold.n == n]
+
+    def last(self) -> Hold | None:
+        """The last hold that the run was told of."""
+        granted = self.granted()
+        return self._world.parties.credits.books.holds[granted[-1].pre_deduct_id] if granted else None
+
+    def untold(self) -> list[Hold]:
+        """Holds that stand and of which the run was never told: a service without idempotency took them beside."""
+        told = {known.pre_deduct_id for known in self.granted()}
+        return [
+            hold
+            for hold in self._world.parties.credits.holds
+            if hold.phase == "open" and hold.pre_deduct_id not in told
+        ]
+
+    def _is_given_up(self, known: Known) -> bool:
+        return any(
+            call.argument.body.pre_deduct_id == known.pre_deduct_id
+            for call in self._world.witness.calls.get("cancel_hold", ())
+        )
+
+    def followed_since(self, attempt: Attempt) -> float:
+        """Since when the run waits for nothing but the job: its price is held, and a training has been started."""
+        granted = self.granted()
+        if not granted:
+            return NEVER
+        names = ("estimate",) if self._world.scenario.is_image else ("estimate", "start_training")
+        told = [call.told_at for name in names if (call := self._world.witness.last(name, attempt.n)) is not None]
+        return max([granted[0].told_at, *((at if at is not None else NEVER) for at in told)])
+
+    # Deadlines (contract §1)
+
+    def deadlines(self, at: float) -> list[float]:
+        """When the present attempt may be out of time, by every `estimated_time` that was told of it.
+
+        Between two attempts the next may begin at any time: its deadline is reckoned as if it did now.
+        """
+        scenario, witness = self._world.scenario, self._world.witness
+        first, current = witness.attempts.get(1), witness.attempt
+        if first is None or current is None:
+            return [at]
+        start, first_start = self.start_of(current.n), self.start_of(1)
+        # Until a job is taken the latest word on the one before counts.
+        heard = [current] if current.accepted is not None else list(witness.attempts.values())
+        words = [word for attempt in heard for word in witness.words.get(attempt.job_id or "", ())]
+        spans = {word.state.estimated_time for word in words if word.state.estimated_time is not None}
+        told: list[float] = [a.accepted.estimated_time for a in witness.attempts.values() if a.accepted is not None]
+        spans.update(told[-1:])
+        if not told:
+            spans.add(DEFAULT_ETA_MINUTES[scenario.task.scene][scenario.task.priority])
+        factor, cap = self._factor, scenario.policy.cap_minutes
+        first_span = factor * (told[0] if told else max(spans))
+        capped = (first_start or at) + 60 * min(2 * first_span, cap)
+        starts = [start or at, at] if self._world.jobs.has_failed(current.job_id) else [start or at]
+        return [min(start + 60 * factor * span, capped) for start in starts for span in spans]
+
+    @property
+    def _factor(self) -> float:
+        policy, options = self._world.scenario.policy, self._world.scenario.task.options
+        return min(options.deadline_factor or policy.deadline_factor, policy.deadline_factor)
+
+    def start_of(self, n: int) -> float | None:
+        """When an attempt's time began: an image's with its submission, a training's with its start."""
+        if self._world.scenario.is_image:
+            return self._world.witness.attempts[n].call.scheduled_at
+        call = self._world.witness.first("start_training", n)
+        return call.scheduled_at if call is not None else None

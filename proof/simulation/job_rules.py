@@ -1,0 +1,185 @@
+"""Jobs (contract §1 to §3): what is asked for, when the next one is, which is cancelled, and why a task fails."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, Final
+
+from comfyui_temporal.contracts.carried import ImageRun
+from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
+from proof.simulation.calls import Call
+from proof.simulation.hold_rules import HoldRules
+from proof.simulation.price_rules import Prices
+from proof.simulation.truth import World, must
+from proof.simulation.witness import Attempt, key_of, number_of
+
+SLACK: Final = 0.01
+
+
+class JobRules:
+    """Looks at every job that is asked for or cancelled. Each method raises Untrue."""
+
+    def __init__(self, world: World, prices: Prices, holds: HoldRules) -> None:
+        self._world = world
+        self._prices = prices
+        self._holds = holds
+        self._submitted: set[str] = set()
+        self._cancelled: dict[str, float] = {}
+        """Job → when its cancellation was asked for."""
+
+    # As it happens
+
+    def submitted(self, call: Call) -> None:
+        if key_of(call) in self._submitted:
+            return
+        self._submitted.add(key_of(call))
+        n = number_of(key_of(call))
+        self._check_body(call.argument.body)
+        must(n == len(self._submitted), "jobs are numbered with a gap:", key_of(call))
+        if n > 1:
+            self._check_next(self._world.witness.attempts[n - 1], call)
+
+    def _check_body(self, body: Any) -> None:
+        task, wanted = self._world.scenario.task, {"task_id", "tenant_id", "user_id", "template_id", "priority"}
+        wanted |= {"prompt", "resolution", "extras"} if isinstance(task, ImageRun) else {"base_model", "gpu_type"}
+        for field in wanted & set(type(body).model_fields):
+            must(getattr(body, field) == getattr(task, field), "a job is asked for with another", field)
+        must(body.callback_url == self._world.scenario.policy.callback_url, "another callback_url:", body.callback_url)
+        if not isinstance(task, ImageRun):
+            must(body.resume_from == self._newest_checkpoint(), "resumes from", body.resume_from)
+
+    def _newest_checkpoint(self) -> str | None:
+        """Of the attempts before: the newest that the run was told of before the job's end."""
+        witness = self._world.witness
+        for n in sorted(witness.attempts, reverse=True)[1:]:
+            told = [word.checkpoint.uri for word in witness.news_of(witness.attempts[n].job_id) if word.checkpoint]
+            known = {witness.attempts[k].call.argument.body.resume_from for k in witness.attempts if k <= n}
+            new = [uri for uri in told if uri not in known]
+            if new:
+                return new[-1]
+        return self._world.scenario.task.resume_from  # type: ignore[union-attr]
+
+    def _check_next(self, earlier: Attempt, call: Call) -> None:
+        """Another job follows one that ended and may be retried, after its pause; the old one is cancelled."""
+        pauses = self._world.scenario.policy.retry_after_seconds
+        must(earlier.n <= len(pauses), "more attempts than there may be:", key_of(call))
+        ended_at = self._ended_at(earlier)
+        must(ended_at is not None, "another job although the last one has not ended:", earlier.job_id)
+        assert ended_at is not None
+        waited = call.scheduled_at - ended_at
+        must(
+            waited >= pauses[earlier.n - 1] - SLACK, f"the next job after {waited:g} s, right is", pauses[earlier.n - 1]
+        )
+
+    def _ended_at(self, attempt: Attempt) -> float | None:
+        """When the run was told of an end that may be retried: the job's own, or that it is lost."""
+        news = self._world.witness.news_of(attempt.job_id)
+        if news and news[-1].error is not None and news[-1].error.may_be_retried():
+            return news[-1].at
+        return self._world.witness.lost_at(attempt.job_id)
+
+    def cancelled(self, call: Call) -> None:
+        """Only the newest job is cancelled while the task goes on, and only once it has ended."""
+        job_id = call.argument.job_id
+        attempt = next((a for a in self._world.witness.attempts.values() if a.n == number_of(key_of(call))), None)
+        must(attempt is not None, "a job is cancelled that was never asked for:", key_of(call))
+        must(job_id in self._world.works, "a job is cancelled that there is not:", job_id)
+        self._cancelled.setdefault(job_id, call.scheduled_at)
+
+    def is_given_up(self, job_id: str) -> bool:
+        return job_id in self._cancelled
+
+    # Once the task has ended
+
+    def check_end(self) -> None:
+        attempts = list(self._world.witness.attempts.values())
+        for attempt in attempts[:-1] if not self._world.is_completed else attempts:
+            if attempt.job_id in self._cancelled:
+                is_late = self._ended_at(attempt) is None
+                must(not is_late, "a job was cancelled that had not ended:", attempt.job_id)
+        for earlier, later in pairwise(attempts):
+            cancelled_at = self._cancelled.get(earlier.job_id or "")
+            is_in_time = cancelled_at is not None and cancelled_at <= later.call.scheduled_at
+            must(is_in_time, "another job although the old one was not cancelled:", earlier.job_id)
+        for attempt in attempts:
+            is_left = attempt.accepted is not None and attempt.job_id not in self._cancelled
+            must(not is_left or self._world.is_completed, "a job was never cancelled:", attempt.job_id)
+
+    def check_failure(self, code: str, at: float) -> None:
+        """A task fails for a reason that the others gave, or that the policy does."""
+        scenario, attempt = self._world.scenario, self._world.witness.attempt
+        reasons: set[str] = set(self._refused())
+        if scenario.has_wrong_input:
+            reasons.add(FailureCode.INPUT_INVALID)
+        if not scenario.is_image:
+            reasons |= self._reasons_of_training(at)
+        if attempt is not None:
+            reasons |= self._reasons_of_job(attempt)
+            reasons |= self._reasons_of_price(attempt)
+            reasons |= self._reasons_of_row()
+            if at >= min(self._holds.deadlines(at)) or attempt.n > 1 or self._waits_for_retry(attempt):
+                reasons.add(FailureCode.TIMEOUT)
+        must(code in reasons, f"failed with {code}, the reasons there are:", *sorted(reasons))
+
+    def _refused(self) -> set[str]:
+        """Codes of definite refusals that the run was told of, and of parties that could not be reached."""
+        codes: set[str] = set()
+        for calls in self._world.witness.calls.values():
+            for call in calls:
+                refusal = getattr(call.outcome, "refusal", None)
+                if refusal is not None and call.told_at is not None:
+                    codes.add(refusal.code.value)
+                if call.outcome is None and call.told_at is not None:
+                    codes |= {FailureCode.CREDITS_UNAVAILABLE, FailureCode.COMFYUI_UNAVAILABLE}
+                    codes |= {FailureCode.REPLY_INVALID, FailureCode.DATASET_INVALID}
+        return codes
+
+    def _reasons_of_job(self, attempt: Attempt) -> set[str]:
+        news = self._world.witness.news_of(attempt.job_id)
+        details = news[-1].error if news else None
+        if details is None and self._world.witness.lost_at(attempt.job_id) is not None:
+            details = ErrorDetails(code=FailureCode.LOST, message="", retryable=True)
+        if details is None:
+            return set()
+        is_last = attempt.n > len(self._world.scenario.policy.retry_after_seconds)
+        return set() if details.may_be_retried() and not is_last else {details.code}
+
+    def _waits_for_retry(self, attempt: Attempt) -> bool:
+        return self._ended_at(attempt) is not None
+
+    def _reasons_of_row(self) -> set[str]:
+        """A run that was thrown back behind its own end finds it in the row, and ends as that tells."""
+        looks = [call.outcome for call in self._world.witness.calls.get("look", ()) if call.outcome is not None]
+        errors = [seen.row.error for seen in looks if seen.life.has_ended and seen.row is not None]
+        return {error.code for error in errors if error is not None}
+
+    def _reasons_of_price(self, attempt: Attempt) -> set[str]:
+        codes: set[str] = set()
+        dearest = max(self._prices.asked(attempt) | self._prices.of_known_hours(attempt), default=0)
+        if self._world.scenario.is_image and dearest > self._prices.ceiling:
+            codes.add(FailureCode.PRICE_MISMATCH)
+        if not self._world.scenario.is_image and dearest > self._prices.ceiling_before(self._given_up_at(attempt)):
+            codes.add(FailureCode.PRICE_NOT_CONFIRMED)
+        work = self._world.works.get(attempt.job_id or "")
+        if work is not None and (getattr(work.state, "actual_cost", None) or 0) < 0:
+            codes.add(FailureCode.REPLY_INVALID)
+        if self._world.witness.refusals("pre_deduct"):
+            codes.add(FailureCode.CREDIT_EXHAUSTED)
+        return codes
+
+    def _given_up_at(self, attempt: Attempt) -> float:
+        """When the run began to give the task back."""
+        looks = [call.scheduled_at for call in self._world.witness.calls.get("look", ())]
+        return min([*looks[:1], self._cancelled.get(attempt.job_id or "", float("inf"))])
+
+    def _reasons_of_training(self, at: float) -> set[str]:
+        scenario = self._world.scenario
+        window = scenario.task.window  # type: ignore[union-attr]
+        codes: set[str] = set()
+        if scenario.has_no_gpu or (window and window.not_after and at > window.not_after.timestamp()):
+            codes.add(FailureCode.GPU_UNAVAILABLE)
+        if scenario.is_dataset_invalid:
+            codes.add(FailureCode.DATASET_INVALID)
+        if window and window.not_after:
+            codes.add(FailureCode.PRICE_NOT_CONFIRMED)
+        return codes

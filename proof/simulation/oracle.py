@@ -1,0 +1,379 @@
+"""What may never be untrue (design), looked at from outside after every step: the money, the jobs, the events.
+
+What was held, charged, capped and promised is computed from the input, the policy and what the others saw; the run's
+own result is only ever compared with it. Exempt, by name, is what cannot be known or stopped and stands as an
+exception record: a hold that could not be cancelled ends by expiry, a job that could not be stopped runs out.
+
+    price_rules.py        what the task costs, and its ceiling
+    hold_rules.py         holds: how much, how long, when
+    settlement_rules.py   what was charged, and why it may be less than the price
+    job_rules.py          jobs: asked for, retried, cancelled; why a task may fail
+    record_rules.py       row, events, exception records: all of what happened and nothing else
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
+
+from comfyui_temporal.contracts.comfyui import JobStatus, TrainingStage
+from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
+from comfyui_temporal.contracts.task_store import Fact, TaskState
+from comfyui_temporal.contracts.tasks import (
+    CreditsSummary,
+    EventType,
+    ImageProgress,
+    ImageResult,
+    SettlementState,
+    TaskStatus,
+    TrainingProgress,
+    TrainingResult,
+)
+from proof.simulation.calls import Call
+from proof.simulation.comfyui_model import id_of
+from proof.simulation.credits_model import Hold
+from proof.simulation.hold_rules import HoldRules
+from proof.simulation.hosted_run import CONVERTER
+from proof.simulation.job_rules import JobRules
+from proof.simulation.parties import Parties
+from proof.simulation.price_rules import Prices
+from proof.simulation.record_rules import RecordRules
+from proof.simulation.scenario import PLENTY, Scenario
+from proof.simulation.server import Server
+from proof.simulation.settlement_rules import SettlementRules
+from proof.simulation.truth import World, must
+from proof.simulation.witness import CANCELS, SUBMITS
+
+_ENDS: Final = {
+    TaskStatus.COMPLETED: EventType.COMPLETED,
+    TaskStatus.FAILED: EventType.FAILED,
+    TaskStatus.CANCELLED: EventType.CANCELLED,
+}
+_STAGES: Final = [*(stage.value for stage in JobStatus), *(stage.value for stage in TrainingStage)]
+"""In their order; neither kind of work here ever goes back."""
+_BEGINNING: Final = frozenset({"submit_job", "create_training", "start_training", "pre_deduct"})
+_OPENING: Final = frozenset(
+    {
+        *("submit_job", "create_training", "estimate", "pre_deduct", "start_training"),
+        *("cancel_job", "cancel_training", "look"),
+    }
+)
+
+
+class Oracle:
+    """Watches one schedule. Each method raises Untrue."""
+
+    def __init__(self, scenario: Scenario, server: Server, parties: Parties) -> None:
+        self._scenario = scenario
+        self._server = server
+        self._parties = parties
+        self._world = world = World(scenario, parties, server.witness)
+        self._prices = Prices(world)
+        self._holds = HoldRules(world, self._prices)
+        self._settlement = SettlementRules(world, self._prices, self._holds)
+        self._jobs = JobRules(world, self._prices, self._holds)
+        self._record = RecordRules(world, self._prices, self._holds, self._settlement)
+        self._reached: dict[tuple[int, str | None], float] = {}
+        self._shown: dict[tuple[int, str | None], float] = {}
+        self._shown_attempt = 0
+        self._rank = (0, -1)
+        self._keys: set[str] = set()
+        self._cancel_seen = self._delivery_seen = False
+        self._delivery_first = self._cancel_first = False
+        self._charged_at_end: int | None = None
+        self._ended_before: tuple[int, TaskState | None] | None = None
+        """What was charged, and the row, when a run was reset whose task had ended."""
+        self.cancels: dict[str, bool] = {}
+        """Cancel → whether Temporal's."""
+        server.on_recorded = self.task_recorded
+        server.on_scheduled = self.call_scheduled
+        parties.store.on_event = self.event_written
+
+    @property
+    def status(self) -> TaskStatus | None:
+        return self._world.status
+
+    @property
+    def _works(self) -> dict[str, Any]:
+        return self._world.works
+
+    # As it happens
+
+    def after_step(self) -> None:
+        credits = self._parties.credits
+        holds = credits.holds
+        if self._world.is_reset:
+            self._after_step_of_reset(holds)
+            return
+        committed = [hold for hold in holds if hold.phase == "committed"]
+        must(len(committed) <= 1, "two holds were committed:", *(hold.pre_deduct_id for hold in committed))
+        left = [hold for hold in holds if hold.phase == "open"]
+        # A third stands where the first one's cancel hangs and the second would run out meanwhile.
+        must(
+            len(left) <= 3 or credits.terms.is_field,
+            "more than three holds stand at once:",
+            *(hold.pre_deduct_id for hold in left),
+        )
+        must(not credits.books.conflicts, "a key came again with another body:", *credits.books.conflicts)
+        must(not self._world.jobs.conflicts, "a key came again with another body:", *self._world.jobs.conflicts)
+        if credits.charged():
+            must(
+                any(work.state.has_succeeded() for work in self._works.values()),
+                "charged before anything was delivered",
+            )
+        if self._server.closed is not None:
+            self._ended()
+
+    def _after_step_of_reset(self, holds: list[Hold]) -> None:
+        """After a reset a key may come again with another body, and what it asked for may stand twice for a while."""
+        committed = [hold for hold in holds if hold.phase == "committed"]
+        must(len(committed) <= 1, "two holds were committed:", *(hold.pre_deduct_id for hold in committed))
+        if self._server.closed is not None:
+            self._ended()
+
+    def was_reset(self) -> None:
+        """The run was reset: whatever end it had come to, it goes on."""
+        self._world.is_reset = True
+        self._world.status = self._charged_at_end = None
+        had_ended = self._parties.store.has_ended
+        self._ended_before = (self._parties.credits.charged(), self._parties.store.state) if had_ended else None
+
+    def task_recorded(self, jobs: list[WorkflowActivationJob], busy: set[str]) -> None:
+        """While the run waits, what it sees first decides; a delivery beats a cancel that comes with it."""
+        waits = not busy & _OPENING and bool(self._works) and self._holds_stand()
+        current = list(self._works)[-1] if self._works else ""
+        waits = waits and not self._jobs.is_given_up(current)
+        if waits and not self._cancel_seen and self._works[current].is_started:
+            self._delivery_first |= any(self._is_delivery(job, current) for job in jobs)
+        is_cancel = any(map(_is_cancel, jobs))
+        is_delivered = bool(current) and self._works[current].state.has_succeeded()
+        self._cancel_first |= waits and is_cancel and not is_delivered
+        if not busy & {"commit", "cancel_hold"} and "commit" not in self._parties.called:
+            self._prices.ceiling_at_settlement = self._prices.ceiling  # what is confirmed later raises no charge
+        # A renewal in flight may go on after a delivery until the work is covered, and no cancel ends that.
+        if self._parties.credits.holds and current and self._works[current].is_started:
+            self._delivery_seen |= any(self._is_delivery(job, current) for job in jobs)
+        if is_cancel:
+            self._world.cancels_seen.append(self._server.now)
+        self._cancel_seen |= is_cancel and not self._delivery_seen
+
+    def call_scheduled(self, call: Call) -> None:
+        """Once a cancel was seen nothing new is begun; what was begun may be asked for again, to undo it."""
+        if self._world.is_reset:
+            return
+        key = str(getattr(call.argument, "key", ""))
+        if call.name in _BEGINNING:
+            must(not self._cancel_seen or key in self._keys, "begun although a cancel was seen before:", call.name, key)
+            self._keys.add(key)
+        if call.name in SUBMITS:
+            self._jobs.submitted(call)
+        elif call.name in CANCELS:
+            self._jobs.cancelled(call)
+        elif call.name == "pre_deduct":
+            self._holds.asked_for(call)
+        elif call.name == "start_training":
+            self._holds.started(call)
+        elif call.name == "charge":
+            self._charge_is_due()
+
+    def _charge_is_due(self) -> None:
+        """Charged without a hold is only what had one that ran out, or more than the hold where policy says so."""
+        credits = self._parties.credits
+        untold = self._holds.untold() if credits.terms.is_field else []
+        phases = {hold.phase for hold in credits.holds if hold not in untold}
+        is_more = "committed" in phases and self._scenario.policy.charge_shortfall
+        by_hand = any(hold.is_cancelled_by_hand for hold in credits.holds)
+        was_short = (
+            credits.terms.balance < PLENTY or self._scenario.is_paused
+        )  # perhaps too short for two holds at once
+        is_due = is_more or by_hand or was_short or "expired" in phases
+        must(is_due, "charged without a hold although none had expired:", *phases)
+        must("open" not in phases, "charged although a hold stands")
+        may_expire = is_more or by_hand or bool(credits.terms.refuses_commits_with)
+        must(may_expire or not self._scenario.is_easy_on_credits, "a hold was let expire although it could be renewed")
+
+    def _holds_stand(self) -> bool:
+        return any(hold.phase == "open" for hold in self._parties.credits.holds)
+
+    def _is_delivery(self, job: WorkflowActivationJob, current: str) -> bool:
+        """Whether it is a callback that tells of the current job's delivery."""
+        sent = job.signal_workflow.input if job.HasField("signal_workflow") else ()
+        state = self._server.witness.sent.get(next(iter(sent)).data) if len(sent) == 1 else None
+        return state is not None and state.has_succeeded() and id_of(state) == current
+
+    def event_written(self, fact: Fact) -> None:
+        at = (fact.attempt, fact.stage)
+        if fact.sequence is not None and not self._world.is_reset:
+            rank = (fact.attempt, _STAGES.index(fact.stage) if fact.stage else -1)
+            must(rank >= self._rank, "the stage went back:", fact.key, fact.attempt, fact.stage)
+            self._rank = rank
+        must((fact.progress or 0.0) >= self._reached.get(at, 0.0), "progress went back:", fact.key, fact.progress)
+        self._reached[at] = fact.progress or 0.0
+        if fact.result_urls or fact.output:
+            must(fact.event is EventType.COMPLETED, "results were handed out before the end:", fact.key)
+        if not self._world.is_reset:
+            self._record.event_written(fact)
+
+    def asked(self, name: str, answer: Any) -> None:
+        """A query's answer: progress never goes back within an attempt and stage; no more is charged than was."""
+        if self._world.is_reset:
+            return
+        if name == "credits":
+            [credits] = CONVERTER.from_payloads([answer], [CreditsSummary])
+            charged = self._parties.credits.charged()
+            must((credits.charged or 0) <= charged, "the query says charged:", credits.charged, charged)
+            return
+        model = ImageProgress if self._scenario.is_image else TrainingProgress
+        [progress] = CONVERTER.from_payloads([answer], [model])
+        at = (progress.attempts, progress.stage)
+        must(progress.progress >= self._shown.get(at, 0.0), "the query's progress went back:", *at, progress.progress)
+        must(progress.attempts >= self._shown_attempt, "the query's attempt went back:", progress.attempts)
+        self._shown[at], self._shown_attempt = progress.progress, progress.attempts
+
+    # Once it has ended
+
+    def _ended(self) -> None:
+        charged = self._parties.credits.charged()
+        if self._charged_at_end is None:
+            self._charged_at_end = charged
+            self._check_end(charged)
+        must(charged == self._charged_at_end, "charged after the end:", charged, self._charged_at_end)
+        if self.status is None:
+            return
+        told = self._world.told()
+        holds_excused = {ExceptionCode.HOLD_LEFT_TO_EXPIRY, ExceptionCode.UNDO_UNFINISHED} & told
+        doubled = [hold.pre_deduct_id for hold in self._holds.untold()] if self._parties.credits.terms.is_field else []
+        open_holds = [hold.pre_deduct_id for hold in self._parties.credits.holds if hold.phase == "open"]
+        left = [pre_deduct_id for pre_deduct_id in open_holds if pre_deduct_id not in doubled]
+        must(not left or bool(holds_excused) or self._settlement.is_unknown, "holds are left open:", *left)
+        jobs_excused = {ExceptionCode.ROUTE_NOT_OFFERED, ExceptionCode.UNDO_UNFINISHED} & told
+        alive = [job_id for job_id, work in self._works.items() if work.runs]
+        must(not alive or bool(jobs_excused), "jobs run on after the end:", *alive)
+        must(not self._parties.objects.kept, "a dataset snapshot is left behind")
+
+    def _check_end(self, charged: int) -> None:
+        closed = self._server.closed
+        assert closed is not None
+        if closed.how == "failed" and closed.failure.application_failure_info.type == FailureCode.TASK_EXISTS:
+            must(self._scenario.is_id_taken, "task_exists although nobody else has the id")
+            must(set(self._parties.called) <= {"claim"}, "called for a task of another run:", *self._parties.called)
+            return
+        must(not self._scenario.is_id_taken, "went on although another run holds the id:", closed.how)
+        result = self._result()
+        if self._world.is_reset:
+            self._check_end_of_reset(charged, result)
+            return
+        self._world.status = TaskStatus.CANCELLED if result is None else result.status
+        self._check_events()
+        self._check_cancels(closed.how)
+        self._jobs.check_end()
+        row = self._parties.store.state
+        assert row is not None
+        self._settlement.check(charged, row.credits)
+        ended_at = self._parties.store.events[-1].ts.timestamp()
+        self._record.check_end(ended_at)
+        if closed.how == "failed":
+            self._jobs.check_failure(closed.failure.application_failure_info.type, ended_at)
+            must(not self._delivery_first or self._may_fail_delivered(closed), "failed although it was delivered first")
+        if result is not None:
+            self._check_result(result)
+        stated = self._server.search_attributes.get("TaskStatus", b"").decode().strip('"')
+        must(stated == self._world.status.value, "the search attribute TaskStatus says", stated)
+
+    def _check_end_of_reset(self, charged: int, result: ImageResult | TrainingResult | None) -> None:
+        """At most one charge, the row tells what the ledger shows, and nothing is handed out that was not paid."""
+        row, store = self._parties.store.state, self._parties.store
+        assert row is not None
+        self._world.status = row.status
+        must(store.has_ended, "the run has ended and the row has not")
+        must(
+            result is None or result.status is row.status,
+            "result and row differ:",
+            result and result.status,
+            row.status,
+        )
+        if self._ended_before is not None:
+            must((charged, row) == self._ended_before, "the row had ended, and then:", charged, row)
+        must(
+            not result or result.credits == row.credits,
+            "result and row differ:",
+            result and result.credits,
+            row.credits,
+        )
+        is_unknown = row.credits.settlement is SettlementState.UNKNOWN
+        must(is_unknown or row.credits.charged == charged, "the row says charged:", row.credits.charged, charged)
+        is_paid = row.status is TaskStatus.COMPLETED
+        must(is_paid or is_unknown or charged == 0, f"{row.status.value}, but charged", charged)
+        must(is_paid or not (row.result_urls or row.output), f"{row.status.value}, but results were handed out")
+        must(charged <= self._dearest(), "charged more than any of the jobs costs:", charged, self._dearest())
+        must(sum(event.event in _ENDS.values() for event in store.events) == 1, "more than one end was told")
+
+    def _dearest(self) -> int:
+        """The most that a job of the task may cost."""
+        holds = self._parties.credits.holds
+        return max((hold.amount for hold in holds), default=0) + (
+            10**6 if self._scenario.policy.charge_shortfall else 0
+        )
+
+    def _may_fail_delivered(self, closed: Any) -> bool:
+        """Delivered work is refused only where it costs less than nothing or could not be covered."""
+        allowed = {FailureCode.CREDIT_EXHAUSTED, FailureCode.REPLY_INVALID}
+        return closed.failure.application_failure_info.type in allowed
+
+    def _result(self) -> ImageResult | TrainingResult | None:
+        """The run's result object; None for a run that ended Canceled."""
+        closed = self._server.closed
+        assert closed is not None
+        model: Any = ImageResult if self._scenario.is_image else TrainingResult
+        if closed.how == "cancelled":
+            return None
+        payloads = [] if closed.result is None else [closed.result]
+        if closed.how == "completed":
+            return model.model_validate_json(payloads[0].data)  # type: ignore[no-any-return]
+        info = closed.failure.application_failure_info
+        must(info.type in set(FailureCode), "ended with no code of the contract:", info.type, closed.failure.message)
+        return model.model_validate_json(info.details.payloads[0].data)  # type: ignore[no-any-return]
+
+    def _check_result(self, result: ImageResult | TrainingResult) -> None:
+        """The result tells what the row tells, which was compared with what the others did."""
+        row = self._parties.store.state
+        assert row is not None
+        must(result.credits == row.credits, "result and row differ in credits:", result.credits, row.credits)
+        told = result.model_dump(include={"attempts", "estimated_time", "gpu_slots", "result_urls", "output"})
+        kept = row.model_dump(include=set(told))
+        must(told == kept, "result and row differ:", told, kept)
+        job_id = result.job_id if isinstance(result, ImageResult) else result.training_id
+        must(job_id == row.job_id, "result and row name different jobs:", job_id, row.job_id)
+        must(
+            result.error_details == row.error, "result and row tell different errors:", result.error_details, row.error
+        )
+
+    def _check_events(self) -> None:
+        events, store = self._parties.store.events, self._parties.store
+        assert self.status is not None
+        must(bool(events) and events[0].event is EventType.ACCEPTED, "the first event is not task.accepted")
+        must(
+            events[-1].event is _ENDS[self.status], "the last event is not the end:", events[-1].key, self.status.value
+        )
+        open_updates = [name for name, answer in self._server.updates.items() if answer == "accepted"]
+        must(not open_updates, "ended while an update was being handled:", *open_updates)
+        must(sum(event.event in _ENDS.values() for event in events) == 1, "more than one end was told")
+        must(store.state is not None and store.state.status is self.status, "the row's status is not the run's")
+
+    def _check_cancels(self, how: str) -> None:
+        answers = [
+            answer for name, answer in self._server.updates.items() if name.startswith("cancel") and "outcome" in answer
+        ]
+        is_cancelled = self.status is TaskStatus.CANCELLED
+        must(not is_cancelled or bool(self.cancels), "cancelled although nobody asked")
+        must(how != "cancelled" or any(self.cancels.values()), "ended Canceled although Temporal was not asked")
+        for answer in answers:
+            must(("accepted" in answer) == is_cancelled, f"a cancel was answered {answer}, the task ended", self.status)
+        is_completed = self.status is TaskStatus.COMPLETED
+        must(not (is_completed and self._cancel_first), "completed although a cancel was seen before the delivery")
+        must(not (is_cancelled and self._delivery_first), "cancelled although the delivery was seen first")
+
+
+def _is_cancel(job: WorkflowActivationJob) -> bool:
+    return job.HasField("cancel_workflow") or (job.HasField("do_update") and job.do_update.id.startswith("cancel"))

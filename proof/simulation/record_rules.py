@@ -1,0 +1,329 @@
+"""What is told of a task: row, events and exception records are what the others did, all of it and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Final
+
+from comfyui_temporal.contracts.comfyui import JobState, JobStatus, TrainingState, TrainingStatus
+from comfyui_temporal.contracts.errors import Answer, ExceptionCode, FailureCode
+from comfyui_temporal.contracts.size_budget import MAX_INBOX
+from comfyui_temporal.contracts.task_store import Fact, TaskException
+from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from proof.simulation.calls import Call
+from proof.simulation.hold_rules import LEAST_LIFE, HoldRules
+from proof.simulation.price_rules import Prices
+from proof.simulation.settlement_rules import LOOKS_FOR_SECONDS, SettlementRules
+from proof.simulation.truth import World, must
+from proof.simulation.witness import CANCELS, Attempt, Word, key_of, number_of
+
+SLACK: Final = 0.01
+SURELY: Final = 150.0
+"""Seconds within which a run that waits has surely been woken: longer than a task may be slow or a worker away."""
+_UNSEEN: Final = {"accepted", "settled", "end", "queue_sla", "difference", "left_out"}
+
+
+class RecordRules:
+    """Compares what is told with what was. Each method raises Untrue."""
+
+    def __init__(self, world: World, prices: Prices, holds: HoldRules, settlement: SettlementRules) -> None:
+        self._world = world
+        self._prices = prices
+        self._holds = holds
+        self._settlement = settlement
+
+    # Events, as they are written
+
+    def event_written(self, fact: Fact) -> None:
+        """Whatever an event says, somebody did it."""
+        name, _, rest = fact.key.partition(":")
+        if name == "held":
+            self._check_held(fact, int(rest))
+        elif name == "given_back":
+            self._check_given_back(fact, int(rest))
+        elif name == "retry":
+            self._check_retry(fact, int(rest))
+        elif name == "checkpoint":
+            job_id, _, sequence = rest.rpartition(":")
+            checkpoint = getattr(self._state(job_id, int(sequence)), "checkpoint", None)
+            must(checkpoint is not None and fact.event is EventType.CHECKPOINT, "no such checkpoint:", fact.key)
+        elif name == "confirm":
+            must(fact.confirmation is not None, "a confirmation is asked for without its price:", fact.key)
+        elif name in self._world.works:
+            self._check_progress(fact, name, int(rest))
+        else:
+            must(name in _UNSEEN, "an event that nothing stands behind:", fact.key)
+
+    def _check_held(self, fact: Fact, n: int) -> None:
+        holds = self._holds.of_number(n)
+        must(bool(holds), "a hold was told that the credits service does not have:", fact.key)
+        amounts = [-hold.amount for hold in holds]
+        must(fact.credits_delta in amounts, "a hold is told with", fact.credits_delta, *amounts)
+        life = max(hold.expires_at for hold in holds) - fact.ts.timestamp()
+        is_relied_on = any(hold.phase == "open" for hold in holds)
+        must(
+            life >= LEAST_LIFE - 0.001 or not is_relied_on, f"a hold with {life:.1f} s of life was relied on:", fact.key
+        )
+
+    def _check_given_back(self, fact: Fact, n: int) -> None:
+        holds = self._holds.of_number(n)
+        ended = [hold.amount for hold in holds if hold.phase in ("cancelled", "expired")]
+        must(bool(ended), f"{fact.key} is told of a hold that is", *(hold.phase for hold in holds))
+        must(fact.credits_delta in ended, "a hold is given back with", fact.credits_delta, *ended)
+
+    def _check_retry(self, fact: Fact, n: int) -> None:
+        attempt = self._world.witness.attempts.get(n)
+        must(attempt is not None and fact.error is not None, "a retry of nothing is told:", fact.key)
+        assert attempt is not None
+        assert fact.error is not None
+        # By what its job ever said: it is told in the workflow task that hears of it, before that is recorded.
+        jobs = self._world.works if attempt.job_id is None else [attempt.job_id]
+        codes = {code for job_id in jobs for code in self._world.jobs.failures_of(job_id)}
+        is_lost = not codes and fact.error.code == FailureCode.LOST
+        must(is_lost or fact.error.code in codes, "a retry is told for", fact.error.code)
+
+    def _state(self, job_id: str, sequence: int) -> JobState | TrainingState | None:
+        return self._world.jobs.told.get((job_id, sequence))
+
+    def _check_progress(self, fact: Fact, job_id: str, sequence: int) -> None:
+        state = self._state(job_id, sequence)
+        must(state is not None, "an event tells of a state that the job never had:", fact.key)
+        assert state is not None
+        must(fact.stage == _stage(state), "an event tells another stage than the job:", fact.key, fact.stage)
+        must(fact.next_eta == state.next_eta, "an event tells another ETA than the job:", fact.key, fact.next_eta)
+        must((fact.progress or 0.0) >= (state.stage_progress or 0.0), "an event tells less progress:", fact.key)
+
+    # Once the task has ended
+
+    def check_end(self, ended_at: float) -> None:
+        self._check_holds_told()
+        self._check_jobs_told()
+        self._check_row()
+        self._check_doubled()
+        for exception in self._world.parties.store.exceptions.values():
+            self._check_reason(exception)
+        self._check_recorded(ended_at)
+
+    def _keys(self) -> set[str]:
+        return {event.key for event in self._world.parties.store.events}
+
+    def _check_holds_told(self) -> None:
+        """Every hold that the run was told of in time, and every one that it gave back."""
+        told = self._keys()
+        for known in self._holds.granted():
+            is_first_asking = known.call.told_at == known.told_at
+            must(
+                not is_first_asking or known.life_when_told < LEAST_LIFE or f"held:{known.n}" in told,
+                "a hold was never told:",
+                known.n,
+            )
+        for call in self._world.witness.calls.get("cancel_hold", ()):
+            if call.told_at is not None and isinstance(call.outcome, Answer) and call.outcome.reply is not None:
+                n = number_of(key_of(call))  # none: a hold that this run had never asked for
+                must(n < 0 or f"given_back:{n}" in told, "a hold that was given back was never told:", n)
+        must(not self._world.is_completed or "settled" in told, "the settlement was never told")
+
+    def _check_jobs_told(self) -> None:
+        """Of every job that was followed to its end: each stage, each checkpoint; and of each retry."""
+        attempts = list(self._world.witness.attempts.values())
+        for attempt in attempts if self._world.is_completed else attempts[:-1]:
+            self._check_news_told(attempt)
+        told = self._keys()
+        for attempt in attempts[:-1]:
+            must(f"retry:{attempt.n}" in told, "a retry was never told:", attempt.n)
+
+    def _check_news_told(self, attempt: Attempt) -> None:
+        news = self._read_news(attempt)
+        events = self._world.parties.store.events
+        stages = {(event.attempt, event.stage) for event in events}
+        untold = {_stage(word.state) for word in news if not _is_queued(word)} - {
+            s for n, s in stages if n == attempt.n
+        }
+        must(len(untold) <= self._left_out(), "a stage was never told:", attempt.n, *untold)
+        keys, before, missing = self._keys(), None, 0
+        resumed_from = {a.call.argument.body.resume_from for a in self._trained() if a.n <= attempt.n}
+        for word in news:
+            key = f"checkpoint:{attempt.job_id}:{word.state.sequence}"
+            if word.checkpoint is not None and word.checkpoint.uri not in resumed_from:
+                missing += word.checkpoint.uri != before and key not in keys
+                before = word.checkpoint.uri
+        must(missing <= self._left_out(), "checkpoints were never told:", missing)
+
+    def _read_news(self, attempt: Attempt) -> list[Word]:
+        """What the run was sent and could keep: while `start` stays unanswered the inbox keeps the newest."""
+        news = self._world.witness.news_of(attempt.job_id)
+        starts = self._world.witness.calls.get("start_training", ())
+        own = [call for call in starts if call.argument.job_id == attempt.job_id and isinstance(call.outcome, Answer)]
+        answered = [call.told_at for call in own if call.told_at is not None]
+        waiting = [word for word in news if answered and word.at <= min(answered)]
+        return news[max(0, len(waiting) - MAX_INBOX) :]
+
+    def _left_out(self) -> int:
+        """How many events were left out while the store was away, and counted."""
+        counted = [key for key in self._keys() if key.startswith("left_out:")]
+        return sum(int(key.rpartition(":")[2]) for key in counted)
+
+    def _trained(self) -> list[Attempt]:
+        return [] if self._world.scenario.is_image else list(self._world.witness.attempts.values())
+
+    def _check_row(self) -> None:
+        state, attempt = self._world.parties.store.state, self._world.witness.attempt
+        assert state is not None
+        must(state.attempts == len(self._world.witness.attempts), "the row says attempts:", state.attempts)
+        must(state.next_eta is None and state.confirmation is None, "the row still waits for something")
+        work = self._world.works.get(attempt.job_id or "") if attempt is not None and self._world.is_completed else None
+        urls = list(getattr(work.state, "result_urls", [])) if work else []
+        must(state.result_urls == urls, "the row hands out", *state.result_urls)
+        must(state.output == (getattr(work.state, "output", None) if work else None), "the row hands out", state.output)
+        if attempt is not None and attempt.was_answered_at_once:
+            must(state.job_id == attempt.job_id, "the row names the job", state.job_id)
+        stated = self._prices.stated(attempt) if attempt is not None else {}
+        if stated:
+            prices = state.prices.model_dump(exclude_none=True)
+            must(prices == stated, "the row's prices:", prices, stated)
+
+    # Exception records: a reason for each, each reason recorded
+
+    def _check_reason(self, exception: TaskException) -> None:
+        at = exception.ts.timestamp()
+        reasons: dict[str, Callable[[], bool]] = {
+            ExceptionCode.PRICES_DIFFER: lambda: self._are_different(exception.key, self._prices.answered),
+            ExceptionCode.COST_ABOVE_HOLD: self._is_above_hold,
+            ExceptionCode.SHORTFALL: lambda: self._settlement.shortfall > 0,
+            ExceptionCode.SETTLEMENT_UNKNOWN: lambda: self._world.is_completed or self._was_not_given_back(),
+            ExceptionCode.ROUTE_NOT_OFFERED: self._lacks_route,
+            ExceptionCode.UNCOVERED: lambda: self._was_uncovered(at),
+            ExceptionCode.QUEUE_SLA_MISSED: lambda: self._was_queued_until(at),
+            ExceptionCode.HOLD_LEFT_TO_EXPIRY: self._was_not_given_back,
+            ExceptionCode.UNDO_UNFINISHED: self._was_unreadable,
+            ExceptionCode.HOLD_DOUBLED: lambda: self._world.parties.credits.terms.is_field,
+        }
+        if exception.key == "end":
+            must(
+                self._world.status is TaskStatus.FAILED,
+                "a failure is recorded of a task that ended",
+                self._world.status,
+            )
+            return
+        has_reason = reasons.get(exception.code, lambda: False)
+        must(has_reason(), "an exception is recorded without a reason:", exception.key, exception.code)
+
+    def _check_doubled(self) -> None:
+        """What a service without idempotency holds beside is recorded with its amount, once the ledger shows it."""
+        terms, untold = self._world.parties.credits.terms, self._holds.untold()
+        looks = self._world.witness.calls.get("ledger", [])
+        is_shown = bool(looks) and looks[-1].outcome is not None and terms.lag_seconds == 0
+        if not untold or not terms.is_field or not is_shown:
+            return
+        seen = sum(hold.amount for hold in untold if hold.taken_at <= looks[-1].scheduled_at)
+        records = self._world.parties.store.exceptions.values()
+        told = sum(record.details["amount"] for record in records if record.code == ExceptionCode.HOLD_DOUBLED)
+        must(told == seen, f"{seen} points are held twice, recorded are", told)
+
+    def _was_not_given_back(self) -> bool:
+        refused = {message for _, message in self._world.witness.refusals("cancel_hold")}
+        return bool(refused - {"pre_deduct_not_found"}) and self._hides_resolutions()
+
+    def _hides_resolutions(self) -> bool:
+        terms = self._world.parties.credits.terms
+        return not terms.tells_kinds or terms.lag_seconds >= LOOKS_FOR_SECONDS
+
+    def _was_unreadable(self) -> bool:
+        calls = [call for calls in self._world.witness.calls.values() for call in calls]
+        return any(call.told_at is not None and call.outcome is None for call in calls)
+
+    def _are_different(self, key: str, prices: Callable[[Attempt], dict[str, int]]) -> bool:
+        attempt = self._world.witness.attempts.get(int(key.rpartition(":")[2]))
+        return attempt is not None and len(set(prices(attempt).values())) > 1
+
+    def _is_above_hold(self) -> bool:
+        attempt = self._world.witness.attempt
+        work = self._world.works.get(attempt.job_id or "") if attempt is not None else None
+        if work is None or not self._world.scenario.is_image or not work.state.has_succeeded():
+            return False
+        asked = work.state.actual_cost if work.state.actual_cost is not None else work.price
+        return asked > self._settlement.usable
+
+    def _lacks_route(self) -> bool:
+        calls = [call for name in CANCELS for call in self._world.witness.calls.get(name, ())]
+        return any(isinstance(call.outcome, Answer) and call.outcome.not_offered and call.told_at for call in calls)
+
+    def _was_uncovered(self, at: float) -> bool:
+        """A hold was refused beside the old one, or came when the old one had ended."""
+        if any(when <= at + SLACK for when, _ in self._world.witness.refusals("pre_deduct")):
+            return True
+        granted = self._holds.granted()
+        return any(later.told_at >= earlier.ends_at for earlier, later in pairwise(granted))
+
+    def _was_queued_until(self, at: float) -> bool:
+        sla = 60 * self._world.scenario.policy.queue_sla_minutes
+        for attempt in self._world.witness.attempts.values():
+            start = self._holds.start_of(attempt.n)
+            moved = [word.at for word in self._world.witness.news_of(attempt.job_id) if not _is_queued(word)]
+            if start is not None and at >= start + sla - SLACK and (not moved or moved[0] >= at - SLACK):
+                return True
+        return False
+
+    def _check_recorded(self, ended_at: float) -> None:
+        told = {(exception.key, exception.code) for exception in self._world.parties.store.exceptions.values()}
+        codes = {code for _, code in told}
+        for attempt in self._world.witness.attempts.values():
+            key = f"prices_differ:{attempt.n}"
+            is_needed = self._are_different(key, self._prices.stated)
+            must(not is_needed or (key, ExceptionCode.PRICES_DIFFER) in told, "never recorded:", key)
+        needed = {
+            ExceptionCode.COST_ABOVE_HOLD: self._world.is_completed and self._is_above_hold(),
+            ExceptionCode.SHORTFALL: self._settlement.shortfall > 0 and not self._settlement.is_unknown,
+            ExceptionCode.ROUTE_NOT_OFFERED: self._lacks_route(),
+            ExceptionCode.UNCOVERED: self._gave_up_before_the_next(),
+            ExceptionCode.QUEUE_SLA_MISSED: self._was_queued_for_long(ended_at),
+        }
+        for code, is_needed in needed.items():
+            must(not is_needed or code in codes, "never recorded:", code)
+        if self._world.status is TaskStatus.FAILED:
+            must("end" in {key for key, _ in told}, "the failure was never recorded")
+
+    def _gave_up_before_the_next(self) -> bool:
+        """A hold that could be relied on was cancelled before the next one stood."""
+        granted, calls = self._holds.granted(), self._world.witness.calls.get("cancel_hold", ())
+        cancelled = {call.argument.body.pre_deduct_id: call.scheduled_at for call in reversed(calls)}
+        return any(
+            earlier.life_when_told >= LEAST_LIFE and cancelled.get(earlier.pre_deduct_id, later.told_at) < later.told_at
+            for earlier, later in pairwise(granted)
+            if later.call.told_at == later.told_at and later.life_when_told >= LEAST_LIFE
+        )
+
+    def _was_queued_for_long(self, ended_at: float) -> bool:
+        if self._world.scenario.is_paused:
+            return False
+        sla = 60 * self._world.scenario.policy.queue_sla_minutes
+        for attempt in self._world.witness.attempts.values():
+            start, news = self._holds.start_of(attempt.n), self._world.witness.news_of(attempt.job_id)
+            if start is None or attempt.accepted is None:
+                continue
+            moved = [word.at for word in news if not _is_queued(word)]
+            until = min([*moved, *self._cancels_of(attempt), *self._world.cancels_seen, ended_at])
+            begun = max(start + sla, attempt.accepted_at, self._holds.followed_since(attempt))
+            if until > begun + SURELY:
+                return True
+        return False
+
+    def _cancels_of(self, attempt: Attempt) -> list[float]:
+        calls: list[Call] = [call for name in CANCELS for call in self._world.witness.calls.get(name, ())]
+        return [call.scheduled_at for call in calls if call.argument.job_id == attempt.job_id]
+
+
+def _stage(state: JobState | TrainingState) -> str | None:
+    if isinstance(state, JobState):
+        return state.job_status.value
+    return state.training_stage.value if state.training_stage else None
+
+
+def _is_queued(word: Word) -> bool:
+    state = word.state
+    if word.error is not None:
+        return False
+    if isinstance(state, JobState):
+        return state.job_status is JobStatus.QUEUED
+    return state.training_status is TrainingStatus.QUEUED

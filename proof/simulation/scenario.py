@@ -1,0 +1,347 @@
+"""One seed's task: who asks for what, on which terms the others serve, what goes wrong, and what people do meanwhile.
+
+People act at the n-th step of the schedule, so that every instant is as likely as any other, or at the very instant
+when a job's last word is sent.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any, Final
+
+from comfyui_temporal.contracts.carried import ImageRun, TrainingRun
+from comfyui_temporal.contracts.comfyui import TaskPriority
+from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.prices import PriceTable
+from proof.simulation.agenda import BEGINNING, Agenda
+from proof.simulation.comfyui_model import ComfyUITerms
+from proof.simulation.credits_model import CreditsTerms
+from proof.simulation.versions import Release
+from proof.simulation.weather import Party, Weather
+
+TASK_ID: Final = "t1"
+RUN_ID: Final = "run-1"
+IMAGE: Final = "ImageGenerationWorkflow"
+TRAINING: Final = "TrainingWorkflow"
+_ROOT: Final = "file:///datasets/tenant/"
+NOT_OFFERED: Final = "no_such_extra"
+PLENTY: Final = 100_000
+"""A balance that is never too short."""
+KINDS: Final = ("image", "training")
+
+
+_CALLS: Final = (
+    *("submit_job", "create_training", "start_training", "get_job", "get_training", "cancel_job", "cancel_training"),
+    *("estimate", "pre_deduct", "pre_deduct", "commit", "cancel_hold", "ledger", "claim", *("write",) * 5),
+)
+"""The calls that an outage may begin with."""
+
+
+class Deed(StrEnum):
+    """What somebody does to the task."""
+
+    CANCEL_BY_UPDATE = "cancel by update"
+    CANCEL_BY_TEMPORAL = "cancel by Temporal"
+    CONFIRM = "confirm"
+    BAD_UPDATE = "bad update"
+    GARBAGE = "garbage"
+    OLD_NEWS = "old news"
+    QUERY = "query"
+    KILL = "kill"
+    EVICT = "evict"
+    HOLD_CANCELLED_BY_HAND = "hold cancelled by hand"
+    BALANCE_RISES = "balance rises"
+    BALANCE_FALLS = "balance falls"
+    PAUSE = "pause"
+    OLD_WRITE = "old write"
+    RESET = "reset"
+
+
+_OFTEN: Final = {
+    Deed.KILL: (0, 0, 1, 2),
+    Deed.GARBAGE: (0, 0, 3),
+    Deed.EVICT: (0, 1),
+    Deed.QUERY: (2, 2, 12),
+    Deed.OLD_NEWS: (0, 2),
+}
+"""How many times each is done: one of these numbers."""
+_RARE: Final = {Deed.PAUSE: 0.08, Deed.OLD_WRITE: 0.15}
+"""How likely each is done once."""
+PROFILES: Final = ("contract", "field", "both")
+"""Whose credits service: one by our contract, the platform's own, or either by the seed."""
+
+
+@dataclass
+class Deeds:
+    """What people and machines do, by the step at which they do it: (step, deed), and on a job's last word."""
+
+    at_step: list[tuple[int, Deed]] = field(default_factory=list)
+    on_last_word: list[Deed] = field(default_factory=list)
+    on_any_word: list[Deed] = field(default_factory=list)
+    """Once, with the n-th callback."""
+    word: int = 0
+    drawn: tuple[tuple[int, Deed], ...] = ()
+    """What was in `at_step` at first."""
+
+
+@dataclass
+class Scenario:
+    """Everything that a seed decides beforehand."""
+
+    workflow_type: str
+    task: ImageRun | TrainingRun
+    policy: Policy
+    weather: Weather
+    credits: CreditsTerms
+    comfyui: ComfyUITerms
+    deeds: Deeds
+    job_price_offset: int
+    gpu_hours: float
+    has_no_gpu: bool
+    is_dataset_invalid: bool
+    is_id_taken: bool
+    dearer_by: tuple[int, ...] = ()
+    """Points by which each further image job of the task is dearer."""
+    tells_resumed_from: bool = False
+    hands_on_as: Release = Release.PRESENT
+    """Which release's worker continues the run now and then."""
+    checkpoints: int | None = None
+    """How many a training passes, where it is not drawn when it begins: many, while the store is away."""
+    resets_at_end: int = 0
+    """How often the run is reset when the task has ended."""
+
+    @property
+    def is_image(self) -> bool:
+        return self.workflow_type == IMAGE
+
+    @property
+    def is_accelerated(self) -> bool:
+        return self.task.priority is TaskPriority.ACCELERATED
+
+    @property
+    def has_wrong_input(self) -> bool:
+        return isinstance(self.task, ImageRun) and NOT_OFFERED in self.task.extras
+
+    @property
+    def is_paused(self) -> bool:
+        return any(deed == Deed.PAUSE for _, deed in self.deeds.drawn)
+
+    @property
+    def is_easy_on_credits(self) -> bool:
+        """Whether nothing keeps a hold from being renewed in time."""
+        weather, falls = self.weather, any(deed == Deed.BALANCE_FALLS for _, deed in self.deeds.drawn)
+        has_faults = weather.call_faults or weather.outages or weather.outage_with or weather.slow_tasks
+        is_reachable = not (has_faults or self.is_paused)
+        return is_reachable and self.credits.balance == PLENTY and not falls
+
+    @property
+    def table_price(self) -> int:
+        """The price by the table when the task begins, in points."""
+        if isinstance(self.task, ImageRun):
+            extras = {name: value for name, value in self.task.extras.items() if name != NOT_OFFERED}
+            return self.policy.prices.image(
+                resolution=self.task.resolution.value, accelerated=self.is_accelerated, extras=extras
+            )
+        return self.policy.prices.training(
+            base_model=self.task.base_model, accelerated=self.is_accelerated, gpu_hours=self.gpu_hours
+        )
+
+
+def drawn(
+    rng: random.Random, more: random.Random, agenda: Agenda, kind: str, *, profile: str, resets: float
+) -> Scenario:
+    """The scenario that these generators' seed stands for; `more` is drawn from for what came later."""
+    is_image = kind == "image"
+    task: ImageRun | TrainingRun = _image(rng) if is_image else _training(rng)
+    scenario = Scenario(
+        workflow_type=IMAGE if is_image else TRAINING,
+        task=task,
+        policy=_policy(rng, is_image, _prices(more, is_image)),
+        weather=_weather(rng, agenda, is_image),
+        credits=CreditsTerms(),
+        comfyui=_comfyui(rng, is_image),
+        deeds=_deeds(rng, is_image),
+        job_price_offset=_rarely(rng, 0.08, lambda: rng.choice((-3, 4, 4, 100)), 0),
+        gpu_hours=rng.choice((0.5, 1.0, 2.5)),
+        has_no_gpu=rng.random() < 0.03,
+        is_dataset_invalid=rng.random() < 0.03,
+        is_id_taken=rng.random() < 0.01,
+    )
+    if more.random() < 0.15:
+        scenario.task = scenario.task.model_copy(update={"priority": TaskPriority.ACCELERATED})
+    scenario.credits = _credits(rng, scenario.table_price)
+    _add_more(more, scenario)
+    scenario.credits.is_field = profile == "field" or (profile == "both" and more.random() < 0.3)
+    if not scenario.is_id_taken and more.random() < resets:
+        scenario.resets_at_end = more.choice((0, 1, 1, 2))
+        acts = scenario.deeds.at_step
+        acts.extend((more.randrange(100), Deed.RESET) for _ in range(more.choice((0, 1, 1, 2))))
+        acts.sort(key=lambda act: act[0], reverse=True)
+    if scenario.credits.is_field:
+        scenario.credits.tells_kinds = False
+        scenario.credits.acts_and_fails = more.random() < 0.3
+    return scenario
+
+
+def _prices(more: random.Random, is_image: bool) -> PriceTable:
+    """Now and then so dear that a charge comes in parts."""
+    if more.random() > 0.04:
+        return PriceTable()
+    return PriceTable(image_base=4_500) if is_image else PriceTable(points_per_gpu_hour=900)
+
+
+def _add_more(more: random.Random, scenario: Scenario) -> None:
+    terms = scenario.credits
+    if more.random() < 0.15:
+        scenario.dearer_by = tuple(more.choice((0, 0, 3, 9)) for _ in range(4))
+    terms.price_offset = _rarely(more, 0.03, lambda: -1_000_000, terms.price_offset)
+    terms.grants_more = _rarely(more, 0.04, lambda: 7, 0)
+    terms.commits_less = _rarely(more, 0.02, lambda: 1, 0)
+    terms.says_less = _rarely(more, 0.02, lambda: 3, 0)
+    scenario.tells_resumed_from = more.random() < 0.3
+    scenario.hands_on_as = _rarely(more, 0.1, lambda: more.choice((Release.NEWER, Release.OLDER)), Release.PRESENT)
+    if not scenario.is_image and more.random() < 0.03:
+        _let_much_wait(scenario)
+    for deed, chance in _RARE.items():  # drawn last: what is drawn before stays as it was
+        if more.random() < chance:
+            scenario.deeds.at_step.append((more.randrange(100), deed))
+    scenario.deeds.at_step.sort(key=lambda act: act[0], reverse=True)
+    scenario.deeds.drawn = tuple(scenario.deeds.at_step)
+
+
+def _rarely(rng: random.Random, chance: float, then: Callable[[], Any], otherwise: Any) -> Any:
+    return then() if rng.random() < chance else otherwise
+
+
+def _image(rng: random.Random) -> ImageRun:
+    return ImageRun(
+        task_id=TASK_ID,
+        tenant_id="tenant",
+        user_id="user",
+        template_id="text-to-image",
+        prompt="a lighthouse",
+        extras=_rarely(rng, 0.04, lambda: {NOT_OFFERED: True}, rng.choice(({}, {"hires_fix": True}))),
+        max_credits=_rarely(rng, 0.1, lambda: rng.choice((20, 500, 500)), None),
+    )
+
+
+def _training(rng: random.Random) -> TrainingRun:
+    window = None
+    if rng.random() < 0.1:
+        opens = datetime.fromtimestamp(BEGINNING, UTC) + timedelta(minutes=10)
+        window = {"not_before": opens, "not_after": opens + timedelta(minutes=rng.choice((1, 120)))}
+    return TrainingRun.model_validate(
+        {
+            "task_id": TASK_ID,
+            "tenant_id": "tenant",
+            "user_id": "user",
+            "template_id": "lora-train",
+            "dataset": {"dataset_id": "d1", "source_uri": _ROOT + "d1/"},
+            "hyperparameters": {"epochs": 2, "batch_size": 1, "learning_rate": 0.1},
+            "max_credits": rng.choice((None, 500, 10_000, 10_000, 10_000, 130)),
+            "window": window,
+        }
+    )
+
+
+def _let_much_wait(scenario: Scenario) -> None:
+    """A large input, and more to tell than fits the list of what waits for the store."""
+    weather, task = scenario.weather, scenario.task
+    scenario.checkpoints = 150
+    weather.outages[Party.STORE] = [(BEGINNING + 60, BEGINNING + 7_200)]
+    weather.calm_from = max(weather.calm_from, BEGINNING + 7_200)
+    files = [f"{number:06}{'x' * 180}.png" for number in range(500)]
+    dataset = task.dataset.model_copy(update={"files": files})  # type: ignore[union-attr]
+    scenario.task = task.model_copy(update={"dataset": dataset})
+
+
+def _policy(rng: random.Random, is_image: bool, prices: PriceTable) -> Policy:
+    return Policy(
+        prices=prices,
+        callback_url=f"https://gateway.example/callbacks/comfyui/{TASK_ID}",
+        poll_after_seconds=30 if is_image else 300,
+        poll_at_most_seconds=120 if is_image else 1_800,
+        deadline_factor=3,
+        cap_minutes=24 * 60 if is_image else 30 * 24 * 60,
+        charge_shortfall=rng.random() < 0.2,
+        queue_sla_minutes=rng.choice((0.5, 8)),
+        continue_as_new_events=rng.choice((20, 30, 50, 2_000, 2_000)),
+        dataset_roots=[_ROOT],
+    )
+
+
+def _weather(rng: random.Random, agenda: Agenda, is_image: bool) -> Weather:
+    weather = Weather(agenda, rng, calm_from=BEGINNING)
+    if rng.random() < 0.1:
+        return weather
+    weather.calm_from += rng.choice((30, 300, 1_500)) if is_image else rng.choice((600, 7_200, 20_000))
+    weather.call_faults = rng.choice((0.0, 0.1, 0.3))
+    weather.task_losses = rng.choice((0.0, 0.05, 0.2))
+    weather.slow_tasks = rng.choice((0.0, 0.1, 0.4))
+    weather.callback_losses = rng.choice((0.0, 0.1, 0.5))
+    weather.callback_copies = rng.choice((0.0, 0.3))
+    kind = rng.random()
+    if kind < 0.2:
+        begin = BEGINNING + rng.choice((0, 1, 10, 10, 100, 1_000))
+        end = begin + rng.choice((5, 60, 600, 1_200))
+        weather.outages[rng.choice(list(Party))] = [(begin, end)]
+        weather.calm_from = max(weather.calm_from, end)
+    elif kind < 0.5:
+        weather.outage_with = (rng.choice(_CALLS), rng.choice((5, 60, 600, 1_200)))
+    return weather
+
+
+def _credits(rng: random.Random, price: int) -> CreditsTerms:
+    return CreditsTerms(
+        balance=rng.choice((price, price + 1, price - 1, 2 * price - 1, 2 * price, *(PLENTY,) * 8)),
+        price_offset=_rarely(rng, 0.08, lambda: rng.choice((-2, 3, 3, 90)), 0),
+        lag_seconds=rng.choice((0.0, 0.0, 5.0, 200.0, 1_000.0)),
+        tells_kinds=rng.random() < 0.95,
+        refuses_holds_with=_rarely(rng, 0.02, lambda: "authorization_quota_exceeded", None),
+        refuses_commits_with=_rarely(rng, 0.02, lambda: rng.choice(("amount_invalid", "pre_deduct_not_found")), None),
+    )
+
+
+def _comfyui(rng: random.Random, is_image: bool) -> ComfyUITerms:
+    lacks = {route for route in ("cancel", "start", "list_gpus") if rng.random() < 0.02}
+    return ComfyUITerms(
+        not_offered=frozenset(lacks),
+        refuses_submits_with=_rarely(rng, 0.02, lambda: "template_not_found", None),
+        minutes=rng.choice((0.1, 1.0, 4.0)) if is_image else rng.choice((5.0, 45.0, 100.0)),
+        sends_callbacks=rng.random() < 0.9,
+    )
+
+
+def _deeds(rng: random.Random, is_image: bool) -> Deeds:
+    most, deeds = (60 if is_image else 120), Deeds()
+    steps = rng.choice((12, most, most))
+    cancels = rng.choice((0, 0, 1, 1, 2))
+    for _ in range(cancels):
+        cancel = rng.choice((Deed.CANCEL_BY_UPDATE, Deed.CANCEL_BY_TEMPORAL))
+        when = rng.random()
+        if when < 0.2:
+            deeds.on_last_word.append(cancel)
+        elif when < 0.5:
+            deeds.on_any_word.append(rng.choice((cancel, Deed.CANCEL_BY_TEMPORAL)))
+            deeds.word = rng.randrange(1, 6 if is_image else 12)
+        else:
+            deeds.at_step.append((rng.randrange(steps), cancel))
+    for deed, counts in _OFTEN.items():
+        deeds.at_step.extend((rng.randrange(steps), deed) for _ in range(rng.choice(counts)))
+    if rng.random() < 0.15:
+        deeds.at_step.append(
+            (rng.randrange(steps), rng.choice((Deed.BALANCE_RISES, Deed.BALANCE_FALLS, Deed.HOLD_CANCELLED_BY_HAND)))
+        )
+    if rng.random() < 0.1:
+        deeds.on_last_word.append(Deed.KILL)
+    if not is_image:
+        deeds.at_step.extend((rng.randrange(steps), Deed.CONFIRM) for _ in range(rng.choice((0, 1, 3))))
+    if rng.random() < 0.05:
+        deeds.at_step.append((rng.randrange(steps), Deed.BAD_UPDATE))
+    deeds.at_step.sort(reverse=True)
+    deeds.drawn = tuple(deeds.at_step)
+    return deeds

@@ -1,0 +1,205 @@
+"""One seed, from start to end: steps until the task has ended and everything late has landed."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+from temporalio.api.common.v1 import Payload
+
+from comfyui_temporal.contracts.comfyui import GpuPool
+from comfyui_temporal.contracts.credits import EstimateRequest
+from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, workflow_id_of
+from proof.simulation.agenda import Agenda
+from proof.simulation.comfyui_model import Work
+from proof.simulation.credits_model import CreditsModel
+from proof.simulation.hosted_run import RunIdentity, TaskFailed, payload_of
+from proof.simulation.image_jobs import ImageJobs
+from proof.simulation.life_gate import LifeGate
+from proof.simulation.oracle import Oracle
+from proof.simulation.parties import Objects, Parties
+from proof.simulation.people import People
+from proof.simulation.scenario import RUN_ID, Deed, Scenario, drawn
+from proof.simulation.server import Server
+from proof.simulation.store_model import ANOTHERS, StoreModel
+from proof.simulation.trace import Trace
+from proof.simulation.trainings import Trainings
+from proof.simulation.truth import Untrue
+from proof.simulation.versions import Release, handed_on, keeps_unknown
+from proof.simulation.weather import Party
+
+STEPS_AT_MOST: Final = 6_000
+
+
+@dataclass
+class Outcome:
+    """What a seed came to; `problem` is None where everything held."""
+
+    seed: int
+    kind: str
+    end: str = "never"
+    problem: str | None = None
+    steps: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    trace: list[str] = field(default_factory=list)
+
+
+RESETS: Final = 0.1
+"""How likely a task's run is reset, once or more."""
+
+
+def play(
+    seed: int, kind: str, *, profile: str = "contract", resets: float = RESETS, is_traced: bool = False
+) -> Outcome:
+    """Run one schedule to its end."""
+    schedule = Schedule(seed, kind, profile=profile, resets=resets, is_traced=is_traced)
+    outcome = Outcome(seed, kind)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what temporalio warns of, the oracle sees
+            outcome.end = schedule.run()
+    except (Untrue, TaskFailed) as problem:
+        outcome.problem = f"{type(problem).__name__}: {problem}"
+        schedule.trace("%s", outcome.problem)
+    finally:
+        outcome.steps = schedule.agenda.steps
+        outcome.counts = schedule.counts()
+        outcome.trace = schedule.trace.lines
+        schedule.tear_down()
+    return outcome
+
+
+class Schedule:
+    """The world of one seed."""
+
+    def __init__(self, seed: int, kind: str, *, profile: str, resets: float, is_traced: bool) -> None:
+        self.rng = rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seed that can be given again is the point
+        self.agenda = agenda = Agenda(rng)
+        self.trace = Trace(agenda, is_wanted=is_traced)
+        more = random.Random(f"{kind} {seed} more")  # noqa: S311
+        self.scenario = scenario = drawn(rng, more, agenda, kind, profile=profile, resets=resets)
+        self.trace("%s", scenario)
+        self.parties = self._parties(scenario)
+        identity = RunIdentity(
+            workflow_type=scenario.workflow_type,
+            workflow_id=workflow_id_of(scenario.task.task_id),
+            run_id=RUN_ID,
+            first_run_id=RUN_ID,
+            continued_run_id=None,
+            arguments=(payload_of(scenario.task),),
+            started_at=agenda.now,
+            randomness_seed=seed,
+        )
+        self.server = Server(agenda, scenario.weather, rng, self.parties, self.trace, identity)
+        self.server.hand_on = self._hand_on
+        self.oracle = Oracle(scenario, self.server, self.parties)
+        self.people = People(rng, agenda, self.server, self.oracle, self.parties, self.trace)
+
+    def _parties(self, scenario: Scenario) -> Parties:
+        agenda, rng = self.agenda, self.rng
+        jobs = ImageJobs(agenda, rng, scenario.comfyui, self._call_back)
+        jobs.price_of = lambda _request: self._job_price(len(jobs.works))
+        trainings = Trainings(agenda, rng, scenario.comfyui, self._call_back)
+        trainings.gpu_hours = scenario.gpu_hours
+        trainings.tells_resumed_from = scenario.tells_resumed_from
+        trainings.checkpoints = scenario.checkpoints
+        if scenario.has_no_gpu:
+            trainings.gpus = (GpuPool(gpu_type="a100", total=0, available=0),)
+        store = StoreModel(agenda, scenario.policy, held_by=ANOTHERS if scenario.is_id_taken else None)
+        return Parties(
+            credits=CreditsModel(agenda, scenario.credits, self._estimate),
+            jobs=jobs,
+            trainings=trainings,
+            store=store,
+            objects=Objects(agenda, is_invalid=scenario.is_dataset_invalid),
+            gate=LifeGate(store, lambda: scenario.weather.is_away(Party.STORE)),
+        )
+
+    def _job_price(self, earlier: int) -> int:
+        """Of an image job that comes after so many of the task's."""
+        dearer = sum(self.scenario.dearer_by[:earlier])
+        return max(0, self.scenario.table_price + self.scenario.job_price_offset + dearer)
+
+    def _estimate(self, request: EstimateRequest) -> int:
+        if request.gpu_hours is None:
+            return self.scenario.table_price
+        return self.scenario.policy.prices.training(
+            base_model=request.resolution, accelerated=self.scenario.is_accelerated, gpu_hours=request.gpu_hours
+        )
+
+    def run(self) -> str:
+        """Step until nothing is left to happen; how the task ended. Raises Untrue, TaskFailed."""
+        self._step_to_the_end()
+        for _ in range(self.scenario.resets_at_end):
+            self.people.do(Deed.RESET)
+            self._step_to_the_end()
+        if self.server.closed is None:
+            raise Untrue("the task waits for ever: nothing is left that could wake it")
+        self.oracle.after_step()
+        return self._how()
+
+    def _hand_on(self, argument: Payload) -> Payload:
+        """A worker of another release continues the run now and then; what one does not know another may need."""
+        if keeps_unknown(self.server.argument) and not keeps_unknown(argument):
+            raise Untrue("what a newer worker had handed on was dropped")
+        if self.scenario.hands_on_as is Release.PRESENT or self.rng.random() < 0.5:
+            return argument
+        self.trace("CONTINUED by a worker of the %s release", self.scenario.hands_on_as.value)
+        return handed_on(argument, self.scenario.hands_on_as)
+
+    def _step_to_the_end(self) -> None:
+        deeds, at_most = self.scenario.deeds.at_step, self.agenda.steps + STEPS_AT_MOST
+        while self.agenda.step():
+            self.oracle.after_step()
+            while deeds and deeds[-1][0] <= self.agenda.steps:
+                self.people.do(deeds.pop()[1])
+            if self.agenda.steps > at_most:
+                raise Untrue(f"the task has not ended after {STEPS_AT_MOST} steps")
+
+    def _how(self) -> str:
+        closed = self.server.closed
+        assert closed is not None
+        if closed.how == "failed":
+            return str(closed.failure.application_failure_info.type)
+        return self.oracle.status.value if self.oracle.status else closed.how
+
+    def counts(self) -> dict[str, int]:
+        server = self.server
+        return {
+            "tasks": server.tasks,
+            "replays": server.replays,
+            "tasks thrown away": server.thrown_away,
+            "continued": server.runs - 1 - server.resets,
+            "resets": server.resets,
+            "jobs": len(self.parties.jobs.works) + len(self.parties.trainings.works),
+            "holds": len(self.parties.credits.books.holds),
+        }
+
+    def tear_down(self) -> None:
+        try:
+            self.server.end()
+        except TaskFailed as problem:
+            self.trace("%s", problem)
+
+    # Callbacks
+
+    def _call_back(self, work: Work[Any]) -> None:
+        told = {"task_id": work.request.task_id, "occurred_at": self.agenda.instant().isoformat()}
+        body = work.state.model_dump(mode="json") | told
+        payload = Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(body).encode())
+        self.people.heard.append(payload)
+        self.server.witness.sent[payload.data] = work.state
+        with_it = self.scenario.deeds.on_any_word if len(self.people.heard) == self.scenario.deeds.word else []
+        for seconds in self.scenario.weather.callback_delays():
+            self.agenda.after(seconds, lambda: self._arrive(payload, with_it))
+        if body["error_details"] or body.get("result_urls") or body.get("output"):
+            for deed in self.scenario.deeds.on_last_word:
+                self.agenda.after(self.rng.choice((0.0, 0.0, 0.01)), partial(self.people.do, deed))
+
+    def _arrive(self, payload: Payload, with_it: list[Deed]) -> None:
+        self.server.signal(CALLBACK_SIGNAL, payload)
+        for deed in with_it:
+            self.people.do(deed)

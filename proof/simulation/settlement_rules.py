@@ -1,0 +1,147 @@
+"""What a task was charged in the end, against what it costs; what is short needs a reason that the services saw."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from comfyui_temporal.contracts.credits import LedgerKind
+from comfyui_temporal.contracts.errors import Answer, ExceptionCode
+from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, SettlementState
+from proof.simulation.hold_rules import HoldRules
+from proof.simulation.price_rules import Prices
+from proof.simulation.truth import World, must
+
+LOOKS_FOR_SECONDS: Final = 600.0
+"""How long a ledger is looked into (contract §4): what it shows later is not known."""
+_RESOLVING: Final = frozenset({LedgerKind.COMMIT, LedgerKind.CANCEL, LedgerKind.EXPIRE})
+
+
+class SettlementRules:
+    """Judges the books once the task has ended. Each method raises Untrue."""
+
+    def __init__(self, world: World, prices: Prices, holds: HoldRules) -> None:
+        self._world = world
+        self._prices = prices
+        self._holds = holds
+        self.shortfall = 0
+        """Points that the task costs and that were not charged."""
+
+    @property
+    def is_unknown(self) -> bool:
+        return ExceptionCode.SETTLEMENT_UNKNOWN in self._world.told()
+
+    @property
+    def held(self) -> int:
+        """Points of the last hold that there was."""
+        hold = self._holds.last()
+        return hold.amount if hold else 0
+
+    @property
+    def usable(self) -> int:
+        """Points of it that may be charged: what was granted beyond what was asked for is never used."""
+        hold = self._holds.last()
+        return min(hold.amount, hold.asked) if hold else 0
+
+    def check(self, charged: int, told: CreditsSummary) -> None:
+        """`told` is what the row tells; the result's credits are compared with the row's elsewhere."""
+        if self._world.is_completed:
+            self._check_price(charged)
+        else:
+            must(charged == 0, "charged although it is not completed:", self._world.status, charged)
+        self._check_told(charged, told)
+        self._check_sum_of_events(charged)
+
+    def _check_price(self, charged: int) -> None:
+        attempt = self._world.witness.attempt
+        assert attempt is not None
+        price = self._prices.of_delivery(attempt, self.usable)
+        self.shortfall = price - charged
+        if self.shortfall < 0 and self._may_be_charged_twice():
+            self.shortfall = 0
+        must(self.shortfall >= 0, f"charged {charged}, more than it costs:", price)
+        if self.is_unknown:
+            self._check_unknown()
+        elif self.shortfall:
+            must(self._may_be_short(price), f"charged {charged} of {price} points without a reason to charge less")
+
+    def _may_be_charged_twice(self) -> bool:
+        """Exempt: a service that keeps no keys, and whose ledger shows a charge later than is waited for it."""
+        terms = self._world.parties.credits.terms
+        return terms.is_field and terms.lag_seconds >= LOOKS_FOR_SECONDS and self._is_charge_unanswered()
+
+    def _check_unknown(self) -> None:
+        """Not known is only what was refused or unreadable, and what the ledger does not show in time."""
+        is_hold_unknown = bool(self._world.witness.refusals("cancel_hold"))
+        has_doubt = self._commits_refused() or self._is_answered_otherwise() or self._is_charge_unanswered()
+        has_doubt = has_doubt or is_hold_unknown
+        must(bool(has_doubt), "settlement_unknown although no commit was refused")
+        committed = {call.argument.body.pre_deduct_id for call in self._world.witness.calls["commit"]}
+        looks = [call.outcome.reply.entries for call in self._world.witness.calls["ledger"] if call.outcome is not None]
+        shown = [entry for entries in looks for entry in entries if entry.pre_deduct_id in committed]
+        must(not any(entry.kind in _RESOLVING for entry in shown), "settlement_unknown although the ledger shows it")
+
+    def _commits_refused(self) -> list[str]:
+        unreadable = ["unreadable" for call in self._world.witness.calls.get("commit", ()) if call.outcome is None]
+        return [message for _, message in self._world.witness.refusals("commit")] + unreadable
+
+    def _is_answered_otherwise(self) -> bool:
+        """Whether a commit was answered with another amount than was sent."""
+        commits = [call for call in self._world.witness.calls["commit"] if isinstance(call.outcome, Answer)]
+        replies = [(call.argument.body.actual_cost, call.outcome.reply) for call in commits]
+        return any(reply is not None and reply.frozen_amount != sent for sent, reply in replies)
+
+    def _is_charge_unanswered(self) -> bool:
+        return any(call.outcome is None for call in self._world.witness.calls["charge"])
+
+    def _may_be_short(self, price: int) -> bool:
+        policy, witness = self._world.scenario.policy, self._world.witness
+        if witness.refusals("charge") or self._world.parties.credits.terms.commits_less:
+            return True
+        if policy.charge_shortfall:
+            return False
+        if any(message == "hold_insufficient" for message in self._commits_refused()):
+            return True
+        return price > self.usable and self._may_be_held_short()
+
+    def _may_be_held_short(self) -> bool:
+        """The price rose above the hold with the last word, or while a hold was asked for, or that was refused."""
+        witness, attempt = self._world.witness, self._world.witness.attempt
+        assert attempt is not None
+        last = witness.news_of(attempt.job_id)[-1]
+        granted = self._holds.granted()
+        since = granted[-1].told_at if granted else 0.0
+        if any(at >= since for at, _ in witness.refusals("pre_deduct")):
+            return True
+        asking = [call for call in witness.calls.get("pre_deduct", ()) if (call.told_at or last.at) >= last.at]
+        is_heard_at_once = self._holds.followed_since(attempt) >= last.at
+        return bool(asking) or is_heard_at_once or self._prices.known_before(attempt, last) <= self.usable
+
+    def _check_told(self, charged: int, told: CreditsSummary) -> None:
+        estimate = self._last_estimate()
+        must(told.estimated == estimate, "the row's estimate:", told.estimated, estimate)
+        must(told.held == self.held, "the row says held:", told.held, self.held)
+        ids = [known.pre_deduct_id for known in self._holds.granted()]
+        must(told.pre_deduct_ids == ids, "the row names the holds:", *told.pre_deduct_ids)
+        if self.is_unknown or ExceptionCode.UNDO_UNFINISHED in self._world.told():
+            is_told = told.settlement is SettlementState.UNKNOWN
+            must(is_told or not self.is_unknown, "what is not known is told as known:", told)
+            must(not is_told or (told.charged, told.returned) == (None, None), "known and not known:", told)
+            return
+        must(told.settlement is not SettlementState.UNKNOWN, "what is known is told as not known:", told)
+        must(told.charged == charged, "the row says charged:", told.charged, charged)
+        must(told.shortfall == self.shortfall, "the row says short:", told.shortfall, self.shortfall)
+        must(told.returned == max(0, told.held - charged), "returned is not held - charged:", told)
+
+    def _last_estimate(self) -> int:
+        told = [self._world.witness.reply("estimate", n) for n in sorted(self._world.witness.attempts, reverse=True)]
+        return next((reply.selected_cost for reply in told if reply is not None), 0)
+
+    def _check_sum_of_events(self, charged: int) -> None:
+        """What the events say came and went is what the task was charged."""
+        events = self._world.parties.store.events
+        moved = sum(event.credits_delta or 0 for event in events if event.event is EventType.CREDITS)
+        is_exempt = {ExceptionCode.SETTLEMENT_UNKNOWN, ExceptionCode.HOLD_LEFT_TO_EXPIRY} & self._world.told()
+        not_found = [message for _, message in self._world.witness.refusals("cancel_hold") if "not_found" in message]
+        must(
+            bool(is_exempt or not_found) or moved == -charged, f"the events move {moved} points, charged were", charged
+        )

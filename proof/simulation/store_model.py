@@ -1,0 +1,197 @@
+"""The task store, by the letter of contract §4 (earlier lives) and §6: claims, lives, facts that become events."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from comfyui_temporal.contracts.lives import EarlierLife
+from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.task_store import (
+    ClaimOutcome,
+    Fact,
+    LookOrder,
+    RowSeen,
+    TaskClaim,
+    TaskException,
+    TaskRow,
+    TaskState,
+    TaskWrite,
+)
+from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from proof.simulation.agenda import Agenda
+
+ANOTHERS: Final = "another-run"
+
+
+class StoreRefused(Exception):
+    """What no repeat can mend: another run holds the id."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose attempt at an activity it is. `began_at`, `scheduled_at`: of the attempt, of the activity."""
+
+    run_id: str
+    began_at: float
+    scheduled_at: float
+
+
+class StoreModel:
+    """One task's row, events and exception records; `events` in the order of their `seq`."""
+
+    def __init__(self, agenda: Agenda, policy: Policy, held_by: str | None = None) -> None:
+        self._agenda = agenda
+        self._policy = policy
+        self.held_by = held_by
+        self.state: TaskState | None = None
+        self.events: list[Fact] = []
+        self.exceptions: dict[str, TaskException] = {}
+        self.lives = 0
+        self.hold_ids: list[str] = []
+        self.job_ids: list[str] = []
+        self._claim: TaskClaim | None = None
+        self._run_id: str | None = None
+        self._run_number = 0
+        self._earlier_runs: set[str] = set()
+        self._life_began_at: float | None = None
+        self._version = 0
+        self._keys: set[str] = set()
+        self._sequences: dict[str, int] = {}
+        self._reached: dict[tuple[int, str | None], float] = {}
+        self._writes: list[tuple[TaskWrite, Caller]] = []
+        self.on_event: Callable[[Fact], None] = lambda _fact: None
+
+    @property
+    def has_ended(self) -> bool:
+        return bool(self.events) and self.events[-1].is_end
+
+    # What activities ask
+
+    def claim(self, claim: TaskClaim, caller: Caller) -> ClaimOutcome:
+        if self.held_by is None:
+            self.held_by = claim.first_execution_run_id
+            self._claim = claim
+            self._run_id = caller.run_id
+            self.state = TaskState(version=0, status=TaskStatus.QUEUED)
+            self._append(
+                Fact(key="accepted", event=EventType.ACCEPTED, ts=claim.at, attempt=1, status=TaskStatus.QUEUED)
+            )
+        is_own = self.held_by == claim.first_execution_run_id
+        life = self.register(caller.run_id, 0, claim.first_execution_run_id) if is_own else EarlierLife()
+        return ClaimOutcome(claimed=is_own, policy=self._policy, earlier_life=life if life.is_possible else None)
+
+    def write(self, write: TaskWrite, caller: Caller) -> None:
+        """Raises StoreRefused."""
+        if write.first_execution_run_id != self.held_by or self.state is None:
+            raise StoreRefused("another run holds the id")
+        if caller.run_id in self._earlier_runs:
+            return
+        self._writes.append((write, caller))
+        if write.run_number > self._run_number:  # what had been in flight when a run continued is no reset
+            self._take_over(caller.run_id, write.run_number)
+        had_ended = self.has_ended
+        for fact in write.facts:
+            if not self.has_ended and fact.key not in self._keys and not self._is_outdated(fact):
+                self._append(fact)
+        if not had_ended and (write.state.version > self._version or self.has_ended):
+            self.state, self._version = write.state, write.state.version
+            self._list_ids(write.state)
+        for exception in write.exceptions:
+            self.exceptions.setdefault(exception.key, exception)
+
+    def look(self, order: LookOrder, caller: Caller) -> RowSeen:
+        life = self.register(caller.run_id, order.run_number, order.first_execution_run_id)
+        began = self._life_began_at
+        seconds = self._agenda.now - began if began is not None else None
+        points = sum(event.credits_delta or 0 for event in self.events)
+        return RowSeen(life=life, row=self._row(), life_seconds=seconds, told_points=points)
+
+    # Lives
+
+    def register(self, run_id: str, run_number: int, first_run_id: str | None) -> EarlierLife:
+        """Make the run the one that acts, unless it was superseded; what the row knows beyond it."""
+        if self.state is None:
+            return EarlierLife(is_row_missing=True)
+        is_anothers = first_run_id not in (None, self.held_by)
+        if not is_anothers:
+            self._take_over(run_id, run_number)
+        return EarlierLife(
+            lives=self.lives, has_ended=self.has_ended, is_superseded=is_anothers or run_id in self._earlier_runs
+        )
+
+    def _take_over(self, run_id: str, run_number: int) -> None:
+        if self.has_ended or run_id == self._run_id or run_id in self._earlier_runs:
+            return
+        if self._run_id is not None:
+            self._earlier_runs.add(self._run_id)
+            if run_number <= self._run_number:
+                self.lives += 1
+                self._life_began_at, self._version = self._agenda.now, 0
+        self._run_id, self._run_number = run_id, run_number
+
+    def note_made(self, made: str, ids: list[str]) -> bool:
+        """Keep the id of a hold or job; whether it was known."""
+        if self.state is None or made in ids:
+            return self.state is not None
+        ids.append(made)
+        return False
+
+    def _list_ids(self, state: TaskState) -> None:
+        for made in state.credits.pre_deduct_ids:
+            self.note_made(made, self.hold_ids)
+        if state.job_id is not None:
+            self.note_made(state.job_id, self.job_ids)
+
+    def _row(self) -> TaskRow | None:
+        if self.state is None or self._claim is None:
+            return None
+        claimed = self._claim.model_dump(exclude={"at"})
+        now = datetime.fromtimestamp(self._agenda.now, UTC)
+        return TaskRow(
+            **self.state.model_dump(),
+            **claimed,
+            created_at=self._claim.at,
+            updated_at=now,
+            ended_at=self.events[-1].ts if self.has_ended else None,
+            last_seq=len(self.events),
+            run_id=self._run_id,
+            lives=self.lives,
+            hold_ids=self.hold_ids,
+            job_ids=self.job_ids,
+        )
+
+    # Who else writes
+
+    def write_again(self, rng: random.Random) -> None:
+        """A second writer: an earlier write comes once more, from a worker that was cut off."""
+        if self._writes:
+            self.write(*rng.choice(self._writes))
+
+    def _is_outdated(self, fact: Fact) -> bool:
+        if fact.job_id is None or fact.sequence is None:
+            return False
+        return fact.sequence < self._sequences.get(fact.job_id, fact.sequence)
+
+    def _append(self, fact: Fact) -> None:
+        self._keys.add(fact.key)
+        if fact.job_id is not None and fact.sequence is not None:
+            self._sequences[fact.job_id] = fact.sequence
+        progress = self._told_before(fact)
+        if (fact.progress or 0.0) < progress:
+            fact = fact.model_copy(update={"progress": progress})
+        at = (fact.attempt, fact.stage)
+        self._reached[at] = max(self._reached.get(at, 0.0), fact.progress or 0.0)
+        self.events.append(fact)
+        self.on_event(fact)
+
+    def _told_before(self, fact: Fact) -> float:
+        """What was told of this attempt and stage: by the last event, and after a reset by any."""
+        at = (fact.attempt, fact.stage)
+        if self.lives:
+            return self._reached.get(at, 0.0)
+        last = self.events[-1] if self.events else fact
+        return (last.progress or 0.0) if (last.attempt, last.stage) == at else 0.0

@@ -1,0 +1,38 @@
+"""The timers of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from temporalio.bridge.proto.workflow_activation import FireTimer, WorkflowActivationJob
+from temporalio.bridge.proto.workflow_commands import StartTimer
+
+from proof.simulation.agenda import Agenda, Happening
+
+
+class Timers:
+    """Those that have not rung; `rung` takes what the run is told."""
+
+    def __init__(self, agenda: Agenda, rung: Callable[[WorkflowActivationJob], None]) -> None:
+        self._agenda = agenda
+        self._rung = rung
+        self._open: dict[int, Happening] = {}
+
+    def start(self, timer: StartTimer, began_at: float) -> None:
+        """A timer that was started at `began_at`: a reset run's goes on where it was."""
+
+        def ring() -> None:
+            if self._open.pop(timer.seq, None) is not None:
+                self._rung(WorkflowActivationJob(fire_timer=FireTimer(seq=timer.seq)))
+
+        seconds = timer.start_to_fire_timeout.ToTimedelta().total_seconds()
+        self._open[timer.seq] = self._agenda.at(began_at + seconds, ring)
+
+    def call_off(self, seq: int) -> None:
+        timer = self._open.pop(seq, None)
+        if timer is not None:
+            timer.call_off()
+
+    def call_off_all(self) -> None:
+        for seq in list(self._open):
+            self.call_off(seq)

@@ -1,0 +1,55 @@
+"""What the rules share: one schedule's world, and the sentence of what is untrue in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from comfyui_temporal.contracts.comfyui import JobState, TrainingState
+from comfyui_temporal.contracts.tasks import TaskStatus
+from proof.simulation.comfyui_model import ComfyUIModel, Work
+from proof.simulation.parties import Parties
+from proof.simulation.scenario import Scenario
+from proof.simulation.witness import Witness
+
+State = JobState | TrainingState
+
+
+class Untrue(Exception):
+    """Something that may never be untrue is."""
+
+
+def must(holds: bool, sentence: str, *values: Any) -> None:
+    if not holds:
+        raise Untrue(f"{sentence} {', '.join(map(str, values))}".strip())
+
+
+@dataclass
+class World:
+    """The input, the policy, the others' own state, and what the run was told of it."""
+
+    scenario: Scenario
+    parties: Parties
+    witness: Witness
+    status: TaskStatus | None = None
+    """How the task ended."""
+    is_reset: bool = False
+    """Whether the task's run was reset: from then on one body may come twice, and only the services know all."""
+    cancels_seen: list[float] = field(default_factory=list)
+    """When the run was told of a cancel."""
+
+    @property
+    def jobs(self) -> ComfyUIModel[Any]:
+        return self.parties.jobs if self.scenario.is_image else self.parties.trainings
+
+    @property
+    def works(self) -> dict[str, Work[Any]]:
+        return self.jobs.works
+
+    @property
+    def is_completed(self) -> bool:
+        return self.status is TaskStatus.COMPLETED
+
+    def told(self) -> set[str]:
+        """The codes of the exception records."""
+        return {exception.code for exception in self.parties.store.exceptions.values()}

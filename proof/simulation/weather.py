@@ -1,0 +1,124 @@
+"""What goes wrong, and until when: drawn once for a seed, then asked at every call, task and callback."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from proof.simulation.agenda import Agenda
+
+GIVES_UP_AFTER: Final = 6.5
+"""Seconds after which a caller no longer waits for an answer."""
+LATENCIES: Final = (0.0, 0.0, 0.01, 0.05, 0.3, 1.0)
+LATE: Final = (7.0, 20.0, 90.0, 400.0, 1_000.0)
+
+
+class Party(StrEnum):
+    CREDITS = "credits"
+    COMFYUI = "comfyui"
+    STORE = "store"
+    OBJECTS = "objects"
+
+
+class Spoiled(StrEnum):
+    """How an attempt fails although the caller was not left without any answer."""
+
+    UNAVAILABLE = "unavailable"
+    UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt of a call: when it acts on the other side (None: never), when its caller hears, and what."""
+
+    acts_after: float | None
+    heard_after: float
+    """Seconds until the caller has the answer, or gives up."""
+    is_lost: bool = False
+    """The caller hears nothing, whatever was done."""
+    spoiled: Spoiled | None = None
+
+
+@dataclass
+class Weather:
+    """Faults by their probability; none after `calm_from` (seconds since the epoch)."""
+
+    agenda: Agenda
+    rng: random.Random
+    calm_from: float
+    call_faults: float = 0.0
+    task_losses: float = 0.0
+    callback_losses: float = 0.0
+    callback_copies: float = 0.0
+    slow_tasks: float = 0.0
+    outages: dict[Party, list[tuple[float, float]]] = field(default_factory=dict)
+    outage_with: tuple[str, float] | None = None
+    """A call, and for how many seconds its party is away from the moment it is first sent."""
+
+    @property
+    def is_calm(self) -> bool:
+        return self.agenda.now >= self.calm_from
+
+    def is_away(self, party: Party) -> bool:
+        """Whether the party does not answer now."""
+        outages = self.outages.get(party, ())
+        return not self.is_calm and any(begin <= self.agenda.now < end for begin, end in outages)
+
+    def attempt(self, party: Party, name: str) -> Attempt:
+        """What becomes of a call that is sent now."""
+        if self.outage_with is not None and self.outage_with[0] == name:
+            end = self.agenda.now + self.outage_with[1]
+            self.outages[party] = [(self.agenda.now, end)]
+            self.calm_from, self.outage_with = max(self.calm_from, end), None
+        rng, latency = self.rng, self.rng.choice(LATENCIES)
+        if not self.is_calm:
+            if self.is_away(party):
+                return self._during_outage(latency)
+            if rng.random() < self.call_faults:
+                return self._faulty(latency)
+        return Attempt(acts_after=latency, heard_after=latency + rng.choice(LATENCIES))
+
+    def _during_outage(self, latency: float) -> Attempt:
+        kind = self.rng.randrange(4)
+        if kind == 0:  # it hears us and we do not hear it
+            return Attempt(acts_after=latency, heard_after=GIVES_UP_AFTER, is_lost=True)
+        if kind == 1:
+            return Attempt(acts_after=None, heard_after=GIVES_UP_AFTER, is_lost=True)
+        return Attempt(acts_after=None, heard_after=latency, spoiled=Spoiled.UNAVAILABLE)
+
+    def _faulty(self, latency: float) -> Attempt:
+        rng, kind = self.rng, self.rng.randrange(6)
+        if kind == 0:
+            return Attempt(acts_after=latency, heard_after=GIVES_UP_AFTER, is_lost=True)
+        if kind == 1:
+            return Attempt(acts_after=None, heard_after=GIVES_UP_AFTER, is_lost=True)
+        if kind == 2:
+            return Attempt(acts_after=rng.choice(LATE), heard_after=GIVES_UP_AFTER, is_lost=True)
+        if kind == 3:
+            return Attempt(acts_after=None, heard_after=latency, spoiled=Spoiled.UNAVAILABLE)
+        if kind == 4:
+            return Attempt(acts_after=latency, heard_after=latency + 0.1, spoiled=Spoiled.UNREADABLE)
+        return Attempt(acts_after=rng.choice((0.3, 3.0, 5.5)), heard_after=6.0)
+
+    def loses_task(self) -> bool:
+        """Whether a workflow task's outcome never reaches the server."""
+        return not self.is_calm and self.rng.random() < self.task_losses
+
+    def task_delay(self) -> float:
+        """Seconds until a worker takes up a workflow task: what comes meanwhile comes with it."""
+        if not self.is_calm and self.rng.random() < self.slow_tasks:
+            return self.rng.choice((0.3, 1.0, 4.0, 15.0, 100.0))
+        return self.rng.choice((0.0, 0.0, 0.005))
+
+    def callback_delays(self) -> list[float]:
+        """Seconds after which each copy of a callback arrives; none: it is lost."""
+        rng = self.rng
+        if self.is_calm:
+            return [0.0]
+        if rng.random() < self.callback_losses:
+            return []
+        if rng.random() < self.callback_copies:
+            return [rng.choice((0.0, 0.0, 0.5, 5.0, 30.0)) for _ in range(rng.choice((1, 2, 3)))]
+        return [0.0]

@@ -1,0 +1,190 @@
+"""What a run was told and what it asked for: by Temporal's history and the others' own words, never by the run's."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
+
+from comfyui_temporal.contracts.calls import JobCall
+from comfyui_temporal.contracts.comfyui import Checkpoint, JobState, TrainingState
+from comfyui_temporal.contracts.errors import Answer, ErrorDetails
+from comfyui_temporal.contracts.lives import READ_THE_LEDGER, TASK_ENDED
+from comfyui_temporal.contracts.tasks import ConfirmPrice
+from proof.simulation.calls import Call
+from proof.simulation.comfyui_model import id_of
+from proof.simulation.hosted_run import CONVERTER
+
+State = JobState | TrainingState
+SUBMITS = frozenset({"submit_job", "create_training"})
+GETS = frozenset({"get_job", "get_training"})
+CANCELS = frozenset({"cancel_job", "cancel_training"})
+LOST_AFTER = 10.0
+OURS = frozenset({TASK_ENDED, READ_THE_LEDGER})
+"""Refusals that no service gave: the call was not made."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A job's state as the run was told it, by a callback or an answer."""
+
+    at: float
+    state: State
+
+    @property
+    def error(self) -> ErrorDetails | None:
+        return self.state.error_details if isinstance(self.state, JobState) else self.state.failure()
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        return self.state.checkpoint if isinstance(self.state, TrainingState) else None
+
+
+@dataclass
+class Attempt:
+    """One job that was asked for. `call` is its first asking."""
+
+    n: int
+    call: Call
+    job_id: str | None = None
+    accepted: Any = None
+    accepted_at: float = 0.0
+
+    @property
+    def was_answered_at_once(self) -> bool:
+        """Not only when it was asked for again, to undo it."""
+        return self.accepted is not None and self.call.outcome is not None
+
+
+def number_of(key: str) -> int:
+    """The `n` of an idempotency key; −1 for a key without one, which no call of ours has."""
+    n = key.rpartition(":")[2]
+    return int(n) if n.isdigit() else -1
+
+
+def key_of(call: Call) -> str:
+    return str(getattr(call.argument, "key", None) or "")
+
+
+class Witness:
+    """Keeps what was recorded: calls by their names, words by their jobs, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.sent: dict[bytes, State] = {}
+        """Every callback that was ever sent → the state that it tells."""
+        self.calls: dict[str, list[Call]] = defaultdict(list)
+        self.attempts: dict[int, Attempt] = {}
+        self.words: dict[str, list[Word]] = defaultdict(list)
+        self.unknown_at: dict[str, list[float]] = defaultdict(list)
+        """Job → when its server said that it does not know it."""
+        self.confirmed: dict[float, int] = {}
+        """When the payer confirmed what, in points."""
+
+    # As the server records it
+
+    def received(self, job: WorkflowActivationJob, at: float) -> None:
+        if job.HasField("signal_workflow"):
+            inputs = job.signal_workflow.input
+            state = self.sent.get(inputs[0].data) if len(inputs) == 1 else None
+            if state is not None:
+                self._word(state, at)
+        elif job.HasField("do_update") and job.do_update.id.startswith("confirm"):
+            [request] = CONVERTER.from_payloads(list(job.do_update.input), [ConfirmPrice])
+            self.confirmed[at] = max(request.max_credits, self.confirmed.get(at, 0))
+
+    def scheduled(self, call: Call, at: float) -> None:
+        call.scheduled_at = at
+        self.calls[call.name].append(call)
+        if call.name in SUBMITS:
+            n = number_of(key_of(call))
+            self.attempts.setdefault(n, Attempt(n, call))
+
+    def resolved(self, call: Call, at: float) -> None:
+        call.told_at = at
+        answer = call.outcome
+        if not isinstance(answer, Answer):
+            return
+        if call.name in SUBMITS and answer.reply is not None:
+            attempt = self.attempts[number_of(key_of(call))]
+            if attempt.accepted is None:
+                attempt.accepted, attempt.accepted_at = answer.reply, at
+                attempt.job_id = getattr(answer.reply, "job_id", None) or answer.reply.training_id
+        elif call.name in GETS and call.cancel_asked_at is None:
+            assert isinstance(call.argument, JobCall)
+            if answer.reply is not None:
+                self._word(answer.reply, at)
+            elif answer.refusal is not None:
+                self.unknown_at[call.argument.job_id].append(at)
+
+    def _word(self, state: State, at: float) -> None:
+        self.words[id_of(state)].append(Word(at, state))
+
+    # What it amounts to
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """The newest job that was asked for."""
+        return self.attempts[max(self.attempts)] if self.attempts else None
+
+    def news_of(self, job_id: str | None) -> list[Word]:
+        """The words that count: each with a higher sequence than any before, up to the job's last."""
+        lost_at = self.lost_at(job_id)
+        words = self.words.get(job_id or "", [])
+        return _new(words if lost_at is None else [word for word in words if word.at < lost_at])
+
+    def lost_at(self, job_id: str | None) -> float | None:
+        """When the server had said twice, and far enough apart, that it does not know the job."""
+        unknown = self.unknown_at.get(job_id or "")
+        if not unknown:
+            return None
+        since: float | None = None
+        new = _new(self.words.get(job_id or "", []))
+        for at in unknown:
+            if since is None or any(since < word.at <= at for word in new):
+                since = at
+            elif at - since >= LOST_AFTER:
+                return at
+        return None
+
+    def first(self, name: str, n: int) -> Call | None:
+        """The first asking of a step's `n`-th call."""
+        return next((call for call in self.calls.get(name, ()) if number_of(key_of(call)) == n), None)
+
+    def last(self, name: str, n: int) -> Call | None:
+        """The last asking of a step's `n`-th call."""
+        return next((call for call in reversed(self.calls.get(name, ())) if number_of(key_of(call)) == n), None)
+
+    def reply(self, name: str, n: int) -> Any:
+        """The reply to a step's `n`-th call that the run was told, or None."""
+        for call in self.calls.get(name, ()):
+            reply = call.outcome.reply if isinstance(call.outcome, Answer) and call.told_at is not None else None
+            if reply is not None and number_of(key_of(call)) == n:
+                return reply
+        return None
+
+    def refusals(self, *names: str) -> list[tuple[float, str]]:
+        """When the run was told of a definite refusal, and the refusal's word."""
+        told = [call for name in names for call in self.calls.get(name, ()) if call.told_at is not None]
+        return [
+            (call.told_at or 0.0, call.outcome.refusal.message)
+            for call in told
+            if isinstance(call.outcome, Answer) and call.outcome.refusal is not None
+            if call.outcome.refusal.message not in OURS
+        ]
+
+    def is_open(self, name: str, since: float) -> bool:
+        """Whether a call of that name was under way at some time after `since`."""
+        return any(call.told_at is None or call.told_at >= since for call in self.calls.get(name, ()))
+
+
+def _new(words: list[Word]) -> list[Word]:
+    """Those with a higher sequence than any before, up to the job's last."""
+    news: list[Word] = []
+    for word in words:
+        if not news or word.state.sequence > news[-1].state.sequence:
+            news.append(word)
+            if word.state.has_ended():
+                break
+    return news

@@ -1,0 +1,84 @@
+"""The state folder: the plan, every fault, and what each finished stream was told; one JSON object a line.
+
+Nothing else is needed to go on: tasks follow from the plan, and the task table says which of them were started.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+from proof.soak.plan import Plan
+
+FILE: Final = "soak.jsonl"
+
+
+class FaultSeen(BaseModel):
+    """One fault as it went. Instants in seconds since 1970; `recovery_seconds` from its end to the next event."""
+
+    n: int
+    kind: str
+    began: float
+    over: float
+    detail: str = ""
+    recovery_seconds: float | None = None
+
+
+class Journal:
+    """Appends; a line that a killed process left half written is dropped when read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE
+        self.plan: Plan | None = None
+        self.faults: dict[int, FaultSeen] = {}
+        self.told: dict[str, list[int]] = {}
+        """Task → the `seq`s that its stream was told, in order; only streams that were told to their end."""
+        self.seconds = 0.0
+        """How long it has run, over all sessions."""
+        if self._path.exists():
+            for line in self._path.read_text().splitlines():
+                self._take(line)
+
+    @property
+    def exists(self) -> bool:
+        return self.plan is not None
+
+    def begin(self, plan: Plan) -> None:
+        self.plan = plan
+        self._path.write_text(json.dumps({"plan": plan.model_dump()}) + "\n")
+
+    def add_fault(self, fault: FaultSeen) -> None:
+        """Also once more when its recovery is known."""
+        self.faults[fault.n] = fault
+        self._append({"fault": fault.model_dump()})
+
+    def add_told(self, told: Mapping[str, list[int]]) -> None:
+        self.told.update(told)
+        self._append({"told": dict(told)})
+
+    def add_seconds(self, seconds: float) -> None:
+        self.seconds += seconds
+        self._append({"seconds": seconds})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _take(self, line: str) -> None:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return
+        if "plan" in entry:
+            self.plan = Plan.model_validate(entry["plan"])
+        elif "fault" in entry:
+            fault = FaultSeen.model_validate(entry["fault"])
+            self.faults[fault.n] = fault
+        elif "told" in entry:
+            self.told.update(entry["told"])
+        elif "seconds" in entry:
+            self.seconds += entry["seconds"]

@@ -1,0 +1,1 @@
+"""What every entry point reads first: settings, logs, tokens, how a process ends."""

@@ -1,0 +1,250 @@
+"""Every setting, once. Read by entry points only (`worker.py`, `starter.py`, gateway, simulators, local stack).
+
+Each is an environment variable `COMFYUI_TEMPORAL_<NAME>`; a `.env` file in the working directory is read too.
+How to reach Temporal comes from Temporal's own environment configuration (`TEMPORAL_ADDRESS`, `TEMPORAL_PROFILE`,
+TLS and API key; https://docs.temporal.io/develop/environment-configuration); the three `temporal_*` settings here go
+before it where they are given.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.prices import PriceTable
+from comfyui_temporal.contracts.size_budget import MAX_ATTEMPTS, MAX_TABLE_ENTRIES
+from comfyui_temporal.contracts.tasks import TASK_QUEUE
+
+MIN_SECRET_BYTES = 32
+
+
+def _without_slash(url: str) -> str:
+    return url.rstrip("/")
+
+
+ServiceUrl = Annotated[str, Field(pattern=r"^https?://"), AfterValidator(_without_slash)]
+
+
+class Settings(BaseSettings):
+    """Settings of one process. Secrets are `SecretStr`: printing the settings shows none."""
+
+    model_config = SettingsConfigDict(env_prefix="COMFYUI_TEMPORAL_", env_file=".env", extra="ignore")
+
+    # Temporal
+    temporal_address: str | None = None
+    """`host:port`; default: Temporal's environment configuration, else localhost:7233."""
+    temporal_namespace: str | None = None
+    temporal_profile: str | None = None
+    task_queue: str = TASK_QUEUE
+
+    # The outside parties
+    comfyui_url: ServiceUrl = "http://127.0.0.1:8188"
+    """Where contract §2's `/comfyui/v1` is served: a platform's ComfyUI service, the bridge or the simulator."""
+    credits_url: ServiceUrl = "http://127.0.0.1:8190"
+    token_secret: SecretStr | None = None
+    """HS256 secret (at least 32 bytes) of the tokens that we make for each call (contract §7)."""
+    token_issuer: str = "comfyui-temporal"
+    token_audience: str = "comfyui-platform"
+    service_token: SecretStr | None = None
+    """A static bearer token, used instead of made ones where only that is taken."""
+
+    # Callbacks in
+    callback_base_url: ServiceUrl = "http://127.0.0.1:8180"
+    """The address under which ComfyUI reaches our gateway."""
+    callback_secrets: Annotated[list[SecretStr], NoDecode] = []
+    """Standard Webhooks secrets (`whsec_…`), comma-separated; several during a rotation."""
+
+    # Gateway
+    gateway_host: str = "127.0.0.1"
+    gateway_port: int = Field(default=8180, ge=0, le=65_535)
+    gateway_public_url: ServiceUrl | None = None
+    """The address under which clients reach the gateway, for `stream/config`; default: the one they asked at."""
+    temporal_ui_url: ServiceUrl | None = None
+    """Where the Temporal UI is, for links on the live page."""
+    jwks_url: ServiceUrl | None = None
+    """Public keys of the callers' tokens; default: those are HS256 with `token_secret`."""
+    caller_issuer: str | None = None
+    """Issuer of the callers' tokens; default: `token_issuer`."""
+    caller_audience: str | None = None
+    """Audience of the callers' tokens; default: `token_audience`."""
+    stream_token_secret: SecretStr | None = None
+    """Secret (at least 32 bytes) of the gateway's own stream tokens, equal in all its processes; default: derived
+    from `token_secret`, else made anew at each start."""
+    allowed_origins: Annotated[list[str], NoDecode] = []
+    """Origins whose pages may call the gateway from a browser, with credentials; comma-separated, e.g.
+    `https://app.example`."""
+
+    # Command line
+    gateway_url: ServiceUrl | None = None
+    """The gateway whose stream `comfyui-tasks watch`, `generate` and `train` follow; default: the local stack's, else
+    tasks are asked by query."""
+    gateway_token: SecretStr | None = None
+    """The caller's token for it, with the scope `task.read`."""
+
+    # Storage
+    database_dsn: SecretStr | None = None
+    """`postgresql://user:password@host:port/database`."""
+    retention_days: int = Field(default=90, ge=30)
+    """How long a task's row, events and log are kept after its end; never under the 30 days that idempotency keys
+    live. The claim of its id stays for ever."""
+    object_store_url: str = "file://.run/objects"
+    """Temporary object storage for dataset snapshots: `file://`, `s3://`, `gs://`, `az://`."""
+    dataset_roots: Annotated[list[str], NoDecode] = ["file://.run/datasets/{tenant_id}/"]
+    """Prefixes below which a tenant's datasets and checkpoints lie, comma-separated; each must name `{tenant_id}`."""
+
+    # Policy (contract §5, §8)
+    prices: PriceTable = PriceTable()
+    """JSON; see comfyui_temporal/contracts/prices.py for its fields."""
+    image_poll_after_seconds: float = Field(default=30, gt=0)
+    image_poll_at_most_seconds: float = Field(default=120, gt=0)
+    training_poll_after_seconds: float = Field(default=300, gt=0)
+    training_poll_at_most_seconds: float = Field(default=1_800, gt=0)
+    deadline_factor: float = Field(default=3.0, gt=0)
+    image_cap_minutes: float = Field(default=24 * 60, gt=0)
+    training_cap_minutes: float = Field(default=30 * 24 * 60, gt=0)
+    confirm_within_seconds: float = Field(default=3_600, gt=0)
+    retry_after_seconds: Annotated[list[float], NoDecode] = [30.0, 60.0, 120.0]
+    charge_shortfall: bool = False
+    queue_sla_accelerated_minutes: float = Field(default=3.0, gt=0)
+    queue_sla_standard_minutes: float = Field(default=8.0, gt=0)
+    continue_as_new_events: int = Field(default=2_000, ge=50)
+    continue_as_new_signals: int = Field(default=5_000, ge=10)
+
+    # Reconciler
+    reconcile_every_seconds: float = Field(default=300, ge=1)
+    """How often tasks are looked for whose run is over while their row is open."""
+    reconcile_pause_seconds: float = Field(default=60, ge=0, le=3_600)
+    """How long such a row must have stood still, and how long its run is then found closed, before it is given back."""
+
+    # Worker
+    max_cached_workflows: int = Field(default=1_000, ge=0)
+    max_workflow_tasks: int = Field(default=20, ge=2)
+    max_activities: int = Field(default=100, ge=1)
+    max_local_activities: int = Field(default=50, ge=1)
+    grace_seconds: float = Field(default=20, ge=0)
+    """How long a worker that was told to stop lets calls in flight end."""
+    worker_host: str = "127.0.0.1"
+    """Where the worker's health and metrics pages listen."""
+    health_port: int | None = Field(default=None, ge=1, le=65_535)
+    """`/healthz` and `/readyz`; none by default."""
+    metrics_port: int | None = Field(default=None, ge=1, le=65_535)
+    """Prometheus metrics, `/metrics`; none by default."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_json: bool = True
+
+    # Bridge: see docs/use-your-own-comfyui.md
+    bridge_task_queue: str = "comfyui-bridge"
+    """Of the bridge's own work; the names of its pools' and servers' queues begin with it."""
+    bridge_host: str = "127.0.0.1"
+    bridge_port: int = Field(default=8195, ge=0, le=65_535)
+    bridge_url: ServiceUrl | None = None
+    """The address under which results are fetched, where the store signs none; default: host and port."""
+    bridge_store_url: str = "file://.run/bridge"
+    """Object storage for results, control images and checkpoints: `file://`, `s3://`, `gs://`, `az://`. Bridge and GPU
+    workers must reach the same."""
+    bridge_templates: Annotated[list[Path], NoDecode] = []
+    """Folders of your own templates, comma-separated; one of them takes the place of a shipped one of the same id."""
+    bridge_image_hosts: Annotated[list[str], NoDecode] = []
+    """Hosts that control images may come from by https, comma-separated; `.example.org` for all below it."""
+    bridge_image_roots: Annotated[list[str], NoDecode] = []
+    """Prefixes of object storage below which a tenant's control images lie, comma-separated; each must name
+    `{tenant_id}`."""
+    bridge_callback_urls: Annotated[list[str], NoDecode] = []
+    """Where the bridge may send callbacks, comma-separated prefixes; default: `callback_base_url` alone."""
+    bridge_result_secret: SecretStr | None = None
+    """Secret (at least 32 bytes) that signs addresses of results, equal in all bridge processes; default: derived from
+    `token_secret`."""
+    gpu_grace_seconds: float = Field(default=600, ge=0)
+    """How long a GPU worker that was told to stop lets its graph run to its end before it hands the job back."""
+
+    # Simulators
+    simulator_host: str = "127.0.0.1"
+    comfyui_simulator_port: int = Field(default=8188, ge=0, le=65_535)
+    credits_simulator_port: int = Field(default=8190, ge=0, le=65_535)
+    simulator_folder: Path = Path(".run/simulators")
+    simulator_speed: float = Field(default=1.0, gt=0)
+    """How many contract seconds pass in one real second."""
+    simulator_credits_profile: Literal["contract", "field"] = "contract"
+    """Which credits service is simulated: one that keeps our contract, or the platform's own as it was seen (field)."""
+    simulator_admin_token: SecretStr | None = None
+
+    @field_validator(
+        *("callback_secrets", "dataset_roots", "retry_after_seconds", "allowed_origins"),
+        *("bridge_templates", "bridge_image_hosts", "bridge_image_roots", "bridge_callback_urls"),
+        mode="before",
+    )
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return value
+
+    @field_validator("token_secret", "stream_token_secret", "simulator_admin_token", "bridge_result_secret")
+    @classmethod
+    def _long_enough(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None and len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
+            raise ValueError(f"must be at least {MIN_SECRET_BYTES} bytes long")
+        return secret
+
+    @field_validator("prices")
+    @classmethod
+    def _carried_by_each_run(cls, prices: PriceTable) -> PriceTable:
+        entries = len(prices.extras) + len(prices.base_models)
+        if entries > MAX_TABLE_ENTRIES:
+            raise ValueError(
+                f"names {entries} extras and base models; each run carries them, {MAX_TABLE_ENTRIES} at most"
+            )
+        return prices
+
+    @field_validator("retry_after_seconds")
+    @classmethod
+    def _few_attempts(cls, pauses: list[float]) -> list[float]:
+        if len(pauses) >= MAX_ATTEMPTS:
+            raise ValueError(f"names {len(pauses)} pauses; a task has {MAX_ATTEMPTS} attempts at most")
+        return pauses
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _named_one_by_one(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if not re.fullmatch(r"https?://[^/*\s]+", origin):
+                raise ValueError(f"{origin!r} must look like https://app.example, without a path; * is not taken")
+        return origins
+
+    @field_validator("dataset_roots", "bridge_image_roots")
+    @classmethod
+    def _per_tenant(cls, roots: list[str]) -> list[str]:
+        for root in roots:
+            if "{tenant_id}/" not in root or not root.endswith("/"):
+                raise ValueError(f"{root!r} must hold '{{tenant_id}}/' and end with '/'")
+        return roots
+
+    @cached_property
+    def queue_sla_minutes(self) -> dict[str, float]:
+        return {"accelerated": self.queue_sla_accelerated_minutes, "standard": self.queue_sla_standard_minutes}
+
+    def policy(self, *, scene: Scene, task_id: str, tenant_id: str, priority: str) -> Policy:
+        """The policy of one task (contract §5 (ours): prices and limits are no input)."""
+        is_image = scene is Scene.IMAGE_GENERATE
+        return Policy(
+            prices=self.prices,
+            callback_url=f"{self.callback_base_url}/callbacks/comfyui/{task_id}",
+            poll_after_seconds=self.image_poll_after_seconds if is_image else self.training_poll_after_seconds,
+            poll_at_most_seconds=self.image_poll_at_most_seconds if is_image else self.training_poll_at_most_seconds,
+            deadline_factor=self.deadline_factor,
+            cap_minutes=self.image_cap_minutes if is_image else self.training_cap_minutes,
+            confirm_within_seconds=self.confirm_within_seconds,
+            retry_after_seconds=self.retry_after_seconds,
+            charge_shortfall=self.charge_shortfall,
+            queue_sla_minutes=self.queue_sla_minutes[priority],
+            continue_as_new_events=self.continue_as_new_events,
+            continue_as_new_signals=self.continue_as_new_signals,
+            dataset_roots=[root.replace("{tenant_id}", tenant_id) for root in self.dataset_roots],
+        )
