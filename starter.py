@@ -23,7 +23,6 @@ from comfyui_temporal.command_line.outcome import TaskOutcome, find_task
 from comfyui_temporal.command_line.start import Started, start_image, start_training
 from comfyui_temporal.command_line.tasks import cancel_task, confirm_price, list_tasks, show_task
 from doctor.checks_of_set_up import examine
-from local_stack.demo import run_demo
 
 __all__ = [
     "BadInput",
@@ -43,7 +42,6 @@ __all__ = [
     "follow",
     "list_tasks",
     "main",
-    "run_demo",
     "show_task",
     "start_image",
     "start_training",
