@@ -61,8 +61,8 @@ types: setup ## mypy --strict
 imports: setup ## who may import whom
 	$(call timed,imports,$(BIN)/lint-imports)
 
-schemas: setup ## whether docs/schemas is what the code says
-	$(call timed,schemas,$(BIN)/python -m comfyui_temporal.contracts.schemas --check)
+schemas: setup ## whether docs/schemas and docs/openapi.json are what the code says
+	$(call timed,schemas,$(BIN)/python -m comfyui_temporal.contracts.schemas --check && $(BIN)/python -m gateway.openapi_export --check)
 
 # Processes with servers of their own; most tests wait for a server, so two for each processor are not too many.
 SIDE_BY_SIDE := -n 4 --dist loadfile --no-loadscope-reorder
