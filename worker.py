@@ -182,7 +182,7 @@ def make_worker(
     activities: Sequence[Callable[..., Any]],
     workflows: Sequence[type] = WORKFLOWS,
 ) -> Worker:
-    """The worker, by the design's table of defaults."""
+    """The worker, with the defaults of docs/architecture.md, "Defaults"."""
     return Worker(
         client,
         task_queue=settings.task_queue,

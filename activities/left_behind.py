@@ -1,4 +1,4 @@
-"""What a run left, read from its history: every intent stands there before its effect (design, decision 1)."""
+"""What a run left, read from its history: every intent stands there before its effect (decision 1)."""
 
 from __future__ import annotations
 

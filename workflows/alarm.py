@@ -1,4 +1,4 @@
-"""One long-lived timer for everything a task waits for (design, step 4)."""
+"""One long-lived timer for everything a task waits for (step table 1, row 4)."""
 
 from __future__ import annotations
 

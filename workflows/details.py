@@ -1,4 +1,4 @@
-"""A run explains itself in the Temporal UI: its current details, as Markdown (design, Ops)."""
+"""A run explains itself in the Temporal UI: its current details, as Markdown (README, "In the Temporal UI")."""
 
 from __future__ import annotations
 

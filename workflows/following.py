@@ -31,7 +31,7 @@ class Concern(Protocol):
 class Following:
     """The one loop that waits for a job: the inbox first, then the wish to stop, then everything that is due.
 
-    A delivery in the inbox beats a cancel and a deadline (design, decision 8).
+    A delivery in the inbox beats a cancel and a deadline (decision 8).
     """
 
     def __init__(

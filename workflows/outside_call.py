@@ -1,7 +1,7 @@
 """One call to another party, as the workflow sees it.
 
 1. A call that changes money or a job is a visible activity from its first try: its key and body stand in history
-   before the effect, and a repeat sends the same (design, decision 1).
+   before the effect, and a repeat sends the same (decision 1).
 2. A definite refusal is an answer. What cannot be answered in time raises TaskFailed with the party's code.
 3. No call is cut short. An opening call that is being retried when the task is to stop is asked to end after the
    attempt in flight; its effect, if any, is learned by the undo.

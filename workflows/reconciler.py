@@ -1,4 +1,4 @@
-"""Finds the tasks whose run is over while their row is open, and has each given back (design, "Never untrue" 8).
+"""Finds the tasks whose run is over while their row is open, and has each given back (invariant 8).
 
 Started by a schedule. A run is taken for over when it is found so twice, a pause apart: a call in flight when it was
 terminated has landed by then, and a row that a last write reaches late is not called a lost one.

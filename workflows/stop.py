@@ -1,4 +1,4 @@
-"""One place decides whether a cancel is obeyed (design, decision 8)."""
+"""One place decides whether a cancel is obeyed (decision 8)."""
 
 from __future__ import annotations
 

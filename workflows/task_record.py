@@ -29,7 +29,7 @@ _STAGE: Final = SearchAttributeKey.for_keyword("TaskStage")
 class TaskRecord:
     """State, facts not yet written, and the one writer that writes them in order.
 
-    A write never stands between a step and its settlement (design, decision 3): only the end of the run waits for it.
+    A write never stands between a step and its settlement (decision 3): only the end of the run waits for it.
     """
 
     def __init__(self, task: ImageTask | TrainingTask, outside: OutsideCall, carried: RecordState) -> None:
@@ -159,7 +159,7 @@ class TaskRecord:
         )
 
     def tell_progress(self, news: JobNews, *, is_new_stage: bool) -> None:
-        """Every change of stage is an event; progress within one at most once a second (design, step 6).
+        """Every change of stage is an event; progress within one at most once a second (step table 1, row 6).
 
         What comes sooner is held back, and told when the second is over unless newer progress came.
         """

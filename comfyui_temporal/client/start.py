@@ -97,7 +97,7 @@ async def _start(client: Client, task: ImageTask | TrainingTask, kind: _Kind, su
             search_attributes=_search_attributes(task),
             static_summary=summary,
             priority=Priority(priority_key=PRIORITY_KEYS[task.priority], fairness_key=task.tenant_id),
-            # What a killed worker held of the run is another's after 3 s instead of 10 (design, Defaults).
+            # A killed worker's run goes to another after 3 s instead of 10 (docs/architecture.md, "Defaults").
             task_timeout=WORKFLOW_TASK_TIMEOUT,
             rpc_timeout=RPC_TIMEOUT,
         )
