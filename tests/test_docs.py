@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -19,7 +20,7 @@ from proof.simulation.mutants import MUTANTS
 from runtime.settings import Settings
 
 PROJECT = Path(__file__).parents[1]
-DOCUMENTS = [PROJECT / "README.md", PROJECT / "CHANGELOG.md", *sorted((PROJECT / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(PROJECT.glob("*.md")), *sorted((PROJECT / "docs").rglob("*.md"))]
 ROW = re.compile(r"^\| `(?P<name>\w+)` \| (?P<default>.*?) \| (?P<what>.+) \|$", re.MULTILINE)
 
 
@@ -64,11 +65,22 @@ def test_every_code_is_explained_to_operators() -> None:
     assert set(documented(records)) == set(ExceptionCode)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def anchors_of(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def is_dead(page: Path, link: str) -> bool:
+    file, _, anchor = link.partition("#")
+    target = page.parent / file if file else page
+    return not target.exists() or (bool(anchor) and anchor not in anchors_of(target))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_no_link_is_dead(path: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
-    dead = [link for link in links if "://" not in link and not (path.parent / link).exists()]
-    assert dead == []
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and is_dead(path, link)] == []
 
 
 def test_the_readme_names_each_search_attribute() -> None:
@@ -202,3 +214,11 @@ def test_no_lock_records_an_address() -> None:
     locks = sorted(PROJECT.glob("*.lock"))
     assert locks
     assert [lock.name for lock in locks if "://" in lock.read_text(encoding="utf-8")] == []
+
+
+def test_ci_runs_what_people_run() -> None:
+    jobs = yaml.safe_load(text_of(".github/workflows/ci.yml"))["jobs"].values()
+    commands = {step["run"] for job in jobs for step in job["steps"] if "run" in step}
+    parts = re.findall(r'^part "[^"]+" \d+ (.+)$', text_of(".ci/run"), re.MULTILINE)
+    assert len(parts) >= 3
+    assert set(parts) <= commands
