@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -53,7 +54,7 @@ def test_every_setting_is_documented_with_its_default() -> None:
     assert documented(prices) == {name: shown_default(field) for name, field in PriceTable.model_fields.items()}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_every_setting_that_a_document_names_exists(path: Path) -> None:
     named = set(re.findall(r"COMFYUI_TEMPORAL_([A-Z0-9_]+)", path.read_text(encoding="utf-8")))
     assert named <= {name.upper() for name in Settings.model_fields}
@@ -87,10 +88,17 @@ def test_the_readme_names_each_search_attribute() -> None:
     assert all(f"`{name}`" in text_of("README.md") for name in SEARCH_ATTRIBUTES)
 
 
-def test_every_make_target_that_the_readme_names_exists() -> None:
-    named = set(re.findall(r"`?make ([a-z-]+)", text_of("README.md")))
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_every_make_target_that_a_document_names_exists(path: Path) -> None:
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", path.read_text(encoding="utf-8"), re.MULTILINE))
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
     assert named <= targets
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_every_module_that_a_document_runs_exists(path: Path) -> None:
+    named = set(re.findall(r"python -m ([a-z_]\w*(?:\.\w+)*)", path.read_text(encoding="utf-8"))) - {"pytest"}
+    assert [name for name in named if importlib.util.find_spec(name) is None] == []
 
 
 def test_every_pitfall_has_a_test_or_is_marked_open() -> None:
@@ -100,7 +108,7 @@ def test_every_pitfall_has_a_test_or_is_marked_open() -> None:
     assert [number for number, held in rows if not is_held.search(held)] == []
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_every_test_and_mutant_that_a_document_names_exists(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for file, name in re.findall(r"`(tests/\S+\.py)::(\w+)`", text):
