@@ -101,6 +101,12 @@ def test_every_module_that_a_document_runs_exists(path: Path) -> None:
     assert [name for name in named if importlib.util.find_spec(name) is None] == []
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_every_file_that_a_document_names_exists(path: Path) -> None:
+    named = set(re.findall(r"`([a-z_]+/[\w./-]+\.(?:py|toml|ya?ml|md))[`:]", path.read_text(encoding="utf-8")))
+    assert [name for name in sorted(named) if not (PROJECT / name).exists()] == []
+
+
 def test_every_pitfall_has_a_test_or_is_marked_open() -> None:
     rows = re.findall(r"^\| (\d+) \| .+ \| (.+) \|$", text_of("docs/pitfalls.md"), re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(1, 61))
