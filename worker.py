@@ -38,9 +38,9 @@ from activities.unsettled import UnsettledActivities
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.task_store import TaskClaim
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
+from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
 from runtime.logs import configure_logs
-from runtime.process_end import end_process
 from runtime.reconciler_schedule import ensure_reconciler
 from runtime.required_settings import CannotStart, database_of, read_settings
 from runtime.settings import Settings

@@ -14,12 +14,14 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from comfyui_temporal.command_line.settings import CommandSettings
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
 from comfyui_temporal.contracts.prices import PriceTable
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
 from proof.simulation.mutants import MUTANTS
 from runtime.settings import Settings
 
+SETTINGS = {**Settings.model_fields, **CommandSettings.model_fields}
 PROJECT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(PROJECT.glob("*.md")), *sorted((PROJECT / "docs").rglob("*.md"))]
 ROW = re.compile(r"^\| `(?P<name>\w+)` \| (?P<default>.*?) \| (?P<what>.+) \|$", re.MULTILINE)
@@ -49,15 +51,15 @@ def documented(section: str) -> dict[str, str]:
 
 def test_every_setting_is_documented_with_its_default() -> None:
     settings, _, prices = text_of("docs/settings.md").partition("## The price table")
-    wanted = {name.upper(): shown_default(field) for name, field in Settings.model_fields.items()}
-    assert documented(settings) == wanted, "docs/settings.md needs a row for each setting of runtime/settings.py"
+    wanted = {name.upper(): shown_default(field) for name, field in SETTINGS.items()}
+    assert documented(settings) == wanted, "docs/settings.md needs a row for each setting"
     assert documented(prices) == {name: shown_default(field) for name, field in PriceTable.model_fields.items()}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_every_setting_that_a_document_names_exists(path: Path) -> None:
     named = set(re.findall(r"COMFYUI_TEMPORAL_([A-Z0-9_]+)", path.read_text(encoding="utf-8")))
-    assert named <= {name.upper() for name in Settings.model_fields}
+    assert named <= {name.upper() for name in SETTINGS}
 
 
 def test_every_code_is_explained_to_operators() -> None:
@@ -236,3 +238,12 @@ def test_ci_runs_what_people_run() -> None:
     parts = re.findall(r'^part "[^"]+" \d+ (.+)$', text_of(".ci/run"), re.MULTILINE)
     assert len(parts) >= 3
     assert set(parts) <= commands
+
+
+def test_the_command_lines_settings_mean_what_the_services_settings_of_the_same_name_mean() -> None:
+    shared = Settings.model_fields.keys() & CommandSettings.model_fields.keys()
+    assert shared == {"temporal_address", "temporal_namespace", "temporal_profile", "task_queue"}
+    for name in shared:
+        ours, theirs = CommandSettings.model_fields[name], Settings.model_fields[name]
+        assert (ours.annotation, ours.default) == (theirs.annotation, theirs.default)
+    assert CommandSettings.model_config.get("env_prefix") == Settings.model_config.get("env_prefix")

@@ -8,8 +8,8 @@ from temporalio.api.enums.v1 import EventType
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.testing import WorkflowEnvironment
 
+from comfyui_temporal.client.submission import start_image
 from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus
-from starter import start_image
 from store import TaskStore
 from tests.workflows.books import ended
 from tests.workflows.platform import running_platform
