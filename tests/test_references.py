@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,12 @@ UNREAD = (".lock", ".json", ".svg", ".png")
 """Generated, recorded or no text."""
 
 
+@cache
 def text_of(name: str) -> str:
     return (PROJECT / name).read_text(encoding="utf-8")
 
 
+@cache
 def known_numbers() -> dict[str, set[int]]:
     architecture = text_of("docs/architecture.md")
     invariants = architecture.partition("## What may never be untrue")[2].partition("\n## ")[0]
