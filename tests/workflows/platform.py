@@ -321,7 +321,7 @@ def activity_methods(activities: object) -> list[Callable[..., Any]]:
 
 
 @asynccontextmanager
-async def served_gateway(client: Client, store: TaskStore, objects: str) -> AsyncIterator[str]:
+async def served_gateway(client: Client, store: TaskStore, objects: str, task_queue: str) -> AsyncIterator[str]:
     """The gateway on a free port; its base URL. Its callers' tokens are the simulators' own."""
     callers = CallerTokens(SharedSecret(TEST_TOKEN_SECRET), issuer=DEFAULT_ISSUER, audience=DEFAULT_AUDIENCE)
     access = Access(callers, StreamTokens(TEST_TOKEN_SECRET))
@@ -331,6 +331,7 @@ async def served_gateway(client: Client, store: TaskStore, objects: str) -> Asyn
         lists=FileLists.at(objects),
         callback_secrets=[TEST_CALLBACK_SECRET],
         access=access,
+        task_queue=task_queue,
     )
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, lifespan="on")
@@ -372,7 +373,7 @@ async def running_platform(
         platform.policy = {"deadline_factor": max(3.0, 0.3 * speed)}
         if gateway:
             platform.gateway_url = await stack.enter_async_context(
-                served_gateway(client, store, (folder / "objects").as_uri())
+                served_gateway(client, store, (folder / "objects").as_uri(), platform.task_queue)
             )
         else:
             platform.gateway_url = "http://127.0.0.1:9"
