@@ -46,7 +46,7 @@ async def test_an_image_is_started_followed_and_shown(whole: Platform, tasks: Ta
         details = await tasks.show(task.task_id)
     assert (started.is_new, again.is_new) == (True, False)
     assert started.workflow_id == again.workflow_id == f"task-{task.task_id}"
-    assert updates[-1].status is TaskStatus.COMPLETED
+    assert (updates[-1].status, updates[-1].stage, updates[-1].progress) == (TaskStatus.COMPLETED, "delivery", 100.0)
     assert not any(update.status.is_end() for update in updates[:-1])
     assert [update.progress for update in updates if update.stage == "processing"] == sorted(
         update.progress for update in updates if update.stage == "processing"

@@ -355,10 +355,11 @@ async def running_platform(
     gateway: bool = True,
     client: Client | None = None,
     credits_profile: CreditsProfile = CONTRACT,
+    task_queue: str | None = None,
 ) -> AsyncIterator[Platform]:
     """Everything but the worker, so that a scenario can start, stop and configure it.
 
-    `client`: on a server of the scenario's own.
+    `client`: on a server of the scenario's own. `task_queue`: default one that no other scenario uses.
     """
     config = environment.client.service_client.config
     async with AsyncExitStack() as stack:
@@ -368,7 +369,7 @@ async def running_platform(
         simulators = await stack.enter_async_context(
             running_simulators(folder / "simulators", speed=speed, credits_profile=credits_profile)
         )
-        platform = Platform(client, environment, simulators, store, folder)
+        platform = Platform(client, environment, simulators, store, folder, task_queue=task_queue or unique("queue"))
         # At such a pace three times what is announced is a hiccup of a busy machine, as the local stack knows too.
         platform.policy = {"deadline_factor": max(3.0, 0.3 * speed)}
         if gateway:
