@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# DBOS is measured beside us. What it needs forbids newer versions of other packages, so it has a venv of its own.
+BENCH := .venv-bench
 STACK := $(BIN)/python -m local_stack
 CREDITS := $(if $(PROFILE),--credits-profile $(PROFILE))
 PACE := $(if $(SPEED),--speed $(SPEED)) $(if $(COMFYUI),--comfyui $(COMFYUI)) $(CREDITS)
@@ -70,8 +72,9 @@ SIDE_BY_SIDE := -n 4 --dist loadfile --no-loadscope-reorder
 pytest: setup
 	$(call timed,tests,$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE))
 
-pytest-all: setup
+pytest-all: setup $(BENCH)/.ready
 	$(call timed,tests,$(BIN)/python -m pytest $(SIDE_BY_SIDE))
+	$(call timed,tests of the benchmarks,$(BENCH)/bin/python -m pytest tests/benchmarks)
 
 simulate: setup ## both workflows by seeds, without a server (SEEDS=10000 PROFILE=both)
 	@$(BIN)/python -m proof.simulation --seeds $(or $(SEEDS),1000) $(if $(PROFILE),--profile $(PROFILE))
@@ -84,9 +87,6 @@ kill-points: setup ## the whole stack struck at every instant of both flows (ONL
 
 soak: setup ## tasks under random faults on a whole stack (TASKS=10000 SEED=1 PROFILE=field, RESUME=1)
 	@$(BIN)/python -m proof.soak $(if $(PROFILE),--profile $(PROFILE)) $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)
-
-# DBOS is measured beside us. What it needs forbids newer versions of other packages, so it has a venv of its own.
-BENCH := .venv-bench
 
 $(BENCH)/.ready: requirements-bench.lock | setup
 	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv --without-pip $(BENCH)

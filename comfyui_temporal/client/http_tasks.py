@@ -78,7 +78,7 @@ class HttpTasks:
         self._token = token
         self._patience_seconds = patience_seconds
         self._http = httpx.AsyncClient(
-            base_url=base_url.rstrip("/") + TASKS,
+            base_url=base_url,
             timeout=httpx.Timeout(timeout_seconds, connect=CONNECT_SECONDS),
             transport=transport,
         )
@@ -100,7 +100,7 @@ class HttpTasks:
 
         `tenant_id` and `user_id` must be the token's.
         """
-        path = "/images" if isinstance(task, ImageTask) else "/trainings"
+        path = f"{TASKS}/images" if isinstance(task, ImageTask) else f"{TASKS}/trainings"
         body = task.model_dump(mode="json", exclude_unset=True)
         response = await self._answered("POST", path, json=body, task_id=task.task_id)
         view = _read(TaskView, response)
@@ -168,7 +168,7 @@ class HttpTasks:
         left = limit
         while left > 0:
             asked = query | {"limit": str(min(left, MAX_PAGE))}
-            page = _read(TaskList, await self._answered("GET", "", params=asked))
+            page = _read(TaskList, await self._answered("GET", TASKS, params=asked))
             for view in page.tasks[:left]:
                 yield _summary(view)
             left -= len(page.tasks)
@@ -215,7 +215,7 @@ class HttpTasks:
         timeout = httpx.Timeout(CONNECT_SECONDS, read=SILENCE_SECONDS)
         with typed_transport_errors(self._http.base_url):
             async with self._http.stream(
-                "GET", "/stream/sse", params={"task_id": task_id}, headers=headers, timeout=timeout
+                "GET", f"{TASKS}/stream/sse", params={"task_id": task_id}, headers=headers, timeout=timeout
             ) as response:
                 if response.status_code == httpx.codes.NO_CONTENT:
                     raise _AllToldBefore
@@ -264,7 +264,7 @@ class _AllToldBefore(Exception):
 
 
 def _path(task_id: str) -> str:
-    return f"/{quote(task_id, safe='')}"
+    return f"{TASKS}/{quote(task_id, safe='')}"
 
 
 def _read(model: type[Model], answer: httpx.Response | str) -> Model:

@@ -105,7 +105,8 @@ class TemporalTasks:
                     newest = update
                     yield update
                 await asyncio.wait({end}, timeout=POLL_SECONDS)
-            yield _last_update(newest, await end)
+            outcome = await end
+            yield _last_update(await self.read_update(handle, newest) or newest, outcome)
         finally:
             end.cancel()
             await asyncio.gather(end, return_exceptions=True)
@@ -271,7 +272,7 @@ def _with_our_converter(client: Client) -> Client:
 
 
 def _last_update(newest: TaskUpdate | None, outcome: TaskOutcome) -> TaskUpdate:
-    """What the last query showed, with the status of the end."""
+    """The newest state that a query showed, with the status that the run ended with."""
     known = newest or TaskUpdate(task_id=outcome.task_id, status=outcome.status)
     result = outcome.result
     return known.model_copy(
@@ -280,6 +281,7 @@ def _last_update(newest: TaskUpdate | None, outcome: TaskOutcome) -> TaskUpdate:
             "progress": 100.0 if outcome.status is TaskStatus.COMPLETED else known.progress,
             "attempts": result.attempts if result else known.attempts,
             "error_details": result.error_details if result else known.error_details,
+            "next_eta": None,
             "confirmation": None,
             "standstill": None,
         }

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Protocol
 
-from dbos import DBOSClient
-
 from comfyui_temporal.client.submission import WORKFLOW_TASK_TIMEOUT, start_image
 from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, TASK_QUEUE, workflow_id_of
 from local_stack.folder import PROJECT
-from proof.benchmarks import dbos_worker, job
+from proof.benchmarks import job
 from proof.benchmarks.bare_worker import BARE_WORKFLOW
 from proof.benchmarks.servers import Servers
 
@@ -73,29 +71,29 @@ class Bare(Ours):
 
 
 class OnDbos:
-    """`dbos_worker.image_job`; callbacks as messages."""
+    """`dbos_worker.image_job`; callbacks as messages. Runs in the benchmarks' own environment (`make bench`)."""
 
     name = "DBOS"
 
     def __init__(self, servers: Servers) -> None:
+        from proof.benchmarks import dbos_worker  # only that environment has DBOS
+
         self._servers = servers
-        self._make_client = lambda: DBOSClient(
-            system_database_url=dbos_worker.system_database_url(servers.database_dsn)
-        )
+        self._dbos = dbos_worker
         self._client: Any = None
 
     async def run_workers(self, count: int, settings: dict[str, str]) -> None:
         for number in range(count):
             await self._servers.run_worker(f"worker-dbos-{number}", ["-m", "proof.benchmarks.dbos_worker"], settings)
-        self._client = await asyncio.to_thread(self._make_client)
+        self._client = await asyncio.to_thread(self._dbos.client, self._servers.database_dsn)
 
     async def start(self, task_id: str) -> None:
-        options = {"workflow_name": dbos_worker.WORKFLOW, "queue_name": dbos_worker.QUEUE, "workflow_id": task_id}
+        options = {"workflow_name": self._dbos.WORKFLOW, "queue_name": self._dbos.QUEUE, "workflow_id": task_id}
         task = job.image_task(task_id).model_dump(mode="json")
-        await self._client.enqueue_async({**options, "app_version": dbos_worker.VERSION}, task, dbos_worker.now())
+        await self._client.enqueue_async({**options, "app_version": self._dbos.VERSION}, task, self._dbos.now())
 
     async def call_back(self, task_id: str, body: dict[str, Any]) -> None:
-        await self._client.send_async(task_id, body, dbos_worker.TOPIC)
+        await self._client.send_async(task_id, body, self._dbos.TOPIC)
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._client.destroy)

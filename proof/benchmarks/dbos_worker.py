@@ -12,7 +12,7 @@ import signal
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from dbos import DBOS, DBOSConfig, StepOptions
+from dbos import DBOS, DBOSClient, DBOSConfig, StepOptions
 
 from activities.comfyui import ComfyUIClient
 from activities.credits import CreditsClient
@@ -129,6 +129,10 @@ def config() -> DBOSConfig:
 def system_database_url(database_dsn: str) -> str:
     """DBOS's own tables lie beside the task store's, in a schema of their own."""
     return database_dsn
+
+
+def client(database_dsn: str) -> DBOSClient:
+    return DBOSClient(system_database_url=system_database_url(database_dsn))
 
 
 def now() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import aclosing
 from datetime import UTC, datetime
+from importlib.util import find_spec
 
 import asyncpg
 import pytest
@@ -28,6 +29,7 @@ async def stored(dsn: str) -> set[tuple[str, ...]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.skipif(find_spec("dbos") is None, reason="DBOS is in the benchmarks' own environment")
 async def test_dbos_stores_the_same_events_as_ours() -> None:
     stories = {}
     for kind in (Ours, OnDbos):

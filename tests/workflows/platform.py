@@ -321,7 +321,7 @@ def activity_methods(activities: object) -> list[Callable[..., Any]]:
 
 
 @asynccontextmanager
-async def served_gateway(client: Client, store: TaskStore, objects: str) -> AsyncIterator[str]:
+async def served_gateway(client: Client, store: TaskStore, objects: str, task_queue: str) -> AsyncIterator[str]:
     """The gateway on a free port; its base URL. Its callers' tokens are the simulators' own."""
     callers = CallerTokens(SharedSecret(TEST_TOKEN_SECRET), issuer=DEFAULT_ISSUER, audience=DEFAULT_AUDIENCE)
     access = Access(callers, StreamTokens(TEST_TOKEN_SECRET))
@@ -331,6 +331,7 @@ async def served_gateway(client: Client, store: TaskStore, objects: str) -> Asyn
         lists=FileLists.at(objects),
         callback_secrets=[TEST_CALLBACK_SECRET],
         access=access,
+        task_queue=task_queue,
     )
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, lifespan="on")
@@ -354,10 +355,11 @@ async def running_platform(
     gateway: bool = True,
     client: Client | None = None,
     credits_profile: CreditsProfile = CONTRACT,
+    task_queue: str | None = None,
 ) -> AsyncIterator[Platform]:
     """Everything but the worker, so that a scenario can start, stop and configure it.
 
-    `client`: on a server of the scenario's own.
+    `client`: on a server of the scenario's own. `task_queue`: default one that no other scenario uses.
     """
     config = environment.client.service_client.config
     async with AsyncExitStack() as stack:
@@ -367,12 +369,12 @@ async def running_platform(
         simulators = await stack.enter_async_context(
             running_simulators(folder / "simulators", speed=speed, credits_profile=credits_profile)
         )
-        platform = Platform(client, environment, simulators, store, folder)
+        platform = Platform(client, environment, simulators, store, folder, task_queue=task_queue or unique("queue"))
         # At such a pace three times what is announced is a hiccup of a busy machine, as the local stack knows too.
         platform.policy = {"deadline_factor": max(3.0, 0.3 * speed)}
         if gateway:
             platform.gateway_url = await stack.enter_async_context(
-                served_gateway(client, store, (folder / "objects").as_uri())
+                served_gateway(client, store, (folder / "objects").as_uri(), platform.task_queue)
             )
         else:
             platform.gateway_url = "http://127.0.0.1:9"

@@ -1,0 +1,157 @@
+"""The same calls by Temporal and over HTTP: the same effects, the same models, the same errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from comfyui_temporal import (
+    HttpTasks,
+    ImageResult,
+    ImageTask,
+    InvalidInput,
+    Scene,
+    TaskExists,
+    TaskOver,
+    Tasks,
+    TaskStatus,
+    TaskUpdate,
+    TemporalTasks,
+    TrainingTask,
+    UnknownTask,
+)
+from tests.conftest import unique
+from tests.workflows.platform import Platform
+
+
+async def until(condition: Callable[[], Awaitable[object]], seconds: float = 15) -> None:
+    async with asyncio.timeout(seconds):
+        while not await condition():  # noqa: ASYNC110 - the condition is a server's state
+            await asyncio.sleep(0.05)
+
+
+def image(whole: Platform, **changes: object) -> ImageTask:
+    return ImageTask.model_validate(whole.image(**changes))
+
+
+async def test_an_image_is_started_followed_and_shown(whole: Platform, tasks: Tasks) -> None:
+    task = image(whole)
+    async with tasks:
+        started = await tasks.start(task)
+        again = await tasks.start(task)
+        updates = [update async for update in tasks.follow(task.task_id)]
+        outcome = await tasks.wait(task.task_id)
+        details = await tasks.show(task.task_id)
+    assert (started.is_new, again.is_new) == (True, False)
+    assert started.workflow_id == again.workflow_id == f"task-{task.task_id}"
+    assert (updates[-1].status, updates[-1].stage, updates[-1].progress) == (TaskStatus.COMPLETED, "delivery", 100.0)
+    assert not any(update.status.is_end() for update in updates[:-1])
+    assert [update.progress for update in updates if update.stage == "processing"] == sorted(
+        update.progress for update in updates if update.stage == "processing"
+    )
+    assert outcome.status is TaskStatus.COMPLETED and isinstance(outcome.result, ImageResult)
+    assert outcome.result.result_urls and outcome.credits is not None
+    assert outcome.credits.charged == outcome.credits.held > 0
+    assert (details.outcome, details.progress, details.credits) == (outcome, None, outcome.credits)
+
+
+async def test_another_input_under_the_id_is_refused(whole: Platform, tasks: Tasks) -> None:
+    task = image(whole)
+    async with tasks:
+        await tasks.start(task)
+        with pytest.raises(TaskExists) as raised:
+            await tasks.start(task.model_copy(update={"prompt": "a dog"}))
+        assert (raised.value.task_id, raised.value.code) == (task.task_id, "task_exists")
+
+
+async def test_a_cancel_gives_the_credits_back_and_a_second_one_is_too_late(whole: Platform, tasks: Tasks) -> None:
+    await whole.simulators.admin.comfyui.fault("job_stall", route="submit_job")
+    task = image(whole)
+    async with tasks:
+        await tasks.start(task)
+        await whole.until_held(task.task_id)
+
+        async def shown_as_held() -> bool:
+            details = await tasks.show(task.task_id)
+            assert details.outcome is None and details.progress is not None
+            return details.credits is not None and details.credits.held > 0
+
+        await until(shown_as_held)
+        assert await tasks.cancel(task.task_id, "wrong prompt") == "accepted"
+        outcome = await tasks.wait(task.task_id)
+        assert await tasks.cancel(task.task_id) == "too_late"
+    assert outcome.status is TaskStatus.CANCELLED and outcome.credits is not None
+    assert (outcome.credits.charged, outcome.credits.returned) == (0, outcome.credits.held)
+
+
+async def test_a_training_waits_for_its_price(whole: Platform, tasks: Tasks) -> None:
+    task = TrainingTask.model_validate(whole.training(max_credits=None))
+    waiting: list[TaskUpdate] = []
+    async with tasks:
+        await tasks.start(task)
+        async for update in tasks.follow(task.task_id):
+            if update.confirmation is not None and not waiting:
+                waiting.append(update)
+                with pytest.raises(InvalidInput) as refused:
+                    await tasks.confirm(task.task_id, 0)
+                assert "max_credits" in refused.value.fields
+                price = update.confirmation.estimated_cost
+                assert await tasks.confirm(task.task_id, price) == price
+        outcome = await tasks.wait(task.task_id)
+        with pytest.raises(TaskOver, match="over"):
+            await tasks.confirm(task.task_id, 10_000)
+    assert waiting and outcome.status is TaskStatus.COMPLETED
+    assert outcome.credits is not None and 0 < (outcome.credits.charged or 0) <= price
+
+
+async def test_a_failure_says_code_and_sentence(whole: Platform, tasks: Tasks) -> None:
+    await whole.simulators.admin.comfyui.fault("job_fail", route="submit_job", code="node_error", node="KSampler")
+    task = image(whole)
+    async with tasks:
+        await tasks.start(task)
+        updates = [update async for update in tasks.follow(task.task_id)]
+        outcome = await tasks.wait(task.task_id)
+    assert updates[-1].status is outcome.status is TaskStatus.FAILED
+    assert outcome.code == "node_error" and outcome.sentence
+    assert updates[-1].error_details is not None and updates[-1].error_details.code == "node_error"
+
+
+async def test_a_task_that_does_not_exist_is_named(tasks: Tasks) -> None:
+    missing = unique("missing")
+    async with tasks:
+        for call in (tasks.show(missing), tasks.wait(missing), tasks.cancel(missing), tasks.confirm(missing, 10)):
+            with pytest.raises(UnknownTask, match=missing):
+                await call
+        with pytest.raises(UnknownTask, match=missing):
+            await anext(tasks.follow(missing))
+
+
+async def test_lists_are_filtered_and_bounded(whole: Platform, tasks: Tasks) -> None:
+    async with tasks:
+        ids = {(await tasks.start(image(whole))).task_id for _ in range(2)}
+        for task_id in ids:
+            await tasks.wait(task_id)
+
+        async def listed() -> bool:
+            found = [row async for row in tasks.list(status=TaskStatus.COMPLETED, scene=Scene.IMAGE_GENERATE, limit=50)]
+            assert {row.status for row in found} <= {"completed"} and {row.scene for row in found} <= {"image.generate"}
+            return ids <= {row.task_id for row in found}
+
+        await until(listed)
+        assert len([row async for row in tasks.list(limit=1)]) == 1
+        assert [row async for row in tasks.list(limit=0)] == []
+
+
+async def test_both_ways_see_the_same_task(whole: Platform, token: str) -> None:
+    task = image(whole)
+    by_temporal = TemporalTasks(whole.client, task_queue=whole.task_queue)
+    async with HttpTasks(whole.gateway_url, token) as over_http:
+        await over_http.start(task)
+        assert not (await by_temporal.start(task)).is_new
+        assert await by_temporal.wait(task.task_id) == await over_http.wait(task.task_id)
+        ours, theirs = await by_temporal.show(task.task_id), await over_http.show(task.task_id)
+        # Temporal alone knows the run; the two clocks are those of two servers.
+        differing = {"run_id", "started_at", "ended_at", "ui_url"}
+        assert ours.task.model_dump(exclude=differing) == theirs.task.model_dump(exclude=differing)
