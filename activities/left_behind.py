@@ -17,8 +17,8 @@ from activities.credits import CreditsActivities
 from activities.datasets import DatasetActivities
 from activities.task_store import TaskStoreActivities
 from comfyui_temporal.contracts.calls import CallFor, JobCall, Post, SnapshotOrder
-from comfyui_temporal.contracts.carried import AskedHold, AskedJob, HoldState, ImageRun, TrainingRun, not_left_out
 from comfyui_temporal.contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingDraft
+from comfyui_temporal.contracts.continuation import AskedHold, AskedJob, HoldState, ImageRun, TrainingRun, not_left_out
 from comfyui_temporal.contracts.credits import (
     MIN_HOLD_SECONDS,
     CancelHoldReply,

@@ -82,7 +82,7 @@ class TrainingOrder(TrainingTask):
     @field_validator("dataset")
     @classmethod
     def _told_once(cls, dataset: DatasetSource) -> DatasetSource:
-        if dataset.is_told_twice:
+        if dataset.names_files_twice:
             raise ValueError("files and manifest exclude each other: name the files in one way")
         return dataset
 

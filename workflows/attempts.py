@@ -10,12 +10,12 @@ from typing import Any, Protocol
 from temporalio import workflow
 
 from comfyui_temporal.contracts.calls import JobCall, Post
-from comfyui_temporal.contracts.carried import AskedJob, JobNews
 from comfyui_temporal.contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingDraft
+from comfyui_temporal.contracts.continuation import AskedJob, JobUpdate
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode, Refusal
 from comfyui_temporal.contracts.tasks import EventType
 from workflows.alarm import Alarm
-from workflows.earlier_life import is_own_key
+from workflows.earlier_life import is_key_of_earlier_life
 from workflows.failures import TaskFailed
 from workflows.job_clock import JobClock
 from workflows.job_routes import JobRoutes
@@ -59,7 +59,7 @@ class Attempts:
         self.long_run: LongRun | None = None
         self._cancelling: dict[int, asyncio.Task[None]] = {}
         self.retry_after_seconds: list[float] = []
-        self.opening_minutes = 15.0
+        self.setup_minutes = 15.0
 
     def carry(self) -> list[AskedJob]:
         return self.asked
@@ -82,10 +82,10 @@ class Attempts:
             job = AskedJob(attempt=n, key=self._outside.key("submit", n), request=request, asked_at=workflow.now())
             self.asked.append(job)
             self._record.attempted(self.number)
-            answer: Answer[Any] = await self._outside.opening(
-                self._routes.submit, self._post(job), summary=self._routes.submit_summary, minutes=self.opening_minutes
+            answer: Answer[Any] = await self._outside.setup(
+                self._routes.submit, self._post(job), summary=self._routes.submit_summary, minutes=self.setup_minutes
             )
-            if not is_own_key(answer, self._outside.told):
+            if not is_key_of_earlier_life(answer, self._outside.earlier):
                 break
             job.is_key_taken = True  # by an earlier life: its job is cancelled when the task ends
             job.is_refused()
@@ -99,7 +99,7 @@ class Attempts:
         self._clock.estimated(accepted.estimated_time)
         return accepted
 
-    async def another_after(self, end: JobNews) -> None:
+    async def wait_to_retry(self, end: JobUpdate) -> None:
         """Decide on a job that ended without delivery: return when the next one may be asked for.
 
         Raises TaskFailed where it may not be retried or no attempt is left; TaskStopped.
@@ -127,11 +127,11 @@ class Attempts:
         """
         if self.retry_at is None:
             self.retry_at = workflow.now() + timedelta(seconds=seconds)
-            self._tell_retry(details, seconds)
+            self._publish_retry(details, seconds)
         waiting, again_at = self._outside.waiting, self.retry_at
         await workflow.wait_condition(lambda: True)  # until the old job's cancel was asked for
         while True:
-            waiting.obey()
+            waiting.raise_if_interrupted()
             latest = self._clock.left_for_retry()
             if workflow.now() >= latest:
                 raise TaskFailed(FailureCode.TIMEOUT, "No time is left for another attempt.", details)
@@ -157,8 +157,8 @@ class Attempts:
 
         return is_over
 
-    def _tell_retry(self, details: ErrorDetails, seconds: float) -> None:
-        self._record.tell(
+    def _publish_retry(self, details: ErrorDetails, seconds: float) -> None:
+        self._record.publish(
             f"retry:{self.number}",
             EventType.RUNNING,
             error=details,
@@ -168,12 +168,12 @@ class Attempts:
     async def _wait_for_retry(self, details: ErrorDetails, seconds: float) -> None:
         """As runs of 0.1.0 wait, which the hold outlives or not."""
         again_at = workflow.now() + timedelta(seconds=seconds)
-        self._tell_retry(details, seconds)
+        self._publish_retry(details, seconds)
         while workflow.now() < again_at:
             await self._alarm.until(
                 lambda: self._stop.requested, min(again_at, self._clock.left_for_retry()), "4 retry: next attempt"
             )
-            self._stop.obey()
+            self._stop.raise_if_requested()
             if workflow.now() >= self._clock.left_for_retry():
                 raise TaskFailed(FailureCode.TIMEOUT, "No time is left for another attempt.", details)
 
@@ -184,7 +184,7 @@ class Attempts:
         if not (job.cancelled or job.refused) and (running is None or running.done()):
             self._cancelling[job.attempt] = asyncio.create_task(self._cancel(job))
 
-    def take_up(self) -> None:
+    def resume(self) -> None:
         """Go on with the cancels that were put down."""
         for job in self.asked if self.retry_at is not None else self.asked[:-1]:
             self._cancel_beside(job)
@@ -221,16 +221,16 @@ class Attempts:
         if job.job_id is None:
             return
         answer: Answer[Any] | None = None
-        for n in (job.attempt, f"{job.attempt}:{self._outside.told.life.lives}"):
+        for n in (job.attempt, f"{job.attempt}:{self._outside.earlier.life.lives}"):
             call = JobCall(call_for=self._outside.call_for, job_id=job.job_id, key=self._outside.key("cancel", n))
-            answer = await self._outside.beside(self._routes.cancel, call, summary="5 cancel job")
-            if answer is None or not is_own_key(answer, self._outside.told):
+            answer = await self._outside.in_background(self._routes.cancel, call, summary="5 cancel job")
+            if answer is None or not is_key_of_earlier_life(answer, self._outside.earlier):
                 break
         if answer is None:
             return
         job.cancelled = True
         if answer.not_offered:
-            self._record.tell_exception(
+            self._record.record_exception(
                 f"cancel_job:{job.attempt}",
                 ExceptionCode.ROUTE_NOT_OFFERED,
                 f"Job {job.job_id} could not be cancelled: the server has no such route; it runs out.",
@@ -252,7 +252,7 @@ class Attempts:
             self._unfinished(job, answer.refusal)
 
     def _unfinished(self, job: AskedJob, refusal: Refusal) -> None:
-        self._record.tell_exception(
+        self._record.record_exception(
             f"undo_job:{job.attempt}",
             ExceptionCode.UNDO_UNFINISHED,
             f"The job of attempt {job.attempt} could not be cancelled; it runs out. {refusal.sentence}",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from comfyui_temporal.contracts.carried import RecordState
+from comfyui_temporal.contracts.continuation import RecordState
 from comfyui_temporal.contracts.fields import shortened
 from comfyui_temporal.contracts.size_budget import (
     MAX_EXCEPTIONS,

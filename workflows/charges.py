@@ -19,8 +19,8 @@ from comfyui_temporal.contracts.calls import Post
 from comfyui_temporal.contracts.credits import CHARGE_REASON, MAX_CHARGE_POINTS, ChargeReply, ChargeRequest
 from comfyui_temporal.contracts.errors import Answer, FailureCode
 from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
-from workflows.earlier_life import is_of_store, obey_life
-from workflows.failures import why
+from workflows.earlier_life import is_of_store, raise_unless_settled
+from workflows.failures import failure_from
 from workflows.ledger_search import LedgerSearch, Shown
 from workflows.outside_call import OutsideCall
 
@@ -109,7 +109,7 @@ class Charges:
             reason=CHARGE_REASON,
         )
         key = self._outside.key("charge", self._n)
-        has_read = self._outside.told.is_possible
+        has_read = self._outside.earlier.is_possible
         return Post[ChargeRequest](call_for=self._outside.call_for, key=key, body=body, has_read_ledger=has_read)
 
     async def _sent(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
@@ -117,12 +117,12 @@ class Charges:
         if not workflow.patched(SENT_ONCE):
             return await self._repeated(post)
         newest = self._ledger.newest
-        if self._outside.told.is_possible and not (newest is not None and newest.has_kinds):
+        if self._outside.earlier.is_possible and not (newest is not None and newest.has_kinds):
             return await self._unanswered(post, "the task's run was reset")  # an earlier life may have sent it
         try:
             answer = await self._once(post)
         except FailureError as error:
-            return await self._unanswered(post, str(why(error, FailureCode.CREDITS_UNAVAILABLE)))
+            return await self._unanswered(post, str(failure_from(error, FailureCode.CREDITS_UNAVAILABLE)))
         return await self._decided(post, answer)
 
     async def _once(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
@@ -151,7 +151,7 @@ class Charges:
             try:
                 return await self._decided(post, await self._once(post))
             except FailureError as error:
-                said = str(why(error, FailureCode.CREDITS_UNAVAILABLE))
+                said = str(failure_from(error, FailureCode.CREDITS_UNAVAILABLE))
         raise ChargeUnknown(said)
 
     async def _repeated(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
@@ -161,7 +161,7 @@ class Charges:
 
     async def _decided(self, post: Post[ChargeRequest], answer: Answer[ChargeReply]) -> Answer[ChargeReply]:
         """An answer that does not say whether it was charged is looked up."""
-        obey_life(answer)
+        raise_unless_settled(answer)
         if answer.refusal is None or answer.refusal.message not in NOT_REFUSED:
             return answer
         if await self._ledger.charge_shown(self._n, may_repeat=False) is Shown.CHARGED:

@@ -16,11 +16,11 @@ from temporalio import workflow
 
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import Post
-from comfyui_temporal.contracts.carried import AskedHold, HoldState
+from comfyui_temporal.contracts.continuation import AskedHold, HoldState
 from comfyui_temporal.contracts.credits import Estimate, EstimateRequest, HoldReply
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode, Refusal
 from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
-from workflows.earlier_life import is_own_key
+from workflows.earlier_life import is_key_of_earlier_life
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall
 from workflows.row_look import RowLook
@@ -36,7 +36,7 @@ UNCOVERED_LIMIT_IMAGE: Final = timedelta(seconds=60)
 UNCOVERED_LIMIT_TRAINING: Final = timedelta(hours=1)
 
 
-class RenewalPutDown(Exception):
+class RenewalSuspended(Exception):
     """The run is about to continue as new: the next one goes on with what was asked for."""
 
 
@@ -53,7 +53,7 @@ class CreditHold(TaskHolds):
         look: RowLook | None = None,
     ) -> None:
         super().__init__(task, outside, record, deadline, carried, look)
-        self.opening_minutes = 15.0
+        self.setup_minutes = 15.0
         self.uncovered_limit = UNCOVERED_LIMIT_IMAGE if isinstance(task, ImageTask) else UNCOVERED_LIMIT_TRAINING
         self.deadline_stands: Callable[[], bool] = lambda: True
         """Whether the deadline is an instant: until an attempt has begun it moves on with the clock."""
@@ -77,10 +77,10 @@ class CreditHold(TaskHolds):
         post = Post[EstimateRequest](
             call_for=self._outside.call_for, key=self._outside.key("estimate", n), body=request
         )
-        answer = await self._outside.reading(
-            CreditsActivities.estimate, post, summary="2 agree", minutes=self.opening_minutes
+        answer = await self._outside.read(
+            CreditsActivities.estimate, post, summary="2 agree", minutes=self.setup_minutes
         )
-        if is_own_key(answer, self._outside.told):
+        if is_key_of_earlier_life(answer, self._outside.earlier):
             return await self.estimate(request, n=f"{n}:{workflow.info().get_current_history_length()}")
         if answer.reply is None:
             raise TaskFailed.by_refusal(answer.refusal or no_answer())
@@ -117,7 +117,7 @@ class CreditHold(TaskHolds):
                     summary="3 hold: wait for its renewal",
                 )
             else:
-                await self._outside.unless_stopped(renewal.done)
+                await self._outside.wait_unless_stopped(renewal.done)
             if renewal is self._renewal:
                 self._take_up()
 
@@ -134,7 +134,7 @@ class CreditHold(TaskHolds):
 
     async def _top_up_without_cover(self, old: AskedHold, cost: int) -> None:
         await self._leave(old, "topped up", self._returned_in_time)
-        self._tell_uncovered("The balance was too short to hold the dearer price beside the old hold.")
+        self._publish_uncovered("The balance was too short to hold the dearer price beside the old hold.")
         try:
             await self._take(cost, self._ask_opening, self._outside.may_begin, self._returned_in_time)
         except HoldRefused as refused:
@@ -145,8 +145,8 @@ class CreditHold(TaskHolds):
         await self._outside.waiting.in_time(is_back, summary="3 hold: wait for the old one's points")
 
     async def _ask_opening(self, hold: AskedHold) -> HoldReply:
-        answer = await self._outside.opening(
-            CreditsActivities.pre_deduct, self._post(hold), summary="3 hold", minutes=self.opening_minutes
+        answer = await self._outside.setup(
+            CreditsActivities.pre_deduct, self._post(hold), summary="3 hold", minutes=self.setup_minutes
         )
         return self._granted(hold, answer)
 
@@ -191,7 +191,7 @@ class CreditHold(TaskHolds):
     def is_renewing(self) -> bool:
         return self._renewal is not None
 
-    def has_word(self) -> bool:
+    def has_update(self) -> bool:
         return any(task is not None and task.done() for task in (self._renewal, self._leaver))
 
     def check(self) -> None:
@@ -233,7 +233,7 @@ class CreditHold(TaskHolds):
         self._renewal = asyncio.create_task(self._renew(max(self.covered, self._wanted)))
 
     async def _renew(self, amount: int) -> None:
-        with suppress(RenewalPutDown):
+        with suppress(RenewalSuspended):
             if self.standing is None and self.state.uncovered_since is not None:
                 await self._cover_again(amount, self.state.uncovered_since)
             else:
@@ -256,7 +256,7 @@ class CreditHold(TaskHolds):
         if old is None:
             return
         if workflow.now() >= self._expires_at(old):
-            self._tell_uncovered("The credits service did not answer until the old hold had expired.")
+            self._publish_uncovered("The credits service did not answer until the old hold had expired.")
             self.state.uncovered_since = None
         await self._leave(old, "renewed")
 
@@ -266,10 +266,10 @@ class CreditHold(TaskHolds):
         self.state.checkpoint_passed = False
         try:
             await self._leave(old, "renewed", self._returned_or_closing)
-        except RenewalPutDown:
-            self._tell_uncovered(TOO_SHORT)
+        except RenewalSuspended:
+            self._publish_uncovered(TOO_SHORT)
             raise
-        self._tell_uncovered(TOO_SHORT)
+        self._publish_uncovered(TOO_SHORT)
         self.state.uncovered_since = since = workflow.now()
         await self._cover_again(amount, since)
 
@@ -286,7 +286,7 @@ class CreditHold(TaskHolds):
             if self.state.checkpoint_passed or workflow.now() - since >= self.uncovered_limit:
                 self._exhausted = refusal
                 return
-            await self._outside.waited(
+            await self._outside.wait_for(
                 REFUSED_AGAIN_AFTER, lambda: self._is_closing or self.state.checkpoint_passed, summary="3 hold: refused"
             )
 
@@ -298,18 +298,18 @@ class CreditHold(TaskHolds):
     def _may_renew(self) -> None:
         if self._is_closing:
             raise HoldRefused(no_answer())
-        if self._outside.is_put_down:
-            raise RenewalPutDown
+        if self._outside.is_suspended:
+            raise RenewalSuspended
 
     async def _ask_renewing(self, hold: AskedHold) -> HoldReply:
         """An outage is no refusal: it is retried, also uncovered, and recorded."""
         is_repeat = self.state.asking == hold.n
         self.state.asking = hold.n
-        answer = await self._outside.beside(
+        answer = await self._outside.in_background(
             CreditsActivities.pre_deduct, self._post(hold), summary="3 hold", give_up=lambda: self._is_closing
         )
         if answer is None and not self._is_closing:
-            raise RenewalPutDown
+            raise RenewalSuspended
         self.state.asking = None
         if answer is None:
             raise HoldRefused(no_answer())
@@ -317,9 +317,9 @@ class CreditHold(TaskHolds):
         return self._granted(hold, answer)
 
     async def _returned_or_closing(self, is_back: Callable[[], bool]) -> None:
-        await workflow.wait_condition(lambda: is_back() or self._is_closing or self._outside.is_put_down)
+        await workflow.wait_condition(lambda: is_back() or self._is_closing or self._outside.is_suspended)
         if not is_back() and not self._is_closing:
-            raise RenewalPutDown
+            raise RenewalSuspended
 
     # Before anything is settled or given back
 
@@ -331,7 +331,7 @@ class CreditHold(TaskHolds):
             await workflow.wait([self._renewal])
             self._take_up()
         self._raise_if_exhausted()
-        self.take_up()
+        self.resume()
         await self._all_left()
 
     def close(self) -> None:
@@ -347,6 +347,6 @@ class CreditHold(TaskHolds):
             self._renewal = None
         await super().give_back(reason)
 
-    def _tell_uncovered(self, why: str) -> None:
+    def _publish_uncovered(self, why: str) -> None:
         now = workflow.now().isoformat()
-        self._record.tell_exception(f"uncovered:{now}", ExceptionCode.UNCOVERED, why)
+        self._record.record_exception(f"uncovered:{now}", ExceptionCode.UNCOVERED, why)

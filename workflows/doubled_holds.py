@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from temporalio import workflow
 
-from comfyui_temporal.contracts.carried import HoldState
+from comfyui_temporal.contracts.continuation import HoldState
 from comfyui_temporal.contracts.credits import CancelHoldReply
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode
 from workflows.ledger_search import LedgerSearch
@@ -47,7 +47,7 @@ class DoubledHolds:
             self._tell("nameless", doubled.nameless_points, whose, holds=doubled.nameless)
 
     def _tell(self, key: str, amount: int, what_next: str, **details: Any) -> None:
-        self._record.tell_exception(
+        self._record.record_exception(
             f"hold_doubled:{key}",
             ExceptionCode.HOLD_DOUBLED,
             f"Another hold of {amount} points was taken when the credits service was asked again. {what_next}",

@@ -30,7 +30,7 @@ def was_stopped(answer: Answer[Any]) -> bool:
     return answer.refusal is not None and answer.refusal.message == TASK_ENDED
 
 
-class LifeTold:
+class EarlierLives:
     """All that was told so far; one of the concerns of a run that waits for its job."""
 
     def __init__(self) -> None:
@@ -41,34 +41,34 @@ class LifeTold:
         """Whether something may have been done for the task that this run does not know."""
         return self.life.is_possible
 
-    def heard(self, answer: Answer[Any]) -> None:
+    def learn_from(self, answer: Answer[Any]) -> None:
         if answer.earlier_life is not None:
-            self.note(answer.earlier_life)
+            self.add(answer.earlier_life)
 
-    def note(self, life: EarlierLife) -> None:
+    def add(self, life: EarlierLife) -> None:
         """What was told once stays so: a store that is away, say, tells nothing of what it knew before."""
         known = self.life
         flags = {name: True for name in EarlierLife.model_fields if getattr(known, name) is True}
         self.life = life.model_copy(update={**flags, "lives": max(known.lives, life.lives), "is_known": False})
 
-    def obey(self) -> None:
+    def raise_if_ended(self) -> None:
         """Raise RowEnded where nothing more may be begun."""
         if self.life.must_stop:
             raise RowEnded()
 
     # As a concern of the follow loop
 
-    def has_word(self) -> bool:
+    def has_update(self) -> bool:
         return self.life.must_stop
 
     def due(self) -> datetime | None:
         return None
 
     def check(self) -> None:
-        self.obey()
+        self.raise_if_ended()
 
 
-def is_own_key(answer: Answer[Any], told: LifeTold) -> bool:
+def is_key_of_earlier_life(answer: Answer[Any], told: EarlierLives) -> bool:
     """Whether a key was used by an earlier life of the task, with another body."""
     return answer.refusal is not None and answer.refusal.message == "idempotency_conflict" and told.is_possible
 
@@ -77,7 +77,7 @@ class EarlierLifePossible(Exception):
     """A call that settles was not made: the task's ledger is read first."""
 
 
-def obey_life(answer: Answer[Any]) -> None:
+def raise_unless_settled(answer: Answer[Any]) -> None:
     """Raise RowEnded or EarlierLifePossible where a call that settles was not made."""
     if was_stopped(answer):
         raise RowEnded()

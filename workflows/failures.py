@@ -64,7 +64,7 @@ class TaskFailed(TaskEnd):
         return cls(code, details.message or f"The task had failed with {details.code}.", details)
 
 
-def why(error: FailureError, unavailable: FailureCode) -> TaskFailed:
+def failure_from(error: FailureError, unavailable: FailureCode) -> TaskFailed:
     """The failure that an activity gave up with: its last attempt's own code and sentence, else `unavailable`."""
     known = {code.value for code in FailureCode}
     cause: BaseException | None = error

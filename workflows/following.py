@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Final, Protocol
 
-from comfyui_temporal.contracts.carried import JobNews
+from comfyui_temporal.contracts.continuation import JobUpdate
 from workflows.alarm import Alarm
 from workflows.job_clock import JobClock
 from workflows.job_watch import JobWatch
@@ -18,7 +18,7 @@ SUMMARY: Final = "4 wait: callback, poll, deadline"
 class Concern(Protocol):
     """Something that is looked after while a job runs."""
 
-    def has_word(self) -> bool:
+    def has_update(self) -> bool:
         """Whether it wants to be looked at at once."""
 
     def due(self) -> datetime | None:
@@ -50,7 +50,7 @@ class Following:
         self._concerns = concerns
         self._continue_as_new = continue_as_new
 
-    async def job_end(self) -> JobNews:
+    async def job_end(self) -> JobUpdate:
         """The current job's last word, good or bad. Raises TaskEnd, or continues as new."""
         while True:
             self._watch.read()
@@ -58,16 +58,16 @@ class Following:
             if newest is not None and newest.is_final:
                 self._watch.stop_polling()
                 return newest
-            self._stop.obey()
+            self._stop.raise_if_requested()
             for concern in self._concerns:
                 concern.check()
             if await self._continue_as_new():
                 continue
-            self._clock.tell_wait()
-            await self._alarm.until(self._has_word, self._next_due(), SUMMARY)
+            self._clock.show_wait()
+            await self._alarm.until(self._has_update, self._next_due(), SUMMARY)
 
-    def _has_word(self) -> bool:
-        return self._stop.requested or any(concern.has_word() for concern in self._concerns)
+    def _has_update(self) -> bool:
+        return self._stop.requested or any(concern.has_update() for concern in self._concerns)
 
     def _next_due(self) -> datetime | None:
         dues = [due for concern in self._concerns if (due := concern.due()) is not None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from comfyui_temporal.contracts.carried import AskedHold, HoldState
+from comfyui_temporal.contracts.continuation import AskedHold, HoldState
 from comfyui_temporal.contracts.credits import CancelHoldReply
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode, Refusal
 from workflows.hold_ends import HoldEnds
@@ -105,7 +105,7 @@ class ForgottenHolds:
         if answer is None or answer.refusal is None:
             return False
         if answer.refusal.message not in ("pre_deduct_already_processed", "pre_deduct_not_found"):
-            self._tell_left(pre_deduct_id, answer.refusal)
+            self._publish_left(pre_deduct_id, answer.refusal)
         return answer.refusal.message == "pre_deduct_already_processed"
 
     def _learn_charged(self, ledger: TaskLedger | None) -> None:
@@ -116,9 +116,9 @@ class ForgottenHolds:
         self.was_committed = bool(ledger.commits)
         self._state.charged = max(self._state.charged, charged)
 
-    def _tell_left(self, pre_deduct_id: str, refusal: Refusal) -> None:
+    def _publish_left(self, pre_deduct_id: str, refusal: Refusal) -> None:
         self._ends.left_open()
-        self._record.tell_exception(
+        self._record.record_exception(
             f"hold_left:{pre_deduct_id}",
             ExceptionCode.HOLD_LEFT_TO_EXPIRY,
             f"Hold {pre_deduct_id}, taken before the run was reset, could not be cancelled. {refusal.sentence}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from comfyui_temporal.contracts.calls import JobCall
-from comfyui_temporal.contracts.carried import JobNews
+from comfyui_temporal.contracts.continuation import JobUpdate
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode, FailureCode
 from workflows.attempts import Attempts
 from workflows.job_routes import JobRoutes
@@ -41,7 +41,7 @@ class ForgottenJobs:
                 self._routes.cancel, call, summary="5 cancel job"
             )
             if answer is not None and answer.refusal is not None and answer.refusal.code is not FailureCode.LOST:
-                self._record.tell_exception(
+                self._record.record_exception(
                     f"undo_job:{job_id}",
                     ExceptionCode.UNDO_UNFINISHED,
                     f"Job {job_id}, asked for before the run was reset, could not be cancelled; it runs out. "
@@ -49,7 +49,7 @@ class ForgottenJobs:
                     job_id=job_id,
                 )
 
-    async def delivery(self) -> JobNews | None:
+    async def delivery(self) -> JobUpdate | None:
         """What any job of the task delivered: the task was charged, so it is handed out."""
         own = self._own()
         for job_id in reversed([*sorted(own), *self._look.forgotten_jobs(own)]):

@@ -18,7 +18,7 @@ from activities.credits import CreditsActivities
 from activities.datasets import DatasetActivities
 from activities.task_store import TaskStoreActivities
 from comfyui_temporal.contracts.calls import JobCall
-from comfyui_temporal.contracts.carried import AskedJob, ClockState, HoldState, JobNews, RecordState
+from comfyui_temporal.contracts.continuation import AskedJob, ClockState, HoldState, JobUpdate, RecordState
 from comfyui_temporal.contracts.errors import Answer, FailureCode
 from comfyui_temporal.contracts.give_back import (
     GiveBackOrder,
@@ -44,7 +44,7 @@ from workflows.alarm import Alarm
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskFailed
-from workflows.guards import given, input_invalid
+from workflows.guards import input_invalid, validated
 from workflows.job_clock import JobClock
 from workflows.job_routes import IMAGE_ROUTES, TRAINING_ROUTES
 from workflows.outside_call import HEARTBEAT_TIMEOUT, OutsideCall, TaskFor
@@ -91,7 +91,7 @@ class LeftRecord(TaskRecord):
             exceptions=exceptions,
         )
         try:
-            await self._outside.noted(TaskStoreActivities.write, write, summary="6 tell")
+            await self._outside.write_store(TaskStoreActivities.write, write, summary="6 tell")
         except FailureError as error:
             workflow.logger.error("The task store refused %d facts: %s", len(facts), error)
         self._backlog.written()
@@ -132,7 +132,7 @@ class LeftTask:
 
     async def _walk(self) -> GiveBackResult:
         self._stop.close()
-        self._record.waits_for("job and credits to be given back", None)
+        self._record.waiting_for("job and credits to be given back", None)
         # The same words whoever asks: a second give-back repeats key and body of the first.
         await self._undo.all("its run ended without its own clean-up")
         await self._finish_charges()
@@ -143,30 +143,30 @@ class LeftTask:
         credits = self._record.state.credits = self._hold.summary()
         is_charged = bool(self._hold.state.charged) or (self._left.cost is not None and credits.charged is None)
         if is_charged and workflow.patched(CHARGE_TOLD):
-            self._tell_settled()
+            self._publish_settled()
         if workflow.patched(LEDGER_READ):
-            await self._tell_difference(credits)
+            await self._publish_difference(credits)
         if is_charged:
-            await self._tell_completed()
+            await self._publish_completed()
         else:
-            await self._tell_own_end()
+            await self._publish_own_end()
         await self._record.all_written()
         outcome = outcome_of(credits, "given_back")
         return GiveBackResult(task_id=self._left.row.task_id, outcome=outcome, credits=credits)
 
-    async def _tell_own_end(self) -> None:
+    async def _publish_own_end(self) -> None:
         """Nothing was charged: the end that the run came to by itself, else that it came to none."""
         end = self._left.own_end
         if end is None or (end.status is TaskStatus.COMPLETED and self._record.state.credits.charged is None):
             self._record.failed(TaskFailed(FailureCode.INTERNAL, self._sentence()))
         elif end.status is TaskStatus.COMPLETED:
-            await self._tell_completed()
+            await self._publish_completed()
         elif end.status is TaskStatus.CANCELLED:
             self._record.end(TaskStatus.CANCELLED, EventType.CANCELLED, message="The task was cancelled.")
         else:
             self._record.failed(TaskFailed(end.code or FailureCode.INTERNAL, end.message))
 
-    async def _tell_difference(self, credits: CreditsSummary) -> None:
+    async def _publish_difference(self, credits: CreditsSummary) -> None:
         """What the events tell of points is what was charged, whatever the run has left untold."""
         if credits.charged is None:
             return
@@ -181,7 +181,7 @@ class LeftTask:
         )
         difference = -credits.charged - told
         if difference:
-            self._record.tell(
+            self._record.publish(
                 "difference",
                 EventType.CREDITS,
                 credits_delta=difference,
@@ -216,13 +216,13 @@ class LeftTask:
                 attempt_timeout=DELETE_TIMEOUT,
             )
 
-    def _tell_settled(self) -> None:
+    def _publish_settled(self) -> None:
         for hold in self._hold.state.asked:
             if hold.pre_deduct_id and hold.n not in self._ended_before:
-                self._hold.tell_as_held(hold)
+                self._hold.publish_held(hold)
         self._settlement.settled(None)
 
-    async def _tell_completed(self) -> None:
+    async def _publish_completed(self) -> None:
         """It was charged, so it was delivered: what was made is handed out."""
         state = self._record.state
         delivered = await self._delivered()
@@ -235,14 +235,14 @@ class LeftTask:
             TaskStatus.COMPLETED, EventType.COMPLETED, result_urls=state.result_urls or None, output=state.output
         )
 
-    async def _delivered(self) -> JobNews | None:
+    async def _delivered(self) -> JobUpdate | None:
         for job in reversed(self._left.jobs):
             news = await self._asked(job)
             if news is not None and news.succeeded:
                 return news
         return None
 
-    async def _asked(self, job: AskedJob) -> JobNews | None:
+    async def _asked(self, job: AskedJob) -> JobUpdate | None:
         if job.job_id is None:
             return None
         call = JobCall(call_for=self._outside.call_for, job_id=job.job_id)
@@ -256,7 +256,7 @@ class GiveBackWorkflow:
 
     @workflow.run
     async def run(self, order: GiveBackRun) -> GiveBackResult:
-        order = given(order, GiveBackRun)
+        order = validated(order, GiveBackRun)
         if workflow.info().workflow_id != give_back_id_of(order.task_id):
             raise input_invalid("task_id: the workflow id must be 'give-back-' followed by it")
         left = await workflow.execute_activity_method(

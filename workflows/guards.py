@@ -27,7 +27,7 @@ def input_invalid(why: str) -> ApplicationError:
     return ApplicationError(f"The input is not valid: {why}.", type=FailureCode.INPUT_INVALID, non_retryable=True)
 
 
-def given(argument: Any, model: type[Argument]) -> Argument:
+def validated(argument: Any, model: type[Argument]) -> Argument:
     """The run's argument, if it is one; to be asked in the run itself, for it depends on who gave it.
 
     A caller's doubtful argument ends the run cleanly with `input_invalid`. What another worker of ours took or handed
@@ -52,7 +52,7 @@ def _is_from_caller() -> bool:
     return info.continued_run_id is None and info.parent is None and not workflow.unsafe.is_replaying()
 
 
-def one_task(init: Callable[[Self, Task], None]) -> Callable[[Self, Task], None]:
+def validated_input(init: Callable[[Self, Task], None]) -> Callable[[Self, Task], None]:
     """Guard `@workflow.init`: exactly one argument of the right type, under the workflow id that belongs to it.
 
     A plain TypeError would fail the workflow task for ever; an ApplicationError raised here fails the run, with
@@ -63,7 +63,7 @@ def one_task(init: Callable[[Self, Task], None]) -> Callable[[Self, Task], None]
     def guarded(self: Self, *arguments: Any) -> None:
         if len(arguments) != 1:
             raise input_invalid(f"exactly one argument is taken, {len(arguments)} were given")
-        task = given(arguments[0], RunArgument)
+        task = validated(arguments[0], RunArgument)
         if workflow.info().workflow_id != workflow_id_of(getattr(task, "task_id", "")):
             raise input_invalid("task_id: the workflow id must be 'task-' followed by it")
         if getattr(task, "carried", None) is not None and workflow.info().continued_run_id is None:

@@ -5,7 +5,7 @@ On a ledger without ids a hold's end is told apart by them: it is one more than 
 
 from __future__ import annotations
 
-from comfyui_temporal.contracts.carried import HoldState
+from comfyui_temporal.contracts.continuation import HoldState
 from comfyui_temporal.contracts.tasks import SettlementState
 from workflows.task_ledger import HoldFate
 

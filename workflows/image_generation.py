@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from temporalio import workflow
 
-from comfyui_temporal.contracts.carried import ImageRun, JobNews
 from comfyui_temporal.contracts.comfyui import JobAccepted, JobRequest, TaskPriority
+from comfyui_temporal.contracts.continuation import ImageRun, JobUpdate
 from comfyui_temporal.contracts.credits import EstimateRequest
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
 from comfyui_temporal.contracts.prices import UnknownPrice
 from comfyui_temporal.contracts.task_store import RecordedPrices
 from comfyui_temporal.contracts.tasks import ImageProgress, ImageResult, TaskStatus
 from workflows.failures import TaskEnd, TaskFailed
-from workflows.guards import one_task
+from workflows.guards import validated_input
 from workflows.job_routes import IMAGE_ROUTES
 from workflows.task_flow import TaskFlow
 
@@ -22,15 +22,15 @@ class ImageGenerationWorkflow(TaskFlow[ImageRun, ImageResult]):
     """One image: submit, agree on the price, hold, wait for delivery, settle, tell."""
 
     @workflow.init
-    @one_task
+    @validated_input
     def __init__(self, task: ImageRun) -> None:
         super().__init__(task, IMAGE_ROUTES)
 
     @workflow.run
     async def run(self, task: ImageRun) -> ImageResult:
-        return await self.stop.uninterrupted(self.walk(), self.record.write_facts())
+        return await self.stop.uninterrupted(self.steps(), self.record.write_facts())
 
-    async def walk(self) -> ImageResult:
+    async def steps(self) -> ImageResult:
         await self.accept(self.task.resolution.value)  # row 0
         try:
             delivery = await self.reach_delivery()  # rows 1 to 4
@@ -39,15 +39,15 @@ class ImageGenerationWorkflow(TaskFlow[ImageRun, ImageResult]):
             return await self.give_back(end)
         return await self.settle(delivery, cost)  # rows 5 and 6: from here nothing is undone
 
-    async def reach_delivery(self) -> JobNews:
+    async def reach_delivery(self) -> JobUpdate:
         end = await (self.following.job_end() if self.is_continued else self.attempt())
         while not end.succeeded:
-            await self.attempts.another_after(end)
+            await self.attempts.wait_to_retry(end)
             end = await self.attempt()
         await self.delivered()
         return end
 
-    async def attempt(self) -> JobNews:
+    async def attempt(self) -> JobUpdate:
         table = self.table_price()
         job = await self.submit()  # row 1
         cost = await self.agree(job, table)  # row 2
@@ -110,14 +110,14 @@ class ImageGenerationWorkflow(TaskFlow[ImageRun, ImageResult]):
         except UnknownPrice as error:
             raise TaskFailed(FailureCode.INPUT_INVALID, f"The input is not valid: {error}.") from None
 
-    def cost_of(self, delivery: JobNews) -> int:
+    def cost_of(self, delivery: JobUpdate) -> int:
         """Points to charge (contract §5 *Charged*). Raises TaskFailed `reply_invalid` for a negative cost."""
         asked = delivery.actual_cost if delivery.actual_cost is not None else self.price.job_estimate
         if asked < 0:
             raise TaskFailed(FailureCode.REPLY_INVALID, f"ComfyUI states a cost of {asked} points; nothing is charged.")
         usable = self.hold.usable
         if asked > usable:
-            self.record.tell_exception(
+            self.record.record_exception(
                 "cost_above_hold",
                 ExceptionCode.COST_ABOVE_HOLD,
                 f"ComfyUI asks {asked} points, {usable} are held; no more than these are charged.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from temporalio import workflow
 
-from comfyui_temporal.contracts.carried import JobNews, WatchState
+from comfyui_temporal.contracts.continuation import JobUpdate, WatchState
 from comfyui_temporal.contracts.size_budget import MAX_INBOX, MAX_INBOX_BYTES
 from workflows.measured import Measured
 
@@ -19,7 +19,7 @@ class Inbox:
     def __init__(self, state: WatchState) -> None:
         self._messages = Measured(state.inbox)
 
-    def put(self, news: JobNews) -> None:
+    def put(self, news: JobUpdate) -> None:
         messages = self._messages
         if len(messages.items) >= MAX_INBOX:
             messages.remove(next((i for i, message in enumerate(messages.items) if not message.is_final), 0))
@@ -27,7 +27,7 @@ class Inbox:
         while len(messages.items) > 1 and self._is_too_large():
             messages.remove(self._least())
 
-    def take_all(self) -> list[JobNews]:
+    def take_all(self) -> list[JobUpdate]:
         """The messages in the order in which they came; the inbox is empty afterwards."""
         taken = list(self._messages.items)
         self._messages.remove_first(len(taken))

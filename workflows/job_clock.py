@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 from temporalio import workflow
 
-from comfyui_temporal.contracts.carried import ClockState
+from comfyui_temporal.contracts.continuation import ClockState
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
 from comfyui_temporal.contracts.fields import minutes_from
 from comfyui_temporal.contracts.tasks import EventType, TaskStatus
@@ -89,10 +89,10 @@ class JobClock:
 
     # What the follow loop asks
 
-    def tell_wait(self) -> None:
-        self._record.waits_for("ComfyUI: callback or poll", self.deadline())
+    def show_wait(self) -> None:
+        self._record.waiting_for("ComfyUI: callback or poll", self.deadline())
 
-    def has_word(self) -> bool:
+    def has_update(self) -> bool:
         return False
 
     def due(self) -> datetime:
@@ -125,8 +125,8 @@ class JobClock:
         self._state.sla_told = True
         minutes = f"{self.queue_sla_minutes:g}"
         message = f"Still queued after {minutes} minutes, longer than promised; the task goes on."
-        self._record.tell_exception("queue_sla", ExceptionCode.QUEUE_SLA_MISSED, message)
-        self._record.tell("queue_sla", EventType.RUNNING, message=message)
+        self._record.record_exception("queue_sla", ExceptionCode.QUEUE_SLA_MISSED, message)
+        self._record.publish("queue_sla", EventType.RUNNING, message=message)
 
     def _timeout_sentence(self) -> str:
         started = self._state.attempt_start or workflow.now()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from activities.comfyui import ComfyUIActivities
-from comfyui_temporal.contracts.carried import JobNews
 from comfyui_temporal.contracts.comfyui import JobCallback, JobState, TrainingCallback, TrainingState
+from comfyui_temporal.contracts.continuation import JobUpdate
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class JobRoutes:
     submit_summary: str
     callback: type[JobCallback] | type[TrainingCallback]
 
-    def news_of(self, body: dict[str, Any]) -> JobNews:
+    def news_of(self, body: dict[str, Any]) -> JobUpdate:
         """Raises pydantic.ValidationError where the body is no message of this kind."""
         return self.news_of_state(self.callback.model_validate(body))
 
-    def news_of_state(self, state: JobState | TrainingState) -> JobNews:
-        return JobNews.of_job(state) if isinstance(state, JobState) else JobNews.of_training(state)
+    def news_of_state(self, state: JobState | TrainingState) -> JobUpdate:
+        return JobUpdate.of_job(state) if isinstance(state, JobState) else JobUpdate.of_training(state)
 
 
 IMAGE_ROUTES = JobRoutes(

@@ -12,13 +12,13 @@ from temporalio.exceptions import FailureError, is_cancelled_exception
 from temporalio.workflow import ActivityHandle
 
 from comfyui_temporal.contracts.calls import JobCall
-from comfyui_temporal.contracts.carried import JobNews, WatchState
 from comfyui_temporal.contracts.comfyui import JobState, TrainingState
+from comfyui_temporal.contracts.continuation import JobUpdate, WatchState
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, FailureCode
 from comfyui_temporal.contracts.outside_json import UnreadableJson, read_json
 from comfyui_temporal.contracts.size_budget import MAX_READ_BYTES, MAX_SIGNAL_BYTES, SMALL_SIGNAL_BYTES
 from comfyui_temporal.contracts.tasks import TaskStatus
-from workflows.failures import TaskFailed, why
+from workflows.failures import TaskFailed, failure_from
 from workflows.inbox import Inbox
 from workflows.job_routes import JobRoutes
 from workflows.outside_call import RETRY_SILENCE_ONLY, UNREADABLE_FOR, OutsideCall
@@ -45,13 +45,13 @@ class JobWatch:
         self.poll_after_seconds = 30.0
         self.poll_at_most_seconds = 120.0
         self._poll: ActivityHandle[Answer[JobState]] | ActivityHandle[Answer[TrainingState]] | None = None
-        self._told: list[Callable[[JobNews], None]] = []
+        self._told: list[Callable[[JobUpdate], None]] = []
         self._read_bytes = 0
 
     def carry(self) -> WatchState:
         return self.state
 
-    def on_news(self, told: Callable[[JobNews], None]) -> None:
+    def on_news(self, told: Callable[[JobUpdate], None]) -> None:
         """Have `told` called with every message that is applied, in order."""
         self._told.append(told)
 
@@ -65,7 +65,7 @@ class JobWatch:
             return
         self._inbox.put(news)
 
-    def _read(self, payload: bytes | None) -> JobNews | None:
+    def _read(self, payload: bytes | None) -> JobUpdate | None:
         if payload is None or not self._may_read(len(payload)):
             return None
         try:
@@ -85,7 +85,7 @@ class JobWatch:
 
     # The current job
 
-    def follow(self, job_id: str, *, first: JobNews | None = None) -> None:
+    def follow(self, job_id: str, *, first: JobUpdate | None = None) -> None:
         """From now on `job_id` is the job that counts; an earlier one's messages are counted, never applied."""
         if self.state.current is not None and self.state.current != job_id:
             self.state.earlier.append(self.state.current)
@@ -103,7 +103,7 @@ class JobWatch:
         """A training was started: its silence counts from here."""
         self.state.last_news_at = workflow.now()
 
-    def has_word(self) -> bool:
+    def has_update(self) -> bool:
         """Whether `read` has something to do."""
         if self.state.current is None:
             return False
@@ -125,10 +125,10 @@ class JobWatch:
             self._take_poll()
 
     @property
-    def newest(self) -> JobNews | None:
+    def newest(self) -> JobUpdate | None:
         return self.state.newest
 
-    def _apply(self, news: JobNews) -> None:
+    def _apply(self, news: JobUpdate) -> None:
         newest = self.state.newest
         if newest is not None and (news.sequence <= newest.sequence or newest.is_final):
             return
@@ -141,7 +141,7 @@ class JobWatch:
         self._record.apply(news, attempt_changed=newest is None)
         for told in self._told:
             told(news)
-        self._record.tell_progress(news, is_new_stage=is_new_stage or news.is_final)
+        self._record.publish_progress(news, is_new_stage=is_new_stage or news.is_final)
 
     # Polling covers for callbacks that stay out
 
@@ -183,7 +183,7 @@ class JobWatch:
             if is_cancelled_exception(error):
                 return
             self._silent_again()
-            self._unreadable(why(error, FailureCode.COMFYUI_UNAVAILABLE))
+            self._unreadable(failure_from(error, FailureCode.COMFYUI_UNAVAILABLE))
             return
         self.state.unreadable, self.state.unreadable_since = "", None
         self._silent_again()
@@ -223,5 +223,5 @@ class JobWatch:
         self.state.newest = (
             newest.model_copy(update={"error": details, "succeeded": False})
             if newest is not None
-            else JobNews(job_id=self.state.current, sequence=0, status=TaskStatus.QUEUED, error=details)
+            else JobUpdate(job_id=self.state.current, sequence=0, status=TaskStatus.QUEUED, error=details)
         )

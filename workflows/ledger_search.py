@@ -15,7 +15,7 @@ from temporalio.exceptions import FailureError
 
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import LedgerQuery
-from comfyui_temporal.contracts.carried import AskedHold, HoldState
+from comfyui_temporal.contracts.continuation import AskedHold, HoldState
 from comfyui_temporal.contracts.credits import LedgerEntry, LedgerKind
 from workflows.outside_call import OutsideCall
 from workflows.task_ledger import Found, HoldFate, OpenHolds, TaskLedger

@@ -27,9 +27,9 @@ from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.tasks import PRIORITY_KEYS
 from workflows.alarm import Alarm
 from workflows.earlier_life import is_of_store, was_stopped
-from workflows.failures import RowEnded, why
+from workflows.failures import RowEnded, failure_from
+from workflows.interruptible import Waiting
 from workflows.stop import Stop
-from workflows.waiting import Waiting
 
 Argument = TypeVar("Argument")
 Reply = TypeVar("Reply")
@@ -90,9 +90,9 @@ class OutsideCall:
         self.priority = Priority(priority_key=PRIORITY_KEYS[task.priority], fairness_key=task.tenant_id)
         self._stop = stop
         self.waiting = waiting or Waiting(stop, Alarm())
-        self.told = self.waiting.told
-        self._is_put_down = False
-        self._beside = 0
+        self.earlier = self.waiting.earlier
+        self._is_suspended = False
+        self._in_background = 0
 
     def key(self, step: str, n: int | str) -> str:
         """`X-Idempotency-Key` (contract §2, §4)."""
@@ -103,9 +103,9 @@ class OutsideCall:
 
         To be asked before a call is noted: the undo learns of what is noted by asking for it, and would begin it.
         """
-        self.waiting.obey()
+        self.waiting.raise_if_interrupted()
 
-    async def opening(
+    async def setup(
         self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str, minutes: float
     ) -> Answer[Reply]:
         """A call that begins something, retried for `minutes`, which a task store that is away does not use up.
@@ -115,7 +115,7 @@ class OutsideCall:
         RowEnded where the task has ended.
         """
         while True:
-            self.waiting.obey()
+            self.waiting.raise_if_interrupted()
             handle = self.visible(method, argument, summary=summary, within=timedelta(minutes=minutes))
             end = await self.waiting.answered(handle, summary=f"{summary}: look after the hold meanwhile")
             if not handle.done():
@@ -124,13 +124,13 @@ class OutsideCall:
                 answer = await handle
             except FailureError as error:
                 # Not always as cancelled: an attempt that fails before it hears of the wish ends as its own failure.
-                self._stop.obey()
+                self._stop.raise_if_requested()
                 if end is not None:
                     raise end from error
                 if is_of_store(error):
                     continue
-                raise why(error, _unavailable(method)) from error
-            self.told.heard(answer)
+                raise failure_from(error, _unavailable(method)) from error
+            self.earlier.learn_from(answer)
             if was_stopped(answer):
                 raise RowEnded()
             return answer
@@ -158,23 +158,23 @@ class OutsideCall:
             except FailureError as error:
                 if is_cancelled_exception(error):
                     return None
-                failure = why(error, _unavailable(method))
+                failure = failure_from(error, _unavailable(method))
             else:
                 answer.tries += rounds
-                self.told.heard(answer)
+                self.earlier.learn_from(answer)
                 return answer
             rounds += 1
             unreadable_until = unreadable_until or workflow.now() + UNREADABLE_FOR
             if workflow.now() >= unreadable_until:
                 return Answer(refusal=_unreadable(str(failure)))
             rest = unreadable_until - workflow.now()
-            if await self.waited(min(wait, rest), give_up, summary=f"{summary}: unreadable answer, asked again"):
+            if await self.wait_for(min(wait, rest), give_up, summary=f"{summary}: unreadable answer, asked again"):
                 return None
             wait = min(2 * wait, ASK_AGAIN_AT_MOST)
 
     # Calls beside the flow
 
-    async def beside(
+    async def in_background(
         self,
         method: Method[Argument, Answer[Reply]],
         argument: Argument,
@@ -183,38 +183,38 @@ class OutsideCall:
         give_up: Callable[[], bool] = lambda: False,
     ) -> Answer[Reply] | None:
         """`until_answered` for a call that the flow does not wait for: None also where it was put down."""
-        if self._is_put_down:
+        if self._is_suspended:
             return None
-        self._beside += 1
+        self._in_background += 1
         try:
             return await self.until_answered(
-                method, argument, summary=summary, give_up=lambda: self._is_put_down or give_up()
+                method, argument, summary=summary, give_up=lambda: self._is_suspended or give_up()
             )
         finally:
-            self._beside -= 1
+            self._in_background -= 1
 
-    def has_beside(self) -> bool:
+    def has_background_calls(self) -> bool:
         """Whether a call beside the flow is in flight: its answer would be heard by nobody."""
-        return self._beside > 0
+        return self._in_background > 0
 
     @property
-    def is_put_down(self) -> bool:
-        return self._is_put_down
+    def is_suspended(self) -> bool:
+        return self._is_suspended
 
-    async def put_down(self) -> None:
+    async def suspend(self) -> None:
         """Wait until no call is left beside the flow, each after its attempt in flight, or a stop is asked for.
 
         None begins from here on: one that began while the run closes would be left behind.
         """
-        self._is_put_down = True
-        if self.has_beside():
-            await workflow.wait_condition(lambda: self._stop.requested or not self.has_beside())
+        self._is_suspended = True
+        if self.has_background_calls():
+            await workflow.wait_condition(lambda: self._stop.requested or not self.has_background_calls())
 
-    def take_up(self) -> None:
+    def resume(self) -> None:
         """Calls may be made again: the run did not continue as new after all, or its end has begun."""
-        self._is_put_down = False
+        self._is_suspended = False
 
-    async def waited(self, span: timedelta, happened: Callable[[], bool], *, summary: str) -> bool:
+    async def wait_for(self, span: timedelta, happened: Callable[[], bool], *, summary: str) -> bool:
         """Wait until `happened()`, for `span` at most; whether it happened."""
         try:
             await workflow.wait_condition(happened, timeout=span, timeout_summary=summary)
@@ -222,23 +222,23 @@ class OutsideCall:
             return False
         return True
 
-    async def unless_stopped(self, happened: Callable[[], bool]) -> None:
+    async def wait_unless_stopped(self, happened: Callable[[], bool]) -> None:
         """Wait until `happened()`. Raises TaskStopped where a stop was asked for before."""
         await workflow.wait_condition(lambda: happened() or self._stop.requested)
         if not happened():
-            self._stop.obey()
+            self._stop.raise_if_requested()
 
-    async def reading(
+    async def read(
         self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str, minutes: float
     ) -> Answer[Reply]:
         """A call that changes nothing: a short local try, then a visible one. Raises as `opening`."""
-        self.waiting.obey()
+        self.waiting.raise_if_interrupted()
         try:
             return await self._local_try(method, argument, summary=summary)
         except _NoLocalAnswer:
-            return await self.opening(method, argument, summary=summary, minutes=minutes)
+            return await self.setup(method, argument, summary=summary, minutes=minutes)
 
-    async def noted(
+    async def write_store(
         self, method: Method[Argument, Result], argument: Argument, *, summary: str, is_recorded: bool = True
     ) -> Result:
         """A keyed write to our own store: a short local try, then a visible one without end.
@@ -253,7 +253,7 @@ class OutsideCall:
             pass
         return await self.visible(method, argument, summary=summary)
 
-    async def looked(
+    async def read_store(
         self, method: Method[Argument, Result], argument: Argument, *, summary: str, within: timedelta
     ) -> Result:
         """A read of our own store: a short local try, then a visible one. Raises FailureError where none answers."""

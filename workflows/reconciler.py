@@ -18,7 +18,7 @@ from comfyui_temporal.contracts.give_back import GiveBackRun, give_back_id_of
 from comfyui_temporal.contracts.reconcile import ClosedRun, OpenTasksLook, ReconcileOrder, ReconcileResult
 from workflows.correction import Corrections
 from workflows.give_back import GiveBackWorkflow
-from workflows.guards import given
+from workflows.guards import validated
 from workflows.outside_call import HEARTBEAT_TIMEOUT
 
 LOOK_TIMEOUT: Final = timedelta(minutes=1)
@@ -38,7 +38,7 @@ class ReconcileWorkflow:
 
     @workflow.run
     async def run(self, order: ReconcileOrder) -> ReconcileResult:
-        order = given(order, ReconcileOrder)
+        order = validated(order, ReconcileOrder)
         closed, cursor, unseen = await self._found_closed(order)
         if closed:
             summary = f"look again at {len(closed)} closed runs"

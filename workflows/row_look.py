@@ -9,7 +9,7 @@ from temporalio import workflow
 from temporalio.exceptions import FailureError
 
 from activities.task_store import TaskStoreActivities
-from comfyui_temporal.contracts.carried import not_left_out
+from comfyui_temporal.contracts.continuation import not_left_out
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.task_store import LookOrder, TaskRow
@@ -25,7 +25,7 @@ LOOK_AGAIN_AT_MOST: Final = timedelta(seconds=30)
 
 
 class RowLook:
-    """Looks at the row. What it finds is told to `outside.told` too."""
+    """Looks at the row. What it finds is told to `outside.earlier` too."""
 
     def __init__(self, outside: OutsideCall) -> None:
         self._outside = outside
@@ -36,7 +36,7 @@ class RowLook:
 
     @property
     def told(self) -> EarlierLife:
-        return self._outside.told.life
+        return self._outside.earlier.life
 
     async def once(self) -> None:
         """Look once; where the store does not answer, an earlier life counts as possible."""
@@ -46,14 +46,14 @@ class RowLook:
             run_number=self._outside.call_for.run_number,
         )
         try:
-            seen = await self._outside.looked(
+            seen = await self._outside.read_store(
                 TaskStoreActivities.look, order, summary="5 look at the row", within=LOOK_WITHIN
             )
         except FailureError:
-            self._outside.told.note(EarlierLife(is_store_away=True))
+            self._outside.earlier.add(EarlierLife(is_store_away=True))
             self.told_points = None
             return
-        self._outside.told.note(seen.life)
+        self._outside.earlier.add(seen.life)
         self.row, self.told_points = seen.row, seen.told_points
         if seen.life_seconds is not None and not seen.life.has_ended:
             self._in_flight_until = workflow.now() + ATTEMPT_TIMEOUT - timedelta(seconds=seen.life_seconds)
@@ -99,7 +99,7 @@ class RowRead(RowLook):
     def __init__(self, outside: OutsideCall, row: TaskRow) -> None:
         super().__init__(outside)
         self.row = row
-        outside.told.note(EarlierLife(lives=row.lives))
+        outside.earlier.add(EarlierLife(lives=row.lives))
 
     async def once(self) -> None:
         return

@@ -8,13 +8,13 @@ from temporalio import workflow
 
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import Post
-from comfyui_temporal.contracts.carried import AskedHold
+from comfyui_temporal.contracts.continuation import AskedHold
 from comfyui_temporal.contracts.credits import ChargeRequest, CommitRequest, HoldReply
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode, Refusal
 from comfyui_temporal.contracts.tasks import EventType, ImageTask, SettlementState, TrainingTask
 from workflows.charges import Charges, ChargeUnknown
 from workflows.credit_hold import CreditHold
-from workflows.earlier_life import EarlierLifePossible, is_own_key, obey_life
+from workflows.earlier_life import EarlierLifePossible, is_key_of_earlier_life, raise_unless_settled
 from workflows.outside_call import OutsideCall
 from workflows.task_ledger import HoldFate
 from workflows.task_record import TaskRecord
@@ -49,7 +49,7 @@ class Settlement:
         Raises RowEnded where an earlier life has ended the task.
         """
         try:
-            if self._outside.told.is_possible:
+            if self._outside.earlier.is_possible:
                 raise EarlierLifePossible()
             await self._charge(cost)
         except EarlierLifePossible:
@@ -57,13 +57,13 @@ class Settlement:
 
     async def _left_by_earlier_lives(self, cost: int) -> int:
         """What is to be charged of `cost`, counting what the ledger shows: a commit of any hold settles the task."""
-        self._outside.told.obey()
+        self._outside.earlier.raise_if_ended()
         forgotten = self._hold.forgotten
         await forgotten.give_back("another hold of the task is committed", keep_one=True)
-        self._outside.told.obey()  # it has looked at the row
+        self._outside.earlier.raise_if_ended()  # it has looked at the row
         self.charges.taken_before()
         if self._hold.state.is_unknown:
-            self._tell_unknown(self._hold.standing, cost, ChargeUnknown("The task's run was reset."))
+            self._publish_unknown(self._hold.standing, cost, ChargeUnknown("The task's run was reset."))
         return self._hold.state.charged if forgotten.was_committed or self._hold.state.is_unknown else cost
 
     async def _charge(self, cost: int) -> None:
@@ -71,7 +71,7 @@ class Settlement:
         if standing is not None:
             standing.told = standing.told or standing.amount  # of a run from before this was noted
         cost -= self._hold.state.charged  # what a hold was committed for by somebody else counts
-        if cost <= 0 or (standing is None and not self._outside.told.is_possible):
+        if cost <= 0 or (standing is None and not self._outside.earlier.is_possible):
             await self._hold.give_back("nothing is charged")
             self.settled(None)
             return
@@ -83,7 +83,7 @@ class Settlement:
             charged, balance_after = await self._commit(standing, min(cost, standing.usable))
         except ChargeUnknown as unknown:
             charged, is_unknown = unknown.charged, True
-            self._tell_unknown(standing, cost, unknown)
+            self._publish_unknown(standing, cost, unknown)
         standing.resolved = True
         self._hold.state.charged += charged
         await self._hold.give_back("another hold was committed")
@@ -91,7 +91,7 @@ class Settlement:
         if missing > 0 and charged == standing.usable and self.charge_shortfall:
             missing, balance_after = await self._charge_missing(standing, missing, balance_after)
         if missing > 0:
-            self.tell_shortfall(missing)
+            self.record_shortfall(missing)
         self.settled(balance_after)
 
     async def _charge_without_hold(self, cost: int) -> None:
@@ -99,7 +99,7 @@ class Settlement:
         missing, balance_after = await self._charge_missing(None, cost, None)
         await self._hold.give_back("nothing is committed")
         if missing > 0:
-            self.tell_shortfall(missing)
+            self.record_shortfall(missing)
         self.settled(balance_after)
 
     async def _charge_missing(
@@ -110,7 +110,7 @@ class Settlement:
             more = await self.charges.take(missing)
         except ChargeUnknown as unknown:
             self._hold.state.charged += unknown.charged
-            self._tell_unknown(hold, missing, unknown)
+            self._publish_unknown(hold, missing, unknown)
             return 0, None
         self._hold.state.charged += more.points
         return missing - more.points, more.balance_after or balance_after
@@ -131,15 +131,15 @@ class Settlement:
                 missing -= more.points
         except ChargeUnknown as unknown:
             state.charged += unknown.charged
-            self._tell_unknown(None, cost or 0, unknown)
+            self._publish_unknown(None, cost or 0, unknown)
             return
         if missing and state.charged and not state.is_unknown:
-            self.tell_shortfall(missing)
+            self.record_shortfall(missing)
 
     async def _commit(self, hold: AskedHold, cost: int) -> Paid:
         n = 1
         answer = await self._ask_commit(hold, cost, n=n)
-        while is_own_key(answer, self._outside.told) and n < MOST_COMMITS:
+        while is_key_of_earlier_life(answer, self._outside.earlier) and n < MOST_COMMITS:
             n += 1  # an earlier life's commit, which was refused: every other hold has been cancelled
             answer = await self._ask_commit(hold, cost, n=n)
         if answer.refusal is not None and answer.refusal.message == "hold_insufficient":
@@ -183,18 +183,18 @@ class Settlement:
             call_for=self._outside.call_for,
             key=self._outside.key("commit", n),
             body=body,
-            has_read_ledger=self._outside.told.is_possible,
+            has_read_ledger=self._outside.earlier.is_possible,
         )
         answer = await self._outside.until_answered(CreditsActivities.commit, post, summary="5 commit")
         assert answer is not None
-        obey_life(answer)
+        raise_unless_settled(answer)
         return answer
 
     # What the record is told
 
-    def _tell_unknown(self, hold: AskedHold | None, cost: int, unknown: ChargeUnknown) -> None:
+    def _publish_unknown(self, hold: AskedHold | None, cost: int, unknown: ChargeUnknown) -> None:
         self._hold.ends.is_unknown()
-        self._record.tell_exception(
+        self._record.record_exception(
             "settlement_unknown",
             ExceptionCode.SETTLEMENT_UNKNOWN,
             f"Whether {cost} points were charged could not be learned; nothing more is charged, and the ledger is "
@@ -203,9 +203,9 @@ class Settlement:
             cost=cost,
         )
 
-    def tell_shortfall(self, points: int) -> None:
+    def record_shortfall(self, points: int) -> None:
         self._hold.state.shortfall = points
-        self._record.tell_exception(
+        self._record.record_exception(
             "shortfall",
             ExceptionCode.SHORTFALL,
             f"{points} points of this task's price could not be charged.",
@@ -218,12 +218,12 @@ class Settlement:
         credits = self._record.state.credits = self._hold.summary()
         if credits.settlement is SettlementState.UNKNOWN:
             message = "Whether points were charged is not known yet; the ledger is looked at again."
-            self._record.tell("settled", EventType.CREDITS, message=message)
+            self._record.publish("settled", EventType.CREDITS, message=message)
             return
-        self._record.tell(
+        self._record.publish(
             "settled",
             EventType.CREDITS,
-            credits_delta=self._hold.told_as_held - (credits.charged or 0),
+            credits_delta=self._hold.published_as_held - (credits.charged or 0),
             balance_after=balance_after,
             message=f"{credits.charged} points were charged, {credits.returned} returned.",
         )

@@ -33,7 +33,7 @@ class Stop:
         if not self.requested and self.outcome is None:
             self.requested, self.reason, self.by_temporal = True, reason, by_temporal
 
-    def obey(self) -> None:
+    def raise_if_requested(self) -> None:
         """Raise TaskStopped if a stop was asked for. Called where the flow waits, after its inbox was read."""
         if self.requested:
             self._decide("accepted")

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from temporalio import workflow
 from temporalio.exceptions import ApplicationError
 
-from comfyui_temporal.contracts.carried import CarriedRun, ImageRun, JobNews, PriceState, TrainingRun
+from comfyui_temporal.contracts.continuation import Continuation, ImageRun, JobUpdate, PriceState, TrainingRun
 from comfyui_temporal.contracts.errors import ExceptionCode
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES
@@ -31,6 +31,7 @@ from workflows.failures import RowEnded, TaskEnd, TaskFailed, TaskStopped
 from workflows.following import Concern, Following
 from workflows.forgotten_jobs import ForgottenJobs
 from workflows.guards import any_payload
+from workflows.interruptible import Waiting
 from workflows.job_clock import JobClock
 from workflows.job_routes import JobRoutes
 from workflows.job_watch import JobWatch
@@ -40,7 +41,6 @@ from workflows.settlement import Settlement
 from workflows.stop import Stop
 from workflows.task_record import TaskRecord
 from workflows.undo import Undo
-from workflows.waiting import Waiting
 
 Run = TypeVar("Run", ImageRun, TrainingRun)
 Result = TypeVar("Result", ImageResult, TrainingResult)
@@ -50,7 +50,7 @@ class TaskFlow(Generic[Run, Result]):
     """The parts of one task and the ends that both kinds of task have in common."""
 
     def __init__(self, task: Run, routes: JobRoutes) -> None:
-        carried = task.carried or CarriedRun()
+        carried = task.carried or Continuation()
         self.task: Run = task
         self.stop = Stop()  # one place decides whether a cancel is obeyed
         self.alarm = Alarm()  # one long-lived timer
@@ -74,7 +74,7 @@ class TaskFlow(Generic[Run, Result]):
         self.policy: Policy | None = carried.policy
         self.signals = 0
         # Looked after while a job runs:
-        self.concerns: list[Concern] = [self.outside.told, self.clock, self.watch, self.hold]
+        self.concerns: list[Concern] = [self.outside.earlier, self.clock, self.watch, self.hold]
         self.following = Following(
             self.watch, self.clock, self.stop, self.alarm, self.concerns, self.continue_as_new_if_long
         )
@@ -90,7 +90,7 @@ class TaskFlow(Generic[Run, Result]):
     async def clean_up(self) -> None:
         """What is left to do when job and credits are settled; it holds up nobody's credits."""
 
-    def continuation(self, carried: CarriedRun) -> Run:
+    def continuation(self, carried: Continuation) -> Run:
         """The argument of the run that goes on with `carried`."""
         return self.task.model_copy(update={"carried": carried})
 
@@ -102,7 +102,7 @@ class TaskFlow(Generic[Run, Result]):
 
     async def accept(self, resolution: str) -> Policy:
         """Claim the id and read the policy; a continued run brings both."""
-        self.record.claimed_as(resolution)
+        self.record.set_claim(resolution)
         if self.policy is None:
             self.policy = await self.record.claim()
         policy, options = self.policy, self.task.options
@@ -116,12 +116,12 @@ class TaskFlow(Generic[Run, Result]):
         )
         self.watch.poll_at_most_seconds = policy.poll_at_most_seconds
         self.hold.margin_seconds = policy.hold_margin_seconds
-        self.hold.opening_minutes = self.attempts.opening_minutes = policy.opening_call_minutes
+        self.hold.setup_minutes = self.attempts.setup_minutes = policy.opening_call_minutes
         self.attempts.retry_after_seconds = policy.retry_after_seconds
         self.settlement.charge_shortfall = policy.charge_shortfall
         self.undo.push("cancel job", self.attempts.cancel_all)
         self.undo.push("cancel hold", self.hold.give_back)
-        self.take_up_calls()
+        self.resume_calls()
         return policy
 
     @property
@@ -138,7 +138,7 @@ class TaskFlow(Generic[Run, Result]):
         self.record.state.prices = prices
         stated = {price for price in (prices.job, prices.estimate, prices.table) if price is not None}
         if len(stated) > 1:
-            self.record.tell_exception(
+            self.record.record_exception(
                 f"prices_differ:{self.attempts.number}",
                 ExceptionCode.PRICES_DIFFER,
                 f"The job's price is {prices.job}, the estimate {prices.estimate}, the table's {prices.table} points.",
@@ -176,13 +176,13 @@ class TaskFlow(Generic[Run, Result]):
         Raises TaskFailed `credit_exhausted`.
         """
         self.stop.close()
-        self.outside.take_up()
+        self.outside.resume()
         await self.hold.settled_renewal()
 
-    async def settle(self, delivery: JobNews, cost: int) -> Result:
+    async def settle(self, delivery: JobUpdate, cost: int) -> Result:
         """Rows 5 and 6, delivered: from here nothing is undone and nothing cuts it short."""
         self.record.decided()
-        self.record.waits_for("credits to be settled", None)
+        self.record.waiting_for("credits to be settled", None)
         if cost <= 0 and workflow.patched("row-looked-at-where-nothing-is-charged"):
             await self.row_look.once()  # no commit tells of an earlier life
         try:
@@ -191,26 +191,26 @@ class TaskFlow(Generic[Run, Result]):
             return await self.give_back(end)
         return await self.completed(delivery)
 
-    async def tell_difference(self) -> TaskRow | None:
+    async def publish_difference(self) -> TaskRow | None:
         """What the events tell of points is what was charged, whatever earlier lives have told or left untold.
 
         The row, where another life has ended the task meanwhile: an earlier look may have been copied by a reset.
         """
         is_unknown = self.hold.state.is_unknown and workflow.patched("row-looked-at-where-settlement-is-unknown")
-        if not self.outside.told.life.is_sure and not is_unknown:
+        if not self.outside.earlier.life.is_sure and not is_unknown:
             return None
         await self.record.all_written()
         await self.row_look.once()
         row = self.row_look.row
-        if self.outside.told.life.has_ended and row is not None and row.ended_at is not None:
+        if self.outside.earlier.life.has_ended and row is not None and row.ended_at is not None:
             return row
-        if not self.outside.told.life.is_sure:
+        if not self.outside.earlier.life.is_sure:
             return None
         charged, told = self.hold.summary().charged, self.row_look.told_points
         difference = 0 if charged is None or told is None else -charged - told
         if difference:
-            self.record.tell(
-                f"difference:{self.outside.told.life.lives}",
+            self.record.publish(
+                f"difference:{self.outside.earlier.life.lives}",
                 EventType.CREDITS,
                 credits_delta=difference,
                 message=f"{abs(difference)} points "
@@ -219,18 +219,18 @@ class TaskFlow(Generic[Run, Result]):
             )
         return None
 
-    async def delivery_of_any_life(self) -> JobNews | None:
+    async def delivery_of_any_life(self) -> JobUpdate | None:
         """What the task was charged for."""
         newest = self.watch.newest
         if newest is not None and newest.succeeded:
             return newest
-        return await self.forgotten_jobs.delivery() if self.outside.told.is_possible else None
+        return await self.forgotten_jobs.delivery() if self.outside.earlier.is_possible else None
 
-    async def completed(self, delivery: JobNews | None) -> Result:
+    async def completed(self, delivery: JobUpdate | None) -> Result:
         await self.forgotten_jobs.cancel()
-        ended = await self.tell_difference()
+        ended = await self.publish_difference()
         if ended is not None:
-            return await self.as_row_tells(ended)
+            return await self.as_in_row(ended)
         if delivery is not None:
             self.record.state.result_urls = delivery.result_urls
             self.record.state.output = delivery.output
@@ -244,27 +244,27 @@ class TaskFlow(Generic[Run, Result]):
             result_urls=self.record.state.result_urls or None,
             output=self.record.state.output,
         )
-        await self.all_told()
+        await self.all_published()
         row = await self.ended_otherwise()
-        return await self.as_row_tells(row) if row is not None else self.result(TaskStatus.COMPLETED)
+        return await self.as_in_row(row) if row is not None else self.result(TaskStatus.COMPLETED)
 
     async def give_back(self, end: TaskEnd) -> Result:
         """Row 5, not delivered: job and hold are cancelled side by side; then the task's failure or `cancelled`."""
         self.stop.close()
-        self.outside.take_up()
+        self.outside.resume()
         self.record.decided()
         self.watch.stop_polling()
         self.hold.close()
-        self.record.waits_for("job and credits to be given back", None)
+        self.record.waiting_for("job and credits to be given back", None)
         await self.undo.all(str(end))
         if workflow.patched("row-looked-at-once-given-back"):
             await self.row_look.once()
-        if self.outside.told.life.must_stop:
+        if self.outside.earlier.life.must_stop:
             row = await self.row_look.ended()
             if row is not None:
-                return await self.as_row_tells(row)
+                return await self.as_in_row(row)
             end = self.row_look.failure()
-        if self.outside.told.is_possible:
+        if self.outside.earlier.is_possible:
             await self.row_look.once_all_has_landed()
             await self.hold.forgotten.give_back(str(end))
         self.hold.ends.close()
@@ -273,18 +273,18 @@ class TaskFlow(Generic[Run, Result]):
                 self.settlement.settled(None)  # by somebody else, or by an earlier life
             return await self.completed(await self.delivery_of_any_life())
         await self.forgotten_jobs.cancel()
-        ended = await self.tell_difference()
+        ended = await self.publish_difference()
         if ended is not None:
-            return await self.as_row_tells(ended)
+            return await self.as_in_row(ended)
         self.record.state.credits = self.hold.summary()
         if isinstance(end, TaskFailed):
             self.record.failed(end)
         else:
             self.record.end(TaskStatus.CANCELLED, EventType.CANCELLED, message=str(end))
-        await self.all_told()
+        await self.all_published()
         row = await self.ended_otherwise()
         if row is not None:
-            return await self.as_row_tells(row)
+            return await self.as_in_row(row)
         if isinstance(end, TaskFailed):
             raise self.failure(end)
         assert isinstance(end, TaskStopped)
@@ -292,7 +292,7 @@ class TaskFlow(Generic[Run, Result]):
 
     async def ended_otherwise(self) -> TaskRow | None:
         """The row, where it could not be looked at before, and turns out to have ended in another way than this run."""
-        if not self.outside.told.life.is_store_away or not workflow.patched("row-looked-at-when-the-store-is-back"):
+        if not self.outside.earlier.life.is_store_away or not workflow.patched("row-looked-at-when-the-store-is-back"):
             return None
         await self.row_look.once()
         row, own = self.row_look.row, self.record.state
@@ -303,16 +303,16 @@ class TaskFlow(Generic[Run, Result]):
     def failure(self, end: TaskFailed) -> ApplicationError:
         return ApplicationError(str(end), self.result(TaskStatus.FAILED), type=end.code.value, non_retryable=True)
 
-    async def as_row_tells(self, row: TaskRow) -> Result:
+    async def as_in_row(self, row: TaskRow) -> Result:
         """An earlier life has ended the task: its outcome is this run's too. Raises as the end that the row tells."""
-        self.record.take_over(row)
-        self.hold.told_by_row = row.credits
-        await self.all_told()
+        self.record.copy_row(row)
+        self.hold.summary_in_row = row.credits
+        await self.all_published()
         if row.status is TaskStatus.FAILED:
             raise self.failure(TaskFailed.by_row(row.error))
         return self.result(row.status)
 
-    async def all_told(self) -> None:
+    async def all_published(self) -> None:
         """Only the end of the run waits for the event writer and for handlers in flight."""
         await self.clean_up()
         await self.record.all_written()
@@ -331,20 +331,22 @@ class TaskFlow(Generic[Run, Result]):
         if not self._may_try_to_continue():
             return False
         self.watch.stop_polling()
-        await self.outside.put_down()
-        if await self.outside.waited(timedelta(milliseconds=1), lambda: self.stop.requested, summary="continue as new"):
+        await self.outside.suspend()
+        if await self.outside.wait_for(
+            timedelta(milliseconds=1), lambda: self.stop.requested, summary="continue as new"
+        ):
             return True
         await workflow.wait_condition(lambda: True)  # until what came with the timer has been worked off too
         if self._may_continue():
             workflow.continue_as_new(self._continuation())
-        self.take_up_calls()
+        self.resume_calls()
         return True
 
-    def take_up_calls(self) -> None:
+    def resume_calls(self) -> None:
         """Make the calls that were put down, in this run or by the one before."""
-        self.outside.take_up()
-        self.attempts.take_up()
-        self.hold.take_up()
+        self.outside.resume()
+        self.attempts.resume()
+        self.hold.resume()
 
     def _continuation(self) -> Run:
         state = {
@@ -359,7 +361,7 @@ class TaskFlow(Generic[Run, Result]):
             "price": self.price,
         }
         # Not made anew: what a worker of another version carried besides goes on with it.
-        return self.continuation((self.task.carried or CarriedRun()).model_copy(update=state))
+        return self.continuation((self.task.carried or Continuation()).model_copy(update=state))
 
     def is_long(self) -> bool:
         """Whether the history is to be left behind."""
@@ -373,11 +375,11 @@ class TaskFlow(Generic[Run, Result]):
     def _may_try_to_continue(self) -> bool:
         if not self.is_long() or self.stop.requested or not workflow.all_handlers_finished():
             return False
-        hangs = self.hold.is_renewing() or self.outside.has_beside()
+        hangs = self.hold.is_renewing() or self.outside.has_background_calls()
         return not hangs or workflow.patched("continues-while-calls-hang")
 
     def _may_continue(self) -> bool:
-        return not self.stop.requested and not self.outside.has_beside() and workflow.all_handlers_finished()
+        return not self.stop.requested and not self.outside.has_background_calls() and workflow.all_handlers_finished()
 
     def progress_fields(self) -> dict[str, Any]:
         """What both `progress` queries answer."""

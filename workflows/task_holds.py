@@ -16,7 +16,7 @@ from temporalio import workflow
 
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import Post
-from comfyui_temporal.contracts.carried import AskedHold, HoldState
+from comfyui_temporal.contracts.continuation import AskedHold, HoldState
 from comfyui_temporal.contracts.credits import (
     MAX_HOLD_SECONDS,
     CancelHoldReply,
@@ -28,7 +28,7 @@ from comfyui_temporal.contracts.errors import Answer, ExceptionCode, FailureCode
 from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
 from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, ImageTask, SettlementState, TrainingTask
 from workflows.doubled_holds import DoubledHolds
-from workflows.earlier_life import is_own_key
+from workflows.earlier_life import is_key_of_earlier_life
 from workflows.forgotten_holds import ForgottenHolds
 from workflows.hold_ends import HoldEnds
 from workflows.ledger_search import LedgerSearch
@@ -76,7 +76,7 @@ class TaskHolds:
         self._record = record
         self._deadline = deadline
         self.state = carried
-        self.told_by_row: CreditsSummary | None = None
+        self.summary_in_row: CreditsSummary | None = None
         """What an earlier life has settled: it counts, whatever this run has done since."""
         self.margin_seconds = 300.0
         self._leaver: asyncio.Task[None] | None = None
@@ -109,14 +109,14 @@ class TaskHolds:
         return granted[-1].usable if granted else 0
 
     @property
-    def told_as_held(self) -> int:
+    def published_as_held(self) -> int:
         """Points that events told as held and not as given back."""
         return sum(hold.told for hold in self.state.asked if not hold.told_back)
 
     def summary(self) -> CreditsSummary:
         """`credits` of results and queries, in points; nothing is returned while a hold stands."""
-        if self.told_by_row is not None:
-            return self.told_by_row
+        if self.summary_in_row is not None:
+            return self.summary_in_row
         granted = self.state.granted_holds()
         is_open = any(not hold.resolved for hold in granted)
         returned = 0 if is_open else max(0, self.amount - self.state.charged)
@@ -160,7 +160,7 @@ class TaskHolds:
                 continue
             hold.pre_deduct_id, hold.amount = reply.pre_deduct_id, reply.frozen_amount
             if self._life_of(hold) >= LAST_SECONDS:
-                self._tell_held(hold, reply.balance_after)
+                self._publish_held(hold, reply.balance_after)
                 return hold
             await self._leave(hold, "its answer came too late to rely on it", back)
 
@@ -168,7 +168,7 @@ class TaskHolds:
         """An earlier life has taken a hold under this key: it is cancelled, and the next number asked for."""
         hold.refused = True
         if not await self.forgotten.give_back("taken before the task's run was reset"):
-            self._record.tell_exception(
+            self._record.record_exception(
                 f"undo_hold:{hold.n}",
                 ExceptionCode.UNDO_UNFINISHED,
                 f"Hold {hold.n} was taken before the run was reset, and is not shown; it ends by expiry.",
@@ -189,7 +189,9 @@ class TaskHolds:
         return self.state.note(self.forgotten.numbers_taken + 1, request, now)
 
     def _granted(self, hold: AskedHold, answer: Answer[HoldReply]) -> HoldReply:
-        if is_own_key(answer, self._outside.told) or (answer.earlier_life is not None and answer.earlier_life.is_known):
+        if is_key_of_earlier_life(answer, self._outside.earlier) or (
+            answer.earlier_life is not None and answer.earlier_life.is_known
+        ):
             raise HoldForgotten()
         if answer.reply is None:
             refusal = answer.refusal or no_answer()
@@ -221,11 +223,11 @@ class TaskHolds:
         if not workflow.patched("old-hold-given-back-beside"):
             await self._give_back_one(hold, reason)
             return
-        self.take_up()
+        self.resume()
         if back is not None:
             await back(lambda: hold.resolved)
 
-    def take_up(self) -> None:
+    def resume(self) -> None:
         """Go on giving back what is being left, also where it was put down."""
         if self._next_leaving() is not None and (self._leaver is None or self._leaver.done()):
             self._leaver = asyncio.create_task(self._give_back_leaving())
@@ -235,7 +237,7 @@ class TaskHolds:
 
     async def _give_back_leaving(self) -> None:
         """One after another: on a ledger without ids two ends in flight could not be told apart."""
-        while (hold := self._next_leaving()) is not None and not self._outside.is_put_down:
+        while (hold := self._next_leaving()) is not None and not self._outside.is_suspended:
             await self._give_back_one(hold, str(hold.leaving))
 
     async def _all_left(self) -> None:
@@ -270,7 +272,7 @@ class TaskHolds:
         hold.resolved = True
         if answer.reply is not None:
             self.ends.count(HoldFate.GIVEN_BACK)
-            self._tell_given_back(hold, answer.reply.balance_after)
+            self._publish_given_back(hold, answer.reply.balance_after)
 
     async def _cancel(self, pre_deduct_id: str, n: int | str, reason: str) -> Answer[CancelHoldReply] | None:
         body = CancelHoldRequest(
@@ -278,11 +280,11 @@ class TaskHolds:
         )
         for key in (
             self._outside.key("cancel", n),
-            self._outside.key("cancel", f"{n}:{self._outside.told.life.lives}"),
+            self._outside.key("cancel", f"{n}:{self._outside.earlier.life.lives}"),
         ):
             post = Post[CancelHoldRequest](call_for=self._outside.call_for, key=key, body=body)
-            answer = await self._outside.beside(CreditsActivities.cancel_hold, post, summary="5 cancel hold")
-            if answer is None or not is_own_key(answer, self._outside.told):
+            answer = await self._outside.in_background(CreditsActivities.cancel_hold, post, summary="5 cancel hold")
+            if answer is None or not is_key_of_earlier_life(answer, self._outside.earlier):
                 break
         return answer
 
@@ -300,7 +302,7 @@ class TaskHolds:
         self.ends.count_refusal(answer.tries + 1 if answer is not None else 1)
         if answer is not None and answer.refusal is not None and answer.refusal.message == "unreadable":
             self.ends.left_open()
-            self._record.tell_exception(
+            self._record.record_exception(
                 f"undo_hold:{hold.n}",
                 ExceptionCode.UNDO_UNFINISHED,
                 f"The id of hold {hold.n} could not be learned; it ends by expiry. {answer.refusal.sentence}",
@@ -313,18 +315,18 @@ class TaskHolds:
         hold.resolved = True  # not before: a run that continues as new meanwhile asks again
         if refusal.message == "pre_deduct_not_found":
             if workflow.patched(UNKNOWN_HOLD_TOLD):
-                self._tell_given_back(hold, None)
+                self._publish_given_back(hold, None)
             return
         if found is not None:
             self.count_committed(found.committed)
             self.ends.count(found.fate)
             if found.fate is HoldFate.GIVEN_BACK:
-                self._tell_given_back(hold, None)
+                self._publish_given_back(hold, None)
             elif found.fate is HoldFate.UNKNOWN:
-                self._tell_end_unknown(hold, refusal)
+                self._publish_end_unknown(hold, refusal)
             return
         self.ends.left_open()
-        self._record.tell_exception(
+        self._record.record_exception(
             f"hold_left:{hold.n}",
             ExceptionCode.HOLD_LEFT_TO_EXPIRY,
             f"Hold {hold.pre_deduct_id} could not be cancelled; it ends by expiry. {refusal.sentence}",
@@ -333,7 +335,7 @@ class TaskHolds:
 
     async def fate_of(self, hold: AskedHold) -> Found:
         """What became of a hold that commit or cancel was refused for."""
-        if self._outside.told.is_possible:
+        if self._outside.earlier.is_possible:
             if not self.forgotten.is_done:  # while they stand the ledger does not tell this one's end apart
                 await self.forgotten.give_back("taken before the task's run was reset")
             known = sum(bool(each.pre_deduct_id) for each in self.state.asked)
@@ -343,17 +345,17 @@ class TaskHolds:
 
     def count_committed(self, points: int) -> None:
         """Points that a hold turned out to be committed for; where the ledger was read for the task it knows them."""
-        if self._outside.told.is_possible:
+        if self._outside.earlier.is_possible:
             self.state.charged = max(self.state.charged, points)
         else:
             self.state.charged += points
 
     # What the record is told
 
-    def _tell_held(self, hold: AskedHold, balance_after: int | None) -> None:
+    def _publish_held(self, hold: AskedHold, balance_after: int | None) -> None:
         hold.told = hold.amount
         self._record.state.credits = self.summary()
-        self._record.tell(
+        self._record.publish(
             f"held:{hold.n}",
             EventType.CREDITS,
             credits_delta=-hold.amount,
@@ -361,17 +363,17 @@ class TaskHolds:
             message=f"{hold.amount} points are held.",
         )
 
-    def tell_as_held(self, hold: AskedHold) -> None:
+    def publish_held(self, hold: AskedHold) -> None:
         """Tell that a hold was taken, unless that is told; a fact that the store knows is not written twice."""
         if not hold.told:
-            self._tell_held(hold, None)
+            self._publish_held(hold, None)
 
-    def _tell_given_back(self, hold: AskedHold, balance_after: int | None) -> None:
+    def _publish_given_back(self, hold: AskedHold, balance_after: int | None) -> None:
         """One that was never relied on is told as held now, so that what comes back has gone before."""
-        self.tell_as_held(hold)
+        self.publish_held(hold)
         hold.told_back = True
         self._record.state.credits = self.summary()
-        self._record.tell(
+        self._record.publish(
             f"given_back:{hold.n}",
             EventType.CREDITS,
             credits_delta=hold.told,
@@ -379,9 +381,9 @@ class TaskHolds:
             message=f"{hold.amount} points were given back.",
         )
 
-    def _tell_end_unknown(self, hold: AskedHold, refusal: Refusal) -> None:
+    def _publish_end_unknown(self, hold: AskedHold, refusal: Refusal) -> None:
         self.ends.is_unknown()
-        self._record.tell_exception(
+        self._record.record_exception(
             f"hold_unknown:{hold.n}",
             ExceptionCode.SETTLEMENT_UNKNOWN,
             f"Whether hold {hold.pre_deduct_id} was charged or given back could not be learned; the ledger is looked "

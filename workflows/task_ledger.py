@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from comfyui_temporal.contracts.carried import AskedHold
+from comfyui_temporal.contracts.continuation import AskedHold
 from comfyui_temporal.contracts.credits import CHARGE_REASON, Ledger, LedgerEntry, LedgerKind, LedgerReason
 
 

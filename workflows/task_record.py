@@ -10,7 +10,7 @@ from temporalio.common import SearchAttributeKey, SearchAttributePair, SearchAtt
 from temporalio.exceptions import ApplicationError, FailureError
 
 from activities.task_store import TaskStoreActivities
-from comfyui_temporal.contracts.carried import HeldProgress, JobNews, RecordState
+from comfyui_temporal.contracts.continuation import HeldProgress, JobUpdate, RecordState
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
 from comfyui_temporal.contracts.fields import shortened
 from comfyui_temporal.contracts.policy import Policy
@@ -58,9 +58,9 @@ class TaskRecord:
         """
         claim = self._claim
         assert claim is not None
-        outcome = await self._outside.noted(TaskStoreActivities.claim, claim, summary="0 accept")
+        outcome = await self._outside.write_store(TaskStoreActivities.claim, claim, summary="0 accept")
         if outcome.earlier_life is not None:
-            self._outside.told.note(outcome.earlier_life)
+            self._outside.earlier.add(outcome.earlier_life)
         if not outcome.claimed:
             raise ApplicationError(
                 f"Task {claim.task_id} exists: another run holds its id. Use a new task_id, or read that run's result.",
@@ -70,7 +70,7 @@ class TaskRecord:
         self._publish_identity(claim)
         return outcome.policy
 
-    def claimed_as(self, resolution: str) -> None:
+    def set_claim(self, resolution: str) -> None:
         """Remember the claim: each write brings it, for a store that was restored and has lost the row."""
         info = workflow.info()
         self._claim = TaskClaim(
@@ -123,9 +123,9 @@ class TaskRecord:
         self.state.progress = 0.0
         self.state.next_eta = self.state.queue_position = None
         self._carried.last_shown = self._shown()
-        self.publish()
+        self.update_search_attributes()
 
-    def apply(self, news: JobNews, *, attempt_changed: bool = False) -> None:
+    def apply(self, news: JobUpdate, *, attempt_changed: bool = False) -> None:
         """Take over what a job tells; progress never goes back within an attempt and stage."""
         state = self.state
         self._carried.last_news_at = workflow.now()
@@ -138,9 +138,9 @@ class TaskRecord:
         state.queue_position = news.queue_position
         state.estimated_time = news.estimated_time or state.estimated_time
         state.gpu_slots = news.gpu_slots if news.gpu_slots is not None else state.gpu_slots
-        self.publish()
+        self.update_search_attributes()
 
-    def tell(self, key: str, event: EventType, **fields: Any) -> None:
+    def publish(self, key: str, event: EventType, **fields: Any) -> None:
         """Note a fact, named by its key; the writer takes it from here."""
         state = self.state
         self._add(
@@ -158,7 +158,7 @@ class TaskRecord:
             )
         )
 
-    def tell_progress(self, news: JobNews, *, is_new_stage: bool) -> None:
+    def publish_progress(self, news: JobUpdate, *, is_new_stage: bool) -> None:
         """Every change of stage is an event; progress within one at most once a second (design, step 6).
 
         What comes sooner is held back, and told when the second is over unless newer progress came.
@@ -170,18 +170,18 @@ class TaskRecord:
         if not is_new_stage and last is not None and workflow.now() - last < PROGRESS_EVERY:
             self._carried.held_back = HeldProgress(job_id=news.job_id, sequence=news.sequence)
             return
-        self._tell_progress(news.job_id, news.sequence)
+        self._publish_progress(news.job_id, news.sequence)
 
-    def _tell_progress(self, job_id: str, sequence: int) -> None:
+    def _publish_progress(self, job_id: str, sequence: int) -> None:
         self._carried.last_shown = self._shown()
         self._carried.last_progress_at = workflow.now()
-        self.tell(f"{job_id}:{sequence}", EventType.RUNNING, job_id=job_id, sequence=sequence)
+        self.publish(f"{job_id}:{sequence}", EventType.RUNNING, job_id=job_id, sequence=sequence)
 
     def _shown(self) -> str:
         state = self.state
         return f"{state.status} {state.stage} {int(state.progress)} {state.next_eta} {state.queue_position}"
 
-    def tell_exception(self, key: str, code: ExceptionCode | FailureCode, message: str, **details: Any) -> None:
+    def record_exception(self, key: str, code: ExceptionCode | FailureCode, message: str, **details: Any) -> None:
         """Note an exception record for ops; it does not end the task."""
         self._touch()
         self._backlog.add_exception(
@@ -197,21 +197,21 @@ class TaskRecord:
         """The last fact; nothing is written after it."""
         self.state.status = status
         self.state.next_eta = self.state.queue_position = self.state.confirmation = None
-        self.publish()
-        self.tell("end", event, is_end=True, **fields)
+        self.update_search_attributes()
+        self.publish("end", event, is_end=True, **fields)
 
     def failed(self, failure: TaskFailed) -> None:
         self.state.error = failure.error_details
-        self.tell_exception("end", failure.code, str(failure))
+        self.record_exception("end", failure.code, str(failure))
         self.end(TaskStatus.FAILED, EventType.FAILED, error=failure.error_details, message=shortened(str(failure)))
 
-    def take_over(self, row: TaskRow) -> None:
+    def copy_row(self, row: TaskRow) -> None:
         """An earlier life has ended the task: what it told is what this run tells."""
         self._carried.state = TaskState.model_validate(row.model_dump(include=set(TaskState.model_fields)))
         self._carried.held_back = None
-        self.publish()
+        self.update_search_attributes()
 
-    def waits_for(self, what: str, until: datetime | None) -> None:
+    def waiting_for(self, what: str, until: datetime | None) -> None:
         """What the task waits for now, as operators read it in the UI."""
         if (what, until) != self._waits:
             self._waits = (what, until)
@@ -223,7 +223,7 @@ class TaskRecord:
             current_details(self.state, waits_for=waits_for, until=until, last_news_at=self._carried.last_news_at)
         )
 
-    def publish(self) -> None:
+    def update_search_attributes(self) -> None:
         """Bring the search attributes up to the state; each upsert is an event, so only what changed."""
         self._touch()
         updates: list[SearchAttributeUpdate[Any]] = []
@@ -243,11 +243,11 @@ class TaskRecord:
         while True:
             await workflow.wait_condition(lambda: not self._backlog.is_empty or self._carried.held_back is not None)
             if self._backlog.is_empty:
-                await self._tell_held_back()
+                await self._publish_held_back()
             else:
                 await self._write_batch()
 
-    async def _tell_held_back(self) -> None:
+    async def _publish_held_back(self) -> None:
         """Wait until progress may be told again, or is told with something else; one timer for a whole burst."""
         last = self._carried.last_progress_at
         rest = last + PROGRESS_EVERY - workflow.now() if last is not None else timedelta(0)
@@ -265,7 +265,7 @@ class TaskRecord:
         held = self._carried.held_back
         if held is not None:
             self._carried.held_back = None
-            self._tell_progress(held.job_id, held.sequence)
+            self._publish_progress(held.job_id, held.sequence)
 
     async def all_written(self) -> None:
         await workflow.wait_condition(lambda: self._backlog.is_empty)
@@ -283,7 +283,7 @@ class TaskRecord:
             claim=self._claim,
         )
         try:
-            await self._outside.noted(
+            await self._outside.write_store(
                 TaskStoreActivities.write, write, summary="6 tell", is_recorded=self._is_recorded(facts)
             )
             self._carried.written_version = write.state.version

@@ -6,8 +6,8 @@ from temporalio import workflow
 
 from activities.comfyui import ComfyUIActivities
 from comfyui_temporal.contracts.calls import GpuQuestion, JobCall
-from comfyui_temporal.contracts.carried import CarriedRun, JobNews, TrainingRun
 from comfyui_temporal.contracts.comfyui import TrainingAccepted, TrainingDraft
+from comfyui_temporal.contracts.continuation import Continuation, JobUpdate, TrainingRun
 from comfyui_temporal.contracts.credits import EstimateRequest
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.task_store import RecordedPrices
@@ -19,7 +19,7 @@ from comfyui_temporal.contracts.tasks import (
     TrainingResult,
 )
 from workflows.failures import TaskEnd, TaskFailed
-from workflows.guards import one_task
+from workflows.guards import validated_input
 from workflows.job_routes import TRAINING_ROUTES
 from workflows.task_flow import TaskFlow
 from workflows.training_dataset import TrainingDataset
@@ -31,19 +31,19 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
     """One training: window, GPUs, snapshot, create, estimate, confirm, hold, start, follow, settle, tell."""
 
     @workflow.init
-    @one_task
+    @validated_input
     def __init__(self, task: TrainingRun) -> None:
         super().__init__(task, TRAINING_ROUTES)
         self.training_price = TrainingPrice(task, self.price, self.record, self.hold, self.waiting)
         self.concerns.insert(0, self.training_price)  # before the hold: a task that it ends renews nothing
         self.watch.on_news(self.training_price.on_news)
-        self.dataset = TrainingDataset(task, self.outside, self.stop, (task.carried or CarriedRun()).dataset)
+        self.dataset = TrainingDataset(task, self.outside, self.stop, (task.carried or Continuation()).dataset)
 
     @workflow.run
     async def run(self, task: TrainingRun) -> TrainingResult:
-        return await self.stop.uninterrupted(self.walk(), self.record.write_facts())
+        return await self.stop.uninterrupted(self.steps(), self.record.write_facts())
 
-    async def walk(self) -> TrainingResult:
+    async def steps(self) -> TrainingResult:
         policy = await self.accept(self.task.base_model)  # row 0
         self.training_price.configure(policy, self.task.options)
         try:
@@ -52,31 +52,31 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
             return await self.give_back(end)
         return await self.settle(delivery, self.training_price.cost_of(delivery))  # row 6: nothing is undone
 
-    async def reach_delivery(self) -> JobNews:
+    async def reach_delivery(self) -> JobUpdate:
         if self.is_continued:
             end = await self.following.job_end()
         else:
-            await self.window_opens()
-            await self.gpus_exist()
+            await self.wait_for_window()
+            await self.check_gpus()
             await self.snapshot_dataset()
             end = await self.attempt()
         while not end.succeeded:
-            await self.attempts.another_after(end)
+            await self.attempts.wait_to_retry(end)
             self.training_price.resume()
             end = await self.attempt()
         await self.delivered()
         return end
 
-    async def attempt(self) -> JobNews:
+    async def attempt(self) -> JobUpdate:
         training = await self.create()  # rows 1 and 2
         cost = await self.agree(training)  # row 3: estimate, confirm
         await self.hold.cover(cost)
         await self.start(training)
         return await self.following.job_end()  # rows 4 and 5
 
-    async def window_opens(self) -> None:
+    async def wait_for_window(self) -> None:
         """Wait for the GPU scheduling window; check first what needs no waiting."""
-        self.outside.told.obey()
+        self.outside.earlier.raise_if_ended()
         self.training_price.of(0)
         self.check_addresses()
         opens = self.task.window.not_before if self.task.window else None
@@ -95,7 +95,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
     def check_addresses(self) -> None:
         """Dataset and checkpoint lie under the tenant's own prefix, or the task ends `input_invalid` (contract §8)."""
         dataset = self.task.dataset
-        if dataset.is_told_twice:
+        if dataset.names_files_twice:
             raise TaskFailed(
                 FailureCode.INPUT_INVALID,
                 "The input is not valid: dataset: files and manifest exclude each other: name the files in one way.",
@@ -112,9 +112,9 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
                     f"The input is not valid: {field}: must lie under one of {', '.join(self.limits.dataset_roots)}.",
                 )
 
-    async def gpus_exist(self) -> None:
+    async def check_gpus(self) -> None:
         """No GPU of the asked type at all is an error before anything starts; none free only lengthens the ETA."""
-        answer = await self.outside.reading(
+        answer = await self.outside.read(
             ComfyUIActivities.list_gpus,
             GpuQuestion(**self.outside.call_for.model_dump(), gpu_type=self.task.gpu_type),
             summary="0 check GPUs",
@@ -186,7 +186,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
             key=self.outside.key("start", self.attempts.key_number),
         )
         self.clock.start()
-        answer = await self.outside.opening(
+        answer = await self.outside.setup(
             ComfyUIActivities.start_training, call, summary="3 start", minutes=self.limits.opening_call_minutes
         )
         if answer.refusal is not None:
@@ -210,7 +210,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
     async def clean_up(self) -> None:
         await self.dataset.delete()
 
-    def continuation(self, carried: CarriedRun) -> TrainingRun:
+    def continuation(self, carried: Continuation) -> TrainingRun:
         """The list of files stays behind: it stands in the snapshot's manifest by now (pitfall 39)."""
         carried = carried.model_copy(update={"dataset": self.dataset.carry()})
         dataset = self.task.dataset.model_copy(update={"files": None})

@@ -11,11 +11,11 @@ from temporalio.exceptions import FailureError
 
 from activities.datasets import DatasetActivities
 from comfyui_temporal.contracts.calls import SnapshotOrder
-from comfyui_temporal.contracts.carried import DatasetState
 from comfyui_temporal.contracts.comfyui import SnapshotReference
+from comfyui_temporal.contracts.continuation import DatasetState
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.tasks import TrainingTask
-from workflows.failures import TaskFailed, why
+from workflows.failures import TaskFailed, failure_from
 from workflows.outside_call import OutsideCall
 from workflows.stop import Stop
 
@@ -47,7 +47,7 @@ class TrainingDataset:
 
         Raises TaskFailed `dataset_invalid`, what `check_window` raises past it, or TaskStopped.
         """
-        self._stop.obey()
+        self._stop.raise_if_requested()
         at = closes if closes is not None and workflow.patched("copy-ends-with-the-window") else None
         if at is not None:
             check_window()
@@ -65,10 +65,10 @@ class TrainingDataset:
         try:
             self.state.snapshot = await handle
         except FailureError as error:
-            self._stop.obey()
+            self._stop.raise_if_requested()
             if at is not None:
                 check_window()
-            raise why(error, FailureCode.DATASET_INVALID) from error
+            raise failure_from(error, FailureCode.DATASET_INVALID) from error
         return self.state.snapshot
 
     @property
@@ -80,7 +80,7 @@ class TrainingDataset:
     async def delete(self) -> None:
         """Delete the copy, and the list that the gateway put beside it; what is already gone is fine."""
         is_listed = self._order.files_sha256 is not None
-        may_be_there = self.state.is_asked or self._outside.told.is_possible or is_listed
+        may_be_there = self.state.is_asked or self._outside.earlier.is_possible or is_listed
         if self.state.is_deleted or not may_be_there:
             return
         await self._outside.visible(

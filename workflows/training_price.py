@@ -6,8 +6,8 @@ from datetime import datetime, timedelta
 
 from temporalio import workflow
 
-from comfyui_temporal.contracts.carried import JobNews, PriceState
 from comfyui_temporal.contracts.comfyui import Checkpoint, TaskPriority
+from comfyui_temporal.contracts.continuation import JobUpdate, PriceState
 from comfyui_temporal.contracts.credits import Estimate, PriceOption
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.policy import Policy
@@ -15,8 +15,8 @@ from comfyui_temporal.contracts.prices import PriceTable, UnknownPrice
 from comfyui_temporal.contracts.tasks import Confirmation, EventType, TrainingOptions, TrainingTask
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskFailed
+from workflows.interruptible import Waiting
 from workflows.task_record import TaskRecord
-from workflows.waiting import Waiting
 
 
 class TrainingPrice:
@@ -104,7 +104,7 @@ class TrainingPrice:
             confirm_by=confirm_by,
         )
         self._record.state.confirmation = confirmation
-        self._record.tell(
+        self._record.publish(
             f"confirm:{self._record.state.attempts}:{cost}",
             EventType.CREDITS,
             confirmation=confirmation,
@@ -124,7 +124,7 @@ class TrainingPrice:
 
     # While it runs: refresh (a concern of the follow loop)
 
-    def on_news(self, news: JobNews) -> None:
+    def on_news(self, news: JobUpdate) -> None:
         """Take over hours and checkpoint of a message that was applied."""
         if news.gpu_hours is not None:
             self.state.gpu_hours = news.gpu_hours
@@ -134,7 +134,7 @@ class TrainingPrice:
             is_new = self.state.checkpoint is None or news.checkpoint.uri != self.state.checkpoint.uri
             self.state.checkpoint = news.checkpoint
             if is_new:
-                self._tell_checkpoint(news, news.checkpoint)
+                self._publish_checkpoint(news, news.checkpoint)
 
     def _adds_nothing(self, checkpoint: Checkpoint) -> bool:
         """Whether an attempt resumed from it: its hours count already, whatever this message says of them.
@@ -145,15 +145,15 @@ class TrainingPrice:
         known = checkpoint.uri in (self._task.resume_from, state.resume_from, *state.resumed_from)
         return known and workflow.patched("checkpoint-resumed-from-adds-nothing")
 
-    def _tell_checkpoint(self, news: JobNews, checkpoint: Checkpoint) -> None:
+    def _publish_checkpoint(self, news: JobUpdate, checkpoint: Checkpoint) -> None:
         self._hold.checkpoint_passed()
-        self._record.tell(
+        self._record.publish(
             f"checkpoint:{news.job_id}:{news.sequence}",
             EventType.CHECKPOINT,
             message=f"Checkpoint at epoch {checkpoint.epoch}, step {checkpoint.step}.",
         )
 
-    def has_word(self) -> bool:
+    def has_update(self) -> bool:
         """Whether the price that is asked for has been confirmed."""
         asked = self._record.state.confirmation
         return asked is not None and self.state.ceiling >= asked.estimated_cost
@@ -204,7 +204,7 @@ class TrainingPrice:
         self.state.gpu_hours = 0.0
         self._answered()
 
-    def cost_of(self, delivery: JobNews) -> int:
+    def cost_of(self, delivery: JobUpdate) -> int:
         """Points to charge: the price of the hours used, never above what was confirmed (contract §5 *Charged*)."""
         used = delivery.gpu_hours_used if delivery.gpu_hours_used is not None else self.state.gpu_hours
         return min(self.of(self.state.carried_gpu_hours + used), self.state.ceiling)

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, model_validator
 
 from comfyui_temporal.contracts.calls import Post, SnapshotOrder
-from comfyui_temporal.contracts.carried import AskedHold, AskedJob
 from comfyui_temporal.contracts.comfyui import TrainingOutput
+from comfyui_temporal.contracts.continuation import AskedHold, AskedJob
 from comfyui_temporal.contracts.credits import ChargeRequest
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.fields import CallerId, CallerText, OwnModel

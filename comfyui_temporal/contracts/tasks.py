@@ -150,7 +150,7 @@ class DatasetSource(CallerModel):
     manifest: DatasetManifest | None = None
 
     @property
-    def is_told_twice(self) -> bool:
+    def names_files_twice(self) -> bool:
         """Whether the files are named in more than one way: a caller's mistake, which the task's first step refuses."""
         return self.files is not None and self.manifest is not None
 

@@ -52,18 +52,18 @@ class Mutant:
 
 
 def submit_by_local_activity() -> Patches:
-    opening = OutsideCall.opening
+    opening = OutsideCall.setup
 
     async def locally_first(self: OutsideCall, method: Any, argument: Any, *, summary: str, minutes: float) -> Any:
         if not summary.startswith("1 "):
             return await opening(self, method, argument, summary=summary, minutes=minutes)
-        self._stop.obey()
+        self._stop.raise_if_requested()
         try:
             return await self._local_try(method, argument, summary=summary)
         except _NoLocalAnswer:
             return await opening(self, method, argument, summary=summary, minutes=minutes)
 
-    return [(OutsideCall, "opening", locally_first)]
+    return [(OutsideCall, "setup", locally_first)]
 
 
 def undo_by_local_activity() -> Patches:
@@ -95,7 +95,7 @@ def commit_inside_the_try() -> Patches:
     async def settle(self: TaskFlow[Any, Any], delivery: Any, cost: int) -> Any:
         try:
             await self.settlement.charge(cost)
-            self.stop.obey()
+            self.stop.raise_if_requested()
         except TaskEnd as end:
             return await self.give_back(end)
         self.stop.close()
@@ -137,7 +137,7 @@ def cancel_before_the_inbox() -> Patches:
         read = self._watch.read
 
         def obey_then_read() -> None:
-            self._stop.obey()
+            self._stop.raise_if_requested()
             read()
 
         self._watch.read = obey_then_read  # type: ignore[method-assign]
@@ -158,7 +158,7 @@ def retry_loop_eats_the_cancel() -> Patches:
             except FailureError:
                 self._stop.requested = False
 
-    return [(OutsideCall, "opening", opening)]
+    return [(OutsideCall, "setup", opening)]
 
 
 def hold_counted_from_its_answer() -> Patches:
@@ -287,19 +287,19 @@ def commit_a_point_short() -> Patches:
 
 
 def stale_job_cancelled() -> Patches:
-    another_after, cancel = Attempts.another_after, Attempts._cancel
+    wait_to_retry, cancel = Attempts.wait_to_retry, Attempts._cancel
 
     async def noted(self: Attempts, end: Any) -> None:
         self.is_retrying = True  # type: ignore[attr-defined]
         try:
-            await another_after(self, end)
+            await wait_to_retry(self, end)
         finally:
             self.is_retrying = False  # type: ignore[attr-defined]
 
     async def the_first(self: Attempts, job: Any) -> None:
         await cancel(self, self.asked[0] if getattr(self, "is_retrying", False) else job)
 
-    return [(Attempts, "another_after", noted), (Attempts, "_cancel", the_first)]
+    return [(Attempts, "wait_to_retry", noted), (Attempts, "_cancel", the_first)]
 
 
 def hold_without_margin() -> Patches:

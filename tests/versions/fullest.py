@@ -9,8 +9,8 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, 
 from pydantic import AwareDatetime, BaseModel
 
 from comfyui_temporal.contracts.calls import JobCall, Post, SnapshotOrder
-from comfyui_temporal.contracts.carried import ImageRun, TrainingRun
 from comfyui_temporal.contracts.comfyui import JobRequest, TrainingDraft
+from comfyui_temporal.contracts.continuation import ImageRun, TrainingRun
 from comfyui_temporal.contracts.credits import (
     CancelHoldRequest,
     ChargeRequest,

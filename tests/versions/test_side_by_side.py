@@ -18,7 +18,7 @@ from temporalio import workflow
 from temporalio.testing import WorkflowEnvironment
 
 from activities import left_behind
-from comfyui_temporal.contracts.carried import ImageRun, TrainingRun
+from comfyui_temporal.contracts.continuation import ImageRun, TrainingRun
 from comfyui_temporal.contracts.give_back import give_back_id_of
 from comfyui_temporal.contracts.handed_on import read_tolerantly
 from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, ImageResult, TaskStatus, TrainingResult
@@ -28,7 +28,7 @@ from tests.conftest import NewDatabase
 from tests.versions.words import NEW_FIELD, at, new_fields_in, with_new_fields
 from tests.workflows.books import ended, ended_without_its_run, runs_of
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
-from workflows.guards import one_task
+from workflows.guards import validated_input
 from workflows.image_generation import ImageGenerationWorkflow
 from workflows.job_routes import IMAGE_ROUTES
 from workflows.task_flow import TaskFlow
@@ -75,13 +75,13 @@ class NewerImage(ImageGenerationWorkflow):
     """Hands on a field that nobody else knows in every object."""
 
     @workflow.init
-    @one_task
+    @validated_input
     def __init__(self, task: NewerImageRun) -> None:
         TaskFlow.__init__(self, task, IMAGE_ROUTES)
 
     @workflow.run
     async def run(self, task: NewerImageRun) -> ImageResult:  # type: ignore[override]
-        return await self.stop.uninterrupted(self.walk(), self.record.write_facts())
+        return await self.stop.uninterrupted(self.steps(), self.record.write_facts())
 
     def _continuation(self) -> ImageRun:
         document = with_new_fields(super()._continuation())
@@ -93,13 +93,13 @@ class UnreadableImage(NewerImage):
     """Hands on what today's code cannot read."""
 
     @workflow.init
-    @one_task
+    @validated_input
     def __init__(self, task: NewerImageRun) -> None:
         TaskFlow.__init__(self, task, IMAGE_ROUTES)
 
     @workflow.run
     async def run(self, task: NewerImageRun) -> ImageResult:  # type: ignore[override]
-        return await self.stop.uninterrupted(self.walk(), self.record.write_facts())
+        return await self.stop.uninterrupted(self.steps(), self.record.write_facts())
 
     def _continuation(self) -> Any:
         document = super()._continuation().model_dump(mode="json")
@@ -111,7 +111,7 @@ class UnreadableImage(NewerImage):
 class NewerTraining(TrainingWorkflow):
     @workflow.run
     async def run(self, task: TrainingRun) -> TrainingResult:
-        return await self.stop.uninterrupted(self.walk(), self.record.write_facts())
+        return await self.stop.uninterrupted(self.steps(), self.record.write_facts())
 
     def _continuation(self) -> TrainingRun:
         document = with_new_fields(super()._continuation())

@@ -11,8 +11,8 @@ from temporalio import workflow
 from temporalio.exceptions import ActivityError, ApplicationError, CancelledError, RetryState
 
 from comfyui_temporal.contracts.calls import CallFor
-from comfyui_temporal.contracts.carried import JobNews, WatchState
 from comfyui_temporal.contracts.comfyui import JobState
+from comfyui_temporal.contracts.continuation import JobUpdate, WatchState
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, FailureCode, Refusal
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.size_budget import MAX_INBOX, MAX_SIGNAL_BYTES
@@ -26,7 +26,7 @@ NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 UNKNOWN = Refusal(code=FailureCode.LOST, message="job_not_found", http_status=404, sentence="There is no such job.")
 
 
-class NotedRecord:
+class FakeRecord:
     """What the watch tells its task's record."""
 
     def __init__(self) -> None:
@@ -35,10 +35,10 @@ class NotedRecord:
         self.told: list[tuple[int, bool]] = []
         """Sequence, and whether it is a new stage."""
 
-    def apply(self, news: JobNews, *, attempt_changed: bool) -> None:
+    def apply(self, news: JobUpdate, *, attempt_changed: bool) -> None:
         self.applied.append((news.sequence, attempt_changed))
 
-    def tell_progress(self, news: JobNews, *, is_new_stage: bool) -> None:
+    def publish_progress(self, news: JobUpdate, *, is_new_stage: bool) -> None:
         self.told.append((news.sequence, is_new_stage))
 
 
@@ -83,7 +83,7 @@ class Watched:
     def __init__(self, patch: pytest.MonkeyPatch, carried: WatchState | None = None) -> None:
         self.now = NOON
         patch.setattr(workflow, "now", lambda: self.now)
-        self.record, self.polls = NotedRecord(), Polls()
+        self.record, self.polls = FakeRecord(), Polls()
         self.watch = JobWatch(
             "t1",
             IMAGE_ROUTES,
@@ -124,7 +124,7 @@ class Watched:
         """Ask, and take this answer."""
         poll = self.ask()
         poll.answer = answer
-        assert self.watch.has_word()
+        assert self.watch.has_update()
         self.watch.read()
 
 
@@ -178,7 +178,7 @@ def test_what_can_be_no_message_of_this_task_is_counted_and_raises_nothing(
 
     assert MAX_SIGNAL_BYTES == 256 * 1024, "what the gateway takes"
     assert (watched.state.callbacks_refused, watched.state.inbox) == (1, [])
-    assert not watched.watch.has_word()
+    assert not watched.watch.has_update()
 
 
 @pytest.mark.parametrize("named", [{"task_id": "t1"}, {"task_id": ""}, {}], ids=["its task", "an empty one", "none"])
@@ -186,7 +186,7 @@ def test_a_message_that_names_its_task_or_none_is_taken(watched: Watched, named:
     body = {name: value for name, value in said(1).items() if name != "task_id"}
     watched.watch.take(json.dumps(body | named).encode())
 
-    assert watched.watch.has_word()
+    assert watched.watch.has_update()
     assert watched.state.callbacks_refused == 0
 
 
@@ -210,10 +210,10 @@ def test_an_inbox_full_of_last_words_drops_the_oldest(watched: Watched) -> None:
 def test_what_comes_before_its_job_is_known_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch)
     watched.watch.take(json.dumps(said(3)).encode())
-    assert not watched.watch.has_word()
+    assert not watched.watch.has_update()
 
     watched.watch.follow("j1")
-    assert watched.watch.has_word()
+    assert watched.watch.has_update()
     watched.watch.read()
     assert watched.record.applied == [(3, True)]
 
@@ -268,7 +268,7 @@ def test_another_jobs_messages_are_counted_and_never_applied(watched: Watched) -
 
 
 def test_the_same_job_followed_again_is_no_earlier_one(watched: Watched) -> None:
-    watched.watch.follow("j1", first=JobNews(job_id="j1", sequence=0, status=TaskStatus.QUEUED))
+    watched.watch.follow("j1", first=JobUpdate(job_id="j1", sequence=0, status=TaskStatus.QUEUED))
 
     assert watched.state.earlier == []
     assert watched.record.applied == [(0, True)]
@@ -337,7 +337,7 @@ def test_one_poll_at_a_time_of_the_current_job(watched: Watched) -> None:
     assert watched.ask().job_id == "j1"
     assert watched.due_in() is None
     assert watched.watch.is_polling()
-    assert not watched.watch.has_word()
+    assert not watched.watch.has_update()
     watched.pass_seconds(1_000)
     watched.watch.check()
     assert len(watched.polls.all) == 1

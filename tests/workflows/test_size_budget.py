@@ -14,20 +14,20 @@ from typing import Any
 import pytest
 from temporalio import workflow
 
-from comfyui_temporal.contracts.carried import (
+from comfyui_temporal.contracts.comfyui import JobCallback, ManifestReference, SnapshotReference, TrainingCallback
+from comfyui_temporal.contracts.continuation import (
     AskedJob,
-    CarriedRun,
+    Continuation,
     DatasetState,
     HeldProgress,
     HoldState,
     ImageRun,
-    JobNews,
+    JobUpdate,
     PriceState,
     RecordState,
     TrainingRun,
     WatchState,
 )
-from comfyui_temporal.contracts.comfyui import JobCallback, ManifestReference, SnapshotReference, TrainingCallback
 from comfyui_temporal.contracts.credits import Estimate, PreDeductRequest
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode
 from comfyui_temporal.contracts.give_back import LeftBehind
@@ -74,23 +74,25 @@ def error_details(text: str) -> dict[str, Any]:
     return {"code": text, "message": text, "node": text, "retryable": True}
 
 
-def job_callback(n: int, text: str, **fields: Any) -> JobNews:
+def job_callback(n: int, text: str, **fields: Any) -> JobUpdate:
     body = {"job_id": OUTSIDE_ID, "job_status": "processing", "sequence": n, "next_eta": NOW.isoformat()}
     body |= {"stage_progress": 12.345678901234567, "estimated_time": 1e4 / 3, "queue_position": 2**53, "gpu_slots": 99}
-    return JobNews.of_job(JobCallback.model_validate(body | {"error_details": error_details(text)} | fields))
+    return JobUpdate.of_job(JobCallback.model_validate(body | {"error_details": error_details(text)} | fields))
 
 
-def delivery(n: int) -> JobNews:
+def delivery(n: int) -> JobUpdate:
     return job_callback(n, "", job_status="delivery", error_details=None, result_urls=URLS, actual_cost=10**9)
 
 
-def training_callback(n: int, text: str, **fields: Any) -> JobNews:
+def training_callback(n: int, text: str, **fields: Any) -> JobUpdate:
     uri = f"file:///{n}/".ljust(2_048, "x")
     body: dict[str, Any] = {"training_id": OUTSIDE_ID, "training_status": "running", "sequence": n}
     body |= {"training_stage": "data_ingest", "gpu_hours": 1e5 / 3, "gpu_hours_used": 1e5 / 3}
     body["checkpoint"] = {"uri": uri, "epoch": 2**53, "step": 2**53, "gpu_hours_used": 1e5 / 3}
     body["output"] = {"model_path": uri, "version": text, "metrics": {f"{m}{text}": 1e300 / 3 for m in range(80)}}
-    return JobNews.of_training(TrainingCallback.model_validate(body | {"error_details": error_details(text)} | fields))
+    return JobUpdate.of_training(
+        TrainingCallback.model_validate(body | {"error_details": error_details(text)} | fields)
+    )
 
 
 # The parts, each filled as a run fills it
@@ -185,7 +187,7 @@ def exception(code: str, n: int, message: str) -> TaskException:
     )
 
 
-def filled_watch(make: Callable[..., JobNews], text: str) -> WatchState:
+def filled_watch(make: Callable[..., JobUpdate], text: str) -> WatchState:
     state = WatchState(
         current=OUTSIDE_ID, newest=make(0, text, error_details=None), earlier=[OUTSIDE_ID] * MAX_ATTEMPTS
     )
@@ -226,7 +228,7 @@ def policy() -> Policy:
     )
 
 
-def carried(make: Callable[..., JobNews], text: str) -> CarriedRun:
+def carried(make: Callable[..., JobUpdate], text: str) -> Continuation:
     holds = filled_holds()
     ids = [hold.pre_deduct_id for hold in holds.granted_holds() if hold.pre_deduct_id]
     credits = CreditsSummary(estimated=10**9, held=10**9, pre_deduct_ids=ids[-MAX_KEPT_HOLDS:], pre_deduct_count=1_440)
@@ -238,7 +240,7 @@ def carried(make: Callable[..., JobNews], text: str) -> CarriedRun:
     manifest = ManifestReference(uri=uri, sha256="0" * 64, file_count=10_000, total_bytes=10**11)
     snapshot = SnapshotReference(dataset_id=ID, snapshot_uri=uri, manifest=manifest)
     newest = training_callback(1, text)
-    return CarriedRun(
+    return Continuation(
         policy=policy(),
         record=filled_record(text, credits),
         watch=filled_watch(make, text),

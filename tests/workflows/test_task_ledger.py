@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfyui_temporal.contracts.carried import AskedHold
+from comfyui_temporal.contracts.continuation import AskedHold
 from comfyui_temporal.contracts.credits import CHARGE_REASON, Ledger, LedgerEntry, LedgerKind, PreDeductRequest
 from comfyui_temporal.contracts.permissions import Scene
 from workflows.task_ledger import Found, HoldFate, OpenHolds, TaskLedger

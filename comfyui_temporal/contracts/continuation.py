@@ -31,7 +31,7 @@ from comfyui_temporal.contracts.task_store import Fact, TaskException, TaskState
 from comfyui_temporal.contracts.tasks import ImageTask, SettlementState, TaskStatus, TrainingTask
 
 
-class JobNews(OwnModel):
+class JobUpdate(OwnModel):
     """One message about a job or training, whichever way it came, in the words both flows share."""
 
     job_id: str
@@ -57,7 +57,7 @@ class JobNews(OwnModel):
         return self.succeeded or self.error is not None
 
     @classmethod
-    def of_job(cls, state: JobState) -> JobNews:
+    def of_job(cls, state: JobState) -> JobUpdate:
         return cls(
             job_id=state.job_id,
             sequence=state.sequence,
@@ -75,7 +75,7 @@ class JobNews(OwnModel):
         )
 
     @classmethod
-    def of_training(cls, state: TrainingState) -> JobNews:
+    def of_training(cls, state: TrainingState) -> JobUpdate:
         return cls(
             job_id=state.training_id,
             sequence=state.sequence,
@@ -221,9 +221,9 @@ class WatchState(OwnModel):
     """What is known of the jobs of one task."""
 
     current: str | None = None
-    newest: JobNews | None = None
+    newest: JobUpdate | None = None
     earlier: list[str] = []
-    inbox: list[JobNews] = []
+    inbox: list[JobUpdate] = []
     callbacks_refused: int = 0
     last_news_at: Instant | None = None
     silence_seconds: float = 0.0
@@ -293,7 +293,7 @@ class DatasetState(OwnModel):
     is_deleted: bool = False
 
 
-class CarriedRun(OwnModel):
+class Continuation(OwnModel):
     """Everything a continued run goes on with; a first run starts from the defaults."""
 
     policy: Policy | None = None
@@ -313,10 +313,10 @@ class CarriedRun(OwnModel):
 class ImageRun(ImageTask, RunArgument):
     """Argument of `ImageGenerationWorkflow`: the task, and in a continued run what it goes on with."""
 
-    carried: CarriedRun | None = None
+    carried: Continuation | None = None
 
 
 class TrainingRun(TrainingTask, RunArgument):
     """Argument of `TrainingWorkflow`: the task, and in a continued run what it goes on with."""
 
-    carried: CarriedRun | None = None
+    carried: Continuation | None = None

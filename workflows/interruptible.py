@@ -1,8 +1,8 @@
 """How a run waits: it obeys the wish to stop, the time that is left, and the life of its hold.
 
-While a job runs, `Following` is the loop that obeys all three. Everywhere else it is `Waiting`, before the first job as
-well as between two attempts. What waits in any other way stands in `UNOBEYING`, with its reason; a test walks through
-every `await` of this folder and compares.
+While a job runs, `Following` is the loop that checks all three. Everywhere else it is `Waiting`, before the first job
+and between two attempts. Every other wait stands in `UNINTERRUPTIBLE` with its reason; a test compares that table with
+every `await` in this folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from temporalio.workflow import ActivityHandle
 
 from comfyui_temporal.contracts.errors import FailureCode
 from workflows.alarm import Alarm
-from workflows.earlier_life import LifeTold
+from workflows.earlier_life import EarlierLives
 from workflows.failures import TaskEnd, TaskFailed
 from workflows.stop import Stop
 
@@ -30,7 +30,7 @@ class KeptHold(Protocol):
     def is_covered(self) -> bool:
         """Whether something may begin under it: it has life left, or nothing is to be paid for."""
 
-    def has_word(self) -> bool:
+    def has_update(self) -> bool:
         """Whether it wants to be looked at at once."""
 
     def due(self) -> datetime | None:
@@ -48,7 +48,7 @@ class Waiting:
         self._alarm = alarm
         self._hold: KeptHold | None = None
         self.latest: Callable[[], datetime | None] = lambda: None
-        self.told = LifeTold()  # what answers tell of an earlier life: the task may have ended in it
+        self.earlier = EarlierLives()  # what answers tell of an earlier life: the task may have ended in it
 
     def look_after(self, hold: KeptHold, latest: Callable[[], datetime | None]) -> None:
         """From now on every wait renews this hold when it is due, and knows when the task's time is over."""
@@ -59,17 +59,17 @@ class Waiting:
         hold = self._hold
         return hold is not None and hold.is_needed() and workflow.patched("hold-kept-while-waiting")
 
-    def obey(self) -> None:
+    def raise_if_interrupted(self) -> None:
         """Raise TaskStopped where a stop was asked for, RowEnded where the task has ended, TaskFailed by the hold."""
-        self._stop.obey()
-        self.told.obey()
+        self._stop.raise_if_requested()
+        self.earlier.raise_if_ended()
         if self._hold is not None and self.keeps_hold():
             self._hold.check()
 
     async def until(self, happened: Callable[[], bool], *, at: datetime | None = None, summary: str) -> bool:
         """Wait until `happened()`, or until `at`; whether it happened. Raises as `obey`."""
         while not happened():
-            self.obey()
+            self.raise_if_interrupted()
             if at is not None and workflow.now() >= at:
                 return False
             await self._woken(happened, at, summary)
@@ -104,7 +104,7 @@ class Waiting:
             if self._hold is not None and self.keeps_hold():
                 latest = self.latest()
                 try:
-                    self.told.obey()
+                    self.earlier.raise_if_ended()
                     self._hold.check()
                 except TaskEnd as end:
                     return end
@@ -118,12 +118,14 @@ class Waiting:
         hold = self._hold if self.keeps_hold() else None
         dues = [due for due in (at, hold.due() if hold else None) if due is not None]
 
-        def has_word() -> bool:
+        def has_update() -> bool:
             return (
-                happened() or self._stop.requested or (hold is not None and (self.told.has_word() or hold.has_word()))
+                happened()
+                or self._stop.requested
+                or (hold is not None and (self.earlier.has_update() or hold.has_update()))
             )
 
-        await self._alarm.until(has_word, min(dues, default=None), summary)
+        await self._alarm.until(has_update, min(dues, default=None), summary)
 
 
 def _timeout() -> TaskFailed:

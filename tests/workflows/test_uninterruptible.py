@@ -6,12 +6,15 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from workflows.unobeying import UNOBEYING
+from workflows.uninterruptible import UNINTERRUPTIBLE
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "workflows"
 DEAF = frozenset(
-    {"until_answered", "beside", "noted", "looked", "visible", "waited", "unless_stopped", "put_down", "_local_try"}
+    {
+        *("until_answered", "in_background", "write_store", "read_store", "visible"),
+        *("wait_for", "wait_unless_stopped", "suspend", "_local_try"),
+    }
 )
 """Coroutines of our own that wait for nothing but their answer: where one is called is what is looked at."""
 GIVEN = frozenset({"ask", "back", "step", "_continue_as_new"})
@@ -57,7 +60,7 @@ def sources() -> dict[str, str]:
 
 def test_every_wait_obeys_or_stands_in_the_table() -> None:
     waits = functions_that_wait(sources())
-    listed = [place for row in UNOBEYING for place in row.places]
+    listed = [place for row in UNINTERRUPTIBLE for place in row.places]
     assert len(listed) == len(set(listed)), "each place has one reason"
     unlisted = {place: awaited for place, awaited in waits.items() if place not in listed}
     assert not unlisted, f"these waits obey nothing: use `Waiting`, or give their reason in the table: {unlisted}"
@@ -88,5 +91,5 @@ class Step:
 
 def test_the_table_is_in_the_documents() -> None:
     told = " ".join((ROOT / "docs" / "reliability.md").read_text().split())
-    for row in UNOBEYING:
+    for row in UNINTERRUPTIBLE:
         assert f"| {row.what} | {row.reason} |" in told, row.what

@@ -11,7 +11,7 @@ from typing import Final
 
 
 @dataclass(frozen=True)
-class Unobeying:
+class Uninterruptible:
     """Waits of one reason. `places`: module, class and function in which they stand."""
 
     what: str
@@ -19,8 +19,8 @@ class Unobeying:
     places: tuple[str, ...]
 
 
-UNOBEYING: Final = (
-    Unobeying(
+UNINTERRUPTIBLE: Final = (
+    Uninterruptible(
         "settlement",
         "The work was delivered: nothing undoes it. Commit, charge and the ledger are asked without end (contract §4), "
         "and a renewal or give-back in flight ends first.",
@@ -35,7 +35,7 @@ UNOBEYING: Final = (
             "credit_hold.CreditHold.settled_renewal",
         ),
     ),
-    Unobeying(
+    Uninterruptible(
         "undo",
         "The task ends: what was begun is given back until that lands (contract §4), and no job of it runs on.",
         (
@@ -54,7 +54,7 @@ UNOBEYING: Final = (
             "training_dataset.TrainingDataset.delete",
         ),
     ),
-    Unobeying(
+    Uninterruptible(
         "beside the flow",
         "The flow does not wait for it, or waits obeying. It gives up where the task ends or the run continues as new.",
         (
@@ -65,67 +65,71 @@ UNOBEYING: Final = (
             "task_holds.TaskHolds._cancel",
         ),
     ),
-    Unobeying(
+    Uninterruptible(
         "the claim",
         "Nothing is begun before the id is claimed, and without the task store no end could be told either.",
         ("task_record.TaskRecord.claim",),
     ),
-    Unobeying(
+    Uninterruptible(
         "the event writer",
         "It runs beside the flow for as long as the run lives.",
         (
             "task_record.TaskRecord.write_facts",
-            "task_record.TaskRecord._tell_held_back",
+            "task_record.TaskRecord._publish_held_back",
             "task_record.TaskRecord._write_batch",
         ),
     ),
-    Unobeying(
+    Uninterruptible(
         "the end's events",
         "The task has ended: its last events are written and updates answered before its run closes.",
-        ("task_record.TaskRecord.all_written", "task_flow.TaskFlow.all_told", "give_back.LeftTask._tell_difference"),
+        (
+            "task_record.TaskRecord.all_written",
+            "task_flow.TaskFlow.all_published",
+            "give_back.LeftTask._publish_difference",
+        ),
     ),
-    Unobeying(
+    Uninterruptible(
         "the update cancel_task",
         "It is answered once it is decided, which every wait that obeys does.",
         ("stop.Stop.cancel_task",),
     ),
-    Unobeying(
+    Uninterruptible(
         "continue-as-new",
         "The attempts in flight end within 10 s; a stop cuts it short.",
-        ("task_flow.TaskFlow.continue_as_new_if_long", "outside_call.OutsideCall.put_down"),
+        ("task_flow.TaskFlow.continue_as_new_if_long", "outside_call.OutsideCall.suspend"),
     ),
-    Unobeying(
+    Uninterruptible(
         "a call that was put down",
         "Its attempt in flight ends by its own limit: 10 s, a dataset's copy as soon as it hears of it.",
-        ("outside_call.OutsideCall.opening", "training_dataset.TrainingDataset.snapshot"),
+        ("outside_call.OutsideCall.setup", "training_dataset.TrainingDataset.snapshot"),
     ),
-    Unobeying(
+    Uninterruptible(
         "a short local try",
         "Two seconds at most.",
-        ("outside_call.OutsideCall._local_try", "outside_call.OutsideCall.reading"),
+        ("outside_call.OutsideCall._local_try", "outside_call.OutsideCall.read"),
     ),
-    Unobeying(
+    Uninterruptible(
         "what the waits are made of",
         "Who calls them obeys, or stands in this table.",
         (
             "alarm.Alarm.until",
             "attempts.Attempts._pause",
-            "waiting.Waiting.answered",
+            "interruptible.Waiting.answered",
             "stop.Stop.uninterrupted",
             "outside_call.OutsideCall.until_answered",
-            "outside_call.OutsideCall.beside",
-            "outside_call.OutsideCall.noted",
-            "outside_call.OutsideCall.looked",
-            "outside_call.OutsideCall.waited",
-            "outside_call.OutsideCall.unless_stopped",
+            "outside_call.OutsideCall.in_background",
+            "outside_call.OutsideCall.write_store",
+            "outside_call.OutsideCall.read_store",
+            "outside_call.OutsideCall.wait_for",
+            "outside_call.OutsideCall.wait_unless_stopped",
         ),
     ),
-    Unobeying(
+    Uninterruptible(
         "runs of release 0.1.0",
         "Their histories do not hold the timers that looking after a hold takes; a cancel is obeyed.",
         ("credit_hold.CreditHold._renewal_over",),
     ),
-    Unobeying(
+    Uninterruptible(
         "give-back, correction, reconciler",
         "They undo, look up or look around, and hold nothing that could run out.",
         (
