@@ -185,7 +185,7 @@ class HistoryReading:
             if held.reply is not None:
                 asked.pre_deduct_id, asked.amount = held.reply.pre_deduct_id, held.reply.frozen_amount
                 self._left.asked_again += held.tries > 1
-            asked.refused = held.refusal is not None and held.refusal.message != "unreadable"
+            asked.refused = held.refusal is not None
         elif isinstance(asked, AskedJob) and name == _named(ComfyUIActivities.submit_job):
             submitted = await self._read(payloads, Answer[JobAccepted], event)
             if submitted.reply is not None:

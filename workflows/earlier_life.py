@@ -11,8 +11,8 @@ from typing import Any
 
 from temporalio.exceptions import ApplicationError
 
-from comfyui_temporal.contracts.errors import Answer
-from comfyui_temporal.contracts.lives import READ_THE_LEDGER, STORE_UNAVAILABLE, TASK_ENDED, EarlierLife
+from comfyui_temporal.contracts.errors import Answer, RefusalKind
+from comfyui_temporal.contracts.lives import STORE_UNAVAILABLE, EarlierLife
 from workflows.failures import RowEnded
 
 
@@ -27,7 +27,7 @@ def is_of_store(error: BaseException | None) -> bool:
 
 def was_stopped(answer: Answer[Any]) -> bool:
     """Whether a call was not made because the task's row lets nothing more begin."""
-    return answer.refusal is not None and answer.refusal.message == TASK_ENDED
+    return answer.refusal is not None and answer.refusal.kind is RefusalKind.TASK_ENDED
 
 
 class EarlierLives:
@@ -70,7 +70,7 @@ class EarlierLives:
 
 def is_key_of_earlier_life(answer: Answer[Any], told: EarlierLives) -> bool:
     """Whether a key was used by an earlier life of the task, with another body."""
-    return answer.refusal is not None and answer.refusal.message == "idempotency_conflict" and told.is_possible
+    return answer.refusal is not None and answer.refusal.kind is RefusalKind.KEY_CONFLICT and told.is_possible
 
 
 class EarlierLifePossible(Exception):
@@ -81,5 +81,5 @@ def raise_unless_settled(answer: Answer[Any]) -> None:
     """Raise RowEnded or EarlierLifePossible where a call that settles was not made."""
     if was_stopped(answer):
         raise RowEnded()
-    if answer.refusal is not None and answer.refusal.message == READ_THE_LEDGER:
+    if answer.refusal is not None and answer.refusal.kind is RefusalKind.READ_THE_LEDGER:
         raise EarlierLifePossible()

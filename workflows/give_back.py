@@ -50,6 +50,7 @@ from workflows.job_routes import IMAGE_ROUTES, TRAINING_ROUTES
 from workflows.outside_call import HEARTBEAT_TIMEOUT, OutsideCall, TaskFor
 from workflows.row_look import RowRead
 from workflows.settlement import Settlement
+from workflows.step_labels import POLL
 from workflows.stop import Stop
 from workflows.task_record import TaskRecord
 from workflows.undo import Undo
@@ -91,7 +92,7 @@ class LeftRecord(TaskRecord):
             exceptions=exceptions,
         )
         try:
-            await self._outside.write_store(TaskStoreActivities.write, write, summary="6 tell")
+            await self._outside.write_store(TaskStoreActivities.write, write, summary=self._outside.labels.record)
         except FailureError as error:
             workflow.logger.error("The task store refused %d facts: %s", len(facts), error)
         self._backlog.written()
@@ -109,7 +110,12 @@ class LeftTask:
         self._outside = OutsideCall(task, self._stop)
         by_hand = HandCall(task, self._stop)
         self._record = LeftRecord(task, self._outside, left.row)
-        clock = JobClock(self._record, ClockState(), default_eta_minutes=DEFAULT_ETA_MINUTES[task.scene][task.priority])
+        clock = JobClock(
+            self._record,
+            ClockState(),
+            self._outside.limits,
+            default_eta_minutes=DEFAULT_ETA_MINUTES[task.scene][task.priority],
+        )
         holds = HoldState(
             asked=left.holds,
             granted_before=left.holds_before,
@@ -177,7 +183,7 @@ class LeftTask:
             start_to_close_timeout=LOOK_TIMEOUT,
             heartbeat_timeout=HEARTBEAT_TIMEOUT,
             retry_policy=LOOK_RETRY,
-            summary="6 tell: what was told of points",
+            summary=f"{self._outside.labels.record}: points published before",
         )
         difference = -credits.charged - told
         if difference:
@@ -203,7 +209,9 @@ class LeftTask:
 
     async def _repeat_charges(self) -> None:
         for post in self._left.charges:
-            answer = await self._outside.until_answered(CreditsActivities.charge, post, summary="5 charge")
+            answer = await self._outside.until_answered(
+                CreditsActivities.charge, post, summary=self._outside.labels.charge
+            )
             if answer is not None and answer.reply is not None:
                 self._hold.state.charged += post.body.amount
 
@@ -212,7 +220,7 @@ class LeftTask:
             await self._outside.visible(
                 DatasetActivities.delete_snapshot,
                 self._left.snapshot,
-                summary="5 delete snapshot",
+                summary=self._outside.labels.delete_snapshot,
                 attempt_timeout=DELETE_TIMEOUT,
             )
 
@@ -246,7 +254,7 @@ class LeftTask:
         if job.job_id is None:
             return None
         call = JobCall(call_for=self._outside.call_for, job_id=job.job_id)
-        answer: Answer[Any] | None = await self._outside.until_answered(self._routes.get, call, summary="4 poll")
+        answer: Answer[Any] | None = await self._outside.until_answered(self._routes.get, call, summary=POLL)
         return self._routes.news_of_state(answer.reply) if answer is not None and answer.reply is not None else None
 
 

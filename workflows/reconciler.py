@@ -1,7 +1,7 @@
-"""Finds the tasks whose run is over while their row is open, and has each given back (design, "Never untrue" 8).
+"""Finds the tasks whose run is over while their row is open, and starts a give-back for each (invariant 8).
 
-Started by a schedule. A run is taken for over when it is found so twice, a pause apart: a call in flight when it was
-terminated has landed by then, and a row that a last write reaches late is not called a lost one.
+A schedule starts it. A run counts as over when it is found closed twice, a pause apart. By then a call that was in
+flight when the run was terminated has ended, and a last write that was late has reached the row.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from workflows.outside_call import HEARTBEAT_TIMEOUT
 LOOK_TIMEOUT: Final = timedelta(minutes=1)
 LOOK_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
 TASK_TIMEOUT: Final = timedelta(seconds=3)
-"""What a killed worker held of a run is another's after that long."""
+"""After this long another worker continues a run that a killed worker held."""
 MAX_PAGES: Final = 20
 MAX_CLOSED: Final = 200
-"""Of one run: what is more waits for the run that it continues as."""
+"""Of one run; the run that it continues as takes the rest."""
 LOOKS_AT_UNSETTLED: Final = "unknown-settlements-looked-at"
 REASON: Final = "found by the reconciler"
 
@@ -65,7 +65,7 @@ class ReconcileWorkflow:
         return ReconcileResult(task_ids=begun, corrected=corrected, **so_far)
 
     async def _found_closed(self, order: ReconcileOrder) -> tuple[list[ClosedRun], str | None, int]:
-        """Some pages' worth, where the next run goes on, and how many rows could not be looked at."""
+        """The closed runs of some pages, the cursor of the next run, and how many rows could not be looked at."""
         closed: list[ClosedRun] = []
         cursor, unseen = order.cursor, 0
         for _ in range(MAX_PAGES):
@@ -85,14 +85,14 @@ class ReconcileWorkflow:
         return closed, cursor, unseen
 
     async def _begin_give_back(self, task: ClosedRun) -> bool:
-        """Started and left to itself: one that takes long, or cannot be started, holds up none of the others."""
+        """Start it and do not wait: one that takes long, or cannot be started, delays no other."""
         try:
             await workflow.start_child_workflow(
                 GiveBackWorkflow.run,
                 GiveBackRun(task_id=task.task_id, reason=REASON),
                 id=give_back_id_of(task.task_id),
                 parent_close_policy=workflow.ParentClosePolicy.ABANDON,
-                # Giving back twice is giving back once: a second one finds the task ended.
+                # A give-back is idempotent: a second one finds the task ended.
                 id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
                 task_timeout=TASK_TIMEOUT,
                 static_summary=f"give back {task.task_id}, whose run is {task.how}",
@@ -100,7 +100,7 @@ class ReconcileWorkflow:
         except WorkflowAlreadyStartedError:
             workflow.logger.info("%s is being given back already", task.task_id)
         except (RuntimeError, FailureError) as error:
-            # The server's refusal of this one child; the SDK has no type of its own for most of its reasons.
+            # The server refused this one child. The SDK has no types for most of the reasons.
             workflow.logger.error("The give-back of %s could not be started: %s", task.task_id, error)
             return False
         return True

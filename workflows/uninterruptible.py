@@ -1,7 +1,7 @@
-"""The waits that obey neither a cancel nor the task's time, in one place, each with its reason.
+"""The waits that neither a cancel nor the task's time interrupts, in one place, each with its reason.
 
-Every other `await` of this folder goes through `Waiting`, `Following` or an opening call, which obey. A test walks
-through all of them and compares with this table; docs/reliability.md shows it.
+Every other `await` in this folder goes through `InterruptibleWaits`, `Following` or a setup call. A test compares this
+table with every `await`; docs/reliability.md shows it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Uninterruptible:
 UNINTERRUPTIBLE: Final = (
     Uninterruptible(
         "settlement",
-        "The work was delivered: nothing undoes it. Commit, charge and the ledger are asked without end (contract §4), "
-        "and a renewal or give-back in flight ends first.",
+        "The job has delivered: nothing undoes that. Commit, charge and ledger calls are retried without end "
+        "(contract §4), and a renewal or give-back in flight ends first.",
         (
             "settlement.Settlement._ask_commit",
             "charges.Charges._once",
             "charges.Charges._repeated",
-            "ledger_search.LedgerSearch._looked",
-            "ledger_search.LedgerSearch._reading",
+            "ledger_search.LedgerSearch._search",
+            "ledger_search.LedgerSearch._read_within",
             "ledger_search.LedgerSearch._fate_by_total",
             "ledger_search.LedgerSearch._entries",
             "credit_hold.CreditHold.settled_renewal",
@@ -37,14 +37,15 @@ UNINTERRUPTIBLE: Final = (
     ),
     Uninterruptible(
         "undo",
-        "The task ends: what was begun is given back until that lands (contract §4), and no job of it runs on.",
+        "The task ends: everything that was begun is given back, however long that takes (contract §4), and no job "
+        "of it keeps running.",
         (
             "undo.Undo.all",
             "attempts.Attempts.cancel_all",
             "attempts.Attempts._finally_cancelled",
             "attempts.Attempts._learn",
             "credit_hold.CreditHold.give_back",
-            "task_holds.TaskHolds._all_left",
+            "task_holds.TaskHolds._all_released",
             "task_holds.TaskHolds._learn",
             "forgotten_jobs.ForgottenJobs.cancel",
             "forgotten_jobs.ForgottenJobs.delivery",
@@ -55,24 +56,25 @@ UNINTERRUPTIBLE: Final = (
         ),
     ),
     Uninterruptible(
-        "beside the flow",
-        "The flow does not wait for it, or waits obeying. It gives up where the task ends or the run continues as new.",
+        "background calls",
+        "The flow does not wait for them, or its wait can be interrupted. They give up where the task ends or the run "
+        "continues as new.",
         (
             "attempts.Attempts._cancel",
-            "credit_hold.CreditHold._ask_renewing",
-            "credit_hold.CreditHold._cover_again",
+            "credit_hold.CreditHold._request_renewal",
+            "credit_hold.CreditHold._cover_after_gap",
             "credit_hold.CreditHold._returned_or_closing",
             "task_holds.TaskHolds._cancel",
         ),
     ),
     Uninterruptible(
         "the claim",
-        "Nothing is begun before the id is claimed, and without the task store no end could be told either.",
+        "Nothing is begun before the id is claimed, and without the task store the end could not be recorded either.",
         ("task_record.TaskRecord.claim",),
     ),
     Uninterruptible(
         "the event writer",
-        "It runs beside the flow for as long as the run lives.",
+        "It runs beside the flow as long as the run lives.",
         (
             "task_record.TaskRecord.write_facts",
             "task_record.TaskRecord._publish_held_back",
@@ -81,40 +83,40 @@ UNINTERRUPTIBLE: Final = (
     ),
     Uninterruptible(
         "the end's events",
-        "The task has ended: its last events are written and updates answered before its run closes.",
+        "The task has ended: its last events are written and its updates answered before the run closes.",
         (
             "task_record.TaskRecord.all_written",
-            "task_flow.TaskFlow.all_published",
+            "ending.TaskEnding._all_published",
             "give_back.LeftTask._publish_difference",
         ),
     ),
     Uninterruptible(
         "the update cancel_task",
-        "It is answered once it is decided, which every wait that obeys does.",
+        "It is answered once the outcome is decided, which every interruptible wait does.",
         ("stop.Stop.cancel_task",),
     ),
     Uninterruptible(
         "continue-as-new",
-        "The attempts in flight end within 10 s; a stop cuts it short.",
+        "The attempts in flight end within 10 s; a cancel ends the wait.",
         ("task_flow.TaskFlow.continue_as_new_if_long", "outside_call.OutsideCall.suspend"),
     ),
     Uninterruptible(
-        "a call that was put down",
-        "Its attempt in flight ends by its own limit: 10 s, a dataset's copy as soon as it hears of it.",
+        "a cancelled call",
+        "Its attempt in flight ends by its own limit: 10 s; a dataset's copy ends at its next heartbeat.",
         ("outside_call.OutsideCall.setup", "training_dataset.TrainingDataset.snapshot"),
     ),
     Uninterruptible(
         "a short local try",
-        "Two seconds at most.",
+        "It takes two seconds at most.",
         ("outside_call.OutsideCall._local_try", "outside_call.OutsideCall.read"),
     ),
     Uninterruptible(
-        "what the waits are made of",
-        "Who calls them obeys, or stands in this table.",
+        "building blocks",
+        "Their callers can be interrupted, or are in this table.",
         (
             "alarm.Alarm.until",
             "attempts.Attempts._pause",
-            "interruptible.Waiting.answered",
+            "interruptible.InterruptibleWaits.answered",
             "stop.Stop.uninterrupted",
             "outside_call.OutsideCall.until_answered",
             "outside_call.OutsideCall.in_background",
@@ -126,12 +128,12 @@ UNINTERRUPTIBLE: Final = (
     ),
     Uninterruptible(
         "runs of release 0.1.0",
-        "Their histories do not hold the timers that looking after a hold takes; a cancel is obeyed.",
+        "Their histories lack the timers that keeping a hold alive needs; a cancel interrupts them.",
         ("credit_hold.CreditHold._renewal_over",),
     ),
     Uninterruptible(
         "give-back, correction, reconciler",
-        "They undo, look up or look around, and hold nothing that could run out.",
+        "They undo, or only read, and have no hold that could expire.",
         (
             "give_back.LeftRecord._write_batch",
             "give_back.LeftTask._repeat_charges",

@@ -186,8 +186,8 @@ class HoldState(OwnModel):
         self.asked_count = max(self.asked_count, *(hold.n for hold in self.asked), 0)
         return self
 
-    def note(self, n: int, request: PreDeductRequest, at: datetime) -> AskedHold:
-        """The next hold, noted before it is asked for."""
+    def add(self, n: int, request: PreDeductRequest, at: datetime) -> AskedHold:
+        """The next hold, recorded before its request."""
         self.leave_out_old()
         self.asked_count = max(self.asked_count, n)
         hold = AskedHold(n=n, request=request, asked_at=at)

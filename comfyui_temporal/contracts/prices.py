@@ -59,10 +59,14 @@ class PriceTable(OwnModel):
             + sum(self.points_of_extras(extras).values())
         )
 
-    def training(self, *, base_model: str, accelerated: bool, gpu_hours: float) -> int:
-        """Price of a training that uses `gpu_hours`, in points. Raises UnknownPrice."""
+    def check_base_model(self, base_model: str) -> None:
+        """Raise UnknownPrice for a base model that the table lacks."""
         if base_model not in self.base_models:
             raise UnknownPrice("base_model", base_model, list(self.base_models))
+
+    def training(self, *, base_model: str, accelerated: bool, gpu_hours: float) -> int:
+        """Price of a training that uses `gpu_hours`, in points. Raises UnknownPrice."""
+        self.check_base_model(base_model)
         # A sum of hours over attempts carries the noise of floats: it must not cost a point.
         hours = Decimal(str(round(gpu_hours, 6)))
         billed = max(Decimal(0), hours - Decimal(str(self.included_gpu_hours)))

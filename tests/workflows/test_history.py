@@ -63,4 +63,4 @@ async def test_the_calls_of_a_history_read_as_the_step_table(
             if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
         ]
     summaries = [event.user_metadata.summary.data.decode().strip('"') for event in scheduled]
-    assert [summary for summary in summaries if summary != "6 tell"] == ["1 submit", "3 hold", "5 commit"]
+    assert [summary for summary in summaries if summary != "6 record"] == ["1 submit", "3 hold", "5 commit"]

@@ -12,6 +12,7 @@ from comfyui_temporal.contracts.continuation import ClockState
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
 from comfyui_temporal.contracts.task_store import TaskState
 from comfyui_temporal.contracts.tasks import TaskStatus
+from tests.workflows.limits import limits_of
 from workflows.failures import TaskFailed
 from workflows.job_clock import JobClock
 from workflows.task_record import TaskRecord
@@ -46,8 +47,14 @@ class Clock:
         self.now = NOON
         self.record = FakeRecord()
         patch.setattr(workflow, "now", lambda: self.now)
-        self.job = JobClock(cast(TaskRecord, self.record), carried or ClockState(), default_eta_minutes=DEFAULT_ETA)
-        self.job.configure(factor=FACTOR, cap_minutes=cap, queue_sla_minutes=QUEUE_SLA)
+        self.unreadable = ""
+        self.job = JobClock(
+            cast(TaskRecord, self.record),
+            carried or ClockState(),
+            limits_of(deadline_factor=FACTOR, cap_minutes=cap, queue_sla_minutes=QUEUE_SLA),
+            default_eta_minutes=DEFAULT_ETA,
+            unreadable=lambda: self.unreadable,
+        )
 
     def pass_minutes(self, minutes: float) -> None:
         self.now += timedelta(minutes=minutes)
@@ -142,7 +149,7 @@ def test_past_its_deadline_a_task_fails_and_says_how_long_it_had(monkeypatch: py
 def test_a_job_whose_state_cannot_be_read_fails_as_that_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     clock.job.start()
-    clock.job.unreadable = lambda: "The answer is no JSON."
+    clock.unreadable = "The answer is no JSON."
     clock.job.check()
 
     clock.pass_minutes(FACTOR * DEFAULT_ETA)

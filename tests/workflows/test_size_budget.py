@@ -103,7 +103,7 @@ def filled_holds() -> HoldState:
     state = HoldState(estimated=10**9, next_renewal_at=NOW, uncovered_since=NOW)
     for renewal in range(1_440):
         for attempt in range(4):
-            hold = state.note(
+            hold = state.add(
                 4 * renewal + attempt + 1,
                 PreDeductRequest(
                     task_id=ID,
