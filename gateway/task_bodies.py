@@ -14,6 +14,7 @@ from comfyui_temporal.contracts.comfyui import TaskPriority, TrainingOutput
 from comfyui_temporal.contracts.errors import ErrorDetails
 from comfyui_temporal.contracts.fields import CallerId, CallerModel, CallerText, Instant, OwnModel
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.size_budget import MAX_INLINE_LIST_BYTES
 from comfyui_temporal.contracts.task_store import RecordedPrices, TaskExceptionRow, TaskRow, TrainingLogRow
 from comfyui_temporal.contracts.tasks import (
@@ -21,6 +22,7 @@ from comfyui_temporal.contracts.tasks import (
     CreditsSummary,
     DatasetSource,
     ImageTask,
+    TaskInput,
     TaskStatus,
     TrainingTask,
     workflow_id_of,
@@ -51,6 +53,11 @@ def task_id_by_key(tenant_id: str, key: str) -> str:
     return "key-" + hashlib.sha256(f"{tenant_id}\n{key}".encode()).hexdigest()[:40]
 
 
+def new_task_id(scene: Scene, tenant_id: str, key: str | None) -> str:
+    """The id of a task that was ordered without one."""
+    return task_id_by_key(tenant_id, key) if key else f"{SCENES[scene].noun}-{secrets.token_hex(8)}"
+
+
 class ImageOrder(ImageTask):
     """Body of `POST /api/v1/tasks/images`: `ImageGenerationWorkflow`'s input.
 
@@ -65,7 +72,7 @@ class ImageOrder(ImageTask):
 
     def task(self, *, tenant_id: str, user_id: str, key: str | None) -> ImageTask:
         """The task that is ordered, in the name of the token."""
-        task_id = self.task_id or (task_id_by_key(tenant_id, key) if key else f"image-{secrets.token_hex(8)}")
+        task_id = self.task_id or new_task_id(self.scene, tenant_id, key)
         return ImageTask(**_given(self, task_id=task_id, tenant_id=tenant_id, user_id=user_id))
 
 
@@ -88,7 +95,7 @@ class TrainingOrder(TrainingTask):
 
     def task(self, *, tenant_id: str, user_id: str, key: str | None) -> TrainingTask:
         """The task that is ordered, in the name of the token; a long list of files is named by its checksum."""
-        task_id = self.task_id or (task_id_by_key(tenant_id, key) if key else f"training-{secrets.token_hex(8)}")
+        task_id = self.task_id or new_task_id(self.scene, tenant_id, key)
         dataset = self.dataset.model_dump(exclude_unset=True)
         if self.long_list is not None:
             dataset |= {"files": None, "files_sha256": checksum_of(as_list(self.long_list))}
@@ -147,7 +154,7 @@ class TaskView(OwnModel):
         return cls.model_validate(row.model_dump())
 
     @classmethod
-    def accepted(cls, task: ImageTask | TrainingTask) -> TaskView:
+    def accepted(cls, task: TaskInput) -> TaskView:
         """A task whose run has been started and has not claimed its id yet."""
         now = datetime.now(UTC)
         return cls(
@@ -157,7 +164,7 @@ class TaskView(OwnModel):
             scene=task.scene,
             template_id=task.template_id,
             priority=task.priority,
-            resolution=task.resolution.value if isinstance(task, ImageTask) else task.base_model,
+            resolution=SCENES[task.scene].variant(task),
             workflow_id=workflow_id_of(task.task_id),
             status=TaskStatus.QUEUED,
             created_at=now,

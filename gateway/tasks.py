@@ -17,6 +17,7 @@ from activities.outside_http import OutsideFailure
 from comfyui_temporal.client import start as task_start
 from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tasks import (
     CancelTask,
     CancelTaskOutcome,
@@ -24,8 +25,8 @@ from comfyui_temporal.contracts.tasks import (
     ConfirmPriceOutcome,
     ImageTask,
     TaskEvent,
+    TaskInput,
     TaskStatus,
-    TrainingTask,
     input_sha256_of,
     workflow_id_of,
 )
@@ -88,7 +89,7 @@ class Tasks:
                 "The list of files cannot be put into object storage now; nothing was started. Try again.",
             ) from None
 
-    async def _claimed(self, task: ImageTask | TrainingTask) -> TaskView | None:
+    async def _claimed(self, task: TaskInput) -> TaskView | None:
         """The task that holds the id already. The claim outlives the run and the row; while the store is away, the
         run's own claim decides."""
         try:
@@ -154,7 +155,7 @@ class Tasks:
     async def confirm_price(self, caller: Caller, task_id: str, order: ConfirmPrice) -> ConfirmPriceOutcome:
         """Raise a training's ceiling."""
         view = await self.owned(caller, task_id)
-        if view.scene is not Scene.MODEL_TRAIN:
+        if not SCENES[view.scene].confirms_price:
             raise Problem(ProblemCode.INPUT_INVALID, "Only a training waits to have its price confirmed.")
         over = Problem(ProblemCode.TASK_OVER, f"Task {task_id} is over: there is no price left to confirm.")
         if view.ended_at is not None:

@@ -11,15 +11,15 @@ from temporalio import workflow
 
 from comfyui_temporal.contracts.calls import JobCall, Post
 from comfyui_temporal.contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingDraft
-from comfyui_temporal.contracts.continuation import AskedJob, JobUpdate
+from comfyui_temporal.contracts.continuation import JobUpdate
 from comfyui_temporal.contracts.errors import (
     Answer,
     ErrorDetails,
     ExceptionCode,
     FailureCode,
     Refusal,
-    UnreadableReply,
 )
+from comfyui_temporal.contracts.requests import RequestedJob, RequestOutcome
 from comfyui_temporal.contracts.tasks import EventType
 from workflows.alarm import Alarm
 from workflows.earlier_life import is_key_of_earlier_life
@@ -51,7 +51,7 @@ class Attempts:
         clock: JobClock,
         stop: Stop,
         alarm: Alarm,
-        asked: list[AskedJob],
+        asked: list[RequestedJob],
         *,
         retry_at: datetime | None = None,
         long_run: LongRun | None = None,
@@ -65,12 +65,12 @@ class Attempts:
         self._alarm = alarm
         self.asked = asked
         for job in asked:
-            job.lighten()
+            job.drop_body()
         self.retry_at = retry_at
         self._long_run = long_run
         self._cancelling: dict[int, asyncio.Task[None]] = {}
 
-    def carry(self) -> list[AskedJob]:
+    def carry(self) -> list[RequestedJob]:
         return self.asked
 
     @property
@@ -88,21 +88,19 @@ class Attempts:
         while True:
             self._outside.may_begin()
             n = len(self.asked) + 1
-            job = AskedJob(attempt=n, key=self._outside.key("submit", n), request=request, asked_at=workflow.now())
+            job = RequestedJob(attempt=n, key=self._outside.key("submit", n), request=request, asked_at=workflow.now())
             self.asked.append(job)
             self._record.attempted(self.number)
             answer: Answer[Any] = await self._outside.setup(
                 self._routes.submit, self._post(job), summary=self._outside.labels.submit
             )
+            job.answered(answer)
             if not is_key_of_earlier_life(answer, self._outside.earlier):
                 break
             job.is_key_taken = True  # an earlier life used the key: its job is cancelled when the task ends
-            job.is_refused()
         if answer.reply is None:
-            job.is_refused()
             raise TaskFailed.by_refusal(_refusal_of(answer))
         accepted: JobAccepted | TrainingAccepted = answer.reply
-        job.is_known_as(_id_of(accepted))
         self._record.state.job_id = job.job_id
         self._record.state.gpu_slots = accepted.gpu_slots
         self._clock.estimated(accepted.estimated_time)
@@ -188,9 +186,9 @@ class Attempts:
 
     # Jobs that ended without a delivery: cancelled in the background
 
-    def _cancel_in_background(self, job: AskedJob) -> None:
+    def _cancel_in_background(self, job: RequestedJob) -> None:
         running = self._cancelling.get(job.attempt)
-        if not (job.cancelled or job.refused) and (running is None or running.done()):
+        if job.needs_undo and (running is None or running.done()):
             self._cancelling[job.attempt] = asyncio.create_task(self._cancel(job))
 
     def resume(self) -> None:
@@ -204,27 +202,27 @@ class Attempts:
             if job.attempt in self._cancelling:
                 await self._finally_cancelled(job)
 
-    async def _finally_cancelled(self, job: AskedJob) -> None:
+    async def _finally_cancelled(self, job: RequestedJob) -> None:
         """Wait for the cancel in flight; make the call where there is none, or it was suspended."""
         running = self._cancelling.get(job.attempt)
         if running is not None:
             await workflow.wait([running])
             running.result()
-        if not (job.cancelled or job.refused):
+        if job.needs_undo:
             await self._cancel(job)
 
     # The undo
 
     async def cancel_all(self, _reason: str) -> None:
         """Cancel every job that may be running, also one whose answer was lost."""
-        open_jobs = [job for job in self.asked if not job.cancelled and not job.refused]
+        open_jobs = [job for job in self.asked if job.needs_undo]
         cancelling = [asyncio.create_task(self._finally_cancelled(job)) for job in open_jobs]
         if cancelling:
             await workflow.wait(cancelling)
         for task in cancelling:
             task.result()
 
-    async def _cancel(self, job: AskedJob) -> None:
+    async def _cancel(self, job: RequestedJob) -> None:
         if job.job_id is None:
             await self._learn(job)
         if job.job_id is None:
@@ -239,7 +237,7 @@ class Attempts:
                 break
         if answer is None:
             return
-        job.cancelled = True
+        job.cancelled = True  # also where both keys are taken: no further call can end it
         if answer.not_offered:
             self._record.record_exception(
                 f"cancel_job:{job.attempt}",
@@ -250,21 +248,22 @@ class Attempts:
         elif answer.refusal is not None and answer.refusal.code is not FailureCode.LOST:
             self._unfinished(job, answer.refusal)
 
-    async def _learn(self, job: AskedJob) -> None:
+    async def _learn(self, job: RequestedJob) -> None:
         """Repeat key and body to learn the id of a job whose answer was lost."""
         answer: Answer[Any] | None = await self._outside.until_answered(
             self._routes.submit,
             self._post(job, is_undo=True),
             summary=f"{self._outside.labels.cancel_job}: learn its id",
         )
-        if answer is not None and answer.reply is not None:
-            job.is_known_as(_id_of(answer.reply))
+        if answer is not None:
+            job.answered(answer)
+        if job.outcome is not RequestOutcome.UNKNOWN:
             return
-        job.is_refused()
-        if answer is not None and isinstance(answer.refusal, UnreadableReply):
+        job.give_up()
+        if answer is not None and answer.refusal is not None:
             self._unfinished(job, answer.refusal)
 
-    def _unfinished(self, job: AskedJob, refusal: Refusal) -> None:
+    def _unfinished(self, job: RequestedJob, refusal: Refusal) -> None:
         self._record.record_exception(
             f"undo_job:{job.attempt}",
             ExceptionCode.UNDO_UNFINISHED,
@@ -272,15 +271,11 @@ class Attempts:
             job_id=job.job_id,
         )
 
-    def _post(self, job: AskedJob, *, is_undo: bool = False) -> Post[Any]:
+    def _post(self, job: RequestedJob, *, is_undo: bool = False) -> Post[Any]:
         assert job.request is not None
-        kind = JobRequest if isinstance(job.request, JobRequest) else TrainingDraft
+        kind = type(job.request)
         call_for = self._outside.call_for
         return Post[kind](call_for=call_for, key=job.key, body=job.request, is_undo=is_undo)  # type: ignore[valid-type]
-
-
-def _id_of(accepted: JobAccepted | TrainingAccepted) -> str:
-    return accepted.job_id if isinstance(accepted, JobAccepted) else accepted.training_id
 
 
 def _refusal_of(answer: Answer[Any]) -> Refusal:

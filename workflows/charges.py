@@ -18,7 +18,7 @@ from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import Post
 from comfyui_temporal.contracts.credits import CHARGE_REASON, MAX_CHARGE_POINTS, ChargeReply, ChargeRequest
 from comfyui_temporal.contracts.errors import Answer, FailureCode, Refusal, RefusalKind, UnreadableReply
-from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
+from comfyui_temporal.contracts.tasks import TaskInput
 from workflows.earlier_life import is_of_store, raise_unless_settled
 from workflows.failures import failure_from
 from workflows.ledger_search import LedgerSearch, Shown
@@ -53,7 +53,7 @@ class Charged(NamedTuple):
 class Charges:
     """The parts of one task, numbered 1, 2, 3 …"""
 
-    def __init__(self, task: ImageTask | TrainingTask, outside: OutsideCall, ledger: LedgerSearch) -> None:
+    def __init__(self, task: TaskInput, outside: OutsideCall, ledger: LedgerSearch) -> None:
         self._task = task
         self._outside = outside
         self._ledger = ledger

@@ -16,10 +16,11 @@ from temporalio import workflow
 
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import Post
-from comfyui_temporal.contracts.continuation import AskedHold, HoldState
 from comfyui_temporal.contracts.credits import Estimate, EstimateRequest, HoldReply
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode, Refusal
-from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
+from comfyui_temporal.contracts.requests import HoldState, RequestedHold
+from comfyui_temporal.contracts.scenes import SCENES
+from comfyui_temporal.contracts.tasks import TaskInput
 from workflows.earlier_life import is_key_of_earlier_life
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall
@@ -33,8 +34,6 @@ LOOK_AGAIN_AFTER: Final = timedelta(seconds=1)
 LEFT_FOR_LATE: Final = 0.75
 """The share of a hold's life after which it is renewed even while the hold before is still being given back."""
 TOO_SHORT: Final = "The balance was too short to hold the renewal beside the old hold."
-UNCOVERED_LIMIT_IMAGE: Final = timedelta(seconds=60)
-UNCOVERED_LIMIT_TRAINING: Final = timedelta(hours=1)
 
 
 def _always() -> bool:
@@ -50,7 +49,7 @@ class CreditHold(TaskHolds):
 
     def __init__(
         self,
-        task: ImageTask | TrainingTask,
+        task: TaskInput,
         outside: OutsideCall,
         record: TaskRecord,
         deadline: Callable[[], datetime],
@@ -61,7 +60,7 @@ class CreditHold(TaskHolds):
     ) -> None:
         """`deadline_is_fixed`: False before an attempt has begun, while the deadline moves with the present."""
         super().__init__(task, outside, record, deadline, state, look)
-        self._uncovered_limit = UNCOVERED_LIMIT_IMAGE if isinstance(task, ImageTask) else UNCOVERED_LIMIT_TRAINING
+        self._uncovered_limit = SCENES[task.scene].uncovered_limit
         self._deadline_is_fixed = deadline_is_fixed
         self._renewal: asyncio.Task[None] | None = None
         self._required = 0
@@ -125,7 +124,7 @@ class CreditHold(TaskHolds):
             if renewal is self._renewal:
                 self._finish_renewal()
 
-    async def _top_up(self, old: AskedHold | None, cost: int) -> None:
+    async def _top_up(self, old: RequestedHold | None, cost: int) -> None:
         try:
             await self._take(cost, self._request_setup, self._outside.may_begin, self._returned_in_time)
         except HoldRefused as refused:
@@ -136,7 +135,7 @@ class CreditHold(TaskHolds):
         if old is not None:
             await self._release(old, "topped up")
 
-    async def _top_up_without_cover(self, old: AskedHold, cost: int) -> None:
+    async def _top_up_without_cover(self, old: RequestedHold, cost: int) -> None:
         await self._release(old, "topped up", self._returned_in_time)
         self._record_uncovered("The balance was too short to hold the dearer price beside the old hold.")
         try:
@@ -148,7 +147,7 @@ class CreditHold(TaskHolds):
     async def _returned_in_time(self, is_back: Callable[[], bool]) -> None:
         await self._outside.waits.in_time(is_back, summary="3 hold: wait for the old one's points")
 
-    async def _request_setup(self, hold: AskedHold) -> HoldReply:
+    async def _request_setup(self, hold: RequestedHold) -> HoldReply:
         answer = await self._outside.setup(CreditsActivities.pre_deduct, self._post(hold), summary=HOLD)
         return self._granted(hold, answer)
 
@@ -176,7 +175,7 @@ class CreditHold(TaskHolds):
         # A third hold is taken beside the two only where the open one would run out.
         return max(due, hold.asked_at + timedelta(seconds=hold.request.expire_in * LEFT_FOR_LATE))
 
-    def _due_of(self, hold: AskedHold) -> datetime | None:
+    def _due_of(self, hold: RequestedHold) -> datetime | None:
         if self._required > hold.request.estimated_cost:
             return self.state.next_renewal_at or workflow.now()
         spare = self._expires_at(hold) - self._deadline() - timedelta(seconds=self._margin_seconds)
@@ -262,7 +261,7 @@ class CreditHold(TaskHolds):
             self.state.uncovered_since = None
         await self._release(old, "renewed")
 
-    async def _replace_without_cover(self, old: AskedHold, amount: int) -> None:
+    async def _replace_without_cover(self, old: RequestedHold, amount: int) -> None:
         """In the old hold's last minute, with a balance too short for both: cancel it and take a new one at once."""
         self.state.uncovered_since = workflow.now()
         self.state.checkpoint_passed = False
@@ -305,7 +304,7 @@ class CreditHold(TaskHolds):
         if self._outside.is_suspended:
             raise RenewalSuspended
 
-    async def _request_renewal(self, hold: AskedHold) -> HoldReply:
+    async def _request_renewal(self, hold: RequestedHold) -> HoldReply:
         """An outage is no refusal: the call is retried, also without cover, and recorded."""
         is_repeat = self.state.asking == hold.n
         self.state.asking = hold.n

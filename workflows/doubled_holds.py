@@ -7,9 +7,9 @@ from typing import Any, Final
 
 from temporalio import workflow
 
-from comfyui_temporal.contracts.continuation import HoldState
 from comfyui_temporal.contracts.credits import CancelHoldReply
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode
+from comfyui_temporal.contracts.requests import HoldState
 from workflows.ledger_search import LedgerSearch
 from workflows.task_record import TaskRecord
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from comfyui_temporal.contracts.continuation import AskedHold, HoldState
 from comfyui_temporal.contracts.credits import CancelHoldReply
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode, Refusal, RefusalKind
+from comfyui_temporal.contracts.requests import HoldState, RequestedHold
 from workflows.hold_ends import HoldEnds
 from workflows.ledger_search import LedgerSearch
 from workflows.row_look import RowLook
@@ -79,7 +79,7 @@ class ForgottenHolds:
         self.is_done = True
         return len(known) > len(own)
 
-    def _may_stand(self, known: list[str], own: dict[str, AskedHold], ledger: TaskLedger | None) -> list[str]:
+    def _may_stand(self, known: list[str], own: dict[str, RequestedHold], ledger: TaskLedger | None) -> list[str]:
         """Those of `known` whose end is not shown, oldest first."""
         ended = set() if ledger is None else ledger.ended_ids()
         for pre_deduct_id, hold in own.items():

@@ -56,7 +56,7 @@ class ForgottenJobs:
         for job_id in reversed([*sorted(own), *self._look.forgotten_jobs(own)]):
             call = JobCall(call_for=self._outside.call_for, job_id=job_id)
             answer: Answer[Any] | None = await self._outside.until_answered(self._routes.get, call, summary=POLL)
-            update = None if answer is None or answer.reply is None else self._routes.news_of_state(answer.reply)
+            update = None if answer is None or answer.reply is None else self._routes.update_from_state(answer.reply)
             if update is not None and update.succeeded:
                 return update
         return None

@@ -5,7 +5,7 @@ In a ledger without ids a hold's end is recognised by these counts: it is one mo
 
 from __future__ import annotations
 
-from comfyui_temporal.contracts.continuation import HoldState
+from comfyui_temporal.contracts.requests import HoldState
 from comfyui_temporal.contracts.tasks import SettlementState
 from workflows.task_ledger import HoldFate
 
@@ -18,15 +18,6 @@ class HoldEnds:
         if state.granted is None:  # a first run, or one that release 0.1.0 began
             state.granted = state.granted_before + sum(hold.pre_deduct_id is not None for hold in state.asked)
             state.given_back = state.granted_before + sum(hold.resolved for hold in state.asked)
-
-    def count_grant(self, tries: int) -> None:
-        """A hold was granted after this many requests."""
-        self._state.granted = (self._state.granted or 0) + 1
-        self._state.asked_again += tries > 1
-
-    def count_refusal(self, tries: int) -> None:
-        """A hold was refused after this many requests: an earlier one may have taken it."""
-        self._state.asked_again += tries > 1
 
     def count(self, fate: HoldFate) -> None:
         """Count a hold whose end is known."""

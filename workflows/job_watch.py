@@ -75,7 +75,7 @@ class JobWatch:
             value = read_json(payload, max_bytes=MAX_SIGNAL_BYTES)
             if not isinstance(value, dict) or value.get("task_id") not in (None, "", self._task_id):
                 return None
-            return self._routes.news_of(value)
+            return self._routes.update_from(value)
         except (UnreadableJson, ValidationError):
             return None
 
@@ -194,7 +194,7 @@ class JobWatch:
         self.state.unreadable, self.state.unreadable_since = "", None
         self._silent_again()
         if answer.reply is not None:
-            self._apply(self._routes.news_of_state(answer.reply))
+            self._apply(self._routes.update_from_state(answer.reply))
         elif answer.refusal is not None and answer.refusal.code is FailureCode.LOST:
             self._unknown()
 

@@ -15,8 +15,8 @@ from temporalio.exceptions import FailureError
 
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import LedgerQuery
-from comfyui_temporal.contracts.continuation import AskedHold, HoldState
 from comfyui_temporal.contracts.credits import LedgerEntry, LedgerKind
+from comfyui_temporal.contracts.requests import HoldState, RequestedHold
 from workflows.outside_call import OutsideCall
 from workflows.task_ledger import Found, HoldFate, OpenHolds, TaskLedger
 
@@ -51,7 +51,7 @@ class LedgerSearch:
         self.newest: TaskLedger | None = None
         """The last reading."""
 
-    async def fate_of(self, hold: AskedHold) -> Found:
+    async def fate_of(self, hold: RequestedHold) -> Found:
         """How a hold ended whose commit or cancel was refused."""
         if not workflow.patched(BY_KIND_OR_REASON):
             return await self._fate_by_total(hold)
@@ -75,7 +75,7 @@ class LedgerSearch:
 
         return await self._search(seen, LOOK_FOR)
 
-    async def fate_by_all(self, hold: AskedHold, *, known: int, but: int) -> Found:
+    async def fate_by_all(self, hold: RequestedHold, *, known: int, but: int) -> Found:
         """How a hold ended that has surely ended, where an earlier life may have ended other holds of the task.
 
         By its id. In a ledger without ids: by the sum over the task's holds, at least `known`, once all but `but` have
@@ -94,7 +94,7 @@ class LedgerSearch:
 
         return await self._search(seen, LOOK_FOR) or Found(HoldFate.UNKNOWN)
 
-    def _ends(self, hold: AskedHold) -> dict[str, int]:
+    def _ends(self, hold: RequestedHold) -> dict[str, int]:
         """How many other holds have ended, or may have: one that is being given back may be shown at any time."""
         others = [each for each in self._holds.asked if each is not hold and each.pre_deduct_id]
         stand = sum(not each.resolved and each.leaving is None for each in others)
@@ -106,7 +106,7 @@ class LedgerSearch:
     def _known(found: Found) -> Found | None:
         return None if found.fate is HoldFate.UNKNOWN else found
 
-    async def frozen_by(self, hold: AskedHold) -> int:
+    async def frozen_by(self, hold: RequestedHold) -> int:
         """Points that a hold really has: by its own entry, else what was requested."""
         amount = TaskLedger(await self._entries()).amount_of(hold)
         return hold.request.estimated_cost if amount is None else amount
@@ -185,7 +185,7 @@ class LedgerSearch:
 
     # Runs from before the patch `ledger-by-kind-or-reason`: by ids and kinds, else by the task's total
 
-    async def _fate_by_total(self, hold: AskedHold) -> Found:
+    async def _fate_by_total(self, hold: RequestedHold) -> Found:
         until, wait = workflow.now() + LOOK_FOR, timedelta(seconds=30)
         while True:
             entries = await self._entries()
@@ -205,7 +205,7 @@ class LedgerSearch:
         return answer.reply.entries if answer is not None and answer.reply is not None else []
 
 
-def _by_kind(entries: list[LedgerEntry], hold: AskedHold) -> Found:
+def _by_kind(entries: list[LedgerEntry], hold: RequestedHold) -> Found:
     for entry in entries:
         if entry.pre_deduct_id != hold.pre_deduct_id:
             continue
@@ -217,7 +217,7 @@ def _by_kind(entries: list[LedgerEntry], hold: AskedHold) -> Found:
     return Found(HoldFate.UNKNOWN)
 
 
-def _by_total(entries: list[LedgerEntry], hold: AskedHold, holds: HoldState) -> Found:
+def _by_total(entries: list[LedgerEntry], hold: RequestedHold, holds: HoldState) -> Found:
     """A ledger without kinds shows a commit as the rest that was returned, so totals can be compared.
 
     Only once the ledger shows that every hold of the task was taken, and that all but the open ones have ended: a total

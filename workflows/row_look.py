@@ -9,9 +9,9 @@ from temporalio import workflow
 from temporalio.exceptions import FailureError
 
 from activities.task_store import TaskStoreActivities
-from comfyui_temporal.contracts.continuation import not_left_out
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.lives import EarlierLife
+from comfyui_temporal.contracts.requests import not_left_out
 from comfyui_temporal.contracts.task_store import LookOrder, TaskRow
 from workflows.failures import TaskFailed
 from workflows.outside_call import ATTEMPT_TIMEOUT, OutsideCall

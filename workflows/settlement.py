@@ -8,10 +8,10 @@ from temporalio import workflow
 
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import Post
-from comfyui_temporal.contracts.continuation import AskedHold
 from comfyui_temporal.contracts.credits import ChargeRequest, CommitRequest, HoldReply
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode, Refusal, RefusalKind
-from comfyui_temporal.contracts.tasks import EventType, ImageTask, SettlementState, TrainingTask
+from comfyui_temporal.contracts.requests import RequestedHold
+from comfyui_temporal.contracts.tasks import EventType, SettlementState, TaskInput
 from workflows.charges import Charges, ChargeUnknown
 from workflows.credit_hold import CreditHold
 from workflows.earlier_life import EarlierLifePossible, is_key_of_earlier_life, raise_unless_settled
@@ -33,9 +33,7 @@ class Paid(NamedTuple):
 class Settlement:
     """Commits the open hold and decides what a refusal means."""
 
-    def __init__(
-        self, task: ImageTask | TrainingTask, outside: OutsideCall, record: TaskRecord, hold: CreditHold
-    ) -> None:
+    def __init__(self, task: TaskInput, outside: OutsideCall, record: TaskRecord, hold: CreditHold) -> None:
         self._task = task
         self._outside = outside
         self._record = record
@@ -102,7 +100,7 @@ class Settlement:
         self.settled(balance_after)
 
     async def _charge_missing(
-        self, hold: AskedHold | None, missing: int, balance_after: int | None
+        self, hold: RequestedHold | None, missing: int, balance_after: int | None
     ) -> tuple[int, int | None]:
         """Charge what the hold lacked, as the policy says. Returns what is still missing, and the balance after."""
         try:
@@ -135,7 +133,7 @@ class Settlement:
         if missing and state.charged and not state.is_unknown:
             self.record_shortfall(missing)
 
-    async def _commit(self, hold: AskedHold, cost: int) -> Paid:
+    async def _commit(self, hold: RequestedHold, cost: int) -> Paid:
         n = 1
         answer = await self._ask_commit(hold, cost, n=n)
         while is_key_of_earlier_life(answer, self._outside.earlier) and n < MOST_COMMITS:
@@ -153,7 +151,7 @@ class Settlement:
         self._hold.ends.count(HoldFate.COMMITTED)
         return Paid(cost, answer.reply.balance_after)
 
-    async def _by_ledger(self, hold: AskedHold, cost: int, refusal: Refusal | None, said: str = "") -> Paid:
+    async def _by_ledger(self, hold: RequestedHold, cost: int, refusal: Refusal | None, said: str = "") -> Paid:
         """Already resolved, not found, any other definite refusal, or another amount: the ledger decides."""
         found = await self._hold.fate_of(hold)
         if found.fate is HoldFate.COMMITTED:
@@ -168,7 +166,7 @@ class Settlement:
         more = await self.charges.take(cost - charged, before=charged)
         return Paid(charged + more.points, more.balance_after)
 
-    async def _ask_commit(self, hold: AskedHold, cost: int, *, n: int) -> Answer[HoldReply]:
+    async def _ask_commit(self, hold: RequestedHold, cost: int, *, n: int) -> Answer[HoldReply]:
         assert hold.pre_deduct_id is not None
         body = CommitRequest(
             pre_deduct_id=hold.pre_deduct_id,
@@ -191,7 +189,7 @@ class Settlement:
 
     # Events and exception records
 
-    def _record_unknown(self, hold: AskedHold | None, cost: int, unknown: ChargeUnknown) -> None:
+    def _record_unknown(self, hold: RequestedHold | None, cost: int, unknown: ChargeUnknown) -> None:
         self._hold.ends.mark_unknown()
         self._record.record_exception(
             "settlement_unknown",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.scenes import SCENES, StepRows
 
 ACCEPT: Final = "0 accept"
 HOLD: Final = "3 hold"
@@ -20,47 +20,49 @@ RETRY: Final = "4 retry: next attempt"
 
 @dataclass(frozen=True)
 class StepLabels:
-    """The labels that differ between the step tables. `settle` and `record` are the numbers of these rows."""
+    """The labels that differ between the step tables."""
 
-    submit: str
-    estimate: str
-    settle: int
-    record_row: int
+    rows: StepRows
+
+    @property
+    def submit(self) -> str:
+        return self.rows.submit
+
+    @property
+    def estimate(self) -> str:
+        return self.rows.estimate
 
     @property
     def commit(self) -> str:
-        return f"{self.settle} commit"
+        return f"{self.rows.settle} commit"
 
     @property
     def charge(self) -> str:
-        return f"{self.settle} charge"
+        return f"{self.rows.settle} charge"
 
     @property
     def ledger(self) -> str:
-        return f"{self.settle} ledger"
+        return f"{self.rows.settle} ledger"
 
     @property
     def cancel_job(self) -> str:
-        return f"{self.settle} cancel job"
+        return f"{self.rows.settle} cancel job"
 
     @property
     def cancel_hold(self) -> str:
-        return f"{self.settle} cancel hold"
+        return f"{self.rows.settle} cancel hold"
 
     @property
     def read_row(self) -> str:
-        return f"{self.settle} read the task's row"
+        return f"{self.rows.settle} read the task's row"
 
     @property
     def delete_snapshot(self) -> str:
-        return f"{self.settle} delete snapshot"
+        return f"{self.rows.settle} delete snapshot"
 
     @property
     def record(self) -> str:
-        return f"{self.record_row} record"
+        return f"{self.rows.record} record"
 
 
-STEP_LABELS: Final = {
-    Scene.IMAGE_GENERATE: StepLabels(submit="1 submit", estimate="2 agree", settle=5, record_row=6),
-    Scene.MODEL_TRAIN: StepLabels(submit="1 create", estimate="3 estimate", settle=6, record_row=5),
-}
+STEP_LABELS: Final = {scene: StepLabels(spec.steps) for scene, spec in SCENES.items()}

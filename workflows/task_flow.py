@@ -12,7 +12,7 @@ from temporalio.exceptions import ApplicationError
 
 from comfyui_temporal.contracts.continuation import Continuation, ImageRun, JobUpdate, TrainingRun
 from comfyui_temporal.contracts.policy import Policy
-from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tasks import (
     CALLBACK_SIGNAL,
     CancelTask,
@@ -65,7 +65,7 @@ class TaskFlow(Generic[Run, Result]):
             self.record,
             carried.clock,
             self.limits,
-            default_eta_minutes=DEFAULT_ETA_MINUTES[task.scene][task.priority],
+            default_eta_minutes=SCENES[task.scene].eta_minutes[task.priority],
             unreadable=self.watch.unreadable,
         )
         self.hold = CreditHold(

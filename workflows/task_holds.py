@@ -16,7 +16,6 @@ from temporalio import workflow
 
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import Post
-from comfyui_temporal.contracts.continuation import AskedHold, HoldState
 from comfyui_temporal.contracts.credits import (
     MAX_HOLD_SECONDS,
     CancelHoldReply,
@@ -30,12 +29,12 @@ from comfyui_temporal.contracts.errors import (
     FailureCode,
     Refusal,
     RefusalKind,
-    UnreadableReply,
 )
+from comfyui_temporal.contracts.requests import HoldState, RequestedHold, RequestOutcome
 from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
-from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, ImageTask, SettlementState, TrainingTask
+from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, SettlementState, TaskInput
 from workflows.doubled_holds import DoubledHolds
-from workflows.earlier_life import is_key_of_earlier_life
+from workflows.earlier_life import is_key_of_earlier_life, was_stopped
 from workflows.forgotten_holds import ForgottenHolds
 from workflows.hold_ends import HoldEnds
 from workflows.ledger_search import LedgerSearch
@@ -48,6 +47,7 @@ LAST_SECONDS: Final = timedelta(seconds=60)
 """A hold with less life left than this does not count as cover."""
 SHORTEST_LIFE_SECONDS: Final = 120
 """Past the deadline, for example. A hold of 60 s would be too short as soon as it is granted, again and again."""
+STOPPED_MAY_BE_HELD: Final = "stopped-renewal-may-be-held"
 UNKNOWN_HOLD_PUBLISHED: Final = "unknown-hold-told-as-given-back"
 
 Back = Callable[[Callable[[], bool]], Awaitable[None]]
@@ -71,7 +71,7 @@ class TaskHolds:
 
     def __init__(
         self,
-        task: ImageTask | TrainingTask,
+        task: TaskInput,
         outside: OutsideCall,
         record: TaskRecord,
         deadline: Callable[[], datetime],
@@ -96,7 +96,7 @@ class TaskHolds:
         return self.state
 
     @property
-    def standing(self) -> AskedHold | None:
+    def standing(self) -> RequestedHold | None:
         """The open hold: the newest that was granted, is not resolved and is not being given back."""
         granted = [hold for hold in self.state.granted_holds() if not hold.resolved and not hold.leaving]
         return granted[-1] if granted else None
@@ -147,12 +147,12 @@ class TaskHolds:
     async def _take(
         self,
         amount: int,
-        request: Callable[[AskedHold], Awaitable[HoldReply]],
+        request: Callable[[RequestedHold], Awaitable[HoldReply]],
         may_begin: Callable[[], None],
         back: Back,
         *,
-        first: AskedHold | None = None,
-    ) -> AskedHold:
+        first: RequestedHold | None = None,
+    ) -> RequestedHold:
         """Take a hold that has enough life left. Raises HoldRefused, and before each request as `may_begin`.
 
         `first` is requested before any new one. `back` waits until a hold whose answer came too late is given back: the
@@ -167,13 +167,12 @@ class TaskHolds:
                 self._forgetting = asyncio.create_task(self._give_back_forgotten(hold))
                 await back(self._forgetting.done)
                 continue
-            hold.pre_deduct_id, hold.amount = reply.pre_deduct_id, reply.frozen_amount
             if self._life_of(hold) >= LAST_SECONDS:
                 self._publish_held(hold, reply.balance_after)
                 return hold
             await self._release(hold, "its answer came too late to rely on it", back)
 
-    async def _give_back_forgotten(self, hold: AskedHold) -> None:
+    async def _give_back_forgotten(self, hold: RequestedHold) -> None:
         """An earlier life has taken a hold under this key: cancel it. The caller requests the next number."""
         hold.refused = True
         if not await self.forgotten.give_back("taken before the task's run was reset"):
@@ -188,7 +187,7 @@ class TaskHolds:
         """How long a hold lasts beyond the deadline."""
         return self._outside.limits.policy.hold_margin_seconds
 
-    def _new_hold(self, amount: int) -> AskedHold:
+    def _new_hold(self, amount: int) -> RequestedHold:
         now = workflow.now()
         seconds = math.ceil((self._deadline() - now).total_seconds() + self._margin_seconds)
         request = PreDeductRequest(
@@ -202,33 +201,32 @@ class TaskHolds:
         )
         return self.state.add(self.forgotten.numbers_taken + 1, request, now)
 
-    def _granted(self, hold: AskedHold, answer: Answer[HoldReply]) -> HoldReply:
+    def _granted(self, hold: RequestedHold, answer: Answer[HoldReply]) -> HoldReply:
         if is_key_of_earlier_life(answer, self._outside.earlier) or (
             answer.earlier_life is not None and answer.earlier_life.is_known
         ):
             raise HoldForgotten()
+        self.state.answered(hold, answer)
         if answer.reply is None:
-            refusal = answer.refusal or no_answer()
-            # After an unreadable answer the hold may exist: it stays recorded, and the undo finds it.
-            hold.refused = not isinstance(refusal, UnreadableReply)
-            self.ends.count_refusal(answer.tries)
-            raise HoldRefused(refusal)
-        self.ends.count_grant(answer.tries)
+            is_open = hold.outcome is RequestOutcome.UNKNOWN
+            if is_open and was_stopped(answer) and not workflow.patched(STOPPED_MAY_BE_HELD):
+                hold.refused = True
+            raise HoldRefused(answer.refusal or no_answer())
         return answer.reply
 
-    def _post(self, hold: AskedHold) -> Post[PreDeductRequest]:
+    def _post(self, hold: RequestedHold) -> Post[PreDeductRequest]:
         key = self._outside.key("pre_deduct", hold.n)
         return Post[PreDeductRequest](call_for=self._outside.call_for, key=key, body=hold.request)
 
-    def _expires_at(self, hold: AskedHold) -> datetime:
+    def _expires_at(self, hold: RequestedHold) -> datetime:
         return hold.asked_at + timedelta(seconds=hold.request.expire_in)
 
-    def _life_of(self, hold: AskedHold) -> timedelta:
+    def _life_of(self, hold: RequestedHold) -> timedelta:
         return self._expires_at(hold) - workflow.now()
 
     # Replaced holds: given back in the background
 
-    async def _release(self, hold: AskedHold, reason: str, back: Back | None = None) -> None:
+    async def _release(self, hold: RequestedHold, reason: str, back: Back | None = None) -> None:
         """Give a hold back in the background; `back` waits for it where the balance is needed.
 
         The call may hang for as long as its route is away. No cancel, deadline or next renewal waits for it.
@@ -246,7 +244,7 @@ class TaskHolds:
         if self._next_leaving() is not None and (self._releasing is None or self._releasing.done()):
             self._releasing = asyncio.create_task(self._give_back_replaced())
 
-    def _next_leaving(self) -> AskedHold | None:
+    def _next_leaving(self) -> RequestedHold | None:
         return next((hold for hold in self.state.asked if hold.leaving and not hold.resolved), None)
 
     async def _give_back_replaced(self) -> None:
@@ -269,11 +267,11 @@ class TaskHolds:
         """
         await self._all_released()
         for hold in list(self.state.asked):
-            if not hold.resolved and not hold.refused:
+            if hold.needs_undo:
                 await self._give_back_one(hold, hold.leaving or reason)
         await self._doubled.give_back(reason)
 
-    async def _give_back_one(self, hold: AskedHold, reason: str) -> None:
+    async def _give_back_one(self, hold: RequestedHold, reason: str) -> None:
         if hold.pre_deduct_id is None and not await self._learn(hold):
             return
         assert hold.pre_deduct_id is not None
@@ -283,7 +281,7 @@ class TaskHolds:
         if answer.refusal is not None:
             await self._cancel_refused(hold, answer.refusal)
             return
-        hold.resolved = True
+        hold.cancel_answered(answer)
         if answer.reply is not None:
             self.ends.count(HoldFate.GIVEN_BACK)
             self._publish_given_back(hold, answer.reply.balance_after)
@@ -304,19 +302,18 @@ class TaskHolds:
                 break
         return answer
 
-    async def _learn(self, hold: AskedHold) -> bool:
+    async def _learn(self, hold: RequestedHold) -> bool:
         """Repeat key and body to learn the id of a hold whose answer was lost. Returns whether there is such a hold."""
         post = self._post(hold).model_copy(update={"is_undo": True})
         answer = await self._outside.until_answered(
             CreditsActivities.pre_deduct, post, summary=f"{self._outside.labels.cancel_hold}: learn its id"
         )
-        if answer is not None and answer.reply is not None:
-            hold.pre_deduct_id, hold.amount = answer.reply.pre_deduct_id, answer.reply.frozen_amount
-            self.ends.count_grant(answer.tries + 1)  # it was requested before, or the id would be known
-            return True
+        if answer is not None:
+            self.state.answered(hold, answer, earlier_tries=1)  # it was sent before, or its id would be known
+        if hold.outcome is not RequestOutcome.UNKNOWN:
+            return hold.outcome is RequestOutcome.MADE
         hold.refused = True
-        self.ends.count_refusal(answer.tries + 1 if answer is not None else 1)
-        if answer is not None and isinstance(answer.refusal, UnreadableReply):
+        if answer is not None and answer.refusal is not None:
             self.ends.left_open()
             self._record.record_exception(
                 f"undo_hold:{hold.n}",
@@ -325,7 +322,7 @@ class TaskHolds:
             )
         return False
 
-    async def _cancel_refused(self, hold: AskedHold, refusal: Refusal) -> None:
+    async def _cancel_refused(self, hold: RequestedHold, refusal: Refusal) -> None:
         found = await self.fate_of(hold) if refusal.kind is RefusalKind.HOLD_ALREADY_RESOLVED else None
         hold.resolved = True  # only now: a run that continues as new before this has to cancel again
         if refusal.kind is RefusalKind.HOLD_NOT_FOUND:
@@ -348,7 +345,7 @@ class TaskHolds:
             pre_deduct_id=hold.pre_deduct_id,
         )
 
-    async def fate_of(self, hold: AskedHold) -> Found:
+    async def fate_of(self, hold: RequestedHold) -> Found:
         """How a hold ended whose commit or cancel was refused."""
         if self._outside.earlier.is_possible:
             if not self.forgotten.is_done:  # while they are open the ledger cannot show which end is this hold's
@@ -367,7 +364,7 @@ class TaskHolds:
 
     # Events and exception records
 
-    def _publish_held(self, hold: AskedHold, balance_after: int | None) -> None:
+    def _publish_held(self, hold: RequestedHold, balance_after: int | None) -> None:
         hold.told = hold.amount
         self._record.state.credits = self.summary()
         self._record.publish(
@@ -378,12 +375,12 @@ class TaskHolds:
             message=f"{hold.amount} points are held.",
         )
 
-    def publish_held(self, hold: AskedHold) -> None:
+    def publish_held(self, hold: RequestedHold) -> None:
         """Publish that a hold was taken, unless that is published; the store does not write a known fact twice."""
         if not hold.told:
             self._publish_held(hold, None)
 
-    def _publish_given_back(self, hold: AskedHold, balance_after: int | None) -> None:
+    def _publish_given_back(self, hold: RequestedHold, balance_after: int | None) -> None:
         """A hold that was never relied on is published as held first, so that the events add up."""
         self.publish_held(hold)
         hold.told_back = True
@@ -396,7 +393,7 @@ class TaskHolds:
             message=f"{hold.amount} points were given back.",
         )
 
-    def _record_end_unknown(self, hold: AskedHold, refusal: Refusal) -> None:
+    def _record_end_unknown(self, hold: RequestedHold, refusal: Refusal) -> None:
         self.ends.mark_unknown()
         self._record.record_exception(
             f"hold_unknown:{hold.n}",

@@ -15,8 +15,8 @@ from collections.abc import Collection, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from comfyui_temporal.contracts.continuation import AskedHold
 from comfyui_temporal.contracts.credits import CHARGE_REASON, Ledger, LedgerEntry, LedgerKind, LedgerReason
+from comfyui_temporal.contracts.requests import RequestedHold
 
 
 class HoldFate(Enum):
@@ -146,7 +146,7 @@ class TaskLedger:
 
     # One hold
 
-    def fate(self, hold: AskedHold, *, given_back: int = 0, committed: int = 0) -> Found:
+    def fate(self, hold: RequestedHold, *, given_back: int = 0, committed: int = 0) -> Found:
         """How a hold ended.
 
         `given_back` and `committed`: how many of the task's other holds are known to have ended so. In a ledger without
@@ -165,14 +165,14 @@ class TaskLedger:
             return Found(HoldFate.GIVEN_BACK)
         return Found(HoldFate.UNKNOWN)
 
-    def _nameless_commit(self, commits: list[CommitEntry], hold: AskedHold, *, among: int) -> Found:
+    def _nameless_commit(self, commits: list[CommitEntry], hold: RequestedHold, *, among: int) -> Found:
         """This hold's commit, where it is the only one that fits. More commits than `among` are ambiguous."""
         fitting = [commit for commit in commits if commit.points is None or commit.points <= hold.amount]
         if len(commits) > among or len(fitting) != 1:
             return Found(HoldFate.UNKNOWN)
         return _committed(fitting[0], hold)
 
-    def amount_of(self, hold: AskedHold) -> int | None:
+    def amount_of(self, hold: RequestedHold) -> int | None:
         """Points that a hold really has, by its own entry; None where several entries may be its own."""
         for entry in self.holds:
             if entry.pre_deduct_id is not None and entry.pre_deduct_id == hold.pre_deduct_id:
@@ -218,7 +218,7 @@ class TaskLedger:
         return OpenHolds({}, stands.nameless, stands.nameless_points) if more > 0 and is_sure else OpenHolds()
 
 
-def _committed(commit: CommitEntry, hold: AskedHold) -> Found:
+def _committed(commit: CommitEntry, hold: RequestedHold) -> Found:
     points = commit.points
     if points is None and commit.rest is not None:
         points = hold.amount - commit.rest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from comfyui_temporal.contracts.policy import Policy
-from comfyui_temporal.contracts.tasks import ImageOptions, TrainingOptions
+from comfyui_temporal.contracts.tasks import ImageOptions
 
 
 class TaskLimits:
@@ -40,7 +40,7 @@ class TaskLimits:
 
     @property
     def confirm_within_seconds(self) -> float:
-        asked = self._options.confirm_within_seconds if isinstance(self._options, TrainingOptions) else None
+        asked = getattr(self._options, "confirm_within_seconds", None)
         return _lowered(asked, self.policy.confirm_within_seconds)
 
 

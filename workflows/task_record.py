@@ -24,7 +24,7 @@ from comfyui_temporal.contracts.task_store import (
     TaskState,
     TaskWrite,
 )
-from comfyui_temporal.contracts.tasks import INPUT_MEMO, EventType, ImageTask, TaskStatus, TrainingTask, input_sha256_of
+from comfyui_temporal.contracts.tasks import INPUT_MEMO, EventType, TaskInput, TaskStatus, input_sha256_of
 from workflows.backlog import Backlog
 from workflows.details import current_details
 from workflows.failures import TaskFailed
@@ -42,7 +42,7 @@ class TaskRecord:
     A write never stands between a step and its settlement (decision 3): only the end of the run waits for it.
     """
 
-    def __init__(self, task: ImageTask | TrainingTask, outside: OutsideCall, state: RecordState) -> None:
+    def __init__(self, task: TaskInput, outside: OutsideCall, state: RecordState) -> None:
         self._task = task
         self._outside = outside
         self._own = state

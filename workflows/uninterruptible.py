@@ -87,7 +87,7 @@ UNINTERRUPTIBLE: Final = (
         (
             "task_record.TaskRecord.all_written",
             "ending.TaskEnding._all_published",
-            "give_back.LeftTask._publish_difference",
+            "give_back.OrphanedTask._publish_difference",
         ),
     ),
     Uninterruptible(
@@ -135,10 +135,10 @@ UNINTERRUPTIBLE: Final = (
         "give-back, correction, reconciler",
         "They undo, or only read, and have no hold that could expire.",
         (
-            "give_back.LeftRecord._write_batch",
-            "give_back.LeftTask._repeat_charges",
-            "give_back.LeftTask._delete_snapshot",
-            "give_back.LeftTask._asked",
+            "give_back.OrphanedRecord._write_batch",
+            "give_back.OrphanedTask._repeat_charges",
+            "give_back.OrphanedTask._delete_snapshot",
+            "give_back.OrphanedTask._polled",
             "give_back.GiveBackWorkflow.run",
             "correction.Corrections.made",
             "correction.Corrections._look",

@@ -9,7 +9,6 @@ from typing import Any, Final
 from pydantic import Field
 
 from comfyui_temporal.contracts.fields import OwnModel
-from comfyui_temporal.contracts.permissions import Scene
 
 FREE_EXTRAS: Final = frozenset({"seed", "negative_prompt"})
 
@@ -76,10 +75,3 @@ class PriceTable(OwnModel):
             + (self.training_accelerated if accelerated else 0)
             + math.ceil(billed * self.points_per_gpu_hour)
         )
-
-
-DEFAULT_ETA_MINUTES: Final[dict[Scene, dict[str, float]]] = {
-    Scene.IMAGE_GENERATE: {"standard": 8.0, "accelerated": 3.0},
-    Scene.MODEL_TRAIN: {"standard": 45.0, "accelerated": 20.0},
-}
-"""ETA before ComfyUI answers, in minutes (contract §1)."""

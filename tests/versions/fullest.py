@@ -18,7 +18,7 @@ from comfyui_temporal.contracts.credits import (
     EstimateRequest,
     PreDeductRequest,
 )
-from comfyui_temporal.contracts.give_back import GiveBackRun, LeftBehind
+from comfyui_temporal.contracts.give_back import GiveBackRun, Orphans
 from comfyui_temporal.contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen, ReconcileOrder
 from comfyui_temporal.contracts.task_store import (
     ClaimOutcome,
@@ -51,7 +51,7 @@ HANDED_ON: Final[dict[str, type[BaseModel]]] = {
     "row-seen": RowSeen,
     "unsettled-task": UnsettledTask,
     "correction": Correction,
-    "left-behind": LeftBehind,
+    "left-behind": Orphans,
     "open-tasks-look": OpenTasksLook,
     "open-tasks-seen": OpenTasksSeen,
     "closed-run": ClosedRun,

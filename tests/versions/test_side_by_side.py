@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pydantic import model_validator
 from temporalio import workflow
 from temporalio.testing import WorkflowEnvironment
 
-from activities import left_behind
+from comfyui_temporal.contracts import scenes
 from comfyui_temporal.contracts.continuation import ImageRun, TrainingRun
 from comfyui_temporal.contracts.give_back import give_back_id_of
 from comfyui_temporal.contracts.handed_on import read_tolerantly
@@ -258,7 +259,8 @@ async def test_what_a_newer_workers_run_left_is_given_back_by_an_older_one(bare:
         [hold] = await bare.simulators.admin.credits.holds(unreadable["task_id"])
         assert hold.phase == "open"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(left_behind._RUNS, IMAGE_WORKFLOW, NewerImageRun)
+            newer = replace(scenes.SCENE_OF_WORKFLOW[IMAGE_WORKFLOW], run=NewerImageRun)
+            patch.setitem(scenes.SCENE_OF_WORKFLOW, IMAGE_WORKFLOW, newer)
             await second.result()
     assert (await ended_without_its_run(bare, unreadable["task_id"])).status is TaskStatus.FAILED
     assert await bare.store.unseen_tasks() == []

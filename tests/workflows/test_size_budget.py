@@ -16,11 +16,9 @@ from temporalio import workflow
 
 from comfyui_temporal.contracts.comfyui import JobCallback, ManifestReference, SnapshotReference, TrainingCallback
 from comfyui_temporal.contracts.continuation import (
-    AskedJob,
     Continuation,
     DatasetState,
     HeldProgress,
-    HoldState,
     ImageRun,
     JobUpdate,
     PriceState,
@@ -30,10 +28,11 @@ from comfyui_temporal.contracts.continuation import (
 )
 from comfyui_temporal.contracts.credits import Estimate, PreDeductRequest
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode
-from comfyui_temporal.contracts.give_back import LeftBehind
+from comfyui_temporal.contracts.give_back import Orphans
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.prices import PriceTable
+from comfyui_temporal.contracts.requests import HoldState, RequestedJob
 from comfyui_temporal.contracts.size_budget import (
     MAX_ATTEMPTS,
     MAX_EXCEPTIONS,
@@ -233,7 +232,7 @@ def carried(make: Callable[..., JobUpdate], text: str) -> Continuation:
     ids = [hold.pre_deduct_id for hold in holds.granted_holds() if hold.pre_deduct_id]
     credits = CreditsSummary(estimated=10**9, held=10**9, pre_deduct_ids=ids[-MAX_KEPT_HOLDS:], pre_deduct_count=1_440)
     jobs = [
-        AskedJob(attempt=n, key=f"{ID}:submit:{n}", asked_at=NOW, job_id=OUTSIDE_ID, cancelled=True)
+        RequestedJob(attempt=n, key=f"{ID}:submit:{n}", asked_at=NOW, job_id=OUTSIDE_ID, cancelled=True)
         for n in range(MAX_ATTEMPTS)
     ]
     uri = "s3://" + "x" * 2_043
@@ -330,7 +329,7 @@ def test_what_a_give_back_is_handed_fits() -> None:
         updated_at=NOW,
         last_seq=1,
     )
-    left = LeftBehind(row=row, how="terminated", holds=run.carried.hold.asked, jobs=run.carried.jobs)
+    left = Orphans(row=row, how="terminated", holds=run.carried.hold.asked, jobs=run.carried.jobs)
     assert json_bytes(left) <= PAYLOAD_BYTES // 4
 
 
