@@ -16,9 +16,7 @@ COPY gateway gateway
 COPY bridge bridge
 COPY runtime runtime
 COPY doctor doctor
-COPY proof/__init__.py proof/
-COPY proof/conformance proof/conformance
-COPY proof/simulators proof/simulators
+COPY proof proof
 # Compiled once here, and not by every process at its start.
 RUN python -m compileall -q --invalidation-mode unchecked-hash /app
 

@@ -16,10 +16,10 @@ help: ## list every target
 setup: $(VENV)/.ready ## make the venv and install the locked dependencies
 	@:
 
-$(VENV)/.ready: requirements.lock Makefile
+$(VENV)/.ready: requirements-dev.lock Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=/path/to/it") if sys.version_info < (3, 11) else 0'
 	@test -x $(BIN)/uv || { echo "setting up $(VENV) ..."; $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; }
-	@$(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes --python $(BIN)/python requirements.lock
+	@$(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes --python $(BIN)/python requirements-dev.lock
 	@printf '#!/bin/sh\nexec "%s/python" "%s/starter.py" "$$@"\n' "$(CURDIR)/$(BIN)" "$(CURDIR)" > $(BIN)/comfyui-tasks
 	@chmod +x $(BIN)/comfyui-tasks
 	@touch $@
@@ -61,8 +61,8 @@ types: setup ## mypy --strict
 imports: setup ## who may import whom
 	$(call timed,imports,$(BIN)/lint-imports)
 
-schemas: setup ## whether docs/schemas is what the code says
-	$(call timed,schemas,$(BIN)/python -m comfyui_temporal.contracts.schemas --check)
+schemas: setup ## whether docs/schemas and docs/openapi.json are what the code says
+	$(call timed,schemas,$(BIN)/python -m comfyui_temporal.contracts.schemas --check && $(BIN)/python -m gateway.openapi_export --check)
 
 # Processes with servers of their own; most tests wait for a server, so two for each processor are not too many.
 SIDE_BY_SIDE := -n 4 --dist loadfile --no-loadscope-reorder
@@ -85,16 +85,29 @@ kill-points: setup ## the whole stack struck at every instant of both flows (ONL
 soak: setup ## tasks under random faults on a whole stack (TASKS=10000 SEED=1 PROFILE=field, RESUME=1)
 	@$(BIN)/python -m proof.soak $(if $(PROFILE),--profile $(PROFILE)) $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)
 
-bench: setup ## figures and ratios on this machine, as a table and as JSON (QUICK=1, ONLY=waits)
-	@$(BIN)/python -m proof.benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+# DBOS is measured beside us. What it needs forbids newer versions of other packages, so it has a venv of its own.
+BENCH := .venv-bench
+
+$(BENCH)/.ready: requirements-bench.lock | setup
+	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv --without-pip $(BENCH)
+	@$(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes --python $(BENCH)/bin/python requirements-bench.lock
+	@touch $@
+
+bench: $(BENCH)/.ready ## figures and ratios on this machine, as a table and as JSON (QUICK=1, ONLY=waits)
+	@PATH="$(CURDIR)/$(BENCH)/bin:$$PATH" $(BENCH)/bin/python -m proof.benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
 format: setup ## ruff: mend style and format
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-lock: setup ## lock the newest dependencies that requirements.in allows
-	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header \
-		--python-version 3.11 --upgrade requirements.in --output-file requirements.lock
+# Each lock takes the versions of the production lock where it has them.
+LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --python-version 3.11 \
+	--upgrade pyproject.toml --extra cli
 
-clean: ## end the stack; remove the venv and everything that the stack kept
+lock: setup ## lock the newest dependencies that pyproject.toml allows: for production, development and benchmarks
+	@$(LOCK) --group server --output-file requirements.lock
+	@$(LOCK) --group dev --constraint requirements.lock --output-file requirements-dev.lock
+	@$(LOCK) --group bench --constraint requirements.lock --output-file requirements-bench.lock
+
+clean: ## end the stack; remove the venvs and everything that the stack kept
 	@test ! -x $(BIN)/python || test ! -d .run || $(STACK) down
-	rm -rf $(VENV) .run
+	rm -rf $(VENV) $(BENCH) .run

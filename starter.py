@@ -1,53 +1,25 @@
-"""The command line `comfyui-tasks`, and the functions behind it for callers in Python.
+"""The command line `comfyui-tasks` of a checkout: that of the package, and `doctor`, which needs services and store.
 
-    from starter import start_image
-    started = await start_image(client, ImageTask(task_id="cat-1", …))
-    result = await started.handle.result()
-
-`python starter.py --help` lists the commands. The pieces are in `comfyui_temporal/command_line/`.
+`python starter.py --help` lists the commands. They are in `comfyui_temporal/command_line/` and `doctor/command.py`.
+From Python: `from comfyui_temporal import TemporalTasks, HttpTasks, SyncTasks` (README.md).
 """
 
 from __future__ import annotations
 
-from comfyui_temporal.command_line.commands import app, main
-from comfyui_temporal.command_line.failures import (
-    BadInput,
-    CannotReach,
-    CommandFailure,
-    ExitCode,
-    TaskExists,
-    UnknownTask,
-)
-from comfyui_temporal.command_line.follow import Watcher, follow
-from comfyui_temporal.command_line.outcome import TaskOutcome, find_task
-from comfyui_temporal.command_line.start import Started, start_image, start_training
-from comfyui_temporal.command_line.tasks import cancel_task, confirm_price, list_tasks, show_task
-from doctor.checks_of_set_up import examine
-from local_stack.demo import run_demo
+from pathlib import Path
 
-__all__ = [
-    "BadInput",
-    "CannotReach",
-    "CommandFailure",
-    "ExitCode",
-    "Started",
-    "TaskExists",
-    "TaskOutcome",
-    "UnknownTask",
-    "Watcher",
-    "app",
-    "cancel_task",
-    "confirm_price",
-    "examine",
-    "find_task",
-    "follow",
-    "list_tasks",
-    "main",
-    "run_demo",
-    "show_task",
-    "start_image",
-    "start_training",
-]
+from comfyui_temporal.command_line.app import app, checks_before_start
+from comfyui_temporal.command_line.commands import main
+from comfyui_temporal.command_line.server import also_look_for_stack_in
+from doctor import command as doctor_command
+from doctor.task_store import refuse_strange_store
+from runtime.logs import configure_logs
+
+__all__ = ["app", "doctor_command", "main"]
+
+also_look_for_stack_in(Path(__file__).parent)
+checks_before_start.append(refuse_strange_store)
 
 if __name__ == "__main__":
+    configure_logs(level="WARNING", as_json=False)
     main()

@@ -38,9 +38,9 @@ from activities.unsettled import UnsettledActivities
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.task_store import TaskClaim
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
+from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
 from runtime.logs import configure_logs
-from runtime.process_end import end_process
 from runtime.reconciler_schedule import ensure_reconciler
 from runtime.required_settings import CannotStart, database_of, read_settings
 from runtime.settings import Settings
@@ -182,7 +182,7 @@ def make_worker(
     activities: Sequence[Callable[..., Any]],
     workflows: Sequence[type] = WORKFLOWS,
 ) -> Worker:
-    """The worker, by the design's table of defaults."""
+    """The worker, with the defaults of docs/architecture.md, "Defaults"."""
     return Worker(
         client,
         task_queue=settings.task_queue,

@@ -1,4 +1,4 @@
-"""Dataset snapshots: a training reads a copy that nobody changes under it (design, step 0 of a training task).
+"""Dataset snapshots: a training reads a copy that nobody changes under it (step table 2, row 0).
 
 A snapshot lies in temporary object storage, below the task's own folder:
 

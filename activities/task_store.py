@@ -1,7 +1,7 @@
 """The task store as workflows call it: the claim of an id, facts, and what a run may have forgotten.
 
 A local try must never wait long for a PostgreSQL that hangs: it holds one of few slots while its workflow hears
-nothing (design, "event write"). So after a failure local tries fail at once for a while and the visible try, which
+nothing (decision 3). So after a failure local tries fail at once for a while and the visible try, which
 costs nobody a slot that matters, finds out whether PostgreSQL is back.
 """
 

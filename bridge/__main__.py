@@ -21,15 +21,15 @@ from bridge.job_activities import JobActivities
 from bridge.job_workflow import ComfyUIJobWorkflow
 from bridge.key_workflow import ComfyUIKeyWorkflow
 from bridge.outlook import Outlook
+from bridge.required_settings import callback_secret_by, result_secret_by, templates_by
 from bridge.runs import Keys, Runs
 from bridge.service import ImageService
-from bridge.starting import callback_secret_by, result_secret_by, templates_by
 from bridge.storage import SignedAddresses, Storage
 from bridge.training_service import TrainingService
 from bridge.training_workflow import ComfyUITrainingWorkflow
+from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
 from runtime.logs import configure_logs
-from runtime.process_end import end_process
 from runtime.required_settings import CannotStart, caller_tokens_by, read_settings
 from runtime.settings import Settings
 

@@ -32,13 +32,13 @@ from bridge.native import NativeServer
 from bridge.native_errors import NativeFailure
 from bridge.outlook import SeenServer, identity_of
 from bridge.prompt_run import Patience
+from bridge.required_settings import heed_signals, templates_by
 from bridge.slot import TAKEN_SECONDS, FreeSlots, Slot
-from bridge.starting import heed_signals, templates_by
 from bridge.storage import Storage
 from bridge.templates import TemplateLibrary
+from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
 from runtime.logs import configure_logs
-from runtime.process_end import end_process
 from runtime.required_settings import CannotStart, read_settings
 from runtime.settings import Settings
 

@@ -1,7 +1,7 @@
 """How everything here speaks Temporal: one plugin for client, worker, replayer and tests.
 
 Converter, runner and connection are the same wherever a workflow runs or is replayed, so that a replay test proves
-the real configuration (design, decision 7).
+the real configuration (decision 7).
 """
 
 from __future__ import annotations

@@ -9,12 +9,15 @@ from rich.console import Console
 
 from comfyui_temporal.command_line import inputs
 from comfyui_temporal.command_line.app import EXIT_CODES, Json, app, perform
-from comfyui_temporal.command_line.connection import find_server, read_settings
 from comfyui_temporal.command_line.failures import ExitCode
-from comfyui_temporal.command_line.reports import print_findings, print_json
+from comfyui_temporal.command_line.reports import print_json
+from comfyui_temporal.command_line.server import find_server
+from comfyui_temporal.command_line.settings import CommandSettings, read_settings
 from comfyui_temporal.contracts.fields import CallerId
-from doctor.checks_of_set_up import examine, services, take_hold
+from doctor.examination import examine, services, take_hold
 from doctor.finding import Verdict
+from doctor.report import print_findings
+from runtime.settings import Settings
 
 
 @app.command(epilog=EXIT_CODES)
@@ -40,16 +43,16 @@ def doctor(
     """
 
     async def work() -> ExitCode:
-        settings = read_settings()
-        asked = hold and [
+        settings, connecting = read_settings(Settings), read_settings(CommandSettings)
+        server = find_server(connecting)
+        payer = hold and [
             inputs.checked(CallerId, name, value)
             for name, value in zip(("TENANT", "USER", "TEMPLATE"), hold, strict=True)
         ]
-        findings = await examine(settings)
-        if asked:
-            tenant_id, user_id, template_id = asked
-            stack = find_server(settings).stack
-            async with services(settings, stack, tenant_id=tenant_id, user_id=user_id) as opened:
+        findings = await examine(settings, connecting, server)
+        if payer:
+            tenant_id, user_id, template_id = payer
+            async with services(settings, server.stack, tenant_id=tenant_id, user_id=user_id) as opened:
                 findings += await take_hold(opened, template_id)
         if as_json:
             print_json([finding.model_dump(mode="json") for finding in findings])

@@ -10,6 +10,7 @@ from temporalio.service import RPCError
 
 from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.command_line.failures import BadInput
+from comfyui_temporal.command_line.settings import read_settings
 from doctor.finding import Finding, note, ok, wrong
 from runtime.settings import Settings
 from store import StoreFailure, TaskStore, UnseenTaskRow
@@ -33,12 +34,12 @@ def _dsn(connection: Connection, settings: Settings) -> str | None:
     return connection.server.stack.database_dsn if connection.server.stack else None
 
 
-async def refuse_strange_store(connection: Connection, settings: Settings) -> None:
-    """Raises BadInput where the task store that is set belongs to another namespace than the task would run in.
+async def refuse_strange_store(connection: Connection) -> None:
+    """Raises BadInput if the configured task store belongs to another namespace than the task would run in.
 
-    A task needs no store to be started: one that is not set, or away, is no reason.
+    A task can be started without a store: one that is not set, or does not answer, is no reason to refuse.
     """
-    dsn = _dsn(connection, settings)
+    dsn = _dsn(connection, read_settings(Settings))
     if not dsn:
         return
     try:

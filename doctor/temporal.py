@@ -11,7 +11,8 @@ from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, DescribeTaskQueueRequest
 from temporalio.service import RPCError, RPCStatusCode
 
-from comfyui_temporal.command_line.connection import RPC_TIMEOUT, Connection
+from comfyui_temporal.client.submission import RPC_TIMEOUT
+from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.contracts.reconcile import reconcile_id_of
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
 from doctor.finding import Finding, note, ok, wrong

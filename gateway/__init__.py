@@ -2,6 +2,7 @@
 
 app.py                   the application, made of explicitly given parts
 openapi.py               what its OpenAPI document says beyond the framework's
+openapi_export.py        that document as docs/openapi.json, and whether it has drifted
 access.py                the dependencies that let a caller in (contract §7)
 tokens.py                our own short-lived stream tokens; callers' JWTs are read by runtime/caller_tokens.py
 problems.py              every error as application/problem+json

@@ -12,6 +12,7 @@ import uvicorn
 import uvloop
 
 from activities.file_lists import FileLists
+from comfyui_temporal.process_end import end_process
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.draining import Draining, DrainingServer
@@ -19,7 +20,6 @@ from gateway.page import PageSettings
 from gateway.tokens import StreamTokens
 from runtime import temporal_connection
 from runtime.logs import configure_logs
-from runtime.process_end import end_process
 from runtime.required_settings import CannotStart, caller_tokens_by, database_of, read_settings
 from runtime.settings import Settings
 from store import TaskStore

@@ -1,4 +1,4 @@
-"""What a signal is worth, and how many a task may get (design, decision 4)."""
+"""What a signal is worth, and how many a task may get (decision 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Callbacks → signals: one in flight per task, coalesced and paced (design, decision 4).
+"""Callbacks → signals: one in flight per task, coalesced and paced (decision 4).
 
     take(callback)
       the workflow was told the same, or something newer   → coalesced

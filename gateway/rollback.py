@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
 from temporalio.common import WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 
-from comfyui_temporal.client.start import WORKFLOW_TASK_TIMEOUT
+from comfyui_temporal.client.submission import WORKFLOW_TASK_TIMEOUT
 from comfyui_temporal.contracts.give_back import (
     GIVE_BACK_WORKFLOW,
     GiveBackOrder,
@@ -21,9 +21,10 @@ from comfyui_temporal.contracts.give_back import (
     outcome_of,
 )
 from comfyui_temporal.contracts.tasks import CancelTask, workflow_id_of
+from comfyui_temporal.contracts.tasks_api import TaskView
 from comfyui_temporal.runs import RunStatus
 from gateway.problems import Problem, ProblemCode
-from gateway.task_bodies import RollbackOrder, RollbackOutcome, TaskView
+from gateway.task_bodies import RollbackOrder, RollbackOutcome
 from gateway.tasks import Tasks
 from gateway.temporal_calls import RPC_TIMEOUT, bounded, described, temporal_problems
 from runtime.caller_tokens import Caller

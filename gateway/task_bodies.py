@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, StringConstraints, field_validator
 
 from activities.file_lists import as_list, checksum_of
-from comfyui_temporal.contracts.comfyui import TaskPriority, TrainingOutput
-from comfyui_temporal.contracts.errors import ErrorDetails
-from comfyui_temporal.contracts.fields import CallerId, CallerModel, CallerText, Instant, OwnModel
+from comfyui_temporal.contracts.fields import CallerId, CallerModel, CallerText, OwnModel
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.size_budget import MAX_INLINE_LIST_BYTES
-from comfyui_temporal.contracts.task_store import RecordedPrices, TaskExceptionRow, TaskRow, TrainingLogRow
+from comfyui_temporal.contracts.task_store import TrainingLogRow
 from comfyui_temporal.contracts.tasks import (
-    Confirmation,
     CreditsSummary,
     DatasetSource,
     ImageTask,
-    TaskInput,
     TaskStatus,
     TrainingTask,
-    workflow_id_of,
 )
 
 IdempotencyKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")]
@@ -111,78 +105,6 @@ class TrainingOrder(TrainingTask):
 
 def _given(order: ImageOrder | TrainingOrder, **ids: str) -> dict[str, Any]:
     return {name: getattr(order, name) for name in order.model_fields_set} | ids
-
-
-class TaskView(OwnModel):
-    """A task as callers see it (contract §6, §8)."""
-
-    task_id: str
-    tenant_id: str
-    user_id: str
-    scene: Scene
-    template_id: str
-    priority: TaskPriority
-    resolution: str
-    """The resolution; a training's base model."""
-    workflow_id: str
-    status: TaskStatus
-    stage: str | None = None
-    progress: float = 0.0
-    next_eta: Instant | None = None
-    estimated_time: float | None = None
-    """Minutes."""
-    gpu_slots: int | None = None
-    queue_position: int | None = None
-    job_id: str | None = None
-    """ComfyUI's job or training."""
-    attempts: int = 0
-    credits: CreditsSummary = CreditsSummary()
-    prices: RecordedPrices = RecordedPrices()
-    confirmation: Confirmation | None = None
-    """What a training waits to have confirmed."""
-    result_urls: list[str] = []
-    output: TrainingOutput | None = None
-    error: ErrorDetails | None = None
-    created_at: Instant
-    updated_at: Instant
-    ended_at: Instant | None = None
-    last_seq: int = 0
-    """`seq` of the newest event; 0 before the first."""
-
-    @classmethod
-    def of_row(cls, row: TaskRow) -> TaskView:
-        return cls.model_validate(row.model_dump())
-
-    @classmethod
-    def accepted(cls, task: TaskInput) -> TaskView:
-        """A task whose run has been started and has not claimed its id yet."""
-        now = datetime.now(UTC)
-        return cls(
-            task_id=task.task_id,
-            tenant_id=task.tenant_id,
-            user_id=task.user_id,
-            scene=task.scene,
-            template_id=task.template_id,
-            priority=task.priority,
-            resolution=SCENES[task.scene].variant(task),
-            workflow_id=workflow_id_of(task.task_id),
-            status=TaskStatus.QUEUED,
-            created_at=now,
-            updated_at=now,
-        )
-
-
-class TaskDetail(TaskView):
-    """A task, and what ops should look at."""
-
-    exceptions: list[TaskExceptionRow] = []
-
-
-class TaskList(OwnModel):
-    """Tasks, newest first; `cursor` leads to the next page, null at the end."""
-
-    tasks: list[TaskView]
-    cursor: str | None = None
 
 
 class TaskFilters(CallerModel):

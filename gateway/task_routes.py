@@ -12,6 +12,7 @@ from starlette.requests import HTTPConnection
 from comfyui_temporal.contracts.fields import CallerId
 from comfyui_temporal.contracts.permissions import Operation
 from comfyui_temporal.contracts.tasks import CancelTask, CancelTaskOutcome, ConfirmPrice, ConfirmPriceOutcome, TaskEvent
+from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
 from gateway.access import Access
 from gateway.problems import ProblemCode, problems
 from gateway.streams_wires import FRAME_SCHEMA
@@ -22,10 +23,7 @@ from gateway.task_bodies import (
     LogQuery,
     RollbackOrder,
     RollbackOutcome,
-    TaskDetail,
     TaskFilters,
-    TaskList,
-    TaskView,
     TrainingLog,
     TrainingOrder,
 )

@@ -14,7 +14,8 @@ from temporalio.common import SearchAttributeKey
 
 from activities.file_lists import FileLists
 from activities.outside_http import OutsideFailure
-from comfyui_temporal.client import start as task_start
+from comfyui_temporal.client import submission
+from comfyui_temporal.client.errors import TaskExists
 from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES
@@ -30,16 +31,14 @@ from comfyui_temporal.contracts.tasks import (
     input_sha256_of,
     workflow_id_of,
 )
+from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
 from comfyui_temporal.runs import RunSeen
 from gateway.problems import FieldProblem, Problem, ProblemCode
 from gateway.task_bodies import (
     EventsQuery,
     ImageOrder,
     LogQuery,
-    TaskDetail,
     TaskFilters,
-    TaskList,
-    TaskView,
     TrainingLog,
     TrainingOrder,
 )
@@ -70,10 +69,10 @@ class Tasks:
             return earlier, False
         if isinstance(order, TrainingOrder) and order.long_list is not None:
             await self._keep(task.task_id, order.dataset.dataset_id, order.long_list)
-        start = task_start.start_image if isinstance(task, ImageTask) else task_start.start_training
+        start = submission.start_image if isinstance(task, ImageTask) else submission.start_training
         try:
-            started: task_start.Started = await bounded(start(self._temporal, task, task_queue=self._task_queue))  # type: ignore[arg-type]
-        except task_start.TaskExists:
+            started: submission.Started = await bounded(start(self._temporal, task, task_queue=self._task_queue))  # type: ignore[arg-type]
+        except TaskExists:
             raise _exists(task.task_id) from None
         if started.is_new:
             return TaskView.accepted(task), True

@@ -1,4 +1,4 @@
-"""Log lines of trainings → task store, past the workflow (design, decision 4).
+"""Log lines of trainings → task store, past the workflow (decision 4).
 
 One transaction in flight per task; what arrives meanwhile is the next batch. So a flood of one task's lines holds one
 connection, and the lock on that task's row is never queued for.

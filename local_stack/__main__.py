@@ -8,13 +8,13 @@ import re
 import sys
 from pathlib import Path
 
+from comfyui_temporal.process_end import end_process
 from local_stack.commands import demo, down, status, up
 from local_stack.folder import DEFAULT_FOLDER, RunFolder, StackFailure
 from local_stack.pace import DEMO_SPEED
 from local_stack.parts import PROFILE_SETTING
 from local_stack.supervisor import supervise
 from proof.simulators.credits_profile import PROFILES
-from runtime.process_end import end_process
 
 
 def main(arguments: list[str] | None = None) -> int:

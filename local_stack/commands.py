@@ -85,7 +85,7 @@ def demo(folder: RunFolder, speed: float | None, comfyui: Sequence[str] = ()) ->
 
 def _run_demo(folder: RunFolder, stack: StackDescription) -> int:
     """Loaded only here: it needs more than the stack does."""
-    code: int = import_module("starter").run_demo(stack, folder.path)
+    code: int = import_module("local_stack.demo").run_demo(stack, folder.path)
     return code
 
 

@@ -17,20 +17,14 @@ from rich.text import Text
 from activities.credits import CreditsClient
 from activities.outside_http import OutsideFailure
 from activities.tokens import ServiceToken
-from comfyui_temporal.command_line.connection import (
-    Connection,
-    open_connection,
-    read_settings,
-    sentences,
-    server_of,
-    user_of,
-)
+from comfyui_temporal.client.models import StartedTask, TaskOutcome
+from comfyui_temporal.command_line.connection import Connection, open_connection, sentences
 from comfyui_temporal.command_line.failures import CommandFailure, ExitCode
 from comfyui_temporal.command_line.follow import follow
 from comfyui_temporal.command_line.inputs import read_model
-from comfyui_temporal.command_line.outcome import TaskOutcome
-from comfyui_temporal.command_line.reports import outcome_lines, print_failure, print_findings, print_lines
-from comfyui_temporal.command_line.start import Started, start_image, start_training
+from comfyui_temporal.command_line.reports import outcome_lines, print_failure, print_lines
+from comfyui_temporal.command_line.server import server_of, user_of
+from comfyui_temporal.command_line.settings import CommandSettings, read_settings
 from comfyui_temporal.command_line.terminal import watchers
 from comfyui_temporal.contracts.calls import CallFor
 from comfyui_temporal.contracts.permissions import Scene
@@ -38,6 +32,7 @@ from comfyui_temporal.contracts.stack import StackDescription
 from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus, TrainingTask
 from doctor.books import LedgerUnreadable, check_books
 from doctor.finding import Finding, Verdict, wrong
+from doctor.report import print_findings
 
 TENANT: Final = "tenant-demo"
 RUN_FOLDER: Final = Path(__file__).parent.parent / ".run"
@@ -66,13 +61,13 @@ def run_demo(stack: StackDescription, folder: Path = RUN_FOLDER) -> int:
 
 
 async def _demo(console: Console, stack: StackDescription, folder: Path) -> int:
-    server = server_of(stack)
-    opened = await open_connection(server, read_settings(), task_queue=stack.task_queue)
-    with sentences(server):
+    settings = read_settings(CommandSettings)
+    opened = await open_connection(server_of(stack), settings, task_queue=stack.task_queue)
+    with sentences(opened):
         tasks = real_tasks(stack) if is_bridged(stack) else simulated_tasks(stack, folder)
-        started = [await start_image(opened.client, tasks.image, task_queue=opened.task_queue)]
+        started = [await opened.tasks.start(tasks.image)]
         if tasks.training is not None:
-            started.append(await start_training(opened.client, tasks.training, task_queue=opened.task_queue))
+            started.append(await opened.tasks.start(tasks.training))
         _announce(console, opened, stack, started)
         outcomes = await _followed(console, opened, started)
     for outcome in outcomes:
@@ -144,21 +139,21 @@ def make_dataset(folder: Path) -> Path:
     return folder
 
 
-def _announce(console: Console, opened: Connection, stack: StackDescription, started: list[Started]) -> None:
+def _announce(console: Console, opened: Connection, stack: StackDescription, started: list[StartedTask]) -> None:
     if page := stack.page_url(TENANT):
         console.print("The live page, with the token of the demo's tenant, which this stack made itself:")
         console.print(Text(f"  {page}", style="dim"), soft_wrap=True)
     console.print("One image and one training, at the same time:" if len(started) > 1 else "One image:")
     for task in started:
-        link = opened.server.ui_link(task.handle.id, task.run_id) or ""
+        link = opened.tasks.ui_link(task.workflow_id, task.run_id) or ""
         console.print(Text(f"  {task.task_id}  {link}", style="dim"), soft_wrap=True)
 
 
-async def _followed(console: Console, opened: Connection, started: list[Started]) -> list[TaskOutcome]:
+async def _followed(console: Console, opened: Connection, started: list[StartedTask]) -> list[TaskOutcome]:
     with watchers(console, [task.task_id for task in started]) as rows:
 
-        async def one(task: Started) -> TaskOutcome:
-            outcome = await follow(opened, task.handle, task.task_id, rows[task.task_id])
+        async def one(task: StartedTask) -> TaskOutcome:
+            outcome = await follow(opened, task.task_id, rows[task.task_id])
             rows[task.task_id].ended(outcome.status.value)
             return outcome
 

@@ -1,4 +1,5 @@
-"""Every setting, once. Read by entry points only (`worker.py`, `starter.py`, gateway, simulators, local stack).
+"""The settings of our services. Read by entry points only (`worker.py`, gateway, bridge, doctor, simulators, local
+stack); the command line has its own few (comfyui_temporal/command_line/settings.py).
 
 Each is an environment variable `COMFYUI_TEMPORAL_<NAME>`; a `.env` file in the working directory is read too.
 How to reach Temporal comes from Temporal's own environment configuration (`TEMPORAL_ADDRESS`, `TEMPORAL_PROFILE`,
@@ -83,13 +84,6 @@ class Settings(BaseSettings):
     allowed_origins: Annotated[list[str], NoDecode] = []
     """Origins whose pages may call the gateway from a browser, with credentials; comma-separated, e.g.
     `https://app.example`."""
-
-    # Command line
-    gateway_url: ServiceUrl | None = None
-    """The gateway whose stream `comfyui-tasks watch`, `generate` and `train` follow; default: the local stack's, else
-    tasks are asked by query."""
-    gateway_token: SecretStr | None = None
-    """The caller's token for it, with the scope `task.read`."""
 
     # Storage
     database_dsn: SecretStr | None = None

@@ -1,4 +1,7 @@
-"""The typer application, what its commands share, and how each of them ends."""
+"""The typer application, what its commands share, and how each of them ends.
+
+A checkout adds commands of its own to `app`, and checks to `checks_before_start` (starter.py).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,8 @@ import typer
 from rich.console import Console
 
 from comfyui_temporal.command_line.connection import Connection
-from comfyui_temporal.command_line.failures import CommandFailure, ExitCode
+from comfyui_temporal.command_line.failures import CommandFailure, ExitCode, exit_code_of
 from comfyui_temporal.command_line.follow import follow
-from comfyui_temporal.command_line.outcome import find_task
 from comfyui_temporal.command_line.reports import outcome_lines, print_failure, print_json, print_lines
 from comfyui_temporal.command_line.terminal import watchers
 
@@ -38,6 +40,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+CheckBeforeStart = Callable[[Connection], Awaitable[None]]
+checks_before_start: list[CheckBeforeStart] = []
+"""Each may raise CommandFailure: then nothing is started."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document; progress goes to standard error.")]
 
 
@@ -59,12 +65,13 @@ async def _awaited(work: Callable[[], Awaitable[ExitCode]]) -> ExitCode:
 
 
 async def followed(opened: Connection, task_id: str, *, as_json: bool) -> ExitCode:
-    handle = await find_task(opened.client, opened.server, task_id)
+    """Show a task until it ends, then how it ended."""
+    await opened.tasks.find(task_id)  # before any bar is drawn
     with watchers(Console(stderr=as_json), [task_id]) as rows:
-        outcome = await follow(opened, handle, task_id, rows[task_id])
+        outcome = await follow(opened, task_id, rows[task_id])
         rows[task_id].ended(outcome.status.value)
     if as_json:
         print_json(outcome)
     else:
         print_lines(Console(), outcome_lines(outcome))
-    return outcome.exit_code
+    return exit_code_of(outcome.status)

@@ -1,21 +1,21 @@
-"""Every command, registered on the one application in the order in which `--help` lists them."""
+"""Every command of the package, registered on the one application in the order in which `--help` lists them."""
 
 from __future__ import annotations
 
+import logging
 from typing import NoReturn
 
-from comfyui_temporal.command_line import start_commands, task_commands
+from comfyui_temporal.command_line import new_task_commands, task_commands
 from comfyui_temporal.command_line.app import app
-from doctor import command as doctor_command
-from runtime.logs import configure_logs
-from runtime.process_end import end_process
+from comfyui_temporal.process_end import end_process
 
-__all__ = ["app", "doctor_command", "main", "start_commands", "task_commands"]
+__all__ = ["app", "main", "new_task_commands", "task_commands"]
 
 
 def main() -> NoReturn:
     """Run the command line and end the process with the command's exit code."""
-    configure_logs(level="WARNING", as_json=False)
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.WARNING)
     code = 0
     try:
         app()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.tasks import TaskStatus
 
 
 class ExitCode(IntEnum):
@@ -21,44 +23,45 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+def exit_code_of(status: TaskStatus) -> ExitCode:
+    """The exit code that says how a task ended."""
+    match status:
+        case TaskStatus.COMPLETED:
+            return ExitCode.COMPLETED
+        case TaskStatus.CANCELLED:
+            return ExitCode.CANCELLED
+        case _:
+            return ExitCode.FAILED
+
+
 class CommandFailure(Exception):
-    """A command cannot do what was asked: `code` is stable, `sentence` says what was tried and what to do."""
+    """A command cannot do its work: `code` is stable, `sentence` says what was tried and what to do."""
 
-    exit_code: ExitCode = ExitCode.FAILED
-    code: str = FailureCode.INTERNAL.value
-
-    def __init__(self, sentence: str) -> None:
+    def __init__(
+        self,
+        sentence: str,
+        *,
+        exit_code: ExitCode = ExitCode.FAILED,
+        code: str = FailureCode.INTERNAL.value,
+        fields: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(sentence)
         self.sentence = sentence
+        self.exit_code = exit_code
+        self.code = code
+        self.fields = dict(fields or {})
+        """Name of a field → what is wrong with it."""
 
 
 class BadInput(CommandFailure):
     """The input is refused before anything is started; `fields` says why, field by field."""
 
-    exit_code = ExitCode.BAD_INPUT
-    code = FailureCode.INPUT_INVALID.value
-
-    def __init__(self, sentence: str, fields: dict[str, str] | None = None) -> None:
-        super().__init__(sentence)
-        self.fields = fields or {}
+    def __init__(self, sentence: str, fields: Mapping[str, str] | None = None) -> None:
+        super().__init__(sentence, exit_code=ExitCode.BAD_INPUT, code=FailureCode.INPUT_INVALID.value, fields=fields)
 
 
 class CannotReach(CommandFailure):
     """Temporal, or the worker behind it, does not answer."""
 
-    exit_code = ExitCode.CANNOT_REACH
-    code = "temporal_unavailable"
-
-
-class TaskExists(CommandFailure):
-    """Another input runs, or ran, under this task id: nothing of it was touched."""
-
-    exit_code = ExitCode.TASK_EXISTS
-    code = FailureCode.TASK_EXISTS.value
-
-
-class UnknownTask(CommandFailure):
-    """Temporal holds no run of this task."""
-
-    exit_code = ExitCode.UNKNOWN_TASK
-    code = "task_unknown"
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence, exit_code=ExitCode.CANNOT_REACH, code="temporal_unavailable")

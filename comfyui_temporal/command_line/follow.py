@@ -1,132 +1,121 @@
-"""Following a task until it ends: by the gateway's stream where one is known, else by the `progress` query twice a
-second. Its end is told by Temporal's own long poll."""
+"""Following a task until it ends: by the gateway's stream if one is known, else by the `progress` query twice a
+second. Its end comes from Temporal in either case."""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final, Protocol
 
-from temporalio.client import WorkflowHandle, WorkflowQueryFailedError, WorkflowQueryRejectedError
+from temporalio.client import WorkflowHandle
 from temporalio.common import SearchAttributeKey
-from temporalio.service import RPCError, RPCStatusCode
 
+from comfyui_temporal.client.errors import AccessDenied, TaskError
+from comfyui_temporal.client.http_tasks import HttpTasks
+from comfyui_temporal.client.models import TaskOutcome, TaskUpdate
 from comfyui_temporal.command_line.connection import Connection
-from comfyui_temporal.command_line.gateway_stream import GatewayStream, StreamCut, StreamRefused
-from comfyui_temporal.command_line.outcome import TaskOutcome, outcome_of
 from comfyui_temporal.contracts.tasks import TrainingProgress
-from comfyui_temporal.runs import NoQueryNow, describe_run, query_run
+from comfyui_temporal.runs import describe_run
 
 POLL_SECONDS: Final = 0.5
-QUERY_TIMEOUT: Final = timedelta(seconds=2)
+DESCRIBE_TIMEOUT: Final = timedelta(seconds=2)
 TENANT_ID: Final = SearchAttributeKey.for_keyword("TenantId")
 
 
 class Watcher(Protocol):
-    """Who is told while a task runs: a progress bar, plain lines, a test."""
+    """What shows a running task: a progress bar, plain lines, a test."""
 
     def progressed(self, progress: TrainingProgress) -> None:
         """The task's newest state; called when something in it changed."""
 
     def waits_for_worker(self, sentence: str) -> None:
-        """No worker answers: the task stands until one does."""
+        """No worker answers: the task does not move until one does."""
 
 
-async def read_progress(handle: WorkflowHandle[Any, Any]) -> TrainingProgress:
-    """The query `progress`; image tasks leave `confirmation` empty.
-
-    Raises RPCError, WorkflowQueryFailedError, NoQueryNow.
-    """
-    return await query_run(handle, "progress", result_type=TrainingProgress, rpc_timeout=QUERY_TIMEOUT)
-
-
-async def follow(
-    connection: Connection, handle: WorkflowHandle[Any, Any], task_id: str, watcher: Watcher
-) -> TaskOutcome:
-    """Tell `watcher` every change until the task ends. Raises RPCError where Temporal stays away."""
-    end = asyncio.create_task(outcome_of(handle, connection, task_id))
-    teller = _Teller(watcher)
-    stream = await _stream_of(connection, handle, task_id)
+async def follow(opened: Connection, task_id: str, watcher: Watcher) -> TaskOutcome:
+    """Report every change to `watcher` until the task ends. Raises TaskError if Temporal stays away."""
+    handle = await opened.tasks.find(task_id)
+    end = asyncio.create_task(opened.tasks.wait(task_id))
+    reporter = _Reporter(watcher)
+    stream = await _stream_of(opened, handle, task_id)
     try:
         while not end.done():
             if stream is not None:
                 try:
-                    await _told_by(stream, teller, end)
-                except StreamRefused:
+                    await _report_stream(stream, reporter, end)
+                except AccessDenied:
+                    await stream.tasks.aclose()
                     stream = None
-                except StreamCut:
-                    pass  # asked by query in between, which also tells whether a worker answers
+                except TaskError:
+                    pass  # cut: one query in between also shows whether a worker answers
             if stream is not None and stream.is_over:
                 break
             if not end.done():
-                await _ask(connection, handle, teller)
+                reporter.report(await opened.tasks.read_update(handle, reporter.newest))
             await asyncio.wait({end}, timeout=POLL_SECONDS)
         return await end
     finally:
         end.cancel()
+        if stream is not None:
+            await stream.tasks.aclose()
 
 
-class _Teller:
-    """Tells a watcher what is new."""
+class _Reporter:
+    """Passes what is new on to a watcher."""
 
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
-        self._told: TrainingProgress | None = None
+        self.newest: TaskUpdate | None = None
 
-    def tell(self, progress: TrainingProgress) -> None:
-        if progress != self._told:
-            self._told = progress
-            self._watcher.progressed(progress)
-
-    def tell_of_silence(self, task_queue: str) -> None:
-        self._watcher.waits_for_worker(
-            f"No worker answers on task queue {task_queue!r}: the task waits until one runs."
-        )
-
-    def tell_of_pause(self, sentence: str) -> None:
-        self._watcher.waits_for_worker(sentence)
+    def report(self, update: TaskUpdate | None) -> None:
+        if update is None:
+            return
+        if update.standstill is not None:
+            self._watcher.waits_for_worker(update.standstill)
+            return
+        update = update.model_copy(update={"cursor": None})
+        if update != self.newest:
+            self.newest = update
+            self._watcher.progressed(update)
 
 
-async def _stream_of(connection: Connection, handle: WorkflowHandle[Any, Any], task_id: str) -> GatewayStream | None:
-    if connection.gateway is None:
+@dataclass
+class _Stream:
+    """One task's stream, over as many connections as it takes."""
+
+    tasks: HttpTasks
+    task_id: str
+    cursor: str | None = None
+    is_over: bool = field(default=False)
+    """The task's last event was received."""
+
+
+async def _stream_of(opened: Connection, handle: WorkflowHandle[Any, Any], task_id: str) -> _Stream | None:
+    if opened.gateway is None:
         return None
-    run = await describe_run(connection.client, handle.id, rpc_timeout=QUERY_TIMEOUT)
-    return connection.gateway.stream_of(task_id, run.search_attributes.get(TENANT_ID))
+    run = await describe_run(opened.client, handle.id, rpc_timeout=DESCRIBE_TIMEOUT)
+    tasks = opened.gateway.tasks_of(run.search_attributes.get(TENANT_ID))
+    return _Stream(tasks, task_id) if tasks else None
 
 
-async def _told_by(stream: GatewayStream, teller: _Teller, end: asyncio.Task[TaskOutcome]) -> None:
-    """Until the stream or the task ends. Raises StreamRefused, StreamCut."""
+async def _report_stream(stream: _Stream, reporter: _Reporter, end: asyncio.Task[TaskOutcome]) -> None:
+    """Until the stream is cut, or the task ends. Raises TaskError."""
 
-    async def tell() -> None:
-        async for progress in stream.changes():
-            teller.tell(progress)
+    async def report() -> None:
+        async with aclosing(stream.tasks.follow(stream.task_id, cursor=stream.cursor)) as updates:
+            async for update in updates:
+                stream.cursor = update.cursor
+                reporter.report(update)
+        stream.is_over = True
 
-    telling = asyncio.create_task(tell())
+    reporting = asyncio.create_task(report())
     try:
-        await asyncio.wait({telling, end}, return_when=asyncio.FIRST_COMPLETED)
-        if telling.done():
-            await telling
+        await asyncio.wait({reporting, end}, return_when=asyncio.FIRST_COMPLETED)
+        if reporting.done():
+            await reporting
     finally:
-        telling.cancel()
-        # Its connection is closed by then: whatever cancels next would leave it half open.
-        await asyncio.wait({telling})
-
-
-async def _ask(connection: Connection, handle: WorkflowHandle[Any, Any], teller: _Teller) -> None:
-    try:
-        teller.tell(await read_progress(handle))
-    except (WorkflowQueryFailedError, WorkflowQueryRejectedError):
-        pass  # the first workflow task has not run yet, or the run is over
-    except NoQueryNow as paused:
-        teller.tell_of_pause(str(paused))
-    except RPCError as error:
-        if _is_silence_of_worker(error):
-            teller.tell_of_silence(connection.task_queue)
-
-
-def _is_silence_of_worker(error: RPCError) -> bool:
-    return error.status in (
-        RPCStatusCode.FAILED_PRECONDITION,
-        RPCStatusCode.DEADLINE_EXCEEDED,
-        RPCStatusCode.CANCELLED,
-    )
+        reporting.cancel()
+        # Its connection is closed by then: a later cancellation would leave it half open.
+        await asyncio.wait({reporting})

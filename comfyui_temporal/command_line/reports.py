@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from comfyui_temporal.command_line.failures import BadInput, CommandFailure
-from comfyui_temporal.command_line.outcome import TaskOutcome
-from comfyui_temporal.command_line.tasks import TaskPicture, TaskRow
+from comfyui_temporal.client.models import TaskDetails, TaskOutcome, TaskSummary
+from comfyui_temporal.command_line.failures import CommandFailure
 from comfyui_temporal.command_line.terminal import confirmation_of, eta_of, printable
 from comfyui_temporal.contracts.tasks import (
     CreditsSummary,
@@ -24,9 +23,7 @@ from comfyui_temporal.contracts.tasks import (
     TrainingProgress,
     TrainingResult,
 )
-from doctor.finding import Finding, Verdict
 
-_STYLES = {Verdict.OK: "green", Verdict.NOTE: "yellow", Verdict.WRONG: "red"}
 Lines = Iterable[tuple[str, str]]
 
 
@@ -46,24 +43,12 @@ def print_lines(console: Console, lines: Lines) -> None:
         console.print(Text.assemble((f"{name:<{width}}  ", "dim"), printable(value)), soft_wrap=True)
 
 
-def print_findings(console: Console, findings: list[Finding]) -> None:
-    """What was checked, one line each, and what to do below those that are not fine."""
-    width = max((len(finding.what) for finding in findings), default=0)
-    for finding in findings:
-        verdict = (f"{finding.verdict.value:<6}", _STYLES[finding.verdict])
-        says = f"{finding.what:<{width}}  {printable(finding.says)}"
-        console.print(Text.assemble(verdict, says), soft_wrap=True)
-        if finding.advice and finding.verdict is not Verdict.OK:
-            console.print(Text(f"      {printable(finding.advice)}", style="dim"), soft_wrap=True)
-
-
 def print_failure(console: Console, failure: CommandFailure, *, as_json: bool) -> None:
-    fields = failure.fields if isinstance(failure, BadInput) else {}
     if as_json:
-        print_json({"error": {"code": failure.code, "message": failure.sentence, "fields": fields}})
+        print_json({"error": {"code": failure.code, "message": failure.sentence, "fields": failure.fields}})
         return
     console.print(Text(printable(failure.sentence), style="red"), soft_wrap=True)
-    for name, reason in fields.items():
+    for name, reason in failure.fields.items():
         console.print(Text(f"  {printable(name)}: {printable(reason)}"), soft_wrap=True)
 
 
@@ -116,9 +101,9 @@ def _progress_lines(task_id: str, progress: TrainingProgress) -> Lines:
         yield "callbacks refused", str(progress.callbacks_refused)
 
 
-def picture_lines(picture: TaskPicture) -> Lines:
+def details_lines(details: TaskDetails) -> Lines:
     """What `show` prints."""
-    task = picture.task
+    task = details.task
     yield "task", task.task_id
     yield "scene", task.scene or ""
     yield "template", task.template_id or ""
@@ -128,19 +113,19 @@ def picture_lines(picture: TaskPicture) -> Lines:
     yield "ended", _instant(task.ended_at)
     if task.is_paused:
         yield "paused", f"nothing of it goes on until: temporal workflow unpause --workflow-id {task.workflow_id}"
-    if picture.outcome is not None:
-        yield from (line for line in outcome_lines(picture.outcome) if line[0] != "task")
+    if details.outcome is not None:
+        yield from (line for line in outcome_lines(details.outcome) if line[0] != "task")
         return
-    if picture.progress is not None:
-        yield from _progress_lines(task.task_id, picture.progress)
+    if details.progress is not None:
+        yield from _progress_lines(task.task_id, details.progress)
     else:
         yield "status", f"{task.status or 'open'} (no worker answers, so this is what the run last wrote)"
-    yield from credit_lines(picture.credits)
+    yield from credit_lines(details.credits)
     yield "workflow", task.workflow_id
     yield "Temporal UI", task.ui_url or ""
 
 
-def print_rows(console: Console, rows: list[TaskRow]) -> None:
+def print_rows(console: Console, rows: list[TaskSummary]) -> None:
     """A table on a terminal, tab-separated lines elsewhere."""
     columns = ("task", "scene", "status", "stage", "tenant", "priority", "started")
     cells = [

@@ -1,4 +1,4 @@
-"""The commands about tasks that stand already: `watch`, `show`, `list`, `cancel`, `confirm`."""
+"""The commands about existing tasks: `watch`, `show`, `list`, `cancel`, `confirm`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rich.console import Console
 
 from comfyui_temporal.command_line import inputs
 from comfyui_temporal.command_line.app import EXIT_CODES, Json, app, followed, perform
-from comfyui_temporal.command_line.connection import Connection, connection, read_settings
+from comfyui_temporal.command_line.connection import Connection, connection
 from comfyui_temporal.command_line.failures import BadInput, CommandFailure, ExitCode
-from comfyui_temporal.command_line.reports import picture_lines, print_json, print_lines, print_rows
-from comfyui_temporal.command_line.tasks import asked_price_of, cancel_task, confirm_price, list_tasks, show_task
+from comfyui_temporal.command_line.reports import details_lines, print_json, print_lines, print_rows
+from comfyui_temporal.command_line.settings import CommandSettings, read_settings
 from comfyui_temporal.command_line.terminal import confirmation_of
 from comfyui_temporal.contracts.fields import CallerId
-from comfyui_temporal.contracts.tasks import CancelTask, ConfirmPrice, TaskStatus
+from comfyui_temporal.contracts.tasks import CancelTask, Confirmation, ConfirmPrice, TaskStatus
 
 TaskIdArgument = Annotated[str, typer.Argument(metavar="TASK_ID", help="The task's id, without `task-` before it.")]
 
@@ -34,7 +34,7 @@ def watch(task_id: TaskIdArgument, as_json: Json = False) -> None:
 
     async def work() -> ExitCode:
         known_id = _checked_id(task_id)
-        async with connection(read_settings()) as opened:
+        async with connection(read_settings(CommandSettings)) as opened:
             return await followed(opened, known_id, as_json=as_json)
 
     perform(work, as_json=as_json)
@@ -53,12 +53,12 @@ def show(task_id: TaskIdArgument, as_json: Json = False) -> None:
 
     async def work() -> ExitCode:
         known_id = _checked_id(task_id)
-        async with connection(read_settings()) as opened:
-            picture = await show_task(opened, known_id)
+        async with connection(read_settings(CommandSettings)) as opened:
+            details = await opened.tasks.show(known_id)
         if as_json:
-            print_json(picture)
+            print_json(details)
         else:
-            print_lines(Console(), picture_lines(picture))
+            print_lines(Console(), details_lines(details))
         return ExitCode.COMPLETED
 
     perform(work, as_json=as_json)
@@ -99,8 +99,8 @@ def list_command(
         )
         if status is not None and status not in set(TaskStatus):
             raise BadInput("Nothing was listed.", {"status": f"must be one of {', '.join(TaskStatus)}"})
-        async with connection(read_settings()) as opened:
-            rows = [row async for row in list_tasks(opened, filters=filters, limit=limit)]
+        async with connection(read_settings(CommandSettings)) as opened:
+            rows = [row async for row in opened.tasks.list(filters=filters, limit=limit)]
         if as_json:
             print_json([row.model_dump(mode="json") for row in rows])
         else:
@@ -128,8 +128,8 @@ def cancel(
     async def work() -> ExitCode:
         known_id = _checked_id(task_id)
         wanted = inputs.read_model(CancelTask, {"reason": reason})
-        async with connection(read_settings()) as opened:
-            outcome = await cancel_task(opened, known_id, wanted.reason)
+        async with connection(read_settings(CommandSettings)) as opened:
+            outcome = await opened.tasks.cancel(known_id, wanted.reason)
         if as_json:
             print_json({"task_id": task_id, "outcome": outcome})
         else:
@@ -159,10 +159,10 @@ def confirm(
         known_id = _checked_id(task_id)
         if max_credits is not None:
             inputs.read_model(ConfirmPrice, {"max_credits": max_credits})
-        async with connection(read_settings()) as opened:
-            ceiling = max_credits if max_credits is not None else await _asked_price(opened, known_id)
-            in_force = await confirm_price(opened, known_id, ceiling)
-            wanted = await asked_price_of(opened, known_id)
+        async with connection(read_settings(CommandSettings)) as opened:
+            limit = max_credits if max_credits is not None else await _confirmed_price(opened, known_id)
+            in_force = await opened.tasks.confirm(known_id, limit)
+            wanted = await _confirmation_of(opened, known_id)
         if as_json:
             print_json({"task_id": task_id, "max_credits": in_force})
         else:
@@ -174,8 +174,15 @@ def confirm(
     perform(work, as_json=as_json)
 
 
-async def _asked_price(opened: Connection, task_id: str) -> int:
-    wanted = await asked_price_of(opened, task_id)
+async def _confirmation_of(opened: Connection, task_id: str) -> Confirmation | None:
+    """What the task waits to have confirmed; None if it waits for nothing, or no worker answers."""
+    progress = (await opened.tasks.show(task_id)).progress
+    return progress.confirmation if progress else None
+
+
+async def _confirmed_price(opened: Connection, task_id: str) -> int:
+    """The price that the task waits for, once the person at the terminal has confirmed it."""
+    wanted = await _confirmation_of(opened, task_id)
     if wanted is None:
         raise BadInput(f"Task {task_id!r} waits for no confirmation now; give --max-credits to raise its ceiling.")
     if not sys.stdin.isatty():

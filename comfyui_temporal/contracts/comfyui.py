@@ -334,7 +334,7 @@ class TrainingState(OutsideModel):
 
 
 class TrainingCallback(TrainingState):
-    """Body of ComfyUI's callback for a training; `log` never enters the workflow (design, decision 4)."""
+    """Body of ComfyUI's callback for a training; `log` never enters the workflow (decision 4)."""
 
     task_id: OutsideText = ""
     occurred_at: Annotated[Instant | None, Informative] = None

@@ -1,4 +1,4 @@
-"""Finding tasks whose run is over while their row is open: what the reconciler passes about (design, rule 8)."""
+"""Finding tasks whose run is over while their row is open: what the reconciler hands on (invariant 8)."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ class TaskWrite(OwnModel):
 
 
 class TrainingLogWrite(OwnModel):
-    """Lines of one callback, written by the callback receiver (design, decision 4).
+    """Lines of one callback, written by the callback receiver (decision 4).
 
     Keyed by training, sequence and line number: a repeated callback writes nothing twice.
     """

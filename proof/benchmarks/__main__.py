@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from comfyui_temporal.process_end import end_process
 from local_stack.folder import DEFAULT_FOLDER
 from proof.benchmarks import history_cost, memory, throughput, whole_stack
 from proof.benchmarks.results import Results
 from runtime.logs import configure_logs
-from runtime.process_end import end_process
 
 
 @dataclass(frozen=True)

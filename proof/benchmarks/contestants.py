@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from dbos import DBOSClient
 
-from comfyui_temporal.client.start import WORKFLOW_TASK_TIMEOUT, start_image
+from comfyui_temporal.client.submission import WORKFLOW_TASK_TIMEOUT, start_image
 from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, TASK_QUEUE, workflow_id_of
 from local_stack.folder import PROJECT
 from proof.benchmarks import dbos_worker, job

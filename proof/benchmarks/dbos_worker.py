@@ -95,7 +95,7 @@ def _step(name: str) -> StepOptions:
     return {"name": name, "retries_allowed": True, "max_attempts": TRIES}
 
 
-@DBOS.workflow(name=WORKFLOW)
+@DBOS.workflow(name=WORKFLOW)  # type: ignore[untyped-decorator]  # DBOS is in the benchmarks' venv alone
 async def image_job(task: dict[str, Any], at: str) -> str:
     """Claim, submit, agree, hold, five callbacks, commit; every event is written when it happens."""
     now, given = datetime.fromisoformat(at), ImageTask(**task)

@@ -19,7 +19,7 @@ from local_stack.parts import SETTINGS_PREFIX, LocalParts, answers
 from local_stack.ports import any_free_port, choose_ports
 
 BIG_CACHE = "15000"
-"""Cached workflows: more than are ever open (design: cache ≥ open tasks)."""
+"""Cached workflows: more than are ever open (docs/architecture.md, "Defaults")."""
 
 
 class Servers:

@@ -72,7 +72,7 @@ def add_case(one: Case) -> None:
 def cases(*, changes_nothing: bool | None = None, with_scopes: bool = True, with_trainings: bool = True) -> list[Case]:
     """All cases, or those that change nothing (or something); all, or those that a lesser server can be held to."""
     for room in _ROOMS:
-        importlib.import_module(f"conformance.{room}")
+        importlib.import_module(f"proof.conformance.{room}")
     return [
         one
         for one in _all

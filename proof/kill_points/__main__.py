@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from comfyui_temporal.process_end import end_process
 from local_stack.folder import StackFailure
 from proof.kill_points.instants import Instant, all_instants
 from proof.kill_points.kinds import KINDS, Kind
@@ -26,7 +27,6 @@ from proof.kill_points.rounds import Cell, Clock, run_round
 from proof.kill_points.site import opened_site
 from proof.kill_points.stack import KillableStack
 from proof.simulators.credits_profile import CONTRACT, PROFILES
-from runtime.process_end import end_process
 
 EXIT_FAILED = 1
 EXIT_CANNOT = 2

@@ -1,4 +1,4 @@
-"""What must be true of each task in the end (design, "Never untrue"), asked of all who know it."""
+"""What must be true of each task in the end (invariants 1 to 6 and 8), read from every part that knows it."""
 
 from __future__ import annotations
 

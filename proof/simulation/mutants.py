@@ -1,6 +1,6 @@
 """Known mistakes, put back one at a time: each must be seen within some hundred seeds, or the oracle is blind.
 
-A mutant patches the real classes of `workflows`. `pitfall` is the line of design or pitfalls that it breaks.
+A mutant patches the real classes of `workflows`. `pitfall` names the pitfall, decision or section that it breaks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What may never be untrue (design), looked at from outside after every step: the money, the jobs, the events.
+"""What may never be untrue (invariants 1 to 4, 6 and 7), checked from outside after every step: money, jobs, events.
 
 What was held, charged, capped and promised is computed from the input, the policy and what the others saw; the run's
 own result is only ever compared with it. Exempt, by name, is what cannot be known or stopped and stands as an

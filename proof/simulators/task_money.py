@@ -1,4 +1,4 @@
-"""The judge of one task's money: what the service has against what the task tells (design, "Never untrue" 1 and 2).
+"""The judge of one task's money: what the service has against what the task tells (invariants 1 and 2).
 
 The same for every test that runs on a simulated credits service. What nobody can know under a profile is exempt here,
 by its name and its amount, and nothing else is:

@@ -14,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from comfyui_temporal.process_end import end_process
 from local_stack.background import start_stack
 from local_stack.folder import DEFAULT_FOLDER, RunFolder, StackFailure
 from local_stack.parts import PROFILE_SETTING, SETTINGS_PREFIX
@@ -22,7 +23,6 @@ from proof.soak.journal import FILE, Journal
 from proof.soak.plan import Plan
 from proof.soak.run import soak
 from proof.soak.site import Unmended
-from runtime.process_end import end_process
 
 SETTINGS = {
     # Less to write: ten thousand tasks' lines help nobody, warnings do.

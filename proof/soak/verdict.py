@@ -1,4 +1,4 @@
-"""What is true in the end (design, "Never untrue"), asked of all who know: books, jobs, events, runs, clients."""
+"""What is true in the end (invariants 1 to 6): read from books, jobs, events, runs and clients."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import Final
 
-from comfyui_temporal.client.start import start_image, start_training
+from comfyui_temporal.client.submission import start_image, start_training
 from comfyui_temporal.contracts.tasks import WORKFLOW_ID_PREFIX, ImageTask, TrainingTask
 from proof.soak.plan import USERS, Plan
 from proof.soak.recorder import Recorder

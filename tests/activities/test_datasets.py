@@ -23,7 +23,7 @@ from comfyui_temporal.contracts.calls import SnapshotOrder
 from comfyui_temporal.contracts.comfyui import DatasetFile, ManifestReference, SnapshotReference
 from comfyui_temporal.contracts.permissions import Scene
 from tests.activities.calls import call_for
-from tests.activities.s3_stand_in import BUCKET, s3
+from tests.activities.s3_bucket import BUCKET, s3
 
 FILES = {"images/1.png": b"one", "images/2.png": b"two" * 1_000, "captions/1.txt": "ein Löwe".encode()}
 
@@ -488,13 +488,14 @@ def test_an_unusable_setting_is_named_at_start(objects: Path) -> None:
 
 
 async def test_a_store_in_ones_own_network_needs_no_tls(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with s3(monkeypatch) as objects:
-        objects |= {f"datasets/tenant-demo/cats/{path}": content for path, content in FILES.items()}
+    async with s3(monkeypatch) as bucket:
+        await bucket.put({f"datasets/tenant-demo/cats/{path}": content for path, content in FILES.items()})
         client = DatasetSnapshots(f"s3://{BUCKET}/objects")
         wanted = order(f"s3://{BUCKET}/datasets/tenant-demo/cats/")
         snapshot = await environment().run(DatasetActivities(client).snapshot, wanted)
         copies = {f"objects/snapshots/task-1/cats/files/{path}": content for path, content in FILES.items()}
-        assert copies.items() <= objects.items()
+        assert copies.items() <= (await bucket.objects()).items()
         assert {file.path for file in (await client.whole(snapshot)).files} == set(FILES)
         await environment().run(DatasetActivities(client).delete_snapshot, wanted)
-        assert {key for key in objects if key.startswith("objects/")} == set()
+        left = {key for key in await bucket.objects() if key.startswith("objects/")}
+        assert left == {"objects/deleted/task-1.cats"}, "the mark that keeps a late snapshot from being made again"

@@ -17,7 +17,7 @@ from activities.outside_http import OutsideFailure
 from comfyui_temporal.contracts.comfyui import SnapshotReference
 from comfyui_temporal.contracts.size_budget import MAX_FILE_LIST_BYTES, PAYLOAD_BYTES, json_bytes
 from comfyui_temporal.contracts.tasks import DatasetManifest
-from tests.activities.s3_stand_in import BUCKET, s3
+from tests.activities.s3_bucket import BUCKET, s3
 from tests.activities.test_datasets import (
     FILES,
     LATER,
@@ -103,10 +103,10 @@ async def test_a_manifest_that_was_changed_or_is_not_the_tenants_is_refused(sour
 
 
 async def test_lists_lie_in_a_bucket_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with s3(monkeypatch) as held:
-        held |= {f"datasets/tenant-demo/cats/{path}": content for path, content in FILES.items()}
+    async with s3(monkeypatch) as bucket:
         raw = json.dumps(TWO).encode()
-        held["datasets/tenant-demo/list.json"] = raw
+        await bucket.put({f"datasets/tenant-demo/cats/{path}": content for path, content in FILES.items()})
+        await bucket.put({"datasets/tenant-demo/list.json": raw})
         client = DatasetSnapshots(f"s3://{BUCKET}/objects", dataset_roots=[f"s3://{BUCKET}/datasets/{{tenant_id}}/"])
         uri = f"s3://{BUCKET}/datasets/tenant-demo/list.json"
         manifest = DatasetManifest(uri=uri, sha256=hashlib.sha256(raw).hexdigest())
@@ -116,7 +116,8 @@ async def test_lists_lie_in_a_bucket_too(monkeypatch: pytest.MonkeyPatch) -> Non
             snapshot = await environment().run(DatasetActivities(client).snapshot, order(source, **fields))
             assert [file.path for file in (await client.whole(snapshot)).files] == sorted(TWO)
         await environment().run(DatasetActivities(client).delete_snapshot, order(source))
-        assert not [path for path in held if path.startswith("objects/")]
+        left = {path for path in await bucket.objects() if path.startswith("objects/")}
+        assert left == {"objects/deleted/task-1.cats"}
 
 
 async def test_a_list_that_was_touched_is_never_sent(source: Path, objects: Path) -> None:

@@ -25,7 +25,8 @@ from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Worker
 from typer.testing import CliRunner
 
-from comfyui_temporal.command_line.connection import Connection, Server
+from comfyui_temporal.command_line.connection import Connection
+from comfyui_temporal.command_line.server import Server
 from comfyui_temporal.contracts.comfyui import TrainingOutput
 from comfyui_temporal.contracts.tasks import (
     IMAGE_WORKFLOW,
@@ -218,6 +219,8 @@ async def run_command(
     result = await asyncio.to_thread(
         CliRunner().invoke, app, list(arguments), env=_environment(connection, environment)
     )
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
     return Ended(result.exit_code, result.stdout, result.stderr)
 
 

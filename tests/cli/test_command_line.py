@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.command_line.failures import ExitCode
-from comfyui_temporal.command_line.start import start_image
 from comfyui_temporal.contracts.stack import StackDescription
 from comfyui_temporal.contracts.tasks import workflow_id_of
 from starter import app
@@ -67,7 +66,7 @@ async def test_a_server_that_stays_silent_is_given_up_within_three_seconds() -> 
 async def test_exit_codes_follow_how_tasks_end(opened: Connection) -> None:
     done, failing, cancelled = image_task(), image_task(prompt="fail"), image_task()
     for task in (done, failing, cancelled):
-        await start_image(opened.client, task, task_queue=opened.task_queue)
+        await opened.tasks.start(task)
     await opened.client.get_workflow_handle(workflow_id_of(done.task_id)).signal("deliver")
 
     accepted = await run_command("cancel", cancelled.task_id, "--reason", "wrong", connection=opened)

@@ -12,10 +12,9 @@ from temporalio.testing import WorkflowEnvironment
 
 from activities.credits import CreditsClient
 from activities.tokens import ServiceToken
-from comfyui_temporal.command_line.connection import Connection, server_of
+from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.command_line.follow import follow
-from comfyui_temporal.command_line.start import start_image, start_training
-from comfyui_temporal.command_line.tasks import cancel_task, confirm_price, list_tasks, show_task
+from comfyui_temporal.command_line.server import server_of
 from comfyui_temporal.contracts.calls import CallFor
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.stack import StackDescription
@@ -95,8 +94,8 @@ async def test_the_demo_fails_where_a_task_does(
 async def test_the_books_are_found_wrong_where_a_task_tells_another_charge(
     whole: Platform, stack: StackDescription, real: Connection
 ) -> None:
-    started = await start_image(real.client, ImageTask.model_validate(whole.image()), task_queue=real.task_queue)
-    outcome = await follow(real, started.handle, started.task_id, Seen())
+    started = await real.tasks.start(ImageTask.model_validate(whole.image()))
+    outcome = await follow(real, started.task_id, Seen())
     assert outcome.credits is not None
     call_for = CallFor(task_id="books", tenant_id=PAYER[0], user_id=PAYER[1], scene=Scene.IMAGE_GENERATE)
     async with CreditsClient(stack.credits_url, ServiceToken(stack.tokens[PAYER[0]])) as credits:
@@ -109,15 +108,15 @@ async def test_the_books_are_found_wrong_where_a_task_tells_another_charge(
 async def test_an_image_is_cancelled_and_given_back(whole: Platform, real: Connection) -> None:
     await whole.simulators.admin.comfyui.fault("job_stall", route="submit_job")
     task = ImageTask.model_validate(whole.image())
-    started = await start_image(real.client, task, task_queue=real.task_queue)
+    await real.tasks.start(task)
     await whole.until_held(task.task_id)
-    assert await cancel_task(real, task.task_id, "wrong prompt") == "accepted"
-    outcome = await follow(real, started.handle, task.task_id, Seen())
+    assert await real.tasks.cancel(task.task_id, "wrong prompt") == "accepted"
+    outcome = await follow(real, task.task_id, Seen())
     assert outcome.status is TaskStatus.CANCELLED
     assert outcome.credits is not None
     assert (outcome.credits.charged, outcome.credits.returned) == (0, outcome.credits.held)
-    assert await cancel_task(real, task.task_id, "again") == "too_late"
-    picture = await show_task(real, task.task_id)
+    assert await real.tasks.cancel(task.task_id, "again") == "too_late"
+    picture = await real.tasks.show(task.task_id)
     assert (picture.task.status, picture.task.ui_url is not None) == ("cancelled", True)
 
 
@@ -125,16 +124,16 @@ async def test_a_training_asks_for_its_price_and_goes_on_when_it_is_confirmed(
     whole: Platform, real: Connection
 ) -> None:
     task = TrainingTask.model_validate(whole.training(max_credits=None))
-    started = await start_training(real.client, task, task_queue=real.task_queue)
+    await real.tasks.start(task)
     seen = Seen()
-    following = asyncio.create_task(follow(real, started.handle, task.task_id, seen))
+    following = asyncio.create_task(follow(real, task.task_id, seen))
 
     async def asked() -> bool:
         return any(progress.confirmation for progress in seen.progress)
 
     await until(asked)
     [wanted] = {progress.confirmation.estimated_cost for progress in seen.progress if progress.confirmation}
-    assert await confirm_price(real, task.task_id, wanted) == wanted
+    assert await real.tasks.confirm(task.task_id, wanted) == wanted
     outcome = await following
     assert outcome.status is TaskStatus.COMPLETED, outcome
     assert outcome.credits is not None
@@ -142,6 +141,6 @@ async def test_a_training_asks_for_its_price_and_goes_on_when_it_is_confirmed(
 
     async def listed() -> bool:
         filters = {"TaskId": task.task_id, "TaskStatus": "completed", "Scene": "model.train"}
-        return [row.task_id async for row in list_tasks(real, filters=filters, limit=5)] == [task.task_id]
+        return [row.task_id async for row in real.tasks.list(filters=filters, limit=5)] == [task.task_id]
 
     await until(listed)

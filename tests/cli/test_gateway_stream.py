@@ -7,15 +7,15 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from urllib.parse import urlsplit
 
-import httpx2
+import httpx
 import pytest
 import pytest_asyncio
 from temporalio.testing import WorkflowEnvironment
 
-from comfyui_temporal.command_line.connection import Connection, Server
+from comfyui_temporal.client.submission import start_image
+from comfyui_temporal.command_line.connection import Connection, GatewayAccess
 from comfyui_temporal.command_line.follow import follow
-from comfyui_temporal.command_line.gateway_stream import GatewayAccess
-from comfyui_temporal.command_line.start import start_image
+from comfyui_temporal.command_line.server import Server
 from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus
 from store import TaskStore
 from tests.cable import Cable
@@ -45,7 +45,7 @@ def opened(whole: Platform) -> Connection:
 
 
 async def streams_opened(whole: Platform) -> float:
-    async with httpx2.AsyncClient() as http:
+    async with httpx.AsyncClient() as http:
         lines = (await http.get(f"{whole.gateway_url}/metrics")).text.splitlines()
     return sum(
         float(line.split()[-1]) for line in lines if line.startswith("gateway_requests_total") and STREAM in line
@@ -73,10 +73,10 @@ def check_told_in_order(seen: Seen) -> None:
 
 @pytest.fixture
 def no_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def never(handle: Handle) -> None:
+    async def never(*_: object) -> None:
         pytest.fail("a task with a stream needs no query")
 
-    monkeypatch.setattr("comfyui_temporal.command_line.follow.read_progress", never)
+    monkeypatch.setattr("comfyui_temporal.client.temporal_tasks.TemporalTasks.read_update", never)
 
 
 @pytest.mark.usefixtures("no_queries")
@@ -84,7 +84,7 @@ async def test_a_task_is_followed_by_its_stream_to_its_end(whole: Platform, open
     before = await streams_opened(whole)
     handle = await begun(whole)
     seen = Seen()
-    outcome = await follow(opened, handle, task_id_of(handle), seen)
+    outcome = await follow(opened, task_id_of(handle), seen)
     assert outcome.status is TaskStatus.COMPLETED
     assert await streams_opened(whole) == before + 1
     check_told_in_order(seen)
@@ -98,7 +98,7 @@ async def test_a_stream_that_is_cut_goes_on_where_it_was(whole: Platform, opened
         by_cable = replace(opened, gateway=replace(opened.gateway, url=f"http://127.0.0.1:{cable.port}"))
         handle = await begun(whole)
         seen = Seen()
-        following = asyncio.create_task(follow(by_cable, handle, task_id_of(handle), seen))
+        following = asyncio.create_task(follow(by_cable, task_id_of(handle), seen))
         await whole.until(lambda: _any(seen))
         cable.pull()
         cable.plug_in()
@@ -120,6 +120,6 @@ async def test_without_gateway_or_right_the_task_is_asked_by_query(
     known = replace(gateway, url=gateway.url or whole.gateway_url)
     handle = await begun(whole)
     seen = Seen()
-    outcome = await follow(replace(opened, gateway=known), handle, task_id_of(handle), seen)
+    outcome = await follow(replace(opened, gateway=known), task_id_of(handle), seen)
     assert outcome.status is TaskStatus.COMPLETED
     assert any(one.job_id for one in seen.progress), "only the query tells the job's id"

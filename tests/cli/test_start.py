@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from comfyui_temporal.client.errors import TaskExists
+from comfyui_temporal.client.submission import start_image, start_training
 from comfyui_temporal.command_line.connection import Connection
-from comfyui_temporal.command_line.failures import BadInput, TaskExists
+from comfyui_temporal.command_line.failures import BadInput
 from comfyui_temporal.command_line.inputs import check_list_fits, manifest
-from comfyui_temporal.command_line.start import start_image, start_training
 from comfyui_temporal.contracts.tasks import INPUT_MEMO, input_sha256_of, workflow_id_of
 from tests.cli.conftest import image_task, training_task
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
+from temporalio.client import WorkflowHandle
 
+from comfyui_temporal.client.errors import InvalidInput, TaskOver, UnknownTask, WorkerUnavailable
+from comfyui_temporal.client.models import StartedTask
 from comfyui_temporal.command_line.connection import Connection
-from comfyui_temporal.command_line.failures import BadInput, CannotReach, ExitCode, UnknownTask
+from comfyui_temporal.command_line.failures import ExitCode, exit_code_of
 from comfyui_temporal.command_line.follow import follow
-from comfyui_temporal.command_line.start import start_image, start_training
-from comfyui_temporal.command_line.tasks import cancel_task, confirm_price, list_tasks, show_task
 from comfyui_temporal.contracts.tasks import TaskStatus, TrainingProgress, TrainingResult
 from tests.cli.conftest import image_task, training_task
 from tests.conftest import unique
@@ -33,6 +35,10 @@ class Seen:
         self.sentences.append(sentence)
 
 
+def handle_of(opened: Connection, started: StartedTask) -> WorkflowHandle[Any, Any]:
+    return opened.client.get_workflow_handle(started.workflow_id)
+
+
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -> None:
     async with asyncio.timeout(seconds):
         while not await condition():  # noqa: ASYNC110 - what is waited for stands in the server
@@ -40,19 +46,19 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -
 
 
 async def test_following_tells_each_change_and_the_end(opened: Connection) -> None:
-    started = await start_image(opened.client, image_task(), task_queue=opened.task_queue)
+    started = await opened.tasks.start(image_task())
     seen = Seen()
-    following = asyncio.create_task(follow(opened, started.handle, started.task_id, seen))
+    following = asyncio.create_task(follow(opened, started.task_id, seen))
 
     async def told(progress: float) -> bool:
         return any(one.progress == progress for one in seen.progress)
 
     await until(lambda: told(10.0))
-    await started.handle.signal("advance", 60.0)
+    await handle_of(opened, started).signal("advance", 60.0)
     await until(lambda: told(60.0))
-    await started.handle.signal("deliver")
+    await handle_of(opened, started).signal("deliver")
     outcome = await following
-    assert (outcome.status, outcome.exit_code) == (TaskStatus.COMPLETED, ExitCode.COMPLETED)
+    assert (outcome.status, exit_code_of(outcome.status)) == (TaskStatus.COMPLETED, ExitCode.COMPLETED)
     assert outcome.credits is not None
     assert outcome.credits.charged == 24
     states = [(one.stage, one.progress) for one in seen.progress]
@@ -61,9 +67,9 @@ async def test_following_tells_each_change_and_the_end(opened: Connection) -> No
 
 
 async def test_a_failed_task_says_code_sentence_and_points(opened: Connection) -> None:
-    started = await start_image(opened.client, image_task(prompt="fail"), task_queue=opened.task_queue)
-    outcome = await follow(opened, started.handle, started.task_id, Seen())
-    assert (outcome.status, outcome.exit_code) == (TaskStatus.FAILED, ExitCode.FAILED)
+    started = await opened.tasks.start(image_task(prompt="fail"))
+    outcome = await follow(opened, started.task_id, Seen())
+    assert (outcome.status, exit_code_of(outcome.status)) == (TaskStatus.FAILED, ExitCode.FAILED)
     assert outcome.code == "insufficient_balance"
     assert outcome.sentence is not None
     assert "balance too low" in outcome.sentence
@@ -72,47 +78,47 @@ async def test_a_failed_task_says_code_sentence_and_points(opened: Connection) -
 
 
 async def test_a_cancel_ends_the_task_and_a_second_comes_too_late(opened: Connection) -> None:
-    started = await start_image(opened.client, image_task(), task_queue=opened.task_queue)
-    assert await cancel_task(opened, started.task_id, "wrong prompt") == "accepted"
-    outcome = await follow(opened, started.handle, started.task_id, Seen())
-    assert (outcome.status, outcome.exit_code) == (TaskStatus.CANCELLED, ExitCode.CANCELLED)
-    assert await cancel_task(opened, started.task_id, "again") == "too_late"
+    started = await opened.tasks.start(image_task())
+    assert await opened.tasks.cancel(started.task_id, "wrong prompt") == "accepted"
+    outcome = await follow(opened, started.task_id, Seen())
+    assert (outcome.status, exit_code_of(outcome.status)) == (TaskStatus.CANCELLED, ExitCode.CANCELLED)
+    assert await opened.tasks.cancel(started.task_id, "again") == "too_late"
 
 
 @pytest.mark.parametrize(("end", "status"), [("cancel", TaskStatus.CANCELLED), ("terminate", TaskStatus.FAILED)])
 async def test_a_run_ended_in_temporal_is_told_as_such(opened: Connection, end: str, status: TaskStatus) -> None:
-    started = await start_image(opened.client, image_task(), task_queue=opened.task_queue)
-    await getattr(started.handle, end)()
-    outcome = await follow(opened, started.handle, started.task_id, Seen())
+    started = await opened.tasks.start(image_task())
+    await getattr(handle_of(opened, started), end)()
+    outcome = await follow(opened, started.task_id, Seen())
     assert outcome.status is status
     assert outcome.sentence
-    picture = await show_task(opened, started.task_id)
+    picture = await opened.tasks.show(started.task_id)
     assert picture.task.status == status.value
 
 
 async def test_a_training_waits_for_its_price_and_ends_once_it_is_confirmed(opened: Connection) -> None:
-    started = await start_training(opened.client, training_task(), task_queue=opened.task_queue)
+    started = await opened.tasks.start(training_task())
     seen = Seen()
-    following = asyncio.create_task(follow(opened, started.handle, started.task_id, seen))
+    following = asyncio.create_task(follow(opened, started.task_id, seen))
 
     async def asked() -> bool:
         return any(one.confirmation and one.confirmation.estimated_cost == 180 for one in seen.progress)
 
     await until(asked)
-    with pytest.raises(BadInput, match="180 points are asked for"):
-        await confirm_price(opened, started.task_id, 100)
-    assert await confirm_price(opened, started.task_id, 200) == 200
+    with pytest.raises(InvalidInput, match="180 points are asked for"):
+        await opened.tasks.confirm(started.task_id, 100)
+    assert await opened.tasks.confirm(started.task_id, 200) == 200
     outcome = await following
     assert isinstance(outcome.result, TrainingResult)
     assert outcome.result.output is not None
     assert outcome.result.output.metrics == {"loss": 0.12}
-    with pytest.raises(BadInput, match="is over"):
-        await confirm_price(opened, started.task_id, 300)
+    with pytest.raises(TaskOver, match="is over"):
+        await opened.tasks.confirm(started.task_id, 300)
 
 
 async def test_an_open_task_is_shown_with_stage_and_points(opened: Connection) -> None:
-    started = await start_image(opened.client, image_task(), task_queue=opened.task_queue)
-    picture = await show_task(opened, started.task_id)
+    started = await opened.tasks.start(image_task())
+    picture = await opened.tasks.show(started.task_id)
     assert picture.progress is not None
     assert (picture.progress.stage, picture.task.tenant_id) == ("processing", "tenant-a")
     assert picture.credits is not None
@@ -123,50 +129,50 @@ async def test_an_open_task_is_shown_with_stage_and_points(opened: Connection) -
 async def test_a_paused_run_is_listed_and_shown_as_paused(opened: Connection) -> None:
     """The SDK's own list raises at its status, and with it at every other task (pitfall 42)."""
     task = image_task(tenant_id=unique("tenant"))
-    started = await start_image(opened.client, task, task_queue=opened.task_queue)
-    await pause(opened.client, started.handle.id)
-    again = await start_image(opened.client, task, task_queue=opened.task_queue)
+    started = await opened.tasks.start(task)
+    await pause(opened.client, started.workflow_id)
+    again = await opened.tasks.start(task)
     assert (again.is_new, again.run_id) == (False, started.run_id)
-    picture = await show_task(opened, started.task_id)
+    picture = await opened.tasks.show(started.task_id)
     assert picture.task.is_paused and picture.outcome is None
 
     async def listed() -> list[bool]:
         filters = {"TenantId": task.tenant_id}
-        return [row.is_paused async for row in list_tasks(opened, filters=filters, limit=10)]
+        return [row.is_paused async for row in opened.tasks.list(filters=filters, limit=10)]
 
     async def shown_as_paused() -> bool:
         return await listed() == [True]
 
     await until(shown_as_paused)
-    await unpause(opened.client, started.handle.id)
-    assert await cancel_task(opened, started.task_id, "") == "accepted"
+    await unpause(opened.client, started.workflow_id)
+    assert await opened.tasks.cancel(started.task_id, "") == "accepted"
 
 
 async def test_an_unknown_task_is_named(opened: Connection) -> None:
     with pytest.raises(UnknownTask, match="never-started"):
-        await show_task(opened, "never-started")
+        await opened.tasks.show("never-started")
     with pytest.raises(UnknownTask, match="never-started"):
-        await cancel_task(opened, "never-started", "")
+        await opened.tasks.cancel("never-started", "")
 
 
 async def test_without_a_worker_watching_and_cancelling_say_so(
     opened: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("comfyui_temporal.command_line.follow.QUERY_TIMEOUT", timedelta(seconds=0.3))
+    monkeypatch.setattr("comfyui_temporal.client.temporal_tasks.QUERY_TIMEOUT", timedelta(seconds=0.3))
     deserted = Connection(opened.client, opened.server, unique("queue"))
-    started = await start_image(deserted.client, image_task(), task_queue=deserted.task_queue)
+    started = await deserted.tasks.start(image_task())
     seen = Seen()
-    following = asyncio.create_task(follow(deserted, started.handle, started.task_id, seen))
+    following = asyncio.create_task(follow(deserted, started.task_id, seen))
 
     async def told() -> bool:
         return bool(seen.sentences)
 
     await until(told)
     assert deserted.task_queue in seen.sentences[0]
-    monkeypatch.setattr("comfyui_temporal.command_line.tasks.UPDATE_SECONDS", 0.5)
-    with pytest.raises(CannotReach, match=deserted.task_queue):
-        await cancel_task(deserted, started.task_id, "")
-    await started.handle.terminate()
+    monkeypatch.setattr("comfyui_temporal.client.temporal_tasks.UPDATE_SECONDS", 0.5)
+    with pytest.raises(WorkerUnavailable, match=deserted.task_queue):
+        await deserted.tasks.cancel(started.task_id, "")
+    await handle_of(opened, started).terminate()
     assert (await following).code == "terminated"
 
 
@@ -174,10 +180,10 @@ async def test_lists_are_filtered_and_safe_against_any_text(opened: Connection) 
     tenant = unique("tenant")
     mine = [image_task(tenant_id=tenant), image_task(tenant_id=tenant, priority="accelerated")]
     for task in mine:
-        await start_image(opened.client, task, task_queue=opened.task_queue)
+        await opened.tasks.start(task)
 
     async def ids(**filters: str) -> set[str]:
-        return {row.task_id async for row in list_tasks(opened, filters=filters, limit=10)}
+        return {row.task_id async for row in opened.tasks.list(filters=filters, limit=10)}
 
     async def both_visible() -> bool:
         return await ids(TenantId=tenant) == {task.task_id for task in mine}
@@ -186,4 +192,4 @@ async def test_lists_are_filtered_and_safe_against_any_text(opened: Connection) 
     assert await ids(TenantId=tenant, TaskPriority="accelerated") == {mine[1].task_id}
     assert await ids(TenantId=f"x' OR TenantId = '{tenant}") == set()
     assert await ids(TenantId="back\\slash'") == set()
-    assert len([row async for row in list_tasks(opened, filters={"TenantId": tenant}, limit=1)]) == 1
+    assert len([row async for row in opened.tasks.list(filters={"TenantId": tenant}, limit=1)]) == 1

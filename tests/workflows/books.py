@@ -1,4 +1,4 @@
-"""The one shared assertion: design, "Never untrue" 1 to 4, checked from outside after every scenario."""
+"""The one shared assertion: invariants 1 to 4, checked from outside after every scenario."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an image task takes of Temporal (README, "What a task costs Temporal"), and that it reads as the step table."""
+"""What an image task costs (docs/performance.md, "What a task costs Temporal"), and that it reads as the step table."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from temporalio.api.enums.v1 import EventType
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.testing import WorkflowEnvironment
 
+from comfyui_temporal.client.submission import start_image
 from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus
-from starter import start_image
 from store import TaskStore
 from tests.workflows.books import ended
 from tests.workflows.platform import running_platform

@@ -1,4 +1,4 @@
-"""Processes killed in mid-run: the ledger balances, nothing is lost, and work goes on within 5 s (design, rule 5)."""
+"""Processes killed in mid-run: the ledger balances, nothing is lost, and work goes on within 5 s (invariant 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operators see of a run: its step table, its attributes in lists, its details, who goes first (design, Ops).
+"""What operators see of a run: its step table, its attributes in lists, its details, who goes first.
 
 That every activity and timer has a summary is asserted of every run by `books.ended`.
 """

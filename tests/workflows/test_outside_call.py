@@ -1,4 +1,4 @@
-"""How a call stands in the history: its limits, its repeats, whose it is (design, "Defaults")."""
+"""How a call stands in the history: its limits, its repeats, whose it is (docs/architecture.md, "Defaults")."""
 
 from __future__ import annotations
 

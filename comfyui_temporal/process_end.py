@@ -1,4 +1,4 @@
-"""How a process that spoke with Temporal ends."""
+"""How a process that used Temporal ends."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import NoReturn
 def end_process(code: int) -> NoReturn:
     """End with this exit code, without the interpreter's own shutdown.
 
-    Temporal's native threads may still hold a reply then, and abort the process (temporalio/sdk-python issue 300):
-    whoever started it would see 134 instead of our code.
+    Temporal's native threads may still hold a reply at that point and abort the process (temporalio/sdk-python issue
+    300): the exit code would be 134 instead of ours.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

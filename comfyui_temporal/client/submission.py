@@ -1,6 +1,6 @@
-"""Starting a task: the same input started twice under one id is one task (contract §8).
+"""Start a task's workflow: the same input started twice under one id is one task (contract §8).
 
-For the command line and the gateway alike.
+Used by `TemporalTasks` and by the gateway.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from temporalio.common import (
 )
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
+from comfyui_temporal.client.errors import TaskExists
 from comfyui_temporal.contracts.tasks import (
     IMAGE_WORKFLOW,
     INPUT_MEMO,
@@ -41,17 +42,9 @@ RPC_TIMEOUT: Final = timedelta(seconds=5)
 WORKFLOW_TASK_TIMEOUT: Final = timedelta(seconds=3)
 
 
-class TaskExists(Exception):
-    """Another input runs, or ran, under this task id: nothing of it was touched."""
-
-    def __init__(self, task_id: str) -> None:
-        self.task_id = task_id
-        super().__init__(f"Task {task_id!r} exists with another input; nothing was started and nothing of it touched.")
-
-
 @dataclass(frozen=True)
 class Started:
-    """A task that runs. `is_new` is false where this very input had been started before."""
+    """A task's run. `is_new` is false if the same input had been started before."""
 
     handle: WorkflowHandle[Any, Any]
     task_id: str
@@ -97,7 +90,7 @@ async def _start(client: Client, task: ImageTask | TrainingTask, kind: _Kind, su
             search_attributes=_search_attributes(task),
             static_summary=summary,
             priority=Priority(priority_key=PRIORITY_KEYS[task.priority], fairness_key=task.tenant_id),
-            # What a killed worker held of the run is another's after 3 s instead of 10 (design, Defaults).
+            # Another worker takes over from a killed one after 3 s instead of 10.
             task_timeout=WORKFLOW_TASK_TIMEOUT,
             rpc_timeout=RPC_TIMEOUT,
         )
@@ -135,17 +128,17 @@ async def _input_hash(
     run: RunSeen,
     input_type: type[ImageTask] | type[TrainingTask],
 ) -> str | None:
-    remembered = (await run.memo()).get(INPUT_MEMO)
-    if isinstance(remembered, str):
-        return remembered
-    # Started by another client a moment ago: the run has not written its memo yet, but its input stands in history.
+    in_memo = (await run.memo()).get(INPUT_MEMO)
+    if isinstance(in_memo, str):
+        return in_memo
+    # Another client has just started it: the run has not written its memo yet, but its input is in the history.
     async for event in handle.fetch_history_events(page_size=1):
         if event.event_type != EventType.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
             return None
         payloads = event.workflow_execution_started_event_attributes.input.payloads
         try:
             [task] = await client.data_converter.decode(payloads, [input_type])
-        except Exception:  # any input at all may stand there; one that cannot be read is another input
+        except Exception:  # any input may be there; one that cannot be read is another input
             return None
         return input_sha256_of(task)
     return None

@@ -1,6 +1,6 @@
-"""`doctor`: is this set-up fit to take tasks? Reads, and cancels of ids that cannot exist; it changes nothing.
+"""`doctor`: can this set-up take tasks? Reads, and cancels of ids that cannot exist; nothing is changed.
 
-`take_hold` is the exception that is asked for by name: one hold of 1 point, given back whatever came of it.
+The exception is `take_hold`, which runs only with --hold: one hold of 1 point, always given back.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from activities.comfyui import ComfyUIClient
 from activities.credits import CreditsClient
 from activities.outside_http import OutsideFailure
 from activities.tokens import ServiceToken, SignedTokens, TokenMaker
-from comfyui_temporal.command_line.connection import find_server, open_connection, sentences, user_of
+from comfyui_temporal.command_line.connection import open_connection, sentences
 from comfyui_temporal.command_line.failures import BadInput, CommandFailure
+from comfyui_temporal.command_line.server import Server, user_of
+from comfyui_temporal.command_line.settings import CommandSettings
 from comfyui_temporal.contracts.calls import CallFor, Post
 from comfyui_temporal.contracts.credits import MIN_HOLD_SECONDS, CancelHoldRequest, HoldReply, PreDeductRequest
 from comfyui_temporal.contracts.errors import Answer
@@ -46,13 +48,12 @@ class Services:
     tokens: TokenMaker
 
 
-async def examine(settings: Settings) -> list[Finding]:
-    """Every finding. A party that cannot be reached is one finding, and the next party is looked at all the same."""
-    server = find_server(settings)
+async def examine(settings: Settings, connecting: CommandSettings, server: Server) -> list[Finding]:
+    """Every finding. A party that cannot be reached is one finding; the next party is checked all the same."""
     queue = server.stack.task_queue if server.stack else settings.task_queue
     try:
-        opened = await open_connection(server, settings, task_queue=queue)
-        with sentences(server):
+        opened = await open_connection(server, connecting, task_queue=queue)
+        with sentences(opened):
             findings = await check_temporal(opened)
             findings += await check_store(opened, settings)
     except CommandFailure as failure:

@@ -8,14 +8,15 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from comfyui_temporal.client.models import StartedTask
 from comfyui_temporal.command_line import inputs
-from comfyui_temporal.command_line.app import EXIT_CODES, Json, app, followed, perform
-from comfyui_temporal.command_line.connection import Connection, connection, find_server, read_settings, user_of
+from comfyui_temporal.command_line.app import EXIT_CODES, Json, app, checks_before_start, followed, perform
+from comfyui_temporal.command_line.connection import connection
 from comfyui_temporal.command_line.failures import ExitCode
 from comfyui_temporal.command_line.reports import print_json
-from comfyui_temporal.command_line.start import Started, start_image, start_training
+from comfyui_temporal.command_line.server import find_server, user_of
+from comfyui_temporal.command_line.settings import CommandSettings, read_settings
 from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
-from doctor.task_store import refuse_strange_store
 
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Start the task and return; `watch` follows it.")]
 Tenant = Annotated[str | None, typer.Option(help="Who pays. On the local stack: tenant-demo or tenant-other.")]
@@ -32,7 +33,7 @@ def _with_user(values: dict[str, Any]) -> dict[str, Any]:
     """On the local stack a tenant's user is known; elsewhere it must be given."""
     tenant_id = values.get("tenant_id")
     if isinstance(tenant_id, str) and "user_id" not in values:
-        user_id = user_of(find_server(read_settings()).stack, tenant_id)
+        user_id = user_of(find_server(read_settings(CommandSettings)).stack, tenant_id)
         return values | inputs.given(user_id=user_id)
     return values
 
@@ -89,11 +90,7 @@ def generate(
         )
         values = {"task_id": inputs.new_task_id("image"), "template_id": "text-to-image"} | _with_user(values)
         task = inputs.read_model(ImageTask, values)
-        settings = read_settings()
-        async with connection(settings) as opened:
-            await refuse_strange_store(opened, settings)
-            started = await start_image(opened.client, task, task_queue=opened.task_queue)
-            return await _started(opened, started, no_wait=no_wait, as_json=as_json)
+        return await _start(task, no_wait=no_wait, as_json=as_json)
 
     perform(work, as_json=as_json)
 
@@ -180,11 +177,7 @@ def train(
         values = {"task_id": inputs.new_task_id("training"), "template_id": "lora-train"} | _with_user(values)
         task = inputs.read_model(TrainingTask, values)
         inputs.check_list_fits(task)
-        settings = read_settings()
-        async with connection(settings) as opened:
-            await refuse_strange_store(opened, settings)
-            started = await start_training(opened.client, task, task_queue=opened.task_queue)
-            return await _started(opened, started, no_wait=no_wait, as_json=as_json)
+        return await _start(task, no_wait=no_wait, as_json=as_json)
 
     perform(work, as_json=as_json)
 
@@ -204,24 +197,22 @@ def _hyperparameters(from_file: Any, chosen: dict[str, Any]) -> Any:
     return from_file | chosen if isinstance(from_file, dict) else from_file
 
 
-async def _started(opened: Connection, started: Started, *, no_wait: bool, as_json: bool) -> ExitCode:
-    ui_url = opened.server.ui_link(started.handle.id, started.run_id)
-    if no_wait and as_json:
-        print_json(
-            {
-                "task_id": started.task_id,
-                "workflow_id": started.handle.id,
-                "run_id": started.run_id,
-                "is_new": started.is_new,
-                "ui_url": ui_url,
-            }
-        )
-        return ExitCode.COMPLETED
-    console = Console(stderr=as_json)
+async def _start(task: ImageTask | TrainingTask, *, no_wait: bool, as_json: bool) -> ExitCode:
+    async with connection(read_settings(CommandSettings)) as opened:
+        for check in checks_before_start:
+            await check(opened)
+        started = await opened.tasks.start(task)
+        ui_url = opened.tasks.ui_link(started.workflow_id, started.run_id)
+        if no_wait and as_json:
+            print_json(started.model_dump(mode="json") | {"ui_url": ui_url})
+            return ExitCode.COMPLETED
+        _announce(started, ui_url, Console(stderr=as_json), no_wait=no_wait)
+        return ExitCode.COMPLETED if no_wait else await followed(opened, started.task_id, as_json=as_json)
+
+
+def _announce(started: StartedTask, ui_url: str | None, console: Console, *, no_wait: bool) -> None:
     console.print(f"{'Started' if started.is_new else 'Already started:'} task {started.task_id}", highlight=False)
     if ui_url:
         console.print(Text(ui_url, style="dim"), soft_wrap=True)
     if no_wait:
         console.print(f"Follow it: comfyui-tasks watch {started.task_id}", highlight=False)
-        return ExitCode.COMPLETED
-    return await followed(opened, started.task_id, as_json=as_json)

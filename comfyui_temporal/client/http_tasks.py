@@ -1,0 +1,310 @@
+"""Tasks over HTTP: for callers that have the gateway's address and a token, and no access to Temporal."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+from httpx_sse import EventSource
+from pydantic import BaseModel, ValidationError
+
+from comfyui_temporal.client.errors import (
+    GatewayUnavailable,
+    Unavailable,
+    UnexpectedReply,
+    UnknownTask,
+    checked,
+)
+from comfyui_temporal.client.gateway_errors import task_error, typed_transport_errors
+from comfyui_temporal.client.interface import CancelAnswer
+from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.tasks import (
+    CancelTask,
+    CancelTaskOutcome,
+    ConfirmPrice,
+    ConfirmPriceOutcome,
+    EventType,
+    ImageResult,
+    ImageTask,
+    TaskEvent,
+    TaskStatus,
+    TrainingProgress,
+    TrainingResult,
+    TrainingTask,
+)
+from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
+
+TASKS: Final = "/api/v1/tasks"
+CONNECT_SECONDS: Final = 2.0
+SILENCE_SECONDS: Final = 40.0
+"""Heartbeats come every 15 s: a stream that is silent for so long is dead."""
+PAUSES_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
+"""Before each new try to open a stream; the last one repeats."""
+MAX_PAGE: Final = 200
+ENDS: Final = frozenset({EventType.COMPLETED, EventType.FAILED, EventType.CANCELLED})
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class HttpTasks:
+    """Tasks of the token's tenant, over HTTP. Implements `Tasks`; every method raises TaskError.
+
+    Keeps one pool of connections: use it as an async context manager, or call `aclose`.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        token: str | Callable[[], str],
+        *,
+        timeout_seconds: float = 15.0,
+        patience_seconds: float = 300.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """`base_url`: the gateway's. `token`: the caller's JWT, or a function that returns a fresh one for each call.
+
+        `patience_seconds`: for how long `follow`, `wait` and `events` try to open a stream again before they raise
+        Unavailable; 0: they raise it at the first cut. Raises ValueError for an address that is not http or https.
+        """
+        url = httpx.URL(base_url)
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ValueError(f"{base_url!r} is not an http or https address")
+        self._token = token
+        self._patience_seconds = patience_seconds
+        self._http = httpx.AsyncClient(
+            base_url=base_url.rstrip("/") + TASKS,
+            timeout=httpx.Timeout(timeout_seconds, connect=CONNECT_SECONDS),
+            transport=transport,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def start(self, task: ImageTask | TrainingTask) -> StartedTask:
+        """Start a task. The same input under the same task id is one task. Raises TaskExists for another input.
+
+        `tenant_id` and `user_id` must be the token's.
+        """
+        path = "/images" if isinstance(task, ImageTask) else "/trainings"
+        body = task.model_dump(mode="json", exclude_unset=True)
+        response = await self._answered("POST", path, json=body, task_id=task.task_id)
+        view = _read(TaskView, response)
+        is_new = response.status_code == httpx.codes.ACCEPTED
+        return StartedTask(task_id=view.task_id, workflow_id=view.workflow_id, is_new=is_new)
+
+    async def follow(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskUpdate, None]:
+        """Each change until the task ends, as the gateway publishes it; after `cursor` if one is given.
+
+        Raises UnknownTask, Unavailable.
+        """
+        newest: TaskUpdate | None = None
+        async with aclosing(self.events(task_id, cursor=cursor)) as events:
+            async for event in events:
+                newest = await self._update_after(event, newest)
+                yield newest
+
+    async def events(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskEvent, None]:
+        """The task's events (contract §6), each once: its history, then live, to its end. Reconnects by itself.
+
+        `cursor`: an event's; only what follows it. Raises UnknownTask, AccessDenied, Unavailable.
+        """
+        heard_at, tries = time.monotonic(), 0
+        while True:
+            try:
+                async with aclosing(self._stream(task_id, cursor)) as stream:
+                    async for event in stream:
+                        heard_at, tries = time.monotonic(), 0
+                        if event is None:
+                            continue
+                        cursor = event.cursor
+                        yield event
+                        if event.event in ENDS:
+                            return
+            except _AllToldBefore:
+                return
+            except Unavailable:
+                if time.monotonic() - heard_at >= self._patience_seconds:
+                    raise
+            await asyncio.sleep(PAUSES_SECONDS[min(tries, len(PAUSES_SECONDS) - 1)])
+            tries += 1
+
+    async def wait(self, task_id: str) -> TaskOutcome:
+        """Wait until the task ends. Raises UnknownTask, Unavailable."""
+        async with aclosing(self.events(task_id)) as events:
+            async for _ in events:
+                pass
+        outcome = (await self.show(task_id)).outcome
+        if outcome is None:
+            raise UnexpectedReply(f"The stream of task {task_id!r} ended, but the task has not.")
+        return outcome
+
+    async def show(self, task_id: str) -> TaskDetails:
+        """The task as it stands. Raises UnknownTask."""
+        view = await self._view(task_id)
+        outcome = _outcome(view) if view.status.is_end() else None
+        progress = None if outcome else _progress(view)
+        return TaskDetails(task=_summary(view), progress=progress, credits=view.credits, outcome=outcome)
+
+    async def list(
+        self, *, status: TaskStatus | None = None, scene: Scene | None = None, limit: int = 20
+    ) -> AsyncGenerator[TaskSummary, None]:
+        """The tenant's tasks, newest first; at most `limit`."""
+        query: dict[str, str] = {name: value for name, value in (("status", status), ("scene", scene)) if value}
+        left = limit
+        while left > 0:
+            asked = query | {"limit": str(min(left, MAX_PAGE))}
+            page = _read(TaskList, await self._answered("GET", "", params=asked))
+            for view in page.tasks[:left]:
+                yield _summary(view)
+            left -= len(page.tasks)
+            if page.cursor is None:
+                return
+            query["cursor"] = page.cursor
+
+    async def confirm(self, task_id: str, max_credits: int) -> int:
+        """Confirm a training's price up to `max_credits` points. Returns the limit in force, in points.
+
+        Raises UnknownTask, TaskOver, InvalidInput where the task refuses the value.
+        """
+        order = checked(ConfirmPrice, max_credits=max_credits)
+        response = await self._posted(task_id, "confirm-price", order)
+        return _read(ConfirmPriceOutcome, response).max_credits
+
+    async def cancel(self, task_id: str, reason: str = "") -> CancelAnswer:
+        """Cancel a task; `too_late` if it was delivered or ended first. Safe to repeat. Raises UnknownTask."""
+        response = await self._posted(task_id, "cancel", checked(CancelTask, reason=reason))
+        return _read(CancelTaskOutcome, response).outcome
+
+    async def _posted(self, task_id: str, action: str, order: BaseModel) -> httpx.Response:
+        path = f"{_path(task_id)}/{action}"
+        return await self._answered("POST", path, json=order.model_dump(mode="json"), task_id=task_id)
+
+    async def _view(self, task_id: str) -> TaskDetail:
+        return _read(TaskDetail, await self._answered("GET", _path(task_id), task_id=task_id))
+
+    async def _answered(
+        self, method: str, path: str, *, task_id: str | None = None, params: Any = None, json: Any = None
+    ) -> httpx.Response:
+        with typed_transport_errors(self._http.base_url):
+            response = await self._http.request(method, path, params=params, json=json, headers=self._headers())
+        if response.is_success:
+            return response
+        raise task_error(response, task_id)
+
+    def _headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self._token if isinstance(self._token, str) else self._token()}"}
+
+    async def _stream(self, task_id: str, cursor: str | None) -> AsyncGenerator[TaskEvent | None, None]:
+        """One connection: events, and None for a heartbeat. Raises _AllToldBefore, TaskError."""
+        headers = self._headers() | ({"last-event-id": cursor} if cursor else {})
+        timeout = httpx.Timeout(CONNECT_SECONDS, read=SILENCE_SECONDS)
+        with typed_transport_errors(self._http.base_url):
+            async with self._http.stream(
+                "GET", "/stream/sse", params={"task_id": task_id}, headers=headers, timeout=timeout
+            ) as response:
+                if response.status_code == httpx.codes.NO_CONTENT:
+                    raise _AllToldBefore
+                if not response.is_success:
+                    await response.aread()
+                    raise await self._refused(response, task_id)
+                async for frame in EventSource(response).aiter_sse():
+                    if frame.data:  # a frame may hold nothing but `retry`
+                        yield None if frame.event == EventType.HEARTBEAT else _read(TaskEvent, frame.data)
+
+    async def _refused(self, response: httpx.Response, task_id: str) -> Exception:
+        error = task_error(response, task_id)
+        if isinstance(error, UnknownTask):
+            await self._view(task_id)  # raises UnknownTask too, unless the task's run has just been started
+            return GatewayUnavailable(f"No worker has taken task {task_id!r} yet: it has no events so far.")
+        return error
+
+    async def _update_after(self, event: TaskEvent, newest: TaskUpdate | None) -> TaskUpdate:
+        """The task after the event. `estimated_time` is in no event: the task is read for it with each new stage."""
+        is_same_stage = newest is not None and (newest.stage, newest.attempts) == (event.stage, event.attempt)
+        known = newest if is_same_stage else None
+        progress = event.progress if event.progress is not None else known.progress if known else 0.0
+        return TaskUpdate(
+            task_id=event.task_id,
+            status=event.status,
+            stage=event.stage,
+            progress=progress,
+            next_eta=event.next_eta,
+            estimated_time=known.estimated_time if known else await self._estimated_time(event.task_id),
+            queue_position=event.queue_position,
+            attempts=event.attempt,
+            error_details=event.error,
+            confirmation=event.confirmation,
+            cursor=event.cursor,
+        )
+
+    async def _estimated_time(self, task_id: str) -> float | None:
+        try:
+            return (await self._view(task_id)).estimated_time
+        except Unavailable:
+            return None
+
+
+class _AllToldBefore(Exception):
+    """The task has ended, and its last event is before the cursor."""
+
+
+def _path(task_id: str) -> str:
+    return f"/{quote(task_id, safe='')}"
+
+
+def _read(model: type[Model], answer: httpx.Response | str) -> Model:
+    try:
+        return model.model_validate_json(answer if isinstance(answer, str) else answer.content)
+    except ValidationError as error:
+        places = ", ".join(".".join(map(str, issue["loc"])) or "body" for issue in error.errors()[:5])
+        raise UnexpectedReply(f"The gateway's answer is not a {model.__name__}: {places}.") from None
+
+
+def _summary(view: TaskView) -> TaskSummary:
+    return TaskSummary(
+        task_id=view.task_id,
+        scene=view.scene.value,
+        status=view.status.value,
+        stage=view.stage,
+        tenant_id=view.tenant_id,
+        user_id=view.user_id,
+        template_id=view.template_id,
+        priority=view.priority.value,
+        started_at=view.created_at,
+        ended_at=view.ended_at,
+        workflow_id=view.workflow_id,
+    )
+
+
+def _progress(view: TaskView) -> TrainingProgress:
+    return TrainingProgress(**view.model_dump(), error_details=view.error)
+
+
+def _outcome(view: TaskView) -> TaskOutcome:
+    is_image = view.scene is Scene.IMAGE_GENERATE
+    values = view.model_dump() | {"error_details": view.error, "training_id": view.job_id}
+    result = ImageResult.model_validate(values) if is_image else TrainingResult.model_validate(values)
+    failed = view.error if view.status is TaskStatus.FAILED else None
+    return TaskOutcome(
+        task_id=view.task_id,
+        workflow_id=view.workflow_id,
+        status=view.status,
+        code=failed.code if failed else None,
+        sentence=view.error.message if view.error else None,
+        result=result,
+    )

@@ -1,0 +1,53 @@
+"""The calls that `TemporalTasks` and `HttpTasks` share, for code that takes either."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus, TrainingTask
+
+CancelAnswer = Literal["accepted", "too_late"]
+"""`accepted`: the task ends cancelled. `too_late`: it was delivered or ended first."""
+
+
+class Tasks(Protocol):
+    """Every method raises TaskError (comfyui_temporal.client.errors), whatever the connection beneath it."""
+
+    async def start(self, task: ImageTask | TrainingTask) -> StartedTask:
+        """Start a task. The same input under the same task id is one task. Raises TaskExists for another input."""
+
+    def follow(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskUpdate, None]:
+        """Each change until the task ends; the last update has the status it ended with. Raises UnknownTask."""
+
+    async def wait(self, task_id: str) -> TaskOutcome:
+        """Wait until the task ends. Raises UnknownTask."""
+
+    async def show(self, task_id: str) -> TaskDetails:
+        """The task as it stands. Raises UnknownTask."""
+
+    def list(
+        self, *, status: TaskStatus | None = None, scene: Scene | None = None, limit: int = 20
+    ) -> AsyncGenerator[TaskSummary, None]:
+        """Tasks, newest first; at most `limit`."""
+
+    async def confirm(self, task_id: str, max_credits: int) -> int:
+        """Confirm a training's price up to `max_credits` points, which can only be raised. Returns the limit in force.
+
+        Raises UnknownTask, TaskOver, InvalidInput where the task refuses the value.
+        """
+
+    async def cancel(self, task_id: str, reason: str = "") -> CancelAnswer:
+        """Cancel a task; its credits are given back. Safe to repeat. Raises UnknownTask."""
+
+    async def aclose(self) -> None:
+        """Close what this object opened itself."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

@@ -1,0 +1,69 @@
+"""How a run ended, in each of the ways that Temporal reports it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from pydantic import ValidationError
+from temporalio.client import WorkflowFailureError, WorkflowHandle
+from temporalio.exceptions import ApplicationError, CancelledError, TerminatedError, TimeoutError
+
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.tasks import (
+    IMAGE_WORKFLOW,
+    TRAINING_WORKFLOW,
+    ImageResult,
+    TaskStatus,
+    TrainingResult,
+)
+
+RESULT_TYPES: Final[dict[str, type[ImageResult] | type[TrainingResult]]] = {
+    IMAGE_WORKFLOW: ImageResult,
+    TRAINING_WORKFLOW: TrainingResult,
+}
+TERMINATED: Final = "terminated"
+
+
+async def ended_as(handle: WorkflowHandle[Any, Any]) -> dict[str, Any]:
+    """Wait for the run's end: `status`, `code`, `sentence` and `result` of a TaskOutcome. Raises RPCError."""
+    try:
+        result: ImageResult | TrainingResult = await handle.result()
+    except WorkflowFailureError as failure:
+        return _failed(failure.cause)
+    cause = result.error_details
+    return {"status": result.status, "result": result, "sentence": cause.message if cause else None}
+
+
+def _failed(cause: BaseException | None) -> dict[str, Any]:
+    failed: dict[str, Any] = {"status": TaskStatus.FAILED}
+    match cause:
+        case CancelledError():
+            return {
+                "status": TaskStatus.CANCELLED,
+                "code": FailureCode.CANCELLED.value,
+                "sentence": "The run was cancelled in Temporal.",
+                "result": _result_in(cause.details),
+            }
+        case ApplicationError():
+            code = cause.type or FailureCode.INTERNAL.value
+            return failed | {"code": code, "sentence": cause.message, "result": _result_in(cause.details)}
+        case TerminatedError():
+            sentence = "The run was terminated: no clean-up ran. Its hold ends by expiry, its job may still run."
+            return failed | {"code": TERMINATED, "sentence": sentence}
+        case TimeoutError():
+            sentence = "The run reached a Temporal timeout that whoever started it had set; this system sets none."
+            return failed | {"code": FailureCode.TIMEOUT.value, "sentence": sentence}
+        case _:
+            return failed | {"code": FailureCode.INTERNAL.value, "sentence": str(cause)}
+
+
+def _result_in(details: Sequence[Any]) -> ImageResult | TrainingResult | None:
+    """The result object that a failed run carries in its failure's details (contract §8)."""
+    if not details or not isinstance(details[0], dict):
+        return None
+    model = TrainingResult if "training_id" in details[0] else ImageResult
+    try:
+        return model.model_validate(details[0])
+    except ValidationError:
+        return None

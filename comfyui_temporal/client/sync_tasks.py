@@ -1,0 +1,133 @@
+"""The same calls without `async`: for scripts, notebooks and synchronous web frameworks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from temporalio.client import Client
+
+from comfyui_temporal.client.http_tasks import HttpTasks
+from comfyui_temporal.client.interface import CancelAnswer, Tasks
+from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
+from comfyui_temporal.client.temporal_tasks import TemporalTasks
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.tasks import TASK_QUEUE, ImageTask, TaskStatus, TrainingTask
+
+T = TypeVar("T")
+_NO_MORE: Final = object()
+
+
+class SyncTasks(AbstractContextManager["SyncTasks"]):
+    """Tasks, each call blocking. Use it as a context manager: an event loop runs in a thread of its own until exit.
+
+    Works where an event loop runs already (a notebook), and may be used by several threads at once.
+    """
+
+    def __init__(self, open_tasks: Callable[[], Awaitable[Tasks]]) -> None:
+        """`open_tasks` is called once, on the loop of this object's thread."""
+        self._open_tasks = open_tasks
+        self._opened = ExitStack()
+        self._portal: BlockingPortal | None = None
+        self._tasks: Tasks | None = None
+
+    @classmethod
+    def by_temporal(
+        cls,
+        connect: Callable[[], Awaitable[Client]],
+        *,
+        task_queue: str = TASK_QUEUE,
+        ui_url: str | None = None,
+    ) -> SyncTasks:
+        """Tasks by Temporal. `connect`: e.g. `lambda: Client.connect("localhost:7233")`."""
+
+        async def open_tasks() -> Tasks:
+            return TemporalTasks(await connect(), task_queue=task_queue, ui_url=ui_url)
+
+        return cls(open_tasks)
+
+    @classmethod
+    def over_http(cls, base_url: str, token: str | Callable[[], str], **options: Any) -> SyncTasks:
+        """Tasks over HTTP. `options`: those of `HttpTasks`."""
+
+        async def open_tasks() -> Tasks:
+            return HttpTasks(base_url, token, **options)
+
+        return cls(open_tasks)
+
+    def __enter__(self) -> Self:
+        portal = self._opened.enter_context(start_blocking_portal())
+        try:
+            self._tasks = portal.call(self._open_tasks)
+        except BaseException:
+            self._opened.close()
+            raise
+        self._portal = portal
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        portal, tasks = self._running()
+        self._portal = self._tasks = None
+        with self._opened:
+            portal.call(tasks.aclose)
+
+    def start(self, task: ImageTask | TrainingTask) -> StartedTask:
+        """See `Tasks.start`."""
+        portal, tasks = self._running()
+        return portal.call(tasks.start, task)
+
+    def follow(self, task_id: str, *, cursor: str | None = None) -> Generator[TaskUpdate, None, None]:
+        """See `Tasks.follow`."""
+        portal, tasks = self._running()
+        return _blocking(portal, lambda: tasks.follow(task_id, cursor=cursor))
+
+    def wait(self, task_id: str) -> TaskOutcome:
+        """See `Tasks.wait`."""
+        portal, tasks = self._running()
+        return portal.call(tasks.wait, task_id)
+
+    def show(self, task_id: str) -> TaskDetails:
+        """See `Tasks.show`."""
+        portal, tasks = self._running()
+        return portal.call(tasks.show, task_id)
+
+    def list(
+        self, *, status: TaskStatus | None = None, scene: Scene | None = None, limit: int = 20
+    ) -> Generator[TaskSummary, None, None]:
+        """See `Tasks.list`."""
+        portal, tasks = self._running()
+        return _blocking(portal, lambda: tasks.list(status=status, scene=scene, limit=limit))
+
+    def confirm(self, task_id: str, max_credits: int) -> int:
+        """See `Tasks.confirm`."""
+        portal, tasks = self._running()
+        return portal.call(tasks.confirm, task_id, max_credits)
+
+    def cancel(self, task_id: str, reason: str = "") -> CancelAnswer:
+        """See `Tasks.cancel`."""
+        portal, tasks = self._running()
+        return portal.call(tasks.cancel, task_id, reason)
+
+    def _running(self) -> tuple[BlockingPortal, Tasks]:
+        if self._portal is None or self._tasks is None:
+            raise RuntimeError("SyncTasks is not open: use it as `with SyncTasks.over_http(…) as tasks:`")
+        return self._portal, self._tasks
+
+
+def _blocking(portal: BlockingPortal, opened: Callable[[], AsyncGenerator[T, None]]) -> Generator[T, None, None]:
+    """The items of an async generator, each waited for here; closed with this generator."""
+    items = opened()
+
+    async def next_item() -> Any:
+        return await anext(items, _NO_MORE)
+
+    try:
+        while (item := portal.call(next_item)) is not _NO_MORE:
+            yield item
+    finally:
+        portal.call(items.aclose)

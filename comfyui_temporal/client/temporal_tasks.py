@@ -1,0 +1,307 @@
+"""Tasks by Temporal: for a service that may start workflows in the namespace."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+from temporalio.client import (
+    Client,
+    WorkflowHandle,
+    WorkflowQueryFailedError,
+    WorkflowQueryRejectedError,
+    WorkflowUpdateFailedError,
+    WorkflowUpdateRPCTimeoutOrCancelledError,
+)
+from temporalio.common import SearchAttributeKey
+from temporalio.exceptions import ApplicationError
+from temporalio.service import RPCError, RPCStatusCode
+
+from comfyui_temporal.client.errors import InvalidInput, TaskOver, UnknownTask, WorkerUnavailable, checked
+from comfyui_temporal.client.interface import CancelAnswer
+from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
+from comfyui_temporal.client.run_outcome import RESULT_TYPES, ended_as
+from comfyui_temporal.client.submission import RPC_TIMEOUT, start_image, start_training
+from comfyui_temporal.client.temporal_errors import typed_errors
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.tasks import (
+    SEARCH_ATTRIBUTES,
+    TASK_QUEUE,
+    WORKFLOW_ID_PREFIX,
+    CancelTask,
+    CancelTaskOutcome,
+    ConfirmPrice,
+    ConfirmPriceOutcome,
+    CreditsSummary,
+    ImageTask,
+    TaskStatus,
+    TrainingProgress,
+    TrainingTask,
+    workflow_id_of,
+)
+from comfyui_temporal.plugin import TaskPayloadConverter
+from comfyui_temporal.runs import NoQueryNow, RunSeen, RunStatus, describe_run, list_runs, query_run
+
+POLL_SECONDS: Final = 0.5
+QUERY_TIMEOUT: Final = timedelta(seconds=2)
+UPDATE_SECONDS: Final = 10.0
+T = TypeVar("T")
+_STATUS_OF_CLOSED_RUN: Final = {
+    RunStatus.FAILED: TaskStatus.FAILED,
+    RunStatus.CANCELED: TaskStatus.CANCELLED,
+    RunStatus.TERMINATED: TaskStatus.FAILED,
+    RunStatus.TIMED_OUT: TaskStatus.FAILED,
+}
+
+
+class TemporalTasks:
+    """Tasks by Temporal. Implements `Tasks`; every method raises TaskError."""
+
+    def __init__(self, client: Client, *, task_queue: str = TASK_QUEUE, ui_url: str | None = None) -> None:
+        """`client`: any client of the namespace; its payload codec is kept. `ui_url`: the Temporal UI, for links."""
+        self.client = _with_our_converter(client)
+        self.task_queue = task_queue
+        self._ui_url = ui_url
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Nothing to close: the client is the caller's."""
+
+    async def start(self, task: ImageTask | TrainingTask) -> StartedTask:
+        """Start a task. The same input under the same task id is one task. Raises TaskExists for another input."""
+        with typed_errors(self.client):
+            if isinstance(task, ImageTask):
+                started = await start_image(self.client, task, task_queue=self.task_queue)
+            else:
+                started = await start_training(self.client, task, task_queue=self.task_queue)
+        return StartedTask(
+            task_id=started.task_id, workflow_id=started.handle.id, run_id=started.run_id, is_new=started.is_new
+        )
+
+    async def follow(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskUpdate, None]:
+        """Each change until the task ends, read by query twice a second; `cursor` has no meaning here.
+
+        An update with `standstill` says that no worker answers, or that the run is paused. Raises UnknownTask.
+        """
+        handle = await self.find(task_id)
+        end = asyncio.create_task(self._outcome(handle, task_id))
+        newest: TaskUpdate | None = None
+        try:
+            while not end.done():
+                update = await self.read_update(handle, newest)
+                if update is not None and update != newest:
+                    newest = update
+                    yield update
+                await asyncio.wait({end}, timeout=POLL_SECONDS)
+            yield _last_update(newest, await end)
+        finally:
+            end.cancel()
+            await asyncio.gather(end, return_exceptions=True)
+
+    async def wait(self, task_id: str) -> TaskOutcome:
+        """Wait until the task ends. Raises UnknownTask."""
+        return await self._outcome(await self.find(task_id), task_id)
+
+    async def show(self, task_id: str) -> TaskDetails:
+        """The task as it stands. Without a worker an open task has neither `progress` nor `credits`."""
+        handle = await self.find(task_id)
+        with typed_errors(self.client, task_id=task_id):
+            run = await describe_run(self.client, handle.id, rpc_timeout=RPC_TIMEOUT)
+        summary = self._summary(run)
+        if run.status.is_over:
+            outcome = await self._outcome(handle, task_id)
+            return TaskDetails(task=summary, credits=outcome.credits, outcome=outcome)
+        progress = await self._queried(handle, "progress", TrainingProgress)
+        credits = await self._queried(handle, "credits", CreditsSummary)
+        return TaskDetails(task=summary, progress=progress, credits=credits)
+
+    async def list(
+        self,
+        *,
+        status: TaskStatus | None = None,
+        scene: Scene | None = None,
+        limit: int = 20,
+        filters: Mapping[str, str] | None = None,
+    ) -> AsyncGenerator[TaskSummary, None]:
+        """Tasks of all tenants, newest first. `filters`: search attribute → value, e.g. `{"TenantId": "tenant-a"}`.
+
+        Values are quoted, so any text is safe.
+        """
+        wanted = {"TaskStatus": status, "Scene": scene, **(filters or {})}
+        types = ", ".join(f"'{name}'" for name in RESULT_TYPES)
+        terms = [f"WorkflowType IN ({types})"]
+        terms += [f"{name} = '{_quoted(value)}'" for name, value in wanted.items() if value is not None]
+        seen: set[str] = set()
+        with typed_errors(self.client):
+            async for run in list_runs(self.client, " AND ".join(terms), rpc_timeout=RPC_TIMEOUT):
+                if run.workflow_id in seen:  # a run that continued as new is listed once for each of its runs
+                    continue
+                if len(seen) >= limit:
+                    return
+                seen.add(run.workflow_id)
+                yield self._summary(run)
+
+    async def confirm(self, task_id: str, max_credits: int) -> int:
+        """Confirm a training's price up to `max_credits` points. Returns the limit in force, in points.
+
+        Raises UnknownTask, TaskOver, InvalidInput where the task refuses the value, WorkerUnavailable.
+        """
+        handle = await self.find(task_id)
+        order = checked(ConfirmPrice, max_credits=max_credits)
+        try:
+            outcome = await self._updated(handle, "confirm_price", order, ConfirmPriceOutcome)
+        except TaskOver:
+            raise TaskOver(f"Task {task_id!r} is over: there is no price left to confirm.") from None
+        return outcome.max_credits
+
+    async def cancel(self, task_id: str, reason: str = "") -> CancelAnswer:
+        """Cancel a task; `too_late` if it was delivered or ended first. Raises UnknownTask, WorkerUnavailable."""
+        handle = await self.find(task_id)
+        order = checked(CancelTask, reason=reason)
+        try:
+            outcome = await self._updated(handle, "cancel_task", order, CancelTaskOutcome)
+        except TaskOver:
+            return "too_late"
+        return outcome.outcome
+
+    async def find(self, task_id: str) -> WorkflowHandle[Any, Any]:
+        """The handle of the task's run; it knows the result's type. Raises UnknownTask."""
+        workflow_id = workflow_id_of(task_id)
+        with typed_errors(self.client, task_id=task_id):
+            run = await describe_run(self.client, workflow_id, rpc_timeout=RPC_TIMEOUT)
+        result_type = RESULT_TYPES.get(run.workflow_type)
+        if result_type is None:
+            raise UnknownTask(f"Workflow {workflow_id!r} is a {run.workflow_type}, no task of this system.")
+        return self.client.get_workflow_handle(workflow_id, result_type=result_type)
+
+    async def read_update(self, handle: WorkflowHandle[Any, Any], newest: TaskUpdate | None) -> TaskUpdate | None:
+        """One `progress` query; None if the run has not begun or has ended. `newest`: what a standstill repeats."""
+        try:
+            progress = await query_run(handle, "progress", result_type=TrainingProgress, rpc_timeout=QUERY_TIMEOUT)
+            return TaskUpdate(**dict(progress))
+        except (WorkflowQueryFailedError, WorkflowQueryRejectedError):
+            return None
+        except NoQueryNow as paused:
+            return _standing_still(handle, newest, str(paused))
+        except RPCError as error:
+            if not _is_silence_of_worker(error):
+                return None
+            sentence = f"No worker answers on task queue {self.task_queue!r}: the task waits until one runs."
+            return _standing_still(handle, newest, sentence)
+
+    async def _outcome(self, handle: WorkflowHandle[Any, Any], task_id: str) -> TaskOutcome:
+        with typed_errors(self.client, task_id=task_id):
+            ended = await ended_as(handle)
+            run = await describe_run(self.client, handle.id, rpc_timeout=RPC_TIMEOUT)
+        return TaskOutcome(task_id=task_id, workflow_id=handle.id, ui_url=self.ui_link(handle.id, run.run_id), **ended)
+
+    async def _queried(self, handle: WorkflowHandle[Any, Any], query: str, result_type: type[T]) -> T | None:
+        with suppress(WorkflowQueryFailedError, WorkflowQueryRejectedError, NoQueryNow, RPCError):
+            return await query_run(handle, query, result_type=result_type, rpc_timeout=QUERY_TIMEOUT)
+        return None
+
+    async def _updated(self, handle: WorkflowHandle[Any, Any], name: str, argument: object, result_type: type[T]) -> T:
+        """What the run answers to an update. Raises TaskOver, InvalidInput, WorkerUnavailable."""
+        try:
+            with typed_errors(self.client, missing=TaskOver(f"The run of {handle.id} is over.")):
+                answer: T = await asyncio.wait_for(
+                    handle.execute_update(name, argument, result_type=result_type), timeout=UPDATE_SECONDS
+                )
+                return answer
+        except (TimeoutError, WorkflowUpdateRPCTimeoutOrCancelledError):
+            raise WorkerUnavailable(
+                f"{name} was not taken within {UPDATE_SECONDS:g} s: no worker answers on task queue "
+                f"{self.task_queue!r} of {_address(self.client)}. Start a worker and try again."
+            ) from None
+        except WorkflowUpdateFailedError as failure:
+            cause = failure.cause
+            sentence = cause.message if isinstance(cause, ApplicationError) else str(cause)
+            raise InvalidInput(f"The task refused {name}: {sentence}") from None
+
+    def _summary(self, run: RunSeen) -> TaskSummary:
+        """A run's search attributes; a run that was ended from outside has Temporal's status."""
+        attributes = run.search_attributes
+        found = {name: attributes.get(SearchAttributeKey.for_keyword(name)) for name in SEARCH_ATTRIBUTES}
+        ended = _STATUS_OF_CLOSED_RUN.get(run.status)
+        return TaskSummary(
+            task_id=found["TaskId"] or run.workflow_id.removeprefix(WORKFLOW_ID_PREFIX),
+            scene=found["Scene"],
+            status=ended.value if ended else found["TaskStatus"],
+            stage=found["TaskStage"],
+            tenant_id=found["TenantId"],
+            user_id=found["UserId"],
+            template_id=found["TemplateId"],
+            priority=found["TaskPriority"],
+            is_paused=run.status is RunStatus.PAUSED,
+            started_at=run.start_time,
+            ended_at=run.close_time,
+            workflow_id=run.workflow_id,
+            run_id=run.run_id,
+            ui_url=self.ui_link(run.workflow_id, run.run_id),
+        )
+
+    def ui_link(self, workflow_id: str, run_id: str | None = None) -> str | None:
+        """The run's page in the Temporal UI; None if the UI's address is not known."""
+        if self._ui_url is None:
+            return None
+        page = f"{self._ui_url.rstrip('/')}/namespaces/{self.client.namespace}/workflows/{workflow_id}"
+        return f"{page}/{run_id}/history" if run_id else page
+
+
+def _with_our_converter(client: Client) -> Client:
+    """The same connection with this package's payload converter; the caller's codec and failure converter are kept."""
+    converter = client.data_converter
+    if converter.payload_converter_class is TaskPayloadConverter:
+        return client
+    config = client.config()
+    config["data_converter"] = replace(converter, payload_converter_class=TaskPayloadConverter)
+    return Client(**config)
+
+
+def _last_update(newest: TaskUpdate | None, outcome: TaskOutcome) -> TaskUpdate:
+    """What the last query showed, with the status of the end."""
+    known = newest or TaskUpdate(task_id=outcome.task_id, status=outcome.status)
+    result = outcome.result
+    return known.model_copy(
+        update={
+            "status": outcome.status,
+            "progress": 100.0 if outcome.status is TaskStatus.COMPLETED else known.progress,
+            "attempts": result.attempts if result else known.attempts,
+            "error_details": result.error_details if result else known.error_details,
+            "confirmation": None,
+            "standstill": None,
+        }
+    )
+
+
+def _standing_still(handle: WorkflowHandle[Any, Any], newest: TaskUpdate | None, sentence: str) -> TaskUpdate:
+    known = newest or TaskUpdate(task_id=handle.id.removeprefix(WORKFLOW_ID_PREFIX), status=TaskStatus.QUEUED)
+    return known.model_copy(update={"standstill": sentence})
+
+
+def _is_silence_of_worker(error: RPCError) -> bool:
+    return error.status in (
+        RPCStatusCode.FAILED_PRECONDITION,
+        RPCStatusCode.DEADLINE_EXCEEDED,
+        RPCStatusCode.CANCELLED,
+    )
+
+
+def _quoted(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("'", "\\'")
+
+
+def _address(client: Client) -> str:
+    return client.service_client.config.target_host
