@@ -24,7 +24,6 @@ from comfyui_temporal.contracts.tasks import (
     CancelTaskOutcome,
     ConfirmPrice,
     ConfirmPriceOutcome,
-    ImageTask,
     TaskEvent,
     TaskInput,
     TaskStatus,
@@ -69,9 +68,8 @@ class Tasks:
             return earlier, False
         if isinstance(order, TrainingOrder) and order.long_list is not None:
             await self._keep(task.task_id, order.dataset.dataset_id, order.long_list)
-        start = submission.start_image if isinstance(task, ImageTask) else submission.start_training
         try:
-            started: submission.Started = await bounded(start(self._temporal, task, task_queue=self._task_queue))  # type: ignore[arg-type]
+            started = await bounded(submission.start_task(self._temporal, task, task_queue=self._task_queue))
         except TaskExists:
             raise _exists(task.task_id) from None
         if started.is_new:

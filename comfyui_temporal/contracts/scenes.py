@@ -34,6 +34,8 @@ from comfyui_temporal.contracts.tasks import (
     TrainingTask,
 )
 
+AnyTask = ImageTask | TrainingTask
+AnyResult = ImageResult | TrainingResult
 Callback = JobCallback | TrainingCallback
 
 
@@ -58,10 +60,10 @@ class SceneSpec:
     """What a token needs to start such a task, and for the credits calls of one (contract §7)."""
 
     workflow: str
-    task: type[ImageTask] | type[TrainingTask]
+    task: type[AnyTask]
     run: type[ImageRun] | type[TrainingRun]
     """The workflow's argument: the task, and what a continued run goes on with."""
-    result: type[ImageResult] | type[TrainingResult]
+    result: type[AnyResult]
     variant: Callable[[Any], str]
     """Of a task: what its row's `resolution` and the price table's second column name."""
     summary: Callable[[Any], str]
@@ -78,7 +80,7 @@ class SceneSpec:
     """Body of the submit, as history holds it."""
     accepted: type[JobAccepted] | type[TrainingAccepted]
     """Reply to the submit."""
-    callback: type[JobCallback] | type[TrainingCallback]
+    callback: type[Callback]
     update: Callable[[Any], JobUpdate]
     """A callback or a poll's answer, in the words that all scenes share."""
     job_id_field: str
