@@ -1,6 +1,6 @@
 """What an ended run left behind, read from its history.
 
-A history holds every request before it takes effect (design, decision 1), so nothing that may need an undo is missed.
+A history holds every request before it takes effect (decision 1), so nothing that may need an undo is missed.
 The task's row adds what runs before a reset had requested.
 """
 
