@@ -18,7 +18,13 @@ from pydantic import AfterValidator, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.policy import (
+    CONFIRM_WITHIN_SECONDS,
+    CONTINUE_AS_NEW_EVENTS,
+    CONTINUE_AS_NEW_SIGNALS,
+    RETRY_AFTER_SECONDS,
+    Policy,
+)
 from comfyui_temporal.contracts.prices import PriceTable
 from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.size_budget import MAX_ATTEMPTS, MAX_TABLE_ENTRIES
@@ -106,13 +112,13 @@ class Settings(BaseSettings):
     deadline_factor: float = Field(default=3.0, gt=0)
     image_cap_minutes: float = Field(default=_IMAGE.cap_minutes, gt=0)
     training_cap_minutes: float = Field(default=_TRAINING.cap_minutes, gt=0)
-    confirm_within_seconds: float = Field(default=3_600, gt=0)
-    retry_after_seconds: Annotated[list[float], NoDecode] = [30.0, 60.0, 120.0]
+    confirm_within_seconds: float = Field(default=CONFIRM_WITHIN_SECONDS, gt=0)
+    retry_after_seconds: Annotated[list[float], NoDecode] = list(RETRY_AFTER_SECONDS)
     charge_shortfall: bool = False
     queue_sla_accelerated_minutes: float = Field(default=3.0, gt=0)
     queue_sla_standard_minutes: float = Field(default=8.0, gt=0)
-    continue_as_new_events: int = Field(default=2_000, ge=50)
-    continue_as_new_signals: int = Field(default=5_000, ge=10)
+    continue_as_new_events: int = Field(default=CONTINUE_AS_NEW_EVENTS, ge=50)
+    continue_as_new_signals: int = Field(default=CONTINUE_AS_NEW_SIGNALS, ge=10)
 
     # Reconciler
     reconcile_every_seconds: float = Field(default=300, ge=1)

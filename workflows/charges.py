@@ -82,10 +82,10 @@ class Charges:
             charged, balance_after = charged + amount, answer.reply.balance_after
         return Charged(charged, balance_after)
 
-    async def learn(self, asked: list[Post[ChargeRequest]]) -> Charged:
+    async def learn(self, requested: list[Post[ChargeRequest]]) -> Charged:
         """What became of parts that a run had requested when it ended. Raises ChargeUnknown."""
         charged, balance_after = 0, None
-        for post in asked:
+        for post in requested:
             self._n += 1
             try:
                 answer = await self._unanswered(post, "its run had ended")

@@ -11,7 +11,6 @@ from datetime import timedelta
 from typing import Final
 
 from temporalio import workflow
-from temporalio.common import RetryPolicy
 from temporalio.exceptions import FailureError
 
 from activities.credits import CreditsActivities
@@ -21,12 +20,10 @@ from comfyui_temporal.contracts.errors import ExceptionCode
 from comfyui_temporal.contracts.reconcile import UnsettledLook
 from comfyui_temporal.contracts.task_store import Correction, TaskException, UnsettledTask
 from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState
-from workflows.outside_call import HEARTBEAT_TIMEOUT, OutsideCall
+from workflows.outside_call import HEARTBEAT_TIMEOUT, RETRY, STORE_TIMEOUT, OutsideCall
 from workflows.stop import Stop
 from workflows.task_ledger import TaskLedger
 
-STORE_TIMEOUT: Final = timedelta(minutes=1)
-STORE_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
 READ_WITHIN: Final = timedelta(seconds=30)
 """A ledger that cannot be read in time is left to the next hour: one outage delays no pass."""
 READS_AT_ONCE: Final = 10
@@ -60,7 +57,7 @@ class Corrections:
             UnsettledLook(every_seconds=every_seconds),
             start_to_close_timeout=STORE_TIMEOUT,
             heartbeat_timeout=HEARTBEAT_TIMEOUT,
-            retry_policy=STORE_RETRY,
+            retry_policy=RETRY,
             summary="3 unknown settlements",
         )
         made = [asyncio.create_task(self._look(task)) for task in due]
@@ -99,6 +96,6 @@ class Corrections:
             start_to_close_timeout=STORE_TIMEOUT,
             schedule_to_close_timeout=STORE_TIMEOUT,
             heartbeat_timeout=HEARTBEAT_TIMEOUT,
-            retry_policy=STORE_RETRY,
+            retry_policy=RETRY,
             summary=f"3 correct {task.task_id}",
         )

@@ -33,7 +33,7 @@ REFUSED_AGAIN_AFTER: Final = timedelta(seconds=30)
 LOOK_AGAIN_AFTER: Final = timedelta(seconds=1)
 LEFT_FOR_LATE: Final = 0.75
 """The share of a hold's life after which it is renewed even while the hold before is still being given back."""
-TOO_SHORT: Final = "The balance was too short to hold the renewal beside the old hold."
+TOO_SHORT: Final = "The balance was too short for the renewal and the old hold together."
 
 
 def _always() -> bool:
@@ -137,7 +137,7 @@ class CreditHold(TaskHolds):
 
     async def _top_up_without_cover(self, old: RequestedHold, cost: int) -> None:
         await self._release(old, "topped up", self._returned_in_time)
-        self._record_uncovered("The balance was too short to hold the dearer price beside the old hold.")
+        self._record_uncovered("The balance was too short for the higher price and the old hold together.")
         try:
             await self._take(cost, self._request_setup, self._outside.may_begin, self._returned_in_time)
         except HoldRefused as refused:

@@ -1,7 +1,7 @@
-"""What the answers tell of an earlier life of this task: the run was reset, or the store was (contract §4).
+"""What answers report about earlier lives of this task: its run was reset, or the store was (contract §4).
 
-The calls that begin something look at the task's row first. A row that has ended, or is being given back, lets a run
-begin nothing more: it gives back what it holds and returns the row's outcome.
+The calls that begin something read the task's row first. Under a row that has ended, or is being given back, a run
+begins nothing more: it gives back what it holds and returns the row's outcome.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from workflows.failures import RowEnded
 
 
 def is_of_store(error: BaseException | None) -> bool:
-    """Whether a call failed because the task store, looked at before it, did not answer."""
+    """Whether a call failed because the task store, which is read before it, did not answer."""
     while error is not None:
         if isinstance(error, ApplicationError) and error.type == STORE_UNAVAILABLE:
             return True
@@ -31,7 +31,7 @@ def was_stopped(answer: Answer[Any]) -> bool:
 
 
 class EarlierLives:
-    """All that was told so far; one of the concerns of a run that waits for its job."""
+    """Everything that was reported so far. It is one of the concerns of a run that waits for its job."""
 
     def __init__(self) -> None:
         self.life = EarlierLife()
@@ -46,7 +46,7 @@ class EarlierLives:
             self.add(answer.earlier_life)
 
     def add(self, life: EarlierLife) -> None:
-        """What was told once stays so: a store that is away, say, tells nothing of what it knew before."""
+        """Merge a report with those before: a later one may lack what is known, while the store is away for example."""
         known = self.life
         flags = {name: True for name in EarlierLife.model_fields if getattr(known, name) is True}
         self.life = life.model_copy(update={**flags, "lives": max(known.lives, life.lives), "is_known": False})
@@ -68,9 +68,9 @@ class EarlierLives:
         self.raise_if_ended()
 
 
-def is_key_of_earlier_life(answer: Answer[Any], told: EarlierLives) -> bool:
-    """Whether a key was used by an earlier life of the task, with another body."""
-    return answer.refusal is not None and answer.refusal.kind is RefusalKind.KEY_CONFLICT and told.is_possible
+def is_key_of_earlier_life(answer: Answer[Any], earlier: EarlierLives) -> bool:
+    """Whether an earlier life of the task used the key with another body."""
+    return answer.refusal is not None and answer.refusal.kind is RefusalKind.KEY_CONFLICT and earlier.is_possible
 
 
 class EarlierLifePossible(Exception):

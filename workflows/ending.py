@@ -51,7 +51,7 @@ class TaskEnding:
         undo: Undo,
         clean_up: Callable[[], Awaitable[None]],
     ) -> None:
-        """`clean_up`: what is left to do once job and credits are settled; nobody's credits wait for it."""
+        """`clean_up`: what is left to do once job and credits are settled; no credits wait for it."""
         self._outside = outside
         self._record = record
         self._stop = stop

@@ -7,11 +7,9 @@ and nothing is taken back.
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any, Final
 
 from temporalio import workflow
-from temporalio.common import RetryPolicy
 from temporalio.exceptions import FailureError
 
 from activities.closed_runs import ClosedRunActivities
@@ -46,17 +44,15 @@ from workflows.failures import TaskFailed
 from workflows.guards import input_invalid, validated
 from workflows.job_clock import JobClock
 from workflows.job_routes import ROUTES
-from workflows.outside_call import HEARTBEAT_TIMEOUT, OutsideCall, TaskFor
+from workflows.outside_call import HEARTBEAT_TIMEOUT, RETRY, STORE_TIMEOUT, OutsideCall, TaskFor
 from workflows.row_look import RowRead
 from workflows.settlement import Settlement
 from workflows.step_labels import POLL
 from workflows.stop import Stop
 from workflows.task_record import TaskRecord
+from workflows.training_dataset import DELETE_TIMEOUT
 from workflows.undo import Undo
 
-LOOK_TIMEOUT: Final = timedelta(minutes=1)
-LOOK_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
-DELETE_TIMEOUT: Final = timedelta(minutes=10)
 CHARGED_TO_THE_END: Final = "left-charges-finished"
 CHARGE_TOLD: Final = "left-charge-told"
 LEDGER_READ: Final = "ledger-read-by-give-back"
@@ -184,9 +180,9 @@ class OrphanedTask:
         published = await workflow.execute_activity_method(
             ClosedRunActivities.told_points,
             GiveBackOrder(task_id=self._orphans.row.task_id),
-            start_to_close_timeout=LOOK_TIMEOUT,
+            start_to_close_timeout=STORE_TIMEOUT,
             heartbeat_timeout=HEARTBEAT_TIMEOUT,
-            retry_policy=LOOK_RETRY,
+            retry_policy=RETRY,
             summary=f"{self._outside.labels.record}: points published before",
         )
         difference = -credits.charged - published
@@ -233,7 +229,7 @@ class OrphanedTask:
         self._settlement.settled(None)
 
     async def _publish_completed(self) -> None:
-        """It was charged, so it was delivered: hand out what was made."""
+        """It was charged, so it was delivered: publish the result."""
         state = self._record.state
         delivered = await self._delivered()
         if delivered is not None:
@@ -272,9 +268,9 @@ class GiveBackWorkflow:
         orphans = await workflow.execute_activity_method(
             ClosedRunActivities.orphans,
             order,
-            start_to_close_timeout=LOOK_TIMEOUT,
+            start_to_close_timeout=STORE_TIMEOUT,
             heartbeat_timeout=HEARTBEAT_TIMEOUT,
-            retry_policy=LOOK_RETRY,
+            retry_policy=RETRY,
             summary="0 read what was left",
         )
         row = orphans.row

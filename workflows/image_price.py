@@ -69,16 +69,16 @@ class ImagePrice:
 
     def cost_of(self, delivery: JobUpdate) -> int:
         """Points to charge (contract §5 *Charged*). Raises TaskFailed `reply_invalid` for a negative cost."""
-        asked = delivery.actual_cost if delivery.actual_cost is not None else self._state.job_estimate
-        if asked < 0:
-            raise TaskFailed(FailureCode.REPLY_INVALID, f"ComfyUI states a cost of {asked} points; nothing is charged.")
+        cost = delivery.actual_cost if delivery.actual_cost is not None else self._state.job_estimate
+        if cost < 0:
+            raise TaskFailed(FailureCode.REPLY_INVALID, f"ComfyUI states a cost of {cost} points; nothing is charged.")
         usable = self._hold.usable
-        if asked > usable:
+        if cost > usable:
             self._record.record_exception(
                 "cost_above_hold",
                 ExceptionCode.COST_ABOVE_HOLD,
-                f"ComfyUI asks {asked} points, {usable} are held; no more than these are charged.",
-                actual_cost=asked,
+                f"The job cost {cost} points and {usable} are held; no more than the held points are charged.",
+                actual_cost=cost,
                 held=usable,
             )
-        return min(asked, usable)
+        return min(cost, usable)

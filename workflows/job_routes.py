@@ -15,7 +15,7 @@ from comfyui_temporal.contracts.scenes import SCENES, SceneSpec
 
 @dataclass(frozen=True)
 class JobRoutes:
-    """The calls of one scene, and its messages in the words that all scenes share."""
+    """The calls of one scene, and its messages read into one model for all scenes."""
 
     submit: Any
     get: Any

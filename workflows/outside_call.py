@@ -41,6 +41,8 @@ Method = Callable[[Any, Argument], Awaitable[Result]]
 
 ATTEMPT_TIMEOUT: Final = timedelta(seconds=10)
 HEARTBEAT_TIMEOUT: Final = timedelta(seconds=2)
+STORE_TIMEOUT: Final = timedelta(minutes=1)
+"""Of one attempt of give-back, correction or reconciler at the task store. They hold nothing that could expire."""
 UNREADABLE_FOR: Final = timedelta(minutes=15)
 ASK_AGAIN_AFTER: Final = timedelta(seconds=30)
 """Doubled with each unreadable answer, up to `ASK_AGAIN_AT_MOST`: each call stands in the history."""
@@ -185,7 +187,7 @@ class OutsideCall:
             if workflow.now() >= unreadable_until:
                 return Answer(refusal=UnreadableReply(sentence=str(failure)))
             rest = unreadable_until - workflow.now()
-            if await self.wait_for(min(wait, rest), give_up, summary=f"{summary}: unreadable answer, asked again"):
+            if await self.wait_for(min(wait, rest), give_up, summary=f"{summary}: unreadable answer, repeat"):
                 return None
             wait = min(2 * wait, ASK_AGAIN_AT_MOST)
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Final
 
 from temporalio import workflow
-from temporalio.common import RetryPolicy, WorkflowIDReusePolicy
+from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import FailureError, WorkflowAlreadyStartedError
 
 from activities.closed_runs import ClosedRunActivities
@@ -19,10 +19,8 @@ from comfyui_temporal.contracts.reconcile import ClosedRun, OpenTasksLook, Recon
 from workflows.correction import Corrections
 from workflows.give_back import GiveBackWorkflow
 from workflows.guards import validated
-from workflows.outside_call import HEARTBEAT_TIMEOUT
+from workflows.outside_call import HEARTBEAT_TIMEOUT, RETRY, STORE_TIMEOUT
 
-LOOK_TIMEOUT: Final = timedelta(minutes=1)
-LOOK_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
 TASK_TIMEOUT: Final = timedelta(seconds=3)
 """After this long another worker continues a run that a killed worker held."""
 MAX_PAGES: Final = 20
@@ -46,9 +44,9 @@ class ReconcileWorkflow:
             closed = await workflow.execute_activity_method(
                 ClosedRunActivities.still_closed,
                 closed,
-                start_to_close_timeout=LOOK_TIMEOUT,
+                start_to_close_timeout=STORE_TIMEOUT,
                 heartbeat_timeout=HEARTBEAT_TIMEOUT,
-                retry_policy=LOOK_RETRY,
+                retry_policy=RETRY,
                 summary="2 look again",
             )
         begun = [task.task_id for task in closed if await self._begin_give_back(task)]
@@ -65,16 +63,16 @@ class ReconcileWorkflow:
         return ReconcileResult(task_ids=begun, corrected=corrected, **so_far)
 
     async def _found_closed(self, order: ReconcileOrder) -> tuple[list[ClosedRun], str | None, int]:
-        """The closed runs of some pages, the cursor of the next run, and how many rows could not be looked at."""
+        """The closed runs of some pages, the cursor of the next run, and how many rows could not be read."""
         closed: list[ClosedRun] = []
         cursor, unseen = order.cursor, 0
         for _ in range(MAX_PAGES):
             seen = await workflow.execute_activity_method(
                 ClosedRunActivities.closed_among_open,
                 OpenTasksLook(quiet_seconds=order.pause_seconds, cursor=cursor),
-                start_to_close_timeout=LOOK_TIMEOUT,
+                start_to_close_timeout=STORE_TIMEOUT,
                 heartbeat_timeout=HEARTBEAT_TIMEOUT,
-                retry_policy=LOOK_RETRY,
+                retry_policy=RETRY,
                 summary="1 open rows whose run is closed",
             )
             closed += seen.closed

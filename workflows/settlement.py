@@ -112,17 +112,17 @@ class Settlement:
         self._hold.state.charged += more.points
         return missing - more.points, more.balance_after or balance_after
 
-    async def finish(self, asked: list[Post[ChargeRequest]], cost: int | None) -> None:
+    async def finish(self, requested: list[Post[ChargeRequest]], cost: int | None) -> None:
         """Finish what a run had begun to charge when it ended. What cannot be charged is recorded.
 
         `cost`: points in all; None where that is not known.
         """
         state = self._hold.state
         try:
-            learned = await self.charges.learn(asked)
+            learned = await self.charges.learn(requested)
             state.charged += learned.points
             missing = max(0, (cost or 0) - state.charged)
-            if asked and missing and not learned.is_refused:
+            if requested and missing and not learned.is_refused:
                 more = await self.charges.take(missing)
                 state.charged += more.points
                 missing -= more.points

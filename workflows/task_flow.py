@@ -107,7 +107,7 @@ class TaskFlow(Generic[Run, Result]):
         self.price_state = carried.price
 
     def following_with(self, *concerns: Concern) -> Following:
-        """Row 4: the loop that waits for a job. `concerns` are looked after before the ones that both flows share."""
+        """Row 4: the loop that waits for a job. `concerns` are checked before the shared ones."""
         shared: Sequence[Concern] = (self.outside.earlier, self.clock, self.watch, self.hold)
         return Following(
             self.watch, self.clock, self.stop, self.alarm, [*concerns, *shared], self.continue_as_new_if_long
@@ -124,7 +124,7 @@ class TaskFlow(Generic[Run, Result]):
         self.clock.estimated(update.estimated_time)
 
     async def clean_up(self) -> None:
-        """What is left to do once job and credits are settled; nobody's credits wait for it."""
+        """What is left to do once job and credits are settled; no credits wait for it."""
 
     def argument_of_next_run(self, carried: Continuation) -> Run:
         """The argument of the run that this one continues as."""

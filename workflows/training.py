@@ -134,7 +134,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         await self.dataset.delete()
 
     def argument_of_next_run(self, carried: Continuation) -> TrainingRun:
-        """Without the list of files: it stands in the snapshot's manifest by now (pitfall 39)."""
+        """Without the list of files: the snapshot's manifest holds it by now (pitfall 39)."""
         carried = carried.model_copy(update={"dataset": self.dataset.carry()})
         dataset = self.task.dataset.model_copy(update={"files": None})
         return self.task.model_copy(update={"carried": carried, "dataset": dataset})

@@ -117,7 +117,7 @@ class TrainingPrice:
         confirm_by = workflow.now() + timedelta(seconds=self._limits.confirm_within_seconds)
         for limit in (not_after, self._waits.latest() if self._waits.keeps_hold() else None):
             confirm_by = min(confirm_by, limit or confirm_by)
-        self._ask(cost, confirm_by, quote.estimate)
+        self._request_confirmation(cost, confirm_by, quote.estimate)
         is_confirmed = await self._waits.until(
             lambda: self.state.ceiling >= cost, at=confirm_by, summary="3 confirm: wait for the payer"
         )
@@ -129,7 +129,7 @@ class TrainingPrice:
         self._record.state.confirmation = None
         return cost
 
-    def _ask(self, cost: int, confirm_by: datetime, estimate: Estimate | None) -> None:
+    def _request_confirmation(self, cost: int, confirm_by: datetime, estimate: Estimate | None) -> None:
         confirmation = Confirmation(
             estimated_cost=cost,
             options=self._options(cost, estimate),
@@ -142,11 +142,11 @@ class TrainingPrice:
             f"confirm:{self._record.state.attempts}:{cost}",
             EventType.CREDITS,
             confirmation=confirmation,
-            message=f"The training costs {cost} points; confirm_price is waited for.",
+            message=f"The training costs {cost} points; it waits for confirm_price.",
         )
 
     def _options(self, cost: int, estimate: Estimate | None) -> list[PriceOption]:
-        """The estimate's options; the one that was chosen never shows less than is asked for."""
+        """The estimate's options; the chosen one never shows less than the price to confirm."""
         options = (estimate.options if estimate else None) or []
         chosen = self._task.priority.value
         return [
@@ -156,10 +156,10 @@ class TrainingPrice:
             for option in options
         ]
 
-    # While it runs: refresh (a concern of the follow loop)
+    # While it runs: refreshed, as a concern of the follow loop
 
     def job_updated(self, update: JobUpdate) -> None:
-        """Take over hours and checkpoint of a message that was applied."""
+        """Take hours and checkpoint from an update that was applied."""
         if update.gpu_hours is not None:
             self.state.gpu_hours = update.gpu_hours
         if update.checkpoint is not None and self._adds_nothing(update.checkpoint):
@@ -171,9 +171,9 @@ class TrainingPrice:
                 self._publish_checkpoint(update, update.checkpoint)
 
     def _adds_nothing(self, checkpoint: Checkpoint) -> bool:
-        """Whether an attempt resumed from it: its hours count already, whatever this message says of them.
+        """Whether an attempt resumed from it: its hours count already, whatever this message reports.
 
-        By its uri: a training may report the hours of all attempts, and an earlier checkpoint than its own first one.
+        Compared by uri: a training may report the hours of all attempts, and an earlier checkpoint than its own first.
         """
         state = self.state
         known = checkpoint.uri in (self._task.resume_from, state.resume_from, *state.resumed_from)
@@ -188,9 +188,9 @@ class TrainingPrice:
         )
 
     def has_update(self) -> bool:
-        """Whether the price that is asked for has been confirmed."""
-        asked = self._record.state.confirmation
-        return asked is not None and self.state.ceiling >= asked.estimated_cost
+        """Whether the price that waits to be confirmed is confirmed now."""
+        confirmation = self._record.state.confirmation
+        return confirmation is not None and self.state.ceiling >= confirmation.estimated_cost
 
     def due(self) -> datetime | None:
         return None
@@ -216,9 +216,11 @@ class TrainingPrice:
                 "it was stopped at its checkpoint and nothing is charged.",
             )
         self.state.asked_at_checkpoint = here
-        asked = self._record.state.confirmation
-        if asked is None or asked.estimated_cost != price:
-            self._ask(price, workflow.now() + timedelta(seconds=self._limits.confirm_within_seconds), None)
+        confirmation = self._record.state.confirmation
+        if confirmation is None or confirmation.estimated_cost != price:
+            self._request_confirmation(
+                price, workflow.now() + timedelta(seconds=self._limits.confirm_within_seconds), None
+            )
 
     def _answered(self) -> None:
         if self.state.asked_at_checkpoint is not None:
@@ -228,7 +230,7 @@ class TrainingPrice:
     # Between attempts
 
     def resume_from_checkpoint(self) -> None:
-        """The next attempt goes on from the newest checkpoint; hours after it are lost and cost nothing."""
+        """The next attempt resumes from the newest checkpoint; hours after it are lost and cost nothing."""
         checkpoint = self.state.checkpoint
         if checkpoint is not None:
             self.state.resume_from = checkpoint.uri
@@ -245,7 +247,7 @@ class TrainingPrice:
 
 
 def _topup(cost: int, estimate: Estimate) -> int | None:
-    """Points that the balance lacks: the service counts them for its own estimate, which may be the smaller price."""
+    """Points that the balance lacks. The service computes them for its own estimate, which may be the smaller price."""
     if estimate.current_balance is None:
         return estimate.suggest_topup
     return max(estimate.suggest_topup or 0, cost - estimate.current_balance)
