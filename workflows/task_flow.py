@@ -88,23 +88,24 @@ class TaskFlow(Generic[Run, Result]):
             retry_at=carried.retry_at,
             long_run=self,
         )
-        self.forgotten_jobs = ForgottenJobs(routes, self.outside, self.record, self.attempts, self.row_look)
-        self.settlement = Settlement(task, self.outside, self.record, self.hold)
-        self.undo = Undo()  # every undo side by side, each until it lands
-        self.ending = TaskEnding(
+        self.undo = Undo()  # every undo side by side, each until it succeeds
+        self.ending = self._ending_of(task, routes)
+        self.price_state = carried.price
+
+    def _ending_of(self, task: Run, routes: JobRoutes) -> TaskEnding:
+        return TaskEnding(
             self.outside,
             self.record,
             self.stop,
             self.watch,
             self.hold,
             self.attempts,
-            self.forgotten_jobs,
+            ForgottenJobs(routes, self.outside, self.record, self.attempts, self.row_look),
             self.row_look,
-            self.settlement,
+            Settlement(task, self.outside, self.record, self.hold),
             self.undo,
             self.clean_up,
         )
-        self.price_state = carried.price
 
     def following_with(self, *concerns: Concern) -> Following:
         """Row 4: the loop that waits for a job. `concerns` are checked before the shared ones."""
