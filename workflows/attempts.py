@@ -101,8 +101,7 @@ class Attempts:
         if answer.reply is None:
             raise TaskFailed.by_refusal(_refusal_of(answer))
         accepted: JobAccepted | TrainingAccepted = answer.reply
-        self._record.state.job_id = job.job_id
-        self._record.state.gpu_slots = accepted.gpu_slots
+        self._record.job_accepted(job.job_id, accepted.gpu_slots)
         self._clock.estimated(accepted.estimated_time)
         return accepted
 
@@ -113,7 +112,7 @@ class Attempts:
         `InterruptibleWaits.raise_if_interrupted`.
         """
         details = end.error or ErrorDetails()
-        self._record.state.error = details
+        self._record.job_failed(details)
         if not details.may_be_retried():
             raise TaskFailed.by_job(details)
         pauses = self._outside.limits.policy.retry_after_seconds
@@ -127,7 +126,7 @@ class Attempts:
         else:
             await self._cancel(self.asked[-1])
             await self._pause_of_release_0_1(details, seconds)
-        self._record.state.error = None
+        self._record.job_failed(None)
 
     async def _pause(self, details: ErrorDetails, seconds: float) -> None:
         """Wait until the next attempt may begin: the pause is over, and the hold covers it.

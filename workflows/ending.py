@@ -131,19 +131,14 @@ class TaskEnding:
         return outcome if row is None else await self._publish_row(row)
 
     async def _publish_completed(self, delivery: JobUpdate | None) -> None:
-        state = self._record.state
         if delivery is not None:
-            state.result_urls, state.output = delivery.result_urls, delivery.output
+            self._record.delivered(delivery.result_urls, delivery.output)
         await self._attempts.all_old_cancelled()
-        state.error = None
-        state.progress = 100.0
-        state.credits = self._hold.summary()
-        self._record.end(
-            TaskStatus.COMPLETED, EventType.COMPLETED, result_urls=state.result_urls or None, output=state.output
-        )
+        self._record.credits_changed(self._hold.summary())
+        self._record.completed()
 
     def _publish_end(self, end: TaskEnd) -> None:
-        self._record.state.credits = self._hold.summary()
+        self._record.credits_changed(self._hold.summary())
         if isinstance(end, TaskFailed):
             self._record.failed(end)
         else:

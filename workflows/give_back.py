@@ -146,7 +146,7 @@ class OrphanedTask:
             await self._hold.forgotten.give_back("its run ended without its own clean-up")
         await self._delete_snapshot()
         self._hold.ends.close()
-        credits = self._record.state.credits = self._hold.summary()
+        credits = self._record.credits_changed(self._hold.summary())
         is_charged = bool(self._hold.state.charged) or (self._orphans.cost is not None and credits.charged is None)
         if is_charged and workflow.patched(CHARGE_TOLD):
             self._publish_settled()
@@ -211,7 +211,7 @@ class OrphanedTask:
                 CreditsActivities.charge, post, summary=self._outside.labels.charge
             )
             if answer is not None and answer.reply is not None:
-                self._hold.state.charged += post.body.amount
+                self._hold.add_charged(post.body.amount)
 
     async def _delete_snapshot(self) -> None:
         if self._orphans.snapshot is not None:
@@ -230,16 +230,12 @@ class OrphanedTask:
 
     async def _publish_completed(self) -> None:
         """It was charged, so it was delivered: publish the result."""
-        state = self._record.state
         delivered = await self._delivered()
         if delivered is not None:
-            state.result_urls, state.output = delivered.result_urls, delivered.output
+            self._record.delivered(delivered.result_urls, delivered.output)
         elif self._orphans.own_end is not None:
-            state.result_urls, state.output = self._orphans.own_end.result_urls, self._orphans.own_end.output
-        state.error, state.progress = None, 100.0
-        self._record.end(
-            TaskStatus.COMPLETED, EventType.COMPLETED, result_urls=state.result_urls or None, output=state.output
-        )
+            self._record.delivered(self._orphans.own_end.result_urls, self._orphans.own_end.output)
+        self._record.completed()
 
     async def _delivered(self) -> JobUpdate | None:
         for job in reversed(self._orphans.jobs):

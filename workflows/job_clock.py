@@ -46,7 +46,8 @@ class JobClock:
         """ComfyUI's estimate: the latest one counts, the first one fixes the cap."""
         if minutes is None:
             return
-        self._state.estimated_time = self._record.state.estimated_time = minutes
+        self._state.estimated_time = minutes
+        self._record.estimated(minutes)
         if self._state.first_span_minutes is None:
             self._state.first_span_minutes = self._span_minutes()
 

@@ -82,7 +82,7 @@ class Settlement:
             charged, is_unknown = unknown.charged, True
             self._record_unknown(standing, cost, unknown)
         standing.resolved = True
-        self._hold.state.charged += charged
+        self._hold.add_charged(charged)
         await self._hold.give_back("another hold was committed")
         missing = 0 if is_unknown else cost - charged
         if missing > 0 and charged == standing.usable and self._outside.limits.policy.charge_shortfall:
@@ -106,10 +106,10 @@ class Settlement:
         try:
             more = await self.charges.take(missing)
         except ChargeUnknown as unknown:
-            self._hold.state.charged += unknown.charged
+            self._hold.add_charged(unknown.charged)
             self._record_unknown(hold, missing, unknown)
             return 0, None
-        self._hold.state.charged += more.points
+        self._hold.add_charged(more.points)
         return missing - more.points, more.balance_after or balance_after
 
     async def finish(self, requested: list[Post[ChargeRequest]], cost: int | None) -> None:
@@ -120,14 +120,14 @@ class Settlement:
         state = self._hold.state
         try:
             learned = await self.charges.learn(requested)
-            state.charged += learned.points
+            self._hold.add_charged(learned.points)
             missing = max(0, (cost or 0) - state.charged)
             if requested and missing and not learned.is_refused:
                 more = await self.charges.take(missing)
-                state.charged += more.points
+                self._hold.add_charged(more.points)
                 missing -= more.points
         except ChargeUnknown as unknown:
-            state.charged += unknown.charged
+            self._hold.add_charged(unknown.charged)
             self._record_unknown(None, cost or 0, unknown)
             return
         if missing and state.charged and not state.is_unknown:
@@ -201,7 +201,7 @@ class Settlement:
         )
 
     def record_shortfall(self, points: int) -> None:
-        self._hold.state.shortfall = points
+        self._hold.set_shortfall(points)
         self._record.record_exception(
             "shortfall",
             ExceptionCode.SHORTFALL,
@@ -212,7 +212,7 @@ class Settlement:
     def settled(self, balance_after: int | None) -> None:
         """Publish what was charged and returned, or that this is unknown."""
         self._hold.ends.close()
-        credits = self._record.state.credits = self._hold.summary()
+        credits = self._record.credits_changed(self._hold.summary())
         if credits.settlement is SettlementState.UNKNOWN:
             message = "Whether points were charged is not known yet; the ledger is read again."
             self._record.publish("settled", EventType.CREDITS, message=message)

@@ -362,11 +362,19 @@ class TaskHolds:
         else:
             self.state.charged += points
 
+    def add_charged(self, points: int) -> None:
+        """Count points that this run charged, by commit or charge."""
+        self.state.charged += points
+
+    def set_shortfall(self, points: int) -> None:
+        """Points of the price that could not be charged."""
+        self.state.shortfall = points
+
     # Events and exception records
 
     def _publish_held(self, hold: RequestedHold, balance_after: int | None) -> None:
         hold.told = hold.amount
-        self._record.state.credits = self.summary()
+        self._record.credits_changed(self.summary())
         self._record.publish(
             f"held:{hold.n}",
             EventType.CREDITS,
@@ -384,7 +392,7 @@ class TaskHolds:
         """A hold that was never relied on is published as held first, so that the events add up."""
         self.publish_held(hold)
         hold.told_back = True
-        self._record.state.credits = self.summary()
+        self._record.credits_changed(self.summary())
         self._record.publish(
             f"given_back:{hold.n}",
             EventType.CREDITS,

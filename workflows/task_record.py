@@ -10,9 +10,9 @@ from temporalio.common import SearchAttributeKey, SearchAttributePair, SearchAtt
 from temporalio.exceptions import ApplicationError, FailureError
 
 from activities.task_store import TaskStoreActivities
-from comfyui_temporal.contracts.comfyui import SnapshotReference
+from comfyui_temporal.contracts.comfyui import SnapshotReference, TrainingOutput
 from comfyui_temporal.contracts.continuation import HeldProgress, JobUpdate, RecordState
-from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
+from comfyui_temporal.contracts.errors import ErrorDetails, ExceptionCode, FailureCode
 from comfyui_temporal.contracts.fields import shortened
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.task_store import (
@@ -24,7 +24,15 @@ from comfyui_temporal.contracts.task_store import (
     TaskState,
     TaskWrite,
 )
-from comfyui_temporal.contracts.tasks import INPUT_MEMO, EventType, TaskInput, TaskStatus, input_sha256_of
+from comfyui_temporal.contracts.tasks import (
+    INPUT_MEMO,
+    Confirmation,
+    CreditsSummary,
+    EventType,
+    TaskInput,
+    TaskStatus,
+    input_sha256_of,
+)
 from workflows.backlog import Backlog
 from workflows.details import current_details
 from workflows.failures import TaskFailed
@@ -125,6 +133,39 @@ class TaskRecord:
         self.state.stage = None
         self.state.progress = 0.0
         self._own.held_back = None
+
+    def job_accepted(self, job_id: str | None, gpu_slots: int | None) -> None:
+        self.state.job_id = job_id
+        self.state.gpu_slots = gpu_slots
+
+    def job_failed(self, details: ErrorDetails | None) -> None:
+        """The error of the job that ended without a delivery; None once the next one may be requested."""
+        self.state.error = details
+
+    def estimated(self, minutes: float) -> None:
+        self.state.estimated_time = minutes
+
+    def confirming(self, confirmation: Confirmation | None) -> None:
+        """The price that waits to be confirmed, or None."""
+        self.state.confirmation = confirmation
+
+    def credits_changed(self, credits: CreditsSummary) -> CreditsSummary:
+        self.state.credits = credits
+        return credits
+
+    def delivered(self, result_urls: list[str], output: TrainingOutput | None) -> None:
+        self.state.result_urls, self.state.output = result_urls, output
+
+    def completed(self) -> None:
+        """Publish the end of a delivered task."""
+        self.state.error = None
+        self.state.progress = 100.0
+        self.end(
+            TaskStatus.COMPLETED,
+            EventType.COMPLETED,
+            result_urls=self.state.result_urls or None,
+            output=self.state.output,
+        )
 
     def submitted(self, stage: str | None) -> None:
         """A job was accepted: it is queued until it reports otherwise."""

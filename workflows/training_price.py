@@ -126,7 +126,7 @@ class TrainingPrice:
                 FailureCode.PRICE_NOT_CONFIRMED,
                 f"The price of {cost} points was not confirmed until {confirm_by.isoformat()}; nothing was charged.",
             )
-        self._record.state.confirmation = None
+        self._record.confirming(None)
         return cost
 
     def _request_confirmation(self, cost: int, confirm_by: datetime, estimate: Estimate | None) -> None:
@@ -137,7 +137,7 @@ class TrainingPrice:
             suggest_topup=_topup(cost, estimate) if estimate else None,
             confirm_by=confirm_by,
         )
-        self._record.state.confirmation = confirmation
+        self._record.confirming(confirmation)
         self._record.publish(
             f"confirm:{self._record.state.attempts}:{cost}",
             EventType.CREDITS,
@@ -225,7 +225,7 @@ class TrainingPrice:
     def _answered(self) -> None:
         if self.state.asked_at_checkpoint is not None:
             self.state.asked_at_checkpoint = None
-            self._record.state.confirmation = None
+            self._record.confirming(None)
 
     # Between attempts
 

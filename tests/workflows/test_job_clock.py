@@ -30,6 +30,9 @@ class FakeRecord:
         self.facts: list[tuple[str, str]] = []
         self.waits: list[tuple[str, datetime]] = []
 
+    def estimated(self, minutes: float) -> None:
+        self.state.estimated_time = minutes
+
     def record_exception(self, key: str, code: ExceptionCode, message: str) -> None:
         self.exceptions.append((code.value, message))
 
