@@ -19,10 +19,10 @@ from temporalio.client import Client, WorkflowHandle, WorkflowHistoryEventFilter
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from activities.left_behind import HistoryReading, NotReadHere, add_what_the_row_knows, left_by_row
+from activities.orphans import HistoryReader, NotReadHere, add_from_row, orphans_by_row
 from activities.running_call import to_its_end
 from comfyui_temporal.contracts.errors import FailureCode, sentences_of
-from comfyui_temporal.contracts.give_back import GiveBackOrder, LeftBehind
+from comfyui_temporal.contracts.give_back import GiveBackOrder, Orphans
 from comfyui_temporal.contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen
 from comfyui_temporal.contracts.task_store import TaskRow
 from comfyui_temporal.runs import RunSeen, RunStatus, describe_run
@@ -76,14 +76,14 @@ class ClosedRunActivities:
         self._client = client
         self._store = store
 
-    @activity.defn
-    async def left_behind(self, order: GiveBackOrder) -> LeftBehind:
-        """What the task's last run left. Raises ApplicationError.
+    @activity.defn(name="left_behind")
+    async def orphans(self, order: GiveBackOrder) -> Orphans:
+        """What the task's last run left behind. Raises ApplicationError.
 
         `input_invalid`, not retried: there is no such task. `task_conflict`, not retried: its run is open. `internal`,
         retried: row, run or history cannot be read now, or by this worker; `doctor` shows it meanwhile.
         """
-        return await to_its_end(self._left_behind_or_noted(order))
+        return await to_its_end(self._orphans_or_recorded(order))
 
     @activity.defn
     async def closed_among_open(self, look: OpenTasksLook) -> OpenTasksSeen:
@@ -95,10 +95,10 @@ class ClosedRunActivities:
         """Those whose row is open still, and whose run is over as it was. Raises as `closed_among_open`."""
         return await to_its_end(self._still_closed(found))
 
-    async def _left_behind_or_noted(self, order: GiveBackOrder) -> LeftBehind:
+    async def _orphans_or_recorded(self, order: GiveBackOrder) -> Orphans:
         looks = Looks()
         try:
-            left = await self._left_behind(order)
+            orphans = await self._orphans(order)
         except ApplicationError:
             raise
         except Exception as error:
@@ -109,9 +109,9 @@ class ClosedRunActivities:
             ) from None
         looks.seen.append(order.task_id)
         await self._note(looks)
-        return left
+        return orphans
 
-    async def _left_behind(self, order: GiveBackOrder) -> LeftBehind:
+    async def _orphans(self, order: GiveBackOrder) -> Orphans:
         row = await self._row(order.task_id)
         if row is None:
             raise ApplicationError(
@@ -120,7 +120,7 @@ class ClosedRunActivities:
         run = await self._own_run(row)
         if run is None:
             await self._claim(row)
-            return left_by_row(row, VANISHED)
+            return orphans_by_row(row, VANISHED)
         if not run.status.is_over:
             raise ApplicationError(
                 f"Task {order.task_id} is open still, its run is {run.status}: cancel it, it gives everything back "
@@ -266,9 +266,9 @@ class ClosedRunActivities:
     def _handle(self, row: TaskRow, run_id: str | None) -> WorkflowHandle[Any, Any]:
         return self._client.get_workflow_handle(row.workflow_id, run_id=run_id)
 
-    async def _by_history(self, row: TaskRow, how: str, last_run: WorkflowHandle[Any, Any]) -> LeftBehind:
-        reading = HistoryReading(LeftBehind(row=row, how=how), self._client.data_converter)
+    async def _by_history(self, row: TaskRow, how: str, last_run: WorkflowHandle[Any, Any]) -> Orphans:
+        reading = HistoryReader(Orphans(row=row, how=how), self._client.data_converter)
         async for event in last_run.fetch_history_events():
             await reading.take(event)
-        add_what_the_row_knows(reading.left)
-        return reading.left
+        add_from_row(reading.orphans)
+        return reading.orphans

@@ -33,7 +33,8 @@ from comfyui_temporal.contracts.credits import (
     PreDeductRequest,
 )
 from comfyui_temporal.contracts.errors import CREDITS_CODES_BY_NUMBER, CREDITS_ERRORS, Answer, FailureCode
-from comfyui_temporal.contracts.permissions import SCENE_SCOPES, Scope
+from comfyui_temporal.contracts.permissions import Scope
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.size_budget import MAX_LEDGER_BYTES, json_bytes
 
 CREDITS: Final = Party(
@@ -204,7 +205,7 @@ def _given_back(entries: list[LedgerEntry]) -> Iterator[tuple[int, int]]:
 
 
 def _scope(call_for: CallFor) -> Scope:
-    return Scope.CREDITS_ROLLBACK if call_for.is_rollback else SCENE_SCOPES[call_for.scene]
+    return Scope.CREDITS_ROLLBACK if call_for.is_rollback else SCENES[call_for.scene].scope
 
 
 def _account(call_for: CallFor) -> dict[str, str | int]:

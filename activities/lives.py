@@ -16,11 +16,10 @@ from temporalio.exceptions import ApplicationError
 
 from activities.outside_http import current_time_limit_seconds, time_limit
 from comfyui_temporal.contracts.calls import CallFor, JobCall, Post
-from comfyui_temporal.contracts.comfyui import JobAccepted, TrainingAccepted
 from comfyui_temporal.contracts.credits import HoldReply
 from comfyui_temporal.contracts.errors import Answer, FailureCode, Refusal
 from comfyui_temporal.contracts.lives import READ_THE_LEDGER, STORE_UNAVAILABLE, TASK_ENDED, EarlierLife, TaskRun
-from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW
+from comfyui_temporal.contracts.scenes import SCENE_OF_WORKFLOW, SCENES
 from store import StoreFailure, StoreUnavailable, TaskStore
 
 Asked = TypeVar("Asked", bound=Post[Any] | JobCall)
@@ -28,7 +27,6 @@ Reply = TypeVar("Reply")
 
 LOOK_SECONDS: Final = 1.5
 NOTE_SECONDS: Final = 1.0
-TASK_WORKFLOWS: Final = frozenset({IMAGE_WORKFLOW, TRAINING_WORKFLOW})
 
 log = structlog.get_logger(__name__)
 
@@ -39,7 +37,7 @@ def acting_run(task_id: str, first_execution_run_id: str | None, run_number: int
     By the activity, never by its input: what a reset run has copied of its history names the run that was reset.
     """
     info = activity.info()
-    if info.workflow_type not in TASK_WORKFLOWS or info.workflow_run_id is None:
+    if info.workflow_type not in SCENE_OF_WORKFLOW or info.workflow_run_id is None:
         return None
     return TaskRun(
         task_id=task_id,
@@ -108,13 +106,11 @@ class Lives:
 
     async def _noted(self, call_for: CallFor, answer: Answer[Reply], life: EarlierLife) -> Answer[Reply]:
         """Keep what was made with the row: a run that is reset before it has told of it forgets it."""
-        match answer.reply:
-            case HoldReply(pre_deduct_id=made):
-                is_known = await self._note(call_for, "hold", made)
-            case JobAccepted(job_id=made) | TrainingAccepted(training_id=made):
-                is_known = await self._note(call_for, "job", made)
-            case _:
-                is_known = False
+        reply, is_known = answer.reply, False
+        if isinstance(reply, HoldReply):
+            is_known = await self._note(call_for, "hold", reply.pre_deduct_id)
+        elif isinstance(reply, SCENES[call_for.scene].accepted):
+            is_known = await self._note(call_for, "job", reply.job_id)
         if not life.is_possible:
             return answer
         return answer.model_copy(update={"earlier_life": life.model_copy(update={"is_known": is_known})})

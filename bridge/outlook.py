@@ -34,7 +34,7 @@ from bridge.calls import (
 )
 from comfyui_temporal.contracts.comfyui import Resolution, TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tasks import PRIORITY_KEYS
 
 KEPT_SECONDS: Final = 3.0
@@ -111,7 +111,7 @@ class Outlook:
         waits = (ahead + running / 2) * seconds / max(1, len(here)) if ahead or running >= len(here) else 0.0
         minutes = (waits + seconds) / 60
         if measured is None:
-            minutes = max(minutes, DEFAULT_ETA_MINUTES[Scene.IMAGE_GENERATE][priority])
+            minutes = max(minutes, SCENES[Scene.IMAGE_GENERATE].eta_minutes[priority])
         return Expected(minutes=round(max(minutes, LEAST_MINUTES), 4), ahead=ahead, run_seconds=round(seconds, 3))
 
     async def run_seconds(self, template_id: str, resolution: Resolution) -> float | None:

@@ -18,7 +18,8 @@ from bridge.templates import RequestRefused, TemplateLibrary
 from comfyui_temporal.contracts.comfyui import JobRequest, JobStatus, TaskPriority
 from comfyui_temporal.contracts.fields import CallerId, Prompt
 from comfyui_temporal.contracts.permissions import Operation, Scene, TokenClaims
-from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES, PriceTable, UnknownPrice
+from comfyui_temporal.contracts.prices import PriceTable, UnknownPrice
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tasks import Extras
 
 GPU_SLOTS: Final = 1
@@ -106,7 +107,7 @@ class ImageService:
 
     async def gpus(self, call: Call) -> Reply:
         demand(call.claims, Operation.READ_COMFYUI)
-        default = DEFAULT_ETA_MINUTES[Scene.IMAGE_GENERATE][TaskPriority.ACCELERATED]
+        default = SCENES[Scene.IMAGE_GENERATE].eta_minutes[TaskPriority.ACCELERATED]
         return Reply(200, await self._outlook.gpus(default * 60))
 
     async def _new_job(self, request: TakenJobRequest, call: Call) -> ImageJob:

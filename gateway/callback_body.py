@@ -1,4 +1,4 @@
-"""Verified bytes → a callback (contract §2, §3): limits, and which of the two kinds it is."""
+"""Verified bytes → a callback (contract §2, §3): limits, and which scene it is of."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from comfyui_temporal.contracts.comfyui import JobCallback, TrainingCallback
 from comfyui_temporal.contracts.outside_json import UnreadableJson, read_json
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.scenes import SCENES, Callback, SceneSpec, scene_of_message
 
 MAX_BYTES: Final = 64 * 1024
 MAX_BYTES_WITH_LOG: Final = 256 * 1024
-
-Callback = JobCallback | TrainingCallback
+LOG_FIELD: Final = "log"
 
 
 class BodyTooLarge(Exception):
@@ -35,25 +35,30 @@ def read_callback(raw: bytes, task_id: str) -> Callback:
         raise UnreadableCallback(str(error)) from None
     if not isinstance(body, dict):
         raise UnreadableCallback("the body is no JSON object")
-    is_training = "training_id" in body
-    if len(raw) > MAX_BYTES and not (is_training and body.get("log")):
+    spec = scene_of_message(body) or SCENES[Scene.IMAGE_GENERATE]
+    if len(raw) > MAX_BYTES and not (_may_hold_log(spec) and body.get("log")):
         raise BodyTooLarge
     if body.get("task_id") != task_id:
         raise ForeignTask
     try:
-        return _training(body) if is_training else JobCallback.model_validate(body)
+        return _validated(spec, body)
     except ValidationError as error:
         raise UnreadableCallback(_fields_of(error)) from None
 
 
-def _training(body: dict[str, Any]) -> TrainingCallback:
-    """A training's callback; a log that cannot be read costs the log, not the message around it."""
+def _may_hold_log(spec: SceneSpec) -> bool:
+    return LOG_FIELD in spec.callback.model_fields
+
+
+def _validated(spec: SceneSpec, body: dict[str, Any]) -> Callback:
+    """The callback. A log that cannot be read is left out; the rest of the message counts. Raises ValidationError."""
     try:
-        return TrainingCallback.model_validate(body)
+        return spec.callback.model_validate(body)
     except ValidationError as error:
-        if any(item["loc"][0] != "log" for item in error.errors(include_url=False)):
+        is_only_log = all(item["loc"][:1] == (LOG_FIELD,) for item in error.errors(include_url=False))
+        if not is_only_log:
             raise
-        return TrainingCallback.model_validate({**body, "log": []})
+        return spec.callback.model_validate({**body, LOG_FIELD: []})
 
 
 def _fields_of(error: ValidationError) -> str:

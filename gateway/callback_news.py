@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from comfyui_temporal.contracts.comfyui import JobCallback
-from gateway.callback_body import Callback
+from comfyui_temporal.contracts.scenes import Callback, scene_of_callback
 
 BURST: Final = 25
 PER_SECOND: Final = 2.0
@@ -16,32 +15,10 @@ KEPT_FOR_FINALS: Final = 5
 """The part of a burst that only callbacks of ended jobs may use."""
 
 
-def job_of(callback: Callback) -> str:
-    return callback.job_id if isinstance(callback, JobCallback) else callback.training_id
-
-
 def news_of(callback: Callback) -> tuple[Any, ...]:
     """Two callbacks of a job with the same news tell the workflow the same."""
     percent = None if callback.stage_progress is None else int(callback.stage_progress)
-    if isinstance(callback, JobCallback):
-        return (
-            percent,
-            callback.job_status,
-            callback.estimated_time,
-            callback.result_urls,
-            callback.actual_cost,
-            callback.error_details,
-        )
-    return (
-        percent,
-        callback.training_status,
-        callback.training_stage,
-        callback.estimated_time,
-        callback.gpu_hours,
-        callback.checkpoint,
-        callback.output,
-        callback.error_details,
-    )
+    return (percent, *(getattr(callback, name) for name in scene_of_callback(callback).signalled_fields))
 
 
 @dataclass

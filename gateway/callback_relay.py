@@ -30,8 +30,8 @@ from typing import Final, Protocol
 
 import structlog
 
-from gateway.callback_body import Callback
-from gateway.callback_news import Pace, Told, job_of, news_of
+from comfyui_temporal.contracts.scenes import Callback
+from gateway.callback_news import Pace, Told, news_of
 
 log = structlog.get_logger(__name__)
 
@@ -71,7 +71,7 @@ class Waiting:
     @property
     def place(self) -> tuple[str, bool]:
         """At most one tick and one end of a job wait."""
-        return (job_of(self.callback), self.callback.has_ended())
+        return (self.callback.job_id, self.callback.has_ended())
 
     def resolve(self, relayed: Relayed) -> None:
         if self.answer is not None and not self.answer.done():
@@ -93,7 +93,7 @@ class TaskLine:
         self.sender: asyncio.Task[None] | None = None
 
     async def take(self, callback: Callback) -> Relayed:
-        if not self._will_tell_more(job_of(callback)) and self._is_covered(callback):
+        if not self._will_tell_more(callback.job_id) and self._is_covered(callback):
             return Relayed.COALESCED
         hears = callback.has_ended() or self._is_failing or self._pace.ready_in(is_final=False) == 0
         joining = Waiting(callback, asyncio.get_running_loop().create_future() if hears else None)
@@ -132,7 +132,7 @@ class TaskLine:
 
     async def _signal(self, first: Waiting) -> None:
         self._pace.spend()
-        self._in_flight = job_of(first.callback)
+        self._in_flight = first.callback.job_id
         relayed = await self._signalled(first.callback)
         self._in_flight = None
         self._is_failing = relayed is Relayed.UNAVAILABLE
@@ -159,7 +159,7 @@ class TaskLine:
         if failed.answer is not None:
             return
         if failed.retries >= MAX_RETRIES:
-            log.warning("callback_given_up", task_id=self._task_id, job_id=job_of(failed.callback))
+            log.warning("callback_given_up", task_id=self._task_id, job_id=failed.callback.job_id)
             return
         failed.retries += 1
         self._waiting.setdefault(failed.place, failed)
@@ -178,7 +178,7 @@ class TaskLine:
         return self._in_flight == job or (job, True) in self._waiting
 
     def _is_covered(self, callback: Callback) -> bool:
-        told = self._told.get(job_of(callback))
+        told = self._told.get(callback.job_id)
         if told is None or not told.covers(callback):
             return False
         told.sequence = max(told.sequence, callback.sequence)
@@ -186,10 +186,10 @@ class TaskLine:
 
     def _tell(self, callback: Callback) -> None:
         told = Told(callback.sequence, news_of(callback), callback.has_ended())
-        before = self._told.pop(job_of(callback), None)
+        before = self._told.pop(callback.job_id, None)
         if before is not None and before.sequence > told.sequence:
             told = replace(before, is_final=before.is_final or told.is_final)
-        self._told[job_of(callback)] = told
+        self._told[callback.job_id] = told
         if len(self._told) > MAX_JOBS:
             del self._told[next(iter(self._told))]
 

@@ -21,13 +21,13 @@ from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from comfyui_temporal.contracts.comfyui import JobCallback, TrainingCallback
+from comfyui_temporal.contracts.comfyui import TrainingCallback
 from comfyui_temporal.contracts.fields import OwnModel
+from comfyui_temporal.contracts.scenes import SCENES, Callback
 from comfyui_temporal.contracts.task_store import TrainingLogWrite
 from gateway.callback_body import (
     MAX_BYTES_WITH_LOG,
     BodyTooLarge,
-    Callback,
     ForeignTask,
     UnreadableCallback,
     read_callback,
@@ -182,7 +182,7 @@ def _documented() -> dict[int | str, dict[str, Any]]:
 
 def _documented_body() -> dict[str, Any]:
     """The body is read as bytes: it is verified before it is parsed."""
-    forms = [model.model_json_schema(ref_template="{model}") for model in (JobCallback, TrainingCallback)]
+    forms = [spec.callback.model_json_schema(ref_template="{model}") for spec in SCENES.values()]
     described = [{"type": "object", "title": form["title"], "required": form["required"]} for form in forms]
     return {"required": True, "content": {"application/json": {"schema": {"anyOf": described}}}}
 
@@ -237,7 +237,7 @@ async def _body(request: Request) -> bytes:
 
 def _log_write(task_id: str, callback: Callback) -> TrainingLogWrite | None:
     """What goes to the training log; None when there is nothing."""
-    if isinstance(callback, JobCallback):
+    if not isinstance(callback, TrainingCallback):
         return None
     metrics = _metrics(callback)
     if not callback.log and not metrics:

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, JsonValue, StringConstraints, field_vali
 from activities.file_lists import as_list, checksum_of
 from comfyui_temporal.contracts.fields import CallerId, CallerModel, CallerText, OwnModel
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.size_budget import MAX_INLINE_LIST_BYTES
 from comfyui_temporal.contracts.task_store import TrainingLogRow
 from comfyui_temporal.contracts.tasks import (
@@ -46,6 +47,11 @@ def task_id_by_key(tenant_id: str, key: str) -> str:
     return "key-" + hashlib.sha256(f"{tenant_id}\n{key}".encode()).hexdigest()[:40]
 
 
+def new_task_id(scene: Scene, tenant_id: str, key: str | None) -> str:
+    """The id of a task that was ordered without one."""
+    return task_id_by_key(tenant_id, key) if key else f"{SCENES[scene].noun}-{secrets.token_hex(8)}"
+
+
 class ImageOrder(ImageTask):
     """Body of `POST /api/v1/tasks/images`: `ImageGenerationWorkflow`'s input.
 
@@ -60,7 +66,7 @@ class ImageOrder(ImageTask):
 
     def task(self, *, tenant_id: str, user_id: str, key: str | None) -> ImageTask:
         """The task that is ordered, in the name of the token."""
-        task_id = self.task_id or (task_id_by_key(tenant_id, key) if key else f"image-{secrets.token_hex(8)}")
+        task_id = self.task_id or new_task_id(self.scene, tenant_id, key)
         return ImageTask(**_given(self, task_id=task_id, tenant_id=tenant_id, user_id=user_id))
 
 
@@ -77,13 +83,13 @@ class TrainingOrder(TrainingTask):
     @field_validator("dataset")
     @classmethod
     def _told_once(cls, dataset: DatasetSource) -> DatasetSource:
-        if dataset.is_told_twice:
+        if dataset.names_files_twice:
             raise ValueError("files and manifest exclude each other: name the files in one way")
         return dataset
 
     def task(self, *, tenant_id: str, user_id: str, key: str | None) -> TrainingTask:
         """The task that is ordered, in the name of the token; a long list of files is named by its checksum."""
-        task_id = self.task_id or (task_id_by_key(tenant_id, key) if key else f"training-{secrets.token_hex(8)}")
+        task_id = self.task_id or new_task_id(self.scene, tenant_id, key)
         dataset = self.dataset.model_dump(exclude_unset=True)
         if self.long_list is not None:
             dataset |= {"files": None, "files_sha256": checksum_of(as_list(self.long_list))}

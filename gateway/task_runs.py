@@ -10,9 +10,9 @@ import structlog
 from temporalio.client import Client
 from temporalio.service import RPCError, RPCStatusCode
 
+from comfyui_temporal.contracts.scenes import Callback
 from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, workflow_id_of
 from comfyui_temporal.runs import describe_run
-from gateway.callback_body import Callback
 from gateway.callback_relay import Relayed
 from gateway.metrics import Metrics
 from store import StoreUnavailable, TaskStore

@@ -18,15 +18,15 @@ from comfyui_temporal.client import submission
 from comfyui_temporal.client.errors import TaskExists
 from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tasks import (
     CancelTask,
     CancelTaskOutcome,
     ConfirmPrice,
     ConfirmPriceOutcome,
-    ImageTask,
     TaskEvent,
+    TaskInput,
     TaskStatus,
-    TrainingTask,
     input_sha256_of,
     workflow_id_of,
 )
@@ -68,9 +68,8 @@ class Tasks:
             return earlier, False
         if isinstance(order, TrainingOrder) and order.long_list is not None:
             await self._keep(task.task_id, order.dataset.dataset_id, order.long_list)
-        start = submission.start_image if isinstance(task, ImageTask) else submission.start_training
         try:
-            started: submission.Started = await bounded(start(self._temporal, task, task_queue=self._task_queue))  # type: ignore[arg-type]
+            started = await bounded(submission.start_task(self._temporal, task, task_queue=self._task_queue))
         except TaskExists:
             raise _exists(task.task_id) from None
         if started.is_new:
@@ -87,7 +86,7 @@ class Tasks:
                 "The list of files cannot be put into object storage now; nothing was started. Try again.",
             ) from None
 
-    async def _claimed(self, task: ImageTask | TrainingTask) -> TaskView | None:
+    async def _claimed(self, task: TaskInput) -> TaskView | None:
         """The task that holds the id already. The claim outlives the run and the row; while the store is away, the
         run's own claim decides."""
         try:
@@ -153,7 +152,7 @@ class Tasks:
     async def confirm_price(self, caller: Caller, task_id: str, order: ConfirmPrice) -> ConfirmPriceOutcome:
         """Raise a training's ceiling."""
         view = await self.owned(caller, task_id)
-        if view.scene is not Scene.MODEL_TRAIN:
+        if not SCENES[view.scene].confirms_price:
             raise Problem(ProblemCode.INPUT_INVALID, "Only a training waits to have its price confirmed.")
         over = Problem(ProblemCode.TASK_OVER, f"Task {task_id} is over: there is no price left to confirm.")
         if view.ended_at is not None:

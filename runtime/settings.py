@@ -12,18 +12,27 @@ from __future__ import annotations
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.policy import (
+    CONFIRM_WITHIN_SECONDS,
+    CONTINUE_AS_NEW_EVENTS,
+    CONTINUE_AS_NEW_SIGNALS,
+    RETRY_AFTER_SECONDS,
+    Policy,
+)
 from comfyui_temporal.contracts.prices import PriceTable
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.size_budget import MAX_ATTEMPTS, MAX_TABLE_ENTRIES
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
 
 MIN_SECRET_BYTES = 32
+_IMAGE: Final = SCENES[Scene.IMAGE_GENERATE]
+_TRAINING: Final = SCENES[Scene.MODEL_TRAIN]
 
 
 def _without_slash(url: str) -> str:
@@ -96,20 +105,20 @@ class Settings(BaseSettings):
     # Policy (contract §5, §8)
     prices: PriceTable = PriceTable()
     """JSON; see comfyui_temporal/contracts/prices.py for its fields."""
-    image_poll_after_seconds: float = Field(default=30, gt=0)
-    image_poll_at_most_seconds: float = Field(default=120, gt=0)
-    training_poll_after_seconds: float = Field(default=300, gt=0)
-    training_poll_at_most_seconds: float = Field(default=1_800, gt=0)
+    image_poll_after_seconds: float = Field(default=_IMAGE.poll_after_seconds, gt=0)
+    image_poll_at_most_seconds: float = Field(default=_IMAGE.poll_at_most_seconds, gt=0)
+    training_poll_after_seconds: float = Field(default=_TRAINING.poll_after_seconds, gt=0)
+    training_poll_at_most_seconds: float = Field(default=_TRAINING.poll_at_most_seconds, gt=0)
     deadline_factor: float = Field(default=3.0, gt=0)
-    image_cap_minutes: float = Field(default=24 * 60, gt=0)
-    training_cap_minutes: float = Field(default=30 * 24 * 60, gt=0)
-    confirm_within_seconds: float = Field(default=3_600, gt=0)
-    retry_after_seconds: Annotated[list[float], NoDecode] = [30.0, 60.0, 120.0]
+    image_cap_minutes: float = Field(default=_IMAGE.cap_minutes, gt=0)
+    training_cap_minutes: float = Field(default=_TRAINING.cap_minutes, gt=0)
+    confirm_within_seconds: float = Field(default=CONFIRM_WITHIN_SECONDS, gt=0)
+    retry_after_seconds: Annotated[list[float], NoDecode] = list(RETRY_AFTER_SECONDS)
     charge_shortfall: bool = False
     queue_sla_accelerated_minutes: float = Field(default=3.0, gt=0)
     queue_sla_standard_minutes: float = Field(default=8.0, gt=0)
-    continue_as_new_events: int = Field(default=2_000, ge=50)
-    continue_as_new_signals: int = Field(default=5_000, ge=10)
+    continue_as_new_events: int = Field(default=CONTINUE_AS_NEW_EVENTS, ge=50)
+    continue_as_new_signals: int = Field(default=CONTINUE_AS_NEW_SIGNALS, ge=10)
 
     # Reconciler
     reconcile_every_seconds: float = Field(default=300, ge=1)
@@ -224,16 +233,21 @@ class Settings(BaseSettings):
     def queue_sla_minutes(self) -> dict[str, float]:
         return {"accelerated": self.queue_sla_accelerated_minutes, "standard": self.queue_sla_standard_minutes}
 
+    def _of_scene(self, scene: Scene, name: str) -> float:
+        """The setting `{noun}_{name}`; the table of scenes, where there is no such setting."""
+        spec = SCENES[scene]
+        value: float = getattr(self, f"{spec.noun}_{name}", getattr(spec, name))
+        return value
+
     def policy(self, *, scene: Scene, task_id: str, tenant_id: str, priority: str) -> Policy:
         """The policy of one task (contract §5 (ours): prices and limits are no input)."""
-        is_image = scene is Scene.IMAGE_GENERATE
         return Policy(
             prices=self.prices,
             callback_url=f"{self.callback_base_url}/callbacks/comfyui/{task_id}",
-            poll_after_seconds=self.image_poll_after_seconds if is_image else self.training_poll_after_seconds,
-            poll_at_most_seconds=self.image_poll_at_most_seconds if is_image else self.training_poll_at_most_seconds,
+            poll_after_seconds=self._of_scene(scene, "poll_after_seconds"),
+            poll_at_most_seconds=self._of_scene(scene, "poll_at_most_seconds"),
             deadline_factor=self.deadline_factor,
-            cap_minutes=self.image_cap_minutes if is_image else self.training_cap_minutes,
+            cap_minutes=self._of_scene(scene, "cap_minutes"),
             confirm_within_seconds=self.confirm_within_seconds,
             retry_after_seconds=self.retry_after_seconds,
             charge_shortfall=self.charge_shortfall,

@@ -51,7 +51,7 @@ def free_port() -> int:
 
 async def test_it_offers_every_activity_that_workflows_call(temporal_env: WorkflowEnvironment) -> None:
     async with worker.opened_activities(settings_with(), temporal_env.client) as activities:
-        assert {activity.__name__ for activity in activities} == CALLS
+        assert {activity.__temporal_activity_definition.name for activity in activities} == CALLS  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,17 @@
-"""What waits for the task store: facts and exception records, in order, bounded by count and by bytes.
+"""Facts and exception records that wait for the task store, in order, bounded by count and by bytes.
 
-The store may be away for days while a training is renewed and told of. What goes first when there is too much:
+The store may be away for days while a training goes on. This is dropped first when there is too much:
 
-    facts        progress within a stage, the oldest; then any fact, the oldest, in whose place one says how many are
-                 left out; the newest, the settlement and the end stay
-    exceptions   the first of each code stays; further ones are counted in a record of their own
+    facts        the oldest progress within a stage; then the oldest fact of any kind, replaced by one fact that says
+                 how many are missing. The newest fact, the settlement and the end are kept
+    exceptions   the first of each code is kept; further ones are counted in one record
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from comfyui_temporal.contracts.carried import RecordState
+from comfyui_temporal.contracts.continuation import RecordState
 from comfyui_temporal.contracts.fields import shortened
 from comfyui_temporal.contracts.size_budget import (
     MAX_EXCEPTIONS,
@@ -30,11 +30,11 @@ _ALWAYS_KEPT: Final = frozenset({"settled", "end"})
 
 
 class Backlog:
-    """Appended to by the flow, taken from by the one writer; what is being written is not touched."""
+    """The flow appends, the one writer takes. Facts that are being written are not touched."""
 
-    def __init__(self, carried: RecordState) -> None:
-        self._facts = Measured(carried.unwritten)
-        self._exceptions = Measured(carried.exceptions)
+    def __init__(self, state: RecordState) -> None:
+        self._facts = Measured(state.unwritten)
+        self._exceptions = Measured(state.exceptions)
         self._facts_in_flight = 0
         self._exceptions_in_flight = 0
 
@@ -45,13 +45,13 @@ class Backlog:
     # The writer
 
     def take(self) -> tuple[list[Fact], list[TaskException]]:
-        """All that waits, from now on in flight until it is `written`."""
+        """Everything that waits. It is in flight until `written` is called."""
         facts, exceptions = list(self._facts.items), list(self._exceptions.items)
         self._facts_in_flight, self._exceptions_in_flight = len(facts), len(exceptions)
         return facts, exceptions
 
     def written(self) -> None:
-        """What was taken is written, or will never be."""
+        """What was taken is written, or will never be written."""
         self._facts.remove_first(self._facts_in_flight)
         self._exceptions.remove_first(self._exceptions_in_flight)
         self._facts_in_flight = self._exceptions_in_flight = 0
@@ -59,7 +59,7 @@ class Backlog:
     # The flow
 
     def add(self, fact: Fact) -> None:
-        """Append a fact; progress takes the place of the progress before it."""
+        """Append a fact; progress replaces the progress just before it."""
         waiting = self._facts.items
         if len(waiting) > self._facts_in_flight and _is_progress(fact) and _same_stage(waiting[-1], fact):
             self._facts.replace(len(waiting) - 1, fact)
@@ -93,7 +93,7 @@ class Backlog:
         return True
 
     def add_exception(self, record: TaskException) -> None:
-        """Append a record; past the limit the first of its code, in short, and then their number."""
+        """Append a record. Past the limit: the first of its code, shortened, and then only their number."""
         waiting = self._exceptions.items
         size = self._exceptions.total_bytes + json_bytes(record)
         alike = [i for i in range(self._exceptions_in_flight, len(waiting)) if waiting[i].code == record.code]
@@ -136,7 +136,7 @@ def _count_of(marker: Fact) -> int:
 
 
 def _in_place_of(fact: Fact, left_out: int) -> Fact:
-    """A fact that says how many are missing here. Its key holds their number: it names what was left out."""
+    """A fact that says how many are missing here. Its key holds their number."""
     first = fact.key if not fact.key.startswith(LEFT_OUT) else fact.key.removeprefix(LEFT_OUT).rpartition(":")[0]
     return Fact(
         key=f"{LEFT_OUT}{first[:200]}:{left_out}",

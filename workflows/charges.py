@@ -1,8 +1,8 @@
-"""Points charged without a hold: delivered work whose hold had ended (contract §4 *commit refused*).
+"""Charges points without a hold, for delivered work whose hold had ended (contract §4 *commit refused*).
 
-At most 2000 points a call, each part under a key of its own: a repeated one would charge nothing and seem to have. A
-service that keeps no keys may have acted on a call that it did not answer. So each part is sent once; where its answer
-stays out, the ledger says whether it may be sent again.
+At most 2000 points a call, each part with a key of its own: a repeated key would charge nothing and look as if it had.
+A service that keeps no keys may have acted on a call without an answer. So each part is sent once; without an answer
+the ledger decides whether it may be sent again.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from temporalio.exceptions import FailureError
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import Post
 from comfyui_temporal.contracts.credits import CHARGE_REASON, MAX_CHARGE_POINTS, ChargeReply, ChargeRequest
-from comfyui_temporal.contracts.errors import Answer, FailureCode
-from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
-from workflows.earlier_life import is_of_store, obey_life
-from workflows.failures import why
+from comfyui_temporal.contracts.errors import Answer, FailureCode, Refusal, RefusalKind, UnreadableReply
+from comfyui_temporal.contracts.tasks import TaskInput
+from workflows.earlier_life import is_of_store, raise_unless_settled
+from workflows.failures import failure_from
 from workflows.ledger_search import LedgerSearch, Shown
 from workflows.outside_call import OutsideCall
 
@@ -30,13 +30,11 @@ STORE_AGAIN_AFTER: Final = timedelta(seconds=2)
 """Doubled each time, up to `STORE_AGAIN_AT_MOST`."""
 STORE_AGAIN_AT_MOST: Final = timedelta(minutes=1)
 MAX_SENDINGS: Final = 6
-"""Of one part to a service that keeps no keys: after each the ledger has shown it absent for 10 minutes."""
-NOT_REFUSED: Final = frozenset({"unreadable", "idempotency_conflict"})
-"""Answers that do not say that nothing was charged."""
+"""Of one part to a service that keeps no keys: after each the ledger did not show it for 10 minutes."""
 
 
 class ChargeUnknown(Exception):
-    """Whether points were charged could not be learned; `charged`: what is known to have been, by this settlement."""
+    """Whether points were charged could not be found out. `charged`: what this settlement is known to have charged."""
 
     def __init__(self, sentence: str, *, charged: int = 0) -> None:
         self.charged = charged
@@ -49,26 +47,26 @@ class Charged(NamedTuple):
     points: int
     balance_after: int | None = None
     is_refused: bool = False
-    """A part was refused: what is missing stays uncharged."""
+    """A part was refused: the rest stays uncharged."""
 
 
 class Charges:
     """The parts of one task, numbered 1, 2, 3 …"""
 
-    def __init__(self, task: ImageTask | TrainingTask, outside: OutsideCall, ledger: LedgerSearch) -> None:
+    def __init__(self, task: TaskInput, outside: OutsideCall, ledger: LedgerSearch) -> None:
         self._task = task
         self._outside = outside
         self._ledger = ledger
         self._n = 0
 
     def taken_before(self) -> int:
-        """Points that the ledger, as it was last read, shows charged already; their numbers are taken."""
+        """Points that the ledger showed as charged when it was last read; their numbers are taken."""
         shown = self._ledger.newest
         self._n = max(self._n, len(shown.charges) if shown is not None else 0)
         return self._ledger.charged_without_hold()
 
     async def take(self, points: int, *, before: int = 0) -> Charged:
-        """Charge `points`; a refusal leaves the rest uncharged. Raises ChargeUnknown.
+        """Charge `points`; after a refusal the rest stays uncharged. Raises ChargeUnknown.
 
         `before`: what was charged for the task until now, for the failure.
         """
@@ -84,10 +82,10 @@ class Charges:
             charged, balance_after = charged + amount, answer.reply.balance_after
         return Charged(charged, balance_after)
 
-    async def learn(self, asked: list[Post[ChargeRequest]]) -> Charged:
-        """What became of parts that a run had asked for when it ended. Raises ChargeUnknown."""
+    async def learn(self, requested: list[Post[ChargeRequest]]) -> Charged:
+        """What became of parts that a run had requested when it ended. Raises ChargeUnknown."""
         charged, balance_after = 0, None
-        for post in asked:
+        for post in requested:
             self._n += 1
             try:
                 answer = await self._unanswered(post, "its run had ended")
@@ -109,7 +107,7 @@ class Charges:
             reason=CHARGE_REASON,
         )
         key = self._outside.key("charge", self._n)
-        has_read = self._outside.told.is_possible
+        has_read = self._outside.earlier.is_possible
         return Post[ChargeRequest](call_for=self._outside.call_for, key=key, body=body, has_read_ledger=has_read)
 
     async def _sent(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
@@ -117,29 +115,31 @@ class Charges:
         if not workflow.patched(SENT_ONCE):
             return await self._repeated(post)
         newest = self._ledger.newest
-        if self._outside.told.is_possible and not (newest is not None and newest.has_kinds):
+        if self._outside.earlier.is_possible and not (newest is not None and newest.has_kinds):
             return await self._unanswered(post, "the task's run was reset")  # an earlier life may have sent it
         try:
             answer = await self._once(post)
         except FailureError as error:
-            return await self._unanswered(post, str(why(error, FailureCode.CREDITS_UNAVAILABLE)))
+            return await self._unanswered(post, str(failure_from(error, FailureCode.CREDITS_UNAVAILABLE)))
         return await self._decided(post, answer)
 
     async def _once(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
-        """One sending; a task store that is away is waited for: nothing was sent. Raises FailureError."""
+        """Send it once. While the task store is away nothing is sent, and this waits. Raises FailureError."""
         wait = STORE_AGAIN_AFTER
         while True:
-            handle = self._outside.visible(CreditsActivities.charge, post, summary="5 charge", retry=ONE_TRY)
+            handle = self._outside.visible(
+                CreditsActivities.charge, post, summary=self._outside.labels.charge, retry=ONE_TRY
+            )
             try:
                 return await handle
             except FailureError as error:
                 if not is_of_store(error):
                     raise
-            await workflow.sleep(wait, summary="5 charge: the task store is away")
+            await workflow.sleep(wait, summary=f"{self._outside.labels.charge}: the task store is away")
             wait = min(2 * wait, STORE_AGAIN_AT_MOST)
 
-    async def _unanswered(self, post: Post[ChargeRequest], said: str) -> Answer[ChargeReply]:
-        """The ledger shows what became of a part whose answer stayed out, or whether it may be sent again."""
+    async def _unanswered(self, post: Post[ChargeRequest], reason: str) -> Answer[ChargeReply]:
+        """A part without an answer: the ledger shows what became of it, or whether it may be sent again."""
         for _ in range(MAX_SENDINGS):
             match await self._ledger.charge_shown(self._n):
                 case Shown.CHARGED:
@@ -151,26 +151,31 @@ class Charges:
             try:
                 return await self._decided(post, await self._once(post))
             except FailureError as error:
-                said = str(why(error, FailureCode.CREDITS_UNAVAILABLE))
-        raise ChargeUnknown(said)
+                reason = str(failure_from(error, FailureCode.CREDITS_UNAVAILABLE))
+        raise ChargeUnknown(reason)
 
     async def _repeated(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
-        answer = await self._outside.until_answered(CreditsActivities.charge, post, summary="5 charge")
+        answer = await self._outside.until_answered(CreditsActivities.charge, post, summary=self._outside.labels.charge)
         assert answer is not None
         return answer
 
     async def _decided(self, post: Post[ChargeRequest], answer: Answer[ChargeReply]) -> Answer[ChargeReply]:
-        """An answer that does not say whether it was charged is looked up."""
-        obey_life(answer)
-        if answer.refusal is None or answer.refusal.message not in NOT_REFUSED:
+        """An answer that does not say whether it was charged is looked up in the ledger."""
+        raise_unless_settled(answer)
+        if answer.refusal is None or not _may_have_charged(answer.refusal):
             return answer
         if await self._ledger.charge_shown(self._n, may_repeat=False) is Shown.CHARGED:
             return self._by_ledger(post)
         raise ChargeUnknown(answer.refusal.sentence)
 
     def _by_ledger(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
-        """The reply that stayed out, as the ledger tells it."""
+        """The missing reply, made from the ledger."""
         return Answer(reply=ChargeReply(ledger_id=f"charge-{self._n}", change=-post.body.amount))
+
+
+def _may_have_charged(refusal: Refusal) -> bool:
+    """Whether this answer leaves open that points were charged."""
+    return isinstance(refusal, UnreadableReply) or refusal.kind is RefusalKind.KEY_CONFLICT
 
 
 def _parts(points: int) -> list[int]:

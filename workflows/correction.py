@@ -1,6 +1,7 @@
-"""What was told as unknown when a task ended, looked up again (contract §4): hourly for a day.
+"""Looks up settlements that were unknown when their task ended (contract §4): hourly for a day.
 
-A correction changes the row's `credits` alone and adds a record: no event, and the run's result stays as it was.
+A correction changes only the row's `credits` and adds an exception record. It writes no event, and the run's result
+stays as it was.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from datetime import timedelta
 from typing import Final
 
 from temporalio import workflow
-from temporalio.common import RetryPolicy
 from temporalio.exceptions import FailureError
 
 from activities.credits import CreditsActivities
@@ -20,30 +20,28 @@ from comfyui_temporal.contracts.errors import ExceptionCode
 from comfyui_temporal.contracts.reconcile import UnsettledLook
 from comfyui_temporal.contracts.task_store import Correction, TaskException, UnsettledTask
 from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState
-from workflows.outside_call import HEARTBEAT_TIMEOUT, OutsideCall
+from workflows.outside_call import HEARTBEAT_TIMEOUT, RETRY, STORE_TIMEOUT, OutsideCall
 from workflows.stop import Stop
 from workflows.task_ledger import TaskLedger
 
-STORE_TIMEOUT: Final = timedelta(minutes=1)
-STORE_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
 READ_WITHIN: Final = timedelta(seconds=30)
-"""What cannot be read in time is left to the next hour: one service's outage holds up no pass."""
+"""A ledger that cannot be read in time is left to the next hour: one outage delays no pass."""
 READS_AT_ONCE: Final = 10
 
 
-def corrected(told: CreditsSummary, ledger: TaskLedger) -> CreditsSummary | None:
-    """The credits as the ledger shows them by now; None where it still does not tell."""
+def corrected(recorded: CreditsSummary, ledger: TaskLedger) -> CreditsSummary | None:
+    """The credits as the ledger shows them now; None where it still does not show the end."""
     charged, stands = ledger.charged(), ledger.open_holds()
     if charged is None or not ledger.is_complete or not ledger.holds:
         return None
     if charged == 0 and (stands.named or stands.nameless):
-        return None  # its points have not come back
+        return None  # its points have not been returned
     settled = {
         "charged": charged,
-        "returned": max(0, told.held - charged),
+        "returned": max(0, recorded.held - charged),
         "settlement": SettlementState.SETTLED,
     }
-    return told.model_copy(update=settled)
+    return recorded.model_copy(update=settled)
 
 
 class Corrections:
@@ -53,13 +51,13 @@ class Corrections:
         self._turns = asyncio.Semaphore(READS_AT_ONCE)
 
     async def made(self, *, every_seconds: float) -> int:
-        """Correct what can be corrected; how many rows were. One that cannot be read holds up no other."""
+        """Correct what the ledger shows. Returns how many rows; one that cannot be read delays no other."""
         due = await workflow.execute_activity_method(
             UnsettledActivities.take_unsettled,
             UnsettledLook(every_seconds=every_seconds),
             start_to_close_timeout=STORE_TIMEOUT,
             heartbeat_timeout=HEARTBEAT_TIMEOUT,
-            retry_policy=STORE_RETRY,
+            retry_policy=RETRY,
             summary="3 unknown settlements",
         )
         made = [asyncio.create_task(self._look(task)) for task in due]
@@ -98,6 +96,6 @@ class Corrections:
             start_to_close_timeout=STORE_TIMEOUT,
             schedule_to_close_timeout=STORE_TIMEOUT,
             heartbeat_timeout=HEARTBEAT_TIMEOUT,
-            retry_policy=STORE_RETRY,
+            retry_policy=RETRY,
             summary=f"3 correct {task.task_id}",
         )

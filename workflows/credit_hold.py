@@ -1,7 +1,7 @@
-"""The credits held for one task: estimated, taken, topped up, and kept alive whatever the run waits for (contract §4).
+"""The credits held for one task: estimated, held, topped up, and renewed whatever the run waits for (contract §4).
 
-New hold first, then the old one is cancelled: the only instant without cover is where the balance is too short for
-both. A renewal that hangs is put down where the run continues as new; the next run repeats its key and body.
+The new hold is taken first, then the old one is cancelled. The task is without cover only where the balance is too
+short for both. A renewal that hangs is suspended when the run continues as new; the next run repeats its key and body.
 """
 
 from __future__ import annotations
@@ -16,71 +16,74 @@ from temporalio import workflow
 
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import Post
-from comfyui_temporal.contracts.carried import AskedHold, HoldState
 from comfyui_temporal.contracts.credits import Estimate, EstimateRequest, HoldReply
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode, Refusal
-from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
-from workflows.earlier_life import is_own_key
+from comfyui_temporal.contracts.requests import HoldState, RequestedHold
+from comfyui_temporal.contracts.scenes import SCENES
+from comfyui_temporal.contracts.tasks import TaskInput
+from workflows.earlier_life import is_key_of_earlier_life
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall
 from workflows.row_look import RowLook
+from workflows.step_labels import HOLD
 from workflows.task_holds import LAST_SECONDS, HoldRefused, TaskHolds, no_answer
 from workflows.task_record import TaskRecord
 
 REFUSED_AGAIN_AFTER: Final = timedelta(seconds=30)
 LOOK_AGAIN_AFTER: Final = timedelta(seconds=1)
 LEFT_FOR_LATE: Final = 0.75
-"""The share of a hold's life after which it is renewed although the one before is still being given back."""
-TOO_SHORT: Final = "The balance was too short to hold the renewal beside the old hold."
-UNCOVERED_LIMIT_IMAGE: Final = timedelta(seconds=60)
-UNCOVERED_LIMIT_TRAINING: Final = timedelta(hours=1)
+"""The share of a hold's life after which it is renewed even while the hold before is still being given back."""
+TOO_SHORT: Final = "The balance was too short for the renewal and the old hold together."
 
 
-class RenewalPutDown(Exception):
-    """The run is about to continue as new: the next one goes on with what was asked for."""
+def _always() -> bool:
+    return True
+
+
+class RenewalSuspended(Exception):
+    """The run is about to continue as new: the next one repeats the request."""
 
 
 class CreditHold(TaskHolds):
-    """The one hold that stands, renewed before it ends; at most one stands outside a renewal."""
+    """The one open hold, renewed before it ends. Two are open only during a renewal."""
 
     def __init__(
         self,
-        task: ImageTask | TrainingTask,
+        task: TaskInput,
         outside: OutsideCall,
         record: TaskRecord,
         deadline: Callable[[], datetime],
-        carried: HoldState,
+        state: HoldState,
         look: RowLook | None = None,
+        *,
+        deadline_is_fixed: Callable[[], bool] = _always,
     ) -> None:
-        super().__init__(task, outside, record, deadline, carried, look)
-        self.opening_minutes = 15.0
-        self.uncovered_limit = UNCOVERED_LIMIT_IMAGE if isinstance(task, ImageTask) else UNCOVERED_LIMIT_TRAINING
-        self.deadline_stands: Callable[[], bool] = lambda: True
-        """Whether the deadline is an instant: until an attempt has begun it moves on with the clock."""
+        """`deadline_is_fixed`: False before an attempt has begun, while the deadline moves with the present."""
+        super().__init__(task, outside, record, deadline, state, look)
+        self._uncovered_limit = SCENES[task.scene].uncovered_limit
+        self._deadline_is_fixed = deadline_is_fixed
         self._renewal: asyncio.Task[None] | None = None
-        self._wanted = 0
+        self._required = 0
         self._is_closing = False
         self._is_taking = False
         self._exhausted: Refusal | None = None
 
     @property
     def covered(self) -> int:
-        """Points that the standing hold, or the last one, was asked for: what the present price is compared with."""
+        """Points requested for the open hold, or else the last one: the present price is compared with them."""
         granted = [hold for hold in self.state.asked if hold.pre_deduct_id]
         newest = self.standing or (granted[-1] if granted else None)
         return newest.request.estimated_cost if newest else 0
 
-    # Row 2: estimate
+    # Estimate
 
     async def estimate(self, request: EstimateRequest, *, n: int | str) -> Estimate:
-        """The credits service's own price. Raises TaskFailed, TaskStopped."""
+        """The credits service's price. `n`: for the key. Raises as `OutsideCall.setup`, TaskFailed for a refusal."""
         post = Post[EstimateRequest](
             call_for=self._outside.call_for, key=self._outside.key("estimate", n), body=request
         )
-        answer = await self._outside.reading(
-            CreditsActivities.estimate, post, summary="2 agree", minutes=self.opening_minutes
-        )
-        if is_own_key(answer, self._outside.told):
+        answer = await self._outside.read(CreditsActivities.estimate, post, summary=self._outside.labels.estimate)
+        if is_key_of_earlier_life(answer, self._outside.earlier):
             return await self.estimate(request, n=f"{n}:{workflow.info().get_current_history_length()}")
         if answer.reply is None:
             raise TaskFailed.by_refusal(answer.refusal or no_answer())
@@ -92,12 +95,12 @@ class CreditHold(TaskHolds):
     async def cover(self, cost: int) -> None:
         """Make sure that `cost` points are held; a dearer job tops the hold up first (contract §1).
 
-        Raises TaskFailed with the refusal's code, TaskStopped, or `credits_unavailable`.
+        Raises TaskFailed with the refusal's code, and as `OutsideCall.setup`.
         """
         await self._renewal_over()
         old = self.standing
         if cost == 0 or (old is not None and old.request.estimated_cost >= cost):
-            await self._outside.waiting.covered()
+            await self._outside.waits.covered()
             return
         self._is_taking = True
         try:
@@ -106,115 +109,113 @@ class CreditHold(TaskHolds):
             self._is_taking = False
 
     async def _renewal_over(self) -> None:
-        """Wait until no renewal is in flight: it may be refused for an hour. Raises as `cover`."""
+        """Wait until no renewal is in flight. It may be refused for an hour. Raises as `cover`."""
         if self._is_interrupted() and self._renewal is None:
             self._begin_renewal()
         while self._renewal is not None:
-            renewal, waiting = self._renewal, self._outside.waiting
-            if waiting.keeps_hold():
-                await waiting.in_time(
+            renewal, waits = self._renewal, self._outside.waits
+            if waits.keeps_hold():
+                await waits.in_time(
                     lambda renewal=renewal: renewal.done() or renewal is not self._renewal,  # type: ignore[misc]
                     summary="3 hold: wait for its renewal",
                 )
             else:
-                await self._outside.unless_stopped(renewal.done)
+                await self._outside.wait_unless_stopped(renewal.done)
             if renewal is self._renewal:
-                self._take_up()
+                self._finish_renewal()
 
-    async def _top_up(self, old: AskedHold | None, cost: int) -> None:
+    async def _top_up(self, old: RequestedHold | None, cost: int) -> None:
         try:
-            await self._take(cost, self._ask_opening, self._outside.may_begin, self._returned_in_time)
+            await self._take(cost, self._request_setup, self._outside.may_begin, self._returned_in_time)
         except HoldRefused as refused:
             if old is None or refused.refusal.code is not FailureCode.INSUFFICIENT_BALANCE:
                 raise TaskFailed.by_refusal(refused.refusal) from None
             await self._top_up_without_cover(old, cost)
             return
         if old is not None:
-            await self._leave(old, "topped up")
+            await self._release(old, "topped up")
 
-    async def _top_up_without_cover(self, old: AskedHold, cost: int) -> None:
-        await self._leave(old, "topped up", self._returned_in_time)
-        self._tell_uncovered("The balance was too short to hold the dearer price beside the old hold.")
+    async def _top_up_without_cover(self, old: RequestedHold, cost: int) -> None:
+        await self._release(old, "topped up", self._returned_in_time)
+        self._record_uncovered("The balance was too short for the higher price and the old hold together.")
         try:
-            await self._take(cost, self._ask_opening, self._outside.may_begin, self._returned_in_time)
+            await self._take(cost, self._request_setup, self._outside.may_begin, self._returned_in_time)
         except HoldRefused as refused:
             raise TaskFailed.by_refusal(refused.refusal) from None
         self.state.uncovered_since = None
 
     async def _returned_in_time(self, is_back: Callable[[], bool]) -> None:
-        await self._outside.waiting.in_time(is_back, summary="3 hold: wait for the old one's points")
+        await self._outside.waits.in_time(is_back, summary="3 hold: wait for the old one's points")
 
-    async def _ask_opening(self, hold: AskedHold) -> HoldReply:
-        answer = await self._outside.opening(
-            CreditsActivities.pre_deduct, self._post(hold), summary="3 hold", minutes=self.opening_minutes
-        )
+    async def _request_setup(self, hold: RequestedHold) -> HoldReply:
+        answer = await self._outside.setup(CreditsActivities.pre_deduct, self._post(hold), summary=HOLD)
         return self._granted(hold, answer)
 
-    # Looked after while the run waits
+    # Kept alive while the run waits
 
     def is_needed(self) -> bool:
-        """Whether a hold was ever granted: what is free has none to look after."""
+        """Whether a hold was ever granted: a free task has none to keep."""
         return any(hold.pre_deduct_id for hold in self.state.asked)
 
     def is_covered(self) -> bool:
-        """Whether something may begin under the hold. Without one: a price of 0, or it was charged by somebody else."""
+        """Whether work may begin under the hold. Without one: the price is 0, or somebody else has charged it."""
         hold = self.standing
         return self.state.uncovered_since is None and (hold is None or self._life_of(hold) >= LAST_SECONDS)
 
     def due(self) -> datetime | None:
-        """When the standing hold is to be renewed; None while it lasts beyond the deadline or a renewal runs."""
+        """When to renew the open hold; None while it lasts beyond the deadline, or a renewal is running."""
         hold = self.standing
         if self._renewal is not None or self._is_taking:
             return None
         if self._is_interrupted():
             return workflow.now()
         due = self._due_of(hold) if hold is not None else None
-        if hold is None or due is None or self._leaver is None:
+        if hold is None or due is None or self._releasing is None:
             return due
-        # A third hold is taken beside the two only where the standing one would run out.
+        # A third hold is taken beside the two only where the open one would run out.
         return max(due, hold.asked_at + timedelta(seconds=hold.request.expire_in * LEFT_FOR_LATE))
 
-    def _due_of(self, hold: AskedHold) -> datetime | None:
-        if self._wanted > hold.request.estimated_cost:
+    def _due_of(self, hold: RequestedHold) -> datetime | None:
+        if self._required > hold.request.estimated_cost:
             return self.state.next_renewal_at or workflow.now()
-        spare = self._expires_at(hold) - self._deadline() - timedelta(seconds=self.margin_seconds)
+        spare = self._expires_at(hold) - self._deadline() - timedelta(seconds=self._margin_seconds)
         half_life = hold.asked_at + timedelta(seconds=hold.request.expire_in / 2)
         if spare >= timedelta(0):
-            return None if self.deadline_stands() else max(half_life, workflow.now() + max(spare, LOOK_AGAIN_AFTER))
+            return None if self._deadline_is_fixed() else max(half_life, workflow.now() + max(spare, LOOK_AGAIN_AFTER))
         return max(half_life, self.state.next_renewal_at or half_life)
 
     def _is_interrupted(self) -> bool:
-        """Whether a renewal was put down where the run continued as new: asking, or uncovered."""
+        """Whether a renewal was suspended when the run continued as new: in its request, or without cover."""
         is_uncovered = self.state.uncovered_since is not None and self.standing is None
         return self._exhausted is None and (self.state.asking is not None or is_uncovered)
 
     def is_renewing(self) -> bool:
         return self._renewal is not None
 
-    def has_word(self) -> bool:
-        return any(task is not None and task.done() for task in (self._renewal, self._leaver))
+    def has_update(self) -> bool:
+        return any(task is not None and task.done() for task in (self._renewal, self._releasing))
 
     def check(self) -> None:
-        """Start a renewal that is due; take up one that ended. Raises TaskFailed `credit_exhausted`."""
+        """Start a renewal that is due; finish one that has ended. Raises TaskFailed `credit_exhausted`."""
         if self._renewal is not None and self._renewal.done():
-            self._take_up()
-        if self._leaver is not None and self._leaver.done():
-            self._leaver.result()
-            self._leaver = None
+            self._finish_renewal()
+        if self._releasing is not None and self._releasing.done():
+            self._releasing.result()
+            self._releasing = None
         self._raise_if_exhausted()
         due = self.due()
         if due is not None and workflow.now() >= due:
             self._begin_renewal()
 
-    def want(self, amount: int) -> None:
-        """The price in points as it stands: where it is above the hold, a renewal to it is due at once."""
-        self._wanted = amount
+    def require(self, amount: int) -> None:
+        """Set the present price in points. Where it is above the hold, a renewal to it is due at once."""
+        self._required = amount
 
     def checkpoint_passed(self) -> None:
-        """A training reached a checkpoint: the last one that an uncovered task is let to reach."""
+        """A training reached a checkpoint. A task without cover is stopped at its next one."""
         self.state.checkpoint_passed = True
 
-    def _take_up(self) -> None:
+    def _finish_renewal(self) -> None:
         renewal, self._renewal = self._renewal, None
         if renewal is not None:
             renewal.result()
@@ -224,18 +225,18 @@ class CreditHold(TaskHolds):
         if self._exhausted is not None:
             raise TaskFailed(
                 FailureCode.CREDIT_EXHAUSTED,
-                f"The credits for this task ran out and could not be held anew ({self._exhausted.sentence}).",
+                f"The credits for this task ran out and could not be held again ({self._exhausted.sentence}).",
             )
 
-    # Renewal: beside the wait, never in its way
+    # Renewal: in the background
 
     def _begin_renewal(self) -> None:
-        self._renewal = asyncio.create_task(self._renew(max(self.covered, self._wanted)))
+        self._renewal = asyncio.create_task(self._renew(max(self.covered, self._required)))
 
     async def _renew(self, amount: int) -> None:
-        with suppress(RenewalPutDown):
+        with suppress(RenewalSuspended):
             if self.standing is None and self.state.uncovered_since is not None:
-                await self._cover_again(amount, self.state.uncovered_since)
+                await self._cover_after_gap(amount, self.state.uncovered_since)
             else:
                 await self._renew_standing(amount)
 
@@ -250,31 +251,31 @@ class CreditHold(TaskHolds):
             if left > LAST_SECONDS:
                 self.state.next_renewal_at = workflow.now() + max(left / 2, min(left - LAST_SECONDS, LAST_SECONDS))
                 return
-            await self._cover_anew(old, amount)
+            await self._replace_without_cover(old, amount)
             return
         self.state.next_renewal_at = None
         if old is None:
             return
         if workflow.now() >= self._expires_at(old):
-            self._tell_uncovered("The credits service did not answer until the old hold had expired.")
+            self._record_uncovered("The credits service did not answer until the old hold had expired.")
             self.state.uncovered_since = None
-        await self._leave(old, "renewed")
+        await self._release(old, "renewed")
 
-    async def _cover_anew(self, old: AskedHold, amount: int) -> None:
-        """The old hold is in its last minute and the balance too short for both: cancel it, take a new one at once."""
+    async def _replace_without_cover(self, old: RequestedHold, amount: int) -> None:
+        """In the old hold's last minute, with a balance too short for both: cancel it and take a new one at once."""
         self.state.uncovered_since = workflow.now()
         self.state.checkpoint_passed = False
         try:
-            await self._leave(old, "renewed", self._returned_or_closing)
-        except RenewalPutDown:
-            self._tell_uncovered(TOO_SHORT)
+            await self._release(old, "renewed", self._returned_or_closing)
+        except RenewalSuspended:
+            self._record_uncovered(TOO_SHORT)
             raise
-        self._tell_uncovered(TOO_SHORT)
+        self._record_uncovered(TOO_SHORT)
         self.state.uncovered_since = since = workflow.now()
-        await self._cover_again(amount, since)
+        await self._cover_after_gap(amount, since)
 
-    async def _cover_again(self, amount: int, since: datetime) -> None:
-        """Ask until it is granted, or the next checkpoint or the limit has come."""
+    async def _cover_after_gap(self, amount: int, since: datetime) -> None:
+        """Request a hold until it is granted, the next checkpoint is reached or the limit has passed."""
         while not self._is_closing:
             try:
                 await self._take_renewing(amount)
@@ -283,33 +284,35 @@ class CreditHold(TaskHolds):
             else:
                 self.state.uncovered_since = None
                 return
-            if self.state.checkpoint_passed or workflow.now() - since >= self.uncovered_limit:
+            if self.state.checkpoint_passed or workflow.now() - since >= self._uncovered_limit:
                 self._exhausted = refusal
                 return
-            await self._outside.waited(
-                REFUSED_AGAIN_AFTER, lambda: self._is_closing or self.state.checkpoint_passed, summary="3 hold: refused"
+            await self._outside.wait_for(
+                REFUSED_AGAIN_AFTER,
+                lambda: self._is_closing or self.state.checkpoint_passed,
+                summary=f"{HOLD}: refused",
             )
 
     async def _take_renewing(self, amount: int) -> None:
-        """Take a hold beside the flow; one that was asked for before the renewal was put down comes first."""
+        """Take a hold in the background. One that was requested before the renewal was suspended comes first."""
         first = next((hold for hold in self.state.asked if hold.n == self.state.asking), None)
-        await self._take(amount, self._ask_renewing, self._may_renew, self._returned_or_closing, first=first)
+        await self._take(amount, self._request_renewal, self._may_renew, self._returned_or_closing, first=first)
 
     def _may_renew(self) -> None:
         if self._is_closing:
             raise HoldRefused(no_answer())
-        if self._outside.is_put_down:
-            raise RenewalPutDown
+        if self._outside.is_suspended:
+            raise RenewalSuspended
 
-    async def _ask_renewing(self, hold: AskedHold) -> HoldReply:
-        """An outage is no refusal: it is retried, also uncovered, and recorded."""
+    async def _request_renewal(self, hold: RequestedHold) -> HoldReply:
+        """An outage is no refusal: the call is retried, also without cover, and recorded."""
         is_repeat = self.state.asking == hold.n
         self.state.asking = hold.n
-        answer = await self._outside.beside(
-            CreditsActivities.pre_deduct, self._post(hold), summary="3 hold", give_up=lambda: self._is_closing
+        answer = await self._outside.in_background(
+            CreditsActivities.pre_deduct, self._post(hold), summary=HOLD, give_up=lambda: self._is_closing
         )
         if answer is None and not self._is_closing:
-            raise RenewalPutDown
+            raise RenewalSuspended
         self.state.asking = None
         if answer is None:
             raise HoldRefused(no_answer())
@@ -317,9 +320,9 @@ class CreditHold(TaskHolds):
         return self._granted(hold, answer)
 
     async def _returned_or_closing(self, is_back: Callable[[], bool]) -> None:
-        await workflow.wait_condition(lambda: is_back() or self._is_closing or self._outside.is_put_down)
+        await workflow.wait_condition(lambda: is_back() or self._is_closing or self._outside.is_suspended)
         if not is_back() and not self._is_closing:
-            raise RenewalPutDown
+            raise RenewalSuspended
 
     # Before anything is settled or given back
 
@@ -329,17 +332,17 @@ class CreditHold(TaskHolds):
             self._begin_renewal()
         if self._renewal is not None:
             await workflow.wait([self._renewal])
-            self._take_up()
+            self._finish_renewal()
         self._raise_if_exhausted()
-        self.take_up()
-        await self._all_left()
+        self.resume()
+        await self._all_released()
 
     def close(self) -> None:
-        """From here no further hold is asked for."""
+        """Request no further hold."""
         self._is_closing = True
 
     async def give_back(self, reason: str) -> None:
-        """The undo: nothing is asked for any more, and a renewal in flight ends first."""
+        """The undo. No further hold is requested, and a renewal in flight ends first."""
         self._is_closing = True
         if self._renewal is not None:
             await workflow.wait([self._renewal])
@@ -347,6 +350,6 @@ class CreditHold(TaskHolds):
             self._renewal = None
         await super().give_back(reason)
 
-    def _tell_uncovered(self, why: str) -> None:
+    def _record_uncovered(self, reason: str) -> None:
         now = workflow.now().isoformat()
-        self._record.tell_exception(f"uncovered:{now}", ExceptionCode.UNCOVERED, why)
+        self._record.record_exception(f"uncovered:{now}", ExceptionCode.UNCOVERED, reason)

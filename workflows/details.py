@@ -11,12 +11,12 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>&~])")
 
 
 def escaped(text: str) -> str:
-    """Text from outside as text: no markup of it reaches the UI."""
+    """Text from outside without its markup."""
     return _MARKUP.sub(lambda match: f"&#{ord(match.group(1))};", " ".join(text.split()))
 
 
 def current_details(state: TaskState, *, waits_for: str, until: datetime | None, last_news_at: datetime | None) -> str:
-    """What an operator asks first: where the task stands, what is held, what it waits for and until when."""
+    """What an operator looks for first: the task's state, what is held, what it waits for and until when."""
     credits = state.credits
     rows = {
         "status": state.status.value,
@@ -25,7 +25,7 @@ def current_details(state: TaskState, *, waits_for: str, until: datetime | None,
         "credits": f"estimated {credits.estimated}, held {credits.held}, charged {_points(credits.charged)}, "
         f"returned {_points(credits.returned)}",
         "waits for": _waiting(state, waits_for, until),
-        "last word from ComfyUI": _instant(last_news_at),
+        "last update from ComfyUI": _time(last_news_at),
     }
     if state.confirmation is not None:
         rows["to be confirmed"] = f"{state.confirmation.estimated_cost} points, see confirm_price"
@@ -37,12 +37,12 @@ def current_details(state: TaskState, *, waits_for: str, until: datetime | None,
 def _waiting(state: TaskState, what: str, until: datetime | None) -> str:
     if state.status.is_end() or not what:
         return "-"
-    return f"{what}, until {_instant(until)}" if until else what
+    return f"{what}, until {_time(until)}" if until else what
 
 
 def _points(points: int | None) -> str:
     return "unknown" if points is None else str(points)
 
 
-def _instant(at: datetime | None) -> str:
+def _time(at: datetime | None) -> str:
     return at.strftime("%Y-%m-%d %H:%M:%S UTC") if at else "-"

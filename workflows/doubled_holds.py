@@ -1,4 +1,4 @@
-"""Holds that a service without idempotency took for each time it was asked (contract §4)."""
+"""Holds that a service without idempotency took once for each request (contract §4)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, Final
 
 from temporalio import workflow
 
-from comfyui_temporal.contracts.carried import HoldState
 from comfyui_temporal.contracts.credits import CancelHoldReply
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode
+from comfyui_temporal.contracts.requests import HoldState
 from workflows.ledger_search import LedgerSearch
 from workflows.task_record import TaskRecord
 
@@ -17,7 +17,7 @@ LOOKED_FOR: Final = "doubled-hold-looked-for"
 
 
 class DoubledHolds:
-    """Looked for where a hold was asked for more than once: recorded, and cancelled where its id is told."""
+    """Searched for where a hold was requested more than once; recorded, and cancelled where the ledger shows the id."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class DoubledHolds:
         self._cancel = cancel
 
     async def give_back(self, reason: str) -> None:
-        """To be called once every hold of ours has ended: what stands then is nobody's."""
+        """Call this once every hold of ours has ended: a hold that is still open then is a doubled one."""
         if not self._state.asked_again or not workflow.patched(LOOKED_FOR):
             return
         self._state.asked_again = 0
@@ -41,16 +41,16 @@ class DoubledHolds:
         for n, (pre_deduct_id, amount) in enumerate(doubled.named.items(), start=1):
             answer = await self._cancel(pre_deduct_id, f"doubled-{n}", reason)
             if answer is not None and answer.reply is not None:
-                self._tell(pre_deduct_id, amount, "It was cancelled.", pre_deduct_id=pre_deduct_id)
+                self._record_doubled(pre_deduct_id, amount, "It was cancelled.", pre_deduct_id=pre_deduct_id)
         if doubled.nameless:
-            whose = "Its id is not told: it ends by expiry, or the service's operator cancels it."
-            self._tell("nameless", doubled.nameless_points, whose, holds=doubled.nameless)
+            whose = "The ledger does not show its id: it ends by expiry, or the service's operator cancels it."
+            self._record_doubled("nameless", doubled.nameless_points, whose, holds=doubled.nameless)
 
-    def _tell(self, key: str, amount: int, what_next: str, **details: Any) -> None:
-        self._record.tell_exception(
+    def _record_doubled(self, key: str, amount: int, what_next: str, **details: Any) -> None:
+        self._record.record_exception(
             f"hold_doubled:{key}",
             ExceptionCode.HOLD_DOUBLED,
-            f"Another hold of {amount} points was taken when the credits service was asked again. {what_next}",
+            f"The credits service took another hold of {amount} points for a repeated request. {what_next}",
             amount=amount,
             **details,
         )

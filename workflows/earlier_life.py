@@ -1,7 +1,7 @@
-"""What the answers tell of an earlier life of this task: the run was reset, or the store was (contract §4).
+"""What answers report about earlier lives of this task: its run was reset, or the store was (contract §4).
 
-The calls that begin something look at the task's row first. A row that has ended, or is being given back, lets a run
-begin nothing more: it gives back what it holds and returns the row's outcome.
+The calls that begin something read the task's row first. Under a row that has ended, or is being given back, a run
+begins nothing more: it gives back what it holds and returns the row's outcome.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 from temporalio.exceptions import ApplicationError
 
-from comfyui_temporal.contracts.errors import Answer
-from comfyui_temporal.contracts.lives import READ_THE_LEDGER, STORE_UNAVAILABLE, TASK_ENDED, EarlierLife
+from comfyui_temporal.contracts.errors import Answer, RefusalKind
+from comfyui_temporal.contracts.lives import STORE_UNAVAILABLE, EarlierLife
 from workflows.failures import RowEnded
 
 
 def is_of_store(error: BaseException | None) -> bool:
-    """Whether a call failed because the task store, looked at before it, did not answer."""
+    """Whether a call failed because the task store, which is read before it, did not answer."""
     while error is not None:
         if isinstance(error, ApplicationError) and error.type == STORE_UNAVAILABLE:
             return True
@@ -27,11 +27,11 @@ def is_of_store(error: BaseException | None) -> bool:
 
 def was_stopped(answer: Answer[Any]) -> bool:
     """Whether a call was not made because the task's row lets nothing more begin."""
-    return answer.refusal is not None and answer.refusal.message == TASK_ENDED
+    return answer.refusal is not None and answer.refusal.kind is RefusalKind.TASK_ENDED
 
 
-class LifeTold:
-    """All that was told so far; one of the concerns of a run that waits for its job."""
+class EarlierLives:
+    """Everything that was reported so far. It is one of the concerns of a run that waits for its job."""
 
     def __init__(self) -> None:
         self.life = EarlierLife()
@@ -41,45 +41,45 @@ class LifeTold:
         """Whether something may have been done for the task that this run does not know."""
         return self.life.is_possible
 
-    def heard(self, answer: Answer[Any]) -> None:
+    def learn_from(self, answer: Answer[Any]) -> None:
         if answer.earlier_life is not None:
-            self.note(answer.earlier_life)
+            self.add(answer.earlier_life)
 
-    def note(self, life: EarlierLife) -> None:
-        """What was told once stays so: a store that is away, say, tells nothing of what it knew before."""
+    def add(self, life: EarlierLife) -> None:
+        """Merge a report with those before: a later one may lack what is known, while the store is away for example."""
         known = self.life
         flags = {name: True for name in EarlierLife.model_fields if getattr(known, name) is True}
         self.life = life.model_copy(update={**flags, "lives": max(known.lives, life.lives), "is_known": False})
 
-    def obey(self) -> None:
+    def raise_if_ended(self) -> None:
         """Raise RowEnded where nothing more may be begun."""
         if self.life.must_stop:
             raise RowEnded()
 
     # As a concern of the follow loop
 
-    def has_word(self) -> bool:
+    def has_update(self) -> bool:
         return self.life.must_stop
 
     def due(self) -> datetime | None:
         return None
 
     def check(self) -> None:
-        self.obey()
+        self.raise_if_ended()
 
 
-def is_own_key(answer: Answer[Any], told: LifeTold) -> bool:
-    """Whether a key was used by an earlier life of the task, with another body."""
-    return answer.refusal is not None and answer.refusal.message == "idempotency_conflict" and told.is_possible
+def is_key_of_earlier_life(answer: Answer[Any], earlier: EarlierLives) -> bool:
+    """Whether an earlier life of the task used the key with another body."""
+    return answer.refusal is not None and answer.refusal.kind is RefusalKind.KEY_CONFLICT and earlier.is_possible
 
 
 class EarlierLifePossible(Exception):
     """A call that settles was not made: the task's ledger is read first."""
 
 
-def obey_life(answer: Answer[Any]) -> None:
+def raise_unless_settled(answer: Answer[Any]) -> None:
     """Raise RowEnded or EarlierLifePossible where a call that settles was not made."""
     if was_stopped(answer):
         raise RowEnded()
-    if answer.refusal is not None and answer.refusal.message == READ_THE_LEDGER:
+    if answer.refusal is not None and answer.refusal.kind is RefusalKind.READ_THE_LEDGER:
         raise EarlierLifePossible()

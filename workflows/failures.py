@@ -1,12 +1,12 @@
-"""How a task ends other than well.
+"""How a task ends without a delivery.
 
     TaskEnd
-    ├── TaskStopped    a cancel was obeyed
+    ├── TaskStopped    it was cancelled
     ├── RowEnded       an earlier life of the task has ended it
     └── TaskFailed     with a code of contract §1
 
-Anything else that is raised in workflow code is a bug or an eviction: it fails the workflow task and undoes nothing
-(pitfall 9), so that a fixed worker goes on where the broken one stopped.
+Any other exception in workflow code is a bug or an eviction: it fails the workflow task and undoes nothing
+(pitfall 9), so that a fixed worker continues where the broken one stopped.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from comfyui_temporal.contracts.errors import JOB_CODES, ErrorDetails, FailureCo
 
 
 class TaskEnd(Exception):
-    """The task ends without delivery; what was done for it is given back."""
+    """The task ends without a delivery; its job and hold are given back."""
 
 
 class TaskStopped(TaskEnd):
-    """A cancel was seen before the delivery was."""
+    """A cancel was seen before a delivery."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason or "The task was cancelled.")
 
 
 class RowEnded(TaskEnd):
-    """The task's row has ended, or is being given back, or is another run's: this run begins nothing more."""
+    """The task's row has ended, is being given back, or belongs to another run: this run begins nothing more."""
 
     def __init__(self) -> None:
         super().__init__("The task had ended before this run was reset.")
 
 
 class TaskFailed(TaskEnd):
-    """The task fails with `code`; `error_details` where a job told them."""
+    """The task fails with `code`; `error_details` where a job reported them."""
 
     def __init__(self, code: FailureCode, sentence: str, error_details: ErrorDetails | None = None) -> None:
         self.code = code
@@ -57,15 +57,15 @@ class TaskFailed(TaskEnd):
 
     @classmethod
     def by_row(cls, error: ErrorDetails | None) -> TaskFailed:
-        """The failure that a task's row tells."""
+        """The failure that a task's row holds."""
         details = error or ErrorDetails()
         known = {code.value for code in FailureCode}
         code = FailureCode(details.code) if details.code in known else FailureCode.INTERNAL
         return cls(code, details.message or f"The task had failed with {details.code}.", details)
 
 
-def why(error: FailureError, unavailable: FailureCode) -> TaskFailed:
-    """The failure that an activity gave up with: its last attempt's own code and sentence, else `unavailable`."""
+def failure_from(error: FailureError, unavailable: FailureCode) -> TaskFailed:
+    """The failure of an activity that gave up: its last attempt's code and sentence, else the code `unavailable`."""
     known = {code.value for code in FailureCode}
     cause: BaseException | None = error
     while cause is not None:

@@ -1,37 +1,36 @@
-"""Row 4: one job followed until it ends, the task is stopped or its time is up."""
+"""Row 4: follow one job until it ends, the task is cancelled or its time is over."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
-from typing import Final, Protocol
+from typing import Protocol
 
-from comfyui_temporal.contracts.carried import JobNews
+from comfyui_temporal.contracts.continuation import JobUpdate
 from workflows.alarm import Alarm
 from workflows.job_clock import JobClock
 from workflows.job_watch import JobWatch
+from workflows.step_labels import WAIT
 from workflows.stop import Stop
-
-SUMMARY: Final = "4 wait: callback, poll, deadline"
 
 
 class Concern(Protocol):
-    """Something that is looked after while a job runs."""
+    """Something that is checked while a job runs."""
 
-    def has_word(self) -> bool:
-        """Whether it wants to be looked at at once."""
+    def has_update(self) -> bool:
+        """Whether `check` has something to do now."""
 
     def due(self) -> datetime | None:
-        """When it wants to be looked at next, or None."""
+        """When `check` has something to do next, or None."""
 
     def check(self) -> None:
-        """Act if it is due. Raises TaskEnd where the task is to end."""
+        """Act if it is due. Raises TaskEnd where the task has to end."""
 
 
 class Following:
-    """The one loop that waits for a job: the inbox first, then the wish to stop, then everything that is due.
+    """The one loop that waits for a job. It reads the inbox first, then a cancel, then everything that is due.
 
-    A delivery in the inbox beats a cancel and a deadline (decision 8).
+    So a delivery in the inbox wins over a cancel and a deadline (decision 8).
     """
 
     def __init__(
@@ -50,24 +49,24 @@ class Following:
         self._concerns = concerns
         self._continue_as_new = continue_as_new
 
-    async def job_end(self) -> JobNews:
-        """The current job's last word, good or bad. Raises TaskEnd, or continues as new."""
+    async def job_end(self) -> JobUpdate:
+        """Wait for the current job's final update, a success or a failure. Raises TaskEnd, or continues as new."""
         while True:
             self._watch.read()
             newest = self._watch.newest
             if newest is not None and newest.is_final:
                 self._watch.stop_polling()
                 return newest
-            self._stop.obey()
+            self._stop.raise_if_requested()
             for concern in self._concerns:
                 concern.check()
             if await self._continue_as_new():
                 continue
-            self._clock.tell_wait()
-            await self._alarm.until(self._has_word, self._next_due(), SUMMARY)
+            self._clock.show_wait()
+            await self._alarm.until(self._has_update, self._next_due(), WAIT)
 
-    def _has_word(self) -> bool:
-        return self._stop.requested or any(concern.has_word() for concern in self._concerns)
+    def _has_update(self) -> bool:
+        return self._stop.requested or any(concern.has_update() for concern in self._concerns)
 
     def _next_due(self) -> datetime | None:
         dues = [due for concern in self._concerns if (due := concern.due()) is not None]

@@ -1,16 +1,16 @@
-"""Holds of this task that an earlier life of it took and this run does not know (contract §4, earlier lives).
+"""Holds that an earlier life of the task took and this run does not know (contract §4, earlier lives).
 
-A hold ends once. So before one is committed every other is cancelled: a cancel that takes effect proves that the hold
-was not committed, one that is refused sends us to the ledger. What the ledger does not show yet decides nothing.
+A hold ends once. So every other hold is cancelled before one is committed: a cancel that takes effect proves that the
+hold was not committed, and after a refused one the ledger decides. A missing entry decides nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from comfyui_temporal.contracts.carried import AskedHold, HoldState
 from comfyui_temporal.contracts.credits import CancelHoldReply
-from comfyui_temporal.contracts.errors import Answer, ExceptionCode, Refusal
+from comfyui_temporal.contracts.errors import Answer, ExceptionCode, Refusal, RefusalKind
+from comfyui_temporal.contracts.requests import HoldState, RequestedHold
 from workflows.hold_ends import HoldEnds
 from workflows.ledger_search import LedgerSearch
 from workflows.row_look import RowLook
@@ -19,7 +19,7 @@ from workflows.task_record import TaskRecord
 
 
 class ForgottenHolds:
-    """Known by the task's row and by the ledger, where that tells ids."""
+    """The task's row holds their ids, and so does a ledger that shows ids."""
 
     def __init__(
         self,
@@ -40,19 +40,19 @@ class ForgottenHolds:
         self.was_committed = False
         """Whether the ledger shows a commit of any of the task's holds: the task is settled."""
         self.is_done = False
-        """Whether they were given back before: no more of them can come."""
+        """Whether they were given back: no more of them can appear."""
 
     @property
     def numbers_taken(self) -> int:
-        """How many numbers of holds are taken at least."""
+        """How many hold numbers are taken at least."""
         known = len(self._look.row.hold_ids) if self._look.row is not None else 0
         return max(known, self._state.asked_count)
 
     async def give_back(self, reason: str, *, keep_one: bool = False) -> bool:
-        """Cancel them, and learn what the task was charged; whether there is any such hold.
+        """Cancel them, and find out what the task was charged. Returns whether there is any such hold.
 
-        `keep_one`: the newest hold of the task that may stand is left, as this run's own, to be committed; this run's
-        others are cancelled too.
+        `keep_one`: the newest hold of the task that may be open is kept, as this run's own, to be committed; this run's
+        other holds are cancelled too.
         """
         await self._look.once()
         ledger = await self._ledger.read()
@@ -79,8 +79,8 @@ class ForgottenHolds:
         self.is_done = True
         return len(known) > len(own)
 
-    def _may_stand(self, known: list[str], own: dict[str, AskedHold], ledger: TaskLedger | None) -> list[str]:
-        """Those of `known` that are not shown to have ended, oldest first."""
+    def _may_stand(self, known: list[str], own: dict[str, RequestedHold], ledger: TaskLedger | None) -> list[str]:
+        """Those of `known` whose end is not shown, oldest first."""
         ended = set() if ledger is None else ledger.ended_ids()
         for pre_deduct_id, hold in own.items():
             hold.resolved |= pre_deduct_id in ended
@@ -93,32 +93,36 @@ class ForgottenHolds:
         """Make a forgotten hold this run's own."""
         like = self._state.asked[-1]
         request = like.request.model_copy(update={"estimated_cost": amount})
-        adopted = self._state.note(self.numbers_taken + 1, request, like.asked_at)
+        adopted = self._state.add(self.numbers_taken + 1, request, like.asked_at)
         adopted.pre_deduct_id, adopted.amount = pre_deduct_id, amount
 
     def own_standing(self) -> int:
-        """How many holds of this run stand, as far as it knows."""
+        """How many holds of this run are open, as far as it knows."""
         return sum(bool(hold.pre_deduct_id) and not hold.resolved for hold in self._state.asked)
 
     def _is_unsure(self, pre_deduct_id: str, answer: Answer[CancelHoldReply] | None) -> bool:
         """Whether a hold may have been committed, by the answer to its cancel."""
         if answer is None or answer.refusal is None:
             return False
-        if answer.refusal.message not in ("pre_deduct_already_processed", "pre_deduct_not_found"):
-            self._tell_left(pre_deduct_id, answer.refusal)
-        return answer.refusal.message == "pre_deduct_already_processed"
+        match answer.refusal.kind:
+            case RefusalKind.HOLD_ALREADY_RESOLVED:
+                return True
+            case RefusalKind.HOLD_NOT_FOUND:
+                return False
+        self._record_left(pre_deduct_id, answer.refusal)
+        return False
 
     def _learn_charged(self, ledger: TaskLedger | None) -> None:
         charged = None if ledger is None else ledger.charged()
         if ledger is None or charged is None:
-            self._ends.is_unknown()
+            self._ends.mark_unknown()
             return
         self.was_committed = bool(ledger.commits)
         self._state.charged = max(self._state.charged, charged)
 
-    def _tell_left(self, pre_deduct_id: str, refusal: Refusal) -> None:
+    def _record_left(self, pre_deduct_id: str, refusal: Refusal) -> None:
         self._ends.left_open()
-        self._record.tell_exception(
+        self._record.record_exception(
             f"hold_left:{pre_deduct_id}",
             ExceptionCode.HOLD_LEFT_TO_EXPIRY,
             f"Hold {pre_deduct_id}, taken before the run was reset, could not be cancelled. {refusal.sentence}",

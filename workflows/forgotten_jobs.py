@@ -1,21 +1,22 @@
-"""Jobs and trainings of this task that an earlier life of it asked for and this run does not know (contract §4)."""
+"""Jobs and trainings that an earlier life of the task requested and this run does not know (contract §4)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from comfyui_temporal.contracts.calls import JobCall
-from comfyui_temporal.contracts.carried import JobNews
+from comfyui_temporal.contracts.continuation import JobUpdate
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode, FailureCode
 from workflows.attempts import Attempts
 from workflows.job_routes import JobRoutes
 from workflows.outside_call import OutsideCall
 from workflows.row_look import RowLook
+from workflows.step_labels import POLL
 from workflows.task_record import TaskRecord
 
 
 class ForgottenJobs:
-    """Known by the task's row."""
+    """The task's row holds their ids."""
 
     def __init__(
         self, routes: JobRoutes, outside: OutsideCall, record: TaskRecord, attempts: Attempts, look: RowLook
@@ -30,7 +31,7 @@ class ForgottenJobs:
         return {job.job_id for job in self._attempts.asked if job.job_id}
 
     async def cancel(self) -> None:
-        """Cancel them: one that is over is left as it is."""
+        """Cancel them. ComfyUI leaves one that is over as it is."""
         for job_id in self._look.forgotten_jobs(self._own()):
             call = JobCall(
                 call_for=self._outside.call_for,
@@ -38,24 +39,24 @@ class ForgottenJobs:
                 key=self._outside.key("cancel", f"forgotten:{job_id}"),
             )
             answer: Answer[Any] | None = await self._outside.until_answered(
-                self._routes.cancel, call, summary="5 cancel job"
+                self._routes.cancel, call, summary=self._outside.labels.cancel_job
             )
             if answer is not None and answer.refusal is not None and answer.refusal.code is not FailureCode.LOST:
-                self._record.tell_exception(
+                self._record.record_exception(
                     f"undo_job:{job_id}",
                     ExceptionCode.UNDO_UNFINISHED,
-                    f"Job {job_id}, asked for before the run was reset, could not be cancelled; it runs out. "
+                    f"Job {job_id}, requested before the run was reset, could not be cancelled; it runs out. "
                     f"{answer.refusal.sentence}",
                     job_id=job_id,
                 )
 
-    async def delivery(self) -> JobNews | None:
-        """What any job of the task delivered: the task was charged, so it is handed out."""
+    async def delivery(self) -> JobUpdate | None:
+        """The delivery of any job of the task: the task was charged, so it gets the result."""
         own = self._own()
         for job_id in reversed([*sorted(own), *self._look.forgotten_jobs(own)]):
             call = JobCall(call_for=self._outside.call_for, job_id=job_id)
-            answer: Answer[Any] | None = await self._outside.until_answered(self._routes.get, call, summary="4 poll")
-            news = None if answer is None or answer.reply is None else self._routes.news_of_state(answer.reply)
-            if news is not None and news.succeeded:
-                return news
+            answer: Answer[Any] | None = await self._outside.until_answered(self._routes.get, call, summary=POLL)
+            update = None if answer is None or answer.reply is None else self._routes.update_from_state(answer.reply)
+            if update is not None and update.succeeded:
+                return update
         return None

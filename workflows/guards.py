@@ -1,4 +1,4 @@
-"""What keeps a run from getting stuck on arguments that nobody should have sent (pitfalls 1 and 2)."""
+"""Guards against arguments that would leave a run stuck (pitfalls 1 and 2)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ Argument = TypeVar("Argument", bound=RunArgument)
 
 
 class NotReadHere(Exception):
-    """Another version's words, which this code cannot read. No failure of the run: it fails the workflow task."""
+    """Another version wrote what this code cannot read. It fails the workflow task, not the run."""
 
 
-def input_invalid(why: str) -> ApplicationError:
-    return ApplicationError(f"The input is not valid: {why}.", type=FailureCode.INPUT_INVALID, non_retryable=True)
+def input_invalid(reason: str) -> ApplicationError:
+    return ApplicationError(f"The input is not valid: {reason}.", type=FailureCode.INPUT_INVALID, non_retryable=True)
 
 
-def given(argument: Any, model: type[Argument]) -> Argument:
-    """The run's argument, if it is one; to be asked in the run itself, for it depends on who gave it.
+def validated(argument: Any, model: type[Argument]) -> Argument:
+    """The run's argument, checked in the run itself: what is refused depends on its sender.
 
-    A caller's doubtful argument ends the run cleanly with `input_invalid`. What another worker of ours took or handed
-    on is read as far as this one knows it; what it cannot read fails the workflow task, and a worker that can gets it.
+    Raises ApplicationError `input_invalid` for a caller's doubtful argument. An argument that another worker of ours
+    accepted or wrote is read as far as this worker knows it; otherwise NotReadHere fails the workflow task, so that a
+    worker that can read it takes over.
     """
     if isinstance(argument, Doubtful):
         if _is_from_caller():
@@ -39,7 +40,7 @@ def given(argument: Any, model: type[Argument]) -> Argument:
         argument = argument.as_read
         if argument is None:
             raise NotReadHere(
-                "What this run goes on with was written by another version, whose workers must take over."
+                "Another version wrote the state that this run continues from; its workers must take over."
             )
     if not isinstance(argument, model):
         raise input_invalid("the argument is not a JSON object")
@@ -47,23 +48,23 @@ def given(argument: Any, model: type[Argument]) -> Argument:
 
 
 def _is_from_caller() -> bool:
-    """Whether nobody of ours has acted on the argument: no forerunner, no parent, no workflow task of this run."""
+    """Whether no worker of ours has accepted the argument: no earlier run, no parent, no workflow task so far."""
     info = workflow.info()
     return info.continued_run_id is None and info.parent is None and not workflow.unsafe.is_replaying()
 
 
-def one_task(init: Callable[[Self, Task], None]) -> Callable[[Self, Task], None]:
+def validated_input(init: Callable[[Self, Task], None]) -> Callable[[Self, Task], None]:
     """Guard `@workflow.init`: exactly one argument of the right type, under the workflow id that belongs to it.
 
-    A plain TypeError would fail the workflow task for ever; an ApplicationError raised here fails the run, with
-    nothing called. What a continued run carries is refused from anybody but a run that continued itself.
+    A plain TypeError would fail the workflow task for ever; an ApplicationError raised here fails the run before it
+    calls anything. `carried` is accepted only from a run that continued as new.
     """
 
     @functools.wraps(init)
     def guarded(self: Self, *arguments: Any) -> None:
         if len(arguments) != 1:
             raise input_invalid(f"exactly one argument is taken, {len(arguments)} were given")
-        task = given(arguments[0], RunArgument)
+        task = validated(arguments[0], RunArgument)
         if workflow.info().workflow_id != workflow_id_of(getattr(task, "task_id", "")):
             raise input_invalid("task_id: the workflow id must be 'task-' followed by it")
         if getattr(task, "carried", None) is not None and workflow.info().continued_run_id is None:
@@ -74,7 +75,7 @@ def one_task(init: Callable[[Self, Task], None]) -> Callable[[Self, Task], None]
 
 
 def any_payload(handler: Callable[[Self, bytes | None], None]) -> Callable[[Self, RawValue], None]:
-    """Guard a signal handler: whatever arrives, it gets the bytes of one JSON payload or None, and never raises."""
+    """Guard a signal handler: it gets the bytes of one JSON payload, or None for anything else, and never raises."""
 
     @functools.wraps(handler)
     def guarded(self: Self, *arguments: Any) -> None:

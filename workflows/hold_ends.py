@@ -1,17 +1,17 @@
-"""How a task's holds ended, as far as is known: counts, since the holds themselves are not kept for ever.
+"""How a task's holds ended, as far as is known. Counts, because the holds themselves are not kept for ever.
 
-On a ledger without ids a hold's end is told apart by them: it is one more than those that are known.
+In a ledger without ids a hold's end is recognised by these counts: it is one more than the ends that are known.
 """
 
 from __future__ import annotations
 
-from comfyui_temporal.contracts.carried import HoldState
+from comfyui_temporal.contracts.requests import HoldState
 from comfyui_temporal.contracts.tasks import SettlementState
 from workflows.task_ledger import HoldFate
 
 
 class HoldEnds:
-    """Keeps the counts in the state that a continued run carries on."""
+    """Keeps the counts in the state that a run takes along when it continues as new."""
 
     def __init__(self, state: HoldState) -> None:
         self._state = state
@@ -19,31 +19,22 @@ class HoldEnds:
             state.granted = state.granted_before + sum(hold.pre_deduct_id is not None for hold in state.asked)
             state.given_back = state.granted_before + sum(hold.resolved for hold in state.asked)
 
-    def count_grant(self, tries: int) -> None:
-        """A hold was granted, after it had been asked for this often."""
-        self._state.granted = (self._state.granted or 0) + 1
-        self._state.asked_again += tries > 1
-
-    def count_refusal(self, tries: int) -> None:
-        """A hold was refused, after it had been asked for this often: the first time may have taken it."""
-        self._state.asked_again += tries > 1
-
     def count(self, fate: HoldFate) -> None:
-        """How a hold ended is known."""
+        """Count a hold whose end is known."""
         if fate is HoldFate.COMMITTED:
             self._state.committed += 1
         elif fate is HoldFate.GIVEN_BACK:
             self._state.given_back = (self._state.given_back or 0) + 1
 
     def left_open(self) -> None:
-        """A hold may stand beyond the task: its points have not come back, unless another was committed."""
+        """A hold may outlive the task: its points are not returned, unless another hold was committed."""
         if self._state.committed == 0:
-            self.is_unknown()
+            self.mark_unknown()
 
-    def is_unknown(self) -> None:
-        """What became of a hold or a charge could not be learned."""
+    def mark_unknown(self) -> None:
+        """How a hold or a charge ended could not be found out."""
         self._state.is_unknown = True
 
     def close(self) -> None:
-        """The task's credits are settled, as far as could be learned."""
+        """The task's credits are settled, as far as could be found out."""
         self._state.settlement = SettlementState.UNKNOWN if self._state.is_unknown else SettlementState.SETTLED

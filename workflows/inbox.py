@@ -1,44 +1,44 @@
-"""Messages that a run was sent and has not read yet, bounded by count and by bytes.
+"""Messages that have arrived and are not read yet, bounded by count and by bytes.
 
-Nobody reads it while a call is out. Then a flood must not make the run too large to go on; what is left out is covered
-by a poll.
+They are not read while a call is in flight. A flood must not make the run too large to continue; a poll replaces what
+is dropped.
 """
 
 from __future__ import annotations
 
 from temporalio import workflow
 
-from comfyui_temporal.contracts.carried import JobNews, WatchState
+from comfyui_temporal.contracts.continuation import JobUpdate, WatchState
 from comfyui_temporal.contracts.size_budget import MAX_INBOX, MAX_INBOX_BYTES
 from workflows.measured import Measured
 
 
 class Inbox:
-    """The newest message always stays; what makes room for it is the oldest that says least."""
+    """Keeps the newest message. What is dropped for it is the oldest message with the least information."""
 
     def __init__(self, state: WatchState) -> None:
         self._messages = Measured(state.inbox)
 
-    def put(self, news: JobNews) -> None:
+    def put(self, update: JobUpdate) -> None:
         messages = self._messages
         if len(messages.items) >= MAX_INBOX:
             messages.remove(next((i for i, message in enumerate(messages.items) if not message.is_final), 0))
-        messages.append(news)
+        messages.append(update)
         while len(messages.items) > 1 and self._is_too_large():
             messages.remove(self._least())
 
-    def take_all(self) -> list[JobNews]:
-        """The messages in the order in which they came; the inbox is empty afterwards."""
+    def take_all(self) -> list[JobUpdate]:
+        """The messages in order of arrival; the inbox is empty afterwards."""
         taken = list(self._messages.items)
         self._messages.remove_first(len(taken))
         return taken
 
     def _is_too_large(self) -> bool:
-        # A patch, asked where it matters: what is left out decides which stages are told.
+        # What is dropped decides which stages are published, so histories of before replay without it.
         return self._messages.total_bytes > MAX_INBOX_BYTES and workflow.patched("inbox-bounded-by-bytes")
 
     def _least(self) -> int:
-        """The oldest tick that a later message of its job follows; else tick, end that is told again, message."""
+        """The oldest tick with a later message of its job; else any tick, a repeated end, any message."""
         messages = self._messages.items
         last = len(messages) - 1
         newest_of = {message.job_id: i for i, message in enumerate(messages)}

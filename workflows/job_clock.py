@@ -1,4 +1,4 @@
-"""The instants a task is measured against (contract §1): deadline, cap, queue SLA. All spans in minutes."""
+"""The times that a task is measured against (contract §1): deadline, cap, queue SLA. All spans in minutes."""
 
 from __future__ import annotations
 
@@ -7,39 +7,47 @@ from datetime import datetime, timedelta
 
 from temporalio import workflow
 
-from comfyui_temporal.contracts.carried import ClockState
+from comfyui_temporal.contracts.continuation import ClockState
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
 from comfyui_temporal.contracts.fields import minutes_from
 from comfyui_temporal.contracts.tasks import EventType, TaskStatus
 from workflows.failures import TaskFailed
+from workflows.task_limits import TaskLimits
 from workflows.task_record import TaskRecord
 
 
-class JobClock:
-    """Deadline = attempt's start + factor × estimated_time; the whole task is capped from its first start."""
+def _readable() -> str:
+    return ""
 
-    def __init__(self, record: TaskRecord, carried: ClockState, *, default_eta_minutes: float) -> None:
+
+class JobClock:
+    """Deadline = the attempt's start + factor × estimated_time. The whole task is capped from its first start."""
+
+    def __init__(
+        self,
+        record: TaskRecord,
+        state: ClockState,
+        limits: TaskLimits,
+        *,
+        default_eta_minutes: float,
+        unreadable: Callable[[], str] = _readable,
+    ) -> None:
+        """`unreadable`: why the job's state cannot be read, empty where it can."""
         self._record = record
-        self._state = carried
+        self._state = state
+        self._limits = limits
         self._default_eta_minutes = default_eta_minutes
-        self.factor = 1.0
-        self.cap_minutes = 0.0
-        self.queue_sla_minutes = 0.0
-        self.unreadable: Callable[[], str] = lambda: ""
-        """Why the job's state cannot be read; empty where it can."""
+        self._unreadable = unreadable
 
     def carry(self) -> ClockState:
         return self._state
 
-    def configure(self, *, factor: float, cap_minutes: float, queue_sla_minutes: float) -> None:
-        """Limits from the policy; the caller's options have already lowered them."""
-        self.factor, self.cap_minutes, self.queue_sla_minutes = factor, cap_minutes, queue_sla_minutes
-
     def estimated(self, minutes: float | None) -> None:
-        """ComfyUI's word on how long it takes: the latest wins, the first one fixes the cap."""
+        """ComfyUI's estimate: the latest one counts, the first one fixes the cap."""
         if minutes is None:
             return
-        self._state.estimated_time = self._record.state.estimated_time = minutes
+        self._state.estimated_time = minutes
+        self._record.estimated(minutes)
         if self._state.first_span_minutes is None:
             self._state.first_span_minutes = self._span_minutes()
 
@@ -52,7 +60,7 @@ class JobClock:
             self._state.first_start = now
 
     def not_started(self) -> None:
-        """A training was created, or a job has ended and the next is waited for: until a start no deadline runs."""
+        """A training was created, or the next attempt is waited for: no deadline runs before a start."""
         self._state.attempt_start = self._state.queued_since = None
 
     def deadline(self) -> datetime:
@@ -64,12 +72,12 @@ class JobClock:
         """Whether an attempt has begun."""
         return self._state.attempt_start is not None
 
-    def stands(self) -> bool:
-        """Whether the deadline is an instant: an attempt has begun, or the task's whole time ends before its own."""
+    def deadline_is_fixed(self) -> bool:
+        """Whether the deadline no longer moves: an attempt has begun, or the task's cap comes first."""
         return self.is_running() or (self._state.first_start is not None and self.deadline() >= self._cap())
 
     def latest(self) -> datetime | None:
-        """When the time of the attempt is over, or between two attempts the task's whole time; None before a start."""
+        """When the attempt's time is over, or between two attempts the whole task's. None before the first start."""
         if self.is_running():
             return self.deadline()
         return self._cap() if self._state.first_start is not None else None
@@ -80,19 +88,19 @@ class JobClock:
 
     def _span_minutes(self) -> float:
         eta = self._state.estimated_time if self._state.estimated_time is not None else self._default_eta_minutes
-        return self.factor * eta
+        return self._limits.deadline_factor * eta
 
     def _cap(self) -> datetime:
         first_span = self._state.first_span_minutes or self._span_minutes()
         start = self._state.first_start or workflow.now()
-        return minutes_from(start, min(2 * first_span, self.cap_minutes))
+        return minutes_from(start, min(2 * first_span, self._limits.policy.cap_minutes))
 
-    # What the follow loop asks
+    # A concern of the follow loop
 
-    def tell_wait(self) -> None:
-        self._record.waits_for("ComfyUI: callback or poll", self.deadline())
+    def show_wait(self) -> None:
+        self._record.waiting_for("ComfyUI: callback or poll", self.deadline())
 
-    def has_word(self) -> bool:
+    def has_update(self) -> bool:
         return False
 
     def due(self) -> datetime:
@@ -102,11 +110,11 @@ class JobClock:
     def check(self) -> None:
         """Raise TaskFailed past the deadline; record a missed queue SLA once.
 
-        `timeout`, or `reply_invalid` where the job's state could not be read.
+        The code is `timeout`, or `reply_invalid` where the job's state could not be read.
         """
         now = workflow.now()
         if now >= self.deadline():
-            unreadable = self.unreadable()
+            unreadable = self._unreadable()
             if unreadable:
                 raise TaskFailed(FailureCode.REPLY_INVALID, f"{self._timeout_sentence()} {unreadable}")
             raise TaskFailed(FailureCode.TIMEOUT, self._timeout_sentence())
@@ -119,14 +127,14 @@ class JobClock:
             return None
         if self._record.state.status is not TaskStatus.QUEUED:
             return None
-        return minutes_from(self._state.queued_since, self.queue_sla_minutes)
+        return minutes_from(self._state.queued_since, self._limits.policy.queue_sla_minutes)
 
     def _miss_sla(self) -> None:
         self._state.sla_told = True
-        minutes = f"{self.queue_sla_minutes:g}"
+        minutes = f"{self._limits.policy.queue_sla_minutes:g}"
         message = f"Still queued after {minutes} minutes, longer than promised; the task goes on."
-        self._record.tell_exception("queue_sla", ExceptionCode.QUEUE_SLA_MISSED, message)
-        self._record.tell("queue_sla", EventType.RUNNING, message=message)
+        self._record.record_exception("queue_sla", ExceptionCode.QUEUE_SLA_MISSED, message)
+        self._record.publish("queue_sla", EventType.RUNNING, message=message)
 
     def _timeout_sentence(self) -> str:
         started = self._state.attempt_start or workflow.now()

@@ -1,44 +1,41 @@
-"""What differs on the wire between an image job and a training: the routes, and how their messages are read."""
+"""The calls of each scene to ComfyUI, and how its messages are read: the table of scenes, bound to the activities."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from activities.comfyui import ComfyUIActivities
-from comfyui_temporal.contracts.carried import JobNews
-from comfyui_temporal.contracts.comfyui import JobCallback, JobState, TrainingCallback, TrainingState
+from comfyui_temporal.contracts.comfyui import JobState, TrainingState
+from comfyui_temporal.contracts.continuation import JobUpdate
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.scenes import SCENES, SceneSpec
 
 
 @dataclass(frozen=True)
 class JobRoutes:
-    """The calls of one kind of job, and its messages in the words both flows share."""
+    """The calls of one scene, and its messages read into one model for all scenes."""
 
     submit: Any
     get: Any
     cancel: Any
-    submit_summary: str
-    callback: type[JobCallback] | type[TrainingCallback]
+    spec: SceneSpec
 
-    def news_of(self, body: dict[str, Any]) -> JobNews:
-        """Raises pydantic.ValidationError where the body is no message of this kind."""
-        return self.news_of_state(self.callback.model_validate(body))
+    def update_from(self, body: dict[str, Any]) -> JobUpdate:
+        """Raises pydantic.ValidationError where the body is no message of this scene."""
+        return self.spec.update(self.spec.callback.model_validate(body))
 
-    def news_of_state(self, state: JobState | TrainingState) -> JobNews:
-        return JobNews.of_job(state) if isinstance(state, JobState) else JobNews.of_training(state)
+    def update_from_state(self, state: JobState | TrainingState) -> JobUpdate:
+        return self.spec.update(state)
 
 
-IMAGE_ROUTES = JobRoutes(
-    submit=ComfyUIActivities.submit_job,
-    get=ComfyUIActivities.get_job,
-    cancel=ComfyUIActivities.cancel_job,
-    submit_summary="1 submit",
-    callback=JobCallback,
-)
-TRAINING_ROUTES = JobRoutes(
-    submit=ComfyUIActivities.create_training,
-    get=ComfyUIActivities.get_training,
-    cancel=ComfyUIActivities.cancel_training,
-    submit_summary="1 create",
-    callback=TrainingCallback,
-)
+def _routes_of(spec: SceneSpec) -> JobRoutes:
+    names = (spec.submit, spec.get, spec.cancel)
+    submit, get, cancel = (getattr(ComfyUIActivities, name) for name in names)
+    return JobRoutes(submit=submit, get=get, cancel=cancel, spec=spec)
+
+
+ROUTES: Final[Mapping[Scene, JobRoutes]] = {scene: _routes_of(spec) for scene, spec in SCENES.items()}
+IMAGE_ROUTES: Final = ROUTES[Scene.IMAGE_GENERATE]
+TRAINING_ROUTES: Final = ROUTES[Scene.MODEL_TRAIN]

@@ -1,4 +1,4 @@
-"""One job followed: any payload taken in, newest wins, early ones kept, polled when it is silent (contract §2)."""
+"""Watches one job: takes any payload, keeps the newest update, polls after silence (contract §2)."""
 
 from __future__ import annotations
 
@@ -12,72 +12,75 @@ from temporalio.exceptions import FailureError, is_cancelled_exception
 from temporalio.workflow import ActivityHandle
 
 from comfyui_temporal.contracts.calls import JobCall
-from comfyui_temporal.contracts.carried import JobNews, WatchState
 from comfyui_temporal.contracts.comfyui import JobState, TrainingState
+from comfyui_temporal.contracts.continuation import JobUpdate, WatchState
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, FailureCode
 from comfyui_temporal.contracts.outside_json import UnreadableJson, read_json
 from comfyui_temporal.contracts.size_budget import MAX_READ_BYTES, MAX_SIGNAL_BYTES, SMALL_SIGNAL_BYTES
 from comfyui_temporal.contracts.tasks import TaskStatus
-from workflows.failures import TaskFailed, why
+from workflows.failures import TaskFailed, failure_from
 from workflows.inbox import Inbox
 from workflows.job_routes import JobRoutes
 from workflows.outside_call import RETRY_SILENCE_ONLY, UNREADABLE_FOR, OutsideCall
+from workflows.step_labels import POLL
 from workflows.task_record import TaskRecord
 
 LOST_AFTER: Final = timedelta(seconds=10)
 
 
 class JobWatch:
-    """The newest word on the task's current job, and the inbox that signals fill.
+    """The newest update of the task's current job, and the inbox that signals fill.
 
-    A message may come before the call that made its job has answered: it waits in the inbox until the id is known.
+    A message may arrive before the call that made its job has answered: it stays in the inbox until the id is known.
     """
 
     def __init__(
-        self, task_id: str, routes: JobRoutes, outside: OutsideCall, record: TaskRecord, carried: WatchState
+        self,
+        task_id: str,
+        routes: JobRoutes,
+        outside: OutsideCall,
+        record: TaskRecord,
+        state: WatchState,
+        on_update: Callable[[JobUpdate], None],
     ) -> None:
+        """`on_update` is called with every message that is applied, in order."""
         self._task_id = task_id
         self._routes = routes
         self._outside = outside
         self._record = record
-        self.state = carried
-        self._inbox = Inbox(carried)
-        self.poll_after_seconds = 30.0
-        self.poll_at_most_seconds = 120.0
+        self._limits = outside.limits
+        self.state = state
+        self._on_update = on_update
+        self._inbox = Inbox(state)
         self._poll: ActivityHandle[Answer[JobState]] | ActivityHandle[Answer[TrainingState]] | None = None
-        self._told: list[Callable[[JobNews], None]] = []
         self._read_bytes = 0
 
     def carry(self) -> WatchState:
         return self.state
 
-    def on_news(self, told: Callable[[JobNews], None]) -> None:
-        """Have `told` called with every message that is applied, in order."""
-        self._told.append(told)
-
     # Intake: a signal handler stores, the flow decides
 
     def take(self, payload: bytes | None) -> None:
-        """Any payload at all (pitfall 2): what cannot be a message of this task is counted, never raised."""
-        news = self._read(payload)
-        if news is None:
+        """Take any payload (pitfall 2). One that is no message of this task is counted; nothing is raised."""
+        update = self._read(payload)
+        if update is None:
             self.state.callbacks_refused += 1
             return
-        self._inbox.put(news)
+        self._inbox.put(update)
 
-    def _read(self, payload: bytes | None) -> JobNews | None:
+    def _read(self, payload: bytes | None) -> JobUpdate | None:
         if payload is None or not self._may_read(len(payload)):
             return None
         try:
             value = read_json(payload, max_bytes=MAX_SIGNAL_BYTES)
             if not isinstance(value, dict) or value.get("task_id") not in (None, "", self._task_id):
                 return None
-            return self._routes.news_of(value)
+            return self._routes.update_from(value)
         except (UnreadableJson, ValidationError):
             return None
 
     def _may_read(self, size: int) -> bool:
-        """Whether there is time for it: a run has a budget for large ones, and a poll covers for what is left out."""
+        """Whether to read a payload of this size: a run has a budget for large ones, and a poll replaces the rest."""
         if size <= SMALL_SIGNAL_BYTES:
             return True
         self._read_bytes += size
@@ -85,8 +88,8 @@ class JobWatch:
 
     # The current job
 
-    def follow(self, job_id: str, *, first: JobNews | None = None) -> None:
-        """From now on `job_id` is the job that counts; an earlier one's messages are counted, never applied."""
+    def follow(self, job_id: str, *, first: JobUpdate | None = None) -> None:
+        """Make `job_id` the current job. Messages of an earlier one are counted, never applied."""
         if self.state.current is not None and self.state.current != job_id:
             self.state.earlier.append(self.state.current)
         self.state.current = job_id
@@ -100,62 +103,65 @@ class JobWatch:
             self._apply(first)
 
     def started(self) -> None:
-        """A training was started: its silence counts from here."""
+        """A training was started: its silence is measured from now."""
         self.state.last_news_at = workflow.now()
 
-    def has_word(self) -> bool:
+    def has_update(self) -> bool:
         """Whether `read` has something to do."""
         if self.state.current is None:
             return False
         return bool(self.state.inbox) or (self._poll is not None and self._poll.done())
 
     def has_delivery(self) -> bool:
-        """Whether the current job has delivered, by what was read or waits in the inbox."""
-        told = [*self.state.inbox, *([self.state.newest] if self.state.newest else [])]
-        return any(news.succeeded and news.job_id == self.state.current for news in told)
+        """Whether the current job has delivered, by a message that was read or is in the inbox."""
+        updates = [*self.state.inbox, *([self.state.newest] if self.state.newest else [])]
+        return any(update.succeeded and update.job_id == self.state.current for update in updates)
 
     def read(self) -> None:
-        """Apply the inbox, then a poll's answer: newest wins."""
-        for news in self._inbox.take_all():
-            if news.job_id == self.state.current:
-                self._apply(news)
+        """Apply the inbox, then a poll's answer. An older message changes nothing."""
+        for update in self._inbox.take_all():
+            if update.job_id == self.state.current:
+                self._apply(update)
             else:
                 self.state.callbacks_refused += 1
         if self._poll is not None and self._poll.done():
             self._take_poll()
 
+    def unreadable(self) -> str:
+        """Why the job's state cannot be read; empty where it can."""
+        return self.state.unreadable
+
     @property
-    def newest(self) -> JobNews | None:
+    def newest(self) -> JobUpdate | None:
         return self.state.newest
 
-    def _apply(self, news: JobNews) -> None:
+    def _apply(self, update: JobUpdate) -> None:
         newest = self.state.newest
-        if newest is not None and (news.sequence <= newest.sequence or newest.is_final):
+        if newest is not None and (update.sequence <= newest.sequence or newest.is_final):
             return
-        is_new_stage = newest is None or (news.stage, news.status) != (newest.stage, newest.status)
-        self.state.newest = news
+        is_new_stage = newest is None or (update.stage, update.status) != (newest.stage, newest.status)
+        self.state.newest = update
         self.state.last_news_at = workflow.now()
         self.state.silence_seconds = 0.0
         self.state.unknown_since = self.state.unreadable_since = None
         self.state.unreadable = ""
-        self._record.apply(news, attempt_changed=newest is None)
-        for told in self._told:
-            told(news)
-        self._record.tell_progress(news, is_new_stage=is_new_stage or news.is_final)
+        self._record.apply(update, attempt_changed=newest is None)
+        self._on_update(update)
+        self._record.publish_progress(update, is_new_stage=is_new_stage or update.is_final)
 
-    # Polling covers for callbacks that stay out
+    # Polling replaces callbacks that do not arrive
 
     def due(self) -> datetime | None:
         if self._poll is not None or self.state.last_news_at is None:
             return None
         if self.state.unknown_since is not None:
             return self.state.unknown_since + LOST_AFTER
-        silence = self.state.silence_seconds or self.poll_after_seconds
+        silence = self.state.silence_seconds or self._limits.poll_after_seconds
         since = self.state.last_news_at
         expected = self.state.newest.next_eta if self.state.newest else None
         if expected is not None:
             until_expected = (expected - since).total_seconds()
-            silence = min(max(silence, until_expected), max(silence, self.poll_at_most_seconds))
+            silence = min(max(silence, until_expected), max(silence, self._limits.policy.poll_at_most_seconds))
         return since + timedelta(seconds=silence)
 
     def check(self) -> None:
@@ -163,7 +169,7 @@ class JobWatch:
         due = self.due()
         if due is not None and workflow.now() >= due and self.state.current is not None:
             call = JobCall(call_for=self._outside.call_for, job_id=self.state.current)
-            self._poll = self._outside.visible(self._routes.get, call, summary="4 poll", retry=RETRY_SILENCE_ONLY)
+            self._poll = self._outside.visible(self._routes.get, call, summary=POLL, retry=RETRY_SILENCE_ONLY)
 
     def is_polling(self) -> bool:
         return self._poll is not None
@@ -183,24 +189,26 @@ class JobWatch:
             if is_cancelled_exception(error):
                 return
             self._silent_again()
-            self._unreadable(why(error, FailureCode.COMFYUI_UNAVAILABLE))
+            self._unreadable(failure_from(error, FailureCode.COMFYUI_UNAVAILABLE))
             return
         self.state.unreadable, self.state.unreadable_since = "", None
         self._silent_again()
         if answer.reply is not None:
-            self._apply(self._routes.news_of_state(answer.reply))
+            self._apply(self._routes.update_from_state(answer.reply))
         elif answer.refusal is not None and answer.refusal.code is FailureCode.LOST:
             self._unknown()
 
     def _silent_again(self) -> None:
-        longer = 2 * (self.state.silence_seconds or self.poll_after_seconds)
-        self.state.silence_seconds = min(longer, max(self.poll_at_most_seconds, self.poll_after_seconds))
+        longer = 2 * (self.state.silence_seconds or self._limits.poll_after_seconds)
+        self.state.silence_seconds = min(
+            longer, max(self._limits.policy.poll_at_most_seconds, self._limits.poll_after_seconds)
+        )
         self.state.last_news_at = workflow.now()
 
     def _unreadable(self, failure: TaskFailed) -> None:
-        """An answer that stays unreadable for 15 minutes is the job's end (contract §4); until then it is asked again.
+        """End the job once its state was unreadable for 15 minutes (contract §4); until then the poll is repeated.
 
-        A deadline that passes before says so too: see `JobClock`.
+        A deadline that passes before that ends the task with the same code: see `JobClock`.
         """
         if failure.code is not FailureCode.REPLY_INVALID:
             return
@@ -223,5 +231,5 @@ class JobWatch:
         self.state.newest = (
             newest.model_copy(update={"error": details, "succeeded": False})
             if newest is not None
-            else JobNews(job_id=self.state.current, sequence=0, status=TaskStatus.QUEUED, error=details)
+            else JobUpdate(job_id=self.state.current, sequence=0, status=TaskStatus.QUEUED, error=details)
         )

@@ -1,6 +1,6 @@
-"""What became of a hold or a charge, looked up in the ledger over time (contract §4).
+"""Finds out in the ledger how a hold or a charge ended (contract §4).
 
-Presence is proof, absence never is: a ledger may lag. So what is not shown is looked for again, for 10 minutes.
+An entry is proof, a missing entry is not: a ledger may lag. So what is missing is searched for again, for 10 minutes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from temporalio.exceptions import FailureError
 
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import LedgerQuery
-from comfyui_temporal.contracts.carried import AskedHold, HoldState
 from comfyui_temporal.contracts.credits import LedgerEntry, LedgerKind
+from comfyui_temporal.contracts.requests import HoldState, RequestedHold
 from workflows.outside_call import OutsideCall
 from workflows.task_ledger import Found, HoldFate, OpenHolds, TaskLedger
 
@@ -27,23 +27,23 @@ LOOK_AGAIN_AFTER: Final = timedelta(seconds=4)
 """Doubled with each look, up to `LOOK_AGAIN_AT_MOST`: a ledger that lags by seconds settles a task in seconds."""
 LOOK_AGAIN_AT_MOST: Final = timedelta(minutes=2)
 DOUBLED_FOR: Final = timedelta(minutes=1)
-"""How long a doubled hold is looked for: nobody's credits wait for it, but the task's end does."""
+"""How long a doubled hold is searched for: no credits wait for it, but the task's end does."""
 BY_KIND_OR_REASON: Final = "ledger-by-kind-or-reason"
 
 
 class Shown(Enum):
-    """What the ledger shows of a charge that was not answered."""
+    """What the ledger shows of a charge without an answer."""
 
     CHARGED = "charged"
     KEEPS_KEYS = "keeps_keys"
-    """Nothing yet, but the service tells kinds: the same key may be repeated."""
+    """Nothing yet, but entries have kinds: such a service keeps keys, so the call may be repeated."""
     ABSENT = "absent"
-    """Nothing for 10 minutes, in a ledger that was read whole and understood."""
+    """Nothing for 10 minutes, in a ledger whose every entry was read and understood."""
     UNKNOWN = "unknown"
 
 
 class LedgerSearch:
-    """Looks into the ledger of one task."""
+    """Searches the ledger of one task."""
 
     def __init__(self, outside: OutsideCall, holds: HoldState) -> None:
         self._outside = outside
@@ -51,16 +51,16 @@ class LedgerSearch:
         self.newest: TaskLedger | None = None
         """The last reading."""
 
-    async def fate_of(self, hold: AskedHold) -> Found:
-        """What became of a hold that commit or cancel was refused for."""
+    async def fate_of(self, hold: RequestedHold) -> Found:
+        """How a hold ended whose commit or cancel was refused."""
         if not workflow.patched(BY_KIND_OR_REASON):
             return await self._fate_by_total(hold)
-        found = await self._looked(lambda ledger: self._known(ledger.fate(hold, **self._ends(hold))), LOOK_FOR)
+        found = await self._search(lambda ledger: self._known(ledger.fate(hold, **self._ends(hold))), LOOK_FOR)
         return found or Found(HoldFate.UNKNOWN)
 
     async def read(self) -> TaskLedger | None:
-        """The ledger as it is now. None where the service definitely does not show it."""
-        return await self._reading(None)
+        """The ledger as it is now. None where the service refuses to show it."""
+        return await self._read_within(None)
 
     async def once_all_ended(self, *, but: int, known: int) -> TaskLedger | None:
         """The ledger once it shows a charge, or the end of all but `but` of at least `known` holds.
@@ -73,13 +73,13 @@ class LedgerSearch:
             has_all = len(ledger.holds) >= known and len(stands.named) + stands.nameless <= but
             return ledger if ledger.charged() or (has_all and ledger.charged() is not None) else None
 
-        return await self._looked(seen, LOOK_FOR)
+        return await self._search(seen, LOOK_FOR)
 
-    async def fate_by_all(self, hold: AskedHold, *, known: int, but: int) -> Found:
-        """What became of a hold whose end is sure, where an earlier life may have ended others of the task.
+    async def fate_by_all(self, hold: RequestedHold, *, known: int, but: int) -> Found:
+        """How a hold ended that has surely ended, where an earlier life may have ended other holds of the task.
 
-        By its id; where the ledger tells none, by what the task's holds, at least `known`, came to once all but `but`
-        have ended.
+        By its id. In a ledger without ids: by the sum over the task's holds, at least `known`, once all but `but` have
+        ended.
         """
 
         def seen(ledger: TaskLedger) -> Found | None:
@@ -92,10 +92,10 @@ class LedgerSearch:
             has_all = len(ledger.holds) >= known and stands.nameless <= but
             return Found(HoldFate.GIVEN_BACK) if has_all and charged == 0 else None
 
-        return await self._looked(seen, LOOK_FOR) or Found(HoldFate.UNKNOWN)
+        return await self._search(seen, LOOK_FOR) or Found(HoldFate.UNKNOWN)
 
-    def _ends(self, hold: AskedHold) -> dict[str, int]:
-        """How many of the other holds have ended, or may have: one that is being given back may be shown any time."""
+    def _ends(self, hold: RequestedHold) -> dict[str, int]:
+        """How many other holds have ended, or may have: one that is being given back may be shown at any time."""
         others = [each for each in self._holds.asked if each is not hold and each.pre_deduct_id]
         stand = sum(not each.resolved and each.leaving is None for each in others)
         may_have_ended = (self._holds.granted or 0) - 1 - stand - self._holds.committed
@@ -106,8 +106,8 @@ class LedgerSearch:
     def _known(found: Found) -> Found | None:
         return None if found.fate is HoldFate.UNKNOWN else found
 
-    async def frozen_by(self, hold: AskedHold) -> int:
-        """Points that a hold really has: by its own entry, else what was asked for."""
+    async def frozen_by(self, hold: RequestedHold) -> int:
+        """Points that a hold really has: by its own entry, else what was requested."""
         amount = TaskLedger(await self._entries()).amount_of(hold)
         return hold.request.estimated_cost if amount is None else amount
 
@@ -120,7 +120,7 @@ class LedgerSearch:
             return Shown.KEEPS_KEYS if may_repeat and ledger.has_kinds else None
 
         self.newest = None
-        shown = await self._looked(seen, LOOK_FOR)
+        shown = await self._search(seen, LOOK_FOR)
         if shown is not None:
             return shown
         last = self.newest
@@ -134,36 +134,42 @@ class LedgerSearch:
         return self.newest.charged_without_hold() if self.newest is not None else 0
 
     async def doubled(self) -> OpenHolds:
-        """Holds of this task that stand and that nobody of ours knows; none where the ledger cannot be read now."""
+        """Open holds of this task that no run knows; none where the ledger cannot be read now."""
         known = [hold.pre_deduct_id for hold in self._holds.asked if hold.pre_deduct_id]
         granted = self._holds.granted or len(known)
 
         def seen(ledger: TaskLedger) -> OpenHolds | None:
             doubled = ledger.doubled(known, granted=granted)
-            is_late = not ledger.tells_ids and len(ledger.holds) > granted  # ends of ours are not shown yet
+            is_late = not ledger.tells_ids and len(ledger.holds) > granted  # the ledger does not show our own ends yet
             return None if is_late and not doubled.nameless else doubled
 
-        return await self._looked(seen, DOUBLED_FOR) or OpenHolds()
+        return await self._search(seen, DOUBLED_FOR) or OpenHolds()
 
-    async def _looked(self, decided: Callable[[TaskLedger], T | None], span: timedelta) -> T | None:
-        """What `decided` makes of the ledger, looked at again and again; None where it decides nothing in time."""
+    async def _search(self, decided: Callable[[TaskLedger], T | None], span: timedelta) -> T | None:
+        """Read the ledger until `decided` returns something. None where it does not within `span`."""
         until, wait = workflow.now() + span, LOOK_AGAIN_AFTER
         while True:
-            ledger = await self._reading(None if span is LOOK_FOR else until - workflow.now())
+            ledger = await self._read_within(None if span is LOOK_FOR else until - workflow.now())
             found = decided(ledger) if ledger is not None else None
             if found is not None or workflow.now() >= until:
                 return found
-            await workflow.sleep(min(wait, until - workflow.now()), summary="5 ledger: look again")
+            await workflow.sleep(
+                min(wait, until - workflow.now()), summary=f"{self._outside.labels.ledger}: look again"
+            )
             wait = min(2 * wait, LOOK_AGAIN_AT_MOST)
 
-    async def _reading(self, within: timedelta | None) -> TaskLedger | None:
-        """The ledger as it is now; an outage is sat out unless `within` limits it. None where it is not shown."""
+    async def _read_within(self, within: timedelta | None) -> TaskLedger | None:
+        """The ledger as it is now, after an outage unless `within` limits the wait. None where it is not shown."""
         if within is None:
-            answer = await self._outside.until_answered(CreditsActivities.ledger, self._query(), summary="5 ledger")
+            answer = await self._outside.until_answered(
+                CreditsActivities.ledger, self._query(), summary=self._outside.labels.ledger
+            )
             reply = answer.reply if answer is not None else None
         else:
             span = max(within, timedelta(seconds=1))
-            handle = self._outside.visible(CreditsActivities.ledger, self._query(), summary="5 ledger", within=span)
+            handle = self._outside.visible(
+                CreditsActivities.ledger, self._query(), summary=self._outside.labels.ledger, within=span
+            )
             try:
                 reply = (await handle).reply
             except FailureError:
@@ -177,9 +183,9 @@ class LedgerSearch:
         call_for = self._outside.call_for
         return LedgerQuery(call_for=call_for, task_id=call_for.task_id)
 
-    # Before the patch `ledger-by-kind-or-reason`: read by the ids of kinds, else by the task's total
+    # Runs from before the patch `ledger-by-kind-or-reason`: by ids and kinds, else by the task's total
 
-    async def _fate_by_total(self, hold: AskedHold) -> Found:
+    async def _fate_by_total(self, hold: RequestedHold) -> Found:
         until, wait = workflow.now() + LOOK_FOR, timedelta(seconds=30)
         while True:
             entries = await self._entries()
@@ -187,15 +193,19 @@ class LedgerSearch:
             found = _by_kind(entries, hold) if has_kinds else _by_total(entries, hold, self._holds)
             if found.fate is not HoldFate.UNKNOWN or workflow.now() >= until:
                 return found
-            await workflow.sleep(min(wait, until - workflow.now()), summary="5 ledger: look again")
+            await workflow.sleep(
+                min(wait, until - workflow.now()), summary=f"{self._outside.labels.ledger}: look again"
+            )
             wait = min(2 * wait, LOOK_AGAIN_AT_MOST)
 
     async def _entries(self) -> list[LedgerEntry]:
-        answer = await self._outside.until_answered(CreditsActivities.ledger, self._query(), summary="5 ledger")
+        answer = await self._outside.until_answered(
+            CreditsActivities.ledger, self._query(), summary=self._outside.labels.ledger
+        )
         return answer.reply.entries if answer is not None and answer.reply is not None else []
 
 
-def _by_kind(entries: list[LedgerEntry], hold: AskedHold) -> Found:
+def _by_kind(entries: list[LedgerEntry], hold: RequestedHold) -> Found:
     for entry in entries:
         if entry.pre_deduct_id != hold.pre_deduct_id:
             continue
@@ -207,11 +217,11 @@ def _by_kind(entries: list[LedgerEntry], hold: AskedHold) -> Found:
     return Found(HoldFate.UNKNOWN)
 
 
-def _by_total(entries: list[LedgerEntry], hold: AskedHold, holds: HoldState) -> Found:
-    """A ledger without kinds, whose commit shows as the rest that went back: totals can be compared.
+def _by_total(entries: list[LedgerEntry], hold: RequestedHold, holds: HoldState) -> Found:
+    """A ledger without kinds shows a commit as the rest that was returned, so totals can be compared.
 
-    It is compared once the ledger shows every hold of the task taken and every one but those that stand ended: a total
-    that lacks an entry would tell of a commit that never was, or hide one.
+    Only once the ledger shows that every hold of the task was taken, and that all but the open ones have ended: a total
+    that lacks an entry would show a commit that never happened, or hide one.
     """
     granted = holds.granted_before + len(holds.granted_holds())
     standing = [each for each in holds.granted_holds() if each is not hold and not each.resolved]

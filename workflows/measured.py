@@ -1,4 +1,4 @@
-"""A list whose size in a payload is known at any time, so that keeping it within its budget costs little."""
+"""A list that knows its size in a payload, so that keeping it within its budget is cheap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Item = TypeVar("Item", bound=BaseModel)
 
 
 class Measured(Generic[Item]):
-    """`items` is the list of a carried state; it is changed through here alone. Each item is measured once."""
+    """`items` is a list in a run's state. Only this class changes it, and measures each item once."""
 
     def __init__(self, items: list[Item]) -> None:
         self.items = items

@@ -2,11 +2,11 @@
 
 1. A call that changes money or a job is a visible activity from its first try: its key and body stand in history
    before the effect, and a repeat sends the same (decision 1).
-2. A definite refusal is an answer. What cannot be answered in time raises TaskFailed with the party's code.
-3. No call is cut short. An opening call that is being retried when the task is to stop is asked to end after the
-   attempt in flight; its effect, if any, is learned by the undo.
-4. A call beside the flow (a renewal, an old job's cancel) is put down before the run continues as new: it ends after
-   the attempt in flight, and the next run repeats it.
+2. A definite refusal is an answer. A call without an answer in time raises TaskFailed with the party's code.
+3. No call is cut short. When the task is to stop, a setup call that is being retried ends after the attempt in flight;
+   the undo finds out what it did.
+4. A background call (a renewal, an old job's cancel) is suspended before the run continues as new: it ends after the
+   attempt in flight, and the next run repeats it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from temporalio.common import Priority, RetryPolicy
 from temporalio.exceptions import ApplicationError, FailureError, is_cancelled_exception
 from temporalio.workflow import ActivityCancellationType, ActivityHandle
 
+from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import CallFor
 from comfyui_temporal.contracts.comfyui import TaskPriority
-from comfyui_temporal.contracts.errors import Answer, FailureCode, Refusal
+from comfyui_temporal.contracts.errors import Answer, FailureCode, UnreadableReply
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.tasks import PRIORITY_KEYS
 from workflows.alarm import Alarm
 from workflows.earlier_life import is_of_store, was_stopped
-from workflows.failures import RowEnded, why
+from workflows.failures import RowEnded, failure_from
+from workflows.interruptible import InterruptibleWaits
+from workflows.step_labels import STEP_LABELS
 from workflows.stop import Stop
-from workflows.waiting import Waiting
+from workflows.task_limits import TaskLimits
 
 Argument = TypeVar("Argument")
 Reply = TypeVar("Reply")
@@ -38,9 +41,11 @@ Method = Callable[[Any, Argument], Awaitable[Result]]
 
 ATTEMPT_TIMEOUT: Final = timedelta(seconds=10)
 HEARTBEAT_TIMEOUT: Final = timedelta(seconds=2)
+STORE_TIMEOUT: Final = timedelta(minutes=1)
+"""Of one attempt of give-back, correction or reconciler at the task store. They hold nothing that could expire."""
 UNREADABLE_FOR: Final = timedelta(minutes=15)
 ASK_AGAIN_AFTER: Final = timedelta(seconds=30)
-"""Doubled with each unreadable answer, up to `ASK_AGAIN_AT_MOST`: every time asked stands in the history."""
+"""Doubled with each unreadable answer, up to `ASK_AGAIN_AT_MOST`: each call stands in the history."""
 ASK_AGAIN_AT_MOST: Final = timedelta(minutes=2)
 RETRY: Final = RetryPolicy(
     initial_interval=timedelta(seconds=1), backoff_coefficient=2, maximum_interval=timedelta(seconds=30)
@@ -53,8 +58,9 @@ RETRY_SILENCE_ONLY: Final = RetryPolicy(
 )
 LOCAL_RETRY: Final = RetryPolicy(initial_interval=timedelta(milliseconds=200), maximum_attempts=2)
 LOCAL_TIMEOUT: Final = timedelta(seconds=2)
-"""Below four fifths of a workflow task's 3 s: a local try that outlives these has an empty workflow task recorded, and
-an update that comes then is replayed earlier than it was, which no history bears where it changes what is done.
+"""Below four fifths of a workflow task's 3 s. After that the server records an empty workflow task, and an update that
+arrives then is replayed earlier than it was handled. Where it changes a decision, this would make replay
+nondeterministic.
 """
 LOCAL_RETRY_THRESHOLD: Final = timedelta(seconds=2.5)
 
@@ -78,7 +84,16 @@ class TaskFor(Protocol):
 class OutsideCall:
     """Makes the calls of one task: for its tenant, at its priority."""
 
-    def __init__(self, task: TaskFor, stop: Stop, *, run_number: int = 0, waiting: Waiting | None = None) -> None:
+    def __init__(
+        self,
+        task: TaskFor,
+        stop: Stop,
+        *,
+        run_number: int = 0,
+        waits: InterruptibleWaits | None = None,
+        limits: TaskLimits | None = None,
+    ) -> None:
+        """`limits` are needed by setup calls only."""
         self.call_for = CallFor(
             task_id=task.task_id,
             tenant_id=task.tenant_id,
@@ -89,48 +104,51 @@ class OutsideCall:
         )
         self.priority = Priority(priority_key=PRIORITY_KEYS[task.priority], fairness_key=task.tenant_id)
         self._stop = stop
-        self.waiting = waiting or Waiting(stop, Alarm())
-        self.told = self.waiting.told
-        self._is_put_down = False
-        self._beside = 0
+        self.labels = STEP_LABELS[task.scene]
+        self.limits = limits or TaskLimits()
+        self.waits = waits or InterruptibleWaits(stop, Alarm())
+        self.earlier = self.waits.earlier
+        self._is_suspended = False
+        self._in_background = 0
 
     def key(self, step: str, n: int | str) -> str:
         """`X-Idempotency-Key` (contract §2, §4)."""
         return f"{self.call_for.task_id}:{step}:{n}"
 
     def may_begin(self) -> None:
-        """Raise TaskStopped if a stop was asked for, RowEnded if the task has ended, TaskFailed if the credits have.
+        """Raise TaskStopped after a cancel, RowEnded where the task has ended, TaskFailed where its credits ran out.
 
-        To be asked before a call is noted: the undo learns of what is noted by asking for it, and would begin it.
+        To be called before a call is recorded: the undo repeats a recorded call to learn its id, and would begin it.
         """
-        self.waiting.obey()
+        self.waits.raise_if_interrupted()
 
-    async def opening(
-        self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str, minutes: float
+    async def setup(
+        self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str
     ) -> Answer[Reply]:
-        """A call that begins something, retried for `minutes`, which a task store that is away does not use up.
+        """A call that begins something, retried for the policy's `opening_call_minutes`.
 
-        The hold is looked after meanwhile. Raises TaskFailed (the party's `*_unavailable`, `reply_invalid`, `timeout`
-        or `credit_exhausted`), or TaskStopped where a stop was asked for and the call has not been answered, or
-        RowEnded where the task has ended.
+        Time in which the task store is away does not count, and the hold is kept alive. Raises TaskFailed (the party's
+        `*_unavailable`, `reply_invalid`, `timeout` or `credit_exhausted`), TaskStopped where a cancel came before the
+        answer, RowEnded where the task has ended.
         """
+        within = timedelta(minutes=self.limits.policy.opening_call_minutes)
         while True:
-            self.waiting.obey()
-            handle = self.visible(method, argument, summary=summary, within=timedelta(minutes=minutes))
-            end = await self.waiting.answered(handle, summary=f"{summary}: look after the hold meanwhile")
+            self.waits.raise_if_interrupted()
+            handle = self.visible(method, argument, summary=summary, within=within)
+            end = await self.waits.answered(handle, summary=f"{summary}: keep the hold meanwhile")
             if not handle.done():
                 handle.cancel()
             try:
                 answer = await handle
             except FailureError as error:
-                # Not always as cancelled: an attempt that fails before it hears of the wish ends as its own failure.
-                self._stop.obey()
+                # An attempt that fails before the cancellation reaches it ends as its own failure, not as cancelled.
+                self._stop.raise_if_requested()
                 if end is not None:
                     raise end from error
                 if is_of_store(error):
                     continue
-                raise why(error, _unavailable(method)) from error
-            self.told.heard(answer)
+                raise failure_from(error, _unavailable(method)) from error
+            self.earlier.learn_from(answer)
             if was_stopped(answer):
                 raise RowEnded()
             return answer
@@ -145,7 +163,8 @@ class OutsideCall:
     ) -> Answer[Reply] | None:
         """A call that is repeated without end for silence, 429 and 5xx (contract §4).
 
-        An answer that stays unreadable for 15 minutes counts as a refusal. None where `give_up()` came first.
+        An answer that stays unreadable for 15 minutes counts as a refusal (`UnreadableReply`). None where `give_up()`
+        came first.
         """
         unreadable_until, wait, rounds = None, ASK_AGAIN_AFTER, 0
         while True:
@@ -158,23 +177,23 @@ class OutsideCall:
             except FailureError as error:
                 if is_cancelled_exception(error):
                     return None
-                failure = why(error, _unavailable(method))
+                failure = failure_from(error, _unavailable(method))
             else:
                 answer.tries += rounds
-                self.told.heard(answer)
+                self.earlier.learn_from(answer)
                 return answer
             rounds += 1
             unreadable_until = unreadable_until or workflow.now() + UNREADABLE_FOR
             if workflow.now() >= unreadable_until:
-                return Answer(refusal=_unreadable(str(failure)))
+                return Answer(refusal=UnreadableReply(sentence=str(failure)))
             rest = unreadable_until - workflow.now()
-            if await self.waited(min(wait, rest), give_up, summary=f"{summary}: unreadable answer, asked again"):
+            if await self.wait_for(min(wait, rest), give_up, summary=f"{summary}: unreadable answer, repeat"):
                 return None
             wait = min(2 * wait, ASK_AGAIN_AT_MOST)
 
-    # Calls beside the flow
+    # Background calls
 
-    async def beside(
+    async def in_background(
         self,
         method: Method[Argument, Answer[Reply]],
         argument: Argument,
@@ -182,69 +201,67 @@ class OutsideCall:
         summary: str,
         give_up: Callable[[], bool] = lambda: False,
     ) -> Answer[Reply] | None:
-        """`until_answered` for a call that the flow does not wait for: None also where it was put down."""
-        if self._is_put_down:
+        """`until_answered` for a call that the flow does not wait for. None also where it was suspended."""
+        if self._is_suspended:
             return None
-        self._beside += 1
+        self._in_background += 1
         try:
             return await self.until_answered(
-                method, argument, summary=summary, give_up=lambda: self._is_put_down or give_up()
+                method, argument, summary=summary, give_up=lambda: self._is_suspended or give_up()
             )
         finally:
-            self._beside -= 1
+            self._in_background -= 1
 
-    def has_beside(self) -> bool:
-        """Whether a call beside the flow is in flight: its answer would be heard by nobody."""
-        return self._beside > 0
+    def has_background_calls(self) -> bool:
+        """Whether a background call is in flight: a run that closes would lose its answer."""
+        return self._in_background > 0
 
     @property
-    def is_put_down(self) -> bool:
-        return self._is_put_down
+    def is_suspended(self) -> bool:
+        return self._is_suspended
 
-    async def put_down(self) -> None:
-        """Wait until no call is left beside the flow, each after its attempt in flight, or a stop is asked for.
+    async def suspend(self) -> None:
+        """Wait until no background call is left, each after its attempt in flight, or a cancel arrives.
 
-        None begins from here on: one that began while the run closes would be left behind.
+        No new one begins: the run would close without its answer.
         """
-        self._is_put_down = True
-        if self.has_beside():
-            await workflow.wait_condition(lambda: self._stop.requested or not self.has_beside())
+        self._is_suspended = True
+        if self.has_background_calls():
+            await workflow.wait_condition(lambda: self._stop.requested or not self.has_background_calls())
 
-    def take_up(self) -> None:
-        """Calls may be made again: the run did not continue as new after all, or its end has begun."""
-        self._is_put_down = False
+    def resume(self) -> None:
+        """Allow background calls again: the run did not continue as new, or its end has begun."""
+        self._is_suspended = False
 
-    async def waited(self, span: timedelta, happened: Callable[[], bool], *, summary: str) -> bool:
-        """Wait until `happened()`, for `span` at most; whether it happened."""
+    async def wait_for(self, span: timedelta, happened: Callable[[], bool], *, summary: str) -> bool:
+        """Wait until `happened()`, for `span` at most. Returns whether it happened."""
         try:
             await workflow.wait_condition(happened, timeout=span, timeout_summary=summary)
         except TimeoutError:
             return False
         return True
 
-    async def unless_stopped(self, happened: Callable[[], bool]) -> None:
-        """Wait until `happened()`. Raises TaskStopped where a stop was asked for before."""
+    async def wait_unless_stopped(self, happened: Callable[[], bool]) -> None:
+        """Wait until `happened()`. Raises TaskStopped where a cancel came first."""
         await workflow.wait_condition(lambda: happened() or self._stop.requested)
         if not happened():
-            self._stop.obey()
+            self._stop.raise_if_requested()
 
-    async def reading(
-        self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str, minutes: float
-    ) -> Answer[Reply]:
-        """A call that changes nothing: a short local try, then a visible one. Raises as `opening`."""
-        self.waiting.obey()
+    async def read(self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str) -> Answer[Reply]:
+        """A call that changes nothing: a short local try, then a visible one. Raises as `setup`."""
+        self.waits.raise_if_interrupted()
         try:
             return await self._local_try(method, argument, summary=summary)
         except _NoLocalAnswer:
-            return await self.opening(method, argument, summary=summary, minutes=minutes)
+            return await self.setup(method, argument, summary=summary)
 
-    async def noted(
+    async def write_store(
         self, method: Method[Argument, Result], argument: Argument, *, summary: str, is_recorded: bool = True
     ) -> Result:
         """A keyed write to our own store: a short local try, then a visible one without end.
 
-        What tells of a decision that is not `is_recorded` in the history yet is visible at once: its workflow task may
-        be lost after a local write, and decide otherwise when it comes again with what has come since (pitfall 34).
+        A write of a decision that is not `is_recorded` in the history yet is visible at once. After a local write its
+        workflow task may be lost; repeated with what arrived since, it may decide otherwise (pitfall 34).
         """
         try:
             if is_recorded:
@@ -253,19 +270,19 @@ class OutsideCall:
             pass
         return await self.visible(method, argument, summary=summary)
 
-    async def looked(
+    async def read_store(
         self, method: Method[Argument, Result], argument: Argument, *, summary: str, within: timedelta
     ) -> Result:
-        """A read of our own store: a short local try, then a visible one. Raises FailureError where none answers."""
+        """A read of our own store: a short local try, then a visible one. Raises FailureError without an answer."""
         try:
             return await self._local_try(method, argument, summary=summary)
         except _NoLocalAnswer:
             return await self.visible(method, argument, summary=summary, within=within)
 
     async def _local_try(self, method: Method[Argument, Result], argument: Argument, *, summary: str) -> Result:
-        """For reads and keyed writes only: it leaves no trace until it is recorded (pitfall 21).
+        """For reads and keyed writes only: history does not show it before its result is recorded (pitfall 21).
 
-        Raises _NoLocalAnswer, or ApplicationError where no further try will help (pitfall 32).
+        Raises _NoLocalAnswer, or ApplicationError where another try cannot help (pitfall 32).
         """
         try:
             # Only `schedule_to_close`: a failed attempt's `start_to_close` timer would kill the next one (pitfall 33).
@@ -294,7 +311,7 @@ class OutsideCall:
         retry: RetryPolicy = RETRY,
         attempt_timeout: timedelta = ATTEMPT_TIMEOUT,
     ) -> ActivityHandle[Result]:
-        """Schedule the call as an activity that operators see while it is retried."""
+        """Schedule the call as an activity, which operators see while it is retried."""
         return workflow.start_activity_method(
             method,
             argument,
@@ -309,9 +326,8 @@ class OutsideCall:
 
 
 def _unavailable(method: Callable[..., Any]) -> FailureCode:
-    of_credits = "Credits" in getattr(method, "__qualname__", "")
-    return FailureCode.CREDITS_UNAVAILABLE if of_credits else FailureCode.COMFYUI_UNAVAILABLE
+    """The code of a party that does not answer."""
+    return FailureCode.CREDITS_UNAVAILABLE if method in _CREDITS_CALLS else FailureCode.COMFYUI_UNAVAILABLE
 
 
-def _unreadable(sentence: str) -> Refusal:
-    return Refusal(code=FailureCode.REPLY_INVALID, message="unreadable", http_status=0, sentence=sentence)
+_CREDITS_CALLS: Final = frozenset(call for call in vars(CreditsActivities).values() if callable(call))

@@ -1,7 +1,7 @@
-"""Finds the tasks whose run is over while their row is open, and has each given back (invariant 8).
+"""Finds the tasks whose run is over while their row is open, and starts a give-back for each (invariant 8).
 
-Started by a schedule. A run is taken for over when it is found so twice, a pause apart: a call in flight when it was
-terminated has landed by then, and a row that a last write reaches late is not called a lost one.
+A schedule starts it. A run counts as over when it is found closed twice, a pause apart. By then a call that was in
+flight when the run was terminated has ended, and a last write that was late has reached the row.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Final
 
 from temporalio import workflow
-from temporalio.common import RetryPolicy, WorkflowIDReusePolicy
+from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import FailureError, WorkflowAlreadyStartedError
 
 from activities.closed_runs import ClosedRunActivities
@@ -18,16 +18,14 @@ from comfyui_temporal.contracts.give_back import GiveBackRun, give_back_id_of
 from comfyui_temporal.contracts.reconcile import ClosedRun, OpenTasksLook, ReconcileOrder, ReconcileResult
 from workflows.correction import Corrections
 from workflows.give_back import GiveBackWorkflow
-from workflows.guards import given
-from workflows.outside_call import HEARTBEAT_TIMEOUT
+from workflows.guards import validated
+from workflows.outside_call import HEARTBEAT_TIMEOUT, RETRY, STORE_TIMEOUT
 
-LOOK_TIMEOUT: Final = timedelta(minutes=1)
-LOOK_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
 TASK_TIMEOUT: Final = timedelta(seconds=3)
-"""What a killed worker held of a run is another's after that long."""
+"""After this long another worker continues a run that a killed worker held."""
 MAX_PAGES: Final = 20
 MAX_CLOSED: Final = 200
-"""Of one run: what is more waits for the run that it continues as."""
+"""Of one run; the run that it continues as takes the rest."""
 LOOKS_AT_UNSETTLED: Final = "unknown-settlements-looked-at"
 REASON: Final = "found by the reconciler"
 
@@ -38,7 +36,7 @@ class ReconcileWorkflow:
 
     @workflow.run
     async def run(self, order: ReconcileOrder) -> ReconcileResult:
-        order = given(order, ReconcileOrder)
+        order = validated(order, ReconcileOrder)
         closed, cursor, unseen = await self._found_closed(order)
         if closed:
             summary = f"look again at {len(closed)} closed runs"
@@ -46,9 +44,9 @@ class ReconcileWorkflow:
             closed = await workflow.execute_activity_method(
                 ClosedRunActivities.still_closed,
                 closed,
-                start_to_close_timeout=LOOK_TIMEOUT,
+                start_to_close_timeout=STORE_TIMEOUT,
                 heartbeat_timeout=HEARTBEAT_TIMEOUT,
-                retry_policy=LOOK_RETRY,
+                retry_policy=RETRY,
                 summary="2 look again",
             )
         begun = [task.task_id for task in closed if await self._begin_give_back(task)]
@@ -65,16 +63,16 @@ class ReconcileWorkflow:
         return ReconcileResult(task_ids=begun, corrected=corrected, **so_far)
 
     async def _found_closed(self, order: ReconcileOrder) -> tuple[list[ClosedRun], str | None, int]:
-        """Some pages' worth, where the next run goes on, and how many rows could not be looked at."""
+        """The closed runs of some pages, the cursor of the next run, and how many rows could not be read."""
         closed: list[ClosedRun] = []
         cursor, unseen = order.cursor, 0
         for _ in range(MAX_PAGES):
             seen = await workflow.execute_activity_method(
                 ClosedRunActivities.closed_among_open,
                 OpenTasksLook(quiet_seconds=order.pause_seconds, cursor=cursor),
-                start_to_close_timeout=LOOK_TIMEOUT,
+                start_to_close_timeout=STORE_TIMEOUT,
                 heartbeat_timeout=HEARTBEAT_TIMEOUT,
-                retry_policy=LOOK_RETRY,
+                retry_policy=RETRY,
                 summary="1 open rows whose run is closed",
             )
             closed += seen.closed
@@ -85,14 +83,14 @@ class ReconcileWorkflow:
         return closed, cursor, unseen
 
     async def _begin_give_back(self, task: ClosedRun) -> bool:
-        """Started and left to itself: one that takes long, or cannot be started, holds up none of the others."""
+        """Start it and do not wait: one that takes long, or cannot be started, delays no other."""
         try:
             await workflow.start_child_workflow(
                 GiveBackWorkflow.run,
                 GiveBackRun(task_id=task.task_id, reason=REASON),
                 id=give_back_id_of(task.task_id),
                 parent_close_policy=workflow.ParentClosePolicy.ABANDON,
-                # Giving back twice is giving back once: a second one finds the task ended.
+                # A give-back is idempotent: a second one finds the task ended.
                 id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
                 task_timeout=TASK_TIMEOUT,
                 static_summary=f"give back {task.task_id}, whose run is {task.how}",
@@ -100,7 +98,7 @@ class ReconcileWorkflow:
         except WorkflowAlreadyStartedError:
             workflow.logger.info("%s is being given back already", task.task_id)
         except (RuntimeError, FailureError) as error:
-            # The server's refusal of this one child; the SDK has no type of its own for most of its reasons.
+            # The server refused this one child. The SDK has no types for most of the reasons.
             workflow.logger.error("The give-back of %s could not be started: %s", task.task_id, error)
             return False
         return True

@@ -1,4 +1,4 @@
-"""Row 5, delivered: the price is charged once (contract §4 *commit refused*, §5 *Charged*). Nothing here is undone."""
+"""Charges a delivery once (contract §4 *commit refused*, §5 *Charged*). Nothing here is undone."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from temporalio import workflow
 
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import Post
-from comfyui_temporal.contracts.carried import AskedHold
 from comfyui_temporal.contracts.credits import ChargeRequest, CommitRequest, HoldReply
-from comfyui_temporal.contracts.errors import Answer, ExceptionCode, Refusal
-from comfyui_temporal.contracts.tasks import EventType, ImageTask, SettlementState, TrainingTask
+from comfyui_temporal.contracts.errors import Answer, ExceptionCode, Refusal, RefusalKind
+from comfyui_temporal.contracts.requests import RequestedHold
+from comfyui_temporal.contracts.tasks import EventType, SettlementState, TaskInput
 from workflows.charges import Charges, ChargeUnknown
 from workflows.credit_hold import CreditHold
-from workflows.earlier_life import EarlierLifePossible, is_own_key, obey_life
+from workflows.earlier_life import EarlierLifePossible, is_key_of_earlier_life, raise_unless_settled
 from workflows.outside_call import OutsideCall
 from workflows.task_ledger import HoldFate
 from workflows.task_record import TaskRecord
@@ -31,47 +31,44 @@ class Paid(NamedTuple):
 
 
 class Settlement:
-    """Commits the standing hold and decides what a refusal means."""
+    """Commits the open hold and decides what a refusal means."""
 
-    def __init__(
-        self, task: ImageTask | TrainingTask, outside: OutsideCall, record: TaskRecord, hold: CreditHold
-    ) -> None:
+    def __init__(self, task: TaskInput, outside: OutsideCall, record: TaskRecord, hold: CreditHold) -> None:
         self._task = task
         self._outside = outside
         self._record = record
         self._hold = hold
         self.charges = Charges(task, outside, hold.ledger)
-        self.charge_shortfall = False
 
     async def charge(self, cost: int) -> None:
-        """Charge `cost` points for delivered work; what cannot be charged is recorded, and the task is completed.
+        """Charge `cost` points for delivered work. What cannot be charged is recorded, and the task is completed.
 
         Raises RowEnded where an earlier life has ended the task.
         """
         try:
-            if self._outside.told.is_possible:
+            if self._outside.earlier.is_possible:
                 raise EarlierLifePossible()
             await self._charge(cost)
         except EarlierLifePossible:
             await self._charge(await self._left_by_earlier_lives(cost))
 
     async def _left_by_earlier_lives(self, cost: int) -> int:
-        """What is to be charged of `cost`, counting what the ledger shows: a commit of any hold settles the task."""
-        self._outside.told.obey()
+        """What is left to charge of `cost` by the ledger: a commit of any hold settles the task."""
+        self._outside.earlier.raise_if_ended()
         forgotten = self._hold.forgotten
         await forgotten.give_back("another hold of the task is committed", keep_one=True)
-        self._outside.told.obey()  # it has looked at the row
+        self._outside.earlier.raise_if_ended()  # the give-back has read the row
         self.charges.taken_before()
         if self._hold.state.is_unknown:
-            self._tell_unknown(self._hold.standing, cost, ChargeUnknown("The task's run was reset."))
+            self._record_unknown(self._hold.standing, cost, ChargeUnknown("The task's run was reset."))
         return self._hold.state.charged if forgotten.was_committed or self._hold.state.is_unknown else cost
 
     async def _charge(self, cost: int) -> None:
         standing = self._hold.standing
         if standing is not None:
-            standing.told = standing.told or standing.amount  # of a run from before this was noted
-        cost -= self._hold.state.charged  # what a hold was committed for by somebody else counts
-        if cost <= 0 or (standing is None and not self._outside.told.is_possible):
+            standing.told = standing.told or standing.amount  # of a run that did not record this yet
+        cost -= self._hold.state.charged  # somebody else may have committed a hold
+        if cost <= 0 or (standing is None and not self._outside.earlier.is_possible):
             await self._hold.give_back("nothing is charged")
             self.settled(None)
             return
@@ -83,79 +80,79 @@ class Settlement:
             charged, balance_after = await self._commit(standing, min(cost, standing.usable))
         except ChargeUnknown as unknown:
             charged, is_unknown = unknown.charged, True
-            self._tell_unknown(standing, cost, unknown)
+            self._record_unknown(standing, cost, unknown)
         standing.resolved = True
-        self._hold.state.charged += charged
+        self._hold.add_charged(charged)
         await self._hold.give_back("another hold was committed")
         missing = 0 if is_unknown else cost - charged
-        if missing > 0 and charged == standing.usable and self.charge_shortfall:
+        if missing > 0 and charged == standing.usable and self._outside.limits.policy.charge_shortfall:
             missing, balance_after = await self._charge_missing(standing, missing, balance_after)
         if missing > 0:
-            self.tell_shortfall(missing)
+            self.record_shortfall(missing)
         self.settled(balance_after)
 
     async def _charge_without_hold(self, cost: int) -> None:
-        """No hold of any life of the task stands: as where one had ended before its commit."""
+        """No hold of any life of the task is open: as where one had ended before its commit."""
         missing, balance_after = await self._charge_missing(None, cost, None)
         await self._hold.give_back("nothing is committed")
         if missing > 0:
-            self.tell_shortfall(missing)
+            self.record_shortfall(missing)
         self.settled(balance_after)
 
     async def _charge_missing(
-        self, hold: AskedHold | None, missing: int, balance_after: int | None
+        self, hold: RequestedHold | None, missing: int, balance_after: int | None
     ) -> tuple[int, int | None]:
-        """What the hold lacked is charged as well, as policy says: what is missing then, and the balance after."""
+        """Charge what the hold lacked, as the policy says. Returns what is still missing, and the balance after."""
         try:
             more = await self.charges.take(missing)
         except ChargeUnknown as unknown:
-            self._hold.state.charged += unknown.charged
-            self._tell_unknown(hold, missing, unknown)
+            self._hold.add_charged(unknown.charged)
+            self._record_unknown(hold, missing, unknown)
             return 0, None
-        self._hold.state.charged += more.points
+        self._hold.add_charged(more.points)
         return missing - more.points, more.balance_after or balance_after
 
-    async def finish(self, asked: list[Post[ChargeRequest]], cost: int | None) -> None:
-        """What a run had begun to charge when it ended: learned, and charged to the end; what is missing is recorded.
+    async def finish(self, requested: list[Post[ChargeRequest]], cost: int | None) -> None:
+        """Finish what a run had begun to charge when it ended. What cannot be charged is recorded.
 
         `cost`: points in all; None where that is not known.
         """
         state = self._hold.state
         try:
-            learned = await self.charges.learn(asked)
-            state.charged += learned.points
+            learned = await self.charges.learn(requested)
+            self._hold.add_charged(learned.points)
             missing = max(0, (cost or 0) - state.charged)
-            if asked and missing and not learned.is_refused:
+            if requested and missing and not learned.is_refused:
                 more = await self.charges.take(missing)
-                state.charged += more.points
+                self._hold.add_charged(more.points)
                 missing -= more.points
         except ChargeUnknown as unknown:
-            state.charged += unknown.charged
-            self._tell_unknown(None, cost or 0, unknown)
+            self._hold.add_charged(unknown.charged)
+            self._record_unknown(None, cost or 0, unknown)
             return
         if missing and state.charged and not state.is_unknown:
-            self.tell_shortfall(missing)
+            self.record_shortfall(missing)
 
-    async def _commit(self, hold: AskedHold, cost: int) -> Paid:
+    async def _commit(self, hold: RequestedHold, cost: int) -> Paid:
         n = 1
         answer = await self._ask_commit(hold, cost, n=n)
-        while is_own_key(answer, self._outside.told) and n < MOST_COMMITS:
-            n += 1  # an earlier life's commit, which was refused: every other hold has been cancelled
+        while is_key_of_earlier_life(answer, self._outside.earlier) and n < MOST_COMMITS:
+            n += 1  # an earlier life's commit used the key and was refused: every other hold is cancelled
             answer = await self._ask_commit(hold, cost, n=n)
-        if answer.refusal is not None and answer.refusal.message == "hold_insufficient":
+        if answer.refusal is not None and answer.refusal.kind is RefusalKind.HOLD_TOO_SMALL:
             hold.amount = await self._hold.ledger.frozen_by(hold)
             cost = min(cost, hold.amount)
             answer = await self._ask_commit(hold, cost, n=n + 1)
         if answer.reply is None:
             return await self._by_ledger(hold, cost, answer.refusal)
-        told = answer.reply.frozen_amount
-        if told != cost and workflow.patched(COMMIT_LOOKED_UP):
-            return await self._by_ledger(hold, cost, None, f"The commit of {cost} points was answered with {told}.")
+        charged = answer.reply.frozen_amount
+        if charged != cost and workflow.patched(COMMIT_LOOKED_UP):
+            return await self._by_ledger(hold, cost, None, f"The commit of {cost} points was answered with {charged}.")
         self._hold.ends.count(HoldFate.COMMITTED)
         return Paid(cost, answer.reply.balance_after)
 
-    async def _by_ledger(self, hold: AskedHold, cost: int, refusal: Refusal | None, said: str = "") -> Paid:
-        """Already processed, not found, any other definite refusal, or another amount: the ledger decides."""
+    async def _by_ledger(self, hold: RequestedHold, cost: int, refusal: Refusal | None, said: str = "") -> Paid:
+        """Already resolved, not found, any other definite refusal, or another amount: the ledger decides."""
         found = await self._hold.fate_of(hold)
         if found.fate is HoldFate.COMMITTED:
             self._hold.ends.count(HoldFate.COMMITTED)
@@ -169,7 +166,7 @@ class Settlement:
         more = await self.charges.take(cost - charged, before=charged)
         return Paid(charged + more.points, more.balance_after)
 
-    async def _ask_commit(self, hold: AskedHold, cost: int, *, n: int) -> Answer[HoldReply]:
+    async def _ask_commit(self, hold: RequestedHold, cost: int, *, n: int) -> Answer[HoldReply]:
         assert hold.pre_deduct_id is not None
         body = CommitRequest(
             pre_deduct_id=hold.pre_deduct_id,
@@ -183,29 +180,29 @@ class Settlement:
             call_for=self._outside.call_for,
             key=self._outside.key("commit", n),
             body=body,
-            has_read_ledger=self._outside.told.is_possible,
+            has_read_ledger=self._outside.earlier.is_possible,
         )
-        answer = await self._outside.until_answered(CreditsActivities.commit, post, summary="5 commit")
+        answer = await self._outside.until_answered(CreditsActivities.commit, post, summary=self._outside.labels.commit)
         assert answer is not None
-        obey_life(answer)
+        raise_unless_settled(answer)
         return answer
 
-    # What the record is told
+    # Events and exception records
 
-    def _tell_unknown(self, hold: AskedHold | None, cost: int, unknown: ChargeUnknown) -> None:
-        self._hold.ends.is_unknown()
-        self._record.tell_exception(
+    def _record_unknown(self, hold: RequestedHold | None, cost: int, unknown: ChargeUnknown) -> None:
+        self._hold.ends.mark_unknown()
+        self._record.record_exception(
             "settlement_unknown",
             ExceptionCode.SETTLEMENT_UNKNOWN,
-            f"Whether {cost} points were charged could not be learned; nothing more is charged, and the ledger is "
-            f"looked at again hourly for a day. {unknown}",
+            f"Whether {cost} points were charged could not be found out; nothing more is charged, and the ledger is "
+            f"read again hourly for a day. {unknown}",
             pre_deduct_id=hold.pre_deduct_id if hold else None,
             cost=cost,
         )
 
-    def tell_shortfall(self, points: int) -> None:
-        self._hold.state.shortfall = points
-        self._record.tell_exception(
+    def record_shortfall(self, points: int) -> None:
+        self._hold.set_shortfall(points)
+        self._record.record_exception(
             "shortfall",
             ExceptionCode.SHORTFALL,
             f"{points} points of this task's price could not be charged.",
@@ -213,17 +210,17 @@ class Settlement:
         )
 
     def settled(self, balance_after: int | None) -> None:
-        """Tell what was charged and what came back; where that is not known, that it is not."""
+        """Publish what was charged and returned, or that this is unknown."""
         self._hold.ends.close()
-        credits = self._record.state.credits = self._hold.summary()
+        credits = self._record.credits_changed(self._hold.summary())
         if credits.settlement is SettlementState.UNKNOWN:
-            message = "Whether points were charged is not known yet; the ledger is looked at again."
-            self._record.tell("settled", EventType.CREDITS, message=message)
+            message = "Whether points were charged is not known yet; the ledger is read again."
+            self._record.publish("settled", EventType.CREDITS, message=message)
             return
-        self._record.tell(
+        self._record.publish(
             "settled",
             EventType.CREDITS,
-            credits_delta=self._hold.told_as_held - (credits.charged or 0),
+            credits_delta=self._hold.published_as_held - (credits.charged or 0),
             balance_after=balance_after,
             message=f"{credits.charged} points were charged, {credits.returned} returned.",
         )

@@ -1,4 +1,4 @@
-"""One place decides whether a cancel is obeyed (decision 8)."""
+"""The one place that decides whether a cancel stops the task (decision 8)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Result = TypeVar("Result")
 
 
 class Stop:
-    """The wish to end a task early, by the update `cancel_task` or a Temporal cancellation.
+    """A request to end the task early: the update `cancel_task` or a Temporal cancellation.
 
-    The flow runs in a task of its own that no cancellation ever reaches: do, commit, undo and event write need no
-    shields (pitfalls 9 to 12, 16). It obeys the wish where it waits, and only there.
+    The flow runs in an asyncio task of its own that no cancellation reaches. So calls, commits, undos and event writes
+    need no shields (pitfalls 9 to 12, 16). The request takes effect where the flow waits, and only there.
     """
 
     def __init__(self) -> None:
@@ -29,18 +29,18 @@ class Stop:
         self._decided = asyncio.Event()
 
     def ask(self, reason: str, *, by_temporal: bool = False) -> None:
-        """Note the first wish; what the run ends as depends on it."""
+        """Record the first request; how the run ends depends on it."""
         if not self.requested and self.outcome is None:
             self.requested, self.reason, self.by_temporal = True, reason, by_temporal
 
-    def obey(self) -> None:
-        """Raise TaskStopped if a stop was asked for. Called where the flow waits, after its inbox was read."""
+    def raise_if_requested(self) -> None:
+        """Raise TaskStopped if a stop was requested. Called where the flow waits, after its inbox was read."""
         if self.requested:
             self._decide("accepted")
             raise TaskStopped(self.reason)
 
     def close(self) -> None:
-        """From here a cancel is too late: the work was delivered, or the task has ended by itself."""
+        """Make every later cancel `too_late`: the job has delivered, or the task ends for another reason."""
         if self.outcome is None:
             self._decide("too_late")
 
@@ -49,10 +49,11 @@ class Stop:
         self._decided.set()
 
     async def cancel_task(self, reason: str) -> CancelTaskOutcome:
-        """The update: answers once it is decided.
+        """The update. It answers once the outcome is decided.
 
-        By an event, not a condition: those are looked at in the order in which they were begun, and an update that
-        came while a local try outlived its workflow task is replayed earlier than it was (seen with temporalio 1.35).
+        It waits for an asyncio.Event, not a wait condition. Conditions are evaluated in the order in which they were
+        created, and an update that arrived while a local try outlived its workflow task is replayed earlier than it
+        was handled (seen with temporalio 1.35).
         """
         self.ask(reason)
         await self._decided.wait()
@@ -60,10 +61,10 @@ class Stop:
         return CancelTaskOutcome(outcome=self.outcome)
 
     async def uninterrupted(self, flow: Coroutine[Any, Any, Result], writer: Coroutine[Any, Any, None]) -> Result:
-        """Run the flow, the event writer beside it; a Temporal cancellation becomes a wish.
+        """Run the flow with the event writer beside it; a Temporal cancellation becomes a request.
 
-        Raises CancelledError at the end if the flow obeyed a Temporal cancellation: only then may a run end Canceled
-        (pitfall 17). A bug in either surfaces here, never in silence (pitfall 23).
+        Raises CancelledError at the end if a Temporal cancellation stopped the flow: only then may a run end Canceled
+        (pitfall 17). A bug in either one is raised here (pitfall 23).
         """
         running = asyncio.create_task(flow)
         writing = asyncio.create_task(writer)

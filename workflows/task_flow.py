@@ -1,25 +1,23 @@
-"""What both flows share: their parts, their messages, and how a task ends. The step tables are in the flow files."""
+"""What both flows share: mechanisms, messages, continue-as-new. The step tables are in the flow files."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
 
 from temporalio import workflow
 from temporalio.exceptions import ApplicationError
 
-from comfyui_temporal.contracts.carried import CarriedRun, ImageRun, JobNews, PriceState, TrainingRun
-from comfyui_temporal.contracts.errors import ExceptionCode
+from comfyui_temporal.contracts.continuation import Continuation, ImageRun, JobUpdate, TrainingRun
 from comfyui_temporal.contracts.policy import Policy
-from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES
-from comfyui_temporal.contracts.task_store import RecordedPrices, TaskRow
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tasks import (
     CALLBACK_SIGNAL,
     CancelTask,
     CancelTaskOutcome,
     CreditsSummary,
-    EventType,
     ImageResult,
     TaskStatus,
     TrainingResult,
@@ -27,10 +25,12 @@ from comfyui_temporal.contracts.tasks import (
 from workflows.alarm import Alarm
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
-from workflows.failures import RowEnded, TaskEnd, TaskFailed, TaskStopped
+from workflows.ending import Outcome, TaskEnding
+from workflows.failures import TaskFailed
 from workflows.following import Concern, Following
 from workflows.forgotten_jobs import ForgottenJobs
 from workflows.guards import any_payload
+from workflows.interruptible import InterruptibleWaits
 from workflows.job_clock import JobClock
 from workflows.job_routes import JobRoutes
 from workflows.job_watch import JobWatch
@@ -38,48 +38,81 @@ from workflows.outside_call import OutsideCall
 from workflows.row_look import RowLook
 from workflows.settlement import Settlement
 from workflows.stop import Stop
+from workflows.task_limits import TaskLimits
 from workflows.task_record import TaskRecord
 from workflows.undo import Undo
-from workflows.waiting import Waiting
 
 Run = TypeVar("Run", ImageRun, TrainingRun)
 Result = TypeVar("Result", ImageResult, TrainingResult)
 
 
 class TaskFlow(Generic[Run, Result]):
-    """The parts of one task and the ends that both kinds of task have in common."""
+    """The mechanisms of one task. Each is made once, from the state that a continued run brings along."""
 
     def __init__(self, task: Run, routes: JobRoutes) -> None:
-        carried = task.carried or CarriedRun()
+        carried = task.carried or Continuation()
         self.task: Run = task
-        self.stop = Stop()  # one place decides whether a cancel is obeyed
+        self.signals = 0
+        self.limits = TaskLimits(task.options, carried.policy)
+        self.stop = Stop()  # the one place that decides about a cancel
         self.alarm = Alarm()  # one long-lived timer
-        self.waiting = Waiting(self.stop, self.alarm)  # it obeys the stop, the time and the hold's life
-        self.outside = OutsideCall(task, self.stop, run_number=carried.run_number, waiting=self.waiting)
+        self.waits = InterruptibleWaits(self.stop, self.alarm, hold=lambda: self.hold, latest=self.latest)
+        self.outside = OutsideCall(task, self.stop, run_number=carried.run_number, waits=self.waits, limits=self.limits)
         self.row_look = RowLook(self.outside)  # what earlier lives of the task did
         self.record = TaskRecord(task, self.outside, carried.record)  # the only source of state and events
+        self.watch = JobWatch(task.task_id, routes, self.outside, self.record, carried.watch, self.job_updated)
         self.clock = JobClock(
-            self.record, carried.clock, default_eta_minutes=DEFAULT_ETA_MINUTES[task.scene][task.priority]
+            self.record,
+            carried.clock,
+            self.limits,
+            default_eta_minutes=SCENES[task.scene].eta_minutes[task.priority],
+            unreadable=self.watch.unreadable,
         )
-        self.watch = JobWatch(task.task_id, routes, self.outside, self.record, carried.watch)
-        self.hold = CreditHold(task, self.outside, self.record, self.clock.deadline, carried.hold, self.row_look)
-        self.attempts = Attempts(routes, self.outside, self.record, self.clock, self.stop, self.alarm, carried.jobs)
-        self.forgotten_jobs = ForgottenJobs(routes, self.outside, self.record, self.attempts, self.row_look)
-        self.hold.deadline_stands = self.clock.stands
-        self.waiting.look_after(self.hold, self.latest)
-        self.attempts.retry_at, self.attempts.long_run = carried.retry_at, self
-        self.settlement = Settlement(task, self.outside, self.record, self.hold)
-        self.undo = Undo()  # all of it side by side, each until it lands
-        self.price: PriceState = carried.price
-        self.policy: Policy | None = carried.policy
-        self.signals = 0
-        # Looked after while a job runs:
-        self.concerns: list[Concern] = [self.outside.told, self.clock, self.watch, self.hold]
-        self.following = Following(
-            self.watch, self.clock, self.stop, self.alarm, self.concerns, self.continue_as_new_if_long
+        self.hold = CreditHold(
+            task,
+            self.outside,
+            self.record,
+            self.clock.deadline,
+            carried.hold,
+            self.row_look,
+            deadline_is_fixed=self.clock.deadline_is_fixed,
         )
-        self.clock.unreadable = lambda: self.watch.state.unreadable
-        self.watch.on_news(lambda news: self.clock.estimated(news.estimated_time))
+        self.attempts = Attempts(
+            routes,
+            self.outside,
+            self.record,
+            self.clock,
+            self.stop,
+            self.alarm,
+            carried.jobs,
+            retry_at=carried.retry_at,
+            long_run=self,
+        )
+        self.undo = Undo()  # every undo side by side, each until it succeeds
+        self.ending = self._ending_of(task, routes)
+        self.price_state = carried.price
+
+    def _ending_of(self, task: Run, routes: JobRoutes) -> TaskEnding:
+        return TaskEnding(
+            self.outside,
+            self.record,
+            self.stop,
+            self.watch,
+            self.hold,
+            self.attempts,
+            ForgottenJobs(routes, self.outside, self.record, self.attempts, self.row_look),
+            self.row_look,
+            Settlement(task, self.outside, self.record, self.hold),
+            self.undo,
+            self.clean_up,
+        )
+
+    def following_with(self, *concerns: Concern) -> Following:
+        """Row 4: the loop that waits for a job. `concerns` are checked before the shared ones."""
+        shared: Sequence[Concern] = (self.outside.earlier, self.clock, self.watch, self.hold)
+        return Following(
+            self.watch, self.clock, self.stop, self.alarm, [*concerns, *shared], self.continue_as_new_if_long
+        )
 
     # What a flow file says of itself
 
@@ -87,63 +120,39 @@ class TaskFlow(Generic[Run, Result]):
     def result(self, status: TaskStatus) -> Result:
         """The result object of contract §8."""
 
-    async def clean_up(self) -> None:
-        """What is left to do when job and credits are settled; it holds up nobody's credits."""
+    def job_updated(self, update: JobUpdate) -> None:
+        """Take over what a job reports, once for each message that is applied."""
+        self.clock.estimated(update.estimated_time)
 
-    def continuation(self, carried: CarriedRun) -> Run:
-        """The argument of the run that goes on with `carried`."""
+    async def clean_up(self) -> None:
+        """What is left to do once job and credits are settled; no credits wait for it."""
+
+    def argument_of_next_run(self, carried: Continuation) -> Run:
+        """The argument of the run that this one continues as."""
         return self.task.model_copy(update={"carried": carried})
 
     def latest(self) -> datetime | None:
-        """When the task's time is over; delivered work beats it, read or not (decision 8)."""
+        """When the task's time is over. None where it has delivered, read or not: a delivery wins (decision 8)."""
         return None if self.watch.has_delivery() else self.clock.latest()
 
     # Row 0
 
-    async def accept(self, resolution: str) -> Policy:
-        """Claim the id and read the policy; a continued run brings both."""
-        self.record.claimed_as(resolution)
-        if self.policy is None:
-            self.policy = await self.record.claim()
-        policy, options = self.policy, self.task.options
-        self.clock.configure(
-            factor=min(options.deadline_factor or policy.deadline_factor, policy.deadline_factor),
-            cap_minutes=policy.cap_minutes,
-            queue_sla_minutes=policy.queue_sla_minutes,
-        )
-        self.watch.poll_after_seconds = min(
-            options.poll_after_seconds or policy.poll_after_seconds, policy.poll_after_seconds
-        )
-        self.watch.poll_at_most_seconds = policy.poll_at_most_seconds
-        self.hold.margin_seconds = policy.hold_margin_seconds
-        self.hold.opening_minutes = self.attempts.opening_minutes = policy.opening_call_minutes
-        self.attempts.retry_after_seconds = policy.retry_after_seconds
-        self.settlement.charge_shortfall = policy.charge_shortfall
+    async def accept(self, resolution: str) -> None:
+        """Claim the id and read the policy; a continued run has both. Raises ApplicationError `task_exists`."""
+        self.record.set_claim(resolution)
+        if not self.limits.is_known:
+            self.limits.claimed(await self.record.claim())
         self.undo.push("cancel job", self.attempts.cancel_all)
         self.undo.push("cancel hold", self.hold.give_back)
-        self.take_up_calls()
-        return policy
+        self.resume_calls()
 
     @property
     def is_continued(self) -> bool:
         return self.task.carried is not None
 
     @property
-    def limits(self) -> Policy:
-        assert self.policy is not None
-        return self.policy
-
-    def record_prices(self, prices: RecordedPrices) -> None:
-        """Where the three prices differ, all three are recorded on the task (contract §5)."""
-        self.record.state.prices = prices
-        stated = {price for price in (prices.job, prices.estimate, prices.table) if price is not None}
-        if len(stated) > 1:
-            self.record.tell_exception(
-                f"prices_differ:{self.attempts.number}",
-                ExceptionCode.PRICES_DIFFER,
-                f"The job's price is {prices.job}, the estimate {prices.estimate}, the table's {prices.table} points.",
-                **prices.model_dump(),
-            )
+    def policy(self) -> Policy:
+        return self.limits.policy
 
     # Messages: handlers store, the flow decides
 
@@ -156,199 +165,74 @@ class TaskFlow(Generic[Run, Result]):
 
     @workflow.update
     async def cancel_task(self, request: CancelTask) -> CancelTaskOutcome:
-        """Stop the task: `accepted`, or `too_late` where it was delivered or has ended; idempotent."""
+        """Stop the task: `accepted`, or `too_late` where it was delivered or has ended. Idempotent."""
         return await self.stop.cancel_task(request.reason)
 
     @cancel_task.validator
     def refuse_bad_cancel(self, request: CancelTask) -> None:
-        """Reached only with one good argument: anything else is refused before it (pitfall 3)."""
+        """Reached only with one valid argument: anything else is refused before it (pitfall 3)."""
 
     @workflow.query
     def credits(self) -> CreditsSummary:
-        """Points estimated, held, charged, returned (contract §8)."""
+        """Points estimated, held, charged and returned (contract §8)."""
         return self.hold.summary()
 
-    # How a task ends
+    # The end
 
-    async def delivered(self) -> None:
-        """No cancel from here. Before anything is settled a renewal in flight finishes, which may take an hour.
+    async def close_to_cancel(self) -> None:
+        """No cancel from here: the job has delivered. A renewal in flight ends first, which may take an hour.
 
         Raises TaskFailed `credit_exhausted`.
         """
         self.stop.close()
-        self.outside.take_up()
+        self.outside.resume()
         await self.hold.settled_renewal()
 
-    async def settle(self, delivery: JobNews, cost: int) -> Result:
-        """Rows 5 and 6, delivered: from here nothing is undone and nothing cuts it short."""
-        self.record.decided()
-        self.record.waits_for("credits to be settled", None)
-        if cost <= 0 and workflow.patched("row-looked-at-where-nothing-is-charged"):
-            await self.row_look.once()  # no commit tells of an earlier life
-        try:
-            await self.settlement.charge(cost)
-        except RowEnded as end:
-            return await self.give_back(end)
-        return await self.completed(delivery)
+    def result_of(self, outcome: Outcome) -> Result:
+        """The run's result. Raises ApplicationError where the task failed."""
+        if outcome.row is not None:
+            if outcome.row.status is TaskStatus.FAILED:
+                raise self._failure(TaskFailed.by_row(outcome.row.error))
+            return self.result(outcome.row.status)
+        if isinstance(outcome.end, TaskFailed):
+            raise self._failure(outcome.end)
+        return self.result(TaskStatus.COMPLETED if outcome.end is None else TaskStatus.CANCELLED)
 
-    async def tell_difference(self) -> TaskRow | None:
-        """What the events tell of points is what was charged, whatever earlier lives have told or left untold.
-
-        The row, where another life has ended the task meanwhile: an earlier look may have been copied by a reset.
-        """
-        is_unknown = self.hold.state.is_unknown and workflow.patched("row-looked-at-where-settlement-is-unknown")
-        if not self.outside.told.life.is_sure and not is_unknown:
-            return None
-        await self.record.all_written()
-        await self.row_look.once()
-        row = self.row_look.row
-        if self.outside.told.life.has_ended and row is not None and row.ended_at is not None:
-            return row
-        if not self.outside.told.life.is_sure:
-            return None
-        charged, told = self.hold.summary().charged, self.row_look.told_points
-        difference = 0 if charged is None or told is None else -charged - told
-        if difference:
-            self.record.tell(
-                f"difference:{self.outside.told.life.lives}",
-                EventType.CREDITS,
-                credits_delta=difference,
-                message=f"{abs(difference)} points "
-                + ("came back that were held" if difference > 0 else "were charged")
-                + " before the task's run was reset.",
-            )
-        return None
-
-    async def delivery_of_any_life(self) -> JobNews | None:
-        """What the task was charged for."""
-        newest = self.watch.newest
-        if newest is not None and newest.succeeded:
-            return newest
-        return await self.forgotten_jobs.delivery() if self.outside.told.is_possible else None
-
-    async def completed(self, delivery: JobNews | None) -> Result:
-        await self.forgotten_jobs.cancel()
-        ended = await self.tell_difference()
-        if ended is not None:
-            return await self.as_row_tells(ended)
-        if delivery is not None:
-            self.record.state.result_urls = delivery.result_urls
-            self.record.state.output = delivery.output
-        await self.attempts.all_old_cancelled()
-        self.record.state.error = None
-        self.record.state.progress = 100.0
-        self.record.state.credits = self.hold.summary()
-        self.record.end(
-            TaskStatus.COMPLETED,
-            EventType.COMPLETED,
-            result_urls=self.record.state.result_urls or None,
-            output=self.record.state.output,
-        )
-        await self.all_told()
-        row = await self.ended_otherwise()
-        return await self.as_row_tells(row) if row is not None else self.result(TaskStatus.COMPLETED)
-
-    async def give_back(self, end: TaskEnd) -> Result:
-        """Row 5, not delivered: job and hold are cancelled side by side; then the task's failure or `cancelled`."""
-        self.stop.close()
-        self.outside.take_up()
-        self.record.decided()
-        self.watch.stop_polling()
-        self.hold.close()
-        self.record.waits_for("job and credits to be given back", None)
-        await self.undo.all(str(end))
-        if workflow.patched("row-looked-at-once-given-back"):
-            await self.row_look.once()
-        if self.outside.told.life.must_stop:
-            row = await self.row_look.ended()
-            if row is not None:
-                return await self.as_row_tells(row)
-            end = self.row_look.failure()
-        if self.outside.told.is_possible:
-            await self.row_look.once_all_has_landed()
-            await self.hold.forgotten.give_back(str(end))
-        self.hold.ends.close()
-        if self.hold.state.charged:
-            if workflow.patched("charge-of-others-told"):
-                self.settlement.settled(None)  # by somebody else, or by an earlier life
-            return await self.completed(await self.delivery_of_any_life())
-        await self.forgotten_jobs.cancel()
-        ended = await self.tell_difference()
-        if ended is not None:
-            return await self.as_row_tells(ended)
-        self.record.state.credits = self.hold.summary()
-        if isinstance(end, TaskFailed):
-            self.record.failed(end)
-        else:
-            self.record.end(TaskStatus.CANCELLED, EventType.CANCELLED, message=str(end))
-        await self.all_told()
-        row = await self.ended_otherwise()
-        if row is not None:
-            return await self.as_row_tells(row)
-        if isinstance(end, TaskFailed):
-            raise self.failure(end)
-        assert isinstance(end, TaskStopped)
-        return self.result(TaskStatus.CANCELLED)
-
-    async def ended_otherwise(self) -> TaskRow | None:
-        """The row, where it could not be looked at before, and turns out to have ended in another way than this run."""
-        if not self.outside.told.life.is_store_away or not workflow.patched("row-looked-at-when-the-store-is-back"):
-            return None
-        await self.row_look.once()
-        row, own = self.row_look.row, self.record.state
-        if row is None or row.ended_at is None or (row.status, row.credits) == (own.status, own.credits):
-            return None
-        return row
-
-    def failure(self, end: TaskFailed) -> ApplicationError:
+    def _failure(self, end: TaskFailed) -> ApplicationError:
         return ApplicationError(str(end), self.result(TaskStatus.FAILED), type=end.code.value, non_retryable=True)
-
-    async def as_row_tells(self, row: TaskRow) -> Result:
-        """An earlier life has ended the task: its outcome is this run's too. Raises as the end that the row tells."""
-        self.record.take_over(row)
-        self.hold.told_by_row = row.credits
-        await self.all_told()
-        if row.status is TaskStatus.FAILED:
-            raise self.failure(TaskFailed.by_row(row.error))
-        return self.result(row.status)
-
-    async def all_told(self) -> None:
-        """Only the end of the run waits for the event writer and for handlers in flight."""
-        await self.clean_up()
-        await self.record.all_written()
-        await workflow.wait_condition(workflow.all_handlers_finished)
 
     # Long runs
 
     async def continue_as_new_if_long(self) -> bool:
-        """Start afresh with what counts, never with a cancel pending or a call in flight (pitfall 22).
+        """Continue as new where the history is long, never with a cancel pending or a call in flight (pitfall 22).
 
-        A renewal, a give-back and a job's cancel may hang for hours: they are put down, and the next run takes them up.
-        True where it waited and a stop was asked for: look again. Of one workflow task the SDK works off the signals
-        first, then a cancellation; a run that ends on the signals has never heard of it. So it ends on a timer, which a
-        stop that came with them cuts short.
+        A renewal, a give-back and a job's cancel may hang for hours: they are suspended, and the next run repeats them.
+        Returns True where it waited and did not continue: the caller checks everything again. Within one workflow task
+        the SDK handles signals first, then a cancellation; a run that ended on the signals would never see it. So the
+        run ends on a timer, which a stop that arrived with the signals interrupts.
         """
         if not self._may_try_to_continue():
             return False
         self.watch.stop_polling()
-        await self.outside.put_down()
-        if await self.outside.waited(timedelta(milliseconds=1), lambda: self.stop.requested, summary="continue as new"):
+        await self.outside.suspend()
+        moment = timedelta(milliseconds=1)
+        if await self.outside.wait_for(moment, lambda: self.stop.requested, summary="continue as new"):
             return True
-        await workflow.wait_condition(lambda: True)  # until what came with the timer has been worked off too
+        await workflow.wait_condition(lambda: True)  # until what arrived with the timer was handled too
         if self._may_continue():
             workflow.continue_as_new(self._continuation())
-        self.take_up_calls()
+        self.resume_calls()
         return True
 
-    def take_up_calls(self) -> None:
-        """Make the calls that were put down, in this run or by the one before."""
-        self.outside.take_up()
-        self.attempts.take_up()
-        self.hold.take_up()
+    def resume_calls(self) -> None:
+        """Repeat the calls that were suspended, in this run or by the one before."""
+        self.outside.resume()
+        self.attempts.resume()
+        self.hold.resume()
 
     def _continuation(self) -> Run:
         state = {
-            "policy": self.limits,
+            "policy": self.policy,
             "run_number": self.outside.call_for.run_number + 1,
             "record": self.record.carry(),
             "watch": self.watch.carry(),
@@ -356,31 +240,33 @@ class TaskFlow(Generic[Run, Result]):
             "hold": self.hold.carry(),
             "jobs": self.attempts.carry(),
             "retry_at": self.attempts.retry_at,
-            "price": self.price,
+            "price": self.price_state,
         }
-        # Not made anew: what a worker of another version carried besides goes on with it.
-        return self.continuation((self.task.carried or CarriedRun()).model_copy(update=state))
+        # A copy keeps the fields that a worker of another version added.
+        return self.argument_of_next_run((self.task.carried or Continuation()).model_copy(update=state))
 
     def is_long(self) -> bool:
-        """Whether the history is to be left behind."""
+        """Whether it is time to leave the history behind."""
         info = workflow.info()
         return (
             info.is_continue_as_new_suggested()
-            or info.get_current_history_length() >= self.limits.continue_as_new_events
-            or self.signals >= self.limits.continue_as_new_signals
+            or info.get_current_history_length() >= self.policy.continue_as_new_events
+            or self.signals >= self.policy.continue_as_new_signals
         )
 
     def _may_try_to_continue(self) -> bool:
         if not self.is_long() or self.stop.requested or not workflow.all_handlers_finished():
             return False
-        hangs = self.hold.is_renewing() or self.outside.has_beside()
+        hangs = self.hold.is_renewing() or self.outside.has_background_calls()
         return not hangs or workflow.patched("continues-while-calls-hang")
 
     def _may_continue(self) -> bool:
-        return not self.stop.requested and not self.outside.has_beside() and workflow.all_handlers_finished()
+        return not self.stop.requested and not self.outside.has_background_calls() and workflow.all_handlers_finished()
+
+    # Queries and results
 
     def progress_fields(self) -> dict[str, Any]:
-        """What both `progress` queries answer."""
+        """The fields that both `progress` queries share."""
         state = self.record.state
         return {
             "task_id": self.task.task_id,
@@ -398,7 +284,7 @@ class TaskFlow(Generic[Run, Result]):
         }
 
     def result_fields(self, status: TaskStatus) -> dict[str, Any]:
-        """What both results hold (contract §8)."""
+        """The fields that both results share (contract §8)."""
         state = self.record.state
         return {
             "task_id": self.task.task_id,

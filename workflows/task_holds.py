@@ -1,7 +1,7 @@
 """Every hold of one task: taken, and given back (contract §4).
 
-Each is noted before it is asked for, so that one whose answer was lost can be learned by repeating key and body. Its
-life counts from the first sending. What another hold has taken the place of is given back beside the flow.
+Each is recorded before its request, so that the undo can find one whose answer was lost by repeating key and body. Its
+life counts from the first request. A hold that another one has replaced is given back in the background.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from temporalio import workflow
 
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import Post
-from comfyui_temporal.contracts.carried import AskedHold, HoldState
 from comfyui_temporal.contracts.credits import (
     MAX_HOLD_SECONDS,
     CancelHoldReply,
@@ -24,11 +23,18 @@ from comfyui_temporal.contracts.credits import (
     HoldReply,
     PreDeductRequest,
 )
-from comfyui_temporal.contracts.errors import Answer, ExceptionCode, FailureCode, Refusal
+from comfyui_temporal.contracts.errors import (
+    Answer,
+    ExceptionCode,
+    FailureCode,
+    Refusal,
+    RefusalKind,
+)
+from comfyui_temporal.contracts.requests import HoldState, RequestedHold, RequestOutcome
 from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
-from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, ImageTask, SettlementState, TrainingTask
+from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, SettlementState, TaskInput
 from workflows.doubled_holds import DoubledHolds
-from workflows.earlier_life import is_own_key
+from workflows.earlier_life import is_key_of_earlier_life, was_stopped
 from workflows.forgotten_holds import ForgottenHolds
 from workflows.hold_ends import HoldEnds
 from workflows.ledger_search import LedgerSearch
@@ -38,13 +44,14 @@ from workflows.task_ledger import Found, HoldFate
 from workflows.task_record import TaskRecord
 
 LAST_SECONDS: Final = timedelta(seconds=60)
-"""A hold with less life than this is not relied on."""
+"""A hold with less life left than this does not count as cover."""
 SHORTEST_LIFE_SECONDS: Final = 120
-"""Past the deadline, say: a hold of 60 s would be too short to rely on the moment it is granted, for ever."""
-UNKNOWN_HOLD_TOLD: Final = "unknown-hold-told-as-given-back"
+"""Past the deadline, for example. A hold of 60 s would be too short as soon as it is granted, again and again."""
+STOPPED_MAY_BE_HELD: Final = "stopped-renewal-may-be-held"
+UNKNOWN_HOLD_PUBLISHED: Final = "unknown-hold-told-as-given-back"
 
 Back = Callable[[Callable[[], bool]], Awaitable[None]]
-"""Waits until a hold is back, in the way of who needs its points."""
+"""Waits until a hold is given back, interruptible as its caller needs."""
 
 
 class HoldRefused(Exception):
@@ -60,63 +67,65 @@ class HoldForgotten(Exception):
 
 
 class TaskHolds:
-    """Held, then committed, cancelled or expired: each hold once, and each belongs to this task."""
+    """Each hold of this task is resolved once: committed, cancelled or expired."""
 
     def __init__(
         self,
-        task: ImageTask | TrainingTask,
+        task: TaskInput,
         outside: OutsideCall,
         record: TaskRecord,
         deadline: Callable[[], datetime],
-        carried: HoldState,
+        state: HoldState,
         look: RowLook | None = None,
     ) -> None:
         self._task = task
         self._outside = outside
         self._record = record
         self._deadline = deadline
-        self.state = carried
-        self.told_by_row: CreditsSummary | None = None
-        """What an earlier life has settled: it counts, whatever this run has done since."""
-        self.margin_seconds = 300.0
-        self._leaver: asyncio.Task[None] | None = None
+        self.state = state
+        self._summary_in_row: CreditsSummary | None = None
+        self._releasing: asyncio.Task[None] | None = None
         self._forgetting: asyncio.Task[None] | None = None
-        self.ledger = LedgerSearch(outside, carried)
-        self.ends = HoldEnds(carried)
-        self._doubled = DoubledHolds(carried, self.ledger, record, self._cancel)
-        self.forgotten = ForgottenHolds(carried, self.ledger, self.ends, record, look or RowLook(outside), self._cancel)
+        self.ledger = LedgerSearch(outside, state)
+        self.ends = HoldEnds(state)
+        self._doubled = DoubledHolds(state, self.ledger, record, self._cancel)
+        self.forgotten = ForgottenHolds(state, self.ledger, self.ends, record, look or RowLook(outside), self._cancel)
 
     def carry(self) -> HoldState:
         self.state.leave_out_old()
         return self.state
 
     @property
-    def standing(self) -> AskedHold | None:
-        """The newest hold that was granted, is not resolved and not being given back."""
+    def standing(self) -> RequestedHold | None:
+        """The open hold: the newest that was granted, is not resolved and is not being given back."""
         granted = [hold for hold in self.state.granted_holds() if not hold.resolved and not hold.leaving]
         return granted[-1] if granted else None
 
     @property
     def amount(self) -> int:
-        """Points of the last hold that was granted."""
+        """Points of the last granted hold."""
         granted = self.state.granted_holds()
         return granted[-1].amount if granted else 0
 
     @property
     def usable(self) -> int:
-        """Points of the last granted hold that may be charged: never more than were asked for."""
+        """Points of the last granted hold that may be charged: never more than were requested."""
         granted = self.state.granted_holds()
         return granted[-1].usable if granted else 0
 
     @property
-    def told_as_held(self) -> int:
-        """Points that events told as held and not as given back."""
+    def published_as_held(self) -> int:
+        """Points that events have shown as held and not as given back."""
         return sum(hold.told for hold in self.state.asked if not hold.told_back)
 
+    def copy_row(self, credits: CreditsSummary) -> None:
+        """An earlier life has settled the task: its summary counts, whatever this run has done since."""
+        self._summary_in_row = credits
+
     def summary(self) -> CreditsSummary:
-        """`credits` of results and queries, in points; nothing is returned while a hold stands."""
-        if self.told_by_row is not None:
-            return self.told_by_row
+        """`credits` of results and queries, in points. Nothing counts as returned while a hold is open."""
+        if self._summary_in_row is not None:
+            return self._summary_in_row
         granted = self.state.granted_holds()
         is_open = any(not hold.resolved for hold in granted)
         returned = 0 if is_open else max(0, self.amount - self.state.charged)
@@ -138,45 +147,49 @@ class TaskHolds:
     async def _take(
         self,
         amount: int,
-        ask: Callable[[AskedHold], Awaitable[HoldReply]],
+        request: Callable[[RequestedHold], Awaitable[HoldReply]],
         may_begin: Callable[[], None],
         back: Back,
         *,
-        first: AskedHold | None = None,
-    ) -> AskedHold:
-        """Take a hold that has enough life left. Raises HoldRefused, and what `may_begin` raises before each asking.
+        first: RequestedHold | None = None,
+    ) -> RequestedHold:
+        """Take a hold that has enough life left. Raises HoldRefused, and before each request as `may_begin`.
 
-        `first` is asked for before any new one. `back` waits until one whose answer came too late was given back: the
+        `first` is requested before any new one. `back` waits until a hold whose answer came too late is given back: the
         balance may be too short for both.
         """
         while True:
             may_begin()
-            hold, first = first or self._note(amount), None
+            hold, first = first or self._new_hold(amount), None
             try:
-                reply = await ask(hold)
+                reply = await request(hold)
             except HoldForgotten:
                 self._forgetting = asyncio.create_task(self._give_back_forgotten(hold))
                 await back(self._forgetting.done)
                 continue
-            hold.pre_deduct_id, hold.amount = reply.pre_deduct_id, reply.frozen_amount
             if self._life_of(hold) >= LAST_SECONDS:
-                self._tell_held(hold, reply.balance_after)
+                self._publish_held(hold, reply.balance_after)
                 return hold
-            await self._leave(hold, "its answer came too late to rely on it", back)
+            await self._release(hold, "its answer came too late to rely on it", back)
 
-    async def _give_back_forgotten(self, hold: AskedHold) -> None:
-        """An earlier life has taken a hold under this key: it is cancelled, and the next number asked for."""
+    async def _give_back_forgotten(self, hold: RequestedHold) -> None:
+        """An earlier life has taken a hold under this key: cancel it. The caller requests the next number."""
         hold.refused = True
         if not await self.forgotten.give_back("taken before the task's run was reset"):
-            self._record.tell_exception(
+            self._record.record_exception(
                 f"undo_hold:{hold.n}",
                 ExceptionCode.UNDO_UNFINISHED,
-                f"Hold {hold.n} was taken before the run was reset, and is not shown; it ends by expiry.",
+                f"Hold {hold.n} was taken before the run was reset, and is not in the ledger; it ends by expiry.",
             )
 
-    def _note(self, amount: int) -> AskedHold:
+    @property
+    def _margin_seconds(self) -> float:
+        """How long a hold lasts beyond the deadline."""
+        return self._outside.limits.policy.hold_margin_seconds
+
+    def _new_hold(self, amount: int) -> RequestedHold:
         now = workflow.now()
-        seconds = math.ceil((self._deadline() - now).total_seconds() + self.margin_seconds)
+        seconds = math.ceil((self._deadline() - now).total_seconds() + self._margin_seconds)
         request = PreDeductRequest(
             task_id=self._task.task_id,
             template_id=self._task.template_id,
@@ -186,60 +199,61 @@ class TaskHolds:
             estimated_cost=amount,
             expire_in=min(MAX_HOLD_SECONDS, max(SHORTEST_LIFE_SECONDS, seconds)),
         )
-        return self.state.note(self.forgotten.numbers_taken + 1, request, now)
+        return self.state.add(self.forgotten.numbers_taken + 1, request, now)
 
-    def _granted(self, hold: AskedHold, answer: Answer[HoldReply]) -> HoldReply:
-        if is_own_key(answer, self._outside.told) or (answer.earlier_life is not None and answer.earlier_life.is_known):
+    def _granted(self, hold: RequestedHold, answer: Answer[HoldReply]) -> HoldReply:
+        if is_key_of_earlier_life(answer, self._outside.earlier) or (
+            answer.earlier_life is not None and answer.earlier_life.is_known
+        ):
             raise HoldForgotten()
+        self.state.answered(hold, answer)
         if answer.reply is None:
-            refusal = answer.refusal or no_answer()
-            # An unreadable answer may have taken the hold all the same: it stays noted, and the undo learns of it.
-            hold.refused = refusal.message != "unreadable"
-            self.ends.count_refusal(answer.tries)
-            raise HoldRefused(refusal)
-        self.ends.count_grant(answer.tries)
+            is_open = hold.outcome is RequestOutcome.UNKNOWN
+            if is_open and was_stopped(answer) and not workflow.patched(STOPPED_MAY_BE_HELD):
+                hold.refused = True
+            raise HoldRefused(answer.refusal or no_answer())
         return answer.reply
 
-    def _post(self, hold: AskedHold) -> Post[PreDeductRequest]:
+    def _post(self, hold: RequestedHold) -> Post[PreDeductRequest]:
         key = self._outside.key("pre_deduct", hold.n)
         return Post[PreDeductRequest](call_for=self._outside.call_for, key=key, body=hold.request)
 
-    def _expires_at(self, hold: AskedHold) -> datetime:
+    def _expires_at(self, hold: RequestedHold) -> datetime:
         return hold.asked_at + timedelta(seconds=hold.request.expire_in)
 
-    def _life_of(self, hold: AskedHold) -> timedelta:
+    def _life_of(self, hold: RequestedHold) -> timedelta:
         return self._expires_at(hold) - workflow.now()
 
-    # Holds that another took the place of: given back beside the flow
+    # Replaced holds: given back in the background
 
-    async def _leave(self, hold: AskedHold, reason: str, back: Back | None = None) -> None:
-        """Give a hold back beside the flow; `back` waits for it where the balance is needed.
+    async def _release(self, hold: RequestedHold, reason: str, back: Back | None = None) -> None:
+        """Give a hold back in the background; `back` waits for it where the balance is needed.
 
-        The call may hang for as long as its route is away: no cancel, no deadline and no next renewal waits for it.
+        The call may hang for as long as its route is away. No cancel, deadline or next renewal waits for it.
         """
         hold.leaving = reason
         if not workflow.patched("old-hold-given-back-beside"):
             await self._give_back_one(hold, reason)
             return
-        self.take_up()
+        self.resume()
         if back is not None:
             await back(lambda: hold.resolved)
 
-    def take_up(self) -> None:
-        """Go on giving back what is being left, also where it was put down."""
-        if self._next_leaving() is not None and (self._leaver is None or self._leaver.done()):
-            self._leaver = asyncio.create_task(self._give_back_leaving())
+    def resume(self) -> None:
+        """Go on giving back replaced holds, also after this was suspended."""
+        if self._next_leaving() is not None and (self._releasing is None or self._releasing.done()):
+            self._releasing = asyncio.create_task(self._give_back_replaced())
 
-    def _next_leaving(self) -> AskedHold | None:
+    def _next_leaving(self) -> RequestedHold | None:
         return next((hold for hold in self.state.asked if hold.leaving and not hold.resolved), None)
 
-    async def _give_back_leaving(self) -> None:
-        """One after another: on a ledger without ids two ends in flight could not be told apart."""
-        while (hold := self._next_leaving()) is not None and not self._outside.is_put_down:
+    async def _give_back_replaced(self) -> None:
+        """One after another: in a ledger without ids two ends in flight could not be distinguished."""
+        while (hold := self._next_leaving()) is not None and not self._outside.is_suspended:
             await self._give_back_one(hold, str(hold.leaving))
 
-    async def _all_left(self) -> None:
-        for task in (self._leaver, self._forgetting):
+    async def _all_released(self) -> None:
+        for task in (self._releasing, self._forgetting):
             if task is not None:
                 await workflow.wait([task])
                 task.result()
@@ -247,17 +261,17 @@ class TaskHolds:
     # Give back
 
     async def give_back(self, reason: str) -> None:
-        """The undo: every hold that may stand is cancelled, also one whose answer was lost.
+        """The undo: cancel every hold that may be open, also one whose answer was lost.
 
         One that turns out to be committed counts as charged: such a task is completed (contract §4 *cancel refused*).
         """
-        await self._all_left()
+        await self._all_released()
         for hold in list(self.state.asked):
-            if not hold.resolved and not hold.refused:
+            if hold.needs_undo:
                 await self._give_back_one(hold, hold.leaving or reason)
         await self._doubled.give_back(reason)
 
-    async def _give_back_one(self, hold: AskedHold, reason: str) -> None:
+    async def _give_back_one(self, hold: RequestedHold, reason: str) -> None:
         if hold.pre_deduct_id is None and not await self._learn(hold):
             return
         assert hold.pre_deduct_id is not None
@@ -267,10 +281,10 @@ class TaskHolds:
         if answer.refusal is not None:
             await self._cancel_refused(hold, answer.refusal)
             return
-        hold.resolved = True
+        hold.cancel_answered(answer)
         if answer.reply is not None:
             self.ends.count(HoldFate.GIVEN_BACK)
-            self._tell_given_back(hold, answer.reply.balance_after)
+            self._publish_given_back(hold, answer.reply.balance_after)
 
     async def _cancel(self, pre_deduct_id: str, n: int | str, reason: str) -> Answer[CancelHoldReply] | None:
         body = CancelHoldRequest(
@@ -278,63 +292,63 @@ class TaskHolds:
         )
         for key in (
             self._outside.key("cancel", n),
-            self._outside.key("cancel", f"{n}:{self._outside.told.life.lives}"),
+            self._outside.key("cancel", f"{n}:{self._outside.earlier.life.lives}"),
         ):
             post = Post[CancelHoldRequest](call_for=self._outside.call_for, key=key, body=body)
-            answer = await self._outside.beside(CreditsActivities.cancel_hold, post, summary="5 cancel hold")
-            if answer is None or not is_own_key(answer, self._outside.told):
+            answer = await self._outside.in_background(
+                CreditsActivities.cancel_hold, post, summary=self._outside.labels.cancel_hold
+            )
+            if answer is None or not is_key_of_earlier_life(answer, self._outside.earlier):
                 break
         return answer
 
-    async def _learn(self, hold: AskedHold) -> bool:
-        """Repeat key and body to learn the id of a hold whose answer was lost; whether there is such a hold."""
+    async def _learn(self, hold: RequestedHold) -> bool:
+        """Repeat key and body to learn the id of a hold whose answer was lost. Returns whether there is such a hold."""
         post = self._post(hold).model_copy(update={"is_undo": True})
         answer = await self._outside.until_answered(
-            CreditsActivities.pre_deduct, post, summary="5 cancel hold: learn its id"
+            CreditsActivities.pre_deduct, post, summary=f"{self._outside.labels.cancel_hold}: learn its id"
         )
-        if answer is not None and answer.reply is not None:
-            hold.pre_deduct_id, hold.amount = answer.reply.pre_deduct_id, answer.reply.frozen_amount
-            self.ends.count_grant(answer.tries + 1)  # it had been asked before, or the id would be known
-            return True
+        if answer is not None:
+            self.state.answered(hold, answer, earlier_tries=1)  # it was sent before, or its id would be known
+        if hold.outcome is not RequestOutcome.UNKNOWN:
+            return hold.outcome is RequestOutcome.MADE
         hold.refused = True
-        self.ends.count_refusal(answer.tries + 1 if answer is not None else 1)
-        if answer is not None and answer.refusal is not None and answer.refusal.message == "unreadable":
+        if answer is not None and answer.refusal is not None:
             self.ends.left_open()
-            self._record.tell_exception(
+            self._record.record_exception(
                 f"undo_hold:{hold.n}",
                 ExceptionCode.UNDO_UNFINISHED,
-                f"The id of hold {hold.n} could not be learned; it ends by expiry. {answer.refusal.sentence}",
+                f"The id of hold {hold.n} could not be found out; it ends by expiry. {answer.refusal.sentence}",
             )
         return False
 
-    async def _cancel_refused(self, hold: AskedHold, refusal: Refusal) -> None:
-        is_processed = refusal.message == "pre_deduct_already_processed"
-        found = await self.fate_of(hold) if is_processed else None
-        hold.resolved = True  # not before: a run that continues as new meanwhile asks again
-        if refusal.message == "pre_deduct_not_found":
-            if workflow.patched(UNKNOWN_HOLD_TOLD):
-                self._tell_given_back(hold, None)
+    async def _cancel_refused(self, hold: RequestedHold, refusal: Refusal) -> None:
+        found = await self.fate_of(hold) if refusal.kind is RefusalKind.HOLD_ALREADY_RESOLVED else None
+        hold.resolved = True  # only now: a run that continues as new before this has to cancel again
+        if refusal.kind is RefusalKind.HOLD_NOT_FOUND:
+            if workflow.patched(UNKNOWN_HOLD_PUBLISHED):
+                self._publish_given_back(hold, None)
             return
         if found is not None:
             self.count_committed(found.committed)
             self.ends.count(found.fate)
             if found.fate is HoldFate.GIVEN_BACK:
-                self._tell_given_back(hold, None)
+                self._publish_given_back(hold, None)
             elif found.fate is HoldFate.UNKNOWN:
-                self._tell_end_unknown(hold, refusal)
+                self._record_end_unknown(hold, refusal)
             return
         self.ends.left_open()
-        self._record.tell_exception(
+        self._record.record_exception(
             f"hold_left:{hold.n}",
             ExceptionCode.HOLD_LEFT_TO_EXPIRY,
             f"Hold {hold.pre_deduct_id} could not be cancelled; it ends by expiry. {refusal.sentence}",
             pre_deduct_id=hold.pre_deduct_id,
         )
 
-    async def fate_of(self, hold: AskedHold) -> Found:
-        """What became of a hold that commit or cancel was refused for."""
-        if self._outside.told.is_possible:
-            if not self.forgotten.is_done:  # while they stand the ledger does not tell this one's end apart
+    async def fate_of(self, hold: RequestedHold) -> Found:
+        """How a hold ended whose commit or cancel was refused."""
+        if self._outside.earlier.is_possible:
+            if not self.forgotten.is_done:  # while they are open the ledger cannot show which end is this hold's
                 await self.forgotten.give_back("taken before the task's run was reset")
             known = sum(bool(each.pre_deduct_id) for each in self.state.asked)
             others = self.forgotten.own_standing() - (not hold.resolved)
@@ -342,18 +356,26 @@ class TaskHolds:
         return await self.ledger.fate_of(hold)
 
     def count_committed(self, points: int) -> None:
-        """Points that a hold turned out to be committed for; where the ledger was read for the task it knows them."""
-        if self._outside.told.is_possible:
+        """Count the points of a hold that turned out to be committed, unless the ledger was read for the whole task."""
+        if self._outside.earlier.is_possible:
             self.state.charged = max(self.state.charged, points)
         else:
             self.state.charged += points
 
-    # What the record is told
+    def add_charged(self, points: int) -> None:
+        """Count points that this run charged, by commit or charge."""
+        self.state.charged += points
 
-    def _tell_held(self, hold: AskedHold, balance_after: int | None) -> None:
+    def set_shortfall(self, points: int) -> None:
+        """Points of the price that could not be charged."""
+        self.state.shortfall = points
+
+    # Events and exception records
+
+    def _publish_held(self, hold: RequestedHold, balance_after: int | None) -> None:
         hold.told = hold.amount
-        self._record.state.credits = self.summary()
-        self._record.tell(
+        self._record.credits_changed(self.summary())
+        self._record.publish(
             f"held:{hold.n}",
             EventType.CREDITS,
             credits_delta=-hold.amount,
@@ -361,17 +383,17 @@ class TaskHolds:
             message=f"{hold.amount} points are held.",
         )
 
-    def tell_as_held(self, hold: AskedHold) -> None:
-        """Tell that a hold was taken, unless that is told; a fact that the store knows is not written twice."""
+    def publish_held(self, hold: RequestedHold) -> None:
+        """Publish that a hold was taken, unless that is published; the store does not write a known fact twice."""
         if not hold.told:
-            self._tell_held(hold, None)
+            self._publish_held(hold, None)
 
-    def _tell_given_back(self, hold: AskedHold, balance_after: int | None) -> None:
-        """One that was never relied on is told as held now, so that what comes back has gone before."""
-        self.tell_as_held(hold)
+    def _publish_given_back(self, hold: RequestedHold, balance_after: int | None) -> None:
+        """A hold that was never relied on is published as held first, so that the events add up."""
+        self.publish_held(hold)
         hold.told_back = True
-        self._record.state.credits = self.summary()
-        self._record.tell(
+        self._record.credits_changed(self.summary())
+        self._record.publish(
             f"given_back:{hold.n}",
             EventType.CREDITS,
             credits_delta=hold.told,
@@ -379,19 +401,19 @@ class TaskHolds:
             message=f"{hold.amount} points were given back.",
         )
 
-    def _tell_end_unknown(self, hold: AskedHold, refusal: Refusal) -> None:
-        self.ends.is_unknown()
-        self._record.tell_exception(
+    def _record_end_unknown(self, hold: RequestedHold, refusal: Refusal) -> None:
+        self.ends.mark_unknown()
+        self._record.record_exception(
             f"hold_unknown:{hold.n}",
             ExceptionCode.SETTLEMENT_UNKNOWN,
-            f"Whether hold {hold.pre_deduct_id} was charged or given back could not be learned; the ledger is looked "
-            f"at again hourly for a day. {refusal.sentence}",
+            f"Whether hold {hold.pre_deduct_id} was charged or given back could not be found out; the ledger is read "
+            f"again hourly for a day. {refusal.sentence}",
             pre_deduct_id=hold.pre_deduct_id,
         )
 
 
 def no_answer() -> Refusal:
-    """What stands for an answer that is neither reply nor refusal, or is no longer waited for."""
+    """The refusal that replaces an answer that is no longer waited for."""
     return Refusal(
         code=FailureCode.CREDITS_UNAVAILABLE, message="closing", http_status=0, sentence="The task is ending."
     )

@@ -1,12 +1,12 @@
-"""What the ledger says of one task (contract §4 *Reading a ledger*): pure, so that it can be proved.
+"""Reads the ledger of one task (contract §4 *Reading a ledger*). Pure functions, for property tests.
 
-Each entry is read by its `kind` where it has one, else by its `reason`; what neither tells is unknown, never guessed.
+Each entry is read by its `kind` where it has one, else by its `reason`. Any other entry is unknown, never guessed.
 The two shapes show a commit differently:
 
     by kind      pre_deduct −24 (+24 frozen)     commit +4 (−24 frozen)                       20 were charged
     by reason    pre_deduct −24                  refund_pre_deduct +4, commit −20             20 were charged
 
-So a sum over a task says nothing. Presence is proof, absence never is: a ledger may lag. All amounts are points.
+So a sum over a task means nothing. An entry is proof, a missing entry is not: a ledger may lag. Amounts are points.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Collection, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from comfyui_temporal.contracts.carried import AskedHold
 from comfyui_temporal.contracts.credits import CHARGE_REASON, Ledger, LedgerEntry, LedgerKind, LedgerReason
+from comfyui_temporal.contracts.requests import RequestedHold
 
 
 class HoldFate(Enum):
@@ -26,7 +26,7 @@ class HoldFate(Enum):
 
 
 class Found(NamedTuple):
-    """What the ledger says of a hold; `committed` in points."""
+    """What the ledger shows of a hold; `committed` in points."""
 
     fate: HoldFate
     committed: int = 0
@@ -38,7 +38,7 @@ class HeldEntry(NamedTuple):
 
 
 class CommitEntry(NamedTuple):
-    """`points` were charged; None where the ledger does not tell how many. `rest` went back, where it tells that."""
+    """`points` were charged, None where the ledger does not show how many. `rest` was returned, where it shows that."""
 
     points: int | None
     pre_deduct_id: str | None
@@ -73,36 +73,36 @@ class OpenHolds(NamedTuple):
 
 
 class TaskLedger:
-    """The entries of one task, read. `is_complete`: every page was read, though a ledger may lag all the same."""
+    """The entries of one task. `is_complete`: every page was read; the ledger may still lag."""
 
     def __init__(self, entries: Sequence[LedgerEntry], *, is_complete: bool = True) -> None:
         self.is_complete = is_complete
         self.has_kinds = any(entry.kind is not None for entry in entries)
-        """A service that tells kinds keeps our contract, idempotency too."""
+        """A service whose entries have kinds keeps our contract, idempotency included."""
         self.tells_ids = any(entry.pre_deduct_id is not None for entry in entries)
         self.holds: list[HeldEntry] = []
         self.commits: list[CommitEntry] = []
         self.returns: list[ReturnEntry] = []
         self.charges: list[ChargeEntry] = []
         self.refunds: list[int] = []
-        """What commits gave back, where that is an entry of its own."""
+        """What commits returned, where that is an entry of its own."""
         self.unknown: list[LedgerEntry] = []
         commits: list[LedgerEntry] = []
         for entry in entries:
             kind = _kind_of(entry)
             if kind is LedgerKind.COMMIT:
-                commits.append(entry)  # what one charged may need its hold's amount
+                commits.append(entry)  # reading one may need its hold's amount
             elif not self._take(entry, kind):
                 self.unknown.append(entry)
         self.commits = [self._commit(entry) for entry in commits]
 
     @classmethod
     def of(cls, reply: Ledger) -> TaskLedger:
-        """The reading of a ledger's answer that holds the entries of one task."""
+        """Read a ledger's answer that holds the entries of one task."""
         return cls(reply.entries, is_complete=not reply.cursor)
 
     def _take(self, entry: LedgerEntry, kind: LedgerKind | None) -> bool:
-        """Keep an entry that is no commit; whether it could be read."""
+        """Keep an entry that is no commit. Returns whether it could be read."""
         match kind:
             case LedgerKind.PRE_DEDUCT if entry.change <= 0:
                 self.holds.append(HeldEntry(-entry.change, entry.pre_deduct_id))
@@ -111,7 +111,7 @@ class TaskLedger:
             case LedgerKind.CHARGE if entry.change <= 0:
                 self.charges.append(ChargeEntry(-entry.change, entry.ledger_id))
             case LedgerKind.GRANT:
-                pass  # a gift to the account is no effect of the task
+                pass  # a grant to the account has nothing to do with the task
             case None if entry.kind is None and entry.reason == LedgerReason.REFUND and entry.change >= 0:
                 self.refunds.append(entry.change)
             case _:
@@ -130,10 +130,10 @@ class TaskLedger:
             frozen = -entry.frozen_change
         return CommitEntry(frozen - rest if frozen is not None and frozen >= rest else None, named, rest)
 
-    # What became of the task
+    # The task
 
     def charged(self) -> int | None:
-        """Points that this task was charged, as far as the ledger shows; None where what is unknown could hide some."""
+        """Points that this task was charged; None where an unknown entry could hide some."""
         if self.unknown or any(commit.points is None for commit in self.commits):
             return None
         if len(self.refunds) > len(self.commits):
@@ -144,13 +144,13 @@ class TaskLedger:
         """Points taken by `charge`."""
         return sum(charge.points for charge in self.charges)
 
-    # What became of a hold
+    # One hold
 
-    def fate(self, hold: AskedHold, *, given_back: int = 0, committed: int = 0) -> Found:
-        """What became of a hold.
+    def fate(self, hold: RequestedHold, *, given_back: int = 0, committed: int = 0) -> Found:
+        """How a hold ended.
 
-        `given_back` and `committed`: how many of the task's other holds are known to have ended so. Where the ledger
-        tells no ids, an end counts as this hold's only if it is one more than those.
+        `given_back` and `committed`: how many of the task's other holds are known to have ended so. In a ledger without
+        ids an end counts as this hold's only if it is one more than those.
         """
         for commit in self.commits:
             if commit.pre_deduct_id is not None and commit.pre_deduct_id == hold.pre_deduct_id:
@@ -165,22 +165,22 @@ class TaskLedger:
             return Found(HoldFate.GIVEN_BACK)
         return Found(HoldFate.UNKNOWN)
 
-    def _nameless_commit(self, commits: list[CommitEntry], hold: AskedHold, *, among: int) -> Found:
-        """This hold's commit, where it is the only one that fits; more of them than can be ours are not told apart."""
+    def _nameless_commit(self, commits: list[CommitEntry], hold: RequestedHold, *, among: int) -> Found:
+        """This hold's commit, where it is the only one that fits. More commits than `among` are ambiguous."""
         fitting = [commit for commit in commits if commit.points is None or commit.points <= hold.amount]
         if len(commits) > among or len(fitting) != 1:
             return Found(HoldFate.UNKNOWN)
         return _committed(fitting[0], hold)
 
-    def amount_of(self, hold: AskedHold) -> int | None:
-        """Points that a hold really has, by its own entry; None where the ledger does not tell it apart."""
+    def amount_of(self, hold: RequestedHold) -> int | None:
+        """Points that a hold really has, by its own entry; None where several entries may be its own."""
         for entry in self.holds:
             if entry.pre_deduct_id is not None and entry.pre_deduct_id == hold.pre_deduct_id:
                 return entry.amount
         amounts = {entry.amount for entry in self.holds}
         return amounts.pop() if len(amounts) == 1 else None
 
-    # What stands
+    # Open holds
 
     def open_holds(self) -> OpenHolds:
         """The holds whose end is not shown."""
@@ -199,26 +199,26 @@ class TaskLedger:
         return OpenHolds(named, nameless, points if nameless else 0)
 
     def ended_ids(self) -> set[str]:
-        """Holds whose end is shown, where ids are told."""
+        """Holds whose end is shown, in a ledger with ids."""
         ended = {entry.pre_deduct_id for entry in self.commits} | {entry.pre_deduct_id for entry in self.returns}
         return {each for each in ended if each is not None}
 
     def doubled(self, known: Collection[str], *, granted: int) -> OpenHolds:
-        """Open holds of this task that nobody of ours knows: asked for twice where a service keeps no keys.
+        """Open holds of this task that no run knows: a service without idempotency took them for repeated requests.
 
-        `known`: the ids of our holds. `granted`: how many we were granted in all, which must have ended but for those
-        that the ledger names. A hold more than these is presence, so a lag makes none up.
+        `known`: the ids of our holds. `granted`: how many were granted in all; all of them must have ended but those
+        that the ledger names. One hold more than these is an entry, so a lag cannot invent it.
         """
         stands = self.open_holds()
         named = {pre_deduct_id: amount for pre_deduct_id, amount in stands.named.items() if pre_deduct_id not in known}
         if self.tells_ids:
             return OpenHolds(named)
         more = len(self.holds) - granted
-        is_sure = stands.nameless == more or granted == 0  # of none of ours an end may be missing
+        is_sure = stands.nameless == more or granted == 0  # the ends of all our own holds must be shown
         return OpenHolds({}, stands.nameless, stands.nameless_points) if more > 0 and is_sure else OpenHolds()
 
 
-def _committed(commit: CommitEntry, hold: AskedHold) -> Found:
+def _committed(commit: CommitEntry, hold: RequestedHold) -> Found:
     points = commit.points
     if points is None and commit.rest is not None:
         points = hold.amount - commit.rest
@@ -226,7 +226,7 @@ def _committed(commit: CommitEntry, hold: AskedHold) -> Found:
 
 
 def _kind_of(entry: LedgerEntry) -> LedgerKind | None:
-    """What an entry is: by its kind, else by its reason; None where neither tells, and for a commit's refund."""
+    """An entry's kind, else by its reason; None for any other reason, and for a commit's refund."""
     if entry.kind is not None:
         return entry.kind
     if entry.reason == CHARGE_REASON:

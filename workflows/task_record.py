@@ -1,4 +1,4 @@
-"""The only source of a task's state: queries, search attributes, UI details and events are all read off it."""
+"""The only source of a task's state: queries, search attributes, UI details and events all come from it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,34 @@ from temporalio.common import SearchAttributeKey, SearchAttributePair, SearchAtt
 from temporalio.exceptions import ApplicationError, FailureError
 
 from activities.task_store import TaskStoreActivities
-from comfyui_temporal.contracts.carried import HeldProgress, JobNews, RecordState
-from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
+from comfyui_temporal.contracts.comfyui import SnapshotReference, TrainingOutput
+from comfyui_temporal.contracts.continuation import HeldProgress, JobUpdate, RecordState
+from comfyui_temporal.contracts.errors import ErrorDetails, ExceptionCode, FailureCode
 from comfyui_temporal.contracts.fields import shortened
 from comfyui_temporal.contracts.policy import Policy
-from comfyui_temporal.contracts.task_store import Fact, TaskClaim, TaskException, TaskRow, TaskState, TaskWrite
-from comfyui_temporal.contracts.tasks import INPUT_MEMO, EventType, ImageTask, TaskStatus, TrainingTask, input_sha256_of
+from comfyui_temporal.contracts.task_store import (
+    Fact,
+    RecordedPrices,
+    TaskClaim,
+    TaskException,
+    TaskRow,
+    TaskState,
+    TaskWrite,
+)
+from comfyui_temporal.contracts.tasks import (
+    INPUT_MEMO,
+    Confirmation,
+    CreditsSummary,
+    EventType,
+    TaskInput,
+    TaskStatus,
+    input_sha256_of,
+)
 from workflows.backlog import Backlog
 from workflows.details import current_details
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall
+from workflows.step_labels import ACCEPT
 
 PROGRESS_EVERY: Final = timedelta(seconds=1)
 _STATUS: Final = SearchAttributeKey.for_keyword("TaskStatus")
@@ -27,40 +45,40 @@ _STAGE: Final = SearchAttributeKey.for_keyword("TaskStage")
 
 
 class TaskRecord:
-    """State, facts not yet written, and the one writer that writes them in order.
+    """State, facts that are not written yet, and the one writer that writes them in order.
 
     A write never stands between a step and its settlement (decision 3): only the end of the run waits for it.
     """
 
-    def __init__(self, task: ImageTask | TrainingTask, outside: OutsideCall, carried: RecordState) -> None:
+    def __init__(self, task: TaskInput, outside: OutsideCall, state: RecordState) -> None:
         self._task = task
         self._outside = outside
-        self._carried = carried
-        self._backlog = Backlog(carried)
+        self._own = state
+        self._backlog = Backlog(state)
         self._decided_at = 0
         self._waits: tuple[str, datetime | None] = ("", None)
         self._claim: TaskClaim | None = None
 
     @property
     def state(self) -> TaskState:
-        return self._carried.state
+        return self._own.state
 
     def carry(self) -> RecordState:
-        return self._carried
+        return self._own
 
-    # Step 0: the claim
+    # Row 0: the claim
 
     async def claim(self) -> Policy:
-        """Claim the task's id for this run; the store writes the first event with it.
+        """Claim the task's id for this run; the store writes the first event with it. Returns the task's policy.
 
-        Raises ApplicationError `task_exists` where another run holds the id: then nothing was called and nothing is
+        Raises ApplicationError `task_exists` where another run holds the id. Nothing was called then, and nothing is
         undone.
         """
         claim = self._claim
         assert claim is not None
-        outcome = await self._outside.noted(TaskStoreActivities.claim, claim, summary="0 accept")
+        outcome = await self._outside.write_store(TaskStoreActivities.claim, claim, summary=ACCEPT)
         if outcome.earlier_life is not None:
-            self._outside.told.note(outcome.earlier_life)
+            self._outside.earlier.add(outcome.earlier_life)
         if not outcome.claimed:
             raise ApplicationError(
                 f"Task {claim.task_id} exists: another run holds its id. Use a new task_id, or read that run's result.",
@@ -70,8 +88,8 @@ class TaskRecord:
         self._publish_identity(claim)
         return outcome.policy
 
-    def claimed_as(self, resolution: str) -> None:
-        """Remember the claim: each write brings it, for a store that was restored and has lost the row."""
+    def set_claim(self, resolution: str) -> None:
+        """Keep the claim: each write sends it too, for a store that was restored and has lost the row."""
         info = workflow.info()
         self._claim = TaskClaim(
             task_id=self._task.task_id,
@@ -88,7 +106,7 @@ class TaskRecord:
         )
 
     def _publish_identity(self, claim: TaskClaim) -> None:
-        """Memo and search attributes, where the start did not bring them: a run is right without start options."""
+        """Memo and search attributes, where the start did not set them: a run needs no start options."""
         if workflow.memo_value(INPUT_MEMO, None) != claim.input_sha256:
             workflow.upsert_memo({INPUT_MEMO: claim.input_sha256})
         wanted = {
@@ -105,43 +123,76 @@ class TaskRecord:
         if any(present.get(key) != wanted[name] for name, key in keys.items()):
             pairs = [SearchAttributePair(key, wanted[name]) for name, key in keys.items()]
             workflow.upsert_search_attributes([pair.key.value_set(pair.value) for pair in pairs])
-        self._carried.written_status = TaskStatus.QUEUED
+        self._own.written_status = TaskStatus.QUEUED
 
     # What happened
 
     def attempted(self, number: int) -> None:
-        """A job is asked for: stage and progress of the one before are not its own."""
+        """A job is requested: stage and progress of the one before are not its own."""
         self.state.attempts = number
         self.state.stage = None
         self.state.progress = 0.0
-        self._carried.held_back = None
+        self._own.held_back = None
+
+    def job_accepted(self, job_id: str | None, gpu_slots: int | None) -> None:
+        self.state.job_id = job_id
+        self.state.gpu_slots = gpu_slots
+
+    def job_failed(self, details: ErrorDetails | None) -> None:
+        """The error of the job that ended without a delivery; None once the next one may be requested."""
+        self.state.error = details
+
+    def estimated(self, minutes: float) -> None:
+        self.state.estimated_time = minutes
+
+    def confirming(self, confirmation: Confirmation | None) -> None:
+        """The price that waits to be confirmed, or None."""
+        self.state.confirmation = confirmation
+
+    def credits_changed(self, credits: CreditsSummary) -> CreditsSummary:
+        self.state.credits = credits
+        return credits
+
+    def delivered(self, result_urls: list[str], output: TrainingOutput | None) -> None:
+        self.state.result_urls, self.state.output = result_urls, output
+
+    def completed(self) -> None:
+        """Publish the end of a delivered task."""
+        self.state.error = None
+        self.state.progress = 100.0
+        self.end(
+            TaskStatus.COMPLETED,
+            EventType.COMPLETED,
+            result_urls=self.state.result_urls or None,
+            output=self.state.output,
+        )
 
     def submitted(self, stage: str | None) -> None:
-        """A job was asked for and taken: queued until it says otherwise."""
+        """A job was accepted: it is queued until it reports otherwise."""
         self.state.status = TaskStatus.QUEUED
         self.state.stage = stage
         self.state.progress = 0.0
         self.state.next_eta = self.state.queue_position = None
-        self._carried.last_shown = self._shown()
-        self.publish()
+        self._own.last_shown = self._shown()
+        self.update_search_attributes()
 
-    def apply(self, news: JobNews, *, attempt_changed: bool = False) -> None:
-        """Take over what a job tells; progress never goes back within an attempt and stage."""
+    def apply(self, update: JobUpdate, *, attempt_changed: bool = False) -> None:
+        """Apply a job's update; progress never goes back within an attempt and stage."""
         state = self.state
-        self._carried.last_news_at = workflow.now()
-        stage_changed = news.stage != state.stage or attempt_changed
-        reached = news.progress if news.progress is not None else (0.0 if stage_changed else state.progress)
+        self._own.last_news_at = workflow.now()
+        stage_changed = update.stage != state.stage or attempt_changed
+        reached = update.progress if update.progress is not None else (0.0 if stage_changed else state.progress)
         state.progress = reached if stage_changed else max(state.progress, reached)
-        state.status = news.status
-        state.stage = news.stage
-        state.next_eta = news.next_eta
-        state.queue_position = news.queue_position
-        state.estimated_time = news.estimated_time or state.estimated_time
-        state.gpu_slots = news.gpu_slots if news.gpu_slots is not None else state.gpu_slots
-        self.publish()
+        state.status = update.status
+        state.stage = update.stage
+        state.next_eta = update.next_eta
+        state.queue_position = update.queue_position
+        state.estimated_time = update.estimated_time or state.estimated_time
+        state.gpu_slots = update.gpu_slots if update.gpu_slots is not None else state.gpu_slots
+        self.update_search_attributes()
 
-    def tell(self, key: str, event: EventType, **fields: Any) -> None:
-        """Note a fact, named by its key; the writer takes it from here."""
+    def publish(self, key: str, event: EventType, **fields: Any) -> None:
+        """Add a fact, named by its key; the writer writes it."""
         state = self.state
         self._add(
             Fact(
@@ -158,61 +209,76 @@ class TaskRecord:
             )
         )
 
-    def tell_progress(self, news: JobNews, *, is_new_stage: bool) -> None:
-        """Every change of stage is an event; progress within one at most once a second (step table 1, row 6).
+    def priced(self, prices: RecordedPrices, *, attempt: int) -> None:
+        """Record the prices of an attempt, with an exception record where they differ (contract §5)."""
+        self.state.prices = prices
+        stated = {price for price in (prices.job, prices.estimate, prices.table) if price is not None}
+        if len(stated) > 1:
+            self.record_exception(
+                f"prices_differ:{attempt}",
+                ExceptionCode.PRICES_DIFFER,
+                f"The job's price is {prices.job}, the estimate {prices.estimate}, the table's {prices.table} points.",
+                **prices.model_dump(),
+            )
 
-        What comes sooner is held back, and told when the second is over unless newer progress came.
+    def dataset_copied(self, snapshot: SnapshotReference) -> None:
+        self.state.dataset = snapshot
+
+    def publish_progress(self, update: JobUpdate, *, is_new_stage: bool) -> None:
+        """Publish every change of stage; progress within a stage at most once a second (step table 1, row 6).
+
+        Earlier progress is held back, and published when the second is over unless newer progress came.
         """
-        self._carried.held_back = None
-        if self._shown() == self._carried.last_shown and news.error is None:
+        self._own.held_back = None
+        if self._shown() == self._own.last_shown and update.error is None:
             return
-        last = self._carried.last_progress_at
+        last = self._own.last_progress_at
         if not is_new_stage and last is not None and workflow.now() - last < PROGRESS_EVERY:
-            self._carried.held_back = HeldProgress(job_id=news.job_id, sequence=news.sequence)
+            self._own.held_back = HeldProgress(job_id=update.job_id, sequence=update.sequence)
             return
-        self._tell_progress(news.job_id, news.sequence)
+        self._publish_progress(update.job_id, update.sequence)
 
-    def _tell_progress(self, job_id: str, sequence: int) -> None:
-        self._carried.last_shown = self._shown()
-        self._carried.last_progress_at = workflow.now()
-        self.tell(f"{job_id}:{sequence}", EventType.RUNNING, job_id=job_id, sequence=sequence)
+    def _publish_progress(self, job_id: str, sequence: int) -> None:
+        self._own.last_shown = self._shown()
+        self._own.last_progress_at = workflow.now()
+        self.publish(f"{job_id}:{sequence}", EventType.RUNNING, job_id=job_id, sequence=sequence)
 
     def _shown(self) -> str:
         state = self.state
         return f"{state.status} {state.stage} {int(state.progress)} {state.next_eta} {state.queue_position}"
 
-    def tell_exception(self, key: str, code: ExceptionCode | FailureCode, message: str, **details: Any) -> None:
-        """Note an exception record for ops; it does not end the task."""
+    def record_exception(self, key: str, code: ExceptionCode | FailureCode, message: str, **details: Any) -> None:
+        """Add an exception record for ops; it does not end the task."""
         self._touch()
         self._backlog.add_exception(
             TaskException(key=key, code=code.value, message=shortened(message), details=details, ts=workflow.now())
         )
 
-    def decided(self) -> None:
-        """How the task ends is decided in this workflow task: history holds it once a later one has begun."""
-        self._carried.held_back = None
+    def end_decided(self) -> None:
+        """The end is decided in this workflow task: history holds the decision once a later one has begun."""
+        self._own.held_back = None
         self._decided_at = workflow.info().get_current_history_length()
 
     def end(self, status: TaskStatus, event: EventType, **fields: Any) -> None:
-        """The last fact; nothing is written after it."""
+        """Publish the last fact; nothing is written after it."""
         self.state.status = status
         self.state.next_eta = self.state.queue_position = self.state.confirmation = None
-        self.publish()
-        self.tell("end", event, is_end=True, **fields)
+        self.update_search_attributes()
+        self.publish("end", event, is_end=True, **fields)
 
     def failed(self, failure: TaskFailed) -> None:
         self.state.error = failure.error_details
-        self.tell_exception("end", failure.code, str(failure))
+        self.record_exception("end", failure.code, str(failure))
         self.end(TaskStatus.FAILED, EventType.FAILED, error=failure.error_details, message=shortened(str(failure)))
 
-    def take_over(self, row: TaskRow) -> None:
-        """An earlier life has ended the task: what it told is what this run tells."""
-        self._carried.state = TaskState.model_validate(row.model_dump(include=set(TaskState.model_fields)))
-        self._carried.held_back = None
-        self.publish()
+    def copy_row(self, row: TaskRow) -> None:
+        """An earlier life has ended the task: this run reports the state of its row."""
+        self._own.state = TaskState.model_validate(row.model_dump(include=set(TaskState.model_fields)))
+        self._own.held_back = None
+        self.update_search_attributes()
 
-    def waits_for(self, what: str, until: datetime | None) -> None:
-        """What the task waits for now, as operators read it in the UI."""
+    def waiting_for(self, what: str, until: datetime | None) -> None:
+        """Show what the task waits for now, and until when, in the UI."""
         if (what, until) != self._waits:
             self._waits = (what, until)
             self._show()
@@ -220,18 +286,18 @@ class TaskRecord:
     def _show(self) -> None:
         waits_for, until = self._waits
         workflow.set_current_details(
-            current_details(self.state, waits_for=waits_for, until=until, last_news_at=self._carried.last_news_at)
+            current_details(self.state, waits_for=waits_for, until=until, last_news_at=self._own.last_news_at)
         )
 
-    def publish(self) -> None:
-        """Bring the search attributes up to the state; each upsert is an event, so only what changed."""
+    def update_search_attributes(self) -> None:
+        """Set the search attributes that differ from the state; each upsert is a history event."""
         self._touch()
         updates: list[SearchAttributeUpdate[Any]] = []
-        if self.state.status != self._carried.written_status:
-            self._carried.written_status = self.state.status
+        if self.state.status != self._own.written_status:
+            self._own.written_status = self.state.status
             updates.append(_STATUS.value_set(self.state.status.value))
-        if self.state.stage != self._carried.written_stage:
-            self._carried.written_stage = self.state.stage
+        if self.state.stage != self._own.written_stage:
+            self._own.written_stage = self.state.stage
             updates.append(_STAGE.value_set(self.state.stage) if self.state.stage else _STAGE.value_unset())
         if updates:
             workflow.upsert_search_attributes(updates)
@@ -239,33 +305,33 @@ class TaskRecord:
     # The one writer
 
     async def write_facts(self) -> None:
-        """Write what is noted, in order, for as long as the run lives."""
+        """Write what was published, in order, for as long as the run lives."""
         while True:
-            await workflow.wait_condition(lambda: not self._backlog.is_empty or self._carried.held_back is not None)
+            await workflow.wait_condition(lambda: not self._backlog.is_empty or self._own.held_back is not None)
             if self._backlog.is_empty:
-                await self._tell_held_back()
+                await self._publish_held_back()
             else:
                 await self._write_batch()
 
-    async def _tell_held_back(self) -> None:
-        """Wait until progress may be told again, or is told with something else; one timer for a whole burst."""
-        last = self._carried.last_progress_at
+    async def _publish_held_back(self) -> None:
+        """Wait until held back progress may be published, or is published with another fact; one timer a burst."""
+        last = self._own.last_progress_at
         rest = last + PROGRESS_EVERY - workflow.now() if last is not None else timedelta(0)
         if rest > timedelta(0):
             try:
                 await workflow.wait_condition(
-                    lambda: not self._backlog.is_empty or self._carried.held_back is None,
+                    lambda: not self._backlog.is_empty or self._own.held_back is None,
                     timeout=rest,
-                    timeout_summary="6 tell: progress held back",
+                    timeout_summary=f"{self._outside.labels.record}: progress held back",
                 )
             except TimeoutError:
                 pass
             else:
                 return
-        held = self._carried.held_back
+        held = self._own.held_back
         if held is not None:
-            self._carried.held_back = None
-            self._tell_progress(held.job_id, held.sequence)
+            self._own.held_back = None
+            self._publish_progress(held.job_id, held.sequence)
 
     async def all_written(self) -> None:
         await workflow.wait_condition(lambda: self._backlog.is_empty)
@@ -279,21 +345,24 @@ class TaskRecord:
             facts=facts,
             exceptions=exceptions,
             run_number=self._outside.call_for.run_number,
-            written_version=self._carried.written_version,
+            written_version=self._own.written_version,
             claim=self._claim,
         )
         try:
-            await self._outside.noted(
-                TaskStoreActivities.write, write, summary="6 tell", is_recorded=self._is_recorded(facts)
+            await self._outside.write_store(
+                TaskStoreActivities.write,
+                write,
+                summary=self._outside.labels.record,
+                is_recorded=self._is_recorded(facts),
             )
-            self._carried.written_version = write.state.version
+            self._own.written_version = write.state.version
         except FailureError as error:
-            # The store will never take these (its row is gone, say): a task's money never hangs on its events.
+            # The store will never accept these, because the row is gone for example. Money never depends on events.
             workflow.logger.error("The task store refused %d facts: %s", len(facts), error)
         self._backlog.written()
 
     def _is_recorded(self, facts: list[Fact]) -> bool:
-        """Whether what these facts tell can no longer be decided otherwise."""
+        """Whether history holds the decision behind these facts, so that it cannot change."""
         is_end = any(fact.is_end for fact in facts)
         return not is_end or workflow.info().get_current_history_length() > self._decided_at
 

@@ -1,16 +1,13 @@
-"""Step table 2 (contract §3, §4): one training task, from its GPU window to settled credits."""
+"""Step table 2 (docs/architecture.md; contract §3, §4): one training task, from its GPU window to settled credits."""
 
 from __future__ import annotations
 
 from temporalio import workflow
 
 from activities.comfyui import ComfyUIActivities
-from comfyui_temporal.contracts.calls import GpuQuestion, JobCall
-from comfyui_temporal.contracts.carried import CarriedRun, JobNews, TrainingRun
-from comfyui_temporal.contracts.comfyui import TrainingAccepted, TrainingDraft
-from comfyui_temporal.contracts.credits import EstimateRequest
-from comfyui_temporal.contracts.errors import FailureCode
-from comfyui_temporal.contracts.task_store import RecordedPrices
+from comfyui_temporal.contracts.calls import JobCall
+from comfyui_temporal.contracts.comfyui import TrainingAccepted
+from comfyui_temporal.contracts.continuation import Continuation, JobUpdate, TrainingRun
 from comfyui_temporal.contracts.tasks import (
     ConfirmPrice,
     ConfirmPriceOutcome,
@@ -19,7 +16,9 @@ from comfyui_temporal.contracts.tasks import (
     TrainingResult,
 )
 from workflows.failures import TaskEnd, TaskFailed
-from workflows.guards import one_task
+from workflows.gpu_window import Window, check_gpus
+from workflows.guards import validated_input
+from workflows.job_requests import training_draft
 from workflows.job_routes import TRAINING_ROUTES
 from workflows.task_flow import TaskFlow
 from workflows.training_dataset import TrainingDataset
@@ -28,190 +27,114 @@ from workflows.training_price import TrainingPrice
 
 @workflow.defn
 class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
-    """One training: window, GPUs, snapshot, create, estimate, confirm, hold, start, follow, settle, tell."""
+    """One training: window, GPUs, snapshot, create, estimate, confirm, hold, start, follow, record, settle.
+
+    The number at a call is its row. Every mechanism that a row names is made in `__init__`, here or in `TaskFlow`.
+    """
 
     @workflow.init
-    @one_task
+    @validated_input
     def __init__(self, task: TrainingRun) -> None:
         super().__init__(task, TRAINING_ROUTES)
-        self.training_price = TrainingPrice(task, self.price, self.record, self.hold, self.waiting)
-        self.concerns.insert(0, self.training_price)  # before the hold: a task that it ends renews nothing
-        self.watch.on_news(self.training_price.on_news)
-        self.dataset = TrainingDataset(task, self.outside, self.stop, (task.carried or CarriedRun()).dataset)
+        self.window = Window(task.window, self.waits)
+        self.dataset = TrainingDataset(
+            task, self.outside, self.stop, self.window, (task.carried or Continuation()).dataset
+        )
+        self.price = TrainingPrice(task, self.limits, self.hold, self.record, self.waits, self.price_state)
+        # The price comes before the hold: a task that it ends renews nothing.
+        self.following = self.following_with(self.price)
 
     @workflow.run
     async def run(self, task: TrainingRun) -> TrainingResult:
-        return await self.stop.uninterrupted(self.walk(), self.record.write_facts())
+        # Row 5 runs beside the others: the writer records each event as soon as it is published.
+        return await self.stop.uninterrupted(self.steps(), self.record.write_facts())
 
-    async def walk(self) -> TrainingResult:
-        policy = await self.accept(self.task.base_model)  # row 0
-        self.training_price.configure(policy, self.task.options)
+    async def steps(self) -> TrainingResult:
+        await self.accept(self.task.base_model)  # row 0
         try:
             delivery = await self.reach_delivery()  # rows 0 to 5
-        except TaskEnd as end:  # anything else is a bug or an eviction: nothing is undone
-            return await self.give_back(end)
-        return await self.settle(delivery, self.training_price.cost_of(delivery))  # row 6: nothing is undone
-
-    async def reach_delivery(self) -> JobNews:
-        if self.is_continued:
-            end = await self.following.job_end()
+        except TaskEnd as end:  # any other exception is a bug or an eviction: nothing is undone
+            outcome = await self.ending.give_back(end)  # row 6: cancel job and hold
         else:
-            await self.window_opens()
-            await self.gpus_exist()
-            await self.snapshot_dataset()
-            end = await self.attempt()
+            cost = self.price.cost_of(delivery)
+            outcome = await self.ending.settle(delivery, cost)  # row 6: commit; from here nothing is undone
+        return self.result_of(await self.ending.publish(outcome))  # row 5: the end; row 6: delete the snapshot
+
+    async def reach_delivery(self) -> JobUpdate:
+        end = await (self.following.job_end() if self.is_continued else self.first_attempt())
         while not end.succeeded:
-            await self.attempts.another_after(end)
-            self.training_price.resume()
+            await self.attempts.wait_to_retry(end)
+            self.price.resume_from_checkpoint()
             end = await self.attempt()
-        await self.delivered()
+        await self.close_to_cancel()
         return end
 
-    async def attempt(self) -> JobNews:
-        training = await self.create()  # rows 1 and 2
-        cost = await self.agree(training)  # row 3: estimate, confirm
-        await self.hold.cover(cost)
-        await self.start(training)
-        return await self.following.job_end()  # rows 4 and 5
+    async def first_attempt(self) -> JobUpdate:
+        self.outside.earlier.raise_if_ended()
+        self.price.check_base_model()
+        self.dataset.check_addresses(self.policy)
+        await self.window.opens()  # row 0
+        await check_gpus(self.outside, self.task.gpu_type)  # row 0
+        self.record.dataset_copied(await self.dataset.snapshot())  # row 0
+        return await self.attempt()
 
-    async def window_opens(self) -> None:
-        """Wait for the GPU scheduling window; check first what needs no waiting."""
-        self.outside.told.obey()
-        self.training_price.of(0)
-        self.check_addresses()
-        opens = self.task.window.not_before if self.task.window else None
-        self.check_window()
-        if opens is not None:
-            await self.waiting.until(lambda: workflow.now() >= opens, at=opens, summary="0 window: wait until it opens")
-
-    def check_window(self) -> None:
-        """Raise TaskFailed `gpu_unavailable` past the window: `start` must meet it (contract §1)."""
-        closes = self.task.window.not_after if self.task.window else None
-        if closes is not None and workflow.now() > closes:
-            raise TaskFailed(
-                FailureCode.GPU_UNAVAILABLE, f"The GPU window closed at {closes.isoformat()} before the training began."
-            )
-
-    def check_addresses(self) -> None:
-        """Dataset and checkpoint lie under the tenant's own prefix, or the task ends `input_invalid` (contract §8)."""
-        dataset = self.task.dataset
-        if dataset.is_told_twice:
-            raise TaskFailed(
-                FailureCode.INPUT_INVALID,
-                "The input is not valid: dataset: files and manifest exclude each other: name the files in one way.",
-            )
-        named = {
-            "dataset.source_uri": dataset.source_uri,
-            "dataset.manifest.uri": dataset.manifest.uri if dataset.manifest else None,
-            "resume_from": self.task.resume_from,
-        }
-        for field, uri in named.items():
-            if uri is not None and not self.limits.is_own_address(uri):
-                raise TaskFailed(
-                    FailureCode.INPUT_INVALID,
-                    f"The input is not valid: {field}: must lie under one of {', '.join(self.limits.dataset_roots)}.",
-                )
-
-    async def gpus_exist(self) -> None:
-        """No GPU of the asked type at all is an error before anything starts; none free only lengthens the ETA."""
-        answer = await self.outside.reading(
-            ComfyUIActivities.list_gpus,
-            GpuQuestion(**self.outside.call_for.model_dump(), gpu_type=self.task.gpu_type),
-            summary="0 check GPUs",
-            minutes=self.limits.opening_call_minutes,
-        )
-        if answer.refusal is not None:
-            raise TaskFailed.by_refusal(answer.refusal)
-        if answer.reply is None:
-            return  # the server does not tell
-        wanted = [pool for pool in answer.reply if self.task.gpu_type in (None, pool.gpu_type)]
-        if not any(pool.total > 0 for pool in wanted):
-            raise TaskFailed(
-                FailureCode.GPU_UNAVAILABLE,
-                f"ComfyUI has no GPU of type {self.task.gpu_type}." if self.task.gpu_type else "ComfyUI has no GPU.",
-            )
-
-    async def snapshot_dataset(self) -> None:
-        closes = self.task.window.not_after if self.task.window else None
-        self.record.state.dataset = await self.dataset.snapshot(closes, self.check_window)
+    async def attempt(self) -> JobUpdate:
+        training = await self.create()  # rows 1 and 2: the answer is `queued`, time, GPU hours
+        quote = await self.price.agree(n=self.attempts.number)  # row 3: estimate
+        cost = await self.price.confirmed(quote, self.window.closes)  # row 3: confirm
+        await self.hold.cover(cost)  # row 3: pre-deduct
+        await self.start(training)  # row 3: start
+        return await self.following.job_end()  # row 4: states and stages; row 5: the price follows the GPU hours
 
     async def create(self) -> TrainingAccepted:
-        task = self.task
-        request = TrainingDraft(
-            task_id=task.task_id,
-            tenant_id=task.tenant_id,
-            user_id=task.user_id,
-            base_model=task.base_model,
-            dataset=self.dataset.copied,
-            hyperparameters=task.hyperparameters.model_dump(mode="json"),
-            priority=task.priority,
-            gpu_type=task.gpu_type,
-            resume_from=self.price.resume_from or task.resume_from,
-            callback_url=self.limits.callback_url,
+        draft = training_draft(
+            self.task, self.policy, dataset=self.dataset.copied, resume_from=self.price.state.resume_from
         )
         self.clock.not_started()
-        training = await self.attempts.submit(request)
+        training = await self.attempts.submit(draft)
         assert isinstance(training, TrainingAccepted)
-        self.price.gpu_hours = training.gpu_hours
+        self.price.created(training.gpu_hours)
         self.watch.follow(training.training_id)
         self.record.submitted(None)
         return training
 
-    async def agree(self, training: TrainingAccepted) -> int:
-        """Points to hold, confirmed by `max_credits` or `confirm_price` (contract §5)."""
-        task = self.task
-        request = EstimateRequest(
-            tenant_id=task.tenant_id,
-            user_id=task.user_id,
-            template_id=task.template_id,
-            scene=task.scene,
-            resolution=task.base_model,
-            priority=task.priority,
-            gpu_hours=self.training_price.expected_gpu_hours,
-        )
-        estimate = await self.hold.estimate(request, n=self.attempts.number)
-        table = self.training_price.of(self.training_price.expected_gpu_hours)
-        self.record_prices(RecordedPrices(estimate=estimate.selected_cost, table=table))
-        cost = self.training_price.asked(estimate.selected_cost, table)
-        not_after = self.task.window.not_after if self.task.window else None
-        await self.training_price.confirmed(cost, estimate, not_after)
-        return cost
-
     async def start(self, training: TrainingAccepted) -> None:
         """Begin the work: credits are held. A server without this route starts by itself (contract §2)."""
-        self.check_window()
+        self.window.check()
         call = JobCall(
             call_for=self.outside.call_for,
             job_id=training.training_id,
             key=self.outside.key("start", self.attempts.key_number),
         )
         self.clock.start()
-        answer = await self.outside.opening(
-            ComfyUIActivities.start_training, call, summary="3 start", minutes=self.limits.opening_call_minutes
-        )
+        answer = await self.outside.setup(ComfyUIActivities.start_training, call, summary="3 start")
         if answer.refusal is not None:
             raise TaskFailed.by_refusal(answer.refusal)
         self.watch.started()
 
     @workflow.update
     def confirm_price(self, request: ConfirmPrice) -> ConfirmPriceOutcome:
-        """Confirm a price up to `max_credits` points; at any time before the end, raises only."""
-        return ConfirmPriceOutcome(max_credits=self.training_price.raise_ceiling(request.max_credits))
+        """Confirm a price up to `max_credits` points. At any time before the end; it only ever raises the ceiling."""
+        return ConfirmPriceOutcome(max_credits=self.price.raise_ceiling(request.max_credits))
 
     @confirm_price.validator
     def refuse_bad_confirmation(self, request: ConfirmPrice) -> None:
-        """Reached only with one good argument: anything else is refused before it (pitfall 3)."""
+        """Reached only with one valid argument: anything else is refused before it (pitfall 3)."""
 
     @workflow.query
     def progress(self) -> TrainingProgress:
-        """Stage, percentage, ETA, and what is waited to be confirmed (contract §8)."""
+        """Stage, percentage, ETA, and the price that waits to be confirmed (contract §8)."""
         return TrainingProgress(**self.progress_fields(), confirmation=self.record.state.confirmation)
+
+    def job_updated(self, update: JobUpdate) -> None:
+        super().job_updated(update)
+        self.price.job_updated(update)
 
     async def clean_up(self) -> None:
         await self.dataset.delete()
 
-    def continuation(self, carried: CarriedRun) -> TrainingRun:
-        """The list of files stays behind: it stands in the snapshot's manifest by now (pitfall 39)."""
+    def argument_of_next_run(self, carried: Continuation) -> TrainingRun:
+        """Without the list of files: the snapshot's manifest holds it by now (pitfall 39)."""
         carried = carried.model_copy(update={"dataset": self.dataset.carry()})
         dataset = self.task.dataset.model_copy(update={"files": None})
         return self.task.model_copy(update={"carried": carried, "dataset": dataset})

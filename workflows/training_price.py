@@ -1,91 +1,124 @@
-"""A training's price: quoted, confirmed, held anew as its GPU hours grow (contract §4, §5)."""
+"""A training's price: estimated, confirmed, and held again as its GPU hours grow (contract §4, §5). In points."""
 
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from temporalio import workflow
 
-from comfyui_temporal.contracts.carried import JobNews, PriceState
 from comfyui_temporal.contracts.comfyui import Checkpoint, TaskPriority
-from comfyui_temporal.contracts.credits import Estimate, PriceOption
+from comfyui_temporal.contracts.continuation import JobUpdate, PriceState
+from comfyui_temporal.contracts.credits import Estimate, EstimateRequest, PriceOption
 from comfyui_temporal.contracts.errors import FailureCode
-from comfyui_temporal.contracts.policy import Policy
-from comfyui_temporal.contracts.prices import PriceTable, UnknownPrice
-from comfyui_temporal.contracts.tasks import Confirmation, EventType, TrainingOptions, TrainingTask
+from comfyui_temporal.contracts.prices import UnknownPrice
+from comfyui_temporal.contracts.task_store import RecordedPrices
+from comfyui_temporal.contracts.tasks import Confirmation, EventType, TrainingTask
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskFailed
+from workflows.interruptible import InterruptibleWaits
+from workflows.task_limits import TaskLimits
 from workflows.task_record import TaskRecord
-from workflows.waiting import Waiting
+
+
+class Quote(NamedTuple):
+    """A price, and the estimate that it was made from."""
+
+    cost: int
+    estimate: Estimate
 
 
 class TrainingPrice:
-    """What the payer has confirmed is the ceiling; beyond it the training asks again and stops at a checkpoint."""
+    """What the payer confirmed is the ceiling. Beyond it the training asks again and stops at a checkpoint."""
 
     def __init__(
         self,
         task: TrainingTask,
-        state: PriceState,
-        record: TaskRecord,
+        limits: TaskLimits,
         hold: CreditHold,
-        waiting: Waiting,
+        record: TaskRecord,
+        waits: InterruptibleWaits,
+        state: PriceState,
     ) -> None:
         self._task = task
-        self.state = state
-        self._record = record
+        self._limits = limits
         self._hold = hold
-        self._waiting = waiting
-        self.prices = PriceTable()
-        self.confirm_within_seconds = 3_600.0
+        self._record = record
+        self._waits = waits
+        self.state = state
         if task.max_credits is not None:
             self.state.ceiling = max(self.state.ceiling, task.max_credits)
 
-    def configure(self, policy: Policy, options: TrainingOptions) -> None:
-        """Prices and limits from the policy; the caller's options may only lower them."""
-        within = policy.confirm_within_seconds
-        self.prices = policy.prices
-        self.confirm_within_seconds = min(options.confirm_within_seconds or within, within)
-
     def raise_ceiling(self, max_credits: int) -> int:
-        """The update `confirm_price`: the ceiling in force, in points; it is only ever raised."""
+        """The update `confirm_price`. Returns the ceiling in force; it is only ever raised."""
         self.state.ceiling = max(self.state.ceiling, max_credits)
         return self.state.ceiling
 
-    def of(self, gpu_hours: float) -> int:
-        """The table's price in points. Raises TaskFailed `input_invalid` for an unknown base model."""
-        is_accelerated = self._task.priority is TaskPriority.ACCELERATED
+    def check_base_model(self) -> None:
+        """Raise TaskFailed `input_invalid` for a base model without a price."""
         try:
-            return self.prices.training(
-                base_model=self._task.base_model, accelerated=is_accelerated, gpu_hours=gpu_hours
-            )
+            self._limits.policy.prices.check_base_model(self._task.base_model)
         except UnknownPrice as error:
             raise TaskFailed(FailureCode.INPUT_INVALID, f"The input is not valid: {error}.") from None
 
+    def of(self, gpu_hours: float) -> int:
+        """The table's price of a training that uses `gpu_hours`."""
+        return self._limits.policy.prices.training(
+            base_model=self._task.base_model,
+            accelerated=self._task.priority is TaskPriority.ACCELERATED,
+            gpu_hours=gpu_hours,
+        )
+
     @property
     def expected_gpu_hours(self) -> float:
-        """Hours over attempts: up to the checkpoint resumed from, plus the present one's estimate."""
+        """Hours over all attempts: up to the checkpoint resumed from, plus the present attempt's estimate."""
         return self.state.carried_gpu_hours + self.state.gpu_hours
 
-    # Before the hold: confirm
+    def created(self, gpu_hours: float) -> None:
+        """A training was created: ComfyUI's estimate of this attempt's hours."""
+        self.state.gpu_hours = gpu_hours
 
-    def asked(self, estimate: int, table: int) -> int:
-        """Points that are shown, confirmed and held: the larger of the estimate and the table's price (contract §5).
+    # Before the hold: estimate, confirm
 
-        An estimate may ignore the GPU hours, or say nothing at all: the price that is charged goes by the table.
+    async def agree(self, *, n: int) -> Quote:
+        """The price to confirm and hold. `n`: the attempt, for the key. Raises as `CreditHold.estimate`."""
+        task, hours = self._task, self.expected_gpu_hours
+        request = EstimateRequest(
+            tenant_id=task.tenant_id,
+            user_id=task.user_id,
+            template_id=task.template_id,
+            scene=task.scene,
+            resolution=task.base_model,
+            priority=task.priority,
+            gpu_hours=hours,
+        )
+        estimate = await self._hold.estimate(request, n=n)
+        table = self.of(hours)
+        self._record.priced(RecordedPrices(estimate=estimate.selected_cost, table=table), attempt=n)
+        return Quote(self.larger(estimate.selected_cost, table), estimate)
+
+    def larger(self, estimate: int, table: int) -> int:
+        """The larger of the estimate and the table's price (contract §5).
+
+        An estimate may ignore the GPU hours, or be 0: what is charged goes by the table.
         """
         if table > estimate and workflow.patched("training-held-by-the-table-too"):
             return table
         return estimate
 
-    async def confirmed(self, cost: int, estimate: Estimate, not_after: datetime | None) -> None:
-        """Wait until `cost` points are confirmed. Raises TaskFailed `price_not_confirmed`, or TaskStopped."""
+    async def confirmed(self, quote: Quote, not_after: datetime | None) -> int:
+        """Wait until the price is confirmed, and return it.
+
+        Raises TaskFailed `price_not_confirmed`, or as `InterruptibleWaits.until`.
+        """
+        cost = quote.cost
         if cost <= self.state.ceiling:
-            return
-        confirm_by = workflow.now() + timedelta(seconds=self.confirm_within_seconds)
-        for limit in (not_after, self._waiting.latest() if self._waiting.keeps_hold() else None):
+            return cost
+        confirm_by = workflow.now() + timedelta(seconds=self._limits.confirm_within_seconds)
+        for limit in (not_after, self._waits.latest() if self._waits.keeps_hold() else None):
             confirm_by = min(confirm_by, limit or confirm_by)
-        self._ask(cost, confirm_by, estimate)
-        is_confirmed = await self._waiting.until(
+        self._request_confirmation(cost, confirm_by, quote.estimate)
+        is_confirmed = await self._waits.until(
             lambda: self.state.ceiling >= cost, at=confirm_by, summary="3 confirm: wait for the payer"
         )
         if not is_confirmed:
@@ -93,9 +126,10 @@ class TrainingPrice:
                 FailureCode.PRICE_NOT_CONFIRMED,
                 f"The price of {cost} points was not confirmed until {confirm_by.isoformat()}; nothing was charged.",
             )
-        self._record.state.confirmation = None
+        self._record.confirming(None)
+        return cost
 
-    def _ask(self, cost: int, confirm_by: datetime, estimate: Estimate | None) -> None:
+    def _request_confirmation(self, cost: int, confirm_by: datetime, estimate: Estimate | None) -> None:
         confirmation = Confirmation(
             estimated_cost=cost,
             options=self._options(cost, estimate),
@@ -103,16 +137,16 @@ class TrainingPrice:
             suggest_topup=_topup(cost, estimate) if estimate else None,
             confirm_by=confirm_by,
         )
-        self._record.state.confirmation = confirmation
-        self._record.tell(
+        self._record.confirming(confirmation)
+        self._record.publish(
             f"confirm:{self._record.state.attempts}:{cost}",
             EventType.CREDITS,
             confirmation=confirmation,
-            message=f"The training costs {cost} points; confirm_price is waited for.",
+            message=f"The training costs {cost} points; it waits for confirm_price.",
         )
 
     def _options(self, cost: int, estimate: Estimate | None) -> list[PriceOption]:
-        """The estimate's options; the one that was chosen never shows less than is asked for."""
+        """The estimate's options; the chosen one never shows less than the price to confirm."""
         options = (estimate.options if estimate else None) or []
         chosen = self._task.priority.value
         return [
@@ -122,41 +156,41 @@ class TrainingPrice:
             for option in options
         ]
 
-    # While it runs: refresh (a concern of the follow loop)
+    # While it runs: refreshed, as a concern of the follow loop
 
-    def on_news(self, news: JobNews) -> None:
-        """Take over hours and checkpoint of a message that was applied."""
-        if news.gpu_hours is not None:
-            self.state.gpu_hours = news.gpu_hours
-        if news.checkpoint is not None and self._adds_nothing(news.checkpoint):
+    def job_updated(self, update: JobUpdate) -> None:
+        """Take hours and checkpoint from an update that was applied."""
+        if update.gpu_hours is not None:
+            self.state.gpu_hours = update.gpu_hours
+        if update.checkpoint is not None and self._adds_nothing(update.checkpoint):
             return
-        if news.checkpoint is not None and news.checkpoint != self.state.checkpoint:
-            is_new = self.state.checkpoint is None or news.checkpoint.uri != self.state.checkpoint.uri
-            self.state.checkpoint = news.checkpoint
+        if update.checkpoint is not None and update.checkpoint != self.state.checkpoint:
+            is_new = self.state.checkpoint is None or update.checkpoint.uri != self.state.checkpoint.uri
+            self.state.checkpoint = update.checkpoint
             if is_new:
-                self._tell_checkpoint(news, news.checkpoint)
+                self._publish_checkpoint(update, update.checkpoint)
 
     def _adds_nothing(self, checkpoint: Checkpoint) -> bool:
-        """Whether an attempt resumed from it: its hours count already, whatever this message says of them.
+        """Whether an attempt resumed from it: its hours count already, whatever this message reports.
 
-        By its uri: a training may report the hours of all attempts, and an earlier checkpoint than its own first one.
+        Compared by uri: a training may report the hours of all attempts, and an earlier checkpoint than its own first.
         """
         state = self.state
         known = checkpoint.uri in (self._task.resume_from, state.resume_from, *state.resumed_from)
         return known and workflow.patched("checkpoint-resumed-from-adds-nothing")
 
-    def _tell_checkpoint(self, news: JobNews, checkpoint: Checkpoint) -> None:
+    def _publish_checkpoint(self, update: JobUpdate, checkpoint: Checkpoint) -> None:
         self._hold.checkpoint_passed()
-        self._record.tell(
-            f"checkpoint:{news.job_id}:{news.sequence}",
+        self._record.publish(
+            f"checkpoint:{update.job_id}:{update.sequence}",
             EventType.CHECKPOINT,
             message=f"Checkpoint at epoch {checkpoint.epoch}, step {checkpoint.step}.",
         )
 
-    def has_word(self) -> bool:
-        """Whether the price that is asked for has been confirmed."""
-        asked = self._record.state.confirmation
-        return asked is not None and self.state.ceiling >= asked.estimated_cost
+    def has_update(self) -> bool:
+        """Whether the price that waits to be confirmed is confirmed now."""
+        confirmation = self._record.state.confirmation
+        return confirmation is not None and self.state.ceiling >= confirmation.estimated_cost
 
     def due(self) -> datetime | None:
         return None
@@ -167,7 +201,7 @@ class TrainingPrice:
         Raises TaskFailed `price_not_confirmed` at the next checkpoint after asking.
         """
         price = self.of(self.expected_gpu_hours)
-        self._hold.want(min(price, self.state.ceiling))
+        self._hold.require(min(price, self.state.ceiling))
         if price <= max(self._hold.covered, self.state.ceiling):
             self._answered()
         else:
@@ -182,19 +216,21 @@ class TrainingPrice:
                 "it was stopped at its checkpoint and nothing is charged.",
             )
         self.state.asked_at_checkpoint = here
-        asked = self._record.state.confirmation
-        if asked is None or asked.estimated_cost != price:
-            self._ask(price, workflow.now() + timedelta(seconds=self.confirm_within_seconds), None)
+        confirmation = self._record.state.confirmation
+        if confirmation is None or confirmation.estimated_cost != price:
+            self._request_confirmation(
+                price, workflow.now() + timedelta(seconds=self._limits.confirm_within_seconds), None
+            )
 
     def _answered(self) -> None:
         if self.state.asked_at_checkpoint is not None:
             self.state.asked_at_checkpoint = None
-            self._record.state.confirmation = None
+            self._record.confirming(None)
 
     # Between attempts
 
-    def resume(self) -> None:
-        """The next attempt goes on from the newest checkpoint; hours after it are lost and cost nothing."""
+    def resume_from_checkpoint(self) -> None:
+        """The next attempt resumes from the newest checkpoint; hours after it are lost and cost nothing."""
         checkpoint = self.state.checkpoint
         if checkpoint is not None:
             self.state.resume_from = checkpoint.uri
@@ -204,14 +240,14 @@ class TrainingPrice:
         self.state.gpu_hours = 0.0
         self._answered()
 
-    def cost_of(self, delivery: JobNews) -> int:
+    def cost_of(self, delivery: JobUpdate) -> int:
         """Points to charge: the price of the hours used, never above what was confirmed (contract §5 *Charged*)."""
         used = delivery.gpu_hours_used if delivery.gpu_hours_used is not None else self.state.gpu_hours
         return min(self.of(self.state.carried_gpu_hours + used), self.state.ceiling)
 
 
 def _topup(cost: int, estimate: Estimate) -> int | None:
-    """Points that the balance lacks: the service counts them for its own estimate, which may be the smaller price."""
+    """Points that the balance lacks. The service computes them for its own estimate, which may be the smaller price."""
     if estimate.current_balance is None:
         return estimate.suggest_topup
     return max(estimate.suggest_topup or 0, cost - estimate.current_balance)

@@ -1,7 +1,7 @@
-"""The saga: what was begun is given back, all of it side by side, each until it lands.
+"""The saga: everything that was begun is undone, all of it side by side, each undo until it succeeds.
 
-Each mechanism notes what it is about to do before it does it, and its undo bears that it never happened. One party's
-outage never keeps another's undo; a refusal inside an undo is an answer and stops none of the rest (pitfall 38).
+Each mechanism records an action before it happens, and its undo must tolerate that the action never happened. One
+party's outage never delays another's undo. A refusal inside an undo is an answer and stops no other undo (pitfall 38).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ UndoStep = Callable[[str], Awaitable[None]]
 
 
 class Undo:
-    """The undos of one task, pushed before their dos."""
+    """The undos of one task, each pushed before its action."""
 
     def __init__(self) -> None:
         self._steps: dict[str, UndoStep] = {}
@@ -25,9 +25,9 @@ class Undo:
         self._steps.setdefault(name, step)
 
     async def all(self, reason: str) -> None:
-        """Run every undo at once and wait for the last.
+        """Run all undos at the same time and wait for the last one.
 
-        An exception is a bug: it surfaces after the others have landed.
+        An exception is a bug. It is raised after the others have ended.
         """
         tasks = [asyncio.create_task(_run(step, reason), name=name) for name, step in self._steps.items()]
         if tasks:

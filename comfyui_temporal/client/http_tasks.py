@@ -25,18 +25,17 @@ from comfyui_temporal.client.gateway_errors import task_error, typed_transport_e
 from comfyui_temporal.client.interface import CancelAnswer
 from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tasks import (
     CancelTask,
     CancelTaskOutcome,
     ConfirmPrice,
     ConfirmPriceOutcome,
     EventType,
-    ImageResult,
     ImageTask,
     TaskEvent,
     TaskStatus,
     TrainingProgress,
-    TrainingResult,
     TrainingTask,
 )
 from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
@@ -100,7 +99,7 @@ class HttpTasks:
 
         `tenant_id` and `user_id` must be the token's.
         """
-        path = f"{TASKS}/images" if isinstance(task, ImageTask) else f"{TASKS}/trainings"
+        path = f"{TASKS}/{SCENES[task.scene].collection}"
         body = task.model_dump(mode="json", exclude_unset=True)
         response = await self._answered("POST", path, json=body, task_id=task.task_id)
         view = _read(TaskView, response)
@@ -296,9 +295,9 @@ def _progress(view: TaskView) -> TrainingProgress:
 
 
 def _outcome(view: TaskView) -> TaskOutcome:
-    is_image = view.scene is Scene.IMAGE_GENERATE
-    values = view.model_dump() | {"error_details": view.error, "training_id": view.job_id}
-    result = ImageResult.model_validate(values) if is_image else TrainingResult.model_validate(values)
+    spec = SCENES[view.scene]
+    values = view.model_dump() | {"error_details": view.error, spec.job_id_field: view.job_id}
+    result = spec.result.model_validate(values)
     failed = view.error if view.status is TaskStatus.FAILED else None
     return TaskOutcome(
         task_id=view.task_id,

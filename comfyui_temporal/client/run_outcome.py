@@ -10,25 +10,16 @@ from temporalio.client import WorkflowFailureError, WorkflowHandle
 from temporalio.exceptions import ApplicationError, CancelledError, TerminatedError, TimeoutError
 
 from comfyui_temporal.contracts.errors import FailureCode
-from comfyui_temporal.contracts.tasks import (
-    IMAGE_WORKFLOW,
-    TRAINING_WORKFLOW,
-    ImageResult,
-    TaskStatus,
-    TrainingResult,
-)
+from comfyui_temporal.contracts.scenes import AnyResult, scene_of_message
+from comfyui_temporal.contracts.tasks import TaskStatus
 
-RESULT_TYPES: Final[dict[str, type[ImageResult] | type[TrainingResult]]] = {
-    IMAGE_WORKFLOW: ImageResult,
-    TRAINING_WORKFLOW: TrainingResult,
-}
 TERMINATED: Final = "terminated"
 
 
 async def ended_as(handle: WorkflowHandle[Any, Any]) -> dict[str, Any]:
     """Wait for the run's end: `status`, `code`, `sentence` and `result` of a TaskOutcome. Raises RPCError."""
     try:
-        result: ImageResult | TrainingResult = await handle.result()
+        result: AnyResult = await handle.result()
     except WorkflowFailureError as failure:
         return _failed(failure.cause)
     cause = result.error_details
@@ -58,12 +49,14 @@ def _failed(cause: BaseException | None) -> dict[str, Any]:
             return failed | {"code": FailureCode.INTERNAL.value, "sentence": str(cause)}
 
 
-def _result_in(details: Sequence[Any]) -> ImageResult | TrainingResult | None:
+def _result_in(details: Sequence[Any]) -> AnyResult | None:
     """The result object that a failed run carries in its failure's details (contract §8)."""
     if not details or not isinstance(details[0], dict):
         return None
-    model = TrainingResult if "training_id" in details[0] else ImageResult
+    spec = scene_of_message(details[0])
+    if spec is None:
+        return None
     try:
-        return model.model_validate(details[0])
+        return spec.result.model_validate(details[0])
     except ValidationError:
         return None

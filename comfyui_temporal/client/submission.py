@@ -22,17 +22,13 @@ from temporalio.common import (
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from comfyui_temporal.client.errors import TaskExists
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tasks import (
-    IMAGE_WORKFLOW,
     INPUT_MEMO,
     PRIORITY_KEYS,
     TASK_QUEUE,
-    TRAINING_WORKFLOW,
-    ImageResult,
-    ImageTask,
+    TaskInput,
     TaskStatus,
-    TrainingResult,
-    TrainingTask,
     input_sha256_of,
     workflow_id_of,
 )
@@ -52,55 +48,36 @@ class Started:
     is_new: bool
 
 
-@dataclass(frozen=True)
-class _Kind:
-    workflow_type: str
-    result_type: type[ImageResult] | type[TrainingResult]
-
-
-async def start_image(client: Client, task: ImageTask, *, task_queue: str = TASK_QUEUE) -> Started:
-    """Start an image task, or find the run of the same input. Raises TaskExists, RPCError."""
-    summary = f"{task.template_id}, {task.resolution}, {task.priority}, for {task.tenant_id}"
-    return await _start(client, task, _Kind(IMAGE_WORKFLOW, ImageResult), summary, task_queue)
-
-
-async def start_training(client: Client, task: TrainingTask, *, task_queue: str = TASK_QUEUE) -> Started:
-    """Start a training task, or find the run of the same input. Raises TaskExists, RPCError."""
-    summary = (
-        f"{task.template_id} on {task.base_model}, dataset {task.dataset.dataset_id}, {task.priority}, "
-        f"for {task.tenant_id}"
-    )
-    return await _start(client, task, _Kind(TRAINING_WORKFLOW, TrainingResult), summary, task_queue)
-
-
-async def _start(client: Client, task: ImageTask | TrainingTask, kind: _Kind, summary: str, task_queue: str) -> Started:
+async def start_task(client: Client, task: TaskInput, *, task_queue: str = TASK_QUEUE) -> Started:
+    """Start a task of any scene, or find the run of the same input. Raises TaskExists, RPCError."""
+    spec = SCENES[task.scene]
     workflow_id = workflow_id_of(task.task_id)
     try:
         handle: WorkflowHandle[Any, Any] = await client.start_workflow(
-            kind.workflow_type,
+            spec.workflow,
             task,
             id=workflow_id,
             task_queue=task_queue,
-            result_type=kind.result_type,
+            result_type=spec.result,
             # A closed run counts too: a finished task is never run, nor paid, again.
             id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
             # Not USE_EXISTING: that would hand out a run of another input or type under the same id.
             id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
             memo={INPUT_MEMO: input_sha256_of(task)},
             search_attributes=_search_attributes(task),
-            static_summary=summary,
+            static_summary=spec.summary(task),
             priority=Priority(priority_key=PRIORITY_KEYS[task.priority], fairness_key=task.tenant_id),
             # Another worker takes over from a killed one after 3 s instead of 10.
             task_timeout=WORKFLOW_TASK_TIMEOUT,
             rpc_timeout=RPC_TIMEOUT,
         )
     except WorkflowAlreadyStartedError:
-        handle = client.get_workflow_handle(workflow_id, result_type=kind.result_type)
+        handle = client.get_workflow_handle(workflow_id, result_type=spec.result)
         return await _same_task(client, handle, task)
     return Started(handle, task.task_id, handle.first_execution_run_id or "", is_new=True)
 
 
-def _search_attributes(task: ImageTask | TrainingTask) -> TypedSearchAttributes:
+def _search_attributes(task: TaskInput) -> TypedSearchAttributes:
     values = {
         "TaskId": task.task_id,
         "TenantId": task.tenant_id,
@@ -115,7 +92,7 @@ def _search_attributes(task: ImageTask | TrainingTask) -> TypedSearchAttributes:
     )
 
 
-async def _same_task(client: Client, handle: WorkflowHandle[Any, Any], task: ImageTask | TrainingTask) -> Started:
+async def _same_task(client: Client, handle: WorkflowHandle[Any, Any], task: TaskInput) -> Started:
     run = await describe_run(client, handle.id, rpc_timeout=RPC_TIMEOUT)
     if await _input_hash(client, handle, run, type(task)) != input_sha256_of(task):
         raise TaskExists(task.task_id)
@@ -126,7 +103,7 @@ async def _input_hash(
     client: Client,
     handle: WorkflowHandle[Any, Any],
     run: RunSeen,
-    input_type: type[ImageTask] | type[TrainingTask],
+    input_type: type[TaskInput],
 ) -> str | None:
     in_memo = (await run.memo()).get(INPUT_MEMO)
     if isinstance(in_memo, str):

@@ -25,10 +25,11 @@ from temporalio.service import RPCError, RPCStatusCode
 from comfyui_temporal.client.errors import InvalidInput, TaskOver, UnknownTask, WorkerUnavailable, checked
 from comfyui_temporal.client.interface import CancelAnswer
 from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
-from comfyui_temporal.client.run_outcome import RESULT_TYPES, ended_as
-from comfyui_temporal.client.submission import RPC_TIMEOUT, start_image, start_training
+from comfyui_temporal.client.run_outcome import ended_as
+from comfyui_temporal.client.submission import RPC_TIMEOUT, start_task
 from comfyui_temporal.client.temporal_errors import typed_errors
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.scenes import SCENE_OF_WORKFLOW
 from comfyui_temporal.contracts.tasks import (
     SEARCH_ATTRIBUTES,
     TASK_QUEUE,
@@ -82,10 +83,7 @@ class TemporalTasks:
     async def start(self, task: ImageTask | TrainingTask) -> StartedTask:
         """Start a task. The same input under the same task id is one task. Raises TaskExists for another input."""
         with typed_errors(self.client):
-            if isinstance(task, ImageTask):
-                started = await start_image(self.client, task, task_queue=self.task_queue)
-            else:
-                started = await start_training(self.client, task, task_queue=self.task_queue)
+            started = await start_task(self.client, task, task_queue=self.task_queue)
         return StartedTask(
             task_id=started.task_id, workflow_id=started.handle.id, run_id=started.run_id, is_new=started.is_new
         )
@@ -141,7 +139,7 @@ class TemporalTasks:
         Values are quoted, so any text is safe.
         """
         wanted = {"TaskStatus": status, "Scene": scene, **(filters or {})}
-        types = ", ".join(f"'{name}'" for name in RESULT_TYPES)
+        types = ", ".join(f"'{name}'" for name in SCENE_OF_WORKFLOW)
         terms = [f"WorkflowType IN ({types})"]
         terms += [f"{name} = '{_quoted(value)}'" for name, value in wanted.items() if value is not None]
         seen: set[str] = set()
@@ -182,10 +180,10 @@ class TemporalTasks:
         workflow_id = workflow_id_of(task_id)
         with typed_errors(self.client, task_id=task_id):
             run = await describe_run(self.client, workflow_id, rpc_timeout=RPC_TIMEOUT)
-        result_type = RESULT_TYPES.get(run.workflow_type)
-        if result_type is None:
+        spec = SCENE_OF_WORKFLOW.get(run.workflow_type)
+        if spec is None:
             raise UnknownTask(f"Workflow {workflow_id!r} is a {run.workflow_type}, no task of this system.")
-        return self.client.get_workflow_handle(workflow_id, result_type=result_type)
+        return self.client.get_workflow_handle(workflow_id, result_type=spec.result)
 
     async def read_update(self, handle: WorkflowHandle[Any, Any], newest: TaskUpdate | None) -> TaskUpdate | None:
         """One `progress` query; None if the run has not begun or has ended. `newest`: what a standstill repeats."""

@@ -16,12 +16,11 @@ from rich.text import Text
 from comfyui_temporal.client.models import TaskDetails, TaskOutcome, TaskSummary
 from comfyui_temporal.command_line.failures import CommandFailure
 from comfyui_temporal.command_line.terminal import confirmation_of, eta_of, printable
+from comfyui_temporal.contracts.comfyui import TrainingOutput
 from comfyui_temporal.contracts.tasks import (
     CreditsSummary,
-    ImageResult,
     SettlementState,
     TrainingProgress,
-    TrainingResult,
 )
 
 Lines = Iterable[tuple[str, str]]
@@ -72,13 +71,13 @@ def outcome_lines(outcome: TaskOutcome) -> Lines:
     if outcome.code or outcome.sentence:
         yield "because", ": ".join(part for part in (outcome.code, outcome.sentence) if part)
     result = outcome.result
-    if isinstance(result, ImageResult):
-        for url in result.result_urls:
-            yield "image", url
-    if isinstance(result, TrainingResult) and result.output is not None:
-        yield "model", result.output.model_path or ""
-        yield "version", result.output.version or ""
-        metrics = result.output.metrics or {}
+    for url in getattr(result, "result_urls", []):
+        yield "image", url
+    output: TrainingOutput | None = getattr(result, "output", None)
+    if output is not None:
+        yield "model", output.model_path or ""
+        yield "version", output.version or ""
+        metrics = output.metrics or {}
         yield "metrics", ", ".join(f"{name} {value:g}" for name, value in metrics.items())
     yield from credit_lines(outcome.credits)
     if result is not None:

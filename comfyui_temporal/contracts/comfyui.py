@@ -231,6 +231,11 @@ class TrainingAccepted(OutsideModel):
     gpu_slots: Annotated[GpuSlots | None, Informative] = None
     gpu_type: Annotated[OutsideName | None, Informative] = None
 
+    @property
+    def job_id(self) -> str:
+        """The training's id, by the name that both scenes share."""
+        return self.training_id
+
 
 def _own_checkpoint_address(uri: str) -> str:
     if any(ord(character) <= 0x20 for character in uri):
@@ -299,6 +304,11 @@ class TrainingState(OutsideModel):
     output: TrainingOutput | None = None
     error_details: OutsideDetails | None = None
     sequence: Sequence = 0
+
+    @property
+    def job_id(self) -> str:
+        """The training's id, by the name that both scenes share."""
+        return self.training_id
 
     def has_succeeded(self) -> bool:
         return (

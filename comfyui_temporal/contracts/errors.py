@@ -16,7 +16,7 @@ from typing import Final, Generic, TypeVar
 from pydantic import Field, ValidationError
 
 from comfyui_temporal.contracts.fields import OutsideModel, OutsideName, OutsideText, OwnModel
-from comfyui_temporal.contracts.lives import EarlierLife
+from comfyui_temporal.contracts.lives import READ_THE_LEDGER, TASK_ENDED, EarlierLife
 
 
 class FailureCode(StrEnum):
@@ -102,18 +102,45 @@ class ErrorDetails(OutsideModel):
         return self.retryable
 
 
+class RefusalKind(StrEnum):
+    """The refusals that workflows decide by, as their `message` names them."""
+
+    HOLD_NOT_FOUND = "pre_deduct_not_found"
+    HOLD_ALREADY_RESOLVED = "pre_deduct_already_processed"
+    HOLD_TOO_SMALL = "hold_insufficient"
+    KEY_CONFLICT = "idempotency_conflict"
+    TASK_ENDED = TASK_ENDED
+    READ_THE_LEDGER = READ_THE_LEDGER
+    OTHER = "other"
+
+
 class Refusal(OwnModel):
-    """A definite refusal by another service: the same request will not be answered otherwise."""
+    """A definite refusal by another service: repeating the same request would be answered the same."""
 
     code: FailureCode
     """What a task ends with when the refusal ends it."""
     message: str
-    """The service's own word, e.g. `insufficient_balance`, by which rules decide (contract §4)."""
+    """The service's own word, e.g. `insufficient_balance` (contract §4). Rules decide by `kind` and `code`."""
     http_status: int
     wire_code: str = ""
     error_details: ErrorDetails | None = None
     sentence: str
     """What an operator or caller reads: what was refused, by whom, what to do."""
+
+    @property
+    def kind(self) -> RefusalKind:
+        return _KINDS.get(self.message, RefusalKind.OTHER)
+
+
+_KINDS: Final = {kind.value: kind for kind in RefusalKind}
+
+
+class UnreadableReply(Refusal):
+    """No refusal by the service: its answers stayed unreadable for 15 minutes, and it may have acted."""
+
+    code: FailureCode = FailureCode.REPLY_INVALID
+    message: str = "unreadable"
+    http_status: int = 0
 
 
 class WireError(OwnModel):

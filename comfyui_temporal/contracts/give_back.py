@@ -7,14 +7,14 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, model_validator
 
 from comfyui_temporal.contracts.calls import Post, SnapshotOrder
-from comfyui_temporal.contracts.carried import AskedHold, AskedJob
 from comfyui_temporal.contracts.comfyui import TrainingOutput
 from comfyui_temporal.contracts.credits import ChargeRequest
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.fields import CallerId, CallerText, OwnModel
 from comfyui_temporal.contracts.handed_on import KeptModel, Order
+from comfyui_temporal.contracts.requests import HoldState, RequestedHold, RequestedJob
 from comfyui_temporal.contracts.task_store import TaskRow
-from comfyui_temporal.contracts.tasks import CreditsSummary, TaskStatus
+from comfyui_temporal.contracts.tasks import CreditsSummary, TaskResult, TaskStatus
 
 GIVE_BACK_WORKFLOW: Final = "GiveBackWorkflow"
 _NOTHING: Final[tuple[Any, ...]] = (None, [], {}, "", 0, False)
@@ -40,7 +40,7 @@ class GiveBackRun(GiveBackOrder, Order):
 
 
 class OwnEnd(KeptModel):
-    """How a run ended by itself. Its row can be open all the same: the store was restored from an older backup."""
+    """How a run ended by itself. Its row can still be open: the store was restored from an older backup."""
 
     status: TaskStatus
     code: FailureCode | None = None
@@ -48,30 +48,51 @@ class OwnEnd(KeptModel):
     result_urls: list[str] = []
     output: TrainingOutput | None = None
 
+    @classmethod
+    def of(cls, result: TaskResult) -> OwnEnd:
+        """The end that a run's own result states, and what it handed out."""
+        fields = ("status", "result_urls", "output")
+        return cls(**{name: getattr(result, name) for name in fields if hasattr(result, name)})
 
-class LeftBehind(KeptModel):
-    """What an ended run left, as its history and the task's row tell it.
 
-    What a newer worker found besides may hold money: it is not read without it, and waits for a worker that knows it.
+class Orphans(KeptModel):
+    """What an ended run left behind, by its history and the task's row.
+
+    A field that only a newer worker knows may stand for money: such a document is refused here, and waits for a worker
+    that knows the field.
     """
 
     row: TaskRow
     how: str
     """How the run ended: `terminated`, `timed_out`, `failed`, `vanished` …"""
-    holds: list[AskedHold] = []
+    holds: list[RequestedHold] = []
     holds_before: int = 0
-    """How many more were granted, all of them over long ago."""
-    jobs: list[AskedJob] = []
+    """How many more were granted; they are over."""
+    jobs: list[RequestedJob] = []
     charges: list[Post[ChargeRequest]] = []
-    """Asked for after delivery, where the hold had ended."""
+    """Requested after delivery, where the hold had ended."""
     asked_again: int = 0
-    """How many of the holds were asked for more than once."""
+    """How many of the holds were requested more than once."""
     cost: int | None = None
-    """Points that were to be committed after delivery; None where no commit had been asked for."""
+    """Points that were to be committed after delivery; None where no commit had been requested."""
     snapshot: SnapshotOrder | None = None
-    """What is to be deleted; it names no files."""
+    """The copy of the dataset that is to be deleted; the order names no files."""
     own_end: OwnEnd | None = None
     """How the run ended by itself; None where it did not, or had not begun anything."""
+
+    def hold_state(self) -> HoldState:
+        """The holds as a run keeps them."""
+        return HoldState(
+            asked=self.holds,
+            granted_before=self.holds_before,
+            estimated=self.row.credits.estimated,
+            asked_again=self.asked_again,
+        )
+
+    def take_holds(self, state: HoldState) -> None:
+        """Take over the holds that were read."""
+        self.holds, self.holds_before = state.asked, state.granted_before
+        self.asked_again = state.asked_again
 
     @model_validator(mode="before")
     @classmethod

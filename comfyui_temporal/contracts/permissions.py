@@ -21,12 +21,6 @@ class Scene(StrEnum):
     MODEL_TRAIN = "model.train"
 
 
-SCENE_SCOPES: Final[dict[Scene, Scope]] = {
-    Scene.IMAGE_GENERATE: Scope.IMAGE_GENERATE,
-    Scene.MODEL_TRAIN: Scope.MODEL_TRAIN,
-}
-
-
 class Operation(StrEnum):
     """What a request does; the rows of contract §7."""
 
@@ -67,7 +61,3 @@ class TokenClaims(OutsideModel):
 
     def allows(self, operation: Operation) -> bool:
         return REQUIRED_SCOPES[operation].value in self.scopes
-
-    def allows_scene(self, scene: Scene) -> bool:
-        """Whether a call to `/api/v1/credits/*` for a task of this scene may be made; by hand with rollback's scope."""
-        return SCENE_SCOPES[scene].value in self.scopes or Scope.CREDITS_ROLLBACK.value in self.scopes

@@ -1,13 +1,20 @@
-"""What the worker's settings decide for a task (contract §5): read by a run's first step, kept in its history."""
+"""What the worker's settings decide for a task (contract §5). A run's first step reads it; history keeps it."""
 
 from __future__ import annotations
 
+from typing import Final
 from urllib.parse import unquote
 
 from pydantic import Field
 
 from comfyui_temporal.contracts.fields import OwnModel
 from comfyui_temporal.contracts.prices import PriceTable
+
+CONFIRM_WITHIN_SECONDS: Final = 3_600.0
+RETRY_AFTER_SECONDS: Final = (30.0, 60.0, 120.0)
+CONTINUE_AS_NEW_EVENTS: Final = 2_000
+CONTINUE_AS_NEW_SIGNALS: Final = 5_000
+"""The defaults of the settings that a policy is made from, and of a policy in the history of an earlier release."""
 
 
 class Policy(OwnModel):
@@ -23,16 +30,16 @@ class Policy(OwnModel):
     """A task's whole time is capped at the smaller of twice its first span and this."""
     ceiling_factor: float = Field(default=2.0, ge=1)
     """Default `max_credits` of an image: this times the table's price."""
-    confirm_within_seconds: float = Field(default=3600, gt=0)
-    retry_after_seconds: list[float] = [30.0, 60.0, 120.0]
+    confirm_within_seconds: float = Field(default=CONFIRM_WITHIN_SECONDS, gt=0)
+    retry_after_seconds: list[float] = list(RETRY_AFTER_SECONDS)
     """One further attempt after each of these."""
     charge_shortfall: bool = False
     queue_sla_minutes: float = Field(gt=0)
     hold_margin_seconds: float = 300.0
     opening_call_minutes: float = 15.0
     """How long submit, create, estimate, pre-deduct and start are retried (contract §4)."""
-    continue_as_new_events: int = 2_000
-    continue_as_new_signals: int = 5_000
+    continue_as_new_events: int = CONTINUE_AS_NEW_EVENTS
+    continue_as_new_signals: int = CONTINUE_AS_NEW_SIGNALS
     dataset_roots: list[str] = []
     """Prefixes below which this tenant's `dataset.source_uri` and `resume_from` must lie."""
 

@@ -9,7 +9,6 @@ from typing import Any, Final
 from pydantic import Field
 
 from comfyui_temporal.contracts.fields import OwnModel
-from comfyui_temporal.contracts.permissions import Scene
 
 FREE_EXTRAS: Final = frozenset({"seed", "negative_prompt"})
 
@@ -59,10 +58,14 @@ class PriceTable(OwnModel):
             + sum(self.points_of_extras(extras).values())
         )
 
-    def training(self, *, base_model: str, accelerated: bool, gpu_hours: float) -> int:
-        """Price of a training that uses `gpu_hours`, in points. Raises UnknownPrice."""
+    def check_base_model(self, base_model: str) -> None:
+        """Raise UnknownPrice for a base model that the table lacks."""
         if base_model not in self.base_models:
             raise UnknownPrice("base_model", base_model, list(self.base_models))
+
+    def training(self, *, base_model: str, accelerated: bool, gpu_hours: float) -> int:
+        """Price of a training that uses `gpu_hours`, in points. Raises UnknownPrice."""
+        self.check_base_model(base_model)
         # A sum of hours over attempts carries the noise of floats: it must not cost a point.
         hours = Decimal(str(round(gpu_hours, 6)))
         billed = max(Decimal(0), hours - Decimal(str(self.included_gpu_hours)))
@@ -72,10 +75,3 @@ class PriceTable(OwnModel):
             + (self.training_accelerated if accelerated else 0)
             + math.ceil(billed * self.points_per_gpu_hour)
         )
-
-
-DEFAULT_ETA_MINUTES: Final[dict[Scene, dict[str, float]]] = {
-    Scene.IMAGE_GENERATE: {"standard": 8.0, "accelerated": 3.0},
-    Scene.MODEL_TRAIN: {"standard": 45.0, "accelerated": 20.0},
-}
-"""ETA before ComfyUI answers, in minutes (contract §1)."""

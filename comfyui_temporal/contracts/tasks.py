@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import abstractmethod
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Final, Literal
@@ -99,17 +100,26 @@ _Name = Annotated[CallerText, Field(min_length=1, max_length=128)]
 Extras = Annotated[dict[_Name, CleanJson], Field(max_length=64), AfterValidator(_bounded_extras)]
 
 
-class ImageTask(CallerModel):
-    """Input of `ImageGenerationWorkflow`. `max_credits` in points: the most this task may cost its payer."""
+class TaskInput(CallerModel):
+    """What the input of every scene holds."""
 
     task_id: CallerId
     tenant_id: CallerId
     user_id: CallerId
     template_id: CallerId
+    priority: TaskPriority = TaskPriority.STANDARD
+
+    @property
+    @abstractmethod
+    def scene(self) -> Scene: ...
+
+
+class ImageTask(TaskInput):
+    """Input of `ImageGenerationWorkflow`. `max_credits` in points: the most this task may cost its payer."""
+
     prompt: Prompt
     controls: Annotated[list[Control], Field(max_length=16)] = []
     resolution: Resolution = Resolution.HD
-    priority: TaskPriority = TaskPriority.STANDARD
     extras: Extras = {}
     max_credits: CallerPoints | None = None
     options: ImageOptions = ImageOptions()
@@ -150,7 +160,7 @@ class DatasetSource(CallerModel):
     manifest: DatasetManifest | None = None
 
     @property
-    def is_told_twice(self) -> bool:
+    def names_files_twice(self) -> bool:
         """Whether the files are named in more than one way: a caller's mistake, which the task's first step refuses."""
         return self.files is not None and self.manifest is not None
 
@@ -191,14 +201,9 @@ class GpuWindow(CallerModel):
         return self
 
 
-class TrainingTask(CallerModel):
+class TrainingTask(TaskInput):
     """Input of `TrainingWorkflow`. `max_credits` in points confirms every price up to it beforehand."""
 
-    task_id: CallerId
-    tenant_id: CallerId
-    user_id: CallerId
-    template_id: CallerId
-    priority: TaskPriority = TaskPriority.STANDARD
     base_model: CallerId = "base"
     dataset: TakenDataset
     hyperparameters: Hyperparameters
@@ -213,7 +218,7 @@ class TrainingTask(CallerModel):
         return Scene.MODEL_TRAIN
 
 
-def input_sha256_of(task: ImageTask | TrainingTask) -> str:
+def input_sha256_of(task: TaskInput) -> str:
     """Hash of a task's input, in hex: equal for inputs that mean the same (contract §8 `input_sha256`).
 
     Fields that hold their default do not count, so that a field added later changes no hash of today.

@@ -8,13 +8,13 @@ from comfyui_temporal.contracts.comfyui import TaskPriority, TrainingOutput
 from comfyui_temporal.contracts.errors import ErrorDetails
 from comfyui_temporal.contracts.fields import Instant, OwnModel
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.task_store import RecordedPrices, TaskExceptionRow, TaskRow
 from comfyui_temporal.contracts.tasks import (
     Confirmation,
     CreditsSummary,
-    ImageTask,
+    TaskInput,
     TaskStatus,
-    TrainingTask,
     workflow_id_of,
 )
 
@@ -60,7 +60,7 @@ class TaskView(OwnModel):
         return cls.model_validate(row.model_dump())
 
     @classmethod
-    def accepted(cls, task: ImageTask | TrainingTask) -> TaskView:
+    def accepted(cls, task: TaskInput) -> TaskView:
         """A task whose run has started but has not claimed its id yet."""
         now = datetime.now(UTC)
         return cls(
@@ -70,7 +70,7 @@ class TaskView(OwnModel):
             scene=task.scene,
             template_id=task.template_id,
             priority=task.priority,
-            resolution=task.resolution.value if isinstance(task, ImageTask) else task.base_model,
+            resolution=SCENES[task.scene].variant(task),
             workflow_id=workflow_id_of(task.task_id),
             status=TaskStatus.QUEUED,
             created_at=now,

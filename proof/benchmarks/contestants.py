@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Protocol
 
-from comfyui_temporal.client.submission import WORKFLOW_TASK_TIMEOUT, start_image
+from comfyui_temporal.client.submission import WORKFLOW_TASK_TIMEOUT, start_task
 from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, TASK_QUEUE, workflow_id_of
 from local_stack.folder import PROJECT
 from proof.benchmarks import job
@@ -40,7 +40,7 @@ class Ours:
             await self.servers.run_worker(f"worker-{self.name}-{number}", self._command(), settings)
 
     async def start(self, task_id: str) -> None:
-        await start_image(self.servers.client, job.image_task(task_id))
+        await start_task(self.servers.client, job.image_task(task_id))
 
     async def call_back(self, task_id: str, body: dict[str, Any]) -> None:
         await self.servers.client.get_workflow_handle(workflow_id_of(task_id)).signal(CALLBACK_SIGNAL, body)

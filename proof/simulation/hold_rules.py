@@ -8,7 +8,7 @@ from typing import Final
 
 from comfyui_temporal.contracts.credits import MAX_HOLD_SECONDS, PreDeductRequest
 from comfyui_temporal.contracts.errors import Answer
-from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES
+from comfyui_temporal.contracts.scenes import SCENES
 from proof.simulation.calls import Call
 from proof.simulation.credits_model import Hold
 from proof.simulation.price_rules import Prices
@@ -191,7 +191,7 @@ class HoldRules:
         told: list[float] = [a.accepted.estimated_time for a in witness.attempts.values() if a.accepted is not None]
         spans.update(told[-1:])
         if not told:
-            spans.add(DEFAULT_ETA_MINUTES[scenario.task.scene][scenario.task.priority])
+            spans.add(SCENES[scenario.task.scene].eta_minutes[scenario.task.priority])
         factor, cap = self._factor, scenario.policy.cap_minutes
         first_span = factor * (told[0] if told else max(spans))
         capped = (first_start or at) + 60 * min(2 * first_span, cap)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any, Final
 
-from comfyui_temporal.contracts.carried import ImageRun
+from comfyui_temporal.contracts.continuation import ImageRun
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 from proof.simulation.calls import Call
 from proof.simulation.hold_rules import HoldRules

@@ -19,9 +19,10 @@ from temporalio.exceptions import FailureError
 from comfyui_temporal.contracts.tasks import CancelTaskOutcome
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
+from workflows.ending import Outcome, TaskEnding
 from workflows.failures import TaskEnd, TaskFailed
 from workflows.following import Following
-from workflows.image_generation import ImageGenerationWorkflow
+from workflows.image_price import ImagePrice
 from workflows.job_watch import JobWatch
 from workflows.ledger_search import LedgerSearch
 from workflows.outside_call import OutsideCall, _NoLocalAnswer
@@ -52,25 +53,25 @@ class Mutant:
 
 
 def submit_by_local_activity() -> Patches:
-    opening = OutsideCall.opening
+    setup = OutsideCall.setup
 
-    async def locally_first(self: OutsideCall, method: Any, argument: Any, *, summary: str, minutes: float) -> Any:
+    async def locally_first(self: OutsideCall, method: Any, argument: Any, *, summary: str) -> Any:
         if not summary.startswith("1 "):
-            return await opening(self, method, argument, summary=summary, minutes=minutes)
-        self._stop.obey()
+            return await setup(self, method, argument, summary=summary)
+        self._stop.raise_if_requested()
         try:
             return await self._local_try(method, argument, summary=summary)
         except _NoLocalAnswer:
-            return await opening(self, method, argument, summary=summary, minutes=minutes)
+            return await setup(self, method, argument, summary=summary)
 
-    return [(OutsideCall, "opening", locally_first)]
+    return [(OutsideCall, "setup", locally_first)]
 
 
 def undo_by_local_activity() -> Patches:
     until_answered = OutsideCall.until_answered
 
     async def locally_first(self: OutsideCall, method: Any, argument: Any, *, summary: str, **rest: Any) -> Any:
-        if summary.startswith("5 cancel"):
+        if summary.startswith(("5 cancel", "6 cancel")):
             try:
                 return await self._local_try(method, argument, summary=summary)
             except _NoLocalAnswer:
@@ -92,24 +93,24 @@ def events_numbered_by_the_workflow() -> Patches:
 
 
 def commit_inside_the_try() -> Patches:
-    async def settle(self: TaskFlow[Any, Any], delivery: Any, cost: int) -> Any:
+    async def settle(self: TaskEnding, delivery: Any, cost: int) -> Any:
         try:
-            await self.settlement.charge(cost)
-            self.stop.obey()
+            await self._settlement.charge(cost)
+            self._stop.raise_if_requested()
         except TaskEnd as end:
             return await self.give_back(end)
-        self.stop.close()
-        return await self.completed(delivery)
+        self._stop.close()
+        return Outcome(delivery=delivery)
 
-    return [(TaskFlow, "settle", settle)]
+    return [(TaskEnding, "settle", settle)]
 
 
 def _cut_short(step: str) -> Patches:
     """Temporal's cancellation reaches the flow while it is at `step`."""
-    original = getattr(TaskFlow, step)
+    original = getattr(TaskEnding, step)
 
-    async def noted(self: TaskFlow[Any, Any], *arguments: Any) -> Any:
-        self.stop.is_bare = True  # type: ignore[attr-defined]
+    async def noted(self: TaskEnding, *arguments: Any) -> Any:
+        self._stop.is_bare = True  # type: ignore[attr-defined]
         return await original(self, *arguments)
 
     async def uninterrupted(self: Stop, flow: Any, writer: Any) -> Any:
@@ -127,7 +128,7 @@ def _cut_short(step: str) -> Patches:
             raise asyncio.CancelledError(self.reason)
         return result
 
-    return [(TaskFlow, step, noted), (Stop, "uninterrupted", uninterrupted)]
+    return [(TaskEnding, step, noted), (Stop, "uninterrupted", uninterrupted)]
 
 
 def cancel_before_the_inbox() -> Patches:
@@ -137,7 +138,7 @@ def cancel_before_the_inbox() -> Patches:
         read = self._watch.read
 
         def obey_then_read() -> None:
-            self._stop.obey()
+            self._stop.raise_if_requested()
             read()
 
         self._watch.read = obey_then_read  # type: ignore[method-assign]
@@ -147,7 +148,7 @@ def cancel_before_the_inbox() -> Patches:
 
 
 def retry_loop_eats_the_cancel() -> Patches:
-    async def opening(self: OutsideCall, method: Any, argument: Any, *, summary: str, minutes: float) -> Any:
+    async def setup(self: OutsideCall, method: Any, argument: Any, *, summary: str) -> Any:
         while True:
             handle = self.visible(method, argument, summary=summary)
             await workflow.wait_condition(lambda handle=handle: handle.done() or self._stop.requested)  # type: ignore[misc]
@@ -158,7 +159,7 @@ def retry_loop_eats_the_cancel() -> Patches:
             except FailureError:
                 self._stop.requested = False
 
-    return [(OutsideCall, "opening", opening)]
+    return [(OutsideCall, "setup", setup)]
 
 
 def hold_counted_from_its_answer() -> Patches:
@@ -182,7 +183,7 @@ def body_made_anew() -> Patches:
     post = CreditHold._post
 
     def made_anew(self: CreditHold, hold: Any) -> Any:
-        seconds = int((self._deadline() - workflow.now()).total_seconds() + self.margin_seconds)
+        seconds = int((self._deadline() - workflow.now()).total_seconds() + self._margin_seconds)
         hold.request = hold.request.model_copy(update={"expire_in": min(3_600, max(60, seconds))})
         return post(self, hold)
 
@@ -191,7 +192,7 @@ def body_made_anew() -> Patches:
 
 def signal_handler_raises() -> Patches:
     def read(self: JobWatch, payload: bytes | None) -> Any:
-        return self._routes.news_of(json.loads(payload or b"null"))
+        return self._routes.update_from(json.loads(payload or b"null"))
 
     return [(JobWatch, "_read", read)]
 
@@ -287,52 +288,46 @@ def commit_a_point_short() -> Patches:
 
 
 def stale_job_cancelled() -> Patches:
-    another_after, cancel = Attempts.another_after, Attempts._cancel
+    wait_to_retry, cancel = Attempts.wait_to_retry, Attempts._cancel
 
     async def noted(self: Attempts, end: Any) -> None:
         self.is_retrying = True  # type: ignore[attr-defined]
         try:
-            await another_after(self, end)
+            await wait_to_retry(self, end)
         finally:
             self.is_retrying = False  # type: ignore[attr-defined]
 
     async def the_first(self: Attempts, job: Any) -> None:
         await cancel(self, self.asked[0] if getattr(self, "is_retrying", False) else job)
 
-    return [(Attempts, "another_after", noted), (Attempts, "_cancel", the_first)]
+    return [(Attempts, "wait_to_retry", noted), (Attempts, "_cancel", the_first)]
 
 
 def hold_without_margin() -> Patches:
-    note = CreditHold._note
-
-    def noted(self: CreditHold, amount: int) -> Any:
-        self.margin_seconds = 0.0
-        return note(self, amount)
-
-    return [(CreditHold, "_note", noted)]
+    return [(CreditHold, "_margin_seconds", 0.0)]
 
 
 def estimate_ignored() -> Patches:
-    agree = ImageGenerationWorkflow.agree
+    agree = ImagePrice.agree
 
-    async def jobs_price(self: ImageGenerationWorkflow, job: Any, table: int) -> int:
-        await agree(self, job, table)
+    async def jobs_price(self: ImagePrice, job: Any, table: int, *, n: int) -> int:
+        await agree(self, job, table, n=n)
         return int(job.estimated_cost)
 
-    return [(ImageGenerationWorkflow, "agree", jobs_price)]
+    return [(ImagePrice, "agree", jobs_price)]
 
 
 def ceiling_ignored() -> Patches:
-    agree = ImageGenerationWorkflow.agree
+    agree = ImagePrice.agree
 
-    async def without_limit(self: ImageGenerationWorkflow, job: Any, table: int) -> int:
-        task, self.task = self.task, self.task.model_copy(update={"max_credits": 1_000_000})
+    async def without_limit(self: ImagePrice, job: Any, table: int, *, n: int) -> int:
+        task, self._task = self._task, self._task.model_copy(update={"max_credits": 1_000_000})
         try:
-            return await agree(self, job, table)
+            return await agree(self, job, table, n=n)
         finally:
-            self.task = task
+            self._task = task
 
-    return [(ImageGenerationWorkflow, "agree", without_limit)]
+    return [(ImagePrice, "agree", without_limit)]
 
 
 MUTANTS: Final = {
@@ -364,7 +359,7 @@ MUTANTS: Final = {
     "estimate_ignored": Mutant("pitfall 60, contract §5", "image", estimate_ignored),
     "ceiling_ignored": Mutant("pitfall 60, contract §5", "image", ceiling_ignored),
     "training_hold_never_refreshed": Mutant(
-        "pitfall 60, contract §5", "training", lambda: [(CreditHold, "want", lambda _self, _amount: None)]
+        "pitfall 60, contract §5", "training", lambda: [(CreditHold, "require", lambda _self, _amount: None)]
     ),
     "noted_before_the_stop_is_obeyed": Mutant("contract §4 Lost answer", "image", noted_before_the_stop_is_obeyed),
 }

@@ -13,8 +13,8 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final
 
-from comfyui_temporal.contracts.carried import ImageRun, TrainingRun
 from comfyui_temporal.contracts.comfyui import TaskPriority
+from comfyui_temporal.contracts.continuation import ImageRun, TrainingRun
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.prices import PriceTable
 from proof.simulation.agenda import BEGINNING, Agenda

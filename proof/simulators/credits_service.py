@@ -17,7 +17,8 @@ from comfyui_temporal.contracts.credits import (
     PreDeductRequest,
 )
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES, PriceTable
+from comfyui_temporal.contracts.prices import PriceTable
+from comfyui_temporal.contracts.scenes import SCENES
 from proof.simulators.admin_wire import EntrySeen, FaultKind
 from proof.simulators.authorizations import Authorizations
 from proof.simulators.clock import Clock
@@ -73,7 +74,7 @@ class CreditsService:
             raise Refused("authorization_missing")
         costs = {priority: self._price(order, priority) for priority in TaskPriority}
         selected = costs[order.priority]
-        minutes = DEFAULT_ETA_MINUTES[order.scene]
+        minutes = SCENES[order.scene].eta_minutes
         return Reply(
             200,
             {

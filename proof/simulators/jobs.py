@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 from comfyui_temporal.contracts.comfyui import JobRequest, JobStatus, Resolution, TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES
+from comfyui_temporal.contracts.scenes import SCENES
 from proof.simulators.runs import Outlook, Run, Segment
 
 IMAGE_POOL: Final = "rtx4090"
@@ -65,7 +65,7 @@ class ImageRun(Run):
 def new_job(order: JobRequest, *, base_url: str, cost: int, work: float, seconds: float | None) -> ImageRun:
     """A job that has just been submitted. `seconds`: its whole length, instead of the priority's ETA."""
     if seconds is None:
-        seconds = DEFAULT_ETA_MINUTES[Scene.IMAGE_GENERATE][order.priority] * 60
+        seconds = SCENES[Scene.IMAGE_GENERATE].eta_minutes[order.priority] * 60
     queued = seconds * QUEUED_SHARE
     return ImageRun(
         run_id=f"job-{uuid.uuid4().hex}",

@@ -10,6 +10,7 @@ import jwt
 from pydantic import ValidationError
 
 from comfyui_temporal.contracts.permissions import Operation, Scene, Scope, TokenClaims
+from comfyui_temporal.contracts.scenes import allows_scene
 from proof.simulators.replies import Refused, Unauthenticated
 
 ALL_SCOPES = tuple(Scope)
@@ -68,7 +69,7 @@ def demand(claims: TokenClaims, operation: Operation) -> None:
 
 def demand_scene(claims: TokenClaims, *scenes: Scene) -> None:
     """Raises Refused where the token covers none of the scenes (contract §7: calls to `/api/v1/credits/*`)."""
-    if not any(claims.allows_scene(scene) for scene in scenes):
+    if not any(allows_scene(claims, scene) for scene in scenes):
         raise Refused("authorization_missing")
 
 

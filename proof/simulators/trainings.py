@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 from comfyui_temporal.contracts.comfyui import TaskPriority, TrainingRequest, TrainingStage, TrainingStatus
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES
+from comfyui_temporal.contracts.scenes import SCENES
 from proof.simulators.model_files import write_weights
 from proof.simulators.runs import Outlook, Run, Segment
 
@@ -150,7 +150,7 @@ def new_training(
 ) -> TrainingRun:
     """A training that has just been created. `seconds`: its whole length from `start`, instead of the ETA."""
     if seconds is None:
-        seconds = DEFAULT_ETA_MINUTES[Scene.MODEL_TRAIN][order.priority] * 60
+        seconds = SCENES[Scene.MODEL_TRAIN].eta_minutes[order.priority] * 60
     epochs = int(str(order.hyperparameters["epochs"]))
     first_epoch = min(first_epoch, epochs - 1)
     return TrainingRun(

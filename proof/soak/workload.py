@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Iterator
 from typing import Final
 
-from comfyui_temporal.client.submission import start_image, start_training
-from comfyui_temporal.contracts.tasks import WORKFLOW_ID_PREFIX, ImageTask, TrainingTask
+from comfyui_temporal.client.submission import start_task
+from comfyui_temporal.contracts.scenes import SCENES
+from comfyui_temporal.contracts.tasks import WORKFLOW_ID_PREFIX, TaskInput
 from proof.soak.plan import USERS, Plan
 from proof.soak.recorder import Recorder
 from proof.soak.site import Site, Unmended, insist
@@ -78,8 +79,8 @@ class Workload:
         order = self._order if n % 2 == 0 else self._start_at_temporal
         await insist(lambda: order(task), f"start of {task.task_id}")
 
-    async def _order(self, task: ImageTask | TrainingTask) -> None:
-        kind = "images" if isinstance(task, ImageTask) else "trainings"
+    async def _order(self, task: TaskInput) -> None:
+        kind = SCENES[task.scene].collection
         answer = await self._site.gateway.post(
             f"/api/v1/tasks/{kind}",
             content=task.model_dump_json(exclude_unset=True),
@@ -90,11 +91,8 @@ class Workload:
         if answer.status_code not in (200, 202):
             raise Unmended(f"the gateway refused {task.task_id}: {answer.status_code} {answer.text[:300]}")
 
-    async def _start_at_temporal(self, task: ImageTask | TrainingTask) -> None:
-        if isinstance(task, ImageTask):
-            await start_image(self._site.client, task, task_queue=self._site.stack.task_queue)
-        else:
-            await start_training(self._site.client, task, task_queue=self._site.stack.task_queue)
+    async def _start_at_temporal(self, task: TaskInput) -> None:
+        await start_task(self._site.client, task, task_queue=self._site.stack.task_queue)
 
     async def _watch(self) -> None:
         """Forget tasks that have ended; give up when nothing ends any more."""

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from temporalio.testing import WorkflowEnvironment
 
-from comfyui_temporal.client.submission import start_image
+from comfyui_temporal.client.submission import start_task
 from comfyui_temporal.command_line.connection import Connection, GatewayAccess
 from comfyui_temporal.command_line.follow import follow
 from comfyui_temporal.command_line.server import Server
@@ -55,7 +55,7 @@ async def streams_opened(whole: Platform) -> float:
 async def begun(whole: Platform) -> Handle:
     """A task whose id is claimed, so that the gateway knows it."""
     task = ImageTask.model_validate(whole.image())
-    handle = (await start_image(whole.client, task, task_queue=whole.task_queue)).handle
+    handle = (await start_task(whole.client, task, task_queue=whole.task_queue)).handle
 
     async def is_claimed() -> bool:
         return await whole.store.is_claimed(task_id_of(handle))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from comfyui_temporal.client.errors import TaskExists
-from comfyui_temporal.client.submission import start_image, start_training
+from comfyui_temporal.client.submission import start_task
 from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.command_line.failures import BadInput
 from comfyui_temporal.command_line.inputs import check_list_fits, manifest
@@ -18,8 +18,8 @@ from tests.cli.conftest import image_task, training_task
 
 async def test_the_same_input_started_twice_is_one_run(opened: Connection) -> None:
     task = image_task()
-    first = await start_image(opened.client, task, task_queue=opened.task_queue)
-    again = await start_image(opened.client, task, task_queue=opened.task_queue)
+    first = await start_task(opened.client, task, task_queue=opened.task_queue)
+    again = await start_task(opened.client, task, task_queue=opened.task_queue)
     assert (first.is_new, again.is_new) == (True, False)
     assert first.run_id == again.run_id
     await first.handle.signal("deliver")
@@ -29,10 +29,10 @@ async def test_the_same_input_started_twice_is_one_run(opened: Connection) -> No
 
 async def test_a_finished_task_is_not_run_again(opened: Connection) -> None:
     task = image_task()
-    first = await start_image(opened.client, task, task_queue=opened.task_queue)
+    first = await start_task(opened.client, task, task_queue=opened.task_queue)
     await first.handle.signal("deliver")
     await first.handle.result()
-    again = await start_image(opened.client, task, task_queue=opened.task_queue)
+    again = await start_task(opened.client, task, task_queue=opened.task_queue)
     assert (again.is_new, again.run_id) == (False, first.run_id)
 
 
@@ -45,11 +45,11 @@ async def test_a_default_spelled_out_is_the_same_input(opened: Connection) -> No
 
 async def test_another_input_under_the_id_is_refused_and_touches_nothing(opened: Connection) -> None:
     task = image_task()
-    first = await start_image(opened.client, task, task_queue=opened.task_queue)
+    first = await start_task(opened.client, task, task_queue=opened.task_queue)
     with pytest.raises(TaskExists, match=task.task_id):
-        await start_image(opened.client, image_task(task_id=task.task_id, prompt="a dog"), task_queue=opened.task_queue)
+        await start_task(opened.client, image_task(task_id=task.task_id, prompt="a dog"), task_queue=opened.task_queue)
     with pytest.raises(TaskExists):
-        await start_training(opened.client, training_task(task_id=task.task_id), task_queue=opened.task_queue)
+        await start_task(opened.client, training_task(task_id=task.task_id), task_queue=opened.task_queue)
     description = await first.handle.describe()
     assert description.run_id == first.run_id
     assert (await description.memo())[INPUT_MEMO] == input_sha256_of(task)
@@ -64,15 +64,15 @@ async def test_a_run_started_by_another_client_without_memo_is_recognised(opened
         id=workflow_id_of(task.task_id),
         task_queue=opened.task_queue,
     )
-    again = await start_image(opened.client, task, task_queue=opened.task_queue)
+    again = await start_task(opened.client, task, task_queue=opened.task_queue)
     assert not again.is_new
     with pytest.raises(TaskExists):
-        await start_image(opened.client, image_task(task_id=task.task_id, prompt="a dog"), task_queue=opened.task_queue)
+        await start_task(opened.client, image_task(task_id=task.task_id, prompt="a dog"), task_queue=opened.task_queue)
 
 
 async def test_a_run_carries_what_operators_look_for(opened: Connection) -> None:
     task = image_task(priority="accelerated", prompt="a secret cat")
-    started = await start_image(opened.client, task, task_queue=opened.task_queue)
+    started = await start_task(opened.client, task, task_queue=opened.task_queue)
     description = await started.handle.describe()
     attributes = {pair.key.name: pair.value for pair in description.typed_search_attributes}
     assert (

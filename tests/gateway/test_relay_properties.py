@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from comfyui_temporal.contracts.comfyui import JobCallback
-from gateway.callback_body import Callback
+from comfyui_temporal.contracts.scenes import Callback
 from gateway.callback_news import BURST, PER_SECOND, news_of
 from gateway.callback_relay import CallbackRelay, Relayed
 

@@ -10,6 +10,7 @@ from temporalio.client import WorkflowHandle
 
 from comfyui_temporal.contracts.tasks import TaskEvent, workflow_id_of
 from proof.simulators.admin_wire import FaultKind
+from store import StoreUnavailable
 from tests.conftest import unique
 from tests.gateway.conftest import OTHER_TOKEN, Api
 from tests.gateway.serving import eventually
@@ -110,6 +111,44 @@ async def test_a_call_whose_answer_was_lost_is_learned_and_given_back(api: Api, 
     assert (answer.status_code, answer.json()["outcome"]) == (200, "given_back"), answer.text
     await check_nothing_left(api, task_id)
     assert [run.is_over for run in await admin.comfyui.jobs(task_id)] == [True]
+
+
+@pytest.mark.parametrize("scene", ["image", "training"])
+async def test_a_submit_that_was_refused_is_not_sent_again(
+    api: Api, scene: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Terminated once ComfyUI had refused the job, and before the task's end was written: there is no job to cancel."""
+    route = "submit_job" if scene == "image" else "create_training"
+    task_id = unique(scene)
+    comfyui = api.platform.simulators.admin.comfyui
+    refusal = {"detail": {"code": "42202", "message": "job_refused"}}
+    await comfyui.fault(FaultKind.ANSWER, route=route, task_id=task_id, status=422, body=refusal)
+    with monkeypatch.context() as patch:
+        patch.setattr(api.platform.store, "write", _store_away)
+        made = api.platform.image(task_id=task_id) if scene == "image" else api.platform.training(task_id=task_id)
+        await api.call("POST", "/images" if scene == "image" else "/trainings", made)
+        await eventually(lambda: _is_answered(api, task_id, route))
+        await handle_of(api, task_id).terminate("by an operator")
+
+    answer = await api.call("POST", f"/{task_id}/rollback")
+
+    assert (answer.status_code, answer.json()["outcome"]) == (200, "given_back"), answer.text
+    await api.ended(task_id)
+    assert len(await comfyui.requests_seen(route, task_id)) == 1
+    assert await comfyui.jobs(task_id) == []
+    await check_nothing_left(api, task_id)
+
+
+async def _is_answered(api: Api, task_id: str, call: str) -> bool:
+    """Whether the run's history holds the answer to its first call of this name."""
+    events = [event async for event in handle_of(api, task_id).fetch_history_events()]
+    names = {event.event_id: event.activity_task_scheduled_event_attributes.activity_type.name for event in events}
+    answered = [event.activity_task_completed_event_attributes.scheduled_event_id for event in events]
+    return any(names.get(event_id) == call for event_id in answered)
+
+
+async def _store_away(*_: Any, **__: Any) -> None:
+    raise StoreUnavailable("The task store is away.")
 
 
 @pytest.mark.slow  # Temporal takes half a minute to delete a run

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, 
 from pydantic import AwareDatetime, BaseModel
 
 from comfyui_temporal.contracts.calls import JobCall, Post, SnapshotOrder
-from comfyui_temporal.contracts.carried import ImageRun, TrainingRun
 from comfyui_temporal.contracts.comfyui import JobRequest, TrainingDraft
+from comfyui_temporal.contracts.continuation import ImageRun, TrainingRun
 from comfyui_temporal.contracts.credits import (
     CancelHoldRequest,
     ChargeRequest,
@@ -18,7 +18,7 @@ from comfyui_temporal.contracts.credits import (
     EstimateRequest,
     PreDeductRequest,
 )
-from comfyui_temporal.contracts.give_back import GiveBackRun, LeftBehind
+from comfyui_temporal.contracts.give_back import GiveBackRun, Orphans
 from comfyui_temporal.contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen, ReconcileOrder
 from comfyui_temporal.contracts.task_store import (
     ClaimOutcome,
@@ -51,7 +51,7 @@ HANDED_ON: Final[dict[str, type[BaseModel]]] = {
     "row-seen": RowSeen,
     "unsettled-task": UnsettledTask,
     "correction": Correction,
-    "left-behind": LeftBehind,
+    "left-behind": Orphans,
     "open-tasks-look": OpenTasksLook,
     "open-tasks-seen": OpenTasksSeen,
     "closed-run": ClosedRun,

@@ -13,9 +13,9 @@ from temporalio.api.enums.v1 import EventType as Happened
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.client import WorkflowHistory
 
-from activities.left_behind import HistoryReading, NotReadHere
+from activities.orphans import HistoryReader, NotReadHere
 from comfyui_temporal.contracts.fields import CallerModel
-from comfyui_temporal.contracts.give_back import LeftBehind
+from comfyui_temporal.contracts.give_back import Orphans
 from comfyui_temporal.contracts.handed_on import Doubtful, KeptModel, RunArgument
 from comfyui_temporal.contracts.task_store import TaskRow
 from comfyui_temporal.plugin import DATA_CONVERTER
@@ -99,10 +99,10 @@ def test_a_caller_is_still_read_strictly() -> None:
 
 
 def test_what_a_newer_worker_found_besides_may_hold_money_and_is_not_passed_over() -> None:
-    document = fullest(LeftBehind)
+    document = fullest(Orphans)
     nothings: list[Any] = [None, [], {}, False, 0, ""]
     for nothing in nothings:
-        assert isinstance(read("left-behind", {**document, "vouchers": nothing}), LeftBehind)
+        assert isinstance(read("left-behind", {**document, "vouchers": nothing}), Orphans)
     with pytest.raises(ValidationError, match="vouchers"):
         read("left-behind", {**document, "vouchers": [{"voucher_id": "v-1"}]})
 
@@ -115,9 +115,9 @@ def scheduled(name: str, document: Any) -> HistoryEvent:
     return event
 
 
-def new_reading() -> HistoryReading:
-    row = TaskRow.model_validate(fullest(LeftBehind)["row"])
-    return HistoryReading(LeftBehind(row=row, how="terminated"), DATA_CONVERTER)
+def new_reading() -> HistoryReader:
+    row = TaskRow.model_validate(fullest(Orphans)["row"])
+    return HistoryReader(Orphans(row=row, how="terminated"), DATA_CONVERTER)
 
 
 @pytest.mark.parametrize("call", ["submit_job", "create_training", "pre_deduct", "cancel_hold", "charge", "snapshot"])
@@ -151,4 +151,4 @@ async def test_every_recorded_history_is_read_to_its_end(recorded: Path) -> None
     reading = new_reading()
     for event in history.events:
         await reading.take(event)
-    assert reading.left.jobs
+    assert reading.orphans.jobs

@@ -11,7 +11,7 @@ from temporalio.api.enums.v1 import EventType as Happened
 from temporalio.client import WorkflowHistory
 from temporalio.worker import Replayer
 
-from comfyui_temporal.contracts.carried import ImageRun, TrainingRun
+from comfyui_temporal.contracts.continuation import ImageRun, TrainingRun
 from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.plugin import TasksPlugin
 from tests.versions.record import NEWEST, VERSIONS

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from pydantic import model_validator
 from temporalio import workflow
 from temporalio.testing import WorkflowEnvironment
 
-from activities import left_behind
-from comfyui_temporal.contracts.carried import ImageRun, TrainingRun
+from comfyui_temporal.contracts import scenes
+from comfyui_temporal.contracts.continuation import ImageRun, TrainingRun
 from comfyui_temporal.contracts.give_back import give_back_id_of
 from comfyui_temporal.contracts.handed_on import read_tolerantly
 from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, ImageResult, TaskStatus, TrainingResult
@@ -28,7 +29,7 @@ from tests.conftest import NewDatabase
 from tests.versions.words import NEW_FIELD, at, new_fields_in, with_new_fields
 from tests.workflows.books import ended, ended_without_its_run, runs_of
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
-from workflows.guards import one_task
+from workflows.guards import validated_input
 from workflows.image_generation import ImageGenerationWorkflow
 from workflows.job_routes import IMAGE_ROUTES
 from workflows.task_flow import TaskFlow
@@ -75,13 +76,13 @@ class NewerImage(ImageGenerationWorkflow):
     """Hands on a field that nobody else knows in every object."""
 
     @workflow.init
-    @one_task
+    @validated_input
     def __init__(self, task: NewerImageRun) -> None:
         TaskFlow.__init__(self, task, IMAGE_ROUTES)
 
     @workflow.run
     async def run(self, task: NewerImageRun) -> ImageResult:  # type: ignore[override]
-        return await self.stop.uninterrupted(self.walk(), self.record.write_facts())
+        return await self.stop.uninterrupted(self.steps(), self.record.write_facts())
 
     def _continuation(self) -> ImageRun:
         document = with_new_fields(super()._continuation())
@@ -93,13 +94,13 @@ class UnreadableImage(NewerImage):
     """Hands on what today's code cannot read."""
 
     @workflow.init
-    @one_task
+    @validated_input
     def __init__(self, task: NewerImageRun) -> None:
         TaskFlow.__init__(self, task, IMAGE_ROUTES)
 
     @workflow.run
     async def run(self, task: NewerImageRun) -> ImageResult:  # type: ignore[override]
-        return await self.stop.uninterrupted(self.walk(), self.record.write_facts())
+        return await self.stop.uninterrupted(self.steps(), self.record.write_facts())
 
     def _continuation(self) -> Any:
         document = super()._continuation().model_dump(mode="json")
@@ -111,7 +112,7 @@ class UnreadableImage(NewerImage):
 class NewerTraining(TrainingWorkflow):
     @workflow.run
     async def run(self, task: TrainingRun) -> TrainingResult:
-        return await self.stop.uninterrupted(self.walk(), self.record.write_facts())
+        return await self.stop.uninterrupted(self.steps(), self.record.write_facts())
 
     def _continuation(self) -> TrainingRun:
         document = with_new_fields(super()._continuation())
@@ -258,7 +259,8 @@ async def test_what_a_newer_workers_run_left_is_given_back_by_an_older_one(bare:
         [hold] = await bare.simulators.admin.credits.holds(unreadable["task_id"])
         assert hold.phase == "open"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(left_behind._RUNS, IMAGE_WORKFLOW, NewerImageRun)
+            newer = replace(scenes.SCENE_OF_WORKFLOW[IMAGE_WORKFLOW], run=NewerImageRun)
+            patch.setitem(scenes.SCENE_OF_WORKFLOW, IMAGE_WORKFLOW, newer)
             await second.result()
     assert (await ended_without_its_run(bare, unreadable["task_id"])).status is TaskStatus.FAILED
     assert await bare.store.unseen_tasks() == []

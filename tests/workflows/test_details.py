@@ -54,7 +54,7 @@ def test_all_that_an_operator_asks_first_is_told() -> None:
         "| job | tr1 &#40;attempt 2&#41; |",
         "| credits | estimated 120, held 160, charged 100, returned 60 |",
         "| waits for | &#45; |",
-        "| last word from ComfyUI | 2026&#45;01&#45;02 03:04:05 UTC |",
+        "| last update from ComfyUI | 2026&#45;01&#45;02 03:04:05 UTC |",
         "| to be confirmed | 180 points, see confirm&#95;price |",
         "| last error | node&#95;error: node 4 |",
     ]
@@ -67,7 +67,7 @@ def test_before_a_job_has_told_anything_there_is_nothing_to_tell() -> None:
 
     assert "| stage | &#45; 0 % |" in details
     assert "| job | &#45; &#40;attempt 0&#41; |" in details
-    assert "| last word from ComfyUI | &#45; |" in details
+    assert "| last update from ComfyUI | &#45; |" in details
     assert "to be confirmed" not in details
     assert "last error" not in details
 

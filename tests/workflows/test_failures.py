@@ -6,7 +6,7 @@ import pytest
 from temporalio.exceptions import ActivityError, ApplicationError, RetryState, TimeoutError, TimeoutType
 
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode, Refusal
-from workflows.failures import RowEnded, TaskFailed, TaskStopped, why
+from workflows.failures import RowEnded, TaskFailed, TaskStopped, failure_from
 
 UNAVAILABLE = FailureCode.CREDITS_UNAVAILABLE
 OUT_OF_MEMORY = ErrorDetails(code="gpu_out_of_memory", message="24 GB are not enough.", retryable=False, node="4")
@@ -92,7 +92,7 @@ def test_an_activity_that_gave_up_fails_with_what_its_last_attempt_said() -> Non
     said = ApplicationError("credits did not answer: HTTP 502.", type="reply_invalid")
 
     for error in (said, activity_error(said), activity_error(timed_out(said))):
-        failed = why(error, UNAVAILABLE)
+        failed = failure_from(error, UNAVAILABLE)
         assert (failed.code, str(failed)) == (
             FailureCode.REPLY_INVALID,
             "credits did not answer: HTTP 502.",
@@ -110,7 +110,7 @@ def test_an_activity_that_gave_up_fails_with_what_its_last_attempt_said() -> Non
     ids=["timed out", "another failure", "no cause", "no activity"],
 )
 def test_an_activity_that_says_no_code_of_ours_was_not_answered(error: ActivityError | TimeoutError, said: str) -> None:
-    failed = why(error, UNAVAILABLE)
+    failed = failure_from(error, UNAVAILABLE)
 
     assert failed.code is UNAVAILABLE
     assert str(failed).startswith("The call got no answer in time (")

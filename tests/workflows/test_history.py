@@ -8,7 +8,7 @@ from temporalio.api.enums.v1 import EventType
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.testing import WorkflowEnvironment
 
-from comfyui_temporal.client.submission import start_image
+from comfyui_temporal.client.submission import start_task
 from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus
 from store import TaskStore
 from tests.workflows.books import ended
@@ -38,7 +38,7 @@ async def test_an_image_task_with_five_spread_callbacks_stays_small(
 ) -> None:
     async with running_platform(temporal_env, task_store, tmp_path, speed=24.0) as platform, platform.worker():
         task = ImageTask.model_validate(platform.image(priority="accelerated"))
-        started = await start_image(platform.client, task, task_queue=platform.task_queue)
+        started = await start_task(platform.client, task, task_queue=platform.task_queue)
         handle = platform.client.get_workflow_handle(started.handle.id)
         ending = await ended(platform, handle)
         events = [event async for event in handle.fetch_history_events()]
@@ -63,4 +63,4 @@ async def test_the_calls_of_a_history_read_as_the_step_table(
             if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
         ]
     summaries = [event.user_metadata.summary.data.decode().strip('"') for event in scheduled]
-    assert [summary for summary in summaries if summary != "6 tell"] == ["1 submit", "3 hold", "5 commit"]
+    assert [summary for summary in summaries if summary != "6 record"] == ["1 submit", "3 hold", "5 commit"]

@@ -13,7 +13,7 @@ from temporalio.client import WorkflowFailureError
 from temporalio.common import RawValue
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 
-from comfyui_temporal.contracts.carried import CarriedRun
+from comfyui_temporal.contracts.continuation import Continuation
 from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, TaskStatus, workflow_id_of
 from tests.workflows.books import check_history, ended
 from tests.workflows.platform import Handle, Platform, task_id_of
@@ -93,7 +93,7 @@ BAD_FIELDS: dict[str, Task] = {
     "unknown priority": {"priority": "urgent"},
     "no waiting at all": {"options": {"poll_after_seconds": 0}},
     "unknown option": {"options": {"prices": {}}},
-    "forged state": {"carried": CarriedRun().model_dump(mode="json")},
+    "forged state": {"carried": Continuation().model_dump(mode="json")},
 }
 BAD_IMAGE_FIELDS: dict[str, Task] = {
     "empty object as prompt": {"prompt": {}},

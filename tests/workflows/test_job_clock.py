@@ -8,10 +8,11 @@ from typing import Any, cast
 import pytest
 from temporalio import workflow
 
-from comfyui_temporal.contracts.carried import ClockState
+from comfyui_temporal.contracts.continuation import ClockState
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
 from comfyui_temporal.contracts.task_store import TaskState
 from comfyui_temporal.contracts.tasks import TaskStatus
+from tests.workflows.limits import limits_of
 from workflows.failures import TaskFailed
 from workflows.job_clock import JobClock
 from workflows.task_record import TaskRecord
@@ -20,7 +21,7 @@ NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 FACTOR, DEFAULT_ETA, QUEUE_SLA = 3.0, 8.0, 5.0
 
 
-class NotedRecord:
+class FakeRecord:
     """What the clock tells its task's record."""
 
     def __init__(self) -> None:
@@ -29,13 +30,16 @@ class NotedRecord:
         self.facts: list[tuple[str, str]] = []
         self.waits: list[tuple[str, datetime]] = []
 
-    def tell_exception(self, key: str, code: ExceptionCode, message: str) -> None:
+    def estimated(self, minutes: float) -> None:
+        self.state.estimated_time = minutes
+
+    def record_exception(self, key: str, code: ExceptionCode, message: str) -> None:
         self.exceptions.append((code.value, message))
 
-    def tell(self, key: str, event: Any, *, message: str) -> None:
+    def publish(self, key: str, event: Any, *, message: str) -> None:
         self.facts.append((key, message))
 
-    def waits_for(self, what: str, until: datetime) -> None:
+    def waiting_for(self, what: str, until: datetime) -> None:
         self.waits.append((what, until))
 
 
@@ -44,10 +48,16 @@ class Clock:
 
     def __init__(self, patch: pytest.MonkeyPatch, carried: ClockState | None = None, *, cap: float = 600.0) -> None:
         self.now = NOON
-        self.record = NotedRecord()
+        self.record = FakeRecord()
         patch.setattr(workflow, "now", lambda: self.now)
-        self.job = JobClock(cast(TaskRecord, self.record), carried or ClockState(), default_eta_minutes=DEFAULT_ETA)
-        self.job.configure(factor=FACTOR, cap_minutes=cap, queue_sla_minutes=QUEUE_SLA)
+        self.unreadable = ""
+        self.job = JobClock(
+            cast(TaskRecord, self.record),
+            carried or ClockState(),
+            limits_of(deadline_factor=FACTOR, cap_minutes=cap, queue_sla_minutes=QUEUE_SLA),
+            default_eta_minutes=DEFAULT_ETA,
+            unreadable=lambda: self.unreadable,
+        )
 
     def pass_minutes(self, minutes: float) -> None:
         self.now += timedelta(minutes=minutes)
@@ -142,7 +152,7 @@ def test_past_its_deadline_a_task_fails_and_says_how_long_it_had(monkeypatch: py
 def test_a_job_whose_state_cannot_be_read_fails_as_that_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     clock.job.start()
-    clock.job.unreadable = lambda: "The answer is no JSON."
+    clock.unreadable = "The answer is no JSON."
     clock.job.check()
 
     clock.pass_minutes(FACTOR * DEFAULT_ETA)
@@ -205,7 +215,7 @@ def test_a_deadline_before_the_promise_of_the_queue_comes_first(monkeypatch: pyt
 def test_an_operator_reads_what_is_waited_for_and_until_when(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     clock.job.start()
-    clock.job.tell_wait()
+    clock.job.show_wait()
 
     assert clock.record.waits == [("ComfyUI: callback or poll", clock.job.deadline())]
-    assert not clock.job.has_word()
+    assert not clock.job.has_update()

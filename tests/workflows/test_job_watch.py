@@ -11,22 +11,24 @@ from temporalio import workflow
 from temporalio.exceptions import ActivityError, ApplicationError, CancelledError, RetryState
 
 from comfyui_temporal.contracts.calls import CallFor
-from comfyui_temporal.contracts.carried import JobNews, WatchState
 from comfyui_temporal.contracts.comfyui import JobState
+from comfyui_temporal.contracts.continuation import JobUpdate, WatchState
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, FailureCode, Refusal
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.size_budget import MAX_INBOX, MAX_SIGNAL_BYTES
 from comfyui_temporal.contracts.tasks import TaskStatus
+from tests.workflows.limits import limits_of
 from workflows.job_routes import IMAGE_ROUTES
 from workflows.job_watch import JobWatch
 from workflows.outside_call import OutsideCall
+from workflows.task_limits import TaskLimits
 from workflows.task_record import TaskRecord
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 UNKNOWN = Refusal(code=FailureCode.LOST, message="job_not_found", http_status=404, sentence="There is no such job.")
 
 
-class NotedRecord:
+class FakeRecord:
     """What the watch tells its task's record."""
 
     def __init__(self) -> None:
@@ -35,10 +37,10 @@ class NotedRecord:
         self.told: list[tuple[int, bool]] = []
         """Sequence, and whether it is a new stage."""
 
-    def apply(self, news: JobNews, *, attempt_changed: bool) -> None:
+    def apply(self, news: JobUpdate, *, attempt_changed: bool) -> None:
         self.applied.append((news.sequence, attempt_changed))
 
-    def tell_progress(self, news: JobNews, *, is_new_stage: bool) -> None:
+    def publish_progress(self, news: JobUpdate, *, is_new_stage: bool) -> None:
         self.told.append((news.sequence, is_new_stage))
 
 
@@ -68,8 +70,9 @@ class Polls:
 
     call_for = CallFor(task_id="t1", tenant_id="tenant", user_id="user", scene=Scene.IMAGE_GENERATE)
 
-    def __init__(self) -> None:
+    def __init__(self, limits: TaskLimits) -> None:
         self.all: list[Poll] = []
+        self.limits = limits
 
     def visible(self, method: Any, call: Any, *, summary: str, **_: Any) -> Poll:
         assert (method, summary) == (IMAGE_ROUTES.get, "4 poll")
@@ -80,16 +83,20 @@ class Polls:
 class Watched:
     """A watch whose present the test moves."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, carried: WatchState | None = None) -> None:
+    def __init__(
+        self, patch: pytest.MonkeyPatch, carried: WatchState | None = None, limits: TaskLimits | None = None
+    ) -> None:
         self.now = NOON
         patch.setattr(workflow, "now", lambda: self.now)
-        self.record, self.polls = NotedRecord(), Polls()
+        self.record, self.polls = FakeRecord(), Polls(limits or limits_of())
+        self.updates: list[int] = []
         self.watch = JobWatch(
             "t1",
             IMAGE_ROUTES,
             cast(OutsideCall, self.polls),
             cast(TaskRecord, self.record),
             carried or WatchState(),
+            lambda update: self.updates.append(update.sequence),
         )
 
     @property
@@ -124,7 +131,7 @@ class Watched:
         """Ask, and take this answer."""
         poll = self.ask()
         poll.answer = answer
-        assert self.watch.has_word()
+        assert self.watch.has_update()
         self.watch.read()
 
 
@@ -178,7 +185,7 @@ def test_what_can_be_no_message_of_this_task_is_counted_and_raises_nothing(
 
     assert MAX_SIGNAL_BYTES == 256 * 1024, "what the gateway takes"
     assert (watched.state.callbacks_refused, watched.state.inbox) == (1, [])
-    assert not watched.watch.has_word()
+    assert not watched.watch.has_update()
 
 
 @pytest.mark.parametrize("named", [{"task_id": "t1"}, {"task_id": ""}, {}], ids=["its task", "an empty one", "none"])
@@ -186,7 +193,7 @@ def test_a_message_that_names_its_task_or_none_is_taken(watched: Watched, named:
     body = {name: value for name, value in said(1).items() if name != "task_id"}
     watched.watch.take(json.dumps(body | named).encode())
 
-    assert watched.watch.has_word()
+    assert watched.watch.has_update()
     assert watched.state.callbacks_refused == 0
 
 
@@ -210,10 +217,10 @@ def test_an_inbox_full_of_last_words_drops_the_oldest(watched: Watched) -> None:
 def test_what_comes_before_its_job_is_known_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch)
     watched.watch.take(json.dumps(said(3)).encode())
-    assert not watched.watch.has_word()
+    assert not watched.watch.has_update()
 
     watched.watch.follow("j1")
-    assert watched.watch.has_word()
+    assert watched.watch.has_update()
     watched.watch.read()
     assert watched.record.applied == [(3, True)]
 
@@ -247,14 +254,10 @@ def test_a_last_word_within_a_stage_is_told_at_once(watched: Watched) -> None:
     assert watched.record.told == [(1, True), (2, True)]
 
 
-def test_everybody_who_asked_for_news_is_told_of_what_is_applied(watched: Watched) -> None:
-    heard = list[tuple[str, int]]()
-    watched.watch.on_news(lambda news: heard.append(("price", news.sequence)))
-    watched.watch.on_news(lambda news: heard.append(("clock", news.sequence)))
-
+def test_each_applied_message_is_passed_on_once(watched: Watched) -> None:
     watched.hear(said(2), said(1))
 
-    assert heard == [("price", 2), ("clock", 2)]
+    assert watched.updates == [2]
 
 
 def test_another_jobs_messages_are_counted_and_never_applied(watched: Watched) -> None:
@@ -268,7 +271,7 @@ def test_another_jobs_messages_are_counted_and_never_applied(watched: Watched) -
 
 
 def test_the_same_job_followed_again_is_no_earlier_one(watched: Watched) -> None:
-    watched.watch.follow("j1", first=JobNews(job_id="j1", sequence=0, status=TaskStatus.QUEUED))
+    watched.watch.follow("j1", first=JobUpdate(job_id="j1", sequence=0, status=TaskStatus.QUEUED))
 
     assert watched.state.earlier == []
     assert watched.record.applied == [(0, True)]
@@ -316,8 +319,9 @@ def test_a_word_that_comes_while_a_poll_is_out_drops_no_poll(watched: Watched) -
     assert watched.record.applied == [(1, True), (2, False)]
 
 
-def test_a_limit_below_the_first_silence_shortens_none(watched: Watched) -> None:
-    watched.watch.poll_after_seconds, watched.watch.poll_at_most_seconds = 40.0, 10.0
+def test_a_limit_below_the_first_silence_shortens_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch, limits=limits_of(poll_after_seconds=40.0, poll_at_most_seconds=10.0))
+    watched.watch.follow("j1")
 
     assert watched.due_in() == 40.0
     watched.answered(Answer())
@@ -337,7 +341,7 @@ def test_one_poll_at_a_time_of_the_current_job(watched: Watched) -> None:
     assert watched.ask().job_id == "j1"
     assert watched.due_in() is None
     assert watched.watch.is_polling()
-    assert not watched.watch.has_word()
+    assert not watched.watch.has_update()
     watched.pass_seconds(1_000)
     watched.watch.check()
     assert len(watched.polls.all) == 1

@@ -24,30 +24,41 @@ from tests.workflows.books import PATCH_MARKER, ended
 from tests.workflows.payers import new_payer, until_started
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
 
+RECORD = re.compile("[56] record")
 WAIT = "4 wait: callback, poll, deadline"
 OPENING = ["0 accept", "1 submit", "2 agree", "3 hold"]
-TRAINING = ["0 snapshot dataset", "1 create", "2 agree"]
+TRAINING = ["0 snapshot dataset", "1 create", "3 estimate"]
 FORGED = ("job_runs_out",)
-STEPS = {
+IMAGE_STEPS = {
+    "claim": "0 accept",
+    "submit_job": "1 submit",
+    "estimate": "2 agree",
+    "pre_deduct": "3 hold",
+    "get_job": "4 poll",
+    "commit": "5 commit",
+    "cancel_job": "5 cancel job",
+    "cancel_hold": "5 cancel hold",
+    "look": "5 read the task's row",
+    "write": "6 record",
+}
+"""The label of each activity in step table 1 (docs/architecture.md), by its type."""
+TRAINING_STEPS = {
     "claim": "0 accept",
     "list_gpus": "0 check GPUs",
     "snapshot": "0 snapshot dataset",
-    "submit_job": "1 submit",
     "create_training": "1 create",
-    "estimate": "2 agree",
+    "estimate": "3 estimate",
     "pre_deduct": "3 hold",
     "start_training": "3 start",
-    "get_job": "4 poll",
     "get_training": "4 poll",
-    "commit": "5 commit",
-    "cancel_job": "5 cancel job",
-    "cancel_training": "5 cancel job",
-    "cancel_hold": "5 cancel hold",
-    "delete_snapshot": "5 delete snapshot",
-    "look": "5 look at the row",
-    "write": "6 tell",
+    "write": "5 record",
+    "commit": "6 commit",
+    "cancel_training": "6 cancel job",
+    "cancel_hold": "6 cancel hold",
+    "look": "6 read the task's row",
+    "delete_snapshot": "6 delete snapshot",
 }
-"""The summary of each activity's calls, by its type."""
+"""The label of each activity in step table 2."""
 
 
 async def steps(handle: Handle) -> list[tuple[str, str]]:
@@ -70,8 +81,8 @@ async def steps(handle: Handle) -> list[tuple[str, str]]:
 
 
 async def read(handle: Handle) -> list[str]:
-    """The run as its step table: every summary but the telling, repeated ones once."""
-    summaries = [summary for _name, summary in await steps(handle) if not summary.startswith("6 tell")]
+    """The run as its step table: every label but the event writes, repeated ones once."""
+    summaries = [summary for _name, summary in await steps(handle) if not RECORD.match(summary)]
     return [summary for summary, _again in groupby(summaries)]
 
 
@@ -100,7 +111,7 @@ async def test_a_polled_and_retried_image_reads_as_its_step_table(quick_platform
     seen = [step for step in await read(handle) if step not in (WAIT, "4 poll")]
     assert seen == [
         *(*OPENING, "5 cancel job", "4 retry: next attempt"),
-        *("1 submit", "1 submit: look after the hold meanwhile", "2 agree", "5 commit"),
+        *("1 submit", "1 submit: keep the hold meanwhile", "2 agree", "5 commit"),
     ]
     assert {WAIT, "4 poll"} <= set(await read(handle))
 
@@ -116,15 +127,15 @@ async def test_a_cancelled_image_reads_as_its_step_table(quick_platform: Platfor
     read_so = await read(handle)
     assert read_so[:5] == [*OPENING, WAIT]
     assert sorted(read_so[5:7]) == ["5 cancel hold", "5 cancel job"], "side by side"
-    assert read_so[7:] == ["5 look at the row"]
+    assert read_so[7:] == ["5 read the task's row"]
 
 
 async def test_a_training_reads_as_its_step_table(quick_platform: Platform) -> None:
     handle = await quick_platform.start_training()
     await ended(quick_platform, handle)
     assert await read(handle) == [
-        *("0 accept", "0 check GPUs", *TRAINING, "3 hold", "3 start", "3 start: look after the hold meanwhile"),
-        *(WAIT, "5 commit", "5 delete snapshot"),
+        *("0 accept", "0 check GPUs", *TRAINING, "3 hold", "3 start", "3 start: keep the hold meanwhile"),
+        *(WAIT, "6 commit", "6 delete snapshot"),
     ]
 
 
@@ -142,11 +153,11 @@ async def test_a_training_that_waits_before_it_starts_says_for_what(quick_platfo
         *("0 accept", "0 window: wait until it opens", "0 check GPUs"),
         *(*TRAINING, "3 confirm: wait for the payer"),
     ]
-    assert seen[-3:] == ["5 cancel job", "5 look at the row", "5 delete snapshot"]
+    assert seen[-3:] == ["6 cancel job", "6 read the task's row", "6 delete snapshot"]
 
 
-async def test_each_call_bears_its_steps_name_whatever_becomes_of_it(quick_platform: Platform) -> None:
-    """Also where a read goes on as a visible call, and where the store is told by one."""
+async def test_each_call_of_a_training_has_its_rows_label(quick_platform: Platform) -> None:
+    """Also where a local try is followed by a visible call."""
     payer = await new_payer(quick_platform)
     task = payer.training(max_credits=1, options={"poll_after_seconds": 0.1})
     comfyui, credits = (quick_platform.service_of(route) for route in ("list_gpus", "estimate"))
@@ -161,9 +172,23 @@ async def test_each_call_bears_its_steps_name_whatever_becomes_of_it(quick_platf
     await handle.execute_update("confirm_price", {"max_credits": 1_000})
     await ended(quick_platform, handle)
     for name, summary in await steps(handle):
-        assert name == "timer" or STEPS[name] == summary
+        assert name == "timer" or TRAINING_STEPS[name] == summary
     names = [name for name, _summary in await steps(handle)]
     assert names.count("list_gpus") == names.count("estimate") == 2, "a local try, and the visible call"
+
+
+async def test_each_call_of_an_image_has_its_rows_label(quick_platform: Platform) -> None:
+    quick_platform.policy["retry_after_seconds"] = [0.05]
+    task = quick_platform.image(options={"poll_after_seconds": 0.1})
+    comfyui = quick_platform.simulators.admin.comfyui
+    await comfyui.fault("callback_withhold", task_id=task["task_id"], times=None)
+    await comfyui.fault("job_preempt", route="submit_job", task_id=task["task_id"])
+    handle = await quick_platform.start(task)
+    await ended(quick_platform, handle)
+    seen = await steps(handle)
+    for name, summary in seen:
+        assert name == "timer" or IMAGE_STEPS[name] == summary
+    assert {name for name, _summary in seen} >= {*IMAGE_STEPS} - {"cancel_hold", "look"}
 
 
 # Lists
@@ -248,14 +273,14 @@ async def test_the_details_tell_where_a_task_stands(direct_platform: Platform) -
     assert (shown["status"], shown["stage"], shown["job"]) == ("queued", "queued 0 %", f"{job_id} (attempt 1)")
     assert shown["credits"] == "estimated 24, held 24, charged 0, returned 0"
     assert shown["waits for"].startswith("ComfyUI: callback or poll, until 20")
-    assert shown["last word from ComfyUI"] == "-"
+    assert shown["last update from ComfyUI"] == "-"
     await direct_platform.callback(handle, job_id=job_id, job_status="processing", sequence=1, stage_progress=40)
 
     async def is_heard() -> bool:
         return (await details(handle))["stage"] == "processing 40 %"
 
     await direct_platform.until(is_heard)
-    assert (await details(handle))["last word from ComfyUI"].endswith("UTC")
+    assert (await details(handle))["last update from ComfyUI"].endswith("UTC")
     await direct_platform.cancel(handle)
     await ended(direct_platform, handle)
     assert (await details(handle))["credits"] == "estimated 24, held 24, charged 0, returned 24"

@@ -14,26 +14,25 @@ from typing import Any
 import pytest
 from temporalio import workflow
 
-from comfyui_temporal.contracts.carried import (
-    AskedJob,
-    CarriedRun,
+from comfyui_temporal.contracts.comfyui import JobCallback, ManifestReference, SnapshotReference, TrainingCallback
+from comfyui_temporal.contracts.continuation import (
+    Continuation,
     DatasetState,
     HeldProgress,
-    HoldState,
     ImageRun,
-    JobNews,
+    JobUpdate,
     PriceState,
     RecordState,
     TrainingRun,
     WatchState,
 )
-from comfyui_temporal.contracts.comfyui import JobCallback, ManifestReference, SnapshotReference, TrainingCallback
 from comfyui_temporal.contracts.credits import Estimate, PreDeductRequest
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode
-from comfyui_temporal.contracts.give_back import LeftBehind
+from comfyui_temporal.contracts.give_back import Orphans
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.prices import PriceTable
+from comfyui_temporal.contracts.requests import HoldState, RequestedJob
 from comfyui_temporal.contracts.size_budget import (
     MAX_ATTEMPTS,
     MAX_EXCEPTIONS,
@@ -74,23 +73,25 @@ def error_details(text: str) -> dict[str, Any]:
     return {"code": text, "message": text, "node": text, "retryable": True}
 
 
-def job_callback(n: int, text: str, **fields: Any) -> JobNews:
+def job_callback(n: int, text: str, **fields: Any) -> JobUpdate:
     body = {"job_id": OUTSIDE_ID, "job_status": "processing", "sequence": n, "next_eta": NOW.isoformat()}
     body |= {"stage_progress": 12.345678901234567, "estimated_time": 1e4 / 3, "queue_position": 2**53, "gpu_slots": 99}
-    return JobNews.of_job(JobCallback.model_validate(body | {"error_details": error_details(text)} | fields))
+    return JobUpdate.of_job(JobCallback.model_validate(body | {"error_details": error_details(text)} | fields))
 
 
-def delivery(n: int) -> JobNews:
+def delivery(n: int) -> JobUpdate:
     return job_callback(n, "", job_status="delivery", error_details=None, result_urls=URLS, actual_cost=10**9)
 
 
-def training_callback(n: int, text: str, **fields: Any) -> JobNews:
+def training_callback(n: int, text: str, **fields: Any) -> JobUpdate:
     uri = f"file:///{n}/".ljust(2_048, "x")
     body: dict[str, Any] = {"training_id": OUTSIDE_ID, "training_status": "running", "sequence": n}
     body |= {"training_stage": "data_ingest", "gpu_hours": 1e5 / 3, "gpu_hours_used": 1e5 / 3}
     body["checkpoint"] = {"uri": uri, "epoch": 2**53, "step": 2**53, "gpu_hours_used": 1e5 / 3}
     body["output"] = {"model_path": uri, "version": text, "metrics": {f"{m}{text}": 1e300 / 3 for m in range(80)}}
-    return JobNews.of_training(TrainingCallback.model_validate(body | {"error_details": error_details(text)} | fields))
+    return JobUpdate.of_training(
+        TrainingCallback.model_validate(body | {"error_details": error_details(text)} | fields)
+    )
 
 
 # The parts, each filled as a run fills it
@@ -101,7 +102,7 @@ def filled_holds() -> HoldState:
     state = HoldState(estimated=10**9, next_renewal_at=NOW, uncovered_since=NOW)
     for renewal in range(1_440):
         for attempt in range(4):
-            hold = state.note(
+            hold = state.add(
                 4 * renewal + attempt + 1,
                 PreDeductRequest(
                     task_id=ID,
@@ -185,7 +186,7 @@ def exception(code: str, n: int, message: str) -> TaskException:
     )
 
 
-def filled_watch(make: Callable[..., JobNews], text: str) -> WatchState:
+def filled_watch(make: Callable[..., JobUpdate], text: str) -> WatchState:
     state = WatchState(
         current=OUTSIDE_ID, newest=make(0, text, error_details=None), earlier=[OUTSIDE_ID] * MAX_ATTEMPTS
     )
@@ -226,19 +227,19 @@ def policy() -> Policy:
     )
 
 
-def carried(make: Callable[..., JobNews], text: str) -> CarriedRun:
+def carried(make: Callable[..., JobUpdate], text: str) -> Continuation:
     holds = filled_holds()
     ids = [hold.pre_deduct_id for hold in holds.granted_holds() if hold.pre_deduct_id]
     credits = CreditsSummary(estimated=10**9, held=10**9, pre_deduct_ids=ids[-MAX_KEPT_HOLDS:], pre_deduct_count=1_440)
     jobs = [
-        AskedJob(attempt=n, key=f"{ID}:submit:{n}", asked_at=NOW, job_id=OUTSIDE_ID, cancelled=True)
+        RequestedJob(attempt=n, key=f"{ID}:submit:{n}", asked_at=NOW, job_id=OUTSIDE_ID, cancelled=True)
         for n in range(MAX_ATTEMPTS)
     ]
     uri = "s3://" + "x" * 2_043
     manifest = ManifestReference(uri=uri, sha256="0" * 64, file_count=10_000, total_bytes=10**11)
     snapshot = SnapshotReference(dataset_id=ID, snapshot_uri=uri, manifest=manifest)
     newest = training_callback(1, text)
-    return CarriedRun(
+    return Continuation(
         policy=policy(),
         record=filled_record(text, credits),
         watch=filled_watch(make, text),
@@ -328,7 +329,7 @@ def test_what_a_give_back_is_handed_fits() -> None:
         updated_at=NOW,
         last_seq=1,
     )
-    left = LeftBehind(row=row, how="terminated", holds=run.carried.hold.asked, jobs=run.carried.jobs)
+    left = Orphans(row=row, how="terminated", holds=run.carried.hold.asked, jobs=run.carried.jobs)
     assert json_bytes(left) <= PAYLOAD_BYTES // 4
 
 

@@ -30,7 +30,7 @@ def test_a_wish_that_comes_too_late_is_no_wish() -> None:
     stop.close()
     stop.ask("no longer wanted", by_temporal=True)
 
-    stop.obey()
+    stop.raise_if_requested()
     assert (stop.requested, stop.by_temporal, stop.outcome) == (False, False, "too_late")
 
 
@@ -38,7 +38,7 @@ def test_what_was_obeyed_stays_accepted() -> None:
     stop = Stop()
     stop.ask("no longer wanted")
     with pytest.raises(TaskStopped, match="no longer wanted"):
-        stop.obey()
+        stop.raise_if_requested()
 
     stop.close()
     stop.ask("once more", by_temporal=True)
@@ -55,7 +55,7 @@ async def test_the_update_is_answered_once_it_is_decided(is_in_time: bool) -> No
 
     if is_in_time:
         with pytest.raises(TaskStopped):
-            stop.obey()
+            stop.raise_if_requested()
     else:
         stop.close()
 
@@ -104,7 +104,7 @@ async def test_only_a_cancellation_that_was_obeyed_ends_the_run_canceled(
                 stop.close()
                 return "delivered"
             with contextlib.suppress(TaskStopped):
-                stop.obey()
+                stop.raise_if_requested()
             return "given back"
 
         return await stop.uninterrupted(flow(), writer())
@@ -124,7 +124,7 @@ async def test_a_stop_by_update_ends_with_the_flows_own_result(temporal_env: Wor
         async def flow() -> str:
             stop.ask("no longer wanted")
             with contextlib.suppress(TaskStopped):
-                stop.obey()
+                stop.raise_if_requested()
             return "given back"
 
         return await stop.uninterrupted(flow(), writer())

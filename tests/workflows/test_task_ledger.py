@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfyui_temporal.contracts.carried import AskedHold
 from comfyui_temporal.contracts.credits import CHARGE_REASON, Ledger, LedgerEntry, LedgerKind, PreDeductRequest
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.requests import RequestedHold
 from workflows.task_ledger import Found, HoldFate, OpenHolds, TaskLedger
 
 SHAPES = ("kind", "reason")
@@ -31,7 +31,7 @@ class OneHold:
     def pre_deduct_id(self) -> str:
         return f"hold-{self.n}"
 
-    def asked(self) -> AskedHold:
+    def asked(self) -> RequestedHold:
         request = PreDeductRequest(
             task_id="t",
             template_id="x",
@@ -42,7 +42,9 @@ class OneHold:
             expire_in=600,
         )
         at = datetime(2026, 1, 1, tzinfo=UTC)
-        return AskedHold(n=self.n, request=request, asked_at=at, pre_deduct_id=self.pre_deduct_id, amount=self.amount)
+        return RequestedHold(
+            n=self.n, request=request, asked_at=at, pre_deduct_id=self.pre_deduct_id, amount=self.amount
+        )
 
 
 def entry(shape: str, kind: LedgerKind, change: int, hold: OneHold | None, **more: Any) -> LedgerEntry:

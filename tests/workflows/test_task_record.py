@@ -10,7 +10,7 @@ import pytest
 from temporalio import workflow
 from temporalio.common import SearchAttributeUpdate
 
-from comfyui_temporal.contracts.carried import HeldProgress, JobNews, RecordState
+from comfyui_temporal.contracts.continuation import HeldProgress, JobUpdate, RecordState
 from comfyui_temporal.contracts.errors import ErrorDetails, ExceptionCode, FailureCode
 from comfyui_temporal.contracts.size_budget import MAX_UNWRITTEN
 from comfyui_temporal.contracts.tasks import EventType, ImageTask, TaskStatus
@@ -44,9 +44,9 @@ class Recorded:
     def hear(self, sequence: int, *, is_new_stage: bool = False, **fields: Any) -> None:
         """A word of the job, as the watch hands it on."""
         said = {"status": TaskStatus.RUNNING, "stage": "processing", **fields}
-        news = JobNews(job_id="j1", sequence=sequence, **said)
+        news = JobUpdate(job_id="j1", sequence=sequence, **said)
         self.record.apply(news)
-        self.record.tell_progress(news, is_new_stage=is_new_stage or news.is_final)
+        self.record.publish_progress(news, is_new_stage=is_new_stage or news.is_final)
 
     @property
     def is_holding_back(self) -> bool:
@@ -78,7 +78,7 @@ def test_progress_never_goes_back_within_a_stage_and_begins_anew_in_the_next(rec
 
 def test_another_attempt_begins_anew_in_the_same_stage(recorded: Recorded) -> None:
     recorded.hear(1, progress=40.0)
-    news = JobNews(job_id="j2", sequence=1, status=TaskStatus.RUNNING, stage="processing", progress=5.0)
+    news = JobUpdate(job_id="j2", sequence=1, status=TaskStatus.RUNNING, stage="processing", progress=5.0)
     recorded.record.apply(news, attempt_changed=True)
 
     assert recorded.record.state.progress == 5.0
@@ -125,7 +125,7 @@ def test_what_a_job_says_that_was_said_when_it_was_taken_is_no_news(recorded: Re
 
 def test_a_fact_says_how_things_stand(recorded: Recorded) -> None:
     recorded.hear(1, progress=40.0, next_eta=NOON, queue_position=4)
-    recorded.record.tell("held:1", EventType.CREDITS, credits_delta=-24)
+    recorded.record.publish("held:1", EventType.CREDITS, credits_delta=-24)
 
     fact = recorded.carried.unwritten[-1]
     assert (fact.key, fact.event, fact.ts, fact.credits_delta) == ("held:1", EventType.CREDITS, NOON, -24)
@@ -133,7 +133,7 @@ def test_a_fact_says_how_things_stand(recorded: Recorded) -> None:
     assert (fact.next_eta, fact.queue_position, fact.is_end) == (NOON, 4, False)
 
     recorded.record.attempted(3)
-    recorded.record.tell("retry:3", EventType.RUNNING)
+    recorded.record.publish("retry:3", EventType.RUNNING)
     assert recorded.carried.unwritten[-1].attempt == 3
 
 
@@ -187,7 +187,7 @@ def test_while_the_store_is_away_only_the_newest_progress_of_a_stage_waits(recor
         recorded.hear(sequence, progress=10.0 * sequence)
     assert recorded.keys == ["j1:4"]
 
-    recorded.record.tell("held:2", EventType.CREDITS)
+    recorded.record.publish("held:2", EventType.CREDITS)
     recorded.pass_seconds(2)
     recorded.hear(5, progress=50.0)
     recorded.hear(6, is_new_stage=True, stage="delivery")
@@ -206,9 +206,9 @@ def test_what_is_being_written_is_not_changed(recorded: Recorded) -> None:
 
 def test_a_message_is_no_progress_and_is_never_coalesced(recorded: Recorded) -> None:
     recorded.hear(1, progress=10.0)
-    recorded.record.tell("queue_sla", EventType.RUNNING, message="Still queued.")
-    recorded.record.tell("retry:2", EventType.RUNNING)
-    recorded.record.tell("again", EventType.RUNNING)
+    recorded.record.publish("queue_sla", EventType.RUNNING, message="Still queued.")
+    recorded.record.publish("retry:2", EventType.RUNNING)
+    recorded.record.publish("again", EventType.RUNNING)
 
     assert recorded.keys == ["j1:1", "queue_sla", "retry:2", "again"]
 
@@ -219,12 +219,12 @@ def test_a_full_list_drops_the_oldest_progress_that_is_not_being_written_and_not
     for n in range(2, MAX_UNWRITTEN, 2):
         recorded.pass_seconds(2)
         recorded.hear(n, queue_position=n)
-        recorded.record.tell(f"held:{n + 1}", EventType.CREDITS)
-    recorded.record.tell("full", EventType.CREDITS)
+        recorded.record.publish(f"held:{n + 1}", EventType.CREDITS)
+    recorded.record.publish("full", EventType.CREDITS)
     assert len(recorded.keys) == MAX_UNWRITTEN == 256
     assert recorded.keys[:3] == ["j1:1", "j1:2", "held:3"]
 
-    recorded.record.tell("one more", EventType.CREDITS)
+    recorded.record.publish("one more", EventType.CREDITS)
 
     assert len(recorded.keys) == MAX_UNWRITTEN
     assert recorded.keys[:2] == ["j1:1", "held:3"]
@@ -233,7 +233,7 @@ def test_a_full_list_drops_the_oldest_progress_that_is_not_being_written_and_not
 
 def test_a_list_full_of_what_must_be_told_grows(recorded: Recorded) -> None:
     for n in range(MAX_UNWRITTEN + 1):
-        recorded.record.tell(f"held:{n}", EventType.CREDITS)
+        recorded.record.publish(f"held:{n}", EventType.CREDITS)
 
     assert len(recorded.keys) == MAX_UNWRITTEN + 1
 
@@ -242,7 +242,7 @@ def test_a_list_full_of_what_must_be_told_grows(recorded: Recorded) -> None:
 
 
 def test_an_exception_record_ends_nothing(recorded: Recorded) -> None:
-    recorded.record.tell_exception("queue_sla", ExceptionCode.QUEUE_SLA_MISSED, "Still queued.", minutes=8)
+    recorded.record.record_exception("queue_sla", ExceptionCode.QUEUE_SLA_MISSED, "Still queued.", minutes=8)
 
     [record] = recorded.carried.exceptions
     assert (record.key, record.code, record.message) == ("queue_sla", "queue_sla_missed", "Still queued.")
@@ -276,7 +276,7 @@ def test_search_attributes_are_set_only_where_they_changed(recorded: Recorded) -
     recorded.hear(1)
     recorded.hear(2)
     recorded.record.attempted(2)
-    recorded.record.publish()
+    recorded.record.update_search_attributes()
     recorded.record.end(TaskStatus.CANCELLED, EventType.CANCELLED)
 
     assert recorded.attributes == [
@@ -290,9 +290,9 @@ def test_search_attributes_are_set_only_where_they_changed(recorded: Recorded) -
 def test_every_change_of_the_row_has_a_higher_version(recorded: Recorded) -> None:
     versions = [recorded.record.state.version]
     changes: list[Callable[[], None]] = [
-        recorded.record.publish,
-        lambda: recorded.record.tell("held:1", EventType.CREDITS),
-        lambda: recorded.record.tell_exception("x", ExceptionCode.QUEUE_SLA_MISSED, "x"),
+        recorded.record.update_search_attributes,
+        lambda: recorded.record.publish("held:1", EventType.CREDITS),
+        lambda: recorded.record.record_exception("x", ExceptionCode.QUEUE_SLA_MISSED, "x"),
         lambda: recorded.hear(1, progress=1.0),
     ]
     for change in changes:
@@ -303,15 +303,15 @@ def test_every_change_of_the_row_has_a_higher_version(recorded: Recorded) -> Non
 
 
 def test_an_operator_sees_what_is_waited_for_and_the_last_word(recorded: Recorded) -> None:
-    recorded.record.waits_for("ComfyUI: callback or poll", NOON)
+    recorded.record.waiting_for("ComfyUI: callback or poll", NOON)
     shown = len(recorded.details)
-    recorded.record.waits_for("ComfyUI: callback or poll", NOON)
+    recorded.record.waiting_for("ComfyUI: callback or poll", NOON)
     assert len(recorded.details) == shown == 1, "each is a write to the server"
     assert "ComfyUI: callback or poll, until" in recorded.details[-1]
 
-    recorded.record.waits_for("ComfyUI: callback or poll", NOON + timedelta(minutes=1))
-    recorded.record.waits_for("the next attempt", NOON + timedelta(minutes=1))
+    recorded.record.waiting_for("ComfyUI: callback or poll", NOON + timedelta(minutes=1))
+    recorded.record.waiting_for("the next attempt", NOON + timedelta(minutes=1))
     assert len(recorded.details) == 3
 
     recorded.hear(1)
-    assert "| last word from ComfyUI | 2026&#45;03&#45;01 12:00:00 UTC |" in recorded.details[-1]
+    assert "| last update from ComfyUI | 2026&#45;03&#45;01 12:00:00 UTC |" in recorded.details[-1]

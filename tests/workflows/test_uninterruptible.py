@@ -1,4 +1,4 @@
-"""Every wait of the workflows obeys, or stands in the one table with its reason."""
+"""Every wait of the workflows can be interrupted, or is in the one table with its reason."""
 
 from __future__ import annotations
 
@@ -6,27 +6,30 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from workflows.unobeying import UNOBEYING
+from workflows.uninterruptible import UNINTERRUPTIBLE
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "workflows"
-DEAF = frozenset(
-    {"until_answered", "beside", "noted", "looked", "visible", "waited", "unless_stopped", "put_down", "_local_try"}
+UNINTERRUPTED = frozenset(
+    {
+        *("until_answered", "in_background", "write_store", "read_store", "visible"),
+        *("wait_for", "wait_unless_stopped", "suspend", "_local_try"),
+    }
 )
-"""Coroutines of our own that wait for nothing but their answer: where one is called is what is looked at."""
-GIVEN = frozenset({"ask", "back", "step", "_continue_as_new"})
-"""Coroutines that are handed over: each is a function of this folder, and is looked at there."""
+"""Our own coroutines that wait for nothing but their answer: each place that calls one is checked."""
+PASSED = frozenset({"request", "back", "step", "_continue_as_new", "_clean_up"})
+"""Coroutines that are passed as arguments: each is a function of this folder, and is checked there."""
 Waits = dict[str, set[str]]
 
 
 def functions_that_wait(sources: dict[str, str]) -> Waits:
-    """Function, by its module and class, → what it awaits that does not obey by itself."""
+    """Function, by its module and class, → what it awaits that cannot be interrupted."""
     trees = {module: ast.parse(source) for module, source in sources.items()}
     own = {node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.AsyncFunctionDef)}
     waits: Waits = {}
     for module, tree in trees.items():
         for place, awaited in _awaits(tree, module):
-            if awaited in DEAF or awaited not in own | GIVEN:
+            if awaited in UNINTERRUPTED or awaited not in own | PASSED:
                 waits.setdefault(place, set()).add(awaited)
     return waits
 
@@ -55,16 +58,18 @@ def sources() -> dict[str, str]:
     return {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.py"))}
 
 
-def test_every_wait_obeys_or_stands_in_the_table() -> None:
+def test_every_wait_can_be_interrupted_or_is_in_the_table() -> None:
     waits = functions_that_wait(sources())
-    listed = [place for row in UNOBEYING for place in row.places]
+    listed = [place for row in UNINTERRUPTIBLE for place in row.places]
     assert len(listed) == len(set(listed)), "each place has one reason"
     unlisted = {place: awaited for place, awaited in waits.items() if place not in listed}
-    assert not unlisted, f"these waits obey nothing: use `Waiting`, or give their reason in the table: {unlisted}"
-    assert not set(listed) - set(waits), "the table names what does not wait any more"
+    assert not unlisted, (
+        f"nothing interrupts these waits: use `InterruptibleWaits`, or give their reason in the table: {unlisted}"
+    )
+    assert not set(listed) - set(waits), "the table names functions that do not wait any more"
 
 
-def test_a_wait_that_obeys_nothing_is_found() -> None:
+def test_a_wait_that_nothing_interrupts_is_found() -> None:
     """In a method, in a function within one, behind a condition, and by the name of a handle."""
     code = """
 class Step:
@@ -88,5 +93,5 @@ class Step:
 
 def test_the_table_is_in_the_documents() -> None:
     told = " ".join((ROOT / "docs" / "reliability.md").read_text().split())
-    for row in UNOBEYING:
+    for row in UNINTERRUPTIBLE:
         assert f"| {row.what} | {row.reason} |" in told, row.what

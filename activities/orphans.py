@@ -1,0 +1,297 @@
+"""What an ended run left behind, read from its history.
+
+A history holds every request before it takes effect (decision 1), so nothing that may need an undo is missed.
+The task's row adds what runs before a reset had requested.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from temporalio.api.enums.v1 import EventType as Happened
+from temporalio.api.failure.v1 import Failure
+from temporalio.api.history.v1 import HistoryEvent
+from temporalio.converter import DataConverter
+from temporalio.exceptions import ApplicationError
+
+from activities.comfyui import ComfyUIActivities
+from activities.credits import CreditsActivities
+from activities.datasets import DatasetActivities
+from activities.task_store import TaskStoreActivities
+from comfyui_temporal.contracts.calls import CallFor, JobCall, Post, SnapshotOrder
+from comfyui_temporal.contracts.comfyui import JobCancelled
+from comfyui_temporal.contracts.continuation import Continuation
+from comfyui_temporal.contracts.credits import (
+    MIN_HOLD_SECONDS,
+    CancelHoldReply,
+    CancelHoldRequest,
+    ChargeRequest,
+    CommitRequest,
+    HoldReply,
+    PreDeductRequest,
+)
+from comfyui_temporal.contracts.errors import Answer, FailureCode, sentences_of
+from comfyui_temporal.contracts.give_back import Orphans, OwnEnd
+from comfyui_temporal.contracts.handed_on import Doubtful
+from comfyui_temporal.contracts.requests import RequestedHold, RequestedJob, RequestOutcome, not_left_out
+from comfyui_temporal.contracts.scenes import SCENE_OF_WORKFLOW, SCENES
+from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
+from comfyui_temporal.contracts.task_store import TaskRow
+from comfyui_temporal.contracts.tasks import DatasetSource, TaskStatus
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class NotReadHere(Exception):
+    """A history holds what this worker does not know. The text says where, and what that means."""
+
+
+def _named(method: object) -> str:
+    return str(getattr(method, "__name__", ""))
+
+
+def _of(generic: Any, parameter: type[BaseModel]) -> Any:
+    """`generic[parameter]`, which type checkers allow for names only."""
+    return generic[parameter]
+
+
+_KNOWN_CALLS: Final = frozenset(
+    name
+    for activities in (ComfyUIActivities, CreditsActivities, DatasetActivities, TaskStoreActivities)
+    for name, method in vars(activities).items()
+    if hasattr(method, "__temporal_activity_definition")
+)
+"""The activities that runs of this version and of earlier ones call."""
+_SUBMITS: Final = {spec.submit: _of(Post, spec.request) for spec in SCENES.values()}
+_SUBMIT_ANSWERS: Final = {spec.submit: _of(Answer, spec.accepted) for spec in SCENES.values()}
+_CANCELS: Final = frozenset(spec.cancel for spec in SCENES.values())
+_PRE_DEDUCT: Final = _named(CreditsActivities.pre_deduct)
+_CANCEL_HOLD: Final = _named(CreditsActivities.cancel_hold)
+
+
+class _Call(NamedTuple):
+    """A scheduled call, and the request that its answer is about."""
+
+    name: str
+    concerns: RequestedJob | RequestedHold | SnapshotOrder | None = None
+
+
+def _number_in(key: str) -> int:
+    """`n` of an idempotency key `{task_id}:{step}:{n}`."""
+    return int(key.rpartition(":")[2])
+
+
+class HistoryReader:
+    """Reads one run's history, event by event.
+
+    The first event of a continued run carries the requests of the runs before it.
+    """
+
+    def __init__(self, orphans: Orphans, converter: DataConverter) -> None:
+        """`orphans` names the task's row and is filled in."""
+        self._orphans = orphans
+        self._holds = orphans.hold_state()
+        self._converter = converter
+        self._sendings: Counter[int] = Counter()
+        """How many calls requested each hold, by its `n`."""
+        self._calls: dict[int, _Call] = {}
+        """By the id of the event that scheduled them."""
+
+    @property
+    def orphans(self) -> Orphans:
+        """What was read so far: the holds and jobs that a call may still concern, and never a list of files."""
+        self._holds.leave_out_old()
+        for job in self._orphans.jobs:
+            job.drop_body()
+        self._orphans.take_holds(self._holds)
+        return self._orphans
+
+    async def take(self, event: HistoryEvent) -> None:
+        """Read the next event. Raises NotReadHere: an event that cannot be read may stand for credits or a job."""
+        match event.event_type:
+            case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
+                await self._take_carried(event)
+            case Happened.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
+                await self._take_call(event)
+            case Happened.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
+                await self._take_answer(event)
+            case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED:
+                completed = event.workflow_execution_completed_event_attributes
+                await self._take_result(completed.result.payloads, event)
+            case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_CANCELED:
+                self._orphans.own_end = OwnEnd(status=TaskStatus.CANCELLED)
+            case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED:
+                self._take_failure(event.workflow_execution_failed_event_attributes.failure)
+
+    async def _take_carried(self, event: HistoryEvent) -> None:
+        started = event.workflow_execution_started_event_attributes
+        spec = SCENE_OF_WORKFLOW.get(started.workflow_type.name)
+        if spec is None:
+            raise self._unread(event, f"a workflow {started.workflow_type.name} is not known here")
+        run: Any = await self._read(started.input.payloads, spec.run, event)
+        carried: Continuation | None = run.carried
+        if spec.copies_dataset:
+            has_copy = carried is not None and carried.dataset.is_asked and not carried.dataset.is_deleted
+            # A checksum: the gateway has put the list of files beside the copy.
+            if has_copy or run.dataset.files_sha256 is not None:
+                self._orphans.snapshot = self._snapshot_of(run.dataset)
+        if carried is not None:
+            self._holds, self._orphans.jobs = carried.hold, list(carried.jobs)
+            self._sendings.update(hold.n for hold in carried.hold.asked if hold.outcome is RequestOutcome.UNKNOWN)
+
+    def _snapshot_of(self, dataset: DatasetSource) -> SnapshotOrder:
+        row = self._orphans.row
+        call_for = CallFor(task_id=row.task_id, tenant_id=row.tenant_id, user_id=row.user_id, scene=row.scene)
+        return SnapshotOrder(call_for=call_for, dataset_id=dataset.dataset_id, source_uri=dataset.source_uri)
+
+    async def _take_call(self, event: HistoryEvent) -> None:
+        scheduled = event.activity_task_scheduled_event_attributes
+        name, payloads = scheduled.activity_type.name, scheduled.input.payloads
+        if name not in _KNOWN_CALLS:
+            raise self._unread(event, f"a call {name} is not known here")
+        at = event.event_time.ToDatetime(UTC)
+        concerns: RequestedJob | RequestedHold | SnapshotOrder | None = None
+        if name in _SUBMITS:
+            concerns = self._job(await self._read(payloads, _SUBMITS[name], event), at)
+        elif name in _CANCELS:
+            call = await self._read(payloads, JobCall, event)
+            concerns = next((job for job in self._orphans.jobs if job.job_id == call.job_id), None)
+        elif name == _PRE_DEDUCT:
+            concerns = self._hold(await self._read(payloads, Post[PreDeductRequest], event), at)
+        elif name == _CANCEL_HOLD:
+            pre_deduct_id = (await self._read(payloads, Post[CancelHoldRequest], event)).body.pre_deduct_id
+            concerns = next((hold for hold in self._holds.asked if hold.pre_deduct_id == pre_deduct_id), None)
+        elif name == _named(CreditsActivities.commit):
+            self._take_commit(await self._read(payloads, Post[CommitRequest], event))
+        elif name == _named(CreditsActivities.charge):
+            self._take_charge(await self._read(payloads, Post[ChargeRequest], event))
+        elif name == _named(DatasetActivities.snapshot):
+            self._orphans.snapshot = (await self._read(payloads, SnapshotOrder, event)).to_delete()
+        elif name == _named(DatasetActivities.delete_snapshot):
+            concerns = self._orphans.snapshot
+        self._calls[event.event_id] = _Call(name, concerns)
+
+    def _job(self, post: Post[Any], at: datetime) -> RequestedJob:
+        known = next((job for job in self._orphans.jobs if job.key == post.key), None)
+        if known is None:
+            known = RequestedJob(attempt=_number_in(post.key), key=post.key, request=post.body, asked_at=at)
+            self._orphans.jobs.append(known)
+        return known
+
+    def _hold(self, post: Post[PreDeductRequest], at: datetime) -> RequestedHold:
+        n = _number_in(post.key)
+        known = next((hold for hold in self._holds.asked if hold.n == n), None)
+        if known is None:
+            known = RequestedHold(n=n, request=post.body, asked_at=at)
+            self._holds.asked.append(known)
+        self._sendings[n] += 1
+        return known
+
+    def _take_commit(self, post: Post[CommitRequest]) -> None:
+        """The first asks for the whole cost; where the hold has less, a second asks for what it has."""
+        self._orphans.cost = max(self._orphans.cost or 0, post.body.actual_cost)
+
+    def _take_charge(self, post: Post[ChargeRequest]) -> None:
+        if all(known.key != post.key for known in self._orphans.charges):
+            self._orphans.charges.append(post)
+
+    async def _take_answer(self, event: HistoryEvent) -> None:
+        completed = event.activity_task_completed_event_attributes
+        payloads = completed.result.payloads
+        name, concerns = self._calls.get(completed.scheduled_event_id, _Call(""))
+        match concerns:
+            case RequestedHold() if name == _CANCEL_HOLD:
+                concerns.cancel_answered(await self._read(payloads, Answer[CancelHoldReply], event))
+            case RequestedHold():
+                held = await self._read(payloads, Answer[HoldReply], event)
+                self._holds.answered(concerns, held, earlier_tries=self._sendings[concerns.n] - 1)
+            case RequestedJob() if name in _CANCELS:
+                concerns.cancel_answered(await self._read(payloads, Answer[JobCancelled], event))
+            case RequestedJob():
+                concerns.answered(await self._read(payloads, _SUBMIT_ANSWERS[name], event))
+            case SnapshotOrder():
+                self._orphans.snapshot = None
+
+    async def _take_result(self, payloads: Any, event: HistoryEvent) -> None:
+        result = await self._read(payloads, SCENES[self._orphans.row.scene].result, event)
+        self._orphans.own_end = OwnEnd.of(result)
+
+    def _take_failure(self, failure: Failure) -> None:
+        """A failure that ends the task has its result in the details; a run that was refused at its start has none."""
+        application = failure.application_failure_info
+        if application.type in set(FailureCode) and application.details.payloads:
+            code = FailureCode(application.type)
+            self._orphans.own_end = OwnEnd(status=TaskStatus.FAILED, code=code, message=failure.message)
+
+    async def _read(self, payloads: Any, model: type[Model], event: HistoryEvent) -> Model:
+        """The one value, with the fields that this code does not know. Raises NotReadHere."""
+        try:
+            [value] = await self._converter.decode(payloads, [model])
+        except (ApplicationError, ValidationError, ValueError, RuntimeError) as error:
+            why = "; ".join(sentences_of(error)) if isinstance(error, ValidationError) else type(error).__name__
+            raise self._unread(event, why) from None
+        if isinstance(value, Doubtful):  # it holds a field that only a newer worker takes, or cannot be read at all
+            if value.as_read is None:
+                raise self._unread(event, value.why)
+            value = value.as_read
+        if not isinstance(value, model):
+            raise self._unread(event, f"it is no {model.__name__}")
+        return value
+
+    def _unread(self, event: HistoryEvent, why: str) -> NotReadHere:
+        row = self._orphans.row
+        return NotReadHere(
+            f"Event {event.event_id} of the history of {row.workflow_id} cannot be read here ({why}). A newer "
+            "worker wrote it, and it may hold credits: nothing is given back until a worker that knows it tries."
+        )
+
+
+def orphans_by_row(row: TaskRow, how: str) -> Orphans:
+    """What the row knows: the run is gone from Temporal."""
+    orphans = Orphans(row=row, how=how)
+    add_from_row(orphans)
+    return orphans
+
+
+def add_from_row(orphans: Orphans) -> None:
+    """Add holds and jobs of earlier lives, which the last run's history may not hold.
+
+    Their ids are known, so their requests are never sent again.
+    """
+    row = orphans.row
+    holds = {hold.pre_deduct_id for hold in orphans.holds if hold.pre_deduct_id}
+    taken = max((hold.n for hold in orphans.holds), default=0)
+    in_order = list(dict.fromkeys([*row.hold_ids, *row.credits.pre_deduct_ids]))
+    in_order = not_left_out(in_order, holds, orphans.holds_before)
+    unknown = [pre_deduct_id for pre_deduct_id in in_order if pre_deduct_id not in holds]
+    orphans.holds_before += max(0, len(unknown) - MAX_KEPT_HOLDS)
+    for n, pre_deduct_id in enumerate(unknown[-MAX_KEPT_HOLDS:], start=taken + 1):
+        orphans.holds.append(_hold_of(row, n, pre_deduct_id))
+    jobs = {job.job_id for job in orphans.jobs}
+    asked = max((job.attempt for job in orphans.jobs), default=0)
+    for job_id in dict.fromkeys([*row.job_ids, *([row.job_id] if row.job_id else [])]):
+        if job_id not in jobs:
+            asked += 1
+            orphans.jobs.append(_job_of(row, asked, job_id))
+
+
+def _hold_of(row: TaskRow, n: int, pre_deduct_id: str) -> RequestedHold:
+    request = PreDeductRequest(
+        task_id=row.task_id,
+        template_id=row.template_id,
+        tenant_id=row.tenant_id,
+        user_id=row.user_id,
+        scene=row.scene,
+        estimated_cost=row.credits.held,
+        expire_in=MIN_HOLD_SECONDS,
+    )
+    asked_at, amount = row.created_at, row.credits.held
+    return RequestedHold(n=n, request=request, asked_at=asked_at, pre_deduct_id=pre_deduct_id, amount=amount)
+
+
+def _job_of(row: TaskRow, attempt: int, job_id: str) -> RequestedJob:
+    key = f"{row.task_id}:submit:{attempt}"
+    return RequestedJob(attempt=attempt, key=key, asked_at=row.created_at, job_id=job_id)

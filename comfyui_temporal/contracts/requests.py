@@ -1,0 +1,232 @@
+"""What a task has requested of ComfyUI and of the credits service, and what came of each request.
+
+A request is recorded before it is sent, and updated with each answer. A run keeps these records while it works
+(`workflows/attempts.py`, `workflows/task_holds.py`). The give-back of a run that ended without its own clean-up
+rebuilds them from the run's history (`activities/orphans.py`). Both feed the answers to the same methods here, and both
+undo what `needs_undo` says:
+
+    unknown ── reply ────> made ── cancel answered ──> ended
+       └────── refusal ──> refused
+
+The fields stand in histories: docs/versioning.md says how they may change.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Self
+
+from pydantic import model_validator
+
+from comfyui_temporal.contracts.comfyui import JobRequest, TrainingDraft
+from comfyui_temporal.contracts.credits import HoldReply, PreDeductRequest
+from comfyui_temporal.contracts.errors import Answer, RefusalKind, UnreadableReply
+from comfyui_temporal.contracts.fields import Instant, OwnModel
+from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
+from comfyui_temporal.contracts.tasks import SettlementState
+
+
+class RequestOutcome(StrEnum):
+    """What came of a request."""
+
+    UNKNOWN = "unknown"
+    """It may have taken effect. Repeating its key and body tells."""
+    REFUSED = "refused"
+    """Nothing was made."""
+    MADE = "made"
+    ENDED = "ended"
+    """It was made and has been undone, or has ended otherwise."""
+
+
+def leaves_unknown(answer: Answer[Any]) -> bool:
+    """Whether an answer without a reply leaves open if the request took effect.
+
+    An unreadable answer does. So does an attempt that was stopped before it was sent (`task_ended`), where an earlier
+    attempt had been sent and got no answer.
+    """
+    if answer.refusal is None:
+        return False
+    is_unsent = answer.refusal.kind is RefusalKind.TASK_ENDED
+    return isinstance(answer.refusal, UnreadableReply) or (is_unsent and answer.tries > 1)
+
+
+class Requested(OwnModel):
+    """What requests of both kinds have in common."""
+
+    @property
+    @abstractmethod
+    def outcome(self) -> RequestOutcome: ...
+
+    @property
+    def needs_undo(self) -> bool:
+        """Whether an undo has something to do: learn what came of the request, or cancel what it made."""
+        return self.outcome in (RequestOutcome.UNKNOWN, RequestOutcome.MADE)
+
+
+class RequestedJob(Requested):
+    """A job or training that was requested of ComfyUI."""
+
+    attempt: int
+    key: str
+    request: JobRequest | TrainingDraft | None = None
+    """The body. Only a repeat of an unanswered request needs it; later it is dropped, and not carried on."""
+    asked_at: Instant
+    job_id: str | None = None
+    refused: bool = False
+    is_key_taken: bool = False
+    """An earlier life of the task had used the key with another body: this was no attempt."""
+    cancelled: bool = False
+
+    @property
+    def outcome(self) -> RequestOutcome:
+        if self.cancelled:
+            return RequestOutcome.ENDED
+        if self.refused:
+            return RequestOutcome.REFUSED
+        return RequestOutcome.UNKNOWN if self.job_id is None else RequestOutcome.MADE
+
+    def answered(self, answer: Answer[Any]) -> None:
+        """Take the answer to the submit or create, first or repeated."""
+        if answer.reply is not None:
+            self.job_id = answer.reply.job_id
+        elif not leaves_unknown(answer):
+            self.refused = True
+        self.drop_body()
+
+    def give_up(self) -> None:
+        """Its id cannot be learned: nothing more is done about it."""
+        self.refused = True
+        self.drop_body()
+
+    def cancel_answered(self, answer: Answer[Any]) -> None:
+        """Take the answer to a cancel. A conflict of keys says nothing about the job; any other answer ends it."""
+        if answer.refusal is None or answer.refusal.kind is not RefusalKind.KEY_CONFLICT:
+            self.cancelled = True
+
+    def drop_body(self) -> None:
+        """Drop the body where no repeat needs it. Runs of release 0.1.0 carried the body of every job."""
+        if self.outcome is not RequestOutcome.UNKNOWN:
+            self.request = None
+
+
+class RequestedHold(Requested):
+    """A hold that was requested of the credits service. Its life counts from the first sending (contract §4)."""
+
+    n: int
+    request: PreDeductRequest
+    asked_at: Instant
+    pre_deduct_id: str | None = None
+    amount: int = 0
+    refused: bool = False
+    resolved: bool = False
+    told: int = 0
+    """Points that an event showed as held."""
+    told_back: bool = False
+    """Whether an event showed that it was given back."""
+    leaving: str | None = None
+    """The reason it is being given back in the background; a repeat of that call, or the undo, sends the same."""
+
+    @property
+    def outcome(self) -> RequestOutcome:
+        if self.resolved:
+            return RequestOutcome.ENDED
+        if self.refused:
+            return RequestOutcome.REFUSED
+        return RequestOutcome.UNKNOWN if self.pre_deduct_id is None else RequestOutcome.MADE
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will be done or published about it."""
+        return self.resolved and (self.told_back or not self.told)
+
+    @property
+    def usable(self) -> int:
+        """Points that may be charged to it: points beyond the requested amount are never used (contract §5)."""
+        return min(self.amount, self.request.estimated_cost)
+
+    def cancel_answered(self, answer: Answer[Any]) -> None:
+        """Take the answer to a cancel. After a refusal the ledger decides how the hold ended."""
+        if answer.refusal is None:
+            self.resolved = True
+
+
+class HoldState(OwnModel):
+    """A task's holds; at most one stands outside a renewal.
+
+    Of those that are over, the newest are kept and the rest are counted.
+    """
+
+    asked: list[RequestedHold] = []
+    asked_count: int = 0
+    """How many were requested in all: the newest one's `n`."""
+    granted_before: int = 0
+    """How many were granted of those that are not kept."""
+    estimated: int = 0
+    charged: int = 0
+    """Points charged by commit or charge; also what a hold turned out to be committed for by somebody else."""
+    shortfall: int = 0
+    settlement: SettlementState = SettlementState.OPEN
+    is_unknown: bool = False
+    """What became of a hold or a charge could not be learned: the task ends with `settlement` unknown."""
+    granted: int | None = None
+    """How many holds were granted in all; None where an earlier release kept no count, as for the next."""
+    given_back: int | None = None
+    """How many of these are known to have been given back."""
+    committed: int = 0
+    """How many of these are known to have been committed."""
+    asked_again: int = 0
+    """How many were sent more than once: a service without idempotency may have taken more of them."""
+    next_renewal_at: Instant | None = None
+    uncovered_since: Instant | None = None
+    asking: int | None = None
+    """`n` of the hold that a renewal requested and has no answer about: it repeats key and body."""
+    checkpoint_passed: bool = False
+    """Whether a training has reached a checkpoint since it was without cover."""
+
+    @model_validator(mode="after")
+    def _counted(self) -> Self:
+        self.asked_count = max(self.asked_count, *(hold.n for hold in self.asked), 0)
+        return self
+
+    def add(self, n: int, request: PreDeductRequest, at: datetime) -> RequestedHold:
+        """Record the next hold, before it is requested."""
+        self.leave_out_old()
+        self.asked_count = max(self.asked_count, n)
+        hold = RequestedHold(n=n, request=request, asked_at=at)
+        self.asked.append(hold)
+        return hold
+
+    def answered(self, hold: RequestedHold, answer: Answer[HoldReply], *, earlier_tries: int = 0) -> None:
+        """Take the answer to a pre-deduct, first or repeated. `earlier_tries`: sendings that `tries` does not count."""
+        self.asked_again += answer.tries + earlier_tries > 1
+        if answer.reply is not None:
+            hold.pre_deduct_id, hold.amount = answer.reply.pre_deduct_id, answer.reply.frozen_amount
+            if self.granted is not None:
+                self.granted += 1
+        elif not leaves_unknown(answer):
+            hold.refused = True
+
+    def granted_holds(self) -> list[RequestedHold]:
+        """Those kept that were granted, oldest first."""
+        return [hold for hold in self.asked if hold.pre_deduct_id]
+
+    def leave_out_old(self) -> None:
+        """Thirty days of renewals request thousands of holds: those that need no call any more are only counted."""
+        over = [hold for hold in self.granted_holds() if hold.is_over]
+        too_old = {hold.n for hold in over[: max(0, len(over) - MAX_KEPT_HOLDS)]}
+        self.granted_before += len(too_old)
+        refused = {hold.n for hold in self.asked[:-1] if hold.refused and hold.n != self.asking}
+        self.asked = [hold for hold in self.asked if hold.n not in too_old | refused]
+
+
+def not_left_out(in_order: list[str], kept: Collection[str], left_out: int) -> list[str]:
+    """Of a task's holds, in the order in which they were granted, those that are not older than what was kept.
+
+    `left_out`: how many were over and are only counted. What is older than the 64 that are kept has long expired.
+    """
+    if not left_out:
+        return in_order
+    return in_order[next((n for n, pre_deduct_id in enumerate(in_order) if pre_deduct_id in kept), 0) :]

@@ -1,0 +1,192 @@
+"""The scenes: everything that differs between image generation and model training, in one table.
+
+Code that has to know which kind a task is asks its scene's row here; none asks for a class or compares scenes by name.
+Only the steps differ beyond that, and they stand in one flow file for each scene (`workflows/image_generation.py`,
+`workflows/training.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+from comfyui_temporal.contracts.comfyui import (
+    JobAccepted,
+    JobCallback,
+    JobRequest,
+    TaskPriority,
+    TrainingAccepted,
+    TrainingCallback,
+    TrainingDraft,
+)
+from comfyui_temporal.contracts.continuation import ImageRun, JobUpdate, TrainingRun
+from comfyui_temporal.contracts.permissions import Scene, Scope, TokenClaims
+from comfyui_temporal.contracts.tasks import (
+    IMAGE_WORKFLOW,
+    TRAINING_WORKFLOW,
+    ImageResult,
+    ImageTask,
+    TrainingResult,
+    TrainingTask,
+)
+
+AnyTask = ImageTask | TrainingTask
+AnyResult = ImageResult | TrainingResult
+Callback = JobCallback | TrainingCallback
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of a scene's step table whose number or name differs, as the Temporal UI shows them."""
+
+    submit: str
+    estimate: str
+    settle: int
+    record: int
+
+
+@dataclass(frozen=True)
+class SceneSpec:
+    """One scene. Spans name their unit; names of activities and fields are those of the wire and of histories."""
+
+    scene: Scene
+    noun: str
+    """In ids that we make (`image-…`), and in the names of its settings (`image_cap_minutes`)."""
+    scope: Scope
+    """What a token needs to start such a task, and for the credits calls of one (contract §7)."""
+
+    workflow: str
+    task: type[AnyTask]
+    run: type[ImageRun] | type[TrainingRun]
+    """The workflow's argument: the task, and what a continued run goes on with."""
+    result: type[AnyResult]
+    variant: Callable[[Any], str]
+    """Of a task: what its row's `resolution` and the price table's second column name."""
+    summary: Callable[[Any], str]
+    """Of a task: the line that the Temporal UI shows for its run."""
+    collection: str
+    """Where such tasks are started: `POST /api/v1/tasks/{collection}`."""
+
+    submit: str
+    """The activity that makes a job; `get` polls one and `cancel` cancels one."""
+    get: str
+    cancel: str
+    steps: StepRows
+    request: type[BaseModel]
+    """Body of the submit, as history holds it."""
+    accepted: type[JobAccepted] | type[TrainingAccepted]
+    """Reply to the submit."""
+    callback: type[Callback]
+    update: Callable[[Any], JobUpdate]
+    """A callback or a poll's answer, in the words that all scenes share."""
+    job_id_field: str
+    """What ComfyUI's messages and the result call the job's id."""
+    signalled_fields: tuple[str, ...]
+    """Fields of a callback that the workflow is signalled about; a change of another is a tick (contract §2)."""
+
+    eta_minutes: Mapping[str, float]
+    """By priority, before ComfyUI answers (contract §1)."""
+    poll_after_seconds: float
+    poll_at_most_seconds: float
+    cap_minutes: float
+    uncovered_limit: timedelta
+    """How long a task may go on without a hold, where the balance is too short to renew it."""
+    confirms_price: bool = False
+    """Whether it waits to have its price confirmed, where `max_credits` does not cover it."""
+    copies_dataset: bool = False
+    """Whether it copies its dataset before the submit; the copy is deleted when the task ends."""
+
+
+SCENES: Final[Mapping[Scene, SceneSpec]] = {
+    Scene.IMAGE_GENERATE: SceneSpec(
+        scene=Scene.IMAGE_GENERATE,
+        noun="image",
+        scope=Scope.IMAGE_GENERATE,
+        workflow=IMAGE_WORKFLOW,
+        task=ImageTask,
+        run=ImageRun,
+        result=ImageResult,
+        variant=lambda task: str(task.resolution.value),
+        summary=lambda task: f"{task.template_id}, {task.resolution}, {task.priority}, for {task.tenant_id}",
+        collection="images",
+        submit="submit_job",
+        get="get_job",
+        cancel="cancel_job",
+        steps=StepRows(submit="1 submit", estimate="2 agree", settle=5, record=6),
+        request=JobRequest,
+        accepted=JobAccepted,
+        callback=JobCallback,
+        update=JobUpdate.of_job,
+        job_id_field="job_id",
+        signalled_fields=("job_status", "estimated_time", "result_urls", "actual_cost", "error_details"),
+        eta_minutes={TaskPriority.STANDARD: 8.0, TaskPriority.ACCELERATED: 3.0},
+        poll_after_seconds=30,
+        poll_at_most_seconds=120,
+        cap_minutes=24 * 60,
+        uncovered_limit=timedelta(seconds=60),
+    ),
+    Scene.MODEL_TRAIN: SceneSpec(
+        scene=Scene.MODEL_TRAIN,
+        noun="training",
+        scope=Scope.MODEL_TRAIN,
+        workflow=TRAINING_WORKFLOW,
+        task=TrainingTask,
+        run=TrainingRun,
+        result=TrainingResult,
+        variant=lambda task: str(task.base_model),
+        summary=lambda task: (
+            f"{task.template_id} on {task.base_model}, dataset {task.dataset.dataset_id}, {task.priority}, "
+            f"for {task.tenant_id}"
+        ),
+        collection="trainings",
+        submit="create_training",
+        get="get_training",
+        cancel="cancel_training",
+        steps=StepRows(submit="1 create", estimate="3 estimate", settle=6, record=5),
+        request=TrainingDraft,
+        accepted=TrainingAccepted,
+        callback=TrainingCallback,
+        update=JobUpdate.of_training,
+        job_id_field="training_id",
+        signalled_fields=(
+            "training_status",
+            "training_stage",
+            "estimated_time",
+            "gpu_hours",
+            "checkpoint",
+            "output",
+            "error_details",
+        ),
+        eta_minutes={TaskPriority.STANDARD: 45.0, TaskPriority.ACCELERATED: 20.0},
+        poll_after_seconds=300,
+        poll_at_most_seconds=1_800,
+        cap_minutes=30 * 24 * 60,
+        uncovered_limit=timedelta(hours=1),
+        confirms_price=True,
+        copies_dataset=True,
+    ),
+}
+
+SCENE_OF_WORKFLOW: Final[Mapping[str, SceneSpec]] = {spec.workflow: spec for spec in SCENES.values()}
+
+
+def scene_of_message(body: Mapping[str, Any]) -> SceneSpec | None:
+    """The scene whose message or result this is, by the id it holds; None where it holds none.
+
+    Looked up from the last row: the first scene's `job_id` may stand beside another scene's own id.
+    """
+    return next((spec for spec in reversed(list(SCENES.values())) if spec.job_id_field in body), None)
+
+
+def scene_of_callback(callback: Callback) -> SceneSpec:
+    """The scene of a callback that was read."""
+    return next(spec for spec in SCENES.values() if isinstance(callback, spec.callback))
+
+
+def allows_scene(claims: TokenClaims, scene: Scene) -> bool:
+    """Whether a token may call `/api/v1/credits/*` for a task of this scene; a rollback's scope may for any."""
+    return SCENES[scene].scope.value in claims.scopes or Scope.CREDITS_ROLLBACK.value in claims.scopes

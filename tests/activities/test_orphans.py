@@ -1,0 +1,148 @@
+"""What an ended run's history says of its requests: the same answers come to the same outcome as in the run itself."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from temporalio.api.common.v1 import Payload
+from temporalio.api.enums.v1 import EventType as Happened
+from temporalio.api.history.v1 import HistoryEvent
+
+from activities.orphans import HistoryReader
+from comfyui_temporal.contracts.give_back import Orphans
+from comfyui_temporal.contracts.requests import HoldState, RequestOutcome
+from comfyui_temporal.contracts.task_store import TaskRow
+from comfyui_temporal.plugin import DATA_CONVERTER
+from tests.versions.fullest import HANDED_ON, fullest
+
+AT = datetime(2031, 1, 1, 12, tzinfo=UTC)
+HELD = {"pre_deduct_id": "hold-1", "frozen_amount": 24, "balance_after": 76}
+
+
+def refusal(message: str) -> dict[str, Any]:
+    return {"code": "input_invalid", "message": message, "http_status": 422, "sentence": "Refused."}
+
+
+def payload(document: Any) -> Payload:
+    return Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(document).encode())
+
+
+class History:
+    """A run's history as it is read, one call after the other."""
+
+    def __init__(self) -> None:
+        row = TaskRow.model_validate(fullest(Orphans)["row"])
+        self.reader = HistoryReader(Orphans(row=row, how="terminated"), DATA_CONVERTER)
+        self._events = 0
+
+    async def call(self, name: str, argument: Any, answer: dict[str, Any] | None = None) -> None:
+        """A call that the run made; `answer` is None where it got none."""
+        scheduled = self._event(Happened.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED)
+        attributes = scheduled.activity_task_scheduled_event_attributes
+        attributes.activity_type.name = name
+        attributes.input.payloads.append(payload(argument))
+        await self.reader.take(scheduled)
+        if answer is not None:
+            completed = self._event(Happened.EVENT_TYPE_ACTIVITY_TASK_COMPLETED)
+            completed.activity_task_completed_event_attributes.scheduled_event_id = scheduled.event_id
+            completed.activity_task_completed_event_attributes.result.payloads.append(payload(answer))
+            await self.reader.take(completed)
+
+    async def continued_with(self, holds: HoldState) -> None:
+        run = fullest(HANDED_ON["image-run"])
+        run["carried"] |= {"hold": holds.model_dump(mode="json"), "jobs": []}
+        started = self._event(Happened.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED)
+        started.workflow_execution_started_event_attributes.workflow_type.name = "ImageGenerationWorkflow"
+        started.workflow_execution_started_event_attributes.input.payloads.append(payload(run))
+        await self.reader.take(started)
+
+    def _event(self, kind: Happened.ValueType) -> HistoryEvent:
+        self._events += 1
+        event = HistoryEvent(event_id=self._events, event_type=kind)
+        event.event_time.FromDatetime(AT)
+        return event
+
+
+SUBMIT = {**fullest(HANDED_ON["submit-job"]), "key": "task-1:submit:1"}
+HOLD = {**fullest(HANDED_ON["pre-deduct"]), "key": "task-1:pre_deduct:1"}
+CANCEL_JOB = {**fullest(HANDED_ON["job-call"]), "job_id": "job-1"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        (None, RequestOutcome.UNKNOWN),
+        ({"reply": {"job_id": "job-1", "estimated_cost": 24}}, RequestOutcome.MADE),
+        ({"refusal": refusal("job_refused")}, RequestOutcome.REFUSED),
+        ({"not_offered": True}, RequestOutcome.REFUSED),
+        ({"refusal": refusal("task_ended")}, RequestOutcome.REFUSED),
+        ({"refusal": refusal("task_ended"), "tries": 2}, RequestOutcome.UNKNOWN),
+    ],
+    ids=str,
+)
+async def test_a_submit_comes_to_what_its_answer_says(answer: dict[str, Any] | None, outcome: RequestOutcome) -> None:
+    history = History()
+    await history.call("submit_job", SUBMIT, answer)
+    [job] = history.reader.orphans.jobs
+    assert job.outcome is outcome
+    assert (job.request is not None) is (outcome is RequestOutcome.UNKNOWN), "only what may be repeated keeps its body"
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome", "is_sent_again"),
+    [
+        (None, RequestOutcome.UNKNOWN, False),
+        ({"reply": HELD}, RequestOutcome.MADE, False),
+        ({"reply": HELD, "tries": 2}, RequestOutcome.MADE, True),
+        ({"refusal": refusal("insufficient_balance")}, RequestOutcome.REFUSED, False),
+        ({"refusal": refusal("insufficient_balance"), "tries": 2}, RequestOutcome.REFUSED, True),
+        ({"refusal": refusal("task_ended")}, RequestOutcome.REFUSED, False),
+        ({"refusal": refusal("task_ended"), "tries": 2}, RequestOutcome.UNKNOWN, True),
+    ],
+    ids=str,
+)
+async def test_a_hold_comes_to_what_its_answer_says(
+    answer: dict[str, Any] | None, outcome: RequestOutcome, is_sent_again: bool
+) -> None:
+    """One that was sent more than once may stand twice at a service that keeps no keys: the give-back looks for it."""
+    history = History()
+    await history.call("pre_deduct", HOLD, answer)
+    orphans = history.reader.orphans
+    assert [hold.outcome for hold in orphans.holds] == [outcome]
+    assert bool(orphans.asked_again) is is_sent_again
+
+
+async def test_a_hold_that_was_requested_by_two_calls_was_sent_more_than_once() -> None:
+    history = History()
+    await history.call("pre_deduct", HOLD)
+    await history.call("pre_deduct", HOLD, {"reply": HELD})
+    assert history.reader.orphans.asked_again
+
+
+async def test_what_the_runs_before_had_sent_more_than_once_is_remembered() -> None:
+    history = History()
+    await history.continued_with(HoldState(asked_again=1))
+    assert history.reader.orphans.asked_again
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        (None, RequestOutcome.MADE),
+        ({"reply": {"job_id": "job-1"}}, RequestOutcome.ENDED),
+        ({"not_offered": True}, RequestOutcome.ENDED),
+        ({"refusal": refusal("job_not_found")}, RequestOutcome.ENDED),
+        ({"refusal": refusal("idempotency_conflict")}, RequestOutcome.MADE),
+    ],
+    ids=str,
+)
+async def test_a_job_has_ended_once_its_cancel_is_answered(
+    answer: dict[str, Any] | None, outcome: RequestOutcome
+) -> None:
+    history = History()
+    await history.call("submit_job", SUBMIT, {"reply": {"job_id": "job-1", "estimated_cost": 24}})
+    await history.call("cancel_job", CANCEL_JOB, answer)
+    assert [job.outcome for job in history.reader.orphans.jobs] == [outcome]

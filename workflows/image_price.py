@@ -1,0 +1,84 @@
+"""An image's price: compared before it is held, and what is charged for its delivery (contract §5). In points."""
+
+from __future__ import annotations
+
+from comfyui_temporal.contracts.comfyui import JobAccepted, TaskPriority
+from comfyui_temporal.contracts.continuation import JobUpdate, PriceState
+from comfyui_temporal.contracts.credits import EstimateRequest
+from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
+from comfyui_temporal.contracts.prices import UnknownPrice
+from comfyui_temporal.contracts.task_store import RecordedPrices
+from comfyui_temporal.contracts.tasks import ImageTask
+from workflows.credit_hold import CreditHold
+from workflows.failures import TaskFailed
+from workflows.task_limits import TaskLimits
+from workflows.task_record import TaskRecord
+
+
+class ImagePrice:
+    """The job's price, the credits service's estimate and the price table."""
+
+    def __init__(
+        self, task: ImageTask, limits: TaskLimits, hold: CreditHold, record: TaskRecord, state: PriceState
+    ) -> None:
+        self._task = task
+        self._limits = limits
+        self._hold = hold
+        self._record = record
+        self._state = state
+
+    def table(self) -> int:
+        """The table's price. Raises TaskFailed `input_invalid` for an extra that is not offered."""
+        is_accelerated = self._task.priority is TaskPriority.ACCELERATED
+        try:
+            return self._limits.policy.prices.image(
+                resolution=self._task.resolution.value, accelerated=is_accelerated, extras=self._task.extras
+            )
+        except UnknownPrice as error:
+            raise TaskFailed(FailureCode.INPUT_INVALID, f"The input is not valid: {error}.") from None
+
+    async def agree(self, job: JobAccepted, table: int, *, n: int) -> int:
+        """Points to hold: the larger of the job's price and the estimate.
+
+        `n`: the attempt, for the estimate's key. Raises TaskFailed `price_mismatch` above the ceiling, and as
+        `CreditHold.estimate`.
+        """
+        task = self._task
+        request = EstimateRequest(
+            tenant_id=task.tenant_id,
+            user_id=task.user_id,
+            template_id=task.template_id,
+            scene=task.scene,
+            resolution=task.resolution.value,
+            priority=task.priority,
+            extras=self._limits.policy.prices.points_of_extras(task.extras),
+        )
+        estimate = await self._hold.estimate(request, n=n)
+        self._state.job_estimate = job.estimated_cost
+        prices = RecordedPrices(job=job.estimated_cost, estimate=estimate.selected_cost, table=table)
+        self._record.priced(prices, attempt=n)
+        cost = max(job.estimated_cost, estimate.selected_cost)
+        ceiling = task.max_credits or round(self._limits.policy.ceiling_factor * table)
+        if cost > ceiling:
+            raise TaskFailed(
+                FailureCode.PRICE_MISMATCH,
+                f"The job would cost {cost} points, more than the ceiling of {ceiling}; it was cancelled. "
+                "Raise max_credits, or have the prices compared: all three are recorded on the task.",
+            )
+        return cost
+
+    def cost_of(self, delivery: JobUpdate) -> int:
+        """Points to charge (contract §5 *Charged*). Raises TaskFailed `reply_invalid` for a negative cost."""
+        cost = delivery.actual_cost if delivery.actual_cost is not None else self._state.job_estimate
+        if cost < 0:
+            raise TaskFailed(FailureCode.REPLY_INVALID, f"ComfyUI states a cost of {cost} points; nothing is charged.")
+        usable = self._hold.usable
+        if cost > usable:
+            self._record.record_exception(
+                "cost_above_hold",
+                ExceptionCode.COST_ABOVE_HOLD,
+                f"The job cost {cost} points and {usable} are held; no more than the held points are charged.",
+                actual_cost=cost,
+                held=usable,
+            )
+        return min(cost, usable)
