@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Protocol
 
 from pydantic import ConfigDict, Field, JsonValue, StringConstraints, field_validator
 
@@ -18,6 +18,7 @@ from comfyui_temporal.contracts.tasks import (
     CreditsSummary,
     DatasetSource,
     ImageTask,
+    TaskInput,
     TaskStatus,
     TrainingTask,
 )
@@ -50,6 +51,12 @@ def task_id_by_key(tenant_id: str, key: str) -> str:
 def new_task_id(scene: Scene, tenant_id: str, key: str | None) -> str:
     """The id of a task that was ordered without one."""
     return task_id_by_key(tenant_id, key) if key else f"{SCENES[scene].noun}-{secrets.token_hex(8)}"
+
+
+class Order(Protocol):
+    """The body that starts a task of any scene."""
+
+    def task(self, *, tenant_id: str, user_id: str, key: str | None) -> TaskInput: ...
 
 
 class ImageOrder(ImageTask):
@@ -103,7 +110,7 @@ class TrainingOrder(TrainingTask):
         return files if files is not None and len(as_list(files)) > MAX_INLINE_LIST_BYTES else None
 
 
-def _given(order: ImageOrder | TrainingOrder, **ids: str) -> dict[str, Any]:
+def _given(order: TaskInput, **ids: str) -> dict[str, Any]:
     return {name: getattr(order, name) for name in order.model_fields_set} | ids
 
 

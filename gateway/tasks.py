@@ -35,8 +35,8 @@ from comfyui_temporal.runs import RunSeen
 from gateway.problems import FieldProblem, Problem, ProblemCode
 from gateway.task_bodies import (
     EventsQuery,
-    ImageOrder,
     LogQuery,
+    Order,
     TaskFilters,
     TrainingLog,
     TrainingOrder,
@@ -59,7 +59,7 @@ class Tasks:
         self._lists = lists
         self._task_queue = task_queue
 
-    async def start(self, caller: Caller, order: ImageOrder | TrainingOrder, key: str | None) -> tuple[TaskView, bool]:
+    async def start(self, caller: Caller, order: Order, key: str | None) -> tuple[TaskView, bool]:
         """The task, and whether it is new: the same order under the same id or key is one task."""
         _check_own(caller, order)
         task = order.task(tenant_id=caller.tenant_id, user_id=caller.user_id, key=key)
@@ -189,7 +189,7 @@ async def _stored(reading: Awaitable[T]) -> T:
         ) from None
 
 
-def _check_own(caller: Caller, order: ImageOrder | TrainingOrder) -> None:
+def _check_own(caller: Caller, order: Order) -> None:
     """Raises Problem 403 where the body names another tenant or user than the token."""
     for field in ("tenant_id", "user_id"):
         named = getattr(order, field)

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 from temporalio import workflow
 
 from comfyui_temporal.contracts.calls import JobCall, Post
-from comfyui_temporal.contracts.comfyui import JobAccepted, JobRequest, TrainingAccepted, TrainingDraft
 from comfyui_temporal.contracts.continuation import JobUpdate
 from comfyui_temporal.contracts.errors import (
     Answer,
@@ -19,7 +18,8 @@ from comfyui_temporal.contracts.errors import (
     FailureCode,
     Refusal,
 )
-from comfyui_temporal.contracts.requests import RequestedJob, RequestOutcome
+from comfyui_temporal.contracts.requests import JobBody, RequestedJob, RequestOutcome
+from comfyui_temporal.contracts.scenes import Accepted
 from comfyui_temporal.contracts.tasks import EventType
 from workflows.alarm import Alarm
 from workflows.earlier_life import is_key_of_earlier_life
@@ -83,7 +83,7 @@ class Attempts:
         """`n` in the keys of the present attempt's calls."""
         return len(self.asked)
 
-    async def submit(self, request: JobRequest | TrainingDraft) -> JobAccepted | TrainingAccepted:
+    async def submit(self, request: JobBody) -> Accepted:
         """Row 1: request the next job. Raises TaskFailed with the refusal's code, and as `OutsideCall.setup`."""
         while True:
             self._outside.may_begin()
@@ -100,7 +100,7 @@ class Attempts:
             job.is_key_taken = True  # an earlier life used the key: its job is cancelled when the task ends
         if answer.reply is None:
             raise TaskFailed.by_refusal(_refusal_of(answer))
-        accepted: JobAccepted | TrainingAccepted = answer.reply
+        accepted: Accepted = answer.reply
         self._record.job_accepted(job.job_id, accepted.gpu_slots)
         self._clock.estimated(accepted.estimated_time)
         return accepted

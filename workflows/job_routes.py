@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from activities.comfyui import ComfyUIActivities
-from comfyui_temporal.contracts.comfyui import JobState, TrainingState
 from comfyui_temporal.contracts.continuation import JobUpdate
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.scenes import SCENES, SceneSpec
+from comfyui_temporal.contracts.scenes import SCENES, SceneSpec, State
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class JobRoutes:
         """Raises pydantic.ValidationError where the body is no message of this scene."""
         return self.spec.update(self.spec.callback.model_validate(body))
 
-    def update_from_state(self, state: JobState | TrainingState) -> JobUpdate:
+    def update_from_state(self, state: State) -> JobUpdate:
         return self.spec.update(state)
 
 

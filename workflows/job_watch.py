@@ -12,10 +12,10 @@ from temporalio.exceptions import FailureError, is_cancelled_exception
 from temporalio.workflow import ActivityHandle
 
 from comfyui_temporal.contracts.calls import JobCall
-from comfyui_temporal.contracts.comfyui import JobState, TrainingState
 from comfyui_temporal.contracts.continuation import JobUpdate, WatchState
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, FailureCode
 from comfyui_temporal.contracts.outside_json import UnreadableJson, read_json
+from comfyui_temporal.contracts.scenes import State
 from comfyui_temporal.contracts.size_budget import MAX_READ_BYTES, MAX_SIGNAL_BYTES, SMALL_SIGNAL_BYTES
 from comfyui_temporal.contracts.tasks import TaskStatus
 from workflows.failures import TaskFailed, failure_from
@@ -52,7 +52,7 @@ class JobWatch:
         self.state = state
         self._on_update = on_update
         self._inbox = Inbox(state)
-        self._poll: ActivityHandle[Answer[JobState]] | ActivityHandle[Answer[TrainingState]] | None = None
+        self._poll: ActivityHandle[Answer[State]] | None = None
         self._read_bytes = 0
 
     def carry(self) -> WatchState:

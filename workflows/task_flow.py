@@ -5,22 +5,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from temporalio import workflow
 from temporalio.exceptions import ApplicationError
 
-from comfyui_temporal.contracts.continuation import Continuation, ImageRun, JobUpdate, TrainingRun
+from comfyui_temporal.contracts.continuation import Continuation, JobUpdate
 from comfyui_temporal.contracts.policy import Policy
-from comfyui_temporal.contracts.scenes import SCENES
+from comfyui_temporal.contracts.scenes import SCENES, AnyResult, AnyRun
 from comfyui_temporal.contracts.tasks import (
     CALLBACK_SIGNAL,
     CancelTask,
     CancelTaskOutcome,
     CreditsSummary,
-    ImageResult,
     TaskStatus,
-    TrainingResult,
 )
 from workflows.alarm import Alarm
 from workflows.attempts import Attempts
@@ -42,8 +40,8 @@ from workflows.task_limits import TaskLimits
 from workflows.task_record import TaskRecord
 from workflows.undo import Undo
 
-Run = TypeVar("Run", ImageRun, TrainingRun)
-Result = TypeVar("Result", ImageResult, TrainingResult)
+Run = TypeVar("Run", bound=AnyRun)
+Result = TypeVar("Result", bound=AnyResult)
 
 
 class TaskFlow(Generic[Run, Result]):
@@ -129,7 +127,7 @@ class TaskFlow(Generic[Run, Result]):
 
     def argument_of_next_run(self, carried: Continuation) -> Run:
         """The argument of the run that this one continues as."""
-        return self.task.model_copy(update={"carried": carried})
+        return cast("Run", self.task.model_copy(update={"carried": carried}))
 
     def latest(self) -> datetime | None:
         """When the task's time is over. None where it has delivered, read or not: a delivery wins (decision 8)."""

@@ -25,18 +25,16 @@ from comfyui_temporal.client.gateway_errors import task_error, typed_transport_e
 from comfyui_temporal.client.interface import CancelAnswer
 from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.scenes import SCENES
+from comfyui_temporal.contracts.scenes import SCENES, AnyTask
 from comfyui_temporal.contracts.tasks import (
     CancelTask,
     CancelTaskOutcome,
     ConfirmPrice,
     ConfirmPriceOutcome,
     EventType,
-    ImageTask,
     TaskEvent,
     TaskStatus,
     TrainingProgress,
-    TrainingTask,
 )
 from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
 
@@ -94,7 +92,7 @@ class HttpTasks:
         """Close the connections."""
         await self._http.aclose()
 
-    async def start(self, task: ImageTask | TrainingTask) -> StartedTask:
+    async def start(self, task: AnyTask) -> StartedTask:
         """Start a task. The same input under the same task id is one task. Raises TaskExists for another input.
 
         `tenant_id` and `user_id` must be the token's.

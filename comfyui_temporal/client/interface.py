@@ -8,7 +8,8 @@ from typing import Literal, Protocol, Self
 
 from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus, TrainingTask
+from comfyui_temporal.contracts.scenes import AnyTask
+from comfyui_temporal.contracts.tasks import TaskStatus
 
 CancelAnswer = Literal["accepted", "too_late"]
 """`accepted`: the task ends cancelled. `too_late`: it was delivered or ended first."""
@@ -17,7 +18,7 @@ CancelAnswer = Literal["accepted", "too_late"]
 class Tasks(Protocol):
     """Every method raises TaskError (comfyui_temporal.client.errors), whatever the connection beneath it."""
 
-    async def start(self, task: ImageTask | TrainingTask) -> StartedTask:
+    async def start(self, task: AnyTask) -> StartedTask:
         """Start a task. The same input under the same task id is one task. Raises TaskExists for another input."""
 
     def follow(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskUpdate, None]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from datetime import datetime
 
 from comfyui_temporal.contracts.fields import OwnModel
+from comfyui_temporal.contracts.scenes import AnyResult
 from comfyui_temporal.contracts.tasks import (
     CreditsSummary,
-    ImageResult,
     TaskStatus,
     TrainingProgress,
-    TrainingResult,
 )
 
 
@@ -64,7 +63,7 @@ class TaskOutcome(OwnModel):
     code: str | None = None
     """An error code of contract §1, or `terminated`."""
     sentence: str | None = None
-    result: ImageResult | TrainingResult | None = None
+    result: AnyResult | None = None
     ui_url: str | None = None
 
     @property

@@ -15,7 +15,8 @@ from comfyui_temporal.client.interface import CancelAnswer, Tasks
 from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
 from comfyui_temporal.client.temporal_tasks import TemporalTasks
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.tasks import TASK_QUEUE, ImageTask, TaskStatus, TrainingTask
+from comfyui_temporal.contracts.scenes import AnyTask
+from comfyui_temporal.contracts.tasks import TASK_QUEUE, TaskStatus
 
 T = TypeVar("T")
 _NO_MORE: Final = object()
@@ -76,7 +77,7 @@ class SyncTasks(AbstractContextManager["SyncTasks"]):
         with self._opened:
             portal.call(tasks.aclose)
 
-    def start(self, task: ImageTask | TrainingTask) -> StartedTask:
+    def start(self, task: AnyTask) -> StartedTask:
         """See `Tasks.start`."""
         portal, tasks = self._running()
         return portal.call(tasks.start, task)

@@ -29,7 +29,7 @@ from comfyui_temporal.client.run_outcome import ended_as
 from comfyui_temporal.client.submission import RPC_TIMEOUT, start_task
 from comfyui_temporal.client.temporal_errors import typed_errors
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.scenes import SCENE_OF_WORKFLOW
+from comfyui_temporal.contracts.scenes import SCENE_OF_WORKFLOW, AnyTask
 from comfyui_temporal.contracts.tasks import (
     SEARCH_ATTRIBUTES,
     TASK_QUEUE,
@@ -39,10 +39,8 @@ from comfyui_temporal.contracts.tasks import (
     ConfirmPrice,
     ConfirmPriceOutcome,
     CreditsSummary,
-    ImageTask,
     TaskStatus,
     TrainingProgress,
-    TrainingTask,
     workflow_id_of,
 )
 from comfyui_temporal.plugin import TaskPayloadConverter
@@ -80,7 +78,7 @@ class TemporalTasks:
     async def aclose(self) -> None:
         """Nothing to close: the client is the caller's."""
 
-    async def start(self, task: ImageTask | TrainingTask) -> StartedTask:
+    async def start(self, task: AnyTask) -> StartedTask:
         """Start a task. The same input under the same task id is one task. Raises TaskExists for another input."""
         with typed_errors(self.client):
             started = await start_task(self.client, task, task_queue=self.task_queue)

@@ -16,6 +16,7 @@ from comfyui_temporal.command_line.failures import ExitCode
 from comfyui_temporal.command_line.reports import print_json
 from comfyui_temporal.command_line.server import find_server, user_of
 from comfyui_temporal.command_line.settings import CommandSettings, read_settings
+from comfyui_temporal.contracts.scenes import AnyTask
 from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
 
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Start the task and return; `watch` follows it.")]
@@ -197,7 +198,7 @@ def _hyperparameters(from_file: Any, chosen: dict[str, Any]) -> Any:
     return from_file | chosen if isinstance(from_file, dict) else from_file
 
 
-async def _start(task: ImageTask | TrainingTask, *, no_wait: bool, as_json: bool) -> ExitCode:
+async def _start(task: AnyTask, *, no_wait: bool, as_json: bool) -> ExitCode:
     async with connection(read_settings(CommandSettings)) as opened:
         for check in checks_before_start:
             await check(opened)

@@ -28,6 +28,9 @@ from comfyui_temporal.contracts.fields import Instant, OwnModel
 from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
 from comfyui_temporal.contracts.tasks import SettlementState
 
+JobBody = JobRequest | TrainingDraft
+"""Body of a submit, as history holds it."""
+
 
 class RequestOutcome(StrEnum):
     """What came of a request."""
@@ -71,7 +74,7 @@ class RequestedJob(Requested):
 
     attempt: int
     key: str
-    request: JobRequest | TrainingDraft | None = None
+    request: JobBody | None = None
     """The body. Only a repeat of an unanswered request needs it; later it is dropped, and not carried on."""
     asked_at: Instant
     job_id: str | None = None

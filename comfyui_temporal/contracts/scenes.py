@@ -18,10 +18,12 @@ from comfyui_temporal.contracts.comfyui import (
     JobAccepted,
     JobCallback,
     JobRequest,
+    JobState,
     TaskPriority,
     TrainingAccepted,
     TrainingCallback,
     TrainingDraft,
+    TrainingState,
 )
 from comfyui_temporal.contracts.continuation import ImageRun, JobUpdate, TrainingRun
 from comfyui_temporal.contracts.permissions import Scene, Scope, TokenClaims
@@ -35,7 +37,10 @@ from comfyui_temporal.contracts.tasks import (
 )
 
 AnyTask = ImageTask | TrainingTask
+AnyRun = ImageRun | TrainingRun
 AnyResult = ImageResult | TrainingResult
+Accepted = JobAccepted | TrainingAccepted
+State = JobState | TrainingState
 Callback = JobCallback | TrainingCallback
 
 
@@ -61,7 +66,7 @@ class SceneSpec:
 
     workflow: str
     task: type[AnyTask]
-    run: type[ImageRun] | type[TrainingRun]
+    run: type[AnyRun]
     """The workflow's argument: the task, and what a continued run goes on with."""
     result: type[AnyResult]
     variant: Callable[[Any], str]
@@ -78,7 +83,7 @@ class SceneSpec:
     steps: StepRows
     request: type[BaseModel]
     """Body of the submit, as history holds it."""
-    accepted: type[JobAccepted] | type[TrainingAccepted]
+    accepted: type[Accepted]
     """Reply to the submit."""
     callback: type[Callback]
     update: Callable[[Any], JobUpdate]
