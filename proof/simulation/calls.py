@@ -20,13 +20,12 @@ from temporalio.api.failure.v1 import (
     Failure,
     TimeoutFailureInfo,
 )
-from temporalio.bridge.proto import activity_result
-from temporalio.bridge.proto.workflow_commands import ScheduleActivity, ScheduleLocalActivity
 
 from comfyui_temporal.contracts.errors import Answer, FailureCode
 from proof.simulation.agenda import Agenda, Happening
 from proof.simulation.hosted_run import payload_of
 from proof.simulation.parties import CallRefused, Parties
+from proof.simulation.sdk import ScheduleActivity, ScheduleLocalActivity, activity_result
 from proof.simulation.store_model import Caller
 from proof.simulation.trace import Trace
 from proof.simulation.weather import Attempt, Spoiled, Weather

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-import temporalio.bridge.proto.workflow_activation as activation_api
 from temporalio.api.common.v1 import Payload
-from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
-from temporalio.bridge.proto.workflow_commands import WorkflowCommand
 
 from proof.simulation.agenda import Happening
 from proof.simulation.calls import Call, Resolution
 from proof.simulation.hosted_run import Activation, HostedRun, RunIdentity, TaskFailed
+from proof.simulation.sdk import WorkflowActivationJob, WorkflowCommand, activation_api
 from proof.simulation.trace import command_said, job_said
 
 CLOSING: Final = frozenset(

@@ -8,24 +8,29 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-import temporalio.bridge.proto.workflow_activation as activation_api
 from temporalio import workflow
 from temporalio.api.common.v1 import Payload, Payloads
-from temporalio.bridge.proto.workflow_activation import WorkflowActivation, WorkflowActivationJob
-from temporalio.bridge.proto.workflow_commands import WorkflowCommand
 from temporalio.common import MetricMeter, Priority, TypedSearchAttributes
 from temporalio.worker import UnsandboxedWorkflowRunner
-from temporalio.worker._workflow_instance import WorkflowInstance, WorkflowInstanceDetails
 
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from comfyui_temporal.plugin import DATA_CONVERTER
+from proof.simulation.sdk import (
+    WorkflowActivation,
+    WorkflowActivationJob,
+    WorkflowCommand,
+    WorkflowInstance,
+    WorkflowInstanceDetails,
+    activation_api,
+    payload_converter_factory,
+    workflow_definition,
+)
 from workflows.image_generation import ImageGenerationWorkflow
 from workflows.training import TrainingWorkflow
 
 CONVERTER: Final = DATA_CONVERTER.payload_converter
 DEFINITIONS: Final = {
-    definition.name: definition
-    for definition in map(workflow._Definition.must_from_class, (ImageGenerationWorkflow, TrainingWorkflow))
+    definition.name: definition for definition in map(workflow_definition, (ImageGenerationWorkflow, TrainingWorkflow))
 }
 _EXTERN_FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
     "__temporal_assert_local_activity_valid": lambda _name: None,
@@ -126,7 +131,7 @@ def _made(details: WorkflowInstanceDetails) -> WorkflowInstance:
 
 def _details(identity: RunIdentity) -> WorkflowInstanceDetails:
     return WorkflowInstanceDetails(
-        payload_converter_factory=DATA_CONVERTER._new_payload_converter,
+        payload_converter_factory=payload_converter_factory(DATA_CONVERTER),
         failure_converter_class=DATA_CONVERTER.failure_converter_class,
         interceptor_classes=[],
         defn=DEFINITIONS[identity.workflow_type],

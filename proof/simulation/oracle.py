@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
-
 from comfyui_temporal.contracts.comfyui import JobStatus, TrainingStage
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
 from comfyui_temporal.contracts.task_store import Fact, TaskState
@@ -40,6 +38,7 @@ from proof.simulation.parties import Parties
 from proof.simulation.price_rules import Prices
 from proof.simulation.record_rules import RecordRules
 from proof.simulation.scenario import PLENTY, Scenario
+from proof.simulation.sdk import WorkflowActivationJob
 from proof.simulation.server import Server
 from proof.simulation.settlement_rules import SettlementRules
 from proof.simulation.truth import World, must

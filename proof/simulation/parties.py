@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from temporalio import activity
 from temporalio.api.common.v1 import Payload
 
 from activities.comfyui import ComfyUIActivities
@@ -21,6 +20,7 @@ from proof.simulation.credits_model import ActedAndFailed, CreditsModel
 from proof.simulation.hosted_run import CONVERTER
 from proof.simulation.image_jobs import ImageJobs
 from proof.simulation.life_gate import LifeGate, StoreAway
+from proof.simulation.sdk import activity_definition
 from proof.simulation.store_model import Caller, StoreModel, StoreRefused
 from proof.simulation.trainings import Trainings
 from proof.simulation.weather import Party
@@ -37,7 +37,7 @@ def _definitions() -> dict[str, tuple[Party, list[type]]]:
     found = {}
     for party, holder in _HOLDERS.items():
         for method in vars(holder).values():
-            definition = activity._Definition.from_callable(method) if callable(method) else None
+            definition = activity_definition(method) if callable(method) else None
             if definition is not None and definition.name is not None:
                 found[definition.name] = (party, definition.arg_types or [])
     return found

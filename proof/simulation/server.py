@@ -17,10 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-import temporalio.bridge.proto.workflow_activation as activation_api
 from temporalio.api.common.v1 import Payload
-from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
-from temporalio.bridge.proto.workflow_commands import WorkflowCommand
 
 from comfyui_temporal.contracts.size_budget import SERVER_PAYLOAD_BYTES
 from proof.simulation.agenda import Agenda
@@ -38,6 +35,7 @@ from proof.simulation.history import (
 )
 from proof.simulation.hosted_run import Activation, HostedRun, RunIdentity, TaskFailed
 from proof.simulation.parties import Parties
+from proof.simulation.sdk import WorkflowActivationJob, WorkflowCommand, activation_api
 from proof.simulation.timers import Timers
 from proof.simulation.trace import Trace, command_said, job_said
 from proof.simulation.weather import Weather

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from temporalio.bridge.proto.workflow_activation import FireTimer, WorkflowActivationJob
-from temporalio.bridge.proto.workflow_commands import StartTimer
-
 from proof.simulation.agenda import Agenda, Happening
+from proof.simulation.sdk import StartTimer, WorkflowActivationJob, activation_api
 
 
 class Timers:
@@ -23,7 +21,7 @@ class Timers:
 
         def ring() -> None:
             if self._open.pop(timer.seq, None) is not None:
-                self._rung(WorkflowActivationJob(fire_timer=FireTimer(seq=timer.seq)))
+                self._rung(WorkflowActivationJob(fire_timer=activation_api.FireTimer(seq=timer.seq)))
 
         seconds = timer.start_to_fire_timeout.ToTimedelta().total_seconds()
         self._open[timer.seq] = self._agenda.at(began_at + seconds, ring)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from temporalio.api.common.v1 import Payload
-from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
-from temporalio.bridge.proto.workflow_commands import WorkflowCommand
 
 from proof.simulation.agenda import BEGINNING, Agenda
+from proof.simulation.sdk import WorkflowActivationJob, WorkflowCommand
 
 
 class Trace:

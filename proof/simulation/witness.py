@@ -6,8 +6,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
-
 from comfyui_temporal.contracts.calls import JobCall
 from comfyui_temporal.contracts.comfyui import Checkpoint, JobState, TrainingState
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails
@@ -16,6 +14,7 @@ from comfyui_temporal.contracts.tasks import ConfirmPrice
 from proof.simulation.calls import Call
 from proof.simulation.comfyui_model import id_of
 from proof.simulation.hosted_run import CONVERTER
+from proof.simulation.sdk import WorkflowActivationJob
 
 State = JobState | TrainingState
 SUBMITS = frozenset({"submit_job", "create_training"})
