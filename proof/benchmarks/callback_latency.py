@@ -29,14 +29,15 @@ import psutil
 from temporalio import activity, workflow
 from temporalio.client import Client
 from temporalio.service import RPCError
-from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from proof.benchmarks.burst import stack
 from proof.benchmarks.servers import seconds_of
 from runtime.logs import configure_logs
+from runtime.settings import Settings
 from tests.conftest import unique
 from tests.gateway.serving import GatewayProcess, Wire, bearer, gateway_process, tick, token_for
 from tests.workflows.platform import Platform, task_id_of
+from worker import make_worker
 
 SECONDS_BETWEEN = 1.2
 WIRES = 16
@@ -97,13 +98,7 @@ async def bare_signals(client: Client, *, targets: int, per_second: float, secon
         spans.setdefault(number, time.monotonic() - sent_at[number])
 
     queue = unique("bare")
-    async with Worker(
-        client,
-        task_queue=queue,
-        workflows=[BareSignals],
-        activities=[arrived],
-        workflow_runner=UnsandboxedWorkflowRunner(),
-    ):
+    async with make_worker(client, Settings(_env_file=None, task_queue=queue), [arrived], [BareSignals]):
         handles = [
             await client.start_workflow("BareSignals", id=unique("bare"), task_queue=queue) for _ in range(targets)
         ]

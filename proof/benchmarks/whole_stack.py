@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import statistics
 import tempfile
 import time
@@ -25,7 +24,9 @@ from standardwebhooks import Webhook
 from local_stack.background import start_stack
 from local_stack.folder import RunFolder, StackFailure
 from local_stack.parts import SETTINGS_PREFIX
-from proof.soak.site import Site, opened_site
+from proof.site.parts import SupervisedParts
+from proof.site.recorder import frames
+from proof.site.site import Site
 
 TENANT: Final = "tenant-demo"
 SPEED: Final = 100.0
@@ -74,7 +75,7 @@ async def measure(probes: int, kills: int) -> Waits:
         if stack is None or description is None:
             raise StackFailure("The stack did not start.")
         try:
-            async with opened_site(folder, description) as site:
+            async with Site.connected(folder, description) as site:
                 return await _waits(site, probes, kills)
         finally:
             await asyncio.to_thread(stack.end)
@@ -134,9 +135,8 @@ async def _told(site: Site) -> AsyncIterator[News]:
             "GET", "/api/v1/tasks/stream/sse", params=params, headers=headers, timeout=None
         ) as response:
             is_open.set()
-            async for line in response.aiter_lines():
-                if line.startswith("data: "):
-                    news.add(json.loads(line[6:]))
+            async for _, event in frames(response):
+                news.add(event)
 
     reading = asyncio.create_task(read())
     await is_open.wait()
@@ -178,14 +178,12 @@ async def _callbacks(site: Site, news: News, task_id: str, count: int) -> list[f
 
 async def _kills(site: Site, news: News, count: int) -> tuple[list[float], list[float]]:
     """The worker killed in the midst of many tasks, again and again."""
-    back, next_event = [], []
+    parts, back, next_event = SupervisedParts(site), list[float](), list[float]()
     for number in range(count):
         for n in range(OPEN_AT_A_KILL):
             await _order(site, f"kill-{number}-{n}")
-        worker = site.process("worker")
-        worker.send_signal(signal.SIGKILL)
         killed = time.monotonic()
-        await site.until_back("worker", gone=worker.pid)
+        await parts.restart("worker")
         polls = time.monotonic()
         told = await news.instant(lambda event: "seq" in event, after=polls)
         back.append(polls - killed)

@@ -15,10 +15,11 @@ from temporalio.service import RPCError
 from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.kill_points.gates import AFTER_EFFECT, BEFORE_REPORT
 from proof.kill_points.instants import Instant
-from proof.kill_points.site import CREDITS_ROUTES, OUTSIDE_ERRORS, Site, until
+from proof.kill_points.site import CREDITS_ROUTES, RoundSite
 from proof.kill_points.ways import Act, ask_to_cancel, finish, grow_dearer
+from proof.site.waiting import OUTSIDE_ERRORS, until
 
-Strike = Callable[[Site, Sequence[str]], Awaitable[datetime]]
+Strike = Callable[[RoundSite, Sequence[str]], Awaitable[datetime]]
 
 OUT_SECONDS: Final = 1.0
 """How long a part other than the worker stays away."""
@@ -40,7 +41,7 @@ class Kind:
     """Runs end without their own clean-up: the reconciler's turn."""
 
 
-async def _loosen(site: Site) -> None:
+async def _loosen(site: RoundSite) -> None:
     """Nothing is kept waiting, or goes wrong, any more. Both services have to be there."""
     site.gates.open_all()
     await site.admin.remove_faults()
@@ -51,31 +52,31 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-async def worker_killed(site: Site, task_ids: Sequence[str]) -> datetime:
-    await site.stack.kill("worker")
+async def worker_killed(site: RoundSite, task_ids: Sequence[str]) -> datetime:
+    await site.parts.kill("worker")
     await _loosen(site)
-    await site.stack.start("worker")
+    await site.parts.start("worker")
     return _now()
 
 
-async def worker_stopped(site: Site, task_ids: Sequence[str]) -> datetime:
+async def worker_stopped(site: RoundSite, task_ids: Sequence[str]) -> datetime:
     """SIGTERM: the calls in flight may end meanwhile."""
-    stopping = asyncio.create_task(site.stack.kill("worker", signal.SIGTERM))
+    stopping = asyncio.create_task(site.parts.kill("worker", signal.SIGTERM))
     await asyncio.sleep(SETTLE_SECONDS)
     await _loosen(site)
     await stopping
-    await site.stack.start("worker")
+    await site.parts.start("worker")
     return _now()
 
 
 def part_killed(part: str) -> Strike:
     """The tasks go on meanwhile, as far as they can."""
 
-    async def strike(site: Site, task_ids: Sequence[str]) -> datetime:
-        await site.stack.kill(part)
+    async def strike(site: RoundSite, task_ids: Sequence[str]) -> datetime:
+        await site.parts.kill(part)
         site.gates.open_all()
         await asyncio.sleep(OUT_SECONDS)
-        await site.stack.start(part)
+        await site.parts.start(part)
         back = _now()
         await _loosen(site)
         return back
@@ -83,13 +84,13 @@ def part_killed(part: str) -> Strike:
     return strike
 
 
-async def reply_lost(site: Site, task_ids: Sequence[str]) -> datetime:
+async def reply_lost(site: RoundSite, task_ids: Sequence[str]) -> datetime:
     """Done by a fault, or in the worker, when each task came there."""
     await _loosen(site)
     return _now()
 
 
-async def cancelled(site: Site, task_ids: Sequence[str]) -> datetime:
+async def cancelled(site: RoundSite, task_ids: Sequence[str]) -> datetime:
     """In turn by the update and by a Temporal cancellation."""
     await _ask_all_to_cancel(site, task_ids)
     await asyncio.sleep(SETTLE_SECONDS)
@@ -97,7 +98,7 @@ async def cancelled(site: Site, task_ids: Sequence[str]) -> datetime:
     return _now()
 
 
-async def terminated(site: Site, task_ids: Sequence[str]) -> datetime:
+async def terminated(site: RoundSite, task_ids: Sequence[str]) -> datetime:
     """Calls in flight go on after it, until their worker hears that nobody waits for them."""
     for task_id in task_ids:
         with contextlib.suppress(RPCError):
@@ -106,7 +107,7 @@ async def terminated(site: Site, task_ids: Sequence[str]) -> datetime:
     return _now()
 
 
-async def terminated_then_worker_killed(site: Site, task_ids: Sequence[str]) -> datetime:
+async def terminated_then_worker_killed(site: RoundSite, task_ids: Sequence[str]) -> datetime:
     """The worker is killed while it gives back what the terminated runs left."""
     await terminated(site, task_ids)
 
@@ -115,12 +116,12 @@ async def terminated_then_worker_killed(site: Site, task_ids: Sequence[str]) -> 
         return any(row is not None and row.ended_at is not None for row in rows)
 
     await until(is_begun, "the first that is given back", seconds=GIVE_BACK_SECONDS)
-    await site.stack.kill("worker")
-    await site.stack.start("worker")
+    await site.parts.kill("worker")
+    await site.parts.start("worker")
     return _now()
 
 
-async def _ask_all_to_cancel(site: Site, task_ids: Sequence[str]) -> None:
+async def _ask_all_to_cancel(site: RoundSite, task_ids: Sequence[str]) -> None:
     for number, task_id in enumerate(task_ids):
         if number % 2:
             with contextlib.suppress(RPCError):
@@ -132,23 +133,23 @@ async def _ask_all_to_cancel(site: Site, task_ids: Sequence[str]) -> None:
 def worker_killed_then(act: Act) -> Strike:
     """The worker is killed; before it is started again something happens to each task."""
 
-    async def strike(site: Site, task_ids: Sequence[str]) -> datetime:
-        await site.stack.kill("worker")
+    async def strike(site: RoundSite, task_ids: Sequence[str]) -> datetime:
+        await site.parts.kill("worker")
         await _loosen(site)
         for task_id in task_ids:
             with contextlib.suppress(*OUTSIDE_ERRORS):
                 await act(site, task_id)
-        await site.stack.start("worker")
+        await site.parts.start("worker")
         return _now()
 
     return strike
 
 
-async def worker_killed_then_cancelled(site: Site, task_ids: Sequence[str]) -> datetime:
-    await site.stack.kill("worker")
+async def worker_killed_then_cancelled(site: RoundSite, task_ids: Sequence[str]) -> datetime:
+    await site.parts.kill("worker")
     await _loosen(site)
     await _ask_all_to_cancel(site, task_ids)
-    await site.stack.start("worker")
+    await site.parts.start("worker")
     return _now()
 
 

@@ -13,11 +13,12 @@ from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TASK_QUEUE, TRAININ
 from proof.kill_points.gates import AFTER_EFFECT, BEFORE_REPORT
 from proof.kill_points.instants import Instant
 from proof.kill_points.kinds import Kind
-from proof.kill_points.oracle import Ending, judged
-from proof.kill_points.recorder import Recorder
-from proof.kill_points.site import OUTSIDE_ERRORS, Site, key_of, until
+from proof.kill_points.oracle import Ending, judge_all
+from proof.kill_points.site import TENANT, RoundSite, key_of
 from proof.kill_points.ways import task_of
 from proof.simulators.admin_wire import Fault
+from proof.site.recorder import Recorder
+from proof.site.waiting import OUTSIDE_ERRORS, until
 
 STARTS_AT_ONCE: Final = 8
 REACH_SECONDS: Final = 90.0
@@ -68,10 +69,10 @@ class Clock:
         return ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.laps.items())
 
 
-async def run_round(site: Site, kind: Kind, instants: Sequence[Instant], number: int, clock: Clock) -> list[Cell]:
+async def run_round(site: RoundSite, kind: Kind, instants: Sequence[Instant], number: int, clock: Clock) -> list[Cell]:
     """Every cell with its problems; none is ok."""
     await site.admin.reset()
-    await site.furnish()
+    await site.set_up()
     site.gates.forget()
     recorder = Recorder(site)
     cells = [Cell(instant, kind, f"kp-{number}-{n}") for n, instant in enumerate(instants, start=1)]
@@ -84,20 +85,20 @@ async def run_round(site: Site, kind: Kind, instants: Sequence[Instant], number:
         clock.lap("struck")
         await asyncio.gather(*(_after(site, cell) for cell in cells))
         await _all_ended(site, cells)
-        await recorder.finish(seconds=STREAM_SECONDS)
+        await recorder.finish(STREAM_SECONDS)
         clock.lap("ended")
-        await judged(site, [_ending(cell, recorder, back) for cell in cells])
+        await judge_all(site, [_ending(cell, recorder, back) for cell in cells])
         clock.lap("judged")
     except OUTSIDE_ERRORS as failure:
         for cell in cells:
             cell.problems.append(f"the round was broken off: {type(failure).__name__} {failure}")
     finally:
         site.gates.open_all()
-        await recorder.finish(seconds=0)
+        await recorder.finish(0)
     return cells
 
 
-async def _all_reached(site: Site, cells: Sequence[Cell], recorder: Recorder) -> list[Cell]:
+async def _all_reached(site: RoundSite, cells: Sequence[Cell], recorder: Recorder) -> list[Cell]:
     """Those that stand in their instants; of the others that is the problem."""
     turn = asyncio.Semaphore(STARTS_AT_ONCE)
 
@@ -105,7 +106,7 @@ async def _all_reached(site: Site, cells: Sequence[Cell], recorder: Recorder) ->
         try:
             async with turn:
                 await _prepare(site, cell)
-                recorder.follow(cell.task_id)
+                recorder.follow(TENANT, cell.task_id)
                 await _start(site, cell)
             await cell.instant.way.lead(site, cell.task_id)
             await until(lambda: _is_reached(site, cell), "its instant", seconds=REACH_SECONDS, look_seconds=0.2)
@@ -116,7 +117,7 @@ async def _all_reached(site: Site, cells: Sequence[Cell], recorder: Recorder) ->
     return [cell for cell in cells if not cell.problems]
 
 
-async def _prepare(site: Site, cell: Cell) -> None:
+async def _prepare(site: RoundSite, cell: Cell) -> None:
     instant, task_id = cell.instant, cell.task_id
     await instant.way.before(site, task_id)
     if instant.gate is None:
@@ -130,7 +131,7 @@ async def _prepare(site: Site, cell: Cell) -> None:
     site.gates.close(task_id, gate)
 
 
-async def _hold_up_reply(site: Site, cell: Cell, kind: str) -> Fault:
+async def _hold_up_reply(site: RoundSite, cell: Cell, kind: str) -> Fault:
     gate = cell.instant.gate
     assert gate is not None
     n = int(gate.about.rpartition(":")[2]) if ":" in gate.about else 1
@@ -142,7 +143,7 @@ async def _hold_up_reply(site: Site, cell: Cell, kind: str) -> Fault:
     return await site.service_of(gate.call).fault(kind, **given)
 
 
-async def _start(site: Site, cell: Cell) -> None:
+async def _start(site: RoundSite, cell: Cell) -> None:
     task = task_of(site, cell.instant.scene, cell.task_id, cell.instant.way)
     await site.client.start_workflow(
         IMAGE_WORKFLOW if cell.instant.scene == "image" else TRAINING_WORKFLOW,
@@ -153,7 +154,7 @@ async def _start(site: Site, cell: Cell) -> None:
     )
 
 
-async def _is_reached(site: Site, cell: Cell) -> bool:
+async def _is_reached(site: RoundSite, cell: Cell) -> bool:
     if cell.fault is not None:
         return cell.fault in await site.hits()
     if cell.is_reached_in_worker:
@@ -162,12 +163,12 @@ async def _is_reached(site: Site, cell: Cell) -> bool:
     return await cell.instant.way.parked(site, cell.task_id)
 
 
-async def _note_tries(site: Site, cell: Cell) -> None:
+async def _note_tries(site: RoundSite, cell: Cell) -> None:
     described = (await site.handle(cell.task_id).describe()).raw_description
     cell.is_first_try = all(pending.attempt <= 1 for pending in described.pending_activities)
 
 
-async def _approach(site: Site, cells: Sequence[Cell]) -> None:
+async def _approach(site: RoundSite, cells: Sequence[Cell]) -> None:
     """What is done a stated time before the blow, the earliest first."""
     ways = sorted(
         (cell for cell in cells if cell.instant.way.approach is not None),
@@ -180,7 +181,7 @@ async def _approach(site: Site, cells: Sequence[Cell]) -> None:
         await asyncio.sleep((leads[n] - leads[n + 1]) / 1000)
 
 
-async def _after(site: Site, cell: Cell) -> None:
+async def _after(site: RoundSite, cell: Cell) -> None:
     """A life that needs a push goes on; one that is over by now needs none."""
     try:
         await until(lambda: _pushed(site, cell), "a push", seconds=10)
@@ -188,12 +189,12 @@ async def _after(site: Site, cell: Cell) -> None:
         cell.problems.append(str(failure))
 
 
-async def _pushed(site: Site, cell: Cell) -> bool:
+async def _pushed(site: RoundSite, cell: Cell) -> bool:
     await cell.instant.way.after(site, cell.task_id)
     return True
 
 
-async def _all_ended(site: Site, cells: Sequence[Cell]) -> None:
+async def _all_ended(site: RoundSite, cells: Sequence[Cell]) -> None:
     waiting = {cell.task_id: cell for cell in cells}
 
     async def none_left() -> bool:
@@ -209,7 +210,7 @@ async def _all_ended(site: Site, cells: Sequence[Cell]) -> None:
             cell.problems.append(f"it has not ended within {END_SECONDS:g} s")
 
 
-async def _has_ended(site: Site, task_id: str, *, may_lack_row: bool) -> bool:
+async def _has_ended(site: RoundSite, task_id: str, *, may_lack_row: bool) -> bool:
     row = await site.row(task_id)
     if row is None:
         # Terminated before it claimed its id: nothing was begun. A claim in flight has landed by then.
@@ -226,7 +227,7 @@ def _ending(cell: Cell, recorder: Recorder, back: datetime) -> Ending:
         may_end=cell.may_end,
         jobs=cell.instant.way.jobs if not cell.kind.may_end else None,
         ends_runs=cell.kind.ends_runs,
-        told=recorder.told.get(cell.task_id, []),
+        streamed=recorder.received.get(cell.task_id, []),
         back=back.astimezone(UTC),
         problems=cell.problems,
         recovered=lambda seconds: setattr(cell, "recovery_seconds", seconds),

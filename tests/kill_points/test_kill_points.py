@@ -14,13 +14,14 @@ from proof.kill_points.__main__ import chosen_instants, struck
 from proof.kill_points.gates import BEFORE_SEND, Gate
 from proof.kill_points.instants import ROUTES, all_instants
 from proof.kill_points.kinds import KINDS, Kind
-from proof.kill_points.oracle import Ending, judged
+from proof.kill_points.oracle import Ending, judge_all
 from proof.kill_points.report import failures, table
 from proof.kill_points.rounds import Cell
-from proof.kill_points.site import Site, opened_site, until
+from proof.kill_points.site import RoundSite, opened_site
 from proof.kill_points.stack import KillableStack
 from proof.kill_points.ways import PLAIN, WAITING, task_of
 from proof.simulators.credits_profile import CONTRACT, FIELD, CreditsProfile
+from proof.site.waiting import until
 
 FEW = (
     "image: submit_job, after effect",
@@ -81,13 +82,13 @@ async def test_the_oracle_sees_a_hold_that_stands_and_a_job_that_runs(folder: Pa
     """An open task judged as if it had ended."""
     async with opened_site(KillableStack(folder / "run")) as site:
         problems = await _judged_while_open(site)
-    assert any("holds still stand" in problem for problem in problems), problems
+    assert any("holds are still open" in problem for problem in problems), problems
     assert any("jobs still run" in problem for problem in problems), problems
     assert any("its row is open" in problem for problem in problems), problems
-    assert any("the stream was told" in problem for problem in problems), problems
+    assert any("the stream lacks" in problem for problem in problems), problems
 
 
-async def _judged_while_open(site: Site) -> list[str]:
+async def _judged_while_open(site: RoundSite) -> list[str]:
     task_id = "kp-open"
     await WAITING.before(site, task_id)
     await site.client.start_workflow(
@@ -101,12 +102,12 @@ async def _judged_while_open(site: Site) -> list[str]:
         may_end=frozenset({TaskStatus.COMPLETED}),
         jobs=1,
         ends_runs=False,
-        told=[],
+        streamed=[],
         back=datetime.now(UTC),
         problems=[],
         recovered=lambda _: None,
     )
-    await judged(site, [ending])
+    await judge_all(site, [ending])
     return ending.problems
 
 
