@@ -85,7 +85,9 @@ def _wanted(everywhere: list[Mutation], options: argparse.Namespace) -> list[Mut
 
 def _judged(wanted: list[Mutation], options: argparse.Namespace) -> list[report.Judged]:
     """Each with its verdict, in order; what was judged before is not judged again."""
-    everything = fingerprint(*FOLDERS, CONTRACTS, "store", "proof/simulation", "proof/simulators", "tests")
+    everything = fingerprint(
+        *FOLDERS, CONTRACTS, "store", "proof/checks", "proof/simulation", "proof/simulators", "tests"
+    )
     effort = Effort(seeds=options.seeds_each, test_seconds=0.0 if options.quick else options.test_seconds)
     verdicts = Verdicts(FOLDER / "verdicts.jsonl", f"{everything} {effort} {options.tests}")
     waiting = [mutation for mutation in wanted if verdicts.of(mutation) is None]
@@ -136,7 +138,11 @@ def _seeds(count: int) -> dict[Block, list[Seed]]:
         )
         return found
 
-    found = kept(FOLDER / f"reach-seeds-{count}.json", fingerprint(*FOLDERS, CONTRACTS, "proof/simulation"), played)
+    found = kept(
+        FOLDER / f"reach-seeds-{count}.json",
+        fingerprint(*FOLDERS, CONTRACTS, "proof/checks", "proof/simulation"),
+        played,
+    )
     seeds = {block: [Seed(*parts) for parts in some] for block, some in found.items()}
     failed = count - len(seeds.get(EVERYWHERE, []))
     if failed > 0:

@@ -8,7 +8,9 @@ milliseconds, and the same number always gives the same schedule.
     weather.py         what goes wrong, and until when
     scenario.py        one seed's task, payer and people
     hosted_run.py      one workflow run on a worker: activated, replayed, evicted (temporalio's own workflow runner)
-    server.py          what Temporal's server and the worker's core do: workflow tasks, timers, continue-as-new
+    server.py          the runs of one workflow id: messages, resets, continue-as-new, the end
+    live_run.py        one run as server and worker play it: workflow tasks, timers, replay
+    sdk.py             all that is used of temporalio's private modules, for one version
     history.py         a run's history, and what is left of it when it is reset
     timers.py          the timers of one run
     versions.py        what a worker of another release hands on

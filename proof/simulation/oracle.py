@@ -85,8 +85,8 @@ class Oracle:
         """What was charged, and the row, when a run was reset whose task had ended."""
         self.cancels: dict[str, bool] = {}
         """Cancel → whether Temporal's."""
-        server.on_recorded = self.task_recorded
-        server.on_scheduled = self.call_scheduled
+        server.environment.on_recorded = self.task_recorded
+        server.environment.on_scheduled = self.call_scheduled
         parties.store.on_event = self.event_written
 
     @property

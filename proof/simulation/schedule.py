@@ -20,6 +20,7 @@ from proof.simulation.credits_model import CreditsModel
 from proof.simulation.hosted_run import RunIdentity, TaskFailed, payload_of
 from proof.simulation.image_jobs import ImageJobs
 from proof.simulation.life_gate import LifeGate
+from proof.simulation.live_run import Environment
 from proof.simulation.oracle import Oracle
 from proof.simulation.parties import Objects, Parties
 from proof.simulation.people import People
@@ -93,7 +94,8 @@ class Schedule:
             started_at=agenda.now,
             randomness_seed=seed,
         )
-        self.server = Server(agenda, scenario.weather, rng, self.parties, self.trace, identity)
+        environment = Environment(agenda, scenario.weather, rng, self.parties, self.trace)
+        self.server = Server(environment, identity)
         self.server.hand_on = self._hand_on
         self.oracle = Oracle(scenario, self.server, self.parties)
         self.people = People(rng, agenda, self.server, self.oracle, self.parties, self.trace)
@@ -167,11 +169,11 @@ class Schedule:
         return self.oracle.status.value if self.oracle.status else closed.how
 
     def counts(self) -> dict[str, int]:
-        server = self.server
+        server, environment = self.server, self.server.environment
         return {
-            "tasks": server.tasks,
-            "replays": server.replays,
-            "tasks thrown away": server.thrown_away,
+            "tasks": environment.tasks,
+            "replays": environment.replays,
+            "tasks thrown away": environment.thrown_away,
             "continued": server.runs - 1 - server.resets,
             "resets": server.resets,
             "jobs": len(self.parties.jobs.works) + len(self.parties.trainings.works),
