@@ -29,7 +29,7 @@ SAY_UNKNOWN: Final = frozenset(
 def check_money(task: FinishedTask, expected: Expected, exempt: frozenset[Exempt], findings: Findings) -> None:
     """Each hold is resolved once; the task is charged once where it completed, and nothing elsewhere."""
     check_holds(task, exempt, findings)
-    check_charges(task, expected, findings)
+    check_charges(task, expected, exempt, findings)
     check_credits(task, findings)
     check_points_in_events(task, exempt, findings)
     check_handed_out(task, findings)
@@ -51,7 +51,7 @@ def _doubled_points(task: FinishedTask) -> int:
     return sum(int(details.get("amount", 0)) for code, details in task.records if code == ExceptionCode.HOLD_DOUBLED)
 
 
-def check_charges(task: FinishedTask, expected: Expected, findings: Findings) -> None:
+def check_charges(task: FinishedTask, expected: Expected, exempt: frozenset[Exempt], findings: Findings) -> None:
     taken, commits = task.charges.taken, task.charges.commits
     reported = task.row.credits.charged if task.row else 0
     findings.must(commits <= 1, Rule.DOUBLE_CHARGE, f"{commits} commits")
@@ -60,7 +60,7 @@ def check_charges(task: FinishedTask, expected: Expected, findings: Findings) ->
         times = commits + task.charges.charges
         findings.must(times == 1 and taken > 0, Rule.MISCHARGE, f"completed with {times} charges, {taken} points")
     if reported is None:
-        is_recorded = bool(task.codes & SAY_UNKNOWN)
+        is_recorded = bool(task.codes & SAY_UNKNOWN) or Exempt.UNKNOWN_UNRECORDED in exempt
         findings.must(is_recorded, Rule.MISCHARGE, f"{taken} points were taken, none are reported, and no record why")
         return
     rule = Rule.DOUBLE_CHARGE if taken > reported else Rule.MISCHARGE
@@ -88,7 +88,8 @@ def check_credits(task: FinishedTask, findings: Findings) -> None:
 
 def check_points_in_events(task: FinishedTask, exempt: frozenset[Exempt], findings: Findings) -> None:
     """The points that the events report add up to what was charged."""
-    if not task.has_ended or Exempt.POINTS_IN_EVENTS in exempt or task.codes & SAY_UNKNOWN:
+    is_unknown = bool(task.codes & SAY_UNKNOWN) or (task.row is not None and task.row.credits.charged is None)
+    if not task.has_ended or is_unknown or Exempt.POINTS_IN_EVENTS in exempt:
         return
     moved, taken = sum(event.credits_delta or 0 for event in task.events), task.charges.taken
     findings.must(moved == -taken, Rule.MISCHARGE, f"the events move {moved} points, {taken} were charged")

@@ -48,6 +48,11 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)
     trace: list[str] = field(default_factory=list)
 
+    def command(self, profile: str, resets: float) -> str:
+        """What plays this seed again."""
+        given = f" --profile {profile} --resets {resets:g}"
+        return f"python -m proof.simulation --kind {self.kind} --seed {self.seed}{given}"
+
 
 RESETS: Final = 0.1
 """How likely a task's run is reset, once or more."""
