@@ -1,11 +1,11 @@
-"""Kill points: the real stack, struck at every instant of both flows, judged from outside.
+"""Kill points: the real stack, struck at every point of both flows, judged from outside.
 
-A round is one kind of blow: a task is brought to each instant and kept there, all side by side; then the blow falls
+A round is one kind of blow: a task is brought to each point and kept there, all side by side; then the blow falls
 once, what was struck comes back, and every task has to end as if nothing had been.
 
-instants.py      every instant of both flows, and how a task is brought to it
-ways.py          the lives of a task that lead there
-gates.py         how a call is kept in its instant: files that the worker looks at
+points.py      every point of both flows, and how a task is brought to it
+paths.py          the lives of a task that lead there
+gates.py         how a call is kept in its point: files that the worker looks at
 shorter_waits.py waits of minutes that the rounds have no time for
 gated_worker.py  `worker.py` with these gates; nothing of it is in production code
 kinds.py         the blows

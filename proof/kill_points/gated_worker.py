@@ -1,8 +1,8 @@
-"""`python -m proof.kill_points.gated_worker`: `worker.py` as it is, with calls that can be kept waiting in an instant.
+"""`python -m proof.kill_points.gated_worker`: `worker.py` as it is, with calls that can be kept waiting in an point.
 
 What differs from production, and only here:
 1. An interceptor stops a call at its gate (gates.py), heartbeating, for as long as the gate is closed.
-2. Calls may take two minutes, not ten seconds: one that waits in its instant must not be given up before the blow.
+2. Calls may take two minutes, not ten seconds: one that waits in its point must not be given up before the blow.
    Heartbeats, by which a killed worker's calls are missed, are as they are.
 3. The ledger is looked at for 20 seconds, not ten minutes, before what it does not show counts as absent.
 """

@@ -14,12 +14,12 @@ from temporalio.service import RPCError
 
 from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.kill_points.gates import AFTER_EFFECT, BEFORE_REPORT
-from proof.kill_points.instants import Instant
+from proof.kill_points.paths import Act, ask_to_cancel, finish, grow_dearer
+from proof.kill_points.points import Point
 from proof.kill_points.site import CREDITS_ROUTES, RoundSite
-from proof.kill_points.ways import Act, ask_to_cancel, finish, grow_dearer
 from proof.site.waiting import OUTSIDE_ERRORS, until
 
-Strike = Callable[[RoundSite, Sequence[str]], Awaitable[datetime]]
+Inject = Callable[[RoundSite, Sequence[str]], Awaitable[datetime]]
 
 OUT_SECONDS: Final = 1.0
 """How long a part other than the worker stays away."""
@@ -29,14 +29,14 @@ GIVE_BACK_SECONDS: Final = 30.0
 
 @dataclass(frozen=True)
 class Kind:
-    """A blow, the instants it fits, and how tasks may end that would have ended otherwise."""
+    """A blow, the points it fits, and how tasks may end that would have ended otherwise."""
 
     name: str
-    strike: Strike
-    fits: Callable[[Instant], bool]
+    inject: Inject
+    fits: Callable[[Point], bool]
     may_end: frozenset[TaskStatus] = frozenset()
     is_reply_in_flight: bool = False
-    """`after effect`: the reply stands in the service (else that is the instant `after reply`)."""
+    """`after effect`: the reply stands in the service (else that is the point `after reply`)."""
     ends_runs: bool = False
     """Runs end without their own clean-up: the reconciler's turn."""
 
@@ -69,10 +69,10 @@ async def worker_stopped(site: RoundSite, task_ids: Sequence[str]) -> datetime:
     return _now()
 
 
-def part_killed(part: str) -> Strike:
+def part_killed(part: str) -> Inject:
     """The tasks go on meanwhile, as far as they can."""
 
-    async def strike(site: RoundSite, task_ids: Sequence[str]) -> datetime:
+    async def inject(site: RoundSite, task_ids: Sequence[str]) -> datetime:
         await site.parts.kill(part)
         site.gates.open_all()
         await asyncio.sleep(OUT_SECONDS)
@@ -81,7 +81,7 @@ def part_killed(part: str) -> Strike:
         await _loosen(site)
         return back
 
-    return strike
+    return inject
 
 
 async def reply_lost(site: RoundSite, task_ids: Sequence[str]) -> datetime:
@@ -130,10 +130,10 @@ async def _ask_all_to_cancel(site: RoundSite, task_ids: Sequence[str]) -> None:
             await ask_to_cancel(site, task_id)
 
 
-def worker_killed_then(act: Act) -> Strike:
+def worker_killed_then(act: Act) -> Inject:
     """The worker is killed; before it is started again something happens to each task."""
 
-    async def strike(site: RoundSite, task_ids: Sequence[str]) -> datetime:
+    async def inject(site: RoundSite, task_ids: Sequence[str]) -> datetime:
         await site.parts.kill("worker")
         await _loosen(site)
         for task_id in task_ids:
@@ -142,7 +142,7 @@ def worker_killed_then(act: Act) -> Strike:
         await site.parts.start("worker")
         return _now()
 
-    return strike
+    return inject
 
 
 async def worker_killed_then_cancelled(site: RoundSite, task_ids: Sequence[str]) -> datetime:
@@ -153,30 +153,30 @@ async def worker_killed_then_cancelled(site: RoundSite, task_ids: Sequence[str])
     return _now()
 
 
-def _anywhere(instant: Instant) -> bool:
+def _anywhere(point: Point) -> bool:
     return True
 
 
-def _no_reply_in_flight(instant: Instant) -> bool:
-    return instant.phase != AFTER_EFFECT
+def _no_reply_in_flight(point: Point) -> bool:
+    return point.phase != AFTER_EFFECT
 
 
-def _of_service(is_credits: bool) -> Callable[[Instant], bool]:
+def _of_service(is_credits: bool) -> Callable[[Point], bool]:
     """A reply in flight is the struck service's own."""
 
-    def fits(instant: Instant) -> bool:
-        is_own = instant.gate is not None and (instant.gate.call in CREDITS_ROUTES) is is_credits
-        return instant.phase != AFTER_EFFECT or is_own
+    def fits(point: Point) -> bool:
+        is_own = point.gate is not None and (point.gate.call in CREDITS_ROUTES) is is_credits
+        return point.phase != AFTER_EFFECT or is_own
 
     return fits
 
 
-def _loses(instant: Instant) -> bool:
-    return instant.phase == AFTER_EFFECT or (instant.phase == BEFORE_REPORT and not instant.is_route)
+def _loses(point: Point) -> bool:
+    return point.phase == AFTER_EFFECT or (point.phase == BEFORE_REPORT and not point.is_route)
 
 
-def _trains(instant: Instant) -> bool:
-    return instant.scene == "training"
+def _trains(point: Point) -> bool:
+    return point.scene == "training"
 
 
 _CANCELLED: Final = frozenset({TaskStatus.CANCELLED})

@@ -1,4 +1,4 @@
-"""One round: every task is brought to its instant and kept there, the blow falls, all have to end well."""
+"""One round: every task is brought to its point and kept there, the blow falls, all have to end well."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Final
 
 from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TASK_QUEUE, TRAINING_WORKFLOW, TaskStatus, workflow_id_of
 from proof.kill_points.gates import AFTER_EFFECT, BEFORE_REPORT
-from proof.kill_points.instants import Instant
 from proof.kill_points.kinds import Kind
 from proof.kill_points.oracle import Ending, judge_all
+from proof.kill_points.paths import task_of
+from proof.kill_points.points import Point
 from proof.kill_points.site import TENANT, RoundSite, key_of
-from proof.kill_points.ways import task_of
 from proof.simulators.admin_wire import Fault
 from proof.site.recorder import Recorder
 from proof.site.waiting import OUTSIDE_ERRORS, until
@@ -32,9 +32,9 @@ HELD_UP_SECONDS: Final = 110.0
 
 @dataclass
 class Cell:
-    """One instant in one kind's round, and what came of it."""
+    """One point in one kind's round, and what came of it."""
 
-    instant: Instant
+    point: Point
     kind: Kind
     task_id: str
     fault: str | None = None
@@ -47,14 +47,14 @@ class Cell:
 
     @property
     def is_reached_in_worker(self) -> bool:
-        return self.instant.gate is not None and self.fault is None
+        return self.point.gate is not None and self.fault is None
 
     @property
     def may_end(self) -> frozenset[TaskStatus]:
-        return self.kind.may_end | {self.instant.way.ends}
+        return self.kind.may_end | {self.point.path.ends}
 
 
-class Clock:
+class Laps:
     """How long each part of a round took."""
 
     def __init__(self) -> None:
@@ -69,26 +69,26 @@ class Clock:
         return ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.laps.items())
 
 
-async def run_round(site: RoundSite, kind: Kind, instants: Sequence[Instant], number: int, clock: Clock) -> list[Cell]:
+async def run_round(site: RoundSite, kind: Kind, points: Sequence[Point], number: int, laps: Laps) -> list[Cell]:
     """Every cell with its problems; none is ok."""
     await site.admin.reset()
     await site.set_up()
     site.gates.forget()
     recorder = Recorder(site)
-    cells = [Cell(instant, kind, f"kp-{number}-{n}") for n, instant in enumerate(instants, start=1)]
+    cells = [Cell(point, kind, f"kp-{number}-{n}") for n, point in enumerate(points, start=1)]
     try:
         reached = await _all_reached(site, cells, recorder)
-        clock.lap("reached")
-        await asyncio.gather(*(_note_tries(site, cell) for cell in reached))
+        laps.lap("reached")
+        await asyncio.gather(*(_record_tries(site, cell) for cell in reached))
         await _approach(site, reached)
-        back = await kind.strike(site, [cell.task_id for cell in reached])
-        clock.lap("struck")
+        back = await kind.inject(site, [cell.task_id for cell in reached])
+        laps.lap("struck")
         await asyncio.gather(*(_after(site, cell) for cell in cells))
         await _all_ended(site, cells)
         await recorder.finish(STREAM_SECONDS)
-        clock.lap("ended")
+        laps.lap("ended")
         await judge_all(site, [_ending(cell, recorder, back) for cell in cells])
-        clock.lap("judged")
+        laps.lap("judged")
     except OUTSIDE_ERRORS as failure:
         for cell in cells:
             cell.problems.append(f"the round was broken off: {type(failure).__name__} {failure}")
@@ -99,7 +99,7 @@ async def run_round(site: RoundSite, kind: Kind, instants: Sequence[Instant], nu
 
 
 async def _all_reached(site: RoundSite, cells: Sequence[Cell], recorder: Recorder) -> list[Cell]:
-    """Those that stand in their instants; of the others that is the problem."""
+    """Those that stand in their points; of the others that is the problem."""
     turn = asyncio.Semaphore(STARTS_AT_ONCE)
 
     async def bring(cell: Cell) -> None:
@@ -108,31 +108,31 @@ async def _all_reached(site: RoundSite, cells: Sequence[Cell], recorder: Recorde
                 await _prepare(site, cell)
                 recorder.follow(TENANT, cell.task_id)
                 await _start(site, cell)
-            await cell.instant.way.lead(site, cell.task_id)
-            await until(lambda: _is_reached(site, cell), "its instant", seconds=REACH_SECONDS, look_seconds=0.2)
+            await cell.point.path.lead(site, cell.task_id)
+            await until(lambda: _is_reached(site, cell), "its point", seconds=REACH_SECONDS, look_seconds=0.2)
         except (TimeoutError, AssertionError) as failure:
-            cell.problems.append(f"it never came to its instant: {failure}")
+            cell.problems.append(f"it never came to its point: {failure}")
 
     await asyncio.gather(*(bring(cell) for cell in cells))
     return [cell for cell in cells if not cell.problems]
 
 
 async def _prepare(site: RoundSite, cell: Cell) -> None:
-    instant, task_id = cell.instant, cell.task_id
-    await instant.way.before(site, task_id)
-    if instant.gate is None:
+    point, task_id = cell.point, cell.task_id
+    await point.path.before(site, task_id)
+    if point.gate is None:
         return
     is_loss = cell.kind.name == "reply-lost"
-    if instant.phase == AFTER_EFFECT and (is_loss or cell.kind.is_reply_in_flight):
+    if point.phase == AFTER_EFFECT and (is_loss or cell.kind.is_reply_in_flight):
         fault = await _hold_up_reply(site, cell, "drop" if is_loss else "delay")
-        cell.fault = key_of(site.service_of(instant.gate.call), fault)
+        cell.fault = key_of(site.service_of(point.gate.call), fault)
         return
-    gate = instant.gate.model_copy(update={"loses": is_loss and instant.phase == BEFORE_REPORT})
+    gate = point.gate.model_copy(update={"loses": is_loss and point.phase == BEFORE_REPORT})
     site.gates.close(task_id, gate)
 
 
 async def _hold_up_reply(site: RoundSite, cell: Cell, kind: str) -> Fault:
-    gate = cell.instant.gate
+    gate = cell.point.gate
     assert gate is not None
     n = int(gate.about.rpartition(":")[2]) if ":" in gate.about else 1
     # The nth call of a route is the one whose key has that number, but for undos: they count by hold and job.
@@ -144,9 +144,9 @@ async def _hold_up_reply(site: RoundSite, cell: Cell, kind: str) -> Fault:
 
 
 async def _start(site: RoundSite, cell: Cell) -> None:
-    task = task_of(site, cell.instant.scene, cell.task_id, cell.instant.way)
+    task = task_of(site, cell.point.scene, cell.task_id, cell.point.path)
     await site.client.start_workflow(
-        IMAGE_WORKFLOW if cell.instant.scene == "image" else TRAINING_WORKFLOW,
+        IMAGE_WORKFLOW if cell.point.scene == "image" else TRAINING_WORKFLOW,
         task,
         id=workflow_id_of(cell.task_id),
         task_queue=TASK_QUEUE,
@@ -159,25 +159,25 @@ async def _is_reached(site: RoundSite, cell: Cell) -> bool:
         return cell.fault in await site.hits()
     if cell.is_reached_in_worker:
         return site.gates.is_reached(cell.task_id)
-    assert cell.instant.way.parked is not None
-    return await cell.instant.way.parked(site, cell.task_id)
+    assert cell.point.path.parked is not None
+    return await cell.point.path.parked(site, cell.task_id)
 
 
-async def _note_tries(site: RoundSite, cell: Cell) -> None:
+async def _record_tries(site: RoundSite, cell: Cell) -> None:
     described = (await site.handle(cell.task_id).describe()).raw_description
     cell.is_first_try = all(pending.attempt <= 1 for pending in described.pending_activities)
 
 
 async def _approach(site: RoundSite, cells: Sequence[Cell]) -> None:
     """What is done a stated time before the blow, the earliest first."""
-    ways = sorted(
-        (cell for cell in cells if cell.instant.way.approach is not None),
-        key=lambda cell: -cell.instant.way.milliseconds,
+    paths = sorted(
+        (cell for cell in cells if cell.point.path.approach is not None),
+        key=lambda cell: -cell.point.path.milliseconds,
     )
-    leads = [cell.instant.way.milliseconds for cell in ways] + [0]
-    for n, cell in enumerate(ways):
-        assert cell.instant.way.approach is not None
-        await cell.instant.way.approach(site, cell.task_id)
+    leads = [cell.point.path.milliseconds for cell in paths] + [0]
+    for n, cell in enumerate(paths):
+        assert cell.point.path.approach is not None
+        await cell.point.path.approach(site, cell.task_id)
         await asyncio.sleep((leads[n] - leads[n + 1]) / 1000)
 
 
@@ -190,7 +190,7 @@ async def _after(site: RoundSite, cell: Cell) -> None:
 
 
 async def _pushed(site: RoundSite, cell: Cell) -> bool:
-    await cell.instant.way.after(site, cell.task_id)
+    await cell.point.path.after(site, cell.task_id)
     return True
 
 
@@ -225,7 +225,7 @@ def _ending(cell: Cell, recorder: Recorder, back: datetime) -> Ending:
     return Ending(
         task_id=cell.task_id,
         may_end=cell.may_end,
-        jobs=cell.instant.way.jobs if not cell.kind.may_end else None,
+        jobs=cell.point.path.jobs if not cell.kind.may_end else None,
         ends_runs=cell.kind.ends_runs,
         streamed=recorder.received.get(cell.task_id, []),
         back=back.astimezone(UTC),

@@ -4,9 +4,9 @@ One number decides a whole schedule: in which order calls act and answer, which 
 arrive, when somebody cancels, when a worker is killed, what is replayed. Time is virtual, so a task of hours takes
 milliseconds, and the same number always gives the same schedule.
 
-    agenda.py          virtual time: what happens next
-    weather.py         what goes wrong, and until when
-    scenario.py        one seed's task, payer and people
+    timeline.py          virtual time: what happens next
+    faults.py         what goes wrong, and until when
+    scenario.py        one seed's task, payer and clients
     hosted_run.py      one workflow run on a worker: activated, replayed, evicted (temporalio's own workflow runner)
     server.py          the runs of one workflow id: messages, resets, continue-as-new, the end
     live_run.py        one run as server and worker play it: workflow tasks, timers, replay

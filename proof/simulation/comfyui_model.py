@@ -12,7 +12,7 @@ from comfyui_temporal.contracts.calls import JobCall, Post
 from comfyui_temporal.contracts.comfyui import JobState, TrainingState
 from comfyui_temporal.contracts.errors import COMFYUI_ERRORS, Answer, ErrorDetails, FailureCode, Refusal
 from comfyui_temporal.contracts.fields import OwnModel
-from proof.simulation.agenda import Agenda
+from proof.simulation.timeline import Timeline
 
 _ROWS: Final = {row.message: row for row in COMFYUI_ERRORS}
 State = TypeVar("State", JobState, TrainingState)
@@ -77,9 +77,9 @@ class ComfyUIModel(Generic[State]):
     """Jobs of one kind. A change raises `sequence` and is told to whoever listens."""
 
     def __init__(
-        self, agenda: Agenda, rng: random.Random, terms: ComfyUITerms, told: Callable[[Work[Any]], None]
+        self, timeline: Timeline, rng: random.Random, terms: ComfyUITerms, told: Callable[[Work[Any]], None]
     ) -> None:
-        self._agenda = agenda
+        self._timeline = timeline
         self._rng = rng
         self.terms = terms
         self._call_back = told
@@ -165,4 +165,4 @@ class ComfyUIModel(Generic[State]):
                 change()
                 self.live(work, rest)
 
-        self._agenda.after(seconds, happen)
+        self._timeline.after(seconds, happen)

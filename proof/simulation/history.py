@@ -7,11 +7,11 @@ from typing import Any, Final
 
 from temporalio.api.common.v1 import Payload
 
-from proof.simulation.agenda import Happening
 from proof.simulation.calls import Call, Resolution
 from proof.simulation.hosted_run import Activation, HostedRun, RunIdentity, TaskFailed
 from proof.simulation.sdk import WorkflowActivationJob, WorkflowCommand, activation_api
-from proof.simulation.trace import command_said, job_said
+from proof.simulation.timeline import Scheduled
+from proof.simulation.trace import command_text, job_text
 
 CLOSING: Final = frozenset(
     {
@@ -45,7 +45,7 @@ class OpenTask:
     commands: list[WorkflowCommand] = field(default_factory=list)
     unsent: list[Call] = field(default_factory=list)
     """Activities that the run scheduled and called off in this task."""
-    heartbeat: Happening | None = None
+    heartbeat: Scheduled | None = None
 
     @property
     def is_closing(self) -> bool:
@@ -177,9 +177,9 @@ def replayed(history: list[Recorded], hosted: HostedRun, flags: set[int]) -> lis
         commands = hosted.activate(with_patches(recorded), flags=sorted(flags), is_replaying=True)
         if [fingerprint(command) for command in commands] != recorded.prints:
             raise TaskFailed(
-                f"nondeterministic: {[command_said(c) for c in commands]} instead of "
-                f"{[command_said(c) for c in recorded.answered]} to "
-                f"{[job_said(job) for job in recorded.activation.jobs]}"
+                f"nondeterministic: {[command_text(c) for c in commands]} instead of "
+                f"{[command_text(c) for c in recorded.answered]} to "
+                f"{[job_text(job) for job in recorded.activation.jobs]}"
             )
         for command in commands:
             if command.HasField("schedule_local_activity"):

@@ -1,4 +1,4 @@
-"""Holds (contract §4): how much, for how long, when, and why; by the credits service's books."""
+"""Holds (contract §4): how much, for how long, when, and why; by the credits service's account."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from comfyui_temporal.contracts.errors import Answer
 from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES
 from proof.simulation.calls import Call
 from proof.simulation.credits_model import Hold
+from proof.simulation.invariants import World, must
 from proof.simulation.price_rules import Prices
-from proof.simulation.truth import World, must
 from proof.simulation.witness import Attempt, key_of, number_of
 
 LEAST_LIFE: Final = 60.0
@@ -31,7 +31,7 @@ class Known:
     n: int
     call: Call
     pre_deduct_id: str
-    told_at: float
+    resolved_at: float
 
     @property
     def body(self) -> PreDeductRequest:
@@ -44,11 +44,11 @@ class Known:
 
     @property
     def life_when_told(self) -> float:
-        return self.ends_at - self.told_at
+        return self.ends_at - self.resolved_at
 
 
 class HoldRules:
-    """Looks at every hold that is asked for. Each method raises Untrue."""
+    """Looks at every hold that is asked for. Each method raises InvariantViolated."""
 
     def __init__(self, world: World, prices: Prices) -> None:
         self._world = world
@@ -58,7 +58,7 @@ class HoldRules:
     # As it happens
 
     def asked_for(self, call: Call) -> None:
-        """Under a new key a hold has to be right; under a known one it is the same, or the books show a conflict."""
+        """Under a new key a hold has to be right; under a known one it is the same, or the account show a conflict."""
         if key_of(call) in self._asked:
             return
         self._asked.add(key_of(call))
@@ -115,40 +115,40 @@ class HoldRules:
         assert attempt is not None
         needed = min(self._prices.asked(attempt), default=0)
         credits = self._world.parties.credits
-        by_hand = any(hold.is_cancelled_by_hand for hold in credits.holds)
+        by_operator = any(hold.is_cancelled_by_operator for hold in credits.holds)
         held = [hold for hold in credits.holds if hold.phase == "open"]
         must(
-            not needed or by_hand or any(hold.amount >= needed for hold in held),
+            not needed or by_operator or any(hold.amount >= needed for hold in held),
             f"{key_of(call)}: work is begun that costs {needed} points; held are",
             *(hold.amount for hold in held),
         )
 
-    # The books
+    # The account
 
     def granted(self) -> list[Known]:
         """The holds that the run was told of, by their number."""
         told: dict[int, Known] = {}
         for call in self._world.witness.calls.get("pre_deduct", ()):
             n, answer = number_of(key_of(call)), call.outcome
-            if call.told_at is None or not isinstance(answer, Answer) or answer.reply is None or n in told:
+            if call.resolved_at is None or not isinstance(answer, Answer) or answer.reply is None or n in told:
                 continue
             first = self._world.witness.first("pre_deduct", n)
             assert first is not None
-            told[n] = Known(n, first, answer.reply.pre_deduct_id, call.told_at)
+            told[n] = Known(n, first, answer.reply.pre_deduct_id, call.resolved_at)
         return [told[n] for n in sorted(told)]
 
     def of_number(self, n: int) -> list[Hold]:
         """The task's `n`-th hold, by the id that the run was told; what it may be, where that is not recorded yet."""
-        holds = self._world.parties.credits.books.holds
+        holds = self._world.parties.credits.account.holds
         known = [holds[known.pre_deduct_id] for known in self.granted() if known.n == n]
         return known or [hold for hold in holds.values() if hold.n == n]
 
     def last(self) -> Hold | None:
         """The last hold that the run was told of."""
         granted = self.granted()
-        return self._world.parties.credits.books.holds[granted[-1].pre_deduct_id] if granted else None
+        return self._world.parties.credits.account.holds[granted[-1].pre_deduct_id] if granted else None
 
-    def untold(self) -> list[Hold]:
+    def unreported(self) -> list[Hold]:
         """Holds that stand and of which the run was never told: a service without idempotency took them beside."""
         told = {known.pre_deduct_id for known in self.granted()}
         return [
@@ -169,8 +169,8 @@ class HoldRules:
         if not granted:
             return NEVER
         names = ("estimate",) if self._world.scenario.is_image else ("estimate", "start_training")
-        told = [call.told_at for name in names if (call := self._world.witness.last(name, attempt.n)) is not None]
-        return max([granted[0].told_at, *((at if at is not None else NEVER) for at in told)])
+        told = [call.resolved_at for name in names if (call := self._world.witness.last(name, attempt.n)) is not None]
+        return max([granted[0].resolved_at, *((at if at is not None else NEVER) for at in told)])
 
     # Deadlines (contract §1)
 
@@ -184,10 +184,10 @@ class HoldRules:
         if first is None or current is None:
             return [at]
         start, first_start = self.start_of(current.n), self.start_of(1)
-        # Until a job is taken the latest word on the one before counts.
-        heard = [current] if current.accepted is not None else list(witness.attempts.values())
-        words = [word for attempt in heard for word in witness.words.get(attempt.job_id or "", ())]
-        spans = {word.state.estimated_time for word in words if word.state.estimated_time is not None}
+        # Until a job is taken the latest report on the one before counts.
+        received = [current] if current.accepted is not None else list(witness.attempts.values())
+        reports = [report for attempt in received for report in witness.reports.get(attempt.job_id or "", ())]
+        spans = {report.state.estimated_time for report in reports if report.state.estimated_time is not None}
         told: list[float] = [a.accepted.estimated_time for a in witness.attempts.values() if a.accepted is not None]
         spans.update(told[-1:])
         if not told:

@@ -101,7 +101,7 @@ class HostedRun:
         message.timestamp.FromNanoseconds(int(activation.at * 1e9))
         completion = self._instance.activate(message)
         if completion.HasField("failed"):
-            raise TaskFailed(_told(completion.failed.failure))
+            raise TaskFailed(_failure_text(completion.failed.failure))
         self.flags.update(completion.successful.used_internal_flags)
         return list(completion.successful.commands)
 
@@ -175,7 +175,7 @@ def _info(identity: RunIdentity) -> workflow.Info:
     )
 
 
-def _told(failure: Any) -> str:
+def _failure_text(failure: Any) -> str:
     """A failure with its causes and where it was raised."""
     parts = []
     while failure.ByteSize():

@@ -9,15 +9,15 @@ from comfyui_temporal.contracts.carried import ImageRun
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 from proof.simulation.calls import Call
 from proof.simulation.hold_rules import HoldRules
+from proof.simulation.invariants import World, must
 from proof.simulation.price_rules import Prices
-from proof.simulation.truth import World, must
 from proof.simulation.witness import Attempt, key_of, number_of
 
 SLACK: Final = 0.01
 
 
 class JobRules:
-    """Looks at every job that is asked for or cancelled. Each method raises Untrue."""
+    """Looks at every job that is asked for or cancelled. Each method raises InvariantViolated."""
 
     def __init__(self, world: World, prices: Prices, holds: HoldRules) -> None:
         self._world = world
@@ -52,9 +52,11 @@ class JobRules:
         """Of the attempts before: the newest that the run was told of before the job's end."""
         witness = self._world.witness
         for n in sorted(witness.attempts, reverse=True)[1:]:
-            told = [word.checkpoint.uri for word in witness.news_of(witness.attempts[n].job_id) if word.checkpoint]
+            reported = [
+                report.checkpoint.uri for report in witness.reports_of(witness.attempts[n].job_id) if report.checkpoint
+            ]
             known = {witness.attempts[k].call.argument.body.resume_from for k in witness.attempts if k <= n}
-            new = [uri for uri in told if uri not in known]
+            new = [uri for uri in reported if uri not in known]
             if new:
                 return new[-1]
         return self._world.scenario.task.resume_from  # type: ignore[union-attr]
@@ -73,7 +75,7 @@ class JobRules:
 
     def _ended_at(self, attempt: Attempt) -> float | None:
         """When the run was told of an end that may be retried: the job's own, or that it is lost."""
-        news = self._world.witness.news_of(attempt.job_id)
+        news = self._world.witness.reports_of(attempt.job_id)
         if news and news[-1].error is not None and news[-1].error.may_be_retried():
             return news[-1].at
         return self._world.witness.lost_at(attempt.job_id)
@@ -127,15 +129,15 @@ class JobRules:
         for calls in self._world.witness.calls.values():
             for call in calls:
                 refusal = getattr(call.outcome, "refusal", None)
-                if refusal is not None and call.told_at is not None:
+                if refusal is not None and call.resolved_at is not None:
                     codes.add(refusal.code.value)
-                if call.outcome is None and call.told_at is not None:
+                if call.outcome is None and call.resolved_at is not None:
                     codes |= {FailureCode.CREDITS_UNAVAILABLE, FailureCode.COMFYUI_UNAVAILABLE}
                     codes |= {FailureCode.REPLY_INVALID, FailureCode.DATASET_INVALID}
         return codes
 
     def _reasons_of_job(self, attempt: Attempt) -> set[str]:
-        news = self._world.witness.news_of(attempt.job_id)
+        news = self._world.witness.reports_of(attempt.job_id)
         details = news[-1].error if news else None
         if details is None and self._world.witness.lost_at(attempt.job_id) is not None:
             details = ErrorDetails(code=FailureCode.LOST, message="", retryable=True)

@@ -20,8 +20,8 @@ from typing import Final
 from temporalio.api.common.v1 import Payload
 
 from comfyui_temporal.contracts.size_budget import SERVER_PAYLOAD_BYTES
-from proof.simulation.agenda import Agenda
 from proof.simulation.calls import Call, Calls, Resolution, cancelled
+from proof.simulation.fault_schedule import FaultSchedule
 from proof.simulation.history import (
     OpenTask,
     PastRun,
@@ -34,9 +34,9 @@ from proof.simulation.history import (
 from proof.simulation.hosted_run import Activation, HostedRun, RunIdentity, TaskFailed
 from proof.simulation.parties import Parties
 from proof.simulation.sdk import WorkflowActivationJob, WorkflowCommand, activation_api
+from proof.simulation.timeline import Timeline
 from proof.simulation.timers import Timers
-from proof.simulation.trace import Trace, command_said, job_said
-from proof.simulation.weather import Weather
+from proof.simulation.trace import Trace, command_text, job_text
 from proof.simulation.witness import Witness
 
 TASK_SECONDS: Final = 3.0
@@ -48,8 +48,8 @@ _EVENTS_OF_JOB: Final = {"resolve_activity": 2, "do_update": 2}
 class Environment:
     """What all runs of a task share."""
 
-    agenda: Agenda
-    weather: Weather
+    timeline: Timeline
+    faults: FaultSchedule
     rng: random.Random
     parties: Parties
     trace: Trace
@@ -73,14 +73,14 @@ class LiveRun:
         self, environment: Environment, identity: RunIdentity, apply: Callable[[WorkflowCommand, str], None]
     ) -> None:
         self._environment = environment
-        self._agenda, self._trace, self._parties = environment.agenda, environment.trace, environment.parties
+        self._timeline, self._trace, self._parties = environment.timeline, environment.trace, environment.parties
         self.identity = identity
         self._apply = apply
         self.is_over = False
         """Closed, continued as new, or reset: nothing reaches it any more."""
         self._calls = Calls(
-            environment.agenda,
-            environment.weather,
+            environment.timeline,
+            environment.faults,
             environment.rng,
             environment.parties,
             environment.trace,
@@ -92,7 +92,7 @@ class LiveRun:
         self._history: list[Recorded] = []
         self._flags: set[int] = set()
         self._events = 1
-        self._timers = Timers(environment.agenda, self.receive)
+        self._timers = Timers(environment.timeline, self.receive)
         self._called: dict[int, Call] = {}
         self._locals: dict[int, Call] = {}
         self._task: OpenTask | None = None
@@ -138,7 +138,9 @@ class LiveRun:
         if self._hosted is None or self._task is not None or self.is_over:
             return None
         job = WorkflowActivationJob(query_workflow=activation_api.QueryWorkflow(query_id="query", query_type=name))
-        [command] = self._hosted.activate(Activation((job,), self._agenda.now, self._events), flags=sorted(self._flags))
+        [command] = self._hosted.activate(
+            Activation((job,), self._timeline.now, self._events), flags=sorted(self._flags)
+        )
         if not command.respond_to_query.HasField("succeeded"):
             raise TaskFailed(f"the query {name} failed: {command.respond_to_query.failed.message}")
         return command.respond_to_query.succeeded.response
@@ -160,9 +162,9 @@ class LiveRun:
         """Nothing of it goes on but what is in flight, of which it does not hear."""
         self.is_over = True
         self._calls.forget_all()
-        self._timers.call_off_all()
+        self._timers.cancel_all()
         if self._task is not None and self._task.heartbeat is not None:
-            self._task.heartbeat.call_off()
+            self._task.heartbeat.cancel()
         self._drop()
 
     def _lose_task(self) -> None:
@@ -174,7 +176,7 @@ class LiveRun:
         if self._task is not None:
             self._environment.thrown_away += 1
             if self._task.heartbeat is not None:
-                self._task.heartbeat.call_off()
+                self._task.heartbeat.cancel()
             self._waiting = self._task.jobs + self._waiting
             self._task = None
             self._due()
@@ -182,16 +184,16 @@ class LiveRun:
     def _drop(self) -> None:
         if self._hosted is not None:
             hosted, self._hosted = self._hosted, None
-            hosted.evict(self._agenda.now)
+            hosted.evict(self._timeline.now)
 
     # Workflow tasks
 
     def _due(self) -> None:
         if not self._is_task_due and self._task is None and not self.is_over:
             self._is_task_due = True
-            delay = self._environment.weather.task_delay()
-            begin = max(self._agenda.now + delay, self._environment.worker_up_at, self._environment.paused_until)
-            self._agenda.at(begin, self._take_up_if_due)
+            delay = self._environment.faults.task_delay()
+            begin = max(self._timeline.now + delay, self._environment.worker_up_at, self._environment.paused_until)
+            self._timeline.at(begin, self._take_up_if_due)
 
     def _take_up_if_due(self) -> None:
         if self.is_over:
@@ -199,7 +201,7 @@ class LiveRun:
         self._is_task_due = False
         if self._task is not None:
             return
-        if self._agenda.now < max(self._environment.worker_up_at, self._environment.paused_until):
+        if self._timeline.now < max(self._environment.worker_up_at, self._environment.paused_until):
             self._due()
             return
         self._take_up()
@@ -211,21 +213,21 @@ class LiveRun:
         self._environment.tasks += 1
         self._events += 2 + sum(_EVENTS_OF_JOB.get(str(job.WhichOneof("variant")), 1) for job in jobs)
         self._task = OpenTask(jobs, self._calls.names() | self._resolved_by(jobs))
-        self._trace("TASK %d: %s", self._environment.tasks, lambda: ", ".join(map(job_said, jobs)) or "nothing")
+        self._trace("TASK %d: %s", self._environment.tasks, lambda: ", ".join(map(job_text, jobs)) or "nothing")
         if self._locals:
-            self._task.heartbeat = self._agenda.after(OPEN_AT_MOST_SECONDS, self._heartbeat)
+            self._task.heartbeat = self._timeline.after(OPEN_AT_MOST_SECONDS, self._heartbeat)
         if jobs:
             self._activate(in_order(jobs))
 
     def _activate(self, jobs: list[WorkflowActivationJob]) -> None:
         assert self._hosted is not None
         assert self._task is not None
-        activation = Activation(tuple(jobs), self._agenda.now, self._events)
+        activation = Activation(tuple(jobs), self._timeline.now, self._events)
         commands = self._hosted.activate(activation, flags=sorted(self._flags))
         self._task.recorded.append(Recorded(activation, commands))
         self._task.commands.extend(commands)
         for command in commands:
-            self._trace("    -> %s", partial(command_said, command))
+            self._trace("    -> %s", partial(command_text, command))
         self._start_locals(commands)
         unsent = self._cancelled_unsent(commands)
         if self._task.is_closing or (not self._locals and not unsent):
@@ -233,7 +235,7 @@ class LiveRun:
         elif unsent:
             self._activate(unsent)
         elif self._task.heartbeat is None:
-            self._task.heartbeat = self._agenda.after(OPEN_AT_MOST_SECONDS, self._heartbeat)
+            self._task.heartbeat = self._timeline.after(OPEN_AT_MOST_SECONDS, self._heartbeat)
 
     def _start_locals(self, commands: list[WorkflowCommand]) -> None:
         for command in commands:
@@ -262,10 +264,12 @@ class LiveRun:
             if not (c.HasField("schedule_activity") and c.schedule_activity.seq in seqs)
             and not (c.HasField("request_cancel_activity") and c.request_cancel_activity.seq in seqs)
         ]
-        never = [Call.of(s, self._parties.argument_of(s.activity_type, s.arguments), self._agenda.now) for s in unsent]
+        never = [
+            Call.of(s, self._parties.argument_of(s.activity_type, s.arguments), self._timeline.now) for s in unsent
+        ]
         for call in never:
             self._called[call.seq] = call
-            call.scheduled_at = self._agenda.now
+            call.scheduled_at = self._timeline.now
         self._task.unsent += never
         return [resolved(call, cancelled(call)) for call in never]
 
@@ -276,7 +280,7 @@ class LiveRun:
 
     def _answer(self) -> None:
         assert self._task is not None
-        if self._environment.weather.loses_task():
+        if self._environment.faults.loses_task():
             self._trace("the task's outcome is lost")
             self._lose_task()
         elif self._task.is_closing and self._waiting:
@@ -292,7 +296,7 @@ class LiveRun:
         assert self._hosted is not None
         task, self._task = self._task, None
         if task.heartbeat is not None:
-            task.heartbeat.call_off()
+            task.heartbeat.cancel()
         self._flags |= self._hosted.flags
         for recorded in task.recorded:
             self._tell_witness(recorded.activation, task.unsent)
@@ -337,7 +341,7 @@ class LiveRun:
                 raise TaskFailed(f"PayloadsTooLarge: {max(map(len, prints))} bytes")
             self._history.append(Recorded(replace(activation, jobs=jobs), answered, prints, begins_task))
         elif answered:
-            raise TaskFailed(f"a rejected update had an effect: {[command_said(command) for command in answered]}")
+            raise TaskFailed(f"a rejected update had an effect: {[command_text(command) for command in answered]}")
 
     def _replay(self) -> None:
         """Bring the run back into memory: it must answer as it did. Local activities without a result run again."""
@@ -363,11 +367,11 @@ class LiveRun:
         elif kind == "request_cancel_activity":
             self._calls.request_cancel(command.request_cancel_activity.seq)
         elif kind == "start_timer":
-            self._timers.start(command.start_timer, self._agenda.now)
+            self._timers.start(command.start_timer, self._timeline.now)
         elif kind == "cancel_timer":
             seq = command.cancel_timer.seq
-            self._timers.call_off(seq)
-            self._waiting = [job for job in self._waiting if not _rings(job, seq)]
+            self._timers.cancel(seq)
+            self._waiting = [job for job in self._waiting if not _fires(job, seq)]
         elif kind is not None:
             self._apply(command, kind)
 
@@ -390,5 +394,5 @@ class LiveRun:
         self._activate([resolved(call, resolution)])
 
 
-def _rings(job: WorkflowActivationJob, seq: int) -> bool:
+def _fires(job: WorkflowActivationJob, seq: int) -> bool:
     return job.HasField("fire_timer") and job.fire_timer.seq == seq

@@ -34,6 +34,7 @@ from proof.simulation.comfyui_model import id_of
 from proof.simulation.credits_model import Hold
 from proof.simulation.hold_rules import HoldRules
 from proof.simulation.hosted_run import CONVERTER
+from proof.simulation.invariants import World, must
 from proof.simulation.job_rules import JobRules
 from proof.simulation.parties import Parties
 from proof.simulation.price_rules import Prices
@@ -42,7 +43,6 @@ from proof.simulation.scenario import PLENTY, Scenario
 from proof.simulation.sdk import WorkflowActivationJob
 from proof.simulation.server import Server
 from proof.simulation.settlement_rules import SettlementRules
-from proof.simulation.truth import World, must
 from proof.simulation.witness import CANCELS, SUBMITS
 from proof.simulators.credits_profile import CONTRACT, FIELD
 
@@ -61,7 +61,7 @@ _OPENING: Final = frozenset(
 
 
 class Oracle:
-    """Watches one schedule. Each method raises Untrue."""
+    """Watches one schedule. Each method raises InvariantViolated."""
 
     def __init__(self, scenario: Scenario, server: Server, parties: Parties) -> None:
         self._scenario = scenario
@@ -114,7 +114,7 @@ class Oracle:
             "more than three holds stand at once:",
             *(hold.pre_deduct_id for hold in left),
         )
-        must(not credits.books.conflicts, "a key came again with another body:", *credits.books.conflicts)
+        must(not credits.account.conflicts, "a key came again with another body:", *credits.account.conflicts)
         must(not self._world.jobs.conflicts, "a key came again with another body:", *self._world.jobs.conflicts)
         if credits.charged():
             must(
@@ -179,17 +179,17 @@ class Oracle:
     def _charge_is_due(self) -> None:
         """Charged without a hold is only what had one that ran out, or more than the hold where policy says so."""
         credits = self._parties.credits
-        untold = self._holds.untold() if credits.terms.is_field else []
-        phases = {hold.phase for hold in credits.holds if hold not in untold}
+        unreported = self._holds.unreported() if credits.terms.is_field else []
+        phases = {hold.phase for hold in credits.holds if hold not in unreported}
         is_more = "committed" in phases and self._scenario.policy.charge_shortfall
-        by_hand = any(hold.is_cancelled_by_hand for hold in credits.holds)
+        by_operator = any(hold.is_cancelled_by_operator for hold in credits.holds)
         was_short = (
             credits.terms.balance < PLENTY or self._scenario.is_paused
         )  # perhaps too short for two holds at once
-        is_due = is_more or by_hand or was_short or "expired" in phases
+        is_due = is_more or by_operator or was_short or "expired" in phases
         must(is_due, "charged without a hold although none had expired:", *phases)
         must("open" not in phases, "charged although a hold stands")
-        may_expire = is_more or by_hand or bool(credits.terms.refuses_commits_with)
+        may_expire = is_more or by_operator or bool(credits.terms.refuses_commits_with)
         must(may_expire or not self._scenario.is_easy_on_credits, "a hold was let expire although it could be renewed")
 
     def _holds_stand(self) -> bool:
@@ -242,7 +242,9 @@ class Oracle:
             return
         told = self._world.told()
         holds_excused = {ExceptionCode.HOLD_LEFT_TO_EXPIRY, ExceptionCode.UNDO_UNFINISHED} & told
-        doubled = [hold.pre_deduct_id for hold in self._holds.untold()] if self._parties.credits.terms.is_field else []
+        doubled = (
+            [hold.pre_deduct_id for hold in self._holds.unreported()] if self._parties.credits.terms.is_field else []
+        )
         open_holds = [hold.pre_deduct_id for hold in self._parties.credits.holds if hold.phase == "open"]
         left = [pre_deduct_id for pre_deduct_id in open_holds if pre_deduct_id not in doubled]
         must(not left or bool(holds_excused) or self._settlement.is_unknown, "holds are left open:", *left)

@@ -15,15 +15,15 @@ from comfyui_temporal.contracts.calls import SnapshotOrder
 from comfyui_temporal.contracts.comfyui import ManifestReference, SnapshotReference
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.lives import STORE_UNAVAILABLE
-from proof.simulation.agenda import Agenda
 from proof.simulation.credits_model import ActedAndFailed, CreditsModel
+from proof.simulation.fault_schedule import Party
 from proof.simulation.hosted_run import CONVERTER
 from proof.simulation.image_jobs import ImageJobs
 from proof.simulation.life_gate import LifeGate, StoreAway
 from proof.simulation.sdk import activity_definition
 from proof.simulation.store_model import Caller, StoreModel, StoreRefused
+from proof.simulation.timeline import Timeline
 from proof.simulation.trainings import Trainings
-from proof.simulation.weather import Party
 
 _HOLDERS: Final = {
     Party.COMFYUI: ComfyUIActivities,
@@ -64,8 +64,8 @@ class CallRefused(Exception):
 class Objects:
     """Temporary object storage: which snapshots lie there. A copy that began before its deletion does not stay."""
 
-    def __init__(self, agenda: Agenda, *, is_invalid: bool) -> None:
-        self._agenda = agenda
+    def __init__(self, timeline: Timeline, *, is_invalid: bool) -> None:
+        self._timeline = timeline
         self.is_invalid = is_invalid
         self.kept: set[str] = set()
         self._deleted_at: dict[str, float] = {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from comfyui_temporal.contracts.comfyui import TrainingState
-from proof.simulation.truth import World, must
-from proof.simulation.witness import Attempt, Word
+from proof.simulation.invariants import World, must
+from proof.simulation.witness import Attempt, Report
 
 
 class Prices:
@@ -34,7 +34,7 @@ class Prices:
 
     def answered(self, attempt: Attempt) -> dict[str, int]:
         """The same by what was answered, although the run may have been thrown back before that was recorded."""
-        estimate = self._world.parties.credits.books.estimates.get(attempt.n)
+        estimate = self._world.parties.credits.account.estimates.get(attempt.n)
         return self._compared(attempt, estimate) if estimate is not None else {}
 
     def _compared(self, attempt: Attempt, estimate: int) -> dict[str, int]:
@@ -71,16 +71,16 @@ class Prices:
         return prices | {min(price, ceiling) for price in prices for ceiling in ceilings}
 
     def _hours_known(self, attempt: Attempt) -> set[float]:
-        words = self._world.witness.news_of(attempt.job_id)
-        told = {word.state.gpu_hours for word in words if isinstance(word.state, TrainingState)} - {None}
+        reports = self._world.witness.reports_of(attempt.job_id)
+        told = {report.state.gpu_hours for report in reports if isinstance(report.state, TrainingState)} - {None}
         return {attempt.accepted.gpu_hours, *told}
 
-    def known_before(self, attempt: Attempt, last: Word) -> int:
-        """The price that was known before a training's last word, under the ceiling."""
+    def known_before(self, attempt: Attempt, last: Report) -> int:
+        """The price that was known before a training's last report, under the ceiling."""
         hours = attempt.accepted.gpu_hours
-        for word in self._world.witness.news_of(attempt.job_id):
-            if word.at < last.at and isinstance(word.state, TrainingState) and word.state.gpu_hours is not None:
-                hours = word.state.gpu_hours
+        for report in self._world.witness.reports_of(attempt.job_id):
+            if report.at < last.at and isinstance(report.state, TrainingState) and report.state.gpu_hours is not None:
+                hours = report.state.gpu_hours
         return min(self.of_hours(self.carried_hours(attempt) + hours), self.ceiling)
 
     def carried_hours(self, attempt: Attempt) -> float:

@@ -42,7 +42,7 @@ class Server:
 
     @property
     def now(self) -> float:
-        return self.environment.agenda.now
+        return self.environment.timeline.now
 
     @property
     def witness(self) -> Witness:

@@ -61,7 +61,7 @@ class Clock:
         """When, at the present speed, work time reaches `work`, in seconds since the epoch."""
         return self._anchor + (work - self._anchor_work) / self._speed
 
-    def instant_of(self, work: float) -> datetime:
+    def datetime_of(self, work: float) -> datetime:
         return datetime.fromtimestamp(self.timestamp_of(work), UTC)
 
     def advance(self, seconds: float) -> None:

@@ -21,7 +21,7 @@ from proof.simulators.background import woken
 from proof.simulators.callbacks import Outbox
 from proof.simulators.clock import Clock
 from proof.simulators.jobs import ImageRun
-from proof.simulators.runs import ONLY_AT_THE_END, Outlook, Run, Trouble
+from proof.simulators.runs import ONLY_AT_THE_END, Forecast, Run, Trouble
 from proof.simulators.state_file import StateFile
 from proof.simulators.trainings import TrainingRun
 
@@ -111,7 +111,7 @@ class GpuQueue:
         if run.is_instant:
             run.phase, run.has_begun, run.segment_since, run.index = "working", True, at, len(run.plan)
             for segment in run.plan:
-                run.segment_ended(segment, self._clock.instant_of(at), self._folder)
+                run.segment_ended(segment, self._clock.datetime_of(at), self._folder)
             self._finish(run, at)
         self._save(run)
         self.settle()
@@ -165,7 +165,7 @@ class GpuQueue:
         return run.shown | {"sequence": run.sequence}
 
     def _fields(self, run: AnyRun, at: float) -> dict[str, Any]:
-        return run.lied(run.fields(at, self.outlook(run, at), self._clock.instant_of, self._clock.speed))
+        return run.lied(run.fields(at, self.forecast(run, at), self._clock.datetime_of, self._clock.speed))
 
     def seen(self, run: AnyRun) -> RunSeen:
         """What an admin sees; looking changes nothing."""
@@ -182,16 +182,16 @@ class GpuQueue:
             state=shown | {"sequence": run.sequence},
         )
 
-    def outlook(self, run: AnyRun, at: float) -> Outlook:
+    def forecast(self, run: AnyRun, at: float) -> Forecast:
         """When it starts and ends if nothing goes wrong from here."""
         if run.phase == "waiting":
-            return self._waiting_outlook(run, at)
+            return self._waiting_forecast(run, at)
         if run.phase == "working":
-            return Outlook(starts=at, ends=run.ends_if_undisturbed())
+            return Forecast(starts=at, ends=run.ends_if_undisturbed())
         if run.is_open:
             starts = run.counted_from + run.queue_seconds
-            return Outlook(starts=starts, ends=starts + run.total_seconds)
-        return Outlook(starts=at, ends=at)
+            return Forecast(starts=starts, ends=starts + run.total_seconds)
+        return Forecast(starts=at, ends=at)
 
     def wait_of_new(self, gpu_type: str, priority: TaskPriority) -> float:
         """Work seconds that a run of this priority, submitted now, would wait for a GPU of this type."""
@@ -205,13 +205,13 @@ class GpuQueue:
                 heapq.heappush(free, start + other.total_seconds)
         return max(0.0, free[0] - at)
 
-    def _waiting_outlook(self, run: AnyRun, at: float) -> Outlook:
+    def _waiting_forecast(self, run: AnyRun, at: float) -> Forecast:
         free = self._free_times(run.pool, at)
         for ahead, other in enumerate(self._waiting(run.pool)):
             start = max(heapq.heappop(free) if free else at, other.ready_at, at)
             ends = start + other.total_seconds
             if other.run_id == run.run_id:
-                return Outlook(starts=start, ends=ends, ahead=ahead)
+                return Forecast(starts=start, ends=ends, ahead=ahead)
             heapq.heappush(free, ends)
         raise LookupError(f"{run.run_id} does not wait")
 
@@ -295,7 +295,7 @@ class GpuQueue:
         self._tell(run, at)
 
     def _end_segment(self, run: AnyRun, at: float) -> None:
-        run.segment_ended(run.segment, self._clock.instant_of(at), self._folder)
+        run.segment_ended(run.segment, self._clock.datetime_of(at), self._folder)
         if run.index + 1 >= len(run.plan):
             self._finish(run, at)
             return
@@ -325,7 +325,7 @@ class GpuQueue:
             self._tell(run, at)
 
     def _finish(self, run: AnyRun, at: float) -> None:
-        run.finish(self._clock.instant_of(at), self._folder)
+        run.finish(self._clock.datetime_of(at), self._folder)
         run.index = len(run.plan)
         run.phase = "over"
         self._tell(run, at, is_last=True)
@@ -333,10 +333,10 @@ class GpuQueue:
 
     def _end(self, run: AnyRun, at: float, error: ErrorDetails) -> None:
         # What it had done is reckoned while it still counts as working.
-        fields = run.fields(at, Outlook(starts=at, ends=at), self._clock.instant_of, self._clock.speed)
+        fields = run.fields(at, Forecast(starts=at, ends=at), self._clock.datetime_of, self._clock.speed)
         run.error_details = error
         run.phase = "over"
-        after = run.fields(at, Outlook(starts=at, ends=at), self._clock.instant_of, self._clock.speed)
+        after = run.fields(at, Forecast(starts=at, ends=at), self._clock.datetime_of, self._clock.speed)
         kept = {name: fields[name] for name in ("stage_progress", "gpu_hours_used") if name in fields}
         run.shown = run.lied(after | kept)
         run.sequence += 1
@@ -353,7 +353,7 @@ class GpuQueue:
     def _put_callback(self, run: AnyRun, at: float) -> None:
         body: dict[str, Any] = {
             "task_id": run.task_id,
-            "occurred_at": self._clock.instant_of(at).isoformat(timespec="milliseconds"),
+            "occurred_at": self._clock.datetime_of(at).isoformat(timespec="milliseconds"),
             **run.shown,
             "sequence": run.sequence,
         }

@@ -41,7 +41,7 @@ class Trouble(BaseModel):
     parameters: Parameters
 
 
-class Outlook(BaseModel):
+class Forecast(BaseModel):
     """When a run starts and ends as far as the queue can tell, in work seconds, and who is ahead of it."""
 
     starts: float
@@ -149,10 +149,10 @@ class Run(BaseModel):
         at, number = min(due)
         return max(at, self.segment_since), self.troubles[number]
 
-    def progress(self, at: float, outlook: Outlook) -> float:
+    def progress(self, at: float, forecast: Forecast) -> float:
         """`stage_progress`: whole percent of the present stage; never less than was shown in it before."""
         if self.phase == "waiting":
-            span = outlook.starts - self.waiting_since
+            span = forecast.starts - self.waiting_since
             share = (at - self.waiting_since) / span if span > 0 else 1.0
             now = min(99.0, max(0.0, 100 * share))
         elif self.phase == "working":
@@ -177,7 +177,7 @@ class Run(BaseModel):
 
     @abstractmethod
     def fields(
-        self, at: float, outlook: Outlook, instant_of: Callable[[float], datetime], speed: float
+        self, at: float, forecast: Forecast, datetime_of: Callable[[float], datetime], speed: float
     ) -> dict[str, Any]:
         """What GET answers, without `sequence` and lies."""
 

@@ -10,16 +10,16 @@ import pytest
 import pytest_asyncio
 
 from comfyui_temporal.contracts.tasks import TaskStatus
-from proof.kill_points.__main__ import chosen_instants, struck
+from proof.kill_points.__main__ import chosen_points, struck
 from proof.kill_points.gates import BEFORE_SEND, Gate
-from proof.kill_points.instants import ROUTES, all_instants
 from proof.kill_points.kinds import KINDS, Kind
 from proof.kill_points.oracle import Ending, judge_all
+from proof.kill_points.paths import PLAIN, WAITING, task_of
+from proof.kill_points.points import ROUTES, all_points
 from proof.kill_points.report import failures, table
 from proof.kill_points.rounds import Cell
 from proof.kill_points.site import RoundSite, opened_site
 from proof.kill_points.stack import KillableStack
-from proof.kill_points.ways import PLAIN, WAITING, task_of
 from proof.simulators.credits_profile import CONTRACT, FIELD, CreditsProfile
 from proof.site.waiting import until
 
@@ -45,9 +45,9 @@ async def folder(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path
 async def all_ok(
     folder: Path, kinds: list[Kind], labels: tuple[str, ...], profile: CreditsProfile = CONTRACT
 ) -> list[Cell]:
-    instants = chosen_instants(labels)
+    points = chosen_points(labels)
     cells = await struck(
-        KillableStack(folder / "run", profile), kinds, instants, within_seconds=RECOVERY_SECONDS, most=40
+        KillableStack(folder / "run", profile), kinds, points, within_seconds=RECOVERY_SECONDS, most=40
     )
     assert not failures(cells), failures(cells)
     return cells
@@ -56,7 +56,7 @@ async def all_ok(
 @pytest.mark.slow
 async def test_a_worker_killed_in_some_instants_costs_no_task(folder: Path) -> None:
     cells = await all_ok(folder, [KINDS["worker-killed"]], FEW)
-    assert {cell.instant.label for cell in cells} == set(FEW)
+    assert {cell.point.label for cell in cells} == set(FEW)
     assert "**failed**" not in table(cells)
 
 
@@ -112,10 +112,10 @@ async def _judged_while_open(site: RoundSite) -> list[str]:
 
 
 def test_every_call_that_the_flows_make_is_an_instant() -> None:
-    gated = {instant.gate.call for instant in all_instants() if instant.gate}
+    gated = {point.gate.call for point in all_points() if point.gate}
     assert gated >= ROUTES | {"claim", "write", "snapshot", "delete_snapshot"}
-    assert len({instant.label for instant in all_instants()}) == len(all_instants())
-    assert any(instant.way is PLAIN for instant in all_instants())
+    assert len({point.label for point in all_points()}) == len(all_points())
+    assert any(point.path is PLAIN for point in all_points())
 
 
 def test_a_gate_takes_the_call_it_names() -> None:

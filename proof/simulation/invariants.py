@@ -15,13 +15,13 @@ from proof.simulation.witness import Witness
 State = JobState | TrainingState
 
 
-class Untrue(Exception):
+class InvariantViolated(Exception):
     """Something that may never be untrue is."""
 
 
 def must(holds: bool, sentence: str, *values: Any) -> None:
     if not holds:
-        raise Untrue(f"{sentence} {', '.join(map(str, values))}".strip())
+        raise InvariantViolated(f"{sentence} {', '.join(map(str, values))}".strip())
 
 
 @dataclass

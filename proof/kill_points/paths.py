@@ -1,4 +1,4 @@
-"""The lives of a task that lead to instants: what its job does, what happens to it, and how it goes on afterwards."""
+"""The lives of a task that lead to points: what its job does, what happens to it, and how it goes on afterwards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def _resume(site: RoundSite, task_id: str) -> None:
 
 
 @dataclass(frozen=True)
-class Way:
+class TaskPath:
     """One life. `before` is done before the task is started, `lead` after, `parked` tells a wait that has no gate;
     `approach` is done `milliseconds` before the blow falls, `after` when everything is back."""
 
@@ -48,22 +48,22 @@ class Way:
     """Of the task's input."""
 
 
-def task_of(site: RoundSite, scene: str, task_id: str, way: Way) -> dict[str, Any]:
+def task_of(site: RoundSite, scene: str, task_id: str, path: TaskPath) -> dict[str, Any]:
     """The task's input as JSON."""
     common = {"task_id": task_id, "tenant_id": TENANT, "user_id": USER}
     if scene == "image":
-        return {**common, "template_id": "text-to-image", "prompt": "a lighthouse at dusk", **way.fields}
+        return {**common, "template_id": "text-to-image", "prompt": "a lighthouse at dusk", **path.fields}
     return {
         **common,
         "template_id": "lora-train",
         "dataset": {"dataset_id": "faces", "source_uri": site.dataset().as_uri()},
         "hyperparameters": {"epochs": 2, "batch_size": 1, "learning_rate": 0.001},
         "max_credits": 2_000,
-        **way.fields,
+        **path.fields,
     }
 
 
-# What jobs are told to do
+# What jobs are shown to do
 
 
 async def _stall(site: RoundSite, task_id: str) -> None:
@@ -119,18 +119,18 @@ async def until_works(site: RoundSite, task_id: str) -> None:
 
 # What happens to it
 
-_asked: Final[set[asyncio.Future[Any]]] = set()
+_pending: Final[set[asyncio.Future[Any]]] = set()
 
 
 async def ask_to_cancel(site: RoundSite, task_id: str) -> None:
     """By the update, whose answer nobody waits for: no worker may be there to give it."""
     asking = asyncio.ensure_future(site.handle(task_id).execute_update("cancel_task", {"reason": "no longer wanted"}))
-    _asked.add(asking)
+    _pending.add(asking)
     asking.add_done_callback(_forget)
 
 
 def _forget(asking: asyncio.Future[Any]) -> None:
-    _asked.discard(asking)
+    _pending.discard(asking)
     if not asking.cancelled():
         asking.exception()
 
@@ -197,7 +197,7 @@ async def _continue_then_cancel(site: RoundSite, task_id: str) -> None:
 
 async def _confirm(site: RoundSite, task_id: str) -> None:
     asking = asyncio.ensure_future(site.handle(task_id).execute_update("confirm_price", {"max_credits": 2_000}))
-    _asked.add(asking)
+    _pending.add(asking)
     asking.add_done_callback(_forget)
 
 
@@ -210,25 +210,25 @@ async def _other_half(site: RoundSite, task_id: str) -> None:
     await _flood(site, task_id, first=SIGNALS_UNTIL_CONTINUED // 2)
 
 
-PLAIN: Final = Way("plain")
-WAITING: Final = Way("waiting", before=_stall, parked=_works)
-POLLED: Final = Way("polled", before=_withhold, fields={"options": {"poll_after_seconds": 0.5}})
-CANCELLED: Final = Way("cancelled", TaskStatus.CANCELLED, before=_stall, lead=_cancel)
-FAILING: Final = Way("failing", TaskStatus.FAILED, before=_fail)
-RETRIED: Final = Way("retried", jobs=2, before=_preempt)
-TOPPED_UP: Final = Way("topped up", jobs=2, before=_preempt_then_dearer)
-RETRY_WAIT: Final = Way("retried", jobs=2, before=_preempt, parked=_waits_for_retry)
-EXPIRED: Final = Way("expired", before=_stall, lead=_expire)
-DEARER: Final = Way("dearer", before=_stall, lead=_work_then_dearer)
-CONFIRMING: Final = Way("confirming", parked=_asks, after=_confirm, fields={"max_credits": None})
-CONTINUED: Final = Way("continued", before=_stall, lead=_continue, parked=_works)
-CONTINUED_DELIVERED: Final = Way("continued", before=_stall, lead=_continue_then_deliver)
-CONTINUED_CANCELLED: Final = Way("continued", TaskStatus.CANCELLED, before=_stall, lead=_continue_then_cancel)
+PLAIN: Final = TaskPath("plain")
+WAITING: Final = TaskPath("waiting", before=_stall, parked=_works)
+POLLED: Final = TaskPath("polled", before=_withhold, fields={"options": {"poll_after_seconds": 0.5}})
+CANCELLED: Final = TaskPath("cancelled", TaskStatus.CANCELLED, before=_stall, lead=_cancel)
+FAILING: Final = TaskPath("failing", TaskStatus.FAILED, before=_fail)
+RETRIED: Final = TaskPath("retried", jobs=2, before=_preempt)
+TOPPED_UP: Final = TaskPath("topped up", jobs=2, before=_preempt_then_dearer)
+RETRY_WAIT: Final = TaskPath("retried", jobs=2, before=_preempt, parked=_waits_for_retry)
+EXPIRED: Final = TaskPath("expired", before=_stall, lead=_expire)
+DEARER: Final = TaskPath("dearer", before=_stall, lead=_work_then_dearer)
+CONFIRMING: Final = TaskPath("confirming", parked=_asks, after=_confirm, fields={"max_credits": None})
+CONTINUED: Final = TaskPath("continued", before=_stall, lead=_continue, parked=_works)
+CONTINUED_DELIVERED: Final = TaskPath("continued", before=_stall, lead=_continue_then_deliver)
+CONTINUED_CANCELLED: Final = TaskPath("continued", TaskStatus.CANCELLED, before=_stall, lead=_continue_then_cancel)
 
 
-def continuing(milliseconds: int) -> Way:
+def continuing(milliseconds: int) -> TaskPath:
     """Struck that long after the last of the messages that make it continue as new."""
-    return Way(
+    return TaskPath(
         "continuing",
         before=_stall,
         lead=_half_flood,

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final
 
-BEGINNING: Final = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
+START: Final = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 
 
-class Happening:
+class Scheduled:
     """Something that will happen, unless it is called off."""
 
     __slots__ = ("act",)
@@ -19,38 +19,38 @@ class Happening:
     def __init__(self, act: Callable[[], None]) -> None:
         self.act: Callable[[], None] | None = act
 
-    def call_off(self) -> None:
+    def cancel(self) -> None:
         self.act = None
 
 
-class Agenda:
+class Timeline:
     """Everything that is to happen, by its instant (seconds since the epoch)."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
-        self._waiting: list[tuple[float, float, Happening]] = []
-        self.now = BEGINNING
+        self._waiting: list[tuple[float, float, Scheduled]] = []
+        self.now = START
         self.steps = 0
 
     def instant(self) -> datetime:
         return datetime.fromtimestamp(self.now, UTC)
 
-    def at(self, when: float, act: Callable[[], None]) -> Happening:
+    def at(self, when: float, act: Callable[[], None]) -> Scheduled:
         """Do `act` at `when`, or now if that is past. What shares an instant comes in an order of the seed's."""
-        happening = Happening(act)
-        heapq.heappush(self._waiting, (max(when, self.now), self._rng.random(), happening))
-        return happening
+        scheduled = Scheduled(act)
+        heapq.heappush(self._waiting, (max(when, self.now), self._rng.random(), scheduled))
+        return scheduled
 
-    def after(self, seconds: float, act: Callable[[], None]) -> Happening:
+    def after(self, seconds: float, act: Callable[[], None]) -> Scheduled:
         return self.at(self.now + seconds, act)
 
     def step(self) -> bool:
         """Let the next thing happen; whether there was any."""
         while self._waiting:
-            when, _, happening = heapq.heappop(self._waiting)
-            if happening.act is not None:
+            when, _, scheduled = heapq.heappop(self._waiting)
+            if scheduled.act is not None:
                 self.now = when
                 self.steps += 1
-                happening.act()
+                scheduled.act()
                 return True
         return False
