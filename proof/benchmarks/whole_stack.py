@@ -1,4 +1,4 @@
-"""What people wait for, on the whole local stack: a callback's news, credits held, work going on after a kill.
+"""What users wait for, on the whole local stack: a callback's event, credits held, work going on after a kill.
 
 Measured from outside by one client: orders at the gateway, signed callbacks at the gateway, live streams.
 """
@@ -31,7 +31,7 @@ from proof.site.site import Site
 TENANT: Final = "tenant-demo"
 SPEED: Final = 100.0
 SPREAD_SECONDS: Final = 1.1
-"""Progress is told at most once a second (contract §6): the next probe comes after that."""
+"""Progress is published at most once a second (contract §6): the next probe comes after that."""
 LIMIT_SECONDS: Final = 60.0
 OPEN_AT_A_KILL: Final = 50
 
@@ -53,16 +53,16 @@ class Spread(BaseModel):
 
 
 class Waits(BaseModel):
-    """What people wait for."""
+    """What users wait for."""
 
     order_to_held: Spread
-    """From the order at the gateway to the event that tells that credits are held."""
+    """From the order at the gateway to the event that shows that credits are held."""
     callback_to_client: Spread
     """From a callback's sending to its event at the client."""
     kill_to_polling: Spread
     """From the worker's SIGKILL until its successor polls: what a process's start takes."""
     polling_to_next_event: Spread
-    """From then to the next event that a client is told."""
+    """From then to the next event that a client receives."""
 
 
 async def measure(probes: int, kills: int) -> Waits:
@@ -101,7 +101,7 @@ async def _waits(site: Site, probes: int, kills: int) -> Waits:
 
 
 class News:
-    """Every event that one stream of all tasks was told, with the instant by `time.monotonic`."""
+    """Every event that one stream of all tasks brought, with its time by `time.monotonic`."""
 
     def __init__(self) -> None:
         self._events: list[tuple[float, dict[str, Any]]] = []
@@ -112,7 +112,7 @@ class News:
         self._more.set()
 
     async def instant(self, what: Callable[[dict[str, Any]], bool], *, after: float = 0.0) -> float:
-        """When the first such event after an instant was told; waits for it."""
+        """When the first such event after a time arrived; waits for it."""
         seen = 0
         async with asyncio.timeout(LIMIT_SECONDS):
             while True:
@@ -126,7 +126,7 @@ class News:
 
 @asynccontextmanager
 async def _told(site: Site) -> AsyncIterator[News]:
-    """News of all of the tenant's tasks, from now on."""
+    """The events of all of the tenant's tasks, from now on."""
     news, is_open = News(), asyncio.Event()
 
     async def read() -> None:
@@ -177,7 +177,7 @@ async def _callbacks(site: Site, news: News, task_id: str, count: int) -> list[f
 
 
 async def _kills(site: Site, news: News, count: int) -> tuple[list[float], list[float]]:
-    """The worker killed in the midst of many tasks, again and again."""
+    """The worker killed among many open tasks, several times."""
     parts, back, next_event = SupervisedParts(site), list[float](), list[float]()
     for number in range(count):
         for n in range(OPEN_AT_A_KILL):

@@ -34,7 +34,7 @@ class Services:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the evidence is. `objects`: the folder of temporary object storage, None where nobody looks at it."""
+    """Where the evidence is. `objects`: the folder of temporary object storage, None where it is not read."""
 
     profile: CreditsProfile
     admin: Admin

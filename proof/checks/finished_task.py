@@ -16,7 +16,7 @@ from proof.simulators.credits_profile import CreditsProfile
 
 
 class Rule(StrEnum):
-    """What is wrong, as it stands in tables: all of these must be 0."""
+    """What is wrong, as tables show it: all of these must be 0."""
 
     NOT_ENDED = "tasks not ended"
     WRONG_END = "tasks that ended otherwise than they may"
@@ -49,9 +49,9 @@ class Exempt(StrEnum):
     """What a kind of run cannot know, or a fault made impossible."""
 
     HOLD_EXPIRES = "hold_expires"
-    """A hold whose id nobody could learn, or that could not be cancelled, ends by its expiry."""
+    """A hold whose id could not be learned, or that could not be cancelled, ends by its expiry."""
     JOB_RUNS_OUT = "job_runs_out"
-    """A job whose id nobody could learn, or that could not be cancelled, runs to its end."""
+    """A job whose id could not be learned, or that could not be cancelled, runs to its end."""
     POINTS_IN_EVENTS = "points_in_events"
     """The events' points do not add up: the service said of a hold that it does not have it."""
     UNKNOWN_UNRECORDED = "unknown_unrecorded"
@@ -63,9 +63,9 @@ class Exempt(StrEnum):
     NO_ROW = "no_row"
     """The run may have been terminated before it claimed its id."""
     SNAPSHOT = "snapshot"
-    """Nobody looked at object storage, or the run was terminated between its last event and the deletion."""
+    """Object storage is not read, or the run was terminated between its last event and the deletion."""
     RESULT = "result"
-    """Nobody read the run's own result."""
+    """The run's own result is not read."""
     STREAM = "stream"
     """No client followed the task's live stream."""
     HISTORY = "history"
@@ -128,7 +128,7 @@ class FinishedTask:
     task_id: str
     profile: CreditsProfile
     row: TaskState | None
-    """What the task store tells; None where there is no row."""
+    """What the task store has; None where there is no row."""
     has_ended: bool = True
     last_seq: int | None = None
     """The newest event's number by the row; None where rows have none."""
@@ -158,7 +158,7 @@ class FinishedTask:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a plan says of a task beforehand; None: it says nothing."""
+    """What a plan expects of a task; None: nothing."""
 
     ends: frozenset[TaskStatus] | None = None
     jobs: int | None = None

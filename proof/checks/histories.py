@@ -41,7 +41,7 @@ ACTIVITY_ENDS: Final = tuple(
 
 
 def check_history(events: Sequence[HistoryEvent], exempt: frozenset[Exempt], findings: Findings) -> None:
-    """One run. It did not continue as new before its calls had ended: an unheard answer is a hold that nobody knows."""
+    """One run. It must not continue as new before its calls have ended: a lost answer may be a hold that is unknown."""
     benign = BENIGN | ({BY_A_RESET} if Exempt.RESET in exempt else frozenset())
     open_calls: dict[int, str] = {}
     for event in events:

@@ -1,4 +1,4 @@
-"""The blows. Each strikes once, whatever tasks stand where, and tells when what it struck was back."""
+"""The kinds of fault. Each is injected once for all tasks of a round, and returns when what failed was back."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ GIVE_BACK_SECONDS: Final = 30.0
 
 @dataclass(frozen=True)
 class Kind:
-    """A blow, the points it fits, and how tasks may end that would have ended otherwise."""
+    """A kind of fault, the points that it fits, and how else tasks may end because of it."""
 
     name: str
     inject: Inject
     fits: Callable[[Point], bool]
     may_end: frozenset[TaskStatus] = frozenset()
     is_reply_in_flight: bool = False
-    """`after effect`: the reply stands in the service (else that is the point `after reply`)."""
+    """`after effect`: the reply is held in the service (else that is the point `after reply`)."""
     ends_runs: bool = False
     """Runs end without their own clean-up: the reconciler's turn."""
 
 
 async def _loosen(site: RoundSite) -> None:
-    """Nothing is kept waiting, or goes wrong, any more. Both services have to be there."""
+    """Open all gates and remove all faults. Both services must be up."""
     site.gates.open_all()
     await site.admin.remove_faults()
     await site.admin.comfyui.release_callbacks()
@@ -99,7 +99,7 @@ async def cancelled(site: RoundSite, task_ids: Sequence[str]) -> datetime:
 
 
 async def terminated(site: RoundSite, task_ids: Sequence[str]) -> datetime:
-    """Calls in flight go on after it, until their worker hears that nobody waits for them."""
+    """Calls in flight go on until their worker learns that the run is gone."""
     for task_id in task_ids:
         with contextlib.suppress(RPCError):
             await site.handle(task_id).terminate("by a kill point")
@@ -162,7 +162,7 @@ def _no_reply_in_flight(point: Point) -> bool:
 
 
 def _of_service(is_credits: bool) -> Callable[[Point], bool]:
-    """A reply in flight is the struck service's own."""
+    """A reply in flight is that of the service that fails."""
 
     def fits(point: Point) -> bool:
         is_own = point.gate is not None and (point.gate.call in CREDITS_ROUTES) is is_credits

@@ -81,7 +81,7 @@ async def _judge(sources: Sources, services: Services, ending: Ending) -> None:
 
 
 def _measure_recovery(ending: Ending) -> None:
-    """From when the part that was struck is back to the next thing a worker does, by the server's laps."""
+    """From when the part that failed is back to the next thing that a worker does, by the server's clock."""
     done = [
         event.event_time.ToDatetime(UTC)
         for history in ending.histories

@@ -1,4 +1,4 @@
-"""The lives of a task that lead to points: what its job does, what happens to it, and how it goes on afterwards."""
+"""The paths that lead a task to points: what its job does, what happens to it, and how it goes on afterwards."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ async def _resume(site: RoundSite, task_id: str) -> None:
 
 @dataclass(frozen=True)
 class TaskPath:
-    """One life. `before` is done before the task is started, `lead` after, `parked` tells a wait that has no gate;
-    `approach` is done `milliseconds` before the blow falls, `after` when everything is back."""
+    """What happens to a task. `before` is done before it is started, `lead` after; `parked` recognises a wait without a
+    gate; `approach` is done `milliseconds` before the fault, `after` when everything is back."""
 
     name: str
     ends: TaskStatus = TaskStatus.COMPLETED
@@ -123,7 +123,7 @@ _pending: Final[set[asyncio.Future[Any]]] = set()
 
 
 async def ask_to_cancel(site: RoundSite, task_id: str) -> None:
-    """By the update, whose answer nobody waits for: no worker may be there to give it."""
+    """By the update; its answer is not awaited, since no worker may be there to give it."""
     asking = asyncio.ensure_future(site.handle(task_id).execute_update("cancel_task", {"reason": "no longer wanted"}))
     _pending.add(asking)
     asking.add_done_callback(_forget)
@@ -150,7 +150,7 @@ async def _expire(site: RoundSite, task_id: str) -> None:
 
 
 async def finish(site: RoundSite, task_id: str) -> None:
-    """Deliver whatever job the task has."""
+    """Deliver every open job of the task."""
     for run in await site.open_jobs(task_id):
         if run.phase != "idle":  # a training that was not started has nothing to deliver
             await site.admin.comfyui.act(run.run_id, "finish")
@@ -227,7 +227,7 @@ CONTINUED_CANCELLED: Final = TaskPath("continued", TaskStatus.CANCELLED, before=
 
 
 def continuing(milliseconds: int) -> TaskPath:
-    """Struck that long after the last of the messages that make it continue as new."""
+    """The fault comes that long after the last of the messages that make it continue as new."""
     return TaskPath(
         "continuing",
         before=_stall,

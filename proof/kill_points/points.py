@@ -1,4 +1,4 @@
-"""Every point of both flows: a call and where in it, or a wait; and the path that leads there."""
+"""Every point of both flows: a place in a call, or a wait; and the path that leads there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROUTES: Final = frozenset(
 
 @dataclass(frozen=True)
 class Point:
-    """Where a task is when the blow falls."""
+    """Where a task is when the fault is injected."""
 
     scene: str
     """`image` or `training`."""

@@ -1,4 +1,4 @@
-"""One round: every task is brought to its point and kept there, the blow falls, all have to end well."""
+"""One round: every task is brought to its point and kept there, the fault is injected, all tasks must end well."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STREAM_SECONDS: Final = 20.0
 TASK_TIMEOUT: Final = timedelta(seconds=3)
 """As `comfyui_temporal/client/start.py` starts tasks."""
 HELD_UP_SECONDS: Final = 110.0
-"""Shorter than the gated worker's patience: a reply that stands in a service that is not struck comes in the end."""
+"""Shorter than the gated worker's patience: a reply that a healthy service holds back arrives in the end."""
 
 
 @dataclass
@@ -41,9 +41,9 @@ class Cell:
     """The switchboard's fault that keeps it there, as `key_of` names it."""
     problems: list[str] = field(default_factory=list)
     is_first_try: bool = True
-    """Whether its call had not been retried when the blow fell: then nothing waits for a longer pause."""
+    """Whether its call had not been retried before the fault: then nothing waits for a longer pause."""
     recovery_seconds: float | None = None
-    """From when what was struck is back to the next thing a worker does for it; None where nothing was to do."""
+    """From when what failed is back to the next thing that a worker does for it; None where nothing was to be done."""
 
     @property
     def is_reached_in_worker(self) -> bool:
@@ -99,7 +99,7 @@ async def run_round(site: RoundSite, kind: Kind, points: Sequence[Point], number
 
 
 async def _all_reached(site: RoundSite, cells: Sequence[Cell], recorder: Recorder) -> list[Cell]:
-    """Those that stand in their points; of the others that is the problem."""
+    """Those that reached their points; for the others that is a problem."""
     turn = asyncio.Semaphore(STARTS_AT_ONCE)
 
     async def bring(cell: Cell) -> None:
@@ -169,7 +169,7 @@ async def _record_tries(site: RoundSite, cell: Cell) -> None:
 
 
 async def _approach(site: RoundSite, cells: Sequence[Cell]) -> None:
-    """What is done a stated time before the blow, the earliest first."""
+    """What is done a stated time before the fault, the earliest first."""
     paths = sorted(
         (cell for cell in cells if cell.point.path.approach is not None),
         key=lambda cell: -cell.point.path.milliseconds,
@@ -182,7 +182,7 @@ async def _approach(site: RoundSite, cells: Sequence[Cell]) -> None:
 
 
 async def _after(site: RoundSite, cell: Cell) -> None:
-    """A life that needs a push goes on; one that is over by now needs none."""
+    """Continue a task that waits for a push."""
     try:
         await until(lambda: _pushed(site, cell), "a push", seconds=10)
     except TimeoutError as failure:

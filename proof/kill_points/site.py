@@ -40,7 +40,7 @@ class RoundSite(Site):
         return self.admin.credits if route in CREDITS_ROUTES else self.admin.comfyui
 
     async def set_up(self) -> None:
-        """No task waits for a GPU, and nobody runs out of points."""
+        """No task waits for a GPU, and no account runs out of points."""
         for gpu_type in ("rtx4090", "a100"):
             await self.admin.comfyui.set_gpus(gpu_type, MANY_GPUS)
         await self.admin.credits.set_balance(RICH, TENANT, USER)
@@ -93,7 +93,7 @@ class RoundSite(Site):
 
 
 class _SharedRead(Generic[T]):
-    """One read, shared for a moment by all who ask for it."""
+    """One read, shared for a moment by all callers."""
 
     def __init__(self, read: Callable[[], Awaitable[T]]) -> None:
         self._read = read

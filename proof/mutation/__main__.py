@@ -129,7 +129,7 @@ def _tell(number: int, count: int, mutation: Mutation, verdict: Verdict) -> None
 
 
 def _seeds(count: int) -> dict[Block, list[Seed]]:
-    """What reaches each block of so many schedules; found out anew where what is played has changed."""
+    """Which of so many schedules reach each block; computed again where the code has changed."""
 
     def played() -> dict[Block, list[Seed]]:
         print(f"finding out what {count} schedules reach ...", flush=True)

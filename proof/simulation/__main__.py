@@ -24,7 +24,7 @@ from proof.simulation.scenario import KINDS, PROFILES
 from proof.simulation.schedule import RESETS, Outcome, play
 
 AT_ONCE = 100
-"""Seeds that a process plays before it tells of them."""
+"""Seeds that a process plays before it reports them."""
 
 
 def main() -> int:

@@ -58,10 +58,10 @@ class Call:
     last_failure: Failure | None = None
     next_try: Scheduled | None = None
     outcome: Any = None
-    """What it came to on the other side, where its caller was told; None: it failed."""
+    """The service's answer, once the caller has it; None: the call failed."""
     scheduled_at: float = 0.0
     resolved_at: float | None = None
-    """When the run was told of its end."""
+    """When the run received its outcome."""
 
     @classmethod
     def of(cls, command: ScheduleActivity | ScheduleLocalActivity, argument: Any, now: float) -> Call:
@@ -86,7 +86,7 @@ class Call:
 
 
 class Calls:
-    """The calls of one run that are not over. `resolved` takes what the run is to be told."""
+    """The calls of one run that are not over. `resolved` is called with each outcome."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class Calls:
         self._failed(call, attempt, _timed_out(TimeoutType.TIMEOUT_TYPE_HEARTBEAT), timed_out=True)
 
     def forget(self, call: Call) -> None:
-        """Wait for it no longer, and tell nobody."""
+        """Stop waiting for it, without an outcome."""
         call.is_over = True
         self._open.pop(call.seq, None)
         if call.next_try is not None:

@@ -1,4 +1,4 @@
-"""What clients and machines do to a running task: cancel it, confirm its price, send garbage, kill its worker."""
+"""What clients, operators and machines do to a running task: cancel it, confirm its price, kill its worker."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BAD_ARGUMENTS: Final[tuple[tuple[Payload, ...], ...]] = (
 
 
 class Clients:
-    """Everybody who does something to the task. `received`: the callbacks that were sent so far."""
+    """Clients, operators and machines. `received`: the callbacks that were sent so far."""
 
     def __init__(
         self, rng: random.Random, timeline: Timeline, server: Server, oracle: Oracle, parties: Parties, trace: Trace

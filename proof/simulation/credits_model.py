@@ -43,7 +43,7 @@ def refused(message: str) -> Answer[Any]:
 
 @dataclass
 class Hold:
-    """One hold; `amount` and what was `asked` in points, `phase` open, committed, cancelled or expired."""
+    """One hold; granted `amount` and requested `asked` in points; `phase` open, committed, cancelled or expired."""
 
     pre_deduct_id: str
     task_id: str
@@ -58,7 +58,7 @@ class Hold:
 
     @property
     def n(self) -> int:
-        """Which of the task's holds this is, by the key that it was asked for with."""
+        """The hold's number within the task, from its idempotency key."""
         return int(self.key.rpartition(":")[2])
 
 
@@ -71,11 +71,11 @@ class CreditsTerms:
     lag_seconds: float = 0.0
     tells_kinds: bool = True
     grants_more: int = 0
-    """Points that a hold has beyond what was asked for."""
+    """Points that a hold has beyond what was requested."""
     commits_less: int = 0
     """Points that a commit charges less than it was sent."""
     says_less: int = 0
-    """Points that a commit's answer tells less than were charged."""
+    """Points by which a commit's answer understates the charge."""
     is_field: bool = False
     """The platform's own service (contract §4 (field)): no idempotency, no expiry, no hours in its estimate."""
     acts_and_fails: bool = False
@@ -98,7 +98,7 @@ class Account:
 
 
 class ActedAndFailed(Exception):
-    """It acted, and its caller hears of an error."""
+    """It acted, and answers with an error."""
 
 
 class CreditsModel:
@@ -154,7 +154,7 @@ class CreditsModel:
         return Answer(reply=Ledger(entries=list(reversed(entries))))
 
     def _by_reason(self, entry: LedgerEntry) -> list[LedgerEntry]:
-        """An entry on a ledger that tells reasons alone, oldest first; an expiry is not told (contract §4 (field))."""
+        """An entry on a ledger that shows reasons alone, oldest first; an expiry is not shown (contract §4 (field))."""
         hold = self.account.holds.get(entry.pre_deduct_id or "")
         bare = entry.model_copy(update={"kind": None, "pre_deduct_id": None})
         if entry.kind is LedgerKind.EXPIRE:

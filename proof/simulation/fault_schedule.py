@@ -1,4 +1,4 @@
-"""What goes wrong, and until when: drawn once for a seed, then asked at every call, task and callback."""
+"""What goes wrong, and until when: drawn once for a seed, then consulted at every call, task and callback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Party(StrEnum):
 
 
 class BadAnswer(StrEnum):
-    """How an attempt fails although the caller was not left without any answer."""
+    """How an attempt fails although it was answered."""
 
     UNAVAILABLE = "unavailable"
     UNREADABLE = "unreadable"
@@ -31,13 +31,13 @@ class BadAnswer(StrEnum):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt of a call: when it acts on the other side (None: never), when its caller hears, and what."""
+    """One attempt of a call: when the service acts (None: never), when the caller has an answer, and which."""
 
     acts_after: float | None
     answered_after: float
     """Seconds until the caller has the answer, or gives up."""
     is_lost: bool = False
-    """The caller hears nothing, whatever was done."""
+    """The caller gets no answer, whether or not the service acted."""
     bad_answer: BadAnswer | None = None
 
 
@@ -82,7 +82,7 @@ class FaultSchedule:
 
     def _during_outage(self, latency: float) -> Attempt:
         kind = self.rng.randrange(4)
-        if kind == 0:  # it hears us and we do not hear it
+        if kind == 0:  # the request arrives, the answer does not
             return Attempt(acts_after=latency, answered_after=GIVES_UP_AFTER, is_lost=True)
         if kind == 1:
             return Attempt(acts_after=None, answered_after=GIVES_UP_AFTER, is_lost=True)
@@ -103,11 +103,11 @@ class FaultSchedule:
         return Attempt(acts_after=rng.choice((0.3, 3.0, 5.5)), answered_after=6.0)
 
     def loses_task(self) -> bool:
-        """Whether a workflow task's outcome never reaches the server."""
+        """Whether a workflow task's completion never reaches the server."""
         return not self.is_quiet and self.rng.random() < self.task_losses
 
     def task_delay(self) -> float:
-        """Seconds until a worker takes up a workflow task: what comes meanwhile comes with it."""
+        """Seconds until a worker takes a workflow task: what arrives meanwhile is part of it."""
         if not self.is_quiet and self.rng.random() < self.slow_tasks:
             return self.rng.choice((0.3, 1.0, 4.0, 15.0, 100.0))
         return self.rng.choice((0.0, 0.0, 0.005))

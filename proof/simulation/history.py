@@ -77,13 +77,13 @@ class PastRun:
         return [index for index, recorded in enumerate(self.history) if recorded.begins_task]
 
     def cut(self, index: int) -> PastRun:
-        """The run as it stood when that workflow task was begun; what was sent since comes with it."""
+        """The run as it was when that workflow task began, and the messages that were sent since."""
         kept, begun, later = self.history[:index], self.history[index], self.history[index + 1 :]
         since = [job for recorded in later for job in recorded.activation.jobs] + self.unrecorded
         again = [job for job in since if job.WhichOneof("variant") in _REAPPLIED]
         scheduled = {seq for recorded in kept for seq in _scheduled(recorded.answered)}
         called = {seq: call for seq, call in self.called.items() if seq in scheduled}
-        # What a local activity came to is recorded with its task, which is what is thrown away.
+        # A local activity's result is recorded with its task, and this task is discarded.
         brought = [job for job in begun.activation.jobs if not (_is_resolved(job) and job.resolve_activity.is_local)]
         return PastRun(self.identity, kept, called, self.flags, [*brought, *again])
 
@@ -97,7 +97,7 @@ class PastRun:
         ]
 
     def unwanted_calls(self) -> set[int]:
-        """Those that it has asked to be cancelled."""
+        """Those whose cancellation it has requested."""
         return {c.request_cancel_activity.seq for c in self._commands() if c.HasField("request_cancel_activity")}
 
     def open_timers(self) -> list[tuple[float, WorkflowCommand]]:
@@ -157,7 +157,7 @@ def resolved(call: Call, resolution: Resolution) -> WorkflowActivationJob:
 
 
 def with_patches(recorded: Recorded) -> Activation:
-    """As it was, and told of the patches whose markers its answer wrote into the history."""
+    """The same activation, with the patches whose markers its answer wrote into the history."""
     markers = [c.set_patch_marker.patch_id for c in recorded.answered if c.HasField("set_patch_marker")]
     told = [WorkflowActivationJob(notify_has_patch=activation_api.NotifyHasPatch(patch_id=name)) for name in markers]
     return replace(recorded.activation, jobs=(*told, *recorded.activation.jobs))

@@ -18,7 +18,7 @@ from proof.simulation.witness import Attempt, key_of, number_of
 LEAST_LIFE: Final = 60.0
 """Seconds that a hold must still live when it is relied on (contract §4 *Lost answer*)."""
 SHORTEST: Final = 120
-"""Past the deadline a hold may be asked for this long, although the margin alone would be shorter."""
+"""Past the deadline a hold may last this long, although the margin alone would be shorter."""
 NEVER: Final = float("inf")
 EARLY: Final = 1.0
 """Seconds of rounding."""
@@ -26,7 +26,7 @@ EARLY: Final = 1.0
 
 @dataclass
 class Known:
-    """A hold as the run knows it: its first asking, and when it was told that it stands."""
+    """A hold as the run knows it: its first request, and when the run received the answer."""
 
     n: int
     call: Call
@@ -39,7 +39,7 @@ class Known:
 
     @property
     def ends_at(self) -> float:
-        """By the run's reckoning: from the first sending."""
+        """Counted from the first sending, as the run counts."""
         return self.call.scheduled_at + self.body.expire_in
 
     @property
@@ -48,7 +48,7 @@ class Known:
 
 
 class HoldRules:
-    """Looks at every hold that is asked for. Each method raises InvariantViolated."""
+    """Checks every hold that is requested. Each method raises InvariantViolated."""
 
     def __init__(self, world: World, prices: Prices) -> None:
         self._world = world
@@ -97,7 +97,7 @@ class HoldRules:
         return min(MAX_HOLD_SECONDS, max(SHORTEST, math.ceil(seconds_left + margin)))
 
     def _check_need(self, amount: int, at: float) -> None:
-        """A new hold beside one that stands is for more points, or for more time."""
+        """A new hold beside an open one is for more points or for more time."""
         standing = [known for known in self.granted() if not self._is_given_up(known)]
         if not standing or amount > standing[-1].body.estimated_cost or standing[-1].life_when_told < LEAST_LIFE:
             return
@@ -105,9 +105,9 @@ class HoldRules:
         must(not lasts, "a hold is renewed although the old one lasts:", standing[-1].call.argument.key)
 
     def started(self, call: Call) -> None:
-        """A training begins to use a GPU: what it costs is held when that is asked for.
+        """A training is started only when its price is held.
 
-        Not looked at is a start that is asked for again because the task store was away: its hold may have ended.
+        A start that is repeated because the task store was away is not checked: its hold may have ended.
         """
         if self._world.witness.first("start_training", number_of(key_of(call))) is not call:
             return
@@ -126,7 +126,7 @@ class HoldRules:
     # The account
 
     def granted(self) -> list[Known]:
-        """The holds that the run was told of, by their number."""
+        """The holds whose answer the run received, by their number."""
         told: dict[int, Known] = {}
         for call in self._world.witness.calls.get("pre_deduct", ()):
             n, answer = number_of(key_of(call)), call.outcome
@@ -138,18 +138,18 @@ class HoldRules:
         return [told[n] for n in sorted(told)]
 
     def of_number(self, n: int) -> list[Hold]:
-        """The task's `n`-th hold, by the id that the run was told; what it may be, where that is not recorded yet."""
+        """The task's `n`-th hold, by the id that the run received; its candidates, where that is not recorded yet."""
         holds = self._world.parties.credits.account.holds
         known = [holds[known.pre_deduct_id] for known in self.granted() if known.n == n]
         return known or [hold for hold in holds.values() if hold.n == n]
 
     def last(self) -> Hold | None:
-        """The last hold that the run was told of."""
+        """The last hold whose answer the run received."""
         granted = self.granted()
         return self._world.parties.credits.account.holds[granted[-1].pre_deduct_id] if granted else None
 
     def unreported(self) -> list[Hold]:
-        """Holds that stand and of which the run was never told: a service without idempotency took them beside."""
+        """Open holds whose answer the run never received: doubled by a service without idempotency."""
         told = {known.pre_deduct_id for known in self.granted()}
         return [
             hold
@@ -175,16 +175,16 @@ class HoldRules:
     # Deadlines (contract §1)
 
     def deadlines(self, at: float) -> list[float]:
-        """When the present attempt may be out of time, by every `estimated_time` that was told of it.
+        """When the present attempt may be out of time, by every `estimated_time` that was reported of it.
 
-        Between two attempts the next may begin at any time: its deadline is reckoned as if it did now.
+        Between two attempts the next may begin at any time: its deadline is computed as if it began now.
         """
         scenario, witness = self._world.scenario, self._world.witness
         first, current = witness.attempts.get(1), witness.attempt
         if first is None or current is None:
             return [at]
         start, first_start = self.start_of(current.n), self.start_of(1)
-        # Until a job is taken the latest report on the one before counts.
+        # Until a job is accepted the latest report on the one before counts.
         received = [current] if current.accepted is not None else list(witness.attempts.values())
         reports = [report for attempt in received for report in witness.reports.get(attempt.job_id or "", ())]
         spans = {report.state.estimated_time for report in reports if report.state.estimated_time is not None}

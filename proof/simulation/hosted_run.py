@@ -38,7 +38,7 @@ _EXTERN_FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
 }
 _RUNNER: Final = UnsandboxedWorkflowRunner()
 _OUTER_LOOP: Final = asyncio.new_event_loop()
-"""Never run: an instance only asks which loop it is made under."""
+"""Never run: an instance only reads which loop it is created under."""
 
 
 class TaskFailed(Exception):
@@ -72,7 +72,7 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class Activation:
-    """Jobs that the run is woken with at one instant."""
+    """Jobs that the run is activated with at one time."""
 
     jobs: tuple[WorkflowActivationJob, ...]
     at: float

@@ -28,7 +28,7 @@ _ERRORS: Final = {
 
 
 class ImageJobs(ComfyUIModel[JobState]):
-    """ComfyUI's image jobs. `price_of` tells the price of a request in points."""
+    """ComfyUI's image jobs. `price_of` gives the price of a request in points."""
 
     price_of: Callable[[JobRequest], int]
 

@@ -1,4 +1,4 @@
-"""What the rules share: one schedule's world, and the sentence of what is untrue in it."""
+"""What the rules share: one schedule's world, and the error that names a violated invariant."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ State = JobState | TrainingState
 
 
 class InvariantViolated(Exception):
-    """Something that may never be untrue is."""
+    """An invariant does not hold; the text says which."""
 
 
 def must(holds: bool, sentence: str, *values: Any) -> None:
@@ -26,7 +26,7 @@ def must(holds: bool, sentence: str, *values: Any) -> None:
 
 @dataclass
 class World:
-    """The input, the policy, the others' own state, and what the run was told of it."""
+    """The input, the policy, the services' own state, and what the run received of it."""
 
     scenario: Scenario
     parties: Parties
@@ -36,7 +36,7 @@ class World:
     is_reset: bool = False
     """Whether the task's run was reset: from then on one body may come twice, and only the services know all."""
     cancels_seen: list[float] = field(default_factory=list)
-    """When the run was told of a cancel."""
+    """When the run received a cancel."""
 
     @property
     def jobs(self) -> ComfyUIModel[Any]:

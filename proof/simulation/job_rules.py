@@ -1,4 +1,4 @@
-"""Jobs (contract §1 to §3): what is asked for, when the next one is, which is cancelled, and why a task fails."""
+"""Jobs (contract §1 to §3): what is requested, when the next one is, which is cancelled, and why a task fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SLACK: Final = 0.01
 
 
 class JobRules:
-    """Looks at every job that is asked for or cancelled. Each method raises InvariantViolated."""
+    """Checks every job that is requested or cancelled. Each method raises InvariantViolated."""
 
     def __init__(self, world: World, prices: Prices, holds: HoldRules) -> None:
         self._world = world
@@ -25,7 +25,7 @@ class JobRules:
         self._holds = holds
         self._submitted: set[str] = set()
         self._cancelled: dict[str, float] = {}
-        """Job → when its cancellation was asked for."""
+        """Job → when its cancellation was requested."""
 
     # As it happens
 
@@ -49,7 +49,7 @@ class JobRules:
             must(body.resume_from == self._newest_checkpoint(), "resumes from", body.resume_from)
 
     def _newest_checkpoint(self) -> str | None:
-        """Of the attempts before: the newest that the run was told of before the job's end."""
+        """The newest checkpoint of the attempts before, as reported before their jobs' ends."""
         witness = self._world.witness
         for n in sorted(witness.attempts, reverse=True)[1:]:
             reported = [
@@ -74,7 +74,7 @@ class JobRules:
         )
 
     def _ended_at(self, attempt: Attempt) -> float | None:
-        """When the run was told of an end that may be retried: the job's own, or that it is lost."""
+        """When the run learned of an end that may be retried: the job's own, or that it is lost."""
         news = self._world.witness.reports_of(attempt.job_id)
         if news and news[-1].error is not None and news[-1].error.may_be_retried():
             return news[-1].at
@@ -108,7 +108,7 @@ class JobRules:
             must(not is_left or self._world.is_completed, "a job was never cancelled:", attempt.job_id)
 
     def check_failure(self, code: str, at: float) -> None:
-        """A task fails for a reason that the others gave, or that the policy does."""
+        """A task fails for a reason that a service gave, or the policy."""
         scenario, attempt = self._world.scenario, self._world.witness.attempt
         reasons: set[str] = set(self._refused())
         if scenario.has_wrong_input:
@@ -124,7 +124,7 @@ class JobRules:
         must(code in reasons, f"failed with {code}, the reasons there are:", *sorted(reasons))
 
     def _refused(self) -> set[str]:
-        """Codes of definite refusals that the run was told of, and of parties that could not be reached."""
+        """Codes of the definite refusals that the run received, and of services that could not be reached."""
         codes: set[str] = set()
         for calls in self._world.witness.calls.values():
             for call in calls:
@@ -150,7 +150,7 @@ class JobRules:
         return self._ended_at(attempt) is not None
 
     def _reasons_of_row(self) -> set[str]:
-        """A run that was thrown back behind its own end finds it in the row, and ends as that tells."""
+        """A run that was reset to before its own end finds the end in the row, and ends in the same way."""
         looks = [call.outcome for call in self._world.witness.calls.get("look", ()) if call.outcome is not None]
         errors = [seen.row.error for seen in looks if seen.life.has_ended and seen.row is not None]
         return {error.code for error in errors if error is not None}
@@ -170,7 +170,7 @@ class JobRules:
         return codes
 
     def _given_up_at(self, attempt: Attempt) -> float:
-        """When the run began to give the task back."""
+        """When the run began to undo the task."""
         looks = [call.scheduled_at for call in self._world.witness.calls.get("look", ())]
         return min([*looks[:1], self._cancelled.get(attempt.job_id or "", float("inf"))])
 

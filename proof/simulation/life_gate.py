@@ -1,4 +1,4 @@
-"""What stands before the calls that begin or settle something: a look at the task's row (contract §4, earlier lives).
+"""The check before calls that begin or settle something: the task's row is read (contract §4, earlier lives).
 
 begin     submit, create, start, pre-deduct: not once the task has ended; wait for a store that is away
 charge    as begin, and not before the ledger was read where an earlier life may have charged

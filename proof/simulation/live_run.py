@@ -1,12 +1,11 @@
-"""One run as server and worker play it: its workflow tasks, timers and calls.
+"""One run as server and worker execute it: its workflow tasks, timers and calls.
 
-1. What comes while a workflow task is open waits for the next one.
-2. A task stays open while local activities run, for 2.4 s at most; then what it came to is recorded, and the next
-   begins.
-3. What a task came to counts once the server has recorded it. A worker killed before that leaves what its local
-   activities did and nothing else: the task comes again, with what has come since.
-4. A run does not close over what has come meanwhile: that task is thrown away, and comes again with it.
-5. A run that is not in memory is replayed; it must answer as it did.
+1. What arrives while a workflow task is open waits for the next one.
+2. A task stays open while local activities run, for 2.4 s at most; then its commands are recorded, and the next begins.
+3. A task's commands count once the server has recorded them. A worker that is killed before leaves only the effects of
+   its local activities: the task is repeated, with what has arrived since.
+4. A run does not close while messages wait: that task is discarded, and repeated with them.
+5. A run that is not in memory is replayed; it must give the same commands.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ class LiveRun:
             self._due()
 
     def request_cancel(self, reason: str) -> None:
-        """As a client asks; a run hears of it once."""
+        """As a client requests it; a run receives it once."""
         if not self._cancel_requested:
             self._cancel_requested = True
             self.receive(WorkflowActivationJob(cancel_workflow=activation_api.CancelWorkflow(reason=reason)))
@@ -148,7 +147,7 @@ class LiveRun:
     # Faults
 
     def worker_killed(self) -> None:
-        """Whatever is in memory is gone."""
+        """Everything in memory is lost."""
         self._calls.worker_killed(self._environment.worker_up_at)
         self._lose_task()
 
@@ -159,7 +158,7 @@ class LiveRun:
             self._drop()
 
     def stop(self) -> None:
-        """Nothing of it goes on but what is in flight, of which it does not hear."""
+        """It ends; what is in flight still acts, and its outcome is ignored."""
         self.is_over = True
         self._calls.forget_all()
         self._timers.cancel_all()
@@ -168,7 +167,7 @@ class LiveRun:
         self._drop()
 
     def _lose_task(self) -> None:
-        """What the open task came to never reaches the server, and the worker forgets the run."""
+        """The open task's completion never reaches the server, and the worker forgets the run."""
         for call in list(self._locals.values()):
             self._calls.forget(call)
         self._locals.clear()
@@ -249,7 +248,7 @@ class LiveRun:
         self._called[local.seq] = self._locals[local.seq] = self._calls.schedule(local, local.arguments)
 
     def _cancelled_unsent(self, commands: list[WorkflowCommand]) -> list[WorkflowActivationJob]:
-        """An activity cancelled in the task that scheduled it is never sent: the run hears so in the same task."""
+        """An activity cancelled in the task that scheduled it is never sent; the same task reports it cancelled."""
         assert self._task is not None
         unwanted = {c.request_cancel_activity.seq for c in commands if c.HasField("request_cancel_activity")}
         unsent = [
@@ -274,7 +273,7 @@ class LiveRun:
         return [resolved(call, cancelled(call)) for call in never]
 
     def _heartbeat(self) -> None:
-        """The task has been open for long: record what there is, and hear what has come."""
+        """The task has been open for long: record its commands so far, and take what has arrived."""
         self._record()
         self._take_up()
 
@@ -354,7 +353,7 @@ class LiveRun:
         for command in replayed(self._history, hosted, self._flags):
             self._begin_local(command)
 
-    # What the run asked for
+    # What the run requested
 
     def _execute(self, command: WorkflowCommand, at: float) -> None:
         kind = command.WhichOneof("variant")
@@ -387,7 +386,7 @@ class LiveRun:
             self.receive(resolved(call, resolution))
 
     def _local_resolved(self, call: Call, resolution: Resolution) -> None:
-        """The run hears of it within the task that is open."""
+        """The outcome arrives within the open task."""
         self._locals.pop(call.seq, None)
         assert self._task is not None, "local activities run while a task is open"
         self._trace("  local result: %s", call.name)

@@ -191,7 +191,7 @@ def body_made_anew() -> Patches:
 
 def signal_handler_raises() -> Patches:
     def read(self: JobWatch, payload: bytes | None) -> Any:
-        return self._routes.reports_of(json.loads(payload or b"null"))
+        return self._routes.news_of(json.loads(payload or b"null"))
 
     return [(JobWatch, "_read", read)]
 

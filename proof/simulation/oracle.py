@@ -1,14 +1,14 @@
-"""What may never be untrue (invariants 1 to 4, 6 and 7), checked from outside after every step: money, jobs, events.
+"""The invariants (design, "Never untrue"), checked from outside after every step: the money, the jobs, the events.
 
-What was held, charged, capped and promised is computed from the input, the policy and what the others saw; the run's
-own result is only ever compared with it. Exempt, by name, is what cannot be known or stopped and stands as an
-exception record: a hold that could not be cancelled ends by expiry, a job that could not be stopped runs out.
+What was held, charged, capped and promised is computed from the input, the policy and what the services saw; the run's
+own result is only compared with it. Exempt is only what cannot be known or stopped and has an exception record: a hold
+that could not be cancelled ends by expiry, a job that could not be stopped runs to its end.
 
     price_rules.py        what the task costs, and its ceiling
     hold_rules.py         holds: how much, how long, when
     settlement_rules.py   what was charged, and why it may be less than the price
-    job_rules.py          jobs: asked for, retried, cancelled; why a task may fail
-    record_rules.py       row, events, exception records: all of what happened and nothing else
+    job_rules.py          jobs: requested, retried, cancelled; why a task may fail
+    record_rules.py       row, events, exception records: everything that happened, and nothing else
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from proof.simulation.witness import CANCELS, SUBMITS
 from proof.simulators.credits_profile import CONTRACT, FIELD
 
 _EXEMPT: Final = frozenset({Exempt.STREAM, Exempt.HISTORY, Exempt.SNAPSHOT, Exempt.HOLD_EXPIRES, Exempt.JOB_RUNS_OUT})
-"""Nobody follows a stream here, and histories are replayed as they grow. Holds, jobs and dataset copies are looked at
-after every step, since what is late may land after the end."""
+"""No client follows a stream here, and histories are replayed as they grow. Holds, jobs and dataset copies are checked
+after every step, because late effects may come after the end."""
 _STAGES: Final = [*(stage.value for stage in JobStatus), *(stage.value for stage in TrainingStage)]
 """In their order; neither kind of work here ever goes back."""
 _BEGINNING: Final = frozenset({"submit_job", "create_training", "start_training", "pre_deduct"})
@@ -108,7 +108,7 @@ class Oracle:
         committed = [hold for hold in holds if hold.phase == "committed"]
         must(len(committed) <= 1, "two holds were committed:", *(hold.pre_deduct_id for hold in committed))
         left = [hold for hold in holds if hold.phase == "open"]
-        # A third stands where the first one's cancel hangs and the second would run out meanwhile.
+        # A third is needed where the first one's cancel hangs and the second would expire meanwhile.
         must(
             len(left) <= 3 or credits.terms.is_field,
             "more than three holds stand at once:",
@@ -125,21 +125,21 @@ class Oracle:
             self._ended()
 
     def _after_step_of_reset(self, holds: list[Hold]) -> None:
-        """After a reset a key may come again with another body, and what it asked for may stand twice for a while."""
+        """After a reset a key may be repeated with another body, and its effect may exist twice for a while."""
         committed = [hold for hold in holds if hold.phase == "committed"]
         must(len(committed) <= 1, "two holds were committed:", *(hold.pre_deduct_id for hold in committed))
         if self._server.closed is not None:
             self._ended()
 
     def was_reset(self) -> None:
-        """The run was reset: whatever end it had come to, it goes on."""
+        """The run was reset and goes on, even if it had ended."""
         self._world.is_reset = True
         self._world.status = self._charged_at_end = None
         had_ended = self._parties.store.has_ended
         self._ended_before = (self._parties.credits.charged(), self._parties.store.state) if had_ended else None
 
     def task_recorded(self, jobs: list[WorkflowActivationJob], busy: set[str]) -> None:
-        """While the run waits, what it sees first decides; a delivery beats a cancel that comes with it."""
+        """While the run waits, what it sees first decides; a delivery beats a cancel that arrives with it."""
         waits = not busy & _OPENING and bool(self._works) and self._holds_stand()
         current = list(self._works)[-1] if self._works else ""
         waits = waits and not self._jobs.is_given_up(current)
@@ -158,7 +158,7 @@ class Oracle:
         self._cancel_seen |= is_cancel and not self._delivery_seen
 
     def call_scheduled(self, call: Call) -> None:
-        """Once a cancel was seen nothing new is begun; what was begun may be asked for again, to undo it."""
+        """Once a cancel was seen nothing new is begun; earlier calls may be repeated, to undo them."""
         if self._world.is_reset:
             return
         key = str(getattr(call.argument, "key", ""))
@@ -177,7 +177,7 @@ class Oracle:
             self._charge_is_due()
 
     def _charge_is_due(self) -> None:
-        """Charged without a hold is only what had one that ran out, or more than the hold where policy says so."""
+        """A charge without a hold is allowed only where the hold expired, or for the shortfall where policy says so."""
         credits = self._parties.credits
         unreported = self._holds.unreported() if credits.terms.is_field else []
         phases = {hold.phase for hold in credits.holds if hold not in unreported}
@@ -185,7 +185,7 @@ class Oracle:
         by_operator = any(hold.is_cancelled_by_operator for hold in credits.holds)
         was_short = (
             credits.terms.balance < PLENTY or self._scenario.is_paused
-        )  # perhaps too short for two holds at once
+        )  # possibly too short for two holds at once
         is_due = is_more or by_operator or was_short or "expired" in phases
         must(is_due, "charged without a hold although none had expired:", *phases)
         must("open" not in phases, "charged although a hold stands")
@@ -196,7 +196,7 @@ class Oracle:
         return any(hold.phase == "open" for hold in self._parties.credits.holds)
 
     def _is_delivery(self, job: WorkflowActivationJob, current: str) -> bool:
-        """Whether it is a callback that tells of the current job's delivery."""
+        """Whether it is a callback that reports the current job's delivery."""
         sent = job.signal_workflow.input if job.HasField("signal_workflow") else ()
         state = self._server.witness.sent.get(next(iter(sent)).data) if len(sent) == 1 else None
         return state is not None and state.has_succeeded() and id_of(state) == current

@@ -1,4 +1,4 @@
-"""Which call goes to which of the others: the activities' names and types, answered by the models."""
+"""Which model answers which activity, by the activity's name and type."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _UNAVAILABLE: Final = {
 
 
 class CallRefused(Exception):
-    """What an activity raises although it was answered; `is_final`: no repeat can mend it."""
+    """What an activity raises although it was answered; `is_final`: no retry can help."""
 
     def __init__(self, code: str, why: str, *, is_final: bool) -> None:
         self.code = code
@@ -62,7 +62,7 @@ class CallRefused(Exception):
 
 
 class Objects:
-    """Temporary object storage: which snapshots lie there. A copy that began before its deletion does not stay."""
+    """Temporary object storage. A copy that began before its deletion does not stay."""
 
     def __init__(self, timeline: Timeline, *, is_invalid: bool) -> None:
         self._timeline = timeline
@@ -86,7 +86,7 @@ class Objects:
 
 
 class Parties:
-    """Everybody outside, behind the activities' names."""
+    """The services, behind the activities' names."""
 
     def __init__(
         self,

@@ -23,17 +23,17 @@ class Prices:
         return max(task.max_credits or 0, *self._world.witness.confirmed.values(), 0)
 
     def ceiling_before(self, at: float) -> int:
-        """A training's ceiling as it was before an instant."""
+        """A training's ceiling as it was before a point in time."""
         confirmed = [points for when, points in self._world.witness.confirmed.items() if when < at]
         return max(self._scenario.task.max_credits or 0, *confirmed, 0)
 
     def stated(self, attempt: Attempt) -> dict[str, int]:
-        """The prices compared for an attempt: job's, estimate, table; empty where the run was told too little."""
+        """The prices compared for an attempt: job's, estimate, table; empty where the run received too few."""
         estimate = self._world.witness.reply("estimate", attempt.n)
         return self._compared(attempt, estimate.selected_cost) if estimate is not None else {}
 
     def answered(self, attempt: Attempt) -> dict[str, int]:
-        """The same by what was answered, although the run may have been thrown back before that was recorded."""
+        """The same by the services' answers, although the run may have been reset before it recorded them."""
         estimate = self._world.parties.credits.account.estimates.get(attempt.n)
         return self._compared(attempt, estimate) if estimate is not None else {}
 
@@ -58,7 +58,7 @@ class Prices:
         return {max(stated["estimate"], stated["table"])}
 
     def of_known_hours(self, attempt: Attempt) -> set[int]:
-        """A training's prices by every number of hours that was told."""
+        """A training's prices by every number of hours that was reported."""
         if self._scenario.is_image or attempt.accepted is None:
             return set()
         carried = self.carried_hours(attempt)

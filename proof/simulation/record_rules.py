@@ -1,4 +1,4 @@
-"""What is told of a task: row, events and exception records are what the others did, all of it and nothing else."""
+"""What is published of a task: row, events and exception records show everything that happened, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from proof.simulation.witness import CANCELS, Attempt, Report, key_of, number_of
 
 SLACK: Final = 0.01
 SURELY: Final = 150.0
-"""Seconds within which a run that waits has surely been woken: longer than a task may be slow or a worker away."""
+"""Seconds within which a waiting run has surely been activated: longer than a task is slow or a worker away."""
 _UNSEEN: Final = {"accepted", "settled", "end", "queue_sla", "difference", "left_out"}
 
 
 class RecordRules:
-    """Compares what is told with what was. Each method raises InvariantViolated."""
+    """Compares what is published with what happened. Each method raises InvariantViolated."""
 
     def __init__(self, world: World, prices: Prices, holds: HoldRules, settlement: SettlementRules) -> None:
         self._world = world
@@ -36,7 +36,7 @@ class RecordRules:
     # Events, as they are written
 
     def event_written(self, fact: Fact) -> None:
-        """Whatever an event says, somebody did it."""
+        """What an event says has happened."""
         name, _, rest = fact.key.partition(":")
         if name == "held":
             self._check_held(fact, int(rest))
@@ -77,7 +77,7 @@ class RecordRules:
         must(attempt is not None and fact.error is not None, "a retry of nothing is told:", fact.key)
         assert attempt is not None
         assert fact.error is not None
-        # By what its job ever said: it is told in the workflow task that hears of it, before that is recorded.
+        # By every state of its job: the event is written before the workflow task that received the state is recorded.
         jobs = self._world.works if attempt.job_id is None else [attempt.job_id]
         codes = {code for job_id in jobs for code in self._world.jobs.failures_of(job_id)}
         is_lost = not codes and fact.error.code == FailureCode.LOST
@@ -109,7 +109,7 @@ class RecordRules:
         return {event.key for event in self._world.parties.store.events}
 
     def _check_holds_published(self) -> None:
-        """Every hold that the run was told of in time, and every one that it gave back."""
+        """Every hold that the run received in time, and every one that it gave back."""
         told = self._keys()
         for known in self._holds.granted():
             is_first_asking = known.call.resolved_at == known.resolved_at
@@ -120,7 +120,7 @@ class RecordRules:
             )
         for call in self._world.witness.calls.get("cancel_hold", ()):
             if call.resolved_at is not None and isinstance(call.outcome, Answer) and call.outcome.reply is not None:
-                n = number_of(key_of(call))  # none: a hold that this run had never asked for
+                n = number_of(key_of(call))  # none: a hold that this run had never requested
                 must(n < 0 or f"given_back:{n}" in told, "a hold that was given back was never told:", n)
         must(not self._world.is_completed or "settled" in told, "the settlement was never told")
 
@@ -151,7 +151,7 @@ class RecordRules:
         must(missing <= self._left_out(), "checkpoints were never told:", missing)
 
     def _readable_reports(self, attempt: Attempt) -> list[Report]:
-        """What the run was sent and could keep: while `start` stays unanswered the inbox keeps the newest."""
+        """The reports that the run could keep: while `start` is unanswered the inbox keeps the newest."""
         news = self._world.witness.reports_of(attempt.job_id)
         starts = self._world.witness.calls.get("start_training", ())
         own = [call for call in starts if call.argument.job_id == attempt.job_id and isinstance(call.outcome, Answer)]
@@ -285,7 +285,7 @@ class RecordRules:
             must("end" in {key for key, _ in told}, "the failure was never recorded")
 
     def _gave_up_before_the_next(self) -> bool:
-        """A hold that could be relied on was cancelled before the next one stood."""
+        """A hold with enough life was cancelled before the next one was granted."""
         granted, calls = self._holds.granted(), self._world.witness.calls.get("cancel_hold", ())
         cancelled = {call.argument.body.pre_deduct_id: call.scheduled_at for call in reversed(calls)}
         return any(

@@ -1,7 +1,7 @@
-"""One seed's task: who asks for what, on which terms the others serve, what goes wrong, and what clients do meanwhile.
+"""One seed's task: its input, the services' terms, what goes wrong, and what clients do meanwhile.
 
-Clients act at the n-th step of the schedule, so that every instant is as likely as any other, or at the very instant
-when a job's last report is sent.
+Clients act at the n-th step of the schedule, so that every point of it is equally likely, or together with a job's
+last report.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CALLS: Final = (
 
 
 class Action(StrEnum):
-    """What somebody does to the task."""
+    """What a client, an operator or a machine does to the task."""
 
     CANCEL_BY_UPDATE = "cancel by update"
     CANCEL_BY_TEMPORAL = "cancel by Temporal"
@@ -77,7 +77,7 @@ PROFILES: Final = ("contract", "field", "both")
 
 @dataclass
 class Actions:
-    """What clients and machines do, by the step at which they do it: (step, action), and on a job's last report."""
+    """What is done at which step: (step, action), and with which of a job's reports."""
 
     at_step: list[tuple[int, Action]] = field(default_factory=list)
     on_last_report: list[Action] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Actions:
 
 @dataclass
 class Scenario:
-    """Everything that a seed decides beforehand."""
+    """Everything that a seed decides before the schedule begins."""
 
     workflow_type: str
     task: ImageRun | TrainingRun
@@ -154,7 +154,7 @@ class Scenario:
 def drawn(
     rng: random.Random, more: random.Random, timeline: Timeline, kind: str, *, profile: str, resets: float
 ) -> Scenario:
-    """The scenario that these generators' seed stands for; `more` is drawn from for what came later."""
+    """The scenario of these generators' seed; `more` is for what was added later, so that older draws stay the same."""
     is_image = kind == "image"
     task: ImageRun | TrainingRun = _image(rng) if is_image else _training(rng)
     scenario = Scenario(
@@ -249,7 +249,7 @@ def _training(rng: random.Random) -> TrainingRun:
 
 
 def _let_much_wait(scenario: Scenario) -> None:
-    """A large input, and more to tell than fits the list of what waits for the store."""
+    """A large input, and more events than the list of unwritten events holds."""
     faults, task = scenario.faults, scenario.task
     scenario.checkpoints = 150
     faults.outages[Party.STORE] = [(START + 60, START + 7_200)]

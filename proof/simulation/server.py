@@ -1,4 +1,4 @@
-"""Temporal's server, as far as a task can tell: the runs of one workflow id, and everything that is sent to them."""
+"""Temporal's server, as far as a task can see it: the runs of one workflow id, and everything that is sent to them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Server:
         """Update → rejected, accepted, or its result as JSON."""
         self.search_attributes: dict[str, bytes] = {}
         self.hand_on: Callable[[Payload], Payload] = lambda argument: argument
-        """What becomes of a continued run's argument on its way."""
+        """Changes the argument of a continued run."""
         self._past: list[PastRun] = []
         """The runs that continued as the present one, oldest first."""
         self._open(identity)
@@ -104,7 +104,7 @@ class Server:
         """Leave nothing behind in memory."""
         self._run.stop()
 
-    # What the run asked for
+    # What the run requested
 
     def _apply(self, command: WorkflowCommand, kind: str) -> None:
         """A command that concerns the workflow id: an update's answer, search attributes, the end."""
@@ -132,7 +132,7 @@ class Server:
         self.closed = closed
 
     def _continue(self, command: WorkflowCommand) -> None:
-        """What comes while it closes would keep it open; nobody hears of the ends of its calls."""
+        """A message that arrived meanwhile would have kept it open; the outcomes of its calls are ignored."""
         self._run.stop()
         [argument] = command.continue_as_new_workflow_execution.arguments
         identity = replace(

@@ -38,12 +38,12 @@ class SettlementRules:
 
     @property
     def usable(self) -> int:
-        """Points of it that may be charged: what was granted beyond what was asked for is never used."""
+        """Points of it that may be charged: what was granted beyond the request is never used."""
         hold = self._holds.last()
         return min(hold.amount, hold.asked) if hold else 0
 
     def check(self, charged: int, told: CreditsSummary) -> None:
-        """`told` is what the row tells; the result's credits are compared with the row's elsewhere."""
+        """`told` is what the row reports; the shared rules compare the result's credits with it."""
         if self._world.is_completed:
             self._check_price(charged)
         self._check_reported(charged, told)
@@ -102,7 +102,7 @@ class SettlementRules:
         return price > self.usable and self._may_be_held_short()
 
     def _may_be_held_short(self) -> bool:
-        """The price rose above the hold with the last report, or while a hold was asked for, or that was refused."""
+        """The price rose above the hold with the last report or while a hold was requested, or it was refused."""
         witness, attempt = self._world.witness, self._world.witness.attempt
         assert attempt is not None
         last = witness.reports_of(attempt.job_id)[-1]

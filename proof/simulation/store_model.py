@@ -28,7 +28,7 @@ OTHER_RUN: Final = "another-run"
 
 
 class StoreRefused(Exception):
-    """What no repeat can mend: another run holds the id."""
+    """Another run holds the id: no retry can help."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class StoreModel:
     def has_ended(self) -> bool:
         return bool(self.events) and self.events[-1].is_end
 
-    # What activities ask
+    # What activities request
 
     def claim(self, claim: TaskClaim, caller: Caller) -> ClaimOutcome:
         if self.held_by is None:
@@ -189,7 +189,7 @@ class StoreModel:
         self.on_event(fact)
 
     def _progress_before(self, fact: Fact) -> float:
-        """What was told of this attempt and stage: by the last event, and after a reset by any."""
+        """The progress that was published of this attempt and stage: by the last event, and after a reset by any."""
         at = (fact.attempt, fact.stage)
         if self.lives:
             return self._reached.get(at, 0.0)

@@ -1,4 +1,4 @@
-"""Virtual time: what happens next. The same seed gives the same order, also of what happens at the same instant."""
+"""Virtual time: what happens next. The same seed gives the same order, also of what happens at the same time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ START: Final = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 
 
 class Scheduled:
-    """Something that will happen, unless it is called off."""
+    """Something that will happen, unless it is cancelled."""
 
     __slots__ = ("act",)
 
@@ -24,7 +24,7 @@ class Scheduled:
 
 
 class Timeline:
-    """Everything that is to happen, by its instant (seconds since the epoch)."""
+    """Everything that is going to happen, by its time (seconds since the epoch)."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -36,7 +36,7 @@ class Timeline:
         return datetime.fromtimestamp(self.now, UTC)
 
     def at(self, when: float, act: Callable[[], None]) -> Scheduled:
-        """Do `act` at `when`, or now if that is past. What shares an instant comes in an order of the seed's."""
+        """Do `act` at `when`, or now if that is past. The seed decides the order of what happens at the same time."""
         scheduled = Scheduled(act)
         heapq.heappush(self._waiting, (max(when, self.now), self._rng.random(), scheduled))
         return scheduled

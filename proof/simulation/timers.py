@@ -9,7 +9,7 @@ from proof.simulation.timeline import Scheduled, Timeline
 
 
 class Timers:
-    """Those that have not rung; `rung` takes what the run is told."""
+    """Those that have not fired; `rung` is called with the job that fires."""
 
     def __init__(self, timeline: Timeline, rung: Callable[[WorkflowActivationJob], None]) -> None:
         self._timeline = timeline

@@ -1,4 +1,4 @@
-"""What happened, as lines a person can read; costs next to nothing while nobody reads it."""
+"""What happened, as readable lines; costs next to nothing while it is not wanted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Trace:
         self.lines: list[str] = []
 
     def __call__(self, line: str, *values: Any) -> None:
-        """A value that can be called is asked for its text only when the line is wanted."""
+        """A callable value is called only when the line is wanted."""
         if self.is_wanted:
             values = tuple(value() if callable(value) else value for value in values)
             self.lines.append(f"{self._timeline.now - START:10.3f} {line % values if values else line}"[:400])

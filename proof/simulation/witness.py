@@ -1,4 +1,4 @@
-"""What a run was told and what it asked for: by Temporal's history and the others' own reports, never by the run's."""
+"""What a run received and what it requested: by Temporal's history and the services, never by the run's own account."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ GETS = frozenset({"get_job", "get_training"})
 CANCELS = frozenset({"cancel_job", "cancel_training"})
 LOST_AFTER = 10.0
 OURS = frozenset({TASK_ENDED, READ_THE_LEDGER})
-"""Refusals that no service gave: the call was not made."""
+"""Refusals of our own: the call was not made."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """A job's state as the run was told it, by a callback or an answer."""
+    """A job's state as the run received it, by a callback or an answer."""
 
     at: float
     state: State
@@ -43,7 +43,7 @@ class Report:
 
 @dataclass
 class Attempt:
-    """One job that was asked for. `call` is its first asking."""
+    """One job that was requested. `call` is its first request."""
 
     n: int
     call: Call
@@ -53,7 +53,7 @@ class Attempt:
 
     @property
     def was_answered_at_once(self) -> bool:
-        """Not only when it was asked for again, to undo it."""
+        """Not only when the request was repeated, to undo it."""
         return self.accepted is not None and self.call.outcome is not None
 
 
@@ -68,11 +68,11 @@ def key_of(call: Call) -> str:
 
 
 class Witness:
-    """Keeps what was recorded: calls by their names, reports by their jobs, in the order in which they came."""
+    """Keeps what was recorded: calls by name, reports by job, in the order in which they arrived."""
 
     def __init__(self) -> None:
         self.sent: dict[bytes, State] = {}
-        """Every callback that was ever sent → the state that it tells."""
+        """Every callback that was sent → the state in it."""
         self.calls: dict[str, list[Call]] = defaultdict(list)
         self.attempts: dict[int, Attempt] = {}
         self.reports: dict[str, list[Report]] = defaultdict(list)
@@ -124,11 +124,11 @@ class Witness:
 
     @property
     def attempt(self) -> Attempt | None:
-        """The newest job that was asked for."""
+        """The newest job that was requested."""
         return self.attempts[max(self.attempts)] if self.attempts else None
 
     def reports_of(self, job_id: str | None) -> list[Report]:
-        """The reports that count: each with a higher sequence than any before, up to the job's last."""
+        """The reports that count: each with a higher sequence than those before, up to the job's last."""
         lost_at = self.lost_at(job_id)
         reports = self.reports.get(job_id or "", [])
         return _new(reports if lost_at is None else [report for report in reports if report.at < lost_at])
@@ -148,15 +148,15 @@ class Witness:
         return None
 
     def first(self, name: str, n: int) -> Call | None:
-        """The first asking of a step's `n`-th call."""
+        """The first request of a step's `n`-th call."""
         return next((call for call in self.calls.get(name, ()) if number_of(key_of(call)) == n), None)
 
     def last(self, name: str, n: int) -> Call | None:
-        """The last asking of a step's `n`-th call."""
+        """The last request of a step's `n`-th call."""
         return next((call for call in reversed(self.calls.get(name, ())) if number_of(key_of(call)) == n), None)
 
     def reply(self, name: str, n: int) -> Any:
-        """The reply to a step's `n`-th call that the run was told, or None."""
+        """The reply to a step's `n`-th call that the run received, or None."""
         for call in self.calls.get(name, ()):
             reply = call.outcome.reply if isinstance(call.outcome, Answer) and call.resolved_at is not None else None
             if reply is not None and number_of(key_of(call)) == n:
@@ -164,7 +164,7 @@ class Witness:
         return None
 
     def refusals(self, *names: str) -> list[tuple[float, str]]:
-        """When the run was told of a definite refusal, and the refusal's report."""
+        """When the run received a definite refusal, and the refusal's message."""
         told = [call for name in names for call in self.calls.get(name, ()) if call.resolved_at is not None]
         return [
             (call.resolved_at or 0.0, call.outcome.refusal.message)
@@ -174,7 +174,7 @@ class Witness:
         ]
 
     def is_open(self, name: str, since: float) -> bool:
-        """Whether a call of that name was under way at some time after `since`."""
+        """Whether a call of that name was open at some time after `since`."""
         return any(call.resolved_at is None or call.resolved_at >= since for call in self.calls.get(name, ()))
 
 

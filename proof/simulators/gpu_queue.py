@@ -1,7 +1,7 @@
-"""Which run has a GPU and how far it is: discrete events in work time, each applied at the instant it happened.
+"""Which run has a GPU and how far it is: discrete events in work time, each applied at the time it happened.
 
 `settle()` applies all that has come due, in order, however far the clock has jumped: a job that ended in between frees
-its GPU at that instant for the next one. Accelerated goes before standard, then first come, first served.
+its GPU at that time for the next one. Accelerated goes before standard, then first come, first served.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class GpuQueue:
         self._save(run)
 
     def enqueue(self, run: AnyRun) -> None:
-        """Let it wait for a GPU from now on; an instant run is done before this returns."""
+        """Let it wait for a GPU from now on; an instantaneous run is done before this returns."""
         at = self._clock.work()
         run.phase, run.counted_from, run.waiting_since = "waiting", at, at
         run.ready_at = at + run.queue_seconds
@@ -122,7 +122,7 @@ class GpuQueue:
         self.end(run, ErrorDetails(code="cancelled", message="Cancelled on request.", retryable=False))
 
     def end(self, run: AnyRun, error: ErrorDetails) -> None:
-        """End an open run with an error and tell; frees its GPU."""
+        """End an open run with an error and report it; frees its GPU."""
         if run.is_open:
             self._end(run, self._clock.work(), error)
             self.settle()
@@ -147,7 +147,7 @@ class GpuQueue:
             self.settle()
 
     def resume(self, run: AnyRun) -> None:
-        """Let a stalled run go on where it stood."""
+        """Let a stalled run go on from where it stopped."""
         if run.is_open and run.stalled_at is not None:
             run.segment_since += self._clock.work() - run.stalled_at
             run.stalled_at = None
@@ -239,7 +239,7 @@ class GpuQueue:
             self._cursor = max(self._cursor, now)
 
     async def keep_time(self) -> None:
-        """Settle whenever something comes due, also when nobody asks."""
+        """Settle whenever something is due, also without a request."""
         while True:
             self._wake.clear()
             self.settle()
@@ -344,7 +344,7 @@ class GpuQueue:
         self._close(run)
 
     def _tell(self, run: AnyRun, at: float, *, is_last: bool = False) -> None:
-        """Show the run as it stands at `at`, and call back."""
+        """Show the run as it is at `at`, and call back."""
         if is_last:
             run.shown = {}
         self.observe(run, at)

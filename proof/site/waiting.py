@@ -32,7 +32,7 @@ OUTSIDE_ERRORS: Final = (
 LOOK_SECONDS: Final = 0.1
 RETRY_SECONDS: Final = 0.5
 LIMIT_SECONDS: Final = 120.0
-"""No part of the stack stays away for longer, by whatever fault."""
+"""No fault keeps a part of the stack away for longer."""
 
 
 class NotRepaired(Exception):

@@ -26,7 +26,7 @@ from proof.soak.run import soak
 from runtime.process_end import end_process
 
 SETTINGS = {
-    # Less to write: ten thousand tasks' lines help nobody, warnings do.
+    # Only warnings: the lines of ten thousand tasks help no reader.
     "LOG_LEVEL": "WARNING",
     # At the pace of the soak: a terminated run is found in the time that an image takes.
     "RECONCILE_EVERY_SECONDS": "15",

@@ -1,4 +1,4 @@
-"""What goes wrong. Each kind is one function: it does its harm, waits until the harm is over, says what it did.
+"""What goes wrong. Each kind is one function: it injects a fault, waits until it is over, and says what it did.
 
 Kinds in `OUTAGES` take something away: how long work takes to go on after them is measured.
 """
@@ -80,7 +80,7 @@ async def simulator_killed(site: SoakSite, dice: random.Random) -> str:
 
 
 async def process_paused(site: SoakSite, dice: random.Random) -> str:
-    """SIGSTOP for a while: it holds its connections, and answers nothing."""
+    """SIGSTOP for a while: its connections stay open, and it answers nothing."""
     part, seconds = dice.choice(PARTS), dice.uniform(1, 6)
     async with site.parts.alone_with(part) as process:
         family = [process, *process.children(recursive=True)]
@@ -108,7 +108,7 @@ async def cpu_starved(site: SoakSite, dice: random.Random) -> str:
 
 
 async def network_faults(site: SoakSite, dice: random.Random) -> str:
-    """Answers are lost, late, errors, refusals to serve, a proxy's page or no JSON at all."""
+    """Answers are lost, late, errors, rate limits, a proxy's page or no JSON."""
     service = dice.choice([site.admin.comfyui, site.admin.credits])
     kinds, rate = dice.sample(NETWORK_FAULTS, dice.randint(1, 4)), dice.uniform(0.1, 0.6)
     return await _scheduled(service, dice, rate, kinds, seconds=dice.uniform(2, 6))
@@ -124,7 +124,7 @@ async def callback_faults(site: SoakSite, dice: random.Random) -> str:
 
 
 async def callback_flood(site: SoakSite, dice: random.Random) -> str:
-    """Rightly signed old news, garbage and forgeries, for open tasks and for unknown ones."""
+    """Old callbacks with a valid signature, garbage and forgeries, for open tasks and for unknown ones."""
     runs = await _runs_of_some(site, dice, 5)
     bodies = [_callback(dice, run) for run in dice.choices(runs, k=FLOOD)] if runs else []
     gate = asyncio.Semaphore(FLOOD_AT_ONCE)
@@ -165,8 +165,8 @@ async def users_cancel(site: SoakSite, dice: random.Random) -> str:
 
 
 async def run_terminated(site: SoakSite, dice: random.Random) -> str:
-    """What nobody should do: the run ends without its own clean-up, and the reconciler gives back what it left."""
-    # Before its first act a run has nothing to leave, and nobody could know of it.
+    """The run ends without its own clean-up, and the reconciler gives back what it left."""
+    # Before its claim a run has nothing to leave, and nothing knows of it.
     query = "SELECT task_id FROM tasks WHERE task_id = ANY($1::text[]) AND ended_at IS NULL"
     chosen = [row["task_id"] for row in await site.table.rows(query, _some_open(site, dice, 1))]
     for task_id in chosen:
@@ -176,7 +176,7 @@ async def run_terminated(site: SoakSite, dice: random.Random) -> str:
 
 
 async def gpus_fail(site: SoakSite, dice: random.Random) -> str:
-    """Jobs are preempted, fail for good or for now, are forgotten, or stand still for a while."""
+    """Jobs are preempted, fail with or without a retry, are forgotten, or stall for a while."""
     done = []
     for run in await _runs_of_some(site, dice, dice.randint(1, 4)):
         action, given = dice.choice(GPU_FAULTS)
@@ -190,7 +190,7 @@ async def gpus_fail(site: SoakSite, dice: random.Random) -> str:
 
 
 async def balance_empty(site: SoakSite, dice: random.Random) -> str:
-    """One tenant has nothing left for a while: holds are refused."""
+    """One tenant has no points for a while: holds are refused."""
     tenant_id = dice.choice(list(USERS))
     user_id, credits = USERS[tenant_id], site.admin.credits
     await insist(lambda: credits.set_balance(0, tenant_id, user_id), "an empty account")
@@ -276,7 +276,7 @@ async def _acted(site: SoakSite, run: RunSeen, action: str, **given: Any) -> boo
 
 
 def _callback(dice: random.Random, run: RunSeen) -> tuple[str, dict[str, Any] | None]:
-    """The task it goes to, and old news of its job; None is garbage."""
+    """The task that it goes to, and an old state of its job; None is garbage."""
     is_image = run.kind == "image"
     named = {"job_id": run.run_id, "job_status": "queued"} if is_image else {}
     named = named or {"training_id": run.run_id, "training_status": "queued"}

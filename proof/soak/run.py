@@ -74,7 +74,7 @@ async def _run_through(workload: Workload, faults: FaultSchedule, recorder: Reco
 
 
 async def _set_up(site: SoakSite, plan: Plan) -> None:
-    """Enough GPUs and points that both run short only where a fault says so; and what the service is like."""
+    """Enough GPUs and points that both run short only by a fault; and the profile's permanent faults."""
     await insist(lambda: site.admin.comfyui.set_gpus("rtx4090", IMAGE_GPUS), "GPUs")
     await insist(lambda: site.admin.comfyui.set_gpus("a100", TRAINING_GPUS), "GPUs")
     await _repaired(site)
@@ -83,14 +83,14 @@ async def _set_up(site: SoakSite, plan: Plan) -> None:
 
 
 async def _acting_and_failing(site: SoakSite, seed: int) -> Fault:
-    """Now and then a commit acts and answers 500, all the while (contract §4, field)."""
+    """Some commits act and answer 500 (contract §4, field)."""
     return await site.admin.credits.fault(
         "error", route="commit", status=500, when="after", probability=FAILING_COMMITS, seed=seed, times=None
     )
 
 
 async def _repaired(site: SoakSite) -> None:
-    """No fault stands, nothing is withheld, every account is full, every part is there."""
+    """No fault is set, nothing is withheld, every account is full, every part is ready."""
     for part in PARTS:
         await site.parts.until_ready(part)
     await insist(site.admin.remove_faults, "fault switchboard")

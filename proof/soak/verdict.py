@@ -1,4 +1,4 @@
-"""What is true in the end: the shared rules on every task, what only the whole stack can show, and the table."""
+"""The verdict: the shared rules on every task, what only the whole stack can show, and the table."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _expected(task: FinishedTask) -> Expected:
 
 
 def table(plan: Plan, journal: Journal, verdict: Verdict) -> str:
-    """Everything in one Markdown table, with examples of each untruth below it."""
+    """Everything in one Markdown table, with examples of each finding below it."""
     kinds = Counter(fault.kind for fault in journal.faults.values())
     recoveries = sorted(
         fault.recovery_seconds for fault in journal.faults.values() if fault.recovery_seconds is not None

@@ -138,7 +138,7 @@ class Workload:
 
 
 async def still_running(site: SoakSite) -> list[str]:
-    """Workflow ids of runs that Temporal has open; it may learn of the last ends a moment late."""
+    """Workflow ids of runs that Temporal has open; the last ends may show a moment late."""
 
     async def running() -> list[str]:
         return [run.id async for run in site.client.list_workflows(RUNNING)]
