@@ -195,7 +195,7 @@ def make_worker(
     workflows: Sequence[type] = WORKFLOWS,
     **options: Any,
 ) -> Worker:
-    """The worker, by the design's table of defaults. `options` of `Worker` take the place of these."""
+    """The worker, with the defaults of docs/architecture.md, "Defaults"; `options` override them."""
     defaults: dict[str, Any] = {
         "task_queue": settings.task_queue,
         "max_cached_workflows": settings.max_cached_workflows,

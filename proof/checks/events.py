@@ -1,4 +1,4 @@
-"""Events (design, "Never untrue" 4): the kept history, and what a client of the live stream received."""
+"""Events (invariant 4): the kept history, and what a client of the live stream received."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Temporal's histories (design, "Never untrue" 6): no workflow task failed, and each step says what it is for."""
+"""Temporal's histories (invariant 6): no workflow task failed, and each step says what it is for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Money (design, "Never untrue" 1 and 2): what the credits service has against what the task reports.
+"""Money (invariants 1 and 2): what the credits service has against what the task reports.
 
 What nobody can know under a profile of the service is exempt by its record and its amount:
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from proof.mutation.mutations import ROOT
 
-KEPT: Final = ("comfyui_temporal", "proof", "proof.mutation", "runtime", "runtime.process_end")
+KEPT: Final = ("comfyui_temporal", "proof", "proof.mutation", "comfyui_temporal.process_end")
 """Ours, and never imported again: nothing in them imports what is mutated."""
 _forgotten: Final[list[ModuleType]] = []
 """Kept alive: Python would warn, during a test, of what is discarded with one, e.g. an event loop."""

@@ -24,7 +24,7 @@ takes milliseconds, and the same number always gives the same schedule.
     store_model.py     the task store (contract §4 earlier lives, §6)
     life_gate.py       the look at the task's row before a call that begins something
     parties.py         which call goes to which of them
-    oracle.py          design, "Never untrue" 1-4, 6, 7: checked after every step
+    oracle.py          invariants 1 to 4, 6 and 7: checked after every step
     ..._rules.py       ... by what the services saw: prices, holds, settlement, jobs, the record
     schedule.py        one seed, from start to end
     mutants.py         known mistakes, put back one at a time

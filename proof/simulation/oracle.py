@@ -1,4 +1,4 @@
-"""The invariants (design, "Never untrue"), checked from outside after every step: the money, the jobs, the events.
+"""Invariants 1 to 4, 6 and 7, checked from outside after every step: the money, the jobs, the events.
 
 What was held, charged, capped and promised is computed from the input, the policy and what the services saw; the run's
 own result is only compared with it. Exempt is only what cannot be known or stopped and has an exception record: a hold

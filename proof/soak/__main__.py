@@ -23,7 +23,6 @@ from proof.site.waiting import NotRepaired
 from proof.soak.journal import FILE, Journal
 from proof.soak.plan import Plan
 from proof.soak.run import soak
-from runtime.process_end import end_process
 
 SETTINGS = {
     # Only warnings: the lines of ten thousand tasks help no reader.
