@@ -98,6 +98,25 @@ def activities_of(*holders: object) -> list[Callable[..., Any]]:
     return [method for method in methods if hasattr(method, "__temporal_activity_definition")]
 
 
+def all_activities(
+    comfyui: ComfyUIClient,
+    credits_client: CreditsClient,
+    datasets: DatasetSnapshots,
+    store: TaskStore,
+    policy_of: Callable[[TaskClaim], Policy],
+    client: Client | None,
+) -> list[Callable[..., Any]]:
+    """Every activity, on clients that are open. Without `client` those that read other runs are left out."""
+    lives = Lives(store)
+    return activities_of(
+        ComfyUIActivities(comfyui, lives, datasets),
+        CreditsActivities(credits_client, lives),
+        DatasetActivities(datasets),
+        TaskStoreActivities(store, policy_of),
+        *([ClosedRunActivities(client, store), UnsettledActivities(store)] if client else []),
+    )
+
+
 @asynccontextmanager
 async def opened_activities(
     settings: Settings, client: Client | None = None
@@ -119,14 +138,7 @@ async def opened_activities(
             )
         except ValueError as error:
             raise CannotStart(str(error)) from None
-        lives = Lives(store)
-        yield activities_of(
-            ComfyUIActivities(comfyui, lives, datasets),
-            CreditsActivities(credits_client, lives),
-            DatasetActivities(datasets),
-            TaskStoreActivities(store, policy_by(settings)),
-            *([ClosedRunActivities(client, store), UnsettledActivities(store)] if client else []),
-        )
+        yield all_activities(comfyui, credits_client, datasets, store, policy_by(settings), client)
 
 
 async def connect(settings: Settings) -> Client:
@@ -181,22 +193,21 @@ def make_worker(
     settings: Settings,
     activities: Sequence[Callable[..., Any]],
     workflows: Sequence[type] = WORKFLOWS,
+    **options: Any,
 ) -> Worker:
-    """The worker, with the defaults of docs/architecture.md, "Defaults"."""
-    return Worker(
-        client,
-        task_queue=settings.task_queue,
-        workflows=workflows,
-        activities=activities,
-        max_cached_workflows=settings.max_cached_workflows,
-        max_concurrent_workflow_tasks=settings.max_workflow_tasks,
-        max_concurrent_activities=settings.max_activities,
-        max_concurrent_local_activities=settings.max_local_activities,
-        workflow_task_poller_behavior=_pollers(at_least=2, at_most=settings.max_workflow_tasks),
-        activity_task_poller_behavior=_pollers(at_least=1, at_most=settings.max_activities),
-        sticky_queue_schedule_to_start_timeout=timedelta(seconds=STICKY_SECONDS),
-        graceful_shutdown_timeout=timedelta(seconds=settings.grace_seconds),
-    )
+    """The worker, with the defaults of docs/architecture.md, "Defaults"; `options` override them."""
+    defaults: dict[str, Any] = {
+        "task_queue": settings.task_queue,
+        "max_cached_workflows": settings.max_cached_workflows,
+        "max_concurrent_workflow_tasks": settings.max_workflow_tasks,
+        "max_concurrent_activities": settings.max_activities,
+        "max_concurrent_local_activities": settings.max_local_activities,
+        "workflow_task_poller_behavior": _pollers(at_least=2, at_most=settings.max_workflow_tasks),
+        "activity_task_poller_behavior": _pollers(at_least=1, at_most=settings.max_activities),
+        "sticky_queue_schedule_to_start_timeout": timedelta(seconds=STICKY_SECONDS),
+        "graceful_shutdown_timeout": timedelta(seconds=settings.grace_seconds),
+    }
+    return Worker(client, workflows=workflows, activities=activities, **{**defaults, **options})
 
 
 def _pollers(*, at_least: int, at_most: int) -> PollerBehaviorAutoscaling:

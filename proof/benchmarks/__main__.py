@@ -47,7 +47,7 @@ MEASUREMENTS: Final[dict[str, tuple[str, Callable[[Size], Coroutine[Any, Any, An
     "waits": ("waits", lambda size: whole_stack.measure(size.probes, size.kills)),
     "memory": ("memory", lambda size: memory.measure(size.memory_tasks, size.streams)),
 }
-"""Name → where it stands in the results, and what measures it."""
+"""Name → its field in the results, and what measures it."""
 
 
 def run(names: list[str], *, quick: bool, file: Path) -> tuple[Results, list[str]]:

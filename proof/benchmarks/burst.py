@@ -4,7 +4,7 @@
 
 Prints how many workflow tasks timed out (aim: none), tasks per second, and the time from a callback's arrival at the
 gateway to its event in the store, as p50 and p95, before and while every other task hangs in its call to credits
-(aim: p95 ≤ 0.5 s), with the ratio of the two in one run. Needs the test dependencies: it stands on the tests' platform.
+(aim: p95 ≤ 0.5 s), with the ratio of the two in one run. Needs the test dependencies: it uses the tests' platform.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ async def callback_to_event(platform: Platform, probed: Handle, first_sequence: 
         )
         await told(platform, task_id, sequence)
         seconds.append(time.monotonic() - began)
-        # Progress is told at most once a second (contract §6): the next probe comes after that.
+        # Progress is published at most once a second (contract §6): the next probe comes after that.
         await asyncio.sleep(1.1)
     return seconds
 

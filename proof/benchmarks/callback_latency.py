@@ -1,11 +1,11 @@
-"""From a callback's sending to its event at an SSE client, at 100 callbacks a second, beside a bare signal's way.
+"""From a callback's sending to its event at an SSE client, at 100 callbacks a second, beside a bare signal.
 
     python -m proof.benchmarks.callback_latency [--seconds 20] [--per-second 100]
 
-Gateway and worker are processes of their own, Temporal and PostgreSQL real. Each task tells progress at most once a
-second (contract §6), so as many tasks are open as callbacks are sent in 1.2 s. The bare way, in the same run and at
+Gateway and worker are processes of their own, Temporal and PostgreSQL real. Each task publishes progress at most once a
+second (contract §6), so as many tasks are open as callbacks are sent in 1.2 s. The bare signal, in the same run and at
 the same rate: a signal from the client to a workflow that does nothing else, until its worker has it. Aims: p50 ≤ 30
-ms, p99 ≤ 150 ms. Needs the test dependencies: it stands on the tests' platform.
+ms, p99 ≤ 150 ms. Needs the test dependencies: it uses the tests' platform.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ import psutil
 from temporalio import activity, workflow
 from temporalio.client import Client
 from temporalio.service import RPCError
-from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from proof.benchmarks.burst import stack
 from proof.benchmarks.servers import seconds_of
 from runtime.logs import configure_logs
+from runtime.settings import Settings
 from tests.conftest import unique
 from tests.gateway.serving import GatewayProcess, Wire, bearer, gateway_process, tick, token_for
 from tests.workflows.platform import Platform, task_id_of
+from worker import make_worker
 
 SECONDS_BETWEEN = 1.2
 WIRES = 16
@@ -97,13 +98,7 @@ async def bare_signals(client: Client, *, targets: int, per_second: float, secon
         spans.setdefault(number, time.monotonic() - sent_at[number])
 
     queue = unique("bare")
-    async with Worker(
-        client,
-        task_queue=queue,
-        workflows=[BareSignals],
-        activities=[arrived],
-        workflow_runner=UnsandboxedWorkflowRunner(),
-    ):
+    async with make_worker(client, Settings(_env_file=None, task_queue=queue), [arrived], [BareSignals]):
         handles = [
             await client.start_workflow("BareSignals", id=unique("bare"), task_queue=queue) for _ in range(targets)
         ]
@@ -137,7 +132,7 @@ async def waiting_tasks(platform: Platform, count: int) -> list[tuple[str, str]]
 
 @asynccontextmanager
 async def heard(gateway: GatewayProcess) -> AsyncIterator[dict[tuple[str, int], float]]:
-    """When one client, of all the tenant's tasks, heard of each task's queue position."""
+    """When one client of all the tenant's tasks received each task's queue position."""
     at: dict[tuple[str, int], float] = {}
     is_open = asyncio.Event()
 
@@ -164,7 +159,7 @@ async def heard(gateway: GatewayProcess) -> AsyncIterator[dict[tuple[str, int], 
 async def callbacks(
     gateway: GatewayProcess, tasks: Sequence[tuple[str, str]], *, per_second: float, seconds: float
 ) -> tuple[list[float], int]:
-    """Seconds from each callback's sending to its event at the client, and how many were never heard of."""
+    """Seconds from each callback's sending to its event at the client, and how many never arrived."""
     wires = [await Wire.to(gateway.port) for _ in range(WIRES)]
     sent_at: dict[tuple[str, int], float] = {}
     statuses: Counter[int] = Counter()

@@ -14,7 +14,7 @@ from proof.benchmarks.servers import Servers
 
 
 class Contestant(Protocol):
-    """One way of doing the job."""
+    """One implementation of the job."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""The job that all contestants do, in their common words: the calls' bodies, and the events that are stored."""
+"""The job that all contestants do: the calls' bodies, and the events that are stored."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def claim(task: ImageTask, at: datetime) -> TaskClaim:
 
 
 class Story:
-    """The events of one job, as our own workflow tells them, write by write."""
+    """The events of one job, as our own workflow writes them, write by write."""
 
     def __init__(self, task: ImageTask, job: JobAccepted) -> None:
         self._task_id = task.task_id

@@ -1,4 +1,4 @@
-"""Memory per open task and per open stream, as the two measurements of their own tell them."""
+"""Memory per open task and per open stream, from the two measurements of their own."""
 
 from __future__ import annotations
 

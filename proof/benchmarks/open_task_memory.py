@@ -23,7 +23,6 @@ from temporalio.api.enums.v1 import EventType
 from temporalio.client import Client, WorkflowHandle
 from temporalio.common import SearchAttributeKey
 from temporalio.testing import WorkflowEnvironment
-from temporalio.worker import Worker
 
 from comfyui_temporal.contracts.calls import Post
 from comfyui_temporal.contracts.comfyui import JobAccepted, JobRequest
@@ -33,6 +32,8 @@ from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.task_store import ClaimOutcome, TaskClaim, TaskWrite
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES, workflow_id_of
 from comfyui_temporal.plugin import TasksPlugin
+from runtime.settings import Settings
+from worker import make_worker
 from workflows.image_generation import ImageGenerationWorkflow
 
 KIB = 1024
@@ -160,14 +161,8 @@ async def measure(tasks: int, runs: ImageRuns | BareRuns) -> float:
         search_attributes=[SearchAttributeKey.for_keyword(name) for name in SEARCH_ATTRIBUTES],
     ) as environment:
         client = await Client.connect(environment.client.service_client.config.target_host, plugins=[TasksPlugin()])
-        async with Worker(
-            client,
-            task_queue=QUEUE,
-            workflows=[runs.workflow],
-            activities=runs.activities(),
-            max_cached_workflows=tasks * 2,
-            max_concurrent_workflow_tasks=16,
-        ):
+        settings = Settings(_env_file=None, task_queue=QUEUE, max_cached_workflows=tasks * 2, max_workflow_tasks=16)
+        async with make_worker(client, settings, runs.activities(), [runs.workflow]):
             quarter = tasks // 4
             await open_runs(client, runs, 0, quarter)
             low = resident_kib()

@@ -1,6 +1,6 @@
 """ComfyUI and credits for measurements: every call is answered at once, every job calls back five times.
 
-It lives in the driver's process, does next to nothing, and notes when credits are held and when they are committed.
+It runs in the driver's process, does next to nothing, and records when credits are held and when they are committed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 COST: Final = 24
 CALLBACK_PAUSE_SECONDS: Final = 1.5
-"""Callbacks come spread: our tasks tell progress at most once a second (contract §6)."""
+"""Callbacks are spread: our tasks publish progress at most once a second (contract §6)."""
 CALLBACKS: Final[tuple[dict[str, Any], ...]] = (
     {"job_status": "queued", "stage_progress": 0, "queue_position": 2},
     {"job_status": "processing", "stage_progress": 25},

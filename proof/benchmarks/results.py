@@ -48,7 +48,7 @@ class Machine(BaseModel):
 
 
 class Results(BaseModel):
-    """What was asked for; the rest is None."""
+    """What was measured; the rest is None."""
 
     at: datetime
     quick: bool

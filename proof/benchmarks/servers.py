@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import asyncpg
@@ -13,10 +13,10 @@ import psutil
 from temporalio.client import Client
 
 from comfyui_temporal.plugin import TasksPlugin
-from local_stack.child import Child, Part
 from local_stack.folder import RunFolder
 from local_stack.parts import SETTINGS_PREFIX, LocalParts, answers
 from local_stack.ports import any_free_port, choose_ports
+from proof.site.parts import SERVERS, OwnParts
 
 BIG_CACHE = "15000"
 """Cached workflows: more than are ever open (docs/architecture.md, "Defaults")."""
@@ -25,51 +25,40 @@ BIG_CACHE = "15000"
 class Servers:
     """What runs, and how much processor time each part has taken."""
 
-    def __init__(self, folder: RunFolder, parts: LocalParts, client: Client) -> None:
-        self._folder = folder
-        self._part_of_worker = next(part for part in parts.processes() if part.name == "worker")
-        self.temporal_address = parts.temporal.address
-        self.database_dsn = parts.database_dsn
+    def __init__(self, parts: OwnParts, local: LocalParts, client: Client) -> None:
+        self._parts = parts
+        self._worker = next(part for part in local.processes() if part.name == "worker")
+        self.temporal_address = local.temporal.address
+        self.database_dsn = local.database_dsn
         self.client = client
-        self.children: dict[str, Child] = {}
-        self.stack = AsyncExitStack()
-
-    async def run(self, part: Part) -> None:
-        """Start a process and wait until it is ready. Raises StackFailure."""
-        child = Child(part, folder=self._folder.path, log=self._folder.log(part.name), said=print)
-        self.children[part.name] = child
-        self.stack.push_async_callback(child.stop)
-        await child.start()
-        await child.ready()
 
     async def run_worker(self, name: str, arguments: list[str], settings: Mapping[str, str]) -> None:
-        """A worker, ours or another's, with a health page. `arguments`: python's; `settings`: without prefix."""
+        """A worker, ours or another's, with a health page. `arguments`: python's; `settings`: without prefix.
+
+        Raises StackFailure.
+        """
         port = any_free_port(set())
         own = {"HEALTH_PORT": str(port), "MAX_CACHED_WORKFLOWS": BIG_CACHE, "LOG_LEVEL": "WARNING", **settings}
-        environment = {
-            **self._part_of_worker.environment,
-            **{SETTINGS_PREFIX + setting: value for setting, value in own.items()},
-        }
-        page = answers(port, "/readyz")
-        part = dataclasses.replace(
-            self._part_of_worker,
-            name=name,
-            command=[sys.executable, *arguments],
-            environment=environment,
-            is_ready=page,
-            needs=(),
+        environment = {SETTINGS_PREFIX + setting: value for setting, value in own.items()}
+        self._parts.add(
+            dataclasses.replace(
+                self._worker,
+                name=name,
+                command=[sys.executable, *arguments],
+                environment={**self._worker.environment, **environment},
+                is_ready=answers(port, "/readyz"),
+                needs=(),
+            )
         )
-        await self.run(part)
+        await self._parts.start(name)
 
     def processor_seconds(self) -> dict[str, float]:
         """Part → user and system time of its process and the processes below it."""
         taken = {}
-        for name, child in self.children.items():
-            record = child.record
-            if record is not None:
-                process = psutil.Process(record.pid)
-                family = [process, *process.children(recursive=True)]
-                taken[name] = sum(seconds_of(member) for member in family)
+        for name, record in self._parts.records().items():
+            process = psutil.Process(record.pid)
+            family = [process, *process.children(recursive=True)]
+            taken[name] = sum(seconds_of(member) for member in family)
         return {**taken, "driver": seconds_of(psutil.Process())}
 
 
@@ -81,27 +70,17 @@ def seconds_of(process: psutil.Process) -> float:
 
 @asynccontextmanager
 async def file_backed_servers(folder: Path) -> AsyncIterator[Servers]:
-    """Both servers with empty files in `folder`, ended with the context."""
+    """Both servers with empty files in `folder`, ended with the context. Raises StackFailure."""
     run_folder = RunFolder(folder)
-    parts = LocalParts(run_folder, choose_ports({}), speed=1.0)
-    await parts.prepare()
-    starting = [part for part in parts.processes() if part.name in ("temporal", "postgres")]
-    async with AsyncExitStack() as stack:
-        children = {}
-        for part in starting:
-            child = Child(part, folder=run_folder.path, log=run_folder.log(part.name), said=print)
-            children[part.name] = child
-            stack.push_async_callback(child.stop)
-            await child.start()
-        for child in children.values():
-            await child.ready()
-        await parts.make_tables()
-        await _sync_as_temporal_does(parts.database_dsn)
-        client = await Client.connect(parts.temporal.address, plugins=[TasksPlugin()])
-        servers = Servers(run_folder, parts, client)
-        servers.children = children
-        await stack.enter_async_context(servers.stack)
-        yield servers
+    local = LocalParts(run_folder, choose_ports({}), speed=1.0)
+    parts = OwnParts(run_folder, [part for part in local.processes() if part.name in SERVERS], said=print)
+    try:
+        await parts.start_servers(local)
+        await _sync_as_temporal_does(local.database_dsn)
+        client = await Client.connect(local.temporal.address, plugins=[TasksPlugin()])
+        yield Servers(parts, local, client)
+    finally:
+        await parts.stop_all()
 
 
 async def _sync_as_temporal_does(dsn: str) -> None:

@@ -3,7 +3,7 @@
     python -m proof.benchmarks.stream_memory [--streams 10000] [--alone]
 
 The gateway is `python -m gateway` on a real PostgreSQL, with all its middleware. Beside it, in the same run and under
-the same server, the ways that the framework offers: `fastapi.sse` and a bare StreamingResponse, each telling nothing.
+the same server, the framework's own streams: `fastapi.sse` and a bare StreamingResponse, both silent.
 Exits with 1 where the gateway takes more than 500 MB with 10,000 streams.
 """
 
@@ -45,7 +45,7 @@ RETRY_SECONDS = 1
 
 
 def framework_app() -> FastAPI:
-    """The framework's own two ways of a stream that tells nothing."""
+    """The framework's own two kinds of a silent stream."""
     app = FastAPI()
 
     async def nothing() -> AsyncIterator[bytes]:
@@ -96,7 +96,7 @@ async def opened(port: int, path: str, tries: int = 10) -> asyncio.StreamWriter:
     head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
     status = head.split(b" ", 2)[1]
     if status == b"503" and tries > 1:
-        # As a client does: the store was asked by too many at once.
+        # As a client does: too many requests reached the store at once.
         writer.close()
         await asyncio.sleep(RETRY_SECONDS)
         return await opened(port, path, tries - 1)

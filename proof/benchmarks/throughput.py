@@ -197,7 +197,7 @@ async def _history_events(servers: Servers, stem: str, tasks: int) -> float:
 
 
 def towards(party: Party) -> dict[str, str]:
-    """Settings of a worker. The waiting tasks' party is silent for good: they are not to ask it every two minutes."""
+    """Settings of a worker. The waiting tasks' jobs never report: they must not be polled every two minutes."""
     seldom = {"IMAGE_POLL_AFTER_SECONDS": "7200", "IMAGE_POLL_AT_MOST_SECONDS": "7200"}
     return {"COMFYUI_URL": party.url, "CREDITS_URL": party.url, **seldom}
 

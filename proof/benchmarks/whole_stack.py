@@ -1,4 +1,4 @@
-"""What people wait for, on the whole local stack: a callback's news, credits held, work going on after a kill.
+"""What users wait for, on the whole local stack: a callback's event, credits held, work going on after a kill.
 
 Measured from outside by one client: orders at the gateway, signed callbacks at the gateway, live streams.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import statistics
 import tempfile
 import time
@@ -25,12 +24,14 @@ from standardwebhooks import Webhook
 from local_stack.background import start_stack
 from local_stack.folder import RunFolder, StackFailure
 from local_stack.parts import SETTINGS_PREFIX
-from proof.soak.site import Site, opened_site
+from proof.site.parts import SupervisedParts
+from proof.site.recorder import frames
+from proof.site.site import Site
 
 TENANT: Final = "tenant-demo"
 SPEED: Final = 100.0
 SPREAD_SECONDS: Final = 1.1
-"""Progress is told at most once a second (contract §6): the next probe comes after that."""
+"""Progress is published at most once a second (contract §6): the next probe comes after that."""
 LIMIT_SECONDS: Final = 60.0
 OPEN_AT_A_KILL: Final = 50
 
@@ -52,16 +53,16 @@ class Spread(BaseModel):
 
 
 class Waits(BaseModel):
-    """What people wait for."""
+    """What users wait for."""
 
     order_to_held: Spread
-    """From the order at the gateway to the event that tells that credits are held."""
+    """From the order at the gateway to the event that shows that credits are held."""
     callback_to_client: Spread
     """From a callback's sending to its event at the client."""
     kill_to_polling: Spread
     """From the worker's SIGKILL until its successor polls: what a process's start takes."""
     polling_to_next_event: Spread
-    """From then to the next event that a client is told."""
+    """From then to the next event that a client receives."""
 
 
 async def measure(probes: int, kills: int) -> Waits:
@@ -74,7 +75,7 @@ async def measure(probes: int, kills: int) -> Waits:
         if stack is None or description is None:
             raise StackFailure("The stack did not start.")
         try:
-            async with opened_site(folder, description) as site:
+            async with Site.connected(folder, description) as site:
                 return await _waits(site, probes, kills)
         finally:
             await asyncio.to_thread(stack.end)
@@ -100,7 +101,7 @@ async def _waits(site: Site, probes: int, kills: int) -> Waits:
 
 
 class News:
-    """Every event that one stream of all tasks was told, with the instant by `time.monotonic`."""
+    """Every event that one stream of all tasks brought, with its time by `time.monotonic`."""
 
     def __init__(self) -> None:
         self._events: list[tuple[float, dict[str, Any]]] = []
@@ -111,7 +112,7 @@ class News:
         self._more.set()
 
     async def instant(self, what: Callable[[dict[str, Any]], bool], *, after: float = 0.0) -> float:
-        """When the first such event after an instant was told; waits for it."""
+        """When the first such event after a time arrived; waits for it."""
         seen = 0
         async with asyncio.timeout(LIMIT_SECONDS):
             while True:
@@ -125,7 +126,7 @@ class News:
 
 @asynccontextmanager
 async def _told(site: Site) -> AsyncIterator[News]:
-    """News of all of the tenant's tasks, from now on."""
+    """The events of all of the tenant's tasks, from now on."""
     news, is_open = News(), asyncio.Event()
 
     async def read() -> None:
@@ -134,9 +135,8 @@ async def _told(site: Site) -> AsyncIterator[News]:
             "GET", "/api/v1/tasks/stream/sse", params=params, headers=headers, timeout=None
         ) as response:
             is_open.set()
-            async for line in response.aiter_lines():
-                if line.startswith("data: "):
-                    news.add(json.loads(line[6:]))
+            async for _, event in frames(response):
+                news.add(event)
 
     reading = asyncio.create_task(read())
     await is_open.wait()
@@ -177,15 +177,13 @@ async def _callbacks(site: Site, news: News, task_id: str, count: int) -> list[f
 
 
 async def _kills(site: Site, news: News, count: int) -> tuple[list[float], list[float]]:
-    """The worker killed in the midst of many tasks, again and again."""
-    back, next_event = [], []
+    """The worker killed among many open tasks, several times."""
+    parts, back, next_event = SupervisedParts(site), list[float](), list[float]()
     for number in range(count):
         for n in range(OPEN_AT_A_KILL):
             await _order(site, f"kill-{number}-{n}")
-        worker = site.process("worker")
-        worker.send_signal(signal.SIGKILL)
         killed = time.monotonic()
-        await site.until_back("worker", gone=worker.pid)
+        await parts.restart("worker")
         polls = time.monotonic()
         told = await news.instant(lambda event: "seq" in event, after=polls)
         back.append(polls - killed)

@@ -1,12 +1,12 @@
-"""What every server of `/comfyui/v1` must do (contract §1, §2, §3, §7), as cases that any such server can be held to.
+"""What every server of `/comfyui/v1` must do (contract §1, §2, §3, §7), as cases for any such server.
 
-The same cases run against the simulator, the bridge and a customer's own platform:
+The same cases run on the simulator, the bridge and a customer's own platform:
 
     async with opened(base_url, tokens, people, profile, receiver) as subject:
         for outcome in await run(cases(), subject): ...
 
 A case passes, finds a route *not offered* (which contract §2 allows for some), or is broken, with a sentence that says
-what was expected and what came. Cases marked `changes_nothing` leave no trace: `starter.py doctor` runs them.
+what was expected and what was received. Cases marked `changes_nothing` leave no trace: `starter.py doctor` runs them.
 
 `receiving` (`proof.conformance.receiver`) is imported by name, for it brings a web server that `doctor` has no use for.
 """

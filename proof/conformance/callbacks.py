@@ -37,7 +37,7 @@ def _read(arrival: Arrival) -> JobCallback:
 
 
 async def _told(subject: Subject, task: str, status: JobStatus) -> list[Arrival]:
-    """Every arrival, once one of them has told this status."""
+    """Every arrival, once one of them has this status."""
 
     async def look() -> list[Arrival]:
         return list(subject.receiver.of(task))

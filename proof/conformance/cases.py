@@ -13,7 +13,7 @@ from proof.conformance.subject import Broken, NotOffered, Subject, Unreachable
 
 _AT_ONCE: Final = 8
 _ROOMS: Final = ("reads", "permissions", "images", "refusals", "idempotency", "cancels", "callbacks", "trainings")
-"""Modules of cases, in the order in which they are told."""
+"""Modules of cases, in the order of the report."""
 
 Check = Callable[[Subject], Awaitable[None]]
 
@@ -26,7 +26,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that must be true. `name` is unique; `title` is the sentence (or route) that it stands for."""
+    """One requirement. `name` is unique; `title` is its sentence, or the route."""
 
     name: str
     title: str
@@ -83,7 +83,7 @@ def cases(*, changes_nothing: bool | None = None, with_scopes: bool = True, with
 
 
 async def run(chosen: Iterable[Case], subject: Subject) -> list[Outcome]:
-    """Every outcome, in the cases' order; eight run at a time. Raises Unreachable where nobody answers."""
+    """Every outcome, in the cases' order; eight run at a time. Raises Unreachable where no server answers."""
     room = asyncio.Semaphore(_AT_ONCE)
 
     async def one(case: Case) -> Outcome:

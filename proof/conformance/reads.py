@@ -1,4 +1,4 @@
-"""Cases that change nothing: routes asked about ids that cannot exist, and tokens that must not be taken."""
+"""Cases that change nothing: reads of ids that cannot exist, and tokens that must be refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def gpus_are_listed(subject: Subject) -> None:
 
 
 def _unknown(name: str, method: str, path: str, refusal: str, step: str | None, *, is_ours: bool) -> None:
-    """A case that asks one route about an id that cannot exist; it must be refused by name."""
+    """A case that reads an id that cannot exist; it must be refused by name."""
 
     async def check(subject: Subject) -> None:
         unknown = f"probe-{secrets.token_hex(16)}"

@@ -1,4 +1,4 @@
-"""A receiver of signed callbacks on a real port of this machine, which answers what a case tells it to."""
+"""A receiver of signed callbacks on a real port of this machine; a case sets its answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Arrival:
 
 @dataclass
 class CallbackReceiver:
-    """Takes callbacks below `/callbacks/comfyui/{task_id}`; answers 202, or what was told for a task, in turn."""
+    """Takes callbacks below `/callbacks/comfyui/{task_id}`; answers 202, or what was set for a task, in turn."""
 
     secret: str
     url: str = ""
@@ -68,7 +68,7 @@ class CallbackReceiver:
 
 
 class _QuietServer(uvicorn.Server):
-    """Leaves the process's signals to whoever runs it."""
+    """Leaves the process's signals to its owner."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What cannot be asked for is refused by name, with the field, and nothing comes of it (contract §2, §3)."""
+"""An invalid request is refused by name, with the field, and has no effect (contract §2, §3)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _bad(name: str, path: str, change: dict[str, Any], message: str, field: str)
     async def check(subject: Subject) -> None:
         task = new_task()
         whole = subject.job_body(task) if path == "/jobs" else subject.training_body(task)
-        # None stands for a field that is left out.
+        # None means that the field is left out.
         body = {part: value for part, value in (whole | change).items() if value is not None}
         fields = refused(await subject.post(path, body, f"{task}:submit:1"), message)
         names_it = not field or any(field in line for line in fields)

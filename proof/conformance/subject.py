@@ -1,8 +1,8 @@
-"""The server under test as cases see it: calls with the right token and key, and the platform's words for failures.
+"""The server under test as cases see it: calls with the right token and key, and the platform's names for failures.
 
-Broken        what came is not what the contract says
+Broken        the answer is not what the contract says
 ├── NotOffered    a route marked (ours) that this server lacks, which contract §2 allows
-└── Unreachable   nobody answers, or our token is not taken: no case can be judged
+└── Unreachable   no server answers, or our token is refused: no case can be judged
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class NotOffered(Broken):
 
 
 class Unreachable(Broken):
-    """Nobody answers at the address, or the token is not taken."""
+    """No server answers at the address, or the token is refused."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TokenMaker(Protocol):
 
 @dataclass(frozen=True)
 class Profile:
-    """What this server can be asked to do, and how long it may take over it."""
+    """What this server offers, and how long it may take."""
 
     template_id: str = "test-pattern"
     extras: Json = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Profile:
 
 
 class Subject:
-    """One server; `me` is whom calls are for, `stranger` somebody of another tenant."""
+    """One server; calls are for `me`, and `stranger` is a user of another tenant."""
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ def answered(answer: httpx2.Response, status: int, *, is_ours: bool = False) -> 
 
 
 def token_taken(answer: httpx2.Response) -> httpx2.Response:
-    """The answer, unless it says that it does not know who asks. Raises Unreachable: no case can be judged then."""
+    """The answer, unless it rejects our token. Raises Unreachable: no case can be judged then."""
     if answer.status_code == 401:
         raise Unreachable(f"{_request(answer)} does not take our token: {_shown(answer)}")
     return answer

@@ -139,7 +139,7 @@ def _demand_cancelled(state: TrainingState) -> None:
 
 
 async def _told(subject: Subject, task: str) -> list[TrainingCallback]:
-    """What was told by the time that the end was, in its sequence."""
+    """The arrivals up to the end, by their sequence."""
 
     async def look() -> list[Arrival]:
         return list(subject.receiver.of(task))

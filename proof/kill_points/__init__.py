@@ -1,18 +1,17 @@
-"""Kill points: the real stack, struck at every instant of both flows, judged from outside.
+"""Kill points: a fault hits the real stack at every point of both flows, and every task is judged from outside.
 
-A round is one kind of blow: a task is brought to each instant and kept there, all side by side; then the blow falls
-once, what was struck comes back, and every task has to end as if nothing had been.
+A round is one kind of fault. One task for each point is brought to it and kept there, side by side. Then the fault is
+injected once, what failed comes back, and every task must end as if nothing had happened.
 
-instants.py      every instant of both flows, and how a task is brought to it
-ways.py          the lives of a task that lead there
-gates.py         how a call is kept in its instant: files that the worker looks at
-shorter_waits.py waits of minutes that the rounds have no time for
-gated_worker.py  `worker.py` with these gates; nothing of it is in production code
-kinds.py         the blows
-stack.py         the stack's processes, each ours to kill and to start again
-site.py          the stack as this process sees it: its doors and its books
-recorder.py      a client of the live streams
-rounds.py        one round from start to verdict
-oracle.py        what must be true of each task in the end
-report.py        the table
+points.py         every point of both flows, and the path that leads to it
+paths.py          what happens to a task on the way
+gates.py          how a call is kept at its point: files that the worker reads
+shorter_waits.py  waits of minutes that the rounds have no time for
+gated_worker.py   `worker.py` with these gates; none of it is in production code
+kinds.py          the kinds of fault
+stack.py          the stack, as processes that this one kills and starts
+site.py           the stack's clients, and reads that waiting tasks share
+rounds.py         one round from start to verdict
+oracle.py         the verdict on each task
+report.py         the table
 """

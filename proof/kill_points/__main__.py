@@ -1,8 +1,8 @@
-"""Strike the real stack at every instant of both flows; exit code 1 where a task did not end as it must.
+"""Inject the real stack at every point of both flows; exit code 1 where a task did not end as it must.
 
 python -m proof.kill_points                                    everything
 python -m proof.kill_points --kinds worker-killed,terminated   some blows
-python -m proof.kill_points --only "image: commit"             some instants
+python -m proof.kill_points --only "image: commit"             some points
 python -m proof.kill_points --profile field                    with the field's credits service (contract §4)
 """
 
@@ -20,10 +20,10 @@ from pathlib import Path
 
 from comfyui_temporal.process_end import end_process
 from local_stack.folder import StackFailure
-from proof.kill_points.instants import Instant, all_instants
 from proof.kill_points.kinds import KINDS, Kind
+from proof.kill_points.points import Point, all_points
 from proof.kill_points.report import failures, summary, table
-from proof.kill_points.rounds import Cell, Clock, run_round
+from proof.kill_points.rounds import Cell, Laps, run_round
 from proof.kill_points.site import opened_site
 from proof.kill_points.stack import KillableStack
 from proof.simulators.credits_profile import CONTRACT, PROFILES
@@ -34,16 +34,16 @@ EXIT_CANNOT = 2
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
-    instants, kinds = chosen_instants(options.only), [KINDS[name] for name in options.kinds]
-    if not instants:
-        print(f"No instant is called {', '.join(options.only)}.", file=sys.stderr)
+    points, kinds = chosen_points(options.only), [KINDS[name] for name in options.kinds]
+    if not points:
+        print(f"No point is called {', '.join(options.only)}.", file=sys.stderr)
         return EXIT_CANNOT
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="kill-points-"))
     folder.chmod(0o755)
     try:
         stack = KillableStack(folder / "run", PROFILES[options.profile])
-        cells = asyncio.run(struck(stack, kinds, instants, within_seconds=options.within, most=options.most))
+        cells = asyncio.run(struck(stack, kinds, points, within_seconds=options.within, most=options.most))
     except StackFailure as failure:
         print(failure, file=sys.stderr)
         return EXIT_CANNOT
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m proof.kill_points", description=__doc__, formatter_class=form)
-    parser.add_argument("--only", action="append", default=[], help="instants whose name holds this; may be repeated")
+    parser.add_argument("--only", action="append", default=[], help="points whose name holds this; may be repeated")
     parser.add_argument("--kinds", type=_kinds, default=list(KINDS), help=f"some of {', '.join(KINDS)}")
     parser.add_argument("--profile", choices=list(PROFILES), default=CONTRACT.name, help="of the credits service")
     parser.add_argument("--within", type=float, default=5.0, help="seconds within which work has to go on (5)")
@@ -76,41 +76,41 @@ def _kinds(text: str) -> list[str]:
     return names
 
 
-def chosen_instants(only: Sequence[str]) -> list[Instant]:
+def chosen_points(only: Sequence[str]) -> list[Point]:
     """All, or those whose label is one of these; where none is, those whose label holds one."""
-    instants = all_instants()
+    points = all_points()
     if not only:
-        return instants
-    exact = [instant for instant in instants if instant.label in only]
-    return exact or [instant for instant in instants if any(part in instant.label for part in only)]
+        return points
+    exact = [point for point in points if point.label in only]
+    return exact or [point for point in points if any(part in point.label for part in only)]
 
 
 async def struck(
-    stack: KillableStack, kinds: Sequence[Kind], instants: Sequence[Instant], *, within_seconds: float, most: int
+    stack: KillableStack, kinds: Sequence[Kind], points: Sequence[Point], *, within_seconds: float, most: int
 ) -> list[Cell]:
     """Every cell, with its problems. Raises StackFailure."""
     cells: list[Cell] = []
     number = 0
     async with opened_site(stack) as site:
         for kind in kinds:
-            fitting = [instant for instant in instants if kind.fits(instant)]
+            fitting = [point for point in points if kind.fits(point)]
             for some in _evenly(fitting, most):
                 number += 1
-                clock = Clock()
-                done = await run_round(site, kind, some, number, clock)
+                laps = Laps()
+                done = await run_round(site, kind, some, number, laps)
                 _check_recovery(done, within_seconds)
                 cells += done
                 failed = sum(bool(cell.problems) for cell in done)
-                print(f"{kind.name}: {len(done)} cells, {failed} failed: {clock}", flush=True)
+                print(f"{kind.name}: {len(done)} cells, {failed} failed: {laps}", flush=True)
                 if failed:
                     print(failures(done, stack.profile), flush=True)
     return cells
 
 
-def _evenly(instants: Sequence[Instant], most: int) -> list[Sequence[Instant]]:
+def _evenly(points: Sequence[Point], most: int) -> list[Sequence[Point]]:
     """Parts of about the same length, none longer than `most`."""
-    count = math.ceil(len(instants) / most)
-    return [instants[n::count] for n in range(count)]
+    count = math.ceil(len(points) / most)
+    return [points[n::count] for n in range(count)]
 
 
 def _check_recovery(cells: Sequence[Cell], within_seconds: float) -> None:

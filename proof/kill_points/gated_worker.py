@@ -1,10 +1,10 @@
-"""`python -m proof.kill_points.gated_worker`: `worker.py` as it is, with calls that can be kept waiting in an instant.
+"""`python -m proof.kill_points.gated_worker`: `worker.py` as it is, with calls that can be kept at a point.
 
 What differs from production, and only here:
 1. An interceptor stops a call at its gate (gates.py), heartbeating, for as long as the gate is closed.
-2. Calls may take two minutes, not ten seconds: one that waits in its instant must not be given up before the blow.
-   Heartbeats, by which a killed worker's calls are missed, are as they are.
-3. The ledger is looked at for 20 seconds, not ten minutes, before what it does not show counts as absent.
+2. Calls may take two minutes, not ten seconds: a call at its point must not time out before the fault.
+   Heartbeats, by which the calls of a killed worker are found, are unchanged.
+3. The ledger is read for 20 seconds, not ten minutes, before what it does not show counts as absent.
 """
 
 from __future__ import annotations

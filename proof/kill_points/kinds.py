@@ -1,4 +1,4 @@
-"""The blows. Each strikes once, whatever tasks stand where, and tells when what it struck was back."""
+"""The kinds of fault. Each is injected once for all tasks of a round, and returns when what failed was back."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from temporalio.service import RPCError
 
 from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.kill_points.gates import AFTER_EFFECT, BEFORE_REPORT
-from proof.kill_points.instants import Instant
-from proof.kill_points.site import CREDITS_ROUTES, OUTSIDE_ERRORS, Site, until
-from proof.kill_points.ways import Act, ask_to_cancel, finish, grow_dearer
+from proof.kill_points.paths import Act, ask_to_cancel, finish, grow_dearer
+from proof.kill_points.points import Point
+from proof.kill_points.site import CREDITS_ROUTES, RoundSite
+from proof.site.waiting import OUTSIDE_ERRORS, until
 
-Strike = Callable[[Site, Sequence[str]], Awaitable[datetime]]
+Inject = Callable[[RoundSite, Sequence[str]], Awaitable[datetime]]
 
 OUT_SECONDS: Final = 1.0
 """How long a part other than the worker stays away."""
@@ -28,20 +29,20 @@ GIVE_BACK_SECONDS: Final = 30.0
 
 @dataclass(frozen=True)
 class Kind:
-    """A blow, the instants it fits, and how tasks may end that would have ended otherwise."""
+    """A kind of fault, the points that it fits, and how else tasks may end because of it."""
 
     name: str
-    strike: Strike
-    fits: Callable[[Instant], bool]
+    inject: Inject
+    fits: Callable[[Point], bool]
     may_end: frozenset[TaskStatus] = frozenset()
     is_reply_in_flight: bool = False
-    """`after effect`: the reply stands in the service (else that is the instant `after reply`)."""
+    """`after effect`: the reply is held in the service (else that is the point `after reply`)."""
     ends_runs: bool = False
     """Runs end without their own clean-up: the reconciler's turn."""
 
 
-async def _loosen(site: Site) -> None:
-    """Nothing is kept waiting, or goes wrong, any more. Both services have to be there."""
+async def _loosen(site: RoundSite) -> None:
+    """Open all gates and remove all faults. Both services must be up."""
     site.gates.open_all()
     await site.admin.remove_faults()
     await site.admin.comfyui.release_callbacks()
@@ -51,45 +52,45 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-async def worker_killed(site: Site, task_ids: Sequence[str]) -> datetime:
-    await site.stack.kill("worker")
+async def worker_killed(site: RoundSite, task_ids: Sequence[str]) -> datetime:
+    await site.parts.kill("worker")
     await _loosen(site)
-    await site.stack.start("worker")
+    await site.parts.start("worker")
     return _now()
 
 
-async def worker_stopped(site: Site, task_ids: Sequence[str]) -> datetime:
+async def worker_stopped(site: RoundSite, task_ids: Sequence[str]) -> datetime:
     """SIGTERM: the calls in flight may end meanwhile."""
-    stopping = asyncio.create_task(site.stack.kill("worker", signal.SIGTERM))
+    stopping = asyncio.create_task(site.parts.kill("worker", signal.SIGTERM))
     await asyncio.sleep(SETTLE_SECONDS)
     await _loosen(site)
     await stopping
-    await site.stack.start("worker")
+    await site.parts.start("worker")
     return _now()
 
 
-def part_killed(part: str) -> Strike:
+def part_killed(part: str) -> Inject:
     """The tasks go on meanwhile, as far as they can."""
 
-    async def strike(site: Site, task_ids: Sequence[str]) -> datetime:
-        await site.stack.kill(part)
+    async def inject(site: RoundSite, task_ids: Sequence[str]) -> datetime:
+        await site.parts.kill(part)
         site.gates.open_all()
         await asyncio.sleep(OUT_SECONDS)
-        await site.stack.start(part)
+        await site.parts.start(part)
         back = _now()
         await _loosen(site)
         return back
 
-    return strike
+    return inject
 
 
-async def reply_lost(site: Site, task_ids: Sequence[str]) -> datetime:
+async def reply_lost(site: RoundSite, task_ids: Sequence[str]) -> datetime:
     """Done by a fault, or in the worker, when each task came there."""
     await _loosen(site)
     return _now()
 
 
-async def cancelled(site: Site, task_ids: Sequence[str]) -> datetime:
+async def cancelled(site: RoundSite, task_ids: Sequence[str]) -> datetime:
     """In turn by the update and by a Temporal cancellation."""
     await _ask_all_to_cancel(site, task_ids)
     await asyncio.sleep(SETTLE_SECONDS)
@@ -97,8 +98,8 @@ async def cancelled(site: Site, task_ids: Sequence[str]) -> datetime:
     return _now()
 
 
-async def terminated(site: Site, task_ids: Sequence[str]) -> datetime:
-    """Calls in flight go on after it, until their worker hears that nobody waits for them."""
+async def terminated(site: RoundSite, task_ids: Sequence[str]) -> datetime:
+    """Calls in flight go on until their worker learns that the run is gone."""
     for task_id in task_ids:
         with contextlib.suppress(RPCError):
             await site.handle(task_id).terminate("by a kill point")
@@ -106,7 +107,7 @@ async def terminated(site: Site, task_ids: Sequence[str]) -> datetime:
     return _now()
 
 
-async def terminated_then_worker_killed(site: Site, task_ids: Sequence[str]) -> datetime:
+async def terminated_then_worker_killed(site: RoundSite, task_ids: Sequence[str]) -> datetime:
     """The worker is killed while it gives back what the terminated runs left."""
     await terminated(site, task_ids)
 
@@ -115,12 +116,12 @@ async def terminated_then_worker_killed(site: Site, task_ids: Sequence[str]) -> 
         return any(row is not None and row.ended_at is not None for row in rows)
 
     await until(is_begun, "the first that is given back", seconds=GIVE_BACK_SECONDS)
-    await site.stack.kill("worker")
-    await site.stack.start("worker")
+    await site.parts.kill("worker")
+    await site.parts.start("worker")
     return _now()
 
 
-async def _ask_all_to_cancel(site: Site, task_ids: Sequence[str]) -> None:
+async def _ask_all_to_cancel(site: RoundSite, task_ids: Sequence[str]) -> None:
     for number, task_id in enumerate(task_ids):
         if number % 2:
             with contextlib.suppress(RPCError):
@@ -129,53 +130,53 @@ async def _ask_all_to_cancel(site: Site, task_ids: Sequence[str]) -> None:
             await ask_to_cancel(site, task_id)
 
 
-def worker_killed_then(act: Act) -> Strike:
+def worker_killed_then(act: Act) -> Inject:
     """The worker is killed; before it is started again something happens to each task."""
 
-    async def strike(site: Site, task_ids: Sequence[str]) -> datetime:
-        await site.stack.kill("worker")
+    async def inject(site: RoundSite, task_ids: Sequence[str]) -> datetime:
+        await site.parts.kill("worker")
         await _loosen(site)
         for task_id in task_ids:
             with contextlib.suppress(*OUTSIDE_ERRORS):
                 await act(site, task_id)
-        await site.stack.start("worker")
+        await site.parts.start("worker")
         return _now()
 
-    return strike
+    return inject
 
 
-async def worker_killed_then_cancelled(site: Site, task_ids: Sequence[str]) -> datetime:
-    await site.stack.kill("worker")
+async def worker_killed_then_cancelled(site: RoundSite, task_ids: Sequence[str]) -> datetime:
+    await site.parts.kill("worker")
     await _loosen(site)
     await _ask_all_to_cancel(site, task_ids)
-    await site.stack.start("worker")
+    await site.parts.start("worker")
     return _now()
 
 
-def _anywhere(instant: Instant) -> bool:
+def _anywhere(point: Point) -> bool:
     return True
 
 
-def _no_reply_in_flight(instant: Instant) -> bool:
-    return instant.phase != AFTER_EFFECT
+def _no_reply_in_flight(point: Point) -> bool:
+    return point.phase != AFTER_EFFECT
 
 
-def _of_service(is_credits: bool) -> Callable[[Instant], bool]:
-    """A reply in flight is the struck service's own."""
+def _of_service(is_credits: bool) -> Callable[[Point], bool]:
+    """A reply in flight is that of the service that fails."""
 
-    def fits(instant: Instant) -> bool:
-        is_own = instant.gate is not None and (instant.gate.call in CREDITS_ROUTES) is is_credits
-        return instant.phase != AFTER_EFFECT or is_own
+    def fits(point: Point) -> bool:
+        is_own = point.gate is not None and (point.gate.call in CREDITS_ROUTES) is is_credits
+        return point.phase != AFTER_EFFECT or is_own
 
     return fits
 
 
-def _loses(instant: Instant) -> bool:
-    return instant.phase == AFTER_EFFECT or (instant.phase == BEFORE_REPORT and not instant.is_route)
+def _loses(point: Point) -> bool:
+    return point.phase == AFTER_EFFECT or (point.phase == BEFORE_REPORT and not point.is_route)
 
 
-def _trains(instant: Instant) -> bool:
-    return instant.scene == "training"
+def _trains(point: Point) -> bool:
+    return point.scene == "training"
 
 
 _CANCELLED: Final = frozenset({TaskStatus.CANCELLED})

@@ -1,10 +1,7 @@
-"""The stack's processes, each ours to kill and to start again; nobody else watches over them."""
+"""A stack whose parts are children of this process: it kills them and starts them again."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,16 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-import psutil
-
 from comfyui_temporal.contracts.stack import StackDescription
-from local_stack.child import Child, Part
+from local_stack.child import Part
 from local_stack.description import describe
 from local_stack.folder import RunFolder
-from local_stack.parts import SETTINGS_PREFIX, STAGES, LocalParts
+from local_stack.parts import SETTINGS_PREFIX, LocalParts
 from local_stack.ports import PREFERRED, any_free_port
 from proof.kill_points.gated_worker import FOLDER_VARIABLE
+from proof.kill_points.gates import Gates
 from proof.simulators.credits_profile import CONTRACT, CreditsProfile
+from proof.site.parts import OwnParts
 
 SPEED: Final = 480.0
 """A standard image in a second, a training in about six."""
@@ -47,7 +44,7 @@ SETTINGS: Final = {
 }
 
 
-class KillableStack:
+class KillableStack(OwnParts):
     """One stack in a folder of its own, on free ports, with one of the two simulated credits services."""
 
     def __init__(self, folder: Path, profile: CreditsProfile = CONTRACT) -> None:
@@ -57,10 +54,7 @@ class KillableStack:
         for name in PREFERRED:
             ports[name] = any_free_port(set(ports.values()))
         self._parts = LocalParts(self.folder, ports, SPEED)
-        self._children = {
-            part.name: Child(self._gated(part), folder=self.folder.path, log=self.folder.log(part.name), said=_ignored)
-            for part in self._parts.processes()
-        }
+        super().__init__(self.folder, self._parts.processes(), change=self._gated)
 
     def _gated(self, part: Part) -> Part:
         given = {**SETTINGS, "SIMULATOR_CREDITS_PROFILE": self.profile.name}
@@ -73,39 +67,9 @@ class KillableStack:
     async def running(self) -> AsyncIterator[StackDescription]:
         """Raises StackFailure where a part does not get ready."""
         try:
-            await self._parts.prepare()
-            await asyncio.gather(*(self.start(name) for name in ("temporal", "postgres")))
-            await self._parts.make_tables()
-            await asyncio.gather(*(self.start(name) for name in ("credits", "comfyui", "gateway", "worker")))
-            processes = {name: child.record for name, child in self._children.items()}
-            known = {name: record for name, record in processes.items() if record is not None}
-            yield describe(self._parts, self.folder.secrets(), known)
+            await self.start_servers(self._parts)
+            self.gates = Gates(self.folder.path)
+            await self.start("credits", "comfyui", "gateway", "worker")
+            yield describe(self._parts, self.folder.secrets(), self.records())
         finally:
-            for stage in STAGES:
-                await asyncio.gather(*(self._children[name].stop() for name in stage if name in self._children))
-
-    async def start(self, name: str) -> None:
-        """Returns when it is ready. Raises StackFailure."""
-        child = self._children[name]
-        await child.start()
-        await child.ready()
-
-    async def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
-        """Signal a part and, but for SIGTERM's grace, all below it; returns when they are gone."""
-        record = self._children[name].record
-        assert record is not None, f"{name} does not run: see {self.folder.log(name)}"
-        process = psutil.Process(record.pid)
-        below = process.children(recursive=True)
-        process.send_signal(number)
-        if number is signal.SIGKILL:
-            for each in below:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
-        # The process itself is asyncio's to wait for.
-        await asyncio.to_thread(psutil.wait_procs, below, 30)
-        while self._children[name].record is not None:  # noqa: ASYNC110 - its end has to be noticed here too
-            await asyncio.sleep(0.01)
-
-
-def _ignored(line: str) -> None:
-    """What a part says of itself stands in its log."""
+            await self.stop_all()

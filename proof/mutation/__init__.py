@@ -1,9 +1,9 @@
-"""Mutants: small mistakes made in `workflows/` and `activities/` by machine, to see which of them nobody notices.
+"""Mutants: small mistakes made in `workflows/` and `activities/` by machine, to see which of them go unnoticed.
 
 A mutant is one change of one expression or statement. It is never written to disk: a forked process compiles the
-mutated source in place of the module and imports everything that depends on it anew. First the simulation judges it,
-by the seeds that reach the changed block; a mutant that lives on is judged by the tests that reach it. Whoever
-survives both is listed, with its place and its change, unless `harmless.toml` says why it does no harm.
+mutated source in place of the module and imports everything that depends on it again. First the simulation judges it,
+by the seeds that reach the changed block; a survivor is judged by the tests that reach it. A mutant that survives both
+is listed, with its place and its change, unless `harmless.toml` says why it does no harm.
 
     mutations.py       which changes there are in a module
     changes.py         the small changes of one expression

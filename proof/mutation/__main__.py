@@ -85,7 +85,9 @@ def _wanted(everywhere: list[Mutation], options: argparse.Namespace) -> list[Mut
 
 def _judged(wanted: list[Mutation], options: argparse.Namespace) -> list[report.Judged]:
     """Each with its verdict, in order; what was judged before is not judged again."""
-    everything = fingerprint(*FOLDERS, CONTRACTS, "store", "proof/simulation", "proof/simulators", "tests")
+    everything = fingerprint(
+        *FOLDERS, CONTRACTS, "store", "proof/checks", "proof/simulation", "proof/simulators", "tests"
+    )
     effort = Effort(seeds=options.seeds_each, test_seconds=0.0 if options.quick else options.test_seconds)
     verdicts = Verdicts(FOLDER / "verdicts.jsonl", f"{everything} {effort} {options.tests}")
     waiting = [mutation for mutation in wanted if verdicts.of(mutation) is None]
@@ -127,7 +129,7 @@ def _tell(number: int, count: int, mutation: Mutation, verdict: Verdict) -> None
 
 
 def _seeds(count: int) -> dict[Block, list[Seed]]:
-    """What reaches each block of so many schedules; found out anew where what is played has changed."""
+    """Which of so many schedules reach each block; computed again where the code has changed."""
 
     def played() -> dict[Block, list[Seed]]:
         print(f"finding out what {count} schedules reach ...", flush=True)
@@ -136,7 +138,11 @@ def _seeds(count: int) -> dict[Block, list[Seed]]:
         )
         return found
 
-    found = kept(FOLDER / f"reach-seeds-{count}.json", fingerprint(*FOLDERS, CONTRACTS, "proof/simulation"), played)
+    found = kept(
+        FOLDER / f"reach-seeds-{count}.json",
+        fingerprint(*FOLDERS, CONTRACTS, "proof/checks", "proof/simulation"),
+        played,
+    )
     seeds = {block: [Seed(*parts) for parts in some] for block, some in found.items()}
     failed = count - len(seeds.get(EVERYWHERE, []))
     if failed > 0:

@@ -1,4 +1,4 @@
-"""A call in a process of its own, with limits: whatever a mutant does, it does to that process."""
+"""A call in a process of its own, with limits: a mutant harms only that process."""
 
 from __future__ import annotations
 

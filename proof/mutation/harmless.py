@@ -33,7 +33,7 @@ class Harmless:
     def __init__(self, entries: Iterable[Entry], read: Iterable[str] = ()) -> None:
         self.entries = list(entries)
         self.modules_read = frozenset(read)
-        """Modules whose survivors were all read: another one there is news."""
+        """Modules whose survivors were all read: a further one is new."""
         self._reasons = {
             (entry.module, entry.function, folded(line)): entry.reason
             for entry in self.entries

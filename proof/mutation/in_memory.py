@@ -13,10 +13,10 @@ from typing import Any, Final
 
 from proof.mutation.mutations import ROOT
 
-KEPT: Final = ("comfyui_temporal", "proof", "proof.mutation", "runtime", "runtime.process_end")
-"""Ours, and never imported anew: nothing in them imports what is mutated."""
+KEPT: Final = ("comfyui_temporal", "proof", "proof.mutation", "comfyui_temporal.process_end")
+"""Ours, and never imported again: nothing in them imports what is mutated."""
 _forgotten: Final[list[ModuleType]] = []
-"""Kept alive: what would be thrown away with one, e.g. an event loop, would be warned of in the midst of a test."""
+"""Kept alive: Python would warn, during a test, of what is discarded with one, e.g. an event loop."""
 
 
 class InMemory(MetaPathFinder):
@@ -66,7 +66,7 @@ def _is_kept(name: str) -> bool:
 
 
 def forget() -> None:
-    """Have our modules imported anew where they are imported next; those of others stay."""
+    """Our modules are imported again where they are imported next; those of others stay."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
         is_ours = file.startswith(f"{ROOT}/") and not file.startswith(f"{ROOT}/.venv/")

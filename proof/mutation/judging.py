@@ -80,7 +80,7 @@ class Judge:
     def verdict(self, mutation: Mutation) -> Verdict:
         block = f"{mutation.module}:{mutation.block}"
         seeds, tests = self._reach.seeds.get(block, []), self._reach.tests.get(block, [])
-        if not mutation.block:  # no statement of a function: whoever imports it reaches it
+        if not mutation.block:  # no statement of a function: every import reaches it
             seeds = self._reach.seeds.get(EVERYWHERE, [])
             tests = sorted({test for other, some in self._reach.tests.items() for test in some if _of(other, mutation)})
         if seeds:

@@ -39,7 +39,7 @@ class Mutation:
     start: int
     end: int
     text: str
-    """What stands in the file's bytes from `start` to `end` instead."""
+    """What replaces the file's bytes from `start` to `end`."""
     ordinal: int = 0
     """Counts changes of one function that read alike."""
 
@@ -267,7 +267,7 @@ class _Finder(ast.NodeVisitor):
     # Expressions
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        """Text; and Python 3.11 does not say where in the file its parts stand."""
+        """Text; and Python 3.11 does not say where in the file its parts are."""
 
     def visit_comprehension(self, node: ast.comprehension) -> None:
         self.visit(node.iter)

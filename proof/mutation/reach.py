@@ -1,6 +1,6 @@
 """Which seeds and which tests reach which block of statements, so that a mutant is judged by those alone.
 
-The mutable modules are compiled with a call at the beginning of every block: it notes that the block was reached.
+The mutable modules are compiled with a call at the beginning of every block, which records that it was reached.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Reach:
 
 
 def noting_sources() -> dict[str, bytes | ast.Module]:
-    """All mutable modules, each block of which notes that it was reached."""
+    """All mutable modules, each block of which records that it was reached."""
     return {module: _noting(module) for module in modules([])}
 
 
@@ -109,7 +109,7 @@ def seeds_that_reach(count: int) -> dict[Block, list[Seed]]:
 
 
 def simulation() -> Callable[[Seed], str | None]:
-    """What plays a schedule and tells its problem, or None; with whatever the modules' sources are now."""
+    """Plays a schedule and returns its problem, or None; with the modules' present sources."""
     logging.disable(logging.CRITICAL)
     from proof.simulation.schedule import play
 

@@ -31,7 +31,7 @@ LEFT_OUT: Final = {
 def tests_that_reach(folder: Path, chosen: Sequence[str] = ()) -> Reach:
     """... of the files whose path begins as one of `chosen` does, or of all.
 
-    What is kept of each file stands for as long as the file, its helpers and our code are what they were."""
+    What is kept of each file is valid as long as the file, what it imports and our code are unchanged."""
     kept_in = folder / "reach-tests.json"
     known: dict[str, Any] = json.loads(kept_in.read_text()) if kept_in.exists() else {}
     around = fingerprint(*FOLDERS, CONTRACTS, "store", "proof/simulators", "gateway") + _helpers()

@@ -17,8 +17,8 @@ KILLERS_AT_MOST = 12
 class Verdicts:
     """A file of one verdict a line.
 
-    A kill holds for as long as the mutated module is what it was. A survival holds for as long as everything is:
-    simulation and tests may have learned to see it.
+    A kill is valid as long as the mutated module is unchanged. A survival is valid as long as everything is: simulation
+    and tests may see it by now.
     """
 
     def __init__(self, file: Path, everything: str) -> None:

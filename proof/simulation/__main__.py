@@ -21,17 +21,17 @@ from functools import partial
 
 from proof.simulation.mutants import MUTANTS
 from proof.simulation.scenario import KINDS, PROFILES
-from proof.simulation.schedule import Outcome, play
+from proof.simulation.schedule import RESETS, Outcome, play
 
 AT_ONCE = 100
-"""Seeds that a process plays before it tells of them."""
+"""Seeds that a process plays before it reports them."""
 
 
 def main() -> int:
     options = _options()
     logging.disable(logging.CRITICAL)
     if options.seed is not None:
-        return _one(options.seed, options.kind or KINDS[0], options.profile, options.mutant)
+        return _one(options.seed, options.kind or KINDS[0], options)
     seeds = range(options.first, options.first + options.seeds)
     kinds = [options.kind] if options.kind else KINDS
     return max(_many(seeds, kind, options) for kind in kinds)
@@ -44,6 +44,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="from which on (0)")
     parser.add_argument("--kind", choices=KINDS, help="one kind of task; both by default")
     parser.add_argument("--profile", choices=PROFILES, default="contract", help="whose credits service (contract)")
+    parser.add_argument("--resets", type=float, default=RESETS, help="how likely a run is reset (%(default)g)")
     parser.add_argument("--seed", type=int, help="play this one and print all that happens")
     parser.add_argument("--mutant", choices=MUTANTS, help="put this mistake back first; only with --seed")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once (one for each processor)")
@@ -51,9 +52,9 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _one(seed: int, kind: str, profile: str, mutant: str | None) -> int:
-    with MUTANTS[mutant].put_back() if mutant else nullcontext():
-        outcome = play(seed, kind, profile=profile, is_traced=True)
+def _one(seed: int, kind: str, options: argparse.Namespace) -> int:
+    with MUTANTS[options.mutant].put_back() if options.mutant else nullcontext():
+        outcome = play(seed, kind, profile=options.profile, resets=options.resets, is_traced=True)
     print("\n".join(outcome.trace))
     print(f"{kind} {seed}: {outcome.problem or outcome.end}")
     return 1 if outcome.problem else 0
@@ -62,7 +63,7 @@ def _one(seed: int, kind: str, profile: str, mutant: str | None) -> int:
 def _many(seeds: range, kind: str, options: argparse.Namespace) -> int:
     began, ends, counts, failed = time.monotonic(), Counter[str](), Counter[str](), list[Outcome]()
     with ProcessPoolExecutor(options.processes, initializer=_quiet) as processes:
-        for outcome in _played(processes, seeds, kind, options.profile):
+        for outcome in _played(processes, seeds, kind, options):
             ends[outcome.end] += 1
             counts.update(outcome.counts)
             if outcome.problem:
@@ -71,7 +72,8 @@ def _many(seeds: range, kind: str, options: argparse.Namespace) -> int:
             if len(failed) >= options.stop_after:
                 processes.shutdown(cancel_futures=True)
                 break
-    _print(kind, ends, counts, failed, time.monotonic() - began)
+    print(f"{kind}:")
+    _print(ends, counts, failed, options, time.monotonic() - began)
     return 1 if failed else 0
 
 
@@ -81,23 +83,26 @@ def _quiet() -> None:
     gc.set_threshold(100_000, 50, 50)
 
 
-def _played(processes: ProcessPoolExecutor, seeds: range, kind: str, profile: str) -> Iterator[Outcome]:
+def _played(processes: ProcessPoolExecutor, seeds: range, kind: str, options: argparse.Namespace) -> Iterator[Outcome]:
     chunks = [seeds[at : at + AT_ONCE] for at in range(0, len(seeds), AT_ONCE)]
-    for outcomes in processes.map(partial(_play_all, kind=kind, profile=profile), chunks):
+    play_some = partial(_play_all, kind=kind, profile=options.profile, resets=options.resets)
+    for outcomes in processes.map(play_some, chunks):
         yield from outcomes
 
 
-def _play_all(seeds: range, *, kind: str, profile: str) -> list[Outcome]:
-    return [play(seed, kind, profile=profile) for seed in seeds]
+def _play_all(seeds: range, *, kind: str, profile: str, resets: float) -> list[Outcome]:
+    return [play(seed, kind, profile=profile, resets=resets) for seed in seeds]
 
 
-def _print(kind: str, ends: Counter[str], counts: Counter[str], failed: list[Outcome], seconds: float) -> None:
+def _print(
+    ends: Counter[str], counts: Counter[str], failed: list[Outcome], options: argparse.Namespace, seconds: float
+) -> None:
     total = sum(ends.values())
-    print(f"{kind}: {total} schedules in {seconds:.1f} s, {total / seconds:.0f} a second; {len(failed)} failed")
+    print(f"  {total} schedules in {seconds:.1f} s, {total / seconds:.0f} a second; {len(failed)} failed")
     print("  ends: " + ", ".join(f"{end} {count}" for end, count in ends.most_common()))
     print("  " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     for outcome in failed:
-        print(f"  replay: python -m proof.simulation --kind {kind} --seed {outcome.seed}")
+        print(f"  replay: {outcome.command(options.profile, options.resets)}")
 
 
 if __name__ == "__main__":

@@ -20,16 +20,15 @@ from temporalio.api.failure.v1 import (
     Failure,
     TimeoutFailureInfo,
 )
-from temporalio.bridge.proto import activity_result
-from temporalio.bridge.proto.workflow_commands import ScheduleActivity, ScheduleLocalActivity
 
 from comfyui_temporal.contracts.errors import Answer, FailureCode
-from proof.simulation.agenda import Agenda, Happening
+from proof.simulation.fault_schedule import Attempt, BadAnswer, FaultSchedule
 from proof.simulation.hosted_run import payload_of
 from proof.simulation.parties import CallRefused, Parties
+from proof.simulation.sdk import ScheduleActivity, ScheduleLocalActivity, activity_result
 from proof.simulation.store_model import Caller
+from proof.simulation.timeline import Scheduled, Timeline
 from proof.simulation.trace import Trace
-from proof.simulation.weather import Attempt, Spoiled, Weather
 
 HEARTBEAT_SECONDS: Final = 2.0
 HEARS_OF_CANCEL_AFTER: Final = 0.6
@@ -57,12 +56,12 @@ class Call:
     cancel_asked_at: float | None = None
     is_over: bool = False
     last_failure: Failure | None = None
-    next_try: Happening | None = None
+    next_try: Scheduled | None = None
     outcome: Any = None
-    """What it came to on the other side, where its caller was told; None: it failed."""
+    """The service's answer, once the caller has it; None: the call failed."""
     scheduled_at: float = 0.0
-    told_at: float | None = None
-    """When the run was told of its end."""
+    resolved_at: float | None = None
+    """When the run received its outcome."""
 
     @classmethod
     def of(cls, command: ScheduleActivity | ScheduleLocalActivity, argument: Any, now: float) -> Call:
@@ -87,12 +86,12 @@ class Call:
 
 
 class Calls:
-    """The calls of one run that are not over. `resolved` takes what the run is to be told."""
+    """The calls of one run that are not over. `resolved` is called with each outcome."""
 
     def __init__(
         self,
-        agenda: Agenda,
-        weather: Weather,
+        timeline: Timeline,
+        faults: FaultSchedule,
         rng: random.Random,
         parties: Parties,
         trace: Trace,
@@ -100,8 +99,8 @@ class Calls:
         run_id: str,
     ) -> None:
         self._run_id = run_id
-        self._agenda = agenda
-        self._weather = weather
+        self._timeline = timeline
+        self._faults = faults
         self._rng = rng
         self._parties = parties
         self._trace = trace
@@ -110,11 +109,11 @@ class Calls:
         self.worker_up_at = 0.0
 
     def schedule(self, command: ScheduleActivity | ScheduleLocalActivity, payloads: Sequence[Payload]) -> Call:
-        call = Call.of(command, self._parties.argument_of(command.activity_type, payloads), self._agenda.now)
-        call.scheduled_at = self._agenda.now
+        call = Call.of(command, self._parties.argument_of(command.activity_type, payloads), self._timeline.now)
+        call.scheduled_at = self._timeline.now
         self._open[call.seq] = call
         if call.expires_at != UNLIMITED:
-            self._agenda.at(call.expires_at, lambda: self._expire(call))
+            self._timeline.at(call.expires_at, lambda: self._expire(call))
         self._begin(call)
         return call
 
@@ -127,7 +126,7 @@ class Calls:
         call = self._open.get(seq)
         if call is None:
             return
-        call.cancel_asked_at = self._agenda.now
+        call.cancel_asked_at = self._timeline.now
         if call.running is None:
             self._finish(call, cancelled(call))
 
@@ -139,17 +138,17 @@ class Calls:
                 self.forget(call)
             elif call.running is not None:
                 call.running = lost = object()
-                self._agenda.after(HEARTBEAT_SECONDS, partial(self._heartbeat_missed, call, lost))
+                self._timeline.after(HEARTBEAT_SECONDS, partial(self._heartbeat_missed, call, lost))
 
     def _heartbeat_missed(self, call: Call, attempt: object) -> None:
         self._failed(call, attempt, _timed_out(TimeoutType.TIMEOUT_TYPE_HEARTBEAT), timed_out=True)
 
     def forget(self, call: Call) -> None:
-        """Wait for it no longer, and tell nobody."""
+        """Stop waiting for it, without an outcome."""
         call.is_over = True
         self._open.pop(call.seq, None)
         if call.next_try is not None:
-            call.next_try.call_off()
+            call.next_try.cancel()
 
     def forget_all(self) -> None:
         """The run is closed."""
@@ -162,18 +161,18 @@ class Calls:
         call.next_try = None
         if call.is_over:
             return
-        if self._agenda.now < self.worker_up_at:
-            call.next_try = self._agenda.at(self.worker_up_at, lambda: self._begin(call))
+        if self._timeline.now < self.worker_up_at:
+            call.next_try = self._timeline.at(self.worker_up_at, lambda: self._begin(call))
             return
         call.attempt += 1
         call.running = token = object()
-        attempt = self._weather.attempt(self._parties.party_of(call.name), call.name)
+        attempt = self._faults.attempt(self._parties.party_of(call.name), call.name)
         self._trace("  call %s #%d attempt %d: %s", call.name, call.seq, call.attempt, attempt)
         if attempt.acts_after is not None:
-            self._agenda.after(attempt.acts_after, partial(self._act, call, token, attempt, self._agenda.now))
+            self._timeline.after(attempt.acts_after, partial(self._act, call, token, attempt, self._timeline.now))
             if not attempt.is_lost:
                 return
-        self._agenda.after(attempt.heard_after, lambda: self._unheard(call, token, attempt))
+        self._timeline.after(attempt.answered_after, lambda: self._unanswered(call, token, attempt))
 
     def _act(self, call: Call, token: object, attempt: Attempt, began_at: float) -> None:
         outcome: Any
@@ -185,17 +184,17 @@ class Calls:
         self._trace("  %s #%d acts: %s", call.name, call.seq, outcome)
         if not attempt.is_lost:
             assert attempt.acts_after is not None
-            self._agenda.after(
-                attempt.heard_after - attempt.acts_after, lambda: self._heard(call, token, attempt, outcome)
+            self._timeline.after(
+                attempt.answered_after - attempt.acts_after, lambda: self._answered(call, token, attempt, outcome)
             )
 
-    def _heard(self, call: Call, token: object, attempt: Attempt, outcome: Any) -> None:
+    def _answered(self, call: Call, token: object, attempt: Attempt, outcome: Any) -> None:
         if call.is_over or call.running is not token:
             return
         if isinstance(outcome, CallRefused):
             self._failed(call, token, _application(outcome.code, str(outcome), non_retryable=outcome.is_final))
-        elif attempt.spoiled is not None:
-            self._unheard(call, token, attempt)
+        elif attempt.bad_answer is not None:
+            self._unanswered(call, token, attempt)
         else:
             if isinstance(outcome, Answer):
                 outcome = outcome.model_copy(update={"tries": call.attempt})
@@ -203,8 +202,8 @@ class Calls:
             call.outcome = outcome
             self._finish(call, Resolution(completed=result))
 
-    def _unheard(self, call: Call, token: object, attempt: Attempt) -> None:
-        unreadable = attempt.spoiled is Spoiled.UNREADABLE
+    def _unanswered(self, call: Call, token: object, attempt: Attempt) -> None:
+        unreadable = attempt.bad_answer is BadAnswer.UNREADABLE
         code = FailureCode.REPLY_INVALID if unreadable else self._parties.unavailable(call.name)
         self._failed(call, token, _application(code, f"{call.name} got no usable answer"))
 
@@ -214,16 +213,16 @@ class Calls:
         call.running, call.last_failure = None, failure
         info = failure.application_failure_info
         if call.cancel_asked_at is not None:
-            heard = self._agenda.now - call.cancel_asked_at > HEARS_OF_CANCEL_AFTER or self._rng.random() < 0.5
-            self._finish(call, cancelled(call) if heard and not timed_out else _failed(call, failure))
+            received = self._timeline.now - call.cancel_asked_at > HEARS_OF_CANCEL_AFTER or self._rng.random() < 0.5
+            self._finish(call, cancelled(call) if received and not timed_out else _failed(call, failure))
         elif info.non_retryable or info.type in call.not_retried:
             self._finish(call, _failed(call, failure, RetryState.RETRY_STATE_NON_RETRYABLE_FAILURE))
         elif call.attempts_at_most and call.attempt >= call.attempts_at_most:
             self._finish(call, _failed(call, failure, RetryState.RETRY_STATE_MAXIMUM_ATTEMPTS_REACHED))
-        elif self._agenda.now + call.backoff >= call.expires_at:
+        elif self._timeline.now + call.backoff >= call.expires_at:
             self._finish(call, _failed(call, failure, RetryState.RETRY_STATE_TIMEOUT))
         else:
-            call.next_try = self._agenda.after(call.backoff, lambda: self._begin(call))
+            call.next_try = self._timeline.after(call.backoff, lambda: self._begin(call))
 
     def _expire(self, call: Call) -> None:
         if not call.is_over:

@@ -12,7 +12,7 @@ from comfyui_temporal.contracts.calls import JobCall, Post
 from comfyui_temporal.contracts.comfyui import JobState, TrainingState
 from comfyui_temporal.contracts.errors import COMFYUI_ERRORS, Answer, ErrorDetails, FailureCode, Refusal
 from comfyui_temporal.contracts.fields import OwnModel
-from proof.simulation.agenda import Agenda
+from proof.simulation.timeline import Timeline
 
 _ROWS: Final = {row.message: row for row in COMFYUI_ERRORS}
 State = TypeVar("State", JobState, TrainingState)
@@ -74,18 +74,18 @@ class ComfyUITerms:
 
 
 class ComfyUIModel(Generic[State]):
-    """Jobs of one kind. A change raises `sequence` and is told to whoever listens."""
+    """Jobs of one kind. Every change raises `sequence` and may be sent as a callback."""
 
     def __init__(
-        self, agenda: Agenda, rng: random.Random, terms: ComfyUITerms, told: Callable[[Work[Any]], None]
+        self, timeline: Timeline, rng: random.Random, terms: ComfyUITerms, told: Callable[[Work[Any]], None]
     ) -> None:
-        self._agenda = agenda
+        self._timeline = timeline
         self._rng = rng
         self.terms = terms
         self._call_back = told
         self.works: dict[str, Work[State]] = {}
         self.told: dict[tuple[str, int], State] = {}
-        """Job and sequence → what it told then."""
+        """Job and sequence → the state that it had."""
         self._answers: dict[str, tuple[str, Answer[Any]]] = {}
         self.conflicts: list[str] = []
 
@@ -145,7 +145,7 @@ class ComfyUIModel(Generic[State]):
         return Answer(reply=work.state)
 
     def change(self, work: Work[State], **fields: Any) -> None:
-        """Something of the work's state is new; told by a callback where the server sends them."""
+        """Change the work's state; a callback reports it where the server sends them."""
         work.state = state = work.state.model_copy(update={**fields, "sequence": work.state.sequence + 1})
         self.told[id_of(state), state.sequence] = state
         if self.terms.sends_callbacks:
@@ -155,7 +155,7 @@ class ComfyUIModel(Generic[State]):
         work.is_forgotten = True
 
     def live(self, work: Work[State], plan: list[tuple[float, Callable[[], None]]]) -> None:
-        """Let the work go its way: each change after its seconds, unless the work has ended or was forgotten."""
+        """Run the work: each change after its seconds, unless the work has ended or was forgotten."""
         if not plan:
             return
         (seconds, change), rest = plan[0], plan[1:]
@@ -165,4 +165,4 @@ class ComfyUIModel(Generic[State]):
                 change()
                 self.live(work, rest)
 
-        self._agenda.after(seconds, happen)
+        self._timeline.after(seconds, happen)

@@ -25,7 +25,7 @@ from comfyui_temporal.contracts.credits import (
 )
 from comfyui_temporal.contracts.errors import CREDITS_ERRORS, Answer, Refusal
 from comfyui_temporal.contracts.fields import OwnModel
-from proof.simulation.agenda import Agenda
+from proof.simulation.timeline import Timeline
 
 _ROWS: Final = {row.message: row for row in CREDITS_ERRORS}
 Body = TypeVar("Body", bound=OwnModel)
@@ -43,7 +43,7 @@ def refused(message: str) -> Answer[Any]:
 
 @dataclass
 class Hold:
-    """One hold; `amount` and what was `asked` in points, `phase` open, committed, cancelled or expired."""
+    """One hold; granted `amount` and requested `asked` in points; `phase` open, committed, cancelled or expired."""
 
     pre_deduct_id: str
     task_id: str
@@ -54,11 +54,11 @@ class Hold:
     expires_at: float
     phase: str = "open"
     charged: int = 0
-    is_cancelled_by_hand: bool = False
+    is_cancelled_by_operator: bool = False
 
     @property
     def n(self) -> int:
-        """Which of the task's holds this is, by the key that it was asked for with."""
+        """The hold's number within the task, from its idempotency key."""
         return int(self.key.rpartition(":")[2])
 
 
@@ -71,11 +71,11 @@ class CreditsTerms:
     lag_seconds: float = 0.0
     tells_kinds: bool = True
     grants_more: int = 0
-    """Points that a hold has beyond what was asked for."""
+    """Points that a hold has beyond what was requested."""
     commits_less: int = 0
     """Points that a commit charges less than it was sent."""
     says_less: int = 0
-    """Points that a commit's answer tells less than were charged."""
+    """Points by which a commit's answer understates the charge."""
     is_field: bool = False
     """The platform's own service (contract §4 (field)): no idempotency, no expiry, no hours in its estimate."""
     acts_and_fails: bool = False
@@ -85,7 +85,7 @@ class CreditsTerms:
 
 
 @dataclass
-class Books:
+class Account:
     """What the service keeps."""
 
     holds: dict[str, Hold] = field(default_factory=dict)
@@ -98,36 +98,36 @@ class Books:
 
 
 class ActedAndFailed(Exception):
-    """It acted, and its caller hears of an error."""
+    """It acted, and answers with an error."""
 
 
 class CreditsModel:
     """One account, and everything that was held and charged on it."""
 
-    def __init__(self, agenda: Agenda, terms: CreditsTerms, price_of: Callable[[EstimateRequest], int]) -> None:
-        self._agenda = agenda
+    def __init__(self, timeline: Timeline, terms: CreditsTerms, price_of: Callable[[EstimateRequest], int]) -> None:
+        self._timeline = timeline
         self._price_of = price_of
         self.terms = terms
         self.balance = terms.balance
-        self.books = Books()
+        self.account = Account()
 
     @property
     def holds(self) -> list[Hold]:
         """Every hold there ever was; what has run out is expired by now."""
         self._expire()
-        return list(self.books.holds.values())
+        return list(self.account.holds.values())
 
     def charged(self) -> int:
         """Points that were charged in all, by the ledger."""
-        committed = sum(hold.charged for hold in self.books.holds.values())
-        return committed - sum(e.change for _, e in self.books.entries if e.kind is LedgerKind.CHARGE)
+        committed = sum(hold.charged for hold in self.account.holds.values())
+        return committed - sum(e.change for _, e in self.account.entries if e.kind is LedgerKind.CHARGE)
 
     # Routes
 
     def estimate(self, post: Post[EstimateRequest]) -> Answer[Estimate]:
         body = post.body.model_copy(update={"gpu_hours": 0.0}) if self._ignores_hours(post.body) else post.body
         cost = max(0, self._price_of(body) + self.terms.price_offset)
-        self.books.estimates[int(post.key.rpartition(":")[2])] = cost
+        self.account.estimates[int(post.key.rpartition(":")[2])] = cost
         return Answer(reply=Estimate(selected_cost=cost, estimated_cost=cost, current_balance=self.balance))
 
     def _ignores_hours(self, body: EstimateRequest) -> bool:
@@ -147,15 +147,15 @@ class CreditsModel:
 
     def ledger(self, query: LedgerQuery) -> Answer[Ledger]:
         self._expire()
-        seen = self._agenda.now - self.terms.lag_seconds
-        entries = [entry for at, entry in self.books.entries if at <= seen]
+        seen = self._timeline.now - self.terms.lag_seconds
+        entries = [entry for at, entry in self.account.entries if at <= seen]
         if not self.terms.tells_kinds:
             entries = [row for entry in entries for row in self._by_reason(entry)]
         return Answer(reply=Ledger(entries=list(reversed(entries))))
 
     def _by_reason(self, entry: LedgerEntry) -> list[LedgerEntry]:
-        """An entry on a ledger that tells reasons alone, oldest first; an expiry is not told (contract §4 (field))."""
-        hold = self.books.holds.get(entry.pre_deduct_id or "")
+        """An entry on a ledger that shows reasons alone, oldest first; an expiry is not shown (contract §4 (field))."""
+        hold = self.account.holds.get(entry.pre_deduct_id or "")
         bare = entry.model_copy(update={"kind": None, "pre_deduct_id": None})
         if entry.kind is LedgerKind.EXPIRE:
             return []
@@ -167,12 +167,12 @@ class CreditsModel:
             return [bare]
         return [bare.model_copy(update={"reason": entry.kind.value if entry.kind else ""})]
 
-    def cancel_by_hand(self) -> None:
+    def cancel_by_operator(self) -> None:
         """An operator gives the newest open hold back."""
         for hold in reversed(self.holds):
             if hold.phase == "open":
                 self._give_back(hold, "cancelled", LedgerKind.CANCEL)
-                hold.is_cancelled_by_hand = True
+                hold.is_cancelled_by_operator = True
                 return
 
     # What they do
@@ -183,11 +183,11 @@ class CreditsModel:
         if self.terms.is_field:
             return act(post.body)
         body = post.body.model_dump_json()
-        known = self.books.answers.get(post.key)
+        known = self.account.answers.get(post.key)
         if known is None:
-            self.books.answers[post.key] = known = (body, act(post.body))
+            self.account.answers[post.key] = known = (body, act(post.body))
         elif known[0] != body:
-            self.books.conflicts.append(post.key)
+            self.account.conflicts.append(post.key)
             return refused("idempotency_conflict")
         return known[1]
 
@@ -196,16 +196,16 @@ class CreditsModel:
             return refused(self.terms.refuses_holds_with)
         if body.estimated_cost > self.balance:
             return refused("insufficient_balance")
-        now = self._agenda.now
+        now = self._timeline.now
         amount = min(body.estimated_cost + self.terms.grants_more, self.balance)
         ends_at = float("inf") if self.terms.is_field else now + body.expire_in
-        hold = Hold(f"hold-{len(self.books.holds) + 1}", body.task_id, key, amount, body.estimated_cost, now, ends_at)
-        self.books.holds[hold.pre_deduct_id] = hold
+        hold = Hold(f"hold-{len(self.account.holds) + 1}", body.task_id, key, amount, body.estimated_cost, now, ends_at)
+        self.account.holds[hold.pre_deduct_id] = hold
         self._enter(hold.task_id, LedgerKind.PRE_DEDUCT, -hold.amount, hold)
         return Answer(reply=self._reply(hold, hold.amount))
 
     def _commit(self, body: CommitRequest) -> Answer[HoldReply]:
-        hold = self.books.holds.get(body.pre_deduct_id)
+        hold = self.account.holds.get(body.pre_deduct_id)
         if self.terms.refuses_commits_with:
             return refused(self.terms.refuses_commits_with)
         if hold is None:
@@ -224,7 +224,7 @@ class CreditsModel:
         return Answer(reply=self._reply(hold, max(0, hold.charged - self.terms.says_less)))
 
     def _cancel(self, body: CancelHoldRequest) -> Answer[CancelHoldReply]:
-        hold = self.books.holds.get(body.pre_deduct_id)
+        hold = self.account.holds.get(body.pre_deduct_id)
         if hold is None:
             return refused("pre_deduct_not_found")
         if hold.phase != "open":
@@ -243,8 +243,8 @@ class CreditsModel:
         return Answer(reply=ChargeReply(ledger_id=entry.ledger_id, change=entry.change, balance_after=self.balance))
 
     def _expire(self) -> None:
-        for hold in self.books.holds.values():
-            if hold.phase == "open" and hold.expires_at <= self._agenda.now:
+        for hold in self.account.holds.values():
+            if hold.phase == "open" and hold.expires_at <= self._timeline.now:
                 self._give_back(hold, "expired", LedgerKind.EXPIRE)
 
     def _give_back(self, hold: Hold, phase: str, kind: LedgerKind) -> None:
@@ -256,7 +256,7 @@ class CreditsModel:
     ) -> LedgerEntry:
         self.balance += change
         entry = LedgerEntry(
-            ledger_id=f"entry-{len(self.books.entries) + 1}",
+            ledger_id=f"entry-{len(self.account.entries) + 1}",
             task_id=task_id,
             change=change,
             balance_after=self.balance,
@@ -264,7 +264,7 @@ class CreditsModel:
             reason=reason,
             pre_deduct_id=hold.pre_deduct_id if hold else None,
         )
-        self.books.entries.append((self._agenda.now, entry))
+        self.account.entries.append((self._timeline.now, entry))
         return entry
 
     def _reply(self, hold: Hold, frozen: int) -> HoldReply:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-import temporalio.bridge.proto.workflow_activation as activation_api
 from temporalio.api.common.v1 import Payload
-from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
-from temporalio.bridge.proto.workflow_commands import WorkflowCommand
 
-from proof.simulation.agenda import Happening
 from proof.simulation.calls import Call, Resolution
 from proof.simulation.hosted_run import Activation, HostedRun, RunIdentity, TaskFailed
-from proof.simulation.trace import command_said, job_said
+from proof.simulation.sdk import WorkflowActivationJob, WorkflowCommand, activation_api
+from proof.simulation.timeline import Scheduled
+from proof.simulation.trace import command_text, job_text
 
 CLOSING: Final = frozenset(
     {
@@ -47,7 +45,7 @@ class OpenTask:
     commands: list[WorkflowCommand] = field(default_factory=list)
     unsent: list[Call] = field(default_factory=list)
     """Activities that the run scheduled and called off in this task."""
-    heartbeat: Happening | None = None
+    heartbeat: Scheduled | None = None
 
     @property
     def is_closing(self) -> bool:
@@ -79,13 +77,13 @@ class PastRun:
         return [index for index, recorded in enumerate(self.history) if recorded.begins_task]
 
     def cut(self, index: int) -> PastRun:
-        """The run as it stood when that workflow task was begun; what was sent since comes with it."""
+        """The run as it was when that workflow task began, and the messages that were sent since."""
         kept, begun, later = self.history[:index], self.history[index], self.history[index + 1 :]
         since = [job for recorded in later for job in recorded.activation.jobs] + self.unrecorded
         again = [job for job in since if job.WhichOneof("variant") in _REAPPLIED]
         scheduled = {seq for recorded in kept for seq in _scheduled(recorded.answered)}
         called = {seq: call for seq, call in self.called.items() if seq in scheduled}
-        # What a local activity came to is recorded with its task, which is what is thrown away.
+        # A local activity's result is recorded with its task, and this task is discarded.
         brought = [job for job in begun.activation.jobs if not (_is_resolved(job) and job.resolve_activity.is_local)]
         return PastRun(self.identity, kept, called, self.flags, [*brought, *again])
 
@@ -99,7 +97,7 @@ class PastRun:
         ]
 
     def unwanted_calls(self) -> set[int]:
-        """Those that it has asked to be cancelled."""
+        """Those whose cancellation it has requested."""
         return {c.request_cancel_activity.seq for c in self._commands() if c.HasField("request_cancel_activity")}
 
     def open_timers(self) -> list[tuple[float, WorkflowCommand]]:
@@ -159,7 +157,7 @@ def resolved(call: Call, resolution: Resolution) -> WorkflowActivationJob:
 
 
 def with_patches(recorded: Recorded) -> Activation:
-    """As it was, and told of the patches whose markers its answer wrote into the history."""
+    """The same activation, with the patches whose markers its answer wrote into the history."""
     markers = [c.set_patch_marker.patch_id for c in recorded.answered if c.HasField("set_patch_marker")]
     told = [WorkflowActivationJob(notify_has_patch=activation_api.NotifyHasPatch(patch_id=name)) for name in markers]
     return replace(recorded.activation, jobs=(*told, *recorded.activation.jobs))
@@ -179,9 +177,9 @@ def replayed(history: list[Recorded], hosted: HostedRun, flags: set[int]) -> lis
         commands = hosted.activate(with_patches(recorded), flags=sorted(flags), is_replaying=True)
         if [fingerprint(command) for command in commands] != recorded.prints:
             raise TaskFailed(
-                f"nondeterministic: {[command_said(c) for c in commands]} instead of "
-                f"{[command_said(c) for c in recorded.answered]} to "
-                f"{[job_said(job) for job in recorded.activation.jobs]}"
+                f"nondeterministic: {[command_text(c) for c in commands]} instead of "
+                f"{[command_text(c) for c in recorded.answered]} to "
+                f"{[job_text(job) for job in recorded.activation.jobs]}"
             )
         for command in commands:
             if command.HasField("schedule_local_activity"):

@@ -1,4 +1,4 @@
-"""Holds (contract §4): how much, for how long, when, and why; by the credits service's books."""
+"""Holds (contract §4): how much, for how long, when, and why; by the credits service's account."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from comfyui_temporal.contracts.errors import Answer
 from comfyui_temporal.contracts.scenes import SCENES
 from proof.simulation.calls import Call
 from proof.simulation.credits_model import Hold
+from proof.simulation.invariants import World, must
 from proof.simulation.price_rules import Prices
-from proof.simulation.truth import World, must
 from proof.simulation.witness import Attempt, key_of, number_of
 
 LEAST_LIFE: Final = 60.0
 """Seconds that a hold must still live when it is relied on (contract §4 *Lost answer*)."""
 SHORTEST: Final = 120
-"""Past the deadline a hold may be asked for this long, although the margin alone would be shorter."""
+"""Past the deadline a hold may last this long, although the margin alone would be shorter."""
 NEVER: Final = float("inf")
 EARLY: Final = 1.0
 """Seconds of rounding."""
@@ -26,12 +26,12 @@ EARLY: Final = 1.0
 
 @dataclass
 class Known:
-    """A hold as the run knows it: its first asking, and when it was told that it stands."""
+    """A hold as the run knows it: its first request, and when the run received the answer."""
 
     n: int
     call: Call
     pre_deduct_id: str
-    told_at: float
+    resolved_at: float
 
     @property
     def body(self) -> PreDeductRequest:
@@ -39,16 +39,16 @@ class Known:
 
     @property
     def ends_at(self) -> float:
-        """By the run's reckoning: from the first sending."""
+        """Counted from the first sending, as the run counts."""
         return self.call.scheduled_at + self.body.expire_in
 
     @property
     def life_when_told(self) -> float:
-        return self.ends_at - self.told_at
+        return self.ends_at - self.resolved_at
 
 
 class HoldRules:
-    """Looks at every hold that is asked for. Each method raises Untrue."""
+    """Checks every hold that is requested. Each method raises InvariantViolated."""
 
     def __init__(self, world: World, prices: Prices) -> None:
         self._world = world
@@ -58,7 +58,7 @@ class HoldRules:
     # As it happens
 
     def asked_for(self, call: Call) -> None:
-        """Under a new key a hold has to be right; under a known one it is the same, or the books show a conflict."""
+        """Under a new key a hold has to be right; under a known one it is the same, or the account show a conflict."""
         if key_of(call) in self._asked:
             return
         self._asked.add(key_of(call))
@@ -97,7 +97,7 @@ class HoldRules:
         return min(MAX_HOLD_SECONDS, max(SHORTEST, math.ceil(seconds_left + margin)))
 
     def _check_need(self, amount: int, at: float) -> None:
-        """A new hold beside one that stands is for more points, or for more time."""
+        """A new hold beside an open one is for more points or for more time."""
         standing = [known for known in self.granted() if not self._is_given_up(known)]
         if not standing or amount > standing[-1].body.estimated_cost or standing[-1].life_when_told < LEAST_LIFE:
             return
@@ -105,9 +105,9 @@ class HoldRules:
         must(not lasts, "a hold is renewed although the old one lasts:", standing[-1].call.argument.key)
 
     def started(self, call: Call) -> None:
-        """A training begins to use a GPU: what it costs is held when that is asked for.
+        """A training is started only when its price is held.
 
-        Not looked at is a start that is asked for again because the task store was away: its hold may have ended.
+        A start that is repeated because the task store was away is not checked: its hold may have ended.
         """
         if self._world.witness.first("start_training", number_of(key_of(call))) is not call:
             return
@@ -115,41 +115,41 @@ class HoldRules:
         assert attempt is not None
         needed = min(self._prices.asked(attempt), default=0)
         credits = self._world.parties.credits
-        by_hand = any(hold.is_cancelled_by_hand for hold in credits.holds)
+        by_operator = any(hold.is_cancelled_by_operator for hold in credits.holds)
         held = [hold for hold in credits.holds if hold.phase == "open"]
         must(
-            not needed or by_hand or any(hold.amount >= needed for hold in held),
+            not needed or by_operator or any(hold.amount >= needed for hold in held),
             f"{key_of(call)}: work is begun that costs {needed} points; held are",
             *(hold.amount for hold in held),
         )
 
-    # The books
+    # The account
 
     def granted(self) -> list[Known]:
-        """The holds that the run was told of, by their number."""
+        """The holds whose answer the run received, by their number."""
         told: dict[int, Known] = {}
         for call in self._world.witness.calls.get("pre_deduct", ()):
             n, answer = number_of(key_of(call)), call.outcome
-            if call.told_at is None or not isinstance(answer, Answer) or answer.reply is None or n in told:
+            if call.resolved_at is None or not isinstance(answer, Answer) or answer.reply is None or n in told:
                 continue
             first = self._world.witness.first("pre_deduct", n)
             assert first is not None
-            told[n] = Known(n, first, answer.reply.pre_deduct_id, call.told_at)
+            told[n] = Known(n, first, answer.reply.pre_deduct_id, call.resolved_at)
         return [told[n] for n in sorted(told)]
 
     def of_number(self, n: int) -> list[Hold]:
-        """The task's `n`-th hold, by the id that the run was told; what it may be, where that is not recorded yet."""
-        holds = self._world.parties.credits.books.holds
+        """The task's `n`-th hold, by the id that the run received; its candidates, where that is not recorded yet."""
+        holds = self._world.parties.credits.account.holds
         known = [holds[known.pre_deduct_id] for known in self.granted() if known.n == n]
         return known or [hold for hold in holds.values() if hold.n == n]
 
     def last(self) -> Hold | None:
-        """The last hold that the run was told of."""
+        """The last hold whose answer the run received."""
         granted = self.granted()
-        return self._world.parties.credits.books.holds[granted[-1].pre_deduct_id] if granted else None
+        return self._world.parties.credits.account.holds[granted[-1].pre_deduct_id] if granted else None
 
-    def untold(self) -> list[Hold]:
-        """Holds that stand and of which the run was never told: a service without idempotency took them beside."""
+    def unreported(self) -> list[Hold]:
+        """Open holds whose answer the run never received: doubled by a service without idempotency."""
         told = {known.pre_deduct_id for known in self.granted()}
         return [
             hold
@@ -169,25 +169,25 @@ class HoldRules:
         if not granted:
             return NEVER
         names = ("estimate",) if self._world.scenario.is_image else ("estimate", "start_training")
-        told = [call.told_at for name in names if (call := self._world.witness.last(name, attempt.n)) is not None]
-        return max([granted[0].told_at, *((at if at is not None else NEVER) for at in told)])
+        told = [call.resolved_at for name in names if (call := self._world.witness.last(name, attempt.n)) is not None]
+        return max([granted[0].resolved_at, *((at if at is not None else NEVER) for at in told)])
 
     # Deadlines (contract §1)
 
     def deadlines(self, at: float) -> list[float]:
-        """When the present attempt may be out of time, by every `estimated_time` that was told of it.
+        """When the present attempt may be out of time, by every `estimated_time` that was reported of it.
 
-        Between two attempts the next may begin at any time: its deadline is reckoned as if it did now.
+        Between two attempts the next may begin at any time: its deadline is computed as if it began now.
         """
         scenario, witness = self._world.scenario, self._world.witness
         first, current = witness.attempts.get(1), witness.attempt
         if first is None or current is None:
             return [at]
         start, first_start = self.start_of(current.n), self.start_of(1)
-        # Until a job is taken the latest word on the one before counts.
-        heard = [current] if current.accepted is not None else list(witness.attempts.values())
-        words = [word for attempt in heard for word in witness.words.get(attempt.job_id or "", ())]
-        spans = {word.state.estimated_time for word in words if word.state.estimated_time is not None}
+        # Until a job is accepted the latest report on the one before counts.
+        received = [current] if current.accepted is not None else list(witness.attempts.values())
+        reports = [report for attempt in received for report in witness.reports.get(attempt.job_id or "", ())]
+        spans = {report.state.estimated_time for report in reports if report.state.estimated_time is not None}
         told: list[float] = [a.accepted.estimated_time for a in witness.attempts.values() if a.accepted is not None]
         spans.update(told[-1:])
         if not told:

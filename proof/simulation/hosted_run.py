@@ -8,24 +8,29 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-import temporalio.bridge.proto.workflow_activation as activation_api
 from temporalio import workflow
 from temporalio.api.common.v1 import Payload, Payloads
-from temporalio.bridge.proto.workflow_activation import WorkflowActivation, WorkflowActivationJob
-from temporalio.bridge.proto.workflow_commands import WorkflowCommand
 from temporalio.common import MetricMeter, Priority, TypedSearchAttributes
 from temporalio.worker import UnsandboxedWorkflowRunner
-from temporalio.worker._workflow_instance import WorkflowInstance, WorkflowInstanceDetails
 
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from comfyui_temporal.plugin import DATA_CONVERTER
+from proof.simulation.sdk import (
+    WorkflowActivation,
+    WorkflowActivationJob,
+    WorkflowCommand,
+    WorkflowInstance,
+    WorkflowInstanceDetails,
+    activation_api,
+    payload_converter_factory,
+    workflow_definition,
+)
 from workflows.image_generation import ImageGenerationWorkflow
 from workflows.training import TrainingWorkflow
 
 CONVERTER: Final = DATA_CONVERTER.payload_converter
 DEFINITIONS: Final = {
-    definition.name: definition
-    for definition in map(workflow._Definition.must_from_class, (ImageGenerationWorkflow, TrainingWorkflow))
+    definition.name: definition for definition in map(workflow_definition, (ImageGenerationWorkflow, TrainingWorkflow))
 }
 _EXTERN_FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
     "__temporal_assert_local_activity_valid": lambda _name: None,
@@ -33,7 +38,7 @@ _EXTERN_FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
 }
 _RUNNER: Final = UnsandboxedWorkflowRunner()
 _OUTER_LOOP: Final = asyncio.new_event_loop()
-"""Never run: an instance only asks which loop it is made under."""
+"""Never run: an instance only reads which loop it is created under."""
 
 
 class TaskFailed(Exception):
@@ -67,7 +72,7 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class Activation:
-    """Jobs that the run is woken with at one instant."""
+    """Jobs that the run is activated with at one time."""
 
     jobs: tuple[WorkflowActivationJob, ...]
     at: float
@@ -96,7 +101,7 @@ class HostedRun:
         message.timestamp.FromNanoseconds(int(activation.at * 1e9))
         completion = self._instance.activate(message)
         if completion.HasField("failed"):
-            raise TaskFailed(_told(completion.failed.failure))
+            raise TaskFailed(_failure_text(completion.failed.failure))
         self.flags.update(completion.successful.used_internal_flags)
         return list(completion.successful.commands)
 
@@ -126,7 +131,7 @@ def _made(details: WorkflowInstanceDetails) -> WorkflowInstance:
 
 def _details(identity: RunIdentity) -> WorkflowInstanceDetails:
     return WorkflowInstanceDetails(
-        payload_converter_factory=DATA_CONVERTER._new_payload_converter,
+        payload_converter_factory=payload_converter_factory(DATA_CONVERTER),
         failure_converter_class=DATA_CONVERTER.failure_converter_class,
         interceptor_classes=[],
         defn=DEFINITIONS[identity.workflow_type],
@@ -170,7 +175,7 @@ def _info(identity: RunIdentity) -> workflow.Info:
     )
 
 
-def _told(failure: Any) -> str:
+def _failure_text(failure: Any) -> str:
     """A failure with its causes and where it was raised."""
     parts = []
     while failure.ByteSize():

@@ -28,7 +28,7 @@ _ERRORS: Final = {
 
 
 class ImageJobs(ComfyUIModel[JobState]):
-    """ComfyUI's image jobs. `price_of` tells the price of a request in points."""
+    """ComfyUI's image jobs. `price_of` gives the price of a request in points."""
 
     price_of: Callable[[JobRequest], int]
 
@@ -37,7 +37,7 @@ class ImageJobs(ComfyUIModel[JobState]):
             return refused(self.terms.refuses_submits_with)
         job_id = f"job-{len(self.works) + 1}"
         state = JobState(job_id=job_id, job_status=JobStatus.QUEUED, estimated_time=self.terms.minutes)
-        work = Work(state, post.body, self._agenda.now, price=self.price_of(post.body))
+        work = Work(state, post.body, self._timeline.now, price=self.price_of(post.body))
         self.works[job_id] = work
         self.live(work, self._plan(work))
         return Answer(
@@ -67,7 +67,7 @@ class ImageJobs(ComfyUIModel[JobState]):
         if self._rng.random() < 0.2:
             fields["estimated_time"] = self.terms.minutes * self._rng.choice((0.5, 1.5, 3.0))
         if self._rng.random() < 0.2:
-            fields["next_eta"] = datetime.fromtimestamp(self._agenda.now + self._rng.choice((0, 60, 3_000)), UTC)
+            fields["next_eta"] = datetime.fromtimestamp(self._timeline.now + self._rng.choice((0, 60, 3_000)), UTC)
         return lambda: self.change(work, **fields)
 
     def _end(self, work: Work[JobState], pause: float) -> list[tuple[float, Callable[[], None]]]:

@@ -1,4 +1,4 @@
-"""Jobs (contract §1 to §3): what is asked for, when the next one is, which is cancelled, and why a task fails."""
+"""Jobs (contract §1 to §3): what is requested, when the next one is, which is cancelled, and why a task fails."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from comfyui_temporal.contracts.continuation import ImageRun
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 from proof.simulation.calls import Call
 from proof.simulation.hold_rules import HoldRules
+from proof.simulation.invariants import World, must
 from proof.simulation.price_rules import Prices
-from proof.simulation.truth import World, must
 from proof.simulation.witness import Attempt, key_of, number_of
 
 SLACK: Final = 0.01
 
 
 class JobRules:
-    """Looks at every job that is asked for or cancelled. Each method raises Untrue."""
+    """Checks every job that is requested or cancelled. Each method raises InvariantViolated."""
 
     def __init__(self, world: World, prices: Prices, holds: HoldRules) -> None:
         self._world = world
@@ -25,7 +25,7 @@ class JobRules:
         self._holds = holds
         self._submitted: set[str] = set()
         self._cancelled: dict[str, float] = {}
-        """Job → when its cancellation was asked for."""
+        """Job → when its cancellation was requested."""
 
     # As it happens
 
@@ -49,12 +49,14 @@ class JobRules:
             must(body.resume_from == self._newest_checkpoint(), "resumes from", body.resume_from)
 
     def _newest_checkpoint(self) -> str | None:
-        """Of the attempts before: the newest that the run was told of before the job's end."""
+        """The newest checkpoint of the attempts before, as reported before their jobs' ends."""
         witness = self._world.witness
         for n in sorted(witness.attempts, reverse=True)[1:]:
-            told = [word.checkpoint.uri for word in witness.news_of(witness.attempts[n].job_id) if word.checkpoint]
+            reported = [
+                report.checkpoint.uri for report in witness.reports_of(witness.attempts[n].job_id) if report.checkpoint
+            ]
             known = {witness.attempts[k].call.argument.body.resume_from for k in witness.attempts if k <= n}
-            new = [uri for uri in told if uri not in known]
+            new = [uri for uri in reported if uri not in known]
             if new:
                 return new[-1]
         return self._world.scenario.task.resume_from  # type: ignore[union-attr]
@@ -72,8 +74,8 @@ class JobRules:
         )
 
     def _ended_at(self, attempt: Attempt) -> float | None:
-        """When the run was told of an end that may be retried: the job's own, or that it is lost."""
-        news = self._world.witness.news_of(attempt.job_id)
+        """When the run learned of an end that may be retried: the job's own, or that it is lost."""
+        news = self._world.witness.reports_of(attempt.job_id)
         if news and news[-1].error is not None and news[-1].error.may_be_retried():
             return news[-1].at
         return self._world.witness.lost_at(attempt.job_id)
@@ -106,7 +108,7 @@ class JobRules:
             must(not is_left or self._world.is_completed, "a job was never cancelled:", attempt.job_id)
 
     def check_failure(self, code: str, at: float) -> None:
-        """A task fails for a reason that the others gave, or that the policy does."""
+        """A task fails for a reason that a service gave, or the policy."""
         scenario, attempt = self._world.scenario, self._world.witness.attempt
         reasons: set[str] = set(self._refused())
         if scenario.has_wrong_input:
@@ -122,20 +124,20 @@ class JobRules:
         must(code in reasons, f"failed with {code}, the reasons there are:", *sorted(reasons))
 
     def _refused(self) -> set[str]:
-        """Codes of definite refusals that the run was told of, and of parties that could not be reached."""
+        """Codes of the definite refusals that the run received, and of services that could not be reached."""
         codes: set[str] = set()
         for calls in self._world.witness.calls.values():
             for call in calls:
                 refusal = getattr(call.outcome, "refusal", None)
-                if refusal is not None and call.told_at is not None:
+                if refusal is not None and call.resolved_at is not None:
                     codes.add(refusal.code.value)
-                if call.outcome is None and call.told_at is not None:
+                if call.outcome is None and call.resolved_at is not None:
                     codes |= {FailureCode.CREDITS_UNAVAILABLE, FailureCode.COMFYUI_UNAVAILABLE}
                     codes |= {FailureCode.REPLY_INVALID, FailureCode.DATASET_INVALID}
         return codes
 
     def _reasons_of_job(self, attempt: Attempt) -> set[str]:
-        news = self._world.witness.news_of(attempt.job_id)
+        news = self._world.witness.reports_of(attempt.job_id)
         details = news[-1].error if news else None
         if details is None and self._world.witness.lost_at(attempt.job_id) is not None:
             details = ErrorDetails(code=FailureCode.LOST, message="", retryable=True)
@@ -148,7 +150,7 @@ class JobRules:
         return self._ended_at(attempt) is not None
 
     def _reasons_of_row(self) -> set[str]:
-        """A run that was thrown back behind its own end finds it in the row, and ends as that tells."""
+        """A run that was reset to before its own end finds the end in the row, and ends in the same way."""
         looks = [call.outcome for call in self._world.witness.calls.get("look", ()) if call.outcome is not None]
         errors = [seen.row.error for seen in looks if seen.life.has_ended and seen.row is not None]
         return {error.code for error in errors if error is not None}
@@ -168,7 +170,7 @@ class JobRules:
         return codes
 
     def _given_up_at(self, attempt: Attempt) -> float:
-        """When the run began to give the task back."""
+        """When the run began to undo the task."""
         looks = [call.scheduled_at for call in self._world.witness.calls.get("look", ())]
         return min([*looks[:1], self._cancelled.get(attempt.job_id or "", float("inf"))])
 

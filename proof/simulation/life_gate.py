@@ -1,4 +1,4 @@
-"""What stands before the calls that begin or settle something: a look at the task's row (contract §4, earlier lives).
+"""The check before calls that begin or settle something: the task's row is read (contract §4, earlier lives).
 
 begin     submit, create, start, pre-deduct: not once the task has ended; wait for a store that is away
 charge    as begin, and not before the ledger was read where an earlier life may have charged
@@ -17,7 +17,7 @@ from comfyui_temporal.contracts.errors import Answer, FailureCode, Refusal
 from comfyui_temporal.contracts.lives import READ_THE_LEDGER, TASK_ENDED, EarlierLife
 from proof.simulation.store_model import Caller, StoreModel
 
-BEGINNING: Final = frozenset({"submit_job", "create_training", "start_training", "pre_deduct"})
+START: Final = frozenset({"submit_job", "create_training", "start_training", "pre_deduct"})
 SETTLING: Final = frozenset({"commit", "charge"})
 
 
@@ -34,7 +34,7 @@ class LifeGate:
 
     def through(self, name: str, asked: Any, caller: Caller, call: Callable[[Any], Any]) -> Any:
         """Raises StoreAway, and what the call raises."""
-        if name not in BEGINNING | SETTLING or (isinstance(asked, Post) and asked.is_undo):
+        if name not in START | SETTLING or (isinstance(asked, Post) and asked.is_undo):
             return call(asked)
         life = self._life(name, asked, caller)
         if life.must_stop:
@@ -56,9 +56,9 @@ class LifeGate:
         is_known = False
         match answer.reply:
             case HoldReply(pre_deduct_id=made):
-                is_known = self._store.note_made(made, self._store.hold_ids)
+                is_known = self._store.record_id(made, self._store.hold_ids)
             case JobAccepted(job_id=made) | TrainingAccepted(training_id=made):
-                is_known = self._store.note_made(made, self._store.job_ids)
+                is_known = self._store.record_id(made, self._store.job_ids)
         if not life.is_possible:
             return answer
         return answer.model_copy(update={"earlier_life": life.model_copy(update={"is_known": is_known})})

@@ -1,11 +1,10 @@
-"""Which call goes to which of the others: the activities' names and types, answered by the models."""
+"""Which model answers which activity, by the activity's name and type."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from temporalio import activity
 from temporalio.api.common.v1 import Payload
 
 from activities.comfyui import ComfyUIActivities
@@ -16,14 +15,15 @@ from comfyui_temporal.contracts.calls import SnapshotOrder
 from comfyui_temporal.contracts.comfyui import ManifestReference, SnapshotReference
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.lives import STORE_UNAVAILABLE
-from proof.simulation.agenda import Agenda
 from proof.simulation.credits_model import ActedAndFailed, CreditsModel
+from proof.simulation.fault_schedule import Party
 from proof.simulation.hosted_run import CONVERTER
 from proof.simulation.image_jobs import ImageJobs
 from proof.simulation.life_gate import LifeGate, StoreAway
+from proof.simulation.sdk import activity_definition
 from proof.simulation.store_model import Caller, StoreModel, StoreRefused
+from proof.simulation.timeline import Timeline
 from proof.simulation.trainings import Trainings
-from proof.simulation.weather import Party
 
 _HOLDERS: Final = {
     Party.COMFYUI: ComfyUIActivities,
@@ -37,7 +37,7 @@ def _definitions() -> dict[str, tuple[Party, list[type]]]:
     found = {}
     for party, holder in _HOLDERS.items():
         for method in vars(holder).values():
-            definition = activity._Definition.from_callable(method) if callable(method) else None
+            definition = activity_definition(method) if callable(method) else None
             if definition is not None and definition.name is not None:
                 found[definition.name] = (party, definition.arg_types or [])
     return found
@@ -53,7 +53,7 @@ _UNAVAILABLE: Final = {
 
 
 class CallRefused(Exception):
-    """What an activity raises although it was answered; `is_final`: no repeat can mend it."""
+    """What an activity raises although it was answered; `is_final`: no retry can help."""
 
     def __init__(self, code: str, why: str, *, is_final: bool) -> None:
         self.code = code
@@ -62,10 +62,10 @@ class CallRefused(Exception):
 
 
 class Objects:
-    """Temporary object storage: which snapshots lie there. A copy that began before its deletion does not stay."""
+    """Temporary object storage. A copy that began before its deletion does not stay."""
 
-    def __init__(self, agenda: Agenda, *, is_invalid: bool) -> None:
-        self._agenda = agenda
+    def __init__(self, timeline: Timeline, *, is_invalid: bool) -> None:
+        self._timeline = timeline
         self.is_invalid = is_invalid
         self.kept: set[str] = set()
         self._deleted_at: dict[str, float] = {}
@@ -86,7 +86,7 @@ class Objects:
 
 
 class Parties:
-    """Everybody outside, behind the activities' names."""
+    """The services, behind the activities' names."""
 
     def __init__(
         self,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from comfyui_temporal.contracts.comfyui import TrainingState
-from proof.simulation.truth import World, must
-from proof.simulation.witness import Attempt, Word
+from proof.simulation.invariants import World, must
+from proof.simulation.witness import Attempt, Report
 
 
 class Prices:
@@ -23,18 +23,18 @@ class Prices:
         return max(task.max_credits or 0, *self._world.witness.confirmed.values(), 0)
 
     def ceiling_before(self, at: float) -> int:
-        """A training's ceiling as it was before an instant."""
+        """A training's ceiling as it was before a point in time."""
         confirmed = [points for when, points in self._world.witness.confirmed.items() if when < at]
         return max(self._scenario.task.max_credits or 0, *confirmed, 0)
 
     def stated(self, attempt: Attempt) -> dict[str, int]:
-        """The prices compared for an attempt: job's, estimate, table; empty where the run was told too little."""
+        """The prices compared for an attempt: job's, estimate, table; empty where the run received too few."""
         estimate = self._world.witness.reply("estimate", attempt.n)
         return self._compared(attempt, estimate.selected_cost) if estimate is not None else {}
 
     def answered(self, attempt: Attempt) -> dict[str, int]:
-        """The same by what was answered, although the run may have been thrown back before that was recorded."""
-        estimate = self._world.parties.credits.books.estimates.get(attempt.n)
+        """The same by the services' answers, although the run may have been reset before it recorded them."""
+        estimate = self._world.parties.credits.account.estimates.get(attempt.n)
         return self._compared(attempt, estimate) if estimate is not None else {}
 
     def _compared(self, attempt: Attempt, estimate: int) -> dict[str, int]:
@@ -58,7 +58,7 @@ class Prices:
         return {max(stated["estimate"], stated["table"])}
 
     def of_known_hours(self, attempt: Attempt) -> set[int]:
-        """A training's prices by every number of hours that was told."""
+        """A training's prices by every number of hours that was reported."""
         if self._scenario.is_image or attempt.accepted is None:
             return set()
         carried = self.carried_hours(attempt)
@@ -71,16 +71,16 @@ class Prices:
         return prices | {min(price, ceiling) for price in prices for ceiling in ceilings}
 
     def _hours_known(self, attempt: Attempt) -> set[float]:
-        words = self._world.witness.news_of(attempt.job_id)
-        told = {word.state.gpu_hours for word in words if isinstance(word.state, TrainingState)} - {None}
+        reports = self._world.witness.reports_of(attempt.job_id)
+        told = {report.state.gpu_hours for report in reports if isinstance(report.state, TrainingState)} - {None}
         return {attempt.accepted.gpu_hours, *told}
 
-    def known_before(self, attempt: Attempt, last: Word) -> int:
-        """The price that was known before a training's last word, under the ceiling."""
+    def known_before(self, attempt: Attempt, last: Report) -> int:
+        """The price that was known before a training's last report, under the ceiling."""
         hours = attempt.accepted.gpu_hours
-        for word in self._world.witness.news_of(attempt.job_id):
-            if word.at < last.at and isinstance(word.state, TrainingState) and word.state.gpu_hours is not None:
-                hours = word.state.gpu_hours
+        for report in self._world.witness.reports_of(attempt.job_id):
+            if report.at < last.at and isinstance(report.state, TrainingState) and report.state.gpu_hours is not None:
+                hours = report.state.gpu_hours
         return min(self.of_hours(self.carried_hours(attempt) + hours), self.ceiling)
 
     def carried_hours(self, attempt: Attempt) -> float:

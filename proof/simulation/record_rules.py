@@ -1,4 +1,4 @@
-"""What is told of a task: row, events and exception records are what the others did, all of it and nothing else."""
+"""What is published of a task: row, events and exception records show everything that happened, and nothing else."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from comfyui_temporal.contracts.task_store import Fact, TaskException
 from comfyui_temporal.contracts.tasks import EventType, TaskStatus
 from proof.simulation.calls import Call
 from proof.simulation.hold_rules import LEAST_LIFE, HoldRules
+from proof.simulation.invariants import World, must
 from proof.simulation.price_rules import Prices
 from proof.simulation.settlement_rules import LOOKS_FOR_SECONDS, SettlementRules
-from proof.simulation.truth import World, must
-from proof.simulation.witness import CANCELS, Attempt, Word, key_of, number_of
+from proof.simulation.witness import CANCELS, Attempt, Report, key_of, number_of
 
 SLACK: Final = 0.01
 SURELY: Final = 150.0
-"""Seconds within which a run that waits has surely been woken: longer than a task may be slow or a worker away."""
+"""Seconds within which a waiting run has surely been activated: longer than a task is slow or a worker away."""
 _UNSEEN: Final = {"accepted", "settled", "end", "queue_sla", "difference", "left_out"}
 
 
 class RecordRules:
-    """Compares what is told with what was. Each method raises Untrue."""
+    """Compares what is published with what happened. Each method raises InvariantViolated."""
 
     def __init__(self, world: World, prices: Prices, holds: HoldRules, settlement: SettlementRules) -> None:
         self._world = world
@@ -36,7 +36,7 @@ class RecordRules:
     # Events, as they are written
 
     def event_written(self, fact: Fact) -> None:
-        """Whatever an event says, somebody did it."""
+        """What an event says has happened."""
         name, _, rest = fact.key.partition(":")
         if name == "held":
             self._check_held(fact, int(rest))
@@ -77,7 +77,7 @@ class RecordRules:
         must(attempt is not None and fact.error is not None, "a retry of nothing is told:", fact.key)
         assert attempt is not None
         assert fact.error is not None
-        # By what its job ever said: it is told in the workflow task that hears of it, before that is recorded.
+        # By every state of its job: the event is written before the workflow task that received the state is recorded.
         jobs = self._world.works if attempt.job_id is None else [attempt.job_id]
         codes = {code for job_id in jobs for code in self._world.jobs.failures_of(job_id)}
         is_lost = not codes and fact.error.code == FailureCode.LOST
@@ -97,8 +97,8 @@ class RecordRules:
     # Once the task has ended
 
     def check_end(self, ended_at: float) -> None:
-        self._check_holds_told()
-        self._check_jobs_told()
+        self._check_holds_published()
+        self._check_jobs_published()
         self._check_row()
         self._check_doubled()
         for exception in self._world.parties.store.exceptions.values():
@@ -108,55 +108,55 @@ class RecordRules:
     def _keys(self) -> set[str]:
         return {event.key for event in self._world.parties.store.events}
 
-    def _check_holds_told(self) -> None:
-        """Every hold that the run was told of in time, and every one that it gave back."""
+    def _check_holds_published(self) -> None:
+        """Every hold that the run received in time, and every one that it gave back."""
         told = self._keys()
         for known in self._holds.granted():
-            is_first_asking = known.call.told_at == known.told_at
+            is_first_asking = known.call.resolved_at == known.resolved_at
             must(
                 not is_first_asking or known.life_when_told < LEAST_LIFE or f"held:{known.n}" in told,
                 "a hold was never told:",
                 known.n,
             )
         for call in self._world.witness.calls.get("cancel_hold", ()):
-            if call.told_at is not None and isinstance(call.outcome, Answer) and call.outcome.reply is not None:
-                n = number_of(key_of(call))  # none: a hold that this run had never asked for
+            if call.resolved_at is not None and isinstance(call.outcome, Answer) and call.outcome.reply is not None:
+                n = number_of(key_of(call))  # none: a hold that this run had never requested
                 must(n < 0 or f"given_back:{n}" in told, "a hold that was given back was never told:", n)
         must(not self._world.is_completed or "settled" in told, "the settlement was never told")
 
-    def _check_jobs_told(self) -> None:
+    def _check_jobs_published(self) -> None:
         """Of every job that was followed to its end: each stage, each checkpoint; and of each retry."""
         attempts = list(self._world.witness.attempts.values())
         for attempt in attempts if self._world.is_completed else attempts[:-1]:
-            self._check_news_told(attempt)
+            self._check_reports_published(attempt)
         told = self._keys()
         for attempt in attempts[:-1]:
             must(f"retry:{attempt.n}" in told, "a retry was never told:", attempt.n)
 
-    def _check_news_told(self, attempt: Attempt) -> None:
-        news = self._read_news(attempt)
+    def _check_reports_published(self, attempt: Attempt) -> None:
+        news = self._readable_reports(attempt)
         events = self._world.parties.store.events
         stages = {(event.attempt, event.stage) for event in events}
-        untold = {_stage(word.state) for word in news if not _is_queued(word)} - {
+        unreported = {_stage(report.state) for report in news if not _is_queued(report)} - {
             s for n, s in stages if n == attempt.n
         }
-        must(len(untold) <= self._left_out(), "a stage was never told:", attempt.n, *untold)
+        must(len(unreported) <= self._left_out(), "a stage was never told:", attempt.n, *unreported)
         keys, before, missing = self._keys(), None, 0
         resumed_from = {a.call.argument.body.resume_from for a in self._trained() if a.n <= attempt.n}
-        for word in news:
-            key = f"checkpoint:{attempt.job_id}:{word.state.sequence}"
-            if word.checkpoint is not None and word.checkpoint.uri not in resumed_from:
-                missing += word.checkpoint.uri != before and key not in keys
-                before = word.checkpoint.uri
+        for report in news:
+            key = f"checkpoint:{attempt.job_id}:{report.state.sequence}"
+            if report.checkpoint is not None and report.checkpoint.uri not in resumed_from:
+                missing += report.checkpoint.uri != before and key not in keys
+                before = report.checkpoint.uri
         must(missing <= self._left_out(), "checkpoints were never told:", missing)
 
-    def _read_news(self, attempt: Attempt) -> list[Word]:
-        """What the run was sent and could keep: while `start` stays unanswered the inbox keeps the newest."""
-        news = self._world.witness.news_of(attempt.job_id)
+    def _readable_reports(self, attempt: Attempt) -> list[Report]:
+        """The reports that the run could keep: while `start` is unanswered the inbox keeps the newest."""
+        news = self._world.witness.reports_of(attempt.job_id)
         starts = self._world.witness.calls.get("start_training", ())
         own = [call for call in starts if call.argument.job_id == attempt.job_id and isinstance(call.outcome, Answer)]
-        answered = [call.told_at for call in own if call.told_at is not None]
-        waiting = [word for word in news if answered and word.at <= min(answered)]
+        answered = [call.resolved_at for call in own if call.resolved_at is not None]
+        waiting = [report for report in news if answered and report.at <= min(answered)]
         return news[max(0, len(waiting) - MAX_INBOX) :]
 
     def _left_out(self) -> int:
@@ -211,12 +211,12 @@ class RecordRules:
 
     def _check_doubled(self) -> None:
         """What a service without idempotency holds beside is recorded with its amount, once the ledger shows it."""
-        terms, untold = self._world.parties.credits.terms, self._holds.untold()
+        terms, unreported = self._world.parties.credits.terms, self._holds.unreported()
         looks = self._world.witness.calls.get("ledger", [])
         is_shown = bool(looks) and looks[-1].outcome is not None and terms.lag_seconds == 0
-        if not untold or not terms.is_field or not is_shown:
+        if not unreported or not terms.is_field or not is_shown:
             return
-        seen = sum(hold.amount for hold in untold if hold.taken_at <= looks[-1].scheduled_at)
+        seen = sum(hold.amount for hold in unreported if hold.taken_at <= looks[-1].scheduled_at)
         records = self._world.parties.store.exceptions.values()
         told = sum(record.details["amount"] for record in records if record.code == ExceptionCode.HOLD_DOUBLED)
         must(told == seen, f"{seen} points are held twice, recorded are", told)
@@ -231,7 +231,7 @@ class RecordRules:
 
     def _was_unreadable(self) -> bool:
         calls = [call for calls in self._world.witness.calls.values() for call in calls]
-        return any(call.told_at is not None and call.outcome is None for call in calls)
+        return any(call.resolved_at is not None and call.outcome is None for call in calls)
 
     def _are_different(self, key: str, prices: Callable[[Attempt], dict[str, int]]) -> bool:
         attempt = self._world.witness.attempts.get(int(key.rpartition(":")[2]))
@@ -247,20 +247,20 @@ class RecordRules:
 
     def _lacks_route(self) -> bool:
         calls = [call for name in CANCELS for call in self._world.witness.calls.get(name, ())]
-        return any(isinstance(call.outcome, Answer) and call.outcome.not_offered and call.told_at for call in calls)
+        return any(isinstance(call.outcome, Answer) and call.outcome.not_offered and call.resolved_at for call in calls)
 
     def _was_uncovered(self, at: float) -> bool:
         """A hold was refused beside the old one, or came when the old one had ended."""
         if any(when <= at + SLACK for when, _ in self._world.witness.refusals("pre_deduct")):
             return True
         granted = self._holds.granted()
-        return any(later.told_at >= earlier.ends_at for earlier, later in pairwise(granted))
+        return any(later.resolved_at >= earlier.ends_at for earlier, later in pairwise(granted))
 
     def _was_queued_until(self, at: float) -> bool:
         sla = 60 * self._world.scenario.policy.queue_sla_minutes
         for attempt in self._world.witness.attempts.values():
             start = self._holds.start_of(attempt.n)
-            moved = [word.at for word in self._world.witness.news_of(attempt.job_id) if not _is_queued(word)]
+            moved = [report.at for report in self._world.witness.reports_of(attempt.job_id) if not _is_queued(report)]
             if start is not None and at >= start + sla - SLACK and (not moved or moved[0] >= at - SLACK):
                 return True
         return False
@@ -285,13 +285,14 @@ class RecordRules:
             must("end" in {key for key, _ in told}, "the failure was never recorded")
 
     def _gave_up_before_the_next(self) -> bool:
-        """A hold that could be relied on was cancelled before the next one stood."""
+        """A hold with enough life was cancelled before the next one was granted."""
         granted, calls = self._holds.granted(), self._world.witness.calls.get("cancel_hold", ())
         cancelled = {call.argument.body.pre_deduct_id: call.scheduled_at for call in reversed(calls)}
         return any(
-            earlier.life_when_told >= LEAST_LIFE and cancelled.get(earlier.pre_deduct_id, later.told_at) < later.told_at
+            earlier.life_when_told >= LEAST_LIFE
+            and cancelled.get(earlier.pre_deduct_id, later.resolved_at) < later.resolved_at
             for earlier, later in pairwise(granted)
-            if later.call.told_at == later.told_at and later.life_when_told >= LEAST_LIFE
+            if later.call.resolved_at == later.resolved_at and later.life_when_told >= LEAST_LIFE
         )
 
     def _was_queued_for_long(self, ended_at: float) -> bool:
@@ -299,10 +300,10 @@ class RecordRules:
             return False
         sla = 60 * self._world.scenario.policy.queue_sla_minutes
         for attempt in self._world.witness.attempts.values():
-            start, news = self._holds.start_of(attempt.n), self._world.witness.news_of(attempt.job_id)
+            start, news = self._holds.start_of(attempt.n), self._world.witness.reports_of(attempt.job_id)
             if start is None or attempt.accepted is None:
                 continue
-            moved = [word.at for word in news if not _is_queued(word)]
+            moved = [report.at for report in news if not _is_queued(report)]
             until = min([*moved, *self._cancels_of(attempt), *self._world.cancels_seen, ended_at])
             begun = max(start + sla, attempt.accepted_at, self._holds.followed_since(attempt))
             if until > begun + SURELY:
@@ -320,9 +321,9 @@ def _stage(state: JobState | TrainingState) -> str | None:
     return state.training_stage.value if state.training_stage else None
 
 
-def _is_queued(word: Word) -> bool:
-    state = word.state
-    if word.error is not None:
+def _is_queued(report: Report) -> bool:
+    state = report.state
+    if report.error is not None:
         return False
     if isinstance(state, JobState):
         return state.job_status is JobStatus.QUEUED

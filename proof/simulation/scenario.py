@@ -1,7 +1,7 @@
-"""One seed's task: who asks for what, on which terms the others serve, what goes wrong, and what people do meanwhile.
+"""One seed's task: its input, the services' terms, what goes wrong, and what clients do meanwhile.
 
-People act at the n-th step of the schedule, so that every instant is as likely as any other, or at the very instant
-when a job's last word is sent.
+Clients act at the n-th step of the schedule, so that every point of it is equally likely, or together with a job's
+last report.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.continuation import ImageRun, TrainingRun
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.prices import PriceTable
-from proof.simulation.agenda import BEGINNING, Agenda
 from proof.simulation.comfyui_model import ComfyUITerms
 from proof.simulation.credits_model import CreditsTerms
+from proof.simulation.fault_schedule import FaultSchedule, Party
+from proof.simulation.timeline import START, Timeline
 from proof.simulation.versions import Release
-from proof.simulation.weather import Party, Weather
 
 TASK_ID: Final = "t1"
 RUN_ID: Final = "run-1"
@@ -41,19 +41,19 @@ _CALLS: Final = (
 """The calls that an outage may begin with."""
 
 
-class Deed(StrEnum):
-    """What somebody does to the task."""
+class Action(StrEnum):
+    """What a client, an operator or a machine does to the task."""
 
     CANCEL_BY_UPDATE = "cancel by update"
     CANCEL_BY_TEMPORAL = "cancel by Temporal"
     CONFIRM = "confirm"
     BAD_UPDATE = "bad update"
     GARBAGE = "garbage"
-    OLD_NEWS = "old news"
+    OLD_CALLBACK = "old callback"
     QUERY = "query"
     KILL = "kill"
     EVICT = "evict"
-    HOLD_CANCELLED_BY_HAND = "hold cancelled by hand"
+    HOLD_CANCELLED_BY_OPERATOR = "hold cancelled by operator"
     BALANCE_RISES = "balance rises"
     BALANCE_FALLS = "balance falls"
     PAUSE = "pause"
@@ -62,43 +62,43 @@ class Deed(StrEnum):
 
 
 _OFTEN: Final = {
-    Deed.KILL: (0, 0, 1, 2),
-    Deed.GARBAGE: (0, 0, 3),
-    Deed.EVICT: (0, 1),
-    Deed.QUERY: (2, 2, 12),
-    Deed.OLD_NEWS: (0, 2),
+    Action.KILL: (0, 0, 1, 2),
+    Action.GARBAGE: (0, 0, 3),
+    Action.EVICT: (0, 1),
+    Action.QUERY: (2, 2, 12),
+    Action.OLD_CALLBACK: (0, 2),
 }
 """How many times each is done: one of these numbers."""
-_RARE: Final = {Deed.PAUSE: 0.08, Deed.OLD_WRITE: 0.15}
+_RARE: Final = {Action.PAUSE: 0.08, Action.OLD_WRITE: 0.15}
 """How likely each is done once."""
 PROFILES: Final = ("contract", "field", "both")
 """Whose credits service: one by our contract, the platform's own, or either by the seed."""
 
 
 @dataclass
-class Deeds:
-    """What people and machines do, by the step at which they do it: (step, deed), and on a job's last word."""
+class Actions:
+    """What is done at which step: (step, action), and with which of a job's reports."""
 
-    at_step: list[tuple[int, Deed]] = field(default_factory=list)
-    on_last_word: list[Deed] = field(default_factory=list)
-    on_any_word: list[Deed] = field(default_factory=list)
+    at_step: list[tuple[int, Action]] = field(default_factory=list)
+    on_last_report: list[Action] = field(default_factory=list)
+    on_nth_callback: list[Action] = field(default_factory=list)
     """Once, with the n-th callback."""
-    word: int = 0
-    drawn: tuple[tuple[int, Deed], ...] = ()
+    nth_callback: int = 0
+    drawn: tuple[tuple[int, Action], ...] = ()
     """What was in `at_step` at first."""
 
 
 @dataclass
 class Scenario:
-    """Everything that a seed decides beforehand."""
+    """Everything that a seed decides before the schedule begins."""
 
     workflow_type: str
     task: ImageRun | TrainingRun
     policy: Policy
-    weather: Weather
+    faults: FaultSchedule
     credits: CreditsTerms
     comfyui: ComfyUITerms
-    deeds: Deeds
+    actions: Actions
     job_price_offset: int
     gpu_hours: float
     has_no_gpu: bool
@@ -128,13 +128,13 @@ class Scenario:
 
     @property
     def is_paused(self) -> bool:
-        return any(deed == Deed.PAUSE for _, deed in self.deeds.drawn)
+        return any(action == Action.PAUSE for _, action in self.actions.drawn)
 
     @property
     def is_easy_on_credits(self) -> bool:
         """Whether nothing keeps a hold from being renewed in time."""
-        weather, falls = self.weather, any(deed == Deed.BALANCE_FALLS for _, deed in self.deeds.drawn)
-        has_faults = weather.call_faults or weather.outages or weather.outage_with or weather.slow_tasks
+        faults, falls = self.faults, any(action == Action.BALANCE_FALLS for _, action in self.actions.drawn)
+        has_faults = faults.call_faults or faults.outages or faults.outage_with or faults.slow_tasks
         is_reachable = not (has_faults or self.is_paused)
         return is_reachable and self.credits.balance == PLENTY and not falls
 
@@ -152,19 +152,19 @@ class Scenario:
 
 
 def drawn(
-    rng: random.Random, more: random.Random, agenda: Agenda, kind: str, *, profile: str, resets: float
+    rng: random.Random, more: random.Random, timeline: Timeline, kind: str, *, profile: str, resets: float
 ) -> Scenario:
-    """The scenario that these generators' seed stands for; `more` is drawn from for what came later."""
+    """The scenario of these generators' seed; `more` is for what was added later, so that older draws stay the same."""
     is_image = kind == "image"
     task: ImageRun | TrainingRun = _image(rng) if is_image else _training(rng)
     scenario = Scenario(
         workflow_type=IMAGE if is_image else TRAINING,
         task=task,
         policy=_policy(rng, is_image, _prices(more, is_image)),
-        weather=_weather(rng, agenda, is_image),
+        faults=_faults(rng, timeline, is_image),
         credits=CreditsTerms(),
         comfyui=_comfyui(rng, is_image),
-        deeds=_deeds(rng, is_image),
+        actions=_actions(rng, is_image),
         job_price_offset=_rarely(rng, 0.08, lambda: rng.choice((-3, 4, 4, 100)), 0),
         gpu_hours=rng.choice((0.5, 1.0, 2.5)),
         has_no_gpu=rng.random() < 0.03,
@@ -178,8 +178,8 @@ def drawn(
     scenario.credits.is_field = profile == "field" or (profile == "both" and more.random() < 0.3)
     if not scenario.is_id_taken and more.random() < resets:
         scenario.resets_at_end = more.choice((0, 1, 1, 2))
-        acts = scenario.deeds.at_step
-        acts.extend((more.randrange(100), Deed.RESET) for _ in range(more.choice((0, 1, 1, 2))))
+        acts = scenario.actions.at_step
+        acts.extend((more.randrange(100), Action.RESET) for _ in range(more.choice((0, 1, 1, 2))))
         acts.sort(key=lambda act: act[0], reverse=True)
     if scenario.credits.is_field:
         scenario.credits.tells_kinds = False
@@ -206,11 +206,11 @@ def _add_more(more: random.Random, scenario: Scenario) -> None:
     scenario.hands_on_as = _rarely(more, 0.1, lambda: more.choice((Release.NEWER, Release.OLDER)), Release.PRESENT)
     if not scenario.is_image and more.random() < 0.03:
         _let_much_wait(scenario)
-    for deed, chance in _RARE.items():  # drawn last: what is drawn before stays as it was
+    for action, chance in _RARE.items():  # drawn last: what is drawn before stays as it was
         if more.random() < chance:
-            scenario.deeds.at_step.append((more.randrange(100), deed))
-    scenario.deeds.at_step.sort(key=lambda act: act[0], reverse=True)
-    scenario.deeds.drawn = tuple(scenario.deeds.at_step)
+            scenario.actions.at_step.append((more.randrange(100), action))
+    scenario.actions.at_step.sort(key=lambda act: act[0], reverse=True)
+    scenario.actions.drawn = tuple(scenario.actions.at_step)
 
 
 def _rarely(rng: random.Random, chance: float, then: Callable[[], Any], otherwise: Any) -> Any:
@@ -232,7 +232,7 @@ def _image(rng: random.Random) -> ImageRun:
 def _training(rng: random.Random) -> TrainingRun:
     window = None
     if rng.random() < 0.1:
-        opens = datetime.fromtimestamp(BEGINNING, UTC) + timedelta(minutes=10)
+        opens = datetime.fromtimestamp(START, UTC) + timedelta(minutes=10)
         window = {"not_before": opens, "not_after": opens + timedelta(minutes=rng.choice((1, 120)))}
     return TrainingRun.model_validate(
         {
@@ -249,11 +249,11 @@ def _training(rng: random.Random) -> TrainingRun:
 
 
 def _let_much_wait(scenario: Scenario) -> None:
-    """A large input, and more to tell than fits the list of what waits for the store."""
-    weather, task = scenario.weather, scenario.task
+    """A large input, and more events than the list of unwritten events holds."""
+    faults, task = scenario.faults, scenario.task
     scenario.checkpoints = 150
-    weather.outages[Party.STORE] = [(BEGINNING + 60, BEGINNING + 7_200)]
-    weather.calm_from = max(weather.calm_from, BEGINNING + 7_200)
+    faults.outages[Party.STORE] = [(START + 60, START + 7_200)]
+    faults.quiet_from = max(faults.quiet_from, START + 7_200)
     files = [f"{number:06}{'x' * 180}.png" for number in range(500)]
     dataset = task.dataset.model_copy(update={"files": files})  # type: ignore[union-attr]
     scenario.task = task.model_copy(update={"dataset": dataset})
@@ -274,25 +274,25 @@ def _policy(rng: random.Random, is_image: bool, prices: PriceTable) -> Policy:
     )
 
 
-def _weather(rng: random.Random, agenda: Agenda, is_image: bool) -> Weather:
-    weather = Weather(agenda, rng, calm_from=BEGINNING)
+def _faults(rng: random.Random, timeline: Timeline, is_image: bool) -> FaultSchedule:
+    faults = FaultSchedule(timeline, rng, quiet_from=START)
     if rng.random() < 0.1:
-        return weather
-    weather.calm_from += rng.choice((30, 300, 1_500)) if is_image else rng.choice((600, 7_200, 20_000))
-    weather.call_faults = rng.choice((0.0, 0.1, 0.3))
-    weather.task_losses = rng.choice((0.0, 0.05, 0.2))
-    weather.slow_tasks = rng.choice((0.0, 0.1, 0.4))
-    weather.callback_losses = rng.choice((0.0, 0.1, 0.5))
-    weather.callback_copies = rng.choice((0.0, 0.3))
+        return faults
+    faults.quiet_from += rng.choice((30, 300, 1_500)) if is_image else rng.choice((600, 7_200, 20_000))
+    faults.call_faults = rng.choice((0.0, 0.1, 0.3))
+    faults.task_losses = rng.choice((0.0, 0.05, 0.2))
+    faults.slow_tasks = rng.choice((0.0, 0.1, 0.4))
+    faults.callback_losses = rng.choice((0.0, 0.1, 0.5))
+    faults.callback_copies = rng.choice((0.0, 0.3))
     kind = rng.random()
     if kind < 0.2:
-        begin = BEGINNING + rng.choice((0, 1, 10, 10, 100, 1_000))
+        begin = START + rng.choice((0, 1, 10, 10, 100, 1_000))
         end = begin + rng.choice((5, 60, 600, 1_200))
-        weather.outages[rng.choice(list(Party))] = [(begin, end)]
-        weather.calm_from = max(weather.calm_from, end)
+        faults.outages[rng.choice(list(Party))] = [(begin, end)]
+        faults.quiet_from = max(faults.quiet_from, end)
     elif kind < 0.5:
-        weather.outage_with = (rng.choice(_CALLS), rng.choice((5, 60, 600, 1_200)))
-    return weather
+        faults.outage_with = (rng.choice(_CALLS), rng.choice((5, 60, 600, 1_200)))
+    return faults
 
 
 def _credits(rng: random.Random, price: int) -> CreditsTerms:
@@ -316,32 +316,35 @@ def _comfyui(rng: random.Random, is_image: bool) -> ComfyUITerms:
     )
 
 
-def _deeds(rng: random.Random, is_image: bool) -> Deeds:
-    most, deeds = (60 if is_image else 120), Deeds()
+def _actions(rng: random.Random, is_image: bool) -> Actions:
+    most, actions = (60 if is_image else 120), Actions()
     steps = rng.choice((12, most, most))
     cancels = rng.choice((0, 0, 1, 1, 2))
     for _ in range(cancels):
-        cancel = rng.choice((Deed.CANCEL_BY_UPDATE, Deed.CANCEL_BY_TEMPORAL))
+        cancel = rng.choice((Action.CANCEL_BY_UPDATE, Action.CANCEL_BY_TEMPORAL))
         when = rng.random()
         if when < 0.2:
-            deeds.on_last_word.append(cancel)
+            actions.on_last_report.append(cancel)
         elif when < 0.5:
-            deeds.on_any_word.append(rng.choice((cancel, Deed.CANCEL_BY_TEMPORAL)))
-            deeds.word = rng.randrange(1, 6 if is_image else 12)
+            actions.on_nth_callback.append(rng.choice((cancel, Action.CANCEL_BY_TEMPORAL)))
+            actions.nth_callback = rng.randrange(1, 6 if is_image else 12)
         else:
-            deeds.at_step.append((rng.randrange(steps), cancel))
-    for deed, counts in _OFTEN.items():
-        deeds.at_step.extend((rng.randrange(steps), deed) for _ in range(rng.choice(counts)))
+            actions.at_step.append((rng.randrange(steps), cancel))
+    for action, counts in _OFTEN.items():
+        actions.at_step.extend((rng.randrange(steps), action) for _ in range(rng.choice(counts)))
     if rng.random() < 0.15:
-        deeds.at_step.append(
-            (rng.randrange(steps), rng.choice((Deed.BALANCE_RISES, Deed.BALANCE_FALLS, Deed.HOLD_CANCELLED_BY_HAND)))
+        actions.at_step.append(
+            (
+                rng.randrange(steps),
+                rng.choice((Action.BALANCE_RISES, Action.BALANCE_FALLS, Action.HOLD_CANCELLED_BY_OPERATOR)),
+            )
         )
     if rng.random() < 0.1:
-        deeds.on_last_word.append(Deed.KILL)
+        actions.on_last_report.append(Action.KILL)
     if not is_image:
-        deeds.at_step.extend((rng.randrange(steps), Deed.CONFIRM) for _ in range(rng.choice((0, 1, 3))))
+        actions.at_step.extend((rng.randrange(steps), Action.CONFIRM) for _ in range(rng.choice((0, 1, 3))))
     if rng.random() < 0.05:
-        deeds.at_step.append((rng.randrange(steps), Deed.BAD_UPDATE))
-    deeds.at_step.sort(reverse=True)
-    deeds.drawn = tuple(deeds.at_step)
-    return deeds
+        actions.at_step.append((rng.randrange(steps), Action.BAD_UPDATE))
+    actions.at_step.sort(reverse=True)
+    actions.drawn = tuple(actions.at_step)
+    return actions

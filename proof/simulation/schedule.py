@@ -14,23 +14,24 @@ from temporalio.api.common.v1 import Payload
 from comfyui_temporal.contracts.comfyui import GpuPool
 from comfyui_temporal.contracts.credits import EstimateRequest
 from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, workflow_id_of
-from proof.simulation.agenda import Agenda
+from proof.simulation.clients import Clients
 from proof.simulation.comfyui_model import Work
 from proof.simulation.credits_model import CreditsModel
+from proof.simulation.fault_schedule import Party
 from proof.simulation.hosted_run import RunIdentity, TaskFailed, payload_of
 from proof.simulation.image_jobs import ImageJobs
+from proof.simulation.invariants import InvariantViolated
 from proof.simulation.life_gate import LifeGate
+from proof.simulation.live_run import Environment
 from proof.simulation.oracle import Oracle
 from proof.simulation.parties import Objects, Parties
-from proof.simulation.people import People
-from proof.simulation.scenario import RUN_ID, Deed, Scenario, drawn
+from proof.simulation.scenario import RUN_ID, Action, Scenario, drawn
 from proof.simulation.server import Server
-from proof.simulation.store_model import ANOTHERS, StoreModel
+from proof.simulation.store_model import OTHER_RUN, StoreModel
+from proof.simulation.timeline import Timeline
 from proof.simulation.trace import Trace
 from proof.simulation.trainings import Trainings
-from proof.simulation.truth import Untrue
 from proof.simulation.versions import Release, handed_on, keeps_unknown
-from proof.simulation.weather import Party
 
 STEPS_AT_MOST: Final = 6_000
 
@@ -47,6 +48,11 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)
     trace: list[str] = field(default_factory=list)
 
+    def command(self, profile: str, resets: float) -> str:
+        """What plays this seed again."""
+        given = f" --profile {profile} --resets {resets:g}"
+        return f"python -m proof.simulation --kind {self.kind} --seed {self.seed}{given}"
+
 
 RESETS: Final = 0.1
 """How likely a task's run is reset, once or more."""
@@ -61,11 +67,11 @@ def play(
     try:
         with warnings.catch_warnings(action="ignore"):  # what temporalio warns of, the oracle sees
             outcome.end = schedule.run()
-    except (Untrue, TaskFailed) as problem:
+    except (InvariantViolated, TaskFailed) as problem:
         outcome.problem = f"{type(problem).__name__}: {problem}"
         schedule.trace("%s", outcome.problem)
     finally:
-        outcome.steps = schedule.agenda.steps
+        outcome.steps = schedule.timeline.steps
         outcome.counts = schedule.counts()
         outcome.trace = schedule.trace.lines
         schedule.tear_down()
@@ -77,10 +83,10 @@ class Schedule:
 
     def __init__(self, seed: int, kind: str, *, profile: str, resets: float, is_traced: bool) -> None:
         self.rng = rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seed that can be given again is the point
-        self.agenda = agenda = Agenda(rng)
-        self.trace = Trace(agenda, is_wanted=is_traced)
+        self.timeline = timeline = Timeline(rng)
+        self.trace = Trace(timeline, is_wanted=is_traced)
         more = random.Random(f"{kind} {seed} more")  # noqa: S311
-        self.scenario = scenario = drawn(rng, more, agenda, kind, profile=profile, resets=resets)
+        self.scenario = scenario = drawn(rng, more, timeline, kind, profile=profile, resets=resets)
         self.trace("%s", scenario)
         self.parties = self._parties(scenario)
         identity = RunIdentity(
@@ -90,32 +96,33 @@ class Schedule:
             first_run_id=RUN_ID,
             continued_run_id=None,
             arguments=(payload_of(scenario.task),),
-            started_at=agenda.now,
+            started_at=timeline.now,
             randomness_seed=seed,
         )
-        self.server = Server(agenda, scenario.weather, rng, self.parties, self.trace, identity)
+        environment = Environment(timeline, scenario.faults, rng, self.parties, self.trace)
+        self.server = Server(environment, identity)
         self.server.hand_on = self._hand_on
         self.oracle = Oracle(scenario, self.server, self.parties)
-        self.people = People(rng, agenda, self.server, self.oracle, self.parties, self.trace)
+        self.clients = Clients(rng, timeline, self.server, self.oracle, self.parties, self.trace)
 
     def _parties(self, scenario: Scenario) -> Parties:
-        agenda, rng = self.agenda, self.rng
-        jobs = ImageJobs(agenda, rng, scenario.comfyui, self._call_back)
+        timeline, rng = self.timeline, self.rng
+        jobs = ImageJobs(timeline, rng, scenario.comfyui, self._call_back)
         jobs.price_of = lambda _request: self._job_price(len(jobs.works))
-        trainings = Trainings(agenda, rng, scenario.comfyui, self._call_back)
+        trainings = Trainings(timeline, rng, scenario.comfyui, self._call_back)
         trainings.gpu_hours = scenario.gpu_hours
         trainings.tells_resumed_from = scenario.tells_resumed_from
         trainings.checkpoints = scenario.checkpoints
         if scenario.has_no_gpu:
             trainings.gpus = (GpuPool(gpu_type="a100", total=0, available=0),)
-        store = StoreModel(agenda, scenario.policy, held_by=ANOTHERS if scenario.is_id_taken else None)
+        store = StoreModel(timeline, scenario.policy, held_by=OTHER_RUN if scenario.is_id_taken else None)
         return Parties(
-            credits=CreditsModel(agenda, scenario.credits, self._estimate),
+            credits=CreditsModel(timeline, scenario.credits, self._estimate),
             jobs=jobs,
             trainings=trainings,
             store=store,
-            objects=Objects(agenda, is_invalid=scenario.is_dataset_invalid),
-            gate=LifeGate(store, lambda: scenario.weather.is_away(Party.STORE)),
+            objects=Objects(timeline, is_invalid=scenario.is_dataset_invalid),
+            gate=LifeGate(store, lambda: scenario.faults.is_away(Party.STORE)),
         )
 
     def _job_price(self, earlier: int) -> int:
@@ -131,33 +138,33 @@ class Schedule:
         )
 
     def run(self) -> str:
-        """Step until nothing is left to happen; how the task ended. Raises Untrue, TaskFailed."""
+        """Step until nothing is left to happen; how the task ended. Raises InvariantViolated, TaskFailed."""
         self._step_to_the_end()
         for _ in range(self.scenario.resets_at_end):
-            self.people.do(Deed.RESET)
+            self.clients.do(Action.RESET)
             self._step_to_the_end()
         if self.server.closed is None:
-            raise Untrue("the task waits for ever: nothing is left that could wake it")
+            raise InvariantViolated("the task waits for ever: nothing is left that could wake it")
         self.oracle.after_step()
         return self._how()
 
     def _hand_on(self, argument: Payload) -> Payload:
         """A worker of another release continues the run now and then; what one does not know another may need."""
         if keeps_unknown(self.server.argument) and not keeps_unknown(argument):
-            raise Untrue("what a newer worker had handed on was dropped")
+            raise InvariantViolated("what a newer worker had handed on was dropped")
         if self.scenario.hands_on_as is Release.PRESENT or self.rng.random() < 0.5:
             return argument
         self.trace("CONTINUED by a worker of the %s release", self.scenario.hands_on_as.value)
         return handed_on(argument, self.scenario.hands_on_as)
 
     def _step_to_the_end(self) -> None:
-        deeds, at_most = self.scenario.deeds.at_step, self.agenda.steps + STEPS_AT_MOST
-        while self.agenda.step():
+        actions, at_most = self.scenario.actions.at_step, self.timeline.steps + STEPS_AT_MOST
+        while self.timeline.step():
             self.oracle.after_step()
-            while deeds and deeds[-1][0] <= self.agenda.steps:
-                self.people.do(deeds.pop()[1])
-            if self.agenda.steps > at_most:
-                raise Untrue(f"the task has not ended after {STEPS_AT_MOST} steps")
+            while actions and actions[-1][0] <= self.timeline.steps:
+                self.clients.do(actions.pop()[1])
+            if self.timeline.steps > at_most:
+                raise InvariantViolated(f"the task has not ended after {STEPS_AT_MOST} steps")
 
     def _how(self) -> str:
         closed = self.server.closed
@@ -167,15 +174,15 @@ class Schedule:
         return self.oracle.status.value if self.oracle.status else closed.how
 
     def counts(self) -> dict[str, int]:
-        server = self.server
+        server, environment = self.server, self.server.environment
         return {
-            "tasks": server.tasks,
-            "replays": server.replays,
-            "tasks thrown away": server.thrown_away,
+            "tasks": environment.tasks,
+            "replays": environment.replays,
+            "tasks thrown away": environment.thrown_away,
             "continued": server.runs - 1 - server.resets,
             "resets": server.resets,
             "jobs": len(self.parties.jobs.works) + len(self.parties.trainings.works),
-            "holds": len(self.parties.credits.books.holds),
+            "holds": len(self.parties.credits.account.holds),
         }
 
     def tear_down(self) -> None:
@@ -187,19 +194,23 @@ class Schedule:
     # Callbacks
 
     def _call_back(self, work: Work[Any]) -> None:
-        told = {"task_id": work.request.task_id, "occurred_at": self.agenda.instant().isoformat()}
+        told = {"task_id": work.request.task_id, "occurred_at": self.timeline.instant().isoformat()}
         body = work.state.model_dump(mode="json") | told
         payload = Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(body).encode())
-        self.people.heard.append(payload)
+        self.clients.received.append(payload)
         self.server.witness.sent[payload.data] = work.state
-        with_it = self.scenario.deeds.on_any_word if len(self.people.heard) == self.scenario.deeds.word else []
-        for seconds in self.scenario.weather.callback_delays():
-            self.agenda.after(seconds, lambda: self._arrive(payload, with_it))
+        with_it = (
+            self.scenario.actions.on_nth_callback
+            if len(self.clients.received) == self.scenario.actions.nth_callback
+            else []
+        )
+        for seconds in self.scenario.faults.callback_delays():
+            self.timeline.after(seconds, lambda: self._arrive(payload, with_it))
         if body["error_details"] or body.get("result_urls") or body.get("output"):
-            for deed in self.scenario.deeds.on_last_word:
-                self.agenda.after(self.rng.choice((0.0, 0.0, 0.01)), partial(self.people.do, deed))
+            for action in self.scenario.actions.on_last_report:
+                self.timeline.after(self.rng.choice((0.0, 0.0, 0.01)), partial(self.clients.do, action))
 
-    def _arrive(self, payload: Payload, with_it: list[Deed]) -> None:
+    def _arrive(self, payload: Payload, with_it: list[Action]) -> None:
         self.server.signal(CALLBACK_SIGNAL, payload)
-        for deed in with_it:
-            self.people.do(deed)
+        for action in with_it:
+            self.clients.do(action)

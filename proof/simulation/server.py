@@ -1,490 +1,146 @@
-"""Temporal's server and the worker's core, as far as a run can tell: workflow tasks, timers, continue-as-new, replay.
-
-1. What comes while a workflow task is open waits for the next one.
-2. A task stays open while local activities run, for 2.4 s at most; then what it came to is recorded, and the next
-   begins.
-3. What a task came to counts once the server has recorded it. A worker killed before that leaves what its local
-   activities did and nothing else: the task comes again, with what has come since.
-4. A run does not close over what has come meanwhile: that task is thrown away, and comes again with it.
-5. A run that is not in memory is replayed; it must answer as it did.
-"""
+"""Temporal's server, as far as a task can see it: the runs of one workflow id, and everything that is sent to them."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Final
 
-import temporalio.bridge.proto.workflow_activation as activation_api
 from temporalio.api.common.v1 import Payload
-from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
-from temporalio.bridge.proto.workflow_commands import WorkflowCommand
 
-from comfyui_temporal.contracts.size_budget import SERVER_PAYLOAD_BYTES
-from proof.simulation.agenda import Agenda
-from proof.simulation.calls import Call, Calls, Resolution, cancelled
-from proof.simulation.history import (
-    CLOSING,
-    Closed,
-    OpenTask,
-    PastRun,
-    Recorded,
-    fingerprint,
-    in_order,
-    replayed,
-    resolved,
-)
-from proof.simulation.hosted_run import Activation, HostedRun, RunIdentity, TaskFailed
-from proof.simulation.parties import Parties
-from proof.simulation.timers import Timers
-from proof.simulation.trace import Trace, command_said, job_said
-from proof.simulation.weather import Weather
+from proof.simulation.history import Closed, PastRun
+from proof.simulation.hosted_run import RunIdentity
+from proof.simulation.live_run import Environment, LiveRun
+from proof.simulation.sdk import WorkflowActivationJob, WorkflowCommand, activation_api
 from proof.simulation.witness import Witness
-
-TASK_SECONDS: Final = 3.0
-OPEN_AT_MOST_SECONDS: Final = 0.8 * TASK_SECONDS
-_EVENTS_OF_JOB: Final = {"resolve_activity": 2, "do_update": 2}
 
 
 class Server:
-    """One workflow id: its present run, and what is sent to it."""
+    """One workflow id: its present run, those before it, and its end."""
 
-    def __init__(
-        self,
-        agenda: Agenda,
-        weather: Weather,
-        rng: random.Random,
-        parties: Parties,
-        trace: Trace,
-        identity: RunIdentity,
-    ) -> None:
-        self._agenda = agenda
-        self._weather = weather
-        self._rng = rng
-        self._parties = parties
-        self._trace = trace
+    def __init__(self, environment: Environment, identity: RunIdentity) -> None:
+        self.environment = environment
+        self._rng, self._trace = environment.rng, environment.trace
         self.closed: Closed | None = None
-        self.tasks = self.replays = self.runs = self.thrown_away = 0
+        self.runs = self.resets = 0
         self.updates: dict[str, str] = {}
         """Update → rejected, accepted, or its result as JSON."""
         self.search_attributes: dict[str, bytes] = {}
-        self.witness = Witness()
-        self.on_recorded: Callable[[list[WorkflowActivationJob], set[str]], None] = lambda _jobs, _busy: None
-        """Told of every task that counts: its jobs, and the names of the calls that were open when it began."""
-        self.on_scheduled: Callable[[Call], None] = lambda _call: None
-        """Told of every visible activity that is scheduled."""
         self.hand_on: Callable[[Payload], Payload] = lambda argument: argument
-        """What becomes of a continued run's argument on its way."""
-        self._worker_up_at = self._paused_until = 0.0
-        self._hosted: HostedRun | None = None
+        """Changes the argument of a continued run."""
         self._past: list[PastRun] = []
         """The runs that continued as the present one, oldest first."""
-        self.resets = 0
         self._open(identity)
+
+    def _open(self, identity: RunIdentity) -> None:
+        self.runs += 1
+        self._run = LiveRun(self.environment, identity, self._apply)
 
     @property
     def argument(self) -> Payload:
         """What the present run was started with; a reset may have gone back to an earlier one's."""
-        return self._identity.arguments[0]
-
-    def _open(self, identity: RunIdentity) -> None:
-        self.runs += 1
-        self._identity = identity
-        self._calls = Calls(
-            self._agenda,
-            self._weather,
-            self._rng,
-            self._parties,
-            self._trace,
-            self._call_resolved_in(self.runs),
-            identity.run_id,
-        )
-        self._calls.worker_up_at = self._worker_up_at
-        self._history: list[Recorded] = []
-        self._flags: set[int] = set()
-        self._events = 1
-        self._timers = Timers(self._agenda, self._receive)
-        self._called: dict[int, Call] = {}
-        self._locals: dict[int, Call] = {}
-        self._task: OpenTask | None = None
-        self._is_task_due = False
-        self._cancel_requested = False
-        self._waiting = [identity.first_job()]
-        self._due()
+        return self._run.identity.arguments[0]
 
     @property
     def now(self) -> float:
-        return self._agenda.now
+        return self.environment.timeline.now
 
-    # What is sent to the run
+    @property
+    def witness(self) -> Witness:
+        return self.environment.witness
+
+    # What is sent to the task
 
     def signal(self, name: str, *payloads: Payload) -> None:
-        self._receive(
-            WorkflowActivationJob(signal_workflow=activation_api.SignalWorkflow(signal_name=name, input=payloads))
-        )
+        signal = activation_api.SignalWorkflow(signal_name=name, input=payloads)
+        self._run.receive(WorkflowActivationJob(signal_workflow=signal))
 
     def request_cancel(self, reason: str) -> None:
-        """As a client asks; the server tells a run once."""
-        if not self._cancel_requested:
-            self._cancel_requested = True
-            self._receive(WorkflowActivationJob(cancel_workflow=activation_api.CancelWorkflow(reason=reason)))
+        self._run.request_cancel(reason)
 
     def update(self, update_id: str, name: str, *payloads: Payload) -> None:
         self.updates[update_id] = "sent"
-        self._receive(
-            WorkflowActivationJob(
-                do_update=activation_api.DoUpdate(
-                    id=update_id, protocol_instance_id=update_id, name=name, input=payloads, run_validator=True
-                )
-            )
+        update = activation_api.DoUpdate(
+            id=update_id, protocol_instance_id=update_id, name=name, input=payloads, run_validator=True
         )
+        self._run.receive(WorkflowActivationJob(do_update=update))
 
     def query(self, name: str) -> Payload | None:
-        """The answer of a run in memory that is not at work; None: it would have to be replayed first."""
-        if self._hosted is None or self._task is not None or self.closed is not None:
-            return None
-        job = WorkflowActivationJob(query_workflow=activation_api.QueryWorkflow(query_id="query", query_type=name))
-        [command] = self._hosted.activate(Activation((job,), self._agenda.now, self._events), flags=sorted(self._flags))
-        if not command.respond_to_query.HasField("succeeded"):
-            raise TaskFailed(f"the query {name} failed: {command.respond_to_query.failed.message}")
-        return command.respond_to_query.succeeded.response
-
-    def _receive(self, job: WorkflowActivationJob) -> None:
-        if self.closed is None:
-            self._waiting.append(job)
-            self._due()
+        """The answer; None: the run would have to be replayed first."""
+        return self._run.query(name)
 
     # Faults
 
     def kill_worker(self, seconds_away: float) -> None:
-        """SIGKILL: whatever is in memory is gone; another worker is there after `seconds_away`."""
+        """SIGKILL; another worker is there after `seconds_away`."""
         self._trace("KILL worker, back after %g s", seconds_away)
-        self._worker_up_at = self._agenda.now + seconds_away
-        self._calls.worker_killed(self._worker_up_at)
-        self._lose_task()
+        self.environment.worker_up_at = self.now + seconds_away
+        self._run.worker_killed()
 
     def pause(self, seconds: float) -> None:
         """An operator pauses the run: until it is unpaused no worker takes up a workflow task of it."""
         self._trace("PAUSE for %g s", seconds)
-        self._paused_until = self._agenda.now + seconds
+        self.environment.paused_until = self.now + seconds
+
+    def evict(self) -> None:
+        self._run.evict()
 
     def reset(self) -> None:
-        """An operator resets a run of the task to a workflow task of it, any of them.
-
-        What the run waited for then is begun anew; what was in flight lands all the same, and nobody hears of it.
-        """
-        runs = [*self._past, self._as_past()]
+        """An operator resets a run of the task to a workflow task of it, any of them."""
+        runs = [*self._past, self._run.as_past()]
         which = self._rng.randrange(len(runs))
         if not runs[which].cuts():  # its first task has not been recorded yet
             return
         kept = runs[which].cut(self._rng.choice(runs[which].cuts()))
         self.resets += 1
         self._trace("RESET of %s to its %d. activation", kept.identity.run_id, len(kept.history))
-        self._stop_present()
+        self._run.stop()
         self._past = self._past[:which]
         self.closed = None
         self._open(replace(kept.identity, run_id=f"reset-{self.resets}"))
-        self._history, self._called, self._waiting = kept.history, kept.called, kept.unrecorded
-        self._flags |= kept.flags
         self.search_attributes = kept.search_attributes()
-        self._events = 1 + sum(len(recorded.answered) + 3 for recorded in kept.history)
-        self._cancel_requested = any(job.HasField("cancel_workflow") for job in kept.unrecorded)
-        for began_at, command in kept.open_timers():
-            self._timers.start(command.start_timer, began_at)
-        unwanted = kept.unwanted_calls()
-        for command in kept.open_calls():
-            call = self._calls.schedule(command.schedule_activity, command.schedule_activity.arguments)
-            self._called[call.seq] = call
-            if call.seq in unwanted:
-                self._calls.request_cancel(call.seq)
-
-    def _as_past(self) -> PastRun:
-        sent = (self._task.jobs if self._task is not None else []) + self._waiting
-        return PastRun(self._identity, self._history, self._called, self._flags, sent)
-
-    def _stop_present(self) -> None:
-        self._calls.forget_all()
-        self._timers.call_off_all()
-        if self._task is not None and self._task.heartbeat is not None:
-            self._task.heartbeat.call_off()
-        self._drop()
-
-    def evict(self) -> None:
-        """The worker's cache is full: a run that is not at work is dropped from memory."""
-        if self._task is None and self._hosted is not None:
-            self._trace("evicted")
-            self._drop()
-
-    def _lose_task(self) -> None:
-        """What the open task came to never reaches the server, and the worker forgets the run."""
-        for call in list(self._locals.values()):
-            self._calls.forget(call)
-        self._locals.clear()
-        self._drop()
-        if self._task is not None:
-            self.thrown_away += 1
-            if self._task.heartbeat is not None:
-                self._task.heartbeat.call_off()
-            self._waiting = self._task.jobs + self._waiting
-            self._task = None
-            self._due()
-
-    def _drop(self) -> None:
-        if self._hosted is not None:
-            hosted, self._hosted = self._hosted, None
-            hosted.evict(self._agenda.now)
+        self._run.restore(kept)
 
     def end(self) -> None:
         """Leave nothing behind in memory."""
-        self._calls.forget_all()
-        self._drop()
+        self._run.stop()
 
-    # Workflow tasks
+    # What the run requested
 
-    def _due(self) -> None:
-        if not self._is_task_due and self._task is None and self.closed is None:
-            self._is_task_due = True
-            delay = self._weather.task_delay()
-            begin = max(self._agenda.now + delay, self._worker_up_at, self._paused_until)
-            self._agenda.at(begin, self._take_up_in(self.runs))
-
-    def _take_up_in(self, run: int) -> Callable[[], None]:
-        def take_up() -> None:
-            if self.runs != run or self.closed is not None:
-                return
-            self._is_task_due = False
-            if self._task is not None:
-                return
-            if self._agenda.now < max(self._worker_up_at, self._paused_until):
-                self._due()
-                return
-            self._take_up()
-
-        return take_up
-
-    def _take_up(self) -> None:
-        if self._hosted is None:
-            self._replay()
-        jobs, self._waiting = self._waiting, []
-        self.tasks += 1
-        self._events += 2 + sum(_EVENTS_OF_JOB.get(str(job.WhichOneof("variant")), 1) for job in jobs)
-        self._task = OpenTask(jobs, self._calls.names() | self._resolved_by(jobs))
-        self._trace("TASK %d: %s", self.tasks, lambda: ", ".join(map(job_said, jobs)) or "nothing")
-        if self._locals:
-            self._task.heartbeat = self._agenda.after(OPEN_AT_MOST_SECONDS, self._heartbeat)
-        if jobs:
-            self._activate(in_order(jobs))
-
-    def _activate(self, jobs: list[WorkflowActivationJob]) -> None:
-        assert self._hosted is not None
-        assert self._task is not None
-        activation = Activation(tuple(jobs), self._agenda.now, self._events)
-        commands = self._hosted.activate(activation, flags=sorted(self._flags))
-        self._task.recorded.append(Recorded(activation, commands))
-        self._task.commands.extend(commands)
-        for command in commands:
-            self._trace("    -> %s", partial(command_said, command))
-        self._start_locals(commands)
-        unsent = self._cancelled_unsent(commands)
-        if self._task.is_closing or (not self._locals and not unsent):
-            self._answer()
-        elif unsent:
-            self._activate(unsent)
-        elif self._task.heartbeat is None:
-            self._task.heartbeat = self._agenda.after(OPEN_AT_MOST_SECONDS, self._heartbeat)
-
-    def _start_locals(self, commands: list[WorkflowCommand]) -> None:
-        for command in commands:
-            if command.HasField("schedule_local_activity"):
-                self._begin_local(command)
-            elif command.HasField("request_cancel_local_activity"):
-                self._calls.request_cancel(command.request_cancel_local_activity.seq)
-
-    def _begin_local(self, command: WorkflowCommand) -> None:
-        local = command.schedule_local_activity
-        self._called[local.seq] = self._locals[local.seq] = self._calls.schedule(local, local.arguments)
-
-    def _cancelled_unsent(self, commands: list[WorkflowCommand]) -> list[WorkflowActivationJob]:
-        """An activity cancelled in the task that scheduled it is never sent: the run hears so in the same task."""
-        assert self._task is not None
-        unwanted = {c.request_cancel_activity.seq for c in commands if c.HasField("request_cancel_activity")}
-        unsent = [
-            c.schedule_activity
-            for c in self._task.commands
-            if c.HasField("schedule_activity") and c.schedule_activity.seq in unwanted
-        ]
-        seqs = {scheduled.seq for scheduled in unsent}
-        self._task.commands = [
-            c
-            for c in self._task.commands
-            if not (c.HasField("schedule_activity") and c.schedule_activity.seq in seqs)
-            and not (c.HasField("request_cancel_activity") and c.request_cancel_activity.seq in seqs)
-        ]
-        never = [Call.of(s, self._parties.argument_of(s.activity_type, s.arguments), self._agenda.now) for s in unsent]
-        for call in never:
-            self._called[call.seq] = call
-            call.scheduled_at = self._agenda.now
-        self._task.unsent += never
-        return [resolved(call, cancelled(call)) for call in never]
-
-    def _heartbeat(self) -> None:
-        """The task has been open for long: record what there is, and hear what has come."""
-        self._record()
-        self._take_up()
-
-    def _answer(self) -> None:
-        assert self._task is not None
-        if self._weather.loses_task():
-            self._trace("the task's outcome is lost")
-            self._lose_task()
-        elif self._task.is_closing and self._waiting:
-            self._trace("the run would close over what has come: the task comes again")
-            self._lose_task()
-        else:
-            self._record()
-            if self._waiting:
-                self._due()
-
-    def _record(self) -> None:
-        assert self._task is not None
-        assert self._hosted is not None
-        task, self._task = self._task, None
-        if task.heartbeat is not None:
-            task.heartbeat.call_off()
-        self._flags |= self._hosted.flags
-        for recorded in task.recorded:
-            self._tell_witness(recorded.activation, task.unsent)
-        self.on_recorded(task.jobs, task.busy)
-        rejected = {
-            c.update_response.protocol_instance_id
-            for c in task.commands
-            if c.HasField("update_response") and c.update_response.HasField("rejected")
-        }
-        length = len(self._history)
-        for recorded in task.recorded:
-            self._keep(recorded, rejected, begins_task=len(self._history) == length)
-        self._events += 1
-        answered_at = {id(command): r.activation.at for r in task.recorded for command in r.answered}
-        for command in task.commands:
-            self._obey(command, answered_at[id(command)])
-
-    def _tell_witness(self, activation: Activation, unsent: list[Call]) -> None:
-        for job in activation.jobs:
-            call = self._called[job.resolve_activity.seq] if job.HasField("resolve_activity") else None
-            if call is None:
-                self.witness.received(job, activation.at)
-                continue
-            if call.is_local or call in unsent:
-                self.witness.scheduled(call, call.scheduled_at)
-            if call in unsent:
-                self.on_scheduled(call)
-            self.witness.resolved(call, activation.at)
-
-    def _keep(self, recorded: Recorded, rejected: set[str], *, begins_task: bool) -> None:
-        """A rejected update leaves nothing in the history, neither itself nor what was answered to it."""
-        activation = recorded.activation
-        jobs = tuple(job for job in activation.jobs if not (job.HasField("do_update") and job.do_update.id in rejected))
-        answered = [
-            command
-            for command in recorded.answered
-            if not (command.HasField("update_response") and command.update_response.protocol_instance_id in rejected)
-        ]
-        if jobs:
-            prints = [fingerprint(command) for command in answered]
-            if any(len(each) > SERVER_PAYLOAD_BYTES for each in prints):
-                raise TaskFailed(f"PayloadsTooLarge: {max(map(len, prints))} bytes")
-            self._history.append(Recorded(replace(activation, jobs=jobs), answered, prints, begins_task))
-        elif answered:
-            raise TaskFailed(f"a rejected update had an effect: {[command_said(command) for command in answered]}")
-
-    def _replay(self) -> None:
-        """Bring the run back into memory: it must answer as it did. Local activities without a result run again."""
-        self._hosted = hosted = HostedRun(self._identity)
-        hosted.flags |= self._flags
-        if not self._history:
-            return
-        self.replays += 1
-        self._trace("REPLAY of %d activations", len(self._history))
-        for command in replayed(self._history, hosted, self._flags):
-            self._begin_local(command)
-
-    # What the run asked for
-
-    def _obey(self, command: WorkflowCommand, at: float) -> None:
-        kind = command.WhichOneof("variant")
-        self._events += kind not in ("update_response", None)
-        if kind == "schedule_activity":
-            call = self._calls.schedule(command.schedule_activity, command.schedule_activity.arguments)
-            self._called[call.seq] = call
-            self.witness.scheduled(call, at)
-            self.on_scheduled(call)
-        elif kind == "request_cancel_activity":
-            self._calls.request_cancel(command.request_cancel_activity.seq)
-        elif kind == "start_timer":
-            self._timers.start(command.start_timer, self._agenda.now)
-        elif kind == "cancel_timer":
-            seq = command.cancel_timer.seq
-            self._timers.call_off(seq)
-            self._waiting = [job for job in self._waiting if not _rings(job, seq)]
-        elif kind == "update_response":
-            self._respond(command)
+    def _apply(self, command: WorkflowCommand, kind: str) -> None:
+        """A command that concerns the workflow id: an update's answer, search attributes, the end."""
+        if kind == "update_response":
+            response = command.update_response
+            if response.HasField("completed"):
+                self.updates[response.protocol_instance_id] = response.completed.data.decode()
+            else:
+                is_rejected = response.HasField("rejected")
+                self.updates[response.protocol_instance_id] = "rejected" if is_rejected else "accepted"
         elif kind == "upsert_workflow_search_attributes":
             upserted = command.upsert_workflow_search_attributes.search_attributes
             self.search_attributes.update({name: payload.data for name, payload in upserted.indexed_fields.items()})
-        elif kind in CLOSING:
-            self._close(command, kind)
-
-    def _respond(self, command: WorkflowCommand) -> None:
-        response = command.update_response
-        update = response.protocol_instance_id
-        if response.HasField("completed"):
-            self.updates[update] = response.completed.data.decode()
-        else:
-            self.updates[update] = "rejected" if response.HasField("rejected") else "accepted"
-
-    def _close(self, command: WorkflowCommand, kind: str) -> None:
-        self._stop_present()
-        if kind == "continue_as_new_workflow_execution":
-            [argument] = command.continue_as_new_workflow_execution.arguments
-            identity = replace(
-                self._identity,
-                run_id=f"run-{self.runs + 1}",
-                continued_run_id=self._identity.run_id,
-                arguments=(self.hand_on(argument),),
-                started_at=self._agenda.now,
-            )
-            self._past.append(self._as_past())
-            self._open(identity)  # what came while it closed would have kept it open; its calls' ends are nobody's
+        elif kind == "continue_as_new_workflow_execution":
+            self._continue(command)
         elif kind == "complete_workflow_execution":
-            self.closed = Closed("completed", result=command.complete_workflow_execution.result)
+            self._close(Closed("completed", result=command.complete_workflow_execution.result))
         elif kind == "fail_workflow_execution":
-            self.closed = Closed("failed", failure=command.fail_workflow_execution.failure)
-        else:
-            self.closed = Closed("cancelled")
+            self._close(Closed("failed", failure=command.fail_workflow_execution.failure))
+        elif kind == "cancel_workflow_execution":
+            self._close(Closed("cancelled"))
 
-    def _resolved_by(self, jobs: list[WorkflowActivationJob]) -> set[str]:
-        return {self._called[job.resolve_activity.seq].name for job in jobs if job.HasField("resolve_activity")}
+    def _close(self, closed: Closed) -> None:
+        self._run.stop()
+        self.closed = closed
 
-    def _call_resolved_in(self, run: int) -> Callable[[Call, Resolution], None]:
-        def heard(call: Call, resolution: Resolution) -> None:
-            if self.runs != run or self.closed is not None:
-                return
-            if call.is_local:
-                self._local_resolved(call, resolution)
-            else:
-                self._receive(resolved(call, resolution))
-
-        return heard
-
-    def _local_resolved(self, call: Call, resolution: Resolution) -> None:
-        """The run hears of it within the task that is open."""
-        self._locals.pop(call.seq, None)
-        assert self._task is not None, "local activities run while a task is open"
-        self._trace("  local result: %s", call.name)
-        self._activate([resolved(call, resolution)])
-
-
-def _rings(job: WorkflowActivationJob, seq: int) -> bool:
-    return job.HasField("fire_timer") and job.fire_timer.seq == seq
+    def _continue(self, command: WorkflowCommand) -> None:
+        """A message that arrived meanwhile would have kept it open; the outcomes of its calls are ignored."""
+        self._run.stop()
+        [argument] = command.continue_as_new_workflow_execution.arguments
+        identity = replace(
+            self._run.identity,
+            run_id=f"run-{self.runs + 1}",
+            continued_run_id=self._run.identity.run_id,
+            arguments=(self.hand_on(argument),),
+            started_at=self.now,
+        )
+        self._past.append(self._run.as_past())
+        self._open(identity)

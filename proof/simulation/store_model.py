@@ -22,13 +22,13 @@ from comfyui_temporal.contracts.task_store import (
     TaskWrite,
 )
 from comfyui_temporal.contracts.tasks import EventType, TaskStatus
-from proof.simulation.agenda import Agenda
+from proof.simulation.timeline import Timeline
 
-ANOTHERS: Final = "another-run"
+OTHER_RUN: Final = "another-run"
 
 
 class StoreRefused(Exception):
-    """What no repeat can mend: another run holds the id."""
+    """Another run holds the id: no retry can help."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Caller:
 class StoreModel:
     """One task's row, events and exception records; `events` in the order of their `seq`."""
 
-    def __init__(self, agenda: Agenda, policy: Policy, held_by: str | None = None) -> None:
-        self._agenda = agenda
+    def __init__(self, timeline: Timeline, policy: Policy, held_by: str | None = None) -> None:
+        self._timeline = timeline
         self._policy = policy
         self.held_by = held_by
         self.state: TaskState | None = None
@@ -69,7 +69,7 @@ class StoreModel:
     def has_ended(self) -> bool:
         return bool(self.events) and self.events[-1].is_end
 
-    # What activities ask
+    # What activities request
 
     def claim(self, claim: TaskClaim, caller: Caller) -> ClaimOutcome:
         if self.held_by is None:
@@ -106,7 +106,7 @@ class StoreModel:
     def look(self, order: LookOrder, caller: Caller) -> RowSeen:
         life = self.register(caller.run_id, order.run_number, order.first_execution_run_id)
         began = self._life_began_at
-        seconds = self._agenda.now - began if began is not None else None
+        seconds = self._timeline.now - began if began is not None else None
         points = sum(event.credits_delta or 0 for event in self.events)
         return RowSeen(life=life, row=self._row(), life_seconds=seconds, told_points=points)
 
@@ -130,10 +130,10 @@ class StoreModel:
             self._earlier_runs.add(self._run_id)
             if run_number <= self._run_number:
                 self.lives += 1
-                self._life_began_at, self._version = self._agenda.now, 0
+                self._life_began_at, self._version = self._timeline.now, 0
         self._run_id, self._run_number = run_id, run_number
 
-    def note_made(self, made: str, ids: list[str]) -> bool:
+    def record_id(self, made: str, ids: list[str]) -> bool:
         """Keep the id of a hold or job; whether it was known."""
         if self.state is None or made in ids:
             return self.state is not None
@@ -142,15 +142,15 @@ class StoreModel:
 
     def _list_ids(self, state: TaskState) -> None:
         for made in state.credits.pre_deduct_ids:
-            self.note_made(made, self.hold_ids)
+            self.record_id(made, self.hold_ids)
         if state.job_id is not None:
-            self.note_made(state.job_id, self.job_ids)
+            self.record_id(state.job_id, self.job_ids)
 
     def _row(self) -> TaskRow | None:
         if self.state is None or self._claim is None:
             return None
         claimed = self._claim.model_dump(exclude={"at"})
-        now = datetime.fromtimestamp(self._agenda.now, UTC)
+        now = datetime.fromtimestamp(self._timeline.now, UTC)
         return TaskRow(
             **self.state.model_dump(),
             **claimed,
@@ -180,7 +180,7 @@ class StoreModel:
         self._keys.add(fact.key)
         if fact.job_id is not None and fact.sequence is not None:
             self._sequences[fact.job_id] = fact.sequence
-        progress = self._told_before(fact)
+        progress = self._progress_before(fact)
         if (fact.progress or 0.0) < progress:
             fact = fact.model_copy(update={"progress": progress})
         at = (fact.attempt, fact.stage)
@@ -188,8 +188,8 @@ class StoreModel:
         self.events.append(fact)
         self.on_event(fact)
 
-    def _told_before(self, fact: Fact) -> float:
-        """What was told of this attempt and stage: by the last event, and after a reset by any."""
+    def _progress_before(self, fact: Fact) -> float:
+        """The progress that was published of this attempt and stage: by the last event, and after a reset by any."""
         at = (fact.attempt, fact.stage)
         if self.lives:
             return self._reached.get(at, 0.0)

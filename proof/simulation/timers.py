@@ -4,35 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from temporalio.bridge.proto.workflow_activation import FireTimer, WorkflowActivationJob
-from temporalio.bridge.proto.workflow_commands import StartTimer
-
-from proof.simulation.agenda import Agenda, Happening
+from proof.simulation.sdk import StartTimer, WorkflowActivationJob, activation_api
+from proof.simulation.timeline import Scheduled, Timeline
 
 
 class Timers:
-    """Those that have not rung; `rung` takes what the run is told."""
+    """Those that have not fired; `rung` is called with the job that fires."""
 
-    def __init__(self, agenda: Agenda, rung: Callable[[WorkflowActivationJob], None]) -> None:
-        self._agenda = agenda
+    def __init__(self, timeline: Timeline, rung: Callable[[WorkflowActivationJob], None]) -> None:
+        self._timeline = timeline
         self._rung = rung
-        self._open: dict[int, Happening] = {}
+        self._open: dict[int, Scheduled] = {}
 
     def start(self, timer: StartTimer, began_at: float) -> None:
         """A timer that was started at `began_at`: a reset run's goes on where it was."""
 
         def ring() -> None:
             if self._open.pop(timer.seq, None) is not None:
-                self._rung(WorkflowActivationJob(fire_timer=FireTimer(seq=timer.seq)))
+                self._rung(WorkflowActivationJob(fire_timer=activation_api.FireTimer(seq=timer.seq)))
 
         seconds = timer.start_to_fire_timeout.ToTimedelta().total_seconds()
-        self._open[timer.seq] = self._agenda.at(began_at + seconds, ring)
+        self._open[timer.seq] = self._timeline.at(began_at + seconds, ring)
 
-    def call_off(self, seq: int) -> None:
+    def cancel(self, seq: int) -> None:
         timer = self._open.pop(seq, None)
         if timer is not None:
-            timer.call_off()
+            timer.cancel()
 
-    def call_off_all(self) -> None:
+    def cancel_all(self) -> None:
         for seq in list(self._open):
-            self.call_off(seq)
+            self.cancel(seq)

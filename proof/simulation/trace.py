@@ -1,32 +1,31 @@
-"""What happened, as lines a person can read; costs next to nothing while nobody reads it."""
+"""What happened, as readable lines; costs next to nothing while it is not wanted."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from temporalio.api.common.v1 import Payload
-from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
-from temporalio.bridge.proto.workflow_commands import WorkflowCommand
 
-from proof.simulation.agenda import BEGINNING, Agenda
+from proof.simulation.sdk import WorkflowActivationJob, WorkflowCommand
+from proof.simulation.timeline import START, Timeline
 
 
 class Trace:
     """Lines of one schedule, each with the seconds since its beginning; kept only when they are wanted."""
 
-    def __init__(self, agenda: Agenda, *, is_wanted: bool) -> None:
-        self._agenda = agenda
+    def __init__(self, timeline: Timeline, *, is_wanted: bool) -> None:
+        self._timeline = timeline
         self.is_wanted = is_wanted
         self.lines: list[str] = []
 
     def __call__(self, line: str, *values: Any) -> None:
-        """A value that can be called is asked for its text only when the line is wanted."""
+        """A callable value is called only when the line is wanted."""
         if self.is_wanted:
             values = tuple(value() if callable(value) else value for value in values)
-            self.lines.append(f"{self._agenda.now - BEGINNING:10.3f} {line % values if values else line}"[:400])
+            self.lines.append(f"{self._timeline.now - START:10.3f} {line % values if values else line}"[:400])
 
 
-def job_said(job: WorkflowActivationJob) -> str:
+def job_text(job: WorkflowActivationJob) -> str:
     kind = job.WhichOneof("variant")
     if kind == "signal_workflow":
         return "signal " + ", ".join(_shown(payload) for payload in job.signal_workflow.input)
@@ -43,7 +42,7 @@ def _shown(payload: Payload) -> str:
     return payload.data[:160].decode("utf-8", "replace")
 
 
-def command_said(command: WorkflowCommand) -> str:
+def command_text(command: WorkflowCommand) -> str:
     kind = command.WhichOneof("variant")
     if kind in ("schedule_activity", "schedule_local_activity"):
         scheduled = getattr(command, kind)

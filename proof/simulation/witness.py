@@ -1,12 +1,10 @@
-"""What a run was told and what it asked for: by Temporal's history and the others' own words, never by the run's."""
+"""What a run received and what it requested: by Temporal's history and the services, never by the run's own account."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
-
-from temporalio.bridge.proto.workflow_activation import WorkflowActivationJob
 
 from comfyui_temporal.contracts.calls import JobCall
 from comfyui_temporal.contracts.comfyui import Checkpoint, JobState, TrainingState
@@ -16,6 +14,7 @@ from comfyui_temporal.contracts.tasks import ConfirmPrice
 from proof.simulation.calls import Call
 from proof.simulation.comfyui_model import id_of
 from proof.simulation.hosted_run import CONVERTER
+from proof.simulation.sdk import WorkflowActivationJob
 
 State = JobState | TrainingState
 SUBMITS = frozenset({"submit_job", "create_training"})
@@ -23,12 +22,12 @@ GETS = frozenset({"get_job", "get_training"})
 CANCELS = frozenset({"cancel_job", "cancel_training"})
 LOST_AFTER = 10.0
 OURS = frozenset({TASK_ENDED, READ_THE_LEDGER})
-"""Refusals that no service gave: the call was not made."""
+"""Refusals of our own: the call was not made."""
 
 
 @dataclass(frozen=True)
-class Word:
-    """A job's state as the run was told it, by a callback or an answer."""
+class Report:
+    """A job's state as the run received it, by a callback or an answer."""
 
     at: float
     state: State
@@ -44,7 +43,7 @@ class Word:
 
 @dataclass
 class Attempt:
-    """One job that was asked for. `call` is its first asking."""
+    """One job that was requested. `call` is its first request."""
 
     n: int
     call: Call
@@ -54,7 +53,7 @@ class Attempt:
 
     @property
     def was_answered_at_once(self) -> bool:
-        """Not only when it was asked for again, to undo it."""
+        """Not only when the request was repeated, to undo it."""
         return self.accepted is not None and self.call.outcome is not None
 
 
@@ -69,14 +68,14 @@ def key_of(call: Call) -> str:
 
 
 class Witness:
-    """Keeps what was recorded: calls by their names, words by their jobs, in the order in which they came."""
+    """Keeps what was recorded: calls by name, reports by job, in the order in which they arrived."""
 
     def __init__(self) -> None:
         self.sent: dict[bytes, State] = {}
-        """Every callback that was ever sent → the state that it tells."""
+        """Every callback that was sent → the state in it."""
         self.calls: dict[str, list[Call]] = defaultdict(list)
         self.attempts: dict[int, Attempt] = {}
-        self.words: dict[str, list[Word]] = defaultdict(list)
+        self.reports: dict[str, list[Report]] = defaultdict(list)
         self.unknown_at: dict[str, list[float]] = defaultdict(list)
         """Job → when its server said that it does not know it."""
         self.confirmed: dict[float, int] = {}
@@ -89,7 +88,7 @@ class Witness:
             inputs = job.signal_workflow.input
             state = self.sent.get(inputs[0].data) if len(inputs) == 1 else None
             if state is not None:
-                self._word(state, at)
+                self._report(state, at)
         elif job.HasField("do_update") and job.do_update.id.startswith("confirm"):
             [request] = CONVERTER.from_payloads(list(job.do_update.input), [ConfirmPrice])
             self.confirmed[at] = max(request.max_credits, self.confirmed.get(at, 0))
@@ -102,7 +101,7 @@ class Witness:
             self.attempts.setdefault(n, Attempt(n, call))
 
     def resolved(self, call: Call, at: float) -> None:
-        call.told_at = at
+        call.resolved_at = at
         answer = call.outcome
         if not isinstance(answer, Answer):
             return
@@ -114,25 +113,25 @@ class Witness:
         elif call.name in GETS and call.cancel_asked_at is None:
             assert isinstance(call.argument, JobCall)
             if answer.reply is not None:
-                self._word(answer.reply, at)
+                self._report(answer.reply, at)
             elif answer.refusal is not None:
                 self.unknown_at[call.argument.job_id].append(at)
 
-    def _word(self, state: State, at: float) -> None:
-        self.words[id_of(state)].append(Word(at, state))
+    def _report(self, state: State, at: float) -> None:
+        self.reports[id_of(state)].append(Report(at, state))
 
     # What it amounts to
 
     @property
     def attempt(self) -> Attempt | None:
-        """The newest job that was asked for."""
+        """The newest job that was requested."""
         return self.attempts[max(self.attempts)] if self.attempts else None
 
-    def news_of(self, job_id: str | None) -> list[Word]:
-        """The words that count: each with a higher sequence than any before, up to the job's last."""
+    def reports_of(self, job_id: str | None) -> list[Report]:
+        """The reports that count: each with a higher sequence than those before, up to the job's last."""
         lost_at = self.lost_at(job_id)
-        words = self.words.get(job_id or "", [])
-        return _new(words if lost_at is None else [word for word in words if word.at < lost_at])
+        reports = self.reports.get(job_id or "", [])
+        return _new(reports if lost_at is None else [report for report in reports if report.at < lost_at])
 
     def lost_at(self, job_id: str | None) -> float | None:
         """When the server had said twice, and far enough apart, that it does not know the job."""
@@ -140,51 +139,51 @@ class Witness:
         if not unknown:
             return None
         since: float | None = None
-        new = _new(self.words.get(job_id or "", []))
+        new = _new(self.reports.get(job_id or "", []))
         for at in unknown:
-            if since is None or any(since < word.at <= at for word in new):
+            if since is None or any(since < report.at <= at for report in new):
                 since = at
             elif at - since >= LOST_AFTER:
                 return at
         return None
 
     def first(self, name: str, n: int) -> Call | None:
-        """The first asking of a step's `n`-th call."""
+        """The first request of a step's `n`-th call."""
         return next((call for call in self.calls.get(name, ()) if number_of(key_of(call)) == n), None)
 
     def last(self, name: str, n: int) -> Call | None:
-        """The last asking of a step's `n`-th call."""
+        """The last request of a step's `n`-th call."""
         return next((call for call in reversed(self.calls.get(name, ())) if number_of(key_of(call)) == n), None)
 
     def reply(self, name: str, n: int) -> Any:
-        """The reply to a step's `n`-th call that the run was told, or None."""
+        """The reply to a step's `n`-th call that the run received, or None."""
         for call in self.calls.get(name, ()):
-            reply = call.outcome.reply if isinstance(call.outcome, Answer) and call.told_at is not None else None
+            reply = call.outcome.reply if isinstance(call.outcome, Answer) and call.resolved_at is not None else None
             if reply is not None and number_of(key_of(call)) == n:
                 return reply
         return None
 
     def refusals(self, *names: str) -> list[tuple[float, str]]:
-        """When the run was told of a definite refusal, and the refusal's word."""
-        told = [call for name in names for call in self.calls.get(name, ()) if call.told_at is not None]
+        """When the run received a definite refusal, and the refusal's message."""
+        told = [call for name in names for call in self.calls.get(name, ()) if call.resolved_at is not None]
         return [
-            (call.told_at or 0.0, call.outcome.refusal.message)
+            (call.resolved_at or 0.0, call.outcome.refusal.message)
             for call in told
             if isinstance(call.outcome, Answer) and call.outcome.refusal is not None
             if call.outcome.refusal.message not in OURS
         ]
 
     def is_open(self, name: str, since: float) -> bool:
-        """Whether a call of that name was under way at some time after `since`."""
-        return any(call.told_at is None or call.told_at >= since for call in self.calls.get(name, ()))
+        """Whether a call of that name was open at some time after `since`."""
+        return any(call.resolved_at is None or call.resolved_at >= since for call in self.calls.get(name, ()))
 
 
-def _new(words: list[Word]) -> list[Word]:
+def _new(reports: list[Report]) -> list[Report]:
     """Those with a higher sequence than any before, up to the job's last."""
-    news: list[Word] = []
-    for word in words:
-        if not news or word.state.sequence > news[-1].state.sequence:
-            news.append(word)
-            if word.state.has_ended():
+    news: list[Report] = []
+    for report in reports:
+        if not news or report.state.sequence > news[-1].state.sequence:
+            news.append(report)
+            if report.state.has_ended():
                 break
     return news

@@ -145,7 +145,7 @@ class ComfyUIAdmin(ServiceAdmin):
 
 
 class CreditsAdmin(ServiceAdmin):
-    """Accounts, authorisations, holds and the books."""
+    """Accounts, authorisations, holds and the ledger."""
 
     async def accounts(self) -> list[AccountSeen]:
         return await self._call(list[AccountSeen], "GET", "/accounts")

@@ -24,7 +24,7 @@ def guarded_router(admin_token: str) -> APIRouter:
 
 
 def health_router() -> APIRouter:
-    """`GET /health`: whether the service answers; for whoever starts it."""
+    """`GET /health`: whether the service answers."""
     router = APIRouter()
 
     @router.get("/health")

@@ -75,13 +75,13 @@ class AdminModel(BaseModel):
 
 
 class Match(AdminModel):
-    """Which occasions a fault hits; what is null is not looked at.
+    """Which occasions a fault hits; a null field matches anything.
 
     `route` is a route's name (`submit_job`, `pre_deduct` …). `callback_status` is the `job_status` or
-    `training_status` that a callback tells. `nth` counts from 1 over the occasions that match otherwise, from when
+    `training_status` in a callback. `nth` counts from 1 over the occasions that match otherwise, from when
     the fault was set.
     `probability` is decided by `seed`, route, task and how often that pair came, so that a run can be repeated.
-    `times`: how many hits the fault has in it; null is without end. Default: 1, without end for `STANDING_KINDS`.
+    `times`: how many hits the fault has; null is without end. Default: 1, without end for `STANDING_KINDS`.
     """
 
     route: str | None = None
@@ -122,7 +122,7 @@ class Parameters(AdminModel):
     copies: int = Field(default=1, ge=1, le=1000)
     same_id: bool = True
     instead: bool = False
-    """Garbage and forged callbacks: sent in place of the true one, not besides it."""
+    """Garbage and forged callbacks: sent instead of the genuine one, not in addition to it."""
     gpu_hours: float | None = Field(default=None, ge=0)
 
 
@@ -141,7 +141,7 @@ class FaultOrder(AdminModel):
 
 
 class Fault(FaultOrder):
-    """A fault as it stands: `seen` occasions matched, `hits` were hit."""
+    """A fault that is set: `seen` occasions matched, `hits` were hit."""
 
     fault_id: int
     seen: int = 0
@@ -295,7 +295,7 @@ class AuthorizationOrder(AdminModel):
 
 
 class BalanceCheck(AdminModel):
-    """Whether the books are true; `problems` says each untruth in a sentence."""
+    """Whether the ledger is consistent; `problems` has one sentence for each contradiction."""
 
     ok: bool
     accounts: int

@@ -26,7 +26,7 @@ CREATE TABLE IF NOT EXISTS authorizations (
 
 
 class Authorizations:
-    """A quota counts the tenant's holds on a template that stand or were committed; −1 is none."""
+    """A quota counts the tenant's holds on a template that are open or committed; −1 is none."""
 
     def __init__(self, state: StateFile, clock: Clock, ledger: Ledger) -> None:
         self._state = state

@@ -1,7 +1,7 @@
 """Callbacks out (contract §2): an outbox in the state file, signed by Standard Webhooks, repeated on its schedule.
 
 A callback is written in the transaction that changed the job and sent afterwards, so that neither is lost without the
-other. One request at a time per job, oldest due first; each attempt is signed anew, with its own wall-clock
+other. One request at a time per job, oldest due first; each attempt has its own signature and its own wall-clock
 `webhook-timestamp` under the same `webhook-id`.
 """
 
@@ -68,11 +68,11 @@ class Outbox:
         clock.on_change(self._wake.set)
 
     def put(self, *, run_id: str, task_id: str, tenant_id: str, status: str, url: str, body: str) -> None:
-        """Write one callback, as the faults that hit it say; call it in the transaction of the change it tells."""
+        """Write one callback, changed by the faults that hit it; call it in the transaction of the change."""
         occasion = Occasion("callback", "POST", task_id, tenant_id, status)
         hits = {fault.kind: fault for fault in self._faults.hit(occasion, CALLBACK_KINDS)}
         webhook_id = f"msg-{uuid.uuid4().hex}"
-        # Whoever was held back to be overtaken goes right after this one.
+        # A callback that was held back to be overtaken goes right after this one.
         self._state.run(
             "UPDATE callbacks SET due_at = ?, waits_for_next = 0 WHERE run_id = ? AND phase = 'pending'"
             " AND waits_for_next = 1",
@@ -228,7 +228,7 @@ class Outbox:
 
 
 def _false_body(fault: Fault, body: str) -> str:
-    """A forged callback says what the true one says; garbage is what was asked for, or half a message."""
+    """A forged callback has the genuine one's body; garbage is the configured body, or half a message."""
     if isinstance(fault.parameters.body, str):
         return fault.parameters.body
     return body if fault.kind is FaultKind.CALLBACK_FORGE else _GARBAGE

@@ -1,4 +1,4 @@
-"""The service's own time: instants that an admin can move on, and work time that can run faster.
+"""The service's own time, which an admin can advance, and work time, which can run faster.
 
 Two readings of one clock (contract seconds in both):
 
@@ -61,7 +61,7 @@ class Clock:
         """When, at the present speed, work time reaches `work`, in seconds since the epoch."""
         return self._anchor + (work - self._anchor_work) / self._speed
 
-    def instant_of(self, work: float) -> datetime:
+    def datetime_of(self, work: float) -> datetime:
         return datetime.fromtimestamp(self.timestamp_of(work), UTC)
 
     def advance(self, seconds: float) -> None:
@@ -80,7 +80,7 @@ class Clock:
         self._changed()
 
     def on_change(self, listener: Callable[[], None]) -> None:
-        """Call `listener` whenever somebody moved the clock: whoever sleeps until an instant looks again."""
+        """Call `listener` whenever the clock was advanced, so that sleepers check it again."""
         self._listeners.append(listener)
 
     def _changed(self) -> None:

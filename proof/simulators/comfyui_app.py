@@ -34,7 +34,7 @@ def comfyui_app(
     speed: float,
     gpus: dict[str, int] | None = None,
 ) -> FastAPI:
-    """The application; its state lies in `folder`/comfyui.sqlite3 and is closed when the application ends."""
+    """The application; its state is in `folder`/comfyui.sqlite3 and is closed when the application ends."""
     state = StateFile(folder / "comfyui.sqlite3")
     clock = Clock(state, speed=speed)
     faults = Faults(state)
@@ -112,7 +112,7 @@ def _result_routes(service: ComfyUIService) -> APIRouter:
 
 
 def _draw(run: ImageRun, path: Path) -> None:
-    """Draw at the first look: a job's picture follows from its prompt, so nobody can tell when it was drawn."""
+    """Draw a picture when it is first read: it depends only on the job's prompt."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_bytes(picture(run.prompt, run.seed, run.resolution))

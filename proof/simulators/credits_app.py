@@ -41,7 +41,7 @@ def credits_app(
     speed: float,
     profile: CreditsProfile = CONTRACT,
 ) -> FastAPI:
-    """The application; its state lies in `folder`/credits.sqlite3 and is closed when the application ends."""
+    """The application; its state is in `folder`/credits.sqlite3 and is closed when the application ends."""
     state = StateFile(folder / "credits.sqlite3")
     clock = Clock(state, speed=speed)
     faults = Faults(state)
@@ -70,7 +70,7 @@ def credits_app(
 
 
 async def _expire_holds(service: CreditsService) -> None:
-    """Return each hold when its time has come, also when nobody asks."""
+    """Return each hold at its expiry, also without a request."""
     moved = asyncio.Event()
     service.clock.on_change(moved.set)
     while True:

@@ -8,15 +8,15 @@ from typing import Final
 
 @dataclass(frozen=True)
 class CreditsProfile:
-    """What sets the two services apart. Whatever is not named here both do alike."""
+    """What sets the two services apart. Everything else they do alike."""
 
     name: str
     keeps_keys: bool
     """Idempotency. Without it every repeat acts again: a second hold, a second charge."""
     asks_for_tokens: bool
-    """Without it whoever calls is who the body or the query names."""
+    """Without it the caller is the user that the body or the query names."""
     ends_holds: bool
-    """A hold ends by itself when its `expire_at` has passed. Without it a hold stands until it is resolved."""
+    """A hold ends by itself when its `expire_at` has passed. Without it a hold stays open until it is resolved."""
     tells_kinds: bool
     """Ledger entries with `kind`, `pre_deduct_id` and `frozen_change`, in pages and by task; else `reason` alone."""
     counts_gpu_hours: bool

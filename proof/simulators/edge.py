@@ -77,8 +77,8 @@ class _Exchange:
 class Edge:
     """`task_of` finds the task of an id in a path or body, for requests that do not name it themselves.
 
-    Without `keeps_keys` every request acts, whatever its key; without `asks_for_tokens` whoever calls is who the body
-    or the query names, with every right (contract §4, field).
+    Without `keeps_keys` every request acts, whatever its key; without `asks_for_tokens` the caller is the user that the
+    body or the query names, with every scope (contract §4, field).
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Edge:
             return None
 
     def _claims(self, request: Request, body: Any) -> TokenClaims:
-        """Who calls. Raises Unauthenticated, or Refused where no token is asked for and nobody is named."""
+        """The caller. Raises Unauthenticated, or Refused where no token is required and no user is named."""
         if self._asks_for_tokens:
             return self._tokens.read(request.headers.get("authorization"))
         named = body if request.method == "POST" and isinstance(body, dict) else request.query_params

@@ -1,6 +1,6 @@
-"""The fault switchboard: which faults stand, and whether one hits an occasion.
+"""The fault switchboard: which faults are set, and whether one hits an occasion.
 
-An occasion is a request, a callback or the birth of a job. Decisions by probability come from a hash of seed, fault,
+An occasion is a request, a callback or the creation of a job. Decisions by probability come from a hash of seed, fault,
 route, task and how often that pair came: the order of concurrent requests does not change them.
 """
 

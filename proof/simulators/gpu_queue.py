@@ -1,7 +1,7 @@
-"""Which run has a GPU and how far it is: discrete events in work time, each applied at the instant it happened.
+"""Which run has a GPU and how far it is: discrete events in work time, each applied at the time it happened.
 
 `settle()` applies all that has come due, in order, however far the clock has jumped: a job that ended in between frees
-its GPU at that instant for the next one. Accelerated goes before standard, then first come, first served.
+its GPU at that time for the next one. Accelerated goes before standard, then first come, first served.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from proof.simulators.background import woken
 from proof.simulators.callbacks import Outbox
 from proof.simulators.clock import Clock
 from proof.simulators.jobs import ImageRun
-from proof.simulators.runs import ONLY_AT_THE_END, Outlook, Run, Trouble
+from proof.simulators.runs import ONLY_AT_THE_END, Forecast, Run, Trouble
 from proof.simulators.state_file import StateFile
 from proof.simulators.trainings import TrainingRun
 
@@ -104,14 +104,14 @@ class GpuQueue:
         self._save(run)
 
     def enqueue(self, run: AnyRun) -> None:
-        """Let it wait for a GPU from now on; an instant run is done before this returns."""
+        """Let it wait for a GPU from now on; an instantaneous run is done before this returns."""
         at = self._clock.work()
         run.phase, run.counted_from, run.waiting_since = "waiting", at, at
         run.ready_at = at + run.queue_seconds
         if run.is_instant:
             run.phase, run.has_begun, run.segment_since, run.index = "working", True, at, len(run.plan)
             for segment in run.plan:
-                run.segment_ended(segment, self._clock.instant_of(at), self._folder)
+                run.segment_ended(segment, self._clock.datetime_of(at), self._folder)
             self._finish(run, at)
         self._save(run)
         self.settle()
@@ -122,7 +122,7 @@ class GpuQueue:
         self.end(run, ErrorDetails(code="cancelled", message="Cancelled on request.", retryable=False))
 
     def end(self, run: AnyRun, error: ErrorDetails) -> None:
-        """End an open run with an error and tell; frees its GPU."""
+        """End an open run with an error and report it; frees its GPU."""
         if run.is_open:
             self._end(run, self._clock.work(), error)
             self.settle()
@@ -147,7 +147,7 @@ class GpuQueue:
             self.settle()
 
     def resume(self, run: AnyRun) -> None:
-        """Let a stalled run go on where it stood."""
+        """Let a stalled run go on from where it stopped."""
         if run.is_open and run.stalled_at is not None:
             run.segment_since += self._clock.work() - run.stalled_at
             run.stalled_at = None
@@ -165,7 +165,7 @@ class GpuQueue:
         return run.shown | {"sequence": run.sequence}
 
     def _fields(self, run: AnyRun, at: float) -> dict[str, Any]:
-        return run.lied(run.fields(at, self.outlook(run, at), self._clock.instant_of, self._clock.speed))
+        return run.lied(run.fields(at, self.forecast(run, at), self._clock.datetime_of, self._clock.speed))
 
     def seen(self, run: AnyRun) -> RunSeen:
         """What an admin sees; looking changes nothing."""
@@ -182,16 +182,16 @@ class GpuQueue:
             state=shown | {"sequence": run.sequence},
         )
 
-    def outlook(self, run: AnyRun, at: float) -> Outlook:
+    def forecast(self, run: AnyRun, at: float) -> Forecast:
         """When it starts and ends if nothing goes wrong from here."""
         if run.phase == "waiting":
-            return self._waiting_outlook(run, at)
+            return self._waiting_forecast(run, at)
         if run.phase == "working":
-            return Outlook(starts=at, ends=run.ends_if_undisturbed())
+            return Forecast(starts=at, ends=run.ends_if_undisturbed())
         if run.is_open:
             starts = run.counted_from + run.queue_seconds
-            return Outlook(starts=starts, ends=starts + run.total_seconds)
-        return Outlook(starts=at, ends=at)
+            return Forecast(starts=starts, ends=starts + run.total_seconds)
+        return Forecast(starts=at, ends=at)
 
     def wait_of_new(self, gpu_type: str, priority: TaskPriority) -> float:
         """Work seconds that a run of this priority, submitted now, would wait for a GPU of this type."""
@@ -205,13 +205,13 @@ class GpuQueue:
                 heapq.heappush(free, start + other.total_seconds)
         return max(0.0, free[0] - at)
 
-    def _waiting_outlook(self, run: AnyRun, at: float) -> Outlook:
+    def _waiting_forecast(self, run: AnyRun, at: float) -> Forecast:
         free = self._free_times(run.pool, at)
         for ahead, other in enumerate(self._waiting(run.pool)):
             start = max(heapq.heappop(free) if free else at, other.ready_at, at)
             ends = start + other.total_seconds
             if other.run_id == run.run_id:
-                return Outlook(starts=start, ends=ends, ahead=ahead)
+                return Forecast(starts=start, ends=ends, ahead=ahead)
             heapq.heappush(free, ends)
         raise LookupError(f"{run.run_id} does not wait")
 
@@ -239,7 +239,7 @@ class GpuQueue:
             self._cursor = max(self._cursor, now)
 
     async def keep_time(self) -> None:
-        """Settle whenever something comes due, also when nobody asks."""
+        """Settle whenever something is due, also without a request."""
         while True:
             self._wake.clear()
             self.settle()
@@ -295,7 +295,7 @@ class GpuQueue:
         self._tell(run, at)
 
     def _end_segment(self, run: AnyRun, at: float) -> None:
-        run.segment_ended(run.segment, self._clock.instant_of(at), self._folder)
+        run.segment_ended(run.segment, self._clock.datetime_of(at), self._folder)
         if run.index + 1 >= len(run.plan):
             self._finish(run, at)
             return
@@ -325,7 +325,7 @@ class GpuQueue:
             self._tell(run, at)
 
     def _finish(self, run: AnyRun, at: float) -> None:
-        run.finish(self._clock.instant_of(at), self._folder)
+        run.finish(self._clock.datetime_of(at), self._folder)
         run.index = len(run.plan)
         run.phase = "over"
         self._tell(run, at, is_last=True)
@@ -333,10 +333,10 @@ class GpuQueue:
 
     def _end(self, run: AnyRun, at: float, error: ErrorDetails) -> None:
         # What it had done is reckoned while it still counts as working.
-        fields = run.fields(at, Outlook(starts=at, ends=at), self._clock.instant_of, self._clock.speed)
+        fields = run.fields(at, Forecast(starts=at, ends=at), self._clock.datetime_of, self._clock.speed)
         run.error_details = error
         run.phase = "over"
-        after = run.fields(at, Outlook(starts=at, ends=at), self._clock.instant_of, self._clock.speed)
+        after = run.fields(at, Forecast(starts=at, ends=at), self._clock.datetime_of, self._clock.speed)
         kept = {name: fields[name] for name in ("stage_progress", "gpu_hours_used") if name in fields}
         run.shown = run.lied(after | kept)
         run.sequence += 1
@@ -344,7 +344,7 @@ class GpuQueue:
         self._close(run)
 
     def _tell(self, run: AnyRun, at: float, *, is_last: bool = False) -> None:
-        """Show the run as it stands at `at`, and call back."""
+        """Show the run as it is at `at`, and call back."""
         if is_last:
             run.shown = {}
         self.observe(run, at)
@@ -353,7 +353,7 @@ class GpuQueue:
     def _put_callback(self, run: AnyRun, at: float) -> None:
         body: dict[str, Any] = {
             "task_id": run.task_id,
-            "occurred_at": self._clock.instant_of(at).isoformat(timespec="milliseconds"),
+            "occurred_at": self._clock.datetime_of(at).isoformat(timespec="milliseconds"),
             **run.shown,
             "sequence": run.sequence,
         }

@@ -63,9 +63,9 @@ class IdempotencyKeys:
                 self._in_flight[name] = (lock, waiting - 1)
 
     def answer(self, tenant_id: str, key: str, print_: str, act: Callable[[], Reply]) -> tuple[Reply, bool]:
-        """The kept answer, or that of `act`, whose effect and answer are written together.
+        """The kept answer, or that of `act`; its effect and its answer are written together.
 
-        The second value says whether the answer is a repeat. A refusal undoes whatever `act` had begun.
+        The second value says whether the answer is a repeat. A refusal undoes what `act` had begun.
         """
         kept = self._kept(tenant_id, key)
         if kept is not None:

@@ -10,8 +10,9 @@ from typing import Any, Final, Literal
 
 from comfyui_temporal.contracts.comfyui import JobRequest, JobStatus, Resolution, TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES
 from comfyui_temporal.contracts.scenes import SCENES
-from proof.simulators.runs import Outlook, Run, Segment
+from proof.simulators.runs import Forecast, Run, Segment
 
 IMAGE_POOL: Final = "rtx4090"
 IMAGE_TEMPLATES: Final = ("text-to-image", "image-to-image", "upscale", "test-pattern")
@@ -41,17 +42,17 @@ class ImageRun(Run):
         return JobStatus.QUEUED.value, None
 
     def fields(
-        self, at: float, outlook: Outlook, instant_of: Callable[[float], datetime], speed: float
+        self, at: float, forecast: Forecast, datetime_of: Callable[[float], datetime], speed: float
     ) -> dict[str, Any]:
-        next_at = {"waiting": outlook.starts, "working": outlook.ends}.get(self.phase)
+        next_at = {"waiting": forecast.starts, "working": forecast.ends}.get(self.phase)
         return {
             "job_id": self.run_id,
             "job_status": self.standing()[0],
-            "stage_progress": 100.0 if self.has_finished else self.progress(at, outlook),
-            "next_eta": instant_of(next_at).isoformat(timespec="milliseconds") if next_at is not None else None,
-            "estimated_time": self.minutes_until(outlook.ends, speed),
+            "stage_progress": 100.0 if self.has_finished else self.progress(at, forecast),
+            "next_eta": datetime_of(next_at).isoformat(timespec="milliseconds") if next_at is not None else None,
+            "estimated_time": self.minutes_until(forecast.ends, speed),
             "gpu_slots": GPU_SLOTS,
-            "queue_position": outlook.ahead if self.phase == "waiting" else None,
+            "queue_position": forecast.ahead if self.phase == "waiting" else None,
             "result_urls": self.result_urls,
             "error_details": self.shown_error(),
             "actual_cost": self.actual_cost,

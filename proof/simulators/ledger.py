@@ -1,6 +1,6 @@
-"""The books of the credits service: double entry, append-only (contract §4).
+"""The ledger of the credits service: double entry, append-only (contract §4).
 
-Each person's points lie on two accounts, `available` and `frozen`; they come from `issued` and go to `revenue`. An
+Each person's points are on two accounts, `available` and `frozen`; they come from `issued` and go to `revenue`. An
 entry is a set of postings whose debits equal its credits; its `change` and `frozen_change` are what it does to the two.
 A hold is resolved once, by exactly one of commit, cancel, expiry; the file itself refuses a second resolution and any
 edit of an entry.
@@ -177,7 +177,7 @@ class Ledger:
                 self._resolve(hold, LedgerKind.EXPIRE, returned=hold.amount, reason="expired", at=hold.expire_at)
 
     def expire_now(self, pre_deduct_id: str) -> None:
-        """End an open hold's life at this instant; a resolved one is left as it is."""
+        """Expire an open hold now; a resolved one is left as it is."""
         self._state.run(
             "UPDATE holds SET expire_at = ? WHERE pre_deduct_id = ? AND phase = 'open'",
             self._clock.timestamp(),
@@ -201,7 +201,7 @@ class Ledger:
         return self._enter(person, LedgerKind.CHARGE, -amount, 0, reason=reason, task_id=task_id)
 
     def uses(self, tenant_id: str, template_id: str, user_id: str | None = None) -> int:
-        """How many holds on the template stand or were committed: what a quota counts."""
+        """How many holds on the template are open or committed: what a quota counts."""
         row = self._state.row(
             "SELECT count(*) AS uses FROM holds WHERE tenant_id = ?1 AND template_id = ?2"
             " AND (?3 IS NULL OR user_id = ?3) AND phase IN ('open', 'committed')",
@@ -307,7 +307,7 @@ class Ledger:
                 self._state.run("INSERT INTO postings VALUES (?, ?, ?, ?)", number, account, side, abs(amount))
 
     def check(self) -> BalanceCheck:
-        """Look through the books: debits equal credits, sums equal balances, each hold resolved at most once."""
+        """Check the ledger: debits equal credits, sums equal balances, each hold resolved at most once."""
         problems = [
             *(f"entry {row['number']}: debits and credits differ by {row['rest']}" for row in self._unbalanced()),
             *(

@@ -1,4 +1,4 @@
-"""How the books' entries look on the wire (contract §4 *Reading a ledger*): by kind, or by reason alone (field)."""
+"""How the ledger's entries look on the wire (contract §4 *Reading a ledger*): by kind, or by reason alone (field)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One job or training as the simulator keeps it: where it stands on its plan, and what others are shown of it.
+"""One job or training as the simulator keeps it: how far it is on its plan, and what a GET shows of it.
 
 Times are work seconds (`clock.work()`), so that a run's plan is in contract seconds whatever the speed.
 """
@@ -19,11 +19,11 @@ from proof.simulators.admin_wire import Parameters
 
 Phase = Literal["idle", "waiting", "working", "over", "forgotten"]
 ONLY_AT_THE_END: Final = frozenset({"actual_cost", "result_urls", "output"})
-"""Fields that a lie changes only once the run has finished: before, there is nothing to lie about."""
+"""Fields that a lie changes only once the run has finished: before, they are empty."""
 
 
 class Segment(BaseModel):
-    """A stretch of work on a GPU: its end is told by a callback."""
+    """A stretch of work on a GPU: a callback reports its end."""
 
     status: str
     stage: str | None = None
@@ -41,8 +41,8 @@ class Trouble(BaseModel):
     parameters: Parameters
 
 
-class Outlook(BaseModel):
-    """When a run starts and ends as far as the queue can tell, in work seconds, and who is ahead of it."""
+class Forecast(BaseModel):
+    """When a run is expected to start and end, in work seconds, and how many are ahead of it."""
 
     starts: float
     ends: float
@@ -149,10 +149,10 @@ class Run(BaseModel):
         at, number = min(due)
         return max(at, self.segment_since), self.troubles[number]
 
-    def progress(self, at: float, outlook: Outlook) -> float:
+    def progress(self, at: float, forecast: Forecast) -> float:
         """`stage_progress`: whole percent of the present stage; never less than was shown in it before."""
         if self.phase == "waiting":
-            span = outlook.starts - self.waiting_since
+            span = forecast.starts - self.waiting_since
             share = (at - self.waiting_since) / span if span > 0 else 1.0
             now = min(99.0, max(0.0, 100 * share))
         elif self.phase == "working":
@@ -177,7 +177,7 @@ class Run(BaseModel):
 
     @abstractmethod
     def fields(
-        self, at: float, outlook: Outlook, instant_of: Callable[[float], datetime], speed: float
+        self, at: float, forecast: Forecast, datetime_of: Callable[[float], datetime], speed: float
     ) -> dict[str, Any]:
         """What GET answers, without `sequence` and lies."""
 
@@ -188,7 +188,7 @@ class Run(BaseModel):
         return self.error_details.message if self.error_as_text else self.error_details.model_dump(mode="json")
 
     def lied(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields as the simulator was told to show them."""
+        """The fields with the configured lies."""
         overlay = {
             name: value for name, value in self.overlay.items() if name not in ONLY_AT_THE_END or self.has_finished
         }

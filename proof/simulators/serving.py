@@ -33,7 +33,7 @@ _DRAIN_SECONDS = 2
 
 
 class _QuietServer(uvicorn.Server):
-    """Leaves the process's signals to whoever runs it."""
+    """Leaves the process's signals to its owner."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

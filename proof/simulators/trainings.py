@@ -14,7 +14,7 @@ from comfyui_temporal.contracts.comfyui import TaskPriority, TrainingRequest, Tr
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES
 from proof.simulators.model_files import write_weights
-from proof.simulators.runs import Outlook, Run, Segment
+from proof.simulators.runs import Forecast, Run, Segment
 
 DEFAULT_GPU: Final = "a100"
 GPU_HOURS_PER_EPOCH: Final = 0.15
@@ -64,19 +64,19 @@ class TrainingRun(Run):
         return round(self.gpu_hours * self.share_done(at), 4)
 
     def fields(
-        self, at: float, outlook: Outlook, instant_of: Callable[[float], datetime], speed: float
+        self, at: float, forecast: Forecast, datetime_of: Callable[[float], datetime], speed: float
     ) -> dict[str, Any]:
         status, stage = self.standing()
-        next_at = {"waiting": outlook.starts, "working": self.stage_ends() if self.phase == "working" else None}.get(
+        next_at = {"waiting": forecast.starts, "working": self.stage_ends() if self.phase == "working" else None}.get(
             self.phase
         )
         return {
             "training_id": self.run_id,
             "training_status": status,
             "training_stage": stage,
-            "stage_progress": 100.0 if self.has_finished else self.progress(at, outlook),
-            "next_eta": instant_of(next_at).isoformat(timespec="milliseconds") if next_at is not None else None,
-            "estimated_time": self.minutes_until(outlook.ends, speed),
+            "stage_progress": 100.0 if self.has_finished else self.progress(at, forecast),
+            "next_eta": datetime_of(next_at).isoformat(timespec="milliseconds") if next_at is not None else None,
+            "estimated_time": self.minutes_until(forecast.ends, speed),
             "gpu_hours": self.gpu_hours,
             "gpu_hours_used": self.gpu_hours_used(at),
             "gpu_slots": GPU_SLOTS,

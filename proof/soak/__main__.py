@@ -19,13 +19,13 @@ from local_stack.background import start_stack
 from local_stack.folder import DEFAULT_FOLDER, RunFolder, StackFailure
 from local_stack.parts import PROFILE_SETTING, SETTINGS_PREFIX
 from proof.simulators.credits_profile import PROFILES
+from proof.site.waiting import NotRepaired
 from proof.soak.journal import FILE, Journal
 from proof.soak.plan import Plan
 from proof.soak.run import soak
-from proof.soak.site import Unmended
 
 SETTINGS = {
-    # Less to write: ten thousand tasks' lines help nobody, warnings do.
+    # Only warnings: the lines of ten thousand tasks help no reader.
     "LOG_LEVEL": "WARNING",
     # At the pace of the soak: a terminated run is found in the time that an image takes.
     "RECONCILE_EVERY_SECONDS": "15",
@@ -53,14 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
             is_good = asyncio.run(soak(folder, plan, journal))
         finally:
             stack.end()
-    except (StackFailure, Unmended, Taken) as failure:
+    except (StackFailure, NotRepaired, Taken) as failure:
         print(failure, file=sys.stderr)
         return EXIT_CANNOT
     except ExceptionGroup as group:
-        unmended, others = group.split(Unmended)
-        if others is not None or unmended is None:
+        unrepaired, others = group.split(NotRepaired)
+        if others is not None or unrepaired is None:
             raise
-        print(f"{unmended.exceptions}\nThe stack's logs: {folder.log('stack').parent}", file=sys.stderr)
+        print(f"{unrepaired.exceptions}\nThe stack's logs: {folder.log('stack').parent}", file=sys.stderr)
         return EXIT_CANNOT
     except KeyboardInterrupt:
         print("\nInterrupted; `--resume` goes on (`make soak RESUME=1`).")

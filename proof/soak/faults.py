@@ -1,4 +1,4 @@
-"""What goes wrong. Each kind is one function: it does its harm, waits until the harm is over, says what it did.
+"""What goes wrong. Each kind is one function: it injects a fault, waits until it is over, and says what it did.
 
 Kinds in `OUTAGES` take something away: how long work takes to go on after them is measured.
 """
@@ -23,12 +23,14 @@ from standardwebhooks import Webhook
 from comfyui_temporal.contracts.tasks import workflow_id_of
 from proof.simulators.admin_client import AdminRefused, ServiceAdmin
 from proof.simulators.admin_wire import Fault, FaultKind, RunSeen
+from proof.site.parts import PARTS
+from proof.site.waiting import OUTSIDE_ERRORS, insist
 from proof.soak.plan import USERS
-from proof.soak.site import OUTSIDE_ERRORS, PARTS, Site, insist
+from proof.soak.site import SoakSite
 
-Act = Callable[[Site, random.Random], Awaitable[str]]
+Act = Callable[[SoakSite, random.Random], Awaitable[str]]
 
-LIES: Final = (
+NETWORK_FAULTS: Final = (
     FaultKind.DROP,
     FaultKind.DELAY,
     FaultKind.ACT_LATE,
@@ -37,7 +39,7 @@ LIES: Final = (
     FaultKind.HTML,
     FaultKind.GARBAGE,
 )
-CALLBACK_LIES: Final = (
+CALLBACK_FAULTS: Final = (
     FaultKind.CALLBACK_WITHHOLD,
     FaultKind.CALLBACK_DUPLICATE,
     FaultKind.CALLBACK_REORDER,
@@ -45,7 +47,7 @@ CALLBACK_LIES: Final = (
     FaultKind.CALLBACK_GARBAGE,
     FaultKind.CALLBACK_FORGE,
 )
-GPU_TROUBLES: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
+GPU_FAULTS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("preempt", {}),
     ("fail", {"code": "gpu_out_of_memory"}),
     ("fail", {"code": "internal", "retryable": True}),
@@ -59,36 +61,28 @@ JUMPS_SECONDS: Final = (10, 60, 200, 400, 1_000)
 """Two of them outlive a hold: at the soak's pace one lasts about five minutes."""
 
 
-async def worker_killed(site: Site, dice: random.Random) -> str:
-    return await _killed(site, "worker", signal.SIGKILL)
+def restarted(part: str, number: signal.Signals = signal.SIGKILL) -> Act:
+    """A part is signalled; the local stack starts it again."""
+
+    async def act(site: SoakSite, dice: random.Random) -> str:
+        return await _restarted(site, part, number)
+
+    return act
 
 
-async def worker_told_to_stop(site: Site, dice: random.Random) -> str:
-    return await _killed(site, "worker", signal.SIGTERM)
-
-
-async def gateway_killed(site: Site, dice: random.Random) -> str:
-    return await _killed(site, "gateway", signal.SIGKILL)
-
-
-async def temporal_killed(site: Site, dice: random.Random) -> str:
-    return await _killed(site, "temporal", signal.SIGKILL)
-
-
-async def postgres_restarted(site: Site, dice: random.Random) -> str:
+async def postgres_restarted(site: SoakSite, dice: random.Random) -> str:
     """Fast shutdown, immediate shutdown or the postmaster killed."""
-    return await _killed(site, "postgres", dice.choice([signal.SIGINT, signal.SIGQUIT, signal.SIGKILL]))
+    return await _restarted(site, "postgres", dice.choice([signal.SIGINT, signal.SIGQUIT, signal.SIGKILL]))
 
 
-async def simulator_killed(site: Site, dice: random.Random) -> str:
-    return await _killed(site, dice.choice(["comfyui", "credits"]), signal.SIGKILL)
+async def simulator_killed(site: SoakSite, dice: random.Random) -> str:
+    return await _restarted(site, dice.choice(["comfyui", "credits"]), signal.SIGKILL)
 
 
-async def process_paused(site: Site, dice: random.Random) -> str:
-    """SIGSTOP for a while: it holds its connections, and answers nothing."""
+async def process_paused(site: SoakSite, dice: random.Random) -> str:
+    """SIGSTOP for a while: its connections stay open, and it answers nothing."""
     part, seconds = dice.choice(PARTS), dice.uniform(1, 6)
-    async with site.alone_with(part):
-        process = site.process(part)
+    async with site.parts.alone_with(part) as process:
         family = [process, *process.children(recursive=True)]
         try:
             for member in family:
@@ -98,11 +92,11 @@ async def process_paused(site: Site, dice: random.Random) -> str:
             for member in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.resume()
-        await site.until_back(part)
+        await site.parts.until_ready(part)
     return f"{part} for {seconds:.1f} s"
 
 
-async def cpu_starved(site: Site, dice: random.Random) -> str:
+async def cpu_starved(site: SoakSite, dice: random.Random) -> str:
     """Twice as many busy processes as there are processors."""
     seconds = dice.uniform(2, 6)
     busy = f"import time; end = time.time() + {seconds}\nwhile time.time() < end: pass"
@@ -113,24 +107,24 @@ async def cpu_starved(site: Site, dice: random.Random) -> str:
     return f"{count} busy processes for {seconds:.1f} s"
 
 
-async def network_lies(site: Site, dice: random.Random) -> str:
-    """Answers are lost, late, errors, refusals to serve, a proxy's page or no JSON at all."""
+async def network_faults(site: SoakSite, dice: random.Random) -> str:
+    """Answers are lost, late, errors, rate limits, a proxy's page or no JSON."""
     service = dice.choice([site.admin.comfyui, site.admin.credits])
-    kinds, rate = dice.sample(LIES, dice.randint(1, 4)), dice.uniform(0.1, 0.6)
+    kinds, rate = dice.sample(NETWORK_FAULTS, dice.randint(1, 4)), dice.uniform(0.1, 0.6)
     return await _scheduled(service, dice, rate, kinds, seconds=dice.uniform(2, 6))
 
 
-async def callbacks_lie(site: Site, dice: random.Random) -> str:
+async def callback_faults(site: SoakSite, dice: random.Random) -> str:
     """Callbacks are withheld, repeated, out of order, late, broken or forged."""
-    kinds, rate = dice.sample(CALLBACK_LIES, dice.randint(1, 4)), dice.uniform(0.3, 0.9)
+    kinds, rate = dice.sample(CALLBACK_FAULTS, dice.randint(1, 4)), dice.uniform(0.3, 0.9)
     done = await _scheduled(site.admin.comfyui, dice, rate, kinds, seconds=dice.uniform(3, 8), route="callback")
     if dice.random() < 0.5:
         await insist(site.admin.comfyui.release_callbacks, "release of callbacks")
     return done
 
 
-async def callback_flood(site: Site, dice: random.Random) -> str:
-    """Rightly signed old news, garbage and forgeries, for open tasks and for unknown ones."""
+async def callback_flood(site: SoakSite, dice: random.Random) -> str:
+    """Old callbacks with a valid signature, garbage and forgeries, for open tasks and for unknown ones."""
     runs = await _runs_of_some(site, dice, 5)
     bodies = [_callback(dice, run) for run in dice.choices(runs, k=FLOOD)] if runs else []
     gate = asyncio.Semaphore(FLOOD_AT_ONCE)
@@ -147,7 +141,7 @@ async def callback_flood(site: Site, dice: random.Random) -> str:
     return f"{len(bodies)} callbacks, answers {dict(sorted(answers.items()))}"
 
 
-async def clock_jumps(site: Site, dice: random.Random) -> str:
+async def clock_jumps(site: SoakSite, dice: random.Random) -> str:
     """The simulators' clocks move on: work is done at once, holds come to the end of their lives."""
     seconds = dice.choices(JUMPS_SECONDS, weights=[4, 4, 2, 1, 1])[0]
     await insist(lambda: site.admin.credits.advance(seconds), "clock of credits")
@@ -155,7 +149,7 @@ async def clock_jumps(site: Site, dice: random.Random) -> str:
     return f"{seconds} s"
 
 
-async def users_cancel(site: Site, dice: random.Random) -> str:
+async def users_cancel(site: SoakSite, dice: random.Random) -> str:
     """By the gateway, by Temporal's own cancel, or both, at any moment of a task's life."""
     chosen = _some_open(site, dice, dice.randint(1, 3))
     for task_id in chosen:
@@ -170,9 +164,9 @@ async def users_cancel(site: Site, dice: random.Random) -> str:
     return f"{len(chosen)} tasks"
 
 
-async def run_terminated(site: Site, dice: random.Random) -> str:
-    """What nobody should do: the run ends without its own clean-up, and the reconciler gives back what it left."""
-    # Before its first act a run has nothing to leave, and nobody could know of it.
+async def run_terminated(site: SoakSite, dice: random.Random) -> str:
+    """The run ends without its own clean-up, and the reconciler gives back what it left."""
+    # Before its claim a run has nothing to leave, and nothing knows of it.
     query = "SELECT task_id FROM tasks WHERE task_id = ANY($1::text[]) AND ended_at IS NULL"
     chosen = [row["task_id"] for row in await site.table.rows(query, _some_open(site, dice, 1))]
     for task_id in chosen:
@@ -181,11 +175,11 @@ async def run_terminated(site: Site, dice: random.Random) -> str:
     return f"{len(chosen)} tasks"
 
 
-async def gpus_fail(site: Site, dice: random.Random) -> str:
-    """Jobs are preempted, fail for good or for now, are forgotten, or stand still for a while."""
+async def gpus_fail(site: SoakSite, dice: random.Random) -> str:
+    """Jobs are preempted, fail with or without a retry, are forgotten, or stall for a while."""
     done = []
     for run in await _runs_of_some(site, dice, dice.randint(1, 4)):
-        action, given = dice.choice(GPU_TROUBLES)
+        action, given = dice.choice(GPU_FAULTS)
         if await _acted(site, run, action, **given):
             done.append((run, action))
     await asyncio.sleep(dice.uniform(1, 4))
@@ -195,8 +189,8 @@ async def gpus_fail(site: Site, dice: random.Random) -> str:
     return ", ".join(action for _, action in done) or "no job"
 
 
-async def purse_empty(site: Site, dice: random.Random) -> str:
-    """One tenant has nothing left for a while: holds are refused."""
+async def balance_empty(site: SoakSite, dice: random.Random) -> str:
+    """One tenant has no points for a while: holds are refused."""
     tenant_id = dice.choice(list(USERS))
     user_id, credits = USERS[tenant_id], site.admin.credits
     await insist(lambda: credits.set_balance(0, tenant_id, user_id), "an empty account")
@@ -206,37 +200,34 @@ async def purse_empty(site: Site, dice: random.Random) -> str:
 
 
 KINDS: Final[dict[str, tuple[Act, float]]] = {
-    "worker_killed": (worker_killed, 1.0),
-    "worker_told_to_stop": (worker_told_to_stop, 0.5),
-    "gateway_killed": (gateway_killed, 1.0),
-    "temporal_killed": (temporal_killed, 1.0),
+    "worker_killed": (restarted("worker"), 1.0),
+    "worker_stopped": (restarted("worker", signal.SIGTERM), 0.5),
+    "gateway_killed": (restarted("gateway"), 1.0),
+    "temporal_killed": (restarted("temporal"), 1.0),
     "postgres_restarted": (postgres_restarted, 1.0),
     "simulator_killed": (simulator_killed, 1.5),
     "process_paused": (process_paused, 1.5),
     "cpu_starved": (cpu_starved, 0.5),
-    "network_lies": (network_lies, 2.0),
-    "callbacks_lie": (callbacks_lie, 2.0),
+    "network_faults": (network_faults, 2.0),
+    "callback_faults": (callback_faults, 2.0),
     "callback_flood": (callback_flood, 1.0),
     "clock_jumps": (clock_jumps, 1.5),
     "users_cancel": (users_cancel, 3.0),
     "run_terminated": (run_terminated, 0.5),
     "gpus_fail": (gpus_fail, 3.0),
-    "purse_empty": (purse_empty, 0.5),
+    "balance_empty": (balance_empty, 0.5),
 }
 """Kind → what it does, and how often it comes against the others."""
 OUTAGES: Final = frozenset(
     {
-        *("worker_killed", "worker_told_to_stop", "gateway_killed", "temporal_killed", "postgres_restarted"),
-        *("simulator_killed", "process_paused", "cpu_starved", "network_lies"),
+        *("worker_killed", "worker_stopped", "gateway_killed", "temporal_killed", "postgres_restarted"),
+        *("simulator_killed", "process_paused", "cpu_starved", "network_faults"),
     }
 )
 
 
-async def _killed(site: Site, part: str, number: signal.Signals) -> str:
-    async with site.alone_with(part):
-        process = site.process(part)
-        process.send_signal(number)
-        await site.until_back(part, gone=process.pid)
+async def _restarted(site: SoakSite, part: str, number: signal.Signals) -> str:
+    await site.parts.restart(part, number)
     return f"{part} by {number.name}"
 
 
@@ -260,12 +251,12 @@ async def _removed(service: ServiceAdmin, fault: Fault) -> None:
     await service.remove_fault(fault)
 
 
-def _some_open(site: Site, dice: random.Random, count: int) -> list[str]:
+def _some_open(site: SoakSite, dice: random.Random, count: int) -> list[str]:
     open_tasks = sorted(site.open_tasks)
     return dice.sample(open_tasks, min(count, len(open_tasks)))
 
 
-async def _runs_of_some(site: Site, dice: random.Random, count: int) -> list[RunSeen]:
+async def _runs_of_some(site: SoakSite, dice: random.Random, count: int) -> list[RunSeen]:
     """The newest job of some open tasks; none while ComfyUI is away."""
     runs = []
     for task_id in _some_open(site, dice, count):
@@ -274,7 +265,7 @@ async def _runs_of_some(site: Site, dice: random.Random, count: int) -> list[Run
     return runs
 
 
-async def _acted(site: Site, run: RunSeen, action: str, **given: Any) -> bool:
+async def _acted(site: SoakSite, run: RunSeen, action: str, **given: Any) -> bool:
     try:
         await site.admin.comfyui.act(run.run_id, action, **given)
     except AdminRefused:
@@ -285,7 +276,7 @@ async def _acted(site: Site, run: RunSeen, action: str, **given: Any) -> bool:
 
 
 def _callback(dice: random.Random, run: RunSeen) -> tuple[str, dict[str, Any] | None]:
-    """The task it goes to, and old news of its job; None is garbage."""
+    """The task that it goes to, and an old state of its job; None is garbage."""
     is_image = run.kind == "image"
     named = {"job_id": run.run_id, "job_status": "queued"} if is_image else {}
     named = named or {"training_id": run.run_id, "training_status": "queued"}

@@ -1,4 +1,4 @@
-"""The state folder: the plan, every fault, and what each finished stream was told; one JSON object a line.
+"""The state folder: the plan, every fault, and what each finished stream brought; one JSON object a line.
 
 Nothing else is needed to go on: tasks follow from the plan, and the task table says which of them were started.
 """
@@ -18,7 +18,7 @@ FILE: Final = "soak.jsonl"
 
 
 class FaultSeen(BaseModel):
-    """One fault as it went. Instants in seconds since 1970; `recovery_seconds` from its end to the next event."""
+    """One fault as it went. Times in seconds since 1970; `recovery_seconds` from its end to the next event."""
 
     n: int
     kind: str
@@ -35,8 +35,8 @@ class Journal:
         self._path = folder / FILE
         self.plan: Plan | None = None
         self.faults: dict[int, FaultSeen] = {}
-        self.told: dict[str, list[int]] = {}
-        """Task → the `seq`s that its stream was told, in order; only streams that were told to their end."""
+        self.received: dict[str, list[int]] = {}
+        """Task → the `seq`s that its stream brought, in order; only of streams that came to their end."""
         self.seconds = 0.0
         """How long it has run, over all sessions."""
         if self._path.exists():
@@ -56,9 +56,9 @@ class Journal:
         self.faults[fault.n] = fault
         self._append({"fault": fault.model_dump()})
 
-    def add_told(self, told: Mapping[str, list[int]]) -> None:
-        self.told.update(told)
-        self._append({"told": dict(told)})
+    def add_received(self, received: Mapping[str, list[int]]) -> None:
+        self.received.update(received)
+        self._append({"received": dict(received)})
 
     def add_seconds(self, seconds: float) -> None:
         self.seconds += seconds
@@ -78,7 +78,7 @@ class Journal:
         elif "fault" in entry:
             fault = FaultSeen.model_validate(entry["fault"])
             self.faults[fault.n] = fault
-        elif "told" in entry:
-            self.told.update(entry["told"])
+        elif "received" in entry:
+            self.received.update(entry["received"])
         elif "seconds" in entry:
             self.seconds += entry["seconds"]

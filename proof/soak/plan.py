@@ -1,4 +1,4 @@
-"""What a soak is told, and what follows from its seed: the nth task, the nth fault, the pauses between faults."""
+"""The options of a soak, and what follows from its seed: the nth task, the nth fault, the pauses between faults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _IMAGE_TEMPLATES: Final = ("text-to-image", "image-to-image", "upscale")
 
 
 class Plan(BaseModel):
-    """The same plan makes the same tasks and the same faults; when they meet is the machine's affair."""
+    """The same plan makes the same tasks and the same faults; when they meet depends on the machine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -65,5 +65,5 @@ class Plan(BaseModel):
         return self.dice("twice", n).random() < STARTED_TWICE
 
     def dice(self, what: str, n: int) -> random.Random:
-        """Chance for one thing, the same at every run and whatever else was drawn."""
+        """A random generator for one thing: the same in every run, whatever else was drawn."""
         return random.Random(f"{self.seed}:{what}:{n}")  # noqa: S311

@@ -1,57 +1,39 @@
-"""What is true in the end (invariants 1 to 6): read from books, jobs, events, runs and clients."""
+"""The verdict: the shared rules on every task, what only the whole stack can show, and the table."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from temporalio.api.enums.v1 import EventType as HistoryEvent
-from temporalio.api.enums.v1 import WorkflowTaskFailedCause
-
-from comfyui_temporal.contracts.tasks import EventType, workflow_id_of
-from proof.simulators.admin_wire import EntrySeen, HoldSeen
-from proof.simulators.credits_profile import CONTRACT, PROFILES, CreditsProfile
-from proof.simulators.task_money import HOLD_DOUBLED, SAY_UNKNOWN, TaskMoney
+from comfyui_temporal.contracts.tasks import TaskStatus
+from proof.checks.evidence import Services, Sources
+from proof.checks.finished_task import Exempt, Expected, FinishedTask, Rule
+from proof.checks.judge import judge
+from proof.simulators.credits_profile import CONTRACT
+from proof.site.waiting import insist
 from proof.soak.journal import Journal
 from proof.soak.plan import Plan
-from proof.soak.site import Site, insist
+from proof.soak.site import SoakSite
 from proof.soak.workload import still_running
 
-HISTORIES_AT_ONCE: Final = 8
+READS_AT_ONCE: Final = 8
 SHOWN: Final = 5
-ENDS: Final = {"completed": EventType.COMPLETED, "failed": EventType.FAILED, "cancelled": EventType.CANCELLED}
-BENIGN: Final = {
-    # The server's own answers to a message that came while a workflow task was being completed.
-    WorkflowTaskFailedCause.WORKFLOW_TASK_FAILED_CAUSE_UNHANDLED_COMMAND,
-    WorkflowTaskFailedCause.WORKFLOW_TASK_FAILED_CAUSE_UNHANDLED_UPDATE,
-    WorkflowTaskFailedCause.WORKFLOW_TASK_FAILED_CAUSE_FORCE_CLOSE_COMMAND,
-}
-MUST_BE_ZERO: Final = (
-    "tasks not begun",
-    "tasks not ended",
-    "runs still open",
-    "double charges",
-    "charges that differ from what the task tells",
-    "leaked holds",
-    "orphan jobs",
-    "lost events",
-    "repeated events",
-    "event histories with a gap or a wrong end",
-    "failed workflow tasks",
-    "untrue books",
-)
+EXEMPT: Final = frozenset({Exempt.RESULT, Exempt.SNAPSHOT})
+"""Rows are judged, not results; a run that was terminated before its last deletion leaves the dataset's copy."""
+NOT_BEGUN, RUN_OPEN, FALSE_LEDGER = "tasks not begun", "runs still open", "contradictions in the ledger"
+MUST_BE_ZERO: Final = (NOT_BEGUN, RUN_OPEN, *(rule for rule in Rule if rule != Rule.LEFT_SNAPSHOT), FALSE_LEDGER)
 
 
 @dataclass
 class Verdict:
-    """Untruths by kind, and what else there is to tell."""
+    """What does not hold, by its rule, and what else there is to report."""
 
-    untrue: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in MUST_BE_ZERO})
+    untrue: dict[str, list[str]] = field(default_factory=lambda: {str(name): [] for name in MUST_BE_ZERO})
     kinds: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
     exceptions: Counter[str] = field(default_factory=Counter)
@@ -67,118 +49,64 @@ class Verdict:
         self.untrue[name] += examples
 
 
-async def judge(site: Site, plan: Plan, journal: Journal) -> Verdict:
-    """Ask everybody; nothing goes wrong any more while this is done. Raises Unmended."""
+async def judge_all(site: SoakSite, plan: Plan, journal: Journal) -> Verdict:
+    """Judge every task. No fault happens any more while this is done. Raises NotRepaired."""
     verdict = Verdict()
     rows = await site.table.rows(
         "SELECT task_id, scene, status, ended_at, extract(epoch FROM ended_at - created_at)::float8 AS seconds, "
-        "(credits->>'charged')::int AS charged, error->>'code' AS code FROM tasks WHERE task_id LIKE $1",
+        "error->>'code' AS code FROM tasks WHERE task_id LIKE $1",
         f"soak-{plan.seed}-%",
     )
     begun = {row["task_id"] for row in rows}
-    verdict.add("tasks not begun", {plan.task_id(n) for n in range(plan.tasks)} - begun)
-    verdict.add("tasks not ended", (row["task_id"] for row in rows if row["ended_at"] is None))
+    verdict.add(NOT_BEGUN, {plan.task_id(n) for n in range(plan.tasks)} - begun)
     verdict.task_seconds = sorted(row["seconds"] for row in rows if row["ended_at"] is not None)
     verdict.kinds.update(row["scene"] for row in rows)
     verdict.ends.update(f"{row['status']} ({row['code']})" if row["code"] else row["status"] for row in rows)
-    verdict.add("runs still open", await still_running(site))
-    await _judge_money(site, PROFILES[plan.profile], rows, verdict)
-    await _judge_jobs(site, verdict)
-    await _judge_events(site, plan, rows, journal, verdict)
-    await _judge_histories(site, sorted(begun), verdict)
+    verdict.add(RUN_OPEN, await still_running(site))
+    services = await insist(site.sources.services, "both services")
+    verdict.add(FALSE_LEDGER, services.problems)
+    verdict.add(Rule.LEAKED_HOLD, _strangers(services, begun, "holds", "open"))
+    verdict.add(Rule.ORPHAN_JOB, _strangers(services, begun, "jobs", "waiting", "working"))
+    await _judge_tasks(site.sources, services, sorted(begun), journal, verdict)
+    codes = await site.table.rows("SELECT code, count(*) AS n FROM task_exceptions GROUP BY code")
+    verdict.exceptions.update({row["code"]: row["n"] for row in codes})
     return verdict
 
 
-async def _judge_money(site: Site, profile: CreditsProfile, rows: list[Any], verdict: Verdict) -> None:
-    entries, holds, records = await _by_task(site)
-    for row in rows:
-        task_id, told = row["task_id"], row["charged"]
-        money = TaskMoney(profile, holds.pop(task_id, []), entries[task_id], told, records[task_id])
-        commits = sum(entry.kind == "commit" for entry in money.entries)
-        shown = f"{task_id} {row['status']}: {money.taken} taken, {told} told, {commits} commits"
-        is_more_than_told = told is not None and money.taken > told
-        if is_more_than_told or commits > 1 or (money.taken and row["status"] != "completed"):
-            verdict.add("double charges", [shown])
-        elif money.mischarges():
-            verdict.add("charges that differ from what the task tells", [shown])
-        verdict.add("leaked holds", (f"{task_id}: {leak}" for leak in money.leaks()))
-    for task_id, left in holds.items():
-        verdict.add("leaked holds", (f"{task_id}: {hold.pre_deduct_id}" for hold in left if hold.phase == "open"))
-    books = await insist(site.admin.credits.balance_check, "the books")
-    verdict.add("untrue books", books.problems)
+def _strangers(services: Services, begun: set[str], what: str, *phases: str) -> list[str]:
+    """Holds or jobs in these phases that belong to no task of this soak."""
+    found: Any = getattr(services, what)
+    return [f"{task_id}: {each}" for task_id in set(found) - begun for each in found[task_id] if each.phase in phases]
 
 
-async def _by_task(
-    site: Site,
-) -> tuple[dict[str, list[EntrySeen]], dict[str, list[HoldSeen]], dict[str, list[tuple[str, dict[str, Any]]]]]:
-    """Ledger entries, holds, and the exception records that say what is not known."""
-    entries: dict[str, list[EntrySeen]] = defaultdict(list)
-    for entry in await insist(site.admin.credits.ledger, "the ledger"):
-        if entry.task_id is not None:
-            entries[entry.task_id].append(entry)
-    holds: dict[str, list[HoldSeen]] = defaultdict(list)
-    for hold in await insist(site.admin.credits.holds, "the holds"):
-        holds[hold.task_id].append(hold)
-    records: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
-    for row in await site.table.rows(
-        "SELECT task_id, code, details::text AS details FROM task_exceptions WHERE code = ANY($1::text[])",
-        [HOLD_DOUBLED, *SAY_UNKNOWN],
-    ):
-        records[row["task_id"]].append((row["code"], json.loads(row["details"])))
-    return entries, holds, records
+async def _judge_tasks(
+    sources: Sources, services: Services, task_ids: list[str], journal: Journal, verdict: Verdict
+) -> None:
+    waiting = iter(task_ids)
+
+    async def judge_some() -> None:
+        for task_id in waiting:
+            task = await insist(lambda: _evidence(sources, services, task_id, journal), "a task's evidence")  # noqa: B023
+            verdict.events += len(task.events)
+            for finding in judge(task, _expected(task), EXEMPT):
+                verdict.add(finding.rule, [f"{task_id} {task.row.status if task.row else ''}: {finding}"])
+
+    await asyncio.gather(*(judge_some() for _ in range(READS_AT_ONCE)))
 
 
-async def _judge_jobs(site: Site, verdict: Verdict) -> None:
-    runs = await insist(site.admin.comfyui.jobs, "the jobs")
-    verdict.add("orphan jobs", (f"{run.run_id} of {run.task_id}: {run.phase}" for run in runs if not run.is_over))
+async def _evidence(sources: Sources, services: Services, task_id: str, journal: Journal) -> FinishedTask:
+    histories = await sources.histories(task_id)
+    return await sources.task(task_id, services, streamed=journal.received.get(task_id, []), histories=histories)
 
 
-async def _judge_events(site: Site, plan: Plan, rows: list[Any], journal: Journal, verdict: Verdict) -> None:
-    """The store's histories are whole, and each stream was told just what stands there, once and in order."""
-    kept: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for event in await site.table.rows(
-        "SELECT task_id, seq, event FROM task_events WHERE task_id LIKE $1 ORDER BY task_id, seq",
-        f"soak-{plan.seed}-%",
-    ):
-        kept[event["task_id"]].append((event["seq"], event["event"]))
-        verdict.events += 1
-    for row in rows:
-        task_id, status = row["task_id"], row["status"]
-        seqs, kinds = [seq for seq, _ in kept[task_id]], [kind for _, kind in kept[task_id]]
-        told = journal.told.get(task_id, [])
-        ends = [kind for kind in kinds if kind in ENDS.values()]
-        if seqs != list(range(1, len(seqs) + 1)) or ends != [ENDS.get(status)] or kinds[-1:] != ends:
-            verdict.add("event histories with a gap or a wrong end", [f"{task_id} {status}: {kinds}"])
-        verdict.add("lost events", (f"{task_id}:{seq}" for seq in sorted(set(seqs) - set(told))))
-        if told != sorted(set(told)):
-            verdict.add("repeated events", [f"{task_id} was told {told}"])
-    codes = await site.table.rows("SELECT code, count(*) AS n FROM task_exceptions GROUP BY code")
-    verdict.exceptions.update({row["code"]: row["n"] for row in codes})
-
-
-async def _judge_histories(site: Site, task_ids: list[str], verdict: Verdict) -> None:
-    """No workflow task ever failed: nothing left a run stuck, even for a moment."""
-    numbers = iter(task_ids)
-
-    async def look_through() -> None:
-        for task_id in numbers:
-            verdict.add("failed workflow tasks", await insist(lambda: _failed(site, task_id), "a history"))  # noqa: B023
-
-    await asyncio.gather(*(look_through() for _ in range(HISTORIES_AT_ONCE)))
-
-
-async def _failed(site: Site, task_id: str) -> list[str]:
-    handle = site.client.get_workflow_handle(workflow_id_of(task_id))
-    return [
-        f"{task_id}: {event.workflow_task_failed_event_attributes.failure.message[:200]}"
-        async for event in handle.fetch_history_events()
-        if event.event_type == HistoryEvent.EVENT_TYPE_WORKFLOW_TASK_FAILED
-        and event.workflow_task_failed_event_attributes.cause not in BENIGN
-    ]
+def _expected(task: FinishedTask) -> Expected:
+    """Every task here has a price; where the charge is unknown, a record has to say so."""
+    is_known = task.row is not None and task.row.credits.charged is not None
+    return Expected(ends=frozenset(TaskStatus), is_charged_once=is_known)
 
 
 def table(plan: Plan, journal: Journal, verdict: Verdict) -> str:
-    """Everything in one Markdown table, with examples of each untruth below it."""
+    """Everything in one Markdown table, with examples of each finding below it."""
     kinds = Counter(fault.kind for fault in journal.faults.values())
     recoveries = sorted(
         fault.recovery_seconds for fault in journal.faults.values() if fault.recovery_seconds is not None
@@ -192,7 +120,7 @@ def table(plan: Plan, journal: Journal, verdict: Verdict) -> str:
         ),
         ("ends", _counts(verdict.ends)),
         ("faults", f"{kinds.total()}, one every {gap:.1f} s: {_counts(kinds)}"),
-        ("events", f"{verdict.events} written, {sum(map(len, journal.told.values()))} told"),
+        ("events", f"{verdict.events} kept, {sum(map(len, journal.received.values()))} received"),
         ("exception records", _counts(verdict.exceptions) or "none"),
         ("recovery after an outage", _spread(recoveries, "until the next event")),
         ("a task's whole time", _spread(verdict.task_seconds, "from start to end")),

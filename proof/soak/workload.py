@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Final
 
 from comfyui_temporal.client.submission import start_task
 from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tasks import WORKFLOW_ID_PREFIX, TaskInput
+from proof.site.recorder import Recorder
+from proof.site.waiting import NotRepaired, insist
 from proof.soak.plan import USERS, Plan
-from proof.soak.recorder import Recorder
-from proof.soak.site import Site, Unmended, insist
+from proof.soak.site import SoakSite
 
 LOOK_SECONDS: Final = 0.5
 STARTERS: Final = 4
@@ -25,10 +26,12 @@ _DATASET_FILES: Final = {"0.txt": "a picture", "1.txt": "another picture"}
 class Workload:
     """All tasks of a plan. Even numbers are ordered at the gateway, odd ones started at Temporal."""
 
-    def __init__(self, site: Site, plan: Plan, recorder: Recorder) -> None:
+    def __init__(self, site: SoakSite, plan: Plan, recorder: Recorder, recorded: Collection[str]) -> None:
         self._site = site
         self.plan = plan
         self._recorder = recorder
+        self._recorded = recorded
+        """Tasks whose streams were recorded to their ends before."""
         self._room = asyncio.Event()
         self.started = 0
         self.ended = 0
@@ -42,7 +45,7 @@ class Workload:
         return len(self._site.open_tasks)
 
     async def run(self) -> None:
-        """Returns when every task has ended or QUIET_SECONDS have passed since the last faults. Raises Unmended."""
+        """Returns when every task has ended or QUIET_SECONDS have passed since the last faults. Raises NotRepaired."""
         self._make_datasets()
         known = await self._known()
         self.started = len(known)
@@ -51,7 +54,7 @@ class Workload:
             task_id = self.plan.task_id(n)
             if known.get(task_id) is False:
                 self._site.open_tasks[task_id] = n
-            if task_id in known:
+            if task_id in known and task_id not in self._recorded:
                 self._recorder.follow(self.plan.tenant_id(n), task_id)
         numbers = iter([n for n in range(self.plan.tasks) if self.plan.task_id(n) not in known])
         async with asyncio.TaskGroup() as group:
@@ -89,7 +92,7 @@ class Workload:
         if answer.status_code >= 500 or answer.status_code == 429:
             answer.raise_for_status()
         if answer.status_code not in (200, 202):
-            raise Unmended(f"the gateway refused {task.task_id}: {answer.status_code} {answer.text[:300]}")
+            raise NotRepaired(f"the gateway refused {task.task_id}: {answer.status_code} {answer.text[:300]}")
 
     async def _start_at_temporal(self, task: TaskInput) -> None:
         await start_task(self._site.client, task, task_queue=self._site.stack.task_queue)
@@ -132,8 +135,8 @@ class Workload:
                 (folder / name).write_text(text)
 
 
-async def still_running(site: Site) -> list[str]:
-    """Workflow ids of runs that Temporal has open; it may learn of the last ends a moment late."""
+async def still_running(site: SoakSite) -> list[str]:
+    """Workflow ids of runs that Temporal has open; the last ends may show a moment late."""
 
     async def running() -> list[str]:
         return [run.id async for run in site.client.list_workflows(RUNNING)]

@@ -10,17 +10,18 @@ import pytest
 import pytest_asyncio
 
 from comfyui_temporal.contracts.tasks import TaskStatus
-from proof.kill_points.__main__ import chosen_instants, struck
+from proof.kill_points.__main__ import chosen_points, struck
 from proof.kill_points.gates import BEFORE_SEND, Gate
-from proof.kill_points.instants import ROUTES, all_instants
 from proof.kill_points.kinds import KINDS, Kind
-from proof.kill_points.oracle import Ending, judged
+from proof.kill_points.oracle import Ending, judge_all
+from proof.kill_points.paths import PLAIN, WAITING, task_of
+from proof.kill_points.points import ROUTES, all_points
 from proof.kill_points.report import failures, table
 from proof.kill_points.rounds import Cell
-from proof.kill_points.site import Site, opened_site, until
+from proof.kill_points.site import RoundSite, opened_site
 from proof.kill_points.stack import KillableStack
-from proof.kill_points.ways import PLAIN, WAITING, task_of
 from proof.simulators.credits_profile import CONTRACT, FIELD, CreditsProfile
+from proof.site.waiting import until
 
 FEW = (
     "image: submit_job, after effect",
@@ -44,9 +45,9 @@ async def folder(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path
 async def all_ok(
     folder: Path, kinds: list[Kind], labels: tuple[str, ...], profile: CreditsProfile = CONTRACT
 ) -> list[Cell]:
-    instants = chosen_instants(labels)
+    points = chosen_points(labels)
     cells = await struck(
-        KillableStack(folder / "run", profile), kinds, instants, within_seconds=RECOVERY_SECONDS, most=40
+        KillableStack(folder / "run", profile), kinds, points, within_seconds=RECOVERY_SECONDS, most=40
     )
     assert not failures(cells), failures(cells)
     return cells
@@ -55,7 +56,7 @@ async def all_ok(
 @pytest.mark.slow
 async def test_a_worker_killed_in_some_instants_costs_no_task(folder: Path) -> None:
     cells = await all_ok(folder, [KINDS["worker-killed"]], FEW)
-    assert {cell.instant.label for cell in cells} == set(FEW)
+    assert {cell.point.label for cell in cells} == set(FEW)
     assert "**failed**" not in table(cells)
 
 
@@ -81,13 +82,13 @@ async def test_the_oracle_sees_a_hold_that_stands_and_a_job_that_runs(folder: Pa
     """An open task judged as if it had ended."""
     async with opened_site(KillableStack(folder / "run")) as site:
         problems = await _judged_while_open(site)
-    assert any("holds still stand" in problem for problem in problems), problems
+    assert any("holds are still open" in problem for problem in problems), problems
     assert any("jobs still run" in problem for problem in problems), problems
     assert any("its row is open" in problem for problem in problems), problems
-    assert any("the stream was told" in problem for problem in problems), problems
+    assert any("the stream lacks" in problem for problem in problems), problems
 
 
-async def _judged_while_open(site: Site) -> list[str]:
+async def _judged_while_open(site: RoundSite) -> list[str]:
     task_id = "kp-open"
     await WAITING.before(site, task_id)
     await site.client.start_workflow(
@@ -101,20 +102,20 @@ async def _judged_while_open(site: Site) -> list[str]:
         may_end=frozenset({TaskStatus.COMPLETED}),
         jobs=1,
         ends_runs=False,
-        told=[],
+        streamed=[],
         back=datetime.now(UTC),
         problems=[],
         recovered=lambda _: None,
     )
-    await judged(site, [ending])
+    await judge_all(site, [ending])
     return ending.problems
 
 
 def test_every_call_that_the_flows_make_is_an_instant() -> None:
-    gated = {instant.gate.call for instant in all_instants() if instant.gate}
+    gated = {point.gate.call for point in all_points() if point.gate}
     assert gated >= ROUTES | {"claim", "write", "snapshot", "delete_snapshot"}
-    assert len({instant.label for instant in all_instants()}) == len(all_instants())
-    assert any(instant.way is PLAIN for instant in all_instants())
+    assert len({point.label for point in all_points()}) == len(all_points())
+    assert any(point.path is PLAIN for point in all_points())
 
 
 def test_a_gate_takes_the_call_it_names() -> None:

@@ -1,4 +1,4 @@
-"""Seeded schedules of both workflows: nothing that may never be untrue is."""
+"""Seeded schedules of both workflows, on both credits services and with resets: every invariant holds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from proof.simulation.schedule import play
+from proof.simulation.schedule import RESETS, play
 
 SEEDS = {"image": 200, "training": 60}
 MANY_SEEDS = {"image": 5_000, "training": 2_000}
+SHARES = [("contract", RESETS, 0.6), ("field", RESETS, 0.3), ("contract", 1.0, 0.06), ("field", 1.0, 0.04)]
+"""Whose credits service, how likely a run is reset, and which share of the seeds is played so."""
 
 
 @pytest.fixture(autouse=True)
@@ -20,25 +22,32 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def problems(kind: str, seeds: range) -> list[str]:
-    outcomes = (play(seed, kind) for seed in seeds)
+def problems(kind: str, seeds: range, profile: str = "contract", resets: float = RESETS) -> list[str]:
+    outcomes = (play(seed, kind, profile=profile, resets=resets) for seed in seeds)
     return [
-        f"{outcome.problem}; replay it: python -m proof.simulation --kind {kind} --seed {outcome.seed}"
-        for outcome in outcomes
-        if outcome.problem
+        f"{outcome.problem}; replay it: {outcome.command(profile, resets)}" for outcome in outcomes if outcome.problem
     ]
 
 
+@pytest.mark.parametrize(("profile", "resets", "share"), SHARES)
 @pytest.mark.parametrize("kind", SEEDS)
-def test_every_schedule_keeps_what_may_never_be_untrue(kind: str) -> None:
-    assert problems(kind, range(SEEDS[kind])) == []
+def test_every_schedule_keeps_the_invariants(kind: str, profile: str, resets: float, share: float) -> None:
+    assert problems(kind, range(int(SEEDS[kind] * share)), profile, resets) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize(("profile", "resets", "share"), SHARES)
 @pytest.mark.parametrize("kind", MANY_SEEDS)
-def test_many_schedules_keep_what_may_never_be_untrue(kind: str) -> None:
-    assert problems(kind, range(SEEDS[kind], MANY_SEEDS[kind])) == []
+def test_many_schedules_keep_the_invariants(kind: str, profile: str, resets: float, share: float) -> None:
+    most = int(MANY_SEEDS[kind] * share)
+    assert problems(kind, range(int(SEEDS[kind] * share), most), profile, resets) == []
+
+
+def test_the_seeds_reset_runs_on_both_profiles() -> None:
+    for profile in ("contract", "field"):
+        outcomes = [play(seed, "image", profile=profile, resets=1.0) for seed in range(8)]
+        assert sum(outcome.counts["resets"] for outcome in outcomes) > 0, profile
 
 
 def test_a_stop_that_comes_as_a_run_gets_long_goes_before_a_later_delivery() -> None:

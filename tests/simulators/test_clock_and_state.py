@@ -42,7 +42,7 @@ def test_work_done_stays_done_when_speed_changes_and_processes_end(tmp_path: Pat
 def test_the_instant_of_a_piece_of_work_is_when_the_clock_gets_there(tmp_path: Path) -> None:
     with opened(tmp_path) as state:
         clock = Clock(state, speed=60)
-        seconds = (clock.instant_of(clock.work() + 120) - clock.now()).total_seconds()
+        seconds = (clock.datetime_of(clock.work() + 120) - clock.now()).total_seconds()
         assert seconds == pytest.approx(2, abs=0.1)
         with pytest.raises(ValueError, match="never set back"):
             clock.advance(-1)

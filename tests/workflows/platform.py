@@ -20,16 +20,12 @@ from temporalio.client import Client, WorkflowHandle, WorkflowUpdateFailedError
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Worker
 
-from activities.closed_runs import ClosedRunActivities
-from activities.comfyui import ComfyUIActivities, ComfyUIClient
-from activities.credits import CreditsActivities, CreditsClient
-from activities.datasets import DatasetActivities, DatasetSnapshots
+from activities.comfyui import ComfyUIClient
+from activities.credits import CreditsClient
+from activities.datasets import DatasetSnapshots
 from activities.file_lists import FileLists
-from activities.lives import Lives
 from activities.outside_http import READ_SECONDS
-from activities.task_store import TaskStoreActivities
 from activities.tokens import SignedTokens
-from activities.unsettled import UnsettledActivities
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.task_store import TaskClaim
 from comfyui_temporal.contracts.tasks import (
@@ -58,13 +54,14 @@ from runtime.caller_tokens import CallerTokens, SharedSecret
 from runtime.settings import Settings
 from store import TaskStore
 from tests.conftest import unique
-from workflows.give_back import GiveBackWorkflow
+from worker import WORKFLOWS, all_activities, make_worker
 from workflows.image_generation import ImageGenerationWorkflow
-from workflows.reconciler import ReconcileWorkflow
 from workflows.training import TrainingWorkflow
 
 T = TypeVar("T")
 Handle = WorkflowHandle[Any, Any]
+STICKY = {"sticky_queue_schedule_to_start_timeout": timedelta(seconds=10)}
+"""Longer than a busy machine keeps a worker from a task: no scenario replays a history that it does not mean to."""
 FLOWS: tuple[type, ...] = (ImageGenerationWorkflow, TrainingWorkflow)
 
 
@@ -267,25 +264,14 @@ class Platform:
             snapshots = await stack.enter_async_context(
                 DatasetSnapshots((self.folder / "objects").as_uri(), dataset_roots=self.settings().dataset_roots)
             )
-            lives = Lives(self.store)
-            worker = Worker(
+            activities = all_activities(comfyui, credits, snapshots, self.store, self.policy_of, self.client)
+            own = {"task_queue": self.task_queue, "graceful_shutdown_timeout": timedelta(seconds=5), **self._cache()}
+            worker = make_worker(
                 self.client,
-                task_queue=self.task_queue,
-                workflows=[*flows, GiveBackWorkflow, ReconcileWorkflow],
-                activities=[
-                    method
-                    for activities in (
-                        ComfyUIActivities(comfyui, lives, snapshots),
-                        CreditsActivities(credits, lives),
-                        DatasetActivities(snapshots),
-                        TaskStoreActivities(self.store, self.policy_of),
-                        ClosedRunActivities(self.client, self.store),
-                        UnsettledActivities(self.store),
-                    )
-                    for method in activity_methods(activities)
-                ],
-                graceful_shutdown_timeout=timedelta(seconds=5),
-                **{**self._cache(), **options},
+                self.settings(),
+                activities,
+                [*flows, *(each for each in WORKFLOWS if each not in FLOWS)],
+                **{**own, **STICKY, **options},
             )
             yield await stack.enter_async_context(worker)
 
@@ -312,12 +298,6 @@ async def sent(handle: Handle, activity: str) -> list[dict[str, Any]]:
         async for event in handle.fetch_history_events()
         if event.activity_task_scheduled_event_attributes.activity_type.name == activity
     ]
-
-
-def activity_methods(activities: object) -> list[Callable[..., Any]]:
-    """Every `@activity.defn` method of an activity class's instance."""
-    methods = [getattr(activities, name) for name in dir(activities) if not name.startswith("_")]
-    return [method for method in methods if hasattr(method, "__temporal_activity_definition")]
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ from comfyui_temporal.contracts.tasks import SettlementState, TaskStatus
 from proof.simulators.admin_wire import Fault
 from store import TaskStore
 from tests.conftest import NewDatabase, unique
-from tests.workflows.books import check_history, ended
+from tests.workflows.books import check_histories, ended
 from tests.workflows.payers import Payer, holds_of, new_payer, task_of
 from tests.workflows.platform import Handle, Platform, running_platform
 from workflows import ledger_search
@@ -53,7 +53,7 @@ async def reconcile(platform: Platform, *, every_seconds: float = 0.0) -> Reconc
         result_type=ReconcileResult,
     )
     result: ReconcileResult = await passing.result()
-    await check_history(platform, passing)
+    await check_histories(platform, passing)
     return result
 
 

@@ -15,7 +15,7 @@ from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 
 from comfyui_temporal.contracts.continuation import Continuation
 from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, TaskStatus, workflow_id_of
-from tests.workflows.books import check_history, ended
+from tests.workflows.books import check_histories, ended
 from tests.workflows.platform import Handle, Platform, task_id_of
 
 Task = dict[str, Any]
@@ -43,7 +43,7 @@ async def assert_refused(platform: Platform, handle: Handle, code: str = "input_
     described = await handle.describe()
     assert described.close_time is not None
     assert described.close_time - described.start_time < timedelta(seconds=MOST_SECONDS)
-    await check_history(platform, handle)
+    await check_histories(platform, handle)
     return cause.message
 
 

@@ -26,7 +26,7 @@ from runtime.settings import Settings
 from store import TaskStore
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, new_task_id
-from tests.workflows.books import Ending, check_history, ended, ended_without_its_run
+from tests.workflows.books import Ending, check_histories, ended, ended_without_its_run
 from tests.workflows.payers import end_open_holds, new_payer, until_started
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
 from tests.workflows.test_settlement import cancelled_by_hand, start_telling
@@ -68,11 +68,11 @@ async def reconcile(platform: Platform, **order: Any) -> ReconcileResult:
         result_type=ReconcileResult,
     )
     result: ReconcileResult = await passing.result()
-    await check_history(platform, passing)
+    await check_histories(platform, passing)
     for task_id in result.task_ids:
         handle: Handle = platform.client.get_workflow_handle(give_back_id_of(task_id))
         await handle.result()
-        await check_history(platform, handle)
+        await check_histories(platform, handle)
     return result
 
 

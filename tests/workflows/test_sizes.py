@@ -16,7 +16,7 @@ from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrd
 from comfyui_temporal.contracts.size_budget import MAX_START_BYTES, PAYLOAD_BYTES, json_bytes
 from comfyui_temporal.contracts.tasks import TaskStatus, TrainingTask
 from tests.conftest import unique
-from tests.workflows.books import check_history, ended, ended_without_its_run, runs_of
+from tests.workflows.books import check_histories, ended, ended_without_its_run, runs_of
 from tests.workflows.platform import Handle, Platform, task_id_of
 from tests.workflows.test_continue_as_new import FORGED, OUTPUT, model, started, tick
 
@@ -134,7 +134,7 @@ async def test_a_terminated_run_with_a_large_dataset_is_given_back(direct_platfo
         result_type=GiveBackResult,
     )
     result: GiveBackResult = await giving.result()
-    await check_history(direct_platform, giving)
+    await check_histories(direct_platform, giving)
     async for event in giving.fetch_history_events():
         for payload in event.activity_task_completed_event_attributes.result.payloads:
             assert len(payload.data) < 16 * 1024, "what was left is told without its list"

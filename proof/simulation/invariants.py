@@ -1,4 +1,4 @@
-"""What the rules share: one schedule's world, and the sentence of what is untrue in it."""
+"""What the rules share: one schedule's world, and the error that names a violated invariant."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from proof.simulation.witness import Witness
 State = JobState | TrainingState
 
 
-class Untrue(Exception):
-    """Something that may never be untrue is."""
+class InvariantViolated(Exception):
+    """An invariant does not hold; the text says which."""
 
 
 def must(holds: bool, sentence: str, *values: Any) -> None:
     if not holds:
-        raise Untrue(f"{sentence} {', '.join(map(str, values))}".strip())
+        raise InvariantViolated(f"{sentence} {', '.join(map(str, values))}".strip())
 
 
 @dataclass
 class World:
-    """The input, the policy, the others' own state, and what the run was told of it."""
+    """The input, the policy, the services' own state, and what the run received of it."""
 
     scenario: Scenario
     parties: Parties
@@ -36,7 +36,7 @@ class World:
     is_reset: bool = False
     """Whether the task's run was reset: from then on one body may come twice, and only the services know all."""
     cancels_seen: list[float] = field(default_factory=list)
-    """When the run was told of a cancel."""
+    """When the run received a cancel."""
 
     @property
     def jobs(self) -> ComfyUIModel[Any]:

@@ -1,4 +1,4 @@
-"""The lives of a task that lead to instants: what its job does, what happens to it, and how it goes on afterwards."""
+"""The paths that lead a task to points: what its job does, what happens to it, and how it goes on afterwards."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, TaskStatus
-from proof.kill_points.site import TENANT, USER, Site, until
+from proof.kill_points.site import TENANT, USER, RoundSite
 from proof.kill_points.stack import SIGNALS_UNTIL_CONTINUED
+from proof.site.waiting import until
 
-Act = Callable[[Site, str], Awaitable[None]]
-Look = Callable[[Site, str], Awaitable[bool]]
+Act = Callable[[RoundSite, str], Awaitable[None]]
+Look = Callable[[RoundSite, str], Awaitable[bool]]
 
 LEAD_SECONDS: Final = 60.0
 DEARER_POINTS: Final = 40
 DEARER_HOURS: Final = 3.0
 
 
-async def _nothing(site: Site, task_id: str) -> None:
+async def _nothing(site: RoundSite, task_id: str) -> None:
     return None
 
 
-async def _resume(site: Site, task_id: str) -> None:
+async def _resume(site: RoundSite, task_id: str) -> None:
     for run in await site.open_jobs(task_id):
         await site.admin.comfyui.act(run.run_id, "resume")
 
 
 @dataclass(frozen=True)
-class Way:
-    """One life. `before` is done before the task is started, `lead` after, `parked` tells a wait that has no gate;
-    `approach` is done `milliseconds` before the blow falls, `after` when everything is back."""
+class TaskPath:
+    """What happens to a task. `before` is done before it is started, `lead` after; `parked` recognises a wait without a
+    gate; `approach` is done `milliseconds` before the fault, `after` when everything is back."""
 
     name: str
     ends: TaskStatus = TaskStatus.COMPLETED
@@ -47,50 +48,50 @@ class Way:
     """Of the task's input."""
 
 
-def task_of(site: Site, scene: str, task_id: str, way: Way) -> dict[str, Any]:
+def task_of(site: RoundSite, scene: str, task_id: str, path: TaskPath) -> dict[str, Any]:
     """The task's input as JSON."""
     common = {"task_id": task_id, "tenant_id": TENANT, "user_id": USER}
     if scene == "image":
-        return {**common, "template_id": "text-to-image", "prompt": "a lighthouse at dusk", **way.fields}
+        return {**common, "template_id": "text-to-image", "prompt": "a lighthouse at dusk", **path.fields}
     return {
         **common,
         "template_id": "lora-train",
         "dataset": {"dataset_id": "faces", "source_uri": site.dataset().as_uri()},
         "hyperparameters": {"epochs": 2, "batch_size": 1, "learning_rate": 0.001},
         "max_credits": 2_000,
-        **way.fields,
+        **path.fields,
     }
 
 
-# What jobs are told to do
+# What jobs are shown to do
 
 
-async def _stall(site: Site, task_id: str) -> None:
+async def _stall(site: RoundSite, task_id: str) -> None:
     await site.admin.comfyui.fault("job_stall", task_id=task_id, at=0.6)
 
 
-async def _fail(site: Site, task_id: str) -> None:
+async def _fail(site: RoundSite, task_id: str) -> None:
     await site.admin.comfyui.fault("job_fail", task_id=task_id, code="node_error", at=0.6)
 
 
-async def _preempt(site: Site, task_id: str) -> None:
+async def _preempt(site: RoundSite, task_id: str) -> None:
     await site.admin.comfyui.fault("job_preempt", task_id=task_id, at=0.6)
 
 
-async def _preempt_then_dearer(site: Site, task_id: str) -> None:
+async def _preempt_then_dearer(site: RoundSite, task_id: str) -> None:
     await _preempt(site, task_id)
     reply = {"estimated_cost": DEARER_POINTS}
     await site.admin.comfyui.fault("job_lie", task_id=task_id, route="submit_job", nth=2, reply=reply)
 
 
-async def _withhold(site: Site, task_id: str) -> None:
+async def _withhold(site: RoundSite, task_id: str) -> None:
     await site.admin.comfyui.fault("callback_withhold", task_id=task_id, times=None)
 
 
 # Where a task is
 
 
-async def _works(site: Site, task_id: str) -> bool:
+async def _works(site: RoundSite, task_id: str) -> bool:
     """Its credits are held and its stalled job is past its beginning."""
     row = await site.row(task_id)
     if row is None or row.stage not in ("processing", "training") or not row.credits.held:
@@ -98,48 +99,48 @@ async def _works(site: Site, task_id: str) -> bool:
     return await _is_quiet(site, task_id)
 
 
-async def _is_quiet(site: Site, task_id: str) -> bool:
+async def _is_quiet(site: RoundSite, task_id: str) -> bool:
     described = (await site.handle(task_id).describe()).raw_description
     return not described.pending_activities and not described.HasField("pending_workflow_task")
 
 
-async def _asks(site: Site, task_id: str) -> bool:
+async def _asks(site: RoundSite, task_id: str) -> bool:
     row = await site.row(task_id)
     return row is not None and row.confirmation is not None and await _is_quiet(site, task_id)
 
 
-async def _waits_for_retry(site: Site, task_id: str) -> bool:
+async def _waits_for_retry(site: RoundSite, task_id: str) -> bool:
     return any((event.message or "").startswith("Attempt 1 ended") for event in await site.store.events(task_id))
 
 
-async def until_works(site: Site, task_id: str) -> None:
+async def until_works(site: RoundSite, task_id: str) -> None:
     await until(lambda: _works(site, task_id), f"{task_id} works", seconds=LEAD_SECONDS)
 
 
 # What happens to it
 
-_asked: Final[set[asyncio.Future[Any]]] = set()
+_pending: Final[set[asyncio.Future[Any]]] = set()
 
 
-async def ask_to_cancel(site: Site, task_id: str) -> None:
-    """By the update, whose answer nobody waits for: no worker may be there to give it."""
+async def ask_to_cancel(site: RoundSite, task_id: str) -> None:
+    """By the update; its answer is not awaited, since no worker may be there to give it."""
     asking = asyncio.ensure_future(site.handle(task_id).execute_update("cancel_task", {"reason": "no longer wanted"}))
-    _asked.add(asking)
+    _pending.add(asking)
     asking.add_done_callback(_forget)
 
 
 def _forget(asking: asyncio.Future[Any]) -> None:
-    _asked.discard(asking)
+    _pending.discard(asking)
     if not asking.cancelled():
         asking.exception()
 
 
-async def _cancel(site: Site, task_id: str) -> None:
+async def _cancel(site: RoundSite, task_id: str) -> None:
     await until_works(site, task_id)
     await ask_to_cancel(site, task_id)
 
 
-async def _expire(site: Site, task_id: str) -> None:
+async def _expire(site: RoundSite, task_id: str) -> None:
     await until_works(site, task_id)
     row = await site.row(task_id)
     assert row is not None
@@ -148,24 +149,24 @@ async def _expire(site: Site, task_id: str) -> None:
     await finish(site, task_id)
 
 
-async def finish(site: Site, task_id: str) -> None:
-    """Deliver whatever job the task has."""
+async def finish(site: RoundSite, task_id: str) -> None:
+    """Deliver every open job of the task."""
     for run in await site.open_jobs(task_id):
         if run.phase != "idle":  # a training that was not started has nothing to deliver
             await site.admin.comfyui.act(run.run_id, "finish")
 
 
-async def grow_dearer(site: Site, task_id: str) -> None:
+async def grow_dearer(site: RoundSite, task_id: str) -> None:
     for run in await site.open_jobs(task_id):
         await site.admin.comfyui.act(run.run_id, "gpu_hours", gpu_hours=DEARER_HOURS)
 
 
-async def _work_then_dearer(site: Site, task_id: str) -> None:
+async def _work_then_dearer(site: RoundSite, task_id: str) -> None:
     await until_works(site, task_id)
     await grow_dearer(site, task_id)
 
 
-async def _flood(site: Site, task_id: str, first: int = 0, last: int = SIGNALS_UNTIL_CONTINUED) -> None:
+async def _flood(site: RoundSite, task_id: str, first: int = 0, last: int = SIGNALS_UNTIL_CONTINUED) -> None:
     """Callbacks of an unknown job; all of them together make the run continue as new."""
     news = {"job_id": "unknown", "training_id": "unknown", "job_status": "queued", "training_status": "queued"}
     handle = site.handle(task_id)
@@ -173,61 +174,61 @@ async def _flood(site: Site, task_id: str, first: int = 0, last: int = SIGNALS_U
         await handle.signal(CALLBACK_SIGNAL, {**news, "sequence": sequence})
 
 
-async def _is_continued(site: Site, task_id: str) -> bool:
+async def _is_continued(site: RoundSite, task_id: str) -> bool:
     info = (await site.handle(task_id).describe()).raw_description.workflow_execution_info
     return bool(info.first_run_id != info.execution.run_id)
 
 
-async def _continue(site: Site, task_id: str) -> None:
+async def _continue(site: RoundSite, task_id: str) -> None:
     await until_works(site, task_id)
     await _flood(site, task_id)
     await until(lambda: _is_continued(site, task_id), f"{task_id} is continued", seconds=LEAD_SECONDS)
 
 
-async def _continue_then_deliver(site: Site, task_id: str) -> None:
+async def _continue_then_deliver(site: RoundSite, task_id: str) -> None:
     await _continue(site, task_id)
     await finish(site, task_id)
 
 
-async def _continue_then_cancel(site: Site, task_id: str) -> None:
+async def _continue_then_cancel(site: RoundSite, task_id: str) -> None:
     await _continue(site, task_id)
     await ask_to_cancel(site, task_id)
 
 
-async def _confirm(site: Site, task_id: str) -> None:
+async def _confirm(site: RoundSite, task_id: str) -> None:
     asking = asyncio.ensure_future(site.handle(task_id).execute_update("confirm_price", {"max_credits": 2_000}))
-    _asked.add(asking)
+    _pending.add(asking)
     asking.add_done_callback(_forget)
 
 
-async def _half_flood(site: Site, task_id: str) -> None:
+async def _half_flood(site: RoundSite, task_id: str) -> None:
     await until_works(site, task_id)
     await _flood(site, task_id, last=SIGNALS_UNTIL_CONTINUED // 2)
 
 
-async def _other_half(site: Site, task_id: str) -> None:
+async def _other_half(site: RoundSite, task_id: str) -> None:
     await _flood(site, task_id, first=SIGNALS_UNTIL_CONTINUED // 2)
 
 
-PLAIN: Final = Way("plain")
-WAITING: Final = Way("waiting", before=_stall, parked=_works)
-POLLED: Final = Way("polled", before=_withhold, fields={"options": {"poll_after_seconds": 0.5}})
-CANCELLED: Final = Way("cancelled", TaskStatus.CANCELLED, before=_stall, lead=_cancel)
-FAILING: Final = Way("failing", TaskStatus.FAILED, before=_fail)
-RETRIED: Final = Way("retried", jobs=2, before=_preempt)
-TOPPED_UP: Final = Way("topped up", jobs=2, before=_preempt_then_dearer)
-RETRY_WAIT: Final = Way("retried", jobs=2, before=_preempt, parked=_waits_for_retry)
-EXPIRED: Final = Way("expired", before=_stall, lead=_expire)
-DEARER: Final = Way("dearer", before=_stall, lead=_work_then_dearer)
-CONFIRMING: Final = Way("confirming", parked=_asks, after=_confirm, fields={"max_credits": None})
-CONTINUED: Final = Way("continued", before=_stall, lead=_continue, parked=_works)
-CONTINUED_DELIVERED: Final = Way("continued", before=_stall, lead=_continue_then_deliver)
-CONTINUED_CANCELLED: Final = Way("continued", TaskStatus.CANCELLED, before=_stall, lead=_continue_then_cancel)
+PLAIN: Final = TaskPath("plain")
+WAITING: Final = TaskPath("waiting", before=_stall, parked=_works)
+POLLED: Final = TaskPath("polled", before=_withhold, fields={"options": {"poll_after_seconds": 0.5}})
+CANCELLED: Final = TaskPath("cancelled", TaskStatus.CANCELLED, before=_stall, lead=_cancel)
+FAILING: Final = TaskPath("failing", TaskStatus.FAILED, before=_fail)
+RETRIED: Final = TaskPath("retried", jobs=2, before=_preempt)
+TOPPED_UP: Final = TaskPath("topped up", jobs=2, before=_preempt_then_dearer)
+RETRY_WAIT: Final = TaskPath("retried", jobs=2, before=_preempt, parked=_waits_for_retry)
+EXPIRED: Final = TaskPath("expired", before=_stall, lead=_expire)
+DEARER: Final = TaskPath("dearer", before=_stall, lead=_work_then_dearer)
+CONFIRMING: Final = TaskPath("confirming", parked=_asks, after=_confirm, fields={"max_credits": None})
+CONTINUED: Final = TaskPath("continued", before=_stall, lead=_continue, parked=_works)
+CONTINUED_DELIVERED: Final = TaskPath("continued", before=_stall, lead=_continue_then_deliver)
+CONTINUED_CANCELLED: Final = TaskPath("continued", TaskStatus.CANCELLED, before=_stall, lead=_continue_then_cancel)
 
 
-def continuing(milliseconds: int) -> Way:
-    """Struck that long after the last of the messages that make it continue as new."""
-    return Way(
+def continuing(milliseconds: int) -> TaskPath:
+    """The fault comes that long after the last of the messages that make it continue as new."""
+    return TaskPath(
         "continuing",
         before=_stall,
         lead=_half_flood,

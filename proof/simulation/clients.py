@@ -1,4 +1,4 @@
-"""What people and machines do to a running task: cancel it, confirm its price, send garbage, kill its worker."""
+"""What clients, operators and machines do to a running task: cancel it, confirm its price, kill its worker."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Final
 from temporalio.api.common.v1 import Payload
 
 from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, CancelTask, ConfirmPrice
-from proof.simulation.agenda import Agenda
 from proof.simulation.hosted_run import payload_of
 from proof.simulation.oracle import Oracle
 from proof.simulation.parties import Parties
-from proof.simulation.scenario import Deed
+from proof.simulation.scenario import Action
 from proof.simulation.server import Server
+from proof.simulation.timeline import Timeline
 from proof.simulation.trace import Trace
 
 GARBAGE: Final[tuple[tuple[Payload, ...], ...]] = (
@@ -41,42 +41,42 @@ BAD_ARGUMENTS: Final[tuple[tuple[Payload, ...], ...]] = (
 )
 
 
-class People:
-    """Everybody who does something to the task. `heard`: the callbacks that were sent so far."""
+class Clients:
+    """Clients, operators and machines. `received`: the callbacks that were sent so far."""
 
     def __init__(
-        self, rng: random.Random, agenda: Agenda, server: Server, oracle: Oracle, parties: Parties, trace: Trace
+        self, rng: random.Random, timeline: Timeline, server: Server, oracle: Oracle, parties: Parties, trace: Trace
     ) -> None:
         self._rng = rng
-        self._agenda = agenda
+        self._timeline = timeline
         self._server = server
         self._oracle = oracle
         self._parties = parties
         self._trace = trace
-        self.heard: list[Payload] = []
-        self._deeds: dict[Deed, Callable[[], None]] = {
-            Deed.CANCEL_BY_UPDATE: self._cancel_by_update,
-            Deed.CANCEL_BY_TEMPORAL: self._cancel_by_temporal,
-            Deed.CONFIRM: self._confirm,
-            Deed.BAD_UPDATE: self._send_bad_update,
-            Deed.GARBAGE: self._send_garbage,
-            Deed.OLD_NEWS: self._send_old_news,
-            Deed.QUERY: self._query,
-            Deed.KILL: lambda: server.kill_worker(rng.choice((0.5, 3.0, 30.0))),
-            Deed.EVICT: server.evict,
-            Deed.HOLD_CANCELLED_BY_HAND: parties.credits.cancel_by_hand,
-            Deed.RESET: self._reset,
-            Deed.PAUSE: lambda: server.pause(rng.choice((5.0, 100.0, 2_000.0))),
-            Deed.OLD_WRITE: lambda: parties.store.write_again(rng),
-            Deed.BALANCE_RISES: lambda: self._set_balance(parties.credits.balance + 500),
-            Deed.BALANCE_FALLS: lambda: self._set_balance(0),
+        self.received: list[Payload] = []
+        self._actions: dict[Action, Callable[[], None]] = {
+            Action.CANCEL_BY_UPDATE: self._cancel_by_update,
+            Action.CANCEL_BY_TEMPORAL: self._cancel_by_temporal,
+            Action.CONFIRM: self._confirm,
+            Action.BAD_UPDATE: self._send_bad_update,
+            Action.GARBAGE: self._send_garbage,
+            Action.OLD_CALLBACK: self._send_old_callback,
+            Action.QUERY: self._query,
+            Action.KILL: lambda: server.kill_worker(rng.choice((0.5, 3.0, 30.0))),
+            Action.EVICT: server.evict,
+            Action.HOLD_CANCELLED_BY_OPERATOR: parties.credits.cancel_by_operator,
+            Action.RESET: self._reset,
+            Action.PAUSE: lambda: server.pause(rng.choice((5.0, 100.0, 2_000.0))),
+            Action.OLD_WRITE: lambda: parties.store.write_again(rng),
+            Action.BALANCE_RISES: lambda: self._set_balance(parties.credits.balance + 500),
+            Action.BALANCE_FALLS: lambda: self._set_balance(0),
         }
 
-    def do(self, deed: Deed) -> None:
+    def do(self, action: Action) -> None:
         """Do it, unless the task has ended: then it may still be reset."""
-        if self._server.closed is None or deed is Deed.RESET:
-            self._trace("DEED: %s", deed.value)
-            self._deeds[deed]()
+        if self._server.closed is None or action is Action.RESET:
+            self._trace("ACTION: %s", action.value)
+            self._actions[action]()
 
     def _cancel_by_update(self) -> None:
         name = f"cancel-{len(self._oracle.cancels)}"
@@ -89,19 +89,19 @@ class People:
 
     def _confirm(self) -> None:
         request = ConfirmPrice(max_credits=self._rng.choice((150, 300, 1_000)))
-        self._server.update(f"confirm-{self._agenda.steps}", "confirm_price", payload_of(request))
+        self._server.update(f"confirm-{self._timeline.steps}", "confirm_price", payload_of(request))
 
     def _send_bad_update(self) -> None:
         name = self._rng.choice(("cancel_task", "confirm_price", "none"))
-        self._server.update(f"bad-{self._agenda.steps}", name, *self._rng.choice(BAD_ARGUMENTS))
+        self._server.update(f"bad-{self._timeline.steps}", name, *self._rng.choice(BAD_ARGUMENTS))
 
     def _send_garbage(self) -> None:
         name = self._rng.choice((CALLBACK_SIGNAL, CALLBACK_SIGNAL, "no_such_signal"))
         self._server.signal(name, *self._rng.choice(GARBAGE))
 
-    def _send_old_news(self) -> None:
-        if self.heard:
-            self._server.signal(CALLBACK_SIGNAL, self._rng.choice(self.heard))
+    def _send_old_callback(self) -> None:
+        if self.received:
+            self._server.signal(CALLBACK_SIGNAL, self._rng.choice(self.received))
 
     def _query(self) -> None:
         for name in ("progress", "credits"):

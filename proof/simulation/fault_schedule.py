@@ -1,4 +1,4 @@
-"""What goes wrong, and until when: drawn once for a seed, then asked at every call, task and callback."""
+"""What goes wrong, and until when: drawn once for a seed, then consulted at every call, task and callback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from proof.simulation.agenda import Agenda
+from proof.simulation.timeline import Timeline
 
 GIVES_UP_AFTER: Final = 6.5
 """Seconds after which a caller no longer waits for an answer."""
@@ -22,8 +22,8 @@ class Party(StrEnum):
     OBJECTS = "objects"
 
 
-class Spoiled(StrEnum):
-    """How an attempt fails although the caller was not left without any answer."""
+class BadAnswer(StrEnum):
+    """How an attempt fails although it was answered."""
 
     UNAVAILABLE = "unavailable"
     UNREADABLE = "unreadable"
@@ -31,23 +31,23 @@ class Spoiled(StrEnum):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt of a call: when it acts on the other side (None: never), when its caller hears, and what."""
+    """One attempt of a call: when the service acts (None: never), when the caller has an answer, and which."""
 
     acts_after: float | None
-    heard_after: float
+    answered_after: float
     """Seconds until the caller has the answer, or gives up."""
     is_lost: bool = False
-    """The caller hears nothing, whatever was done."""
-    spoiled: Spoiled | None = None
+    """The caller gets no answer, whether or not the service acted."""
+    bad_answer: BadAnswer | None = None
 
 
 @dataclass
-class Weather:
-    """Faults by their probability; none after `calm_from` (seconds since the epoch)."""
+class FaultSchedule:
+    """Faults by their probability; none after `quiet_from` (seconds since the epoch)."""
 
-    agenda: Agenda
+    timeline: Timeline
     rng: random.Random
-    calm_from: float
+    quiet_from: float
     call_faults: float = 0.0
     task_losses: float = 0.0
     callback_losses: float = 0.0
@@ -58,64 +58,64 @@ class Weather:
     """A call, and for how many seconds its party is away from the moment it is first sent."""
 
     @property
-    def is_calm(self) -> bool:
-        return self.agenda.now >= self.calm_from
+    def is_quiet(self) -> bool:
+        return self.timeline.now >= self.quiet_from
 
     def is_away(self, party: Party) -> bool:
         """Whether the party does not answer now."""
         outages = self.outages.get(party, ())
-        return not self.is_calm and any(begin <= self.agenda.now < end for begin, end in outages)
+        return not self.is_quiet and any(begin <= self.timeline.now < end for begin, end in outages)
 
     def attempt(self, party: Party, name: str) -> Attempt:
         """What becomes of a call that is sent now."""
         if self.outage_with is not None and self.outage_with[0] == name:
-            end = self.agenda.now + self.outage_with[1]
-            self.outages[party] = [(self.agenda.now, end)]
-            self.calm_from, self.outage_with = max(self.calm_from, end), None
+            end = self.timeline.now + self.outage_with[1]
+            self.outages[party] = [(self.timeline.now, end)]
+            self.quiet_from, self.outage_with = max(self.quiet_from, end), None
         rng, latency = self.rng, self.rng.choice(LATENCIES)
-        if not self.is_calm:
+        if not self.is_quiet:
             if self.is_away(party):
                 return self._during_outage(latency)
             if rng.random() < self.call_faults:
                 return self._faulty(latency)
-        return Attempt(acts_after=latency, heard_after=latency + rng.choice(LATENCIES))
+        return Attempt(acts_after=latency, answered_after=latency + rng.choice(LATENCIES))
 
     def _during_outage(self, latency: float) -> Attempt:
         kind = self.rng.randrange(4)
-        if kind == 0:  # it hears us and we do not hear it
-            return Attempt(acts_after=latency, heard_after=GIVES_UP_AFTER, is_lost=True)
+        if kind == 0:  # the request arrives, the answer does not
+            return Attempt(acts_after=latency, answered_after=GIVES_UP_AFTER, is_lost=True)
         if kind == 1:
-            return Attempt(acts_after=None, heard_after=GIVES_UP_AFTER, is_lost=True)
-        return Attempt(acts_after=None, heard_after=latency, spoiled=Spoiled.UNAVAILABLE)
+            return Attempt(acts_after=None, answered_after=GIVES_UP_AFTER, is_lost=True)
+        return Attempt(acts_after=None, answered_after=latency, bad_answer=BadAnswer.UNAVAILABLE)
 
     def _faulty(self, latency: float) -> Attempt:
         rng, kind = self.rng, self.rng.randrange(6)
         if kind == 0:
-            return Attempt(acts_after=latency, heard_after=GIVES_UP_AFTER, is_lost=True)
+            return Attempt(acts_after=latency, answered_after=GIVES_UP_AFTER, is_lost=True)
         if kind == 1:
-            return Attempt(acts_after=None, heard_after=GIVES_UP_AFTER, is_lost=True)
+            return Attempt(acts_after=None, answered_after=GIVES_UP_AFTER, is_lost=True)
         if kind == 2:
-            return Attempt(acts_after=rng.choice(LATE), heard_after=GIVES_UP_AFTER, is_lost=True)
+            return Attempt(acts_after=rng.choice(LATE), answered_after=GIVES_UP_AFTER, is_lost=True)
         if kind == 3:
-            return Attempt(acts_after=None, heard_after=latency, spoiled=Spoiled.UNAVAILABLE)
+            return Attempt(acts_after=None, answered_after=latency, bad_answer=BadAnswer.UNAVAILABLE)
         if kind == 4:
-            return Attempt(acts_after=latency, heard_after=latency + 0.1, spoiled=Spoiled.UNREADABLE)
-        return Attempt(acts_after=rng.choice((0.3, 3.0, 5.5)), heard_after=6.0)
+            return Attempt(acts_after=latency, answered_after=latency + 0.1, bad_answer=BadAnswer.UNREADABLE)
+        return Attempt(acts_after=rng.choice((0.3, 3.0, 5.5)), answered_after=6.0)
 
     def loses_task(self) -> bool:
-        """Whether a workflow task's outcome never reaches the server."""
-        return not self.is_calm and self.rng.random() < self.task_losses
+        """Whether a workflow task's completion never reaches the server."""
+        return not self.is_quiet and self.rng.random() < self.task_losses
 
     def task_delay(self) -> float:
-        """Seconds until a worker takes up a workflow task: what comes meanwhile comes with it."""
-        if not self.is_calm and self.rng.random() < self.slow_tasks:
+        """Seconds until a worker takes a workflow task: what arrives meanwhile is part of it."""
+        if not self.is_quiet and self.rng.random() < self.slow_tasks:
             return self.rng.choice((0.3, 1.0, 4.0, 15.0, 100.0))
         return self.rng.choice((0.0, 0.0, 0.005))
 
     def callback_delays(self) -> list[float]:
         """Seconds after which each copy of a callback arrives; none: it is lost."""
         rng = self.rng
-        if self.is_calm:
+        if self.is_quiet:
             return [0.0]
         if rng.random() < self.callback_losses:
             return []
