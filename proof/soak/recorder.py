@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
-import httpx2
+import httpx
 
 from proof.soak.journal import Journal
 from proof.soak.site import Site
@@ -78,7 +78,7 @@ class Recorder:
                     async for frame in _frames(response) if response.status_code == 200 else _nothing():
                         cursor = frame.get("id", cursor)
                         self._take(json.loads(frame["data"]), told)
-            except httpx2.HTTPError:
+            except httpx.HTTPError:
                 pass
             if not is_over:
                 self.reopened += 1
@@ -96,11 +96,11 @@ class Recorder:
             "/api/v1/tasks/stream/sse",
             params={"subscribe": ",".join(task_ids)},
             headers={**self._site.bearer(tenant_id), **({"Last-Event-ID": cursor} if cursor else {})},
-            timeout=httpx2.Timeout(10, read=SILENT_SECONDS),
+            timeout=httpx.Timeout(10, read=SILENT_SECONDS),
         )
 
 
-async def _frames(response: httpx2.Response) -> AsyncIterator[dict[str, str]]:
+async def _frames(response: httpx.Response) -> AsyncIterator[dict[str, str]]:
     frame: dict[str, str] = {}
     async for line in response.aiter_lines():
         name, _, value = line.partition(": ")

@@ -14,7 +14,6 @@ from typing import Any, Final, TypeVar
 
 import asyncpg
 import httpx
-import httpx2
 import psutil
 from temporalio.client import Client
 from temporalio.service import RPCError
@@ -29,7 +28,7 @@ from proof.simulators.admin_client import Admin, AdminRefused
 T = TypeVar("T")
 OUTSIDE_ERRORS: Final = (
     httpx.HTTPError,
-    httpx2.HTTPError,
+    httpx.HTTPError,
     OSError,
     TimeoutError,
     RPCError,
@@ -95,7 +94,7 @@ class TaskTable:
 class Site:
     """One running stack."""
 
-    def __init__(self, folder: RunFolder, stack: StackDescription, client: Client, gateway: httpx2.AsyncClient) -> None:
+    def __init__(self, folder: RunFolder, stack: StackDescription, client: Client, gateway: httpx.AsyncClient) -> None:
         self.folder = folder
         self.stack = stack
         self.client = client
@@ -155,8 +154,8 @@ class Site:
 async def opened_site(folder: RunFolder, stack: StackDescription) -> AsyncIterator[Site]:
     """Connect to a stack that is up."""
     client = await Client.connect(stack.temporal_address, namespace=stack.namespace, plugins=[TasksPlugin()])
-    limits = httpx2.Limits(max_connections=200, max_keepalive_connections=20)
-    async with httpx2.AsyncClient(base_url=stack.gateway_url, timeout=10, limits=limits) as gateway:
+    limits = httpx.Limits(max_connections=200, max_keepalive_connections=20)
+    async with httpx.AsyncClient(base_url=stack.gateway_url, timeout=10, limits=limits) as gateway:
         site = Site(folder, stack, client, gateway)
         try:
             yield site
