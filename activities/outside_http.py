@@ -6,19 +6,16 @@
 
 A definite refusal is no failure but an answer (activities/replies.py).
 
-httpx2, because httpx 0.28 loses pool connections where a request is cut: 8 callers with limits of 2 to 30 ms emptied a
-pool of 5 within seconds, for good (tests/activities/test_outside_http.py).
-
-Deliberate departures from its defaults:
+Deliberate departures from httpx's defaults:
 1. No redirects: a token must not follow one, and a POST would turn into a GET.
 2. Bodies are read raw, never decompressed, and cut at `max_reply_bytes`: a few bytes of gzip can be gigabytes.
 3. One limit for the whole request beside connect and read: a server that sends a byte every 5 s never meets the latter.
-4. Loopback addresses never go through a proxy, whatever the environment says.
+4. No request is cut from outside: the pool would lose its connection (runtime/http_transport.py).
+5. Loopback addresses never go through a proxy, whatever the environment says.
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -29,13 +26,14 @@ from types import TracebackType
 from typing import Final, Literal, Self
 from urllib.parse import quote
 
-import httpx2
+import httpx
 from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError, to_json
 
 from comfyui_temporal.contracts import handed_on
 from comfyui_temporal.contracts.errors import FailureCode, WireError
 from comfyui_temporal.contracts.fields import repaired, shortened
+from runtime.http_transport import LIMIT, PatientClient
 
 CONNECT_SECONDS: Final = 2.0
 READ_SECONDS: Final = 6.0
@@ -98,7 +96,7 @@ class RawReply:
     """What came back: at most `max_reply_bytes` of body, as sent."""
 
     status: int
-    headers: httpx2.Headers
+    headers: httpx.Headers
     body: bytes
 
 
@@ -150,9 +148,9 @@ class OutsideHttp:
         self.address = _checked_address(url, party)
         self._max_reply_bytes = max_reply_bytes
         self._hangs_until = 0.0
-        self._client = httpx2.AsyncClient(
-            timeout=httpx2.Timeout(read_seconds, connect=connect_seconds, pool=connect_seconds),
-            limits=httpx2.Limits(max_connections=pool_size, max_keepalive_connections=pool_size, keepalive_expiry=30),
+        self._client = PatientClient(
+            timeout=httpx.Timeout(read_seconds, connect=connect_seconds, pool=connect_seconds),
+            limits=httpx.Limits(max_connections=pool_size, max_keepalive_connections=pool_size, keepalive_expiry=30),
             follow_redirects=False,
             headers={"accept": "application/json", "accept-encoding": "identity", "user-agent": "comfyui-temporal"},
             mounts={"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None},
@@ -195,7 +193,7 @@ class OutsideHttp:
             request = self._client.build_request(
                 route.method, self.address + path, params=query, headers=headers, content=content
             )
-        except (ValueError, httpx2.InvalidURL) as error:
+        except (ValueError, httpx.InvalidURL) as error:
             raise self._named(error, route) from None
         return await self._within_limit(request, route)
 
@@ -217,21 +215,10 @@ class OutsideHttp:
         )
         return OutsideFailure(FailureCode.REPLY_INVALID, sentence, retry_after_seconds=retry_after_seconds)
 
-    async def _within_limit(self, request: httpx2.Request, route: Route) -> RawReply:
+    async def _within_limit(self, request: httpx.Request, route: Route) -> RawReply:
         limit = current_time_limit_seconds()
-        exchange = asyncio.create_task(self._exchange(request, route))
-        try:
-            await asyncio.wait({exchange}, timeout=limit)
-        finally:
-            # In time this does nothing. Past the limit it closes the connection, and the pool makes another.
-            exchange.cancel()
-        await asyncio.wait({exchange})
-        if exchange.cancelled():
-            self._hangs_until = time.monotonic() + SILENCE_SECONDS
-            raise self.unavailable(route, f"no whole answer within {limit:g} s")
-        return exchange.result()
-
-    async def _exchange(self, request: httpx2.Request, route: Route) -> RawReply:
+        request.extensions[LIMIT] = limit
+        ends_at = time.monotonic() + limit
         try:
             response = await self._client.send(request, stream=True)
             self._hangs_until = 0.0
@@ -242,11 +229,14 @@ class OutsideHttp:
         except OutsideFailure:
             raise
         except Exception as error:
-            if isinstance(error, httpx2.TimeoutException):
-                self._hangs_until = time.monotonic() + SILENCE_SECONDS
+            if isinstance(error, httpx.TimeoutException):
+                now = time.monotonic()
+                self._hangs_until = now + SILENCE_SECONDS
+                if now >= ends_at:
+                    raise self.unavailable(route, f"no whole answer within {limit:g} s") from None
             raise self._named(error, route) from None
 
-    async def _read(self, response: httpx2.Response, route: Route) -> bytes:
+    async def _read(self, response: httpx.Response, route: Route) -> bytes:
         body = bytearray()
         async for chunk in response.aiter_raw():
             body += chunk
@@ -262,7 +252,7 @@ class OutsideHttp:
         said = shortened(repaired(str(error)), 300)
         if said and said not in reason:
             reason = f"{reason} ({said})"
-        if isinstance(error, httpx2.RemoteProtocolError) and not _ENDED_EARLY.search(said):
+        if isinstance(error, httpx.RemoteProtocolError) and not _ENDED_EARLY.search(said):
             return self.reply_invalid(route, reason)
         if kind in _NO_CONTRACT_ANSWER:
             return self.reply_invalid(route, reason)
@@ -293,46 +283,44 @@ class OutsideHttp:
 
 
 CONNECTION_FAILURES: Final[Mapping[type[Exception], str]] = {
-    httpx2.ConnectTimeout: "no connection in time",
-    httpx2.ReadTimeout: "it took the request and then stayed silent for too long",
-    httpx2.WriteTimeout: "it did not take the request in time",
-    httpx2.PoolTimeout: "all of our connections to it are in use",
-    httpx2.TimeoutException: "it was too slow",
-    httpx2.ConnectError: "no connection",
-    httpx2.ReadError: "the connection broke before the answer was whole",
-    httpx2.WriteError: "the connection broke while the request was sent",
-    httpx2.CloseError: "the connection broke while it was closed",
-    httpx2.NetworkError: "the connection broke",
-    httpx2.ProxyError: "the proxy in between refused or broke",
-    httpx2.UnsupportedProtocol: "the address is neither http nor https",
-    httpx2.LocalProtocolError: "our own request would be no valid HTTP",
-    httpx2.RemoteProtocolError: "the answer ended early or is no HTTP",
-    httpx2.ProtocolError: "the answer is no HTTP",
-    httpx2.TransportError: "the connection failed",
-    httpx2.DecodingError: "its body cannot be decoded",
-    httpx2.TooManyRedirects: "it redirects, and redirects are not followed",
-    httpx2.SSEError: "its event stream is malformed",
-    httpx2.RequestError: "the request failed",
-    httpx2.HTTPStatusError: "an HTTP status that nobody expected",
-    httpx2.HTTPError: "the request failed",
-    httpx2.InvalidURL: "the address is no URL",
-    httpx2.CookieConflict: "its cookies contradict each other",
-    httpx2.StreamConsumed: "the answer was read twice",
-    httpx2.StreamClosed: "the answer was closed before it was read",
-    httpx2.ResponseNotRead: "the answer was not read",
-    httpx2.RequestNotRead: "the request was not read",
-    httpx2.StreamError: "the answer could not be read",
+    httpx.ConnectTimeout: "no connection in time",
+    httpx.ReadTimeout: "it took the request and then stayed silent for too long",
+    httpx.WriteTimeout: "it did not take the request in time",
+    httpx.PoolTimeout: "all of our connections to it are in use",
+    httpx.TimeoutException: "it was too slow",
+    httpx.ConnectError: "no connection",
+    httpx.ReadError: "the connection broke before the answer was whole",
+    httpx.WriteError: "the connection broke while the request was sent",
+    httpx.CloseError: "the connection broke while it was closed",
+    httpx.NetworkError: "the connection broke",
+    httpx.ProxyError: "the proxy in between refused or broke",
+    httpx.UnsupportedProtocol: "the address is neither http nor https",
+    httpx.LocalProtocolError: "our own request would be no valid HTTP",
+    httpx.RemoteProtocolError: "the answer ended early or is no HTTP",
+    httpx.ProtocolError: "the answer is no HTTP",
+    httpx.TransportError: "the connection failed",
+    httpx.DecodingError: "its body cannot be decoded",
+    httpx.TooManyRedirects: "it redirects, and redirects are not followed",
+    httpx.RequestError: "the request failed",
+    httpx.HTTPStatusError: "an HTTP status that nobody expected",
+    httpx.HTTPError: "the request failed",
+    httpx.InvalidURL: "the address is no URL",
+    httpx.CookieConflict: "its cookies contradict each other",
+    httpx.StreamConsumed: "the answer was read twice",
+    httpx.StreamClosed: "the answer was closed before it was read",
+    httpx.ResponseNotRead: "the answer was not read",
+    httpx.RequestNotRead: "the request was not read",
+    httpx.StreamError: "the answer could not be read",
     Exception: "the request failed in a way that no one foresaw",
 }
-"""Every exception of httpx2 → the reason in the sentence; a test keeps it whole."""
+"""Every exception of httpx → the reason in the sentence; a test keeps it whole."""
 _NO_CONTRACT_ANSWER: Final = frozenset(
     {
-        httpx2.DecodingError,
-        httpx2.SSEError,
-        httpx2.TooManyRedirects,
-        httpx2.HTTPStatusError,
-        httpx2.CookieConflict,
-        httpx2.ProtocolError,
+        httpx.DecodingError,
+        httpx.TooManyRedirects,
+        httpx.HTTPStatusError,
+        httpx.CookieConflict,
+        httpx.ProtocolError,
     }
 )
 _ENDED_EARLY = re.compile(r"disconnected|closed")
@@ -340,8 +328,8 @@ _ENDED_EARLY = re.compile(r"disconnected|closed")
 
 def _checked_address(url: str, party: Party) -> str:
     try:
-        parsed = httpx2.URL(url)
-    except httpx2.InvalidURL:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
         raise ValueError(f"{party.setting}: not a URL") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"{party.setting}: must be an http:// or https:// address")

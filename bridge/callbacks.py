@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Final, Self
 
-import httpx2
+import httpx
 import structlog
 from standardwebhooks import Webhook
 from standardwebhooks.webhooks import EmptyWebhookSecretError
@@ -15,6 +15,7 @@ from temporalio.exceptions import ApplicationError
 
 from bridge.calls import SEND_CALLBACK
 from bridge.orders import Callback
+from runtime.http_transport import PatientClient
 
 REPEATED_AFTER_SECONDS: Final = (1.0, 5.0, 30.0, 120.0, 600.0)
 HOURLY_SECONDS: Final = 3600.0
@@ -33,7 +34,7 @@ class CallbackSender:
             self._webhook = Webhook(secret)
         except (ValueError, EmptyWebhookSecretError):
             raise ValueError("a callback secret must be a Standard Webhooks secret: whsec_ and base64") from None
-        self._client = httpx2.AsyncClient(
+        self._client = PatientClient(
             timeout=SEND_SECONDS,
             follow_redirects=False,
             headers={"user-agent": "comfyui-temporal"},
@@ -62,7 +63,7 @@ class CallbackSender:
             response = await self._client.post(
                 callback.url, content=callback.body.encode(), headers=headers, timeout=seconds
             )
-        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             log.info("callback_unanswered", webhook_id=callback.webhook_id, reason=type(error).__name__)
             return None
         return response.status_code

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-import httpx2
+import httpx
 
 from bridge.storage import STORAGE_ERRORS, Storage, is_plain
 
@@ -139,7 +139,7 @@ class ControlImages:
         target += f"?{parts.query}" if parts.query else ""
         try:
             async with (
-                httpx2.AsyncClient(timeout=FETCH_SECONDS, follow_redirects=False, trust_env=False) as http,
+                httpx.AsyncClient(timeout=FETCH_SECONDS, follow_redirects=False, trust_env=False) as http,
                 http.stream("GET", target, headers={"host": host}, extensions={"sni_hostname": host}) as response,
             ):
                 if response.status_code >= 500 or response.status_code == 429:
@@ -152,7 +152,7 @@ class ControlImages:
                     if len(content) > self._max_bytes:
                         raise ImageRefused(f"it is larger than {self._max_bytes} bytes")
                 return bytes(content)
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ImageUnreachable(f"its host did not answer: {type(error).__name__}") from None
 
     async def _pinned(self, host: str) -> str:

@@ -19,12 +19,13 @@ from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import quote
 
-import httpx2
+import httpx
 
 from bridge.native_errors import PromptRefused, ServerConfused, ServerSilent, execution_details, refusal_details
 from bridge.orders import NativeFile
 from comfyui_temporal.contracts.errors import ErrorDetails
 from comfyui_temporal.contracts.fields import repaired, shortened
+from runtime.http_transport import PatientClient
 
 CONNECT_SECONDS: Final = 3.0
 READ_SECONDS: Final = 20.0
@@ -91,13 +92,13 @@ class NativeServer:
 
     def __init__(self, url: str, *, read_seconds: float = READ_SECONDS) -> None:
         """Raises ValueError for an address that is no http or https one."""
-        parsed = httpx2.URL(url)
+        parsed = httpx.URL(url)
         if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
             raise ValueError(f"{url!r} is no http:// or https:// address of a ComfyUI server")
         self.url = str(parsed).rstrip("/")
-        self._client = httpx2.AsyncClient(
-            timeout=httpx2.Timeout(read_seconds, connect=CONNECT_SECONDS),
-            limits=httpx2.Limits(max_connections=16, keepalive_expiry=5),
+        self._client = PatientClient(
+            timeout=httpx.Timeout(read_seconds, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=16, keepalive_expiry=5),
             follow_redirects=False,
             headers={"accept": "application/json, */*", "user-agent": "comfyui-temporal"},
             trust_env=False,
@@ -214,7 +215,7 @@ class NativeServer:
         request = self._client.build_request("GET", self.url + "/view", params=query)
         try:
             response = await self._client.send(request, stream=True)
-        except httpx2.HTTPError as error:
+        except httpx.HTTPError as error:
             raise self._silent("/view", error) from None
         try:
             if response.status_code == 404:
@@ -224,31 +225,31 @@ class NativeServer:
         finally:
             await response.aclose()
 
-    async def _chunks(self, response: httpx2.Response) -> AsyncIterator[bytes]:
+    async def _chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
         try:
             async for chunk in response.aiter_bytes():
                 yield chunk
-        except httpx2.HTTPError as error:
+        except httpx.HTTPError as error:
             raise self._silent("/view", error) from None
 
     async def _json(self, method: str, path: str) -> Any:
         return self._checked(await self._request(method, path), path)
 
-    async def _request(self, method: str, path: str, **content: Any) -> httpx2.Response:
+    async def _request(self, method: str, path: str, **content: Any) -> httpx.Response:
         try:
             return await self._client.request(method, self.url + path, **content)
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._silent(path, error) from None
 
     def _silent(self, path: str, error: Exception) -> ServerSilent:
         said = shortened(repaired(str(error)), 200) or type(error).__name__
         return ServerSilent(f"ComfyUI at {self.url} did not answer {path}: {said}")
 
-    def _checked(self, response: httpx2.Response, path: str) -> Any:
+    def _checked(self, response: httpx.Response, path: str) -> Any:
         self._checked_status(response, path)
         return self._parsed(response, path)
 
-    def _checked_status(self, response: httpx2.Response, path: str) -> None:
+    def _checked_status(self, response: httpx.Response, path: str) -> None:
         if response.status_code >= 500:
             raise ServerSilent(f"ComfyUI at {self.url} answered {path} with HTTP {response.status_code}")
         if not 200 <= response.status_code < 300:
@@ -256,7 +257,7 @@ class NativeServer:
                 f"{self.url}{path} answered HTTP {response.status_code}: is this a ComfyUI server (0.3.64 or later)?"
             )
 
-    def _parsed(self, response: httpx2.Response, path: str) -> Any:
+    def _parsed(self, response: httpx.Response, path: str) -> Any:
         if len(response.content) > MAX_REPLY_BYTES:
             raise ServerConfused(f"{self.url}{path} answered more than {MAX_REPLY_BYTES} bytes")
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-import httpx2
+import httpx
 
 LOOK_SECONDS: Final = 3.0
 
@@ -14,8 +14,8 @@ def silent_servers(urls: Iterable[str]) -> Iterator[str]:
     """A sentence for each that does not answer. It may still be starting, so its jobs wait for it."""
     for url in urls:
         try:
-            httpx2.get(f"{url.rstrip('/')}/system_stats", timeout=LOOK_SECONDS, trust_env=False).raise_for_status()
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            httpx.get(f"{url.rstrip('/')}/system_stats", timeout=LOOK_SECONDS, trust_env=False).raise_for_status()
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             yield (
                 f"ComfyUI at {url} does not answer ({str(error) or type(error).__name__}). Jobs wait until it does: "
                 "start it, or name the right address by COMFYUI=http://host:port."

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-import httpx2
+import httpx
 import jwt
 import structlog
 from pydantic import ValidationError
@@ -111,13 +111,13 @@ class KeySet:
             self._tried_at = self._clock()
             try:
                 self._keys = await self._fetched()
-            except (httpx2.HTTPError, jwt.PyJWTError, ValueError, TypeError, AttributeError) as error:
+            except (httpx.HTTPError, jwt.PyJWTError, ValueError, TypeError, AttributeError) as error:
                 log.warning("jwks_not_read", url=self.url, reason=f"{type(error).__name__}: {error}"[:200])
                 return
             self._fetched_at = self._clock()
 
     async def _fetched(self) -> dict[str, jwt.PyJWK]:
-        async with httpx2.AsyncClient(timeout=JWKS_TIMEOUT_SECONDS, follow_redirects=False) as http:
+        async with httpx.AsyncClient(timeout=JWKS_TIMEOUT_SECONDS, follow_redirects=False) as http:
             answer = await http.get(self.url)
         if not answer.is_success or len(answer.content) > MAX_JWKS_BYTES:
             raise ValueError(f"status {answer.status_code}, {len(answer.content)} bytes")

@@ -40,5 +40,5 @@ def configure_logs(*, level: str = "INFO", as_json: bool = True) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level)
     # httpx logs each request's address at INFO, uvicorn each request: neither helps, both may hold ids.
-    for noisy in ("httpx", "httpcore", "httpx2", "httpcore2", "uvicorn.access", "alembic.runtime.migration"):
+    for noisy in ("httpx", "httpcore", "uvicorn.access", "alembic.runtime.migration"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -24,8 +24,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx2
+import httpx
 import psutil
+from httpx_sse import EventSource
 from temporalio import activity, workflow
 from temporalio.client import Client
 from temporalio.service import RPCError
@@ -139,12 +140,12 @@ async def heard(gateway: GatewayProcess) -> AsyncIterator[dict[tuple[str, int], 
     async def read() -> None:
         url = f"http://127.0.0.1:{gateway.port}/api/v1/tasks/stream/sse?subscribe=*"
         async with (
-            httpx2.AsyncClient(timeout=None) as http,
+            httpx.AsyncClient(timeout=None) as http,
             http.stream("GET", url, headers=bearer(token_for("tenant-demo", valid_seconds=3_600))) as response,
         ):
             response.raise_for_status()
             is_open.set()
-            async for frame in httpx2.EventSource(response):
+            async for frame in EventSource(response).aiter_sse():
                 if frame.data:
                     event: dict[str, Any] = json.loads(frame.data)
                     at.setdefault((event.get("task_id", ""), event.get("queue_position") or 0), time.monotonic())

@@ -16,12 +16,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-import httpx2
+import httpx
 from pydantic import BaseModel, ValidationError
 
 from comfyui_temporal.contracts.comfyui import DatasetSnapshot, JobAccepted, JobState, TrainingAccepted, TrainingState
 from comfyui_temporal.contracts.errors import COMFYUI_ERRORS, sentences_of
 from comfyui_temporal.contracts.permissions import Scope
+from runtime.http_transport import PatientClient
 
 if TYPE_CHECKING:
     from proof.conformance.receiver import CallbackReceiver
@@ -82,7 +83,7 @@ class Subject:
 
     def __init__(
         self,
-        http: httpx2.AsyncClient,
+        http: httpx.AsyncClient,
         tokens: TokenMaker,
         me: Person,
         stranger: Person,
@@ -115,7 +116,7 @@ class Subject:
         scopes: Collection[Scope] = ALL_SCOPES,
         authorization: str | None = None,
         content: bytes | None = None,
-    ) -> httpx2.Response:
+    ) -> httpx.Response:
         """One request below `/comfyui/v1`. `authorization` instead of a token, `""` for none at all.
 
         Raises Unreachable where there is no answer.
@@ -129,14 +130,14 @@ class Subject:
         raw = content if content is not None else json.dumps(body).encode() if body is not None else None
         try:
             return await self._http.request(method, f"/comfyui/v1{path}", content=raw, headers=headers)
-        except httpx2.TransportError as error:
+        except httpx.TransportError as error:
             address = str(self._http.base_url).rstrip("/")
             raise Unreachable(f"{address} does not answer {method} {path} ({type(error).__name__}).") from None
 
-    async def get(self, path: str, **how: Any) -> httpx2.Response:
+    async def get(self, path: str, **how: Any) -> httpx.Response:
         return await self.send("GET", path, **how)
 
-    async def post(self, path: str, body: Any, key: str, **how: Any) -> httpx2.Response:
+    async def post(self, path: str, body: Any, key: str, **how: Any) -> httpx.Response:
         return await self.send("POST", path, body, key=key, **how)
 
     def job_body(self, task_id: str, **other: Any) -> Json:
@@ -206,7 +207,7 @@ class Subject:
         """Content type and bytes of what a result url gives. Raises Broken."""
         try:
             answer = await self._http.get(url)
-        except httpx2.TransportError as error:
+        except httpx.TransportError as error:
             raise Broken(f"{url} cannot be fetched ({type(error).__name__})") from None
         demand(answer.status_code == 200, f"{url} answers {answer.status_code}")
         return answer.headers.get("content-type", ""), len(answer.content)
@@ -239,7 +240,7 @@ async def opened(
     receiver: CallbackReceiver | None = None,
 ) -> AsyncIterator[Subject]:
     """The server at this address. Without a receiver only cases that change nothing can run."""
-    async with httpx2.AsyncClient(base_url=base_url, timeout=CALL_LIMIT_SECONDS) as http:
+    async with PatientClient(base_url=base_url, timeout=CALL_LIMIT_SECONDS) as http:
         yield Subject(http, tokens, me, stranger or me, profile or Profile(), receiver)
 
 
@@ -253,7 +254,7 @@ def demand(condition: object, sentence: str) -> None:
         raise Broken(sentence)
 
 
-def answered(answer: httpx2.Response, status: int, *, is_ours: bool = False) -> Any:
+def answered(answer: httpx.Response, status: int, *, is_ours: bool = False) -> Any:
     """The JSON of an answer of this status. Raises Broken or NotOffered."""
     if is_ours and not_offered(answer):
         raise NotOffered(f"{_request(answer)} answers {answer.status_code}: not offered")
@@ -264,22 +265,22 @@ def answered(answer: httpx2.Response, status: int, *, is_ours: bool = False) -> 
         raise Broken(f"{_request(answer)}: the answer is no JSON: {_shown(answer)}") from None
 
 
-def token_taken(answer: httpx2.Response) -> httpx2.Response:
+def token_taken(answer: httpx.Response) -> httpx.Response:
     """The answer, unless it rejects our token. Raises Unreachable: no case can be judged then."""
     if answer.status_code == 401:
         raise Unreachable(f"{_request(answer)} does not take our token: {_shown(answer)}")
     return answer
 
 
-def accepted(answer: httpx2.Response, kind: type[Model]) -> Model:
+def accepted(answer: httpx.Response, kind: type[Model]) -> Model:
     return _as(kind, answered(answer, 202), answer)
 
 
-def read(answer: httpx2.Response, kind: type[Model], *, is_ours: bool = False) -> Model:
+def read(answer: httpx.Response, kind: type[Model], *, is_ours: bool = False) -> Model:
     return _as(kind, answered(answer, 200, is_ours=is_ours), answer)
 
 
-def refused(answer: httpx2.Response, message: str, *, is_ours: bool = False) -> list[str]:
+def refused(answer: httpx.Response, message: str, *, is_ours: bool = False) -> list[str]:
     """The `fields` of a refusal that is called this, with the contract's code. Raises Broken or NotOffered."""
     if is_ours and not_offered(answer):
         raise NotOffered(f"{_request(answer)} answers {answer.status_code}: not offered")
@@ -295,7 +296,7 @@ def refused(answer: httpx2.Response, message: str, *, is_ours: bool = False) -> 
     return [str(line) for line in fields]
 
 
-def not_offered(answer: httpx2.Response) -> bool:
+def not_offered(answer: httpx.Response) -> bool:
     """404 without our error body, 405 or 501 (contract §2)."""
     if answer.status_code in (405, 501):
         return True
@@ -307,16 +308,16 @@ def not_offered(answer: httpx2.Response) -> bool:
         return True
 
 
-def _as(kind: type[Model], body: Any, answer: httpx2.Response) -> Model:
+def _as(kind: type[Model], body: Any, answer: httpx.Response) -> Model:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         raise Broken(f"{_request(answer)}: {'; '.join(sentences_of(error))}") from None
 
 
-def _request(answer: httpx2.Response) -> str:
+def _request(answer: httpx.Response) -> str:
     return f"{answer.request.method} {answer.request.url.path}"
 
 
-def _shown(answer: httpx2.Response) -> str:
+def _shown(answer: httpx.Response) -> str:
     return f"{answer.status_code} {answer.text[:300]}".strip()

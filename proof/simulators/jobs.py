@@ -10,7 +10,6 @@ from typing import Any, Final, Literal
 
 from comfyui_temporal.contracts.comfyui import JobRequest, JobStatus, Resolution, TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.prices import DEFAULT_ETA_MINUTES
 from comfyui_temporal.contracts.scenes import SCENES
 from proof.simulators.runs import Forecast, Run, Segment
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
-import httpx2
+import httpx
 
 from comfyui_temporal.contracts.tasks import TaskEvent
 from proof.site.site import Site
@@ -17,11 +17,11 @@ NOT_FULL_SECONDS: Final = 10.0
 """After so long a stream is opened although it could follow more tasks."""
 SILENT_SECONDS: Final = 45.0
 """Three heartbeats: a stream that brings nothing for longer is opened again."""
-TIMEOUT: Final = httpx2.Timeout(10, read=SILENT_SECONDS)
+TIMEOUT: Final = httpx.Timeout(10, read=SILENT_SECONDS)
 Received = Mapping[str, list[TaskEvent]]
 
 
-async def frames(response: httpx2.Response) -> AsyncIterator[tuple[str | None, dict[str, Any]]]:
+async def frames(response: httpx.Response) -> AsyncIterator[tuple[str | None, dict[str, Any]]]:
     """The cursor and the event of each frame of a stream."""
     frame: dict[str, str] = {}
     async for line in response.aiter_lines():
@@ -95,13 +95,13 @@ class Recorder:
         while True:
             try:
                 async with self._stream(tenant_id, task_ids, cursor) as response:
-                    if response.status_code == httpx2.codes.NO_CONTENT:
+                    if response.status_code == httpx.codes.NO_CONTENT:
                         break  # every event was received, to the last one of every task
-                    if response.status_code == httpx2.codes.OK:
+                    if response.status_code == httpx.codes.OK:
                         async for frame_id, event in frames(response):
                             cursor = frame_id or cursor
                             self._take(event)
-            except httpx2.HTTPError:
+            except httpx.HTTPError:
                 pass
             await asyncio.sleep(RETRY_SECONDS)
         self._on_end({task_id: self.received[task_id] for task_id in task_ids})

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final, Self
 
 import asyncpg
-import httpx2
+import httpx
 from temporalio.client import Client, WorkflowHandle
 
 from comfyui_temporal.contracts.stack import StackDescription
@@ -19,6 +19,7 @@ from proof.checks.evidence import Sources
 from proof.simulators.admin_client import Admin
 from proof.simulators.credits_profile import CONTRACT, CreditsProfile
 from proof.site.waiting import OUTSIDE_ERRORS, insist
+from runtime.http_transport import PatientClient
 from store import TaskStore
 
 Handle = WorkflowHandle[Any, Any]
@@ -33,7 +34,7 @@ class Site:
         folder: RunFolder,
         stack: StackDescription,
         client: Client,
-        gateway: httpx2.AsyncClient,
+        gateway: httpx.AsyncClient,
         profile: CreditsProfile = CONTRACT,
     ) -> None:
         self.folder = folder
@@ -52,9 +53,9 @@ class Site:
     ) -> AsyncIterator[Self]:
         """Connect to a stack that is up."""
         client = await Client.connect(stack.temporal_address, namespace=stack.namespace, plugins=[TasksPlugin()])
-        limits = httpx2.Limits(max_connections=500, max_keepalive_connections=50)
-        timeout = httpx2.Timeout(10, read=30)
-        async with httpx2.AsyncClient(
+        limits = httpx.Limits(max_connections=500, max_keepalive_connections=50)
+        timeout = httpx.Timeout(10, read=30)
+        async with PatientClient(
             base_url=stack.gateway_url, timeout=timeout, limits=limits, trust_env=False
         ) as gateway:
             site = cls(folder, stack, client, gateway, profile)

@@ -9,7 +9,6 @@ from typing import Final, TypeVar
 
 import asyncpg
 import httpx
-import httpx2
 from temporalio.service import RPCError
 
 from proof.simulators.admin_client import AdminRefused
@@ -18,7 +17,6 @@ from store import StoreFailure
 T = TypeVar("T")
 OUTSIDE_ERRORS: Final = (
     httpx.HTTPError,
-    httpx2.HTTPError,
     OSError,
     TimeoutError,
     RPCError,

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
-import httpx2
+import httpx
 import psutil
 from standardwebhooks import Webhook
 
@@ -132,7 +132,7 @@ async def callback_flood(site: SoakSite, dice: random.Random) -> str:
 
     async def send(task_id: str, content: bytes, headers: dict[str, str]) -> None:
         async with gate:
-            with contextlib.suppress(httpx2.HTTPError):
+            with contextlib.suppress(httpx.HTTPError):
                 response = await site.gateway.post(f"/callbacks/comfyui/{task_id}", content=content, headers=headers)
                 answers[response.status_code] = answers.get(response.status_code, 0) + 1
 

@@ -1,4 +1,4 @@
-"""The HTTP client itself: every error of httpx2 has a name, limits hold, and nothing secret is told."""
+"""The HTTP client itself: every error of httpx has a name, limits hold, and nothing secret is told."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from random import Random
 
-import httpx2
+import httpx
 import jwt
 import pytest
 import pytest_asyncio
@@ -42,7 +42,7 @@ from tests.activities.loopback import Seen, always, error_body, http_bytes, serv
 
 HTTPX_EXCEPTIONS = [
     kind
-    for _, kind in inspect.getmembers(httpx2, inspect.isclass)
+    for _, kind in inspect.getmembers(httpx, inspect.isclass)
     if issubclass(kind, Exception) and not issubclass(kind, Warning)
 ]
 
@@ -56,18 +56,18 @@ async def failing_with() -> AsyncIterator[FailingWith]:
     async with OutsideHttp(COMFYUI, "http://comfyui.test:8188") as http:
 
         async def send(error: Exception) -> RawReply:
-            def fail(request: httpx2.Request) -> httpx2.Response:
+            def fail(request: httpx.Request) -> httpx.Response:
                 raise error
 
-            http._client._transport = httpx2.MockTransport(fail)
+            http._client._transport = httpx.MockTransport(fail)
             return await http.send(LIST_GPUS, token="t")
 
         yield send
 
 
 @pytest.mark.parametrize("kind", HTTPX_EXCEPTIONS, ids=lambda kind: kind.__name__)
-async def test_every_exception_of_httpx2_is_one_named_failure(failing_with: FailingWith, kind: type[Exception]) -> None:
-    assert kind in CONNECTION_FAILURES, "a new exception of httpx2: give it a reason"
+async def test_every_exception_of_httpx_is_one_named_failure(failing_with: FailingWith, kind: type[Exception]) -> None:
+    assert kind in CONNECTION_FAILURES, "a new exception of httpx: give it a reason"
 
     with pytest.raises(OutsideFailure) as raised:
         await failing_with(kind.__new__(kind))
@@ -157,7 +157,7 @@ async def test_a_byte_now_and_then_does_not_hold_a_request_open(where: str) -> N
 
 
 async def test_requests_cut_at_any_instant_leave_the_pool_whole() -> None:
-    """httpx 0.28 had all 5 connections lost here within a second: the reason for httpx2."""
+    """A plain client of httpx 0.28 loses all 5 connections here within a second."""
     random = Random(7)
 
     async def dawdle(request: Seen, writer: asyncio.StreamWriter) -> None:
@@ -363,7 +363,7 @@ async def test_a_ledger_is_read_to_its_last_page_and_narrowed_to_the_task() -> N
     }
 
     async def page(request: Seen, writer: asyncio.StreamWriter) -> None:
-        await always(200, pages[httpx2.URL(request.target).params.get("cursor")])(request, writer)
+        await always(200, pages[httpx.URL(request.target).params.get("cursor")])(request, writer)
 
     async with serving(page) as server, CreditsClient(server.url, tokens()) as client:
         answer = await client.ledger(LedgerQuery(call_for=call_for(), task_id="task-1", limit=2))
@@ -398,7 +398,7 @@ async def test_a_ledger_without_end_is_left_with_the_cursor_it_came_to(monkeypat
     monkeypatch.setattr("activities.credits.MAX_LEDGER_PAGES", 3)
 
     async def page(request: Seen, writer: asyncio.StreamWriter) -> None:
-        last = int(httpx2.URL(request.target).params.get("cursor", "0"))
+        last = int(httpx.URL(request.target).params.get("cursor", "0"))
         await always(200, {"entries": [entry(last)], "cursor": str(last + 1)})(request, writer)
 
     async with serving(page) as server, CreditsClient(server.url, tokens()) as client:

@@ -25,7 +25,7 @@ from comfyui_temporal import (
     UnknownTask,
     WorkerUnavailable,
 )
-from comfyui_temporal.client.submission import start_image
+from comfyui_temporal.client.submission import start_task
 from gateway.problems import Problem, ProblemCode, input_invalid
 from tests.cable import Cable
 from tests.conftest import unique
@@ -65,7 +65,7 @@ def answering(status: int, content: bytes) -> HttpTasks:
 
 async def started(whole: Platform) -> str:
     task = ImageTask.model_validate(whole.image())
-    return (await start_image(whole.client, task, task_queue=whole.task_queue)).task_id
+    return (await start_task(whole.client, task, task_queue=whole.task_queue)).task_id
 
 
 @pytest.mark.parametrize("code", list(ProblemCode))
@@ -180,7 +180,7 @@ async def test_a_task_that_no_worker_takes_is_unavailable_not_unknown(whole: Pla
     """Its run has been started, but has not claimed its id: the gateway has no events of it yet."""
     task = ImageTask.model_validate(whole.image())
     async with HttpTasks(whole.gateway_url, token, patience_seconds=0) as tasks:
-        waiting = await start_image(whole.client, task, task_queue=unique("queue"))
+        waiting = await start_task(whole.client, task, task_queue=unique("queue"))
         with pytest.raises(Unavailable, match="No worker"):
             await anext(tasks.follow(task.task_id))
         await waiting.handle.terminate()
