@@ -17,10 +17,10 @@ from temporalio.worker import Worker
 from bridge.api import Edge, bridge_app
 from bridge.callbacks import CallbackActivities, CallbackSender
 from bridge.control_images import ControlImages
+from bridge.forecast import Forecast
 from bridge.job_activities import JobActivities
 from bridge.job_workflow import ComfyUIJobWorkflow
 from bridge.key_workflow import ComfyUIKeyWorkflow
-from bridge.outlook import Outlook
 from bridge.required_settings import callback_secret_by, result_secret_by, templates_by
 from bridge.runs import Keys, Runs
 from bridge.service import ImageService
@@ -49,7 +49,7 @@ class Bridge:
         self.signed = SignedAddresses(base_url, result_secret_by(settings))
         self.images = ControlImages(hosts=settings.bridge_image_hosts, roots=settings.bridge_image_roots)
         self.sender = CallbackSender(callback_secret_by(settings))
-        self.outlook = Outlook(client, task_queue=settings.bridge_task_queue)
+        self.forecast = Forecast(client, task_queue=settings.bridge_task_queue)
         self._client = client
         self._settings = settings
         self._tokens = caller_tokens_by(settings)
@@ -66,7 +66,7 @@ class Bridge:
         callback_prefixes = settings.bridge_callback_urls or [settings.callback_base_url]
         images = ImageService(
             runs,
-            self.outlook,
+            self.forecast,
             self._templates,
             self.images,
             settings.prices,
@@ -74,7 +74,7 @@ class Bridge:
         )
         trainings = TrainingService(
             runs,
-            self.outlook,
+            self.forecast,
             self._templates,
             self.storage,
             settings.prices,

@@ -25,12 +25,12 @@ from temporalio.worker import FixedSizeSlotSupplier, PollerBehaviorSimpleMaximum
 
 from bridge.callbacks import CallbackSender
 from bridge.calls import BRIDGE_QUEUE, pool_queue, presence_queue, server_queue
+from bridge.forecast import SeenServer, identity_of
 from bridge.gpu_activities import GpuActivities, ServerIdentity
 from bridge.graph_check import NoModel, chosen_models, graph_problems
 from bridge.manifest import DEFAULT_POOL
 from bridge.native import NativeServer
 from bridge.native_errors import NativeFailure
-from bridge.outlook import SeenServer, identity_of
 from bridge.prompt_run import Patience
 from bridge.required_settings import heed_signals, templates_by
 from bridge.slot import TAKEN_SECONDS, FreeSlots, Slot

@@ -54,7 +54,7 @@ class ComfyUIJobWorkflow(RunFlow):
         await self._to_its_end(self._delivered())
         if job.request.controls:
             await self._cleared_up()
-        await self._all_told()
+        await self._all_published()
         return self.view()
 
     @workflow.update(name=MOVE_UPDATE)
@@ -63,7 +63,7 @@ class ComfyUIJobWorkflow(RunFlow):
         shown = self._fields["queue_position"]
         if shown is not None and 0 <= position < shown:
             self._fields["queue_position"] = position
-            self._telling.number()
+            self._publishing.number()
         return self.view()
 
     @property
@@ -82,7 +82,7 @@ class ComfyUIJobWorkflow(RunFlow):
 
     async def _delivered(self) -> None:
         controls = await self._controls()
-        outcome, stored = await self._placing.ran(
+        outcome, stored = await self._placement.ran(
             lambda taken: self._graph_run(taken, controls),
             ended=self._run_ended,
             is_wanted=lambda: not self._is_over,
@@ -113,7 +113,7 @@ class ComfyUIJobWorkflow(RunFlow):
             now, span = workflow.now(), timedelta(seconds=self._job.graph.expected_seconds)
             self._fields |= {
                 "job_status": JobStatus.PROCESSING.value,
-                "stage_progress": float(self._placing.percent),
+                "stage_progress": float(self._placement.percent),
                 "next_eta": instant(now + span),
                 "estimated_time": minutes(now + span - self._submitted, at_least=LEAST_MINUTES),
                 "queue_position": None,
@@ -125,13 +125,13 @@ class ComfyUIJobWorkflow(RunFlow):
             job_id=self._job.job_id,
             tenant_id=request.tenant_id,
             task_id=request.task_id,
-            run=self._placing.run,
-            prompt_id=self._placing.prompt_id(),
+            run=self._placement.run,
+            prompt_id=self._placement.prompt_id(),
             graph=self._job.graph,
             controls=controls,
             callback_url=request.callback_url,
-            sequence_base=self._telling.run_begins(),
-            first_percent=self._placing.percent,
+            sequence_base=self._publishing.run_begins(),
+            first_percent=self._placement.percent,
             tick_fields={**self._fields, "task_id": request.task_id},
         )
 

@@ -18,8 +18,8 @@ from temporalio.exceptions import ActivityError, ApplicationError, FailureError,
 
 from bridge.calls import CANCEL_UPDATE, VIEW_QUERY
 from bridge.orders import JobView
-from bridge.placing import CANCELLED, Placing, RunRefused
-from bridge.telling import Telling
+from bridge.placement import CANCELLED, Placement, RunRefused
+from bridge.publishing import Publishing
 from comfyui_temporal.contracts.comfyui import JobRequest, TrainingRequest
 from comfyui_temporal.contracts.errors import JOB_CODES, ErrorDetails, FailureCode
 from comfyui_temporal.contracts.tasks import PRIORITY_KEYS, TaskStatus
@@ -35,8 +35,8 @@ class RunFlow:
     def _open(self, run_id: str, request: JobRequest | TrainingRequest, pool: str, fields: dict[str, Any]) -> None:
         self._request = request
         self._priority = Priority(priority_key=PRIORITY_KEYS[request.priority], fairness_key=request.tenant_id)
-        self._telling = Telling(run_id, request.callback_url, self._priority)
-        self._placing = Placing(run_id, pool, self._priority)
+        self._publishing = Publishing(run_id, request.callback_url, self._priority)
+        self._placement = Placement(run_id, pool, self._priority)
         self._is_cancelled = False
         self._fields = fields
         self._progress_span = (0.0, 100.0)
@@ -67,11 +67,11 @@ class RunFlow:
         return JobView(
             tenant_id=self._request.tenant_id,
             task_id=self._request.task_id,
-            pool=self._placing.pool,
+            pool=self._placement.pool,
             priority=self._request.priority,
             fields=self._fields,
-            sequence=self._telling.sequence,
-            tick_base=self._telling.tick_base,
+            sequence=self._publishing.sequence,
+            tick_base=self._publishing.tick_base,
             progress_from=self._progress_span[0],
             progress_to=self._progress_span[1],
         )
@@ -96,9 +96,9 @@ class RunFlow:
             doing.cancel()
         await self._settled(doing)
 
-    async def _all_told(self) -> None:
+    async def _all_published(self) -> None:
         try:
-            await self._telling.all_told()
+            await self._publishing.all_published()
         except asyncio.CancelledError:
             workflow.logger.info("cancelled while callbacks were out; the run is over all the same")
 
@@ -144,20 +144,20 @@ class RunFlow:
     def _run_ended(self) -> None:
         """A run on a server is over: nothing less than its last tick is shown from here."""
         if self._is_over:
-            self._telling.tick_base = None
+            self._publishing.tick_base = None
             return
         low, high = self._progress_span
-        reached = low + (high - low) * self._placing.percent / 100
+        reached = low + (high - low) * self._placement.percent / 100
         self._fields["stage_progress"] = max(round(reached, 2), self._fields["stage_progress"])
-        self._telling.run_ended()
+        self._publishing.run_ended()
 
     def _change(self, what: str, **more: Any) -> None:
         """Tell the state as it is now; `more` only in the callback."""
-        self._telling.tell({**self._fields, "task_id": self._request.task_id, **more}, what)
+        self._publishing.publish({**self._fields, "task_id": self._request.task_id, **more}, what)
         status = self._task_status()
         workflow.upsert_search_attributes([_STATUS.value_set(status.value), _STAGE.value_set(self._stage())])
-        server = f" on {self._placing.server}" if self._placing.server else ""
-        workflow.set_current_details(f"**{what}**{server}, run {self._placing.run}")
+        server = f" on {self._placement.server}" if self._placement.server else ""
+        workflow.set_current_details(f"**{what}**{server}, run {self._placement.run}")
 
     def _ended_status(self) -> TaskStatus | None:
         """Failed or cancelled, or None."""

@@ -10,8 +10,8 @@ from pydantic import Field, JsonValue
 
 from bridge.calls import CANCEL_UPDATE, JOB_WORKFLOW, run_id_of, workflow_id
 from bridge.control_images import ControlImages, address_of
+from bridge.forecast import Forecast
 from bridge.orders import ImageJob, JobView
-from bridge.outlook import Outlook
 from bridge.replies import Call, Refused, Reply, checked
 from bridge.runs import NewRun, Runs, fingerprint
 from bridge.templates import RequestRefused, TemplateLibrary
@@ -45,14 +45,14 @@ class ImageService:
     def __init__(
         self,
         runs: Runs,
-        outlook: Outlook,
+        forecast: Forecast,
         templates: TemplateLibrary,
         images: ControlImages,
         prices: PriceTable,
         callback_prefixes: Sequence[str],
     ) -> None:
         self._runs = runs
-        self._outlook = outlook
+        self._forecast = forecast
         self._templates = templates
         self._images = images
         self._prices = prices
@@ -96,7 +96,7 @@ class ImageService:
         """At most so many are ahead of a queued job as wait now, perhaps itself among them; None where it is not."""
         if view.fields.get("job_status") != JobStatus.QUEUED or not view.fields.get("queue_position"):
             return None
-        return (await self._outlook.backlog(view.pool)).ahead_of(view.priority)
+        return (await self._forecast.backlog(view.pool)).ahead_of(view.priority)
 
     async def cancel(self, call: Call) -> Reply:
         demand(call.claims, Operation.CANCEL_JOB)
@@ -108,7 +108,7 @@ class ImageService:
     async def gpus(self, call: Call) -> Reply:
         demand(call.claims, Operation.READ_COMFYUI)
         default = SCENES[Scene.IMAGE_GENERATE].eta_minutes[TaskPriority.ACCELERATED]
-        return Reply(200, await self._outlook.gpus(default * 60))
+        return Reply(200, await self._forecast.gpus(default * 60))
 
     async def _new_job(self, request: TakenJobRequest, call: Call) -> ImageJob:
         """Everything that can be refused is refused here, before anything is queued."""
@@ -128,7 +128,7 @@ class ImageService:
         ]
         if problems:
             raise Refused("payload_invalid", fields=problems)
-        expected = await self._outlook.of_image(
+        expected = await self._forecast.of_image(
             template_id=request.template_id,
             resolution=request.resolution,
             priority=request.priority,

@@ -13,9 +13,9 @@ from typing import Annotated, Final
 from pydantic import Field
 
 from bridge.calls import CANCEL_UPDATE, LEAST_MINUTES, START_UPDATE, TRAINING_WORKFLOW, run_id_of, workflow_id
+from bridge.forecast import Forecast
 from bridge.gpu_activities import is_trained_on
 from bridge.orders import TrainingJob, long_list
-from bridge.outlook import Outlook
 from bridge.replies import Call, Refused, Reply, Unanswered, checked
 from bridge.runs import NewRun, Runs, fingerprint
 from bridge.service import GPU_SLOTS, check_callback, demand, demand_person
@@ -59,7 +59,7 @@ class TrainingService:
     def __init__(
         self,
         runs: Runs,
-        outlook: Outlook,
+        forecast: Forecast,
         templates: TemplateLibrary,
         storage: Storage,
         prices: PriceTable,
@@ -68,7 +68,7 @@ class TrainingService:
         snapshots_url: str,
     ) -> None:
         self._runs = runs
-        self._outlook = outlook
+        self._forecast = forecast
         self._templates = templates
         self._storage = storage
         self._prices = prices
@@ -223,7 +223,7 @@ class TrainingService:
         return Resumed(path, int(match["epoch"]), int(match["step"]))
 
     async def _gpu_type(self, asked: str | None, pool: str) -> str:
-        there = sorted({server.gpu_type for server in await self._outlook.servers() if server.pool == pool})
+        there = sorted({server.gpu_type for server in await self._forecast.servers() if server.pool == pool})
         if asked is not None and asked not in there:
             raise _invalid("gpu_type", f"no {asked!r} here; there are {', '.join(there) or 'none at all'}")
         return asked or (there[0] if there else "any")

@@ -41,7 +41,7 @@ from bridge.orders import (
     StoredResult,
     TrainingJob,
 )
-from bridge.placing import HEARTBEAT_TIMEOUT, SERVER_AWAY
+from bridge.placement import HEARTBEAT_TIMEOUT, SERVER_AWAY
 from bridge.run_flow import STORE_RETRY, RunFlow, instant, minutes
 from comfyui_temporal.contracts.comfyui import LogLevel, TrainingStage, TrainingStatus
 from comfyui_temporal.contracts.tasks import TaskStatus
@@ -88,7 +88,7 @@ class ComfyUITrainingWorkflow(RunFlow):
         """The training's last state."""
         self._change("queued")
         await self._to_its_end(self._trained())
-        await self._all_told()
+        await self._all_published()
         return self.view()
 
     @workflow.update(name=START_UPDATE)
@@ -98,7 +98,7 @@ class ComfyUITrainingWorkflow(RunFlow):
             self._is_started = True
             self._started_at = workflow.now()
             self._fields["next_eta"] = instant(self._started_at + timedelta(minutes=self._job.estimated_time))
-            self._telling.number()
+            self._publishing.number()
         return self.view()
 
     @property
@@ -134,11 +134,11 @@ class ComfyUITrainingWorkflow(RunFlow):
     async def _chunk(self, last_epoch: int) -> None:
         """Train up to the end of an epoch, and keep what came of it. Raises RunRefused, or a cancellation."""
         steps = (last_epoch - self._epoch) * self._job.steps_per_epoch
-        self._placing.begin_part(last_epoch)
+        self._placement.begin_part(last_epoch)
         whole = self._job.epochs - self._job.first_epoch
         done = self._epoch - self._job.first_epoch
         self._progress_span = (100 * done / whole, 100 * (last_epoch - self._job.first_epoch) / whole)
-        outcome, stored = await self._placing.ran(
+        outcome, stored = await self._placement.ran(
             lambda taken: self._graph_run(taken, last_epoch, steps),
             prepared=self._ingested,
             copying=self._checkpointing,
@@ -179,19 +179,19 @@ class ComfyUITrainingWorkflow(RunFlow):
         if self._fields["training_status"] == TrainingStatus.CHECKPOINTING:
             self._fields["training_status"] = TrainingStatus.RUNNING.value
             self._change("running again")
-        prefix = f"epoch-{last_epoch:04d}-r{self._placing.run}"
+        prefix = f"epoch-{last_epoch:04d}-r{self._placement.run}"
         folder = f"{LORA_FOLDER}/{self._job.training_id}"
         graph = self._job.graph
         return GraphRun(
             job_id=self._job.training_id,
             tenant_id=self._request.tenant_id,
             task_id=self._request.task_id,
-            run=self._placing.run,
-            prompt_id=self._placing.prompt_id(),
+            run=self._placement.run,
+            prompt_id=self._placement.prompt_id(),
             graph=self._chunk_graph(steps, f"loras/{folder}/{prefix}", last_epoch),
             callback_url=self._request.callback_url,
-            sequence_base=self._telling.run_begins(),
-            first_percent=self._placing.percent,
+            sequence_base=self._publishing.run_begins(),
+            first_percent=self._placement.percent,
             tick_fields={**self._fields, "task_id": self._request.task_id},
             progress_from=self._progress_span[0],
             progress_to=self._progress_span[1],

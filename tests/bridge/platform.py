@@ -15,9 +15,9 @@ from temporalio.client import Client
 
 from bridge.__main__ import Bridge
 from bridge.calls import TAKE_SERVER, workflow_of
+from bridge.forecast import SeenServer
 from bridge.gpu_worker import GpuWorker
 from bridge.native import NativeServer as NativeClient
-from bridge.outlook import SeenServer
 from bridge.prompt_run import Patience
 from comfyui_temporal.contracts.permissions import Scope
 from comfyui_temporal.plugin import TasksPlugin

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bridge.placing import prompt_id_of
+from bridge.placement import prompt_id_of
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import BridgePlatform, Json
 
@@ -22,8 +22,8 @@ async def submitted(bridge: BridgePlatform, tenant: str, priority: str, **fields
 
 async def is_told(bridge: BridgePlatform, jobs: int) -> bool:
     """Whether Temporal tells that so many wait; it does so some seconds late."""
-    bridge.bridge.outlook.forget()
-    backlog = await bridge.bridge.outlook.backlog("default")
+    bridge.bridge.forecast.forget()
+    backlog = await bridge.bridge.forecast.backlog("default")
     return backlog.accelerated + backlog.standard >= jobs
 
 
@@ -70,7 +70,7 @@ async def test_what_is_expected_and_the_gpus_tell_the_truth(bridge: BridgePlatfo
     async with bridge.gpu(native, gpu_type="rtx-4090"):
         for job in (first, accelerated):
             await bridge.ended(job["job_id"])
-        bridge.bridge.outlook.forget()
+        bridge.bridge.forecast.forget()
         assert (await bridge.get("/gpus")).json() == [
             {"gpu_type": "rtx-4090", "total": 1, "available": 1, "accelerated_wait": 0.0}
         ]
@@ -84,7 +84,7 @@ async def test_what_is_expected_and_the_gpus_tell_the_truth(bridge: BridgePlatfo
 
 
 async def measured_minutes(bridge: BridgePlatform) -> float:
-    bridge.bridge.outlook.forget()
+    bridge.bridge.forecast.forget()
     accepted = await bridge.submit()
     await bridge.cancel(accepted["job_id"])
     minutes: float = accepted["estimated_time"]
@@ -92,7 +92,7 @@ async def measured_minutes(bridge: BridgePlatform) -> float:
 
 
 async def is_busy(bridge: BridgePlatform) -> bool:
-    bridge.bridge.outlook.forget()
+    bridge.bridge.forecast.forget()
     return bool((await bridge.get("/gpus")).json()[0]["available"] == 0)
 
 
@@ -110,7 +110,7 @@ async def test_a_queued_job_moves_up_and_its_number_rises(
     assert first_seen["queue_position"] == 3
 
     async def moved() -> Json | None:
-        bridge.bridge.outlook.forget()
+        bridge.bridge.forecast.forget()
         state = await bridge.job(last["job_id"])
         return state if state["queue_position"] < 3 else None
 

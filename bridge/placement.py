@@ -1,7 +1,7 @@
-"""A graph finds a server, runs there and leaves its results in storage; it moves on where the server fails it.
+"""Places a graph on a server, runs it there and stores its results; after a server's failure it moves to another.
 
 A job goes back to the pool only where its server no longer knows the prompt, has not answered for 2 minutes, runs
-nothing, or its worker was told to stop. The run's number, and with it the prompt's id, rises only in the first case.
+nothing, or its worker was asked to stop. The run's number, and with it the prompt's id, rises only in the first case.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_FAILED_RUNS: Final = 3
 SERVER_AWAY: Final = timedelta(minutes=2)
 """How long a server's worker may stay away before its job goes to the pool again."""
 HEARTBEAT_TIMEOUT: Final = timedelta(seconds=5)
-"""A beat goes out each second: a killed worker's run is looked for again this soon."""
+"""A heartbeat is sent each second: after this long another attempt looks for a killed worker's run."""
 LONGEST_RUN: Final = timedelta(hours=24)
 COPY_WITHIN: Final = timedelta(hours=1)
 CANCELLED: Final = ErrorDetails(code=FailureCode.CANCELLED.value, message="It was cancelled.", retryable=False)
@@ -44,15 +44,15 @@ _RUN_RETRY: Final = RetryPolicy(
 
 
 class RunRefused(Exception):
-    """The run failed for good: how the job ends."""
+    """The run failed for good; `details` say how the job ends."""
 
     def __init__(self, details: ErrorDetails) -> None:
         super().__init__(details.message)
         self.details = details
 
 
-class Placing:
-    """One job's or training's way over servers. `started(server)` is told each time a run begins on one."""
+class Placement:
+    """The servers that one job or training runs on. `started(server)` is called each time a run begins on one."""
 
     def __init__(self, run_id: str, pool: str, priority: Priority) -> None:
         self._run_id = run_id

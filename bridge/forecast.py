@@ -1,7 +1,7 @@
-"""What can be expected: how long runs took, how many jobs wait, which servers there are. All of it asked of Temporal.
+"""Forecasts waits from what Temporal knows: how long runs took, how many jobs wait, which servers there are.
 
-Run times stand in the memos of ended jobs, the backlog in the task queue's own statistics, servers in the pollers of
-one queue that every GPU worker polls. Each is asked for at most every few seconds.
+Run times come from the memos of ended jobs, the backlog from the task queue's statistics, servers from the pollers of
+one queue that every GPU worker polls. Each is read at most every few seconds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KEPT_SECONDS: Final = 3.0
 MEASURED_KEPT_SECONDS: Final = 20.0
 MEASURED_RUNS: Final = 20
 ALIVE_SECONDS: Final = 100.0
-"""A worker asks again at least every minute; past this it is gone."""
+"""A worker polls at least every minute; after this long it is gone."""
 ASK_SECONDS: Final = 3.0
 _IDENTITY: Final = re.compile(r"gpu\|(?P<name>[^|]+)\|(?P<pool>[^|]+)\|(?P<gpu_type>[^|]+)\|")
 
@@ -51,7 +51,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class SeenServer:
-    """A GPU worker that is there."""
+    """A GPU worker that is running."""
 
     name: str
     pool: str
@@ -66,7 +66,7 @@ class Backlog:
     standard: int = 0
 
     def ahead_of(self, priority: TaskPriority) -> int:
-        """About how many go before a new job of this priority."""
+        """About how many jobs run before a new one of this priority."""
         return self.accelerated + (self.standard if priority is TaskPriority.STANDARD else 0)
 
 
@@ -80,12 +80,12 @@ class Expected:
 
 
 def identity_of(server: SeenServer, process_id: int) -> str:
-    """How a GPU worker names itself to Temporal."""
+    """A GPU worker's identity in Temporal."""
     return f"gpu|{server.name}|{server.pool}|{server.gpu_type}|{process_id}"
 
 
-class Outlook:
-    """Answers are kept for a moment; where Temporal cannot say, defaults are."""
+class Forecast:
+    """Answers are cached for a moment; where Temporal does not answer, defaults are used."""
 
     def __init__(self, client: Client, *, task_queue: str = BRIDGE_QUEUE) -> None:
         self._client = client
@@ -94,7 +94,7 @@ class Outlook:
         self._asking: dict[Hashable, asyncio.Lock] = {}
 
     def forget(self) -> None:
-        """Ask anew at the next question."""
+        """Read everything again at the next call."""
         self._kept.clear()
 
     async def of_image(

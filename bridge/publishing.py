@@ -1,7 +1,7 @@
-"""Who is told of a run's states: each one a callback of its own, retried by Temporal until it is settled.
+"""Publishes a run's states: each one is a callback of its own, which Temporal retries until it is accepted.
 
-Numbers (`sequence`) rise with every change. A run on a server sets `TICKS` of them aside for its whole percents, which
-the GPU worker tells without a word to the workflow.
+Numbers (`sequence`) rise with every change. A run on a server reserves `TICKS` of them for its whole percents, which
+the GPU worker publishes without the workflow.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from temporalio.exceptions import FailureError
 from bridge.calls import SEND_CALLBACK, TICKS
 from bridge.orders import Callback
 
-TOLD_WITHIN: Final = timedelta(hours=25)
-"""A day of repeats (contract §2), and some for the last."""
+PUBLISHED_WITHIN: Final = timedelta(hours=25)
+"""A day of repeats (contract §2), and time for the last one."""
 _RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(hours=1))
 
 
-class Telling:
+class Publishing:
     """One run's callbacks. `run_id`: the job's or training's id."""
 
     def __init__(self, run_id: str, url: str, priority: Priority) -> None:
@@ -36,12 +36,12 @@ class Telling:
         self.tick_base: int | None = None
 
     def number(self) -> int:
-        """The number of a change that is not told."""
+        """The number of a change that is not published."""
         self.sequence = max(self.sequence, self._reserved) + 1
         return self.sequence
 
-    def tell(self, fields: dict[str, Any], what: str) -> int:
-        """Number a change and tell it; the number."""
+    def publish(self, fields: dict[str, Any], what: str) -> int:
+        """Number a change and publish it. Returns the number."""
         sequence = self.number()
         body = {**fields, "sequence": sequence, "occurred_at": workflow.now().isoformat(timespec="milliseconds")}
         callback = Callback(url=self._url, webhook_id=f"msg_{self._run_id}_{sequence}", body=json.dumps(body))
@@ -51,18 +51,18 @@ class Telling:
         return sequence
 
     def run_begins(self) -> int:
-        """Set numbers aside for a run's ticks; what they count from."""
+        """Reserve numbers for a run's ticks. Returns the number that they count from."""
         self.tick_base = self.sequence
         self._reserved = self.sequence + TICKS
         return self.sequence
 
     def run_ended(self) -> None:
-        """What its last tick may have told is behind us, whoever saw it."""
+        """Later numbers are above every tick that the run may have published."""
         if self.tick_base is not None:
             self.tick_base = None
             self.number()
 
-    async def all_told(self) -> None:
+    async def all_published(self) -> None:
         await workflow.wait_condition(lambda: not self._sending)
 
     async def _sent(self, callback: Callback, what: str) -> None:
@@ -70,12 +70,12 @@ class Telling:
             await workflow.execute_activity(
                 SEND_CALLBACK,
                 callback,
-                schedule_to_close_timeout=TOLD_WITHIN,
+                schedule_to_close_timeout=PUBLISHED_WITHIN,
                 start_to_close_timeout=timedelta(seconds=20),
                 retry_policy=_RETRY,
                 priority=self._priority,
-                summary=f"tell {what}",
+                summary=f"publish {what}",
             )
         except FailureError as error:
-            # A day without an answer: whoever cares polls.
+            # A day without an answer: the caller has to poll.
             workflow.logger.warning("callback given up: %s", error)
