@@ -160,7 +160,7 @@ class ClosedRunActivities:
             raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
         looks = await self._look_at(page.tasks)
         for row in page.unreadable:
-            looks.unseen.append(UnseenTask(task_id=row.task_id, reason=f"Its row cannot be read: {row.why}."))
+            looks.unseen.append(UnseenTask(task_id=row.task_id, reason=f"Its row cannot be read: {row.reason}."))
         await self._note(looks)
         return OpenTasksSeen(closed=looks.closed, cursor=page.cursor, unseen=len(looks.unseen))
 

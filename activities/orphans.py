@@ -231,20 +231,20 @@ class HistoryReader:
         try:
             [value] = await self._converter.decode(payloads, [model])
         except (ApplicationError, ValidationError, ValueError, RuntimeError) as error:
-            why = "; ".join(sentences_of(error)) if isinstance(error, ValidationError) else type(error).__name__
-            raise self._unread(event, why) from None
+            reason = "; ".join(sentences_of(error)) if isinstance(error, ValidationError) else type(error).__name__
+            raise self._unread(event, reason) from None
         if isinstance(value, Doubtful):  # it holds a field that only a newer worker takes, or cannot be read at all
             if value.as_read is None:
-                raise self._unread(event, value.why)
+                raise self._unread(event, value.reason)
             value = value.as_read
         if not isinstance(value, model):
             raise self._unread(event, f"it is no {model.__name__}")
         return value
 
-    def _unread(self, event: HistoryEvent, why: str) -> NotReadHere:
+    def _unread(self, event: HistoryEvent, reason: str) -> NotReadHere:
         row = self._orphans.row
         return NotReadHere(
-            f"Event {event.event_id} of the history of {row.workflow_id} cannot be read here ({why}). A newer "
+            f"Event {event.event_id} of the history of {row.workflow_id} cannot be read here ({reason}). A newer "
             "worker wrote it, and it may hold credits: nothing is given back until a worker that knows it tries."
         )
 

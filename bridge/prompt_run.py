@@ -211,12 +211,12 @@ class PromptRun:
             if now - self._idle_since > self._patience.dead:
                 await self._give_up(f"{self._server.url} has prompts queued and runs none: its thread has died")
 
-    async def _give_up(self, why: str) -> None:
+    async def _give_up(self, reason: str) -> None:
         try:
             await self._server.cancel(self._run.prompt_id)
         except NativeFailure as failure:
             log.info("comfyui_cancel_unanswered", reason=str(failure))
-        raise ServerDead(why)
+        raise ServerDead(reason)
 
     async def _look(self) -> Found:
         return await self._patiently(lambda: self._server.find(self._run.prompt_id))

@@ -67,11 +67,11 @@ class Unanswered(Exception):
     """No answer now: nothing is kept, the same request may be repeated. The text says why, for people."""
 
     status: int
-    why: str
+    reason: str
 
     def reply(self) -> Reply:
         headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 503 else {}
-        return Reply(self.status, {"detail": self.why}, headers)
+        return Reply(self.status, {"detail": self.reason}, headers)
 
 
 class Unauthenticated(Exception):

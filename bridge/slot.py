@@ -66,9 +66,9 @@ class Slot:
             self._holder = None
         self._changed.set()
 
-    def drain(self, why: str) -> None:
+    def drain(self, reason: str) -> None:
         """Take nothing for ten minutes, or until the server was restarted: it answers, and runs nothing."""
-        log.warning("comfyui_server_drained", server=self._server.url, why=why)
+        log.warning("comfyui_server_drained", server=self._server.url, why=reason)
         self._drained_until = time.monotonic() + DRAINED_SECONDS
 
     async def problem(self) -> str | None:

@@ -20,11 +20,11 @@ from store.tables import task_claims, task_events, task_exceptions, tasks, train
 
 
 class UnreadableRow(OwnModel):
-    """A task whose row this process cannot read, a newer one's perhaps; `why` names fields, never a value."""
+    """A task whose row this process cannot read, a newer one's perhaps; `reason` names fields, never a value."""
 
     task_id: str
     created_at: Instant
-    why: str
+    reason: str
 
 
 async def task(connection: AsyncConnection, task_id: str) -> TaskRow | None:
@@ -89,7 +89,7 @@ def _row_if_readable(row: Row[*tuple[Any, ...]]) -> TaskRow | UnreadableRow:
     try:
         return _task_row(row)
     except ValidationError as error:
-        return UnreadableRow(task_id=row.task_id, created_at=row.created_at, why="; ".join(sentences_of(error)))
+        return UnreadableRow(task_id=row.task_id, created_at=row.created_at, reason="; ".join(sentences_of(error)))
 
 
 async def events(connection: AsyncConnection, task_id: str, *, after_seq: int, limit: int) -> list[TaskEvent]:

@@ -36,7 +36,7 @@ def validated(argument: Any, model: type[Argument]) -> Argument:
     """
     if isinstance(argument, Doubtful):
         if _is_from_caller():
-            raise input_invalid(argument.why)
+            raise input_invalid(argument.reason)
         argument = argument.as_read
         if argument is None:
             raise NotReadHere(

@@ -38,11 +38,11 @@ class Order(RunArgument):
 class Doubtful:
     """An argument that is not all that a caller may give: who gave it decides.
 
-    `why` says in sentences what is wrong. `as_read` is what it says all the same, unknown fields kept; None where it
+    `reason` says in sentences what is wrong. `as_read` is what it says all the same, unknown fields kept; None where it
     cannot be read.
     """
 
-    why: str
+    reason: str
     as_read: RunArgument | None = None
 
 

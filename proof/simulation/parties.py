@@ -55,10 +55,10 @@ _UNAVAILABLE: Final = {
 class CallRefused(Exception):
     """What an activity raises although it was answered; `is_final`: no retry can help."""
 
-    def __init__(self, code: str, why: str, *, is_final: bool) -> None:
+    def __init__(self, code: str, reason: str, *, is_final: bool) -> None:
         self.code = code
         self.is_final = is_final
-        super().__init__(why)
+        super().__init__(reason)
 
 
 class Objects:

@@ -90,7 +90,7 @@ def test_a_caller_is_still_read_strictly() -> None:
     task = {"task_id": "a", "tenant_id": "t", "user_id": "u", "template_id": "x", "prompt": "p"}
     assert isinstance(read("image-run", task), HANDED_ON["image-run"])
     doubtful = read("image-run", {**task, "options": {NEW_FIELD: 1}})
-    assert isinstance(doubtful, Doubtful) and f"options.{NEW_FIELD}: Extra inputs are not permitted" in doubtful.why
+    assert isinstance(doubtful, Doubtful) and f"options.{NEW_FIELD}: Extra inputs are not permitted" in doubtful.reason
     assert doubtful.as_read is not None, "a run that a newer worker has begun goes on with it"
     for model in HANDED_ON.values():
         if issubclass(model, RunArgument) and "carried" in model.model_fields:
