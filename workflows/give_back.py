@@ -203,7 +203,8 @@ class OrphanedTask:
         if self._orphans.charges and not workflow.patched(CHARGED_TO_THE_END):
             await self._repeat_charges()
         else:
-            await self._settlement.finish(self._orphans.charges, self._orphans.cost)
+            orphans = self._orphans
+            await self._settlement.finish(orphans.charges, orphans.cost, is_refused=orphans.charge_refused)
 
     async def _repeat_charges(self) -> None:
         for post in self._orphans.charges:

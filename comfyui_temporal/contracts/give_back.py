@@ -71,6 +71,8 @@ class Orphans(KeptModel):
     jobs: list[RequestedJob] = []
     charges: list[Post[ChargeRequest]] = []
     """Requested after delivery, where the hold had ended."""
+    charge_refused: bool = False
+    """The last of `charges` was refused: nothing more is charged."""
     asked_again: int = 0
     """How many of the holds were requested more than once."""
     cost: int | None = None
