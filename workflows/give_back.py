@@ -178,7 +178,7 @@ class OrphanedTask:
             return
         await self._record.all_written()
         published = await workflow.execute_activity_method(
-            ClosedRunActivities.told_points,
+            ClosedRunActivities.published_points,
             GiveBackOrder(task_id=self._orphans.row.task_id),
             start_to_close_timeout=STORE_TIMEOUT,
             heartbeat_timeout=HEARTBEAT_TIMEOUT,
