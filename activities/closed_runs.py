@@ -1,7 +1,7 @@
-"""Runs that are over while their task's row is open: which they are, and what they left.
+"""Finds runs that are over while their task's row is open, and reads what they left behind.
 
-Rows are looked at one by one: one that cannot be looked at is noted for `doctor`, left to the next pass, and holds up
-none of the others (pitfall 42).
+Each row is read by itself. One whose run cannot be read is recorded for `doctor` and left to the next pass. It delays
+no other (pitfall 42).
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ LOOKS_AT_ONCE: Final = 10
 RPC_TIMEOUT: Final = timedelta(seconds=5)
 ROW_SECONDS: Final = 8.0
 PAGE_SECONDS: Final = 40.0
-"""For all rows of a page together: less than the activity has, so that a page that hangs still tells what it saw."""
+"""For all rows of a page together: less than the activity has, so that a page that hangs still returns what it read."""
 
 log = structlog.get_logger(__name__)
 
 
-class NotToBeSeen(Exception):
-    """A row whose run cannot be judged; the text is a sentence for people."""
+class RunUnreadable(Exception):
+    """Whether a row's run is over cannot be decided. The text is a sentence for operators."""
 
 
 def is_namespace_missing(error: RPCError) -> bool:
-    """NOT_FOUND of the namespace, not of a run: we are set up wrong, and no run has vanished."""
+    """NOT_FOUND of the namespace, not of a run: the set-up is wrong, and no run has vanished."""
     return any("NamespaceNotFound" in detail.type_url for detail in error.grpc_status.details)
 
 
-def _why(error: Exception) -> str:
-    if isinstance(error, NotToBeSeen | NotReadHere):
+def _reason(error: Exception) -> str:
+    if isinstance(error, RunUnreadable | NotReadHere):
         return str(error)
     if isinstance(error, ValidationError):
         return f"Its row cannot be read: {'; '.join(sentences_of(error))}."
     if isinstance(error, TimeoutError):
-        return "Temporal did not tell in time how its run stands."
+        return "Temporal did not return the state of its run in time."
     if isinstance(error, RPCError):
-        return f"Temporal does not tell how its run stands: {error.status.name}: {error.message}"
-    return f"How its run stands cannot be read ({type(error).__name__})."
+        return f"Temporal does not return the state of its run: {error.status.name}: {error.message}"
+    return f"The state of its run cannot be read ({type(error).__name__})."
 
 
 @dataclass
 class Looks:
-    """What came of looking at some rows."""
+    """The rows that were read, and those whose run is over."""
 
     closed: list[ClosedRun] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Looks:
 
 
 class ClosedRunActivities:
-    """Looks at runs that are over. Each heartbeats: a killed worker's look is another's within seconds."""
+    """Reads runs that are over. Each call heartbeats, so that another worker repeats a killed one's within seconds."""
 
     def __init__(self, client: Client, store: TaskStore) -> None:
         self._client = client
@@ -81,18 +81,18 @@ class ClosedRunActivities:
         """What the task's last run left behind. Raises ApplicationError.
 
         `input_invalid`, not retried: there is no such task. `task_conflict`, not retried: its run is open. `internal`,
-        retried: row, run or history cannot be read now, or by this worker; `doctor` shows it meanwhile.
+        retried: row, run or history cannot be read now, or by this worker; `doctor` shows the task.
         """
         return await to_its_end(self._orphans_or_recorded(order))
 
     @activity.defn
     async def closed_among_open(self, look: OpenTasksLook) -> OpenTasksSeen:
-        """Of one page of open rows, those whose run is over. Raises ApplicationError `internal`, retried."""
+        """The rows of one page of open ones whose run is over. Raises ApplicationError `internal`, retried."""
         return await to_its_end(self._closed_among_open(look))
 
     @activity.defn
     async def still_closed(self, found: list[ClosedRun]) -> list[ClosedRun]:
-        """Those whose row is open still, and whose run is over as it was. Raises as `closed_among_open`."""
+        """Those whose row is still open, and whose run is still over. Raises as `closed_among_open`."""
         return await to_its_end(self._still_closed(found))
 
     async def _orphans_or_recorded(self, order: GiveBackOrder) -> Orphans:
@@ -102,13 +102,13 @@ class ClosedRunActivities:
         except ApplicationError:
             raise
         except Exception as error:
-            looks.unseen.append(UnseenTask(task_id=order.task_id, reason=_why(error)))
-            await self._note(looks)
+            looks.unseen.append(UnseenTask(task_id=order.task_id, reason=_reason(error)))
+            await self._record(looks)
             raise ApplicationError(
-                f"What task {order.task_id} left cannot be read: {_why(error)}", type=FailureCode.INTERNAL.value
+                f"What task {order.task_id} left cannot be read: {_reason(error)}", type=FailureCode.INTERNAL.value
             ) from None
         looks.seen.append(order.task_id)
-        await self._note(looks)
+        await self._record(looks)
         return orphans
 
     async def _orphans(self, order: GiveBackOrder) -> Orphans:
@@ -123,8 +123,8 @@ class ClosedRunActivities:
             return orphans_by_row(row, VANISHED)
         if not run.status.is_over:
             raise ApplicationError(
-                f"Task {order.task_id} is open still, its run is {run.status}: cancel it, it gives everything back "
-                "itself.",
+                f"Task {order.task_id} is still open, its run is {run.status}: cancel it; it then gives everything "
+                "back itself.",
                 type=FailureCode.TASK_CONFLICT,
                 non_retryable=True,
             )
@@ -132,20 +132,20 @@ class ClosedRunActivities:
         return await self._by_history(row, run.status.value, self._handle(row, run.run_id))
 
     async def _claim(self, row: TaskRow) -> None:
-        """From here no run of the task begins anything. Raises ApplicationError where one has since: it was reset."""
+        """Claim the row: no run of the task begins anything from here. Raises ApplicationError where one was reset."""
         if row.ended_at is not None:
             return
         by = activity.info().workflow_run_id or ""
         if not await self._store.claim_give_back(row.task_id, by=by, found_run=row.run_id):
             raise ApplicationError(
-                f"Task {row.task_id} was reset, or has ended, while it was looked at: nothing is given back.",
+                f"Task {row.task_id} was reset, or has ended, while it was read: nothing is given back.",
                 type=FailureCode.TASK_CONFLICT,
                 non_retryable=True,
             )
 
-    @activity.defn
-    async def told_points(self, order: GiveBackOrder) -> int:
-        """What the task's events have told of points. Raises ApplicationError `internal`, retried."""
+    @activity.defn(name="told_points")
+    async def published_points(self, order: GiveBackOrder) -> int:
+        """The sum of the points in the task's events. Raises ApplicationError `internal`, retried."""
         try:
             return await to_its_end(self._store.told_points(order.task_id))
         except StoreUnavailable as failure:
@@ -161,7 +161,7 @@ class ClosedRunActivities:
         looks = await self._look_at(page.tasks)
         for row in page.unreadable:
             looks.unseen.append(UnseenTask(task_id=row.task_id, reason=f"Its row cannot be read: {row.reason}."))
-        await self._note(looks)
+        await self._record(looks)
         return OpenTasksSeen(closed=looks.closed, cursor=page.cursor, unseen=len(looks.unseen))
 
     async def _still_closed(self, found: list[ClosedRun]) -> list[ClosedRun]:
@@ -171,13 +171,13 @@ class ClosedRunActivities:
             try:
                 row = await self._row(closed.task_id)
             except ValidationError as error:
-                unreadable.append(UnseenTask(task_id=closed.task_id, reason=_why(error)))
+                unreadable.append(UnseenTask(task_id=closed.task_id, reason=_reason(error)))
                 continue
             if row is not None and row.ended_at is None:
                 rows.append(row)
         looks = await self._look_at(rows)
         looks.unseen += unreadable
-        await self._note(looks)
+        await self._record(looks)
         return [closed for closed in looks.closed if closed in found]
 
     async def _row(self, task_id: str) -> TaskRow | None:
@@ -187,7 +187,7 @@ class ClosedRunActivities:
             raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
 
     async def _look_at(self, rows: Sequence[TaskRow]) -> Looks:
-        """Side by side, each for itself: what goes wrong with one is its own. Raises RPCError without a namespace."""
+        """Read the runs side by side; a failure concerns its own row only. Raises RPCError without a namespace."""
         looks, side_by_side = Looks(), asyncio.Semaphore(LOOKS_AT_ONCE)
         until = asyncio.get_running_loop().time() + PAGE_SECONDS
 
@@ -195,11 +195,11 @@ class ClosedRunActivities:
             async with side_by_side:
                 left = until - asyncio.get_running_loop().time()
                 try:
-                    closed = await asyncio.wait_for(self._judged(row), max(0.0, min(ROW_SECONDS, left)))
+                    closed = await asyncio.wait_for(self._closed_run_of(row), max(0.0, min(ROW_SECONDS, left)))
                 except Exception as error:
                     if isinstance(error, RPCError) and is_namespace_missing(error):
                         raise
-                    looks.unseen.append(UnseenTask(task_id=row.task_id, reason=_why(error)))
+                    looks.unseen.append(UnseenTask(task_id=row.task_id, reason=_reason(error)))
                     return
             looks.seen.append(row.task_id)
             looks.closed += [closed] if closed else []
@@ -207,29 +207,29 @@ class ClosedRunActivities:
         await asyncio.gather(*(look(row) for row in rows))
         return looks
 
-    async def _judged(self, row: TaskRow) -> ClosedRun | None:
-        """How the task's run ended; None where it is open. Raises NotToBeSeen, and whatever reading it raises."""
+    async def _closed_run_of(self, row: TaskRow) -> ClosedRun | None:
+        """How the task's run ended; None where it is open. Raises RunUnreadable, ValidationError, RPCError."""
         run = await self._own_run(row)
         if run is None:
             return ClosedRun(task_id=row.task_id, workflow_id=row.workflow_id, how=VANISHED)
         if run.status is RunStatus.UNKNOWN:
-            raise NotToBeSeen(f"Its run has a status that is not known here ({run.info.status}); it counts as open.")
+            raise RunUnreadable(f"Its run has a status that is not known here ({run.info.status}); it counts as open.")
         if run.status is RunStatus.PAUSED:
-            raise NotToBeSeen(
-                "Its run is paused: it renews no hold and obeys no deadline until it goes on "
+            raise RunUnreadable(
+                "Its run is paused: until it goes on it renews no hold, and no deadline ends it "
                 f"(temporal workflow unpause --workflow-id {row.workflow_id})."
             )
         if not run.status.is_over:
             return None
         return ClosedRun(task_id=row.task_id, workflow_id=row.workflow_id, run_id=run.run_id, how=run.status.value)
 
-    async def _note(self, looks: Looks) -> None:
-        """Count, log and keep what could not be looked at; that the store is away now costs no look."""
+    async def _record(self, looks: Looks) -> None:
+        """Count, log and store the rows that could not be read. A store that is away now costs nothing else."""
         for task in looks.unseen:
             log.warning("task_not_looked_at", task_id=task.task_id, reason=task.reason)
         if looks.unseen:
             activity.metric_meter().create_counter(
-                "reconciler_rows_not_looked_at", "Open rows whose run the reconciler could not look at."
+                "reconciler_rows_not_looked_at", "Open rows whose run the reconciler could not read."
             ).add(len(looks.unseen))
         try:
             await self._store.note_looks(unseen_tasks=looks.unseen, seen=looks.seen)
@@ -239,7 +239,7 @@ class ClosedRunActivities:
     async def _own_run(self, row: TaskRow) -> RunSeen | None:
         """The last run of the chain that claimed the task; None where Temporal knows none.
 
-        Not simply the newest under its id: a second start under it ends `task_exists` and has begun nothing.
+        Not always the newest run under its id: a second start under that id ends `task_exists` and begins nothing.
         """
         newest = await self._described(row, None)
         if newest is None or newest.first_run_id == row.first_execution_run_id:
@@ -261,14 +261,15 @@ class ClosedRunActivities:
         last = WorkflowHistoryEventFilterType.CLOSE_EVENT
         async for event in self._handle(row, run_id).fetch_history_events(event_filter_type=last):
             return event.workflow_execution_continued_as_new_event_attributes.new_execution_run_id
-        raise NotToBeSeen(f"Its run {run_id} was continued as new and has no last event.")
+        raise RunUnreadable(f"Its run {run_id} was continued as new and has no last event.")
 
     def _handle(self, row: TaskRow, run_id: str | None) -> WorkflowHandle[Any, Any]:
         return self._client.get_workflow_handle(row.workflow_id, run_id=run_id)
 
     async def _by_history(self, row: TaskRow, how: str, last_run: WorkflowHandle[Any, Any]) -> Orphans:
-        reading = HistoryReader(Orphans(row=row, how=how), self._client.data_converter)
+        reader = HistoryReader(Orphans(row=row, how=how), self._client.data_converter)
         async for event in last_run.fetch_history_events():
-            await reading.take(event)
-        add_from_row(reading.orphans)
-        return reading.orphans
+            await reader.take(event)
+        orphans = reader.orphans
+        add_from_row(orphans)
+        return orphans

@@ -28,6 +28,7 @@ from comfyui_temporal.contracts.credits import (
     MIN_HOLD_SECONDS,
     CancelHoldReply,
     CancelHoldRequest,
+    ChargeReply,
     ChargeRequest,
     CommitRequest,
     HoldReply,
@@ -36,7 +37,13 @@ from comfyui_temporal.contracts.credits import (
 from comfyui_temporal.contracts.errors import Answer, FailureCode, sentences_of
 from comfyui_temporal.contracts.give_back import Orphans, OwnEnd
 from comfyui_temporal.contracts.handed_on import Doubtful
-from comfyui_temporal.contracts.requests import RequestedHold, RequestedJob, RequestOutcome, not_left_out
+from comfyui_temporal.contracts.requests import (
+    RequestedHold,
+    RequestedJob,
+    RequestOutcome,
+    not_left_out,
+    refuses_charge,
+)
 from comfyui_temporal.contracts.scenes import SCENE_OF_WORKFLOW, SCENES
 from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
 from comfyui_temporal.contracts.task_store import TaskRow
@@ -70,6 +77,7 @@ _SUBMIT_ANSWERS: Final = {spec.submit: _of(Answer, spec.accepted) for spec in SC
 _CANCELS: Final = frozenset(spec.cancel for spec in SCENES.values())
 _PRE_DEDUCT: Final = _named(CreditsActivities.pre_deduct)
 _CANCEL_HOLD: Final = _named(CreditsActivities.cancel_hold)
+_CHARGE: Final = _named(CreditsActivities.charge)
 
 
 class _Call(NamedTuple):
@@ -166,7 +174,7 @@ class HistoryReader:
             concerns = next((hold for hold in self._holds.asked if hold.pre_deduct_id == pre_deduct_id), None)
         elif name == _named(CreditsActivities.commit):
             self._take_commit(await self._read(payloads, Post[CommitRequest], event))
-        elif name == _named(CreditsActivities.charge):
+        elif name == _CHARGE:
             self._take_charge(await self._read(payloads, Post[ChargeRequest], event))
         elif name == _named(DatasetActivities.snapshot):
             self._orphans.snapshot = (await self._read(payloads, SnapshotOrder, event)).to_delete()
@@ -197,11 +205,14 @@ class HistoryReader:
     def _take_charge(self, post: Post[ChargeRequest]) -> None:
         if all(known.key != post.key for known in self._orphans.charges):
             self._orphans.charges.append(post)
+            self._orphans.charge_refused = False
 
     async def _take_answer(self, event: HistoryEvent) -> None:
         completed = event.activity_task_completed_event_attributes
         payloads = completed.result.payloads
         name, concerns = self._calls.get(completed.scheduled_event_id, _Call(""))
+        if name == _CHARGE:
+            self._orphans.charge_refused = refuses_charge(await self._read(payloads, Answer[ChargeReply], event))
         match concerns:
             case RequestedHold() if name == _CANCEL_HOLD:
                 concerns.cancel_answered(await self._read(payloads, Answer[CancelHoldReply], event))

@@ -17,7 +17,8 @@ from temporalio.exceptions import FailureError
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import Post
 from comfyui_temporal.contracts.credits import CHARGE_REASON, MAX_CHARGE_POINTS, ChargeReply, ChargeRequest
-from comfyui_temporal.contracts.errors import Answer, FailureCode, Refusal, RefusalKind, UnreadableReply
+from comfyui_temporal.contracts.errors import Answer, FailureCode
+from comfyui_temporal.contracts.requests import refuses_charge
 from comfyui_temporal.contracts.tasks import TaskInput
 from workflows.earlier_life import is_of_store, raise_unless_settled
 from workflows.failures import failure_from
@@ -162,7 +163,7 @@ class Charges:
     async def _decided(self, post: Post[ChargeRequest], answer: Answer[ChargeReply]) -> Answer[ChargeReply]:
         """An answer that does not say whether it was charged is looked up in the ledger."""
         raise_unless_settled(answer)
-        if answer.refusal is None or not _may_have_charged(answer.refusal):
+        if answer.refusal is None or refuses_charge(answer):
             return answer
         if await self._ledger.charge_shown(self._n, may_repeat=False) is Shown.CHARGED:
             return self._by_ledger(post)
@@ -171,11 +172,6 @@ class Charges:
     def _by_ledger(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
         """The missing reply, made from the ledger."""
         return Answer(reply=ChargeReply(ledger_id=f"charge-{self._n}", change=-post.body.amount))
-
-
-def _may_have_charged(refusal: Refusal) -> bool:
-    """Whether this answer leaves open that points were charged."""
-    return isinstance(refusal, UnreadableReply) or refusal.kind is RefusalKind.KEY_CONFLICT
 
 
 def _parts(points: int) -> list[int]:

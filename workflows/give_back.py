@@ -178,7 +178,7 @@ class OrphanedTask:
             return
         await self._record.all_written()
         published = await workflow.execute_activity_method(
-            ClosedRunActivities.told_points,
+            ClosedRunActivities.published_points,
             GiveBackOrder(task_id=self._orphans.row.task_id),
             start_to_close_timeout=STORE_TIMEOUT,
             heartbeat_timeout=HEARTBEAT_TIMEOUT,
@@ -203,7 +203,8 @@ class OrphanedTask:
         if self._orphans.charges and not workflow.patched(CHARGED_TO_THE_END):
             await self._repeat_charges()
         else:
-            await self._settlement.finish(self._orphans.charges, self._orphans.cost)
+            orphans = self._orphans
+            await self._settlement.finish(orphans.charges, orphans.cost, is_refused=orphans.charge_refused)
 
     async def _repeat_charges(self) -> None:
         for post in self._orphans.charges:

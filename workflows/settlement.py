@@ -112,17 +112,18 @@ class Settlement:
         self._hold.add_charged(more.points)
         return missing - more.points, more.balance_after or balance_after
 
-    async def finish(self, requested: list[Post[ChargeRequest]], cost: int | None) -> None:
+    async def finish(self, requested: list[Post[ChargeRequest]], cost: int | None, *, is_refused: bool) -> None:
         """Finish what a run had begun to charge when it ended. What cannot be charged is recorded.
 
-        `cost`: points in all; None where that is not known.
+        `cost`: points in all; None where that is not known. `is_refused`: the last request was, so nothing more is
+        charged.
         """
         state = self._hold.state
         try:
-            learned = await self.charges.learn(requested)
+            learned = await self.charges.learn(requested[:-1] if is_refused else requested)
             self._hold.add_charged(learned.points)
             missing = max(0, (cost or 0) - state.charged)
-            if requested and missing and not learned.is_refused:
+            if requested and missing and not (is_refused or learned.is_refused):
                 more = await self.charges.take(missing)
                 self._hold.add_charged(more.points)
                 missing -= more.points

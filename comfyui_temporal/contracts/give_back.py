@@ -1,4 +1,4 @@
-"""Giving back what a run left that ended without its own clean-up (contract §7 rollback)."""
+"""The give-back of what a run left behind that ended without its own clean-up (contract §7 rollback)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def give_back_id_of(task_id: str) -> str:
 
 
 class GiveBackOrder(KeptModel):
-    """Which task is given back, and who wants it why."""
+    """Which task is given back, and the reason that the request states."""
 
     task_id: CallerId
     reason: Annotated[CallerText, Field(max_length=500)] = ""
@@ -71,6 +71,8 @@ class Orphans(KeptModel):
     jobs: list[RequestedJob] = []
     charges: list[Post[ChargeRequest]] = []
     """Requested after delivery, where the hold had ended."""
+    charge_refused: bool = False
+    """The last of `charges` was refused: nothing more is charged."""
     asked_again: int = 0
     """How many of the holds were requested more than once."""
     cost: int | None = None
@@ -112,7 +114,7 @@ class GiveBackResult(OwnModel):
 
     `given_back`: hold and job are given back and the task has failed. `already_charged`: it had been charged, and is
     completed. `nothing_held`: it had ended and given back everything itself. `settlement_unknown`: whether it was
-    charged could not be learned; the reconciler looks again.
+    charged could not be found out; the reconciler reads the ledger again.
     """
 
     task_id: str
@@ -121,7 +123,7 @@ class GiveBackResult(OwnModel):
 
 
 def outcome_of(credits: CreditsSummary, if_not_charged: GiveBackOutcome) -> GiveBackOutcome:
-    """What a give-back came to, by an ended task's credits."""
+    """The outcome of a give-back, by an ended task's credits."""
     if credits.charged is None:
         return "settlement_unknown"
     return "already_charged" if credits.charged else if_not_charged

@@ -56,6 +56,17 @@ def leaves_unknown(answer: Answer[Any]) -> bool:
     return isinstance(answer.refusal, UnreadableReply) or (is_unsent and answer.tries > 1)
 
 
+def refuses_charge(answer: Answer[Any]) -> bool:
+    """Whether the answer to a charge says that nothing was charged, and nothing will be: the rest is a shortfall.
+
+    Any other refusal sends the workflow to the ledger: an unreadable answer, a conflict of keys, a call that was
+    stopped before it was sent.
+    """
+    if answer.refusal is None or isinstance(answer.refusal, UnreadableReply):
+        return False
+    return answer.refusal.kind not in (RefusalKind.KEY_CONFLICT, RefusalKind.TASK_ENDED, RefusalKind.READ_THE_LEDGER)
+
+
 class Requested(OwnModel):
     """What requests of both kinds have in common."""
 

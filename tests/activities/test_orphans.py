@@ -68,6 +68,7 @@ class History:
 
 SUBMIT = {**fullest(HANDED_ON["submit-job"]), "key": "task-1:submit:1"}
 HOLD = {**fullest(HANDED_ON["pre-deduct"]), "key": "task-1:pre_deduct:1"}
+CHARGE = fullest(HANDED_ON["charge"])
 CANCEL_JOB = {**fullest(HANDED_ON["job-call"]), "job_id": "job-1"}
 
 
@@ -146,3 +147,24 @@ async def test_a_job_has_ended_once_its_cancel_is_answered(
     await history.call("submit_job", SUBMIT, {"reply": {"job_id": "job-1", "estimated_cost": 24}})
     await history.call("cancel_job", CANCEL_JOB, answer)
     assert [job.outcome for job in history.reader.orphans.jobs] == [outcome]
+
+
+@pytest.mark.parametrize(
+    ("answers", "is_refused"),
+    [
+        ([None], False),
+        ([{"reply": {"ledger_id": "charge-1", "change": -2_000}}], False),
+        ([{"refusal": refusal("insufficient_balance")}], True),
+        ([{"refusal": refusal("idempotency_conflict")}], False),
+        ([{"refusal": refusal("read_the_ledger")}], False),
+        ([{"refusal": refusal("insufficient_balance")}, None], False),
+    ],
+    ids=str,
+)
+async def test_only_a_refusal_of_the_last_charge_ends_charging(
+    answers: list[dict[str, Any] | None], is_refused: bool
+) -> None:
+    history = History()
+    for n, answer in enumerate(answers, start=1):
+        await history.call("charge", {**CHARGE, "key": f"task-1:charge:{n}"}, answer)
+    assert history.reader.orphans.charge_refused is is_refused

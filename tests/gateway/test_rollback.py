@@ -15,6 +15,7 @@ from tests.conftest import unique
 from tests.gateway.conftest import OTHER_TOKEN, Api
 from tests.gateway.serving import eventually
 from tests.pausing import pause, unpause
+from tests.workflows.platform import answered
 from workflows import ledger_search
 
 
@@ -127,7 +128,7 @@ async def test_a_submit_that_was_refused_is_not_sent_again(
         patch.setattr(api.platform.store, "write", _store_away)
         made = api.platform.image(task_id=task_id) if scene == "image" else api.platform.training(task_id=task_id)
         await api.call("POST", "/images" if scene == "image" else "/trainings", made)
-        await eventually(lambda: _is_answered(api, task_id, route))
+        await eventually(lambda: answered(handle_of(api, task_id), route))
         await handle_of(api, task_id).terminate("by an operator")
 
     answer = await api.call("POST", f"/{task_id}/rollback")
@@ -137,14 +138,6 @@ async def test_a_submit_that_was_refused_is_not_sent_again(
     assert len(await comfyui.requests_seen(route, task_id)) == 1
     assert await comfyui.jobs(task_id) == []
     await check_nothing_left(api, task_id)
-
-
-async def _is_answered(api: Api, task_id: str, call: str) -> bool:
-    """Whether the run's history holds the answer to its first call of this name."""
-    events = [event async for event in handle_of(api, task_id).fetch_history_events()]
-    names = {event.event_id: event.activity_task_scheduled_event_attributes.activity_type.name for event in events}
-    answered = [event.activity_task_completed_event_attributes.scheduled_event_id for event in events]
-    return any(names.get(event_id) == call for event_id in answered)
 
 
 async def _store_away(*_: Any, **__: Any) -> None:

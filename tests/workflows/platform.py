@@ -300,6 +300,14 @@ async def sent(handle: Handle, activity: str) -> list[dict[str, Any]]:
     ]
 
 
+async def answered(handle: Handle, activity: str) -> int:
+    """How many calls of this type have an answer in the run's history."""
+    events = [event async for event in handle.fetch_history_events()]
+    names = {event.event_id: event.activity_task_scheduled_event_attributes.activity_type.name for event in events}
+    ids = [event.activity_task_completed_event_attributes.scheduled_event_id for event in events]
+    return sum(names.get(event_id) == activity for event_id in ids)
+
+
 @asynccontextmanager
 async def served_gateway(client: Client, store: TaskStore, objects: str, task_queue: str) -> AsyncIterator[str]:
     """The gateway on a free port; its base URL. Its callers' tokens are the simulators' own."""

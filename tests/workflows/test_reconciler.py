@@ -23,12 +23,12 @@ from proof.simulators.admin_wire import Fault
 from proof.simulators.credits_profile import CreditsProfile
 from runtime.reconciler_schedule import ensure_reconciler, last_pass, standing_reconciler
 from runtime.settings import Settings
-from store import TaskStore
+from store import StoreUnavailable, TaskStore
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, new_task_id
 from tests.workflows.books import Ending, check_histories, ended, ended_without_its_run
 from tests.workflows.payers import end_open_holds, new_payer, until_started
-from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
+from tests.workflows.platform import Handle, Platform, answered, running_platform, task_id_of
 from tests.workflows.test_settlement import cancelled_by_hand, start_telling
 from workflows import ledger_search, reconciler
 
@@ -349,3 +349,40 @@ async def test_a_run_terminated_between_two_parts_of_a_charge_is_charged_to_the_
     assert ending.result["credits"]["shortfall"] == 2_460 - charged
     told = set(ending.exceptions) - {"prices_differ"}  # an estimate may ignore the hours
     assert told == (set() if balance == "enough" else {"shortfall"})
+
+
+@pytest.mark.on_both_profiles
+async def test_a_charge_that_was_refused_is_not_sent_again(
+    reconciled: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second part was refused, and the run terminated before it could record that. The payer has points by now."""
+    payer = await new_payer(reconciled)
+    credits = reconciled.simulators.admin.credits
+    task = payer.training(max_credits=5_000)
+    await reconciled.simulators.admin.comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
+    handle = await start_telling(reconciled, task, gpu_hours=40, gpu_hours_used=40)
+    run = await until_started(reconciled, handle)
+    await cancelled_by_hand(reconciled, payer, handle)
+    await payer.has(2_100)
+
+    async def are_both_answered() -> bool:
+        await reconciled.simulators.admin.comfyui.act(run.run_id, "finish")
+        return await answered(handle, "charge") == 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reconciled.store, "write", _store_away)
+        await reconciled.until(are_both_answered)
+        await handle.terminate("by a test")
+    await payer.has(5_000)
+    await asyncio.sleep(PAUSE_SECONDS)
+    monkeypatch.setattr(ledger_search, "LOOK_FOR", timedelta(seconds=1))
+    assert task["task_id"] in (await reconcile(reconciled)).task_ids
+    ending = await ended_without_its_run(reconciled, task["task_id"])
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 2_000)
+    assert ending.result["credits"]["shortfall"] == 460
+    parts = [seen.key for seen in await credits.requests_seen("charge", task["task_id"])]
+    assert parts.count(f"{task['task_id']}:charge:2") == 1
+
+
+async def _store_away(*_: Any, **__: Any) -> None:
+    raise StoreUnavailable("The task store is away.")
