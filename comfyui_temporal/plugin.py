@@ -1,7 +1,7 @@
-"""How everything here speaks Temporal: one plugin for client, worker, replayer and tests.
+"""One Temporal plugin for client, worker, replayer and tests.
 
-Converter, runner and connection are the same wherever a workflow runs or is replayed, so that a replay test proves
-the real configuration (decision 7).
+Converter and runner are the same wherever a workflow runs or is replayed, so a replay test proves the real
+configuration (decision 7).
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from comfyui_temporal.contracts.handed_on import (
 Model = TypeVar("Model", bound=BaseModel)
 Caller = TypeVar("Caller", bound=CallerModel)
 _PYDANTIC: Final = PydanticPayloadConverter()
-"""Shared by every run: each of its own would build and keep the validators of all payload types anew."""
+"""Shared by every run: a converter for each run would build and keep the validators of all payload types."""
 
 
-class _NotAsAsked(Exception):
-    """An argument that no caller may give; the text says why, field by field, and shows no value."""
+class _InvalidArgument(Exception):
+    """An argument that no caller may give; the text names what is wrong with each field and repeats no value."""
 
 
 class TaskPayloadConverter(CompositePayloadConverter):
-    """Pydantic's converter, with two rules of our own.
+    """Pydantic's converter, with two more rules.
 
-    1. A caller's bad argument is a clean `input_invalid` (pitfall 1). Without it a bad field, a foreign encoding or a
+    1. A caller's bad argument ends as `input_invalid` (pitfall 1). Without it a bad field, a foreign encoding or a
        wrong number of arguments fails the workflow task for ever. Whether a run's argument is a caller's is decided in
        the run: where it might not be taken, the run gets it as `Doubtful`.
     2. What our runs and workers hand to each other keeps the fields that this code does not know (pitfall 41).
@@ -86,30 +86,30 @@ class TaskPayloadConverter(CompositePayloadConverter):
             return as_read  # type: ignore[return-value]  # a forged one is refused by the run itself
         try:
             return self._strictly(payload, hint)
-        except _NotAsAsked as refusal:
+        except _InvalidArgument as refusal:
             return Doubtful(str(refusal), as_read)
 
     def _from_caller(self, payload: temporalio.api.common.v1.Payload, hint: type[CallerModel]) -> CallerModel:
-        """An update's argument, or whatever else a caller gave. One that history holds was taken by some worker."""
+        """An update's argument, or another value from a caller. What is in the history was accepted by some worker."""
         if _is_json(payload) and workflow.in_workflow() and workflow.unsafe.is_replaying():
             return read_tolerantly(hint, payload.data)
         try:
             return self._strictly(payload, hint)
-        except _NotAsAsked as refusal:
+        except _InvalidArgument as refusal:
             raise ApplicationError(
                 f"The input is not valid: {refusal}.", type=FailureCode.INPUT_INVALID, non_retryable=True
             ) from None
 
     def _strictly(self, payload: temporalio.api.common.v1.Payload, hint: type[Caller]) -> Caller:
-        """Raises _NotAsAsked."""
+        """Raises _InvalidArgument."""
         try:
             value = super().from_payloads([payload], [hint])[0]
         except ValidationError as error:
-            raise _NotAsAsked("; ".join(sentences_of(error))) from None
+            raise _InvalidArgument("; ".join(sentences_of(error))) from None
         except Exception as error:
-            raise _NotAsAsked(f"the argument is not JSON ({type(error).__name__})") from None
+            raise _InvalidArgument(f"the argument is not JSON ({type(error).__name__})") from None
         if not isinstance(value, hint):
-            raise _NotAsAsked("the argument is not a JSON object")
+            raise _InvalidArgument("the argument is not a JSON object")
         return value
 
     def _untyped(self, payload: temporalio.api.common.v1.Payload) -> Any:
@@ -145,10 +145,10 @@ def _unsandboxed(_runner: WorkflowRunner | None) -> WorkflowRunner:
 class TasksPlugin(SimplePlugin):
     """Converter and runner of this project. Give it to a client; workers made from that client have both too.
 
-    A deliberate departure: no sandbox. It loads workflow modules anew for every run, which cost 660 KiB an open
-    workflow (pitfall 8), unless they are passed through, and then it guards nothing while it still costs 18 KiB and a
-    fifth of the worker's time up to its wait. What workflow code may not touch is kept by workflows/ruff.toml, by the
-    import rules in pyproject.toml and by the replay of recorded histories.
+    A deliberate departure: no sandbox. It loads workflow modules again for every run, which cost 660 KiB for each open
+    workflow (pitfall 8) unless they are passed through, and then it guards nothing while it still costs 18 KiB and a
+    fifth of the worker's time up to its wait. workflows/ruff.toml, the import rules in pyproject.toml and the replay of
+    recorded histories keep workflow code deterministic.
     """
 
     def __init__(self) -> None:

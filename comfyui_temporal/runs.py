@@ -1,7 +1,7 @@
-"""Runs as Temporal describes them, whatever their status.
+"""Runs as Temporal describes them, in any status.
 
 The SDK's `describe`, `list_workflows` and `query` raise where a status is not in its enum, as that of a paused run is
-not (pitfall 42). Here such a run is read like any other, and only what is known to be over counts as over.
+not (pitfall 42). Here such a run is read like any other, and only a run that is known to be closed counts as over.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class RunStatus(StrEnum):
-    """How a run stands. `UNKNOWN`: the server names a status that this code does not know."""
+    """A run's status. `UNKNOWN`: the server reports a status that this code does not know."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -56,7 +56,7 @@ class RunSeen:
     """One run of a workflow."""
 
     info: WorkflowExecutionInfo
-    """The server's own words."""
+    """As the server sent it."""
     pending_activities: Sequence[PendingActivityInfo] = field(default=(), repr=False)
     """Only where the run was described, not listed."""
     converter: DataConverter = field(default=DataConverter.default, repr=False)
@@ -105,7 +105,7 @@ def _instant(timestamp: Timestamp) -> datetime:
 
 
 class NoQueryNow(Exception):
-    """The run takes no query as it stands, for it is paused; the text is a sentence for people."""
+    """The run is paused and answers no query; the text is a sentence for people."""
 
 
 async def query_run(handle: WorkflowHandle[Any, Any], query: str, *, result_type: type[T], rpc_timeout: timedelta) -> T:

@@ -1,4 +1,4 @@
-"""Do the books agree? A task's credits against the ledger, read as its payer reads it."""
+"""Compare a task's credits with the ledger, as its payer reads it."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ QUIET_READS: Final = 3
 
 
 class LedgerUnreadable(Exception):
-    """The service refused to show balance or ledger; the text says why."""
+    """The service refused to show balance or ledger; the text gives the reason."""
 
 
-async def check_books(credits: CreditsClient, call_for: CallFor, told: dict[str, CreditsSummary]) -> list[Finding]:
-    """One finding for the account, one for each task in `told`. Raises LedgerUnreadable, OutsideFailure."""
+async def check_books(credits: CreditsClient, call_for: CallFor, reported: dict[str, CreditsSummary]) -> list[Finding]:
+    """One finding for the account, one for each task in `reported`. Raises LedgerUnreadable, OutsideFailure."""
     for _ in range(QUIET_READS):
         before = await _balance(credits, call_for)
         entries = await _ledger(credits, call_for)
         if await _balance(credits, call_for) == before:
             break
-    tasks = [_check_task(task_id, entries_of_task(entries, task_id), summary) for task_id, summary in told.items()]
+    tasks = [_check_task(task_id, entries_of_task(entries, task_id), summary) for task_id, summary in reported.items()]
     return [_check_account(before, entries), *tasks]
 
 
 def _check_account(account: Balance, entries: list[LedgerEntry]) -> Finding:
     if any(entry.frozen_change is None for entry in entries):
-        return ok("ledger", "tells no effect on frozen points: only what each task was charged is compared")
+        return ok("ledger", "shows no effect on frozen points: only what each task was charged is compared")
     balance = sum(entry.change for entry in entries)
     frozen = sum(entry.frozen_change or 0 for entry in entries)
     says = f"balance {account.balance} = sum of {len(entries)} entries, frozen {account.frozen} = sum of their holds"
@@ -50,13 +50,13 @@ def _check_account(account: Balance, entries: list[LedgerEntry]) -> Finding:
     )
 
 
-def _check_task(task_id: str, entries: list[LedgerEntry], told: CreditsSummary) -> Finding:
+def _check_task(task_id: str, entries: list[LedgerEntry], reported: CreditsSummary) -> Finding:
     what = f"ledger of {task_id}"
     reading = TaskLedger(entries)
     charged, frozen = reading.charged(), reading.open_holds().points
-    if charged is not None and (charged, frozen) == (told.charged, 0):
+    if charged is not None and (charged, frozen) == (reported.charged, 0):
         return ok(what, f"{charged} points charged, nothing frozen any more, in {len(entries)} entries")
-    says, shows = _points(told.charged), _points(charged)
+    says, shows = _points(reported.charged), _points(charged)
     return wrong(
         what,
         f"the task says {says} charged; its {len(entries)} entries took {shows} and leave {frozen} frozen",

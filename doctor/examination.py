@@ -40,7 +40,7 @@ NO_TOKEN = (
 
 @dataclass(frozen=True)
 class Services:
-    """ComfyUI and credits as this set-up names them, and for whom they are asked."""
+    """The configured ComfyUI and credits services, and the tenant and user that the checks use."""
 
     comfyui: ComfyUIClient
     credits: CreditsClient
@@ -115,7 +115,7 @@ async def check_credits(opened: Services) -> list[Finding]:
             pre_deduct_id=unknown, tenant_id=call_for.tenant_id, user_id=call_for.user_id, reason="doctor"
         ),
     )
-    balance = await _asked("credits: balance", credits.balance(call_for), "account_not_found")
+    balance = await _answer_of("credits: balance", credits.balance(call_for), "account_not_found")
     if not isinstance(balance, Answer):
         return [balance]  # not reached, or the token was not taken: the rest would say the same again
     if balance.reply is None:
@@ -123,8 +123,8 @@ async def check_credits(opened: Services) -> list[Finding]:
     else:
         says = f"{credits.address} answers: {account} has {balance.reply.balance}, frozen {balance.reply.frozen}"
         first = ok("credits: balance", says)
-    ledger = await _asked("credits: ledger", credits.ledger_page(call_for, limit=1), "account_not_found")
-    unknown_hold = await _asked("credits: cancel", credits.cancel_hold(cancel), "pre_deduct_not_found")
+    ledger = await _answer_of("credits: ledger", credits.ledger_page(call_for, limit=1), "account_not_found")
+    unknown_hold = await _answer_of("credits: cancel", credits.cancel_hold(cancel), "pre_deduct_not_found")
     return [
         first,
         ledger if isinstance(ledger, Finding) else ok("credits: ledger", "answers by the contract"),
@@ -142,7 +142,7 @@ def _unknown_hold(answer: Answer[Any]) -> Finding:
     )
 
 
-async def _asked(what: str, call: Awaitable[Answer[Any]], may_refuse: str) -> Answer[Any] | Finding:
+async def _answer_of(what: str, call: Awaitable[Answer[Any]], may_refuse: str) -> Answer[Any] | Finding:
     """The answer where it is the contract's, else the finding that says what it was instead."""
     try:
         answer = await call
@@ -186,7 +186,7 @@ def _with_scopes(tokens: TokenMaker) -> conformance.TokenMaker:
 
 
 async def take_hold(opened: Services, template_id: str) -> list[Finding]:
-    """One hold of 1 point, asked for twice under one key: both answers must name the same hold. Then cancelled."""
+    """One hold of 1 point, requested twice under one key: both answers must name the same hold. It is cancelled."""
     call_for = opened.call_for
     post = Post[PreDeductRequest](
         call_for=call_for,
@@ -205,7 +205,7 @@ async def take_hold(opened: Services, template_id: str) -> list[Finding]:
     ids = list(dict.fromkeys(answer.pre_deduct_id for answer in answers if isinstance(answer, HoldReply)))
     findings = [answer for answer in answers if isinstance(answer, Finding)][:1]
     if not findings and len(ids) == 1:
-        findings.append(ok("hold", f"asked for twice under one key it is one hold, {ids[0]}"))
+        findings.append(ok("hold", f"requested twice under one key it is one hold, {ids[0]}"))
     elif len(ids) > 1:
         advice = "The service must compare X-Idempotency-Key (contract §4): every repeated call would be paid twice."
         findings.append(wrong("hold", f"one key, two holds: {', '.join(ids)}", advice))

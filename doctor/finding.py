@@ -1,4 +1,4 @@
-"""One finding of `doctor`: what was looked at, how it stands, what to do."""
+"""One finding of `doctor`: what was checked, its state, what to do."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from comfyui_temporal.contracts.fields import OwnModel
 class Verdict(StrEnum):
     OK = "ok"
     NOTE = "note"
-    """Works, but somebody should know."""
+    """It works, but an operator should know."""
     WRONG = "wrong"
 
 
 class Finding(OwnModel):
-    """`what` is checked, `says` how it stands, `advice` what to do where it is not fine."""
+    """`what` was checked, `says` its state, `advice` what to do if it is not fine."""
 
     what: str
     verdict: Verdict

@@ -1,4 +1,4 @@
-"""The task store as the command line sees it, where its address is known: whose it is, and what could not be seen."""
+"""The task store, if its address is known: which namespace it belongs to, and which tasks could not be checked."""
 
 from __future__ import annotations
 
@@ -72,20 +72,20 @@ async def check_store(connection: Connection, settings: Settings) -> list[Findin
     if home is None:
         return [note("task store", f"{address} belongs to no namespace yet: the first worker binds it to its own")]
     if not home.is_same(ours):
-        advice = f"Correct namespace or database, or bind it anew: python -m store bind --namespace {ours.namespace}"
+        advice = f"Correct namespace or database, or bind it again: python -m store bind --namespace {ours.namespace}"
         return [wrong("task store", f"{address} belongs to Temporal namespace {home}, not to {ours}", advice)]
     return [ok("task store", f"{address} belongs to namespace {home.namespace!r}"), _unseen(unseen)]
 
 
 def _unseen(unseen: list[UnseenTaskRow]) -> Finding:
     if not unseen:
-        return ok("open tasks", "the reconciler can look at each of them")
+        return ok("open tasks", "the reconciler can check each of them")
     shown = [
         f"{task.task_id} (since {task.first_at:%Y-%m-%d %H:%M}, {task.times} times): {task.reason}" for task in unseen
     ]
     more = [f"and {len(unseen) - SHOWN} more: table unseen_tasks"] if len(unseen) > SHOWN else []
     return note(
         "open tasks",
-        f"the reconciler cannot look at {len(unseen)} of them: if such a run is over, nothing of it is given back yet",
+        f"the reconciler cannot check {len(unseen)} of them: if such a run is over, nothing of it is given back yet",
         "\n      ".join(shown[:SHOWN] + more),
     )

@@ -1,4 +1,4 @@
-"""Temporal as tasks need it: namespace, retention, search attributes, a worker. Reads only."""
+"""What tasks need of Temporal: namespace, retention, search attributes, a worker. Reads only."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from doctor.finding import Finding, note, ok, wrong
 from runtime.reconciler_schedule import last_pass, standing_reconciler
 
 LEAST_RETENTION: Final = timedelta(days=30)
-"""As long as idempotency keys live: a shorter one would let a finished task id be started, and paid, again."""
+"""As long as idempotency keys live: with a shorter one a finished task could be started, and paid, again."""
 
 
 async def check_temporal(connection: Connection) -> list[Finding]:
-    """Everything about the server; without the namespace nothing more can be asked."""
+    """Everything about the server; without the namespace nothing more can be checked."""
     server = connection.server
     findings = [ok("Temporal", f"answers at {server.address} ({server.named_by})")]
     try:
@@ -100,7 +100,7 @@ async def _workers(connection: Connection) -> Finding:
     if idle:
         return wrong(
             "worker",
-            f"nobody polls task queue {queue!r} for {' and '.join(idle)}",
+            f"nothing polls task queue {queue!r} for {' and '.join(idle)}",
             "Start one with `python worker.py`, with the same server, namespace and COMFYUI_TEMPORAL_TASK_QUEUE.",
         )
     return ok("worker", f"{max(pollers.values())} polling task queue {queue!r}")

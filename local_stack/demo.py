@@ -169,12 +169,12 @@ async def _followed(console: Console, opened: Connection, started: list[StartedT
 
 async def _books(stack: StackDescription, outcomes: list[TaskOutcome]) -> list[Finding]:
     """Read through the credits API with the tenant's own token, as any of its services would."""
-    told = {outcome.task_id: outcome.credits for outcome in outcomes if outcome.credits is not None}
+    reported = {outcome.task_id: outcome.credits for outcome in outcomes if outcome.credits is not None}
     call_for = CallFor(
         task_id="demo", tenant_id=TENANT, user_id=user_of(stack, TENANT) or "", scene=Scene.IMAGE_GENERATE
     )
     try:
         async with CreditsClient(stack.credits_url, ServiceToken(stack.tokens[TENANT])) as credits:
-            return await check_books(credits, call_for, told)
+            return await check_books(credits, call_for, reported)
     except (OutsideFailure, LedgerUnreadable) as failure:
         return [wrong("ledger", str(failure), "Without the ledger nobody can say what was charged.")]

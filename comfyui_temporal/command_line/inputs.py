@@ -1,4 +1,4 @@
-"""What a person types → a task's input; every mistake is told at once, field by field, before anything is started."""
+"""What a person types → a task's input. Every mistake is reported at once, field by field, before anything starts."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ Lines = Iterable[tuple[str, str]]
 
 
 def print_json(value: BaseModel | dict[str, Any] | list[Any]) -> None:
-    """One document, one line, pure ASCII: whatever reads it needs no locale."""
+    """One document on one line, in pure ASCII, so that no reader needs a locale."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     sys.stdout.write(json.dumps(value) + "\n")
@@ -54,12 +54,12 @@ def print_failure(console: Console, failure: CommandFailure, *, as_json: bool) -
 def credit_lines(credits: CreditsSummary | None) -> Lines:
     if credits is None:
         return
-    told = {"estimated": credits.estimated, "held": credits.held}
+    points = {"estimated": credits.estimated, "held": credits.held}
     if credits.settlement is not SettlementState.UNKNOWN:
-        told |= {"charged": credits.charged or 0, "returned": credits.returned or 0}
+        points |= {"charged": credits.charged or 0, "returned": credits.returned or 0}
     if credits.shortfall:
-        told["shortfall"] = credits.shortfall
-    yield "points", ", ".join(f"{name} {points}" for name, points in told.items())
+        points["shortfall"] = credits.shortfall
+    yield "points", ", ".join(f"{name} {count}" for name, count in points.items())
     if credits.settlement is SettlementState.UNKNOWN:
         yield "settlement", "unknown: whether it was charged could not be learned; the ledger is looked at again"
 

@@ -42,7 +42,7 @@ def watch(task_id: TaskIdArgument, as_json: Json = False) -> None:
 
 @app.command(epilog=EXIT_CODES)
 def show(task_id: TaskIdArgument, as_json: Json = False) -> None:
-    """Show a task as it stands.
+    """Show one task.
 
     Stage and ETA while it runs, then result or failure; points, attempts and the link into the Temporal UI.
 

@@ -17,11 +17,11 @@ from comfyui_temporal.contracts.tasks import Confirmation, TrainingProgress
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _WIDE: Final = 120
 _PLAIN_STEP: Final = 10
-"""Plain lines tell every stage, and within a stage each step of so many percent."""
+"""Plain lines report every stage, and within a stage each step of so many percent."""
 
 
 def printable(text: str) -> str:
-    """Text from outside without what could move the cursor, hide what stands there or break the encoding."""
+    """Text from outside, without what could move the cursor, hide other text or break the encoding."""
     return _CONTROL.sub("\ufffd", text)
 
 
@@ -66,7 +66,7 @@ class PlainLines:
     def __init__(self, console: Console, task_id: str) -> None:
         self._console = console
         self._task_id = task_id
-        self._told: tuple[object, ...] | None = None
+        self._shown: tuple[object, ...] | None = None
         self._silent = False
 
     def progressed(self, progress: TrainingProgress) -> None:
@@ -75,9 +75,9 @@ class PlainLines:
         wanted = progress.confirmation
         label = progress.stage or progress.status.value
         now = (label, progress.attempts, step, wanted)
-        if now == self._told:
+        if now == self._shown:
             return None
-        self._told = now
+        self._shown = now
         if wanted is not None:
             return self._say(confirmation_of(self._task_id, wanted))
         attempt = f"  attempt {progress.attempts}" if progress.attempts > 1 else ""
@@ -115,24 +115,24 @@ class Bar:
         self._bars = bars
         self._task_id = task_id
         self._row: TaskID = bars.add_task(task_id, total=100, stage="starting", state=None)
-        self._told: str | None = None
+        self._shown: str | None = None
 
     def progressed(self, progress: TrainingProgress) -> None:
         wanted = progress.confirmation
-        stage = "price asked" if wanted else printable(progress.stage or progress.status.value)
+        stage = "price open" if wanted else printable(progress.stage or progress.status.value)
         self._bars.update(self._row, completed=progress.progress, stage=stage, state=progress)
-        self._tell(f"{self._task_id} {confirmation_of(self._task_id, wanted)}" if wanted else None)
+        self._print_once(f"{self._task_id} {confirmation_of(self._task_id, wanted)}" if wanted else None)
 
     def waits_for_worker(self, sentence: str) -> None:
-        self._tell(sentence)
+        self._print_once(sentence)
 
     def ended(self, status: str) -> None:
         self._bars.update(self._row, stage=status, state=None, completed=100 if status == "completed" else None)
 
-    def _tell(self, sentence: str | None) -> None:
-        if sentence is not None and sentence != self._told:
+    def _print_once(self, sentence: str | None) -> None:
+        if sentence is not None and sentence != self._shown:
             self._bars.console.print(Text(printable(sentence)), soft_wrap=True)
-        self._told = sentence
+        self._shown = sentence
 
 
 @contextmanager
