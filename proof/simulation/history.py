@@ -159,8 +159,8 @@ def resolved(call: Call, resolution: Resolution) -> WorkflowActivationJob:
 def with_patches(recorded: Recorded) -> Activation:
     """The same activation, with the patches whose markers its answer wrote into the history."""
     markers = [c.set_patch_marker.patch_id for c in recorded.answered if c.HasField("set_patch_marker")]
-    told = [WorkflowActivationJob(notify_has_patch=activation_api.NotifyHasPatch(patch_id=name)) for name in markers]
-    return replace(recorded.activation, jobs=(*told, *recorded.activation.jobs))
+    notices = [WorkflowActivationJob(notify_has_patch=activation_api.NotifyHasPatch(patch_id=name)) for name in markers]
+    return replace(recorded.activation, jobs=(*notices, *recorded.activation.jobs))
 
 
 def fingerprint(command: WorkflowCommand) -> bytes:

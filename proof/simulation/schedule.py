@@ -194,8 +194,8 @@ class Schedule:
     # Callbacks
 
     def _call_back(self, work: Work[Any]) -> None:
-        told = {"task_id": work.request.task_id, "occurred_at": self.timeline.instant().isoformat()}
-        body = work.state.model_dump(mode="json") | told
+        fields = {"task_id": work.request.task_id, "occurred_at": self.timeline.instant().isoformat()}
+        body = work.state.model_dump(mode="json") | fields
         payload = Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(body).encode())
         self.clients.received.append(payload)
         self.server.witness.sent[payload.data] = work.state
