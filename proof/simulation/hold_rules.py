@@ -8,7 +8,6 @@ from typing import Final
 
 from comfyui_temporal.contracts.credits import MAX_HOLD_SECONDS, PreDeductRequest
 from comfyui_temporal.contracts.errors import Answer
-from comfyui_temporal.contracts.scenes import SCENES
 from proof.simulation.calls import Call
 from proof.simulation.credits_model import Hold
 from proof.simulation.invariants import World, must
