@@ -8,6 +8,7 @@ from typing import Final
 
 from comfyui_temporal.contracts.credits import MAX_HOLD_SECONDS, PreDeductRequest
 from comfyui_temporal.contracts.errors import Answer
+from comfyui_temporal.contracts.scenes import SCENES
 from proof.simulation.calls import Call
 from proof.simulation.credits_model import Hold
 from proof.simulation.invariants import World, must
@@ -192,7 +193,7 @@ class HoldRules:
         accepted: list[float] = [a.accepted.estimated_time for a in witness.attempts.values() if a.accepted is not None]
         spans.update(accepted[-1:])
         if not accepted:
-            spans.add(DEFAULT_ETA_MINUTES[scenario.task.scene][scenario.task.priority])
+            spans.add(SCENES[scenario.task.scene].eta_minutes[scenario.task.priority])
         factor, cap = self._factor, scenario.policy.cap_minutes
         first_span = factor * (accepted[0] if accepted else max(spans))
         capped = (first_start or at) + 60 * min(2 * first_span, cap)

@@ -55,7 +55,7 @@ class Site:
         client = await Client.connect(stack.temporal_address, namespace=stack.namespace, plugins=[TasksPlugin()])
         limits = httpx.Limits(max_connections=500, max_keepalive_connections=50)
         timeout = httpx.Timeout(10, read=30)
-        async with httpx.AsyncClient(
+        async with PatientClient(
             base_url=stack.gateway_url, timeout=timeout, limits=limits, trust_env=False
         ) as gateway:
             site = cls(folder, stack, client, gateway, profile)
