@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from temporalio.api.history.v1 import HistoryEvent
 
-from comfyui_temporal.contracts.credits import LedgerKind
 from comfyui_temporal.contracts.task_store import Fact, TaskState
 from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
 from proof.simulators.admin_wire import EntrySeen, HoldSeen, RunSeen
@@ -86,8 +85,8 @@ class Charges:
         entries = list(entries)
         return cls(
             taken=-sum(entry.change + entry.frozen_change for entry in entries),
-            commits=sum(entry.kind == LedgerKind.COMMIT for entry in entries),
-            charges=sum(entry.kind == LedgerKind.CHARGE for entry in entries),
+            commits=sum(entry.kind == "commit" for entry in entries),
+            charges=sum(entry.kind == "charge" for entry in entries),
         )
 
 
@@ -132,8 +131,8 @@ class Expected:
 
     ends: frozenset[TaskStatus] | None = None
     jobs: int | None = None
-    is_charged_once: bool = False
-    """Where it completes: by one commit or one charge of more than 0 points."""
+    is_delivered: bool = False
+    """Where it completes: it was charged once, more than 0 points, and something was handed out."""
 
 
 NOTHING_EXPECTED: Final = Expected()

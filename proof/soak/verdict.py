@@ -102,7 +102,7 @@ async def _evidence(sources: Sources, services: Services, task_id: str, journal:
 def _expected(task: FinishedTask) -> Expected:
     """Every task here has a price; where the charge is unknown, a record has to say so."""
     is_known = task.row is not None and task.row.credits.charged is not None
-    return Expected(ends=frozenset(TaskStatus), is_charged_once=is_known)
+    return Expected(ends=frozenset(TaskStatus), is_delivered=is_known)
 
 
 def table(plan: Plan, journal: Journal, verdict: Verdict) -> str:
