@@ -39,7 +39,7 @@ class Ending:
     task_id: str
     may_end: frozenset[TaskStatus]
     jobs: int | None
-    """How many jobs it has, where nobody intervened."""
+    """How many jobs it has, where the fault does not change that."""
     ends_runs: bool
     streamed: list[TaskEvent]
     back: datetime

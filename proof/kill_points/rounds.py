@@ -32,7 +32,7 @@ HELD_UP_SECONDS: Final = 110.0
 
 @dataclass
 class Cell:
-    """One point in one kind's round, and what came of it."""
+    """One point in one kind's round, and its outcome."""
 
     point: Point
     kind: Kind

@@ -22,7 +22,7 @@ CLOSING: Final = frozenset(
     }
 )
 _REAPPLIED: Final = ("signal_workflow", "do_update", "cancel_workflow")
-"""What was sent to a run after the point that it is reset to is sent to it again."""
+"""What was sent to a run after the point of its reset is sent to it again."""
 
 
 @dataclass
@@ -96,7 +96,7 @@ class PastRun:
             if command.HasField("schedule_activity") and command.schedule_activity.seq not in ended
         ]
 
-    def unwanted_calls(self) -> set[int]:
+    def cancelled_calls(self) -> set[int]:
         """Those whose cancellation it has requested."""
         return {c.request_cancel_activity.seq for c in self._commands() if c.HasField("request_cancel_activity")}
 

@@ -1,4 +1,4 @@
-"""Holds (contract §4): how much, for how long, when, and why; by the credits service's account."""
+"""Holds (contract §4): how much, for how long, when, and why; by what the credits service has."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class HoldRules:
     # As it happens
 
     def asked_for(self, call: Call) -> None:
-        """Under a new key a hold has to be right; under a known one it is the same, or the account show a conflict."""
+        """Under a new key a hold must be right; under a known key it is the same, or the service records a conflict."""
         if key_of(call) in self._asked:
             return
         self._asked.add(key_of(call))
@@ -123,7 +123,7 @@ class HoldRules:
             *(hold.amount for hold in held),
         )
 
-    # The account
+    # What the service has
 
     def granted(self) -> list[Known]:
         """The holds whose answer the run received, by their number."""

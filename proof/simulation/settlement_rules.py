@@ -17,7 +17,7 @@ _RESOLVING: Final = frozenset({LedgerKind.COMMIT, LedgerKind.CANCEL, LedgerKind.
 
 
 class SettlementRules:
-    """Judges the account once the task has ended. Each method raises InvariantViolated."""
+    """Judges the charges once the task has ended. Each method raises InvariantViolated."""
 
     def __init__(self, world: World, prices: Prices, holds: HoldRules) -> None:
         self._world = world

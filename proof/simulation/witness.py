@@ -1,4 +1,4 @@
-"""What a run received and what it requested: by Temporal's history and the services, never by the run's own account."""
+"""What a run received and what it requested: by Temporal's history and the services, never by the run itself."""
 
 from __future__ import annotations
 

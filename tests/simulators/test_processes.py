@@ -1,4 +1,4 @@
-"""The simulators as processes: killed at any instant they lose nothing; a bad setting is a sentence."""
+"""The simulators as processes: killed at any time they lose nothing; a bad setting is a sentence."""
 
 from __future__ import annotations
 
