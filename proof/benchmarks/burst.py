@@ -100,18 +100,18 @@ async def callback_to_event(platform: Platform, probed: Handle, first_sequence: 
             queue_position=sequence,
             sequence=sequence,
         )
-        await told(platform, task_id, sequence)
+        await until_stored(platform, task_id, sequence)
         seconds.append(time.monotonic() - began)
         # Progress is published at most once a second (contract §6): the next probe comes after that.
         await asyncio.sleep(1.1)
     return seconds
 
 
-async def told(platform: Platform, task_id: str, sequence: int) -> None:
-    async def is_told() -> bool:
+async def until_stored(platform: Platform, task_id: str, sequence: int) -> None:
+    async def is_stored() -> bool:
         return any(event.queue_position == sequence for event in (await platform.store.events(task_id))[-3:])
 
-    await platform.until(is_told)
+    await platform.until(is_stored)
 
 
 async def beside_an_outage(platform: Platform) -> None:

@@ -66,7 +66,7 @@ class BareSignals:
             )
 
     @workflow.signal
-    def told(self, number: int) -> None:
+    def add(self, number: int) -> None:
         self.waiting.append(number)
 
 
@@ -85,7 +85,7 @@ async def settled(is_over: Callable[[], bool]) -> None:
     """Returns when it is over, or after 15 s all the same."""
     with suppress(TimeoutError):
         async with asyncio.timeout(SETTLING_SECONDS):
-            while not is_over():  # noqa: ASYNC110 - what is waited for is told by no event
+            while not is_over():  # noqa: ASYNC110 - no event reports it
                 await asyncio.sleep(0.05)
 
 
@@ -107,7 +107,7 @@ async def bare_signals(client: Client, *, targets: int, per_second: float, secon
         async def send(number: int, target: int) -> None:
             sent_at[number] = time.monotonic()
             with suppress(RPCError):  # on a busy machine some time out; what arrives is measured
-                await handles[target].signal("told", number)
+                await handles[target].signal("add", number)
 
         await at_a_rate(send, targets=targets, per_second=per_second, seconds=seconds)
         await settled(lambda: len(spans) == len(sent_at))
@@ -132,7 +132,7 @@ async def waiting_tasks(platform: Platform, count: int) -> list[tuple[str, str]]
 
 
 @asynccontextmanager
-async def heard(gateway: GatewayProcess) -> AsyncIterator[dict[tuple[str, int], float]]:
+async def arrivals(gateway: GatewayProcess) -> AsyncIterator[dict[tuple[str, int], float]]:
     """When one client of all the tenant's tasks received each task's queue position."""
     at: dict[tuple[str, int], float] = {}
     is_open = asyncio.Event()
@@ -164,7 +164,7 @@ async def callbacks(
     wires = [await Wire.to(gateway.port) for _ in range(WIRES)]
     sent_at: dict[tuple[str, int], float] = {}
     statuses: Counter[int] = Counter()
-    async with heard(gateway) as heard_at:
+    async with arrivals(gateway) as arrived_at:
 
         async def send(number: int, target: int) -> None:
             task_id, job_id = tasks[target]
@@ -175,12 +175,12 @@ async def callbacks(
             statuses[status] += 1
 
         await at_a_rate(send, targets=len(tasks), per_second=per_second, seconds=seconds)
-        await settled(lambda: sent_at.keys() <= heard_at.keys())
+        await settled(lambda: sent_at.keys() <= arrived_at.keys())
     for wire in wires:
         wire.close()
     if statuses[202] != statuses.total():
         print(f"answers to callbacks: {dict(statuses)}")
-    spans = [heard_at[key] - at for key, at in sent_at.items() if key in heard_at]
+    spans = [arrived_at[key] - at for key, at in sent_at.items() if key in arrived_at]
     return spans, len(sent_at) - len(spans)
 
 
@@ -221,13 +221,13 @@ async def main(per_second: float, seconds: float) -> None:
             }
             async with gateway_process(environment) as gateway:
                 before = processor_seconds()
-                spans, unheard = await callbacks(gateway, tasks, per_second=per_second, seconds=seconds)
+                spans, missing = await callbacks(gateway, tasks, per_second=per_second, seconds=seconds)
                 spent = processor_seconds()
             whole = shown("callback to event at SSE client", spans)
-    each = {part: 1000 * (spent[part] - before.get(part, 0.0)) / (len(spans) + unheard) for part in spent}
+    each = {part: 1000 * (spent[part] - before.get(part, 0.0)) / (len(spans) + missing) for part in spent}
     print("processor ms a callback: " + ", ".join(f"{part} {ms:.1f}" for part, ms in each.items()))
     print(
-        f"ratio of p50 {whole[0] / bare[0]:.1f}, of p99 {whole[1] / bare[1]:.1f}; callbacks without an event {unheard}"
+        f"ratio of p50 {whole[0] / bare[0]:.1f}, of p99 {whole[1] / bare[1]:.1f}; callbacks without an event {missing}"
     )
 
 

@@ -107,10 +107,10 @@ async def image_job(task: dict[str, Any], at: str) -> str:
     hold, story = HoldReply(**held), job.Story(given, accepted)
     await DBOS.run_step_async(_step("held"), write, story.held(hold, now))
     for _ in range(CALLBACKS):
-        told = JobCallback(**await DBOS.recv_async(TOPIC, WAIT_SECONDS))
-        await DBOS.run_step_async(_step("told"), write, story.told(told, now))
+        callback = JobCallback(**await DBOS.recv_async(TOPIC, WAIT_SECONDS))
+        await DBOS.run_step_async(_step("reported"), write, story.reported(callback, now))
     await DBOS.run_step_async(_step("commit"), commit, task, held)
-    await DBOS.run_step_async(_step("ended"), write, story.ended(told, now))
+    await DBOS.run_step_async(_step("ended"), write, story.ended(callback, now))
     return accepted.job_id
 
 

@@ -34,7 +34,7 @@ class Cost(BaseModel):
     actions: int
 
     @property
-    def told(self) -> str:
+    def shown(self) -> str:
         return f"{self.events} events, {self.actions} billable actions"
 
 

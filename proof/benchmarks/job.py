@@ -88,7 +88,7 @@ class Story:
         fact = self._fact("held:1", EventType.CREDITS, at, TaskStatus.QUEUED, stage="queued", credits_delta=-amount)
         return self._write(TaskStatus.QUEUED, fact)
 
-    def told(self, callback: JobCallback, at: datetime) -> TaskWrite:
+    def reported(self, callback: JobCallback, at: datetime) -> TaskWrite:
         stage, status = callback.job_status.value, TaskStatus.RUNNING
         if callback.job_status is JobStatus.QUEUED:
             status = TaskStatus.QUEUED

@@ -70,7 +70,7 @@ class Party:
         config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, lifespan="off")
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve())
-        while not server.started:  # noqa: ASYNC110 - the server tells nobody
+        while not server.started:  # noqa: ASYNC110 - the server has no event for it
             await asyncio.sleep(0.01)
         self.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         try:
@@ -91,10 +91,10 @@ class Party:
 
     async def _call_back_five_times(self, task_id: str) -> None:
         assert self.call_back is not None
-        for number, told in enumerate(CALLBACKS, start=1):
+        for number, state in enumerate(CALLBACKS, start=1):
             await asyncio.sleep(CALLBACK_PAUSE_SECONDS)
             now = datetime.now(UTC).isoformat()
-            body = {"job_id": f"job-{task_id}", "task_id": task_id, "sequence": number, "occurred_at": now, **told}
+            body = {"job_id": f"job-{task_id}", "task_id": task_id, "sequence": number, "occurred_at": now, **state}
             await self.call_back(task_id, body)
 
     async def _job(self, request: Request) -> JSONResponse:

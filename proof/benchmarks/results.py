@@ -80,7 +80,7 @@ class Results(BaseModel):
             *((self.waits and _wait_rows(self.waits)) or ()),
             *((self.memory and _memory_rows(self.memory)) or ()),
         ]
-        return "\n".join(["| what | measured |", "| --- | --- |", *(f"| {name} | {told} |" for name, told in rows)])
+        return "\n".join(["| what | measured |", "| --- | --- |", *(f"| {name} | {shown} |" for name, shown in rows)])
 
 
 def _comparison_rows(comparison: Comparison) -> list[tuple[str, str]]:
@@ -90,9 +90,9 @@ def _comparison_rows(comparison: Comparison) -> list[tuple[str, str]]:
         rates = [rate for rate in comparison.rounds if rate.name == name]
         each = ", ".join(f"{rate.tasks_per_second:.2f}" for rate in rates)
         spent[name] = min(sum(rate.processor_seconds.values()) for rate in rates)
-        told = f"{each}; {1000 * spent[name]:.0f} ms processor a task"
+        shown = f"{each}; {1000 * spent[name]:.0f} ms processor a task"
         stored = f", {rates[0].stored_events:.1f} events stored" if rates[0].stored_events else ""
-        rows.append((f"{name}: tasks a second, each round", told + stored))
+        rows.append((f"{name}: tasks a second, each round", shown + stored))
     ours = spent[Ours.name]
     for name, ratio, aim in ((Bare.name, comparison.to_bare, TO_BARE), (OnDbos.name, comparison.to_dbos, TO_DBOS)):
         by_processor = spent[name] / ours
@@ -106,14 +106,14 @@ def _rate_row(name: str, rate: Rate) -> tuple[str, str]:
 
 
 def _wait_rows(waits: Waits) -> list[tuple[str, str]]:
-    def told(spread: Spread) -> str:
+    def shown(spread: Spread) -> str:
         return f"p50 {1000 * spread.p50:.0f} ms, p95 {1000 * spread.p95:.0f} ms ({spread.samples} times)"
 
     return [
-        ("order → credits held, at the client", told(waits.order_to_held)),
-        ("callback → client", told(waits.callback_to_client)),
-        ("worker killed → its successor polls", told(waits.kill_to_polling)),
-        ("polls → next event at the client", told(waits.polling_to_next_event)),
+        ("order → credits held, at the client", shown(waits.order_to_held)),
+        ("callback → client", shown(waits.callback_to_client)),
+        ("worker killed → its successor polls", shown(waits.kill_to_polling)),
+        ("polls → next event at the client", shown(waits.polling_to_next_event)),
     ]
 
 

@@ -83,24 +83,24 @@ async def measure(probes: int, kills: int) -> Waits:
 
 async def _waits(site: Site, probes: int, kills: int) -> Waits:
     await site.admin.comfyui.set_gpus("rtx4090", 2 * OPEN_AT_A_KILL)
-    async with _told(site) as news:
+    async with _received(site) as events:
         await site.admin.comfyui.fault("job_stall", at=0.1, times=None)
         await site.admin.comfyui.fault("callback_withhold", times=None)
-        held, task_ids = await _orders(site, news, probes)
-        told = await _callbacks(site, news, task_ids[0], probes)
+        held, task_ids = await _orders(site, events, probes)
+        received = await _callbacks(site, events, task_ids[0], probes)
         for task_id in task_ids:
             await site.gateway.post(f"/api/v1/tasks/{task_id}/cancel", headers=site.bearer(TENANT))
         await site.admin.remove_faults()
-        back, next_event = await _kills(site, news, kills)
+        back, next_event = await _kills(site, events, kills)
     return Waits(
         order_to_held=Spread.of(held),
-        callback_to_client=Spread.of(told),
+        callback_to_client=Spread.of(received),
         kill_to_polling=Spread.of(back),
         polling_to_next_event=Spread.of(next_event),
     )
 
 
-class News:
+class Events:
     """Every event that one stream of all tasks brought, with its time by `time.monotonic`."""
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class News:
         self._events.append((time.monotonic(), event))
         self._more.set()
 
-    async def instant(self, what: Callable[[dict[str, Any]], bool], *, after: float = 0.0) -> float:
+    async def arrival(self, what: Callable[[dict[str, Any]], bool], *, after: float = 0.0) -> float:
         """When the first such event after a time arrived; waits for it."""
         seen = 0
         async with asyncio.timeout(LIMIT_SECONDS):
@@ -125,9 +125,9 @@ class News:
 
 
 @asynccontextmanager
-async def _told(site: Site) -> AsyncIterator[News]:
+async def _received(site: Site) -> AsyncIterator[Events]:
     """The events of all of the tenant's tasks, from now on."""
-    news, is_open = News(), asyncio.Event()
+    events, is_open = Events(), asyncio.Event()
 
     async def read() -> None:
         params, headers = {"subscribe": "*"}, site.bearer(TENANT)
@@ -136,31 +136,31 @@ async def _told(site: Site) -> AsyncIterator[News]:
         ) as response:
             is_open.set()
             async for _, event in frames(response):
-                news.add(event)
+                events.add(event)
 
     reading = asyncio.create_task(read())
     await is_open.wait()
     try:
-        yield news
+        yield events
     finally:
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
 
 
-async def _orders(site: Site, news: News, count: int) -> tuple[list[float], list[str]]:
+async def _orders(site: Site, events: Events, count: int) -> tuple[list[float], list[str]]:
     """Tasks that are ordered one after another, and how long each waited until credits were held."""
     seconds, task_ids = [], []
     for n in range(count):
         task_id = f"held-{n}"
         began = time.monotonic()
         await _order(site, task_id)
-        told = await news.instant(lambda e, t=task_id: e.get("task_id") == t and e["event"] == "credits.updated")  # type: ignore[misc]
-        seconds.append(told - began)
+        received = await events.arrival(lambda e, t=task_id: e.get("task_id") == t and e["event"] == "credits.updated")  # type: ignore[misc]
+        seconds.append(received - began)
         task_ids.append(task_id)
     return seconds, task_ids
 
 
-async def _callbacks(site: Site, news: News, task_id: str, count: int) -> list[float]:
+async def _callbacks(site: Site, events: Events, task_id: str, count: int) -> list[float]:
     """Callbacks of a job that stands still, sent by us, and how long each took to reach the client."""
     [run] = await site.admin.comfyui.jobs(task_id)
     seconds = []
@@ -170,13 +170,13 @@ async def _callbacks(site: Site, news: News, task_id: str, count: int) -> list[f
         body = {**named, **progress, "occurred_at": datetime.now(UTC).isoformat()}
         began = time.monotonic()
         await _signed_post(site, task_id, body)
-        told = await news.instant(lambda e, n=sequence: e.get("queue_position") == n)  # type: ignore[misc]
-        seconds.append(told - began)
+        received = await events.arrival(lambda e, n=sequence: e.get("queue_position") == n)  # type: ignore[misc]
+        seconds.append(received - began)
         await asyncio.sleep(SPREAD_SECONDS)
     return seconds
 
 
-async def _kills(site: Site, news: News, count: int) -> tuple[list[float], list[float]]:
+async def _kills(site: Site, events: Events, count: int) -> tuple[list[float], list[float]]:
     """The worker killed among many open tasks, several times."""
     parts, back, next_event = SupervisedParts(site), list[float](), list[float]()
     for number in range(count):
@@ -185,15 +185,15 @@ async def _kills(site: Site, news: News, count: int) -> tuple[list[float], list[
         killed = time.monotonic()
         await parts.restart("worker")
         polls = time.monotonic()
-        told = await news.instant(lambda event: "seq" in event, after=polls)
+        received = await events.arrival(lambda event: "seq" in event, after=polls)
         back.append(polls - killed)
-        next_event.append(told - polls)
-        await asyncio.gather(*(_ended(news, f"kill-{number}-{n}") for n in range(OPEN_AT_A_KILL)))
+        next_event.append(received - polls)
+        await asyncio.gather(*(_ended(events, f"kill-{number}-{n}") for n in range(OPEN_AT_A_KILL)))
     return back, next_event
 
 
-async def _ended(news: News, task_id: str) -> None:
-    await news.instant(lambda event: event.get("task_id") == task_id and event.get("status") == "completed")
+async def _ended(events: Events, task_id: str) -> None:
+    await events.arrival(lambda event: event.get("task_id") == task_id and event.get("status") == "completed")
 
 
 async def _order(site: Site, task_id: str) -> None:

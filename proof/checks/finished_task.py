@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from temporalio.api.history.v1 import HistoryEvent
 
-from comfyui_temporal.contracts.credits import LedgerKind
 from comfyui_temporal.contracts.task_store import Fact, TaskState
 from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
+from proof.simulators.admin_wire import EntrySeen, HoldSeen, RunSeen
 from proof.simulators.credits_profile import CreditsProfile
 
 
@@ -72,37 +72,6 @@ class Exempt(StrEnum):
     """Temporal's histories are not judged."""
 
 
-class Hold(Protocol):
-    """A hold as the credits service has it; `phase`: open, committed, cancelled or expired."""
-
-    @property
-    def pre_deduct_id(self) -> str: ...
-    @property
-    def amount(self) -> int: ...
-    @property
-    def phase(self) -> str: ...
-
-
-class Job(Protocol):
-    """A job or training as ComfyUI has it."""
-
-    @property
-    def run_id(self) -> str: ...
-    @property
-    def is_over(self) -> bool: ...
-
-
-class Entry(Protocol):
-    """A ledger entry: what it adds to the balance and to what is frozen, in points."""
-
-    @property
-    def kind(self) -> str | None: ...
-    @property
-    def change(self) -> int: ...
-    @property
-    def frozen_change(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class Charges:
     """What the ledger shows of a task: `taken` points in all, by how many commits and how many charges."""
@@ -112,12 +81,12 @@ class Charges:
     charges: int = 0
 
     @classmethod
-    def by(cls, entries: Iterable[Entry]) -> Charges:
+    def by(cls, entries: Iterable[EntrySeen]) -> Charges:
         entries = list(entries)
         return cls(
             taken=-sum(entry.change + entry.frozen_change for entry in entries),
-            commits=sum(entry.kind == LedgerKind.COMMIT for entry in entries),
-            charges=sum(entry.kind == LedgerKind.CHARGE for entry in entries),
+            commits=sum(entry.kind == "commit" for entry in entries),
+            charges=sum(entry.kind == "charge" for entry in entries),
         )
 
 
@@ -135,9 +104,9 @@ class FinishedTask:
     events: Sequence[TaskEvent | Fact]
     records: Sequence[tuple[str, Mapping[str, Any]]] = ()
     """The exception records, as code and details."""
-    holds: Sequence[Hold] = ()
+    holds: Sequence[HoldSeen] = ()
     charges: Charges = Charges()
-    jobs: Sequence[Job] = ()
+    jobs: Sequence[RunSeen] = ()
     result: Mapping[str, Any] | None = None
     """The run's own result as JSON; empty for a run that ended Canceled."""
     streamed: Sequence[TaskEvent | int] | None = None
@@ -162,8 +131,8 @@ class Expected:
 
     ends: frozenset[TaskStatus] | None = None
     jobs: int | None = None
-    is_charged_once: bool = False
-    """Where it completes: by one commit or one charge of more than 0 points."""
+    is_delivered: bool = False
+    """Where it completes: it was charged once, more than 0 points, and something was handed out."""
 
 
 NOTHING_EXPECTED: Final = Expected()

@@ -32,7 +32,7 @@ def check_money(task: FinishedTask, expected: Expected, exempt: frozenset[Exempt
     check_charges(task, expected, exempt, findings)
     check_credits(task, findings)
     check_points_in_events(task, exempt, findings)
-    check_handed_out(task, findings)
+    check_handed_out(task, expected, findings)
 
 
 def check_holds(task: FinishedTask, exempt: frozenset[Exempt], findings: Findings) -> None:
@@ -56,7 +56,7 @@ def check_charges(task: FinishedTask, expected: Expected, exempt: frozenset[Exem
     reported = task.row.credits.charged if task.row else 0
     findings.must(commits <= 1, Rule.DOUBLE_CHARGE, f"{commits} commits")
     findings.must(taken == 0 or task.is_completed, Rule.DOUBLE_CHARGE, f"{taken} points were charged for nothing")
-    if expected.is_charged_once and task.is_completed:
+    if expected.is_delivered and task.is_completed:
         times = commits + task.charges.charges
         findings.must(times == 1 and taken > 0, Rule.MISCHARGE, f"completed with {times} charges, {taken} points")
     if reported is None:
@@ -95,12 +95,14 @@ def check_points_in_events(task: FinishedTask, exempt: frozenset[Exempt], findin
     findings.must(moved == -taken, Rule.MISCHARGE, f"the events move {moved} points, {taken} were charged")
 
 
-def check_handed_out(task: FinishedTask, findings: Findings) -> None:
+def check_handed_out(task: FinishedTask, expected: Expected, findings: Findings) -> None:
     """Results appear with the end of a completed task, and nowhere else (contract §5)."""
     row = task.row
     has_results = row is not None and bool(row.result_urls or row.output)
     if task.is_completed:
-        findings.must(has_results, Rule.UNPAID_RESULT, "completed, and nothing was handed out")
+        findings.must(
+            has_results or not expected.is_delivered, Rule.UNPAID_RESULT, "completed, and nothing was handed out"
+        )
     else:
         findings.must(not has_results, Rule.UNPAID_RESULT, "the row hands something out")
         result = task.result or {}

@@ -2,7 +2,7 @@
 
 The same cases run on the simulator, the bridge and a customer's own platform:
 
-    async with opened(base_url, tokens, people, profile, receiver) as subject:
+    async with opened(base_url, tokens, clients, profile, receiver) as subject:
         for outcome in await run(cases(), subject): ...
 
 A case passes, finds a route *not offered* (which contract §2 allows for some), or is broken, with a sentence that says

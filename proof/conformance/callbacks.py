@@ -36,7 +36,7 @@ def _read(arrival: Arrival) -> JobCallback:
         raise
 
 
-async def _told(subject: Subject, task: str, status: JobStatus) -> list[Arrival]:
+async def _received(subject: Subject, task: str, status: JobStatus) -> list[Arrival]:
     """Every arrival, once one of them has this status."""
 
     async def look() -> list[Arrival]:
@@ -48,37 +48,37 @@ async def _told(subject: Subject, task: str, status: JobStatus) -> list[Arrival]
     return await subject.until(look, has, f"the callback {status}")
 
 
-@case("every state is told by a signed callback with what GET shows, in rising sequence")
+@case("a signed callback reports every state, as GET shows it, in rising sequence")
 async def states_are_told(subject: Subject) -> None:
     task = new_task()
     job = await subject.submit(task)
-    arrivals = await _told(subject, task, JobStatus.DELIVERY)
+    arrivals = await _received(subject, task, JobStatus.DELIVERY)
     demand_genuine(task, arrivals)
-    told = [_read(arrival) for arrival in arrivals]
-    demand({callback.job_id for callback in told} == {job.job_id}, "a callback is about another job")
-    demand(any(one.job_status is JobStatus.PROCESSING for one in told), "nothing told that it is processed")
-    demand(all(one.occurred_at for one in told), "a callback lacks occurred_at")
-    by_id = {arrival.webhook_id: callback for arrival, callback in zip(arrivals, told, strict=True)}
+    received = [_read(arrival) for arrival in arrivals]
+    demand({callback.job_id for callback in received} == {job.job_id}, "a callback is about another job")
+    demand(any(one.job_status is JobStatus.PROCESSING for one in received), "no callback says that it is processed")
+    demand(all(one.occurred_at for one in received), "a callback lacks occurred_at")
+    by_id = {arrival.webhook_id: callback for arrival, callback in zip(arrivals, received, strict=True)}
     sequences = sorted(callback.sequence for callback in by_id.values())
     demand(len(set(sequences)) == len(sequences), f"two callbacks share a sequence: {sequences}")
-    last = max(told, key=lambda callback: callback.sequence)
+    last = max(received, key=lambda callback: callback.sequence)
     state = await subject.job(job.job_id)
-    demand(JobState.model_validate(last.model_dump()) == state, f"the last callback told {last}, GET shows {state}")
+    demand(JobState.model_validate(last.model_dump()) == state, f"the last callback says {last}, GET shows {state}")
 
 
-@case("told states only go forward with the sequence")
+@case("reported states only go forward with the sequence")
 async def told_states_go_forward(subject: Subject) -> None:
     task = new_task()
     await subject.submit(task)
-    arrivals = await _told(subject, task, JobStatus.DELIVERY)
-    told = sorted((_read(arrival) for arrival in arrivals), key=lambda callback: callback.sequence)
+    arrivals = await _received(subject, task, JobStatus.DELIVERY)
+    received = sorted((_read(arrival) for arrival in arrivals), key=lambda callback: callback.sequence)
     order = list(JobStatus)
-    for before, after in itertools.pairwise(told):
+    for before, after in itertools.pairwise(received):
         is_forward = order.index(after.job_status) >= order.index(before.job_status)
         demand(is_forward, f"sequence {after.sequence} tells {after.job_status} after {before.job_status}")
 
 
-@case("a cancel is told")
+@case("a callback reports a cancel")
 async def a_cancel_is_told(subject: Subject) -> None:
     task = new_task()
     job = await subject.submit(task)
@@ -95,7 +95,7 @@ async def a_cancel_is_told(subject: Subject) -> None:
     demand_genuine(task, await subject.until(look, has, "the callback that tells the cancel"))
 
 
-@case("a callback that is answered 503 comes again, under its id and signed anew")
+@case("a callback that is answered 503 comes again, under its id with a new signature")
 async def a_callback_is_repeated(subject: Subject) -> None:
     task = new_task()
     subject.receiver.answers[task] = [503]
@@ -116,7 +116,7 @@ async def a_refused_callback_is_not_repeated(subject: Subject) -> None:
     statuses = [401, 404, 413]
     subject.receiver.answers[task] = statuses * 20
     await subject.submit(task)
-    await _told(subject, task, JobStatus.DELIVERY)
+    await _received(subject, task, JobStatus.DELIVERY)
     await asyncio.sleep(subject.profile.quiet_seconds)
     ids = [arrival.webhook_id for arrival in subject.receiver.of(task)]
     demand(len(set(ids)) == len(ids), "a callback that was refused for good came again")
@@ -128,6 +128,6 @@ async def refused_callbacks_harm_nobody(subject: Subject) -> None:
     subject.receiver.answers[lost] = [500] * 1000
     job = await subject.submit(lost)
     await subject.submit(task)
-    await _told(subject, task, JobStatus.DELIVERY)
+    await _received(subject, task, JobStatus.DELIVERY)
     state = await subject.ended_job(job.job_id)
     demand(state.has_succeeded(), f"job {job.job_id} ended as {state.error_details}")

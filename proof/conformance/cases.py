@@ -40,7 +40,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case came to. `says`: what was expected and what came instead."""
+    """The outcome of a case. `says`: what was expected and what was received."""
 
     case: Case
     verdict: Verdict

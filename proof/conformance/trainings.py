@@ -40,31 +40,31 @@ async def a_training_is_trained(subject: Subject) -> None:
     await subject.start(task, training.training_id)
     state = await subject.ended_training(training.training_id)
     demand(state.has_succeeded(), f"training {training.training_id} ended as {state.failure()}")
-    told = await _told(subject, task)
-    stages = [one.training_stage for one in told if one.training_stage is not None]
-    demand(list(dict.fromkeys(stages)) == _STAGES, f"told stages: {list(dict.fromkeys(stages))}")
+    received = await _received(subject, task)
+    stages = [one.training_stage for one in received if one.training_stage is not None]
+    demand(list(dict.fromkeys(stages)) == _STAGES, f"reported stages: {list(dict.fromkeys(stages))}")
     order = [_STAGES.index(stage) for stage in stages]
     demand(order == sorted(order), f"a stage went back: {stages}")
-    for before, after in itertools.pairwise(told):
+    for before, after in itertools.pairwise(received):
         demand((after.gpu_hours_used or 0) >= (before.gpu_hours_used or 0), "gpu_hours_used fell")
         if after.training_stage == before.training_stage:
             demand((after.stage_progress or 0) >= (before.stage_progress or 0), "progress fell within a stage")
     demand((state.gpu_hours_used or 0) > 0, f"gpu_hours_used is {state.gpu_hours_used}")
 
 
-@case("its checkpoints and its log are told", trains=True)
+@case("callbacks report its checkpoints and its log", trains=True)
 async def checkpoints_and_log_are_told(subject: Subject) -> None:
     task = new_task()
     training = await subject.create(task)
     await subject.start(task, training.training_id)
     await subject.ended_training(training.training_id)
-    told = await _told(subject, task)
-    epochs = [one.checkpoint.epoch or 0 for one in told if one.checkpoint is not None]
+    received = await _received(subject, task)
+    epochs = [one.checkpoint.epoch or 0 for one in received if one.checkpoint is not None]
     demand(epochs and epochs == sorted(epochs), f"checkpoints of epochs {epochs}")
-    lines = [line for one in told for line in one.log]
-    demand(lines, "no log line was told")
-    checkpointing = [one for one in told if one.training_status is TrainingStatus.CHECKPOINTING]
-    demand(checkpointing, "nothing told that it is checkpointing")
+    lines = [line for one in received for line in one.log]
+    demand(lines, "no callback has a log line")
+    checkpointing = [one for one in received if one.training_status is TrainingStatus.CHECKPOINTING]
+    demand(checkpointing, "no callback says that it is checkpointing")
 
 
 @case("a training that is started twice is trained once", trains=True)
@@ -138,7 +138,7 @@ def _demand_cancelled(state: TrainingState) -> None:
     demand(state.training_status is TrainingStatus.FAILED, f"{state.training_id} is {state.training_status}")
 
 
-async def _told(subject: Subject, task: str) -> list[TrainingCallback]:
+async def _received(subject: Subject, task: str) -> list[TrainingCallback]:
     """The arrivals up to the end, by their sequence."""
 
     async def look() -> list[Arrival]:
@@ -150,7 +150,7 @@ async def _told(subject: Subject, task: str) -> list[TrainingCallback]:
     arrivals = await subject.until(look, is_over, "the callback that tells the end")
     demand_genuine(task, arrivals)
     try:
-        told = [TrainingCallback.model_validate(arrival.body) for arrival in arrivals]
+        received = [TrainingCallback.model_validate(arrival.body) for arrival in arrivals]
     except ValidationError as error:
         raise Broken(f"a callback is not the contract's: {'; '.join(sentences_of(error))}") from None
-    return sorted(told, key=lambda one: one.sequence)
+    return sorted(received, key=lambda one: one.sequence)

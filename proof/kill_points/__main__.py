@@ -1,7 +1,7 @@
-"""Inject the real stack at every point of both flows; exit code 1 where a task did not end as it must.
+"""Inject faults into the real stack at every point of both flows; exit code 1 where a task did not end as it must.
 
 python -m proof.kill_points                                    everything
-python -m proof.kill_points --kinds worker-killed,terminated   some blows
+python -m proof.kill_points --kinds worker-killed,terminated   some kinds of fault
 python -m proof.kill_points --only "image: commit"             some points
 python -m proof.kill_points --profile field                    with the field's credits service (contract §4)
 """
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder.chmod(0o755)
     try:
         stack = KillableStack(folder / "run", PROFILES[options.profile])
-        cells = asyncio.run(struck(stack, kinds, points, within_seconds=options.within, most=options.most))
+        cells = asyncio.run(run_rounds(stack, kinds, points, within_seconds=options.within, most=options.most))
     except StackFailure as failure:
         print(failure, file=sys.stderr)
         return EXIT_CANNOT
@@ -64,7 +64,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kinds", type=_kinds, default=list(KINDS), help=f"some of {', '.join(KINDS)}")
     parser.add_argument("--profile", choices=list(PROFILES), default=CONTRACT.name, help="of the credits service")
     parser.add_argument("--within", type=float, default=5.0, help="seconds within which work has to go on (5)")
-    parser.add_argument("--most", type=int, default=50, help="tasks struck at once (50)")
+    parser.add_argument("--most", type=int, default=50, help="tasks at once (50)")
     return parser.parse_args(arguments)
 
 
@@ -85,7 +85,7 @@ def chosen_points(only: Sequence[str]) -> list[Point]:
     return exact or [point for point in points if any(part in point.label for part in only)]
 
 
-async def struck(
+async def run_rounds(
     stack: KillableStack, kinds: Sequence[Kind], points: Sequence[Point], *, within_seconds: float, most: int
 ) -> list[Cell]:
     """Every cell, with its problems. Raises StackFailure."""

@@ -1,4 +1,4 @@
-"""How a call is kept in its point: a file per task says which call waits and where; the worker looks at it.
+"""How a call is kept at its point: a file per task says which call waits and where; the worker reads it.
 
 Files, because they outlive every kill: the runner takes them away before the worker is started again.
 """
@@ -21,7 +21,7 @@ AFTER_REPLY: Final = "after reply"
 BEFORE_REPORT: Final = "before report"
 Phase = Literal["before send", "after effect", "after reply", "before report"]
 """The service has the request but for `before send`; it has acted from `after effect` on; its answer is here
-`after reply`; the activity is done but has not shown Temporal `before report`."""
+`after reply`; the activity is done, but Temporal does not know `before report`."""
 JOB_UPDATE: Final = "job update"
 """What a job's message is called where facts are matched: its own key names the job."""
 

@@ -39,7 +39,7 @@ class Ending:
     task_id: str
     may_end: frozenset[TaskStatus]
     jobs: int | None
-    """How many jobs it has, where nobody intervened."""
+    """How many jobs it has, where the fault does not change that."""
     ends_runs: bool
     streamed: list[TaskEvent]
     back: datetime
@@ -74,7 +74,7 @@ async def _judge(sources: Sources, services: Services, ending: Ending) -> None:
         exempt.add(Exempt.NO_ROW)
         if task.row is not None and task.row.status is not TaskStatus.FAILED:
             exempt.add(Exempt.SNAPSHOT)  # terminated between its last event and the deletion
-    expected = Expected(ending.may_end, ending.jobs, is_charged_once=True)
+    expected = Expected(ending.may_end, ending.jobs, is_delivered=True)
     ending.problems += [problem for problem in services.problems if ending.task_id in problem]
     ending.problems += [str(finding) for finding in judge(task, expected, exempt)]
     _measure_recovery(ending)

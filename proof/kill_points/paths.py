@@ -36,7 +36,7 @@ class TaskPath:
 
     name: str
     ends: TaskStatus = TaskStatus.COMPLETED
-    """How it ends when nobody intervenes."""
+    """How it ends without any other fault."""
     jobs: int = 1
     before: Act = _nothing
     lead: Act = _nothing

@@ -16,7 +16,7 @@ SHOWN: Final = 6
 
 
 def table(cells: Sequence[Cell]) -> str:
-    """Markdown; `–` where a kind does not fit an point."""
+    """Markdown; `–` where a kind does not fit a point."""
     kinds = [name for name in KINDS if any(cell.kind.name == name for cell in cells)]
     by_place = {(cell.point.label, cell.kind.name): cell for cell in cells}
     labels = list(dict.fromkeys(cell.point.label for cell in cells))

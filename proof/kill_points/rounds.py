@@ -32,7 +32,7 @@ HELD_UP_SECONDS: Final = 110.0
 
 @dataclass
 class Cell:
-    """One point in one kind's round, and what came of it."""
+    """One point in one kind's round, and its outcome."""
 
     point: Point
     kind: Kind
@@ -82,7 +82,7 @@ async def run_round(site: RoundSite, kind: Kind, points: Sequence[Point], number
         await asyncio.gather(*(_record_tries(site, cell) for cell in reached))
         await _approach(site, reached)
         back = await kind.inject(site, [cell.task_id for cell in reached])
-        laps.lap("struck")
+        laps.lap("fault")
         await asyncio.gather(*(_after(site, cell) for cell in cells))
         await _all_ended(site, cells)
         await recorder.finish(STREAM_SECONDS)

@@ -43,12 +43,12 @@ class Harmless:
     @classmethod
     def read(cls, file: Path = FILE) -> Harmless:
         """Raises ValueError where an entry lacks something."""
-        entries, told = [], tomllib.loads(file.read_text())
-        for raw in told["harmless"]:
+        entries, kept = [], tomllib.loads(file.read_text())
+        for raw in kept["harmless"]:
             if set(raw) != {"module", "function", "becomes", "reason"} or not raw["reason"].strip():
                 raise ValueError(f"{file.name}: an entry has module, function, becomes and reason, not {sorted(raw)}")
             entries.append(Entry(raw["module"], raw["function"], tuple(raw["becomes"]), raw["reason"]))
-        return cls(entries, told["read"])
+        return cls(entries, kept["read"])
 
     def reason(self, mutation: Mutation) -> str | None:
         return self._reasons.get((mutation.module, mutation.function, mutation.becomes))

@@ -35,7 +35,7 @@ class Fate(StrEnum):
     KILLED_BY_TESTS = "tests"
     SURVIVED = "survived"
     UNREACHED = "unreached"
-    """Survived, and no seed and no test comes to what was changed."""
+    """Survived, and no seed and no test reaches what was changed."""
 
     @property
     def is_alive(self) -> bool:

@@ -84,8 +84,8 @@ def _note(module: str, block: list[ast.stmt]) -> None:
         return
     begins = block[1] if is_docstring else first
     name, argument = ast.Name(NOTED, ast.Load()), ast.Constant(f"{module}:{begins.lineno}")
-    noted = ast.Expr(ast.Call(name, [argument], []))
-    block.insert(1 if is_docstring else 0, ast.copy_location(noted, begins))
+    record = ast.Expr(ast.Call(name, [argument], []))
+    block.insert(1 if is_docstring else 0, ast.copy_location(record, begins))
 
 
 # Seeds

@@ -1,4 +1,4 @@
-"""What a run of mutants came to, as text."""
+"""The verdicts on a run of mutants, as text."""
 
 from __future__ import annotations
 

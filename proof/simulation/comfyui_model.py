@@ -77,14 +77,14 @@ class ComfyUIModel(Generic[State]):
     """Jobs of one kind. Every change raises `sequence` and may be sent as a callback."""
 
     def __init__(
-        self, timeline: Timeline, rng: random.Random, terms: ComfyUITerms, told: Callable[[Work[Any]], None]
+        self, timeline: Timeline, rng: random.Random, terms: ComfyUITerms, call_back: Callable[[Work[Any]], None]
     ) -> None:
         self._timeline = timeline
         self._rng = rng
         self.terms = terms
-        self._call_back = told
+        self._call_back = call_back
         self.works: dict[str, Work[State]] = {}
-        self.told: dict[tuple[str, int], State] = {}
+        self.published: dict[tuple[str, int], State] = {}
         """Job and sequence → the state that it had."""
         self._answers: dict[str, tuple[str, Answer[Any]]] = {}
         self.conflicts: list[str] = []
@@ -106,7 +106,7 @@ class ComfyUIModel(Generic[State]):
 
     def failures_of(self, job_id: str | None) -> set[str]:
         """The codes with which a job ever said that it has failed."""
-        errors = [error_of(state) for (told_id, _), state in self.told.items() if told_id == job_id]
+        errors = [error_of(state) for (published_id, _), state in self.published.items() if published_id == job_id]
         return {error.code for error in errors if error is not None}
 
     def has_failed(self, job_id: str | None) -> bool:
@@ -147,7 +147,7 @@ class ComfyUIModel(Generic[State]):
     def change(self, work: Work[State], **fields: Any) -> None:
         """Change the work's state; a callback reports it where the server sends them."""
         work.state = state = work.state.model_copy(update={**fields, "sequence": work.state.sequence + 1})
-        self.told[id_of(state), state.sequence] = state
+        self.published[id_of(state), state.sequence] = state
         if self.terms.sends_callbacks:
             self._call_back(work)
 

@@ -22,7 +22,7 @@ CLOSING: Final = frozenset(
     }
 )
 _REAPPLIED: Final = ("signal_workflow", "do_update", "cancel_workflow")
-"""What was sent to a run after the point that it is reset to is sent to it again."""
+"""What was sent to a run after the point of its reset is sent to it again."""
 
 
 @dataclass
@@ -96,7 +96,7 @@ class PastRun:
             if command.HasField("schedule_activity") and command.schedule_activity.seq not in ended
         ]
 
-    def unwanted_calls(self) -> set[int]:
+    def cancelled_calls(self) -> set[int]:
         """Those whose cancellation it has requested."""
         return {c.request_cancel_activity.seq for c in self._commands() if c.HasField("request_cancel_activity")}
 
@@ -159,8 +159,8 @@ def resolved(call: Call, resolution: Resolution) -> WorkflowActivationJob:
 def with_patches(recorded: Recorded) -> Activation:
     """The same activation, with the patches whose markers its answer wrote into the history."""
     markers = [c.set_patch_marker.patch_id for c in recorded.answered if c.HasField("set_patch_marker")]
-    told = [WorkflowActivationJob(notify_has_patch=activation_api.NotifyHasPatch(patch_id=name)) for name in markers]
-    return replace(recorded.activation, jobs=(*told, *recorded.activation.jobs))
+    notices = [WorkflowActivationJob(notify_has_patch=activation_api.NotifyHasPatch(patch_id=name)) for name in markers]
+    return replace(recorded.activation, jobs=(*notices, *recorded.activation.jobs))
 
 
 def fingerprint(command: WorkflowCommand) -> bytes:

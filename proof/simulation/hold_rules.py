@@ -1,4 +1,4 @@
-"""Holds (contract §4): how much, for how long, when, and why; by the credits service's account."""
+"""Holds (contract §4): how much, for how long, when, and why; by what the credits service has."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Known:
         return self.call.scheduled_at + self.body.expire_in
 
     @property
-    def life_when_told(self) -> float:
+    def life_when_granted(self) -> float:
         return self.ends_at - self.resolved_at
 
 
@@ -58,7 +58,7 @@ class HoldRules:
     # As it happens
 
     def asked_for(self, call: Call) -> None:
-        """Under a new key a hold has to be right; under a known one it is the same, or the account show a conflict."""
+        """Under a new key a hold must be right; under a known key it is the same, or the service records a conflict."""
         if key_of(call) in self._asked:
             return
         self._asked.add(key_of(call))
@@ -99,7 +99,7 @@ class HoldRules:
     def _check_need(self, amount: int, at: float) -> None:
         """A new hold beside an open one is for more points or for more time."""
         standing = [known for known in self.granted() if not self._is_given_up(known)]
-        if not standing or amount > standing[-1].body.estimated_cost or standing[-1].life_when_told < LEAST_LIFE:
+        if not standing or amount > standing[-1].body.estimated_cost or standing[-1].life_when_granted < LEAST_LIFE:
             return
         lasts = standing[-1].ends_at >= max(self.deadlines(at)) + self._world.scenario.policy.hold_margin_seconds
         must(not lasts, "a hold is renewed although the old one lasts:", standing[-1].call.argument.key)
@@ -123,19 +123,19 @@ class HoldRules:
             *(hold.amount for hold in held),
         )
 
-    # The account
+    # What the service has
 
     def granted(self) -> list[Known]:
         """The holds whose answer the run received, by their number."""
-        told: dict[int, Known] = {}
+        received: dict[int, Known] = {}
         for call in self._world.witness.calls.get("pre_deduct", ()):
             n, answer = number_of(key_of(call)), call.outcome
-            if call.resolved_at is None or not isinstance(answer, Answer) or answer.reply is None or n in told:
+            if call.resolved_at is None or not isinstance(answer, Answer) or answer.reply is None or n in received:
                 continue
             first = self._world.witness.first("pre_deduct", n)
             assert first is not None
-            told[n] = Known(n, first, answer.reply.pre_deduct_id, call.resolved_at)
-        return [told[n] for n in sorted(told)]
+            received[n] = Known(n, first, answer.reply.pre_deduct_id, call.resolved_at)
+        return [received[n] for n in sorted(received)]
 
     def of_number(self, n: int) -> list[Hold]:
         """The task's `n`-th hold, by the id that the run received; its candidates, where that is not recorded yet."""
@@ -150,11 +150,11 @@ class HoldRules:
 
     def unreported(self) -> list[Hold]:
         """Open holds whose answer the run never received: doubled by a service without idempotency."""
-        told = {known.pre_deduct_id for known in self.granted()}
+        received = {known.pre_deduct_id for known in self.granted()}
         return [
             hold
             for hold in self._world.parties.credits.holds
-            if hold.phase == "open" and hold.pre_deduct_id not in told
+            if hold.phase == "open" and hold.pre_deduct_id not in received
         ]
 
     def _is_given_up(self, known: Known) -> bool:
@@ -169,8 +169,10 @@ class HoldRules:
         if not granted:
             return NEVER
         names = ("estimate",) if self._world.scenario.is_image else ("estimate", "start_training")
-        told = [call.resolved_at for name in names if (call := self._world.witness.last(name, attempt.n)) is not None]
-        return max([granted[0].resolved_at, *((at if at is not None else NEVER) for at in told)])
+        received = [
+            call.resolved_at for name in names if (call := self._world.witness.last(name, attempt.n)) is not None
+        ]
+        return max([granted[0].resolved_at, *((at if at is not None else NEVER) for at in received)])
 
     # Deadlines (contract §1)
 
@@ -188,12 +190,12 @@ class HoldRules:
         received = [current] if current.accepted is not None else list(witness.attempts.values())
         reports = [report for attempt in received for report in witness.reports.get(attempt.job_id or "", ())]
         spans = {report.state.estimated_time for report in reports if report.state.estimated_time is not None}
-        told: list[float] = [a.accepted.estimated_time for a in witness.attempts.values() if a.accepted is not None]
-        spans.update(told[-1:])
-        if not told:
+        accepted: list[float] = [a.accepted.estimated_time for a in witness.attempts.values() if a.accepted is not None]
+        spans.update(accepted[-1:])
+        if not accepted:
             spans.add(SCENES[scenario.task.scene].eta_minutes[scenario.task.priority])
         factor, cap = self._factor, scenario.policy.cap_minutes
-        first_span = factor * (told[0] if told else max(spans))
+        first_span = factor * (accepted[0] if accepted else max(spans))
         capped = (first_start or at) + 60 * min(2 * first_span, cap)
         starts = [start or at, at] if self._world.jobs.has_failed(current.job_id) else [start or at]
         return [min(start + 60 * factor * span, capped) for start in starts for span in spans]

@@ -87,7 +87,7 @@ class ImageJobs(ComfyUIModel[JobState]):
             "result_urls": [f"https://results.example/{work.state.job_id}.png"],
             "actual_cost": cost,
         }
-        told: list[tuple[float, Callable[[], None]]] = [(pause, lambda: self.change(work, **delivery))]
+        changes: list[tuple[float, Callable[[], None]]] = [(pause, lambda: self.change(work, **delivery))]
         if end == "delivery_before_urls":
-            told.insert(0, (pause, lambda: self.change(work, job_status=JobStatus.DELIVERY, stage_progress=90.0)))
-        return told
+            changes.insert(0, (pause, lambda: self.change(work, job_status=JobStatus.DELIVERY, stage_progress=90.0)))
+        return changes

@@ -50,6 +50,6 @@ class World:
     def is_completed(self) -> bool:
         return self.status is TaskStatus.COMPLETED
 
-    def told(self) -> set[str]:
+    def recorded_codes(self) -> set[str]:
         """The codes of the exception records."""
         return {exception.code for exception in self.parties.store.exceptions.values()}

@@ -56,8 +56,8 @@ class Environment:
     worker_up_at: float = 0.0
     paused_until: float = 0.0
     tasks: int = 0
-    """Workflow tasks that a worker took up; `thrown_away` are those whose outcome did not count."""
-    thrown_away: int = 0
+    """Workflow tasks that a worker took up; `discarded` are those whose outcome did not count."""
+    discarded: int = 0
     replays: int = 0
     on_recorded: Callable[[list[WorkflowActivationJob], set[str]], None] = lambda _jobs, _busy: None
     """Called with every task that counts: its jobs, and the names of the calls that were open when it began."""
@@ -108,11 +108,11 @@ class LiveRun:
         self._cancel_requested = any(job.HasField("cancel_workflow") for job in kept.unrecorded)
         for began_at, command in kept.open_timers():
             self._timers.start(command.start_timer, began_at)
-        unwanted = kept.unwanted_calls()
+        cancelled_seqs = kept.cancelled_calls()
         for command in kept.open_calls():
             call = self._calls.schedule(command.schedule_activity, command.schedule_activity.arguments)
             self._called[call.seq] = call
-            if call.seq in unwanted:
+            if call.seq in cancelled_seqs:
                 self._calls.request_cancel(call.seq)
 
     def as_past(self) -> PastRun:
@@ -173,7 +173,7 @@ class LiveRun:
         self._locals.clear()
         self._drop()
         if self._task is not None:
-            self._environment.thrown_away += 1
+            self._environment.discarded += 1
             if self._task.heartbeat is not None:
                 self._task.heartbeat.cancel()
             self._waiting = self._task.jobs + self._waiting
@@ -250,11 +250,11 @@ class LiveRun:
     def _cancelled_unsent(self, commands: list[WorkflowCommand]) -> list[WorkflowActivationJob]:
         """An activity cancelled in the task that scheduled it is never sent; the same task reports it cancelled."""
         assert self._task is not None
-        unwanted = {c.request_cancel_activity.seq for c in commands if c.HasField("request_cancel_activity")}
+        cancelled_seqs = {c.request_cancel_activity.seq for c in commands if c.HasField("request_cancel_activity")}
         unsent = [
             c.schedule_activity
             for c in self._task.commands
-            if c.HasField("schedule_activity") and c.schedule_activity.seq in unwanted
+            if c.HasField("schedule_activity") and c.schedule_activity.seq in cancelled_seqs
         ]
         seqs = {scheduled.seq for scheduled in unsent}
         self._task.commands = [

@@ -240,15 +240,15 @@ class Oracle:
         must(charged == self._charged_at_end, "charged after the end:", charged, self._charged_at_end)
         if self.status is None:
             return
-        told = self._world.told()
-        holds_excused = {ExceptionCode.HOLD_LEFT_TO_EXPIRY, ExceptionCode.UNDO_UNFINISHED} & told
+        recorded = self._world.recorded_codes()
+        holds_excused = {ExceptionCode.HOLD_LEFT_TO_EXPIRY, ExceptionCode.UNDO_UNFINISHED} & recorded
         doubled = (
             [hold.pre_deduct_id for hold in self._holds.unreported()] if self._parties.credits.terms.is_field else []
         )
         open_holds = [hold.pre_deduct_id for hold in self._parties.credits.holds if hold.phase == "open"]
         left = [pre_deduct_id for pre_deduct_id in open_holds if pre_deduct_id not in doubled]
         must(not left or bool(holds_excused) or self._settlement.is_unknown, "holds are left open:", *left)
-        jobs_excused = {ExceptionCode.ROUTE_NOT_OFFERED, ExceptionCode.UNDO_UNFINISHED} & told
+        jobs_excused = {ExceptionCode.ROUTE_NOT_OFFERED, ExceptionCode.UNDO_UNFINISHED} & recorded
         alive = [job_id for job_id, work in self._works.items() if work.runs]
         must(not alive or bool(jobs_excused), "jobs run on after the end:", *alive)
         must(not self._parties.objects.kept, "a dataset snapshot is left behind")

@@ -72,8 +72,8 @@ class Prices:
 
     def _hours_known(self, attempt: Attempt) -> set[float]:
         reports = self._world.witness.reports_of(attempt.job_id)
-        told = {report.state.gpu_hours for report in reports if isinstance(report.state, TrainingState)} - {None}
-        return {attempt.accepted.gpu_hours, *told}
+        reported = {report.state.gpu_hours for report in reports if isinstance(report.state, TrainingState)} - {None}
+        return {attempt.accepted.gpu_hours, *reported}
 
     def known_before(self, attempt: Attempt, last: Report) -> int:
         """The price that was known before a training's last report, under the ceiling."""

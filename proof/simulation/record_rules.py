@@ -53,13 +53,13 @@ class RecordRules:
         elif name in self._world.works:
             self._check_progress(fact, name, int(rest))
         else:
-            must(name in _UNSEEN, "an event that nothing stands behind:", fact.key)
+            must(name in _UNSEEN, "an event without a cause:", fact.key)
 
     def _check_held(self, fact: Fact, n: int) -> None:
         holds = self._holds.of_number(n)
-        must(bool(holds), "a hold was told that the credits service does not have:", fact.key)
+        must(bool(holds), "an event shows a hold that the credits service does not have:", fact.key)
         amounts = [-hold.amount for hold in holds]
-        must(fact.credits_delta in amounts, "a hold is told with", fact.credits_delta, *amounts)
+        must(fact.credits_delta in amounts, "an event shows a hold with", fact.credits_delta, *amounts)
         life = max(hold.expires_at for hold in holds) - fact.ts.timestamp()
         is_relied_on = any(hold.phase == "open" for hold in holds)
         must(
@@ -69,30 +69,30 @@ class RecordRules:
     def _check_given_back(self, fact: Fact, n: int) -> None:
         holds = self._holds.of_number(n)
         ended = [hold.amount for hold in holds if hold.phase in ("cancelled", "expired")]
-        must(bool(ended), f"{fact.key} is told of a hold that is", *(hold.phase for hold in holds))
+        must(bool(ended), f"{fact.key} is published of a hold that is", *(hold.phase for hold in holds))
         must(fact.credits_delta in ended, "a hold is given back with", fact.credits_delta, *ended)
 
     def _check_retry(self, fact: Fact, n: int) -> None:
         attempt = self._world.witness.attempts.get(n)
-        must(attempt is not None and fact.error is not None, "a retry of nothing is told:", fact.key)
+        must(attempt is not None and fact.error is not None, "an event shows a retry of no attempt:", fact.key)
         assert attempt is not None
         assert fact.error is not None
         # By every state of its job: the event is written before the workflow task that received the state is recorded.
         jobs = self._world.works if attempt.job_id is None else [attempt.job_id]
         codes = {code for job_id in jobs for code in self._world.jobs.failures_of(job_id)}
         is_lost = not codes and fact.error.code == FailureCode.LOST
-        must(is_lost or fact.error.code in codes, "a retry is told for", fact.error.code)
+        must(is_lost or fact.error.code in codes, "an event shows a retry for", fact.error.code)
 
     def _state(self, job_id: str, sequence: int) -> JobState | TrainingState | None:
-        return self._world.jobs.told.get((job_id, sequence))
+        return self._world.jobs.published.get((job_id, sequence))
 
     def _check_progress(self, fact: Fact, job_id: str, sequence: int) -> None:
         state = self._state(job_id, sequence)
-        must(state is not None, "an event tells of a state that the job never had:", fact.key)
+        must(state is not None, "an event shows of a state that the job never had:", fact.key)
         assert state is not None
-        must(fact.stage == _stage(state), "an event tells another stage than the job:", fact.key, fact.stage)
-        must(fact.next_eta == state.next_eta, "an event tells another ETA than the job:", fact.key, fact.next_eta)
-        must((fact.progress or 0.0) >= (state.stage_progress or 0.0), "an event tells less progress:", fact.key)
+        must(fact.stage == _stage(state), "an event shows another stage than the job:", fact.key, fact.stage)
+        must(fact.next_eta == state.next_eta, "an event shows another ETA than the job:", fact.key, fact.next_eta)
+        must((fact.progress or 0.0) >= (state.stage_progress or 0.0), "an event shows less progress:", fact.key)
 
     # Once the task has ended
 
@@ -110,28 +110,28 @@ class RecordRules:
 
     def _check_holds_published(self) -> None:
         """Every hold that the run received in time, and every one that it gave back."""
-        told = self._keys()
+        recorded = self._keys()
         for known in self._holds.granted():
             is_first_asking = known.call.resolved_at == known.resolved_at
             must(
-                not is_first_asking or known.life_when_told < LEAST_LIFE or f"held:{known.n}" in told,
-                "a hold was never told:",
+                not is_first_asking or known.life_when_granted < LEAST_LIFE or f"held:{known.n}" in recorded,
+                "a hold was never published:",
                 known.n,
             )
         for call in self._world.witness.calls.get("cancel_hold", ()):
             if call.resolved_at is not None and isinstance(call.outcome, Answer) and call.outcome.reply is not None:
                 n = number_of(key_of(call))  # none: a hold that this run had never requested
-                must(n < 0 or f"given_back:{n}" in told, "a hold that was given back was never told:", n)
-        must(not self._world.is_completed or "settled" in told, "the settlement was never told")
+                must(n < 0 or f"given_back:{n}" in recorded, "the return of a hold was never published:", n)
+        must(not self._world.is_completed or "settled" in recorded, "the settlement was never published")
 
     def _check_jobs_published(self) -> None:
         """Of every job that was followed to its end: each stage, each checkpoint; and of each retry."""
         attempts = list(self._world.witness.attempts.values())
         for attempt in attempts if self._world.is_completed else attempts[:-1]:
             self._check_reports_published(attempt)
-        told = self._keys()
+        recorded = self._keys()
         for attempt in attempts[:-1]:
-            must(f"retry:{attempt.n}" in told, "a retry was never told:", attempt.n)
+            must(f"retry:{attempt.n}" in recorded, "a retry was never published:", attempt.n)
 
     def _check_reports_published(self, attempt: Attempt) -> None:
         news = self._readable_reports(attempt)
@@ -140,7 +140,7 @@ class RecordRules:
         unreported = {_stage(report.state) for report in news if not _is_queued(report)} - {
             s for n, s in stages if n == attempt.n
         }
-        must(len(unreported) <= self._left_out(), "a stage was never told:", attempt.n, *unreported)
+        must(len(unreported) <= self._left_out(), "a stage was never published:", attempt.n, *unreported)
         keys, before, missing = self._keys(), None, 0
         resumed_from = {a.call.argument.body.resume_from for a in self._trained() if a.n <= attempt.n}
         for report in news:
@@ -148,7 +148,7 @@ class RecordRules:
             if report.checkpoint is not None and report.checkpoint.uri not in resumed_from:
                 missing += report.checkpoint.uri != before and key not in keys
                 before = report.checkpoint.uri
-        must(missing <= self._left_out(), "checkpoints were never told:", missing)
+        must(missing <= self._left_out(), "checkpoints were never published:", missing)
 
     def _readable_reports(self, attempt: Attempt) -> list[Report]:
         """The reports that the run could keep: while `start` is unanswered the inbox keeps the newest."""
@@ -218,8 +218,8 @@ class RecordRules:
             return
         seen = sum(hold.amount for hold in unreported if hold.taken_at <= looks[-1].scheduled_at)
         records = self._world.parties.store.exceptions.values()
-        told = sum(record.details["amount"] for record in records if record.code == ExceptionCode.HOLD_DOUBLED)
-        must(told == seen, f"{seen} points are held twice, recorded are", told)
+        recorded = sum(record.details["amount"] for record in records if record.code == ExceptionCode.HOLD_DOUBLED)
+        must(recorded == seen, f"{seen} points are held twice, recorded are", recorded)
 
     def _was_not_given_back(self) -> bool:
         refused = {message for _, message in self._world.witness.refusals("cancel_hold")}
@@ -266,12 +266,12 @@ class RecordRules:
         return False
 
     def _check_recorded(self, ended_at: float) -> None:
-        told = {(exception.key, exception.code) for exception in self._world.parties.store.exceptions.values()}
-        codes = {code for _, code in told}
+        recorded = {(exception.key, exception.code) for exception in self._world.parties.store.exceptions.values()}
+        codes = {code for _, code in recorded}
         for attempt in self._world.witness.attempts.values():
             key = f"prices_differ:{attempt.n}"
             is_needed = self._are_different(key, self._prices.stated)
-            must(not is_needed or (key, ExceptionCode.PRICES_DIFFER) in told, "never recorded:", key)
+            must(not is_needed or (key, ExceptionCode.PRICES_DIFFER) in recorded, "never recorded:", key)
         needed = {
             ExceptionCode.COST_ABOVE_HOLD: self._world.is_completed and self._is_above_hold(),
             ExceptionCode.SHORTFALL: self._settlement.shortfall > 0 and not self._settlement.is_unknown,
@@ -282,17 +282,17 @@ class RecordRules:
         for code, is_needed in needed.items():
             must(not is_needed or code in codes, "never recorded:", code)
         if self._world.status is TaskStatus.FAILED:
-            must("end" in {key for key, _ in told}, "the failure was never recorded")
+            must("end" in {key for key, _ in recorded}, "the failure was never recorded")
 
     def _gave_up_before_the_next(self) -> bool:
         """A hold with enough life was cancelled before the next one was granted."""
         granted, calls = self._holds.granted(), self._world.witness.calls.get("cancel_hold", ())
         cancelled = {call.argument.body.pre_deduct_id: call.scheduled_at for call in reversed(calls)}
         return any(
-            earlier.life_when_told >= LEAST_LIFE
+            earlier.life_when_granted >= LEAST_LIFE
             and cancelled.get(earlier.pre_deduct_id, later.resolved_at) < later.resolved_at
             for earlier, later in pairwise(granted)
-            if later.call.resolved_at == later.resolved_at and later.life_when_told >= LEAST_LIFE
+            if later.call.resolved_at == later.resolved_at and later.life_when_granted >= LEAST_LIFE
         )
 
     def _was_queued_for_long(self, ended_at: float) -> bool:

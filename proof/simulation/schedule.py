@@ -38,7 +38,7 @@ STEPS_AT_MOST: Final = 6_000
 
 @dataclass
 class Outcome:
-    """What a seed came to; `problem` is None where everything held."""
+    """The outcome of a seed; `problem` is None where every invariant held."""
 
     seed: int
     kind: str
@@ -82,7 +82,7 @@ class Schedule:
     """The world of one seed."""
 
     def __init__(self, seed: int, kind: str, *, profile: str, resets: float, is_traced: bool) -> None:
-        self.rng = rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seed that can be given again is the point
+        self.rng = rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seed that repeats the schedule is wanted
         self.timeline = timeline = Timeline(rng)
         self.trace = Trace(timeline, is_wanted=is_traced)
         more = random.Random(f"{kind} {seed} more")  # noqa: S311
@@ -178,7 +178,7 @@ class Schedule:
         return {
             "tasks": environment.tasks,
             "replays": environment.replays,
-            "tasks thrown away": environment.thrown_away,
+            "tasks discarded": environment.discarded,
             "continued": server.runs - 1 - server.resets,
             "resets": server.resets,
             "jobs": len(self.parties.jobs.works) + len(self.parties.trainings.works),
@@ -194,8 +194,8 @@ class Schedule:
     # Callbacks
 
     def _call_back(self, work: Work[Any]) -> None:
-        told = {"task_id": work.request.task_id, "occurred_at": self.timeline.instant().isoformat()}
-        body = work.state.model_dump(mode="json") | told
+        fields = {"task_id": work.request.task_id, "occurred_at": self.timeline.utc().isoformat()}
+        body = work.state.model_dump(mode="json") | fields
         payload = Payload(metadata={"encoding": b"json/plain"}, data=json.dumps(body).encode())
         self.clients.received.append(payload)
         self.server.witness.sent[payload.data] = work.state

@@ -17,7 +17,7 @@ _RESOLVING: Final = frozenset({LedgerKind.COMMIT, LedgerKind.CANCEL, LedgerKind.
 
 
 class SettlementRules:
-    """Judges the account once the task has ended. Each method raises InvariantViolated."""
+    """Judges the charges once the task has ended. Each method raises InvariantViolated."""
 
     def __init__(self, world: World, prices: Prices, holds: HoldRules) -> None:
         self._world = world
@@ -28,7 +28,7 @@ class SettlementRules:
 
     @property
     def is_unknown(self) -> bool:
-        return ExceptionCode.SETTLEMENT_UNKNOWN in self._world.told()
+        return ExceptionCode.SETTLEMENT_UNKNOWN in self._world.recorded_codes()
 
     @property
     def held(self) -> int:
@@ -42,11 +42,11 @@ class SettlementRules:
         hold = self._holds.last()
         return min(hold.amount, hold.asked) if hold else 0
 
-    def check(self, charged: int, told: CreditsSummary) -> None:
-        """`told` is what the row reports; the shared rules compare the result's credits with it."""
+    def check(self, charged: int, reported: CreditsSummary) -> None:
+        """`reported` is what the row reports; the shared rules compare the result's credits with it."""
         if self._world.is_completed:
             self._check_price(charged)
-        self._check_reported(charged, told)
+        self._check_reported(charged, reported)
         self._check_sum_of_events(charged)
 
     def _check_price(self, charged: int) -> None:
@@ -114,28 +114,30 @@ class SettlementRules:
         is_heard_at_once = self._holds.followed_since(attempt) >= last.at
         return bool(asking) or is_heard_at_once or self._prices.known_before(attempt, last) <= self.usable
 
-    def _check_reported(self, charged: int, told: CreditsSummary) -> None:
+    def _check_reported(self, charged: int, reported: CreditsSummary) -> None:
         estimate = self._last_estimate()
-        must(told.estimated == estimate, "the row's estimate:", told.estimated, estimate)
-        must(told.held == self.held, "the row says held:", told.held, self.held)
+        must(reported.estimated == estimate, "the row's estimate:", reported.estimated, estimate)
+        must(reported.held == self.held, "the row says held:", reported.held, self.held)
         ids = [known.pre_deduct_id for known in self._holds.granted()]
-        must(told.pre_deduct_ids == ids, "the row names the holds:", *told.pre_deduct_ids)
-        if self.is_unknown or ExceptionCode.UNDO_UNFINISHED in self._world.told():
-            is_told = told.settlement is SettlementState.UNKNOWN
-            must(is_told or not self.is_unknown, "what is not known is told as known:", told)
+        must(reported.pre_deduct_ids == ids, "the row names the holds:", *reported.pre_deduct_ids)
+        if self.is_unknown or ExceptionCode.UNDO_UNFINISHED in self._world.recorded_codes():
+            is_reported = reported.settlement is SettlementState.UNKNOWN
+            must(is_reported or not self.is_unknown, "what is unknown is reported as known:", reported)
             return
-        must(told.settlement is not SettlementState.UNKNOWN, "what is known is told as not known:", told)
-        must(told.shortfall == self.shortfall, "the row says short:", told.shortfall, self.shortfall)
+        must(reported.settlement is not SettlementState.UNKNOWN, "what is known is reported as unknown:", reported)
+        must(reported.shortfall == self.shortfall, "the row says short:", reported.shortfall, self.shortfall)
 
     def _last_estimate(self) -> int:
-        told = [self._world.witness.reply("estimate", n) for n in sorted(self._world.witness.attempts, reverse=True)]
-        return next((reply.selected_cost for reply in told if reply is not None), 0)
+        reported = [
+            self._world.witness.reply("estimate", n) for n in sorted(self._world.witness.attempts, reverse=True)
+        ]
+        return next((reply.selected_cost for reply in reported if reply is not None), 0)
 
     def _check_sum_of_events(self, charged: int) -> None:
         """What the events say came and went is what the task was charged."""
         events = self._world.parties.store.events
         moved = sum(event.credits_delta or 0 for event in events if event.event is EventType.CREDITS)
-        is_exempt = {ExceptionCode.SETTLEMENT_UNKNOWN, ExceptionCode.HOLD_LEFT_TO_EXPIRY} & self._world.told()
+        is_exempt = {ExceptionCode.SETTLEMENT_UNKNOWN, ExceptionCode.HOLD_LEFT_TO_EXPIRY} & self._world.recorded_codes()
         not_found = [message for _, message in self._world.witness.refusals("cancel_hold") if "not_found" in message]
         must(
             bool(is_exempt or not_found) or moved == -charged, f"the events move {moved} points, charged were", charged

@@ -32,7 +32,7 @@ class Timeline:
         self.now = START
         self.steps = 0
 
-    def instant(self) -> datetime:
+    def utc(self) -> datetime:
         return datetime.fromtimestamp(self.now, UTC)
 
     def at(self, when: float, act: Callable[[], None]) -> Scheduled:

@@ -1,4 +1,4 @@
-"""What a run received and what it requested: by Temporal's history and the services, never by the run's own account."""
+"""What a run received and what it requested: by Temporal's history and the services, never by the run itself."""
 
 from __future__ import annotations
 
@@ -165,10 +165,10 @@ class Witness:
 
     def refusals(self, *names: str) -> list[tuple[float, str]]:
         """When the run received a definite refusal, and the refusal's message."""
-        told = [call for name in names for call in self.calls.get(name, ()) if call.resolved_at is not None]
+        resolved_calls = [call for name in names for call in self.calls.get(name, ()) if call.resolved_at is not None]
         return [
             (call.resolved_at or 0.0, call.outcome.refusal.message)
-            for call in told
+            for call in resolved_calls
             if isinstance(call.outcome, Answer) and call.outcome.refusal is not None
             if call.outcome.refusal.message not in OURS
         ]

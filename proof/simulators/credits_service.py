@@ -25,7 +25,7 @@ from proof.simulators.clock import Clock
 from proof.simulators.credits_profile import CreditsProfile
 from proof.simulators.edge import Call
 from proof.simulators.faults import Faults, Occasion
-from proof.simulators.ledger import Hold, Ledger, Person, instant
+from proof.simulators.ledger import Hold, Ledger, Person, utc_of
 from proof.simulators.ledger_wire import by_kind, by_reason
 from proof.simulators.replies import Refused, Reply, checked
 from proof.simulators.state_file import StateFile
@@ -240,7 +240,7 @@ class CreditsService:
                 "frozen_amount": amount,
                 "balance_after": balance,
                 "quota_snapshot": {"template_quota": quota, "user_usage": usage},
-                "expire_at": instant(hold.expire_at).isoformat(),
+                "expire_at": utc_of(hold.expire_at).isoformat(),
             },
         )
 

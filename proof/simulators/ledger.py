@@ -371,7 +371,7 @@ def _new_id(kind: str) -> str:
     return f"{kind}-{uuid.uuid4().hex}"
 
 
-def instant(timestamp: float) -> datetime:
+def utc_of(timestamp: float) -> datetime:
     return datetime.fromtimestamp(timestamp, UTC)
 
 
@@ -391,9 +391,9 @@ def _hold_of(row: Any) -> Hold:
 
 def _hold_seen(row: Any) -> HoldSeen:
     fields = {name: row[name] for name in HoldSeen.model_fields}
-    return HoldSeen(**fields | {"expire_at": instant(row["expire_at"])})
+    return HoldSeen(**fields | {"expire_at": utc_of(row["expire_at"])})
 
 
 def _entry_of(row: Any) -> EntrySeen:
     fields = {name: row[name] for name in EntrySeen.model_fields}
-    return EntrySeen(**fields | {"created_at": instant(row["created_at"])})
+    return EntrySeen(**fields | {"created_at": utc_of(row["created_at"])})

@@ -14,7 +14,7 @@ _FIELDS: Final = _BARE_FIELDS | {"kind", "pre_deduct_id", "frozen_change"}
 
 def by_kind(entries: list[EntrySeen]) -> list[dict[str, Any]]:
     """One object an entry, in the order given."""
-    return [_told(entry, _FIELDS) for entry in entries]
+    return [_shown(entry, _FIELDS) for entry in entries]
 
 
 def by_reason(entries: list[EntrySeen]) -> list[dict[str, Any]]:
@@ -28,19 +28,19 @@ def by_reason(entries: list[EntrySeen]) -> list[dict[str, Any]]:
 
 def _reasons(entry: EntrySeen) -> Iterator[dict[str, Any]]:
     """Oldest first."""
-    told = _told(entry, _BARE_FIELDS)
+    shown = _shown(entry, _BARE_FIELDS)
     match entry.kind:
         case LedgerKind.PRE_DEDUCT | LedgerKind.CANCEL:
-            yield told | {"reason": entry.kind}
+            yield shown | {"reason": entry.kind}
         case LedgerKind.COMMIT:
             if entry.change:
-                yield told | {"ledger_id": f"{entry.ledger_id}-rest", "reason": "refund_pre_deduct"}
-            yield told | {"reason": "commit", "change": entry.change + entry.frozen_change}
+                yield shown | {"ledger_id": f"{entry.ledger_id}-rest", "reason": "refund_pre_deduct"}
+            yield shown | {"reason": "commit", "change": entry.change + entry.frozen_change}
         case LedgerKind.EXPIRE:
             return
         case _:  # a charge has its request's own reason
-            yield told
+            yield shown
 
 
-def _told(entry: EntrySeen, fields: frozenset[str]) -> dict[str, Any]:
+def _shown(entry: EntrySeen, fields: frozenset[str]) -> dict[str, Any]:
     return entry.model_dump(mode="json", include=set(fields))

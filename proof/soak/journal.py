@@ -36,7 +36,7 @@ class Journal:
         self.plan: Plan | None = None
         self.faults: dict[int, FaultSeen] = {}
         self.received: dict[str, list[int]] = {}
-        """Task → the `seq`s that its stream brought, in order; only of streams that came to their end."""
+        """Task → the `seq`s that its stream brought, in order; only of streams that reached their end."""
         self.seconds = 0.0
         """How long it has run, over all sessions."""
         if self._path.exists():

@@ -33,7 +33,7 @@ MUST_BE_ZERO: Final = (NOT_BEGUN, RUN_OPEN, *(rule for rule in Rule if rule != R
 class Verdict:
     """What does not hold, by its rule, and what else there is to report."""
 
-    untrue: dict[str, list[str]] = field(default_factory=lambda: {str(name): [] for name in MUST_BE_ZERO})
+    findings: dict[str, list[str]] = field(default_factory=lambda: {str(name): [] for name in MUST_BE_ZERO})
     kinds: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
     exceptions: Counter[str] = field(default_factory=Counter)
@@ -43,10 +43,10 @@ class Verdict:
 
     @property
     def is_good(self) -> bool:
-        return not any(self.untrue.values())
+        return not any(self.findings.values())
 
     def add(self, name: str, examples: Iterable[str]) -> None:
-        self.untrue[name] += examples
+        self.findings[name] += examples
 
 
 async def judge_all(site: SoakSite, plan: Plan, journal: Journal) -> Verdict:
@@ -102,7 +102,7 @@ async def _evidence(sources: Sources, services: Services, task_id: str, journal:
 def _expected(task: FinishedTask) -> Expected:
     """Every task here has a price; where the charge is unknown, a record has to say so."""
     is_known = task.row is not None and task.row.credits.charged is not None
-    return Expected(ends=frozenset(TaskStatus), is_charged_once=is_known)
+    return Expected(ends=frozenset(TaskStatus), is_delivered=is_known)
 
 
 def table(plan: Plan, journal: Journal, verdict: Verdict) -> str:
@@ -124,11 +124,11 @@ def table(plan: Plan, journal: Journal, verdict: Verdict) -> str:
         ("exception records", _counts(verdict.exceptions) or "none"),
         ("recovery after an outage", _spread(recoveries, "until the next event")),
         ("a task's whole time", _spread(verdict.task_seconds, "from start to end")),
-        *((name, f"**{len(examples)}**") for name, examples in verdict.untrue.items()),
+        *((name, f"**{len(examples)}**") for name, examples in verdict.findings.items()),
     ]
     shown = [f"| {name} | {value} |" for name, value in lines]
     named = f" PROFILE={plan.profile}" if plan.profile != CONTRACT.name else ""
-    for name, examples in verdict.untrue.items():
+    for name, examples in verdict.findings.items():
         shown += [f"{name}: {example}" for example in examples[:SHOWN]]
     return "\n".join([f"| `make soak TASKS={plan.tasks} SEED={plan.seed}{named}` | |", "| --- | --- |", *shown])
 
@@ -143,7 +143,7 @@ def as_json(plan: Plan, journal: Journal, verdict: Verdict) -> str:
             "ends": verdict.ends,
             "faults": faults,
             "exceptions": verdict.exceptions,
-            "untrue": verdict.untrue,
+            "findings": verdict.findings,
             "slowest_task_seconds": max(verdict.task_seconds, default=None),
             "slowest_recovery_seconds": max(
                 (fault.recovery_seconds or 0.0 for fault in journal.faults.values()), default=None

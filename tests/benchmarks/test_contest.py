@@ -1,4 +1,4 @@
-"""The contestants do the same job: the same events stored, the same calls, each once; and the table tells ratios."""
+"""The contestants do the same job: the same events stored, the same calls, each once; and the table shows ratios."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ async def stack(native: NativeServer, tmp_path: Path) -> AsyncIterator[StackDesc
 
 
 @pytest.mark.parametrize("part", ["comfyui", "gpu-1"])
-async def test_a_killed_part_comes_back_and_the_task_is_charged_once(
+async def test_a_killed_part_comes_back_and_the_task_is_delivered(
     stack: StackDescription, native: NativeServer, bridge: Any, part: str
 ) -> None:
     """`comfyui` is the bridge: its API and the jobs' workflows."""

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from comfyui_temporal.contracts.tasks import TaskStatus
-from proof.kill_points.__main__ import chosen_points, struck
+from proof.kill_points.__main__ import chosen_points, run_rounds
 from proof.kill_points.gates import BEFORE_SEND, Gate
 from proof.kill_points.kinds import KINDS, Kind
 from proof.kill_points.oracle import Ending, judge_all
@@ -46,7 +46,7 @@ async def all_ok(
     folder: Path, kinds: list[Kind], labels: tuple[str, ...], profile: CreditsProfile = CONTRACT
 ) -> list[Cell]:
     points = chosen_points(labels)
-    cells = await struck(
+    cells = await run_rounds(
         KillableStack(folder / "run", profile), kinds, points, within_seconds=RECOVERY_SECONDS, most=40
     )
     assert not failures(cells), failures(cells)
@@ -54,7 +54,7 @@ async def all_ok(
 
 
 @pytest.mark.slow
-async def test_a_worker_killed_in_some_instants_costs_no_task(folder: Path) -> None:
+async def test_a_worker_killed_at_some_points_costs_no_task(folder: Path) -> None:
     cells = await all_ok(folder, [KINDS["worker-killed"]], FEW)
     assert {cell.point.label for cell in cells} == set(FEW)
     assert "**failed**" not in table(cells)
@@ -65,7 +65,7 @@ async def test_a_worker_killed_in_some_instants_costs_no_task(folder: Path) -> N
 @pytest.mark.parametrize(
     "kind", ["temporal-killed", "postgres-killed", "credits-killed", "reply-lost", "terminated+killed"]
 )
-async def test_other_blows_in_many_instants_cost_no_task(folder: Path, kind: str) -> None:
+async def test_other_faults_at_many_points_cost_no_task(folder: Path, kind: str) -> None:
     await all_ok(folder, [KINDS[kind]], ("submit_job,", "pre_deduct,", "commit,", "write last event", "wait for C"))
 
 

@@ -69,7 +69,7 @@ def test_the_seeds_reach_what_they_are_for() -> None:
     outcomes = [play(seed, kind) for kind in SEEDS for seed in range(40)]
     ends = {outcome.end for outcome in outcomes}
     assert {"completed", "cancelled", "timeout", "insufficient_balance"} <= ends
-    for what in ("replays", "tasks thrown away", "continued", "jobs", "holds"):
+    for what in ("replays", "tasks discarded", "continued", "jobs", "holds"):
         assert sum(outcome.counts[what] for outcome in outcomes) > 0, what
     assert max(outcome.counts["jobs"] for outcome in outcomes) > 1
     assert max(outcome.counts["holds"] for outcome in outcomes) > 1

@@ -34,7 +34,7 @@ async def eventually(condition: Callable[[], bool], what: str, within_seconds: f
 
 
 async def until(look: Callable[[], Awaitable[bool]], what: str, within_seconds: float = 5.0) -> None:
-    """As `eventually`, for what has to be asked for."""
+    """As `eventually`, for a condition that is awaited."""
     ends = time.monotonic() + within_seconds
     while not await look():
         assert time.monotonic() < ends, f"{what} did not come within {within_seconds} s"

@@ -1,4 +1,4 @@
-"""What runs beside the requests ends when it is told to and never dies unheard."""
+"""Background work ends when it is stopped, and its failure is never silent."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ async def test_work_that_breaks_is_logged_and_the_rest_goes_on() -> None:
     with capture_logs() as logs:
         async with running_beside(breaks(), goes_on()):
             await asyncio.wait_for(went_on.wait(), 5)
-    told = [line["event"] for line in logs if line["event"] != "outside_call"]  # of other tests, still under way
-    assert told == ["background work ended"]
+    logged = [line["event"] for line in logs if line["event"] != "outside_call"]  # of other tests, still under way
+    assert logged == ["background work ended"]

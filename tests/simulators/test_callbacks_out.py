@@ -1,4 +1,4 @@
-"""Callbacks: signed, told once per change, repeated on contract §2's schedule, and every way they can go wrong."""
+"""Callbacks: signed, sent once per change, repeated on contract §2's schedule, and every fault they can have."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ async def test_a_job_tells_each_step_signed_with_what_get_answers(caller: Caller
     assert all(arrival.is_genuine for arrival in arrivals)
     assert receiver.statuses(task) == ALL_FIVE
     assert len({arrival.webhook_id for arrival in arrivals}) == 5
-    told = [JobCallback.model_validate(arrival.body) for arrival in arrivals]
-    assert [callback.stage_progress for callback in told] == [0, 25, 50, 75, 100]
-    assert [callback.sequence for callback in told] == sorted({callback.sequence for callback in told})
-    times = [callback.occurred_at for callback in told if callback.occurred_at]
+    received = [JobCallback.model_validate(arrival.body) for arrival in arrivals]
+    assert [callback.stage_progress for callback in received] == [0, 25, 50, 75, 100]
+    assert [callback.sequence for callback in received] == sorted({callback.sequence for callback in received})
+    times = [callback.occurred_at for callback in received if callback.occurred_at]
     assert times == sorted(times)
     state = await caller.job(job_id)
     assert {name: arrivals[-1].body[name] for name in state} == state

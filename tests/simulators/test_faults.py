@@ -1,4 +1,4 @@
-"""The switchboard: each fault does what docs/simulators.md says, when and as often as it was told."""
+"""The switchboard: each fault does what docs/simulators.md says, when and as often as configured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The books stay true whatever is asked of them, and the check that says so can tell when they are not."""
+"""The ledger stays consistent under any order of calls, and its check finds each contradiction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from proof.simulators.ledger import Ledger, Person
 from proof.simulators.replies import Refused
 from proof.simulators.state_file import StateFile
 
-PEOPLE = (Person("a", "u"), Person("b", "u"))
+PAYERS = (Person("a", "u"), Person("b", "u"))
 STEPS = st.tuples(
     st.sampled_from(["hold", "commit", "cancel", "charge", "advance", "grant"]),
     st.integers(0, 1),
@@ -27,12 +27,12 @@ STEPS = st.tuples(
 
 
 @contextmanager
-def open_books() -> Iterator[tuple[StateFile, Clock, Ledger]]:
+def open_ledger() -> Iterator[tuple[StateFile, Clock, Ledger]]:
     with tempfile.TemporaryDirectory() as folder:
-        state = StateFile(Path(folder) / "books.sqlite3")
+        state = StateFile(Path(folder) / "ledger.sqlite3")
         clock = Clock(state, speed=1)
         ledger = Ledger(state, clock)
-        for person in PEOPLE:
+        for person in PAYERS:
             ledger.set_balance(person, 200)
         try:
             yield state, clock, ledger
@@ -42,33 +42,33 @@ def open_books() -> Iterator[tuple[StateFile, Clock, Ledger]]:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(STEPS, max_size=25))
-def test_no_order_of_calls_makes_the_books_untrue(steps: list[tuple[str, int, int]]) -> None:
-    with open_books() as (state, clock, ledger):
-        for step, whose, amount in steps:
+def test_no_order_of_calls_breaks_the_ledger(steps: list[tuple[str, int, int]]) -> None:
+    with open_ledger() as (state, clock, ledger):
+        for step, payer, amount in steps:
             ledger.expire_due()
-            holds = [hold for hold in ledger.all_holds() if hold.tenant_id == PEOPLE[whose].tenant_id]
+            holds = [hold for hold in ledger.all_holds() if hold.tenant_id == PAYERS[payer].tenant_id]
             picked = ledger.find_hold(holds[amount % len(holds)].pre_deduct_id) if holds else None
             with contextlib.suppress(Refused), state.transaction():
                 if step == "hold" and amount > 0:
-                    ledger.hold(PEOPLE[whose], task_id="t", template_id="x", scene="s", amount=amount, expire_in=60)
+                    ledger.hold(PAYERS[payer], task_id="t", template_id="x", scene="s", amount=amount, expire_in=60)
                 elif step == "commit" and picked:
                     ledger.commit(picked, amount)
                 elif step == "cancel" and picked:
                     ledger.cancel(picked, "no longer wanted")
                 elif step == "charge" and amount > 0:
-                    ledger.charge(PEOPLE[whose], task_id="t", amount=amount, reason="rest")
+                    ledger.charge(PAYERS[payer], task_id="t", amount=amount, reason="rest")
                 elif step == "advance":
                     clock.advance(abs(amount))
                 elif step == "grant":
-                    ledger.set_balance(PEOPLE[whose], abs(amount))
+                    ledger.set_balance(PAYERS[payer], abs(amount))
             check = ledger.check()
             assert check.ok, check.problems
 
 
 def test_the_file_refuses_a_second_resolution_and_any_edit() -> None:
-    with open_books() as (state, _, ledger):
+    with open_ledger() as (state, _, ledger):
         hold, _ = (
-            ledger.hold(PEOPLE[0], task_id="t", template_id="x", scene="s", amount=50, expire_in=60) for _ in range(2)
+            ledger.hold(PAYERS[0], task_id="t", template_id="x", scene="s", amount=50, expire_in=60) for _ in range(2)
         )
         ledger.commit(hold, 20)
         with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
@@ -80,7 +80,7 @@ def test_the_file_refuses_a_second_resolution_and_any_edit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("untruth", "told"),
+    ("change", "named"),
     [
         ("UPDATE accounts SET balance = balance + 1 WHERE tenant_id = 'a'", "a/u"),
         ("UPDATE accounts SET frozen = 0 WHERE tenant_id = 'a'", "a/u"),
@@ -89,11 +89,11 @@ def test_the_file_refuses_a_second_resolution_and_any_edit() -> None:
         ("DELETE FROM entries WHERE kind = 'commit'", "ends"),
     ],
 )
-def test_the_check_sees_what_is_untrue(untruth: str, told: str) -> None:
-    with open_books() as (state, _, ledger):
+def test_the_check_finds_every_contradiction(change: str, named: str) -> None:
+    with open_ledger() as (state, _, ledger):
         for _ in range(2):
-            hold = ledger.hold(PEOPLE[0], task_id="t", template_id="x", scene="s", amount=50, expire_in=60)
+            hold = ledger.hold(PAYERS[0], task_id="t", template_id="x", scene="s", amount=50, expire_in=60)
         ledger.commit(hold, 20)
         assert ledger.check().ok
-        state.run(untruth)
-        assert any(told in problem for problem in ledger.check().problems)
+        state.run(change)
+        assert any(named in problem for problem in ledger.check().problems)

@@ -1,4 +1,4 @@
-"""The simulators as processes: killed at any instant they lose nothing; a bad setting is a sentence."""
+"""The simulators as processes: killed at any time they lose nothing; a bad setting is a sentence."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ async def test_killed_credits_lose_no_hold_and_expire_it_in_time(tmp_path: Path,
             process.send_signal(signal.SIGTERM)
             async with asyncio.timeout(10):
                 await process.wait()
-    assert process.returncode in (0, -signal.SIGTERM), "it ends when it is told to"
+    assert process.returncode in (0, -signal.SIGTERM), "it ends when it is stopped"
 
 
 async def test_the_profile_of_credits_is_chosen_by_an_option(tmp_path: Path) -> None:

@@ -52,16 +52,16 @@ async def test_stages_follow_each_other_and_running_alternates_with_checkpointin
     await caller.start(task, training_id)
     await eventually(lambda: "completed" in receiver.statuses(task), "the completed callback")
 
-    told = sorted(receiver.genuine(task), key=lambda body: body["sequence"])
-    stages = [body["training_stage"] for body in told]
+    received = sorted(receiver.genuine(task), key=lambda body: body["sequence"])
+    stages = [body["training_stage"] for body in received]
     assert list(dict.fromkeys(stages)) == ["data_ingest", "training", "evaluating", "publishing"]
-    within = [body["training_status"] for body in told if body["training_stage"] == "training"]
+    within = [body["training_status"] for body in received if body["training_stage"] == "training"]
     assert within == ["running", "checkpointing"] * 3
-    for before, after in itertools.pairwise(told):
+    for before, after in itertools.pairwise(received):
         assert after["gpu_hours_used"] >= before["gpu_hours_used"]
         if after["training_stage"] == before["training_stage"]:
             assert after["stage_progress"] >= before["stage_progress"]
-    assert told[-1]["gpu_hours_used"] == told[-1]["gpu_hours"] == 0.45
+    assert received[-1]["gpu_hours_used"] == received[-1]["gpu_hours"] == 0.45
 
 
 async def test_the_loss_falls_and_checkpoints_and_model_exist(
@@ -72,16 +72,16 @@ async def test_the_loss_falls_and_checkpoints_and_model_exist(
     await caller.start(task, training_id)
     await eventually(lambda: "completed" in receiver.statuses(task), "the completed callback")
 
-    told = sorted(receiver.genuine(task), key=lambda body: body["sequence"])
-    lines = [line["message"] for body in told for line in body["log"]]
+    received = sorted(receiver.genuine(task), key=lambda body: body["sequence"])
+    lines = [line["message"] for body in received for line in body["log"]]
     losses = [float(found.group(1)) for line in lines if (found := re.search(r"epoch .* loss=([\d.]+)", line))]
     assert len(losses) == 6
     assert losses == sorted(losses, reverse=True)
-    checkpoints = {body["checkpoint"]["epoch"]: body["checkpoint"] for body in told if body["checkpoint"]}
+    checkpoints = {body["checkpoint"]["epoch"]: body["checkpoint"] for body in received if body["checkpoint"]}
     assert list(checkpoints) == [1, 2, 3, 4, 5, 6]
     for epoch, checkpoint in checkpoints.items():
         assert _weights(checkpoint["uri"])["__metadata__"]["epoch"] == str(epoch)
-    output = TrainingState.model_validate(told[-1]).output
+    output = TrainingState.model_validate(received[-1]).output
     assert output is not None and output.metrics is not None and output.model_path is not None
     assert _weights(output.model_path)["__metadata__"]["base_model"] == "base"
     assert output.metrics["loss"] == losses[-1]

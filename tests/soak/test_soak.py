@@ -45,4 +45,4 @@ def test_a_soak_that_is_interrupted_goes_on_and_finds_no_untruth(tmp_path: Path,
     result = json.loads((folder / "result.json").read_text())
     assert sum(result["tasks"].values()) == TASKS
     assert result["faults"]
-    assert not any(result["untrue"].values())
+    assert not any(result["findings"].values())

@@ -40,10 +40,10 @@ class World:
         self.journal.begin(PLAN)
         self.journal.add_received({COMPLETED: [1, 2, 3, 4], CANCELLED: [1, 2]})
 
-    async def untrue(self) -> dict[str, list[str]]:
+    async def findings(self) -> dict[str, list[str]]:
         """Only what is not empty."""
         verdict = await judge_all(cast(SoakSite, self), PLAN, self.journal)
-        return {name: examples for name, examples in verdict.untrue.items() if examples}
+        return {name: examples for name, examples in verdict.findings.items() if examples}
 
     @property
     def table(self) -> Any:
@@ -80,17 +80,17 @@ def world(tmp_path: Path) -> World:
 
 
 async def test_nothing_is_found_where_all_is_well(world: World) -> None:
-    assert await world.untrue() == {}
+    assert await world.findings() == {}
 
 
 async def test_what_the_shared_rules_find_is_counted_by_rule(world: World) -> None:
     world.tasks[COMPLETED] = task(holds=[hold(24, "open")], snapshot_files=["left.png"])
-    assert list(await world.untrue()) == [Rule.LEAKED_HOLD]
+    assert list(await world.findings()) == [Rule.LEAKED_HOLD]
 
 
 async def test_a_task_whose_stream_did_not_come_to_its_end_has_lost_its_events(world: World) -> None:
     del world.journal.received[CANCELLED]
-    assert list(await world.untrue()) == [Rule.LOST_EVENT]
+    assert list(await world.findings()) == [Rule.LOST_EVENT]
 
 
 async def test_tasks_that_are_missing_and_runs_that_are_open_are_found(
@@ -99,14 +99,14 @@ async def test_tasks_that_are_missing_and_runs_that_are_open_are_found(
     monkeypatch.setattr("proof.soak.workload.CLOSING_SECONDS", 0.0)
     del world.rows[1]
     world.running = ["task-" + COMPLETED]
-    assert list(await world.untrue()) == [NOT_BEGUN, RUN_OPEN]
+    assert list(await world.findings()) == [NOT_BEGUN, RUN_OPEN]
 
 
 async def test_a_hold_and_a_job_of_no_task_and_a_false_ledger_are_found(world: World) -> None:
     strange: Any = {"soak-unknown": [SimpleNamespace(phase="open")]}
     running: Any = {"soak-unknown": [SimpleNamespace(phase="working")]}
     world.services = Services({}, strange, running, ["the books do not balance"])
-    assert list(await world.untrue()) == [Rule.LEAKED_HOLD, Rule.ORPHAN_JOB, FALSE_LEDGER]
+    assert list(await world.findings()) == [Rule.LEAKED_HOLD, Rule.ORPHAN_JOB, FALSE_LEDGER]
 
 
 async def test_the_table_shows_zeros_and_the_slowest_recovery(world: World) -> None:

@@ -57,7 +57,7 @@ async def ended(platform: Platform, handle: Handle, *, exempt: Collection[str] =
 
 
 async def ended_without_its_run(platform: Platform, task_id: str) -> Ending:
-    """The same assertion on a task whose run was terminated or vanished: its row tells how it ended."""
+    """The same assertion on a task whose run was terminated or vanished: its row shows how it ended."""
     await _assert_judged(platform, task_id, WITHOUT_RUN)
     row = await platform.store.task(task_id)
     assert row is not None

@@ -56,7 +56,7 @@ SHARES = (0.0, 0.4, 0.8, 1.0)
 
 
 @pytest.mark.slow
-async def test_an_image_whose_end_is_not_written_is_charged_once(platform: Platform, cable: Cable) -> None:
+async def test_an_image_whose_end_is_not_written_is_delivered(platform: Platform, cable: Cable) -> None:
     """The row knows nothing of the commit: it is found in the ledger, wherever the run is reset to."""
     handles = [await standing(platform, (await new_payer(platform)).image()) for _ in SHARES]
     for ending in await charged_and_reset(platform, cable, handles, "pre_deduct", "commit"):
@@ -64,7 +64,7 @@ async def test_an_image_whose_end_is_not_written_is_charged_once(platform: Platf
         assert ending.result["result_urls"]
 
 
-async def test_a_training_whose_end_is_not_written_is_charged_once(platform: Platform, cable: Cable) -> None:
+async def test_a_training_whose_end_is_not_written_is_delivered(platform: Platform, cable: Cable) -> None:
     """Where it is reset to before its second hold, the first one's commit would be another key's."""
     handles = [await topped_up(platform, await new_payer(platform)) for _ in SHARES]
     for ending in await charged_and_reset(platform, cable, handles, *RENEWED, "commit"):

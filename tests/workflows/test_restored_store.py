@@ -86,7 +86,7 @@ async def given_back(platform: Platform, handle: Handle) -> dict[str, Any]:
 # Open runs
 
 
-async def test_an_open_run_whose_row_was_lost_makes_it_anew_and_is_charged_once(
+async def test_an_open_run_whose_row_was_lost_makes_it_anew_and_is_delivered(
     platform: Platform, database: Database
 ) -> None:
     handle = await standing(platform, (await new_payer(platform)).image())
@@ -129,7 +129,7 @@ async def test_an_open_run_goes_on_with_an_older_row(platform: Platform, databas
 
 
 @pytest.mark.parametrize("place", [0, -1], ids=["its beginning", "where it stood"])
-async def test_a_run_that_is_reset_after_the_row_was_lost_is_charged_once(
+async def test_a_run_that_is_reset_after_the_row_was_lost_is_delivered(
     platform: Platform, database: Database, place: int
 ) -> None:
     handle = await topped_up(platform, await new_payer(platform))
