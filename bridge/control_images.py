@@ -166,6 +166,12 @@ class ControlImages:
         return found[0]
 
 
+NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
+LOCAL_NAT64: Final = ipaddress.IPv6Network("64:ff9b:1::/48")
+"""NAT64 of a network's own (RFC 8215): where it leads is not known here."""
+IPV4_COMPATIBLE: Final = ipaddress.IPv6Network("::/96")
+
+
 def is_public(address: str) -> bool:
     """Whether an IP address is one that anybody on the internet could mean; mapped ones are unwrapped."""
     try:
@@ -176,8 +182,10 @@ def is_public(address: str) -> bool:
         inner = parsed.ipv4_mapped or parsed.sixtofour or (parsed.teredo[1] if parsed.teredo else None)
         if inner is not None:
             return is_public(str(inner))
-        # NAT64: the last 32 bits are an IPv4 address.
-        if parsed in ipaddress.IPv6Network("64:ff9b::/96"):
+        if parsed in LOCAL_NAT64:
+            return False
+        # The last 32 bits are an IPv4 address.
+        if parsed in NAT64 or parsed in IPV4_COMPATIBLE:
             return is_public(str(ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)))
     return parsed.is_global and not parsed.is_multicast
 

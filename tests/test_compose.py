@@ -189,6 +189,12 @@ def test_temporal_is_set_up_as_on_one_machine() -> None:
     assert namespace["RETENTION"] == RETENTION
 
 
+def test_postgresql_is_healthy_only_once_it_listens() -> None:
+    """While the image makes its database a server without a port answers at the socket, and ends again."""
+    command = services()["postgres"]["healthcheck"]["test"]
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+
+
 def test_every_file_that_is_mounted_exists_and_every_script_is_shell() -> None:
     volumes = set(compose()["volumes"])
     for service in services().values():

@@ -7,6 +7,9 @@ hold was not committed, and after a refused one the ledger decides. A missing en
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Final
+
+from temporalio import workflow
 
 from comfyui_temporal.contracts.credits import CancelHoldReply
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode, Refusal, RefusalKind
@@ -16,6 +19,8 @@ from workflows.ledger_search import LedgerSearch
 from workflows.row_look import RowLook
 from workflows.task_ledger import TaskLedger
 from workflows.task_record import TaskRecord
+
+UNKNOWN_RECORDED: Final = "unknown-end-of-an-earlier-lifes-hold-recorded"
 
 
 class ForgottenHolds:
@@ -75,7 +80,10 @@ class ForgottenHolds:
                 own[pre_deduct_id].resolved = True
         if is_unsure:
             ledger = await self._ledger.once_all_ended(but=self.own_standing(), known=len(known))
-        self._learn_charged(ledger)
+        is_learned = self._learn_charged(ledger)
+        # With `keep_one` a charge follows, and whoever makes it records what stays unknown, with its cost.
+        if not is_learned and not keep_one and workflow.patched(UNKNOWN_RECORDED):
+            self._record_unknown()
         self.is_done = True
         return len(known) > len(own)
 
@@ -112,13 +120,23 @@ class ForgottenHolds:
         self._record_left(pre_deduct_id, answer.refusal)
         return False
 
-    def _learn_charged(self, ledger: TaskLedger | None) -> None:
+    def _learn_charged(self, ledger: TaskLedger | None) -> bool:
+        """Whether the ledger shows what was charged."""
         charged = None if ledger is None else ledger.charged()
         if ledger is None or charged is None:
             self._ends.mark_unknown()
-            return
+            return False
         self.was_committed = bool(ledger.commits)
         self._state.charged = max(self._state.charged, charged)
+        return True
+
+    def _record_unknown(self) -> None:
+        self._record.record_exception(
+            "settlement_unknown",
+            ExceptionCode.SETTLEMENT_UNKNOWN,
+            "The task's run was reset, and the ledger does not show how every hold ended. Nothing more is charged, and "
+            "the ledger is read again hourly for a day.",
+        )
 
     def _record_left(self, pre_deduct_id: str, refusal: Refusal) -> None:
         self._ends.left_open()

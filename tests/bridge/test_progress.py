@@ -54,7 +54,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=30)
 @given(
     st.lists(
         st.tuples(KINDS, st.dictionaries(st.sampled_from(["node", "nodes", "value", "max"]), ANYTHING, max_size=3)),

@@ -24,8 +24,6 @@ from store import TaskStore
 from tests.workflows.books import Ending, ended
 from tests.workflows.platform import Handle, Platform, running_platform
 
-pytestmark = pytest.mark.on_both_profiles
-
 COMPLETED, CANCELED = WorkflowExecutionStatus.COMPLETED, WorkflowExecutionStatus.CANCELED
 WAYS: Final = {
     "update": {COMPLETED},
@@ -288,6 +286,7 @@ async def asks_to_confirm(platform: Platform, handle: Handle) -> bool:
     return bool((await platform.progress(handle)).get("confirmation"))
 
 
+@pytest.mark.on_both_profiles
 @pytest.mark.parametrize(
     "way", ["update", "temporal", *(pytest.param(way, marks=pytest.mark.slow) for way in ("two updates", "both"))]
 )

@@ -108,7 +108,6 @@ async def all_ended(platform: Platform, handles: list[Handle]) -> list[Ending]:
     return [await ended(platform, handle) for handle in handles]
 
 
-@pytest.mark.on_both_profiles
 async def test_a_worker_killed_in_each_call_of_an_image_charges_once(
     bare_platform: Platform, worker: WorkerProcess
 ) -> None:
@@ -176,7 +175,6 @@ async def test_a_worker_killed_while_it_gives_back_gives_everything_back(
         assert ending.status is TaskStatus.CANCELLED
 
 
-@pytest.mark.on_both_profiles
 async def test_what_happens_while_the_worker_is_dead_counts_when_it_is_back(
     bare_platform: Platform, worker: WorkerProcess
 ) -> None:

@@ -25,8 +25,6 @@ from tests.workflows.books import Ending, ended
 from tests.workflows.payers import entries_of, has_kinds, kinds_of, until_started
 from tests.workflows.platform import Handle, Platform, running_platform
 
-pytestmark = pytest.mark.on_both_profiles
-
 MINUTE = 60.0
 RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
 
@@ -70,6 +68,7 @@ def assert_in_order(ending: Ending, stages: list[str | None]) -> None:
     assert (times[-1] - times[0]).total_seconds() > 5 * MINUTE
 
 
+@pytest.mark.on_both_profiles
 async def test_an_image_is_delivered_and_paid_for_while_the_store_is_away(platform: Platform, cable: Cable) -> None:
     handle = await platform.start_image()
     await until_started(platform, handle)

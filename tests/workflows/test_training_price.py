@@ -13,8 +13,6 @@ from tests.workflows.books import ended
 from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, task_of, until_started
 from tests.workflows.platform import Handle, Platform
 
-pytestmark = pytest.mark.on_both_profiles
-
 BASE = 120
 """The price of a training of up to one GPU hour, in points; each further hour costs 60."""
 RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
@@ -72,6 +70,7 @@ async def until_kinds(platform: Platform, handle: Handle, kinds: list[str]) -> N
     await platform.until(lambda: has_kinds(platform, handle, *kinds))
 
 
+@pytest.mark.on_both_profiles
 async def test_a_price_that_rises_above_the_hold_is_held_anew(quick_platform: Platform) -> None:
     handle = await start_training(quick_platform, quick_platform.training(max_credits=360))
     await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
@@ -165,6 +164,7 @@ async def until_refused(platform: Platform, payer: Payer) -> None:
     await platform.until(refused)
 
 
+@pytest.mark.on_both_profiles
 async def test_a_retried_training_is_charged_to_its_checkpoint_and_its_last_attempt(quick_platform: Platform) -> None:
     """The hours between the checkpoint and the preemption are lost and cost nothing."""
     quick_platform.policy["retry_after_seconds"] = [0.05]
