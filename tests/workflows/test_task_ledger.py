@@ -176,7 +176,7 @@ def test_what_neither_kind_nor_reason_tells_leaves_the_sum_unknown(life: Life, r
 
 
 @pytest.mark.parametrize(("cost", "rest"), [(24, 0), (20, 4), (1, 23)])
-def test_a_committed_hold_shows_twice_by_reason_and_is_delivered(cost: int, rest: int) -> None:
+def test_a_committed_hold_shows_twice_by_reason_and_is_charged_once(cost: int, rest: int) -> None:
     hold = OneHold(1, 24, "commit", cost)
     reading = TaskLedger(entries_of(hold, "reason"))
     assert reading.fate(hold.asked()) == Found(HoldFate.COMMITTED, cost)
