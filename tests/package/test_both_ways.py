@@ -67,8 +67,8 @@ async def test_another_input_under_the_id_is_refused(whole: Platform, tasks: Tas
 
 
 async def test_a_cancel_gives_the_credits_back_and_a_second_one_is_too_late(whole: Platform, tasks: Tasks) -> None:
-    await whole.simulators.admin.comfyui.fault("job_stall", route="submit_job")
     task = image(whole)
+    await whole.simulators.admin.comfyui.fault("job_stall", route="submit_job", task_id=task.task_id)
     async with tasks:
         await tasks.start(task)
         await whole.until_held(task.task_id)
@@ -107,8 +107,10 @@ async def test_a_training_waits_for_its_price(whole: Platform, tasks: Tasks) -> 
 
 
 async def test_a_failure_says_code_and_sentence(whole: Platform, tasks: Tasks) -> None:
-    await whole.simulators.admin.comfyui.fault("job_fail", route="submit_job", code="node_error", node="KSampler")
     task = image(whole)
+    await whole.simulators.admin.comfyui.fault(
+        "job_fail", route="submit_job", task_id=task.task_id, code="node_error", node="KSampler"
+    )
     async with tasks:
         await tasks.start(task)
         updates = [update async for update in tasks.follow(task.task_id)]

@@ -146,8 +146,8 @@ async def test_following_continues_from_a_cursor(whole: Platform, token: str) ->
 
 
 async def test_a_generator_that_is_left_closes_its_stream(whole: Platform, token: str) -> None:
-    await whole.simulators.admin.comfyui.fault("job_stall", route="submit_job")
     task = ImageTask.model_validate(whole.image())
+    await whole.simulators.admin.comfyui.fault("job_stall", route="submit_job", task_id=task.task_id)
     async with HttpTasks(whole.gateway_url, token) as tasks:
         await tasks.start(task)
         async with aclosing(tasks.follow(task.task_id)) as updates:

@@ -31,8 +31,6 @@ from tests.workflows.books import ended, ended_without_its_run, runs_of
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
 from workflows.guards import validated_input
 from workflows.image_generation import ImageGenerationWorkflow
-from workflows.job_routes import IMAGE_ROUTES
-from workflows.task_flow import TaskFlow
 from workflows.training import TrainingWorkflow
 
 SIGNALS = 3
@@ -78,7 +76,7 @@ class NewerImage(ImageGenerationWorkflow):
     @workflow.init
     @validated_input
     def __init__(self, task: NewerImageRun) -> None:
-        TaskFlow.__init__(self, task, IMAGE_ROUTES)
+        super().__init__(task)
 
     @workflow.run
     async def run(self, task: NewerImageRun) -> ImageResult:  # type: ignore[override]
@@ -96,7 +94,7 @@ class UnreadableImage(NewerImage):
     @workflow.init
     @validated_input
     def __init__(self, task: NewerImageRun) -> None:
-        TaskFlow.__init__(self, task, IMAGE_ROUTES)
+        super().__init__(task)
 
     @workflow.run
     async def run(self, task: NewerImageRun) -> ImageResult:  # type: ignore[override]
