@@ -54,8 +54,6 @@ class Exempt(StrEnum):
     """A job whose id could not be learned, or that could not be cancelled, runs to its end."""
     POINTS_IN_EVENTS = "points_in_events"
     """The events' points do not add up: the service said of a hold that it does not have it."""
-    UNKNOWN_UNRECORDED = "unknown_unrecorded"
-    """A run that was reset may leave its settlement unknown without an exception record that says so."""
     BUG = "bug"
     """Workflow tasks were made to fail."""
     RESET = "reset"

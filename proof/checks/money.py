@@ -60,7 +60,7 @@ def check_charges(task: FinishedTask, expected: Expected, exempt: frozenset[Exem
         times = commits + task.charges.charges
         findings.must(times == 1 and taken > 0, Rule.MISCHARGE, f"completed with {times} charges, {taken} points")
     if reported is None:
-        is_recorded = bool(task.codes & SAY_UNKNOWN) or Exempt.UNKNOWN_UNRECORDED in exempt
+        is_recorded = bool(task.codes & SAY_UNKNOWN)
         findings.must(is_recorded, Rule.MISCHARGE, f"{taken} points were taken, none are reported, and no record why")
         return
     rule = Rule.DOUBLE_CHARGE if taken > reported else Rule.MISCHARGE

@@ -297,8 +297,6 @@ class Oracle:
         )
         not_found = any("not_found" in message for _, message in self._server.witness.refusals("cancel_hold"))
         exempt = _EXEMPT | ({Exempt.POINTS_IN_EVENTS} if not_found else frozenset())
-        if self._world.is_reset:
-            exempt |= {Exempt.UNKNOWN_UNRECORDED}
         findings = judge(task, exempt=exempt)
         must(not findings, "", *(f"{finding.rule}: {finding}" for finding in findings))
 
