@@ -44,6 +44,12 @@ class Stop:
         if self.outcome is None:
             self._decide("too_late")
 
+    def overrule(self) -> None:
+        """The task had ended in another way: its run ends with that outcome, not as Canceled."""
+        is_accepted = self.by_temporal and self.outcome == "accepted"
+        if is_accepted and workflow.patched("ends-as-its-row-though-cancelled"):
+            self.by_temporal = False
+
     def _decide(self, outcome: Literal["accepted", "too_late"]) -> None:
         self.outcome = outcome
         self._decided.set()
