@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
@@ -42,9 +42,16 @@ class Machine(BaseModel):
             memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
             system=platform.platform(terse=True),
             python=platform.python_version(),
-            packages={name: version(name) for name in PACKAGES},
+            packages={name: _installed(name) for name in PACKAGES},
             load=os.getloadavg()[0],
         )
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # DBOS is installed for `make bench` alone
+        return "not installed"
 
 
 class Results(BaseModel):
