@@ -1,7 +1,7 @@
-"""Finds runs that are over while their task's row is open, and reads what they left behind.
+"""Finds tasks whose row is open although their run has ended, and reads what such runs left behind.
 
-Each row is read by itself. One whose run cannot be read is recorded for `doctor` and left to the next pass. It delays
-no other (pitfall 42).
+Each row is read by itself. If its run cannot be read, that is recorded for `doctor` and tried again in the next pass.
+It delays no other row (pitfall 42).
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ LOOKS_AT_ONCE: Final = 10
 RPC_TIMEOUT: Final = timedelta(seconds=5)
 ROW_SECONDS: Final = 8.0
 PAGE_SECONDS: Final = 40.0
-"""For all rows of a page together: less than the activity has, so that a page that hangs still returns what it read."""
+"""Limit for a whole page of rows. Below the activity's time, so a slow page still returns what it read."""
 
 log = structlog.get_logger(__name__)
 
 
 class RunUnreadable(Exception):
-    """Whether a row's run is over cannot be decided. The text is a sentence for operators."""
+    """It cannot be decided whether a row's run has ended. The text is a sentence for operators."""
 
 
 def is_namespace_missing(error: RPCError) -> bool:
-    """NOT_FOUND of the namespace, not of a run: the set-up is wrong, and no run has vanished."""
+    """NOT_FOUND of the namespace, not of a run: the configuration is wrong, and no run has vanished."""
     return any("NamespaceNotFound" in detail.type_url for detail in error.grpc_status.details)
 
 
@@ -62,7 +62,7 @@ def _reason(error: Exception) -> str:
 
 @dataclass
 class Looks:
-    """The rows that were read, and those whose run is over."""
+    """The rows that were read, and those whose run has ended."""
 
     closed: list[ClosedRun] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Looks:
 
 
 class ClosedRunActivities:
-    """Reads runs that are over. Each call heartbeats, so that another worker repeats a killed one's within seconds."""
+    """Reads runs that have ended. Each call heartbeats, so another worker soon repeats a killed call."""
 
     def __init__(self, client: Client, store: TaskStore) -> None:
         self._client = client
@@ -80,19 +80,19 @@ class ClosedRunActivities:
     async def orphans(self, order: GiveBackOrder) -> Orphans:
         """What the task's last run left behind. Raises ApplicationError.
 
-        `input_invalid`, not retried: there is no such task. `task_conflict`, not retried: its run is open. `internal`,
-        retried: row, run or history cannot be read now, or by this worker; `doctor` shows the task.
+        `input_invalid`, not retried: the task does not exist. `task_conflict`, not retried: its run is open.
+        `internal`, retried: row, run or history cannot be read now, or not by this worker; `doctor` shows the task.
         """
         return await to_its_end(self._orphans_or_recorded(order))
 
     @activity.defn
     async def closed_among_open(self, look: OpenTasksLook) -> OpenTasksSeen:
-        """The rows of one page of open ones whose run is over. Raises ApplicationError `internal`, retried."""
+        """The rows of one page of open tasks whose run has ended. Raises ApplicationError `internal`, retried."""
         return await to_its_end(self._closed_among_open(look))
 
     @activity.defn
     async def still_closed(self, found: list[ClosedRun]) -> list[ClosedRun]:
-        """Those whose row is still open, and whose run is still over. Raises as `closed_among_open`."""
+        """Those whose row is still open and whose run has still ended. Raises as `closed_among_open`."""
         return await to_its_end(self._still_closed(found))
 
     async def _orphans_or_recorded(self, order: GiveBackOrder) -> Orphans:
@@ -132,7 +132,7 @@ class ClosedRunActivities:
         return await self._by_history(row, run.status.value, self._handle(row, run.run_id))
 
     async def _claim(self, row: TaskRow) -> None:
-        """Claim the row: no run of the task begins anything from here. Raises ApplicationError where one was reset."""
+        """Claim the row: from now on no run of the task starts anything. Raises ApplicationError if a run was reset."""
         if row.ended_at is not None:
             return
         by = activity.info().workflow_run_id or ""
@@ -147,7 +147,7 @@ class ClosedRunActivities:
     async def published_points(self, order: GiveBackOrder) -> int:
         """The sum of the points in the task's events. Raises ApplicationError `internal`, retried."""
         try:
-            return await to_its_end(self._store.told_points(order.task_id))
+            return await to_its_end(self._store.published_points(order.task_id))
         except StoreUnavailable as failure:
             raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
 
@@ -187,7 +187,7 @@ class ClosedRunActivities:
             raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
 
     async def _look_at(self, rows: Sequence[TaskRow]) -> Looks:
-        """Read the runs side by side; a failure concerns its own row only. Raises RPCError without a namespace."""
+        """Read the runs side by side. A failure affects its own row only. Raises RPCError without a namespace."""
         looks, side_by_side = Looks(), asyncio.Semaphore(LOOKS_AT_ONCE)
         until = asyncio.get_running_loop().time() + PAGE_SECONDS
 
@@ -208,7 +208,7 @@ class ClosedRunActivities:
         return looks
 
     async def _closed_run_of(self, row: TaskRow) -> ClosedRun | None:
-        """How the task's run ended; None where it is open. Raises RunUnreadable, ValidationError, RPCError."""
+        """How the task's run ended; None if it is open. Raises RunUnreadable, ValidationError, RPCError."""
         run = await self._own_run(row)
         if run is None:
             return ClosedRun(task_id=row.task_id, workflow_id=row.workflow_id, how=VANISHED)
@@ -224,7 +224,7 @@ class ClosedRunActivities:
         return ClosedRun(task_id=row.task_id, workflow_id=row.workflow_id, run_id=run.run_id, how=run.status.value)
 
     async def _record(self, looks: Looks) -> None:
-        """Count, log and store the rows that could not be read. A store that is away now costs nothing else."""
+        """Count, log and store the rows that could not be read. An unavailable store is logged and ignored."""
         for task in looks.unseen:
             log.warning("task_not_looked_at", task_id=task.task_id, reason=task.reason)
         if looks.unseen:
@@ -237,9 +237,9 @@ class ClosedRunActivities:
             log.warning("looks_not_noted", reason=str(failure))
 
     async def _own_run(self, row: TaskRow) -> RunSeen | None:
-        """The last run of the chain that claimed the task; None where Temporal knows none.
+        """The last run of the chain that claimed the task; None if Temporal does not know it.
 
-        Not always the newest run under its id: a second start under that id ends `task_exists` and begins nothing.
+        This is not always the newest run under its id: a second start under that id ends with `task_exists`.
         """
         newest = await self._described(row, None)
         if newest is None or newest.first_run_id == row.first_execution_run_id:

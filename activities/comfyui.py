@@ -1,7 +1,7 @@
 """ComfyUI's routes (contract §2, §3): the client that calls them and the activities that workflows see.
 
-Each activity answers `Answer`: the reply, a definite refusal, or *not offered*. Everything else is raised, retryable
-(`comfyui_unavailable`, `reply_invalid`).
+Each activity returns an `Answer`: the reply, a definite refusal, or *not offered*. Everything else is raised as a
+retryable error (`comfyui_unavailable`, `reply_invalid`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ LIST_GPUS: Final = Route("GET", "/comfyui/v1/gpus", is_ours=True)
 
 
 class ComfyUIClient(OutsideClient):
-    """ComfyUI's service: one method a route."""
+    """ComfyUI's service: one method for each route."""
 
     party: ClassVar[Party] = COMFYUI
 
@@ -122,9 +122,9 @@ class Snapshots(Protocol):
 
 
 class ComfyUIActivities:
-    """ComfyUI as workflows see it. The client stays the caller's to open and close.
+    """ComfyUI as workflows see it. The caller opens and closes the client.
 
-    Calls that begin something go through `lives` first.
+    Calls that start something go through `lives` first.
     """
 
     def __init__(self, client: ComfyUIClient, lives: Lives, snapshots: Snapshots) -> None:
@@ -146,7 +146,7 @@ class ComfyUIActivities:
 
     @activity.defn
     async def create_training(self, post: Post[TrainingDraft]) -> Answer[TrainingAccepted]:
-        """The list of files joins the body here; one that is not the draft's is `dataset_invalid`."""
+        """Adds the list of files to the body. A list that does not match the draft's checksum is `dataset_invalid`."""
         return await answered(post.call_for, self._lives.begin(post, self._create_training))
 
     async def _create_training(self, post: Post[TrainingDraft]) -> Answer[TrainingAccepted]:
@@ -171,13 +171,13 @@ class ComfyUIActivities:
 
     @activity.defn
     async def list_gpus(self, question: GpuQuestion) -> Answer[list[GpuPool]]:
-        """The pools that decide, of a list that may be long."""
+        """The few pools that decide, from a list that may be long."""
         answer = await answered(question, self._client.list_gpus(question))
         return answer if answer.reply is None else Answer(reply=deciding_pools(answer.reply, question.gpu_type))
 
 
 def deciding_pools(pools: list[GpuPool], gpu_type: str | None) -> list[GpuPool]:
-    """One pool a type, one that has GPUs where there is one: of the asked type, else of the first types."""
+    """One pool for each type, with free GPUs if possible: of the requested type, else of the first types."""
     deciding: dict[str, GpuPool] = {}
     for pool in pools:
         known = deciding.get(pool.gpu_type)

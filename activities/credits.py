@@ -1,6 +1,6 @@
 """The credits service's routes (contract §4): the client that calls them and the activities that workflows see.
 
-Each activity answers `Answer`: the reply or a definite refusal. Everything else is raised, retryable
+Each activity returns an `Answer`: the reply or a definite refusal. Everything else is raised as a retryable error
 (`credits_unavailable`, `reply_invalid`).
 """
 
@@ -65,15 +65,15 @@ LEDGER: Final = Route("GET", "/api/v1/credits/ledger", messages_by_number=_ABOUT
 
 MAX_LEDGER_PAGES: Final = 200
 CUT: Final = "cut"
-"""Stands for the cursor of a ledger that was read and is too large to be told whole."""
+"""Cursor of a ledger that was read completely but is too large to be returned completely."""
 CUT_OFF: Final = "cut-off"
-"""In place of a cursor: there may be more entries, and no way to read them."""
+"""Cursor of a ledger that may have more entries, without a way to read them."""
 LEDGER_SECONDS: Final = 3.0
-"""How long further pages are asked for: the last one still has the time that a slow answer needs."""
+"""Further pages are requested for this long. After that the last page still has time for a slow answer."""
 
 
 class CreditsClient(OutsideClient):
-    """The credits service: one method a route."""
+    """The credits service: one method for each route."""
 
     party: ClassVar[Party] = CREDITS
 
@@ -126,10 +126,10 @@ class CreditsClient(OutsideClient):
         return await self._call(LEDGER, _scope(call_for), call_for, Ledger, query=query)
 
     async def ledger(self, query: LedgerQuery) -> Answer[Ledger]:
-        """The entries of one task, of all pages. `cursor` is null when every page was read.
+        """The entries of one task, from all pages. `cursor` is null if every page was read.
 
-        After 200 pages or 3 s it stops with the cursor that it came to: what was found counts, absence proves nothing.
-        The same holds for a full page of a service that knows no pages (field): older entries may be missing.
+        It stops after 200 pages or 3 s with the cursor that it reached: entries that were found count, a missing entry
+        proves nothing. The same holds for a full page of a service without pages (field): older entries may be missing.
         """
         entries: list[LedgerEntry] = []
         cursor: str | None = None
@@ -154,12 +154,12 @@ class CreditsClient(OutsideClient):
 
 
 def _may_be_cut(page: Ledger, limit: int) -> bool:
-    """Whether a last page is full although its service names no kinds: then it may know no cursor either."""
+    """Whether a last page is full although its service names no kinds: such a service may have no cursor either."""
     return len(page.entries) >= limit and all(entry.kind is None for entry in page.entries)
 
 
 def entries_of_task(entries: list[LedgerEntry], task_id: str) -> list[LedgerEntry]:
-    """The task's entries, and nameless ones of its holds: a cancel or an expiry need not repeat the task's id."""
+    """The task's entries, and entries of its holds without a task id: a cancel or an expiry need not repeat the id."""
     holds = {entry.pre_deduct_id for entry in entries if entry.task_id == task_id and entry.pre_deduct_id}
     return [
         entry for entry in entries if entry.task_id == task_id or (not entry.task_id and entry.pre_deduct_id in holds)
@@ -167,10 +167,10 @@ def entries_of_task(entries: list[LedgerEntry], task_id: str) -> list[LedgerEntr
 
 
 def fitting(ledger: Ledger) -> Ledger:
-    """The ledger without its oldest holds that were taken and given back, where it is too large to be told whole.
+    """The ledger small enough to be returned: the oldest holds that were taken and given back are left out first.
 
-    Such a pair charged nothing. What still does not fit goes too, the oldest first, and `cursor` says that not all
-    was read.
+    Such a pair charged nothing. If that is not enough, the oldest entries are left out too, and `cursor` says that the
+    ledger is incomplete.
     """
     sizes = [json_bytes(entry) + 1 for entry in ledger.entries]
     too_much = sum(sizes) - MAX_LEDGER_BYTES
@@ -191,7 +191,7 @@ def fitting(ledger: Ledger) -> Ledger:
 
 
 def _given_back(entries: list[LedgerEntry]) -> Iterator[tuple[int, int]]:
-    """Places of a pre-deduct and of the cancel or expiry that undid it, the oldest first; entries are newest first."""
+    """Positions of a pre-deduct and of its cancel or expiry, oldest first. Entries are newest first."""
     taken: dict[tuple[str | None, int], list[int]] = {}
     for i in reversed(range(len(entries))):
         entry = entries[i]
@@ -213,9 +213,9 @@ def _account(call_for: CallFor) -> dict[str, str | int]:
 
 
 class CreditsActivities:
-    """The credits service as workflows see it. The client stays the caller's to open and close.
+    """The credits service as workflows see it. The caller opens and closes the client.
 
-    Calls that begin something and commits go through `lives` first.
+    Commits and calls that start something go through `lives` first.
     """
 
     def __init__(self, client: CreditsClient, lives: Lives) -> None:

@@ -1,4 +1,4 @@
-"""The dataset's own folder, as a snapshot reads it: every error of it is the dataset's (`dataset_invalid`)."""
+"""The dataset's own folder, as a snapshot reads it. Each of its errors is `dataset_invalid`."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ SIZES_AT_ONCE: Final = 16
 
 
 class DatasetSource:
-    """The files of one dataset. Raises OutsideFailure: `dataset_invalid`, or `internal` where the error may pass."""
+    """The files of one dataset. Raises OutsideFailure: `dataset_invalid`, or `internal` if the error may pass."""
 
-    def __init__(self, folder: ObjectFolder, asked_files: list[str] | None) -> None:
-        self._asked_files = asked_files
+    def __init__(self, folder: ObjectFolder, named_files: list[str] | None) -> None:
+        self._named_files = named_files
         self._folder = folder
 
     async def files(self, max_files: int, max_bytes: int) -> list[FoundObject]:
         """The files to copy, by path. Raises OutsideFailure `dataset_invalid`."""
-        asked = self._asked_files
-        found = await (self._listed(max_files) if asked is None else self._looked_up(sorted(set(asked)), max_files))
+        named = self._named_files
+        found = await (self._listed(max_files) if named is None else self._looked_up(sorted(set(named)), max_files))
         if not found:
             raise invalid(f"{self._folder.address.text} holds no file: an empty dataset trains nothing.")
         total = sum(item.size_bytes for item in found)
@@ -87,7 +87,7 @@ class DatasetSource:
 
 @dataclass
 class HashedChunks:
-    """Chunks as they pass, their sizes added up and hashed. `failure` is what ended them early."""
+    """Passes chunks through, counts their bytes and hashes them. `failure` is what ended them early."""
 
     chunks: AsyncIterator[bytes]
     size_bytes: int = 0
@@ -114,7 +114,7 @@ class HashedChunks:
 
 
 def folder_failure(folder: ObjectFolder, error: Exception, path: str) -> OutsideFailure:
-    """What an error of a caller's own folder means: `dataset_invalid`, or `internal` where it may pass."""
+    """Maps an error of a caller's own folder: `dataset_invalid`, or `internal` if it may be temporary."""
     where = folder.address.text
     if isinstance(error, LeadsOut):
         return invalid(f"{str(error)!r} leads out of {where}. Symbolic links must stay inside the dataset.")
@@ -128,7 +128,7 @@ def folder_failure(folder: ObjectFolder, error: Exception, path: str) -> Outside
 
 
 def _is_passing(error: Exception) -> bool:
-    """Whether an error of a remote store may pass: obstore's fallback type is what a network error comes as."""
+    """Whether an error of a remote store may be temporary: obstore raises network errors as its fallback type."""
     return isinstance(error, GenericError | JoinError)
 
 

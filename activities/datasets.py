@@ -1,21 +1,21 @@
-"""Dataset snapshots: a training reads a copy that nobody changes under it (step table 2, row 0).
+"""Dataset snapshots: a training reads a copy that cannot change while it runs (step table 2, row 0).
 
-A snapshot lies in temporary object storage, below the task's own folder:
+A snapshot is stored in temporary object storage, below the task's own folder:
 
     {object_store_url}/snapshots/{task_id}/{dataset_id}/files/…        the copies; `snapshot_uri`
     {object_store_url}/snapshots/{task_id}/{dataset_id}/list-{sha256}.json
-                                                                       the list of files; runs carry its address
-    {object_store_url}/snapshots/{task_id}/{dataset_id}/manifest.json  written last: a snapshot with one is whole
+                                                                       the list of files; runs keep its address
+    {object_store_url}/snapshots/{task_id}/{dataset_id}/manifest.json  written last: it marks a complete snapshot
     {object_store_url}/deleted/{task_id}.{dataset_id}                  when its deletion was ordered; kept for two days
 
-Copying resumes: each heartbeat tells how many files, in the order of their paths, are done and the digest of their
-checksums. The next attempt reads those copies again and goes on behind them when sizes and digest agree; else it
-starts over. Objects are written whole or not at all.
+Copying resumes. Each heartbeat holds the number of files that are copied, in the order of their paths, and the digest
+of their checksums. The next attempt reads those copies again. If sizes and digest agree it continues after them, else
+it starts over. Each object is written completely or not at all.
 
-A copy may outlive the attempt that makes it: its worker was cut off, and Temporal has given it up. So a deletion
-leaves a note of when it was ordered. A copy that began before that looks for the note behind its last write, and
-removes what it has written. Both instants are Temporal's: an attempt that it has given up began before whatever was
-ordered after it.
+A copy may outlive its attempt: its worker lost the connection, and Temporal timed the attempt out. So a deletion leaves
+a note with the time at which it was ordered. A copy that began earlier reads the note after its last write and removes
+what it has written. Both times come from Temporal: an attempt that timed out began before anything that was ordered
+after it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from activities.object_folders import (
     read_address,
 )
 from activities.outside_http import OutsideFailure
-from activities.running_call import asked_by_workflow, one_line, wait_with_heartbeats
+from activities.running_call import cancelled_by_workflow, one_line, wait_with_heartbeats
 from comfyui_temporal.contracts.calls import CallFor, SnapshotOrder
 from comfyui_temporal.contracts.comfyui import DatasetFile, DatasetSnapshot, ManifestReference, SnapshotReference
 from comfyui_temporal.contracts.errors import FailureCode
@@ -55,14 +55,14 @@ MAX_FILES: Final = 10_000
 MAX_BYTES: Final = 100 * 1024**3
 MANIFEST: Final = "manifest.json"
 LOOK_EVERY_SECONDS: Final = 5.0
-"""How long a copy goes on at most that a deletion has overtaken, apart from the file it is at."""
+"""After a deletion a copy that still runs stops within this time, apart from the file that it is copying."""
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 T = TypeVar("T")
 
 
 class Progress(BaseModel):
-    """What a heartbeat tells. `digest` is of the first `files_done` files' paths, sizes and checksums."""
+    """The details of a heartbeat. `digest` is of the first `files_done` files' paths, sizes and checksums."""
 
     files_done: int = Field(default=0, ge=0)
     files_total: int = 0
@@ -76,24 +76,24 @@ class Progress(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`manifest.json`: which order this snapshot answers, and what it holds."""
+    """`manifest.json`: the order that this snapshot answers, and its content."""
 
     source_uri: str
     asked_sha256: str | None = None
-    """Of the list of files that was asked for; None for all of them."""
+    """Checksum of the requested list of files; None for all files."""
     snapshot: SnapshotReference
     began_at: datetime | None = None
-    """When the attempt began that wrote it."""
+    """When the attempt that wrote it began."""
     asked_files: list[str] | None = Field(default=None, exclude=True)
-    """The list itself, as the first release wrote it."""
+    """The list itself. Release 0.1.0 wrote it here."""
 
     def answers(self, order: SnapshotOrder) -> bool:
-        asked = self.asked_sha256 or (None if self.asked_files is None else checksum_of(as_list(self.asked_files)))
-        return (self.source_uri, asked) == (order.source_uri, asked_sha256_of(order))
+        requested = self.asked_sha256 or (None if self.asked_files is None else checksum_of(as_list(self.asked_files)))
+        return (self.source_uri, requested) == (order.source_uri, list_sha256_of(order))
 
 
-def asked_sha256_of(order: SnapshotOrder) -> str | None:
-    """What names the list that an order asks for, whichever way it is told; None for all files."""
+def list_sha256_of(order: SnapshotOrder) -> str | None:
+    """The checksum of the list that an order requests, in whichever form it is given; None for all files."""
     if order.files_sha256 is not None:
         return order.files_sha256
     if order.manifest is not None:
@@ -109,8 +109,8 @@ def chained(digest: str, file: DatasetFile) -> str:
 class DatasetSnapshots:
     """Temporary storage of snapshots; an async context manager. Raises OutsideFailure.
 
-    `dataset_roots` are the prefixes that tenants' datasets lie below, with `{tenant_id}`; where they are given, a
-    source must lie below one of its tenant's, symbolic links followed. Raises ValueError for an unusable address.
+    `dataset_roots` are prefixes with `{tenant_id}`. If they are given, a source must be below one of its tenant's, with
+    symbolic links resolved. Raises ValueError for an unusable address.
     """
 
     def __init__(
@@ -137,15 +137,15 @@ class DatasetSnapshots:
         return None
 
     async def snapshot(self, order: SnapshotOrder, progress: Progress, began_at: datetime) -> SnapshotReference:
-        """Copy the dataset and tell where its list of files lies; `progress` is resumed from and kept up to date.
+        """Copy the dataset and return the address of its list of files. `progress` is resumed from and kept up to date.
 
-        `began_at`: when this attempt began. Where a deletion was ordered later nothing of the copy is left.
+        `began_at`: when this attempt began. If a deletion was ordered later, the copy is removed.
         """
         target, note = self._target(order), self._note(order)
         finished = await self._finished(order, target)
         if finished is not None:
             return finished
-        source = DatasetSource(self._source_folder(order), await self._asked_files(order, target))
+        source = DatasetSource(self._source_folder(order), await self._requested_files(order, target))
         try:
             files = await self._all_copied(source, target, note, progress, began_at)
             snapshot = DatasetSnapshot(
@@ -155,7 +155,7 @@ class DatasetSnapshots:
             reference = await self._listed(target, snapshot)
             manifest = Manifest(
                 source_uri=order.source_uri,
-                asked_sha256=asked_sha256_of(order),
+                asked_sha256=list_sha256_of(order),
                 snapshot=reference,
                 began_at=began_at,
             )
@@ -168,7 +168,7 @@ class DatasetSnapshots:
         return reference
 
     async def _listed(self, target: ObjectFolder, snapshot: DatasetSnapshot) -> SnapshotReference:
-        """Keep a snapshot's list under a name made of its checksum: an attempt that lands late changes nothing."""
+        """Store a snapshot's list under its checksum as the name, so that a late attempt changes nothing."""
         raw = snapshot.model_dump_json().encode()
         sha256 = checksum_of(raw)
         name = f"list-{sha256}.json"
@@ -201,7 +201,7 @@ class DatasetSnapshots:
         return files
 
     async def whole(self, reference: SnapshotReference) -> DatasetSnapshot:
-        """The snapshot with its list, as a training request holds it. Raises OutsideFailure `dataset_invalid`."""
+        """The snapshot with its list, as a training request needs it. Raises OutsideFailure `dataset_invalid`."""
         if reference.manifest is None:
             return _inline(reference)
         folder, _, name = reference.manifest.uri.rpartition("/")
@@ -214,8 +214,8 @@ class DatasetSnapshots:
             raise self._storage_away(error) from None
         if checksum_of(raw) != reference.manifest.sha256:
             raise invalid(
-                f"{reference.manifest.uri} is gone or is not what its sha256 says. "
-                "Nobody but the worker may touch snapshots."
+                f"{reference.manifest.uri} is missing or does not match its sha256. "
+                "Only the worker may change snapshots."
             )
         return DatasetSnapshot.model_validate_json(raw)
 
@@ -225,10 +225,10 @@ class DatasetSnapshots:
             raise invalid("The dataset's copy was deleted while it was made: its task is over.")
 
     async def delete(self, order: SnapshotOrder, ordered_at: datetime) -> None:
-        """Delete the snapshot, its manifest first; one that is gone already is deleted.
+        """Delete the snapshot, its manifest first. Repeating it is harmless.
 
-        `ordered_at`: when it was ordered. A copy that began before it and lands later removes itself; one that began
-        later, of a run that was reset, is not touched.
+        `ordered_at`: when it was ordered. A copy that began earlier and lands later removes itself. A copy that began
+        later, by a run that was reset, is kept.
         """
         target, note = self._target(order), self._note(order)
         await self._stored(note.leave(ordered_at))
@@ -236,7 +236,7 @@ class DatasetSnapshots:
         await self._stored(note.forget_old())
 
     async def _emptied_of(self, target: ObjectFolder, *, before: datetime) -> None:
-        """Remove what lies in the folder, unless it is whole and of an attempt that began after `before`."""
+        """Empty the folder, unless it holds a complete snapshot whose attempt began after `before`."""
         manifest = await self._manifest(target)
         if manifest is None or manifest.began_at is None or manifest.began_at < before:
             await _emptied(target)
@@ -256,8 +256,8 @@ class DatasetSnapshots:
         except STORAGE_ERRORS as error:
             raise self._storage_away(error) from None
 
-    async def _asked_files(self, order: SnapshotOrder, target: ObjectFolder) -> list[str] | None:
-        """The files that were asked for, however that was told; None for all."""
+    async def _requested_files(self, order: SnapshotOrder, target: ObjectFolder) -> list[str] | None:
+        """The requested files, in whichever form they are given; None for all."""
         if order.files_sha256 is not None:
             return await FileLists(self._root).get(target, order.files_sha256)
         if order.manifest is not None:
@@ -294,7 +294,7 @@ class DatasetSnapshots:
         return False
 
     async def _finished(self, order: SnapshotOrder, target: ObjectFolder) -> SnapshotReference | None:
-        """The snapshot of an earlier attempt whose answer was lost, if it is whole and answers this order."""
+        """The snapshot of an earlier attempt whose answer was lost, if it is complete and answers this order."""
         manifest = await self._manifest(target)
         if manifest is None or not manifest.answers(order):
             return None
@@ -311,7 +311,7 @@ class DatasetSnapshots:
             raise self._storage_away(error) from None
 
     async def _resumed(self, target: ObjectFolder, found: list[FoundObject], progress: Progress) -> list[DatasetFile]:
-        """The files that an earlier attempt copied, checked by size and checksum; none where they do not agree."""
+        """The files that an earlier attempt copied, checked by size and checksum; none if they do not agree."""
         claimed, checked = progress.model_copy(), Progress()
         files: list[DatasetFile] = []
         for item in found[: claimed.files_done]:
@@ -351,7 +351,7 @@ class DatasetSnapshots:
                 raise self._storage_away(error) from None
             raise
         if reading.size_bytes != item.size_bytes:
-            raise invalid(f"{item.path!r} changed while it was copied. Train on a dataset that nobody writes to.")
+            raise invalid(f"{item.path!r} changed while it was copied. Use a dataset that does not change.")
         return reading.as_file(item.path)
 
     async def _stored(self, writing: Coroutine[Any, Any, T]) -> T:
@@ -365,7 +365,7 @@ class DatasetSnapshots:
 
 
 def _inline(reference: SnapshotReference) -> DatasetSnapshot:
-    """A snapshot whose list came with it, as the first release carried it."""
+    """A snapshot with its list inside, as release 0.1.0 kept it."""
     return DatasetSnapshot(**reference.model_dump(exclude={"manifest"}))
 
 
@@ -382,14 +382,14 @@ async def _emptied(target: ObjectFolder) -> None:
 
 
 class DatasetActivities:
-    """Dataset snapshots as workflows see them. The client stays the caller's to open and close."""
+    """Dataset snapshots as workflows see them. The caller opens and closes the client."""
 
     def __init__(self, client: DatasetSnapshots) -> None:
         self._client = client
 
     @activity.defn
     async def snapshot(self, order: SnapshotOrder) -> SnapshotReference:
-        """Raises ApplicationError: `dataset_invalid` (not retried) or `internal` (storage away, retried)."""
+        """Raises ApplicationError: `dataset_invalid` (not retried) or `internal` (storage unavailable, retried)."""
         info = activity.info()
         progress = _last_progress(info.heartbeat_details)
         copying = self._client.snapshot(order, progress, info.started_time)
@@ -397,7 +397,7 @@ class DatasetActivities:
 
     @activity.defn
     async def delete_snapshot(self, order: SnapshotOrder) -> None:
-        """Idempotent. Raises ApplicationError `internal` (storage away, retried)."""
+        """Idempotent. Raises ApplicationError `internal` (storage unavailable, retried)."""
         await _until_done(order.call_for, self._client.delete(order, activity.info().scheduled_time), tuple)
 
 
@@ -409,12 +409,12 @@ def _last_progress(details: Sequence[Any]) -> Progress:
 
 
 async def _until_done(call_for: CallFor, work: Coroutine[Any, Any, T], details: Callable[[], tuple[Any, ...]]) -> T:
-    """Run storage work with heartbeats. Unlike a request it may be cut short: what stands is found again."""
+    """Run storage work with heartbeats. Unlike a request it may be interrupted: the next attempt finds what is done."""
     with one_line(call_for):
         running = asyncio.ensure_future(work)
         cancellation = await wait_with_heartbeats(running, details, on_cancel=running.cancel)
         if not running.cancelled():
             return running.result()
-        if cancellation is not None and asked_by_workflow():
+        if cancellation is not None and cancelled_by_workflow():
             raise cancellation
-        raise OutsideFailure(FailureCode.INTERNAL, "The worker is stopping; another one goes on from here.")
+        raise OutsideFailure(FailureCode.INTERNAL, "The worker is stopping; another one continues.")

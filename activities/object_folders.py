@@ -1,9 +1,9 @@
 """One folder of object storage, named by an address: `file://`, `s3://`, `gs://`, `az://`.
 
 Endpoints, regions and keys come from obstore's usual environment variables (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`,
-`GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, …); a store in one's own network that speaks no TLS
-needs `AWS_ALLOW_HTTP=true` as well. `file://` addresses may be relative to the working directory; they are
-percent-decoded like any URL's path.
+`GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, …). A store without TLS in a private network also needs
+`AWS_ALLOW_HTTP=true`. `file://` addresses may be relative to the working directory; they are percent-decoded like any
+URL's path.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCHEMES: Final = frozenset({"file", "s3", "gs", "az"})
 READ_BYTES: Final = 1024 * 1024
 PART_BYTES: Final = 5 * 1024 * 1024
 PARTS_AT_ONCE: Final = 2
-"""Memory of one upload: at most these parts and the one that fills."""
+"""Bounds the memory of one upload: at most these parts, and the one that is being filled."""
 DELETES_AT_ONCE: Final = 16
 REMOTE: Final[ClientConfig] = {"connect_timeout": timedelta(seconds=2), "timeout": timedelta(seconds=60)}
 RETRIES: Final[RetryConfig] = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
@@ -38,16 +38,16 @@ STORAGE_ERRORS: Final = (BaseError, OSError, ValueError)
 
 
 class BadAddress(ValueError):
-    """The address names no folder that we take; the message says why and never repeats credentials."""
+    """The address names no usable folder. The message says why and never repeats credentials."""
 
 
 class LeadsOut(ValueError):
-    """A path or symbolic link leads out of its folder."""
+    """A path or symbolic link points outside its folder."""
 
 
 @dataclass(frozen=True)
 class FolderAddress:
-    """A checked address. `text` is absolute, without a slash at its end; `local` is set for `file://`."""
+    """A validated address. `text` is absolute, without a slash at its end; `local` is set for `file://`."""
 
     scheme: str
     text: str
@@ -91,7 +91,7 @@ def read_address(uri: str) -> FolderAddress:
 
 
 def _client_options() -> ClientConfig:
-    """`REMOTE`, and what the environment says of plain HTTP: obstore reads that only where no options are given."""
+    """`REMOTE`, with plain HTTP if the environment allows it: obstore reads that only if no options are given."""
     is_plain = any(
         os.environ.get(f"{cloud}_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on")
         for cloud in ("AWS", "AZURE", "GOOGLE")
@@ -106,7 +106,7 @@ def _local_address(folder: Path) -> FolderAddress:
 class ObjectFolder:
     """Reads and writes below one folder. Every method raises STORAGE_ERRORS; a missing object is FileNotFoundError.
 
-    With `below` it is that folder under `root`; `is_ours`: made where it is missing, and empty folders are removed.
+    With `below` it is that folder under `root`. `is_ours`: it is created if missing, and empty folders are removed.
     """
 
     def __init__(self, root: FolderAddress, *below: str, is_ours: bool = False) -> None:
@@ -136,7 +136,7 @@ class ObjectFolder:
         return bytes(await result.bytes_async())
 
     async def read_at_most(self, path: str, max_bytes: int) -> bytes | None:
-        """A whole object; None where it is larger, whatever size it states."""
+        """A whole object; None if it is larger, whatever size it claims."""
         read = bytearray()
         async for chunk in self.read(path):
             read += chunk
@@ -145,13 +145,13 @@ class ObjectFolder:
         return bytes(read)
 
     async def write(self, path: str, content: AsyncIterator[bytes] | bytes) -> None:
-        """Write an object whole or not at all."""
+        """Write an object completely or not at all."""
         await obstore.put_async(
             self._store, self._prefix + path, content, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE
         )
 
     async def delete(self, paths: list[str]) -> None:
-        """Delete objects; one that is gone already is no error."""
+        """Delete objects. A missing object is not an error."""
         for start in range(0, len(paths), DELETES_AT_ONCE):
             await asyncio.gather(*(self._delete(path) for path in paths[start : start + DELETES_AT_ONCE]))
 
@@ -160,7 +160,7 @@ class ObjectFolder:
             await obstore.delete_async(self._store, self._prefix + path)
 
     async def check_inside(self, path: str) -> None:
-        """Raise LeadsOut where `path` leaves the folder, by '..' or (file://) by a symbolic link."""
+        """Raise LeadsOut if `path` leaves the folder, by '..' or (file://) by a symbolic link."""
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             raise LeadsOut(path)
         if self.address.local is not None and not await asyncio.to_thread(is_inside, self.address.local, path):
@@ -168,5 +168,5 @@ class ObjectFolder:
 
 
 def is_inside(folder: Path, path: str) -> bool:
-    """Whether `path`, its symbolic links followed, still lies below `folder`, its own followed too."""
+    """Whether `path` is below `folder` after symbolic links of both are resolved."""
     return (folder / path).resolve().is_relative_to(folder.resolve())

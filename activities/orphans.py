@@ -53,7 +53,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class NotReadHere(Exception):
-    """A history holds what this worker does not know. The text says where, and what that means."""
+    """This worker does not know something in a history. The text says where, and what follows."""
 
 
 def _named(method: object) -> str:
@@ -61,7 +61,7 @@ def _named(method: object) -> str:
 
 
 def _of(generic: Any, parameter: type[BaseModel]) -> Any:
-    """`generic[parameter]`, which type checkers allow for names only."""
+    """`generic[parameter]`; type checkers allow that syntax for names only."""
     return generic[parameter]
 
 
@@ -71,7 +71,7 @@ _KNOWN_CALLS: Final = frozenset(
     for name, method in vars(activities).items()
     if hasattr(method, "__temporal_activity_definition")
 )
-"""The activities that runs of this version and of earlier ones call."""
+"""The activities that runs call, in this version and in earlier ones."""
 _SUBMITS: Final = {spec.submit: _of(Post, spec.request) for spec in SCENES.values()}
 _SUBMIT_ANSWERS: Final = {spec.submit: _of(Answer, spec.accepted) for spec in SCENES.values()}
 _CANCELS: Final = frozenset(spec.cancel for spec in SCENES.values())
@@ -81,7 +81,7 @@ _CHARGE: Final = _named(CreditsActivities.charge)
 
 
 class _Call(NamedTuple):
-    """A scheduled call, and the request that its answer is about."""
+    """A scheduled call, and the request that its answer belongs to."""
 
     name: str
     concerns: RequestedJob | RequestedHold | SnapshotOrder | None = None
@@ -99,18 +99,18 @@ class HistoryReader:
     """
 
     def __init__(self, orphans: Orphans, converter: DataConverter) -> None:
-        """`orphans` names the task's row and is filled in."""
+        """`orphans` names the task's row; the reader fills in the rest."""
         self._orphans = orphans
         self._holds = orphans.hold_state()
         self._converter = converter
         self._sendings: Counter[int] = Counter()
         """How many calls requested each hold, by its `n`."""
         self._calls: dict[int, _Call] = {}
-        """By the id of the event that scheduled them."""
+        """By the id of their `scheduled` event."""
 
     @property
     def orphans(self) -> Orphans:
-        """What was read so far: the holds and jobs that a call may still concern, and never a list of files."""
+        """What was read so far: the holds and jobs that a call may still affect, without any list of files."""
         self._holds.leave_out_old()
         for job in self._orphans.jobs:
             job.drop_body()
@@ -118,10 +118,10 @@ class HistoryReader:
         return self._orphans
 
     async def take(self, event: HistoryEvent) -> None:
-        """Read the next event. Raises NotReadHere: an event that cannot be read may stand for credits or a job."""
+        """Read the next event. Raises NotReadHere: an unreadable event may be about credits or a job."""
         match event.event_type:
             case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
-                await self._take_carried(event)
+                await self._take_continuation(event)
             case Happened.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
                 await self._take_call(event)
             case Happened.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
@@ -134,7 +134,7 @@ class HistoryReader:
             case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED:
                 self._take_failure(event.workflow_execution_failed_event_attributes.failure)
 
-    async def _take_carried(self, event: HistoryEvent) -> None:
+    async def _take_continuation(self, event: HistoryEvent) -> None:
         started = event.workflow_execution_started_event_attributes
         spec = SCENE_OF_WORKFLOW.get(started.workflow_type.name)
         if spec is None:
@@ -143,7 +143,7 @@ class HistoryReader:
         carried: Continuation | None = run.carried
         if spec.copies_dataset:
             has_copy = carried is not None and carried.dataset.is_asked and not carried.dataset.is_deleted
-            # A checksum: the gateway has put the list of files beside the copy.
+            # A checksum means that the gateway has stored a list of files next to the copy.
             if has_copy or run.dataset.files_sha256 is not None:
                 self._orphans.snapshot = self._snapshot_of(run.dataset)
         if carried is not None:
@@ -199,7 +199,7 @@ class HistoryReader:
         return known
 
     def _take_commit(self, post: Post[CommitRequest]) -> None:
-        """The first asks for the whole cost; where the hold has less, a second asks for what it has."""
+        """The first commit requests the whole cost. If the hold has less, a second one requests what it has."""
         self._orphans.cost = max(self._orphans.cost or 0, post.body.actual_cost)
 
     def _take_charge(self, post: Post[ChargeRequest]) -> None:
@@ -231,20 +231,20 @@ class HistoryReader:
         self._orphans.own_end = OwnEnd.of(result)
 
     def _take_failure(self, failure: Failure) -> None:
-        """A failure that ends the task has its result in the details; a run that was refused at its start has none."""
+        """A failure that ends a task has the result in its details. A run that was refused at its start has none."""
         application = failure.application_failure_info
         if application.type in set(FailureCode) and application.details.payloads:
             code = FailureCode(application.type)
             self._orphans.own_end = OwnEnd(status=TaskStatus.FAILED, code=code, message=failure.message)
 
     async def _read(self, payloads: Any, model: type[Model], event: HistoryEvent) -> Model:
-        """The one value, with the fields that this code does not know. Raises NotReadHere."""
+        """The one value, including fields that this version does not know. Raises NotReadHere."""
         try:
             [value] = await self._converter.decode(payloads, [model])
         except (ApplicationError, ValidationError, ValueError, RuntimeError) as error:
             reason = "; ".join(sentences_of(error)) if isinstance(error, ValidationError) else type(error).__name__
             raise self._unread(event, reason) from None
-        if isinstance(value, Doubtful):  # it holds a field that only a newer worker takes, or cannot be read at all
+        if isinstance(value, Doubtful):  # a newer worker's value, or an unreadable one
             if value.as_read is None:
                 raise self._unread(event, value.reason)
             value = value.as_read
@@ -261,14 +261,14 @@ class HistoryReader:
 
 
 def orphans_by_row(row: TaskRow, how: str) -> Orphans:
-    """What the row knows: the run is gone from Temporal."""
+    """What the row knows, for a run that Temporal no longer has."""
     orphans = Orphans(row=row, how=how)
     add_from_row(orphans)
     return orphans
 
 
 def add_from_row(orphans: Orphans) -> None:
-    """Add holds and jobs of earlier lives, which the last run's history may not hold.
+    """Add holds and jobs of earlier lives, which may be missing in the last run's history.
 
     Their ids are known, so their requests are never sent again.
     """
@@ -282,11 +282,11 @@ def add_from_row(orphans: Orphans) -> None:
     for n, pre_deduct_id in enumerate(unknown[-MAX_KEPT_HOLDS:], start=taken + 1):
         orphans.holds.append(_hold_of(row, n, pre_deduct_id))
     jobs = {job.job_id for job in orphans.jobs}
-    asked = max((job.attempt for job in orphans.jobs), default=0)
+    attempt = max((job.attempt for job in orphans.jobs), default=0)
     for job_id in dict.fromkeys([*row.job_ids, *([row.job_id] if row.job_id else [])]):
         if job_id not in jobs:
-            asked += 1
-            orphans.jobs.append(_job_of(row, asked, job_id))
+            attempt += 1
+            orphans.jobs.append(_job_of(row, attempt, job_id))
 
 
 def _hold_of(row: TaskRow, n: int, pre_deduct_id: str) -> RequestedHold:

@@ -1,4 +1,4 @@
-"""What the clients of both parties share: one pool, a token for each call, an answer read by the contract."""
+"""What both parties' clients share: one connection pool, a token for each call, replies validated by the contract."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Reply = TypeVar("Reply")
 
 
 class OutsideClient:
-    """A party's service; an async context manager, opened once a process.
+    """A party's service; an async context manager, opened once in each process.
 
-    `url` is the service's address without a path of the contract's. Spans in seconds. Raises ValueError for an
-    unusable `url`. Every call answers `Answer` or raises OutsideFailure.
+    `url` is the service's address without a path of the contract. Durations in seconds. Raises ValueError for an
+    unusable `url`. Every call returns an `Answer` or raises OutsideFailure.
     """
 
     party: ClassVar[Party]
@@ -72,6 +72,6 @@ class OutsideClient:
         return read_answer(self._http, route, raw, model, check=check)
 
 
-def same(name: str, asked: str, got: str) -> str | None:
-    """The problem of a reply that is about another id than was asked for, or None."""
-    return None if got == asked else f"{name} is {got!r}, asked was {asked!r}"
+def same(name: str, expected: str, got: str) -> str | None:
+    """The problem of a reply that is about another id than the request, or None."""
+    return None if got == expected else f"{name} is {got!r}, expected {expected!r}"

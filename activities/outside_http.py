@@ -1,17 +1,18 @@
-"""HTTP to one outside party: a pooled client whose every error is one named failure.
+"""HTTP to one outside party: a pooled client that turns every error into one named failure.
 
-    OutsideFailure (code, sentence, retry_after_seconds): what is retried
-    ├── *_unavailable    no connection, no answer in time, a broken or cut connection
-    └── reply_invalid    an answer that is too large, or no HTTP
+    OutsideFailure (code, sentence, retry_after_seconds): retried
+    ├── *_unavailable    no connection, no answer in time, a broken connection
+    └── reply_invalid    an answer that is too large or not HTTP
 
-A definite refusal is no failure but an answer (activities/replies.py).
+A definite refusal is not a failure but an answer (activities/replies.py).
 
 Deliberate departures from httpx's defaults:
-1. No redirects: a token must not follow one, and a POST would turn into a GET.
-2. Bodies are read raw, never decompressed, and cut at `max_reply_bytes`: a few bytes of gzip can be gigabytes.
-3. One limit for the whole request beside connect and read: a server that sends a byte every 5 s never meets the latter.
-4. No request is cut from outside: the pool would lose its connection (runtime/http_transport.py).
-5. Loopback addresses never go through a proxy, whatever the environment says.
+1. No redirects: a token must not follow one, and a POST would become a GET.
+2. Bodies are read raw, never decompressed, and limited to `max_reply_bytes`: a few bytes of gzip can be gigabytes.
+3. One limit for the whole request, besides connect and read: the read limit never stops a server that sends a byte
+   every 5 s.
+4. A request is never cancelled from outside: the pool would lose its connection (runtime/http_transport.py).
+5. Loopback addresses never go through a proxy, regardless of the environment.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from runtime.http_transport import LIMIT, PatientClient
 CONNECT_SECONDS: Final = 2.0
 READ_SECONDS: Final = 6.0
 REQUEST_SECONDS: Final = 9.0
-"""The whole request: below an activity's `start_to_close` of 10 s, so that its end is always ours to tell."""
+"""Limit of the whole request. Below an activity's `start_to_close` of 10 s, so that we always report how it ended."""
 POOL_SIZE: Final = 100
 MAX_REPLY_BYTES: Final = 1024 * 1024
 SILENCE_SECONDS: Final = 5.0
-"""How long a party that let a request run out of time is taken to hang (`only_if_answering`)."""
+"""After a request timed out, the party counts as hanging for this long (`only_if_answering`)."""
 
 _HEADER_SAFE = re.compile(r"[\x21-\x7e]{1,255}")
 _time_limit_seconds: ContextVar[float] = ContextVar("time_limit_seconds", default=REQUEST_SECONDS)
@@ -50,7 +51,7 @@ _only_if_answering: ContextVar[bool] = ContextVar("only_if_answering", default=F
 
 
 class OutsideFailure(Exception):
-    """A call that came to no answer: `code` is stable, `sentence` says where, what was tried and what to do."""
+    """A call without an answer: `code` is stable, `sentence` says where, what was tried and what to do."""
 
     def __init__(
         self, code: FailureCode, sentence: str, *, retry_after_seconds: float | None = None, may_be_retried: bool = True
@@ -64,28 +65,28 @@ class OutsideFailure(Exception):
 
 @dataclass(frozen=True)
 class Party:
-    """One outside service: what its failures are called and how its error bodies are read (contract §2, §4)."""
+    """One outside service: the names of its failures and how its error bodies are read (contract §2, §4)."""
 
     name: str
     setting: str
-    """The setting that holds its address, for sentences."""
+    """The setting that holds its address, for messages."""
     unavailable: FailureCode
     errors: Mapping[str, WireError]
     """By message."""
     messages_by_number: Mapping[str, str]
-    """Read where the message is none of `errors`."""
+    """Read if the message is not in `errors`."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """One row of the contract's route tables. `path` holds ids as `{job_id}`."""
+    """One row of the contract's route tables. `path` contains ids as `{job_id}`."""
 
     method: Literal["GET", "POST"]
     path: str
     is_ours: bool = False
     """Marked (ours): a server may lack it (contract §2, not offered)."""
     messages_by_number: Mapping[str, str] = field(default_factory=dict)
-    """Where this route means another error by a number than its party does."""
+    """For numbers that mean another error on this route than elsewhere."""
 
     def __str__(self) -> str:
         return f"{self.method} {self.path}"
@@ -93,7 +94,7 @@ class Route:
 
 @dataclass(frozen=True)
 class RawReply:
-    """What came back: at most `max_reply_bytes` of body, as sent."""
+    """The raw answer: at most `max_reply_bytes` of body, as sent."""
 
     status: int
     headers: httpx.Headers
@@ -102,7 +103,7 @@ class RawReply:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Requests begun inside end within `seconds`, or the usual limit where that is shorter."""
+    """Requests that start inside end within `seconds`, or within the usual limit if that is shorter."""
     token = _time_limit_seconds.set(min(seconds, REQUEST_SECONDS))
     try:
         yield
@@ -112,9 +113,9 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def only_if_answering() -> Iterator[None]:
-    """Requests begun inside fail at once while the party hangs, that is for 5 s after one ran out of time.
+    """Requests that start inside fail immediately while the party hangs: for 5 s after a request timed out.
 
-    For short tries that hold something else up: with a party that hangs, each would wait its whole time in vain.
+    For short tries that block other work: each of them would wait its whole time in vain.
     """
     token = _only_if_answering.set(True)
     try:
@@ -124,14 +125,14 @@ def only_if_answering() -> Iterator[None]:
 
 
 def current_time_limit_seconds() -> float:
-    """How long a request that begins here may take."""
+    """The time limit of a request that starts here."""
     return _time_limit_seconds.get()
 
 
 class OutsideHttp:
-    """One pooled connection to a party; an async context manager, opened once a process.
+    """One pooled connection to a party; an async context manager, opened once in each process.
 
-    Raises ValueError for an address that is no http or https one or that holds credentials.
+    Raises ValueError for an address that is not http or https, or that contains credentials.
     """
 
     def __init__(
@@ -175,12 +176,12 @@ class OutsideHttp:
         key: str | None = None,
         body: BaseModel | None = None,
     ) -> RawReply:
-        """Send one request and read its whole answer, whatever its status. Raises OutsideFailure and nothing else.
+        """Send one request and read its whole answer, whatever its status. Raises only OutsideFailure.
 
-        A task that may be cancelled calls it through running_call.py: a request that was cut may have acted.
+        A task that may be cancelled calls it through running_call.py: an interrupted request may have taken effect.
         """
         if _only_if_answering.get() and time.monotonic() < self._hangs_until:
-            raise self.unavailable(route, "a moment ago it let a request run out of time")
+            raise self.unavailable(route, "another request to it timed out a moment ago")
         headers = {"authorization": f"Bearer {token}"}
         if key is not None:
             headers["x-idempotency-key"] = self._header_safe(key, route)
@@ -198,7 +199,7 @@ class OutsideHttp:
         return await self._within_limit(request, route)
 
     def unavailable(self, route: Route, reason: str, *, retry_after_seconds: float | None = None) -> OutsideFailure:
-        """The party gave no usable answer: a retried failure whose sentence says where, what and what to do."""
+        """The party gave no usable answer. The sentence of this retried failure says where, why and what to do."""
         party = self.party
         sentence = (
             f"{party.name} at {self.address} did not answer {route}: {reason}. "
@@ -207,10 +208,10 @@ class OutsideHttp:
         return OutsideFailure(party.unavailable, sentence, retry_after_seconds=retry_after_seconds)
 
     def reply_invalid(self, route: Route, reason: str, *, retry_after_seconds: float | None = None) -> OutsideFailure:
-        """The party answered what the contract does not know: a retried failure."""
+        """The answer does not follow the contract: a retried failure."""
         party = self.party
         sentence = (
-            f"{party.name} at {self.address} gave {route} an answer that is not the contract's: {reason}. "
+            f"{party.name} at {self.address} answered {route} in a way that the contract does not know: {reason}. "
             f"It is retried; check that {party.setting} is this service's address and that its version fits."
         )
         return OutsideFailure(FailureCode.REPLY_INVALID, sentence, retry_after_seconds=retry_after_seconds)
@@ -262,7 +263,7 @@ class OutsideHttp:
         if not _HEADER_SAFE.fullmatch(key):
             raise OutsideFailure(
                 FailureCode.INPUT_INVALID,
-                f"{route} was not sent: its idempotency key holds characters that no HTTP header takes; "
+                f"{route} was not sent: its idempotency key contains characters that HTTP headers do not allow; "
                 "use a task_id of letters, digits, '_' and '-'.",
                 may_be_retried=False,
             )
@@ -272,48 +273,48 @@ class OutsideHttp:
         try:
             if not handed_on.has_unknown_fields(body):
                 return body.model_dump_json(exclude_none=True).encode()
-            # A newer worker's request, perhaps sent by it before: the same key goes with the same body.
+            # A newer worker may have sent this request before: the same key needs the same body.
             return to_json(handed_on.as_json(body, exclude_none=True))
         except (PydanticSerializationError, UnicodeEncodeError):
             raise OutsideFailure(
                 FailureCode.INPUT_INVALID,
-                f"{route} was not sent: its body holds a character that JSON cannot carry (a lone surrogate).",
+                f"{route} was not sent: its body contains a character that JSON cannot represent (a lone surrogate).",
                 may_be_retried=False,
             ) from None
 
 
 CONNECTION_FAILURES: Final[Mapping[type[Exception], str]] = {
     httpx.ConnectTimeout: "no connection in time",
-    httpx.ReadTimeout: "it took the request and then stayed silent for too long",
+    httpx.ReadTimeout: "it took the request and then sent nothing for too long",
     httpx.WriteTimeout: "it did not take the request in time",
     httpx.PoolTimeout: "all of our connections to it are in use",
     httpx.TimeoutException: "it was too slow",
     httpx.ConnectError: "no connection",
-    httpx.ReadError: "the connection broke before the answer was whole",
+    httpx.ReadError: "the connection broke before the answer was complete",
     httpx.WriteError: "the connection broke while the request was sent",
     httpx.CloseError: "the connection broke while it was closed",
     httpx.NetworkError: "the connection broke",
     httpx.ProxyError: "the proxy in between refused or broke",
     httpx.UnsupportedProtocol: "the address is neither http nor https",
-    httpx.LocalProtocolError: "our own request would be no valid HTTP",
-    httpx.RemoteProtocolError: "the answer ended early or is no HTTP",
-    httpx.ProtocolError: "the answer is no HTTP",
+    httpx.LocalProtocolError: "our own request is not valid HTTP",
+    httpx.RemoteProtocolError: "the answer ended early or is not HTTP",
+    httpx.ProtocolError: "the answer is not HTTP",
     httpx.TransportError: "the connection failed",
     httpx.DecodingError: "its body cannot be decoded",
     httpx.TooManyRedirects: "it redirects, and redirects are not followed",
     httpx.RequestError: "the request failed",
-    httpx.HTTPStatusError: "an HTTP status that nobody expected",
+    httpx.HTTPStatusError: "an unexpected HTTP status",
     httpx.HTTPError: "the request failed",
-    httpx.InvalidURL: "the address is no URL",
+    httpx.InvalidURL: "the address is not a URL",
     httpx.CookieConflict: "its cookies contradict each other",
     httpx.StreamConsumed: "the answer was read twice",
     httpx.StreamClosed: "the answer was closed before it was read",
     httpx.ResponseNotRead: "the answer was not read",
     httpx.RequestNotRead: "the request was not read",
     httpx.StreamError: "the answer could not be read",
-    Exception: "the request failed in a way that no one foresaw",
+    Exception: "the request failed with an unexpected error",
 }
-"""Every exception of httpx → the reason in the sentence; a test keeps it whole."""
+"""Every exception of httpx → the reason in the sentence. A test checks that none is missing."""
 _NO_CONTRACT_ANSWER: Final = frozenset(
     {
         httpx.DecodingError,
@@ -334,7 +335,7 @@ def _checked_address(url: str, party: Party) -> str:
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"{party.setting}: must be an http:// or https:// address")
     if parsed.userinfo:
-        raise ValueError(f"{party.setting}: must hold no user and password; calls carry bearer tokens")
+        raise ValueError(f"{party.setting}: must not contain user or password; calls use bearer tokens")
     if parsed.query or parsed.fragment:
-        raise ValueError(f"{party.setting}: must hold neither query nor fragment")
+        raise ValueError(f"{party.setting}: must not contain a query or fragment")
     return str(parsed).rstrip("/")

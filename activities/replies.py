@@ -1,9 +1,9 @@
 """What an answer means (contract §2, §4): the reply, a definite refusal, *not offered*, or a failure that is retried.
 
-Read in this order:
+Checked in this order:
 1. 2xx: the reply's model, or `reply_invalid`.
 2. An error body of the contract's shape: by message, then by number. Definite → `Refusal`; else → retried.
-3. Without one, on a route marked (ours): 404, 405, 501 → not offered.
+3. Without such a body, on a route marked (ours): 404, 405, 501 → not offered.
 4. 401, 403, 408, 425, 429, 5xx → retried; the rest → `reply_invalid`.
 """
 
@@ -38,7 +38,7 @@ _details_adapter: Final[TypeAdapter[ErrorDetails | None]] = TypeAdapter(OutsideD
 
 
 class ErrorBody(NamedTuple):
-    """`detail` of an error body, read tolerantly: one odd field never hides the message that decides."""
+    """`detail` of an error body, read tolerantly: one malformed field never hides the message that decides."""
 
     message: str
     number: str
@@ -54,9 +54,9 @@ def read_answer(
     *,
     check: Callable[[Reply], str | None] = lambda _: None,
 ) -> Answer[Reply]:
-    """Turn what came back into an answer.
+    """Map a raw reply to an answer.
 
-    `check` names what a well-formed reply contradicts (another id than was asked for), or None. Raises OutsideFailure.
+    `check` names a contradiction in a well-formed reply (another id than requested), or None. Raises OutsideFailure.
     """
     if 200 <= raw.status < 300:
         return Answer(reply=_reply(http, route, raw, model, check))
@@ -73,7 +73,7 @@ def read_answer(
 
 
 def read_error_body(body: bytes) -> ErrorBody | None:
-    """`{"detail": {"code", "message"}}`, or None where the body has another shape. Raises nothing."""
+    """`{"detail": {"code", "message"}}`, or None if the body has another shape. Raises nothing."""
     try:
         value = read_json(body, max_bytes=MAX_REPLY_BYTES)
     except UnreadableJson:
@@ -94,7 +94,7 @@ def read_error_body(body: bytes) -> ErrorBody | None:
 
 
 def classify(http: OutsideHttp, route: Route, body: ErrorBody) -> WireError | None:
-    """The one row of contract §2 or §4 that an error body is: by message, then by number; None for neither."""
+    """The row of contract §2 or §4 that an error body matches: by message, then by number; None for neither."""
     party = http.party
     if body.message in party.errors:
         return party.errors[body.message]
@@ -103,7 +103,7 @@ def classify(http: OutsideHttp, route: Route, body: ErrorBody) -> WireError | No
 
 
 def read_retry_after(raw: RawReply) -> float | None:
-    """Seconds that `Retry-After` asks for, 0 to 60; None where it is absent or unreadable."""
+    """The seconds in `Retry-After`, 0 to 60; None if it is absent or unreadable."""
     text = raw.headers.get("retry-after", "").strip()
     if text.isascii() and text.isdigit():
         return min(float(text[:9]), MAX_RETRY_AFTER_SECONDS)
@@ -141,9 +141,9 @@ def _refuse_reply(http: OutsideHttp, route: Route, raw: RawReply, problem: str) 
 
 
 def _first_problem(error: Exception) -> str:
-    """Where and what is wrong, never the value: replies may repeat a prompt, and failures stand in histories."""
+    """Where and what is wrong, never the value: replies may repeat a prompt, and failures are kept in histories."""
     if not isinstance(error, ValidationError):
-        return "it nests too deep"
+        return "it is nested too deep"
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "the whole body"
     return shortened(f"{where}: {first['msg']}", 300)
@@ -178,11 +178,11 @@ def _retried(http: OutsideHttp, route: Route, raw: RawReply, row: WireError, bod
 
 
 def _unrecognised(http: OutsideHttp, route: Route, raw: RawReply, body: ErrorBody | None) -> OutsideFailure:
-    """`body`: an error body of the contract's shape whose message and number the contract does not know."""
+    """`body`: an error body of the contract's shape with an unknown message and number."""
     retry_after = read_retry_after(raw)
     said = f" and says {body.number} {body.message}".rstrip() if body is not None else ""
     if raw.status == 401 or (raw.status == 403 and body is None):
-        reason = f"HTTP {raw.status}: our token was not taken; check secret, issuer, audience and clock of both sides"
+        reason = f"HTTP {raw.status}: our token was not accepted; check secret, issuer, audience and both sides' clocks"
         return http.unavailable(route, reason, retry_after_seconds=retry_after)
     if raw.status in RETRIED_STATUSES or raw.status >= 500:
         return http.unavailable(route, f"HTTP {raw.status}{said}", retry_after_seconds=retry_after)

@@ -1,11 +1,11 @@
-"""How an activity runs one outside call: heartbeats, never cut short by a cancellation, one log line, one failure.
+"""How an activity runs one outside call: with heartbeats, uninterrupted, one log line, one failure.
 
-A request that was sent acts whether or not we wait for its answer (pitfall 13). So a cancelled activity waits until the
-request in flight has ended by its own limit:
+A request that was sent takes effect whether or not we wait for its answer (pitfall 13). So a cancelled activity waits
+until the request in flight has ended by its own limit:
 
-    it succeeded                               → its answer, so that the workflow knows what happened
-    it failed, the workflow asked to cancel    → cancelled
-    it failed, for another reason (shutdown)   → the failure, which is retried on another worker
+    it succeeded                                   → its answer, so that the workflow knows what happened
+    it failed, the workflow requested the cancel   → cancelled
+    it failed, for another reason (shutdown)       → the failure, which is retried on another worker
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from comfyui_temporal.contracts.errors import Answer
 
 HEARTBEAT_SECONDS: Final = 0.5
 MARGIN_SECONDS: Final = 0.5
-"""How long before Temporal's limit a request must have ended, so that its end can still be told."""
+"""A request must end this long before Temporal's limit, so that its end can still be reported."""
 SHORTEST_LIMIT_SECONDS: Final = 0.5
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 
 
 async def answered(call_for: CallFor, call: Coroutine[Any, Any, T]) -> T:
-    """Run an outside call to its own end and give its answer.
+    """Run an outside call to its own end and return its answer.
 
     Raises ApplicationError (type: a `FailureCode`; retryable unless the request could not be sent) or CancelledError.
     """
@@ -52,16 +52,16 @@ async def answered(call_for: CallFor, call: Coroutine[Any, Any, T]) -> T:
 
 @dataclass
 class LogLine:
-    """The outcome that a call's line tells; what is raised names itself."""
+    """The outcome in a call's log line. An exception names itself."""
 
     outcome: str = "ok"
 
 
 @contextmanager
 def one_line(call_for: CallFor) -> Iterator[LogLine]:
-    """Log one line about what happens inside: whose call, its outcome, milliseconds; never a body.
+    """Log one line about the enclosed call: its task, its outcome, milliseconds; never a body.
 
-    An OutsideFailure goes on as the ApplicationError that Temporal keeps.
+    An OutsideFailure is raised again as the ApplicationError that Temporal stores.
     """
     info = activity.info()
     bound = {"task_id": call_for.task_id, "tenant_id": call_for.tenant_id, "workflow_id": info.workflow_id}
@@ -86,13 +86,13 @@ def one_line(call_for: CallFor) -> Iterator[LogLine]:
 
 
 async def to_its_end(call: Coroutine[Any, Any, T], details: Callable[[], tuple[Any, ...]] = tuple) -> T:
-    """Await `call` in a task of its own, heartbeating `details()` each half second, whatever cancels the activity."""
+    """Await `call` in its own task and heartbeat `details()` every half second. A cancelled activity still waits."""
     request = asyncio.ensure_future(call)
     cancellation = await wait_with_heartbeats(request, details)
     failure = request.exception()
     if failure is None:
         return request.result()
-    if cancellation is not None and asked_by_workflow():
+    if cancellation is not None and cancelled_by_workflow():
         raise cancellation
     raise failure
 
@@ -103,9 +103,9 @@ async def wait_with_heartbeats(
     *,
     on_cancel: Callable[[], object] = lambda: None,
 ) -> asyncio.CancelledError | None:
-    """Wait until `running` has ended; give back the cancellation that came meanwhile, or None.
+    """Wait until `running` has ended; return a cancellation that arrived meanwhile, or None.
 
-    A cancellation ends nothing by itself: `on_cancel` is called, and waiting goes on.
+    A cancellation ends nothing by itself: `on_cancel` is called, and waiting continues.
     """
     cancellation: asyncio.CancelledError | None = None
     is_local = activity.info().is_local
@@ -116,22 +116,22 @@ async def wait_with_heartbeats(
             cancellation = error
             on_cancel()
         progress = details()
-        # Each heartbeat is a request that the server writes down: once it is done, only what a next attempt needs.
+        # The server stores each heartbeat. Once the work is done only details that a next attempt needs are worth one.
         if not is_local and (progress or not running.done()):
             activity.heartbeat(*progress)
     return cancellation
 
 
-def asked_by_workflow() -> bool:
-    """Whether the activity's cancellation is the workflow's wish, not a worker's shutdown, a pause or a time-out."""
+def cancelled_by_workflow() -> bool:
+    """Whether the workflow cancelled the activity, not a worker's shutdown, a pause or a time-out."""
     details = activity.cancellation_details()
     return details is None or details.cancel_requested
 
 
 def as_application_error(failure: OutsideFailure) -> ApplicationError:
-    """The failure as Temporal keeps it: its type is the stable code, its message the sentence.
+    """The failure as Temporal stores it: its type is the stable code, its message the sentence.
 
-    A local try does not wait as long as it was asked to: the visible one does, where operators see it.
+    A local try ignores the requested retry delay. The visible activity waits that long, where operators see it.
     """
     delay = None if activity.info().is_local else failure.retry_after_seconds
     return ApplicationError(
@@ -143,9 +143,9 @@ def as_application_error(failure: OutsideFailure) -> ApplicationError:
 
 
 def request_limit_seconds(info: activity.Info) -> float:
-    """How long a request may take, so that it ends before the activity's time does.
+    """How long a request may take, so that it ends before the activity's time limit.
 
-    A local activity has `schedule_to_close` alone (pitfall 33); its clock is ours, so what is left of it is known.
+    A local activity has only `schedule_to_close` (pitfall 33). It runs on our clock, so the remaining time is known.
     """
     left = REQUEST_SECONDS
     if info.start_to_close_timeout is not None:

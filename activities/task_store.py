@@ -1,8 +1,8 @@
 """The task store as workflows call it: the claim of an id, facts, and what a run may have forgotten.
 
-A local try must never wait long for a PostgreSQL that hangs: it holds one of few slots while its workflow hears
-nothing (decision 3). So after a failure local tries fail at once for a while and the visible try, which
-costs nobody a slot that matters, finds out whether PostgreSQL is back.
+A local try must not wait long for a hanging PostgreSQL: it occupies one of few slots, and its workflow receives
+nothing meanwhile (decision 3). So after a failure local tries fail immediately for a while. The visible activity finds
+out whether PostgreSQL is back; it occupies no scarce slot.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from store import NotTheClaimant, StoreFailure, StoreUnavailable, TaskStore, Tas
 T = TypeVar("T")
 
 TRY_SECONDS: Final = 2.0
-"""How long one try may take: longer than the statement timeout, shorter than a local try's time."""
+"""Limit of one try: longer than the statement timeout, shorter than a local try's time."""
 BREAK_SECONDS: Final = 5.0
-"""For how long local tries fail at once after PostgreSQL could not be used."""
+"""After PostgreSQL could not be used, local tries fail immediately for this long."""
 
 
 class LocalBreaker:
-    """Whether local tries are worth making: no for `BREAK_SECONDS` after a failure, then one of them probes.
+    """A circuit breaker: after a failure it blocks local tries for `BREAK_SECONDS`, then lets one through as a probe.
 
-    Visible tries always go through; whichever try succeeds closes the breaker for all.
+    Visible activities always go through. Any success closes the breaker.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,7 +41,7 @@ class LocalBreaker:
         self._open_until = 0.0
 
     def lets_through(self) -> bool:
-        """Whether a local try may be made now; the first after the pause is the probe, the rest wait on it."""
+        """Whether a local try may run now. The first after the pause is the probe; the others wait for its result."""
         now = self._clock()
         if now < self._open_until:
             return False
@@ -57,10 +57,10 @@ class LocalBreaker:
 
 
 class TaskStoreActivities:
-    """Claim, write, look. A write may be repeated and may land late: facts are keyed (contract §6)."""
+    """Claim, write, look. A write may be repeated and may land late: facts have keys (contract §6)."""
 
     def __init__(self, store: TaskStore, policy_of: Callable[[TaskClaim], Policy]) -> None:
-        """`policy_of` reads the worker's settings: prices and limits are no input (contract §5)."""
+        """`policy_of` reads the worker's settings: prices and limits are not part of the input (contract §5)."""
         self._store = store
         self._policy_of = policy_of
         self._breaker = LocalBreaker()
@@ -81,26 +81,26 @@ class TaskStoreActivities:
         """Write row, events and exception records. Raises ApplicationError.
 
         Type `task_exists`, not retried: another run holds the id. `internal`, not retried: the store has no such
-        task, or refuses the values. `internal`, retried: PostgreSQL cannot be used now.
+        task, or rejects the values. `internal`, retried: PostgreSQL cannot be used now.
         """
         run = acting_run(write.task_id, write.first_execution_run_id, write.run_number)
         await self._tried(self._store.write(write, run, within_seconds=self._limit()))
 
     @activity.defn
     async def look(self, order: LookOrder) -> RowSeen:
-        """What the task's row knows beyond the run that asks. Raises ApplicationError `internal`, retried."""
+        """What the task's row knows beyond the calling run. Raises ApplicationError `internal`, retried."""
         run = acting_run(order.task_id, order.first_execution_run_id, order.run_number)
         if run is None:
-            raise ApplicationError("Only a task's own run asks.", type=FailureCode.INTERNAL.value, non_retryable=True)
+            raise ApplicationError("Only the task's run may look.", type=FailureCode.INTERNAL.value, non_retryable=True)
         return await self._tried(self._store.look(run, within_seconds=self._limit()))
 
     def _limit(self) -> float:
-        """Seconds for this try. Raises ApplicationError at once when local tries are not worth making."""
+        """Seconds for this try. Raises ApplicationError if the breaker blocks local tries."""
         info = activity.info()
         if info.is_local and not self._breaker.lets_through():
             raise ApplicationError(
                 f"PostgreSQL at {self._store.address} could not be used a moment ago, so this write is not tried "
-                "locally: it goes on as an activity of its own, repeated until it lands.",
+                "locally: it continues as a normal activity, repeated until it succeeds.",
                 type=FailureCode.INTERNAL.value,
             )
         return min(TRY_SECONDS, request_limit_seconds(info))
@@ -119,7 +119,7 @@ class TaskStoreActivities:
 
 
 def _code_of(failure: StoreFailure) -> FailureCode:
-    """The stable code of a failure that trying again cannot mend."""
+    """The stable code of a failure that a retry cannot fix."""
     match failure:
         case NotTheClaimant():
             return FailureCode.TASK_EXISTS

@@ -17,7 +17,7 @@ MIN_SECRET_BYTES: Final = 32
 
 
 class TokenMaker(Protocol):
-    """Gives the bearer token of one call: it names a tenant, a user and the one scope that the call needs."""
+    """Returns the bearer token of one call: it names a tenant, a user and the one scope that the call needs."""
 
     def __call__(self, *, tenant_id: str, user_id: str, scope: Scope) -> str: ...
 
@@ -26,7 +26,7 @@ class TokenMaker(Protocol):
 class SignedTokens:
     """HS256 JWTs, valid 5 minutes. Raises ValueError for a secret of fewer than 32 bytes.
 
-    `iat` lies 30 s back, so that a service whose clock is a little behind does not refuse the token as of tomorrow.
+    `iat` is set 30 s back, so that a service whose clock is a little slow accepts the token.
     """
 
     secret: str = field(repr=False)
@@ -41,7 +41,7 @@ class SignedTokens:
         return self.with_scopes(tenant_id=tenant_id, user_id=user_id, scopes=(scope,))
 
     def with_scopes(self, *, tenant_id: str, user_id: str, scopes: Collection[Scope]) -> str:
-        """A token of several scopes, or of none."""
+        """A token with several scopes, or with none."""
         now = int(time.time())
         claims = {
             "iss": self.issuer,
@@ -57,7 +57,7 @@ class SignedTokens:
 
 @dataclass(frozen=True)
 class ServiceToken:
-    """The same token for every call, where a service takes only that. Raises ValueError for one no header can hold."""
+    """One static token for every call, if a service accepts only that. Raises ValueError if no header can hold it."""
 
     token: str = field(repr=False)
 

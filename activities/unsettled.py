@@ -1,4 +1,4 @@
-"""Tasks whose settlement is unknown, as the reconciler finds them in the task store and corrects them."""
+"""Tasks whose settlement is unknown: the reconciler takes them from the task store and corrects them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ TAKEN_AT_ONCE: Final = 50
 
 
 class UnsettledActivities:
-    """Each may be repeated: what was taken comes again when it is due, what was corrected is not corrected again."""
+    """Each may be repeated: a taken task is returned again once it is due, and a correction is made once."""
 
     def __init__(self, store: TaskStore) -> None:
         self._store = store
 
     @activity.defn
     async def take_unsettled(self, look: UnsettledLook) -> list[UnsettledTask]:
-        """Some tasks whose ledger is due to be looked at. Raises ApplicationError `internal`, retried."""
+        """Some tasks whose ledger is due for a check. Raises ApplicationError `internal`, retried."""
         try:
             return await to_its_end(
                 self._store.take_unsettled(every=timedelta(seconds=look.every_seconds), limit=TAKEN_AT_ONCE)
