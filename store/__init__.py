@@ -1,16 +1,16 @@
 """The task store: PostgreSQL through SQLAlchemy 2 and asyncpg.
 
-failures.py      what can go wrong, as one tree
-database.py      engine, limits, and the one place where driver errors become failures
-tables.py        the tables; migrations/ makes them
+failures.py      every failure, as one tree
+database.py      engine, limits, and the one place that maps driver errors to failures
+tables.py        the tables; migrations/ creates them
 fact_rules.py    which facts become events (contract §6), as a pure function
 lives.py         which run of a task acts, and what it may not know of the runs before it
 tasks.py         claim, write (row + events + exceptions + NOTIFY in one transaction), log lines
 reads.py         tasks, events, training log, exceptions
-stream_reads.py  heads of tasks, events of many tasks at once
-listener.py      one LISTEN connection: who wrote what
+stream_reads.py  heads of tasks, events of many tasks together
+listener.py      one LISTEN connection: which task was written
 home.py          which Temporal namespace the store belongs to
-unseen.py        open tasks whose run could not be looked at
+unseen.py        open tasks whose run could not be checked
 unsettled.py     ended tasks whose settlement is unknown: taken, corrected
 upkeep.py        purge, the state of the queues
 cursors.py       opaque positions

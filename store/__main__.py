@@ -1,6 +1,6 @@
 """`python -m store`: the tables of the configured database.
 
-Bring them up to date, say which Temporal namespace they belong to, purge what is older than the retention.
+Migrate them, bind them to a Temporal namespace, purge what is older than the retention.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ def _settings() -> tuple[Settings, str]:
     try:
         settings = Settings()
     except ValidationError as error:
-        raise typer.BadParameter(f"A setting is wrong: {'; '.join(sentences_of(error))}.") from None
+        raise typer.BadParameter(f"A setting is invalid: {'; '.join(sentences_of(error))}.") from None
     if settings.database_dsn is None:
         raise typer.BadParameter(
-            "No database is set: give COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://user:password@host:port/database."
+            "No database is set: set COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://user:password@host:port/database."
         )
     return settings, settings.database_dsn.get_secret_value()
 
 
 @app.command("migrate")
-def migrate_command(revision: Annotated[str, typer.Argument(help="The revision to reach.")] = "head") -> None:
-    """Bring the tables forward; safe to repeat."""
+def migrate_command(revision: Annotated[str, typer.Argument(help="The revision to migrate to.")] = "head") -> None:
+    """Migrate the tables forward. Safe to repeat."""
     _run(_settings()[1], revision, forwards=True)
 
 
 @app.command("revert")
 def revert_command(revision: Annotated[str, typer.Argument(help="The revision to go back to, e.g. base.")]) -> None:
-    """Take the tables back. What they hold is lost."""
+    """Migrate the tables back. Their data is lost."""
     _run(_settings()[1], revision, forwards=False)
 
 
@@ -52,10 +52,10 @@ def revert_command(revision: Annotated[str, typer.Argument(help="The revision to
 def bind_command(
     namespace: Annotated[str, typer.Option(help="The Temporal namespace that the tasks run in.")],
 ) -> None:
-    """Say which Temporal namespace the store belongs to, whatever it belonged to before.
+    """Bind the store to a Temporal namespace, even if it belonged to another one.
 
-    Only for a store whose tasks really run there, say after a move: the reconciler gives back every open task that the
-    namespace does not know. Stop workers and gateways of the other namespace first.
+    Use it only if the store's tasks really run there, for example after a move: the reconciler gives back every open
+    task that the namespace does not know. Stop workers and gateways of the other namespace first.
     """
     dsn = _settings()[1]
     try:
@@ -64,15 +64,15 @@ def bind_command(
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     was = f"it belonged to {before}" if before else "it was not bound before"
-    typer.echo(f"The task store at {address_of(dsn)} belongs to Temporal namespace {namespace!r} now; {was}.")
+    typer.echo(f"The task store at {address_of(dsn)} now belongs to Temporal namespace {namespace!r}; {was}.")
 
 
 async def _bind(dsn: str, namespace: str) -> StoreHome | None:
-    """What it was bound to before. The first process that starts in the namespace adds the namespace's id."""
+    """The previous binding. The first process that starts in the namespace adds the namespace's id."""
     store = TaskStore(dsn, pool_size=1)
     try:
         before = await store.home()
-        await store.bind_anew(StoreHome(namespace=namespace))
+        await store.rebind(StoreHome(namespace=namespace))
         return before
     finally:
         await store.close()
@@ -80,9 +80,9 @@ async def _bind(dsn: str, namespace: str) -> StoreHome | None:
 
 @app.command("purge")
 def purge_command() -> None:
-    """Delete tasks that ended longer ago than RETENTION_DAYS, with events and logs; safe to repeat, also at once.
+    """Delete tasks that ended longer ago than RETENTION_DAYS, with events and logs. Safe to repeat.
 
-    The claims of their ids stay: no id is ever used twice.
+    The claims of their ids are kept: no id is ever used twice.
     """
     settings, dsn = _settings()
     before = datetime.now(UTC) - timedelta(days=settings.retention_days)
@@ -95,7 +95,7 @@ def purge_command() -> None:
 
 
 async def _purge(dsn: str, before: datetime) -> int:
-    """In many short transactions, so that nobody waits for it."""
+    """In many short transactions, so that other processes do not wait for it."""
     store, total = TaskStore(dsn, pool_size=1), 0
     try:
         while not (step := await store.purge(before)).is_done:
@@ -111,7 +111,7 @@ def _run(dsn: str, revision: str, *, forwards: bool) -> None:
     except (StoreUnavailable, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"The tables at {address_of(dsn)} stand at {revision}.")
+    typer.echo(f"The tables at {address_of(dsn)} are at revision {revision}.")
 
 
 if __name__ == "__main__":

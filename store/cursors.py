@@ -1,4 +1,4 @@
-"""Opaque positions: where to go on reading. Never a global counter: commits overtake each other (pitfall 28)."""
+"""Opaque positions to continue reading from. Never a global counter: transactions commit out of order (pitfall 28)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MAX_LENGTH = 512
 
 
 class CursorInvalid(ValueError):
-    """The text is no cursor that this store gave."""
+    """The text is not a cursor of this store."""
 
 
 def _packed(*parts: str) -> str:
@@ -26,7 +26,7 @@ def _unpacked(cursor: str, kind: str, count: int) -> list[str]:
         if found != kind or len(parts) != count:
             raise ValueError
     except (ValueError, binascii.Error):
-        raise CursorInvalid("This cursor was not given by this service: leave it out to read from the start.") from None
+        raise CursorInvalid("This cursor is not from this service: leave it out to read from the start.") from None
     return parts
 
 
@@ -36,7 +36,7 @@ def event_cursor(task_id: str, seq: int) -> str:
 
 
 def seq_of_cursor(cursor: str, task_id: str) -> int:
-    """The `seq` after which to go on in this task's events. Raises CursorInvalid."""
+    """The `seq` after which to continue in this task's events. Raises CursorInvalid."""
     owner, seq = _unpacked(cursor, "e", 2)
     if owner != task_id or not (seq.isascii() and seq.isdigit() and len(seq) < 19):
         raise CursorInvalid("This cursor belongs to another task: leave it out to read from the start.")
@@ -49,12 +49,12 @@ def list_cursor(created_at: datetime, task_id: str) -> str:
 
 
 def place_of_cursor(cursor: str) -> tuple[datetime, str]:
-    """The creation instant and id after which to go on in the list. Raises CursorInvalid."""
+    """The creation time and id after which to continue in the list. Raises CursorInvalid."""
     created_at, task_id = _unpacked(cursor, "l", 2)
     try:
         instant = datetime.fromisoformat(created_at)
     except ValueError:
-        raise CursorInvalid("This cursor was not given by this service: leave it out.") from None
+        raise CursorInvalid("This cursor is not from this service: leave it out.") from None
     if instant.tzinfo is None:
-        raise CursorInvalid("This cursor was not given by this service: leave it out.")
+        raise CursorInvalid("This cursor is not from this service: leave it out.")
     return instant, task_id

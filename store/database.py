@@ -1,11 +1,11 @@
 """The connection to PostgreSQL: engine, time limits, and driver errors as failures.
 
 Departures from the usual
-1. Work that outlives its limit is answered with `StoreUnavailable` at once but left to end by itself. Cancelling it
-   would make the driver wait for a server that hangs, and hold the caller for seconds; everything written here may
-   be repeated, so a write that lands after all does no harm.
-2. No ping before use: it would cost every write a round trip. A pooled connection that the server has closed shows
-   at first use and the work is done once more on a new one.
+1. Work that exceeds its limit fails with `StoreUnavailable` immediately but is left to end by itself. Cancelling it
+   would make the driver wait for a hanging server and block the caller for seconds. All work here may be repeated, so
+   a write that lands late does no harm.
+2. No ping before use: it would cost every write a round trip. A pooled connection that the server has closed fails
+   at first use, and the work is repeated once on a new one.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ T = TypeVar("T")
 STATEMENT_TIMEOUT_SECONDS: Final = 1.5
 CONNECT_SECONDS: Final = 1.5
 WORK_SECONDS: Final = 2.0
-"""How long one piece of work may take in all, unless its caller says less."""
+"""Limit for one piece of work, unless its caller sets a lower one."""
 POOL_SIZE: Final = 5
 
 DRIVER_ERRORS: Final = (
     SQLAlchemyError,
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
-    # What the driver makes of a server's farewell that comes between two of its own messages.
+    # asyncpg raises it if the server closes the connection between two of its own messages.
     asyncpg.InternalClientError,
     OSError,
     TimeoutError,
@@ -44,7 +44,7 @@ _MISSING_TABLE: Final = "42P01"
 
 
 def address_of(dsn: str) -> str:
-    """Host, port and database of a DSN, for people: without user and password. Raises ValueError."""
+    """Host, port and database of a DSN, to display: without user and password. Raises ValueError."""
     try:
         url = make_url(dsn)
     except (SQLAlchemyError, ValueError):
@@ -56,7 +56,7 @@ def address_of(dsn: str) -> str:
 
 
 class Database:
-    """A small pool of connections to one PostgreSQL database; opens none before it is used."""
+    """A small pool of connections to one PostgreSQL database. It opens none before the first use."""
 
     def __init__(self, dsn: str, *, pool_size: int = POOL_SIZE) -> None:
         """`dsn` is libpq's: `postgresql://user:password@host:port/database?sslmode=…`. Raises ValueError."""
@@ -81,7 +81,7 @@ class Database:
             server_settings={
                 "application_name": "comfyui-temporal",
                 "statement_timeout": milliseconds,
-                # A client that vanished in mid-transaction must not keep a task's row locked.
+                # A client that vanished during a transaction must not keep a task's row locked.
                 "idle_in_transaction_session_timeout": "5000",
             },
         )
@@ -89,7 +89,7 @@ class Database:
     async def transaction(
         self, work: Callable[[AsyncConnection], Awaitable[T]], *, doing: str, within_seconds: float = WORK_SECONDS
     ) -> T:
-        """Do `work` in one transaction. `doing` says in failures what was tried. Raises StoreFailure."""
+        """Do `work` in one transaction. `doing` describes it in failures. Raises StoreFailure."""
 
         async def once() -> T:
             async with self._engine.begin() as connection:
@@ -109,7 +109,7 @@ class Database:
         return await self._bounded(once, doing, within_seconds)
 
     async def close(self) -> None:
-        """Wait for what still runs, then close every connection."""
+        """Wait for work that still runs, then close every connection."""
         if self._outliving:
             await asyncio.wait(self._outliving)
         await self._engine.dispose()
@@ -126,7 +126,7 @@ class Database:
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._outliving.discard(task)
         if not task.cancelled():
-            task.exception()  # marks it as seen: whoever gave up waiting has answered already
+            task.exception()  # marks it as retrieved: the caller timed out and has its failure already
 
     async def _mapped(self, once: Callable[[], Awaitable[T]], doing: str) -> T:
         try:
@@ -145,14 +145,14 @@ class Database:
         cause = error.orig if isinstance(error, DBAPIError) else error
         state = str(getattr(cause, "sqlstate", None) or "")
         if state[:2] in _REFUSED_CLASSES:
-            # The driver's text may quote the values, which may be a caller's: only their kind is told.
+            # The driver's text may quote values, which may be a caller's: only the error's kind is reported.
             raise WriteRefused(
-                f"PostgreSQL at {self.address} refused the values while {doing} (SQLSTATE {state}): "
+                f"PostgreSQL at {self.address} rejected the values while {doing} (SQLSTATE {state}): "
                 "this is a defect; report it."
             ) from None
         if state == _MISSING_TABLE:
             raise StoreUnavailable(
-                f"PostgreSQL at {self.address} lacks the task store's tables, noticed while {doing}: "
+                f"PostgreSQL at {self.address} has no task store tables, noticed while {doing}: "
                 "run `python -m store migrate`."
             ) from None
         reason = f"{type(cause).__name__}{f' (SQLSTATE {state})' if state else ''}"
@@ -161,5 +161,5 @@ class Database:
     def _sentence(self, doing: str, reason: str) -> str:
         return (
             f"PostgreSQL at {self.address} could not be used while {doing}: {reason}. "
-            "Check that it runs and can be reached; the write is repeated until it lands."
+            "Check that it runs and can be reached; the write is repeated until it succeeds."
         )

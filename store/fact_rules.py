@@ -1,4 +1,4 @@
-"""Which facts become events, and under which number (contract §6): a pure function, so that it can be proved."""
+"""Which facts become events, and with which number (contract §6): a pure function, so that it can be proved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from comfyui_temporal.contracts.task_store import Fact
 
 @dataclass
 class WrittenSoFar:
-    """What is known of a task's earlier facts, read under the lock on its row."""
+    """What is known of a task's earlier facts, read while the row is locked."""
 
     last_seq: int
     has_ended: bool
@@ -19,12 +19,12 @@ class WrittenSoFar:
     attempt: int = 1
     stage: str | None = None
     progress: float = 0.0
-    """What the row tells of the present attempt and stage, in percent."""
-    told: dict[tuple[int, str | None], float] = field(default_factory=dict)
-    """Attempt and stage → the most that was told of it. Given where the run was reset: it goes through them again."""
+    """The progress in the row for the current attempt and stage, in percent."""
+    published: dict[tuple[int, str | None], float] = field(default_factory=dict)
+    """Attempt and stage → the highest published progress. Set after a reset: the run goes through them again."""
 
     def take(self, facts: Iterable[Fact], known_keys: Collection[str]) -> list[tuple[int, Fact]]:
-        """The facts to write with their `seq`, in order; what is known, outdated or after the end is left out."""
+        """The facts to write with their `seq`, in order; known, outdated and late facts are left out."""
         known = set(known_keys)
         taken: list[tuple[int, Fact]] = []
         for fact in facts:
@@ -41,7 +41,7 @@ class WrittenSoFar:
         return taken
 
     def are_newer(self, facts: Iterable[Fact]) -> bool:
-        """Whether each tells more of its job than was ever written, under the key that says so: none can be known."""
+        """Whether every fact is newer than all that was written of its job, so that no key needs a lookup."""
         return all(
             fact.job_id is not None
             and fact.sequence is not None
@@ -51,13 +51,13 @@ class WrittenSoFar:
         )
 
     def reached(self, attempt: int, stage: str | None, progress: float) -> float:
-        """The progress to tell: never less than was told of this attempt and stage.
+        """The progress to publish: never less than was published of this attempt and stage.
 
-        A run may be thrown back behind what it has told, and then end before it gets there again.
+        A reset run may end before it reaches again what it has published.
         """
         if (attempt, stage) == (self.attempt, self.stage):
             progress = max(progress, self.progress)
-        progress = max(progress, self.told.get((attempt, stage), progress))
+        progress = max(progress, self.published.get((attempt, stage), progress))
         self.attempt, self.stage, self.progress = attempt, stage, progress
         return progress
 

@@ -1,21 +1,21 @@
-"""What can go wrong with the task store.
+"""Failures of the task store.
 
 StoreFailure          a sentence that names the address, what was tried and what to do
-├── StoreUnavailable  silence, no connection, a time limit, missing tables: try again
+├── StoreUnavailable  no answer, no connection, a time limit, missing tables: try again
 ├── NotTheClaimant    a run writes to a task that another run claimed: never try again
-├── TaskUnknown       no row of that task
-└── WriteRefused      PostgreSQL refuses the values themselves: a defect, trying again cannot help
+├── TaskUnknown       the task has no row
+└── WriteRefused      PostgreSQL rejects the values themselves: a defect, a retry cannot help
 """
 
 from __future__ import annotations
 
 
 class StoreFailure(Exception):
-    """Any failure of the task store; `str()` of it is a sentence for people, without secrets."""
+    """Any failure of the task store. `str()` of it is a sentence to display, without secrets."""
 
 
 class StoreUnavailable(StoreFailure):
-    """PostgreSQL cannot do it now; everything that the store does may be repeated."""
+    """PostgreSQL cannot be used now. All work of the store may be repeated."""
 
 
 class NotTheClaimant(StoreFailure):
@@ -23,8 +23,8 @@ class NotTheClaimant(StoreFailure):
 
 
 class TaskUnknown(StoreFailure):
-    """The store has no such task."""
+    """The store does not have the task."""
 
 
 class WriteRefused(StoreFailure):
-    """PostgreSQL refuses the values."""
+    """PostgreSQL rejects the values."""

@@ -1,4 +1,4 @@
-"""Which Temporal namespace a store belongs to: by any other one every task in it would look vanished."""
+"""Which Temporal namespace a store belongs to. In any other namespace all of its tasks would look vanished."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from store.tables import store_home
 
 
 class StoreHome(OwnModel):
-    """A Temporal namespace. `namespace_id` is the server's own id of it; None where it is not known.
+    """A Temporal namespace. `namespace_id` is the server's own id of it; None if it is not known.
 
     Two servers may both have a namespace `default`; their ids differ.
     """
@@ -22,7 +22,7 @@ class StoreHome(OwnModel):
     namespace_id: str | None = None
 
     def is_same(self, other: StoreHome) -> bool:
-        """By name, and by id where both are known."""
+        """By name, and by id if both are known."""
         ids = {self.namespace_id, other.namespace_id} - {None}
         return self.namespace == other.namespace and len(ids) < 2
 
@@ -39,10 +39,10 @@ async def home(connection: AsyncConnection) -> StoreHome | None:
 
 
 async def bind(connection: AsyncConnection, wanted: StoreHome) -> StoreHome:
-    """Bind a store that belongs to nobody yet; whom it belongs to now, which may be another."""
+    """Bind a store that is not bound yet. Returns the binding that it has now, which may be another one."""
     await connection.execute(_inserted(wanted).on_conflict_do_nothing())
     if wanted.namespace_id is not None:
-        # Bound by name alone before: the first process that runs in this namespace tells its id.
+        # It was bound by name alone: the first process that runs in this namespace adds its id.
         await connection.execute(
             update(store_home)
             .where(store_home.c.namespace == wanted.namespace, store_home.c.namespace_id.is_(None))
@@ -53,8 +53,8 @@ async def bind(connection: AsyncConnection, wanted: StoreHome) -> StoreHome:
     return bound
 
 
-async def bind_anew(connection: AsyncConnection, wanted: StoreHome) -> None:
-    """Bind the store, whoever it belonged to."""
+async def rebind(connection: AsyncConnection, wanted: StoreHome) -> None:
+    """Bind the store, even if it was bound before."""
     row = _inserted(wanted)
     values = {name: row.excluded[name] for name in ("namespace", "namespace_id", "bound_at")}
     await connection.execute(row.on_conflict_do_update(index_elements=["only_one"], set_=values))

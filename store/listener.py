@@ -1,8 +1,8 @@
-"""One LISTEN connection: who wrote what, as it is committed (pitfall 28).
+"""One LISTEN connection: which task was written, as soon as the write is committed (pitfall 28).
 
-PostgreSQL delivers no notification to a connection that is gone, and says nothing of it to one that hangs. So the
-connection is asked for a sign of life, made anew when there is none, and whoever listens is told each time that
-notifications may have been missed.
+PostgreSQL delivers no notification to a closed connection, and a hanging one gives no error. So the connection is
+checked regularly and replaced if it does not answer. After each new start the listener reports that notifications
+may have been missed.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ LAST_RETRY_SECONDS: Final = 1.0
 
 
 class EventListener:
-    """Tells `told(task_id, seq)` for each write, and `resumed()` when it begins to listen, each time anew."""
+    """Calls `written(task_id, seq)` for each write, and `resumed()` each time that it starts to listen."""
 
     def __init__(
-        self, dsn: str, address: str, *, told: Callable[[str, int], None], resumed: Callable[[], None]
+        self, dsn: str, address: str, *, written: Callable[[str, int], None], resumed: Callable[[], None]
     ) -> None:
         self._dsn = dsn
         self._address = address
-        self._told = told
+        self._written = written
         self._resumed = resumed
         self.is_listening = False
 
@@ -65,7 +65,7 @@ class EventListener:
                 connection.terminate()
 
     async def _listen(self, connection: asyncpg.Connection[Any]) -> None:
-        """Until the connection gives no sign of life."""
+        """Return when the connection no longer answers."""
         ended = asyncio.Event()
         connection.add_termination_listener(lambda _connection: ended.set())
         await asyncio.wait_for(connection.add_listener(EVENTS_CHANNEL, self._notified), ANSWER_SECONDS)
@@ -80,7 +80,7 @@ class EventListener:
     def _notified(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
         task_id, _, seq = str(payload).rpartition(":")
         if task_id and seq.isascii() and seq.isdigit():
-            self._told(task_id, int(seq))
+            self._written(task_id, int(seq))
 
     def _warn(self, event: str, error: Exception) -> None:
         log.warning(event, database=self._address, reason=type(error).__name__)

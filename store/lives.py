@@ -3,9 +3,9 @@
     the run that is registered          nothing changes
     a run that was registered before    nothing changes: it was superseded
     a higher run number                 the run continued as new: the new one takes over
-    anything else                       the run was reset: the new one takes over, and `lives` rises
+    anything else                       the run was reset: the new one takes over, and `lives` increases
 
-Taking over after a reset sets the row's version back: from then on the new run's state counts, not the forgotten one's.
+A take-over after a reset also resets the row's version: from then on the new run's state counts, not the old run's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from store import reads
 from store.tables import task_events, tasks
 
 MOST_EARLIER_RUNS: Final = 200
-"""Of the runs that were superseded the newest so many are remembered: only their late writes need to be told apart."""
+"""This many superseded runs are remembered, the newest ones: only their late writes must be recognised."""
 
 IS_EARLIER: Final = (bindparam("run", type_=Text) == any_(tasks.c.earlier_run_ids)).label("is_earlier")
 STANDING: Final = (
@@ -33,20 +33,20 @@ STANDING: Final = (
     tasks.c.ended_at,
     tasks.c.given_back_by,
 )
-"""What `take_over` and `life_of` need of a row; `IS_EARLIER` beside it, with the parameter `run`."""
+"""The columns that `take_over` and `life_of` need, with `IS_EARLIER` and its parameter `run`."""
 _SEEN: Final = select(*STANDING, IS_EARLIER).where(tasks.c.task_id == bindparam("task"))
 _LOCKED: Final = _SEEN.with_for_update(key_share=True)
 _NEWEST_EARLIER: Final = func.array_prepend(tasks.c.run_id, tasks.c.earlier_run_ids, type_=ARRAY(Text))[
     1:MOST_EARLIER_RUNS
 ]
-_TOLD_POINTS: Final = select(func.sum(task_events.c.credits_delta)).where(task_events.c.task_id == bindparam("task"))
+_POINTS: Final = select(func.sum(task_events.c.credits_delta)).where(task_events.c.task_id == bindparam("task"))
 _LIFE_SECONDS: Final = select(func.extract("epoch", func.now() - tasks.c.life_began_at)).where(
     tasks.c.task_id == bindparam("task")
 )
 
 
 async def seen(connection: AsyncConnection, run: TaskRun) -> EarlierLife | None:
-    """What the row knows beyond `run`; None where `run` is to be registered first."""
+    """What the row knows beyond `run`; None if `run` must be registered first."""
     row = (await connection.execute(_SEEN, {"task": run.task_id, "run": run.run_id})).one_or_none()
     if row is None:
         return EarlierLife(is_row_missing=True)
@@ -54,7 +54,7 @@ async def seen(connection: AsyncConnection, run: TaskRun) -> EarlierLife | None:
 
 
 async def register(connection: AsyncConnection, run: TaskRun) -> EarlierLife:
-    """Make `run` the one that acts, unless it was superseded; what the row knows beyond it."""
+    """Make `run` the acting run, unless it was superseded. Returns what the row knows beyond it."""
     row = (await connection.execute(_LOCKED, {"task": run.task_id, "run": run.run_id})).one_or_none()
     if row is None:
         return EarlierLife(is_row_missing=True)
@@ -62,7 +62,7 @@ async def register(connection: AsyncConnection, run: TaskRun) -> EarlierLife:
 
 
 async def taken_over(connection: AsyncConnection, row: Row[*tuple[Any, ...]], run: TaskRun) -> dict[str, Any]:
-    """Make `run` the one that acts, where it is to be; the columns that were set. `row` is locked."""
+    """Make `run` the acting run if it is newer. Returns the columns that were set. `row` is locked."""
     changes = take_over(row, run)
     if changes:
         statement = update(tasks).where(tasks.c.task_id == run.task_id).values(**changes, updated_at=func.now())
@@ -73,13 +73,13 @@ async def taken_over(connection: AsyncConnection, row: Row[*tuple[Any, ...]], ru
 async def note_older_row(
     connection: AsyncConnection, row: Row[*tuple[Any, ...]], run: TaskRun, *, written: int
 ) -> None:
-    """A row that is older than what the run has had written comes from a backup: what it tells is not the whole."""
+    """Mark a row that is older than the run's own writes: it comes from a backup and is incomplete."""
     if row.run_id == run.run_id and row.ended_at is None and row.version < written and not row.lives:
         await connection.execute(update(tasks).where(tasks.c.task_id == run.task_id).values(lives=1))
 
 
 def take_over(row: Row[*tuple[Any, ...]], run: TaskRun) -> dict[str, Any]:
-    """The columns to set so that `run` is the one that acts; none where it is, or may not be."""
+    """The columns that make `run` the acting run; none if it acts already, or may not."""
     if is_anothers(row, run) or row.ended_at is not None or row.run_id == run.run_id or row.is_earlier:
         return {}
     changes: dict[str, Any] = {"run_id": run.run_id, "run_number": run.run_number}
@@ -92,7 +92,7 @@ def take_over(row: Row[*tuple[Any, ...]], run: TaskRun) -> dict[str, Any]:
 
 
 def is_anothers(row: Row[*tuple[Any, ...]], run: TaskRun) -> bool:
-    """Whether the task is that of another chain of runs."""
+    """Whether the task belongs to another chain of runs."""
     return run.first_execution_run_id not in (None, row.first_execution_run_id)
 
 
@@ -106,23 +106,23 @@ def life_of(row: Row[*tuple[Any, ...]], run: TaskRun, changes: dict[str, Any] | 
 
 
 async def look(connection: AsyncConnection, run: TaskRun) -> RowSeen:
-    """Register `run`, and the whole row as it is then."""
+    """Register `run` and return the whole row."""
     life = await register(connection, run)
     return RowSeen(
         life=life,
         row=await reads.task(connection, run.task_id),
-        told_points=await told_points(connection, run.task_id),
+        told_points=await published_points(connection, run.task_id),
         life_seconds=await connection.scalar(_LIFE_SECONDS, {"task": run.task_id}),
     )
 
 
-async def told_points(connection: AsyncConnection, task_id: str) -> int:
-    """The sum of what a task's events tell of points."""
-    return int(await connection.scalar(_TOLD_POINTS, {"task": task_id}) or 0)
+async def published_points(connection: AsyncConnection, task_id: str) -> int:
+    """The sum of the points in a task's events."""
+    return int(await connection.scalar(_POINTS, {"task": task_id}) or 0)
 
 
 async def note_made(connection: AsyncConnection, task_id: str, *, column: str, made: str) -> bool:
-    """Add an id to `hold_ids` or `job_ids`; whether it was there already."""
+    """Add an id to `hold_ids` or `job_ids`. Returns whether it was there already."""
     lists = tasks.c[column]
     added = await connection.execute(
         update(tasks)
@@ -134,7 +134,7 @@ async def note_made(connection: AsyncConnection, task_id: str, *, column: str, m
 
 
 async def claim_give_back(connection: AsyncConnection, task_id: str, *, by: str, found_run: str | None) -> bool:
-    """Whether the row is `by`'s to give back: it is open, and the run that acts is still `found_run`."""
+    """Whether `by` may give the row back: it is open, and the acting run is still `found_run`."""
     claimed = await connection.execute(
         update(tasks)
         .where(

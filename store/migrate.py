@@ -1,6 +1,6 @@
-"""Bring a database's tables to a revision, forwards or back; callable, and the work behind `python -m store`.
+"""Migrate a database's tables to a revision, forwards or back. `python -m store` calls it.
 
-Alembic is imported where it is used: every process loads this package, few migrate, and it takes half a second.
+Alembic is imported inside functions: every process loads this package, few migrate, and the import takes half a second.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
 CONNECT_SECONDS: Final = 5.0
 _LOCK_KEY: Final = 7_265_481
-"""Any number: two processes that migrate at once take turns."""
+"""An arbitrary lock number: two processes that migrate concurrently take turns."""
 
 
 async def migrate(dsn: str, *, revision: str = "head") -> None:
-    """Bring the tables forward to `revision`; what is there already is left alone. Raises StoreUnavailable."""
+    """Migrate the tables forward to `revision`; up-to-date tables stay as they are. Raises StoreUnavailable."""
     from alembic import command
 
     await _run(dsn, lambda config: command.upgrade(config, revision))
 
 
 async def revert(dsn: str, *, revision: str) -> None:
-    """Take the tables back to `revision` (`base`: none are left). Loses what they hold. Raises StoreUnavailable."""
+    """Migrate the tables back to `revision` (`base`: remove all). Their data is lost. Raises StoreUnavailable."""
     from alembic import command
 
     await _run(dsn, lambda config: command.downgrade(config, revision))
 
 
 def _configuration(connection: Connection) -> Config:
-    """Alembic's configuration; it needs no file."""
+    """Alembic's configuration, without a file."""
     from alembic.config import Config
 
     config = Config()
@@ -68,7 +68,7 @@ async def _run(dsn: str, step: Callable[[Config], None]) -> None:
     except (OSError, TimeoutError, asyncpg.PostgresError, SQLAlchemyError) as error:
         cause = getattr(error, "orig", None) or error
         raise StoreUnavailable(
-            f"The tables of PostgreSQL at {address_of(dsn)} could not be brought up to date: "
+            f"The tables of PostgreSQL at {address_of(dsn)} could not be migrated: "
             f"{type(cause).__name__}: {cause}. Check that the server runs and that the user may create tables."
         ) from error
     finally:

@@ -1,7 +1,7 @@
-"""A task store belongs to one Temporal namespace: by any other, every task in it would look vanished and be given back.
+"""A task store belongs to one Temporal namespace. In any other, its tasks would look vanished and be given back.
 
-Whoever acts on both looks first. A store that was never bound is bound by the first process that starts on it, unless
-its open tasks run somewhere else. `python -m store bind` binds it anew.
+Every process that acts on both checks this first. The first process that starts on an unbound store binds it, unless
+its open tasks run somewhere else. `python -m store bind` binds it again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runtime.required_settings import CannotStart
 from store import StoreFailure, StoreHome, TaskStore
 
 FIRST_LOOK_SECONDS: Final = 2.0
-"""How long a start waits for the answer; where store or Temporal is away, it goes on and the look is repeated."""
+"""A start waits this long for the answer. If store or Temporal is away, it continues and repeats the check."""
 AGAIN_SECONDS: Final = 1.0
 RPC_TIMEOUT: Final = timedelta(seconds=3)
 OPEN_TASKS_LOOKED_AT: Final = 20
@@ -31,7 +31,7 @@ log = structlog.get_logger("store")
 
 
 async def home_of(client: Client) -> StoreHome:
-    """The client's namespace, with its id where we may read it. Raises RPCError."""
+    """The client's namespace, with its id if we may read it. Raises RPCError."""
     try:
         described = await client.workflow_service.describe_namespace(
             DescribeNamespaceRequest(namespace=client.namespace), timeout=RPC_TIMEOUT
@@ -44,9 +44,9 @@ async def home_of(client: Client) -> StoreHome:
 
 
 async def check_home(client: Client, store: TaskStore) -> None:
-    """Return where the store belongs to the client's namespace, from now on at the latest.
+    """Return if the store belongs to the client's namespace, and bind an unbound one.
 
-    Raises CannotStart where it belongs to another; StoreFailure or RPCError where that cannot be told now.
+    Raises CannotStart if it belongs to another; StoreFailure or RPCError if this cannot be decided now.
     """
     ours = await home_of(client)
     home = await store.home()
@@ -55,7 +55,7 @@ async def check_home(client: Client, store: TaskStore) -> None:
             raise CannotStart(
                 f"The task store at {store.address} has open tasks, and Temporal namespace {ours} knows none of them: "
                 f"they would be given back as vanished. Correct COMFYUI_TEMPORAL_TEMPORAL_NAMESPACE or "
-                f"COMFYUI_TEMPORAL_DATABASE_DSN, or say that it is so: {_bind(ours)}"
+                f"COMFYUI_TEMPORAL_DATABASE_DSN, or confirm it: {_bind(ours)}"
             )
         log.info("store_bound", database=store.address, namespace=ours.namespace)
     if home is None or home.namespace_id is None:
@@ -64,7 +64,7 @@ async def check_home(client: Client, store: TaskStore) -> None:
         raise CannotStart(
             f"The task store at {store.address} belongs to Temporal namespace {home}, and this process runs in {ours}: "
             "its tasks would be given back as vanished. Correct COMFYUI_TEMPORAL_TEMPORAL_NAMESPACE or "
-            f"COMFYUI_TEMPORAL_DATABASE_DSN, or bind the store anew: {_bind(ours)}"
+            f"COMFYUI_TEMPORAL_DATABASE_DSN, or bind the store again: {_bind(ours)}"
         )
 
 
@@ -73,7 +73,7 @@ def _bind(ours: StoreHome) -> str:
 
 
 async def _knows_open_tasks(client: Client, store: TaskStore) -> bool:
-    """Whether one of the store's oldest open tasks runs in the client's namespace, or there is none."""
+    """Whether one of the store's oldest open tasks runs in the client's namespace, or it has no open task."""
     page = await store.open_tasks(quiet_for=timedelta(0), limit=OPEN_TASKS_LOOKED_AT)
     for row in page.tasks:
         try:
@@ -87,7 +87,7 @@ async def _knows_open_tasks(client: Client, store: TaskStore) -> bool:
 
 
 async def until_at_home(client: Client, dsn: str) -> None:
-    """Repeat the look until store and Temporal tell. Raises CannotStart as `check_home`, and for a DSN that is none."""
+    """Repeat the check until store and Temporal answer. Raises CannotStart as `check_home`, and for an invalid DSN."""
     try:
         store = TaskStore(dsn, pool_size=1)
     except ValueError as error:
@@ -115,10 +115,10 @@ async def at_home(
     refused: Callable[[], object],
     then: Callable[[], Awaitable[None]] = _nothing,
 ) -> AsyncIterator[None]:
-    """Inside, the store belongs to the client's namespace, or nobody could tell yet: then the look goes on beside.
+    """Inside, the store belongs to the client's namespace, or the check could not decide yet and continues.
 
-    `then` runs once it is known; `refused` is called where the store turns out to be another's while work goes on
-    inside already. Raises CannotStart, at the start or at the end.
+    `then` runs once it is decided. `refused` is called if the store turns out to belong to another namespace after work
+    has begun inside. Raises CannotStart, at the start or at the end.
     """
 
     async def look() -> None:

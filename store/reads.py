@@ -1,4 +1,4 @@
-"""What is read. Every function takes a connection and gives contract models."""
+"""Read queries. Every function takes a connection and returns contract models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from store.tables import task_claims, task_events, task_exceptions, tasks, train
 
 
 class UnreadableRow(OwnModel):
-    """A task whose row this process cannot read, a newer one's perhaps; `reason` names fields, never a value."""
+    """A task whose row this process cannot read, maybe a newer one's. `reason` names fields, never a value."""
 
     task_id: str
     created_at: Instant
@@ -54,7 +54,7 @@ async def task_list(
     after: tuple[datetime, str] | None,
     limit: int,
 ) -> list[TaskRow]:
-    """Newest first; `after` is the creation instant and id of the last task that was read before."""
+    """Newest first. `after` is the creation time and id of the last task of the page before."""
     statement = select(tasks).order_by(tasks.c.created_at.desc(), tasks.c.task_id.desc()).limit(limit)
     if tenant_id is not None:
         statement = statement.where(tasks.c.tenant_id == tenant_id)
@@ -70,9 +70,9 @@ async def task_list(
 async def open_tasks(
     connection: AsyncConnection, *, quiet_for: timedelta, after: tuple[datetime, str] | None, limit: int
 ) -> list[TaskRow | UnreadableRow]:
-    """Tasks without an end that were not written to for a while; oldest first, `after` as in `task_list`.
+    """Tasks without an end and without a recent write; oldest first, `after` as in `task_list`.
 
-    A row that cannot be read hides none of the others.
+    An unreadable row hides none of the others.
     """
     statement = (
         select(tasks)

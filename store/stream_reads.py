@@ -1,4 +1,4 @@
-"""What streams read: heads of tasks, and the events of many tasks at once. Every function takes a connection."""
+"""What streams read: heads of tasks, and the events of many tasks together. Every function takes a connection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPEN: Final = (TaskStatus.QUEUED, TaskStatus.RUNNING)
 
 
 class TaskHead(OwnModel):
-    """How far a task has come: `last_seq` is its newest event's; a task that has ended gets no further ones."""
+    """How far a task has come: `last_seq` is its newest event's. An ended task gets no further events."""
 
     task_id: str
     tenant_id: str
@@ -72,12 +72,12 @@ _EVENTS_OF_EACH: Final = _events_of_each()
 
 
 async def heads(connection: AsyncConnection, task_ids: Sequence[str]) -> list[TaskHead]:
-    """Of the tasks that there are; in no order."""
+    """Of those tasks that exist, in no order."""
     return [_head(row) for row in await connection.execute(_HEADS_OF, {"ids": list(task_ids)})]
 
 
 async def recent_heads(connection: AsyncConnection, tenant_id: str, *, limit: int) -> list[TaskHead]:
-    """A tenant's tasks that are open or began within the last minute; the newest `limit` of them."""
+    """A tenant's tasks that are open or were created within the last minute; the newest `limit` of them."""
     return [_head(row) for row in await connection.execute(_RECENT_HEADS, {"tenant": tenant_id, "most": limit})]
 
 

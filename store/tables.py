@@ -1,4 +1,4 @@
-"""The tables. `migrations/` makes them; a test compares the two."""
+"""The tables. `migrations/` creates them; a test compares the two."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ tasks = Table(
     Index("tasks_queued", "priority", postgresql_where=text("status = 'queued'")),
     comment="One row a task; job_sequences: the newest sequence written of each job.",
 )
-"""`run_id` is the run that acts, `lives` how often it was reset, `hold_ids` and `job_ids` are those of every run."""
+"""`run_id` is the acting run, `lives` counts resets, `hold_ids` and `job_ids` are those of every run."""
 
 task_events = Table(
     "task_events",

@@ -1,4 +1,4 @@
-"""`TaskStore`: everything that the rest of the house asks of PostgreSQL."""
+"""`TaskStore`: all access to PostgreSQL from outside this package."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from store.upkeep import Purged, QueueState
 
 MAX_PAGE: Final = 1_000
 Made = Literal["hold", "job"]
-"""What a run makes for its task elsewhere."""
+"""What a run creates for its task at another party."""
 
 
 class TaskPage(OwnModel):
@@ -44,7 +44,7 @@ class TaskPage(OwnModel):
 
 
 class OpenTasks(OwnModel):
-    """Open tasks in order, those whose row cannot be read apart; `cursor` as in `TaskPage`."""
+    """Open tasks in order, unreadable ones apart; `cursor` as in `TaskPage`."""
 
     tasks: list[TaskRow]
     unreadable: list[UnreadableRow] = []
@@ -52,16 +52,16 @@ class OpenTasks(OwnModel):
 
 
 class TaskStore:
-    """The task store. Every method may raise StoreUnavailable; whatever it does may be repeated."""
+    """The task store. Every method may raise StoreUnavailable and may be repeated."""
 
     def __init__(self, dsn: str, *, pool_size: int = POOL_SIZE) -> None:
-        """Opens no connection yet. Raises ValueError when `dsn` is no PostgreSQL DSN."""
+        """Opens no connection yet. Raises ValueError if `dsn` is not a PostgreSQL DSN."""
         self._dsn = dsn
         self._database = Database(dsn, pool_size=pool_size)
 
     @property
     def address(self) -> str:
-        """Host, port and database, for people."""
+        """Host, port and database, to display."""
         return self._database.address
 
     async def close(self) -> None:
@@ -72,7 +72,7 @@ class TaskStore:
     ) -> bool:
         """Claim the task id for a run (contract §8): True for the first run and its repeats, False for any other.
 
-        `run` is the one that acts for the task from the first claim on.
+        `run` becomes the acting run with the first claim.
         """
         return await self._database.transaction(
             lambda connection: tasks.claim_task(connection, claim, run),
@@ -83,9 +83,9 @@ class TaskStore:
     async def write(
         self, write: TaskWrite, run: TaskRun | None = None, *, within_seconds: float = WORK_SECONDS
     ) -> None:
-        """Row, events, exception records and NOTIFY in one transaction. Raises NotTheClaimant, TaskUnknown.
+        """Write row, events, exception records and NOTIFY in one transaction. Raises NotTheClaimant, TaskUnknown.
 
-        Registers `run`, the one that writes; None for whoever writes in the name of a run that is over.
+        Registers `run`, the writing run. None: the caller writes on behalf of a run that has ended.
         """
         await self._database.transaction(
             lambda connection: tasks.write_task(connection, write, run),
@@ -94,7 +94,7 @@ class TaskStore:
         )
 
     async def register(self, run: TaskRun, *, within_seconds: float = WORK_SECONDS) -> EarlierLife:
-        """Make `run` the one that acts for its task, and tell what the row knows beyond it."""
+        """Make `run` the acting run of its task and return what the row knows beyond it."""
         doing = f"looking at the task {run.task_id}"
         known = await self._database.read(
             lambda connection: lives.seen(connection, run), doing=doing, within_seconds=within_seconds
@@ -113,14 +113,15 @@ class TaskStore:
             within_seconds=within_seconds,
         )
 
-    async def told_points(self, task_id: str) -> int:
-        """The sum of what a task's events tell of points."""
+    async def published_points(self, task_id: str) -> int:
+        """The sum of the points in a task's events."""
         return await self._database.read(
-            lambda connection: lives.told_points(connection, task_id), doing=f"reading the events of the task {task_id}"
+            lambda connection: lives.published_points(connection, task_id),
+            doing=f"reading the events of the task {task_id}",
         )
 
     async def note_made(self, task_id: str, kind: Made, made: str, *, within_seconds: float = WORK_SECONDS) -> bool:
-        """Keep the id of a hold or job with its task's row; whether it was known. A task without a row keeps none."""
+        """Store the id of a hold or job in its task's row, if the row exists. Returns whether it was known."""
         return await self._database.transaction(
             lambda connection: lives.note_made(connection, task_id, column=f"{kind}_ids", made=made),
             doing=f"noting a {kind} of the task {task_id}",
@@ -128,14 +129,14 @@ class TaskStore:
         )
 
     async def claim_give_back(self, task_id: str, *, by: str, found_run: str | None) -> bool:
-        """Claim an open row for a give-back: False where another run than `found_run` acts for it, or it has ended."""
+        """Claim an open row for a give-back: False if another run than `found_run` acts for it, or it has ended."""
         return await self._database.transaction(
             lambda connection: lives.claim_give_back(connection, task_id, by=by, found_run=found_run),
             doing=f"claiming the give-back of the task {task_id}",
         )
 
     async def write_log(self, task_id: str, writes: Sequence[TrainingLogWrite]) -> None:
-        """Append log lines of one task; lines that are there already are left out. Raises TaskUnknown."""
+        """Append log lines of one task; known lines are skipped. Raises TaskUnknown."""
         await self._database.transaction(
             lambda connection: tasks.write_log(connection, task_id, writes),
             doing=f"writing the training log of the task {task_id}",
@@ -147,13 +148,13 @@ class TaskStore:
         )
 
     async def is_claimed(self, task_id: str) -> bool:
-        """Whether any run ever claimed this id, its row purged or not."""
+        """Whether any run ever claimed this id, even if its row was purged."""
         return await self._database.read(
             lambda connection: reads.is_claimed(connection, task_id), doing=f"looking for the task {task_id}"
         )
 
     async def claimed_input(self, task_id: str) -> str | None:
-        """`input_sha256` of the task that claimed this id, its row purged or not; None where none did."""
+        """`input_sha256` of the task that claimed this id, even if its row was purged; None without a claim."""
         return await self._database.read(
             lambda connection: reads.claimed_input(connection, task_id), doing=f"looking for the task {task_id}"
         )
@@ -179,7 +180,7 @@ class TaskStore:
         return _page(rows, limit)
 
     async def open_tasks(self, *, quiet_for: timedelta, cursor: str | None = None, limit: int = 50) -> OpenTasks:
-        """One page of the tasks that have not ended and that nothing was written to for a while; oldest first.
+        """One page of the tasks that have not ended and had no write for `quiet_for`; oldest first.
 
         Raises CursorInvalid.
         """
@@ -216,7 +217,7 @@ class TaskStore:
         )
 
     async def heads(self, task_ids: Sequence[str]) -> dict[str, TaskHead]:
-        """How far each task has come; a task that there is not is left out."""
+        """How far each task has come. Unknown tasks are left out."""
         found = await self._database.read(
             lambda connection: stream_reads.heads(connection, task_ids),
             doing=f"reading how far {len(task_ids)} tasks have come",
@@ -224,15 +225,15 @@ class TaskStore:
         return {head.task_id: head for head in found}
 
     async def recent_heads(self, tenant_id: str, *, limit: int = MAX_PAGE) -> list[TaskHead]:
-        """How far a tenant's tasks have come that are open or began within the last minute; the newest `limit`."""
+        """How far a tenant's tasks have come that are open or younger than a minute; the newest `limit`."""
         return await self._database.read(
             lambda connection: stream_reads.recent_heads(connection, tenant_id, limit=_bounded(limit)),
             doing=f"reading the recent tasks of {tenant_id}",
         )
 
-    def listener(self, *, told: Callable[[str, int], None], resumed: Callable[[], None]) -> EventListener:
-        """A listener of its own connection: `told(task_id, seq)` of each write, `resumed()` when some may be missed."""
-        return EventListener(self._dsn, self.address, told=told, resumed=resumed)
+    def listener(self, *, written: Callable[[str, int], None], resumed: Callable[[], None]) -> EventListener:
+        """A listener on its own connection: `written(task_id, seq)` per write, `resumed()` if some were missed."""
+        return EventListener(self._dsn, self.address, written=written, resumed=resumed)
 
     async def training_log(
         self, task_id: str, *, after_position: int = 0, limit: int = MAX_PAGE
@@ -248,79 +249,79 @@ class TaskStore:
     async def exceptions(
         self, *, task_id: str | None = None, codes: Sequence[str] | None = None, limit: int = MAX_PAGE
     ) -> list[TaskExceptionRow]:
-        """Exception records, newest first: of one task or of all, of some codes or of any."""
+        """Exception records, newest first: of one task or of all, with some codes or with any."""
         return await self._database.read(
             lambda connection: reads.exceptions(connection, task_id=task_id, codes=codes, limit=_bounded(limit)),
             doing="reading exception records",
         )
 
     async def take_unsettled(self, *, every: timedelta, limit: int) -> list[UnsettledTask]:
-        """Some ended tasks whose settlement is unknown and whose ledger is due; they are due again after `every`."""
+        """Some ended tasks whose settlement is unknown and whose ledger is due for a check; due again after `every`."""
         return await self._database.transaction(
             lambda connection: unsettled.take_unsettled(connection, every=every, limit=limit),
             doing="taking tasks whose settlement is unknown",
         )
 
     async def correct_settlement(self, correction: Correction) -> bool:
-        """Write what the ledger shows by now into a row's credits, with its record; False where that was known."""
+        """Write what the ledger now shows into a row's credits, with its record. False if it was known."""
         return await self._database.transaction(
             lambda connection: unsettled.correct(connection, correction),
             doing=f"correcting the settlement of the task {correction.task_id}",
         )
 
     async def purge(self, before: datetime) -> Purged:
-        """Delete some of the tasks that ended before an instant; call again until it is done. Claims stay."""
+        """Delete some of the tasks that ended before a time. Call it again until it is done. Claims are kept."""
         return await self._database.transaction(
             lambda connection: upkeep.purge(connection, before), doing=f"purging tasks that ended before {before}"
         )
 
     async def queue_states(self) -> list[QueueState]:
-        """How many tasks are queued, and for how long, by priority."""
+        """How many tasks are queued, and for how long, for each priority."""
         return await self._database.read(upkeep.queue_states, doing="reading the queues")
 
     async def home(self) -> StoreHome | None:
-        """The Temporal namespace that the store belongs to; None where it was never bound."""
+        """The Temporal namespace that the store belongs to; None if it was never bound."""
         return await self._database.read(home.home, doing="reading which Temporal namespace the store belongs to")
 
     async def bind(self, wanted: StoreHome) -> StoreHome:
-        """Bind a store that is bound to no namespace yet; which it is bound to now."""
+        """Bind a store that is not bound yet. Returns the binding that it has now."""
         return await self._database.transaction(
             lambda connection: home.bind(connection, wanted), doing=f"binding the store to namespace {wanted}"
         )
 
-    async def bind_anew(self, wanted: StoreHome) -> None:
-        """Bind the store to another namespace than before: every task that runs elsewhere looks vanished then."""
+    async def rebind(self, wanted: StoreHome) -> None:
+        """Bind the store to another namespace. Every task that runs elsewhere then looks vanished."""
         await self._database.transaction(
-            lambda connection: home.bind_anew(connection, wanted), doing=f"binding the store to namespace {wanted}"
+            lambda connection: home.rebind(connection, wanted), doing=f"binding the store to namespace {wanted}"
         )
 
     async def note_looks(self, *, unseen_tasks: Sequence[UnseenTask] = (), seen: Sequence[str] = ()) -> None:
-        """Keep which open tasks could not be looked at, and forget those that could."""
+        """Record which open tasks could not be checked, and remove those that could."""
         if unseen_tasks or seen:
             await self._database.transaction(
                 lambda connection: unseen.note(connection, unseen_tasks, seen),
-                doing="noting which tasks could be looked at",
+                doing="recording which tasks could be checked",
             )
 
     async def unseen_tasks(self, *, limit: int = MAX_PAGE) -> list[UnseenTaskRow]:
-        """Open tasks that could not be looked at the last time it was tried; the longest unseen first."""
+        """Open tasks whose last check failed; the longest unseen first."""
         return await self._database.read(
             lambda connection: unseen.unseen(connection, limit=_bounded(limit)),
-            doing="reading which tasks could not be looked at",
+            doing="reading which tasks could not be checked",
         )
 
     async def check(self) -> None:
-        """Raises StoreUnavailable where PostgreSQL does not answer."""
+        """Raises StoreUnavailable if PostgreSQL does not answer."""
         await self._database.read(lambda connection: connection.execute(upkeep.ALIVE), doing="checking that it answers")
 
 
 def _page(rows: list[TaskRow], limit: int) -> TaskPage:
-    """A page of rows that were read with one more than it may hold."""
+    """A page of rows. `rows` may have one more than `limit`: then there is a next page."""
     return TaskPage(tasks=rows[:limit], cursor=_cursor_after(rows, limit))
 
 
 def _cursor_after(rows: Sequence[TaskRow | UnreadableRow], limit: int) -> str | None:
-    """Where the next page begins; None where there is none."""
+    """Where the next page begins; None if there is none."""
     return list_cursor(rows[limit - 1].created_at, rows[limit - 1].task_id) if len(rows) > limit else None
 
 

@@ -1,7 +1,7 @@
-"""What is written: the claim, facts with the row, log lines. Each function is one transaction's work.
+"""Writes: the claim, facts with the row, log lines. Each function is one transaction's work.
 
-Whoever writes to a task locks its row first and reads after that, in a statement of its own: what a single statement
-reads beside the lock may be older than what the lock waited for.
+A write locks the task's row first and then reads in a separate statement: what one statement reads while it waits for
+the lock may be outdated.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _EVENTS: Final = func.jsonb_populate_recordset(
     literal_column("NULL::task_events"), bindparam("events", type_=JSONB)
 ).table_valued(*task_events.columns)
 _INSERT_EVENTS: Final = insert(task_events).from_select(_EVENT_COLUMNS, select(*(_EVENTS.c[n] for n in _EVENT_COLUMNS)))
-"""As many rows as `events` has documents."""
+"""Inserts one row for each document in `events`."""
 _NOTIFY: Final = func.pg_notify(EVENTS_CHANNEL, bindparam("payload"))
 _CLAIM_COLUMNS: Final = tuple(task_claims.columns.keys())
 _CLAIM: Final = insert(task_claims).on_conflict_do_nothing().returning(task_claims.c.task_id)
@@ -76,31 +76,31 @@ def _parameters(columns: frozenset[str]) -> dict[str, BindParameter[Any]]:
 
 @cache
 def _insert_of(columns: frozenset[str]) -> ReturningInsert[Any]:
-    """A row of `columns` from parameters `new_{column}`, its `events`, and the notification of `payload`."""
+    """Inserts a row of `columns` from parameters `new_{column}` and its `events`, and notifies with `payload`."""
     statement = insert(tasks).values(**_parameters(columns))
-    return statement.add_cte(_INSERT_EVENTS.cte("told")).returning(_NOTIFY)
+    return statement.add_cte(_INSERT_EVENTS.cte("new_events")).returning(_NOTIFY)
 
 
 @cache
-def _update_of(columns: frozenset[str], *, tells: bool) -> Update | ReturningUpdate[Any]:
-    """Sets `columns` from parameters `new_{column}` in the row of `task`; `tells` of `events` too, with `payload`."""
+def _update_of(columns: frozenset[str], *, has_events: bool) -> Update | ReturningUpdate[Any]:
+    """Sets `columns` of `task` from parameters `new_{column}`; with `has_events` also inserts them and notifies."""
     changed = _parameters(columns)
     statement = update(tasks).where(tasks.c.task_id == bindparam("task")).values(**changed, updated_at=func.now())
-    return statement.add_cte(_INSERT_EVENTS.cte("told")).returning(_NOTIFY) if tells else statement
+    return statement.add_cte(_INSERT_EVENTS.cte("new_events")).returning(_NOTIFY) if has_events else statement
 
 
 def _new(values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"new_{name}": value for name, value in values.items()}
 
 
-def _told(task_id: str, taken: Sequence[tuple[int, Fact]]) -> dict[str, Any]:
+def _event_parameters(task_id: str, taken: Sequence[tuple[int, Fact]]) -> dict[str, Any]:
     """Parameters of `_INSERT_EVENTS` and `_NOTIFY`."""
     documents = [{"task_id": task_id, "seq": seq} | _clean(fact.model_dump(mode="json")) for seq, fact in taken]
     return {"events": documents, "payload": f"{task_id}:{taken[-1][0]}"}
 
 
 def _clean(value: Any) -> Any:
-    """The value without the characters that PostgreSQL refuses (pitfall 5), at any depth."""
+    """The value without the characters that PostgreSQL rejects (pitfall 5), at any depth."""
     if isinstance(value, str):
         return repaired(value)
     if isinstance(value, dict):
@@ -111,13 +111,13 @@ def _clean(value: Any) -> Any:
 
 
 def _columns(model: OwnModel, json_fields: Sequence[str]) -> dict[str, Any]:
-    """A model's fields as column values: documents as JSON, everything else as it is, all text clean."""
+    """A model's fields as column values: documents as JSON, the rest unchanged, all text cleaned."""
     documents = model.model_dump(mode="json", include=set(json_fields))
     return _clean({**model.model_dump(exclude=set(json_fields)), **documents})  # type: ignore[no-any-return]
 
 
 async def claim_task(connection: AsyncConnection, claim: TaskClaim, run: TaskRun | None = None) -> bool:
-    """Whether `claim`'s run holds the id; the first one's claim writes the row and the event `task.accepted`."""
+    """Whether `claim`'s run holds the id. The first claim writes the row and the event `task.accepted`."""
     claimed = claim.model_dump(include=set(_CLAIM_COLUMNS)) | {"claimed_at": claim.at}
     if await connection.scalar(_CLAIM, claimed) is None:
         holder = await connection.scalar(_HOLDER, {"task": claim.task_id})
@@ -138,15 +138,16 @@ async def _insert_row(connection: AsyncConnection, claim: TaskClaim, run: TaskRu
         "lives": lives,
     }
     first = Fact(key=ACCEPTED_KEY, event=EventType.ACCEPTED, ts=claim.at, attempt=1, status=TaskStatus.QUEUED)
-    await connection.execute(_insert_of(frozenset(row)), _new(row) | _told(claim.task_id, [(1, first)]))
+    await connection.execute(_insert_of(frozenset(row)), _new(row) | _event_parameters(claim.task_id, [(1, first)]))
 
 
 async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun | None = None) -> None:
     """Apply a write by the rules of contract §6. Raises NotTheClaimant, TaskUnknown.
 
-    `run` is the one that writes, None for whoever writes in a run's name. What a superseded run tells is no longer so.
-    A write of a lower run number takes nothing over: what a run had in flight when it continued may land after its
-    successor's first write. A run that was reset to before a continuation is registered by its calls and looks.
+    `run` is the writing run; None if the caller writes on behalf of a run. A superseded run's state is ignored.
+    A write with a lower run number takes nothing over: a write that was in flight when its run continued as new may
+    land after the next run's first write. A run that was reset to before a continuation is registered by its calls
+    and looks.
     """
     row = await _row_of(connection, write, run)
     if row.first_execution_run_id != write.first_execution_run_id:
@@ -162,8 +163,8 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
         version = (await taken_over(connection, row, run)).get("version", version)
         await note_older_row(connection, row, run, written=write.written_version)
     if not had_ended and (row.lives or (run is not None and run.run_id != row.run_id)):
-        told_before = await connection.execute(_REACHED, {"task": write.task_id})
-        reached = {(attempt, stage): progress for attempt, stage, progress in told_before}
+        published = await connection.execute(_REACHED, {"task": write.task_id})
+        reached = {(attempt, stage): progress for attempt, stage, progress in published}
     so_far = WrittenSoFar(
         row.last_seq, had_ended, dict(row.job_sequences), max(row.attempts, 1), row.stage, row.progress, reached
     )
@@ -172,7 +173,7 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
     taken = so_far.take(facts, known)
     changes: dict[str, Any] = {}
     if not had_ended and (write.state.version > version or so_far.has_ended):
-        # The end counts whatever its version: a run may have told more before it was thrown back.
+        # The end counts regardless of its version: a run may have written a higher one before it was reset.
         state = write.state
         progress = so_far.reached(max(state.attempts, 1), state.stage, state.progress)
         changes |= _columns(state.model_copy(update={"progress": progress}), _JSON_STATE)
@@ -182,17 +183,17 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
         changes["ended_at"] = taken[-1][1].ts
     if changes:
         changes |= await _longer_lists(connection, write.task_id, write.state)
-        told = _told(write.task_id, taken) if taken else {}
-        statement = _update_of(frozenset(changes), tells=bool(taken))
-        await connection.execute(statement, {"task": write.task_id} | _new(changes) | told)
+        events = _event_parameters(write.task_id, taken) if taken else {}
+        statement = _update_of(frozenset(changes), has_events=bool(taken))
+        await connection.execute(statement, {"task": write.task_id} | _new(changes) | events)
     if write.exceptions:
         await insert_exceptions(connection, write.task_id, write.exceptions)
 
 
 async def _row_of(connection: AsyncConnection, write: TaskWrite, run: TaskRun | None) -> Row[*tuple[Any, ...]]:
-    """The task's row, locked. A store that was restored may have lost it: it is made anew from the run's claim.
+    """The task's row, locked. A restored store may have lost it: then it is created again from the run's claim.
 
-    What else was lost with it nobody knows: the row tells of an earlier life.
+    It is unknown what else was lost, so the new row counts as one with an earlier life.
     """
     run_id = run.run_id if run else None
     try:
@@ -210,7 +211,7 @@ async def _row_of(connection: AsyncConnection, write: TaskWrite, run: TaskRun | 
 
 
 async def _longer_lists(connection: AsyncConnection, task_id: str, state: TaskState) -> dict[str, Any]:
-    """`hold_ids` and `job_ids` as they are with those of `state`; nothing where they hold these already."""
+    """`hold_ids` and `job_ids` extended by those of `state`; empty if they contain these already."""
     holds, jobs = _clean(state.credits.pre_deduct_ids), _clean([state.job_id] if state.job_id else [])
     if await connection.scalar(_LISTS_BOTH, {"task": task_id, "holds": holds, "jobs": jobs}):
         return {}
@@ -222,7 +223,7 @@ async def _longer_lists(connection: AsyncConnection, task_id: str, state: TaskSt
 
 
 async def write_log(connection: AsyncConnection, task_id: str, writes: Sequence[TrainingLogWrite]) -> None:
-    """Append the lines that are not there yet, numbered in order of arrival. Raises TaskUnknown."""
+    """Append the lines that are new, numbered in order of arrival. Raises TaskUnknown."""
     row = await _locked(connection, task_id)
     found = await connection.execute(
         select(training_log.c.training_id, training_log.c.sequence, training_log.c.line).where(
@@ -255,7 +256,7 @@ async def _locked(connection: AsyncConnection, task_id: str, run_id: str | None 
 
 
 def _with_clean_key(fact: Fact) -> Fact:
-    """The fact under the key and job id that the table will hold, so that both compare."""
+    """The fact with key and job id as the table stores them, so that both can be compared."""
     job_id = None if fact.job_id is None else repaired(fact.job_id)
     return fact.model_copy(update={"key": repaired(fact.key), "job_id": job_id})
 
@@ -266,7 +267,7 @@ async def _known_keys(connection: AsyncConnection, task_id: str, facts: Sequence
 
 
 async def insert_exceptions(connection: AsyncConnection, task_id: str, exceptions: Sequence[TaskException]) -> None:
-    """Write exception records; one whose key is there already is left as it is."""
+    """Write exception records. A known key is left unchanged."""
     rows = [{"task_id": task_id, **_columns(exception, ("details",))} for exception in exceptions]
     await connection.execute(insert(task_exceptions).on_conflict_do_nothing(), rows)
 

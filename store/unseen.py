@@ -1,4 +1,4 @@
-"""Open tasks whose run the reconciler could not look at: kept until a later look succeeds, shown by `doctor`."""
+"""Open tasks whose run the reconciler could not check: kept until a later check succeeds, shown by `doctor`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MAX_REASON_BYTES: Final = 500
 
 
 class UnseenTask(OwnModel):
-    """A task that could not be looked at, and why, as a sentence. Nothing of it is given back meanwhile."""
+    """A task that could not be checked, with the reason as a sentence. Nothing of it is given back meanwhile."""
 
     task_id: str
     reason: str
 
 
 class UnseenTaskRow(UnseenTask):
-    """The same as the store keeps it: since when, and how many looks failed in a row."""
+    """The same as the store keeps it: since when, and how many checks failed in a row."""
 
     first_at: Instant
     last_at: Instant
@@ -39,19 +39,19 @@ _NOTES: Final = select(
 ).subquery()
 
 
-def _noted() -> Any:
-    # Only of tasks that there still are: one that was purged meanwhile is nobody's concern.
+def _note_statement() -> Any:
+    # Only for tasks that still exist: others may have been purged meanwhile.
     rows = select(_NOTES.c.task_id, _NOTES.c.reason).join(tasks, tasks.c.task_id == _NOTES.c.task_id)
     note = insert(unseen_tasks).from_select(["task_id", "reason"], rows.order_by(_NOTES.c.task_id))
     again = {"reason": note.excluded.reason, "last_at": func.now(), "times": unseen_tasks.c.times + 1}
     return note.on_conflict_do_update(index_elements=["task_id"], set_=again)
 
 
-_NOTE: Final = _noted()
+_NOTE: Final = _note_statement()
 
 
 async def note(connection: AsyncConnection, unseen: Sequence[UnseenTask], seen: Sequence[str]) -> None:
-    """Keep what could not be looked at, and forget what could."""
+    """Record the tasks that could not be checked, and remove those that could."""
     if seen:
         await connection.execute(_SEEN, {"ids": sorted(seen)})
     if unseen:

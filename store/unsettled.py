@@ -1,4 +1,4 @@
-"""Ended tasks whose settlement is unknown: which are to be looked at, and what was found. Each takes a connection."""
+"""Ended tasks whose settlement is unknown: which are due for a check, and its result. Each takes a connection."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from store.tasks import insert_exceptions
 log = structlog.get_logger(__name__)
 
 LOOKED_AT_FOR: Final = timedelta(hours=25)
-"""After a task's end: hourly for a day, and the hour that a last look may be late."""
-# Literals, not parameters: only then does the planner see that the partial index serves.
+"""After a task's end: hourly for a day, and one hour for a late last check."""
+# Literals, not parameters: only then does the planner use the partial index.
 _IS_UNKNOWN: Final = text(f"tasks.credits ->> 'settlement' = '{SettlementState.UNKNOWN.value}'")
 
 
 def still_looked_at() -> ColumnElement[bool]:
-    """Tasks that are unsettled and young enough for another look."""
+    """Tasks that are unsettled and young enough for another check."""
     return and_(_IS_UNKNOWN, tasks.c.ended_at > func.now() - LOOKED_AT_FOR)
 
 
 async def take_unsettled(connection: AsyncConnection, *, every: timedelta, limit: int) -> list[UnsettledTask]:
-    """Some tasks whose ledger is due to be looked at; they are due again after `every`.
+    """Some tasks whose ledger is due for a check. They are due again after `every`.
 
-    A row that cannot be read, a newer worker's perhaps, hides none of the others: it is due again as they are.
+    An unreadable row, maybe a newer worker's, hides none of the others; it is due again with them.
     """
     due = (
         select(tasks.c.task_id)
@@ -57,7 +57,7 @@ async def take_unsettled(connection: AsyncConnection, *, every: timedelta, limit
 
 
 async def correct(connection: AsyncConnection, correction: Correction) -> bool:
-    """Write what the ledger shows into the row's `credits`, with its record; False where that was not unknown."""
+    """Write what the ledger shows into the row's `credits`, with its record. False if it was not unknown."""
     settled = (
         update(tasks)
         .where(tasks.c.task_id == correction.task_id, _IS_UNKNOWN)

@@ -1,4 +1,4 @@
-"""What keeps the store in shape and tells how it fares: purge, queue by priority. Each function takes a connection."""
+"""Purge, and the state of the queues by priority. Each function takes a connection."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from store.unsettled import still_looked_at
 
 PURGED_AT_ONCE: Final = 20
 LINES_AT_ONCE: Final = 5_000
-"""Of the log and of the events: a statement may take 1.5 s, and a long training has hundreds of thousands."""
+"""Rows of log and events. A statement may take 1.5 s, and a long training has hundreds of thousands of them."""
 
 
 class Purged(OwnModel):
-    """What one step of a purge deleted; `is_done` when nothing is left."""
+    """What one step of a purge deleted. `is_done`: nothing is left to delete."""
 
     tasks: int
     is_done: bool
 
 
 class QueueState(OwnModel):
-    """The queue of one priority. `oldest_seconds`: for how long the oldest queued task has stood; 0 without one."""
+    """The queue of one priority. `oldest_seconds`: how long the oldest queued task has waited; 0 if there is none."""
 
     priority: TaskPriority
     queued: int = 0
@@ -69,7 +69,7 @@ _ENDED_BEFORE: Final = (
 )
 _DELETE_TASKS: Final = delete(tasks).where(tasks.c.task_id == any_(bindparam("ids", type_=ARRAY(Text))))
 _DELETE_LINES: Final = tuple(_some_of(table) for table in (training_log, task_events))
-# The literal, not a parameter: only then does the planner see that the partial index serves.
+# The literal, not a parameter: only then does the planner use the partial index.
 _QUEUED: Final[Select[Any]] = (
     select(
         tasks.c.priority,
@@ -91,9 +91,9 @@ _MISSED: Final[Select[Any]] = (
 
 
 async def purge(connection: AsyncConnection, before: datetime) -> Purged:
-    """Delete some of what ended before an instant: lines first, then the tasks; the claims of their ids stay.
+    """Delete some tasks that ended before a time: their lines first, then the tasks. The claims of their ids are kept.
 
-    A task whose settlement is unknown stays while its ledger is looked at again.
+    A task whose settlement is unknown is kept while its ledger is still checked.
     """
     ids = (await connection.scalars(_ENDED_BEFORE, {"before": before})).all()
     if not ids:

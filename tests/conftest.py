@@ -138,7 +138,7 @@ async def postgres_dsn(new_database: NewDatabase) -> str:
     """
     dsn = await new_database()
     store = TaskStore(dsn)
-    await store.bind_anew(StoreHome(namespace="default"))
+    await store.rebind(StoreHome(namespace="default"))
     await store.close()
     return dsn
 

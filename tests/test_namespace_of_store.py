@@ -110,7 +110,7 @@ async def test_the_first_process_binds_the_store_and_another_namespace_is_refuse
 
 
 async def test_a_namespace_of_the_same_name_on_another_server_is_refused(store: TaskStore, client: Client) -> None:
-    await store.bind_anew(StoreHome(namespace=client.namespace, namespace_id="another server's"))
+    await store.rebind(StoreHome(namespace=client.namespace, namespace_id="another server's"))
     with pytest.raises(CannotStart, match="another server's"):
         await check_home(client, store)
 
@@ -119,7 +119,7 @@ async def test_a_namespace_of_the_same_name_on_another_server_is_refused(store: 
 async def test_a_process_of_another_namespace_ends_with_one_sentence(
     store: TaskStore, dsn: str, client: Client, entry_point: str
 ) -> None:
-    await store.bind_anew(StoreHome(namespace="elsewhere", namespace_id="1"))
+    await store.rebind(StoreHome(namespace="elsewhere", namespace_id="1"))
     code, said, seconds = await run(*ENTRY_POINTS[entry_point], client=client, dsn=dsn)
     sentences = [line for line in said.splitlines() if "elsewhere" in line]
     assert (code, len(sentences)) == (2, 1), said
@@ -129,7 +129,7 @@ async def test_a_process_of_another_namespace_ends_with_one_sentence(
 
 
 async def test_the_command_binds_a_store_anew(store: TaskStore, dsn: str, client: Client) -> None:
-    await store.bind_anew(StoreHome(namespace="elsewhere", namespace_id="1"))
+    await store.rebind(StoreHome(namespace="elsewhere", namespace_id="1"))
     code, said, _ = await run("-m", "store", "bind", "--namespace", client.namespace, client=client, dsn=dsn)
     assert code == 0 and "elsewhere" in said and client.namespace in said
     await check_home(client, store)
@@ -159,7 +159,7 @@ async def test_a_store_that_is_away_at_the_start_is_looked_at_once_it_is_back(
     """Work goes on meanwhile, and ends where the store turns out to be another's."""
     monkeypatch.setattr(namespace_of_store, "FIRST_LOOK_SECONDS", 0.1)
     monkeypatch.setattr(namespace_of_store, "AGAIN_SECONDS", 0.1)
-    await store.bind_anew(StoreHome(namespace="elsewhere", namespace_id="1"))
+    await store.rebind(StoreHome(namespace="elsewhere", namespace_id="1"))
     url = make_url(dsn)
     socket = f"{url.query['host']}/.s.PGSQL.5432"
     refused, known = asyncio.Event(), asyncio.Event()
@@ -176,7 +176,7 @@ async def test_a_store_that_is_away_at_the_start_is_looked_at_once_it_is_back(
                 cable.plug_in()
                 await asyncio.wait_for(refused.wait(), 10)
         assert not known.is_set()
-        await store.bind_anew(StoreHome(namespace=client.namespace))
+        await store.rebind(StoreHome(namespace=client.namespace))
         cable.pull()
         async with at_home(client, through, refused=refused.set, then=then):
             cable.plug_in()

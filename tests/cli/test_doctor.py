@@ -188,7 +188,7 @@ async def test_the_task_store_and_what_could_not_be_looked_at_are_shown(
     _, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_DATABASE_DSN=dsn)
     assert findings["open tasks"].verdict is Verdict.NOTE
     assert task_id in findings["open tasks"].advice and "Its run is paused." in findings["open tasks"].advice
-    await store.bind_anew(StoreHome(namespace="elsewhere"))
+    await store.rebind(StoreHome(namespace="elsewhere"))
     _, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_DATABASE_DSN=dsn)
     assert "task store" in wrongs(findings) and "elsewhere" in findings["task store"].says
     started = await run_command(

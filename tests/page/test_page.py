@@ -99,7 +99,7 @@ async def test_a_training_asks_for_its_price_is_confirmed_and_shows_its_loss(
         handle = await watched.platform.start_training(max_credits=None)
         shown = card(seen.page, handle.id.removeprefix("task-"))
         await expect(shown.locator(".confirm p")).to_have_text(re.compile(r"^The price is \d+ points"), timeout=10_000)
-        await shown.get_by_label("Up to, in points").fill("900")
+        await shown.get_by_label("Limit in points").fill("900")
         await shown.get_by_role("button", name="Confirm").click()
         await expect(shown.locator(".loss svg")).to_be_visible(timeout=25_000)
         await expect(shown.locator(".status")).to_have_text("completed", timeout=25_000)
@@ -176,7 +176,7 @@ async def test_without_a_good_token_it_asks_for_one(browser: Browser, watched: W
         page = seen.page
         await expect(page.get_by_role("alert")).to_contain_text("token", timeout=10_000)
         await page.get_by_label("Token", exact=True).fill(watched.token)
-        await page.get_by_role("button", name="Use it").click()
+        await page.get_by_role("button", name="Connect").click()
         await is_live(page)
         await page.reload()
         await is_live(page)

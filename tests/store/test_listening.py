@@ -49,7 +49,7 @@ async def running(listener: EventListener) -> AsyncIterator[None]:
 
 async def test_each_write_is_told_with_its_newest_seq(task_store: TaskStore) -> None:
     heard = Heard()
-    async with running(task_store.listener(told=heard.told, resumed=heard.resumed)):
+    async with running(task_store.listener(written=heard.told, resumed=heard.resumed)):
         await eventually(lambda: heard.has_resumed(1))
         task_id = new_task_id()
         await task_store.claim(claim_of(task_id))
@@ -71,7 +71,7 @@ async def test_a_driver_that_confuses_itself_ends_no_listener(
         return await connect(*given, **named)
 
     monkeypatch.setattr(asyncpg, "connect", confused)
-    async with running(task_store.listener(told=heard.told, resumed=heard.resumed)):
+    async with running(task_store.listener(written=heard.told, resumed=heard.resumed)):
         await eventually(lambda: heard.has_resumed(1))
 
 
@@ -82,7 +82,7 @@ async def test_a_lost_connection_is_noticed_and_made_anew(task_store: TaskStore,
     heard = Heard()
     async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
         store = TaskStore(f"postgresql://postgres@127.0.0.1:{cable.port}/{url.database}")
-        listener = store.listener(told=heard.told, resumed=heard.resumed)
+        listener = store.listener(written=heard.told, resumed=heard.resumed)
         async with running(listener):
             await eventually(lambda: heard.has_resumed(1))
             getattr(cable, fault)()

@@ -40,7 +40,7 @@ async def test_a_store_is_bound_once_and_to_another_namespace_only_by_hand(new_d
     assert await store.home() is None
     bound = await asyncio.gather(*(store.bind(home) for home in (ours, theirs) * 3))
     assert len({home.namespace for home in bound}) == 1, "whoever comes first"
-    await store.bind_anew(StoreHome(namespace="ours"))
+    await store.rebind(StoreHome(namespace="ours"))
     assert await store.home() == StoreHome(namespace="ours")
     assert await store.bind(theirs) == StoreHome(namespace="ours")
     assert await store.bind(ours) == ours, "the first process there tells the namespace's id"

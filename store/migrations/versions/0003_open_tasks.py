@@ -1,4 +1,4 @@
-"""Index of the tasks that have not ended: what the reconciler reads.
+"""Index of the tasks that have not ended, for the reconciler.
 
 Revision ID: 0003
 Revises: 0002

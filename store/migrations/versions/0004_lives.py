@@ -1,4 +1,4 @@
-"""Which run of a task acts, how often it was reset, and every hold and job that any of its runs made.
+"""Which run of a task acts, how often it was reset, and every hold and job of all of its runs.
 
 Revision ID: 0004
 Revises: 0003

@@ -1,4 +1,4 @@
-"""Which Temporal namespace the store belongs to, and open tasks whose run could not be looked at.
+"""Which Temporal namespace the store belongs to, and open tasks whose run could not be checked.
 
 Revision ID: 0005
 Revises: 0004

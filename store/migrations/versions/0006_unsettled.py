@@ -1,4 +1,4 @@
-"""Which ended tasks' settlement is unknown, and when their ledger was last looked at.
+"""Which ended tasks have an unknown settlement, and when their ledger was last checked.
 
 Revision ID: 0006
 Revises: 0005

@@ -1,4 +1,4 @@
-"""What a training trains on: where the list of its files lay, its checksum and counts.
+"""What a training trains on: the address, checksum and counts of its list of files.
 
 Revision ID: 0007
 Revises: 0006
