@@ -1,4 +1,4 @@
-"""`python -m gateway`: serve the gateway by the settings."""
+"""`python -m gateway`: serve the gateway with the configured settings."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def access_by(settings: Settings) -> Access:
 
 
 async def serve(settings: Settings) -> None:
-    """Serve until told to stop. Raises CannotStart."""
+    """Serve until a signal arrives. Raises CannotStart."""
     dsn = database_of(settings)
     access, draining = access_by(settings), Draining()
-    # Lazy: callbacks are answered with 503 while Temporal is away, at the start as at any other time.
+    # Lazy: while Temporal is away callbacks are answered with 503, also at the start.
     client = await temporal_connection.connect(settings, lazy=True)
     try:
         store = TaskStore(dsn)
@@ -82,7 +82,7 @@ async def serve(settings: Settings) -> None:
         draining,
     )
     for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn raises the signal again once it has drained: without a handler that would kill us before we close.
+        # uvicorn raises the signal again after draining: without a handler it would kill us before we close.
         signal.signal(number, lambda *_: None)
 
     def leave() -> None:
@@ -97,7 +97,7 @@ async def serve(settings: Settings) -> None:
 
 
 def allow_many_connections() -> None:
-    """As many open files as we may have: each stream is one, and a shell's usual limit is 1,024."""
+    """Raise the limit of open files to its maximum: each stream is one, and a shell's usual limit is 1,024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

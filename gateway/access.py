@@ -1,8 +1,8 @@
-"""Who may do what (contract §7): FastAPI dependencies that give the caller or answer with a problem.
+"""Who may do what (contract §7): FastAPI dependencies that return the caller or answer with a problem.
 
-`access.demands(operation)` for ordinary routes, by the bearer token alone. `access.demands_for_stream()` for streams,
-which browsers open without headers: there a token may also come as `?token=` or as a cookie. A cookie is sent by the
-browser whoever's page asks, so it counts only for origins that are allowed.
+`access.demands(operation)` is for ordinary routes, by the bearer token alone. `access.demands_for_stream()` is for
+streams, which browsers open without headers: there a token may also come as `?token=` or as a cookie. Browsers send a
+cookie with requests from any page, so it counts only for allowed origins.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Dependency = Callable[..., Awaitable[Caller]]
 
 
 class _Bearer(HTTPBearer):
-    """For the OpenAPI document; the header is read by `Access`, for HTTP and WebSocket alike."""
+    """For the OpenAPI document only. `Access` reads the header, for HTTP and WebSocket alike."""
 
     async def __call__(self, connection: HTTPConnection) -> None:
         return None
@@ -53,10 +53,10 @@ _COOKIE: Final = _Cookie(name=TOKEN_COOKIE, scheme_name="cookie", description="F
 
 
 class Access:
-    """Lets callers in, or says why not."""
+    """Authenticates callers and checks their scopes."""
 
     def __init__(self, callers: CallerTokens, streams: StreamTokens, *, allowed_origins: Collection[str] = ()) -> None:
-        """`allowed_origins`: pages of other origins that may use the cookie, as in CORS; never `*`."""
+        """`allowed_origins`: other origins whose pages may use the cookie, as in CORS; never `*`."""
         self._callers = callers
         self.stream_tokens = streams
         self._allowed_origins = frozenset(allowed_origins)
@@ -86,7 +86,7 @@ class Access:
         return caller
 
     async def caller(self, connection: HTTPConnection, operation: Operation) -> Caller:
-        """Who asks, by the bearer token alone. Raises Problem 401, 403 or 503."""
+        """The caller, by the bearer token alone. Raises Problem 401, 403 or 503."""
         token = _bearer_token(connection)
         if token is None:
             raise _unauthenticated(MISSING)
@@ -95,7 +95,7 @@ class Access:
         return _allowed(await self._read(token), operation)
 
     async def stream_caller(self, connection: HTTPConnection) -> Caller:
-        """Who opens a stream, by header, address or cookie. Raises Problem 401, 403 or 503."""
+        """The caller of a stream, by header, address or cookie. Raises Problem 401, 403 or 503."""
         token = _bearer_token(connection) or connection.query_params.get(TOKEN_PARAMETER)
         if not token:
             token = self._cookie_token(connection)
@@ -109,7 +109,7 @@ class Access:
         if origin is not None and origin not in self._allowed_origins and not _is_own(origin, connection):
             raise Problem(
                 ProblemCode.NOT_AUTHORIZED,
-                "Pages of this origin may not use the cookie: allow it in COMFYUI_TEMPORAL_ALLOWED_ORIGINS.",
+                "Pages of this origin may not use the cookie: add it to COMFYUI_TEMPORAL_ALLOWED_ORIGINS.",
             )
         return token
 
@@ -119,7 +119,7 @@ class Access:
         except TokenRefused as refused:
             raise _unauthenticated(f"The token is refused: {refused}.", error="invalid_token") from None
         except TokensUnverifiable as error:
-            raise Problem(ProblemCode.TOKENS_UNVERIFIABLE, f"{error} Try again; tell whoever runs this.") from None
+            raise Problem(ProblemCode.TOKENS_UNVERIFIABLE, f"{error} Try again, or contact the operator.") from None
 
 
 def _bearer_token(connection: HTTPConnection) -> str | None:

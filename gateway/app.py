@@ -34,7 +34,7 @@ from gateway.training_log_writer import TrainingLogWriter
 from store import TaskStore
 
 DESCRIPTION: Final = (
-    "Tasks of image generation and model training: started, read, followed, cancelled; ComfyUI's callbacks in. "
+    "Image generation and model training: start, read, follow and cancel tasks; receive ComfyUI's callbacks. "
     "Every error is `application/problem+json` with a stable `code`."
 )
 
@@ -52,12 +52,12 @@ def create_app(
     public_url: str | None = None,
     page: PageSettings | None = None,
 ) -> FastAPI:
-    """The application. It closes what it opens; client and store remain their opener's.
+    """The application. It closes what it opens; the caller closes client and store.
 
-    Without `access` nobody can be told from anybody: then callbacks are served and no tasks.
-    `lists` is where long lists of files are put for the workers.
-    `public_url` is the address under which clients reach it; default: the one they asked at.
-    `app.state.callbacks.outcomes` counts what became of callbacks. Raises ValueError for unusable secrets.
+    Without `access` callers cannot be authenticated: then callbacks are served and the tasks API is not.
+    `lists` is where long lists of files are stored for the workers.
+    `public_url` is the address under which clients reach it; default: the address of their request.
+    `app.state.callbacks.outcomes` counts callbacks by outcome. Raises ValueError for unusable secrets.
     """
     metrics = Metrics()
     draining = draining or Draining()

@@ -1,4 +1,4 @@
-"""Verified bytes → a callback (contract §2, §3): limits, and which scene it is of."""
+"""Verified bytes → a callback (contract §2, §3): size limits, and the scene that it belongs to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOG_FIELD: Final = "log"
 
 
 class BodyTooLarge(Exception):
-    """More bytes than this kind of callback may have."""
+    """The body has more bytes than this kind of callback may have."""
 
 
 class ForeignTask(Exception):
@@ -24,7 +24,7 @@ class ForeignTask(Exception):
 
 
 class UnreadableCallback(Exception):
-    """Signed, but no callback that can be read; the text names fields, never values."""
+    """Signed, but not a readable callback. The text names fields, never values."""
 
 
 def read_callback(raw: bytes, task_id: str) -> Callback:
@@ -34,7 +34,7 @@ def read_callback(raw: bytes, task_id: str) -> Callback:
     except UnreadableJson as error:
         raise UnreadableCallback(str(error)) from None
     if not isinstance(body, dict):
-        raise UnreadableCallback("the body is no JSON object")
+        raise UnreadableCallback("the body is not a JSON object")
     spec = scene_of_message(body) or SCENES[Scene.IMAGE_GENERATE]
     if len(raw) > MAX_BYTES and not (_may_hold_log(spec) and body.get("log")):
         raise BodyTooLarge
@@ -51,7 +51,7 @@ def _may_hold_log(spec: SceneSpec) -> bool:
 
 
 def _validated(spec: SceneSpec, body: dict[str, Any]) -> Callback:
-    """The callback. A log that cannot be read is left out; the rest of the message counts. Raises ValidationError."""
+    """The callback. An unreadable log is left out; the rest of the message counts. Raises ValidationError."""
     try:
         return spec.callback.model_validate(body)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What a signal is worth, and how many a task may get (decision 4)."""
+"""Whether a signal tells the workflow anything new, and how many signals a task may get (decision 4)."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from comfyui_temporal.contracts.scenes import Callback, scene_of_callback
 
 BURST: Final = 25
 PER_SECOND: Final = 2.0
-"""Signals that a task may get: a burst, then this many a second, so that a flood cannot blow up its history."""
+"""Signals that a task may get: a burst, then this many each second. The limit protects its history from a flood."""
 KEPT_FOR_FINALS: Final = 5
-"""The part of a burst that only callbacks of ended jobs may use."""
+"""The part of a burst that is reserved for callbacks of ended jobs."""
 
 
 def news_of(callback: Callback) -> tuple[Any, ...]:
-    """Two callbacks of a job with the same news tell the workflow the same."""
+    """The values that matter to the workflow. Two callbacks of a job with equal values need one signal."""
     percent = None if callback.stage_progress is None else int(callback.stage_progress)
     return (percent, *(getattr(callback, name) for name in scene_of_callback(callback).signalled_fields))
 
 
 @dataclass
-class Told:
-    """What the workflow was told of a job."""
+class Reported:
+    """What was reported to the workflow about a job."""
 
     sequence: int
-    """The newest that was signalled, or that held no news beyond it."""
+    """The newest that was signalled, or that had nothing new beyond it."""
     news: tuple[Any, ...]
     is_final: bool
 
     def covers(self, callback: Callback) -> bool:
-        """Whether the workflow would learn nothing from it."""
+        """Whether the callback has nothing new for the workflow."""
         if callback.has_ended() and not self.is_final:
             return False
         return callback.sequence < self.sequence or news_of(callback) == self.news
 
 
 class Pace:
-    """A bucket of signals, filled at `PER_SECOND` up to `BURST`."""
+    """A token bucket of signals, filled at `PER_SECOND` up to `BURST`."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -46,7 +46,7 @@ class Pace:
         self._at = clock()
 
     def ready_in(self, *, is_final: bool) -> float:
-        """Seconds until the next signal may go; 0: now."""
+        """Seconds until the next signal may be sent; 0: now."""
         now = self._clock()
         self._left = min(float(BURST), self._left + (now - self._at) * PER_SECOND)
         self._at = now

@@ -1,20 +1,20 @@
-"""Callbacks → signals: one in flight per task, coalesced and paced (decision 4).
+"""Callbacks → signals: one in flight per task, coalesced and rate limited (decision 4).
 
     take(callback)
-      the workflow was told the same, or something newer   → coalesced
-      a newer one of the job waits in the task's line      → coalesced
-      else it joins the line, in the place of an older one, and the line signals one after the other
-        with pace to spare   → its sender hears how the signal went: unavailable means come again
-        out of pace          → coalesced at once; the line signals the newest as soon as its pace allows
+      the workflow knows the same, or something newer   → coalesced
+      a newer one of the job waits in the task's line   → coalesced
+      else it joins the line and replaces an older one; the line sends one signal after the other
+        within the rate limit  → the sender waits for its signal's outcome: unavailable means send again
+        beyond the rate limit  → coalesced immediately; the line signals the newest as soon as the limit allows
 
-One whose job has ended always hears how its own signal went, and a part of the pace is kept for it.
+The sender of a job's end always waits for its own signal, and a part of the burst is reserved for it.
 
 Departures from "one callback, one signal"
-1. A callback that only moves `queue_position`, `next_eta`, `gpu_hours_used` or a fraction of a percent is not
+1. A callback that only changes `queue_position`, `next_eta`, `gpu_hours_used` or a fraction of a percent is not
    signalled: the poll of a silent job brings those.
-2. Out of pace the answer comes before the signal. Were it held back, a sender that delivers one after the other
-   would fall behind its own job. What a crash can lose is the newest tick of the last half second, and polling covers
-   callbacks that stay out (contract §2).
+2. Beyond the rate limit the answer comes before the signal. If it waited, a sender that delivers in order would lag
+   behind its own job. A crash can lose the newest tick of the last half second, and polling covers missing callbacks
+   (contract §2).
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from typing import Final, Protocol
 import structlog
 
 from comfyui_temporal.contracts.scenes import Callback
-from gateway.callback_news import Pace, Told, news_of
+from gateway.callback_news import Pace, Reported, news_of
 
 log = structlog.get_logger(__name__)
 
 TAKE_SECONDS: Final = 2.5
-"""How long a sender waits for its signal before it is told to come again."""
+"""How long a sender waits for its signal before it must send again."""
 RETRY_SECONDS: Final = 1.0
 MAX_RETRIES: Final = 60
-"""How often a tick whose sender was answered already is tried while Temporal is away."""
+"""Pause between tries of a tick whose sender was answered already, while Temporal is away."""
 MAX_JOBS: Final = 16
-"""Jobs of one task that are kept in mind; a task has four attempts."""
+"""Jobs that are remembered for one task; a task has four attempts."""
 MAX_LINES: Final = 10_000
-"""Tasks that are kept in mind; a forgotten one costs a superfluous signal."""
+"""Tasks that are remembered. A forgotten one costs one superfluous signal."""
 
 
 class Relayed(StrEnum):
@@ -55,14 +55,14 @@ class Relayed(StrEnum):
 
 
 class Signals(Protocol):
-    """Where signals go: `gateway.task_runs.TaskRuns`."""
+    """Sends signals: `gateway.task_runs.TaskRuns`."""
 
     async def signal(self, task_id: str, callback: Callback) -> Relayed: ...
 
 
 @dataclass
 class Waiting:
-    """A callback in line. `answer` is None when its sender has been answered already."""
+    """A callback in line. `answer` is None if its sender has been answered already."""
 
     callback: Callback
     answer: asyncio.Future[Relayed] | None
@@ -70,7 +70,7 @@ class Waiting:
 
     @property
     def place(self) -> tuple[str, bool]:
-        """At most one tick and one end of a job wait."""
+        """Its key in the line: at most one tick and one end of a job wait."""
         return (self.callback.job_id, self.callback.has_ended())
 
     def resolve(self, relayed: Relayed) -> None:
@@ -85,7 +85,7 @@ class TaskLine:
         self._task_id = task_id
         self._signals = signals
         self._pace = Pace(clock)
-        self._told: dict[str, Told] = {}
+        self._reported: dict[str, Reported] = {}
         self._waiting: dict[tuple[str, bool], Waiting] = {}
         self._arrived = asyncio.Event()
         self._in_flight: str | None = None
@@ -93,10 +93,10 @@ class TaskLine:
         self.sender: asyncio.Task[None] | None = None
 
     async def take(self, callback: Callback) -> Relayed:
-        if not self._will_tell_more(callback.job_id) and self._is_covered(callback):
+        if not self._is_undecided(callback.job_id) and self._is_covered(callback):
             return Relayed.COALESCED
-        hears = callback.has_ended() or self._is_failing or self._pace.ready_in(is_final=False) == 0
-        joining = Waiting(callback, asyncio.get_running_loop().create_future() if hears else None)
+        is_awaited = callback.has_ended() or self._is_failing or self._pace.ready_in(is_final=False) == 0
+        joining = Waiting(callback, asyncio.get_running_loop().create_future() if is_awaited else None)
         older = self._waiting.get(joining.place)
         if older is not None and older.callback.sequence > callback.sequence:
             return Relayed.COALESCED
@@ -108,9 +108,9 @@ class TaskLine:
         self._arrived.set()
         if self.sender is None or self.sender.done():
             self.sender = asyncio.create_task(self._send())
-        return Relayed.COALESCED if joining.answer is None else await self._heard(joining, joining.answer)
+        return Relayed.COALESCED if joining.answer is None else await self._outcome_of(joining, joining.answer)
 
-    async def _heard(self, joining: Waiting, answer: asyncio.Future[Relayed]) -> Relayed:
+    async def _outcome_of(self, joining: Waiting, answer: asyncio.Future[Relayed]) -> Relayed:
         await asyncio.wait({answer}, timeout=TAKE_SECONDS)
         if answer.done():
             return answer.result()
@@ -137,7 +137,7 @@ class TaskLine:
         self._in_flight = None
         self._is_failing = relayed is Relayed.UNAVAILABLE
         if relayed is Relayed.SIGNALLED:
-            self._tell(first.callback)
+            self._remember(first.callback)
         first.resolve(relayed)
         if self._is_failing:
             self._pace.refund()
@@ -151,7 +151,7 @@ class TaskLine:
             return Relayed.UNAVAILABLE
 
     async def _after_failure(self, failed: Waiting) -> None:
-        """Whoever still listens comes again by itself; a tick whose sender was answered is ours to repeat."""
+        """Senders that still wait repeat by themselves. A tick whose sender was answered must be repeated here."""
         for waiting in list(self._waiting.values()):
             if waiting.answer is not None:
                 waiting.resolve(Relayed.UNAVAILABLE)
@@ -166,36 +166,36 @@ class TaskLine:
         await self._pause(RETRY_SECONDS)
 
     async def _pause(self, seconds: float) -> None:
-        """Wait, but not past the next arrival: it may be an end, which need not wait."""
+        """Wait, but end early at the next arrival: it may be an end, which need not wait."""
         self._arrived.clear()
-        # Not `asyncio.wait_for`: on Python 3.11 it swallows a cancellation that comes in the same step as the event.
+        # Not `asyncio.wait_for`: Python 3.11 loses a cancellation that comes in the same step as the event.
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._arrived.wait()
 
-    def _will_tell_more(self, job: str) -> bool:
-        """Whether a signal of the job is in flight, or an end waits: until then it is open what was told last."""
+    def _is_undecided(self, job: str) -> bool:
+        """Whether a signal of the job is in flight, or an end waits: then the last reported state is not known yet."""
         return self._in_flight == job or (job, True) in self._waiting
 
     def _is_covered(self, callback: Callback) -> bool:
-        told = self._told.get(callback.job_id)
-        if told is None or not told.covers(callback):
+        reported = self._reported.get(callback.job_id)
+        if reported is None or not reported.covers(callback):
             return False
-        told.sequence = max(told.sequence, callback.sequence)
+        reported.sequence = max(reported.sequence, callback.sequence)
         return True
 
-    def _tell(self, callback: Callback) -> None:
-        told = Told(callback.sequence, news_of(callback), callback.has_ended())
-        before = self._told.pop(callback.job_id, None)
-        if before is not None and before.sequence > told.sequence:
-            told = replace(before, is_final=before.is_final or told.is_final)
-        self._told[callback.job_id] = told
-        if len(self._told) > MAX_JOBS:
-            del self._told[next(iter(self._told))]
+    def _remember(self, callback: Callback) -> None:
+        reported = Reported(callback.sequence, news_of(callback), callback.has_ended())
+        before = self._reported.pop(callback.job_id, None)
+        if before is not None and before.sequence > reported.sequence:
+            reported = replace(before, is_final=before.is_final or reported.is_final)
+        self._reported[callback.job_id] = reported
+        if len(self._reported) > MAX_JOBS:
+            del self._reported[next(iter(self._reported))]
 
 
 class CallbackRelay:
-    """Brings callbacks to workflows; each task has its own line, so that none waits for another's."""
+    """Relays callbacks to workflows. Each task has its own line, so that no task waits for another."""
 
     def __init__(self, signals: Signals, clock: Callable[[], float] = time.monotonic) -> None:
         self._signals = signals
@@ -203,7 +203,7 @@ class CallbackRelay:
         self._lines: OrderedDict[str, TaskLine] = OrderedDict()
 
     async def take(self, task_id: str, callback: Callback) -> Relayed:
-        """Bring the callback to its task's workflow; answers within 2.5 s and never raises."""
+        """Relay the callback to its task's workflow. Answers within 2.5 s and never raises."""
         line = self._lines.get(task_id)
         if line is None:
             line = self._lines[task_id] = TaskLine(task_id, self._signals, self._clock)
@@ -213,7 +213,7 @@ class CallbackRelay:
         return await line.take(callback)
 
     async def close(self) -> None:
-        """Give ticks that still wait a moment to leave, then stop."""
+        """Give waiting ticks a moment to be sent, then stop."""
         senders = {line.sender for line in self._lines.values() if line.sender is not None and not line.sender.done()}
         if not senders:
             return

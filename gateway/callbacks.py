@@ -4,9 +4,10 @@
     413 too large            503 with Retry-After: cannot be taken now, the sender repeats
 
 Departures from the plain reading of the contract
-1. Signed, but no callback that can be read: 202 and counted as `unreadable`. Any answer that makes the sender repeat
-   would bring the same bytes for a day; 401 and 404 would say something untrue. Polling brings what it meant to tell.
-2. A body that arrives slower than 10 s is answered 408: the sender repeats, and no connection is held for ever.
+1. Signed, but not a readable callback: 202 and counted as `unreadable`. An answer that makes the sender repeat would
+   bring the same bytes for a day; 401 and 404 would be untrue. Polling brings the state that it meant to report.
+2. A body that takes longer than 10 s to arrive is answered with 408: the sender repeats, and no connection is blocked
+   for ever.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ RETRY_AFTER_SECONDS: Final = 5
 
 
 class CallbackOutcome(StrEnum):
-    """What became of a callback; counted by `CallbackReceiver.outcomes`."""
+    """What became of a callback. `CallbackReceiver.outcomes` counts them."""
 
     SIGNALLED = "signalled"
     COALESCED = "coalesced"
@@ -73,12 +74,12 @@ _STATUS: Final = {
     CallbackOutcome.UNAVAILABLE: 503,
 }
 _DETAIL: Final = {
-    CallbackOutcome.FORGED: "No valid Standard Webhooks signature of a known secret within 5 minutes of now.",
+    CallbackOutcome.FORGED: "No valid Standard Webhooks signature with a known secret within 5 minutes of now.",
     CallbackOutcome.FOREIGN_TASK: "The body's task_id is not the one in the path.",
-    CallbackOutcome.TASK_UNKNOWN: "No task of this id was ever started here.",
+    CallbackOutcome.TASK_UNKNOWN: "A task with this id was never started here.",
     CallbackOutcome.TOO_SLOW: "The body did not arrive within 10 seconds; send the callback again.",
-    CallbackOutcome.TOO_LARGE: "A callback has at most 64 KiB, a training's with log lines 256 KiB.",
-    CallbackOutcome.UNAVAILABLE: "The callback cannot be taken at the moment; send it again.",
+    CallbackOutcome.TOO_LARGE: "A callback has at most 64 KiB, with a training's log lines 256 KiB.",
+    CallbackOutcome.UNAVAILABLE: "The callback cannot be taken now; send it again.",
 }
 _OF_RELAYED: Final = {
     Relayed.SIGNALLED: CallbackOutcome.SIGNALLED,
@@ -90,7 +91,7 @@ _OF_RELAYED: Final = {
 
 
 class CallbackReceiver:
-    """Takes callbacks; one per process."""
+    """Takes callbacks; one in each process."""
 
     def __init__(
         self, signatures: CallbackSignatures, relay: CallbackRelay, log_writer: TrainingLogWriter, metrics: Metrics
@@ -146,7 +147,7 @@ class CallbackReceiver:
         return outcome
 
     async def _take(self, task_id: str, callback: Callback) -> CallbackOutcome:
-        """Signal and log lines side by side, so that neither party's outage keeps the other's part."""
+        """Signal and log lines run side by side, so that an outage of one party does not block the other."""
         lines = _log_write(task_id, callback)
         if lines is None:
             return _OF_RELAYED[await self._relay.take(task_id, callback)]
@@ -155,7 +156,7 @@ class CallbackReceiver:
 
 
 class CallbackTaken(OwnModel):
-    """What became of a callback that needs no repeat."""
+    """What became of a callback that need not be repeated."""
 
     outcome: CallbackOutcome
 
@@ -188,11 +189,11 @@ def _documented_body() -> dict[str, Any]:
 
 
 def _documented_headers() -> list[dict[str, Any]]:
-    """Of the Standard Webhooks scheme (https://www.standardwebhooks.com)."""
+    """The headers of the Standard Webhooks scheme (https://www.standardwebhooks.com)."""
     meanings = {
-        "webhook-id": "The message's id, the same at every repeat.",
+        "webhook-id": "The message's id, the same in every repeat.",
         "webhook-timestamp": "When this try was signed, in seconds since the epoch.",
-        "webhook-signature": "`v1,` and the base64 HMAC-SHA256 of id, timestamp and body; several with blanks between.",
+        "webhook-signature": "`v1,` and the base64 HMAC-SHA256 of id, timestamp and body; blanks between several.",
     }
     return [
         {
@@ -217,14 +218,14 @@ def callback_routes(receiver: CallbackReceiver) -> APIRouter:
         openapi_extra={"requestBody": _documented_body(), "parameters": _documented_headers()},
     )
     async def comfyui_callback(task_id: str, request: Request) -> Response:
-        """ComfyUI tells that a job or training of the task has changed. Signed by the Standard Webhooks scheme."""
+        """ComfyUI reports a change of the task's job or training. Signed by the Standard Webhooks scheme."""
         return await receiver.receive(task_id, request)
 
     return router
 
 
 async def _body(request: Request) -> bytes:
-    """The whole body, counted while it is read: a length that a sender states is not believed. Raises BodyTooLarge."""
+    """The whole body, counted while it is read: the stated length is not trusted. Raises BodyTooLarge."""
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
@@ -236,7 +237,7 @@ async def _body(request: Request) -> bytes:
 
 
 def _log_write(task_id: str, callback: Callback) -> TrainingLogWrite | None:
-    """What goes to the training log; None when there is nothing."""
+    """The part for the training log; None if there is none."""
     if not isinstance(callback, TrainingCallback):
         return None
     metrics = _metrics(callback)
@@ -256,5 +257,5 @@ def _metrics(callback: TrainingCallback) -> dict[str, float]:
 
 
 def _shown(task_id: str) -> str:
-    """A path is anybody's text: a log line holds a piece of it at most."""
+    """Shortened for logs: a path may hold any text."""
     return task_id[:64]

@@ -1,4 +1,4 @@
-"""Going away: told before the server stops, so that what is open can end by itself."""
+"""Shutdown: streams are notified before the server stops, so that they can end by themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import uvicorn
 
 
 class Draining:
-    """Whether the process has been told to end. Streams wait for it and end with a retry hint."""
+    """Whether the process is shutting down. Streams wait for it and end with a retry hint."""
 
     def __init__(self) -> None:
         self._begun = asyncio.Event()
@@ -22,12 +22,12 @@ class Draining:
         return self._begun.is_set()
 
     async def wait(self) -> None:
-        """Return once the process has been told to end."""
+        """Return once the shutdown has begun."""
         await self._begun.wait()
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, except that a signal begins the draining before the server stops taking connections."""
+    """uvicorn, but a signal begins the draining before the server stops accepting connections."""
 
     def __init__(self, config: uvicorn.Config, draining: Draining) -> None:
         super().__init__(config)

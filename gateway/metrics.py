@@ -21,7 +21,7 @@ NO_ROUTE: Final = "none"
 
 
 class Metrics:
-    """What is counted; one per process, with a registry of its own."""
+    """What is counted; one in each process, with its own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -67,7 +67,7 @@ class Metrics:
 
 
 class MetricsPage:
-    """`/metrics`: the counters, and the queues as the store knows them, read at most every 5 s."""
+    """`/metrics`: the counters, and the queues from the store, read at most every 5 s."""
 
     def __init__(self, metrics: Metrics, queue_states: Callable[[], Awaitable[list[QueueState]]]) -> None:
         self._metrics = metrics
@@ -86,7 +86,7 @@ class MetricsPage:
 
 
 class CountRequests:
-    """ASGI middleware: counts answers by route, method and status, and measures the time to their head."""
+    """ASGI middleware: counts answers by route, method and status, and measures the time until their headers."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -113,7 +113,7 @@ class CountRequests:
 
 
 def _route(scope: Scope) -> str:
-    """The route's pattern, never the path itself: a path is anybody's text."""
+    """The route's pattern, never the path itself: a path may hold any text."""
     return getattr(scope.get("route"), "path", NO_ROUTE)
 
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document: the framework's own, without what it adds that is not so."""
+"""The OpenAPI document: the framework's own, without its additions that are untrue."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _FRAMEWORK_REFUSALS: Final = ("HTTPValidationError", "ValidationError")
 
 
 class DocumentedApp(FastAPI):
-    """FastAPI, whose document says of errors what is sent.
+    """FastAPI, with a document that describes errors as they are sent.
 
     1. A problem is `application/problem+json` alone; the framework adds its default media type to every model.
-    2. Heartbeats are described: they come in streams, whose frames the framework knows nothing of.
-    3. A route that refuses no input documents no 422; the framework adds one wherever there is a parameter.
+    2. Heartbeats are described: they come in streams, whose frames the framework does not know.
+    3. A route that rejects no input documents no 422; the framework adds one for every parameter.
     """
 
     def openapi(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The gateway's OpenAPI document as a file: `python -m gateway.openapi_export [--check]`.
 
-Without an option `docs/openapi.json` is written; with `--check` nothing is written, and the exit code is 1 where the
-file differs from what the gateway serves or is missing.
+Without an option it writes `docs/openapi.json`. With `--check` it writes nothing, and the exit code is 1 if the file is
+missing or differs from what the gateway serves.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _UNUSED_CALLBACK_SECRET: Final = "whsec_b3BlbmFwaS1leHBvcnQtdmVyaWZpZXMtbm90aGlu
 
 
 def rendered() -> str:
-    """The document as JSON text. The same code always gives the same bytes. Connects to nothing."""
+    """The document as JSON text, always the same bytes for the same code. Connects to nothing."""
     return json.dumps(asyncio.run(_document()), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What those who run the gateway ask: does it live, can it work, how does it fare. No token; no word of any tenant."""
+"""Health, readiness and metrics for operators. They need no token and show no tenant's data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ State = Literal["ok", "unavailable"]
 
 
 class Readiness(OwnModel):
-    """Whether requests can be answered, and what stands in the way."""
+    """Whether requests can be answered, and what prevents it."""
 
     status: Literal["ready", "not_ready", "draining"]
     postgresql: State
@@ -32,12 +32,12 @@ def operations_routes(temporal: Client, store: TaskStore, metrics: MetricsPage, 
 
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:
-        """The process is alive; says nothing of what it depends on."""
+        """The process is alive. It says nothing about its dependencies."""
         return {"status": "ok"}
 
     @router.get("/readyz", responses={503: {"model": Readiness, "description": "Not ready"}})
     async def readyz(response: Response) -> Readiness:
-        """PostgreSQL and Temporal answer, and the process is not about to end."""
+        """PostgreSQL and Temporal answer, and the process is not shutting down."""
         postgresql, server = await asyncio.gather(
             _state(store.check()),
             _state(temporal.service_client.check_health(timeout=timedelta(seconds=CHECK_SECONDS))),
@@ -62,6 +62,6 @@ def operations_routes(temporal: Client, store: TaskStore, metrics: MetricsPage, 
 async def _state(check: Awaitable[object]) -> State:
     try:
         await asyncio.wait_for(check, CHECK_SECONDS)
-    except Exception:  # whatever keeps it from answering, it is not ready
+    except Exception:  # not ready, whatever the reason
         return "unavailable"
     return "ok"

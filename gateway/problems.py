@@ -21,7 +21,7 @@ MAX_NAME_BYTES: Final = 64
 
 
 class ProblemCode(StrEnum):
-    """What can be wrong with a request. Where contract §1 has a word for it, that word."""
+    """What can be wrong with a request. It uses contract §1's code if there is one."""
 
     INPUT_INVALID = "input_invalid"
     UNAUTHENTICATED = "unauthenticated"
@@ -73,7 +73,7 @@ RETRY_AFTER_SECONDS: Final = 2
 
 
 class FieldProblem(OwnModel):
-    """One field that is wrong, and what is allowed."""
+    """One invalid field, and what is allowed."""
 
     field: str
     message: str
@@ -125,7 +125,7 @@ class Problem(Exception):
 
 
 def input_invalid(errors: Sequence[Any]) -> Problem:
-    """pydantic's errors, field by field; a value that was given is never repeated (a prompt stays where it was)."""
+    """pydantic's errors, field by field. The given value is never repeated: it may be a prompt."""
     fields: list[FieldProblem] = []
     for error in errors[:MAX_FIELDS]:
         place = [shortened(repaired(str(part)), MAX_NAME_BYTES) for part in error["loc"]]
@@ -133,23 +133,23 @@ def input_invalid(errors: Sequence[Any]) -> Problem:
         fields.append(FieldProblem(field=".".join(place[1:]) or "".join(place) or "body", message=message))
     noun = "field is" if len(errors) == 1 else "fields are"
     return Problem(
-        ProblemCode.INPUT_INVALID, f"Nothing was done: {len(errors)} {noun} wrong; see `fields`.", fields=fields
+        ProblemCode.INPUT_INVALID, f"Nothing was done: {len(errors)} {noun} invalid; see `fields`.", fields=fields
     )
 
 
 def of_http_exception(error: HTTPException) -> Problem:
-    """What the framework itself refuses."""
+    """Maps the framework's own refusals."""
     match error.status_code:
         case 404:
-            return Problem(ProblemCode.ROUTE_UNKNOWN, "There is no such route; /openapi.json lists those there are.")
+            return Problem(ProblemCode.ROUTE_UNKNOWN, "There is no such route; see /openapi.json for the list.")
         case 405:
             return Problem(
-                ProblemCode.METHOD_NOT_ALLOWED, "This route does not take this method.", headers=error.headers
+                ProblemCode.METHOD_NOT_ALLOWED, "This route does not support this method.", headers=error.headers
             )
         case 408:
             return Problem(ProblemCode.TOO_SLOW, "The body did not arrive in time; send the request again.")
         case 413:
-            return Problem(ProblemCode.TOO_LARGE, f"The body is larger than this route takes: {error.detail}.")
+            return Problem(ProblemCode.TOO_LARGE, f"The body is too large for this route: {error.detail}.")
         case status if status < 500:
             return Problem(ProblemCode.INPUT_INVALID, "The request cannot be read: its body must be one JSON object.")
         case _:
@@ -157,7 +157,7 @@ def of_http_exception(error: HTTPException) -> Problem:
 
 
 def answer_with_problems(app: FastAPI) -> None:
-    """Every refusal of the application, over HTTP and at a WebSocket's handshake, becomes a problem document."""
+    """Every refusal of the application becomes a problem document, over HTTP and in a WebSocket's handshake."""
 
     async def answer(connection: HTTPConnection, error: Exception) -> JSONResponse | None:
         response = _problem_of(error).response()
@@ -194,7 +194,7 @@ _HEADERS_OF: Final[dict[int, dict[str, Any]]] = {
 
 
 def problems(*codes: ProblemCode) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route's OpenAPI entry: every error that it may answer with, by status, with examples."""
+    """The `responses` of a route's OpenAPI entry: every error that it may return, by status, with examples."""
     by_status: dict[int | str, dict[str, Any]] = {}
     for code in codes:
         status = STATUS_OF[code]

@@ -1,6 +1,6 @@
-"""How large a request may be and how long it may take to arrive, before anything of it is read as JSON.
+"""Limits for the size and the duration of a request, before any of it is parsed as JSON.
 
-Streams are not touched: once a body is complete, waiting for the client to leave has no limit.
+Streams are not limited: once a body is complete, waiting for the client to leave has no limit.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ START_TRAINING: Final = "/api/v1/tasks/trainings"
 LONG_BODY_SECONDS: Final = 30.0
 """For a list of files: 4 MiB over a line of little more than 1 Mbit/s."""
 LIMITED_PATHS: Final = "/api/"
-"""Callbacks have limits of their own (contract §2)."""
+"""Callbacks have their own limits (contract §2)."""
 
 
 class RequestLimits:
-    """ASGI middleware: 413 beyond 128 KiB, counted, whatever length is stated; 408 where it takes over 10 s.
+    """ASGI middleware: 413 beyond 128 KiB, counted regardless of the stated length; 408 if it takes over 10 s.
 
-    The order of a training may hold a list of files of 4 MiB besides, and take 30 s.
+    The order of a training may also hold a list of files of 4 MiB, and take 30 s.
     """
 
     def __init__(self, app: ASGIApp) -> None:

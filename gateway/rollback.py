@@ -1,7 +1,7 @@
-"""Rolling a task's credits back by hand (contract §7).
+"""Rolling a task's credits back on request (contract §7).
 
-An open task is cancelled: it gives everything back itself. One whose run ended without its clean-up is given back by
-`GiveBackWorkflow`. What was charged stays charged: refunds are not this system's.
+An open task is cancelled: it gives everything back itself. `GiveBackWorkflow` gives back a task whose run ended
+without its own clean-up. Charges stay: refunds are out of scope.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gateway.temporal_calls import RPC_TIMEOUT, bounded, described, temporal_pro
 from runtime.caller_tokens import Caller
 
 WAIT_SECONDS: Final = 10.0
-"""How long a give-back is waited for; it goes on all the same."""
+"""How long a request waits for a give-back, which continues in any case."""
 
 
 class Rollback:
@@ -50,8 +50,8 @@ class Rollback:
         if run is not None and run.status is RunStatus.PAUSED:
             raise Problem(
                 ProblemCode.WORKER_UNAVAILABLE,
-                f"The run of task {task_id} is paused in Temporal, and gives nothing back until it goes on: unpause "
-                "it and ask again.",
+                f"The run of task {task_id} is paused in Temporal and gives nothing back while it is paused: unpause "
+                "it and try again.",
             )
         if run is not None and not run.status.is_over:
             return await self._cancelled(caller, task, order)
@@ -67,7 +67,7 @@ class Rollback:
             return _of_ended(now)
         raise Problem(
             ProblemCode.STILL_ENDING,
-            f"Task {task.task_id} has been delivered or is ending; its credits are being settled. Ask again.",
+            f"Task {task.task_id} has been delivered or is ending; its credits are being settled. Try again.",
         )
 
     async def _given_back(self, task: TaskView, order: RollbackOrder) -> RollbackOutcome:
@@ -78,7 +78,7 @@ class Rollback:
                 id=give_back_id_of(task.task_id),
                 task_queue=self._task_queue,
                 result_type=GiveBackResult,
-                # Giving back twice is giving back once: a second one finds the task ended.
+                # Repeating a give-back is harmless: the second one finds the task ended.
                 id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
                 id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
                 static_summary=f"give back {task.task_id}, for {task.tenant_id}",
@@ -91,7 +91,7 @@ class Rollback:
                 result = await asyncio.wait_for(asyncio.shield(_result_of(handle)), WAIT_SECONDS)
         except WorkflowFailureError as failure:
             raise Problem(
-                ProblemCode.STILL_ENDING, f"Task {task.task_id} could not be given back: {failure.cause}. Ask again."
+                ProblemCode.STILL_ENDING, f"Task {task.task_id} could not be given back: {failure.cause}. Try again."
             ) from None
         except Problem:
             return RollbackOutcome(outcome="giving_back", credits=task.credits)
@@ -121,8 +121,8 @@ def _of_outcome(task_id: str, result: GiveBackResult) -> RollbackOutcome:
     if result.outcome == "settlement_unknown":
         raise Problem(
             ProblemCode.SETTLEMENT_UNKNOWN,
-            f"Whether task {task_id} was charged could not be learned, so nothing can be rolled back. The ledger is "
-            "looked at again hourly for a day: ask again, or look into the credits service's ledger.",
+            f"It is unknown whether task {task_id} was charged, so nothing can be rolled back. The ledger is checked "
+            "hourly for a day: try again later, or look into the credits service's ledger.",
         )
     outcome: Literal["given_back", "nothing_held"] = result.outcome
     return RollbackOutcome(outcome=outcome, credits=result.credits)

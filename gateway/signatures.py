@@ -1,4 +1,4 @@
-"""Standard Webhooks (contract §2): who may call back, and which message came before."""
+"""Standard Webhooks (contract §2): verifies callbacks, and recognises repeated messages."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from standardwebhooks import Webhook
 
 REMEMBERED_SECONDS: Final = 600.0
 MAX_REMEMBERED: Final = 100_000
-"""Beyond this the oldest ids are forgotten early; a replay of those is coalesced like any repeat."""
+"""Beyond this the oldest ids are forgotten early. A replay of those is coalesced like any repeat."""
 MAX_ID_LENGTH: Final = 256
 
 
 class CallbackSignatures:
-    """Verifies callbacks against every secret in use: two during a rotation."""
+    """Verifies callbacks with every configured secret: two during a rotation."""
 
     def __init__(self, secrets: Sequence[str]) -> None:
-        """`secrets` are `whsec_…`. Raises ValueError for none, or one that is no such secret, without quoting it."""
+        """`secrets` are `whsec_…`. Raises ValueError if there is none or one is malformed, without quoting it."""
         if not secrets:
-            raise ValueError("No callback secret is set: give at least one (whsec_…), or no callback can be taken.")
+            raise ValueError("No callback secret is set: set at least one (whsec_…), or callbacks cannot be verified.")
         self._webhooks = [self._webhook(number, secret) for number, secret in enumerate(secrets, start=1)]
 
     @staticmethod
@@ -59,7 +59,7 @@ class SeenCallbacks:
         return webhook_id in self._expires_at
 
     def remember(self, webhook_id: str) -> None:
-        """Called only once the callback's effect is safe: a sender that got no answer must be heard again."""
+        """Call it only once the callback's effect is safe: a sender without an answer must be able to repeat."""
         self._expires_at[webhook_id] = self._clock() + REMEMBERED_SECONDS
         self._expires_at.move_to_end(webhook_id)
         self._forget_expired()

@@ -1,7 +1,7 @@
 """Live streams (contract §6): one task, several, or all of a tenant; Server-Sent Events and WebSocket.
 
-Open: who asks, which tasks, from where → all of that is answered as an ordinary request. Then the hub tells.
-Annotations are evaluated here at once: the dependency that they name is made by `stream_routes`, not by the module.
+Caller, tasks and position are checked as for an ordinary request. After that the hub serves the stream.
+Annotations are evaluated when this module runs: `stream_routes` makes the dependency that they name.
 """
 
 import re
@@ -23,20 +23,20 @@ from store import CursorInvalid, StoreFailure, TaskHead
 
 MAX_TASKS: Final = 50
 MAX_STREAMS: Final = 15_000
-"""Of this process; further ones are asked to come again, which is another process's turn."""
+"""Limit of one process. A client beyond it is asked to come again and may reach another process."""
 ALL_TASKS: Final = "*"
 RETRY_BACKOFF_SECONDS: Final = (1, 2, 5, 10, 30)
 EVENT_STREAM: Final = "text/event-stream"
 _TASK_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HEADERS: Final = {
     "Cache-Control": "no-store",
-    # Proxies that buffer would hold events back.
+    # Buffering proxies would delay events.
     "X-Accel-Buffering": "no",
 }
 
 
 class StreamConfig(OwnModel):
-    """Where streams are, a token that opens them and nothing else, and how long to wait before each new try."""
+    """The addresses of streams, a token that opens them and nothing else, and the pauses between retries."""
 
     ws_url: str
     sse_url: str
@@ -44,8 +44,8 @@ class StreamConfig(OwnModel):
     retry_backoff_seconds: list[int]
 
 
-class Opening:
-    """A stream that may be opened: its tasks, how far each has come, and after which `seq` each is told."""
+class StreamStart:
+    """A stream that may start: its tasks, how far each has come, and the `seq` after which each begins."""
 
     def __init__(self, caller: Caller, heads: dict[str, TaskHead], positions: dict[str, int]) -> None:
         self._caller = caller
@@ -58,7 +58,7 @@ class Opening:
 
     @property
     def is_over(self) -> bool:
-        """Everything was told before, up to the end of every task."""
+        """Everything was sent before, up to the end of every task."""
         return bool(self._positions) and not self._open_tasks
 
     def subscriber(self, wire: SseWire | WebSocketWire) -> Subscriber:
@@ -72,38 +72,38 @@ class Opening:
 
 
 class EventStreamResponse(Response):
-    """One SSE stream, for as long as it lasts."""
+    """One SSE stream, for its whole life."""
 
     media_type = EVENT_STREAM
 
-    def __init__(self, hub: EventHub, opening: Opening) -> None:
+    def __init__(self, hub: EventHub, start: StreamStart) -> None:
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
         self._hub = hub
-        self._opening = opening
+        self._start = start
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         wire = SseWire(receive, send)
-        # A first line at once: some browsers and proxies hold a response back until its body begins.
+        # A first line immediately: some browsers and proxies hold a response back until its body begins.
         await wire.write([f"retry: {RETRY_MILLISECONDS}\n\n".encode()])
-        await self._hub.tell(self._opening.subscriber(wire), self._opening.heads)
+        await self._hub.serve(self._start.subscriber(wire), self._start.heads)
 
 
-async def opened(
+async def checked_start(
     hub: EventHub, caller: Caller, task_ids: Sequence[str], *, cursor: str | None, all_tasks: bool = False
-) -> Opening:
-    """Check what is asked for. Raises Problem."""
+) -> StreamStart:
+    """Check the request for a stream. Raises Problem."""
     if hub.is_draining:
         raise Problem(ProblemCode.DRAINING, "This process is about to end: open the stream again.")
     if hub.open_streams.total() >= MAX_STREAMS:
         raise Problem(
             ProblemCode.RATE_LIMITED,
-            f"This process serves its {MAX_STREAMS} streams already: open the stream again later.",
+            f"This process already serves {MAX_STREAMS} streams: open the stream again later.",
             headers={"Retry-After": str(RETRY_BACKOFF_SECONDS[2])},
         )
     if all_tasks:
-        return Opening(caller, {}, {})
+        return StreamStart(caller, {}, {})
     try:
         positions = positions_of(cursor, task_ids) if cursor else dict.fromkeys(task_ids, 0)
     except CursorInvalid as error:
@@ -113,24 +113,24 @@ async def opened(
     except StoreFailure:
         raise Problem(ProblemCode.STORE_UNAVAILABLE, "The task store cannot be read now: open it again.") from None
     for task_id in task_ids:
-        # A stranger's task is as unknown as one that there is not.
+        # Another tenant's task must look like one that does not exist.
         if task_id not in heads or heads[task_id].tenant_id != caller.tenant_id:
             raise Problem(ProblemCode.TASK_UNKNOWN, f"There is no task {task_id} of this tenant.")
-    return Opening(caller, heads, positions)
+    return StreamStart(caller, heads, positions)
 
 
-def asked_for(task_id: str | None, subscribe: str | None) -> tuple[list[str], bool]:
-    """The ids in `task_id` and `subscribe`, or that all tasks are asked for. Raises Problem."""
+def requested_tasks(task_id: str | None, subscribe: str | None) -> tuple[list[str], bool]:
+    """The ids in `task_id` and `subscribe`, or whether all tasks are requested. Raises Problem."""
     if subscribe is not None and subscribe.strip() == ALL_TASKS:
         if task_id:
-            raise Problem(ProblemCode.INPUT_INVALID, "subscribe=* is all tasks: leave task_id out.")
+            raise Problem(ProblemCode.INPUT_INVALID, "subscribe=* means all tasks: leave task_id out.")
         return [], True
     parts = [task_id or "", *(subscribe or "").split(",")]
     task_ids = list(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if not task_ids:
         raise Problem(ProblemCode.INPUT_INVALID, "Name a task: ?task_id=A, ?subscribe=B,C or ?subscribe=*.")
     if len(task_ids) > MAX_TASKS:
-        raise Problem(ProblemCode.INPUT_INVALID, f"One stream tells of at most {MAX_TASKS} tasks: open several.")
+        raise Problem(ProblemCode.INPUT_INVALID, f"One stream covers at most {MAX_TASKS} tasks: open several.")
     if not all(_TASK_ID.fullmatch(part) for part in task_ids):
         raise Problem(ProblemCode.INPUT_INVALID, "A task id has 1 to 64 letters, digits, '-' or '_'.")
     return task_ids, False
@@ -139,11 +139,12 @@ def asked_for(task_id: str | None, subscribe: str | None) -> tuple[list[str], bo
 _TaskId = Annotated[str | None, Query(max_length=64, description="One task.", examples=["image-3f9c"])]
 _Subscribe = Annotated[
     str | None,
-    Query(max_length=4_096, description=f"Up to {MAX_TASKS} tasks, comma-separated; `*`: all of the own tenant's."),
+    Query(max_length=4_096, description=f"Up to {MAX_TASKS} tasks, comma-separated; `*`: all of the caller's tenant."),
 ]
-_Cursor = Annotated[str | None, Query(max_length=2_048, description="Where to go on: an event's `cursor`.")]
+_Cursor = Annotated[str | None, Query(max_length=2_048, description="Where to continue: an event's `cursor`.")]
 _LastEventId = Annotated[
-    str | None, Header(max_length=2_048, description="As `cursor`, and before it: browsers send it by themselves.")
+    str | None,
+    Header(max_length=2_048, description="As `cursor`, and preferred to it: browsers send it."),
 ]
 _REFUSALS: Final = (
     ProblemCode.INPUT_INVALID,
@@ -169,13 +170,13 @@ _STREAM_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
         "description": "Frames: `id` is the cursor, `event` the type, `data` one JSON object (TaskEvent).",
         "content": {EVENT_STREAM: {"schema": FRAME_SCHEMA, "example": _EXAMPLE}},
     },
-    204: {"description": "Every event was told before and every task has ended: do not come again."},
+    204: {"description": "Every event was sent before and every task has ended: do not reconnect."},
     **problems(*_REFUSALS),
 }
 
 
 def stream_routes(hub: EventHub, access: Access, *, public_url: str | None = None) -> APIRouter:
-    """`public_url`: the address under which clients reach the gateway; default: the one they asked at."""
+    """`public_url`: the address under which clients reach the gateway; default: the address of their request."""
     router = APIRouter(prefix="/api/v1/tasks", tags=["streams"])
     watcher = access.demands_for_stream()
 
@@ -197,12 +198,14 @@ def stream_routes(hub: EventHub, access: Access, *, public_url: str | None = Non
 
         `subscribe=*` begins now, has no `id` in its frames and cannot be resumed.
 
-        `GET /api/v1/tasks/stream/ws` is the same over WebSocket: one JSON object a message, `cursor` to go on. It
-        closes with 1000 after the last event, 1012 where the process ends, 1013 where it was cut, 3000 where the token
-        has expired.
+        `GET /api/v1/tasks/stream/ws` is the same over WebSocket: one JSON object in each message, with a `cursor` to
+        resume from. It closes with 1000 after the last event, 1012 if the process ends, 1013 if it was cut, 3000 if the
+        token has expired.
         """
-        task_ids, all_tasks = asked_for(task_id, subscribe)
-        return _answer(hub, await opened(hub, caller, task_ids, cursor=last_event_id or cursor, all_tasks=all_tasks))
+        task_ids, all_tasks = requested_tasks(task_id, subscribe)
+        return _answer(
+            hub, await checked_start(hub, caller, task_ids, cursor=last_event_id or cursor, all_tasks=all_tasks)
+        )
 
     @router.websocket("/stream/ws")
     async def stream_ws(
@@ -212,22 +215,22 @@ def stream_routes(hub: EventHub, access: Access, *, public_url: str | None = Non
         subscribe: _Subscribe = None,
         cursor: _Cursor = None,
     ) -> None:
-        task_ids, all_tasks = asked_for(task_id, subscribe)
-        opening = await opened(hub, caller, task_ids, cursor=cursor, all_tasks=all_tasks)
+        task_ids, all_tasks = requested_tasks(task_id, subscribe)
+        start = await checked_start(hub, caller, task_ids, cursor=cursor, all_tasks=all_tasks)
         await socket.accept()
         wire = WebSocketWire(socket)
-        if opening.is_over:
+        if start.is_over:
             await wire.end(EndReason.OVER, RETRY_MILLISECONDS)
             return
-        await hub.tell(opening.subscriber(wire), opening.heads)
+        await hub.serve(start.subscriber(wire), start.heads)
 
     @router.get(
         "/stream/config",
         responses=problems(ProblemCode.UNAUTHENTICATED, ProblemCode.NOT_AUTHORIZED, ProblemCode.TOKENS_UNVERIFIABLE),
-        summary="Where streams are, and a token for them",
+        summary="The addresses of streams, and a token for them",
     )
     async def stream_config(request: Request, caller: Annotated[Caller, Depends(watcher)]) -> StreamConfig:
-        """The token opens streams and nothing else, for at most ten minutes: it may stand in an address."""
+        """The token opens streams and nothing else, for at most ten minutes: it may be part of an address."""
         base = (public_url or str(request.base_url)).rstrip("/")
         return StreamConfig(
             ws_url=f"{'ws' + base.removeprefix('http')}/api/v1/tasks/stream/ws",
@@ -240,15 +243,15 @@ def stream_routes(hub: EventHub, access: Access, *, public_url: str | None = Non
 
 
 def task_event_stream(hub: EventHub) -> Callable[[Request, Caller, str], Awaitable[Response]]:
-    """The live stream of one task, under the address of its history; taken up by `cursor`, `after` or Last-Event-ID."""
+    """The live stream of one task, under the address of its history; resumed by `cursor`, `after` or Last-Event-ID."""
 
     async def stream(request: Request, caller: Caller, task_id: str) -> Response:
-        told = request.headers.get("last-event-id")
-        cursor = told or request.query_params.get("cursor") or request.query_params.get("after")
-        return _answer(hub, await opened(hub, caller, asked_for(task_id, None)[0], cursor=cursor))
+        last_event_id = request.headers.get("last-event-id")
+        cursor = last_event_id or request.query_params.get("cursor") or request.query_params.get("after")
+        return _answer(hub, await checked_start(hub, caller, requested_tasks(task_id, None)[0], cursor=cursor))
 
     return stream
 
 
-def _answer(hub: EventHub, opening: Opening) -> Response:
-    return Response(status_code=204) if opening.is_over else EventStreamResponse(hub, opening)
+def _answer(hub: EventHub, start: StreamStart) -> Response:
+    return Response(status_code=204) if start.is_over else EventStreamResponse(hub, start)

@@ -1,8 +1,8 @@
-"""Where a stream stands, as one opaque cursor (contract §6).
+"""A stream's position, as one opaque cursor (contract §6).
 
-A stream of one task stands where its last event's own cursor says. A stream of several stands at a `seq` in each: the
-cursor holds a short digest of each task's id with its `seq`, so that it fits into a header for fifty tasks and means
-the same whatever the order, and with tasks more or fewer than when it was given.
+The position of a stream of one task is its last event's own cursor. A stream of several tasks has a `seq` in each. Its
+cursor holds a short digest of each task's id with its `seq`, so that fifty tasks fit into a header. The order of the
+tasks does not matter, and tasks may be added or left out when the stream is opened again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_LENGTH: Final = 2_048
 
 
 def cursor_of(positions: Mapping[str, int]) -> str:
-    """The cursor of a stream that has told each task up to its `seq`."""
+    """The cursor of a stream that has sent each task up to its `seq`."""
     if len(positions) == 1:
         [(task_id, seq)] = positions.items()
         return event_cursor(task_id, seq)
@@ -33,7 +33,7 @@ def cursor_of(positions: Mapping[str, int]) -> str:
 
 
 def positions_of(cursor: str, task_ids: Sequence[str]) -> dict[str, int]:
-    """Each task's `seq` after which to go on; a task that the cursor does not know is told from its start.
+    """The `seq` of each task after which to continue. A task that is not in the cursor begins at its start.
 
     Takes the cursor of a stream and that of a single event. Raises CursorInvalid.
     """
@@ -47,13 +47,13 @@ def positions_of(cursor: str, task_ids: Sequence[str]) -> dict[str, int]:
         except CursorInvalid:
             continue
         return positions
-    raise CursorInvalid("This cursor was not given for any of these tasks: leave it out to read from the start.")
+    raise CursorInvalid("This cursor is not for any of these tasks: leave it out to read from the start.")
 
 
 def _entries(cursor: str) -> dict[bytes, int] | None:
-    """Digest → seq; None where it is no cursor of several tasks."""
+    """Digest → seq; None if it is not a cursor of several tasks."""
     if len(cursor) > _MAX_LENGTH:
-        raise CursorInvalid("This cursor was not given by this service: leave it out to read from the start.")
+        raise CursorInvalid("This cursor is not from this service: leave it out to read from the start.")
     try:
         raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
     except (ValueError, binascii.Error):

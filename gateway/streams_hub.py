@@ -1,10 +1,10 @@
-"""News of all tasks, once a process: one LISTEN connection, one reader, every stream (pitfall 27, 28).
+"""New events of all tasks, once in each process: one LISTEN connection, one reader, all streams (pitfall 27, 28).
 
-    NOTIFY ─┐                       ┌─▶ streams that name the task
-    sweep ──┴─▶ tasks with news ─▶ read ─┴─▶ streams of its tenant
+    NOTIFY ─┐                                 ┌─▶ streams that name the task
+    sweep ──┴─▶ tasks with new events ─▶ read ─┴─▶ streams of its tenant
 
-A notification only says that there is news; what is told is read from the store, in order, from where the last
-reading ended. So a lost, repeated or late notification changes nothing but the time, and the sweep bounds that to 2 s.
+A notification only says that there are new events. The events themselves are read from the store, in order, from where
+the last read ended. So a lost, repeated or late notification only delays them, and the sweep bounds that delay to 2 s.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ log = structlog.get_logger(__name__)
 SWEEP_SECONDS: Final = 2.0
 HEARTBEAT_SECONDS: Final = 15
 PAGE: Final = 100
-"""Events of one task that are read at once."""
+"""Events of one task in one read."""
 SWEEP_PAGE: Final = 2_000
 READERS: Final = 3
-"""Streams that read history at the same time: the pool serves others too."""
+"""Streams that read history concurrently: the pool serves others too."""
 STORE_RETRY_SECONDS: Final = 0.25
 MAX_STRANGERS: Final = 10_000
 ENDED_KEPT_SECONDS: Final = 120.0
-"""How long an ended task of a watched tenant is known, so that its history is not taken for a new task's."""
+"""How long an ended task of a watched tenant is remembered, so that it is not mistaken for a new task."""
 
 
 class Feed:
-    """A task that somebody watches."""
+    """A task that at least one stream watches."""
 
-    __slots__ = ("ended_at", "last_seq", "subscribers", "task_id", "tenant_id", "told_seq")
+    __slots__ = ("ended_at", "last_seq", "notified_seq", "subscribers", "task_id", "tenant_id")
 
     def __init__(self, head: TaskHead, *, last_seq: int) -> None:
         self.task_id = head.task_id
         self.tenant_id = head.tenant_id
         self.last_seq = last_seq
         """The newest that the streams were given."""
-        self.told_seq = head.last_seq
+        self.notified_seq = head.last_seq
         """The newest that is known to exist."""
         self.ended_at = time.monotonic() if head.has_ended and last_seq >= head.last_seq else None
         self.subscribers: set[Subscriber] = set()
 
 
 class EventHub:
-    """Gives every open stream of this process its tasks' news. `running()` is its life."""
+    """Gives the new events of tasks to every open stream of this process. `running()` is its lifetime."""
 
     def __init__(self, store: TaskStore, draining: Draining, *, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
         self._store = store
         self._draining = draining
-        self._listener = store.listener(told=self._told, resumed=self._sweep_now)
+        self._listener = store.listener(written=self._written, resumed=self._sweep_now)
         self._feeds: dict[str, Feed] = {}
         self._tenants: dict[str, set[Subscriber]] = {}
         self._unknown: dict[str, None] = {}
@@ -74,7 +74,7 @@ class EventHub:
         self._joined = 0
         self._readers = asyncio.Semaphore(READERS)
         self.open_streams: Counter[str] = Counter()
-        """How many are open, by kind: `sse`, `ws`."""
+        """Open streams by kind: `sse`, `ws`."""
         self.ended: Counter[EndReason] = Counter()
         """Streams that we ended, by reason."""
 
@@ -96,7 +96,7 @@ class EventHub:
 
     @property
     def watched_tasks(self) -> int:
-        """Tasks that some stream tells of, and those whose last stream has just gone."""
+        """Tasks in at least one stream, and those whose last stream has just gone."""
         return len(self._feeds)
 
     @asynccontextmanager
@@ -112,7 +112,7 @@ class EventHub:
                 await asyncio.gather(*tasks)
 
     async def _drain(self) -> None:
-        """End every stream with word of when to come again; new ones are refused by then."""
+        """End every stream with a retry hint. By then new ones are refused."""
         await self._draining.wait()
         for subscriber in [subscriber for beat in self._beats for subscriber in beat]:
             self._end(subscriber, EndReason.DRAINING)
@@ -122,8 +122,8 @@ class EventHub:
         async with self._readers:
             return await self._store.heads(task_ids)
 
-    async def tell(self, subscriber: Subscriber, heads: Mapping[str, TaskHead]) -> None:
-        """Give the stream its tasks' history, then their news, until its client has gone or it has ended."""
+    async def serve(self, subscriber: Subscriber, heads: Mapping[str, TaskHead]) -> None:
+        """Send the stream its tasks' history, then their new events, until its client has gone or it has ended."""
         beat = self._beats[self._joined % len(self._beats)]
         self._joined += 1
         beat.add(subscriber)
@@ -160,19 +160,19 @@ class EventHub:
                 self._end(subscriber, EndReason.UNAVAILABLE)
                 return
             subscriber.catch_up(SharedEvent(event) for event in events)
-            self._level(subscriber, events, page)
+            self._mark_caught_up(subscriber, events, page)
             await subscriber.written()
 
-    def _level(self, subscriber: Subscriber, events: Sequence[TaskEvent], page: int) -> None:
-        """Which tasks have no more history than was read."""
+    def _mark_caught_up(self, subscriber: Subscriber, events: Sequence[TaskEvent], page: int) -> None:
+        """Find the tasks whose history was read completely."""
         read = Counter(event.task_id for event in events)
         for task_id, seq in subscriber.behind.items():
             feed = self._feeds[task_id]
             if read[task_id] < page and (seq >= feed.last_seq or not read[task_id]):
-                subscriber.is_level(task_id)
+                subscriber.mark_caught_up(task_id)
 
     async def _join_tenant(self, subscriber: Subscriber) -> None:
-        """From now on: of tasks that are open already, only what comes after what they have."""
+        """Join from now on: of open tasks it gets only events that come after what their other streams have."""
         tenant_id = subscriber.tenant_id
         try:
             if tenant_id not in self._tenants:
@@ -202,7 +202,7 @@ class EventHub:
             self.ended[reason] += 1
             subscriber.end(reason)
 
-    def _told(self, task_id: str, seq: int) -> None:
+    def _written(self, task_id: str, seq: int) -> None:
         feed = self._feeds.get(task_id)
         if feed is not None:
             self._has_news(feed, seq)
@@ -211,8 +211,8 @@ class EventHub:
             self._news.set()
 
     def _has_news(self, feed: Feed, seq: int) -> None:
-        feed.told_seq = max(feed.told_seq, seq)
-        if feed.told_seq > feed.last_seq:
+        feed.notified_seq = max(feed.notified_seq, seq)
+        if feed.notified_seq > feed.last_seq:
             self._with_news.add(feed.task_id)
             self._news.set()
 
@@ -222,7 +222,7 @@ class EventHub:
             self._news.clear()
             try:
                 if self._unknown:
-                    await self._get_to_know()
+                    await self._find_new_tasks()
                 if self._with_news:
                     await self._read_events()
             except StoreUnavailable as error:
@@ -233,8 +233,8 @@ class EventHub:
                 log.error("news_unreadable", reason=str(error))
                 await asyncio.sleep(SWEEP_SECONDS)
 
-    async def _get_to_know(self) -> None:
-        """Tasks that began since their tenant is watched."""
+    async def _find_new_tasks(self) -> None:
+        """Add tasks that were created after their tenant's first stream."""
         task_ids = list(self._unknown)[:SWEEP_PAGE]
         heads = await self._store.heads(task_ids)
         for task_id in task_ids:
@@ -263,7 +263,7 @@ class EventHub:
             self._give(event)
         for task_id in {event.task_id for event in events}:
             if feed := self._feeds.get(task_id):
-                self._has_news(feed, feed.told_seq)
+                self._has_news(feed, feed.notified_seq)
         if self._with_news:
             self._news.set()
 
@@ -285,7 +285,7 @@ class EventHub:
         self._sweep_due.set()
 
     async def _sweep(self) -> None:
-        """Look for news that no notification told of."""
+        """Look for new events that no notification announced."""
         while True:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._sweep_due.wait(), SWEEP_SECONDS)
@@ -316,7 +316,7 @@ class EventHub:
                 self._with_news.discard(feed.task_id)
 
     async def _keep_time(self) -> None:
-        """Each second: streams whose token has expired end, and those whose turn it is hear a heartbeat."""
+        """Each second: end streams whose token has expired, and send the heartbeats that are due."""
         for second in count():
             await asyncio.sleep(1)
             now = time.time()

@@ -1,11 +1,11 @@
-"""One open stream: what it has told, what waits to be written, and when it ends.
+"""One open stream: what it has sent, what waits to be written, and when it ends.
 
     history ──catch up──▶ ┐
                           ├─▶ queue (bounded) ─▶ one writer ─▶ wire
     hub ─────deliver────▶ ┘
 
-A task is caught up from the store until the stream has told all that the hub has given to others; from that instant,
-with nothing awaited in between, the hub's events are for it too. `seq` is gapless, so each event is told once.
+A task is caught up from the store until the stream has all events that the hub has given to others. From that moment,
+with nothing awaited in between, it takes the hub's events too. `seq` is gapless, so each event is sent once.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from gateway.streams_cursors import cursor_of
 from gateway.streams_wires import RETRY_MILLISECONDS, EndReason, SharedEvent, Wire
 
 MAX_QUEUE: Final = 256
-"""Events that wait for a slow client; one more and the stream is cut, to be resumed at the client's own pace."""
+"""Events that may wait for a slow client. One more cuts the stream; the client can resume it at its own pace."""
 MAX_QUEUE_BYTES: Final = 1024 * 1024
 WRITE_SECONDS: Final = 30.0
-"""A client that takes nothing for so long is gone, whatever its connection says."""
+"""A client that reads nothing for this long is gone, whatever its connection says."""
 SPREAD_MILLISECONDS: Final = 3_000
-"""Clients that are sent away all at once come back spread over this span."""
+"""When all clients are sent away together, they reconnect spread over this time."""
 
 
 class Subscriber:
@@ -50,7 +50,7 @@ class Subscriber:
     def __init__(
         self, wire: Wire, *, tenant_id: str, expires_at: float, positions: Mapping[str, int], open_tasks: Iterable[str]
     ) -> None:
-        """`positions`: the `seq` after which each task is told. `open_tasks`: those whose end was not told yet."""
+        """`positions`: the `seq` after which each task begins. `open_tasks`: those whose end was not sent yet."""
         self.wire = wire
         self.tenant_id = tenant_id
         self.expires_at = expires_at
@@ -58,7 +58,7 @@ class Subscriber:
         self.open_tasks = set(open_tasks)
         self.ending: EndReason | None = None
         self.is_aborted = False
-        """The client takes nothing any more, and the task that waits for its going was cancelled."""
+        """The client no longer reads, and the task that waits for it to leave was cancelled."""
         self._is_catching_up: set[str] = set(self.open_tasks)
         self._queue: deque[bytes | str] | None = None
         self._queued_bytes = 0
@@ -71,33 +71,33 @@ class Subscriber:
 
     @property
     def behind(self) -> dict[str, int]:
-        """Tasks that are still caught up, with the `seq` told so far."""
+        """Tasks that are still caught up, with the `seq` sent so far."""
         return {task_id: self.positions[task_id] for task_id in self._is_catching_up}
 
     def deliver(self, event: SharedEvent) -> None:
-        """An event that the hub has news of."""
+        """Take a new event from the hub."""
         if self.ending is not None or event.task_id in self._is_catching_up:
             return
         if self.is_of_tenant:
             self._enqueue(self.wire.frame(event, None, is_own=False))
         elif event.seq > self.positions.get(event.task_id, event.seq):
-            self._enqueue(self._told(event))
+            self._enqueue(self._frame_of(event))
         self._cut_if_slow()
         self._end_if_over()
 
     def catch_up(self, events: Iterable[SharedEvent]) -> None:
-        """A page of history of tasks that are behind. `written` is awaited before the next."""
+        """Take a page of history of tasks that are behind. Await `written` before the next page."""
         for event in events:
             if event.seq > self.positions[event.task_id]:
-                self._enqueue(self._told(event))
+                self._enqueue(self._frame_of(event))
         self._end_if_over()
 
-    def is_level(self, task_id: str) -> None:
-        """All that the hub has given to others is told: from now on its events are for this stream too."""
+    def mark_caught_up(self, task_id: str) -> None:
+        """The stream has all that the hub has given to others: from now on it takes the hub's events of the task."""
         self._is_catching_up.discard(task_id)
 
     async def written(self) -> None:
-        """Until everything that waits has been handed to the connection, or the stream ends."""
+        """Wait until the connection has taken all that waits, or the stream ends."""
         while self.ending is None and self._writer is not None:
             await asyncio.wait({self._writer})
 
@@ -106,7 +106,7 @@ class Subscriber:
             self._enqueue(self.wire.heartbeat(None if self.is_of_tenant else cursor_of(self.positions)))
 
     def end(self, reason: EndReason) -> None:
-        """End it once what waits is written; a slow one at once."""
+        """End it after what waits is written; a slow one immediately."""
         if self.ending is not None:
             return
         self.ending = reason
@@ -115,13 +115,13 @@ class Subscriber:
         self._wake_writer()
 
     async def closed(self) -> None:
-        """Wait for the writer; nothing is written afterwards."""
+        """Wait for the writer. Nothing is written afterwards."""
         self._owner = None
         self.ending = self.ending or EndReason.OVER
         if self._writer is not None:
             await asyncio.wait({self._writer})
 
-    def _told(self, event: SharedEvent) -> bytes | str:
+    def _frame_of(self, event: SharedEvent) -> bytes | str:
         self.positions[event.task_id] = event.seq
         if event.is_end:
             self.open_tasks.discard(event.task_id)
@@ -162,7 +162,7 @@ class Subscriber:
                         await self.wire.end(self.ending or EndReason.OVER, _retry_milliseconds(self.ending))
                         return
         except (TimeoutError, OSError, RuntimeError):
-            # RuntimeError: the framework's word for a connection that was closed in the meantime.
+            # RuntimeError: the framework raises it for a connection that was closed meanwhile.
             self._queue = None
             self.ending = self.ending or EndReason.SLOW
             if self._owner is not None:

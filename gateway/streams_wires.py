@@ -1,9 +1,9 @@
-"""How a stream speaks: Server-Sent Events or WebSocket. What it says is the same JSON (contract §6).
+"""The wire format of a stream: Server-Sent Events or WebSocket, with the same JSON (contract §6).
 
-Departures from the framework's own ways, each for memory: measured with proof/benchmarks/stream_memory.py.
-1. One task a stream: the application waits for the client to go, and whoever has news writes. The usual pair of
-   tasks, one producing and one waiting for the disconnect, costs as much again.
-2. An event is turned into text once for all streams that tell it.
+Departures from the framework, each to save memory: measured with proof/benchmarks/stream_memory.py.
+1. One asyncio task for each stream: the application waits for the client to leave, and the hub's reader writes. The
+   usual pair of tasks, one that produces and one that waits for the disconnect, costs twice as much.
+2. An event is turned into text once for all streams that send it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from comfyui_temporal.contracts.tasks import EventType, Heartbeat, TaskEvent
 
 RETRY_MILLISECONDS: Final = 2_000
 ENDS: Final = frozenset({EventType.COMPLETED, EventType.FAILED, EventType.CANCELLED})
-"""Nothing follows these in a task's history."""
+"""The last events of a task's history."""
 
 
 def _schema_ref(name: str) -> dict[str, str]:
@@ -43,20 +43,20 @@ FRAME_SCHEMA: Final[dict[str, Any]] = {
         "retry": {"type": "integer", "description": "Milliseconds to wait before the stream is opened again."},
     },
 }
-"""Of a Server-Sent Event, for the OpenAPI document."""
+"""A Server-Sent Event, for the OpenAPI document."""
 
 
 class EndReason(StrEnum):
-    """Why a stream ends. All but `over` may be taken up again where it stood."""
+    """Why a stream ends. All but `over` can be resumed where they ended."""
 
     OVER = "over"
-    """Every task it tells of has ended."""
+    """Every task in it has ended."""
     SLOW = "slow"
-    """Its client reads more slowly than its tasks move."""
+    """The client reads more slowly than its tasks produce events."""
     EXPIRED = "expired"
-    """Its token has expired."""
+    """The token has expired."""
     DRAINING = "draining"
-    """This process is about to end."""
+    """This process is shutting down."""
     UNAVAILABLE = "unavailable"
     """The history cannot be read now."""
 
@@ -71,7 +71,7 @@ _CLOSE_CODES: Final = {
 """RFC 6455 and the IANA registry: normal, try again later, unauthorized, service restart."""
 
 _LINE_ENDS: Final = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
-"""JSON lets them stand and SSE takes them for text, but readers that split lines as Python does would not."""
+"""JSON allows them and SSE treats them as text, but readers that split lines as Python does would break."""
 
 
 class SharedEvent:
@@ -113,7 +113,7 @@ class Wire(Protocol):
     kind: str
 
     def frame(self, event: SharedEvent, cursor: str | None, *, is_own: bool) -> bytes | str:
-        """`is_own`: the cursor is the event's own; None: this stream cannot be resumed."""
+        """`is_own`: the cursor is the event's own. `cursor` None: this stream cannot be resumed."""
 
     def heartbeat(self, cursor: str | None) -> bytes | str: ...
 
@@ -157,7 +157,7 @@ class SseWire:
 
 
 class WebSocketWire:
-    """The same over an accepted WebSocket; what the client sends is not looked at."""
+    """The same over an accepted WebSocket. What the client sends is ignored."""
 
     kind = "ws"
     __slots__ = ("_socket",)

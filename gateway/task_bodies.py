@@ -1,4 +1,4 @@
-"""What goes over the wire of the tasks API (contract §6): orders in, tasks and outcomes out."""
+"""Bodies of the tasks API (contract §6): orders in, tasks and outcomes out."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _TRAINING_EXAMPLE: Final[dict[str, JsonValue]] = {
 
 
 def task_id_by_key(tenant_id: str, key: str) -> str:
-    """The task id that an idempotency key stands for: the same for every repeat, another for every tenant."""
+    """The task id for an idempotency key: the same for every repeat, another for every tenant."""
     return "key-" + hashlib.sha256(f"{tenant_id}\n{key}".encode()).hexdigest()[:40]
 
 
@@ -62,7 +62,8 @@ class Order(Protocol):
 class ImageOrder(ImageTask):
     """Body of `POST /api/v1/tasks/images`: `ImageGenerationWorkflow`'s input.
 
-    `task_id` may be left out (a new one is made), `tenant_id` and `user_id` too, and must be the token's when given.
+    `task_id` may be left out: then a new one is made. `tenant_id` and `user_id` may be left out too; if given they must
+    be the token's.
     """
 
     model_config = ConfigDict(json_schema_extra={"examples": [_IMAGE_EXAMPLE]})
@@ -72,7 +73,7 @@ class ImageOrder(ImageTask):
     user_id: CallerId | None = None  # type: ignore[assignment]
 
     def task(self, *, tenant_id: str, user_id: str, key: str | None) -> ImageTask:
-        """The task that is ordered, in the name of the token."""
+        """The ordered task, for the token's tenant and user."""
         task_id = self.task_id or new_task_id(self.scene, tenant_id, key)
         return ImageTask(**_given(self, task_id=task_id, tenant_id=tenant_id, user_id=user_id))
 
@@ -89,13 +90,13 @@ class TrainingOrder(TrainingTask):
 
     @field_validator("dataset")
     @classmethod
-    def _told_once(cls, dataset: DatasetSource) -> DatasetSource:
+    def _one_source_of_files(cls, dataset: DatasetSource) -> DatasetSource:
         if dataset.names_files_twice:
-            raise ValueError("files and manifest exclude each other: name the files in one way")
+            raise ValueError("files and manifest exclude each other: give one of them")
         return dataset
 
     def task(self, *, tenant_id: str, user_id: str, key: str | None) -> TrainingTask:
-        """The task that is ordered, in the name of the token; a long list of files is named by its checksum."""
+        """The ordered task, for the token's tenant and user. A long list of files is named by its checksum."""
         task_id = self.task_id or new_task_id(self.scene, tenant_id, key)
         dataset = self.dataset.model_dump(exclude_unset=True)
         if self.long_list is not None:
@@ -105,7 +106,7 @@ class TrainingOrder(TrainingTask):
 
     @property
     def long_list(self) -> list[str] | None:
-        """The list of files, where it is too long to travel in the input."""
+        """The list of files, if it is too long for the run's input."""
         files = self.dataset.files
         return files if files is not None and len(as_list(files)) > MAX_INLINE_LIST_BYTES else None
 
@@ -120,7 +121,7 @@ class TaskFilters(CallerModel):
     status: TaskStatus | None = None
     scene: Scene | None = None
     cursor: Cursor | None = None
-    """As the page before told it."""
+    """The `cursor` of the page before."""
     limit: Annotated[int, Field(ge=1, le=200)] = 50
 
 
@@ -128,24 +129,24 @@ class EventsQuery(CallerModel):
     """The query of a task's history."""
 
     after: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,512}$")] | None = None
-    """An event's `cursor`, or its `seq`: the history from there on."""
+    """An event's `cursor` or `seq`: the history after it."""
     limit: Annotated[int, Field(ge=1, le=1_000)] = 1_000
     cursor: Annotated[str, Field(max_length=2_048)] | None = None
-    """The live stream's: as `after`, and before it."""
+    """For the live stream: as `after`, and preferred to it."""
     token: str | None = None
-    """The live stream's: who opens it, for clients that send no headers."""
+    """For the live stream: the token, for clients that send no headers."""
 
 
 class LogQuery(CallerModel):
     """The query of a training log."""
 
     after: Annotated[int, Field(ge=0, le=2**53)] = 0
-    """A line's `position`: the log from there on."""
+    """A line's `position`: the log after it."""
     limit: Annotated[int, Field(ge=1, le=1_000)] = 1_000
 
 
 class TrainingLog(OwnModel):
-    """Lines in order of arrival; `after` is where to go on."""
+    """Lines in order of arrival. `after` is the position to continue from."""
 
     lines: list[TrainingLogRow]
     after: int
@@ -162,7 +163,7 @@ class RollbackOrder(CallerModel):
 class RollbackOutcome(OwnModel):
     """`cancelled`: the open task ends cancelled. `given_back`: hold and job of an ended run were given back.
 
-    `giving_back`: that goes on, ask again. `nothing_held`: the task had ended and given back everything itself.
+    `giving_back`: in progress, ask again. `nothing_held`: the task had ended and given back everything itself.
     """
 
     outcome: Literal["cancelled", "given_back", "giving_back", "nothing_held"]

@@ -1,6 +1,6 @@
-"""The routes of the tasks API (contract §6): who may, what comes in, what goes out. What is done is in tasks.py.
+"""The routes of the tasks API (contract §6): access, input, output. tasks.py does the work.
 
-Annotations are evaluated here at once: the dependencies that they name are made by `task_routes`, not by the module.
+Annotations are evaluated when this module runs: `task_routes` makes the dependencies that they name.
 """
 
 from collections.abc import Awaitable, Callable
@@ -59,7 +59,7 @@ Key = Annotated[
     IdempotencyKey | None,
     Header(
         alias="X-Idempotency-Key",
-        description="Stands for a task id where the body has none: the same key and body is one task.",
+        description="Makes the task id if the body has none: the same key and body is one task.",
     ),
 ]
 
@@ -83,8 +83,8 @@ def task_routes(
         response: Response,
         key: Key = None,
     ) -> TaskView:
-        """Start an image task: 202 the task, 200 a repeat, 409 another body under the same id or key."""
-        return _told(response, *await tasks.start(caller, order, key))
+        """Start an image task: 202 the task, 200 a repeat, 409 another body with the same id or key."""
+        return _task_response(response, *await tasks.start(caller, order, key))
 
     @router.post("/trainings", status_code=202, responses={**_STARTED, **problems(*_START_TRAINING)})
     async def start_training(
@@ -93,8 +93,8 @@ def task_routes(
         response: Response,
         key: Key = None,
     ) -> TaskView:
-        """Start a training task: 202 the task, 200 a repeat, 409 another body under the same id or key."""
-        return _told(response, *await tasks.start(caller, order, key))
+        """Start a training task: 202 the task, 200 a repeat, 409 another body with the same id or key."""
+        return _task_response(response, *await tasks.start(caller, order, key))
 
     @router.get("", responses=problems(*_READ))
     async def list_tasks(caller: Reader, filters: Annotated[TaskFilters, Query()]) -> TaskList:
@@ -103,7 +103,7 @@ def task_routes(
 
     @router.get("/{task_id}", responses=problems(*_ONE))
     async def read_task(caller: Reader, task_id: CallerId) -> TaskDetail:
-        """The task as it stands."""
+        """The task's current state."""
         return await tasks.task(caller, task_id)
 
     @router.get(
@@ -134,7 +134,7 @@ def task_routes(
         task_id: CallerId,
         order: Annotated[CancelTask | None, Body()] = None,
     ) -> CancelTaskOutcome:
-        """Stop the task: `accepted`, or `too_late` where it was delivered or has ended; idempotent."""
+        """Stop the task: `accepted`, or `too_late` if it was delivered or has ended; idempotent."""
         return await tasks.cancel(caller, task_id, order or CancelTask())
 
     @router.post("/{task_id}/confirm-price", responses=problems(*_CHANGE, ProblemCode.TASK_OVER))
@@ -143,7 +143,7 @@ def task_routes(
         task_id: CallerId,
         order: ConfirmPrice,
     ) -> ConfirmPriceOutcome:
-        """Confirm a training's price up to `max_credits`; it is only ever raised. Tells the ceiling in force."""
+        """Confirm a training's price up to `max_credits`. It can only be raised. Returns the ceiling in force."""
         return await tasks.confirm_price(caller, task_id, order)
 
     @router.post(
@@ -157,13 +157,13 @@ def task_routes(
         task_id: CallerId,
         order: Annotated[RollbackOrder | None, Body()] = None,
     ) -> RollbackOutcome:
-        """Give the task's hold and job back by hand (contract §7); what was charged is not refunded."""
+        """Give the task's hold and job back on request (contract §7). Charges are not refunded."""
         return await roll_back(caller, task_id, order or RollbackOrder())
 
     return router
 
 
-def _told(response: Response, task: TaskView, is_new: bool) -> TaskView:
+def _task_response(response: Response, task: TaskView, is_new: bool) -> TaskView:
     response.status_code = 202 if is_new else 200
     response.headers["Location"] = f"{TASKS}/{task.task_id}"
     return task
@@ -179,5 +179,5 @@ def _event_stream_response() -> dict[int | str, dict[str, Any]]:
             "description": "The history as an array, or the live stream",
             "content": {EVENT_STREAM: {"schema": FRAME_SCHEMA}},
         },
-        204: {"description": "Of the live stream: every event was told before and the task has ended."},
+        204: {"description": "For the live stream: every event was sent before and the task has ended."},
     }

@@ -1,4 +1,4 @@
-"""The signal to a task's run, and what became of a run that takes none."""
+"""Signals a task's run, and finds out what became of a run that takes no signals."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TaskRuns:
         return Relayed.SIGNALLED
 
     async def _without_open_run(self, task_id: str) -> Relayed:
-        """Over when a closed run or a claim is known; unknown only when both Temporal and the store say so."""
+        """`over` if a closed run or a claim is known; `unknown` only if both Temporal and the store say so."""
         limit = timedelta(seconds=SIGNAL_SECONDS)
         try:
             async with asyncio.timeout(SIGNAL_SECONDS):
@@ -70,7 +70,7 @@ class TaskRuns:
 
 
 def _is_run_missing(error: RPCError) -> bool:
-    """NOT_FOUND of the run; of the namespace it means that we are set up wrong, and the sender must come again."""
+    """NOT_FOUND of the run. If the namespace is missing our configuration is wrong, and the sender must repeat."""
     if error.status is not RPCStatusCode.NOT_FOUND:
         return False
     return not any(_NAMESPACE_MISSING in detail.type_url for detail in error.grpc_status.details)

@@ -1,6 +1,6 @@
 """What callers do with tasks: each method is one operation of contract §6, for one caller's tenant.
 
-A stranger's task is the same as none (contract §7). Raises Problem throughout.
+Another tenant's task looks like one that does not exist (contract §7). All methods raise Problem.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ MAX_EXCEPTIONS: Final = 100
 
 
 class Tasks:
-    """The tasks of all tenants, one caller at a time."""
+    """The tasks of all tenants, for one caller at a time."""
 
     def __init__(self, temporal: Client, store: TaskStore, lists: FileLists, *, task_queue: str) -> None:
-        """`lists` keeps lists of files that are too long for a run's input."""
+        """`lists` stores lists of files that are too long for a run's input."""
         self._temporal = temporal
         self._store = store
         self._lists = lists
         self._task_queue = task_queue
 
     async def start(self, caller: Caller, order: Order, key: str | None) -> tuple[TaskView, bool]:
-        """The task, and whether it is new: the same order under the same id or key is one task."""
+        """The task, and whether it is new. The same order with the same id or key is one task."""
         _check_own(caller, order)
         task = order.task(tenant_id=caller.tenant_id, user_id=caller.user_id, key=key)
         earlier = await self._claimed(task)
@@ -83,11 +83,11 @@ class Tasks:
         except OutsideFailure:
             raise Problem(
                 ProblemCode.STORAGE_UNAVAILABLE,
-                "The list of files cannot be put into object storage now; nothing was started. Try again.",
+                "The list of files cannot be stored in object storage now; nothing was started. Try again.",
             ) from None
 
     async def _claimed(self, task: TaskInput) -> TaskView | None:
-        """The task that holds the id already. The claim outlives the run and the row; while the store is away, the
+        """The task that already holds the id. The claim outlives the run and the row. While the store is away, the
         run's own claim decides."""
         try:
             claimed_input = await self._store.claimed_input(task.task_id)
@@ -133,13 +133,13 @@ class Tasks:
         return await _stored(self._store.events(task_id, after=after, limit=query.limit))
 
     async def training_log(self, caller: Caller, task_id: str, query: LogQuery) -> TrainingLog:
-        """Lines and metrics that ComfyUI told of a training; none for an image."""
+        """Lines and metrics that ComfyUI sent for a training; none for an image."""
         await self.owned(caller, task_id)
         lines = await _stored(self._store.training_log(task_id, after_position=query.after, limit=query.limit))
         return TrainingLog(lines=lines, after=lines[-1].position if lines else query.after)
 
     async def cancel(self, caller: Caller, task_id: str, order: CancelTask) -> CancelTaskOutcome:
-        """`accepted`: the task ends cancelled. `too_late`: delivered or ended first."""
+        """`accepted`: the task ends cancelled. `too_late`: it was delivered or ended first."""
         view = await self.owned(caller, task_id)
         if view.ended_at is not None:
             return CancelTaskOutcome(outcome="too_late")
@@ -153,8 +153,8 @@ class Tasks:
         """Raise a training's ceiling."""
         view = await self.owned(caller, task_id)
         if not SCENES[view.scene].confirms_price:
-            raise Problem(ProblemCode.INPUT_INVALID, "Only a training waits to have its price confirmed.")
-        over = Problem(ProblemCode.TASK_OVER, f"Task {task_id} is over: there is no price left to confirm.")
+            raise Problem(ProblemCode.INPUT_INVALID, "Only a training has a price to confirm.")
+        over = Problem(ProblemCode.TASK_OVER, f"Task {task_id} is over: its price can no longer be confirmed.")
         if view.ended_at is not None:
             raise over
         handle = self._temporal.get_workflow_handle(workflow_id_of(task_id))
@@ -164,7 +164,7 @@ class Tasks:
             raise over from None
 
     async def owned(self, caller: Caller, task_id: str) -> TaskView:
-        """The task, if it is the caller's tenant's; also one whose run has not claimed its id yet."""
+        """The task, if it belongs to the caller's tenant; also if its run has not claimed its id yet."""
         row = await _stored(self._store.task(task_id))
         if row is not None and row.tenant_id == caller.tenant_id:
             return TaskView.of_row(row)
@@ -190,7 +190,7 @@ async def _stored(reading: Awaitable[T]) -> T:
 
 
 def _check_own(caller: Caller, order: Order) -> None:
-    """Raises Problem 403 where the body names another tenant or user than the token."""
+    """Raises Problem 403 if the body names another tenant or user than the token."""
     for field in ("tenant_id", "user_id"):
         named = getattr(order, field)
         if named is not None and named != getattr(caller, field):
@@ -203,13 +203,12 @@ def _check_own(caller: Caller, order: Order) -> None:
 def _exists(task_id: str) -> Problem:
     return Problem(
         ProblemCode.TASK_EXISTS,
-        f"Task {task_id} exists with another input; nothing was started and nothing of it was touched. "
-        "Use another task_id.",
+        f"Task {task_id} exists with another input; nothing was started or changed. Use another task_id.",
     )
 
 
 def _view_of_run(task_id: str, run: RunSeen) -> TaskView | None:
-    """A run without a row, by its search attributes; None where it is none of ours."""
+    """A run without a row, by its search attributes; None if it is not one of ours."""
 
     def attribute(name: str) -> Any:
         return run.search_attributes.get(SearchAttributeKey.for_keyword(name))

@@ -1,4 +1,4 @@
-"""Temporal, as requests see it: every call bounded, every failure a problem."""
+"""Calls to Temporal during a request: with a time limit, and every failure as a problem."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RPC_TIMEOUT: Final = timedelta(seconds=CALL_SECONDS)
 
 
 class RunMissing(Exception):
-    """There is no such run, or none that is open."""
+    """There is no such run, or it is not open."""
 
 
 async def bounded(call: Awaitable[T]) -> T:
@@ -40,7 +40,7 @@ async def bounded(call: Awaitable[T]) -> T:
 
 
 async def described(client: Client, workflow_id: str) -> RunSeen | None:
-    """The newest run under this id; None where Temporal knows none."""
+    """The newest run with this id; None if Temporal does not know it."""
     try:
         return await bounded(describe_run(client, workflow_id, rpc_timeout=RPC_TIMEOUT))
     except RunMissing:
@@ -48,9 +48,9 @@ async def described(client: Client, workflow_id: str) -> RunSeen | None:
 
 
 async def updated(handle: WorkflowHandle[Any, Any], name: str, argument: object, result_type: type[T]) -> T:
-    """What the run answers to an update. Raises RunMissing where it is over, Problem.
+    """The run's answer to an update. Raises RunMissing if it is over, and Problem.
 
-    The id is the update's name: while the first is in flight, a repeat waits for the same answer.
+    The update's id is its name: while the first is in flight, a repeat waits for the same answer.
     """
     try:
         with temporal_problems():
@@ -61,12 +61,12 @@ async def updated(handle: WorkflowHandle[Any, Any], name: str, argument: object,
     except WorkflowUpdateFailedError as failure:
         cause = failure.cause
         sentence = cause.message if isinstance(cause, ApplicationError) else str(cause)
-        raise Problem(ProblemCode.INPUT_INVALID, f"The task refuses it: {sentence}") from None
+        raise Problem(ProblemCode.INPUT_INVALID, f"The task rejects it: {sentence}") from None
 
 
 @contextmanager
 def temporal_problems() -> Iterator[None]:
-    """Inside, what goes wrong with Temporal becomes a Problem, or RunMissing."""
+    """Inside, Temporal's errors become a Problem or RunMissing."""
     try:
         yield
     except RPCError as error:
@@ -76,21 +76,21 @@ def temporal_problems() -> Iterator[None]:
     except WorkflowUpdateRPCTimeoutOrCancelledError as error:
         raise Problem(
             ProblemCode.WORKER_UNAVAILABLE,
-            "The task did not answer in time: no worker runs, or it is busy. Ask again.",
+            "The task did not answer in time: no worker runs, or it is busy. Try again.",
         ) from error
     except (TimeoutError, RuntimeError) as error:
         raise _unavailable(error) from None
 
 
 def is_namespace_missing(error: RPCError) -> bool:
-    """NOT_FOUND of the namespace, not of a run: we are set up wrong."""
+    """NOT_FOUND of the namespace, not of a run: our configuration is wrong."""
     return any("NamespaceNotFound" in detail.type_url for detail in error.grpc_status.details)
 
 
 def _unavailable(error: Exception) -> Problem:
     log.warning("temporal_call_failed", reason=type(error).__name__, detail=str(error)[:200])
-    # Not "nothing was changed": what was sent may have arrived, and only its answer not.
+    # Not "nothing was changed": the request may have arrived although its answer did not.
     return Problem(
         ProblemCode.TEMPORAL_UNAVAILABLE,
-        "Temporal does not answer now: try again. With a task_id, or an X-Idempotency-Key, a repeat is the same task.",
+        "Temporal does not answer now: try again. With a task_id or an X-Idempotency-Key, a repeat is the same task.",
     )

@@ -1,4 +1,4 @@
-"""Short-lived stream tokens of our own, beside the platform's (contract §7, runtime/caller_tokens.py)."""
+"""Our own short-lived stream tokens, besides the platform's (contract §7, runtime/caller_tokens.py)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ STREAM_AUDIENCE: Final = "comfyui-temporal-streams"
 
 
 class StreamTokens:
-    """Makes and reads tokens that open streams and nothing else, valid 10 minutes and never longer than their maker.
+    """Makes and reads tokens that open streams and nothing else. They are valid for 10 minutes, never longer than the
+    token they were made for.
 
-    They may stand in an address, where tokens end up in logs and histories.
+    They may be part of an address, and addresses end up in logs and browser histories.
     """
 
     def __init__(self, secret: str) -> None:
-        """`secret` is shared by every gateway process; the key is derived from it for this one purpose."""
+        """All gateway processes share `secret`. The signing key is derived from it for this purpose alone."""
         self._key = hmac.new(secret.encode(), b"comfyui-temporal stream tokens", hashlib.sha256).hexdigest()
 
     def made_for(self, caller: Caller) -> str:
@@ -42,7 +43,7 @@ class StreamTokens:
         return jwt.encode(claims, self._key, algorithm="HS256")
 
     def read(self, token: str) -> Caller | None:
-        """Who the token names; None where it is no stream token of ours, or no longer one."""
+        """The caller that the token names; None if it is not a stream token of ours, or has expired."""
         try:
             check_size(token)
             claims = decoded(token, self._key, ["HS256"], STREAM_ISSUER, STREAM_AUDIENCE)

@@ -1,7 +1,7 @@
-"""Log lines of trainings → task store, past the workflow (decision 4).
+"""Log lines of trainings → task store, without the workflow (decision 4).
 
-One transaction in flight per task; what arrives meanwhile is the next batch. So a flood of one task's lines holds one
-connection, and the lock on that task's row is never queued for.
+One transaction in flight per task; lines that arrive meanwhile are the next batch. So a flood of one task's lines uses
+one connection, and no transaction waits for the lock on that task's row.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from store import StoreFailure, StoreUnavailable, TaskStore, TaskUnknown
 log = structlog.get_logger(__name__)
 
 WRITE_SECONDS: Final = 2.5
-"""How long a sender waits for its lines to be stored before it is told to come again."""
+"""How long a sender waits for its lines to be stored before it must send again."""
 MAX_LINES_PENDING: Final = 20_000
-"""Of one task; beyond it senders are told to come again."""
+"""Limit of one task. Beyond it senders must send again."""
 
 
 class Logged(StrEnum):
@@ -37,7 +37,7 @@ class Pending:
 
 
 class TrainingLogWriter:
-    """Stores log lines; lines that are stored already are left out by the store."""
+    """Stores log lines. The store skips known lines."""
 
     def __init__(self, store: TaskStore) -> None:
         self._store = store
@@ -45,7 +45,7 @@ class TrainingLogWriter:
         self._writers: dict[str, asyncio.Task[None]] = {}
 
     async def take(self, write: TrainingLogWrite) -> Logged:
-        """Store the lines; answers within 2.5 s and never raises."""
+        """Store the lines. Answers within 2.5 s and never raises."""
         pending = self._pending.setdefault(write.task_id, [])
         if sum(len(other.write.lines) for other in pending) >= MAX_LINES_PENDING:
             return Logged.UNAVAILABLE
@@ -79,7 +79,7 @@ class TrainingLogWriter:
             log.warning("training_log_not_stored", task_id=task_id, reason=str(error))
             return Logged.UNAVAILABLE
         except StoreFailure as error:
-            # Lines that PostgreSQL refuses would be refused again: repeating them helps nobody.
+            # PostgreSQL would refuse the same lines again.
             log.error("training_log_refused", task_id=task_id, reason=str(error))
             return Logged.STORED
         return Logged.STORED

@@ -1,13 +1,13 @@
-"""The live page: `GET /`, static files and what they need to know of this installation. No build step, no token.
+"""The live page: `GET /`, static files, and the settings that they need. No build step, no token.
 
-index.html   what there is
-page.css     how it looks, light and dark, from 360 px on
-page.js      what happens: token, list, stream, form
+index.html   the content
+page.css     the style, light and dark, from 360 px on
+page.js      the behaviour: token, list, stream, form
 api.js       requests and the stream, as any client would make them
 card.js      one task on the page
 loss.js      a training's loss curve
 
-The browser is told to run no other script, to send no address on, and to let nobody frame the page.
+Its headers forbid the browser to run other scripts, to send a referrer, and to show the page in a frame.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FILES: Final = {
 HEADERS: Final = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        # Delivered images lie where ComfyUI put them.
+        # Result images are stored wherever ComfyUI put them.
         "img-src 'self' http: https:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "Referrer-Policy": "no-referrer",
@@ -43,14 +43,14 @@ HEADERS: Final = {
 
 
 class PageSettings(OwnModel):
-    """Where the Temporal UI is, if anywhere, and the namespace of the tasks in it."""
+    """The Temporal UI's address, if there is one, and the tasks' namespace in it."""
 
     temporal_ui_url: str | None = None
     namespace: str = "default"
 
 
 def page_routes(settings: PageSettings) -> APIRouter:
-    """The page's files are read here, once: they are small, and the same until the next start."""
+    """The page's files are read here, once: they are small and do not change until the next start."""
     router = APIRouter(include_in_schema=False)
 
     @router.get("/page/settings.json")

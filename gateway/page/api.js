@@ -4,7 +4,7 @@ const TASKS = "/api/v1/tasks";
 const SILENCE_SECONDS = 40; // heartbeats come every 15 s
 const EVENTS = ["task.accepted", "task.running", "task.checkpoint", "task.completed", "task.failed", "task.cancelled", "credits.updated"];
 
-/** A request that was refused; the message is the problem document's, for people. */
+/** A refused request. The message is the problem document's, to be displayed. */
 export class Refused extends Error {
   constructor(status, problem) {
     const fields = (problem.fields ?? []).map(({ field, message }) => `${field}: ${message}`);
@@ -20,7 +20,7 @@ export class Api {
     this.#token = token;
   }
 
-  async #ask(path, options = {}) {
+  async #request(path, options = {}) {
     const headers = { authorization: `Bearer ${this.#token}` };
     if (options.body) headers["content-type"] = "application/json";
     const answer = await fetch(TASKS + path, { ...options, headers, cache: "no-store" });
@@ -30,7 +30,7 @@ export class Api {
   }
 
   #post(path, body) {
-    return this.#ask(path, { method: "POST", body: JSON.stringify(body) });
+    return this.#request(path, { method: "POST", body: JSON.stringify(body) });
   }
 
   #of(taskId, what) {
@@ -41,15 +41,15 @@ export class Api {
     const query = new URLSearchParams({ limit: "30" });
     if (status) query.set("status", status);
     if (cursor) query.set("cursor", cursor);
-    return this.#ask(`?${query}`);
+    return this.#request(`?${query}`);
   }
 
   task(taskId) {
-    return this.#ask(this.#of(taskId, ""));
+    return this.#request(this.#of(taskId, ""));
   }
 
   async trainingLog(taskId, after) {
-    return this.#ask(this.#of(taskId, `/training-log?after=${after}`));
+    return this.#request(this.#of(taskId, `/training-log?after=${after}`));
   }
 
   start(kind, order) {
@@ -65,23 +65,23 @@ export class Api {
   }
 
   streamConfig() {
-    return this.#ask("/stream/config");
+    return this.#request("/stream/config");
   }
 }
 
-/** All tasks' events, for as long as the page is open. What happens while it is cut is read from the list again. */
+/** All tasks' events while the page is open. After an interruption the list is read again. */
 export class Live {
   #api;
-  #told;
+  #listener;
   #source = null;
   #tries = 0;
   #heardAt = 0;
   #timer = null;
 
-  /** `told`: {event(event), live(), waiting(seconds), refused(error)} */
-  constructor(api, told) {
+  /** `listener`: {event(event), live(), waiting(seconds), refused(error)} */
+  constructor(api, listener) {
     this.#api = api;
-    this.#told = told;
+    this.#listener = listener;
     setInterval(() => this.#listenForSilence(), 1000);
     addEventListener("online", () => this.#again(0));
   }
@@ -92,26 +92,26 @@ export class Live {
     try {
       config = await this.#api.streamConfig();
     } catch (error) {
-      if (error instanceof Refused && [401, 403].includes(error.status)) this.#told.refused(error);
+      if (error instanceof Refused && [401, 403].includes(error.status)) this.#listener.refused(error);
       else this.#again();
       return;
     }
     this.backoff = config.retry_backoff_seconds;
-    // Its path alone: the page and the stream have one origin, whatever name the gateway goes by elsewhere.
+    // Only its path: the stream has the same origin as the page, even if the gateway has another public name.
     const address = new URL(new URL(config.sse_url).pathname, location.origin);
     address.search = new URLSearchParams({ subscribe: "*", token: config.token });
     const source = (this.#source = new EventSource(address));
     this.#heardAt = Date.now();
     source.onopen = () => {
       this.#tries = 0;
-      this.#told.live();
+      this.#listener.live();
     };
     source.onerror = () => source === this.#source && this.#again();
     source.addEventListener("system.heartbeat", () => (this.#heardAt = Date.now()));
     for (const type of EVENTS) {
       source.addEventListener(type, ({ data }) => {
         this.#heardAt = Date.now();
-        this.#told.event(JSON.parse(data));
+        this.#listener.event(JSON.parse(data));
       });
     }
   }
@@ -120,7 +120,7 @@ export class Live {
     this.#close();
     const backoff = this.backoff ?? [1, 2, 5];
     const wait = seconds ?? backoff[Math.min(this.#tries++, backoff.length - 1)];
-    this.#told.waiting(wait);
+    this.#listener.waiting(wait);
     this.#timer = setTimeout(() => this.open(), wait * 1000);
   }
 

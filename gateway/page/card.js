@@ -1,4 +1,4 @@
-// One task on the page. Text from outside only ever becomes text, an address only where it is http or https.
+// One task on the page. Foreign text is inserted as text only; an address becomes a link only with http or https.
 
 import { drawLosses, lossesOf } from "./loss.js";
 
@@ -15,7 +15,7 @@ function element(name, properties = {}, ...children) {
   return made;
 }
 
-/** The address, where it is one that a page may follow; else null. */
+/** The address if it is http or https, else null. */
 export function webAddress(text) {
   try {
     const address = new URL(text);
@@ -31,7 +31,7 @@ export class Card {
   #parts = {};
   #log = { after: 0, lines: [] };
 
-  /** `actions`: {cancel(taskId), confirm(taskId, points), trainingLog(taskId, after)}; `links`: where the UI is. */
+  /** `actions`: {cancel(taskId), confirm(taskId, points), trainingLog(taskId, after)}; `links`: the Temporal UI. */
   constructor(task, actions, links) {
     this.#actions = actions;
     this.#links = links;
@@ -45,15 +45,15 @@ export class Card {
     return ENDS.includes(this.task.status);
   }
 
-  /** The task as the gateway tells it now. */
+  /** Show the task as the gateway returned it. */
   is(task) {
     if (task.last_seq < this.task.last_seq) return;
     this.task = task;
     this.show();
   }
 
-  /** An event; false where it is older than what is shown. */
-  tell(event) {
+  /** Apply an event. Returns false if it is older than what is shown. */
+  apply(event) {
     if (event.seq <= this.task.last_seq) return false;
     const { seq, status, stage, progress, next_eta, queue_position, attempt, confirmation, error, result_urls, output } = event;
     Object.assign(this.task, { last_seq: seq, status, next_eta, queue_position, attempts: attempt });
@@ -112,7 +112,7 @@ export class Card {
     button.setAttribute("aria-label", `Confirm the price of ${task_id}`);
     button.onclick = () => field.reportValidity() && this.#act(button, () => this.#actions.confirm(task_id, Number(field.value)));
     const text = element("p");
-    const group = element("div", { className: "confirm", hidden: true }, text, element("label", {}, "Up to, in points ", field), button);
+    const group = element("div", { className: "confirm", hidden: true }, text, element("label", {}, "Limit in points ", field), button);
     group.show = ({ estimated_cost, current_balance, confirm_by }) => {
       const balance = current_balance === null ? "" : `, the balance is ${current_balance}`;
       text.textContent = `The price is ${estimated_cost} points${balance}. Confirm it by ${new Date(confirm_by).toLocaleTimeString()}.`;
@@ -152,7 +152,7 @@ export class Card {
     this.#showErrors();
   }
 
-  /** Called each second: what is shown of time. */
+  /** Called each second: updates remaining times. */
   showTime() {
     const { next_eta, queue_position, message } = this.task;
     const said = [];
@@ -168,10 +168,10 @@ export class Card {
 
   #showCredits() {
     const { held, shortfall } = this.task.credits;
-    // What is not known is null, and told as such.
+    // Unknown amounts are null and shown as unknown.
     const charged = this.task.credits.charged ?? "unknown";
     const returned = this.task.credits.returned ?? "unknown";
-    // While a price waits to be confirmed nothing else says what is estimated.
+    // Until a price is confirmed, only the confirmation holds the estimate.
     const estimated = this.task.credits.estimated || (this.task.confirmation?.estimated_cost ?? 0);
     const amounts = { estimated, held, charged, returned };
     if (shortfall) amounts.shortfall = shortfall;
@@ -205,7 +205,7 @@ export class Card {
     this.#parts.error.hidden = !lines.length;
   }
 
-  /** Read what is new in the training log and draw the curve anew. */
+  /** Read new lines of the training log and redraw the curve. */
   async drawLoss() {
     if (this.task.scene !== "model.train") return;
     const { lines, after } = await this.#actions.trainingLog(this.task.task_id, this.#log.after);

@@ -1,9 +1,9 @@
-// A training's loss curve, from the lines of its log.
+// A training's loss curve, from its log lines.
 
 const SVG = "http://www.w3.org/2000/svg";
 const LOSS = /epoch (\d+)\/\d+.*?\bloss=(\d+(?:\.\d+)?(?:e-?\d+)?)/;
 
-/** {epoch, loss} of each line that tells one. */
+/** {epoch, loss} of each line that contains them. */
 export function lossesOf(lines) {
   return lines.flatMap(({ message }) => {
     const found = LOSS.exec(message ?? "");
@@ -11,7 +11,7 @@ export function lossesOf(lines) {
   });
 }
 
-/** Draw the points into `figure`; two are the least that make a curve. */
+/** Draw the points into `figure`, if there are at least two. */
 export function drawLosses(figure, points) {
   figure.hidden = points.length < 2;
   if (figure.hidden) return;

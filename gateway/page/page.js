@@ -1,4 +1,4 @@
-// What happens on the page: the token, the list, the stream, the form.
+// The page: token, list, stream, form.
 
 import { Api, Live, Refused } from "./api.js";
 import { Card } from "./card.js";
@@ -14,7 +14,7 @@ let api;
 let links = {};
 let cursor = null;
 
-/** From the address, which forgets it at once; else what this tab was given before. */
+/** From the address, which is cleared immediately; else from this tab's storage. */
 function givenToken() {
   const given = new URLSearchParams(location.hash.slice(1)).get("token");
   if (given) {
@@ -41,7 +41,7 @@ function problem(error) {
   $("problem").textContent = error ? error.message ?? String(error) : "";
 }
 
-/** Do it, and show what stands in the way. */
+/** Run it and show its error. */
 async function attempt(act) {
   try {
     const done = await act();
@@ -97,7 +97,7 @@ function trim() {
   }
 }
 
-/** Read a task anew, once for all that happens within a moment. */
+/** Read a task again, once for several events in a short time. */
 function refresh(taskId) {
   if (refreshing.has(taskId)) return;
   refreshing.set(taskId, setTimeout(async () => {
@@ -117,8 +117,8 @@ function refresh(taskId) {
 
 function happened(event) {
   const card = cards.get(event.task_id);
-  if (card && !card.tell(event)) return;
-  // Credits, exceptions and what a new task is stand in the task, not in its events.
+  if (card && !card.apply(event)) return;
+  // Credits, exceptions and the input of a new task are in the task, not in its events.
   refresh(event.task_id);
 }
 
@@ -150,10 +150,10 @@ async function begin(token) {
     event: happened,
     live: () => {
       connection("live", "live");
-      // The stream first, then the list: what happens in between is in both, and nothing in neither.
+      // The stream first, then the list: a change in between is in both, and none is missed.
       attempt(load);
     },
-    waiting: (seconds) => connection("waiting", seconds ? `cut off; trying again in ${seconds} s` : "connecting"),
+    waiting: (seconds) => connection("waiting", seconds ? `disconnected; retrying in ${seconds} s` : "connecting"),
     refused: askForToken,
   });
   connection("waiting", "connecting");
