@@ -6,7 +6,7 @@
     ImageTask, TrainingTask          what to do; results and updates are models too
     TaskError                        what every call may raise; see comfyui_temporal/client/errors.py
 
-Each name is imported when it is first used: `comfyui_temporal.contracts` alone loads neither Temporal nor HTTP.
+Each name is imported at its first use: `comfyui_temporal.contracts` alone loads neither Temporal nor HTTP.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """One Temporal plugin for client, worker, replayer and tests.
 
-Converter and runner are the same wherever a workflow runs or is replayed, so a replay test proves the real
-configuration (decision 7).
+Every workflow runs and is replayed with the same converter and runner, so a replay test proves the real configuration
+(decision 7).
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from comfyui_temporal.contracts.handed_on import (
 Model = TypeVar("Model", bound=BaseModel)
 Caller = TypeVar("Caller", bound=CallerModel)
 _PYDANTIC: Final = PydanticPayloadConverter()
-"""Shared by every run: a converter for each run would build and keep the validators of all payload types."""
+"""Shared by all runs: a converter for each run would build and keep the validators of all payload types."""
 
 
 class _InvalidArgument(Exception):
-    """An argument that no caller may give; the text names what is wrong with each field and repeats no value."""
+    """An argument that callers may not give. The text names the problem of each field and repeats no value."""
 
 
 class TaskPayloadConverter(CompositePayloadConverter):
     """Pydantic's converter, with two more rules.
 
-    1. A caller's bad argument ends as `input_invalid` (pitfall 1). Without it a bad field, a foreign encoding or a
-       wrong number of arguments fails the workflow task for ever. Whether a run's argument is a caller's is decided in
-       the run: where it might not be taken, the run gets it as `Doubtful`.
-    2. What our runs and workers hand to each other keeps the fields that this code does not know (pitfall 41).
+    1. A caller's bad argument ends as `input_invalid` (pitfall 1). Without this rule a bad field, a foreign encoding or
+       a wrong number of arguments would fail the workflow task for ever. The run decides whether an argument is a
+       caller's: a questionable argument reaches it as `Doubtful`.
+    2. Data that our runs and workers pass on keeps unknown fields (pitfall 41).
     """
 
     def __init__(self) -> None:
@@ -83,14 +83,14 @@ class TaskPayloadConverter(CompositePayloadConverter):
             with contextlib.suppress(ValidationError):
                 as_read = read_tolerantly(hint, payload.data)
         if getattr(as_read, "carried", None) is not None:
-            return as_read  # type: ignore[return-value]  # a forged one is refused by the run itself
+            return as_read  # type: ignore[return-value]  # the run itself rejects a forged one
         try:
             return self._strictly(payload, hint)
         except _InvalidArgument as refusal:
             return Doubtful(str(refusal), as_read)
 
     def _from_caller(self, payload: temporalio.api.common.v1.Payload, hint: type[CallerModel]) -> CallerModel:
-        """An update's argument, or another value from a caller. What is in the history was accepted by some worker."""
+        """An update's argument, or another value from a caller. Values in the history were accepted by some worker."""
         if _is_json(payload) and workflow.in_workflow() and workflow.unsafe.is_replaying():
             return read_tolerantly(hint, payload.data)
         try:
@@ -116,7 +116,7 @@ class TaskPayloadConverter(CompositePayloadConverter):
         try:
             return super().from_payloads([payload])[0]
         except Exception:
-            # Only reached where the number of arguments is wrong: the guard that counts them refuses the call.
+            # Only reached with a wrong number of arguments: the guard that counts them rejects the call.
             return RawValue(payload)
 
 
@@ -145,9 +145,9 @@ def _unsandboxed(_runner: WorkflowRunner | None) -> WorkflowRunner:
 class TasksPlugin(SimplePlugin):
     """Converter and runner of this project. Give it to a client; workers made from that client have both too.
 
-    A deliberate departure: no sandbox. It loads workflow modules again for every run, which cost 660 KiB for each open
-    workflow (pitfall 8) unless they are passed through, and then it guards nothing while it still costs 18 KiB and a
-    fifth of the worker's time up to its wait. workflows/ruff.toml, the import rules in pyproject.toml and the replay of
+    A deliberate departure: no sandbox. The sandbox loads workflow modules again for every run, which costs 660 KiB for
+    each open workflow (pitfall 8). With the modules passed through it guards nothing and still costs 18 KiB and a fifth
+    of the worker's time up to the first wait. workflows/ruff.toml, the import rules in pyproject.toml and the replay of
     recorded histories keep workflow code deterministic.
     """
 

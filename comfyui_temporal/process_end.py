@@ -11,11 +11,11 @@ def end_process(code: int) -> NoReturn:
     """End with this exit code, without the interpreter's own shutdown.
 
     Temporal's native threads may still hold a reply at that point and abort the process (temporalio/sdk-python issue
-    300): the exit code would be 134 instead of ours.
+    300). The exit code would then be 134.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+        except BrokenPipeError:  # the reader, e.g. `head`, has stopped reading
             continue
     os._exit(code)

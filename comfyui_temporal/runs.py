@@ -1,7 +1,7 @@
 """Runs as Temporal describes them, in any status.
 
-The SDK's `describe`, `list_workflows` and `query` raise where a status is not in its enum, as that of a paused run is
-not (pitfall 42). Here such a run is read like any other, and only a run that is known to be closed counts as over.
+The SDK's `describe`, `list_workflows` and `query` raise if a status is not in its enum, and the status of a paused run
+is not (pitfall 42). Here such a run is read like any other. Only a run that is known to be closed counts as over.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RunStatus(StrEnum):
 
     @property
     def is_over(self) -> bool:
-        """Whether the run is known to be closed. What is paused or unknown is open."""
+        """Whether the run is known to be closed. A paused or unknown one is open."""
         return self not in (RunStatus.RUNNING, RunStatus.PAUSED, RunStatus.UNKNOWN)
 
     @classmethod
@@ -58,7 +58,7 @@ class RunSeen:
     info: WorkflowExecutionInfo
     """As the server sent it."""
     pending_activities: Sequence[PendingActivityInfo] = field(default=(), repr=False)
-    """Only where the run was described, not listed."""
+    """Only set if the run was described, not listed."""
     converter: DataConverter = field(default=DataConverter.default, repr=False)
 
     @property
@@ -105,18 +105,18 @@ def _instant(timestamp: Timestamp) -> datetime:
 
 
 class NoQueryNow(Exception):
-    """The run is paused and answers no query; the text is a sentence for people."""
+    """The run is paused and answers no query. The text is a sentence to display."""
 
 
 async def query_run(handle: WorkflowHandle[Any, Any], query: str, *, result_type: type[T], rpc_timeout: timedelta) -> T:
-    """A query's answer. Raises NoQueryNow, and what the SDK's `query` raises otherwise."""
+    """A query's answer. Raises NoQueryNow, and the errors of the SDK's `query`."""
     try:
         answer: T = await handle.query(query, result_type=result_type, rpc_timeout=rpc_timeout)
     except ValueError as error:
         if type(error) is not ValueError or "WorkflowExecutionStatus" not in str(error):
             raise
         raise NoQueryNow(
-            f"The run of {handle.id} is paused in Temporal: nothing of it goes on until it is unpaused."
+            f"The run of {handle.id} is paused in Temporal: it makes no progress until it is unpaused."
         ) from None
     return answer
 
@@ -124,7 +124,7 @@ async def query_run(handle: WorkflowHandle[Any, Any], query: str, *, result_type
 async def describe_run(
     client: Client, workflow_id: str, run_id: str | None = None, *, rpc_timeout: timedelta
 ) -> RunSeen:
-    """The run, the newest under this id unless one is named. Raises RPCError, NOT_FOUND where there is none."""
+    """The run with this id, the newest unless one is named. Raises RPCError, NOT_FOUND if there is none."""
     described = await client.workflow_service.describe_workflow_execution(
         DescribeWorkflowExecutionRequest(
             namespace=client.namespace,
@@ -137,7 +137,7 @@ async def describe_run(
 
 
 async def list_runs(client: Client, query: str, *, rpc_timeout: timedelta) -> AsyncIterator[RunSeen]:
-    """The runs that a visibility query finds, as the server orders them. Raises RPCError."""
+    """The runs that a visibility query finds, in the server's order. Raises RPCError."""
     page = b""
     while True:
         listed = await client.workflow_service.list_workflow_executions(

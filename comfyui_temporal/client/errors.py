@@ -27,7 +27,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class TaskError(Exception):
-    """A call did not do what it should. `sentence` is for people, `code` for programs."""
+    """A call did not do what it should. `sentence` is to be displayed, `code` is for programs."""
 
     default_code: ClassVar[str] = FailureCode.INTERNAL.value
 
@@ -48,13 +48,13 @@ class InvalidInput(TaskError):
 
 
 class TaskExists(TaskError):
-    """A task with another input has this task id. Nothing was started, and that task was not touched."""
+    """A task with another input has this task id. Nothing was started, and that task was not changed."""
 
     default_code = FailureCode.TASK_EXISTS.value
 
     def __init__(self, task_id: str) -> None:
         self.task_id = task_id
-        super().__init__(f"Task {task_id!r} exists with another input; nothing was started and nothing of it touched.")
+        super().__init__(f"Task {task_id!r} exists with another input; nothing was started or changed.")
 
 
 class UnknownTask(TaskError):
@@ -64,7 +64,7 @@ class UnknownTask(TaskError):
 
 
 class TaskOver(TaskError):
-    """The task has ended: there is nothing left to change."""
+    """The task has ended: nothing can be changed any more."""
 
     default_code = "task_over"
 
@@ -106,7 +106,7 @@ class UnexpectedReply(TaskError):
 
 
 def checked(model: type[Model], **values: Any) -> Model:
-    """The values as a model. Raises InvalidInput; its `fields` say what is allowed, and repeat no value."""
+    """The values as a model. Raises InvalidInput, whose `fields` say what is allowed and repeat no value."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

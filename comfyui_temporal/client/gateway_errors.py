@@ -43,7 +43,7 @@ class _FieldProblem(OwnModel):
 
 
 class _Problem(OwnModel):
-    """What is read of a problem document (RFC 9457); unknown members are ignored."""
+    """The members of a problem document (RFC 9457) that are used; others are ignored."""
 
     code: str
     detail: str
@@ -52,7 +52,7 @@ class _Problem(OwnModel):
 
 @contextmanager
 def typed_transport_errors(url: httpx.URL) -> Iterator[None]:
-    """Inside, what fails on the way to the gateway becomes GatewayUnavailable."""
+    """Inside, transport errors become GatewayUnavailable."""
     try:
         yield
     except (httpx.HTTPError, httpx.StreamError) as error:
@@ -62,12 +62,12 @@ def typed_transport_errors(url: httpx.URL) -> Iterator[None]:
 
 
 def task_error(response: httpx.Response, task_id: str | None) -> TaskError:
-    """The error that an answer other than 2xx stands for, by its code, else by its status."""
+    """The error for an answer other than 2xx, by its code, else by its status."""
     status = response.status_code
     try:
         problem = _Problem.model_validate_json(response.content)
     except ValidationError:
-        problem = _Problem(code="", detail=f"The gateway answered {status} without saying why.")
+        problem = _Problem(code="", detail=f"The gateway answered {status} without a reason.")
     kind = _ERROR_OF_CODE.get(problem.code)
     if kind is TaskExists:
         return TaskExists(task_id or "")

@@ -41,9 +41,9 @@ from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
 TASKS: Final = "/api/v1/tasks"
 CONNECT_SECONDS: Final = 2.0
 SILENCE_SECONDS: Final = 40.0
-"""Heartbeats come every 15 s: a stream that is silent for so long is dead."""
+"""Heartbeats come every 15 s: a stream that is silent for this long is dead."""
 PAUSES_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
-"""Before each new try to open a stream; the last one repeats."""
+"""Pauses before each new try to open a stream. The last one repeats."""
 MAX_PAGE: Final = 200
 ENDS: Final = frozenset({EventType.COMPLETED, EventType.FAILED, EventType.CANCELLED})
 Model = TypeVar("Model", bound=BaseModel)
@@ -52,7 +52,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class HttpTasks:
     """Tasks of the token's tenant, over HTTP. Implements `Tasks`; every method raises TaskError.
 
-    Keeps one pool of connections: use it as an async context manager, or call `aclose`.
+    It keeps a pool of connections: use it as an async context manager, or call `aclose`.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class HttpTasks:
     ) -> None:
         """`base_url`: the gateway's. `token`: the caller's JWT, or a function that returns a fresh one for each call.
 
-        `patience_seconds`: for how long `follow`, `wait` and `events` try to open a stream again before they raise
-        Unavailable; 0: they raise it at the first cut. Raises ValueError for an address that is not http or https.
+        `patience_seconds`: how long `follow`, `wait` and `events` try to reopen a stream before they raise Unavailable;
+        0: they raise it at the first interruption. Raises ValueError for an address that is not http or https.
         """
         url = httpx.URL(base_url)
         if url.scheme not in ("http", "https") or not url.host:
@@ -93,7 +93,7 @@ class HttpTasks:
         await self._http.aclose()
 
     async def start(self, task: AnyTask) -> StartedTask:
-        """Start a task. The same input under the same task id is one task. Raises TaskExists for another input.
+        """Start a task. The same input with the same task id is one task. Raises TaskExists for another input.
 
         `tenant_id` and `user_id` must be the token's.
         """
@@ -105,7 +105,7 @@ class HttpTasks:
         return StartedTask(task_id=view.task_id, workflow_id=view.workflow_id, is_new=is_new)
 
     async def follow(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskUpdate, None]:
-        """Each change until the task ends, as the gateway publishes it; after `cursor` if one is given.
+        """Yield each change that the gateway publishes, until the task ends; after `cursor` if one is given.
 
         Raises UnknownTask, Unavailable.
         """
@@ -116,9 +116,9 @@ class HttpTasks:
                 yield newest
 
     async def events(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskEvent, None]:
-        """The task's events (contract §6), each once: its history, then live, to its end. Reconnects by itself.
+        """The task's events (contract §6), each once: history, then live, until it ends. Reconnects automatically.
 
-        `cursor`: an event's; only what follows it. Raises UnknownTask, AccessDenied, Unavailable.
+        `cursor`: of an event; yields only later ones. Raises UnknownTask, AccessDenied, Unavailable.
         """
         heard_at, tries = time.monotonic(), 0
         while True:
@@ -132,7 +132,7 @@ class HttpTasks:
                         yield event
                         if event.event in ENDS:
                             return
-            except _AllToldBefore:
+            except _AllSentBefore:
                 return
             except Unavailable:
                 if time.monotonic() - heard_at >= self._patience_seconds:
@@ -151,7 +151,7 @@ class HttpTasks:
         return outcome
 
     async def show(self, task_id: str) -> TaskDetails:
-        """The task as it stands. Raises UnknownTask."""
+        """The task's current state. Raises UnknownTask."""
         view = await self._view(task_id)
         outcome = _outcome(view) if view.status.is_end() else None
         progress = None if outcome else _progress(view)
@@ -176,7 +176,7 @@ class HttpTasks:
     async def confirm(self, task_id: str, max_credits: int) -> int:
         """Confirm a training's price up to `max_credits` points. Returns the limit in force, in points.
 
-        Raises UnknownTask, TaskOver, InvalidInput where the task refuses the value.
+        Raises UnknownTask, TaskOver; InvalidInput if the task rejects the value.
         """
         order = checked(ConfirmPrice, max_credits=max_credits)
         response = await self._posted(task_id, "confirm-price", order)
@@ -207,7 +207,7 @@ class HttpTasks:
         return {"authorization": f"Bearer {self._token if isinstance(self._token, str) else self._token()}"}
 
     async def _stream(self, task_id: str, cursor: str | None) -> AsyncGenerator[TaskEvent | None, None]:
-        """One connection: events, and None for a heartbeat. Raises _AllToldBefore, TaskError."""
+        """One connection: events, and None for a heartbeat. Raises _AllSentBefore, TaskError."""
         headers = self._headers() | ({"last-event-id": cursor} if cursor else {})
         timeout = httpx.Timeout(CONNECT_SECONDS, read=SILENCE_SECONDS)
         with typed_transport_errors(self._http.base_url):
@@ -215,23 +215,23 @@ class HttpTasks:
                 "GET", f"{TASKS}/stream/sse", params={"task_id": task_id}, headers=headers, timeout=timeout
             ) as response:
                 if response.status_code == httpx.codes.NO_CONTENT:
-                    raise _AllToldBefore
+                    raise _AllSentBefore
                 if not response.is_success:
                     await response.aread()
                     raise await self._refused(response, task_id)
                 async for frame in EventSource(response).aiter_sse():
-                    if frame.data:  # a frame may hold nothing but `retry`
+                    if frame.data:  # a frame may contain only `retry`
                         yield None if frame.event == EventType.HEARTBEAT else _read(TaskEvent, frame.data)
 
     async def _refused(self, response: httpx.Response, task_id: str) -> Exception:
         error = task_error(response, task_id)
         if isinstance(error, UnknownTask):
-            await self._view(task_id)  # raises UnknownTask too, unless the task's run has just been started
+            await self._view(task_id)  # raises UnknownTask too, unless the task's run has just started
             return GatewayUnavailable(f"No worker has taken task {task_id!r} yet: it has no events so far.")
         return error
 
     async def _update_after(self, event: TaskEvent, newest: TaskUpdate | None) -> TaskUpdate:
-        """The task after the event. `estimated_time` is in no event: the task is read for it with each new stage."""
+        """The task after the event. Events lack `estimated_time`, so it is read with each new stage."""
         is_same_stage = newest is not None and (newest.stage, newest.attempts) == (event.stage, event.attempt)
         known = newest if is_same_stage else None
         progress = event.progress if event.progress is not None else known.progress if known else 0.0
@@ -256,7 +256,7 @@ class HttpTasks:
             return None
 
 
-class _AllToldBefore(Exception):
+class _AllSentBefore(Exception):
     """The task has ended, and its last event is before the cursor."""
 
 

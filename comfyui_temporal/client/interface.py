@@ -16,19 +16,19 @@ CancelAnswer = Literal["accepted", "too_late"]
 
 
 class Tasks(Protocol):
-    """Every method raises TaskError (comfyui_temporal.client.errors), whatever the connection beneath it."""
+    """Every method raises TaskError (comfyui_temporal.client.errors), over either connection."""
 
     async def start(self, task: AnyTask) -> StartedTask:
-        """Start a task. The same input under the same task id is one task. Raises TaskExists for another input."""
+        """Start a task. The same input with the same task id is one task. Raises TaskExists for another input."""
 
     def follow(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskUpdate, None]:
-        """Each change until the task ends; the last update has the status it ended with. Raises UnknownTask."""
+        """Yield each change until the task ends. The last update has its final status. Raises UnknownTask."""
 
     async def wait(self, task_id: str) -> TaskOutcome:
         """Wait until the task ends. Raises UnknownTask."""
 
     async def show(self, task_id: str) -> TaskDetails:
-        """The task as it stands. Raises UnknownTask."""
+        """The task's current state. Raises UnknownTask."""
 
     def list(
         self, *, status: TaskStatus | None = None, scene: Scene | None = None, limit: int = 20
@@ -38,14 +38,14 @@ class Tasks(Protocol):
     async def confirm(self, task_id: str, max_credits: int) -> int:
         """Confirm a training's price up to `max_credits` points, which can only be raised. Returns the limit in force.
 
-        Raises UnknownTask, TaskOver, InvalidInput where the task refuses the value.
+        Raises UnknownTask, TaskOver; InvalidInput if the task rejects the value.
         """
 
     async def cancel(self, task_id: str, reason: str = "") -> CancelAnswer:
         """Cancel a task; its credits are given back. Safe to repeat. Raises UnknownTask."""
 
     async def aclose(self) -> None:
-        """Close what this object opened itself."""
+        """Close what this object has opened itself."""
 
     async def __aenter__(self) -> Self: ...
 

@@ -10,7 +10,7 @@ from comfyui_temporal.contracts.tasks import CreditsSummary, ImageResult, TaskSt
 
 
 class StartedTask(OwnModel):
-    """A task that was started. `is_new` is false if the same input had been started before: it is the same task."""
+    """A started task. `is_new` is false if the same input had been started before: then it is the same task."""
 
     task_id: str
     workflow_id: str
@@ -20,12 +20,12 @@ class StartedTask(OwnModel):
 
 
 class TaskUpdate(TrainingProgress):
-    """A task as it stands after a change. `confirmation` is set while a training waits for its price."""
+    """A task after a change. `confirmation` is set while a training waits for its price to be confirmed."""
 
     cursor: str | None = None
     """Over HTTP only: `follow(task_id, cursor=…)` continues after this update."""
     standstill: str | None = None
-    """By Temporal only: a sentence that says why nothing moves (no worker answers, or the run is paused)."""
+    """By Temporal only: why the task makes no progress (no worker answers, or the run is paused)."""
 
 
 class TaskSummary(OwnModel):
@@ -36,7 +36,7 @@ class TaskSummary(OwnModel):
     status: str | None = None
     stage: str | None = None
     is_paused: bool = False
-    """By Temporal only: its run was paused by hand and does not continue until it is unpaused."""
+    """By Temporal only: an operator paused its run, which does not continue until it is unpaused."""
     tenant_id: str | None = None
     user_id: str | None = None
     template_id: str | None = None

@@ -1,4 +1,4 @@
-"""How a run ended, in each of the ways that Temporal reports it."""
+"""How a run ended, for each way that Temporal reports it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TERMINATED: Final = "terminated"
 
 
 async def ended_as(handle: WorkflowHandle[Any, Any]) -> dict[str, Any]:
-    """Wait for the run's end: `status`, `code`, `sentence` and `result` of a TaskOutcome. Raises RPCError."""
+    """Wait until the run ends: `status`, `code`, `sentence` and `result` of a TaskOutcome. Raises RPCError."""
     try:
         result: AnyResult = await handle.result()
     except WorkflowFailureError as failure:
@@ -43,14 +43,14 @@ def _failed(cause: BaseException | None) -> dict[str, Any]:
             sentence = "The run was terminated: no clean-up ran. Its hold ends by expiry, its job may still run."
             return failed | {"code": TERMINATED, "sentence": sentence}
         case TimeoutError():
-            sentence = "The run reached a Temporal timeout that whoever started it had set; this system sets none."
+            sentence = "The run reached a Temporal timeout that its starter had set; this system sets none."
             return failed | {"code": FailureCode.TIMEOUT.value, "sentence": sentence}
         case _:
             return failed | {"code": FailureCode.INTERNAL.value, "sentence": str(cause)}
 
 
 def _result_in(details: Sequence[Any]) -> AnyResult | None:
-    """The result object that a failed run carries in its failure's details (contract §8)."""
+    """The result object in a failed run's failure details (contract §8)."""
     if not details or not isinstance(details[0], dict):
         return None
     spec = scene_of_message(details[0])

@@ -1,4 +1,4 @@
-"""Start a task's workflow: the same input started twice under one id is one task (contract §8).
+"""Start a task's workflow: the same input started twice with one id is one task (contract §8).
 
 Used by `TemporalTasks` and by the gateway.
 """
@@ -59,9 +59,9 @@ async def start_task(client: Client, task: TaskInput, *, task_queue: str = TASK_
             id=workflow_id,
             task_queue=task_queue,
             result_type=spec.result,
-            # A closed run counts too: a finished task is never run, nor paid, again.
+            # A closed run counts too: a finished task is never run, or paid, again.
             id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
-            # Not USE_EXISTING: that would hand out a run of another input or type under the same id.
+            # Not USE_EXISTING: that would return a run of another input or type with the same id.
             id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
             memo={INPUT_MEMO: input_sha256_of(task)},
             search_attributes=_search_attributes(task),
@@ -108,14 +108,14 @@ async def _input_hash(
     in_memo = (await run.memo()).get(INPUT_MEMO)
     if isinstance(in_memo, str):
         return in_memo
-    # Another client has just started it: the run has not written its memo yet, but its input is in the history.
+    # Another client has just started it: its run has no memo yet, but its input is in the history.
     async for event in handle.fetch_history_events(page_size=1):
         if event.event_type != EventType.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
             return None
         payloads = event.workflow_execution_started_event_attributes.input.payloads
         try:
             [task] = await client.data_converter.decode(payloads, [input_type])
-        except Exception:  # any input may be there; one that cannot be read is another input
+        except Exception:  # the run may have any input; an unreadable one is another input
             return None
         return input_sha256_of(task)
     return None

@@ -23,13 +23,13 @@ _NO_MORE: Final = object()
 
 
 class SyncTasks(AbstractContextManager["SyncTasks"]):
-    """Tasks, each call blocking. Use it as a context manager: an event loop runs in a thread of its own until exit.
+    """Tasks with blocking calls. Use it as a context manager: until exit an event loop runs in its own thread.
 
-    Works where an event loop runs already (a notebook), and may be used by several threads at once.
+    It works inside a running event loop (a notebook), and several threads may use it concurrently.
     """
 
     def __init__(self, open_tasks: Callable[[], Awaitable[Tasks]]) -> None:
-        """`open_tasks` is called once, on the loop of this object's thread."""
+        """`open_tasks` is called once, in this object's event loop."""
         self._open_tasks = open_tasks
         self._opened = ExitStack()
         self._portal: BlockingPortal | None = None
@@ -121,7 +121,7 @@ class SyncTasks(AbstractContextManager["SyncTasks"]):
 
 
 def _blocking(portal: BlockingPortal, opened: Callable[[], AsyncGenerator[T, None]]) -> Generator[T, None, None]:
-    """The items of an async generator, each waited for here; closed with this generator."""
+    """The items of an async generator, one blocking call for each; closed with this generator."""
     items = opened()
 
     async def next_item() -> Any:

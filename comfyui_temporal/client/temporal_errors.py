@@ -29,7 +29,7 @@ def typed_errors(client: Client, *, task_id: str | None = None, missing: TaskErr
         yield
     except RPCError as error:
         raise task_error(error, client, task_id=task_id, missing=missing) from None
-    except RuntimeError as error:  # what a lazy client raises at its first call
+    except RuntimeError as error:  # a lazy client raises it at its first call
         if _LAZY_CONNECTION_FAILED not in str(error):
             raise
         raise TemporalUnavailable(f"{_where(client)} cannot be reached: {error}") from None
@@ -38,7 +38,7 @@ def typed_errors(client: Client, *, task_id: str | None = None, missing: TaskErr
 def task_error(
     error: RPCError, client: Client, *, task_id: str | None = None, missing: TaskError | None = None
 ) -> TaskError:
-    """The error that a status of Temporal's service stands for."""
+    """The TaskError for a status of Temporal's service."""
     match error.status:
         case RPCStatusCode.NOT_FOUND if "namespace" in error.message.lower():
             return NamespaceMissing(f"{_where(client)} has no namespace {client.namespace!r}.")

@@ -76,10 +76,10 @@ class TemporalTasks:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Nothing to close: the client is the caller's."""
+        """Does nothing: the caller closes the client."""
 
     async def start(self, task: AnyTask) -> StartedTask:
-        """Start a task. The same input under the same task id is one task. Raises TaskExists for another input."""
+        """Start a task. The same input with the same task id is one task. Raises TaskExists for another input."""
         with typed_errors(self.client):
             started = await start_task(self.client, task, task_queue=self.task_queue)
         return StartedTask(
@@ -87,7 +87,7 @@ class TemporalTasks:
         )
 
     async def follow(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskUpdate, None]:
-        """Each change until the task ends, read by query twice a second; `cursor` has no meaning here.
+        """Yield each change until the task ends, read by query twice a second. `cursor` is ignored.
 
         An update with `standstill` says that no worker answers, or that the run is paused. Raises UnknownTask.
         """
@@ -112,7 +112,7 @@ class TemporalTasks:
         return await self._outcome(await self.find(task_id), task_id)
 
     async def show(self, task_id: str) -> TaskDetails:
-        """The task as it stands. Without a worker an open task has neither `progress` nor `credits`."""
+        """The task's current state. Without a worker an open task has neither `progress` nor `credits`."""
         handle = await self.find(task_id)
         with typed_errors(self.client, task_id=task_id):
             run = await describe_run(self.client, handle.id, rpc_timeout=RPC_TIMEOUT)
@@ -153,14 +153,14 @@ class TemporalTasks:
     async def confirm(self, task_id: str, max_credits: int) -> int:
         """Confirm a training's price up to `max_credits` points. Returns the limit in force, in points.
 
-        Raises UnknownTask, TaskOver, InvalidInput where the task refuses the value, WorkerUnavailable.
+        Raises UnknownTask, TaskOver, WorkerUnavailable; InvalidInput if the task rejects the value.
         """
         handle = await self.find(task_id)
         order = checked(ConfirmPrice, max_credits=max_credits)
         try:
             outcome = await self._updated(handle, "confirm_price", order, ConfirmPriceOutcome)
         except TaskOver:
-            raise TaskOver(f"Task {task_id!r} is over: there is no price left to confirm.") from None
+            raise TaskOver(f"Task {task_id!r} is over: its price can no longer be confirmed.") from None
         return outcome.max_credits
 
     async def cancel(self, task_id: str, reason: str = "") -> CancelAnswer:
@@ -180,11 +180,11 @@ class TemporalTasks:
             run = await describe_run(self.client, workflow_id, rpc_timeout=RPC_TIMEOUT)
         spec = SCENE_OF_WORKFLOW.get(run.workflow_type)
         if spec is None:
-            raise UnknownTask(f"Workflow {workflow_id!r} is a {run.workflow_type}, no task of this system.")
+            raise UnknownTask(f"Workflow {workflow_id!r} is a {run.workflow_type}, not a task of this system.")
         return self.client.get_workflow_handle(workflow_id, result_type=spec.result)
 
     async def read_update(self, handle: WorkflowHandle[Any, Any], newest: TaskUpdate | None) -> TaskUpdate | None:
-        """One `progress` query; None if the run has not begun or has ended. `newest`: what a standstill repeats."""
+        """One `progress` query; None if the run has not begun or has ended. A standstill repeats `newest`."""
         try:
             progress = await query_run(handle, "progress", result_type=TrainingProgress, rpc_timeout=QUERY_TIMEOUT)
             return TaskUpdate(**dict(progress))
@@ -210,7 +210,7 @@ class TemporalTasks:
         return None
 
     async def _updated(self, handle: WorkflowHandle[Any, Any], name: str, argument: object, result_type: type[T]) -> T:
-        """What the run answers to an update. Raises TaskOver, InvalidInput, WorkerUnavailable."""
+        """The run's answer to an update. Raises TaskOver, InvalidInput, WorkerUnavailable."""
         try:
             with typed_errors(self.client, missing=TaskOver(f"The run of {handle.id} is over.")):
                 answer: T = await asyncio.wait_for(
@@ -225,10 +225,10 @@ class TemporalTasks:
         except WorkflowUpdateFailedError as failure:
             cause = failure.cause
             sentence = cause.message if isinstance(cause, ApplicationError) else str(cause)
-            raise InvalidInput(f"The task refused {name}: {sentence}") from None
+            raise InvalidInput(f"The task rejected {name}: {sentence}") from None
 
     def _summary(self, run: RunSeen) -> TaskSummary:
-        """A run's search attributes; a run that was ended from outside has Temporal's status."""
+        """A run's search attributes. A run that was terminated or timed out has Temporal's status."""
         attributes = run.search_attributes
         found = {name: attributes.get(SearchAttributeKey.for_keyword(name)) for name in SEARCH_ATTRIBUTES}
         ended = _STATUS_OF_CLOSED_RUN.get(run.status)
@@ -268,7 +268,7 @@ def _with_our_converter(client: Client) -> Client:
 
 
 def _last_update(newest: TaskUpdate | None, outcome: TaskOutcome) -> TaskUpdate:
-    """The newest state that a query showed, with the status that the run ended with."""
+    """The newest queried state, with the final status of the run."""
     known = newest or TaskUpdate(task_id=outcome.task_id, status=outcome.status)
     result = outcome.result
     return known.model_copy(

@@ -1,6 +1,6 @@
-"""The typer application, what its commands share, and how each of them ends.
+"""The typer application, options that commands share, and how a command ends.
 
-A checkout adds commands of its own to `app`, and checks to `checks_before_start` (starter.py).
+A checkout adds its own commands to `app`, and checks to `checks_before_start` (starter.py).
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ app = typer.Typer(
 
 CheckBeforeStart = Callable[[Connection], Awaitable[None]]
 checks_before_start: list[CheckBeforeStart] = []
-"""Each may raise CommandFailure: then nothing is started."""
+"""Each may raise CommandFailure. Then nothing is started."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document; progress goes to standard error.")]
 
 
 def perform(work: Callable[[], Awaitable[ExitCode]], *, as_json: bool) -> None:
-    """Run one command; its failures become sentences, its end the exit code."""
+    """Run one command. Its failures are printed as sentences, and the process ends with its exit code."""
     try:
         code = asyncio.run(_awaited(work))
     except CommandFailure as failure:
         print_failure(Console(stderr=True), failure, as_json=as_json)
         code = failure.exit_code
     except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted. A task that was started goes on: see `comfyui-tasks list`.")
+        Console(stderr=True).print("Interrupted. A started task continues: see `comfyui-tasks list`.")
         code = ExitCode.INTERRUPTED
     raise typer.Exit(int(code))
 
@@ -66,7 +66,7 @@ async def _awaited(work: Callable[[], Awaitable[ExitCode]]) -> ExitCode:
 
 async def followed(opened: Connection, task_id: str, *, as_json: bool) -> ExitCode:
     """Show a task until it ends, then how it ended."""
-    await opened.tasks.find(task_id)  # before any bar is drawn
+    await opened.tasks.find(task_id)  # fails before any bar is drawn
     with watchers(Console(stderr=as_json), [task_id]) as rows:
         outcome = await follow(opened, task_id, rows[task_id])
         rows[task_id].ended(outcome.status.value)

@@ -1,4 +1,4 @@
-"""The connection that a command works with, and how errors become sentences with exit codes."""
+"""The connection that a command uses, and how errors become sentences with exit codes."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ CONNECT_SECONDS: Final = 2.5
 
 @dataclass(frozen=True)
 class GatewayAccess:
-    """Where the gateway is, and with which token each tenant's tasks are followed there."""
+    """The gateway's address, and each tenant's token for it."""
 
     url: str
     token: str | None = field(default=None, repr=False)
-    """For every tenant; else that of `tokens`."""
+    """For every tenant; if it is None, `tokens` has one for each."""
     tokens: dict[str, str] = field(default_factory=dict, repr=False)
 
     def tasks_of(self, tenant_id: str | None) -> HttpTasks | None:
-        """The tenant's tasks; None if there is no token for it. A stream that is cut is not opened again by itself."""
+        """The tenant's tasks; None without a token for it. An interrupted stream is not reopened automatically."""
         token = self.token or self.tokens.get(tenant_id or "")
         return HttpTasks(self.url, token, patience_seconds=0) if token else None
 
@@ -58,7 +58,7 @@ class Connection:
     server: Server
     task_queue: str
     gateway: GatewayAccess | None = None
-    """Tasks are followed by its stream; None: by query."""
+    """The gateway whose stream is followed; None: tasks are followed by query."""
 
     @cached_property
     def tasks(self) -> TemporalTasks:
@@ -67,7 +67,7 @@ class Connection:
 
 @asynccontextmanager
 async def connection(settings: CommandSettings) -> AsyncIterator[Connection]:
-    """The connection a command works with; errors inside become CommandFailures."""
+    """The connection that a command uses. Inside, errors become CommandFailures."""
     server = find_server(settings)
     task_queue = server.stack.task_queue if server.stack else settings.task_queue
     opened = await open_connection(server, settings, task_queue=task_queue)
@@ -76,7 +76,7 @@ async def connection(settings: CommandSettings) -> AsyncIterator[Connection]:
 
 
 async def open_connection(server: Server, settings: CommandSettings, *, task_queue: str) -> Connection:
-    """Connect, or raise CannotReach within three seconds."""
+    """Connect within three seconds. Raises CannotReach."""
     connecting = connect(
         address=server.address,
         namespace=server.namespace,
@@ -93,7 +93,7 @@ async def open_connection(server: Server, settings: CommandSettings, *, task_que
 
 
 def _gateway(server: Server, settings: CommandSettings) -> GatewayAccess | None:
-    """The gateway that is set, else the local stack's, with its tenants' tokens."""
+    """The configured gateway, else the local stack's, with its tenants' tokens."""
     if settings.gateway_url is not None:
         token = settings.gateway_token
         return GatewayAccess(settings.gateway_url, token.get_secret_value() if token else None)
@@ -104,7 +104,7 @@ def _gateway(server: Server, settings: CommandSettings) -> GatewayAccess | None:
 
 @cache
 def _quiet_runtime() -> Runtime:
-    """Temporal's native part logs each retry to standard output, where a script reads our JSON: only errors here."""
+    """Logs only errors: Temporal's native part logs retries to standard output, where scripts read our JSON."""
     errors_only = LoggingConfig(filter=TelemetryFilter(core_level="ERROR", other_level="ERROR"))
     return Runtime(telemetry=TelemetryConfig(logging=errors_only))
 
@@ -123,7 +123,7 @@ def sentences(opened: Connection) -> Iterator[None]:
 def _failure_of(error: TaskError, server: Server) -> CommandFailure:
     match error:
         case NamespaceMissing():
-            advice = "Create it, or name another in TEMPORAL_NAMESPACE."
+            advice = "Create it, or set another in TEMPORAL_NAMESPACE."
             return CannotReach(f"{error.sentence} It was {server.named_by}. {advice}")
         case TemporalUnavailable():
             return CannotReach(_unreachable(server, error.sentence))
@@ -141,7 +141,7 @@ def _failure_of(error: TaskError, server: Server) -> CommandFailure:
             return BadInput(error.sentence, error.fields)
         case TaskOver():
             return BadInput(error.sentence)
-    advice = " Register it: `comfyui-tasks doctor` says how." if "search attribute" in error.sentence.lower() else ""
+    advice = " Register it: `comfyui-tasks doctor` shows how." if "search attribute" in error.sentence.lower() else ""
     return CommandFailure(f"{error.sentence}{advice}")
 
 

@@ -1,4 +1,4 @@
-"""How a command ends: exit codes for scripts, and failures that are one sentence a person can act on."""
+"""How a command ends: exit codes for scripts, and failures as one sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from comfyui_temporal.contracts.tasks import TaskStatus
 
 
 class ExitCode(IntEnum):
-    """Exit codes are an interface: they keep their meaning. 130 is an interrupt from the keyboard."""
+    """Exit codes are a stable interface. 130 is an interrupt from the keyboard."""
 
     COMPLETED = 0
     FAILED = 1
@@ -24,7 +24,7 @@ class ExitCode(IntEnum):
 
 
 def exit_code_of(status: TaskStatus) -> ExitCode:
-    """The exit code that says how a task ended."""
+    """The exit code for a task's final status."""
     match status:
         case TaskStatus.COMPLETED:
             return ExitCode.COMPLETED
@@ -50,11 +50,11 @@ class CommandFailure(Exception):
         self.exit_code = exit_code
         self.code = code
         self.fields = dict(fields or {})
-        """Name of a field → what is wrong with it."""
+        """Name of a field → its problem."""
 
 
 class BadInput(CommandFailure):
-    """The input is refused before anything is started; `fields` says why, field by field."""
+    """The input is rejected before anything starts; `fields` says why, field by field."""
 
     def __init__(self, sentence: str, fields: Mapping[str, str] | None = None) -> None:
         super().__init__(sentence, exit_code=ExitCode.BAD_INPUT, code=FailureCode.INPUT_INVALID.value, fields=fields)

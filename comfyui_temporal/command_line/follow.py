@@ -1,5 +1,5 @@
-"""Following a task until it ends: by the gateway's stream if one is known, else by the `progress` query twice a
-second. Its end comes from Temporal in either case."""
+"""Follows a task until it ends: by the gateway's stream if one is known, else by the `progress` query twice a
+second. The final status always comes from Temporal."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ TENANT_ID: Final = SearchAttributeKey.for_keyword("TenantId")
 
 
 class Watcher(Protocol):
-    """What shows a running task: a progress bar, plain lines, a test."""
+    """Shows a running task: a progress bar, plain lines, a test."""
 
     def progressed(self, progress: TrainingProgress) -> None:
-        """The task's newest state; called when something in it changed."""
+        """The task's newest state, called after each change."""
 
     def waits_for_worker(self, sentence: str) -> None:
-        """No worker answers: the task does not move until one does."""
+        """No worker answers: the task makes no progress until one does."""
 
 
 async def follow(opened: Connection, task_id: str, watcher: Watcher) -> TaskOutcome:
@@ -49,7 +49,7 @@ async def follow(opened: Connection, task_id: str, watcher: Watcher) -> TaskOutc
                     await stream.tasks.aclose()
                     stream = None
                 except TaskError:
-                    pass  # cut: one query in between also shows whether a worker answers
+                    pass  # interrupted: one query in between also shows whether a worker answers
             if stream is not None and stream.is_over:
                 break
             if not end.done():
@@ -63,7 +63,7 @@ async def follow(opened: Connection, task_id: str, watcher: Watcher) -> TaskOutc
 
 
 class _Reporter:
-    """Passes what is new on to a watcher."""
+    """Passes changes on to a watcher."""
 
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
@@ -83,7 +83,7 @@ class _Reporter:
 
 @dataclass
 class _Stream:
-    """One task's stream, over as many connections as it takes."""
+    """One task's stream, over as many connections as it needs."""
 
     tasks: HttpTasks
     task_id: str
@@ -101,7 +101,7 @@ async def _stream_of(opened: Connection, handle: WorkflowHandle[Any, Any], task_
 
 
 async def _report_stream(stream: _Stream, reporter: _Reporter, end: asyncio.Task[TaskOutcome]) -> None:
-    """Until the stream is cut, or the task ends. Raises TaskError."""
+    """Return when the stream is interrupted or the task ends. Raises TaskError."""
 
     async def report() -> None:
         async with aclosing(stream.tasks.follow(stream.task_id, cursor=stream.cursor)) as updates:
@@ -117,5 +117,5 @@ async def _report_stream(stream: _Stream, reporter: _Reporter, end: asyncio.Task
             await reporting
     finally:
         reporting.cancel()
-        # Its connection is closed by then: a later cancellation would leave it half open.
+        # Wait for its connection to close: a later cancellation would leave it half open.
         await asyncio.wait({reporting})

@@ -1,4 +1,4 @@
-"""What a person types → a task's input. Every mistake is reported at once, field by field, before anything starts."""
+"""Command line arguments → a task's input. All mistakes are reported together, by field, before anything starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ID_PATTERN: Final = "{1,64}$"
 
 
 def read_model(model: type[Model], values: Mapping[str, Any]) -> Model:
-    """The values as a model. Raises BadInput with one line a field."""
+    """The values as a model. Raises BadInput with one line for each field."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -38,7 +38,7 @@ def read_model(model: type[Model], values: Mapping[str, Any]) -> Model:
 
 
 def _explained(issue: ErrorDetails) -> str:
-    """What is allowed, and what was given where that is short; a prompt is never repeated."""
+    """What is allowed, and the given value if it is short. A prompt is never repeated."""
     match issue["type"]:
         case "missing":
             return "is missing"
@@ -68,29 +68,29 @@ def read_file(path: str | None) -> dict[str, Any]:
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} holds no JSON: {error}") from None
+        raise BadInput(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise BadInput(f"{path} must hold one JSON object, the task's input (docs/schemas shows its fields).")
+        raise BadInput(f"{path} must contain one JSON object, the task's input (docs/schemas shows its fields).")
     return value
 
 
 def given(**values: Any) -> dict[str, Any]:
-    """Only what was given: what is left out keeps the value of the file or the model's default."""
+    """Only the given values. Others keep the file's value or the model's default."""
     return {name: value for name, value in values.items() if value is not None}
 
 
 def check_list_fits(task: TrainingTask) -> None:
-    """Raises BadInput where the list of files makes the input larger than Temporal takes."""
+    """Raises BadInput if the list of files makes the input too large for Temporal."""
     size = json_bytes(task)
     if size > MAX_START_BYTES:
         raise BadInput(
-            f"Nothing was done: the input takes {size} bytes, and Temporal takes {MAX_START_BYTES}. Put the list of "
-            "files as a JSON array into object storage, under the tenant's prefix, and give its address by --manifest."
+            f"Nothing was done: the input has {size} bytes, and Temporal accepts {MAX_START_BYTES}. Store the list of "
+            "files as a JSON array in object storage, under the tenant's prefix, and give its address with --manifest."
         )
 
 
 def manifest(address: str, sha256: str | None) -> dict[str, str]:
-    """A caller's own list of files: a file of this machine is hashed, of an address the checksum must be given."""
+    """A caller's own list of files. A local file is hashed; for an address the checksum must be given."""
     if "://" in address:
         return {"uri": address, **given(sha256=sha256)}
     try:
@@ -101,7 +101,7 @@ def manifest(address: str, sha256: str | None) -> dict[str, str]:
 
 
 def named_values(field: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """`name=value` pairs; a value is read as JSON where it is JSON, a name alone is true. Raises BadInput."""
+    """`name=value` pairs. A value is parsed as JSON if possible; a name alone is true. Raises BadInput."""
     values: dict[str, Any] = {}
     for pair in pairs:
         name, separator, text = pair.partition("=")
@@ -119,7 +119,7 @@ def _json_or_text(text: str) -> Any:
 
 
 def controls(texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Control images, each `URL` or `URL,strength`; the comma is no separator where no number follows it."""
+    """Control images, each `URL` or `URL,strength`. A comma without a number after it belongs to the URL."""
     found: list[dict[str, Any]] = []
     for text in texts:
         url, _, strength = text.rpartition(",")
@@ -131,23 +131,23 @@ def controls(texts: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def new_task_id(kind: str) -> str:
-    """A task id nobody has used: `image-3f9c…`."""
+    """A new task id: `image-3f9c…`."""
     return f"{kind}-{secrets.token_hex(6)}"
 
 
 def dataset_address(text: str) -> str:
-    """A dataset as an address: a path on this machine becomes `file://…`, an address stays as it is."""
+    """A dataset as an address: a local path becomes `file://…`, an address is unchanged."""
     return text if "://" in text else Path(text).resolve().as_uri() + "/"
 
 
 def dataset_name(address: str) -> str:
-    """A `dataset_id` made from the last part of its address."""
+    """A `dataset_id` made from the last part of the dataset's address."""
     last = address.rstrip("/").rpartition("/")[2]
     return re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-")[:64] or "dataset"
 
 
 def checked(annotation: Any, name: str, value: object) -> Any:
-    """One value as its type of the contract. Raises BadInput."""
+    """One value, validated as a type of the contract. Raises BadInput."""
     try:
         return TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:

@@ -20,7 +20,7 @@ from comfyui_temporal.contracts.scenes import AnyTask
 from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
 
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Start the task and return; `watch` follows it.")]
-Tenant = Annotated[str | None, typer.Option(help="Who pays. On the local stack: tenant-demo or tenant-other.")]
+Tenant = Annotated[str | None, typer.Option(help="The tenant that pays. Local stack: tenant-demo or tenant-other.")]
 User = Annotated[str | None, typer.Option(help="Default on the local stack: the tenant's own user.")]
 TaskId = Annotated[str | None, typer.Option(help="Default: a new one. The same id and input twice is one task.")]
 Priority = Annotated[str | None, typer.Option(help="standard (default) or accelerated.")]
@@ -109,10 +109,10 @@ def train(
     dataset_id: Annotated[str | None, typer.Option(help="Default: the last part of the dataset's address.")] = None,
     file: Annotated[list[str] | None, typer.Option(help="Take only this file of the dataset. Repeatable.")] = None,
     manifest: Annotated[
-        str | None, typer.Option(help="Take only the files that this JSON array names; under the tenant's own prefix.")
+        str | None, typer.Option(help="Take only the files in this JSON array, stored under the tenant's own prefix.")
     ] = None,
     manifest_sha256: Annotated[
-        str | None, typer.Option(help="Its checksum; of a file on this machine it is read off.")
+        str | None, typer.Option(help="Checksum of the manifest; computed if the manifest is a local file.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="At least 1; default 10.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="At least 1; default 4.")] = None,
@@ -123,11 +123,11 @@ def train(
     priority: Priority = None,
     gpu_type: Annotated[str | None, typer.Option(help="Train on this type of GPU only.")] = None,
     max_credits: Annotated[
-        int | None, typer.Option(help="Confirms every price up to this many points; else `confirm` is waited for.")
+        int | None, typer.Option(help="Confirm every price up to this many points; without it `confirm` is needed.")
     ] = None,
-    resume_from: Annotated[str | None, typer.Option(help="Checkpoint to go on from.")] = None,
-    not_before: Annotated[str | None, typer.Option(help="Start no earlier than this ISO 8601 instant.")] = None,
-    not_after: Annotated[str | None, typer.Option(help="Start no later, else the task ends.")] = None,
+    resume_from: Annotated[str | None, typer.Option(help="Checkpoint to resume from.")] = None,
+    not_before: Annotated[str | None, typer.Option(help="Start no earlier than this ISO 8601 time.")] = None,
+    not_after: Annotated[str | None, typer.Option(help="Start no later than this, else the task ends.")] = None,
     task_id: TaskId = None,
     input_file: InputFile = None,
     no_wait: NoWait = False,
@@ -135,7 +135,7 @@ def train(
 ) -> None:
     """Start a training task and follow it to its end.
 
-    Without --max-credits the task asks for its price to be confirmed: `comfyui-tasks confirm` does that.
+    Without --max-credits the task waits until its price is confirmed with `comfyui-tasks confirm`.
 
     \b
     Examples:

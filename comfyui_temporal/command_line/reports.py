@@ -1,4 +1,4 @@
-"""What commands print: for people as aligned lines, for scripts as one JSON document on standard output."""
+"""What commands print: aligned lines for terminals, or one JSON document on standard output for scripts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Lines = Iterable[tuple[str, str]]
 
 
 def print_json(value: BaseModel | dict[str, Any] | list[Any]) -> None:
-    """One document on one line, in pure ASCII, so that no reader needs a locale."""
+    """One document on one line, in pure ASCII, so that readers need no locale."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     sys.stdout.write(json.dumps(value) + "\n")
@@ -35,7 +35,7 @@ def print_json(value: BaseModel | dict[str, Any] | list[Any]) -> None:
 
 
 def print_lines(console: Console, lines: Lines) -> None:
-    """`name   value` lines, never cut: addresses in them are copied and clicked."""
+    """`name   value` lines, never wrapped: users copy and click addresses in them."""
     rows = [(name, value) for name, value in lines if value]
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
@@ -61,11 +61,11 @@ def credit_lines(credits: CreditsSummary | None) -> Lines:
         points["shortfall"] = credits.shortfall
     yield "points", ", ".join(f"{name} {count}" for name, count in points.items())
     if credits.settlement is SettlementState.UNKNOWN:
-        yield "settlement", "unknown: whether it was charged could not be learned; the ledger is looked at again"
+        yield "settlement", "unknown: the ledger does not show yet whether it was charged; it is checked again"
 
 
 def outcome_lines(outcome: TaskOutcome) -> Lines:
-    """A task's end: result or reason, points, where to look."""
+    """A task's end: result or reason, points, links."""
     yield "task", outcome.task_id
     yield "status", outcome.status.value
     if outcome.code or outcome.sentence:
@@ -111,7 +111,7 @@ def details_lines(details: TaskDetails) -> Lines:
     yield "started", _instant(task.started_at)
     yield "ended", _instant(task.ended_at)
     if task.is_paused:
-        yield "paused", f"nothing of it goes on until: temporal workflow unpause --workflow-id {task.workflow_id}"
+        yield "paused", f"until: temporal workflow unpause --workflow-id {task.workflow_id}"
     if details.outcome is not None:
         yield from (line for line in outcome_lines(details.outcome) if line[0] != "task")
         return

@@ -1,4 +1,4 @@
-"""Which Temporal server a command uses, in this order: the settings `COMFYUI_TEMPORAL_TEMPORAL_*`, Temporal's own
+"""Which Temporal server a command uses. In this order: the settings `COMFYUI_TEMPORAL_TEMPORAL_*`, Temporal's own
 environment configuration, the local stack's `.run/stack.json`, localhost:7233."""
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _folders: list[Path] = [Path()]
 
 
 def also_look_for_stack_in(folder: Path) -> None:
-    """A checkout's command line finds the checkout's stack from any working directory, which is looked in first."""
+    """A checkout's command line also finds the checkout's stack; the working directory is searched first."""
     _folders.append(folder)
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where Temporal is and what named it; `stack` is set if that was the local stack."""
+    """Temporal's address and what named it. `stack` is set if that was the local stack."""
 
     address: str
     namespace: str
@@ -45,12 +45,12 @@ class Server:
 
     @property
     def ui_url(self) -> str | None:
-        """The Temporal UI; None where only the server's address is known."""
+        """The Temporal UI; None if only the server's address is known."""
         return self.stack.ui_url if self.stack else None
 
 
 def find_server(settings: CommandSettings) -> Server:
-    """Which server to talk to. Raises BadInput for a Temporal configuration that cannot be read."""
+    """The server to use. Raises BadInput if Temporal's configuration cannot be read."""
     try:
         profile = ClientConfigProfile.load(profile=settings.temporal_profile)
     except Exception as error:
@@ -69,7 +69,7 @@ def server_of(stack: StackDescription) -> Server:
 
 
 def _read_stack() -> StackDescription | None:
-    """The local stack's own description, or None if none runs. Raises BadInput for an unreadable file."""
+    """The local stack's description; None if none runs. Raises BadInput for an unreadable file."""
     for folder in _folders:
         file = folder / STACK_FILE
         try:

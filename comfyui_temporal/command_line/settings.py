@@ -1,4 +1,4 @@
-"""The command line's own settings: where Temporal and the gateway are.
+"""The command line's own settings: the addresses of Temporal and the gateway.
 
 Environment variables `COMFYUI_TEMPORAL_<NAME>`; a `.env` file in the working directory is read too.
 """
@@ -18,7 +18,7 @@ AnySettings = TypeVar("AnySettings", bound=BaseSettings)
 
 
 class CommandSettings(BaseSettings):
-    """What a command needs to know. Secrets are `SecretStr`: printing the settings shows none."""
+    """A command's settings. Secrets are `SecretStr`: printing the settings shows none."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore")
 
@@ -35,7 +35,7 @@ class CommandSettings(BaseSettings):
 
 
 def read_settings(kind: type[AnySettings]) -> AnySettings:
-    """The settings of this process. Raises BadInput that names each bad variable and shows no value."""
+    """The settings of this process. Raises BadInput, which names each invalid variable and shows no value."""
     try:
         return kind()
     except ValidationError as error:

@@ -44,7 +44,7 @@ def watch(task_id: TaskIdArgument, as_json: Json = False) -> None:
 def show(task_id: TaskIdArgument, as_json: Json = False) -> None:
     """Show one task.
 
-    Stage and ETA while it runs, then result or failure; points, attempts and the link into the Temporal UI.
+    Stage and ETA while it runs, then result or failure; points, attempts and the link to the Temporal UI.
 
     \b
     Example:
@@ -74,12 +74,12 @@ def list_command(
     scene: Annotated[str | None, typer.Option(help="image.generate or model.train.")] = None,
     template: Annotated[str | None, typer.Option(help="Only tasks of this template.")] = None,
     priority: Annotated[str | None, typer.Option(help="standard or accelerated.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Maximum number of tasks.")] = 20,
     as_json: Json = False,
 ) -> None:
     """List tasks, newest first.
 
-    Piped, one tab-separated line a task.
+    If piped, prints one tab-separated line for each task.
 
     \b
     Examples:
@@ -113,12 +113,12 @@ def list_command(
 @app.command(epilog=EXIT_CODES)
 def cancel(
     task_id: TaskIdArgument,
-    reason: Annotated[str, typer.Option(help="Why; kept with the task.")] = "",
+    reason: Annotated[str, typer.Option(help="Stored with the task.")] = "",
     as_json: Json = False,
 ) -> None:
     """Cancel a task and give its credits back.
 
-    Says `accepted`, or `too_late` where the task was delivered or over first.
+    Prints `accepted`, or `too_late` if the task was delivered or over first.
 
     \b
     Example:
@@ -167,7 +167,7 @@ def confirm(
             print_json({"task_id": task_id, "max_credits": in_force})
         else:
             is_short = wanted is not None and wanted.estimated_cost > in_force
-            more = f" It costs {wanted.estimated_cost}, so the task goes on waiting." if wanted and is_short else ""
+            more = f" It costs {wanted.estimated_cost}, so the task keeps waiting." if wanted and is_short else ""
             Console().print(f"Confirmed: up to {in_force} points.{more}", highlight=False)
         return ExitCode.COMPLETED
 
@@ -175,20 +175,20 @@ def confirm(
 
 
 async def _confirmation_of(opened: Connection, task_id: str) -> Confirmation | None:
-    """What the task waits to have confirmed; None if it waits for nothing, or no worker answers."""
+    """What the task waits to have confirmed; None if it does not wait, or no worker answers."""
     progress = (await opened.tasks.show(task_id)).progress
     return progress.confirmation if progress else None
 
 
 async def _confirmed_price(opened: Connection, task_id: str) -> int:
-    """The price that the task waits for, once the person at the terminal has confirmed it."""
+    """The price that the task waits for, after the user has confirmed it in the terminal."""
     wanted = await _confirmation_of(opened, task_id)
     if wanted is None:
-        raise BadInput(f"Task {task_id!r} waits for no confirmation now; give --max-credits to raise its ceiling.")
+        raise BadInput(f"Task {task_id!r} waits for no confirmation now; use --max-credits to raise its ceiling.")
     if not sys.stdin.isatty():
         raise BadInput(f"Task {task_id!r} {confirmation_of(task_id, wanted)}")
     if not typer.confirm(f"{task_id} costs {wanted.estimated_cost} points. Confirm?", err=True):
-        raise CommandFailure("Not confirmed: the task goes on waiting.")
+        raise CommandFailure("Not confirmed: the task keeps waiting.")
     return wanted.estimated_cost
 
 

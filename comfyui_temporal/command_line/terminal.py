@@ -1,4 +1,4 @@
-"""Progress on a terminal as bars, elsewhere as plain lines; nothing from outside can steer the terminal."""
+"""Progress as bars on a terminal, else as plain lines. Foreign text cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from comfyui_temporal.contracts.tasks import Confirmation, TrainingProgress
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _WIDE: Final = 120
 _PLAIN_STEP: Final = 10
-"""Plain lines report every stage, and within a stage each step of so many percent."""
+"""Plain lines report every stage, and each step of this many percent within a stage."""
 
 
 def printable(text: str) -> str:
-    """Text from outside, without what could move the cursor, hide other text or break the encoding."""
+    """Foreign text without characters that could move the cursor, hide other text or break the encoding."""
     return _CONTROL.sub("\ufffd", text)
 
 
 def span(seconds: float) -> str:
-    """A span in words: `12 s`, `3 min 5 s`, `2 h 10 min`."""
+    """A duration in words: `12 s`, `3 min 5 s`, `2 h 10 min`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -38,7 +38,7 @@ def span(seconds: float) -> str:
 
 
 def eta_of(progress: TrainingProgress, now: datetime | None = None) -> str:
-    """When the next stage is expected, and how long the task is said to take in all."""
+    """When the next stage is expected, and the task's estimated total time."""
     parts = []
     if progress.next_eta is not None:
         left = (progress.next_eta - (now or datetime.now(UTC))).total_seconds()
@@ -51,7 +51,7 @@ def eta_of(progress: TrainingProgress, now: datetime | None = None) -> str:
 
 
 def confirmation_of(task_id: str, wanted: Confirmation) -> str:
-    """What a training waits for, and the command that gives it."""
+    """The price that a training waits to have confirmed, and the command that confirms it."""
     balance = f", balance {wanted.current_balance}" if wanted.current_balance is not None else ""
     topup = f", top up {wanted.suggest_topup}" if wanted.suggest_topup else ""
     return (
@@ -61,7 +61,7 @@ def confirmation_of(task_id: str, wanted: Confirmation) -> str:
 
 
 class PlainLines:
-    """One line per stage, attempt, confirmation and ten percent."""
+    """One line for each stage, attempt, confirmation and ten percent."""
 
     def __init__(self, console: Console, task_id: str) -> None:
         self._console = console
@@ -104,7 +104,7 @@ class _Eta(ProgressColumn):
     def render(self, task: Task) -> Text:
         state = task.fields.get("state")
         eta = eta_of(state) if isinstance(state, TrainingProgress) else ""
-        # The first part alone: a row that is cut off would hide the ETA first.
+        # Only the first part: a row that is too long would cut off the ETA.
         return Text(eta.partition(", ")[0] if self._is_narrow else eta, style="dim")
 
 
@@ -137,7 +137,7 @@ class Bar:
 
 @contextmanager
 def watchers(console: Console, task_ids: list[str]) -> Iterator[dict[str, Bar | PlainLines]]:
-    """One watcher a task: bars that move where the console is a terminal, else plain lines."""
+    """One watcher for each task: moving bars on a terminal, else plain lines."""
     if not console.is_terminal:
         yield {task_id: PlainLines(console, task_id) for task_id in task_ids}
         return

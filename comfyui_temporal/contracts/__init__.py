@@ -1,5 +1,5 @@
 """What crosses a wire: pydantic models, enums, error codes, prices and permissions.
 
-Imports nothing of ours, so that every other package may import it, and does no work at import beyond building
-models, since workflow code uses it as well.
+It imports no other package of ours, so that all of them may import it. Importing it only builds models, since workflow
+code uses it too.
 """

@@ -1,4 +1,4 @@
-"""One call to another service as an activity gets it: the body and key stand in history before the effect."""
+"""One call to another service, as an activity gets it: body and key are in history before the call takes effect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Body = TypeVar("Body")
 
 
 class CallFor(OwnModel):
-    """For whom a call is made: our token names this tenant and user (contract §7)."""
+    """The owner of a call: our token names this tenant and user (contract §7)."""
 
     task_id: str
     tenant_id: str
@@ -24,19 +24,19 @@ class CallFor(OwnModel):
     is_rollback: bool = False
     first_execution_run_id: str | None = None
     run_number: int = 0
-    """Of the run that calls; see `comfyui_temporal.contracts.lives.TaskRun`."""
+    """Of the calling run; see `comfyui_temporal.contracts.lives.TaskRun`."""
 
 
 class Post(KeptModel, Generic[Body]):
-    """A POST: `key` is its `X-Idempotency-Key`; the same key always carries the same body (contract §4)."""
+    """A POST. `key` is its `X-Idempotency-Key`; the same key always goes with the same body (contract §4)."""
 
     call_for: CallFor
     key: str
     body: Body
     is_undo: bool = False
-    """Repeats a key to learn what it made, so that it can be undone: also for a task that has ended."""
+    """Repeats a key to learn what it made, so that it can be undone; also for a task that has ended."""
     has_read_ledger: bool = False
-    """A commit or charge that is made after the task's ledger was read: no earlier life has settled the task."""
+    """A commit or charge after the task's ledger was read, which showed that no earlier life has settled the task."""
 
 
 class JobCall(KeptModel):
@@ -48,13 +48,13 @@ class JobCall(KeptModel):
 
 
 class GpuQuestion(CallFor):
-    """Whether there are GPUs: of `gpu_type`, or of any."""
+    """Whether there are GPUs of `gpu_type`, or of any type."""
 
     gpu_type: str | None = None
 
 
 class LedgerQuery(OwnModel):
-    """Which ledger entries are asked for; `task_id` narrows where the service offers it (ours)."""
+    """Which ledger entries to read. `task_id` narrows the list if the service supports it (ours)."""
 
     call_for: CallFor
     task_id: str
@@ -75,5 +75,5 @@ class SnapshotOrder(KeptModel):
     files_sha256: str | None = None
 
     def to_delete(self) -> SnapshotOrder:
-        """The same folder, without a list: what deleting it needs."""
+        """The same folder without a list, which a deletion does not need."""
         return SnapshotOrder(call_for=self.call_for, dataset_id=self.dataset_id, source_uri=self.source_uri)

@@ -1,4 +1,4 @@
-"""ComfyUI's wire (contract §2, §3): what we send, and what its answers and callbacks hold."""
+"""ComfyUI's wire (contract §2, §3): our requests, its answers and callbacks."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _details_from_text(value: Any) -> Any:
 
 
 def _out_of_range(field: str, limit: str) -> ErrorDetails:
-    message = f"The job was delivered, but its {field} is not between 0 and {limit}: what it costs is not known."
+    message = f"The job was delivered, but its {field} is not between 0 and {limit}: its cost is unknown."
     return ErrorDetails(code=FailureCode.REPLY_INVALID.value, message=message)
 
 
@@ -81,7 +81,7 @@ GpuSlots = Annotated[int, Field(ge=0, le=100_000)]
 MAX_GPU_HOURS = 1_000_000
 GpuHours = Annotated[float, Field(ge=0, le=MAX_GPU_HOURS)]
 StatedHours = Annotated[float, stated(0, MAX_GPU_HOURS)]
-"""As `GpuHours`; one out of range is just outside."""
+"""As `GpuHours`; an out-of-range value is kept just outside the range."""
 
 
 class JobRequest(OwnModel):
@@ -131,7 +131,7 @@ class JobState(OutsideModel):
         return self.error_details is not None or self.has_succeeded()
 
     def failure(self) -> ErrorDetails | None:
-        """How it failed, or None; a delivery whose cost is no number of points is `reply_invalid`."""
+        """How it failed, or None. A delivery with an invalid cost is `reply_invalid`."""
         is_out_of_range = self.actual_cost is not None and abs(self.actual_cost) > MAX_POINTS
         if self.error_details is None and self.has_succeeded() and is_out_of_range:
             return _out_of_range("actual_cost", f"{MAX_POINTS} points")
@@ -139,7 +139,7 @@ class JobState(OutsideModel):
 
 
 class JobCancelled(OutsideModel):
-    """Answer to `POST …/cancel`, of a job or a training: whose it is; how it stands is asked by nobody."""
+    """Answer to `POST …/cancel` of a job or a training: its id only, since no code uses its state."""
 
     job_id: Annotated[OutsideId | None, Informative] = None
     training_id: Annotated[OutsideId | None, Informative] = None
@@ -161,7 +161,7 @@ class DatasetFile(OwnModel):
 
 
 class DatasetSnapshot(OwnModel):
-    """`dataset` of a training request: where the snapshot lies and what it holds."""
+    """`dataset` of a training request: the snapshot's address and content."""
 
     dataset_id: str
     snapshot_uri: str
@@ -169,7 +169,7 @@ class DatasetSnapshot(OwnModel):
 
 
 class ManifestReference(OwnModel):
-    """A snapshot's `manifest.json`: where it lies, the checksum of its bytes, and what it counts."""
+    """A snapshot's `manifest.json`: its address, the checksum of its bytes, and its counts."""
 
     uri: str
     sha256: str
@@ -178,13 +178,13 @@ class ManifestReference(OwnModel):
 
 
 class SnapshotReference(OwnModel):
-    """A snapshot as runs, histories and rows carry it: its list of files by reference (pitfall 39)."""
+    """A snapshot as runs, histories and rows hold it: its list of files by reference (pitfall 39)."""
 
     dataset_id: str
     snapshot_uri: str
     manifest: ManifestReference | None = None
     files: list[DatasetFile] | None = None
-    """The list itself: only in what the first release wrote, which had no reference."""
+    """The list itself: only in data of release 0.1.0, which had no reference."""
 
 
 class TrainingDraft(OwnModel):
@@ -202,7 +202,7 @@ class TrainingDraft(OwnModel):
     callback_url: str
 
     def request(self, dataset: DatasetSnapshot) -> TrainingRequest:
-        """The body that goes over the wire."""
+        """The body that is sent."""
         return TrainingRequest(**self.model_dump(exclude={"dataset"}), dataset=dataset)
 
 
@@ -253,7 +253,7 @@ OutsideUri = Annotated[
 
 
 class Checkpoint(OutsideModel):
-    """`checkpoint`: where a training can be resumed, and the GPU hours that it had used by then."""
+    """`checkpoint`: the address to resume from, and the GPU hours used by then."""
 
     uri: OutsideUri
     epoch: Annotated[Counted | None, Informative] = None
@@ -262,7 +262,7 @@ class Checkpoint(OutsideModel):
 
 
 class TrainingOutput(OutsideModel):
-    """`output` of a completed training; `metrics` is name → number, of which the first 64 are kept."""
+    """`output` of a completed training. `metrics` is name → number; the first 64 are kept."""
 
     model_path: OutsideUri | None = None
     version: Annotated[OutsideName | None, Informative] = None
@@ -289,7 +289,7 @@ class TrainingLogLine(OutsideModel):
 
 
 class TrainingState(OutsideModel):
-    """`GET /comfyui/v1/training/{id}`. GPU hours are of this training, not of the task."""
+    """`GET /comfyui/v1/training/{id}`. GPU hours are the training's, not the task's."""
 
     training_id: OutsideId
     training_status: TrainingStatus

@@ -1,7 +1,7 @@
-"""What a run hands to its continuation (continue-as-new) and what its mechanisms keep as data, not as closures.
+"""What a run passes to the next run when it continues as new; its mechanisms keep their state as data, not as closures.
 
-Everything that must survive is here: a hold that may stand, a job that may run, facts not yet written. A worker of
-another version may read it: see handed_on.py here, and docs/versioning.md before a field is added.
+Everything that must survive is here: a hold that may be open, a job that may run, facts that are not written yet. A
+worker of another version may read it: see handed_on.py here, and docs/versioning.md before you add a field.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus, TrainingTask
 
 
 class JobUpdate(OwnModel):
-    """One message about a job or training, whichever way it came, in the words both flows share."""
+    """One message about a job or training, from a callback or a poll, with the field names that both flows share."""
 
     job_id: str
     sequence: int
@@ -98,14 +98,14 @@ class WatchState(OwnModel):
     last_news_at: Instant | None = None
     silence_seconds: float = 0.0
     unreadable: str = ""
-    """Why the last poll's answer could not be read; empty where it could."""
+    """Why the last poll's answer could not be read; empty if it could."""
     unreadable_since: Instant | None = None
     unknown_since: Instant | None = None
-    """When the server said first that it does not know the job."""
+    """When the server first answered that it does not know the job."""
 
 
 class ClockState(OwnModel):
-    """The instants a deadline is made of (contract §1)."""
+    """The times that a deadline is computed from (contract §1)."""
 
     first_start: Instant | None = None
     attempt_start: Instant | None = None
@@ -116,7 +116,7 @@ class ClockState(OwnModel):
 
 
 class HeldProgress(OwnModel):
-    """The newest progress that came too soon after the last that was told."""
+    """The newest progress that came too soon after the last published one."""
 
     job_id: str
     sequence: int
@@ -131,7 +131,7 @@ class RecordState(OwnModel):
     written_status: TaskStatus | None = None
     written_stage: str | None = None
     written_version: int = 0
-    """Of the newest state that is known to be in the store."""
+    """Of the newest state that is known to be stored."""
     last_progress_at: Instant | None = None
     held_back: HeldProgress | None = None
     last_shown: str = ""
@@ -139,9 +139,9 @@ class RecordState(OwnModel):
 
 
 class PriceState(OwnModel):
-    """A task's price in points: what was confirmed, and for a training the hours that count.
+    """A task's price in points: the confirmed ceiling, and for a training the hours that count.
 
-    `carried_gpu_hours` are those of earlier attempts, up to the checkpoint that the present one resumed from.
+    `carried_gpu_hours` are those of earlier attempts, up to the checkpoint that the current one resumed from.
     """
 
     ceiling: int = 0
@@ -150,13 +150,13 @@ class PriceState(OwnModel):
     gpu_hours: float = 0.0
     resume_from: str | None = None
     resumed_from: list[str] = []
-    """Every checkpoint that an attempt resumed from: reported again, it stands for no new hours."""
+    """Every checkpoint that an attempt resumed from. If it is reported again, it adds no hours."""
     checkpoint: Checkpoint | None = None
     asked_at_checkpoint: str | None = None
 
 
 class DatasetState(OwnModel):
-    """A training's snapshot: noted before it is made, so that what was half copied is deleted too."""
+    """A training's snapshot. It is recorded before the copy begins, so that an incomplete copy is deleted too."""
 
     snapshot: SnapshotReference | None = None
     is_asked: bool = False
@@ -164,7 +164,7 @@ class DatasetState(OwnModel):
 
 
 class Continuation(OwnModel):
-    """Everything a continued run goes on with; a first run starts from the defaults."""
+    """Everything that the next run needs. A first run starts from the defaults."""
 
     policy: Policy | None = None
     run_number: int = 0
@@ -175,18 +175,18 @@ class Continuation(OwnModel):
     hold: HoldState = Field(default_factory=HoldState)
     jobs: list[RequestedJob] = []
     retry_at: Instant | None = None
-    """When the next attempt may begin, of a run that continues as new between two attempts."""
+    """When the next attempt may begin, if a run continues as new between two attempts."""
     price: PriceState = Field(default_factory=PriceState)
     dataset: DatasetState = Field(default_factory=DatasetState)
 
 
 class ImageRun(ImageTask, RunArgument):
-    """Argument of `ImageGenerationWorkflow`: the task, and in a continued run what it goes on with."""
+    """Argument of `ImageGenerationWorkflow`: the task, and the continuation for a continued run."""
 
     carried: Continuation | None = None
 
 
 class TrainingRun(TrainingTask, RunArgument):
-    """Argument of `TrainingWorkflow`: the task, and in a continued run what it goes on with."""
+    """Argument of `TrainingWorkflow`: the task, and the continuation for a continued run."""
 
     carried: Continuation | None = None

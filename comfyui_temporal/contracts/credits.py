@@ -28,7 +28,7 @@ MAX_HOLD_SECONDS = 3600
 MAX_CHARGE_POINTS = 2000
 CURRENCY = "point"
 CHARGE_REASON = "delivered work whose hold had ended"
-"""`reason` of every charge of ours: where a ledger tells no kinds, an entry of ours is known by it (contract §4)."""
+"""`reason` of all our charges: in a ledger without kinds it identifies an entry as ours (contract §4)."""
 
 
 class EstimateRequest(OwnModel):
@@ -53,7 +53,7 @@ class PriceOption(OutsideModel):
 
 
 class Estimate(OutsideModel):
-    """Answer to estimate; only `selected_cost` decides anything. What nobody is shown is not kept."""
+    """Answer to estimate. Only `selected_cost` decides anything. Fields that are not shown are not kept."""
 
     currency: Annotated[OutsideName, NotKept] = CURRENCY
     template_id: Annotated[OutsideName | None, Informative, NotKept] = None
@@ -130,7 +130,7 @@ def _number_from_text(value: Any) -> Any:
 
 
 class CancelHoldReply(OutsideModel):
-    """Answer to cancel; `balance_after` comes as a string (field)."""
+    """Answer to cancel. `balance_after` comes as a string (field)."""
 
     pre_deduct_id: OutsideId
     status: OutsideName = ""
@@ -178,7 +178,7 @@ class LedgerKind(StrEnum):
 
 
 class LedgerReason(StrEnum):
-    """`reason` on a ledger without kinds (field); a charge shows the reason of its request, ours `CHARGE_REASON`."""
+    """`reason` in a ledger without kinds (field). A charge shows the reason of its request, ours `CHARGE_REASON`."""
 
     PRE_DEDUCT = "pre_deduct"
     REFUND = "refund_pre_deduct"
@@ -187,7 +187,7 @@ class LedgerReason(StrEnum):
 
 
 class LedgerEntry(OutsideModel):
-    """One entry: `change` is its effect on `balance`, `frozen_change` on `frozen` (ours; null where not told)."""
+    """One entry: `change` is its effect on `balance`, `frozen_change` on `frozen` (ours; null if not given)."""
 
     ledger_id: OutsideId
     task_id: OutsideName | None = None
@@ -201,7 +201,7 @@ class LedgerEntry(OutsideModel):
 
 
 def _each_readable(entries: Any) -> Any:
-    """One entry that cannot be read hides none of the others: it stays as one that says nothing, of its task."""
+    """An unreadable entry hides none of the others: it stays as an empty entry of its task."""
     return [_readable(entry) for entry in entries] if isinstance(entries, list) else entries
 
 
@@ -214,7 +214,7 @@ def _readable(entry: Any) -> LedgerEntry:
 
 
 class Ledger(OutsideModel):
-    """`GET /api/v1/credits/ledger`: newest first; `cursor` leads to the next page, null at the end (ours)."""
+    """`GET /api/v1/credits/ledger`: newest first. `cursor` leads to the next page, null at the end (ours)."""
 
     entries: Annotated[list[LedgerEntry], BeforeValidator(_each_readable)]
     cursor: Annotated[OutsideText | None, Informative] = None

@@ -4,8 +4,8 @@
     ├── FailureCode          our own failures and ComfyUI's, contract §1: what a task ends with
     └── WIRE_ERRORS          each error body of contract §2 and §4 → exactly one FailureCode
 
-A definite refusal is an *answer* (`Refusal`): decided on, never retried under the same key. Everything else (silence,
-429, 5xx, an unreadable body) is an `OutsideFailure` that an activity raises and Temporal retries.
+A definite refusal is an *answer* (`Refusal`): workflows decide by it and never retry it under the same key. Everything
+else (silence, 429, 5xx, an unreadable body) is an `OutsideFailure` that an activity raises and Temporal retries.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ RETRIED_IF_SAID: Final = frozenset({FailureCode.INTERNAL})
 
 
 class ExceptionCode(StrEnum):
-    """Codes of exception records that are no task's end: for ops (contract §4, §6)."""
+    """Codes of exception records, which end no task: for operators (contract §4, §6)."""
 
     SHORTFALL = "shortfall"
     SETTLEMENT_UNKNOWN = "settlement_unknown"
@@ -85,7 +85,7 @@ class ExceptionCode(StrEnum):
 class ErrorDetails(OutsideModel):
     """How a job or training failed (contract §1 `error_details`).
 
-    `code` is kept as it came: an unknown one is retried only if `retryable` is true.
+    `code` is kept unchanged: an unknown one is retried only if `retryable` is true.
     """
 
     code: OutsideName = FailureCode.INTERNAL.value
@@ -94,7 +94,7 @@ class ErrorDetails(OutsideModel):
     node: OutsideName | None = None
 
     def may_be_retried(self) -> bool:
-        """Whether the job's end is one that another attempt may mend (contract §1)."""
+        """Whether another attempt may succeed (contract §1)."""
         if self.code in ALWAYS_RETRIED:
             return True
         if self.code in JOB_CODES and self.code not in RETRIED_IF_SAID:
@@ -103,7 +103,7 @@ class ErrorDetails(OutsideModel):
 
 
 class RefusalKind(StrEnum):
-    """The refusals that workflows decide by, as their `message` names them."""
+    """The refusals that workflows decide by, named by their `message`."""
 
     HOLD_NOT_FOUND = "pre_deduct_not_found"
     HOLD_ALREADY_RESOLVED = "pre_deduct_already_processed"
@@ -115,17 +115,17 @@ class RefusalKind(StrEnum):
 
 
 class Refusal(OwnModel):
-    """A definite refusal by another service: repeating the same request would be answered the same."""
+    """A definite refusal by another service: the same request would be refused again."""
 
     code: FailureCode
-    """What a task ends with when the refusal ends it."""
+    """The code that a task ends with if this refusal ends it."""
     message: str
-    """The service's own word, e.g. `insufficient_balance` (contract §4). Rules decide by `kind` and `code`."""
+    """The service's own word, e.g. `insufficient_balance` (contract §4). Rules use `kind` and `code`."""
     http_status: int
     wire_code: str = ""
     error_details: ErrorDetails | None = None
     sentence: str
-    """What an operator or caller reads: what was refused, by whom, what to do."""
+    """For operators and callers: what was refused, by which service, what to do."""
 
     @property
     def kind(self) -> RefusalKind:
@@ -136,7 +136,7 @@ _KINDS: Final = {kind.value: kind for kind in RefusalKind}
 
 
 class UnreadableReply(Refusal):
-    """No refusal by the service: its answers stayed unreadable for 15 minutes, and it may have acted."""
+    """Not a refusal by the service: its answers stayed unreadable for 15 minutes, and it may have taken effect."""
 
     code: FailureCode = FailureCode.REPLY_INVALID
     message: str = "unreadable"
@@ -150,7 +150,7 @@ class WireError(OwnModel):
     code: str
     failure: FailureCode
     definite: bool = True
-    """False: the key is free again and the same request is retried (429, unavailable)."""
+    """False: the key is free again, and the same request is retried (429, unavailable)."""
     advice: str = ""
 
 
@@ -162,14 +162,14 @@ _F = FailureCode
 _CORRECT: Final = "The caller has to correct the field that the message names."
 _SCOPE: Final = "The operator has to give our service token the scope that contract §7 names."
 _NEW_KEY: Final = "The caller has to use a new task_id: another request used this task's key."
-_WAITED: Final = "Nobody has to do anything yet: it is retried; the operator has to look at the service if it lasts."
-_LOOKED_UP: Final = "Nobody has to do anything: the ledger is looked at."
+_WAITED: Final = "No action is needed yet: it is retried; if it lasts, the operator has to look at the service."
+_LOOKED_UP: Final = "No action is needed: the ledger is checked."
 COMFYUI_ERRORS: Final[tuple[WireError, ...]] = (
     _row("payload_invalid", "42201", _F.INPUT_INVALID, _CORRECT),
     _row("template_not_found", "40402", _F.INPUT_INVALID, "The caller has to use a template that ComfyUI offers."),
     _row("job_refused", "42202", _F.INTERNAL, "The caller has to read error_details: the server refused the job."),
-    _row("job_not_found", "40401", _F.LOST, "Nobody has to do anything: the server no longer knows the job."),
-    _row("training_not_found", "40401", _F.LOST, "Nobody has to do anything: the server no longer knows the training."),
+    _row("job_not_found", "40401", _F.LOST, "No action is needed: the server no longer knows the job."),
+    _row("training_not_found", "40401", _F.LOST, "No action is needed: the server no longer knows the training."),
     _row("authorization_missing", "40302", _F.NOT_AUTHORIZED, _SCOPE),
     _row("idempotency_conflict", "40901", _F.TASK_CONFLICT, _NEW_KEY),
     _row("rate_limited", "42901", _F.COMFYUI_UNAVAILABLE, _WAITED, definite=False),
@@ -194,13 +194,13 @@ CREDITS_ERRORS: Final[tuple[WireError, ...]] = (
         "authorization_not_found",
         "40401",
         _F.NOT_AUTHORIZED,
-        "The tenant's administrator has to have the tenant authorised for this template.",
+        "The tenant's administrator has to authorise the tenant for this template.",
     ),
     _row(
         "authorization_revoked",
         "40302",
         _F.NOT_AUTHORIZED,
-        "The tenant's administrator has to have the tenant's right to this template restored: it was revoked.",
+        "The tenant's administrator has to restore the tenant's right to this template: it was revoked.",
     ),
     _row(
         "authorization_expired",
@@ -212,19 +212,19 @@ CREDITS_ERRORS: Final[tuple[WireError, ...]] = (
         "authorization_quota_exceeded",
         "40302",
         _F.QUOTA_EXCEEDED,
-        "The tenant's administrator has to have the template's quota raised, or the caller waits for the next one.",
+        "The tenant's administrator has to raise the template's quota, or the caller waits for the next one.",
     ),
     _row(
         "authorization_daily_limit",
         "40302",
         _F.QUOTA_EXCEEDED,
-        "The caller has to wait for the next day, or the tenant's administrator has this template's limit raised.",
+        "The caller has to wait for the next day, or the tenant's administrator raises this template's limit.",
     ),
     _row(
         "daily_quota_exceeded",
         "40303",
         _F.QUOTA_EXCEEDED,
-        "The caller has to wait for the next day, or the tenant's administrator has the daily quota raised.",
+        "The caller has to wait for the next day, or the tenant's administrator raises the daily quota.",
     ),
     _row("idempotency_conflict", "40901", _F.TASK_CONFLICT, _NEW_KEY),
     _row("pre_deduct_not_found", "40401", _F.REPLY_INVALID, f"{_LOOKED_UP} The service knows no such hold."),
@@ -262,7 +262,7 @@ CREDITS_CODES_BY_NUMBER: Final = {
     "50301": "pricing_unavailable",
     "50302": "ledger_unavailable",
 }
-"""Read only where the message is none of `CREDITS_ERRORS`: classify by message, then by code (contract §4)."""
+"""Used only if the message is not in `CREDITS_ERRORS`: classify by message, then by code (contract §4)."""
 COMFYUI_CODES_BY_NUMBER: Final = {
     "40302": "authorization_missing",
     "40401": "job_not_found",
@@ -273,7 +273,7 @@ COMFYUI_CODES_BY_NUMBER: Final = {
     "42901": "rate_limited",
 }
 RETRIED_STATUSES: Final = frozenset({401, 403, 408, 425, 429})
-"""Retried where there is no recognised body, as is every 5xx; the rest is `reply_invalid` (contract §4)."""
+"""Retried without a recognised body, as is every 5xx; the rest is `reply_invalid` (contract §4)."""
 
 
 class WireErrorDetail(OutsideModel):
@@ -296,7 +296,7 @@ T = TypeVar("T")
 
 
 class Answer(OwnModel, Generic[T]):
-    """What a call came to: the reply, a definite refusal, or `not_offered`. Exactly one of the three.
+    """The outcome of a call: the reply, a definite refusal, or `not_offered`. Exactly one of the three.
 
     `not_offered`: the server lacks this (ours) route; recorded and treated as done (contract §2).
     """
@@ -305,13 +305,13 @@ class Answer(OwnModel, Generic[T]):
     refusal: Refusal | None = None
     not_offered: bool = False
     earlier_life: EarlierLife | None = None
-    """What the task's row told when the call was made; None where the run knows everything itself."""
+    """What the task's row knew at the time of the call; None if it has no earlier life."""
     tries: int = 1
-    """How often it was sent, this answer's try included: a service without idempotency may have acted each time."""
+    """How often it was sent, including this try: a service without idempotency may have acted each time."""
 
 
 def sentences_of(error: ValidationError) -> list[str]:
-    """A validation error, field by field: `prompt: Field required`. Never holds a value: a prompt stays out of logs."""
+    """A validation error, field by field: `prompt: Field required`. It repeats no value: prompts stay out of logs."""
     return [
         f"{'.'.join(str(part) for part in problem['loc']) or 'input'}: {problem['msg']}" for problem in error.errors()
     ][:20]

@@ -1,8 +1,8 @@
 """Field types shared by every wire model.
 
-Two attitudes (contract §1). Towards callers we are strict: unknown fields are refused and unclean text is an error
-(`CallerModel`). Towards other services we are tolerant readers: unknown fields are ignored, percentages clamped,
-unclean text repaired, and a field that only informs (`next_eta`, `queue_position`) never costs a job its message
+Two rules (contract §1). Input from callers is strict: unknown fields are rejected and unclean text is an error
+(`CallerModel`). Input from other services is read tolerantly: unknown fields are ignored, percentages clamped, unclean
+text repaired, and an unreadable field that only informs (`next_eta`, `queue_position`) does not invalidate its message
 (`OutsideModel`).
 """
 
@@ -38,9 +38,9 @@ from comfyui_temporal.contracts.size_budget import (
 )
 
 MAX_DEPTH: Final = 32
-"""Nesting of any JSON value that is taken from outside."""
+"""Maximum nesting of any JSON value from outside."""
 MAX_MINUTES: Final = 30 * 24 * 60
-"""The longest span anybody may announce: a training's cap of 30 days (contract §1), in minutes."""
+"""The longest duration that may be announced: a training's cap of 30 days (contract §1), in minutes."""
 MAX_POINTS: Final = 1_000_000_000
 
 _UNCLEAN = re.compile("[\x00\ud800-\udfff]")
@@ -50,36 +50,36 @@ _ESCAPED = re.compile(r'["\\]')
 
 
 class CallerModel(BaseModel):
-    """What a caller sends: unknown fields are refused, numbers are finite."""
+    """Sent by callers: unknown fields are rejected, numbers are finite."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class OutsideModel(BaseModel):
-    """What ComfyUI or the credits service sends: unknown fields are ignored, numbers are finite."""
+    """Sent by ComfyUI or the credits service: unknown fields are ignored, numbers are finite."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 
 class OwnModel(BaseModel):
-    """What we send, and what our own parts hand to each other."""
+    """Sent by us, or exchanged between our own parts."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 
 def repaired(text: str) -> str:
-    """The text with every NUL and lone surrogate replaced by U+FFFD: PostgreSQL and protobuf refuse both."""
+    """The text with every NUL and lone surrogate replaced by U+FFFD: PostgreSQL and protobuf reject both."""
     return _UNCLEAN.sub("\ufffd", text)
 
 
 def text_bytes(text: str) -> int:
-    """How many bytes a text takes in JSON, at most: a control character six, a quotation mark or backslash two."""
+    """The most bytes that a text takes in JSON: six for a control character, two for a quotation mark or backslash."""
     plain = len(text.encode("utf-8", "surrogatepass"))
     return plain + 5 * len(_CONTROLS.findall(text)) + len(_ESCAPED.findall(text))
 
 
 def shortened(text: str, limit_bytes: int = MAX_MESSAGE_BYTES) -> str:
-    """The text, cut so that it takes at most `limit_bytes` bytes in JSON; a cut shows as an ellipsis."""
+    """The text, shortened to at most `limit_bytes` bytes in JSON. An ellipsis marks the cut."""
     if len(text) * 6 <= limit_bytes or (len(text) <= limit_bytes and text_bytes(text) <= limit_bytes):
         return text
     left, cut = limit_bytes - len("…".encode()), 0
@@ -90,7 +90,7 @@ def shortened(text: str, limit_bytes: int = MAX_MESSAGE_BYTES) -> str:
 
 def _clean(text: str) -> str:
     if _UNCLEAN.search(text):
-        raise ValueError("must not hold NUL characters or lone surrogates")
+        raise ValueError("must not contain NUL characters or lone surrogates")
     return text
 
 
@@ -104,7 +104,7 @@ def _at_most_bytes(limit: int) -> AfterValidator:
 
 
 def check_json(value: Any, depth: int = 0) -> None:
-    """Raise ValueError where a JSON value nests deeper than 32 or holds unclean text or a non-finite number."""
+    """Raise ValueError if a JSON value is nested deeper than 32 or contains unclean text or a non-finite number."""
     if depth > MAX_DEPTH:
         raise ValueError(f"must not nest deeper than {MAX_DEPTH}")
     if isinstance(value, str):
@@ -128,7 +128,7 @@ def _checked_json(value: JsonValue) -> JsonValue:
 
 
 def informative(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    """A field that only informs: what cannot be read becomes None and the message around it still counts."""
+    """A field that only informs: an unreadable value becomes None and the message still counts."""
     try:
         return handler(value)
     except ValidationError:
@@ -137,11 +137,11 @@ def informative(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 
 Informative = WrapValidator(informative)
 NotKept = Field(exclude=True)
-"""A field of a reply that is read and goes no further: no history and no carried state holds it (pitfall 43)."""
+"""A field of a reply that is read but not stored: neither histories nor continuations hold it (pitfall 43)."""
 
 
 def first_of(count: int) -> BeforeValidator:
-    """Of a list or an object that another service sends, the first entries; the rest is left out."""
+    """The first entries of a list or object from another service; the rest is left out."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, list):
@@ -152,9 +152,9 @@ def first_of(count: int) -> BeforeValidator:
 
 
 CallerId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-"""An id that a caller gives (contract §1): workflow ids, headers and fairness keys are made from it."""
+"""An id from a caller (contract §1): workflow ids, headers and fairness keys are made from it."""
 OutsideId = Annotated[str, StringConstraints(pattern=r"^[._:-]*[A-Za-z0-9][A-Za-z0-9._:-]*$", max_length=128)]
-"""An id that another service gives (contract §1); percent-encoded in paths."""
+"""An id from another service (contract §1); percent-encoded in paths."""
 
 
 CallerText = Annotated[str, AfterValidator(_clean)]
@@ -173,19 +173,20 @@ def _whole(value: Any) -> Any:
 
 
 Points = Annotated[int, BeforeValidator(_whole), Field(ge=-MAX_POINTS, le=MAX_POINTS)]
-"""Whole points as another service states them; a float without a fraction is read as the whole number it is."""
+"""Whole points from another service. A float without a fraction is read as a whole number."""
 
 
 def stated(lowest: float, highest: float) -> AfterValidator:
-    """A number that decides how a job's end is charged: one out of range is kept just outside, so that it is named.
+    """A number that decides how a job's end is charged. If it is out of range it is kept just outside, so that it is
+    reported.
 
-    Refused, it would take the whole message with it, and the job would seem to be silent.
+    Rejecting it would invalidate the whole message, and the job would seem silent.
     """
     return AfterValidator(lambda number: type(number)(min(max(number, lowest - 1), highest + 1)))
 
 
 StatedPoints = Annotated[int, BeforeValidator(_whole), stated(-MAX_POINTS, MAX_POINTS)]
-"""As `Points`; one out of range is `MAX_POINTS + 1` or below `-MAX_POINTS`."""
+"""As `Points`; an out-of-range value becomes `MAX_POINTS + 1`, or is below `-MAX_POINTS`."""
 CallerPoints = Annotated[StrictInt, Field(ge=1, le=MAX_POINTS)]
 
 
@@ -195,22 +196,22 @@ def _clamped_percent(value: float) -> float:
 
 Percent = Annotated[float, AfterValidator(_clamped_percent)]
 Minutes = Annotated[float, Field(gt=0), AfterValidator(lambda minutes: min(minutes, float(MAX_MINUTES)))]
-"""A span in minutes, clamped to 30 days."""
+"""A duration in minutes, clamped to 30 days."""
 Sequence = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=2**53)]
 Counted = Annotated[int, Field(ge=0, le=2**53)]
-"""A count that another service gives; beyond that neither PostgreSQL nor every reader of JSON can hold it."""
+"""A count from another service. PostgreSQL and some JSON readers cannot hold larger ones."""
 
 
 def _in_utc(instant: datetime) -> datetime:
     try:
         instant.astimezone(UTC)
     except OverflowError:
-        raise ValueError("must lie between the years 1 and 9999 in UTC") from None
+        raise ValueError("must be between the years 1 and 9999 in UTC") from None
     return instant
 
 
 Instant = Annotated[AwareDatetime, AfterValidator(_in_utc)]
-"""ISO 8601 instant with offset; one that UTC cannot express would be refused by PostgreSQL."""
+"""ISO 8601 time with offset. PostgreSQL would reject one that UTC cannot express."""
 
 
 def _web_address(url: str) -> str:
@@ -218,12 +219,12 @@ def _web_address(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("must be an http or https address")
     if _BLANKS.search(url):
-        raise ValueError("must not hold blanks or control characters")
+        raise ValueError("must not contain blanks or control characters")
     return url
 
 
 def in_json_at_most(limit_bytes: int) -> AfterValidator:
-    """A text that is refused, not cut, where it takes more bytes in JSON: an address that was cut leads nowhere."""
+    """A text that is rejected, not shortened, if it is too long in JSON: a shortened address would be wrong."""
 
     def check(text: str) -> str:
         if text_bytes(text) > limit_bytes:
@@ -243,5 +244,5 @@ WebAddress = Annotated[
 
 
 def minutes_from(start: datetime, minutes: float) -> datetime:
-    """The instant `minutes` after `start`; the span is clamped to 30 days so that arithmetic never overflows."""
+    """The time `minutes` after `start`. The duration is clamped to 30 days so that arithmetic never overflows."""
     return start + timedelta(minutes=min(minutes, float(MAX_MINUTES)))

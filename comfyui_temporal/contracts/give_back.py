@@ -1,4 +1,4 @@
-"""The give-back of what a run left behind that ended without its own clean-up (contract §7 rollback)."""
+"""The give-back for a run that ended without its own clean-up (contract §7 rollback)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ GIVE_BACK_PREFIX: Final = "give-back-"
 
 
 def give_back_id_of(task_id: str) -> str:
-    """The only workflow id that a task's give-back runs under."""
+    """The only workflow id of a task's give-back."""
     return GIVE_BACK_PREFIX + task_id
 
 
 class GiveBackOrder(KeptModel):
-    """Which task is given back, and the reason that the request states."""
+    """Which task is given back, and the reason in the request."""
 
     task_id: CallerId
     reason: Annotated[CallerText, Field(max_length=500)] = ""
@@ -40,7 +40,7 @@ class GiveBackRun(GiveBackOrder, Order):
 
 
 class OwnEnd(KeptModel):
-    """How a run ended by itself. Its row can still be open: the store was restored from an older backup."""
+    """How a run ended by itself. Its row can still be open if the store was restored from an older backup."""
 
     status: TaskStatus
     code: FailureCode | None = None
@@ -50,7 +50,7 @@ class OwnEnd(KeptModel):
 
     @classmethod
     def of(cls, result: TaskResult) -> OwnEnd:
-        """The end that a run's own result states, and what it handed out."""
+        """The end in a run's own result, and the results that it delivered."""
         fields = ("status", "result_urls", "output")
         return cls(**{name: getattr(result, name) for name in fields if hasattr(result, name)})
 
@@ -58,7 +58,7 @@ class OwnEnd(KeptModel):
 class Orphans(KeptModel):
     """What an ended run left behind, by its history and the task's row.
 
-    A field that only a newer worker knows may stand for money: such a document is refused here, and waits for a worker
+    A field that only a newer worker knows may be about money: such a document is rejected here and waits for a worker
     that knows the field.
     """
 
@@ -70,20 +70,20 @@ class Orphans(KeptModel):
     """How many more were granted; they are over."""
     jobs: list[RequestedJob] = []
     charges: list[Post[ChargeRequest]] = []
-    """Requested after delivery, where the hold had ended."""
+    """Requested after delivery, if the hold had ended."""
     charge_refused: bool = False
     """The last of `charges` was refused: nothing more is charged."""
     asked_again: int = 0
     """How many of the holds were requested more than once."""
     cost: int | None = None
-    """Points that were to be committed after delivery; None where no commit had been requested."""
+    """Points that were to be committed after delivery; None if no commit had been requested."""
     snapshot: SnapshotOrder | None = None
-    """The copy of the dataset that is to be deleted; the order names no files."""
+    """The copy of the dataset that must be deleted. The order names no files."""
     own_end: OwnEnd | None = None
-    """How the run ended by itself; None where it did not, or had not begun anything."""
+    """How the run ended by itself; None if it did not, or had not begun anything."""
 
     def hold_state(self) -> HoldState:
-        """The holds as a run keeps them."""
+        """The holds in the form that a run keeps."""
         return HoldState(
             asked=self.holds,
             granted_before=self.holds_before,
@@ -113,8 +113,8 @@ class GiveBackResult(OwnModel):
     """Result of `GiveBackWorkflow`.
 
     `given_back`: hold and job are given back and the task has failed. `already_charged`: it had been charged, and is
-    completed. `nothing_held`: it had ended and given back everything itself. `settlement_unknown`: whether it was
-    charged could not be found out; the reconciler reads the ledger again.
+    completed. `nothing_held`: it had ended and given back everything itself. `settlement_unknown`: it is unknown
+    whether it was charged; the reconciler reads the ledger again.
     """
 
     task_id: str

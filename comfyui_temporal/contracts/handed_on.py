@@ -1,8 +1,8 @@
-"""What our own runs and workers hand to each other, read by a worker of another version (pitfall 41).
+"""Data that our own runs and workers pass on, read by a worker of another version (pitfall 41).
 
-Whoever gives a task is read strictly, a run's own state is not: a field that this code does not know is kept where it
-stood, and written again with the rest, so that an older worker hands on what a newer one added. What cannot be read at
-all, an unknown word of an enumeration say, fails the workflow task and waits for the worker that knows it.
+A caller's input is read strictly; a run's own state is not. An unknown field is kept in place and written again with
+the rest, so that an older worker preserves what a newer one added. A document that cannot be read at all, for example
+with an unknown enum value, fails the workflow task, which then waits for a worker that knows it.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ _LEAVES: Final = frozenset({str, int, float, bool, type(None), datetime})
 
 
 class KeptModel(OwnModel):
-    """What is read with the fields that this code does not know, for it is handed on."""
+    """Keeps unknown fields when it is read, because it is passed on."""
 
 
 class RunArgument(CallerModel):
-    """Argument of one of our workflows: given by a caller, or handed on by a run of ours."""
+    """Argument of one of our workflows: from a caller, or from a run of ours."""
 
 
 class Order(RunArgument):
-    """Argument that our own parts alone give: unknown fields are a newer worker's, and kept."""
+    """Argument that only our own parts give: unknown fields come from a newer worker and are kept."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Doubtful:
-    """An argument that is not all that a caller may give: who gave it decides.
+    """An argument that a caller may not give, or not fully: its origin decides what happens.
 
-    `reason` says in sentences what is wrong. `as_read` is what it says all the same, unknown fields kept; None where it
-    cannot be read.
+    `reason` says in sentences what is wrong. `as_read` is its content with unknown fields kept; None if it cannot be
+    read.
     """
 
     reason: str
@@ -47,12 +47,12 @@ class Doubtful:
 
 
 def read_tolerantly(model: type[Model], document: bytes) -> Model:
-    """A JSON document, unknown fields kept at every depth. Raises ValidationError."""
+    """Read a JSON document and keep unknown fields at every depth. Raises ValidationError."""
     return model.model_validate_json(document, extra="allow")
 
 
 def has_unknown_fields(value: BaseModel) -> bool:
-    """Whether a field that no model of ours names stands in `value`, at any depth."""
+    """Whether `value` contains a field that no model of ours names, at any depth."""
     waiting: list[Any] = [value]
     while waiting:
         held = waiting.pop()
@@ -68,12 +68,12 @@ def has_unknown_fields(value: BaseModel) -> bool:
 
 
 def unknown_of(model: BaseModel) -> Mapping[str, Any]:
-    """The fields of this one object that its model does not name; none where the model takes any field."""
+    """The fields of this one object that its model does not name; none if the model allows any field."""
     return {} if model.model_config.get("extra") == "allow" else model.__pydantic_extra__ or {}
 
 
 def as_json(model: BaseModel, *, exclude_none: bool = False) -> dict[str, Any]:
-    """The object as JSON values, with the unknown fields that it was read with."""
+    """The object as JSON values, including its unknown fields."""
     dumped = model.model_dump(mode="json", exclude_none=exclude_none)
     _put_back(model, dumped, exclude_none=exclude_none)
     return dumped

@@ -9,15 +9,15 @@ from comfyui_temporal.contracts.fields import MAX_DEPTH, repaired
 
 MAX_DIGITS: Final = 20
 TOO_LARGE: Final = 10**MAX_DIGITS
-"""What a longer number counts as: out of every range, so that the field that holds it is named."""
+"""Value of a longer number: out of every range, so that its field is reported."""
 
 
 class UnreadableJson(ValueError):
-    """The bytes are no JSON that we take: too large, too deep, not finite, no UTF-8."""
+    """The bytes are not acceptable JSON: too large, too deep, not finite, or not UTF-8."""
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise UnreadableJson(f"{name} is no JSON number")
+    raise UnreadableJson(f"{name} is not a JSON number")
 
 
 def _finite(text: str) -> float:
@@ -46,14 +46,14 @@ def _repaired(value: Any, depth: int = 0) -> Any:
 
 
 def _is_plain(raw: bytes) -> bool:
-    """Whether it nests too little and escapes nothing that would have to be repaired: no need to walk through it."""
+    """Whether it has little nesting and no escapes that may need repair, so that it need not be walked through."""
     return raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH and b"\\u" not in raw and b"\xed" not in raw
 
 
 def read_json(raw: bytes, *, max_bytes: int) -> Any:
-    """The JSON value in `raw`, its texts cleaned of NULs and lone surrogates.
+    """The JSON value in `raw`, with NULs and lone surrogates replaced in its texts.
 
-    Of a repeated key the last value counts. Raises UnreadableJson and nothing else.
+    The last value of a repeated key counts. Raises only UnreadableJson.
     """
     if len(raw) > max_bytes:
         raise UnreadableJson(f"larger than {max_bytes} bytes")

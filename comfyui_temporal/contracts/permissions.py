@@ -53,7 +53,7 @@ REQUIRED_SCOPES: Final[dict[Operation, Scope]] = {
 
 
 class TokenClaims(OutsideModel):
-    """What a JWT names (contract §7). `scopes` are kept as text: unknown ones are ignored, not refused."""
+    """The claims of a JWT (contract §7). `scopes` are kept as text: unknown ones are ignored, not rejected."""
 
     tenant_id: CallerId
     user_id: CallerId

@@ -1,4 +1,4 @@
-"""What the worker's settings decide for a task (contract §5). A run's first step reads it; history keeps it."""
+"""A task's limits and prices from the worker's settings (contract §5). A run's first step reads them into history."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ CONFIRM_WITHIN_SECONDS: Final = 3_600.0
 RETRY_AFTER_SECONDS: Final = (30.0, 60.0, 120.0)
 CONTINUE_AS_NEW_EVENTS: Final = 2_000
 CONTINUE_AS_NEW_SIGNALS: Final = 5_000
-"""The defaults of the settings that a policy is made from, and of a policy in the history of an earlier release."""
+"""Defaults of the settings that make a policy, and of a policy in the history of an earlier release."""
 
 
 class Policy(OwnModel):
-    """Limits and prices of one task. Spans name their unit."""
+    """Limits and prices of one task. Durations name their unit."""
 
     prices: PriceTable = PriceTable()
     callback_url: str
@@ -27,12 +27,12 @@ class Policy(OwnModel):
     poll_at_most_seconds: float = Field(gt=0)
     deadline_factor: float = Field(gt=0)
     cap_minutes: float = Field(gt=0)
-    """A task's whole time is capped at the smaller of twice its first span and this."""
+    """A task's whole time is capped at twice its first announced time, and at most this."""
     ceiling_factor: float = Field(default=2.0, ge=1)
-    """Default `max_credits` of an image: this times the table's price."""
+    """Default `max_credits` of an image: this factor times the table's price."""
     confirm_within_seconds: float = Field(default=CONFIRM_WITHIN_SECONDS, gt=0)
     retry_after_seconds: list[float] = list(RETRY_AFTER_SECONDS)
-    """One further attempt after each of these."""
+    """One more attempt after each of these pauses."""
     charge_shortfall: bool = False
     queue_sla_minutes: float = Field(gt=0)
     hold_margin_seconds: float = 300.0
@@ -41,9 +41,9 @@ class Policy(OwnModel):
     continue_as_new_events: int = CONTINUE_AS_NEW_EVENTS
     continue_as_new_signals: int = CONTINUE_AS_NEW_SIGNALS
     dataset_roots: list[str] = []
-    """Prefixes below which this tenant's `dataset.source_uri` and `resume_from` must lie."""
+    """`dataset.source_uri` and `resume_from` must be below one of this tenant's prefixes."""
 
     def is_own_address(self, uri: str) -> bool:
-        """Whether the address lies below one of this tenant's prefixes, without climbing out of it."""
+        """Whether the address is below one of this tenant's prefixes, without `..` out of it."""
         climbs = any(part in ("..", ".") for part in unquote(uri).replace("\\", "/").split("/"))
         return not climbs and any(uri.startswith(root) and len(uri) > len(root) for root in self.dataset_roots)

@@ -14,11 +14,11 @@ FREE_EXTRAS: Final = frozenset({"seed", "negative_prompt"})
 
 
 class UnknownPrice(ValueError):
-    """The table has no price for an extra or a base model: the caller's `input_invalid`."""
+    """The table has no price for an extra or a base model: `input_invalid` for the caller."""
 
     def __init__(self, field: str, name: str, known: list[str]) -> None:
         self.field = field
-        super().__init__(f"{field}: {name!r} is not offered; offered are {', '.join(sorted(known)) or 'none'}")
+        super().__init__(f"{field}: {name!r} is not offered; use one of {', '.join(sorted(known)) or 'none'}")
 
 
 class PriceTable(OwnModel):
@@ -37,7 +37,7 @@ class PriceTable(OwnModel):
     def points_of_extras(self, extras: dict[str, Any]) -> dict[str, int]:
         """Name → points of the extras that cost something (contract §4 `extras`, §5).
 
-        Raises UnknownPrice for a name that the table lacks.
+        Raises UnknownPrice for a name that is not in the table.
         """
         points: dict[str, int] = {}
         for name, value in extras.items():
@@ -59,14 +59,14 @@ class PriceTable(OwnModel):
         )
 
     def check_base_model(self, base_model: str) -> None:
-        """Raise UnknownPrice for a base model that the table lacks."""
+        """Raise UnknownPrice for a base model that is not in the table."""
         if base_model not in self.base_models:
             raise UnknownPrice("base_model", base_model, list(self.base_models))
 
     def training(self, *, base_model: str, accelerated: bool, gpu_hours: float) -> int:
         """Price of a training that uses `gpu_hours`, in points. Raises UnknownPrice."""
         self.check_base_model(base_model)
-        # A sum of hours over attempts carries the noise of floats: it must not cost a point.
+        # A sum of hours over attempts has floating-point noise: it must not cost a point.
         hours = Decimal(str(round(gpu_hours, 6)))
         billed = max(Decimal(0), hours - Decimal(str(self.included_gpu_hours)))
         return (

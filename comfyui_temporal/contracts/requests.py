@@ -1,14 +1,14 @@
-"""What a task has requested of ComfyUI and of the credits service, and what came of each request.
+"""What a task has requested of ComfyUI and of the credits service, and the outcome of each request.
 
 A request is recorded before it is sent, and updated with each answer. A run keeps these records while it works
 (`workflows/attempts.py`, `workflows/task_holds.py`). The give-back of a run that ended without its own clean-up
-rebuilds them from the run's history (`activities/orphans.py`). Both feed the answers to the same methods here, and both
-undo what `needs_undo` says:
+rebuilds them from the run's history (`activities/orphans.py`). Both pass the answers to the same methods here, and both
+undo the requests with `needs_undo`:
 
     unknown ── reply ────> made ── cancel answered ──> ended
        └────── refusal ──> refused
 
-The fields stand in histories: docs/versioning.md says how they may change.
+The fields are in histories: docs/versioning.md says how they may change.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ JobBody = JobRequest | TrainingDraft
 
 
 class RequestOutcome(StrEnum):
-    """What came of a request."""
+    """The outcome of a request."""
 
     UNKNOWN = "unknown"
-    """It may have taken effect. Repeating its key and body tells."""
+    """It may have taken effect. Repeating it with the same key and body shows the outcome."""
     REFUSED = "refused"
     """Nothing was made."""
     MADE = "made"
     ENDED = "ended"
-    """It was made and has been undone, or has ended otherwise."""
+    """It was made, and has been undone or has ended otherwise."""
 
 
 def leaves_unknown(answer: Answer[Any]) -> bool:
     """Whether an answer without a reply leaves open if the request took effect.
 
-    An unreadable answer does. So does an attempt that was stopped before it was sent (`task_ended`), where an earlier
+    An unreadable answer does. So does an attempt that was stopped before it was sent (`task_ended`), if an earlier
     attempt had been sent and got no answer.
     """
     if answer.refusal is None:
@@ -57,7 +57,7 @@ def leaves_unknown(answer: Answer[Any]) -> bool:
 
 
 def refuses_charge(answer: Answer[Any]) -> bool:
-    """Whether the answer to a charge says that nothing was charged, and nothing will be: the rest is a shortfall.
+    """Whether the answer to a charge says that nothing was or will be charged: the rest is a shortfall.
 
     Any other refusal sends the workflow to the ledger: an unreadable answer, a conflict of keys, a call that was
     stopped before it was sent.
@@ -68,7 +68,7 @@ def refuses_charge(answer: Answer[Any]) -> bool:
 
 
 class Requested(OwnModel):
-    """What requests of both kinds have in common."""
+    """What both kinds of requests have in common."""
 
     @property
     @abstractmethod
@@ -76,7 +76,7 @@ class Requested(OwnModel):
 
     @property
     def needs_undo(self) -> bool:
-        """Whether an undo has something to do: learn what came of the request, or cancel what it made."""
+        """Whether an undo has work to do: find out the request's outcome, or cancel what it made."""
         return self.outcome in (RequestOutcome.UNKNOWN, RequestOutcome.MADE)
 
 
@@ -86,12 +86,12 @@ class RequestedJob(Requested):
     attempt: int
     key: str
     request: JobBody | None = None
-    """The body. Only a repeat of an unanswered request needs it; later it is dropped, and not carried on."""
+    """The body. Only a repeat of an unanswered request needs it; after that it is dropped."""
     asked_at: Instant
     job_id: str | None = None
     refused: bool = False
     is_key_taken: bool = False
-    """An earlier life of the task had used the key with another body: this was no attempt."""
+    """An earlier life of the task had used the key with another body: this was not an attempt."""
     cancelled: bool = False
 
     @property
@@ -111,7 +111,7 @@ class RequestedJob(Requested):
         self.drop_body()
 
     def give_up(self) -> None:
-        """Its id cannot be learned: nothing more is done about it."""
+        """Its id cannot be found out: nothing more is done about it."""
         self.refused = True
         self.drop_body()
 
@@ -121,7 +121,7 @@ class RequestedJob(Requested):
             self.cancelled = True
 
     def drop_body(self) -> None:
-        """Drop the body where no repeat needs it. Runs of release 0.1.0 carried the body of every job."""
+        """Drop the body if no repeat needs it. Runs of release 0.1.0 kept the body of every job."""
         if self.outcome is not RequestOutcome.UNKNOWN:
             self.request = None
 
@@ -137,11 +137,11 @@ class RequestedHold(Requested):
     refused: bool = False
     resolved: bool = False
     told: int = 0
-    """Points that an event showed as held."""
+    """Points that an event published as held."""
     told_back: bool = False
-    """Whether an event showed that it was given back."""
+    """Whether an event published that it was given back."""
     leaving: str | None = None
-    """The reason it is being given back in the background; a repeat of that call, or the undo, sends the same."""
+    """Why it is being given back in the background. A repeat of that call, or the undo, sends the same reason."""
 
     @property
     def outcome(self) -> RequestOutcome:
@@ -168,9 +168,9 @@ class RequestedHold(Requested):
 
 
 class HoldState(OwnModel):
-    """A task's holds; at most one stands outside a renewal.
+    """A task's holds. At most one is open, except during a renewal.
 
-    Of those that are over, the newest are kept and the rest are counted.
+    Of the holds that are over, the newest are kept and the rest are counted.
     """
 
     asked: list[RequestedHold] = []
@@ -180,13 +180,13 @@ class HoldState(OwnModel):
     """How many were granted of those that are not kept."""
     estimated: int = 0
     charged: int = 0
-    """Points charged by commit or charge; also what a hold turned out to be committed for by somebody else."""
+    """Points charged by commit or charge, including a commit of the hold that another party made."""
     shortfall: int = 0
     settlement: SettlementState = SettlementState.OPEN
     is_unknown: bool = False
-    """What became of a hold or a charge could not be learned: the task ends with `settlement` unknown."""
+    """The outcome of a hold or a charge is unknown: the task ends with `settlement` unknown."""
     granted: int | None = None
-    """How many holds were granted in all; None where an earlier release kept no count, as for the next."""
+    """How many holds were granted in all; None, as in `given_back`, if an earlier release did not count."""
     given_back: int | None = None
     """How many of these are known to have been given back."""
     committed: int = 0
@@ -196,9 +196,9 @@ class HoldState(OwnModel):
     next_renewal_at: Instant | None = None
     uncovered_since: Instant | None = None
     asking: int | None = None
-    """`n` of the hold that a renewal requested and has no answer about: it repeats key and body."""
+    """`n` of the hold that a renewal requested and that has no answer yet: a repeat uses the same key and body."""
     checkpoint_passed: bool = False
-    """Whether a training has reached a checkpoint since it was without cover."""
+    """Whether a training has reached a checkpoint since it had no hold."""
 
     @model_validator(mode="after")
     def _counted(self) -> Self:
@@ -224,11 +224,11 @@ class HoldState(OwnModel):
             hold.refused = True
 
     def granted_holds(self) -> list[RequestedHold]:
-        """Those kept that were granted, oldest first."""
+        """The kept holds that were granted, oldest first."""
         return [hold for hold in self.asked if hold.pre_deduct_id]
 
     def leave_out_old(self) -> None:
-        """Thirty days of renewals request thousands of holds: those that need no call any more are only counted."""
+        """Only count holds that need no further call: thirty days of renewals request thousands of holds."""
         over = [hold for hold in self.granted_holds() if hold.is_over]
         too_old = {hold.n for hold in over[: max(0, len(over) - MAX_KEPT_HOLDS)]}
         self.granted_before += len(too_old)
@@ -239,7 +239,7 @@ class HoldState(OwnModel):
 def not_left_out(in_order: list[str], kept: Collection[str], left_out: int) -> list[str]:
     """Of a task's holds, in the order in which they were granted, those that are not older than what was kept.
 
-    `left_out`: how many were over and are only counted. What is older than the 64 that are kept has long expired.
+    `left_out`: how many are over and only counted. Holds older than the 64 that are kept have long expired.
     """
     if not left_out:
         return in_order

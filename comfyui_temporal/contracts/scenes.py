@@ -1,7 +1,7 @@
 """The scenes: everything that differs between image generation and model training, in one table.
 
-Code that has to know which kind a task is asks its scene's row here; none asks for a class or compares scenes by name.
-Only the steps differ beyond that, and they stand in one flow file for each scene (`workflows/image_generation.py`,
+Code that depends on a task's kind reads its scene's row here; no code checks for a class or compares scenes by name.
+Beyond that only the steps differ. Each scene has its own flow file for them (`workflows/image_generation.py`,
 `workflows/training.py`).
 """
 
@@ -56,23 +56,23 @@ class StepRows:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """One scene. Spans name their unit; names of activities and fields are those of the wire and of histories."""
+    """One scene. Durations name their unit. Names of activities and fields are those of the wire and of histories."""
 
     scene: Scene
     noun: str
-    """In ids that we make (`image-…`), and in the names of its settings (`image_cap_minutes`)."""
+    """Used in ids that we make (`image-…`), and in the names of its settings (`image_cap_minutes`)."""
     scope: Scope
-    """What a token needs to start such a task, and for the credits calls of one (contract §7)."""
+    """The scope that a token needs to start such a task, and for its credits calls (contract §7)."""
 
     workflow: str
     task: type[AnyTask]
     run: type[AnyRun]
-    """The workflow's argument: the task, and what a continued run goes on with."""
+    """The workflow's argument: the task, and the continuation for a continued run."""
     result: type[AnyResult]
     variant: Callable[[Any], str]
-    """Of a task: what its row's `resolution` and the price table's second column name."""
+    """Returns the value for `resolution` in a task's row and for the price table's second column."""
     summary: Callable[[Any], str]
-    """Of a task: the line that the Temporal UI shows for its run."""
+    """Returns the line that the Temporal UI shows for a task's run."""
     collection: str
     """Where such tasks are started: `POST /api/v1/tasks/{collection}`."""
 
@@ -87,11 +87,11 @@ class SceneSpec:
     """Reply to the submit."""
     callback: type[Callback]
     update: Callable[[Any], JobUpdate]
-    """A callback or a poll's answer, in the words that all scenes share."""
+    """Converts a callback or a poll's answer to the field names that all scenes share."""
     job_id_field: str
-    """What ComfyUI's messages and the result call the job's id."""
+    """The name of the job's id in ComfyUI's messages and in the result."""
     signalled_fields: tuple[str, ...]
-    """Fields of a callback that the workflow is signalled about; a change of another is a tick (contract §2)."""
+    """Fields of a callback that the workflow is signalled about. A change of another field is a tick (contract §2)."""
 
     eta_minutes: Mapping[str, float]
     """By priority, before ComfyUI answers (contract §1)."""
@@ -99,11 +99,11 @@ class SceneSpec:
     poll_at_most_seconds: float
     cap_minutes: float
     uncovered_limit: timedelta
-    """How long a task may go on without a hold, where the balance is too short to renew it."""
+    """How long a task may continue without a hold, if the balance is too low to renew it."""
     confirms_price: bool = False
-    """Whether it waits to have its price confirmed, where `max_credits` does not cover it."""
+    """Whether it waits for a price confirmation if `max_credits` does not cover the price."""
     copies_dataset: bool = False
-    """Whether it copies its dataset before the submit; the copy is deleted when the task ends."""
+    """Whether it copies its dataset before the submit. The copy is deleted when the task ends."""
 
 
 SCENES: Final[Mapping[Scene, SceneSpec]] = {
@@ -180,18 +180,18 @@ SCENE_OF_WORKFLOW: Final[Mapping[str, SceneSpec]] = {spec.workflow: spec for spe
 
 
 def scene_of_message(body: Mapping[str, Any]) -> SceneSpec | None:
-    """The scene whose message or result this is, by the id it holds; None where it holds none.
+    """The scene of a message or result, by the id field in it; None without one.
 
-    Looked up from the last row: the first scene's `job_id` may stand beside another scene's own id.
+    Searched from the last row: the first scene's `job_id` may also appear in another scene's message.
     """
     return next((spec for spec in reversed(list(SCENES.values())) if spec.job_id_field in body), None)
 
 
 def scene_of_callback(callback: Callback) -> SceneSpec:
-    """The scene of a callback that was read."""
+    """The scene of a validated callback."""
     return next(spec for spec in SCENES.values() if isinstance(callback, spec.callback))
 
 
 def allows_scene(claims: TokenClaims, scene: Scene) -> bool:
-    """Whether a token may call `/api/v1/credits/*` for a task of this scene; a rollback's scope may for any."""
+    """Whether a token may call `/api/v1/credits/*` for a task of this scene. A rollback's scope allows every scene."""
     return SCENES[scene].scope.value in claims.scopes or Scope.CREDITS_ROLLBACK.value in claims.scopes

@@ -1,7 +1,7 @@
 """The contract as JSON Schema, for services in any language: `python -m comfyui_temporal.contracts.schemas [--check]`.
 
-Without an option `docs/schemas/` is written anew; with `--check` nothing is written, and the exit code is 1 where a
-file there differs from the models, is missing or has none any more.
+Without an option it writes `docs/schemas/`. With `--check` it writes nothing, and the exit code is 1 if a file there
+differs from the models, is missing, or has no model any more.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ SCHEMAS: Final[tuple[WireSchema, ...]] = (
 
 
 def rendered() -> dict[str, str]:
-    """File name → text, for every schema and their index; the same models always give the same bytes."""
+    """File name → text, for every schema and their index. The same models always give the same bytes."""
     files = {f"{schema.name}.json": _as_json(schema) for schema in SCHEMAS}
     rows = "".join(f"| [{schema.name}]({schema.name}.json) | {schema.what} |\n" for schema in SCHEMAS)
     files["README.md"] = (
@@ -100,7 +100,7 @@ def _as_json(schema: WireSchema) -> str:
 
 
 def drifted(folder: Path) -> list[str]:
-    """The files of `folder` that are not what the models say: changed, missing, or left over."""
+    """The files of `folder` that do not match the models: changed, missing, or left over."""
     wanted = rendered()
     stale = [name for name, text in wanted.items() if _text_of(folder / name) != text]
     left_over = [path.name for path in folder.glob("*.json") if path.name not in wanted]
@@ -112,7 +112,7 @@ def _text_of(path: Path) -> str | None:
 
 
 def write(folder: Path) -> None:
-    """Make `folder` what the models say."""
+    """Make `folder` match the models."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = rendered()
     for path in folder.glob("*.json"):

@@ -1,4 +1,4 @@
-"""`.run/stack.json`: how a stack that runs on this machine describes itself (contract §8)."""
+"""`.run/stack.json`: how a stack on this machine describes itself (contract §8)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from comfyui_temporal.contracts.fields import OwnModel
 
 
 class StackDescription(OwnModel):
-    """Everything that a client needs; the file has mode 0600 because it holds secrets."""
+    """Everything that a client needs. The file has mode 0600 because it contains secrets."""
 
     temporal_address: str
     namespace: str
@@ -25,6 +25,6 @@ class StackDescription(OwnModel):
     """For the simulators' fault switchboard and clock."""
 
     def page_url(self, tenant_id: str) -> str | None:
-        """The live page for this tenant, its token in the fragment, which browsers send to nobody; None without one."""
+        """The tenant's live page, with its token in the fragment, which browsers do not send; None without a token."""
         token = self.tokens.get(tenant_id)
         return f"{self.gateway_url}/#token={token}" if token else None

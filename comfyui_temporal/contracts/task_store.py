@@ -1,4 +1,4 @@
-"""What workflows tell the task store: the claim of an id, and facts that become a task's row, events and log."""
+"""What workflows write to the task store: the claim of an id, and facts that become a task's row, events and log."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from comfyui_temporal.contracts.tasks import Confirmation, CreditsSummary, Event
 
 
 class Fact(OwnModel):
-    """One thing that happened, named by the workflow; the store gives it its `seq` (contract §6).
+    """One thing that happened, named by the workflow. The store gives it its `seq` (contract §6).
 
-    `key` is `accepted`, `held:{n}`, `{job_id}:{sequence}`, `settled`, `end` and the like: a known key writes
-    nothing. Where `job_id` and `sequence` are set, a lower sequence than the job's newest writes nothing.
+    `key` is `accepted`, `held:{n}`, `{job_id}:{sequence}`, `settled`, `end` and the like. A known key writes
+    nothing. If `job_id` and `sequence` are set, a lower sequence than the job's newest writes nothing.
     """
 
     key: str = Field(max_length=256)
@@ -46,7 +46,7 @@ class Fact(OwnModel):
 
 
 class TaskException(OwnModel):
-    """A record for ops (contract §4, §6): `key` names it within the task, so that a repeat writes nothing."""
+    """A record for operators (contract §4, §6). `key` names it within the task, so that a repeat writes nothing."""
 
     key: str = Field(max_length=256)
     code: str
@@ -65,10 +65,10 @@ class RecordedPrices(OwnModel):
 
 
 class TaskState(OwnModel):
-    """The mutable part of a task's row, whole each time it is written."""
+    """The mutable part of a task's row, written as a whole each time."""
 
     version: int
-    """Rises with every change in the workflow; a lower one never overwrites a higher one."""
+    """Increases with every change in the workflow. A lower one never overwrites a higher one."""
     status: TaskStatus
     stage: str | None = None
     progress: float = 0.0
@@ -86,11 +86,11 @@ class TaskState(OwnModel):
     output: TrainingOutput | None = None
     error: ErrorDetails | None = None
     dataset: SnapshotReference | None = None
-    """What a training trains on: where the list of its files lay, its checksum and counts."""
+    """What a training trains on: the address, checksum and counts of its list of files."""
 
 
 class TaskClaim(OwnModel):
-    """The first act of a run: claims the task id for its `first_execution_run_id` (contract §8)."""
+    """The first act of a run: it claims the task id for its `first_execution_run_id` (contract §8)."""
 
     task_id: str
     tenant_id: str
@@ -107,7 +107,7 @@ class TaskClaim(OwnModel):
 
 
 class ClaimOutcome(KeptModel):
-    """`claimed` is true for the run that holds the id, whatever it repeats. `policy` is the worker's, read with it."""
+    """`claimed` is true for the run that holds the id, also for its repeats. `policy` is the worker's."""
 
     claimed: bool
     policy: Policy
@@ -115,7 +115,7 @@ class ClaimOutcome(KeptModel):
 
 
 class LookOrder(OwnModel):
-    """Which run asks what the task's row knows."""
+    """The run that asks what the task's row knows."""
 
     task_id: str
     first_execution_run_id: str
@@ -123,14 +123,14 @@ class LookOrder(OwnModel):
 
 
 class RowSeen(OwnModel):
-    """What the store knows of a task that one of its runs may have forgotten. `row` is None where there is none."""
+    """What the store knows of a task that one of its runs may have forgotten. `row` is None if there is none."""
 
     life: EarlierLife
     row: TaskRow | None = None
     told_points: int = 0
-    """What the events that are written have told of points: the sum of their `credits_delta`."""
+    """The sum of `credits_delta` in the events that are written."""
     life_seconds: float | None = None
-    """For how long the run that acts has been the one; None where the task's run was never reset."""
+    """How long the acting run has been the acting one; None if the task's run was never reset."""
 
 
 class TaskWrite(OwnModel):
@@ -145,11 +145,11 @@ class TaskWrite(OwnModel):
     facts: list[Fact] = []
     exceptions: list[TaskException] = []
     run_number: int = 0
-    """Of the run that writes; see `comfyui_temporal.contracts.lives.TaskRun`."""
+    """Of the writing run; see `comfyui_temporal.contracts.lives.TaskRun`."""
     written_version: int = 0
-    """The newest version that the run knows to be written; a row that is older comes from a backup."""
+    """The newest version that the run knows to be written. An older row comes from a backup."""
     claim: TaskClaim | None = None
-    """What the run claimed the id with: a store that lost the row makes it anew from this."""
+    """The run's claim: a store that lost the row creates it again from this."""
 
 
 class TrainingLogWrite(OwnModel):
@@ -166,7 +166,7 @@ class TrainingLogWrite(OwnModel):
 
 
 class TaskRow(TaskState):
-    """A task as the store tells it: what the claim fixed, and the newest state."""
+    """A task as the store returns it: what the claim fixed, and the newest state."""
 
     task_id: str
     tenant_id: str
@@ -184,12 +184,12 @@ class TaskRow(TaskState):
     last_seq: int
     """`seq` of the newest event."""
     run_id: str | None = None
-    """The run that acts for the task, as the store has seen last; None where none has told since 0.1.0."""
+    """The acting run of the task, as the store last saw it; None if none has written since release 0.1.0."""
     lives: int = 0
     """How often the task's run was reset."""
     given_back_by: str | None = None
     hold_ids: list[str] = []
-    """Every hold that any run of the task took, and `job_ids` every job or training that one asked for."""
+    """Every hold that any run of the task took. `job_ids` is every job or training that any run requested."""
     job_ids: list[str] = []
 
     @model_validator(mode="before")
@@ -200,7 +200,7 @@ class TaskRow(TaskState):
 
 
 class UnsettledTask(OwnModel):
-    """An ended task whose settlement is unknown: whose ledger is to be read, and what was told."""
+    """An ended task whose settlement is unknown: its ledger must be read; with what was published of it."""
 
     task_id: str
     tenant_id: str
@@ -211,7 +211,7 @@ class UnsettledTask(OwnModel):
 
 
 class Correction(OwnModel):
-    """What the ledger shows of a task by now: its row's new `credits`, and the record that says so."""
+    """What the ledger now shows of a task: its row's new `credits`, and the exception record for it."""
 
     task_id: str
     credits: CreditsSummary
@@ -219,7 +219,7 @@ class Correction(OwnModel):
 
 
 class TaskExceptionRow(TaskException):
-    """An exception record as the store tells it."""
+    """An exception record as the store returns it."""
 
     task_id: str
 

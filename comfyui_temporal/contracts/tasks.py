@@ -1,4 +1,4 @@
-"""The workflow interface (contract §8) and task events (contract §6): what callers and watchers see."""
+"""The workflow interface (contract §8) and task events (contract §6): what clients see."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SEARCH_ATTRIBUTES: Final = (
 
 
 def workflow_id_of(task_id: str) -> str:
-    """The only workflow id a task may run under (contract §8)."""
+    """The only workflow id of a task (contract §8)."""
     return WORKFLOW_ID_PREFIX + task_id
 
 
@@ -78,14 +78,14 @@ _PositiveFactor = Annotated[float, Field(gt=0, le=1_000)]
 
 
 class ImageOptions(CallerModel):
-    """What a caller may lower below the worker's policy; a higher value counts as the policy's."""
+    """Limits that a caller may set below the worker's policy. A higher value counts as the policy's."""
 
     poll_after_seconds: _PositiveSeconds | None = None
     deadline_factor: _PositiveFactor | None = None
 
 
 class TrainingOptions(ImageOptions):
-    """As `ImageOptions`, and how long the price confirmation is waited for, in seconds."""
+    """As `ImageOptions`, and the time limit of the price confirmation, in seconds."""
 
     confirm_within_seconds: _PositiveSeconds | None = None
 
@@ -101,7 +101,7 @@ Extras = Annotated[dict[_Name, CleanJson], Field(max_length=64), AfterValidator(
 
 
 class TaskInput(CallerModel):
-    """What the input of every scene holds."""
+    """The fields that the inputs of all scenes share."""
 
     task_id: CallerId
     tenant_id: CallerId
@@ -148,11 +148,11 @@ class DatasetManifest(CallerModel):
 
     uri: _Address
     sha256: Sha256
-    """Of the array's bytes: what was ordered is what is trained on."""
+    """Checksum of the array's bytes: the list cannot change after the order."""
 
 
 class DatasetSource(CallerModel):
-    """The dataset to train on: `files` below `source_uri`, those that `manifest` lists, or all of them."""
+    """The dataset to train on: `files` below `source_uri`, those in `manifest`, or all of them."""
 
     dataset_id: CallerId
     source_uri: _Address
@@ -161,7 +161,7 @@ class DatasetSource(CallerModel):
 
     @property
     def names_files_twice(self) -> bool:
-        """Whether the files are named in more than one way: a caller's mistake, which the task's first step refuses."""
+        """Whether files are named in more than one way: a caller's mistake, which the task's first step rejects."""
         return self.files is not None and self.manifest is not None
 
 
@@ -169,11 +169,11 @@ class TakenDataset(DatasetSource):
     """A dataset as the workflow takes it."""
 
     files_sha256: Sha256 | None = None
-    """A list that the gateway put into temporary object storage, by the checksum of its bytes; it goes before."""
+    """Checksum of a list that the gateway stored in temporary object storage. It takes precedence."""
 
 
 class Hyperparameters(BaseModel):
-    """`epochs`, `batch_size`, `learning_rate`; others are passed on as they are."""
+    """`epochs`, `batch_size`, `learning_rate`; others are passed on unchanged."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     __pydantic_extra__: dict[str, CleanJson]
@@ -189,7 +189,7 @@ class Hyperparameters(BaseModel):
 
 
 class GpuWindow(CallerModel):
-    """The GPU scheduling window: `start` is called in it or not at all."""
+    """The GPU scheduling window: `start` is called inside it or not at all."""
 
     not_before: Instant | None = None
     not_after: Instant | None = None
@@ -197,7 +197,7 @@ class GpuWindow(CallerModel):
     @model_validator(mode="after")
     def _in_order(self) -> GpuWindow:
         if self.not_before and self.not_after and self.not_after <= self.not_before:
-            raise ValueError("not_after must lie after not_before")
+            raise ValueError("not_after must be after not_before")
         return self
 
 
@@ -219,9 +219,9 @@ class TrainingTask(TaskInput):
 
 
 def input_sha256_of(task: TaskInput) -> str:
-    """Hash of a task's input, in hex: equal for inputs that mean the same (contract §8 `input_sha256`).
+    """Hash of a task's input, in hex: equal for inputs with the same meaning (contract §8 `input_sha256`).
 
-    Fields that hold their default do not count, so that a field added later changes no hash of today.
+    Fields with their default value do not count, so that a new field changes no existing hash.
     """
     canonical = json.dumps(task.model_dump(mode="json", exclude_defaults=True), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -230,7 +230,7 @@ def input_sha256_of(task: TaskInput) -> str:
 class SettlementState(StrEnum):
     """`settlement` of a task's credits.
 
-    `open`: the task goes on. `settled`: what is told is true. `unknown`: whether it was charged could not be learned.
+    `open`: the task continues. `settled`: the amounts are final. `unknown`: it is unknown whether it was charged.
     """
 
     OPEN = "open"
@@ -241,7 +241,7 @@ class SettlementState(StrEnum):
 class CreditsSummary(OwnModel):
     """`credits` of results and of the query, in points. `held` is the last hold's amount.
 
-    `charged` and `returned` are null where `settlement` is `unknown`, and nowhere else.
+    `charged` and `returned` are null only if `settlement` is `unknown`.
     """
 
     estimated: int = 0
@@ -257,7 +257,7 @@ class CreditsSummary(OwnModel):
 
 
 def with_settlement(values: Any, *, has_ended: bool) -> Any:
-    """A result or row as data: where `credits` of an ended task tell no settlement (release 0.1.0), it was settled."""
+    """A result or row as data: `credits` of an ended task without a settlement (release 0.1.0) were settled."""
     credits = values.get("credits") if isinstance(values, dict) else None
     if not has_ended or not isinstance(credits, dict) or "settlement" in credits:
         return values
@@ -265,7 +265,7 @@ def with_settlement(values: Any, *, has_ended: bool) -> Any:
 
 
 class TaskResult(OwnModel):
-    """What both results share; a failed run carries the same object in its failure's details."""
+    """What both results share. A failed run has the same object in its failure's details."""
 
     task_id: str
     status: TaskStatus
@@ -314,7 +314,7 @@ class ImageProgress(OwnModel):
 
 
 class Confirmation(OwnModel):
-    """What a training waits to have confirmed; points, and the instant it waits until."""
+    """The price that a training waits to have confirmed, in points, and the time until which it waits."""
 
     estimated_cost: int
     options: list[PriceOption] = []
@@ -336,13 +336,13 @@ class CancelTask(CallerModel):
 
 
 class CancelTaskOutcome(OwnModel):
-    """`accepted`: the task ends cancelled. `too_late`: delivered or ended first."""
+    """`accepted`: the task ends cancelled. `too_late`: it was delivered or ended first."""
 
     outcome: Literal["accepted", "too_late"]
 
 
 class ConfirmPrice(CallerModel):
-    """Argument of the update `confirm_price`: the ceiling in points; it can only be raised."""
+    """Argument of the update `confirm_price`: the ceiling in points. It can only be raised."""
 
     max_credits: CallerPoints
 
@@ -365,7 +365,7 @@ class EventType(StrEnum):
 
 
 class TaskEvent(OwnModel):
-    """One event as pushed and kept (contract §6). `seq` is the store's; `cursor` is opaque."""
+    """One event as pushed and stored (contract §6). `seq` is the store's; `cursor` is opaque."""
 
     event_id: str
     seq: int

@@ -1,4 +1,4 @@
-"""What the gateway's tasks API answers with (contract §6): written by the gateway, read by `HttpTasks`."""
+"""Answers of the gateway's tasks API (contract §6): written by the gateway, read by `HttpTasks`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TaskView(OwnModel):
     credits: CreditsSummary = CreditsSummary()
     prices: RecordedPrices = RecordedPrices()
     confirmation: Confirmation | None = None
-    """What a training waits to have confirmed."""
+    """The price that a training waits to have confirmed."""
     result_urls: list[str] = []
     output: TrainingOutput | None = None
     error: ErrorDetails | None = None
@@ -85,7 +85,7 @@ class TaskDetail(TaskView):
 
 
 class TaskList(OwnModel):
-    """Tasks, newest first; `cursor` leads to the next page; null on the last one."""
+    """Tasks, newest first. `cursor` leads to the next page; null on the last one."""
 
     tasks: list[TaskView]
     cursor: str | None = None
