@@ -1,7 +1,7 @@
-"""`python worker.py`: run workflows and activities until told to stop, then drain.
+"""`python worker.py`: run workflows and activities until a signal arrives, then drain.
 
-SIGTERM or SIGINT: nothing new is taken, calls in flight get `grace_seconds` to end, workflows go on elsewhere or
-later. A second signal ends the process at once, which costs no task either, only time.
+After SIGTERM or SIGINT no new work is taken, and calls in flight get `grace_seconds` to end. Workflows continue on
+another worker or later. A second signal ends the process immediately; that delays tasks but loses none.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ from workflows.training import TrainingWorkflow
 
 WORKFLOWS: Final = (ImageGenerationWorkflow, TrainingWorkflow, GiveBackWorkflow, ReconcileWorkflow)
 STICKY_SECONDS: Final = 2.5
-"""How long a workflow waits for the worker that holds it: a killed one's work goes on that much later.
+"""How long a workflow waits for its worker: this delays the work of a killed one.
 
-With 1 s a burst of 150 starts on a busy machine missed it 121 times, and each miss replays a whole history, which
-keeps the machine busy; a killed worker's work goes on within 5 s either way.
+With 1 s a burst of 150 starts on a busy machine missed it 121 times. Each miss replays a whole history, which keeps
+the machine busy. A killed worker's work continues within 5 s either way.
 """
 FIRST_POLLERS: Final = 5
 LOOK_SECONDS: Final = 3.0
@@ -68,13 +68,13 @@ log = structlog.get_logger("worker")
 
 
 def token_maker(settings: Settings) -> TokenMaker:
-    """How our calls identify themselves (contract §7). Raises CannotStart."""
+    """How our calls authenticate (contract §7). Raises CannotStart."""
     if settings.service_token is not None:
         return ServiceToken(settings.service_token.get_secret_value())
     if settings.token_secret is None:
         raise CannotStart(
-            "No token for ComfyUI and credits is set: give COMFYUI_TEMPORAL_TOKEN_SECRET (HS256, at least 32 bytes), "
-            "or COMFYUI_TEMPORAL_SERVICE_TOKEN where only a static token is taken."
+            "No token for ComfyUI and credits is set: set COMFYUI_TEMPORAL_TOKEN_SECRET (HS256, at least 32 bytes), "
+            "or COMFYUI_TEMPORAL_SERVICE_TOKEN if only a static token is accepted."
         )
     return SignedTokens(
         settings.token_secret.get_secret_value(), issuer=settings.token_issuer, audience=settings.token_audience
@@ -106,7 +106,7 @@ def all_activities(
     policy_of: Callable[[TaskClaim], Policy],
     client: Client | None,
 ) -> list[Callable[..., Any]]:
-    """Every activity, on clients that are open. Without `client` those that read other runs are left out."""
+    """Every activity, on open clients. Without `client` the activities that read other runs are left out."""
     lives = Lives(store)
     return activities_of(
         ComfyUIActivities(comfyui, lives, datasets),
@@ -121,7 +121,7 @@ def all_activities(
 async def opened_activities(
     settings: Settings, client: Client | None = None
 ) -> AsyncIterator[Sequence[Callable[..., Any]]]:
-    """All activities on clients that are open; closed afterwards. `client` is for those that read runs.
+    """All activities on open clients, which are closed afterwards. `client` is for activities that read runs.
 
     Raises CannotStart.
     """
@@ -149,7 +149,7 @@ async def connect(settings: Settings) -> Client:
     except (RuntimeError, ValueError) as error:
         address = settings.temporal_address or "the address of Temporal's environment configuration"
         raise CannotStart(
-            f"Temporal at {address} cannot be reached: {error}. Check that the server runs, or name it in "
+            f"Temporal at {address} cannot be reached: {error}. Check that the server runs, or set its address in "
             "TEMPORAL_ADDRESS, TEMPORAL_PROFILE or COMFYUI_TEMPORAL_TEMPORAL_ADDRESS."
         ) from None
     await check_search_attributes(client)
@@ -157,7 +157,7 @@ async def connect(settings: Settings) -> Client:
 
 
 async def check_search_attributes(client: Client) -> None:
-    """Raises CannotStart where one of contract §8's is missing: with it a run would be stuck (pitfall 6)."""
+    """Raises CannotStart if one of contract §8's is missing: a run that sets it would be stuck (pitfall 6)."""
     try:
         known = await client.operator_service.list_search_attributes(
             ListSearchAttributesRequest(namespace=client.namespace), timeout=timedelta(seconds=REQUEST_SECONDS)
@@ -167,7 +167,7 @@ async def check_search_attributes(client: Client) -> None:
             log.warning("search_attributes_unchecked", reason=error.message, needed=list(SEARCH_ATTRIBUTES))
             return
         raise CannotStart(
-            f"Temporal does not tell the search attributes of namespace {client.namespace!r}: {error.message}. "
+            f"Temporal does not show the search attributes of namespace {client.namespace!r}: {error.message}. "
             "Check that the namespace exists."
         ) from None
     keyword = IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD
@@ -181,7 +181,7 @@ async def check_search_attributes(client: Client) -> None:
 
 
 async def schedule_reconciler(client: Client, settings: Settings) -> None:
-    """Without its schedule tasks run all the same: what forbids it is logged, and `doctor` tells."""
+    """Tasks run without the schedule too: if it cannot be made, that is logged, and `doctor` reports it."""
     try:
         await ensure_reconciler(client, settings)
     except RPCError as error:
@@ -215,7 +215,7 @@ def _pollers(*, at_least: int, at_most: int) -> PollerBehaviorAutoscaling:
 
 
 class HealthPage:
-    """`/healthz`: the process lives. `/readyz`: the server sees this worker poll, and it is not draining."""
+    """`/healthz`: the process is alive. `/readyz`: the server sees this worker poll, and it is not draining."""
 
     def __init__(self, client: Client, worker: Worker, stop: asyncio.Event) -> None:
         self._client = client
@@ -224,7 +224,7 @@ class HealthPage:
 
     @asynccontextmanager
     async def served(self, host: str, port: int | None) -> AsyncIterator[None]:
-        """Raises CannotStart where the port is taken."""
+        """Raises CannotStart if the port is taken."""
         if port is None:
             yield
             return
@@ -314,20 +314,20 @@ def _runtime(settings: Settings) -> Runtime | None:
         ) from None
 
 
-def _heed_signals(stop: asyncio.Event) -> None:
-    def told() -> None:
+def _handle_signals(stop: asyncio.Event) -> None:
+    def on_signal() -> None:
         if stop.is_set():
             log.warning("worker_ends_at_once")
             os._exit(EXIT_FORCED)
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, told)
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
 
 
 async def run(settings: Settings) -> None:
     stop = asyncio.Event()
-    _heed_signals(stop)
+    _handle_signals(stop)
     await serve(settings, stop)
 
 

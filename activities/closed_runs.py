@@ -216,7 +216,7 @@ class ClosedRunActivities:
             raise RunUnreadable(f"Its run has a status that is not known here ({run.info.status}); it counts as open.")
         if run.status is RunStatus.PAUSED:
             raise RunUnreadable(
-                "Its run is paused: until it goes on it renews no hold, and no deadline ends it "
+                "Its run is paused: meanwhile it renews no hold, and no deadline ends it "
                 f"(temporal workflow unpause --workflow-id {row.workflow_id})."
             )
         if not run.status.is_over:

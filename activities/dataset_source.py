@@ -19,7 +19,7 @@ from comfyui_temporal.contracts.fields import repaired, shortened
 from comfyui_temporal.contracts.size_budget import MAX_SENT_LIST_BYTES
 
 FILE_BYTES: Final = 120
-"""Of one file in a training request, beside its path."""
+"""Bytes of JSON for one file in a training request, besides its path."""
 SIZES_AT_ONCE: Final = 16
 
 
@@ -35,10 +35,10 @@ class DatasetSource:
         named = self._named_files
         found = await (self._listed(max_files) if named is None else self._looked_up(sorted(set(named)), max_files))
         if not found:
-            raise invalid(f"{self._folder.address.text} holds no file: an empty dataset trains nothing.")
+            raise invalid(f"{self._folder.address.text} contains no files: a training needs at least one.")
         total = sum(item.size_bytes for item in found)
         if total > max_bytes:
-            raise invalid(f"The dataset has {total} bytes, at most {max_bytes} are taken.")
+            raise invalid(f"The dataset has {total} bytes, the limit is {max_bytes}.")
         list_bytes = sum(len(to_json(item.path)) + FILE_BYTES for item in found)
         if list_bytes > MAX_SENT_LIST_BYTES:
             raise invalid(
@@ -117,14 +117,14 @@ def folder_failure(folder: ObjectFolder, error: Exception, path: str) -> Outside
     """Maps an error of a caller's own folder: `dataset_invalid`, or `internal` if it may be temporary."""
     where = folder.address.text
     if isinstance(error, LeadsOut):
-        return invalid(f"{str(error)!r} leads out of {where}. Symbolic links must stay inside the dataset.")
+        return invalid(f"{str(error)!r} points outside {where}. Symbolic links must stay inside the dataset.")
     if isinstance(error, FileNotFoundError):
         return invalid(f"{path!r} is not in {where}. Check dataset.files and source_uri.")
     if folder.address.local is None and _is_passing(error):
         return OutsideFailure(
-            FailureCode.INTERNAL, f"{where} did not answer for {path!r}: {said(error)}. It is retried."
+            FailureCode.INTERNAL, f"{where} did not answer for {path!r}: {message_of(error)}. It is retried."
         )
-    return invalid(f"{path!r} in {where} cannot be read: {said(error)}. Give the worker the right to read it.")
+    return invalid(f"{path!r} in {where} cannot be read: {message_of(error)}. Give the worker the right to read it.")
 
 
 def _is_passing(error: Exception) -> bool:
@@ -133,13 +133,13 @@ def _is_passing(error: Exception) -> bool:
 
 
 def _too_many(max_files: int) -> OutsideFailure:
-    return invalid(f"The dataset has more than {max_files} files, which is the most that are taken.")
+    return invalid(f"The dataset has more than {max_files} files, which is the limit.")
 
 
 def invalid(sentence: str) -> OutsideFailure:
     return OutsideFailure(FailureCode.DATASET_INVALID, sentence, may_be_retried=False)
 
 
-def said(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     lines = repaired(str(error)).splitlines()
     return shortened(lines[0] if lines else type(error).__name__, 300)

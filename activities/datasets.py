@@ -33,7 +33,7 @@ from urllib.parse import unquote
 from pydantic import BaseModel, Field, ValidationError
 from temporalio import activity
 
-from activities.dataset_source import DatasetSource, HashedChunks, invalid, said
+from activities.dataset_source import DatasetSource, HashedChunks, invalid, message_of
 from activities.deletion_note import DeletionNote
 from activities.file_lists import FileLists, as_list, checksum_of, read_manifest, storage_away, task_folder
 from activities.object_folders import (
@@ -250,7 +250,7 @@ class DatasetSnapshots:
     def _target(self, order: SnapshotOrder) -> ObjectFolder:
         for name, value in (("task_id", order.call_for.task_id), ("dataset_id", order.dataset_id)):
             if not _ID.fullmatch(value):
-                raise invalid(f"{name} {value!r} names no folder: use 1 to 64 letters, digits, '_' and '-'.")
+                raise invalid(f"{name} {value!r} is not a folder name: use 1 to 64 letters, digits, '_' and '-'.")
         try:
             return task_folder(self._root, order.call_for.task_id, order.dataset_id)
         except STORAGE_ERRORS as error:
@@ -275,11 +275,11 @@ class DatasetSnapshots:
         except BadAddress as error:
             raise invalid(f"{field} {error}.") from None
         if self._dataset_roots and not self._is_tenants(address, order.call_for.tenant_id):
-            raise invalid(f"{field} does not lie below a folder of the task's tenant.")
+            raise invalid(f"{field} is not below a folder of the task's tenant.")
         try:
             return ObjectFolder(address)
         except STORAGE_ERRORS as error:
-            raise invalid(f"{address.text} cannot be opened: {said(error)}. Check {field}.") from None
+            raise invalid(f"{address.text} cannot be opened: {message_of(error)}. Check {field}.") from None
 
     def _is_tenants(self, address: FolderAddress, tenant_id: str) -> bool:
         for template in self._dataset_roots:

@@ -14,7 +14,7 @@ from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from activities.dataset_source import folder_failure, invalid, said
+from activities.dataset_source import folder_failure, invalid, message_of
 from activities.object_folders import STORAGE_ERRORS, BadAddress, FolderAddress, ObjectFolder, read_address
 from activities.outside_http import OutsideFailure
 from comfyui_temporal.contracts.errors import FailureCode
@@ -45,7 +45,7 @@ def _name_of(sha256: str) -> str:
 def storage_away(root: FolderAddress, error: Exception) -> OutsideFailure:
     return OutsideFailure(
         FailureCode.INTERNAL,
-        f"Temporary object storage at {root.text} cannot be used: {said(error)}. It is retried; "
+        f"Temporary object storage at {root.text} cannot be used: {message_of(error)}. It is retried; "
         "check COMFYUI_TEMPORAL_OBJECT_STORE_URL, its credentials and its free space.",
     )
 

@@ -75,14 +75,14 @@ def read_address(uri: str) -> FolderAddress:
     try:
         parts = urlsplit(uri)
     except ValueError:
-        raise BadAddress("is no address") from None
+        raise BadAddress("is not an address") from None
     if parts.scheme not in SCHEMES:
         raise BadAddress("must begin with file://, s3://, gs:// or az://")
     if parts.query or parts.fragment or "@" in parts.netloc:
-        raise BadAddress("must hold no credentials, query or fragment")
+        raise BadAddress("must not contain credentials, query or fragment")
     path = unquote(parts.netloc + parts.path)
     if ".." in PurePosixPath(path.replace("\\", "/")).parts or any(character < " " for character in path):
-        raise BadAddress("must not hold '..' or control characters")
+        raise BadAddress("must not contain '..' or control characters")
     if parts.scheme == "file":
         return _local_address(Path(path).absolute())
     if not parts.netloc:

@@ -95,7 +95,7 @@ def _number_in(key: str) -> int:
 class HistoryReader:
     """Reads one run's history, event by event.
 
-    The first event of a continued run carries the requests of the runs before it.
+    The first event of a continued run contains the requests of the runs before it.
     """
 
     def __init__(self, orphans: Orphans, converter: DataConverter) -> None:
@@ -140,15 +140,17 @@ class HistoryReader:
         if spec is None:
             raise self._unread(event, f"a workflow {started.workflow_type.name} is not known here")
         run: Any = await self._read(started.input.payloads, spec.run, event)
-        carried: Continuation | None = run.carried
+        continuation: Continuation | None = run.carried
         if spec.copies_dataset:
-            has_copy = carried is not None and carried.dataset.is_asked and not carried.dataset.is_deleted
+            has_copy = (
+                continuation is not None and continuation.dataset.is_asked and not continuation.dataset.is_deleted
+            )
             # A checksum means that the gateway has stored a list of files next to the copy.
             if has_copy or run.dataset.files_sha256 is not None:
                 self._orphans.snapshot = self._snapshot_of(run.dataset)
-        if carried is not None:
-            self._holds, self._orphans.jobs = carried.hold, list(carried.jobs)
-            self._sendings.update(hold.n for hold in carried.hold.asked if hold.outcome is RequestOutcome.UNKNOWN)
+        if continuation is not None:
+            self._holds, self._orphans.jobs = continuation.hold, list(continuation.jobs)
+            self._sendings.update(hold.n for hold in continuation.hold.asked if hold.outcome is RequestOutcome.UNKNOWN)
 
     def _snapshot_of(self, dataset: DatasetSource) -> SnapshotOrder:
         row = self._orphans.row
@@ -249,7 +251,7 @@ class HistoryReader:
                 raise self._unread(event, value.reason)
             value = value.as_read
         if not isinstance(value, model):
-            raise self._unread(event, f"it is no {model.__name__}")
+            raise self._unread(event, f"it is not a {model.__name__}")
         return value
 
     def _unread(self, event: HistoryEvent, reason: str) -> NotReadHere:

@@ -115,7 +115,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 def only_if_answering() -> Iterator[None]:
     """Requests that start inside fail immediately while the party hangs: for 5 s after a request timed out.
 
-    For short tries that block other work: each of them would wait its whole time in vain.
+    For short tries that block other work: otherwise each would wait until its time limit.
     """
     token = _only_if_answering.set(True)
     try:
@@ -250,10 +250,10 @@ class OutsideHttp:
     def _named(self, error: Exception, route: Route) -> OutsideFailure:
         kind = next((base for base in type(error).__mro__ if base in CONNECTION_FAILURES), Exception)
         reason = CONNECTION_FAILURES[kind]
-        said = shortened(repaired(str(error)), 300)
-        if said and said not in reason:
-            reason = f"{reason} ({said})"
-        if isinstance(error, httpx.RemoteProtocolError) and not _ENDED_EARLY.search(said):
+        message = shortened(repaired(str(error)), 300)
+        if message and message not in reason:
+            reason = f"{reason} ({message})"
+        if isinstance(error, httpx.RemoteProtocolError) and not _ENDED_EARLY.search(message):
             return self.reply_invalid(route, reason)
         if kind in _NO_CONTRACT_ANSWER:
             return self.reply_invalid(route, reason)
@@ -335,7 +335,7 @@ def _checked_address(url: str, party: Party) -> str:
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"{party.setting}: must be an http:// or https:// address")
     if parsed.userinfo:
-        raise ValueError(f"{party.setting}: must not contain user or password; calls use bearer tokens")
+        raise ValueError(f"{party.setting}: must not contain credentials; calls use bearer tokens")
     if parsed.query or parsed.fragment:
         raise ValueError(f"{party.setting}: must not contain a query or fragment")
     return str(parsed).rstrip("/")

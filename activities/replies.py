@@ -180,14 +180,14 @@ def _retried(http: OutsideHttp, route: Route, raw: RawReply, row: WireError, bod
 def _unrecognised(http: OutsideHttp, route: Route, raw: RawReply, body: ErrorBody | None) -> OutsideFailure:
     """`body`: an error body of the contract's shape with an unknown message and number."""
     retry_after = read_retry_after(raw)
-    said = f" and says {body.number} {body.message}".rstrip() if body is not None else ""
+    message = f" and says {body.number} {body.message}".rstrip() if body is not None else ""
     if raw.status == 401 or (raw.status == 403 and body is None):
         reason = f"HTTP {raw.status}: our token was not accepted; check secret, issuer, audience and both sides' clocks"
         return http.unavailable(route, reason, retry_after_seconds=retry_after)
     if raw.status in RETRIED_STATUSES or raw.status >= 500:
-        return http.unavailable(route, f"HTTP {raw.status}{said}", retry_after_seconds=retry_after)
+        return http.unavailable(route, f"HTTP {raw.status}{message}", retry_after_seconds=retry_after)
     what = "a redirect, which is not followed" if 300 <= raw.status < 400 else _kind_of(raw)
-    return http.reply_invalid(route, f"HTTP {raw.status}, {what}{said}", retry_after_seconds=retry_after)
+    return http.reply_invalid(route, f"HTTP {raw.status}, {what}{message}", retry_after_seconds=retry_after)
 
 
 def _kind_of(raw: RawReply) -> str:

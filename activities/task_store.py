@@ -91,7 +91,7 @@ class TaskStoreActivities:
         """What the task's row knows beyond the calling run. Raises ApplicationError `internal`, retried."""
         run = acting_run(order.task_id, order.first_execution_run_id, order.run_number)
         if run is None:
-            raise ApplicationError("Only the task's run may look.", type=FailureCode.INTERNAL.value, non_retryable=True)
+            raise ApplicationError("Only a task's own run looks.", type=FailureCode.INTERNAL.value, non_retryable=True)
         return await self._tried(self._store.look(run, within_seconds=self._limit()))
 
     def _limit(self) -> float:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes the namespace with its retention and search attributes; safe to repeat. Runs in temporalio/admin-tools.
+# Creates the namespace with its retention and search attributes; safe to repeat. Runs in temporalio/admin-tools.
 set -eu
 
 until temporal operator cluster health; do
@@ -12,7 +12,7 @@ temporal operator namespace describe --namespace "$TEMPORAL_NAMESPACE" >/dev/nul
 temporal operator namespace update --namespace "$TEMPORAL_NAMESPACE" --retention "$RETENTION"
 
 for name in $SEARCH_ATTRIBUTES; do
-    # A new namespace is not known everywhere at once.
+    # A new namespace is not known everywhere immediately.
     until temporal operator search-attribute create --namespace "$TEMPORAL_NAMESPACE" --name "$name" --type Keyword; do
         sleep 1
     done

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes Temporal's two databases, or brings them up to date; safe to repeat. Runs in temporalio/admin-tools.
+# Creates Temporal's two databases, or migrates them; safe to repeat. Runs in temporalio/admin-tools.
 set -eu
 
 sql_tool() {

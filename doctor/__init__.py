@@ -1,1 +1,1 @@
-"""Checks of a set-up, and of its ledger, before and while it costs money."""
+"""Checks of a set-up, and of its ledger, before and while it spends credits."""

@@ -1,4 +1,4 @@
-"""Compare a task's credits with the ledger, as its payer reads it."""
+"""Compare a task's credits with the ledger, as its payer sees it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PAGE: Final = 200
 MAX_PAGES: Final = 500
 T = TypeVar("T")
 QUIET_READS: Final = 3
-"""Balance and ledger are two reads: they are compared where no other task's entry came in between."""
+"""Balance and ledger are two reads: they are compared only if no other task's entry was added in between."""
 
 
 class LedgerUnreadable(Exception):
-    """The service refused to show balance or ledger; the text gives the reason."""
+    """The service refused to show balance or ledger. The text gives the reason."""
 
 
 async def check_books(credits: CreditsClient, call_for: CallFor, reported: dict[str, CreditsSummary]) -> list[Finding]:
@@ -36,7 +36,7 @@ async def check_books(credits: CreditsClient, call_for: CallFor, reported: dict[
 
 def _check_account(account: Balance, entries: list[LedgerEntry]) -> Finding:
     if any(entry.frozen_change is None for entry in entries):
-        return ok("ledger", "shows no effect on frozen points: only what each task was charged is compared")
+        return ok("ledger", "shows no effect on frozen points: only the charge of each task is compared")
     balance = sum(entry.change for entry in entries)
     frozen = sum(entry.frozen_change or 0 for entry in entries)
     says = f"balance {account.balance} = sum of {len(entries)} entries, frozen {account.frozen} = sum of their holds"
@@ -46,7 +46,7 @@ def _check_account(account: Balance, entries: list[LedgerEntry]) -> Finding:
         "ledger",
         f"the account says {account.balance} and {account.frozen} frozen, its {len(entries)} entries {balance} "
         f"and {frozen}",
-        "An entry is missing or counted twice: look at the credits service.",
+        "An entry is missing or counted twice: check the credits service.",
     )
 
 

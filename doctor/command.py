@@ -26,7 +26,7 @@ def doctor(
         tuple[str, str, str] | None,
         typer.Option(
             metavar="TENANT USER TEMPLATE",
-            help="Also take one hold of 1 point twice under one key, then cancel whatever came of it.",
+            help="Also request a hold of 1 point twice with one key, then cancel the result.",
         ),
     ] = None,
     as_json: Json = False,

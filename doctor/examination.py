@@ -1,4 +1,4 @@
-"""`doctor`: can this set-up take tasks? Reads, and cancels of ids that cannot exist; nothing is changed.
+"""`doctor`: can this set-up run tasks? It reads, and cancels ids that cannot exist; it changes nothing.
 
 The exception is `take_hold`, which runs only with --hold: one hold of 1 point, always given back.
 """
@@ -33,8 +33,8 @@ from proof.conformance import opened as conformant
 from runtime.settings import Settings
 
 NO_TOKEN = (
-    "Set COMFYUI_TEMPORAL_TOKEN_SECRET (HS256, at least 32 bytes), or COMFYUI_TEMPORAL_SERVICE_TOKEN where only a "
-    "static token is taken."
+    "Set COMFYUI_TEMPORAL_TOKEN_SECRET (HS256, at least 32 bytes), or COMFYUI_TEMPORAL_SERVICE_TOKEN if only a "
+    "static token is accepted."
 )
 
 
@@ -49,7 +49,7 @@ class Services:
 
 
 async def examine(settings: Settings, connecting: CommandSettings, server: Server) -> list[Finding]:
-    """Every finding. A party that cannot be reached is one finding; the next party is checked all the same."""
+    """All findings. A party that cannot be reached is one finding; the other parties are still checked."""
     queue = server.stack.task_queue if server.stack else settings.task_queue
     try:
         opened = await open_connection(server, connecting, task_queue=queue)
@@ -71,7 +71,7 @@ async def examine(settings: Settings, connecting: CommandSettings, server: Serve
 async def services(
     settings: Settings, stack: StackDescription | None, *, tenant_id: str | None = None, user_id: str | None = None
 ) -> AsyncIterator[Services]:
-    """Clients by the settings, else by the local stack. Raises BadInput without a token or with a bad address."""
+    """Clients by the settings, else by the local stack. Raises BadInput without a token or with an invalid address."""
     tenant_id = tenant_id or (next(iter(stack.tokens), None) if stack else None) or "doctor"
     user_id = user_id or user_of(stack, tenant_id) or "doctor"
     call_for = CallFor(
@@ -104,7 +104,7 @@ def _address(settings: Settings, stack: StackDescription | None, name: str) -> s
 
 
 async def check_credits(opened: Services) -> list[Finding]:
-    """Balance, ledger, and the cancel of a hold that cannot exist."""
+    """Checks balance, ledger, and the cancel of a hold that cannot exist."""
     credits, call_for = opened.credits, opened.call_for
     account = f"{call_for.tenant_id} / {call_for.user_id}"
     unknown = f"{call_for.task_id}-unknown"
@@ -117,7 +117,7 @@ async def check_credits(opened: Services) -> list[Finding]:
     )
     balance = await _answer_of("credits: balance", credits.balance(call_for), "account_not_found")
     if not isinstance(balance, Answer):
-        return [balance]  # not reached, or the token was not taken: the rest would say the same again
+        return [balance]  # not reached, or the token was rejected: the other calls would fail in the same way
     if balance.reply is None:
         first = note("credits: balance", f"{credits.address} answers; it has no account {account}")
     else:
@@ -143,7 +143,7 @@ def _unknown_hold(answer: Answer[Any]) -> Finding:
 
 
 async def _answer_of(what: str, call: Awaitable[Answer[Any]], may_refuse: str) -> Answer[Any] | Finding:
-    """The answer where it is the contract's, else the finding that says what it was instead."""
+    """The answer if it follows the contract, else a finding that describes it."""
     try:
         answer = await call
     except OutsideFailure as failure:
@@ -154,7 +154,7 @@ async def _answer_of(what: str, call: Awaitable[Answer[Any]], may_refuse: str) -
 
 
 async def check_comfyui(opened: Services) -> list[Finding]:
-    """The contract's cases that change nothing: held, not offered, or not the contract's."""
+    """The contract's cases that change nothing: passed, not offered, or failed."""
     person = Person(opened.call_for.tenant_id, opened.call_for.user_id)
     chosen = cases(changes_nothing=True, with_scopes=isinstance(opened.tokens, SignedTokens))
     try:
@@ -175,7 +175,7 @@ def _finding_of(outcome: Outcome) -> Finding:
 
 
 def _with_scopes(tokens: TokenMaker) -> conformance.TokenMaker:
-    """Tokens as cases ask for them; a static token is always the same, and cases of scopes are left out then."""
+    """Tokens for the cases. A static token is always the same, so the cases about scopes are left out with it."""
 
     def make(person: Person, scopes: Collection[Scope]) -> str:
         if isinstance(tokens, SignedTokens):
@@ -186,7 +186,7 @@ def _with_scopes(tokens: TokenMaker) -> conformance.TokenMaker:
 
 
 async def take_hold(opened: Services, template_id: str) -> list[Finding]:
-    """One hold of 1 point, requested twice under one key: both answers must name the same hold. It is cancelled."""
+    """One hold of 1 point, requested twice with one key: both answers must name the same hold. It is cancelled."""
     call_for = opened.call_for
     post = Post[PreDeductRequest](
         call_for=call_for,
@@ -205,7 +205,7 @@ async def take_hold(opened: Services, template_id: str) -> list[Finding]:
     ids = list(dict.fromkeys(answer.pre_deduct_id for answer in answers if isinstance(answer, HoldReply)))
     findings = [answer for answer in answers if isinstance(answer, Finding)][:1]
     if not findings and len(ids) == 1:
-        findings.append(ok("hold", f"requested twice under one key it is one hold, {ids[0]}"))
+        findings.append(ok("hold", f"two requests with one key made one hold, {ids[0]}"))
     elif len(ids) > 1:
         advice = "The service must compare X-Idempotency-Key (contract §4): every repeated call would be paid twice."
         findings.append(wrong("hold", f"one key, two holds: {', '.join(ids)}", advice))
@@ -217,7 +217,7 @@ async def _pre_deducted(credits: CreditsClient, post: Post[PreDeductRequest]) ->
     try:
         answer = await credits.pre_deduct(post)
     except OutsideFailure as failure:
-        advice = f"A hold of 1 point may stand; it ends by itself within {MIN_HOLD_SECONDS} s."
+        advice = f"A hold of 1 point may be open; it ends by itself within {MIN_HOLD_SECONDS} s."
         return wrong("hold", failure.sentence, advice)
     if answer.reply is not None:
         return answer.reply

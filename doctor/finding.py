@@ -1,4 +1,4 @@
-"""One finding of `doctor`: what was checked, its state, what to do."""
+"""One finding of `doctor`: what was checked, the result, what to do."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from comfyui_temporal.contracts.fields import OwnModel
 class Verdict(StrEnum):
     OK = "ok"
     NOTE = "note"
-    """It works, but an operator should know."""
+    """It works, but an operator should know about it."""
     WRONG = "wrong"
 
 
 class Finding(OwnModel):
-    """`what` was checked, `says` its state, `advice` what to do if it is not fine."""
+    """`what` was checked, `says` describes the result, `advice` what to do about a problem."""
 
     what: str
     verdict: Verdict

@@ -1,4 +1,4 @@
-"""What `doctor` prints for people."""
+"""Prints the findings of `doctor`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STYLES: Final = {Verdict.OK: "green", Verdict.NOTE: "yellow", Verdict.WRONG: "r
 
 
 def print_findings(console: Console, findings: list[Finding]) -> None:
-    """What was checked, one line each, and what to do below those that are not fine."""
+    """One line for each check, and the advice below each problem."""
     width = max((len(finding.what) for finding in findings), default=0)
     for finding in findings:
         verdict = (f"{finding.verdict.value:<6}", _STYLES[finding.verdict])

@@ -1,4 +1,4 @@
-"""The task store, if its address is known: which namespace it belongs to, and which tasks could not be checked."""
+"""Checks the task store, if its address is known: its namespace, and tasks that could not be checked."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _dsn(connection: Connection, settings: Settings) -> str | None:
 async def refuse_strange_store(connection: Connection) -> None:
     """Raises BadInput if the configured task store belongs to another namespace than the task would run in.
 
-    A task can be started without a store: one that is not set, or does not answer, is no reason to refuse.
+    A task can be started without a store, so an unset or unavailable one is no reason to refuse.
     """
     dsn = _dsn(connection, read_settings(Settings))
     if not dsn:
@@ -56,7 +56,7 @@ async def refuse_strange_store(connection: Connection) -> None:
 
 
 async def check_store(connection: Connection, settings: Settings) -> list[Finding]:
-    """Findings about the task store; none where its address is not known here. Raises RPCError."""
+    """Findings about the task store; none if its address is not known here. Raises RPCError."""
     dsn = _dsn(connection, settings)
     if not dsn:
         return []

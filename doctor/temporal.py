@@ -1,4 +1,4 @@
-"""What tasks need of Temporal: namespace, retention, search attributes, a worker. Reads only."""
+"""What tasks need from Temporal: namespace, retention, search attributes, a worker. Reads only."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from doctor.finding import Finding, note, ok, wrong
 from runtime.reconciler_schedule import last_pass, standing_reconciler
 
 LEAST_RETENTION: Final = timedelta(days=30)
-"""As long as idempotency keys live: with a shorter one a finished task could be started, and paid, again."""
+"""As long as idempotency keys live: with less, a finished task could be started, and paid, again."""
 
 
 async def check_temporal(connection: Connection) -> list[Finding]:
-    """Everything about the server; without the namespace nothing more can be checked."""
+    """All findings about the server. Without the namespace nothing more can be checked."""
     server = connection.server
     findings = [ok("Temporal", f"answers at {server.address} ({server.named_by})")]
     try:
@@ -66,13 +66,13 @@ async def _search_attributes(connection: Connection) -> Finding:
         return note(
             "search attributes",
             f"cannot be read: {error.message}",
-            f"See that {', '.join(SEARCH_ATTRIBUTES)} exist with type Keyword.",
+            f"Check that {', '.join(SEARCH_ATTRIBUTES)} exist with type Keyword.",
         )
     keyword = IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD
     missing = [name for name in SEARCH_ATTRIBUTES if name not in listed.custom_attributes]
     mistyped = [name for name in SEARCH_ATTRIBUTES if listed.custom_attributes.get(name, keyword) != keyword]
     if mistyped:
-        advice = "A type cannot be changed: use another namespace, where they are created as Keyword."
+        advice = "A type cannot be changed: use another namespace and create them there as Keyword."
         return wrong("search attributes", f"not of type Keyword: {', '.join(mistyped)}", advice)
     if missing:
         names = " ".join(f"--name {name} --type Keyword" for name in missing)
@@ -115,8 +115,8 @@ async def _reconciler(connection: Connection) -> Finding:
     if standing is None:
         return note(
             "reconciler",
-            f"there is no schedule {reconcile_id_of(queue)!r}: what a terminated run left is not given back",
-            "A worker makes it at its start, where it may: start one, or let it create schedules in this namespace.",
+            f"there is no schedule {reconcile_id_of(queue)!r}: what a terminated run left behind is not given back",
+            "A worker creates it at its start, if it may: start one, or let it create schedules in this namespace.",
         )
     every = standing.schedule.spec.intervals[0].every if standing.schedule.spec.intervals else None
     if standing.schedule.state.paused:
@@ -128,4 +128,4 @@ async def _reconciler(connection: Connection) -> Finding:
             f"its last pass could not start {last.not_started} give-backs; the next one tries again",
             f"See the runs of {standing.id!r} in the Temporal UI, and the worker's log.",
         )
-    return ok("reconciler", f"looks every {every} for tasks whose run is over")
+    return ok("reconciler", f"checks every {every} for tasks whose run has ended")

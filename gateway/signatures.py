@@ -29,7 +29,7 @@ class CallbackSignatures:
         try:
             return Webhook(secret)
         except Exception:
-            raise ValueError(f"Callback secret {number} is no Standard Webhooks secret (whsec_ and base64).") from None
+            raise ValueError(f"Callback secret {number} is not `whsec_` and base64 (Standard Webhooks).") from None
 
     def verifies(self, raw: bytes, headers: Mapping[str, str]) -> bool:
         """Whether `raw` was signed with one of the secrets within ±300 s of now."""

@@ -148,8 +148,8 @@ class SseWire:
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def end(self, reason: EndReason, retry_milliseconds: int) -> None:
-        farewell = f": {reason}\nretry: {retry_milliseconds}\n\n".encode()
-        await self._send({"type": "http.response.body", "body": farewell, "more_body": False})
+        last_frame = f": {reason}\nretry: {retry_milliseconds}\n\n".encode()
+        await self._send({"type": "http.response.body", "body": last_frame, "more_body": False})
 
     async def until_gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

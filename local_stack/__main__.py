@@ -20,7 +20,7 @@ from proof.simulators.credits_profile import PROFILES
 def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     if getattr(given, "credits_profile", None):
-        os.environ[PROFILE_SETTING] = given.credits_profile  # as if the caller had set it: every part inherits it
+        os.environ[PROFILE_SETTING] = given.credits_profile  # as if the user had set it: every part inherits it
     try:
         folder = RunFolder(given.folder)
         if given.command == "supervise":
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where the stack keeps its files")
     paced = argparse.ArgumentParser(add_help=False)
-    paced.add_argument("--speed", type=_speed, help=f"how many times real pace (default {DEMO_SPEED:g})")
+    paced.add_argument("--speed", type=_speed, help=f"multiple of the real pace (default {DEMO_SPEED:g})")
     paced.add_argument(
         "--comfyui",
         type=_server,
@@ -60,9 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("up", parents=[common, paced], help="start the stack and leave it running")
     commands.add_parser("down", parents=[common], help="end it")
     commands.add_parser("demo", parents=[common, paced], help="run one image and one training task")
-    commands.add_parser("status", parents=[common], help="say what runs, and where")
-    supervisor = commands.add_parser("supervise", parents=[common, paced], help="be the stack's own process")
-    supervisor.add_argument("--lifeline", action="store_true", help="end when standard input ends")
+    commands.add_parser("status", parents=[common], help="show what runs, and where")
+    supervisor = commands.add_parser("supervise", parents=[common, paced], help="run the stack in this process")
+    supervisor.add_argument("--lifeline", action="store_true", help="end when standard input is closed")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The supervisor as a process of its own, and how a command starts, finds and ends it."""
+"""The supervisor as a separate process: how a command starts, finds and ends it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from local_stack.folder import PROJECT, AlreadyLocked, RunFolder, StackFailure
 from local_stack.supervisor import EXIT_TAKEN, READY_LINE
 
 START_SECONDS: Final = 120.0
-"""How long another command's stack is waited for; the parts have deadlines of their own."""
+"""How long to wait for another command's stack. The parts have their own deadlines."""
 END_SECONDS: Final = 45.0
 LOOK_SECONDS: Final = 0.1
 
-Said = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 class Background:
-    """A stack that this command started. With a lifeline it ends when this process does, however that ends."""
+    """A stack that this command started. With a lifeline it ends when this process ends, for whatever reason."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -37,7 +37,7 @@ class Background:
 
     def end(self) -> None:
         """Ask it to end and wait until it has."""
-        # One word only: a second one means at once.
+        # One signal only: a second one would end it by force.
         if self._process.stdin is not None:
             self._let_go()
         else:
@@ -55,11 +55,11 @@ class Background:
 
 
 _started: Final[list[Background]] = []
-"""Held on to: a process that is left running on purpose is no forgotten one."""
+"""Keeps a reference: otherwise Python warns about a process that is left running on purpose."""
 
 
 def running_stack(folder: RunFolder, *, within_seconds: float = 0.0) -> StackDescription | None:
-    """The stack that is up in this folder. One that is just starting is waited for; None where none is."""
+    """The stack that is up in this folder; waits for one that is just starting. None if none is up."""
     deadline = time.monotonic() + within_seconds
     while folder.is_locked():
         description = folder.description()
@@ -72,11 +72,11 @@ def running_stack(folder: RunFolder, *, within_seconds: float = 0.0) -> StackDes
 
 
 def start_stack(
-    folder: RunFolder, speed: float, said: Said, comfyui: Sequence[str] = (), *, has_lifeline: bool
+    folder: RunFolder, speed: float, report: Report, comfyui: Sequence[str] = (), *, has_lifeline: bool
 ) -> Background | None:
-    """Start a stack and return once all of it is ready; None where another command's is up or came first.
+    """Start a stack and return once it is ready. None if another command's stack is up or came first.
 
-    Raises StackFailure where it does not get ready: its last lines, which `said` heard, tell why.
+    Raises StackFailure if it does not get ready. `report` gets its output; the last lines say why.
     """
     if running_stack(folder, within_seconds=START_SECONDS) is not None:
         return None
@@ -96,7 +96,7 @@ def start_stack(
     _started.append(background)
     try:
         with process.stdout or contextlib.nullcontext(()) as lines:
-            is_ready = _until_ready(lines, said)
+            is_ready = _until_ready(lines, report)
     except BaseException:
         background.end()
         raise
@@ -109,16 +109,16 @@ def start_stack(
     raise StackFailure(f"The stack did not start; all of its logs are in {folder.log('stack').parent}.")
 
 
-def _until_ready(lines: Iterable[str], said: Said) -> bool:
+def _until_ready(lines: Iterable[str], report: Report) -> bool:
     for line in lines:
         if line.rstrip("\n") == READY_LINE:
             return True
-        said(line.rstrip("\n"))
+        report(line.rstrip("\n"))
     return False
 
 
 def end_stack(folder: RunFolder) -> bool:
-    """End the stack of this folder, and whatever a killed one left; whether there was anything to end."""
+    """End the stack of this folder, and processes that a killed one left. Returns whether there was anything to end."""
     deadline = time.monotonic() + END_SECONDS
     was_up = False
     while True:
@@ -132,14 +132,14 @@ def end_stack(folder: RunFolder) -> bool:
         time.sleep(LOOK_SECONDS)
 
 
-def _signal_for(was_told: bool, deadline: float) -> signal.Signals | None:
+def _signal_for(was_signalled: bool, deadline: float) -> signal.Signals | None:
     if time.monotonic() > deadline:
         return signal.SIGKILL
-    return None if was_told else signal.SIGTERM
+    return None if was_signalled else signal.SIGTERM
 
 
 def _signal(pid: int, number: signal.Signals | None) -> None:
-    """The lock names its holder, so this id is the supervisor's as long as the lock is held."""
+    """The lock names its holder, so this id is the supervisor's while the lock is held."""
     if number is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

@@ -1,4 +1,4 @@
-"""One process of the stack: it ends with its supervisor, and its death is noticed and mended."""
+"""One process of the stack: it ends with its supervisor, and is restarted when it dies."""
 
 from __future__ import annotations
 
@@ -32,47 +32,47 @@ CLEAR_UP_SECONDS: Final = 5.0
 
 @dataclass(frozen=True)
 class Part:
-    """What to run, what has to be ready before it, and when it counts as ready itself."""
+    """What to run, what must be ready before it, and when it counts as ready."""
 
     name: str
     command: Sequence[str]
     is_ready: Callable[[], Awaitable[bool]]
-    """One look; asked again until it says yes."""
+    """One check, repeated until it returns true."""
     environment: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     finish: Callable[[], Awaitable[None]] | None = None
-    """Work between ready and usable, such as making tables; done when the stack starts, not at a restart."""
+    """Work between ready and usable, such as creating tables. Done when the stack starts, not at a restart."""
     ready_within_seconds: float = 60.0
     stop_signal: signal.Signals = signal.SIGTERM
     stop_within_seconds: float = 10.0
     orphan_signal: signal.Signals = signal.SIGKILL
-    """Ends it at once, and when its supervisor was killed."""
+    """Ends it immediately; also sent when its supervisor was killed."""
     unprivileged: bool = False
     """Never runs as root."""
 
 
 class Child:
-    """A part's process and its log. `said` hears what a person should know."""
+    """A part's process and its log. `report` gets messages for the user."""
 
-    def __init__(self, part: Part, *, folder: Path, log: Path, said: Callable[[str], None]) -> None:
+    def __init__(self, part: Part, *, folder: Path, log: Path, report: Callable[[str], None]) -> None:
         self.part = part
         self._restarts = 0
         self._folder = folder
         self._log = log
-        self._said = said
+        self._report = report
         self._process: asyncio.subprocess.Process | None = None
         self._started = 0.0
         self._is_ending = False
 
     @property
     def record(self) -> ProcessRecord | None:
-        """Its process as it stands now; None where none runs."""
+        """Its current process; None if none runs."""
         if self._process is None or self._process.returncode is not None:
             return None
         return ProcessRecord(pid=self._process.pid, started=self._started, restarts=self._restarts)
 
     async def start(self) -> None:
-        """Run the part's command. Raises StackFailure where that is not possible."""
+        """Run the part's command. Raises StackFailure if that fails."""
         part = self.part
         with self._opened_log() as log:
             try:
@@ -83,7 +83,7 @@ class Child:
                     stderr=log,
                     cwd=self._folder,
                     env=dict(part.environment),
-                    # Ctrl-C on the terminal reaches the supervisor alone, which ends the parts in order.
+                    # Ctrl-C in the terminal must reach the supervisor only, which ends the parts in order.
                     start_new_session=True,
                     preexec_fn=before_exec(orphan_signal=part.orphan_signal, unprivileged=part.unprivileged),
                 )
@@ -93,7 +93,7 @@ class Child:
             self._started = psutil.Process(self._process.pid).create_time()
 
     async def ready(self) -> None:
-        """Wait until the part is ready. Raises StackFailure with the end of its log where it does not get there."""
+        """Wait until the part is ready. Raises StackFailure with the end of its log if it does not get ready."""
         within = self.part.ready_within_seconds
         deadline = time.monotonic() + within
         while not await self.part.is_ready():
@@ -107,7 +107,7 @@ class Child:
             await self.part.finish()
 
     async def watch(self, changed: Callable[[], None]) -> None:
-        """Start the part again whenever it dies, after longer and longer pauses, until the stack ends."""
+        """Restart the part whenever it dies, after longer and longer pauses, until the stack ends."""
         pause = FIRST_PAUSE_SECONDS
         while self._process is not None:
             since = time.monotonic()
@@ -116,20 +116,20 @@ class Child:
                 return
             if time.monotonic() - since > STEADY_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
-            why = self.tail() if code > 0 else f"Its log is {self._log}."
-            self._said(f"{self.part.name} {_ended(code)} and is started again in {pause:.1f} s. {why}")
+            reason = self.tail() if code > 0 else f"Its log is {self._log}."
+            self._report(f"{self.part.name} {_ended(code)} and is restarted in {pause:.1f} s. {reason}")
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
             try:
                 await self.start()
             except StackFailure as failure:
-                self._said(str(failure))
+                self._report(str(failure))
                 continue
             self._restarts += 1
             changed()
 
     async def stop(self, *, at_once: bool = False) -> None:
-        """End the process, by force where it takes too long or where it is to end `at_once`."""
+        """End the process, by force if it takes too long or with `at_once`."""
         self._is_ending = True
         process = self._process
         if process is None or process.returncode is not None:
@@ -139,13 +139,13 @@ class Child:
         try:
             await asyncio.wait_for(process.wait(), self.part.stop_within_seconds)
         except TimeoutError:
-            self._said(f"{self.part.name} did not end within {self.part.stop_within_seconds:.0f} s and was killed.")
+            self._report(f"{self.part.name} did not end within {self.part.stop_within_seconds:.0f} s and was killed.")
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
 
     def tail(self) -> str:
-        """The last lines of the part's log, as the end of a message."""
+        """The last lines of the part's log, for the end of a message."""
         with contextlib.suppress(OSError), self._log.open("rb") as file:
             file.seek(max(0, self._log.stat().st_size - LOG_TAIL_BYTES))
             lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
@@ -179,7 +179,7 @@ def is_running(record: ProcessRecord) -> bool:
 
 
 def kill_leftover(record: ProcessRecord) -> bool:
-    """End a process that a killed supervisor left behind; whether there was one. Never another under the same id."""
+    """End a process that a killed supervisor left. Returns whether there was one. Never ends another of that id."""
     process = _process_of(record)
     if process is None:
         return False

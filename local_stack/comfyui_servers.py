@@ -1,4 +1,4 @@
-"""The real ComfyUI servers that a stack is to run on: whether they are there."""
+"""Checks that the real ComfyUI servers of a stack answer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ LOOK_SECONDS: Final = 3.0
 
 
 def silent_servers(urls: Iterable[str]) -> Iterator[str]:
-    """A sentence for each that does not answer. It may still be starting, so its jobs wait for it."""
+    """A sentence for each server that does not answer. It may still be starting; its jobs wait for it."""
     for url in urls:
         try:
             httpx.get(f"{url.rstrip('/')}/system_stats", timeout=LOOK_SECONDS, trust_env=False).raise_for_status()
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             yield (
                 f"ComfyUI at {url} does not answer ({str(error) or type(error).__name__}). Jobs wait until it does: "
-                "start it, or name the right address by COMFYUI=http://host:port."
+                "start it, or set the right address: COMFYUI=http://host:port."
             )

@@ -22,10 +22,10 @@ EXIT_INTERRUPTED: Final = 130
 
 
 def up(folder: RunFolder, speed: float | None, comfyui: Sequence[str] = ()) -> int:
-    """Start the stack and leave it running; one that is up already is left as it is."""
+    """Start the stack and leave it running. A stack that is up already is left unchanged."""
     print("Starting the local stack …", flush=True)
     _say_each(silent_servers(comfyui))
-    started = start_stack(folder, pace_of(speed, comfyui), _said, comfyui, has_lifeline=False)
+    started = start_stack(folder, pace_of(speed, comfyui), _print_line, comfyui, has_lifeline=False)
     stack = _described(folder)
     _say_whether_started(folder, started, speed)
     _show(folder, stack)
@@ -39,7 +39,7 @@ def down(folder: RunFolder) -> int:
 
 
 def status(folder: RunFolder) -> int:
-    """What runs, and where; exit code 1 where no stack is up."""
+    """Show what runs, and where. The exit code is 1 if no stack is up."""
     stack = running_stack(folder)
     if stack is None:
         print(f"No stack is up in {folder.path}. Start one with `make up`.")
@@ -47,13 +47,13 @@ def status(folder: RunFolder) -> int:
     _show(folder, stack)
     record = folder.record()
     for name, process in (record.processes if record is not None else {}).items():
-        restarts = f", started again {process.restarts} times" if process.restarts else ""
+        restarts = f", restarted {process.restarts} times" if process.restarts else ""
         print(f"  {name:<10} {'runs' if is_running(process) else 'is down'} (pid {process.pid}){restarts}")
     return 0
 
 
 def pace_of(speed: float | None, comfyui: Sequence[str]) -> float:
-    """Real servers work at their own pace, and so does everything around them."""
+    """Real servers work at their own pace, and so must everything around them."""
     return speed or (REAL_SPEED if comfyui else DEMO_SPEED)
 
 
@@ -63,9 +63,9 @@ def _say_each(sentences: Iterable[str]) -> None:
 
 
 def demo(folder: RunFolder, speed: float | None, comfyui: Sequence[str] = ()) -> int:
-    """Run one image and one training task on a stack, which is ended afterwards if it was started for this."""
+    """Run one image and one training task on a stack. The stack is ended afterwards if it was started for this."""
     _say_each(silent_servers(comfyui))
-    started = start_stack(folder, pace_of(speed, comfyui), _said, comfyui, has_lifeline=True)
+    started = start_stack(folder, pace_of(speed, comfyui), _print_line, comfyui, has_lifeline=True)
     try:
         stack = _described(folder)
         _say_whether_started(folder, started, speed)
@@ -84,7 +84,7 @@ def demo(folder: RunFolder, speed: float | None, comfyui: Sequence[str] = ()) ->
 
 
 def _run_demo(folder: RunFolder, stack: StackDescription) -> int:
-    """Loaded only here: it needs more than the stack does."""
+    """Imported only here: the demo needs more packages than the stack."""
     code: int = import_module("local_stack.demo").run_demo(stack, folder.path)
     return code
 
@@ -101,17 +101,17 @@ def _say_whether_started(folder: RunFolder, started: Background | None, speed: f
     if started is not None or record is None:
         return
     profile = os.environ.get(PROFILE_SETTING)
-    print(f"A stack is up in this folder already and is used as it is (speed {record.speed:g}).")
+    print(f"A stack is already up in this folder and is used as it is (speed {record.speed:g}).")
     if profile and profile != record.credits_profile:
-        print(f"For the {profile} credits profile end it first: `make down`.")
+        print(f"To use the {profile} credits profile, end it first: `make down`.")
     if speed is not None and speed != record.speed:
-        print(f"For speed {speed:g} end it first: `make down`.")
+        print(f"To use speed {speed:g}, end it first: `make down`.")
 
 
 def _show(folder: RunFolder, stack: StackDescription) -> None:
     record = folder.record()
     pace = f", {record.speed:g} times real pace" if record is not None else ""
-    print(f"The stack is up on this machine alone{pace}:")
+    print(f"The stack is up, reachable from this machine only{pace}:")
     for name, where in (
         ("Temporal UI", stack.ui_url),
         ("Temporal", stack.temporal_address),
@@ -122,7 +122,7 @@ def _show(folder: RunFolder, stack: StackDescription) -> None:
         ("logs", folder.path / "logs"),
     ):
         print(f"  {name:<13} {where}")
-    # The token stands in the fragment, which browsers send to nobody.
+    # The token is in the fragment, which browsers do not send.
     if tenant_id := next(iter(stack.tokens), None):
         print(f"  {'live page':<13} {stack.page_url(tenant_id)}")
 
@@ -138,7 +138,7 @@ def _behind(stack: StackDescription) -> str:
     return f"the bridge, {servers} server{'s' if servers > 1 else ''} behind it" if servers else "simulated"
 
 
-def _said(line: str) -> None:
-    # A reader that has had enough (`make up | head`) is no reason to end a stack that is starting.
+def _print_line(line: str) -> None:
+    # A reader that stops early (`make up | head`) must not end a stack that is starting.
     with contextlib.suppress(BrokenPipeError):
         print(f"  {line}", flush=True)

@@ -1,4 +1,4 @@
-"""The demo: one image and one training at the same time on a local stack, with live bars and the books checked.
+"""The demo: one image and one training at the same time on a local stack, with progress bars and a check of the ledger.
 
 On real ComfyUI servers: one image, which needs no model.
 """
@@ -37,21 +37,21 @@ from doctor.report import print_findings
 TENANT: Final = "tenant-demo"
 RUN_FOLDER: Final = Path(__file__).parent.parent / ".run"
 LIMIT_SECONDS: Final = 900.0
-"""Past it something is stuck, at the slowest speed too: the demo says so instead of waiting for ever."""
+"""Beyond it something is stuck, even at the slowest speed. The demo then fails instead of waiting for ever."""
 _PICTURES: Final = 6
 _PIXELS: Final = 96
 
 
 @dataclass(frozen=True)
 class DemoTasks:
-    """`training`: None on real servers, which may have no model to train."""
+    """`training` is None on real servers, which may have no model to train."""
 
     image: ImageTask
     training: TrainingTask | None
 
 
 def run_demo(stack: StackDescription, folder: Path = RUN_FOLDER) -> int:
-    """Run it and print it; 0 only where both tasks completed and the books agree. `folder`: the stack's `.run`."""
+    """Run the demo and print it. Returns 0 only if both tasks completed and the ledger agrees. `folder`: `.run`."""
     console = Console()
     try:
         return asyncio.run(_demo(console, stack, folder))
@@ -104,7 +104,7 @@ def real_tasks(stack: StackDescription) -> DemoTasks:
 
 
 def demo_tasks(stack: StackDescription, dataset: Path) -> DemoTasks:
-    """The two inputs. Raises BadInput where the stack has no token for the demo's tenant."""
+    """The two inputs. Raises BadInput if the stack has no token for the demo's tenant."""
     run = secrets.token_hex(4)
     payer = {"tenant_id": TENANT, "user_id": user_of(stack, TENANT)}
     image: dict[str, Any] = {
@@ -127,8 +127,8 @@ def demo_tasks(stack: StackDescription, dataset: Path) -> DemoTasks:
 
 
 def make_dataset(folder: Path) -> Path:
-    """A few captioned pictures, made on the fly: the same bytes each time."""
-    from PIL import Image, ImageDraw  # only the demo draws: other commands start without it
+    """A few captioned pictures, generated: the same bytes each time."""
+    from PIL import Image, ImageDraw  # only the demo draws: other commands start faster without it
 
     folder.mkdir(parents=True, exist_ok=True)
     for n in range(_PICTURES):
@@ -141,7 +141,7 @@ def make_dataset(folder: Path) -> Path:
 
 def _announce(console: Console, opened: Connection, stack: StackDescription, started: list[StartedTask]) -> None:
     if page := stack.page_url(TENANT):
-        console.print("The live page, with the token of the demo's tenant, which this stack made itself:")
+        console.print("The live page, with a token of the demo's tenant that this stack has made:")
         console.print(Text(f"  {page}", style="dim"), soft_wrap=True)
     console.print("One image and one training, at the same time:" if len(started) > 1 else "One image:")
     for task in started:
@@ -168,7 +168,7 @@ async def _followed(console: Console, opened: Connection, started: list[StartedT
 
 
 async def _books(stack: StackDescription, outcomes: list[TaskOutcome]) -> list[Finding]:
-    """Read through the credits API with the tenant's own token, as any of its services would."""
+    """Read through the credits API with the tenant's own token, as its services would."""
     reported = {outcome.task_id: outcome.credits for outcome in outcomes if outcome.credits is not None}
     call_for = CallFor(
         task_id="demo", tenant_id=TENANT, user_id=user_of(stack, TENANT) or "", scene=Scene.IMAGE_GENERATE
@@ -177,4 +177,4 @@ async def _books(stack: StackDescription, outcomes: list[TaskOutcome]) -> list[F
         async with CreditsClient(stack.credits_url, ServiceToken(stack.tokens[TENANT])) as credits:
             return await check_books(credits, call_for, reported)
     except (OutsideFailure, LedgerUnreadable) as failure:
-        return [wrong("ledger", str(failure), "Without the ledger nobody can say what was charged.")]
+        return [wrong("ledger", str(failure), "Without the ledger the charges cannot be checked.")]

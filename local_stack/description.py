@@ -1,4 +1,4 @@
-"""`.run/stack.json`: how the stack describes itself to whoever runs on this machine (contract §8)."""
+"""`.run/stack.json`: how the stack describes itself to programs on this machine (contract §8)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from local_stack.temporal_server import NAMESPACE
 from runtime.settings import Settings
 
 ACCOUNTS: Final = {"tenant-demo": "user-demo", "tenant-other": "user-other"}
-"""Tenant → user: the accounts that the simulators know."""
+"""Tenant → user: the accounts of the simulators."""
 TOKEN_SECONDS: Final = 24 * 3600
 REWRITE_SECONDS: Final = 6 * 3600
-"""Tokens are made anew this often, so that a stack that stays up never shows stale ones."""
+"""Tokens are renewed this often, so that a stack that stays up never shows expired ones."""
 CLOCK_SKEW_SECONDS: Final = 30
 
 

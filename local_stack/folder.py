@@ -1,4 +1,4 @@
-"""The folder `.run`: what lies where, its lock, its secrets, and what it remembers from one start to the next."""
+"""The folder `.run`: its files, its lock, its secrets, and what is kept from one start to the next."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class StackFailure(Exception):
-    """Why the stack cannot do what was asked; the message says what to do about it."""
+    """Why the stack cannot do what was requested. The message says what to do about it."""
 
 
 class AlreadyLocked(Exception):
-    """Another stack uses this folder; `pid` is its supervisor's, None where the lock's file does not tell."""
+    """Another stack uses this folder. `pid` is its supervisor's; None if the lock's file does not name it."""
 
     def __init__(self, pid: int | None) -> None:
         self.pid = pid
@@ -35,7 +35,7 @@ class AlreadyLocked(Exception):
 
 
 class Secrets(BaseModel):
-    """Made at the first start, kept for ever after: tokens and callbacks of open tasks stay good."""
+    """Made at the first start and then kept, so that tokens and callbacks of open tasks stay valid."""
 
     token_secret: str
     callback_secret: str
@@ -53,11 +53,11 @@ class Secrets(BaseModel):
 
 
 class ProcessRecord(BaseModel):
-    """A process of the stack, named so that another one under the same id is never taken for it."""
+    """A process of the stack, identified so that another one with the same id is never mistaken for it."""
 
     pid: int
     started: float
-    """Seconds since 1970, as the operating system tells."""
+    """Seconds since 1970, from the operating system."""
     restarts: int = 0
 
 
@@ -74,7 +74,7 @@ class RunFolder:
     """`.run`, mode 0700; every file that holds a secret has mode 0600."""
 
     def __init__(self, path: Path = DEFAULT_FOLDER) -> None:
-        """Makes the folder where it is missing. Raises StackFailure where that is not possible."""
+        """Creates the folder if it is missing. Raises StackFailure if that fails."""
         self.path = path.absolute()
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -96,9 +96,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder: for one supervisor, or a command that clears up. Raises AlreadyLocked.
+        """Hold the folder's lock: for one supervisor, or a command that cleans up. Raises AlreadyLocked.
 
-        The operating system frees the lock with the process, so that a killed one leaves none behind.
+        The operating system frees the lock when the process ends, so a killed one leaves none behind.
         """
         descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -124,7 +124,7 @@ class RunFolder:
         return int(text) if text.isdigit() else None
 
     def secrets(self) -> Secrets:
-        """The secrets; made where there are none yet."""
+        """The secrets; made if there are none yet."""
         kept = _read(self._secrets, Secrets)
         if kept is None:
             kept = Secrets.new()
@@ -143,7 +143,7 @@ class RunFolder:
         _write(self._ports, ports)
 
     def description(self) -> StackDescription | None:
-        """How the stack in this folder describes itself; None where none is up."""
+        """How the stack in this folder describes itself; None if none is up."""
         return _read(self._description, StackDescription)
 
     def describe(self, description: StackDescription) -> None:
@@ -163,7 +163,7 @@ class RunFolder:
 
 
 def _read(path: Path, model: type[Model]) -> Model | None:
-    """A file's content; None where it is missing or half written by a process that was killed."""
+    """A file's content; None if it is missing, or incomplete because its writer was killed."""
     try:
         return model.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):
@@ -171,11 +171,11 @@ def _read(path: Path, model: type[Model]) -> Model | None:
 
 
 def _write(path: Path, content: Any) -> None:
-    """Whole or not at all, readable by its owner alone."""
-    beside = path.with_suffix(".new")
-    beside.unlink(missing_ok=True)
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    """Written completely or not at all, readable by its owner only."""
+    new_file = path.with_suffix(".new")
+    new_file.unlink(missing_ok=True)
+    descriptor = os.open(new_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(content, file, indent=2)
         file.write("\n")
-    beside.replace(path)
+    new_file.replace(path)

@@ -1,4 +1,4 @@
-"""How a speed is passed on: to the simulators, and to the limits that assume the real pace."""
+"""Passes a speed on: to the simulators, and to the limits that assume the real pace."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ SLOWEST_DEADLINE_SPEED: Final = 10.0
 
 
 def paced_settings(speed: float) -> dict[str, str]:
-    """Settings (without prefix) that go with a speed.
+    """Settings (without prefix) for a speed.
 
     A deadline is a multiple of what ComfyUI announces, and that shrinks with the speed: at 100 an image has 2 s, and
-    three times that is a hiccup of a busy machine. Silence, renewals and retries shrink as well, or a lost callback
-    would cost longer than the work.
+    on a busy machine a hiccup can take three times that. Silence, renewals and retries shrink as well; otherwise a lost
+    callback would cost more time than the work.
     """
     if speed <= SLOWEST_DEADLINE_SPEED:
         return {}

@@ -1,4 +1,4 @@
-"""The parts of the stack: with which command and settings each runs, what it needs, and when it is ready."""
+"""The parts of the stack: the command and settings of each, what it needs, and when it is ready."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ NEVER_INHERITED: Final = frozenset(
         *("JWKS_URL", "CALLER_ISSUER", "CALLER_AUDIENCE", "STREAM_TOKEN_SECRET", "GATEWAY_PUBLIC_URL"),
     }
 )
-"""A real platform's settings in the caller's shell must not reach the simulators."""
+"""A real platform's settings in the user's shell must not reach the simulators."""
 GRACE_SECONDS: Final = 5.0
-"""Of the worker here: longer than the simulators take to answer, shorter than people wait for `make down`."""
+"""The worker's grace here: longer than the simulators take to answer, shorter than a user waits for `make down`."""
 LOOK_SECONDS: Final = 1.0
 SERVER_ERROR: Final = 500
 STAGES: Final = (("worker",), ("gateway", "comfyui", "gpu", "credits"), ("temporal", "postgres"))
-"""The order of ending: who calls ends before who is called. `gpu` are all of `gpu-1`, `gpu-2`, …"""
+"""The order of ending: callers end before the parts that they call. `gpu` means all of `gpu-1`, `gpu-2`, …"""
 
 
 class LocalParts:
-    """Every part of one stack, on its ports and in its folder. Raises StackFailure where a program is missing."""
+    """Every part of one stack, on its ports and in its folder. Raises StackFailure if a program is missing."""
 
     def __init__(self, folder: RunFolder, ports: dict[str, int], speed: float, comfyui: Sequence[str] = ()) -> None:
         """`comfyui`: real servers, reached through the bridge, instead of the simulated one."""
@@ -78,7 +78,7 @@ class LocalParts:
         ]
 
     def _comfyui_parts(self) -> list[Part]:
-        """The simulator; or the bridge, and a GPU worker beside each real server."""
+        """The simulator; or the bridge, and a GPU worker for each real server."""
         if not self._comfyui:
             return [self._ours("comfyui", ["-m", "proof.simulators", "comfyui"])]
         workers = [
@@ -95,7 +95,7 @@ class LocalParts:
         return [self._ours("comfyui", ["-m", "bridge"], needs=("temporal",)), *workers]
 
     async def make_tables(self) -> None:
-        """Bring the task store's tables up to date, once PostgreSQL is ready. Raises StackFailure."""
+        """Migrate the task store's tables, once PostgreSQL is ready. Raises StackFailure."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "store", "migrate"),
             env=self._environment,
@@ -104,9 +104,9 @@ class LocalParts:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        said, _ = await process.communicate()
+        output, _ = await process.communicate()
         if process.returncode != 0:
-            raise StackFailure(f"The task store's tables could not be made: {said.decode(errors='replace').strip()}")
+            raise StackFailure(f"The task store's tables could not be made: {output.decode(errors='replace').strip()}")
 
     def _ours(self, name: str, arguments: list[str], *, needs: tuple[str, ...] = (), page: str = "/healthz") -> Part:
         return Part(
@@ -162,9 +162,9 @@ class LocalParts:
 
 
 def sealed_environment() -> dict[str, str]:
-    """The caller's environment without what would lead a part elsewhere: Temporal profiles, settings, a `.env`.
+    """The user's environment without variables that would redirect a part: Temporal profiles, settings.
 
-    (A `.env` is not read because the parts run in `.run`.)
+    A `.env` is not read either, because the parts run in `.run`.
     """
     kept = {
         name: value
@@ -182,7 +182,7 @@ def sealed_environment() -> dict[str, str]:
 
 
 def serves(server: str) -> Callable[[], Awaitable[bool]]:
-    """Whether something answers at this address, whatever it says."""
+    """Whether something answers at this address, with any status."""
 
     async def look() -> bool:
         parts = urlsplit(server)

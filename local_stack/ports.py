@@ -1,4 +1,4 @@
-"""Where each part listens: where it did last time, else at its usual port, else wherever there is room."""
+"""The port of each part: the one of last time, else its usual port, else any free one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PREFERRED: Final[dict[str, int]] = {
     "postgres": 8191,
     "worker": 8192,
 }
-"""The worker's is that of its health page."""
+"""The worker's port is that of its health page."""
 
 
 def choose_ports(last_time: Mapping[str, int], preferred: Mapping[str, int] = PREFERRED) -> dict[str, int]:
@@ -31,7 +31,7 @@ def choose_ports(last_time: Mapping[str, int], preferred: Mapping[str, int] = PR
 
 def is_free(port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # Servers set it too: a port whose last connections still linger can be listened at.
+        # Servers set it too: a port with lingering connections can be used again.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))

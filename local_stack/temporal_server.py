@@ -1,4 +1,4 @@
-"""The local Temporal server: `temporal server start-dev` on a file, made ready for our runs."""
+"""The local Temporal server: `temporal server start-dev` with a file, configured for our runs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from local_stack.ports import LOOPBACK
 DYNAMIC_CONFIG: Final = PROJECT / "deploy" / "temporal-dynamic-config.yaml"
 NAMESPACE: Final = "default"
 SQLITE_PRAGMAS: Final = ("journal_mode=wal", "synchronous=normal")
-"""A killed server loses nothing, a power cut may cost the last moment. Without them each of the dozens of transactions
-of a task waits for the disk three times: 3.2 small workflows a second instead of 14 (two processors, 3.5 ms a sync)."""
+"""A killed server loses nothing; a power cut may cost the last moment. Without these flags each of the dozens of
+transactions of a task waits for the disk three times: 3.2 small workflows a second instead of 14 (two processors,
+3.5 ms a sync)."""
 RETENTION: Final = "720h"
 """30 days: as long as services keep idempotency keys (contract §4, pitfall 24)."""
 
@@ -58,16 +59,16 @@ class LocalTemporal:
         )
 
     async def _keeps_runs(self) -> bool:
-        """Set the retention: succeeds as soon as the server answers and its namespace exists."""
+        """Set the retention. It succeeds as soon as the server answers and its namespace exists."""
         done, _ = await self._operate("namespace", "update", "--namespace", NAMESPACE, "--retention", RETENTION)
         return done
 
     async def _know_search_attributes(self) -> None:
         """A file made by an earlier version may lack some: the server's own flag adds them to new files only."""
         named = [word for name in SEARCH_ATTRIBUTES for word in ("--name", name, "--type", "Keyword")]
-        done, said = await self._operate("search-attribute", "create", "--namespace", NAMESPACE, *named)
+        done, output = await self._operate("search-attribute", "create", "--namespace", NAMESPACE, *named)
         if not done:
-            raise StackFailure(f"Temporal does not take the search attributes: {said}")
+            raise StackFailure(f"Temporal does not accept the search attributes: {output}")
 
     async def _operate(self, *words: str) -> tuple[bool, str]:
         process = await asyncio.create_subprocess_exec(
@@ -77,12 +78,12 @@ class LocalTemporal:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        said, _ = await process.communicate()
-        return process.returncode == 0, said.decode(errors="replace").strip()
+        output, _ = await process.communicate()
+        return process.returncode == 0, output.decode(errors="replace").strip()
 
 
 def server_flags() -> list[str]:
-    """What each of our servers on a file is told, here and in tests: its journal, search attributes, configuration."""
+    """The flags of all our servers with a file, here and in tests: journal, search attributes, configuration."""
     pragmas = [word for pragma in SQLITE_PRAGMAS for word in ("--sqlite-pragma", pragma)]
     attributes = [word for name in SEARCH_ATTRIBUTES for word in ("--search-attribute", f"{name}=Keyword")]
     return ["--log-level", "error", *pragmas, *attributes, *dynamic_config_flags(dynamic_config())]
@@ -93,7 +94,7 @@ def dynamic_config_flags(values: Mapping[str, object]) -> list[str]:
 
 
 def dynamic_config(path: Path = DYNAMIC_CONFIG) -> dict[str, object]:
-    """Key → value; the local server takes no constraints. Raises StackFailure for a file that has some."""
+    """Key → value. The local server supports no constraints. Raises StackFailure for a file that has some."""
     found: dict[str, object] = {}
     for key, entries in yaml.safe_load(path.read_text()).items():
         if len(entries) != 1 or set(entries[0]) != {"value"}:

@@ -1,1 +1,1 @@
-"""What every entry point reads first: settings, logs, tokens, how a process ends."""
+"""What every entry point reads first: settings, logs, tokens, the Temporal connection."""

@@ -1,7 +1,7 @@
-"""Who a request comes from: JWTs of the platform (contract §7), as gateway and bridge read them.
+"""Authenticates callers by JWTs of the platform (contract §7), for gateway and bridge.
 
-Deliberately narrow: the algorithms are fixed by how the keys are given, never by the token's header; issuer, audience
-and expiry are required; anything that the library trips over is a refusal, never an error of ours.
+Deliberately narrow: the algorithms depend on how the keys are configured, never on the token's header; issuer,
+audience and expiry are required; any error of the JWT library is a refusal, never an error of ours.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ MAX_JWKS_BYTES: Final = 256 * 1024
 
 
 class TokenRefused(Exception):
-    """The token does not say who its bearer is; the text says why, without the token."""
+    """The token does not identify its owner. The text says why, without the token."""
 
 
 class TokensUnverifiable(Exception):
-    """The keys cannot be had now: nobody can be let in, and nobody is at fault."""
+    """The keys cannot be read now: no caller can be authenticated, and no token is to blame."""
 
 
 class Caller(TokenClaims):
-    """Who is asking, and until when that is known. `expires_at` in seconds since the epoch."""
+    """The authenticated caller. `expires_at` is when that ends, in seconds since the epoch."""
 
     expires_at: float
     is_for_streams: bool = False
     """A stream token: it opens streams and nothing else."""
 
     def expires_in(self) -> float:
-        """Seconds of life left, by the wall clock."""
+        """Seconds until it expires, by the wall clock."""
         return self.expires_at - time.time()
 
 
@@ -76,9 +76,9 @@ class SharedSecret:
 
 
 class KeySet:
-    """The public keys behind a JWKS URL, kept for 5 minutes; an outage leaves those that are known in use.
+    """The public keys at a JWKS URL, kept for 5 minutes. During an outage the known ones stay in use.
 
-    A token with an unknown key id makes us look again, at most every 10 s: strangers cannot have us ask at will.
+    A token with an unknown key id causes a new read, at most every 10 s: strangers cannot trigger more.
     """
 
     algorithms: Final = list(JWKS_ALGORITHMS)
@@ -134,7 +134,7 @@ class CallerTokens:
         self._audience = audience
 
     async def read(self, token: str) -> Caller:
-        """Who the token names. Raises TokenRefused, TokensUnverifiable."""
+        """The caller that the token names. Raises TokenRefused, TokensUnverifiable."""
         try:
             check_size(token)
             key = await self._keys.key_for(token)

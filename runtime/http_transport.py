@@ -1,14 +1,14 @@
-"""httpx's transport, with requests that are never cut from outside.
+"""httpx's transport, with requests that are never cancelled from outside.
 
-httpx 0.28 loses a pooled connection for good where the task that waits for a request is cancelled, and where a request
-waits for a free connection and runs out of time just as it gets one: 8 callers that gave up after 2 to 30 ms emptied a
-pool of 5 within a second. So:
+httpx 0.28 loses a pooled connection for good in two cases: the task that waits for a request is cancelled, or a request
+waits for a free connection and times out just as it gets one. 8 callers that gave up after 2 to 30 ms emptied a pool of
+5 within a second. So:
 
-1. `limit_seconds` bounds the whole exchange, its body included. It shortens the time limit of each single read, write
-   and connect, so the exchange ends by its own `TimeoutException`.
-2. A caller that is cancelled leaves at once. Its exchange goes on in a task of its own, and what it was reading from is
-   closed, so that it ends soon. `aclose` waits for these tasks.
-3. Whoever waits for a free connection waits here, before the pool sees the request.
+1. `limit_seconds` bounds the whole exchange, including its body. It shortens the time limit of each read, write and
+   connect, so that the exchange ends by its own `TimeoutException`.
+2. A cancelled caller leaves immediately. Its exchange continues in its own task, and its connection is closed, so that
+   it ends soon. `aclose` waits for these tasks.
+3. Requests wait for a free connection here, before the pool sees them.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ import httpx
 from httpcore._backends.auto import AutoBackend
 
 LIMIT: Final = "limit_seconds"
-"""Key of a request's `extensions`: seconds for the whole exchange; absent for no limit of its own."""
+"""Key of a request's `extensions`: seconds for the whole exchange; no limit if it is absent."""
 DEFAULT_LIMITS: Final = httpx.Limits(max_connections=100, max_keepalive_connections=20)
 _SHORTEST_SECONDS: Final = 0.001
 T = TypeVar("T")
 
 
 class Exchange:
-    """One request and its answer: until when it may last, and the connection that it uses now."""
+    """One request and its answer: its deadline, and the connection that it uses now."""
 
     def __init__(self, limit_seconds: float | None) -> None:
         self._ends_at = None if limit_seconds is None else time.monotonic() + limit_seconds
         self.stream: httpcore.AsyncNetworkStream | None = None
 
     def within(self, seconds: float | None) -> float | None:
-        """The time limit of one operation that would have `seconds`."""
+        """The time limit of one operation whose own limit is `seconds`."""
         if self._ends_at is None:
             return seconds
         rest = max(self._ends_at - time.monotonic(), _SHORTEST_SECONDS)
@@ -50,11 +50,11 @@ _exchange: ContextVar[Exchange] = ContextVar("exchange")
 
 
 class PatientTransport(httpx.AsyncHTTPTransport):
-    """As `httpx.AsyncHTTPTransport`; requests take `extensions={"limit_seconds": 9.0}`."""
+    """As `httpx.AsyncHTTPTransport`. Requests take `extensions={"limit_seconds": 9.0}`."""
 
     def __init__(self, *, limits: httpx.Limits = DEFAULT_LIMITS, **options: Any) -> None:
         super().__init__(limits=limits, **options)
-        # httpx has no parameter for the backend of its pool; the tests fail where this one is not used.
+        # httpx has no parameter for the backend of its pool. The tests fail if this one is not used.
         self._pool._network_backend = _Backend()
         self._free = asyncio.Semaphore(limits.max_connections) if limits.max_connections else None
         self._left_alone: set[asyncio.Task[None]] = set()
@@ -90,7 +90,7 @@ class PatientTransport(httpx.AsyncHTTPTransport):
             self._free.release()
 
     def _leave(self, ending: Coroutine[Any, Any, None]) -> None:
-        """Let what was begun end by itself; its connection is free after that."""
+        """Let an exchange end in the background. Its connection is free after that."""
         task = asyncio.create_task(ending)
         self._left_alone.add(task)
         task.add_done_callback(self._left_alone.discard)
@@ -115,7 +115,7 @@ class PatientTransport(httpx.AsyncHTTPTransport):
 
 
 class PatientClient(httpx.AsyncClient):
-    """`httpx.AsyncClient` on this transport, for proxies of the environment too."""
+    """`httpx.AsyncClient` with this transport, also for proxies from the environment."""
 
     def _init_transport(self, *arguments: Any, **options: Any) -> httpx.AsyncBaseTransport:
         given: httpx.AsyncBaseTransport | None = options.pop("transport", None)
@@ -172,11 +172,11 @@ async def _next(chunks: AsyncIterator[bytes]) -> bytes | None:
 async def _waited(task: asyncio.Task[None]) -> None:
     await asyncio.wait({task})
     if not task.cancelled():
-        task.exception()  # nobody is left to hear of it
+        task.exception()  # marks it as retrieved: its caller has left
 
 
 async def _closed_late(exchange: Exchange, asking: asyncio.Task[httpx.Response]) -> None:
-    """End a request whose caller has left: its connection is closed, or its answer is when it comes."""
+    """End a request whose caller has left: close its connection, or its answer when it arrives."""
     if exchange.stream is not None:
         await exchange.stream.aclose()
     await asyncio.wait({asking})

@@ -1,4 +1,4 @@
-"""structlog set-up; read by entry points only. One JSON object a line, on standard error."""
+"""structlog configuration, for entry points only. One JSON object in each line, on standard error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import structlog
 
 
 def configure_logs(*, level: str = "INFO", as_json: bool = True) -> None:
-    """Send structlog's and the standard library's records through one chain.
+    """Send the records of structlog and of the standard library through one chain.
 
     Bind `task_id`, `workflow_id`, `tenant_id` with `structlog.contextvars`; never a prompt, secret or token.
     """
@@ -39,6 +39,6 @@ def configure_logs(*, level: str = "INFO", as_json: bool = True) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    # httpx logs each request's address at INFO, uvicorn each request: neither helps, both may hold ids.
+    # httpx logs each request's address at INFO, uvicorn each request. Neither helps, and both may contain ids.
     for noisy in ("httpx", "httpcore", "uvicorn.access", "alembic.runtime.migration"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""The schedule that runs the reconciler: made by every worker at its start, once a task queue; read by `doctor`."""
+"""The schedule of the reconciler, one for each task queue: every worker creates it at its start, `doctor` reads it."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from runtime.settings import Settings
 
 RPC_TIMEOUT: Final = timedelta(seconds=5)
 TASK_TIMEOUT: Final = timedelta(seconds=3)
-"""What a killed worker held of a pass is another's after that long."""
+"""After this time another worker takes over a pass from a killed one."""
 PASSES_LOOKED_AT: Final = 3
 RESULT_SECONDS: Final = 1.0
-"""A pass that is still under way is not waited for."""
+"""The schedule does not wait for a pass that still runs."""
 CATCH_UP: Final = timedelta(seconds=10)
-"""After an outage one pass is enough: what it would have found earlier it finds now."""
+"""One pass is enough after an outage: it finds everything that earlier ones would have found."""
 
 
 async def ensure_reconciler(client: Client, settings: Settings) -> None:
-    """Make the schedule, or bring one that stands up to these settings; paused it stays paused. Raises RPCError."""
+    """Create the schedule, or update an existing one to these settings; a paused one stays paused. Raises RPCError."""
     schedule_id, schedule = reconcile_id_of(settings.task_queue), _schedule(settings)
     try:
         await client.create_schedule(schedule_id, schedule, rpc_timeout=RPC_TIMEOUT)
@@ -53,7 +53,7 @@ async def ensure_reconciler(client: Client, settings: Settings) -> None:
 
 
 async def standing_reconciler(client: Client, task_queue: str) -> ScheduleDescription | None:
-    """The schedule as the server has it; None where there is none. Raises RPCError."""
+    """The schedule on the server; None if there is none. Raises RPCError."""
     try:
         return await client.get_schedule_handle(reconcile_id_of(task_queue)).describe(rpc_timeout=RPC_TIMEOUT)
     except RPCError as error:
@@ -63,7 +63,7 @@ async def standing_reconciler(client: Client, task_queue: str) -> ScheduleDescri
 
 
 async def last_pass(client: Client, standing: ScheduleDescription) -> ReconcileResult | None:
-    """What the schedule's newest ended pass came to; None where none has ended well, or it cannot be read."""
+    """The result of the schedule's newest ended pass; None if none has completed, or it cannot be read."""
     for taken in reversed(standing.info.recent_actions[-PASSES_LOOKED_AT:]):
         if not isinstance(taken.action, ScheduleActionExecutionStartWorkflow):
             continue

@@ -2,9 +2,9 @@
 stack); the command line has its own few (comfyui_temporal/command_line/settings.py).
 
 Each is an environment variable `COMFYUI_TEMPORAL_<NAME>`; a `.env` file in the working directory is read too.
-How to reach Temporal comes from Temporal's own environment configuration (`TEMPORAL_ADDRESS`, `TEMPORAL_PROFILE`,
-TLS and API key; https://docs.temporal.io/develop/environment-configuration); the three `temporal_*` settings here go
-before it where they are given.
+The address of Temporal comes from Temporal's own environment configuration (`TEMPORAL_ADDRESS`, `TEMPORAL_PROFILE`,
+TLS and API key; https://docs.temporal.io/develop/environment-configuration). The three `temporal_*` settings here
+override it if they are set.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Settings(BaseSettings):
     token_issuer: str = "comfyui-temporal"
     token_audience: str = "comfyui-platform"
     service_token: SecretStr | None = None
-    """A static bearer token, used instead of made ones where only that is taken."""
+    """A static bearer token, used instead of tokens for each call if a service accepts only that."""
 
-    # Callbacks in
+    # Callbacks
     callback_base_url: ServiceUrl = "http://127.0.0.1:8180"
     """The address under which ComfyUI reaches our gateway."""
     callback_secrets: Annotated[list[SecretStr], NoDecode] = []
@@ -75,18 +75,18 @@ class Settings(BaseSettings):
     gateway_host: str = "127.0.0.1"
     gateway_port: int = Field(default=8180, ge=0, le=65_535)
     gateway_public_url: ServiceUrl | None = None
-    """The address under which clients reach the gateway, for `stream/config`; default: the one they asked at."""
+    """The address under which clients reach the gateway, for `stream/config`; default: the address of their request."""
     temporal_ui_url: ServiceUrl | None = None
-    """Where the Temporal UI is, for links on the live page."""
+    """The Temporal UI's address, for links on the live page."""
     jwks_url: ServiceUrl | None = None
-    """Public keys of the callers' tokens; default: those are HS256 with `token_secret`."""
+    """Public keys of the callers' tokens; default: tokens are HS256 with `token_secret`."""
     caller_issuer: str | None = None
     """Issuer of the callers' tokens; default: `token_issuer`."""
     caller_audience: str | None = None
     """Audience of the callers' tokens; default: `token_audience`."""
     stream_token_secret: SecretStr | None = None
-    """Secret (at least 32 bytes) of the gateway's own stream tokens, equal in all its processes; default: derived
-    from `token_secret`, else made anew at each start."""
+    """Secret (at least 32 bytes) of the gateway's own stream tokens, the same in all its processes; default: derived
+    from `token_secret`, else a new one at each start."""
     allowed_origins: Annotated[list[str], NoDecode] = []
     """Origins whose pages may call the gateway from a browser, with credentials; comma-separated, e.g.
     `https://app.example`."""
@@ -95,12 +95,12 @@ class Settings(BaseSettings):
     database_dsn: SecretStr | None = None
     """`postgresql://user:password@host:port/database`."""
     retention_days: int = Field(default=90, ge=30)
-    """How long a task's row, events and log are kept after its end; never under the 30 days that idempotency keys
-    live. The claim of its id stays for ever."""
+    """How long a task's row, events and log are kept after its end. At least 30 days, as long as idempotency keys live.
+    The claim of its id is never deleted."""
     object_store_url: str = "file://.run/objects"
     """Temporary object storage for dataset snapshots: `file://`, `s3://`, `gs://`, `az://`."""
     dataset_roots: Annotated[list[str], NoDecode] = ["file://.run/datasets/{tenant_id}/"]
-    """Prefixes below which a tenant's datasets and checkpoints lie, comma-separated; each must name `{tenant_id}`."""
+    """Prefixes for a tenant's datasets and checkpoints, comma-separated; each must contain `{tenant_id}`."""
 
     # Policy (contract §5, §8)
     prices: PriceTable = PriceTable()
@@ -122,9 +122,9 @@ class Settings(BaseSettings):
 
     # Reconciler
     reconcile_every_seconds: float = Field(default=300, ge=1)
-    """How often tasks are looked for whose run is over while their row is open."""
+    """How often the reconciler looks for tasks whose run has ended while their row is open."""
     reconcile_pause_seconds: float = Field(default=60, ge=0, le=3_600)
-    """How long such a row must have stood still, and how long its run is then found closed, before it is given back."""
+    """How long such a row must be unchanged, and its run then be found closed, before it is given back."""
 
     # Worker
     max_cached_workflows: int = Field(default=1_000, ge=0)
@@ -132,7 +132,7 @@ class Settings(BaseSettings):
     max_activities: int = Field(default=100, ge=1)
     max_local_activities: int = Field(default=50, ge=1)
     grace_seconds: float = Field(default=20, ge=0)
-    """How long a worker that was told to stop lets calls in flight end."""
+    """How long a stopping worker lets calls in flight end."""
     worker_host: str = "127.0.0.1"
     """Where the worker's health and metrics pages listen."""
     health_port: int | None = Field(default=None, ge=1, le=65_535)
@@ -144,28 +144,28 @@ class Settings(BaseSettings):
 
     # Bridge: see docs/use-your-own-comfyui.md
     bridge_task_queue: str = "comfyui-bridge"
-    """Of the bridge's own work; the names of its pools' and servers' queues begin with it."""
+    """Queue of the bridge's own work. The queue names of its pools and servers begin with it."""
     bridge_host: str = "127.0.0.1"
     bridge_port: int = Field(default=8195, ge=0, le=65_535)
     bridge_url: ServiceUrl | None = None
-    """The address under which results are fetched, where the store signs none; default: host and port."""
+    """The address under which results are fetched, if the store signs none; default: host and port."""
     bridge_store_url: str = "file://.run/bridge"
     """Object storage for results, control images and checkpoints: `file://`, `s3://`, `gs://`, `az://`. Bridge and GPU
-    workers must reach the same."""
+    workers must share it."""
     bridge_templates: Annotated[list[Path], NoDecode] = []
-    """Folders of your own templates, comma-separated; one of them takes the place of a shipped one of the same id."""
+    """Folders of your own templates, comma-separated. One of them replaces a shipped one with the same id."""
     bridge_image_hosts: Annotated[list[str], NoDecode] = []
     """Hosts that control images may come from by https, comma-separated; `.example.org` for all below it."""
     bridge_image_roots: Annotated[list[str], NoDecode] = []
-    """Prefixes of object storage below which a tenant's control images lie, comma-separated; each must name
+    """Prefixes of object storage for a tenant's control images, comma-separated; each must contain
     `{tenant_id}`."""
     bridge_callback_urls: Annotated[list[str], NoDecode] = []
     """Where the bridge may send callbacks, comma-separated prefixes; default: `callback_base_url` alone."""
     bridge_result_secret: SecretStr | None = None
-    """Secret (at least 32 bytes) that signs addresses of results, equal in all bridge processes; default: derived from
-    `token_secret`."""
+    """Secret (at least 32 bytes) that signs addresses of results, the same in all bridge processes; default: derived
+    from `token_secret`."""
     gpu_grace_seconds: float = Field(default=600, ge=0)
-    """How long a GPU worker that was told to stop lets its graph run to its end before it hands the job back."""
+    """How long a stopping GPU worker lets its graph run to the end before it returns the job."""
 
     # Simulators
     simulator_host: str = "127.0.0.1"
@@ -175,7 +175,7 @@ class Settings(BaseSettings):
     simulator_speed: float = Field(default=1.0, gt=0)
     """How many contract seconds pass in one real second."""
     simulator_credits_profile: Literal["contract", "field"] = "contract"
-    """Which credits service is simulated: one that keeps our contract, or the platform's own as it was seen (field)."""
+    """Which credits service is simulated: one that follows our contract, or the platform's own as observed (field)."""
     simulator_admin_token: SecretStr | None = None
 
     @field_validator(
@@ -198,11 +198,11 @@ class Settings(BaseSettings):
 
     @field_validator("prices")
     @classmethod
-    def _carried_by_each_run(cls, prices: PriceTable) -> PriceTable:
+    def _small_enough_for_each_run(cls, prices: PriceTable) -> PriceTable:
         entries = len(prices.extras) + len(prices.base_models)
         if entries > MAX_TABLE_ENTRIES:
             raise ValueError(
-                f"names {entries} extras and base models; each run carries them, {MAX_TABLE_ENTRIES} at most"
+                f"names {entries} extras and base models; each run holds them, at most {MAX_TABLE_ENTRIES}"
             )
         return prices
 
@@ -210,7 +210,7 @@ class Settings(BaseSettings):
     @classmethod
     def _few_attempts(cls, pauses: list[float]) -> list[float]:
         if len(pauses) >= MAX_ATTEMPTS:
-            raise ValueError(f"names {len(pauses)} pauses; a task has {MAX_ATTEMPTS} attempts at most")
+            raise ValueError(f"names {len(pauses)} pauses; a task has at most {MAX_ATTEMPTS} attempts")
         return pauses
 
     @field_validator("allowed_origins")
@@ -218,7 +218,7 @@ class Settings(BaseSettings):
     def _named_one_by_one(cls, origins: list[str]) -> list[str]:
         for origin in origins:
             if not re.fullmatch(r"https?://[^/*\s]+", origin):
-                raise ValueError(f"{origin!r} must look like https://app.example, without a path; * is not taken")
+                raise ValueError(f"{origin!r} must look like https://app.example, without a path; * is not allowed")
         return origins
 
     @field_validator("dataset_roots", "bridge_image_roots")
@@ -226,7 +226,7 @@ class Settings(BaseSettings):
     def _per_tenant(cls, roots: list[str]) -> list[str]:
         for root in roots:
             if "{tenant_id}/" not in root or not root.endswith("/"):
-                raise ValueError(f"{root!r} must hold '{{tenant_id}}/' and end with '/'")
+                raise ValueError(f"{root!r} must contain '{{tenant_id}}/' and end with '/'")
         return roots
 
     @cached_property
@@ -234,13 +234,13 @@ class Settings(BaseSettings):
         return {"accelerated": self.queue_sla_accelerated_minutes, "standard": self.queue_sla_standard_minutes}
 
     def _of_scene(self, scene: Scene, name: str) -> float:
-        """The setting `{noun}_{name}`; the table of scenes, where there is no such setting."""
+        """The setting `{noun}_{name}`, else the value in the table of scenes."""
         spec = SCENES[scene]
         value: float = getattr(self, f"{spec.noun}_{name}", getattr(spec, name))
         return value
 
     def policy(self, *, scene: Scene, task_id: str, tenant_id: str, priority: str) -> Policy:
-        """The policy of one task (contract §5 (ours): prices and limits are no input)."""
+        """The policy of one task (contract §5 (ours): prices and limits are not part of the input)."""
         return Policy(
             prices=self.prices,
             callback_url=f"{self.callback_base_url}/callbacks/comfyui/{task_id}",

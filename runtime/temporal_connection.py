@@ -1,4 +1,4 @@
-"""A Temporal client by settings and Temporal's environment configuration."""
+"""A Temporal client from our settings and Temporal's environment configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runtime.settings import Settings
 
 
 async def connect(settings: Settings, *, runtime: Runtime | None = None, lazy: bool = False) -> Client:
-    """A client by Temporal's environment configuration; our `temporal_*` settings take precedence.
+    """A client from Temporal's environment configuration; our `temporal_*` settings take precedence.
 
     Raises RuntimeError (temporalio: connection failed) if the server cannot be reached.
     """

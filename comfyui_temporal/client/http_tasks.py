@@ -164,8 +164,8 @@ class HttpTasks:
         query: dict[str, str] = {name: value for name, value in (("status", status), ("scene", scene)) if value}
         left = limit
         while left > 0:
-            asked = query | {"limit": str(min(left, MAX_PAGE))}
-            page = _read(TaskList, await self._answered("GET", TASKS, params=asked))
+            parameters = query | {"limit": str(min(left, MAX_PAGE))}
+            page = _read(TaskList, await self._answered("GET", TASKS, params=parameters))
             for view in page.tasks[:left]:
                 yield _summary(view)
             left -= len(page.tasks)

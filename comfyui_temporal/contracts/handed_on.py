@@ -36,7 +36,7 @@ class Order(RunArgument):
 
 @dataclass(frozen=True)
 class Doubtful:
-    """An argument that a caller may not give, or not fully: its origin decides what happens.
+    """An argument that is not allowed from a caller: its origin decides what happens.
 
     `reason` says in sentences what is wrong. `as_read` is its content with unknown fields kept; None if it cannot be
     read.

@@ -44,7 +44,7 @@ class OwnParts:
 
     def add(self, part: Part) -> None:
         self.children[part.name] = Child(
-            part, folder=self._folder.path, log=self._folder.log(part.name), said=self._said
+            part, folder=self._folder.path, log=self._folder.log(part.name), report=self._said
         )
 
     async def start(self, *names: str) -> None:

@@ -201,8 +201,8 @@ async def test_every_error_that_the_platform_documents_says_who_has_to_do_what(
         else:
             assert answer.refusal is not None
             sentence, code = answer.refusal.sentence, answer.refusal.code
-    assert message in sentence and "token was not taken" not in sentence
-    assert re.search(r"(caller|administrator|operator) has to|Nobody has to", sentence), sentence
+    assert message in sentence and "token was not accepted" not in sentence
+    assert re.search(r"(caller|administrator|operator) has to|No action is needed", sentence), sentence
     assert code == COMES_TO.get(message, code)
 
 
@@ -215,7 +215,7 @@ async def test_a_403_that_says_what_it_is_is_never_told_as_a_token(facing: Facin
     async with facing(always(403, error_body("tenant_frozen", "40399"))) as (_, calls):
         with pytest.raises(OutsideFailure, match="40399 tenant_frozen") as raised:
             await calls["pre_deduct"]()
-    assert "token was not taken" not in raised.value.sentence
+    assert "token was not accepted" not in raised.value.sentence
 
 
 @pytest.mark.parametrize(("call", "number", "message"), BY_NUMBER)

@@ -75,10 +75,10 @@ async def test_a_callers_manifest_names_the_files(source: Path, objects: Path) -
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"[]", "is no JSON array of 1 to 10,000 relative paths"),
-        (b'{"files": ["a"]}', "is no JSON array"),
+        (b"[]", "is not a JSON array of 1 to 10,000 relative paths"),
+        (b'{"files": ["a"]}', "is not a JSON array"),
         (b'["images/1.png", "../secret"]', "(entry 1: Value error, must be a relative path without '..')"),
-        (b'["images/1.png"', "is no JSON array"),
+        (b'["images/1.png"', "is not a JSON array"),
         (b'["not there.png"]', "'not there.png' is not in"),
         (b'["' + b"a" * MAX_FILE_LIST_BYTES + b'"]', f"is larger than {MAX_FILE_LIST_BYTES} bytes"),
     ],
@@ -94,10 +94,10 @@ async def test_a_manifest_that_was_changed_or_is_not_the_tenants_is_refused(sour
     gone = changed.model_copy(update={"uri": (source / "gone.json").as_uri()})
     assert "is not there" in await refusal(objects, source, manifest=gone)
     foreign = manifest_at(source.parents[2] / "list.json", json.dumps(TWO).encode())
-    assert "does not lie below a folder of the task's tenant" in await refusal(objects, source, manifest=foreign)
+    assert "is not below a folder of the task's tenant" in await refusal(objects, source, manifest=foreign)
     (source / "link.json").symlink_to(source.parents[2] / "list.json")
     linked = foreign.model_copy(update={"uri": (source / "link.json").as_uri()})
-    assert "leads out" in await refusal(objects, source, manifest=linked)
+    assert "points outside" in await refusal(objects, source, manifest=linked)
     climbing = foreign.model_copy(update={"uri": f"{source.as_uri()}/%2e%2e%2f%2e%2e%2f%2e%2e%2flist.json"})
     assert await refusal(objects, source, manifest=climbing)
 
@@ -125,7 +125,7 @@ async def test_a_list_that_was_touched_is_never_sent(source: Path, objects: Path
     [kept] = (objects / "snapshots/task-1/cats").glob("list-*.json")
     kept.write_bytes(kept.read_bytes().replace(b"images/1.png", b"images/9.png"))
     for touched in (True, False):
-        with pytest.raises(OutsideFailure, match="gone or is not what its sha256 says") as raised:
+        with pytest.raises(OutsideFailure, match="missing or does not match its sha256") as raised:
             await files_of(objects, snapshot)
         assert not raised.value.may_be_retried
         if touched:

@@ -250,7 +250,7 @@ async def test_a_service_without_our_routes_is_seen_as_such(platform: Platform) 
 async def test_a_token_that_is_not_taken_is_told_as_such(platform: Platform) -> None:
     forged = SignedTokens("another-secret-of-at-least-32-bytes", DEFAULT_ISSUER, DEFAULT_AUDIENCE)
     async with CreditsClient(platform.simulators.credits_url, forged) as client:
-        with pytest.raises(OutsideFailure, match="token was not taken"):
+        with pytest.raises(OutsideFailure, match="token was not accepted"):
             await client.balance(call_for())
 
 

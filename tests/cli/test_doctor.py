@@ -81,7 +81,7 @@ async def test_the_reconcilers_schedule_is_told_of(opened: Connection, simulator
     schedule = opened.client.get_schedule_handle(reconcile_id_of(opened.task_queue))
     try:
         _, findings = await examined(opened, simulators)
-        assert findings["reconciler"].says == "looks every 0:05:00 for tasks whose run is over"
+        assert findings["reconciler"].says == "checks every 0:05:00 for tasks whose run has ended"
         await schedule.pause()
         _, findings = await examined(opened, simulators)
         assert f"--unpause -s {schedule.id}" in findings["reconciler"].advice

@@ -32,7 +32,7 @@ async def never() -> bool:
 
 def child_of(tmp_path: Path, code: str, said: list[str] | None = None, **given: object) -> Child:
     part = Part(**{"name": "part", "command": [sys.executable, "-c", code], "is_ready": at_once, **given})  # type: ignore[arg-type]
-    return Child(part, folder=tmp_path, log=tmp_path / "part.log", said=(said if said is not None else []).append)
+    return Child(part, folder=tmp_path, log=tmp_path / "part.log", report=(said if said is not None else []).append)
 
 
 @asynccontextmanager
@@ -65,7 +65,7 @@ async def test_a_part_that_is_killed_is_started_again_and_it_is_said(tmp_path: P
         assert child.record.restarts == 1
     assert pids[0] != pids[1]
     assert len(said) == 1
-    assert "part was ended by SIGKILL and is started again in 0.2 s" in said[0]
+    assert "part was ended by SIGKILL and is restarted in 0.2 s" in said[0]
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
@@ -120,7 +120,7 @@ from local_stack.child import Child, Part
 async def at_once(): return True
 async def main():
     part = Part(name='part', command=[sys.executable, '-c', {FOREVER!r}], is_ready=at_once)
-    child = Child(part, folder=pathlib.Path('.'), log=pathlib.Path(sys.argv[1]) / 'log', said=print)
+    child = Child(part, folder=pathlib.Path('.'), log=pathlib.Path(sys.argv[1]) / 'log', report=print)
     await child.start()
     print(child.record.pid, flush=True)
     await asyncio.sleep(60)

@@ -79,7 +79,7 @@ async def test_a_cut_connection_is_taken_up_again_and_nothing_is_missed(browser:
     async with opened(browser, watched) as seen:
         await is_live(seen.page)
         watched.cable.pull()
-        await expect(seen.page.locator("#connection")).to_have_text(re.compile("trying again|connecting"))
+        await expect(seen.page.locator("#connection")).to_have_text(re.compile("retrying|connecting"))
         handle = await watched.platform.start_image()
         await handle.result()
         watched.cable.plug_in()

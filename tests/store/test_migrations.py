@@ -86,5 +86,5 @@ async def test_the_command_migrates_the_configured_database(new_database: NewDat
     )
     told, _ = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 0
-    assert b"stand at head" in told
+    assert b"are at revision head" in told
     assert "tasks" in await tables_of(dsn)
