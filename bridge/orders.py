@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, JsonValue
 
+from bridge.server import ResultFile
 from comfyui_temporal.contracts.comfyui import DatasetSnapshot, JobRequest, TaskPriority, TrainingRequest
 from comfyui_temporal.contracts.errors import ErrorDetails
 from comfyui_temporal.contracts.fields import OwnModel
@@ -53,17 +54,6 @@ class ControlFile(OwnModel):
     size_bytes: int
 
 
-class NativeFile(OwnModel):
-    """One file that a run left on its server, as `/view` takes it."""
-
-    node: str
-    kind: str
-    """`images`, `gifs`, `audio`, `text`, … as the history names the list."""
-    filename: str
-    subfolder: str = ""
-    type: str = "output"
-
-
 class GraphRun(OwnModel):
     """One run of one graph on one server. `run` rises only when the earlier prompt is known to be lost."""
 
@@ -84,7 +74,7 @@ class GraphRun(OwnModel):
     progress_from: float = 0.0
     progress_to: float = 100.0
     """What the run's own 0 and 100 % are in the stage that is told."""
-    named_files: list[NativeFile] = []
+    named_files: list[ResultFile] = []
     """Files that a node writes and tells the history nothing of (`SaveLoRA`)."""
     existing_lora: ExistingLora | None = None
 
@@ -102,7 +92,7 @@ class ExistingLora(OwnModel):
 class GraphOutcome(OwnModel):
     """How a run ended. `error` is set where it failed; `seconds` is the time on the server."""
 
-    files: list[NativeFile] = []
+    files: list[ResultFile] = []
     texts: list[str] = []
     error: ErrorDetails | None = None
     seconds: float = 0.0
@@ -136,7 +126,7 @@ class CopyOrder(OwnModel):
     job_id: str
     folder: str = ""
     """Below which to store; default: the job's results."""
-    files: list[NativeFile]
+    files: list[ResultFile]
     texts: list[str] = []
 
 

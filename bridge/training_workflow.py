@@ -33,7 +33,6 @@ from bridge.orders import (
     GraphOutcome,
     GraphRun,
     JobView,
-    NativeFile,
     PublishOrder,
     Ref,
     RenderedGraph,
@@ -43,6 +42,7 @@ from bridge.orders import (
 )
 from bridge.placement import HEARTBEAT_TIMEOUT, SERVER_AWAY
 from bridge.run_flow import STORE_RETRY, RunFlow, instant, minutes
+from bridge.server import ResultFile
 from comfyui_temporal.contracts.comfyui import LogLevel, TrainingStage, TrainingStatus
 from comfyui_temporal.contracts.tasks import TaskStatus
 
@@ -196,7 +196,7 @@ class ComfyUITrainingWorkflow(RunFlow):
             progress_from=self._progress_span[0],
             progress_to=self._progress_span[1],
             named_files=[
-                NativeFile(
+                ResultFile(
                     node=graph.save_node,
                     kind="loras",
                     filename=f"{prefix}_{self._step + steps}_steps_00001_.safetensors",

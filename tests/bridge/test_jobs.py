@@ -203,12 +203,12 @@ async def test_a_cancel_that_comes_with_the_taken_server_runs_nothing(
 ) -> None:
     await native.admin.set(hold=True)
     accepted = await bridge.submit()
-    await bridge.until(lambda: bridge.waits(accepted))
+    await bridge.until(lambda: bridge.is_waiting(accepted))
     await bridge.stop_worker()
     async with bridge.gpu(native) as worker:
 
         async def is_taken() -> bool:
-            return not await bridge.waits(accepted)
+            return not await bridge.is_waiting(accepted)
 
         await bridge.until(is_taken)
         workflow = bridge.client.get_workflow_handle(workflow_of(accepted["job_id"]))

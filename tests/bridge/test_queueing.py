@@ -40,7 +40,7 @@ def first_prompt_of(job: Json) -> str:
 async def queued_and_run(bridge: BridgePlatform, native: NativeServer, jobs: list[Json]) -> list[Json]:
     """Let all jobs wait, then one server run them; the order."""
     for job in jobs:
-        await bridge.until(partial(bridge.waits, job), seconds=60)
+        await bridge.until(partial(bridge.is_waiting, job), seconds=60)
     async with bridge.gpu(native):
         for job in jobs:
             who = {"tenant": job["tenant"], "user": f"user-of-{job['tenant']}"}
