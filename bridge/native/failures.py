@@ -27,8 +27,8 @@ def refusal_details(body: Any) -> ErrorDetails:
             name = _text(problem.get("extra_info"), "input_name") if isinstance(problem, Mapping) else ""
             is_choice = _text(problem, "type") == "value_not_in_list"
             missing_model = missing_model or (is_choice and name in MODEL_INPUTS)
-            said = _text(problem, "details") or _text(problem, "message")
-            sentences.append(f"node {node_id} ({class_type}): {_text(problem, 'message')}: {said}")
+            text = _text(problem, "details") or _text(problem, "message")
+            sentences.append(f"node {node_id} ({class_type}): {_text(problem, 'message')}: {text}")
     if not sentences:
         sentences = [_text(error, "message") or (error if isinstance(error, str) else "the graph was refused")]
     code = FailureCode.MODEL_MISSING if missing_model else FailureCode.WORKFLOW_INVALID
@@ -58,14 +58,14 @@ def execution_details(messages: Any) -> ErrorDetails:
 
 def _error_details(data: Any) -> ErrorDetails:
     node, kind = _text(data, "node_id"), _text(data, "node_type")
-    exception, said = _text(data, "exception_type"), _text(data, "exception_message").strip()
+    exception, text = _text(data, "exception_type"), _text(data, "exception_message").strip()
     code = FailureCode.NODE_ERROR
-    lowered = f"{exception} {said}".lower()
+    lowered = f"{exception} {text}".lower()
     if "outofmemory" in lowered.replace(" ", "").replace("_", "") or "out of memory" in lowered:
         code = FailureCode.GPU_OUT_OF_MEMORY
     elif exception.endswith("FileNotFoundError") and "model" in lowered:
         code = FailureCode.MODEL_MISSING
-    message = f"Node {node} ({kind}) failed: {exception.rpartition('.')[2]}: {said}"
+    message = f"Node {node} ({kind}) failed: {exception.rpartition('.')[2]}: {text}"
     return ErrorDetails(code=code.value, message=shortened(repaired(message)), retryable=False, node=node or None)
 
 

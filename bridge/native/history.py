@@ -1,4 +1,4 @@
-"""An entry of ComfyUI's `/history` → what came of the prompt. Fields of an unexpected shape are ignored."""
+"""An entry of ComfyUI's `/history` → the prompt's result. Fields of an unexpected shape are ignored."""
 
 from __future__ import annotations
 
