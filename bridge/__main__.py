@@ -1,4 +1,4 @@
-"""`python -m bridge`: contract §2's and §3's `/comfyui/v1`, and the workflows behind it, by the settings."""
+"""`python -m bridge`: serves `/comfyui/v1` (contract §2, §3) and runs the worker of the bridge's workflows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ log = structlog.get_logger("bridge")
 
 
 class Bridge:
-    """Everything that one bridge process holds. Raises CannotStart, ValueError for an unusable address or secret."""
+    """The parts of one bridge process. Raises CannotStart, and ValueError for an unusable address or secret."""
 
     def __init__(self, settings: Settings, client: Client) -> None:
         self.storage = Storage(settings.bridge_store_url)
@@ -56,7 +56,7 @@ class Bridge:
         self._templates = templates_by(settings)
 
     def serves_at(self, base_url: str) -> None:
-        """Where results are fetched, where that is known only once it serves."""
+        """Set the address of results, if it is known only once the port is open."""
         self.signed.base_url = base_url
 
     def app(self) -> FastAPI:
@@ -105,7 +105,7 @@ class Bridge:
 
 
 async def serve(settings: Settings) -> None:
-    """Serve until told to stop. Raises CannotStart."""
+    """Serve until SIGTERM or SIGINT. Raises CannotStart."""
     async with AsyncExitStack() as opened:
         try:
             client = await temporal_connection.connect(settings)
@@ -127,7 +127,7 @@ async def serve(settings: Settings) -> None:
         )
         log.info("bridge_serves", host=settings.bridge_host, port=settings.bridge_port, namespace=client.namespace)
         for number in (signal.SIGINT, signal.SIGTERM):
-            # uvicorn raises the signal again once it has drained: without a handler that would kill us before we close.
+            # uvicorn raises the signal again after draining; without a handler that would end us before clean-up.
             signal.signal(number, lambda *_: None)
         await server.serve()
 

@@ -1,6 +1,6 @@
 """`/comfyui/v1` over HTTP (contract §2, §3), result files, and `/healthz`.
 
-A request passes: its size → its token → its idempotency key → the act (service.py).
+A request is checked in this order: size → token → idempotency key → the action (service.py, training_service.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import structlog
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from bridge.replies import Act, Call, Refused, Unanswered, Unauthenticated
+from bridge.replies import Action, Call, Refused, Unanswered, Unauthenticated
 from bridge.runs import Keys
 from bridge.service import ImageService
 from bridge.storage import RESULTS_PATH, STORAGE_ERRORS, SignedAddresses, Storage, is_plain
@@ -28,26 +28,26 @@ MAX_BODY_BYTES: Final = 8 * 1024 * 1024
 BODY_SECONDS: Final = 15.0
 MAX_KEY_CHARACTERS: Final = 256
 SHOWN_TYPES: Final = frozenset({"image/png", "image/jpeg", "image/webp", "image/gif", "video/mp4", "video/webm"})
-"""Shown by browsers; whatever else a graph wrote is only downloaded."""
+"""Browsers may show these. All other results are downloads."""
 
 log = structlog.get_logger(__name__)
 
 
 class Edge:
-    """Everything around an act."""
+    """Body limits, authentication, idempotency and logging around an action."""
 
     def __init__(self, tokens: CallerTokens, keys: Keys) -> None:
         self._tokens = tokens
         self._keys = keys
 
-    async def handle(self, request: Request, act: Act, *, begins: bool = False) -> Response:
-        """`begins`: the act starts a workflow under the request's key."""
+    async def handle(self, request: Request, action: Action, *, begins: bool = False) -> Response:
+        """`begins`: the action starts a workflow under the request's idempotency key."""
         try:
             call = await self._call(request)
             if request.method == "GET":
-                reply = await act(call)
+                reply = await action(call)
             else:
-                reply = await (self._keys.once(call, act) if begins else self._keys.claimed(call, act))
+                reply = await (self._keys.once(call, action) if begins else self._keys.claimed(call, action))
         except (Refused, Unanswered, Unauthenticated) as refusal:
             reply = refusal.reply()
         log.info("request", method=request.method, route=request.scope["route"].path, status=reply.status)
@@ -74,11 +74,11 @@ class Edge:
         except TokenRefused as refused:
             raise Unauthenticated(str(refused)) from None
         except TokensUnverifiable:
-            raise Unanswered(503, "the keys of callers' tokens cannot be read now") from None
+            raise Unanswered(503, "the keys for callers' tokens cannot be read now") from None
 
 
 async def _body(request: Request) -> bytes:
-    """The whole body. Raises Refused where it is too large, Unanswered where it is too slow."""
+    """The whole body. Raises Refused if it is too large, Unanswered if it is too slow."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -155,15 +155,15 @@ def _result_routes(storage: Storage, signed: SignedAddresses) -> APIRouter:
 
     @router.get(RESULTS_PATH + "/{path:path}")
     async def result(path: str, expires: int = 0, signature: str = "") -> Response:
-        """A result, by a signed address that has not expired; else 404, as if there were none."""
-        if not is_plain(path) or not signed.holds(path, expires=expires, signature=signature):
-            return _said(404, "There is no such result, or its address has expired.")
+        """A result, if its signed address has not expired. Otherwise 404, as for an unknown result."""
+        if not is_plain(path) or not signed.is_valid(path, expires=expires, signature=signature):
+            return _detail(404, "There is no such result, or its address has expired.")
         try:
             size = await storage.size_bytes(path)
         except FileNotFoundError:
-            return _said(404, "There is no such result, or its address has expired.")
+            return _detail(404, "There is no such result, or its address has expired.")
         except STORAGE_ERRORS:
-            return _said(503, "The storage of results cannot be read now.")
+            return _detail(503, "The storage of results cannot be read now.")
         kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
         headers: dict[str, Any] = {
             "Content-Length": str(size),
@@ -178,5 +178,5 @@ def _result_routes(storage: Storage, signed: SignedAddresses) -> APIRouter:
     return router
 
 
-def _said(status: int, sentence: str) -> Response:
+def _detail(status: int, sentence: str) -> Response:
     return Response(json.dumps({"detail": sentence}), status, media_type="application/json")

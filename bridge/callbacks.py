@@ -1,4 +1,4 @@
-"""Callbacks out (contract §2), signed by the Standard Webhooks scheme; each attempt with its own timestamp."""
+"""Sends callbacks (contract §2), signed as Standard Webhooks. Each attempt has its own timestamp."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 
 class CallbackSender:
-    """Posts signed callbacks. Raises ValueError for a secret that is none (`whsec_` and base64)."""
+    """Posts signed callbacks. Raises ValueError unless the secret is `whsec_` and base64."""
 
     def __init__(self, secret: str) -> None:
         try:
@@ -51,7 +51,7 @@ class CallbackSender:
         await self._client.__aexit__(kind, error, trace)
 
     async def send(self, callback: Callback, *, seconds: float = SEND_SECONDS) -> int | None:
-        """The status that was answered, or None for no answer."""
+        """POST the callback. Returns the status of the answer, or None without an answer."""
         now = datetime.now(UTC)
         headers = {
             "content-type": "application/json",
@@ -70,33 +70,33 @@ class CallbackSender:
 
 
 def is_settled(status: int | None) -> bool:
-    """Whether nothing is to be sent again: taken, or refused for good."""
+    """Whether the callback must not be sent again: accepted, or refused for good."""
     return status is not None and (200 <= status < 300 or status in NOT_REPEATED)
 
 
 def repeated_after(attempt: int) -> timedelta:
-    """When to send again after this attempt, 1 being the first (contract §2)."""
+    """The delay after this attempt, counted from 1 (contract §2)."""
     later = REPEATED_AFTER_SECONDS[attempt - 1] if attempt <= len(REPEATED_AFTER_SECONDS) else HOURLY_SECONDS
     return timedelta(seconds=later)
 
 
 class CallbackActivities:
-    """Callbacks as workflows see them: retried by Temporal on the contract's schedule."""
+    """The activity that workflows call. Temporal retries it on the contract's schedule."""
 
     def __init__(self, sender: CallbackSender) -> None:
         self._sender = sender
 
     @activity.defn(name=SEND_CALLBACK)
     async def send_callback(self, callback: Callback) -> int:
-        """The status that settled it. Raises ApplicationError, retried when the contract says."""
+        """The status of the final answer. Raises ApplicationError, retried on the contract's schedule."""
         status = await self._sender.send(callback)
         if status is not None and is_settled(status):
             if status >= 300:
                 log.warning("callback_refused", webhook_id=callback.webhook_id, status=status)
             return status
-        said = "no answer" if status is None else f"HTTP {status}"
+        reason = "no answer" if status is None else f"HTTP {status}"
         raise ApplicationError(
-            f"The task's callback address gave {said}.",
+            f"The task's callback address gave {reason}.",
             type="callback_unanswered",
             next_retry_delay=repeated_after(activity.info().attempt),
         )

@@ -1,4 +1,4 @@
-"""Names of the bridge's activities and queues: what its workflows know of the code that touches the world."""
+"""Names of the bridge's workflows, activities and task queues. Workflow code calls activities by these names."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from enum import StrEnum
 from typing import Final
 
 BRIDGE_QUEUE: Final = "comfyui-bridge"
-"""Default name of the bridge's own queue: workflows, callbacks and everything else that needs no GPU. The names of all
-other queues are made from it, so that several bridges can share a namespace."""
+"""Default name of the bridge's own queue, for workflows, callbacks and everything else that needs no GPU. All other
+queue names are derived from it, so several bridges can share a namespace."""
 JOB_WORKFLOW: Final = "ComfyUIJobWorkflow"
 KEY_WORKFLOW: Final = "ComfyUIKeyWorkflow"
 TRAINING_WORKFLOW: Final = "ComfyUITrainingWorkflow"
@@ -28,10 +28,10 @@ INGEST_DATASET: Final = "ingest_dataset"
 PUBLISH_MODEL: Final = "publish_model"
 
 LEAST_MINUTES: Final = 1.0
-"""The shortest `estimated_time` that is announced for what is not over: tasks reckon their deadline from it (three
-times by default), and a server that fails is found out after two minutes. `next_eta` is as near as it is known."""
+"""The shortest `estimated_time` of a run that is not over. A task's deadline is a multiple of it (3 by default), and a
+failed server is noticed only after two minutes. `next_eta` has no such minimum."""
 TICKS: Final = 100
-"""Sequence numbers set aside for a run's ticks: one for each whole percent."""
+"""Sequence numbers reserved for a run's ticks: one for each whole percent."""
 BODY_MEMO: Final = "body_sha256"
 ANSWER_MEMO: Final = "answer"
 STATUS_MEMO: Final = "status"
@@ -41,33 +41,33 @@ RESOLUTION_MEMO: Final = "resolution"
 
 
 class RunFailureType(StrEnum):
-    """Types of the failures after which a job goes to the pool again."""
+    """Types of failures after which a job returns to the pool."""
 
     LOST = "prompt_lost"
-    """The server does not know the prompt any more: the next one has a new id."""
+    """The server no longer knows the prompt. The next prompt has a new id."""
     GONE = "server_gone"
     DEAD = "server_dead"
     HANDED_BACK = "handed_back"
-    """The worker was told to stop."""
+    """The worker was stopped."""
 
 
 def pool_queue(bridge_queue: str, pool: str) -> str:
-    """Jobs of a pool that wait for a server."""
+    """The queue of a pool's jobs that wait for a server."""
     return f"{bridge_queue}-pool-{pool}"
 
 
 def server_queue(bridge_queue: str, server: str) -> str:
-    """What only the worker beside this server can do."""
+    """The queue of activities that only this server's worker can run."""
     return f"{bridge_queue}-server-{server}"
 
 
 def presence_queue(bridge_queue: str) -> str:
-    """Polled by every GPU worker, whatever it does: its pollers' identities say which servers there are."""
+    """A queue that every GPU worker polls at all times. Its pollers' identities show which servers exist."""
     return f"{bridge_queue}-gpus"
 
 
 def workflow_id(tenant_id: str, key: str) -> str:
-    """One workflow for a tenant's idempotency key."""
+    """The workflow id for a tenant's idempotency key."""
     return f"comfyui-job-{_hashed(tenant_id, key)}"
 
 
@@ -77,7 +77,7 @@ def run_id_of(kind: str, tenant_id: str, key: str) -> str:
 
 
 def workflow_of(run_id: str) -> str:
-    """The workflow of a job's or training's id."""
+    """The workflow id of a job or training."""
     return f"comfyui-job-{run_id.rpartition('-')[2]}"
 
 

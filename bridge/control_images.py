@@ -1,10 +1,10 @@
-"""Control images: where they may come from, and how they are fetched (pitfall 29).
+"""Control images: allowed sources, and how they are fetched (pitfall 29).
 
-    https://…            hosts of an allow-list; resolved once, the address checked and kept; no redirects
+    https://…            hosts on an allow-list; resolved once, the address checked and pinned; no redirects
     file://, s3://, …    below a root of the job's tenant
 
-What comes must be a picture by its first bytes, of a limited size. Whatever name or type the sender gave counts for
-nothing.
+The content must be a picture of limited size. Its type is read from its first bytes; the sender's file name and
+content type are ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bridge.storage import STORAGE_ERRORS, Storage, is_plain
 
 MAX_IMAGE_BYTES: Final = 20 * 1024 * 1024
 FETCH_SECONDS: Final = 30.0
-_SIGNS: Final[tuple[tuple[bytes, str], ...]] = (
+_SIGNATURES: Final[tuple[tuple[bytes, str], ...]] = (
     (b"\x89PNG\r\n\x1a\n", "image/png"),
     (b"\xff\xd8\xff", "image/jpeg"),
     (b"GIF87a", "image/gif"),
@@ -35,11 +35,11 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
 class ImageRefused(ValueError):
-    """An image that is not taken; the sentence says why."""
+    """The image is refused; the text gives the reason."""
 
 
 class ImageUnreachable(Exception):
-    """An image that cannot be had now, and perhaps later."""
+    """The image cannot be fetched now, but perhaps later."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class FetchedImage:
     content_type: str
 
 
-async def _resolved(host: str, port: int) -> list[str]:
+async def _resolve(host: str, port: int) -> list[str]:
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(entry[4][0]) for entry in found]
 
 
 class ControlImages:
-    """`hosts`: names that https images may come from, `.example.org` for all below it. `roots` name `{tenant_id}`."""
+    """`hosts`: allowed hosts of https images; `.example.org` allows all subdomains. `roots` contain `{tenant_id}`."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class ControlImages:
         hosts: Iterable[str] = (),
         roots: Iterable[str] = (),
         max_bytes: int = MAX_IMAGE_BYTES,
-        resolve: Resolve = _resolved,
+        resolve: Resolve = _resolve,
     ) -> None:
         self._hosts = [host.lower() for host in hosts]
         self._roots = list(roots)
@@ -71,23 +71,21 @@ class ControlImages:
         self._resolve = resolve
 
     def problem(self, address: str, tenant_id: str) -> str | None:
-        """Why this address is not taken, without asking anybody; or None."""
+        """Why this address is refused, or None. Makes no request."""
         try:
             parts = urlsplit(address)
             port = parts.port
         except ValueError:
-            return "is no address"
+            return "is not a valid address"
         if parts.scheme in _STORE_SCHEMES:
-            return (
-                None if self._below_root(address, tenant_id) else "does not lie below a folder of the tenant's images"
-            )
+            return None if self._below_root(address, tenant_id) else "is not below a folder of the tenant's images"
         if parts.scheme != "https":
-            return "must be an https:// address or lie in object storage"
+            return "must be an https:// address or in object storage"
         if "@" in parts.netloc or port not in (None, 443):
-            return "must hold no credentials and no port"
+            return "must not contain credentials or a port"
         if not self._is_allowed(parts.hostname or ""):
             allowed = ", ".join(self._hosts) or "none"
-            return f"comes from a host that is not allowed; allowed are {allowed}"
+            return f"is on a host that is not allowed; allowed are {allowed}"
         return None
 
     async def fetch(self, address: str, tenant_id: str) -> FetchedImage:
@@ -95,10 +93,10 @@ class ControlImages:
         problem = self.problem(address, tenant_id)
         if problem:
             raise ImageRefused(f"it {problem}")
-        content = await (self._fetched(address) if address.startswith("https:") else self._read(address, tenant_id))
+        content = await (self._download(address) if address.startswith("https:") else self._read(address, tenant_id))
         content_type = picture_type(content)
         if content_type is None:
-            raise ImageRefused("it is no PNG, JPEG, GIF or WebP picture")
+            raise ImageRefused("it is not a PNG, JPEG, GIF or WebP picture")
         return FetchedImage(content, content_type)
 
     def _is_allowed(self, host: str) -> bool:
@@ -120,21 +118,21 @@ class ControlImages:
         try:
             storage = Storage(below[0])
             if not await asyncio.to_thread(storage.keeps_inside, below[1]):
-                raise ImageRefused("its folder leads elsewhere")
+                raise ImageRefused("its path leaves the tenant's folder")
             if await storage.size_bytes(below[1]) > self._max_bytes:
                 raise ImageRefused(f"it is larger than {self._max_bytes} bytes")
             return await storage.read_whole(below[1])
         except FileNotFoundError:
-            raise ImageRefused("it is not there") from None
+            raise ImageRefused("it does not exist") from None
         except ImageRefused:
             raise
         except STORAGE_ERRORS as error:
             raise ImageUnreachable(f"its storage cannot be read: {type(error).__name__}") from None
 
-    async def _fetched(self, address: str) -> bytes:
+    async def _download(self, address: str) -> bytes:
         parts = urlsplit(address)
         host = parts.hostname or ""
-        pinned = await self._pinned(host)
+        pinned = await self._public_address(host)
         target = f"https://{f'[{pinned}]' if ':' in pinned else pinned}{parts.path or '/'}"
         target += f"?{parts.query}" if parts.query else ""
         try:
@@ -155,8 +153,8 @@ class ControlImages:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ImageUnreachable(f"its host did not answer: {type(error).__name__}") from None
 
-    async def _pinned(self, host: str) -> str:
-        """One address of the host, all of them being public. Raises ImageRefused, ImageUnreachable."""
+    async def _public_address(self, host: str) -> str:
+        """One address of the host; all of its addresses must be public. Raises ImageRefused, ImageUnreachable."""
         try:
             found = await self._resolve(host, 443)
         except OSError:
@@ -168,12 +166,12 @@ class ControlImages:
 
 NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 LOCAL_NAT64: Final = ipaddress.IPv6Network("64:ff9b:1::/48")
-"""NAT64 of a network's own (RFC 8215): where it leads is not known here."""
+"""NAT64 prefix of a local network (RFC 8215): its target is unknown."""
 IPV4_COMPATIBLE: Final = ipaddress.IPv6Network("::/96")
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one that anybody on the internet could mean; mapped ones are unwrapped."""
+    """Whether an IP address is public. IPv4 addresses inside IPv6 ones are unwrapped."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -191,9 +189,9 @@ def is_public(address: str) -> bool:
 
 
 def picture_type(content: bytes) -> str | None:
-    """The content type by the first bytes, or None where it is no picture that ComfyUI loads."""
-    for sign, content_type in _SIGNS:
-        if content.startswith(sign):
+    """The content type, from the first bytes; None if it is not a picture that ComfyUI loads."""
+    for signature, content_type in _SIGNATURES:
+        if content.startswith(signature):
             return content_type
     return "image/webp" if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else None
 

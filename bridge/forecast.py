@@ -1,7 +1,7 @@
-"""Forecasts waits from what Temporal knows: how long runs took, how many jobs wait, which servers there are.
+"""Forecasts waits and run times from what Temporal knows: past run times, waiting jobs and servers.
 
-Run times come from the memos of ended jobs, the backlog from the task queue's statistics, servers from the pollers of
-one queue that every GPU worker polls. Each is read at most every few seconds.
+Run times are in the memos of ended jobs, the backlog is in the task queue's statistics, and servers are the pollers of
+a queue that every GPU worker polls. Each is read at most once every few seconds.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tasks import PRIORITY_KEYS
 
-KEPT_SECONDS: Final = 3.0
-MEASURED_KEPT_SECONDS: Final = 20.0
+CACHE_SECONDS: Final = 3.0
+MEASURED_CACHE_SECONDS: Final = 20.0
 MEASURED_RUNS: Final = 20
 ALIVE_SECONDS: Final = 100.0
-"""A worker polls at least every minute; after this long it is gone."""
-ASK_SECONDS: Final = 3.0
+"""A worker polls at least every minute. One that has not polled for this long is gone."""
+REQUEST_SECONDS: Final = 3.0
 _IDENTITY: Final = re.compile(r"gpu\|(?P<name>[^|]+)\|(?P<pool>[^|]+)\|(?P<gpu_type>[^|]+)\|")
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class SeenServer:
 
 @dataclass(frozen=True)
 class Backlog:
-    """Jobs that wait for a server, by priority."""
+    """Number of jobs that wait for a server, by priority."""
 
     accelerated: int = 0
     standard: int = 0
@@ -72,7 +72,7 @@ class Backlog:
 
 @dataclass(frozen=True)
 class Expected:
-    """`minutes` from now to the end, `ahead` jobs before it, `run_seconds` on the server."""
+    """`minutes` from now to the end, `ahead` jobs in front, `run_seconds` on the server."""
 
     minutes: float
     ahead: int
@@ -85,67 +85,68 @@ def identity_of(server: SeenServer, process_id: int) -> str:
 
 
 class Forecast:
-    """Answers are cached for a moment; where Temporal does not answer, defaults are used."""
+    """Caches values for a short time. Uses defaults if Temporal does not answer."""
 
     def __init__(self, client: Client, *, task_queue: str = BRIDGE_QUEUE) -> None:
         self._client = client
         self._task_queue = task_queue
-        self._kept: dict[Hashable, tuple[float, Any]] = {}
-        self._asking: dict[Hashable, asyncio.Lock] = {}
+        self._cache: dict[Hashable, tuple[float, Any]] = {}
+        self._locks: dict[Hashable, asyncio.Lock] = {}
 
     def forget(self) -> None:
-        """Read everything again at the next call."""
-        self._kept.clear()
+        """Clear the cache."""
+        self._cache.clear()
 
     async def of_image(
         self, *, template_id: str, resolution: Resolution, priority: TaskPriority, pool: str, by_manifest: float
     ) -> Expected:
-        """What a new image job may expect. Contract §1's default until runs of its kind were measured."""
+        """The forecast for a new image job. At least contract §1's default until runs of its kind were measured."""
         measured, backlog, servers, busy = await asyncio.gather(
             self.run_seconds(template_id, resolution), self.backlog(pool), self.servers(), self.busy_servers()
         )
-        here = [server for server in servers if server.pool == pool]
+        in_pool = [server for server in servers if server.pool == pool]
         seconds = measured if measured is not None else by_manifest
         ahead = backlog.ahead_of(priority)
-        running = sum(server.name in busy for server in here)
-        waits = (ahead + running / 2) * seconds / max(1, len(here)) if ahead or running >= len(here) else 0.0
-        minutes = (waits + seconds) / 60
+        running = sum(server.name in busy for server in in_pool)
+        must_wait = ahead > 0 or running >= len(in_pool)
+        wait = (ahead + running / 2) * seconds / max(1, len(in_pool)) if must_wait else 0.0
+        minutes = (wait + seconds) / 60
         if measured is None:
             minutes = max(minutes, SCENES[Scene.IMAGE_GENERATE].eta_minutes[priority])
         return Expected(minutes=round(max(minutes, LEAST_MINUTES), 4), ahead=ahead, run_seconds=round(seconds, 3))
 
     async def run_seconds(self, template_id: str, resolution: Resolution) -> float | None:
-        """The mean of the last measured runs, or None."""
+        """The mean of the last measured runs; None if there are none."""
 
-        async def ask() -> float | None:
+        async def read() -> float | None:
             ended = f"WorkflowType = '{JOB_WORKFLOW}' AND ExecutionStatus = 'Completed'"
             query = f"TaskQueue = '{self._task_queue}' AND {ended} AND TemplateId = '{template_id}'"
             seconds: list[float] = []
-            looked = 0
+            seen = 0
             async for execution in self._client.list_workflows(query, page_size=100):
                 memo = await execution.memo()
-                looked += 1
+                seen += 1
                 if memo.get(RESOLUTION_MEMO) == resolution.value and isinstance(memo.get(SECONDS_MEMO), int | float):
                     seconds.append(float(memo[SECONDS_MEMO]))
-                if len(seconds) >= MEASURED_RUNS or looked >= 200:
+                if len(seconds) >= MEASURED_RUNS or seen >= 200:
                     break
             return sum(seconds) / len(seconds) if seconds else None
 
-        return await self._asked(("run", template_id, resolution), ask, None, MEASURED_KEPT_SECONDS)
+        return await self._cached(("run", template_id, resolution), read, None, MEASURED_CACHE_SECONDS)
 
     async def backlog(self, pool: str) -> Backlog:
-        async def ask() -> Backlog:
+        async def read() -> Backlog:
             seen = await self._describe(pool_queue(self._task_queue, pool), stats=True)
             by_key = {key: stats.approximate_backlog_count for key, stats in seen.stats_by_priority_key.items()}
             accelerated = by_key.get(PRIORITY_KEYS[TaskPriority.ACCELERATED], 0)
             return Backlog(accelerated=accelerated, standard=sum(by_key.values()) - accelerated)
 
-        return await self._asked(("backlog", pool), ask, Backlog(), KEPT_SECONDS / 3)
+        return await self._cached(("backlog", pool), read, Backlog(), CACHE_SECONDS / 3)
 
     async def servers(self) -> list[SeenServer]:
-        """The GPU workers that are there, by name. Raises nothing: none where Temporal cannot say."""
+        """The running GPU workers, sorted by name; empty if Temporal does not answer."""
 
-        async def ask() -> list[SeenServer]:
+        async def read() -> list[SeenServer]:
             seen = await self._describe(presence_queue(self._task_queue))
             oldest = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)
             found: dict[str, SeenServer] = {}
@@ -155,12 +156,12 @@ class Forecast:
                     found[match["name"]] = SeenServer(match["name"], match["pool"], match["gpu_type"])
             return [found[name] for name in sorted(found)]
 
-        return await self._asked(("servers",), ask, [], KEPT_SECONDS)
+        return await self._cached(("servers",), read, [], CACHE_SECONDS)
 
     async def busy_servers(self) -> set[str]:
-        """Names of servers that run something of ours."""
+        """Names of servers that run a job or training."""
 
-        async def ask() -> set[str]:
+        async def read() -> set[str]:
             query = (
                 f"TaskQueue = '{self._task_queue}' AND WorkflowType IN ('{JOB_WORKFLOW}', '{TRAINING_WORKFLOW}') "
                 "AND ExecutionStatus = 'Running' AND TaskStatus = 'running'"
@@ -170,10 +171,10 @@ class Forecast:
                 async for execution in self._client.list_workflows(query, page_size=200, limit=1_000)
             }
 
-        return await self._asked(("busy",), ask, set(), KEPT_SECONDS / 3)
+        return await self._cached(("busy",), read, set(), CACHE_SECONDS / 3)
 
     async def gpus(self, accelerated_run_seconds: float) -> list[dict[str, Any]]:
-        """Contract §3's list: one row for each type of GPU."""
+        """The list of contract §3: one row for each type of GPU."""
         servers, busy = await asyncio.gather(self.servers(), self.busy_servers())
         rows: list[dict[str, Any]] = []
         for gpu_type in sorted({server.gpu_type for server in servers}):
@@ -199,21 +200,21 @@ class Forecast:
                 task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY,
                 report_stats=stats,
             ),
-            timeout=timedelta(seconds=ASK_SECONDS),
+            timeout=timedelta(seconds=REQUEST_SECONDS),
         )
 
-    async def _asked(self, key: Hashable, ask: Callable[[], Awaitable[T]], otherwise: T, kept_seconds: float) -> T:
-        """The kept answer while it is fresh, else a new one, asked for once; `otherwise` where Temporal fails."""
-        async with self._asking.setdefault(key, asyncio.Lock()):
-            at, value = self._kept.get(key, (float("-inf"), otherwise))
-            if time.monotonic() - at < kept_seconds:
-                kept: T = value
-                return kept
+    async def _cached(self, key: Hashable, read: Callable[[], Awaitable[T]], default: T, cache_seconds: float) -> T:
+        """The cached value while it is fresh, otherwise a new one; `default` if Temporal fails."""
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            at, value = self._cache.get(key, (float("-inf"), default))
+            if time.monotonic() - at < cache_seconds:
+                cached: T = value
+                return cached
             try:
-                async with asyncio.timeout(ASK_SECONDS):
-                    fresh = await ask()
+                async with asyncio.timeout(REQUEST_SECONDS):
+                    fresh = await read()
             except (RPCError, TimeoutError) as error:
-                log.warning("outlook_unknown", about=str(key), reason=type(error).__name__)
-                return otherwise
-            self._kept[key] = (time.monotonic(), fresh)
+                log.warning("forecast_unknown", about=str(key), reason=type(error).__name__)
+                return default
+            self._cache[key] = (time.monotonic(), fresh)
             return fresh

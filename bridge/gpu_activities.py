@@ -1,7 +1,7 @@
-"""What a GPU worker does on its server: take a job, run its graph, copy its results. One server, one object of these.
+"""The activities of one GPU worker on its server: take a job, run its graph, copy its results.
 
-A heartbeat tells the run's whole percent and whether the server has taken the prompt, so that whoever comes after a
-killed worker finds the prompt again and never sends it twice.
+A heartbeat carries the run's whole percent and whether the prompt was submitted, so that the attempt after a killed
+worker finds the prompt again and never submits it twice.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from temporalio.exceptions import ApplicationError
 from bridge.callbacks import TICK_SECONDS, CallbackSender
 from bridge.calls import COPY_RESULTS, INGEST_DATASET, RUN_GRAPH, TAKE_SERVER, RunFailureType
 from bridge.graph_check import NoModel, chosen_models, relink
-from bridge.native import NativeServer
-from bridge.native_errors import NativeFailure, PromptRefused
 from bridge.orders import (
     Callback,
     CopyOrder,
@@ -34,13 +32,13 @@ from bridge.orders import (
     ExistingLora,
     GraphOutcome,
     GraphRun,
-    NativeFile,
     ServerTaken,
     StoredResult,
     TakeOrder,
     long_list,
 )
 from bridge.prompt_run import Patience, PromptLost, PromptRun, RunFailure, ServerDead, ServerGone
+from bridge.server import FileUse, PromptRefused, ResultFile, Server, ServerError
 from bridge.slot import Slot
 from bridge.storage import STORAGE_ERRORS, Storage, safe_name
 from comfyui_temporal.contracts.comfyui import DatasetFile, DatasetSnapshot
@@ -60,7 +58,7 @@ log = structlog.get_logger(__name__)
 
 
 class RunBeat(BaseModel):
-    """What a heartbeat of `run_graph` tells."""
+    """Details of a heartbeat of `run_graph`."""
 
     percent: int = 0
     was_sent: bool = False
@@ -68,7 +66,7 @@ class RunBeat(BaseModel):
 
 @dataclass(frozen=True)
 class ServerIdentity:
-    """How this server is known: its name in queues, and its kind of GPU."""
+    """The server's name, its task queue and its type of GPU."""
 
     name: str
     task_queue: str
@@ -76,11 +74,11 @@ class ServerIdentity:
 
 
 class GpuActivities:
-    """The activities of one server. `sender`: None where ticks are not told, only polled."""
+    """The activities of one server. Without a `sender` ticks are not published, only polled."""
 
     def __init__(
         self,
-        server: NativeServer,
+        server: Server,
         identity: ServerIdentity,
         slot: Slot,
         storage: Storage,
@@ -103,7 +101,7 @@ class GpuActivities:
 
     @activity.defn(name=TAKE_SERVER)
     async def take_server(self, order: TakeOrder) -> ServerTaken:
-        """Hold this server for a job. Raises ApplicationError (retried, by any server) where it cannot be had."""
+        """Hold this server for a job. Raises ApplicationError (retried, on any server) if it is not free."""
         problem = await self._slot.take(order.job_id)
         if problem is not None:
             raise ApplicationError(f"{self._identity.name}: {problem}", type="server_taken")
@@ -120,7 +118,7 @@ class GpuActivities:
         prompt = PromptRun(
             self._server,
             run.model_copy(update={"first_percent": max(run.first_percent, beat.percent)}),
-            lambda: self._prepared(run),
+            lambda: self._prepare(run),
             was_sent=beat.was_sent,
             patience=self._patience,
             on_percent=ticks.reached,
@@ -129,7 +127,7 @@ class GpuActivities:
         with structlog.contextvars.bound_contextvars(**bound), self._held(run.job_id):
             try:
                 outcome = await _with_heartbeats(
-                    prompt.to_its_end(),
+                    prompt.finish(),
                     lambda: (RunBeat(percent=prompt.percent, was_sent=prompt.was_sent).model_dump(),),
                     on_cancel=prompt.stop,
                 )
@@ -156,21 +154,23 @@ class GpuActivities:
 
     @activity.defn(name=COPY_RESULTS)
     async def copy_results(self, order: CopyOrder) -> list[StoredResult]:
-        """Copy a run's files to storage. Raises ApplicationError: `prompt_lost` where they are gone, else retried."""
+        """Copy a run's files to storage. Raises ApplicationError: `prompt_lost` if they are gone, else retried."""
         self._copying += 1
         try:
-            return await _with_heartbeats(self._copied(order), tuple)
+            return await _with_heartbeats(self._copy(order), tuple)
         finally:
             self._copying -= 1
 
     @activity.defn(name=INGEST_DATASET)
     async def ingest_dataset(self, order: DatasetOrder) -> int:
-        """Put a training's dataset on this server; how many files. Raises ApplicationError: `workflow_invalid`,
-        a `RunFailureType`, or retried."""
-        with self._held(order.training_id):
-            return await _with_heartbeats(self._ingested(order), tuple)
+        """Put a training's dataset on this server. Returns the number of files.
 
-    async def _ingested(self, order: DatasetOrder) -> int:
+        Raises ApplicationError: `workflow_invalid`, a `RunFailureType`, or retried.
+        """
+        with self._held(order.training_id):
+            return await _with_heartbeats(self._ingest(order), tuple)
+
+    async def _ingest(self, order: DatasetOrder) -> int:
         try:
             wanted = [file for file in await self._files_of(order) if is_trained_on(file.path)]
             if order.training_id in self._ingested_datasets:
@@ -182,7 +182,7 @@ class GpuActivities:
                     raise PromptRefused(
                         ErrorDetails(
                             code=FailureCode.WORKFLOW_INVALID.value,
-                            message=f"dataset.files: {file.path!r} is not what its sha256 says.",
+                            message=f"dataset.files: {file.path!r} does not match its sha256.",
                         )
                     )
                 folder, _, name = file.path.rpartition("/")
@@ -190,18 +190,18 @@ class GpuActivities:
                     name,
                     content,
                     content_type=mimetypes.guess_type(name)[0] or "application/octet-stream",
-                    subfolder="/".join(part for part in ("comfyui-temporal", order.training_id, folder) if part),
+                    folder="/".join(part for part in ("comfyui-temporal", order.training_id, folder) if part),
                 )
         except PromptRefused as refused:
             raise ApplicationError(refused.details.message, type=refused.details.code, non_retryable=True) from None
         except FileNotFoundError as error:
             raise ApplicationError(
-                f"A file of the dataset's snapshot is gone: {error}.",
+                f"A file of the dataset's snapshot is missing: {error}.",
                 type=FailureCode.WORKFLOW_INVALID.value,
                 non_retryable=True,
             ) from None
-        except NativeFailure as failure:
-            raise ApplicationError(str(failure), type=RunFailureType.GONE.value, non_retryable=True) from None
+        except ServerError as error:
+            raise ApplicationError(str(error), type=RunFailureType.GONE.value, non_retryable=True) from None
         except STORAGE_ERRORS as error:
             raise ApplicationError(
                 f"The dataset's snapshot at {order.snapshot.snapshot_uri} cannot be read: {type(error).__name__}.",
@@ -216,20 +216,20 @@ class GpuActivities:
             return order.snapshot.files
         raw = await self._storage.read_whole(long_list(order.training_id, order.list_sha256))
         if hashlib.sha256(raw).hexdigest() != order.list_sha256:
-            message = "dataset.files: the kept list is not what its sha256 says."
+            message = "dataset.files: the stored list does not match its sha256."
             raise PromptRefused(ErrorDetails(code=FailureCode.WORKFLOW_INVALID.value, message=message))
         return DatasetSnapshot.model_validate_json(raw).files
 
-    async def _prepared(self, run: GraphRun) -> Mapping[str, Any]:
-        """The graph with this server's models, images and checkpoint in it. Raises PromptRefused."""
+    async def _prepare(self, run: GraphRun) -> Mapping[str, Any]:
+        """The graph with this server's models, images and checkpoint filled in. Raises PromptRefused."""
         graph: dict[str, Any] = json.loads(json.dumps(run.graph.graph))
         if run.graph.models:
-            info = await self._server.object_info()
+            info = await self._server.node_types()
             if run.named_files:
                 relink(graph, info)
             try:
-                for wish, name in chosen_models(graph, info, run.graph.models, run.graph.result_nodes):
-                    graph[wish.node]["inputs"][wish.input] = name
+                for choice, name in chosen_models(graph, info, run.graph.models, run.graph.result_nodes):
+                    graph[choice.node]["inputs"][choice.input] = name
             except NoModel as missing:
                 raise PromptRefused(
                     ErrorDetails(code=FailureCode.MODEL_MISSING.value, message=f"{run.graph.template_id}: {missing}")
@@ -247,47 +247,46 @@ class GpuActivities:
                 f"control-{upload.control}{suffix}",
                 content,
                 content_type=control.content_type,
-                subfolder=f"comfyui-temporal/{run.job_id}",
+                folder=f"comfyui-temporal/{run.job_id}",
             )
         if run.existing_lora is not None:
             await self._put_lora(graph, run, run.existing_lora)
         return graph
 
     async def _put_lora(self, graph: dict[str, Any], run: GraphRun, lora: ExistingLora) -> None:
-        """Put the checkpoint where this server looks for LoRAs, and name it in the graph."""
-        folder = f"comfyui-temporal/{run.job_id}"
+        """Upload the checkpoint as a LoRA and name it in the graph."""
         try:
             content = await self._storage.read_whole(lora.path)
         except FileNotFoundError:
             raise PromptRefused(
                 ErrorDetails(code=FailureCode.INTERNAL.value, message="The checkpoint is no longer in storage.")
             ) from None
-        given = await self._server.upload(
+        stored = await self._server.upload(
             lora.name,
             content,
             content_type="application/octet-stream",
-            subfolder=f"loras/{folder}",
-            kind="output",
+            folder=f"comfyui-temporal/{run.job_id}",
+            use=FileUse.LORA,
         )
         for node, name in lora.inputs:
-            graph[node]["inputs"][name] = f"{folder}/{given.rpartition('/')[2]}"
+            graph[node]["inputs"][name] = stored
 
     async def _with_loss(self, run: GraphRun, outcome: GraphOutcome) -> GraphOutcome:
-        """A training's outcome with the last loss that the server printed, where it shows what it prints."""
+        """A training's outcome with the last loss in the server's log, if the server offers its log."""
         if not run.named_files or outcome.error is not None:
             return outcome
         try:
             lines = await self._server.log_lines()
-        except NativeFailure:
+        except ServerError:
             return outcome
         losses = _LOSS.findall("".join(lines))
         return outcome.model_copy(update={"loss": float(losses[-1])}) if losses else outcome
 
-    async def _copied(self, order: CopyOrder) -> list[StoredResult]:
+    async def _copy(self, order: CopyOrder) -> list[StoredResult]:
         stored: list[StoredResult] = []
         try:
             for file in order.files:
-                stored.append(await self._stored(order, file))
+                stored.append(await self._store(order, file))
             for number, text in enumerate(order.texts, 1):
                 content = text.encode("utf-8", "replace")
                 path = f"results/{order.job_id}/text-{number}.txt"
@@ -299,20 +298,20 @@ class GpuActivities:
                 type=RunFailureType.LOST.value,
                 non_retryable=True,
             ) from None
-        except NativeFailure as failure:
-            raise ApplicationError(str(failure), type=RunFailureType.GONE.value) from None
+        except ServerError as error:
+            raise ApplicationError(str(error), type=RunFailureType.GONE.value) from None
         except STORAGE_ERRORS as error:
             raise ApplicationError(
                 f"Object storage at {self._storage.url} cannot be used: {type(error).__name__}. It is retried; check "
-                "COMFYUI_TEMPORAL_BRIDGE_STORE_URL, its credentials and its room.",
+                "COMFYUI_TEMPORAL_BRIDGE_STORE_URL, its credentials and its free space.",
                 type=FailureCode.INTERNAL.value,
             ) from None
         return stored
 
-    async def _stored(self, order: CopyOrder, file: NativeFile) -> StoredResult:
-        is_kept_flat = bool(order.folder)
-        path = f"{order.folder}/{safe_name(file.filename)}" if is_kept_flat else result_path(order.job_id, file)
-        async with self._server.view(file) as (content_type, chunks):
+    async def _store(self, order: CopyOrder, file: ResultFile) -> StoredResult:
+        is_flat = bool(order.folder)
+        path = f"{order.folder}/{safe_name(file.filename)}" if is_flat else result_path(order.job_id, file)
+        async with self._server.fetch(file) as (content_type, chunks):
             size = await self._storage.write(path, _paced(chunks), content_type)
         return StoredResult(path=path, content_type=content_type, size_bytes=size)
 
@@ -326,12 +325,12 @@ class GpuActivities:
 
 
 def is_trained_on(path: str) -> bool:
-    """Whether ComfyUI's training nodes read a file: pictures, and captions beside them."""
+    """Whether ComfyUI's training nodes read this file: an image, or the caption beside one."""
     return path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".txt"))
 
 
-def result_path(job_id: str, file: NativeFile) -> str:
-    """Where a file goes: its own folder below the job's, the prefix that we gave it left out."""
+def result_path(job_id: str, file: ResultFile) -> str:
+    """Where a file is stored: its own folder below the job's, without the prefix that we chose."""
     folders = [safe_name(part) for part in file.subfolder.replace("\\", "/").split("/") if part]
     if folders[:2] == ["comfyui-temporal", safe_name(job_id)]:
         folders = folders[2:]
@@ -344,7 +343,7 @@ async def _paced(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 class _Ticks:
-    """Tells the task how far its run is, best effort: one request at a time, at most once a second."""
+    """Publishes progress to the task, best effort: one request at a time, at most one a second."""
 
     def __init__(self, run: GraphRun, sender: CallbackSender | None) -> None:
         self._run = run
@@ -355,23 +354,23 @@ class _Ticks:
     def reached(self, percent: int) -> None:
         self._newest = percent
         if self._sender is not None and (self._task is None or self._task.done()):
-            self._task = asyncio.create_task(self._told(self._sender))
+            self._task = asyncio.create_task(self._publish(self._sender))
 
     async def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
 
-    async def _told(self, sender: CallbackSender) -> None:
-        told = 0
-        while self._newest > told:
-            told = self._newest
-            await sender.send(tick(self._run, told), seconds=TICK_SECONDS)
+    async def _publish(self, sender: CallbackSender) -> None:
+        published = 0
+        while self._newest > published:
+            published = self._newest
+            await sender.send(tick(self._run, published), seconds=TICK_SECONDS)
             await asyncio.sleep(TICK_EVERY_SECONDS)
 
 
 def tick(run: GraphRun, percent: int) -> Callback:
-    """What a tick says. The same percent of the same run always has the same number and the same fields."""
+    """A tick's callback. The same percent of the same run always has the same sequence and fields."""
     sequence = run.sequence_base + percent
     body = {
         **run.tick_fields,
@@ -383,7 +382,7 @@ def tick(run: GraphRun, percent: int) -> Callback:
 
 
 def scaled(percent: float, low: float, high: float) -> float:
-    """A run's own percent as the stage's that it is part of."""
+    """A run's own percent, scaled to the part of the stage that the run covers."""
     return round(low + (high - low) * percent / 100, 2)
 
 
@@ -403,9 +402,8 @@ async def _with_heartbeats(
 ) -> T:
     """Run `work` with heartbeats.
 
-    The workflow's cancel and the end of a worker's grace stop it, after `on_cancel`; where the worker was told to
-    stop, the failure is `handed_back`. A lost heartbeat stops it and leaves what it began alone: whoever comes next
-    finds it.
+    A cancel by the workflow and the end of a worker's grace period stop it and run `on_cancel`; at the worker's
+    shutdown the failure is `handed_back`. A lost heartbeat stops `work` but not the prompt: the next attempt finds it.
     """
     running = asyncio.ensure_future(work)
     try:
@@ -417,12 +415,12 @@ async def _with_heartbeats(
         await asyncio.wait({running})
         reason = activity.cancellation_details()
         is_shutdown = reason is not None and reason.worker_shutdown
-        is_wish = reason is None or reason.cancel_requested
-        if on_cancel is not None and (is_wish or is_shutdown):
+        is_requested = reason is None or reason.cancel_requested
+        if on_cancel is not None and (is_requested or is_shutdown):
             await _heartbeating(on_cancel(), details)
-        if is_shutdown and not is_wish:
+        if is_shutdown and not is_requested:
             raise ApplicationError(
-                "The worker was told to stop before the run had ended.",
+                "The worker was stopped before the run ended.",
                 type=RunFailureType.HANDED_BACK.value,
                 non_retryable=on_cancel is not None,
             ) from None

@@ -1,7 +1,7 @@
-"""A graph against a server's `/object_info`: what the server would refuse, said before anything is queued on it.
+"""Checks a graph against a server's `/object_info`, to find what the server would refuse before anything is queued.
 
-`/object_info` (ComfyUI 0.3.64 to 0.38) gives for each class `input.required` and `input.optional`, name → [type or
-list of choices, options], and `output`, a list of types. Newer servers write choices as ["COMBO", {"options": […]}].
+For each class, `/object_info` (ComfyUI 0.3.64 to 0.38) has `input.required` and `input.optional` (name → [type or list
+of choices, options]) and `output` (a list of types). Newer servers write choices as ["COMBO", {"options": […]}].
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MODEL_INPUTS: Final = frozenset(
         *("control_net_name", "model_name", "style_model_name", "gligen_name", "upscale_model", "existing_lora"),
     }
 )
-"""Inputs whose choices are the model files that a server has."""
+"""Inputs whose choices are the server's model files."""
 ANY_TYPE: Final = "*"
 
 
@@ -30,7 +30,7 @@ def graph_problems(
     *,
     uploads: Iterable[tuple[str, str]] = (),
 ) -> list[str]:
-    """What this server would refuse, one sentence each naming node and input. `uploads` are filled in later."""
+    """What this server would refuse: one message each, with node and input. `uploads` are filled in later."""
     problems: list[str] = []
     later = set(uploads)
     for node_id in sorted(reachable(graph, result_nodes)):
@@ -38,7 +38,7 @@ def graph_problems(
         info = object_info.get(node["class_type"])
         where = f"node {node_id!r} ({node['class_type']})"
         if not isinstance(info, dict):
-            problems.append(f"{where}: this server has no such node type; install the custom nodes that bring it")
+            problems.append(f"{where}: this server has no such node type; install the custom nodes that provide it")
             continue
         problems += _node_problems(graph, object_info, where, node_id, info, later)
     return problems
@@ -76,7 +76,7 @@ def _inputs_of(info: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def choices_of(object_info: Mapping[str, Any], class_type: str, name: str) -> list[str] | None:
-    """The choices of one input, or None where it takes no choice."""
+    """The choices of one input; None if it has none."""
     info = object_info.get(class_type)
     if not isinstance(info, dict):
         return None
@@ -99,8 +99,8 @@ def _value_problem(name: str, spec: Any, value: Any) -> str | None:
         if str(value) in choices:
             return None
         has = ", ".join(choices[:8]) or "none"
-        what = "model file" if name in MODEL_INPUTS else "choice"
-        return f"{value!r} is no {what} of this server; it has {has}"
+        noun = "model file" if name in MODEL_INPUTS else "choice"
+        return f"{value!r} is not a {noun} of this server; it has {has}"
     kind = spec[0] if isinstance(spec, list) and spec else None
     limits = spec[1] if isinstance(spec, list) and len(spec) > 1 and isinstance(spec[1], dict) else {}
     if kind in ("INT", "FLOAT"):
@@ -132,7 +132,7 @@ def _link_problem(graph: Mapping[str, Any], object_info: Mapping[str, Any], spec
 
 
 def relink(graph: dict[str, Any], object_info: Mapping[str, Any]) -> None:
-    """Point links at the output of the type that their input takes: outputs of nodes moved between versions."""
+    """Correct each link to the output whose type its input takes: nodes reordered their outputs between versions."""
     for node in graph.values():
         info = object_info.get(node["class_type"])
         if not isinstance(info, dict):
@@ -148,32 +148,32 @@ def relink(graph: dict[str, Any], object_info: Mapping[str, Any]) -> None:
 
 
 class NoModel(Exception):
-    """No installed model fits; the text says what was looked for and what there is."""
+    """No installed model fits; the text lists the patterns and the installed models."""
 
 
 def chosen_models(
-    graph: Mapping[str, Any], object_info: Mapping[str, Any], wishes: Iterable[ModelChoice], needed: Iterable[str]
+    graph: Mapping[str, Any], object_info: Mapping[str, Any], choices: Iterable[ModelChoice], needed: Iterable[str]
 ) -> list[tuple[ModelChoice, str]]:
-    """For each wish of a needed node, the installed model that fits best. Raises NoModel."""
+    """The best installed model for each choice of a needed node. Raises NoModel."""
     chosen = []
     needed_nodes = reachable(graph, needed)
-    for wish in wishes:
-        if wish.node not in needed_nodes:
+    for choice in choices:
+        if choice.node not in needed_nodes:
             continue
-        installed = choices_of(object_info, graph[wish.node]["class_type"], wish.input) or []
-        found = best_fit(installed, wish.prefer)
+        installed = choices_of(object_info, graph[choice.node]["class_type"], choice.input) or []
+        found = best_fit(installed, choice.prefer)
         if found is None:
             has = ", ".join(installed[:8]) or "none at all"
             raise NoModel(
-                f"node {wish.node!r}, input {wish.input!r}: no installed model fits {', '.join(wish.prefer)}; "
+                f"node {choice.node!r}, input {choice.input!r}: no installed model fits {', '.join(choice.prefer)}; "
                 f"this server has {has}"
             )
-        chosen.append((wish, found))
+        chosen.append((choice, found))
     return chosen
 
 
 def best_fit(installed: Iterable[str], patterns: Iterable[str]) -> str | None:
-    """The first of `installed` that fits the first pattern that any fits; case does not count."""
+    """The first name that fits the first fitting pattern, ignoring case; None if nothing fits."""
     names = list(installed)
     for pattern in patterns:
         for name in names:

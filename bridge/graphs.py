@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from bridge.orders import Graph
 
+MOST_STEPS: Final = 1e12
+
 
 class GraphProblem(ValueError):
-    """This is no graph that ComfyUI takes; the text names node and input."""
+    """Not a graph that ComfyUI accepts; the text names node and input."""
 
 
 def read_graph(path: Path) -> Graph:
-    """A graph in API format. Raises GraphProblem, for a graph as the editor saves it too."""
+    """Read a graph in API format. Raises GraphProblem, also for a graph in the editor's format."""
     try:
         graph = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -24,7 +26,7 @@ def read_graph(path: Path) -> Graph:
 
 
 def checked_graph(graph: Any) -> Graph:
-    """Raises GraphProblem where this is no graph in API format or a link leads nowhere."""
+    """The graph itself. Raises GraphProblem if it is not in API format or a link has no target."""
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list) and "links" in graph:
         raise GraphProblem(
             "the graph is in the editor's format (nodes and links). "
@@ -56,8 +58,13 @@ def is_link(value: Any) -> bool:
     )
 
 
+def is_count(number: Any) -> bool:
+    """Whether steps can be calculated with this value: no NaN, and no quotient that overflows a float."""
+    return isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < MOST_STEPS
+
+
 def reachable(graph: Mapping[str, Any], from_nodes: Iterable[str]) -> set[str]:
-    """The nodes that these need, themselves among them."""
+    """The nodes that these need, including themselves."""
     seen: set[str] = set()
     open_nodes = [node for node in from_nodes if node in graph]
     while open_nodes:
@@ -71,7 +78,7 @@ def reachable(graph: Mapping[str, Any], from_nodes: Iterable[str]) -> set[str]:
 
 
 def by_name(graph: Graph) -> dict[str, list[str]]:
-    """Id or title → ids. An id goes before a title that reads like it."""
+    """Id or title → ids. An id wins over an equal title."""
     names: dict[str, list[str]] = {}
     for node_id, node in graph.items():
         title = (node.get("_meta") or {}).get("title")

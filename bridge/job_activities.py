@@ -1,4 +1,4 @@
-"""What a job needs beside a GPU: control images in, addresses of results out, and its leftovers deleted."""
+"""Activities of a job that need no GPU: fetch control images, sign result addresses, publish models, clean up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = structlog.get_logger(__name__)
 
 
 class JobActivities:
-    """Activities of the bridge's own queue. Everything lies in `storage`."""
+    """Activities of the bridge's own queue. All files are in `storage`."""
 
     def __init__(self, storage: Storage, images: ControlImages, signed: SignedAddresses) -> None:
         self._storage = storage
@@ -45,7 +45,7 @@ class JobActivities:
             except ImageUnreachable as failure:
                 raise ApplicationError(f"The control image {number}: {failure}.", type="image_unreachable") from None
             except STORAGE_ERRORS as error:
-                raise self._storage_away(error) from None
+                raise self._storage_failed(error) from None
             fetched.append(ControlFile(path=path, content_type=image.content_type, size_bytes=len(image.content)))
         return fetched
 
@@ -57,21 +57,21 @@ class JobActivities:
             try:
                 by_store = await self._storage.signed_by_store(result.path, RESULT_SECONDS)
             except STORAGE_ERRORS as error:
-                raise self._storage_away(error) from None
+                raise self._storage_failed(error) from None
             expires = int(time.time()) + RESULT_SECONDS
             urls.append(by_store or self._signed.address(result.path, expires=expires))
         return urls
 
     @activity.defn(name=PUBLISH_MODEL)
     async def publish_model(self, order: PublishOrder) -> str:
-        """Copy a checkpoint to where models are kept; its address. Idempotent."""
+        """Copy a checkpoint to the folder of models. Returns its address. Idempotent."""
         try:
-            await self._storage.write(order.target, self._told_alive(order.source))
+            await self._storage.write(order.target, self._read_with_heartbeats(order.source))
         except STORAGE_ERRORS as error:
-            raise self._storage_away(error) from None
+            raise self._storage_failed(error) from None
         return self._storage.address(order.target)
 
-    async def _told_alive(self, path: str) -> AsyncIterator[bytes]:
+    async def _read_with_heartbeats(self, path: str) -> AsyncIterator[bytes]:
         async for chunk in self._storage.read(path):
             activity.heartbeat()
             yield chunk
@@ -83,12 +83,12 @@ class JobActivities:
             try:
                 await self._storage.delete(control_path(job_id, number))
             except STORAGE_ERRORS as error:
-                raise self._storage_away(error) from None
+                raise self._storage_failed(error) from None
 
-    def _storage_away(self, error: Exception) -> ApplicationError:
+    def _storage_failed(self, error: Exception) -> ApplicationError:
         return ApplicationError(
             f"Object storage at {self._storage.url} cannot be used: {type(error).__name__}. It is retried; check "
-            "COMFYUI_TEMPORAL_BRIDGE_STORE_URL, its credentials and its room.",
+            "COMFYUI_TEMPORAL_BRIDGE_STORE_URL, its credentials and its free space.",
             type=FailureCode.INTERNAL.value,
         )
 

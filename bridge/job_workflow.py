@@ -1,4 +1,4 @@
-"""An image job as a workflow: queued → a server takes it → its graph runs → results are stored → delivered."""
+"""An image job as a workflow: queued → taken by a server → graph runs → results stored → delivered."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class ComfyUIJobWorkflow(RunFlow):
     def __init__(self, job: ImageJob) -> None:
         self._job = job
         self._submitted = workflow.now()
-        waits = timedelta(seconds=max(0.0, job.estimated_time * 60 - job.graph.expected_seconds))
+        wait = timedelta(seconds=max(0.0, job.estimated_time * 60 - job.graph.expected_seconds))
         fields: dict[str, Any] = {
             "job_id": job.job_id,
             "job_status": JobStatus.QUEUED.value,
             "stage_progress": 0.0,
-            "next_eta": instant(self._submitted + waits),
+            "next_eta": instant(self._submitted + wait),
             "estimated_time": job.estimated_time,
             "gpu_slots": job.gpu_slots,
             "queue_position": job.queue_position,
@@ -51,15 +51,15 @@ class ComfyUIJobWorkflow(RunFlow):
     async def run(self, job: ImageJob) -> JobView:
         """The job's last state."""
         self._change("queued")
-        await self._to_its_end(self._delivered())
+        await self._finish(self._deliver_results())
         if job.request.controls:
-            await self._cleared_up()
+            await self._clean_up()
         await self._all_published()
         return self.view()
 
     @workflow.update(name=MOVE_UPDATE)
     def move(self, position: int) -> JobView:
-        """About how many jobs are ahead now; whoever looks at a queued job finds out, nobody is told."""
+        """Set about how many jobs are ahead. A poll shows it; it is not published."""
         shown = self._fields["queue_position"]
         if shown is not None and 0 <= position < shown:
             self._fields["queue_position"] = position
@@ -80,18 +80,18 @@ class ComfyUIJobWorkflow(RunFlow):
     def _end_fields(self) -> dict[str, Any]:
         return {"queue_position": None}
 
-    async def _delivered(self) -> None:
-        controls = await self._controls()
-        outcome, stored = await self._placement.ran(
+    async def _deliver_results(self) -> None:
+        controls = await self._fetch_controls()
+        outcome, stored = await self._placement.run_graph(
             lambda taken: self._graph_run(taken, controls),
-            ended=self._run_ended,
+            on_end=self._run_ended,
             is_wanted=lambda: not self._is_over,
         )
-        urls = await self._signed(stored)
+        urls = await self._sign(stored)
         if not self._is_over:
             self._deliver(urls, outcome.seconds)
 
-    async def _controls(self) -> list[ControlFile]:
+    async def _fetch_controls(self) -> list[ControlFile]:
         request = self._job.request
         if not request.controls:
             return []
@@ -108,7 +108,7 @@ class ComfyUIJobWorkflow(RunFlow):
         return fetched
 
     def _graph_run(self, taken: ServerTaken, controls: list[ControlFile]) -> GraphRun:
-        """What the taken server runs; from here the job is being processed."""
+        """The run for the taken server. The job is `processing` from here on."""
         if not self._is_over:
             now, span = workflow.now(), timedelta(seconds=self._job.graph.expected_seconds)
             self._fields |= {
@@ -135,7 +135,7 @@ class ComfyUIJobWorkflow(RunFlow):
             tick_fields={**self._fields, "task_id": request.task_id},
         )
 
-    async def _signed(self, stored: list[StoredResult]) -> list[str]:
+    async def _sign(self, stored: list[StoredResult]) -> list[str]:
         urls: list[str] = await workflow.execute_activity(
             SIGN_RESULTS,
             stored,
@@ -160,7 +160,7 @@ class ComfyUIJobWorkflow(RunFlow):
         workflow.upsert_memo({SECONDS_MEMO: seconds, RESOLUTION_MEMO: self._job.request.resolution.value})
         self._change("delivery")
 
-    async def _cleared_up(self) -> None:
+    async def _clean_up(self) -> None:
         await workflow.execute_activity(
             CLEAR_UP,
             self._job.job_id,

@@ -1,4 +1,4 @@
-"""An idempotency key that no job stands for: a refusal's, a cancel's, a start's. Its memo says what was asked."""
+"""The idempotency key of a refusal, a cancel or a start, which start no job. Its memo has the request's hash."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bridge.calls import KEY_WORKFLOW
 
 @workflow.defn(name=KEY_WORKFLOW)
 class ComfyUIKeyWorkflow:
-    """Ends at once: the namespace keeps its memo as long as it keeps runs."""
+    """Ends at once. The namespace keeps its memo as long as any closed run."""
 
     @workflow.run
     async def run(self) -> None:

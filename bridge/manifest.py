@@ -1,4 +1,4 @@
-"""`manifest.toml`: what a template offers and which inputs of its graph a request sets.
+"""`manifest.toml`: what a template offers, and which inputs of its graph a request sets.
 
     template_id = "text-to-image"       the id that requests name
     graph = "graph.json"                ComfyUI's API format ("Export (API)" in its menu), beside the manifest
@@ -8,12 +8,12 @@
     [inputs]                            request → graph inputs, "node.input"; a node by its id or its title
     prompt = ["Positive prompt.text"]
 
-    [resolutions.hd]                    seconds: about how long a run takes; set: graph inputs
+    [resolutions.hd]                    seconds: expected run time; set: graph inputs
     seconds = 20
     set = { "Canvas.width" = 1024, "Canvas.height" = 1024 }
 
-A value may be a link, `["node", output]`, so that an extra can route around nodes: what no result needs is not run.
-Everything is checked when templates are loaded; unknown names are refused.
+A value may be a link, `["node", output]`, so that an extra can bypass nodes: nodes that no result needs do not run.
+Everything is checked when templates are loaded. Unknown names are refused.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ManifestModel(BaseModel):
 
 
 class Setting(ManifestModel):
-    """Graph inputs that are set to fixed values. `seconds_factor` multiplies the time that a run should take."""
+    """Graph inputs with fixed values. `seconds_factor` multiplies the expected run time."""
 
     set: dict[Ref, Value] = {}
     seconds_factor: float = Field(default=1.0, gt=0)
@@ -52,7 +52,7 @@ class ResolutionSetting(ManifestModel):
 
 
 class SeedInput(ManifestModel):
-    """`modulo`: for inputs that take less than ComfyUI's 64 bits, e.g. a colour."""
+    """`modulo`: for inputs with fewer than ComfyUI's 64 bits, e.g. a colour."""
 
     inputs: list[Ref] = Field(min_length=1)
     modulo: int = Field(default=2**63, gt=1, le=2**63)
@@ -77,20 +77,20 @@ class ControlSlot(ManifestModel):
 
     image: Ref
     kind: str | None = None
-    """Only a control of this kind fits; default: any."""
+    """Accept only controls of this kind; default: any."""
     strength: Strength | None = None
     required: bool = True
     set: dict[Ref, Value] = {}
-    """Set where the control is given."""
+    """Applied if the control is given."""
 
 
 class BooleanExtra(Setting):
     type: Literal["boolean"]
-    """`set` applies where it is true."""
+    """`set` applies if the value is true."""
 
 
 class NumberExtra(Setting):
-    """`set` applies where the extra is given; so for every kind below."""
+    """`set` applies if the extra is given, as for every type below."""
 
     type: Literal["integer", "number"]
     inputs: list[Ref] = Field(min_length=1)
@@ -137,13 +137,13 @@ class TrainingInputs(ManifestModel):
     learning_rate: list[Ref] = []
     existing_lora: list[Ref] = Field(min_length=1)
     lora_prefix: list[Ref] = Field(min_length=1)
-    """`SaveLoRA`'s prefix: it tells the history nothing, so the file is fetched by name."""
+    """`SaveLoRA`'s prefix. Its file is not in the history, so it is fetched by name."""
     seed: list[Ref] = []
     hyperparameters: dict[str, list[Ref]] = {}
-    """Further hyperparameters → inputs, passed on as they are."""
+    """Other hyperparameters → inputs, passed on unchanged."""
 
     def refs(self) -> Iterable[tuple[str, list[str]]]:
-        """Where in the manifest → graph inputs that it names."""
+        """(place in the manifest, graph inputs that it names)."""
         for name in ("folder", "steps", "batch_size", "learning_rate", "existing_lora", "lora_prefix", "seed"):
             yield f"training.inputs.{name}", getattr(self, name)
         for name, refs in self.hyperparameters.items():
@@ -156,12 +156,12 @@ class Training(ManifestModel):
     """`base_model` → patterns of model files, best first."""
     base_model_input: Ref
     seconds_per_image: float = Field(default=1.0, gt=0)
-    """What one image takes in one step, until it was measured."""
+    """Expected time of one image in one step, until it was measured."""
     checkpoints: int = Field(default=10, ge=1, le=1_000)
-    """At most so many chunks: each ends with an epoch and writes a checkpoint."""
+    """The most chunks. Each ends with an epoch and writes a checkpoint."""
 
 
-def _named(extras: dict[str, Extra]) -> dict[str, Extra]:
+def _not_reserved(extras: dict[str, Extra]) -> dict[str, Extra]:
     for name in extras:
         if name in ("seed", "negative_prompt"):
             raise ValueError(f"{name!r} belongs under [inputs]")
@@ -180,12 +180,12 @@ class Manifest(ManifestModel):
     resolutions: dict[Resolution, ResolutionSetting] = {}
     priorities: dict[TaskPriority, Setting] = {}
     controls: list[ControlSlot] = []
-    extras: Annotated[dict[str, Extra], AfterValidator(_named)] = {}
+    extras: Annotated[dict[str, Extra], AfterValidator(_not_reserved)] = {}
     models: list[Model] = []
     training: Training | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> Manifest:
+    def _is_complete(self) -> Manifest:
         if self.scene is Scene.MODEL_TRAIN:
             if self.training is None or len(self.results) != 1:
                 raise ValueError("a template of scene model.train needs [training], and one node in results")
@@ -198,7 +198,7 @@ class Manifest(ManifestModel):
         return self
 
     def refs(self) -> Iterable[tuple[str, list[str]]]:
-        """Where in the manifest → graph inputs that it names."""
+        """(place in the manifest, graph inputs that it names)."""
         inputs = self.inputs
         seed = inputs.seed.inputs if isinstance(inputs.seed, SeedInput) else inputs.seed
         yield from (
@@ -220,7 +220,7 @@ class Manifest(ManifestModel):
             yield "training.base_model_input", [self.training.base_model_input]
 
     def set_values(self) -> Iterable[tuple[str, Mapping[str, Any]]]:
-        """Where in the manifest → values that it puts into graph inputs."""
+        """(place in the manifest, values that it puts into graph inputs)."""
         for resolution, chosen in self.resolutions.items():
             yield f"resolutions.{resolution}", chosen.set
         settings: dict[str, Setting] = {f"priorities.{name}": setting for name, setting in self.priorities.items()}

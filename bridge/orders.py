@@ -1,4 +1,4 @@
-"""What the bridge's workflows and activities hand to each other: one job as it was taken, rendered and run."""
+"""Models that the bridge's workflows and activities exchange: a job as it is accepted, rendered and run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, JsonValue
 
+from bridge.server import ResultFile
 from comfyui_temporal.contracts.comfyui import DatasetSnapshot, JobRequest, TaskPriority, TrainingRequest
 from comfyui_temporal.contracts.errors import ErrorDetails
 from comfyui_temporal.contracts.fields import OwnModel
@@ -15,16 +16,16 @@ Graph = dict[str, dict[str, Any]]
 
 
 class Upload(OwnModel):
-    """A graph input that names a control image, once the image is on the server that runs the graph."""
+    """A graph input that names a control image. It is filled in once the image is on the server that runs the graph."""
 
     node: str
     input: str
     control: int = Field(ge=0)
-    """Which of the request's `controls`."""
+    """Index in the request's `controls`."""
 
 
 class ModelChoice(OwnModel):
-    """A graph input that takes whichever installed model fits the first of these patterns best."""
+    """A graph input that names a model: the first installed one that fits the first fitting pattern."""
 
     node: str
     input: str
@@ -33,7 +34,7 @@ class ModelChoice(OwnModel):
 
 
 class RenderedGraph(OwnModel):
-    """A template with one request's values in it: everything that a server needs to run it."""
+    """A template with one request's values filled in: everything that a server needs to run it."""
 
     template_id: str
     pool: str
@@ -42,26 +43,15 @@ class RenderedGraph(OwnModel):
     models: list[ModelChoice] = []
     result_nodes: list[str]
     expected_seconds: float = Field(gt=0)
-    """What the manifest says a run takes, until runs were measured."""
+    """Run time by the manifest, until runs were measured."""
 
 
 class ControlFile(OwnModel):
-    """A control image in the bridge's own storage. `size_bytes` and `content_type` were checked."""
+    """A control image in the bridge's own storage. `size_bytes` and `content_type` are verified."""
 
     path: str
     content_type: str
     size_bytes: int
-
-
-class NativeFile(OwnModel):
-    """One file that a run left on its server, as `/view` takes it."""
-
-    node: str
-    kind: str
-    """`images`, `gifs`, `audio`, `text`, … as the history names the list."""
-    filename: str
-    subfolder: str = ""
-    type: str = "output"
 
 
 class GraphRun(OwnModel):
@@ -76,43 +66,43 @@ class GraphRun(OwnModel):
     controls: list[ControlFile] = []
     callback_url: str
     sequence_base: int
-    """Ticks are numbered from here: the base and the whole percent (`TICKS`)."""
+    """A tick's number is this base plus the whole percent (`TICKS`)."""
     first_percent: int = 0
-    """Never less is told: what an earlier run of the job had reached."""
+    """What an earlier run of the job had reached. Published progress never falls."""
     tick_fields: dict[str, JsonValue] = {}
-    """The other fields of the job's state, as a tick tells them."""
+    """The other fields of the job's state, for ticks."""
     progress_from: float = 0.0
     progress_to: float = 100.0
-    """What the run's own 0 and 100 % are in the stage that is told."""
-    named_files: list[NativeFile] = []
-    """Files that a node writes and tells the history nothing of (`SaveLoRA`)."""
+    """The part of the stage's progress that this run covers."""
+    named_files: list[ResultFile] = []
+    """Files that a node writes without listing them in the history (`SaveLoRA`)."""
     existing_lora: ExistingLora | None = None
 
 
 class ExistingLora(OwnModel):
-    """A checkpoint in storage to train on from: put on the server under this name, and named in these inputs."""
+    """A checkpoint in storage to continue from: uploaded under this name and named in these inputs."""
 
     path: str
     name: str
-    """Below the server's folder of trained LoRAs; it holds `_{steps}_steps_`, which ComfyUI reads the steps from."""
+    """Below the server's folder of trained LoRAs. ComfyUI reads the steps from `_{steps}_steps_` in it."""
     inputs: list[tuple[str, str]]
     """(node, input) pairs."""
 
 
 class GraphOutcome(OwnModel):
-    """How a run ended. `error` is set where it failed; `seconds` is the time on the server."""
+    """How a run ended. `error` is set if it failed; `seconds` is the time on the server."""
 
-    files: list[NativeFile] = []
+    files: list[ResultFile] = []
     texts: list[str] = []
     error: ErrorDetails | None = None
     seconds: float = 0.0
     percent: int = 0
     loss: float | None = None
-    """The last loss that a training's run printed, where the server tells."""
+    """The last loss in a training's log, if the server offers its log."""
 
 
 class ServerTaken(OwnModel):
-    """Which server took a job: the queue that reaches its worker, and its name for people."""
+    """The server that took a job: its name, and its worker's task queue."""
 
     server: str
     task_queue: str
@@ -135,13 +125,13 @@ class StoredResult(OwnModel):
 class CopyOrder(OwnModel):
     job_id: str
     folder: str = ""
-    """Below which to store; default: the job's results."""
-    files: list[NativeFile]
+    """Target folder; default: the job's results."""
+    files: list[ResultFile]
     texts: list[str] = []
 
 
 class Callback(OwnModel):
-    """One state of a job, to be told to its task. `body` is fixed when the state is reached."""
+    """One state of a job, for its task. `body` is fixed when the state is reached."""
 
     url: str
     webhook_id: str
@@ -165,7 +155,7 @@ class ImageJob(OwnModel):
 
 
 class JobView(OwnModel):
-    """What a job's workflow tells of itself: the fields that the wire shows, and whose they are."""
+    """A job's state: the wire's fields, with tenant and task."""
 
     tenant_id: str
     task_id: str
@@ -174,7 +164,7 @@ class JobView(OwnModel):
     fields: dict[str, JsonValue]
     sequence: int
     tick_base: int | None = None
-    """Set while a graph runs: what its heartbeat tells is numbered from here."""
+    """Set while a graph runs: the number of a heartbeat's percent counts from here."""
     progress_from: float = 0.0
     progress_to: float = 100.0
 
@@ -188,12 +178,12 @@ class ControlsOrder(OwnModel):
 
 
 class DatasetOrder(OwnModel):
-    """A training's dataset, to be put on the server that trains."""
+    """A training's dataset, to be uploaded to the server that trains."""
 
     training_id: str
     snapshot: DatasetSnapshot
     list_sha256: str | None = None
-    """Where the list of files is long it lies in the bridge's storage (`long_list`), and `snapshot` names none."""
+    """Set if the list of files is long: it is in the bridge's storage (`long_list`), and `snapshot` has none."""
 
 
 def long_list(training_id: str, sha256: str) -> str:
@@ -213,7 +203,7 @@ Ref = tuple[str, str]
 
 
 class TrainingGraph(OwnModel):
-    """A training template with the hyperparameters in it, and the inputs that change from chunk to chunk."""
+    """A training template with its hyperparameters filled in, and the inputs that change from chunk to chunk."""
 
     rendered: RenderedGraph
     save_node: str
@@ -225,12 +215,12 @@ class TrainingGraph(OwnModel):
 
 
 class TrainingJob(OwnModel):
-    """Input of `ComfyUITrainingWorkflow`. Times in minutes from `start`, epochs and steps counted over resumes."""
+    """Input of `ComfyUITrainingWorkflow`. Times are minutes from `start`; epochs and steps count over resumes."""
 
     training_id: str
     request: TrainingRequest
     list_sha256: str | None = None
-    """As `DatasetOrder`'s; then the request's dataset names no files: Temporal takes an input of 2 MiB at most."""
+    """As in `DatasetOrder`. The request's dataset then has no files: Temporal inputs are limited to 2 MiB."""
     graph: TrainingGraph
     epochs: int
     steps_per_epoch: int
@@ -239,7 +229,7 @@ class TrainingJob(OwnModel):
     first_step: int = 0
     resume_path: str | None = None
     checkpoint_root: str
-    """The storage's own address: `checkpoint.uri` begins with it."""
+    """The storage's own address, with which `checkpoint.uri` begins."""
     seconds_per_step: float
     gpu_hours: float
     estimated_time: float

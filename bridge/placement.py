@@ -1,7 +1,7 @@
-"""Places a graph on a server, runs it there and stores its results; after a server's failure it moves to another.
+"""Places a graph on a server, runs it there and stores its results. If a server fails, it moves to another.
 
-A job goes back to the pool only where its server no longer knows the prompt, has not answered for 2 minutes, runs
-nothing, or its worker was asked to stop. The run's number, and with it the prompt's id, rises only in the first case.
+A job returns to the pool only if its server no longer knows the prompt, has not answered for 2 minutes or runs nothing,
+or if its worker was stopped. Only in the first case does the run's number rise, and with it the prompt's id change.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from bridge.orders import CopyOrder, GraphOutcome, GraphRun, ServerTaken, Stored
 from comfyui_temporal.contracts.errors import JOB_CODES, ErrorDetails, FailureCode
 
 MAX_FAILED_RUNS: Final = 3
-"""After so many servers failed a job in a row it ends `lost`: another attempt of its task may follow."""
+"""A job ends `lost` after this many servers in a row failed. Another attempt of its task may follow."""
 SERVER_AWAY: Final = timedelta(minutes=2)
-"""How long a server's worker may stay away before its job goes to the pool again."""
+"""How long a server's worker may be away before its job returns to the pool."""
 HEARTBEAT_TIMEOUT: Final = timedelta(seconds=5)
-"""A heartbeat is sent each second: after this long another attempt looks for a killed worker's run."""
+"""A heartbeat is sent each second. This long after a worker is killed, another attempt looks for its run."""
 LONGEST_RUN: Final = timedelta(hours=24)
 COPY_WITHIN: Final = timedelta(hours=1)
 CANCELLED: Final = ErrorDetails(code=FailureCode.CANCELLED.value, message="It was cancelled.", retryable=False)
 _PROMPTS: Final = uuid.UUID("6f0d5e64-3c6f-4d5e-9a43-6f2f0f3a5c11")
-_MOVES_ON: Final = frozenset(RunFailureType)
+_MOVING_FAILURES: Final = frozenset(RunFailureType)
 _TAKE_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=10))
 _RUN_RETRY: Final = RetryPolicy(
     initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=10), maximum_attempts=100
@@ -44,7 +44,7 @@ _RUN_RETRY: Final = RetryPolicy(
 
 
 class RunRefused(Exception):
-    """The run failed for good; `details` say how the job ends."""
+    """The run failed for good. The job ends with `details`."""
 
     def __init__(self, details: ErrorDetails) -> None:
         super().__init__(details.message)
@@ -52,7 +52,7 @@ class RunRefused(Exception):
 
 
 class Placement:
-    """The servers that one job or training runs on. `started(server)` is called each time a run begins on one."""
+    """The servers that one job or training runs on, one after another."""
 
     def __init__(self, run_id: str, pool: str, priority: Priority) -> None:
         self._run_id = run_id
@@ -64,46 +64,46 @@ class Placement:
         self.server: str | None = None
 
     def prompt_id(self) -> str:
-        """The id of the prompt that is to run now."""
+        """The id of the next prompt."""
         return prompt_id_of(self._run_id, self._part, self.run)
 
-    async def ran(
+    async def run_graph(
         self,
         graph_run: Callable[[ServerTaken], GraphRun],
         *,
-        ended: Callable[[], None],
+        on_end: Callable[[], None],
         is_wanted: Callable[[], bool] = lambda: True,
-        prepared: Callable[[ServerTaken], Awaitable[None]] | None = None,
-        copying: Callable[[], None] = lambda: None,
+        prepare: Callable[[ServerTaken], Awaitable[None]] | None = None,
+        on_copy: Callable[[], None] = lambda: None,
         folder: str = "",
     ) -> tuple[GraphOutcome, list[StoredResult]]:
-        """Run a graph, on as many servers as it takes. Raises RunRefused, or a cancellation.
+        """Run a graph, on as many servers as needed. Raises RunRefused, or a cancellation.
 
-        `prepared` does on the taken server what its run needs; `copying` is called before what the run left is copied
-        to `folder` (default: the job's results). `ended` is called when a run on a server is over, however it ended;
-        `percent` is known by then.
+        `prepare` runs on the taken server before the graph. `on_copy` is called before the results are copied to
+        `folder` (default: the job's results). `on_end` is called after each run on a server, however it ended, when
+        `percent` is up to date.
 
-        `is_wanted` is asked before every further step: a cancel that comes in one workflow task with a step's answer is
-        lost on that step, which is over already, and obeyed here.
+        `is_wanted` is checked before every step. A cancel that arrives in the same workflow task as a step's result
+        cannot cancel that step any more, so it takes effect here.
         """
         failed = 0
         while True:
-            _demand(is_wanted)
-            taken = await self._taken()
-            _demand(is_wanted)
+            _check_wanted(is_wanted)
+            taken = await self._take_server()
+            _check_wanted(is_wanted)
             self.server = taken.server
             try:
-                if prepared is not None:
-                    await prepared(taken)
-                    _demand(is_wanted)
-                outcome = await self._ran_on(taken, graph_run(taken), ended)
-                _demand(is_wanted)
-                copying()
-                return outcome, await self._copied(taken, outcome, folder)
+                if prepare is not None:
+                    await prepare(taken)
+                    _check_wanted(is_wanted)
+                outcome = await self._run_on(taken, graph_run(taken), on_end)
+                _check_wanted(is_wanted)
+                on_copy()
+                return outcome, await self._copy(taken, outcome, folder)
             except ActivityError as error:
                 if is_cancelled_exception(error):
                     raise
-                kind = self._moves_on(error)
+                kind = self._moving_failure(error)
                 failed += kind is not RunFailureType.HANDED_BACK
             if failed >= MAX_FAILED_RUNS:
                 raise RunRefused(
@@ -114,7 +114,7 @@ class Placement:
                     )
                 )
 
-    async def _taken(self) -> ServerTaken:
+    async def _take_server(self) -> ServerTaken:
         taken: ServerTaken = await workflow.execute_activity(
             TAKE_SERVER,
             TakeOrder(job_id=self._run_id, run=self.run),
@@ -127,7 +127,7 @@ class Placement:
         )
         return taken
 
-    async def _ran_on(self, taken: ServerTaken, graph_run: GraphRun, ended: Callable[[], None]) -> GraphOutcome:
+    async def _run_on(self, taken: ServerTaken, graph_run: GraphRun, on_end: Callable[[], None]) -> GraphOutcome:
         try:
             outcome: GraphOutcome = await workflow.execute_activity(
                 RUN_GRAPH,
@@ -144,15 +144,15 @@ class Placement:
             )
             self.percent = max(self.percent, outcome.percent)
         except ActivityError as error:
-            self._reached(error.cause)
+            self._keep_percent(error.cause)
             raise
         finally:
-            ended()
+            on_end()
         if outcome.error is not None:
             raise RunRefused(outcome.error)
         return outcome
 
-    async def _copied(self, taken: ServerTaken, outcome: GraphOutcome, folder: str) -> list[StoredResult]:
+    async def _copy(self, taken: ServerTaken, outcome: GraphOutcome, folder: str) -> list[StoredResult]:
         stored: list[StoredResult] = await workflow.execute_activity(
             COPY_RESULTS,
             CopyOrder(job_id=self._run_id, folder=folder, files=outcome.files, texts=outcome.texts),
@@ -169,27 +169,27 @@ class Placement:
         return stored
 
     def begin_part(self, part: int) -> None:
-        """The next part of the work: its prompts have ids of their own, and its progress begins anew."""
+        """Begin the next part of the work: its prompts have their own ids, and its progress restarts at 0."""
         self._part = part
         self.percent = 0
 
-    def _moves_on(self, error: ActivityError) -> RunFailureType:
-        """Why the job goes to another server. Raises RunRefused where it does not."""
+    def _moving_failure(self, error: ActivityError) -> RunFailureType:
+        """Why the job moves to another server. Raises RunRefused if it does not."""
         cause = error.cause
         is_away = (TimeoutType.SCHEDULE_TO_START, TimeoutType.HEARTBEAT)
         if isinstance(cause, TimeoutError) and cause.type in is_away:
             return RunFailureType.GONE
-        if isinstance(cause, ApplicationError) and cause.type in _MOVES_ON:
+        if isinstance(cause, ApplicationError) and cause.type in _MOVING_FAILURES:
             kind = RunFailureType(cause.type)
             self.run += kind is RunFailureType.LOST
             return kind
         known = isinstance(cause, ApplicationError) and cause.type in set(JOB_CODES)
         code = str(cause.type) if isinstance(cause, ApplicationError) and known else FailureCode.INTERNAL.value
-        said = cause.message if isinstance(cause, ApplicationError) else str(cause or error)
-        raise RunRefused(ErrorDetails(code=code, message=f"On {self.server}: {said}", retryable=not known))
+        message = cause.message if isinstance(cause, ApplicationError) else str(cause or error)
+        raise RunRefused(ErrorDetails(code=code, message=f"On {self.server}: {message}", retryable=not known))
 
-    def _reached(self, cause: BaseException | None) -> None:
-        """What the failed run had told of its progress: the next one never tells less."""
+    def _keep_percent(self, cause: BaseException | None) -> None:
+        """Keep the failed run's progress, so that the next run never shows less."""
         details: Sequence[Any] = ()
         if isinstance(cause, TimeoutError):
             details = cause.last_heartbeat_details
@@ -202,10 +202,10 @@ class Placement:
 
 
 def prompt_id_of(run_id: str, part: int, run: int) -> str:
-    """A UUID made from the job, the part of its work and the run's number."""
+    """A UUID derived from the job, the part of its work and the run's number."""
     return str(uuid.uuid5(_PROMPTS, f"{run_id}:{part}:{run}"))
 
 
-def _demand(is_wanted: Callable[[], bool]) -> None:
+def _check_wanted(is_wanted: Callable[[], bool]) -> None:
     if not is_wanted():
         raise RunRefused(CANCELLED)

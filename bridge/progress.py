@@ -1,6 +1,6 @@
-"""How far a run is: nodes that its results need less those that were cached, weighted by their steps.
+"""Progress of a run: the nodes that its results need, without cached ones, weighted by their steps.
 
-ComfyUI's own `progress_state` leaves pending nodes out and would show 100 % from the first node on.
+ComfyUI's own `progress_state` leaves out pending nodes, and would show 100 % from the first node on.
 """
 
 from __future__ import annotations
@@ -8,24 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from bridge.graphs import is_link
+from bridge.graphs import is_count, is_link
+from bridge.server import PromptUpdate
 
 STEP_INPUTS: Final = ("steps",)
-MOST_STEPS: Final = 1e12
 MOST_WHILE_RUNNING: Final = 99
-"""100 is said when the result is there."""
+"""100 is published with the result."""
 
 
 class RunProgress:
-    """Fed with the server's messages of one prompt. `percent` is whole and never goes back."""
+    """Counts the updates of one prompt. `percent` is a whole number and never falls."""
 
     def __init__(self, graph: Mapping[str, Any], result_nodes: Iterable[str], first_percent: int = 0) -> None:
         self._graph = graph
         self._results = list(result_nodes)
-        self._cached: set[str] = set()
+        self._cached: frozenset[str] = frozenset()
         self._weights = self._weigh()
         self._shares: dict[str, float] = {}
-        self._current: str | None = None
         self._percent = first_percent
 
     @property
@@ -36,46 +35,15 @@ class RunProgress:
         self._percent = max(self._percent, min(now, MOST_WHILE_RUNNING))
         return self._percent
 
-    def heard(self, kind: str, data: Mapping[str, Any]) -> None:
-        """Take one message of this prompt; what is not understood changes nothing."""
-        if kind == "execution_cached":
-            nodes = data.get("nodes")
-            self._cached = {str(node) for node in nodes} if isinstance(nodes, list) else set()
+    def add(self, update: PromptUpdate) -> None:
+        if update.cached is not None:
+            self._cached = update.cached
             self._weights = self._weigh()
-        elif kind == "executing":
-            self._executing(data.get("node"))
-        elif kind == "progress":
-            self._reached(data.get("node"), data.get("value"), data.get("max"))
-        elif kind == "progress_state":
-            self._states(data.get("nodes"))
-        elif kind == "executed":
-            self._finished(data.get("node"))
-
-    def _executing(self, node: Any) -> None:
-        if self._current is not None and self._current != node:
-            self._finished(self._current)
-        self._current = node if isinstance(node, str) else None
-
-    def _states(self, nodes: Any) -> None:
-        for node, state in nodes.items() if isinstance(nodes, Mapping) else ():
-            if not isinstance(state, Mapping):
-                continue
-            if state.get("state") == "finished":
-                self._finished(node)
-            else:
-                self._reached(node, state.get("value"), state.get("max"))
-
-    def _reached(self, node: Any, value: Any, most: Any) -> None:
-        if isinstance(node, str) and _is_count(value) and _is_count(most) and most > 0:
-            share = min(1.0, max(0.0, value / most))
+        for node, share in update.shares.items():
             self._shares[node] = max(self._shares.get(node, 0.0), share)
 
-    def _finished(self, node: Any) -> None:
-        if isinstance(node, str):
-            self._shares[node] = 1.0
-
     def _weigh(self) -> dict[str, float]:
-        """Node → weight of those that will run: a cached node needs nothing of what lies behind it."""
+        """Node → weight, of nodes that will run. What only a cached node needs does not run."""
         weights: dict[str, float] = {}
         open_nodes = [node for node in self._results if node in self._graph]
         while open_nodes:
@@ -88,10 +56,5 @@ class RunProgress:
         return weights
 
 
-def _is_count(number: Any) -> bool:
-    """Whether it can be reckoned with: no NaN, and nothing whose quotient no float holds."""
-    return isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < MOST_STEPS
-
-
 def _steps(value: Any) -> float:
-    return float(value) if _is_count(value) else 0.0
+    return float(value) if is_count(value) else 0.0

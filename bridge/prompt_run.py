@@ -1,12 +1,12 @@
-"""One prompt on one server, from look-up to its end; no Temporal here.
+"""Runs one prompt on one server, from the look-up to its end. Nothing here depends on Temporal.
 
-look up ─ not there, never sent ─→ send ─→ follow ─→ outcome
+look up ─ unknown, never sent ─→ submit ─→ follow ─→ outcome
    │                                          │
-   ├─ not there, but it was sent ─→ PromptLost (a restart empties queue and history)
-   └─ there ─→ follow ──────────────────────→ outcome
+   ├─ unknown, but it was sent ─→ PromptLost (a restart empties queue and history)
+   └─ known ─→ follow ──────────────────────→ outcome
 
 ServerGone   no answer for 2 minutes
-ServerDead   HTTP answers and nothing runs: its thread has died, or hangs inside a node
+ServerDead   the server answers but runs nothing: its worker thread has died, or hangs inside a node
 """
 
 from __future__ import annotations
@@ -19,27 +19,34 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from bridge.native import Found, NativeServer, Standing
-from bridge.native_errors import NativeFailure, PromptRefused, ServerConfused, ServerSilent
-from bridge.native_events import listening
 from bridge.orders import GraphOutcome, GraphRun
 from bridge.progress import RunProgress
+from bridge.server import (
+    Prompt,
+    PromptRefused,
+    PromptResult,
+    PromptState,
+    PromptUpdate,
+    Server,
+    ServerError,
+    ServerUnavailable,
+    UnexpectedAnswer,
+)
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
-_END_MESSAGES: Final = frozenset({"execution_success", "execution_error", "execution_interrupted"})
-_SOON_SECONDS: Final = 0.1
-_SOON_LOOKS: Final = 30
+_QUICK_SECONDS: Final = 0.1
+_QUICK_LOOK_UPS: Final = 30
 
 
 class RunFailure(Exception):
-    """This server will not end this prompt; the text says why."""
+    """This server will not finish this prompt; the text gives the reason."""
 
 
 class PromptLost(RunFailure):
-    """The server no longer knows a prompt that it had taken."""
+    """The server no longer knows a prompt that it had accepted."""
 
 
 class ServerGone(RunFailure):
@@ -47,33 +54,33 @@ class ServerGone(RunFailure):
 
 
 class ServerDead(RunFailure):
-    """The server answers, and runs nothing any more."""
+    """The server answers but no longer runs anything."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long what is waited for, in seconds."""
+    """Waits and limits in seconds."""
 
     poll: float = 2.0
     silent: float = 120.0
-    """No answer for this long: the job goes elsewhere."""
+    """No answer for this long: the job moves to another server."""
     dead: float = 60.0
-    """Queued prompts and none running for this long: the server's thread has died."""
+    """Prompts queued but none running for this long: the server's worker thread has died."""
     stalled: float = 900.0
-    """Running without any message for this long, or for `stalled_runs` times the expected run: it hangs."""
+    """Running without a message for this long, and for `stalled_runs` times the expected run time: it hangs."""
     stalled_runs: float = 10.0
     look_again: float = 3.0
-    """Between two looks before what is not there counts as lost, or as never sent."""
+    """How long an unknown prompt is looked for before it counts as lost, or as never sent."""
     stop: float = 120.0
-    """How long a cancelled prompt is asked to end."""
+    """How long cancelling a prompt is repeated."""
 
 
 class PromptRun:
-    """`was_sent`: the server had taken the prompt before. `prepare` gives the graph that is sent."""
+    """`was_sent`: an earlier attempt submitted the prompt. `prepare` returns the graph to submit."""
 
     def __init__(
         self,
-        server: NativeServer,
+        server: Server,
         run: GraphRun,
         prepare: Callable[[], Awaitable[Mapping[str, Any]]],
         *,
@@ -88,177 +95,158 @@ class PromptRun:
         self._on_percent = on_percent
         self._progress = RunProgress(run.graph.graph, run.graph.result_nodes, run.first_percent)
         self._wake = asyncio.Event()
-        self._told = run.first_percent
-        self._sign_at = time.monotonic()
+        self._published_percent = run.first_percent
+        self._last_update_at = time.monotonic()
         self._running_at: float | None = None
         self._idle_since: float | None = None
-        self._is_asked = was_sent
+        self._is_submitting = was_sent
         self.was_sent = was_sent
 
     @property
     def percent(self) -> int:
         return self._progress.percent
 
-    async def to_its_end(self) -> GraphOutcome:
-        """Run it, or follow it where it runs already. Raises RunFailure."""
-        prompt_id = self._run.prompt_id
-        found = await self._look()
-        # The client id is the prompt's: whoever comes after us hears the messages of the prompt that we sent.
-        async with listening(self._server.ws_url, prompt_id, prompt_id, self._heard):
-            if found.standing is Standing.UNKNOWN:
-                if self.was_sent and await self._is_unknown_still():
+    async def finish(self) -> GraphOutcome:
+        """Submit the prompt unless it is known already, and follow it to its end. Raises RunFailure."""
+        found = await self._look_up()
+        async with self._server.follow(self._run.prompt_id, self._receive):
+            if found.state is PromptState.UNKNOWN:
+                if self.was_sent and await self._is_still_unknown():
                     raise PromptLost(f"{self._server.url} no longer knows the prompt: it was restarted")
                 if not self.was_sent:
-                    refused = await self._sent()
-                    if refused is not None:
-                        return GraphOutcome(error=refused, percent=self.percent)
-            return await self._followed()
+                    refusal = await self._submit()
+                    if refusal is not None:
+                        return GraphOutcome(error=refusal, percent=self.percent)
+            return await self._follow()
 
     async def stop(self) -> None:
-        """See to it that the prompt does not run on, whatever it takes; gives up on a server that stays silent."""
+        """Repeat the cancel until the prompt has ended. Gives up on a server that stays silent."""
         until = time.monotonic() + self._patience.stop
         unknown_since: float | None = None
         while time.monotonic() < until:
             try:
-                standing = await self._server.cancel(self._run.prompt_id)
-                unknown_since = (unknown_since or time.monotonic()) if standing is Standing.UNKNOWN else None
-                # A request that was cut while it was sent may still be queued.
-                looked_for = time.monotonic() - unknown_since if unknown_since else 0.0
-                waits = self._is_asked and not self.was_sent and looked_for < self._patience.look_again
-                if standing is Standing.ENDED or (standing is Standing.UNKNOWN and not waits):
+                state = await self._server.cancel(self._run.prompt_id)
+                unknown_since = (unknown_since or time.monotonic()) if state is PromptState.UNKNOWN else None
+                # A submit that was cut off may still reach the queue.
+                unknown_seconds = time.monotonic() - unknown_since if unknown_since else 0.0
+                may_appear = self._is_submitting and not self.was_sent and unknown_seconds < self._patience.look_again
+                if state is PromptState.ENDED or (state is PromptState.UNKNOWN and not may_appear):
                     return
-            except NativeFailure as failure:
-                log.info("comfyui_cancel_unanswered", reason=str(failure))
+            except ServerError as error:
+                log.info("comfyui_cancel_unanswered", reason=str(error))
             await asyncio.sleep(0.2)
         log.warning("comfyui_cancel_given_up", prompt_id=self._run.prompt_id)
 
-    async def _sent(self) -> ErrorDetails | None:
-        """Send it once; the refusal, or None. After silence it is looked up before it is sent again."""
+    async def _submit(self) -> ErrorDetails | None:
+        """Submit it once. Returns the refusal, or None. Without an answer it is looked up before the next submit."""
         while True:
             try:
                 graph = await self._patiently(self._prepare)
-                self._is_asked = True
-                await self._server.submit(graph, prompt_id=self._run.prompt_id, client_id=self._run.prompt_id)
+                self._is_submitting = True
+                await self._server.submit(graph, self._run.prompt_id)
                 self.was_sent = True
                 return None
             except PromptRefused as refused:
                 return refused.details
-            except (ServerSilent, ServerConfused) as failure:
-                log.info("comfyui_submit_unanswered", reason=str(failure))
-            if not await self._is_unknown_still():
+            except (ServerUnavailable, UnexpectedAnswer) as error:
+                log.info("comfyui_submit_unanswered", reason=str(error))
+            if not await self._is_still_unknown():
                 self.was_sent = True
                 return None
 
-    async def _is_unknown_still(self) -> bool:
-        """Whether it is not there at two looks, some seconds apart: what was sent may take a moment to be queued."""
+    async def _is_still_unknown(self) -> bool:
+        """Whether two more look-ups do not find it either: a submitted prompt may take a moment to be queued."""
         for _ in range(2):
             await asyncio.sleep(self._patience.look_again / 2)
-            if (await self._look()).standing is not Standing.UNKNOWN:
+            if (await self._look_up()).state is not PromptState.UNKNOWN:
                 return False
         return True
 
-    async def _followed(self) -> GraphOutcome:
-        soon = 0
+    async def _follow(self) -> GraphOutcome:
+        quick_look_ups = 0
         while True:
-            found = await self._look()
-            self._tell()
-            if found.standing is Standing.ENDED:
-                return self._outcome(found)
-            if found.standing is Standing.UNKNOWN and await self._is_unknown_still():
+            found = await self._look_up()
+            self._publish_percent()
+            if found.result is not None:
+                return self._outcome(found.result)
+            if found.state is PromptState.UNKNOWN and await self._is_still_unknown():
                 raise PromptLost(f"{self._server.url} no longer knows the prompt: it was restarted or emptied")
-            await self._judge(found)
-            # The end's message comes before the history has it.
-            soon = _SOON_LOOKS if self._wake.is_set() else max(0, soon - 1)
+            await self._check_server(found)
+            # The message about the end arrives before the history has the result.
+            quick_look_ups = _QUICK_LOOK_UPS if self._wake.is_set() else max(0, quick_look_ups - 1)
             self._wake.clear()
-            await self._woken(_SOON_SECONDS if soon else self._patience.poll)
+            await self._wait_for_end(_QUICK_SECONDS if quick_look_ups else self._patience.poll)
 
-    async def _woken(self, within_seconds: float) -> None:
-        """Until something about the end was heard; whole percents are told on the way."""
+    async def _wait_for_end(self, within_seconds: float) -> None:
+        """Return early on a message about the end. Publishes whole percents meanwhile."""
         until = time.monotonic() + within_seconds
         while not self._wake.is_set() and (left := until - time.monotonic()) > 0:
             try:
                 async with asyncio.timeout(min(left, 0.25)):
                     await self._wake.wait()
             except TimeoutError:
-                self._tell()
+                self._publish_percent()
 
-    def _tell(self) -> None:
-        if self.percent > self._told:
-            self._told = self.percent
-            self._on_percent(self._told)
+    def _publish_percent(self) -> None:
+        if self.percent > self._published_percent:
+            self._published_percent = self.percent
+            self._on_percent(self._published_percent)
 
-    def _heard(self, kind: str, data: Mapping[str, Any]) -> None:
-        self._sign_at = time.monotonic()
-        self._progress.heard(kind, data)
-        if kind in _END_MESSAGES or (kind == "executing" and data.get("node") is None):
+    def _receive(self, update: PromptUpdate) -> None:
+        self._last_update_at = time.monotonic()
+        self._progress.add(update)
+        if update.is_end:
             self._wake.set()
 
-    async def _judge(self, found: Found) -> None:
-        """Raise ServerDead where the server will not get on with it; the prompt is taken back first."""
+    async def _check_server(self, found: Prompt) -> None:
+        """Cancel the prompt and raise ServerDead if the server makes no progress."""
         now = time.monotonic()
-        if found.standing is Standing.RUNNING:
+        if found.state is PromptState.RUNNING:
             self._idle_since = None
             if self._running_at is None:
-                self._running_at = self._sign_at = now
+                self._running_at = self._last_update_at = now
             patience = max(self._patience.stalled, self._patience.stalled_runs * self._run.graph.expected_seconds)
-            if now - self._sign_at > patience:
-                await self._give_up(f"{self._server.url} runs the prompt and has said nothing for {patience:.0f} s")
-        elif found.standing is Standing.PENDING:
+            if now - self._last_update_at > patience:
+                await self._give_up(f"{self._server.url} has run the prompt without a message for {patience:.0f} s")
+        elif found.state is PromptState.PENDING:
             if (await self._patiently(self._server.queue)).running:
                 self._idle_since = None
                 return
             self._idle_since = self._idle_since or now
             if now - self._idle_since > self._patience.dead:
-                await self._give_up(f"{self._server.url} has prompts queued and runs none: its thread has died")
+                await self._give_up(f"{self._server.url} has queued prompts but runs none: its worker thread has died")
 
     async def _give_up(self, reason: str) -> None:
         try:
             await self._server.cancel(self._run.prompt_id)
-        except NativeFailure as failure:
-            log.info("comfyui_cancel_unanswered", reason=str(failure))
+        except ServerError as error:
+            log.info("comfyui_cancel_unanswered", reason=str(error))
         raise ServerDead(reason)
 
-    async def _look(self) -> Found:
-        return await self._patiently(lambda: self._server.find(self._run.prompt_id))
+    async def _look_up(self) -> Prompt:
+        return await self._patiently(lambda: self._server.look_up(self._run.prompt_id, self._run.graph.result_nodes))
 
-    async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Ask again while the server is silent; raise ServerGone after 2 minutes of it."""
+    async def _patiently(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a request while the server does not answer. Raises ServerGone after 2 minutes."""
         silent_since: float | None = None
         while True:
             try:
-                return await ask()
-            except (ServerSilent, ServerConfused) as failure:
+                return await request()
+            except (ServerUnavailable, UnexpectedAnswer) as error:
                 now = time.monotonic()
                 silent_since = silent_since or now
                 if now - silent_since > self._patience.silent:
-                    raise ServerGone(f"{failure}; silent for {self._patience.silent:.0f} s") from None
+                    raise ServerGone(f"{error}; silent for {self._patience.silent:.0f} s") from None
                 await asyncio.sleep(min(1.0, self._patience.poll))
 
-    def _outcome(self, found: Found) -> GraphOutcome:
-        error = found.error()
-        nodes = self._run.graph.result_nodes
-        files, texts = found.files(nodes), found.texts(nodes)
+    def _outcome(self, result: PromptResult) -> GraphOutcome:
+        error, files = result.error, result.files
         if error is None:
             files = files + self._run.named_files
-        if error is None and not files and not texts:
+        if error is None and not files and not result.texts:
             error = ErrorDetails(
                 code=FailureCode.INTERNAL.value,
-                message="ComfyUI says that the run succeeded, and its result nodes gave nothing.",
+                message="ComfyUI reports success, but its result nodes returned nothing.",
                 retryable=True,
             )
-        return GraphOutcome(
-            files=files, texts=texts, error=error, seconds=ran_seconds(found.entry), percent=self.percent
-        )
-
-
-def ran_seconds(entry: Mapping[str, Any]) -> float:
-    """How long a prompt ran, by the times in its history; 0 where it does not tell."""
-    status = entry.get("status")
-    messages = status.get("messages") if isinstance(status, Mapping) else None
-    times: list[float] = []
-    for message in messages if isinstance(messages, list) else ():
-        data = message[1] if isinstance(message, list) and len(message) == 2 else None
-        at = data.get("timestamp") if isinstance(data, Mapping) else None
-        if isinstance(at, int | float) and not isinstance(at, bool):
-            times.append(at / 1000)
-    return max(0.0, max(times) - min(times)) if times else 0.0
+        return GraphOutcome(files=files, texts=result.texts, error=error, seconds=result.seconds, percent=self.percent)

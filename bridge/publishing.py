@@ -1,4 +1,4 @@
-"""Publishes a run's states: each one is a callback of its own, which Temporal retries until it is accepted.
+"""Publishes a run's states. Each is a callback, which Temporal retries until it is accepted.
 
 Numbers (`sequence`) rise with every change. A run on a server reserves `TICKS` of them for its whole percents, which
 the GPU worker publishes without the workflow.
@@ -57,7 +57,7 @@ class Publishing:
         return self.sequence
 
     def run_ended(self) -> None:
-        """Later numbers are above every tick that the run may have published."""
+        """End the reservation. Later numbers are above every tick that the run may have published."""
         if self.tick_base is not None:
             self.tick_base = None
             self.number()
@@ -77,5 +77,5 @@ class Publishing:
                 summary=f"publish {what}",
             )
         except FailureError as error:
-            # A day without an answer: the caller has to poll.
+            # After a day without an answer the caller must poll.
             workflow.logger.warning("callback given up: %s", error)

@@ -1,4 +1,4 @@
-"""What the bridge answers: replies, and the refusals of contract §2 by name."""
+"""The bridge's HTTP replies, and the refusals of contract §2 by name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Call:
-    """One request as an act sees it; `run_id` is the id in its path."""
+    """One request as an action sees it; `run_id` is the id in its path."""
 
     path: str
     body: Any
@@ -45,12 +45,12 @@ class Call:
     run_id: str = ""
 
 
-Act = Callable[[Call], Awaitable[Reply]]
+Action = Callable[[Call], Awaitable[Reply]]
 
 
 @dataclass
 class Refused(Exception):
-    """A definite refusal, by its name in contract §2; `fields` has a sentence for each wrong field."""
+    """A definite refusal, by its name in contract §2. `fields` has one message for each wrong field."""
 
     message: str
     fields: list[str] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Refused(Exception):
 
 @dataclass
 class Unanswered(Exception):
-    """No answer now: nothing is kept, the same request may be repeated. The text says why, for people."""
+    """No answer now. Nothing is stored and the same request may be repeated. `reason` is shown to the caller."""
 
     status: int
     reason: str
@@ -75,7 +75,7 @@ class Unanswered(Exception):
 
 
 class Unauthenticated(Exception):
-    """No token, or one that is not ours or has ended."""
+    """The token is missing, expired or not signed for this system."""
 
     def reply(self) -> Reply:
         return Reply(401, {"detail": {"code": "40101", "message": f"token_invalid: {self}"}})
@@ -85,7 +85,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def checked(model: type[Model], body: Any) -> Model:
-    """The body as `model`, types taken strictly. Raises Refused `payload_invalid`."""
+    """Parse the body as `model`, with strict types. Raises Refused `payload_invalid`."""
     try:
         return model.model_validate_json(json.dumps(body), strict=True)
     except ValidationError as error:

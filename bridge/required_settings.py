@@ -1,4 +1,4 @@
-"""What the bridge's entry points share: settings read into parts, or a sentence that says what is missing."""
+"""Settings that the bridge's entry points share, with a clear message for what is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def result_secret_by(settings: Settings) -> str:
     secret = settings.bridge_result_secret or settings.token_secret
     if secret is None:
         raise CannotStart(
-            "Nothing signs addresses of results: give COMFYUI_TEMPORAL_BRIDGE_RESULT_SECRET (at least 32 bytes)."
+            "No secret to sign result addresses with: set COMFYUI_TEMPORAL_BRIDGE_RESULT_SECRET (at least 32 bytes)."
         )
     return secret.get_secret_value()
 
@@ -35,6 +35,7 @@ def callback_secret_by(settings: Settings) -> str:
     return settings.callback_secrets[0].get_secret_value()
 
 
-def heed_signals(stop: Event) -> None:
+def stop_on_signals(stop: Event) -> None:
+    """Set `stop` on SIGTERM and SIGINT."""
     for number in (signal.SIGTERM, signal.SIGINT):
         get_running_loop().add_signal_handler(number, stop.set)

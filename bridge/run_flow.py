@@ -1,7 +1,6 @@
-"""What an image job and a training have in common as workflows: their state on the wire, its callbacks, the cancel.
+"""What the workflows of image jobs and trainings share: the state on the wire, its callbacks, and the cancel.
 
-A cancel is obeyed at any time before the end and answered at once; what it still has to stop on a server is stopped
-afterwards.
+A cancel is possible until the end and is answered at once. A prompt that still runs on a server is stopped afterwards.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _STAGE: Final = SearchAttributeKey.for_keyword("TaskStage")
 
 
 class RunFlow:
-    """State and messages of one run. A subclass opens it in its `@workflow.init` and says what its fields mean."""
+    """State and messages of one run. A subclass calls `_open` in its `@workflow.init` and defines its own fields."""
 
     def _open(self, run_id: str, request: JobRequest | TrainingRequest, pool: str, fields: dict[str, Any]) -> None:
         self._request = request
@@ -41,24 +40,24 @@ class RunFlow:
         self._fields = fields
         self._progress_span = (0.0, 100.0)
 
-    # What a subclass says
+    # Defined by the subclass
 
     @property
     @abstractmethod
     def _is_over(self) -> bool:
-        """Whether the run has ended, however."""
+        """Whether the run has ended, in any way."""
 
     @abstractmethod
     def _task_status(self) -> TaskStatus:
-        """What the search attribute `TaskStatus` says."""
+        """The value of the search attribute `TaskStatus`."""
 
     @abstractmethod
     def _stage(self) -> str:
-        """What the search attribute `TaskStage` says."""
+        """The value of the search attribute `TaskStage`."""
 
     @abstractmethod
     def _end_fields(self) -> dict[str, Any]:
-        """What else a failure or a cancel changes."""
+        """Fields that a failure or a cancel changes as well."""
 
     # Messages
 
@@ -79,59 +78,59 @@ class RunFlow:
     @workflow.update(name=CANCEL_UPDATE)
     def cancel(self) -> JobView:
         """End the run as cancelled, unless it is over. Idempotent."""
-        self._end_cancelled()
+        self._cancel()
         return self.view()
 
-    # The run
+    # Running
 
-    async def _to_its_end(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do the work until it ends or is cancelled; its run on a server is over afterwards."""
-        doing = asyncio.ensure_future(self._named(work))
+    async def _finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work until it ends or is cancelled. Afterwards nothing of it runs on a server."""
+        working = asyncio.ensure_future(self._with_typed_failures(work))
         try:
-            await workflow.wait_condition(lambda: doing.done() or self._is_cancelled)
+            await workflow.wait_condition(lambda: working.done() or self._is_cancelled)
         except asyncio.CancelledError:
-            # A cancel by Temporal's own means is the run's cancel.
-            self._end_cancelled()
-        if not doing.done():
-            doing.cancel()
-        await self._settled(doing)
+            # A cancel through Temporal itself is treated as the run's cancel.
+            self._cancel()
+        if not working.done():
+            working.cancel()
+        await self._wait_until_done(working)
 
     async def _all_published(self) -> None:
         try:
             await self._publishing.all_published()
         except asyncio.CancelledError:
-            workflow.logger.info("cancelled while callbacks were out; the run is over all the same")
+            workflow.logger.info("cancelled while callbacks were being sent; the run is over all the same")
 
-    async def _named(self, work: Coroutine[Any, Any, None]) -> None:
-        """Every failure of the work becomes how the run ends."""
+    async def _with_typed_failures(self, work: Coroutine[Any, Any, None]) -> None:
+        """End the run with the failure of the work."""
         try:
             await work
         except RunRefused as refused:
-            self._failed(refused.details)
+            self._fail(refused.details)
         except ActivityError as error:
             if is_cancelled_exception(error):
                 raise
-            self._failed(details_of(error))
+            self._fail(details_of(error))
 
-    async def _settled(self, doing: asyncio.Future[None]) -> None:
-        while not doing.done():
+    async def _wait_until_done(self, working: asyncio.Future[None]) -> None:
+        while not working.done():
             try:
-                await asyncio.shield(doing)
+                await asyncio.shield(working)
             except asyncio.CancelledError:
-                # Ours or a second one: what is to be stopped on a server is stopped first.
+                # Our own cancel or a second one: first wait until the prompt is stopped on its server.
                 continue
             except FailureError:
                 break
-        error = None if doing.cancelled() else doing.exception()
+        error = None if working.cancelled() else working.exception()
         if error is not None and not self._is_over:
             raise error
 
-    def _end_cancelled(self) -> None:
+    def _cancel(self) -> None:
         if not self._is_over:
             self._is_cancelled = True
-            self._failed(CANCELLED)
+            self._fail(CANCELLED)
 
-    def _failed(self, details: ErrorDetails) -> None:
+    def _fail(self, details: ErrorDetails) -> None:
         if self._is_over:
             return
         self._fields |= {
@@ -142,7 +141,7 @@ class RunFlow:
         self._change(details.code)
 
     def _run_ended(self) -> None:
-        """A run on a server is over: nothing less than its last tick is shown from here."""
+        """A run on a server is over. From here on, progress is at least that of its last tick."""
         if self._is_over:
             self._publishing.tick_base = None
             return
@@ -152,7 +151,7 @@ class RunFlow:
         self._publishing.run_ended()
 
     def _change(self, what: str, **more: Any) -> None:
-        """Tell the state as it is now; `more` only in the callback."""
+        """Publish the present state. `more` is only in the callback."""
         self._publishing.publish({**self._fields, "task_id": self._request.task_id, **more}, what)
         status = self._task_status()
         workflow.upsert_search_attributes([_STATUS.value_set(status.value), _STAGE.value_set(self._stage())])
@@ -160,7 +159,7 @@ class RunFlow:
         workflow.set_current_details(f"**{what}**{server}, run {self._placement.run}")
 
     def _ended_status(self) -> TaskStatus | None:
-        """Failed or cancelled, or None."""
+        """FAILED or CANCELLED; None without an error."""
         error = self._fields["error_details"]
         if error is None:
             return None
@@ -176,7 +175,7 @@ def minutes(span: timedelta, *, at_least: float = 0.0001) -> float:
 
 
 def details_of(error: ActivityError) -> ErrorDetails:
-    """An activity that failed for good: its code where it is one of contract §1's, else `internal`."""
+    """The error of an activity that failed for good. Its code if contract §1 has it, otherwise `internal`."""
     cause = error.cause
     if isinstance(cause, ApplicationError):
         known = cause.type in set(JOB_CODES)

@@ -1,7 +1,7 @@
-"""Jobs and trainings as Temporal has them: begun once a key, read, cancelled.
+"""Jobs and trainings in Temporal: started once per idempotency key, read, and updated.
 
-An idempotency key is a workflow id: the first request under it starts the workflow, whose memo keeps what was asked
-(as a hash) and what was answered for as long as the namespace keeps it (30 days and more); a repeat reads it there.
+The workflow id is derived from the idempotency key. The first request under a key starts the workflow. Its memo keeps
+the request's hash and the answer for the namespace's retention (30 days or more), and a repeat reads the answer there.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from bridge.calls import (
     workflow_of,
 )
 from bridge.orders import JobView
-from bridge.replies import Act, Call, Refused, Reply, Unanswered
+from bridge.replies import Action, Call, Refused, Reply, Unanswered
 from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 from comfyui_temporal.contracts.permissions import Scene
@@ -57,11 +57,11 @@ from comfyui_temporal.runs import NoQueryNow, RunSeen, RunStatus, describe_run, 
 
 ACCEPTED: Final = 202
 CLAIMED: Final = Reply(0, None)
-ASK: Final = timedelta(seconds=5)
+RPC_TIMEOUT: Final = timedelta(seconds=5)
 KIND_MEMO: Final = "kind"
 TENANT_MEMO: Final = "tenant_id"
-ENDED_BY_HAND_SEQUENCE: Final = 2**40
-"""Higher than a run ever counts: what is said of a run that was ended by hand is its last word."""
+ENDED_IN_TEMPORAL_SEQUENCE: Final = 2**40
+"""Higher than any run counts: the state of a run that was terminated in Temporal is final."""
 
 
 Moved = Callable[[JobView], Awaitable[int | None]]
@@ -69,7 +69,7 @@ Moved = Callable[[JobView], Awaitable[int | None]]
 
 @dataclass(frozen=True)
 class NewRun:
-    """Everything about a run that is to begin."""
+    """Everything needed to start a run."""
 
     workflow: str
     workflow_id: str
@@ -86,50 +86,50 @@ class NewRun:
 
 
 def fingerprint(path: str, body: Any) -> str:
-    """One hash for all bodies that are the same JSON, whatever the order of their fields."""
+    """A hash that is equal for equal JSON bodies, whatever the order of their fields."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(f"POST {path}\n{canonical}".encode()).hexdigest()
 
 
 class Keys:
-    """Every POST goes under its key: the first answer again for the same request, a conflict for another."""
+    """Idempotency keys of POSTs: the same request gets its first answer again, another request a conflict."""
 
     def __init__(self, runs: Runs) -> None:
         self._runs = runs
 
-    async def once(self, call: Call, act: Act) -> Reply:
-        """An act that starts a workflow under the key itself; a refusal is kept under it as well."""
-        name, print_ = workflow_id(call.claims.tenant_id, call.key), fingerprint(call.path, call.body)
-        kept = await self._runs.kept(name, print_)
+    async def once(self, call: Call, action: Action) -> Reply:
+        """Run an action that starts a workflow under the key. A refusal is stored under the key as well."""
+        name, request_hash = workflow_id(call.claims.tenant_id, call.key), fingerprint(call.path, call.body)
+        kept = await self._runs.kept(name, request_hash)
         if kept is not None:
             return kept
         try:
-            return await act(call)
+            return await action(call)
         except Refused as refused:
             if refused.message != "idempotency_conflict":
-                await self._runs.keep(name, print_, refused.reply())
+                await self._runs.keep(name, request_hash, refused.reply())
             raise
 
-    async def claimed(self, call: Call, act: Act) -> Reply:
-        """An act that may be repeated without harm: its key is claimed for it."""
-        name, print_ = workflow_id(call.claims.tenant_id, call.key), fingerprint(call.path, call.body)
-        if await self._runs.kept(name, print_) is None:
-            await self._runs.keep(name, print_, CLAIMED)
-            await self._runs.kept(name, print_)
-        return await act(call)
+    async def claimed(self, call: Call, action: Action) -> Reply:
+        """Run an action that may be repeated without harm. Its key is stored first."""
+        name, request_hash = workflow_id(call.claims.tenant_id, call.key), fingerprint(call.path, call.body)
+        if await self._runs.kept(name, request_hash) is None:
+            await self._runs.keep(name, request_hash, CLAIMED)
+            await self._runs.kept(name, request_hash)
+        return await action(call)
 
 
 class Runs:
-    """Raises Refused, and Unanswered where Temporal or the bridge's workers are away."""
+    """Raises Refused, and Unanswered if Temporal or the bridge's workers do not answer."""
 
     def __init__(self, client: Client, *, task_queue: str = BRIDGE_QUEUE) -> None:
         self._client = client
         self._task_queue = task_queue
 
     async def kept(self, workflow_id: str, fingerprint: str) -> Reply | None:
-        """What was answered under this key before, None for a new one; raises Refused `idempotency_conflict`.
+        """The answer stored under this key, or None for a new key. Raises Refused `idempotency_conflict`.
 
-        A key that was only claimed (a cancel's) has status 0: the same may be asked again.
+        A key that was only claimed (by a cancel or a start) has status 0: its request may be repeated.
         """
         described = await self._described(workflow_id)
         if described is None:
@@ -140,27 +140,26 @@ class Runs:
         return Reply(int(memo.get(STATUS_MEMO, ACCEPTED)), memo.get(ANSWER_MEMO))
 
     async def keep(self, workflow_id: str, fingerprint: str, reply: Reply) -> None:
-        """Keep a key and what was answered under it; a key that is taken already stays as it is."""
+        """Store a key and its answer. Does nothing if the key is taken."""
         memo = {BODY_MEMO: fingerprint, STATUS_MEMO: reply.status, ANSWER_MEMO: reply.body, KIND_MEMO: "key"}
         try:
             await self._client.start_workflow(
                 KEY_WORKFLOW,
-                MOVE_UPDATE,
                 id=workflow_id,
                 task_queue=self._task_queue,
                 id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
                 id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
                 memo=memo,
                 static_summary="an idempotency key",
-                rpc_timeout=ASK,
+                rpc_timeout=RPC_TIMEOUT,
             )
         except WorkflowAlreadyStartedError:
             return
         except RPCError as error:
-            raise _away(error) from None
+            raise _unanswered(error) from None
 
     async def begin(self, new: NewRun) -> Reply:
-        """Start the run; the answer, or the first one's where another request with the key was quicker."""
+        """Start the run. Returns its answer, or the stored one if another request with the key was faster."""
         try:
             await self._client.start_workflow(
                 new.workflow,
@@ -179,46 +178,46 @@ class Runs:
                 priority=Priority(priority_key=PRIORITY_KEYS[new.priority], fairness_key=new.tenant_id),
                 task_timeout=timedelta(seconds=5),
                 static_summary=f"{new.kind} of {new.task_id}",
-                rpc_timeout=ASK,
+                rpc_timeout=RPC_TIMEOUT,
             )
         except WorkflowAlreadyStartedError:
             kept = await self.kept(new.workflow_id, new.fingerprint)
             if kept is None:
-                raise Unanswered(503, "the first request under this key is still being taken") from None
+                raise Unanswered(503, "the first request under this key is still being handled") from None
             return kept
         except RPCError as error:
-            raise _away(error) from None
+            raise _unanswered(error) from None
         return Reply(ACCEPTED, new.answer)
 
     async def view(self, run_id: str, *, kind: str, tenant_id: str, moved: Moved | None = None) -> dict[str, Any]:
-        """The wire's fields of a run. Raises Refused (404) for a stranger's too.
+        """The wire's fields of a run. Raises Refused (404), also for another tenant's run.
 
-        `moved` says about how many jobs are ahead of a queued one now, which the run is told.
+        `moved` returns about how many jobs are ahead of a queued one now; the run records it.
         """
         described = await self._own(run_id, kind, tenant_id)
         handle = self._client.get_workflow_handle(described.workflow_id, run_id=described.run_id)
         if not described.status.is_over:
-            view = await self._asked(handle)
+            view = await self._query(handle)
             if moved is not None:
                 view = await self._moved(handle, view, await moved(view))
             return _with_beat(view, await _last_percent(self._client, described))
         return _fields(await _ended_view(handle, described, run_id, kind))
 
     async def update(self, run_id: str, name: str, key: str, *, kind: str, tenant_id: str) -> dict[str, Any]:
-        """Ask a run for something; one that is over is left as it is. The same key asks once."""
+        """Send an update to a run, once per key. A run that is over does not change."""
         described = await self._own(run_id, kind, tenant_id)
         if not described.status.is_over:
             handle = self._client.get_workflow_handle(described.workflow_id, run_id=described.run_id)
             try:
                 view = await handle.execute_update(
-                    name, id=hashlib.sha256(key.encode()).hexdigest(), result_type=JobView, rpc_timeout=ASK
+                    name, id=hashlib.sha256(key.encode()).hexdigest(), result_type=JobView, rpc_timeout=RPC_TIMEOUT
                 )
                 return _fields(view)
             except (WorkflowUpdateRPCTimeoutOrCancelledError, WorkflowUpdateFailedError):
                 raise Unanswered(503, "the bridge's workers did not answer in time") from None
             except RPCError as error:
                 if error.status is not RPCStatusCode.NOT_FOUND:
-                    raise _away(error) from None
+                    raise _unanswered(error) from None
         return await self.view(run_id, kind=kind, tenant_id=tenant_id)
 
     async def _moved(self, handle: WorkflowHandle[Any, Any], view: JobView, position: int | None) -> JobView:
@@ -226,10 +225,12 @@ class Runs:
         if position is None or not isinstance(shown, int) or position >= shown:
             return view
         try:
-            told: JobView = await handle.execute_update(MOVE_UPDATE, position, result_type=JobView, rpc_timeout=ASK)
-            return told
+            moved: JobView = await handle.execute_update(
+                MOVE_UPDATE, position, result_type=JobView, rpc_timeout=RPC_TIMEOUT
+            )
+            return moved
         except (WorkflowUpdateRPCTimeoutOrCancelledError, WorkflowUpdateFailedError, RPCError):
-            # A count that informs is not worth an answer.
+            # The position is only informative: a failure must not cost the answer.
             return view
 
     async def _own(self, run_id: str, kind: str, tenant_id: str) -> RunSeen:
@@ -241,17 +242,17 @@ class Runs:
 
     async def _described(self, workflow_id: str) -> RunSeen | None:
         try:
-            return await describe_run(self._client, workflow_id, rpc_timeout=ASK)
+            return await describe_run(self._client, workflow_id, rpc_timeout=RPC_TIMEOUT)
         except RPCError as error:
             if error.status is RPCStatusCode.NOT_FOUND:
                 return None
-            raise _away(error) from None
+            raise _unanswered(error) from None
 
-    async def _asked(self, handle: WorkflowHandle[Any, Any]) -> JobView:
+    async def _query(self, handle: WorkflowHandle[Any, Any]) -> JobView:
         try:
-            return await query_run(handle, VIEW_QUERY, result_type=JobView, rpc_timeout=ASK)
+            return await query_run(handle, VIEW_QUERY, result_type=JobView, rpc_timeout=RPC_TIMEOUT)
         except RPCError as error:
-            raise _away(error) from None
+            raise _unanswered(error) from None
         except (WorkflowQueryFailedError, WorkflowQueryRejectedError):
             raise Unanswered(503, "the bridge's workers did not answer in time") from None
         except NoQueryNow as paused:
@@ -275,7 +276,7 @@ def _attributes(new: NewRun) -> TypedSearchAttributes:
 
 
 async def _last_percent(client: Client, described: RunSeen) -> int:
-    """What the last heartbeat of the run on a server told."""
+    """The percent in the last heartbeat of the run on a server; 0 without one."""
     for pending in described.pending_activities:
         is_running = pending.state == PendingActivityState.PENDING_ACTIVITY_STATE_STARTED
         if pending.activity_type.name == RUN_GRAPH and (is_running or pending.heartbeat_details.payloads):
@@ -286,7 +287,7 @@ async def _last_percent(client: Client, described: RunSeen) -> int:
 
 
 def _with_beat(view: JobView, percent: int) -> dict[str, Any]:
-    """The view as the GPU worker's last heartbeat makes it, numbered as a tick is."""
+    """The view with the progress of the GPU worker's last heartbeat, numbered as a tick."""
     fields = _fields(view)
     if view.tick_base is not None and percent > 0 and fields.get("error_details") is None:
         progress = view.progress_from + (view.progress_to - view.progress_from) * percent / 100
@@ -302,12 +303,12 @@ async def _ended_view(handle: WorkflowHandle[Any, Any], described: RunSeen, run_
     if described.status is RunStatus.COMPLETED:
         typed: WorkflowHandle[Any, JobView] = handle
         try:
-            return JobView.model_validate(await typed.result(rpc_timeout=ASK))
+            return JobView.model_validate(await typed.result(rpc_timeout=RPC_TIMEOUT))
         except (RPCError, WorkflowFailureError) as error:
             raise Unanswered(503, f"the run's result cannot be read: {type(error).__name__}") from None
     details = ErrorDetails(
         code=FailureCode.INTERNAL.value,
-        message="The run's workflow was ended by hand or failed; see it in the Temporal UI.",
+        message="The run's workflow was terminated or failed; see it in the Temporal UI.",
         retryable=True,
     )
     names = {"job": "job_status", "training": "training_status"}
@@ -320,9 +321,9 @@ async def _ended_view(handle: WorkflowHandle[Any, Any], described: RunSeen, run_
             names[kind]: statuses[kind],
             "error_details": details.model_dump(mode="json", exclude_none=True),
         },
-        sequence=ENDED_BY_HAND_SEQUENCE,
+        sequence=ENDED_IN_TEMPORAL_SEQUENCE,
     )
 
 
-def _away(error: RPCError) -> Unanswered:
-    return Unanswered(503, f"Temporal cannot be asked now: {error.status.name.lower()}")
+def _unanswered(error: RPCError) -> Unanswered:
+    return Unanswered(503, f"Temporal does not answer now: {error.status.name.lower()}")

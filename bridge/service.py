@@ -1,4 +1,4 @@
-"""What each route of `/comfyui/v1` does (contract §2, §3): checks, one answer, and never a state of its own."""
+"""The actions behind the image routes of `/comfyui/v1` (contract §2, §3). They keep no state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _JOB_ID: Final = re.compile(r"job-[0-9a-f]{40}")
 
 
 class TakenJobRequest(JobRequest):
-    """The request as it is taken from a caller: ids that workflow ids and fairness keys can be made from."""
+    """The request as accepted from a caller. Its ids must be usable in workflow ids and fairness keys."""
 
     task_id: CallerId
     tenant_id: CallerId
@@ -40,7 +40,7 @@ class TakenJobRequest(JobRequest):
 
 
 class ImageService:
-    """Image jobs. `callback_prefixes`: where callbacks may go; a caller's token is no right to have us call others."""
+    """Image jobs. Callbacks go only to `callback_prefixes`: no caller can make the bridge call other addresses."""
 
     def __init__(
         self,
@@ -59,9 +59,9 @@ class ImageService:
         self._callback_prefixes = tuple(prefix.rstrip("/") + "/" for prefix in callback_prefixes)
 
     async def submit(self, call: Call) -> Reply:
-        demand(call.claims, Operation.CREATE_JOB)
+        require(call.claims, Operation.CREATE_JOB)
         request = checked(TakenJobRequest, call.body)
-        demand_person(call.claims, request.tenant_id, request.user_id)
+        require_user(call.claims, request.tenant_id, request.user_id)
         job = await self._new_job(request, call)
         answer = {
             "job_id": job.job_id,
@@ -87,31 +87,31 @@ class ImageService:
         return await self._runs.begin(new)
 
     async def get(self, call: Call) -> Reply:
-        demand(call.claims, Operation.READ_COMFYUI)
+        require(call.claims, Operation.READ_COMFYUI)
         tenant_id = call.claims.tenant_id
-        view = await self._runs.view(_known(call), kind="job", tenant_id=tenant_id, moved=self._ahead_of)
+        view = await self._runs.view(_job_id(call), kind="job", tenant_id=tenant_id, moved=self._ahead_of)
         return Reply(200, view)
 
     async def _ahead_of(self, view: JobView) -> int | None:
-        """At most so many are ahead of a queued job as wait now, perhaps itself among them; None where it is not."""
+        """An upper limit of the jobs ahead of a queued job, perhaps counting itself. None if the job is not queued."""
         if view.fields.get("job_status") != JobStatus.QUEUED or not view.fields.get("queue_position"):
             return None
         return (await self._forecast.backlog(view.pool)).ahead_of(view.priority)
 
     async def cancel(self, call: Call) -> Reply:
-        demand(call.claims, Operation.CANCEL_JOB)
+        require(call.claims, Operation.CANCEL_JOB)
         view = await self._runs.update(
-            _known(call), CANCEL_UPDATE, call.key, kind="job", tenant_id=call.claims.tenant_id
+            _job_id(call), CANCEL_UPDATE, call.key, kind="job", tenant_id=call.claims.tenant_id
         )
         return Reply(200, view)
 
     async def gpus(self, call: Call) -> Reply:
-        demand(call.claims, Operation.READ_COMFYUI)
+        require(call.claims, Operation.READ_COMFYUI)
         default = SCENES[Scene.IMAGE_GENERATE].eta_minutes[TaskPriority.ACCELERATED]
         return Reply(200, await self._forecast.gpus(default * 60))
 
     async def _new_job(self, request: TakenJobRequest, call: Call) -> ImageJob:
-        """Everything that can be refused is refused here, before anything is queued."""
+        """Check the request: everything that can be refused is refused here, before anything is queued."""
         template = self._templates.get(request.template_id, Scene.IMAGE_GENERATE)
         if template is None:
             raise Refused("template_not_found")
@@ -155,26 +155,26 @@ class ImageService:
             raise Refused("payload_invalid", fields=[str(error)]) from None
 
 
-def _known(call: Call) -> str:
+def _job_id(call: Call) -> str:
     if not _JOB_ID.fullmatch(call.run_id):
         raise Refused("job_not_found")
     return call.run_id
 
 
 def check_callback(url: str, prefixes: tuple[str, ...]) -> None:
-    """Raises Refused where a callback would go to where we do not call."""
+    """Raises Refused if the callback address is not allowed."""
     if not url.startswith(prefixes) or any(character <= " " for character in url) or "/../" in url:
         allowed = ", ".join(prefixes)
         raise Refused("payload_invalid", fields=[f"callback_url: must begin with {allowed}"])
 
 
-def demand(claims: TokenClaims, operation: Operation) -> None:
-    """Raises Refused `authorization_missing` where the token lacks the operation's scope (contract §7)."""
+def require(claims: TokenClaims, operation: Operation) -> None:
+    """Raises Refused `authorization_missing` if the token lacks the operation's scope (contract §7)."""
     if not claims.allows(operation):
         raise Refused("authorization_missing")
 
 
-def demand_person(claims: TokenClaims, tenant_id: str, user_id: str) -> None:
-    """Raises Refused where the body names another tenant or user than the token."""
+def require_user(claims: TokenClaims, tenant_id: str, user_id: str) -> None:
+    """Raises Refused if the body names another tenant or user than the token."""
     if (claims.tenant_id, claims.user_id) != (tenant_id, user_id):
         raise Refused("authorization_missing")

@@ -1,7 +1,7 @@
-"""A server's one slot: pull is the router, and a server that is busy, silent or dead pulls nothing.
+"""A server's one slot. Servers pull jobs: a busy, silent or dead server pulls none.
 
-A job is taken by a short activity on the pool's queue; the slot stays held until the job's run on this server has
-ended, so that the pool's worker asks for no other task in between.
+A short activity on the pool's queue takes a job. The slot stays held until the job's run on this server has ended, so
+the pool's worker polls for no other task in between.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from temporalio.worker import (
     SlotReserveContext,
 )
 
-from bridge.native import NativeServer
-from bridge.native_errors import NativeFailure
+from bridge.server import Server, ServerError
 
 TAKEN_SECONDS: Final = 20.0
-"""How long a taken job may stay away before the slot is free again: its task was cancelled meanwhile."""
-LOOK_SECONDS: Final = 0.5
+"""If a taken job has not started by then, it was cancelled and the slot is free again."""
+CHECK_SECONDS: Final = 0.5
 DRAINED_SECONDS: Final = 600.0
 
 log = structlog.get_logger(__name__)
 
 
 class Slot:
-    """Who holds the server, and whether it may take anything."""
+    """Which job holds the server, and whether the server may take one."""
 
-    def __init__(self, server: NativeServer, *, taken_seconds: float = TAKEN_SECONDS) -> None:
+    def __init__(self, server: Server, *, taken_seconds: float = TAKEN_SECONDS) -> None:
         self._server = server
         self._taken_seconds = taken_seconds
         self._holder: str | None = None
@@ -47,7 +46,7 @@ class Slot:
         return self._runs > 0 or (self._holder is not None and time.monotonic() < self._taken_until)
 
     async def take(self, job_id: str) -> str | None:
-        """Hold the slot for a job until its run begins; why not, or None."""
+        """Hold the slot for a job until its run begins. Returns None, or the reason why it cannot."""
         if self.is_held and self._holder != job_id:
             return "the server is held by another job"
         problem = await self.problem()
@@ -67,18 +66,18 @@ class Slot:
         self._changed.set()
 
     def drain(self, reason: str) -> None:
-        """Take nothing for ten minutes, or until the server was restarted: it answers, and runs nothing."""
-        log.warning("comfyui_server_drained", server=self._server.url, why=reason)
+        """Take nothing for ten minutes or until the server restarts: it answers but runs nothing."""
+        log.warning("comfyui_server_drained", server=self._server.url, reason=reason)
         self._drained_until = time.monotonic() + DRAINED_SECONDS
 
     async def problem(self) -> str | None:
-        """Why the server may take nothing now, or None. A prompt of somebody else's is a reason."""
+        """Why the server may take no job now, or None. Another client's prompt is a reason."""
         try:
             queue = await self._server.queue()
-        except NativeFailure as failure:
-            # Gone for a moment: what comes back is another process.
+        except ServerError as error:
+            # A server that was away comes back as a new process.
             self._drained_until = 0.0
-            return str(failure)
+            return str(error)
         if time.monotonic() < self._drained_until:
             return "the server runs nothing; restart it"
         return None if queue.is_empty else "the server runs something else"
@@ -89,7 +88,7 @@ class Slot:
             if not self.is_held and await self.problem() is None:
                 return
             try:
-                async with asyncio.timeout(LOOK_SECONDS):
+                async with asyncio.timeout(CHECK_SECONDS):
                     await self._changed.wait()
             except TimeoutError:
                 continue
@@ -105,11 +104,11 @@ class FreeSlots(CustomSlotSupplier):
     async def reserve_slot(self, ctx: SlotReserveContext) -> SlotPermit:
         while True:
             await self._slot.until_free()
-            # Several pollers may wait: the first to wake has it.
+            # Several pollers may wait here: the first to wake gets the slot.
             if self._reserved == 0:
                 self._reserved += 1
                 return SlotPermit()
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(CHECK_SECONDS)
 
     def try_reserve_slot(self, ctx: SlotReserveContext) -> SlotPermit | None:
         return None

@@ -1,11 +1,12 @@
 """The bridge's own object storage: results and control images, below one address (`file://`, `s3://`, `gs://`, `az://`).
 
-    results/{job_id}/…      what a run left, kept
+    results/{job_id}/…      results of a job, kept
     controls/{job_id}/{n}   control images, deleted when the job has ended
-    checkpoints/…           what trainings wrote
+    checkpoints/…           checkpoints of trainings
     datasets/{training_id}/ long lists of files to train on
 
-Addresses of results expire: signed by the store where it can (`s3`, `gs`, `az`), else by us (`/comfyui/files/…`).
+Addresses of results expire. The store signs them if it can (`s3`, `gs`, `az`), otherwise the bridge does
+(`/comfyui/files/…`).
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store, from_url
 
 STORAGE_ERRORS: Final = (BaseError, OSError, ValueError)
-"""What obstore raises; a missing object is FileNotFoundError."""
+"""What obstore raises. A missing object is FileNotFoundError."""
 SCHEMES: Final = ("file", "s3", "gs", "az")
 RESULT_SECONDS: Final = 7 * 24 * 3600
-"""The longest that S3 signs for."""
+"""S3's limit for signed addresses."""
 RESULTS_PATH: Final = "/comfyui/files"
 PART_BYTES: Final = 5 * 1024 * 1024
 
 
 class Storage:
-    """Raises ValueError for an address that cannot be used. Every method raises STORAGE_ERRORS."""
+    """One object store. Raises ValueError for an unusable address. Every method raises STORAGE_ERRORS."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -52,7 +53,7 @@ class Storage:
             self._store = from_url(self.url)
 
     def address(self, path: str) -> str:
-        """The object's own address, for whoever has the store's credentials."""
+        """The object's own address, for clients with the store's credentials."""
         return f"{self.url}/{path}"
 
     def path_of(self, address: str) -> str | None:
@@ -62,7 +63,7 @@ class Storage:
         return path if address.startswith(prefix) and is_plain(path) else None
 
     async def write(self, path: str, content: AsyncIterator[bytes] | bytes, content_type: str | None = None) -> int:
-        """Write an object whole or not at all; its size in bytes."""
+        """Write an object, completely or not at all. Returns its size in bytes."""
         size = 0
 
         async def counted() -> AsyncIterator[bytes]:
@@ -75,7 +76,7 @@ class Storage:
                 size += len(chunk)
                 yield chunk
 
-        # Folders on disk have no place for a content type.
+        # A local folder cannot store a content type.
         attributes = {"Content-Type": content_type} if content_type and self._local is None else None
         await obstore.put_async(self._store, path, counted(), attributes=attributes, chunk_size=PART_BYTES)
         return size
@@ -93,25 +94,25 @@ class Storage:
         return (await obstore.head_async(self._store, path))["size"]
 
     def keeps_inside(self, path: str) -> bool:
-        """Whether a path stays below this storage when symbolic links are followed."""
+        """Whether a path stays below this storage, symbolic links included."""
         if self._local is None:
             return is_plain(path)
         return is_plain(path) and (self._local / path).resolve().is_relative_to(self._local.resolve())
 
     async def delete(self, path: str) -> None:
-        """One that is gone already is no error."""
+        """Delete an object. A missing one is no error."""
         with suppress(FileNotFoundError):
             await obstore.delete_async(self._store, path)
 
     async def signed_by_store(self, path: str, seconds: int) -> str | None:
-        """An expiring address signed by the store itself, or None where it cannot."""
+        """An expiring address signed by the store itself, or None if it cannot sign."""
         if not isinstance(self._store, S3Store | GCSStore | AzureStore):
             return None
         return await obstore.sign_async(self._store, "GET", path, timedelta(seconds=seconds))
 
 
 class SignedAddresses:
-    """Expiring addresses of results that the bridge itself serves, where the store signs none."""
+    """Expiring addresses of results that the bridge serves itself, for stores that sign none."""
 
     def __init__(self, base_url: str, secret: str) -> None:
         self.base_url = base_url.rstrip("/")
@@ -123,8 +124,8 @@ class SignedAddresses:
             f"{self.base_url}{RESULTS_PATH}/{quote(path)}?expires={expires}&signature={self._signature(path, expires)}"
         )
 
-    def holds(self, path: str, *, expires: int, signature: str) -> bool:
-        """Whether this address is ours and has not expired."""
+    def is_valid(self, path: str, *, expires: int, signature: str) -> bool:
+        """Whether the signature is ours and has not expired."""
         expected = self._signature(path, expires)
         return hmac.compare_digest(expected.encode(), signature.encode("utf-8", "replace")) and time.time() < expires
 
@@ -145,6 +146,6 @@ def is_plain(path: str) -> bool:
 
 
 def safe_name(name: str) -> str:
-    """A file name that every store and URL takes."""
+    """A file name that is valid in every store and URL."""
     kept = "".join(character if character.isalnum() or character in "._-" else "_" for character in name)
     return kept.lstrip(".")[-120:] or "file"

@@ -1,11 +1,10 @@
-"""Templates: a folder each, a ComfyUI graph in API format and a manifest that says what a request sets in it.
+"""Templates: each a folder with a ComfyUI graph in API format, and a manifest of what a request sets in it.
 
     templates/<folder>/manifest.toml   see manifest.py
     templates/<folder>/graph.json
 
-Everything that can be wrong is found before anything is queued: with the template itself when it is loaded
-(TemplateProblem), with a request when it is rendered (RequestRefused). Each is a sentence that names template, node and
-input.
+Errors are found before anything is queued: in a template when it is loaded (TemplateProblem), in a request when it is
+rendered (RequestRefused). Messages name template, node and input.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from comfyui_temporal.contracts.permissions import Scene
 
 SHIPPED: Final = Path(__file__).parent / "templates"
 MAX_GRAPH_BYTES: Final = 512 * 1024
-"""A rendered graph goes through workflow history, where 2 MiB are taken at most."""
+"""A rendered graph is stored in workflow history, where 2 MiB is the limit."""
 MAX_SEED: Final = 2**63 - 1
 
 
@@ -46,7 +45,7 @@ class TemplateProblem(ValueError):
 
 
 class RequestRefused(ValueError):
-    """A request does not fit its template; one sentence a field, as `payload_invalid` tells them."""
+    """A request does not fit its template. `fields` has one message per field, for `payload_invalid`."""
 
     def __init__(self, fields: list[str]) -> None:
         super().__init__("; ".join(fields))
@@ -74,7 +73,7 @@ class Template:
         return self.manifest.template_id
 
     def render(self, request: JobRequest, *, job_id: str) -> RenderedGraph:
-        """The graph with the request's values in it. Raises RequestRefused."""
+        """The graph with the request's values filled in. Raises RequestRefused."""
         problems: list[str] = []
         graph = copy.deepcopy(self.graph)
         manifest = self.manifest
@@ -93,7 +92,7 @@ class Template:
         for node_id in self.result_nodes:
             inputs = graph[node_id]["inputs"]
             if "filename_prefix" in inputs:
-                # A prefix of the job's own: a node that wrote the same picture before is not left out as cached.
+                # Each job has its own prefix. Otherwise ComfyUI skips a node that wrote the same picture before.
                 inputs["filename_prefix"] = f"comfyui-temporal/{job_id}/{node_id}"
         rendered = RenderedGraph(
             template_id=self.template_id,
@@ -109,9 +108,9 @@ class Template:
         return rendered
 
     def render_training(self, base_model: str, hyperparameters: Mapping[str, Any]) -> TrainingGraph:
-        """The graph of one chunk, but for what changes from chunk to chunk. Raises RequestRefused."""
+        """The graph of one chunk, without what changes from chunk to chunk. Raises RequestRefused."""
         training = self.manifest.training
-        assert training is not None, "the library gives trainings only templates of their scene"
+        assert training is not None, "TemplateLibrary returns only templates of the right scene"
         graph, inputs = copy.deepcopy(self.graph), training.inputs
         problems: list[str] = []
         known = {"batch_size": inputs.batch_size, "learning_rate": inputs.learning_rate, **inputs.hyperparameters}
@@ -121,7 +120,7 @@ class Template:
             elif name != "epochs":
                 offered = ", ".join(sorted(["epochs", *known]))
                 problems.append(
-                    f"hyperparameters.{name}: template {self.template_id!r} does not take it; it takes {offered}"
+                    f"hyperparameters.{name}: template {self.template_id!r} does not accept it; it accepts {offered}"
                 )
         if problems:
             raise RequestRefused(problems)
@@ -160,14 +159,14 @@ class Template:
         return self._split(ref)
 
     def filled_in_later(self) -> list[tuple[str, str]]:
-        """Node and input of what no graph file can know: uploaded pictures, datasets, models of whichever server."""
+        """(node, input) of what is known only at run time: uploaded pictures, datasets, the server's models."""
         refs = [slot.image for slot in self.manifest.controls] + [model.input for model in self.manifest.models]
         if (training := self.manifest.training) is not None:
             refs += [training.base_model_input, *training.inputs.folder, *training.inputs.existing_lora]
         return [self._split(ref) for ref in refs]
 
     def models_needed(self) -> list[ModelChoice]:
-        """The models that a server must have for any of its jobs; of a training's base models one will do."""
+        """The models that a server must have to run jobs. Of a training's base models one is enough."""
         choices = self._model_choices()
         if (training := self.manifest.training) is not None:
             node, name = self._split(training.base_model_input)
@@ -193,7 +192,7 @@ class Template:
         self._put_seed(graph, request, problems)
 
     def _put_seed(self, graph: Graph, request: JobRequest, problems: list[str]) -> None:
-        """Without a seed one is made from the task's id: another attempt of the task gives the same picture."""
+        """Without a seed, derive one from the task id: another attempt of the task makes the same picture."""
         seed = request.extras.get("seed")
         if seed is None:
             seed = int.from_bytes(hashlib.sha256(request.task_id.encode()).digest()[:8], "big") & MAX_SEED
@@ -206,7 +205,7 @@ class Template:
             self.put(graph, into.inputs, seed % into.modulo)
 
     def _put_extra(self, graph: Graph, name: str, value: Any, problems: list[str]) -> float:
-        """Apply one extra; how much longer it makes the run."""
+        """Apply one extra. Returns its factor on the run time."""
         if name in ("seed", "negative_prompt") or value is None:
             return 1.0
         extra = self.manifest.extras.get(name)
@@ -229,7 +228,7 @@ class Template:
     def _put_controls(self, graph: Graph, request: JobRequest, problems: list[str]) -> list[Upload]:
         slots, given = self.manifest.controls, request.controls
         if len(given) > len(slots):
-            problems.append(f"controls: template {self.template_id!r} takes at most {len(slots)}, {len(given)} given")
+            problems.append(f"controls: template {self.template_id!r} accepts at most {len(slots)}, {len(given)} given")
         uploads: list[Upload] = []
         for number, slot in enumerate(slots):
             if number >= len(given):
@@ -254,7 +253,7 @@ class Template:
             strength = 1.0
         kind = control.get("kind")
         if kind is not None and slot.kind is not None and kind != slot.kind:
-            problems.append(f"{where}.kind: template {self.template_id!r} takes {slot.kind!r} here, not {kind!r}")
+            problems.append(f"{where}.kind: template {self.template_id!r} accepts {slot.kind!r} here, not {kind!r}")
         if slot.strength is not None:
             share = min(1.0, max(0.0, float(strength)))
             span = slot.strength.at_1 - slot.strength.at_0
@@ -268,7 +267,7 @@ class Template:
             self.put(graph, [ref], self._value("", ref, value))
 
     def _value(self, where: str, ref: str, value: Any) -> Any:
-        """A manifest's value as the graph takes it: a link's node by its id. Raises TemplateProblem."""
+        """A manifest's value for the graph, with the node of a link by its id. Raises TemplateProblem."""
         if not isinstance(value, list):
             return value
         is_link = len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
@@ -290,8 +289,8 @@ class Template:
         found = self._nodes.get(name, [])
         if len(found) == 1:
             return found[0]
-        why = "is not in the graph" if not found else "is the title of several nodes: use an id"
-        raise self._problem(f"{where}: node {name!r} {why}")
+        reason = "is not in the graph" if not found else "is the title of several nodes: use an id"
+        raise self._problem(f"{where}: node {name!r} {reason}")
 
     def _problem(self, what: str) -> TemplateProblem:
         return TemplateProblem(f"template {self.template_id!r}: {what}")
@@ -315,19 +314,19 @@ class TemplateLibrary:
         return iter(self._templates.values())
 
     def of_pools(self, pools: Iterable[str]) -> list[Template]:
-        asked = set(pools)
-        return [template for template in self._templates.values() if template.manifest.pool in asked]
+        wanted = set(pools)
+        return [template for template in self._templates.values() if template.manifest.pool in wanted]
 
     def of_scene(self, scene: Scene) -> list[Template]:
         return [template for template in self._templates.values() if template.manifest.scene is scene]
 
 
 def load_library(*folders: Path) -> TemplateLibrary:
-    """Every template in these folders; one of a later folder takes the place of an earlier one's. TemplateProblem."""
+    """Every template in these folders; a later folder overrides an earlier one. Raises TemplateProblem."""
     found: dict[str, Template] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise TemplateProblem(f"{folder} is no folder of templates")
+            raise TemplateProblem(f"{folder} is not a folder")
         here: dict[str, Path] = {}
         for path in sorted(folder.glob("*/manifest.toml")):
             template = load_template(path.parent)

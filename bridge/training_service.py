@@ -1,4 +1,4 @@
-"""What the training routes do (contract §3): checks, one answer, and never a state of their own."""
+"""The actions behind the training routes (contract §3). They keep no state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bridge.gpu_activities import is_trained_on
 from bridge.orders import TrainingJob, long_list
 from bridge.replies import Call, Refused, Reply, Unanswered, checked
 from bridge.runs import NewRun, Runs, fingerprint
-from bridge.service import GPU_SLOTS, check_callback, demand, demand_person
+from bridge.service import GPU_SLOTS, check_callback, require, require_user
 from bridge.storage import STORAGE_ERRORS, Storage, is_plain
 from bridge.templates import RequestRefused, Template, TemplateLibrary
 from comfyui_temporal.contracts.comfyui import TrainingRequest, TrainingStatus
@@ -29,14 +29,14 @@ from comfyui_temporal.contracts.size_budget import MAX_INLINE_LIST_BYTES
 from comfyui_temporal.contracts.tasks import Hyperparameters
 
 MAX_FILE_BYTES: Final = 100 * 1024 * 1024
-"""ComfyUI's own limit of an upload."""
+"""ComfyUI's own upload limit."""
 MAX_FILES: Final = 10_000
 _TRAINING_ID: Final = re.compile(r"training-[0-9a-f]{40}")
 _CHECKPOINT: Final = re.compile(r"epoch-(?P<epoch>\d+)-r\d+_(?P<step>\d+)_steps_")
 
 
 class TakenTrainingRequest(TrainingRequest):
-    """The request as it is taken from a caller."""
+    """The request as accepted from a caller."""
 
     task_id: CallerId
     tenant_id: CallerId
@@ -46,7 +46,7 @@ class TakenTrainingRequest(TrainingRequest):
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a training goes on from."""
+    """Where a resumed training starts."""
 
     path: str
     epoch: int
@@ -54,7 +54,7 @@ class Resumed:
 
 
 class TrainingService:
-    """Trainings. `snapshots_url`: below it datasets' snapshots lie; nothing else is read for a caller."""
+    """Trainings. Datasets are read only from snapshots below `snapshots_url`."""
 
     def __init__(
         self,
@@ -76,10 +76,10 @@ class TrainingService:
         self._snapshots = Storage(snapshots_url)
 
     async def create(self, call: Call) -> Reply:
-        demand(call.claims, Operation.CREATE_TRAINING)
+        require(call.claims, Operation.CREATE_TRAINING)
         request = checked(TakenTrainingRequest, call.body)
-        demand_person(call.claims, request.tenant_id, request.user_id)
-        job = await self._with_long_list_apart(await self._new_job(request, call))
+        require_user(call.claims, request.tenant_id, request.user_id)
+        job = await self._with_long_list_stored(await self._new_job(request, call))
         answer = {
             "training_id": job.training_id,
             "training_status": TrainingStatus.QUEUED.value,
@@ -106,23 +106,25 @@ class TrainingService:
         )
 
     async def get(self, call: Call) -> Reply:
-        demand(call.claims, Operation.READ_COMFYUI)
-        return Reply(200, await self._runs.view(_known(call), kind="training", tenant_id=call.claims.tenant_id))
+        require(call.claims, Operation.READ_COMFYUI)
+        return Reply(200, await self._runs.view(_training_id(call), kind="training", tenant_id=call.claims.tenant_id))
 
     async def start(self, call: Call) -> Reply:
-        demand(call.claims, Operation.START_TRAINING)
-        return await self._asked(call, START_UPDATE)
+        require(call.claims, Operation.START_TRAINING)
+        return await self._update(call, START_UPDATE)
 
     async def cancel(self, call: Call) -> Reply:
-        demand(call.claims, Operation.CANCEL_JOB)
-        return await self._asked(call, CANCEL_UPDATE)
+        require(call.claims, Operation.CANCEL_JOB)
+        return await self._update(call, CANCEL_UPDATE)
 
-    async def _asked(self, call: Call, update: str) -> Reply:
+    async def _update(self, call: Call, update: str) -> Reply:
         tenant_id = call.claims.tenant_id
-        return Reply(200, await self._runs.update(_known(call), update, call.key, kind="training", tenant_id=tenant_id))
+        return Reply(
+            200, await self._runs.update(_training_id(call), update, call.key, kind="training", tenant_id=tenant_id)
+        )
 
     async def _new_job(self, request: TakenTrainingRequest, call: Call) -> TrainingJob:
-        """Everything that can be refused is refused here, before anything is queued."""
+        """Check the request: everything that can be refused is refused here, before anything is queued."""
         check_callback(request.callback_url, self._callback_prefixes)
         hyperparameters = self._hyperparameters(request)
         template = self._template(request.base_model)
@@ -159,8 +161,8 @@ class TrainingService:
             gpu_type=await self._gpu_type(request.gpu_type, template.manifest.pool),
         )
 
-    async def _with_long_list_apart(self, job: TrainingJob) -> TrainingJob:
-        """A long list of files goes to storage, under a name that another request's never takes."""
+    async def _with_long_list_stored(self, job: TrainingJob) -> TrainingJob:
+        """Move a long list of files to storage, under a name that no other request uses."""
         dataset = job.request.dataset
         raw = dataset.model_dump_json().encode()
         if len(raw) <= MAX_INLINE_LIST_BYTES:
@@ -191,16 +193,16 @@ class TrainingService:
         return offered[base_model]
 
     def _pictures(self, request: TakenTrainingRequest) -> int:
-        """How many pictures the dataset has. Raises Refused for what cannot be trained on, or is not ours to read."""
+        """The number of pictures in the dataset. Raises Refused if it cannot be trained on, or must not be read."""
         dataset = request.dataset
         root = f"{self._snapshots.url}/snapshots/"
         if (
             not dataset.snapshot_uri.startswith(root)
             or self._snapshots.path_of(dataset.snapshot_uri.rstrip("/")) is None
         ):
-            raise _invalid("dataset.snapshot_uri", f"must lie below {root}")
+            raise _invalid("dataset.snapshot_uri", f"must be below {root}")
         if len(dataset.files) > MAX_FILES:
-            raise _invalid("dataset.files", f"at most {MAX_FILES} are taken")
+            raise _invalid("dataset.files", f"at most {MAX_FILES} are accepted")
         for file in dataset.files:
             if not is_plain(file.path):
                 raise _invalid("dataset.files", f"{file.path!r} must be a relative path without '..'")
@@ -210,7 +212,7 @@ class TrainingService:
             is_trained_on(file.path) and PurePosixPath(file.path).suffix.lower() != ".txt" for file in dataset.files
         )
         if not pictures:
-            raise _invalid("dataset.files", "holds no picture (png, jpg, jpeg, webp) to train on")
+            raise _invalid("dataset.files", "has no picture (png, jpg, jpeg, webp) to train on")
         return pictures
 
     def _resumed(self, request: TakenTrainingRequest) -> Resumed | None:
@@ -219,21 +221,21 @@ class TrainingService:
         path = self._storage.path_of(request.resume_from)
         match = _CHECKPOINT.search(path or "")
         if path is None or match is None or not path.startswith(f"checkpoints/{request.tenant_id}/"):
-            raise _invalid("resume_from", "is no checkpoint of this tenant's")
+            raise _invalid("resume_from", "is no checkpoint of this tenant")
         return Resumed(path, int(match["epoch"]), int(match["step"]))
 
-    async def _gpu_type(self, asked: str | None, pool: str) -> str:
-        there = sorted({server.gpu_type for server in await self._forecast.servers() if server.pool == pool})
-        if asked is not None and asked not in there:
-            raise _invalid("gpu_type", f"no {asked!r} here; there are {', '.join(there) or 'none at all'}")
-        return asked or (there[0] if there else "any")
+    async def _gpu_type(self, requested: str | None, pool: str) -> str:
+        offered = sorted({server.gpu_type for server in await self._forecast.servers() if server.pool == pool})
+        if requested is not None and requested not in offered:
+            raise _invalid("gpu_type", f"no server has {requested!r}; offered are {', '.join(offered) or 'none'}")
+        return requested or (offered[0] if offered else "any")
 
 
 def _invalid(field: str, problem: str) -> Refused:
     return Refused("payload_invalid", fields=[f"{field}: {problem}"])
 
 
-def _known(call: Call) -> str:
+def _training_id(call: Call) -> str:
     if not _TRAINING_ID.fullmatch(call.run_id):
         raise Refused("training_not_found")
     return call.run_id

@@ -1,12 +1,13 @@
-"""A training as a workflow: queued until it is started, then chunk by chunk, each trained on from the one before.
+"""A training as a workflow: queued until it is started, then trained chunk by chunk, each from the one before.
 
-    data_ingest   the dataset is put on the server that took the training, its checksums verified
-    training      one graph a chunk; running while it trains, checkpointing while its LoRA is copied to storage
-    evaluating    what the chunks' runs said of the loss
+    data_ingest   the dataset is uploaded to the server that took the training, and its checksums are verified
+    training      one graph per chunk: `running` while it trains, `checkpointing` while its LoRA is copied to storage
+    evaluating    the last loss of the chunks' runs
     publishing    the last checkpoint becomes the model
 
-ComfyUI itself has no checkpoint in mid-run and keeps no optimizer state: a chunk is what a failure costs, and what a
-resumed training begins from. Between chunks the server is free for others, and the next may run elsewhere.
+ComfyUI writes no checkpoint during a run and keeps no optimizer state. So a failure costs one chunk, and a resumed
+training starts from the last chunk. Between chunks the server is free for other jobs, and the next chunk may run
+elsewhere.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from bridge.orders import (
     GraphOutcome,
     GraphRun,
     JobView,
-    NativeFile,
     PublishOrder,
     Ref,
     RenderedGraph,
@@ -43,12 +43,13 @@ from bridge.orders import (
 )
 from bridge.placement import HEARTBEAT_TIMEOUT, SERVER_AWAY
 from bridge.run_flow import STORE_RETRY, RunFlow, instant, minutes
+from bridge.server import ResultFile
 from comfyui_temporal.contracts.comfyui import LogLevel, TrainingStage, TrainingStatus
 from comfyui_temporal.contracts.tasks import TaskStatus
 
 INGEST_WITHIN: Final = timedelta(hours=4)
 LORA_FOLDER: Final = "comfyui-temporal"
-"""Below the server's folders of inputs and of trained LoRAs."""
+"""Subfolder of the server's folders for inputs and for trained LoRAs."""
 
 
 @workflow.defn(name=TRAINING_WORKFLOW)
@@ -87,13 +88,13 @@ class ComfyUITrainingWorkflow(RunFlow):
     async def run(self, job: TrainingJob) -> JobView:
         """The training's last state."""
         self._change("queued")
-        await self._to_its_end(self._trained())
+        await self._finish(self._train())
         await self._all_published()
         return self.view()
 
     @workflow.update(name=START_UPDATE)
     def start(self) -> JobView:
-        """Let a queued training begin; called once credits are held. Idempotent."""
+        """Start a queued training. Called once credits are held. Idempotent."""
         if not self._is_started and not self._is_over:
             self._is_started = True
             self._started_at = workflow.now()
@@ -121,34 +122,34 @@ class ComfyUITrainingWorkflow(RunFlow):
     def _end_fields(self) -> dict[str, Any]:
         return {"training_status": TrainingStatus.FAILED.value}
 
-    # Step by step
+    # Steps
 
-    async def _trained(self) -> None:
+    async def _train(self) -> None:
         await workflow.wait_condition(lambda: self._is_started)
         while self._epoch < self._job.epochs:
             await self._chunk(min(self._epoch + self._job.epochs_per_chunk, self._job.epochs))
-        said = "unknown" if self._loss is None else f"{self._loss:.4f}"
-        self._enter(TrainingStage.EVALUATING, f"evaluation loss={said}")
-        await self._published()
+        loss = "unknown" if self._loss is None else f"{self._loss:.4f}"
+        self._enter(TrainingStage.EVALUATING, f"evaluation loss={loss}")
+        await self._publish_model()
 
     async def _chunk(self, last_epoch: int) -> None:
-        """Train up to the end of an epoch, and keep what came of it. Raises RunRefused, or a cancellation."""
+        """Train to the end of an epoch and keep the result. Raises RunRefused, or a cancellation."""
         steps = (last_epoch - self._epoch) * self._job.steps_per_epoch
         self._placement.begin_part(last_epoch)
         whole = self._job.epochs - self._job.first_epoch
         done = self._epoch - self._job.first_epoch
         self._progress_span = (100 * done / whole, 100 * (last_epoch - self._job.first_epoch) / whole)
-        outcome, stored = await self._placement.ran(
+        outcome, stored = await self._placement.run_graph(
             lambda taken: self._graph_run(taken, last_epoch, steps),
-            prepared=self._ingested,
-            copying=self._checkpointing,
-            ended=self._run_ended,
+            prepare=self._ingest,
+            on_copy=self._enter_checkpointing,
+            on_end=self._run_ended,
             is_wanted=lambda: not self._is_over,
             folder=f"checkpoints/{self._request.tenant_id}/{self._job.training_id}",
         )
-        self._keep(last_epoch, steps, outcome, stored)
+        self._record_chunk(last_epoch, steps, outcome, stored)
 
-    async def _ingested(self, taken: ServerTaken) -> None:
+    async def _ingest(self, taken: ServerTaken) -> None:
         if self._fields["training_stage"] is None:
             self._enter(TrainingStage.DATA_INGEST)
         workflow.upsert_memo({SERVER_MEMO: taken.server})
@@ -196,17 +197,17 @@ class ComfyUITrainingWorkflow(RunFlow):
             progress_from=self._progress_span[0],
             progress_to=self._progress_span[1],
             named_files=[
-                NativeFile(
+                ResultFile(
                     node=graph.save_node,
                     kind="loras",
                     filename=f"{prefix}_{self._step + steps}_steps_00001_.safetensors",
                     subfolder=f"loras/{folder}",
                 )
             ],
-            existing_lora=self._existing(graph.existing_lora),
+            existing_lora=self._existing_lora(graph.existing_lora),
         )
 
-    def _existing(self, inputs: list[Ref]) -> ExistingLora | None:
+    def _existing_lora(self, inputs: list[Ref]) -> ExistingLora | None:
         if self._latest is None:
             return None
         return ExistingLora(path=self._latest, name=self._latest.rpartition("/")[2], inputs=inputs)
@@ -228,13 +229,13 @@ class ComfyUITrainingWorkflow(RunFlow):
         seconds = max(1.0, steps * self._seconds_per_step())
         return graph.rendered.model_copy(update={"graph": nodes, "expected_seconds": seconds})
 
-    def _checkpointing(self) -> None:
+    def _enter_checkpointing(self) -> None:
         if not self._is_over:
             self._fields["training_status"] = TrainingStatus.CHECKPOINTING.value
             self._change("checkpointing")
 
-    def _keep(self, last_epoch: int, steps: int, outcome: GraphOutcome, stored: list[StoredResult]) -> None:
-        """The chunk's end: hours used, what is left of them, and where to go on from."""
+    def _record_chunk(self, last_epoch: int, steps: int, outcome: GraphOutcome, stored: list[StoredResult]) -> None:
+        """Record the end of a chunk: hours used and left, and the checkpoint for the next one."""
         if self._is_over:
             return
         self._hours += outcome.seconds / 3600
@@ -260,15 +261,15 @@ class ComfyUITrainingWorkflow(RunFlow):
                 "gpu_hours_used": round(self._hours, 6),
             },
         }
-        said = "" if outcome.loss is None else f" loss={outcome.loss:.4f}"
-        self._say(f"epoch {self._epoch}/{self._job.epochs} step {self._step}{said}; checkpoint written")
+        loss = "" if outcome.loss is None else f" loss={outcome.loss:.4f}"
+        self._log_line(f"epoch {self._epoch}/{self._job.epochs} step {self._step}{loss}; checkpoint written")
 
     def _seconds_per_step(self) -> float:
         if not self._trained_steps:
             return self._job.seconds_per_step
         return max(self._hours * 3600 / self._trained_steps, 0.001)
 
-    async def _published(self) -> None:
+    async def _publish_model(self) -> None:
         self._enter(TrainingStage.PUBLISHING)
         assert self._latest is not None
         target = f"models/{self._request.tenant_id}/{self._job.training_id}.safetensors"
@@ -293,9 +294,9 @@ class ComfyUITrainingWorkflow(RunFlow):
             "estimated_time": minutes(workflow.now() - self._started_at),
             "output": {"model_path": address, "version": self._job.training_id, "metrics": metrics},
         }
-        self._say("model published")
+        self._log_line("model published")
 
-    def _enter(self, stage: TrainingStage, said: str = "") -> None:
+    def _enter(self, stage: TrainingStage, message: str = "") -> None:
         if self._is_over:
             return
         self._fields |= {
@@ -303,8 +304,8 @@ class ComfyUITrainingWorkflow(RunFlow):
             "training_stage": stage.value,
             "stage_progress": 0.0,
         }
-        self._say(said or f"{stage.value} begins")
+        self._log_line(message or f"{stage.value} begins")
 
-    def _say(self, text: str) -> None:
+    def _log_line(self, text: str) -> None:
         line = {"ts": instant(workflow.now()), "level": LogLevel.INFO.value, "message": text}
         self._change(self._stage(), log=[line])

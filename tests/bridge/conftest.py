@@ -1,4 +1,4 @@
-"""A bridge and two stand-in servers that the session's tests share; each test starts with servers without traps."""
+"""A bridge, and two stand-in servers that all tests share. Each test starts with servers without traps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.bridge.platform import BridgePlatform, running_bridge
 
 @pytest_asyncio.fixture(scope="session")
 async def temporal_client(temporal_env: WorkflowEnvironment) -> Client:
-    """A client that speaks as the bridge's own does."""
+    """A client with the bridge's own configuration."""
     return await Client.connect(temporal_env.client.service_client.config.target_host, plugins=[TasksPlugin()])
 
 

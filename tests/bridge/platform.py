@@ -1,4 +1,4 @@
-"""The bridge in one process, every wire real: Temporal, HTTP in, callbacks out, GPU workers, stand-in servers."""
+"""The bridge in one process over real connections: Temporal, HTTP, callbacks, GPU workers and stand-in servers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from bridge.forecast import SeenServer
 from bridge.gpu_worker import GpuWorker
 from bridge.native import NativeServer as NativeClient
 from bridge.prompt_run import Patience
+from bridge.server import Server
 from comfyui_temporal.contracts.permissions import Scope
 from comfyui_temporal.plugin import TasksPlugin
 from proof.simulators.serving import ServedApp
@@ -34,12 +35,12 @@ SECRET: Final = "the-bridge-in-tests-signs-with-this-one"
 CALLBACK_SECRET: Final = "whsec_dGhlLWJyaWRnZS1pbi10ZXN0cy1zaWducy13aXRoLXRoaXM="
 TENANT, USER = "tenant-demo", "user-demo"
 QUICK: Final = Patience(poll=0.1, silent=2.0, dead=1.0, stalled=60.0, stalled_runs=0.0, look_again=0.3, stop=10.0)
-"""As in life, and some thirty times faster."""
+"""The defaults, about thirty times faster."""
 
 
 @dataclass
 class BridgePlatform:
-    """One bridge on queues of its own. Jobs are asked for as any client would, by HTTP."""
+    """One bridge on task queues of its own. Tests send HTTP requests as any client would."""
 
     client: Client
     settings: Settings
@@ -51,7 +52,7 @@ class BridgePlatform:
     working: AsyncExitStack = field(default_factory=AsyncExitStack)
     tokens: Tokens = field(default_factory=lambda: Tokens(SECRET, "comfyui-temporal", "comfyui-platform"))
 
-    # Asking
+    # Requests
 
     def headers(
         self, key: str | None = None, *, tenant: str = TENANT, user: str = USER, scopes: Any = tuple(Scope)
@@ -83,7 +84,7 @@ class BridgePlatform:
         return await self.http.get(f"{self.url}/comfyui/v1{path}", headers=self.headers(**who))
 
     async def submit(self, **fields: Any) -> Json:
-        """A job's 202."""
+        """Submit a job; the body of its 202, with the task id."""
         body = self.job_body(**fields)
         answer = await self.post("/jobs", body, tenant=body["tenant_id"], user=body["user_id"])
         assert answer.status_code == 202, answer.text
@@ -105,7 +106,7 @@ class BridgePlatform:
     # Waiting on conditions
 
     async def until(self, condition: Callable[[], Awaitable[T]], *, seconds: float = 20.0) -> T:
-        """The condition's first true value; fails when there is none in time."""
+        """The condition's first true value. Fails if there is none in time."""
         deadline = asyncio.get_running_loop().time() + seconds
         while not (value := await condition()):
             assert asyncio.get_running_loop().time() < deadline, "the condition did not become true in time"
@@ -113,7 +114,7 @@ class BridgePlatform:
         return value
 
     async def ended(self, job_id: str, *, seconds: float = 30.0, **who: Any) -> Json:
-        """The job's state once it is over."""
+        """Wait until the job is over; its state."""
 
         async def over() -> Json | None:
             state = await self.job(job_id, **who)
@@ -133,8 +134,8 @@ class BridgePlatform:
         assert state is not None
         return state
 
-    async def waits(self, job: Json) -> bool:
-        """Whether this job has asked for a server and has none."""
+    async def is_waiting(self, job: Json) -> bool:
+        """Whether this job waits for a server."""
         described = await self.client.get_workflow_handle(workflow_of(job["job_id"])).describe()
         return any(
             pending.activity_type.name == TAKE_SERVER for pending in described.raw_description.pending_activities
@@ -143,11 +144,11 @@ class BridgePlatform:
     # Workers
 
     async def start_worker(self) -> None:
-        """Work on the bridge's own queue."""
+        """Start the worker of the bridge's own queue."""
         await self.working.enter_async_context(self.bridge.worker())
 
     async def stop_worker(self) -> None:
-        """Nobody works there: what comes meanwhile comes in one workflow task."""
+        """Stop that worker: what arrives until the next start is handled in one workflow task."""
         await self.working.aclose()
 
     @asynccontextmanager
@@ -161,29 +162,53 @@ class BridgePlatform:
         grace_seconds: float = 5.0,
         taken_seconds: float = 2.0,
     ) -> AsyncIterator[GpuWorker]:
-        """A GPU worker beside this server, in this process."""
-        seen = SeenServer(name or unique("gpu"), "default", gpu_type)
-        # One process may have a queue polled once a connection: in life each worker has a process.
-        client = await Client.connect(self.client.service_client.config.target_host, plugins=[TasksPlugin()])
-        async with NativeClient(native.url, read_seconds=1.0) as server:
-            worker = GpuWorker(
-                client,
+        """A GPU worker for this stand-in, in this process."""
+        async with (
+            NativeClient(native.url, read_seconds=1.0) as server,
+            self.gpu_of(
                 server,
-                seen,
-                self.bridge.storage,
-                self.bridge.sender,
-                bridge_queue=self.settings.bridge_task_queue,
+                name=name,
+                gpu_type=gpu_type,
                 patience=patience,
+                grace_seconds=grace_seconds,
                 taken_seconds=taken_seconds,
-                linger_seconds=0.5,
-            )
-            async with worker.running(grace_seconds=grace_seconds):
-                yield worker
+            ) as worker,
+        ):
+            yield worker
+
+    @asynccontextmanager
+    async def gpu_of(
+        self,
+        server: Server,
+        *,
+        name: str | None = None,
+        gpu_type: str = "rtx-4090",
+        patience: Patience = QUICK,
+        grace_seconds: float = 5.0,
+        taken_seconds: float = 2.0,
+    ) -> AsyncIterator[GpuWorker]:
+        """A GPU worker for any kind of server, in this process."""
+        seen = SeenServer(name or unique("gpu"), "default", gpu_type)
+        # A connection polls a queue only once per process. In production each worker is a process of its own.
+        client = await Client.connect(self.client.service_client.config.target_host, plugins=[TasksPlugin()])
+        worker = GpuWorker(
+            client,
+            server,
+            seen,
+            self.bridge.storage,
+            self.bridge.sender,
+            bridge_queue=self.settings.bridge_task_queue,
+            patience=patience,
+            taken_seconds=taken_seconds,
+            linger_seconds=0.5,
+        )
+        async with worker.running(grace_seconds=grace_seconds):
+            yield worker
 
 
 @asynccontextmanager
 async def running_bridge(client: Client, folder: Path, **settings: Any) -> AsyncIterator[BridgePlatform]:
-    """A bridge that serves at a free port until the body ends."""
+    """A bridge that serves on a free port while the body runs."""
     async with running_receiver(CALLBACK_SECRET) as receiver, httpx.AsyncClient(timeout=10) as http:
         chosen = Settings(
             _env_file=None,

@@ -20,7 +20,7 @@ from comfyui_temporal.plugin import TasksPlugin
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import BridgePlatform, running_bridge
 from tests.bridge.test_servers import until_running
-from tests.bridge.test_trainings import MODELS, asked, created, ended
+from tests.bridge.test_trainings import MODELS, created, ended, post_action
 from tests.conftest import temporal_binary
 
 HISTORIES = Path(__file__).parent / "histories"
@@ -54,7 +54,7 @@ async def job_lost_and_run_again(bridge: BridgePlatform, native: NativeServer) -
 async def training_completed(bridge: BridgePlatform, native: NativeServer) -> str:
     await native.admin.set(models=MODELS)
     accepted = await created(bridge)
-    await asked(bridge, accepted["training_id"], "start")
+    await post_action(bridge, accepted["training_id"], "start")
     await ended(bridge, accepted["training_id"])
     return str(accepted["training_id"])
 

@@ -1,4 +1,4 @@
-"""What a GPU worker says of its server's templates: only what that server would really refuse."""
+"""A GPU worker's check of templates reports only what its server would really refuse."""
 
 from __future__ import annotations
 

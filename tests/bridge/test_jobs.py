@@ -20,11 +20,11 @@ from tests.conftest import unique
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-async def told(bridge: BridgePlatform, task_id: str, status: str) -> bool:
+async def is_published(bridge: BridgePlatform, task_id: str, status: str) -> bool:
     return status in bridge.receiver.statuses(task_id)
 
 
-async def test_a_job_is_delivered_and_its_task_is_told(bridge: BridgePlatform, native: NativeServer) -> None:
+async def test_a_job_is_delivered_and_its_task_gets_the_callbacks(bridge: BridgePlatform, native: NativeServer) -> None:
     async with bridge.gpu(native):
         accepted = await bridge.submit()
         state = await bridge.ended(accepted["job_id"])
@@ -34,7 +34,7 @@ async def test_a_job_is_delivered_and_its_task_is_told(bridge: BridgePlatform, n
     assert picture.headers["content-type"] == "image/png"
     assert picture.content.startswith(PNG)
     assert len(await native.admin.runs()) == 1
-    await bridge.until(lambda: told(bridge, accepted["task_id"], "delivery"))
+    await bridge.until(lambda: is_published(bridge, accepted["task_id"], "delivery"))
     assert all(arrival.is_genuine for arrival in bridge.receiver.of(accepted["task_id"]))
     bodies = sorted(bridge.receiver.genuine(accepted["task_id"]), key=lambda body: body["sequence"])
     statuses = [body["job_status"] for body in bodies]
@@ -49,9 +49,7 @@ async def test_a_job_is_delivered_and_its_task_is_told(bridge: BridgePlatform, n
     assert processing == sorted(processing)
 
 
-async def test_an_address_that_was_altered_or_has_expired_gives_nothing(
-    bridge: BridgePlatform, native: NativeServer
-) -> None:
+async def test_an_altered_or_expired_address_is_not_found(bridge: BridgePlatform, native: NativeServer) -> None:
     async with bridge.gpu(native):
         state = await bridge.ended((await bridge.submit())["job_id"])
     url = state["result_urls"][0]
@@ -65,23 +63,23 @@ async def test_an_address_that_was_altered_or_has_expired_gives_nothing(
     assert (await bridge.http.get(expired)).status_code == 404
 
 
-async def test_progress_is_seen_while_it_runs_and_never_goes_back(bridge: BridgePlatform, native: NativeServer) -> None:
+async def test_progress_is_visible_during_the_run_and_never_falls(bridge: BridgePlatform, native: NativeServer) -> None:
     await native.admin.set(node_seconds=0.3)
     seen: list[tuple[int, float]] = []
     async with bridge.gpu(native):
         accepted = await bridge.submit()
 
-        async def noted() -> Json:
+        async def polled() -> Json:
             state = await bridge.job(accepted["job_id"])
             if state["job_status"] == "processing":
                 seen.append((state["sequence"], state["stage_progress"]))
             return state
 
         async def is_beyond(percent: float) -> bool:
-            return bool((await noted())["stage_progress"] > percent)
+            return bool((await polled())["stage_progress"] > percent)
 
         async def is_delivered() -> bool:
-            return bool((await noted())["job_status"] == "delivery")
+            return bool((await polled())["job_status"] == "delivery")
 
         await bridge.until(lambda: has_nodes(native, 2))
         await native.admin.set(hold=True)
@@ -118,7 +116,7 @@ async def test_the_same_key_and_body_is_one_job_and_another_body_a_conflict(
     assert len(await native.admin.runs()) == 1
 
 
-# What is refused before anything is queued
+# Refusals before anything is queued
 
 
 @pytest.mark.parametrize(
@@ -137,17 +135,17 @@ async def test_the_same_key_and_body_is_one_job_and_another_body_a_conflict(
             {"template_id": "upscale", "controls": [{"image_url": "https://10.0.0.1/a.png"}]},
             422,
             "payload_invalid",
-            "controls.0.image_url: comes from a host that is not allowed",
+            "controls.0.image_url: is on a host that is not allowed",
         ),
         (
             {"template_id": "upscale", "controls": [{"image_url": "file:///etc/passwd"}]},
             422,
             "payload_invalid",
-            "controls.0.image_url: does not lie below",
+            "controls.0.image_url: is not below",
         ),
     ],
 )
-async def test_what_cannot_run_is_refused_with_the_field(
+async def test_an_invalid_job_is_refused_with_the_field(
     bridge: BridgePlatform, fields: dict[str, Any], status: int, message: str, named: str
 ) -> None:
     answer = await bridge.post("/jobs", bridge.job_body(**fields))
@@ -157,7 +155,7 @@ async def test_what_cannot_run_is_refused_with_the_field(
     assert named in "; ".join(detail.get("fields", []))
 
 
-async def test_without_a_token_a_scope_or_a_key_nothing_is_done(bridge: BridgePlatform) -> None:
+async def test_a_request_without_token_scope_or_key_is_refused(bridge: BridgePlatform) -> None:
     body = bridge.job_body()
     bare = await bridge.http.post(f"{bridge.url}/comfyui/v1/jobs", json=body, headers={"X-Idempotency-Key": "k"})
     assert bare.status_code == 401
@@ -166,7 +164,7 @@ async def test_without_a_token_a_scope_or_a_key_nothing_is_done(bridge: BridgePl
     assert "X-Idempotency-Key" in keyless.json()["detail"]["fields"][0]
 
 
-async def test_another_tenants_job_is_not_there(bridge: BridgePlatform) -> None:
+async def test_another_tenants_job_is_not_found(bridge: BridgePlatform) -> None:
     accepted = await bridge.submit()
     path = f"/jobs/{accepted['job_id']}"
     stranger = {"tenant": "tenant-other", "user": "user-other"}
@@ -191,29 +189,29 @@ async def test_a_job_that_is_cancelled_in_the_queue_never_reaches_a_server(
         other = await bridge.submit()
         await bridge.ended(other["job_id"])
     assert len(await native.admin.submissions()) == 1
-    await bridge.until(lambda: is_told_of_cancel(bridge, accepted["task_id"]))
+    await bridge.until(lambda: has_cancel_callback(bridge, accepted["task_id"]))
 
 
-async def is_told_of_cancel(bridge: BridgePlatform, task_id: str) -> bool:
+async def has_cancel_callback(bridge: BridgePlatform, task_id: str) -> bool:
     return any((body["error_details"] or {}).get("code") == "cancelled" for body in bridge.receiver.genuine(task_id))
 
 
-async def test_a_cancel_that_comes_with_the_taken_server_runs_nothing(
+async def test_a_cancel_that_arrives_with_the_taken_server_runs_nothing(
     bridge: BridgePlatform, native: NativeServer
 ) -> None:
     await native.admin.set(hold=True)
     accepted = await bridge.submit()
-    await bridge.until(lambda: bridge.waits(accepted))
+    await bridge.until(lambda: bridge.is_waiting(accepted))
     await bridge.stop_worker()
     async with bridge.gpu(native) as worker:
 
         async def is_taken() -> bool:
-            return not await bridge.waits(accepted)
+            return not await bridge.is_waiting(accepted)
 
         await bridge.until(is_taken)
         workflow = bridge.client.get_workflow_handle(workflow_of(accepted["job_id"]))
         cancelling = asyncio.create_task(workflow.execute_update(CANCEL_UPDATE, id="cancel"))
-        await bridge.until(lambda: has_come(bridge, accepted, "cancel"))
+        await bridge.until(lambda: has_arrived(bridge, accepted, "cancel"))
         await bridge.start_worker()
         await cancelling
         assert (await bridge.job(accepted["job_id"]))["error_details"]["code"] == "cancelled"
@@ -221,8 +219,8 @@ async def test_a_cancel_that_comes_with_the_taken_server_runs_nothing(
     assert await native.admin.submissions() == []
 
 
-async def has_come(bridge: BridgePlatform, job: Json, update_id: str) -> bool:
-    """Whether the server holds this update, worked on or not."""
+async def has_arrived(bridge: BridgePlatform, job: Json, update_id: str) -> bool:
+    """Whether the Temporal server has this update, handled or not."""
     execution = WorkflowExecution(workflow_id=workflow_of(job["job_id"]))
     reference = UpdateRef(workflow_execution=execution, update_id=update_id)
     request = PollWorkflowExecutionUpdateRequest(namespace=bridge.client.namespace, update_ref=reference)
@@ -239,7 +237,7 @@ async def is_free(worker: GpuWorker) -> bool:
 
 
 @pytest.mark.parametrize("jobs_api", ["none", "cancel"])
-async def test_cancelling_a_running_job_stops_that_one_alone(
+async def test_cancelling_a_running_job_stops_only_that_one(
     bridge: BridgePlatform, native: NativeServer, jobs_api: str
 ) -> None:
     await native.admin.set(hold=True, jobs_api=jobs_api)
@@ -247,7 +245,7 @@ async def test_cancelling_a_running_job_stops_that_one_alone(
         accepted = await bridge.submit()
         await bridge.in_status(accepted["job_id"], "processing")
         await bridge.until(lambda: has_runs(native, 1))
-        # Somebody uses the server's own page: their prompt is no business of ours.
+        # Another client uses the server directly. Its prompt must not be touched.
         await bridge.http.post(
             f"{native.url}/prompt",
             json={
@@ -308,7 +306,7 @@ async def _is_cleared(bridge: BridgePlatform) -> bool:
     return not await asyncio.to_thread(lambda: list((bridge.folder / "objects" / "controls").rglob("*.*")))
 
 
-async def test_what_is_no_picture_fails_the_job_with_a_sentence(bridge: BridgePlatform, native: NativeServer) -> None:
+async def test_a_control_image_of_another_type_fails_the_job(bridge: BridgePlatform, native: NativeServer) -> None:
     folder = bridge.folder / "images" / TENANT
     folder.mkdir(parents=True)
     (folder / "a.png").write_text("<html>")
@@ -317,7 +315,7 @@ async def test_what_is_no_picture_fails_the_job_with_a_sentence(bridge: BridgePl
     )
     state = await bridge.ended(accepted["job_id"])
     assert state["error_details"]["code"] == "workflow_invalid"
-    assert "no PNG, JPEG, GIF or WebP" in state["error_details"]["message"]
+    assert "not a PNG, JPEG, GIF or WebP" in state["error_details"]["message"]
 
 
 def _png() -> bytes:

@@ -1,4 +1,4 @@
-"""Processes that are killed or told to stop in mid-run: the prompt runs once, the job is delivered."""
+"""Processes that are killed or stopped during a run: the prompt runs once and the job is delivered."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROJECT = Path(__file__).parents[2]
 async def gpu_process(
     bridge: BridgePlatform, native: NativeServer, name: str, grace_seconds: float = 20.0
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`python -m bridge.gpu_worker`, as it is run in life; killed at the end."""
+    """`python -m bridge.gpu_worker` as a process of its own, killed at the end."""
     settings = {
         "TEMPORAL_ADDRESS": bridge.client.service_client.config.target_host,
         "TEMPORAL_NAMESPACE": bridge.client.namespace,
@@ -49,7 +49,7 @@ async def gpu_process(
         await process.wait()
 
 
-async def test_a_killed_workers_prompt_is_found_again_and_ran_once(
+async def test_a_killed_workers_prompt_is_found_again_and_runs_once(
     bridge: BridgePlatform, native: NativeServer
 ) -> None:
     name = unique("gpu")
@@ -68,7 +68,7 @@ async def test_a_killed_workers_prompt_is_found_again_and_ran_once(
 
 
 @pytest.mark.slow
-async def test_a_worker_that_is_told_to_stop_ends_its_graph_first(bridge: BridgePlatform, native: NativeServer) -> None:
+async def test_a_stopped_worker_finishes_its_graph_first(bridge: BridgePlatform, native: NativeServer) -> None:
     await native.admin.set(hold=True)
     async with gpu_process(bridge, native, unique("gpu")) as process:
         accepted = await bridge.submit()
@@ -85,7 +85,7 @@ async def test_a_worker_that_is_told_to_stop_ends_its_graph_first(bridge: Bridge
 
 
 @pytest.mark.slow
-async def test_past_its_grace_it_stops_its_prompt_and_hands_the_job_back(
+async def test_after_its_grace_period_a_worker_cancels_its_prompt_and_hands_the_job_back(
     bridge: BridgePlatform, servers: tuple[NativeServer, NativeServer]
 ) -> None:
     first, second = servers
@@ -103,8 +103,10 @@ async def test_past_its_grace_it_stops_its_prompt_and_hands_the_job_back(
 
 
 @pytest.mark.slow
-async def test_a_workers_kill_at_any_moment_costs_no_second_run(bridge: BridgePlatform, native: NativeServer) -> None:
-    """Killed again and again, a little later each time, while jobs go through."""
+async def test_killing_a_worker_at_any_moment_causes_no_second_run(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    """The worker is killed repeatedly, a little later each time, while jobs run."""
     name = unique("gpu")
     await native.admin.set(node_seconds=0.1)
     jobs = [await bridge.submit() for _ in range(12)]

@@ -1,4 +1,4 @@
-"""Progress is honest and never goes back; what ComfyUI says of a failure becomes one of the contract's codes."""
+"""Progress never falls, and ComfyUI's errors become error codes of the contract."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bridge.native_errors import execution_details, refusal_details
+from bridge.native.events import MessageReader
+from bridge.native.failures import execution_details, refusal_details
 from bridge.progress import RunProgress
 from comfyui_temporal.contracts.errors import JOB_CODES
 
@@ -20,25 +21,40 @@ GRAPH: dict[str, Any] = {
 }
 
 
-def test_nodes_count_by_their_steps_and_only_those_that_a_result_needs() -> None:
-    progress = RunProgress(GRAPH, ["save"])
-    progress.heard("executing", {"node": "load"})
-    progress.heard("executing", {"node": "sample"})
+def test_nodes_count_by_their_steps_and_only_if_a_result_needs_them() -> None:
+    progress, reader = RunProgress(GRAPH, ["save"]), MessageReader()
+    progress.add(reader.read("executing", {"node": "load"}))
+    progress.add(reader.read("executing", {"node": "sample"}))
     assert progress.percent == 5
-    progress.heard("progress", {"node": "sample", "value": 9, "max": 18})
+    progress.add(reader.read("progress", {"node": "sample", "value": 9, "max": 18}))
     assert progress.percent == 50
-    progress.heard("progress_state", {"nodes": {"sample": {"state": "finished", "value": 18, "max": 18}}})
+    progress.add(reader.read("progress_state", {"nodes": {"sample": {"state": "finished", "value": 18, "max": 18}}}))
     assert progress.percent == 95
-    progress.heard("executed", {"node": "save"})
-    assert progress.percent == 99, "100 is said when the result is there"
+    progress.add(reader.read("executed", {"node": "save"}))
+    assert progress.percent == 99, "100 is published with the result"
 
 
-def test_what_was_cached_and_what_lies_behind_it_does_not_count() -> None:
-    progress = RunProgress(GRAPH, ["save"])
-    progress.heard("execution_cached", {"nodes": ["sample"]})
+def test_cached_nodes_and_what_only_they_need_do_not_count() -> None:
+    progress, reader = RunProgress(GRAPH, ["save"]), MessageReader()
+    progress.add(reader.read("execution_cached", {"nodes": ["sample"]}))
     assert progress.percent == 0
-    progress.heard("progress", {"node": "save", "value": 1, "max": 2})
+    progress.add(reader.read("progress", {"node": "save", "value": 1, "max": 2}))
     assert progress.percent == 50
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "is_end"),
+    [
+        ("execution_success", {}, True),
+        ("execution_error", {}, True),
+        ("execution_interrupted", {}, True),
+        ("executing", {"node": None}, True),
+        ("executing", {"node": "load"}, False),
+        ("executed", {"node": "save"}, False),
+    ],
+)
+def test_a_message_about_the_end_is_recognised(kind: str, data: dict[str, Any], is_end: bool) -> None:
+    assert MessageReader().read(kind, data).is_end is is_end
 
 
 KINDS = st.sampled_from(["execution_cached", "executing", "progress", "progress_state", "executed", "other"])
@@ -61,11 +77,11 @@ ANYTHING = st.recursive(
         max_size=6,
     )
 )
-def test_whatever_a_server_says_percent_is_whole_and_never_goes_back(heard: list[tuple[str, Any]]) -> None:
-    progress = RunProgress(GRAPH, ["save"], first_percent=3)
+def test_after_any_messages_the_percent_is_whole_and_never_falls(messages: list[tuple[str, Any]]) -> None:
+    progress, reader = RunProgress(GRAPH, ["save"], first_percent=3), MessageReader()
     seen = [progress.percent]
-    for kind, data in heard:
-        progress.heard(kind, data)
+    for kind, data in messages:
+        progress.add(reader.read(kind, data))
         seen.append(progress.percent)
     assert seen == sorted(seen)
     assert all(3 <= percent <= 99 for percent in seen)
@@ -73,9 +89,9 @@ def test_whatever_a_server_says_percent_is_whole_and_never_goes_back(heard: list
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=60)
 @given(ANYTHING)
-def test_whatever_a_server_refuses_with_the_code_is_the_contracts(said: Any) -> None:
-    assert refusal_details(said).code in JOB_CODES
-    assert execution_details(said).code in JOB_CODES
+def test_any_refusal_becomes_an_error_code_of_the_contract(body: Any) -> None:
+    assert refusal_details(body).code in JOB_CODES
+    assert execution_details(body).code in JOB_CODES
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Many jobs of several tenants: accelerated first, tenants by turns, each job once."""
+"""Many jobs of several tenants: accelerated jobs first, tenants in turn, each job once."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ async def submitted(bridge: BridgePlatform, tenant: str, priority: str, **fields
     return accepted | {"tenant": tenant, "priority": priority}
 
 
-async def is_told(bridge: BridgePlatform, jobs: int) -> bool:
-    """Whether Temporal tells that so many wait; it does so some seconds late."""
+async def has_backlog(bridge: BridgePlatform, jobs: int) -> bool:
+    """Whether Temporal reports this many waiting jobs. It does so some seconds late."""
     bridge.bridge.forecast.forget()
     backlog = await bridge.bridge.forecast.backlog("default")
     return backlog.accelerated + backlog.standard >= jobs
@@ -38,30 +38,30 @@ def first_prompt_of(job: Json) -> str:
 
 
 async def queued_and_run(bridge: BridgePlatform, native: NativeServer, jobs: list[Json]) -> list[Json]:
-    """Let all jobs wait, then one server run them; the order."""
+    """Let all jobs wait, then run them on one server. Returns them in the order in which they ran."""
     for job in jobs:
-        await bridge.until(partial(bridge.waits, job), seconds=60)
+        await bridge.until(partial(bridge.is_waiting, job), seconds=60)
     async with bridge.gpu(native):
         for job in jobs:
-            who = {"tenant": job["tenant"], "user": f"user-of-{job['tenant']}"}
-            state = await bridge.ended(job["job_id"], seconds=300, **who)
+            caller = {"tenant": job["tenant"], "user": f"user-of-{job['tenant']}"}
+            state = await bridge.ended(job["job_id"], seconds=300, **caller)
             assert state["error_details"] is None, state
     return await order_of(native, jobs)
 
 
-async def test_accelerated_goes_first_and_tenants_by_turns(bridge: BridgePlatform, native: NativeServer) -> None:
+async def test_accelerated_jobs_run_first_and_tenants_take_turns(bridge: BridgePlatform, native: NativeServer) -> None:
     await native.admin.set(node_seconds=0.0)
     jobs = [await submitted(bridge, "tenant-one", "standard") for _ in range(5)]
     jobs += [await submitted(bridge, "tenant-two", "standard") for _ in range(2)]
     jobs += [await submitted(bridge, "tenant-one", "accelerated") for _ in range(2)]
     order = await queued_and_run(bridge, native, jobs)
     assert [job["priority"] for job in order] == ["accelerated"] * 2 + ["standard"] * 7
-    # Tenant two came last, with two jobs: it does not wait for all five of tenant one.
+    # Tenant two came last, with two jobs. It must not wait for all five of tenant one.
     places = [place for place, job in enumerate(order[2:]) if job["tenant"] == "tenant-two"]
     assert places[-1] <= 4, [job["tenant"] for job in order]
 
 
-async def test_what_is_expected_and_the_gpus_tell_the_truth(bridge: BridgePlatform, native: NativeServer) -> None:
+async def test_the_forecast_and_the_list_of_gpus_are_right(bridge: BridgePlatform, native: NativeServer) -> None:
     first = await bridge.submit(priority="standard")
     assert first["estimated_time"] == pytest.approx(8.0)
     accelerated = await bridge.submit(priority="accelerated")
@@ -97,14 +97,14 @@ async def is_busy(bridge: BridgePlatform) -> bool:
 
 
 @pytest.mark.slow
-async def test_a_queued_job_moves_up_and_its_number_rises(
+async def test_a_queued_job_moves_up_and_its_sequence_rises(
     bridge: BridgePlatform, servers: tuple[NativeServer, NativeServer]
 ) -> None:
     for server in servers:
         await server.admin.set(hold=True)
     for _ in range(3):
         await bridge.submit()
-    await bridge.until(lambda: is_told(bridge, 3))
+    await bridge.until(lambda: has_backlog(bridge, 3))
     last = await bridge.submit()
     first_seen = await bridge.job(last["job_id"])
     assert first_seen["queue_position"] == 3
@@ -115,7 +115,7 @@ async def test_a_queued_job_moves_up_and_its_number_rises(
         return state if state["queue_position"] < 3 else None
 
     async with bridge.gpu(servers[0]), bridge.gpu(servers[1]):
-        # Temporal tells the backlog some seconds late.
+        # Temporal reports the backlog some seconds late.
         state = await bridge.until(moved)
         assert state is not None
         assert state["sequence"] > first_seen["sequence"]
@@ -151,9 +151,9 @@ async def test_200_jobs_of_three_tenants_in_mixed_priority(
     for tenant in TENANTS:
         assert 16 <= shared.count(tenant) <= 32, {name: shared.count(name) for name in TENANTS}
     last = order[-1]
-    await bridge.until(lambda: told_all(bridge, [job["task_id"] for job in jobs]), seconds=60)
+    await bridge.until(lambda: all_published(bridge, [job["task_id"] for job in jobs]), seconds=60)
     assert bridge.receiver.statuses(last["task_id"])[-1] == "delivery"
 
 
-async def told_all(bridge: BridgePlatform, task_ids: list[str]) -> bool:
+async def all_published(bridge: BridgePlatform, task_ids: list[str]) -> bool:
     return all("delivery" in bridge.receiver.statuses(task_id) for task_id in task_ids)

@@ -1,4 +1,4 @@
-"""Servers that fail in every way they are known to, and what becomes of the job that they had."""
+"""Servers that fail in every known way, and what happens to the job that they run."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Servers = tuple[NativeServer, NativeServer]
 
 
 async def until_running(bridge: BridgePlatform, native: NativeServer, runs_before: int = 0) -> str:
-    """Wait until the server runs a prompt, after so many others; its id."""
+    """Wait until the server runs a prompt after `runs_before` others. Returns its id."""
 
     async def running() -> str | None:
         runs = await native.admin.runs()
         return runs[-1].prompt_id if len(runs) > runs_before and runs[-1].outcome == "running" else None
 
-    # A worker that is a process of its own takes a while to start.
+    # A worker in a process of its own takes a while to start.
     prompt_id = await bridge.until(running, seconds=60)
     assert prompt_id is not None
     return prompt_id
 
 
 async def delivered(bridge: BridgePlatform, native: NativeServer, **traps: Any) -> Json:
-    """One job on a server with these traps, which must be delivered having run once."""
+    """Run one job on a server with these traps. It must be delivered after a single run."""
     await native.admin.set(**traps)
     async with bridge.gpu(native):
         state = await bridge.ended((await bridge.submit())["job_id"])
@@ -37,7 +37,7 @@ async def delivered(bridge: BridgePlatform, native: NativeServer, **traps: Any) 
 
 
 async def failed(bridge: BridgePlatform, native: NativeServer, **traps: Any) -> Json:
-    """How a job ends on a server with these traps: its `error_details`."""
+    """Run one job on a server with these traps. Returns its `error_details`."""
     await native.admin.set(**traps)
     async with bridge.gpu(native):
         state = await bridge.ended((await bridge.submit())["job_id"])
@@ -47,7 +47,7 @@ async def failed(bridge: BridgePlatform, native: NativeServer, **traps: Any) -> 
     return details
 
 
-# A server that is there, and odd
+# Servers with odd behaviour
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ async def failed(bridge: BridgePlatform, native: NativeServer, **traps: Any) -> 
     ],
     ids=str,
 )
-async def test_the_job_is_delivered_and_ran_once(
+async def test_on_an_odd_server_the_job_is_delivered_and_runs_once(
     bridge: BridgePlatform, native: NativeServer, traps: dict[str, Any]
 ) -> None:
     await delivered(bridge, native, **traps)
@@ -92,7 +92,7 @@ async def test_the_same_picture_twice_is_delivered_twice(bridge: BridgePlatform,
             assert len(state["result_urls"]) == 1, state["error_details"]
 
 
-async def test_no_request_names_an_origin_and_nothing_is_interrupted_without_an_id(
+async def test_no_request_has_an_origin_and_nothing_is_interrupted_without_an_id(
     bridge: BridgePlatform, native: NativeServer
 ) -> None:
     await native.admin.set(hold=True)
@@ -106,11 +106,11 @@ async def test_no_request_names_an_origin_and_nothing_is_interrupted_without_an_
     assert all(request.prompt_id for request in requests if request.path.endswith("/interrupt"))
 
 
-# A run that fails
+# Runs that fail
 
 
 @pytest.mark.parametrize(
-    ("traps", "code", "said"),
+    ("traps", "code", "text"),
     [
         ({"node_errors_on_200": True}, "workflow_invalid", "ComfyUI refused the graph"),
         ({"out_of_memory": 1}, "gpu_out_of_memory", "failed"),
@@ -119,16 +119,16 @@ async def test_no_request_names_an_origin_and_nothing_is_interrupted_without_an_
     ids=str,
 )
 async def test_a_failure_on_the_server_ends_the_job_with_its_code_and_node(
-    bridge: BridgePlatform, native: NativeServer, traps: dict[str, Any], code: str, said: str
+    bridge: BridgePlatform, native: NativeServer, traps: dict[str, Any], code: str, text: str
 ) -> None:
     details = await failed(bridge, native, **traps)
     assert details["code"] == code
-    assert said in details["message"]
+    assert text in details["message"]
     assert details["retryable"] is False
     assert details["node"]
 
 
-async def test_a_model_that_no_one_installed_is_named(bridge: BridgePlatform, native: NativeServer) -> None:
+async def test_a_missing_model_is_named(bridge: BridgePlatform, native: NativeServer) -> None:
     await native.admin.set(models={"checkpoints": []})
     async with bridge.gpu(native):
         state = await bridge.ended((await bridge.submit(template_id="text-to-image"))["job_id"])
@@ -137,7 +137,7 @@ async def test_a_model_that_no_one_installed_is_named(bridge: BridgePlatform, na
     assert await native.admin.submissions() == []
 
 
-async def test_a_run_that_somebody_interrupts_on_the_server_ends_cancelled(
+async def test_a_run_that_is_interrupted_on_the_server_ends_cancelled(
     bridge: BridgePlatform, native: NativeServer
 ) -> None:
     await native.admin.set(hold=True)
@@ -150,7 +150,7 @@ async def test_a_run_that_somebody_interrupts_on_the_server_ends_cancelled(
     assert "interrupted on its ComfyUI server" in state["error_details"]["message"]
 
 
-# A server that is lost
+# Servers that are lost
 
 
 @pytest.mark.slow
@@ -169,9 +169,7 @@ async def test_a_restarted_server_runs_the_job_again_under_another_prompt_id(
     assert runs[0].prompt_id != first
 
 
-async def test_a_queue_that_was_emptied_is_a_lost_job_never_a_done_one(
-    bridge: BridgePlatform, native: NativeServer
-) -> None:
+async def test_a_job_in_an_emptied_queue_is_lost_and_runs_again(bridge: BridgePlatform, native: NativeServer) -> None:
     await native.admin.set(hold=True)
     async with bridge.gpu(native):
         accepted = await bridge.submit()
@@ -184,28 +182,29 @@ async def test_a_queue_that_was_emptied_is_a_lost_job_never_a_done_one(
 
 
 @pytest.mark.parametrize(
-    "how", ["kill", *(pytest.param(how, marks=pytest.mark.slow) for how in ("freeze", "worker_dead", "stuck"))]
+    "failure",
+    ["kill", *(pytest.param(failure, marks=pytest.mark.slow) for failure in ("freeze", "worker_dead", "stuck"))],
 )
-async def test_of_two_servers_one_fails_and_the_other_delivers(
-    bridge: BridgePlatform, servers: Servers, how: str
+async def test_if_one_of_two_servers_fails_the_other_delivers(
+    bridge: BridgePlatform, servers: Servers, failure: str
 ) -> None:
     first, second = servers
     await first.admin.set(hold=True)
-    patience = replace(QUICK, stalled=2.0 if how in ("worker_dead", "stuck") else QUICK.stalled)
+    patience = replace(QUICK, stalled=2.0 if failure in ("worker_dead", "stuck") else QUICK.stalled)
     try:
         async with bridge.gpu(first, patience=patience) as failing:
             accepted = await bridge.submit()
             prompt_id = await until_running(bridge, first)
             async with bridge.gpu(second):
-                if how in ("kill", "freeze"):
-                    await first.kill() if how == "kill" else first.freeze()
+                if failure in ("kill", "freeze"):
+                    await first.kill() if failure == "kill" else first.freeze()
                 else:
-                    await first.admin.set(**{how: True})
+                    await first.admin.set(**{failure: True})
                 state = await bridge.ended(accepted["job_id"])
                 assert await failing.slot.problem() is not None
         assert state["error_details"] is None, state
         assert [run.outcome for run in await second.admin.runs()] == ["success"]
-        # The first server may still have it: the same prompt, should the job ever come back to it.
+        # The first server may still have the prompt. Its id stays the same in case the job returns there.
         assert [run.prompt_id for run in await second.admin.runs()] == [prompt_id]
         statuses = bridge.receiver.statuses(accepted["task_id"])
         assert statuses == sorted(statuses, key=["queued", "processing", "delivery"].index)
@@ -213,7 +212,7 @@ async def test_of_two_servers_one_fails_and_the_other_delivers(
         await first.restart()
 
 
-async def test_a_server_with_a_dead_thread_is_found_out_while_the_job_is_queued_there(
+async def test_a_server_with_a_dead_thread_is_noticed_while_the_job_is_queued_there(
     bridge: BridgePlatform, servers: Servers
 ) -> None:
     first, second = servers
@@ -223,14 +222,14 @@ async def test_a_server_with_a_dead_thread_is_found_out_while_the_job_is_queued_
         await bridge.in_status(accepted["job_id"], "processing")
         async with bridge.gpu(second):
             state = await bridge.ended(accepted["job_id"])
-            # Drained: the next job is not its either.
+            # The first server is drained: it does not get the next job either.
             another = await bridge.ended((await bridge.submit())["job_id"])
     assert state["error_details"] is another["error_details"] is None
     assert len(await second.admin.runs()) == 2
     assert await first.admin.runs() == []
 
 
-async def test_three_failed_servers_end_the_job_lost_and_it_may_be_tried_again(
+async def test_after_three_failed_servers_the_job_is_lost_and_retryable(
     bridge: BridgePlatform, native: NativeServer
 ) -> None:
     await native.admin.set(hold=True)

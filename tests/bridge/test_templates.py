@@ -59,7 +59,7 @@ def test_a_request_sets_the_inputs_that_the_manifest_names() -> None:
     assert (graph["canvas"]["inputs"]["width"], graph["canvas"]["inputs"]["height"]) == (512, 512)
 
 
-def test_an_extra_routes_around_nodes_and_costs_time() -> None:
+def test_an_extra_adds_nodes_and_expected_time() -> None:
     without, with_it = rendered("text-to-image"), rendered("text-to-image", extras={"hires_fix": True})
     assert "hires" not in reachable(without.graph, without.result_nodes)
     assert {"hires", "sampler"} <= reachable(with_it.graph, with_it.result_nodes)
@@ -68,7 +68,7 @@ def test_an_extra_routes_around_nodes_and_costs_time() -> None:
     assert off.graph == without.graph
 
 
-def test_rendering_leaves_the_template_as_it_was() -> None:
+def test_rendering_does_not_change_the_template() -> None:
     first = rendered("test-pattern", extras={"seed": 1}).graph["ground"]["inputs"]["color"]
     second = rendered("test-pattern", extras={"seed": 2}).graph["ground"]["inputs"]["color"]
     assert (first, second) == (1, 2)
@@ -101,7 +101,7 @@ def test_every_result_has_a_prefix_of_its_job() -> None:
         ("text-to-image", {"extras": {"seed": -1}}, "extras.seed: must be a whole number"),
         ("text-to-image", {"extras": {"seed": True}}, "extras.seed: must be a whole number"),
         ("text-to-image", {"extras": {"negative_prompt": 3}}, "extras.negative_prompt: must be a text"),
-        ("text-to-image", {"controls": [{"image_url": "x"}]}, "controls: template 'text-to-image' takes at most 0"),
+        ("text-to-image", {"controls": [{"image_url": "x"}]}, "controls: template 'text-to-image' accepts at most 0"),
         ("image-to-image", {}, "controls: template 'image-to-image' needs an image"),
         ("image-to-image", {"controls": [{"strength": 1}]}, "controls.0.image_url"),
         ("image-to-image", {"controls": [{"image_url": "x", "strength": "1"}]}, "controls.0.strength"),
@@ -112,14 +112,14 @@ def test_a_request_that_does_not_fit_is_refused_by_field(template_id: str, field
     assert named in refused(template_id, **fields)
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     assert refused("text-to-image", extras={"seed": -1, "other": 1}).count("extras.") == 2
 
 
-# What is wrong with a template itself
+# Errors in a template
 
 
-def test_a_graph_as_the_editor_saves_it_is_refused(tmp_path: Path) -> None:
+def test_a_graph_in_the_editors_format_is_refused(tmp_path: Path) -> None:
     folder = copied(tmp_path, "test-pattern")
     (folder / "graph.json").write_text(json.dumps({"nodes": [], "links": [], "version": 0.4}))
     with pytest.raises(TemplateProblem, match=r"test-pattern.*editor's format.*Export \(API\)"):
@@ -150,7 +150,7 @@ def test_a_manifest_that_does_not_fit_its_graph_is_refused_by_name(
         load_template(folder)
 
 
-def test_a_link_to_nowhere_is_refused(tmp_path: Path) -> None:
+def test_a_link_without_target_is_refused(tmp_path: Path) -> None:
     folder = copied(tmp_path, "test-pattern")
     graph = json.loads((folder / "graph.json").read_text())
     graph["save"]["inputs"]["images"] = ["gone", 0]
@@ -202,20 +202,20 @@ INFO: dict[str, Any] = {
 }
 
 
-def test_what_a_server_would_refuse_is_said_by_node_and_input() -> None:
+def test_problems_on_a_server_name_node_and_input() -> None:
     graph = rendered("test-pattern")
     problems = graph_problems(graph.graph, INFO, graph.result_nodes)
     assert problems == [
         "node 'ground' (EmptyImage), input 'width': 1024 is not between 1 and 1000",
-        "node 'inner' (ImageScale), input 'upscale_method': 'nearest-exact' is no choice of this server; "
+        "node 'inner' (ImageScale), input 'upscale_method': 'nearest-exact' is not a choice of this server; "
         "it has bicubic, area",
         "node 'pattern' (ImageCompositeMasked): this server has no such node type; "
-        "install the custom nodes that bring it",
+        "install the custom nodes that provide it",
         "node 'save' (SaveImage), input 'quality': missing",
     ]
 
 
-def test_a_link_of_the_wrong_type_is_said() -> None:
+def test_a_link_of_the_wrong_type_is_reported() -> None:
     graph = {
         "a": {"class_type": "EmptyImage", "inputs": {"width": 1, "height": 1, "batch_size": 1, "color": 0}},
         "b": {"class_type": "SaveImage", "inputs": {"images": ["a", 0], "filename_prefix": "x", "quality": 1}},
@@ -225,10 +225,10 @@ def test_a_link_of_the_wrong_type_is_said() -> None:
     ]
 
 
-def test_the_installed_model_that_fits_best_is_taken() -> None:
+def test_the_installed_model_that_fits_best_is_chosen() -> None:
     graph = {"c": {"class_type": "Loader", "inputs": {"ckpt_name": "any"}}}
     info = {"Loader": {"input": {"required": {"ckpt_name": [["tiny.safetensors", "SDXL_base.safetensors"]]}}}}
-    wish = ModelChoice(node="c", input="ckpt_name", prefer=["*xl*", "*"])
-    assert [name for _, name in chosen_models(graph, info, [wish], ["c"])] == ["SDXL_base.safetensors"]
+    choice = ModelChoice(node="c", input="ckpt_name", prefer=["*xl*", "*"])
+    assert [name for _, name in chosen_models(graph, info, [choice], ["c"])] == ["SDXL_base.safetensors"]
     with pytest.raises(NoModel, match="no installed model fits flux"):
-        chosen_models(graph, info, [wish.model_copy(update={"prefer": ["flux*"]})], ["c"])
+        chosen_models(graph, info, [choice.model_copy(update={"prefer": ["flux*"]})], ["c"])

@@ -27,7 +27,7 @@ def picture(color: int) -> bytes:
 
 
 def training_body(bridge: BridgePlatform, *, pictures: int = 4, **fields: Any) -> Json:
-    """A good request, its dataset's snapshot in storage as the task's worker leaves it."""
+    """A valid request. Its dataset's snapshot is in storage, as the task's worker writes it."""
     task_id = unique("task")
     folder = bridge.folder / "store" / "snapshots" / task_id / "cats" / "files"
     folder.mkdir(parents=True)
@@ -64,8 +64,8 @@ async def state_of(bridge: BridgePlatform, training_id: str) -> Json:
     return state
 
 
-async def asked(bridge: BridgePlatform, training_id: str, what: str) -> Json:
-    answer = await bridge.post(f"/training/{training_id}/{what}", {})
+async def post_action(bridge: BridgePlatform, training_id: str, action: str) -> Json:
+    answer = await bridge.post(f"/training/{training_id}/{action}", {})
     assert answer.status_code == 200, answer.text
     state: Json = answer.json()
     return state
@@ -85,12 +85,12 @@ def file_of(address: str) -> Path:
     return Path(unquote(urlsplit(address).path))
 
 
-async def is_told_of_the_end(bridge: BridgePlatform, task_id: str) -> bool:
+async def has_end_callback(bridge: BridgePlatform, task_id: str) -> bool:
     return bool(set(bridge.receiver.statuses(task_id)) & {"completed", "failed"})
 
 
 async def test_a_dataset_of_ten_thousand_long_paths_is_trained_on(bridge: BridgePlatform, native: NativeServer) -> None:
-    """Its list takes 3 MB, more than Temporal takes in an input; most of it is nothing to train on."""
+    """The list has 3 MB, more than a Temporal input may have. Most of its files are not for training."""
     await native.admin.set(models=MODELS)
     body = training_body(bridge)
     notes = [{"path": f"{n:05}".ljust(200, "x") + ".md", "size_bytes": 1, "sha256": "0" * 64} for n in range(9_990)]
@@ -101,23 +101,23 @@ async def test_a_dataset_of_ten_thousand_long_paths_is_trained_on(bridge: Bridge
         assert [answer.status_code for answer in answers] == [202, 202], answers[0].text
         assert answers[0].json() == answers[1].json()
         training_id = answers[0].json()["training_id"]
-        await asked(bridge, training_id, "start")
+        await post_action(bridge, training_id, "start")
         state = await ended(bridge, training_id)
     assert state["error_details"] is None, state
     assert state["checkpoint"]["step"] == 6, "four pictures, as without the notes"
 
 
-async def test_a_training_is_trained_chunk_by_chunk(bridge: BridgePlatform, native: NativeServer) -> None:
+async def test_a_training_runs_chunk_by_chunk(bridge: BridgePlatform, native: NativeServer) -> None:
     await native.admin.set(models=MODELS)
     async with bridge.gpu(native):
         accepted = await created(bridge)
         assert accepted["training_status"] == "queued"
         assert await native.admin.submissions() == []
-        await asked(bridge, accepted["training_id"], "start")
+        await post_action(bridge, accepted["training_id"], "start")
         state = await ended(bridge, accepted["training_id"])
         assert state["error_details"] is None, state
-        await bridge.until(lambda: is_told_of_the_end(bridge, accepted["task_id"]))
-    # Four pictures, two at a time, three epochs: three chunks of two steps, each on from the one before.
+        await bridge.until(lambda: has_end_callback(bridge, accepted["task_id"]))
+    # Four pictures, two at a time, three epochs: three chunks of two steps, each continuing the one before.
     assert len(await native.admin.runs()) == 3
     assert state["checkpoint"]["epoch"] == 3
     assert state["checkpoint"]["step"] == 6
@@ -125,14 +125,14 @@ async def test_a_training_is_trained_chunk_by_chunk(bridge: BridgePlatform, nati
     assert file_of(state["output"]["model_path"]).read_bytes() == file_of(state["checkpoint"]["uri"]).read_bytes()
     assert state["gpu_hours_used"] > 0
 
-    told = sorted(bridge.receiver.genuine(accepted["task_id"]), key=lambda body: body["sequence"])
-    stages = [body["training_stage"] for body in told if body["training_stage"]]
+    bodies = sorted(bridge.receiver.genuine(accepted["task_id"]), key=lambda body: body["sequence"])
+    stages = [body["training_stage"] for body in bodies if body["training_stage"]]
     assert [key for key, _ in itertools.groupby(stages)] == ["data_ingest", "training", "evaluating", "publishing"]
-    statuses = [body["training_status"] for body in told]
+    statuses = [body["training_status"] for body in bodies]
     assert statuses.count("checkpointing") == 3
-    training = [body["stage_progress"] for body in told if body["training_stage"] == "training"]
+    training = [body["stage_progress"] for body in bodies if body["training_stage"] == "training"]
     assert training == sorted(training)
-    lines = [line["message"] for body in told for line in body.get("log", [])]
+    lines = [line["message"] for body in bodies for line in body.get("log", [])]
     assert any(line.startswith("epoch 2/3 step 4") for line in lines), lines
 
 
@@ -142,10 +142,10 @@ async def test_a_training_that_is_not_started_holds_nothing_and_can_be_cancelled
     async with bridge.gpu(native):
         accepted = await created(bridge)
         assert (await bridge.ended((await bridge.submit())["job_id"]))["error_details"] is None
-        cancelled = await asked(bridge, accepted["training_id"], "cancel")
+        cancelled = await post_action(bridge, accepted["training_id"], "cancel")
         assert (cancelled["training_status"], cancelled["error_details"]["code"]) == ("failed", "cancelled")
-        revived = await asked(bridge, accepted["training_id"], "start")
-        assert revived["training_status"] == "failed"
+        restarted = await post_action(bridge, accepted["training_id"], "start")
+        assert restarted["training_status"] == "failed"
     assert len(await native.admin.submissions()) == 1
 
 
@@ -153,9 +153,9 @@ async def test_cancelling_a_running_training_stops_its_prompt(bridge: BridgePlat
     await native.admin.set(models=MODELS, hold=True)
     async with bridge.gpu(native):
         accepted = await created(bridge)
-        await asked(bridge, accepted["training_id"], "start")
+        await post_action(bridge, accepted["training_id"], "start")
         await until_running(bridge, native)
-        await asked(bridge, accepted["training_id"], "cancel")
+        await post_action(bridge, accepted["training_id"], "cancel")
 
         async def interrupted() -> bool:
             return [run.outcome for run in await native.admin.runs()] == ["interrupted"]
@@ -167,7 +167,7 @@ async def test_cancelling_a_running_training_stops_its_prompt(bridge: BridgePlat
 
 
 @pytest.mark.slow
-async def test_it_is_resumed_from_its_last_checkpoint_by_its_own_tenant_alone(
+async def test_a_training_is_resumed_from_its_last_checkpoint_only_by_its_own_tenant(
     bridge: BridgePlatform, servers: tuple[NativeServer, NativeServer]
 ) -> None:
     first, second = servers
@@ -175,17 +175,17 @@ async def test_it_is_resumed_from_its_last_checkpoint_by_its_own_tenant_alone(
         await server.admin.set(models=MODELS)
     async with bridge.gpu(first):
         accepted = await created(bridge)
-        await asked(bridge, accepted["training_id"], "start")
+        await post_action(bridge, accepted["training_id"], "start")
         checkpoint = (await ended(bridge, accepted["training_id"]))["checkpoint"]["uri"]
     theirs = training_body(bridge, resume_from=checkpoint, tenant_id="tenant-other", user_id="user-other")
     refused = await bridge.post("/training", theirs, tenant="tenant-other", user="user-other")
     assert refused.status_code == 422
     assert "resume_from" in refused.json()["detail"]["fields"][0]
-    # On another server, which has never seen the checkpoint.
+    # On another server, which does not have the checkpoint.
     async with bridge.gpu(second):
         hyperparameters = {"epochs": 5, "batch_size": 2, "learning_rate": 0.0005}
         resumed = await created(bridge, resume_from=checkpoint, hyperparameters=hyperparameters)
-        await asked(bridge, resumed["training_id"], "start")
+        await post_action(bridge, resumed["training_id"], "start")
         state = await ended(bridge, resumed["training_id"])
     assert state["error_details"] is None, state
     assert (state["checkpoint"]["epoch"], state["checkpoint"]["step"]) == (5, 10)
@@ -193,7 +193,7 @@ async def test_it_is_resumed_from_its_last_checkpoint_by_its_own_tenant_alone(
 
 
 @pytest.mark.slow
-async def test_a_server_that_is_lost_in_mid_training_costs_one_chunk(
+async def test_losing_a_server_during_a_training_costs_one_chunk(
     bridge: BridgePlatform, servers: tuple[NativeServer, NativeServer]
 ) -> None:
     first, second = servers
@@ -202,7 +202,7 @@ async def test_a_server_that_is_lost_in_mid_training_costs_one_chunk(
     try:
         async with bridge.gpu(first):
             accepted = await created(bridge)
-            await asked(bridge, accepted["training_id"], "start")
+            await post_action(bridge, accepted["training_id"], "start")
 
             async def has_checkpoint() -> bool:
                 state = await state_of(bridge, accepted["training_id"])
@@ -226,20 +226,18 @@ async def test_a_server_that_is_lost_in_mid_training_costs_one_chunk(
         ({"hyperparameters": {"epochs": 0, "batch_size": 1, "learning_rate": 0.1}}, "hyperparameters.epochs"),
         (
             {"hyperparameters": {"epochs": 1, "batch_size": 1, "learning_rate": 0.1, "warmup": 3}},
-            "hyperparameters.warmup: template 'lora-train' does not take it",
+            "hyperparameters.warmup: template 'lora-train' does not accept it",
         ),
-        ({"gpu_type": "h100"}, "gpu_type: no 'h100' here"),
+        ({"gpu_type": "h100"}, "gpu_type: no server has 'h100'"),
         (
             {"dataset": {"dataset_id": "cats", "snapshot_uri": "file:///etc/", "files": []}},
-            "dataset.snapshot_uri: must lie below",
+            "dataset.snapshot_uri: must be below",
         ),
         ({"resume_from": "file:///etc/passwd"}, "resume_from: is no checkpoint"),
         ({"callback_url": "http://169.254.169.254/"}, "callback_url"),
     ],
 )
-async def test_what_cannot_be_trained_is_refused_with_the_field(
-    bridge: BridgePlatform, fields: Json, named: str
-) -> None:
+async def test_an_invalid_training_is_refused_with_the_field(bridge: BridgePlatform, fields: Json, named: str) -> None:
     answer = await bridge.post("/training", training_body(bridge, **fields))
     assert answer.status_code == 422, answer.text
     assert named in "; ".join(answer.json()["detail"]["fields"])
@@ -251,7 +249,7 @@ async def test_a_dataset_that_was_changed_ends_the_training(bridge: BridgePlatfo
         accepted = await created(bridge)
         changed = bridge.folder / "store" / "snapshots" / accepted["task_id"] / "cats" / "files" / "cat-1.png"
         changed.write_bytes(picture(250))
-        await asked(bridge, accepted["training_id"], "start")
+        await post_action(bridge, accepted["training_id"], "start")
         state = await ended(bridge, accepted["training_id"])
     assert state["error_details"]["code"] == "workflow_invalid"
     assert "cat-1.png" in state["error_details"]["message"]

@@ -1,4 +1,4 @@
-"""`make demo COMFYUI=…` and `make up COMFYUI=…`: whole tasks through the bridge, credits and all."""
+"""`make demo COMFYUI=…` and `make up COMFYUI=…`: whole tasks through the bridge, credits included."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from tests.conftest import unique
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-async def test_the_demo_delivers_a_picture_from_a_server_of_ones_own(native: NativeServer, tmp_path: Path) -> None:
+async def test_the_demo_delivers_a_picture_from_your_own_server(native: NativeServer, tmp_path: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "local_stack", "demo", "--folder", str(tmp_path / "run"), "--comfyui", native.url),
         cwd=PROJECT,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
     )
-    told = (await process.communicate())[0].decode()
-    assert process.returncode == 0, told
-    assert "completed" in told
-    assert "points       estimated 36, held 36, charged 36, returned 0" in told
+    output = (await process.communicate())[0].decode()
+    assert process.returncode == 0, output
+    assert "completed" in output
+    assert "points       estimated 36, held 36, charged 36, returned 0" in output
     assert len(await native.admin.runs()) == 1
 
 

@@ -1,4 +1,4 @@
-"""A stand-in for one ComfyUI server: its native API as a real process, with every known trap as a switch.
+"""A stand-in for one ComfyUI server: its own API in a real process, with every known trap as a switch.
 
 Routes, messages and refusals follow ComfyUI 0.8.0's source (`server.py`, `execution.py`, `comfy_execution/jobs.py`,
 `comfy_execution/progress.py`, `main.py`); `object_info.json` was recorded from that version running on a CPU. It was
@@ -9,11 +9,11 @@ also run side by side with the real server (`tests/bridge/real`).
         assert await server.admin.runs_of(prompt_id) == 1
 
 Deliberate departures:
-1. Nothing is computed: a picture is drawn from a digest of everything above the node that saves it. Same graph, same
-   picture; another seed, another picture. Sizes are the graph's.
-2. The work of a graph is an asyncio task, not a thread. The cache keeps what the last prompt used, as ComfyUI's does.
+1. Nothing is computed. A picture is drawn from a digest of everything upstream of the node that saves it: the same
+   graph gives the same picture, another seed another one. Sizes are the graph's.
+2. A graph runs in an asyncio task, not in a thread. The cache keeps what the last prompt used, as in ComfyUI.
 3. `POST /api/jobs/{id}/cancel` is later than 0.8.0 and off by default (`jobs_api="cancel"`).
-4. Only the routes and node classes that the bridge may touch are here. Previews are one pixel.
+4. It has only the routes and node classes that the bridge may use. Previews are one pixel.
 """
 
 from tests.bridge.native.admin import NativeAdmin, RunSeen

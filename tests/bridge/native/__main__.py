@@ -1,4 +1,4 @@
-"""`python -m tests.bridge.native --port 8188`: the stand-in as ComfyUI is run, files in a folder of their own."""
+"""`python -m tests.bridge.native --port 8188`: runs the stand-in as ComfyUI is run, with its own folder of files."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tests.bridge.native.traps import Traps
 def main() -> None:
     parser = argparse.ArgumentParser(description="A stand-in for ComfyUI's native API.")
     parser.add_argument("--port", type=int, default=8188)
-    parser.add_argument("--folder", type=Path, default=Path(".run/native"), help="output, temp and input lie here")
+    parser.add_argument("--folder", type=Path, default=Path(".run/native"), help="folder of output, temp and input")
     parser.add_argument("--traps", default="{}", help="JSON of tests/bridge/native/traps.py")
-    parser.add_argument("--starts-after", type=float, default=0.0, help="seconds before it listens at all")
+    parser.add_argument("--starts-after", type=float, default=0.0, help="seconds before it listens")
     chosen = parser.parse_args()
     time.sleep(chosen.starts_after)
     app = native_app(chosen.folder.resolve(), Traps.model_validate_json(chosen.traps))

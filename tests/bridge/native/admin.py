@@ -21,7 +21,7 @@ class RunSeen(BaseModel):
 
 
 class RequestSeen(BaseModel):
-    """One request that was not the admin's; `prompt_id` is what its body named."""
+    """One request outside `/admin`. `prompt_id` is the one in its body."""
 
     method: str
     path: str
@@ -37,7 +37,7 @@ class SocketSeen(BaseModel):
 
 
 class NativeAdmin:
-    """Counters begin anew when the process does."""
+    """Switches and counters. Counters restart at 0 with the process."""
 
     def __init__(self, url: str) -> None:
         self._http = httpx.AsyncClient(base_url=f"{url}/admin", timeout=5.0)
@@ -52,7 +52,7 @@ class NativeAdmin:
         await self._http.aclose()
 
     async def set(self, **traps: Any) -> Traps:
-        """Change some traps: `set(hold=True)`. Raises HTTPStatusError for a trap that there is not."""
+        """Change some traps: `set(hold=True)`. Raises HTTPStatusError for an unknown trap."""
         answer = await self._http.patch("/traps", content=_json(traps), headers={"content-type": "application/json"})
         return Traps.model_validate_json(answer.raise_for_status().content)
 
@@ -68,7 +68,7 @@ class NativeAdmin:
         return sum(run.prompt_id == prompt_id for run in await self.runs())
 
     async def submissions(self) -> list[str]:
-        """The prompt id of every `/prompt` that was acted upon, answered or not."""
+        """The prompt id of every `/prompt` that took effect, answered or not."""
         return TypeAdapter(list[str]).validate_json((await self._http.get("/submissions")).content)
 
     async def requests(self) -> list[RequestSeen]:
@@ -78,11 +78,11 @@ class NativeAdmin:
         return await self._list(SocketSeen, "/sockets")
 
     async def forget(self) -> None:
-        """Queue, history and what runs vanish, as in a restart, but the process stays."""
+        """Clear queue, history and the running prompt, as a restart would. The process stays."""
         (await self._http.post("/forget")).raise_for_status()
 
     async def reset(self) -> None:
-        """No traps, no prompts, no history, no cache, counters at nothing; files stay."""
+        """Remove traps, prompts, history and cache, and set counters to 0. Files stay."""
         (await self._http.post("/reset")).raise_for_status()
 
     async def _list(self, kind: type[Any], path: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What ComfyUI does not have: switches, and counters of what really happened."""
+"""Routes that ComfyUI does not have: switches, and counters of what really happened."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.bridge.native.traps import Traps
 
 
 def admin_router(native: Native) -> APIRouter:
-    """Routes below `/admin`; no trap hits them."""
+    """Routes below `/admin`. No trap affects them."""
     router = APIRouter(prefix="/admin")
 
     @router.get("/traps")

@@ -1,4 +1,4 @@
-"""The application: routes, the worker and the publisher of messages, behind the traps that hit any request."""
+"""The application: routes, the executor and the publisher of messages, with the traps that affect every request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 def native_app(folder: Path, traps: Traps | None = None) -> FastAPI:
-    """The application; its files lie in `folder` (`output`, `temp`, `input`)."""
+    """The application. Its files are in `folder` (`output`, `temp`, `input`)."""
     native = Native(folder, traps or Traps())
 
     @asynccontextmanager
@@ -46,10 +46,10 @@ def native_app(folder: Path, traps: Traps | None = None) -> FastAPI:
 
 
 def _trapped(native: Native) -> Callable[[Request, Handler], Awaitable[Response]]:
-    async def middleware(request: Request, go_on: Handler) -> Response:
+    async def middleware(request: Request, call_next: Handler) -> Response:
         path = request.url.path.removeprefix("/api") or "/"
         if path.startswith("/admin"):
-            return await go_on(request)
+            return await call_next(request)
         body = await request.body() if request.method == "POST" and "json" in _content_type(request) else b""
         native.requests.append(_seen(request, path, body))
         await native.answers.wait()
@@ -57,11 +57,11 @@ def _trapped(native: Native) -> Callable[[Request, Handler], Awaitable[Response]
         for broken, status in native.traps.broken_routes.items():
             if path == broken or (broken.endswith("*") and path.startswith(broken[:-1])):
                 return Response(status_code=status)
-        # ComfyUI answers 403 to a page of another origin, which is why the bridge sends no Origin at all.
+        # ComfyUI answers 403 to a foreign origin, so the bridge sends no Origin header.
         origin = request.headers.get("origin")
         if origin is not None and origin.split("://")[-1] != request.headers.get("host"):
             return Response(status_code=403)
-        return await go_on(request)
+        return await call_next(request)
 
     return middleware
 
@@ -71,11 +71,11 @@ def _content_type(request: Request) -> str:
 
 
 def _seen(request: Request, path: str, body: bytes) -> Json:
-    """What tests may look at: never a graph, only which prompt it was about."""
-    said: Any = None
+    """What tests can read of a request: its prompt id, but not its graph."""
+    parsed: Any = None
     with contextlib.suppress(ValueError):
-        said = json.loads(body) if body else None
-    ids = said.get("prompt_id") if isinstance(said, dict) else None
+        parsed = json.loads(body) if body else None
+    ids = parsed.get("prompt_id") if isinstance(parsed, dict) else None
     return {
         "method": request.method,
         "path": path,

@@ -1,4 +1,4 @@
-"""One stand-in server for all tests here; each starts without traps and without prompts."""
+"""One stand-in server for all tests here. Each test starts without traps and prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Node classes as `/object_info` shows them, recorded from ComfyUI 0.8.0; lists of files are this server's own."""
+"""Node classes as `/object_info` shows them, recorded from ComfyUI 0.8.0; the lists of files are this server's own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _recorded() -> Json:
 
 
 def model_folders() -> list[str]:
-    """What `GET /models` lists, of the folders known here."""
+    """The answer to `GET /models`, for the folders known here."""
     return sorted(set(MODEL_INPUTS.values()))
 
 
@@ -56,7 +56,7 @@ class Definitions:
         return bool(_recorded()[node_class]["output_node"])
 
     def of(self, node_class: str, models: dict[str, list[str]]) -> Json:
-        """One class, the choices of its file inputs filled in."""
+        """One class, with the choices of its file inputs filled in."""
         found: Json = copy.deepcopy(_recorded()[node_class])
         for group in ("required", "optional"):
             for name, given in found["input"].get(group, {}).items():
@@ -70,7 +70,7 @@ class Definitions:
         return found
 
     def files(self, folder: str, models: dict[str, list[str]]) -> list[str]:
-        """Model files of a folder; LoRAs that were saved below `output/loras` are among them, as in ComfyUI."""
+        """Model files of a folder, including LoRAs saved below `output/loras`, as in ComfyUI."""
         saved = self._output / folder
         return sorted({*models.get(folder, []), *_relative_files(saved, (".safetensors",))})
 

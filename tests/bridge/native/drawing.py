@@ -1,4 +1,4 @@
-"""What the nodes of a graph come to: sizes and digests, and the files that output nodes leave."""
+"""The results of nodes (sizes and digests), and the files that output nodes write."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_PIXELS_A_SIDE = 4096
 
 @dataclass(frozen=True)
 class Value:
-    """What a node hands on: `digest` of everything above it; pictures' size and number; a text."""
+    """A node's output: the digest of everything upstream, size and number of pictures, and a text."""
 
     digest: str
     width: int = SIDE
@@ -31,14 +31,16 @@ class Value:
     batch: int = 1
     text: str = ""
     steps: int = 0
-    """Training steps in all, counted on from the LoRA that was trained further."""
+    """Training steps in total, including those of the LoRA that is trained further."""
 
 
 def value_of(node: Json, above: dict[str, Value], input_folder: Path) -> Value:
-    """`above`: linked input name → what is linked. Sizes are the node's own where it names them."""
+    """`above`: linked input name → linked value. Sizes are the node's own if it has them."""
     inputs = node["inputs"]
     own = {name: given for name, given in inputs.items() if name not in above and name != "filename_prefix"}
-    said = json.dumps([node["class_type"], own, {name: value.digest for name, value in above.items()}], sort_keys=True)
+    signature = json.dumps(
+        [node["class_type"], own, {name: value.digest for name, value in above.items()}], sort_keys=True
+    )
     sized = next((value for value in above.values()), Value(""))
     width, height = sized.width, sized.height
     if isinstance(inputs.get("width"), int) and isinstance(inputs.get("height"), int):
@@ -46,13 +48,13 @@ def value_of(node: Json, above: dict[str, Value], input_folder: Path) -> Value:
     scale = float(inputs.get("scale_by") or 1.0) * (4 if node["class_type"] == "ImageUpscaleWithModel" else 1)
     if node["class_type"] in {"LoadImage", "LoadImageMask"}:
         raw = (input_folder / str(inputs["image"])).read_bytes()
-        said += hashlib.sha256(raw).hexdigest()
+        signature += hashlib.sha256(raw).hexdigest()
         with Image.open(BytesIO(raw)) as picture:
             width, height = picture.size
     texts = [str(inputs[name]) for name in ("text", "value", "string") if name in inputs and name not in above]
     batch = inputs.get("batch_size", inputs.get("amount", sized.batch))
     return Value(
-        digest=hashlib.sha256(said.encode()).hexdigest(),
+        digest=hashlib.sha256(signature.encode()).hexdigest(),
         width=min(MOST_PIXELS_A_SIDE, round(width * scale)),
         height=min(MOST_PIXELS_A_SIDE, round(height * scale)),
         batch=batch if isinstance(batch, int) and node["class_type"] != "TrainLoraNode" else 1,
@@ -62,7 +64,7 @@ def value_of(node: Json, above: dict[str, Value], input_folder: Path) -> Value:
 
 
 def _steps_trained(inputs: Json) -> int:
-    """As ComfyUI reads it, out of the file's name. Raises ValueError where the name does not say."""
+    """Read from the file's name, as in ComfyUI. Raises ValueError if the name has no steps."""
     before = str(inputs.get("existing_lora", "[None]"))
     steps = int(inputs.get("steps", 0))
     return (
@@ -71,7 +73,7 @@ def _steps_trained(inputs: Json) -> int:
 
 
 def picture(digest: str, width: int, height: int) -> bytes:
-    """A PNG that the digest decides."""
+    """A PNG drawn from the digest."""
     colors = [tuple(bytes.fromhex(digest[start : start + 6])) for start in range(0, 48, 6)]
     canvas = Image.new("RGB", (64, 64), colors[0])
     pen = ImageDraw.Draw(canvas)
@@ -92,7 +94,7 @@ def weights(digest: str) -> bytes:
 
 
 class Saving:
-    """The output, temp and input folders, and names as `folder_paths.get_save_image_path` gives them."""
+    """The output, temp and input folders, with file names as `folder_paths.get_save_image_path` makes them."""
 
     def __init__(self, folder: Path) -> None:
         self.folders = {kind: folder / kind for kind in ("output", "temp", "input")}
@@ -100,7 +102,7 @@ class Saving:
             path.mkdir(parents=True, exist_ok=True)
 
     def save(self, kind: str, prefix: str, suffix: str, content: bytes, *, middle: str = "") -> Json:
-        """Write a file under the next free number; what ComfyUI shows of it. Raises ValueError outside the folder."""
+        """Write a file under the next free number. Returns ComfyUI's entry. Raises ValueError outside the folder."""
         prefix = prefix.replace("%year%", time.strftime("%Y"))
         where = (self.folders[kind] / prefix).parent
         if not where.resolve().is_relative_to(self.folders[kind].resolve()):
@@ -118,7 +120,7 @@ class Saving:
         return {"filename": file.name, "subfolder": "" if subfolder == "." else subfolder, "type": kind}
 
     def find(self, kind: str, subfolder: str, filename: str) -> Path | None:
-        """A file that `/view` may show. Raises PermissionError where the subfolder leads out."""
+        """A file that `/view` may return. Raises PermissionError if the subfolder leaves the root."""
         root = self.folders.get(kind)
         if root is None:
             return None
@@ -133,5 +135,5 @@ class Saving:
         return path.is_relative_to(self.folders["input"].resolve()) and path.is_file()
 
     def training_pictures(self, folder: str) -> int:
-        """How many pictures a dataset folder holds."""
+        """The number of pictures in a dataset folder."""
         return sum(path.suffix.lower() in PICTURES for path in (self.folders["input"] / folder).iterdir())

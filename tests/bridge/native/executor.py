@@ -1,4 +1,4 @@
-"""Runs queued prompts one at a time and tells of it as ComfyUI 0.8.0 does (`execution.py`, `main.prompt_worker`)."""
+"""Runs queued prompts one at a time, with ComfyUI 0.8.0's messages (`execution.py`, `main.prompt_worker`)."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.bridge.native.drawing import Saving, Value, picture, value_of
-from tests.bridge.native.outputs import leave
+from tests.bridge.native.outputs import write_outputs
 from tests.bridge.native.prompt_queue import Item, Json, PromptQueue
 from tests.bridge.native.traps import Traps
 
 STEPPING: Final = frozenset({"KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced", "TrainLoraNode"})
-"""Node classes that tell `progress` step by step."""
-_GLANCE_SECONDS: Final = 0.005
+"""Node classes that send `progress` for each step."""
+_POLL_SECONDS: Final = 0.005
 _DEFAULT_STEPS: Final = 4
 _LOG_ENTRIES: Final = 300
 _OUT_OF_MEMORY: Final = (
     "Allocation on device \nThis error means you ran out of memory on your GPU.\n\nTIPS: If the workflow worked before "
     "you might have accidentally set the batch_size to a large number."
 )
-Say = Callable[[str, Any, str | None], None]
-"""(event, data, client id): into the order of messages; `None` is everyone."""
+Publish = Callable[[str, Any, str | None], None]
+"""(event, data, client id). A client id of None means all clients."""
 
 
 class Interrupted(Exception):
-    """Somebody asked to stop what runs."""
+    """The running prompt is to stop."""
 
 
 class NodeFailed(Exception):
@@ -44,7 +44,7 @@ class NodeFailed(Exception):
 
 @dataclass
 class Run:
-    """One execution of a prompt, for tests: the same prompt id twice is two of these."""
+    """One execution of a prompt, for tests. A prompt id that runs twice has two."""
 
     prompt_id: str
     began: float
@@ -55,7 +55,7 @@ class Run:
 
 @dataclass
 class _Prompt:
-    """What is known while a prompt runs."""
+    """State of a running prompt."""
 
     item: Item
     messages: list[list[Any]] = field(default_factory=list)
@@ -74,13 +74,13 @@ class _Prompt:
 
 
 class Executor:
-    """The one worker. `client_id` keeps the last prompt's between prompts, as ComfyUI's server does."""
+    """The single worker. Between prompts, `client_id` stays the last prompt's, as in ComfyUI."""
 
     def __init__(
         self,
         queue: PromptQueue,
         saving: Saving,
-        say: Say,
+        publish: Publish,
         traps: Callable[[], Traps],
         *,
         is_output: Callable[[str], bool],
@@ -88,7 +88,7 @@ class Executor:
         self._queue = queue
         self._is_output = is_output
         self._saving = saving
-        self._say = say
+        self._publish = publish
         self._traps = traps
         self._cache: dict[str, Json] = {}
         self.interrupt = False
@@ -99,17 +99,17 @@ class Executor:
         self._running: asyncio.Task[None] | None = None
 
     def drop(self) -> None:
-        """Stop what runs without a word, and forget the cache."""
+        """Stop the running prompt without any message, and clear the cache."""
         self._cache = {}
         self._queue.running.clear()
         if self._running is not None:
             self._running.cancel()
 
     async def work(self) -> None:
-        """Take the next prompt, for ever."""
+        """Run prompts, one after another."""
         while True:
             if self._traps().worker_dead or not (taken := self._queue.take()):
-                await asyncio.sleep(_GLANCE_SECONDS)
+                await asyncio.sleep(_POLL_SECONDS)
                 continue
             self._running = asyncio.create_task(self._execute(*taken))
             try:
@@ -126,14 +126,14 @@ class Executor:
         self.runs.append(run)
         self.interrupt = False
         self.client_id = item[3].get("client_id")
-        self._tell(prompt, "execution_start", {})
+        self._record(prompt, "execution_start", {})
         run.outcome = await self._nodes(prompt, run)
         await asyncio.sleep(self._traps().history_delay_seconds)
         run.ended = time.time()
-        self._settle(number, prompt, run)
+        self._finish_prompt(number, prompt, run)
         self.log(f"Prompt executed in {run.ended - run.began:.2f} seconds\n")
 
-    def _settle(self, number: int, prompt: _Prompt, run: Run) -> None:
+    def _finish_prompt(self, number: int, prompt: _Prompt, run: Run) -> None:
         is_success = run.outcome == "success"
         outputs = {node: ui["output"] for node, ui in prompt.ui.items()}
         if self._traps().empty_cached_outputs and is_success and not run.nodes:
@@ -147,16 +147,16 @@ class Executor:
         self._queue.done(number, {"outputs": outputs, "meta": meta}, status, self._traps().history_limit)
         self.node = None
         if self.client_id is not None:
-            self._say("executing", {"node": None, "prompt_id": prompt.prompt_id}, self.client_id)
+            self._publish("executing", {"node": None, "prompt_id": prompt.prompt_id}, self.client_id)
 
     async def _nodes(self, prompt: _Prompt, run: Run) -> str:
-        """Every node that an output needs, in order; the outcome."""
+        """Run every node that an output needs, in order. Returns the outcome."""
         order = _order(prompt.graph, prompt.item[4])
         for node in _order(prompt.graph, list(prompt.graph)):
             if node in order:
                 prompt.values[node] = self._value(prompt, node)
         cached = [node for node in prompt.graph if node in prompt.values and self._cached(prompt, node) is not None]
-        self._tell(prompt, "execution_cached", {"nodes": cached})
+        self._record(prompt, "execution_cached", {"nodes": cached})
         node = ""
         try:
             for node in order:
@@ -166,13 +166,13 @@ class Executor:
                     await self._node(prompt, node)
                     run.nodes.append(node)
         except Interrupted:
-            self._tell(prompt, "execution_interrupted", self._where(prompt, node), to_everyone=True)
+            self._record(prompt, "execution_interrupted", self._where(prompt, node), to_everyone=True)
             return "interrupted"
         except (NodeFailed, OSError, ValueError) as failure:
-            self._tell(prompt, "execution_error", self._where(prompt, node) | _described(failure, prompt.graph[node]))
+            self._record(prompt, "execution_error", self._where(prompt, node) | _described(failure, prompt.graph[node]))
             return "error"
         self._cache = {self._signature(prompt, node): prompt.ui.get(node, {}) for node in order}
-        self._tell(prompt, "execution_success", {})
+        self._record(prompt, "execution_success", {})
         return "success"
 
     def _value(self, prompt: _Prompt, node: str) -> Value:
@@ -190,14 +190,14 @@ class Executor:
         return self._cache.get(self._signature(prompt, node))
 
     def _signature(self, prompt: _Prompt, node: str) -> str:
-        """A file's name is no part of its picture, and yet of what ComfyUI compares: all inputs of a node."""
+        """ComfyUI compares all inputs of a node, and so also the file name, which does not change the picture."""
         return f"{prompt.values[node].digest}:{prompt.graph[node]['inputs'].get('filename_prefix')}"
 
     def _show_cached(self, prompt: _Prompt, node: str) -> None:
-        """As 0.8.0: only a prompt with a client id is shown the outputs that the cache holds."""
+        """As in 0.8.0: only a prompt with a client id gets the outputs from the cache."""
         ui = self._cached(prompt, node) or {}
         if self.client_id is not None:
-            self._say("executed", self._named(prompt, node) | {"output": ui.get("output")}, self.client_id)
+            self._publish("executed", self._named(prompt, node) | {"output": ui.get("output")}, self.client_id)
             if ui:
                 prompt.ui[node] = ui
         self._finish(prompt, node)
@@ -208,7 +208,7 @@ class Executor:
         self._progress(prompt, node, "running", 0.0, 1.0)
         if self.client_id is not None:
             self.node = node
-            self._say("executing", self._named(prompt, node), self.client_id)
+            self._publish("executing", self._named(prompt, node), self.client_id)
         steps = described["inputs"].get("steps", _DEFAULT_STEPS) if kind in STEPPING else 0
         for step in range(1, steps + 1 if isinstance(steps, int) else _DEFAULT_STEPS + 1):
             await self._spend(self._traps().step_seconds)
@@ -217,12 +217,12 @@ class Executor:
         self._fail(kind)
         value_of(described, self._above(prompt, node), self._saving.folders["input"])
         extras = set(self._traps().extra_outputs)
-        ui = leave(described, self._above(prompt, node), self._saving, extras) if self._is_output(kind) else {}
+        ui = write_outputs(described, self._above(prompt, node), self._saving, extras) if self._is_output(kind) else {}
         if ui:
             meta = {"node_id": node, "display_node": node, "parent_node": None, "real_node_id": node}
             prompt.ui[node] = {"meta": meta, "output": ui}
             if self.client_id is not None:
-                self._say("executed", self._named(prompt, node) | {"output": ui}, self.client_id)
+                self._publish("executed", self._named(prompt, node) | {"output": ui}, self.client_id)
         self._finish(prompt, node)
         prompt.executed.append(node)
 
@@ -234,7 +234,7 @@ class Executor:
             raise NodeFailed("torch.OutOfMemoryError", _OUT_OF_MEMORY)
 
     async def _spend(self, seconds: float) -> None:
-        """Let time pass as the traps have it. Raises Interrupted."""
+        """Wait as the traps say. Raises Interrupted."""
         ends = time.monotonic() + seconds
         while True:
             traps = self._traps()
@@ -245,38 +245,38 @@ class Executor:
             left = ends - time.monotonic()
             if left <= 0 and not is_held:
                 return
-            await asyncio.sleep(_GLANCE_SECONDS if is_held else min(left, _GLANCE_SECONDS))
+            await asyncio.sleep(_POLL_SECONDS if is_held else min(left, _POLL_SECONDS))
 
     def _step(self, prompt: _Prompt, node: str, step: int, steps: int) -> None:
         self._progress(prompt, node, "running", float(step), float(steps))
-        told = {"value": step, "max": steps, "prompt_id": prompt.prompt_id, "node": node}
-        self._say("progress", told, self.client_id)
+        data = {"value": step, "max": steps, "prompt_id": prompt.prompt_id, "node": node}
+        self._publish("progress", data, self.client_id)
         if prompt.graph[node]["class_type"] == "TrainLoraNode":
             self._train(step, steps)
         if self._traps().previews:
             dot = picture(prompt.values[node].digest, 1, 1)
-            self._say("preview", (dot, self._named(prompt, node)), self.client_id)
+            self._publish("preview", (dot, self._named(prompt, node)), self.client_id)
 
     def _train(self, step: int, steps: int) -> None:
-        """The loss stands in the server's log alone: a progress bar that overwrites itself until it is full."""
+        """The loss is only in the server's log: a progress bar that overwrites itself until it is full."""
         loss = f"loss={0.05 + 1 / step:.4f}"
         line = f"\rTraining LoRA: {100 * step // steps:3}%|###| {step}/{steps} [00:01<00:01,  1.00it/s, {loss}]"
         self.log(line)
         if step == steps:
             self.log("\n")
 
-    def log(self, said: str) -> None:
-        """What ComfyUI's `app/logger.py` keeps of what it prints: 300 entries, an unfinished line written over."""
-        if said.startswith("\r") and self.logs and not self.logs[-1]["m"].endswith("\n"):
+    def log(self, text: str) -> None:
+        """Keep log entries as ComfyUI's `app/logger.py` does: 300 entries, and an unfinished line is overwritten."""
+        if text.startswith("\r") and self.logs and not self.logs[-1]["m"].endswith("\n"):
             self.logs.pop()
-        self.logs.append({"t": datetime.now(UTC).replace(tzinfo=None).isoformat(), "m": said})
+        self.logs.append({"t": datetime.now(UTC).replace(tzinfo=None).isoformat(), "m": text})
 
     def _finish(self, prompt: _Prompt, node: str) -> None:
         most = prompt.progress.get(node, {}).get("max", 1.0)
         self._progress(prompt, node, "finished", most, most)
 
     def _progress(self, prompt: _Prompt, node: str, state: str, value: float, most: float) -> None:
-        """`progress_state` names every node that is not pending, and no other."""
+        """`progress_state` has every node that is not pending, and no others."""
         prompt.progress[node] = {
             "value": value,
             "max": most,
@@ -288,14 +288,14 @@ class Executor:
             "real_node_id": node,
         }
         nodes = {name: dict(entry) for name, entry in prompt.progress.items()}
-        self._say("progress_state", {"prompt_id": prompt.prompt_id, "nodes": nodes}, self.client_id)
+        self._publish("progress_state", {"prompt_id": prompt.prompt_id, "nodes": nodes}, self.client_id)
 
-    def _tell(self, prompt: _Prompt, event: str, data: Json, *, to_everyone: bool = False) -> None:
-        """Into the history's messages, and to the client id; without one only what is meant for everyone is sent."""
-        said = data | {"prompt_id": prompt.prompt_id, "timestamp": int(time.time() * 1000)}
-        prompt.messages.append([event, said])
+    def _record(self, prompt: _Prompt, event: str, data: Json, *, to_everyone: bool = False) -> None:
+        """Add to the history's messages and send to the client. Without a client id, send only what is for all."""
+        full = data | {"prompt_id": prompt.prompt_id, "timestamp": int(time.time() * 1000)}
+        prompt.messages.append([event, full])
         if self.client_id is not None or to_everyone:
-            self._say(event, said, self.client_id)
+            self._publish(event, full, self.client_id)
 
     def _named(self, prompt: _Prompt, node: str) -> Json:
         return {"node": node, "display_node": node, "prompt_id": prompt.prompt_id}
@@ -318,7 +318,7 @@ def _described(failure: Exception, node: Json) -> Json:
 
 
 def _order(graph: Json, outputs: list[str]) -> list[str]:
-    """Every node above the outputs, each after what it needs."""
+    """Every node upstream of the outputs, each after its inputs."""
     order: list[str] = []
 
     def visit(node: str) -> None:

@@ -13,7 +13,7 @@ def new_prompt_id() -> str:
 
 
 def plain(color: int = 255, width: int = 64, height: int = 48, prefix: str = "plain") -> Json:
-    """An empty picture, saved; needs no model."""
+    """Saves an empty picture. Needs no model."""
     return {
         "1": {
             "class_type": "EmptyImage",
@@ -24,7 +24,7 @@ def plain(color: int = 255, width: int = 64, height: int = 48, prefix: str = "pl
 
 
 def sampled(checkpoint: str = "sd.safetensors", seed: int = 1, steps: int = 5) -> Json:
-    """Text to image: `progress` step by step at node 5."""
+    """Text to image, with `progress` for each step at node 5."""
     return {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a harbour", "clip": ["1", 1]}},

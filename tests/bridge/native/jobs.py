@@ -1,4 +1,4 @@
-"""`/api/jobs` as `comfy_execution/jobs.py` of 0.8.0 makes it from queue and history."""
+"""`/api/jobs`, made from queue and history as in `comfy_execution/jobs.py` of 0.8.0."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ENDS: Final = ("execution_success", "execution_error", "execution_interrupted")
 
 
 def find(queue: PromptQueue, prompt_id: str) -> Json | None:
-    """One job with all there is, or None. History first, as in ComfyUI."""
+    """One job with all its fields, or None. Looks in the history first, as ComfyUI does."""
     if prompt_id in queue.history:
         return _ended(prompt_id, queue.history[prompt_id], with_outputs=True)
     for item in queue.running.values():
@@ -30,8 +30,8 @@ def listed(queue: PromptQueue, query: Mapping[str, str]) -> JSONResponse:
     """`GET /api/jobs` with status, sort_order, limit and offset."""
     wanted = [part.strip().lower() for part in query.get("status", "").split(",") if part.strip()] or list(STATUSES)
     if wrong := [status for status in wanted if status not in STATUSES]:
-        said = f"Invalid status value(s): {', '.join(wrong)}. Valid values: {', '.join(STATUSES)}"
-        return JSONResponse({"error": said}, status_code=400)
+        problem = f"Invalid status value(s): {', '.join(wrong)}. Valid values: {', '.join(STATUSES)}"
+        return JSONResponse({"error": problem}, status_code=400)
     limit = int(query["limit"]) if "limit" in query else None
     offset = max(0, int(query.get("offset", 0)))
     found = [_queued(item, "in_progress") for item in queue.running.values()]
@@ -68,8 +68,8 @@ def _queued(item: Item, status: str) -> Json:
 def _ended(prompt_id: str, entry: Json, *, with_outputs: bool = False) -> Json:
     number, _, graph, extra, _ = entry["prompt"]
     status = entry["status"]
-    told: dict[str, Any] = dict(status["messages"])
-    end: Json = next((told[name] for name in _ENDS if name in told), {})
+    messages: dict[str, Any] = dict(status["messages"])
+    end: Json = next((messages[name] for name in _ENDS if name in messages), {})
     count, preview = _summary(entry["outputs"])
     job = _pruned(
         {
@@ -77,9 +77,9 @@ def _ended(prompt_id: str, entry: Json, *, with_outputs: bool = False) -> Json:
             "status": "completed" if status["status_str"] == "success" else "failed",
             "priority": number,
             "create_time": extra.get("create_time"),
-            "execution_start_time": told.get("execution_start", {}).get("timestamp"),
+            "execution_start_time": messages.get("execution_start", {}).get("timestamp"),
             "execution_end_time": end.get("timestamp"),
-            "execution_error": told.get("execution_error"),
+            "execution_error": messages.get("execution_error"),
             "outputs_count": count,
             "preview_output": preview,
         }
@@ -91,7 +91,7 @@ def _ended(prompt_id: str, entry: Json, *, with_outputs: bool = False) -> Json:
 
 
 def _summary(outputs: Json) -> tuple[int, Json | None]:
-    """How many files there are, and one to show: an output rather than a temp file."""
+    """The number of files, and one to show: an output rather than a temp file."""
     files = [
         item | {"nodeId": node, "mediaType": kind}
         for node, shown in outputs.items()

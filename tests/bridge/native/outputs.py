@@ -1,4 +1,4 @@
-"""What output nodes leave: files in the output or temp folder, and the `ui` that history and events show."""
+"""Results of output nodes: files in the output or temp folder, and the `ui` in history and events."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ Json = dict[str, Any]
 TINY_MP4 = b"\x00\x00\x00\x18ftypmp42\x00\x00\x00\x00mp42isom"
 
 
-def leave(node: Json, above: dict[str, Value], saving: Saving, extras: Set[str]) -> Json:
-    """The node's `ui` output, `{}` for a node that shows nothing (as `SaveLoRA`)."""
+def write_outputs(node: Json, above: dict[str, Value], saving: Saving, extras: Set[str]) -> Json:
+    """Write the node's files. Returns its `ui` output, `{}` for a node that shows nothing (such as `SaveLoRA`)."""
     kind, inputs = node["class_type"], node["inputs"]
     value = next(iter(above.values()), Value("0" * 64))
     prefix = str(inputs.get("filename_prefix") or inputs.get("prefix") or "ComfyUI")
@@ -41,7 +41,7 @@ def _pictures(value: Value, saving: Saving, kind: str, prefix: str) -> list[Json
 
 
 def _extras(value: Value, saving: Saving, prefix: str, extras: Set[str], images: list[Json]) -> Json:
-    """What custom nodes are seen to add: other kinds of files, temp files among results, subfolders."""
+    """What custom nodes are known to add: other kinds of files, temp files among results, subfolders."""
     more: Json = {}
     if "temp" in extras:
         images += _pictures(value, saving, "temp", f"{prefix}_temp_abcde")

@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 class NativeServer:
-    """One server. Its files lie in `folder` and outlive it; its queue and history do not, as ComfyUI's."""
+    """One server. Its files are in `folder` and survive it; queue and history do not, as in ComfyUI."""
 
     def __init__(self, folder: Path, *, port: int | None = None, **traps: object) -> None:
         self.folder = folder
@@ -45,7 +45,7 @@ class NativeServer:
         await self.admin.close()
 
     async def start(self, *, starts_after: float = 0.0, wait: bool = True) -> None:
-        """Returns when it answers, or at once with `wait=False`. Traps are those it was made with."""
+        """Return when it answers, or at once with `wait=False`. It starts with the traps of the constructor."""
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -59,7 +59,7 @@ class NativeServer:
             await self.answers()
 
     async def answers(self) -> None:
-        """Wait until it answers. Raises RuntimeError where the process has ended, TimeoutError after 20 s."""
+        """Wait until it answers. Raises RuntimeError if the process has ended, TimeoutError after 20 s."""
         ends = time.monotonic() + START_LIMIT_SECONDS
         async with httpx.AsyncClient(timeout=1.0) as http:
             while True:
@@ -73,19 +73,19 @@ class NativeServer:
                 await asyncio.sleep(0.02)
 
     async def kill(self) -> None:
-        """As the machine would: SIGKILL, also while it is frozen."""
+        """SIGKILL, also while it is frozen."""
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(signal.SIGKILL)
             await self._process.wait()
         self._process = None
 
     async def restart(self) -> None:
-        """Killed and started: queue, history, cache and counters are empty, files are there."""
+        """Kill and start it. Queue, history, cache and counters are empty; files stay."""
         await self.kill()
         await self.start()
 
     def freeze(self) -> None:
-        """SIGSTOP: connections are taken by the kernel, nothing is answered."""
+        """SIGSTOP: the kernel accepts connections, but nothing is answered."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 

@@ -1,4 +1,4 @@
-"""The queue and history of ComfyUI's `execution.PromptQueue`: a heap, what runs, and a bounded memory of what ran."""
+"""The queue and history of ComfyUI's `execution.PromptQueue`: a heap, the running prompts and a bounded history."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Item = tuple[float, str, Json, Json, list[str]]
 
 @dataclass
 class PromptQueue:
-    """`changed` is called whenever the number of prompts does, which sends `status` to everyone."""
+    """`changed` is called whenever the number of prompts changes. It sends `status` to everyone."""
 
     changed: Callable[[], None]
     pending: list[Item] = field(default_factory=list)
@@ -31,7 +31,7 @@ class PromptQueue:
         self.changed()
 
     def take(self) -> tuple[int, Item] | None:
-        """The next prompt, which is running from now on."""
+        """Move the next prompt to `running`."""
         if not self.pending:
             self.arrived.clear()
             return None
@@ -42,7 +42,7 @@ class PromptQueue:
         return number, item
 
     def done(self, number: int, result: Json, status: Json, limit: int) -> None:
-        """Out of `running` and into the history at once, as under ComfyUI's one lock."""
+        """Move from `running` to the history in one step, as ComfyUI does under its lock."""
         item = self.running.pop(number)
         if len(self.history) > limit:
             self.history.pop(next(iter(self.history)))
@@ -50,7 +50,7 @@ class PromptQueue:
         self.changed()
 
     def delete(self, prompt_id: str) -> bool:
-        """Take one pending prompt out; it leaves no trace."""
+        """Remove one pending prompt, without a trace."""
         for place, item in enumerate(self.pending):
             if item[1] == prompt_id:
                 self.pending.pop(place)

@@ -1,4 +1,4 @@
-"""ComfyUI's routes over one server's state; each of them also answers under `/api`."""
+"""ComfyUI's routes. Each also answers below `/api`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.bridge.native.state import Native
 VERSION: Final = "0.8.0"
 
 
-async def _said(request: Request) -> Json:
+async def _json_body(request: Request) -> Json:
     try:
-        said = await request.json()
+        body = await request.json()
     except json.JSONDecodeError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return body if isinstance(body, dict) else {}
 
 
 def prompt_routes(native: Native) -> APIRouter:
@@ -47,7 +47,7 @@ def prompt_routes(native: Native) -> APIRouter:
             lost["before"] -= 1
             cut(request)
             return Response(status_code=500)
-        status, answer = native.submit(await _said(request))
+        status, answer = native.submit(await _json_body(request))
         if lost.get("after", 0) > 0:
             lost["after"] -= 1
             cut(request)
@@ -62,16 +62,16 @@ def prompt_routes(native: Native) -> APIRouter:
 
     @router.post("/queue")
     async def post_queue(request: Request) -> Response:
-        said = await _said(request)
-        if said.get("clear"):
+        body = await _json_body(request)
+        if body.get("clear"):
             native.queue.wipe()
-        for prompt_id in said.get("delete", []):
+        for prompt_id in body.get("delete", []):
             native.queue.delete(prompt_id)
         return Response()
 
     @router.post("/interrupt")
     async def post_interrupt(request: Request) -> Response:
-        prompt_id = (await _said(request)).get("prompt_id")
+        prompt_id = (await _json_body(request)).get("prompt_id")
         if prompt_id and native.traps.targeted_interrupt and not native.queue.is_running(prompt_id):
             return Response()
         await asyncio.sleep(native.traps.interrupt_delay_seconds)
@@ -106,10 +106,10 @@ def reading_routes(native: Native) -> APIRouter:
 
     @router.post("/history")
     async def post_history(request: Request) -> Response:
-        said = await _said(request)
-        if said.get("clear"):
+        body = await _json_body(request)
+        if body.get("clear"):
             native.queue.history.clear()
-        for prompt_id in said.get("delete", []):
+        for prompt_id in body.get("delete", []):
             native.queue.history.pop(prompt_id, None)
         return Response()
 
@@ -193,7 +193,7 @@ def _parts(content_type: str, body: bytes) -> tuple[str, bytes, dict[str, str]]:
 
 
 def _uploaded(saving: Saving, filename: str, content: bytes, fields: dict[str, str]) -> Response:
-    """Other bytes under a known name get a name of their own, the same bytes keep it, unless `overwrite` is said."""
+    """Without `overwrite`, other bytes under a known name get a new name, and the same bytes keep it."""
     kind, subfolder = fields.get("type", "input"), fields.get("subfolder", "")
     root = saving.folders.get(kind)
     if root is None:
@@ -230,7 +230,7 @@ def jobs_routes(native: Native) -> APIRouter:
 
     @router.post("/{job_id}/cancel")
     async def cancel(job_id: str) -> Response:
-        """Atomic, and always 200: a pending prompt is taken out, the running one is interrupted, else false."""
+        """Atomic, and always 200: removes a pending prompt or interrupts the running one, otherwise false."""
         if native.traps.jobs_api != "cancel":
             return Response(status_code=404 if native.traps.jobs_api == "none" else 405)
         if native.queue.delete(job_id):
@@ -243,7 +243,7 @@ def jobs_routes(native: Native) -> APIRouter:
 
 
 def internal_routes(native: Native) -> APIRouter:
-    """ComfyUI's own page reads these; they have no `/api` before them."""
+    """ComfyUI's own page reads these. They do not answer below `/api`."""
     router = APIRouter(prefix="/internal")
 
     @router.get("/logs/raw")

@@ -1,4 +1,4 @@
-"""ComfyUI's WebSocket registry: one socket per client id, and the mistake that makes a reconnected one deaf."""
+"""ComfyUI's WebSocket registry: one socket per client id, with the bug that cuts off a reconnected one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FEATURES = {
 
 
 class Sockets:
-    """Who listens, and what is sent to whom."""
+    """Open sockets by client id."""
 
     def __init__(self, traps: Callable[[], Traps]) -> None:
         self._traps = traps
@@ -33,7 +33,7 @@ class Sockets:
         """Each connection that was opened: `client_id` and `origin`."""
 
     async def serve(self, socket: WebSocket, status: Callable[[], Any], executing: Callable[[str], str | None]) -> None:
-        """One connection until it closes. `executing`: the node that runs for this client id, told on reconnecting."""
+        """Serve one connection. `executing`: the node that runs for this client id, sent on reconnecting."""
         client_id = socket.query_params.get("clientId", "")
         self.seen.append({"client_id": client_id, "origin": socket.headers.get("origin")})
         await socket.accept()
@@ -48,7 +48,7 @@ class Sockets:
         except WebSocketDisconnect:
             pass
         finally:
-            # As in ComfyUI: by id, not by socket, so the old connection's end takes the new one's place away.
+            # As in ComfyUI: by id, not by socket. So closing the old connection also unregisters the new one.
             self._sockets.pop(client_id, None)
             self._features.pop(client_id, None)
 
@@ -57,20 +57,20 @@ class Sockets:
         while True:
             text = await socket.receive_text()
             with contextlib.suppress(json.JSONDecodeError):
-                said = json.loads(text)
-                if is_first and said.get("type") == "feature_flags":
-                    self._features[client_id] = said.get("data", {})
+                message = json.loads(text)
+                if is_first and message.get("type") == "feature_flags":
+                    self._features[client_id] = message.get("data", {})
                     await self.send("feature_flags", FEATURES, client_id)
                 is_first = False
 
     async def send(self, event: str, data: Any, client_id: str | None = None) -> None:
-        """To one client id, to everyone without one; to nobody where that client has no socket."""
+        """Send to one client id, or to everyone without one. Does nothing if the client has no socket."""
         if self._traps().silent_websocket:
             return
         await self._each(client_id, lambda socket: socket.send_json({"type": event, "data": data}))
 
     async def send_preview(self, image: bytes, metadata: dict[str, Any], client_id: str | None) -> None:
-        """A PNG in the form the client asked for."""
+        """Send a PNG in the format that the client requested."""
         if self._traps().silent_websocket:
             return
         features = self._features.get(client_id or "", {})

@@ -33,7 +33,7 @@ _BAD_ID: Final = {
 
 
 class Native:
-    """One server's whole state. Nothing of it but the files in `folder` outlives the process."""
+    """One server's whole state. Only the files in `folder` survive the process."""
 
     def __init__(self, folder: Path, traps: Traps) -> None:
         self.traps = traps
@@ -41,12 +41,12 @@ class Native:
         self.definitions = Definitions(folder)
         self.sockets = Sockets(lambda: self.traps)
         self.messages: asyncio.Queue[tuple[str, Any, str | None]] = asyncio.Queue()
-        self.queue = PromptQueue(lambda: self.say("status", {"status": self.status()}, None))
+        self.queue = PromptQueue(lambda: self.enqueue("status", {"status": self.status()}, None))
         self.executor = Executor(
-            self.queue, self.saving, self.say, lambda: self.traps, is_output=self.definitions.is_output
+            self.queue, self.saving, self.enqueue, lambda: self.traps, is_output=self.definitions.is_output
         )
         self.submissions: list[str] = []
-        """The prompt id of every `/prompt` that was acted upon."""
+        """The prompt id of every `/prompt` that took effect."""
         self.requests: list[Json] = []
         self.number = 0
         self.answers = asyncio.Event()
@@ -54,7 +54,7 @@ class Native:
         self.set(self.traps)
 
     def set(self, traps: Traps) -> None:
-        """Other traps from now on; requests that hang go on where they may."""
+        """Replace the traps. Hanging requests continue if the new traps allow it."""
         self.traps = traps
         if traps.hang:
             self.answers.clear()
@@ -62,19 +62,19 @@ class Native:
             self.answers.set()
 
     def forget(self) -> None:
-        """What a restart does to queue, history and cache, while the process goes on."""
+        """Clear queue, history and cache as a restart would, while the process goes on."""
         self.queue.wipe()
         self.queue.history.clear()
         self.executor.drop()
 
-    def say(self, event: str, data: Any, client_id: str | None) -> None:
+    def enqueue(self, event: str, data: Any, client_id: str | None) -> None:
         self.messages.put_nowait((event, data, client_id))
 
     def status(self) -> Json:
         return {"exec_info": {"queue_remaining": self.queue.remaining}}
 
     async def publish(self) -> None:
-        """Send what was said, in its order."""
+        """Send published messages in order."""
         while True:
             event, data, client_id = await self.messages.get()
             if event == "preview":
@@ -86,27 +86,27 @@ class Native:
     def executing(self, client_id: str) -> str | None:
         return self.executor.node if self.executor.client_id == client_id else None
 
-    def submit(self, said: Json) -> tuple[int, Json]:
-        """What `POST /prompt` does: HTTP status and answer."""
-        number = float(said["number"]) if "number" in said else self._next_number(front=bool(said.get("front")))
-        if "prompt" not in said:
+    def submit(self, body: Json) -> tuple[int, Json]:
+        """Handle `POST /prompt`. Returns HTTP status and body."""
+        number = float(body["number"]) if "number" in body else self._next_number(front=bool(body.get("front")))
+        if "prompt" not in body:
             return 400, {"error": _NO_PROMPT, "node_errors": {}}
-        prompt_id = str(said.get("prompt_id", uuid.uuid4()))
+        prompt_id = str(body.get("prompt_id", uuid.uuid4()))
         if self.traps.strict_prompt_ids and not _UUID.fullmatch(prompt_id):
             return 400, {"error": _BAD_ID, "node_errors": {}}
         verdict = validate(
-            said["prompt"],
+            body["prompt"],
             lambda kind: self.definitions.of(kind, self.traps.models) if self.definitions.known(kind) else None,
             self.saving.has_input,
-            said.get("partial_execution_targets"),
+            body.get("partial_execution_targets"),
         )
         if verdict.error is not None:
             return 400, {"error": verdict.error, "node_errors": verdict.node_errors}
-        extra = dict(said.get("extra_data", {}))
-        if "client_id" in said:
-            extra["client_id"] = said["client_id"]
+        extra = dict(body.get("extra_data", {}))
+        if "client_id" in body:
+            extra["client_id"] = body["client_id"]
         extra["create_time"] = int(time.time() * 1000)
-        item: Item = (number, prompt_id, said["prompt"], extra, verdict.outputs)
+        item: Item = (number, prompt_id, body["prompt"], extra, verdict.outputs)
         self.queue.put(item)
         self.executor.log("got prompt\n")
         self.submissions.append(prompt_id)

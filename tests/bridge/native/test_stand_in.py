@@ -1,4 +1,4 @@
-"""The stand-in does what ComfyUI's source does, and each switch does what it says."""
+"""The stand-in behaves like ComfyUI's source, and each switch works."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIMIT_SECONDS = 10.0
 
 
 async def submit(http: httpx.AsyncClient, graph: Json, client_id: str | None = None, **more: Any) -> str:
-    """The prompt id, once it was accepted."""
+    """Submit a graph. Returns the prompt id."""
     body = {"prompt": graph, "prompt_id": new_prompt_id()} | ({"client_id": client_id} if client_id else {}) | more
     answer = await http.post("/prompt", json=body)
     assert answer.status_code == 200, answer.text
@@ -33,10 +33,10 @@ async def submit(http: httpx.AsyncClient, graph: Json, client_id: str | None = N
 
 
 async def until(look: Callable[[], Awaitable[Any]], what: str) -> Any:
-    """What `look` gives, as soon as it gives something."""
+    """The first true result of `look`."""
     ends = time.monotonic() + LIMIT_SECONDS
     while not (found := await look()):
-        assert time.monotonic() < ends, f"{what} did not come"
+        assert time.monotonic() < ends, f"no sign of {what}"
         await asyncio.sleep(0.01)
     return found
 
@@ -64,8 +64,8 @@ async def socket(native: NativeServer, client_id: str) -> AsyncIterator[ClientCo
         yield opened
 
 
-async def heard(socket: ClientConnection, last: str = "execution_success") -> list[Json]:
-    """Every message up to the first of this type."""
+async def received(socket: ClientConnection, last: str = "execution_success") -> list[Json]:
+    """All messages up to the first of this type."""
     messages: list[Json] = []
     async with asyncio.timeout(LIMIT_SECONDS):
         while not messages or messages[-1]["type"] != last:
@@ -73,8 +73,8 @@ async def heard(socket: ClientConnection, last: str = "execution_success") -> li
     return messages
 
 
-async def hears_nothing(socket: ClientConnection) -> bool:
-    """Asked by a ping, which comes after all that was sent before."""
+async def receives_nothing(socket: ClientConnection) -> bool:
+    """Whether no message arrives. A ping first waits for everything that was sent before."""
     await (await socket.ping())
     try:
         async with asyncio.timeout(0.05):
@@ -84,7 +84,9 @@ async def hears_nothing(socket: ClientConnection) -> bool:
     return False
 
 
-async def test_a_prompt_makes_a_real_picture_of_the_asked_size(http: httpx.AsyncClient, native: NativeServer) -> None:
+async def test_a_prompt_makes_a_real_picture_of_the_requested_size(
+    http: httpx.AsyncClient, native: NativeServer
+) -> None:
     entry = await ended(http, await submit(http, plain(width=96, height=32, prefix="sub/folder/p"), "me"))
     [file] = entry["outputs"]["2"]["images"]
     assert (file["subfolder"], file["type"]) == ("sub/folder", "output")
@@ -95,14 +97,14 @@ async def test_a_prompt_makes_a_real_picture_of_the_asked_size(http: httpx.Async
             assert (picture.format, picture.size) == ("PNG", (96, 32))
 
 
-async def test_the_messages_of_a_run_in_their_order(http: httpx.AsyncClient, native: NativeServer) -> None:
+async def test_the_messages_of_a_run_arrive_in_order(http: httpx.AsyncClient, native: NativeServer) -> None:
     await native.admin.set(models={"checkpoints": ["sd.safetensors"]})
     async with socket(native, "me") as ws:
         prompt_id = await submit(http, sampled(steps=3), "me")
-        messages = await heard(ws)
-    told = [message["type"] for message in messages if message["type"] not in {"status", "progress_state"}]
-    assert told[:2] == ["execution_start", "execution_cached"]
-    assert told[-2:] == ["executed", "execution_success"]
+        messages = await received(ws)
+    types = [message["type"] for message in messages if message["type"] not in {"status", "progress_state"}]
+    assert types[:2] == ["execution_start", "execution_cached"]
+    assert types[-2:] == ["executed", "execution_success"]
     steps = [message["data"] for message in messages if message["type"] == "progress"]
     assert [(step["value"], step["max"], step["node"]) for step in steps] == [(1, 3, "5"), (2, 3, "5"), (3, 3, "5")]
     assert all(message["data"]["prompt_id"] == prompt_id for message in messages if message["type"] != "status")
@@ -110,25 +112,25 @@ async def test_the_messages_of_a_run_in_their_order(http: httpx.AsyncClient, nat
     assert len(state["data"]["nodes"]) == 1, "pending nodes are left out"
 
 
-async def test_events_go_to_the_submitting_client_alone_and_to_all_without_one(
+async def test_events_go_only_to_the_submitting_client_or_without_one_to_all(
     http: httpx.AsyncClient, native: NativeServer
 ) -> None:
     async with socket(native, "me") as mine, socket(native, "other") as others:
         await submit(http, plain(1), "me")
-        await heard(mine)
+        await received(mine)
         await submit(http, plain(2))
-        heard_by_others = await heard(others, "progress_state")
-        assert {message["type"] for message in heard_by_others} == {"status", "progress_state"}
+        received_by_others = await received(others, "progress_state")
+        assert {message["type"] for message in received_by_others} == {"status", "progress_state"}
 
 
-async def test_a_reconnected_socket_goes_deaf_when_the_old_one_closes(
+async def test_a_reconnected_socket_stops_receiving_when_the_old_one_closes(
     http: httpx.AsyncClient, native: NativeServer
 ) -> None:
     async with socket(native, "me") as old, socket(native, "me") as new:
         await old.close()
         entry = await ended(http, await submit(http, plain(3), "me"))
         assert entry["status"]["completed"] is True
-        assert await hears_nothing(new)
+        assert await receives_nothing(new)
 
 
 async def test_a_duplicate_prompt_id_runs_twice(http: httpx.AsyncClient, native: NativeServer) -> None:
@@ -176,25 +178,25 @@ async def test_a_late_interrupt_hits_the_next_prompt(http: httpx.AsyncClient, na
     first, second = await submit(http, plain(10)), await submit(http, sampled(steps=2000))
     await running(http, first)
     late = asyncio.create_task(http.post("/interrupt", json={"prompt_id": first}))
-    await until(lambda: _asked(native, "/interrupt"), "the request")
+    await until(lambda: was_requested(native, "/interrupt"), "the request")
     await native.admin.set(hold=False)
     assert (await ended(http, first))["status"]["completed"] is True
     await late
     assert (await ended(http, second))["status"]["messages"][-1][0] == "execution_interrupted"
 
 
-async def _asked(native: NativeServer, path: str) -> bool:
+async def was_requested(native: NativeServer, path: str) -> bool:
     return any(request.path == path for request in await native.admin.requests())
 
 
 async def test_refusals_name_node_and_input(http: httpx.AsyncClient, native: NativeServer) -> None:
     answer = await http.post("/prompt", json={"prompt": sampled("none.safetensors")})
     assert answer.status_code == 400
-    said = answer.json()
-    assert said["error"]["type"] == "prompt_outputs_failed_validation"
-    [error] = said["node_errors"]["1"]["errors"]
+    data = answer.json()
+    assert data["error"]["type"] == "prompt_outputs_failed_validation"
+    [error] = data["node_errors"]["1"]["errors"]
     assert (error["type"], error["extra_info"]["input_name"]) == ("value_not_in_list", "ckpt_name")
-    assert said["node_errors"]["1"]["dependent_outputs"] == ["7"]
+    assert data["node_errors"]["1"]["dependent_outputs"] == ["7"]
 
     for graph, kind in (
         ({}, "prompt_no_outputs"),
@@ -222,7 +224,7 @@ async def test_a_half_valid_graph_is_queued_with_node_errors_on_200(
 
 
 @pytest.mark.parametrize(("when", "submitted"), [("before", 0), ("after", 1)])
-async def test_a_lost_answer_is_lost_before_or_after_the_act(
+async def test_an_answer_is_lost_before_or_after_the_submit(
     http: httpx.AsyncClient, native: NativeServer, when: str, submitted: int
 ) -> None:
     await native.admin.set(lose_prompt={when: 1})
@@ -256,16 +258,16 @@ async def test_every_kind_of_output(http: httpx.AsyncClient, native: NativeServe
 async def test_out_of_memory_and_failing_nodes(http: httpx.AsyncClient, native: NativeServer) -> None:
     await native.admin.set(out_of_memory=1, fail_nodes={"EmptyImage": "boom"})
     entry = await ended(http, await submit(http, plain(18), "me"))
-    name, said = entry["status"]["messages"][-1]
-    assert (name, said["node_id"], said["node_type"]) == ("execution_error", "1", "EmptyImage")
-    assert "boom" in said["exception_message"]
+    name, data = entry["status"]["messages"][-1]
+    assert (name, data["node_id"], data["node_type"]) == ("execution_error", "1", "EmptyImage")
+    assert "boom" in data["exception_message"]
     await native.admin.set(fail_nodes={})
-    said = (await ended(http, await submit(http, plain(18), "me")))["status"]["messages"][-1][1]
-    assert (said["node_id"], said["exception_type"]) == ("2", "torch.OutOfMemoryError")
+    data = (await ended(http, await submit(http, plain(18), "me")))["status"]["messages"][-1][1]
+    assert (data["node_id"], data["exception_type"]) == ("2", "torch.OutOfMemoryError")
     assert (await ended(http, await submit(http, plain(18), "me")))["status"]["completed"] is True
 
 
-async def test_a_dead_worker_answers_and_runs_nothing(http: httpx.AsyncClient, native: NativeServer) -> None:
+async def test_a_dead_worker_answers_but_runs_nothing(http: httpx.AsyncClient, native: NativeServer) -> None:
     await native.admin.set(worker_dead=True)
     prompt_id = await submit(http, plain(19))
     queue = (await http.get("/queue")).json()
@@ -278,16 +280,18 @@ async def test_a_silent_socket_and_hanging_requests(http: httpx.AsyncClient, nat
     address = f"{native.url.replace('http', 'ws')}/ws?clientId=me"
     async with connect(address) as ws:
         await ended(http, await submit(http, plain(20), "me"))
-        assert await hears_nothing(ws)
+        assert await receives_nothing(ws)
     await native.admin.set(hang=True)
     waiting = asyncio.create_task(http.get("/queue"))
-    await until(lambda: _asked(native, "/queue"), "the request")
+    await until(lambda: was_requested(native, "/queue"), "the request")
     assert not waiting.done()
     await native.admin.set(hang=False)
     assert (await waiting).status_code == 200
 
 
-async def test_uploads_rename_other_bytes_and_bound_their_size(http: httpx.AsyncClient, native: NativeServer) -> None:
+async def test_uploads_of_other_bytes_are_renamed_and_large_ones_refused(
+    http: httpx.AsyncClient, native: NativeServer
+) -> None:
     async def upload(content: bytes, **fields: str) -> httpx.Response:
         return await http.post("/upload/image", files={"image": ("a.png", content, "image/png")}, data=fields)
 
@@ -300,7 +304,7 @@ async def test_uploads_rename_other_bytes_and_bound_their_size(http: httpx.Async
     assert (await upload(b"too much")).status_code == 413
 
 
-async def test_older_servers_know_no_jobs(http: httpx.AsyncClient, native: NativeServer) -> None:
+async def test_older_servers_have_no_jobs_api(http: httpx.AsyncClient, native: NativeServer) -> None:
     prompt_id = await submit(http, plain(21), "me")
     await ended(http, prompt_id)
     job = (await http.get(f"/api/jobs/{prompt_id}")).json()
@@ -311,7 +315,7 @@ async def test_older_servers_know_no_jobs(http: httpx.AsyncClient, native: Nativ
         assert (await http.get(path)).status_code == 404
 
 
-async def test_a_server_that_knows_no_target_interrupts_whatever_runs(
+async def test_an_old_server_ignores_the_prompt_id_of_an_interrupt(
     http: httpx.AsyncClient, native: NativeServer
 ) -> None:
     await native.admin.set(hold=True, targeted_interrupt=False)
@@ -321,14 +325,16 @@ async def test_a_server_that_knows_no_target_interrupts_whatever_runs(
     assert (await ended(http, prompt_id))["status"]["messages"][-1][0] == "execution_interrupted"
 
 
-async def test_a_stuck_prompt_obeys_no_interrupt(http: httpx.AsyncClient, native: NativeServer) -> None:
+async def test_a_stuck_prompt_ignores_interrupts(http: httpx.AsyncClient, native: NativeServer) -> None:
     await native.admin.set(stuck=True)
     prompt_id = await submit(http, plain(25))
     await running(http, prompt_id)
     await http.post("/interrupt", json={"prompt_id": prompt_id})
     await running(http, prompt_id)
     await native.admin.set(stuck=False)
-    assert (await ended(http, prompt_id))["status"]["status_str"] == "error", "once it moves, it obeys"
+    assert (await ended(http, prompt_id))["status"]["status_str"] == "error", (
+        "the interrupt works once it is no longer stuck"
+    )
 
 
 async def test_strict_ids_broken_routes_and_refused_sockets(http: httpx.AsyncClient, native: NativeServer) -> None:
@@ -341,9 +347,7 @@ async def test_strict_ids_broken_routes_and_refused_sockets(http: httpx.AsyncCli
         await connect(f"{native.url.replace('http', 'ws')}/ws?clientId=me")
 
 
-async def test_previews_are_binary_and_metadata_comes_only_when_asked_for(
-    http: httpx.AsyncClient, native: NativeServer
-) -> None:
+async def test_previews_are_binary_with_metadata_only_on_request(http: httpx.AsyncClient, native: NativeServer) -> None:
     await native.admin.set(previews=True, models={"checkpoints": ["sd.safetensors"]})
     kinds: list[int] = []
     for client_id, flags in (("plain", None), ("rich", {"supports_preview_metadata": True})):
@@ -364,7 +368,7 @@ async def test_another_origin_is_refused(http: httpx.AsyncClient, native: Native
     assert (await native.admin.requests())[-1].origin == "http://elsewhere"
 
 
-async def test_trained_loras_are_saved_by_name_and_can_be_trained_on(
+async def test_trained_loras_are_saved_by_name_and_can_be_trained_further(
     http: httpx.AsyncClient, native: NativeServer
 ) -> None:
     await native.admin.set(models={"checkpoints": ["sd.safetensors"]})
@@ -372,7 +376,7 @@ async def test_trained_loras_are_saved_by_name_and_can_be_trained_on(
     picture[0].parent.mkdir(exist_ok=True)
     Image.new("RGB", (64, 64)).save(picture[0])
     entry = await ended(http, await submit(http, training("[None]", 4), "me"))
-    assert entry["outputs"] == {}, "SaveLoRA tells nothing"
+    assert entry["outputs"] == {}, "SaveLoRA lists no outputs"
     logged = [entry["m"] for entry in (await http.get("/internal/logs/raw")).json()["entries"]]
     assert [line for line in logged if "loss=" in line][-1].startswith("\rTraining LoRA: 100%|###| 4/4")
     loras = (await http.get("/models/loras")).json()

@@ -1,4 +1,4 @@
-"""What can go wrong with a ComfyUI server, each a switch."""
+"""Switches for everything that can go wrong with a ComfyUI server."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ Lost = Literal["before", "after"]
 
 
 class Traps(BaseModel):
-    """All switches. Some traps need none, for ComfyUI always has them and so has this server:
+    """All switches. Some traps have none, because ComfyUI always has them and so does this server:
 
-    a duplicate prompt id runs twice · events go to the submitting client id alone, to everyone without one · a socket
-    that reconnects under a client id goes deaf when the old one closes · `queue_pending` is a heap ·
+    a duplicate prompt id runs twice · events go only to the submitting client id, or to everyone without one · a socket
+    that reconnects under a client id stops receiving when the old one closes · `queue_pending` is a heap ·
     `execution_success` comes before the history entry · a pending prompt that is deleted leaves no trace · a restart
-    empties queue and history · uploads of other bytes under a known name are renamed · `node_errors` on 200 where one
+    empties queue and history · uploads of other bytes under a known name are renamed · `node_errors` on 200 if one
     of two outputs is bad · `PreviewImage` gives files of type `temp` · an `/interrupt` without id stops whatever runs.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     step_seconds: float = 0.005
-    """What each step of a sampling or training node takes."""
+    """Duration of each step of a sampling or training node."""
     node_seconds: float = 0.005
-    """What any other node takes."""
+    """Duration of any other node."""
     hold: bool = False
-    """Nothing moves on while this is set; an interrupt is obeyed. For tests that need a prompt to be running."""
+    """Nothing progresses while this is set, but interrupts work. For tests that need a running prompt."""
     stuck: bool = False
-    """As `hold`, but an interrupt is not obeyed: a call into a driver that never returns."""
+    """As `hold`, but interrupts are ignored: a call into a driver that never returns."""
     worker_dead: bool = False
-    """The worker thread has died: HTTP lives, pending prompts stay pending. A running one keeps running for ever."""
+    """The worker thread has died: HTTP works, pending prompts stay pending and a running one never ends."""
     silent_websocket: bool = False
-    """Sockets open and never say a word."""
+    """Sockets open but receive no messages."""
     websocket_refused: bool = False
     hang: bool = False
-    """No HTTP request is answered until it is unset (admin's are)."""
+    """No HTTP request except `/admin` is answered until this is unset."""
     answer_delay_seconds: float = 0.0
     lose_prompt: dict[Lost, int] = {}
-    """How many `/prompt` requests are cut without an answer, before or after they were acted upon."""
+    """How many `/prompt` requests are cut without an answer, before or after they took effect."""
     broken_routes: dict[str, int] = {}
-    """Path without `/api` (or its beginning, with `*`) → HTTP status answered instead of acting."""
+    """Path without `/api` (or its beginning, with `*`) → HTTP status to answer instead."""
     history_delay_seconds: float = 0.0
     """Between `execution_success` and the history entry; the prompt is still `queue_running` meanwhile."""
     history_limit: int = 10_000
@@ -51,21 +51,21 @@ class Traps(BaseModel):
     node_errors_on_200: bool = False
     """A prompt is queued although one of its outputs was refused, as if the graph had a second, bad output."""
     node_errors_as_list: bool = False
-    """Servers before 0.3.44 say `[]` where there are none."""
+    """Servers before 0.3.44 answer `[]` if there are none."""
     jobs_api: Literal["none", "read", "cancel"] = "read"
     """`/api/jobs`: none (before December 2025), read (0.8.0), with cancel (June 2026)."""
     targeted_interrupt: bool = True
     """False: a server before 0.3.56, whose `/interrupt` ignores `prompt_id` and stops whatever runs."""
     interrupt_delay_seconds: float = 0.0
-    """Between `/interrupt`'s check that the prompt runs and the act, which hits whatever runs by then."""
+    """Delay between `/interrupt`'s check of the prompt id and the interrupt, which stops whatever runs by then."""
     strict_prompt_ids: bool = False
-    """Newer servers refuse a prompt id that is no canonical lower-case UUID."""
+    """Newer servers refuse a prompt id that is not a canonical lower-case UUID."""
     out_of_memory: int = 0
-    """How many prompts end with out of memory at their longest node."""
+    """How many prompts fail with out of memory at their longest node."""
     fail_nodes: dict[str, str] = {}
     """Node class → message of the exception that it raises."""
     models: dict[str, list[str]] = {}
-    """Folder → model files, e.g. `checkpoints`; what is not listed is refused as `value_not_in_list`."""
+    """Folder → model files, e.g. `checkpoints`; others are refused as `value_not_in_list`."""
     max_upload_bytes: int = 100 * 1024 * 1024
     previews: bool = False
     """Send a binary preview with each step."""

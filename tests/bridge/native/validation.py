@@ -1,4 +1,4 @@
-"""What ComfyUI says to a graph before it is queued: `execution.validate_prompt` and `validate_inputs` of 0.8.0."""
+"""Validates a graph before it is queued: `execution.validate_prompt` and `validate_inputs` of ComfyUI 0.8.0."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NodeErrors = dict[str, Json]
 
 @dataclass
 class Verdict:
-    """`error` where nothing can run; `node_errors` may name bad nodes although `outputs` are good."""
+    """`error` is set if nothing can run. `node_errors` may have bad nodes although `outputs` can run."""
 
     outputs: list[str] = field(default_factory=list)
     error: Json | None = None
@@ -44,12 +44,12 @@ def _error(kind: str, message: str, details: str, **extra: Any) -> Json:
     return {"type": kind, "message": message, "details": details, "extra_info": extra}
 
 
-def _invalid(why: str, node_id: str) -> Json:
-    return _error("invalid_prompt", f"Cannot execute because {why}", f"Node ID '#{node_id}'")
+def _invalid(reason: str, node_id: str) -> Json:
+    return _error("invalid_prompt", f"Cannot execute because {reason}", f"Node ID '#{node_id}'")
 
 
 class _Validation:
-    """One pass over a graph; each node is looked at once."""
+    """One pass over a graph. Each node is checked once."""
 
     def __init__(
         self, graph: Json, definition_of: Callable[[str], Json | None], has_file: Callable[[str], bool]
@@ -63,7 +63,7 @@ class _Validation:
         verdict = Verdict()
         failed: list[Json] = []
         for output in outputs:
-            if self._look_at(output)[0]:
+            if self._check_node(output)[0]:
                 verdict.outputs.append(output)
                 continue
             failed += self._seen[output][1]
@@ -80,7 +80,7 @@ class _Validation:
             verdict.error = _error("prompt_outputs_failed_validation", "Prompt outputs failed validation", details)
         return verdict
 
-    def _look_at(self, node_id: str) -> tuple[bool, list[Json]]:
+    def _check_node(self, node_id: str) -> tuple[bool, list[Json]]:
         if node_id in self._seen:
             return self._seen[node_id]
         try:
@@ -121,7 +121,7 @@ class _Validation:
         return (is_valid and not errors, errors)
 
     def _link(self, name: str, kind: Any, config: Json, link: list[Any]) -> tuple[Json | None, bool]:
-        """What is wrong with a link, and whether everything above it is valid."""
+        """The error of a link, and whether everything upstream is valid."""
         if len(link) != 2:
             known = {"input_name": name, "input_config": [kind, config], "received_value": link}
             message = "Bad linked input, must be a length-2 list of [node_id, slot_index]"
@@ -143,7 +143,7 @@ class _Validation:
                 ),
                 True,
             )
-        return None, self._look_at(link[0])[0]
+        return None, self._check_node(link[0])[0]
 
 
 def _fits(received: Any, wanted: Any) -> bool:
@@ -164,7 +164,7 @@ def _no_file(name: str, value: Any) -> Json:
 
 
 def _value(inputs: Json, name: str, kind: Any, config: Json) -> Json | None:
-    """What is wrong with a plain value; it is converted in place as ComfyUI does."""
+    """The error of a plain value. The value is converted in place, as in ComfyUI."""
     known = {"input_name": name, "input_config": [kind, config], "received_value": inputs[name]}
     convert = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}.get(kind if isinstance(kind, str) else "")
     if convert is not None:

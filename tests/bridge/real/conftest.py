@@ -1,6 +1,6 @@
-"""Tests against a real ComfyUI: `make test-comfyui COMFYUI=http://127.0.0.1:8188`; left out without the setting.
+"""Tests against a real ComfyUI: `make test-comfyui COMFYUI=http://127.0.0.1:8188`; skipped without the setting.
 
-The server is changed: prompts run, pictures and LoRAs are saved below `conformance/`. Use one that nobody else uses.
+The tests run prompts on the server, and save pictures and LoRAs below `conformance/`. Use a server without other users.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ HERE = Path(__file__).parent
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ.get("COMFYUI"):
         return
-    left_out = [item for item in items if item.path.is_relative_to(HERE)]
-    if left_out:
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+    deselected = [item for item in items if item.path.is_relative_to(HERE)]
+    if deselected:
+        items[:] = [item for item in items if item not in deselected]
+        config.hook.pytest_deselected(items=deselected)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ async def stand_in_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIter
 
 @pytest_asyncio.fixture
 async def stand_in(stand_in_server: NativeServer, real: httpx.AsyncClient) -> AsyncIterator[httpx.AsyncClient]:
-    """With the checkpoints that the real server has."""
+    """The stand-in, with the real server's checkpoints."""
     await stand_in_server.admin.reset()
     await stand_in_server.admin.set(node_seconds=0.2)
     await stand_in_server.admin.set(models={"checkpoints": (await real.get("/models/checkpoints")).json()})

@@ -1,4 +1,4 @@
-"""Templates of these tests' own, for what the shipped ones cannot show on a CPU within seconds."""
+"""Templates for these tests: what the shipped ones cannot show on a CPU within seconds."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any, Final
 
 SLOW: Final = "slow-pattern"
-"""Needs no model and takes seconds: blurs upon blurs, so that a run can be stopped amid them."""
+"""Needs no model and takes seconds: many blurs, so that a run can be stopped in between."""
 BAD: Final = "bad-pattern"
 """ComfyUI refuses it: a width of 0."""
 TINY: Final = "tiny-picture"
-"""Text to image of 64 pixels in two steps, on whatever checkpoint there is."""
+"""Text to image of 64 pixels in two steps, with any checkpoint."""
 BLURS: Final = 12
 SLOW_SIDES: Final = {"sd": 256, "hd": 512, "4k": 512}
 
 
 def write_templates(folder: Path) -> None:
-    """Below `folder`, which is to be one of the bridge's template folders."""
+    """Write the templates below `folder`, a template folder of the bridge."""
     slow = "".join(
         _resolution(name, 10, f'{{ "ground.width" = {side}, "ground.height" = {side} }}')
         for name, side in SLOW_SIDES.items()

@@ -1,4 +1,4 @@
-"""The bridge before a real ComfyUI is held to every case about images.
+"""The bridge in front of a real ComfyUI passes every conformance case about images.
 
 Trainings of the shipped template take an hour on a CPU: `test_trainings.py` trains on tiny pictures instead.
 """

@@ -53,7 +53,7 @@ async def worked(
 
 
 def new_seed() -> int:
-    """One that ran never before, or the cache would answer; as the colour of a picture it is not cut."""
+    """A seed that never ran before, so that the cache does not answer. It is small enough for a colour."""
     return secrets.randbelow(0x1000000)
 
 
@@ -63,7 +63,7 @@ async def queued_or_running(real: httpx.AsyncClient) -> list[str]:
 
 
 async def until_running(bridge: BridgePlatform, real: httpx.AsyncClient) -> str:
-    """The prompt that the server runs, as soon as it runs one."""
+    """Wait until the server runs a prompt. Returns its id."""
 
     async def look() -> str | None:
         running = (await real.get("/queue")).json()["queue_running"]
@@ -84,14 +84,14 @@ async def test_a_test_pattern_is_delivered(worked: tuple[BridgePlatform, WorkerP
     with Image.open(BytesIO(answer.content)) as picture:
         assert (picture.format, picture.size) == ("PNG", (512, 512))
 
-    async def told() -> list[str]:
+    async def published() -> list[str]:
         statuses = bridge.receiver.statuses(accepted["task_id"])
         return statuses if "delivery" in statuses else []
 
-    assert "processing" in await bridge.until(told)
+    assert "processing" in await bridge.until(published)
 
 
-async def test_progress_is_told_node_by_node(worked: tuple[BridgePlatform, WorkerProcess]) -> None:
+async def test_progress_is_published_node_by_node(worked: tuple[BridgePlatform, WorkerProcess]) -> None:
     bridge, _ = worked
     job_id = (await bridge.submit(template_id=SLOW, resolution="hd", extras={"seed": new_seed()}))["job_id"]
     seen: list[float] = []
@@ -138,7 +138,7 @@ async def test_a_graph_that_comfyui_refuses_is_refused_with_node_and_input(
     assert "width" in details["message"]
 
 
-async def test_a_killed_workers_run_is_found_again_and_ran_once(
+async def test_a_killed_workers_run_is_found_again_and_runs_once(
     worked: tuple[BridgePlatform, WorkerProcess], real: httpx.AsyncClient
 ) -> None:
     bridge, worker = worked
@@ -146,7 +146,7 @@ async def test_a_killed_workers_run_is_found_again_and_ran_once(
     job_id = (await bridge.submit(template_id=SLOW, resolution="hd", extras={"seed": seed}))["job_id"]
     prompt_id = await until_running(bridge, real)
     await worker.end(signal.SIGKILL)
-    assert prompt_id in await queued_or_running(real), "killed too late to show anything: make the template slower"
+    assert prompt_id in await queued_or_running(real), "killed too late for this test: make the template slower"
     await worker.start()
     state = await bridge.ended(job_id, seconds=LIMIT_SECONDS)
     assert state["error_details"] is None, state
@@ -156,10 +156,10 @@ async def test_a_killed_workers_run_is_found_again_and_ran_once(
     assert sum(inputs.get("color") == seed for inputs in grounds) <= 1, "it ran twice"
 
 
-async def test_a_prompt_becomes_a_picture_where_there_is_a_checkpoint(
+async def test_a_prompt_becomes_a_picture_if_there_is_a_checkpoint(
     worked: tuple[BridgePlatform, WorkerProcess], real: httpx.AsyncClient
 ) -> None:
-    """Without one the job must end as `model_missing`. `tiny_checkpoint.py` makes one."""
+    """Without a checkpoint the job must end as `model_missing`. `tiny_checkpoint.py` makes one."""
     bridge, _ = worked
     has_checkpoint = bool((await real.get("/models/checkpoints")).json())
     accepted = await bridge.submit(template_id=TINY, extras={"seed": new_seed()})
@@ -173,13 +173,13 @@ async def test_a_prompt_becomes_a_picture_where_there_is_a_checkpoint(
         assert picture.size == (64, 64)
 
 
-async def test_a_job_outlives_a_restart_of_its_server(
+async def test_a_job_survives_a_restart_of_its_server(
     worked: tuple[BridgePlatform, WorkerProcess], real: httpx.AsyncClient
 ) -> None:
     """With `RESTART`, a shell command that kills the server and starts it again without waiting for it."""
     command = os.environ.get("RESTART")
     if not command:
-        pytest.skip("say how: make test-comfyui COMFYUI=… RESTART='…'")
+        pytest.skip("needs a command: make test-comfyui COMFYUI=… RESTART='…'")
     bridge, _ = worked
     job_id = (await bridge.submit(template_id=SLOW, resolution="hd", extras={"seed": new_seed()}))["job_id"]
     prompt_id = await until_running(bridge, real)

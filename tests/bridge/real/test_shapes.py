@@ -1,4 +1,4 @@
-"""The stand-in and the real server, asked the same: every answer and message must have the same shape."""
+"""The same requests to the stand-in and the real server: answers and messages must have the same shape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIMIT_SECONDS = 110.0
 
 
 def shape(value: Any, names: dict[str, str]) -> Any:
-    """Keys and kinds, no values. `names`: keys and texts that differ by nature, as a prompt id, and what stands in."""
+    """Keys and types without values. `names` replaces keys and texts that always differ, such as a prompt id."""
     if isinstance(value, dict):
         return {names.get(key, key): shape(item, names) for key, item in sorted(value.items()) if key != "tooltip"}
     if isinstance(value, list):
@@ -35,7 +35,7 @@ def shape(value: Any, names: dict[str, str]) -> Any:
 
 
 def color() -> int:
-    """One that was not drawn before, or the cache would answer."""
+    """A colour that was not drawn before, so that the cache does not answer."""
     return time.time_ns() % 0x1000000
 
 
@@ -99,20 +99,20 @@ async def refusals(http: httpx.AsyncClient) -> Any:
     typed = plain(width="wide")  # type: ignore[arg-type]
     graphs: list[Json] = [{}, {"1": {"inputs": {}}}, {"1": {"class_type": "Unheard", "inputs": {}}}, plain(width=0)]
     graphs += [plain(width=99999), bad, linked, mismatched, unlisted, no_picture, model, typed]
-    said = []
+    found = []
     for graph in graphs:
         answer, prompt_id = await submitted(http, graph)
         body = answer.json()
-        said.append([answer.status_code, _refusal(body), shape(body, {prompt_id: "<prompt>"})])
+        found.append([answer.status_code, _refusal(body), shape(body, {prompt_id: "<prompt>"})])
     answer = await http.post("/prompt", json={})
-    return [*said, answer.status_code, answer.json()]
+    return [*found, answer.status_code, answer.json()]
 
 
 def _refusal(body: Json) -> Any:
-    """The words that decide what a refusal means."""
+    """The fields that decide what a refusal means."""
     errors = {
-        node: [(error["type"], error["extra_info"].get("input_name")) for error in said["errors"]]
-        for node, said in (body.get("node_errors") or {}).items()
+        node: [(error["type"], error["extra_info"].get("input_name")) for error in found["errors"]]
+        for node, found in (body.get("node_errors") or {}).items()
     }
     return [body.get("error", {}).get("type"), errors]
 
@@ -126,7 +126,7 @@ async def jobs_of_a_run(http: httpx.AsyncClient) -> Any:
     cancel = await http.post(f"/api/jobs/{prompt_id}/cancel")
     bad = await http.get("/api/jobs", params={"status": "sleeping"})
     whole = many.json()
-    # How many there are is the server's own past.
+    # The number of jobs depends on the server's history.
     whole["pagination"].pop("has_more")
     answers = [(answer.status_code, whole if answer is many else answer.json()) for answer in (one, many, unknown, bad)]
     return [shape(json.loads(json.dumps(answers)), {prompt_id: "<prompt>"}), cancel.status_code]
@@ -143,8 +143,8 @@ async def the_messages_of_a_run(http: httpx.AsyncClient) -> Any:
             while not messages or messages[-1]["data"].get("node", "") is not None:
                 messages.append(json.loads(await ws.recv()))
     names = {prompt_id: "<prompt>", client_id: "<client>"}
-    told = [message for message in messages if message["type"] != "status"]
-    return [[message["type"], shape(message["data"], names)] for message in told]
+    events = [message for message in messages if message["type"] != "status"]
+    return [[message["type"], shape(message["data"], names)] for message in events]
 
 
 async def the_status_message(http: httpx.AsyncClient) -> Any:
@@ -157,35 +157,35 @@ async def the_status_message(http: httpx.AsyncClient) -> Any:
 
 
 async def a_reconnected_socket(http: httpx.AsyncClient) -> Any:
-    """Two sockets under one client id, the older of which closes: what the newer one still hears of a run."""
+    """Two sockets under one client id: what the newer one still receives after the older one closes."""
     client_id = new_prompt_id()
     address = socket_address(http, client_id)
     async with connect(address, origin=None) as old, connect(address, origin=None) as new:
         for ws in (old, new):
             await ws.recv()
         await old.close()
-        # Both servers take a moment to see that it has closed.
+        # Both servers take a moment to notice that it is closed.
         await asyncio.sleep(0.5)
         _, prompt_id = await submitted(http, plain(color(), prefix="conformance/p"), client_id=client_id)
         await ended(http, prompt_id)
-        return await kinds_heard(new)
+        return await kinds_received(new)
 
 
-async def a_stranger_listens(http: httpx.AsyncClient) -> Any:
-    """What a socket hears of a prompt of another client id, and of one without any."""
+async def another_client_listens(http: httpx.AsyncClient) -> Any:
+    """What a socket receives about a prompt of another client id, and of one without a client id."""
     async with connect(socket_address(http, new_prompt_id()), origin=None) as ws:
         await ws.recv()
         await ended(http, (await submitted(http, plain(color(), prefix="conformance/p")))[1])
-        of_another = await kinds_heard(ws)
+        of_another = await kinds_received(ws)
         prompt_id = new_prompt_id()
         graph = plain(color(), prefix="conformance/p")
         await http.post("/prompt", json={"prompt": graph, "prompt_id": prompt_id})
         await ended(http, prompt_id)
-        return [of_another, await kinds_heard(ws)]
+        return [of_another, await kinds_received(ws)]
 
 
 async def a_prompt_id_that_is_sent_twice(http: httpx.AsyncClient) -> Any:
-    """How many outputs it leaves: it is queued and run again."""
+    """It is queued and runs again."""
     prompt_id = new_prompt_id()
     name = f"conformance/{prompt_id}"
     for _ in range(2):
@@ -201,7 +201,7 @@ async def a_prompt_id_that_is_sent_twice(http: httpx.AsyncClient) -> Any:
 
 
 async def an_interrupted_prompt(http: httpx.AsyncClient) -> Any:
-    """Deleted while pending it leaves no trace; interrupted while running it is an error with its own message."""
+    """A prompt deleted while pending leaves no trace. One interrupted while running ends with an error."""
     _, running_id = await submitted(http, blurred())
     _, pending_id = await submitted(http, plain(color(), prefix="conformance/p"))
     ends = time.monotonic() + LIMIT_SECONDS
@@ -213,9 +213,9 @@ async def an_interrupted_prompt(http: httpx.AsyncClient) -> Any:
     await http.post("/queue", json={"delete": [pending_id]})
     await http.post("/interrupt", json={"prompt_id": running_id})
     entry = await ended(http, running_id)
-    name, said = entry["status"]["messages"][-1]
+    name, found = entry["status"]["messages"][-1]
     gone = (await http.get(f"/api/jobs/{pending_id}")).status_code
-    return [shapes, entry["status"]["status_str"], name, sorted(said), said["node_type"], gone]
+    return [shapes, entry["status"]["status_str"], name, sorted(found), found["node_type"], gone]
 
 
 def blurred() -> Json:
@@ -234,8 +234,8 @@ def socket_address(http: httpx.AsyncClient, client_id: str) -> str:
     return f"{str(http.base_url).rstrip('/').replace('http', 'ws', 1)}/ws?clientId={client_id}"
 
 
-async def kinds_heard(ws: ClientConnection) -> list[str]:
-    """The kinds of messages that have arrived, but for `status`, which everyone is sent."""
+async def kinds_received(ws: ClientConnection) -> list[str]:
+    """The types of messages that arrived, without `status`, which goes to everyone."""
     kinds: set[str] = set()
     while True:
         try:
@@ -249,30 +249,30 @@ async def a_failing_node(http: httpx.AsyncClient) -> Any:
     """Saving outside the output folder fails while it runs."""
     _, prompt_id = await submitted(http, plain(color(), prefix="../../outside"))
     entry = await ended(http, prompt_id)
-    said = dict(entry["status"]["messages"])["execution_error"]
-    whole = [entry["status"]["status_str"], entry["status"]["completed"], sorted(entry["outputs"]), sorted(said)]
-    return [whole, said["node_id"], said["node_type"]]
+    found = dict(entry["status"]["messages"])["execution_error"]
+    whole = [entry["status"]["status_str"], entry["status"]["completed"], sorted(entry["outputs"]), sorted(found)]
+    return [whole, found["node_id"], found["node_type"]]
 
 
 async def uploads_and_views(http: httpx.AsyncClient) -> Any:
     name = f"{new_prompt_id()}.png"
-    said: list[Any] = []
+    found: list[Any] = []
     for tint in (1, 1, 2):
         with BytesIO() as file:
             Image.new("RGB", (8, 8), (tint, 0, 0)).save(file, "PNG")
             files = {"image": (name, file.getvalue(), "image/png")}
         answer = await http.post("/upload/image", files=files, data={"subfolder": "conformance"})
-        said.append([answer.status_code, shape(answer.json(), {name: "<name>"})])
+        found.append([answer.status_code, shape(answer.json(), {name: "<name>"})])
     view = await http.get("/view", params={"filename": name, "subfolder": "conformance", "type": "input"})
-    said.append([view.status_code, view.headers["content-type"], len(view.content) > 0])
+    found.append([view.status_code, view.headers["content-type"], len(view.content) > 0])
     for query in ({}, {"filename": "no-such.png"}, {"filename": "../x.png"}, {"filename": "x", "type": "no-such"}):
-        said.append((await http.get("/view", params=query)).status_code)
+        found.append((await http.get("/view", params=query)).status_code)
     outside = await http.get("/view", params={"filename": "x.png", "subfolder": "../.."})
-    return [*said, outside.status_code]
+    return [*found, outside.status_code]
 
 
 async def reads(http: httpx.AsyncClient) -> Any:
-    said: list[Any] = []
+    found: list[Any] = []
     for path in (
         "/queue",
         "/prompt",
@@ -283,22 +283,22 @@ async def reads(http: httpx.AsyncClient) -> Any:
     ):
         for prefix in ("", "/api"):
             answer = await http.get(prefix + path)
-            said.append([path, answer.status_code, answer.json() if answer.status_code == 200 else None])
+            found.append([path, answer.status_code, answer.json() if answer.status_code == 200 else None])
     stats = (await http.get("/system_stats")).json()
-    return [said, sorted(stats), sorted(stats["system"]), sorted(stats["devices"][0])]
+    return [found, sorted(stats), sorted(stats["system"]), sorted(stats["devices"][0])]
 
 
 async def what_answers_without_a_body(http: httpx.AsyncClient) -> Any:
-    said = []
+    found = []
     for path, body in (
         ("/interrupt", {"prompt_id": "unknown"}),
         ("/queue", {"delete": ["unknown"]}),
         ("/history", {"delete": ["unknown"]}),
     ):
         answer = await http.post(path, json=body)
-        said.append([path, answer.status_code, answer.content])
+        found.append([path, answer.status_code, answer.content])
     answer = await http.get("/queue", headers={"origin": "http://elsewhere.example"})
-    return [*said, answer.status_code]
+    return [*found, answer.status_code]
 
 
 async def the_same_nodes(http: httpx.AsyncClient) -> Any:
@@ -319,12 +319,12 @@ def _kinds(inputs: Json) -> Json:
 
 
 async def a_training_in_two_chunks(http: httpx.AsyncClient) -> Any:
-    """What is saved, told and logged, the second chunk going on from the first one's LoRA."""
+    """What is saved, sent and logged. The second chunk continues from the first one's LoRA."""
     name = f"t{time.time_ns()}"
     for file, content in (("1.png", png(64)), ("1.txt", b"a cat")):
         files = {"image": (file, content, "application/octet-stream")}
         assert (await http.post("/upload/image", files=files, data={"subfolder": name})).status_code == 200
-    said: list[Any] = []
+    found: list[Any] = []
     existing = "[None]"
     for _ in range(2):
         graph = training(existing, 2, folder=name, checkpoint=TINY, prefix=f"loras/{name}")
@@ -336,10 +336,10 @@ async def a_training_in_two_chunks(http: httpx.AsyncClient) -> Any:
         saved = [lora for lora in (await http.get("/models/loras")).json() if lora.startswith(name)]
         existing = max(saved, key=lambda lora: int(lora.split("_steps_")[0].rsplit("_", maxsplit=1)[-1]))
         view = await http.get("/view", params={"filename": existing, "subfolder": "loras", "type": "output"})
-        said += [shape(entry["outputs"], {}), existing.replace(name, "<name>"), view.status_code]
+        found += [shape(entry["outputs"], {}), existing.replace(name, "<name>"), view.status_code]
     entries = (await http.get("/internal/logs/raw")).json()["entries"]
     last = [entry["m"] for entry in entries if "loss=" in entry["m"]][-1]
-    return [*said, re.sub(r"\|.*\| ", "|<bar>| ", last.split("[")[0]), re.sub(r"[\d.]+\]", "<loss>]", last)[-14:]]
+    return [*found, re.sub(r"\|.*\| ", "|<bar>| ", last.split("[")[0]), re.sub(r"[\d.]+\]", "<loss>]", last)[-14:]]
 
 
 def png(side: int) -> bytes:
@@ -357,7 +357,7 @@ EXCHANGES: list[Exchange] = [
     the_messages_of_a_run,
     the_status_message,
     a_reconnected_socket,
-    a_stranger_listens,
+    another_client_listens,
     a_prompt_id_that_is_sent_twice,
     an_interrupted_prompt,
     a_failing_node,

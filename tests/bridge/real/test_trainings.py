@@ -17,11 +17,11 @@ from temporalio.client import Client
 from bridge.templates import SHIPPED
 from tests.bridge.platform import BridgePlatform, Json
 from tests.bridge.real.test_jobs import one_worker, queued_or_running, until_running
-from tests.bridge.test_trainings import asked, created, ended
+from tests.bridge.test_trainings import created, ended, post_action
 
 TINY: Final = "tiny.safetensors"
 BASE_MODEL: Final = "flux"
-"""A name that has a price and that no shipped template offers; here it is the tiny checkpoint."""
+"""A name with a price that no shipped template offers. Here it is the tiny checkpoint."""
 LIMIT_SECONDS: Final = 400.0
 pytestmark = pytest.mark.timeout(580)
 
@@ -77,7 +77,7 @@ def hyperparameters(epochs: int) -> Json:
 
 async def test_a_lora_is_trained_in_chunks_and_resumed(bridge: BridgePlatform) -> None:
     accepted = await created(bridge, pictures=2, base_model=BASE_MODEL, hyperparameters=hyperparameters(2))
-    await asked(bridge, accepted["training_id"], "start")
+    await post_action(bridge, accepted["training_id"], "start")
     state = await ended(bridge, accepted["training_id"], LIMIT_SECONDS)
     assert state["error_details"] is None, state
     assert (state["checkpoint"]["epoch"], state["checkpoint"]["step"]) == (2, 2)
@@ -85,36 +85,36 @@ async def test_a_lora_is_trained_in_chunks_and_resumed(bridge: BridgePlatform) -
     tensors = tensors_of(state["output"]["model_path"])
     assert any("lora" in name for name in tensors), sorted(tensors)[:5]
 
-    async def is_told() -> bool:
+    async def is_published() -> bool:
         return "completed" in bridge.receiver.statuses(accepted["task_id"])
 
-    await bridge.until(is_told)
-    told = bridge.receiver.genuine(accepted["task_id"])
-    assert list(dict.fromkeys(body["training_stage"] for body in told if body["training_stage"])) == [
+    await bridge.until(is_published)
+    bodies = bridge.receiver.genuine(accepted["task_id"])
+    assert list(dict.fromkeys(body["training_stage"] for body in bodies if body["training_stage"])) == [
         "data_ingest",
         "training",
         "evaluating",
         "publishing",
     ]
-    lines = [line["message"] for body in told for line in body.get("log", [])]
+    lines = [line["message"] for body in bodies for line in body.get("log", [])]
     assert any("loss=" in line and "unknown" not in line for line in lines), lines
 
     uri = state["checkpoint"]["uri"]
     body = {"base_model": BASE_MODEL, "hyperparameters": hyperparameters(3), "resume_from": uri}
     resumed = await created(bridge, pictures=2, **body)
-    await asked(bridge, resumed["training_id"], "start")
+    await post_action(bridge, resumed["training_id"], "start")
     state = await ended(bridge, resumed["training_id"], LIMIT_SECONDS)
     assert state["error_details"] is None, state
     assert (state["checkpoint"]["epoch"], state["checkpoint"]["step"]) == (3, 3)
 
 
-async def test_a_training_is_cancelled_amid_a_chunk_and_the_server_is_free(
+async def test_a_training_is_cancelled_during_a_chunk_and_the_server_is_free(
     bridge: BridgePlatform, real: httpx.AsyncClient
 ) -> None:
     accepted = await created(bridge, pictures=2, base_model=BASE_MODEL, hyperparameters=hyperparameters(500))
-    await asked(bridge, accepted["training_id"], "start")
+    await post_action(bridge, accepted["training_id"], "start")
     prompt_id = await until_running(bridge, real)
-    await asked(bridge, accepted["training_id"], "cancel")
+    await post_action(bridge, accepted["training_id"], "cancel")
     state = await ended(bridge, accepted["training_id"], LIMIT_SECONDS)
     assert state["error_details"]["code"] == "cancelled"
 

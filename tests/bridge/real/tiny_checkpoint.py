@@ -1,10 +1,10 @@
-"""Make a checkpoint that a real ComfyUI takes for Stable Diffusion 1.5: one level deep, random weights, 290 MB.
+"""Make a checkpoint that ComfyUI loads as Stable Diffusion 1.5: one level deep, random weights, 290 MB.
 
-Run by the server's own Python, for it needs torch and ComfyUI's modules, which this project does not:
+Run it with the server's own Python, which has torch and ComfyUI's modules:
 
     cd /path/to/ComfyUI && python /path/to/tests/bridge/real/tiny_checkpoint.py models/checkpoints/tiny.safetensors
 
-Its pictures are noise and its LoRAs teach nothing, but every node of `text-to-image` and `lora-train` runs on a CPU.
+Its pictures are noise and its LoRAs are useless, but every node of `text-to-image` and `lora-train` runs on a CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHAPE: dict[str, Any] = {
     "num_head_channels": -1,
     "legacy": False,
 }
-"""Whatever its size, ComfyUI calls a UNet SD 1.5 by 320 channels and a context of 768 (`supported_models.SD15`)."""
+"""ComfyUI recognises SD 1.5 by 320 channels and a context of 768, at any size (`supported_models.SD15`)."""
 
 
 def main(target: Path) -> None:
@@ -59,7 +59,7 @@ def main(target: Path) -> None:
 
 
 def _random(torch: Any, name: str, tensor: Any) -> Any:
-    """Small random weights, norms of one, no biases: nothing in it becomes infinite."""
+    """Small random weights, norms of one, no biases: no value becomes infinite."""
     if not tensor.is_floating_point():
         return tensor
     if tensor.ndim <= 1:

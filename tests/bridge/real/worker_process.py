@@ -1,4 +1,4 @@
-"""`python -m bridge.gpu_worker` as people run it: a process of its own that can be killed."""
+"""`python -m bridge.gpu_worker` in a process of its own that can be killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PREFIX: Final = "COMFYUI_TEMPORAL_"
 
 
 class WorkerProcess:
-    """A GPU worker beside one server, for one bridge."""
+    """A GPU worker for one server and one bridge."""
 
     def __init__(self, bridge: BridgePlatform, client: Client, server: str, templates: Path) -> None:
         settings = bridge.settings
@@ -45,7 +45,7 @@ class WorkerProcess:
         )
 
     async def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send the signal and wait; its exit code."""
+        """Send the signal and wait. Returns the exit code."""
         assert self._process is not None
         if self._process.returncode is None:
             self._process.send_signal(number)

@@ -1,10 +1,4 @@
-"""What went wrong on a ComfyUI server → the codes of contract §1, with the node and a sentence.
-
-NativeFailure
-├── ServerSilent     no connection, no answer in time, 5xx: the server may come back
-├── ServerConfused   an answer that is not ComfyUI's: another program, a proxy
-└── PromptRefused    the graph or a file was refused: `details` is how the job ends
-"""
+"""ComfyUI's errors → the error codes of contract §1, with the node and a message."""
 
 from __future__ import annotations
 
@@ -18,28 +12,8 @@ from comfyui_temporal.contracts.fields import repaired, shortened
 MAX_PROBLEMS: Final = 8
 
 
-class NativeFailure(Exception):
-    """A call to a ComfyUI server that came to nothing; the text says where and what."""
-
-
-class ServerSilent(NativeFailure):
-    """No usable answer: what was asked may or may not have happened."""
-
-
-class ServerConfused(NativeFailure):
-    """Something answered that is not ComfyUI."""
-
-
-class PromptRefused(NativeFailure):
-    """A definite refusal."""
-
-    def __init__(self, details: ErrorDetails) -> None:
-        super().__init__(details.message)
-        self.details = details
-
-
 def refusal_details(body: Any) -> ErrorDetails:
-    """The body of a 400 to `/prompt`, or of a 200 whose `node_errors` are not empty: parts of it would be dropped."""
+    """From the body of a 400 to `/prompt`, or of a 200 with `node_errors`."""
     fields = body if isinstance(body, Mapping) else {}
     error = fields.get("error")
     node_errors = fields.get("node_errors")
@@ -53,8 +27,8 @@ def refusal_details(body: Any) -> ErrorDetails:
             name = _text(problem.get("extra_info"), "input_name") if isinstance(problem, Mapping) else ""
             is_choice = _text(problem, "type") == "value_not_in_list"
             missing_model = missing_model or (is_choice and name in MODEL_INPUTS)
-            said = _text(problem, "details") or _text(problem, "message")
-            sentences.append(f"node {node_id} ({class_type}): {_text(problem, 'message')}: {said}")
+            text = _text(problem, "details") or _text(problem, "message")
+            sentences.append(f"node {node_id} ({class_type}): {_text(problem, 'message')}: {text}")
     if not sentences:
         sentences = [_text(error, "message") or (error if isinstance(error, str) else "the graph was refused")]
     code = FailureCode.MODEL_MISSING if missing_model else FailureCode.WORKFLOW_INVALID
@@ -63,7 +37,7 @@ def refusal_details(body: Any) -> ErrorDetails:
 
 
 def execution_details(messages: Any) -> ErrorDetails:
-    """How a run failed, by `status.messages` of its history entry: (name, data) pairs."""
+    """How a run failed, from `status.messages` of its history entry: (name, data) pairs."""
     for name, data in _pairs(messages):
         if name == "execution_error":
             return _error_details(data)
@@ -71,25 +45,27 @@ def execution_details(messages: Any) -> ErrorDetails:
             node = _text(data, "node_id") or None
             return ErrorDetails(
                 code=FailureCode.CANCELLED.value,
-                message="The run was interrupted on its ComfyUI server, not by this job's cancel.",
+                message="The run was interrupted on its ComfyUI server, not by a cancel of this job.",
                 retryable=False,
                 node=node,
             )
     return ErrorDetails(
-        code=FailureCode.INTERNAL.value, message="ComfyUI says that the run failed, and not how.", retryable=True
+        code=FailureCode.INTERNAL.value,
+        message="ComfyUI reports that the run failed, without a reason.",
+        retryable=True,
     )
 
 
 def _error_details(data: Any) -> ErrorDetails:
     node, kind = _text(data, "node_id"), _text(data, "node_type")
-    exception, said = _text(data, "exception_type"), _text(data, "exception_message").strip()
+    exception, text = _text(data, "exception_type"), _text(data, "exception_message").strip()
     code = FailureCode.NODE_ERROR
-    lowered = f"{exception} {said}".lower()
+    lowered = f"{exception} {text}".lower()
     if "outofmemory" in lowered.replace(" ", "").replace("_", "") or "out of memory" in lowered:
         code = FailureCode.GPU_OUT_OF_MEMORY
     elif exception.endswith("FileNotFoundError") and "model" in lowered:
         code = FailureCode.MODEL_MISSING
-    message = f"Node {node} ({kind}) failed: {exception.rpartition('.')[2]}: {said}"
+    message = f"Node {node} ({kind}) failed: {exception.rpartition('.')[2]}: {text}"
     return ErrorDetails(code=code.value, message=shortened(repaired(message)), retryable=False, node=node or None)
 
 

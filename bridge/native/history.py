@@ -1,0 +1,66 @@
+"""An entry of ComfyUI's `/history` → the prompt's result. Fields of an unexpected shape are ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from bridge.native.failures import execution_details
+from bridge.server import PromptResult, ResultFile
+from comfyui_temporal.contracts.fields import repaired
+
+TEMPORARY: Final = "temp"
+TEXT_LIST: Final = "text"
+
+
+def result_of(entry: Mapping[str, Any], result_nodes: Sequence[str]) -> PromptResult:
+    """The outputs of these nodes, without temporary files, and the error if the prompt failed."""
+    status = entry.get("status")
+    messages = status.get("messages") if isinstance(status, Mapping) else None
+    is_error = isinstance(status, Mapping) and status.get("status_str") == "error"
+    outputs = entry.get("outputs")
+    return PromptResult(
+        files=[file for file in _files(outputs, result_nodes) if file.type != TEMPORARY],
+        texts=_texts(outputs, result_nodes),
+        error=execution_details(messages) if is_error else None,
+        seconds=_run_seconds(messages),
+    )
+
+
+def _files(outputs: Any, result_nodes: Sequence[str]) -> list[ResultFile]:
+    files: list[ResultFile] = []
+    for node in result_nodes:
+        lists = outputs.get(node) if isinstance(outputs, Mapping) else None
+        for kind, items in lists.items() if isinstance(lists, Mapping) else ():
+            for item in items if isinstance(items, list) else ():
+                if isinstance(item, Mapping) and isinstance(item.get("filename"), str):
+                    files.append(
+                        ResultFile(
+                            node=node,
+                            kind=str(kind),
+                            filename=item["filename"],
+                            subfolder=str(item.get("subfolder") or ""),
+                            type=str(item.get("type") or "output"),
+                        )
+                    )
+    return files
+
+
+def _texts(outputs: Any, result_nodes: Sequence[str]) -> list[str]:
+    texts: list[str] = []
+    for node in result_nodes:
+        lists = outputs.get(node) if isinstance(outputs, Mapping) else None
+        found = lists.get(TEXT_LIST) if isinstance(lists, Mapping) else None
+        texts += [repaired(text) for text in found if isinstance(text, str)] if isinstance(found, list) else []
+    return texts
+
+
+def _run_seconds(messages: Any) -> float:
+    """The time between the first and the last message; 0 if they have no timestamps."""
+    times: list[float] = []
+    for message in messages if isinstance(messages, list) else ():
+        data = message[1] if isinstance(message, list) and len(message) == 2 else None
+        at = data.get("timestamp") if isinstance(data, Mapping) else None
+        if isinstance(at, int | float) and not isinstance(at, bool):
+            times.append(at / 1000)
+    return max(0.0, max(times) - min(times)) if times else 0.0
