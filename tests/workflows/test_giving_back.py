@@ -178,6 +178,28 @@ async def test_a_hold_that_was_asked_for_twice_and_taken_once_is_no_doubled_one(
     assert (ending.status, ending.exceptions) == (TaskStatus.COMPLETED, [])
 
 
+@pytest.mark.parametrize("acts", [True, False], ids=["acted", "did not act"])
+async def test_a_hold_that_was_refused_after_a_lost_answer_is_recorded_only_where_it_was_taken(
+    quick_platform: Platform, acts: bool
+) -> None:
+    """Without keys the repeat is a request of its own: its refusal says nothing about the first one."""
+    payer = await new_payer(quick_platform)
+    credits = quick_platform.simulators.admin.credits
+    await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
+    await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
+    pre_deduct = {"route": "pre_deduct", "tenant_id": payer.tenant_id}
+    await credits.fault("drop", **pre_deduct, when="after" if acts else "before")
+    refusal = {"detail": {"code": "40302", "message": "insufficient_balance"}}
+    await credits.fault("answer", **pre_deduct, nth=2, status=403, body=refusal)
+    handle = await quick_platform.start(payer.image())
+    ending = await ended(quick_platform, handle, exempt={"hold_expires"})
+    assert (ending.status, ending.code) == (TaskStatus.FAILED, "insufficient_balance")
+    doubled = [record.details["amount"] for record in ending.records if record.code == "hold_doubled"]
+    assert doubled == ([HD] if acts else [])
+    assert set(ending.exceptions) - {"hold_doubled"} == {"insufficient_balance"}
+    assert ending.result["credits"]["pre_deduct_ids"] == []
+
+
 async def offers_none_of_ours(platform: Platform, tenant_id: str) -> None:
     """Neither ComfyUI's (ours) routes nor the ledger's kinds, for this tenant."""
     await platform.simulators.admin.comfyui.fault("not_offered", tenant_id=tenant_id)

@@ -11,7 +11,7 @@ import pytest
 
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
-from tests.workflows.payers import Payer, holds_of, new_payer, until_started
+from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, until_started
 from tests.workflows.platform import Handle, Platform
 from tests.workflows.resets import points_of, reset
 
@@ -19,6 +19,8 @@ pytestmark = pytest.mark.on_both_profiles
 
 HD = 18 + 6
 """The price of a standard image, in points."""
+HELD_AGAIN = ("pre_deduct", "pre_deduct", "cancel")
+"""The ledger of a task that was reset: the earlier life's hold is cancelled before the other is committed."""
 IN_FLIGHT_SECONDS = 11
 """For so long a run that was reset waits for the calls of its earlier life to end."""
 
@@ -49,6 +51,33 @@ async def reset_to_its_start(platform: Platform, handle: Handle, *, holds: int) 
     await platform.until(held_again)
     await platform.until_settled(run)
     return run
+
+
+@pytest.mark.parametrize("answer", ["500", "lost"])
+async def test_a_commit_that_acted_after_a_reset_is_not_charged_again(patient_platform: Platform, answer: str) -> None:
+    """The ledger shows the cancel of the earlier hold, and not yet the commit of the other: that is no proof."""
+    payer = await new_payer(patient_platform)
+    credits = patient_platform.simulators.admin.credits
+    await keeps_no_keys(payer)
+    handle = await standing(patient_platform, payer.image())
+    run = await reset_to_its_start(patient_platform, handle, holds=2)
+    commit = {"route": "commit", "tenant_id": payer.tenant_id}
+    waits = await credits.fault("rate_limit", **commit, seconds=60)
+    if answer == "500":
+        await credits.fault("error", **commit, nth=2, status=500, when="after")
+    else:
+        await credits.fault("drop", **commit, nth=2)
+    await patient_platform.pass_time(run, IN_FLIGHT_SECONDS)
+    job = await patient_platform.job(run)
+    await patient_platform.simulators.admin.comfyui.act(job.run_id, "finish")
+    await patient_platform.until_hit("commit", waits)
+    await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=55)
+    await patient_platform.pass_time(run, 60)
+    await patient_platform.until(lambda: has_kinds(patient_platform, handle, *HELD_AGAIN, "commit"))
+    await patient_platform.pass_time(run, 60)
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
+    assert await kinds_of(patient_platform, handle) == [*HELD_AGAIN, "commit"]
 
 
 async def _is_cancelled(platform: Platform, handle: Handle, *, place: int) -> bool:
