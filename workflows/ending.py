@@ -33,12 +33,6 @@ class Outcome:
     row: TaskRow | None = None
     """The row of a task that an earlier life has ended. Its outcome counts."""
 
-    @property
-    def is_cancelled(self) -> bool:
-        if self.row is not None:
-            return self.row.status is TaskStatus.CANCELLED
-        return self.end is not None and not isinstance(self.end, TaskFailed)
-
 
 class TaskEnding:
     """The ends that both kinds of task have in common."""
@@ -121,12 +115,6 @@ class TaskEnding:
 
     async def publish(self, outcome: Outcome) -> Outcome:
         """Record the end and wait until it is written. Returns the outcome that counts: an earlier life's, if any."""
-        outcome = await self._published(outcome)
-        if not outcome.is_cancelled:
-            self._stop.overrule()
-        return outcome
-
-    async def _published(self, outcome: Outcome) -> Outcome:
         if outcome.row is None:
             await self._forgotten_jobs.cancel()
             ended = await self._publish_difference()

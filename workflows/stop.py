@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from temporalio import workflow
 
@@ -12,6 +12,7 @@ from comfyui_temporal.contracts.tasks import CancelTaskOutcome
 from workflows.failures import TaskStopped
 
 Result = TypeVar("Result")
+ENDS_AS_ITS_TASK: Final = "run-ends-as-its-task-whatever-stopped-it"
 
 
 class Stop:
@@ -26,6 +27,7 @@ class Stop:
         self.requested = False
         self.by_temporal = False
         self.outcome: Literal["accepted", "too_late"] | None = None
+        self._is_overruled = False
         self._decided = asyncio.Event()
 
     def ask(self, reason: str, *, by_temporal: bool = False) -> None:
@@ -45,10 +47,8 @@ class Stop:
             self._decide("too_late")
 
     def overrule(self) -> None:
-        """The task had ended in another way: its run ends with that outcome, not as Canceled."""
-        is_accepted = self.by_temporal and self.outcome == "accepted"
-        if is_accepted and workflow.patched("ends-as-its-row-though-cancelled"):
-            self.by_temporal = False
+        """The task is completed all the same: somebody else has committed its hold, or an earlier life completed it."""
+        self._is_overruled = True
 
     def _decide(self, outcome: Literal["accepted", "too_late"]) -> None:
         self.outcome = outcome
@@ -69,8 +69,8 @@ class Stop:
     async def uninterrupted(self, flow: Coroutine[Any, Any, Result], writer: Coroutine[Any, Any, None]) -> Result:
         """Run the flow with the event writer beside it; a Temporal cancellation becomes a request.
 
-        Raises CancelledError at the end if a Temporal cancellation stopped the flow: only then may a run end Canceled
-        (pitfall 17). A bug in either one is raised here (pitfall 23).
+        Raises CancelledError at the end if a Temporal cancellation stopped the flow and was not overruled: only then
+        may a run end Canceled (pitfall 17). A bug in either one is raised here (pitfall 23).
         """
         running = asyncio.create_task(flow)
         writing = asyncio.create_task(writer)
@@ -83,6 +83,7 @@ class Stop:
                 writing.result()
         result = running.result()
         writing.cancel()
-        if self.by_temporal and self.outcome == "accepted":
+        stopped_it = self.by_temporal and self.outcome == "accepted"
+        if stopped_it and not (self._is_overruled and workflow.patched(ENDS_AS_ITS_TASK)):
             raise asyncio.CancelledError(self.reason)
         return result

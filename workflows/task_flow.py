@@ -188,13 +188,16 @@ class TaskFlow(Generic[Run, Result]):
 
     def result_of(self, outcome: Outcome) -> Result:
         """The run's result. Raises ApplicationError where the task failed."""
-        if outcome.row is not None:
-            if outcome.row.status is TaskStatus.FAILED:
-                raise self._failure(TaskFailed.by_row(outcome.row.error))
-            return self.result(outcome.row.status)
         if isinstance(outcome.end, TaskFailed):
             raise self._failure(outcome.end)
-        return self.result(TaskStatus.COMPLETED if outcome.end is None else TaskStatus.CANCELLED)
+        status = TaskStatus.COMPLETED if outcome.end is None else TaskStatus.CANCELLED
+        if outcome.row is not None:
+            status = outcome.row.status
+            if status is TaskStatus.FAILED:
+                raise self._failure(TaskFailed.by_row(outcome.row.error))
+        if status is TaskStatus.COMPLETED:
+            self.stop.overrule()
+        return self.result(status)
 
     def _failure(self, end: TaskFailed) -> ApplicationError:
         return ApplicationError(str(end), self.result(TaskStatus.FAILED), type=end.code.value, non_retryable=True)

@@ -52,7 +52,9 @@ async def test_a_cancel_whose_answer_is_lost_is_found_in_the_ledger(quick_platfo
     assert await kinds_of(quick_platform, handle) == ["pre_deduct", "cancel"]
 
 
-async def test_a_hold_that_was_committed_by_somebody_else_completes_the_task(quick_platform: Platform) -> None:
+@pytest.mark.parametrize("by", ["update", "Temporal"])
+async def test_a_hold_that_was_committed_by_somebody_else_completes_the_task(quick_platform: Platform, by: str) -> None:
+    """The run ends Completed, whichever way it was cancelled."""
     payer = await new_payer(quick_platform)
     task = payer.image()
     handle = await start_held(quick_platform, task)
@@ -64,7 +66,10 @@ async def test_a_hold_that_was_committed_by_somebody_else_completes_the_task(qui
         "template_id": task["template_id"],
     }
     await payer.post("commit", "by-hand", body)
-    assert await quick_platform.cancel(handle) == "accepted"
+    if by == "update":
+        assert await quick_platform.cancel(handle) == "accepted"
+    else:
+        await handle.cancel()
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 20, [])
 
@@ -171,6 +176,28 @@ async def test_a_hold_that_was_asked_for_twice_and_taken_once_is_no_doubled_one(
     await quick_platform.simulators.admin.credits.fault("drop", route="pre_deduct", task_id=task["task_id"])
     ending = await ended(quick_platform, await quick_platform.start(task))
     assert (ending.status, ending.exceptions) == (TaskStatus.COMPLETED, [])
+
+
+@pytest.mark.parametrize("acts", [True, False], ids=["acted", "did not act"])
+async def test_a_hold_that_was_refused_after_a_lost_answer_is_recorded_only_where_it_was_taken(
+    quick_platform: Platform, acts: bool
+) -> None:
+    """Without keys the repeat is a request of its own: its refusal says nothing about the first one."""
+    payer = await new_payer(quick_platform)
+    credits = quick_platform.simulators.admin.credits
+    await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
+    await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
+    pre_deduct = {"route": "pre_deduct", "tenant_id": payer.tenant_id}
+    await credits.fault("drop", **pre_deduct, when="after" if acts else "before")
+    refusal = {"detail": {"code": "40302", "message": "insufficient_balance"}}
+    await credits.fault("answer", **pre_deduct, nth=2, status=403, body=refusal)
+    handle = await quick_platform.start(payer.image())
+    ending = await ended(quick_platform, handle, exempt={"hold_expires"})
+    assert (ending.status, ending.code) == (TaskStatus.FAILED, "insufficient_balance")
+    doubled = [record.details["amount"] for record in ending.records if record.code == "hold_doubled"]
+    assert doubled == ([HD] if acts else [])
+    assert set(ending.exceptions) - {"hold_doubled"} == {"insufficient_balance"}
+    assert ending.result["credits"]["pre_deduct_ids"] == []
 
 
 async def offers_none_of_ours(platform: Platform, tenant_id: str) -> None:

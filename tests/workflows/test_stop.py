@@ -91,26 +91,28 @@ async def test_a_cancellation_by_temporal_is_a_wish_with_its_reason(temporal_env
     assert (await probed(temporal_env, lines, cancel)).result == ["by hand", True]
 
 
-@pytest.mark.parametrize("is_obeyed", [True, False])
-async def test_only_a_cancellation_that_was_obeyed_ends_the_run_canceled(
-    temporal_env: WorkflowEnvironment, is_obeyed: bool
+@pytest.mark.parametrize("ends", ["cancelled", "delivered", "committed by somebody else"])
+async def test_only_a_cancellation_that_decides_how_the_task_ends_ends_the_run_canceled(
+    temporal_env: WorkflowEnvironment, ends: str
 ) -> None:
     async def lines() -> str:
         stop = Stop()
 
         async def flow() -> str:
             await workflow.wait_condition(lambda: stop.requested)
-            if not is_obeyed:
+            if ends == "delivered":
                 stop.close()
-                return "delivered"
+                return ends
             with contextlib.suppress(TaskStopped):
                 stop.raise_if_requested()
-            return "given back"
+            if ends == "committed by somebody else":
+                stop.overrule()
+            return ends
 
         return await stop.uninterrupted(flow(), writer())
 
-    if not is_obeyed:
-        assert (await probed(temporal_env, lines, cancel)).result == "delivered"
+    if ends != "cancelled":
+        assert (await probed(temporal_env, lines, cancel)).result == ends
         return
     with pytest.raises(WorkflowFailureError) as failed:
         await probed(temporal_env, lines, cancel)

@@ -1,0 +1,107 @@
+"""What a task is charged that was reset, as the ledger shows it (contract §4, earlier lives).
+
+The platform's own credits service looks at no keys, and its ledger shows no kinds, no ids and now and then not yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from comfyui_temporal.contracts.tasks import TaskStatus
+from tests.workflows.books import ended
+from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, until_started
+from tests.workflows.platform import Handle, Platform
+from tests.workflows.resets import points_of, reset
+
+pytestmark = pytest.mark.on_both_profiles
+
+HD = 18 + 6
+"""The price of a standard image, in points."""
+HELD_AGAIN = ("pre_deduct", "pre_deduct", "cancel")
+"""The ledger of a task that was reset: the earlier life's hold is cancelled before the other is committed."""
+IN_FLIGHT_SECONDS = 11
+"""For so long a run that was reset waits for the calls of its earlier life to end."""
+
+
+async def keeps_no_keys(payer: Payer) -> None:
+    """The payer's service repeats no answer: each call acts again. Its ledger shows reasons alone."""
+    credits = payer.platform.simulators.admin.credits
+    await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
+    await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
+
+
+async def standing(platform: Platform, task: dict[str, Any]) -> Handle:
+    """An image whose work has begun and stands still, under its hold."""
+    await platform.simulators.admin.comfyui.fault("job_stall", route="submit_job", task_id=task["task_id"], times=None)
+    handle = await platform.start(task)
+    await until_started(platform, handle)
+    await platform.until_settled(handle)
+    return handle
+
+
+async def reset_to_its_start(platform: Platform, handle: Handle, *, holds: int) -> Handle:
+    """Reset the task to its first workflow task; returns once the new run has its own job and hold."""
+    run = await reset(platform, handle, (await points_of(platform, handle))[0])
+
+    async def held_again() -> bool:
+        return len(await holds_of(platform, handle)) == holds
+
+    await platform.until(held_again)
+    await platform.until_settled(run)
+    return run
+
+
+@pytest.mark.parametrize("answer", ["500", "lost"])
+async def test_a_commit_that_acted_after_a_reset_is_not_charged_again(patient_platform: Platform, answer: str) -> None:
+    """The ledger shows the cancel of the earlier hold, and not yet the commit of the other: that is no proof."""
+    payer = await new_payer(patient_platform)
+    credits = patient_platform.simulators.admin.credits
+    await keeps_no_keys(payer)
+    handle = await standing(patient_platform, payer.image())
+    run = await reset_to_its_start(patient_platform, handle, holds=2)
+    commit = {"route": "commit", "tenant_id": payer.tenant_id}
+    waits = await credits.fault("rate_limit", **commit, seconds=60)
+    if answer == "500":
+        await credits.fault("error", **commit, nth=2, status=500, when="after")
+    else:
+        await credits.fault("drop", **commit, nth=2)
+    await patient_platform.pass_time(run, IN_FLIGHT_SECONDS)
+    job = await patient_platform.job(run)
+    await patient_platform.simulators.admin.comfyui.act(job.run_id, "finish")
+    await patient_platform.until_hit("commit", waits)
+    await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=55)
+    await patient_platform.pass_time(run, 60)
+    await patient_platform.until(lambda: has_kinds(patient_platform, handle, *HELD_AGAIN, "commit"))
+    await patient_platform.pass_time(run, 60)
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
+    assert await kinds_of(patient_platform, handle) == [*HELD_AGAIN, "commit"]
+
+
+async def _is_cancelled(platform: Platform, handle: Handle, *, place: int) -> bool:
+    return (await holds_of(platform, handle))[place].phase == "cancelled"
+
+
+async def test_a_failed_task_whose_earlier_hold_has_an_unknown_end_says_so(patient_platform: Platform) -> None:
+    """Its cancel was answered too late: the repeat is refused, and the ledger shows nothing for ten minutes."""
+    payer = await new_payer(patient_platform)
+    credits = patient_platform.simulators.admin.credits
+    await keeps_no_keys(payer)
+    await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=3_600)
+    handle = await standing(patient_platform, payer.image())
+    run = await reset_to_its_start(patient_platform, handle, holds=2)
+    lost = await credits.fault("drop", route="cancel_hold", tenant_id=payer.tenant_id, nth=2)
+    job = await patient_platform.job(run)
+    await patient_platform.simulators.admin.comfyui.act(job.run_id, "fail", code="node_error")
+    await patient_platform.until(lambda: _is_cancelled(patient_platform, handle, place=1))
+    await patient_platform.until_settled(run)
+    await patient_platform.pass_time(run, IN_FLIGHT_SECONDS)
+    await patient_platform.until_hit("cancel_hold", lost)
+    await patient_platform.pass_time(run, 700)
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.code, ending.charged) == (TaskStatus.FAILED, "node_error", 0)
+    credits_told = ending.result["credits"]
+    assert (credits_told["settlement"], credits_told["charged"], credits_told["returned"]) == ("unknown", None, None)
+    assert sorted(ending.exceptions) == ["node_error", "settlement_unknown"]
