@@ -197,7 +197,14 @@ async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.E
         seen = SeenServer(name=options.name or name_of(server.url), pool=options.pool, gpu_type=gpu_type)
         worker = GpuWorker(client, server, seen, storage, sender, bridge_queue=settings.bridge_task_queue)
         async with worker.running(grace_seconds=settings.gpu_grace_seconds):
-            log.info("gpu_worker_serves", server=server.url, name=seen.name, pool=seen.pool, gpu_type=gpu_type)
+            log.info(
+                "gpu_worker_serves",
+                server=server.url,
+                version=description.version,
+                name=seen.name,
+                pool=seen.pool,
+                gpu_type=gpu_type,
+            )
             await stop.wait()
             log.info("gpu_worker_drains", grace_seconds=settings.gpu_grace_seconds)
     log.info("gpu_worker_ended")

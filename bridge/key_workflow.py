@@ -1,4 +1,4 @@
-"""The idempotency key of a refusal, a cancel or a start, which start no job. Its memo has the request's hash."""
+"""The key of a request that starts no run: a refused one, a cancel, a start. Its memo has the request's hash."""
 
 from __future__ import annotations
 
