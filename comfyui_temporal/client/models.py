@@ -6,7 +6,7 @@ from datetime import datetime
 
 from comfyui_temporal.contracts.fields import OwnModel
 from comfyui_temporal.contracts.scenes import AnyResult
-from comfyui_temporal.contracts.tasks import CreditsSummary, ImageResult, TaskStatus, TrainingProgress
+from comfyui_temporal.contracts.tasks import CreditsSummary, TaskStatus, TrainingProgress
 
 
 class StartedTask(OwnModel):
@@ -69,7 +69,8 @@ class TaskOutcome(OwnModel):
     @property
     def result_urls(self) -> list[str]:
         """An image's addresses; empty for a training, and for a task that did not complete."""
-        return self.result.result_urls if isinstance(self.result, ImageResult) else []
+        urls: list[str] = getattr(self.result, "result_urls", [])
+        return urls
 
 
 class TaskDetails(OwnModel):

@@ -1,4 +1,4 @@
-"""The wish to end a task early: the first one counts, and it is decided once."""
+"""A request to end a task early: the first one counts, and it is decided once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from workflows.failures import TaskStopped
 from workflows.stop import Stop
 
 
-def test_the_first_wish_decides_what_the_run_ends_as() -> None:
+def test_the_first_request_decides_how_the_run_ends() -> None:
     stop = Stop()
     stop.ask("no longer wanted")
     stop.ask("cancelled by an operator", by_temporal=True)
@@ -25,7 +25,7 @@ def test_the_first_wish_decides_what_the_run_ends_as() -> None:
     assert (stop.reason, stop.by_temporal) == ("no longer wanted", False)
 
 
-def test_a_wish_that_comes_too_late_is_no_wish() -> None:
+def test_a_request_that_comes_too_late_changes_nothing() -> None:
     stop = Stop()
     stop.close()
     stop.ask("no longer wanted", by_temporal=True)
@@ -34,7 +34,7 @@ def test_a_wish_that_comes_too_late_is_no_wish() -> None:
     assert (stop.requested, stop.by_temporal, stop.outcome) == (False, False, "too_late")
 
 
-def test_what_was_obeyed_stays_accepted() -> None:
+def test_an_accepted_request_stays_accepted() -> None:
     stop = Stop()
     stop.ask("no longer wanted")
     with pytest.raises(TaskStopped, match="no longer wanted"):
@@ -78,7 +78,7 @@ async def writer() -> None:
     await asyncio.Event().wait()
 
 
-async def test_a_cancellation_by_temporal_is_a_wish_with_its_reason(temporal_env: WorkflowEnvironment) -> None:
+async def test_a_cancellation_by_temporal_is_a_request_with_its_reason(temporal_env: WorkflowEnvironment) -> None:
     async def lines() -> list[Any]:
         stop = Stop()
 
