@@ -45,7 +45,7 @@ from runtime.reconciler_schedule import ensure_reconciler
 from runtime.required_settings import CannotStart, database_of, read_settings
 from runtime.settings import Settings
 from store import TaskStore
-from store.namespace_check import at_home
+from store.namespace_check import bound_store
 from workflows.give_back import GiveBackWorkflow
 from workflows.image_generation import ImageGenerationWorkflow
 from workflows.reconciler import ReconcileWorkflow
@@ -280,7 +280,7 @@ class HealthPage:
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Work until `stop` is set, then drain. Closes the worker before its clients (pitfall 30). Raises CannotStart."""
     client = await connect(settings)
-    home = at_home(
+    home = bound_store(
         client,
         database_of(settings),
         refused=stop.set,

@@ -20,7 +20,7 @@ from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 from activities.orphans import HistoryReader, NotReadHere, add_from_row, orphans_by_row
-from activities.running_call import to_its_end
+from activities.running_call import uninterrupted
 from comfyui_temporal.contracts.errors import FailureCode, sentences_of
 from comfyui_temporal.contracts.give_back import GiveBackOrder, Orphans
 from comfyui_temporal.contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen
@@ -83,17 +83,17 @@ class ClosedRunActivities:
         `input_invalid`, not retried: the task does not exist. `task_conflict`, not retried: its run is open.
         `internal`, retried: row, run or history cannot be read now, or not by this worker; `doctor` shows the task.
         """
-        return await to_its_end(self._orphans_or_recorded(order))
+        return await uninterrupted(self._orphans_or_recorded(order))
 
     @activity.defn
     async def closed_among_open(self, look: OpenTasksLook) -> OpenTasksSeen:
         """The rows of one page of open tasks whose run has ended. Raises ApplicationError `internal`, retried."""
-        return await to_its_end(self._closed_among_open(look))
+        return await uninterrupted(self._closed_among_open(look))
 
     @activity.defn
     async def still_closed(self, found: list[ClosedRun]) -> list[ClosedRun]:
         """Those whose row is still open and whose run has still ended. Raises as `closed_among_open`."""
-        return await to_its_end(self._still_closed(found))
+        return await uninterrupted(self._still_closed(found))
 
     async def _orphans_or_recorded(self, order: GiveBackOrder) -> Orphans:
         looks = Looks()
@@ -147,7 +147,7 @@ class ClosedRunActivities:
     async def published_points(self, order: GiveBackOrder) -> int:
         """The sum of the points in the task's events. Raises ApplicationError `internal`, retried."""
         try:
-            return await to_its_end(self._store.published_points(order.task_id))
+            return await uninterrupted(self._store.published_points(order.task_id))
         except StoreUnavailable as failure:
             raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
 

@@ -11,7 +11,7 @@ from typing import Final, Self
 from obstore.exceptions import GenericError, JoinError
 from pydantic_core import to_json
 
-from activities.object_folders import STORAGE_ERRORS, FoundObject, LeadsOut, ObjectFolder
+from activities.object_folders import STORAGE_ERRORS, FoundObject, ObjectFolder, OutsideFolder
 from activities.outside_http import OutsideFailure
 from comfyui_temporal.contracts.comfyui import DatasetFile
 from comfyui_temporal.contracts.errors import FailureCode
@@ -116,7 +116,7 @@ class HashedChunks:
 def folder_failure(folder: ObjectFolder, error: Exception, path: str) -> OutsideFailure:
     """Maps an error of a caller's own folder: `dataset_invalid`, or `internal` if it may be temporary."""
     where = folder.address.text
-    if isinstance(error, LeadsOut):
+    if isinstance(error, OutsideFolder):
         return invalid(f"{str(error)!r} points outside {where}. Symbolic links must stay inside the dataset.")
     if isinstance(error, FileNotFoundError):
         return invalid(f"{path!r} is not in {where}. Check dataset.files and source_uri.")

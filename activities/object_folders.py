@@ -41,7 +41,7 @@ class BadAddress(ValueError):
     """The address names no usable folder. The message says why and never repeats credentials."""
 
 
-class LeadsOut(ValueError):
+class OutsideFolder(ValueError):
     """A path or symbolic link points outside its folder."""
 
 
@@ -160,11 +160,11 @@ class ObjectFolder:
             await obstore.delete_async(self._store, self._prefix + path)
 
     async def check_inside(self, path: str) -> None:
-        """Raise LeadsOut if `path` leaves the folder, by '..' or (file://) by a symbolic link."""
+        """Raise OutsideFolder if `path` leaves the folder, by '..' or (file://) by a symbolic link."""
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-            raise LeadsOut(path)
+            raise OutsideFolder(path)
         if self.address.local is not None and not await asyncio.to_thread(is_inside, self.address.local, path):
-            raise LeadsOut(path)
+            raise OutsideFolder(path)
 
 
 def is_inside(folder: Path, path: str) -> bool:

@@ -43,7 +43,7 @@ async def answered(call_for: CallFor, call: Coroutine[Any, Any, T]) -> T:
     with one_line(call_for) as line:
         info = activity.info()
         with time_limit(request_limit_seconds(info)), only_if_answering() if info.is_local else nullcontext():
-            answer = await to_its_end(call)
+            answer = await uninterrupted(call)
         line.outcome = _outcome_of(answer)
         if isinstance(answer, Answer) and info.attempt > 1:
             answer.tries = info.attempt
@@ -85,7 +85,7 @@ def one_line(call_for: CallFor) -> Iterator[LogLine]:
             )
 
 
-async def to_its_end(call: Coroutine[Any, Any, T], details: Callable[[], tuple[Any, ...]] = tuple) -> T:
+async def uninterrupted(call: Coroutine[Any, Any, T], details: Callable[[], tuple[Any, ...]] = tuple) -> T:
     """Await `call` in its own task and heartbeat `details()` every half second. A cancelled activity still waits."""
     request = asyncio.ensure_future(call)
     cancellation = await wait_with_heartbeats(request, details)

@@ -15,7 +15,7 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from activities.lives import acting_run
-from activities.running_call import request_limit_seconds, to_its_end
+from activities.running_call import request_limit_seconds, uninterrupted
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.policy import Policy
@@ -107,7 +107,7 @@ class TaskStoreActivities:
 
     async def _tried(self, work: Coroutine[Any, Any, T]) -> T:
         try:
-            outcome = await to_its_end(work)
+            outcome = await uninterrupted(work)
         except StoreUnavailable as failure:
             self._breaker.failed()
             raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None

@@ -8,7 +8,7 @@ from typing import Final
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
-from activities.running_call import to_its_end
+from activities.running_call import uninterrupted
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.reconcile import UnsettledLook
 from comfyui_temporal.contracts.task_store import Correction, UnsettledTask
@@ -27,7 +27,7 @@ class UnsettledActivities:
     async def take_unsettled(self, look: UnsettledLook) -> list[UnsettledTask]:
         """Some tasks whose ledger is due for a check. Raises ApplicationError `internal`, retried."""
         try:
-            return await to_its_end(
+            return await uninterrupted(
                 self._store.take_unsettled(every=timedelta(seconds=look.every_seconds), limit=TAKEN_AT_ONCE)
             )
         except StoreUnavailable as failure:
@@ -37,7 +37,7 @@ class UnsettledActivities:
     async def correct_settlement(self, correction: Correction) -> bool:
         """Whether the row was corrected. Raises ApplicationError `internal`, retried while PostgreSQL is away."""
         try:
-            return await to_its_end(self._store.correct_settlement(correction))
+            return await uninterrupted(self._store.correct_settlement(correction))
         except StoreFailure as failure:
             is_final = not isinstance(failure, StoreUnavailable)
             raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value, non_retryable=is_final) from None

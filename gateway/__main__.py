@@ -23,7 +23,7 @@ from runtime.logs import configure_logs
 from runtime.required_settings import CannotStart, caller_tokens_by, database_of, read_settings
 from runtime.settings import Settings
 from store import TaskStore
-from store.namespace_check import at_home
+from store.namespace_check import bound_store
 
 log = structlog.get_logger("gateway")
 
@@ -89,7 +89,7 @@ async def serve(settings: Settings) -> None:
         server.should_exit = True
 
     try:
-        async with at_home(client, dsn, refused=leave):
+        async with bound_store(client, dsn, refused=leave):
             log.info("gateway_serves", host=settings.gateway_host, port=settings.gateway_port, database=store.address)
             await server.serve()
     finally:

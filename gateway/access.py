@@ -1,6 +1,6 @@
 """Who may do what (contract §7): FastAPI dependencies that return the caller or answer with a problem.
 
-`access.demands(operation)` is for ordinary routes, by the bearer token alone. `access.demands_for_stream()` is for
+`access.requires(operation)` is for ordinary routes, by the bearer token alone. `access.requires_for_stream()` is for
 streams, which browsers open without headers: there a token may also come as `?token=` or as a cookie. Browsers send a
 cookie with requests from any page, so it counts only for allowed origins.
 """
@@ -61,7 +61,7 @@ class Access:
         self.stream_tokens = streams
         self._allowed_origins = frozenset(allowed_origins)
 
-    def demands(self, operation: Operation) -> Dependency:
+    def requires(self, operation: Operation) -> Dependency:
         """The dependency of a route that does `operation`. Raises Problem 401, 403 or 503."""
 
         async def caller(connection: HTTPConnection, _bearer: Annotated[None, Security(_BEARER)]) -> Caller:
@@ -69,7 +69,7 @@ class Access:
 
         return caller
 
-    def demands_for_stream(self) -> Dependency:
+    def requires_for_stream(self) -> Dependency:
         """The dependency of a stream's route, HTTP or WebSocket. Raises Problem 401, 403 or 503.
 
         The stream must end at the caller's `expires_at`.

@@ -178,7 +178,7 @@ _STREAM_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 def stream_routes(hub: EventHub, access: Access, *, public_url: str | None = None) -> APIRouter:
     """`public_url`: the address under which clients reach the gateway; default: the address of their request."""
     router = APIRouter(prefix="/api/v1/tasks", tags=["streams"])
-    watcher = access.demands_for_stream()
+    watcher = access.requires_for_stream()
 
     @router.get(
         "/stream/sse",

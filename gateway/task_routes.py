@@ -69,7 +69,7 @@ def task_routes(
 ) -> APIRouter:
     """The routes. `event_stream` serves `…/events` to clients that accept an event stream."""
     router = APIRouter(prefix=TASKS, tags=["tasks"])
-    Reader = Annotated[Caller, Depends(access.demands(Operation.READ_TASK))]
+    Reader = Annotated[Caller, Depends(access.requires(Operation.READ_TASK))]
 
     async def reader_of_events(connection: HTTPConnection) -> Caller:
         if event_stream is not None and _wants_stream(connection):
@@ -78,7 +78,7 @@ def task_routes(
 
     @router.post("/images", status_code=202, responses={**_STARTED, **problems(*_START)})
     async def start_image(
-        caller: Annotated[Caller, Depends(access.demands(Operation.START_IMAGE_TASK))],
+        caller: Annotated[Caller, Depends(access.requires(Operation.START_IMAGE_TASK))],
         order: ImageOrder,
         response: Response,
         key: Key = None,
@@ -88,7 +88,7 @@ def task_routes(
 
     @router.post("/trainings", status_code=202, responses={**_STARTED, **problems(*_START_TRAINING)})
     async def start_training(
-        caller: Annotated[Caller, Depends(access.demands(Operation.START_TRAINING_TASK))],
+        caller: Annotated[Caller, Depends(access.requires(Operation.START_TRAINING_TASK))],
         order: TrainingOrder,
         response: Response,
         key: Key = None,
@@ -130,7 +130,7 @@ def task_routes(
 
     @router.post("/{task_id}/cancel", responses=problems(*_CHANGE))
     async def cancel_task(
-        caller: Annotated[Caller, Depends(access.demands(Operation.CANCEL_TASK))],
+        caller: Annotated[Caller, Depends(access.requires(Operation.CANCEL_TASK))],
         task_id: CallerId,
         order: Annotated[CancelTask | None, Body()] = None,
     ) -> CancelTaskOutcome:
@@ -139,7 +139,7 @@ def task_routes(
 
     @router.post("/{task_id}/confirm-price", responses=problems(*_CHANGE, ProblemCode.TASK_OVER))
     async def confirm_price(
-        caller: Annotated[Caller, Depends(access.demands(Operation.CONFIRM_PRICE))],
+        caller: Annotated[Caller, Depends(access.requires(Operation.CONFIRM_PRICE))],
         task_id: CallerId,
         order: ConfirmPrice,
     ) -> ConfirmPriceOutcome:
@@ -153,7 +153,7 @@ def task_routes(
         ),
     )
     async def roll_back_task(
-        caller: Annotated[Caller, Depends(access.demands(Operation.ROLL_BACK))],
+        caller: Annotated[Caller, Depends(access.requires(Operation.ROLL_BACK))],
         task_id: CallerId,
         order: Annotated[RollbackOrder | None, Body()] = None,
     ) -> RollbackOutcome:

@@ -86,7 +86,7 @@ async def _knows_open_tasks(client: Client, store: TaskStore) -> bool:
     return not page.tasks
 
 
-async def until_at_home(client: Client, dsn: str) -> None:
+async def until_bound(client: Client, dsn: str) -> None:
     """Repeat the check until store and Temporal answer. Raises CannotStart as `check_home`, and for an invalid DSN."""
     try:
         store = TaskStore(dsn, pool_size=1)
@@ -108,7 +108,7 @@ async def _nothing() -> None:
 
 
 @asynccontextmanager
-async def at_home(
+async def bound_store(
     client: Client,
     dsn: str,
     *,
@@ -122,7 +122,7 @@ async def at_home(
     """
 
     async def look() -> None:
-        await until_at_home(client, dsn)
+        await until_bound(client, dsn)
         await then()
 
     looking = asyncio.create_task(look())

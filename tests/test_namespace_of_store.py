@@ -25,7 +25,7 @@ from local_stack.temporal_server import NAMESPACE
 from runtime.required_settings import CannotStart
 from store import StoreHome, TaskStore
 from store import namespace_check as namespace_of_store
-from store.namespace_check import at_home, check_home
+from store.namespace_check import bound_store, check_home
 from tests.cable import Cable
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, new_task_id
@@ -171,13 +171,13 @@ async def test_a_store_that_is_away_at_the_start_is_looked_at_once_it_is_back(
         through = f"postgresql://postgres:unused@127.0.0.1:{cable.port}/{url.database}"
         cable.pull()
         with pytest.raises(CannotStart, match="elsewhere"):
-            async with at_home(client, through, refused=refused.set, then=then):
+            async with bound_store(client, through, refused=refused.set, then=then):
                 assert not refused.is_set()
                 cable.plug_in()
                 await asyncio.wait_for(refused.wait(), 10)
         assert not known.is_set()
         await store.rebind(StoreHome(namespace=client.namespace))
         cable.pull()
-        async with at_home(client, through, refused=refused.set, then=then):
+        async with bound_store(client, through, refused=refused.set, then=then):
             cable.plug_in()
             await asyncio.wait_for(known.wait(), 10)

@@ -216,15 +216,15 @@ def http() -> TestClient:
     answer_with_problems(app)
 
     @app.post("/cancel")
-    async def cancel(caller: Caller = Depends(access.demands(Operation.CANCEL_TASK))) -> str:  # noqa: B008
+    async def cancel(caller: Caller = Depends(access.requires(Operation.CANCEL_TASK))) -> str:  # noqa: B008
         return caller.tenant_id
 
     @app.get("/stream")
-    async def stream(caller: Caller = Depends(access.demands_for_stream())) -> str:  # noqa: B008
+    async def stream(caller: Caller = Depends(access.requires_for_stream())) -> str:  # noqa: B008
         return caller.tenant_id
 
     @app.websocket("/ws")
-    async def ws(websocket: WebSocket, caller: Caller = Depends(access.demands_for_stream())) -> None:  # noqa: B008
+    async def ws(websocket: WebSocket, caller: Caller = Depends(access.requires_for_stream())) -> None:  # noqa: B008
         await websocket.accept()
         await websocket.send_text(caller.tenant_id)
         await websocket.close()

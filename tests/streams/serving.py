@@ -154,7 +154,7 @@ async def streams_on(store: TaskStore, *, heartbeat_seconds: int = 15) -> AsyncI
     draining = Draining()
     hub = EventHub(store, draining, heartbeat_seconds=heartbeat_seconds)
     callers = access()
-    watcher = Depends(callers.demands_for_stream())
+    watcher = Depends(callers.requires_for_stream())
     app = FastAPI()
     answer_with_problems(app)
     app.include_router(stream_routes(hub, callers))
