@@ -182,11 +182,13 @@ class TaskEnding:
     def _may_differ_from_row(self) -> bool:
         """Whether an earlier life may have ended the task in another way, though no call has reported one.
 
-        What the ledger showed, or did not show, may differ from what that life saw.
+        What the ledger showed, or did not show, may differ from what that life saw. While the store is away the end is
+        published at once, and the row is read afterwards.
         """
         if self._hold.state.is_unknown and workflow.patched("row-looked-at-where-settlement-is-unknown"):
             return True
-        return self._hold.ledger.newest is not None and workflow.patched("row-looked-at-where-the-ledger-decided")
+        has_read = self._hold.ledger.newest is not None and not self._outside.earlier.life.is_store_away
+        return has_read and workflow.patched("row-looked-at-where-the-ledger-decided")
 
     async def _ended_otherwise(self) -> TaskRow | None:
         """The row, where the store was away before and the row has ended in another way than this run."""

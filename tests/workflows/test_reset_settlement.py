@@ -13,7 +13,7 @@ from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
 from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, until_started
 from tests.workflows.platform import Handle, Platform
-from tests.workflows.reset_scenarios import POLICY, work_goes_on
+from tests.workflows.reset_scenarios import POLICY, RENEWED, work_goes_on
 from tests.workflows.resets import points_of, reset
 
 pytestmark = pytest.mark.on_both_profiles
@@ -52,6 +52,28 @@ async def reset_to_its_start(platform: Platform, handle: Handle, *, holds: int) 
     await platform.until(held_again)
     await platform.until_settled(run)
     return run
+
+
+async def test_a_training_that_is_reset_to_before_its_hold_was_renewed_is_charged_once(
+    patient_platform: Platform,
+) -> None:
+    """Half the hold's life passed: the run knows the first hold, and the second is the one that is open."""
+    payer = await new_payer(patient_platform)
+    task = payer.training()
+    await patient_platform.simulators.admin.comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
+    handle = await patient_platform.start(task)
+    await until_started(patient_platform, handle)
+    await patient_platform.until_settled(handle)
+    before = (await points_of(patient_platform, handle))[-1]
+    await patient_platform.pass_time(handle, 1_810)
+    await patient_platform.until(lambda: has_kinds(patient_platform, handle, *RENEWED))
+    run = await reset(patient_platform, handle, before)
+    await patient_platform.until_settled(run)
+    job = await patient_platform.job(run)
+    await patient_platform.simulators.admin.comfyui.act(job.run_id, "finish")
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120)
+    assert (await kinds_of(patient_platform, handle)).count("commit") == 1
 
 
 @pytest.mark.parametrize("answer", ["500", "lost"])
