@@ -157,8 +157,7 @@ class TaskEnding:
         Returns the row where another life has meanwhile ended the task: an earlier look may have been copied by a
         reset.
         """
-        is_unknown = self._hold.state.is_unknown and workflow.patched("row-looked-at-where-settlement-is-unknown")
-        if not self._outside.earlier.life.is_sure and not is_unknown:
+        if not self._outside.earlier.life.is_sure and not self._may_differ_from_row():
             return None
         await self._record.all_written()
         await self._row_look.once()
@@ -179,6 +178,17 @@ class TaskEnding:
                 + " before the task's run was reset.",
             )
         return None
+
+    def _may_differ_from_row(self) -> bool:
+        """Whether an earlier life may have ended the task in another way, though no call has reported one.
+
+        What the ledger showed, or did not show, may differ from what that life saw. While the store is away the end is
+        published at once, and the row is read afterwards.
+        """
+        if self._hold.state.is_unknown and workflow.patched("row-looked-at-where-settlement-is-unknown"):
+            return True
+        has_read = self._hold.ledger.newest is not None and not self._outside.earlier.life.is_store_away
+        return has_read and workflow.patched("row-looked-at-where-the-ledger-decided")
 
     async def _ended_otherwise(self) -> TaskRow | None:
         """The row, where the store was away before and the row has ended in another way than this run."""

@@ -19,6 +19,7 @@ from tests.conftest import NewDatabase, unique
 from tests.workflows.books import check_histories, ended
 from tests.workflows.payers import Payer, holds_of, new_payer, task_of
 from tests.workflows.platform import Handle, Platform, running_platform
+from tests.workflows.resets import points_of, reset
 from workflows import ledger_search
 
 HD = 18 + 6
@@ -99,6 +100,26 @@ async def test_a_settlement_that_was_unknown_is_corrected_once_the_ledger_shows_
     assert await alone.store.events(task_of(handle)) == events, "a correction tells no event"
     assert (await handle.result())["credits"] == result["credits"], "the run's result stays as it was"
     assert (await reconcile(alone)).corrected == 0
+
+
+@pytest.mark.parametrize("row", ["unknown", "corrected"])
+async def test_a_task_whose_settlement_was_unknown_ends_as_its_row_says_wherever_it_is_reset_to(
+    alone: Platform, row: str
+) -> None:
+    """The ledger shows the commit by now, or shows it no more: neither changes how the task had ended."""
+    payer = await new_payer(alone)
+    handle, lag = await committed_unseen(payer)
+    await handle.result()
+    points = await points_of(alone, handle)
+    await alone.simulators.admin.credits.remove_fault(lag)
+    if row == "corrected":
+        assert (await reconcile(alone)).corrected == 1
+        await alone.simulators.admin.credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=1_000 * HOURS)
+    kept = await credits_in_row(alone, handle)
+    for point in points[len(points) // 2 :]:  # the later ones: what was begun by then is not begun again
+        run = await reset(alone, handle, point)
+        assert (await run.result())["credits"] == kept, point
+        assert await credits_in_row(alone, handle) == kept, point
 
 
 async def test_a_hold_that_could_not_be_cancelled_is_given_back_by_its_expiry(alone: Platform) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.workflows.payers import has_kinds, holds_of, new_payer, task_of
 from tests.workflows.platform import Handle, Platform, running_platform
 from tests.workflows.reset_scenarios import POLICY, RENEWED, standing, topped_up, work_goes_on
 from tests.workflows.resets import points_of, reset
+from workflows import row_look
 
 
 @pytest_asyncio.fixture
@@ -132,6 +134,35 @@ async def test_a_run_that_was_reset_begins_nothing_while_the_store_is_away(platf
     assert await asking == "accepted"
     ending = await ended(platform, run)
     assert ending.status is TaskStatus.CANCELLED
+
+
+async def test_work_that_costs_nothing_is_not_handed_out_once_the_store_is_back(
+    platform: Platform, cable: Cable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the write of the end reaches the store again, and finds the task cancelled by an earlier life."""
+    monkeypatch.setattr(row_look, "LOOK_WITHIN", timedelta(seconds=1))
+    payer = await new_payer(platform)
+    task = payer.image()
+    comfyui = platform.simulators.admin.comfyui
+    await comfyui.fault("not_offered", route="cancel_job", tenant_id=payer.tenant_id)
+    free: dict[str, Any] = {"fields": {"actual_cost": 0}}
+    await comfyui.fault("job_lie", route="submit_job", task_id=task["task_id"], at=0, **free)
+    handle = await standing(platform, task)
+    waiting = (await points_of(platform, handle))[-1]
+    await platform.cancel(handle)
+    await handle.result()
+    cable.pull()
+    run = await reset(platform, handle, waiting, forgets_messages=True)
+    async with work_goes_on(platform, run):
+        await platform.until(lambda: _is_completed(platform, run))
+        cable.plug_in()
+        ending = await ended(platform, run)
+    assert (ending.status, ending.charged) == (TaskStatus.CANCELLED, 0)
+    assert ending.result["result_urls"] == []
+
+
+async def _is_completed(platform: Platform, run: Handle) -> bool:
+    return bool((await platform.progress(run))["status"] == TaskStatus.COMPLETED)
 
 
 # It is being given back

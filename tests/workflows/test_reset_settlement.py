@@ -13,6 +13,7 @@ from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
 from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, until_started
 from tests.workflows.platform import Handle, Platform
+from tests.workflows.reset_scenarios import POLICY, RENEWED, work_goes_on
 from tests.workflows.resets import points_of, reset
 
 pytestmark = pytest.mark.on_both_profiles
@@ -53,6 +54,28 @@ async def reset_to_its_start(platform: Platform, handle: Handle, *, holds: int) 
     return run
 
 
+async def test_a_training_that_is_reset_to_before_its_hold_was_renewed_is_charged_once(
+    patient_platform: Platform,
+) -> None:
+    """Half the hold's life passed: the run knows the first hold, and the second is the one that is open."""
+    payer = await new_payer(patient_platform)
+    task = payer.training()
+    await patient_platform.simulators.admin.comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
+    handle = await patient_platform.start(task)
+    await until_started(patient_platform, handle)
+    await patient_platform.until_settled(handle)
+    before = (await points_of(patient_platform, handle))[-1]
+    await patient_platform.pass_time(handle, 1_810)
+    await patient_platform.until(lambda: has_kinds(patient_platform, handle, *RENEWED))
+    run = await reset(patient_platform, handle, before)
+    await patient_platform.until_settled(run)
+    job = await patient_platform.job(run)
+    await patient_platform.simulators.admin.comfyui.act(job.run_id, "finish")
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120)
+    assert (await kinds_of(patient_platform, handle)).count("commit") == 1
+
+
 @pytest.mark.parametrize("answer", ["500", "lost"])
 async def test_a_commit_that_acted_after_a_reset_is_not_charged_again(patient_platform: Platform, answer: str) -> None:
     """The ledger shows the cancel of the earlier hold, and not yet the commit of the other: that is no proof."""
@@ -78,6 +101,28 @@ async def test_a_commit_that_acted_after_a_reset_is_not_charged_again(patient_pl
     ending = await ended(patient_platform, run)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
     assert await kinds_of(patient_platform, handle) == [*HELD_AGAIN, "commit"]
+
+
+async def test_work_that_costs_nothing_is_not_handed_out_where_an_earlier_life_was_cancelled(
+    quick_platform: Platform,
+) -> None:
+    """Nothing is committed for it, so no call to the credits service says that the task has ended."""
+    quick_platform.policy |= POLICY
+    payer = await new_payer(quick_platform)
+    task = payer.image()
+    comfyui = quick_platform.simulators.admin.comfyui
+    await comfyui.fault("not_offered", route="cancel_job", tenant_id=payer.tenant_id)
+    free: dict[str, Any] = {"fields": {"actual_cost": 0}}
+    await comfyui.fault("job_lie", route="submit_job", task_id=task["task_id"], at=0, **free)
+    handle = await standing(quick_platform, task)
+    waiting = (await points_of(quick_platform, handle))[-1]
+    await quick_platform.cancel(handle)
+    await handle.result()
+    run = await reset(quick_platform, handle, waiting, forgets_messages=True)
+    async with work_goes_on(quick_platform, run):
+        ending = await ended(quick_platform, run)
+    assert (ending.status, ending.charged) == (TaskStatus.CANCELLED, 0)
+    assert ending.result["result_urls"] == []
 
 
 async def _is_cancelled(platform: Platform, handle: Handle, *, place: int) -> bool:

@@ -285,6 +285,33 @@ async def test_a_ledger_by_reason_that_lags_never_passes_a_commit_off_as_given_b
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 120, [])
 
 
+async def test_the_cancel_of_a_hold_that_was_not_found_never_passes_a_commit_off_as_given_back(
+    patient_platform: Platform,
+) -> None:
+    """The old hold's cancel acted and was answered `not found`: its entry is not taken for the new hold's end."""
+    payer = await new_payer(patient_platform)
+    credits = patient_platform.simulators.admin.credits
+    await tells_reasons_alone(payer)
+    not_found = {"detail": {"code": "40401", "message": "pre_deduct_not_found"}}
+    refused = {"route": "cancel_hold", "tenant_id": payer.tenant_id, "status": 404, "body": not_found}
+    await credits.fault("answer", **refused, when="after")
+    await credits.fault("drop", route="commit", tenant_id=payer.tenant_id)
+    task = payer.training()
+    await patient_platform.simulators.admin.comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
+    handle = await patient_platform.start(task)
+    await until_started(patient_platform, handle)
+    await patient_platform.pass_time(handle, 1_810)
+    await patient_platform.until(lambda: has_kinds(patient_platform, handle, "pre_deduct", "pre_deduct", "cancel"))
+    await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=400)
+    await patient_platform.pass_time(handle, 410)
+    await delivered(patient_platform, handle)
+    await patient_platform.pass_time(handle, 300)
+    assert await kinds_of(patient_platform, handle) == ["pre_deduct", "pre_deduct", "cancel", "commit"]
+    await patient_platform.pass_time(handle, 250)
+    ending = await ended(patient_platform, handle, exempt={"points_in_events"})
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 120, [])
+
+
 @pytest.mark.parametrize("told", [5, 0, 500])
 @pytest.mark.parametrize("ledger", ["by kind", "by reason"])
 async def test_a_commit_answered_with_another_amount_is_looked_up(
@@ -367,6 +394,28 @@ async def test_an_unanswered_charge_waits_for_the_ledger_where_no_keys_are_kept(
     ending = await ended(patient_platform, handle)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
     assert await kinds_of(patient_platform, handle) == ["pre_deduct", "cancel", "charge"]
+
+
+async def test_an_unanswered_charge_is_not_repeated_where_the_ledger_lacks_the_commit_before_it(
+    patient_platform: Platform,
+) -> None:
+    """120 points are committed and 120 charged; ten minutes later the ledger shows the hold alone."""
+    payer = await new_payer(patient_platform)
+    await tells_reasons_alone(payer)
+    patient_platform.policy["charge_shortfall"] = True
+    credits = patient_platform.simulators.admin.credits
+    await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=800)
+    lost = await credits.fault("drop", route="charge", tenant_id=payer.tenant_id)
+    handle = await start_telling(patient_platform, payer.training(), gpu_hours_used=3)
+    await until_started(patient_platform, handle)
+    await patient_platform.pass_time(handle, 400)
+    await patient_platform.pass_time(handle, 400)
+    await delivered(patient_platform, handle)
+    await patient_platform.until_hit("charge", lost)
+    await patient_platform.pass_time(handle, 650)
+    ending = await ended(patient_platform, handle)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 240, ["settlement_unknown"])
+    assert await kinds_of(patient_platform, handle) == ["pre_deduct", "commit", "charge"]
 
 
 # What cannot be learned
