@@ -9,6 +9,7 @@ from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
+import structlog
 from temporalio.client import Client
 from temporalio.common import SearchAttributeKey
 
@@ -44,6 +45,8 @@ from gateway.task_bodies import (
 from gateway.temporal_calls import RunMissing, bounded, described, updated
 from runtime.caller_tokens import Caller
 from store import CursorInvalid, StoreUnavailable, TaskStore
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 MAX_EXCEPTIONS: Final = 100
@@ -112,7 +115,7 @@ class Tasks:
         return TaskDetail(**view.model_dump(), exceptions=exceptions)
 
     async def page(self, caller: Caller, filters: TaskFilters) -> TaskList:
-        """The tenant's tasks, newest first."""
+        """The tenant's tasks, newest first. One whose row this process cannot read is left out, and logged."""
         page = await _stored(
             self._store.tasks(
                 tenant_id=caller.tenant_id,
@@ -122,6 +125,8 @@ class Tasks:
                 limit=filters.limit,
             )
         )
+        for row in page.unreadable:
+            log.warning("row_not_listed", task_id=row.task_id, reason=row.reason)
         return TaskList(tasks=[TaskView.of_row(row) for row in page.tasks], cursor=page.cursor)
 
     async def events(self, caller: Caller, task_id: str, query: EventsQuery) -> list[TaskEvent]:

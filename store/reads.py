@@ -53,8 +53,11 @@ async def task_list(
     scene: Scene | None,
     after: tuple[datetime, str] | None,
     limit: int,
-) -> list[TaskRow]:
-    """Newest first. `after` is the creation time and id of the last task of the page before."""
+) -> list[TaskRow | UnreadableRow]:
+    """Newest first. `after` is the creation time and id of the last task of the page before.
+
+    An unreadable row hides none of the others.
+    """
     statement = select(tasks).order_by(tasks.c.created_at.desc(), tasks.c.task_id.desc()).limit(limit)
     if tenant_id is not None:
         statement = statement.where(tasks.c.tenant_id == tenant_id)
@@ -64,16 +67,13 @@ async def task_list(
         statement = statement.where(tasks.c.scene == scene)
     if after is not None:
         statement = statement.where(tuple_(tasks.c.created_at, tasks.c.task_id) < tuple_(*after))
-    return [_task_row(row) for row in await connection.execute(statement)]
+    return [_row_if_readable(row) for row in await connection.execute(statement)]
 
 
 async def open_tasks(
     connection: AsyncConnection, *, quiet_for: timedelta, after: tuple[datetime, str] | None, limit: int
 ) -> list[TaskRow | UnreadableRow]:
-    """Tasks without an end and without a recent write; oldest first, `after` as in `task_list`.
-
-    An unreadable row hides none of the others.
-    """
+    """Tasks without an end and without a recent write; oldest first. `after` and unreadable rows as in `task_list`."""
     statement = (
         select(tasks)
         .where(tasks.c.ended_at.is_(None), tasks.c.updated_at <= func.now() - quiet_for)

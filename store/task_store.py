@@ -37,14 +37,7 @@ Made = Literal["hold", "job"]
 
 
 class TaskPage(OwnModel):
-    """Tasks in order; `cursor` leads to the next page, None at the end."""
-
-    tasks: list[TaskRow]
-    cursor: str | None = None
-
-
-class OpenTasks(OwnModel):
-    """Open tasks in order, unreadable ones apart; `cursor` as in `TaskPage`."""
+    """Tasks in order, unreadable ones apart; `cursor` leads to the next page, None at the end."""
 
     tasks: list[TaskRow]
     unreadable: list[UnreadableRow] = []
@@ -179,7 +172,7 @@ class TaskStore:
         )
         return _page(rows, limit)
 
-    async def open_tasks(self, *, quiet_for: timedelta, cursor: str | None = None, limit: int = 50) -> OpenTasks:
+    async def open_tasks(self, *, quiet_for: timedelta, cursor: str | None = None, limit: int = 50) -> TaskPage:
         """One page of the tasks that have not ended and had no write for `quiet_for`; oldest first.
 
         Raises CursorInvalid.
@@ -190,12 +183,7 @@ class TaskStore:
             lambda connection: reads.open_tasks(connection, quiet_for=quiet_for, after=place, limit=limit + 1),
             doing="listing open tasks",
         )
-        page, following = rows[:limit], _cursor_after(rows, limit)
-        return OpenTasks(
-            tasks=[row for row in page if isinstance(row, TaskRow)],
-            unreadable=[row for row in page if isinstance(row, UnreadableRow)],
-            cursor=following,
-        )
+        return _page(rows, limit)
 
     async def events(self, task_id: str, *, after: str | None = None, limit: int = MAX_PAGE) -> list[TaskEvent]:
         """A task's events after a cursor, in order of `seq`. Raises CursorInvalid."""
@@ -315,9 +303,14 @@ class TaskStore:
         await self._database.read(lambda connection: connection.execute(upkeep.ALIVE), doing="checking that it answers")
 
 
-def _page(rows: list[TaskRow], limit: int) -> TaskPage:
+def _page(rows: Sequence[TaskRow | UnreadableRow], limit: int) -> TaskPage:
     """A page of rows. `rows` may have one more than `limit`: then there is a next page."""
-    return TaskPage(tasks=rows[:limit], cursor=_cursor_after(rows, limit))
+    page = rows[:limit]
+    return TaskPage(
+        tasks=[row for row in page if isinstance(row, TaskRow)],
+        unreadable=[row for row in page if isinstance(row, UnreadableRow)],
+        cursor=_cursor_after(rows, limit),
+    )
 
 
 def _cursor_after(rows: Sequence[TaskRow | UnreadableRow], limit: int) -> str | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
+import asyncpg
 import pytest
 
 from tests.conftest import unique
 from tests.gateway.conftest import DEMO_TOKEN, OTHER_TOKEN, Api
 from tests.gateway.serving import eventually, token_for
+from tests.store.facts import NOON, claim_of, new_task_id
 
 
 def image(**fields: Any) -> dict[str, Any]:
@@ -122,6 +125,27 @@ async def test_the_list_is_the_tenants_own_newest_first_with_filters_and_pages(a
     assert (await api.call("GET", "?status=completed", token=token)).json()["tasks"] == []
     exceptions = (await api.call("GET", f"/{ids[0]}", token=token)).json()["exceptions"]
     assert [record["key"] for record in exceptions] == ["end"]
+
+
+async def test_a_task_whose_row_cannot_be_read_hides_no_other_from_the_list(api: Api, postgres_dsn: str) -> None:
+    """A newer gateway may know a status that this one does not."""
+    tenant = unique("tenant")
+    token = token_for(tenant, "user-a")
+    older, unreadable, newer = (new_task_id() for _ in range(3))
+    for number, task_id in enumerate((older, unreadable, newer)):
+        at = NOON + timedelta(seconds=number)
+        await api.platform.store.claim(claim_of(task_id, tenant_id=tenant, at=at))
+    connection = await asyncpg.connect(postgres_dsn)
+    await connection.execute("UPDATE tasks SET status = 'archived' WHERE task_id = $1", unreadable)
+    await connection.close()
+
+    listed = await api.call("GET", "", token=token)
+    first = (await api.call("GET", "?limit=2", token=token)).json()
+    rest = (await api.call("GET", f"?limit=2&cursor={first['cursor']}", token=token)).json()
+
+    assert listed.status_code == 200
+    assert [task["task_id"] for task in listed.json()["tasks"]] == [newer, older]
+    assert [task["task_id"] for task in first["tasks"] + rest["tasks"]] == [newer, older]
 
 
 async def test_a_cancelled_task_is_charged_nothing_and_one_that_is_over_is_too_late(api: Api) -> None:
