@@ -22,7 +22,7 @@ from tests.conftest import unique
 WHO = ("--tenant", "tenant-a", "--user", "ann")
 
 
-async def test_bad_input_is_told_field_by_field_and_nothing_is_started() -> None:
+async def test_bad_input_is_reported_field_by_field_and_nothing_is_started() -> None:
     image = await run_command("generate", "a cat", *WHO, "--resolution", "8k", "--max-credits", "0", "--task-id", "a b")
     training = await run_command("train", "--tenant", "tenant-a", "--epochs", "0", "--set", "optimizer=adam")
     script = await run_command("generate", "secret words", "--user", "ann", "--json")
@@ -151,7 +151,7 @@ async def test_the_local_stack_names_server_queue_and_user(opened: Connection, t
 
 
 @pytest.mark.parametrize("command", ["generate", "train", "watch", "show", "list", "cancel", "confirm"])
-def test_every_command_teaches_by_example(command: str) -> None:
+def test_every_commands_help_has_an_example(command: str) -> None:
     help_text = CliRunner().invoke(app, [command, "--help"]).output
     assert f"comfyui-tasks {command}" in help_text
     assert "Exit codes:" in help_text

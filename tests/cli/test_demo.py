@@ -91,7 +91,7 @@ async def test_the_demo_fails_where_a_task_does(
     assert "model_missing" in told
 
 
-async def test_the_books_are_found_wrong_where_a_task_tells_another_charge(
+async def test_the_books_check_fails_where_a_task_reports_another_charge(
     whole: Platform, stack: StackDescription, real: Connection
 ) -> None:
     started = await real.tasks.start(ImageTask.model_validate(whole.image()))

@@ -75,7 +75,7 @@ async def test_only_the_short_retention_of_this_server_is_wrong(opened: Connecti
     assert await admin.credits.holds() == []
 
 
-async def test_the_reconcilers_schedule_is_told_of(opened: Connection, simulators: Simulators) -> None:
+async def test_the_reconcilers_schedule_is_reported(opened: Connection, simulators: Simulators) -> None:
     settings = Settings(_env_file=None, task_queue=opened.task_queue)
     await ensure_reconciler(opened.client, settings)
     schedule = opened.client.get_schedule_handle(reconcile_id_of(opened.task_queue))
@@ -89,7 +89,7 @@ async def test_the_reconcilers_schedule_is_told_of(opened: Connection, simulator
         await schedule.delete()
 
 
-async def test_a_namespace_without_search_attributes_and_worker_is_told_how_to_get_them(
+async def test_missing_search_attributes_and_worker_are_reported_with_the_fix(
     opened: Connection, simulators: Simulators, kept_namespace: str
 ) -> None:
     _, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_TEMPORAL_NAMESPACE=kept_namespace)
@@ -105,7 +105,7 @@ async def test_an_unknown_namespace_is_named(opened: Connection, simulators: Sim
     assert "temporal operator namespace create --namespace nowhere" in findings["namespace"].advice
 
 
-async def test_parties_that_are_away_are_each_named(
+async def test_unreachable_services_are_each_named(
     opened: Connection, simulators: Simulators, unused_tcp_port: int
 ) -> None:
     away = f"http://127.0.0.1:{unused_tcp_port}"
@@ -118,7 +118,7 @@ async def test_parties_that_are_away_are_each_named(
     assert away in findings["credits: balance"].says
 
 
-async def test_a_token_that_is_not_taken_is_told(opened: Connection, simulators: Simulators) -> None:
+async def test_a_rejected_token_is_reported(opened: Connection, simulators: Simulators) -> None:
     _, findings = await examined(
         opened, simulators, COMFYUI_TEMPORAL_TOKEN_SECRET="another-secret-of-32-bytes-at-least"
     )
@@ -202,7 +202,7 @@ async def test_the_task_store_and_what_could_not_be_looked_at_are_shown(
     await store.close()
 
 
-async def test_give_backs_that_could_not_be_started_are_told_of(
+async def test_give_backs_that_could_not_be_started_are_reported(
     opened: Connection, simulators: Simulators, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def last(*_: object) -> ReconcileResult:

@@ -114,7 +114,7 @@ async def _any(seen: Seen) -> bool:
 @pytest.mark.parametrize(
     "gateway", [GatewayAccess("http://127.0.0.1:9", token="any"), GatewayAccess("", token="nonsense")]
 )
-async def test_without_gateway_or_right_the_task_is_asked_by_query(
+async def test_without_gateway_or_permission_the_task_is_queried(
     whole: Platform, opened: Connection, gateway: GatewayAccess
 ) -> None:
     known = replace(gateway, url=gateway.url or whole.gateway_url)

@@ -17,7 +17,7 @@ def test_an_unknown_settlement_names_no_points_that_were_charged() -> None:
     assert told["settlement"].startswith("unknown")
 
 
-def test_a_known_settlement_is_told_in_one_line() -> None:
+def test_a_known_settlement_is_shown_in_one_line() -> None:
     settled = CreditsSummary(held=24, charged=20, returned=4, settlement=SettlementState.SETTLED)
     assert dict(credit_lines(settled)) == {"points": "estimated 0, held 24, charged 20, returned 4"}
 

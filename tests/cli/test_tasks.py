@@ -45,7 +45,7 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -
             await asyncio.sleep(0.05)
 
 
-async def test_following_tells_each_change_and_the_end(opened: Connection) -> None:
+async def test_following_reports_each_change_and_the_end(opened: Connection) -> None:
     started = await opened.tasks.start(image_task())
     seen = Seen()
     following = asyncio.create_task(follow(opened, started.task_id, seen))
@@ -86,7 +86,7 @@ async def test_a_cancel_ends_the_task_and_a_second_comes_too_late(opened: Connec
 
 
 @pytest.mark.parametrize(("end", "status"), [("cancel", TaskStatus.CANCELLED), ("terminate", TaskStatus.FAILED)])
-async def test_a_run_ended_in_temporal_is_told_as_such(opened: Connection, end: str, status: TaskStatus) -> None:
+async def test_a_run_ended_in_temporal_is_reported_as_such(opened: Connection, end: str, status: TaskStatus) -> None:
     started = await opened.tasks.start(image_task())
     await getattr(handle_of(opened, started), end)()
     outcome = await follow(opened, started.task_id, Seen())

@@ -99,7 +99,7 @@ async def test_postgresql_away_is_retried_with_a_sentence(without_postgresql: Ta
         assert "secret-word" not in failure.value.message
 
 
-async def test_while_postgresql_hangs_local_tries_fail_at_once_and_visible_ones_go_through() -> None:
+async def test_while_postgresql_hangs_local_tries_fail_immediately_and_visible_ones_go_through() -> None:
     async def says_nothing(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await asyncio.sleep(30)

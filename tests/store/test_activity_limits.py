@@ -94,7 +94,7 @@ async def test_a_claim_is_made_for_the_run_that_the_activity_belongs_to() -> Non
     assert outcome.earlier_life is None
 
 
-async def test_an_earlier_life_is_told_with_the_claim() -> None:
+async def test_an_earlier_life_is_reported_with_the_claim() -> None:
     store = NotedStore(life=EarlierLife(lives=1))
 
     assert (await run(store, "claim", CLAIM)).earlier_life == EarlierLife(lives=1)

@@ -47,7 +47,7 @@ async def running(listener: EventListener) -> AsyncIterator[None]:
             await task
 
 
-async def test_each_write_is_told_with_its_newest_seq(task_store: TaskStore) -> None:
+async def test_each_write_is_notified_with_its_newest_seq(task_store: TaskStore) -> None:
     heard = Heard()
     async with running(task_store.listener(written=heard.told, resumed=heard.resumed)):
         await eventually(lambda: heard.has_resumed(1))
@@ -76,7 +76,7 @@ async def test_a_driver_that_confuses_itself_ends_no_listener(
 
 
 @pytest.mark.parametrize("fault", ["pull", "hang"])
-async def test_a_lost_connection_is_noticed_and_made_anew(task_store: TaskStore, postgres_dsn: str, fault: str) -> None:
+async def test_a_lost_connection_is_noticed_and_reopened(task_store: TaskStore, postgres_dsn: str, fault: str) -> None:
     url = make_url(postgres_dsn)
     socket = f"{url.query['host']}/.s.PGSQL.5432"
     heard = Heard()
@@ -110,7 +110,7 @@ async def test_the_events_of_many_tasks_come_after_each_ones_own_position(task_s
     assert found[0] in await task_store.events(found[0].task_id)
 
 
-async def test_heads_tell_how_far_tasks_have_come(task_store: TaskStore) -> None:
+async def test_heads_show_how_far_tasks_have_come(task_store: TaskStore) -> None:
     tenant = unique("tenant")
     running_id, ended_id = new_task_id(), new_task_id()
     for task_id in (running_id, ended_id):

@@ -118,7 +118,7 @@ async def test_a_locked_task_costs_no_more_than_the_statement_timeout(task_store
     assert [event.seq for event in await task_store.events(locked)] == [1, 2]
 
 
-async def test_missing_tables_are_told_with_the_command_that_makes_them(new_database: NewDatabase) -> None:
+async def test_missing_tables_are_reported_with_the_command_that_creates_them(new_database: NewDatabase) -> None:
     store = TaskStore(await new_database(migrated=False))
     with pytest.raises(StoreUnavailable, match="python -m store migrate"):
         await store.claim(claim_of(new_task_id()))

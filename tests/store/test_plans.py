@@ -94,7 +94,7 @@ async def test_a_page_begins_at_its_cursor(filled: Filled, filters: dict[str, An
     await check_served(filled, lambda store: store.tasks(tenant_id="tenant-7", cursor=page.cursor, limit=5, **filters))
 
 
-async def test_the_queues_and_the_purge_look_at_what_they_tell_of_only(filled: Filled) -> None:
+async def test_the_queues_and_the_purge_read_only_the_rows_they_report(filled: Filled) -> None:
     await check_served(filled, lambda store: store.queue_states())
     await check_served(filled, lambda store: store.open_tasks(quiet_for=timedelta(minutes=1), limit=5))
     await check_served(filled, lambda store: store.purge(datetime.now(UTC) - timedelta(days=1)))

@@ -115,6 +115,6 @@ async def test_log_lines_are_numbered_in_order_of_arrival_and_kept_once(task_sto
     assert await task_store.training_log(task_id, after_position=3) == log[3:]
 
 
-async def test_log_lines_of_a_task_nobody_claimed_are_refused(task_store: TaskStore) -> None:
+async def test_log_lines_of_an_unclaimed_task_are_refused(task_store: TaskStore) -> None:
     with pytest.raises(TaskUnknown):
         await task_store.write_log("nobody", [])

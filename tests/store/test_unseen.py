@@ -48,7 +48,7 @@ async def test_a_store_is_bound_once_and_to_another_namespace_only_by_hand(new_d
     await store.close()
 
 
-def test_two_namespaces_of_one_name_are_told_apart_by_their_ids() -> None:
+def test_two_namespaces_of_one_name_are_distinguished_by_their_ids() -> None:
     by_name, first, second = (StoreHome(namespace="default", namespace_id=id_) for id_ in (None, "1", "2"))
     assert by_name.is_same(first) and first.is_same(by_name) and first.is_same(first)
     assert not first.is_same(second)

@@ -61,7 +61,7 @@ def test_nothing_is_purged_before_30_days() -> None:
         Settings(_env_file=None, retention_days=29)
 
 
-async def test_the_queues_are_told_by_priority(new_database: NewDatabase) -> None:
+async def test_the_queues_are_reported_by_priority(new_database: NewDatabase) -> None:
     store = TaskStore(await new_database())
     ago = datetime.now(UTC) - timedelta(minutes=10)
     for _ in range(2):

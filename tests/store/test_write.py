@@ -207,7 +207,7 @@ async def test_concurrent_writers_leave_one_gapless_history(task_store: TaskStor
     assert (row.version, row.attempts, row.last_seq) == (12, 12, len(events))
 
 
-async def test_progress_never_goes_back_behind_what_was_told_of_an_attempt_and_stage(task_store: TaskStore) -> None:
+async def test_progress_within_an_attempt_and_stage_never_goes_back(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     there: dict[str, Any] = {"stage": "processing", "progress": 66.0}
     await task_store.write(write_of(task_id, told("j:3", **there), version=8, attempts=1, **there))
@@ -223,7 +223,7 @@ async def test_progress_never_goes_back_behind_what_was_told_of_an_attempt_and_s
     assert (row.stage, row.progress) == ("delivery", 10.0)
 
 
-async def test_the_end_is_written_to_the_row_also_by_a_run_that_was_thrown_back(task_store: TaskStore) -> None:
+async def test_the_end_is_written_to_the_row_also_by_a_run_that_was_reset(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     await task_store.write(write_of(task_id, told("j:3"), version=8))
     await task_store.write(write_of(task_id, end(status=TaskStatus.FAILED), version=5, status=TaskStatus.FAILED))

@@ -136,7 +136,7 @@ async def test_heartbeats_come_while_nothing_happens(task_store: TaskStore, writ
     assert reader.seqs(task_id) == [1]
 
 
-async def test_a_draining_process_sends_its_streams_away_and_another_goes_on(
+async def test_a_draining_process_closes_its_streams_and_another_goes_on(
     streams: Streams, task_store: TaskStore, writer: Writer
 ) -> None:
     task_id = await writer.begun()
@@ -163,7 +163,7 @@ async def test_streams_leave_nothing_behind(task_store: TaskStore, writer: Write
         await comes_true(lambda: streams.hub.open_streams.total() == 0 and streams.hub.watched_tasks == 0)
 
 
-async def test_many_streams_of_many_tasks_each_hear_their_own(streams: Streams, writer: Writer) -> None:
+async def test_many_streams_of_many_tasks_each_get_their_own_events(streams: Streams, writer: Writer) -> None:
     task_ids = [await writer.begun() for _ in range(40)]
     readers = {}
     async with asyncio.TaskGroup() as group:

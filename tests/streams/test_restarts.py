@@ -58,7 +58,7 @@ async def test_a_client_of_a_killed_gateway_goes_on_at_another_without_loss_or_r
     assert reader.seqs(task_id) + other.seqs(task_id) == list(range(1, 303))
 
 
-async def test_a_gateway_that_is_told_to_end_sends_its_streams_away_and_ends(
+async def test_a_terminated_gateway_closes_its_streams_and_ends(
     temporal_env: WorkflowEnvironment, writer: Writer, postgres_dsn: str
 ) -> None:
     task_id = await writer.begun()

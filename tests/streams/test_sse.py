@@ -170,7 +170,7 @@ async def test_what_cannot_be_streamed_is_a_problem(streams: Streams, query: str
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-async def test_a_strangers_task_is_unknown_alone_and_among_ones_own(streams: Streams, writer: Writer) -> None:
+async def test_another_tenants_task_is_unknown_alone_and_among_ones_own(streams: Streams, writer: Writer) -> None:
     own = await writer.begun()
     foreign = await Writer(writer.store, unique("tenant")).begun()
     assert await streams.status(writer.tenant_id, f"task_id={foreign}") == 404

@@ -29,7 +29,7 @@ async def close_code(socket: ClientConnection) -> int | None:
     return socket.close_code
 
 
-async def test_history_then_news_then_a_normal_close(streams: Streams, writer: Writer) -> None:
+async def test_history_then_new_events_then_a_normal_close(streams: Streams, writer: Writer) -> None:
     task_id = await writer.begun()
     await writer.tell(task_id)
     async with dialled(streams, writer.tenant_id, f"task_id={task_id}") as socket:

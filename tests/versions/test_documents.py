@@ -60,7 +60,7 @@ def test_what_an_older_version_hands_on_is_read_and_nothing_of_it_is_lost(record
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_fields_that_nobody_knows_are_kept_at_every_depth(name: str) -> None:
+def test_unknown_fields_are_kept_at_every_depth(name: str) -> None:
     document = with_new_fields(HANDED_ON[name].model_validate(fullest(HANDED_ON[name])))
     if name == "left-behind":
         del document[NEW_FIELD]  # may hold money: see below
@@ -73,7 +73,7 @@ def test_fields_that_nobody_knows_are_kept_at_every_depth(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HANDED_ON)
-def test_a_word_that_this_version_does_not_know_is_never_taken_for_another(name: str) -> None:
+def test_an_unknown_enum_value_is_never_taken_for_another(name: str) -> None:
     """It cannot be read: in a run that fails the workflow task, in an activity it is tried again elsewhere."""
     model = HANDED_ON[name].model_validate(fullest(HANDED_ON[name]))
     for path in words_of(model):
@@ -98,7 +98,7 @@ def test_a_caller_is_still_read_strictly() -> None:
     assert CallerModel.model_config["extra"] == "forbid"
 
 
-def test_what_a_newer_worker_found_besides_may_hold_money_and_is_not_passed_over() -> None:
+def test_an_unknown_field_of_orphans_may_hold_money_and_is_refused() -> None:
     document = fullest(Orphans)
     nothings: list[Any] = [None, [], {}, False, 0, ""]
     for nothing in nothings:
@@ -126,12 +126,12 @@ async def test_a_call_that_cannot_be_read_stops_the_give_back(call: str) -> None
         await new_reading().take(scheduled(call, {"call_for": 1}))
 
 
-async def test_a_call_that_nobody_knows_stops_the_give_back() -> None:
+async def test_an_unknown_call_stops_the_give_back() -> None:
     with pytest.raises(NotReadHere, match="hold_two_at_once is not known here"):
         await new_reading().take(scheduled("hold_two_at_once", {}))
 
 
-async def test_what_cannot_be_read_of_a_carried_state_stops_the_give_back() -> None:
+async def test_an_unreadable_continuation_stops_the_give_back() -> None:
     document = fullest(HANDED_ON["image-run"])
     at(document, ("carried", "hold", "asked", 0))["n"] = "the second"
     event = HistoryEvent(event_id=1, event_type=Happened.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED)

@@ -43,7 +43,9 @@ def for_both(codes: list[tuple[str, bool]]) -> pytest.MarkDecorator:
 
 
 @for_both(RETRIED)
-async def test_a_job_that_may_be_retried_is(brisk_platform: Platform, kind: str, code: str, retryable: bool) -> None:
+async def test_a_job_that_may_be_retried_is_retried(
+    brisk_platform: Platform, kind: str, code: str, retryable: bool
+) -> None:
     handle = await start_failing(brisk_platform, kind, code=code, retryable=retryable)
     ending = await ended(brisk_platform, handle)
     assert ending.status is TaskStatus.COMPLETED
@@ -54,7 +56,7 @@ async def test_a_job_that_may_be_retried_is(brisk_platform: Platform, kind: str,
 
 
 @for_both(NOT_RETRIED)
-async def test_a_job_that_may_not_be_retried_fails_the_task_at_once(
+async def test_a_job_that_may_not_be_retried_fails_the_task_immediately(
     brisk_platform: Platform, kind: str, code: str, retryable: bool
 ) -> None:
     handle = await start_failing(

@@ -139,7 +139,7 @@ async def test_a_training_survives_the_same(direct_platform: Platform) -> None:
 
 
 @pytest.mark.parametrize("sign", [b"\\ud800", b"\\u0000"], ids=["lone surrogate", "NUL"])
-async def test_unclean_text_in_a_message_is_mended(direct_platform: Platform, sign: bytes) -> None:
+async def test_invalid_text_in_a_message_is_repaired(direct_platform: Platform, sign: bytes) -> None:
     handle, job_id = await start_held(direct_platform)
     body = json.dumps(delivery(job_id, result_urls=[], error_details={"code": "node_error", "message": "SIGN"}))
     await handle.signal(CALLBACK_SIGNAL, raw(body.encode().replace(b"SIGN", sign)))
@@ -171,7 +171,7 @@ BEYOND_MEASURE: list[dict[str, Any]] = [
 """Values that JSON can hold and PostgreSQL, UTC or a timer cannot."""
 
 
-async def test_values_beyond_measure_cost_an_image_no_event(direct_platform: Platform) -> None:
+async def test_out_of_range_values_cost_an_image_no_event(direct_platform: Platform) -> None:
     handle, job_id = await start_held(direct_platform)
     for sequence, fields in enumerate(BEYOND_MEASURE, start=1):
         status = "queued" if sequence % 2 else "processing"
@@ -186,7 +186,7 @@ async def is_written(platform: Platform, handle: Handle, stage: str) -> bool:
     return row is not None and row.stage == stage and (await platform.store.events(row.task_id))[-1].stage == stage
 
 
-async def test_values_beyond_measure_cost_a_training_no_event(direct_platform: Platform) -> None:
+async def test_out_of_range_values_cost_a_training_no_event(direct_platform: Platform) -> None:
     handle = await direct_platform.start_training()
     await direct_platform.until_held(task_id_of(handle))
     training_id = (await direct_platform.job(handle)).run_id
@@ -217,7 +217,7 @@ async def test_a_burst_of_300_in_any_order_ends_where_the_newest_says(direct_pla
     assert len(ending.events) < 30, "progress is told at most once a second"
 
 
-async def test_the_last_progress_of_a_burst_is_told_a_second_later_though_nothing_follows(
+async def test_the_last_progress_of_a_burst_is_published_a_second_later_even_if_nothing_follows(
     direct_platform: Platform,
 ) -> None:
     handle, job_id = await start_held(direct_platform)
@@ -307,7 +307,7 @@ async def test_messages_of_an_earlier_job_are_counted_and_never_applied(direct_p
     assert ending.result["attempts"] == 2
 
 
-async def test_a_failure_told_after_the_delivery_changes_nothing(direct_platform: Platform) -> None:
+async def test_a_failure_reported_after_the_delivery_changes_nothing(direct_platform: Platform) -> None:
     task = direct_platform.image()
     commit_fails = await direct_platform.simulators.admin.credits.fault(
         "error", route="commit", task_id=task["task_id"]
@@ -323,7 +323,7 @@ async def test_a_failure_told_after_the_delivery_changes_nothing(direct_platform
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
 
 
-async def test_a_message_after_the_end_finds_nobody_and_changes_nothing(direct_platform: Platform) -> None:
+async def test_a_message_after_the_end_finds_no_run_and_changes_nothing(direct_platform: Platform) -> None:
     handle, job_id = await start_held(direct_platform)
     before = await delivered(direct_platform, handle, job_id)
     with pytest.raises(RPCError) as nobody:

@@ -141,7 +141,7 @@ async def test_cancelled_while_a_call_is_retried_in_an_outage(working: Platform,
         await ended_cancelled(working, handle, way, outcomes)
 
 
-async def test_cancelled_while_the_gpus_are_asked_for(working: Platform) -> None:
+async def test_cancelled_while_the_gpu_list_is_requested(working: Platform) -> None:
     await working.simulators.admin.comfyui.fault("error", route="list_gpus", times=None)
     for way, handle in (await each_way(working, "training")).items():
         ending = await ended_cancelled(working, handle, way, await cancel(working, handle, way))

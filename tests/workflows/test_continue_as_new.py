@@ -357,7 +357,7 @@ async def test_a_run_continues_as_new_between_two_attempts(platform: Platform) -
     await assert_asked_once(platform, handle, submit_job=2, estimate=2)
 
 
-async def test_a_cancel_while_the_calls_of_a_long_run_hang_is_obeyed(platform: Platform) -> None:
+async def test_a_cancel_while_the_calls_of_a_long_run_hang_takes_effect(platform: Platform) -> None:
     task = platform.training()
     handle = await platform.start(task)
     training_id = await started(platform, handle)
@@ -443,7 +443,7 @@ async def ticks(platform: Platform, handle: Handle, job_id: str) -> None:
         await platform.callback(handle, job_id=job_id, job_status="processing", sequence=sequence)
 
 
-async def test_a_cancel_among_the_signals_that_make_a_run_long_is_obeyed(idle: Platform) -> None:
+async def test_a_cancel_among_the_signals_that_make_a_run_long_takes_effect(idle: Platform) -> None:
     """It comes before, among or after them, as an update or from Temporal; nothing else is left to end the task."""
     ways = [(way, when) for way in ("temporal", "update") for when in ("before", "among", "after")]
     async with idle.worker():

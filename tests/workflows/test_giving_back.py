@@ -53,7 +53,7 @@ async def test_a_cancel_whose_answer_is_lost_is_found_in_the_ledger(quick_platfo
 
 
 @pytest.mark.parametrize("by", ["update", "Temporal"])
-async def test_a_hold_that_was_committed_by_somebody_else_completes_the_task(quick_platform: Platform, by: str) -> None:
+async def test_a_hold_that_another_caller_committed_completes_the_task(quick_platform: Platform, by: str) -> None:
     """The run ends Completed, whichever way it was cancelled."""
     payer = await new_payer(quick_platform)
     task = payer.image()
@@ -171,7 +171,7 @@ async def test_a_hold_that_was_taken_twice_is_recorded_with_its_amount(
 
 
 @pytest.mark.by_contract("keys are kept")
-async def test_a_hold_that_was_asked_for_twice_and_taken_once_is_no_doubled_one(quick_platform: Platform) -> None:
+async def test_a_hold_that_was_requested_twice_and_taken_once_is_not_doubled(quick_platform: Platform) -> None:
     task = quick_platform.image()
     await quick_platform.simulators.admin.credits.fault("drop", route="pre_deduct", task_id=task["task_id"])
     ending = await ended(quick_platform, await quick_platform.start(task))

@@ -49,7 +49,7 @@ async def late_answer(platform: Platform, task: dict[str, Any], route: str) -> A
     return handle
 
 
-async def test_an_answer_that_leaves_a_hold_under_a_minute_is_cancelled_and_taken_anew(
+async def test_a_hold_with_under_a_minute_left_is_cancelled_and_taken_again(
     patient_platform: Platform,
 ) -> None:
     handle = await late_answer(patient_platform, patient_platform.training(), "create_training")

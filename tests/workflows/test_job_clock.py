@@ -126,7 +126,7 @@ def test_the_cap_of_the_policy_is_never_passed(monkeypatch: pytest.MonkeyPatch) 
     assert clock.in_minutes(clock.job.deadline()) == 20.0
 
 
-def test_what_was_carried_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_continued_run_goes_on_from_its_continuation(monkeypatch: pytest.MonkeyPatch) -> None:
     carried = ClockState(first_start=NOON, attempt_start=NOON, first_span_minutes=30.0, estimated_time=10.0)
     clock = Clock(monkeypatch, carried)
     clock.pass_minutes(5)

@@ -197,7 +197,7 @@ def test_a_message_that_names_its_task_or_none_is_taken(watched: Watched, named:
     assert watched.state.callbacks_refused == 0
 
 
-def test_a_full_inbox_keeps_the_newest_and_every_last_word(watched: Watched) -> None:
+def test_a_full_inbox_keeps_the_newest_and_every_final_message(watched: Watched) -> None:
     watched.watch.take(json.dumps(delivered(1)).encode())
     for sequence in range(2, MAX_INBOX + 3):
         watched.watch.take(json.dumps(said(sequence)).encode())
@@ -207,7 +207,7 @@ def test_a_full_inbox_keeps_the_newest_and_every_last_word(watched: Watched) -> 
     assert len(kept) == MAX_INBOX == 256
 
 
-def test_an_inbox_full_of_last_words_drops_the_oldest(watched: Watched) -> None:
+def test_an_inbox_full_of_final_messages_drops_the_oldest(watched: Watched) -> None:
     for sequence in range(MAX_INBOX + 1):
         watched.watch.take(json.dumps(delivered(sequence)).encode())
 
@@ -228,27 +228,27 @@ def test_what_comes_before_its_job_is_known_waits(monkeypatch: pytest.MonkeyPatc
 # What is applied
 
 
-def test_the_newest_wins_and_an_older_or_repeated_word_changes_nothing(watched: Watched) -> None:
+def test_the_newest_wins_and_an_older_or_repeated_message_changes_nothing(watched: Watched) -> None:
     watched.hear(said(2), said(1), said(2), said(5))
 
     assert watched.record.applied == [(2, True), (5, False)]
     assert watched.watch.newest is not None and watched.watch.newest.sequence == 5
 
 
-def test_after_a_last_word_nothing_counts(watched: Watched) -> None:
+def test_after_a_final_update_nothing_counts(watched: Watched) -> None:
     watched.hear(delivered(2), said(3, error_details={"code": "node_error", "message": "x"}))
 
     assert watched.record.applied == [(2, True)]
     assert watched.watch.newest is not None and watched.watch.newest.succeeded
 
 
-def test_only_a_change_of_stage_and_a_last_word_are_told_at_once(watched: Watched) -> None:
+def test_only_a_new_stage_and_a_final_update_are_published_immediately(watched: Watched) -> None:
     watched.hear(said(1, "queued"), said(2), said(3), delivered(4))
 
     assert watched.record.told == [(1, True), (2, True), (3, False), (4, True)]
 
 
-def test_a_last_word_within_a_stage_is_told_at_once(watched: Watched) -> None:
+def test_a_final_update_within_a_stage_is_published_immediately(watched: Watched) -> None:
     watched.hear(said(1), said(2, error_details={"code": "node_error", "message": "x"}))
 
     assert watched.record.told == [(1, True), (2, True)]
@@ -292,7 +292,7 @@ def test_a_new_job_begins_with_nothing_of_the_one_before(watched: Watched) -> No
 # When ComfyUI is asked
 
 
-def test_it_is_asked_after_a_silence_and_again_after_twice_that_up_to_a_limit(watched: Watched) -> None:
+def test_a_job_is_polled_after_a_silence_and_again_after_twice_that_up_to_a_limit(watched: Watched) -> None:
     silences = list[float | None]()
     for _ in range(4):
         silences.append(watched.due_in())
@@ -303,14 +303,14 @@ def test_it_is_asked_after_a_silence_and_again_after_twice_that_up_to_a_limit(wa
     assert watched.due_in() == 30.0
 
 
-def test_a_silence_counts_from_the_last_word(watched: Watched) -> None:
+def test_silence_counts_from_the_last_update(watched: Watched) -> None:
     watched.pass_seconds(20)
     watched.hear(said(1))
 
     assert watched.due_in() == 30.0
 
 
-def test_a_word_that_comes_while_a_poll_is_out_drops_no_poll(watched: Watched) -> None:
+def test_a_message_during_a_poll_drops_no_poll(watched: Watched) -> None:
     poll = watched.ask()
     watched.hear(said(1))
     poll.answer = Answer(reply=state(2))
@@ -347,7 +347,7 @@ def test_one_poll_at_a_time_of_the_current_job(watched: Watched) -> None:
     assert len(watched.polls.all) == 1
 
 
-def test_nothing_is_asked_before_there_is_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_polled_before_there_is_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch)
     assert watched.due_in() is None
 
@@ -364,7 +364,7 @@ def test_a_trainings_silence_counts_from_its_start(watched: Watched) -> None:
     assert watched.due_in() == 30.0
 
 
-def test_a_polls_answer_is_a_word_as_any_other(watched: Watched) -> None:
+def test_a_poll_is_applied_like_any_other_update(watched: Watched) -> None:
     watched.answered(Answer(reply=state(4)))
 
     assert watched.record.applied == [(4, True)]
@@ -372,7 +372,7 @@ def test_a_polls_answer_is_a_word_as_any_other(watched: Watched) -> None:
     assert watched.due_in() == 30.0
 
 
-def test_an_answer_that_tells_nothing_new_makes_the_next_silence_longer(watched: Watched) -> None:
+def test_a_poll_with_nothing_new_makes_the_next_silence_longer(watched: Watched) -> None:
     watched.hear(said(4))
     watched.answered(Answer(reply=state(4)))
 
@@ -424,7 +424,7 @@ def test_a_job_that_is_unknown_twice_ten_seconds_apart_is_lost(watched: Watched)
     assert (newest.sequence, newest.succeeded) == (3, False)
 
 
-def test_a_job_that_never_said_a_word_can_be_lost_too(watched: Watched) -> None:
+def test_a_job_that_never_sent_a_message_can_be_lost_too(watched: Watched) -> None:
     for _ in range(2):
         watched.answered(Answer(refusal=UNKNOWN))
 
@@ -433,7 +433,7 @@ def test_a_job_that_never_said_a_word_can_be_lost_too(watched: Watched) -> None:
     assert (newest.job_id, newest.sequence, newest.status) == ("j1", 0, TaskStatus.QUEUED)
 
 
-def test_a_word_in_between_shows_that_the_job_is_known(watched: Watched) -> None:
+def test_a_message_in_between_shows_that_the_job_is_known(watched: Watched) -> None:
     watched.answered(Answer(refusal=UNKNOWN))
     watched.hear(said(3))
     assert watched.due_in() == 30.0
@@ -460,7 +460,7 @@ def test_answers_that_stay_unreadable_for_a_quarter_of_an_hour_end_the_job(watch
 
 
 @pytest.mark.parametrize("heals_by", ["a poll", "a callback", "another job"])
-def test_an_answer_that_can_be_read_begins_the_count_anew(watched: Watched, heals_by: str) -> None:
+def test_a_readable_answer_restarts_the_count(watched: Watched, heals_by: str) -> None:
     watched.answered(UNREADABLE)
     if heals_by == "a poll":
         watched.answered(Answer())
@@ -485,7 +485,7 @@ def test_a_poll_that_was_cancelled_says_nothing(watched: Watched) -> None:
     assert watched.state.unreadable == ""
 
 
-def test_what_was_carried_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_continued_run_goes_on_from_its_continuation(monkeypatch: pytest.MonkeyPatch) -> None:
     carried = WatchState(current="j1", last_news_at=NOON - timedelta(seconds=10), silence_seconds=60.0)
     watched = Watched(monkeypatch, carried)
 

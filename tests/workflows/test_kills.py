@@ -204,7 +204,7 @@ async def test_what_happens_while_the_worker_is_dead_counts_when_it_is_back(
     assert endings[3].charged == 120 + 2 * 60
 
 
-async def test_a_worker_told_to_stop_during_a_submit_leaves_the_same_job(
+async def test_a_worker_stopped_during_a_submit_leaves_the_same_job(
     bare_platform: Platform, worker: WorkerProcess
 ) -> None:
     task = bare_platform.image()

@@ -240,7 +240,7 @@ async def is_created(platform: Platform, handle: Handle) -> bool:
     return bool((await platform.progress(handle))["confirmation"])
 
 
-async def test_the_memo_is_the_inputs_hash_whoever_started_the_run(quick_platform: Platform) -> None:
+async def test_the_memo_is_the_inputs_hash_for_every_starter(quick_platform: Platform) -> None:
     task = quick_platform.image(extras={"seed": 7})
     handle = await quick_platform.start(task)
     await ended(quick_platform, handle)
@@ -265,7 +265,7 @@ async def details(handle: Handle) -> dict[str, str]:
     return shown
 
 
-async def test_the_details_tell_where_a_task_stands(direct_platform: Platform) -> None:
+async def test_the_details_show_where_a_task_stands(direct_platform: Platform) -> None:
     handle = await direct_platform.start_image()
     job_id = (await until_started(direct_platform, handle)).run_id
     await direct_platform.until_settled(handle)
@@ -312,7 +312,7 @@ async def test_text_from_outside_never_becomes_markup(direct_platform: Platform)
 
 @pytest.mark.parametrize(("priority", "key"), [("accelerated", 1), ("standard", 3)])
 @pytest.mark.parametrize("scene", ["image", "training"])
-async def test_every_activity_bears_its_tasks_priority_and_its_tenant(
+async def test_every_activity_has_its_tasks_priority_and_tenant(
     quick_platform: Platform, scene: str, priority: str, key: int
 ) -> None:
     start = quick_platform.start_image if scene == "image" else quick_platform.start_training

@@ -134,7 +134,7 @@ async def test_an_image_that_job_and_estimate_call_free_is_free_and_the_three_pr
     assert sorted(ending.exceptions) == ["cost_above_hold", "prices_differ"]
 
 
-async def test_a_hold_granted_higher_than_asked_is_used_as_far_as_it_was_asked(brisk_platform: Platform) -> None:
+async def test_a_hold_granted_above_its_request_is_used_up_to_the_request(brisk_platform: Platform) -> None:
     payer = await new_payer(brisk_platform)
     task = payer.image(max_credits=24)
     admin = brisk_platform.simulators.admin

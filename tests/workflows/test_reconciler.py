@@ -189,7 +189,7 @@ async def test_trainings_terminated_in_each_call_are_given_back(reconciled: Plat
         assert ending.status is (TaskStatus.COMPLETED if is_completed else TaskStatus.FAILED), step
 
 
-async def test_open_runs_are_left_alone_and_the_stream_is_told_of_the_others(reconciled: Platform) -> None:
+async def test_open_runs_are_left_alone_and_the_stream_shows_the_others(reconciled: Platform) -> None:
     waiting, left = [await waiting_image(reconciled) for _ in range(2)]
     await left.terminate("by a test")
     await asyncio.sleep(PAUSE_SECONDS)
@@ -294,7 +294,7 @@ async def test_its_schedule_is_made_once_and_finds_what_was_left(reconciled: Pla
         await schedule.delete()
 
 
-async def test_a_run_terminated_after_its_commit_tells_what_came_back(reconciled: Platform) -> None:
+async def test_a_run_terminated_after_its_commit_shows_what_was_returned(reconciled: Platform) -> None:
     """24 points were held and 20 committed: the events add up to that."""
     task = reconciled.image()
     lost = await reconciled.simulators.admin.credits.fault("drop", route="commit", task_id=task["task_id"], times=None)

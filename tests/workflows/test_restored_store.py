@@ -86,7 +86,7 @@ async def given_back(platform: Platform, handle: Handle) -> dict[str, Any]:
 # Open runs
 
 
-async def test_an_open_run_whose_row_was_lost_makes_it_anew_and_is_delivered(
+async def test_an_open_run_whose_row_was_lost_recreates_it_and_is_delivered(
     platform: Platform, database: Database
 ) -> None:
     handle = await standing(platform, (await new_payer(platform)).image())

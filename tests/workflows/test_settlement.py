@@ -78,7 +78,7 @@ async def test_an_image_is_charged_what_it_cost_and_never_more_than_is_held(
     assert [hold.phase for hold in await holds_of(quick_platform, handle)] == ["committed" if charged else "cancelled"]
 
 
-async def test_a_negative_cost_charges_nothing_and_hands_out_nothing(quick_platform: Platform) -> None:
+async def test_a_negative_cost_charges_nothing_and_delivers_nothing(quick_platform: Platform) -> None:
     handle = await start_telling(quick_platform, quick_platform.image(), actual_cost=-5)
     ending = await ended(quick_platform, handle)
     assert ending.code == "reply_invalid"
@@ -198,7 +198,7 @@ async def holds_less(platform: Platform, task_id: str, amount: int) -> None:
 
 
 @pytest.mark.parametrize("granted", [100, 25])
-async def test_a_hold_that_was_granted_higher_is_used_only_as_far_as_it_was_asked(
+async def test_a_hold_granted_above_its_request_is_committed_up_to_the_request(
     quick_platform: Platform, granted: int
 ) -> None:
     """The service says that it froze more: neither the commit nor the price goes above what was asked for."""
@@ -467,7 +467,7 @@ async def test_a_commit_that_stays_unreadable_is_looked_up_in_the_ledger(patient
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
 
 
-async def test_a_commit_that_is_not_answered_is_repeated_without_end(patient_platform: Platform) -> None:
+async def test_an_unanswered_commit_is_repeated_without_limit(patient_platform: Platform) -> None:
     """Longer than any opening call, until the service is back."""
     payer = await new_payer(patient_platform)
     fault = await patient_platform.simulators.admin.credits.fault(

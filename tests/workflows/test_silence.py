@@ -14,7 +14,7 @@ MINUTE = 60.0
 NO_POLLS = {"poll_after_seconds": 86_400.0, "poll_at_most_seconds": 86_400.0}
 
 
-async def test_without_callbacks_polling_alone_brings_both_tasks_home(platform: Platform) -> None:
+async def test_without_callbacks_polling_alone_completes_both_tasks(platform: Platform) -> None:
     await platform.simulators.admin.comfyui.fault("callback_withhold", times=None)
     options = {"poll_after_seconds": 0.2}
     handles = [await platform.start_image(options=options), await platform.start_training(options=options)]
@@ -77,7 +77,7 @@ async def finished(platform: Platform, handle: Handle) -> None:
     await comfyui.act((await platform.job(handle)).run_id, "finish")
 
 
-async def test_polls_of_a_job_without_news_come_after_30_60_and_120_seconds(slow_platform: Platform) -> None:
+async def test_polls_of_a_silent_job_come_after_30_60_and_120_seconds(slow_platform: Platform) -> None:
     comfyui = slow_platform.simulators.admin.comfyui
     await comfyui.fault("callback_withhold", times=None)
     stale = {"sequence": 0, "next_eta": None, "estimated_time": 60}

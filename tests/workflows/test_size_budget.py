@@ -316,7 +316,7 @@ def test_the_last_write_of_a_long_backlog_fits(text: str) -> None:
     assert record.unwritten[-1].key == "end"
 
 
-def test_what_a_give_back_is_handed_fits() -> None:
+def test_the_input_of_a_give_back_fits() -> None:
     run = training_run(CONTROLS)
     assert run.carried is not None
     state = run.carried.record.state
@@ -337,7 +337,7 @@ def test_what_a_give_back_is_handed_fits() -> None:
     assert json_bytes(left) <= PAYLOAD_BYTES // 4
 
 
-def test_an_estimate_whose_numbers_are_longer_written_anew_keeps_what_is_used() -> None:
+def test_an_estimate_whose_numbers_grow_when_rewritten_keeps_what_is_used() -> None:
     answer = Answer[Estimate](reply=estimate(CONTROLS))
     assert json_bytes(answer) < 4_096
     kept = through_json(answer).reply

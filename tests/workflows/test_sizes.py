@@ -188,7 +188,7 @@ async def test_a_list_of_20_000_kinds_of_gpu_is_read_and_not_kept(
 
 
 @pytest.mark.slow
-async def test_hundreds_of_the_largest_callbacks_leave_a_training_well(direct_platform: Platform) -> None:
+async def test_a_training_completes_after_hundreds_of_the_largest_callbacks(direct_platform: Platform) -> None:
     """Past the gateway: 100 while the call that made the training is out, 200 once it is followed."""
     task = direct_platform.training()
     slow = await direct_platform.simulators.admin.comfyui.fault(

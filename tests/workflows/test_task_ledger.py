@@ -119,19 +119,19 @@ def lives(draw: st.DrawFn, shapes: tuple[str, ...] = SHAPES, *, mixed: bool = Fa
 
 
 @given(st.one_of(lives(), lives(mixed=True)))
-def test_a_whole_ledger_of_any_shape_tells_what_was_charged(life: Life) -> None:
+def test_a_whole_ledger_of_any_shape_shows_what_was_charged(life: Life) -> None:
     assert TaskLedger(life.entries).charged() == life.charged
 
 
 @given(lives(), st.data())
-def test_no_order_of_the_entries_tells_anything_else(life: Life, data: st.DataObject) -> None:
+def test_the_order_of_the_entries_changes_nothing(life: Life, data: st.DataObject) -> None:
     shuffled = data.draw(st.permutations(life.entries))
     one, other = TaskLedger(life.entries), TaskLedger(shuffled)
     assert (one.charged(), one.open_holds()) == (other.charged(), other.open_holds())
 
 
 @given(lives(), st.data())
-def test_a_ledger_that_lags_never_tells_more_than_is_true(life: Life, data: st.DataObject) -> None:
+def test_a_lagging_ledger_never_shows_more_than_is_true(life: Life, data: st.DataObject) -> None:
     """Its newest entries are not shown yet: what it tells of a hold is true, or it tells nothing."""
     shown = data.draw(st.integers(0, len(life.entries)))
     reading = TaskLedger(life.entries[:shown])
@@ -165,7 +165,7 @@ def test_by_reason_what_stands_is_counted(life: Life) -> None:
 
 
 @given(lives(), st.sampled_from(["bonus", "", "expired"]), st.integers(-30, 30))
-def test_what_neither_kind_nor_reason_tells_leaves_the_sum_unknown(life: Life, reason: str, change: int) -> None:
+def test_an_entry_without_a_known_kind_or_reason_leaves_the_sum_unknown(life: Life, reason: str, change: int) -> None:
     strange = LedgerEntry(ledger_id="x", task_id="t", change=change, reason=reason)
     reading = TaskLedger([strange, *life.entries])
     assert reading.charged() is None
@@ -199,7 +199,7 @@ def test_a_charge_counts_by_our_reason_alone_where_there_is_no_kind() -> None:
     assert TaskLedger([ours, by_kind]).charged() == 29
 
 
-def test_a_commit_that_tells_only_its_rest_is_charged_of_its_hold() -> None:
+def test_a_commit_that_shows_only_its_rest_is_charged_from_its_hold() -> None:
     hold = OneHold(1, 24, "commit", 20)
     [_, commit] = entries_of(hold, "kind")
     bare = commit.model_copy(update={"frozen_change": None})

@@ -65,7 +65,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
 # What is taken over
 
 
-def test_progress_never_goes_back_within_a_stage_and_begins_anew_in_the_next(recorded: Recorded) -> None:
+def test_progress_never_goes_back_within_a_stage_and_restarts_in_the_next(recorded: Recorded) -> None:
     reached = list[float]()
     for fields in ({"progress": 40.0}, {"progress": 30.0}, {}, {"progress": 60.0}, {"stage": "delivery"}):
         recorded.hear(len(reached), **fields)
@@ -76,7 +76,7 @@ def test_progress_never_goes_back_within_a_stage_and_begins_anew_in_the_next(rec
     assert recorded.record.state.progress == 10.0
 
 
-def test_another_attempt_begins_anew_in_the_same_stage(recorded: Recorded) -> None:
+def test_another_attempt_restarts_progress_in_the_same_stage(recorded: Recorded) -> None:
     recorded.hear(1, progress=40.0)
     news = JobUpdate(job_id="j2", sequence=1, status=TaskStatus.RUNNING, stage="processing", progress=5.0)
     recorded.record.apply(news, attempt_changed=True)
@@ -84,7 +84,7 @@ def test_another_attempt_begins_anew_in_the_same_stage(recorded: Recorded) -> No
     assert recorded.record.state.progress == 5.0
 
 
-def test_what_a_word_leaves_out_stays_as_it_was_except_what_is_of_the_moment(recorded: Recorded) -> None:
+def test_fields_that_an_update_leaves_out_stay_except_those_of_the_moment(recorded: Recorded) -> None:
     eta = NOON + timedelta(minutes=3)
     recorded.hear(1, next_eta=eta, queue_position=4, estimated_time=8.0, gpu_slots=2)
     state = recorded.record.state
@@ -97,7 +97,7 @@ def test_what_a_word_leaves_out_stays_as_it_was_except_what_is_of_the_moment(rec
     assert (state.estimated_time, state.gpu_slots) == (5.0, 0)
 
 
-def test_a_job_that_was_asked_for_has_nothing_of_the_one_before(recorded: Recorded) -> None:
+def test_a_requested_job_keeps_nothing_of_the_one_before(recorded: Recorded) -> None:
     recorded.hear(1, progress=40.0, next_eta=NOON, queue_position=4)
     recorded.hear(2, progress=50.0)
     assert recorded.carried.held_back is not None
@@ -113,7 +113,7 @@ def test_a_job_that_was_asked_for_has_nothing_of_the_one_before(recorded: Record
     assert (state.next_eta, state.queue_position) == (None, None)
 
 
-def test_what_a_job_says_that_was_said_when_it_was_taken_is_no_news(recorded: Recorded) -> None:
+def test_an_update_that_repeats_the_submitted_state_is_not_published(recorded: Recorded) -> None:
     recorded.record.submitted("queued")
     recorded.hear(1, is_new_stage=True, status=TaskStatus.QUEUED, stage="queued")
 
@@ -137,7 +137,7 @@ def test_a_fact_says_how_things_stand(recorded: Recorded) -> None:
     assert recorded.carried.unwritten[-1].attempt == 3
 
 
-def test_progress_is_told_once_a_second_and_what_comes_sooner_is_held_back(recorded: Recorded) -> None:
+def test_progress_is_published_once_a_second_and_what_comes_sooner_is_held_back(recorded: Recorded) -> None:
     recorded.hear(1, progress=10.0)
     recorded.pass_seconds(0.999)
     recorded.hear(2, progress=20.0)
@@ -154,7 +154,7 @@ def test_progress_is_told_once_a_second_and_what_comes_sooner_is_held_back(recor
     assert not recorded.is_holding_back
 
 
-def test_a_change_of_stage_and_an_error_are_told_at_once(recorded: Recorded) -> None:
+def test_a_change_of_stage_and_an_error_are_published_immediately(recorded: Recorded) -> None:
     recorded.hear(1, progress=10.0)
     recorded.hear(2, is_new_stage=True, stage="delivery")
     recorded.hear(3, stage="delivery", error=ErrorDetails(code="node_error", message="x"))
@@ -163,7 +163,7 @@ def test_a_change_of_stage_and_an_error_are_told_at_once(recorded: Recorded) -> 
     assert recorded.carried.held_back is None
 
 
-def test_a_word_that_shows_nothing_new_is_not_told(recorded: Recorded) -> None:
+def test_an_update_with_nothing_new_is_not_published(recorded: Recorded) -> None:
     recorded.hear(1, progress=10.2)
     recorded.pass_seconds(5)
     recorded.hear(2, progress=10.9)
@@ -231,7 +231,7 @@ def test_a_full_list_drops_the_oldest_progress_that_is_not_being_written_and_not
     assert recorded.keys[-1] == "one more"
 
 
-def test_a_list_full_of_what_must_be_told_grows(recorded: Recorded) -> None:
+def test_a_backlog_full_of_required_facts_grows(recorded: Recorded) -> None:
     for n in range(MAX_UNWRITTEN + 1):
         recorded.record.publish(f"held:{n}", EventType.CREDITS)
 
@@ -249,7 +249,7 @@ def test_an_exception_record_ends_nothing(recorded: Recorded) -> None:
     assert (record.details, record.ts, recorded.keys) == ({"minutes": 8}, NOON, [])
 
 
-def test_a_failure_is_told_to_caller_and_ops(recorded: Recorded) -> None:
+def test_a_failure_is_reported_to_caller_and_operators(recorded: Recorded) -> None:
     recorded.hear(1, progress=40.0, next_eta=NOON, queue_position=4)
     recorded.record.failed(TaskFailed(FailureCode.TIMEOUT, "It did not end."))
 
@@ -302,7 +302,7 @@ def test_every_change_of_the_row_has_a_higher_version(recorded: Recorded) -> Non
     assert sorted(set(versions)) == versions
 
 
-def test_an_operator_sees_what_is_waited_for_and_the_last_word(recorded: Recorded) -> None:
+def test_an_operator_sees_what_is_waited_for_and_the_last_update(recorded: Recorded) -> None:
     recorded.record.waiting_for("ComfyUI: callback or poll", NOON)
     shown = len(recorded.details)
     recorded.record.waiting_for("ComfyUI: callback or poll", NOON)

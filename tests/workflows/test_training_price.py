@@ -71,7 +71,7 @@ async def until_kinds(platform: Platform, handle: Handle, kinds: list[str]) -> N
 
 
 @pytest.mark.on_both_profiles
-async def test_a_price_that_rises_above_the_hold_is_held_anew(quick_platform: Platform) -> None:
+async def test_a_price_that_rises_above_the_hold_takes_a_new_hold(quick_platform: Platform) -> None:
     handle = await start_training(quick_platform, quick_platform.training(max_credits=360))
     await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
     await until_kinds(quick_platform, handle, RENEWED)
@@ -109,7 +109,7 @@ async def has_amount(platform: Platform, handle: Handle, amount: int) -> bool:
     return any(hold.amount == amount and hold.phase == "open" for hold in await holds_of(platform, handle))
 
 
-async def test_a_price_that_rises_again_is_asked_for_as_it_stands(quick_platform: Platform) -> None:
+async def test_a_price_that_rises_again_replaces_the_one_to_confirm(quick_platform: Platform) -> None:
     handle = await start_training(quick_platform, quick_platform.training(max_credits=200))
     for hours, price in ((5, 360), (7, 480)):
         await act(quick_platform, handle, "gpu_hours", gpu_hours=hours)

@@ -234,7 +234,7 @@ async def body_told(platform: Platform, handle: Handle) -> TrainingRequest:
     return body
 
 
-async def test_the_service_trains_on_a_copy_whose_checksums_it_is_told(quick_platform: Platform) -> None:
+async def test_the_service_trains_on_a_copy_and_gets_its_checksums(quick_platform: Platform) -> None:
     """The copy stands for as long as the training runs, whatever becomes of the source."""
     payer = await new_payer(quick_platform)
     task = payer.training()
@@ -335,7 +335,7 @@ async def until_asked(platform: Platform, handle: Handle) -> dict[str, Any]:
     return wanted
 
 
-async def test_an_unconfirmed_price_is_asked_for_by_query_and_event_until_it_is_confirmed(
+async def test_an_unconfirmed_price_is_shown_by_query_and_event_until_it_is_confirmed(
     quick_platform: Platform,
 ) -> None:
     payer = await new_payer(quick_platform, 1_000)
@@ -366,7 +366,7 @@ async def test_a_price_up_to_max_credits_is_confirmed_beforehand(quick_platform:
     assert not any(event.confirmation for event in ending.events)
 
 
-async def test_a_price_can_be_confirmed_before_it_is_asked_for_and_only_raised(patient_platform: Platform) -> None:
+async def test_a_price_can_be_confirmed_before_the_task_requests_it_and_only_raised(patient_platform: Platform) -> None:
     opens = datetime.now(UTC) + timedelta(minutes=10)
     handle = await patient_platform.start_training(max_credits=10, window={"not_before": opens.isoformat()})
     await patient_platform.until_settled(handle)
@@ -378,7 +378,7 @@ async def test_a_price_can_be_confirmed_before_it_is_asked_for_and_only_raised(p
     assert not any(event.confirmation for event in ending.events)
 
 
-async def test_a_price_that_nobody_confirms_ends_the_task_in_an_hour_or_with_its_window(
+async def test_an_unconfirmed_price_ends_the_task_in_an_hour_or_with_its_window(
     patient_platform: Platform,
 ) -> None:
     closes = datetime.now(UTC) + timedelta(minutes=30)

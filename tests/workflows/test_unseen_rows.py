@@ -124,7 +124,9 @@ async def test_rows_that_cannot_be_looked_at_hold_up_no_other(
     await ended(reconciled, paused)
 
 
-async def test_a_page_that_hangs_still_tells_what_it_saw(reconciled: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_page_that_hangs_still_reports_what_it_saw(
+    reconciled: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hanging, lost = [await left_image(reconciled) for _ in range(2)]
     describe = runs_seen.describe_run
 
@@ -164,7 +166,7 @@ async def test_a_give_back_that_cannot_be_started_holds_up_no_other(
     assert (await reconcile(reconciled)).task_ids == [task_id_of(refused)]
 
 
-async def test_what_a_run_left_that_cannot_be_read_is_noted_and_tried_again(
+async def test_unreadable_orphans_are_recorded_and_retried(
     reconciled: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handle = await left_image(reconciled)

@@ -109,7 +109,7 @@ async def _is_charged(platform: Platform, handle: Handle) -> bool:
     return "commit" in await kinds_of(platform, handle)
 
 
-async def test_a_cancel_between_two_attempts_does_not_sit_out_an_outage(platform: Platform) -> None:
+async def test_a_cancel_between_two_attempts_does_not_wait_for_an_outage_to_end(platform: Platform) -> None:
     handle = await start_working(platform, await new_payer(platform), "image")
     fault = await away(platform, "cancel_job", task_of(handle))
     await preempt(platform, handle)
@@ -236,7 +236,7 @@ async def test_a_hold_is_renewed_again_though_the_one_before_cannot_be_given_bac
 
 
 @pytest.mark.parametrize("balance", [1_000, 30], ids=["both fit", "too short for both"])
-async def test_a_cancel_is_obeyed_while_topping_up_cannot_give_the_old_hold_back(
+async def test_a_cancel_takes_effect_while_a_top_up_cannot_give_the_old_hold_back(
     platform: Platform, balance: int
 ) -> None:
     payer = await new_payer(platform, balance)
