@@ -80,7 +80,7 @@ async def holds_of(platform: Platform, handle: Handle) -> list[HoldSeen]:
 async def end_open_holds(platform: Platform, handle: Handle) -> str:
     """Let the task's open holds end without it, by expiry; where holds do not expire, cancelled by hand.
 
-    The kind of the entries that tell it.
+    The kind of the entries that show it.
     """
     credits = platform.simulators.admin.credits
     expires = platform.simulators.credits_profile.ends_holds

@@ -81,7 +81,7 @@ class Platform:
     """How long the worker's clients wait for an answer."""
 
     cached_workflows: ClassVar[int] = 1_000
-    """How many runs a worker keeps in memory, unless it is told otherwise."""
+    """How many runs a worker keeps in memory by default."""
 
     # Starting tasks
 
@@ -145,7 +145,7 @@ class Platform:
         return answer["outcome"]
 
     async def callback(self, handle: Handle, **body: Any) -> None:
-        """A signal past the gateway, as a careless sender would give it."""
+        """A signal past the gateway, as a careless sender would send it."""
         await handle.signal(CALLBACK_SIGNAL, body)
 
     # Waiting on conditions

@@ -23,7 +23,7 @@ _lines: dict[str, Lines] = {}
 
 @workflow.defn(failure_exception_types=[Exception])
 class Probe:
-    """Runs the lines that stand under its id; what they raise ends it."""
+    """Runs the lines that stand under its id; an error that they raise ends the run."""
 
     @workflow.run
     async def run(self) -> Any:
@@ -32,14 +32,14 @@ class Probe:
 
 @dataclass
 class Probed:
-    """What the lines gave back, and the run's events."""
+    """The result of the lines, and the run's events."""
 
     result: Any
     events: list[HistoryEvent]
 
     @property
     def timers(self) -> dict[str, str]:
-        """What became of each timer that bears a summary, by it."""
+        """How each timer with a summary ended, by summary."""
         ends = {
             EventType.EVENT_TYPE_TIMER_FIRED: ("timer_fired_event_attributes", "rang"),
             EventType.EVENT_TYPE_TIMER_CANCELED: ("timer_canceled_event_attributes", "cancelled"),

@@ -1,4 +1,4 @@
-"""What a task had gone through when it was reset: each brings a task to its end, or to a state in which it waits."""
+"""Tasks before a reset: each scenario brings a task to its end, or to a state in which it waits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Scenario:
 
 
 async def over(handle: Handle) -> Handle:
-    """Wait for the task's end, whatever it is."""
+    """Wait for the task's end, of any kind."""
     with contextlib.suppress(WorkflowFailureError):
         await handle.result()
     return handle
@@ -42,7 +42,7 @@ async def over(handle: Handle) -> Handle:
 
 @asynccontextmanager
 async def work_goes_on(platform: Platform, handle: Handle) -> AsyncIterator[None]:
-    """Inside, whatever job of the task is being worked on is finished at once, also one that stands still."""
+    """Within this context every running job of the task is finished immediately, also a stalled one."""
 
     async def finish() -> None:
         while True:
@@ -62,7 +62,7 @@ async def work_goes_on(platform: Platform, handle: Handle) -> AsyncIterator[None
 
 
 async def standing(platform: Platform, task: dict[str, Any]) -> Handle:
-    """A task whose work has begun and stands still."""
+    """A task whose work has started and stalls."""
     route = "create_training" if "dataset" in task else "submit_job"
     comfyui = platform.simulators.admin.comfyui
     await comfyui.fault("job_stall", route=route, task_id=task["task_id"], at=0.3, times=None)
@@ -140,7 +140,7 @@ async def retried_training(platform: Platform, payer: Payer) -> Handle:
 
 
 async def topped_up(platform: Platform, payer: Payer) -> Handle:
-    """A training whose price rises while it runs: held anew, the old hold cancelled; it waits."""
+    """A training whose price rises while it runs: it takes a new hold and cancels the old one; it waits."""
     handle = await standing(platform, payer.training())
     [run] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
     await platform.simulators.admin.comfyui.act(run.run_id, "lie", fields={"gpu_hours": 5, "gpu_hours_used": 5})

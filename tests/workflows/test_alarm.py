@@ -1,4 +1,4 @@
-"""One timer for everything that is waited for: it stands as long as it can, and none is started for nothing."""
+"""One timer for every wait: it is kept as long as possible, and none is started without need."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ async def test_cleared_it_stands_no_more(temporal_env: WorkflowEnvironment) -> N
 
 async def waited_in_vain(wait: Callable[[Callable[[], bool]], Awaitable[Any]]) -> None:
     """Wait until what is waited for has happened, in a later workflow task and before any alarm."""
-    told: list[str] = []
+    happened: list[str] = []
 
-    async def tell() -> None:
+    async def happen() -> None:
         await asyncio.sleep(0.001)
-        told.append("it happened")
+        happened.append("it happened")
 
-    await asyncio.gather(wait(lambda: bool(told)), tell())
+    await asyncio.gather(wait(lambda: bool(happened)), happen())

@@ -1,4 +1,4 @@
-"""What a run says of itself in the Temporal UI."""
+"""The details of a run in the Temporal UI."""
 
 from __future__ import annotations
 

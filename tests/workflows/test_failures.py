@@ -1,4 +1,4 @@
-"""What a task ends with, from what a job, a refusal or an activity says."""
+"""The failure that a task ends with, from a job, a refusal or an activity."""
 
 from __future__ import annotations
 

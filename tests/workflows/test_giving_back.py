@@ -16,7 +16,7 @@ pytestmark = pytest.mark.on_both_profiles
 
 HD = 18 + 6
 """The price of a standard image, in points."""
-BY_KIND = pytest.mark.by_contract("the ledger tells kinds and ids")
+BY_KIND = pytest.mark.by_contract("the ledger shows kinds and ids")
 
 
 async def start_held(platform: Platform, task: dict[str, Any]) -> Handle:
@@ -105,7 +105,7 @@ async def test_a_cancel_that_stays_unreadable_leaves_the_hold_to_its_expiry(pati
     cancelled = await handle.start_update("cancel_task", {"reason": ""}, wait_for_stage=WorkflowUpdateStage.ACCEPTED)
     await patient_platform.until_hit("cancel_hold", unreadable)
     await patient_platform.pass_time(handle, 14.5 * 60)
-    assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING, "it is asked again for 15 minutes"
+    assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING, "it is repeated for 15 minutes"
     await patient_platform.pass_time(handle, 60)
     assert (await cancelled.result())["outcome"] == "accepted"
     ending = await ended(patient_platform, handle, exempt={"hold_expires"})
@@ -149,7 +149,7 @@ async def test_a_hold_whose_cancel_was_lost_is_found_by_reason_alone(quick_platf
 async def test_a_hold_that_was_taken_twice_is_recorded_with_its_amount(
     quick_platform: Platform, ledger: str, fate: str
 ) -> None:
-    """The first answer is lost and no keys are looked at: another hold stands. Where its id is told it is cancelled."""
+    """The first answer is lost and keys are ignored: another hold is open. It is cancelled where its id is known."""
     payer = await new_payer(quick_platform)
     credits = quick_platform.simulators.admin.credits
     await credits.fault("ignore_keys", tenant_id=payer.tenant_id)

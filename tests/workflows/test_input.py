@@ -1,4 +1,4 @@
-"""Whatever a client starts a run with: bad input ends it cleanly with nothing called; an id names one task."""
+"""What a client may start a run with: bad input ends it cleanly without any call; an id names one task."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def raw(data: bytes, encoding: bytes = b"json/plain") -> RawValue:
 
 
 def as_text(task: Task, old: str, new: str) -> list[Any]:
-    """The task as JSON in which a text was exchanged: what no JSON library of ours would write."""
+    """The task as JSON in which a text was exchanged: none of our JSON libraries would write such text."""
     text = json.dumps(task)
     assert old in text
     return [raw(text.replace(old, new).encode())]
 
 
 async def assert_refused(platform: Platform, handle: Handle, code: str = "input_invalid") -> str:
-    """The run failed in time with this code, and nobody was called for it; its sentence."""
+    """Assert that the run failed in time with this code and without any call; its sentence."""
     with pytest.raises(WorkflowFailureError) as failed:
         await handle.result()
     cause = failed.value.cause

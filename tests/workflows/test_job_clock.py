@@ -1,4 +1,4 @@
-"""The instants that a task is measured against (contract §1), without the wait for them."""
+"""The deadlines of a task (contract §1), without the wait for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FACTOR, DEFAULT_ETA, QUEUE_SLA = 3.0, 8.0, 5.0
 
 
 class FakeRecord:
-    """What the clock tells its task's record."""
+    """What the clock reports to its task's record."""
 
     def __init__(self) -> None:
         self.state = TaskState(version=1, status=TaskStatus.QUEUED)

@@ -1,4 +1,4 @@
-"""The newest word on a job: what is taken, what is applied, and when ComfyUI is asked."""
+"""The newest state of a job: what is accepted, what is applied, and when ComfyUI is polled."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ UNKNOWN = Refusal(code=FailureCode.LOST, message="job_not_found", http_status=40
 
 
 class FakeRecord:
-    """What the watch tells its task's record."""
+    """What the watch reports to its task's record."""
 
     def __init__(self) -> None:
         self.applied: list[tuple[int, bool]] = []
-        """Sequence, and whether it is the attempt's first word."""
-        self.told: list[tuple[int, bool]] = []
+        """Sequence, and whether it is the attempt's first update."""
+        self.published: list[tuple[int, bool]] = []
         """Sequence, and whether it is a new stage."""
 
-    def apply(self, news: JobUpdate, *, attempt_changed: bool) -> None:
-        self.applied.append((news.sequence, attempt_changed))
+    def apply(self, update: JobUpdate, *, attempt_changed: bool) -> None:
+        self.applied.append((update.sequence, attempt_changed))
 
-    def publish_progress(self, news: JobUpdate, *, is_new_stage: bool) -> None:
-        self.told.append((news.sequence, is_new_stage))
+    def publish_progress(self, update: JobUpdate, *, is_new_stage: bool) -> None:
+        self.published.append((update.sequence, is_new_stage))
 
 
 class Poll:
@@ -116,19 +116,19 @@ class Watched:
         return None if due is None else (due - self.now).total_seconds()
 
     def ask(self) -> Poll:
-        """Wait until ComfyUI is due to be asked; the poll."""
+        """Wait until a poll of ComfyUI is due; the poll."""
         due_in = self.due_in()
         assert due_in is not None
         self.pass_seconds(due_in - 0.001)
         before = len(self.polls.all)
         self.watch.check()
-        assert len(self.polls.all) == before, "asked before it was due"
+        assert len(self.polls.all) == before, "polled before it was due"
         self.pass_seconds(0.001)
         self.watch.check()
         return self.polls.all[-1]
 
     def answered(self, answer: Answer[JobState] | Exception) -> None:
-        """Ask, and take this answer."""
+        """Poll, and take this answer."""
         poll = self.ask()
         poll.answer = answer
         assert self.watch.has_update()
@@ -161,7 +161,7 @@ def state(sequence: int, **fields: Any) -> JobState:
     return JobState.model_validate({"job_id": "j1", "job_status": "processing", "sequence": sequence, **fields})
 
 
-# What is taken
+# What is accepted
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_full_inbox_keeps_the_newest_and_every_final_message(watched: Watched)
     for sequence in range(2, MAX_INBOX + 3):
         watched.watch.take(json.dumps(said(sequence)).encode())
 
-    kept = [news.sequence for news in watched.state.inbox]
+    kept = [update.sequence for update in watched.state.inbox]
     assert kept == [1, *range(4, MAX_INBOX + 3)]
     assert len(kept) == MAX_INBOX == 256
 
@@ -211,7 +211,7 @@ def test_an_inbox_full_of_final_messages_drops_the_oldest(watched: Watched) -> N
     for sequence in range(MAX_INBOX + 1):
         watched.watch.take(json.dumps(delivered(sequence)).encode())
 
-    assert [news.sequence for news in watched.state.inbox] == [*range(1, MAX_INBOX + 1)]
+    assert [update.sequence for update in watched.state.inbox] == [*range(1, MAX_INBOX + 1)]
 
 
 def test_what_comes_before_its_job_is_known_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,13 +245,13 @@ def test_after_a_final_update_nothing_counts(watched: Watched) -> None:
 def test_only_a_new_stage_and_a_final_update_are_published_immediately(watched: Watched) -> None:
     watched.hear(said(1, "queued"), said(2), said(3), delivered(4))
 
-    assert watched.record.told == [(1, True), (2, True), (3, False), (4, True)]
+    assert watched.record.published == [(1, True), (2, True), (3, False), (4, True)]
 
 
 def test_a_final_update_within_a_stage_is_published_immediately(watched: Watched) -> None:
     watched.hear(said(1), said(2, error_details={"code": "node_error", "message": "x"}))
 
-    assert watched.record.told == [(1, True), (2, True)]
+    assert watched.record.published == [(1, True), (2, True)]
 
 
 def test_each_applied_message_is_passed_on_once(watched: Watched) -> None:
@@ -289,7 +289,7 @@ def test_a_new_job_begins_with_nothing_of_the_one_before(watched: Watched) -> No
     assert watched.due_in() == 30.0
 
 
-# When ComfyUI is asked
+# When ComfyUI is polled
 
 
 def test_a_job_is_polled_after_a_silence_and_again_after_twice_that_up_to_a_limit(watched: Watched) -> None:
@@ -455,7 +455,7 @@ def test_answers_that_stay_unreadable_for_a_quarter_of_an_hour_end_the_job(watch
     while watched.watch.newest is None:
         assert watched.state.unreadable == "No JSON."
         watched.answered(UNREADABLE)
-    assert watched.now - since == timedelta(minutes=15), "asked after 1 minute, then every 2"
+    assert watched.now - since == timedelta(minutes=15), "polled after 1 minute, then every 2"
     assert watched.watch.newest.error == ErrorDetails(code="reply_invalid", message="No JSON.")
 
 

@@ -70,7 +70,7 @@ async def start_hanging(platform: Platform, route: str, when: str, *, is_trainin
 
 
 async def first_sign_after(handle: Handle, instant: datetime) -> datetime | None:
-    """When a call was begun anew, or its answer recorded, after `instant`."""
+    """When a call was started again, or its answer recorded, after `instant`."""
     description = await handle.describe()
     begun = [
         pending.last_started_time.ToDatetime(tzinfo=UTC)
@@ -87,7 +87,7 @@ async def first_sign_after(handle: Handle, instant: datetime) -> datetime | None
 
 
 async def kill_and_restart(worker: WorkerProcess, platform: Platform, handles: list[Handle]) -> None:
-    """Kill the worker, mend the network, start it anew, and assert that each task's work goes on in time."""
+    """Kill the worker, repair the network, restart it, and assert that each task's work goes on in time."""
     await worker.kill()
     await platform.simulators.admin.remove_faults()
     await worker.start()

@@ -1,4 +1,4 @@
-"""What operators see of a run: its step table, its attributes in lists, its details, who goes first.
+"""What operators see of a run: its step table, its attributes in lists, its details, and which task goes first.
 
 That every activity and timer has a summary is asserted of every run by `books.ended`.
 """
@@ -165,10 +165,10 @@ async def test_each_call_of_a_training_has_its_rows_label(quick_platform: Platfo
         await service.fault("error", route=route, tenant_id=payer.tenant_id, times=3)
     handle = await quick_platform.start(task)
 
-    async def asks() -> bool:
+    async def is_waiting() -> bool:
         return bool((await quick_platform.progress(handle))["confirmation"])
 
-    await quick_platform.until(asks)
+    await quick_platform.until(is_waiting)
     await handle.execute_update("confirm_price", {"max_credits": 1_000})
     await ended(quick_platform, handle)
     for name, summary in await steps(handle):
@@ -318,13 +318,13 @@ async def test_every_activity_has_its_tasks_priority_and_tenant(
     start = quick_platform.start_image if scene == "image" else quick_platform.start_training
     handle = await start(priority=priority)
     await ended(quick_platform, handle)
-    borne = {
+    priorities = {
         (attributes.activity_type.name, attributes.priority.priority_key, attributes.priority.fairness_key)
         async for event in handle.fetch_history_events()
         if (attributes := event.activity_task_scheduled_event_attributes).activity_type.name
     }
     calls = {"submit_job"} if scene == "image" else {"snapshot", "create_training", "start_training", "delete_snapshot"}
-    assert borne == {(name, key, "tenant-demo") for name in calls | {"pre_deduct", "commit"}}
+    assert priorities == {(name, key, "tenant-demo") for name in calls | {"pre_deduct", "commit"}}
 
 
 @pytest_asyncio.fixture

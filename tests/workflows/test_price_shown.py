@@ -1,4 +1,4 @@
-"""The price that is shown is the price that is asked: confirming it holds a training, from the start (contract §5)."""
+"""The shown price is the one that is held: confirming it is enough for a training from the start (contract §5)."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ async def start_priced(
     platform.policy = platform.policy | {"prices": table}
     task = payer.training(max_credits=None, **fields)
     admin = platform.simulators.admin
-    told = {"selected_cost": estimate, "estimated_cost": estimate}
-    await admin.credits.fault("alter", route="estimate", tenant_id=payer.tenant_id, fields=told, times=None)
+    fields = {"selected_cost": estimate, "estimated_cost": estimate}
+    await admin.credits.fault("alter", route="estimate", tenant_id=payer.tenant_id, fields=fields, times=None)
     lie = {"gpu_hours": hours}
     await admin.comfyui.fault(
         "job_lie",

@@ -121,7 +121,7 @@ async def hanging(platform: Platform, task: dict[str, Any], step: Step) -> tuple
     )
     keeps_keys = platform.simulators.credits_profile.keeps_keys
     if step == Step("pre_deduct", acts=False) and not keeps_keys:
-        # Else it would act after its minute: a second hold, taken when all is over, that nobody could know of.
+        # Else it would act after its minute: a second hold, taken when all is over, that no one could know of.
         await admin.credits.fault("drop", route="pre_deduct", task_id=task_id, when="before")
     handle = await platform.start(task)
     if step.after_cancel or step.without_hold:
@@ -330,7 +330,7 @@ async def test_a_run_terminated_between_two_parts_of_a_charge_is_charged_to_the_
     await cancelled_by_hand(reconciled, payer, handle)
 
     async def is_being_charged() -> bool:
-        """A job may be told to finish a moment before it stalls."""
+        """A job may be ordered to finish a moment before it stalls."""
         await reconciled.simulators.admin.comfyui.act(run.run_id, "finish")
         return any(fault.fault_id == second.fault_id and fault.hits for fault in await credits.faults())
 
@@ -347,8 +347,8 @@ async def test_a_run_terminated_between_two_parts_of_a_charge_is_charged_to_the_
     charged = 2_460 if balance == "enough" else 2_000
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, charged)
     assert ending.result["credits"]["shortfall"] == 2_460 - charged
-    told = set(ending.exceptions) - {"prices_differ"}  # an estimate may ignore the hours
-    assert told == (set() if balance == "enough" else {"shortfall"})
+    recorded = set(ending.exceptions) - {"prices_differ"}  # an estimate may ignore the hours
+    assert recorded == (set() if balance == "enough" else {"shortfall"})
 
 
 @pytest.mark.on_both_profiles

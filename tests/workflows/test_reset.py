@@ -1,6 +1,6 @@
 """Tasks that are reset, to any workflow task of any run (contract §4, earlier lives).
 
-The ledger shows at most one charge, the row tells what the ledger shows, nothing is handed out unpaid, nothing keeps
+The ledger shows at most one charge, the row says what the ledger shows, no result is delivered unpaid, nothing keeps
 running: `books.ended` looks at all of it.
 """
 

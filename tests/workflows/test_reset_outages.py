@@ -113,7 +113,7 @@ async def test_a_task_that_is_reset_while_the_store_is_away_is_settled_by_the_le
 
 
 async def test_a_run_that_was_reset_begins_nothing_while_the_store_is_away(platform: Platform, cable: Cable) -> None:
-    """It obeys a cancel meanwhile."""
+    """A cancel takes effect meanwhile."""
     payer = await new_payer(platform)
     handle = await standing(platform, payer.image())
     [job] = await platform.simulators.admin.comfyui.jobs(task_of(handle))

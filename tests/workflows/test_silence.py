@@ -1,4 +1,4 @@
-"""Silence is survived: polls, deadlines, the queue's promise; on a clock that is moved (contract §1, §2, §6)."""
+"""A task survives silence: polls, deadlines, the queue's promise; on a clock that tests move (contract §1, §2, §6)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_callbacks_and_polls_together_make_one_result(platform: Platform) 
     job_id = (await platform.job(handle)).run_id
 
     async def works_again() -> bool:
-        """A job may be told to go on a moment before it stalls."""
+        """A job may be ordered to go on a moment before it stalls."""
         return (await comfyui.act(job_id, "resume")).phase in ("working", "over")
 
     await platform.until(works_again)
@@ -105,7 +105,7 @@ async def test_the_next_poll_waits_for_the_announced_stage_but_no_longer_than_12
     assert (await ended(slow_platform, handle)).status is TaskStatus.COMPLETED
 
 
-async def told(platform: Platform, handle: Handle, minutes: float) -> None:
+async def announce_time(platform: Platform, handle: Handle, minutes: float) -> None:
     """ComfyUI announces another `estimated_time`; wait until the task knows."""
     comfyui = platform.simulators.admin.comfyui
     await comfyui.act((await platform.job(handle)).run_id, "lie", fields={"estimated_time": minutes})
@@ -129,7 +129,7 @@ async def test_past_its_deadline_a_task_times_out_and_everything_is_given_back(
     await slow_platform.simulators.admin.comfyui.fault("job_stall", route="submit_job", while_queued=True)
     handle = await slow_platform.start_waiting_image()
     if announced is not None:
-        await told(slow_platform, handle, announced)
+        await announce_time(slow_platform, handle, announced)
     await slow_platform.pass_time(handle, (ends_after - 0.5) * MINUTE)
     await slow_platform.until_settled(handle)
     await slow_platform.pass_time(handle, 1 * MINUTE)

@@ -117,7 +117,7 @@ async def test_a_list_as_large_as_temporal_takes_works_to_the_end(direct_platfor
 
 @pytest.mark.parametrize("count", [300, pytest.param(9_000, marks=pytest.mark.slow)])
 async def test_a_terminated_run_with_a_large_dataset_is_given_back(direct_platform: Platform, count: int) -> None:
-    """Seen with 9,000 files and two attempts: what was left was too large to be told, hold and training stayed open."""
+    """Seen with 9,000 files and two attempts: the orphans were too large to pass on, hold and training stayed open."""
     folder, names = dataset_of(direct_platform, count)
     dataset = {"dataset_id": "large", "source_uri": folder.as_uri(), "files": names}
     handle = await direct_platform.start_training(dataset=dataset)
@@ -137,7 +137,7 @@ async def test_a_terminated_run_with_a_large_dataset_is_given_back(direct_platfo
     await check_histories(direct_platform, giving)
     async for event in giving.fetch_history_events():
         for payload in event.activity_task_completed_event_attributes.result.payloads:
-            assert len(payload.data) < 16 * 1024, "what was left is told without its list"
+            assert len(payload.data) < 16 * 1024, "the orphans are passed on without the list"
     assert result.outcome == "given_back"
     assert (await ended_without_its_run(direct_platform, task_id)).status is TaskStatus.FAILED
 
@@ -146,7 +146,7 @@ async def test_a_terminated_run_with_a_large_dataset_is_given_back(direct_platfo
 
 
 def estimate_of(cost: int) -> str:
-    """Nearly a megabyte whose numbers take three times as much when they are written anew."""
+    """Nearly a megabyte, whose numbers take three times as much when they are written again."""
     return f'{{"selected_cost": {cost}, "calculation_basis": [{",".join(["1e15"] * 200_000)}]}}'
 
 
@@ -163,7 +163,7 @@ async def test_an_estimate_of_a_megabyte_is_read_and_not_kept(quick_platform: Pl
 async def test_a_list_of_20_000_kinds_of_gpu_is_read_and_not_kept(
     quick_platform: Platform, gpu_type: str | None
 ) -> None:
-    """It takes nearly a megabyte; the asked type is the last."""
+    """It takes nearly a megabyte; the requested type is the last."""
     rows = [f'{{"gpu_type":"t{n:05}","total":1e5,"available":1e5}}' for n in range(20_000)]
     body = f'[{",".join(rows)},{{"gpu_type":"wanted","total":1,"available":0}}]'
     assert len(body) < 1024 * 1024

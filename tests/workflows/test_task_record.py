@@ -1,4 +1,4 @@
-"""A task's state and facts: what is noted, what is told at once, what waits, and what is left out."""
+"""A task's state and facts: what is recorded, published immediately, held back and left out."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Recorded:
         self.now += timedelta(seconds=seconds)
 
     def hear(self, sequence: int, *, is_new_stage: bool = False, **fields: Any) -> None:
-        """A word of the job, as the watch hands it on."""
+        """An update of the job, as the watch passes it on."""
         said = {"status": TaskStatus.RUNNING, "stage": "processing", **fields}
-        news = JobUpdate(job_id="j1", sequence=sequence, **said)
-        self.record.apply(news)
-        self.record.publish_progress(news, is_new_stage=is_new_stage or news.is_final)
+        update = JobUpdate(job_id="j1", sequence=sequence, **said)
+        self.record.apply(update)
+        self.record.publish_progress(update, is_new_stage=is_new_stage or update.is_final)
 
     @property
     def is_holding_back(self) -> bool:
@@ -62,7 +62,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     return Recorded(monkeypatch)
 
 
-# What is taken over
+# What is applied
 
 
 def test_progress_never_goes_back_within_a_stage_and_restarts_in_the_next(recorded: Recorded) -> None:
@@ -78,8 +78,8 @@ def test_progress_never_goes_back_within_a_stage_and_restarts_in_the_next(record
 
 def test_another_attempt_restarts_progress_in_the_same_stage(recorded: Recorded) -> None:
     recorded.hear(1, progress=40.0)
-    news = JobUpdate(job_id="j2", sequence=1, status=TaskStatus.RUNNING, stage="processing", progress=5.0)
-    recorded.record.apply(news, attempt_changed=True)
+    update = JobUpdate(job_id="j2", sequence=1, status=TaskStatus.RUNNING, stage="processing", progress=5.0)
+    recorded.record.apply(update, attempt_changed=True)
 
     assert recorded.record.state.progress == 5.0
 
@@ -120,7 +120,7 @@ def test_an_update_that_repeats_the_submitted_state_is_not_published(recorded: R
     assert recorded.keys == []
 
 
-# What is told
+# What is published
 
 
 def test_a_fact_says_how_things_stand(recorded: Recorded) -> None:

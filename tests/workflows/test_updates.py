@@ -1,4 +1,4 @@
-"""Updates that nobody should send are refused to the caller, and the run goes on (pitfall 3)."""
+"""Invalid updates are refused to the caller, and the run goes on (pitfall 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wherever a run waits it obeys a cancel, its time and the life of its hold, or says in one place why not."""
+"""Every wait of a run ends on a cancel, its deadline or its hold's expiry, or has its reason in one table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def back(platform: Platform, fault: Fault) -> None:
 
 
 async def start_working(platform: Platform, payer: Payer, kind: str, **duration: Any) -> Handle:
-    """Start a task whose job stands still once it has begun."""
+    """Start a task whose job stalls once it has started."""
     for gpu_type in ("rtx4090", "a100"):
         await platform.simulators.admin.comfyui.set_gpus(gpu_type, 200)
     task = payer.image() if kind == "image" else payer.training()
@@ -70,7 +70,7 @@ async def until_jobs(platform: Platform, handle: Handle, number: int) -> None:
     await platform.until(followed)
 
 
-async def asked(platform: Platform, handle: Handle, route: str, times: int) -> None:
+async def until_scheduled(platform: Platform, handle: Handle, route: str, times: int) -> None:
     """Wait until the run has scheduled this call so often."""
 
     async def scheduled_so_often() -> bool:
@@ -128,7 +128,7 @@ async def test_the_tasks_time_runs_out_between_two_attempts_though_no_route_answ
     faults = [await away(platform, route, task_of(handle)) for route in ("cancel_job", "submit_job")]
     await preempt(platform, handle)
     await platform.pass_time(handle, 31)
-    await asked(platform, handle, "submit_job", 2)
+    await until_scheduled(platform, handle, "submit_job", 2)
     for _ in range(3):
         await platform.pass_time(handle, 5 * 60 + 10)
     await platform.until(lambda: has_kinds(platform, handle, "pre_deduct", "cancel"))
@@ -250,7 +250,7 @@ async def test_a_cancel_takes_effect_while_a_top_up_cannot_give_the_old_hold_bac
     await preempt(platform, handle)
     await platform.pass_time(handle, 31)
     await until_jobs(platform, handle, 2)
-    await asked(platform, handle, "cancel_hold", 1)
+    await until_scheduled(platform, handle, "cancel_hold", 1)
     async with asyncio.timeout(10):
         assert await platform.cancel(handle) == "accepted"
     await back(platform, fault)
