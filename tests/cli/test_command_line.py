@@ -109,8 +109,8 @@ async def test_json_is_one_document_with_progress_beside_it(opened: Connection) 
     started = await run_command(
         "generate", "a cat", *WHO, "--task-id", task_id, "--no-wait", "--json", connection=opened
     )
-    told = json.loads(started.out)
-    assert (told["task_id"], told["workflow_id"], told["is_new"]) == (task_id, workflow_id_of(task_id), True)
+    result = json.loads(started.out)
+    assert (result["task_id"], result["workflow_id"], result["is_new"]) == (task_id, workflow_id_of(task_id), True)
     await opened.client.get_workflow_handle(workflow_id_of(task_id)).signal("deliver")
     watched = await run_command("watch", task_id, "--json", connection=opened)
     shown = await run_command("show", task_id, "--json", connection=opened)

@@ -101,9 +101,9 @@ async def test_a_write_that_lands_after_its_run_has_continued_is_no_reset(task_s
 async def test_progress_of_every_attempt_and_stage_is_kept(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     for attempt, stage, progress in ((1, "processing", 60.0), (2, "processing", 20.0)):
-        told = fact(f"j{attempt}:1", attempt=attempt, stage=stage, progress=progress)
+        published = fact(f"j{attempt}:1", attempt=attempt, stage=stage, progress=progress)
         state: dict[str, Any] = {"attempts": attempt, "stage": stage, "progress": progress}
-        await task_store.write(write_of(task_id, told, version=attempt, **state), run_of(task_id))
+        await task_store.write(write_of(task_id, published, version=attempt, **state), run_of(task_id))
     await task_store.register(run_of(task_id, "reset"))
     again = fact("j1:2", attempt=1, stage="processing", progress=5.0)
     reset = write_of(task_id, again, version=2, attempts=1, stage="processing", progress=5.0)
@@ -190,7 +190,7 @@ async def test_a_row_from_an_earlier_release_is_taken_over_by_any_run(task_store
 
 
 async def forget(dsn: str, task_id: str, *, claim: bool = True) -> None:
-    """What a restored backup that is older than the task looks like."""
+    """The store after a restore from a backup older than the task."""
     connection = await asyncpg.connect(dsn)
     await connection.execute("DELETE FROM tasks WHERE task_id = $1", task_id)
     if claim:
@@ -214,7 +214,7 @@ async def test_a_lost_row_is_recreated_from_the_runs_claim(
     row = await row_of(task_store, task_id)
     assert (row.version, row.last_seq, row.run_id, row.tenant_id) == (6, 2, "run-1", "tenant-a")
     assert await task_store.claim(claim_of(task_id)) and not await task_store.claim(claim_of(task_id, "run-2"))
-    assert (await task_store.register(run_of(task_id))).is_possible, "what else was lost nobody knows"
+    assert (await task_store.register(run_of(task_id))).is_possible, "what else was lost is unknown"
 
 
 async def test_a_lost_row_is_not_recreated_where_another_run_has_claimed_the_id_since(

@@ -84,7 +84,7 @@ async def test_the_command_migrates_the_configured_database(new_database: NewDat
         cwd=Path(__file__).parents[2],
         stdout=asyncio.subprocess.PIPE,
     )
-    told, _ = await asyncio.wait_for(process.communicate(), 30)
+    output, _ = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 0
-    assert b"are at revision head" in told
+    assert b"are at revision head" in output
     assert "tasks" in await tables_of(dsn)

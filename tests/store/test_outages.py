@@ -1,4 +1,4 @@
-"""PostgreSQL away, hanging, restarted, locked: one named failure, in time, and back to work by itself."""
+"""PostgreSQL away, hanging, restarted, locked: one named failure, in time, and recovery by itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.store.facts import claim_of, fact, new_task_id, write_of
 
 @pytest.fixture
 async def on_a_cable(postgres_dsn: str) -> AsyncIterator[tuple[TaskStore, Cable]]:
-    """A store whose way to PostgreSQL can be cut."""
+    """A store whose connection to PostgreSQL can be cut."""
     url = make_url(postgres_dsn)
     socket = f"{url.query['host']}/.s.PGSQL.5432"
     async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
@@ -84,7 +84,7 @@ async def test_a_restart_of_postgresql_is_not_noticed(new_database: NewDatabase)
 
 
 async def test_a_driver_that_confuses_itself_is_an_outage(postgres_dsn: str) -> None:
-    """Seen in a soak: asyncpg's InternalClientError, where a server's farewell came between two messages."""
+    """Seen in a soak: asyncpg's InternalClientError, where the server's closing message came between two others."""
     database = Database(postgres_dsn)
 
     async def confused(_connection: AsyncConnection) -> None:

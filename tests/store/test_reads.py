@@ -56,7 +56,7 @@ async def test_open_tasks_are_oldest_first_quiet_and_go_on_at_their_cursor(new_d
 
     assert [task.task_id for task in first.tasks + rest.tasks] == [ids[0], ids[2], ids[3]]
     assert rest.cursor is None
-    # A claim writes its own instant; only what is written later counts as now.
+    # A claim writes its own time; only later writes use the current time.
     assert [task.task_id for task in quiet.tasks] == [ids[0], ids[2]]
 
 
@@ -117,4 +117,4 @@ async def test_log_lines_are_numbered_in_order_of_arrival_and_kept_once(task_sto
 
 async def test_log_lines_of_an_unclaimed_task_are_refused(task_store: TaskStore) -> None:
     with pytest.raises(TaskUnknown):
-        await task_store.write_log("nobody", [])
+        await task_store.write_log("unclaimed", [])

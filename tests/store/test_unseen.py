@@ -39,11 +39,11 @@ async def test_a_store_is_bound_once_and_to_another_namespace_only_by_hand(new_d
     ours, theirs = StoreHome(namespace="ours", namespace_id="1"), StoreHome(namespace="theirs", namespace_id="2")
     assert await store.home() is None
     bound = await asyncio.gather(*(store.bind(home) for home in (ours, theirs) * 3))
-    assert len({home.namespace for home in bound}) == 1, "whoever comes first"
+    assert len({home.namespace for home in bound}) == 1, "the first process decides"
     await store.rebind(StoreHome(namespace="ours"))
     assert await store.home() == StoreHome(namespace="ours")
     assert await store.bind(theirs) == StoreHome(namespace="ours")
-    assert await store.bind(ours) == ours, "the first process there tells the namespace's id"
+    assert await store.bind(ours) == ours, "the first process sets the namespace's id"
     assert await store.bind(StoreHome(namespace="ours", namespace_id="3")) == ours
     await store.close()
 

@@ -1,4 +1,4 @@
-"""Whatever is written, in whatever order and however often: the history is that of contract §6.
+"""For any writes, in any order and repeated: the history is that of contract §6.
 
 The model below is a second, deliberately naive reading of the rules; the store must agree with it after every write.
 """
@@ -41,7 +41,7 @@ def writes(draw: st.DrawFn) -> TaskWrite:
 
 @dataclass
 class Model:
-    """A task by the words of contract §6, without a thought for speed."""
+    """A task by the rules of contract §6, not optimized for speed."""
 
     written: list[Fact] = field(default_factory=list)
     version: int = 0

@@ -68,7 +68,7 @@ _BY_NAME: Final[dict[str, Any]] = {
     "sha256": "0" * 64,
     "files_sha256": "0" * 64,
 }
-"""What no type tells: the order of two instants, addresses."""
+"""What no type shows: the order of two times, addresses."""
 _LEAVES: Final[dict[Any, Any]] = {
     bool: True,
     int: 77,

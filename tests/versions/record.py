@@ -1,7 +1,7 @@
 """Record what this version hands on: `python -m tests.versions.record`.
 
-Run it when a field is added to what our runs and workers hand to each other. It writes the newest version's folder anew
-and no other: those of releases stay as they were released. With a release, give `NEWEST` the next version's name.
+Run it when a field is added to what our runs and workers hand to each other. It rewrites the newest version's folder
+only: the folders of releases stay as they were released. With a release, give `NEWEST` the next version's name.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from comfyui_temporal.contracts.task_store import TaskRow
 from comfyui_temporal.plugin import DATA_CONVERTER
 from tests.versions.fullest import HANDED_ON, fullest
 from tests.versions.record import NEWEST, VERSIONS, rendered
-from tests.versions.words import NEW_FIELD, NEW_WORD, at, leaves, new_fields_in, with_new_fields, words_of
+from tests.versions.words import NEW_ENUM_VALUE, NEW_FIELD, at, enum_paths, leaves, new_fields_in, with_new_fields
 from tests.workflows.record_histories import HISTORIES
 
 CONVERTER = DATA_CONVERTER.payload_converter
@@ -74,11 +74,11 @@ def test_unknown_fields_are_kept_at_every_depth(name: str) -> None:
 
 @pytest.mark.parametrize("name", HANDED_ON)
 def test_an_unknown_enum_value_is_never_taken_for_another(name: str) -> None:
-    """It cannot be read: in a run that fails the workflow task, in an activity it is tried again elsewhere."""
+    """It cannot be read: a run's workflow task fails, an activity is retried on another worker."""
     model = HANDED_ON[name].model_validate(fullest(HANDED_ON[name]))
-    for path in words_of(model):
+    for path in enum_paths(model):
         document = fullest(HANDED_ON[name])
-        at(document, path[:-1])[path[-1]] = NEW_WORD
+        at(document, path[:-1])[path[-1]] = NEW_ENUM_VALUE
         try:
             value = read(name, document)
         except ValidationError:
