@@ -75,7 +75,7 @@ async def test_a_cancelled_hold_cost_nothing(simulators: Simulators) -> None:
     assert await payer.verdicts(0) == [Verdict.OK, Verdict.OK]
 
 
-async def test_a_hold_that_stands_is_seen(simulators: Simulators) -> None:
+async def test_an_open_hold_is_seen(simulators: Simulators) -> None:
     payer = Payer(simulators)
     hold = await payer.hold()
     await payer.hold()

@@ -1,4 +1,4 @@
-"""The README's shell example runs as it stands, against a real server. The Python ones: tests/package/test_wheel.py."""
+"""The README's shell example runs unchanged against a real server. The Python ones: tests/package/test_wheel.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watching, showing, listing, cancelling and confirming, whatever way a task goes."""
+"""Watching, showing, listing, cancelling and confirming, for every course of a task."""
 
 from __future__ import annotations
 

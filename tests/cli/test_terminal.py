@@ -27,7 +27,7 @@ def shown(*states: TrainingProgress, is_terminal: bool, width: int = 200, task_i
         for state in states:
             rows[task_id].progressed(state)
         if is_terminal:
-            console.print()  # draws the bars once more, as they stand
+            console.print()  # draws the bars once more, in their current state
     return Text.from_ansi(screen.getvalue()).plain
 
 

@@ -75,7 +75,7 @@ async def test_a_task_is_cancelled_by_its_button(browser: Browser, watched: Watc
         await expect(button).to_be_hidden()
 
 
-async def test_a_cut_connection_is_taken_up_again_and_nothing_is_missed(browser: Browser, watched: Watched) -> None:
+async def test_a_cut_connection_is_resumed_and_nothing_is_missed(browser: Browser, watched: Watched) -> None:
     async with opened(browser, watched) as seen:
         await is_live(seen.page)
         watched.cable.pull()

@@ -58,19 +58,19 @@ async def test_each_write_is_notified_with_its_newest_seq(task_store: TaskStore)
     assert [seq for written_id, seq in notified.writes if written_id == task_id] == [1, 3]
 
 
-async def test_a_driver_that_confuses_itself_ends_no_listener(
+async def test_an_internal_error_of_the_driver_ends_no_listener(
     task_store: TaskStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seen in a soak: asyncpg's InternalClientError, where the server's closing message came between two others."""
     notified, connect = Notifications(), asyncpg.connect
     faults = [asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")]
 
-    async def confused(*given: Any, **named: Any) -> Any:
+    async def failing(*given: Any, **named: Any) -> Any:
         if faults:
             raise faults.pop()
         return await connect(*given, **named)
 
-    monkeypatch.setattr(asyncpg, "connect", confused)
+    monkeypatch.setattr(asyncpg, "connect", failing)
     async with running(task_store.listener(written=notified.written, resumed=notified.resumed)):
         await eventually(lambda: notified.has_resumed(1))
 

@@ -83,15 +83,15 @@ async def test_a_restart_of_postgresql_is_not_noticed(new_database: NewDatabase)
     await store.close()
 
 
-async def test_a_driver_that_confuses_itself_is_an_outage(postgres_dsn: str) -> None:
+async def test_an_internal_error_of_the_driver_is_an_outage(postgres_dsn: str) -> None:
     """Seen in a soak: asyncpg's InternalClientError, where the server's closing message came between two others."""
     database = Database(postgres_dsn)
 
-    async def confused(_connection: AsyncConnection) -> None:
+    async def failing(_connection: AsyncConnection) -> None:
         raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
 
     with pytest.raises(StoreUnavailable):
-        await database.transaction(confused, doing="testing")
+        await database.transaction(failing, doing="testing")
     await database.close()
 
 

@@ -72,7 +72,7 @@ async def test_a_history_goes_on_after_the_cursor_of_any_event(task_store: TaskS
 
 
 @pytest.mark.parametrize("cursor", ["", "x", "é", "a" * 5_000, "ZQo=", "ZQp0YXNrCi0x", "\0"])
-async def test_a_cursor_that_was_never_given_is_refused(task_store: TaskStore, cursor: str) -> None:
+async def test_a_cursor_that_was_never_issued_is_refused(task_store: TaskStore, cursor: str) -> None:
     with pytest.raises(CursorInvalid):
         await task_store.events("task", after=cursor)
     with pytest.raises(CursorInvalid):

@@ -85,9 +85,7 @@ async def test_a_known_key_writes_nothing_also_with_a_higher_sequence(task_store
         datetime(9999, 12, 30, 23, 59, 59, 999_999, tzinfo=UTC),
     ],
 )
-async def test_the_extremes_of_every_kind_of_value_come_back_as_they_were(
-    task_store: TaskStore, instant: datetime
-) -> None:
+async def test_extreme_values_of_every_type_are_read_back_unchanged(task_store: TaskStore, instant: datetime) -> None:
     task_id = await claimed(task_store)
     given = {"ts": instant, "next_eta": instant, "progress": 33.333333333333336, "message": 'a "\\u0000" \n é 😀'}
     numbers = {"queue_position": 2**63 - 1, "credits_delta": -(2**63), "balance_after": 0}
@@ -190,7 +188,7 @@ async def test_each_write_notifies_once_with_the_newest_number(task_store: TaskS
 
 
 async def test_concurrent_writers_leave_one_gapless_history(task_store: TaskStore) -> None:
-    """Twelve workers that each believe they are the one: every key once, no gap, the highest version stands."""
+    """Twelve workers that each act as the only one: every key once, no gap, the highest version wins."""
     task_id = await claimed(task_store)
     dice = random.Random(7)
     writes = [

@@ -51,7 +51,7 @@ async def _insert_in_silence(dsn: str, task_id: str, seq: int) -> None:
 
 
 @pytest.mark.parametrize("query", ["task_id={task_id}", "subscribe=*"])
-async def test_an_event_whose_notification_is_lost_comes_within_three_seconds(
+async def test_an_event_whose_notification_is_lost_arrives_within_three_seconds(
     streams: Streams, writer: Writer, postgres_dsn: str, query: str
 ) -> None:
     task_id = await writer.begun()
@@ -123,7 +123,7 @@ async def test_a_stream_ends_when_its_token_expires(streams: Streams, writer: Wr
     assert streams.hub.ended[EndReason.EXPIRED] == expired_before + 1
 
 
-async def test_heartbeats_come_while_nothing_happens(task_store: TaskStore, writer: Writer) -> None:
+async def test_heartbeats_are_sent_while_nothing_happens(task_store: TaskStore, writer: Writer) -> None:
     task_id = await writer.begun()
     async with (
         streams_on(task_store, heartbeat_seconds=1) as streams,

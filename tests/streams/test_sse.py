@@ -40,7 +40,7 @@ async def test_frames_hold_the_same_as_the_kept_history(streams: Streams, writer
 
 
 @pytest.mark.parametrize("by", ["cursor", "last-event-id"])
-async def test_a_stream_is_taken_up_where_it_was_left(streams: Streams, writer: Writer, by: str) -> None:
+async def test_a_stream_resumes_where_it_was_left(streams: Streams, writer: Writer, by: str) -> None:
     task_id = await writer.begun()
     await writer.write(task_id, 2)
     async with streams.opened(writer.tenant_id, f"task_id={task_id}") as first:
@@ -55,7 +55,7 @@ async def test_a_stream_is_taken_up_where_it_was_left(streams: Streams, writer: 
     assert second.seqs(task_id) == [4, 5, 6]
 
 
-async def test_last_event_id_goes_before_the_cursor_of_the_address(streams: Streams, writer: Writer) -> None:
+async def test_last_event_id_takes_precedence_over_the_cursor_of_the_address(streams: Streams, writer: Writer) -> None:
     task_id = await writer.begun()
     await writer.write(task_id, 3)
     async with streams.opened(writer.tenant_id, f"task_id={task_id}") as first:
@@ -107,7 +107,7 @@ async def test_nothing_is_lost_or_doubled_at_the_seam_while_a_task_moves(streams
         for _ in range((last - 1) // 7):
             await writer.write(task_id, 7)
 
-    async def come_and_go() -> list[int]:
+    async def reconnect_repeatedly() -> list[int]:
         seen: list[int] = []
         cursor = ""
         while not seen or seen[-1] < last:
@@ -118,7 +118,7 @@ async def test_nothing_is_lost_or_doubled_at_the_seam_while_a_task_moves(streams
                 cursor = f"&cursor={reader.last_id}"
         return seen
 
-    _, *seen = await asyncio.gather(move(), *(come_and_go() for _ in range(5)))
+    _, *seen = await asyncio.gather(move(), *(reconnect_repeatedly() for _ in range(5)))
     assert seen == [list(range(1, last + 1))] * 5
 
 

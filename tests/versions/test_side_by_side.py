@@ -1,4 +1,4 @@
-"""Workers of two versions on one task queue: a run goes from one to the other and back, and its money stays true.
+"""Workers of two versions on one task queue: a run goes from one to the other and back, and its money stays correct.
 
 The newer worker is today's code with fields that today's code does not know; today's code acts as the older worker.
 """
@@ -146,7 +146,7 @@ async def waiting(platform: Platform, task: dict[str, Any]) -> Handle:
 
 
 async def continued(platform: Platform, handle: Handle) -> dict[str, Any]:
-    """Have the run continued once more; what it handed on."""
+    """Make the run continue once more; what it passed on."""
     count = len(await runs_of(platform, handle))
     for sequence in range(SIGNALS):
         await platform.callback(handle, job_id="another", training_id="another", sequence=sequence)
@@ -249,11 +249,11 @@ async def test_what_a_newer_workers_run_left_is_given_back_by_an_older_one(bare:
         await first.result()
         assert (await ended_without_its_run(bare, readable["task_id"])).status is TaskStatus.FAILED
 
-        async def is_noted() -> str:
+        async def is_recorded() -> str:
             noted = {task.task_id: task.reason for task in await bare.store.unseen_tasks()}
             return noted.get(unreadable["task_id"], "")
 
-        assert "carried.hold.charged" in await bare.until(is_noted)
+        assert "carried.hold.charged" in await bare.until(is_recorded)
         [hold] = await bare.simulators.admin.credits.holds(unreadable["task_id"])
         assert hold.phase == "open"
         with pytest.MonkeyPatch.context() as patch:

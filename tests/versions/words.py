@@ -26,7 +26,7 @@ def with_new_fields(model: BaseModel) -> dict[str, Any]:
 
 
 def objects_of(value: Any, path: Path = ()) -> Iterator[tuple[Path, BaseModel]]:
-    """Every model in a value, and where it stands; not those that take any field, whose fields are a caller's."""
+    """Every model in a value with its path; not those that take any field, whose fields are a caller's."""
     if isinstance(value, BaseModel):
         if value.model_config.get("extra") != "allow" or not path:
             yield path, value

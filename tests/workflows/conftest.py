@@ -43,9 +43,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On the field's profile they run in the slow suite; `on_both_profiles`: also in `make test`.
+    """On the `field` profile they run in the slow suite; `on_both_profiles`: also in `make test`.
 
-    `by_contract("why")`: not there at all, being about what only a service by our contract does.
+    `by_contract("why")`: left out, because only a service by our contract does this.
     """
     left_out = []
     for item in items:
@@ -189,8 +189,8 @@ async def _patient_platform(
 async def quick_platform(_quick_platform: Platform) -> AsyncIterator[Platform]:
     """A platform on the wall clock that many scenarios share; an image takes a quarter of a second.
 
-    Its deadlines are too far away to matter. Faults name their task or their payer; those that stand, and the policy,
-    are taken back.
+    Its deadlines are too far away to matter. Faults name their task or their payer; remaining faults
+    and the policy are reset afterwards.
     """
     _quick_platform.policy = {"deadline_factor": 1_000.0}
     yield _quick_platform

@@ -23,7 +23,7 @@ _lines: dict[str, Lines] = {}
 
 @workflow.defn(failure_exception_types=[Exception])
 class Probe:
-    """Runs the lines that stand under its id; an error that they raise ends the run."""
+    """Runs the lines that are registered under its id; an error that they raise ends the run."""
 
     @workflow.run
     async def run(self) -> Any:
@@ -65,9 +65,9 @@ async def nothing(_handle: WorkflowHandle[Any, Any]) -> None:
 
 
 async def probed(environment: WorkflowEnvironment, lines: Lines, meanwhile: Meanwhile = nothing) -> Probed:
-    """Run the lines on a worker of their own, `meanwhile` once they run.
+    """Run the lines on their own worker, and `meanwhile` once they run.
 
-    Raises WorkflowFailureError where they raise.
+    Raises WorkflowFailureError if they raise.
     """
     name = unique("probe")
     _lines[name] = lines

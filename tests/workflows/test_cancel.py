@@ -1,6 +1,6 @@
 """A cancel at every step, each way it can come: charged once, or nothing charged and no result delivered.
 
-Jobs here take so long that none ends by itself: what is delivered is delivered by the scenario.
+Jobs here take so long that none ends by itself: only the scenario delivers.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ async def test_cancelled_while_the_dataset_is_copied(working: Platform) -> None:
     for n in range(1_500):
         (many / f"{n}.txt").write_text("picture")
 
-    async def cancelled_in_mid_copy(way: str) -> None:
+    async def cancelled_during_copy(way: str) -> None:
         handle = await working.start_training(dataset={"dataset_id": "many", "source_uri": many.as_uri()})
         task_id = handle.id.removeprefix("task-")
 
@@ -166,7 +166,7 @@ async def test_cancelled_while_the_dataset_is_copied(working: Platform) -> None:
         await ended_cancelled(working, handle, way, await cancel(working, handle, way))
         assert await working.simulators.admin.comfyui.jobs(task_id) == []
 
-    await asyncio.gather(*(cancelled_in_mid_copy(way) for way in ("temporal", "two updates")))
+    await asyncio.gather(*(cancelled_during_copy(way) for way in ("temporal", "two updates")))
 
 
 async def test_cancelled_while_object_storage_is_away(working: Platform) -> None:

@@ -245,7 +245,7 @@ async def test_a_history_of_many_events_continues_as_new(platform: Platform) -> 
 
 
 async def until_more_runs(platform: Platform, handle: Handle, number: int, run_id: str, **fields: Any) -> None:
-    """Send messages of this job until the task has continued as new so often."""
+    """Send messages of this job until the task has continued as new this many times."""
     wanted = len(await runs_of(platform, handle)) + number
     for sequence in range(2, 90):
         if len(await runs_of(platform, handle)) >= wanted:

@@ -200,8 +200,8 @@ async def test_a_hold_that_was_refused_after_a_lost_answer_is_recorded_only_wher
     assert ending.result["credits"]["pre_deduct_ids"] == []
 
 
-async def offers_none_of_ours(platform: Platform, tenant_id: str) -> None:
-    """Neither ComfyUI's (ours) routes nor the ledger's kinds, for this tenant."""
+async def remove_our_routes(platform: Platform, tenant_id: str) -> None:
+    """Remove ComfyUI's (ours) routes and the ledger's kinds for this tenant."""
     await platform.simulators.admin.comfyui.fault("not_offered", tenant_id=tenant_id)
     await platform.simulators.admin.credits.fault("plain_ledger", tenant_id=tenant_id)
 
@@ -209,7 +209,7 @@ async def offers_none_of_ours(platform: Platform, tenant_id: str) -> None:
 @pytest.mark.parametrize("scene", ["image", "training"])
 async def test_services_without_any_of_our_routes_deliver_and_charge(quick_platform: Platform, scene: str) -> None:
     payer = await new_payer(quick_platform)
-    await offers_none_of_ours(quick_platform, payer.tenant_id)
+    await remove_our_routes(quick_platform, payer.tenant_id)
     task = payer.image() if scene == "image" else payer.training()
     ending = await ended(quick_platform, await quick_platform.start(task))
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, HD if scene == "image" else 120)
@@ -217,7 +217,7 @@ async def test_services_without_any_of_our_routes_deliver_and_charge(quick_platf
 
 async def test_a_job_that_cannot_be_cancelled_runs_out_and_costs_nothing(quick_platform: Platform) -> None:
     payer = await new_payer(quick_platform)
-    await offers_none_of_ours(quick_platform, payer.tenant_id)
+    await remove_our_routes(quick_platform, payer.tenant_id)
     handle = await start_held(quick_platform, payer.image())
     await until_started(quick_platform, handle)
     await quick_platform.cancel(handle)

@@ -71,7 +71,7 @@ async def test_an_answer_that_comes_past_the_deadline_ends_in_timeout_or_deliver
 
 
 @pytest.mark.by_contract("keys are kept")
-async def test_a_key_that_another_has_used_is_a_conflict_and_the_others_hold_stands(quick_platform: Platform) -> None:
+async def test_a_key_that_another_has_used_is_a_conflict_and_the_others_hold_stays(quick_platform: Platform) -> None:
     payer = await new_payer(quick_platform)
     task = payer.image()
     others = await payer.post(

@@ -44,7 +44,7 @@ class FakeRecord:
 
 
 class Clock:
-    """A job clock of a task whose present this moves."""
+    """A task's job clock; the test moves its time."""
 
     def __init__(self, patch: pytest.MonkeyPatch, carried: ClockState | None = None, *, cap: float = 600.0) -> None:
         self.now = NOON

@@ -66,7 +66,7 @@ class Poll:
 
 
 class Polls:
-    """Stands for the calls of a task; keeps each poll."""
+    """Replaces the calls of a task; keeps each poll."""
 
     call_for = CallFor(task_id="t1", tenant_id="tenant", user_id="user", scene=Scene.IMAGE_GENERATE)
 
@@ -81,7 +81,7 @@ class Polls:
 
 
 class Watched:
-    """A watch whose present the test moves."""
+    """A job watch; the test moves its time."""
 
     def __init__(
         self, patch: pytest.MonkeyPatch, carried: WatchState | None = None, limits: TaskLimits | None = None
@@ -106,7 +106,7 @@ class Watched:
     def pass_seconds(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
 
-    def hear(self, *messages: dict[str, Any]) -> None:
+    def receive(self, *messages: dict[str, Any]) -> None:
         for body in messages:
             self.watch.take(json.dumps(body).encode())
         self.watch.read()
@@ -229,41 +229,41 @@ def test_what_comes_before_its_job_is_known_waits(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_newest_wins_and_an_older_or_repeated_message_changes_nothing(watched: Watched) -> None:
-    watched.hear(said(2), said(1), said(2), said(5))
+    watched.receive(said(2), said(1), said(2), said(5))
 
     assert watched.record.applied == [(2, True), (5, False)]
     assert watched.watch.newest is not None and watched.watch.newest.sequence == 5
 
 
 def test_after_a_final_update_nothing_counts(watched: Watched) -> None:
-    watched.hear(delivered(2), said(3, error_details={"code": "node_error", "message": "x"}))
+    watched.receive(delivered(2), said(3, error_details={"code": "node_error", "message": "x"}))
 
     assert watched.record.applied == [(2, True)]
     assert watched.watch.newest is not None and watched.watch.newest.succeeded
 
 
 def test_only_a_new_stage_and_a_final_update_are_published_immediately(watched: Watched) -> None:
-    watched.hear(said(1, "queued"), said(2), said(3), delivered(4))
+    watched.receive(said(1, "queued"), said(2), said(3), delivered(4))
 
     assert watched.record.published == [(1, True), (2, True), (3, False), (4, True)]
 
 
 def test_a_final_update_within_a_stage_is_published_immediately(watched: Watched) -> None:
-    watched.hear(said(1), said(2, error_details={"code": "node_error", "message": "x"}))
+    watched.receive(said(1), said(2, error_details={"code": "node_error", "message": "x"}))
 
     assert watched.record.published == [(1, True), (2, True)]
 
 
 def test_each_applied_message_is_passed_on_once(watched: Watched) -> None:
-    watched.hear(said(2), said(1))
+    watched.receive(said(2), said(1))
 
     assert watched.updates == [2]
 
 
 def test_another_jobs_messages_are_counted_and_never_applied(watched: Watched) -> None:
-    watched.hear(said(1))
+    watched.receive(said(1))
     watched.watch.follow("j2")
-    watched.hear(said(7), said(1) | {"job_id": "j2"})
+    watched.receive(said(7), said(1) | {"job_id": "j2"})
 
     assert watched.record.applied == [(1, True), (1, True)]
     assert watched.state.callbacks_refused == 1
@@ -299,20 +299,20 @@ def test_a_job_is_polled_after_a_silence_and_again_after_twice_that_up_to_a_limi
         watched.answered(Answer())
 
     assert silences == [30.0, 60.0, 120.0, 120.0]
-    watched.hear(said(1))
+    watched.receive(said(1))
     assert watched.due_in() == 30.0
 
 
 def test_silence_counts_from_the_last_update(watched: Watched) -> None:
     watched.pass_seconds(20)
-    watched.hear(said(1))
+    watched.receive(said(1))
 
     assert watched.due_in() == 30.0
 
 
 def test_a_message_during_a_poll_drops_no_poll(watched: Watched) -> None:
     poll = watched.ask()
-    watched.hear(said(1))
+    watched.receive(said(1))
     poll.answer = Answer(reply=state(2))
     watched.watch.read()
 
@@ -332,7 +332,7 @@ def test_a_limit_below_the_first_silence_shortens_none(monkeypatch: pytest.Monke
 def test_what_is_expected_stretches_the_silence_up_to_its_limit(
     watched: Watched, eta_seconds: float, silence: float
 ) -> None:
-    watched.hear(said(1, next_eta=(NOON + timedelta(seconds=eta_seconds)).isoformat()))
+    watched.receive(said(1, next_eta=(NOON + timedelta(seconds=eta_seconds)).isoformat()))
 
     assert watched.due_in() == silence
 
@@ -373,7 +373,7 @@ def test_a_poll_is_applied_like_any_other_update(watched: Watched) -> None:
 
 
 def test_a_poll_with_nothing_new_makes_the_next_silence_longer(watched: Watched) -> None:
-    watched.hear(said(4))
+    watched.receive(said(4))
     watched.answered(Answer(reply=state(4)))
 
     assert watched.record.applied == [(4, True)]
@@ -412,7 +412,7 @@ UNREADABLE = failed_with(ApplicationError("No JSON.", type=FailureCode.REPLY_INV
 
 
 def test_a_job_that_is_unknown_twice_ten_seconds_apart_is_lost(watched: Watched) -> None:
-    watched.hear(said(3))
+    watched.receive(said(3))
     watched.answered(Answer(refusal=UNKNOWN))
     assert watched.due_in() == 10.0
     assert watched.watch.newest is not None and not watched.watch.newest.is_final
@@ -435,7 +435,7 @@ def test_a_job_that_never_sent_a_message_can_be_lost_too(watched: Watched) -> No
 
 def test_a_message_in_between_shows_that_the_job_is_known(watched: Watched) -> None:
     watched.answered(Answer(refusal=UNKNOWN))
-    watched.hear(said(3))
+    watched.receive(said(3))
     assert watched.due_in() == 30.0
 
     watched.answered(Answer(refusal=UNKNOWN))
@@ -465,7 +465,7 @@ def test_a_readable_answer_restarts_the_count(watched: Watched, heals_by: str) -
     if heals_by == "a poll":
         watched.answered(Answer())
     elif heals_by == "a callback":
-        watched.hear(said(1))
+        watched.receive(said(1))
     else:
         watched.watch.follow("j2")
 

@@ -1,6 +1,6 @@
 """What operators see of a run: its step table, its attributes in lists, its details, and which task goes first.
 
-That every activity and timer has a summary is asserted of every run by `books.ended`.
+`books.ended` asserts for every run that each activity and timer has a summary.
 """
 
 from __future__ import annotations
@@ -276,10 +276,10 @@ async def test_the_details_show_where_a_task_stands(direct_platform: Platform) -
     assert shown["last update from ComfyUI"] == "-"
     await direct_platform.callback(handle, job_id=job_id, job_status="processing", sequence=1, stage_progress=40)
 
-    async def is_heard() -> bool:
+    async def is_applied() -> bool:
         return (await details(handle))["stage"] == "processing 40 %"
 
-    await direct_platform.until(is_heard)
+    await direct_platform.until(is_applied)
     assert (await details(handle))["last update from ComfyUI"].endswith("UTC")
     await direct_platform.cancel(handle)
     await ended(direct_platform, handle)

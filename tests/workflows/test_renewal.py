@@ -30,7 +30,7 @@ async def start_long_training(platform: Platform, task: dict[str, Any]) -> Handl
 
 
 async def start_slow_image(platform: Platform, payer: Payer) -> Handle:
-    """Start an image that stands still once it has begun, with an hour's estimate: its hold lives 29 minutes.
+    """Start an image that stalls once it has started, with an hour's estimate: its hold lives 29 minutes.
 
     It was taken for a deadline of 24 minutes; the later estimate moves that beyond the hold's end.
     """

@@ -1,4 +1,4 @@
-"""Recorded histories replay with the real configuration: today's code goes on where yesterday's runs stand."""
+"""Recorded histories replay with the real configuration: today's code goes on with runs that older code began."""
 
 from __future__ import annotations
 

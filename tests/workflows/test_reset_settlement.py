@@ -33,8 +33,8 @@ async def keeps_no_keys(payer: Payer) -> None:
     await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
 
 
-async def standing(platform: Platform, task: dict[str, Any]) -> Handle:
-    """An image whose work has begun and stands still, under its hold."""
+async def stalled(platform: Platform, task: dict[str, Any]) -> Handle:
+    """An image whose work has started and stalls, under its hold."""
     await platform.simulators.admin.comfyui.fault("job_stall", route="submit_job", task_id=task["task_id"], times=None)
     handle = await platform.start(task)
     await until_started(platform, handle)
@@ -82,7 +82,7 @@ async def test_a_commit_that_acted_after_a_reset_is_not_charged_again(patient_pl
     payer = await new_payer(patient_platform)
     credits = patient_platform.simulators.admin.credits
     await keeps_no_keys(payer)
-    handle = await standing(patient_platform, payer.image())
+    handle = await stalled(patient_platform, payer.image())
     run = await reset_to_its_start(patient_platform, handle, holds=2)
     commit = {"route": "commit", "tenant_id": payer.tenant_id}
     waits = await credits.fault("rate_limit", **commit, seconds=60)
@@ -114,7 +114,7 @@ async def test_work_that_costs_nothing_is_not_handed_out_where_an_earlier_life_w
     await comfyui.fault("not_offered", route="cancel_job", tenant_id=payer.tenant_id)
     free: dict[str, Any] = {"fields": {"actual_cost": 0}}
     await comfyui.fault("job_lie", route="submit_job", task_id=task["task_id"], at=0, **free)
-    handle = await standing(quick_platform, task)
+    handle = await stalled(quick_platform, task)
     waiting = (await points_of(quick_platform, handle))[-1]
     await quick_platform.cancel(handle)
     await handle.result()
@@ -135,7 +135,7 @@ async def test_a_failed_task_whose_earlier_hold_has_an_unknown_end_says_so(patie
     credits = patient_platform.simulators.admin.credits
     await keeps_no_keys(payer)
     await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=3_600)
-    handle = await standing(patient_platform, payer.image())
+    handle = await stalled(patient_platform, payer.image())
     run = await reset_to_its_start(patient_platform, handle, holds=2)
     lost = await credits.fault("drop", route="cancel_hold", tenant_id=payer.tenant_id, nth=2)
     job = await patient_platform.job(run)

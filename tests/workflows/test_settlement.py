@@ -1,4 +1,4 @@
-"""Delivered work is charged its price once in all, whatever commit and the ledger say (contract §4, §5)."""
+"""Delivered work is charged its price once in total, for any answer of commit and the ledger (contract §4, §5)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HD = 18 + 6
 """The price of a standard image, in points."""
 
 
-async def start_telling(platform: Platform, task: dict[str, Any], **fields: Any) -> Handle:
+async def start_reporting(platform: Platform, task: dict[str, Any], **fields: Any) -> Handle:
     """Start an image or a short training whose last state has these fields, and the 202 the same GPU hours."""
     comfyui = platform.simulators.admin.comfyui
     job: dict[str, Any] = {"route": "submit_job", "task_id": task["task_id"]}
@@ -69,7 +69,7 @@ async def delivered(platform: Platform, handle: Handle) -> None:
 async def test_an_image_is_charged_what_it_cost_and_never_more_than_is_held(
     quick_platform: Platform, actual_cost: int | None, charged: int, exceptions: list[str]
 ) -> None:
-    handle = await start_telling(quick_platform, quick_platform.image(), actual_cost=actual_cost)
+    handle = await start_reporting(quick_platform, quick_platform.image(), actual_cost=actual_cost)
     ending = await ended(quick_platform, handle)
     assert ending.status is TaskStatus.COMPLETED and ending.result["result_urls"]
     assert ending.charged == charged
@@ -79,7 +79,7 @@ async def test_an_image_is_charged_what_it_cost_and_never_more_than_is_held(
 
 
 async def test_a_negative_cost_charges_nothing_and_delivers_nothing(quick_platform: Platform) -> None:
-    handle = await start_telling(quick_platform, quick_platform.image(), actual_cost=-5)
+    handle = await start_reporting(quick_platform, quick_platform.image(), actual_cost=-5)
     ending = await ended(quick_platform, handle)
     assert ending.code == "reply_invalid"
     assert ending.result["credits"]["returned"] == HD
@@ -110,7 +110,7 @@ async def test_a_commit_whose_answer_is_lost_charges_once(quick_platform: Platfo
     await credits.fault("drop", route="commit", task_id=task["task_id"])
     if keys == "ignored":
         await credits.fault("ignore_keys", route="commit", task_id=task["task_id"])
-    handle = await start_telling(quick_platform, task, actual_cost=HD - 4)
+    handle = await start_reporting(quick_platform, task, actual_cost=HD - 4)
     ending = await ended(quick_platform, handle)
     assert ending.status is TaskStatus.COMPLETED
     assert (ending.charged, ending.result["credits"]["returned"], ending.exceptions) == (HD - 4, 4, [])
@@ -129,7 +129,7 @@ async def test_a_hold_that_expired_before_its_commit_is_charged(quick_platform: 
 
 async def test_more_than_2000_points_are_charged_in_parts(quick_platform: Platform) -> None:
     task = quick_platform.training(max_credits=5_000)
-    handle = await start_telling(quick_platform, task, gpu_hours=40, gpu_hours_used=40)
+    handle = await start_reporting(quick_platform, task, gpu_hours=40, gpu_hours_used=40)
     await expired(quick_platform, handle)
     ending = await ended(quick_platform, handle)
     assert ending.status is TaskStatus.COMPLETED
@@ -144,7 +144,7 @@ async def test_a_refused_charge_ends_the_task_completed_with_shortfall(
 ) -> None:
     payer = await new_payer(quick_platform)
     task = payer.training(max_credits=5_000)
-    handle = await start_telling(quick_platform, task, gpu_hours=40, gpu_hours_used=40)
+    handle = await start_reporting(quick_platform, task, gpu_hours=40, gpu_hours_used=40)
     await expired(quick_platform, handle)
     await payer.has(left)
     ending = await ended(quick_platform, handle)
@@ -206,7 +206,7 @@ async def test_a_hold_granted_above_its_request_is_committed_up_to_the_request(
     await quick_platform.simulators.admin.credits.fault(
         "alter", route="pre_deduct", task_id=task["task_id"], fields={"frozen_amount": granted}
     )
-    handle = await start_telling(quick_platform, task, actual_cost=60)
+    handle = await start_reporting(quick_platform, task, actual_cost=60)
     ending = await ended(quick_platform, handle)
     assert ending.status is TaskStatus.COMPLETED
     assert (ending.charged, ending.result["credits"]["shortfall"]) == (HD, 0)
@@ -219,7 +219,7 @@ async def test_a_hold_granted_above_its_request_is_committed_up_to_the_request(
 async def test_a_training_that_used_more_than_is_held(quick_platform: Platform, policy: bool, hold: str) -> None:
     """120 points are held, 240 used up at the very end: the rest is charged only if policy says so, each part once."""
     quick_platform.policy["charge_shortfall"] = policy
-    handle = await start_telling(quick_platform, quick_platform.training(), gpu_hours_used=3)
+    handle = await start_reporting(quick_platform, quick_platform.training(), gpu_hours_used=3)
     if hold == "expired":
         await expired(quick_platform, handle)
     ending = await ended(quick_platform, handle)
@@ -252,7 +252,7 @@ async def test_a_commit_that_acted_without_an_answer_is_settled_within_seconds(
         await credits.fault("drop", route="commit", tenant_id=payer.tenant_id)
     else:
         await credits.fault("error", route="commit", tenant_id=payer.tenant_id, status=500, when="after")
-    handle = await start_telling(quick_platform, payer.image(), actual_cost=cost)
+    handle = await start_reporting(quick_platform, payer.image(), actual_cost=cost)
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, cost, [])
     assert (ending.result["credits"]["settlement"], ending.result["credits"]["returned"]) == ("settled", HD - cost)
@@ -323,13 +323,13 @@ async def test_a_commit_answered_with_another_amount_is_looked_up(
     await quick_platform.simulators.admin.credits.fault(
         "alter", route="commit", tenant_id=payer.tenant_id, fields={"frozen_amount": answered}
     )
-    handle = await start_telling(quick_platform, payer.image(), actual_cost=20)
+    handle = await start_reporting(quick_platform, payer.image(), actual_cost=20)
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 20, [])
 
 
 async def test_the_ledger_wins_over_what_was_committed(quick_platform: Platform) -> None:
-    """20 points were sent, the answer says 5, and 5 stand in the ledger: 15 are missing."""
+    """20 points were sent, the answer says 5, and the ledger shows 5: 15 are missing."""
     task = quick_platform.image()
     credits = quick_platform.simulators.admin.credits
     await credits.fault("alter", route="commit", task_id=task["task_id"], fields={"frozen_amount": 5})
@@ -338,7 +338,7 @@ async def test_the_ledger_wins_over_what_was_committed(quick_platform: Platform)
         for n, (change, reason) in enumerate([(-5, "commit"), (19, "refund_pre_deduct"), (-24, "pre_deduct")])
     ]
     await credits.fault("alter", route="ledger", task_id=task["task_id"], fields={"entries": rows})
-    handle = await start_telling(quick_platform, task, actual_cost=20)
+    handle = await start_reporting(quick_platform, task, actual_cost=20)
     result = await handle.result()
     expected = {"charged": 5, "returned": 19, "shortfall": 15, "settlement": "settled"}
     assert result["credits"] | expected == result["credits"]
@@ -357,7 +357,7 @@ async def test_an_unanswered_charge_is_repeated_where_keys_are_kept(
     await quick_platform.simulators.admin.credits.fault(
         "drop", route="charge", task_id=task["task_id"], when="after" if acts else "before", nth=part
     )
-    handle = await start_telling(quick_platform, task, gpu_hours=40, gpu_hours_used=40)
+    handle = await start_reporting(quick_platform, task, gpu_hours=40, gpu_hours_used=40)
     await expired(quick_platform, handle)
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 2_460, [])
@@ -367,7 +367,7 @@ async def test_an_unanswered_charge_is_repeated_where_keys_are_kept(
     ]
 
 
-async def cancelled_by_hand(platform: Platform, payer: Payer, handle: Handle) -> None:
+async def cancelled_by_another_caller(platform: Platform, payer: Payer, handle: Handle) -> None:
     """Another caller gives the task's hold back before its commit."""
     await platform.until_held(task_of(handle))
     [hold] = await holds_of(platform, handle)
@@ -383,7 +383,7 @@ async def test_an_unanswered_charge_waits_for_the_ledger_where_no_keys_are_kept(
     credits = patient_platform.simulators.admin.credits
     lost = await credits.fault("drop", route="charge", tenant_id=payer.tenant_id, when="after" if acts else "before")
     handle = await patient_platform.start(payer.image())
-    await cancelled_by_hand(patient_platform, payer, handle)
+    await cancelled_by_another_caller(patient_platform, payer, handle)
     await delivered(patient_platform, handle)
     await patient_platform.until_hit("charge", lost)
     if not acts:
@@ -406,7 +406,7 @@ async def test_an_unanswered_charge_is_not_repeated_where_the_ledger_lacks_the_c
     credits = patient_platform.simulators.admin.credits
     await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=800)
     lost = await credits.fault("drop", route="charge", tenant_id=payer.tenant_id)
-    handle = await start_telling(patient_platform, payer.training(), gpu_hours_used=3)
+    handle = await start_reporting(patient_platform, payer.training(), gpu_hours_used=3)
     await until_started(patient_platform, handle)
     await patient_platform.pass_time(handle, 400)
     await patient_platform.pass_time(handle, 400)
@@ -421,8 +421,8 @@ async def test_an_unanswered_charge_is_not_repeated_where_the_ledger_lacks_the_c
 # What stays unknown
 
 
-async def never_learned(platform: Platform, payer: Payer, *exempt: str) -> Ending:
-    """Follow an image whose settlement cannot be learned to its end, 10 minutes after its delivery."""
+async def unknown_settlement(platform: Platform, payer: Payer, *exempt: str) -> Ending:
+    """Follow an image whose settlement stays unknown to its end, 10 minutes after its delivery."""
     handle = await platform.start(payer.image())
     await platform.until_held(task_of(handle))
     await delivered(platform, handle)
@@ -436,13 +436,13 @@ async def never_learned(platform: Platform, payer: Payer, *exempt: str) -> Endin
 async def test_a_commit_that_no_ledger_shows_is_recorded_and_nothing_charged(
     patient_platform: Platform, message: str
 ) -> None:
-    """The service refuses the commit, whatever it calls that, and its ledger shows neither end of the hold."""
+    """The service refuses the commit with any code, and its ledger shows neither end of the hold."""
     payer = await new_payer(patient_platform)
     refusal = {"detail": {"code": "0", "message": message}}
     await patient_platform.simulators.admin.credits.fault(
         "answer", route="commit", tenant_id=payer.tenant_id, status=409, body=refusal
     )
-    ending = await never_learned(patient_platform, payer, "hold_expires")
+    ending = await unknown_settlement(patient_platform, payer, "hold_expires")
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 0)
     assert ending.exceptions == ["settlement_unknown"]
     credits = ending.result["credits"]

@@ -83,7 +83,7 @@ async def test_polls_of_a_silent_job_come_after_30_60_and_120_seconds(slow_platf
     stale = {"sequence": 0, "next_eta": None, "estimated_time": 60}
     await comfyui.fault("alter", route="get_job", times=None, fields=stale)
     handle = await slow_platform.start_waiting_image()
-    spans: list[float] = [30, 30, 60, 120, 120]  # the first answer is news
+    spans: list[float] = [30, 30, 60, 120, 120]  # the first answer has a change
     for span in spans:
         await polls_after(slow_platform, handle, span)
     await assert_polled_after(handle, spans)

@@ -1,7 +1,6 @@
 """The budget of what a run carries (contracts/size_budget.py), filled to its limit: every list, every text, both kinds.
 
-What comes from outside is read by the models that read it in production, so that a limit that is missing there shows
-here.
+Input from outside is read by the production models, so that a limit that they lack shows here.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ NOW = datetime(2026, 5, 4, 9, 15, 0, 123_456, tzinfo=UTC)
 ID = "i" * 64
 OUTSIDE_ID = "o" * 128
 CONTROLS = "\x01" * 3_000
-"""Six bytes a character in JSON: the longest that a text can become."""
+"""Six bytes a character in JSON: the longest form of a text."""
 TEXTS = [
     pytest.param(CONTROLS, id="controls"),
     pytest.param('"' * 20_000, id="quotes", marks=pytest.mark.slow),
@@ -352,7 +351,7 @@ def test_holds_that_are_over_are_counted_and_numbers_go_on() -> None:
     assert holds.asked_count == 1_440 * 4
     assert holds.granted_before + len(holds.granted_holds()) == 1_440
     assert [hold.pre_deduct_id for hold in holds.granted_holds()][-1] == "001439".ljust(128, "h")
-    assert [hold.n for hold in holds.asked if not hold.resolved] == [1_439 * 4, 1_440 * 4], "what stands stays"
+    assert [hold.n for hold in holds.asked if not hold.resolved] == [1_439 * 4, 1_440 * 4], "open holds are kept"
     assert len(holds.asked) <= MAX_KEPT_HOLDS + 2
 
 

@@ -1,6 +1,6 @@
-"""Nothing that is large leaves a run stuck: datasets, replies, callbacks (pitfalls 6, 39, 43).
+"""No large input leaves a run stuck: datasets, replies, callbacks (pitfalls 6, 39, 43).
 
-`books.ended` sees that no workflow task ever failed.
+`books.ended` asserts that no workflow task failed.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ async def preempted_and_resumed(platform: Platform, handle: Handle, attempts: in
 
 @pytest.mark.parametrize("count", [300, MANY])
 async def test_a_large_dataset_goes_through_four_attempts_and_many_runs(direct_platform: Platform, count: int) -> None:
-    """Seen with 10,000 files: continue-as-new failed for ever, renewal and settlement stopped."""
+    """Seen with 10,000 files: continue-as-new failed forever, renewal and settlement stopped."""
     folder, names = dataset_of(direct_platform, count)
     before = dict(direct_platform.policy)
     direct_platform.policy |= {"continue_as_new_signals": 2, "retry_after_seconds": [0.05, 0.05, 0.05]}

@@ -1,4 +1,4 @@
-"""PostgreSQL away for ten minutes in mid-task: money settles in time, events follow in order (decision 3).
+"""PostgreSQL away for ten minutes during a task: money settles in time, events follow in order (decision 3).
 
 The clocks of task, ComfyUI and credits are moved on; PostgreSQL's absence is real.
 """

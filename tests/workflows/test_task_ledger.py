@@ -153,15 +153,15 @@ def test_by_kind_every_end_of_every_hold_is_found(life: Life) -> None:
     for hold in life.holds:
         ends = {None: Found(HoldFate.UNKNOWN), "commit": Found(HoldFate.COMMITTED, hold.cost)}
         assert reading.fate(hold.requested()) == ends.get(hold.end, Found(HoldFate.GIVEN_BACK))
-    standing = {hold.pre_deduct_id: hold.amount for hold in life.holds if hold.end is None}
-    assert reading.open_holds() == OpenHolds(standing)
+    open_holds = {hold.pre_deduct_id: hold.amount for hold in life.holds if hold.end is None}
+    assert reading.open_holds() == OpenHolds(open_holds)
 
 
 @given(lives(("reason",)))
-def test_by_reason_what_stands_is_counted(life: Life) -> None:
+def test_by_reason_open_holds_are_counted(life: Life) -> None:
     """An expiry has no entry there: such a hold is not seen to have ended."""
-    standing = [hold.amount for hold in life.holds if hold.end in (None, "expire")]
-    assert TaskLedger(life.entries).open_holds() == OpenHolds({}, len(standing), sum(standing))
+    amounts = [hold.amount for hold in life.holds if hold.end in (None, "expire")]
+    assert TaskLedger(life.entries).open_holds() == OpenHolds({}, len(amounts), sum(amounts))
 
 
 @given(lives(), st.sampled_from(["bonus", "", "expired"]), st.integers(-30, 30))

@@ -42,7 +42,7 @@ async def act(platform: Platform, handle: Handle, action: str, **parameters: Any
 
 
 async def let_it_end(platform: Platform, handle: Handle) -> None:
-    """Resume a training that may not have reached the point where it stands still."""
+    """Resume a training that may not have reached the point where it stalls."""
     run = await until_started(platform, handle)
 
     async def is_over() -> bool:
@@ -233,7 +233,7 @@ async def _shows(platform: Platform, handle: Handle, percent: float) -> bool:
 
 
 async def until_attempt(platform: Platform, handle: Handle, number: int) -> RunSeen:
-    """Wait until the task's `number`th training is the one that it follows; how it stands."""
+    """Wait until the task's `number`th training is the one that it follows; its state."""
 
     async def begun() -> RunSeen | None:
         runs = await platform.simulators.admin.comfyui.jobs(task_of(handle))

@@ -1,6 +1,6 @@
-"""Step table 2, row by row, where it does not go straight on: window, GPUs, dataset, confirmation, start (contract §8).
+"""Step table 2, row by row, off the good path: window, GPUs, dataset, confirmation, start (contract §8).
 
-That the dataset's copy is gone is asserted of every end by `books.ended`; here it is seen to have been there.
+`books.ended` asserts that the dataset's copy is gone at every end; here tests see that it existed.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ async def test_an_address_outside_the_tenants_own_prefix_is_refused(quick_platfo
 
 
 async def body_sent(platform: Platform, handle: Handle) -> TrainingRequest:
-    """The body that the service received: history holds it without the list of files, which lies beside the copy."""
+    """The body that the service received: history has it without the list of files, which is stored beside the copy."""
     [order] = await sent(handle, "create_training")
     draft = TrainingDraft.model_validate(order["body"])
     assert draft.dataset.files is None
@@ -235,7 +235,7 @@ async def body_sent(platform: Platform, handle: Handle) -> TrainingRequest:
 
 
 async def test_the_service_trains_on_a_copy_and_gets_its_checksums(quick_platform: Platform) -> None:
-    """The copy stands as long as the training runs, even if the source changes."""
+    """The copy is kept as long as the training runs, even if the source changes."""
     payer = await new_payer(quick_platform)
     task = payer.training()
     await quick_platform.simulators.admin.comfyui.fault(
@@ -256,7 +256,7 @@ async def test_the_service_trains_on_a_copy_and_gets_its_checksums(quick_platfor
 
 
 async def is_over(platform: Platform, handle: Handle) -> bool:
-    """Resume a training that may not have reached the point where it stands still."""
+    """Resume a training that may not have reached the point where it stalls."""
     run = await platform.job(handle)
     return (await platform.simulators.admin.comfyui.act(run.run_id, "resume")).is_over
 

@@ -49,7 +49,7 @@ async def reconciled(temporal_env: WorkflowEnvironment, dsn: str, tmp_path: Path
 
 
 def at_the_edge(monkeypatch: pytest.MonkeyPatch, platform: Platform, spoilt: Mapping[str, Spoil]) -> None:
-    """What the server says of some workflow ids is replaced on its way in."""
+    """Replace the server's answers for some workflow ids."""
     service = platform.client.workflow_service
     describe = service.describe_workflow_execution
 
@@ -180,10 +180,10 @@ async def test_unreadable_orphans_are_recorded_and_retried(
             task_queue=reconciled.task_queue,
         )
 
-        async def is_noted() -> bool:
+        async def is_recorded() -> bool:
             return task_id in await reasons(reconciled)
 
-        await reconciled.until(is_noted)
+        await reconciled.until(is_recorded)
     await giving_back.result()
     assert await reasons(reconciled) == {}
     assert (await ended_without_its_run(reconciled, task_id)).status is TaskStatus.FAILED

@@ -71,7 +71,7 @@ async def until_jobs(platform: Platform, handle: Handle, number: int) -> None:
 
 
 async def until_scheduled(platform: Platform, handle: Handle, route: str, times: int) -> None:
-    """Wait until the run has scheduled this call so often."""
+    """Wait until the run has scheduled this call this many times."""
 
     async def scheduled_so_often() -> bool:
         return len(await scheduled(handle, route)) >= times
@@ -89,7 +89,7 @@ async def finish(platform: Platform, handle: Handle) -> None:
 
 @pytest.mark.parametrize("kind", ["image", "training"])
 async def test_the_next_attempt_follows_though_the_old_job_cannot_be_cancelled(platform: Platform, kind: str) -> None:
-    """Its cancel goes on beside the next attempt, and the task does not end before it has landed."""
+    """Its cancel goes on beside the next attempt, and the task does not end before it has succeeded."""
     handle = await start_working(platform, await new_payer(platform), kind)
     route = "cancel_job" if kind == "image" else "cancel_training"
     fault = await away(platform, route, task_of(handle))
