@@ -129,10 +129,10 @@ async def test_a_rejected_token_is_reported(opened: Connection, simulators: Simu
 async def test_routes_that_are_not_offered_are_notes(opened: Connection, simulators: Simulators) -> None:
     await simulators.admin.comfyui.fault("not_offered", times=None)
     _, findings = await examined(opened, simulators)
-    noted = {
+    notes = {
         what for what, finding in findings.items() if finding.verdict is Verdict.NOTE and "not offered" in finding.says
     }
-    assert noted == {
+    assert notes == {
         "ComfyUI: GET /comfyui/v1/gpus",
         "ComfyUI: POST /comfyui/v1/jobs/{job_id}/cancel",
         "ComfyUI: POST /comfyui/v1/training/{job_id}/start",

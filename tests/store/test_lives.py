@@ -75,7 +75,7 @@ async def test_another_chains_run_is_superseded_too(task_store: TaskStore) -> No
     assert (await row_of(task_store, task_id)).run_id == "run-1"
 
 
-async def test_the_state_of_a_run_that_was_reset_counts_whatever_its_version(task_store: TaskStore) -> None:
+async def test_the_state_of_a_run_that_was_reset_counts_at_any_version(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     await task_store.write(write_of(task_id, fact("a"), version=40, attempts=3), run_of(task_id))
     await task_store.register(run_of(task_id, "reset"))

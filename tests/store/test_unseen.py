@@ -22,8 +22,8 @@ async def test_what_could_not_be_looked_at_is_kept_until_it_could(task_store: Ta
         rows = await task_store.unseen_tasks()
         return {row.task_id: (row.reason, row.times) for row in rows if row.task_id in (first, second, purged)}
 
-    noted = [UnseenTask(task_id=task_id, reason="a reason\x00") for task_id in (first, second, purged)]
-    await task_store.note_looks(unseen_tasks=noted)
+    unseen = [UnseenTask(task_id=task_id, reason="a reason\x00") for task_id in (first, second, purged)]
+    await task_store.note_looks(unseen_tasks=unseen)
     assert await kept() == {first: ("a reason\ufffd", 1), second: ("a reason\ufffd", 1)}, (
         "a task that is gone is not kept"
     )

@@ -44,7 +44,7 @@ async def test_a_fact_becomes_one_event_with_the_next_number(task_store: TaskSto
     assert (row.last_seq, row.version, row.credits.held, row.status) == (2, 3, 44, TaskStatus.RUNNING)
 
 
-async def test_a_known_key_writes_nothing_wherever_it_is_repeated(task_store: TaskStore) -> None:
+async def test_a_repeated_key_writes_nothing(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     await task_store.write(write_of(task_id, keyed_fact("a"), keyed_fact("a"), keyed_fact("b")))
     await task_store.write(write_of(task_id, keyed_fact("accepted"), keyed_fact("b"), keyed_fact("c"), version=2))

@@ -138,14 +138,14 @@ async def _persistently(writer: Writer, task_id: str, *, ends: bool = False) -> 
     """One write, retried until it succeeds, as a workflow's activity does: the same facts under the same keys."""
     write = writer.ending(task_id) if ends else writer.writing(task_id, 1)
 
-    async def stands() -> bool:
+    async def is_written() -> bool:
         try:
             await writer.store.write(write)
         except StoreUnavailable:
             return False
         return True
 
-    await eventually(stands, within=timedelta(seconds=20))
+    await eventually(is_written, within=timedelta(seconds=20))
 
 
 async def _followed(streams: Streams, tenant_id: str, task_id: str) -> list[int]:

@@ -75,7 +75,7 @@ async def test_a_run_that_a_release_continued_goes_on(
 
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda path: path.stem)
-async def test_a_recorded_run_is_replayed_from_wherever_it_stands_open(recorded: Path) -> None:
+async def test_a_recorded_run_is_replayed_from_every_open_point(recorded: Path) -> None:
     """An open run is a history without its end: at each of its workflow tasks today's code takes it over."""
     history = WorkflowHistory.from_json("any", recorded.read_text())  # noqa: ASYNC240
     workflow_id = history.events[0].workflow_execution_started_event_attributes.workflow_id

@@ -250,8 +250,8 @@ async def test_what_a_newer_workers_run_left_is_given_back_by_an_older_one(bare:
         assert (await ended_without_its_run(bare, readable["task_id"])).status is TaskStatus.FAILED
 
         async def is_recorded() -> str:
-            noted = {task.task_id: task.reason for task in await bare.store.unseen_tasks()}
-            return noted.get(unreadable["task_id"], "")
+            unseen = {task.task_id: task.reason for task in await bare.store.unseen_tasks()}
+            return unseen.get(unreadable["task_id"], "")
 
         assert "carried.hold.charged" in await bare.until(is_recorded)
         [hold] = await bare.simulators.admin.credits.holds(unreadable["task_id"])

@@ -98,7 +98,7 @@ HOSTILE: dict[str, list[RawValue]] = {
 }
 
 
-async def test_whatever_arrives_is_survived_and_counted(direct_platform: Platform) -> None:
+async def test_any_message_is_survived_and_counted(direct_platform: Platform) -> None:
     handle, job_id = await start_held(direct_platform)
     for number, (name, arguments) in enumerate(HOSTILE.items(), start=1):
         mine = [

@@ -103,7 +103,7 @@ async def test_a_settlement_that_was_unknown_is_corrected_once_the_ledger_shows_
 
 
 @pytest.mark.parametrize("row", ["unknown", "corrected"])
-async def test_a_task_whose_settlement_was_unknown_ends_as_its_row_says_wherever_it_is_reset_to(
+async def test_a_task_whose_settlement_was_unknown_ends_as_its_row_says_from_every_reset_point(
     alone: Platform, row: str
 ) -> None:
     """The ledger shows the commit by now, or shows it no more: neither changes how the task had ended."""

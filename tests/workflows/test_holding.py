@@ -132,7 +132,7 @@ async def test_a_balance_of_exactly_the_price_is_enough(quick_platform: Platform
         ("estimate", 422, "42201", "payload_invalid", "input_invalid"),
     ],
 )
-async def test_a_refusal_is_read_by_its_message_whatever_its_status(
+async def test_a_refusal_is_read_by_its_message_not_its_status(
     quick_platform: Platform, route: str, status: int, number: str, message: str, code: str
 ) -> None:
     task = quick_platform.image()

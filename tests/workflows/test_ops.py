@@ -265,7 +265,7 @@ async def details(handle: Handle) -> dict[str, str]:
     return shown
 
 
-async def test_the_details_show_where_a_task_stands(direct_platform: Platform) -> None:
+async def test_the_details_show_the_state_of_a_task(direct_platform: Platform) -> None:
     handle = await direct_platform.start_image()
     job_id = (await until_started(direct_platform, handle)).run_id
     await direct_platform.until_settled(handle)

@@ -214,7 +214,7 @@ async def test_a_hold_granted_above_its_request_is_committed_up_to_the_request(
     assert [post["body"]["actual_cost"] for post in await sent(handle, "commit")] == [HD]
 
 
-@pytest.mark.parametrize("hold", ["stands", "expired"])
+@pytest.mark.parametrize("hold", ["open", "expired"])
 @pytest.mark.parametrize("policy", [False, True], ids=["shortfall", "shortfall charged"])
 async def test_a_training_that_used_more_than_is_held(quick_platform: Platform, policy: bool, hold: str) -> None:
     """120 points are held, 240 used up at the very end: the rest is charged only if policy says so, each part once."""

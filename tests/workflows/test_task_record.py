@@ -123,7 +123,7 @@ def test_an_update_that_repeats_the_submitted_state_is_not_published(recorded: R
 # What is published
 
 
-def test_a_fact_says_how_things_stand(recorded: Recorded) -> None:
+def test_a_fact_has_the_state_of_the_task(recorded: Recorded) -> None:
     recorded.receive(1, progress=40.0, next_eta=NOON, queue_position=4)
     recorded.record.publish("held:1", EventType.CREDITS, credits_delta=-24)
 

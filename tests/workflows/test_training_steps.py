@@ -294,7 +294,7 @@ ENDS: dict[str, tuple[Fields, int, Callable[[Platform, Handle], Any], str | None
 
 
 @pytest.mark.parametrize("how", ENDS)
-async def test_the_copy_is_deleted_however_the_training_ends(quick_platform: Platform, how: str) -> None:
+async def test_the_copy_is_deleted_at_every_end_of_a_training(quick_platform: Platform, how: str) -> None:
     fields, balance, end_it, code = ENDS[how]
     payer = await new_payer(quick_platform, balance)
     task = payer.training(**fields)
