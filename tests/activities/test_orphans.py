@@ -16,7 +16,7 @@ from comfyui_temporal.contracts.give_back import Orphans
 from comfyui_temporal.contracts.requests import HoldState, RequestOutcome
 from comfyui_temporal.contracts.task_store import TaskRow
 from comfyui_temporal.plugin import DATA_CONVERTER
-from tests.versions.fullest import HANDED_ON, fullest
+from tests.versions.fullest import DOCUMENTS, fullest
 
 AT = datetime(2031, 1, 1, 12, tzinfo=UTC)
 HELD = {"pre_deduct_id": "hold-1", "frozen_amount": 24, "balance_after": 76}
@@ -52,7 +52,7 @@ class History:
             await self.reader.take(completed)
 
     async def continued_with(self, holds: HoldState) -> None:
-        run = fullest(HANDED_ON["image-run"])
+        run = fullest(DOCUMENTS["image-run"])
         run["carried"] |= {"hold": holds.model_dump(mode="json"), "jobs": []}
         started = self._event(Happened.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED)
         started.workflow_execution_started_event_attributes.workflow_type.name = "ImageGenerationWorkflow"
@@ -66,10 +66,10 @@ class History:
         return event
 
 
-SUBMIT = {**fullest(HANDED_ON["submit-job"]), "key": "task-1:submit:1"}
-HOLD = {**fullest(HANDED_ON["pre-deduct"]), "key": "task-1:pre_deduct:1"}
-CHARGE = fullest(HANDED_ON["charge"])
-CANCEL_JOB = {**fullest(HANDED_ON["job-call"]), "job_id": "job-1"}
+SUBMIT = {**fullest(DOCUMENTS["submit-job"]), "key": "task-1:submit:1"}
+HOLD = {**fullest(DOCUMENTS["pre-deduct"]), "key": "task-1:pre_deduct:1"}
+CHARGE = fullest(DOCUMENTS["charge"])
+CANCEL_JOB = {**fullest(DOCUMENTS["job-call"]), "job_id": "job-1"}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Small workflows under the real names, so that the command line is tried against every way a task can go.
+"""Small workflows under the real names, so that the command line is tested against every course of a task.
 
-They answer the queries and updates of contract §8; what a task does is told by its prompt or its template.
+They answer the queries and updates of contract §8; a task's prompt or template selects what it does.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CREDITS = CreditsSummary(estimated=24, held=24, charged=24, returned=0, pre_dedu
 
 
 @workflow.defn(name=IMAGE_WORKFLOW, sandboxed=False)
-class StandInImage:
+class ScriptedImage:
     @workflow.init
     def __init__(self, task: ImageTask) -> None:
         self.task = task
@@ -102,7 +102,7 @@ class StandInImage:
 
 
 @workflow.defn(name=TRAINING_WORKFLOW, sandboxed=False)
-class StandInTraining:
+class ScriptedTraining:
     @workflow.init
     def __init__(self, task: TrainingTask) -> None:
         self.task = task
@@ -174,9 +174,9 @@ def server(temporal_env: WorkflowEnvironment) -> Server:
 
 @pytest_asyncio.fixture(scope="session")
 async def opened(client: Client, server: Server) -> AsyncIterator[Connection]:
-    """A connection to a task queue that a worker with the stand-in workflows serves."""
+    """A connection to a task queue that a worker with the scripted workflows serves."""
     queue = unique("queue")
-    async with Worker(client, task_queue=queue, workflows=[StandInImage, StandInTraining], activities=[nothing]):
+    async with Worker(client, task_queue=queue, workflows=[ScriptedImage, ScriptedTraining], activities=[nothing]):
         yield Connection(client, server, queue)
 
 

@@ -1,4 +1,4 @@
-"""The demo's look into the books, on both credits services: what a task tells against what the ledger shows."""
+"""The demo's check of the books, on both credits services: what a task reports against what the ledger shows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Payer:
         self._token = simulators.tokens.made_for(*WHO.values())
 
     async def post(self, route: str, **body: object) -> str:
-        """The `pre_deduct_id` that it tells, or nothing."""
+        """The `pre_deduct_id` of the answer, or an empty string."""
         headers = {"Authorization": f"Bearer {self._token}", "X-Idempotency-Key": unique("key")}
         async with httpx.AsyncClient(base_url=f"{self.simulators.credits_url}/api/v1/credits") as http:
             answer = await http.post(f"/{route}", json={**WHO, "task_id": self.task_id, **body}, headers=headers)
@@ -43,11 +43,11 @@ class Payer:
         given = {"template_id": "upscale", "scene": "image.generate", "estimated_cost": HELD, "expire_in": 600}
         return await self.post("pre-deduct", currency="point", **given)
 
-    async def verdicts(self, told: int) -> list[Verdict]:
-        """Of the account and of the task that tells this charge."""
+    async def verdicts(self, charged: int) -> list[Verdict]:
+        """The verdicts on the account and on a task that reports this charge."""
         call_for = CallFor(task_id="books", scene=Scene.IMAGE_GENERATE, **WHO)
         async with CreditsClient(self.simulators.credits_url, ServiceToken(self._token)) as credits:
-            found = await check_books(credits, call_for, {self.task_id: CreditsSummary(charged=told)})
+            found = await check_books(credits, call_for, {self.task_id: CreditsSummary(charged=charged)})
         return [finding.verdict for finding in found]
 
 
@@ -75,7 +75,7 @@ async def test_a_cancelled_hold_cost_nothing(simulators: Simulators) -> None:
     assert await payer.verdicts(0) == [Verdict.OK, Verdict.OK]
 
 
-async def test_a_hold_that_stands_is_seen(simulators: Simulators) -> None:
+async def test_an_open_hold_is_seen(simulators: Simulators) -> None:
     payer = Payer(simulators)
     hold = await payer.hold()
     await payer.hold()

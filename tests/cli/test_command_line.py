@@ -22,7 +22,7 @@ from tests.conftest import unique
 WHO = ("--tenant", "tenant-a", "--user", "ann")
 
 
-async def test_bad_input_is_told_field_by_field_and_nothing_is_started() -> None:
+async def test_bad_input_is_reported_field_by_field_and_nothing_is_started() -> None:
     image = await run_command("generate", "a cat", *WHO, "--resolution", "8k", "--max-credits", "0", "--task-id", "a b")
     training = await run_command("train", "--tenant", "tenant-a", "--epochs", "0", "--set", "optimizer=adam")
     script = await run_command("generate", "secret words", "--user", "ann", "--json")
@@ -109,8 +109,8 @@ async def test_json_is_one_document_with_progress_beside_it(opened: Connection) 
     started = await run_command(
         "generate", "a cat", *WHO, "--task-id", task_id, "--no-wait", "--json", connection=opened
     )
-    told = json.loads(started.out)
-    assert (told["task_id"], told["workflow_id"], told["is_new"]) == (task_id, workflow_id_of(task_id), True)
+    result = json.loads(started.out)
+    assert (result["task_id"], result["workflow_id"], result["is_new"]) == (task_id, workflow_id_of(task_id), True)
     await opened.client.get_workflow_handle(workflow_id_of(task_id)).signal("deliver")
     watched = await run_command("watch", task_id, "--json", connection=opened)
     shown = await run_command("show", task_id, "--json", connection=opened)
@@ -151,7 +151,7 @@ async def test_the_local_stack_names_server_queue_and_user(opened: Connection, t
 
 
 @pytest.mark.parametrize("command", ["generate", "train", "watch", "show", "list", "cancel", "confirm"])
-def test_every_command_teaches_by_example(command: str) -> None:
+def test_every_commands_help_has_an_example(command: str) -> None:
     help_text = CliRunner().invoke(app, [command, "--help"]).output
     assert f"comfyui-tasks {command}" in help_text
     assert "Exit codes:" in help_text

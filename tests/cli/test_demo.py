@@ -66,16 +66,18 @@ async def test_the_demo_shows_both_tasks_and_that_the_books_agree(
     whole: Platform, stack: StackDescription, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = await asyncio.to_thread(run_demo, stack, whole.folder)
-    told = capsys.readouterr().out
-    assert code == 0, told
-    assert re.search(r"demo-image-\w+ +(queued|processing|delivery) +\d+ %", told), "told in lines where it is piped"
-    assert re.search(r"demo-training-\w+ +training +\d+ %", told)
-    assert re.search(rf"image +{re.escape(whole.simulators.comfyui_url)}/results/\S+\.png", told)
-    assert re.search(r"model +\S+", told)
-    assert re.search(r"metrics +.*loss", told)
-    assert len(re.findall(r"points +estimated \d+, held \d+, charged \d+, returned \d+", told)) == 2
-    assert len(re.findall(r"Temporal UI +http://127.0.0.1:8233/namespaces/default/workflows/task-demo-", told)) == 2
-    assert re.search(r"ok +ledger +balance \d+ = sum of", told)
+    output = capsys.readouterr().out
+    assert code == 0, output
+    assert re.search(r"demo-image-\w+ +(queued|processing|delivery) +\d+ %", output), (
+        "progress is printed in lines where output is piped"
+    )
+    assert re.search(r"demo-training-\w+ +training +\d+ %", output)
+    assert re.search(rf"image +{re.escape(whole.simulators.comfyui_url)}/results/\S+\.png", output)
+    assert re.search(r"model +\S+", output)
+    assert re.search(r"metrics +.*loss", output)
+    assert len(re.findall(r"points +estimated \d+, held \d+, charged \d+, returned \d+", output)) == 2
+    assert len(re.findall(r"Temporal UI +http://127.0.0.1:8233/namespaces/default/workflows/task-demo-", output)) == 2
+    assert re.search(r"ok +ledger +balance \d+ = sum of", output)
     assert (await whole.simulators.admin.credits.balance_check()).ok
 
 
@@ -85,13 +87,13 @@ async def test_the_demo_fails_where_a_task_does(
     await whole.simulators.admin.comfyui.fault("job_fail", route="submit_job", code="node_error", node="KSampler")
     await whole.simulators.admin.comfyui.fault("job_refuse", route="create_training", code="model_missing")
     code = await asyncio.to_thread(run_demo, stack, whole.folder)
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert code == 1
-    assert "node_error" in told
-    assert "model_missing" in told
+    assert "node_error" in output
+    assert "model_missing" in output
 
 
-async def test_the_books_are_found_wrong_where_a_task_tells_another_charge(
+async def test_the_books_check_fails_where_a_task_reports_another_charge(
     whole: Platform, stack: StackDescription, real: Connection
 ) -> None:
     started = await real.tasks.start(ImageTask.model_validate(whole.image()))
@@ -128,10 +130,10 @@ async def test_a_training_asks_for_its_price_and_goes_on_when_it_is_confirmed(
     seen = Seen()
     following = asyncio.create_task(follow(real, task.task_id, seen))
 
-    async def asked() -> bool:
+    async def is_shown() -> bool:
         return any(progress.confirmation for progress in seen.progress)
 
-    await until(asked)
+    await until(is_shown)
     [wanted] = {progress.confirmation.estimated_cost for progress in seen.progress if progress.confirmation}
     assert await real.tasks.confirm(task.task_id, wanted) == wanted
     outcome = await following

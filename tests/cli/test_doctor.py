@@ -58,13 +58,13 @@ async def examined(
     return ended, {finding.what: finding for finding in findings}
 
 
-def wrongs(findings: dict[str, Finding]) -> set[str]:
+def wrong_checks(findings: dict[str, Finding]) -> set[str]:
     return {what for what, finding in findings.items() if finding.verdict is Verdict.WRONG}
 
 
 async def test_only_the_short_retention_of_this_server_is_wrong(opened: Connection, simulators: Simulators) -> None:
     ended, findings = await examined(opened, simulators)
-    assert wrongs(findings) == {"namespace"}
+    assert wrong_checks(findings) == {"namespace"}
     assert ended.exit_code == 1
     assert "--retention 30d" in findings["namespace"].advice
     assert "8 exist" in findings["search attributes"].says
@@ -75,7 +75,7 @@ async def test_only_the_short_retention_of_this_server_is_wrong(opened: Connecti
     assert await admin.credits.holds() == []
 
 
-async def test_the_reconcilers_schedule_is_told_of(opened: Connection, simulators: Simulators) -> None:
+async def test_the_reconcilers_schedule_is_reported(opened: Connection, simulators: Simulators) -> None:
     settings = Settings(_env_file=None, task_queue=opened.task_queue)
     await ensure_reconciler(opened.client, settings)
     schedule = opened.client.get_schedule_handle(reconcile_id_of(opened.task_queue))
@@ -89,12 +89,12 @@ async def test_the_reconcilers_schedule_is_told_of(opened: Connection, simulator
         await schedule.delete()
 
 
-async def test_a_namespace_without_search_attributes_and_worker_is_told_how_to_get_them(
+async def test_missing_search_attributes_and_worker_are_reported_with_the_fix(
     opened: Connection, simulators: Simulators, kept_namespace: str
 ) -> None:
     _, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_TEMPORAL_NAMESPACE=kept_namespace)
     assert findings["namespace"].verdict is Verdict.OK
-    assert wrongs(findings) == {"search attributes", "worker"}
+    assert wrong_checks(findings) == {"search attributes", "worker"}
     assert "--name TaskStage --type Keyword" in findings["search attributes"].advice
     assert "python worker.py" in findings["worker"].advice
 
@@ -105,7 +105,7 @@ async def test_an_unknown_namespace_is_named(opened: Connection, simulators: Sim
     assert "temporal operator namespace create --namespace nowhere" in findings["namespace"].advice
 
 
-async def test_parties_that_are_away_are_each_named(
+async def test_unreachable_services_are_each_named(
     opened: Connection, simulators: Simulators, unused_tcp_port: int
 ) -> None:
     away = f"http://127.0.0.1:{unused_tcp_port}"
@@ -113,26 +113,26 @@ async def test_parties_that_are_away_are_each_named(
         opened, simulators, COMFYUI_TEMPORAL_COMFYUI_URL=away, COMFYUI_TEMPORAL_CREDITS_URL=away
     )
     assert ended.exit_code == 1
-    assert {"credits: balance", "ComfyUI"} <= wrongs(findings)
+    assert {"credits: balance", "ComfyUI"} <= wrong_checks(findings)
     assert away in findings["ComfyUI"].says
     assert away in findings["credits: balance"].says
 
 
-async def test_a_token_that_is_not_taken_is_told(opened: Connection, simulators: Simulators) -> None:
+async def test_a_rejected_token_is_reported(opened: Connection, simulators: Simulators) -> None:
     _, findings = await examined(
         opened, simulators, COMFYUI_TEMPORAL_TOKEN_SECRET="another-secret-of-32-bytes-at-least"
     )
-    assert {"credits: balance", "ComfyUI"} <= wrongs(findings)
+    assert {"credits: balance", "ComfyUI"} <= wrong_checks(findings)
     assert "token" in findings["credits: balance"].says
 
 
 async def test_routes_that_are_not_offered_are_notes(opened: Connection, simulators: Simulators) -> None:
     await simulators.admin.comfyui.fault("not_offered", times=None)
     _, findings = await examined(opened, simulators)
-    noted = {
+    notes = {
         what for what, finding in findings.items() if finding.verdict is Verdict.NOTE and "not offered" in finding.says
     }
-    assert noted == {
+    assert notes == {
         "ComfyUI: GET /comfyui/v1/gpus",
         "ComfyUI: POST /comfyui/v1/jobs/{job_id}/cancel",
         "ComfyUI: POST /comfyui/v1/training/{job_id}/start",
@@ -148,7 +148,7 @@ async def test_one_hold_is_taken_once_and_given_back(opened: Connection, simulat
     assert (await simulators.admin.credits.account()).balance == 100_000
 
 
-async def test_a_service_that_ignores_keys_is_found_out_and_both_holds_given_back(
+async def test_a_service_that_ignores_keys_is_detected_and_both_holds_given_back(
     opened: Connection, simulators: Simulators
 ) -> None:
     await simulators.admin.credits.fault("ignore_keys", times=None)
@@ -190,7 +190,7 @@ async def test_the_task_store_and_what_could_not_be_looked_at_are_shown(
     assert task_id in findings["open tasks"].advice and "Its run is paused." in findings["open tasks"].advice
     await store.rebind(StoreHome(namespace="elsewhere"))
     _, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_DATABASE_DSN=dsn)
-    assert "task store" in wrongs(findings) and "elsewhere" in findings["task store"].says
+    assert "task store" in wrong_checks(findings) and "elsewhere" in findings["task store"].says
     started = await run_command(
         *("generate", "a cat", "--tenant", "tenant-a", "--user", "ann", "--task-id", task_id, "--no-wait"),
         connection=opened,
@@ -202,7 +202,7 @@ async def test_the_task_store_and_what_could_not_be_looked_at_are_shown(
     await store.close()
 
 
-async def test_give_backs_that_could_not_be_started_are_told_of(
+async def test_give_backs_that_could_not_be_started_are_reported(
     opened: Connection, simulators: Simulators, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def last(*_: object) -> ReconcileResult:

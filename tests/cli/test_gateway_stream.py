@@ -64,7 +64,7 @@ async def begun(whole: Platform) -> Handle:
     return handle
 
 
-def check_told_in_order(seen: Seen) -> None:
+def check_order(seen: Seen) -> None:
     steps = [(one.stage or "", one.progress) for one in seen.progress]
     order = ["", "queued", "processing", "delivery"]
     assert steps == sorted(steps, key=lambda step: (order.index(step[0]), step[1]))
@@ -87,8 +87,8 @@ async def test_a_task_is_followed_by_its_stream_to_its_end(whole: Platform, open
     outcome = await follow(opened, task_id_of(handle), seen)
     assert outcome.status is TaskStatus.COMPLETED
     assert await streams_opened(whole) == before + 1
-    check_told_in_order(seen)
-    assert seen.progress[-1].estimated_time is not None, "how long it takes stands in no event, and is read"
+    check_order(seen)
+    assert seen.progress[-1].estimated_time is not None, "no event has the estimated time, so it is read"
 
 
 async def test_a_stream_that_is_cut_goes_on_where_it_was(whole: Platform, opened: Connection) -> None:
@@ -104,7 +104,7 @@ async def test_a_stream_that_is_cut_goes_on_where_it_was(whole: Platform, opened
         cable.plug_in()
         outcome = await following
     assert outcome.status is TaskStatus.COMPLETED
-    check_told_in_order(seen)
+    check_order(seen)
 
 
 async def _any(seen: Seen) -> bool:
@@ -114,7 +114,7 @@ async def _any(seen: Seen) -> bool:
 @pytest.mark.parametrize(
     "gateway", [GatewayAccess("http://127.0.0.1:9", token="any"), GatewayAccess("", token="nonsense")]
 )
-async def test_without_gateway_or_right_the_task_is_asked_by_query(
+async def test_without_gateway_or_permission_the_task_is_queried(
     whole: Platform, opened: Connection, gateway: GatewayAccess
 ) -> None:
     known = replace(gateway, url=gateway.url or whole.gateway_url)
@@ -122,4 +122,4 @@ async def test_without_gateway_or_right_the_task_is_asked_by_query(
     seen = Seen()
     outcome = await follow(replace(opened, gateway=known), task_id_of(handle), seen)
     assert outcome.status is TaskStatus.COMPLETED
-    assert any(one.job_id for one in seen.progress), "only the query tells the job's id"
+    assert any(one.job_id for one in seen.progress), "only the query shows the job's id"

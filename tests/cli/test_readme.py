@@ -1,4 +1,4 @@
-"""The README's shell example runs as it stands, against a real server. The Python ones: tests/package/test_wheel.py."""
+"""The README's shell example runs unchanged against a real server. The Python ones: tests/package/test_wheel.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from temporalio.worker import Worker
 
 from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
-from tests.cli.conftest import StandInImage
+from tests.cli.conftest import ScriptedImage
 from tests.conftest import temporal_binary
 
 PROJECT = Path(__file__).parents[2]
@@ -42,6 +42,6 @@ async def run(program: str, *arguments: str, opened: Connection) -> str:
 
 
 async def test_the_shell_example_does_what_it_shows(opened: Connection) -> None:
-    async with Worker(opened.client, task_queue=TASK_QUEUE, workflows=[StandInImage]):
+    async with Worker(opened.client, task_queue=TASK_QUEUE, workflows=[ScriptedImage]):
         from_shell = await run("sh", "-euc", example("sh"), opened=opened)
         assert '"status":"completed"' in from_shell.replace(" ", "")

@@ -12,18 +12,18 @@ UNKNOWN = CreditsSummary(held=24, charged=None, returned=None, settlement=Settle
 
 
 def test_an_unknown_settlement_names_no_points_that_were_charged() -> None:
-    told = dict(credit_lines(UNKNOWN))
-    assert told["points"] == "estimated 0, held 24"
-    assert told["settlement"].startswith("unknown")
+    lines = dict(credit_lines(UNKNOWN))
+    assert lines["points"] == "estimated 0, held 24"
+    assert lines["settlement"].startswith("unknown")
 
 
-def test_a_known_settlement_is_told_in_one_line() -> None:
+def test_a_known_settlement_is_shown_in_one_line() -> None:
     settled = CreditsSummary(held=24, charged=20, returned=4, settlement=SettlementState.SETTLED)
     assert dict(credit_lines(settled)) == {"points": "estimated 0, held 24, charged 20, returned 4"}
 
 
 def test_the_result_of_an_earlier_release_counts_as_settled() -> None:
-    """Release 0.1.0 told no `settlement`."""
+    """Release 0.1.0 reported no `settlement`."""
     old = {"task_id": "t", "status": TaskStatus.COMPLETED, "credits": {"held": 24, "charged": 20, "returned": 4}}
     credits = ImageResult.model_validate(old).credits
     assert (credits.settlement, credits.charged) == (SettlementState.SETTLED, 20)

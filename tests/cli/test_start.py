@@ -106,10 +106,10 @@ def test_a_list_that_temporal_does_not_take_says_what_to_do() -> None:
 
 def test_a_manifest_on_this_machine_is_hashed(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text('["a.png"]')
-    told = manifest(str(tmp_path / "list.json"), None)
+    reference = manifest(str(tmp_path / "list.json"), None)
     sha256 = hashlib.sha256(b'["a.png"]').hexdigest()
-    assert told == {"uri": (tmp_path / "list.json").as_uri(), "sha256": sha256}
+    assert reference == {"uri": (tmp_path / "list.json").as_uri(), "sha256": sha256}
     assert manifest("s3://bucket/list.json", "0" * 64) == {"uri": "s3://bucket/list.json", "sha256": "0" * 64}
-    assert manifest("s3://bucket/list.json", None) == {"uri": "s3://bucket/list.json"}, "its checksum is then missing"
+    assert manifest("s3://bucket/list.json", None) == {"uri": "s3://bucket/list.json"}, "it has no checksum then"
     with pytest.raises(BadInput, match="cannot be read"):
         manifest(str(tmp_path / "gone.json"), None)

@@ -1,4 +1,4 @@
-"""Watching, showing, listing, cancelling and confirming, whatever way a task goes."""
+"""Watching, showing, listing, cancelling and confirming, for every course of a task."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.pausing import pause, unpause
 
 
 class Seen:
-    """A watcher that keeps what it was told."""
+    """A watcher that keeps what it received."""
 
     def __init__(self) -> None:
         self.progress: list[TrainingProgress] = []
@@ -41,21 +41,21 @@ def handle_of(opened: Connection, started: StartedTask) -> WorkflowHandle[Any, A
 
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -> None:
     async with asyncio.timeout(seconds):
-        while not await condition():  # noqa: ASYNC110 - what is waited for stands in the server
+        while not await condition():  # noqa: ASYNC110 - the condition is on the server
             await asyncio.sleep(0.05)
 
 
-async def test_following_tells_each_change_and_the_end(opened: Connection) -> None:
+async def test_following_reports_each_change_and_the_end(opened: Connection) -> None:
     started = await opened.tasks.start(image_task())
     seen = Seen()
     following = asyncio.create_task(follow(opened, started.task_id, seen))
 
-    async def told(progress: float) -> bool:
+    async def is_seen(progress: float) -> bool:
         return any(one.progress == progress for one in seen.progress)
 
-    await until(lambda: told(10.0))
+    await until(lambda: is_seen(10.0))
     await handle_of(opened, started).signal("advance", 60.0)
-    await until(lambda: told(60.0))
+    await until(lambda: is_seen(60.0))
     await handle_of(opened, started).signal("deliver")
     outcome = await following
     assert (outcome.status, exit_code_of(outcome.status)) == (TaskStatus.COMPLETED, ExitCode.COMPLETED)
@@ -63,7 +63,7 @@ async def test_following_tells_each_change_and_the_end(opened: Connection) -> No
     assert outcome.credits.charged == 24
     states = [(one.stage, one.progress) for one in seen.progress]
     assert states[:2] == [("processing", 10.0), ("processing", 60.0)]
-    assert len(states) == len(set(states)), "nothing is told twice"
+    assert len(states) == len(set(states)), "nothing is reported twice"
 
 
 async def test_a_failed_task_says_code_sentence_and_points(opened: Connection) -> None:
@@ -86,7 +86,7 @@ async def test_a_cancel_ends_the_task_and_a_second_comes_too_late(opened: Connec
 
 
 @pytest.mark.parametrize(("end", "status"), [("cancel", TaskStatus.CANCELLED), ("terminate", TaskStatus.FAILED)])
-async def test_a_run_ended_in_temporal_is_told_as_such(opened: Connection, end: str, status: TaskStatus) -> None:
+async def test_a_run_ended_in_temporal_is_reported_as_such(opened: Connection, end: str, status: TaskStatus) -> None:
     started = await opened.tasks.start(image_task())
     await getattr(handle_of(opened, started), end)()
     outcome = await follow(opened, started.task_id, Seen())
@@ -101,10 +101,10 @@ async def test_a_training_waits_for_its_price_and_ends_once_it_is_confirmed(open
     seen = Seen()
     following = asyncio.create_task(follow(opened, started.task_id, seen))
 
-    async def asked() -> bool:
+    async def is_shown() -> bool:
         return any(one.confirmation and one.confirmation.estimated_cost == 180 for one in seen.progress)
 
-    await until(asked)
+    await until(is_shown)
     with pytest.raises(InvalidInput, match="180 points are asked for"):
         await opened.tasks.confirm(started.task_id, 100)
     assert await opened.tasks.confirm(started.task_id, 200) == 200
@@ -164,10 +164,10 @@ async def test_without_a_worker_watching_and_cancelling_say_so(
     seen = Seen()
     following = asyncio.create_task(follow(deserted, started.task_id, seen))
 
-    async def told() -> bool:
+    async def is_warned() -> bool:
         return bool(seen.sentences)
 
-    await until(told)
+    await until(is_warned)
     assert deserted.task_queue in seen.sentences[0]
     monkeypatch.setattr("comfyui_temporal.client.temporal_tasks.UPDATE_SECONDS", 0.5)
     with pytest.raises(WorkerUnavailable, match=deserted.task_queue):

@@ -27,7 +27,7 @@ def shown(*states: TrainingProgress, is_terminal: bool, width: int = 200, task_i
         for state in states:
             rows[task_id].progressed(state)
         if is_terminal:
-            console.print()  # draws the bars once more, as they stand
+            console.print()  # draws the bars once more, in their current state
     return Text.from_ansi(screen.getvalue()).plain
 
 
@@ -49,14 +49,14 @@ def test_a_bar_fits_a_narrow_terminal_with_its_eta() -> None:
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_a_price_that_waits_is_told_with_the_command_that_confirms_it(is_terminal: bool) -> None:
+def test_a_price_to_confirm_is_shown_with_its_command(is_terminal: bool) -> None:
     wanted = Confirmation(estimated_cost=180, current_balance=1000, confirm_by=NOW)
     screen = shown(progress(confirmation=wanted), is_terminal=is_terminal)
     assert "costs 180 points, balance 1000" in screen
     assert "comfyui-tasks confirm t1 --max-credits 180" in screen
 
 
-def test_plain_lines_tell_each_stage_and_each_ten_percent_once() -> None:
+def test_plain_lines_show_each_stage_and_each_ten_percent_once() -> None:
     states = [progress(stage="training", progress=percent / 2) for percent in range(0, 50)]
     lines = shown(*states, progress(stage="evaluating"), is_terminal=False).splitlines()
     assert [line.split()[2:4] for line in lines] == [

@@ -33,7 +33,7 @@ UI_URL = "http://127.0.0.1:8233"
 
 @dataclass
 class Watched:
-    """The platform, its gateway, and the way to it that a test can cut."""
+    """The platform, its gateway, and the connection to it that a test can cut."""
 
     platform: Platform
     cable: Cable
@@ -98,7 +98,7 @@ async def browser() -> AsyncIterator[Browser]:
 
 @dataclass
 class Seen:
-    """A page, and what it complained of."""
+    """A page, and the errors that it logged."""
 
     page: Page
     complaints: list[str] = field(default_factory=list)

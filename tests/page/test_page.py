@@ -30,16 +30,16 @@ async def started_by_form(page: Page) -> str:
     await page.get_by_label("Prompt").fill("<b onclick=alert(1)>a lighthouse</b>")
     await page.get_by_role("button", name="Start", exact=True).focus()
     await page.keyboard.press("Enter")
-    told = page.locator("#started")
-    await expect(told).to_have_text(re.compile(r"^image-\w+ started$"), timeout=10_000)
-    return str(await told.text_content()).split(maxsplit=1)[0]
+    started = page.locator("#started")
+    await expect(started).to_have_text(re.compile(r"^image-\w+ started$"), timeout=10_000)
+    return str(await started.text_content()).split(maxsplit=1)[0]
 
 
 async def test_a_task_is_started_seen_moving_and_its_picture_shown(browser: Browser, watched: Watched) -> None:
     async with opened(browser, watched) as seen:
         page = seen.page
         await is_live(page)
-        assert "token" not in page.url, "the address forgets the token at once"
+        assert "token" not in page.url, "the token is removed from the address immediately"
         task_id = await started_by_form(page)
         shown = card(page, task_id)
         await expect(shown.locator(".stages [aria-current=step]")).to_have_text(
@@ -75,7 +75,7 @@ async def test_a_task_is_cancelled_by_its_button(browser: Browser, watched: Watc
         await expect(button).to_be_hidden()
 
 
-async def test_a_cut_connection_is_taken_up_again_and_nothing_is_missed(browser: Browser, watched: Watched) -> None:
+async def test_a_cut_connection_is_resumed_and_nothing_is_missed(browser: Browser, watched: Watched) -> None:
     async with opened(browser, watched) as seen:
         await is_live(seen.page)
         watched.cable.pull()

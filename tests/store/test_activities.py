@@ -20,7 +20,7 @@ from store import TaskStore
 from tests.conftest import unique
 from tests.store.facts import claim_of, fact, new_task_id, write_of
 
-NOBODY_LISTENS = "postgresql://user:secret-word@127.0.0.1:1/tasks"
+UNREACHABLE = "postgresql://user:secret-word@127.0.0.1:1/tasks"
 
 
 def policy_of(claim: TaskClaim) -> Policy:
@@ -53,7 +53,7 @@ def activities(task_store: TaskStore) -> TaskStoreActivities:
 
 @pytest.fixture
 async def without_postgresql() -> AsyncIterator[TaskStoreActivities]:
-    store = TaskStore(NOBODY_LISTENS)
+    store = TaskStore(UNREACHABLE)
     yield TaskStoreActivities(store, policy_of)
     await store.close()
 
@@ -83,7 +83,7 @@ async def test_a_run_that_holds_no_claim_is_never_tried_again(activities: TaskSt
     assert (failure.value.type, failure.value.non_retryable) == ("task_exists", True)
 
     with pytest.raises(ApplicationError) as failure:
-        await run(activities.write, write_of(unique("nobody"), fact("a")))
+        await run(activities.write, write_of(unique("unclaimed"), fact("a")))
     assert (failure.value.type, failure.value.non_retryable) == ("internal", True)
 
 
@@ -99,7 +99,7 @@ async def test_postgresql_away_is_retried_with_a_sentence(without_postgresql: Ta
         assert "secret-word" not in failure.value.message
 
 
-async def test_while_postgresql_hangs_local_tries_fail_at_once_and_visible_ones_go_through() -> None:
+async def test_while_postgresql_hangs_local_tries_fail_immediately_and_visible_ones_go_through() -> None:
     async def says_nothing(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await asyncio.sleep(30)

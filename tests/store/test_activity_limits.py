@@ -1,4 +1,4 @@
-"""What the activities ask of the store: for which run, and how long they wait for it."""
+"""How the activities call the store: for which run, and how long they wait."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ RUN = TaskRun(task_id="t1", run_id="run-id-of-the-activity", run_number=0, first
 
 
 @dataclass
-class NotedStore:
-    """Notes what it is asked for; `fails_with` is raised instead of an answer."""
+class RecordingStore:
+    """Records each call; `fails_with` is raised instead of an answer."""
 
     life: EarlierLife = field(default_factory=EarlierLife)
     is_claimed: bool = True
     fails_with: Exception | None = None
     address: str = "db"
-    asked: list[tuple[str, TaskRun | None]] = field(default_factory=list)
+    calls: list[tuple[str, TaskRun | None]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
-    def _note(self, what: str, run: TaskRun | None, within_seconds: float) -> None:
-        self.asked.append((what, run))
+    def _record(self, what: str, run: TaskRun | None, within_seconds: float) -> None:
+        self.calls.append((what, run))
         self.seconds.append(within_seconds)
         if self.fails_with is not None:
             raise self.fails_with
 
     async def claim(self, _claim: Any, run: TaskRun | None, *, within_seconds: float) -> bool:
-        self._note("claim", run, within_seconds)
+        self._record("claim", run, within_seconds)
         return self.is_claimed
 
     async def register(self, run: TaskRun, *, within_seconds: float) -> EarlierLife:
-        self._note("register", run, within_seconds)
+        self._record("register", run, within_seconds)
         return self.life
 
     async def write(self, _write: Any, run: TaskRun | None, *, within_seconds: float) -> None:
-        self._note("write", run, within_seconds)
+        self._record("write", run, within_seconds)
 
     async def look(self, run: TaskRun, *, within_seconds: float) -> RowSeen:
-        self._note("look", run, within_seconds)
+        self._record("look", run, within_seconds)
         return RowSeen(life=self.life)
 
 
 async def run(
-    store: NotedStore,
+    store: RecordingStore,
     name: str,
     argument: Any,
     *,
@@ -87,43 +87,43 @@ LOOK = LookOrder(task_id="t1", first_execution_run_id="run-1", run_number=2)
 
 
 async def test_a_claim_is_made_for_the_run_that_the_activity_belongs_to() -> None:
-    store = NotedStore()
+    store = RecordingStore()
     outcome = await run(store, "claim", CLAIM)
 
-    assert store.asked == [("claim", RUN), ("register", RUN)]
+    assert store.calls == [("claim", RUN), ("register", RUN)]
     assert outcome.earlier_life is None
 
 
-async def test_an_earlier_life_is_told_with_the_claim() -> None:
-    store = NotedStore(life=EarlierLife(lives=1))
+async def test_an_earlier_life_is_reported_with_the_claim() -> None:
+    store = RecordingStore(life=EarlierLife(lives=1))
 
     assert (await run(store, "claim", CLAIM)).earlier_life == EarlierLife(lives=1)
 
 
 @pytest.mark.parametrize("is_claimed", [True, False])
 async def test_who_does_not_hold_the_id_or_is_no_task_registers_nothing(is_claimed: bool) -> None:
-    store = NotedStore(is_claimed=is_claimed, life=EarlierLife(lives=1))
+    store = RecordingStore(is_claimed=is_claimed, life=EarlierLife(lives=1))
     outcome = await run(store, "claim", CLAIM, workflow_type="GiveBackWorkflow" if is_claimed else IMAGE_WORKFLOW)
 
-    assert store.asked == [("claim", None if is_claimed else RUN)]
+    assert store.calls == [("claim", None if is_claimed else RUN)]
     assert (outcome.claimed, outcome.earlier_life) == (is_claimed, None)
 
 
 @pytest.mark.parametrize(("name", "argument"), [("write", WRITE), ("look", LOOK)])
 async def test_a_write_and_a_look_name_the_run_of_its_chain(name: str, argument: Any) -> None:
-    store = NotedStore(life=EarlierLife(lives=3))
+    store = RecordingStore(life=EarlierLife(lives=3))
     answer = await run(store, name, argument)
 
-    assert store.asked == [(name, RUN.model_copy(update={"run_number": 2}))]
+    assert store.calls == [(name, RUN.model_copy(update={"run_number": 2}))]
     assert answer == (None if name == "write" else RowSeen(life=EarlierLife(lives=3)))
 
 
 async def test_only_a_tasks_own_run_looks() -> None:
-    store = NotedStore()
+    store = RecordingStore()
     with pytest.raises(ApplicationError, match="own run") as failure:
         await run(store, "look", LOOK, workflow_type="GiveBackWorkflow")
 
-    assert (failure.value.type, failure.value.non_retryable, store.asked) == ("internal", True, [])
+    assert (failure.value.type, failure.value.non_retryable, store.calls) == ("internal", True, [])
 
 
 @pytest.mark.parametrize(
@@ -138,17 +138,17 @@ async def test_only_a_tasks_own_run_looks() -> None:
 )
 async def test_a_try_ends_before_its_activity_does(limits: dict[str, float], seconds: float) -> None:
     """Longer than a statement of the store may take, which is 1.5 s."""
-    store = NotedStore()
+    store = RecordingStore()
     for name, argument in (("claim", CLAIM), ("write", WRITE), ("look", LOOK)):
         await run(store, name, argument, **cast(Any, limits))
 
     assert TRY_SECONDS == 2.0
-    assert all(math.isclose(asked, seconds, abs_tol=0.4) and asked <= seconds for asked in store.seconds), store.seconds
+    assert all(math.isclose(limit, seconds, abs_tol=0.4) and limit <= seconds for limit in store.seconds), store.seconds
 
 
 @pytest.mark.parametrize("failure", [None, TaskUnknown("no such task")], ids=["it answers", "it refuses"])
 async def test_a_store_that_answers_a_visible_try_is_tried_locally_again(failure: Exception | None) -> None:
-    store = NotedStore(fails_with=StoreUnavailable("away"))
+    store = RecordingStore(fails_with=StoreUnavailable("away"))
     activities = TaskStoreActivities(cast(TaskStore, store), policy_of)
 
     async def attempt(*, is_local: bool) -> None:
@@ -168,7 +168,7 @@ async def test_a_store_that_answers_a_visible_try_is_tried_locally_again(failure
     store.fails_with = None
 
     await attempt(is_local=True)
-    assert len(store.asked) == 3
+    assert len(store.calls) == 3
 
 
 def test_before_anything_has_failed_every_local_try_is_made() -> None:

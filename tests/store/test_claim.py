@@ -46,7 +46,7 @@ async def test_another_run_is_refused_and_touches_nothing(task_store: TaskStore)
     assert len(await task_store.events(task_id)) == 1
 
 
-async def test_of_runs_that_claim_at_once_exactly_one_wins(task_store: TaskStore) -> None:
+async def test_of_runs_that_claim_concurrently_exactly_one_wins(task_store: TaskStore) -> None:
     task_id = new_task_id()
 
     won = await asyncio.gather(*(task_store.claim(claim_of(task_id, f"run-{n % 6}")) for n in range(12)))
@@ -58,7 +58,7 @@ async def test_of_runs_that_claim_at_once_exactly_one_wins(task_store: TaskStore
     assert len(await task_store.events(task_id)) == 1
 
 
-async def test_a_stranger_is_unknown_until_it_is_claimed(task_store: TaskStore) -> None:
+async def test_a_task_id_is_unknown_until_it_is_claimed(task_store: TaskStore) -> None:
     task_id = new_task_id()
     assert not await task_store.is_claimed(task_id)
     assert await task_store.task(task_id) is None

@@ -1,4 +1,4 @@
-"""What streams need of the store: word of each write, heads, and the events of many tasks at once."""
+"""What streams need from the store: a notification of each write, heads, and the events of many tasks together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.gateway.serving import eventually
 from tests.store.facts import claim_of, end, fact, new_task_id, write_of
 
 
-class Heard:
+class Notifications:
     def __init__(self) -> None:
         self.writes: list[tuple[str, int]] = []
         self.times_resumed = 0
@@ -26,10 +26,10 @@ class Heard:
     def resumed(self) -> None:
         self.times_resumed += 1
 
-    def told(self, task_id: str, seq: int) -> None:
+    def written(self, task_id: str, seq: int) -> None:
         self.writes.append((task_id, seq))
 
-    async def heard(self, task_id: str, seq: int) -> bool:
+    async def has_write(self, task_id: str, seq: int) -> bool:
         return (task_id, seq) in self.writes
 
     async def has_resumed(self, times: int) -> bool:
@@ -47,44 +47,44 @@ async def running(listener: EventListener) -> AsyncIterator[None]:
             await task
 
 
-async def test_each_write_is_told_with_its_newest_seq(task_store: TaskStore) -> None:
-    heard = Heard()
-    async with running(task_store.listener(written=heard.told, resumed=heard.resumed)):
-        await eventually(lambda: heard.has_resumed(1))
+async def test_each_write_is_notified_with_its_newest_seq(task_store: TaskStore) -> None:
+    notified = Notifications()
+    async with running(task_store.listener(written=notified.written, resumed=notified.resumed)):
+        await eventually(lambda: notified.has_resumed(1))
         task_id = new_task_id()
         await task_store.claim(claim_of(task_id))
         await task_store.write(write_of(task_id, fact("a"), fact("b")))
-        await eventually(lambda: heard.heard(task_id, 3))
-    assert [seq for told_id, seq in heard.writes if told_id == task_id] == [1, 3]
+        await eventually(lambda: notified.has_write(task_id, 3))
+    assert [seq for written_id, seq in notified.writes if written_id == task_id] == [1, 3]
 
 
-async def test_a_driver_that_confuses_itself_ends_no_listener(
+async def test_an_internal_error_of_the_driver_ends_no_listener(
     task_store: TaskStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seen in a soak: asyncpg's InternalClientError, where a server's farewell came between two messages."""
-    heard, connect = Heard(), asyncpg.connect
+    """Seen in a soak: asyncpg's InternalClientError, where the server's closing message came between two others."""
+    notified, connect = Notifications(), asyncpg.connect
     faults = [asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")]
 
-    async def confused(*given: Any, **named: Any) -> Any:
+    async def failing(*given: Any, **named: Any) -> Any:
         if faults:
             raise faults.pop()
         return await connect(*given, **named)
 
-    monkeypatch.setattr(asyncpg, "connect", confused)
-    async with running(task_store.listener(written=heard.told, resumed=heard.resumed)):
-        await eventually(lambda: heard.has_resumed(1))
+    monkeypatch.setattr(asyncpg, "connect", failing)
+    async with running(task_store.listener(written=notified.written, resumed=notified.resumed)):
+        await eventually(lambda: notified.has_resumed(1))
 
 
 @pytest.mark.parametrize("fault", ["pull", "hang"])
-async def test_a_lost_connection_is_noticed_and_made_anew(task_store: TaskStore, postgres_dsn: str, fault: str) -> None:
+async def test_a_lost_connection_is_noticed_and_reopened(task_store: TaskStore, postgres_dsn: str, fault: str) -> None:
     url = make_url(postgres_dsn)
     socket = f"{url.query['host']}/.s.PGSQL.5432"
-    heard = Heard()
+    notified = Notifications()
     async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
         store = TaskStore(f"postgresql://postgres@127.0.0.1:{cable.port}/{url.database}")
-        listener = store.listener(written=heard.told, resumed=heard.resumed)
+        listener = store.listener(written=notified.written, resumed=notified.resumed)
         async with running(listener):
-            await eventually(lambda: heard.has_resumed(1))
+            await eventually(lambda: notified.has_resumed(1))
             getattr(cable, fault)()
 
             async def is_lost() -> bool:
@@ -92,10 +92,10 @@ async def test_a_lost_connection_is_noticed_and_made_anew(task_store: TaskStore,
 
             await eventually(is_lost)
             cable.plug_in()
-            await eventually(lambda: heard.has_resumed(2))
+            await eventually(lambda: notified.has_resumed(2))
             task_id = new_task_id()
             await task_store.claim(claim_of(task_id))
-            await eventually(lambda: heard.heard(task_id, 1))
+            await eventually(lambda: notified.has_write(task_id, 1))
 
 
 async def test_the_events_of_many_tasks_come_after_each_ones_own_position(task_store: TaskStore) -> None:
@@ -110,7 +110,7 @@ async def test_the_events_of_many_tasks_come_after_each_ones_own_position(task_s
     assert found[0] in await task_store.events(found[0].task_id)
 
 
-async def test_heads_tell_how_far_tasks_have_come(task_store: TaskStore) -> None:
+async def test_heads_show_how_far_tasks_have_come(task_store: TaskStore) -> None:
     tenant = unique("tenant")
     running_id, ended_id = new_task_id(), new_task_id()
     for task_id in (running_id, ended_id):

@@ -57,7 +57,7 @@ async def test_a_run_that_was_reset_has_an_earlier_life(task_store: TaskStore, n
     assert (await task_store.register(run_of(task_id, "again", number))).lives == 2
 
 
-async def test_a_superseded_run_is_told_so_and_changes_nothing(task_store: TaskStore) -> None:
+async def test_a_superseded_run_gets_that_answer_and_changes_nothing(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     await task_store.register(run_of(task_id, "reset"))
     before = await row_of(task_store, task_id)
@@ -75,7 +75,7 @@ async def test_another_chains_run_is_superseded_too(task_store: TaskStore) -> No
     assert (await row_of(task_store, task_id)).run_id == "run-1"
 
 
-async def test_the_state_of_a_run_that_was_reset_counts_whatever_its_version(task_store: TaskStore) -> None:
+async def test_the_state_of_a_run_that_was_reset_counts_at_any_version(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     await task_store.write(write_of(task_id, fact("a"), version=40, attempts=3), run_of(task_id))
     await task_store.register(run_of(task_id, "reset"))
@@ -98,12 +98,12 @@ async def test_a_write_that_lands_after_its_run_has_continued_is_no_reset(task_s
     assert await task_store.register(run_of(task_id, "run-3", 2)) == EarlierLife(), "it acts as before"
 
 
-async def test_progress_of_every_attempt_and_stage_stays_where_it_was_told(task_store: TaskStore) -> None:
+async def test_progress_of_every_attempt_and_stage_is_kept(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     for attempt, stage, progress in ((1, "processing", 60.0), (2, "processing", 20.0)):
-        told = fact(f"j{attempt}:1", attempt=attempt, stage=stage, progress=progress)
+        published = fact(f"j{attempt}:1", attempt=attempt, stage=stage, progress=progress)
         state: dict[str, Any] = {"attempts": attempt, "stage": stage, "progress": progress}
-        await task_store.write(write_of(task_id, told, version=attempt, **state), run_of(task_id))
+        await task_store.write(write_of(task_id, published, version=attempt, **state), run_of(task_id))
     await task_store.register(run_of(task_id, "reset"))
     again = fact("j1:2", attempt=1, stage="processing", progress=5.0)
     reset = write_of(task_id, again, version=2, attempts=1, stage="processing", progress=5.0)
@@ -112,7 +112,7 @@ async def test_progress_of_every_attempt_and_stage_stays_where_it_was_told(task_
     assert (await row_of(task_store, task_id)).progress == 60.0
 
 
-async def test_an_ended_row_is_told_and_stays_as_it_is(task_store: TaskStore) -> None:
+async def test_an_ended_row_is_reported_and_stays_as_it_is(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     await task_store.write(write_of(task_id, end(), status=TaskStatus.COMPLETED, version=5), run_of(task_id))
     before = await row_of(task_store, task_id)
@@ -150,7 +150,7 @@ async def test_only_the_newest_of_many_runs_are_remembered(task_store: TaskStore
     assert len(earlier) == MOST_EARLIER_RUNS and earlier[0] == f"run-{MOST_EARLIER_RUNS + 4}"
 
 
-async def test_of_runs_that_register_at_once_each_is_seen_once(task_store: TaskStore) -> None:
+async def test_of_runs_that_register_concurrently_each_is_seen_once(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     runs = [run_of(task_id, f"reset-{n % 4}") for n in range(12)]
     lives = [(await life).lives for life in [asyncio.create_task(task_store.register(run)) for run in runs]]
@@ -178,7 +178,7 @@ async def test_a_give_back_of_a_run_that_was_reset_meanwhile_claims_nothing(task
     assert not await task_store.claim_give_back(task_id, by="give-back", found_run="reset"), "it has ended"
 
 
-async def test_a_row_of_before_this_release_is_taken_over_by_whoever_comes(task_store: TaskStore) -> None:
+async def test_a_row_from_an_earlier_release_is_taken_over_by_any_run(task_store: TaskStore) -> None:
     task_id = new_task_id()
     await task_store.claim(claim_of(task_id))
     assert await task_store.claim_give_back(task_id, by="give-back", found_run=None)
@@ -190,7 +190,7 @@ async def test_a_row_of_before_this_release_is_taken_over_by_whoever_comes(task_
 
 
 async def forget(dsn: str, task_id: str, *, claim: bool = True) -> None:
-    """What a restored backup that is older than the task looks like."""
+    """The store after a restore from a backup older than the task."""
     connection = await asyncpg.connect(dsn)
     await connection.execute("DELETE FROM tasks WHERE task_id = $1", task_id)
     if claim:
@@ -204,7 +204,7 @@ def write_with_claim(task_id: str, run_id: str = "run-1") -> TaskWrite:
 
 
 @pytest.mark.parametrize("claim", [True, False], ids=["claim and row", "the row alone"])
-async def test_a_row_that_was_lost_is_made_anew_from_the_runs_claim(
+async def test_a_lost_row_is_recreated_from_the_runs_claim(
     task_store: TaskStore, postgres_dsn: str, claim: bool
 ) -> None:
     task_id = await claimed(task_store)
@@ -214,10 +214,10 @@ async def test_a_row_that_was_lost_is_made_anew_from_the_runs_claim(
     row = await row_of(task_store, task_id)
     assert (row.version, row.last_seq, row.run_id, row.tenant_id) == (6, 2, "run-1", "tenant-a")
     assert await task_store.claim(claim_of(task_id)) and not await task_store.claim(claim_of(task_id, "run-2"))
-    assert (await task_store.register(run_of(task_id))).is_possible, "what else was lost nobody knows"
+    assert (await task_store.register(run_of(task_id))).is_possible, "what else was lost is unknown"
 
 
-async def test_a_lost_row_is_not_made_anew_where_another_run_has_claimed_the_id_since(
+async def test_a_lost_row_is_not_recreated_where_another_run_has_claimed_the_id_since(
     task_store: TaskStore, postgres_dsn: str
 ) -> None:
     task_id = await claimed(task_store)

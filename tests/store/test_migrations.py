@@ -54,7 +54,7 @@ async def test_the_migrations_make_exactly_the_tables_that_the_code_knows(postgr
     await engine.dispose()
 
 
-async def test_processes_that_migrate_at_once_take_turns_and_keep_what_is_there(new_database: NewDatabase) -> None:
+async def test_processes_that_migrate_concurrently_take_turns_and_keep_what_is_there(new_database: NewDatabase) -> None:
     dsn = await new_database(migrated=False)
     await asyncio.gather(*(migrate(dsn) for _ in range(3)))
     store = TaskStore(dsn)
@@ -67,7 +67,7 @@ async def test_processes_that_migrate_at_once_take_turns_and_keep_what_is_there(
     await store.close()
 
 
-async def test_a_server_that_is_not_there_is_told_without_the_password() -> None:
+async def test_an_unreachable_server_is_reported_without_the_password() -> None:
     with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1/tasks") as failure:
         await migrate("postgresql://user:secret-word@127.0.0.1:1/tasks")
     assert "secret-word" not in str(failure.value)
@@ -84,7 +84,7 @@ async def test_the_command_migrates_the_configured_database(new_database: NewDat
         cwd=Path(__file__).parents[2],
         stdout=asyncio.subprocess.PIPE,
     )
-    told, _ = await asyncio.wait_for(process.communicate(), 30)
+    output, _ = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 0
-    assert b"are at revision head" in told
+    assert b"are at revision head" in output
     assert "tasks" in await tables_of(dsn)

@@ -1,4 +1,4 @@
-"""PostgreSQL away, hanging, restarted, locked: one named failure, in time, and back to work by itself."""
+"""PostgreSQL away, hanging, restarted, locked: one named failure, in time, and recovery by itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.store.facts import claim_of, fact, new_task_id, write_of
 
 @pytest.fixture
 async def on_a_cable(postgres_dsn: str) -> AsyncIterator[tuple[TaskStore, Cable]]:
-    """A store whose way to PostgreSQL can be cut."""
+    """A store whose connection to PostgreSQL can be cut."""
     url = make_url(postgres_dsn)
     socket = f"{url.query['host']}/.s.PGSQL.5432"
     async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
@@ -83,15 +83,15 @@ async def test_a_restart_of_postgresql_is_not_noticed(new_database: NewDatabase)
     await store.close()
 
 
-async def test_a_driver_that_confuses_itself_is_an_outage(postgres_dsn: str) -> None:
-    """Seen in a soak: asyncpg's InternalClientError, where a server's farewell came between two messages."""
+async def test_an_internal_error_of_the_driver_is_an_outage(postgres_dsn: str) -> None:
+    """Seen in a soak: asyncpg's InternalClientError, where the server's closing message came between two others."""
     database = Database(postgres_dsn)
 
-    async def confused(_connection: AsyncConnection) -> None:
+    async def failing(_connection: AsyncConnection) -> None:
         raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
 
     with pytest.raises(StoreUnavailable):
-        await database.transaction(confused, doing="testing")
+        await database.transaction(failing, doing="testing")
     await database.close()
 
 
@@ -118,7 +118,7 @@ async def test_a_locked_task_costs_no_more_than_the_statement_timeout(task_store
     assert [event.seq for event in await task_store.events(locked)] == [1, 2]
 
 
-async def test_missing_tables_are_told_with_the_command_that_makes_them(new_database: NewDatabase) -> None:
+async def test_missing_tables_are_reported_with_the_command_that_creates_them(new_database: NewDatabase) -> None:
     store = TaskStore(await new_database(migrated=False))
     with pytest.raises(StoreUnavailable, match="python -m store migrate"):
         await store.claim(claim_of(new_task_id()))

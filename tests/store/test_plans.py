@@ -25,7 +25,7 @@ Filled = tuple[TaskStore, "asyncpg.Connection[Any]"]
 
 @pytest_asyncio.fixture(scope="module")
 async def filled(new_database: NewDatabase) -> AsyncIterator[Filled]:
-    """A store of 20,000 tasks and 80,000 events, and a connection of its own to ask for plans."""
+    """A store of 20,000 tasks and 80,000 events, and a separate connection to read plans."""
     dsn = await new_database()
     await fill(dsn, 1, 20_000, events_each=4)
     store, connection = TaskStore(dsn), await asyncpg.connect(dsn)
@@ -71,9 +71,9 @@ async def check_served(filled: Filled, work: Callable[[TaskStore], Awaitable[obj
     assert sent
     for statement, parameters in sent:
         for step in await steps_of(connection, statement, parameters):
-            told = f"{step['Node Type']} on {step.get('Relation Name')}: {statement}"
-            assert step["Node Type"] != "Seq Scan", told
-            assert not (step["Node Type"] == "Sort" and "ORDER BY tasks.created_at" in statement), told
+            step_and_statement = f"{step['Node Type']} on {step.get('Relation Name')}: {statement}"
+            assert step["Node Type"] != "Seq Scan", step_and_statement
+            assert not (step["Node Type"] == "Sort" and "ORDER BY tasks.created_at" in statement), step_and_statement
 
 
 READS = reads_of(None)  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ async def test_a_page_begins_at_its_cursor(filled: Filled, filters: dict[str, An
     await check_served(filled, lambda store: store.tasks(tenant_id="tenant-7", cursor=page.cursor, limit=5, **filters))
 
 
-async def test_the_queues_and_the_purge_look_at_what_they_tell_of_only(filled: Filled) -> None:
+async def test_the_queues_and_the_purge_read_only_the_rows_they_report(filled: Filled) -> None:
     await check_served(filled, lambda store: store.queue_states())
     await check_served(filled, lambda store: store.open_tasks(quiet_for=timedelta(minutes=1), limit=5))
     await check_served(filled, lambda store: store.purge(datetime.now(UTC) - timedelta(days=1)))

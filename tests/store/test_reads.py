@@ -56,7 +56,7 @@ async def test_open_tasks_are_oldest_first_quiet_and_go_on_at_their_cursor(new_d
 
     assert [task.task_id for task in first.tasks + rest.tasks] == [ids[0], ids[2], ids[3]]
     assert rest.cursor is None
-    # A claim writes its own instant; only what is written later counts as now.
+    # A claim writes its own time; only later writes use the current time.
     assert [task.task_id for task in quiet.tasks] == [ids[0], ids[2]]
 
 
@@ -72,7 +72,7 @@ async def test_a_history_goes_on_after_the_cursor_of_any_event(task_store: TaskS
 
 
 @pytest.mark.parametrize("cursor", ["", "x", "é", "a" * 5_000, "ZQo=", "ZQp0YXNrCi0x", "\0"])
-async def test_a_cursor_that_was_never_given_is_refused(task_store: TaskStore, cursor: str) -> None:
+async def test_a_cursor_that_was_never_issued_is_refused(task_store: TaskStore, cursor: str) -> None:
     with pytest.raises(CursorInvalid):
         await task_store.events("task", after=cursor)
     with pytest.raises(CursorInvalid):
@@ -115,6 +115,6 @@ async def test_log_lines_are_numbered_in_order_of_arrival_and_kept_once(task_sto
     assert await task_store.training_log(task_id, after_position=3) == log[3:]
 
 
-async def test_log_lines_of_a_task_nobody_claimed_are_refused(task_store: TaskStore) -> None:
+async def test_log_lines_of_an_unclaimed_task_are_refused(task_store: TaskStore) -> None:
     with pytest.raises(TaskUnknown):
-        await task_store.write_log("nobody", [])
+        await task_store.write_log("unclaimed", [])

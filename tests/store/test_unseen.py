@@ -22,8 +22,8 @@ async def test_what_could_not_be_looked_at_is_kept_until_it_could(task_store: Ta
         rows = await task_store.unseen_tasks()
         return {row.task_id: (row.reason, row.times) for row in rows if row.task_id in (first, second, purged)}
 
-    noted = [UnseenTask(task_id=task_id, reason="a reason\x00") for task_id in (first, second, purged)]
-    await task_store.note_looks(unseen_tasks=noted)
+    unseen = [UnseenTask(task_id=task_id, reason="a reason\x00") for task_id in (first, second, purged)]
+    await task_store.note_looks(unseen_tasks=unseen)
     assert await kept() == {first: ("a reason\ufffd", 1), second: ("a reason\ufffd", 1)}, (
         "a task that is gone is not kept"
     )
@@ -39,16 +39,16 @@ async def test_a_store_is_bound_once_and_to_another_namespace_only_by_hand(new_d
     ours, theirs = StoreHome(namespace="ours", namespace_id="1"), StoreHome(namespace="theirs", namespace_id="2")
     assert await store.home() is None
     bound = await asyncio.gather(*(store.bind(home) for home in (ours, theirs) * 3))
-    assert len({home.namespace for home in bound}) == 1, "whoever comes first"
+    assert len({home.namespace for home in bound}) == 1, "the first process decides"
     await store.rebind(StoreHome(namespace="ours"))
     assert await store.home() == StoreHome(namespace="ours")
     assert await store.bind(theirs) == StoreHome(namespace="ours")
-    assert await store.bind(ours) == ours, "the first process there tells the namespace's id"
+    assert await store.bind(ours) == ours, "the first process sets the namespace's id"
     assert await store.bind(StoreHome(namespace="ours", namespace_id="3")) == ours
     await store.close()
 
 
-def test_two_namespaces_of_one_name_are_told_apart_by_their_ids() -> None:
+def test_two_namespaces_of_one_name_are_distinguished_by_their_ids() -> None:
     by_name, first, second = (StoreHome(namespace="default", namespace_id=id_) for id_ in (None, "1", "2"))
     assert by_name.is_same(first) and first.is_same(by_name) and first.is_same(first)
     assert not first.is_same(second)

@@ -1,4 +1,4 @@
-"""Purge: what ended long ago goes, whole; what is young, open or claimed stays."""
+"""Purge: tasks that ended long ago are deleted whole; recent and open tasks and all claims stay."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ async def test_the_command_purges_what_ended_before_the_retention_and_the_claims
         cwd=Path(__file__).parents[2],
         stdout=asyncio.subprocess.PIPE,
     )
-    told, _ = await asyncio.wait_for(process.communicate(), 30)
+    output, _ = await asyncio.wait_for(process.communicate(), 30)
 
     assert process.returncode == 0
-    assert told.startswith(b"1 tasks")
+    assert output.startswith(b"1 tasks")
     assert await store.task(old) is None
     assert await store.events(old) == [] and await store.training_log(old) == []
     assert await store.is_claimed(old)
@@ -61,7 +61,7 @@ def test_nothing_is_purged_before_30_days() -> None:
         Settings(_env_file=None, retention_days=29)
 
 
-async def test_the_queues_are_told_by_priority(new_database: NewDatabase) -> None:
+async def test_the_queues_are_reported_by_priority(new_database: NewDatabase) -> None:
     store = TaskStore(await new_database())
     ago = datetime.now(UTC) - timedelta(minutes=10)
     for _ in range(2):

@@ -27,13 +27,13 @@ async def history(store: TaskStore, task_id: str) -> list[tuple[int, str | None]
     return [(event.seq, event.message) for event in await store.events(task_id) if event.seq > 1]
 
 
-def told(key: str, **fields: Any) -> Any:
+def keyed_fact(key: str, **fields: Any) -> Any:
     return fact(key, message=key, **fields)
 
 
 async def test_a_fact_becomes_one_event_with_the_next_number(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
-    held = told("held:1", event=EventType.CREDITS, credits_delta=-44, balance_after=956)
+    held = keyed_fact("held:1", event=EventType.CREDITS, credits_delta=-44, balance_after=956)
 
     await task_store.write(write_of(task_id, held, version=3, credits=CreditsSummary(held=44)))
 
@@ -44,24 +44,24 @@ async def test_a_fact_becomes_one_event_with_the_next_number(task_store: TaskSto
     assert (row.last_seq, row.version, row.credits.held, row.status) == (2, 3, 44, TaskStatus.RUNNING)
 
 
-async def test_a_known_key_writes_nothing_wherever_it_is_repeated(task_store: TaskStore) -> None:
+async def test_a_repeated_key_writes_nothing(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
-    await task_store.write(write_of(task_id, told("a"), told("a"), told("b")))
-    await task_store.write(write_of(task_id, told("accepted"), told("b"), told("c"), version=2))
+    await task_store.write(write_of(task_id, keyed_fact("a"), keyed_fact("a"), keyed_fact("b")))
+    await task_store.write(write_of(task_id, keyed_fact("accepted"), keyed_fact("b"), keyed_fact("c"), version=2))
 
     assert await history(task_store, task_id) == [(2, "a"), (3, "b"), (4, "c")]
 
 
 async def test_a_lower_sequence_of_the_same_job_is_not_written(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
-    await task_store.write(write_of(task_id, told("j:5", job_id="j", sequence=5)))
+    await task_store.write(write_of(task_id, keyed_fact("j:5", job_id="j", sequence=5)))
     await task_store.write(
         write_of(
             task_id,
-            told("j:4", job_id="j", sequence=4),
-            told("k:1", job_id="k", sequence=1),
-            told("j:5b", job_id="j", sequence=5),
-            told("j:6", job_id="j", sequence=6),
+            keyed_fact("j:4", job_id="j", sequence=4),
+            keyed_fact("k:1", job_id="k", sequence=1),
+            keyed_fact("j:5b", job_id="j", sequence=5),
+            keyed_fact("j:6", job_id="j", sequence=6),
             version=2,
         )
     )
@@ -71,8 +71,8 @@ async def test_a_lower_sequence_of_the_same_job_is_not_written(task_store: TaskS
 
 async def test_a_known_key_writes_nothing_also_with_a_higher_sequence(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
-    await task_store.write(write_of(task_id, told("stage", job_id="j", sequence=5)))
-    await task_store.write(write_of(task_id, told("stage", job_id="j", sequence=6), version=2))
+    await task_store.write(write_of(task_id, keyed_fact("stage", job_id="j", sequence=5)))
+    await task_store.write(write_of(task_id, keyed_fact("stage", job_id="j", sequence=6), version=2))
 
     assert await history(task_store, task_id) == [(2, "stage")]
 
@@ -85,9 +85,7 @@ async def test_a_known_key_writes_nothing_also_with_a_higher_sequence(task_store
         datetime(9999, 12, 30, 23, 59, 59, 999_999, tzinfo=UTC),
     ],
 )
-async def test_the_extremes_of_every_kind_of_value_come_back_as_they_were(
-    task_store: TaskStore, instant: datetime
-) -> None:
+async def test_extreme_values_of_every_type_are_read_back_unchanged(task_store: TaskStore, instant: datetime) -> None:
     task_id = await claimed(task_store)
     given = {"ts": instant, "next_eta": instant, "progress": 33.333333333333336, "message": 'a "\\u0000" \n é 😀'}
     numbers = {"queue_position": 2**63 - 1, "credits_delta": -(2**63), "balance_after": 0}
@@ -101,8 +99,10 @@ async def test_the_extremes_of_every_kind_of_value_come_back_as_they_were(
 
 async def test_nothing_is_written_after_the_end(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
-    await task_store.write(write_of(task_id, end(message="end"), told("x"), version=5, status=TaskStatus.COMPLETED))
-    await task_store.write(write_of(task_id, told("y"), version=9, status=TaskStatus.RUNNING))
+    await task_store.write(
+        write_of(task_id, end(message="end"), keyed_fact("x"), version=5, status=TaskStatus.COMPLETED)
+    )
+    await task_store.write(write_of(task_id, keyed_fact("y"), version=9, status=TaskStatus.RUNNING))
 
     assert await history(task_store, task_id) == [(2, "end")]
     row = await task_store.task(task_id)
@@ -112,9 +112,9 @@ async def test_nothing_is_written_after_the_end(task_store: TaskStore) -> None:
 
 async def test_a_late_repeat_of_an_older_write_changes_nothing(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
-    old = write_of(task_id, told("j:1", job_id="j", sequence=1), version=1, stage="queued")
+    old = write_of(task_id, keyed_fact("j:1", job_id="j", sequence=1), version=1, stage="queued")
     await task_store.write(old)
-    await task_store.write(write_of(task_id, told("j:2", job_id="j", sequence=2), version=2, stage="processing"))
+    await task_store.write(write_of(task_id, keyed_fact("j:2", job_id="j", sequence=2), version=2, stage="processing"))
     before = await task_store.task(task_id)
 
     await task_store.write(old)
@@ -128,7 +128,7 @@ async def test_a_run_that_never_claimed_the_task_writes_nothing(task_store: Task
     before = await task_store.task(task_id)
 
     with pytest.raises(NotTheClaimant, match=task_id):
-        await task_store.write(write_of(task_id, told("a"), run_id="run-2", version=7))
+        await task_store.write(write_of(task_id, keyed_fact("a"), run_id="run-2", version=7))
 
     assert await task_store.task(task_id) == before
     assert await history(task_store, task_id) == []
@@ -136,7 +136,7 @@ async def test_a_run_that_never_claimed_the_task_writes_nothing(task_store: Task
 
 async def test_a_write_without_a_claim_is_refused(task_store: TaskStore) -> None:
     with pytest.raises(TaskUnknown):
-        await task_store.write(write_of(new_task_id(), told("a")))
+        await task_store.write(write_of(new_task_id(), keyed_fact("a")))
 
 
 async def test_exception_records_are_kept_once_by_key_and_also_after_the_end(task_store: TaskStore) -> None:
@@ -175,24 +175,24 @@ async def test_each_write_notifies_once_with_the_newest_number(task_store: TaskS
     listener = await asyncpg.connect(postgres_dsn)
     await listener.add_listener("task_events", lambda *arguments: payloads.put_nowait(arguments[-1]))
     task_id = await claimed(task_store)
-    write = write_of(task_id, told("a"), told("b"))
+    write = write_of(task_id, keyed_fact("a"), keyed_fact("b"))
 
     await task_store.write(write)
     await task_store.write(write)
     await task_store.write(write_of(task_id, end(), version=2))
 
-    told_of = [await asyncio.wait_for(payloads.get(), 5) for _ in range(3)]
+    notified = [await asyncio.wait_for(payloads.get(), 5) for _ in range(3)]
     await listener.close()
-    assert told_of == [f"{task_id}:{seq}" for seq in (1, 3, 4)]
+    assert notified == [f"{task_id}:{seq}" for seq in (1, 3, 4)]
     assert payloads.empty()
 
 
 async def test_concurrent_writers_leave_one_gapless_history(task_store: TaskStore) -> None:
-    """Twelve workers that each believe they are the one: every key once, no gap, the highest version stands."""
+    """Twelve workers that each act as the only one: every key once, no gap, the highest version wins."""
     task_id = await claimed(task_store)
     dice = random.Random(7)
     writes = [
-        write_of(task_id, *(told(f"k{n}") for n in dice.sample(range(20), 4)), version=version, attempts=version)
+        write_of(task_id, *(keyed_fact(f"k{n}") for n in dice.sample(range(20), 4)), version=version, attempts=version)
         for version in range(1, 13)
     ]
 
@@ -201,21 +201,21 @@ async def test_concurrent_writers_leave_one_gapless_history(task_store: TaskStor
     events = await task_store.events(task_id)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     keys = [event.message or "" for event in events[1:]]
-    assert sorted(keys) == sorted({told.key for write in writes for told in write.facts})
+    assert sorted(keys) == sorted({written.key for write in writes for written in write.facts})
     row = await task_store.task(task_id)
     assert row is not None
     assert (row.version, row.attempts, row.last_seq) == (12, 12, len(events))
 
 
-async def test_progress_never_goes_back_behind_what_was_told_of_an_attempt_and_stage(task_store: TaskStore) -> None:
+async def test_progress_within_an_attempt_and_stage_never_goes_back(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     there: dict[str, Any] = {"stage": "processing", "progress": 66.0}
-    await task_store.write(write_of(task_id, told("j:3", **there), version=8, attempts=1, **there))
+    await task_store.write(write_of(task_id, keyed_fact("j:3", **there), version=8, attempts=1, **there))
 
-    thrown_back: dict[str, Any] = {"stage": "processing", "progress": 0.0}
-    await task_store.write(write_of(task_id, told("given_back:1", **thrown_back), version=9, attempts=1, **thrown_back))
+    reset: dict[str, Any] = {"stage": "processing", "progress": 0.0}
+    await task_store.write(write_of(task_id, keyed_fact("given_back:1", **reset), version=9, attempts=1, **reset))
     next_stage: dict[str, Any] = {"stage": "delivery", "progress": 10.0}
-    await task_store.write(write_of(task_id, told("j:4", **next_stage), version=10, attempts=1, **next_stage))
+    await task_store.write(write_of(task_id, keyed_fact("j:4", **next_stage), version=10, attempts=1, **next_stage))
 
     assert [event.progress for event in await task_store.events(task_id)][1:] == [66.0, 66.0, 10.0]
     row = await task_store.task(task_id)
@@ -223,9 +223,9 @@ async def test_progress_never_goes_back_behind_what_was_told_of_an_attempt_and_s
     assert (row.stage, row.progress) == ("delivery", 10.0)
 
 
-async def test_the_end_is_written_to_the_row_also_by_a_run_that_was_thrown_back(task_store: TaskStore) -> None:
+async def test_the_end_is_written_to_the_row_also_by_a_run_that_was_reset(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
-    await task_store.write(write_of(task_id, told("j:3"), version=8))
+    await task_store.write(write_of(task_id, keyed_fact("j:3"), version=8))
     await task_store.write(write_of(task_id, end(status=TaskStatus.FAILED), version=5, status=TaskStatus.FAILED))
 
     row = await task_store.task(task_id)

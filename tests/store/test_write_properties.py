@@ -1,4 +1,4 @@
-"""Whatever is written, in whatever order and however often: the history is that of contract §6.
+"""For any writes, in any order and repeated: the history is that of contract §6.
 
 The model below is a second, deliberately naive reading of the rules; the store must agree with it after every write.
 """
@@ -41,7 +41,7 @@ def writes(draw: st.DrawFn) -> TaskWrite:
 
 @dataclass
 class Model:
-    """A task by the words of contract §6, without a thought for speed."""
+    """A task by the rules of contract §6, not optimized for speed."""
 
     written: list[Fact] = field(default_factory=list)
     version: int = 0
@@ -94,7 +94,7 @@ async def test_every_sequence_of_writes_leaves_the_history_of_the_contract(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(st.lists(writes(), min_size=2, max_size=6))
-async def test_writes_at_once_and_repeated_break_no_rule(task_store: TaskStore, at_once: list[TaskWrite]) -> None:
+async def test_concurrent_and_repeated_writes_break_no_rule(task_store: TaskStore, at_once: list[TaskWrite]) -> None:
     task_id = new_task_id()
     await task_store.claim(claim_of(task_id))
     ours = [write.model_copy(update={"task_id": task_id, "first_execution_run_id": "run-1"}) for write in at_once]

@@ -20,5 +20,5 @@ async def streams(task_store: TaskStore) -> AsyncIterator[Streams]:
 
 @pytest.fixture
 def writer(task_store: TaskStore) -> Writer:
-    """Writes tasks of a tenant of its own."""
+    """Writes tasks of its own tenant."""
     return Writer(task_store, unique("tenant"))

@@ -1,4 +1,4 @@
-"""Streams served on a free port, readers of them, and a writer of tasks."""
+"""Streams served on a free port, readers of the streams, and a writer of tasks."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ class Reader:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """What was told, without heartbeats."""
-        told = [json.loads(frame["data"]) for frame in self.frames if "data" in frame]
-        return [event for event in told if event["event"] != EventType.HEARTBEAT]
+        """The events received, without heartbeats."""
+        received = [json.loads(frame["data"]) for frame in self.frames if "data" in frame]
+        return [event for event in received if event["event"] != EventType.HEARTBEAT]
 
     def seqs(self, task_id: str) -> list[int]:
         return [event["seq"] for event in self.events if event["task_id"] == task_id]
@@ -110,7 +110,7 @@ class Reader:
     async def until(self, condition: Callable[[Reader], Any], *, within: float = 10.0) -> None:
         await comes_true(lambda: bool(condition(self)), within_seconds=within)
 
-    async def until_told(self, task_id: str, seq: int, *, within: float = 10.0) -> None:
+    async def until_received(self, task_id: str, seq: int, *, within: float = 10.0) -> None:
         await self.until(lambda reader: seq in reader.seqs(task_id), within=within)
 
     async def until_ended(self, *, within: float = 10.0) -> None:
@@ -130,14 +130,14 @@ class Writer:
         await self.store.claim(claim_of(task_id, tenant_id=self.tenant_id))
         return task_id
 
-    async def tell(self, task_id: str, count: int = 1, **fields: Any) -> None:
+    async def write(self, task_id: str, count: int = 1, **fields: Any) -> None:
         """`count` events in one write."""
-        await self.store.write(self.telling(task_id, count, **fields))
+        await self.store.write(self.writing(task_id, count, **fields))
 
     async def end(self, task_id: str) -> None:
         await self.store.write(self.ending(task_id))
 
-    def telling(self, task_id: str, count: int = 1, **fields: Any) -> TaskWrite:
+    def writing(self, task_id: str, count: int = 1, **fields: Any) -> TaskWrite:
         facts = [fact(unique("fact"), **fields) for _ in range(count)]
         return write_of(task_id, *facts, version=self._version(task_id))
 

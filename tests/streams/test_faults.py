@@ -1,4 +1,4 @@
-"""Streams while things go wrong: nothing is lost, nothing hangs, and the client hears when to come again."""
+"""Streams while things go wrong: nothing is lost, nothing hangs, and the client learns when to reconnect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEAVY = {"result_urls": [f"https://images.example/{n:02}-{'x' * 2_000}" for n in
 
 @pytest.fixture
 async def on_a_cable(postgres_dsn: str) -> AsyncIterator[tuple[Streams, Cable]]:
-    """A process of streams whose way to PostgreSQL can be cut."""
+    """A process of streams whose connection to PostgreSQL can be cut."""
     url = make_url(postgres_dsn)
     address = f"{url.query['host']}/.s.PGSQL.5432"
     async with Cable(lambda: asyncio.open_unix_connection(address)).laid() as cable:
@@ -36,7 +36,7 @@ async def on_a_cable(postgres_dsn: str) -> AsyncIterator[tuple[Streams, Cable]]:
 
 
 async def _insert_in_silence(dsn: str, task_id: str, seq: int) -> None:
-    """An event that no notification tells of."""
+    """Write an event without a notification."""
     connection = await asyncpg.connect(dsn)
     try:
         async with connection.transaction():
@@ -51,17 +51,17 @@ async def _insert_in_silence(dsn: str, task_id: str, seq: int) -> None:
 
 
 @pytest.mark.parametrize("query", ["task_id={task_id}", "subscribe=*"])
-async def test_an_event_whose_notification_is_lost_comes_within_three_seconds(
+async def test_an_event_whose_notification_is_lost_arrives_within_three_seconds(
     streams: Streams, writer: Writer, postgres_dsn: str, query: str
 ) -> None:
     task_id = await writer.begun()
     async with streams.opened(writer.tenant_id, query.format(task_id=task_id)) as reader:
         await comes_true(lambda: query != "subscribe=*" or writer.tenant_id in streams.hub.watched_tenants)
-        await writer.tell(task_id)
-        await reader.until_told(task_id, 2)
+        await writer.write(task_id)
+        await reader.until_received(task_id, 2)
         began = time.monotonic()
         await _insert_in_silence(postgres_dsn, task_id, 3)
-        await reader.until_told(task_id, 3, within=3.0)
+        await reader.until_received(task_id, 3, within=3.0)
         assert time.monotonic() - began < 3.0
 
 
@@ -72,14 +72,14 @@ async def test_streams_outlast_an_outage_of_postgresql(
     streams, cable = on_a_cable
     task_id = await writer.begun()
     async with streams.opened(writer.tenant_id, f"task_id={task_id}") as reader:
-        await reader.until_told(task_id, 1)
+        await reader.until_received(task_id, 1)
         getattr(cable, fault)()
-        await writer.tell(task_id, 3)
+        await writer.write(task_id, 3)
         await comes_true(lambda: not streams.hub.is_listening)
         assert await streams.status(writer.tenant_id, f"task_id={task_id}") == 503
-        await writer.tell(task_id)
+        await writer.write(task_id)
         cable.plug_in()
-        await reader.until_told(task_id, 5)
+        await reader.until_received(task_id, 5)
         await writer.end(task_id)
         await reader.until_ended()
     assert reader.seqs(task_id) == [1, 2, 3, 4, 5, 6]
@@ -99,7 +99,7 @@ async def test_a_client_that_does_not_read_is_cut_and_goes_on_where_it_was(strea
         written = 1
         while streams.hub.ended[EndReason.SLOW] == cut_before:
             assert written < 300, "it was never cut"
-            await writer.tell(task_id, 5, **HEAVY)
+            await writer.write(task_id, 5, **HEAVY)
             written += 5
         received = bytearray()
         while not received.endswith(b"\r\n0\r\n\r\n"):
@@ -109,7 +109,7 @@ async def test_a_client_that_does_not_read_is_cut_and_goes_on_where_it_was(strea
     ids = [line.removeprefix("id: ") for line in text.splitlines() if line.startswith("id: ")]
     assert 0 < len(ids) < written
     async with streams.opened(writer.tenant_id, f"task_id={task_id}&cursor={ids[-1]}") as reader:
-        await reader.until_told(task_id, written)
+        await reader.until_received(task_id, written)
     assert reader.seqs(task_id) == list(range(len(ids) + 1, written + 1))
 
 
@@ -118,12 +118,12 @@ async def test_a_stream_ends_when_its_token_expires(streams: Streams, writer: Wr
     token = token_for(writer.tenant_id, seconds=2)
     expired_before = streams.hub.ended[EndReason.EXPIRED]
     async with streams.opened(writer.tenant_id, f"task_id={task_id}", token=token) as reader:
-        await reader.until_told(task_id, 1)
+        await reader.until_received(task_id, 1)
         await reader.until_ended(within=4)
     assert streams.hub.ended[EndReason.EXPIRED] == expired_before + 1
 
 
-async def test_heartbeats_come_while_nothing_happens(task_store: TaskStore, writer: Writer) -> None:
+async def test_heartbeats_are_sent_while_nothing_happens(task_store: TaskStore, writer: Writer) -> None:
     task_id = await writer.begun()
     async with (
         streams_on(task_store, heartbeat_seconds=1) as streams,
@@ -131,25 +131,25 @@ async def test_heartbeats_come_while_nothing_happens(task_store: TaskStore, writ
     ):
         await reader.until(lambda reader: sum("heartbeat" in f.get("event", "") for f in reader.frames) >= 2)
     beat = next(frame for frame in reader.frames if frame.get("event") == "system.heartbeat")
-    assert "id" not in beat, "a heartbeat must not move the place where the stream goes on"
+    assert "id" not in beat, "a heartbeat must not move the cursor at which the stream resumes"
     assert "seq" not in beat["data"]
     assert reader.seqs(task_id) == [1]
 
 
-async def test_a_draining_process_sends_its_streams_away_and_another_goes_on(
+async def test_a_draining_process_closes_its_streams_and_another_goes_on(
     streams: Streams, task_store: TaskStore, writer: Writer
 ) -> None:
     task_id = await writer.begun()
     async with streams_on(task_store) as leaving:
         async with leaving.opened(writer.tenant_id, f"task_id={task_id}") as reader:
-            await reader.until_told(task_id, 1)
+            await reader.until_received(task_id, 1)
             leaving.draining.begin()
             await reader.until_ended()
         assert await leaving.status(writer.tenant_id, f"task_id={task_id}") == 503
     assert reader.frames[-1]["retry"].isdigit()
-    await writer.tell(task_id)
+    await writer.write(task_id)
     async with streams.opened(writer.tenant_id, f"task_id={task_id}&cursor={reader.last_id}") as other:
-        await other.until_told(task_id, 2)
+        await other.until_received(task_id, 2)
     assert other.seqs(task_id) == [2]
 
 
@@ -163,7 +163,7 @@ async def test_streams_leave_nothing_behind(task_store: TaskStore, writer: Write
         await comes_true(lambda: streams.hub.open_streams.total() == 0 and streams.hub.watched_tasks == 0)
 
 
-async def test_many_streams_of_many_tasks_each_hear_their_own(streams: Streams, writer: Writer) -> None:
+async def test_many_streams_of_many_tasks_each_get_their_own_events(streams: Streams, writer: Writer) -> None:
     task_ids = [await writer.begun() for _ in range(40)]
     readers = {}
     async with asyncio.TaskGroup() as group:
@@ -175,8 +175,8 @@ async def test_many_streams_of_many_tasks_each_hear_their_own(streams: Streams, 
         for task_id in task_ids:
             group.create_task(follow(task_id))
         for _ in range(3):
-            await asyncio.gather(*(writer.tell(task_id, 2) for task_id in task_ids))
+            await asyncio.gather(*(writer.write(task_id, 2) for task_id in task_ids))
         await asyncio.gather(*(writer.end(task_id) for task_id in task_ids))
-    told = [reader.seqs(task_id) for task_id, reader in readers.items()]
-    assert told == [[1, 2, 3, 4, 5, 6, 7, 8]] * 40
+    received = [reader.seqs(task_id) for task_id, reader in readers.items()]
+    assert received == [[1, 2, 3, 4, 5, 6, 7, 8]] * 40
     assert all(len(reader.events) == 8 for reader in readers.values())

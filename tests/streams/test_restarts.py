@@ -1,4 +1,4 @@
-"""Processes that are killed or restarted while streams are open: each client hears everything, once, in order."""
+"""Processes that are killed or restarted while streams are open: each client receives every event once, in order."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tests.streams.serving import token_for as stream_token_for
 async def test_a_client_of_a_killed_gateway_goes_on_at_another_without_loss_or_repeat(
     temporal_env: WorkflowEnvironment, streams: Streams, writer: Writer, postgres_dsn: str
 ) -> None:
-    """SIGKILL in the middle of a stream, while the task moves on; the other process has never heard of this client."""
+    """SIGKILL in the middle of a stream, while the task moves on; the other process does not know this client."""
     task_id = await writer.begun()
     address = temporal_env.client.service_client.config.target_host
     path = f"/api/v1/tasks/stream/sse?task_id={task_id}"
 
     async def move() -> None:
         for _ in range(60):
-            await writer.tell(task_id, 5)
+            await writer.write(task_id, 5)
             await asyncio.sleep(0.01)
         await writer.end(task_id)
 
@@ -46,7 +46,7 @@ async def test_a_client_of_a_killed_gateway_goes_on_at_another_without_loss_or_r
             reader = Reader(response)
             reading = asyncio.create_task(reader.read())
             moving = asyncio.create_task(move())
-            await reader.until_told(task_id, 20)
+            await reader.until_received(task_id, 20)
             doomed.process.kill()
             await doomed.process.wait()
             with pytest.raises(httpx.TransportError):
@@ -58,7 +58,7 @@ async def test_a_client_of_a_killed_gateway_goes_on_at_another_without_loss_or_r
     assert reader.seqs(task_id) + other.seqs(task_id) == list(range(1, 303))
 
 
-async def test_a_gateway_that_is_told_to_end_sends_its_streams_away_and_ends(
+async def test_a_terminated_gateway_closes_its_streams_and_ends(
     temporal_env: WorkflowEnvironment, writer: Writer, postgres_dsn: str
 ) -> None:
     task_id = await writer.begun()
@@ -71,11 +71,11 @@ async def test_a_gateway_that_is_told_to_end_sends_its_streams_away_and_ends(
     ):
         reader = Reader(response)
         reading = asyncio.create_task(reader.read())
-        await reader.until_told(task_id, 1)
+        await reader.until_received(task_id, 1)
         leaving.process.terminate()
         await reading
         assert await asyncio.wait_for(leaving.process.wait(), 20) == 0
-    assert int(reader.frames[-1]["retry"]) > 0, "a hint when to come again"
+    assert int(reader.frames[-1]["retry"]) > 0, "a hint when to reconnect"
     assert reader.seqs(task_id) == [1]
 
 
@@ -106,7 +106,7 @@ async def own_postgres() -> AsyncIterator[OwnPostgres]:
 
 
 async def test_a_restart_of_postgresql_under_load_costs_no_client_an_event(own_postgres: OwnPostgres) -> None:
-    """Ten tasks move all the time, each watched by clients that come back whenever they are sent away."""
+    """Ten tasks move all the time, each watched by clients that reconnect whenever their stream is closed."""
     store = TaskStore(own_postgres.dsn)
     writer = Writer(store, unique("tenant"))
     written = 0
@@ -129,27 +129,27 @@ async def test_a_restart_of_postgresql_under_load_costs_no_client_an_event(own_p
         assert written < 400, "it was restarted in the middle"
         async with asyncio.timeout(30):
             await asyncio.gather(*moving)
-            told = await asyncio.gather(*following)
+            received = await asyncio.gather(*following)
     await store.close()
-    assert told == [list(range(1, 43))] * 20
+    assert received == [list(range(1, 43))] * 20
 
 
 async def _persistently(writer: Writer, task_id: str, *, ends: bool = False) -> None:
-    """One write, tried until it stands, as a workflow's activity does: the same facts under the same keys."""
-    write = writer.ending(task_id) if ends else writer.telling(task_id, 1)
+    """One write, retried until it succeeds, as a workflow's activity does: the same facts under the same keys."""
+    write = writer.ending(task_id) if ends else writer.writing(task_id, 1)
 
-    async def stands() -> bool:
+    async def is_written() -> bool:
         try:
             await writer.store.write(write)
         except StoreUnavailable:
             return False
         return True
 
-    await eventually(stands, within=timedelta(seconds=20))
+    await eventually(is_written, within=timedelta(seconds=20))
 
 
 async def _followed(streams: Streams, tenant_id: str, task_id: str) -> list[int]:
-    """Every `seq` that a client heard, which opens the stream anew, from its last cursor, until the task has ended."""
+    """Every `seq` that a client received; it reopens the stream from its last cursor until the task has ended."""
     seqs: list[int] = []
     headers = {"authorization": f"Bearer {stream_token_for(tenant_id)}"}
     while True:

@@ -1,4 +1,4 @@
-"""What a client of the event stream relies on: everything once, in order, wherever it comes in."""
+"""What a client of the event stream relies on: every event once, in order, from any cursor."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.streams.serving import Streams, Writer, token_for
 
 async def test_history_comes_first_then_what_happens_then_the_end(streams: Streams, writer: Writer) -> None:
     task_id = await writer.begun()
-    await writer.tell(task_id, 3)
+    await writer.write(task_id, 3)
     async with streams.opened(writer.tenant_id, f"task_id={task_id}") as reader:
-        await reader.until_told(task_id, 4)
-        await writer.tell(task_id, 2, progress=50.0)
-        await reader.until_told(task_id, 6)
+        await reader.until_received(task_id, 4)
+        await writer.write(task_id, 2, progress=50.0)
+        await reader.until_received(task_id, 6)
         await writer.end(task_id)
         await reader.until_ended()
     assert reader.seqs(task_id) == [1, 2, 3, 4, 5, 6, 7]
@@ -31,56 +31,56 @@ async def test_history_comes_first_then_what_happens_then_the_end(streams: Strea
 
 async def test_frames_hold_the_same_as_the_kept_history(streams: Streams, writer: Writer) -> None:
     task_id = await writer.begun()
-    await writer.tell(task_id, message="line one\nline two \u2028 </script> ünï", credits_delta=-24)
+    await writer.write(task_id, message="line one\nline two \u2028 </script> ünï", credits_delta=-24)
     async with streams.opened(writer.tenant_id, f"task_id={task_id}") as reader:
-        await reader.until_told(task_id, 2)
+        await reader.until_received(task_id, 2)
     kept = await writer.store.events(task_id)
     assert [TaskEvent.model_validate(event) for event in reader.events] == kept
     assert [frame["event"] for frame in reader.frames if "id" in frame] == [event["event"] for event in reader.events]
 
 
 @pytest.mark.parametrize("by", ["cursor", "last-event-id"])
-async def test_a_stream_is_taken_up_where_it_was_left(streams: Streams, writer: Writer, by: str) -> None:
+async def test_a_stream_resumes_where_it_was_left(streams: Streams, writer: Writer, by: str) -> None:
     task_id = await writer.begun()
-    await writer.tell(task_id, 2)
+    await writer.write(task_id, 2)
     async with streams.opened(writer.tenant_id, f"task_id={task_id}") as first:
-        await first.until_told(task_id, 3)
-    await writer.tell(task_id, 2)
+        await first.until_received(task_id, 3)
+    await writer.write(task_id, 2)
     query = f"task_id={task_id}" + (f"&cursor={first.last_id}" if by == "cursor" else "")
     headers = {"last-event-id": first.last_id} if by == "last-event-id" else {}
     async with streams.opened(writer.tenant_id, query, headers=headers) as second:
-        await second.until_told(task_id, 5)
-        await writer.tell(task_id)
-        await second.until_told(task_id, 6)
+        await second.until_received(task_id, 5)
+        await writer.write(task_id)
+        await second.until_received(task_id, 6)
     assert second.seqs(task_id) == [4, 5, 6]
 
 
-async def test_last_event_id_goes_before_the_cursor_of_the_address(streams: Streams, writer: Writer) -> None:
+async def test_last_event_id_takes_precedence_over_the_cursor_of_the_address(streams: Streams, writer: Writer) -> None:
     task_id = await writer.begun()
-    await writer.tell(task_id, 3)
+    await writer.write(task_id, 3)
     async with streams.opened(writer.tenant_id, f"task_id={task_id}") as first:
-        await first.until_told(task_id, 4)
+        await first.until_received(task_id, 4)
     old = next(frame["id"] for frame in first.frames if "id" in frame)
     headers = {"last-event-id": first.last_id}
     async with streams.opened(writer.tenant_id, f"task_id={task_id}&cursor={old}", headers=headers) as second:
-        await writer.tell(task_id)
-        await second.until_told(task_id, 5)
+        await writer.write(task_id)
+        await second.until_received(task_id, 5)
     assert second.seqs(task_id) == [5]
 
 
 async def test_several_tasks_in_one_stream_are_resumed_each_at_its_place(streams: Streams, writer: Writer) -> None:
     one, two, three = [await writer.begun() for _ in range(3)]
-    await writer.tell(two, 4)
+    await writer.write(two, 4)
     async with streams.opened(writer.tenant_id, f"task_id={one}&subscribe={two},{three}") as first:
-        await first.until_told(two, 5)
-        await writer.tell(three, 2)
-        await first.until_told(three, 3)
+        await first.until_received(two, 5)
+        await writer.write(three, 2)
+        await first.until_received(three, 3)
         await writer.end(one)
-        await first.until_told(one, 2)
-    await writer.tell(two)
+        await first.until_received(one, 2)
+    await writer.write(two)
     headers = {"last-event-id": first.last_id}
     async with streams.opened(writer.tenant_id, f"subscribe={three},{two},{one}", headers=headers) as second:
-        await second.until_told(two, 6)
+        await second.until_received(two, 6)
         await writer.end(three)
         await writer.end(two)
         await second.until_ended()
@@ -91,11 +91,11 @@ async def test_several_tasks_in_one_stream_are_resumed_each_at_its_place(streams
 
 async def test_an_events_own_cursor_is_good_for_a_stream_of_several(streams: Streams, writer: Writer) -> None:
     one, two = await writer.begun(), await writer.begun()
-    await writer.tell(one, 3)
+    await writer.write(one, 3)
     cursor = (await writer.store.events(one))[1].cursor
     async with streams.opened(writer.tenant_id, f"subscribe={one},{two}&cursor={cursor}") as reader:
-        await reader.until_told(two, 1)
-        await reader.until_told(one, 4)
+        await reader.until_received(two, 1)
+        await reader.until_received(one, 4)
     assert (reader.seqs(one), reader.seqs(two)) == ([3, 4], [1])
 
 
@@ -105,36 +105,36 @@ async def test_nothing_is_lost_or_doubled_at_the_seam_while_a_task_moves(streams
 
     async def move() -> None:
         for _ in range((last - 1) // 7):
-            await writer.tell(task_id, 7)
+            await writer.write(task_id, 7)
 
-    async def come_and_go() -> list[int]:
+    async def reconnect_repeatedly() -> list[int]:
         seen: list[int] = []
         cursor = ""
         while not seen or seen[-1] < last:
             async with streams.opened(writer.tenant_id, f"task_id={task_id}{cursor}") as reader:
-                told = len(seen) + 17
-                await reader.until_told(task_id, min(told, last))
+                seq = len(seen) + 17
+                await reader.until_received(task_id, min(seq, last))
                 seen += reader.seqs(task_id)
                 cursor = f"&cursor={reader.last_id}"
         return seen
 
-    _, *seen = await asyncio.gather(move(), *(come_and_go() for _ in range(5)))
+    _, *seen = await asyncio.gather(move(), *(reconnect_repeatedly() for _ in range(5)))
     assert seen == [list(range(1, last + 1))] * 5
 
 
 async def test_all_tasks_of_the_tenant_from_now_on(streams: Streams, writer: Writer) -> None:
     before = await writer.begun()
-    await writer.tell(before, 3)
+    await writer.write(before, 3)
     stranger = Writer(writer.store, unique("tenant"))
     async with streams.opened(writer.tenant_id, "subscribe=*") as reader:
         await reader.until(lambda _: writer.tenant_id in streams.hub.watched_tenants)
         new = await writer.begun()
-        await writer.tell(new, 2)
-        await writer.tell(before, 2)
+        await writer.write(new, 2)
+        await writer.write(before, 2)
         foreign = await stranger.begun()
         await writer.end(new)
-        await reader.until_told(new, 4)
-        await reader.until_told(before, 6)
+        await reader.until_received(new, 4)
+        await reader.until_received(before, 6)
     assert (reader.seqs(new), reader.seqs(before)) == ([1, 2, 3, 4], [5, 6])
     assert reader.seqs(foreign) == []
     assert not any("id" in frame for frame in reader.frames), "it cannot be resumed, so browsers must not try"
@@ -145,7 +145,7 @@ async def test_a_stream_of_one_task_says_its_events_under_the_tasks_own_address(
 ) -> None:
     task_id = await writer.begun()
     async with streams.opened(writer.tenant_id, f"/api/v1/tasks/{task_id}/events") as reader:
-        await reader.until_told(task_id, 1)
+        await reader.until_received(task_id, 1)
         await writer.end(task_id)
         await reader.until_ended()
     assert reader.seqs(task_id) == [1, 2]
@@ -170,7 +170,7 @@ async def test_what_cannot_be_streamed_is_a_problem(streams: Streams, query: str
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-async def test_a_strangers_task_is_unknown_alone_and_among_ones_own(streams: Streams, writer: Writer) -> None:
+async def test_another_tenants_task_is_unknown_alone_and_among_ones_own(streams: Streams, writer: Writer) -> None:
     own = await writer.begun()
     foreign = await Writer(writer.store, unique("tenant")).begun()
     assert await streams.status(writer.tenant_id, f"task_id={foreign}") == 404

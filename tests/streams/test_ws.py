@@ -18,7 +18,7 @@ def dialled(streams: Streams, tenant_id: str, query: str, *, token: str | None =
     return connect(address, origin=origin, proxy=None)
 
 
-async def told(socket: ClientConnection, count: int) -> list[dict[str, Any]]:
+async def received(socket: ClientConnection, count: int) -> list[dict[str, Any]]:
     return [json.loads(await socket.recv()) for _ in range(count)]
 
 
@@ -29,20 +29,20 @@ async def close_code(socket: ClientConnection) -> int | None:
     return socket.close_code
 
 
-async def test_history_then_news_then_a_normal_close(streams: Streams, writer: Writer) -> None:
+async def test_history_then_new_events_then_a_normal_close(streams: Streams, writer: Writer) -> None:
     task_id = await writer.begun()
-    await writer.tell(task_id)
+    await writer.write(task_id)
     async with dialled(streams, writer.tenant_id, f"task_id={task_id}") as socket:
-        events = await told(socket, 2)
+        events = await received(socket, 2)
         await socket.send("whatever a client says is not looked at")
-        await writer.tell(task_id, 2)
+        await writer.write(task_id, 2)
         await writer.end(task_id)
-        events += await told(socket, 3)
+        events += await received(socket, 3)
         assert await close_code(socket) == 1000
     assert [event["seq"] for event in events] == [1, 2, 3, 4, 5]
     assert events == [json.loads(event.model_dump_json()) for event in await writer.store.events(task_id)]
     async with dialled(streams, writer.tenant_id, f"task_id={task_id}&cursor={events[2]['cursor']}") as again:
-        assert [event["seq"] for event in await told(again, 2)] == [4, 5]
+        assert [event["seq"] for event in await received(again, 2)] == [4, 5]
     async with dialled(streams, writer.tenant_id, f"task_id={task_id}&cursor={events[-1]['cursor']}") as over:
         assert await close_code(over) == 1000
 
@@ -69,6 +69,6 @@ async def test_a_draining_process_says_so_and_an_expired_token_too(task_store: T
         async with dialled(streams, writer.tenant_id, f"task_id={task_id}", token=short) as socket:
             assert await close_code(socket) == 3000
         async with dialled(streams, writer.tenant_id, f"task_id={task_id}") as socket:
-            await told(socket, 1)
+            await received(socket, 1)
             streams.draining.begin()
             assert await close_code(socket) == 1012

@@ -1,4 +1,4 @@
-"""What our runs and workers hand to each other, with every field filled: what one release must read of another."""
+"""What our runs and workers pass to each other, with every field filled: what one release must read of another."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from comfyui_temporal.contracts.task_store import (
     UnsettledTask,
 )
 
-HANDED_ON: Final[dict[str, type[BaseModel]]] = {
+DOCUMENTS: Final[dict[str, type[BaseModel]]] = {
     "image-run": ImageRun,
     "training-run": TrainingRun,
     "give-back-run": GiveBackRun,
@@ -68,7 +68,7 @@ _BY_NAME: Final[dict[str, Any]] = {
     "sha256": "0" * 64,
     "files_sha256": "0" * 64,
 }
-"""What no type tells: the order of two instants, addresses."""
+"""What no type shows: the order of two times, addresses."""
 _LEAVES: Final[dict[Any, Any]] = {
     bool: True,
     int: 77,

@@ -1,7 +1,7 @@
-"""Record what this version hands on: `python -m tests.versions.record`.
+"""Record what this version passes on: `python -m tests.versions.record`.
 
-Run it when a field is added to what our runs and workers hand to each other. It writes the newest version's folder anew
-and no other: those of releases stay as they were released. With a release, give `NEWEST` the next version's name.
+Run it when a field is added to what our runs and workers pass to each other. It rewrites the newest version's folder
+only: the folders of releases stay as they were released. With a release, give `NEWEST` the next version's name.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from tests.versions.fullest import HANDED_ON, fullest
+from tests.versions.fullest import DOCUMENTS, fullest
 
 VERSIONS: Final = Path(__file__).parent
 NEWEST: Final = "0.2.0"
 
 
 def rendered() -> dict[str, str]:
-    """File name → text, for all that is handed on."""
-    return {f"{name}.json": _text(fullest(model)) for name, model in HANDED_ON.items()}
+    """File name → text, for all that is passed on."""
+    return {f"{name}.json": _text(fullest(model)) for name, model in DOCUMENTS.items()}
 
 
 def _text(document: dict[str, Any]) -> str:

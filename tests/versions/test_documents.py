@@ -1,4 +1,4 @@
-"""What a version hands on is read by the next one and by the one before, and nothing of it is lost (pitfall 41)."""
+"""What a version passes on is read by the next one and by the one before, without loss (pitfall 41)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from comfyui_temporal.contracts.give_back import Orphans
 from comfyui_temporal.contracts.handed_on import Doubtful, KeptModel, RunArgument
 from comfyui_temporal.contracts.task_store import TaskRow
 from comfyui_temporal.plugin import DATA_CONVERTER
-from tests.versions.fullest import HANDED_ON, fullest
+from tests.versions.fullest import DOCUMENTS, fullest
 from tests.versions.record import NEWEST, VERSIONS, rendered
-from tests.versions.words import NEW_FIELD, NEW_WORD, at, leaves, new_fields_in, with_new_fields, words_of
+from tests.versions.words import NEW_ENUM_VALUE, NEW_FIELD, at, enum_paths, leaves, new_fields_in, with_new_fields
 from tests.workflows.record_histories import HISTORIES
 
 CONVERTER = DATA_CONVERTER.payload_converter
 RECORDED = sorted(VERSIONS.glob("*/*.json"))
-KEPT = [name for name, model in HANDED_ON.items() if issubclass(model, KeptModel | RunArgument)]
+KEPT = [name for name, model in DOCUMENTS.items() if issubclass(model, KeptModel | RunArgument)]
 
 
 def payload(document: Any) -> Payload:
@@ -35,50 +35,50 @@ def payload(document: Any) -> Payload:
 
 def read(name: str, document: Any) -> Any:
     """The document as a worker of today gets it."""
-    [value] = CONVERTER.from_payloads([payload(document)], [HANDED_ON[name]])
+    [value] = CONVERTER.from_payloads([payload(document)], [DOCUMENTS[name]])
     return value
 
 
-def handed_on_again(value: Any) -> Any:
+def serialized_again(value: Any) -> Any:
     [written] = CONVERTER.to_payloads([value])
     return json.loads(written.data)
 
 
 def test_the_newest_version_is_recorded_as_it_is() -> None:
-    """A change of what is handed on: `python -m tests.versions.record`, and read docs/versioning.md."""
-    stands = {path.name: path.read_text() for path in (VERSIONS / NEWEST).glob("*.json")}
-    assert stands == rendered()
+    """If this fails: run `python -m tests.versions.record`, and read docs/versioning.md."""
+    recorded = {path.name: path.read_text() for path in (VERSIONS / NEWEST).glob("*.json")}
+    assert recorded == rendered()
 
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda path: f"{path.parent.name} {path.stem}")
-def test_what_an_older_version_hands_on_is_read_and_nothing_of_it_is_lost(recorded: Path) -> None:
+def test_what_an_older_version_passes_on_is_read_without_loss(recorded: Path) -> None:
     document = json.loads(recorded.read_text())
     value = read(recorded.stem, document)
-    assert isinstance(value, HANDED_ON[recorded.stem])
-    again = leaves(handed_on_again(value))
+    assert isinstance(value, DOCUMENTS[recorded.stem])
+    again = leaves(serialized_again(value))
     assert {place: again.get(place) for place in leaves(document)} == leaves(document)
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_fields_that_nobody_knows_are_kept_at_every_depth(name: str) -> None:
-    document = with_new_fields(HANDED_ON[name].model_validate(fullest(HANDED_ON[name])))
+def test_unknown_fields_are_kept_at_every_depth(name: str) -> None:
+    document = with_new_fields(DOCUMENTS[name].model_validate(fullest(DOCUMENTS[name])))
     if name == "left-behind":
         del document[NEW_FIELD]  # may hold money: see below
     value = read(name, document)
-    assert isinstance(value, HANDED_ON[name]), value
-    assert handed_on_again(value) == document
+    assert isinstance(value, DOCUMENTS[name]), value
+    assert serialized_again(value) == document
     assert new_fields_in(document)
     copied = value.model_copy(deep=True)
-    assert handed_on_again(copied) == document, "a copy in a run keeps them too"
+    assert serialized_again(copied) == document, "a copy in a run keeps them too"
 
 
-@pytest.mark.parametrize("name", HANDED_ON)
-def test_a_word_that_this_version_does_not_know_is_never_taken_for_another(name: str) -> None:
-    """It cannot be read: in a run that fails the workflow task, in an activity it is tried again elsewhere."""
-    model = HANDED_ON[name].model_validate(fullest(HANDED_ON[name]))
-    for path in words_of(model):
-        document = fullest(HANDED_ON[name])
-        at(document, path[:-1])[path[-1]] = NEW_WORD
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_an_unknown_enum_value_is_never_taken_for_another(name: str) -> None:
+    """It cannot be read: a run's workflow task fails, an activity is retried on another worker."""
+    model = DOCUMENTS[name].model_validate(fullest(DOCUMENTS[name]))
+    for path in enum_paths(model):
+        document = fullest(DOCUMENTS[name])
+        at(document, path[:-1])[path[-1]] = NEW_ENUM_VALUE
         try:
             value = read(name, document)
         except ValidationError:
@@ -88,17 +88,17 @@ def test_a_word_that_this_version_does_not_know_is_never_taken_for_another(name:
 
 def test_a_caller_is_still_read_strictly() -> None:
     task = {"task_id": "a", "tenant_id": "t", "user_id": "u", "template_id": "x", "prompt": "p"}
-    assert isinstance(read("image-run", task), HANDED_ON["image-run"])
+    assert isinstance(read("image-run", task), DOCUMENTS["image-run"])
     doubtful = read("image-run", {**task, "options": {NEW_FIELD: 1}})
     assert isinstance(doubtful, Doubtful) and f"options.{NEW_FIELD}: Extra inputs are not permitted" in doubtful.reason
     assert doubtful.as_read is not None, "a run that a newer worker has begun goes on with it"
-    for model in HANDED_ON.values():
+    for model in DOCUMENTS.values():
         if issubclass(model, RunArgument) and "carried" in model.model_fields:
             assert model.model_config["extra"] == "forbid"
     assert CallerModel.model_config["extra"] == "forbid"
 
 
-def test_what_a_newer_worker_found_besides_may_hold_money_and_is_not_passed_over() -> None:
+def test_an_unknown_field_of_orphans_may_hold_money_and_is_refused() -> None:
     document = fullest(Orphans)
     nothings: list[Any] = [None, [], {}, False, 0, ""]
     for nothing in nothings:
@@ -126,13 +126,13 @@ async def test_a_call_that_cannot_be_read_stops_the_give_back(call: str) -> None
         await new_reading().take(scheduled(call, {"call_for": 1}))
 
 
-async def test_a_call_that_nobody_knows_stops_the_give_back() -> None:
+async def test_an_unknown_call_stops_the_give_back() -> None:
     with pytest.raises(NotReadHere, match="hold_two_at_once is not known here"):
         await new_reading().take(scheduled("hold_two_at_once", {}))
 
 
-async def test_what_cannot_be_read_of_a_carried_state_stops_the_give_back() -> None:
-    document = fullest(HANDED_ON["image-run"])
+async def test_an_unreadable_continuation_stops_the_give_back() -> None:
+    document = fullest(DOCUMENTS["image-run"])
     at(document, ("carried", "hold", "asked", 0))["n"] = "the second"
     event = HistoryEvent(event_id=1, event_type=Happened.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED)
     event.workflow_execution_started_event_attributes.workflow_type.name = "ImageGenerationWorkflow"

@@ -1,4 +1,4 @@
-"""The way forward from each release: what it left open goes on on today's code, its money stays true."""
+"""Upgrades from each release: its open runs go on with today's code, and their money stays correct."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_every_release_is_recorded() -> None:
     assert RELEASES[0] == "0.1.0" and RELEASES[-1] == NEWEST
 
 
-def handing_on_as(release: str, patch: pytest.MonkeyPatch) -> None:
-    """Have today's flows hand on what that release would have."""
+def continuing_as(release: str, patch: pytest.MonkeyPatch) -> None:
+    """Make today's flows pass on what that release would have."""
     today = TaskFlow._continuation
 
-    def as_handed_on(flow: TaskFlow[Any, Any]) -> Any:
+    def continuation_of_release(flow: TaskFlow[Any, Any]) -> Any:
         run: ImageRun | TrainingRun = today(flow)
         document = run.model_dump(mode="json")
         released = as_released(document, recorded_of(release, "image" if isinstance(run, ImageRun) else "training"))
@@ -44,7 +44,7 @@ def handing_on_as(release: str, patch: pytest.MonkeyPatch) -> None:
             job["request"] = kept["request"]  # of two kinds, whose fields have not changed
         return released
 
-    patch.setattr(TaskFlow, "_continuation", as_handed_on)
+    patch.setattr(TaskFlow, "_continuation", continuation_of_release)
 
 
 def recorded_of(release: str, kind: str) -> Any:
@@ -61,7 +61,7 @@ async def test_a_run_that_a_release_continued_goes_on(
 ) -> None:
     task = bare.image() if kind == "image" else bare.training()
     with monkeypatch.context() as patch:
-        handing_on_as(release, patch)
+        continuing_as(release, patch)
         async with bare.worker():
             handle = await waiting(bare, task)
             document = await continued(bare, handle)
@@ -75,7 +75,7 @@ async def test_a_run_that_a_release_continued_goes_on(
 
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda path: path.stem)
-async def test_a_recorded_run_is_replayed_from_wherever_it_stands_open(recorded: Path) -> None:
+async def test_a_recorded_run_is_replayed_from_every_open_point(recorded: Path) -> None:
     """An open run is a history without its end: at each of its workflow tasks today's code takes it over."""
     history = WorkflowHistory.from_json("any", recorded.read_text())  # noqa: ASYNC240
     workflow_id = history.events[0].workflow_execution_started_event_attributes.workflow_id

@@ -1,6 +1,6 @@
-"""Workers of two versions on one task queue: a run goes from one to the other and back, and its money stays true.
+"""Workers of two versions on one task queue: a run goes from one to the other and back, and its money stays correct.
 
-The newer worker is today's code with fields that today's does not know; today's code stands for the older one.
+The newer worker is today's code with fields that today's code does not know; today's code acts as the older worker.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class NewerImageRun(ImageRun):
 
 @workflow.defn(name=IMAGE_WORKFLOW)
 class NewerImage(ImageGenerationWorkflow):
-    """Hands on a field that nobody else knows in every object."""
+    """Passes on an unknown field in every object."""
 
     @workflow.init
     @validated_input
@@ -89,7 +89,7 @@ class NewerImage(ImageGenerationWorkflow):
 
 @workflow.defn(name=IMAGE_WORKFLOW)
 class UnreadableImage(NewerImage):
-    """Hands on what today's code cannot read."""
+    """Passes on what today's code cannot read."""
 
     @workflow.init
     @validated_input
@@ -128,7 +128,7 @@ async def bare(temporal_env: WorkflowEnvironment, new_database: NewDatabase, tmp
         platform.policy = {
             "deadline_factor": 5_000.0,
             "continue_as_new_signals": SIGNALS,
-            # Another job's callback wakes nobody: a poll does.
+            # Another job's callback does not wake the run: a poll does.
             "poll_after_seconds": 0.2,
             "poll_at_most_seconds": 0.4,
         }
@@ -146,7 +146,7 @@ async def waiting(platform: Platform, task: dict[str, Any]) -> Handle:
 
 
 async def continued(platform: Platform, handle: Handle) -> dict[str, Any]:
-    """Have the run continued once more; what it handed on."""
+    """Make the run continue once more; what it passed on."""
     count = len(await runs_of(platform, handle))
     for sequence in range(SIGNALS):
         await platform.callback(handle, job_id="another", training_id="another", sequence=sequence)
@@ -197,7 +197,7 @@ async def failed_workflow_tasks(platform: Platform, handle: Handle) -> int:
 
 
 async def test_what_an_older_worker_cannot_read_waits_for_the_newer_one(bare: Platform) -> None:
-    """Neither the run nor its hold ends: only workflow tasks fail, until a worker takes one that can read it."""
+    """Neither the run nor its hold ends: only workflow tasks fail, until a worker that can read them takes one."""
     task = bare.image()
     async with bare.worker(flows=[UnreadableImage, TrainingWorkflow]):
         handle = await waiting(bare, task)
@@ -220,7 +220,7 @@ async def test_what_an_older_worker_cannot_read_waits_for_the_newer_one(bare: Pl
 
 
 async def test_a_run_that_a_newer_worker_began_with_a_new_field_goes_on_on_an_older_one(bare: Platform) -> None:
-    """Its history is replayed, its input read again: what began it knew the field."""
+    """Its history is replayed and its input is read again, with the new field."""
     task = bare.image(style="etching")
     async with bare.worker(flows=NEWER):
         handle = await waiting(bare, task)
@@ -249,11 +249,11 @@ async def test_what_a_newer_workers_run_left_is_given_back_by_an_older_one(bare:
         await first.result()
         assert (await ended_without_its_run(bare, readable["task_id"])).status is TaskStatus.FAILED
 
-        async def is_noted() -> str:
-            noted = {task.task_id: task.reason for task in await bare.store.unseen_tasks()}
-            return noted.get(unreadable["task_id"], "")
+        async def is_recorded() -> str:
+            unseen = {task.task_id: task.reason for task in await bare.store.unseen_tasks()}
+            return unseen.get(unreadable["task_id"], "")
 
-        assert "carried.hold.charged" in await bare.until(is_noted)
+        assert "carried.hold.charged" in await bare.until(is_recorded)
         [hold] = await bare.simulators.admin.credits.holds(unreadable["task_id"])
         assert hold.phase == "open"
         with pytest.MonkeyPatch.context() as patch:

@@ -13,12 +13,12 @@ from comfyui_temporal.contracts.handed_on import as_json
 NEW_FIELD: Final = "a_field_of_tomorrow"
 NEW_VALUE: Final = {"kept": ["as", 1, None]}
 CHOSEN_BY_CALLERS: Final = "a-word"
-NEW_WORD: Final = "a-word-of-tomorrow"
+NEW_ENUM_VALUE: Final = "a-word-of-tomorrow"
 Path = tuple[str | int, ...]
 
 
 def with_new_fields(model: BaseModel) -> dict[str, Any]:
-    """The document with a field that nobody knows in each object that is a model of ours, at every depth."""
+    """The document with an unknown field in each object that is a model of ours, at every depth."""
     document = as_json(model)
     for path, _ in objects_of(model):
         at(document, path)[NEW_FIELD] = NEW_VALUE
@@ -26,7 +26,7 @@ def with_new_fields(model: BaseModel) -> dict[str, Any]:
 
 
 def objects_of(value: Any, path: Path = ()) -> Iterator[tuple[Path, BaseModel]]:
-    """Every model in a value, and where it stands; not those that take any field, whose fields are a caller's."""
+    """Every model in a value with its path; not those that take any field, whose fields are a caller's."""
     if isinstance(value, BaseModel):
         if value.model_config.get("extra") != "allow" or not path:
             yield path, value
@@ -37,8 +37,8 @@ def objects_of(value: Any, path: Path = ()) -> Iterator[tuple[Path, BaseModel]]:
             yield from objects_of(held, (*path, number))
 
 
-def words_of(model: BaseModel) -> Iterator[Path]:
-    """Where a word of an enumeration of ours stands."""
+def enum_paths(model: BaseModel) -> Iterator[Path]:
+    """The paths of our enum values."""
     for path, found in objects_of(model):
         for name, held in found.__dict__.items():
             if isinstance(held, Enum):
@@ -46,7 +46,7 @@ def words_of(model: BaseModel) -> Iterator[Path]:
 
 
 def new_fields_in(document: Any, path: Path = ()) -> set[Path]:
-    """Where the field that nobody knows stands, as it was written."""
+    """The paths of objects that have the unknown field, unchanged."""
     found: set[Path] = set()
     inner: Any = document.items() if isinstance(document, dict) else enumerate(document)
     for key, held in inner:

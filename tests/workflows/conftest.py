@@ -43,9 +43,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On the field's profile they run in the slow suite; `on_both_profiles`: also in `make test`.
+    """On the `field` profile they run in the slow suite; `on_both_profiles`: also in `make test`.
 
-    `by_contract("why")`: not there at all, being about what only a service by our contract does.
+    `by_contract("why")`: left out, because only a service by our contract does this.
     """
     left_out = []
     for item in items:
@@ -97,9 +97,9 @@ async def brisk_platform(
     tmp_path_factory: pytest.TempPathFactory,
     credits_profile: CreditsProfile,
 ) -> AsyncIterator[Platform]:
-    """One platform for a module's many small scenarios: work takes no time, deadlines are far, GPUs abound.
+    """One platform for a module's many small scenarios: work takes no time, deadlines are far, there are many GPUs.
 
-    Faults name their task. The read limit is 1 s, so that a delay beyond it is quickly told.
+    Faults name their task. The read limit is 1 s, so that a longer delay fails quickly.
     """
     folder = tmp_path_factory.mktemp("brisk")
     running = running_platform(temporal_env, task_store, folder, speed=8_000, credits_profile=credits_profile)
@@ -116,7 +116,7 @@ async def brisk_platform(
 async def direct_platform(
     temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Platform]:
-    """No gateway, no polls, and jobs that take minutes: a run hears what a scenario tells it, and nothing else."""
+    """No gateway, no polls, and jobs that take minutes: a run gets only the messages that a scenario sends."""
     folder = tmp_path_factory.mktemp("direct")
     async with running_platform(temporal_env, task_store, folder, speed=1.0, gateway=False) as platform:
         await platform.simulators.admin.comfyui.fault("callback_withhold", times=None)
@@ -130,7 +130,7 @@ async def direct_platform(
 
 @pytest_asyncio.fixture
 async def cable(postgres_dsn: str) -> AsyncIterator[Cable]:
-    """The way to PostgreSQL, which a scenario can cut."""
+    """The connection to PostgreSQL, which a scenario can cut."""
     socket = f"{make_url(postgres_dsn).query['host']}/.s.PGSQL.5432"
     async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
         yield cable
@@ -138,7 +138,7 @@ async def cable(postgres_dsn: str) -> AsyncIterator[Cable]:
 
 @pytest_asyncio.fixture(scope="session")
 async def skipping_env() -> AsyncIterator[WorkflowEnvironment]:
-    """A real Temporal server whose runs' clocks can be moved; by themselves they go as the wall's."""
+    """A real Temporal server whose runs' clocks can be moved; otherwise they run with the wall clock."""
     async with await WorkflowEnvironment.start_time_skipping_v2(
         ts_config=TimeSkippingConfig(enabled=False),
         plugins=[TasksPlugin()],
@@ -189,8 +189,8 @@ async def _patient_platform(
 async def quick_platform(_quick_platform: Platform) -> AsyncIterator[Platform]:
     """A platform on the wall clock that many scenarios share; an image takes a quarter of a second.
 
-    Its deadlines are too far away to matter. Faults name their task or their payer; those that stand, and the policy,
-    are taken back.
+    Its deadlines are too far away to matter. Faults name their task or their payer; remaining faults
+    and the policy are reset afterwards.
     """
     _quick_platform.policy = {"deadline_factor": 1_000.0}
     yield _quick_platform

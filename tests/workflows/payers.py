@@ -1,4 +1,4 @@
-"""Accounts of a scenario's own: what a payer has is set to the point, whatever other scenarios spend."""
+"""Accounts of one scenario: a payer's balance is exact, independent of what other scenarios spend."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ async def holds_of(platform: Platform, handle: Handle) -> list[HoldSeen]:
 
 
 async def end_open_holds(platform: Platform, handle: Handle) -> str:
-    """Let the task's open holds end without it, by expiry; where holds do not expire, cancelled by hand.
+    """End the task's open holds from outside: by expiry, or by cancel where holds do not expire.
 
-    The kind of the entries that tell it.
+    The kind of the entries that show it.
     """
     credits = platform.simulators.admin.credits
     expires = platform.simulators.credits_profile.ends_holds
@@ -91,7 +91,7 @@ async def end_open_holds(platform: Platform, handle: Handle) -> str:
 
 
 def lost(platform: Platform) -> list[str]:
-    """How a hold stands whose answer was lost: by contract the repeat is the same hold, else it is a second one."""
+    """The state of a hold whose answer was lost: by contract the repeat is the same hold, else it is a second one."""
     return [] if platform.simulators.credits_profile.keeps_keys else ["open"]
 
 
@@ -111,7 +111,7 @@ async def has_kinds(platform: Platform, handle: Handle, *kinds: str) -> bool:
 
 
 async def until_started(platform: Platform, handle: Handle) -> RunSeen:
-    """Wait until the task's newest job or training has begun, which is once credits are held; how it stands."""
+    """Wait until the task's newest job or training has started, which is once credits are held; its state."""
 
     async def begun() -> RunSeen | None:
         runs = await platform.simulators.admin.comfyui.jobs(task_of(handle))

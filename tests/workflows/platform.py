@@ -1,4 +1,4 @@
-"""A whole platform in one process, every wire of it real: simulators, gateway, PostgreSQL, Temporal, a worker.
+"""A whole platform in one process with real connections: simulators, gateway, PostgreSQL, Temporal, a worker.
 
 `Platform` starts tasks as any client would, by name and JSON. `books.py` holds the one assertion that every scenario
 ends with.
@@ -81,7 +81,7 @@ class Platform:
     """How long the worker's clients wait for an answer."""
 
     cached_workflows: ClassVar[int] = 1_000
-    """How many runs a worker keeps in memory, unless it is told otherwise."""
+    """How many runs a worker keeps in memory by default."""
 
     # Starting tasks
 
@@ -145,7 +145,7 @@ class Platform:
         return answer["outcome"]
 
     async def callback(self, handle: Handle, **body: Any) -> None:
-        """A signal past the gateway, as a careless sender would give it."""
+        """A signal past the gateway, as a careless sender would send it."""
         await handle.signal(CALLBACK_SIGNAL, body)
 
     # Waiting on conditions
@@ -201,7 +201,7 @@ class Platform:
         service = self.service_of(route)
 
         async def hit() -> bool:
-            return any(standing.fault_id == fault.fault_id and standing.hits for standing in await service.faults())
+            return any(known.fault_id == fault.fault_id and known.hits for known in await service.faults())
 
         await self.until(hit)
 
@@ -251,7 +251,7 @@ class Platform:
     async def worker(self, *, flows: Sequence[type] = FLOWS, **options: Any) -> AsyncIterator[Worker]:
         """A worker on this platform's task queue, with its own clients, as `worker.py` opens them.
 
-        `flows`: the tasks' workflows, where another version's take their place.
+        `flows`: the tasks' workflows, to run another version's instead.
         """
         tokens = SignedTokens(TEST_TOKEN_SECRET, DEFAULT_ISSUER, DEFAULT_AUDIENCE)
         async with AsyncExitStack() as stack:
@@ -292,7 +292,7 @@ async def scheduled(handle: Handle, activity: str) -> list[float]:
 
 
 async def sent(handle: Handle, activity: str) -> list[dict[str, Any]]:
-    """The first argument of each visible activity of this type, as it stands in the run's history."""
+    """The first argument of each visible activity of this type, as the run's history has it."""
     return [
         json.loads(event.activity_task_scheduled_event_attributes.input.payloads[0].data)
         async for event in handle.fetch_history_events()
@@ -347,7 +347,7 @@ async def running_platform(
 ) -> AsyncIterator[Platform]:
     """Everything but the worker, so that a scenario can start, stop and configure it.
 
-    `client`: on a server of the scenario's own. `task_queue`: default one that no other scenario uses.
+    `client`: for a server of the scenario's own. `task_queue`: default one that no other scenario uses.
     """
     config = environment.client.service_client.config
     async with AsyncExitStack() as stack:

@@ -23,7 +23,7 @@ _lines: dict[str, Lines] = {}
 
 @workflow.defn(failure_exception_types=[Exception])
 class Probe:
-    """Runs the lines that stand under its id; what they raise ends it."""
+    """Runs the lines that are registered under its id; an error that they raise ends the run."""
 
     @workflow.run
     async def run(self) -> Any:
@@ -32,14 +32,14 @@ class Probe:
 
 @dataclass
 class Probed:
-    """What the lines gave back, and the run's events."""
+    """The result of the lines, and the run's events."""
 
     result: Any
     events: list[HistoryEvent]
 
     @property
     def timers(self) -> dict[str, str]:
-        """What became of each timer that bears a summary, by it."""
+        """How each timer with a summary ended, by summary."""
         ends = {
             EventType.EVENT_TYPE_TIMER_FIRED: ("timer_fired_event_attributes", "rang"),
             EventType.EVENT_TYPE_TIMER_CANCELED: ("timer_canceled_event_attributes", "cancelled"),
@@ -65,9 +65,9 @@ async def nothing(_handle: WorkflowHandle[Any, Any]) -> None:
 
 
 async def probed(environment: WorkflowEnvironment, lines: Lines, meanwhile: Meanwhile = nothing) -> Probed:
-    """Run the lines on a worker of their own, `meanwhile` once they run.
+    """Run the lines on their own worker, and `meanwhile` once they run.
 
-    Raises WorkflowFailureError where they raise.
+    Raises WorkflowFailureError if they raise.
     """
     name = unique("probe")
     _lines[name] = lines

@@ -89,7 +89,7 @@ class WorkerProcess:
 
 
 class TemporalProcess:
-    """A dev server on a file: what it knew before a kill it knows after."""
+    """A dev server on a file: it keeps its state across a kill."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -62,10 +62,10 @@ async def training_completed(platform: Platform) -> Handle:
 async def training_confirmed(platform: Platform) -> Handle:
     handle = await platform.start_training(max_credits=None)
 
-    async def asks() -> bool:
+    async def is_waiting() -> bool:
         return bool((await platform.progress(handle))["confirmation"])
 
-    await platform.until(asks)
+    await platform.until(is_waiting)
     await handle.execute_update("confirm_price", {"max_credits": 1_000})
     return handle
 

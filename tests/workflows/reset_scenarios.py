@@ -1,4 +1,4 @@
-"""What a task had gone through when it was reset: each brings a task to its end, or to a state in which it waits."""
+"""Tasks before a reset: each scenario brings a task to its end, or to a state in which it waits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Scenario:
 
 
 async def over(handle: Handle) -> Handle:
-    """Wait for the task's end, whatever it is."""
+    """Wait for the task's end, of any kind."""
     with contextlib.suppress(WorkflowFailureError):
         await handle.result()
     return handle
@@ -42,7 +42,7 @@ async def over(handle: Handle) -> Handle:
 
 @asynccontextmanager
 async def work_goes_on(platform: Platform, handle: Handle) -> AsyncIterator[None]:
-    """Inside, whatever job of the task is being worked on is finished at once, also one that stands still."""
+    """Within this context every running job of the task is finished immediately, also a stalled one."""
 
     async def finish() -> None:
         while True:
@@ -61,8 +61,8 @@ async def work_goes_on(platform: Platform, handle: Handle) -> AsyncIterator[None
             await finishing
 
 
-async def standing(platform: Platform, task: dict[str, Any]) -> Handle:
-    """A task whose work has begun and stands still."""
+async def stalled(platform: Platform, task: dict[str, Any]) -> Handle:
+    """A task whose work has started and stalls."""
     route = "create_training" if "dataset" in task else "submit_job"
     comfyui = platform.simulators.admin.comfyui
     await comfyui.fault("job_stall", route=route, task_id=task["task_id"], at=0.3, times=None)
@@ -110,13 +110,13 @@ async def refused_image(platform: Platform, payer: Payer) -> Handle:
 
 
 async def cancelled_image(platform: Platform, payer: Payer) -> Handle:
-    handle = await standing(platform, payer.image())
+    handle = await stalled(platform, payer.image())
     await platform.cancel(handle)
     return await over(handle)
 
 
 async def cancelled_by_temporal(platform: Platform, payer: Payer) -> Handle:
-    handle = await standing(platform, payer.training())
+    handle = await stalled(platform, payer.training())
     await handle.cancel()
     return await over(handle)
 
@@ -140,8 +140,8 @@ async def retried_training(platform: Platform, payer: Payer) -> Handle:
 
 
 async def topped_up(platform: Platform, payer: Payer) -> Handle:
-    """A training whose price rises while it runs: held anew, the old hold cancelled; it waits."""
-    handle = await standing(platform, payer.training())
+    """A training whose price rises while it runs: it takes a new hold and cancels the old one; it waits."""
+    handle = await stalled(platform, payer.training())
     [run] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
     await platform.simulators.admin.comfyui.act(run.run_id, "lie", fields={"gpu_hours": 5, "gpu_hours_used": 5})
     await platform.until(lambda: has_kinds(platform, handle, *RENEWED))
@@ -156,7 +156,7 @@ async def topped_up_and_completed(platform: Platform, payer: Payer) -> Handle:
 
 
 async def given_back_image(platform: Platform, payer: Payer) -> Handle:
-    handle = await standing(platform, payer.image())
+    handle = await stalled(platform, payer.image())
     await handle.terminate("by a test")
     await platform.client.execute_workflow(
         GIVE_BACK_WORKFLOW,
@@ -171,11 +171,11 @@ async def given_back_image(platform: Platform, payer: Payer) -> Handle:
 
 
 async def running_image(platform: Platform, payer: Payer) -> Handle:
-    return await standing(platform, payer.image())
+    return await stalled(platform, payer.image())
 
 
 async def running_training(platform: Platform, payer: Payer) -> Handle:
-    return await standing(platform, payer.training())
+    return await stalled(platform, payer.training())
 
 
 async def second_attempt(platform: Platform, payer: Payer) -> Handle:
@@ -198,7 +198,7 @@ async def second_attempt(platform: Platform, payer: Payer) -> Handle:
 
 
 async def terminated_image(platform: Platform, payer: Payer) -> Handle:
-    handle = await standing(platform, payer.image())
+    handle = await stalled(platform, payer.image())
     await handle.terminate("by a test")
     return handle
 

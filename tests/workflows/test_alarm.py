@@ -1,4 +1,4 @@
-"""One timer for everything that is waited for: it stands as long as it can, and none is started for nothing."""
+"""One timer for every wait: it is kept as long as possible, and none is started without need."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def test_what_has_happened_and_what_is_due_is_not_waited_for(temporal_env:
     assert (await probed(temporal_env, lines)).timers == {}
 
 
-async def test_it_rings_at_its_instant_and_not_before(temporal_env: WorkflowEnvironment) -> None:
+async def test_it_rings_at_its_time_and_not_before(temporal_env: WorkflowEnvironment) -> None:
     async def lines() -> list[bool]:
         alarm, rang = Alarm(), []
         for name in ("first", "second"):
@@ -46,48 +46,48 @@ async def test_it_rings_at_its_instant_and_not_before(temporal_env: WorkflowEnvi
     assert seen.timers == {"first": "rang", "second": "rang"}
 
 
-async def test_a_timer_that_stands_is_kept_for_a_later_instant_and_replaced_for_an_earlier_one(
+async def test_a_running_timer_is_kept_for_a_later_time_and_replaced_for_an_earlier_one(
     temporal_env: WorkflowEnvironment,
 ) -> None:
     async def lines() -> None:
         alarm, now = Alarm(), workflow.now()
-        await waited_in_vain(lambda happened: alarm.until(happened, now + LATER, "first"))
-        await waited_in_vain(lambda happened: alarm.until(happened, now + LATEST, "later: the first stands"))
-        await waited_in_vain(lambda happened: alarm.until(happened, now + LATER, "the same: the first stands"))
+        await waited_without_alarm(lambda happened: alarm.until(happened, now + LATER, "first"))
+        await waited_without_alarm(lambda happened: alarm.until(happened, now + LATEST, "later: the first is kept"))
+        await waited_without_alarm(lambda happened: alarm.until(happened, now + LATER, "the same: the first is kept"))
         await alarm.until(never, workflow.now() + SOON, "earlier")
 
     assert (await probed(temporal_env, lines)).timers == {"first": "cancelled", "earlier": "rang"}
 
 
-async def test_without_a_limit_no_timer_is_started_and_one_that_stands_still_rings(
+async def test_without_a_limit_no_timer_is_started_and_a_running_one_still_rings(
     temporal_env: WorkflowEnvironment,
 ) -> None:
     async def lines() -> None:
         alarm = Alarm()
-        await waited_in_vain(lambda happened: alarm.until(happened, None, "no limit"))
-        await waited_in_vain(lambda happened: alarm.until(happened, workflow.now() + SOON, "soon"))
-        await alarm.until(never, None, "no limit: the one that stands rings")
+        await waited_without_alarm(lambda happened: alarm.until(happened, None, "no limit"))
+        await waited_without_alarm(lambda happened: alarm.until(happened, workflow.now() + SOON, "soon"))
+        await alarm.until(never, None, "no limit: the running one rings")
 
     assert (await probed(temporal_env, lines)).timers == {"soon": "rang"}
 
 
-async def test_cleared_it_stands_no_more(temporal_env: WorkflowEnvironment) -> None:
+async def test_a_cleared_alarm_cancels_its_timer(temporal_env: WorkflowEnvironment) -> None:
     async def lines() -> None:
         alarm = Alarm()
         alarm.clear()
-        await waited_in_vain(lambda happened: alarm.until(happened, workflow.now() + LATER, "under one name"))
+        await waited_without_alarm(lambda happened: alarm.until(happened, workflow.now() + LATER, "under one name"))
         alarm.clear()
-        await waited_in_vain(lambda happened: alarm.until(happened, workflow.now() + LATEST, "under another"))
+        await waited_without_alarm(lambda happened: alarm.until(happened, workflow.now() + LATEST, "under another"))
 
     assert (await probed(temporal_env, lines)).timers == {"under one name": "cancelled", "under another": "stood"}
 
 
-async def waited_in_vain(wait: Callable[[Callable[[], bool]], Awaitable[Any]]) -> None:
+async def waited_without_alarm(wait: Callable[[Callable[[], bool]], Awaitable[Any]]) -> None:
     """Wait until what is waited for has happened, in a later workflow task and before any alarm."""
-    told: list[str] = []
+    happened: list[str] = []
 
-    async def tell() -> None:
+    async def happen() -> None:
         await asyncio.sleep(0.001)
-        told.append("it happened")
+        happened.append("it happened")
 
-    await asyncio.gather(wait(lambda: bool(told)), tell())
+    await asyncio.gather(wait(lambda: bool(happened)), happen())

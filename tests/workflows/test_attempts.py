@@ -43,7 +43,9 @@ def for_both(codes: list[tuple[str, bool]]) -> pytest.MarkDecorator:
 
 
 @for_both(RETRIED)
-async def test_a_job_that_may_be_retried_is(brisk_platform: Platform, kind: str, code: str, retryable: bool) -> None:
+async def test_a_job_that_may_be_retried_is_retried(
+    brisk_platform: Platform, kind: str, code: str, retryable: bool
+) -> None:
     handle = await start_failing(brisk_platform, kind, code=code, retryable=retryable)
     ending = await ended(brisk_platform, handle)
     assert ending.status is TaskStatus.COMPLETED
@@ -54,7 +56,7 @@ async def test_a_job_that_may_be_retried_is(brisk_platform: Platform, kind: str,
 
 
 @for_both(NOT_RETRIED)
-async def test_a_job_that_may_not_be_retried_fails_the_task_at_once(
+async def test_a_job_that_may_not_be_retried_fails_the_task_immediately(
     brisk_platform: Platform, kind: str, code: str, retryable: bool
 ) -> None:
     handle = await start_failing(
@@ -113,7 +115,9 @@ async def test_three_more_attempts_follow_after_30_60_and_120_seconds_under_one_
         f"{task_id_of(handle)}:cancel:{n}" for n in range(1, 5)
     ]
     messages = [event.message or "" for event in ending.events if event.error]
-    assert all(f"the next follows in {wait} s" in told for wait, told in zip((30, 60, 120), messages, strict=False))
+    assert all(
+        f"the next follows in {wait} s" in message for wait, message in zip((30, 60, 120), messages, strict=False)
+    )
 
 
 async def keys_of(platform: Platform, handle: Handle, route: str) -> list[str | None]:
@@ -121,7 +125,7 @@ async def keys_of(platform: Platform, handle: Handle, route: str) -> list[str | 
 
 
 async def test_a_job_that_only_says_it_failed_is_cancelled_before_the_next(brisk_platform: Platform) -> None:
-    """It still runs: without the cancel two jobs would work for one task."""
+    """It still runs: without the cancel two jobs would run for one task."""
     task = brisk_platform.image()
     comfyui = brisk_platform.simulators.admin.comfyui
     await comfyui.fault(
@@ -205,8 +209,8 @@ async def test_a_forgotten_job_is_lost_after_two_404_ten_seconds_apart(slow_plat
     assert [event.error.code for event in ending.events if event.error] == ["lost"]
     get = "get_job" if kind == "image" else "get_training"
     first, second = [seen for seen in await comfyui.requests_seen(get, task_id_of(handle)) if seen.status == 404]
-    asked = await scheduled(handle, get)
-    assert any(10 <= later - earlier < 14 for earlier, later in pairwise(asked)), (asked, first, second)
+    polls = await scheduled(handle, get)
+    assert any(10 <= later - earlier < 14 for earlier, later in pairwise(polls)), (polls, first, second)
 
 
 async def test_a_job_that_is_unknown_only_once_goes_on(slow_platform: Platform) -> None:
@@ -229,7 +233,7 @@ async def test_a_job_that_is_unknown_only_once_goes_on(slow_platform: Platform) 
 
 
 async def timed_out(platform: Platform, handle: Handle, minutes: float, lie: Task) -> Ending:
-    """Let a job finish that has nothing to show; the task goes on waiting until its deadline, `minutes` from now."""
+    """Let a job finish without a result; the task waits until its deadline, `minutes` from now."""
     job = await platform.job(handle)
     await platform.simulators.admin.comfyui.act(job.run_id, "lie", fields=lie)
     await platform.simulators.admin.comfyui.act(job.run_id, "finish")

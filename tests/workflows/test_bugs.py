@@ -1,6 +1,6 @@
-"""A bug in workflow code is seen at once and undoes nothing: a mended worker goes on from there (pitfalls 9, 23, 32).
+"""A bug in workflow code shows immediately and undoes nothing: a fixed worker goes on from there (pitfalls 9, 23, 32).
 
-What is broken is put back as a worker with the mended code would have it.
+A test repairs what it broke, as a worker with the fixed code would.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BUG = ("bug",)
 
 
 class Bug(Exception):
-    """What nobody foresaw."""
+    """An unexpected error."""
 
 
 async def broken(*_arguments: Any, **_named: Any) -> Any:
@@ -36,7 +36,7 @@ async def broken(*_arguments: Any, **_named: Any) -> Any:
 
 @pytest_asyncio.fixture
 async def platform(temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path) -> AsyncIterator[Platform]:
-    """A platform of its own: the failed workflow tasks here are meant to be."""
+    """A platform of its own: the failed workflow tasks here are intended."""
     async with running_platform(temporal_env, task_store, tmp_path, speed=1.0) as platform, platform.worker():
         yield platform
 
@@ -80,7 +80,7 @@ async def test_a_bug_on_the_way_to_the_end_undoes_nothing(
 
 
 async def test_a_task_whose_row_is_gone_settles_all_the_same(platform: Platform, postgres_dsn: str) -> None:
-    """The store will never take its events: no money hangs on them."""
+    """The store will never take its events: no money depends on them."""
     handle = await started(platform)
     connection = await asyncpg.connect(postgres_dsn)
     for table in ("task_events", "task_exceptions", "tasks"):

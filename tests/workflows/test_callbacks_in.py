@@ -1,6 +1,6 @@
-"""Whatever arrives as `comfyui_callback` is survived; what is a message is applied once, the newest winning.
+"""A run survives anything that arrives as `comfyui_callback`; a valid message is applied once, the newest wins.
 
-Signals go straight to the run here, past the gateway, as anybody in the namespace could send them.
+Signals go straight to the run here, past the gateway, as any client of the namespace could send them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.workflows.platform import Handle, Platform, task_id_of
 
 URL = "https://example.org/1.png"
 FORGED = ("job_runs_out",)
-"""A delivery that the job knows nothing of: the job itself runs on, and no task that was delivered cancels one."""
+"""A forged delivery: the job itself runs on, and a delivered task does not cancel its job."""
 
 
 async def start_held(platform: Platform, **fields: Any) -> tuple[Handle, str]:
@@ -47,7 +47,7 @@ def refused(progress: dict[str, Any]) -> int:
 
 
 async def delivered(platform: Platform, handle: Handle, job_id: str) -> Ending:
-    """Deliver at last: whatever came before has changed nothing."""
+    """Deliver at last: the messages before it have changed nothing."""
     await platform.callback(handle, **delivery(job_id))
     ending = await ended(platform, handle, exempt=FORGED)
     assert ending.status is TaskStatus.COMPLETED
@@ -94,16 +94,16 @@ HOSTILE: dict[str, list[RawValue]] = {
         raw(GOOD.replace(b"processing", b"delivery")[:-1] + b', "result_urls": ["javascript:alert(1)"]}')
     ],
     "larger than is taken": [raw(GOOD[:-1] + b', "extra": "' + b"x" * 300_000 + b'"}')],
-    "a job nobody asked for": [raw(GOOD)],
+    "a job that was never requested": [raw(GOOD)],
 }
 
 
-async def test_whatever_arrives_is_survived_and_counted(direct_platform: Platform) -> None:
+async def test_any_message_is_survived_and_counted(direct_platform: Platform) -> None:
     handle, job_id = await start_held(direct_platform)
     for number, (name, arguments) in enumerate(HOSTILE.items(), start=1):
         mine = [
             RawValue(Payload(metadata=value.payload.metadata, data=value.payload.data.replace(b"JOB", job_id.encode())))
-            if name != "a job nobody asked for"
+            if name != "a job that was never requested"
             else value
             for value in arguments
         ]
@@ -139,7 +139,7 @@ async def test_a_training_survives_the_same(direct_platform: Platform) -> None:
 
 
 @pytest.mark.parametrize("sign", [b"\\ud800", b"\\u0000"], ids=["lone surrogate", "NUL"])
-async def test_unclean_text_in_a_message_is_mended(direct_platform: Platform, sign: bytes) -> None:
+async def test_invalid_text_in_a_message_is_repaired(direct_platform: Platform, sign: bytes) -> None:
     handle, job_id = await start_held(direct_platform)
     body = json.dumps(delivery(job_id, result_urls=[], error_details={"code": "node_error", "message": "SIGN"}))
     await handle.signal(CALLBACK_SIGNAL, raw(body.encode().replace(b"SIGN", sign)))
@@ -171,7 +171,7 @@ BEYOND_MEASURE: list[dict[str, Any]] = [
 """Values that JSON can hold and PostgreSQL, UTC or a timer cannot."""
 
 
-async def test_values_beyond_measure_cost_an_image_no_event(direct_platform: Platform) -> None:
+async def test_out_of_range_values_cost_an_image_no_event(direct_platform: Platform) -> None:
     handle, job_id = await start_held(direct_platform)
     for sequence, fields in enumerate(BEYOND_MEASURE, start=1):
         status = "queued" if sequence % 2 else "processing"
@@ -186,7 +186,7 @@ async def is_written(platform: Platform, handle: Handle, stage: str) -> bool:
     return row is not None and row.stage == stage and (await platform.store.events(row.task_id))[-1].stage == stage
 
 
-async def test_values_beyond_measure_cost_a_training_no_event(direct_platform: Platform) -> None:
+async def test_out_of_range_values_cost_a_training_no_event(direct_platform: Platform) -> None:
     handle = await direct_platform.start_training()
     await direct_platform.until_held(task_id_of(handle))
     training_id = (await direct_platform.job(handle)).run_id
@@ -214,21 +214,21 @@ async def test_a_burst_of_300_in_any_order_ends_where_the_newest_says(direct_pla
 
     await direct_platform.until(newest)
     ending = await delivered(direct_platform, handle, job_id)
-    assert len(ending.events) < 30, "progress is told at most once a second"
+    assert len(ending.events) < 30, "progress is published at most once a second"
 
 
-async def test_the_last_progress_of_a_burst_is_told_a_second_later_though_nothing_follows(
+async def test_the_last_progress_of_a_burst_is_published_a_second_later_even_if_nothing_follows(
     direct_platform: Platform,
 ) -> None:
     handle, job_id = await start_held(direct_platform)
     for n in range(1, 31):
         await direct_platform.callback(handle, job_id=job_id, job_status="processing", sequence=n, stage_progress=n)
 
-    async def told() -> list[TaskEvent]:
+    async def published() -> list[TaskEvent]:
         events = await direct_platform.store.events(task_id_of(handle))
         return events if events[-1].progress == 30 else []
 
-    running = [event for event in await direct_platform.until(told) if event.event is EventType.RUNNING]
+    running = [event for event in await direct_platform.until(published) if event.event is EventType.RUNNING]
     gaps = [(later.ts - earlier.ts).total_seconds() for earlier, later in pairwise(running)]
     assert running[0].progress == 1
     assert gaps and min(gaps) >= 1, "at most one a second"
@@ -270,7 +270,7 @@ async def test_a_delivery_that_overtakes_the_submitting_call_counts_once(direct_
     assert ending.status is TaskStatus.COMPLETED
     assert ending.charged == 24
     held = next(i for i, event in enumerate(ending.events) if event.event == "credits.updated")
-    assert not any(event.result_urls for event in ending.events[: held + 1]), "nothing is handed out before the hold"
+    assert not any(event.result_urls for event in ending.events[: held + 1]), "no result is published before the hold"
 
 
 async def test_a_failure_that_overtakes_the_submitting_call_ends_the_task(direct_platform: Platform) -> None:
@@ -307,7 +307,7 @@ async def test_messages_of_an_earlier_job_are_counted_and_never_applied(direct_p
     assert ending.result["attempts"] == 2
 
 
-async def test_a_failure_told_after_the_delivery_changes_nothing(direct_platform: Platform) -> None:
+async def test_a_failure_reported_after_the_delivery_changes_nothing(direct_platform: Platform) -> None:
     task = direct_platform.image()
     commit_fails = await direct_platform.simulators.admin.credits.fault(
         "error", route="commit", task_id=task["task_id"]
@@ -323,12 +323,12 @@ async def test_a_failure_told_after_the_delivery_changes_nothing(direct_platform
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
 
 
-async def test_a_message_after_the_end_finds_nobody_and_changes_nothing(direct_platform: Platform) -> None:
+async def test_a_message_after_the_end_finds_no_run_and_changes_nothing(direct_platform: Platform) -> None:
     handle, job_id = await start_held(direct_platform)
     before = await delivered(direct_platform, handle, job_id)
-    with pytest.raises(RPCError) as nobody:
+    with pytest.raises(RPCError) as error:
         await direct_platform.callback(handle, **delivery(job_id, 2_000))
-    assert nobody.value.status is RPCStatusCode.NOT_FOUND
+    assert error.value.status is RPCStatusCode.NOT_FOUND
     assert await ended(direct_platform, handle, exempt=FORGED) == before
 
 

@@ -1,6 +1,6 @@
-"""A cancel at every step, each way it can come: charged once, or nothing charged and nothing handed out.
+"""A cancel at every step, each way it can come: charged once, or nothing charged and no result delivered.
 
-Jobs here take so long that none ends by itself: what is delivered is delivered by the scenario.
+Jobs here take so long that none ends by itself: only the scenario delivers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WAYS: Final = {
     "two updates": {COMPLETED},
     "both": {COMPLETED, CANCELED},
 }
-"""How a cancel comes, and what the run may end as; of two that come at once either may be seen first."""
+"""How a cancel comes, and what the run may end as; of two that come together either may be seen first."""
 CALLS: Final = [
     *(("image", route) for route in ("submit_job", "estimate", "pre_deduct")),
     *(("training", route) for route in ("create_training", "estimate", "pre_deduct", "start_training")),
@@ -62,7 +62,7 @@ async def start(platform: Platform, kind: str, **fields: Any) -> Handle:
 
 
 async def cancel(platform: Platform, handle: Handle, way: str) -> list[str]:
-    """Cancel, all wishes at once; the outcomes of the updates among them. One may come just too late for the run."""
+    """Send all cancels concurrently; the outcomes of the updates among them. One may be just too late for the run."""
     if way in ("temporal", "both"):
         await handle.cancel()
     updates = {"update": 1, "temporal": 0, "two updates": 2, "both": 1}[way]
@@ -76,7 +76,7 @@ async def cancel(platform: Platform, handle: Handle, way: str) -> list[str]:
 
 
 async def ended_cancelled(platform: Platform, handle: Handle, way: str, outcomes: list[str]) -> Ending:
-    """The end of a task whose cancel was obeyed: nothing is left of it, and every answer says the same."""
+    """The end of a task that was cancelled: nothing is left of it, and every answer says the same."""
     ending = await ended(platform, handle)
     assert ending.status is TaskStatus.CANCELLED, ending
     assert set(outcomes) <= {"accepted"}
@@ -102,7 +102,7 @@ async def cancelled_while_hanging(platform: Platform, kind: str, route: str, whe
 
 @pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
 async def test_cancelled_while_a_call_hangs_before_and_after_it_acted(working: Platform, when: str) -> None:
-    """Two ways a call, so that over both runs every call has met every way."""
+    """Two kinds of cancel a call, so that both runs together cover every call with every kind."""
     ways = list(WAYS) if when == "before" else list(WAYS)[::-1]
     scenarios: list[Coroutine[Any, Any, None]] = []
     for n, (kind, route) in enumerate(CALLS):
@@ -112,7 +112,7 @@ async def test_cancelled_while_a_call_hangs_before_and_after_it_acted(working: P
 
 
 async def cancelled_while_retried(platform: Platform, kind: str, route: str, way: str) -> tuple[Handle, list[str]]:
-    """Its first request acts and its answer is lost; after that the party is away."""
+    """Its first request acts and its answer is lost; after that the service is away."""
     task = platform.image() if kind == "image" else platform.training()
     service, named = platform.service_of(route), {"route": route, "task_id": task["task_id"]}
     await service.fault("drop", **named)
@@ -133,7 +133,7 @@ async def cancelled_while_retried(platform: Platform, kind: str, route: str, way
     ],
 )
 async def test_cancelled_while_a_call_is_retried_in_an_outage(working: Platform, ways: tuple[str, str]) -> None:
-    """A cancel does not sit out an outage; what the lost answer stands for is given back once the party is back."""
+    """A cancel does not wait for an outage to end; what the lost call did is given back afterwards."""
     scenarios = [(kind, route, way) for kind, route in CALLS for way in ways]
     cancelled = await asyncio.gather(*(cancelled_while_retried(working, *scenario) for scenario in scenarios))
     await working.simulators.admin.remove_faults()
@@ -141,7 +141,7 @@ async def test_cancelled_while_a_call_is_retried_in_an_outage(working: Platform,
         await ended_cancelled(working, handle, way, outcomes)
 
 
-async def test_cancelled_while_the_gpus_are_asked_for(working: Platform) -> None:
+async def test_cancelled_while_the_gpu_list_is_requested(working: Platform) -> None:
     await working.simulators.admin.comfyui.fault("error", route="list_gpus", times=None)
     for way, handle in (await each_way(working, "training")).items():
         ending = await ended_cancelled(working, handle, way, await cancel(working, handle, way))
@@ -155,7 +155,7 @@ async def test_cancelled_while_the_dataset_is_copied(working: Platform) -> None:
     for n in range(1_500):
         (many / f"{n}.txt").write_text("picture")
 
-    async def cancelled_in_mid_copy(way: str) -> None:
+    async def cancelled_during_copy(way: str) -> None:
         handle = await working.start_training(dataset={"dataset_id": "many", "source_uri": many.as_uri()})
         task_id = handle.id.removeprefix("task-")
 
@@ -166,7 +166,7 @@ async def test_cancelled_while_the_dataset_is_copied(working: Platform) -> None:
         await ended_cancelled(working, handle, way, await cancel(working, handle, way))
         assert await working.simulators.admin.comfyui.jobs(task_id) == []
 
-    await asyncio.gather(*(cancelled_in_mid_copy(way) for way in ("temporal", "two updates")))
+    await asyncio.gather(*(cancelled_during_copy(way) for way in ("temporal", "two updates")))
 
 
 async def test_cancelled_while_object_storage_is_away(working: Platform) -> None:
@@ -202,7 +202,7 @@ async def image_between_attempts(platform: Platform) -> Handle:
 
 
 async def image_being_polled(platform: Platform) -> Handle:
-    """Its callbacks stay out, and the poll hangs."""
+    """Its callbacks are withheld, and the poll hangs."""
     task = platform.image(options={"poll_after_seconds": 0.2})
     await platform.simulators.admin.comfyui.fault("callback_withhold", task_id=task["task_id"], times=None)
     fault = await platform.simulators.admin.comfyui.fault(
@@ -240,7 +240,7 @@ async def training_between_attempts(platform: Platform) -> Handle:
 
 
 async def training_with_a_renewal_in_flight(platform: Platform) -> Handle:
-    """Its price rose: the dearer hold is asked for, and the answer hangs."""
+    """Its price rose: the larger hold is requested, and the answer hangs."""
     task = platform.training()
     fault = await platform.simulators.admin.credits.fault(
         "delay", route="pre_deduct", task_id=task["task_id"], nth=2, seconds=1.0, when="after"

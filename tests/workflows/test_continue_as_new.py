@@ -1,6 +1,6 @@
-"""Runs that continue as new, made to: nothing is lost, nothing is asked for twice, there is one result (pitfall 22).
+"""Runs that are made to continue as new: nothing is lost or requested twice, there is one result (pitfall 22).
 
-Nothing reaches a run here but what a scenario tells it; `books.ended` looks at every run of the chain.
+A run here gets only the messages that a scenario sends; `books.ended` checks every run of the chain.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.workflows.platform import Handle, Platform, running_platform, sent, t
 URL = "https://example.org/1.png"
 OUTPUT = {"model_path": "file:///models/1", "version": "1", "metrics": {"loss": 0.1}}
 FORGED = ("job_runs_out",)
-"""The service knows nothing of a delivery that a scenario made up: its job runs on."""
+"""A delivery that the scenario forged: the service does not know it, and its job runs on."""
 SIGNALS = 3
 """After so many signals a run continues as new."""
 LONG_RUNS = {"continue_as_new_signals": SIGNALS, "retry_after_seconds": [0.05, 0.05]}
@@ -63,7 +63,7 @@ async def until_runs(platform: Platform, handle: Handle, number: int) -> None:
 
 
 async def tick(platform: Platform, handle: Handle, run_id: str, sequence: int, **fields: Any) -> None:
-    """A message, and the task's word that it was applied."""
+    """Send a message and wait until the task has applied it."""
     kind = {"job_id": run_id, "job_status": "processing"}
     if "training_status" in fields:
         kind = {"training_id": run_id}
@@ -100,7 +100,7 @@ async def started_again(platform: Platform, handle: Handle, number: int) -> str:
     return job_id
 
 
-async def assert_asked_once(platform: Platform, handle: Handle, **times: int) -> None:
+async def assert_requested_once(platform: Platform, handle: Handle, **times: int) -> None:
     """Every call that changes something was made once over all runs of the task, unless `times` says otherwise."""
     admin, task_id = platform.simulators.admin, task_id_of(handle)
     seen = [*await admin.comfyui.requests_seen(None, task_id), *await admin.credits.requests_seen(None, task_id)]
@@ -109,7 +109,7 @@ async def assert_asked_once(platform: Platform, handle: Handle, **times: int) ->
 
 
 async def test_an_image_of_many_runs_is_one_task(platform: Platform) -> None:
-    """Its attempts, its hold, what it refused and how far it came go with it."""
+    """Its attempts, hold, refusals and progress are carried to the next run."""
     handle = await platform.start_image()
     first = await started(platform, handle)
     for sequence in range(1, 8):
@@ -130,17 +130,17 @@ async def test_an_image_of_many_runs_is_one_task(platform: Platform) -> None:
     assert (ending.result["attempts"], ending.result["result_urls"]) == (2, [URL])
     assert len(await runs_of(platform, handle)) >= 5
     assert await kinds_of(platform, handle) == ["pre_deduct", "commit"]
-    await assert_asked_once(platform, handle, submit_job=2, estimate=2)
+    await assert_requested_once(platform, handle, submit_job=2, estimate=2)
 
 
-async def until_asked(platform: Platform, handle: Handle, cost: int) -> None:
-    """Wait until this price is asked to be confirmed."""
+async def until_price_shown(platform: Platform, handle: Handle, cost: int) -> None:
+    """Wait until the task shows this price for confirmation."""
 
-    async def asked() -> bool:
+    async def is_shown() -> bool:
         confirmation = (await platform.progress(handle))["confirmation"]
         return confirmation is not None and confirmation["estimated_cost"] == cost
 
-    await platform.until(asked)
+    await platform.until(is_shown)
 
 
 async def until_holds(platform: Platform, handle: Handle, amount: int) -> None:
@@ -171,7 +171,7 @@ async def test_a_training_of_many_runs_keeps_its_hours_its_price_and_its_copy(pl
     await comfyui.fault("job_duration", route="create_training", task_id=task["task_id"], seconds=2)
     await comfyui.fault("job_stall", route="create_training", task_id=task["task_id"], at=0.3)
     handle = await platform.start(task)
-    await until_asked(platform, handle, 120)
+    await until_price_shown(platform, handle, 120)
     await handle.execute_update("confirm_price", {"max_credits": 130})
     first = await started(platform, handle)
     checkpoint = {"uri": await written_checkpoint(platform, handle), "epoch": 1, "step": 100, "gpu_hours_used": 1.0}
@@ -181,18 +181,18 @@ async def test_a_training_of_many_runs_keeps_its_hours_its_price_and_its_copy(pl
     details = {"code": "gpu_preempted", "message": "gone"}
     await platform.callback(handle, training_id=first, sequence=6, **running, error_details=details)
 
-    await until_asked(platform, handle, 147)  # the hour before the checkpoint and 0.45 to come
+    await until_price_shown(platform, handle, 147)  # the hour before the checkpoint and 0.45 to come
     await handle.execute_update("confirm_price", {"max_credits": 200})
     second = await started_again(platform, handle, 2)
     await tick(platform, handle, second, 1, **running, gpu_hours=1.2)
     await until_holds(platform, handle, 192)
     await tick(platform, handle, second, 2, **running, gpu_hours=2.0)
-    await until_asked(platform, handle, 240)
+    await until_price_shown(platform, handle, 240)
     before = len(await runs_of(platform, handle))
     sequences = iter(range(3, 40))
     while len(await runs_of(platform, handle)) < before + 2:
         await tick(platform, handle, second, next(sequences), **running)
-    await until_asked(platform, handle, 240)
+    await until_price_shown(platform, handle, 240)
     await handle.execute_update("confirm_price", {"max_credits": 1_000})
     await until_holds(platform, handle, 240)
     assert platform.snapshot_files(task["task_id"]) != []
@@ -200,7 +200,7 @@ async def test_a_training_of_many_runs_keeps_its_hours_its_price_and_its_copy(pl
     ending = await ended(platform, handle, exempt=FORGED)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120 + 30)
     assert ending.result["output"] == OUTPUT
-    await assert_asked_once(
+    await assert_requested_once(
         platform, handle, create_training=2, estimate=2, start_training=2, pre_deduct=5, cancel_hold=4
     )
 
@@ -223,7 +223,7 @@ async def test_messages_that_overtake_the_submitting_call_are_carried_on(platfor
     await platform.callback(handle, **delivery(job_id))
     ending = await ended(platform, handle, exempt=FORGED)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
-    await assert_asked_once(platform, handle)
+    await assert_requested_once(platform, handle)
 
 
 async def test_a_history_of_many_events_continues_as_new(platform: Platform) -> None:
@@ -241,11 +241,11 @@ async def test_a_history_of_many_events_continues_as_new(platform: Platform) -> 
     assert max(lengths) < 60 + 40, lengths
 
 
-# What hangs while a run becomes long: put down, and taken up by the next run
+# What hangs while a run becomes long: stopped, and resumed by the next run
 
 
 async def until_more_runs(platform: Platform, handle: Handle, number: int, run_id: str, **fields: Any) -> None:
-    """Send messages of this job until the task has continued as new so often."""
+    """Send messages of this job until the task has continued as new this many times."""
     wanted = len(await runs_of(platform, handle)) + number
     for sequence in range(2, 90):
         if len(await runs_of(platform, handle)) >= wanted:
@@ -265,7 +265,7 @@ RUNNING = {"training_status": "running", "training_stage": "training"}
 
 @pytest.mark.on_both_profiles
 async def test_a_run_continues_as_new_while_a_renewal_hangs(platform: Platform) -> None:
-    """The next run repeats key and body of what the one before had asked: one hold comes of it."""
+    """The next run repeats the request of the one before with the same key and body: one hold results."""
     task = platform.training()
     handle = await platform.start(task)
     training_id = await started(platform, handle)
@@ -338,7 +338,7 @@ def gone(job_id: str, sequence: int) -> dict[str, Any]:
 
 
 async def test_a_run_continues_as_new_between_two_attempts(platform: Platform) -> None:
-    """The pause goes on where it was: one retry is told, and the next job follows once."""
+    """The pause goes on where it was: one retry is reported, and the next job follows once."""
     platform.policy = platform.policy | {"retry_after_seconds": [2.0]}
     handle = await platform.start_image()
     first = await started(platform, handle)
@@ -354,10 +354,10 @@ async def test_a_run_continues_as_new_between_two_attempts(platform: Platform) -
     assert (ending.status, ending.result["attempts"]) == (TaskStatus.COMPLETED, 2)
     assert sum(event.error is not None for event in ending.events) == 1
     assert len(await runs_of(platform, handle)) >= 2
-    await assert_asked_once(platform, handle, submit_job=2, estimate=2)
+    await assert_requested_once(platform, handle, submit_job=2, estimate=2)
 
 
-async def test_a_cancel_while_the_calls_of_a_long_run_hang_is_obeyed(platform: Platform) -> None:
+async def test_a_cancel_while_the_calls_of_a_long_run_hang_takes_effect(platform: Platform) -> None:
     task = platform.training()
     handle = await platform.start(task)
     training_id = await started(platform, handle)
@@ -371,14 +371,14 @@ async def test_a_cancel_while_the_calls_of_a_long_run_hang_is_obeyed(platform: P
     assert ending.status is TaskStatus.CANCELLED
 
 
-# What is not written yet
+# Facts that are not written yet
 
 
 @pytest_asyncio.fixture
 async def storeless(
     temporal_env: WorkflowEnvironment, postgres_dsn: str, cable: Cable, tmp_path: Path
 ) -> AsyncIterator[Platform]:
-    """A platform of short runs whose store hangs on `cable`."""
+    """A platform of short runs whose store is reached by `cable`."""
     store = TaskStore(f"postgresql://postgres:unused@127.0.0.1:{cable.port}/{make_url(postgres_dsn).database}")
     async with running_platform(temporal_env, store, tmp_path, speed=1.0, gateway=False) as platform:
         await platform.simulators.admin.comfyui.fault("callback_withhold", times=None)
@@ -391,7 +391,7 @@ async def storeless(
 async def test_facts_that_wait_for_the_store_are_carried_on_and_written_in_order(
     storeless: Platform, cable: Cable
 ) -> None:
-    """A whole training while the store is away: it is paid for in time, and told of afterwards, gapless."""
+    """A whole training while the store is away: it is paid for in time, and its events follow later without a gap."""
     handle = await storeless.start_training()
     training_id = await started(storeless, handle)
     cable.pull()
@@ -415,9 +415,9 @@ async def test_facts_that_wait_for_the_store_are_carried_on_and_written_in_order
     cable.plug_in()
     ending = await ended(storeless, handle, exempt=FORGED)
     assert ending.status is TaskStatus.COMPLETED
-    told = [event for event in ending.events if event.event in (EventType.RUNNING, EventType.CHECKPOINT)]
-    assert list(dict.fromkeys(event.stage for event in told)) == STAGES
-    assert [event.message for event in told if event.event is EventType.CHECKPOINT] == [
+    progress = [event for event in ending.events if event.event in (EventType.RUNNING, EventType.CHECKPOINT)]
+    assert list(dict.fromkeys(event.stage for event in progress)) == STAGES
+    assert [event.message for event in progress if event.event is EventType.CHECKPOINT] == [
         f"Checkpoint at epoch 1, step {step}." for step in (3, 4)
     ]
 
@@ -443,7 +443,7 @@ async def ticks(platform: Platform, handle: Handle, job_id: str) -> None:
         await platform.callback(handle, job_id=job_id, job_status="processing", sequence=sequence)
 
 
-async def test_a_cancel_among_the_signals_that_make_a_run_long_is_obeyed(idle: Platform) -> None:
+async def test_a_cancel_among_the_signals_that_make_a_run_long_takes_effect(idle: Platform) -> None:
     """It comes before, among or after them, as an update or from Temporal; nothing else is left to end the task."""
     ways = [(way, when) for way in ("temporal", "update") for when in ("before", "among", "after")]
     async with idle.worker():

@@ -1,4 +1,4 @@
-"""What was told as unknown when a task ended is looked up again by the reconciler (contract §4)."""
+"""A settlement that was unknown when its task ended is looked up again by the reconciler (contract §4)."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ async def test_a_settlement_that_was_unknown_is_corrected_once_the_ledger_shows_
     payer = await new_payer(alone)
     handle, lag = await committed_unseen(payer, ledger=ledger)
     result = await handle.result()
-    told = {"settlement": "unknown", "charged": None, "returned": None}
-    assert result["credits"] | told == result["credits"] == await credits_in_row(alone, handle)
+    unknown = {"settlement": "unknown", "charged": None, "returned": None}
+    assert result["credits"] | unknown == result["credits"] == await credits_in_row(alone, handle)
     assert (await reconcile(alone)).corrected == 0
     assert await credits_in_row(alone, handle) == result["credits"], "an absent entry proves nothing"
     events = await alone.store.events(task_of(handle))
@@ -97,13 +97,13 @@ async def test_a_settlement_that_was_unknown_is_corrected_once_the_ledger_shows_
         "settlement_corrected",
         "settlement_unknown",
     ]
-    assert await alone.store.events(task_of(handle)) == events, "a correction tells no event"
+    assert await alone.store.events(task_of(handle)) == events, "a correction publishes no event"
     assert (await handle.result())["credits"] == result["credits"], "the run's result stays as it was"
     assert (await reconcile(alone)).corrected == 0
 
 
 @pytest.mark.parametrize("row", ["unknown", "corrected"])
-async def test_a_task_whose_settlement_was_unknown_ends_as_its_row_says_wherever_it_is_reset_to(
+async def test_a_task_whose_settlement_was_unknown_ends_as_its_row_says_from_every_reset_point(
     alone: Platform, row: str
 ) -> None:
     """The ledger shows the commit by now, or shows it no more: neither changes how the task had ended."""

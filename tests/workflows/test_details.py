@@ -1,4 +1,4 @@
-"""What a run says of itself in the Temporal UI."""
+"""The details of a run in the Temporal UI."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_task_that_has_ended_waits_for_nothing() -> None:
     assert waiting_row(TaskStatus.COMPLETED, "credits to be settled", None) == "| waits for | &#45; |"
 
 
-def test_all_that_an_operator_asks_first_is_told() -> None:
+def test_the_details_show_what_an_operator_needs_first() -> None:
     state = TaskState(
         version=1,
         status=TaskStatus.RUNNING,
@@ -60,7 +60,7 @@ def test_all_that_an_operator_asks_first_is_told() -> None:
     ]
 
 
-def test_before_a_job_has_told_anything_there_is_nothing_to_tell() -> None:
+def test_before_the_first_job_update_the_details_show_none() -> None:
     state = TaskState(version=1, status=TaskStatus.QUEUED)
 
     details = current_details(state, waits_for="", until=None, last_news_at=None)
@@ -76,7 +76,7 @@ def test_text_from_outside_is_no_markup_and_no_second_line() -> None:
     assert escaped("a | b\n[x](y)") == "a &#124; b &#91;x&#93;&#40;y&#41;"
 
 
-def test_points_that_nobody_knows_are_told_as_unknown() -> None:
+def test_unknown_points_are_shown_as_unknown() -> None:
     state = TaskState(version=1, status=TaskStatus.COMPLETED, credits=CreditsSummary(held=24))
     state.credits.charged = state.credits.returned = None
 

@@ -1,4 +1,4 @@
-"""What a task ends with, from what a job, a refusal or an activity says."""
+"""The failure that a task ends with, from a job, a refusal or an activity."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def test_a_job_that_failed_ends_the_task_with_its_code(details: ErrorDetails, co
     ],
     ids=["our own code", "an unknown code", "no error"],
 )
-def test_a_row_that_failed_ends_the_run_as_it_tells(
-    error: ErrorDetails | None, code: FailureCode, sentence: str
-) -> None:
+def test_a_failed_row_ends_the_run_with_its_code(error: ErrorDetails | None, code: FailureCode, sentence: str) -> None:
     failed = TaskFailed.by_row(error)
 
     assert (failed.code, str(failed), failed.error_details) == (code, sentence, error or ErrorDetails())

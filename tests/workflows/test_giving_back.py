@@ -16,7 +16,7 @@ pytestmark = pytest.mark.on_both_profiles
 
 HD = 18 + 6
 """The price of a standard image, in points."""
-BY_KIND = pytest.mark.by_contract("the ledger tells kinds and ids")
+BY_KIND = pytest.mark.by_contract("the ledger shows kinds and ids")
 
 
 async def start_held(platform: Platform, task: dict[str, Any]) -> Handle:
@@ -53,7 +53,7 @@ async def test_a_cancel_whose_answer_is_lost_is_found_in_the_ledger(quick_platfo
 
 
 @pytest.mark.parametrize("by", ["update", "Temporal"])
-async def test_a_hold_that_was_committed_by_somebody_else_completes_the_task(quick_platform: Platform, by: str) -> None:
+async def test_a_hold_that_another_caller_committed_completes_the_task(quick_platform: Platform, by: str) -> None:
     """The run ends Completed, whichever way it was cancelled."""
     payer = await new_payer(quick_platform)
     task = payer.image()
@@ -105,7 +105,7 @@ async def test_a_cancel_that_stays_unreadable_leaves_the_hold_to_its_expiry(pati
     cancelled = await handle.start_update("cancel_task", {"reason": ""}, wait_for_stage=WorkflowUpdateStage.ACCEPTED)
     await patient_platform.until_hit("cancel_hold", unreadable)
     await patient_platform.pass_time(handle, 14.5 * 60)
-    assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING, "it is asked again for 15 minutes"
+    assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING, "it is repeated for 15 minutes"
     await patient_platform.pass_time(handle, 60)
     assert (await cancelled.result())["outcome"] == "accepted"
     ending = await ended(patient_platform, handle, exempt={"hold_expires"})
@@ -149,7 +149,7 @@ async def test_a_hold_whose_cancel_was_lost_is_found_by_reason_alone(quick_platf
 async def test_a_hold_that_was_taken_twice_is_recorded_with_its_amount(
     quick_platform: Platform, ledger: str, fate: str
 ) -> None:
-    """The first answer is lost and no keys are looked at: another hold stands. Where its id is told it is cancelled."""
+    """The first answer is lost and keys are ignored: another hold is open. It is cancelled where its id is known."""
     payer = await new_payer(quick_platform)
     credits = quick_platform.simulators.admin.credits
     await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
@@ -171,7 +171,7 @@ async def test_a_hold_that_was_taken_twice_is_recorded_with_its_amount(
 
 
 @pytest.mark.by_contract("keys are kept")
-async def test_a_hold_that_was_asked_for_twice_and_taken_once_is_no_doubled_one(quick_platform: Platform) -> None:
+async def test_a_hold_that_was_requested_twice_and_taken_once_is_not_doubled(quick_platform: Platform) -> None:
     task = quick_platform.image()
     await quick_platform.simulators.admin.credits.fault("drop", route="pre_deduct", task_id=task["task_id"])
     ending = await ended(quick_platform, await quick_platform.start(task))
@@ -200,8 +200,8 @@ async def test_a_hold_that_was_refused_after_a_lost_answer_is_recorded_only_wher
     assert ending.result["credits"]["pre_deduct_ids"] == []
 
 
-async def offers_none_of_ours(platform: Platform, tenant_id: str) -> None:
-    """Neither ComfyUI's (ours) routes nor the ledger's kinds, for this tenant."""
+async def remove_our_routes(platform: Platform, tenant_id: str) -> None:
+    """Remove ComfyUI's (ours) routes and the ledger's kinds for this tenant."""
     await platform.simulators.admin.comfyui.fault("not_offered", tenant_id=tenant_id)
     await platform.simulators.admin.credits.fault("plain_ledger", tenant_id=tenant_id)
 
@@ -209,7 +209,7 @@ async def offers_none_of_ours(platform: Platform, tenant_id: str) -> None:
 @pytest.mark.parametrize("scene", ["image", "training"])
 async def test_services_without_any_of_our_routes_deliver_and_charge(quick_platform: Platform, scene: str) -> None:
     payer = await new_payer(quick_platform)
-    await offers_none_of_ours(quick_platform, payer.tenant_id)
+    await remove_our_routes(quick_platform, payer.tenant_id)
     task = payer.image() if scene == "image" else payer.training()
     ending = await ended(quick_platform, await quick_platform.start(task))
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, HD if scene == "image" else 120)
@@ -217,7 +217,7 @@ async def test_services_without_any_of_our_routes_deliver_and_charge(quick_platf
 
 async def test_a_job_that_cannot_be_cancelled_runs_out_and_costs_nothing(quick_platform: Platform) -> None:
     payer = await new_payer(quick_platform)
-    await offers_none_of_ours(quick_platform, payer.tenant_id)
+    await remove_our_routes(quick_platform, payer.tenant_id)
     handle = await start_held(quick_platform, payer.image())
     await until_started(quick_platform, handle)
     await quick_platform.cancel(handle)

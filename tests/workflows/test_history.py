@@ -1,4 +1,4 @@
-"""What an image task costs (docs/performance.md, "What a task costs Temporal"), and that it reads as the step table."""
+"""An image task's cost (docs/performance.md, "What a task costs Temporal"); its history reads as the step table."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ async def late_answer(platform: Platform, task: dict[str, Any], route: str) -> A
     return handle
 
 
-async def test_an_answer_that_leaves_a_hold_under_a_minute_is_cancelled_and_taken_anew(
+async def test_a_hold_with_under_a_minute_left_is_cancelled_and_taken_again(
     patient_platform: Platform,
 ) -> None:
     handle = await late_answer(patient_platform, patient_platform.training(), "create_training")
@@ -71,7 +71,7 @@ async def test_an_answer_that_comes_past_the_deadline_ends_in_timeout_or_deliver
 
 
 @pytest.mark.by_contract("keys are kept")
-async def test_a_key_that_another_has_used_is_a_conflict_and_the_others_hold_stands(quick_platform: Platform) -> None:
+async def test_a_key_that_another_has_used_is_a_conflict_and_the_others_hold_stays(quick_platform: Platform) -> None:
     payer = await new_payer(quick_platform)
     task = payer.image()
     others = await payer.post(
@@ -132,7 +132,7 @@ async def test_a_balance_of_exactly_the_price_is_enough(quick_platform: Platform
         ("estimate", 422, "42201", "payload_invalid", "input_invalid"),
     ],
 )
-async def test_a_refusal_is_read_by_its_message_whatever_its_status(
+async def test_a_refusal_is_read_by_its_message_not_its_status(
     quick_platform: Platform, route: str, status: int, number: str, message: str, code: str
 ) -> None:
     task = quick_platform.image()

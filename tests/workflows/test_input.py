@@ -1,4 +1,4 @@
-"""Whatever a client starts a run with: bad input ends it cleanly with nothing called; an id names one task."""
+"""What a client may start a run with: bad input ends it cleanly without any call; an id names one task."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def raw(data: bytes, encoding: bytes = b"json/plain") -> RawValue:
 
 
 def as_text(task: Task, old: str, new: str) -> list[Any]:
-    """The task as JSON in which a text was exchanged: what no JSON library of ours would write."""
+    """The task as JSON in which a text was exchanged: none of our JSON libraries would write such text."""
     text = json.dumps(task)
     assert old in text
     return [raw(text.replace(old, new).encode())]
 
 
 async def assert_refused(platform: Platform, handle: Handle, code: str = "input_invalid") -> str:
-    """The run failed in time with this code, and nobody was called for it; its sentence."""
+    """Assert that the run failed in time with this code and without any call; its sentence."""
     with pytest.raises(WorkflowFailureError) as failed:
         await handle.result()
     cause = failed.value.cause
@@ -167,7 +167,7 @@ async def test_a_missing_field_is_named(brisk_platform: Platform, field: str) ->
 @pytest.mark.parametrize(
     "number", ["Infinity", "-Infinity", "NaN", "1e400", "9" * 5_000, '"Infinity"'], ids=lambda number: number[:10]
 )
-async def test_a_number_without_end_is_refused(brisk_platform: Platform, number: str) -> None:
+async def test_an_infinite_number_is_refused(brisk_platform: Platform, number: str) -> None:
     task = brisk_platform.image(options={"deadline_factor": 1.25})
     handle = await start_raw(brisk_platform, IMAGE_WORKFLOW, task["task_id"], as_text(task, "1.25", number))
     await assert_refused(brisk_platform, handle)

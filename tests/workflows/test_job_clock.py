@@ -1,4 +1,4 @@
-"""The instants that a task is measured against (contract §1), without the wait for them."""
+"""The deadlines of a task (contract §1), without the wait for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FACTOR, DEFAULT_ETA, QUEUE_SLA = 3.0, 8.0, 5.0
 
 
 class FakeRecord:
-    """What the clock tells its task's record."""
+    """What the clock reports to its task's record."""
 
     def __init__(self) -> None:
         self.state = TaskState(version=1, status=TaskStatus.QUEUED)
@@ -44,7 +44,7 @@ class FakeRecord:
 
 
 class Clock:
-    """A job clock of a task whose present this moves."""
+    """A task's job clock; the test moves its time."""
 
     def __init__(self, patch: pytest.MonkeyPatch, carried: ClockState | None = None, *, cap: float = 600.0) -> None:
         self.now = NOON
@@ -126,7 +126,7 @@ def test_the_cap_of_the_policy_is_never_passed(monkeypatch: pytest.MonkeyPatch) 
     assert clock.in_minutes(clock.job.deadline()) == 20.0
 
 
-def test_what_was_carried_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_continued_run_goes_on_from_its_continuation(monkeypatch: pytest.MonkeyPatch) -> None:
     carried = ClockState(first_start=NOON, attempt_start=NOON, first_span_minutes=30.0, estimated_time=10.0)
     clock = Clock(monkeypatch, carried)
     clock.pass_minutes(5)

@@ -1,4 +1,4 @@
-"""The newest word on a job: what is taken, what is applied, and when ComfyUI is asked."""
+"""The newest state of a job: what is accepted, what is applied, and when ComfyUI is polled."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ UNKNOWN = Refusal(code=FailureCode.LOST, message="job_not_found", http_status=40
 
 
 class FakeRecord:
-    """What the watch tells its task's record."""
+    """What the watch reports to its task's record."""
 
     def __init__(self) -> None:
         self.applied: list[tuple[int, bool]] = []
-        """Sequence, and whether it is the attempt's first word."""
-        self.told: list[tuple[int, bool]] = []
+        """Sequence, and whether it is the attempt's first update."""
+        self.published: list[tuple[int, bool]] = []
         """Sequence, and whether it is a new stage."""
 
-    def apply(self, news: JobUpdate, *, attempt_changed: bool) -> None:
-        self.applied.append((news.sequence, attempt_changed))
+    def apply(self, update: JobUpdate, *, attempt_changed: bool) -> None:
+        self.applied.append((update.sequence, attempt_changed))
 
-    def publish_progress(self, news: JobUpdate, *, is_new_stage: bool) -> None:
-        self.told.append((news.sequence, is_new_stage))
+    def publish_progress(self, update: JobUpdate, *, is_new_stage: bool) -> None:
+        self.published.append((update.sequence, is_new_stage))
 
 
 class Poll:
@@ -66,7 +66,7 @@ class Poll:
 
 
 class Polls:
-    """Stands for the calls of a task; keeps each poll."""
+    """Replaces the calls of a task; keeps each poll."""
 
     call_for = CallFor(task_id="t1", tenant_id="tenant", user_id="user", scene=Scene.IMAGE_GENERATE)
 
@@ -81,7 +81,7 @@ class Polls:
 
 
 class Watched:
-    """A watch whose present the test moves."""
+    """A job watch; the test moves its time."""
 
     def __init__(
         self, patch: pytest.MonkeyPatch, carried: WatchState | None = None, limits: TaskLimits | None = None
@@ -106,7 +106,7 @@ class Watched:
     def pass_seconds(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
 
-    def hear(self, *messages: dict[str, Any]) -> None:
+    def receive(self, *messages: dict[str, Any]) -> None:
         for body in messages:
             self.watch.take(json.dumps(body).encode())
         self.watch.read()
@@ -116,19 +116,19 @@ class Watched:
         return None if due is None else (due - self.now).total_seconds()
 
     def ask(self) -> Poll:
-        """Wait until ComfyUI is due to be asked; the poll."""
+        """Wait until a poll of ComfyUI is due; the poll."""
         due_in = self.due_in()
         assert due_in is not None
         self.pass_seconds(due_in - 0.001)
         before = len(self.polls.all)
         self.watch.check()
-        assert len(self.polls.all) == before, "asked before it was due"
+        assert len(self.polls.all) == before, "polled before it was due"
         self.pass_seconds(0.001)
         self.watch.check()
         return self.polls.all[-1]
 
     def answered(self, answer: Answer[JobState] | Exception) -> None:
-        """Ask, and take this answer."""
+        """Poll, and take this answer."""
         poll = self.ask()
         poll.answer = answer
         assert self.watch.has_update()
@@ -161,7 +161,7 @@ def state(sequence: int, **fields: Any) -> JobState:
     return JobState.model_validate({"job_id": "j1", "job_status": "processing", "sequence": sequence, **fields})
 
 
-# What is taken
+# What is accepted
 
 
 @pytest.mark.parametrize(
@@ -197,21 +197,21 @@ def test_a_message_that_names_its_task_or_none_is_taken(watched: Watched, named:
     assert watched.state.callbacks_refused == 0
 
 
-def test_a_full_inbox_keeps_the_newest_and_every_last_word(watched: Watched) -> None:
+def test_a_full_inbox_keeps_the_newest_and_every_final_message(watched: Watched) -> None:
     watched.watch.take(json.dumps(delivered(1)).encode())
     for sequence in range(2, MAX_INBOX + 3):
         watched.watch.take(json.dumps(said(sequence)).encode())
 
-    kept = [news.sequence for news in watched.state.inbox]
+    kept = [update.sequence for update in watched.state.inbox]
     assert kept == [1, *range(4, MAX_INBOX + 3)]
     assert len(kept) == MAX_INBOX == 256
 
 
-def test_an_inbox_full_of_last_words_drops_the_oldest(watched: Watched) -> None:
+def test_an_inbox_full_of_final_messages_drops_the_oldest(watched: Watched) -> None:
     for sequence in range(MAX_INBOX + 1):
         watched.watch.take(json.dumps(delivered(sequence)).encode())
 
-    assert [news.sequence for news in watched.state.inbox] == [*range(1, MAX_INBOX + 1)]
+    assert [update.sequence for update in watched.state.inbox] == [*range(1, MAX_INBOX + 1)]
 
 
 def test_what_comes_before_its_job_is_known_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,42 +228,42 @@ def test_what_comes_before_its_job_is_known_waits(monkeypatch: pytest.MonkeyPatc
 # What is applied
 
 
-def test_the_newest_wins_and_an_older_or_repeated_word_changes_nothing(watched: Watched) -> None:
-    watched.hear(said(2), said(1), said(2), said(5))
+def test_the_newest_wins_and_an_older_or_repeated_message_changes_nothing(watched: Watched) -> None:
+    watched.receive(said(2), said(1), said(2), said(5))
 
     assert watched.record.applied == [(2, True), (5, False)]
     assert watched.watch.newest is not None and watched.watch.newest.sequence == 5
 
 
-def test_after_a_last_word_nothing_counts(watched: Watched) -> None:
-    watched.hear(delivered(2), said(3, error_details={"code": "node_error", "message": "x"}))
+def test_after_a_final_update_nothing_counts(watched: Watched) -> None:
+    watched.receive(delivered(2), said(3, error_details={"code": "node_error", "message": "x"}))
 
     assert watched.record.applied == [(2, True)]
     assert watched.watch.newest is not None and watched.watch.newest.succeeded
 
 
-def test_only_a_change_of_stage_and_a_last_word_are_told_at_once(watched: Watched) -> None:
-    watched.hear(said(1, "queued"), said(2), said(3), delivered(4))
+def test_only_a_new_stage_and_a_final_update_are_published_immediately(watched: Watched) -> None:
+    watched.receive(said(1, "queued"), said(2), said(3), delivered(4))
 
-    assert watched.record.told == [(1, True), (2, True), (3, False), (4, True)]
+    assert watched.record.published == [(1, True), (2, True), (3, False), (4, True)]
 
 
-def test_a_last_word_within_a_stage_is_told_at_once(watched: Watched) -> None:
-    watched.hear(said(1), said(2, error_details={"code": "node_error", "message": "x"}))
+def test_a_final_update_within_a_stage_is_published_immediately(watched: Watched) -> None:
+    watched.receive(said(1), said(2, error_details={"code": "node_error", "message": "x"}))
 
-    assert watched.record.told == [(1, True), (2, True)]
+    assert watched.record.published == [(1, True), (2, True)]
 
 
 def test_each_applied_message_is_passed_on_once(watched: Watched) -> None:
-    watched.hear(said(2), said(1))
+    watched.receive(said(2), said(1))
 
     assert watched.updates == [2]
 
 
 def test_another_jobs_messages_are_counted_and_never_applied(watched: Watched) -> None:
-    watched.hear(said(1))
+    watched.receive(said(1))
     watched.watch.follow("j2")
-    watched.hear(said(7), said(1) | {"job_id": "j2"})
+    watched.receive(said(7), said(1) | {"job_id": "j2"})
 
     assert watched.record.applied == [(1, True), (1, True)]
     assert watched.state.callbacks_refused == 1
@@ -289,30 +289,30 @@ def test_a_new_job_begins_with_nothing_of_the_one_before(watched: Watched) -> No
     assert watched.due_in() == 30.0
 
 
-# When ComfyUI is asked
+# When ComfyUI is polled
 
 
-def test_it_is_asked_after_a_silence_and_again_after_twice_that_up_to_a_limit(watched: Watched) -> None:
+def test_a_job_is_polled_after_a_silence_and_again_after_twice_that_up_to_a_limit(watched: Watched) -> None:
     silences = list[float | None]()
     for _ in range(4):
         silences.append(watched.due_in())
         watched.answered(Answer())
 
     assert silences == [30.0, 60.0, 120.0, 120.0]
-    watched.hear(said(1))
+    watched.receive(said(1))
     assert watched.due_in() == 30.0
 
 
-def test_a_silence_counts_from_the_last_word(watched: Watched) -> None:
+def test_silence_counts_from_the_last_update(watched: Watched) -> None:
     watched.pass_seconds(20)
-    watched.hear(said(1))
+    watched.receive(said(1))
 
     assert watched.due_in() == 30.0
 
 
-def test_a_word_that_comes_while_a_poll_is_out_drops_no_poll(watched: Watched) -> None:
+def test_a_message_during_a_poll_drops_no_poll(watched: Watched) -> None:
     poll = watched.ask()
-    watched.hear(said(1))
+    watched.receive(said(1))
     poll.answer = Answer(reply=state(2))
     watched.watch.read()
 
@@ -332,7 +332,7 @@ def test_a_limit_below_the_first_silence_shortens_none(monkeypatch: pytest.Monke
 def test_what_is_expected_stretches_the_silence_up_to_its_limit(
     watched: Watched, eta_seconds: float, silence: float
 ) -> None:
-    watched.hear(said(1, next_eta=(NOON + timedelta(seconds=eta_seconds)).isoformat()))
+    watched.receive(said(1, next_eta=(NOON + timedelta(seconds=eta_seconds)).isoformat()))
 
     assert watched.due_in() == silence
 
@@ -347,7 +347,7 @@ def test_one_poll_at_a_time_of_the_current_job(watched: Watched) -> None:
     assert len(watched.polls.all) == 1
 
 
-def test_nothing_is_asked_before_there_is_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_polled_before_there_is_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch)
     assert watched.due_in() is None
 
@@ -364,7 +364,7 @@ def test_a_trainings_silence_counts_from_its_start(watched: Watched) -> None:
     assert watched.due_in() == 30.0
 
 
-def test_a_polls_answer_is_a_word_as_any_other(watched: Watched) -> None:
+def test_a_poll_is_applied_like_any_other_update(watched: Watched) -> None:
     watched.answered(Answer(reply=state(4)))
 
     assert watched.record.applied == [(4, True)]
@@ -372,8 +372,8 @@ def test_a_polls_answer_is_a_word_as_any_other(watched: Watched) -> None:
     assert watched.due_in() == 30.0
 
 
-def test_an_answer_that_tells_nothing_new_makes_the_next_silence_longer(watched: Watched) -> None:
-    watched.hear(said(4))
+def test_a_poll_with_nothing_new_makes_the_next_silence_longer(watched: Watched) -> None:
+    watched.receive(said(4))
     watched.answered(Answer(reply=state(4)))
 
     assert watched.record.applied == [(4, True)]
@@ -412,7 +412,7 @@ UNREADABLE = failed_with(ApplicationError("No JSON.", type=FailureCode.REPLY_INV
 
 
 def test_a_job_that_is_unknown_twice_ten_seconds_apart_is_lost(watched: Watched) -> None:
-    watched.hear(said(3))
+    watched.receive(said(3))
     watched.answered(Answer(refusal=UNKNOWN))
     assert watched.due_in() == 10.0
     assert watched.watch.newest is not None and not watched.watch.newest.is_final
@@ -424,7 +424,7 @@ def test_a_job_that_is_unknown_twice_ten_seconds_apart_is_lost(watched: Watched)
     assert (newest.sequence, newest.succeeded) == (3, False)
 
 
-def test_a_job_that_never_said_a_word_can_be_lost_too(watched: Watched) -> None:
+def test_a_job_that_never_sent_a_message_can_be_lost_too(watched: Watched) -> None:
     for _ in range(2):
         watched.answered(Answer(refusal=UNKNOWN))
 
@@ -433,9 +433,9 @@ def test_a_job_that_never_said_a_word_can_be_lost_too(watched: Watched) -> None:
     assert (newest.job_id, newest.sequence, newest.status) == ("j1", 0, TaskStatus.QUEUED)
 
 
-def test_a_word_in_between_shows_that_the_job_is_known(watched: Watched) -> None:
+def test_a_message_in_between_shows_that_the_job_is_known(watched: Watched) -> None:
     watched.answered(Answer(refusal=UNKNOWN))
-    watched.hear(said(3))
+    watched.receive(said(3))
     assert watched.due_in() == 30.0
 
     watched.answered(Answer(refusal=UNKNOWN))
@@ -455,17 +455,17 @@ def test_answers_that_stay_unreadable_for_a_quarter_of_an_hour_end_the_job(watch
     while watched.watch.newest is None:
         assert watched.state.unreadable == "No JSON."
         watched.answered(UNREADABLE)
-    assert watched.now - since == timedelta(minutes=15), "asked after 1 minute, then every 2"
+    assert watched.now - since == timedelta(minutes=15), "polled after 1 minute, then every 2"
     assert watched.watch.newest.error == ErrorDetails(code="reply_invalid", message="No JSON.")
 
 
 @pytest.mark.parametrize("heals_by", ["a poll", "a callback", "another job"])
-def test_an_answer_that_can_be_read_begins_the_count_anew(watched: Watched, heals_by: str) -> None:
+def test_a_readable_answer_restarts_the_count(watched: Watched, heals_by: str) -> None:
     watched.answered(UNREADABLE)
     if heals_by == "a poll":
         watched.answered(Answer())
     elif heals_by == "a callback":
-        watched.hear(said(1))
+        watched.receive(said(1))
     else:
         watched.watch.follow("j2")
 
@@ -485,7 +485,7 @@ def test_a_poll_that_was_cancelled_says_nothing(watched: Watched) -> None:
     assert watched.state.unreadable == ""
 
 
-def test_what_was_carried_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_continued_run_goes_on_from_its_continuation(monkeypatch: pytest.MonkeyPatch) -> None:
     carried = WatchState(current="j1", last_news_at=NOON - timedelta(seconds=10), silence_seconds=60.0)
     watched = Watched(monkeypatch, carried)
 

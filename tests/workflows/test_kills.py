@@ -1,4 +1,4 @@
-"""Processes killed in mid-run: the ledger balances, nothing is lost, and work goes on within 5 s (invariant 5)."""
+"""Processes killed during a run: the ledger balances, nothing is lost, and work goes on within 5 s (invariant 5)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.workflows.processes import TemporalProcess, WorkerProcess
 GOES_ON_WITHIN_SECONDS = 5.0
 HANG_SECONDS = 30.0
 TASK_TIMEOUT = timedelta(seconds=3)
-"""As `starter.py` starts tasks: what a killed worker held of a run is another's after that long."""
+"""As `starter.py` starts tasks: another worker takes over a killed worker's run after this time."""
 IMAGE_CALLS = ["submit_job", "estimate", "pre_deduct", "commit"]
 TRAINING_CALLS = ["create_training", "estimate", "pre_deduct", "start_training", "commit"]
 
@@ -63,14 +63,14 @@ async def start_hanging(platform: Platform, route: str, when: str, *, is_trainin
     handle = await platform.start(task, task_timeout=TASK_TIMEOUT)
 
     async def is_out() -> bool:
-        return any(standing.fault_id == fault.fault_id and standing.hits for standing in await service.faults())
+        return any(known.fault_id == fault.fault_id and known.hits for known in await service.faults())
 
     await platform.until(is_out, seconds=30)
     return handle
 
 
-async def first_sign_after(handle: Handle, instant: datetime) -> datetime | None:
-    """When a call was begun anew, or its answer recorded, after `instant`."""
+async def first_activity_after(handle: Handle, time: datetime) -> datetime | None:
+    """When a call was started again, or its answer recorded, after `time`."""
     description = await handle.describe()
     begun = [
         pending.last_started_time.ToDatetime(tzinfo=UTC)
@@ -83,22 +83,22 @@ async def first_sign_after(handle: Handle, instant: datetime) -> datetime | None
         if event.event_type
         in (HistoryEvent.EVENT_TYPE_ACTIVITY_TASK_COMPLETED, HistoryEvent.EVENT_TYPE_MARKER_RECORDED)
     ]
-    return min((at for at in begun + ended_calls if at > instant), default=None)
+    return min((at for at in begun + ended_calls if at > time), default=None)
 
 
 async def kill_and_restart(worker: WorkerProcess, platform: Platform, handles: list[Handle]) -> None:
-    """Kill the worker, mend the network, start it anew, and assert that each task's work goes on in time."""
+    """Kill the worker, repair the network, restart it, and assert that each task's work goes on in time."""
     await worker.kill()
     await platform.simulators.admin.remove_faults()
     await worker.start()
     restarted = datetime.now(UTC)
 
     async def all_go_on() -> bool:
-        return all([await first_sign_after(handle, restarted) is not None for handle in handles])
+        return all([await first_activity_after(handle, restarted) is not None for handle in handles])
 
     await platform.until(all_go_on, seconds=30)
     for handle in handles:
-        sign = await first_sign_after(handle, restarted)
+        sign = await first_activity_after(handle, restarted)
         assert sign is not None
         late = (sign - restarted).total_seconds()
         assert late <= GOES_ON_WITHIN_SECONDS, (handle.id, late)
@@ -204,7 +204,7 @@ async def test_what_happens_while_the_worker_is_dead_counts_when_it_is_back(
     assert endings[3].charged == 120 + 2 * 60
 
 
-async def test_a_worker_told_to_stop_during_a_submit_leaves_the_same_job(
+async def test_a_worker_stopped_during_a_submit_leaves_the_same_job(
     bare_platform: Platform, worker: WorkerProcess
 ) -> None:
     task = bare_platform.image()

@@ -1,4 +1,4 @@
-"""A number out of range in a reply or callback is a named failure, or does no harm; it never becomes a time-out."""
+"""A number out of range in a reply or callback is a named failure or harmless; it never causes a time-out."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from comfyui_temporal.contracts.credits import Ledger
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
 from tests.workflows.platform import Platform
-from tests.workflows.test_settlement import HD, start_telling
+from tests.workflows.test_settlement import HD, start_reporting
 from workflows.task_ledger import TaskLedger
 
 
 @pytest.mark.parametrize("actual_cost", [1_000_000_001, 5 * 10**18, 10**25, -(10**10)])
 async def test_a_delivery_with_an_impossible_cost_is_named(quick_platform: Platform, actual_cost: int) -> None:
-    handle = await start_telling(quick_platform, quick_platform.image(), actual_cost=actual_cost)
+    handle = await start_reporting(quick_platform, quick_platform.image(), actual_cost=actual_cost)
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.code) == (TaskStatus.FAILED, "reply_invalid")
     assert "actual_cost" in ending.result["error_details"]["message"]
@@ -56,9 +56,9 @@ async def test_a_number_that_only_informs_costs_no_training_its_result(
 
 
 async def test_a_state_that_stays_unreadable_until_the_deadline_is_named(quick_platform: Platform) -> None:
-    """No callback and no poll can be read, nor what a cancel answers: what the deadline ends says so, and why."""
+    """No callback, poll or cancel answer is readable: the failure at the deadline says so, and why."""
     quick_platform.policy |= {"deadline_factor": 25.0, "poll_after_seconds": 0.3, "poll_at_most_seconds": 1.0}
-    handle = await start_telling(quick_platform, quick_platform.image(), actual_cost=24.5)
+    handle = await start_reporting(quick_platform, quick_platform.image(), actual_cost=24.5)
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.code) == (TaskStatus.FAILED, "reply_invalid")
     assert "GET /comfyui/v1/jobs/{job_id}" in ending.result["error_details"]["message"]

@@ -1,6 +1,6 @@
-"""What operators see of a run: its step table, its attributes in lists, its details, who goes first.
+"""What operators see of a run: its step table, its attributes in lists, its details, and which task goes first.
 
-That every activity and timer has a summary is asserted of every run by `books.ended`.
+`books.ended` asserts for every run that each activity and timer has a summary.
 """
 
 from __future__ import annotations
@@ -165,10 +165,10 @@ async def test_each_call_of_a_training_has_its_rows_label(quick_platform: Platfo
         await service.fault("error", route=route, tenant_id=payer.tenant_id, times=3)
     handle = await quick_platform.start(task)
 
-    async def asks() -> bool:
+    async def is_waiting() -> bool:
         return bool((await quick_platform.progress(handle))["confirmation"])
 
-    await quick_platform.until(asks)
+    await quick_platform.until(is_waiting)
     await handle.execute_update("confirm_price", {"max_credits": 1_000})
     await ended(quick_platform, handle)
     for name, summary in await steps(handle):
@@ -240,7 +240,7 @@ async def is_created(platform: Platform, handle: Handle) -> bool:
     return bool((await platform.progress(handle))["confirmation"])
 
 
-async def test_the_memo_is_the_inputs_hash_whoever_started_the_run(quick_platform: Platform) -> None:
+async def test_the_memo_is_the_inputs_hash_for_every_starter(quick_platform: Platform) -> None:
     task = quick_platform.image(extras={"seed": 7})
     handle = await quick_platform.start(task)
     await ended(quick_platform, handle)
@@ -265,7 +265,7 @@ async def details(handle: Handle) -> dict[str, str]:
     return shown
 
 
-async def test_the_details_tell_where_a_task_stands(direct_platform: Platform) -> None:
+async def test_the_details_show_the_state_of_a_task(direct_platform: Platform) -> None:
     handle = await direct_platform.start_image()
     job_id = (await until_started(direct_platform, handle)).run_id
     await direct_platform.until_settled(handle)
@@ -276,10 +276,10 @@ async def test_the_details_tell_where_a_task_stands(direct_platform: Platform) -
     assert shown["last update from ComfyUI"] == "-"
     await direct_platform.callback(handle, job_id=job_id, job_status="processing", sequence=1, stage_progress=40)
 
-    async def is_heard() -> bool:
+    async def is_applied() -> bool:
         return (await details(handle))["stage"] == "processing 40 %"
 
-    await direct_platform.until(is_heard)
+    await direct_platform.until(is_applied)
     assert (await details(handle))["last update from ComfyUI"].endswith("UTC")
     await direct_platform.cancel(handle)
     await ended(direct_platform, handle)
@@ -312,19 +312,19 @@ async def test_text_from_outside_never_becomes_markup(direct_platform: Platform)
 
 @pytest.mark.parametrize(("priority", "key"), [("accelerated", 1), ("standard", 3)])
 @pytest.mark.parametrize("scene", ["image", "training"])
-async def test_every_activity_bears_its_tasks_priority_and_its_tenant(
+async def test_every_activity_has_its_tasks_priority_and_tenant(
     quick_platform: Platform, scene: str, priority: str, key: int
 ) -> None:
     start = quick_platform.start_image if scene == "image" else quick_platform.start_training
     handle = await start(priority=priority)
     await ended(quick_platform, handle)
-    borne = {
+    priorities = {
         (attributes.activity_type.name, attributes.priority.priority_key, attributes.priority.fairness_key)
         async for event in handle.fetch_history_events()
         if (attributes := event.activity_task_scheduled_event_attributes).activity_type.name
     }
     calls = {"submit_job"} if scene == "image" else {"snapshot", "create_training", "start_training", "delete_snapshot"}
-    assert borne == {(name, key, "tenant-demo") for name in calls | {"pre_deduct", "commit"}}
+    assert priorities == {(name, key, "tenant-demo") for name in calls | {"pre_deduct", "commit"}}
 
 
 @pytest_asyncio.fixture

@@ -1,4 +1,4 @@
-"""How a call stands in the history: its limits, its repeats, whose it is (docs/architecture.md, "Defaults")."""
+"""A call in the history: its limits, its retries, its tenant and priority (docs/architecture.md, "Defaults")."""
 
 from __future__ import annotations
 

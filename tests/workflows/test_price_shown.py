@@ -1,4 +1,4 @@
-"""The price that is shown is the price that is asked: confirming it holds a training, from the start (contract §5)."""
+"""The shown price is the one that is held: confirming it is enough for a training from the start (contract §5)."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ async def start_priced(
     platform.policy = platform.policy | {"prices": table}
     task = payer.training(max_credits=None, **fields)
     admin = platform.simulators.admin
-    told = {"selected_cost": estimate, "estimated_cost": estimate}
-    await admin.credits.fault("alter", route="estimate", tenant_id=payer.tenant_id, fields=told, times=None)
+    fields = {"selected_cost": estimate, "estimated_cost": estimate}
+    await admin.credits.fault("alter", route="estimate", tenant_id=payer.tenant_id, fields=fields, times=None)
     lie = {"gpu_hours": hours}
     await admin.comfyui.fault(
         "job_lie",
@@ -134,7 +134,7 @@ async def test_an_image_that_job_and_estimate_call_free_is_free_and_the_three_pr
     assert sorted(ending.exceptions) == ["cost_above_hold", "prices_differ"]
 
 
-async def test_a_hold_granted_higher_than_asked_is_used_as_far_as_it_was_asked(brisk_platform: Platform) -> None:
+async def test_a_hold_granted_above_its_request_is_used_up_to_the_request(brisk_platform: Platform) -> None:
     payer = await new_payer(brisk_platform)
     task = payer.image(max_credits=24)
     admin = brisk_platform.simulators.admin

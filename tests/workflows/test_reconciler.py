@@ -29,7 +29,7 @@ from tests.store.facts import claim_of, new_task_id
 from tests.workflows.books import Ending, check_histories, ended, ended_without_its_run
 from tests.workflows.payers import end_open_holds, new_payer, until_started
 from tests.workflows.platform import Handle, Platform, answered, running_platform, task_id_of
-from tests.workflows.test_settlement import cancelled_by_hand, start_telling
+from tests.workflows.test_settlement import cancelled_by_another_caller, start_reporting
 from workflows import ledger_search, reconciler
 
 HANG_SECONDS = 60.0
@@ -59,7 +59,7 @@ async def reconciled(
 
 
 async def reconcile(platform: Platform, **order: Any) -> ReconcileResult:
-    """One pass, and whatever it gave back has ended."""
+    """Run one pass and wait until its give-backs have ended."""
     passing: Handle = await platform.client.start_workflow(
         RECONCILE_WORKFLOW,
         ReconcileOrder(**{**ON_ONE_PASS, **order}),
@@ -121,7 +121,7 @@ async def hanging(platform: Platform, task: dict[str, Any], step: Step) -> tuple
     )
     keeps_keys = platform.simulators.credits_profile.keeps_keys
     if step == Step("pre_deduct", acts=False) and not keeps_keys:
-        # Else it would act after its minute: a second hold, taken when all is over, that nobody could know of.
+        # Else it would act after its minute: a second hold, taken when all is over, that no one could know of.
         await admin.credits.fault("drop", route="pre_deduct", task_id=task_id, when="before")
     handle = await platform.start(task)
     if step.after_cancel or step.without_hold:
@@ -145,7 +145,7 @@ async def terminated(platform: Platform, task: dict[str, Any], step: Step) -> st
 
 
 async def _acted(platform: Platform, route: str, task_id: str) -> bool:
-    """Whether the service has acted; what it answers is still on its way."""
+    """Whether the service has acted; its answer is still on the way."""
     admin = platform.simulators.admin
     match route:
         case "submit_job" | "create_training":
@@ -189,7 +189,7 @@ async def test_trainings_terminated_in_each_call_are_given_back(reconciled: Plat
         assert ending.status is (TaskStatus.COMPLETED if is_completed else TaskStatus.FAILED), step
 
 
-async def test_open_runs_are_left_alone_and_the_stream_is_told_of_the_others(reconciled: Platform) -> None:
+async def test_open_runs_are_left_alone_and_the_stream_shows_the_others(reconciled: Platform) -> None:
     waiting, left = [await waiting_image(reconciled) for _ in range(2)]
     await left.terminate("by a test")
     await asyncio.sleep(PAUSE_SECONDS)
@@ -284,21 +284,21 @@ async def test_its_schedule_is_made_once_and_finds_what_was_left(reconciled: Pla
 
         await reconciled.until(is_given_back)
         await ended_without_its_run(reconciled, task_id_of(handle))
-        standing = await standing_reconciler(reconciled.client, reconciled.task_queue)
-        assert standing is not None and await last_pass(reconciled.client, standing) is not None
+        described = await standing_reconciler(reconciled.client, reconciled.task_queue)
+        assert described is not None and await last_pass(reconciled.client, described) is not None
         await schedule.pause(note="by a test")
         await ensure_reconciler(reconciled.client, settings)
-        standing = await standing_reconciler(reconciled.client, reconciled.task_queue)
-        assert standing is not None and standing.schedule.state.paused
+        described = await standing_reconciler(reconciled.client, reconciled.task_queue)
+        assert described is not None and described.schedule.state.paused
     finally:
         await schedule.delete()
 
 
-async def test_a_run_terminated_after_its_commit_tells_what_came_back(reconciled: Platform) -> None:
+async def test_a_run_terminated_after_its_commit_shows_what_was_returned(reconciled: Platform) -> None:
     """24 points were held and 20 committed: the events add up to that."""
     task = reconciled.image()
     lost = await reconciled.simulators.admin.credits.fault("drop", route="commit", task_id=task["task_id"], times=None)
-    handle = await start_telling(reconciled, task, actual_cost=20)
+    handle = await start_reporting(reconciled, task, actual_cost=20)
     await reconciled.until_hit("commit", lost)
     await handle.terminate("by a test")
     await reconciled.simulators.admin.credits.remove_fault(lost)
@@ -325,12 +325,12 @@ async def test_a_run_terminated_between_two_parts_of_a_charge_is_charged_to_the_
     task = payer.training(max_credits=5_000)
     await reconciled.simulators.admin.comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
     second = await credits.fault("delay", route="charge", task_id=task["task_id"], seconds=HANG_SECONDS, nth=2)
-    handle = await start_telling(reconciled, task, gpu_hours=40, gpu_hours_used=40)
+    handle = await start_reporting(reconciled, task, gpu_hours=40, gpu_hours_used=40)
     run = await until_started(reconciled, handle)
-    await cancelled_by_hand(reconciled, payer, handle)
+    await cancelled_by_another_caller(reconciled, payer, handle)
 
     async def is_being_charged() -> bool:
-        """A job may be told to finish a moment before it stalls."""
+        """A job may be ordered to finish a moment before it stalls."""
         await reconciled.simulators.admin.comfyui.act(run.run_id, "finish")
         return any(fault.fault_id == second.fault_id and fault.hits for fault in await credits.faults())
 
@@ -347,8 +347,8 @@ async def test_a_run_terminated_between_two_parts_of_a_charge_is_charged_to_the_
     charged = 2_460 if balance == "enough" else 2_000
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, charged)
     assert ending.result["credits"]["shortfall"] == 2_460 - charged
-    told = set(ending.exceptions) - {"prices_differ"}  # an estimate may ignore the hours
-    assert told == (set() if balance == "enough" else {"shortfall"})
+    recorded = set(ending.exceptions) - {"prices_differ"}  # an estimate may ignore the hours
+    assert recorded == (set() if balance == "enough" else {"shortfall"})
 
 
 @pytest.mark.on_both_profiles
@@ -360,9 +360,9 @@ async def test_a_charge_that_was_refused_is_not_sent_again(
     credits = reconciled.simulators.admin.credits
     task = payer.training(max_credits=5_000)
     await reconciled.simulators.admin.comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
-    handle = await start_telling(reconciled, task, gpu_hours=40, gpu_hours_used=40)
+    handle = await start_reporting(reconciled, task, gpu_hours=40, gpu_hours_used=40)
     run = await until_started(reconciled, handle)
-    await cancelled_by_hand(reconciled, payer, handle)
+    await cancelled_by_another_caller(reconciled, payer, handle)
     await payer.has(2_100)
 
     async def are_both_answered() -> bool:

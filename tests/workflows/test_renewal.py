@@ -30,7 +30,7 @@ async def start_long_training(platform: Platform, task: dict[str, Any]) -> Handl
 
 
 async def start_slow_image(platform: Platform, payer: Payer) -> Handle:
-    """Start an image that stands still once it has begun, with an hour's estimate: its hold lives 29 minutes.
+    """Start an image that stalls once it has started, with an hour's estimate: its hold lives 29 minutes.
 
     It was taken for a deadline of 24 minutes; the later estimate moves that beyond the hold's end.
     """
@@ -115,7 +115,7 @@ async def test_an_image_that_cannot_be_covered_for_a_minute_is_exhausted(patient
 
 
 @pytest.mark.slow
-async def test_delivered_work_that_cannot_be_covered_is_neither_charged_nor_handed_out(
+async def test_delivered_work_that_cannot_be_covered_is_not_charged_and_is_withheld(
     patient_platform: Platform,
 ) -> None:
     payer = await new_payer(patient_platform)
@@ -128,7 +128,7 @@ async def test_delivered_work_that_cannot_be_covered_is_neither_charged_nor_hand
     assert (await ended(patient_platform, handle)).code == "credit_exhausted"
 
 
-async def test_no_next_attempt_begins_without_cover_and_a_cancel_is_obeyed_meanwhile(
+async def test_no_next_attempt_begins_without_cover_and_a_cancel_takes_effect_meanwhile(
     patient_platform: Platform,
 ) -> None:
     payer = await new_payer(patient_platform)
@@ -161,7 +161,7 @@ async def test_a_training_that_cannot_be_covered_is_exhausted_at_its_next_checkp
 
 @pytest.mark.slow
 @pytest.mark.by_contract("the old hold expires during the outage")
-async def test_an_outage_during_renewal_is_borne_uncovered_and_recorded(patient_platform: Platform) -> None:
+async def test_an_outage_during_renewal_leaves_the_task_uncovered_and_is_recorded(patient_platform: Platform) -> None:
     payer = await new_payer(patient_platform)
     handle = await start_slow_image(patient_platform, payer)
     away = await patient_platform.simulators.admin.credits.fault(
@@ -208,7 +208,7 @@ async def test_a_renewal_in_flight_when_the_end_comes(patient_platform: Platform
         assert (ending.status, set(phases)) == (TaskStatus.CANCELLED, {"cancelled", *doubled})
 
 
-async def test_an_old_hold_that_somebody_committed_is_not_charged_again(patient_platform: Platform) -> None:
+async def test_an_old_hold_that_another_caller_committed_is_not_charged_again(patient_platform: Platform) -> None:
     """The renewal finds it committed: that counts, and the new hold is given back."""
     payer = await new_payer(patient_platform)
     task = payer.training()

@@ -1,4 +1,4 @@
-"""Recorded histories replay with the real configuration: today's code goes on where yesterday's runs stand."""
+"""Recorded histories replay with the real configuration: today's code goes on with runs that older code began."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ async def test_a_cancel_that_came_while_a_local_try_outlived_its_workflow_task_r
 ) -> None:
     """Replayed, it comes with the start; as it happened, it came some workflow tasks later."""
     monkeypatch.setattr(outside_call, "LOCAL_TIMEOUT", timedelta(seconds=60))
-    is_asked, claim = asyncio.Event(), quick_platform.store.claim
+    may_claim, claim = asyncio.Event(), quick_platform.store.claim
 
     async def claim_late(*arguments: Any, **named: Any) -> bool:
-        await is_asked.wait()
+        await may_claim.wait()
         return await claim(*arguments, **named)
 
     monkeypatch.setattr(quick_platform.store, "claim", claim_late)
@@ -53,7 +53,7 @@ async def test_a_cancel_that_came_while_a_local_try_outlived_its_workflow_task_r
     await quick_platform.until(lambda: _has_workflow_tasks(handle, 1))
     asking = asyncio.create_task(quick_platform.cancel(handle))
     await quick_platform.until(lambda: _has_workflow_tasks(handle, 4))
-    is_asked.set()
+    may_claim.set()
     assert await asking == "accepted"
     await ended(quick_platform, handle)
     order = [event.event_type async for event in handle.fetch_history_events()]

@@ -1,6 +1,6 @@
 """Tasks that are reset, to any workflow task of any run (contract §4, earlier lives).
 
-The ledger shows at most one charge, the row tells what the ledger shows, nothing is handed out unpaid, nothing keeps
+The ledger shows at most one charge, the row says what the ledger shows, no result is delivered unpaid, nothing keeps
 running: `books.ended` looks at all of it.
 """
 
@@ -62,9 +62,7 @@ async def reset_and_ended(platform: Platform, handle: Handle, point: Point) -> E
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ENDED, ids=str)
-async def test_a_task_that_had_ended_ends_as_it_had_wherever_it_is_reset_to(
-    platform: Platform, scenario: Scenario
-) -> None:
+async def test_an_ended_task_ends_the_same_way_from_every_reset_point(platform: Platform, scenario: Scenario) -> None:
     await ends_as_it_had(platform, scenario, every=1)
 
 
@@ -87,7 +85,7 @@ async def ends_as_it_had(platform: Platform, scenario: Scenario, *, every: int) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", OPEN, ids=str)
-async def test_a_task_that_waits_is_completed_and_charged_once_wherever_it_is_reset_to(
+async def test_a_waiting_task_is_completed_and_charged_once_from_every_reset_point(
     platform: Platform, scenario: Scenario
 ) -> None:
     await completed_once(platform, scenario, every=1)

@@ -21,7 +21,7 @@ from tests.cable import Cable
 from tests.workflows.books import Ending, ended
 from tests.workflows.payers import has_kinds, holds_of, new_payer, task_of
 from tests.workflows.platform import Handle, Platform, running_platform
-from tests.workflows.reset_scenarios import POLICY, RENEWED, standing, topped_up, work_goes_on
+from tests.workflows.reset_scenarios import POLICY, RENEWED, stalled, topped_up, work_goes_on
 from tests.workflows.resets import points_of, reset
 from workflows import row_look
 
@@ -54,13 +54,13 @@ async def give_back(platform: Platform, handle: Handle) -> Handle:
 
 
 SHARES = (0.0, 0.4, 0.8, 1.0)
-"""Where in the run's whole life the point lies that it is reset to."""
+"""The position in the run's whole history of the point that it is reset to."""
 
 
 @pytest.mark.slow
 async def test_an_image_whose_end_is_not_written_is_delivered(platform: Platform, cable: Cable) -> None:
-    """The row knows nothing of the commit: it is found in the ledger, wherever the run is reset to."""
-    handles = [await standing(platform, (await new_payer(platform)).image()) for _ in SHARES]
+    """The row does not show the commit: it is found in the ledger from any reset point."""
+    handles = [await stalled(platform, (await new_payer(platform)).image()) for _ in SHARES]
     for ending in await charged_and_reset(platform, cable, handles, "pre_deduct", "commit"):
         assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
         assert ending.result["result_urls"]
@@ -99,7 +99,7 @@ async def charged_and_reset(platform: Platform, cable: Cable, handles: list[Hand
 async def test_a_task_that_is_reset_while_the_store_is_away_is_settled_by_the_ledger_alone(
     platform: Platform, cable: Cable
 ) -> None:
-    """Nothing is begun before the store is back; what was begun is paid for all the same."""
+    """Nothing is started before the store is back; work that had started is still paid for."""
     payer = await new_payer(platform)
     handle = await topped_up(platform, payer)
     cable.pull()
@@ -113,9 +113,9 @@ async def test_a_task_that_is_reset_while_the_store_is_away_is_settled_by_the_le
 
 
 async def test_a_run_that_was_reset_begins_nothing_while_the_store_is_away(platform: Platform, cable: Cable) -> None:
-    """It obeys a cancel meanwhile."""
+    """A cancel takes effect meanwhile."""
     payer = await new_payer(platform)
-    handle = await standing(platform, payer.image())
+    handle = await stalled(platform, payer.image())
     [job] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
     cable.pull()
     await platform.simulators.admin.comfyui.act(job.run_id, "preempt")
@@ -147,7 +147,7 @@ async def test_work_that_costs_nothing_is_not_handed_out_once_the_store_is_back(
     await comfyui.fault("not_offered", route="cancel_job", tenant_id=payer.tenant_id)
     free: dict[str, Any] = {"fields": {"actual_cost": 0}}
     await comfyui.fault("job_lie", route="submit_job", task_id=task["task_id"], at=0, **free)
-    handle = await standing(platform, task)
+    handle = await stalled(platform, task)
     waiting = (await points_of(platform, handle))[-1]
     await platform.cancel(handle)
     await handle.result()
@@ -170,7 +170,7 @@ async def _is_completed(platform: Platform, run: Handle) -> bool:
 
 async def test_a_run_that_is_reset_while_it_is_given_back_begins_nothing(platform: Platform) -> None:
     payer = await new_payer(platform)
-    handle = await standing(platform, payer.image())
+    handle = await stalled(platform, payer.image())
     points = await points_of(platform, handle)
     hangs = await platform.simulators.admin.credits.fault(
         "delay", route="cancel_hold", tenant_id=payer.tenant_id, seconds=60, times=None
@@ -195,7 +195,7 @@ async def test_a_give_back_stops_where_the_run_was_reset_before_it_could_claim_t
     platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     payer = await new_payer(platform)
-    handle = await standing(platform, payer.image())
+    handle = await stalled(platform, payer.image())
     points = await points_of(platform, handle)
     claim, runs = platform.store.claim_give_back, list[Handle]()
 

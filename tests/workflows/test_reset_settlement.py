@@ -1,6 +1,6 @@
-"""What a task is charged that was reset, as the ledger shows it (contract §4, earlier lives).
+"""What a reset task is charged, as the ledger shows it (contract §4, earlier lives).
 
-The platform's own credits service looks at no keys, and its ledger shows no kinds, no ids and now and then not yet.
+The platform's own credits service ignores keys. Its ledger shows no kinds and no ids, and sometimes lags.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HD = 18 + 6
 HELD_AGAIN = ("pre_deduct", "pre_deduct", "cancel")
 """The ledger of a task that was reset: the earlier life's hold is cancelled before the other is committed."""
 IN_FLIGHT_SECONDS = 11
-"""For so long a run that was reset waits for the calls of its earlier life to end."""
+"""How long a reset run waits for the calls of its earlier life to end."""
 
 
 async def keeps_no_keys(payer: Payer) -> None:
@@ -33,8 +33,8 @@ async def keeps_no_keys(payer: Payer) -> None:
     await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
 
 
-async def standing(platform: Platform, task: dict[str, Any]) -> Handle:
-    """An image whose work has begun and stands still, under its hold."""
+async def stalled(platform: Platform, task: dict[str, Any]) -> Handle:
+    """An image whose work has started and stalls, under its hold."""
     await platform.simulators.admin.comfyui.fault("job_stall", route="submit_job", task_id=task["task_id"], times=None)
     handle = await platform.start(task)
     await until_started(platform, handle)
@@ -78,11 +78,11 @@ async def test_a_training_that_is_reset_to_before_its_hold_was_renewed_is_charge
 
 @pytest.mark.parametrize("answer", ["500", "lost"])
 async def test_a_commit_that_acted_after_a_reset_is_not_charged_again(patient_platform: Platform, answer: str) -> None:
-    """The ledger shows the cancel of the earlier hold, and not yet the commit of the other: that is no proof."""
+    """The ledger shows the cancel of the earlier hold, but not yet the commit of the other: that is no proof."""
     payer = await new_payer(patient_platform)
     credits = patient_platform.simulators.admin.credits
     await keeps_no_keys(payer)
-    handle = await standing(patient_platform, payer.image())
+    handle = await stalled(patient_platform, payer.image())
     run = await reset_to_its_start(patient_platform, handle, holds=2)
     commit = {"route": "commit", "tenant_id": payer.tenant_id}
     waits = await credits.fault("rate_limit", **commit, seconds=60)
@@ -114,7 +114,7 @@ async def test_work_that_costs_nothing_is_not_handed_out_where_an_earlier_life_w
     await comfyui.fault("not_offered", route="cancel_job", tenant_id=payer.tenant_id)
     free: dict[str, Any] = {"fields": {"actual_cost": 0}}
     await comfyui.fault("job_lie", route="submit_job", task_id=task["task_id"], at=0, **free)
-    handle = await standing(quick_platform, task)
+    handle = await stalled(quick_platform, task)
     waiting = (await points_of(quick_platform, handle))[-1]
     await quick_platform.cancel(handle)
     await handle.result()
@@ -135,7 +135,7 @@ async def test_a_failed_task_whose_earlier_hold_has_an_unknown_end_says_so(patie
     credits = patient_platform.simulators.admin.credits
     await keeps_no_keys(payer)
     await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=3_600)
-    handle = await standing(patient_platform, payer.image())
+    handle = await stalled(patient_platform, payer.image())
     run = await reset_to_its_start(patient_platform, handle, holds=2)
     lost = await credits.fault("drop", route="cancel_hold", tenant_id=payer.tenant_id, nth=2)
     job = await patient_platform.job(run)
@@ -147,6 +147,6 @@ async def test_a_failed_task_whose_earlier_hold_has_an_unknown_end_says_so(patie
     await patient_platform.pass_time(run, 700)
     ending = await ended(patient_platform, run)
     assert (ending.status, ending.code, ending.charged) == (TaskStatus.FAILED, "node_error", 0)
-    credits_told = ending.result["credits"]
-    assert (credits_told["settlement"], credits_told["charged"], credits_told["returned"]) == ("unknown", None, None)
+    credits = ending.result["credits"]
+    assert (credits["settlement"], credits["charged"], credits["returned"]) == ("unknown", None, None)
     assert sorted(ending.exceptions) == ["node_error", "settlement_unknown"]

@@ -15,7 +15,7 @@ from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended, ended_without_its_run
 from tests.workflows.payers import has_kinds, holds_of, new_payer, task_of
 from tests.workflows.platform import Handle, Platform
-from tests.workflows.reset_scenarios import POLICY, RENEWED, over, standing, topped_up, work_goes_on
+from tests.workflows.reset_scenarios import POLICY, RENEWED, over, stalled, topped_up, work_goes_on
 from tests.workflows.resets import points_of, reset
 
 TABLES = ("task_claims", "tasks", "task_events", "task_exceptions")
@@ -43,7 +43,7 @@ class Database:
         return rows
 
     async def restore(self, task_id: str, backup: Backup | None = None) -> None:
-        """Bring the task's rows back to `backup`; without one the backup is older than the task."""
+        """Restore the task's rows from `backup`; without one the backup is older than the task."""
         connection = await asyncpg.connect(self._dsn)
         async with connection.transaction():
             for table in reversed(TABLES):
@@ -86,10 +86,10 @@ async def given_back(platform: Platform, handle: Handle) -> dict[str, Any]:
 # Open runs
 
 
-async def test_an_open_run_whose_row_was_lost_makes_it_anew_and_is_delivered(
+async def test_an_open_run_whose_row_was_lost_recreates_it_and_is_delivered(
     platform: Platform, database: Database
 ) -> None:
-    handle = await standing(platform, (await new_payer(platform)).image())
+    handle = await stalled(platform, (await new_payer(platform)).image())
     before = await row_of(platform, handle)
     await database.restore(task_of(handle))
     assert await platform.store.task(task_of(handle)) is None
@@ -107,7 +107,7 @@ async def test_an_open_run_whose_row_was_lost_makes_it_anew_and_is_delivered(
 async def test_an_open_run_whose_row_was_lost_is_cancelled_and_given_back(
     platform: Platform, database: Database
 ) -> None:
-    handle = await standing(platform, (await new_payer(platform)).image())
+    handle = await stalled(platform, (await new_payer(platform)).image())
     await database.restore(task_of(handle))
     assert await platform.cancel(handle) == "accepted"
     ending = await ended(platform, handle)
@@ -116,7 +116,7 @@ async def test_an_open_run_whose_row_was_lost_is_cancelled_and_given_back(
 
 async def test_an_open_run_goes_on_with_an_older_row(platform: Platform, database: Database) -> None:
     """Its second hold and its job's progress are not in the backup."""
-    handle = await standing(platform, (await new_payer(platform)).training())
+    handle = await stalled(platform, (await new_payer(platform)).training())
     older = await database.backup(task_of(handle))
     [run] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
     await platform.simulators.admin.comfyui.act(run.run_id, "lie", fields={"gpu_hours": 5, "gpu_hours_used": 5})
@@ -128,7 +128,7 @@ async def test_an_open_run_goes_on_with_an_older_row(platform: Platform, databas
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 360)
 
 
-@pytest.mark.parametrize("place", [0, -1], ids=["its beginning", "where it stood"])
+@pytest.mark.parametrize("place", [0, -1], ids=["its beginning", "where it was"])
 async def test_a_run_that_is_reset_after_the_row_was_lost_is_delivered(
     platform: Platform, database: Database, place: int
 ) -> None:
@@ -147,7 +147,7 @@ async def test_a_run_that_is_reset_after_the_row_was_lost_is_delivered(
 async def test_a_completed_task_whose_row_is_open_again_is_completed_again(
     platform: Platform, database: Database
 ) -> None:
-    handle = await standing(platform, (await new_payer(platform)).image())
+    handle = await stalled(platform, (await new_payer(platform)).image())
     older = await database.backup(task_of(handle))
     async with work_goes_on(platform, handle):
         ending = await ended(platform, handle)
@@ -162,7 +162,7 @@ async def test_a_completed_task_whose_row_is_open_again_is_completed_again(
 async def test_an_ended_task_whose_row_is_open_again_ends_as_it_had(
     platform: Platform, database: Database, how: str
 ) -> None:
-    handle = await standing(platform, (await new_payer(platform)).image())
+    handle = await stalled(platform, (await new_payer(platform)).image())
     older = await database.backup(task_of(handle))
     if how == "cancelled":
         await platform.cancel(handle)

@@ -1,4 +1,4 @@
-"""Delivered work is charged its price once in all, whatever commit and the ledger say (contract §4, §5)."""
+"""Delivered work is charged its price once in total, for any answer of commit and the ledger (contract §4, §5)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ HD = 18 + 6
 """The price of a standard image, in points."""
 
 
-async def start_telling(platform: Platform, task: dict[str, Any], **fields: Any) -> Handle:
-    """Start an image or a short training whose last state tells these fields, and the 202 the same GPU hours."""
+async def start_reporting(platform: Platform, task: dict[str, Any], **fields: Any) -> Handle:
+    """Start an image or a short training whose last state has these fields, and the 202 the same GPU hours."""
     comfyui = platform.simulators.admin.comfyui
     job: dict[str, Any] = {"route": "submit_job", "task_id": task["task_id"]}
     if "dataset" in task:
@@ -41,13 +41,13 @@ async def start_telling(platform: Platform, task: dict[str, Any], **fields: Any)
 
 
 async def expired(platform: Platform, handle: Handle) -> str:
-    """Let the task's hold end before its commit; the kind of the entry that tells it."""
+    """Let the task's hold end before its commit; the kind of the entry that shows it."""
     await platform.until_held(task_of(handle))
     return await end_open_holds(platform, handle)
 
 
 async def delivered(platform: Platform, handle: Handle) -> None:
-    """Let the job be delivered now; returns when its commit has been asked for."""
+    """Let the job be delivered now; returns when its commit has been requested."""
     [job] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
     await platform.simulators.admin.comfyui.act(job.run_id, "finish")
     await platform.until(lambda: platform.simulators.admin.credits.requests_seen("commit", task_of(handle)))
@@ -69,7 +69,7 @@ async def delivered(platform: Platform, handle: Handle) -> None:
 async def test_an_image_is_charged_what_it_cost_and_never_more_than_is_held(
     quick_platform: Platform, actual_cost: int | None, charged: int, exceptions: list[str]
 ) -> None:
-    handle = await start_telling(quick_platform, quick_platform.image(), actual_cost=actual_cost)
+    handle = await start_reporting(quick_platform, quick_platform.image(), actual_cost=actual_cost)
     ending = await ended(quick_platform, handle)
     assert ending.status is TaskStatus.COMPLETED and ending.result["result_urls"]
     assert ending.charged == charged
@@ -78,8 +78,8 @@ async def test_an_image_is_charged_what_it_cost_and_never_more_than_is_held(
     assert [hold.phase for hold in await holds_of(quick_platform, handle)] == ["committed" if charged else "cancelled"]
 
 
-async def test_a_negative_cost_charges_nothing_and_hands_out_nothing(quick_platform: Platform) -> None:
-    handle = await start_telling(quick_platform, quick_platform.image(), actual_cost=-5)
+async def test_a_negative_cost_charges_nothing_and_delivers_nothing(quick_platform: Platform) -> None:
+    handle = await start_reporting(quick_platform, quick_platform.image(), actual_cost=-5)
     ending = await ended(quick_platform, handle)
     assert ending.code == "reply_invalid"
     assert ending.result["credits"]["returned"] == HD
@@ -104,13 +104,13 @@ async def test_an_unknown_cost_is_the_jobs_estimate(quick_platform: Platform) ->
 
 @pytest.mark.parametrize("keys", ["kept", "ignored"])
 async def test_a_commit_whose_answer_is_lost_charges_once(quick_platform: Platform, keys: str) -> None:
-    """With keys the repeat tells; without them it is `already_processed`, and our commit stands in the ledger."""
+    """With keys the repeat has the result; without them it is `already_processed`, and the ledger has our commit."""
     task = quick_platform.image()
     credits = quick_platform.simulators.admin.credits
     await credits.fault("drop", route="commit", task_id=task["task_id"])
     if keys == "ignored":
         await credits.fault("ignore_keys", route="commit", task_id=task["task_id"])
-    handle = await start_telling(quick_platform, task, actual_cost=HD - 4)
+    handle = await start_reporting(quick_platform, task, actual_cost=HD - 4)
     ending = await ended(quick_platform, handle)
     assert ending.status is TaskStatus.COMPLETED
     assert (ending.charged, ending.result["credits"]["returned"], ending.exceptions) == (HD - 4, 4, [])
@@ -129,7 +129,7 @@ async def test_a_hold_that_expired_before_its_commit_is_charged(quick_platform: 
 
 async def test_more_than_2000_points_are_charged_in_parts(quick_platform: Platform) -> None:
     task = quick_platform.training(max_credits=5_000)
-    handle = await start_telling(quick_platform, task, gpu_hours=40, gpu_hours_used=40)
+    handle = await start_reporting(quick_platform, task, gpu_hours=40, gpu_hours_used=40)
     await expired(quick_platform, handle)
     ending = await ended(quick_platform, handle)
     assert ending.status is TaskStatus.COMPLETED
@@ -144,7 +144,7 @@ async def test_a_refused_charge_ends_the_task_completed_with_shortfall(
 ) -> None:
     payer = await new_payer(quick_platform)
     task = payer.training(max_credits=5_000)
-    handle = await start_telling(quick_platform, task, gpu_hours=40, gpu_hours_used=40)
+    handle = await start_reporting(quick_platform, task, gpu_hours=40, gpu_hours_used=40)
     await expired(quick_platform, handle)
     await payer.has(left)
     ending = await ended(quick_platform, handle)
@@ -174,7 +174,7 @@ async def test_a_ledger_that_lags_is_waited_for(patient_platform: Platform) -> N
 async def test_a_hold_that_has_less_than_the_price_is_committed_with_what_it_has(
     quick_platform: Platform, policy: bool, charged: int
 ) -> None:
-    """60 points were asked for, the hold has 24 of them."""
+    """60 points were requested, the hold has 24 of them."""
     quick_platform.policy["charge_shortfall"] = policy
     task = quick_platform.image(max_credits=60)
     comfyui = quick_platform.simulators.admin.comfyui
@@ -198,15 +198,15 @@ async def holds_less(platform: Platform, task_id: str, amount: int) -> None:
 
 
 @pytest.mark.parametrize("granted", [100, 25])
-async def test_a_hold_that_was_granted_higher_is_used_only_as_far_as_it_was_asked(
+async def test_a_hold_granted_above_its_request_is_committed_up_to_the_request(
     quick_platform: Platform, granted: int
 ) -> None:
-    """The service says that it froze more: neither the commit nor the price goes above what was asked for."""
+    """The service says that it froze more: neither the commit nor the price exceeds the request."""
     task = quick_platform.image()
     await quick_platform.simulators.admin.credits.fault(
         "alter", route="pre_deduct", task_id=task["task_id"], fields={"frozen_amount": granted}
     )
-    handle = await start_telling(quick_platform, task, actual_cost=60)
+    handle = await start_reporting(quick_platform, task, actual_cost=60)
     ending = await ended(quick_platform, handle)
     assert ending.status is TaskStatus.COMPLETED
     assert (ending.charged, ending.result["credits"]["shortfall"]) == (HD, 0)
@@ -214,12 +214,12 @@ async def test_a_hold_that_was_granted_higher_is_used_only_as_far_as_it_was_aske
     assert [post["body"]["actual_cost"] for post in await sent(handle, "commit")] == [HD]
 
 
-@pytest.mark.parametrize("hold", ["stands", "expired"])
+@pytest.mark.parametrize("hold", ["open", "expired"])
 @pytest.mark.parametrize("policy", [False, True], ids=["shortfall", "shortfall charged"])
 async def test_a_training_that_used_more_than_is_held(quick_platform: Platform, policy: bool, hold: str) -> None:
     """120 points are held, 240 used up at the very end: the rest is charged only if policy says so, each part once."""
     quick_platform.policy["charge_shortfall"] = policy
-    handle = await start_telling(quick_platform, quick_platform.training(), gpu_hours_used=3)
+    handle = await start_reporting(quick_platform, quick_platform.training(), gpu_hours_used=3)
     if hold == "expired":
         await expired(quick_platform, handle)
     ending = await ended(quick_platform, handle)
@@ -228,11 +228,11 @@ async def test_a_training_that_used_more_than_is_held(quick_platform: Platform, 
     assert (ending.charged, ending.result["credits"]["shortfall"]) == (charged, 240 - charged)
 
 
-# A ledger that tells reasons alone, as the platform's own does
+# A ledger that shows only reasons, as the platform's own does
 
 
-async def tells_reasons_alone(payer: Payer) -> None:
-    """The payer's service looks at no keys, and its ledger tells no kinds."""
+async def show_only_reasons(payer: Payer) -> None:
+    """Make the payer's service ignore keys and its ledger show no kinds."""
     credits = payer.platform.simulators.admin.credits
     await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
     await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
@@ -247,26 +247,26 @@ async def test_a_commit_that_acted_without_an_answer_is_settled_within_seconds(
     payer = await new_payer(quick_platform)
     credits = quick_platform.simulators.admin.credits
     if ledger == "by reason":
-        await tells_reasons_alone(payer)
+        await show_only_reasons(payer)
     if answer == "lost":
         await credits.fault("drop", route="commit", tenant_id=payer.tenant_id)
     else:
         await credits.fault("error", route="commit", tenant_id=payer.tenant_id, status=500, when="after")
-    handle = await start_telling(quick_platform, payer.image(), actual_cost=cost)
+    handle = await start_reporting(quick_platform, payer.image(), actual_cost=cost)
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, cost, [])
     assert (ending.result["credits"]["settlement"], ending.result["credits"]["returned"]) == ("settled", HD - cost)
     [settled] = [event for event in ending.events if event.message and "were charged" in event.message]
     assert settled.credits_delta == HD - cost
-    [asked, *_] = await scheduled(handle, "commit")
-    assert (ending.events[-1].ts - ending.events[0].ts).total_seconds() - asked < 15
+    [requested, *_] = await scheduled(handle, "commit")
+    assert (ending.events[-1].ts - ending.events[0].ts).total_seconds() - requested < 15
 
 
 async def test_a_ledger_by_reason_that_lags_never_passes_a_commit_off_as_given_back(patient_platform: Platform) -> None:
     """After a renewal the old hold's cancel is the only end that is shown: the new one's is looked for again."""
     payer = await new_payer(patient_platform)
     credits = patient_platform.simulators.admin.credits
-    await tells_reasons_alone(payer)
+    await show_only_reasons(payer)
     await credits.fault("drop", route="commit", tenant_id=payer.tenant_id)
     task = payer.training()
     await patient_platform.simulators.admin.comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
@@ -291,7 +291,7 @@ async def test_the_cancel_of_a_hold_that_was_not_found_never_passes_a_commit_off
     """The old hold's cancel acted and was answered `not found`: its entry is not taken for the new hold's end."""
     payer = await new_payer(patient_platform)
     credits = patient_platform.simulators.admin.credits
-    await tells_reasons_alone(payer)
+    await show_only_reasons(payer)
     not_found = {"detail": {"code": "40401", "message": "pre_deduct_not_found"}}
     refused = {"route": "cancel_hold", "tenant_id": payer.tenant_id, "status": 404, "body": not_found}
     await credits.fault("answer", **refused, when="after")
@@ -312,24 +312,24 @@ async def test_the_cancel_of_a_hold_that_was_not_found_never_passes_a_commit_off
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 120, [])
 
 
-@pytest.mark.parametrize("told", [5, 0, 500])
+@pytest.mark.parametrize("answered", [5, 0, 500])
 @pytest.mark.parametrize("ledger", ["by kind", "by reason"])
 async def test_a_commit_answered_with_another_amount_is_looked_up(
-    quick_platform: Platform, ledger: str, told: int
+    quick_platform: Platform, ledger: str, answered: int
 ) -> None:
     payer = await new_payer(quick_platform)
     if ledger == "by reason":
-        await tells_reasons_alone(payer)
+        await show_only_reasons(payer)
     await quick_platform.simulators.admin.credits.fault(
-        "alter", route="commit", tenant_id=payer.tenant_id, fields={"frozen_amount": told}
+        "alter", route="commit", tenant_id=payer.tenant_id, fields={"frozen_amount": answered}
     )
-    handle = await start_telling(quick_platform, payer.image(), actual_cost=20)
+    handle = await start_reporting(quick_platform, payer.image(), actual_cost=20)
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 20, [])
 
 
 async def test_the_ledger_wins_over_what_was_committed(quick_platform: Platform) -> None:
-    """20 points were sent, the answer says 5, and 5 stand in the ledger: 15 are missing."""
+    """20 points were sent, the answer says 5, and the ledger shows 5: 15 are missing."""
     task = quick_platform.image()
     credits = quick_platform.simulators.admin.credits
     await credits.fault("alter", route="commit", task_id=task["task_id"], fields={"frozen_amount": 5})
@@ -338,10 +338,10 @@ async def test_the_ledger_wins_over_what_was_committed(quick_platform: Platform)
         for n, (change, reason) in enumerate([(-5, "commit"), (19, "refund_pre_deduct"), (-24, "pre_deduct")])
     ]
     await credits.fault("alter", route="ledger", task_id=task["task_id"], fields={"entries": rows})
-    handle = await start_telling(quick_platform, task, actual_cost=20)
+    handle = await start_reporting(quick_platform, task, actual_cost=20)
     result = await handle.result()
-    told = {"charged": 5, "returned": 19, "shortfall": 15, "settlement": "settled"}
-    assert result["credits"] | told == result["credits"]
+    expected = {"charged": 5, "returned": 19, "shortfall": 15, "settlement": "settled"}
+    assert result["credits"] | expected == result["credits"]
 
 
 # A charge that is not answered
@@ -357,7 +357,7 @@ async def test_an_unanswered_charge_is_repeated_where_keys_are_kept(
     await quick_platform.simulators.admin.credits.fault(
         "drop", route="charge", task_id=task["task_id"], when="after" if acts else "before", nth=part
     )
-    handle = await start_telling(quick_platform, task, gpu_hours=40, gpu_hours_used=40)
+    handle = await start_reporting(quick_platform, task, gpu_hours=40, gpu_hours_used=40)
     await expired(quick_platform, handle)
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 2_460, [])
@@ -367,8 +367,8 @@ async def test_an_unanswered_charge_is_repeated_where_keys_are_kept(
     ]
 
 
-async def cancelled_by_hand(platform: Platform, payer: Payer, handle: Handle) -> None:
-    """Somebody gives the task's hold back before its commit."""
+async def cancelled_by_another_caller(platform: Platform, payer: Payer, handle: Handle) -> None:
+    """Another caller gives the task's hold back before its commit."""
     await platform.until_held(task_of(handle))
     [hold] = await holds_of(platform, handle)
     await payer.post("cancel", "by-hand", {"pre_deduct_id": hold.pre_deduct_id, "reason": "by hand"})
@@ -379,11 +379,11 @@ async def test_an_unanswered_charge_waits_for_the_ledger_where_no_keys_are_kept(
     patient_platform: Platform, acts: bool
 ) -> None:
     payer = await new_payer(patient_platform)
-    await tells_reasons_alone(payer)
+    await show_only_reasons(payer)
     credits = patient_platform.simulators.admin.credits
     lost = await credits.fault("drop", route="charge", tenant_id=payer.tenant_id, when="after" if acts else "before")
     handle = await patient_platform.start(payer.image())
-    await cancelled_by_hand(patient_platform, payer, handle)
+    await cancelled_by_another_caller(patient_platform, payer, handle)
     await delivered(patient_platform, handle)
     await patient_platform.until_hit("charge", lost)
     if not acts:
@@ -401,12 +401,12 @@ async def test_an_unanswered_charge_is_not_repeated_where_the_ledger_lacks_the_c
 ) -> None:
     """120 points are committed and 120 charged; ten minutes later the ledger shows the hold alone."""
     payer = await new_payer(patient_platform)
-    await tells_reasons_alone(payer)
+    await show_only_reasons(payer)
     patient_platform.policy["charge_shortfall"] = True
     credits = patient_platform.simulators.admin.credits
     await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=800)
     lost = await credits.fault("drop", route="charge", tenant_id=payer.tenant_id)
-    handle = await start_telling(patient_platform, payer.training(), gpu_hours_used=3)
+    handle = await start_reporting(patient_platform, payer.training(), gpu_hours_used=3)
     await until_started(patient_platform, handle)
     await patient_platform.pass_time(handle, 400)
     await patient_platform.pass_time(handle, 400)
@@ -418,11 +418,11 @@ async def test_an_unanswered_charge_is_not_repeated_where_the_ledger_lacks_the_c
     assert await kinds_of(patient_platform, handle) == ["pre_deduct", "commit", "charge"]
 
 
-# What cannot be learned
+# What stays unknown
 
 
-async def never_learned(platform: Platform, payer: Payer, *exempt: str) -> Ending:
-    """Follow an image whose settlement cannot be learned to its end, 10 minutes after its delivery."""
+async def unknown_settlement(platform: Platform, payer: Payer, *exempt: str) -> Ending:
+    """Follow an image whose settlement stays unknown to its end, 10 minutes after its delivery."""
     handle = await platform.start(payer.image())
     await platform.until_held(task_of(handle))
     await delivered(platform, handle)
@@ -436,17 +436,17 @@ async def never_learned(platform: Platform, payer: Payer, *exempt: str) -> Endin
 async def test_a_commit_that_no_ledger_shows_is_recorded_and_nothing_charged(
     patient_platform: Platform, message: str
 ) -> None:
-    """The service refuses the commit, whatever it calls that, and its ledger shows neither end of the hold."""
+    """The service refuses the commit with any code, and its ledger shows neither end of the hold."""
     payer = await new_payer(patient_platform)
     refusal = {"detail": {"code": "0", "message": message}}
     await patient_platform.simulators.admin.credits.fault(
         "answer", route="commit", tenant_id=payer.tenant_id, status=409, body=refusal
     )
-    ending = await never_learned(patient_platform, payer, "hold_expires")
+    ending = await unknown_settlement(patient_platform, payer, "hold_expires")
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 0)
     assert ending.exceptions == ["settlement_unknown"]
-    told = ending.result["credits"]
-    assert (told["settlement"], told["charged"], told["returned"], told["held"]) == ("unknown", None, None, HD)
+    credits = ending.result["credits"]
+    assert tuple(credits[key] for key in ("settlement", "charged", "returned", "held")) == ("unknown", None, None, HD)
     assert [event.credits_delta for event in ending.events if event.credits_delta is not None] == [-HD]
     row = await patient_platform.store.task(ending.result["task_id"])
     assert row is not None and row.credits.settlement == "unknown" and row.credits.charged is None
@@ -461,14 +461,14 @@ async def test_a_commit_that_stays_unreadable_is_looked_up_in_the_ledger(patient
     await patient_platform.until_held(task_of(handle))
     await delivered(patient_platform, handle)
     await patient_platform.pass_time(handle, 880)
-    assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING, "it is asked again for 15 minutes"
+    assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING, "it is repeated for 15 minutes"
     await patient_platform.pass_time(handle, 150)
     ending = await ended(patient_platform, handle)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
 
 
-async def test_a_commit_that_is_not_answered_is_repeated_without_end(patient_platform: Platform) -> None:
-    """Longer than any opening call, until the service is back."""
+async def test_an_unanswered_commit_is_repeated_without_limit(patient_platform: Platform) -> None:
+    """Longer than any setup call, until the service is back."""
     payer = await new_payer(patient_platform)
     fault = await patient_platform.simulators.admin.credits.fault(
         "rate_limit", route="commit", tenant_id=payer.tenant_id, seconds=60, times=None

@@ -1,4 +1,4 @@
-"""Silence is survived: polls, deadlines, the queue's promise; on a clock that is moved (contract §1, §2, §6)."""
+"""A task survives silence: polls, deadlines, the queue's promise; on a clock that tests move (contract §1, §2, §6)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MINUTE = 60.0
 NO_POLLS = {"poll_after_seconds": 86_400.0, "poll_at_most_seconds": 86_400.0}
 
 
-async def test_without_callbacks_polling_alone_brings_both_tasks_home(platform: Platform) -> None:
+async def test_without_callbacks_polling_alone_completes_both_tasks(platform: Platform) -> None:
     await platform.simulators.admin.comfyui.fault("callback_withhold", times=None)
     options = {"poll_after_seconds": 0.2}
     handles = [await platform.start_image(options=options), await platform.start_training(options=options)]
@@ -39,7 +39,7 @@ async def test_callbacks_and_polls_together_make_one_result(platform: Platform) 
     job_id = (await platform.job(handle)).run_id
 
     async def works_again() -> bool:
-        """A job may be told to go on a moment before it stalls."""
+        """A job may be ordered to go on a moment before it stalls."""
         return (await comfyui.act(job_id, "resume")).phase in ("working", "over")
 
     await platform.until(works_again)
@@ -77,13 +77,13 @@ async def finished(platform: Platform, handle: Handle) -> None:
     await comfyui.act((await platform.job(handle)).run_id, "finish")
 
 
-async def test_polls_of_a_job_without_news_come_after_30_60_and_120_seconds(slow_platform: Platform) -> None:
+async def test_polls_of_a_silent_job_come_after_30_60_and_120_seconds(slow_platform: Platform) -> None:
     comfyui = slow_platform.simulators.admin.comfyui
     await comfyui.fault("callback_withhold", times=None)
     stale = {"sequence": 0, "next_eta": None, "estimated_time": 60}
     await comfyui.fault("alter", route="get_job", times=None, fields=stale)
     handle = await slow_platform.start_waiting_image()
-    spans: list[float] = [30, 30, 60, 120, 120]  # the first answer is news
+    spans: list[float] = [30, 30, 60, 120, 120]  # the first answer has a change
     for span in spans:
         await polls_after(slow_platform, handle, span)
     await assert_polled_after(handle, spans)
@@ -105,7 +105,7 @@ async def test_the_next_poll_waits_for_the_announced_stage_but_no_longer_than_12
     assert (await ended(slow_platform, handle)).status is TaskStatus.COMPLETED
 
 
-async def told(platform: Platform, handle: Handle, minutes: float) -> None:
+async def announce_time(platform: Platform, handle: Handle, minutes: float) -> None:
     """ComfyUI announces another `estimated_time`; wait until the task knows."""
     comfyui = platform.simulators.admin.comfyui
     await comfyui.act((await platform.job(handle)).run_id, "lie", fields={"estimated_time": minutes})
@@ -129,7 +129,7 @@ async def test_past_its_deadline_a_task_times_out_and_everything_is_given_back(
     await slow_platform.simulators.admin.comfyui.fault("job_stall", route="submit_job", while_queued=True)
     handle = await slow_platform.start_waiting_image()
     if announced is not None:
-        await told(slow_platform, handle, announced)
+        await announce_time(slow_platform, handle, announced)
     await slow_platform.pass_time(handle, (ends_after - 0.5) * MINUTE)
     await slow_platform.until_settled(handle)
     await slow_platform.pass_time(handle, 1 * MINUTE)

@@ -1,7 +1,6 @@
-"""The budget of what a run carries (contracts/size_budget.py), filled to its worst: every list, every text, both kinds.
+"""The budget of what a run carries (contracts/size_budget.py), filled to its limit: every list, every text, both kinds.
 
-What comes from outside is read by the models that read it in production, so that a limit that is missing there shows
-here.
+Input from outside is read by the production models, so that a limit that they lack shows here.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ NOW = datetime(2026, 5, 4, 9, 15, 0, 123_456, tzinfo=UTC)
 ID = "i" * 64
 OUTSIDE_ID = "o" * 128
 CONTROLS = "\x01" * 3_000
-"""Six bytes a character in JSON: the longest that a text can become."""
+"""Six bytes a character in JSON: the longest form of a text."""
 TEXTS = [
     pytest.param(CONTROLS, id="controls"),
     pytest.param('"' * 20_000, id="quotes", marks=pytest.mark.slow),
@@ -143,7 +142,7 @@ def fact(key: str, event: EventType = EventType.CREDITS, **fields: Any) -> Fact:
 
 
 def filled_record(text: str, credits: CreditsSummary) -> RecordState:
-    """The store has been away for thirty days; nothing but the newest fact is in its place for certain."""
+    """The store has been away for thirty days; only the newest fact is certain to be in its place."""
     details = ErrorDetails.model_validate(error_details(text))
     confirmation = Confirmation(
         estimated_cost=10**9,
@@ -301,7 +300,7 @@ def test_a_run_at_its_worst_fits_its_budget(run: Callable[[str], ImageRun | Trai
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_last_write_of_a_long_backlog_fits(text: str) -> None:
-    """The end of an image: its addresses in the row and in the event, and everything that waited."""
+    """The end of an image: its addresses in the row and in the event, and the whole backlog."""
     record = filled_record(text, CreditsSummary())
     record.state.result_urls = URLS
     Backlog(record).add(fact("end", EventType.COMPLETED, result_urls=URLS, is_end=True))
@@ -316,7 +315,7 @@ def test_the_last_write_of_a_long_backlog_fits(text: str) -> None:
     assert record.unwritten[-1].key == "end"
 
 
-def test_what_a_give_back_is_handed_fits() -> None:
+def test_the_input_of_a_give_back_fits() -> None:
     run = training_run(CONTROLS)
     assert run.carried is not None
     state = run.carried.record.state
@@ -337,14 +336,14 @@ def test_what_a_give_back_is_handed_fits() -> None:
     assert json_bytes(left) <= PAYLOAD_BYTES // 4
 
 
-def test_an_estimate_whose_numbers_are_longer_written_anew_keeps_what_is_used() -> None:
+def test_an_estimate_whose_numbers_grow_when_rewritten_keeps_what_is_used() -> None:
     answer = Answer[Estimate](reply=estimate(CONTROLS))
     assert json_bytes(answer) < 4_096
     kept = through_json(answer).reply
     assert (kept.selected_cost, kept.current_balance, len(kept.options)) == (10**9, 10**9, 8)
 
 
-# What is left out is said
+# What is left out is counted
 
 
 def test_holds_that_are_over_are_counted_and_numbers_go_on() -> None:
@@ -352,7 +351,7 @@ def test_holds_that_are_over_are_counted_and_numbers_go_on() -> None:
     assert holds.asked_count == 1_440 * 4
     assert holds.granted_before + len(holds.granted_holds()) == 1_440
     assert [hold.pre_deduct_id for hold in holds.granted_holds()][-1] == "001439".ljust(128, "h")
-    assert [hold.n for hold in holds.asked if not hold.resolved] == [1_439 * 4, 1_440 * 4], "what stands stays"
+    assert [hold.n for hold in holds.asked if not hold.resolved] == [1_439 * 4, 1_440 * 4], "open holds are kept"
     assert len(holds.asked) <= MAX_KEPT_HOLDS + 2
 
 
@@ -374,8 +373,8 @@ def test_facts_say_how_many_are_missing() -> None:
     assert sum(json_bytes(each) for each in waiting) <= MAX_UNWRITTEN_BYTES
     [marker] = [each for each in waiting if each.key.startswith(LEFT_OUT)]
     assert waiting[0] is marker
-    told = len(waiting) - 1
-    assert marker.message == f"{3_002 - told} events were left out while the task store was away."
+    kept = len(waiting) - 1
+    assert marker.message == f"{3_002 - kept} events were left out while the task store was away."
     assert [each.key for each in waiting[-3:]] == ["held:2999", "settled", "end"]
 
 
@@ -395,8 +394,8 @@ def test_what_is_being_written_is_not_touched() -> None:
     assert record.unwritten[-1].key == "held:1199"
     keys = [each.key for each in [*facts, *record.unwritten]]
     assert len(set(keys)) == len(keys), "a known key would write nothing"
-    told = {key for key in keys if not key.startswith(LEFT_OUT)}
-    assert len(told) + sum(int(key.rpartition(":")[2]) for key in keys if key.startswith(LEFT_OUT)) == 1_200
+    kept = {key for key in keys if not key.startswith(LEFT_OUT)}
+    assert len(kept) + sum(int(key.rpartition(":")[2]) for key in keys if key.startswith(LEFT_OUT)) == 1_200
     records = [*exceptions, *record.exceptions]
     counted = sum(int(each.details.get("left_out", 0)) for each in records)
     named = [each for each in records if "left_out" not in each.details]

@@ -1,6 +1,6 @@
-"""Nothing that is large leaves a run stuck: datasets, replies, callbacks (pitfalls 6, 39, 43).
+"""No large input leaves a run stuck: datasets, replies, callbacks (pitfalls 6, 39, 43).
 
-`books.ended` sees that no workflow task ever failed.
+`books.ended` asserts that no workflow task failed.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ async def preempted_and_resumed(platform: Platform, handle: Handle, attempts: in
 
 @pytest.mark.parametrize("count", [300, MANY])
 async def test_a_large_dataset_goes_through_four_attempts_and_many_runs(direct_platform: Platform, count: int) -> None:
-    """Seen with 10,000 files: continue-as-new failed for ever, renewal and settlement stopped."""
+    """Seen with 10,000 files: continue-as-new failed forever, renewal and settlement stopped."""
     folder, names = dataset_of(direct_platform, count)
     before = dict(direct_platform.policy)
     direct_platform.policy |= {"continue_as_new_signals": 2, "retry_after_seconds": [0.05, 0.05, 0.05]}
@@ -117,7 +117,7 @@ async def test_a_list_as_large_as_temporal_takes_works_to_the_end(direct_platfor
 
 @pytest.mark.parametrize("count", [300, pytest.param(9_000, marks=pytest.mark.slow)])
 async def test_a_terminated_run_with_a_large_dataset_is_given_back(direct_platform: Platform, count: int) -> None:
-    """Seen with 9,000 files and two attempts: what was left was too large to be told, hold and training stayed open."""
+    """Seen with 9,000 files and two attempts: the orphans were too large to pass on, hold and training stayed open."""
     folder, names = dataset_of(direct_platform, count)
     dataset = {"dataset_id": "large", "source_uri": folder.as_uri(), "files": names}
     handle = await direct_platform.start_training(dataset=dataset)
@@ -137,7 +137,7 @@ async def test_a_terminated_run_with_a_large_dataset_is_given_back(direct_platfo
     await check_histories(direct_platform, giving)
     async for event in giving.fetch_history_events():
         for payload in event.activity_task_completed_event_attributes.result.payloads:
-            assert len(payload.data) < 16 * 1024, "what was left is told without its list"
+            assert len(payload.data) < 16 * 1024, "the orphans are passed on without the list"
     assert result.outcome == "given_back"
     assert (await ended_without_its_run(direct_platform, task_id)).status is TaskStatus.FAILED
 
@@ -146,7 +146,7 @@ async def test_a_terminated_run_with_a_large_dataset_is_given_back(direct_platfo
 
 
 def estimate_of(cost: int) -> str:
-    """Nearly a megabyte whose numbers take three times as much when they are written anew."""
+    """Nearly a megabyte, whose numbers take three times as much when they are written again."""
     return f'{{"selected_cost": {cost}, "calculation_basis": [{",".join(["1e15"] * 200_000)}]}}'
 
 
@@ -163,7 +163,7 @@ async def test_an_estimate_of_a_megabyte_is_read_and_not_kept(quick_platform: Pl
 async def test_a_list_of_20_000_kinds_of_gpu_is_read_and_not_kept(
     quick_platform: Platform, gpu_type: str | None
 ) -> None:
-    """It takes nearly a megabyte; the asked type is the last."""
+    """It takes nearly a megabyte; the requested type is the last."""
     rows = [f'{{"gpu_type":"t{n:05}","total":1e5,"available":1e5}}' for n in range(20_000)]
     body = f'[{",".join(rows)},{{"gpu_type":"wanted","total":1,"available":0}}]'
     assert len(body) < 1024 * 1024
@@ -188,7 +188,7 @@ async def test_a_list_of_20_000_kinds_of_gpu_is_read_and_not_kept(
 
 
 @pytest.mark.slow
-async def test_hundreds_of_the_largest_callbacks_leave_a_training_well(direct_platform: Platform) -> None:
+async def test_a_training_completes_after_hundreds_of_the_largest_callbacks(direct_platform: Platform) -> None:
     """Past the gateway: 100 while the call that made the training is out, 200 once it is followed."""
     task = direct_platform.training()
     slow = await direct_platform.simulators.admin.comfyui.fault(

@@ -66,7 +66,7 @@ async def test_the_update_is_answered_once_it_is_decided(is_in_time: bool) -> No
 
 
 class Bug(Exception):
-    """What nobody foresaw."""
+    """An unexpected error."""
 
 
 async def cancel(handle: WorkflowHandle[Any, Any]) -> None:
@@ -91,7 +91,7 @@ async def test_a_cancellation_by_temporal_is_a_request_with_its_reason(temporal_
     assert (await probed(temporal_env, lines, cancel)).result == ["by hand", True]
 
 
-@pytest.mark.parametrize("ends", ["cancelled", "delivered", "committed by somebody else"])
+@pytest.mark.parametrize("ends", ["cancelled", "delivered", "committed by another caller"])
 async def test_only_a_cancellation_that_decides_how_the_task_ends_ends_the_run_canceled(
     temporal_env: WorkflowEnvironment, ends: str
 ) -> None:
@@ -105,7 +105,7 @@ async def test_only_a_cancellation_that_decides_how_the_task_ends_ends_the_run_c
                 return ends
             with contextlib.suppress(TaskStopped):
                 stop.raise_if_requested()
-            if ends == "committed by somebody else":
+            if ends == "committed by another caller":
                 stop.overrule()
             return ends
 

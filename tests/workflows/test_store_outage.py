@@ -1,4 +1,4 @@
-"""PostgreSQL away for ten minutes in mid-task: money settles in time, events follow in order (decision 3).
+"""PostgreSQL away for ten minutes during a task: money settles in time, events follow in order (decision 3).
 
 The clocks of task, ComfyUI and credits are moved on; PostgreSQL's absence is real.
 """
@@ -46,23 +46,23 @@ async def platform(
 
 
 async def pass_minutes(platform: Platform, handle: Handle, minutes: int) -> None:
-    """A minute at a time, so that what comes of each has come before the next."""
+    """A minute at a time, so that each minute's effects come before the next."""
     for _ in range(minutes):
         await platform.pass_time(handle, MINUTE)
         await platform.until(lambda: is_at_rest(handle))
 
 
 async def is_at_rest(handle: Handle) -> bool:
-    """Whether the run does nothing but tell: that is repeated for as long as the store is away."""
+    """Whether the run only writes events: the write is repeated as long as the store is away."""
     described = (await handle.describe()).raw_description
     calls = [activity for activity in described.pending_activities if activity.activity_type.name != "write"]
     return not calls and not described.HasField("pending_workflow_task")
 
 
 def assert_in_order(ending: Ending, stages: list[str | None]) -> None:
-    """Every stage is told, in order, at the time it was reached and not at the time it was written."""
-    told = [event for event in ending.events if event.event is EventType.RUNNING]
-    assert list(dict.fromkeys(event.stage for event in told)) == stages
+    """Every stage is published, in order, with the time when it was reached, not when it was written."""
+    running = [event for event in ending.events if event.event is EventType.RUNNING]
+    assert list(dict.fromkeys(event.stage for event in running)) == stages
     times = [event.ts for event in ending.events]
     assert times == sorted(times)
     assert (times[-1] - times[0]).total_seconds() > 5 * MINUTE
@@ -79,7 +79,7 @@ async def test_an_image_is_delivered_and_paid_for_while_the_store_is_away(platfo
     held, paid = await entries_of(platform, handle)
     assert (paid.created_at - held.created_at).total_seconds() < 9 * MINUTE, "it takes eight"
     assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING, "it ends once its end is written"
-    assert (await platform.progress(handle))["status"] == "completed", "who asks the run knows already"
+    assert (await platform.progress(handle))["status"] == "completed", "a query of the run already shows it"
     cable.plug_in()
     await platform.pass_time(handle, 31)
     ending = await ended(platform, handle)

@@ -31,7 +31,7 @@ class OneHold:
     def pre_deduct_id(self) -> str:
         return f"hold-{self.n}"
 
-    def asked(self) -> RequestedHold:
+    def requested(self) -> RequestedHold:
         request = PreDeductRequest(
             task_id="t",
             template_id="x",
@@ -48,7 +48,7 @@ class OneHold:
 
 
 def entry(shape: str, kind: LedgerKind, change: int, hold: OneHold | None, **more: Any) -> LedgerEntry:
-    """An entry as a ledger of this shape tells it; `more` overlays it."""
+    """An entry as a ledger of this shape shows it; `more` overrides its fields."""
     named: dict[str, Any] = {"kind": kind, "reason": "words"} if shape == "kind" else {"reason": kind.value}
     if shape == "kind" and hold is not None:
         named["pre_deduct_id"] = hold.pre_deduct_id
@@ -119,26 +119,26 @@ def lives(draw: st.DrawFn, shapes: tuple[str, ...] = SHAPES, *, mixed: bool = Fa
 
 
 @given(st.one_of(lives(), lives(mixed=True)))
-def test_a_whole_ledger_of_any_shape_tells_what_was_charged(life: Life) -> None:
+def test_a_whole_ledger_of_any_shape_shows_what_was_charged(life: Life) -> None:
     assert TaskLedger(life.entries).charged() == life.charged
 
 
 @given(lives(), st.data())
-def test_no_order_of_the_entries_tells_anything_else(life: Life, data: st.DataObject) -> None:
+def test_the_order_of_the_entries_changes_nothing(life: Life, data: st.DataObject) -> None:
     shuffled = data.draw(st.permutations(life.entries))
     one, other = TaskLedger(life.entries), TaskLedger(shuffled)
     assert (one.charged(), one.open_holds()) == (other.charged(), other.open_holds())
 
 
 @given(lives(), st.data())
-def test_a_ledger_that_lags_never_tells_more_than_is_true(life: Life, data: st.DataObject) -> None:
-    """Its newest entries are not shown yet: what it tells of a hold is true, or it tells nothing."""
+def test_a_lagging_ledger_never_shows_more_than_is_true(life: Life, data: st.DataObject) -> None:
+    """Its newest entries are not shown yet: what it shows of a hold is true, or it shows nothing."""
     shown = data.draw(st.integers(0, len(life.entries)))
     reading = TaskLedger(life.entries[:shown])
     assert (reading.charged() or 0) <= life.charged
     hold = data.draw(st.sampled_from(life.holds))
     others = [other.end for other in life.holds if other is not hold]
-    found = reading.fate(hold.asked(), given_back=others.count("cancel"), committed=others.count("commit"))
+    found = reading.fate(hold.requested(), given_back=others.count("cancel"), committed=others.count("commit"))
     match found.fate:
         case HoldFate.COMMITTED:
             assert (hold.end, found.committed) == ("commit", hold.cost)
@@ -152,20 +152,20 @@ def test_by_kind_every_end_of_every_hold_is_found(life: Life) -> None:
     reading = TaskLedger(life.entries)
     for hold in life.holds:
         ends = {None: Found(HoldFate.UNKNOWN), "commit": Found(HoldFate.COMMITTED, hold.cost)}
-        assert reading.fate(hold.asked()) == ends.get(hold.end, Found(HoldFate.GIVEN_BACK))
-    standing = {hold.pre_deduct_id: hold.amount for hold in life.holds if hold.end is None}
-    assert reading.open_holds() == OpenHolds(standing)
+        assert reading.fate(hold.requested()) == ends.get(hold.end, Found(HoldFate.GIVEN_BACK))
+    open_holds = {hold.pre_deduct_id: hold.amount for hold in life.holds if hold.end is None}
+    assert reading.open_holds() == OpenHolds(open_holds)
 
 
 @given(lives(("reason",)))
-def test_by_reason_what_stands_is_counted(life: Life) -> None:
+def test_by_reason_open_holds_are_counted(life: Life) -> None:
     """An expiry has no entry there: such a hold is not seen to have ended."""
-    standing = [hold.amount for hold in life.holds if hold.end in (None, "expire")]
-    assert TaskLedger(life.entries).open_holds() == OpenHolds({}, len(standing), sum(standing))
+    amounts = [hold.amount for hold in life.holds if hold.end in (None, "expire")]
+    assert TaskLedger(life.entries).open_holds() == OpenHolds({}, len(amounts), sum(amounts))
 
 
 @given(lives(), st.sampled_from(["bonus", "", "expired"]), st.integers(-30, 30))
-def test_what_neither_kind_nor_reason_tells_leaves_the_sum_unknown(life: Life, reason: str, change: int) -> None:
+def test_an_entry_without_a_known_kind_or_reason_leaves_the_sum_unknown(life: Life, reason: str, change: int) -> None:
     strange = LedgerEntry(ledger_id="x", task_id="t", change=change, reason=reason)
     reading = TaskLedger([strange, *life.entries])
     assert reading.charged() is None
@@ -179,7 +179,7 @@ def test_what_neither_kind_nor_reason_tells_leaves_the_sum_unknown(life: Life, r
 def test_a_committed_hold_shows_twice_by_reason_and_is_charged_once(cost: int, rest: int) -> None:
     hold = OneHold(1, 24, "commit", cost)
     reading = TaskLedger(entries_of(hold, "reason"))
-    assert reading.fate(hold.asked()) == Found(HoldFate.COMMITTED, cost)
+    assert reading.fate(hold.requested()) == Found(HoldFate.COMMITTED, cost)
     assert (reading.charged(), reading.refunds) == (cost, [rest] if rest else [])
     assert reading.open_holds() == OpenHolds()
 
@@ -187,7 +187,7 @@ def test_a_committed_hold_shows_twice_by_reason_and_is_charged_once(cost: int, r
 def test_a_rest_that_is_shown_before_its_commit_is_no_settlement() -> None:
     hold = OneHold(1, 24, "commit", 20)
     reading = TaskLedger(entries_of(hold, "reason")[:2])
-    assert (reading.charged(), reading.fate(hold.asked()).fate) == (None, HoldFate.UNKNOWN)
+    assert (reading.charged(), reading.fate(hold.requested()).fate) == (None, HoldFate.UNKNOWN)
 
 
 def test_a_charge_counts_by_our_reason_alone_where_there_is_no_kind() -> None:
@@ -199,12 +199,12 @@ def test_a_charge_counts_by_our_reason_alone_where_there_is_no_kind() -> None:
     assert TaskLedger([ours, by_kind]).charged() == 29
 
 
-def test_a_commit_that_tells_only_its_rest_is_charged_of_its_hold() -> None:
+def test_a_commit_that_shows_only_its_rest_is_charged_from_its_hold() -> None:
     hold = OneHold(1, 24, "commit", 20)
     [_, commit] = entries_of(hold, "kind")
     bare = commit.model_copy(update={"frozen_change": None})
-    assert TaskLedger([bare]).fate(hold.asked()) == Found(HoldFate.COMMITTED, 20)
-    assert TaskLedger([bare]).charged() is None, "without its hold's entry the ledger alone does not tell"
+    assert TaskLedger([bare]).fate(hold.requested()) == Found(HoldFate.COMMITTED, 20)
+    assert TaskLedger([bare]).charged() is None, "without its hold's entry the ledger alone does not show it"
 
 
 @pytest.mark.parametrize("end", [None, "commit", "cancel"])
@@ -212,7 +212,7 @@ def test_an_old_hold_whose_end_is_known_hides_no_other(end: str | None) -> None:
     """Renewed: the first of 24 was cancelled, the second ended so."""
     first, second = OneHold(1, 24, "cancel"), OneHold(2, 24, end, 24 if end == "commit" else 0)
     reading = TaskLedger([*entries_of(first, "reason"), *entries_of(second, "reason")])
-    found = reading.fate(second.asked(), given_back=1)
+    found = reading.fate(second.requested(), given_back=1)
     ends = {None: Found(HoldFate.UNKNOWN), "commit": Found(HoldFate.COMMITTED, 24)}
     assert found == ends.get(end, Found(HoldFate.GIVEN_BACK))
 

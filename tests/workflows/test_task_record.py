@@ -1,4 +1,4 @@
-"""A task's state and facts: what is noted, what is told at once, what waits, and what is left out."""
+"""A task's state and facts: what is recorded, published immediately, held back and left out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TASK = ImageTask(task_id="t1", tenant_id="tenant", user_id="user", template_id="
 
 
 class Recorded:
-    """A record whose present the test moves, and what it shows in Temporal."""
+    """A task record, its time moved by the test, and what it shows in Temporal."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now, self.details = NOON, list[str]()
@@ -41,12 +41,12 @@ class Recorded:
     def pass_seconds(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
 
-    def hear(self, sequence: int, *, is_new_stage: bool = False, **fields: Any) -> None:
-        """A word of the job, as the watch hands it on."""
+    def receive(self, sequence: int, *, is_new_stage: bool = False, **fields: Any) -> None:
+        """An update of the job, as the watch passes it on."""
         said = {"status": TaskStatus.RUNNING, "stage": "processing", **fields}
-        news = JobUpdate(job_id="j1", sequence=sequence, **said)
-        self.record.apply(news)
-        self.record.publish_progress(news, is_new_stage=is_new_stage or news.is_final)
+        update = JobUpdate(job_id="j1", sequence=sequence, **said)
+        self.record.apply(update)
+        self.record.publish_progress(update, is_new_stage=is_new_stage or update.is_final)
 
     @property
     def is_holding_back(self) -> bool:
@@ -62,44 +62,44 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     return Recorded(monkeypatch)
 
 
-# What is taken over
+# What is applied
 
 
-def test_progress_never_goes_back_within_a_stage_and_begins_anew_in_the_next(recorded: Recorded) -> None:
+def test_progress_never_goes_back_within_a_stage_and_restarts_in_the_next(recorded: Recorded) -> None:
     reached = list[float]()
     for fields in ({"progress": 40.0}, {"progress": 30.0}, {}, {"progress": 60.0}, {"stage": "delivery"}):
-        recorded.hear(len(reached), **fields)
+        recorded.receive(len(reached), **fields)
         reached.append(recorded.record.state.progress)
 
     assert reached == [40.0, 40.0, 40.0, 60.0, 0.0]
-    recorded.hear(9, stage="processing", progress=10.0)
+    recorded.receive(9, stage="processing", progress=10.0)
     assert recorded.record.state.progress == 10.0
 
 
-def test_another_attempt_begins_anew_in_the_same_stage(recorded: Recorded) -> None:
-    recorded.hear(1, progress=40.0)
-    news = JobUpdate(job_id="j2", sequence=1, status=TaskStatus.RUNNING, stage="processing", progress=5.0)
-    recorded.record.apply(news, attempt_changed=True)
+def test_another_attempt_restarts_progress_in_the_same_stage(recorded: Recorded) -> None:
+    recorded.receive(1, progress=40.0)
+    update = JobUpdate(job_id="j2", sequence=1, status=TaskStatus.RUNNING, stage="processing", progress=5.0)
+    recorded.record.apply(update, attempt_changed=True)
 
     assert recorded.record.state.progress == 5.0
 
 
-def test_what_a_word_leaves_out_stays_as_it_was_except_what_is_of_the_moment(recorded: Recorded) -> None:
+def test_fields_that_an_update_leaves_out_stay_except_those_of_the_moment(recorded: Recorded) -> None:
     eta = NOON + timedelta(minutes=3)
-    recorded.hear(1, next_eta=eta, queue_position=4, estimated_time=8.0, gpu_slots=2)
+    recorded.receive(1, next_eta=eta, queue_position=4, estimated_time=8.0, gpu_slots=2)
     state = recorded.record.state
     assert (state.next_eta, state.queue_position, state.estimated_time, state.gpu_slots) == (eta, 4, 8.0, 2)
 
-    recorded.hear(2, gpu_slots=0)
+    recorded.receive(2, gpu_slots=0)
     assert (state.next_eta, state.queue_position, state.estimated_time, state.gpu_slots) == (None, None, 8.0, 0)
 
-    recorded.hear(3, estimated_time=5.0)
+    recorded.receive(3, estimated_time=5.0)
     assert (state.estimated_time, state.gpu_slots) == (5.0, 0)
 
 
-def test_a_job_that_was_asked_for_has_nothing_of_the_one_before(recorded: Recorded) -> None:
-    recorded.hear(1, progress=40.0, next_eta=NOON, queue_position=4)
-    recorded.hear(2, progress=50.0)
+def test_a_requested_job_keeps_nothing_of_the_one_before(recorded: Recorded) -> None:
+    recorded.receive(1, progress=40.0, next_eta=NOON, queue_position=4)
+    recorded.receive(2, progress=50.0)
     assert recorded.carried.held_back is not None
     recorded.record.attempted(2)
     state = recorded.record.state
@@ -113,18 +113,18 @@ def test_a_job_that_was_asked_for_has_nothing_of_the_one_before(recorded: Record
     assert (state.next_eta, state.queue_position) == (None, None)
 
 
-def test_what_a_job_says_that_was_said_when_it_was_taken_is_no_news(recorded: Recorded) -> None:
+def test_an_update_that_repeats_the_submitted_state_is_not_published(recorded: Recorded) -> None:
     recorded.record.submitted("queued")
-    recorded.hear(1, is_new_stage=True, status=TaskStatus.QUEUED, stage="queued")
+    recorded.receive(1, is_new_stage=True, status=TaskStatus.QUEUED, stage="queued")
 
     assert recorded.keys == []
 
 
-# What is told
+# What is published
 
 
-def test_a_fact_says_how_things_stand(recorded: Recorded) -> None:
-    recorded.hear(1, progress=40.0, next_eta=NOON, queue_position=4)
+def test_a_fact_has_the_state_of_the_task(recorded: Recorded) -> None:
+    recorded.receive(1, progress=40.0, next_eta=NOON, queue_position=4)
     recorded.record.publish("held:1", EventType.CREDITS, credits_delta=-24)
 
     fact = recorded.carried.unwritten[-1]
@@ -137,36 +137,36 @@ def test_a_fact_says_how_things_stand(recorded: Recorded) -> None:
     assert recorded.carried.unwritten[-1].attempt == 3
 
 
-def test_progress_is_told_once_a_second_and_what_comes_sooner_is_held_back(recorded: Recorded) -> None:
-    recorded.hear(1, progress=10.0)
+def test_progress_is_published_once_a_second_and_what_comes_sooner_is_held_back(recorded: Recorded) -> None:
+    recorded.receive(1, progress=10.0)
     recorded.pass_seconds(0.999)
-    recorded.hear(2, progress=20.0)
+    recorded.receive(2, progress=20.0)
     assert recorded.keys == ["j1:1"]
     assert recorded.carried.held_back == HeldProgress(job_id="j1", sequence=2)
 
-    recorded.hear(3, progress=30.0)
+    recorded.receive(3, progress=30.0)
     assert recorded.carried.held_back == HeldProgress(job_id="j1", sequence=3)
 
     recorded.carried.unwritten.clear()
     recorded.pass_seconds(0.001)
-    recorded.hear(4, progress=40.0)
+    recorded.receive(4, progress=40.0)
     assert recorded.keys == ["j1:4"]
     assert not recorded.is_holding_back
 
 
-def test_a_change_of_stage_and_an_error_are_told_at_once(recorded: Recorded) -> None:
-    recorded.hear(1, progress=10.0)
-    recorded.hear(2, is_new_stage=True, stage="delivery")
-    recorded.hear(3, stage="delivery", error=ErrorDetails(code="node_error", message="x"))
+def test_a_change_of_stage_and_an_error_are_published_immediately(recorded: Recorded) -> None:
+    recorded.receive(1, progress=10.0)
+    recorded.receive(2, is_new_stage=True, stage="delivery")
+    recorded.receive(3, stage="delivery", error=ErrorDetails(code="node_error", message="x"))
 
     assert recorded.keys == ["j1:1", "j1:3"]
     assert recorded.carried.held_back is None
 
 
-def test_a_word_that_shows_nothing_new_is_not_told(recorded: Recorded) -> None:
-    recorded.hear(1, progress=10.2)
+def test_an_update_with_nothing_new_is_not_published(recorded: Recorded) -> None:
+    recorded.receive(1, progress=10.2)
     recorded.pass_seconds(5)
-    recorded.hear(2, progress=10.9)
+    recorded.receive(2, progress=10.9)
     assert recorded.keys == ["j1:1"]
 
     changes: list[dict[str, Any]] = [{"progress": 11.0}, {"queue_position": 3}, {"next_eta": NOON}]
@@ -174,7 +174,7 @@ def test_a_word_that_shows_nothing_new_is_not_told(recorded: Recorded) -> None:
         recorded.record._backlog.take()
         recorded.record._backlog.written()
         recorded.pass_seconds(5)
-        recorded.hear(9, **{"progress": 10.9, **changed})
+        recorded.receive(9, **{"progress": 10.9, **changed})
         assert recorded.keys == ["j1:9"], changed
 
 
@@ -184,28 +184,28 @@ def test_a_word_that_shows_nothing_new_is_not_told(recorded: Recorded) -> None:
 def test_while_the_store_is_away_only_the_newest_progress_of_a_stage_waits(recorded: Recorded) -> None:
     for sequence in range(1, 5):
         recorded.pass_seconds(2)
-        recorded.hear(sequence, progress=10.0 * sequence)
+        recorded.receive(sequence, progress=10.0 * sequence)
     assert recorded.keys == ["j1:4"]
 
     recorded.record.publish("held:2", EventType.CREDITS)
     recorded.pass_seconds(2)
-    recorded.hear(5, progress=50.0)
-    recorded.hear(6, is_new_stage=True, stage="delivery")
+    recorded.receive(5, progress=50.0)
+    recorded.receive(6, is_new_stage=True, stage="delivery")
     assert recorded.keys == ["j1:4", "held:2", "j1:5", "j1:6"]
 
 
 def test_what_is_being_written_is_not_changed(recorded: Recorded) -> None:
-    recorded.hear(1, progress=10.0)
+    recorded.receive(1, progress=10.0)
     recorded.record._backlog.take()
     for sequence in (2, 3):
         recorded.pass_seconds(2)
-        recorded.hear(sequence, progress=10.0 * sequence)
+        recorded.receive(sequence, progress=10.0 * sequence)
 
     assert recorded.keys == ["j1:1", "j1:3"]
 
 
 def test_a_message_is_no_progress_and_is_never_coalesced(recorded: Recorded) -> None:
-    recorded.hear(1, progress=10.0)
+    recorded.receive(1, progress=10.0)
     recorded.record.publish("queue_sla", EventType.RUNNING, message="Still queued.")
     recorded.record.publish("retry:2", EventType.RUNNING)
     recorded.record.publish("again", EventType.RUNNING)
@@ -214,11 +214,11 @@ def test_a_message_is_no_progress_and_is_never_coalesced(recorded: Recorded) -> 
 
 
 def test_a_full_list_drops_the_oldest_progress_that_is_not_being_written_and_nothing_else(recorded: Recorded) -> None:
-    recorded.hear(1, progress=1.0)
+    recorded.receive(1, progress=1.0)
     recorded.record._backlog.take()
     for n in range(2, MAX_UNWRITTEN, 2):
         recorded.pass_seconds(2)
-        recorded.hear(n, queue_position=n)
+        recorded.receive(n, queue_position=n)
         recorded.record.publish(f"held:{n + 1}", EventType.CREDITS)
     recorded.record.publish("full", EventType.CREDITS)
     assert len(recorded.keys) == MAX_UNWRITTEN == 256
@@ -231,7 +231,7 @@ def test_a_full_list_drops_the_oldest_progress_that_is_not_being_written_and_not
     assert recorded.keys[-1] == "one more"
 
 
-def test_a_list_full_of_what_must_be_told_grows(recorded: Recorded) -> None:
+def test_a_backlog_full_of_required_facts_grows(recorded: Recorded) -> None:
     for n in range(MAX_UNWRITTEN + 1):
         recorded.record.publish(f"held:{n}", EventType.CREDITS)
 
@@ -249,8 +249,8 @@ def test_an_exception_record_ends_nothing(recorded: Recorded) -> None:
     assert (record.details, record.ts, recorded.keys) == ({"minutes": 8}, NOON, [])
 
 
-def test_a_failure_is_told_to_caller_and_ops(recorded: Recorded) -> None:
-    recorded.hear(1, progress=40.0, next_eta=NOON, queue_position=4)
+def test_a_failure_is_reported_to_caller_and_operators(recorded: Recorded) -> None:
+    recorded.receive(1, progress=40.0, next_eta=NOON, queue_position=4)
     recorded.record.failed(TaskFailed(FailureCode.TIMEOUT, "It did not end."))
 
     state, end = recorded.record.state, recorded.carried.unwritten[-1]
@@ -273,8 +273,8 @@ def test_search_attributes_are_set_only_where_they_changed(recorded: Recorded) -
     recorded.carried.written_status = TaskStatus.QUEUED
     recorded.record.submitted("queued")
     recorded.record.submitted("queued")
-    recorded.hear(1)
-    recorded.hear(2)
+    recorded.receive(1)
+    recorded.receive(2)
     recorded.record.attempted(2)
     recorded.record.update_search_attributes()
     recorded.record.end(TaskStatus.CANCELLED, EventType.CANCELLED)
@@ -293,7 +293,7 @@ def test_every_change_of_the_row_has_a_higher_version(recorded: Recorded) -> Non
         recorded.record.update_search_attributes,
         lambda: recorded.record.publish("held:1", EventType.CREDITS),
         lambda: recorded.record.record_exception("x", ExceptionCode.QUEUE_SLA_MISSED, "x"),
-        lambda: recorded.hear(1, progress=1.0),
+        lambda: recorded.receive(1, progress=1.0),
     ]
     for change in changes:
         change()
@@ -302,7 +302,7 @@ def test_every_change_of_the_row_has_a_higher_version(recorded: Recorded) -> Non
     assert sorted(set(versions)) == versions
 
 
-def test_an_operator_sees_what_is_waited_for_and_the_last_word(recorded: Recorded) -> None:
+def test_an_operator_sees_what_is_waited_for_and_the_last_update(recorded: Recorded) -> None:
     recorded.record.waiting_for("ComfyUI: callback or poll", NOON)
     shown = len(recorded.details)
     recorded.record.waiting_for("ComfyUI: callback or poll", NOON)
@@ -313,5 +313,5 @@ def test_an_operator_sees_what_is_waited_for_and_the_last_word(recorded: Recorde
     recorded.record.waiting_for("the next attempt", NOON + timedelta(minutes=1))
     assert len(recorded.details) == 3
 
-    recorded.hear(1)
+    recorded.receive(1)
     assert "| last update from ComfyUI | 2026&#45;03&#45;01 12:00:00 UTC |" in recorded.details[-1]

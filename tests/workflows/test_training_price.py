@@ -1,4 +1,4 @@
-"""A training's price while it runs: held anew, confirmed again, charged by the hours that count (contract §5)."""
+"""A training's price while it runs: a new hold, another confirmation, charged by the hours that count (contract §5)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
 
 
 async def start_training(platform: Platform, task: dict[str, Any]) -> Handle:
-    """Start a training that stands still after its first checkpoint, until `resume`; returns when it does."""
+    """Start a training that stalls after its first checkpoint, until `resume`; returns when it does."""
     comfyui = platform.simulators.admin.comfyui
     await comfyui.fault("job_stall", route="create_training", task_id=task["task_id"], at=0.3)
     handle = await platform.start(task)
@@ -42,7 +42,7 @@ async def act(platform: Platform, handle: Handle, action: str, **parameters: Any
 
 
 async def let_it_end(platform: Platform, handle: Handle) -> None:
-    """Resume a training that may not have reached the point where it stands still."""
+    """Resume a training that may not have reached the point where it stalls."""
     run = await until_started(platform, handle)
 
     async def is_over() -> bool:
@@ -52,18 +52,18 @@ async def let_it_end(platform: Platform, handle: Handle) -> None:
 
 
 async def confirmation(platform: Platform, handle: Handle) -> dict[str, Any] | None:
-    asked: dict[str, Any] | None = (await platform.progress(handle))["confirmation"]
-    return asked
+    shown: dict[str, Any] | None = (await platform.progress(handle))["confirmation"]
+    return shown
 
 
-async def until_asked(platform: Platform, handle: Handle, cost: int) -> None:
-    """Wait until the task asks for this price to be confirmed."""
+async def until_price_shown(platform: Platform, handle: Handle, cost: int) -> None:
+    """Wait until the task shows this price for confirmation."""
 
-    async def asked() -> bool:
+    async def is_shown() -> bool:
         wanted = await confirmation(platform, handle)
         return wanted is not None and wanted["estimated_cost"] == cost
 
-    await platform.until(asked)
+    await platform.until(is_shown)
 
 
 async def until_kinds(platform: Platform, handle: Handle, kinds: list[str]) -> None:
@@ -71,7 +71,7 @@ async def until_kinds(platform: Platform, handle: Handle, kinds: list[str]) -> N
 
 
 @pytest.mark.on_both_profiles
-async def test_a_price_that_rises_above_the_hold_is_held_anew(quick_platform: Platform) -> None:
+async def test_a_price_that_rises_above_the_hold_takes_a_new_hold(quick_platform: Platform) -> None:
     handle = await start_training(quick_platform, quick_platform.training(max_credits=360))
     await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
     await until_kinds(quick_platform, handle, RENEWED)
@@ -95,11 +95,11 @@ async def test_a_price_that_falls_leaves_the_hold_and_lowers_the_charge(quick_pl
 async def test_a_price_above_the_ceiling_is_confirmed_again(quick_platform: Platform) -> None:
     handle = await start_training(quick_platform, quick_platform.training(max_credits=200))
     await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
-    await until_asked(quick_platform, handle, 360)
+    await until_price_shown(quick_platform, handle, 360)
     answer = await handle.execute_update("confirm_price", {"max_credits": 360})
     assert answer == {"max_credits": 360}
     await quick_platform.until(lambda: has_amount(quick_platform, handle, 360))
-    assert await confirmation(quick_platform, handle) is None, "it is asked for only while it is waited for"
+    assert await confirmation(quick_platform, handle) is None, "it is shown only while it is waited for"
     await act(quick_platform, handle, "resume")
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 360)
@@ -109,11 +109,11 @@ async def has_amount(platform: Platform, handle: Handle, amount: int) -> bool:
     return any(hold.amount == amount and hold.phase == "open" for hold in await holds_of(platform, handle))
 
 
-async def test_a_price_that_rises_again_is_asked_for_as_it_stands(quick_platform: Platform) -> None:
+async def test_a_price_that_rises_again_replaces_the_one_to_confirm(quick_platform: Platform) -> None:
     handle = await start_training(quick_platform, quick_platform.training(max_credits=200))
     for hours, price in ((5, 360), (7, 480)):
         await act(quick_platform, handle, "gpu_hours", gpu_hours=hours)
-        await until_asked(quick_platform, handle, price)
+        await until_price_shown(quick_platform, handle, price)
     await handle.execute_update("confirm_price", {"max_credits": 480})
     await act(quick_platform, handle, "resume")
     ending = await ended(quick_platform, handle)
@@ -123,7 +123,7 @@ async def test_a_price_that_rises_again_is_asked_for_as_it_stands(quick_platform
 async def test_an_unconfirmed_price_stops_the_training_at_its_next_checkpoint(quick_platform: Platform) -> None:
     handle = await start_training(quick_platform, quick_platform.training(max_credits=200))
     await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
-    await until_asked(quick_platform, handle, 360)
+    await until_price_shown(quick_platform, handle, 360)
     await act(quick_platform, handle, "resume")
     ending = await ended(quick_platform, handle)
     assert ending.code == "price_not_confirmed"
@@ -134,7 +134,7 @@ async def test_work_delivered_before_the_next_checkpoint_costs_what_was_confirme
     """What was not confirmed is never charged; what was, is held in time."""
     handle = await start_training(quick_platform, quick_platform.training(max_credits=200))
     await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
-    await until_asked(quick_platform, handle, 360)
+    await until_price_shown(quick_platform, handle, 360)
     await act(quick_platform, handle, "finish")
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 200)
@@ -180,10 +180,10 @@ async def test_a_retried_training_is_charged_to_its_checkpoint_and_its_last_atte
     assert ending.charged == BASE + math.ceil(round((hours - 1) * 60, 6))
 
 
-@pytest.mark.parametrize("told_hours", [3.0, 9.0], ids=["as they were", "other hours"])
+@pytest.mark.parametrize("reported_hours", [3.0, 9.0], ids=["as they were", "other hours"])
 @pytest.mark.parametrize("resumes", [1, 2])
 async def test_a_checkpoint_that_a_training_resumed_from_adds_nothing(
-    quick_platform: Platform, told_hours: float, resumes: int
+    quick_platform: Platform, reported_hours: float, resumes: int
 ) -> None:
     """Each resumed attempt reports the checkpoint it began with, as a server may: its hours count once."""
     quick_platform.policy["retry_after_seconds"] = [0.05, 0.05, 0.05]
@@ -200,7 +200,7 @@ async def test_a_checkpoint_that_a_training_resumed_from_adds_nothing(
         resumed = await until_attempt(quick_platform, handle, attempt)
         assert resumed.state["gpu_hours_used"] is not None
         await report(
-            quick_platform, handle, resumed.run_id, 100, checkpoint=checkpoint | {"gpu_hours_used": told_hours}
+            quick_platform, handle, resumed.run_id, 100, checkpoint=checkpoint | {"gpu_hours_used": reported_hours}
         )
         if attempt <= resumes:
             await preempt(quick_platform, handle, resumed.run_id)
@@ -217,9 +217,9 @@ RUNNING = {"training_status": "running", "training_stage": "training"}
 
 
 async def report(platform: Platform, handle: Handle, training_id: str, sequence: int, **fields: Any) -> None:
-    """A message of this training, past the simulator, and the task's word that it was applied."""
-    told = {"training_id": training_id, "sequence": sequence, "stage_progress": 99.5, "gpu_hours": 4.0}
-    await platform.callback(handle, **RUNNING, **told, **fields)
+    """A message of this training, past the simulator; returns when the task has applied it."""
+    update = {"training_id": training_id, "sequence": sequence, "stage_progress": 99.5, "gpu_hours": 4.0}
+    await platform.callback(handle, **RUNNING, **update, **fields)
     await platform.until(lambda: _shows(platform, handle, 99.5))
 
 
@@ -233,7 +233,7 @@ async def _shows(platform: Platform, handle: Handle, percent: float) -> bool:
 
 
 async def until_attempt(platform: Platform, handle: Handle, number: int) -> RunSeen:
-    """Wait until the task's `number`th training is the one that it follows; how it stands."""
+    """Wait until the task's `number`th training is the one that it follows; its state."""
 
     async def begun() -> RunSeen | None:
         runs = await platform.simulators.admin.comfyui.jobs(task_of(handle))

@@ -1,6 +1,6 @@
-"""Step table 2, row by row, where it does not go straight on: window, GPUs, dataset, confirmation, start (contract §8).
+"""Step table 2, row by row, off the good path: window, GPUs, dataset, confirmation, start (contract §8).
 
-That the dataset's copy is gone is asserted of every end by `books.ended`; here it is seen to have been there.
+`books.ended` asserts that the dataset's copy is gone at every end; here tests see that it existed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Fields = dict[str, Any]
 
 
 async def routes_called(platform: Platform, handle: Handle) -> list[str]:
-    """What was asked of either service for the task, each route once, in the order of its first call."""
+    """The routes of either service that were called for the task, each once, in the order of the first call."""
     admin, task_id = platform.simulators.admin, task_id_of(handle)
     seen = [*await admin.comfyui.requests_seen(None, task_id), *await admin.credits.requests_seen(None, task_id)]
     return list(dict.fromkeys(request.route for request in sorted(seen, key=lambda request: request.at)))
@@ -110,14 +110,14 @@ async def test_a_window_at_the_end_of_time_can_be_cancelled(quick_platform: Plat
 # GPUs
 
 
-@pytest.mark.parametrize("asked", ["b300", None], ids=["none of the asked type", "none at all"])
-async def test_without_a_gpu_nothing_starts(quick_platform: Platform, asked: str | None) -> None:
+@pytest.mark.parametrize("gpu_type", ["b300", None], ids=["none of the requested type", "none at all"])
+async def test_without_a_gpu_nothing_starts(quick_platform: Platform, gpu_type: str | None) -> None:
     payer = await new_payer(quick_platform)
-    if asked is None:
+    if gpu_type is None:
         await quick_platform.simulators.admin.comfyui.fault(
             "answer", route="list_gpus", tenant_id=payer.tenant_id, status=200, body=[]
         )
-    handle = await quick_platform.start(payer.training(gpu_type=asked))
+    handle = await quick_platform.start(payer.training(gpu_type=gpu_type))
     ending = await ended(quick_platform, handle)
     assert ending.code == "gpu_unavailable"
     assert ending.kinds == ["task.accepted -", "task.failed -"]
@@ -223,8 +223,8 @@ async def test_an_address_outside_the_tenants_own_prefix_is_refused(quick_platfo
     await asyncio.gather(*(refused(template) for template in FOREIGN))
 
 
-async def body_told(platform: Platform, handle: Handle) -> TrainingRequest:
-    """What the service was sent: history holds it without the list of files, which lies beside the copy."""
+async def body_sent(platform: Platform, handle: Handle) -> TrainingRequest:
+    """The body that the service received: history has it without the list of files, which is stored beside the copy."""
     [order] = await sent(handle, "create_training")
     draft = TrainingDraft.model_validate(order["body"])
     assert draft.dataset.files is None
@@ -234,8 +234,8 @@ async def body_told(platform: Platform, handle: Handle) -> TrainingRequest:
     return body
 
 
-async def test_the_service_trains_on_a_copy_whose_checksums_it_is_told(quick_platform: Platform) -> None:
-    """The copy stands for as long as the training runs, whatever becomes of the source."""
+async def test_the_service_trains_on_a_copy_and_gets_its_checksums(quick_platform: Platform) -> None:
+    """The copy is kept as long as the training runs, even if the source changes."""
     payer = await new_payer(quick_platform)
     task = payer.training()
     await quick_platform.simulators.admin.comfyui.fault(
@@ -245,18 +245,18 @@ async def test_the_service_trains_on_a_copy_whose_checksums_it_is_told(quick_pla
     await until_started(quick_platform, handle)
     source = quick_platform.folder / "datasets" / payer.tenant_id / "faces" / "0.txt"
     source.write_text("another picture")
-    body = await body_told(quick_platform, handle)
-    [told] = body.dataset.files
+    body = await body_sent(quick_platform, handle)
+    [file] = body.dataset.files
     [copy] = [path for path in quick_platform.snapshot_files(task_id_of(handle)) if path.name == "0.txt"]
-    assert copy.as_uri() == body.dataset.snapshot_uri + told.path
-    assert hashlib.sha256(copy.read_bytes()).hexdigest() == told.sha256
-    assert (copy.read_text(), told.size_bytes) == ("a picture", len("a picture"))
+    assert copy.as_uri() == body.dataset.snapshot_uri + file.path
+    assert hashlib.sha256(copy.read_bytes()).hexdigest() == file.sha256
+    assert (copy.read_text(), file.size_bytes) == ("a picture", len("a picture"))
     await quick_platform.until(lambda: is_over(quick_platform, handle))
     await ended(quick_platform, handle)
 
 
 async def is_over(platform: Platform, handle: Handle) -> bool:
-    """Resume a training that may not have reached the point where it stands still."""
+    """Resume a training that may not have reached the point where it stalls."""
     run = await platform.job(handle)
     return (await platform.simulators.admin.comfyui.act(run.run_id, "resume")).is_over
 
@@ -274,7 +274,7 @@ async def cancelled_by_temporal(_platform: Platform, handle: Handle) -> None:
 
 
 async def nothing(_platform: Platform, _handle: Handle) -> None:
-    """It ends so by itself."""
+    """It ends like this by itself."""
 
 
 ENDS: dict[str, tuple[Fields, int, Callable[[Platform, Handle], Any], str | None]] = {
@@ -294,7 +294,7 @@ ENDS: dict[str, tuple[Fields, int, Callable[[Platform, Handle], Any], str | None
 
 
 @pytest.mark.parametrize("how", ENDS)
-async def test_the_copy_is_deleted_however_the_training_ends(quick_platform: Platform, how: str) -> None:
+async def test_the_copy_is_deleted_at_every_end_of_a_training(quick_platform: Platform, how: str) -> None:
     fields, balance, end_it, code = ENDS[how]
     payer = await new_payer(quick_platform, balance)
     task = payer.training(**fields)
@@ -323,38 +323,38 @@ async def test_a_training_that_the_service_refuses_leaves_nothing(quick_platform
 # The confirmation
 
 
-async def until_asked(platform: Platform, handle: Handle) -> dict[str, Any]:
-    """Wait until the task asks for its price to be confirmed; what it asks."""
+async def until_price_shown(platform: Platform, handle: Handle) -> dict[str, Any]:
+    """Wait until the task shows a price for confirmation; the confirmation."""
 
-    async def asked() -> dict[str, Any] | None:
+    async def shown() -> dict[str, Any] | None:
         wanted: dict[str, Any] | None = (await platform.progress(handle))["confirmation"]
         return wanted
 
-    wanted = await platform.until(asked)
+    wanted = await platform.until(shown)
     assert wanted is not None
     return wanted
 
 
-async def test_an_unconfirmed_price_is_asked_for_by_query_and_event_until_it_is_confirmed(
+async def test_an_unconfirmed_price_is_shown_by_query_and_event_until_it_is_confirmed(
     quick_platform: Platform,
 ) -> None:
     payer = await new_payer(quick_platform, 1_000)
     handle = await quick_platform.start(payer.training(max_credits=None))
-    asked = await until_asked(quick_platform, handle)
-    assert (asked["estimated_cost"], asked["current_balance"]) == (PRICE, 1_000)
-    assert {option["priority"] for option in asked["options"]} == {"standard", "accelerated"}
-    left = datetime.fromisoformat(asked["confirm_by"]) - datetime.now(UTC)
+    confirmation = await until_price_shown(quick_platform, handle)
+    assert (confirmation["estimated_cost"], confirmation["current_balance"]) == (PRICE, 1_000)
+    assert {option["priority"] for option in confirmation["options"]} == {"standard", "accelerated"}
+    left = datetime.fromisoformat(confirmation["confirm_by"]) - datetime.now(UTC)
     assert timedelta(minutes=59) < left <= timedelta(minutes=60)
-    assert await holds_of(quick_platform, handle) == [], "nothing is held for a price that nobody has confirmed"
+    assert await holds_of(quick_platform, handle) == [], "nothing is held for an unconfirmed price"
 
     assert await handle.execute_update("confirm_price", {"max_credits": PRICE - 1}) == {"max_credits": PRICE - 1}
-    assert await until_asked(quick_platform, handle) == asked, "less than the price confirms nothing"
+    assert await until_price_shown(quick_platform, handle) == confirmation, "less than the price confirms nothing"
     assert await handle.execute_update("confirm_price", {"max_credits": PRICE}) == {"max_credits": PRICE}
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, PRICE)
     [event] = [event for event in ending.events if event.confirmation]
     assert event.event is EventType.CREDITS and event.confirmation
-    assert event.confirmation.model_dump(mode="json") == asked
+    assert event.confirmation.model_dump(mode="json") == confirmation
     assert (await quick_platform.progress(handle))["confirmation"] is None
     order = ["create_training", "estimate", "pre_deduct", "start_training", "commit"]
     assert await routes_called(quick_platform, handle) == order
@@ -366,7 +366,7 @@ async def test_a_price_up_to_max_credits_is_confirmed_beforehand(quick_platform:
     assert not any(event.confirmation for event in ending.events)
 
 
-async def test_a_price_can_be_confirmed_before_it_is_asked_for_and_only_raised(patient_platform: Platform) -> None:
+async def test_a_price_can_be_confirmed_before_the_task_requests_it_and_only_raised(patient_platform: Platform) -> None:
     opens = datetime.now(UTC) + timedelta(minutes=10)
     handle = await patient_platform.start_training(max_credits=10, window={"not_before": opens.isoformat()})
     await patient_platform.until_settled(handle)
@@ -378,16 +378,16 @@ async def test_a_price_can_be_confirmed_before_it_is_asked_for_and_only_raised(p
     assert not any(event.confirmation for event in ending.events)
 
 
-async def test_a_price_that_nobody_confirms_ends_the_task_in_an_hour_or_with_its_window(
+async def test_an_unconfirmed_price_ends_the_task_in_an_hour_or_with_its_window(
     patient_platform: Platform,
 ) -> None:
     closes = datetime.now(UTC) + timedelta(minutes=30)
     windows: list[Fields] = [{}, {"window": {"not_after": closes.isoformat()}}]
     handles = [await patient_platform.start_training(max_credits=None, **window) for window in windows]
     for handle, minutes in zip(handles, (60, 30), strict=True):
-        await until_asked(patient_platform, handle)
+        await until_price_shown(patient_platform, handle)
         await patient_platform.pass_time(handle, minutes * 60 - 15)
-        assert await until_asked(patient_platform, handle)
+        assert await until_price_shown(patient_platform, handle)
         await patient_platform.pass_time(handle, 20)
         ending = await ended(patient_platform, handle)
         assert ending.code == "price_not_confirmed"
@@ -404,8 +404,8 @@ async def test_a_server_without_start_begins_by_itself(quick_platform: Platform)
     handle = await quick_platform.start(payer.training())
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, PRICE, [])
-    [asked] = await comfyui.requests_seen("start_training", task_id_of(handle))
-    assert (asked.status, asked.outcome) == (404, "not_acted")
+    [request] = await comfyui.requests_seen("start_training", task_id_of(handle))
+    assert (request.status, request.outcome) == (404, "not_acted")
 
 
 async def test_a_retried_training_resumes_from_its_last_checkpoint(quick_platform: Platform) -> None:
@@ -416,13 +416,13 @@ async def test_a_retried_training_resumes_from_its_last_checkpoint(quick_platfor
     handle = await quick_platform.start(task)
     assert (await ended(quick_platform, handle)).status is TaskStatus.COMPLETED
     first, _second = await comfyui.jobs(task_of(handle))
-    asked = [order["body"]["resume_from"] for order in await sent(handle, "create_training")]
-    assert asked == [None, first.state["checkpoint"]["uri"]]
+    sources = [order["body"]["resume_from"] for order in await sent(handle, "create_training")]
+    assert sources == [None, first.state["checkpoint"]["uri"]]
     assert len(await sent(handle, "snapshot")) == 1, "the same copy serves both"
 
 
 async def test_a_training_resumes_from_the_checkpoint_that_its_caller_names(quick_platform: Platform) -> None:
-    """The service refuses a checkpoint it does not know: that it completes says that it was told."""
+    """The service refuses a checkpoint it does not know: a completed training shows that it got the checkpoint."""
     first = await quick_platform.start_training()
     await ended(quick_platform, first)
     checkpoint = (await quick_platform.job(first)).state["checkpoint"]["uri"]

@@ -1,4 +1,4 @@
-"""The saga: every undo runs, side by side, and none hides another's bug."""
+"""The saga: all undos run concurrently, and none hides another's bug."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workflows.undo import Undo
 
 
 class Bug(Exception):
-    """What nobody foresaw."""
+    """An unexpected error."""
 
 
 async def test_all_are_undone_side_by_side_and_each_once(temporal_env: WorkflowEnvironment) -> None:

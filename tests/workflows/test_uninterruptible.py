@@ -92,6 +92,6 @@ class Step:
 
 
 def test_the_table_is_in_the_documents() -> None:
-    told = " ".join((ROOT / "docs" / "reliability.md").read_text().split())
+    document = " ".join((ROOT / "docs" / "reliability.md").read_text().split())
     for row in UNINTERRUPTIBLE:
-        assert f"| {row.what} | {row.reason} |" in told, row.what
+        assert f"| {row.what} | {row.reason} |" in document, row.what

@@ -49,7 +49,7 @@ async def reconciled(temporal_env: WorkflowEnvironment, dsn: str, tmp_path: Path
 
 
 def at_the_edge(monkeypatch: pytest.MonkeyPatch, platform: Platform, spoilt: Mapping[str, Spoil]) -> None:
-    """What the server says of some workflow ids is replaced on its way in."""
+    """Replace the server's answers for some workflow ids."""
     service = platform.client.workflow_service
     describe = service.describe_workflow_execution
 
@@ -124,7 +124,9 @@ async def test_rows_that_cannot_be_looked_at_hold_up_no_other(
     await ended(reconciled, paused)
 
 
-async def test_a_page_that_hangs_still_tells_what_it_saw(reconciled: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_page_that_hangs_still_reports_what_it_saw(
+    reconciled: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hanging, lost = [await left_image(reconciled) for _ in range(2)]
     describe = runs_seen.describe_run
 
@@ -164,7 +166,7 @@ async def test_a_give_back_that_cannot_be_started_holds_up_no_other(
     assert (await reconcile(reconciled)).task_ids == [task_id_of(refused)]
 
 
-async def test_what_a_run_left_that_cannot_be_read_is_noted_and_tried_again(
+async def test_unreadable_orphans_are_recorded_and_retried(
     reconciled: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handle = await left_image(reconciled)
@@ -178,10 +180,10 @@ async def test_what_a_run_left_that_cannot_be_read_is_noted_and_tried_again(
             task_queue=reconciled.task_queue,
         )
 
-        async def is_noted() -> bool:
+        async def is_recorded() -> bool:
             return task_id in await reasons(reconciled)
 
-        await reconciled.until(is_noted)
+        await reconciled.until(is_recorded)
     await giving_back.result()
     assert await reasons(reconciled) == {}
     assert (await ended_without_its_run(reconciled, task_id)).status is TaskStatus.FAILED

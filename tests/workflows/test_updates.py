@@ -1,4 +1,4 @@
-"""Updates that nobody should send are refused to the caller, and the run goes on (pitfall 3)."""
+"""Invalid updates are refused to the caller, and the run goes on (pitfall 3)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_a_bad_update_is_refused_and_changes_nothing(direct_platform: Plat
     assert (await ended(direct_platform, handle)).status is TaskStatus.CANCELLED
 
 
-async def test_of_many_cancels_at_once_each_is_answered_or_refused_by_the_server(direct_platform: Platform) -> None:
+async def test_each_of_many_concurrent_cancels_is_answered_or_refused_by_the_server(direct_platform: Platform) -> None:
     """They are answered once it is decided; more than ten in flight the server takes of no run."""
     task = direct_platform.image()
     hanging = await direct_platform.simulators.admin.comfyui.fault(

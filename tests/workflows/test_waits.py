@@ -1,4 +1,4 @@
-"""Wherever a run waits it obeys a cancel, its time and the life of its hold, or says in one place why not."""
+"""Every wait of a run ends on a cancel, its deadline or its hold's expiry, or has its reason in one table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def back(platform: Platform, fault: Fault) -> None:
 
 
 async def start_working(platform: Platform, payer: Payer, kind: str, **duration: Any) -> Handle:
-    """Start a task whose job stands still once it has begun."""
+    """Start a task whose job stalls once it has started."""
     for gpu_type in ("rtx4090", "a100"):
         await platform.simulators.admin.comfyui.set_gpus(gpu_type, 200)
     task = payer.image() if kind == "image" else payer.training()
@@ -70,8 +70,8 @@ async def until_jobs(platform: Platform, handle: Handle, number: int) -> None:
     await platform.until(followed)
 
 
-async def asked(platform: Platform, handle: Handle, route: str, times: int) -> None:
-    """Wait until the run has scheduled this call so often."""
+async def until_scheduled(platform: Platform, handle: Handle, route: str, times: int) -> None:
+    """Wait until the run has scheduled this call this many times."""
 
     async def scheduled_so_often() -> bool:
         return len(await scheduled(handle, route)) >= times
@@ -89,7 +89,7 @@ async def finish(platform: Platform, handle: Handle) -> None:
 
 @pytest.mark.parametrize("kind", ["image", "training"])
 async def test_the_next_attempt_follows_though_the_old_job_cannot_be_cancelled(platform: Platform, kind: str) -> None:
-    """Its cancel goes on beside the next attempt, and the task does not end before it has landed."""
+    """Its cancel goes on beside the next attempt, and the task does not end before it has succeeded."""
     handle = await start_working(platform, await new_payer(platform), kind)
     route = "cancel_job" if kind == "image" else "cancel_training"
     fault = await away(platform, route, task_of(handle))
@@ -109,7 +109,7 @@ async def _is_charged(platform: Platform, handle: Handle) -> bool:
     return "commit" in await kinds_of(platform, handle)
 
 
-async def test_a_cancel_between_two_attempts_does_not_sit_out_an_outage(platform: Platform) -> None:
+async def test_a_cancel_between_two_attempts_does_not_wait_for_an_outage_to_end(platform: Platform) -> None:
     handle = await start_working(platform, await new_payer(platform), "image")
     fault = await away(platform, "cancel_job", task_of(handle))
     await preempt(platform, handle)
@@ -128,7 +128,7 @@ async def test_the_tasks_time_runs_out_between_two_attempts_though_no_route_answ
     faults = [await away(platform, route, task_of(handle)) for route in ("cancel_job", "submit_job")]
     await preempt(platform, handle)
     await platform.pass_time(handle, 31)
-    await asked(platform, handle, "submit_job", 2)
+    await until_scheduled(platform, handle, "submit_job", 2)
     for _ in range(3):
         await platform.pass_time(handle, 5 * 60 + 10)
     await platform.until(lambda: has_kinds(platform, handle, "pre_deduct", "cancel"))
@@ -236,7 +236,7 @@ async def test_a_hold_is_renewed_again_though_the_one_before_cannot_be_given_bac
 
 
 @pytest.mark.parametrize("balance", [1_000, 30], ids=["both fit", "too short for both"])
-async def test_a_cancel_is_obeyed_while_topping_up_cannot_give_the_old_hold_back(
+async def test_a_cancel_takes_effect_while_a_top_up_cannot_give_the_old_hold_back(
     platform: Platform, balance: int
 ) -> None:
     payer = await new_payer(platform, balance)
@@ -250,7 +250,7 @@ async def test_a_cancel_is_obeyed_while_topping_up_cannot_give_the_old_hold_back
     await preempt(platform, handle)
     await platform.pass_time(handle, 31)
     await until_jobs(platform, handle, 2)
-    await asked(platform, handle, "cancel_hold", 1)
+    await until_scheduled(platform, handle, "cancel_hold", 1)
     async with asyncio.timeout(10):
         assert await platform.cancel(handle) == "accepted"
     await back(platform, fault)
