@@ -98,7 +98,7 @@ async def test_a_write_that_lands_after_its_run_has_continued_is_no_reset(task_s
     assert await task_store.register(run_of(task_id, "run-3", 2)) == EarlierLife(), "it acts as before"
 
 
-async def test_progress_of_every_attempt_and_stage_is_kept(task_store: TaskStore) -> None:
+async def test_a_reset_run_never_moves_the_progress_of_an_attempt_and_stage_back(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     for attempt, stage, progress in ((1, "processing", 60.0), (2, "processing", 20.0)):
         published = fact(f"j{attempt}:1", attempt=attempt, stage=stage, progress=progress)

@@ -62,7 +62,7 @@ async def start(platform: Platform, kind: str, **fields: Any) -> Handle:
 
 
 async def cancel(platform: Platform, handle: Handle, way: str) -> list[str]:
-    """Send all cancels concurrently; the outcomes of the updates among them. One may be just too late for the run."""
+    """Send the cancels together; the outcomes of the updates among them. One may be just too late for the run."""
     if way in ("temporal", "both"):
         await handle.cancel()
     updates = {"update": 1, "temporal": 0, "two updates": 2, "both": 1}[way]
