@@ -58,11 +58,15 @@ class PatientTransport(httpx.AsyncHTTPTransport):
         self._pool._network_backend = _Backend()
         self._free = asyncio.Semaphore(limits.max_connections) if limits.max_connections else None
         self._left_alone: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         exchange = Exchange(request.extensions.get(LIMIT))
         timeouts = request.extensions.get("timeout", {})
         await self._wait_for_connection(exchange.within(timeouts.get("pool")))
+        if self._is_closed:
+            self._release()
+            raise RuntimeError("Cannot send a request, as the client has been closed.")
         request.extensions["timeout"] = {**timeouts, "pool": None}
         asking = asyncio.create_task(_in(exchange, super().handle_async_request(request)))
         try:
@@ -97,6 +101,7 @@ class PatientTransport(httpx.AsyncHTTPTransport):
         task.add_done_callback(lambda _: self._release())
 
     async def _all_ended(self) -> None:
+        self._is_closed = True
         while self._left_alone:
             await asyncio.wait(self._left_alone)
 

@@ -90,7 +90,14 @@ async def run(chosen: Iterable[Case], subject: Subject) -> list[Outcome]:
         async with room:
             return await outcome_of(case, subject)
 
-    return list(await asyncio.gather(*(one(case) for case in chosen)))
+    running = [asyncio.create_task(one(case)) for case in chosen]
+    try:
+        return list(await asyncio.gather(*running))
+    finally:
+        # Where one of them ends the run, the others must not go on: their client is closed next.
+        for each in running:
+            each.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 async def outcome_of(case: Case, subject: Subject) -> Outcome:

@@ -101,3 +101,14 @@ async def test_a_byte_now_and_then_does_not_outlast_the_limit(where: str) -> Non
         with pytest.raises(httpx.TimeoutException):
             await http.get(server.url, extensions={LIMIT: 0.15})
         assert time.monotonic() - began < 1
+
+
+async def test_a_closed_client_opens_no_connection() -> None:
+    """One that it opened would stay open: the pool was closed before."""
+    async with serving(always(200, {})) as server:
+        transport = PatientTransport(limits=POOL)
+        request = httpx.Request("GET", server.url)
+        await transport.aclose()
+        with pytest.raises(RuntimeError, match="closed"):
+            await transport.handle_async_request(request)
+        assert server.connections == 0
