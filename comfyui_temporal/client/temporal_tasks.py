@@ -99,7 +99,8 @@ class TemporalTasks:
                 update = await self.read_update(handle, newest)
                 if update is not None and update != newest:
                     newest = update
-                    yield update
+                    if not update.status.is_end():  # the run's outcome is the end, and comes last
+                        yield update
                 await asyncio.wait({end}, timeout=POLL_SECONDS)
             outcome = await end
             yield _last_update(await self.read_update(handle, newest) or newest, outcome)
