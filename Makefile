@@ -80,7 +80,7 @@ simulate: setup ## both workflows by seeds, without a server (SEEDS=10000 PROFIL
 	@$(BIN)/python -m proof.simulation --seeds $(or $(SEEDS),1000) $(if $(PROFILE),--profile $(PROFILE))
 
 mutation: setup ## which small mistakes neither simulation nor tests see (ONLY=workflows/stop.py, READ=1 SAMPLE=60 SEED=1, SEEDS=1200)
-	@$(BIN)/python -m proof.mutation $(if $(READ),--read) $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS))
+	@$(BIN)/python -m proof.mutation $(if $(READ),--read) $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(TESTS),--tests $(TESTS))
 
 kill-points: setup ## the whole stack struck at every instant of both flows (ONLY="image: commit" KINDS=worker-killed,… PROFILE=field)
 	@$(BIN)/python -m proof.kill_points $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
