@@ -95,7 +95,11 @@ async def test_a_list_of_four_megabytes_is_taken_and_a_longer_one_is_not(api: Ap
     task = await api.ended(order["task_id"])
     assert task["error"]["code"] == "dataset_invalid" and "is not in" in task["error"]["message"]
     kept = api.platform.folder / "objects" / "snapshots" / order["task_id"]
-    assert not [path for path in kept.rglob("*") if path.is_file()], "the list went with the task"
+
+    async def is_deleted() -> bool:
+        return not [path for path in kept.rglob("*") if path.is_file()]
+
+    await api.platform.until(is_deleted)  # the deletion comes after the last event
     names = [name + "f" * 20 for name in names]
     answer = await api.call("POST", "/trainings", order_of(api, source_uri="file:///x", files=names))
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
