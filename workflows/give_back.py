@@ -70,7 +70,7 @@ class ManualCall(OutsideCall):
 
 
 class OrphanedInput(TaskInput):
-    """The input of a task whose run is over, as far as its row knows it: for whom calls are made."""
+    """The task of a run that has ended, as far as its row says. Calls are made in its name."""
 
     row_scene: Scene
 

@@ -311,7 +311,7 @@ class Answer(OwnModel, Generic[T]):
 
 
 def sentences_of(error: ValidationError) -> list[str]:
-    """A validation error, field by field: `prompt: Field required`. It repeats no value: prompts stay out of logs."""
+    """A validation error, field by field: `prompt: Field required`. Values are left out, so no prompt reaches a log."""
     return [
         f"{'.'.join(str(part) for part in problem['loc']) or 'input'}: {problem['msg']}" for problem in error.errors()
     ][:20]

@@ -1,10 +1,9 @@
 """Money (invariants 1 and 2): what the credits service has against what the task reports.
 
-What nobody can know under a profile of the service is exempt by its record and its amount:
+Two things cannot be known on some services. The checks accept them only with an exception record of the right amount:
 
-hold_doubled        Without idempotency a repeat after a lost answer is a second hold, and without ids in the ledger
-                    nobody can name it to cancel it. It stays, and the task has recorded its points: all of them, and
-                    no more.
+hold_doubled        Without idempotency, a repeat after a lost answer makes a second hold. Without ids in the ledger it
+                    cannot be cancelled, so it stays. The record must hold exactly its points.
 settlement_unknown  The task reports no charge (null), and a record says why it does not know.
 """
 

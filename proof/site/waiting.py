@@ -24,7 +24,7 @@ OUTSIDE_ERRORS: Final = (
     StoreFailure,
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
-    # The driver raises it where a server's farewell comes between two of its own messages.
+    # asyncpg raises it where the server closes the connection in the middle of a message.
     asyncpg.InternalClientError,
 )
 LOOK_SECONDS: Final = 0.1

@@ -151,7 +151,7 @@ async def test_what_the_first_release_wrote_is_read(source: Path, objects: Path)
     old = {"source_uri": source.as_uri(), "asked_files": TWO, "snapshot": whole.model_dump()}
     path.write_text(json.dumps(old))
     assert await environment().run(activities(objects).snapshot, order(source, files=TWO)) == snapshot
-    assert json.loads(path.read_text()) == old, "its copies were not made anew"
+    assert json.loads(path.read_text()) == old, "its copies were not written again"
     inline = SnapshotReference.model_validate(old["snapshot"])
     assert await DatasetSnapshots(objects.as_uri()).whole(inline) == whole
     await environment().run(activities(objects).snapshot, order(source))

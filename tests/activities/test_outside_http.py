@@ -1,4 +1,4 @@
-"""The HTTP client itself: every error of httpx has a name, limits hold, and nothing secret is told."""
+"""The HTTP client: every error of httpx has a name, limits are kept, and no secret is shown."""
 
 from __future__ import annotations
 
