@@ -120,6 +120,8 @@ async def test_where_the_token_is_not_taken_no_case_is_judged(simulators: Simula
     async with opened(simulators.comfyui_url, lambda person, scopes: "token", ME) as subject:
         with pytest.raises(Unreachable, match="token"):
             await run(cases(changes_nothing=True), subject)
+        # The client is closed next: no case may go on with it.
+        assert not [task for task in asyncio.all_tasks() if "run.<locals>.one" in repr(task.get_coro())]
 
 
 @pytest.mark.parametrize(("fault", "code", "said"), [(None, 0, "ok    prices_rise"), ("alter", 1, "WRONG prices_rise")])

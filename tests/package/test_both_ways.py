@@ -36,6 +36,36 @@ def image(whole: Platform, **changes: object) -> ImageTask:
     return ImageTask.model_validate(whole.image(**changes))
 
 
+async def test_the_end_is_yielded_once_though_the_run_closes_later(
+    whole: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The progress says that the task has ended before its run closes, for example while the store is away."""
+    task = image(whole)
+    await whole.simulators.admin.comfyui.fault("job_stall", task_id=task.task_id, at=0.4)
+    ended_already = TaskUpdate(task_id=task.task_id, status=TaskStatus.CANCELLED)
+    reads = 0
+
+    async def read_update(*_: object) -> TaskUpdate:
+        nonlocal reads
+        reads += 1
+        return ended_already
+
+    async def was_read_twice() -> bool:
+        return reads > 1
+
+    async with TemporalTasks(whole.client, task_queue=whole.task_queue) as tasks:
+        await tasks.start(task)
+        monkeypatch.setattr(tasks, "read_update", read_update)
+        following = asyncio.create_task(updates_of(tasks, task.task_id))
+        await until(was_read_twice)
+        await tasks.cancel(task.task_id)
+        assert [update.status for update in await following] == [TaskStatus.CANCELLED]
+
+
+async def updates_of(tasks: Tasks, task_id: str) -> list[TaskUpdate]:
+    return [update async for update in tasks.follow(task_id)]
+
+
 async def test_an_image_is_started_followed_and_shown(whole: Platform, tasks: Tasks) -> None:
     task = image(whole)
     async with tasks:
