@@ -14,7 +14,7 @@ from temporalio import activity
 
 from activities.lives import Lives
 from activities.outside_client import OutsideClient, same
-from activities.outside_http import Party, Route, current_time_limit_seconds, time_limit
+from activities.outside_http import OutsideFailure, Party, Route, current_time_limit_seconds, time_limit
 from activities.running_call import answered
 from comfyui_temporal.contracts.calls import CallFor, LedgerQuery, Post
 from comfyui_temporal.contracts.credits import (
@@ -64,6 +64,8 @@ BALANCE: Final = Route("GET", "/api/v1/credits/balance", messages_by_number=_ABO
 LEDGER: Final = Route("GET", "/api/v1/credits/ledger", messages_by_number=_ABOUT_ACCOUNT)
 
 MAX_LEDGER_PAGES: Final = 200
+LONGEST_PAGE: Final = 1000
+"""Entries. `limit` may be this much at most (contract §4)."""
 CUT: Final = "cut"
 """Cursor of a ledger that was read completely but is too large to be returned completely."""
 CUT_OFF: Final = "cut-off"
@@ -129,7 +131,8 @@ class CreditsClient(OutsideClient):
         """The entries of one task, from all pages. `cursor` is null if every page was read.
 
         It stops after 200 pages or 3 s with the cursor that it reached: entries that were found count, a missing entry
-        proves nothing. The same holds for a full page of a service without pages (field): older entries may be missing.
+        proves nothing. A full page of a service without pages (field) is requested once more with 1,000 entries; if
+        that one is full too, older entries may be missing.
         """
         entries: list[LedgerEntry] = []
         cursor: str | None = None
@@ -145,12 +148,27 @@ class CreditsClient(OutsideClient):
             if cursor in seen:
                 raise self._http.reply_invalid(LEDGER, "its cursor leads in a circle")
             if cursor is None and not seen and _may_be_cut(answer.reply, query.limit):
-                cursor = CUT_OFF
+                with time_limit(limit - (time.monotonic() - began)):
+                    entries, cursor = await self._longest_page(query, entries)
                 break
             if cursor is None or time.monotonic() - began > LEDGER_SECONDS:
                 break
             seen.add(cursor)
         return Answer(reply=fitting(Ledger(entries=entries_of_task(entries, query.task_id), cursor=cursor)))
+
+    async def _longest_page(
+        self, query: LedgerQuery, entries: list[LedgerEntry]
+    ) -> tuple[list[LedgerEntry], str | None]:
+        """The most that a ledger without pages shows, and whether that is cut off; `entries` where it refuses."""
+        if query.limit >= LONGEST_PAGE:
+            return entries, CUT_OFF
+        try:
+            answer = await self.ledger_page(query.call_for, limit=LONGEST_PAGE, task_id=query.task_id)
+        except OutsideFailure:
+            return entries, CUT_OFF
+        if answer.reply is None:
+            return entries, CUT_OFF
+        return answer.reply.entries, CUT_OFF if _may_be_cut(answer.reply, LONGEST_PAGE) else None
 
 
 def _may_be_cut(page: Ledger, limit: int) -> bool:

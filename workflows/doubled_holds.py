@@ -8,12 +8,13 @@ from typing import Any, Final
 from temporalio import workflow
 
 from comfyui_temporal.contracts.credits import CancelHoldReply
-from comfyui_temporal.contracts.errors import Answer, ExceptionCode
+from comfyui_temporal.contracts.errors import HOLD_OUT_OF_SIGHT, Answer, ExceptionCode
 from comfyui_temporal.contracts.requests import HoldState
 from workflows.ledger_search import LedgerSearch
 from workflows.task_record import TaskRecord
 
 LOOKED_FOR: Final = "doubled-hold-looked-for"
+OUT_OF_SIGHT: Final = "doubled-hold-out-of-sight"
 
 
 class DoubledHolds:
@@ -38,6 +39,9 @@ class DoubledHolds:
             return
         self._state.asked_again = 0
         doubled = await self._ledger.doubled()
+        if doubled is None:
+            self._record_out_of_sight()
+            return
         for n, (pre_deduct_id, amount) in enumerate(doubled.named.items(), start=1):
             answer = await self._cancel(pre_deduct_id, f"doubled-{n}", reason)
             if answer is not None and answer.reply is not None:
@@ -45,6 +49,16 @@ class DoubledHolds:
         if doubled.nameless:
             whose = "The ledger does not show its id: it ends by expiry, or the service's operator cancels it."
             self._record_doubled("nameless", doubled.nameless_points, whose, holds=doubled.nameless)
+
+    def _record_out_of_sight(self) -> None:
+        if not workflow.patched(OUT_OF_SIGHT):
+            return
+        self._record.record_exception(
+            HOLD_OUT_OF_SIGHT,
+            ExceptionCode.UNDO_UNFINISHED,
+            "A request for a hold was repeated, and the ledger does not show whether the credits service took another "
+            "hold for it. Compare this task's pre_deduct entries in the ledger with its hold.",
+        )
 
     def _record_doubled(self, key: str, amount: int, what_next: str, **details: Any) -> None:
         self._record.record_exception(

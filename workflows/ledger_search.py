@@ -133,17 +133,21 @@ class LedgerSearch:
         """Points that the last reading shows taken by charges."""
         return self.newest.charged_without_hold() if self.newest is not None else 0
 
-    async def doubled(self) -> OpenHolds:
-        """Open holds of this task that no run knows; none where the ledger cannot be read now."""
+    async def doubled(self) -> OpenHolds | None:
+        """Open holds of this task that no run knows. None where the ledger does not show whether there are any."""
         known = [hold.pre_deduct_id for hold in self._holds.asked if hold.pre_deduct_id]
         granted = self._holds.granted or len(known)
 
-        def seen(ledger: TaskLedger) -> OpenHolds | None:
+        def seen(ledger: TaskLedger) -> TaskLedger | None:
             doubled = ledger.doubled(known, granted=granted)
             is_late = not ledger.tells_ids and len(ledger.holds) > granted  # the ledger does not show our own ends yet
-            return None if is_late and not doubled.nameless else doubled
+            return None if is_late and not doubled.nameless else ledger
 
-        return await self._search(seen, DOUBLED_FOR) or OpenHolds()
+        ledger = await self._search(seen, DOUBLED_FOR)
+        if ledger is None:
+            return None
+        doubled = ledger.doubled(known, granted=granted)
+        return doubled if doubled.named or doubled.nameless or ledger.shows_every_hold else None
 
     async def _search(self, decided: Callable[[TaskLedger], T | None], span: timedelta) -> T | None:
         """Read the ledger until `decided` returns something. None where it does not within `span`."""

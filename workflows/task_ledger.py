@@ -182,6 +182,11 @@ class TaskLedger:
 
     # Open holds
 
+    @property
+    def shows_every_hold(self) -> bool:
+        """Whether no hold of this task can be missing but by a lag, or none can be doubled: its service keeps keys."""
+        return self.is_complete or self.has_kinds
+
     def open_holds(self) -> OpenHolds:
         """The holds whose end is not shown."""
         ended = {entry.pre_deduct_id for entry in self.commits} | {entry.pre_deduct_id for entry in self.returns}

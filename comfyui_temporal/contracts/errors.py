@@ -82,6 +82,10 @@ class ExceptionCode(StrEnum):
     ROUTE_NOT_OFFERED = "route_not_offered"
 
 
+HOLD_OUT_OF_SIGHT: Final = "hold_doubled:out_of_sight"
+"""Key of the `undo_unfinished` record that says: the ledger does not show whether a hold is doubled."""
+
+
 class ErrorDetails(OutsideModel):
     """How a job or training failed (contract §1 `error_details`).
 

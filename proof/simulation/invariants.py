@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from comfyui_temporal.contracts.comfyui import JobState, TrainingState
+from comfyui_temporal.contracts.errors import HOLD_OUT_OF_SIGHT
 from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.simulation.comfyui_model import ComfyUIModel, Work
 from proof.simulation.parties import Parties
@@ -51,5 +52,6 @@ class World:
         return self.status is TaskStatus.COMPLETED
 
     def recorded_codes(self) -> set[str]:
-        """The codes of the exception records."""
-        return {exception.code for exception in self.parties.store.exceptions.values()}
+        """The codes of the exception records, without the one of a hold out of sight: it excuses nothing else."""
+        records = self.parties.store.exceptions.values()
+        return {exception.code for exception in records if exception.key != HOLD_OUT_OF_SIGHT}

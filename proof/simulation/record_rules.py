@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Final
 
 from comfyui_temporal.contracts.comfyui import JobState, JobStatus, TrainingState, TrainingStatus
-from comfyui_temporal.contracts.errors import Answer, ExceptionCode, FailureCode
+from comfyui_temporal.contracts.errors import HOLD_OUT_OF_SIGHT, Answer, ExceptionCode, FailureCode
 from comfyui_temporal.contracts.size_budget import MAX_INBOX
 from comfyui_temporal.contracts.task_store import Fact, TaskException
 from comfyui_temporal.contracts.tasks import EventType, TaskStatus
@@ -196,7 +196,7 @@ class RecordRules:
             ExceptionCode.UNCOVERED: lambda: self._was_uncovered(at),
             ExceptionCode.QUEUE_SLA_MISSED: lambda: self._was_queued_until(at),
             ExceptionCode.HOLD_LEFT_TO_EXPIRY: self._was_not_given_back,
-            ExceptionCode.UNDO_UNFINISHED: self._was_unreadable,
+            ExceptionCode.UNDO_UNFINISHED: lambda: self._hides_doubled(exception) or self._was_unreadable(),
             ExceptionCode.HOLD_DOUBLED: lambda: self._world.parties.credits.terms.is_field,
         }
         if exception.key == "end":
@@ -213,13 +213,20 @@ class RecordRules:
         """What a service without idempotency holds beside is recorded with its amount, once the ledger shows it."""
         terms, unreported = self._world.parties.credits.terms, self._holds.unreported()
         looks = self._world.witness.calls.get("ledger", [])
-        is_shown = bool(looks) and looks[-1].outcome is not None and terms.lag_seconds == 0
-        if not unreported or not terms.is_field or not is_shown:
+        if not unreported or not terms.is_field or HOLD_OUT_OF_SIGHT in self._world.parties.store.exceptions:
+            return
+        must(bool(looks), "the ledger is never read for a hold that was taken twice")
+        if terms.lag_seconds or looks[-1].outcome is None:
             return
         seen = sum(hold.amount for hold in unreported if hold.taken_at <= looks[-1].scheduled_at)
         records = self._world.parties.store.exceptions.values()
         recorded = sum(record.details["amount"] for record in records if record.code == ExceptionCode.HOLD_DOUBLED)
         must(recorded == seen, f"{seen} points are held twice, recorded are", recorded)
+
+    def _hides_doubled(self, exception: TaskException) -> bool:
+        """Whether the ledger may not show a doubled hold in time."""
+        terms = self._world.parties.credits.terms
+        return exception.key == HOLD_OUT_OF_SIGHT and (terms.lag_seconds > 0 or not terms.tells_kinds)
 
     def _was_not_given_back(self) -> bool:
         refused = {message for _, message in self._world.witness.refusals("cancel_hold")}

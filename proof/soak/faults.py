@@ -25,7 +25,7 @@ from proof.simulators.admin_client import AdminRefused, ServiceAdmin
 from proof.simulators.admin_wire import Fault, FaultKind, RunSeen
 from proof.site.parts import PARTS
 from proof.site.waiting import OUTSIDE_ERRORS, insist
-from proof.soak.plan import USERS
+from proof.soak.plan import TENANTS
 from proof.soak.site import SoakSite
 
 Act = Callable[[SoakSite, random.Random], Awaitable[str]]
@@ -153,7 +153,7 @@ async def users_cancel(site: SoakSite, dice: random.Random) -> str:
     """By the gateway, by Temporal's own cancel, or both, at any moment of a task's life."""
     chosen = _some_open(site, dice, dice.randint(1, 3))
     for task_id in chosen:
-        tenant_id = tuple(USERS)[site.open_tasks.get(task_id, 0) % len(USERS)]
+        tenant_id = TENANTS[site.open_tasks.get(task_id, 0) % len(TENANTS)]
         way = dice.choice(["gateway", "temporal", "both"])
         with contextlib.suppress(*OUTSIDE_ERRORS):
             if way != "temporal":
@@ -191,11 +191,10 @@ async def gpus_fail(site: SoakSite, dice: random.Random) -> str:
 
 async def balance_empty(site: SoakSite, dice: random.Random) -> str:
     """One tenant has no points for a while: holds are refused."""
-    tenant_id = dice.choice(list(USERS))
-    user_id, credits = USERS[tenant_id], site.admin.credits
-    await insist(lambda: credits.set_balance(0, tenant_id, user_id), "an empty account")
+    tenant_id = dice.choice(TENANTS)
+    await site.set_balances(0, tenant_id)
     await asyncio.sleep(dice.uniform(1, 3))
-    await insist(lambda: credits.set_balance(RICH, tenant_id, user_id), "a full account")
+    await site.set_balances(RICH, tenant_id)
     return tenant_id
 
 

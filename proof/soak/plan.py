@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
 from proof.simulators.credits_profile import CONTRACT
 
-USERS: Final = {"tenant-demo": "user-demo", "tenant-other": "user-other"}
+TENANTS: Final = ("tenant-demo", "tenant-other")
+USERS_A_TENANT: Final = 20
+"""So many that the newest entries of a ledger without pages (contract §4 (field)) reach back to each open task."""
 TRAININGS: Final = 0.08
 """Share of the tasks."""
 STARTED_TWICE: Final = 0.03
@@ -39,7 +41,10 @@ class Plan(BaseModel):
         return f"soak-{self.seed}-{n}"
 
     def tenant_id(self, n: int) -> str:
-        return tuple(USERS)[n % len(USERS)]
+        return TENANTS[n % len(TENANTS)]
+
+    def user_id(self, n: int) -> str:
+        return users_of(self.tenant_id(n))[n // len(TENANTS) % USERS_A_TENANT]
 
     def task(self, n: int, datasets: Path) -> ImageTask | TrainingTask:
         """The nth task. `datasets`: the stack's folder of datasets, one folder a tenant below it."""
@@ -48,7 +53,7 @@ class Plan(BaseModel):
         named = {
             "task_id": self.task_id(n),
             "tenant_id": tenant_id,
-            "user_id": USERS[tenant_id],
+            "user_id": self.user_id(n),
             "priority": dice.choice(["standard", "accelerated"]),
         }
         if dice.random() < TRAININGS:
@@ -67,3 +72,7 @@ class Plan(BaseModel):
     def dice(self, what: str, n: int) -> random.Random:
         """A random generator for one thing: the same in every run, whatever else was drawn."""
         return random.Random(f"{self.seed}:{what}:{n}")  # noqa: S311
+
+
+def users_of(tenant_id: str) -> list[str]:
+    return [f"user-{n}-of-{tenant_id}" for n in range(USERS_A_TENANT)]

@@ -16,7 +16,7 @@ from proof.site.waiting import insist
 from proof.soak.fault_schedule import FaultSchedule, RecoveryClock
 from proof.soak.faults import RICH
 from proof.soak.journal import Journal
-from proof.soak.plan import USERS, Plan
+from proof.soak.plan import TENANTS, Plan
 from proof.soak.site import SoakSite
 from proof.soak.verdict import as_json, judge_all, table
 from proof.soak.workload import Workload
@@ -95,8 +95,8 @@ async def _repaired(site: SoakSite) -> None:
         await site.parts.until_ready(part)
     await insist(site.admin.remove_faults, "fault switchboard")
     await insist(site.admin.comfyui.release_callbacks, "release of callbacks")
-    for tenant_id, user_id in USERS.items():
-        await insist(lambda t=tenant_id, u=user_id: site.admin.credits.set_balance(RICH, t, u), "accounts")  # type: ignore[misc]
+    for tenant_id in TENANTS:
+        await site.set_balances(RICH, tenant_id)
 
 
 async def _show(workload: Workload, journal: Journal) -> None:

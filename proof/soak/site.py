@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from local_stack.description import token_for
 from proof.site.parts import SupervisedParts
 from proof.site.site import Site
+from proof.site.waiting import insist
+from proof.soak.plan import users_of
 
 
 class SoakSite(Site):
@@ -16,3 +20,13 @@ class SoakSite(Site):
         self.parts = SupervisedParts(self)
         self.open_tasks: dict[str, int] = {}
         """Task id → its number, while it is open."""
+
+    def bearer_of(self, tenant_id: str, user_id: str) -> dict[str, str]:
+        """The header of one user of a tenant."""
+        return {"Authorization": f"Bearer {token_for(tenant_id, user_id, self.folder.secrets())}"}
+
+    async def set_balances(self, balance: int, tenant_id: str) -> None:
+        """Give every user of a tenant so many points."""
+        set_balance = self.admin.credits.set_balance
+        for user_id in users_of(tenant_id):
+            await insist(partial(set_balance, balance, tenant_id, user_id), "accounts")

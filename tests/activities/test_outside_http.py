@@ -373,15 +373,31 @@ async def test_a_ledger_is_read_to_its_last_page_and_narrowed_to_the_task() -> N
     assert answer.reply.cursor is None
 
 
-@pytest.mark.parametrize(("limit", "is_whole"), [(2, False), (3, True)], ids=["a full page", "room left"])
-async def test_a_full_page_of_a_ledger_without_pages_proves_no_absence(limit: int, is_whole: bool) -> None:
-    async with (
-        serving(always(200, {"entries": [entry(2), entry(1)]})) as server,
-        CreditsClient(server.url, tokens()) as client,
-    ):
-        answer = await client.ledger(LedgerQuery(call_for=call_for(), task_id="task-1", limit=limit))
+@pytest.mark.parametrize(("entries", "is_whole"), [(999, True), (1000, False)])
+async def test_a_full_page_of_a_ledger_without_pages_is_requested_once_more_at_its_longest(
+    entries: int, is_whole: bool
+) -> None:
+    async def page(request: Seen, writer: asyncio.StreamWriter) -> None:
+        limit = int(httpx.URL(request.target).params["limit"])
+        await always(200, {"entries": [entry(n) for n in range(entries)][:limit]})(request, writer)
+
+    async with serving(page) as server, CreditsClient(server.url, tokens()) as client:
+        answer = await client.ledger(LedgerQuery(call_for=call_for(), task_id="task-1"))
+        assert len(server.seen) == 2
     assert answer.reply is not None
-    assert (answer.reply.cursor is None) == is_whole
+    assert (len(answer.reply.entries), answer.reply.cursor is None) == (entries, is_whole)
+
+
+async def test_a_longer_page_that_is_refused_leaves_the_ledger_cut_off() -> None:
+    async def page(request: Seen, writer: asyncio.StreamWriter) -> None:
+        is_short = "limit=200" in request.target
+        reply = {"entries": [entry(n) for n in range(200)]} if is_short else {"detail": "limit: at most 200"}
+        await always(200 if is_short else 422, reply)(request, writer)
+
+    async with serving(page) as server, CreditsClient(server.url, tokens()) as client:
+        answer = await client.ledger(LedgerQuery(call_for=call_for(), task_id="task-1"))
+    assert answer.reply is not None
+    assert (len(answer.reply.entries), answer.reply.cursor is None) == (200, False)
 
 
 async def test_a_ledger_that_leads_in_a_circle_is_an_invalid_reply() -> None:

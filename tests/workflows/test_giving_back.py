@@ -170,6 +170,32 @@ async def test_a_hold_that_was_taken_twice_is_recorded_with_its_amount(
     assert len(open_holds) == (1 if ledger == "by reason" else 0)
 
 
+@pytest.mark.parametrize("fate", ["commit", "cancel"])
+async def test_a_repeated_request_that_the_ledger_no_longer_shows_is_recorded(
+    quick_platform: Platform, fate: str
+) -> None:
+    """A busy account's ledger without pages ends before the request: whether another hold is open cannot be seen."""
+    payer = await new_payer(quick_platform)
+    credits = quick_platform.simulators.admin.credits
+    await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
+    await credits.fault("drop", route="pre_deduct", tenant_id=payer.tenant_id)
+    others = [
+        {"ledger_id": f"l-{n}", "task_id": f"other-{n}", "change": -24, "balance_after": 0, "reason": "pre_deduct"}
+        | {"created_at": "2026-01-01T00:00:00Z"}
+        for n in range(1000)
+    ]
+    body = {"entries": others}
+    await credits.fault("answer", route="ledger", tenant_id=payer.tenant_id, status=200, body=body, times=None)
+    task = payer.image()
+    handle = await (quick_platform.start(task) if fate == "commit" else start_held(quick_platform, task))
+    if fate == "cancel":
+        await until_started(quick_platform, handle)
+        await quick_platform.cancel(handle)
+    ending = await ended(quick_platform, handle, exempt={"hold_expires"})
+    assert ending.charged == (HD if fate == "commit" else 0)
+    assert ending.exceptions == ["undo_unfinished"]
+
+
 @pytest.mark.by_contract("keys are kept")
 async def test_a_hold_that_was_requested_twice_and_taken_once_is_not_doubled(quick_platform: Platform) -> None:
     task = quick_platform.image()
