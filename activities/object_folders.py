@@ -106,6 +106,7 @@ def _local_address(folder: Path) -> FolderAddress:
 class ObjectFolder:
     """Reads and writes below one folder. Every method raises STORAGE_ERRORS; a missing object is FileNotFoundError.
 
+    So is a missing local folder, unless it is created: on other stores a folder is only a part of its objects' names.
     With `below` it is that folder under `root`. `is_ours`: it is created if missing, and empty folders are removed.
     """
 
@@ -113,6 +114,8 @@ class ObjectFolder:
         self.address = root.below(*below)
         self._prefix = "".join(f"{part}/" for part in below)
         if root.local is not None:
+            if not is_ours and not root.local.is_dir():
+                raise FileNotFoundError(f"{root.text} is no folder")
             self._store: ObjectStore = LocalStore(root.local, mkdir=is_ours, automatic_cleanup=is_ours)
         else:
             self._store = from_url(root.text, client_options=_client_options(), retry_config=RETRIES)

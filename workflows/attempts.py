@@ -23,7 +23,7 @@ from comfyui_temporal.contracts.scenes import Accepted
 from comfyui_temporal.contracts.tasks import EventType
 from workflows.alarm import Alarm
 from workflows.earlier_life import is_key_of_earlier_life
-from workflows.failures import TaskFailed
+from workflows.failures import RowEnded, TaskFailed
 from workflows.job_clock import JobClock
 from workflows.job_routes import JobRoutes
 from workflows.outside_call import OutsideCall
@@ -91,9 +91,14 @@ class Attempts:
             job = RequestedJob(attempt=n, key=self._outside.key("submit", n), request=request, asked_at=workflow.now())
             self.asked.append(job)
             self._record.attempted(self.number)
-            answer: Answer[Any] = await self._outside.setup(
-                self._routes.submit, self._post(job), summary=self._outside.labels.submit
-            )
+            try:
+                answer: Answer[Any] = await self._outside.setup(
+                    self._routes.submit, self._post(job), summary=self._outside.labels.submit
+                )
+            except RowEnded as end:
+                if end.is_unsent and workflow.patched("unsent-job-not-undone"):
+                    job.give_up()
+                raise
             job.answered(answer)
             if not is_key_of_earlier_life(answer, self._outside.earlier):
                 break

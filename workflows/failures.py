@@ -30,7 +30,9 @@ class TaskStopped(TaskEnd):
 class RowEnded(TaskEnd):
     """The task's row has ended, is being given back, or belongs to another run: this run begins nothing more."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_unsent: bool = False) -> None:
+        """`is_unsent`: the call that was stopped was never sent, so no undo has to learn what it made."""
+        self.is_unsent = is_unsent
         super().__init__("The task had ended before this run was reset.")
 
 

@@ -132,6 +132,7 @@ class OutsideCall:
         answer, RowEnded where the task has ended.
         """
         within = timedelta(minutes=self.limits.policy.opening_call_minutes)
+        is_first = True
         while True:
             self.waits.raise_if_interrupted()
             handle = self.visible(method, argument, summary=summary, within=within)
@@ -146,11 +147,12 @@ class OutsideCall:
                 if end is not None:
                     raise end from error
                 if is_of_store(error):
+                    is_first = False
                     continue
                 raise failure_from(error, _unavailable(method)) from error
             self.earlier.learn_from(answer)
             if was_stopped(answer):
-                raise RowEnded()
+                raise RowEnded(is_unsent=is_first and answer.tries == 1)
             return answer
 
     async def until_answered(

@@ -11,9 +11,9 @@ from activities.comfyui import ComfyUIActivities
 from activities.credits import CreditsActivities
 from activities.datasets import DatasetActivities
 from activities.task_store import TaskStoreActivities
-from comfyui_temporal.contracts.calls import SnapshotOrder
-from comfyui_temporal.contracts.comfyui import ManifestReference, SnapshotReference
-from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.calls import Post, SnapshotOrder
+from comfyui_temporal.contracts.comfyui import ManifestReference, SnapshotReference, TrainingAccepted, TrainingDraft
+from comfyui_temporal.contracts.errors import Answer, FailureCode
 from comfyui_temporal.contracts.lives import STORE_UNAVAILABLE
 from proof.simulation.credits_model import ActedAndFailed, CreditsModel
 from proof.simulation.fault_schedule import Party
@@ -110,7 +110,7 @@ class Parties:
             "submit_job": jobs.submit,
             "get_job": jobs.get,
             "cancel_job": jobs.cancel,
-            "create_training": trainings.submit,
+            "create_training": self._create_training,
             "start_training": trainings.start,
             "get_training": trainings.get,
             "cancel_training": trainings.cancel,
@@ -123,6 +123,13 @@ class Parties:
             "write": store.write,
             "look": store.look,
         }
+
+    def _create_training(self, post: Post[TrainingDraft]) -> Answer[TrainingAccepted]:
+        """The list of files is read from the snapshot, also for a repeat."""
+        if post.call_for.task_id not in self.objects.kept:
+            raise CallRefused(FailureCode.DATASET_INVALID, "the list of files is missing", is_final=True)
+        answer: Answer[TrainingAccepted] = self.trainings.submit(post)
+        return answer
 
     def party_of(self, name: str) -> Party:
         return _DEFINITIONS[name][0]

@@ -19,8 +19,10 @@ from temporalio.testing import ActivityEnvironment
 
 from activities.datasets import DatasetActivities, DatasetSnapshots
 from activities.object_folders import BadAddress, ObjectFolder, read_address
+from activities.outside_http import OutsideFailure
 from comfyui_temporal.contracts.calls import SnapshotOrder
 from comfyui_temporal.contracts.comfyui import DatasetFile, ManifestReference, SnapshotReference
+from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.permissions import Scene
 from tests.activities.calls import call_for
 from tests.activities.s3_bucket import BUCKET, s3
@@ -212,6 +214,15 @@ async def test_a_copy_that_was_changed_or_lost_meanwhile_is_not_trusted(
 async def test_an_unreadable_heartbeat_means_a_fresh_start(source: Path, objects: Path, left: Any) -> None:
     await environment(left).run(activities(objects).snapshot, order(source))
     assert copied(objects) == FILES
+
+
+async def test_the_list_of_a_deleted_snapshot_is_missing_and_not_an_outage(source: Path, objects: Path) -> None:
+    """A run that was reset may need it after the task ended. An outage would be retried without end."""
+    snapshot = await environment().run(activities(objects).snapshot, order(source))
+    await environment().run(activities(objects).delete_snapshot, order(source))
+    with pytest.raises(OutsideFailure, match="is missing") as raised:
+        await files_of(objects, snapshot)
+    assert raised.value.code is FailureCode.DATASET_INVALID
 
 
 async def test_an_empty_dataset_is_invalid(tmp_path: Path, objects: Path) -> None:
