@@ -38,6 +38,7 @@ from activities.unsettled import UnsettledActivities
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.task_store import TaskClaim
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
+from comfyui_temporal.encryption import NO_ENCRYPTION, encryption_of
 from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
 from runtime.logs import configure_logs
@@ -112,7 +113,7 @@ def all_activities(
         ComfyUIActivities(comfyui, lives, datasets),
         CreditsActivities(credits_client, lives),
         DatasetActivities(datasets),
-        TaskStoreActivities(store, policy_of),
+        TaskStoreActivities(store, policy_of, encryption_of(client) if client else NO_ENCRYPTION),
         *([ClosedRunActivities(client, store), UnsettledActivities(store)] if client else []),
     )
 

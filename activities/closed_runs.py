@@ -25,6 +25,7 @@ from comfyui_temporal.contracts.errors import FailureCode, sentences_of
 from comfyui_temporal.contracts.give_back import GiveBackOrder, Orphans
 from comfyui_temporal.contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen
 from comfyui_temporal.contracts.task_store import TaskRow
+from comfyui_temporal.encryption_keys import EncryptionError
 from comfyui_temporal.runs import RunSeen, RunStatus, describe_run
 from store import StoreFailure, StoreUnavailable, TaskStore, UnseenTask
 
@@ -49,7 +50,7 @@ def is_namespace_missing(error: RPCError) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, RunUnreadable | NotReadHere):
+    if isinstance(error, RunUnreadable | NotReadHere | EncryptionError):
         return str(error)
     if isinstance(error, ValidationError):
         return f"Its row cannot be read: {'; '.join(sentences_of(error))}."

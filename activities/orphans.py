@@ -15,7 +15,7 @@ from temporalio.api.enums.v1 import EventType as Happened
 from temporalio.api.failure.v1 import Failure
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.converter import DataConverter
-from temporalio.exceptions import ApplicationError
+from temporalio.exceptions import ApplicationError, FailureError
 
 from activities.comfyui import ComfyUIActivities
 from activities.credits import CreditsActivities
@@ -48,6 +48,7 @@ from comfyui_temporal.contracts.scenes import SCENE_OF_WORKFLOW, SCENES
 from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
 from comfyui_temporal.contracts.task_store import TaskRow
 from comfyui_temporal.contracts.tasks import DatasetSource, TaskStatus
+from comfyui_temporal.encryption_keys import EncryptionError
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -132,7 +133,7 @@ class HistoryReader:
             case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_CANCELED:
                 self._orphans.own_end = OwnEnd(status=TaskStatus.CANCELLED)
             case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED:
-                self._take_failure(event.workflow_execution_failed_event_attributes.failure)
+                await self._take_failure(event.workflow_execution_failed_event_attributes.failure, event)
 
     async def _take_continuation(self, event: HistoryEvent) -> None:
         started = event.workflow_execution_started_event_attributes
@@ -232,17 +233,24 @@ class HistoryReader:
         result = await self._read(payloads, SCENES[self._orphans.row.scene].result, event)
         self._orphans.own_end = OwnEnd.of(result)
 
-    def _take_failure(self, failure: Failure) -> None:
+    async def _take_failure(self, failure: Failure, event: HistoryEvent) -> None:
         """A failure that ends a task has the result in its details. A run that was refused at its start has none."""
         application = failure.application_failure_info
         if application.type in set(FailureCode) and application.details.payloads:
             code = FailureCode(application.type)
-            self._orphans.own_end = OwnEnd(status=TaskStatus.FAILED, code=code, message=failure.message)
+            try:
+                error = await self._converter.decode_failure(failure)
+            except EncryptionError as encrypted:
+                raise self._undecryptable(event, encrypted) from None
+            message = error.message if isinstance(error, FailureError) else str(error)
+            self._orphans.own_end = OwnEnd(status=TaskStatus.FAILED, code=code, message=message)
 
     async def _read(self, payloads: Any, model: type[Model], event: HistoryEvent) -> Model:
         """The one value, including fields that this version does not know. Raises NotReadHere."""
         try:
             [value] = await self._converter.decode(payloads, [model])
+        except EncryptionError as error:
+            raise self._undecryptable(event, error) from None
         except (ApplicationError, ValidationError, ValueError, RuntimeError) as error:
             reason = "; ".join(sentences_of(error)) if isinstance(error, ValidationError) else type(error).__name__
             raise self._unread(event, reason) from None
@@ -253,6 +261,12 @@ class HistoryReader:
         if not isinstance(value, model):
             raise self._unread(event, f"it is not a {model.__name__}")
         return value
+
+    def _undecryptable(self, event: HistoryEvent, error: EncryptionError) -> NotReadHere:
+        return NotReadHere(
+            f"Event {event.event_id} of the history of {self._orphans.row.workflow_id} cannot be read here: {error} "
+            "Nothing is given back until a worker that has the key tries."
+        )
 
     def _unread(self, event: HistoryEvent, reason: str) -> NotReadHere:
         row = self._orphans.row

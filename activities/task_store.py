@@ -20,6 +20,7 @@ from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.task_store import ClaimOutcome, LookOrder, RowSeen, TaskClaim, TaskWrite
+from comfyui_temporal.encryption import NO_ENCRYPTION, PayloadEncryption
 from store import NotTheClaimant, StoreFailure, StoreUnavailable, TaskStore, TaskUnknown, WriteRefused
 
 T = TypeVar("T")
@@ -59,9 +60,15 @@ class LocalBreaker:
 class TaskStoreActivities:
     """Claim, write, look. A write may be repeated and may land late: facts have keys (contract §6)."""
 
-    def __init__(self, store: TaskStore, policy_of: Callable[[TaskClaim], Policy]) -> None:
+    def __init__(
+        self,
+        store: TaskStore,
+        policy_of: Callable[[TaskClaim], Policy],
+        encryption: PayloadEncryption = NO_ENCRYPTION,
+    ) -> None:
         """`policy_of` reads the worker's settings: prices and limits are not part of the input (contract §5)."""
         self._store = store
+        self._encryption = encryption
         self._policy_of = policy_of
         self._breaker = LocalBreaker()
 
@@ -69,12 +76,18 @@ class TaskStoreActivities:
     async def claim(self, claim: TaskClaim) -> ClaimOutcome:
         """Claim the task id for the run (contract §8) and read the policy. Raises ApplicationError, retryable."""
         run = acting_run(claim.task_id, claim.first_execution_run_id, 0)
-        claimed = await self._tried(self._store.claim(claim, run, within_seconds=self._limit()))
+        stored = self._with_stored_hash(claim)
+        claimed = await self._tried(self._store.claim(stored, run, within_seconds=self._limit()))
         life = EarlierLife()
         if claimed and run is not None:
             life = await self._tried(self._store.register(run, within_seconds=self._limit()))
         policy = self._policy_of(claim)
-        return ClaimOutcome(claimed=claimed, policy=policy, earlier_life=life if life.is_possible else None)
+        return ClaimOutcome(
+            claimed=claimed,
+            policy=policy,
+            earlier_life=life if life.is_possible else None,
+            input_sha256=stored.input_sha256 if self._encryption.encrypts else None,
+        )
 
     @activity.defn
     async def write(self, write: TaskWrite) -> None:
@@ -84,6 +97,8 @@ class TaskStoreActivities:
         task, or rejects the values. `internal`, retried: PostgreSQL cannot be used now.
         """
         run = acting_run(write.task_id, write.first_execution_run_id, write.run_number)
+        if write.claim is not None:
+            write = write.model_copy(update={"claim": self._with_stored_hash(write.claim)})
         await self._tried(self._store.write(write, run, within_seconds=self._limit()))
 
     @activity.defn
@@ -93,6 +108,9 @@ class TaskStoreActivities:
         if run is None:
             raise ApplicationError("Only a task's own run looks.", type=FailureCode.INTERNAL.value, non_retryable=True)
         return await self._tried(self._store.look(run, within_seconds=self._limit()))
+
+    def _with_stored_hash(self, claim: TaskClaim) -> TaskClaim:
+        return claim.model_copy(update={"input_sha256": self._encryption.keyed_hash(claim.input_sha256)})
 
     def _limit(self) -> float:
         """Seconds for this try. Raises ApplicationError if the breaker blocks local tries."""

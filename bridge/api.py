@@ -21,6 +21,7 @@ from bridge.storage import RESULTS_PATH, STORAGE_ERRORS, SignedAddresses, Storag
 from bridge.training_service import TrainingService
 from comfyui_temporal.contracts.outside_json import UnreadableJson, read_json
 from comfyui_temporal.contracts.permissions import TokenClaims
+from comfyui_temporal.encryption_keys import EncryptionError
 from runtime.caller_tokens import CallerTokens, TokenRefused, TokensUnverifiable
 
 MAX_BODY_BYTES: Final = 8 * 1024 * 1024
@@ -50,6 +51,9 @@ class Edge:
                 reply = await (self._keys.once(call, action) if begins else self._keys.claimed(call, action))
         except (Refused, Unanswered, Unauthenticated) as refusal:
             reply = refusal.reply()
+        except EncryptionError as error:
+            log.error("temporal_data_undecryptable", code=error.code, detail=str(error))
+            reply = Unanswered(503, "the bridge lacks the key that this job is encrypted with").reply()
         log.info("request", method=request.method, route=request.scope["route"].path, status=reply.status)
         return Response(json.dumps(reply.body), reply.status, reply.headers, media_type="application/json")
 

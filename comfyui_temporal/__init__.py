@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         TaskOver,
         TemporalUnavailable,
         Unavailable,
+        Undecryptable,
         UnexpectedReply,
         UnknownTask,
         WorkerUnavailable,
@@ -34,16 +35,20 @@ if TYPE_CHECKING:
     from comfyui_temporal.client.temporal_tasks import TemporalTasks
     from comfyui_temporal.contracts.permissions import Scene
     from comfyui_temporal.contracts.tasks import ImageResult, ImageTask, TaskStatus, TrainingResult, TrainingTask
+    from comfyui_temporal.encryption import PayloadEncryption
+    from comfyui_temporal.encryption_keys import EncryptionKey
     from comfyui_temporal.plugin import TasksPlugin
 
 __all__ = [
     "AccessDenied",
+    "EncryptionKey",
     "GatewayUnavailable",
     "HttpTasks",
     "ImageResult",
     "ImageTask",
     "InvalidInput",
     "NamespaceMissing",
+    "PayloadEncryption",
     "Scene",
     "StartedTask",
     "SyncTasks",
@@ -62,6 +67,7 @@ __all__ = [
     "TrainingResult",
     "TrainingTask",
     "Unavailable",
+    "Undecryptable",
     "UnexpectedReply",
     "UnknownTask",
     "WorkerUnavailable",
@@ -70,7 +76,9 @@ __all__ = [
 _MODULE_OF: Final = {
     **dict.fromkeys(("ImageResult", "ImageTask", "TaskStatus", "TrainingResult", "TrainingTask"), "contracts.tasks"),
     **dict.fromkeys(("StartedTask", "TaskDetails", "TaskOutcome", "TaskSummary", "TaskUpdate"), "client.models"),
+    "EncryptionKey": "encryption_keys",
     "HttpTasks": "client.http_tasks",
+    "PayloadEncryption": "encryption",
     "Scene": "contracts.permissions",
     "SyncTasks": "client.sync_tasks",
     "Tasks": "client.interface",

@@ -11,6 +11,7 @@ from temporalio.client import Client
 from temporalio.envconfig import ClientConfig
 from temporalio.runtime import Runtime
 
+from comfyui_temporal.encryption import NO_ENCRYPTION, PayloadEncryption
 from comfyui_temporal.plugin import TasksPlugin
 
 DEFAULT_ADDRESS: Final = "localhost:7233"
@@ -24,6 +25,7 @@ async def connect(
     profile: str | None = None,
     runtime: Runtime | None = None,
     lazy: bool = False,
+    encryption: PayloadEncryption = NO_ENCRYPTION,
 ) -> Client:
     """A client; `address` (`host:port`) and `namespace` take precedence over the environment configuration.
 
@@ -32,4 +34,4 @@ async def connect(
     options: dict[str, Any] = {**ClientConfig.load_client_connect_config(profile=profile)}
     options["target_host"] = address or options.get("target_host") or DEFAULT_ADDRESS
     options["namespace"] = namespace or options.get("namespace") or DEFAULT_NAMESPACE
-    return await Client.connect(**options, plugins=[TasksPlugin()], runtime=runtime, lazy=lazy)
+    return await Client.connect(**options, plugins=[TasksPlugin(encryption)], runtime=runtime, lazy=lazy)

@@ -32,6 +32,7 @@ from comfyui_temporal.contracts.handed_on import (
     has_unknown_fields,
     read_tolerantly,
 )
+from comfyui_temporal.encryption import NO_ENCRYPTION, EncryptedFailures, PayloadEncryption
 
 Model = TypeVar("Model", bound=BaseModel)
 Caller = TypeVar("Caller", bound=CallerModel)
@@ -134,8 +135,16 @@ def _is_a(hint: Any, model: type[Model]) -> TypeGuard[type[Model]]:
 
 
 DATA_CONVERTER: Final = replace(
-    temporalio.converter.DataConverter.default, payload_converter_class=TaskPayloadConverter
+    temporalio.converter.DataConverter.default,
+    payload_converter_class=TaskPayloadConverter,
+    payload_codec=NO_ENCRYPTION,
 )
+
+
+def data_converter_of(encryption: PayloadEncryption) -> temporalio.converter.DataConverter:
+    if not encryption.encrypts:
+        return replace(DATA_CONVERTER, payload_codec=encryption)
+    return replace(DATA_CONVERTER, payload_codec=encryption, failure_converter_class=EncryptedFailures)
 
 
 def _unsandboxed(_runner: WorkflowRunner | None) -> WorkflowRunner:
@@ -143,7 +152,7 @@ def _unsandboxed(_runner: WorkflowRunner | None) -> WorkflowRunner:
 
 
 class TasksPlugin(SimplePlugin):
-    """Converter and runner of this project. Give it to a client; workers made from that client have both too.
+    """Converter, encryption and runner of this project. Give it to a client: its workers have them too.
 
     A deliberate departure: no sandbox. The sandbox loads workflow modules again for every run, which costs 660 KiB for
     each open workflow (pitfall 8). With the modules passed through it guards nothing and still costs 18 KiB and a fifth
@@ -151,5 +160,5 @@ class TasksPlugin(SimplePlugin):
     recorded histories keep workflow code deterministic.
     """
 
-    def __init__(self) -> None:
-        super().__init__("comfyui-temporal", data_converter=DATA_CONVERTER, workflow_runner=_unsandboxed)
+    def __init__(self, encryption: PayloadEncryption = NO_ENCRYPTION) -> None:
+        super().__init__("comfyui-temporal", data_converter=data_converter_of(encryption), workflow_runner=_unsandboxed)

@@ -15,6 +15,7 @@ from comfyui_temporal.client.submission import RPC_TIMEOUT
 from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.contracts.reconcile import reconcile_id_of
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
+from comfyui_temporal.encryption import encryption_of
 from doctor.finding import Finding, note, ok, wrong
 from runtime.reconciler_schedule import last_pass, standing_reconciler
 
@@ -38,7 +39,17 @@ async def check_temporal(connection: Connection) -> list[Finding]:
         await _search_attributes(connection),
         await _workers(connection),
         await _reconciler(connection),
+        _encryption(connection),
     ]
+
+
+def _encryption(connection: Connection) -> Finding:
+    encryption = encryption_of(connection.client)
+    others = ", ".join(encryption.key_ids[encryption.encrypts :])
+    reads = f"; {others} can be read" if others else ""
+    if not encryption.encrypts:
+        return note("encryption", f"what Temporal holds is not encrypted{reads}", "See docs/encryption.md.")
+    return ok("encryption", f"what Temporal holds is encrypted with the key {encryption.key_ids[0]}{reads}")
 
 
 async def _retention(connection: Connection) -> Finding:

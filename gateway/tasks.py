@@ -28,10 +28,10 @@ from comfyui_temporal.contracts.tasks import (
     TaskEvent,
     TaskInput,
     TaskStatus,
-    input_sha256_of,
     workflow_id_of,
 )
 from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
+from comfyui_temporal.encryption import encryption_of
 from comfyui_temporal.runs import RunSeen
 from gateway.problems import FieldProblem, Problem, ProblemCode
 from gateway.task_bodies import (
@@ -96,7 +96,7 @@ class Tasks:
             claimed_input = await self._store.claimed_input(task.task_id)
             if claimed_input is None:
                 return None
-            if claimed_input != input_sha256_of(task):
+            if not encryption_of(self._temporal).is_hash_of(claimed_input, task):
                 raise _exists(task.task_id)
             row = await self._store.task(task.task_id)
         except StoreUnavailable:

@@ -18,6 +18,7 @@ from temporalio.client import (
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
+from comfyui_temporal.encryption_keys import EncryptionError
 from comfyui_temporal.runs import RunSeen, describe_run
 from gateway.problems import Problem, ProblemCode
 
@@ -78,6 +79,13 @@ def temporal_problems() -> Iterator[None]:
             ProblemCode.WORKER_UNAVAILABLE,
             "The task did not answer in time: no worker runs, or it is busy. Try again.",
         ) from error
+    except EncryptionError as error:
+        log.error("temporal_data_undecryptable", code=error.code, detail=str(error))
+        raise Problem(
+            ProblemCode.INTERNAL,
+            "The gateway lacks the key that this task is encrypted with: its operator must correct "
+            "COMFYUI_TEMPORAL_ENCRYPTION_KEYS.",
+        ) from None
     except (TimeoutError, RuntimeError) as error:
         raise _unavailable(error) from None
 

@@ -29,6 +29,7 @@ from comfyui_temporal.contracts.prices import PriceTable
 from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.size_budget import MAX_ATTEMPTS, MAX_TABLE_ENTRIES
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
+from comfyui_temporal.encryption_keys import EncryptionKeys
 
 MIN_SECRET_BYTES = 32
 _IMAGE: Final = SCENES[Scene.IMAGE_GENERATE]
@@ -53,6 +54,8 @@ class Settings(BaseSettings):
     temporal_namespace: str | None = None
     temporal_profile: str | None = None
     task_queue: str = TASK_QUEUE
+    encryption_keys: EncryptionKeys | None = None
+    """AES-256 keys for what Temporal holds, `id:base64`, comma-separated; see docs/encryption.md."""
 
     # The outside parties
     comfyui_url: ServiceUrl = "http://127.0.0.1:8188"
@@ -167,6 +170,14 @@ class Settings(BaseSettings):
     gpu_grace_seconds: float = Field(default=600, ge=0)
     """How long a stopping GPU worker lets its graph run to the end before it returns the job."""
 
+    # Codec server: see docs/encryption.md
+    codec_server_host: str = "127.0.0.1"
+    codec_server_port: int = Field(default=8196, ge=0, le=65_535)
+    codec_server_token: SecretStr | None = None
+    """The token that it demands, at least 32 bytes."""
+    codec_server_origins: Annotated[list[str], NoDecode] = []
+    """Origins of the Temporal UI that may use it from a browser, with credentials; comma-separated."""
+
     # Simulators
     simulator_host: str = "127.0.0.1"
     comfyui_simulator_port: int = Field(default=8188, ge=0, le=65_535)
@@ -179,7 +190,7 @@ class Settings(BaseSettings):
     simulator_admin_token: SecretStr | None = None
 
     @field_validator(
-        *("callback_secrets", "dataset_roots", "retry_after_seconds", "allowed_origins"),
+        *("callback_secrets", "dataset_roots", "retry_after_seconds", "allowed_origins", "codec_server_origins"),
         *("bridge_templates", "bridge_image_hosts", "bridge_image_roots", "bridge_callback_urls"),
         mode="before",
     )
@@ -189,7 +200,9 @@ class Settings(BaseSettings):
             return [part.strip() for part in value.split(",") if part.strip()]
         return value
 
-    @field_validator("token_secret", "stream_token_secret", "simulator_admin_token", "bridge_result_secret")
+    @field_validator(
+        *("token_secret", "stream_token_secret", "simulator_admin_token", "bridge_result_secret", "codec_server_token")
+    )
     @classmethod
     def _long_enough(cls, secret: SecretStr | None) -> SecretStr | None:
         if secret is not None and len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
@@ -213,7 +226,7 @@ class Settings(BaseSettings):
             raise ValueError(f"names {len(pauses)} pauses; a task has at most {MAX_ATTEMPTS} attempts")
         return pauses
 
-    @field_validator("allowed_origins")
+    @field_validator("allowed_origins", "codec_server_origins")
     @classmethod
     def _named_one_by_one(cls, origins: list[str]) -> list[str]:
         for origin in origins:

@@ -6,6 +6,7 @@ from temporalio.client import Client
 from temporalio.runtime import Runtime
 
 from comfyui_temporal import connecting
+from comfyui_temporal.encryption import encryption_by
 from runtime.settings import Settings
 
 
@@ -20,4 +21,5 @@ async def connect(settings: Settings, *, runtime: Runtime | None = None, lazy: b
         profile=settings.temporal_profile,
         runtime=runtime,
         lazy=lazy,
+        encryption=encryption_by(settings.encryption_keys),
     )

@@ -35,6 +35,7 @@ FILLED_IN = {
     f"{PREFIX}TOKEN_SECRET": SECRET,
     f"{PREFIX}CALLBACK_SECRETS": "whsec_MDEyMzQ1Njc4OWFiY2RlZg==",
     f"{PREFIX}SIMULATOR_ADMIN_TOKEN": SECRET,
+    f"{PREFIX}CODEC_SERVER_TOKEN": SECRET,
 }
 VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::(?P<kind>[?-])(?P<text>[^}]*))?\}")
 
@@ -97,7 +98,7 @@ def test_every_published_port_is_on_the_loopback_and_once() -> None:
 
 def test_every_variable_is_known_to_whoever_reads_it() -> None:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    assert set(services()) == {*OTHERS_VARIABLES, *OURS}
+    assert set(services()) == {*OTHERS_VARIABLES, *OURS, "codec-server"}
     for name, service in services().items():
         allowed = OTHERS_VARIABLES.get(name, known)
         assert set(service["environment"]) <= allowed, name
@@ -133,6 +134,7 @@ def test_services_listen_where_others_look_for_them(monkeypatch: pytest.MonkeyPa
         "comfyui-simulator": {comfyui.comfyui_simulator_port},
         "credits-simulator": {comfyui.credits_simulator_port},
         "bridge": {settings_of("bridge", monkeypatch).bridge_port},
+        "codec-server": {settings_of("codec-server", monkeypatch).codec_server_port},
     }
     for name, ports in listens.items():
         assert {int(port.split(":")[2]) for port in services()[name]["ports"]} == ports, name
@@ -166,13 +168,14 @@ def test_what_a_service_waits_for_exists_and_can_come_true() -> None:
                 assert runs_once, f"{other} never ends"
 
 
-def test_only_the_simulators_and_the_bridge_are_optional() -> None:
+def test_only_simulators_bridge_and_codec_server_are_optional() -> None:
     optional = {name: service["profiles"] for name, service in services().items() if "profiles" in service}
     assert optional == {
         "comfyui-simulator": ["simulators"],
         "credits-simulator": ["simulators"],
         "bridge": ["bridge"],
         "gpu-worker": ["bridge"],
+        "codec-server": ["codec"],
     }
 
 

@@ -82,7 +82,7 @@ def test_every_test_and_mutant_that_the_pitfalls_name_exists() -> None:
 
 def test_the_command_lines_settings_mean_what_the_services_settings_of_the_same_name_mean() -> None:
     shared = Settings.model_fields.keys() & CommandSettings.model_fields.keys()
-    assert shared == {"temporal_address", "temporal_namespace", "temporal_profile", "task_queue"}
+    assert shared == {"temporal_address", "temporal_namespace", "temporal_profile", "task_queue", "encryption_keys"}
     for name in shared:
         ours, theirs = CommandSettings.model_fields[name], Settings.model_fields[name]
         assert (ours.annotation, ours.default) == (theirs.annotation, theirs.default)

@@ -85,7 +85,7 @@ class TaskRecord:
                 type=FailureCode.TASK_EXISTS,
                 non_retryable=True,
             )
-        self._publish_identity(claim)
+        self._publish_identity(claim, outcome.input_sha256 or claim.input_sha256)
         return outcome.policy
 
     def set_claim(self, resolution: str) -> None:
@@ -105,10 +105,10 @@ class TaskRecord:
             at=info.workflow_start_time,
         )
 
-    def _publish_identity(self, claim: TaskClaim) -> None:
+    def _publish_identity(self, claim: TaskClaim, input_sha256: str) -> None:
         """Memo and search attributes, where the start did not set them: a run needs no start options."""
-        if workflow.memo_value(INPUT_MEMO, None) != claim.input_sha256:
-            workflow.upsert_memo({INPUT_MEMO: claim.input_sha256})
+        if workflow.memo_value(INPUT_MEMO, None) != input_sha256:
+            workflow.upsert_memo({INPUT_MEMO: input_sha256})
         wanted = {
             "TaskId": claim.task_id,
             "TenantId": claim.tenant_id,

@@ -11,6 +11,7 @@ TaskError
 │   │   └── NamespaceMissing
 │   ├── GatewayUnavailable
 │   └── WorkerUnavailable
+├── Undecryptable            this client lacks the key that Temporal's data is encrypted with
 └── UnexpectedReply          an answer that this version does not know
 """
 
@@ -99,6 +100,10 @@ class WorkerUnavailable(Unavailable):
     """The task is open, but no worker answers for it."""
 
     default_code = "worker_unavailable"
+
+
+class Undecryptable(TaskError):
+    """This client lacks the key that a run's data is encrypted with, or its key is another one."""
 
 
 class UnexpectedReply(TaskError):

@@ -32,6 +32,8 @@ from comfyui_temporal.contracts.tasks import (
     input_sha256_of,
     workflow_id_of,
 )
+from comfyui_temporal.encryption import encryption_of
+from comfyui_temporal.encryption_keys import EncryptionError
 from comfyui_temporal.runs import RunSeen, describe_run
 
 RPC_TIMEOUT: Final = timedelta(seconds=5)
@@ -49,7 +51,7 @@ class Started:
 
 
 async def start_task(client: Client, task: TaskInput, *, task_queue: str = TASK_QUEUE) -> Started:
-    """Start a task of any scene, or find the run of the same input. Raises TaskExists, RPCError."""
+    """Start a task of any scene, or find the run of the same input. Raises TaskExists, RPCError, EncryptionError."""
     spec = SCENES[task.scene]
     workflow_id = workflow_id_of(task.task_id)
     try:
@@ -63,7 +65,7 @@ async def start_task(client: Client, task: TaskInput, *, task_queue: str = TASK_
             id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
             # Not USE_EXISTING: that would return a run of another input or type with the same id.
             id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-            memo={INPUT_MEMO: input_sha256_of(task)},
+            memo={INPUT_MEMO: encryption_of(client).input_hash(task)},
             search_attributes=_search_attributes(task),
             static_summary=spec.summary(task),
             priority=Priority(priority_key=PRIORITY_KEYS[task.priority], fairness_key=task.tenant_id),
@@ -94,7 +96,7 @@ def _search_attributes(task: TaskInput) -> TypedSearchAttributes:
 
 async def _same_task(client: Client, handle: WorkflowHandle[Any, Any], task: TaskInput) -> Started:
     run = await describe_run(client, handle.id, rpc_timeout=RPC_TIMEOUT)
-    if await _input_hash(client, handle, run, type(task)) != input_sha256_of(task):
+    if not encryption_of(client).is_hash_of(await _input_hash(client, handle, run, type(task)), task):
         raise TaskExists(task.task_id)
     return Started(handle, task.task_id, run.run_id, is_new=False)
 
@@ -115,6 +117,8 @@ async def _input_hash(
         payloads = event.workflow_execution_started_event_attributes.input.payloads
         try:
             [task] = await client.data_converter.decode(payloads, [input_type])
+        except EncryptionError:
+            raise
         except Exception:  # the run may have any input; an unreadable one is another input
             return None
         return input_sha256_of(task)

@@ -14,21 +14,25 @@ from comfyui_temporal.client.errors import (
     NamespaceMissing,
     TaskError,
     TemporalUnavailable,
+    Undecryptable,
     UnexpectedReply,
     UnknownTask,
 )
 from comfyui_temporal.contracts.tasks import workflow_id_of
+from comfyui_temporal.encryption_keys import EncryptionError
 
 _LAZY_CONNECTION_FAILED: Final = "Failed client connect"
 
 
 @contextmanager
 def typed_errors(client: Client, *, task_id: str | None = None, missing: TaskError | None = None) -> Iterator[None]:
-    """Inside, an RPCError becomes a TaskError. NOT_FOUND: UnknownTask of `task_id`, or `missing`."""
+    """Inside, an RPCError or EncryptionError becomes a TaskError. NOT_FOUND: UnknownTask of `task_id`, or `missing`."""
     try:
         yield
     except RPCError as error:
         raise task_error(error, client, task_id=task_id, missing=missing) from None
+    except EncryptionError as error:
+        raise Undecryptable(str(error), code=error.code) from None
     except RuntimeError as error:  # a lazy client raises it at its first call
         if _LAZY_CONNECTION_FAILED not in str(error):
             raise

@@ -43,6 +43,7 @@ from comfyui_temporal.contracts.tasks import (
     TrainingProgress,
     workflow_id_of,
 )
+from comfyui_temporal.encryption import NO_ENCRYPTION
 from comfyui_temporal.plugin import TaskPayloadConverter
 from comfyui_temporal.runs import NoQueryNow, RunSeen, RunStatus, describe_run, list_runs, query_run
 
@@ -261,10 +262,14 @@ class TemporalTasks:
 def _with_our_converter(client: Client) -> Client:
     """The same connection with this package's payload converter; the caller's codec and failure converter are kept."""
     converter = client.data_converter
-    if converter.payload_converter_class is TaskPayloadConverter:
+    if converter.payload_converter_class is TaskPayloadConverter and converter.payload_codec is not None:
         return client
     config = client.config()
-    config["data_converter"] = replace(converter, payload_converter_class=TaskPayloadConverter)
+    config["data_converter"] = replace(
+        converter,
+        payload_converter_class=TaskPayloadConverter,
+        payload_codec=converter.payload_codec or NO_ENCRYPTION,
+    )
     return Client(**config)
 
 

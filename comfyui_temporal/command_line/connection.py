@@ -21,6 +21,7 @@ from comfyui_temporal.client.errors import (
     TaskExists,
     TaskOver,
     TemporalUnavailable,
+    Undecryptable,
     UnknownTask,
     WorkerUnavailable,
 )
@@ -31,6 +32,8 @@ from comfyui_temporal.command_line.failures import BadInput, CannotReach, Comman
 from comfyui_temporal.command_line.server import Server, find_server
 from comfyui_temporal.command_line.settings import CommandSettings
 from comfyui_temporal.connecting import connect
+from comfyui_temporal.encryption import encryption_by
+from comfyui_temporal.encryption_keys import EncryptionError, KeysUnusable
 
 CONNECT_SECONDS: Final = 2.5
 
@@ -76,12 +79,17 @@ async def connection(settings: CommandSettings) -> AsyncIterator[Connection]:
 
 
 async def open_connection(server: Server, settings: CommandSettings, *, task_queue: str) -> Connection:
-    """Connect within three seconds. Raises CannotReach."""
+    """Connect within three seconds. Raises CannotReach, BadInput."""
+    try:
+        encryption = encryption_by(settings.encryption_keys)
+    except KeysUnusable as error:
+        raise BadInput(str(error)) from None
     connecting = connect(
         address=server.address,
         namespace=server.namespace,
         profile=settings.temporal_profile,
         runtime=_quiet_runtime(),
+        encryption=encryption,
     )
     try:
         client = await asyncio.wait_for(connecting, CONNECT_SECONDS)
@@ -111,13 +119,15 @@ def _quiet_runtime() -> Runtime:
 
 @contextmanager
 def sentences(opened: Connection) -> Iterator[None]:
-    """Inside, a TaskError or an RPCError becomes a CommandFailure that says what to do."""
+    """Inside, a TaskError, RPCError or EncryptionError becomes a CommandFailure that says what to do."""
     try:
         yield
     except TaskError as error:
         raise _failure_of(error, opened.server) from None
     except RPCError as error:
         raise _failure_of(task_error(error, opened.client), opened.server) from None
+    except EncryptionError as error:
+        raise CommandFailure(str(error), code=error.code) from None
 
 
 def _failure_of(error: TaskError, server: Server) -> CommandFailure:
@@ -141,6 +151,8 @@ def _failure_of(error: TaskError, server: Server) -> CommandFailure:
             return BadInput(error.sentence, error.fields)
         case TaskOver():
             return BadInput(error.sentence)
+        case Undecryptable():
+            return CommandFailure(error.sentence, code=error.code)
     advice = " Register it: `comfyui-tasks doctor` shows how." if "search attribute" in error.sentence.lower() else ""
     return CommandFailure(f"{error.sentence}{advice}")
 

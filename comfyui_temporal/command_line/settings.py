@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from comfyui_temporal.command_line.failures import BadInput
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
+from comfyui_temporal.encryption_keys import EncryptionKeys
 
 PREFIX = "COMFYUI_TEMPORAL_"
 AnySettings = TypeVar("AnySettings", bound=BaseSettings)
@@ -27,6 +28,8 @@ class CommandSettings(BaseSettings):
     temporal_namespace: str | None = None
     temporal_profile: str | None = None
     task_queue: str = TASK_QUEUE
+    encryption_keys: EncryptionKeys | None = None
+    """AES-256 keys for what Temporal holds, `id:base64`, comma-separated; see docs/encryption.md."""
     gateway_url: Annotated[str, Field(pattern=r"^https?://"), AfterValidator(lambda url: url.rstrip("/"))] | None = None
     """The gateway whose stream `watch`, `generate` and `train` follow; default: the local stack's, else tasks are
     followed by query."""

@@ -32,7 +32,9 @@ MAX_INLINE_LIST_BYTES: Final = 128 * KIB
 MAX_SENT_LIST_BYTES: Final = 6 * 1024 * KIB
 """The list in a training request, including checksums: a service accepts bodies of 8 MiB."""
 MAX_START_BYTES: Final = SERVER_PAYLOAD_BYTES - 4 * KIB
-"""An input that a client passes to Temporal itself."""
+"""An input that a client passes to Temporal itself. The rest is for what Temporal and encryption add."""
+ENCRYPTION_BYTES: Final = 256
+"""What encryption adds to a payload at most: nonce, tag, the id of the key, the metadata of both payloads."""
 
 # Input from callers.
 MAX_PROMPT_BYTES: Final = 16 * KIB

@@ -112,6 +112,8 @@ class ClaimOutcome(KeptModel):
     claimed: bool
     policy: Policy
     earlier_life: EarlierLife | None = None
+    input_sha256: str | None = None
+    """The hash that the store has, where it is keyed (docs/encryption.md)."""
 
 
 class LookOrder(OwnModel):

@@ -10,12 +10,16 @@ import pytest
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import EventType as Happened
 from temporalio.api.history.v1 import HistoryEvent
+from temporalio.converter import DataConverter
+from temporalio.exceptions import ApplicationError
 
-from activities.orphans import HistoryReader
+from activities.orphans import HistoryReader, NotReadHere
 from comfyui_temporal.contracts.give_back import Orphans
 from comfyui_temporal.contracts.requests import HoldState, RequestOutcome
 from comfyui_temporal.contracts.task_store import TaskRow
-from comfyui_temporal.plugin import DATA_CONVERTER
+from comfyui_temporal.encryption import PayloadEncryption
+from comfyui_temporal.encryption_keys import EncryptionKey
+from comfyui_temporal.plugin import DATA_CONVERTER, data_converter_of
 from tests.versions.fullest import DOCUMENTS, fullest
 
 AT = datetime(2031, 1, 1, 12, tzinfo=UTC)
@@ -33,9 +37,9 @@ def payload(document: Any) -> Payload:
 class History:
     """A run's history as it is read, one call after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, converter: DataConverter = DATA_CONVERTER) -> None:
         row = TaskRow.model_validate(fullest(Orphans)["row"])
-        self.reader = HistoryReader(Orphans(row=row, how="terminated"), DATA_CONVERTER)
+        self.reader = HistoryReader(Orphans(row=row, how="terminated"), converter)
         self._events = 0
 
     async def call(self, name: str, argument: Any, answer: dict[str, Any] | None = None) -> None:
@@ -168,3 +172,27 @@ async def test_only_a_refusal_of_the_last_charge_ends_charging(
     for n, answer in enumerate(answers, start=1):
         await history.call("charge", {**CHARGE, "key": f"task-1:charge:{n}"}, answer)
     assert history.reader.orphans.charge_refused is is_refused
+
+
+ENCRYPTED = data_converter_of(PayloadEncryption([EncryptionKey("2030", b"o" * 32)]))
+
+
+async def test_what_is_encrypted_with_another_key_is_not_passed_over() -> None:
+    scheduled = HistoryEvent(event_id=7, event_type=Happened.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED)
+    scheduled.activity_task_scheduled_event_attributes.activity_type.name = "pre_deduct"
+    scheduled.activity_task_scheduled_event_attributes.input.payloads.extend(await ENCRYPTED.encode([{}]))
+    with pytest.raises(NotReadHere, match=r"Event 7 .*'2030', which this process does not have"):
+        await History().reader.take(scheduled)
+
+
+async def test_the_sentence_of_an_encrypted_failure_is_read() -> None:
+    failed = HistoryEvent(event_id=9, event_type=Happened.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED)
+    failure = failed.workflow_execution_failed_event_attributes.failure
+    await ENCRYPTED.encode_failure(ApplicationError("It cannot be drawn.", {}, type="node_error"), failure)
+    assert "drawn" not in str(failure)
+    with pytest.raises(NotReadHere, match=r"Event 9 .*'2030'"):
+        await History().reader.take(failed)
+    history = History(ENCRYPTED)
+    await history.reader.take(failed)
+    end = history.reader.orphans.own_end
+    assert end is not None and (end.code, end.message) == ("node_error", "It cannot be drawn.")

@@ -21,6 +21,7 @@ from bridge.native import NativeServer as NativeClient
 from bridge.prompt_run import Patience
 from bridge.server import Server
 from comfyui_temporal.contracts.permissions import Scope
+from comfyui_temporal.encryption import encryption_of
 from comfyui_temporal.plugin import TasksPlugin
 from proof.simulators.serving import ServedApp
 from proof.simulators.tokens import Tokens
@@ -190,7 +191,9 @@ class BridgePlatform:
         """A GPU worker for any kind of server, in this process."""
         seen = SeenServer(name or unique("gpu"), "default", gpu_type)
         # A connection polls a queue only once per process. In production each worker is a process of its own.
-        client = await Client.connect(self.client.service_client.config.target_host, plugins=[TasksPlugin()])
+        client = await Client.connect(
+            self.client.service_client.config.target_host, plugins=[TasksPlugin(encryption_of(self.client))]
+        )
         worker = GpuWorker(
             client,
             server,

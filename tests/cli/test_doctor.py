@@ -16,8 +16,10 @@ from temporalio.testing import WorkflowEnvironment
 from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.contracts.reconcile import ReconcileResult, reconcile_id_of
 from comfyui_temporal.contracts.tasks import workflow_id_of
+from comfyui_temporal.encryption import encryption_of
 from doctor.finding import Finding, Verdict
 from proof.simulators.serving import TEST_TOKEN_SECRET, Simulators, running_simulators
+from runtime import temporal_connection
 from runtime.reconciler_schedule import ensure_reconciler
 from runtime.settings import Settings
 from store import StoreHome, TaskStore, UnseenTask
@@ -73,6 +75,21 @@ async def test_only_the_short_retention_of_this_server_is_wrong(opened: Connecti
     admin = simulators.admin
     assert await admin.comfyui.jobs() == []
     assert await admin.credits.holds() == []
+
+
+async def test_the_encryption_keys_are_named(opened: Connection, simulators: Simulators) -> None:
+    """Command line and services read one setting."""
+    keys = f"2031:{'B' * 43}=,2030:{'A' * 43}="
+    for given, verdict, says in (
+        (keys, Verdict.OK, "what Temporal holds is encrypted with the key 2031; 2030 can be read"),
+        (f"plain,{keys}", Verdict.NOTE, "what Temporal holds is not encrypted; 2031, 2030 can be read"),
+        ("", Verdict.NOTE, "what Temporal holds is not encrypted"),
+    ):
+        _, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_ENCRYPTION_KEYS=given)
+        assert (findings["encryption"].verdict, findings["encryption"].says) == (verdict, says)
+        settings = Settings(_env_file=None, temporal_address=opened.server.address, encryption_keys=given)
+        of_services = encryption_of(await temporal_connection.connect(settings))
+        assert (of_services.key_ids[:1], of_services.encrypts) == (("2031",) if given else (), verdict is Verdict.OK)
 
 
 async def test_the_reconcilers_schedule_is_reported(opened: Connection, simulators: Simulators) -> None:

@@ -16,6 +16,7 @@ PROJECT = Path(__file__).parents[2]
 LOCKS = ["requirements.lock", "requirements-dev.lock", "requirements-bench.lock"]
 IN_THE_IMAGE = [
     "worker.py",
+    "codec_server.py",
     *("starter.py", "comfyui_temporal", "workflows", "activities", "store", "gateway", "bridge", "runtime", "doctor"),
     *("proof/simulators", "proof/conformance"),
 ]

@@ -163,6 +163,12 @@ async def test_without_its_extra_the_command_line_names_it(library: Path, outsid
     assert "comfyui-temporal[cli]" in said
 
 
+async def test_without_its_extra_encryption_names_it(library: Path, outside: Path) -> None:
+    code = f"from comfyui_temporal import PayloadEncryption; PayloadEncryption.parse('k1:{'A' * 43}=')"
+    exit_code, said = await run(library / "python", "-c", code, cwd=outside)
+    assert exit_code == 1 and "comfyui-temporal[encryption]" in said
+
+
 async def test_the_command_line_finds_the_stack_and_follows_a_task(
     command_line: Path, outside: Path, stack: Platform
 ) -> None:
