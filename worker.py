@@ -72,13 +72,13 @@ def token_maker(settings: Settings) -> TokenMaker:
     """How our calls authenticate (contract §7). Raises CannotStart."""
     if settings.service_token is not None:
         return ServiceToken(settings.service_token.get_secret_value())
-    if settings.token_secret is None:
+    if settings.service_secret is None:
         raise CannotStart(
-            "No token for ComfyUI and credits is set: set COMFYUI_TEMPORAL_TOKEN_SECRET (HS256, at least 32 bytes), "
-            "or COMFYUI_TEMPORAL_SERVICE_TOKEN if only a static token is accepted."
+            "No token for ComfyUI and credits is set: set COMFYUI_TEMPORAL_SERVICE_SECRET (HS256, at least 32 "
+            "bytes), or COMFYUI_TEMPORAL_SERVICE_TOKEN if only a static token is accepted."
         )
     return SignedTokens(
-        settings.token_secret.get_secret_value(), issuer=settings.token_issuer, audience=settings.token_audience
+        settings.service_secret.get_secret_value(), issuer=settings.service_issuer, audience=settings.service_audience
     )
 
 
@@ -335,7 +335,7 @@ async def run(settings: Settings) -> None:
 def main() -> int:
     try:
         settings = read_settings()
-        configure_logs(level=settings.log_level, as_json=settings.log_json)
+        configure_logs(level=settings.log_level, as_json=settings.log_json, hidden=settings.hidden_values)
         uvloop.run(run(settings))
     except CannotStart as error:
         sys.stderr.write(f"{error}\n")

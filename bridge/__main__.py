@@ -30,7 +30,7 @@ from bridge.training_workflow import ComfyUITrainingWorkflow
 from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
 from runtime.logs import configure_logs
-from runtime.required_settings import CannotStart, caller_tokens_by, read_settings
+from runtime.required_settings import CannotStart, read_settings, service_tokens_by
 from runtime.settings import Settings
 
 WORKFLOWS = (ComfyUIJobWorkflow, ComfyUITrainingWorkflow, ComfyUIKeyWorkflow)
@@ -52,7 +52,7 @@ class Bridge:
         self.forecast = Forecast(client, task_queue=settings.bridge_task_queue)
         self._client = client
         self._settings = settings
-        self._tokens = caller_tokens_by(settings)
+        self._tokens = service_tokens_by(settings)
         self._templates = templates_by(settings)
 
     def serves_at(self, base_url: str) -> None:
@@ -135,7 +135,7 @@ async def serve(settings: Settings) -> None:
 def main() -> int:
     try:
         settings = read_settings()
-        configure_logs(level=settings.log_level, as_json=settings.log_json)
+        configure_logs(level=settings.log_level, as_json=settings.log_json, hidden=settings.hidden_values)
         asyncio.run(serve(settings))
     except CannotStart as error:
         sys.stderr.write(f"{error}\n")

@@ -78,7 +78,7 @@ class Edge:
         except TokenRefused as refused:
             raise Unauthenticated(str(refused)) from None
         except TokensUnverifiable:
-            raise Unanswered(503, "the keys for callers' tokens cannot be read now") from None
+            raise Unanswered(503, "the keys for tokens cannot be read now") from None
 
 
 async def _body(request: Request) -> bytes:

@@ -251,7 +251,7 @@ def main() -> int:
     options = _options()
     try:
         settings = read_settings()
-        configure_logs(level=settings.log_level, as_json=settings.log_json)
+        configure_logs(level=settings.log_level, as_json=settings.log_json, hidden=settings.hidden_values)
         return asyncio.run(_run(settings, options))
     except CannotStart as error:
         sys.stderr.write(f"{error}\n")

@@ -20,7 +20,7 @@ def templates_by(settings: Settings) -> TemplateLibrary:
 
 def result_secret_by(settings: Settings) -> str:
     """Raises CannotStart."""
-    secret = settings.bridge_result_secret or settings.token_secret
+    secret = settings.bridge_result_secret or settings.service_secret
     if secret is None:
         raise CannotStart(
             "No secret to sign result addresses with: set COMFYUI_TEMPORAL_BRIDGE_RESULT_SECRET (at least 32 bytes)."

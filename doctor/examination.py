@@ -33,7 +33,7 @@ from proof.conformance import opened as conformant
 from runtime.settings import Settings
 
 NO_TOKEN = (
-    "Set COMFYUI_TEMPORAL_TOKEN_SECRET (HS256, at least 32 bytes), or COMFYUI_TEMPORAL_SERVICE_TOKEN if only a "
+    "Set COMFYUI_TEMPORAL_SERVICE_SECRET (HS256, at least 32 bytes), or COMFYUI_TEMPORAL_SERVICE_TOKEN if only a "
     "static token is accepted."
 )
 
@@ -72,7 +72,7 @@ async def services(
     settings: Settings, stack: StackDescription | None, *, tenant_id: str | None = None, user_id: str | None = None
 ) -> AsyncIterator[Services]:
     """Clients by the settings, else by the local stack. Raises BadInput without a token or with an invalid address."""
-    tenant_id = tenant_id or (next(iter(stack.tokens), None) if stack else None) or "doctor"
+    tenant_id = tenant_id or (next(iter(stack.service_tokens), None) if stack else None) or "doctor"
     user_id = user_id or user_of(stack, tenant_id) or "doctor"
     call_for = CallFor(
         task_id=f"doctor-{secrets.token_hex(6)}", tenant_id=tenant_id, user_id=user_id, scene=Scene.IMAGE_GENERATE
@@ -90,11 +90,11 @@ async def services(
 def _tokens(settings: Settings, stack: StackDescription | None, tenant_id: str) -> TokenMaker:
     if settings.service_token is not None:
         return ServiceToken(settings.service_token.get_secret_value())
-    if settings.token_secret is not None:
-        secret = settings.token_secret.get_secret_value()
-        return SignedTokens(secret, issuer=settings.token_issuer, audience=settings.token_audience)
-    if stack is not None and tenant_id in stack.tokens:
-        return ServiceToken(stack.tokens[tenant_id])
+    if settings.service_secret is not None:
+        secret = settings.service_secret.get_secret_value()
+        return SignedTokens(secret, issuer=settings.service_issuer, audience=settings.service_audience)
+    if stack is not None and tenant_id in stack.service_tokens:
+        return ServiceToken(stack.service_tokens[tenant_id])
     raise BadInput("There is no token to call ComfyUI and the credits service with.")
 
 

@@ -34,7 +34,7 @@ MAX_CONNECTIONS = 20_000
 
 def access_by(settings: Settings) -> Access:
     """How callers' tokens are verified. Raises CannotStart."""
-    shared = settings.token_secret.get_secret_value() if settings.token_secret else None
+    shared = settings.caller_secret.get_secret_value() if settings.caller_secret else None
     own = settings.stream_token_secret.get_secret_value() if settings.stream_token_secret else shared
     if own is None:
         log.warning("stream_tokens_of_this_process_only", setting="COMFYUI_TEMPORAL_STREAM_TOKEN_SECRET")
@@ -106,7 +106,7 @@ def main() -> int:
     allow_many_connections()
     try:
         settings = read_settings()
-        configure_logs(level=settings.log_level, as_json=settings.log_json)
+        configure_logs(level=settings.log_level, as_json=settings.log_json, hidden=settings.hidden_values)
         uvloop.run(serve(settings))
     except CannotStart as error:
         sys.stderr.write(f"{error}\n")

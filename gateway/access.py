@@ -1,8 +1,9 @@
 """Who may do what (contract §7): FastAPI dependencies that return the caller or answer with a problem.
 
 `access.requires(operation)` is for ordinary routes, by the bearer token alone. `access.requires_for_stream()` is for
-streams, which browsers open without headers: there a token may also come as `?token=` or as a cookie. Browsers send a
-cookie with requests from any page, so it counts only for allowed origins.
+streams, which browsers open without headers: there a stream token may come as `?token=`, and any token as a cookie.
+Browsers send a cookie with requests from any page, so it counts only for allowed origins. Addresses end up in logs and
+histories: a request with any other token in its address is refused, whatever else it brings.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ TOKEN_COOKIE: Final = "comfyui_temporal_token"
 TOKEN_PARAMETER: Final = "token"
 MISSING: Final = "A bearer token is needed: send it as `Authorization: Bearer …`."
 MISSING_FOR_STREAM: Final = (
-    f"A token is needed: as `Authorization: Bearer …`, as `?{TOKEN_PARAMETER}=…` or in the cookie {TOKEN_COOKIE}."
+    f"A token is needed: as `Authorization: Bearer …`, in the cookie {TOKEN_COOKIE}, or a stream token as "
+    f"`?{TOKEN_PARAMETER}=…`."
+)
+NOT_IN_ADDRESS: Final = (
+    "The token in the address is no stream token, or has expired, or this is no stream. Addresses end up in logs: "
+    "send the token as `Authorization: Bearer …`, or get a stream token from GET /api/v1/tasks/stream/config."
 )
 
 Dependency = Callable[..., Awaitable[Caller]]
@@ -48,7 +54,9 @@ class _Cookie(APIKeyCookie):
 
 
 _BEARER: Final = _Bearer(bearerFormat="JWT", scheme_name="bearer", description="A JWT of the platform (contract §7).")
-_QUERY: Final = _Query(name=TOKEN_PARAMETER, scheme_name="token", description="For streams only.")
+_QUERY: Final = _Query(
+    name=TOKEN_PARAMETER, scheme_name="token", description="A stream token of `stream/config`. For streams only."
+)
 _COOKIE: Final = _Cookie(name=TOKEN_COOKIE, scheme_name="cookie", description="For streams only.")
 
 
@@ -87,6 +95,8 @@ class Access:
 
     async def caller(self, connection: HTTPConnection, operation: Operation) -> Caller:
         """The caller, by the bearer token alone. Raises Problem 401, 403 or 503."""
+        if _in_address(connection):
+            raise _unauthenticated(NOT_IN_ADDRESS)
         token = _bearer_token(connection)
         if token is None:
             raise _unauthenticated(MISSING)
@@ -96,9 +106,10 @@ class Access:
 
     async def stream_caller(self, connection: HTTPConnection) -> Caller:
         """The caller of a stream, by header, address or cookie. Raises Problem 401, 403 or 503."""
-        token = _bearer_token(connection) or connection.query_params.get(TOKEN_PARAMETER)
-        if not token:
-            token = self._cookie_token(connection)
+        in_address = _in_address(connection)
+        if any(self.stream_tokens.read(token) is None for token in in_address):
+            raise _unauthenticated(NOT_IN_ADDRESS, error="invalid_token")
+        token = _bearer_token(connection) or (in_address[0] if in_address else self._cookie_token(connection))
         return _allowed(self.stream_tokens.read(token) or await self._read(token), Operation.READ_TASK)
 
     def _cookie_token(self, connection: HTTPConnection) -> str:
@@ -120,6 +131,10 @@ class Access:
             raise _unauthenticated(f"The token is refused: {refused}.", error="invalid_token") from None
         except TokensUnverifiable as error:
             raise Problem(ProblemCode.TOKENS_UNVERIFIABLE, f"{error} Try again, or contact the operator.") from None
+
+
+def _in_address(connection: HTTPConnection) -> list[str]:
+    return [token for token in connection.query_params.getlist(TOKEN_PARAMETER) if token]
 
 
 def _bearer_token(connection: HTTPConnection) -> str | None:

@@ -13,6 +13,7 @@ from comfyui_temporal.contracts.stack import StackDescription
 from local_stack.background import Background, end_stack, running_stack, start_stack
 from local_stack.child import is_running
 from local_stack.comfyui_servers import silent_servers
+from local_stack.description import ACCOUNTS, PAGE_SECONDS, page_url
 from local_stack.folder import RunFolder, StackFailure, StackRecord
 from local_stack.pace import DEMO_SPEED, REAL_SPEED
 from local_stack.parts import DEFAULT_PROFILE, PROFILE_SETTING
@@ -85,7 +86,8 @@ def demo(folder: RunFolder, speed: float | None, comfyui: Sequence[str] = ()) ->
 
 def _run_demo(folder: RunFolder, stack: StackDescription) -> int:
     """Imported only here: the demo needs more packages than the stack."""
-    code: int = import_module("local_stack.demo").run_demo(stack, folder.path)
+    demo = import_module("local_stack.demo")
+    code: int = demo.run_demo(stack, folder.path, page_url=page_url(stack, demo.TENANT, folder.secrets()))
     return code
 
 
@@ -122,9 +124,9 @@ def _show(folder: RunFolder, stack: StackDescription) -> None:
         ("logs", folder.path / "logs"),
     ):
         print(f"  {name:<13} {where}")
-    # The token is in the fragment, which browsers do not send.
-    if tenant_id := next(iter(stack.tokens), None):
-        print(f"  {'live page':<13} {stack.page_url(tenant_id)}")
+    tenant_id = next(iter(ACCOUNTS))
+    print(f"  {'live page':<13} {page_url(stack, tenant_id, folder.secrets())}")
+    print(f"  {'':<13} (as {tenant_id}, for {PAGE_SECONDS // 60} minutes; `make status` prints a new link)")
 
 
 def _unusual(record: StackRecord | None) -> str:

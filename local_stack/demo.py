@@ -50,17 +50,17 @@ class DemoTasks:
     training: TrainingTask | None
 
 
-def run_demo(stack: StackDescription, folder: Path = RUN_FOLDER) -> int:
+def run_demo(stack: StackDescription, folder: Path = RUN_FOLDER, *, page_url: str | None = None) -> int:
     """Run the demo and print it. Returns 0 only if both tasks completed and the ledger agrees. `folder`: `.run`."""
     console = Console()
     try:
-        return asyncio.run(_demo(console, stack, folder))
+        return asyncio.run(_demo(console, stack, folder, page_url))
     except CommandFailure as failure:
         print_failure(Console(stderr=True), failure, as_json=False)
         return int(failure.exit_code)
 
 
-async def _demo(console: Console, stack: StackDescription, folder: Path) -> int:
+async def _demo(console: Console, stack: StackDescription, folder: Path, page_url: str | None) -> int:
     settings = read_settings(CommandSettings)
     opened = await open_connection(server_of(stack), settings, task_queue=stack.task_queue)
     with sentences(opened):
@@ -68,7 +68,7 @@ async def _demo(console: Console, stack: StackDescription, folder: Path) -> int:
         started = [await opened.tasks.start(tasks.image)]
         if tasks.training is not None:
             started.append(await opened.tasks.start(tasks.training))
-        _announce(console, opened, stack, started)
+        _announce(console, opened, page_url, started)
         outcomes = await _followed(console, opened, started)
     for outcome in outcomes:
         console.print()
@@ -139,10 +139,10 @@ def make_dataset(folder: Path) -> Path:
     return folder
 
 
-def _announce(console: Console, opened: Connection, stack: StackDescription, started: list[StartedTask]) -> None:
-    if page := stack.page_url(TENANT):
-        console.print("The live page, with a token of the demo's tenant that this stack has made:")
-        console.print(Text(f"  {page}", style="dim"), soft_wrap=True)
+def _announce(console: Console, opened: Connection, page_url: str | None, started: list[StartedTask]) -> None:
+    if page_url:
+        console.print("The live page, with a token of the demo's tenant that lives for minutes:")
+        console.print(Text(f"  {page_url}", style="dim"), soft_wrap=True)
     console.print("One image and one training, at the same time:" if len(started) > 1 else "One image:")
     for task in started:
         link = opened.tasks.ui_link(task.workflow_id, task.run_id) or ""
@@ -168,13 +168,13 @@ async def _followed(console: Console, opened: Connection, started: list[StartedT
 
 
 async def _books(stack: StackDescription, outcomes: list[TaskOutcome]) -> list[Finding]:
-    """Read through the credits API with the tenant's own token, as its services would."""
+    """Read through the credits API with a service token of the tenant."""
     reported = {outcome.task_id: outcome.credits for outcome in outcomes if outcome.credits is not None}
     call_for = CallFor(
         task_id="demo", tenant_id=TENANT, user_id=user_of(stack, TENANT) or "", scene=Scene.IMAGE_GENERATE
     )
     try:
-        async with CreditsClient(stack.credits_url, ServiceToken(stack.tokens[TENANT])) as credits:
+        async with CreditsClient(stack.credits_url, ServiceToken(stack.service_tokens[TENANT])) as credits:
             return await check_books(credits, call_for, reported)
     except (OutsideFailure, LedgerUnreadable) as failure:
         return [wrong("ledger", str(failure), "Without the ledger the charges cannot be checked.")]

@@ -1,9 +1,9 @@
-"""`.run/stack.json`: how the stack describes itself to programs on this machine (contract §8)."""
+"""`.run/stack.json`: how the stack describes itself to programs on this machine (contract §8); the live page's link."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 import jwt
@@ -21,6 +21,9 @@ ACCOUNTS: Final = {"tenant-demo": "user-demo", "tenant-other": "user-other"}
 TOKEN_SECONDS: Final = 24 * 3600
 REWRITE_SECONDS: Final = 6 * 3600
 """Tokens are renewed this often, so that a stack that stays up never shows expired ones."""
+PAGE_SECONDS: Final = 15 * 60
+"""A link is copied, kept in histories and seen over shoulders: it lives for minutes. `make status` prints a new one."""
+PAGE_SCOPES: Final = (Scope.IMAGE_GENERATE, Scope.MODEL_TRAIN, Scope.TASK_READ, Scope.TASK_CANCEL)
 CLOCK_SKEW_SECONDS: Final = 30
 
 
@@ -36,26 +39,40 @@ def describe(parts: LocalParts, secrets: Secrets, processes: Mapping[str, Proces
         database_dsn=parts.database_dsn,
         callback_secret=secrets.callback_secret,
         pids={name: process.pid for name, process in processes.items()},
-        tokens={tenant: token_for(tenant, user, secrets) for tenant, user in ACCOUNTS.items()},
+        tokens={tenant: caller_token(tenant, user, secrets) for tenant, user in ACCOUNTS.items()},
+        service_tokens={tenant: service_token(tenant, user, secrets) for tenant, user in ACCOUNTS.items()},
         admin_token=secrets.admin_token,
     )
 
 
-def token_for(tenant: str, user: str, secrets: Secrets) -> str:
-    """A JWT with every scope, valid for 24 hours (contract §7, §8)."""
+def page_url(stack: StackDescription, tenant: str, secrets: Secrets) -> str:
+    """The tenant's live page. A token that lives for minutes is in the fragment, which browsers do not send."""
+    token = caller_token(tenant, ACCOUNTS[tenant], secrets, seconds=PAGE_SECONDS, scopes=PAGE_SCOPES)
+    return f"{stack.gateway_url}/#token={token}"
+
+
+def caller_token(
+    tenant: str, user: str, secrets: Secrets, *, seconds: int = TOKEN_SECONDS, scopes: Collection[Scope] = tuple(Scope)
+) -> str:
+    """Opens the gateway and nothing else (contract §7)."""
+    return _token("caller", secrets.caller_secret, tenant, user, seconds, scopes)
+
+
+def service_token(tenant: str, user: str, secrets: Secrets) -> str:
+    """Opens ComfyUI and the credits service and nothing else, with every scope, for 24 hours (contract §7, §8)."""
+    return _token("service", secrets.service_secret, tenant, user, TOKEN_SECONDS, tuple(Scope))
+
+
+def _token(kind: str, secret: str, tenant: str, user: str, seconds: int, scopes: Collection[Scope]) -> str:
     now = int(time.time())
     claims = {
-        "iss": _default("token_issuer"),
-        "aud": _default("token_audience"),
+        # The parts run with the default issuers and audiences.
+        "iss": Settings.model_fields[f"{kind}_issuer"].default,
+        "aud": Settings.model_fields[f"{kind}_audience"].default,
         "iat": now - CLOCK_SKEW_SECONDS,
-        "exp": now + TOKEN_SECONDS,
+        "exp": now + seconds,
         "tenant_id": tenant,
         "user_id": user,
-        "scopes": [scope.value for scope in Scope],
+        "scopes": [scope.value for scope in scopes],
     }
-    return jwt.encode(claims, secrets.token_secret, algorithm="HS256")
-
-
-def _default(setting: str) -> str:
-    """The parts run with the default issuer and audience."""
-    return str(Settings.model_fields[setting].default)
+    return jwt.encode(claims, secret, algorithm="HS256")

@@ -37,7 +37,8 @@ class AlreadyLocked(Exception):
 class Secrets(BaseModel):
     """Made at the first start and then kept, so that tokens and callbacks of open tasks stay valid."""
 
-    token_secret: str
+    caller_secret: str
+    service_secret: str
     callback_secret: str
     admin_token: str
     database_password: str
@@ -45,7 +46,8 @@ class Secrets(BaseModel):
     @classmethod
     def new(cls) -> Self:
         return cls(
-            token_secret=secrets.token_urlsafe(48),
+            caller_secret=secrets.token_urlsafe(48),
+            service_secret=secrets.token_urlsafe(48),
             callback_secret="whsec_" + base64.b64encode(secrets.token_bytes(32)).decode(),
             admin_token=secrets.token_urlsafe(48),
             database_password=secrets.token_urlsafe(24),
@@ -124,10 +126,14 @@ class RunFolder:
         return int(text) if text.isdigit() else None
 
     def secrets(self) -> Secrets:
-        """The secrets; made if there are none yet."""
+        """The secrets. Those that are missing are made: an earlier version's folder keeps its database's password."""
         kept = _read(self._secrets, Secrets)
         if kept is None:
-            kept = Secrets.new()
+            try:
+                earlier = json.loads(self._secrets.read_bytes())
+            except (FileNotFoundError, ValueError):
+                earlier = {}
+            kept = Secrets.model_validate(Secrets.new().model_dump() | earlier)
             _write(self._secrets, kept.model_dump(mode="json"))
         return kept
 

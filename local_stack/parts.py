@@ -27,7 +27,7 @@ PROFILE_SETTING: Final = SETTINGS_PREFIX + "SIMULATOR_CREDITS_PROFILE"
 DEFAULT_PROFILE: Final = CONTRACT.name
 NEVER_INHERITED: Final = frozenset(
     {
-        *("SERVICE_TOKEN", "TEMPORAL_PROFILE", "TOKEN_ISSUER", "TOKEN_AUDIENCE"),
+        *("SERVICE_TOKEN", "TEMPORAL_PROFILE", "SERVICE_ISSUER", "SERVICE_AUDIENCE"),
         *("JWKS_URL", "CALLER_ISSUER", "CALLER_AUDIENCE", "STREAM_TOKEN_SECRET", "GATEWAY_PUBLIC_URL"),
     }
 )
@@ -134,7 +134,8 @@ class LocalParts:
             "TASK_QUEUE": TASK_QUEUE,
             "COMFYUI_URL": self.url("comfyui"),
             "CREDITS_URL": self.url("credits"),
-            "TOKEN_SECRET": secrets.token_secret,
+            "CALLER_SECRET": secrets.caller_secret,
+            "SERVICE_SECRET": secrets.service_secret,
             "CALLBACK_BASE_URL": self.url("gateway"),
             "CALLBACK_SECRETS": secrets.callback_secret,
             "GATEWAY_HOST": LOOPBACK,

@@ -1,4 +1,4 @@
-"""Authenticates callers by JWTs of the platform (contract §7), for gateway and bridge.
+"""Authenticates by JWTs (contract §7): the gateway's callers, and the services that call the bridge.
 
 Deliberately narrow: the algorithms depend on how the keys are configured, never on the token's header; issuer,
 audience and expiry are required; any error of the JWT library is a refusal, never an error of ours.
@@ -126,7 +126,7 @@ class KeySet:
 
 
 class CallerTokens:
-    """Reads the platform's tokens."""
+    """Reads the tokens of one audience: the gateway's, or that of the services."""
 
     def __init__(self, keys: Keys, *, issuer: str, audience: str) -> None:
         self._keys = keys

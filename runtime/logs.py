@@ -2,16 +2,61 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import sys
+from collections.abc import Collection
+from types import TracebackType
+from typing import Final
 
 import structlog
 
+HIDDEN: Final = "[hidden]"
+MIN_HIDDEN_CHARACTERS: Final = 8
+"""A shorter value is hidden by its place alone, or it would be cut out of ordinary words."""
+OURS: Final = (
+    *("activities", "bridge", "comfyui_temporal", "doctor", "gateway", "gpu_worker", "local_stack", "proof"),
+    *("runtime", "simulators", "store", "worker", "workflows"),
+)
+"""Loggers whose level is the setting's. Libraries log at INFO at most: at DEBUG they write headers and bodies."""
+_SECRETS: Final = (
+    (re.compile(r"\beyJ[\w-]+\.[\w-]+(?:\.[\w-]*)?"), HIDDEN),  # JWT
+    (re.compile(r"\b(bearer|basic) +[^\s\"',\\]+", re.IGNORECASE), rf"\1 {HIDDEN}"),
+    (re.compile(r"\bwhsec_[\w+/=-]+"), HIDDEN),
+    (re.compile(r"\bv1a?,[\w+/-]{16,}=*"), HIDDEN),  # webhook-signature
+    # In an address, a cookie or a DSN: `token=…`, `X-Amz-Signature=…`, `sig=…`
+    (
+        re.compile(r"((?:token|signature|secret|password|credential|\bsig) ?= ?)[^\s&\"';,\\]+", re.IGNORECASE),
+        rf"\1{HIDDEN}",
+    ),
+    (re.compile(r"(://[^\s:/@\"\\]*):[^\s/\"\\]+@"), rf"\1:{HIDDEN}@"),
+)
 
-def configure_logs(*, level: str = "INFO", as_json: bool = True) -> None:
-    """Send the records of structlog and of the standard library through one chain.
 
-    Bind `task_id`, `workflow_id`, `tenant_id` with `structlog.contextvars`; never a prompt, secret or token.
+class _Redacting(structlog.stdlib.ProcessorFormatter):
+    """Takes secrets out of whole lines: whoever logged them, in whatever field, tracebacks too."""
+
+    hidden: tuple[str, ...] = ()
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record), self.hidden)
+
+
+def redacted(line: str, hidden: Collection[str] = ()) -> str:
+    """The line without tokens, signatures, passwords in addresses, and the values in `hidden`."""
+    for value in hidden:
+        line = line.replace(value, HIDDEN)
+    for pattern, replacement in _SECRETS:
+        line = pattern.sub(replacement, line)
+    return line
+
+
+def configure_logs(*, level: str = "INFO", as_json: bool = True, hidden: Collection[str] = ()) -> None:
+    """Send the records of structlog and of the standard library, and uncaught exceptions, through one chain.
+
+    Bind `task_id`, `workflow_id`, `tenant_id` with `structlog.contextvars`; never a prompt, secret or token. `hidden`:
+    this process's secrets, which no line shows.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -30,15 +75,27 @@ def configure_logs(*, level: str = "INFO", as_json: bool = True) -> None:
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
-        )
+    formatter = _Redacting(
+        foreign_pre_chain=shared,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
     )
+    # The longest first: a value that contains another is hidden whole. Also as it stands inside JSON.
+    values = {form for value in hidden for form in (value, json.dumps(value)[1:-1])}
+    formatter.hidden = tuple(sorted((v for v in values if len(v) >= MIN_HIDDEN_CHARACTERS), key=len, reverse=True))
+    handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level)
+    root.setLevel(max(logging.INFO, logging.getLevelNamesMapping()[level]))
+    for name in OURS:
+        logging.getLogger(name).setLevel(level)
     # httpx logs each request's address at INFO, uvicorn each request. Neither helps, and both may contain ids.
     for noisy in ("httpx", "httpcore", "uvicorn.access", "alembic.runtime.migration"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    sys.excepthook = _log_uncaught
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    logging.getLogger("runtime").critical("uncaught", exc_info=(kind, error, trace))

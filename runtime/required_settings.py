@@ -31,18 +31,25 @@ def database_of(settings: Settings) -> str:
 
 
 def caller_tokens_by(settings: Settings) -> CallerTokens:
-    """How callers' tokens are verified, for gateway and bridge alike (contract §7). Raises CannotStart."""
+    """How the gateway verifies callers' tokens (contract §7). Raises CannotStart."""
     if settings.jwks_url is not None:
         keys: KeySet | SharedSecret = KeySet(settings.jwks_url)
-    elif settings.token_secret is not None:
-        keys = SharedSecret(settings.token_secret.get_secret_value())
+    elif settings.caller_secret is not None:
+        keys = SharedSecret(settings.caller_secret.get_secret_value())
     else:
         raise CannotStart(
-            "No key for callers' tokens is set: set COMFYUI_TEMPORAL_TOKEN_SECRET (HS256, at least 32 bytes) or "
+            "No key for callers' tokens is set: set COMFYUI_TEMPORAL_CALLER_SECRET (HS256, at least 32 bytes) or "
             "COMFYUI_TEMPORAL_JWKS_URL."
         )
-    return CallerTokens(
-        keys,
-        issuer=settings.caller_issuer or settings.token_issuer,
-        audience=settings.caller_audience or settings.token_audience,
-    )
+    return CallerTokens(keys, issuer=settings.caller_issuer, audience=settings.caller_audience)
+
+
+def service_tokens_by(settings: Settings) -> CallerTokens:
+    """How the bridge verifies service tokens (contract §7). Raises CannotStart."""
+    if settings.service_secret is None:
+        raise CannotStart(
+            "No key for service tokens is set: set COMFYUI_TEMPORAL_SERVICE_SECRET (HS256, at least 32 bytes), the "
+            "workers' own."
+        )
+    keys = SharedSecret(settings.service_secret.get_secret_value())
+    return CallerTokens(keys, issuer=settings.service_issuer, audience=settings.service_audience)

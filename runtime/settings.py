@@ -12,9 +12,10 @@ from __future__ import annotations
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
+from urllib.parse import unquote
 
-from pydantic import AfterValidator, Field, SecretStr, field_validator
+from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from comfyui_temporal.contracts.permissions import Scene
@@ -34,6 +35,11 @@ from comfyui_temporal.encryption_keys import EncryptionKeys
 MIN_SECRET_BYTES = 32
 _IMAGE: Final = SCENES[Scene.IMAGE_GENERATE]
 _TRAINING: Final = SCENES[Scene.MODEL_TRAIN]
+_KEYS: Final = (
+    *("caller_secret", "service_secret", "stream_token_secret", "bridge_result_secret"),
+    *("simulator_admin_token", "codec_server_token"),
+)
+_PASSWORD: Final = re.compile(r"://[^/]*?:(.+)@")
 
 
 def _without_slash(url: str) -> str:
@@ -46,7 +52,9 @@ ServiceUrl = Annotated[str, Field(pattern=r"^https?://"), AfterValidator(_withou
 class Settings(BaseSettings):
     """Settings of one process. Secrets are `SecretStr`: printing the settings shows none."""
 
-    model_config = SettingsConfigDict(env_prefix="COMFYUI_TEMPORAL_", env_file=".env", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="COMFYUI_TEMPORAL_", env_file=".env", extra="ignore", hide_input_in_errors=True
+    )
 
     # Temporal
     temporal_address: str | None = None
@@ -61,10 +69,11 @@ class Settings(BaseSettings):
     comfyui_url: ServiceUrl = "http://127.0.0.1:8188"
     """Where contract §2's `/comfyui/v1` is served: a platform's ComfyUI service, the bridge or the simulator."""
     credits_url: ServiceUrl = "http://127.0.0.1:8190"
-    token_secret: SecretStr | None = None
-    """HS256 secret (at least 32 bytes) of the tokens that we make for each call (contract §7)."""
-    token_issuer: str = "comfyui-temporal"
-    token_audience: str = "comfyui-platform"
+    service_secret: SecretStr | None = None
+    """HS256 secret (at least 32 bytes) of the tokens that we make for each call to these two (contract §7). They know
+    it, the bridge and the simulators too; callers never do."""
+    service_issuer: str = "comfyui-temporal"
+    service_audience: str = "comfyui-services"
     service_token: SecretStr | None = None
     """A static bearer token, used instead of tokens for each call if a service accepts only that."""
 
@@ -82,14 +91,14 @@ class Settings(BaseSettings):
     temporal_ui_url: ServiceUrl | None = None
     """The Temporal UI's address, for links on the live page."""
     jwks_url: ServiceUrl | None = None
-    """Public keys of the callers' tokens; default: tokens are HS256 with `token_secret`."""
-    caller_issuer: str | None = None
-    """Issuer of the callers' tokens; default: `token_issuer`."""
-    caller_audience: str | None = None
-    """Audience of the callers' tokens; default: `token_audience`."""
+    """Public keys of the callers' tokens; default: tokens are HS256 with `caller_secret`."""
+    caller_secret: SecretStr | None = None
+    """HS256 secret (at least 32 bytes) of the callers' tokens. Only the gateway needs it."""
+    caller_issuer: str = "comfyui-temporal"
+    caller_audience: str = "comfyui-platform"
     stream_token_secret: SecretStr | None = None
     """Secret (at least 32 bytes) of the gateway's own stream tokens, the same in all its processes; default: derived
-    from `token_secret`, else a new one at each start."""
+    from `caller_secret`, else a new one at each start."""
     allowed_origins: Annotated[list[str], NoDecode] = []
     """Origins whose pages may call the gateway from a browser, with credentials; comma-separated, e.g.
     `https://app.example`."""
@@ -166,7 +175,7 @@ class Settings(BaseSettings):
     """Where the bridge may send callbacks, comma-separated prefixes; default: `callback_base_url` alone."""
     bridge_result_secret: SecretStr | None = None
     """Secret (at least 32 bytes) that signs addresses of results, the same in all bridge processes; default: derived
-    from `token_secret`."""
+    from `service_secret`."""
     gpu_grace_seconds: float = Field(default=600, ge=0)
     """How long a stopping GPU worker lets its graph run to the end before it returns the job."""
 
@@ -200,14 +209,22 @@ class Settings(BaseSettings):
             return [part.strip() for part in value.split(",") if part.strip()]
         return value
 
-    @field_validator(
-        *("token_secret", "stream_token_secret", "simulator_admin_token", "bridge_result_secret", "codec_server_token")
-    )
+    @field_validator(*_KEYS)
     @classmethod
     def _long_enough(cls, secret: SecretStr | None) -> SecretStr | None:
         if secret is not None and len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
             raise ValueError(f"must be at least {MIN_SECRET_BYTES} bytes long")
         return secret
+
+    @model_validator(mode="after")
+    def _no_key_twice(self) -> Self:
+        names: dict[SecretStr, str] = {}
+        for name in _KEYS:
+            if (key := getattr(self, name)) is not None and names.setdefault(key, name) != name:
+                raise ValueError(f"{names[key]} and {name} must differ, or one token would open the other's doors")
+        if self.caller_audience == self.service_audience:
+            raise ValueError("caller_audience and service_audience must differ")
+        return self
 
     @field_validator("prices")
     @classmethod
@@ -241,6 +258,14 @@ class Settings(BaseSettings):
             if "{tenant_id}/" not in root or not root.endswith("/"):
                 raise ValueError(f"{root!r} must contain '{{tenant_id}}/' and end with '/'")
         return roots
+
+    @property
+    def hidden_values(self) -> list[str]:
+        """Every secret, for the logs to leave out; of the database's address its password."""
+        values = [value for value in vars(self).values() if isinstance(value, SecretStr)]
+        found = [secret.get_secret_value() for secret in (*values, *self.callback_secrets)]
+        password = _PASSWORD.search(self.database_dsn.get_secret_value()) if self.database_dsn else None
+        return [*found, *([password[1], unquote(password[1])] if password else [])]
 
     @cached_property
     def queue_sla_minutes(self) -> dict[str, float]:

@@ -32,10 +32,11 @@ OURS = ("tables", "worker", "gateway", "comfyui-simulator", "credits-simulator",
 SECRET = "0123456789abcdef0123456789abcdef"
 FILLED_IN = {
     "POSTGRES_PASSWORD": "p",
-    f"{PREFIX}TOKEN_SECRET": SECRET,
+    f"{PREFIX}CALLER_SECRET": SECRET,
+    f"{PREFIX}SERVICE_SECRET": SECRET[::-1],
     f"{PREFIX}CALLBACK_SECRETS": "whsec_MDEyMzQ1Njc4OWFiY2RlZg==",
-    f"{PREFIX}SIMULATOR_ADMIN_TOKEN": SECRET,
-    f"{PREFIX}CODEC_SERVER_TOKEN": SECRET,
+    f"{PREFIX}SIMULATOR_ADMIN_TOKEN": SECRET * 2,
+    f"{PREFIX}CODEC_SERVER_TOKEN": SECRET * 3,
 }
 VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::(?P<kind>[?-])(?P<text>[^}]*))?\}")
 

@@ -75,7 +75,8 @@ async def run(*arguments: str, client: Client, dsn: str) -> tuple[int, str, floa
         "DATABASE_DSN": dsn,
         "TEMPORAL_ADDRESS": client.service_client.config.target_host,
         "TEMPORAL_NAMESPACE": client.namespace,
-        "TOKEN_SECRET": SECRET,
+        "CALLER_SECRET": SECRET[::-1],
+        "SERVICE_SECRET": SECRET,
         "CALLBACK_SECRETS": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
         "GATEWAY_PORT": "0",
     }

@@ -38,7 +38,7 @@ NO_DATABASE = "postgresql://nobody:nothing@127.0.0.1:9/nowhere"
 
 
 def settings_with(**given: object) -> Settings:
-    values: dict[str, object] = {"token_secret": SECRET, "database_dsn": NO_DATABASE, **given}
+    values: dict[str, object] = {"service_secret": SECRET, "database_dsn": NO_DATABASE, **given}
     return Settings(_env_file=None, **values)  # type: ignore[arg-type]
 
 
@@ -57,7 +57,7 @@ async def test_it_offers_every_activity_that_workflows_call(temporal_env: Workfl
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"token_secret": None}, "COMFYUI_TEMPORAL_TOKEN_SECRET"),
+        ({"service_secret": None}, "COMFYUI_TEMPORAL_SERVICE_SECRET"),
         ({"database_dsn": None}, "COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://"),
         ({"database_dsn": "nonsense"}, "postgresql://user:password@host:port/database"),
         ({"object_store_url": "ftp://files.example/"}, "COMFYUI_TEMPORAL_OBJECT_STORE_URL"),
@@ -72,13 +72,13 @@ async def test_a_setting_that_is_missing_or_wrong_is_said(given: dict[str, objec
 
 
 def test_its_process_ends_with_2_and_a_sentence_that_shows_no_secret() -> None:
-    environment = {**os.environ, "COMFYUI_TEMPORAL_TOKEN_SECRET": "too-short", "COMFYUI_TEMPORAL_COMFYUI_URL": "here"}
+    environment = {**os.environ, "COMFYUI_TEMPORAL_SERVICE_SECRET": "too-short", "COMFYUI_TEMPORAL_COMFYUI_URL": "here"}
     done = subprocess.run(
         [sys.executable, worker.__file__], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == worker.EXIT_CANNOT_START
     assert "comfyui_url" in done.stderr
-    assert "token_secret" in done.stderr
+    assert "service_secret" in done.stderr
     assert "at least 32 bytes" in done.stderr
     assert "too-short" not in done.stderr
     assert "Traceback" not in done.stderr
@@ -194,7 +194,7 @@ async def test_it_serves_health_and_metrics_drains_at_the_first_signal_and_ends_
         with worker_process(
             temporal_address=address,
             task_queue=queue,
-            token_secret=SECRET,
+            service_secret=SECRET,
             database_dsn=postgres_dsn,
             comfyui_url=comfyui,
             health_port=str(health),

@@ -20,11 +20,8 @@ class StackDescription(OwnModel):
     pids: dict[str, int] = {}
     """Name of a part → its process id."""
     tokens: dict[str, str] = {}
-    """Tenant → JWT of its user with every scope, valid for 24 hours."""
+    """Tenant → JWT of its user with every scope, for the gateway; valid for 24 hours."""
+    service_tokens: dict[str, str] = {}
+    """Tenant → JWT of its user with every scope, for ComfyUI and the credits service; valid for 24 hours."""
     admin_token: str
     """For the simulators' fault switchboard and clock."""
-
-    def page_url(self, tenant_id: str) -> str | None:
-        """The tenant's live page, with its token in the fragment, which browsers do not send; None without a token."""
-        token = self.tokens.get(tenant_id)
-        return f"{self.gateway_url}/#token={token}" if token else None

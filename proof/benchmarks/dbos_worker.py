@@ -44,9 +44,9 @@ class Outside:
     _opened: Outside | None = None
 
     def __init__(self, settings: Settings) -> None:
-        assert settings.token_secret is not None and settings.database_dsn is not None
-        secret = settings.token_secret.get_secret_value()
-        tokens = SignedTokens(secret, issuer=settings.token_issuer, audience=settings.token_audience)
+        assert settings.service_secret is not None and settings.database_dsn is not None
+        secret = settings.service_secret.get_secret_value()
+        tokens = SignedTokens(secret, issuer=settings.service_issuer, audience=settings.service_audience)
         self.comfyui = ComfyUIClient(settings.comfyui_url, tokens)
         self.credits = CreditsClient(settings.credits_url, tokens)
         self.store = TaskStore(settings.database_dsn.get_secret_value())

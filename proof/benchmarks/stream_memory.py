@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
-import jwt
 import psutil
 import uvicorn
 from fastapi import FastAPI
@@ -32,6 +31,8 @@ from fastapi.sse import EventSourceResponse
 from starlette.responses import StreamingResponse
 
 from comfyui_temporal.contracts.permissions import Scope
+from gateway.tokens import StreamTokens
+from runtime.caller_tokens import Caller
 from store import migrate
 
 KIB, MB = 1024, 1_000_000
@@ -158,10 +159,9 @@ async def written_tasks(dsn: str, count: int) -> list[str]:
 
 
 def token() -> str:
-    claims = {"iss": "comfyui-temporal", "aud": "comfyui-platform", "exp": time.time() + 3_600}
-    return jwt.encode(
-        {**claims, "tenant_id": TENANT, "user_id": "user", "scopes": [Scope.TASK_READ.value]}, SECRET, algorithm="HS256"
-    )
+    """A stream token, as `stream/config` gives it: the only kind that an address may hold."""
+    caller = Caller(tenant_id=TENANT, user_id="user", scopes=[Scope.TASK_READ], expires_at=time.time() + 3_600)
+    return StreamTokens(SECRET).made_for(caller)
 
 
 async def measure_framework(streams: int) -> None:
@@ -183,7 +183,8 @@ async def measure_gateway(streams: int) -> bool:
             settings = {
                 "DATABASE_DSN": postgres.get_uri(),
                 "GATEWAY_PORT": str(port),
-                "TOKEN_SECRET": SECRET,
+                "CALLER_SECRET": secrets.token_urlsafe(32),
+                "STREAM_TOKEN_SECRET": SECRET,
                 "CALLBACK_SECRETS": "whsec_c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0",
                 "LOG_LEVEL": "ERROR",
             }

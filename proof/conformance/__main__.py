@@ -1,7 +1,7 @@
 """`python -m proof.conformance --url http://…`: hold a server to the contract and say what it breaks; 1 where it does.
 
-It makes jobs and trainings there. Secrets are the settings': `COMFYUI_TEMPORAL_TOKEN_SECRET`, by which the server knows
-its callers, and `COMFYUI_TEMPORAL_CALLBACK_SECRETS`, whose first it signs callbacks with.
+It makes jobs and trainings there. Secrets are the settings': `COMFYUI_TEMPORAL_SERVICE_SECRET`, by which the server
+knows service tokens, and `COMFYUI_TEMPORAL_CALLBACK_SECRETS`, whose first it signs callbacks with.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jwt
 from comfyui_temporal.contracts.permissions import Scope
 from proof.conformance import Outcome, Person, Profile, TokenMaker, Unreachable, Verdict, cases, opened, run
 from proof.conformance.receiver import receiving
+from runtime.required_settings import CannotStart, read_settings
 from runtime.settings import Settings
 
 _LIFETIME_SECONDS = 300
@@ -25,9 +26,13 @@ _MARKS = {Verdict.HELD: "ok    ", Verdict.NOT_OFFERED: "note  ", Verdict.BROKEN:
 
 def main(arguments: Sequence[str] | None = None, settings: Settings | None = None) -> int:
     options = _parser().parse_args(arguments)
-    settings = settings or Settings()
-    if settings.token_secret is None or not settings.callback_secrets:
-        sys.stderr.write("Set COMFYUI_TEMPORAL_TOKEN_SECRET and COMFYUI_TEMPORAL_CALLBACK_SECRETS.\n")
+    try:
+        settings = settings or read_settings()
+    except CannotStart as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    if settings.service_secret is None or not settings.callback_secrets:
+        sys.stderr.write("Set COMFYUI_TEMPORAL_SERVICE_SECRET and COMFYUI_TEMPORAL_CALLBACK_SECRETS.\n")
         return 2
     try:
         outcomes = asyncio.run(_outcomes(options, settings))
@@ -61,15 +66,15 @@ def _person(named: str) -> Person:
 
 
 def _tokens_by(settings: Settings) -> TokenMaker:
-    """Tokens as the server's callers have them (contract §7)."""
-    assert settings.token_secret is not None
-    secret = settings.token_secret.get_secret_value()
+    """Service tokens with any scopes (contract §7)."""
+    assert settings.service_secret is not None
+    secret = settings.service_secret.get_secret_value()
 
     def make(person: Person, scopes: Collection[Scope]) -> str:
         now = int(time.time())
         claims = {
-            "iss": settings.token_issuer,
-            "aud": settings.token_audience,
+            "iss": settings.service_issuer,
+            "aud": settings.service_audience,
             "iat": now,
             "exp": now + _LIFETIME_SECONDS,
             "tenant_id": person.tenant_id,

@@ -12,7 +12,7 @@ from typing import NoReturn
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 from standardwebhooks import Webhook
 from standardwebhooks.webhooks import EmptyWebhookSecretError
 
@@ -22,6 +22,7 @@ from proof.simulators.credits_profile import PROFILES, CreditsProfile
 from proof.simulators.serving import server_config
 from proof.simulators.tokens import Tokens
 from runtime.logs import configure_logs
+from runtime.required_settings import CannotStart, read_settings
 from runtime.settings import Settings
 
 log = structlog.get_logger("simulators")
@@ -31,10 +32,10 @@ def main(arguments: list[str]) -> None:
     """Serve until SIGTERM or SIGINT. A bad setting ends the process with 2 and a sentence."""
     given = _given(arguments)
     try:
-        settings = Settings()
-    except ValidationError as error:
-        _give_up(f"A setting cannot be read.\n{error}")
-    configure_logs(level=settings.log_level, as_json=settings.log_json)
+        settings = read_settings()
+    except CannotStart as error:
+        _give_up(str(error))
+    configure_logs(level=settings.log_level, as_json=settings.log_json, hidden=settings.hidden_values)
     is_comfyui = given.simulator == "comfyui"
     port = settings.comfyui_simulator_port if is_comfyui else settings.credits_simulator_port
     profile = PROFILES[given.credits_profile or settings.simulator_credits_profile]
@@ -84,8 +85,8 @@ def _credits(settings: Settings, profile: CreditsProfile) -> FastAPI:
 
 
 def _tokens(settings: Settings) -> Tokens:
-    secret = _needed(settings.token_secret, "TOKEN_SECRET")
-    return Tokens(secret, settings.token_issuer, settings.token_audience)
+    secret = _needed(settings.service_secret, "SERVICE_SECRET")
+    return Tokens(secret, settings.service_issuer, settings.service_audience)
 
 
 def _needed(secret: SecretStr | None, name: str) -> str:

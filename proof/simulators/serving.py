@@ -27,7 +27,7 @@ TEST_TOKEN_SECRET: Final = "simulators-in-tests-sign-with-this"
 TEST_ADMIN_TOKEN: Final = "simulators-in-tests-obey-this-token"
 TEST_CALLBACK_SECRET: Final = "whsec_c2ltdWxhdG9ycy1pbi10ZXN0cy1zaWduLXdpdGgtdGhpcw=="
 DEFAULT_ISSUER: Final = "comfyui-temporal"
-DEFAULT_AUDIENCE: Final = "comfyui-platform"
+DEFAULT_AUDIENCE: Final = "comfyui-services"
 _START_LIMIT_SECONDS = 10.0
 _DRAIN_SECONDS = 2
 

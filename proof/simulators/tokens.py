@@ -1,4 +1,4 @@
-"""JWTs (contract §7): HS256, with `iss`, `aud` and `exp`; they name `tenant_id`, `user_id` and `scopes`."""
+"""Service tokens (contract §7): HS256, with `iss`, `aud` and `exp`; they name `tenant_id`, `user_id` and `scopes`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALL_SCOPES = tuple(Scope)
 
 @dataclass(frozen=True)
 class Tokens:
-    """Makes and reads the tokens of one platform. `secret` has at least 32 bytes."""
+    """Makes and reads the tokens of one audience. `secret` has at least 32 bytes."""
 
     secret: str
     issuer: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from local_stack.description import token_for
+from local_stack.description import caller_token
 from proof.site.parts import SupervisedParts
 from proof.site.site import Site
 from proof.site.waiting import insist
@@ -23,7 +23,7 @@ class SoakSite(Site):
 
     def bearer_of(self, tenant_id: str, user_id: str) -> dict[str, str]:
         """The header of one user of a tenant."""
-        return {"Authorization": f"Bearer {token_for(tenant_id, user_id, self.folder.secrets())}"}
+        return {"Authorization": f"Bearer {caller_token(tenant_id, user_id, self.folder.secrets())}"}
 
     async def set_balances(self, balance: int, tenant_id: str) -> None:
         """Give every user of a tenant so many points."""

@@ -51,7 +51,7 @@ class BridgePlatform:
     http: httpx.AsyncClient
     folder: Path
     working: AsyncExitStack = field(default_factory=AsyncExitStack)
-    tokens: Tokens = field(default_factory=lambda: Tokens(SECRET, "comfyui-temporal", "comfyui-platform"))
+    tokens: Tokens = field(default_factory=lambda: Tokens(SECRET, "comfyui-temporal", "comfyui-services"))
 
     # Requests
 
@@ -215,7 +215,7 @@ async def running_bridge(client: Client, folder: Path, **settings: Any) -> Async
     async with running_receiver(CALLBACK_SECRET) as receiver, httpx.AsyncClient(timeout=10) as http:
         chosen = Settings(
             _env_file=None,
-            token_secret=SecretStr(SECRET),
+            service_secret=SecretStr(SECRET),
             callback_secrets=CALLBACK_SECRET,
             callback_base_url=receiver.url,
             bridge_task_queue=unique("bridge"),

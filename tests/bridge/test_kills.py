@@ -32,7 +32,7 @@ async def gpu_process(
         "BRIDGE_TASK_QUEUE": bridge.settings.bridge_task_queue,
         "BRIDGE_STORE_URL": bridge.settings.bridge_store_url,
         "CALLBACK_SECRETS": CALLBACK_SECRET,
-        "TOKEN_SECRET": SECRET,
+        "SERVICE_SECRET": SECRET,
         "GPU_GRACE_SECONDS": str(grace_seconds),
     }
     process = await asyncio.create_subprocess_exec(

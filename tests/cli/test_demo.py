@@ -24,7 +24,7 @@ from doctor.finding import Verdict
 from local_stack.demo import run_demo
 from store import TaskStore
 from tests.cli.test_tasks import Seen, until
-from tests.workflows.platform import Platform, running_platform
+from tests.workflows.platform import CALLERS, Platform, running_platform
 
 PAYER = ("tenant-demo", "user-demo")
 
@@ -53,7 +53,8 @@ def stack(whole: Platform) -> StackDescription:
         database_dsn="",
         callback_secret="",
         admin_token=whole.simulators.admin_token,
-        tokens={PAYER[0]: whole.simulators.tokens.made_for(*PAYER)},
+        tokens={PAYER[0]: CALLERS.made_for(*PAYER)},
+        service_tokens={PAYER[0]: whole.simulators.tokens.made_for(*PAYER)},
     )
 
 
@@ -100,7 +101,7 @@ async def test_the_books_check_fails_where_a_task_reports_another_charge(
     outcome = await follow(real, started.task_id, Seen())
     assert outcome.credits is not None
     call_for = CallFor(task_id="books", tenant_id=PAYER[0], user_id=PAYER[1], scene=Scene.IMAGE_GENERATE)
-    async with CreditsClient(stack.credits_url, ServiceToken(stack.tokens[PAYER[0]])) as credits:
+    async with CreditsClient(stack.credits_url, ServiceToken(stack.service_tokens[PAYER[0]])) as credits:
         right = await check_books(credits, call_for, {started.task_id: outcome.credits})
         wrong = await check_books(credits, call_for, {started.task_id: CreditsSummary(charged=1)})
     assert [finding.verdict for finding in right] == [Verdict.OK, Verdict.OK]

@@ -53,7 +53,7 @@ async def examined(
     services = {
         "COMFYUI_TEMPORAL_COMFYUI_URL": simulators.comfyui_url,
         "COMFYUI_TEMPORAL_CREDITS_URL": simulators.credits_url,
-        "COMFYUI_TEMPORAL_TOKEN_SECRET": TEST_TOKEN_SECRET,
+        "COMFYUI_TEMPORAL_SERVICE_SECRET": TEST_TOKEN_SECRET,
     }
     ended = await run_command("doctor", "--json", *arguments, connection=opened, environment=services | environment)
     findings = [Finding.model_validate(one) for one in json.loads(ended.out)]
@@ -137,7 +137,7 @@ async def test_unreachable_services_are_each_named(
 
 async def test_a_rejected_token_is_reported(opened: Connection, simulators: Simulators) -> None:
     _, findings = await examined(
-        opened, simulators, COMFYUI_TEMPORAL_TOKEN_SECRET="another-secret-of-32-bytes-at-least"
+        opened, simulators, COMFYUI_TEMPORAL_SERVICE_SECRET="another-secret-of-32-bytes-at-least"
     )
     assert {"credits: balance", "ComfyUI"} <= wrong_checks(findings)
     assert "token" in findings["credits: balance"].says
@@ -186,7 +186,7 @@ async def test_a_hold_whose_first_answer_was_lost_is_found_and_given_back(
 async def test_without_a_token_the_setting_is_named(opened: Connection) -> None:
     ended = await run_command("doctor", connection=opened)
     assert ended.exit_code == 1
-    assert "COMFYUI_TEMPORAL_TOKEN_SECRET" in ended.out
+    assert "COMFYUI_TEMPORAL_SERVICE_SECRET" in ended.out
 
 
 async def test_the_task_store_and_what_could_not_be_looked_at_are_shown(

@@ -20,7 +20,7 @@ from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus
 from store import TaskStore
 from tests.cable import Cable
 from tests.cli.test_tasks import Seen
-from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
+from tests.workflows.platform import CALLERS, Handle, Platform, running_platform, task_id_of
 
 TENANT = ("tenant-demo", "user-demo")
 STREAM = 'method="GET",route="/api/v1/tasks/stream/sse",status="200"'
@@ -40,7 +40,7 @@ async def whole(
 def opened(whole: Platform) -> Connection:
     """A connection that knows the gateway and the tenant's token, as the local stack describes them."""
     server = Server(whole.client.service_client.config.target_host, "default", "named by the test")
-    tokens = {TENANT[0]: whole.simulators.tokens.made_for(*TENANT)}
+    tokens = {TENANT[0]: CALLERS.made_for(*TENANT)}
     return Connection(whole.client, server, whole.task_queue, GatewayAccess(whole.gateway_url, tokens=tokens))
 
 

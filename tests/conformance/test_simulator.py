@@ -131,7 +131,7 @@ async def test_the_command_says_what_is_broken(
     if fault:
         await faulty.admin.comfyui.fault(fault, times=None, route="submit_job", fields={"estimated_cost": 7})
     settings = Settings(
-        _env_file=None, token_secret=SecretStr(TEST_TOKEN_SECRET), callback_secrets=TEST_CALLBACK_SECRET
+        _env_file=None, service_secret=SecretStr(TEST_TOKEN_SECRET), callback_secrets=TEST_CALLBACK_SECRET
     )
     arguments = ["--url", faulty.comfyui_url, "--only", "prices_rise", "--only", "states_are_told"]
     # It has an event loop of its own, as when it is run.

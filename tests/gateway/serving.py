@@ -197,7 +197,7 @@ async def gateway_process(environment: dict[str, str]) -> AsyncIterator[GatewayP
     settings = {
         "CALLBACK_SECRETS": secret,
         "GATEWAY_PORT": str(port),
-        "TOKEN_SECRET": TOKEN_SECRET,
+        "CALLER_SECRET": TOKEN_SECRET,
         "CALLER_ISSUER": ISSUER,
         "CALLER_AUDIENCE": AUDIENCE,
         **environment,

@@ -225,16 +225,19 @@ async def test_no_good_token_no_entry(api: Api, tenants: Tenants, route: Route) 
 
 
 @pytest.mark.parametrize("route", NEEDS, ids=" ".join)
-async def test_a_token_in_the_address_and_a_stream_token_open_streams_alone(
+async def test_a_stream_token_opens_streams_alone_and_no_other_token_may_be_in_an_address(
     api: Api, tenants: Tenants, route: Route
 ) -> None:
     is_stream = route in STREAMS
+    opened = 101 if route[0] == "WS" else 200
     in_address = await asked(api, route, tenants.own_task, token_for(tenants.own), in_address=True)
-    assert in_address.status == (101 if route[0] == "WS" else 200 if is_stream else 401)
+    assert in_address.status == 401
     caller = Caller(tenant_id=tenants.own, user_id="user", scopes=[*Scope], expires_at=time.time() + 60)
     token = StreamTokens(TOKEN_SECRET).made_for(caller)
     with_stream_token = await asked(api, route, tenants.own_task, token)
-    assert with_stream_token.status == (101 if route[0] == "WS" else 200 if is_stream else 403)
+    assert with_stream_token.status == (opened if is_stream else 403)
+    in_address = await asked(api, route, tenants.own_task, token, in_address=True)
+    assert in_address.status == (opened if is_stream else 401)
 
 
 async def test_a_tasks_live_stream_is_opened_by_address_or_cookie_and_its_history_is_not(
@@ -242,8 +245,10 @@ async def test_a_tasks_live_stream_is_opened_by_address_or_cookie_and_its_histor
 ) -> None:
     path = f"{TASKS}/{tenants.own_task}/events"
     token = token_for(tenants.own)
+    caller = Caller(tenant_id=tenants.own, user_id="user", scopes=[*Scope], expires_at=time.time() + 60)
+    stream_token = StreamTokens(TOKEN_SECRET).made_for(caller)
     for headers, status in (({}, 401), ({"accept": "text/event-stream"}, 200)):
-        assert (await api.http.get(f"{path}?token={token}", headers=headers)).status_code == status
+        assert (await api.http.get(f"{path}?token={stream_token}", headers=headers)).status_code == status
         with_cookie = headers | {"cookie": f"{TOKEN_COOKIE}={token}"}
         assert (await api.http.get(path, headers=with_cookie)).status_code == status
 

@@ -22,7 +22,7 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
         ({"callback_secrets": [SECRET], "database_dsn": "mysql://u:p@h/d"}, "postgresql://user"),
         ({"database_dsn": "postgresql://u:p@h/d"}, "No callback secret is set"),
         ({"callback_secrets": [SECRET, "whsec_é"], "database_dsn": "postgresql://u:p@h/d"}, "Callback secret 2"),
-        ({"callback_secrets": [SECRET], "database_dsn": "postgresql://u:p@h/d", "token_secret": None}, "JWKS_URL"),
+        ({"callback_secrets": [SECRET], "database_dsn": "postgresql://u:p@h/d", "caller_secret": None}, "JWKS_URL"),
         ({"callback_secrets": ["whsec_"], "database_dsn": "postgresql://u:p@h/d"}, "Callback secret 1"),
     ],
 )
@@ -30,7 +30,7 @@ async def test_a_missing_or_wrong_setting_is_named_before_anything_is_served(
     settings: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(CannotStart, match=sentence):
-        await serve(Settings(**{"_env_file": None, "token_secret": "t" * 32, **settings}))
+        await serve(Settings(**{"_env_file": None, "caller_secret": "t" * 32, **settings}))
 
 
 def test_the_process_ends_with_2_and_a_sentence_without_secrets(

@@ -254,15 +254,23 @@ def test_a_token_needs_the_operations_scope(http: TestClient) -> None:
     assert "task.cancel" in lacking.json()["detail"]
 
 
-def test_streams_take_the_token_from_the_address_or_a_cookie_and_other_routes_do_not(http: TestClient) -> None:
+async def test_an_address_holds_a_stream_token_and_no_other_and_a_cookie_any(http: TestClient) -> None:
     token = token_for()
+    streams_only = StreamTokens(TOKEN_SECRET).made_for(await CALLERS.read(token))
     cookie = {"Cookie": f"{TOKEN_COOKIE}={token}"}
 
-    assert http.get(f"/stream?token={token}").json() == "tenant-a"
     assert http.get("/stream", headers=cookie).json() == "tenant-a"
-    assert http.post(f"/cancel?token={token}", headers=cookie).status_code == 401
-    with http.websocket_connect(f"/ws?token={token}") as websocket:
+    assert http.post("/cancel", headers=cookie).status_code == 401
+    with http.websocket_connect(f"/ws?token={streams_only}") as websocket:
         assert websocket.receive_text() == "tenant-a"
+    for headers in ({}, cookie, bearer(token)):
+        assert http.get(f"/stream?token={streams_only}", headers=headers).json() == "tenant-a"
+        assert http.post(f"/cancel?token={streams_only}", headers=headers).status_code == 401
+        for in_address in (f"token={token}", f"token={streams_only}&token={token}"):
+            assert http.post(f"/cancel?{in_address}", headers=headers).status_code == 401
+            refused = http.get(f"/stream?{in_address}", headers=headers)
+            assert (refused.status_code, token in refused.text) == (401, False)
+            assert "stream/config" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import stat
@@ -37,9 +38,20 @@ def test_secrets_are_made_once_and_differ_between_folders(tmp_path: Path) -> Non
     first = RunFolder(tmp_path / "a").secrets()
     assert RunFolder(tmp_path / "a").secrets() == first
     other = RunFolder(tmp_path / "b").secrets()
-    assert other.token_secret != first.token_secret
+    assert other.caller_secret != first.caller_secret
     assert other.admin_token != first.admin_token
     assert first.callback_secret.startswith("whsec_")
+    assert len(set(first.model_dump().values())) == len(first.model_dump()), "no secret has two uses"
+
+
+def test_an_earlier_versions_folder_keeps_its_secrets_and_gets_the_missing_ones(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    earlier = {"token_secret": "t", "callback_secret": "c", "admin_token": "a", "database_password": "d"}
+    (folder.path / "secrets.json").write_text(json.dumps(earlier))
+    secrets = folder.secrets()
+    assert (secrets.database_password, secrets.callback_secret) == ("d", "c")
+    assert secrets.caller_secret and secrets.service_secret
+    assert folder.secrets() == secrets
 
 
 def test_two_stacks_never_share_a_folder(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_it_describes_itself_to_its_owner_alone(folder: RunFolder, stack: StackD
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
     told = json.loads(path.read_text())
     assert set(told["pids"]) == PARTS
-    assert set(told["tokens"]) == {"tenant-demo", "tenant-other"}
+    assert set(told["tokens"]) == set(told["service_tokens"]) == {"tenant-demo", "tenant-other"}
     assert StackDescription.model_validate(told) == stack
 
 
@@ -130,14 +130,14 @@ async def test_both_accounts_have_their_points_and_only_theirs(stack: StackDescr
             answer = await credits_service.get(
                 "/api/v1/credits/balance",
                 params={"tenant_id": tenant, "user_id": user},
-                headers={"Authorization": f"Bearer {stack.tokens[tenant]}"},
+                headers={"Authorization": f"Bearer {stack.service_tokens[tenant]}"},
             )
             assert answer.status_code == 200, answer.text
             assert answer.json()["balance"] == 100_000
         strange = await credits_service.get(
             "/api/v1/credits/balance",
             params={"tenant_id": "tenant-demo", "user_id": "user-demo"},
-            headers={"Authorization": f"Bearer {stack.tokens['tenant-other']}"},
+            headers={"Authorization": f"Bearer {stack.service_tokens['tenant-other']}"},
         )
     assert strange.status_code != 200
 

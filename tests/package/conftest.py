@@ -10,7 +10,7 @@ from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal import HttpTasks, Tasks, TemporalTasks
 from store import TaskStore
-from tests.workflows.platform import Platform, running_platform
+from tests.workflows.platform import CALLERS, Platform, running_platform
 
 CALLER = ("tenant-demo", "user-demo")
 STRANGER = ("tenant-other", "user-other")
@@ -29,7 +29,7 @@ async def whole(
 
 @pytest.fixture(scope="session")
 def token(whole: Platform) -> str:
-    return whole.simulators.tokens.made_for(*CALLER)
+    return CALLERS.made_for(*CALLER)
 
 
 @pytest.fixture(params=["temporal", "http"])

@@ -30,7 +30,7 @@ from gateway.problems import Problem, ProblemCode, input_invalid
 from tests.cable import Cable
 from tests.conftest import unique
 from tests.package.conftest import STRANGER
-from tests.workflows.platform import Platform
+from tests.workflows.platform import CALLERS, Platform
 
 ERROR_OF = {
     ProblemCode.INPUT_INVALID: InvalidInput,
@@ -158,7 +158,7 @@ async def test_a_generator_that_is_left_closes_its_stream(whole: Platform, token
 
 async def test_another_tenants_task_is_unknown(whole: Platform) -> None:
     task_id = await started(whole)
-    stranger = whole.simulators.tokens.made_for(*STRANGER)
+    stranger = CALLERS.made_for(*STRANGER)
     async with HttpTasks(whole.gateway_url, stranger) as tasks:
         with pytest.raises(UnknownTask):
             await tasks.show(task_id)

@@ -20,7 +20,7 @@ from comfyui_temporal.contracts.stack import StackDescription
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from store import TaskStore
 from tests.package.conftest import CALLER
-from tests.workflows.platform import Platform, running_platform
+from tests.workflows.platform import CALLERS, Platform, running_platform
 
 PROJECT = Path(__file__).parents[2]
 UV = Path(sys.executable).with_name("uv")
@@ -90,7 +90,7 @@ async def stack(
             database_dsn="",
             callback_secret="",
             admin_token="",
-            tokens={CALLER[0]: platform.simulators.tokens.made_for(*CALLER)},
+            tokens={CALLER[0]: CALLERS.made_for(*CALLER)},
         )
         (outside / ".run").mkdir()
         (outside / ".run" / "stack.json").write_text(described.model_dump_json())

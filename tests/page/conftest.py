@@ -20,12 +20,12 @@ from gateway.app import create_app
 from gateway.draining import Draining
 from gateway.page import PageSettings
 from gateway.tokens import StreamTokens
-from proof.simulators.serving import DEFAULT_AUDIENCE, DEFAULT_ISSUER, TEST_CALLBACK_SECRET, TEST_TOKEN_SECRET
+from proof.simulators.serving import TEST_CALLBACK_SECRET
 from runtime.caller_tokens import CallerTokens, SharedSecret
 from store import TaskStore
 from tests.cable import Cable
 from tests.local_stack.waiting import comes_true
-from tests.workflows.platform import Platform, running_platform
+from tests.workflows.platform import CALLERS, Platform, running_platform
 
 PAYER = ("tenant-demo", "user-demo")
 UI_URL = "http://127.0.0.1:8233"
@@ -44,20 +44,20 @@ class Watched:
 
     @property
     def token(self) -> str:
-        return self.platform.simulators.tokens.made_for(*PAYER)
+        return CALLERS.made_for(*PAYER)
 
 
 @asynccontextmanager
 async def _served(platform: Platform) -> AsyncIterator[int]:
     """The port of a gateway with everything."""
-    callers = CallerTokens(SharedSecret(TEST_TOKEN_SECRET), issuer=DEFAULT_ISSUER, audience=DEFAULT_AUDIENCE)
+    callers = CallerTokens(SharedSecret(CALLERS.secret), issuer=CALLERS.issuer, audience=CALLERS.audience)
     draining = Draining()
     app = create_app(
         temporal=platform.client,
         store=platform.store,
         lists=FileLists.at((platform.folder / "objects").as_uri()),
         callback_secrets=[TEST_CALLBACK_SECRET],
-        access=Access(callers, StreamTokens(TEST_TOKEN_SECRET)),
+        access=Access(callers, StreamTokens(CALLERS.secret)),
         task_queue=platform.task_queue,
         draining=draining,
         page=PageSettings(temporal_ui_url=UI_URL),

@@ -34,7 +34,7 @@ def _settings(folder: Path, **other: str) -> dict[str, str]:
     given = {
         "SIMULATOR_FOLDER": str(folder),
         "SIMULATOR_ADMIN_TOKEN": TEST_ADMIN_TOKEN,
-        "TOKEN_SECRET": TEST_TOKEN_SECRET,
+        "SERVICE_SECRET": TEST_TOKEN_SECRET,
         "CALLBACK_SECRETS": TEST_CALLBACK_SECRET,
         **other,
     }
@@ -139,7 +139,7 @@ async def test_the_profile_of_credits_is_chosen_by_an_option(tmp_path: Path) -> 
     ("arguments", "settings", "sentence"),
     [
         ([], {}, "Say which one"),
-        (["credits"], {"TOKEN_SECRET": "short"}, "at least 32 bytes"),
+        (["credits"], {"SERVICE_SECRET": "short"}, "at least 32 bytes"),
         (["comfyui"], {"CALLBACK_SECRETS": ""}, "callbacks must be signed"),
         (["comfyui"], {"CALLBACK_SECRETS": "whsec_"}, "no Standard Webhooks secret"),
     ],

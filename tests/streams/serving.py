@@ -39,6 +39,12 @@ def token_for(tenant_id: str, *, scopes: Sequence[str] = (Scope.TASK_READ,), sec
     return jwt.encode({**claims, "scopes": list(scopes)}, SECRET, algorithm="HS256")
 
 
+def stream_token_for(tenant_id: str, *, scopes: Sequence[Scope] = (Scope.TASK_READ,)) -> str:
+    """A token that opens streams and nothing else: the only kind that an address may hold."""
+    caller = Caller(tenant_id=tenant_id, user_id="user", scopes=list(scopes), expires_at=time.time() + 600)
+    return StreamTokens(SECRET).made_for(caller)
+
+
 def access() -> Access:
     return Access(CallerTokens(SharedSecret(SECRET), issuer=ISSUER, audience=AUDIENCE), StreamTokens(SECRET))
 

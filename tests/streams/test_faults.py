@@ -16,7 +16,7 @@ from store import TaskStore
 from tests.cable import Cable
 from tests.local_stack.waiting import comes_true
 from tests.store.facts import NOON
-from tests.streams.serving import Streams, Writer, streams_on, token_for
+from tests.streams.serving import Streams, Writer, stream_token_for, streams_on, token_for
 
 HEAVY = {"result_urls": [f"https://images.example/{n:02}-{'x' * 2_000}" for n in range(64)]}
 """An event of about 128 KiB."""
@@ -93,7 +93,7 @@ async def test_a_client_that_does_not_read_is_cut_and_goes_on_where_it_was(strea
         plug.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.sock_connect(plug, ("127.0.0.1", streams.port))
-        path = f"/api/v1/tasks/stream/sse?task_id={task_id}&token={token_for(writer.tenant_id)}"
+        path = f"/api/v1/tasks/stream/sse?task_id={task_id}&token={stream_token_for(writer.tenant_id)}"
         await loop.sock_sendall(plug, f"GET {path} HTTP/1.1\r\nhost: gateway\r\n\r\n".encode())
         assert b"200" in await loop.sock_recv(plug, 64)
         written = 1

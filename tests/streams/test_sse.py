@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from comfyui_temporal.contracts.permissions import Scope
 from comfyui_temporal.contracts.tasks import TaskEvent
 from tests.conftest import unique
-from tests.streams.serving import Streams, Writer, token_for
+from tests.streams.serving import Streams, Writer, stream_token_for, token_for
 
 
 async def test_history_comes_first_then_what_happens_then_the_end(streams: Streams, writer: Writer) -> None:
@@ -177,7 +176,7 @@ async def test_another_tenants_task_is_unknown_alone_and_among_ones_own(streams:
     assert await streams.status(writer.tenant_id, f"subscribe={own},{foreign}") == 404
 
 
-async def test_streams_take_a_token_in_the_address_or_a_cookie_and_only_one_with_the_right_scope(
+async def test_streams_take_a_stream_token_in_the_address_or_a_cookie_and_only_one_with_the_right_scope(
     streams: Streams, writer: Writer
 ) -> None:
     task_id = await writer.begun()
@@ -189,10 +188,12 @@ async def test_streams_take_a_token_in_the_address_or_a_cookie_and_only_one_with
 
     good = token_for(writer.tenant_id)
     assert await status() == 401
-    assert await status(f"&token={good}") == 200
+    assert await status(f"&token={stream_token_for(writer.tenant_id)}") == 200
+    assert await status(f"&token={good}") == 401
+    assert await status(f"&token={good}", authorization=f"Bearer {good}") == 401
     assert await status(cookie=f"comfyui_temporal_token={good}") == 200
     assert await status(cookie=f"comfyui_temporal_token={good}", origin="https://elsewhere.example") == 403
-    assert await status(f"&token={token_for(writer.tenant_id, scopes=[Scope.TASK_CANCEL])}") == 403
+    assert await status(f"&token={stream_token_for(writer.tenant_id, scopes=[])}") == 403
 
 
 async def test_the_config_gives_addresses_and_a_token_for_streams_alone(streams: Streams, writer: Writer) -> None:

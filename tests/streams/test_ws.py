@@ -14,8 +14,9 @@ from tests.streams.serving import Streams, Writer, streams_on, token_for
 
 
 def dialled(streams: Streams, tenant_id: str, query: str, *, token: str | None = None, origin: Any = None) -> connect:
-    address = f"ws://127.0.0.1:{streams.port}/api/v1/tasks/stream/ws?{query}&token={token or token_for(tenant_id)}"
-    return connect(address, origin=origin, proxy=None)
+    address = f"ws://127.0.0.1:{streams.port}/api/v1/tasks/stream/ws?{query}"
+    headers = {"authorization": f"Bearer {token or token_for(tenant_id)}"}
+    return connect(address, additional_headers=headers, origin=origin, proxy=None)
 
 
 async def received(socket: ClientConnection, count: int) -> list[dict[str, Any]]:

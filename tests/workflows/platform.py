@@ -50,6 +50,7 @@ from proof.simulators.serving import (
     Simulators,
     running_simulators,
 )
+from proof.simulators.tokens import Tokens
 from runtime.caller_tokens import CallerTokens, SharedSecret
 from runtime.settings import Settings
 from store import TaskStore
@@ -62,6 +63,8 @@ T = TypeVar("T")
 Handle = WorkflowHandle[Any, Any]
 STICKY = {"sticky_queue_schedule_to_start_timeout": timedelta(seconds=10)}
 """Longer than a busy machine keeps a worker from a task: no scenario replays a history that it does not mean to."""
+CALLERS = Tokens("gateways-in-tests-know-callers-by-this", DEFAULT_ISSUER, "comfyui-platform")
+"""Tokens of the gateway's callers. Those of the simulators are service tokens."""
 FLOWS: tuple[type, ...] = (ImageGenerationWorkflow, TrainingWorkflow)
 
 
@@ -310,9 +313,9 @@ async def answered(handle: Handle, activity: str) -> int:
 
 @asynccontextmanager
 async def served_gateway(client: Client, store: TaskStore, objects: str, task_queue: str) -> AsyncIterator[str]:
-    """The gateway on a free port; its base URL. Its callers' tokens are the simulators' own."""
-    callers = CallerTokens(SharedSecret(TEST_TOKEN_SECRET), issuer=DEFAULT_ISSUER, audience=DEFAULT_AUDIENCE)
-    access = Access(callers, StreamTokens(TEST_TOKEN_SECRET))
+    """The gateway on a free port; its base URL. `CALLERS` makes its callers' tokens."""
+    callers = CallerTokens(SharedSecret(CALLERS.secret), issuer=CALLERS.issuer, audience=CALLERS.audience)
+    access = Access(callers, StreamTokens(CALLERS.secret))
     app = create_app(
         temporal=client,
         store=store,

@@ -38,7 +38,7 @@ class WorkerProcess:
             "TASK_QUEUE": platform.task_queue,
             "COMFYUI_URL": platform.simulators.comfyui_url,
             "CREDITS_URL": platform.simulators.credits_url,
-            "TOKEN_SECRET": TEST_TOKEN_SECRET,
+            "SERVICE_SECRET": TEST_TOKEN_SECRET,
             "CALLBACK_BASE_URL": platform.gateway_url,
             "DATABASE_DSN": database_dsn,
             "OBJECT_STORE_URL": (platform.folder / "objects").as_uri(),

@@ -27,7 +27,7 @@ class WorkerProcess:
             f"{_PREFIX}BRIDGE_TASK_QUEUE": settings.bridge_task_queue,
             f"{_PREFIX}BRIDGE_STORE_URL": settings.bridge_store_url,
             f"{_PREFIX}BRIDGE_TEMPLATES": str(templates),
-            f"{_PREFIX}TOKEN_SECRET": SECRET,
+            f"{_PREFIX}SERVICE_SECRET": SECRET,
             f"{_PREFIX}CALLBACK_SECRETS": CALLBACK_SECRET,
         }
         self._process: asyncio.subprocess.Process | None = None
