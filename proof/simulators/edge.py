@@ -30,6 +30,8 @@ from proof.simulators.tokens import ALL_SCOPES, Tokens
 
 MAX_BODY_BYTES: Final = 8 * 1024 * 1024
 MAX_KEY_CHARACTERS: Final = 256
+MAX_SHOWN_CHARACTERS: Final = 64
+"""Of each part of a path: ids are shorter, and a token where an id should be is not kept."""
 _WAITING = frozenset({FaultKind.DELAY, FaultKind.ACT_LATE, FaultKind.ALTER})
 _RATE_LIMIT_MESSAGES = {"estimate": "estimate_rate_limited", "charge": "charge_rate_limited"}
 _OUTAGE_MESSAGES = {"estimate": "pricing_unavailable", "charge": "ledger_unavailable"}
@@ -203,7 +205,7 @@ class Edge:
             at=self._clock.now(),
             route=exchange.route,
             method=exchange.request.method,
-            path=exchange.request.url.path,
+            path="/".join(part[:MAX_SHOWN_CHARACTERS] for part in exchange.request.url.path.split("/")),
             key=exchange.key,
             tenant_id=exchange.occasion.tenant_id,
             task_id=exchange.occasion.task_id,
