@@ -36,6 +36,7 @@ _LONGEST_FIRST = (
     "bridge/test_servers.py",
     "workflows/test_attempts.py",
     "local_stack/test_stack.py",
+    "doors/test_doors.py",
     "workflows/test_settlement.py",
     "workflows/test_training_steps.py",
     "workflows/test_silence.py",

@@ -8,11 +8,13 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import httpx
+import jwt
 import psutil
 import pytest
 from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
@@ -22,11 +24,14 @@ from temporalio.client import Client
 from comfyui_temporal.contracts.stack import StackDescription
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES, workflow_id_of
 from comfyui_temporal.plugin import TasksPlugin
+from doctor.examination import check_comfyui, check_credits, services
+from doctor.finding import Verdict
 from local_stack.background import end_stack, running_stack, start_stack
 from local_stack.child import is_running
 from local_stack.commands import EXIT_NOT_UP, down, status, up
 from local_stack.folder import PROJECT, RunFolder, StackFailure, StackRecord
 from runtime.reconciler_schedule import standing_reconciler
+from runtime.settings import Settings
 from tests.conftest import unique
 from tests.local_stack.waiting import comes_true, eventually
 
@@ -140,6 +145,28 @@ async def test_both_accounts_have_their_points_and_only_theirs(stack: StackDescr
             headers={"Authorization": f"Bearer {stack.service_tokens['tenant-other']}"},
         )
     assert strange.status_code != 200
+
+
+async def test_the_printed_link_lives_for_minutes(
+    folder: RunFolder, stack: StackDescription, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(folder) == 0
+    printed = capsys.readouterr().out
+    assert not any(token in printed for token in (*stack.tokens.values(), *stack.service_tokens.values()))
+    token = printed.partition("#token=")[2].split()[0]
+    claims = jwt.decode(token, options={"verify_signature": False})
+    assert 0 < claims["exp"] - time.time() <= 15 * 60
+    assert "credits.rollback" not in claims["scopes"]
+    async with httpx.AsyncClient(base_url=stack.gateway_url, trust_env=False) as gateway:
+        listed = await gateway.get("/api/v1/tasks", headers={"Authorization": f"Bearer {token}"})
+    assert listed.status_code == 200, listed.text
+
+
+async def test_doctor_asks_its_services_with_service_tokens(stack: StackDescription) -> None:
+    async with services(Settings(_env_file=None), stack) as opened:
+        findings = [*await check_credits(opened), *await check_comfyui(opened)]
+    assert len(findings) > 3
+    assert [finding for finding in findings if finding.verdict is Verdict.WRONG] == []
 
 
 async def test_its_temporal_keeps_runs_for_30_days_and_knows_our_attributes(
