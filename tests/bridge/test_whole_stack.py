@@ -20,17 +20,19 @@ from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, workflow_id_of
 from comfyui_temporal.plugin import TasksPlugin
 from local_stack.background import end_stack
 from local_stack.commands import up
-from local_stack.folder import PROJECT, RunFolder
+from local_stack.folder import PROJECT
 from tests.bridge.native import NativeServer
 from tests.bridge.test_servers import until_running
 from tests.conftest import unique
+from tests.local_stack.folders import new_run_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 async def test_the_demo_delivers_a_picture_from_your_own_server(native: NativeServer, tmp_path: Path) -> None:
+    folder = new_run_folder(tmp_path / "run")
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "local_stack", "demo", "--folder", str(tmp_path / "run"), "--comfyui", native.url),
+        *(sys.executable, "-m", "local_stack", "demo", "--folder", str(folder.path), "--comfyui", native.url),
         cwd=PROJECT,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
@@ -44,7 +46,7 @@ async def test_the_demo_delivers_a_picture_from_your_own_server(native: NativeSe
 
 @pytest_asyncio.fixture
 async def stack(native: NativeServer, tmp_path: Path) -> AsyncIterator[StackDescription]:
-    folder = RunFolder(tmp_path / "run")
+    folder = new_run_folder(tmp_path / "run")
     assert await asyncio.to_thread(up, folder, None, [native.url]) == 0
     description = folder.description()
     assert description is not None

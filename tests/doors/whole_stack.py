@@ -30,6 +30,7 @@ from tests.bridge.native import NativeServer
 from tests.bridge.native.process import free_port
 from tests.conftest import unique
 from tests.doors.doors import DOORS, PLACES, TENANT, Door, Token, all_tokens, sent_with
+from tests.local_stack.folders import new_run_folder
 
 MARK: Final = "marked0secret"
 SPEED: Final = 400.0
@@ -173,7 +174,7 @@ def marked_secrets() -> Secrets:
 
 @asynccontextmanager
 async def running_whole_stack(path: Path) -> AsyncIterator[WholeStack]:
-    folder, secrets = RunFolder(path), marked_secrets()
+    folder, secrets = new_run_folder(path), marked_secrets()
     (folder.path / "secrets.json").write_text(secrets.model_dump_json())
     metrics_port, bridge_port = free_port(), free_port()
     async with AsyncExitStack() as opened:

@@ -33,6 +33,7 @@ from local_stack.folder import PROJECT, RunFolder, StackFailure, StackRecord
 from runtime.reconciler_schedule import standing_reconciler
 from runtime.settings import Settings
 from tests.conftest import unique
+from tests.local_stack.folders import new_run_folder
 from tests.local_stack.waiting import comes_true, eventually
 
 SPEED = 200.0
@@ -42,7 +43,7 @@ PARTS = {"temporal", "postgres", "credits", "comfyui", "gateway", "worker"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     """A folder of its own; whatever a failed test leaves in it is ended."""
-    made = RunFolder(tmp_path_factory.mktemp("stack") / "run")
+    made = new_run_folder(tmp_path_factory.mktemp("stack") / "run")
     yield made
     end_stack(made)
 
@@ -265,7 +266,7 @@ def test_a_part_that_cannot_start_is_named_with_the_end_of_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COMFYUI_TEMPORAL_DEADLINE_FACTOR", "-1")
-    folder = RunFolder(tmp_path / "run")
+    folder = new_run_folder(tmp_path / "run")
     lines: list[str] = []
     with pytest.raises(StackFailure, match="did not start"):
         start_stack(folder, SPEED, lines.append, has_lifeline=False)
