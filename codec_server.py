@@ -129,7 +129,7 @@ def app_by(settings: Settings) -> Starlette:
 def main() -> int:
     try:
         settings = read_settings()
-        configure_logs(level=settings.log_level, as_json=settings.log_json)
+        configure_logs(level=settings.log_level, as_json=settings.log_json, hidden=settings.hidden_values)
         app = app_by(settings)
     except CannotStart as error:
         sys.stderr.write(f"{error}\n")

@@ -16,8 +16,8 @@ HIDDEN: Final = "[hidden]"
 MIN_HIDDEN_CHARACTERS: Final = 8
 """A shorter value is hidden by its place alone, or it would be cut out of ordinary words."""
 OURS: Final = (
-    *("activities", "bridge", "comfyui_temporal", "doctor", "gateway", "gpu_worker", "local_stack", "proof"),
-    *("runtime", "simulators", "store", "worker", "workflows"),
+    *("activities", "bridge", "codec_server", "comfyui_temporal", "doctor", "gateway", "gpu_worker", "local_stack"),
+    *("proof", "runtime", "simulators", "store", "worker", "workflows"),
 )
 """Loggers whose level is the setting's. Libraries log at INFO at most: at DEBUG they write headers and bodies."""
 _SECRETS: Final = (

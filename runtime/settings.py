@@ -264,6 +264,7 @@ class Settings(BaseSettings):
         """Every secret, for the logs to leave out; of the database's address its password."""
         values = [value for value in vars(self).values() if isinstance(value, SecretStr)]
         found = [secret.get_secret_value() for secret in (*values, *self.callback_secrets)]
+        found += re.split("[:,]", self.encryption_keys.get_secret_value()) if self.encryption_keys else []
         password = _PASSWORD.search(self.database_dsn.get_secret_value()) if self.database_dsn else None
         return [*found, *([password[1], unquote(password[1])] if password else [])]
 

@@ -37,7 +37,7 @@ from runtime.reconciler_schedule import ensure_reconciler, standing_reconciler
 from store import TaskStore
 from tests.conftest import unique
 from tests.workflows.books import ended, ended_without_its_run, runs_of
-from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
+from tests.workflows.platform import CALLERS, Handle, Platform, running_platform, task_id_of
 from tests.workflows.test_replay import RECORDED
 from worker import WORKFLOWS
 
@@ -322,7 +322,7 @@ async def test_a_gateway_without_the_key_says_so(encrypting: Platform, temporal_
     task = image(encrypting)
     stranger = await connected(temporal_env, PayloadEncryption([SAME_ID]))
     await start_task(stranger, task, task_queue=encrypting.task_queue)
-    token = encrypting.simulators.tokens.made_for(task.tenant_id, task.user_id)
+    token = CALLERS.made_for(task.tenant_id, task.user_id)
     async with HttpTasks(encrypting.gateway_url, token) as tasks:
         with pytest.raises(TaskError, match="COMFYUI_TEMPORAL_ENCRYPTION_KEYS"):
             await tasks.start(task)
