@@ -42,6 +42,8 @@ class Part:
     needs: tuple[str, ...] = ()
     finish: Callable[[], Awaitable[None]] | None = None
     """Work between ready and usable, such as creating tables. Done when the stack starts, not at a restart."""
+    port: int | None = None
+    """Where it listens itself: another process that answers there does not make it ready."""
     ready_within_seconds: float = 60.0
     stop_signal: signal.Signals = signal.SIGTERM
     stop_within_seconds: float = 10.0
@@ -96,7 +98,7 @@ class Child:
         """Wait until the part is ready. Raises StackFailure with the end of its log if it does not get ready."""
         within = self.part.ready_within_seconds
         deadline = time.monotonic() + within
-        while not await self.part.is_ready():
+        while not (await self.part.is_ready() and self._listens()):
             code = None if self._process is None else self._process.returncode
             if code is not None:
                 raise StackFailure(f"{self.part.name} {_ended(code)} while it started. {self.tail()}")
@@ -105,6 +107,16 @@ class Child:
             await asyncio.sleep(LOOK_SECONDS)
         if self.part.finish is not None:
             await self.part.finish()
+
+    def _listens(self) -> bool:
+        if self.part.port is None:
+            return True
+        if self._process is None:
+            return False
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = psutil.Process(self._process.pid).net_connections("tcp")
+            return any(each.status == psutil.CONN_LISTEN and each.laddr.port == self.part.port for each in found)
+        return False
 
     async def watch(self, changed: Callable[[], None]) -> None:
         """Restart the part whenever it dies, after longer and longer pauses, until the stack ends."""

@@ -114,6 +114,7 @@ class LocalParts:
             command=[sys.executable, *arguments],
             environment=self._environment,
             is_ready=answers(self._ports[name], page),
+            port=self._ports[name],
             needs=needs,
             stop_within_seconds=GRACE_SECONDS + 10,
         )

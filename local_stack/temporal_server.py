@@ -55,6 +55,7 @@ class LocalTemporal:
             command=command,
             environment=self._environment,
             is_ready=self._keeps_runs,
+            port=self._port,
             finish=self._know_search_attributes,
         )
 

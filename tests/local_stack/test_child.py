@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -91,6 +92,18 @@ async def test_a_part_that_hangs_while_starting_is_given_up(tmp_path: Path) -> N
     with pytest.raises(StackFailure, match=r"was not ready within"):
         await child.ready()
     await child.stop()
+
+
+async def test_a_part_is_not_ready_because_another_process_answers_at_its_port(tmp_path: Path) -> None:
+    """Another stack's server there would take this stack's workers, and its tasks theirs."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        child = child_of(tmp_path, FOREVER, port=other.getsockname()[1], ready_within_seconds=0.5)
+        await child.start()
+        try:
+            with pytest.raises(StackFailure, match="was not ready"):
+                await child.ready()
+        finally:
+            await child.stop()
 
 
 async def test_a_part_that_does_not_want_to_end_is_killed(tmp_path: Path) -> None:
