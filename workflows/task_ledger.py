@@ -146,11 +146,12 @@ class TaskLedger:
 
     # One hold
 
-    def fate(self, hold: RequestedHold, *, given_back: int = 0, committed: int = 0) -> Found:
+    def fate(self, hold: RequestedHold, *, given_back: int = 0, committed: int = 0, by_size: bool = True) -> Found:
         """How a hold ended.
 
         `given_back` and `committed`: how many of the task's other holds are known to have ended so. In a ledger without
-        ids an end counts as this hold's only if it is one more than those.
+        ids an end counts as this hold's only if it is one more than those. `by_size`: a commit of more points than the
+        hold has is another hold's.
         """
         for commit in self.commits:
             if commit.pre_deduct_id is not None and commit.pre_deduct_id == hold.pre_deduct_id:
@@ -158,7 +159,8 @@ class TaskLedger:
         if any(back.pre_deduct_id is not None and back.pre_deduct_id == hold.pre_deduct_id for back in self.returns):
             return Found(HoldFate.GIVEN_BACK)
         nameless = [commit for commit in self.commits if commit.pre_deduct_id is None]
-        if len(nameless) > committed:
+        may_be_its = not by_size or any(_fits(commit, hold) for commit in nameless)
+        if len(nameless) > committed and may_be_its:
             return self._nameless_commit(nameless, hold, among=committed + 1)
         returned = [back.amount for back in self.returns if back.pre_deduct_id is None]
         if len(returned) > given_back and hold.amount in returned:
@@ -167,7 +169,7 @@ class TaskLedger:
 
     def _nameless_commit(self, commits: list[CommitEntry], hold: RequestedHold, *, among: int) -> Found:
         """This hold's commit, where it is the only one that fits. More commits than `among` are ambiguous."""
-        fitting = [commit for commit in commits if commit.points is None or commit.points <= hold.amount]
+        fitting = [commit for commit in commits if _fits(commit, hold)]
         if len(commits) > among or len(fitting) != 1:
             return Found(HoldFate.UNKNOWN)
         return _committed(fitting[0], hold)
@@ -221,6 +223,11 @@ class TaskLedger:
         more = len(self.holds) - granted
         is_sure = stands.nameless == more or granted == 0  # the ends of all our own holds must be shown
         return OpenHolds({}, stands.nameless, stands.nameless_points) if more > 0 and is_sure else OpenHolds()
+
+
+def _fits(commit: CommitEntry, hold: RequestedHold) -> bool:
+    """Whether a commit without an id may be this hold's."""
+    return commit.points is None or commit.points <= hold.amount
 
 
 def _committed(commit: CommitEntry, hold: RequestedHold) -> Found:

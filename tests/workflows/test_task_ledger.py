@@ -123,6 +123,15 @@ def test_a_whole_ledger_of_any_shape_shows_what_was_charged(life: Life) -> None:
     assert TaskLedger(life.entries).charged() == life.charged
 
 
+def test_a_commit_of_more_points_than_a_hold_has_is_another_holds() -> None:
+    """A run that was reset does not know of that commit; its own smaller hold was given back."""
+    small, large = OneHold(1, 24, "cancel"), OneHold(2, 36, "commit")
+    large.cost = 36
+    ledger = TaskLedger([row for hold in (small, large) for row in entries_of(hold, "reason")])
+    assert ledger.fate(small.requested()).fate is HoldFate.GIVEN_BACK
+    assert ledger.fate(large.requested()) == Found(HoldFate.COMMITTED, 36)
+
+
 @given(lives(), st.data())
 def test_the_order_of_the_entries_changes_nothing(life: Life, data: st.DataObject) -> None:
     shuffled = data.draw(st.permutations(life.entries))
