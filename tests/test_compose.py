@@ -1,4 +1,4 @@
-"""What can be known of docker-compose.yml and Dockerfile without an engine; neither was run where they were written."""
+"""Checks of docker-compose.yml and Dockerfile without a container engine; neither file was run."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def settings_of(service: str, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 def test_every_image_is_pinned_and_temporals_match_the_local_server() -> None:
-    told = subprocess.run([temporal_binary(), "--version"], capture_output=True, text=True, check=True).stdout
-    version = re.search(r"Server ([\d.]+), UI ([\d.]+)", told)
+    printed = subprocess.run([temporal_binary(), "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"Server ([\d.]+), UI ([\d.]+)", printed)
     assert version is not None
     images = {service["image"] for service in services().values()}
     for image in images:
@@ -97,7 +97,7 @@ def test_every_published_port_is_on_the_loopback_and_once() -> None:
     assert len(set(host_ports)) == len(host_ports)
 
 
-def test_every_variable_is_known_to_whoever_reads_it() -> None:
+def test_every_variable_is_known_to_the_service_that_gets_it() -> None:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     assert set(services()) == {*OTHERS_VARIABLES, *OURS, "codec-server"}
     for name, service in services().items():
@@ -194,7 +194,7 @@ def test_temporal_is_set_up_as_on_one_machine() -> None:
 
 
 def test_postgresql_is_healthy_only_once_it_listens() -> None:
-    """While the image makes its database a server without a port answers at the socket, and ends again."""
+    """While the image creates its database, a temporary server without a port answers at the socket."""
     command = services()["postgres"]["healthcheck"]["test"]
     assert command[command.index("--host") + 1] == "127.0.0.1"
 

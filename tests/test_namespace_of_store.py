@@ -1,4 +1,4 @@
-"""A store belongs to one Temporal namespace: who acts on it from another is refused at once."""
+"""A store belongs to one Temporal namespace. A process of another namespace is refused at once."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def stranger(client: Client) -> Client:
     )
     stranger = await Client.connect(client.service_client.config.target_host, namespace=name, plugins=[TasksPlugin()])
     async with asyncio.timeout(20):
-        while True:  # a new namespace is not known to every part of the server at once
+        while True:  # a new namespace reaches the parts of the server one by one
             with contextlib.suppress(RPCError):
                 await stranger.count_workflows()
                 return stranger
@@ -70,7 +70,7 @@ async def stranger(client: Client) -> Client:
 
 
 async def run(*arguments: str, client: Client, dsn: str) -> tuple[int, str, float]:
-    """Exit code, what it said, and how long it took from its first line of ours on."""
+    """Exit code, output, and the seconds from the first line of our own code."""
     settings = {
         "DATABASE_DSN": dsn,
         "TEMPORAL_ADDRESS": client.service_client.config.target_host,
@@ -129,7 +129,7 @@ async def test_a_process_of_another_namespace_ends_with_one_sentence(
     assert seconds - nothing_but_start < ENDS_WITHIN_SECONDS
 
 
-async def test_the_command_binds_a_store_anew(store: TaskStore, dsn: str, client: Client) -> None:
+async def test_the_command_binds_a_bound_store_to_another_namespace(store: TaskStore, dsn: str, client: Client) -> None:
     await store.rebind(StoreHome(namespace="elsewhere", namespace_id="1"))
     code, said, _ = await run("-m", "store", "bind", "--namespace", client.namespace, client=client, dsn=dsn)
     assert code == 0 and "elsewhere" in said and client.namespace in said
@@ -141,7 +141,7 @@ async def test_the_command_binds_a_store_anew(store: TaskStore, dsn: str, client
 async def test_open_tasks_that_the_namespace_does_not_know_keep_a_store_from_being_bound(
     store: TaskStore, client: Client, stranger: Client
 ) -> None:
-    """A store from before it could be bound: a process that is set wrong must not be the first."""
+    """A store of an older release, not bound yet: a process with wrong settings must not bind it."""
     task_id = new_task_id()
     run = await client.start_workflow(IMAGE_WORKFLOW, id=f"task-{task_id}", task_queue=unique("queue"))
     await store.claim(claim_of(new_task_id()))
@@ -157,7 +157,7 @@ async def test_open_tasks_that_the_namespace_does_not_know_keep_a_store_from_bei
 async def test_a_store_that_is_away_at_the_start_is_looked_at_once_it_is_back(
     store: TaskStore, client: Client, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Work goes on meanwhile, and ends where the store turns out to be another's."""
+    """The process works meanwhile, and ends if the store turns out to belong to another namespace."""
     monkeypatch.setattr(namespace_of_store, "FIRST_LOOK_SECONDS", 0.1)
     monkeypatch.setattr(namespace_of_store, "AGAIN_SECONDS", 0.1)
     await store.rebind(StoreHome(namespace="elsewhere", namespace_id="1"))

@@ -40,8 +40,8 @@ def test_drift_is_named_and_ends_with_one(
     (tmp_path / "ledger.json").unlink()
     (tmp_path / "forgotten.json").write_text("{}")
     assert main(["--check"]) == 1
-    told = capsys.readouterr().err
-    assert all(name in told for name in ("image-task.json", "ledger.json", "forgotten.json"))
+    printed = capsys.readouterr().err
+    assert all(name in printed for name in ("image-task.json", "ledger.json", "forgotten.json"))
     assert main([]) == 0
     assert main(["--check"]) == 0
     assert main(["--wrong"]) == 2

@@ -34,7 +34,7 @@ CALLS = {
     *("snapshot", "delete_snapshot", "claim", "write", "left_behind", "closed_among_open", "still_closed"),
     *("look", "told_points", "take_unsettled", "correct_settlement"),
 }
-NO_DATABASE = "postgresql://nobody:nothing@127.0.0.1:9/nowhere"
+NO_DATABASE = "postgresql://unused:nothing@127.0.0.1:9/nowhere"
 
 
 def settings_with(**given: object) -> Settings:
@@ -55,7 +55,7 @@ async def test_it_offers_every_activity_that_workflows_call(temporal_env: Workfl
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "expected"),
     [
         ({"service_secret": None}, "COMFYUI_TEMPORAL_SERVICE_SECRET"),
         ({"database_dsn": None}, "COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://"),
@@ -64,11 +64,11 @@ async def test_it_offers_every_activity_that_workflows_call(temporal_env: Workfl
         ({"service_token": "line\nbreak"}, "token"),
     ],
 )
-async def test_a_setting_that_is_missing_or_wrong_is_said(given: dict[str, object], told: str) -> None:
+async def test_a_missing_or_wrong_setting_is_reported(given: dict[str, object], expected: str) -> None:
     with pytest.raises(CannotStart) as refused:
         async with worker.opened_activities(settings_with(**given)):
             pytest.fail("it opened")
-    assert told in str(refused.value)
+    assert expected in str(refused.value)
 
 
 def test_its_process_ends_with_2_and_a_sentence_that_shows_no_secret() -> None:

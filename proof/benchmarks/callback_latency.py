@@ -1,4 +1,4 @@
-"""From a callback's sending to its event at an SSE client, at 100 callbacks a second, beside a bare signal.
+"""From a callback's sending to its event at an SSE client, at 100 callbacks a second, compared with a bare signal.
 
     python -m proof.benchmarks.callback_latency [--seconds 20] [--per-second 100]
 

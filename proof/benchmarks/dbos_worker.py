@@ -127,7 +127,7 @@ def config() -> DBOSConfig:
 
 
 def system_database_url(database_dsn: str) -> str:
-    """DBOS's own tables are beside the task store's, in a schema of their own."""
+    """DBOS's own tables are in the same database, in a schema of their own."""
     return database_dsn
 
 

@@ -1,4 +1,4 @@
-"""What one image task with five spread callbacks takes of Temporal, beside the bare workflow with the same job.
+"""What one image task with five spread callbacks costs in Temporal, compared with a bare workflow with the same job.
 
 Billable actions by Temporal Cloud's list (docs.temporal.io/cloud/actions): starts, activities, timers, signals, search
 attribute upserts; all local activities of one workflow task are one action.

@@ -1,4 +1,4 @@
-"""Temporal and PostgreSQL as the local stack runs them, on files; workers and other processes beside them."""
+"""Temporal and PostgreSQL as the local stack runs them, on files; workers and other processes of a benchmark."""
 
 from __future__ import annotations
 

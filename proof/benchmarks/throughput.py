@@ -39,7 +39,7 @@ class Rate(BaseModel):
     name: str
     workers: int = 1
     open_tasks: int = 0
-    """Waiting beside the measured ones."""
+    """Tasks that wait while the measured ones run."""
     tasks: int
     tasks_per_second: float
     stored_events: float | None = None

@@ -44,7 +44,7 @@ def check_holds(task: FinishedTask, exempt: frozenset[Exempt], findings: Finding
 
 
 def _doubled_points(task: FinishedTask) -> int:
-    """Points of holds that nobody could name; where the ledger shows ids a doubled one has been cancelled."""
+    """Points of holds whose id was never learned. Where the ledger shows ids, a doubled hold has been cancelled."""
     if task.profile.keeps_keys or task.profile.tells_kinds:
         return 0
     return sum(int(details.get("amount", 0)) for code, details in task.records if code == ExceptionCode.HOLD_DOUBLED)

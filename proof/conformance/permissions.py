@@ -24,7 +24,7 @@ async def job_routes_need_their_scope(subject: Subject) -> None:
         answer = await subject.send(method, path, body, key=key, scopes=others)
         refused(answer, "authorization_missing", is_ours=is_ours)
     state = await subject.ended_job(job.job_id)
-    demand(state.has_succeeded(), f"a cancel without its scope was obeyed: {state.error_details}")
+    demand(state.has_succeeded(), f"a cancel without its scope took effect: {state.error_details}")
 
 
 @case("each training route needs its scope, and every other scope is not it", needs_scopes=True, trains=True)
@@ -42,7 +42,7 @@ async def training_routes_need_their_scope(subject: Subject) -> None:
         body, key = (subject.training_body(task), f"{task}:{operation}:1") if method == "POST" else (None, None)
         answer = await subject.send(method, where, body, key=key, scopes=others)
         refused(answer, "authorization_missing", is_ours=is_ours)
-    demand(not (await subject.training(training.training_id)).has_ended(), "a cancel without its scope was obeyed")
+    demand(not (await subject.training(training.training_id)).has_ended(), "a cancel without its scope took effect")
 
 
 @case("a stranger's job is an unknown job, and nothing reaches it", needs_scopes=True)
@@ -54,7 +54,7 @@ async def a_strangers_job_is_unknown(subject: Subject) -> None:
     answer = await subject.post(f"/jobs/{job.job_id}/cancel", {}, f"{task}:cancel:1", person=stranger)
     refused(answer, "job_not_found", is_ours=True)
     state = await subject.ended_job(job.job_id)
-    demand(state.has_succeeded(), f"a stranger's cancel was obeyed: {state.error_details}")
+    demand(state.has_succeeded(), f"another tenant's cancel took effect: {state.error_details}")
 
 
 @case("a stranger's training is an unknown training, and nothing reaches it", needs_scopes=True, trains=True)
@@ -66,7 +66,7 @@ async def a_strangers_training_is_unknown(subject: Subject) -> None:
     for step in ("start", "cancel"):
         answer = await subject.post(f"{path}/{step}", {}, f"{task}:{step}:1", person=stranger)
         refused(answer, "training_not_found", is_ours=True)
-    demand(not (await subject.training(training.training_id)).has_ended(), "a stranger's cancel was obeyed")
+    demand(not (await subject.training(training.training_id)).has_ended(), "another tenant's cancel took effect")
 
 
 @case("a body that names another tenant or user than the token is refused", needs_scopes=True)

@@ -29,8 +29,8 @@ async def a_training_waits_for_its_start(subject: Subject) -> None:
     demand(training.estimated_time is not None and training.estimated_time > 0, "it has no estimated_time")
     await asyncio.sleep(subject.profile.quiet_seconds)
     state = await subject.training(training.training_id)
-    demand(state.training_status is TrainingStatus.QUEUED, f"nobody started it, and it is {state.training_status}")
-    demand(not state.gpu_hours_used, f"nobody started it, and it has used {state.gpu_hours_used} GPU hours")
+    demand(state.training_status is TrainingStatus.QUEUED, f"it was not started, and it is {state.training_status}")
+    demand(not state.gpu_hours_used, f"it was not started, and it has used {state.gpu_hours_used} GPU hours")
 
 
 @case("a started training goes through its stages in order and ends with a model", trains=True)

@@ -114,7 +114,7 @@ def _evenly(points: Sequence[Point], most: int) -> list[Sequence[Point]]:
 
 
 def _check_recovery(cells: Sequence[Cell], within_seconds: float) -> None:
-    """Work goes on in time, but for calls that waited for a longer pause, and runs that were ended."""
+    """Work goes on in time, except for calls in a longer pause and for runs that were ended."""
     for cell in cells:
         if cell.kind.ends_runs or not cell.is_first_try:
             cell.recovery_seconds = None

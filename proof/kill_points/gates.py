@@ -20,10 +20,10 @@ AFTER_EFFECT: Final = "after effect"
 AFTER_REPLY: Final = "after reply"
 BEFORE_REPORT: Final = "before report"
 Phase = Literal["before send", "after effect", "after reply", "before report"]
-"""The service has the request but for `before send`; it has acted from `after effect` on; its answer is here
-`after reply`; the activity is done, but Temporal does not know `before report`."""
+"""`before send`: the service has not seen the request. `after effect`: it has acted. `after reply`: its answer has
+arrived. `before report`: the activity is done, but Temporal does not know."""
 JOB_UPDATE: Final = "job update"
-"""What a job's message is called where facts are matched: its own key names the job."""
+"""The name of a job's message where facts are matched, because its own key names the job."""
 
 
 class Gate(BaseModel):
@@ -63,9 +63,9 @@ class Gates:
             made.mkdir(parents=True, exist_ok=True)
 
     def close(self, task_id: str, gate: Gate) -> None:
-        beside = self._standing / f".{task_id}"
-        beside.write_text(gate.model_dump_json())
-        beside.replace(self._standing / task_id)
+        written = self._standing / f".{task_id}"
+        written.write_text(gate.model_dump_json())
+        written.replace(self._standing / task_id)
 
     def open(self, task_id: str) -> None:
         (self._standing / task_id).unlink(missing_ok=True)

@@ -135,7 +135,7 @@ async def _hold_up_reply(site: RoundSite, cell: Cell, kind: str) -> Fault:
     gate = cell.point.gate
     assert gate is not None
     n = int(gate.about.rpartition(":")[2]) if ":" in gate.about else 1
-    # The nth call of a route is the one whose key has that number, but for undos: they count by hold and job.
+    # The nth call of a route is the one whose key has that number. Undos count by hold and job instead.
     nth = n if gate.call in ("submit_job", "create_training", "pre_deduct") else 1
     given: dict[str, Any] = {"route": gate.call, "task_id": cell.task_id, "nth": nth, "when": "after"}
     if kind == "delay":

@@ -1,4 +1,4 @@
-"""The stack as a round sees it: the gates beside its clients, and reads that all waiting tasks share."""
+"""The stack as a round sees it: its clients, the gates, and reads that all waiting tasks share."""
 
 from __future__ import annotations
 

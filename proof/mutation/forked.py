@@ -31,7 +31,7 @@ class Broke(Exception):
 
 
 def adopt_orphans() -> None:
-    """Be the one to whom grandchildren fall whose parent ends, e.g. a PostgreSQL that a test has started (Linux)."""
+    """Adopt grandchildren whose parent ends, e.g. a PostgreSQL that a test has started (Linux)."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 

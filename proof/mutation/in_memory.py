@@ -23,7 +23,7 @@ class InMemory(MetaPathFinder):
     """Gives each module of `sources` (its file's name → source, or its tree) when it is imported."""
 
     def __init__(self, sources: Mapping[str, bytes | ast.Module], names: Mapping[str, Any] | None = None) -> None:
-        """`names`: what the modules find among their globals besides."""
+        """`names`: additional globals of the modules."""
         self._sources = {module_name(file): (file, source) for file, source in sources.items()}
         self._names = names or {}
 

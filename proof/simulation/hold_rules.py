@@ -63,7 +63,7 @@ class HoldRules:
             return
         self._asked.add(key_of(call))
         body: PreDeductRequest = call.argument.body
-        must(not self._is_settling(), "a hold is asked for although the task is being settled:", key_of(call))
+        must(not self._is_settling(), "a hold is requested although the task is being settled:", key_of(call))
         task = self._world.scenario.task
         whose = (body.task_id, body.tenant_id, body.user_id, body.template_id, body.scene)
         must(whose == (task.task_id, task.tenant_id, task.user_id, task.template_id, task.scene), "held for:", *whose)
@@ -97,7 +97,7 @@ class HoldRules:
         return min(MAX_HOLD_SECONDS, max(SHORTEST, math.ceil(seconds_left + margin)))
 
     def _check_need(self, amount: int, at: float) -> None:
-        """A new hold beside an open one is for more points or for more time."""
+        """A new hold next to an open one is for more points or for more time."""
         standing = [known for known in self.granted() if not self._is_given_up(known)]
         if not standing or amount > standing[-1].body.estimated_cost or standing[-1].life_when_granted < LEAST_LIFE:
             return

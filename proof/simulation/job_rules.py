@@ -43,7 +43,7 @@ class JobRules:
         task, wanted = self._world.scenario.task, {"task_id", "tenant_id", "user_id", "template_id", "priority"}
         wanted |= {"prompt", "resolution", "extras"} if isinstance(task, ImageRun) else {"base_model", "gpu_type"}
         for field in wanted & set(type(body).model_fields):
-            must(getattr(body, field) == getattr(task, field), "a job is asked for with another", field)
+            must(getattr(body, field) == getattr(task, field), "a job is requested with another", field)
         must(body.callback_url == self._world.scenario.policy.callback_url, "another callback_url:", body.callback_url)
         if not isinstance(task, ImageRun):
             must(body.resume_from == self._newest_checkpoint(), "resumes from", body.resume_from)
@@ -84,7 +84,7 @@ class JobRules:
         """Only the newest job is cancelled while the task goes on, and only once it has ended."""
         job_id = call.argument.job_id
         attempt = next((a for a in self._world.witness.attempts.values() if a.n == number_of(key_of(call))), None)
-        must(attempt is not None, "a job is cancelled that was never asked for:", key_of(call))
+        must(attempt is not None, "a job is cancelled that was never requested:", key_of(call))
         must(job_id in self._world.works, "a job is cancelled that there is not:", job_id)
         self._cancelled.setdefault(job_id, call.scheduled_at)
 

@@ -1,4 +1,4 @@
-"""Known mistakes, put back one at a time: each must be seen within some hundred seeds, or the oracle is blind.
+"""Known mistakes, put back one at a time. The simulation must fail on each within a few hundred seeds.
 
 A mutant patches the real classes of `workflows`. `pitfall` names the pitfall, decision or section that it breaks.
 """
@@ -37,7 +37,7 @@ Patches = list[tuple[type, str, Any]]
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mistake: what is patched, and on which kind of task it shows first."""
+    """A mistake: what it patches, and the kind of task on which it shows first."""
 
     pitfall: str
     kind: str
@@ -45,7 +45,7 @@ class Mutant:
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
-        """The mistake, for as long as the context lasts."""
+        """Apply the mistake while the context is open."""
         with ExitStack() as patched:
             for owner, name, replacement in self.patches():
                 patched.enter_context(patch.object(owner, name, replacement))
@@ -106,10 +106,10 @@ def commit_inside_the_try() -> Patches:
 
 
 def _cut_short(step: str) -> Patches:
-    """Temporal's cancellation reaches the flow while it is at `step`."""
+    """Let Temporal's cancellation reach the flow during `step`."""
     original = getattr(TaskEnding, step)
 
-    async def noted(self: TaskEnding, *arguments: Any) -> Any:
+    async def marked(self: TaskEnding, *arguments: Any) -> Any:
         self._stop.is_bare = True  # type: ignore[attr-defined]
         return await original(self, *arguments)
 
@@ -128,23 +128,23 @@ def _cut_short(step: str) -> Patches:
             raise asyncio.CancelledError(self.reason)
         return result
 
-    return [(TaskEnding, step, noted), (Stop, "uninterrupted", uninterrupted)]
+    return [(TaskEnding, step, marked), (Stop, "uninterrupted", uninterrupted)]
 
 
 def cancel_before_the_inbox() -> Patches:
     job_end = Following.job_end
 
-    async def obeys_first(self: Following) -> Any:
+    async def stop_first(self: Following) -> Any:
         read = self._watch.read
 
-        def obey_then_read() -> None:
+        def stop_then_read() -> None:
             self._stop.raise_if_requested()
             read()
 
-        self._watch.read = obey_then_read  # type: ignore[method-assign]
+        self._watch.read = stop_then_read  # type: ignore[method-assign]
         return await job_end(self)
 
-    return [(Following, "job_end", obeys_first)]
+    return [(Following, "job_end", stop_first)]
 
 
 def retry_loop_eats_the_cancel() -> Patches:
@@ -173,21 +173,21 @@ def hold_counted_from_its_answer() -> Patches:
 
 
 def undo_without_an_id() -> Patches:
-    async def nothing_to_undo(_self: Any, _asked: Any) -> None:
+    async def nothing_to_undo(_self: Any, _request: Any) -> None:
         return None
 
     return [(Attempts, "_learn", nothing_to_undo), (CreditHold, "_learn", nothing_to_undo)]
 
 
-def body_made_anew() -> Patches:
+def body_rebuilt() -> Patches:
     post = CreditHold._post
 
-    def made_anew(self: CreditHold, hold: Any) -> Any:
+    def rebuilt(self: CreditHold, hold: Any) -> Any:
         seconds = int((self._deadline() - workflow.now()).total_seconds() + self._margin_seconds)
         hold.request = hold.request.model_copy(update={"expire_in": min(3_600, max(60, seconds))})
         return post(self, hold)
 
-    return [(CreditHold, "_post", made_anew)]
+    return [(CreditHold, "_post", rebuilt)]
 
 
 def signal_handler_raises() -> Patches:
@@ -199,8 +199,8 @@ def signal_handler_raises() -> Patches:
 
 def earlier_jobs_count() -> Patches:
     def read(self: JobWatch) -> None:
-        for news in self._inbox.take_all():
-            self._apply(news)
+        for update in self._inbox.take_all():
+            self._apply(update)
         if self._poll is not None and self._poll.done():
             self._take_poll()
 
@@ -210,9 +210,9 @@ def earlier_jobs_count() -> Patches:
 def any_sequence_counts() -> Patches:
     apply = JobWatch._apply
 
-    def applied(self: JobWatch, news: Any) -> None:
+    def applied(self: JobWatch, update: Any) -> None:
         newest = self.state.newest
-        apply(self, news if newest is None else news.model_copy(update={"sequence": newest.sequence + 1}))
+        apply(self, update if newest is None else update.model_copy(update={"sequence": newest.sequence + 1}))
 
     return [(JobWatch, "_apply", applied)]
 
@@ -240,7 +240,7 @@ def end_not_waited_for() -> Patches:
     return [(TaskRecord, "all_written", at_once)]
 
 
-def end_told_before_it_is_decided() -> Patches:
+def end_reported_before_it_is_decided() -> Patches:
     return [(TaskRecord, "_is_recorded", lambda _self, _facts: True)]
 
 
@@ -274,7 +274,7 @@ def continues_on_signals() -> Patches:
     return [(TaskFlow, "continue_as_new_if_long", at_once)]
 
 
-def noted_before_the_stop_is_obeyed() -> Patches:
+def recorded_before_the_stop_is_checked() -> Patches:
     return [(OutsideCall, "may_begin", lambda _self: None)]
 
 
@@ -290,7 +290,7 @@ def commit_a_point_short() -> Patches:
 def stale_job_cancelled() -> Patches:
     wait_to_retry, cancel = Attempts.wait_to_retry, Attempts._cancel
 
-    async def noted(self: Attempts, end: Any) -> None:
+    async def marked(self: Attempts, end: Any) -> None:
         self.is_retrying = True  # type: ignore[attr-defined]
         try:
             await wait_to_retry(self, end)
@@ -300,7 +300,7 @@ def stale_job_cancelled() -> Patches:
     async def the_first(self: Attempts, job: Any) -> None:
         await cancel(self, self.asked[0] if getattr(self, "is_retrying", False) else job)
 
-    return [(Attempts, "wait_to_retry", noted), (Attempts, "_cancel", the_first)]
+    return [(Attempts, "wait_to_retry", marked), (Attempts, "_cancel", the_first)]
 
 
 def hold_without_margin() -> Patches:
@@ -341,14 +341,14 @@ MUTANTS: Final = {
     "retry_loop_eats_the_cancel": Mutant("pitfall 10", "image", retry_loop_eats_the_cancel),
     "hold_counted_from_its_answer": Mutant("contract §4 Lost answer", "image", hold_counted_from_its_answer),
     "undo_without_an_id": Mutant("pitfall 13", "image", undo_without_an_id),
-    "body_made_anew": Mutant("decision 1, pitfall 21", "image", body_made_anew),
+    "body_rebuilt": Mutant("decision 1, pitfall 21", "image", body_rebuilt),
     "signal_handler_raises": Mutant("pitfall 2", "image", signal_handler_raises),
     "earlier_jobs_count": Mutant("contract §1", "image", earlier_jobs_count),
     "any_sequence_counts": Mutant("contract §2", "image", any_sequence_counts),
     "refusal_raised_in_an_undo": Mutant("pitfall 38", "image", refusal_raised_in_an_undo),
     "unwritten_facts_not_carried": Mutant("pitfall 22", "image", unwritten_facts_not_carried),
     "end_not_waited_for": Mutant("decision 3", "image", end_not_waited_for),
-    "end_told_before_it_is_decided": Mutant("pitfall 34", "training", end_told_before_it_is_decided),
+    "end_reported_before_it_is_decided": Mutant("pitfall 34", "training", end_reported_before_it_is_decided),
     "absence_is_proof": Mutant("contract §4 commit refused", "image", absence_is_proof),
     "cancel_answered_at_once": Mutant("contract §8", "image", cancel_answered_at_once),
     "hold_never_renewed": Mutant("contract §4 Renewal", "training", hold_never_renewed),
@@ -361,12 +361,14 @@ MUTANTS: Final = {
     "training_hold_never_refreshed": Mutant(
         "pitfall 60, contract §5", "training", lambda: [(CreditHold, "require", lambda _self, _amount: None)]
     ),
-    "noted_before_the_stop_is_obeyed": Mutant("contract §4 Lost answer", "image", noted_before_the_stop_is_obeyed),
+    "recorded_before_the_stop_is_checked": Mutant(
+        "contract §4 Lost answer", "image", recorded_before_the_stop_is_checked
+    ),
 }
 
 
 def caught(name: str, seeds: range, play: Callable[[int, str], Any]) -> Any:
-    """The first outcome that shows the mutant, or None: `play(seed, kind)` runs one schedule."""
+    """The first outcome that detects the mutant, or None. `play(seed, kind)` runs one schedule."""
     mutant = MUTANTS[name]
     with mutant.put_back():
         for seed in seeds:

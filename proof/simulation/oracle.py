@@ -111,7 +111,7 @@ class Oracle:
         # A third is needed where the first one's cancel hangs and the second would expire meanwhile.
         must(
             len(left) <= 3 or credits.terms.is_field,
-            "more than three holds stand at once:",
+            "more than three holds are open at once:",
             *(hold.pre_deduct_id for hold in left),
         )
         must(not credits.account.conflicts, "a key came again with another body:", *credits.account.conflicts)
@@ -188,7 +188,7 @@ class Oracle:
         )  # possibly too short for two holds at once
         is_due = is_more or by_operator or was_short or "expired" in phases
         must(is_due, "charged without a hold although none had expired:", *phases)
-        must("open" not in phases, "charged although a hold stands")
+        must("open" not in phases, "charged although a hold is open")
         may_expire = is_more or by_operator or bool(credits.terms.refuses_commits_with)
         must(may_expire or not self._scenario.is_easy_on_credits, "a hold was let expire although it could be renewed")
 
@@ -257,7 +257,7 @@ class Oracle:
         closed = self._server.closed
         assert closed is not None
         if closed.how == "failed" and closed.failure.application_failure_info.type == FailureCode.TASK_EXISTS:
-            must(self._scenario.is_id_taken, "task_exists although nobody else has the id")
+            must(self._scenario.is_id_taken, "task_exists although no other run has the id")
             must(set(self._parties.called) <= {"claim"}, "called for a task of another run:", *self._parties.called)
             return
         must(not self._scenario.is_id_taken, "went on although another run holds the id:", closed.how)
@@ -352,8 +352,8 @@ class Oracle:
             answer for name, answer in self._server.updates.items() if name.startswith("cancel") and "outcome" in answer
         ]
         is_cancelled = self.status is TaskStatus.CANCELLED
-        must(not is_cancelled or bool(self.cancels), "cancelled although nobody asked")
-        must(how != "cancelled" or any(self.cancels.values()), "ended Canceled although Temporal was not asked")
+        must(not is_cancelled or bool(self.cancels), "cancelled without a request")
+        must(how != "cancelled" or any(self.cancels.values()), "ended Canceled without a request to Temporal")
         for answer in answers:
             must(("accepted" in answer) == is_cancelled, f"a cancel was answered {answer}, the task ended", self.status)
         is_completed = self.status is TaskStatus.COMPLETED

@@ -49,7 +49,7 @@ class RecordRules:
             checkpoint = getattr(self._state(job_id, int(sequence)), "checkpoint", None)
             must(checkpoint is not None and fact.event is EventType.CHECKPOINT, "no such checkpoint:", fact.key)
         elif name == "confirm":
-            must(fact.confirmation is not None, "a confirmation is asked for without its price:", fact.key)
+            must(fact.confirmation is not None, "a confirmation is requested without its price:", fact.key)
         elif name in self._world.works:
             self._check_progress(fact, name, int(rest))
         else:
@@ -210,7 +210,7 @@ class RecordRules:
         must(has_reason(), "an exception is recorded without a reason:", exception.key, exception.code)
 
     def _check_doubled(self) -> None:
-        """What a service without idempotency holds beside is recorded with its amount, once the ledger shows it."""
+        """A doubled hold of a service without idempotency is recorded with its amount once the ledger shows it."""
         terms, unreported = self._world.parties.credits.terms, self._holds.unreported()
         looks = self._world.witness.calls.get("ledger", [])
         if not unreported or not terms.is_field or HOLD_OUT_OF_SIGHT in self._world.parties.store.exceptions:
@@ -257,7 +257,7 @@ class RecordRules:
         return any(isinstance(call.outcome, Answer) and call.outcome.not_offered and call.resolved_at for call in calls)
 
     def _was_uncovered(self, at: float) -> bool:
-        """A hold was refused beside the old one, or came when the old one had ended."""
+        """A second hold was refused while the old one was open, or came when the old one had ended."""
         if any(when <= at + SLACK for when, _ in self._world.witness.refusals("pre_deduct")):
             return True
         granted = self._holds.granted()

@@ -144,7 +144,7 @@ class Schedule:
             self.clients.do(Action.RESET)
             self._step_to_the_end()
         if self.server.closed is None:
-            raise InvariantViolated("the task waits for ever: nothing is left that could wake it")
+            raise InvariantViolated("the task waits forever: no event is left that could wake it")
         self.oracle.after_step()
         return self._how()
 

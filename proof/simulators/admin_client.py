@@ -96,7 +96,7 @@ class ServiceAdmin:
         return await self._call(list[RequestSeen], "GET", "/requests", route=route, task_id=task_id)
 
     async def reset(self) -> None:
-        """Back to the first state, but for the clock: no faults, no jobs; accounts as they were at first."""
+        """Back to the first state, except for the clock: no faults, no jobs; accounts as they were at first."""
         await self._send("POST", "/reset")
 
     async def _call(

@@ -109,7 +109,7 @@ class Parameters(AdminModel):
     reply: dict[str, Any] = {}
     """`job_lie`: what overlays the 202."""
     code: str = "internal"
-    message: str = "The simulator was told to fail this job."
+    message: str = "A test made this job fail."
     retryable: bool = False
     node: str | None = None
     as_text: bool = False

@@ -1,4 +1,4 @@
-"""Work that goes on beside an application's requests; nothing of it dies in silence."""
+"""Background work of an application. A failure of it is logged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = structlog.get_logger(__name__)
 
 
 @contextlib.asynccontextmanager
-async def running_beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def running_in_background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run each until the block ends. One that ends by itself is a defect and is logged with its trace."""
     tasks = [asyncio.create_task(_watched(one)) for one in work]
     try:

@@ -143,7 +143,7 @@ class Outbox:
         return [_seen(row) for row in rows]
 
     async def keep_sending(self) -> None:
-        """Send what is due, for ever; ends its requests when it is cancelled."""
+        """Send what is due until cancelled, then end the requests in flight."""
         async with httpx.AsyncClient(timeout=_SEND_LIMIT_SECONDS, follow_redirects=False) as client:
             try:
                 while True:

@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse
 from comfyui_temporal.contracts.prices import PriceTable
 from proof.simulators.admin_routes import add_shared_routes, guarded_router, health_router
 from proof.simulators.admin_wire import CallbackSeen, GpuOrder, RunOrder, RunSeen
-from proof.simulators.background import running_beside
+from proof.simulators.background import running_in_background
 from proof.simulators.clock import Clock
 from proof.simulators.comfyui_service import ComfyUIService
 from proof.simulators.edge import Edge
@@ -45,7 +45,7 @@ def comfyui_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with running_beside(service.queue.keep_time(), service.outbox.keep_sending()):
+        async with running_in_background(service.queue.keep_time(), service.outbox.keep_sending()):
             yield
         state.close()
 

@@ -107,7 +107,7 @@ class ComfyUIService:
         _burden(run, faults)
         self.queue.add(run)
         # A server without `start` has nothing to wait for (contract §2).
-        if self._faults.stands(FaultKind.NOT_OFFERED, "start_training") or run.is_instant:
+        if self._faults.covers(FaultKind.NOT_OFFERED, "start_training") or run.is_instant:
             self.queue.enqueue(run)
         shown = self.queue.observe(run)
         names = ("training_id", "training_status", "estimated_time", "gpu_hours", "gpu_slots", "gpu_type")

@@ -19,7 +19,7 @@ from proof.simulators.admin_wire import (
     EntrySeen,
     HoldSeen,
 )
-from proof.simulators.background import running_beside, woken
+from proof.simulators.background import running_in_background, woken
 from proof.simulators.clock import Clock
 from proof.simulators.credits_profile import CONTRACT, CreditsProfile
 from proof.simulators.credits_service import CreditsService
@@ -58,7 +58,7 @@ def credits_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with running_beside(_expire_holds(service)):
+        async with running_in_background(_expire_holds(service)):
             yield
         state.close()
 

@@ -79,8 +79,8 @@ class _Exchange:
 class Edge:
     """`task_of` finds the task of an id in a path or body, for requests that do not name it themselves.
 
-    Without `keeps_keys` every request acts, whatever its key; without `asks_for_tokens` the caller is the user that the
-    body or the query names, with every scope (contract §4, field).
+    Without `keeps_keys` every request acts, even with a known key. Without `asks_for_tokens` the caller is the user
+    that the body or the query names, with every scope (contract §4, field).
     """
 
     def __init__(

@@ -71,8 +71,8 @@ class Faults:
         """The faults of these kinds that hit this occasion; their counts are taken."""
         return [fault for fault in self.all() if fault.kind in kinds and self._hits(fault, occasion)]
 
-    def stands(self, kind: FaultKind, route: str) -> bool:
-        """Whether a fault of this kind covers the route, whatever else it matches; nothing is counted."""
+    def covers(self, kind: FaultKind, route: str) -> bool:
+        """Whether a fault of this kind covers the route. Other conditions are ignored, and nothing is counted."""
         return any(fault.kind is kind and fault.match.route in (None, route) for fault in self.all())
 
     def _hits(self, fault: Fault, occasion: Occasion) -> bool:

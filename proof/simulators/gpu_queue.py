@@ -248,7 +248,7 @@ class GpuQueue:
             await woken(self._wake, within_seconds=min(max(rest, 0.001), _LONGEST_SLEEP_SECONDS))
 
     def _next(self) -> tuple[float, AnyRun] | None:
-        """The next thing to happen: its work time and whom it happens to."""
+        """The next thing to happen: its work time and the run it happens to."""
         due = [(at, run) for run in self._open.values() if (at := self._boundary(run)) is not None]
         for pool in self._gpus:
             if self.available(pool) and (start := self._next_start(pool)):

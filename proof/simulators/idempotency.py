@@ -34,7 +34,7 @@ CREATE INDEX IF NOT EXISTS idempotency_age ON idempotency (kept_at);
 
 
 def fingerprint(method: str, path: str, body: Any) -> str:
-    """One hash for all bodies that are the same JSON, whatever the order of their fields."""
+    """One hash for all bodies that are the same JSON; the order of fields does not matter."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(f"{method} {path}\n{canonical}".encode()).hexdigest()
 

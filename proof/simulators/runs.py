@@ -1,6 +1,6 @@
 """One job or training as the simulator keeps it: how far it is on its plan, and what a GET shows of it.
 
-Times are work seconds (`clock.work()`), so that a run's plan is in contract seconds whatever the speed.
+Times are work seconds (`clock.work()`), so a run's plan is in contract seconds at any speed.
 """
 
 from __future__ import annotations

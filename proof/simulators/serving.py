@@ -24,7 +24,7 @@ from proof.simulators.tokens import Tokens
 
 LOOPBACK: Final = "127.0.0.1"
 TEST_TOKEN_SECRET: Final = "simulators-in-tests-sign-with-this"
-TEST_ADMIN_TOKEN: Final = "simulators-in-tests-obey-this-token"
+TEST_ADMIN_TOKEN: Final = "admin-token-of-simulators-in-tests"
 TEST_CALLBACK_SECRET: Final = "whsec_c2ltdWxhdG9ycy1pbi10ZXN0cy1zaWduLXdpdGgtdGhpcw=="
 DEFAULT_ISSUER: Final = "comfyui-temporal"
 DEFAULT_AUDIENCE: Final = "comfyui-services"

@@ -70,7 +70,7 @@ class Plan(BaseModel):
         return self.dice("twice", n).random() < STARTED_TWICE
 
     def dice(self, what: str, n: int) -> random.Random:
-        """A random generator for one thing: the same in every run, whatever else was drawn."""
+        """A random generator for one thing: the same in every run, independent of other draws."""
         return random.Random(f"{self.seed}:{what}:{n}")  # noqa: S311
 
 

@@ -21,7 +21,7 @@ from comfyui_temporal.contracts.errors import Answer
 from comfyui_temporal.contracts.permissions import Scene
 
 SECRET: Final = "a-secret-for-tests-of-32-bytes-or-more"
-PROMPT: Final = "a prompt that nobody but ComfyUI may see"
+PROMPT: Final = "a prompt that only ComfyUI may see"
 
 
 def tokens() -> SignedTokens:

@@ -1,4 +1,4 @@
-"""Whatever ComfyUI or the credits service answers becomes exactly one named outcome (contract §2, §4)."""
+"""Each answer of ComfyUI or the credits service becomes exactly one named outcome (contract §2, §4)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CREDITS_CALLS = ["estimate", "pre_deduct", "commit", "cancel_hold", "charge", "b
 OURS = {"cancel_job", "start_training", "cancel_training", "list_gpus"}
 F = FailureCode
 
-# Contract §2 and §4, row by row: call, message, number, HTTP status, what it comes to.
+# Contract §2 and §4, row by row: call, message, number, HTTP status, outcome.
 DEFINITE: list[tuple[str, str, str, int, FailureCode]] = [
     ("submit_job", "payload_invalid", "42201", 422, F.INPUT_INVALID),
     ("submit_job", "template_not_found", "40402", 404, F.INPUT_INVALID),
@@ -166,11 +166,11 @@ COMES_TO = {
     "idempotency_conflict": F.TASK_CONFLICT,
     "account_not_found": F.NOT_AUTHORIZED,
 }
-"""What a task ends with; of the errors left out a rule decides, or they are retried."""
+"""What a task ends with. Errors that are not listed are decided by a rule or retried."""
 
 
 def errors_of_the_contract() -> list[tuple[str, str, str]]:
-    """Contract §4's table: call, message, number, for each number that it gives a message."""
+    """Contract §4's table: call, message and number, a row for each number of a message."""
     rows = re.findall(
         r"^\| `(?:POST|GET) /api/v1/credits/(\S+)` \|.*\| ([^|]*) \|$", CONTRACT.read_text(), re.MULTILINE
     )
@@ -191,7 +191,7 @@ def errors_of_the_contract() -> list[tuple[str, str, str]]:
 async def test_every_error_that_the_platform_documents_says_who_has_to_do_what(
     facing: Facing, call: str, message: str, number: str, status: str | int
 ) -> None:
-    """By message, whatever the HTTP status; and it names a person, or says that nobody has to do anything."""
+    """The message decides, not the HTTP status. The sentence says who has to act, or that no action is needed."""
     http_status = status if isinstance(status, int) else int(number[:3])
     async with facing(always(http_status, error_body(message, number))) as (_, calls):
         try:
@@ -211,7 +211,7 @@ def test_the_contracts_table_is_read_whole() -> None:
     assert documented == {row.message for row in CREDITS_ERRORS}
 
 
-async def test_a_403_that_says_what_it_is_is_never_told_as_a_token(facing: Facing) -> None:
+async def test_a_403_with_an_unknown_message_is_not_reported_as_a_bad_token(facing: Facing) -> None:
     async with facing(always(403, error_body("tenant_frozen", "40399"))) as (_, calls):
         with pytest.raises(OutsideFailure, match="40399 tenant_frozen") as raised:
             await calls["pre_deduct"]()
@@ -305,7 +305,7 @@ async def test_only_our_routes_may_be_left_out(facing: Facing, call: str) -> Non
     assert raised.value.code is unavailable(call)
 
 
-async def test_an_error_body_that_nobody_knows_does_not_make_a_route_not_offered(facing: Facing) -> None:
+async def test_a_404_with_an_unknown_message_does_not_make_a_route_not_offered(facing: Facing) -> None:
     async with facing(always(404, error_body("job_is_elsewhere", "40499"))) as (_, calls):
         with pytest.raises(OutsideFailure) as raised:
             await calls["cancel_job"]()
@@ -322,7 +322,7 @@ async def test_an_error_body_that_nobody_knows_does_not_make_a_route_not_offered
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
     ],
 )
-async def test_retry_after_is_obeyed_up_to_a_minute(facing: Facing, header: str, low: float, high: float) -> None:
+async def test_retry_after_is_kept_up_to_a_minute(facing: Facing, header: str, low: float, high: float) -> None:
     async with facing(always(503, b"", {"retry-after": header})) as (_, calls):
         with pytest.raises(OutsideFailure) as raised:
             await calls["estimate"]()
@@ -394,7 +394,7 @@ ABOUT_IDS = [*(name for name in COMFYUI_CALLS if name != "list_gpus"), "pre_dedu
 
 
 @pytest.mark.parametrize("call", [*ABOUT_IDS, "estimate", "balance"])
-async def test_the_reply_that_the_next_tests_spoil_is_good(facing: Facing, call: str) -> None:
+async def test_the_reply_that_the_next_tests_corrupt_is_valid(facing: Facing, call: str) -> None:
     async with facing(always(200, GOOD_REPLY)) as (_, calls):
         assert (await calls[call]()).reply is not None
 
@@ -477,7 +477,7 @@ async def test_unclean_text_is_repaired_and_what_only_informs_costs_nothing(faci
     assert answer.reply.error_details.message == "bad \ufffd text \ufffd"
 
 
-async def test_no_part_of_a_reply_stands_in_a_failure(facing: Facing) -> None:
+async def test_no_part_of_a_reply_is_in_a_failure(facing: Facing) -> None:
     """Replies may repeat prompts, and failures stay in histories."""
     async with facing(always(200, {"job_id": "job 1 with a secret prompt", "job_status": "secret"})) as (_, calls):
         with pytest.raises(OutsideFailure) as raised:

@@ -1,4 +1,4 @@
-"""Dataset snapshots: whole, checked, resumed, temporary; a bad dataset is told file by file."""
+"""Dataset snapshots: whole, checked, resumed, temporary. Problems of a dataset are reported file by file."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def files_of(objects: Path, snapshot: SnapshotReference) -> list[DatasetFi
 
 
 async def refused(objects: Path, wanted: SnapshotOrder, **limits: Any) -> str:
-    """The sentence of a snapshot that ends `dataset_invalid`, and that nothing is retried."""
+    """The sentence of a snapshot that ends `dataset_invalid` without a retry."""
     with pytest.raises(ApplicationError) as raised:
         await environment().run(activities(objects, **limits).snapshot, wanted)
     assert (raised.value.type, raised.value.non_retryable) == ("dataset_invalid", True)
@@ -117,7 +117,7 @@ async def test_a_snapshot_does_not_follow_later_changes_of_its_source(source: Pa
     assert again == first, "an answer that was lost is given again"
 
 
-async def test_only_the_files_asked_for_are_copied(source: Path, objects: Path) -> None:
+async def test_only_the_listed_files_are_copied(source: Path, objects: Path) -> None:
     wanted = order(source, files=["images/2.png", "captions/1.txt", "images/2.png"])
     snapshot = await environment().run(activities(objects).snapshot, wanted)
     assert [file.path for file in await files_of(objects, snapshot)] == ["captions/1.txt", "images/2.png"]
@@ -329,7 +329,7 @@ async def test_a_deleted_snapshot_is_gone_and_no_other(source: Path, objects: Pa
     assert (source / "images/1.png").exists()
 
 
-async def test_deleting_what_never_was_is_no_error(source: Path, objects: Path) -> None:
+async def test_deleting_a_missing_snapshot_is_no_error(source: Path, objects: Path) -> None:
     await environment().run(activities(objects).delete_snapshot, order(source))
 
 
@@ -364,7 +364,7 @@ async def test_remote_storage_that_is_away_is_retried(
 
 
 class CutOff(DatasetSnapshots):
-    """Copies on after Temporal has given its attempt up: before its n-th file the snapshot is deleted by another."""
+    """Goes on copying after Temporal gave its attempt up: before its n-th file another worker deletes the snapshot."""
 
     def __init__(self, objects: Path, *, before_file: int, deleting: DatasetActivities, **limits: Any) -> None:
         super().__init__(objects.as_uri(), **limits)

@@ -82,9 +82,11 @@ async def test_a_callers_manifest_names_the_files(source: Path, objects: Path) -
         (b'["not there.png"]', "'not there.png' is not in"),
         (b'["' + b"a" * MAX_FILE_LIST_BYTES + b'"]', f"is larger than {MAX_FILE_LIST_BYTES} bytes"),
     ],
-    ids=["empty", "object", "climbing", "cut", "missing file", "too large"],
+    ids=["empty", "object", "leads out of the folder", "truncated", "missing file", "too large"],
 )
-async def test_a_manifest_that_cannot_be_used_is_told(source: Path, objects: Path, content: bytes, said: str) -> None:
+async def test_an_unusable_manifest_is_refused_with_its_reason(
+    source: Path, objects: Path, content: bytes, said: str
+) -> None:
     assert said in await refusal(objects, source, manifest=manifest_at(source / "list.json", content))
 
 
@@ -133,7 +135,7 @@ async def test_a_list_that_was_touched_is_never_sent(source: Path, objects: Path
 
 
 async def test_an_attempt_that_lands_late_leaves_the_list_as_it_was(source: Path, objects: Path) -> None:
-    """What was recorded of the one attempt is still there when the other has written its own."""
+    """The list that one attempt recorded is still there after the other attempt has written its own."""
     first = await environment().run(activities(objects).snapshot, order(source))
     (objects / "snapshots/task-1/cats/manifest.json").unlink()
     assert await environment(began_at=LATER).run(activities(objects).snapshot, order(source)) == first

@@ -77,13 +77,13 @@ async def test_every_exception_of_httpx_is_one_named_failure(failing_with: Faili
     assert "http://comfyui.test:8188" in raised.value.sentence
 
 
-async def test_an_error_that_no_one_foresaw_has_a_name_too(failing_with: FailingWith) -> None:
+async def test_an_unexpected_error_has_a_name_too(failing_with: FailingWith) -> None:
     with pytest.raises(OutsideFailure) as raised:
         await failing_with(ZeroDivisionError())
     assert raised.value.code is FailureCode.COMFYUI_UNAVAILABLE
 
 
-async def test_nobody_there_is_said_with_address_and_advice() -> None:
+async def test_a_refused_connection_is_reported_with_address_and_advice() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -121,7 +121,7 @@ async def test_a_body_cut_short_is_retried(facing: Facing) -> None:
     "answer",
     [b"SSH-2.0-OpenSSH_9.2\r\n\r\n", b"HTTP/1.1 abc OK\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n"],
 )
-async def test_what_is_no_http_is_an_invalid_reply(facing: Facing, answer: bytes) -> None:
+async def test_a_non_http_answer_is_an_invalid_reply(facing: Facing, answer: bytes) -> None:
     async def reply(request: Seen, writer: asyncio.StreamWriter) -> None:
         writer.write(answer)
 
@@ -132,7 +132,7 @@ async def test_what_is_no_http_is_an_invalid_reply(facing: Facing, answer: bytes
 
 
 @pytest.mark.parametrize("where", ["head", "body"])
-async def test_a_byte_now_and_then_does_not_hold_a_request_open(where: str) -> None:
+async def test_a_slow_trickle_of_bytes_does_not_hold_a_request_open(where: str) -> None:
     """No single read takes long, so only the limit of the whole request ends it; and no connection is lost."""
 
     async def drip(request: Seen, writer: asyncio.StreamWriter) -> None:
@@ -191,7 +191,7 @@ async def test_a_silent_server_is_left_after_the_read_limit() -> None:
     assert "sent nothing for too long" in raised.value.sentence
 
 
-async def test_a_full_pool_is_said() -> None:
+async def test_a_full_pool_is_reported() -> None:
     async def silent(request: Seen, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(60)
 
@@ -400,7 +400,7 @@ async def test_a_longer_page_that_is_refused_leaves_the_ledger_cut_off() -> None
     assert (len(answer.reply.entries), answer.reply.cursor is None) == (200, False)
 
 
-async def test_a_ledger_that_leads_in_a_circle_is_an_invalid_reply() -> None:
+async def test_a_ledger_with_a_repeated_cursor_is_an_invalid_reply() -> None:
     async with (
         serving(always(200, {"entries": [], "cursor": "again"})) as server,
         CreditsClient(server.url, tokens()) as client,
@@ -410,7 +410,7 @@ async def test_a_ledger_that_leads_in_a_circle_is_an_invalid_reply() -> None:
     assert raised.value.code is FailureCode.REPLY_INVALID
 
 
-async def test_a_ledger_without_end_is_left_with_the_cursor_it_came_to(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_endless_ledger_is_left_with_its_last_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("activities.credits.MAX_LEDGER_PAGES", 3)
 
     async def page(request: Seen, writer: asyncio.StreamWriter) -> None:
@@ -423,7 +423,7 @@ async def test_a_ledger_without_end_is_left_with_the_cursor_it_came_to(monkeypat
     assert (len(answer.reply.entries), answer.reply.cursor) == (3, "3")
 
 
-async def test_a_newer_workers_request_is_sent_as_it_stands() -> None:
+async def test_a_newer_workers_request_is_sent_unchanged() -> None:
     """The same key goes with the same body: a repeat that left out a field would be another request."""
     post = job_post()
     document = json.loads(post.model_dump_json())

@@ -1,4 +1,4 @@
-"""A call in flight is never cut short: what landed is told, the pool stays whole, a worker's stop costs no task."""
+"""A call in flight is never cut short: its effect is reported, the pool stays whole, a worker's stop costs no task."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.activities.loopback import Answer as Reply
 from tests.activities.loopback import Loopback, Seen, always, error_body, serving
 from tests.conftest import unique
 
-NO_TASKS_RUN = Lives(TaskStore("postgresql://nobody@127.0.0.1:1/none"))
+NO_TASKS_RUN = Lives(TaskStore("postgresql://unused@127.0.0.1:1/none"))
 """Looks at nothing: what runs here is no task's workflow."""
 ACCEPTED = always(202, {"job_id": "job-1", "estimated_cost": 24})
 SHUTDOWN = activity.ActivityCancellationDetails(worker_shutdown=True)
@@ -240,7 +240,7 @@ def test_a_request_ends_before_its_activity_does() -> None:
         (always(401), "comfyui_unavailable", None),
     ],
 )
-async def test_what_is_no_answer_is_a_retryable_failure_with_a_code(
+async def test_a_missing_answer_is_a_retryable_failure_with_a_code(
     reply: Reply, kind: str, retry_delay: timedelta | None
 ) -> None:
     async with comfyui_before(reply) as (server, activities):
@@ -294,7 +294,7 @@ RUNNER = SandboxedWorkflowRunner(
 
 
 class AnsweredAfterCancel(ComfyUIClient):
-    """Lets the server answer only once the worker has told the activity of its cancellation."""
+    """Lets the server answer only after the activity has received its cancellation."""
 
     release: asyncio.Event
 

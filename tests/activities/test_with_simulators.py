@@ -1,4 +1,4 @@
-"""The clients before real services: the ordinary path of every call, and the faults that a repeat must bear."""
+"""The clients against running services: the ordinary path of every call, and the faults that a repeat must tolerate."""
 
 from __future__ import annotations
 
@@ -127,9 +127,9 @@ async def test_gpus_are_listed(platform: Platform) -> None:
     assert all(pool.total >= pool.available >= 0 for pool in pools)
 
 
-async def test_a_job_that_nobody_knows_is_a_refusal(platform: Platform) -> None:
+async def test_an_unknown_job_is_a_refusal(platform: Platform) -> None:
     post = new_job(unique("job"))
-    answer = await platform.comfyui.get_job(about(post, "job-that-never-was"))
+    answer = await platform.comfyui.get_job(about(post, "unknown-job"))
     assert answer.refusal is not None
     assert (answer.refusal.message, answer.refusal.code) == ("job_not_found", FailureCode.LOST)
 
@@ -247,7 +247,7 @@ async def test_a_service_without_our_routes_is_seen_as_such(platform: Platform) 
     assert (await platform.comfyui.list_gpus(post.call_for)).not_offered
 
 
-async def test_a_token_that_is_not_taken_is_told_as_such(platform: Platform) -> None:
+async def test_a_rejected_token_is_reported_as_such(platform: Platform) -> None:
     forged = SignedTokens("another-secret-of-at-least-32-bytes", DEFAULT_ISSUER, DEFAULT_AUDIENCE)
     async with CreditsClient(platform.simulators.credits_url, forged) as client:
         with pytest.raises(OutsideFailure, match="token was not accepted"):

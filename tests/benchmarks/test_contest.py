@@ -41,7 +41,7 @@ async def test_dbos_stores_the_same_events_as_ours() -> None:
     assert stories[Ours] == stories[OnDbos], "\n".join(map(str, stories.values()))
 
 
-def test_the_table_tells_ratios_beside_their_aims() -> None:
+def test_the_table_shows_ratios_and_their_targets() -> None:
     def rate(name: str, tasks_per_second: float) -> Rate:
         return Rate(name=name, tasks=10, tasks_per_second=tasks_per_second, processor_seconds={"temporal": 0.1})
 

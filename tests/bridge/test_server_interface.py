@@ -22,7 +22,7 @@ async def test_a_job_is_delivered_by_a_server_of_another_kind(bridge: BridgePlat
     assert memory.cancelled == []
 
 
-async def test_its_error_is_how_the_job_ends(bridge: BridgePlatform) -> None:
+async def test_a_servers_error_is_the_jobs_error(bridge: BridgePlatform) -> None:
     failure = ErrorDetails(code="gpu_out_of_memory", message="No memory left.", retryable=False)
     server: Server = MemoryServer(failure=failure)
     async with bridge.gpu_of(server):

@@ -161,7 +161,7 @@ def test_points_in_events_that_do_not_add_up_are_found() -> None:
 
 def test_a_result_that_was_not_paid_for_is_found() -> None:
     assert broken(task(row=row(result_urls=[]))) == {Rule.UNPAID_RESULT}
-    assert broken(task(row=row(result_urls=[])), Expected()) == set(), "somebody else may have committed its hold"
+    assert broken(task(row=row(result_urls=[])), Expected()) == set(), "another caller may have committed its hold"
     failed = TaskStatus.FAILED
     assert broken(task(failed, row=row(failed, result_urls=["https://x.example/"]))) == {Rule.UNPAID_RESULT}
     assert broken(task(failed, result={"status": "failed", "output": {}, "result_urls": ["u"]})) >= {Rule.UNPAID_RESULT}

@@ -104,7 +104,7 @@ async def test_a_task_is_started_and_followed_in_plain_lines(opened: Connection)
     assert any(line.split() == ["status", "completed"] for line in lines)
 
 
-async def test_json_is_one_document_with_progress_beside_it(opened: Connection) -> None:
+async def test_json_is_one_document_on_stdout_with_progress_on_stderr(opened: Connection) -> None:
     task_id = unique("image")
     started = await run_command(
         "generate", "a cat", *WHO, "--task-id", task_id, "--no-wait", "--json", connection=opened

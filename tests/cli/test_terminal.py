@@ -76,7 +76,7 @@ def test_text_from_outside_cannot_steer_the_terminal() -> None:
     ("seconds", "words"),
     [(0, "0 s"), (59.4, "59 s"), (185, "3 min 5 s"), (3_540, "59 min"), (7_800, "2 h 10 min"), (-5, "0 s")],
 )
-def test_a_span_reads_as_words(seconds: float, words: str) -> None:
+def test_a_duration_reads_as_words(seconds: float, words: str) -> None:
     assert span(seconds) == words
 
 

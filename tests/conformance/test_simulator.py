@@ -94,7 +94,7 @@ async def faulty(simulators: Simulators) -> AsyncIterator[Simulators]:
         ("html", {"route": "list_gpus", "status": 200}, "gpus_are_listed", "no JSON"),
     ],
 )
-async def test_a_server_that_breaks_the_contract_is_found_out(
+async def test_a_server_that_breaks_the_contract_is_detected(
     faulty: Simulators, fault: str, more: dict[str, Any], found_by: str, says: str
 ) -> None:
     await faulty.admin.comfyui.fault(fault, times=None, **more)
@@ -109,14 +109,14 @@ async def test_a_route_that_may_be_missing_is_not_offered(faulty: Simulators) ->
         assert (await verdict_of(faulty, name)).verdict is Verdict.NOT_OFFERED
 
 
-async def test_where_nobody_answers_no_case_is_judged(unused_tcp_port: int) -> None:
+async def test_no_case_is_judged_where_the_service_is_unreachable(unused_tcp_port: int) -> None:
     address = f"http://127.0.0.1:{unused_tcp_port}"
     async with opened(address, lambda person, scopes: "token", ME) as subject:
         with pytest.raises(Unreachable, match=address):
             await run(cases(changes_nothing=True), subject)
 
 
-async def test_where_the_token_is_not_taken_no_case_is_judged(simulators: Simulators) -> None:
+async def test_no_case_is_judged_where_the_token_is_rejected(simulators: Simulators) -> None:
     async with opened(simulators.comfyui_url, lambda person, scopes: "token", ME) as subject:
         with pytest.raises(Unreachable, match="token"):
             await run(cases(changes_nothing=True), subject)

@@ -81,7 +81,7 @@ def new_secret() -> str:
 
 @workflow.defn(name="KeepsSignals")
 class KeepsSignals:
-    """Stands where a task's workflow would: keeps each callback until it is told to end."""
+    """Takes the place of a task's workflow: keeps each callback until the signal `end`."""
 
     def __init__(self) -> None:
         self.kept: list[dict[str, Any]] = []

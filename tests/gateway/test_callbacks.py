@@ -131,8 +131,8 @@ async def test_a_body_that_names_another_task_is_refused(gateway: Gateway, new_r
     assert await kept_by(run) == []
 
 
-async def test_a_task_nobody_started_is_unknown(gateway: Gateway) -> None:
-    for task_id in (task_id_of("nobody"), "x" * 200, "%2e%2e"):
+async def test_a_callback_for_an_unknown_task_is_answered_404(gateway: Gateway) -> None:
+    for task_id in (task_id_of("unknown"), "x" * 200, "%2e%2e"):
         assert (await gateway.post(task_id, tick(1, task_id=task_id.replace("%2e", ".")))).status_code == 404
 
 
@@ -255,7 +255,7 @@ async def test_a_log_that_cannot_be_read_does_not_cost_the_message(gateway: Gate
     assert [kept["training_status"] for kept in await kept_by(run)] == ["running"]
 
 
-async def test_ticks_without_news_are_not_signalled(gateway: Gateway, new_run: NewRun) -> None:
+async def test_ticks_without_changes_are_not_signalled(gateway: Gateway, new_run: NewRun) -> None:
     task_id = task_id_of("ticks")
     run = await new_run(task_id)
     bodies = [
@@ -284,7 +284,7 @@ async def test_ticks_without_news_are_not_signalled(gateway: Gateway, new_run: N
     ]
 
 
-async def test_a_training_checkpoint_is_news(gateway: Gateway, new_run: NewRun) -> None:
+async def test_a_new_checkpoint_of_a_training_is_signalled(gateway: Gateway, new_run: NewRun) -> None:
     task_id = task_id_of("checkpoint")
     run = await new_run(task_id)
     checkpoint = {"uri": "s3://checkpoints/1", "epoch": 1, "step": 10, "gpu_hours_used": 0.5}
@@ -300,6 +300,6 @@ async def test_a_training_checkpoint_is_news(gateway: Gateway, new_run: NewRun) 
     assert [kept["sequence"] for kept in await kept_by(run)] == [1, 3, 4, 5]
 
 
-async def test_the_process_says_that_it_lives(gateway: Gateway) -> None:
+async def test_healthz_answers_ok(gateway: Gateway) -> None:
     answer = await gateway.http.get("/healthz")
     assert (answer.status_code, answer.json()) == (200, {"status": "ok"})

@@ -46,9 +46,9 @@ async def test_it_streams_two_tasks_by_cookie_and_resumes_until_nothing_is_left(
         if frame["event"] != "system.heartbeat":
             assert frame["data"]["cursor"] == frame["id"]
     for task_id in tasks:
-        told = [frame["event"] for frame in frames if frame["data"].get("task_id") == task_id]
-        assert seqs_of(frames, task_id) == list(range(1, len(told) + 1))
-        assert (told[0], told[-1]) == ("task.accepted", "task.completed")
+        events = [frame["event"] for frame in frames if frame["data"].get("task_id") == task_id]
+        assert seqs_of(frames, task_id) == list(range(1, len(events) + 1))
+        assert (events[0], events[-1]) == ("task.accepted", "task.completed")
 
     half = frames[len(frames) // 2]
     rest = await api.http.get(f"{STREAM}?{query}&cursor={half['id']}", headers=BY_COOKIE)
@@ -68,7 +68,7 @@ async def test_its_history_is_an_array_and_a_refusal_can_be_read_by_the_page(api
     assert isinstance(history.json(), list) and len(history.json()) == 2
     assert history.headers["access-control-allow-origin"] == ORIGIN
 
-    unknown = await api.http.get(f"{STREAM}?task_id={unique('nobody')}", headers=BY_COOKIE)
+    unknown = await api.http.get(f"{STREAM}?task_id={unique('unknown')}", headers=BY_COOKIE)
     assert (unknown.status_code, unknown.headers["access-control-allow-origin"]) == (404, ORIGIN)
     foreign = await api.http.get(f"{STREAM}?task_id={task_id}", headers={**BY_COOKIE, "origin": "https://evil.example"})
     assert foreign.status_code == 403

@@ -61,7 +61,7 @@ async def test_without_temporal_tasks_are_read_and_none_is_changed(
         ask(gateway, "POST", "/images", {**IMAGE, "task_id": new_id}, tenant=tenant),
         ask(gateway, "POST", f"/{task_id}/cancel", tenant=tenant),
         ask(gateway, "POST", f"/{task_id}/rollback", tenant=tenant),
-        ask(gateway, "GET", f"/{unique('nobody')}", tenant=tenant),
+        ask(gateway, "GET", f"/{unique('unknown')}", tenant=tenant),
     )
     reads = [await ask(gateway, "GET", path, tenant=tenant) for path in ("", f"/{task_id}", f"/{task_id}/events")]
     readiness = await gateway.http.get("/readyz")
@@ -88,7 +88,7 @@ async def test_without_temporal_tasks_are_read_and_none_is_changed(
 async def test_without_postgresql_tasks_are_started_and_none_is_read(temporal_env: WorkflowEnvironment) -> None:
     store = TaskStore(NOBODY_LISTENS)
     tenant, task_id = unique("tenant"), unique("image")
-    async with served(temporal_env.client, store, task_queue=unique("nobody-works")) as gateway:
+    async with served(temporal_env.client, store, task_queue=unique("no-worker")) as gateway:
         started = await ask(gateway, "POST", "/images", {**IMAGE, "task_id": task_id}, tenant=tenant)
         again = await ask(gateway, "POST", "/images", {**IMAGE, "task_id": task_id}, tenant=tenant)
         other = await ask(gateway, "POST", "/images", {**IMAGE, "task_id": task_id, "prompt": "a dog"}, tenant=tenant)
@@ -125,7 +125,7 @@ async def test_metrics_count_what_happens(api: Api) -> None:
     before = await metrics()
     handle = await api.platform.start_waiting_image(task_id=task_id, priority="accelerated")
     await api.call("GET", f"/{task_id}")
-    await api.call("GET", f"/{unique('nobody')}")
+    await api.call("GET", f"/{unique('unknown')}")
     job = await api.platform.job(handle)
     assert (await api.gateway.post(task_id, tick(1_000, 1.0, job_id=job.run_id))).status_code == 202
     assert (

@@ -82,10 +82,10 @@ async def test_postgresql_away_costs_log_lines_a_repeat_but_no_signal(
     async with served(temporal_env.client, store) as gateway:
         with_lines = await gateway.post(task_id, training_tick(1, log=[{"message": "a"}]))
         without = await gateway.post(task_id, training_tick(2, stage_progress=2.0))
-        of_nobody = await gateway.post(unique("nobody"), tick(1))
+        to_unknown = await gateway.post(unique("unknown"), tick(1))
     await store.close()
 
-    assert (with_lines.status_code, without.status_code, of_nobody.status_code) == (503, 202, 503)
+    assert (with_lines.status_code, without.status_code, to_unknown.status_code) == (503, 202, 503)
     assert [kept["sequence"] for kept in await kept_by(run)] == [1, 2]
 
 
@@ -109,7 +109,7 @@ async def process(temporal_env: WorkflowEnvironment, postgres_dsn: str) -> Async
 async def test_a_flood_neither_fills_the_history_nor_delays_another_task(
     process: GatewayProcess, new_run: NewRun
 ) -> None:
-    """500 callbacks a second for one task, each with news, against a gateway in a process of its own."""
+    """500 callbacks a second for one task, each with a change, against a gateway in a process of its own."""
     flooded, calm = unique("flooded"), unique("calm")
     flooded_run, calm_run = await new_run(flooded), await new_run(calm)
     seconds, per_second = 2.0, 500

@@ -58,7 +58,7 @@ OPEN: set[Route] = {
     *(("GET", path) for path in ("/", "/page/settings.json", "/page/index.html", "/page/page.css", "/page/icon.svg")),
     *(("GET", f"/page/{name}.js") for name in ("page", "api", "card", "loss")),
 }
-DATASET = {"dataset_id": "faces", "source_uri": "s3://datasets/nobody/faces/"}
+DATASET = {"dataset_id": "faces", "source_uri": "s3://datasets/unknown/faces/"}
 PACE = {"epochs": 1, "batch_size": 1, "learning_rate": 0.001}
 
 
@@ -170,7 +170,7 @@ def test_every_route_has_its_line_here_and_every_line_its_route(api: Api) -> Non
 
 
 @pytest.mark.parametrize("route", NEEDS, ids=" ".join)
-async def test_its_scope_opens_a_route_and_no_other_does(api: Api, tenants: Tenants, route: Route) -> None:
+async def test_a_route_accepts_its_own_scope_only(api: Api, tenants: Tenants, route: Route) -> None:
     needed = NEEDS[route]
     others = [scope.value for scope in Scope if scope.value != needed]
     refused = [[], *([scope] for scope in others), others, [needed.upper(), f"{needed} ", "*", f"{needed}.more"]]
@@ -184,12 +184,12 @@ async def test_its_scope_opens_a_route_and_no_other_does(api: Api, tenants: Tena
 
 
 @pytest.mark.parametrize("route", sorted(NAMES_A_TASK), ids=" ".join)
-async def test_a_strangers_task_is_as_unknown_as_none(api: Api, tenants: Tenants, route: Route) -> None:
+async def test_another_tenants_task_is_answered_like_an_unknown_one(api: Api, tenants: Tenants, route: Route) -> None:
     store = api.platform.store
     before = await state_of(store, tenants.strangers_task)
     token = token_for(tenants.own)
     as_stream = route[1].endswith("/events")
-    for task_id, streamed in itertools.product((tenants.strangers_task, unique("nobody")), {False, as_stream}):
+    for task_id, streamed in itertools.product((tenants.strangers_task, unique("unknown")), {False, as_stream}):
         answer = await asked(api, route, task_id, token, as_stream=streamed)
         assert answer.status == 404
         assert answer.code in (None, "task_unknown")
@@ -209,14 +209,14 @@ NO_ENTRY: dict[str, str | None] = {
     "signed with HS512": _badly_signed("HS512", TOKEN_SECRET),
     "unsigned": _badly_signed("none", ""),
     "of another secret": token_for("tenant-demo", secret="another secret, also longer than 32 bytes"),
-    "of another issuer": token_for("tenant-demo", iss="somebody"),
+    "of another issuer": token_for("tenant-demo", iss="another"),
     "for another audience": token_for("tenant-demo", aud="something"),
     "nonsense": "nonsense",
 }
 
 
 @pytest.mark.parametrize("route", NEEDS, ids=" ".join)
-async def test_no_good_token_no_entry(api: Api, tenants: Tenants, route: Route) -> None:
+async def test_every_route_refuses_a_bad_token(api: Api, tenants: Tenants, route: Route) -> None:
     for name, token in NO_ENTRY.items():
         for in_address in {False, token is not None}:
             answer = await asked(api, route, tenants.strangers_task, token, in_address=in_address)
@@ -263,17 +263,17 @@ async def test_open_routes_ask_for_no_token_and_callbacks_for_a_signature(api: A
 
 @pytest.mark.parametrize("path", [f"{TASKS}/images", f"{TASKS}/trainings"])
 @pytest.mark.parametrize("field", ["tenant_id", "user_id"])
-async def test_nothing_is_started_in_another_name(api: Api, tenants: Tenants, path: str, field: str) -> None:
+async def test_nothing_is_started_for_another_tenant_or_user(api: Api, tenants: Tenants, path: str, field: str) -> None:
     task_id = unique("foreign")
     body = {**(body_of(("POST", path)) or {}), "task_id": task_id, field: f"{field.removesuffix('_id')}-demo"}
-    headers = {"authorization": f"Bearer {token_for(tenants.own, 'somebody')}"}
+    headers = {"authorization": f"Bearer {token_for(tenants.own, 'another')}"}
     answer = await api.http.post(path, json=body, headers=headers)
     assert (answer.status_code, answer.json()["code"]) == (403, "not_authorized")
     assert await api.platform.store.claimed_input(task_id) is None
 
 
-async def test_after_all_of_it_the_strangers_task_still_runs(api: Api, tenants: Tenants) -> None:
-    """Every route that changes something, with every scope, in a stranger's name: its run has heard nothing."""
+async def test_no_route_changes_another_tenants_task(api: Api, tenants: Tenants) -> None:
+    """Another tenant calls every route that changes something, with every scope: the run's history does not grow."""
     changes = [route for route in NEEDS if route[0] == "POST" and route in NAMES_A_TASK]
     handle = api.platform.client.get_workflow_handle(workflow_id_of(tenants.strangers_task))
     length = (await handle.describe()).history_length

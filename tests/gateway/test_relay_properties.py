@@ -36,9 +36,9 @@ class Recorder:
 
 
 def job_states(seed: list[tuple[int, bool]]) -> list[JobCallback]:
-    """The states of one job in order of sequence: few different news, so that some tell nothing; some are ends.
+    """The states of one job in order of sequence. They differ little, so some repeat the state before; some are ends.
 
-    A job ends once: all its ends say the same.
+    A job ends once: all its ends are the same.
     """
     states = []
     for sequence, (percent, is_slow) in enumerate(seed):
@@ -94,7 +94,7 @@ async def test_the_run_learns_the_newest_and_every_end(
     assert recorder.most_in_flight == 1
 
 
-async def test_a_return_to_what_was_told_counts_while_other_news_is_in_flight() -> None:
+async def test_a_return_to_the_last_signalled_state_is_signalled_while_another_signal_is_in_flight() -> None:
     first, other, back = job_states([(1, False), (2, False), (1, False)])
     recorder = Recorder([])
     relay = CallbackRelay(recorder)
@@ -109,7 +109,7 @@ async def test_a_return_to_what_was_told_counts_while_other_news_is_in_flight() 
     assert [callback.sequence for callback in recorder.arrived] == [0, 1, 2]
 
 
-async def test_signals_keep_to_the_pace_whatever_arrives() -> None:
+async def test_signals_stay_within_the_pace_under_any_load() -> None:
     now = 0.0
     recorder = Recorder([])
     relay = CallbackRelay(recorder, clock=lambda: now)

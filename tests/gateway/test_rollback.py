@@ -62,7 +62,7 @@ async def test_an_open_task_is_cancelled(api: Api) -> None:
     assert (again.status_code, again.json()["outcome"]) == (200, "nothing_held")
 
 
-async def test_a_paused_task_is_said_to_be_paused_and_left_alone(api: Api) -> None:
+async def test_a_paused_task_is_reported_paused_and_left_alone(api: Api) -> None:
     task_id = await waiting_task(api)
     await pause(api.platform.client, workflow_id_of(task_id))
 
@@ -184,7 +184,7 @@ async def test_what_was_charged_is_not_refunded(api: Api) -> None:
     assert str(charged) in answer.json()["detail"]
 
 
-async def test_what_is_unknown_is_told_as_unknown(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unknown_points_are_reported_as_unknown(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commit acted, its answer was lost, and the ledger does not show it: neither charged nor given back."""
     monkeypatch.setattr(ledger_search, "LOOK_FOR", timedelta(seconds=1))
     task_id = unique("image")
@@ -219,7 +219,7 @@ async def test_a_run_terminated_after_its_commit_landed_is_completed_and_keeps_i
     assert task["credits"]["charged"] == await admin.credits.charged(task_id) > 0
 
 
-async def test_a_strangers_task_is_none(api: Api) -> None:
+async def test_another_tenants_task_is_answered_404(api: Api) -> None:
     task_id = await waiting_task(api)
     answer = await api.call("POST", f"/{task_id}/rollback", token=OTHER_TOKEN)
     assert (answer.status_code, answer.json()["code"]) == (404, "task_unknown")

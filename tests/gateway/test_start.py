@@ -41,6 +41,6 @@ def test_the_process_ends_with_2_and_a_sentence_without_secrets(
 
     assert main() == 2
 
-    told = capsys.readouterr().err
-    assert "gateway_port" in told
-    assert "secret-word" not in told
+    printed = capsys.readouterr().err
+    assert "gateway_port" in printed
+    assert "secret-word" not in printed

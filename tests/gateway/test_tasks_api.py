@@ -28,20 +28,20 @@ async def test_an_image_is_started_read_and_handed_out(api: Api) -> None:
     answer = await api.call("POST", "/images", image(resolution="4k", priority="accelerated"))
 
     assert answer.status_code == 202
-    told = answer.json()
-    assert (told["tenant_id"], told["user_id"], told["status"]) == ("tenant-demo", "user-demo", "queued")
-    assert answer.headers["location"] == f"/api/v1/tasks/{told['task_id']}"
-    task = await api.ended(told["task_id"])
+    body = answer.json()
+    assert (body["tenant_id"], body["user_id"], body["status"]) == ("tenant-demo", "user-demo", "queued")
+    assert answer.headers["location"] == f"/api/v1/tasks/{body['task_id']}"
+    task = await api.ended(body["task_id"])
     assert (task["status"], task["stage"], task["progress"]) == ("completed", "delivery", 100.0)
     assert task["credits"] == {**task["credits"], "held": 44, "charged": 44, "returned": 0, "shortfall": 0}
     assert task["result_urls"] and task["exceptions"] == []
-    events = (await api.call("GET", f"/{told['task_id']}/events")).json()
+    events = (await api.call("GET", f"/{body['task_id']}/events")).json()
     assert isinstance(events, list)
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
     assert (events[0]["event"], events[-1]["event"]) == ("task.accepted", "task.completed")
-    later = (await api.call("GET", f"/{told['task_id']}/events?after={events[1]['cursor']}&limit=1")).json()
+    later = (await api.call("GET", f"/{body['task_id']}/events?after={events[1]['cursor']}&limit=1")).json()
     assert later == [events[2]]
-    assert (await api.call("GET", f"/{told['task_id']}/events?after=2&limit=1")).json() == [events[2]]
+    assert (await api.call("GET", f"/{body['task_id']}/events?after=2&limit=1")).json() == [events[2]]
 
 
 async def test_a_training_is_confirmed_and_followed_in_its_log(api: Api) -> None:
@@ -86,7 +86,7 @@ async def test_the_same_body_under_the_same_id_is_one_task_and_another_is_refuse
     assert len(await api.platform.simulators.admin.comfyui.jobs(order["task_id"])) == 1
 
 
-async def test_an_idempotency_key_stands_for_an_id_of_its_tenant(api: Api) -> None:
+async def test_an_idempotency_key_gives_one_task_per_tenant(api: Api) -> None:
     key = unique("order of today/")
 
     first = await api.call("POST", "/images", image(), X_Idempotency_Key=key.replace(" ", "+"))
@@ -182,10 +182,10 @@ async def test_a_bad_field_is_named_and_nothing_is_started(api: Api, field: str)
         json=NOTHING_STARTED[field],
         headers={"Authorization": f"Bearer {DEMO_TOKEN}"},
     )
-    told = answer.json()
-    assert (answer.status_code, told["code"]) == (422, "input_invalid"), answer.text
+    body = answer.json()
+    assert (answer.status_code, body["code"]) == (422, "input_invalid"), answer.text
     assert answer.headers["content-type"] == "application/problem+json"
-    assert field in [problem["field"] for problem in told["fields"]]
+    assert field in [problem["field"] for problem in body["fields"]]
 
 
 BAD_BODIES: dict[str, bytes] = {
@@ -254,7 +254,7 @@ async def test_unknown_routes_and_methods_are_problems_too(api: Api) -> None:
     for method, path, status, code in (
         ("GET", "/no/such/route", 404, "route_unknown"),
         ("DELETE", "/image-1", 405, "method_not_allowed"),
-        ("GET", f"/{unique('nobody')}", 404, "task_unknown"),
+        ("GET", f"/{unique('unknown')}", 404, "task_unknown"),
     ):
         answer = await api.call(method, path)
         assert (answer.status_code, answer.json()["code"]) == (status, code)

@@ -49,7 +49,7 @@ BAD_TOKENS: dict[str, str] = {
     "without expiry": token_for(exp=None),
     "without issuer": token_for(iss=None),
     "without audience": token_for(aud=None),
-    "of another issuer": token_for(iss="somebody"),
+    "of another issuer": token_for(iss="another"),
     "for another audience": token_for(aud="something"),
     "signed with another secret": token_for(secret="another secret, also longer than 32 bytes"),
     "without tenant": token_for(tenant_id=None),
@@ -87,7 +87,7 @@ def test_a_short_secret_is_refused() -> None:
 # Stream tokens
 
 
-async def test_a_stream_token_opens_streams_only_and_outlives_nobody() -> None:
+async def test_a_stream_token_opens_streams_only_and_expires_with_its_makers_token() -> None:
     streams = StreamTokens(TOKEN_SECRET)
     maker = await CALLERS.read(token_for(valid_seconds=30))
 
@@ -173,7 +173,7 @@ async def test_a_public_key_is_no_shared_secret() -> None:
             await CallerTokens(KeySet(url), issuer=ISSUER, audience=AUDIENCE).read(token)
 
 
-async def test_keys_are_rotated_and_strangers_cannot_have_us_ask_at_will() -> None:
+async def test_rotated_keys_are_fetched_and_unknown_key_ids_cause_no_flood_of_requests() -> None:
     server, now = KeyServer(), 1000.0
     server.keys = [public_jwk("ES256", "old")]
     async with server.served() as url:
@@ -198,7 +198,7 @@ async def test_keys_are_rotated_and_strangers_cannot_have_us_ask_at_will() -> No
 @pytest.mark.parametrize(
     "answer", [{"status": 500}, {"keys": ["nonsense"]}, {"keys": [{"kty": "RSA", "kid": "key-1"}]}]
 )
-async def test_without_keys_nobody_is_at_fault(answer: dict[str, Any]) -> None:
+async def test_a_token_is_unverifiable_without_usable_keys(answer: dict[str, Any]) -> None:
     server = KeyServer()
     vars(server).update(answer)
     async with server.served() as url:
@@ -232,7 +232,7 @@ def http() -> TestClient:
     return TestClient(app, base_url="http://gateway.example")
 
 
-def test_no_token_no_entry(http: TestClient) -> None:
+def test_a_request_without_a_token_is_answered_401(http: TestClient) -> None:
     for answer in (
         http.post("/cancel"),
         http.get("/stream"),
@@ -277,7 +277,7 @@ async def test_an_address_holds_a_stream_token_and_no_other_and_a_cookie_any(htt
     ("origin", "status"),
     [("https://app.example", 200), ("http://gateway.example", 200), ("https://evil.example", 403), ("null", 403)],
 )
-def test_the_cookie_serves_no_strangers_page(http: TestClient, origin: str, status: int) -> None:
+def test_the_cookie_is_taken_from_allowed_origins_only(http: TestClient, origin: str, status: int) -> None:
     headers = {"Cookie": f"{TOKEN_COOKIE}={token_for()}", "Origin": origin}
     assert http.get("/stream", headers=headers).status_code == status
 

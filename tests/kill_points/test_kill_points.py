@@ -72,13 +72,13 @@ async def test_other_faults_at_many_points_cost_no_task(folder: Path, kind: str)
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_calls_of_the_fields_credits_service_cost_no_task(folder: Path) -> None:
-    """A hold whose answer was lost is doubled there: it stands, and exactly its points are recorded."""
+    """There a hold whose answer was lost is taken twice: the first stays open, and exactly its points are recorded."""
     calls = ("pre_deduct,", "commit,", "charge,", "cancel_hold,")
     await all_ok(folder, [KINDS["reply-lost"], KINDS["worker-killed"]], calls, FIELD)
 
 
 @pytest.mark.slow
-async def test_the_oracle_sees_a_hold_that_stands_and_a_job_that_runs(folder: Path) -> None:
+async def test_the_oracle_reports_an_open_hold_and_a_running_job(folder: Path) -> None:
     """An open task judged as if it had ended."""
     async with opened_site(KillableStack(folder / "run")) as site:
         problems = await _judged_while_open(site)
@@ -111,7 +111,7 @@ async def _judged_while_open(site: RoundSite) -> list[str]:
     return ending.problems
 
 
-def test_every_call_that_the_flows_make_is_an_instant() -> None:
+def test_every_call_of_the_flows_has_a_kill_point() -> None:
     gated = {point.gate.call for point in all_points() if point.gate}
     assert gated >= ROUTES | {"claim", "write", "snapshot", "delete_snapshot"}
     assert len({point.label for point in all_points()}) == len(all_points())

@@ -56,7 +56,7 @@ async def watched(child: Child) -> AsyncIterator[list[int]]:
         await child.stop()
 
 
-async def test_a_part_that_is_killed_is_started_again_and_it_is_said(tmp_path: Path) -> None:
+async def test_a_killed_part_is_restarted_and_the_restart_is_reported(tmp_path: Path) -> None:
     said: list[str] = []
     child = child_of(tmp_path, FOREVER, said)
     async with watched(child) as pids:
@@ -106,7 +106,7 @@ async def test_a_part_is_not_ready_because_another_process_answers_at_its_port(t
             await child.stop()
 
 
-async def test_a_part_that_does_not_want_to_end_is_killed(tmp_path: Path) -> None:
+async def test_a_part_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     said: list[str] = []
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)\n"
     child = child_of(tmp_path, stubborn + "time.sleep(60)", said, stop_within_seconds=0.3)
@@ -119,7 +119,7 @@ async def test_a_part_that_does_not_want_to_end_is_killed(tmp_path: Path) -> Non
     assert "was killed" in said[0]
 
 
-async def test_a_program_that_is_missing_is_said(tmp_path: Path) -> None:
+async def test_a_missing_program_is_reported(tmp_path: Path) -> None:
     child = child_of(tmp_path, "", command=[str(tmp_path / "nothing")])
     with pytest.raises(StackFailure, match=r"part could not be started: .*make setup"):
         await child.start()

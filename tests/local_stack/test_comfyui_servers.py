@@ -1,4 +1,4 @@
-"""Whoever names a ComfyUI that is not there is told so."""
+"""A ComfyUI address that does not answer is reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Answers(BaseHTTPRequestHandler):
         return None
 
 
-def test_only_the_silent_one_is_named_with_what_to_do() -> None:
+def test_only_a_silent_server_is_named_with_what_to_do() -> None:
     with HTTPServer(("127.0.0.1", 0), Answers) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         there, gone = f"http://127.0.0.1:{server.server_port}/", f"http://127.0.0.1:{any_free_port(set())}"
@@ -30,6 +30,6 @@ def test_only_the_silent_one_is_named_with_what_to_do() -> None:
     assert all("Jobs wait until it does" in sentence and "COMFYUI=http://host:port" in sentence for sentence in said)
 
 
-def test_what_is_no_address_is_named_too() -> None:
+def test_an_invalid_address_is_named_too() -> None:
     [sentence] = silent_servers(["http://a b:8188"])
     assert sentence.startswith("ComfyUI at http://a b:8188 does not answer")

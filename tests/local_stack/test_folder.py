@@ -86,7 +86,7 @@ def test_a_half_written_description_is_none(tmp_path: Path) -> None:
     assert folder.record() is None
 
 
-def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StackFailure, match=r"cannot be used: .*--folder"):
         RunFolder(tmp_path / "file" / "run")

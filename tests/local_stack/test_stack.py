@@ -108,10 +108,10 @@ def test_it_describes_itself_to_its_owner_alone(folder: RunFolder, stack: StackD
     path = folder.path / "stack.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
-    told = json.loads(path.read_text())
-    assert set(told["pids"]) == PARTS
-    assert set(told["tokens"]) == set(told["service_tokens"]) == {"tenant-demo", "tenant-other"}
-    assert StackDescription.model_validate(told) == stack
+    described = json.loads(path.read_text())
+    assert set(described["pids"]) == PARTS
+    assert set(described["tokens"]) == set(described["service_tokens"]) == {"tenant-demo", "tenant-other"}
+    assert StackDescription.model_validate(described) == stack
 
 
 def test_everything_listens_on_this_machine_alone(stack: StackDescription) -> None:
@@ -192,9 +192,7 @@ def test_a_second_up_uses_the_stack_that_is_up(
     assert stack.ui_url in capsys.readouterr().out
 
 
-async def test_a_worker_that_is_told_to_stop_costs_no_task(
-    folder: RunFolder, stack: StackDescription, client: Client
-) -> None:
+async def test_a_stopped_worker_costs_no_task(folder: RunFolder, stack: StackDescription, client: Client) -> None:
     task_id = unique("drained")
     handle = await client.start_workflow(
         "ImageGenerationWorkflow",

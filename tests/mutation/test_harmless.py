@@ -42,7 +42,7 @@ def test_an_entry_that_matches_nothing_is_stale(entry: Entry) -> None:
     assert stale == [f"{entry.module} | {entry.function} | {entry.becomes[0]}"]
 
 
-def test_a_module_that_is_no_more_was_not_read() -> None:
+def test_a_deleted_module_is_stale() -> None:
     assert Harmless([], [MODULE, "workflows/gone.py"]).stale(mutations_in(MODULE, SOURCE)) == ["workflows/gone.py"]
 
 

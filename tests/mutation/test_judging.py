@@ -52,7 +52,7 @@ def verdict_on(module: str, becomes: str, tmp_path: Path, *, seeds: int = 0, tes
 DETAILS = "tests/workflows/test_details.py"
 
 
-def test_the_simulation_kills_a_stop_that_is_never_obeyed(tmp_path: Path) -> None:
+def test_the_simulation_kills_a_stop_that_has_no_effect(tmp_path: Path) -> None:
     fate, by = verdict_on("workflows/stop.py", "if not self.requested:", tmp_path, seeds=40)
 
     assert fate == "simulation"
@@ -65,17 +65,17 @@ def test_a_test_kills_what_no_seed_sees(tmp_path: Path) -> None:
     assert verdict_on("workflows/details.py", "if (not what):", tmp_path, seeds=3, tests=(test,)) == ["tests", test]
 
 
-def test_a_mutant_that_nobody_sees_survives(tmp_path: Path) -> None:
+def test_a_mutant_that_no_test_fails_on_survives(tmp_path: Path) -> None:
     test = f"{DETAILS}::test_a_task_that_has_ended_waits_for_nothing"
 
     assert verdict_on("workflows/stop.py", 'removed: self.reason = ""', tmp_path, tests=(test,)) == ["survived", ""]
 
 
-def test_a_mutant_that_nobody_comes_to_is_said_to_be_unreached(tmp_path: Path) -> None:
+def test_a_mutant_that_nothing_executes_is_reported_unreached(tmp_path: Path) -> None:
     assert verdict_on("workflows/stop.py", 'removed: self.reason = ""', tmp_path) == ["unreached", ""]
 
 
-def test_the_tree_is_left_as_it_is(tmp_path: Path) -> None:
+def test_the_source_tree_is_unchanged(tmp_path: Path) -> None:
     before = (ROOT / "workflows/stop.py").read_bytes()
 
     verdict_on("workflows/stop.py", "if not self.requested:", tmp_path, seeds=3)
@@ -97,7 +97,9 @@ def test_the_tree_is_left_as_it_is(tmp_path: Path) -> None:
         ("(lambda: bytearray(1 << 40))", 60, "Broke: MemoryError: "),
     ],
 )
-def test_a_call_that_breaks_or_runs_on_is_named(call: str, wall_seconds: int, problem: str, tmp_path: Path) -> None:
+def test_a_call_that_raises_or_does_not_end_is_named(
+    call: str, wall_seconds: int, problem: str, tmp_path: Path
+) -> None:
     said = in_a_process(
         f"""
         import os, time
@@ -113,8 +115,8 @@ def test_a_call_that_breaks_or_runs_on_is_named(call: str, wall_seconds: int, pr
     assert said == problem
 
 
-def test_what_a_call_has_started_ends_with_it(tmp_path: Path) -> None:
-    """A process that left its parent's session, as PostgreSQL does."""
+def test_processes_that_a_call_started_end_with_it(tmp_path: Path) -> None:
+    """Also a process that left its parent's session, as PostgreSQL does."""
     pid = in_a_process(
         """
         import os, subprocess
@@ -130,7 +132,7 @@ def test_what_a_call_has_started_ends_with_it(tmp_path: Path) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_seeds_are_chosen_by_turns_of_every_kind_and_profile() -> None:
+def test_seeds_are_chosen_in_turn_from_every_kind_and_profile() -> None:
     images = [Seed("image", "contract", number) for number in (1, 5, 9)]
     field, training = Seed("image", "field", 4), Seed("training", "contract", 2)
 

@@ -1,4 +1,4 @@
-"""Which changes are made of a source, and which are not."""
+"""Which mutations are made of a source, and which are not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def of(source: str) -> list[Mutation]:
 
 
 def of_statement(statement: str) -> set[str]:
-    """What becomes of one statement of a function that has a name assigned twice."""
+    """The mutations of one statement in a function that assigns a name twice."""
     lines = ["def f(self, a, b, x):", "    x = a", *(f"    {line}" for line in statement.splitlines())]
     return {mutation.becomes for mutation in mutations_in(MODULE, "\n".join(lines).encode()) if mutation.line > 2}
 
@@ -60,13 +60,13 @@ def test_a_statement_becomes(statement: str, becomes: set[str]) -> None:
     assert of_statement(statement) == becomes
 
 
-def test_a_function_that_answers_yes_or_no_answers_either_always() -> None:
+def test_a_bool_function_is_mutated_to_constant_true_and_false() -> None:
     changed = of("def f(a) -> bool:\n    return a.b\n")
 
     assert {mutation.becomes for mutation in changed} == {"return True", "return False"}
 
 
-def test_what_decides_nothing_at_run_time_is_left_as_it_is() -> None:
+def test_code_without_effect_at_run_time_is_not_mutated() -> None:
     source = '''
         """Text of 3 lines."""
         from typing import Protocol, TypeVar
@@ -95,7 +95,7 @@ def test_a_change_is_named_by_function_and_line_of_source_not_by_its_number() ->
     assert len(set(keys)) == len(keys)
 
 
-def test_a_change_knows_the_block_that_it_stands_in() -> None:
+def test_a_mutation_knows_its_block() -> None:
     source = "def f(a):\n    b()\n    if a:\n        c()\n        d()\n    else:\n        e()\n"
 
     blocks = {mutation.was: mutation.block for mutation in of(source)}
@@ -103,7 +103,7 @@ def test_a_change_knows_the_block_that_it_stands_in() -> None:
     assert blocks == {"b()": 2, "if a:": 2, "c()": 4, "d()": 4, "e()": 7}
 
 
-def test_text_that_is_not_ascii_moves_nothing() -> None:
+def test_non_ascii_text_shifts_no_column() -> None:
     [change] = of('def f():\n    return {"→ é": 0}["→"] - g("é", 30)\n')[:1]
 
     assert change.becomes == "return None"

@@ -96,9 +96,7 @@ async def test_a_refused_input_names_its_fields() -> None:
         (200, b'{"task_id": "task-1"}', UnexpectedReply),
     ],
 )
-async def test_what_is_no_answer_of_the_gateway_is_typed_too(
-    status: int, content: bytes, error: type[TaskError]
-) -> None:
+async def test_an_unexpected_http_answer_is_a_typed_error(status: int, content: bytes, error: type[TaskError]) -> None:
     async with answering(status, content) as tasks:
         with pytest.raises(error):
             await tasks.show("task-1")

@@ -71,7 +71,7 @@ def modules_of(tree: ast.Module) -> Iterator[str]:
             yield known[0] if known else node.module
 
 
-def test_production_installs_whatever_its_code_imports() -> None:
+def test_production_installs_everything_its_code_imports() -> None:
     distributions = packages_distributions()
     names = locked("requirements.lock").keys()
     missing = {

@@ -69,6 +69,6 @@ def test_it_works_where_a_loop_runs_already(unused_tcp_port: int) -> None:
     asyncio.run(cell())
 
 
-def test_it_has_to_be_opened_first() -> None:
+def test_a_client_that_is_not_open_says_so() -> None:
     with pytest.raises(RuntimeError, match="with SyncTasks"):
         SyncTasks.over_http("http://127.0.0.1:1", "token").show("task-1")

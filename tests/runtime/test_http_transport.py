@@ -88,7 +88,7 @@ async def test_a_cancelled_download_frees_its_connection() -> None:
 
 
 @pytest.mark.parametrize("where", ["head", "body"])
-async def test_a_byte_now_and_then_does_not_outlast_the_limit(where: str) -> None:
+async def test_a_slow_trickle_of_bytes_does_not_outlast_the_limit(where: str) -> None:
     async def drip(request: Seen, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n" + (b"content-length: 9999\r\n\r\n" if where == "body" else b""))
         while not writer.is_closing():

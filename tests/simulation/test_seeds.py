@@ -56,7 +56,7 @@ def test_a_stop_that_comes_as_a_run_gets_long_goes_before_a_later_delivery() -> 
 
 
 def test_a_cancel_that_comes_after_a_delivery_while_it_waits_to_be_covered_is_too_late() -> None:
-    """The one of 10,000 training seeds that failed: the cancel was neither obeyed nor answered."""
+    """The one of 10,000 training seeds that failed: the cancel had no effect and no answer."""
     assert problems("training", range(9677, 9678)) == []
 
 

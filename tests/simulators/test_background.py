@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from proof.simulators.background import running_beside, woken
+from proof.simulators.background import running_in_background, woken
 
 
 @pytest.mark.parametrize("steps_between", range(5))
@@ -39,7 +39,7 @@ async def test_work_that_breaks_is_logged_and_the_rest_goes_on() -> None:
         went_on.set()
 
     with capture_logs() as logs:
-        async with running_beside(breaks(), goes_on()):
+        async with running_in_background(breaks(), goes_on()):
             await asyncio.wait_for(went_on.wait(), 5)
     logged = [line["event"] for line in logs if line["event"] != "outside_call"]  # of other tests, still under way
     assert logged == ["background work ended"]

@@ -17,7 +17,7 @@ async def _delivered(receiver: Receiver, task: str) -> None:
     await eventually(lambda: "delivery" in receiver.statuses(task), "the delivery callback")
 
 
-async def test_a_job_tells_each_step_signed_with_what_get_answers(caller: Caller, receiver: Receiver) -> None:
+async def test_a_job_sends_a_signed_callback_per_step_with_what_get_answers(caller: Caller, receiver: Receiver) -> None:
     task = new_task()
     job_id = (await caller.submit(task))["job_id"]
     await _delivered(receiver, task)
@@ -34,7 +34,9 @@ async def test_a_job_tells_each_step_signed_with_what_get_answers(caller: Caller
     assert {name: arrivals[-1].body[name] for name in state} == state
 
 
-async def test_a_failure_and_a_cancel_are_told_too(caller: Caller, simulators: Simulators, receiver: Receiver) -> None:
+async def test_a_failure_and_a_cancel_send_callbacks_too(
+    caller: Caller, simulators: Simulators, receiver: Receiver
+) -> None:
     await simulators.admin.set_speed(1)
     for action, code in (("fail", "node_error"), ("preempt", "gpu_preempted")):
         task = new_task()
@@ -47,7 +49,7 @@ async def test_a_failure_and_a_cancel_are_told_too(caller: Caller, simulators: S
 @pytest.mark.parametrize(
     ("status", "phase"), [(401, "refused"), (404, "refused"), (413, "refused"), (200, "delivered")]
 )
-async def test_what_is_not_repeated(
+async def test_callbacks_with_a_final_answer_are_not_repeated(
     caller: Caller, simulators: Simulators, receiver: Receiver, status: int, phase: str
 ) -> None:
     task = new_task()
@@ -60,7 +62,7 @@ async def test_what_is_not_repeated(
     assert {(callback.phase, callback.attempts, callback.last_status) for callback in callbacks} == {(phase, 1, status)}
 
 
-async def test_a_503_is_repeated_on_schedule_under_the_same_id_and_signed_anew(
+async def test_a_503_is_repeated_on_schedule_with_the_same_id_and_a_new_signature(
     caller: Caller, simulators: Simulators, receiver: Receiver
 ) -> None:
     task = new_task()
@@ -131,7 +133,9 @@ async def test_duplicates(caller: Caller, simulators: Simulators, receiver: Rece
     assert len({arrival.webhook_id for arrival in deliveries}) == (1 if same_id else 3)
 
 
-async def test_reordered_callbacks_are_overtaken(caller: Caller, simulators: Simulators, receiver: Receiver) -> None:
+async def test_a_reordered_callback_arrives_after_a_newer_one(
+    caller: Caller, simulators: Simulators, receiver: Receiver
+) -> None:
     task = new_task()
     await simulators.admin.comfyui.fault("callback_reorder", task_id=task, nth=4, seconds=600)
     await caller.submit(task)
@@ -141,7 +145,7 @@ async def test_reordered_callbacks_are_overtaken(caller: Caller, simulators: Sim
     assert sequences[-1] < sequences[-2]
 
 
-async def test_garbage_and_forged_callbacks_come_besides_the_true_ones(
+async def test_garbage_and_forged_callbacks_arrive_in_addition_to_genuine_ones(
     caller: Caller, simulators: Simulators, receiver: Receiver
 ) -> None:
     task = new_task()
@@ -155,7 +159,9 @@ async def test_garbage_and_forged_callbacks_come_besides_the_true_ones(
     assert [arrival.raw for arrival in arrivals].count(f'[broken "{task}"'.encode()) == 1
 
 
-async def test_a_late_callback_waits_by_the_clock(caller: Caller, simulators: Simulators, receiver: Receiver) -> None:
+async def test_a_late_callback_waits_on_the_simulated_clock(
+    caller: Caller, simulators: Simulators, receiver: Receiver
+) -> None:
     task = new_task()
     await simulators.admin.comfyui.fault("callback_late", task_id=task, callback_status="delivery", seconds=3600)
     await caller.submit(task)
@@ -165,7 +171,7 @@ async def test_a_late_callback_waits_by_the_clock(caller: Caller, simulators: Si
     await _delivered(receiver, task)
 
 
-async def test_an_unreachable_receiver_harms_nobody_else(
+async def test_an_unreachable_receiver_delays_no_other_task(
     caller: Caller, simulators: Simulators, receiver: Receiver
 ) -> None:
     lost, task = new_task(), new_task()

@@ -39,7 +39,7 @@ def test_work_done_stays_done_when_speed_changes_and_processes_end(tmp_path: Pat
         assert clock.work() == pytest.approx(1_200, abs=80)
 
 
-def test_the_instant_of_a_piece_of_work_is_when_the_clock_gets_there(tmp_path: Path) -> None:
+def test_work_seconds_become_a_wall_time_at_the_present_speed(tmp_path: Path) -> None:
     with opened(tmp_path) as state:
         clock = Clock(state, speed=60)
         seconds = (clock.datetime_of(clock.work() + 120) - clock.now()).total_seconds()

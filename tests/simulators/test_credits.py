@@ -274,7 +274,7 @@ async def test_the_scenes_scope_or_rollbacks_is_needed(caller: Caller) -> None:
         assert answer.status_code == 200
 
 
-async def test_a_token_that_is_not_ours_is_401_and_frees_the_key(caller: Caller, simulators: Simulators) -> None:
+async def test_a_bad_token_is_answered_401_and_leaves_the_key_unused(caller: Caller, simulators: Simulators) -> None:
     task = new_task()
     url = f"{simulators.credits_url}/api/v1/credits/pre-deduct"
     expired = simulators.tokens.made_for(TENANT, USER, valid_seconds=-1)
@@ -284,7 +284,7 @@ async def test_a_token_that_is_not_ours_is_401_and_frees_the_key(caller: Caller,
     assert (await caller.hold(task))["frozen_amount"] == 50
 
 
-async def test_the_admin_wants_its_own_token(caller: Caller, simulators: Simulators) -> None:
+async def test_admin_routes_require_their_own_token(caller: Caller, simulators: Simulators) -> None:
     for url in (simulators.credits_url, simulators.comfyui_url):
         for headers in ({}, caller.headers()):
             answer = await caller.http.post(f"{url}/admin/faults", json={"kind": "drop"}, headers=headers)

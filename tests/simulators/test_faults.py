@@ -47,7 +47,7 @@ async def test_a_dropped_answer_closes_the_connection(
         ("answer", {"status": 302, "body": {}, "headers": {"Location": "http://127.0.0.1:1/"}}, 302, "{}"),
     ],
 )
-async def test_a_spoiled_answer_comes_before_or_after_the_act(
+async def test_an_error_answer_is_sent_before_or_after_the_effect(
     caller: Caller, simulators: Simulators, when: str, kind: str, given: dict[str, Any], status: int, content: str
 ) -> None:
     await simulators.admin.credits.fault(kind, route="pre_deduct", when=when, **given)
@@ -69,7 +69,7 @@ async def test_rate_limits_say_when_to_come_back(caller: Caller, simulators: Sim
     assert answer.headers["retry-after"] == "7"
 
 
-async def test_an_act_that_comes_after_the_caller_gave_up_still_happens(caller: Caller, simulators: Simulators) -> None:
+async def test_a_delayed_request_still_acts_after_its_caller_gave_up(caller: Caller, simulators: Simulators) -> None:
     await simulators.admin.credits.fault("act_late", route="pre_deduct", seconds=0.4)
     task = new_task()
     began = time.monotonic()
@@ -102,7 +102,7 @@ async def test_a_delay_before_lets_a_repeat_overtake(caller: Caller, simulators:
     assert (await slow).json() == fast.json()
 
 
-async def test_an_altered_answer_is_altered_once_and_the_act_is_not(caller: Caller, simulators: Simulators) -> None:
+async def test_an_altered_answer_is_altered_once_and_its_effect_is_not(caller: Caller, simulators: Simulators) -> None:
     await simulators.admin.credits.fault("alter", route="pre_deduct", fields={"frozen_amount": -3})
     task = new_task()
     first = await caller.credits("POST", "/pre-deduct", caller.hold_body(task), key=f"{task}:hold:1")
@@ -254,7 +254,7 @@ async def test_a_forgotten_job_is_404_and_holds_nothing(caller: Caller, simulato
     assert (seen.phase, seen.holds_gpu, seen.is_over) == ("forgotten", False, True)
 
 
-async def test_an_instant_job_is_told_delivered_before_its_202(
+async def test_an_instant_jobs_delivery_arrives_before_its_202(
     caller: Caller, simulators: Simulators, receiver: Receiver
 ) -> None:
     await simulators.admin.set_speed(1)
@@ -276,7 +276,7 @@ async def test_the_next_job_can_be_given_a_length(caller: Caller, simulators: Si
     assert (await caller.job(answer["job_id"]))["job_status"] == "delivery"
 
 
-async def test_a_job_can_lie_about_its_cost(caller: Caller, simulators: Simulators) -> None:
+async def test_a_job_can_report_a_wrong_cost(caller: Caller, simulators: Simulators) -> None:
     lie = {"reply": {"estimated_cost": 999}, "fields": {"actual_cost": -5}}
     await simulators.admin.comfyui.fault("job_lie", **lie)
     answer = await caller.submit(new_task())

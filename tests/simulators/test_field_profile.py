@@ -1,4 +1,4 @@
-"""The platform's own credits service as it was seen (contract §4, field): what sets it apart from our contract."""
+"""The platform's own credits service as it was seen (contract §4, field): where it differs from our contract."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def caller(simulators: Simulators, receiver: Receiver, http: httpx.AsyncCl
 
 
 async def _entries(caller: Caller, **query: str) -> list[Json]:
-    """As the wire shows them, newest first, the grant that opened the account left out."""
+    """The entries as the wire shows them, newest first, without the grant that opened the account."""
     path = "/ledger?" + "&".join(f"{name}={value}" for name, value in (WHO | query).items())
     answer = (await caller.credits("GET", path)).json()
     assert "cursor" not in answer, "there are no pages"
@@ -89,18 +89,18 @@ async def test_a_repeat_does_not_wait_for_the_first(caller: Caller, simulators: 
     assert fast.json()["pre_deduct_id"] != (await slow).json()["pre_deduct_id"]
 
 
-async def test_neither_key_nor_token_is_wanted(caller: Caller, simulators: Simulators) -> None:
+async def test_neither_key_nor_token_is_required(caller: Caller, simulators: Simulators) -> None:
     task, url = new_task(), f"{simulators.credits_url}/api/v1/credits"
     hold = (await caller.http.post(f"{url}/pre-deduct", json=caller.hold_body(task))).json()
     body = caller.commit_body(task, hold["pre_deduct_id"], 24)
     assert (await caller.http.post(f"{url}/commit", json=body)).status_code == 200
     assert (await caller.http.get(f"{url}/balance", params=WHO)).json()["balance"] == FIRST - 24
     assert len((await caller.http.get(f"{url}/ledger", params=WHO)).json()["entries"]) == 4
-    nobody = await caller.http.get(f"{url}/balance")
-    assert refusal(nobody)[2] == "payload_invalid"
+    without_user = await caller.http.get(f"{url}/balance")
+    assert refusal(without_user)[2] == "payload_invalid"
 
 
-async def test_a_strangers_hold_is_not_found_all_the_same(caller: Caller, simulators: Simulators) -> None:
+async def test_another_tenants_hold_is_not_found(caller: Caller, simulators: Simulators) -> None:
     hold = await caller.hold(new_task())
     other = {"tenant_id": "tenant-other", "user_id": "user-other"}
     url = f"{simulators.credits_url}/api/v1/credits/cancel"
@@ -109,7 +109,7 @@ async def test_a_strangers_hold_is_not_found_all_the_same(caller: Caller, simula
 
 
 @pytest.mark.parametrize("cost", [24, 50])
-async def test_the_ledger_tells_a_commit_by_its_rest_and_its_cost(
+async def test_the_ledger_shows_a_commit_by_its_rest_and_its_cost(
     caller: Caller, simulators: Simulators, cost: int
 ) -> None:
     task = new_task()
@@ -121,7 +121,7 @@ async def test_the_ledger_tells_a_commit_by_its_rest_and_its_cost(
     assert await simulators.admin.credits.charged(task) == cost, "the books inside know the truth"
 
 
-async def test_the_ledger_tells_a_cancel_by_its_reason_and_nothing_by_an_id(caller: Caller) -> None:
+async def test_the_ledger_shows_a_cancel_by_its_reason_and_no_ids(caller: Caller) -> None:
     task = new_task()
     hold = await caller.hold(task, 50)
     answer = (await caller.cancel_hold(task, hold["pre_deduct_id"])).json()
@@ -147,7 +147,7 @@ async def test_the_ledger_has_no_pages_and_no_filter(caller: Caller) -> None:
     assert newest == await _entries(caller, limit="2", cursor="whatever"), "and no cursor leads further"
 
 
-async def test_a_hold_stands_until_somebody_resolves_it(caller: Caller, simulators: Simulators) -> None:
+async def test_a_hold_never_expires_and_can_be_committed_later(caller: Caller, simulators: Simulators) -> None:
     task, admin = new_task(), simulators.admin.credits
     hold = await caller.hold(task, expire_in=60)
     assert datetime.fromisoformat(hold["expire_at"]).tzinfo is not None
@@ -169,7 +169,7 @@ async def test_a_hold_can_be_cancelled_by_hand(caller: Caller, simulators: Simul
     assert (await _shown(caller))[-1] == ("cancel", 50, FIRST)
 
 
-async def test_no_quota_is_told(caller: Caller) -> None:
+async def test_a_hold_reports_no_quota(caller: Caller) -> None:
     hold = await caller.hold(new_task())
     assert hold["quota_snapshot"]["template_quota"] is None
     assert HoldReply.model_validate(hold).frozen_amount == 50

@@ -98,7 +98,7 @@ async def test_the_prompt_and_seed_make_the_picture(caller: Caller, simulators: 
     assert await drawn("a harbour") != await drawn("a forest")
 
 
-async def test_accelerated_goes_before_standard_when_gpus_are_short(caller: Caller, still: Simulators) -> None:
+async def test_accelerated_goes_before_standard_when_gpus_are_scarce(caller: Caller, still: Simulators) -> None:
     await still.admin.comfyui.set_gpus("rtx4090", 1)
     running = (await caller.submit(new_task()))["job_id"]
     await still.admin.advance(200)

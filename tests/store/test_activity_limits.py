@@ -101,7 +101,7 @@ async def test_an_earlier_life_is_reported_with_the_claim() -> None:
 
 
 @pytest.mark.parametrize("is_claimed", [True, False])
-async def test_who_does_not_hold_the_id_or_is_no_task_registers_nothing(is_claimed: bool) -> None:
+async def test_a_run_without_the_claim_or_of_another_workflow_registers_nothing(is_claimed: bool) -> None:
     store = RecordingStore(is_claimed=is_claimed, life=EarlierLife(lives=1))
     outcome = await run(store, "claim", CLAIM, workflow_type="GiveBackWorkflow" if is_claimed else IMAGE_WORKFLOW)
 

@@ -32,7 +32,7 @@ async def row_of(store: TaskStore, task_id: str) -> TaskRow:
     return row
 
 
-async def test_the_run_that_acts_knows_everything_itself(task_store: TaskStore) -> None:
+async def test_a_run_that_registers_twice_has_no_earlier_life(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     for _ in range(2):
         assert await task_store.register(run_of(task_id)) == EarlierLife()

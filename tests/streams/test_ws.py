@@ -51,7 +51,7 @@ async def test_history_then_new_events_then_a_normal_close(streams: Streams, wri
 async def test_a_refusal_comes_before_the_handshake(streams: Streams, writer: Writer) -> None:
     task_id = await writer.begun()
     for query, token, status in [
-        (f"task_id={task_id}", token_for("somebody-else"), 404),
+        (f"task_id={task_id}", token_for("another"), 404),
         (f"task_id={task_id}", "nonsense", 401),
         (f"task_id={task_id}", token_for(writer.tenant_id, scopes=[]), 403),
         ("cursor=", token_for(writer.tenant_id), 422),

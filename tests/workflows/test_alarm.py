@@ -31,7 +31,7 @@ async def test_what_has_happened_and_what_is_due_is_not_waited_for(temporal_env:
     assert (await probed(temporal_env, lines)).timers == {}
 
 
-async def test_it_rings_at_its_time_and_not_before(temporal_env: WorkflowEnvironment) -> None:
+async def test_it_fires_at_its_time_and_not_before(temporal_env: WorkflowEnvironment) -> None:
     async def lines() -> list[bool]:
         alarm, rang = Alarm(), []
         for name in ("first", "second"):
@@ -59,7 +59,7 @@ async def test_a_running_timer_is_kept_for_a_later_time_and_replaced_for_an_earl
     assert (await probed(temporal_env, lines)).timers == {"first": "cancelled", "earlier": "rang"}
 
 
-async def test_without_a_limit_no_timer_is_started_and_a_running_one_still_rings(
+async def test_without_a_limit_no_timer_is_started_and_a_running_one_still_fires(
     temporal_env: WorkflowEnvironment,
 ) -> None:
     async def lines() -> None:

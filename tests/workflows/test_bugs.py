@@ -63,7 +63,7 @@ async def finish(platform: Platform, handle: Handle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(Settlement, "charge"), (TaskRecord, "_write_batch")], ids=["settling", "telling"]
+    ("owner", "name"), [(Settlement, "charge"), (TaskRecord, "_write_batch")], ids=["settling", "recording"]
 )
 async def test_a_bug_on_the_way_to_the_end_undoes_nothing(
     platform: Platform, monkeypatch: pytest.MonkeyPatch, owner: type, name: str

@@ -119,7 +119,7 @@ async def test_any_message_is_survived_and_counted(direct_platform: Platform) ->
     await delivered(direct_platform, handle, job_id)
 
 
-async def test_a_training_survives_the_same(direct_platform: Platform) -> None:
+async def test_a_training_survives_any_message_too(direct_platform: Platform) -> None:
     handle = await direct_platform.start_training()
     await direct_platform.until_held(task_id_of(handle))
     training_id = (await direct_platform.job(handle)).run_id

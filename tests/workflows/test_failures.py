@@ -12,7 +12,7 @@ UNAVAILABLE = FailureCode.CREDITS_UNAVAILABLE
 OUT_OF_MEMORY = ErrorDetails(code="gpu_out_of_memory", message="24 GB are not enough.", retryable=False, node="4")
 
 
-def test_a_stop_says_why_or_that_it_was_one() -> None:
+def test_a_stop_shows_its_reason_or_that_the_task_was_cancelled() -> None:
     assert str(TaskStopped("no longer wanted")) == "no longer wanted"
     assert str(TaskStopped("")) == "The task was cancelled."
     assert str(RowEnded()) == "The task had ended before this run was reset."

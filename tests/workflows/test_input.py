@@ -250,7 +250,7 @@ async def test_a_second_run_after_the_first_has_ended_is_refused_and_touches_not
 
 
 @pytest.mark.parametrize("second_is", ["image", "training"])
-async def test_while_the_first_run_goes_no_second_one_starts(brisk_platform: Platform, second_is: str) -> None:
+async def test_no_second_run_starts_while_the_first_one_is_open(brisk_platform: Platform, second_is: str) -> None:
     task = brisk_platform.image()
     await brisk_platform.simulators.admin.comfyui.fault(
         "job_stall", route="submit_job", task_id=task["task_id"], while_queued=True

@@ -178,7 +178,7 @@ def state(sequence: int, **fields: Any) -> JobState:
     ],
     ids=["nothing", "empty", "no JSON", "a list", "a text", "another task's", "no job", "too large"],
 )
-def test_what_can_be_no_message_of_this_task_is_counted_and_raises_nothing(
+def test_an_unreadable_or_foreign_message_is_counted_and_raises_nothing(
     watched: Watched, payload: bytes | None
 ) -> None:
     watched.watch.take(payload)

@@ -105,7 +105,7 @@ async def test_confirming_what_is_shown_holds_the_training(
     assert ending.exceptions == ([] if estimate == price else ["prices_differ"])
 
 
-async def test_an_estimate_of_nothing_beside_a_table_price_is_a_price_of_the_table(brisk_platform: Platform) -> None:
+async def test_an_estimate_of_0_falls_back_to_the_table_price(brisk_platform: Platform) -> None:
     """What the payer reads of it: the price, what is missing of it, and the option that costs it."""
     payer = await new_payer(brisk_platform, 100)
     handle = await start_priced(brisk_platform, payer, estimate=0, table=PriceTable(), hours=0.6)

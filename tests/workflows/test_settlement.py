@@ -262,7 +262,9 @@ async def test_a_commit_that_acted_without_an_answer_is_settled_within_seconds(
     assert (ending.events[-1].ts - ending.events[0].ts).total_seconds() - requested < 15
 
 
-async def test_a_ledger_by_reason_that_lags_never_passes_a_commit_off_as_given_back(patient_platform: Platform) -> None:
+async def test_a_lagging_ledger_by_reason_never_reports_a_committed_hold_as_given_back(
+    patient_platform: Platform,
+) -> None:
     """After a renewal the old hold's cancel is the only end that is shown: the new one's is looked for again."""
     payer = await new_payer(patient_platform)
     credits = patient_platform.simulators.admin.credits
@@ -285,7 +287,7 @@ async def test_a_ledger_by_reason_that_lags_never_passes_a_commit_off_as_given_b
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 120, [])
 
 
-async def test_the_cancel_of_a_hold_that_was_not_found_never_passes_a_commit_off_as_given_back(
+async def test_a_not_found_cancel_never_reports_a_committed_hold_as_given_back(
     patient_platform: Platform,
 ) -> None:
     """The old hold's cancel acted and was answered `not found`: its entry is not taken for the new hold's end."""

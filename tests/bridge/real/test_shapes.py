@@ -371,12 +371,14 @@ TINY = "tiny.safetensors"
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda exchange: exchange.__name__)
-async def test_both_answer_alike(real: httpx.AsyncClient, stand_in: httpx.AsyncClient, exchange: Exchange) -> None:
+async def test_both_give_the_same_answers(
+    real: httpx.AsyncClient, stand_in: httpx.AsyncClient, exchange: Exchange
+) -> None:
     assert await exchange(stand_in) == await exchange(real)
 
 
 @pytest.mark.timeout(300)
-async def test_both_train_alike(real: httpx.AsyncClient, stand_in: httpx.AsyncClient) -> None:
+async def test_both_train_the_same_way(real: httpx.AsyncClient, stand_in: httpx.AsyncClient) -> None:
     if TINY not in (await real.get("/models/checkpoints")).json():
         pytest.skip(f"this server has no {TINY}; tests/bridge/real/tiny_checkpoint.py makes it")
     assert await a_training_in_two_chunks(stand_in) == await a_training_in_two_chunks(real)
