@@ -188,7 +188,7 @@ class ClosedRunActivities:
             raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
 
     async def _look_at(self, rows: Sequence[TaskRow]) -> Looks:
-        """Read the runs side by side. A failure affects its own row only. Raises RPCError without a namespace."""
+        """Read the runs in parallel. A failure affects its own row only. Raises RPCError without a namespace."""
         looks, side_by_side = Looks(), asyncio.Semaphore(LOOKS_AT_ONCE)
         until = asyncio.get_running_loop().time() + PAGE_SECONDS
 

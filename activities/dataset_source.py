@@ -19,7 +19,7 @@ from comfyui_temporal.contracts.fields import repaired, shortened
 from comfyui_temporal.contracts.size_budget import MAX_SENT_LIST_BYTES
 
 FILE_BYTES: Final = 120
-"""Bytes of JSON for one file in a training request, besides its path."""
+"""Bytes of JSON for one file in a training request, without its path."""
 SIZES_AT_ONCE: Final = 16
 
 

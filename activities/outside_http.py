@@ -9,8 +9,8 @@ A definite refusal is not a failure but an answer (activities/replies.py).
 Deliberate departures from httpx's defaults:
 1. No redirects: a token must not follow one, and a POST would become a GET.
 2. Bodies are read raw, never decompressed, and limited to `max_reply_bytes`: a few bytes of gzip can be gigabytes.
-3. One limit for the whole request, besides connect and read: the read limit never stops a server that sends a byte
-   every 5 s.
+3. One limit for the whole request, in addition to connect and read: the read limit never stops a server that sends a
+   byte every 5 s.
 4. A request is never cancelled from outside: the pool would lose its connection (runtime/http_transport.py).
 5. Loopback addresses never go through a proxy, regardless of the environment.
 """
@@ -176,7 +176,7 @@ class OutsideHttp:
         key: str | None = None,
         body: BaseModel | None = None,
     ) -> RawReply:
-        """Send one request and read its whole answer, whatever its status. Raises only OutsideFailure.
+        """Send one request and read its whole answer, with any status. Raises only OutsideFailure.
 
         A task that may be cancelled calls it through running_call.py: an interrupted request may have taken effect.
         """

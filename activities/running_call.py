@@ -1,4 +1,4 @@
-"""How an activity runs one outside call: with heartbeats, uninterrupted, one log line, one failure.
+"""How an activity runs one outside call: with heartbeats, without interruption, with one log line, as one failure.
 
 A request that was sent takes effect whether or not we wait for its answer (pitfall 13). So a cancelled activity waits
 until the request in flight has ended by its own limit:
@@ -116,7 +116,7 @@ async def wait_with_heartbeats(
             cancellation = error
             on_cancel()
         progress = details()
-        # The server stores each heartbeat. Once the work is done only details that a next attempt needs are worth one.
+        # The server stores each heartbeat. After the work is done, only details for a next attempt are worth one.
         if not is_local and (progress or not running.done()):
             activity.heartbeat(*progress)
     return cancellation

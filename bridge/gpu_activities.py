@@ -325,7 +325,7 @@ class GpuActivities:
 
 
 def is_trained_on(path: str) -> bool:
-    """Whether ComfyUI's training nodes read this file: an image, or the caption beside one."""
+    """Whether ComfyUI's training nodes read this file: an image, or an image's caption."""
     return path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".txt"))
 
 

@@ -1,7 +1,7 @@
 """`manifest.toml`: what a template offers, and which inputs of its graph a request sets.
 
     template_id = "text-to-image"       the id that requests name
-    graph = "graph.json"                ComfyUI's API format ("Export (API)" in its menu), beside the manifest
+    graph = "graph.json"                ComfyUI's API format ("Export (API)" in its menu), in the manifest's folder
     pool = "default"                    which GPU workers take its jobs
     results = ["Save image"]            the nodes whose files are the result
 

@@ -86,7 +86,7 @@ class NewRun:
 
 
 def fingerprint(path: str, body: Any) -> str:
-    """A hash that is equal for equal JSON bodies, whatever the order of their fields."""
+    """A hash that is equal for equal JSON bodies; the order of their fields does not matter."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(f"POST {path}\n{canonical}".encode()).hexdigest()
 

@@ -21,8 +21,8 @@ callbacks.py             POST /callbacks/comfyui/{task_id}: bytes in, one of con
 signatures.py            Standard Webhooks: verification, and which messages are repeats
 callback_body.py         verified bytes → a callback
 callback_relay.py        callback → signal: coalesced and rate limited, one line per task
-callback_news.py         whether a signal tells the workflow anything new, and the rate limit per task
-task_runs.py             the signal itself, and what became of a run that takes none
+callback_news.py         whether a callback is new for the workflow, and the rate limit per task
+task_runs.py             the signal itself, and the state of a run that takes none
 training_log_writer.py   log lines → task store, in batches per task
 operations_routes.py     /healthz, /readyz, /metrics
 metrics.py               what is counted

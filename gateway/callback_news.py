@@ -1,4 +1,4 @@
-"""Whether a signal tells the workflow anything new, and how many signals a task may get (decision 4)."""
+"""Whether a callback is new for the workflow, and how many signals a task may get (decision 4)."""
 
 from __future__ import annotations
 

@@ -4,10 +4,9 @@
     413 too large            503 with Retry-After: cannot be taken now, the sender repeats
 
 Departures from the plain reading of the contract
-1. Signed, but not a readable callback: 202 and counted as `unreadable`. An answer that makes the sender repeat would
-   bring the same bytes for a day; 401 and 404 would be untrue. Polling brings the state that it meant to report.
-2. A body that takes longer than 10 s to arrive is answered with 408: the sender repeats, and no connection is blocked
-   for ever.
+1. Signed, but not a readable callback: 202 and counted as `unreadable`. After an error the sender would repeat the
+   same bytes for a day; 401 and 404 would be wrong. Polling brings the state that the callback was to report.
+2. A body that takes longer than 10 s to arrive is answered with 408: the sender repeats, and the connection is free.
 """
 
 from __future__ import annotations
@@ -147,7 +146,7 @@ class CallbackReceiver:
         return outcome
 
     async def _take(self, task_id: str, callback: Callback) -> CallbackOutcome:
-        """Signal and log lines run side by side, so that an outage of one party does not block the other."""
+        """Signal and log lines run in parallel, so that an outage of one party does not block the other."""
         lines = _log_write(task_id, callback)
         if lines is None:
             return _OF_RELAYED[await self._relay.take(task_id, callback)]

@@ -1,4 +1,4 @@
-"""The OpenAPI document: the framework's own, without its additions that are untrue."""
+"""The OpenAPI document: the framework's own, without its wrong additions."""
 
 from __future__ import annotations
 

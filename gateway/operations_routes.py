@@ -62,6 +62,6 @@ def operations_routes(temporal: Client, store: TaskStore, metrics: MetricsPage, 
 async def _state(check: Awaitable[object]) -> State:
     try:
         await asyncio.wait_for(check, CHECK_SECONDS)
-    except Exception:  # not ready, whatever the reason
+    except Exception:  # any failure means not ready
         return "unavailable"
     return "ok"

@@ -4,7 +4,7 @@
     sweep ──┴─▶ tasks with new events ─▶ read ─┴─▶ streams of its tenant
 
 A notification only says that there are new events. The events themselves are read from the store, in order, from where
-the last read ended. So a lost, repeated or late notification only delays them, and the sweep bounds that delay to 2 s.
+the last read ended. So a lost, repeated or late notification only delays them, and the sweep limits that delay to 2 s.
 """
 
 from __future__ import annotations

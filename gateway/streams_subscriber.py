@@ -23,7 +23,7 @@ MAX_QUEUE: Final = 256
 """Events that may wait for a slow client. One more cuts the stream; the client can resume it at its own pace."""
 MAX_QUEUE_BYTES: Final = 1024 * 1024
 WRITE_SECONDS: Final = 30.0
-"""A client that reads nothing for this long is gone, whatever its connection says."""
+"""A client that reads nothing for this long counts as gone, even if its connection is open."""
 SPREAD_MILLISECONDS: Final = 3_000
 """When all clients are sent away together, they reconnect spread over this time."""
 

@@ -1,4 +1,4 @@
-"""Our own short-lived stream tokens, besides the platform's (contract §7, runtime/caller_tokens.py)."""
+"""Our own short-lived stream tokens. runtime/caller_tokens.py reads the platform's tokens (contract §7)."""
 
 from __future__ import annotations
 

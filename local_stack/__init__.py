@@ -8,7 +8,7 @@ postgres.py     the local PostgreSQL
 temporal_server.py  the local Temporal server
 pace.py         limits that assume the real pace, adapted to a speed
 parts.py        the parts, their settings, and when each is ready
-supervisor.py   starts the parts side by side, watches them, ends them
+supervisor.py   starts the parts in parallel, watches them, ends them
 description.py  `.run/stack.json` (contract §8)
 background.py   the supervisor as a background process
 commands.py     what `make up`, `make down`, `make demo` and `make status` do

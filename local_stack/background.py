@@ -25,7 +25,7 @@ Report = Callable[[str], None]
 
 
 class Background:
-    """A stack that this command started. With a lifeline it ends when this process ends, for whatever reason."""
+    """A stack that this command started. With a lifeline it ends when this process ends, for any reason."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process

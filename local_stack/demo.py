@@ -37,7 +37,7 @@ from doctor.report import print_findings
 TENANT: Final = "tenant-demo"
 RUN_FOLDER: Final = Path(__file__).parent.parent / ".run"
 LIMIT_SECONDS: Final = 900.0
-"""Beyond it something is stuck, even at the slowest speed. The demo then fails instead of waiting for ever."""
+"""Beyond it something is stuck, even at the slowest speed. The demo then fails instead of waiting forever."""
 _PICTURES: Final = 6
 _PIXELS: Final = 96
 

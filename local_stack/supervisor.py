@@ -1,4 +1,4 @@
-"""Starts the parts side by side, watches them, and ends them in order; one process, the only one in its folder.
+"""Starts the parts in parallel, watches them, and ends them in order; one process, the only one in its folder.
 
 It ends for one of three reasons: a signal (Ctrl-C, SIGTERM, the terminal was closed); the command at the other end of
 the lifeline is gone (a demo's stack ends with the demo, however that ends); a part does not get ready at the start.
@@ -82,7 +82,7 @@ class Supervisor:
         return LocalParts(self._folder, ports, self._speed, self._comfyui)
 
     async def _start(self, parts: LocalParts, began: float) -> None:
-        """All parts side by side, each as soon as its needs are ready. Raises the first StackFailure."""
+        """All parts in parallel, each as soon as its needs are ready. Raises the first StackFailure."""
         for part in parts.processes():
             log = self._folder.log(part.name)
             self._children[part.name] = Child(part, folder=self._folder.path, log=log, report=self._report)

@@ -1,1 +1,1 @@
-"""What shows that the promises hold; nothing in production imports it."""
+"""Everything that shows that the promises hold. Nothing in production imports it."""

@@ -1,4 +1,4 @@
-"""Which Temporal namespace a store belongs to. In any other namespace all of its tasks would look vanished."""
+"""Which Temporal namespace a store belongs to. In any other namespace all its tasks would look vanished."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Charges points without a hold, for delivered work whose hold had ended (contract §4 *commit refused*).
 
-At most 2000 points a call, each part with a key of its own: a repeated key would charge nothing and look as if it had.
+At most 2000 points a call, each part with a key of its own: with a repeated key the service would charge nothing and
+answer as if it had.
 A service that keeps no keys may have acted on a call without an answer. So each part is sent once; without an answer
 the ledger decides whether it may be sent again.
 """

@@ -1,7 +1,7 @@
 """Looks up settlements that were unknown when their task ended (contract §4): hourly for a day.
 
-A correction changes only the row's `credits` and adds an exception record. It writes no event, and the run's result
-stays as it was.
+A correction changes only the row's `credits` and adds an exception record. It writes no event and does not
+change the run's result.
 """
 
 from __future__ import annotations

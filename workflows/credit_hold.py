@@ -1,4 +1,4 @@
-"""The credits held for one task: estimated, held, topped up, and renewed whatever the run waits for (contract §4).
+"""The credits held for one task: estimated, held, topped up, and renewed during any wait of the run (contract §4).
 
 The new hold is taken first, then the old one is cancelled. The task is without cover only where the balance is too
 short for both. A renewal that hangs is suspended when the run continues as new; the next run repeats its key and body.
@@ -158,7 +158,7 @@ class CreditHold(TaskHolds):
         return any(hold.pre_deduct_id for hold in self.state.asked)
 
     def is_covered(self) -> bool:
-        """Whether work may begin under the hold. Without one: the price is 0, or somebody else has charged it."""
+        """Whether work may begin under the hold. Without one: the price is 0, or another caller has charged it."""
         hold = self.standing
         return self.state.uncovered_since is None and (hold is None or self._life_of(hold) >= LAST_SECONDS)
 
@@ -172,7 +172,7 @@ class CreditHold(TaskHolds):
         due = self._due_of(hold) if hold is not None else None
         if hold is None or due is None or self._releasing is None:
             return due
-        # A third hold is taken beside the two only where the open one would run out.
+        # A third hold is taken only where the open one would run out.
         return max(due, hold.asked_at + timedelta(seconds=hold.request.expire_in * LEFT_FOR_LATE))
 
     def _due_of(self, hold: RequestedHold) -> datetime | None:

@@ -79,7 +79,7 @@ class TaskEnding:
         return Outcome(delivery=delivery)
 
     async def give_back(self, end: TaskEnd) -> Outcome:
-        """Cancel job and hold side by side: there is no delivery."""
+        """Cancel job and hold in parallel: there is no delivery."""
         self._stop.close()
         self._outside.resume()
         self._record.end_decided()
@@ -101,7 +101,7 @@ class TaskEnding:
         if not self._hold.state.charged:
             return Outcome(end=end)
         if workflow.patched("charge-of-others-told"):
-            self._settlement.settled(None)  # somebody else, or an earlier life, has committed a hold
+            self._settlement.settled(None)  # another caller, or an earlier life, has committed a hold
         return Outcome(delivery=await self._delivery_of_any_life())
 
     async def _delivery_of_any_life(self) -> JobUpdate | None:
@@ -152,7 +152,7 @@ class TaskEnding:
         return Outcome(row=row)
 
     async def _publish_difference(self) -> TaskRow | None:
-        """Make the points in the events add up to what was charged, whatever earlier lives have published or not.
+        """Make the points in the events add up to what was charged, independent of what earlier lives have published.
 
         Returns the row where another life has meanwhile ended the task: an earlier look may have been copied by a
         reset.

@@ -56,7 +56,7 @@ def _is_from_caller() -> bool:
 def validated_input(init: Callable[[Self, Task], None]) -> Callable[[Self, Task], None]:
     """Guard `@workflow.init`: exactly one argument of the right type, under the workflow id that belongs to it.
 
-    A plain TypeError would fail the workflow task for ever; an ApplicationError raised here fails the run before it
+    A plain TypeError would fail the workflow task on every try; an ApplicationError raised here fails the run before it
     calls anything. `carried` is accepted only from a run that continued as new.
     """
 

@@ -1,4 +1,4 @@
-"""How a task's holds ended, as far as is known. Counts, because the holds themselves are not kept for ever.
+"""How a task's holds ended, as far as is known. Counts, because the holds themselves are not all kept.
 
 In a ledger without ids a hold's end is recognised by these counts: it is one more than the ends that are known.
 """

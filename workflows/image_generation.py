@@ -31,7 +31,7 @@ class ImageGenerationWorkflow(TaskFlow[ImageRun, ImageResult]):
 
     @workflow.run
     async def run(self, task: ImageRun) -> ImageResult:
-        # Row 6 runs beside the others: the writer records each event as soon as it is published.
+        # Row 6 runs in parallel: the writer records each event as soon as it is published.
         return await self.stop.uninterrupted(self.steps(), self.record.write_facts())
 
     async def steps(self) -> ImageResult:

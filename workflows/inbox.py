@@ -34,7 +34,7 @@ class Inbox:
         return taken
 
     def _is_too_large(self) -> bool:
-        # What is dropped decides which stages are published, so histories of before replay without it.
+        # What is dropped decides which stages are published, so older histories replay without this limit.
         return self._messages.total_bytes > MAX_INBOX_BYTES and workflow.patched("inbox-bounded-by-bytes")
 
     def _least(self) -> int:

@@ -1,7 +1,7 @@
 """The waits that a cancel, the task's time and the end of its hold interrupt.
 
 While a job runs, `Following` is the loop that checks all three. Everywhere else it is `InterruptibleWaits`: before the
-first job, and between two attempts. Every other wait stands in `UNINTERRUPTIBLE` with its reason; a test compares that
+first job, and between two attempts. Every other wait is in `UNINTERRUPTIBLE` with its reason; a test compares that
 table with every `await` in this folder.
 """
 

@@ -139,7 +139,7 @@ class LedgerSearch:
         last = self.newest
         is_whole = last is not None and last.is_complete and not last.unknown and bool(last.holds)
         if last is not None and len(last.commits) < self._holds.committed:
-            is_whole = False  # it lacks what was done before the charge: it may lack the charge as well
+            is_whole = False  # it lacks entries from before the charge, so it may lack the charge as well
         return Shown.ABSENT if is_whole else Shown.UNKNOWN
 
     def charged_without_hold(self) -> int:
@@ -202,7 +202,7 @@ class LedgerSearch:
         call_for = self._outside.call_for
         return LedgerQuery(call_for=call_for, task_id=call_for.task_id)
 
-    # Runs from before the patch `ledger-by-kind-or-reason`: by ids and kinds, else by the task's total
+    # Runs older than the patch `ledger-by-kind-or-reason`: by ids and kinds, else by the task's total
 
     async def _fate_by_total(self, hold: RequestedHold) -> Found:
         until, wait = workflow.now() + LOOK_FOR, timedelta(seconds=30)

@@ -1,6 +1,6 @@
 """One call to another party, as the workflow sees it.
 
-1. A call that changes money or a job is a visible activity from its first try: its key and body stand in history
+1. A call that changes money or a job is a visible activity from its first try: its key and body are in history
    before the effect, and a repeat sends the same (decision 1).
 2. A definite refusal is an answer. A call without an answer in time raises TaskFailed with the party's code.
 3. No call is cut short. When the task is to stop, a setup call that is being retried ends after the attempt in flight;
@@ -45,7 +45,7 @@ STORE_TIMEOUT: Final = timedelta(minutes=1)
 """Of one attempt of give-back, correction or reconciler at the task store. They hold nothing that could expire."""
 UNREADABLE_FOR: Final = timedelta(minutes=15)
 ASK_AGAIN_AFTER: Final = timedelta(seconds=30)
-"""Doubled with each unreadable answer, up to `ASK_AGAIN_AT_MOST`: each call stands in the history."""
+"""Doubled with each unreadable answer, up to `ASK_AGAIN_AT_MOST`: each call is in the history."""
 ASK_AGAIN_AT_MOST: Final = timedelta(minutes=2)
 RETRY: Final = RetryPolicy(
     initial_interval=timedelta(seconds=1), backoff_coefficient=2, maximum_interval=timedelta(seconds=30)

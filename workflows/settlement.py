@@ -67,7 +67,7 @@ class Settlement:
         standing = self._hold.standing
         if standing is not None:
             standing.told = standing.told or standing.amount  # of a run that did not record this yet
-        cost -= self._hold.state.charged  # somebody else may have committed a hold
+        cost -= self._hold.state.charged  # another caller may have committed a hold
         if cost <= 0 or (standing is None and not self._outside.earlier.is_possible):
             await self._hold.give_back("nothing is charged")
             self.settled(None)

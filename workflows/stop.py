@@ -47,7 +47,7 @@ class Stop:
             self._decide("too_late")
 
     def overrule(self) -> None:
-        """The task is completed all the same: somebody else has committed its hold, or an earlier life completed it."""
+        """Complete the task nevertheless: another caller has committed its hold, or an earlier life completed it."""
         self._is_overruled = True
 
     def _decide(self, outcome: Literal["accepted", "too_late"]) -> None:
@@ -67,7 +67,7 @@ class Stop:
         return CancelTaskOutcome(outcome=self.outcome)
 
     async def uninterrupted(self, flow: Coroutine[Any, Any, Result], writer: Coroutine[Any, Any, None]) -> Result:
-        """Run the flow with the event writer beside it; a Temporal cancellation becomes a request.
+        """Run the flow and, in parallel, the event writer; a Temporal cancellation becomes a request.
 
         Raises CancelledError at the end if a Temporal cancellation stopped the flow and was not overruled: only then
         may a run end Canceled (pitfall 17). A bug in either one is raised here (pitfall 23).

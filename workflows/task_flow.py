@@ -86,7 +86,7 @@ class TaskFlow(Generic[Run, Result]):
             retry_at=carried.retry_at,
             long_run=self,
         )
-        self.undo = Undo()  # every undo side by side, each until it succeeds
+        self.undo = Undo()  # every undo in parallel, each until it succeeds
         self.ending = self._ending_of(task, routes)
         self.price_state = carried.price
 

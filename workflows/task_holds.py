@@ -119,7 +119,7 @@ class TaskHolds:
         return sum(hold.told for hold in self.state.asked if not hold.told_back)
 
     def copy_row(self, credits: CreditsSummary) -> None:
-        """An earlier life has settled the task: its summary counts, whatever this run has done since."""
+        """An earlier life has settled the task: its summary counts, not what this run has done since."""
         self._summary_in_row = credits
 
     def summary(self) -> CreditsSummary:

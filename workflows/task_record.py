@@ -47,7 +47,7 @@ _STAGE: Final = SearchAttributeKey.for_keyword("TaskStage")
 class TaskRecord:
     """State, facts that are not written yet, and the one writer that writes them in order.
 
-    A write never stands between a step and its settlement (decision 3): only the end of the run waits for it.
+    A write never delays a step or its settlement (decision 3): only the end of the run waits for it.
     """
 
     def __init__(self, task: TaskInput, outside: OutsideCall, state: RecordState) -> None:

@@ -41,12 +41,12 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
             task, self.outside, self.stop, self.window, (task.carried or Continuation()).dataset
         )
         self.price = TrainingPrice(task, self.limits, self.hold, self.record, self.waits, self.price_state)
-        # The price comes before the hold: a task that it ends renews nothing.
+        # The price comes before the hold: if it ends the task, the hold is not renewed.
         self.following = self.following_with(self.price)
 
     @workflow.run
     async def run(self, task: TrainingRun) -> TrainingResult:
-        # Row 5 runs beside the others: the writer records each event as soon as it is published.
+        # Row 5 runs in parallel: the writer records each event as soon as it is published.
         return await self.stop.uninterrupted(self.steps(), self.record.write_facts())
 
     async def steps(self) -> TrainingResult:

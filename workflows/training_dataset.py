@@ -105,7 +105,7 @@ class TrainingDataset:
         return self.state.snapshot
 
     async def delete(self) -> None:
-        """Delete the copy, and the list that the gateway stored beside it. It is fine if they are gone already."""
+        """Delete the copy, and the list that the gateway stored with it. It is no error if they are gone already."""
         is_listed = self._order.files_sha256 is not None
         may_exist = self.state.is_asked or self._outside.earlier.is_possible or is_listed
         if self.state.is_deleted or not may_exist:

@@ -171,7 +171,7 @@ class TrainingPrice:
                 self._publish_checkpoint(update, update.checkpoint)
 
     def _adds_nothing(self, checkpoint: Checkpoint) -> bool:
-        """Whether an attempt resumed from it: its hours count already, whatever this message reports.
+        """Whether an attempt resumed from it: its hours count already, and this message adds none.
 
         Compared by uri: a training may report the hours of all attempts, and an earlier checkpoint than its own first.
         """

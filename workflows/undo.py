@@ -1,4 +1,4 @@
-"""The saga: everything that was begun is undone, all of it side by side, each undo until it succeeds.
+"""The saga: everything that was begun is undone, in parallel, and each undo is retried until it succeeds.
 
 Each mechanism records an action before it happens, and its undo must tolerate that the action never happened. One
 party's outage never delays another's undo. A refusal inside an undo is an answer and stops no other undo (pitfall 38).

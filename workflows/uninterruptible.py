@@ -12,7 +12,7 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Uninterruptible:
-    """Waits of one reason. `places`: module, class and function in which they stand."""
+    """Waits with the same reason. `places`: their module, class and function."""
 
     what: str
     reason: str
@@ -22,7 +22,7 @@ class Uninterruptible:
 UNINTERRUPTIBLE: Final = (
     Uninterruptible(
         "settlement",
-        "The job has delivered: nothing undoes that. Commit, charge and ledger calls are retried without end "
+        "The job has delivered, and that cannot be undone. Commit, charge and ledger calls are retried without end "
         "(contract §4), and a renewal or give-back in flight ends first.",
         (
             "settlement.Settlement._ask_commit",
@@ -37,8 +37,8 @@ UNINTERRUPTIBLE: Final = (
     ),
     Uninterruptible(
         "undo",
-        "The task ends: everything that was begun is given back, however long that takes (contract §4), and no job "
-        "of it keeps running.",
+        "The task ends. Everything that was begun is given back, without a time limit (contract §4), and none of its "
+        "jobs keeps running.",
         (
             "undo.Undo.all",
             "attempts.Attempts.cancel_all",
@@ -57,7 +57,7 @@ UNINTERRUPTIBLE: Final = (
     ),
     Uninterruptible(
         "background calls",
-        "The flow does not wait for them, or its wait can be interrupted. They give up where the task ends or the run "
+        "The flow does not wait for them, or its wait can be interrupted. They give up when the task ends or the run "
         "continues as new.",
         (
             "attempts.Attempts._cancel",
@@ -74,7 +74,7 @@ UNINTERRUPTIBLE: Final = (
     ),
     Uninterruptible(
         "the event writer",
-        "It runs beside the flow as long as the run lives.",
+        "It runs in parallel with the flow for as long as the run is open.",
         (
             "task_record.TaskRecord.write_facts",
             "task_record.TaskRecord._publish_held_back",
@@ -112,7 +112,7 @@ UNINTERRUPTIBLE: Final = (
     ),
     Uninterruptible(
         "building blocks",
-        "Their callers can be interrupted, or are in this table.",
+        "Their callers can be interrupted or are in this table.",
         (
             "alarm.Alarm.until",
             "attempts.Attempts._pause",

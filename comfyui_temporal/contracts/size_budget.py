@@ -2,7 +2,7 @@
 
 The server's limits (1.32, its defaults):
 
-    one payload                 2 MiB    more: the workflow task fails for ever (`PayloadsTooLarge`), or the start is
+    one payload                 2 MiB    more: the workflow task always fails (`PayloadsTooLarge`), or the start is
                                          refused
     one gRPC message            4 MiB    all commands of a workflow task, or one activity's result
     one history                50 MiB or 51,200 events: the run is terminated

@@ -5,8 +5,8 @@ party.py             ComfyUI and credits for measurements: answers at once, call
 contestants.py       the same job three ways: ours, a bare Temporal workflow, DBOS
 bare_worker.py       the bare workflow and its worker
 dbos_worker.py       the DBOS workflow and its process
-throughput.py        tasks a second: the three side by side; ours by open tasks and by workers
-whole_stack.py       callback to client, start to credits held, recovery after a kill, on the whole local stack
+throughput.py        tasks a second: the three compared; ours by open tasks and by workers
+whole_stack.py       on the whole local stack: callback to client, start to credits held, recovery after a kill
 history_cost.py      history events and billable actions of a task
 memory.py            memory per open task and open stream
 results.py           the table and the JSON file

@@ -1,4 +1,4 @@
-"""The least that Temporal can do of our job: the same four calls as visible activities, five signals; no events.
+"""The smallest workflow for our job: the same four calls as visible activities, five signals, no events.
 
 `python -m proof.benchmarks.bare_worker` is its worker: our worker's settings, activities and converter.
 """

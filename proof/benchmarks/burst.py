@@ -63,7 +63,7 @@ async def stack(folder: Path, *, with_worker: bool = True) -> AsyncIterator[Plat
 
 
 async def timed_out_workflow_tasks(handles: list[Handle]) -> Counter[str]:
-    """How many, by what they waited for: a worker (schedule to start, the sticky queue) or its answer."""
+    """Time-outs by what was waited for: a worker (schedule to start, the sticky queue) or its answer."""
     timed_out: Counter[str] = Counter()
     for handle in handles:
         async for event in handle.fetch_history_events():

@@ -45,7 +45,7 @@ WIRES = 16
 PARTS = {"temporal": "start-dev", "worker": "worker.py", "gateway": "-m gateway"}
 """Part → what its command line holds."""
 SETTLING_SECONDS = 15.0
-"""How long the last ones are waited for."""
+"""Longest wait for the last ones."""
 Sent = Callable[[int, int], Coroutine[Any, Any, None]]
 """Sends message number n to target number m."""
 
@@ -82,7 +82,7 @@ async def at_a_rate(send: Sent, *, targets: int, per_second: float, seconds: flo
 
 
 async def settled(is_over: Callable[[], bool]) -> None:
-    """Returns when it is over, or after 15 s all the same."""
+    """Returns when it is over, or after 15 s at the latest."""
     with suppress(TimeoutError):
         async with asyncio.timeout(SETTLING_SECONDS):
             while not is_over():  # noqa: ASYNC110 - no event reports it
@@ -117,7 +117,7 @@ async def bare_signals(client: Client, *, targets: int, per_second: float, secon
 
 
 async def waiting_tasks(platform: Platform, count: int) -> list[tuple[str, str]]:
-    """Task and job ids of tasks whose jobs say nothing by themselves."""
+    """Task and job ids of tasks whose jobs send no callbacks by themselves."""
     await platform.simulators.admin.comfyui.set_gpus("rtx4090", count)
     await platform.simulators.admin.comfyui.fault("job_stall", at=0.1, times=None)
     await platform.simulators.admin.comfyui.fault("callback_withhold", times=None)
@@ -133,7 +133,7 @@ async def waiting_tasks(platform: Platform, count: int) -> list[tuple[str, str]]
 
 @asynccontextmanager
 async def arrivals(gateway: GatewayProcess) -> AsyncIterator[dict[tuple[str, int], float]]:
-    """When one client of all the tenant's tasks received each task's queue position."""
+    """The times at which one client of all the tenant's tasks received each task's queue position."""
     at: dict[tuple[str, int], float] = {}
     is_open = asyncio.Event()
 

@@ -1,7 +1,7 @@
 """Our job on DBOS: the same calls under the same keys, the same events in the same task store, one step each.
 
 `python -m proof.benchmarks.dbos_worker` is one process of it. A step's result is recorded once it is done. The step of
-a killed process runs again with the same key and the same body, which are made of what was recorded before.
+a killed process runs again with the same key and the same body, which are computed from recorded results.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOPIC: Final = "comfyui_callback"
 CALLBACKS: Final = 5
 WAIT_SECONDS: Final = 3_600.0
 LOOK_SECONDS: Final = 0.1
-"""Of the queue; DBOS's default of 1 s only delays starts."""
+"""Polling of the queue; DBOS's default of 1 s only delays starts."""
 VERSION: Final = "1"
 TRIES: Final = 20
 

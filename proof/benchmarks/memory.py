@@ -1,4 +1,4 @@
-"""Memory per open task and per open stream, from the two measurements of their own."""
+"""Memory per open task and per open stream, from two other measurements."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python -m proof.benchmarks.open_task_memory [--tasks 1000]
 
-The outside parties are answered in memory, so that only the worker's own cost is measured. A bare workflow with as
-many calls, a timer and a signal is measured in the same run: what Temporal's SDK takes for any workflow.
+ComfyUI and credits answer in memory, so that only the worker's own cost is measured. A bare workflow with as many
+calls, a timer and a signal is measured in the same run: it shows what Temporal's SDK takes for any workflow.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Answers:
 
 @workflow.defn(sandboxed=False)
 class BareWorkflow:
-    """What Temporal itself takes: the same calls with the same payloads, then a timer and a signal waited for."""
+    """What Temporal itself takes: the same calls with the same payloads, then a wait for a timer and a signal."""
 
     def __init__(self) -> None:
         self._is_done = False

@@ -1,6 +1,6 @@
 """ComfyUI and credits for measurements: every call is answered at once, every job calls back five times.
 
-It runs in the driver's process, does next to nothing, and records when credits are held and when they are committed.
+It runs in the driver's process, costs almost nothing, and records when credits are held and when they are committed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CALLBACKS: Final[tuple[dict[str, Any], ...]] = (
     {"job_status": "delivery", "stage_progress": 100, "result_urls": ["https://results.example/1.png"]},
 )
 WAITING: Final = "waiting-"
-"""Tasks whose ids begin so are never called back: they stay open."""
+"""Tasks whose ids begin with this get no callbacks: they stay open."""
 
 CallBack = Callable[[str, dict[str, Any]], Awaitable[None]]
 

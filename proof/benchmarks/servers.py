@@ -84,7 +84,7 @@ async def file_backed_servers(folder: Path) -> AsyncIterator[Servers]:
 
 
 async def _sync_as_temporal_does(dsn: str) -> None:
-    """All are measured with the same promise: a killed server loses nothing, a power cut may cost the last moment."""
+    """All have the same durability: a killed server loses nothing, a power cut may lose the last moment."""
     connection = await asyncpg.connect(dsn)
     await connection.execute("ALTER SYSTEM SET synchronous_commit = off")
     await connection.execute("SELECT pg_reload_conf()")

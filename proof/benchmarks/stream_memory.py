@@ -107,7 +107,7 @@ async def opened(port: int, path: str, tries: int = 10) -> asyncio.StreamWriter:
 
 
 async def cost(name: str, server: psutil.Process, port: int, paths: list[str]) -> int:
-    """Open all paths, say what they cost; the server's resident memory in bytes."""
+    """Open all paths and print what they cost. Returns the server's resident memory in bytes."""
     for path in paths[:20]:
         (await opened(port, path)).close()
     await asyncio.sleep(1)
@@ -135,7 +135,7 @@ async def cost(name: str, server: psutil.Process, port: int, paths: list[str]) -
 
 
 async def written_tasks(dsn: str, count: int) -> list[str]:
-    """So many open tasks with one event each."""
+    """This many open tasks with one event each."""
     connection = await asyncpg.connect(dsn)
     ids = [f"task-{n}" for n in range(count)]
     await connection.execute(

@@ -50,7 +50,7 @@ class Rate(BaseModel):
 
 
 class Comparison(BaseModel):
-    """The three side by side, each on servers of its own, in turns."""
+    """The three compared, each on servers of its own, in turn."""
 
     rounds: list[Rate]
     to_bare: float
@@ -59,7 +59,7 @@ class Comparison(BaseModel):
 
 
 async def compare(tasks: int, rounds: int) -> Comparison:
-    """Rounds of all three, so that what else the machine does meets them alike."""
+    """Rounds of all three, so that other load of the machine affects them equally."""
     measured = []
     for _ in range(rounds):
         for kind in (Ours, Bare, OnDbos):
@@ -118,7 +118,7 @@ async def contest() -> AsyncIterator[tuple[Servers, Party]]:
 
 
 async def measure(contestant: Contestant, servers: Servers, party: Party, tasks: int) -> Rate:
-    """Run so many tasks to their end, `UNDER_WAY` at a time."""
+    """Run this many tasks to their end, `UNDER_WAY` at a time."""
     party.forget()
     party.call_back = contestant.call_back
     room = asyncio.Semaphore(UNDER_WAY)

@@ -60,7 +60,7 @@ class Waits(BaseModel):
     callback_to_client: Spread
     """From a callback's sending to its event at the client."""
     kill_to_polling: Spread
-    """From the worker's SIGKILL until its successor polls: what a process's start takes."""
+    """From the worker's SIGKILL until its successor polls: the start of a process."""
     polling_to_next_event: Spread
     """From then to the next event that a client receives."""
 
@@ -161,7 +161,7 @@ async def _orders(site: Site, events: Events, count: int) -> tuple[list[float], 
 
 
 async def _callbacks(site: Site, events: Events, task_id: str, count: int) -> list[float]:
-    """Callbacks of a job that stands still, sent by us, and how long each took to reach the client."""
+    """Callbacks of a stalled job, sent by us, and how long each took to reach the client."""
     [run] = await site.admin.comfyui.jobs(task_id)
     seconds = []
     for sequence in range(101, 101 + count):

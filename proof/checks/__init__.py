@@ -1,8 +1,8 @@
 """What must be true of every task that has ended, judged from outside; the same rules for every kind of run.
 
-A judge never relies on what the task says of itself. It compares that with what the credits service, ComfyUI, object
-storage, Temporal and the clients have recorded. What a kind of run cannot know is exempt by name (`Exempt`), and
-nothing else is.
+A judge never relies on what the task reports about itself. It compares that with what the credits service, ComfyUI,
+object storage, Temporal and the clients have recorded. Only what a kind of run cannot know is exempt, by name
+(`Exempt`).
 
 finished_task.py   the evidence on one task, the rules and the exemptions by their names
 judge.py           every rule on one task

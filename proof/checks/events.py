@@ -16,7 +16,7 @@ ENDS: Final[Mapping[TaskStatus, EventType]] = {
 
 
 def check_events(task: FinishedTask, findings: Findings) -> None:
-    """Gapless; accepted first; one end, the last, and the row's; progress never goes back."""
+    """No gaps; accepted comes first; the one end comes last and is the row's; progress never goes back."""
     row, kinds = task.row, [event.event for event in task.events]
     seqs = [event.seq for event in task.events if isinstance(event, TaskEvent)]
     findings.must(seqs == list(range(1, len(seqs) + 1)), Rule.BROKEN_EVENTS, f"the events have a gap: {seqs}")

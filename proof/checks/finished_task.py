@@ -53,7 +53,7 @@ class Exempt(StrEnum):
     JOB_RUNS_OUT = "job_runs_out"
     """A job whose id could not be learned, or that could not be cancelled, runs to its end."""
     POINTS_IN_EVENTS = "points_in_events"
-    """The events' points do not add up: the service said of a hold that it does not have it."""
+    """The events' points do not add up: the service answered that it does not have a hold."""
     BUG = "bug"
     """Workflow tasks were made to fail."""
     RESET = "reset"

@@ -32,7 +32,7 @@ SUMMARISED: Final = frozenset(
 )
 """Events that have a summary; a marker is an activity that ran locally."""
 PATCH_MARKER: Final = "core_patch"
-"""... or the name of a patch that this run was decided with (docs/versioning.md)."""
+"""... or the name of a patch that this run uses (docs/versioning.md)."""
 MAY_BE_LEFT: Final = frozenset({"write", "get_job", "get_training", "ledger", "look"})
 """Activities that a run may leave behind where it continues as new: keyed writes, and reads."""
 ACTIVITY_ENDS: Final = tuple(

@@ -12,11 +12,11 @@ from proof.checks.money import check_money
 
 
 class NotCollected(Exception):
-    """Evidence is missing, and its absence is not exempt: the caller has to collect it or say why not."""
+    """Evidence is missing, and its absence is not exempt: the caller has to collect it or name the exemption."""
 
 
 def judge(task: FinishedTask, expected: Expected = NOTHING_EXPECTED, exempt: Iterable[Exempt] = ()) -> list[Finding]:
-    """What does not hold; empty where everything does. Raises NotCollected."""
+    """The broken rules; empty if all hold. Raises NotCollected."""
     exemptions, findings = frozenset(exempt), Findings()
     _check_evidence(task, exemptions)
     _check_end(task, expected, exemptions, findings)
@@ -68,7 +68,7 @@ def _check_jobs(task: FinishedTask, expected: Expected, exempt: frozenset[Exempt
 
 
 def _check_result(task: FinishedTask, findings: Findings) -> None:
-    """The run's own result says what the row says."""
+    """The run's own result agrees with the row."""
     result, row = task.result or {}, task.row
     if row is None:
         return

@@ -22,11 +22,11 @@ SAY_UNKNOWN: Final = frozenset(
         ExceptionCode.UNDO_UNFINISHED.value,
     }
 )
-"""Exception records of which each says that the fate of some points is unknown."""
+"""Exception records that say that the fate of some points is unknown."""
 
 
 def check_money(task: FinishedTask, expected: Expected, exempt: frozenset[Exempt], findings: Findings) -> None:
-    """Each hold is resolved once; the task is charged once where it completed, and nothing elsewhere."""
+    """Each hold is resolved once. A completed task is charged once, any other nothing."""
     check_holds(task, exempt, findings)
     check_charges(task, expected, exempt, findings)
     check_credits(task, findings)

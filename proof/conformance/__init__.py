@@ -8,7 +8,7 @@ The same cases run on the simulator, the bridge and a customer's own platform:
 A case passes, finds a route *not offered* (which contract §2 allows for some), or is broken, with a sentence that says
 what was expected and what was received. Cases marked `changes_nothing` leave no trace: `starter.py doctor` runs them.
 
-`receiving` (`proof.conformance.receiver`) is imported by name, for it brings a web server that `doctor` has no use for.
+`receiving` is imported from `proof.conformance.receiver`, because it needs a web server and `doctor` does not.
 """
 
 from proof.conformance.cases import Case, Outcome, Verdict, cases, outcome_of, run

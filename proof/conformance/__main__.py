@@ -1,7 +1,7 @@
-"""`python -m proof.conformance --url http://…`: hold a server to the contract and say what it breaks; 1 where it does.
+"""`python -m proof.conformance --url http://…`: check a server against the contract; exit code 1 if it breaks it.
 
-It makes jobs and trainings there. Secrets are the settings': `COMFYUI_TEMPORAL_SERVICE_SECRET`, by which the server
-knows service tokens, and `COMFYUI_TEMPORAL_CALLBACK_SECRETS`, whose first it signs callbacks with.
+It creates jobs and trainings there. Secrets come from the settings: `COMFYUI_TEMPORAL_SERVICE_SECRET` authenticates
+service tokens, and the server signs callbacks with the first of `COMFYUI_TEMPORAL_CALLBACK_SECRETS`.
 """
 
 from __future__ import annotations

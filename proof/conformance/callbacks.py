@@ -21,7 +21,7 @@ _CLOCK_SKEW_SECONDS: Final = 300
 
 
 def demand_genuine(task: str, arrivals: list[Arrival]) -> None:
-    """Each is signed by Standard Webhooks, of now, and names its task."""
+    """Each is signed by Standard Webhooks with the present time, and names its task."""
     for arrival in arrivals:
         demand(not arrival.flaw, f"a callback is not genuine: {arrival.flaw}")
         demand(abs(int(arrival.timestamp) - time.time()) < _CLOCK_SKEW_SECONDS, f"stamped {arrival.timestamp}")

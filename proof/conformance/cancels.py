@@ -1,4 +1,4 @@
-"""Cancelling jobs (contract §2): idempotent, that job only, and what is over stays as it is."""
+"""Cancelling jobs (contract §2): idempotent, that job only, and an ended job does not change."""
 
 from __future__ import annotations
 

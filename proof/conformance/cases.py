@@ -1,4 +1,4 @@
-"""Cases, how they are named, and how they are run: side by side, each to an outcome."""
+"""Cases: their names, and how they are run, in parallel, each to an outcome."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _all: list[Case] = []
 def case(
     title: str, *, changes_nothing: bool = False, needs_scopes: bool = False, trains: bool = False
 ) -> Callable[[Check], Check]:
-    """Put a check among the cases, under its function's name."""
+    """Add a check to the cases, under its function's name."""
 
     def add(check: Check) -> Check:
         add_case(Case(check.__name__, title, check, changes_nothing, needs_scopes, trains))
@@ -70,7 +70,7 @@ def add_case(one: Case) -> None:
 
 
 def cases(*, changes_nothing: bool | None = None, with_scopes: bool = True, with_trainings: bool = True) -> list[Case]:
-    """All cases, or those that change nothing (or something); all, or those that a lesser server can be held to."""
+    """All cases, or those that change nothing (or something), or those for a server with fewer features."""
     for room in _ROOMS:
         importlib.import_module(f"proof.conformance.{room}")
     return [
@@ -94,7 +94,7 @@ async def run(chosen: Iterable[Case], subject: Subject) -> list[Outcome]:
     try:
         return list(await asyncio.gather(*running))
     finally:
-        # Where one of them ends the run, the others must not go on: their client is closed next.
+        # If one case ends the run, the others must stop: their client is closed next.
         for each in running:
             each.cancel()
         await asyncio.gather(*running, return_exceptions=True)

@@ -62,7 +62,7 @@ class CallbackReceiver:
         try:
             Webhook(self.secret).verify(raw, headers, json_parse=False)
         except Exception as error:
-            # standardwebhooks raises many kinds for malformed signatures; each of them is one that we do not take.
+            # standardwebhooks raises many exceptions for malformed signatures; any of them means a refusal.
             return f"its signature does not verify ({error})"
         return ""
 
@@ -81,7 +81,7 @@ async def receiving(secret: str, *, host: str = "127.0.0.1", port: int = 0) -> A
     receiver = CallbackReceiver(secret)
     app = FastAPI(openapi_url=None)
     app.post("/callbacks/comfyui/{task_id}")(receiver.take)
-    # The protocol is named, or asyncio would not set TCP_NODELAY and every answer would take 40 ms.
+    # Without a named protocol asyncio does not set TCP_NODELAY, and every answer takes 40 ms.
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.bind((host, port))
     receiver.url = f"http://{host}:{listening.getsockname()[1]}"

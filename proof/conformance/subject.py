@@ -37,7 +37,7 @@ Found = TypeVar("Found")
 
 
 class Broken(Exception):
-    """A sentence: what was expected, what came."""
+    """A sentence: what was expected, what was received."""
 
 
 class NotOffered(Broken):
@@ -75,7 +75,7 @@ class Profile:
     patience_seconds: float = 30.0
     """How long a job, a training or a callback may take."""
     quiet_seconds: float = 2.0
-    """How long nothing must come to be taken for *never*; longer than the first repeat of a callback, 1 s."""
+    """A callback that does not come for this long counts as never sent; longer than its first repeat, 1 s."""
 
 
 class Subject:

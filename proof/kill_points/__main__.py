@@ -1,4 +1,4 @@
-"""Inject faults into the real stack at every point of both flows; exit code 1 where a task did not end as it must.
+"""Inject faults into the real stack at every point of both flows; exit code 1 if a task did not end as it must.
 
 python -m proof.kill_points                                    everything
 python -m proof.kill_points --kinds worker-killed,terminated   some kinds of fault

@@ -1,6 +1,6 @@
-"""How a call is kept at its point: a file per task says which call waits and where; the worker reads it.
+"""How a call is kept at its point: a file for each task says which call waits and where; the worker reads it.
 
-Files, because they outlive every kill: the runner takes them away before the worker is started again.
+Files survive every kill. The runner removes them before the worker is started again.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Gate(BaseModel):
     phase: Phase
     about: str = ""
     only_visible: bool = False
-    """The local try is made to fail, so that the visible one comes there."""
+    """The local try is made to fail, so that the visible one reaches the gate."""
     loses: bool = False
-    """Its outcome is lost once, instead of kept waiting."""
+    """The call's outcome is lost once; the call is not kept waiting."""
 
     def takes(self, call: str, arguments: Sequence[Any]) -> bool:
         return call == self.call and any(re.search(self.about, name) for name in _names_of(arguments))

@@ -1,4 +1,4 @@
-"""The kinds of fault. Each is injected once for all tasks of a round, and returns when what failed was back."""
+"""The kinds of fault. Each is injected once for all tasks of a round, and returns when the failed part is back."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def worker_stopped(site: RoundSite, task_ids: Sequence[str]) -> datetime:
 
 
 def part_killed(part: str) -> Inject:
-    """The tasks go on meanwhile, as far as they can."""
+    """The tasks continue meanwhile, as far as they can."""
 
     async def inject(site: RoundSite, task_ids: Sequence[str]) -> datetime:
         await site.parts.kill(part)
@@ -85,7 +85,7 @@ def part_killed(part: str) -> Inject:
 
 
 async def reply_lost(site: RoundSite, task_ids: Sequence[str]) -> datetime:
-    """Done by a fault, or in the worker, when each task came there."""
+    """Each task's reply was lost by a fault, or in the worker, when the task came to its point."""
     await _loosen(site)
     return _now()
 
@@ -162,7 +162,7 @@ def _no_reply_in_flight(point: Point) -> bool:
 
 
 def _of_service(is_credits: bool) -> Callable[[Point], bool]:
-    """A reply in flight is that of the service that fails."""
+    """Points whose reply in flight, if any, comes from the service that fails."""
 
     def fits(point: Point) -> bool:
         is_own = point.gate is not None and (point.gate.call in CREDITS_ROUTES) is is_credits

@@ -1,4 +1,4 @@
-"""What must be true of each task in the end: the shared rules, and how soon work went on."""
+"""What must be true of each task in the end: the shared rules, and how soon work continued."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ALWAYS_EXEMPT: Final = frozenset({Exempt.RESULT})
 
 @dataclass
 class Ending:
-    """A task that should have ended, and what its plan says of it. `problems` and `recovered` are filled in."""
+    """A task that should have ended, and what its plan expects. `problems` and `recovered` are filled in."""
 
     task_id: str
     may_end: frozenset[TaskStatus]
@@ -81,7 +81,7 @@ async def _judge(sources: Sources, services: Services, ending: Ending) -> None:
 
 
 def _measure_recovery(ending: Ending) -> None:
-    """From when the part that failed is back to the next thing that a worker does, by the server's clock."""
+    """From the failed part's return to the next action of a worker, by the server's clock."""
     done = [
         event.event_time.ToDatetime(UTC)
         for history in ending.histories

@@ -1,4 +1,4 @@
-"""The paths that lead a task to points: what its job does, what happens to it, and how it goes on afterwards."""
+"""The paths that lead a task to its point: what its job does, what happens to it, and how it continues afterwards."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TaskPath:
     milliseconds: int = 0
     after: Act = _resume
     fields: dict[str, Any] = field(default_factory=dict)
-    """Of the task's input."""
+    """Additional fields of the task's input."""
 
 
 def task_of(site: RoundSite, scene: str, task_id: str, path: TaskPath) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def task_of(site: RoundSite, scene: str, task_id: str, path: TaskPath) -> dict[s
     }
 
 
-# What jobs are shown to do
+# Job states that the simulator reports
 
 
 async def _stall(site: RoundSite, task_id: str) -> None:

@@ -12,7 +12,7 @@ from proof.kill_points.paths import TaskPath
 
 ALL_PHASES: Final[tuple[Phase, ...]] = (BEFORE_SEND, AFTER_EFFECT, AFTER_REPLY, BEFORE_REPORT)
 OWN_PHASES: Final[tuple[Phase, ...]] = (BEFORE_SEND, BEFORE_REPORT)
-"""Of what is no call to another service."""
+"""The phases of points that are no call to another service."""
 ROUTES: Final = frozenset(
     {
         *("submit_job", "get_job", "cancel_job", "create_training", "start_training", "get_training"),

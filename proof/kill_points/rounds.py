@@ -38,12 +38,12 @@ class Cell:
     kind: Kind
     task_id: str
     fault: str | None = None
-    """The switchboard's fault that keeps it there, as `key_of` names it."""
+    """The simulator's fault that keeps it there, as `key_of` names it."""
     problems: list[str] = field(default_factory=list)
     is_first_try: bool = True
     """Whether its call had not been retried before the fault: then nothing waits for a longer pause."""
     recovery_seconds: float | None = None
-    """From when what failed is back to the next thing that a worker does for it; None where nothing was to be done."""
+    """From the failed part's return to a worker's next action for it; None if there was nothing to do."""
 
     @property
     def is_reached_in_worker(self) -> bool:
@@ -169,7 +169,7 @@ async def _record_tries(site: RoundSite, cell: Cell) -> None:
 
 
 async def _approach(site: RoundSite, cells: Sequence[Cell]) -> None:
-    """What is done a stated time before the fault, the earliest first."""
+    """Run the approaches, each its number of milliseconds before the fault, the earliest first."""
     paths = sorted(
         (cell for cell in cells if cell.point.path.approach is not None),
         key=lambda cell: -cell.point.path.milliseconds,
@@ -182,7 +182,7 @@ async def _approach(site: RoundSite, cells: Sequence[Cell]) -> None:
 
 
 async def _after(site: RoundSite, cell: Cell) -> None:
-    """Continue a task that waits for a push."""
+    """Continue a task that waits for an action from outside."""
     try:
         await until(lambda: _pushed(site, cell), "a push", seconds=10)
     except TimeoutError as failure:
@@ -213,7 +213,7 @@ async def _all_ended(site: RoundSite, cells: Sequence[Cell]) -> None:
 async def _has_ended(site: RoundSite, task_id: str, *, may_lack_row: bool) -> bool:
     row = await site.row(task_id)
     if row is None:
-        # Terminated before it claimed its id: nothing was begun. A claim in flight has landed by then.
+        # Terminated before it claimed its id: nothing was begun. A claim in flight has ended by then.
         return may_lack_row
     if row.ended_at is None:
         return False

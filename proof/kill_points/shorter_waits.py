@@ -1,4 +1,4 @@
-"""Waits of minutes that the rounds have no time for, in the gated worker and where its histories are replayed."""
+"""Waits of minutes, made shorter for the rounds, in the gated worker and where its histories are replayed."""
 
 from __future__ import annotations
 

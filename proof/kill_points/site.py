@@ -50,7 +50,7 @@ class RoundSite(Site):
         folder.mkdir(parents=True, exist_ok=True)
         for n in range(3):
             path = folder / f"{n}.txt"
-            if not path.exists():  # a training fails, rightly, whose dataset is written to meanwhile
+            if not path.exists():  # a training whose dataset changes meanwhile fails, as it should
                 path.write_text(f"picture {n}")
         return folder
 

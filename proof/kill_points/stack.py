@@ -23,9 +23,9 @@ from proof.site.parts import OwnParts
 SPEED: Final = 480.0
 """A standard image in a second, a training in about six."""
 SIGNALS_UNTIL_CONTINUED: Final = 40
-"""More than any task here gets of itself."""
+"""More than any task here gets otherwise."""
 SETTINGS: Final = {
-    # Work runs 480 times as fast here and a restart does not.
+    # Work runs 480 times as fast here, but a restart does not.
     "DEADLINE_FACTOR": "1000",
     "IMAGE_POLL_AFTER_SECONDS": "3",
     "IMAGE_POLL_AT_MOST_SECONDS": "6",

@@ -1,4 +1,4 @@
-"""Mutants of workflows and activities: which survive the simulation and the tests; exit code 1 where one does.
+"""Mutants of workflows and activities: which survive the simulation and the tests; exit code 1 if one does.
 
 python -m proof.mutation                                  all of them; goes on where it was interrupted
 python -m proof.mutation --only workflows/stop.py         some modules; may be repeated

@@ -1,4 +1,4 @@
-"""The small changes of one expression: each gives the text that takes its place."""
+"""The small changes of one expression: each returns the new text."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _COMPUTED: Final[dict[type[ast.operator], type[ast.operator]]] = {
 _NAMES: Final = {"min": "max", "max": "min", "any": "all", "all": "any"}
 _SYMMETRIC: Final = frozenset({"min", "max"})
 _SMALL: Final = 2
-"""Above it a number is changed in one direction only: one more and one less say the same of a limit."""
+"""A larger number is changed in one direction only: one more and one less test a limit equally well."""
 
 
 def changes_of(node: ast.expr) -> Iterator[str]:
-    """Every text that takes the expression's place."""
+    """Every replacement of the expression."""
     match node:
         case ast.Compare():
             yield from _compare(node)
@@ -55,19 +55,19 @@ def changes_of(node: ast.expr) -> Iterator[str]:
 
 
 def negated(test: ast.expr) -> str:
-    """The condition's contrary."""
+    """The negated condition."""
     return ast.unparse(_not(test))
 
 
 def needs_negation(test: ast.expr) -> bool:
-    """Whether no other change says the same, or nearly: of `not x`, `a < b` and `a and b` one does."""
+    """Whether no other change is equivalent or nearly so; for `not x`, `a < b` and `a and b` there is one."""
     is_not = isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
     is_single_compare = isinstance(test, ast.Compare) and len(test.ops) == 1
     return not (is_not or is_single_compare or isinstance(test, ast.Constant | ast.BoolOp))
 
 
 def returns_instead(value: ast.expr, annotation: ast.expr | None) -> Iterator[str]:
-    """What a function returns in its value's place: another constant."""
+    """Another constant that the function returns instead of its value."""
     kind = ast.unparse(annotation) if annotation is not None else ""
     if kind == "bool":
         yield from (other for other in ("True", "False") if ast.unparse(value) != other)

@@ -97,7 +97,7 @@ def _read_all(reading: int, until: float) -> bytes | None:
 
 
 def _end_all_children() -> None:
-    """Kill and reap every child, and those that fall to us meanwhile, until none is left."""
+    """Kill and reap every child, and those that we adopt meanwhile, until none is left."""
     while True:
         children = [child for task in Path("/proc/self/task").iterdir() for child in _children_of(task)]
         if not children:

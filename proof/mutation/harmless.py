@@ -1,7 +1,7 @@
-"""The survivors that are known, each with its reason (`harmless.toml`).
+"""The known survivors, each with its reason (`harmless.toml`).
 
-They are matched by module, function and the changed line, not by a line number: an entry that matches no mutation any
-more is stale, and an error.
+They are matched by module, function and the changed line, not by a line number. An entry that no longer matches a
+mutation is stale, which is an error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Harmless:
     def __init__(self, entries: Iterable[Entry], read: Iterable[str] = ()) -> None:
         self.entries = list(entries)
         self.modules_read = frozenset(read)
-        """Modules whose survivors were all read: a further one is new."""
+        """Modules whose survivors were all reviewed: any other survivor is new."""
         self._reasons = {
             (entry.module, entry.function, folded(line)): entry.reason
             for entry in self.entries

@@ -1,4 +1,4 @@
-"""A module with another source than its file's, for one process; nothing is written."""
+"""A module with a changed source, for one process; nothing is written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any, Final
 from proof.mutation.mutations import ROOT
 
 KEPT: Final = ("comfyui_temporal", "proof", "proof.mutation", "comfyui_temporal.process_end")
-"""Ours, and never imported again: nothing in them imports what is mutated."""
+"""Our modules that are never imported again: they import no mutated module."""
 _forgotten: Final[list[ModuleType]] = []
-"""Kept alive: Python would warn, during a test, of what is discarded with one, e.g. an event loop."""
+"""Kept alive: if one were discarded during a test, Python would warn, e.g. of its event loop."""
 
 
 class InMemory(MetaPathFinder):
@@ -28,7 +28,7 @@ class InMemory(MetaPathFinder):
         self._names = names or {}
 
     def install(self) -> None:
-        """From here on; what is imported already is forgotten, with all of ours that may have imported it."""
+        """Begin. Modules that are imported already are forgotten, with all of ours that may have imported them."""
         forget()
         sys.meta_path.insert(0, self)
 
@@ -66,7 +66,7 @@ def _is_kept(name: str) -> bool:
 
 
 def forget() -> None:
-    """Our modules are imported again where they are imported next; those of others stay."""
+    """Our modules are imported again at their next import; other modules are kept."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
         is_ours = file.startswith(f"{ROOT}/") and not file.startswith(f"{ROOT}/.venv/")

@@ -1,4 +1,4 @@
-"""The verdict on one mutant: the simulation first, then the tests that reach what was changed."""
+"""The verdict on one mutant: by the simulation first, then by the tests that reach the change."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from proof.mutation.mutations import ROOT, Mutation
 from proof.mutation.reach import EVERYWHERE, Reach, Seed, simulation
 
 SIMULATION_CPU_SECONDS: Final = 15
-"""For all seeds of one mutant, which take a third of it: a mutant that waits without waiting takes all of it."""
+"""Limit for all seeds of one mutant. They take a third of it; a mutant with a busy loop takes all of it."""
 TEST_CPU_SECONDS: Final = 300
 TEST_LIMIT_SECONDS: Final = 40
-"""For one test: none takes a quarter of it, and a run that a mutant left stuck is waited for this long."""
+"""Limit for one test. None takes a quarter of it; a run that a mutant leaves stuck takes all of it."""
 AGAIN_AT_MOST: Final = 3
 """How often a test may fail that does not fail when it is run alone."""
 
 
 class Fate(StrEnum):
-    """What became of a mutant."""
+    """The fate of a mutant."""
 
     KILLED_BY_SIMULATION = "simulation"
     KILLED_BY_TESTS = "tests"
@@ -55,7 +55,7 @@ class Effort:
     """How much is done for one mutant."""
 
     seeds: int
-    """At most, of those that reach it."""
+    """The most schedules that judge it, of those that reach it."""
     test_seconds: float
     """The tests that reach it, until they took this long without any mutant."""
 
@@ -71,7 +71,7 @@ class Judge:
         self._folder = folder
 
     def check(self) -> None:
-        """Raises RuntimeError where tests fail here without any mutant: then they would seem to kill each."""
+        """Raises RuntimeError if tests fail without any mutant: then they would seem to kill every mutant."""
         some = [min(tests, key=lambda test: self._reach.seconds[test]) for tests in self._reach.tests.values()]
         failed = self._first_failure(None, some[:1])
         if failed is not None:
@@ -169,7 +169,7 @@ class Judge:
 
 
 def load_what_others_wrote() -> None:
-    """Import once what every mutant's process needs and none changes: forks have it without importing it."""
+    """Import modules that every mutant's process needs and none changes: forks then have them already."""
     for name in ("proof.simulation.schedule", "tests.workflows.platform"):
         importlib.import_module(name)
     forget()
@@ -177,7 +177,7 @@ def load_what_others_wrote() -> None:
 
 
 def spread(seeds: Sequence[Seed], most: int) -> list[Seed]:
-    """At most so many, kinds and profiles by turns."""
+    """At most this many, from kinds and profiles in turn."""
     groups: dict[tuple[str, str], list[Seed]] = {}
     for seed in seeds:
         groups.setdefault((seed.kind, seed.profile), []).append(seed)
@@ -189,9 +189,9 @@ def spread(seeds: Sequence[Seed], most: int) -> list[Seed]:
 def first_failure(tests: list[str]) -> str | None:
     """Run these in this process; the first that fails, or None. Raises AssertionError where pytest cannot run them."""
     seen = _Watch(tests)
-    # Modules that were there before the fork: their assertions are those of others, and are well as they are.
+    # Modules that were loaded before the fork are not tests: their assertions need no rewriting.
     as_they_are = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # most of the start would go into them
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # loading them would take most of the start
     plugins = ["-p", "pytest_asyncio.plugin", "-p", "pytest_timeout", "-p", "no:cacheprovider"]
     options = ["-x", *plugins, f"--timeout={TEST_LIMIT_SECONDS}", "--rootdir", str(ROOT)]
     code = pytest.main([*options, *as_they_are, *tests], plugins=[seen])

@@ -1,6 +1,6 @@
-"""Which changes there are in a module, in the order of its source.
+"""The possible changes of a module, in the order of its source.
 
-Left out is what decides nothing at run time: annotations, decorators, docstrings, protocols, assertions (they are for
+Code without effect at run time is left out: annotations, decorators, docstrings, protocols, assertions (they are for
 the type checker), and the text of sentences.
 """
 
@@ -35,7 +35,7 @@ class Mutation:
     """The first line of the innermost block of statements around it (reach.py)."""
     was: str
     becomes: str
-    """The changed line, or `removed: ` and what was."""
+    """The changed line, or `removed: ` and the line."""
     start: int
     end: int
     text: str
@@ -64,7 +64,7 @@ def modules(names: list[str]) -> list[str]:
 
 @cache
 def source_of(module: str) -> bytes:
-    """The module's source, as it was when this process first read it: places in it hold for no other."""
+    """The module's source as this process first read it: positions are valid for this text only."""
     return (ROOT / module).read_bytes()
 
 
@@ -221,7 +221,7 @@ class _Finder(ast.NodeVisitor):
         self.visit(node.value)
 
     def _assignment(self, node: ast.Assign | ast.AnnAssign | ast.AugAssign, targets: list[ast.expr]) -> None:
-        """Removed, unless that leaves a name without any value: everything would notice."""
+        """Remove it, unless that leaves a name without any value: every test would notice."""
         if self._functions and all(map(self._keeps_a_value, _parts(targets))):
             self._add(node, "pass", is_removal=True)
 
@@ -267,7 +267,7 @@ class _Finder(ast.NodeVisitor):
     # Expressions
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        """Text; and Python 3.11 does not say where in the file its parts are."""
+        """Skipped: it is text, and Python 3.11 does not give the positions of its parts."""
 
     def visit_comprehension(self, node: ast.comprehension) -> None:
         self.visit(node.iter)

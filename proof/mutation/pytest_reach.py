@@ -1,7 +1,7 @@
 """pytest plugin: which test reaches which blocks. `python -m pytest -p mutation.pytest_reach --reach FILE …`
 
-A test is given what was reached between its beginning and the next test's: its fixtures' share too. What a server or
-worker of a whole module does later is given to the test during which it was done.
+A test reaches the blocks that run between its own beginning and the next test's, so its fixtures count too. What a
+server or worker of a whole module does counts for the test during which it happens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which seeds and which tests reach which block of statements, so that a mutant is judged by those alone.
+"""Which seeds and tests reach which block of statements, so that only those judge a mutant.
 
 The mutable modules are compiled with a call at the beginning of every block, which records that it was reached.
 """
@@ -22,7 +22,7 @@ Block = str
 """`workflows/stop.py:33`: a module, and the line on which a block's first statement begins."""
 
 EVERYWHERE: Final[Block] = ""
-"""All seeds reach it: what a module does when it is imported."""
+"""The block of import-time code, which all seeds reach."""
 
 
 class Seed(NamedTuple):
@@ -61,7 +61,7 @@ def noting_sources() -> dict[str, bytes | ast.Module]:
 
 
 def note_into(reached: set[Block]) -> None:
-    """Have every block that is reached in this process added to `reached`."""
+    """Add every block that this process reaches to `reached`."""
     InMemory(noting_sources(), {NOTED: reached.add}).install()
 
 
@@ -92,7 +92,7 @@ def _note(module: str, block: list[ast.stmt]) -> None:
 
 
 def seeds_that_reach(count: int) -> dict[Block, list[Seed]]:
-    """Play so many schedules, in a process of its own. Those that fail without any mutant judge none."""
+    """Play this many schedules in a process of its own. Those that fail without a mutant are left out."""
     reached = set[Block]()
     note_into(reached)
     play = simulation()
@@ -129,7 +129,7 @@ def fingerprint(*folders: str) -> str:
 
 
 def kept(file: Path, of: str, make: Callable[[], Any]) -> Any:
-    """What `make` gave when everything was as it is now (`of`); made where that is not in the file."""
+    """The result of `make` for this state of everything (`of`), from the file; computed if it is not there."""
     if file.exists():
         stored = json.loads(file.read_text())
         if stored["of"] == of:

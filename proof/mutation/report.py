@@ -14,7 +14,7 @@ _COLUMNS: Final = ("module", "mutants", "simulation", "tests", "harmless", "surv
 
 
 def table(judged: Sequence[Judged], harmless: Sequence[Mutation]) -> str:
-    """One row a module: who killed how many, and what is left."""
+    """One row a module: how many the simulation and the tests killed, and how many survived."""
     fates: dict[str, Counter[str]] = {}
     for mutation, verdict in judged:
         column = "survived" if verdict.fate.is_alive else verdict.fate.value

@@ -1,4 +1,4 @@
-"""The tests that judge mutants, played once without any, to know what each reaches and how long it takes."""
+"""The tests that judge mutants, run once without a mutant, to learn what each reaches and how long it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was judged before, so that a run that was interrupted goes on where it was."""
+"""Verdicts of earlier runs, so that an interrupted run continues where it was."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ KILLERS_AT_MOST = 12
 class Verdicts:
     """A file of one verdict a line.
 
-    A kill is valid as long as the mutated module is unchanged. A survival is valid as long as everything is: simulation
-    and tests may see it by now.
+    A kill is valid as long as the mutated module is unchanged. A survival is valid as long as everything is
+    unchanged: newer tests may detect the mutant.
     """
 
     def __init__(self, file: Path, everything: str) -> None:
@@ -70,5 +70,5 @@ class Verdicts:
         for line in self._file.read_text().splitlines():
             try:
                 yield json.loads(line)
-            except ValueError:  # the last one, of a run that was killed while it wrote
+            except ValueError:  # the last line, of a run that was killed while it wrote
                 continue

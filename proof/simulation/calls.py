@@ -1,6 +1,6 @@
 """Activities of one run: attempts, retries, time limits, cancellation, as Temporal's server and worker do them.
 
-An attempt that its caller no longer waits for may act all the same, later: what was sent was sent.
+An attempt that its caller no longer waits for may still act later, because its request was sent.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Calls:
         return {call.name for call in self._open.values()}
 
     def request_cancel(self, seq: int) -> None:
-        """The run no longer wants it: what is sent ends by itself, what is not is not sent."""
+        """The run cancels it: an attempt that was sent ends by itself; one that was not is never sent."""
         call = self._open.get(seq)
         if call is None:
             return
@@ -250,7 +250,7 @@ def _timed_out(kind: TimeoutType.ValueType, cause: Failure | None = None) -> Fai
 def _failed(
     call: Call, failure: Failure, state: RetryState.ValueType = RetryState.RETRY_STATE_CANCEL_REQUESTED
 ) -> Resolution:
-    # A local activity's own failure arrives bare, only its time limit is wrapped (pitfall 32).
+    # A local activity's own failure arrives unwrapped; only its time limit is wrapped (pitfall 32).
     is_bare = call.is_local and failure.HasField("application_failure_info")
     wrapped = failure if is_bare else _of_activity(call, failure, state)
     return Resolution(failed=activity_result.Failure(failure=wrapped))

@@ -1,4 +1,4 @@
-"""ComfyUI, by the letter of contract §2 and §3: what image jobs and trainings have in common."""
+"""ComfyUI, exactly by contract §2 and §3: what image jobs and trainings have in common."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class ComfyUIModel(Generic[State]):
         return self._once(call.key, call.job_id, lambda: self._cancelled(call.job_id))
 
     def failures_of(self, job_id: str | None) -> set[str]:
-        """The codes with which a job ever said that it has failed."""
+        """All codes with which a job reported a failure."""
         errors = [error_of(state) for (published_id, _), state in self.published.items() if published_id == job_id]
         return {error.code for error in errors if error is not None}
 
@@ -114,7 +114,7 @@ class ComfyUIModel(Generic[State]):
         work = self.works.get(job_id or "")
         return bool(self.failures_of(job_id)) or (work is not None and work.is_forgotten)
 
-    # What a kind of work says of itself
+    # What each kind of work defines
 
     @abstractmethod
     def _made(self, post: Post[Any]) -> Answer[Any]:

@@ -1,4 +1,4 @@
-"""The credits service, by the letter of contract §4: keys compared by body, holds resolved once, a ledger."""
+"""The credits service, exactly by contract §4: keys compared by body, holds resolved once, a ledger."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Account:
 
 
 class ActedAndFailed(Exception):
-    """It acted, and answers with an error."""
+    """The service acted and answers with an error."""
 
 
 class CreditsModel:

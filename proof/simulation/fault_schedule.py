@@ -67,7 +67,7 @@ class FaultSchedule:
         return not self.is_quiet and any(begin <= self.timeline.now < end for begin, end in outages)
 
     def attempt(self, party: Party, name: str) -> Attempt:
-        """What becomes of a call that is sent now."""
+        """The fate of a call that is sent now."""
         if self.outage_with is not None and self.outage_with[0] == name:
             end = self.timeline.now + self.outage_with[1]
             self.outages[party] = [(self.timeline.now, end)]

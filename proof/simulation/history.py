@@ -1,4 +1,4 @@
-"""A run's history as the simulated server keeps it, and what is left of it when the run is reset."""
+"""A run's history as the simulated server keeps it, and the part that remains when the run is reset."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLOSING: Final = frozenset(
     }
 )
 _REAPPLIED: Final = ("signal_workflow", "do_update", "cancel_workflow")
-"""What was sent to a run after the point of its reset is sent to it again."""
+"""Messages that arrived after the point of the reset are sent to the run again."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class PastRun:
     called: dict[int, Call]
     flags: set[int]
     unrecorded: list[WorkflowActivationJob] = field(default_factory=list)
-    """What had been sent to it and was not in its history yet."""
+    """Messages that had been sent to it and were not in its history yet."""
 
     def cuts(self) -> list[int]:
         """Where it can be reset to: before each of its workflow tasks."""

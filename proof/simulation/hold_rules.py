@@ -1,4 +1,4 @@
-"""Holds (contract §4): how much, for how long, when, and why; by what the credits service has."""
+"""Holds (contract §4): how much, for how long, when, and why; judged by the credits service's books."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from proof.simulation.price_rules import Prices
 from proof.simulation.witness import Attempt, key_of, number_of
 
 LEAST_LIFE: Final = 60.0
-"""Seconds that a hold must still live when it is relied on (contract §4 *Lost answer*)."""
+"""Seconds of life that a hold needs when it is used (contract §4 *Lost answer*)."""
 SHORTEST: Final = 120
 """Past the deadline a hold may last this long, although the margin alone would be shorter."""
 NEVER: Final = float("inf")
@@ -164,7 +164,7 @@ class HoldRules:
         )
 
     def followed_since(self, attempt: Attempt) -> float:
-        """Since when the run waits for nothing but the job: its price is held, and a training has been started."""
+        """Since when the run waits only for the job: its price is held, and a training has been started."""
         granted = self.granted()
         if not granted:
             return NEVER

@@ -1,4 +1,4 @@
-"""One workflow run in a worker's memory: temporalio's own runner, given activations by us instead of by its core."""
+"""One workflow run in a worker's memory: temporalio's own runner, with activations from us instead of from its core."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _EXTERN_FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
 }
 _RUNNER: Final = UnsandboxedWorkflowRunner()
 _OUTER_LOOP: Final = asyncio.new_event_loop()
-"""Never run: an instance only reads which loop it is created under."""
+"""This loop never runs: an instance only reads which loop it is created under."""
 
 
 class TaskFailed(Exception):

@@ -1,4 +1,4 @@
-"""Image jobs (contract §2): how one goes is drawn when it is made."""
+"""Image jobs (contract §2). How a job runs is drawn when it is created."""
 
 from __future__ import annotations
 

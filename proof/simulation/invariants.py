@@ -52,6 +52,6 @@ class World:
         return self.status is TaskStatus.COMPLETED
 
     def recorded_codes(self) -> set[str]:
-        """The codes of the exception records, without the one of a hold out of sight: it excuses nothing else."""
+        """The codes of the exception records, without that of an unseen hold, which excuses nothing else."""
         records = self.parties.store.exceptions.values()
         return {exception.code for exception in records if exception.key != HOLD_OUT_OF_SIGHT}

@@ -1,4 +1,4 @@
-"""Jobs (contract §1 to §3): what is requested, when the next one is, which is cancelled, and why a task fails."""
+"""Jobs (contract §1 to §3): what is requested, when the next one begins, which is cancelled, why a task fails."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 begin     submit, create, start, pre-deduct: not once the task has ended; wait for a store that is away
 charge    as begin, and not before the ledger was read where an earlier life may have charged
-settle    commit: as charge, but a store that is away holds up nothing
+settle    commit: as charge, but it does not wait for a store that is away
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class LiveRun:
         self._due()
 
     def restore(self, kept: PastRun) -> None:
-        """Go on from what is left of a run that was reset: what it waited for then is begun again."""
+        """Continue from the remaining part of a run that was reset: what it waited for then is begun again."""
         self._history, self._called, self._waiting = kept.history, kept.called, kept.unrecorded
         self._flags |= kept.flags
         self._events = 1 + sum(len(recorded.answered) + 3 for recorded in kept.history)
@@ -158,7 +158,7 @@ class LiveRun:
             self._drop()
 
     def stop(self) -> None:
-        """It ends; what is in flight still acts, and its outcome is ignored."""
+        """It ends; calls in flight still act, and their outcomes are ignored."""
         self.is_over = True
         self._calls.forget_all()
         self._timers.cancel_all()

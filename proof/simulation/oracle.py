@@ -1,8 +1,8 @@
 """Invariants 1 to 4, 6 and 7, checked from outside after every step: the money, the jobs, the events.
 
 What was held, charged, capped and promised is computed from the input, the policy and what the services saw; the run's
-own result is only compared with it. Exempt is only what cannot be known or stopped and has an exception record: a hold
-that could not be cancelled ends by expiry, a job that could not be stopped runs to its end.
+own result is only compared with it. Only what cannot be known or stopped is exempt, and only with an exception record:
+a hold that could not be cancelled ends by expiry, a job that could not be stopped runs to its end.
 
     price_rules.py        what the task costs, and its ceiling
     hold_rules.py         holds: how much, how long, when
@@ -108,7 +108,7 @@ class Oracle:
         committed = [hold for hold in holds if hold.phase == "committed"]
         must(len(committed) <= 1, "two holds were committed:", *(hold.pre_deduct_id for hold in committed))
         left = [hold for hold in holds if hold.phase == "open"]
-        # A third is needed where the first one's cancel hangs and the second would expire meanwhile.
+        # A third is needed if the first one's cancel hangs and the second would expire meanwhile.
         must(
             len(left) <= 3 or credits.terms.is_field,
             "more than three holds are open at once:",
@@ -149,7 +149,7 @@ class Oracle:
         is_delivered = bool(current) and self._works[current].state.has_succeeded()
         self._cancel_first |= waits and is_cancel and not is_delivered
         if not busy & {"commit", "cancel_hold"} and "commit" not in self._parties.called:
-            self._prices.ceiling_at_settlement = self._prices.ceiling  # what is confirmed later raises no charge
+            self._prices.ceiling_at_settlement = self._prices.ceiling  # a later confirmation raises no charge
         # A renewal in flight may go on after a delivery until the work is covered, and no cancel ends that.
         if self._parties.credits.holds and current and self._works[current].is_started:
             self._delivery_seen |= any(self._is_delivery(job, current) for job in jobs)

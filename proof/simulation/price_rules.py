@@ -1,4 +1,4 @@
-"""What a task costs and what it may hold (contract §5): from the input, the policy and what the others stated."""
+"""What a task costs and what it may hold (contract §5): from the input, the policy and what the services stated."""
 
 from __future__ import annotations
 
@@ -109,4 +109,4 @@ class Prices:
         return min(self.of_hours(self.carried_hours(attempt) + hours), self.ceiling_at_settlement)
 
     ceiling_at_settlement: int = 0
-    """The ceiling when the price was fixed: what is confirmed later raises no charge."""
+    """The ceiling when the price was fixed: a later confirmation raises no charge."""

@@ -1,4 +1,4 @@
-"""What is published of a task: row, events and exception records show everything that happened, and nothing else."""
+"""What is published about a task: row, events and exception records show everything that happened, nothing else."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RecordRules:
     # Events, as they are written
 
     def event_written(self, fact: Fact) -> None:
-        """What an event says has happened."""
+        """An event reports only what has happened."""
         name, _, rest = fact.key.partition(":")
         if name == "held":
             self._check_held(fact, int(rest))
@@ -77,7 +77,7 @@ class RecordRules:
         must(attempt is not None and fact.error is not None, "an event shows a retry of no attempt:", fact.key)
         assert attempt is not None
         assert fact.error is not None
-        # By every state of its job: the event is written before the workflow task that received the state is recorded.
+        # Any state of its job counts: the event is written before the workflow task that got the state is recorded.
         jobs = self._world.works if attempt.job_id is None else [attempt.job_id]
         codes = {code for job_id in jobs for code in self._world.jobs.failures_of(job_id)}
         is_lost = not codes and fact.error.code == FailureCode.LOST

@@ -70,7 +70,7 @@ _OFTEN: Final = {
 }
 """How many times each is done: one of these numbers."""
 _RARE: Final = {Action.PAUSE: 0.08, Action.OLD_WRITE: 0.15}
-"""How likely each is done once."""
+"""The probability that each is done once."""
 PROFILES: Final = ("contract", "field", "both")
 """Whose credits service: one by our contract, the platform's own, or either by the seed."""
 
@@ -108,7 +108,7 @@ class Scenario:
     """Points by which each further image job of the task is dearer."""
     tells_resumed_from: bool = False
     hands_on_as: Release = Release.PRESENT
-    """Which release's worker continues the run now and then."""
+    """The release whose worker sometimes continues the run."""
     checkpoints: int | None = None
     """How many a training passes, where it is not drawn when it begins: many, while the store is away."""
     resets_at_end: int = 0
@@ -188,7 +188,7 @@ def drawn(
 
 
 def _prices(more: random.Random, is_image: bool) -> PriceTable:
-    """Now and then so dear that a charge comes in parts."""
+    """Sometimes so dear that a charge needs several parts."""
     if more.random() > 0.04:
         return PriceTable()
     return PriceTable(image_base=4_500) if is_image else PriceTable(points_per_gpu_hour=900)
@@ -206,7 +206,7 @@ def _add_more(more: random.Random, scenario: Scenario) -> None:
     scenario.hands_on_as = _rarely(more, 0.1, lambda: more.choice((Release.NEWER, Release.OLDER)), Release.PRESENT)
     if not scenario.is_image and more.random() < 0.03:
         _let_much_wait(scenario)
-    for action, chance in _RARE.items():  # drawn last: what is drawn before stays as it was
+    for action, chance in _RARE.items():  # drawn last, so that earlier draws do not change
         if more.random() < chance:
             scenario.actions.at_step.append((more.randrange(100), action))
     scenario.actions.at_step.sort(key=lambda act: act[0], reverse=True)

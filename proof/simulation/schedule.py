@@ -1,4 +1,4 @@
-"""One seed, from start to end: steps until the task has ended and everything late has landed."""
+"""One seed, from start to end: steps until the task has ended and everything late has arrived."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def play(
     schedule = Schedule(seed, kind, profile=profile, resets=resets, is_traced=is_traced)
     outcome = Outcome(seed, kind)
     try:
-        with warnings.catch_warnings(action="ignore"):  # what temporalio warns of, the oracle sees
+        with warnings.catch_warnings(action="ignore"):  # the oracle sees what temporalio warns about
             outcome.end = schedule.run()
     except (InvariantViolated, TaskFailed) as problem:
         outcome.problem = f"{type(problem).__name__}: {problem}"
@@ -126,7 +126,7 @@ class Schedule:
         )
 
     def _job_price(self, earlier: int) -> int:
-        """Of an image job that comes after so many of the task's."""
+        """The price of an image job after this many jobs of the task."""
         dearer = sum(self.scenario.dearer_by[:earlier])
         return max(0, self.scenario.table_price + self.scenario.job_price_offset + dearer)
 
@@ -149,7 +149,7 @@ class Schedule:
         return self._how()
 
     def _hand_on(self, argument: Payload) -> Payload:
-        """A worker of another release continues the run now and then; what one does not know another may need."""
+        """Sometimes a worker of another release continues the run; fields that it does not know may be needed later."""
         if keeps_unknown(self.server.argument) and not keeps_unknown(argument):
             raise InvariantViolated("what a newer worker had handed on was dropped")
         if self.scenario.hands_on_as is Release.PRESENT or self.rng.random() < 0.5:

@@ -1,8 +1,8 @@
-"""The only module that imports temporalio's private modules, for the version that they were read in.
+"""The only module that imports temporalio's private modules, for one version of them.
 
 A run is driven through the interface between the SDK's Python layer and its core: activations in, commands out. That
-interface may change with any release. With another version installed this import fails: compare the modules below
-with the new version's, run the simulation, then raise `VERSION`.
+interface may change with any release. With another version installed this import fails. Then compare the modules below
+with the new version's, run the simulation, and raise `VERSION`.
 """
 
 from __future__ import annotations

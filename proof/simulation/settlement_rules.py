@@ -1,4 +1,4 @@
-"""What a task was charged in the end, against what it costs; what is short needs a reason that the services saw."""
+"""What a task was charged in the end, compared with its cost. A shortfall needs a reason that the services saw."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from proof.simulation.invariants import World, must
 from proof.simulation.price_rules import Prices
 
 LOOKS_FOR_SECONDS: Final = 600.0
-"""How long a ledger is looked into (contract §4): what it shows later is not known."""
+"""How long a ledger is searched (contract §4): what it shows later is not known."""
 _RESOLVING: Final = frozenset({LedgerKind.COMMIT, LedgerKind.CANCEL, LedgerKind.EXPIRE})
 
 
@@ -63,12 +63,12 @@ class SettlementRules:
             must(self._may_be_short(price), f"charged {charged} of {price} points without a reason to charge less")
 
     def _may_be_charged_twice(self) -> bool:
-        """Exempt: a service that keeps no keys, and whose ledger shows a charge later than is waited for it."""
+        """Exempt: a service that keeps no keys, and whose ledger shows a charge only after the search has ended."""
         terms = self._world.parties.credits.terms
         return terms.is_field and terms.lag_seconds >= LOOKS_FOR_SECONDS and self._is_charge_unanswered()
 
     def _check_unknown(self) -> None:
-        """Not known is only what was refused or unreadable, and what the ledger does not show in time."""
+        """Only what was refused or unreadable, or what the ledger does not show in time, is unknown."""
         is_hold_unknown = bool(self._world.witness.refusals("cancel_hold"))
         has_doubt = self._commits_refused() or self._is_answered_otherwise() or self._is_charge_unanswered()
         has_doubt = has_doubt or is_hold_unknown
@@ -134,7 +134,7 @@ class SettlementRules:
         return next((reply.selected_cost for reply in reported if reply is not None), 0)
 
     def _check_sum_of_events(self, charged: int) -> None:
-        """What the events say came and went is what the task was charged."""
+        """The points in the events add up to what the task was charged."""
         events = self._world.parties.store.events
         moved = sum(event.credits_delta or 0 for event in events if event.event is EventType.CREDITS)
         is_exempt = {ExceptionCode.SETTLEMENT_UNKNOWN, ExceptionCode.HOLD_LEFT_TO_EXPIRY} & self._world.recorded_codes()

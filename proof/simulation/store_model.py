@@ -1,4 +1,4 @@
-"""The task store, by the letter of contract §4 (earlier lives) and §6: claims, lives, facts that become events."""
+"""The task store, exactly by contract §4 (earlier lives) and §6: claims, lives, facts that become events."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StoreRefused(Exception):
 
 @dataclass(frozen=True)
 class Caller:
-    """Whose attempt at an activity it is. `began_at`, `scheduled_at`: of the attempt, of the activity."""
+    """The attempt that makes the call. `began_at`: of the attempt; `scheduled_at`: of its activity."""
 
     run_id: str
     began_at: float
@@ -91,7 +91,7 @@ class StoreModel:
         if caller.run_id in self._earlier_runs:
             return
         self._writes.append((write, caller))
-        if write.run_number > self._run_number:  # what had been in flight when a run continued is no reset
+        if write.run_number > self._run_number:  # calls in flight while a run continues as new are no reset
             self._take_over(caller.run_id, write.run_number)
         had_ended = self.has_ended
         for fact in write.facts:

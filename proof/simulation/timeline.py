@@ -1,4 +1,4 @@
-"""Virtual time: what happens next. The same seed gives the same order, also of what happens at the same time."""
+"""Virtual time: what happens next. The same seed gives the same order, even of simultaneous events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happened, as readable lines; costs next to nothing while it is not wanted."""
+"""What happened, as readable lines. It costs almost nothing while it is off."""
 
 from __future__ import annotations
 

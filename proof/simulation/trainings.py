@@ -1,4 +1,4 @@
-"""Trainings (contract §3): created, started, checkpointed, ended; how one goes is drawn when it is made."""
+"""Trainings (contract §3): created, started, checkpointed, ended. How one runs is drawn when it is created."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Plan = list[tuple[float, Callable[[], None]]]
 
 
 class Trainings(ComfyUIModel[TrainingState]):
-    """ComfyUI's trainings. `gpu_hours`: what one is thought to need when it is created."""
+    """ComfyUI's trainings. `gpu_hours`: the estimate when one is created."""
 
     gpu_hours = 1.0
     checkpoints: int | None = None

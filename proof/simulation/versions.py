@@ -1,4 +1,4 @@
-"""Workers of other releases: what a run hands to its continuation, as a newer or an older one would have handed it."""
+"""Workers of other releases: a run's continuation as a newer or an older worker would have written it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEW_SINCE_0_1_0: Final = {
 }
 """Part of what is carried → its fields that the first release does not have."""
 _UNDER_WAY: Final = ("leaving", "asking", "retry_at")
-"""What the first release never hands on: it waits until these are over."""
+"""What the first release never hands on: before it continues as new it waits until these are over."""
 
 
 class Release(StrEnum):
@@ -44,7 +44,7 @@ def handed_on(payload: Payload, release: Release) -> Payload:
 
 
 def keeps_unknown(payload: Payload) -> bool:
-    """Whether what a newer worker had handed on is handed on."""
+    """Whether the fields of a newer worker are handed on."""
     carried = json.loads(payload.data).get("carried") or {}
     return bool(carried.get(UNKNOWN) and carried["hold"].get(UNKNOWN))
 

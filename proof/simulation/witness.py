@@ -53,7 +53,7 @@ class Attempt:
 
     @property
     def was_answered_at_once(self) -> bool:
-        """Not only when the request was repeated, to undo it."""
+        """Whether the first request was answered, not only its repeat for the undo."""
         return self.accepted is not None and self.call.outcome is not None
 
 
@@ -79,7 +79,7 @@ class Witness:
         self.unknown_at: dict[str, list[float]] = defaultdict(list)
         """Job → when its server said that it does not know it."""
         self.confirmed: dict[float, int] = {}
-        """When the payer confirmed what, in points."""
+        """The payer's confirmations: when, and how many points."""
 
     # As the server records it
 
@@ -120,7 +120,7 @@ class Witness:
     def _report(self, state: State, at: float) -> None:
         self.reports[id_of(state)].append(Report(at, state))
 
-    # What it amounts to
+    # Conclusions
 
     @property
     def attempt(self) -> Attempt | None:

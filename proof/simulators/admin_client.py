@@ -1,4 +1,4 @@
-"""The switchboard as Python: one client for each simulator, and `Admin` for both together."""
+"""Clients of the admin routes: one for each simulator, and `Admin` for both together."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class ServiceAdmin:
             base_url=f"{url}/admin",
             headers={"Authorization": f"Bearer {token}"},
             timeout=_LIMIT_SECONDS,
-            # Well under the five seconds after which the server closes an idle connection: an order that meets the
-            # closing is lost.
+            # Well under the five seconds after which the server closes an idle connection: a request that is sent while
+            # it closes is lost.
             limits=httpx.Limits(keepalive_expiry=1),
         )
 

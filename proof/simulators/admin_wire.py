@@ -1,4 +1,4 @@
-"""What crosses the admin routes of both simulators; shared by the services and `admin_client.py`."""
+"""Bodies of the admin routes of both simulators, shared by the services and `admin_client.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validato
 
 
 class FaultKind(StrEnum):
-    """What can be made to go wrong; docs/simulators.md says what each does and which parameters it reads."""
+    """The kinds of fault; docs/simulators.md says what each does and which parameters it reads."""
 
     # At the edge: any route of either service.
     DROP = "drop"
@@ -67,7 +67,7 @@ JOB_KINDS: Final = frozenset(kind for kind in FaultKind if kind.startswith("job_
 STANDING_KINDS: Final = frozenset(
     {FaultKind.NOT_OFFERED, FaultKind.IGNORE_KEYS, FaultKind.LEDGER_LAG, FaultKind.PLAIN_LEDGER}
 )
-"""What a service is like rather than what happens to it: without end unless `times` is given."""
+"""Properties of a service rather than single faults: without end unless `times` is given."""
 
 
 class AdminModel(BaseModel):

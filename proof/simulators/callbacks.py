@@ -72,7 +72,7 @@ class Outbox:
         occasion = Occasion("callback", "POST", task_id, tenant_id, status)
         hits = {fault.kind: fault for fault in self._faults.hit(occasion, CALLBACK_KINDS)}
         webhook_id = f"msg-{uuid.uuid4().hex}"
-        # A callback that was held back to be overtaken goes right after this one.
+        # A callback that was held back for reordering is sent right after this one.
         self._state.run(
             "UPDATE callbacks SET due_at = ?, waits_for_next = 0 WHERE run_id = ? AND phase = 'pending'"
             " AND waits_for_next = 1",

@@ -2,8 +2,8 @@
 
 Two readings of one clock (contract seconds in both):
 
-- `now()`: wall time plus what an admin has advanced. Hold expiry, webhook retries and key retention go by it.
-- `work()`: how much work time has passed; it runs `speed` times as fast as `now()`. Jobs and trainings go by it.
+- `now()`: wall time plus what an admin has advanced. Hold expiry, webhook retries and key retention use it.
+- `work()`: how much work time has passed; it runs `speed` times as fast as `now()`. Jobs and trainings use it.
 
 Advancing moves both, so a test moves simulated services together with a time-skipping workflow.
 """

@@ -145,7 +145,7 @@ class ComfyUIService:
         }
 
     def act_on(self, run: Run, order: RunOrder) -> None:
-        """An admin's order about one run; what is over stays as it is."""
+        """An admin's order about one run; an ended run does not change."""
         self.queue.settle()
         held = self.queue.find(run.run_id)
         assert held is not None
@@ -205,19 +205,19 @@ class ComfyUIService:
         raise Refused("payload_invalid", fields=["resume_from: no such checkpoint"])
 
     def _decided(self, route: str, task_id: str, tenant_id: str) -> dict[FaultKind, Parameters]:
-        """What the switchboard has in store for a new run."""
+        """The faults that are set for a new run."""
         hits = self._faults.hit(Occasion(route, "POST", task_id, tenant_id), JOB_KINDS)
         return {fault.kind: fault.parameters for fault in hits}
 
 
 def _refusal(given: Parameters) -> Reply:
-    # Answered, not raised: the hit that was counted stays counted.
+    # Returned, not raised, so that the counted hit stays counted.
     details = ErrorDetails(code=given.code, message=given.message, retryable=given.retryable, node=given.node)
     return Refused("job_refused", error_details=details).reply()
 
 
 def _burden(run: Run, faults: dict[FaultKind, Parameters]) -> None:
-    """Give a new run the troubles it will have."""
+    """Set the faults that a new run will have."""
     for kind, name in (
         (FaultKind.JOB_FAIL, "fail"),
         (FaultKind.JOB_STALL, "stall"),

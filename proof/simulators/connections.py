@@ -1,4 +1,4 @@
-"""Connections that a fault can cut: an HTTP server answers always, a network does not."""
+"""Connections that a fault can cut: an HTTP server always answers, a network does not."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Final
 
 @dataclass(frozen=True)
 class CreditsProfile:
-    """What sets the two services apart. Everything else they do alike."""
+    """The differences between the two services."""
 
     name: str
     keeps_keys: bool

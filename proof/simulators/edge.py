@@ -1,6 +1,6 @@
 """The edge of both services: token, key, faults and the log of requests around each route's own act.
 
-A request passes: faults that stop it before the service acts → token → idempotency key → the act → faults that spoil
+A request passes: faults that stop it before the service acts → token → idempotency key → the act → faults that change
 its answer. Acts are synchronous, so that an effect and the answer kept for it are one transaction.
 """
 

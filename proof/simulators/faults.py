@@ -1,7 +1,7 @@
-"""The fault switchboard: which faults are set, and whether one hits an occasion.
+"""Which faults are set, and whether one hits an occasion.
 
 An occasion is a request, a callback or the creation of a job. Decisions by probability come from a hash of seed, fault,
-route, task and how often that pair came: the order of concurrent requests does not change them.
+route, task and the number of that pair's requests so far: the order of concurrent requests does not change them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which run has a GPU and how far it is: discrete events in work time, each applied at the time it happened.
 
-`settle()` applies all that has come due, in order, however far the clock has jumped: a job that ended in between frees
+`settle()` applies everything that is due, in order, after a clock jump of any length: a job that ended in between frees
 its GPU at that time for the next one. Accelerated goes before standard, then first come, first served.
 """
 
@@ -135,13 +135,13 @@ class GpuQueue:
             self.settle()
 
     def forget(self, run: AnyRun) -> None:
-        """Know nothing more of it, open or over: a GET answers 404, it holds no GPU."""
+        """Forget it, open or over: a GET answers 404, and it holds no GPU."""
         run.phase = "forgotten"
         self._close(run)
         self.settle()
 
     def apply_now(self, run: AnyRun, trouble: Trouble) -> None:
-        """Let a trouble happen to an open run at once."""
+        """Apply a fault to an open run at once."""
         if run.is_open:
             self._trouble(run, trouble, self._clock.work())
             self.settle()
@@ -268,7 +268,7 @@ class GpuQueue:
         return min(ends, trouble[0]) if trouble else ends
 
     def _next_start(self, pool: str) -> tuple[float, AnyRun] | None:
-        """Who gets the pool's free GPU, and when: the best ranked of those that are ready by then."""
+        """Which run gets the pool's free GPU, and when: the best ranked of those that are ready by then."""
         waiting = [run for run in self._waiting(pool) if run.stalled_at is None]
         if not waiting:
             return None
@@ -332,7 +332,7 @@ class GpuQueue:
         self._close(run)
 
     def _end(self, run: AnyRun, at: float, error: ErrorDetails) -> None:
-        # What it had done is reckoned while it still counts as working.
+        # Its progress is computed while it still counts as working.
         fields = run.fields(at, Forecast(starts=at, ends=at), self._clock.datetime_of, self._clock.speed)
         run.error_details = error
         run.phase = "over"

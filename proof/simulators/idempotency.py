@@ -40,7 +40,7 @@ def fingerprint(method: str, path: str, body: Any) -> str:
 
 
 class IdempotencyKeys:
-    """Who answers what under which key."""
+    """The answers that are kept under keys."""
 
     def __init__(self, state: StateFile, clock: Clock) -> None:
         self._state = state

@@ -1,7 +1,7 @@
 """The ledger of the credits service: double entry, append-only (contract §4).
 
 Each person's points are on two accounts, `available` and `frozen`; they come from `issued` and go to `revenue`. An
-entry is a set of postings whose debits equal its credits; its `change` and `frozen_change` are what it does to the two.
+entry is a set of postings whose debits equal its credits; its `change` and `frozen_change` are its effects on the two.
 A hold is resolved once, by exactly one of commit, cancel, expiry; the file itself refuses a second resolution and any
 edit of an entry.
 """

@@ -20,8 +20,8 @@ def by_kind(entries: list[EntrySeen]) -> list[dict[str, Any]]:
 def by_reason(entries: list[EntrySeen]) -> list[dict[str, Any]]:
     """The platform's own ledger, newest first as the entries are given.
 
-    A commit shows as the return of the hold's rest (left out where there is none) and the cost, which the hold had
-    lowered the balance by already: sums of `change` say nothing. A hold's end by expiry does not show.
+    A commit shows as the return of the hold's rest (left out where there is none) and the cost, although the
+    hold had lowered the balance already: sums of `change` mean nothing. A hold's end by expiry does not show.
     """
     return [row for entry in entries for row in reversed(list(_reasons(entry)))]
 

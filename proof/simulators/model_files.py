@@ -1,4 +1,4 @@
-"""Model files that exist: small, but real safetensors (8 bytes of header length, a JSON header, the tensors)."""
+"""Model files: small, but real safetensors (8 bytes of header length, a JSON header, the tensors)."""
 
 from __future__ import annotations
 

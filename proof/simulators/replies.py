@@ -39,7 +39,7 @@ _STATUSES: Final[dict[str, int]] = {
     "ledger_unavailable": 503,
 }
 _ROWS: Final = {row.message: row for row in (*CREDITS_ERRORS, *COMFYUI_ERRORS)}
-"""Of `template_not_found`, which both have, ComfyUI's: the simulated credits service knows every template."""
+"""Both have `template_not_found`; ComfyUI's is used: the simulated credits service knows every template."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One job or training as the simulator keeps it: how far it is on its plan, and what a GET shows of it.
+"""One job or training as the simulator keeps it: its progress on its plan, and what a GET shows of it.
 
 Times are work seconds (`clock.work()`), so a run's plan is in contract seconds at any speed.
 """
@@ -19,7 +19,7 @@ from proof.simulators.admin_wire import Parameters
 
 Phase = Literal["idle", "waiting", "working", "over", "forgotten"]
 ONLY_AT_THE_END: Final = frozenset({"actual_cost", "result_urls", "output"})
-"""Fields that a lie changes only once the run has finished: before, they are empty."""
+"""Fields that a `job_lie` changes only after the run has finished; before that they are empty."""
 
 
 class Segment(BaseModel):
@@ -160,7 +160,7 @@ class Run(BaseModel):
             now = segment.progress_from + self.within_segment(at) * (segment.progress_to - segment.progress_from)
         else:
             now = 0.0
-        # A hair is added, or 30 % of a segment would come out as 29.
+        # Without a tiny addition 30 % of a segment would be rounded down to 29.
         return float(int(max(now, self._shown_progress()) + 1e-6))
 
     def _shown_progress(self) -> float:
@@ -188,7 +188,7 @@ class Run(BaseModel):
         return self.error_details.message if self.error_as_text else self.error_details.model_dump(mode="json")
 
     def lied(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields with the configured lies."""
+        """The fields as changed by `job_lie`."""
         overlay = {
             name: value for name, value in self.overlay.items() if name not in ONLY_AT_THE_END or self.has_finished
         }

@@ -71,7 +71,7 @@ class ServedApp:
 
     async def start(self) -> None:
         """Returns when it answers. Raises OSError where the port is taken."""
-        # The protocol is named, or asyncio would not set TCP_NODELAY and every answer would take 40 ms.
+        # Without a named protocol asyncio does not set TCP_NODELAY, and every answer takes 40 ms.
         listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((LOOPBACK, self._port))

@@ -16,7 +16,7 @@ class StateFile:
         self._connection = sqlite3.connect(path, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         self._connection.execute("PRAGMA journal_mode = WAL")
-        # NORMAL survives a killed process, which is what a simulator owes; only a power cut could lose the tail.
+        # NORMAL survives a killed process, which is enough here; only a power cut could lose the last writes.
         self._connection.execute("PRAGMA synchronous = NORMAL")
         self._depth = 0
 

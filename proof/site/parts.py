@@ -48,7 +48,7 @@ class OwnParts:
         )
 
     async def start(self, *names: str) -> None:
-        """Side by side; returns when they are ready. Raises StackFailure."""
+        """Start in parallel; returns when all are ready. Raises StackFailure."""
         await asyncio.gather(*(self._start(self.children[name]) for name in names))
 
     async def _start(self, child: Child) -> None:
@@ -62,7 +62,7 @@ class OwnParts:
         await parts.make_tables()
 
     async def stop_all(self) -> None:
-        """Stage by stage, as the local stack does; what belongs to no stage first."""
+        """Stage by stage, as the local stack does; parts without a stage first."""
         staged = [name for stage in STAGES for name in stage]
         for stage in ([name for name in self.children if name not in staged], *STAGES):
             await asyncio.gather(*(self.children[name].stop() for name in stage if name in self.children))
@@ -90,7 +90,7 @@ class OwnParts:
 
 
 class SupervisedParts:
-    """The parts of a local stack that another process watches over: what ends is started again by it."""
+    """The parts of a local stack that another process supervises: it restarts a part that ends."""
 
     def __init__(self, site: Site) -> None:
         self._site = site

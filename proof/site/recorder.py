@@ -14,7 +14,7 @@ from proof.site.site import Site
 
 RETRY_SECONDS: Final = 0.5
 NOT_FULL_SECONDS: Final = 10.0
-"""After so long a stream is opened although it could follow more tasks."""
+"""After this time a stream is opened although it could follow more tasks."""
 SILENT_SECONDS: Final = 45.0
 """Three heartbeats: a stream that brings nothing for longer is opened again."""
 TIMEOUT: Final = httpx.Timeout(10, read=SILENT_SECONDS)
@@ -75,7 +75,7 @@ class Recorder:
                 self._open(tenant_id)
 
     async def finish(self, seconds: float) -> None:
-        """Give every open stream that long to come to its end, then close it."""
+        """Give every open stream this long to end, then close it."""
         if self._streams:
             await asyncio.wait(self._streams, timeout=seconds)
         for stream in list(self._streams):
@@ -96,7 +96,7 @@ class Recorder:
             try:
                 async with self._stream(tenant_id, task_ids, cursor) as response:
                     if response.status_code == httpx.codes.NO_CONTENT:
-                        break  # every event was received, to the last one of every task
+                        break  # every event of every task was received
                     if response.status_code == httpx.codes.OK:
                         async for frame_id, event in frames(response):
                             cursor = frame_id or cursor

@@ -1,4 +1,4 @@
-"""Tasks of both kinds under random faults on a whole local stack; exit code 1 where something that must be 0 is not.
+"""Tasks of both kinds under random faults on a whole local stack; exit code 1 if something that must be 0 is not.
 
 python -m proof.soak --tasks 10000             half an hour on two processors; Ctrl-C interrupts
 python -m proof.soak --profile field           with the platform's own credits service (contract §4, field)
@@ -25,9 +25,9 @@ from proof.soak.plan import Plan
 from proof.soak.run import soak
 
 SETTINGS = {
-    # Only warnings: the lines of ten thousand tasks help no reader.
+    # Only warnings: the log lines of ten thousand tasks help no reader.
     "LOG_LEVEL": "WARNING",
-    # At the pace of the soak: a terminated run is found in the time that an image takes.
+    # At the soak's speed a terminated run is found in the time that an image takes.
     "RECONCILE_EVERY_SECONDS": "15",
     "RECONCILE_PAUSE_SECONDS": "10",
 }
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Taken(Exception):
-    """The folder is not the soak's to use; the text says why."""
+    """The soak may not use this folder; the text says why."""
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

@@ -13,7 +13,7 @@ from proof.soak.plan import Plan
 from proof.soak.site import SoakSite
 
 ENOUGH_TASKS: Final = 20
-"""With fewer open tasks silence may be nothing but waiting for ComfyUI: no recovery is measured."""
+"""With fewer open tasks silence may only mean waiting for ComfyUI: no recovery is measured."""
 
 
 class RecoveryClock:

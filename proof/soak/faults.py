@@ -1,6 +1,6 @@
-"""What goes wrong. Each kind is one function: it injects a fault, waits until it is over, and says what it did.
+"""What goes wrong. Each kind is one function: it injects a fault, waits until it is over, and returns what it did.
 
-Kinds in `OUTAGES` take something away: how long work takes to go on after them is measured.
+Kinds in `OUTAGES` stop a part: the time until work continues after them is measured.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ async def callback_flood(site: SoakSite, dice: random.Random) -> str:
 
 
 async def clock_jumps(site: SoakSite, dice: random.Random) -> str:
-    """The simulators' clocks move on: work is done at once, holds come to the end of their lives."""
+    """The simulators' clocks move on: work is done at once, holds expire."""
     seconds = dice.choices(JUMPS_SECONDS, weights=[4, 4, 2, 1, 1])[0]
     await insist(lambda: site.admin.credits.advance(seconds), "clock of credits")
     await insist(lambda: site.admin.comfyui.advance(seconds), "clock of ComfyUI")
@@ -166,7 +166,7 @@ async def users_cancel(site: SoakSite, dice: random.Random) -> str:
 
 async def run_terminated(site: SoakSite, dice: random.Random) -> str:
     """The run ends without its own clean-up, and the reconciler gives back what it left."""
-    # Before its claim a run has nothing to leave, and nothing knows of it.
+    # Before its claim a run leaves nothing, and no other part knows it.
     query = "SELECT task_id FROM tasks WHERE task_id = ANY($1::text[]) AND ended_at IS NULL"
     chosen = [row["task_id"] for row in await site.table.rows(query, _some_open(site, dice, 1))]
     for task_id in chosen:

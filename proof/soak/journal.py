@@ -1,6 +1,6 @@
-"""The state folder: the plan, every fault, and what each finished stream brought; one JSON object a line.
+"""The state folder: the plan, every fault, and the events of each finished stream; one JSON object a line.
 
-Nothing else is needed to go on: tasks follow from the plan, and the task table says which of them were started.
+Nothing else is needed to resume: tasks follow from the plan, and the task table shows which of them were started.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from proof.simulators.credits_profile import CONTRACT
 
 TENANTS: Final = ("tenant-demo", "tenant-other")
 USERS_A_TENANT: Final = 20
-"""So many that the newest entries of a ledger without pages (contract §4 (field)) reach back to each open task."""
+"""Enough that the newest entries of a ledger without pages (contract §4 (field)) reach back to each open task."""
 TRAININGS: Final = 0.08
 """Share of the tasks."""
 STARTED_TWICE: Final = 0.03
@@ -31,9 +31,9 @@ class Plan(BaseModel):
     most_open: int = Field(default=80, ge=1)
     """Tasks open at once."""
     mean_gap_seconds: float = Field(default=3.5, gt=0)
-    """Between the begins of two faults."""
+    """Between the starts of two faults."""
     speed: float = Field(default=100.0, gt=0)
-    """Of the simulated work, in times real pace."""
+    """Speed of the simulated work, as a multiple of real time."""
     profile: str = CONTRACT.name
     """Which credits service is simulated (contract §4)."""
 

@@ -1,4 +1,4 @@
-"""One session of a soak: tasks, faults and recorder side by side, then the verdict."""
+"""One session of a soak: tasks, faults and recorder in parallel, then the verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stack as the soak sees it: its clients, its parts, and the tasks that are open."""
+"""The stack as the soak sees it: its clients, its parts, and the open tasks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from proof.soak.plan import users_of
 
 
 class SoakSite(Site):
-    """A site whose parts the local stack watches over."""
+    """A site whose parts the local stack supervises."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -26,7 +26,7 @@ class SoakSite(Site):
         return {"Authorization": f"Bearer {caller_token(tenant_id, user_id, self.folder.secrets())}"}
 
     async def set_balances(self, balance: int, tenant_id: str) -> None:
-        """Give every user of a tenant so many points."""
+        """Set the balance of every user of a tenant."""
         set_balance = self.admin.credits.set_balance
         for user_id in users_of(tenant_id):
             await insist(partial(set_balance, balance, tenant_id, user_id), "accounts")

@@ -1,4 +1,4 @@
-"""The verdict: the shared rules on every task, what only the whole stack can show, and the table."""
+"""The verdict: the shared rules on every task, checks of the whole stack, and the table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MUST_BE_ZERO: Final = (NOT_BEGUN, RUN_OPEN, *(rule for rule in Rule if rule != R
 
 @dataclass
 class Verdict:
-    """What does not hold, by its rule, and what else there is to report."""
+    """The broken rules, by rule, and what else there is to report."""
 
     findings: dict[str, list[str]] = field(default_factory=lambda: {str(name): [] for name in MUST_BE_ZERO})
     kinds: Counter[str] = field(default_factory=Counter)
@@ -50,7 +50,7 @@ class Verdict:
 
 
 async def judge_all(site: SoakSite, plan: Plan, journal: Journal) -> Verdict:
-    """Judge every task. No fault happens any more while this is done. Raises NotRepaired."""
+    """Judge every task, after all faults. Raises NotRepaired."""
     verdict = Verdict()
     rows = await site.table.rows(
         "SELECT task_id, scene, status, ended_at, extract(epoch FROM ended_at - created_at)::float8 AS seconds, "

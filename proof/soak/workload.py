@@ -1,4 +1,4 @@
-"""Starts tasks, a bounded number open at once, and sees them end in the task table."""
+"""Starts tasks, a limited number open at once, and waits in the task table for their ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from proof.soak.site import SoakSite
 LOOK_SECONDS: Final = 0.5
 STARTERS: Final = 4
 QUIET_SECONDS: Final = 780.0
-"""Without an end for so long, the rest counts as stuck: a ledger is searched for 10 minutes (contract §4)."""
+"""If no task ends for this long, the rest counts as stuck: a ledger is searched for 10 minutes (contract §4)."""
 RUNNING: Final = f"ExecutionStatus = 'Running' AND WorkflowId STARTS_WITH '{WORKFLOW_ID_PREFIX}'"
 CLOSING_SECONDS: Final = 30.0
 _DATASET_FILES: Final = {"0.txt": "a picture", "1.txt": "another picture"}
@@ -36,9 +36,9 @@ class Workload:
         self.started = 0
         self.ended = 0
         self.all_started = asyncio.Event()
-        """No further task follows."""
+        """Set after the last task has been started."""
         self.faults_over = asyncio.Event()
-        """So few tasks are open that the rest of them must end by themselves."""
+        """Set when so few tasks are open that the rest must end without further faults."""
 
     @property
     def open_tasks(self) -> int:
@@ -98,7 +98,7 @@ class Workload:
         await start_task(self._site.client, task, task_queue=self._site.stack.task_queue)
 
     async def _watch(self) -> None:
-        """Forget tasks that have ended; give up when nothing ends any more."""
+        """Forget tasks that have ended; give up when no task ends any more."""
         last_end = asyncio.get_running_loop().time()
         while not (self.faults_over.is_set() and not self._site.open_tasks):
             await asyncio.sleep(LOOK_SECONDS)
