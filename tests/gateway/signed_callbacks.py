@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from contextlib import suppress
-from datetime import UTC, datetime
 from urllib.parse import unquote, urlsplit
 
 from requests import PreparedRequest
 from requests.auth import AuthBase
 from schemathesis.auths import GLOBAL_AUTH_STORAGE as AUTH_STORAGE
-from standardwebhooks import Webhook
+
+from proof.site.callbacks import signed_headers
 
 HEADERS = ("webhook-id", "webhook-timestamp", "webhook-signature")
 
 
 class Signed(AuthBase):
-    """Signs what goes over the wire; a request that lacks one of the headers is left as it is."""
+    """Signs what goes over the wire; a request that lacks one of the headers is unchanged."""
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
         if not all(name in request.headers for name in HEADERS):
             return request
         body = _of_the_task_in_the_path(request.body or b"", str(request.url))
         request.body, request.headers["content-length"] = body, str(len(body))
-        webhook_id, at = secrets.token_hex(8), datetime.now(UTC)
-        webhook = Webhook(os.environ["GATEWAY_CALLBACK_SECRET"])
-        signature = webhook.sign(webhook_id, at, body.decode("utf-8", "replace"))
-        request.headers.update(zip(HEADERS, (webhook_id, str(int(at.timestamp())), signature), strict=True))
+        signed = signed_headers(body, os.environ["GATEWAY_CALLBACK_SECRET"])
+        request.headers.update({name: signed[name] for name in HEADERS})
         return request
 
 

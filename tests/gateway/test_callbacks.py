@@ -11,6 +11,7 @@ import pytest
 from temporalio.testing import WorkflowEnvironment
 
 from gateway.callbacks import CallbackOutcome
+from proof.site.callbacks import signed_headers
 from store import TaskStore
 from tests.conftest import unique
 from tests.gateway.conftest import NewRun
@@ -20,7 +21,6 @@ from tests.gateway.serving import (
     kept_by,
     new_secret,
     served,
-    signed_headers,
     tick,
     training_tick,
 )

@@ -13,6 +13,7 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.testing import WorkflowEnvironment
 
 from gateway import callback_news
+from proof.site.callbacks import Wire
 from store import TaskStore
 from tests.cable import Cable
 from tests.conftest import unique
@@ -20,7 +21,6 @@ from tests.gateway.conftest import NewRun
 from tests.gateway.serving import (
     Gateway,
     GatewayProcess,
-    Wire,
     delivery,
     eventually,
     gateway_process,

@@ -1,4 +1,4 @@
-"""Worker and Temporal server as processes of their own, so that they can be killed as a machine would kill them."""
+"""A worker as a process of its own, so that it can be killed as a machine would kill it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ import socket
 import sys
 from pathlib import Path
 
-from temporalio.client import Client
-
-from local_stack.temporal_server import server_flags
 from proof.simulators.serving import TEST_TOKEN_SECRET
-from tests.conftest import temporal_binary
 from tests.workflows.platform import Platform
 
 PROJECT = Path(__file__).parents[2]
@@ -86,41 +82,3 @@ class WorkerProcess:
         answer = await reader.read(64)
         writer.close()
         return b" 200 " in answer
-
-
-class TemporalProcess:
-    """A dev server on a file: it keeps its state across a kill."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._port = free_port()
-        self._process: asyncio.subprocess.Process | None = None
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self._port}"
-
-    async def start(self) -> None:
-        with (self._folder / "temporal.log").open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *(temporal_binary(), "server", "start-dev", "--headless", "--port", str(self._port)),
-                *("--db-filename", str(self._folder / "temporal.db"), *server_flags()),
-                stdout=log,
-                stderr=log,
-            )
-        async with asyncio.timeout(READY_SECONDS):
-            while not await self._listens():  # noqa: ASYNC110 - a port has no event
-                await asyncio.sleep(0.05)
-
-    async def kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
-            await self._process.wait()
-        self._process = None
-
-    async def _listens(self) -> bool:
-        try:
-            await Client.connect(self.address)
-        except RuntimeError:
-            return False
-        return True

@@ -14,10 +14,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from temporalio.client import WorkflowFailureError
+from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
 from comfyui_temporal.contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder
-from tests.workflows.platform import Handle, Platform
+from proof.benchmarks.servers import file_backed_servers
+from store import TaskStore
+from tests.workflows.platform import Handle, Platform, running_platform
 
 HISTORIES = Path(__file__).parents[1] / "histories"
 Scenario = Callable[[Platform], Awaitable[Handle]]
@@ -132,14 +135,15 @@ async def record(scenario: Scenario, platform: Platform) -> None:
 
 
 async def main(names: list[str]) -> None:
-    from proof.benchmarks.burst import stack
-
     HISTORIES.mkdir(exist_ok=True)
     for scenario in [scenario for scenario in SCENARIOS if not names or scenario.__name__ in names]:
         with tempfile.TemporaryDirectory(prefix="record-", ignore_cleanup_errors=True) as folder:
-            Path(folder).chmod(0o755)  # noqa: ASYNC240
-            async with stack(Path(folder), with_worker=False) as platform, platform.worker():
-                await record(scenario, platform)
+            async with file_backed_servers(Path(folder)) as servers:
+                environment, store = WorkflowEnvironment.from_client(servers.client), TaskStore(servers.database_dsn)
+                running = running_platform(environment, store, Path(folder), client=servers.client)
+                async with running as platform, platform.worker():
+                    await record(scenario, platform)
+                await store.close()
 
 
 if __name__ == "__main__":

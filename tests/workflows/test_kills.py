@@ -17,12 +17,13 @@ from temporalio.testing import WorkflowEnvironment
 from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.plugin import TasksPlugin
 from proof.simulators.credits_profile import CreditsProfile
+from proof.site.parts import OwnStack
 from store import TaskStore
 from tests.cable import Cable
 from tests.conftest import NewDatabase
 from tests.workflows.books import Ending, ended
 from tests.workflows.platform import Handle, Platform, running_platform
-from tests.workflows.processes import TemporalProcess, WorkerProcess
+from tests.workflows.processes import WorkerProcess
 
 GOES_ON_WITHIN_SECONDS = 5.0
 HANG_SECONDS = 30.0
@@ -221,23 +222,20 @@ async def test_a_worker_stopped_during_a_submit_leaves_the_same_job(
 async def test_a_temporal_server_killed_and_started_on_its_file_loses_no_task(
     temporal_env: WorkflowEnvironment, new_database: NewDatabase, tmp_path: Path
 ) -> None:
-    server, dsn = TemporalProcess(tmp_path), await new_database()
+    stack, dsn = OwnStack(tmp_path), await new_database()
     task_store = TaskStore(dsn)
-    await server.start()
-    try:
-        client = await Client.connect(server.address, plugins=[TasksPlugin()])
+    async with stack.running(servers=("temporal",)) as described:
+        client = await Client.connect(described.temporal_address, plugins=[TasksPlugin()])
         async with running_platform(temporal_env, task_store, tmp_path, client=client) as platform:
-            worker = WorkerProcess(platform, server.address, dsn)
+            worker = WorkerProcess(platform, described.temporal_address, dsn)
             await worker.start()
             handles = [await platform.start_image(), await platform.start_training()]
             await asyncio.gather(*(platform.until_held(handle.id.removeprefix("task-")) for handle in handles))
-            await server.kill()
-            await server.start()
+            await stack.kill("temporal")
+            await stack.start("temporal")
             endings = await all_ended(platform, handles)
             await worker.kill()
-    finally:
-        await server.kill()
-        await task_store.close()
+    await task_store.close()
     assert [ending.status for ending in endings] == [TaskStatus.COMPLETED, TaskStatus.COMPLETED]
 
 
