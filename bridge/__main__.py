@@ -55,10 +55,6 @@ class Bridge:
         self._tokens = service_tokens_by(settings)
         self._templates = templates_by(settings)
 
-    def serves_at(self, base_url: str) -> None:
-        """Set the address of results, if it is known only once the port is open."""
-        self.signed.base_url = base_url
-
     def app(self) -> FastAPI:
         """The ASGI application."""
         settings = self._settings

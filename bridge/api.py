@@ -41,8 +41,15 @@ class Edge:
         self._tokens = tokens
         self._keys = keys
 
-    async def handle(self, request: Request, action: Action, *, begins: bool = False) -> Response:
+    def add_route(self, router: APIRouter, method: str, path: str, action: Action, *, begins: bool = False) -> None:
         """`begins`: the action starts a workflow under the request's idempotency key."""
+
+        async def answered(request: Request) -> Response:
+            return await self._handle(request, action, begins=begins)
+
+        router.add_api_route(path, answered, methods=[method], response_model=None)
+
+    async def _handle(self, request: Request, action: Action, *, begins: bool) -> Response:
         try:
             call = await self._call(request)
             if request.method == "GET":
@@ -112,45 +119,19 @@ def bridge_app(
 
 def _job_routes(edge: Edge, images: ImageService) -> APIRouter:
     router = APIRouter(prefix="/comfyui/v1")
-
-    @router.post("/jobs")
-    async def submit_job(request: Request) -> Response:
-        return await edge.handle(request, images.submit, begins=True)
-
-    @router.get("/jobs/{run_id}")
-    async def get_job(request: Request) -> Response:
-        return await edge.handle(request, images.get)
-
-    @router.post("/jobs/{run_id}/cancel")
-    async def cancel_job(request: Request) -> Response:
-        return await edge.handle(request, images.cancel)
-
-    @router.get("/gpus")
-    async def list_gpus(request: Request) -> Response:
-        return await edge.handle(request, images.gpus)
-
+    edge.add_route(router, "POST", "/jobs", images.submit, begins=True)
+    edge.add_route(router, "GET", "/jobs/{run_id}", images.get)
+    edge.add_route(router, "POST", "/jobs/{run_id}/cancel", images.cancel)
+    edge.add_route(router, "GET", "/gpus", images.gpus)
     return router
 
 
 def _training_routes(edge: Edge, trainings: TrainingService) -> APIRouter:
     router = APIRouter(prefix="/comfyui/v1")
-
-    @router.post("/training")
-    async def create_training(request: Request) -> Response:
-        return await edge.handle(request, trainings.create, begins=True)
-
-    @router.get("/training/{run_id}")
-    async def get_training(request: Request) -> Response:
-        return await edge.handle(request, trainings.get)
-
-    @router.post("/training/{run_id}/start")
-    async def start_training(request: Request) -> Response:
-        return await edge.handle(request, trainings.start)
-
-    @router.post("/training/{run_id}/cancel")
-    async def cancel_training(request: Request) -> Response:
-        return await edge.handle(request, trainings.cancel)
-
+    edge.add_route(router, "POST", "/training", trainings.create, begins=True)
+    edge.add_route(router, "GET", "/training/{run_id}", trainings.get)
+    edge.add_route(router, "POST", "/training/{run_id}/start", trainings.start)
+    edge.add_route(router, "POST", "/training/{run_id}/cancel", trainings.cancel)
     return router
 
 

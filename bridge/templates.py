@@ -154,10 +154,6 @@ class Template:
             node_id, name = self._split(ref)
             graph[node_id]["inputs"][name] = value
 
-    def node_of(self, ref: str) -> tuple[str, str]:
-        """`node.input` → the node's id and the input's name."""
-        return self._split(ref)
-
     def filled_in_later(self) -> list[tuple[str, str]]:
         """(node, input) of what is known only at run time: uploaded pictures, datasets, the server's models."""
         refs = [slot.image for slot in self.manifest.controls] + [model.input for model in self.manifest.models]

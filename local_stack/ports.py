@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Final
 
 LOOPBACK: Final = "127.0.0.1"
@@ -29,6 +29,14 @@ def choose_ports(last_time: Mapping[str, int], preferred: Mapping[str, int] = PR
     return chosen
 
 
+def free_ports() -> dict[str, int]:
+    """Any free port for each part, never the usual one: that may be another stack's."""
+    ports: dict[str, int] = {}
+    for part in PREFERRED:
+        ports[part] = any_free_port(ports.values())
+    return ports
+
+
 def is_free(port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         # Servers set it too: a port with lingering connections can be used again.
@@ -41,7 +49,7 @@ def is_free(port: int) -> bool:
     return True
 
 
-def any_free_port(taken: set[int]) -> int:
+def any_free_port(taken: Container[int] = ()) -> int:
     while True:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.bind((LOOPBACK, 0))

@@ -46,10 +46,6 @@ class Caller(TokenClaims):
     is_for_streams: bool = False
     """A stream token: it opens streams and nothing else."""
 
-    def expires_in(self) -> float:
-        """Seconds until it expires, by the wall clock."""
-        return self.expires_at - time.time()
-
 
 class Keys(Protocol):
     """Finds the key that a token must be signed with."""

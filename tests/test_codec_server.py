@@ -26,8 +26,8 @@ from codec_server import MAX_BODY_BYTES
 from comfyui_temporal.encryption import PayloadEncryption
 from comfyui_temporal.encryption_keys import EncryptionKey
 from comfyui_temporal.plugin import TasksPlugin
+from local_stack.ports import any_free_port
 from tests.conftest import temporal_binary, unique
-from tests.workflows.processes import free_port
 
 PROJECT = Path(__file__).parents[1]
 OLD, NEW = EncryptionKey("2030", b"o" * 32), EncryptionKey("2031", b"n" * 32)
@@ -55,7 +55,7 @@ async def process(settings: Mapping[str, str]) -> asyncio.subprocess.Process:
 @asynccontextmanager
 async def serving(settings: Mapping[str, str]) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a codec server of its own. What the process wrote must hold no secret."""
-    port = free_port()
+    port = any_free_port()
     running = await process({**settings, "CODEC_SERVER_PORT": str(port), "LOG_LEVEL": "DEBUG"})
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
         async with asyncio.timeout(30):

@@ -69,12 +69,8 @@ def test_the_readme_names_each_search_attribute() -> None:
     assert all(f"`{name}`" in text_of("README.md") for name in SEARCH_ATTRIBUTES)
 
 
-def test_every_test_and_mutant_that_the_pitfalls_name_exists() -> None:
+def test_every_mutant_that_the_pitfalls_name_exists() -> None:
     text = text_of("docs/pitfalls.md")
-    tests = re.findall(r"`(tests/\S+\.py)::(\w+)`", text)
-    assert len(tests) > 20
-    for path, name in tests:
-        assert f"def {name}(" in text_of(path), f"{path} has no {name}"
     listed = {name for names in re.findall(r"mutants? ((?:`\w+`(?:, )?)+)", text) for name in re.findall(r"\w+", names)}
     assert len(listed) > 10
     assert listed <= set(MUTANTS)

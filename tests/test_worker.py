@@ -23,6 +23,7 @@ from temporalio.testing import WorkflowEnvironment
 import worker
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES, workflow_id_of
 from comfyui_temporal.plugin import TasksPlugin
+from local_stack.ports import any_free_port
 from runtime.required_settings import CannotStart
 from runtime.settings import Settings
 from tests.conftest import unique
@@ -40,13 +41,6 @@ NO_DATABASE = "postgresql://unused:nothing@127.0.0.1:9/nowhere"
 def settings_with(**given: object) -> Settings:
     values: dict[str, object] = {"service_secret": SECRET, "database_dsn": NO_DATABASE, **given}
     return Settings(_env_file=None, **values)  # type: ignore[arg-type]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 async def test_it_offers_every_activity_that_workflows_call(temporal_env: WorkflowEnvironment) -> None:
@@ -85,7 +79,7 @@ def test_its_process_ends_with_2_and_a_sentence_that_shows_no_secret() -> None:
 
 
 async def test_a_temporal_that_does_not_answer_is_named() -> None:
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{any_free_port()}"
     with pytest.raises(CannotStart, match=f"Temporal at {address} cannot be reached"):
         await worker.connect(settings_with(temporal_address=address))
 
@@ -179,7 +173,7 @@ async def come_true(look: object, *, within_seconds: float = 20.0) -> None:
 async def test_it_serves_health_and_metrics_drains_at_the_first_signal_and_ends_at_the_second(
     temporal_env: WorkflowEnvironment, postgres_dsn: str
 ) -> None:
-    health, metrics, queue = free_port(), free_port(), unique("queue")
+    health, metrics, queue = any_free_port(), any_free_port(), unique("queue")
     address = temporal_env.client.service_client.config.target_host
     silence = Silence()
     client = await Client.connect(address, plugins=[TasksPlugin()])

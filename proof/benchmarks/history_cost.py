@@ -39,7 +39,7 @@ class Cost(BaseModel):
 
 
 def billable_actions(events: list[HistoryEvent]) -> int:
-    """Markers of local activities name the workflow task they were recorded with: one action each."""
+    """Temporal Cloud's billable actions. All local activities of one workflow task are one action."""
     markers = [event for event in events if event.event_type == EventType.EVENT_TYPE_MARKER_RECORDED]
     tasks = {event.marker_recorded_event_attributes.workflow_task_completed_event_id for event in markers}
     return sum(event.event_type in ACTIONS for event in events) + len(tasks)

@@ -34,7 +34,7 @@ class Servers:
 
         Raises StackFailure.
         """
-        port = any_free_port(set())
+        port = any_free_port()
         own = {"HEALTH_PORT": str(port), "MAX_CACHED_WORKFLOWS": BIG_CACHE, "LOG_LEVEL": "WARNING", **settings}
         environment = {SETTINGS_PREFIX + setting: value for setting, value in own.items()}
         worker = self._stack.part("worker")

@@ -139,7 +139,7 @@ def token() -> str:
 
 
 async def measure_framework(stack: OwnStack, name: str, path: str, streams: int) -> None:
-    port = any_free_port(set())
+    port = any_free_port()
     command = [*SERVER, str(port)]
     stack.add(replace(stack.part("gateway"), name=name, command=command, is_ready=answers(port, "/"), port=port))
     await stack.start(name)

@@ -29,8 +29,6 @@ FROM, TO = 0.3, 0.8
 STARTING_AT_ONCE: Final = 16
 STALLED_SECONDS: Final = 300.0
 SAMPLED: Final = 20
-EVENTS_OF_A_TASK: Final = 9
-"""Stored: accepted, held, five callbacks, settled, completed."""
 
 
 class Rate(BaseModel):

@@ -16,7 +16,7 @@ import jwt
 
 from comfyui_temporal.contracts.permissions import Scope
 from proof.conformance import Outcome, Person, Profile, TokenMaker, Unreachable, Verdict, cases, opened, run
-from proof.conformance.receiver import receiving
+from proof.conformance.receiver import CallbackReceiver, receiving
 from runtime.required_settings import CannotStart, read_settings
 from runtime.settings import Settings
 
@@ -54,7 +54,7 @@ async def _outcomes(options: argparse.Namespace, settings: Settings) -> list[Out
         chosen = [case for case in chosen if case.name in options.only]
     me, stranger = _person(options.me), _person(options.stranger)
     async with (
-        receiving(secret, host=options.host, port=options.port) as receiver,
+        receiving(CallbackReceiver(secret), host=options.host, port=options.port) as receiver,
         opened(options.url, _tokens_by(settings), me, stranger, profile, receiver) as subject,
     ):
         return await run(chosen, subject)

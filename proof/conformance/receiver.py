@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -36,7 +36,10 @@ class Arrival:
 
 @dataclass
 class CallbackReceiver:
-    """Takes callbacks below `/callbacks/comfyui/{task_id}`; answers 202, or what was set for a task, in turn."""
+    """Takes callbacks below `/callbacks/comfyui/{task_id}`; answers 202, or what was set for a task, in turn.
+
+    `secret`: `whsec_…`, as the server has it.
+    """
 
     secret: str
     url: str = ""
@@ -67,6 +70,9 @@ class CallbackReceiver:
         return ""
 
 
+Receiver = TypeVar("Receiver", bound=CallbackReceiver)
+
+
 class _QuietServer(uvicorn.Server):
     """Leaves the process's signals to its owner."""
 
@@ -76,14 +82,14 @@ class _QuietServer(uvicorn.Server):
 
 
 @asynccontextmanager
-async def receiving(secret: str, *, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[CallbackReceiver]:
-    """Serve one at this address, on a free port unless one is named. `secret`: `whsec_…`, as the server has it."""
-    receiver = CallbackReceiver(secret)
+async def receiving(receiver: Receiver, *, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[Receiver]:
+    """Serve it at this address, on a free port unless one is named."""
     app = FastAPI(openapi_url=None)
     app.post("/callbacks/comfyui/{task_id}")(receiver.take)
     # Without a named protocol asyncio does not set TCP_NODELAY, and every answer takes 40 ms.
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.bind((host, port))
+    listening.listen()
     receiver.url = f"http://{host}:{listening.getsockname()[1]}"
     server = _QuietServer(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
     serving = asyncio.create_task(server.serve(sockets=[listening]))

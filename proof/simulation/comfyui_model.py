@@ -50,7 +50,6 @@ class Work(Generic[State]):
     is_started: bool = True
     is_forgotten: bool = False
     is_cancelled: bool = False
-    next_change: int = 0
 
     @property
     def is_over(self) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException
 from fastapi.responses import FileResponse
 
 from comfyui_temporal.contracts.prices import PriceTable
@@ -59,39 +60,15 @@ def comfyui_app(
 
 def _contract_routes(service: ComfyUIService, edge: Edge) -> APIRouter:
     router = APIRouter(prefix="/comfyui/v1")
-
-    @router.post("/jobs")
-    async def submit_job(request: Request) -> Response:
-        return await edge.handle(request, "submit_job", service.submit_job)
-
-    @router.get("/jobs/{run_id}")
-    async def get_job(request: Request) -> Response:
-        return await edge.handle(request, "get_job", service.get_job)
-
-    @router.post("/jobs/{run_id}/cancel")
-    async def cancel_job(request: Request) -> Response:
-        return await edge.handle(request, "cancel_job", service.cancel_job, is_ours=True)
-
-    @router.post("/training")
-    async def create_training(request: Request) -> Response:
-        return await edge.handle(request, "create_training", service.create_training)
-
-    @router.get("/training/{run_id}")
-    async def get_training(request: Request) -> Response:
-        return await edge.handle(request, "get_training", service.get_training)
-
-    @router.post("/training/{run_id}/start")
-    async def start_training(request: Request) -> Response:
-        return await edge.handle(request, "start_training", service.start_training, is_ours=True)
-
-    @router.post("/training/{run_id}/cancel")
-    async def cancel_training(request: Request) -> Response:
-        return await edge.handle(request, "cancel_training", service.cancel_training, is_ours=True)
-
-    @router.get("/gpus")
-    async def list_gpus(request: Request) -> Response:
-        return await edge.handle(request, "list_gpus", service.list_gpus, is_ours=True)
-
+    add = partial(edge.add_route, router)
+    add("POST", "/jobs", "submit_job", service.submit_job)
+    add("GET", "/jobs/{run_id}", "get_job", service.get_job)
+    add("POST", "/jobs/{run_id}/cancel", "cancel_job", service.cancel_job, is_ours=True)
+    add("POST", "/training", "create_training", service.create_training)
+    add("GET", "/training/{run_id}", "get_training", service.get_training)
+    add("POST", "/training/{run_id}/start", "start_training", service.start_training, is_ours=True)
+    add("POST", "/training/{run_id}/cancel", "cancel_training", service.cancel_training, is_ours=True)
+    add("GET", "/gpus", "list_gpus", service.list_gpus, is_ours=True)
     return router
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException
 
 from comfyui_temporal.contracts.prices import PriceTable
 from proof.simulators.admin_routes import add_shared_routes, guarded_router, health_router
@@ -84,35 +85,14 @@ async def _expire_holds(service: CreditsService) -> None:
 
 def _contract_routes(service: CreditsService, edge: Edge) -> APIRouter:
     router = APIRouter(prefix="/api/v1/credits")
-
-    @router.post("/estimate")
-    async def estimate(request: Request) -> Response:
-        return await edge.handle(request, "estimate", service.estimate)
-
-    @router.post("/pre-deduct")
-    async def pre_deduct(request: Request) -> Response:
-        return await edge.handle(request, "pre_deduct", service.pre_deduct)
-
-    @router.post("/commit")
-    async def commit(request: Request) -> Response:
-        return await edge.handle(request, "commit", service.commit)
-
-    @router.post("/cancel")
-    async def cancel_hold(request: Request) -> Response:
-        return await edge.handle(request, "cancel_hold", service.cancel)
-
-    @router.post("/charge")
-    async def charge(request: Request) -> Response:
-        return await edge.handle(request, "charge", service.charge)
-
-    @router.get("/balance")
-    async def balance(request: Request) -> Response:
-        return await edge.handle(request, "balance", service.balance)
-
-    @router.get("/ledger")
-    async def ledger(request: Request) -> Response:
-        return await edge.handle(request, "ledger", service.ledger_page)
-
+    add = partial(edge.add_route, router)
+    add("POST", "/estimate", "estimate", service.estimate)
+    add("POST", "/pre-deduct", "pre_deduct", service.pre_deduct)
+    add("POST", "/commit", "commit", service.commit)
+    add("POST", "/cancel", "cancel_hold", service.cancel)
+    add("POST", "/charge", "charge", service.charge)
+    add("GET", "/balance", "balance", service.balance)
+    add("GET", "/ledger", "ledger", service.ledger_page)
     return router
 
 

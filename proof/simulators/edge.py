@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import structlog
-from fastapi import Request, Response
+from fastapi import APIRouter, Request, Response
 
 from comfyui_temporal.contracts.outside_json import UnreadableJson, read_json
 from comfyui_temporal.contracts.permissions import TokenClaims
@@ -103,8 +103,17 @@ class Edge:
         self._keeps_keys = keeps_keys
         self._asks_for_tokens = asks_for_tokens
 
-    async def handle(self, request: Request, route: str, act: Act, *, is_ours: bool = False) -> Response:
-        """Answer one request. `is_ours`: a route that contract §2 marks (ours), which a server may not offer."""
+    def add_route(
+        self, router: APIRouter, method: str, path: str, name: str, act: Act, *, is_ours: bool = False
+    ) -> None:
+        """`is_ours`: a route that contract §2 marks (ours), which a server may not offer."""
+
+        async def answered(request: Request) -> Response:
+            return await self._handle(request, name, act, is_ours=is_ours)
+
+        router.add_api_route(path, answered, methods=[method], response_model=None)
+
+    async def _handle(self, request: Request, route: str, act: Act, *, is_ours: bool) -> Response:
         exchange = await self._read(request, route)
         kinds = EDGE_KINDS if is_ours else EDGE_KINDS - {FaultKind.NOT_OFFERED}
         exchange.faults = self.faults.hit(exchange.occasion, kinds)

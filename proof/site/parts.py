@@ -22,7 +22,7 @@ from local_stack.child import Child, Part, is_running
 from local_stack.description import describe
 from local_stack.folder import ProcessRecord, RunFolder
 from local_stack.parts import SETTINGS_PREFIX, STAGES, LocalParts, answers
-from local_stack.ports import PREFERRED, any_free_port
+from local_stack.ports import free_ports
 from proof.site.site import Site
 from proof.site.waiting import LIMIT_SECONDS, OUTSIDE_ERRORS, NotRepaired
 
@@ -49,10 +49,7 @@ class OwnStack:
     ) -> None:
         self.folder = RunFolder(folder)
         self._said = said
-        ports: dict[str, int] = {}
-        for name in PREFERRED:
-            ports[name] = any_free_port(set(ports.values()))
-        self._local = LocalParts(self.folder, ports, speed)
+        self._local = LocalParts(self.folder, free_ports(), speed)
         environment = {SETTINGS_PREFIX + name: value for name, value in settings.items()}
         self._children: dict[str, Child] = {}
         for part in self._local.processes():

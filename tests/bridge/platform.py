@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -23,12 +22,14 @@ from bridge.server import Server
 from comfyui_temporal.contracts.permissions import Scope
 from comfyui_temporal.encryption import encryption_of
 from comfyui_temporal.plugin import TasksPlugin
+from proof.conformance.receiver import receiving
 from proof.simulators.serving import ServedApp
 from proof.simulators.tokens import Tokens
 from runtime.settings import Settings
 from tests.bridge.native import NativeServer
 from tests.conftest import unique
-from tests.simulators.platform import Receiver, running_receiver
+from tests.simulators.platform import Receiver
+from tests.waiting import until
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -107,12 +108,7 @@ class BridgePlatform:
     # Waiting on conditions
 
     async def until(self, condition: Callable[[], Awaitable[T]], *, seconds: float = 20.0) -> T:
-        """The condition's first true value. Fails if there is none in time."""
-        deadline = asyncio.get_running_loop().time() + seconds
-        while not (value := await condition()):
-            assert asyncio.get_running_loop().time() < deadline, "the condition did not become true in time"
-            await asyncio.sleep(0.05)
-        return value
+        return await until(condition, within_seconds=seconds)
 
     async def ended(self, job_id: str, *, seconds: float = 30.0, **who: Any) -> Json:
         """Wait until the job is over; its state."""
@@ -212,7 +208,7 @@ class BridgePlatform:
 @asynccontextmanager
 async def running_bridge(client: Client, folder: Path, **settings: Any) -> AsyncIterator[BridgePlatform]:
     """A bridge that serves on a free port while the body runs."""
-    async with running_receiver(CALLBACK_SECRET) as receiver, httpx.AsyncClient(timeout=10) as http:
+    async with receiving(Receiver(CALLBACK_SECRET)) as receiver, httpx.AsyncClient(timeout=10) as http:
         chosen = Settings(
             _env_file=None,
             service_secret=SecretStr(SECRET),
@@ -231,7 +227,7 @@ async def running_bridge(client: Client, folder: Path, **settings: Any) -> Async
             await platform.start_worker()
             await served.start()
             platform.url = served.url
-            bridge.serves_at(served.url)
+            bridge.signed.base_url = served.url
             try:
                 yield platform
             finally:

@@ -23,7 +23,8 @@ from doctor.books import check_books
 from doctor.finding import Verdict
 from local_stack.demo import run_demo
 from store import TaskStore
-from tests.cli.test_tasks import Seen, until
+from tests.cli.test_tasks import Seen
+from tests.waiting import until
 from tests.workflows.platform import CALLERS, Platform, running_platform
 
 PAYER = ("tenant-demo", "user-demo")

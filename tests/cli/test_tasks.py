@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +18,7 @@ from comfyui_temporal.contracts.tasks import TaskStatus, TrainingProgress, Train
 from tests.cli.conftest import image_task, training_task
 from tests.conftest import unique
 from tests.pausing import pause, unpause
+from tests.waiting import until
 
 
 class Seen:
@@ -37,12 +37,6 @@ class Seen:
 
 def handle_of(opened: Connection, started: StartedTask) -> WorkflowHandle[Any, Any]:
     return opened.client.get_workflow_handle(started.workflow_id)
-
-
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -> None:
-    async with asyncio.timeout(seconds):
-        while not await condition():  # noqa: ASYNC110 - the condition is on the server
-            await asyncio.sleep(0.05)
 
 
 async def test_following_reports_each_change_and_the_end(opened: Connection) -> None:

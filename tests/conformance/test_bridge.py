@@ -22,7 +22,7 @@ from comfyui_temporal.contracts.comfyui import DatasetFile, DatasetSnapshot
 from comfyui_temporal.contracts.permissions import Scope
 from comfyui_temporal.plugin import TasksPlugin
 from proof.conformance import Outcome, Person, Profile, Subject, Verdict, cases, opened, run
-from proof.conformance.receiver import receiving
+from proof.conformance.receiver import CallbackReceiver, receiving
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import CALLBACK_SECRET, running_bridge
 
@@ -53,7 +53,7 @@ async def held_to_account(temporal_env: WorkflowEnvironment, folder: Path, *, se
     profile = Profile(dataset=written_dataset(folder), patience_seconds=60)
     client = await Client.connect(temporal_env.client.service_client.config.target_host, plugins=[TasksPlugin()])
     async with (
-        receiving(CALLBACK_SECRET) as receiver,
+        receiving(CallbackReceiver(CALLBACK_SECRET)) as receiver,
         running_bridge(client, folder, bridge_callback_urls=[receiver.url]) as platform,
         AsyncExitStack() as opened_servers,
     ):

@@ -25,7 +25,7 @@ from proof.conformance import (
     run,
 )
 from proof.conformance.__main__ import main
-from proof.conformance.receiver import receiving
+from proof.conformance.receiver import CallbackReceiver, receiving
 from proof.simulators.serving import TEST_CALLBACK_SECRET, TEST_TOKEN_SECRET, Simulators, running_simulators
 from runtime.settings import Settings
 
@@ -49,7 +49,7 @@ async def held_to_account(simulators: Simulators, profile: Profile | None = None
         return simulators.tokens.made_for(person.tenant_id, person.user_id, scopes)
 
     async with (
-        receiving(TEST_CALLBACK_SECRET) as receiver,
+        receiving(CallbackReceiver(TEST_CALLBACK_SECRET)) as receiver,
         opened(simulators.comfyui_url, token, ME, STRANGER, profile, receiver) as subject,
     ):
         yield subject

@@ -26,8 +26,8 @@ from comfyui_temporal.plugin import TasksPlugin
 from local_stack.background import end_stack, start_stack
 from local_stack.description import ACCOUNTS
 from local_stack.folder import PROJECT, RunFolder, Secrets
+from local_stack.ports import any_free_port
 from tests.bridge.native import NativeServer
-from tests.bridge.native.process import free_port
 from tests.conftest import unique
 from tests.doors.doors import DOORS, PLACES, TENANT, Door, Token, all_tokens, sent_with
 from tests.local_stack.folders import new_run_folder
@@ -176,7 +176,7 @@ def marked_secrets() -> Secrets:
 async def running_whole_stack(path: Path) -> AsyncIterator[WholeStack]:
     folder, secrets = new_run_folder(path), marked_secrets()
     (folder.path / "secrets.json").write_text(secrets.model_dump_json())
-    metrics_port, bridge_port = free_port(), free_port()
+    metrics_port, bridge_port = any_free_port(), any_free_port()
     async with AsyncExitStack() as opened:
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv(f"{PREFIX}LOG_LEVEL", "DEBUG")

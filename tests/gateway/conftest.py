@@ -15,7 +15,8 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from store import TaskStore
 from tests.conftest import unique
-from tests.gateway.serving import Gateway, KeepsSignals, bearer, eventually, served, start_run, token_for
+from tests.gateway.serving import Gateway, KeepsSignals, bearer, served, start_run, token_for
+from tests.waiting import until
 from tests.workflows.platform import Platform, running_platform
 
 ALL_TESTS_SECONDS = 3_600
@@ -49,7 +50,7 @@ class Api:
             task = (await self.call("GET", f"/{task_id}")).json()
             return task if task.get("ended_at") else None
 
-        task: dict[str, Any] = await eventually(read)
+        task: dict[str, Any] = await until(read)
         return task
 
 

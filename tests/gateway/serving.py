@@ -10,16 +10,15 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import jwt
-import uvicorn
 from fastapi import FastAPI
 from temporalio import workflow
 from temporalio.client import Client, WorkflowHandle
@@ -34,6 +33,8 @@ from gateway.tokens import StreamTokens
 from proof.site.callbacks import signed_headers, signed_request
 from runtime.caller_tokens import CallerTokens, SharedSecret
 from store import TaskStore
+from tests.served_app import served_app
+from tests.waiting import until
 
 TOKEN_SECRET = "a secret of these tests, longer than the 64 bytes that HS512 wants of one"
 ISSUER = "tests"
@@ -148,15 +149,12 @@ async def served(
         task_queue=task_queue,
         allowed_origins=origins,
     )
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
-    serving = asyncio.create_task(server.serve())
-    await eventually(lambda: _is(server.started))
-    port = server.servers[0].sockets[0].getsockname()[1]
     limits = httpx.Limits(max_connections=200)
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, limits=limits) as http:
+    async with (
+        served_app(app) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, limits=limits) as http,
+    ):
         yield Gateway(app, http, secret)
-    server.should_exit = True
-    await serving
 
 
 @dataclass
@@ -199,7 +197,7 @@ async def gateway_process(environment: dict[str, str]) -> AsyncIterator[GatewayP
             except httpx.TransportError:
                 return False
 
-        await eventually(is_up, within=timedelta(seconds=20))
+        await until(is_up, within_seconds=20)
     try:
         yield GatewayProcess(process, port, secret)
     finally:
@@ -208,19 +206,6 @@ async def gateway_process(environment: dict[str, str]) -> AsyncIterator[GatewayP
             process.terminate()
         code = await asyncio.wait_for(process.wait(), 20)
     assert code == 0 or not was_running
-
-
-async def _is(value: bool) -> bool:
-    return value
-
-
-async def eventually(condition: Callable[[], Awaitable[Any]], *, within: timedelta = timedelta(seconds=10)) -> Any:
-    """The condition's first true value; fails when there is none in time."""
-    deadline = asyncio.get_running_loop().time() + within.total_seconds()
-    while not (value := await condition()):
-        assert asyncio.get_running_loop().time() < deadline, "the condition did not become true in time"
-        await asyncio.sleep(0.02)
-    return value
 
 
 async def start_run(client: Client, task_queue: str, task_id: str) -> WorkflowHandle[Any, Any]:

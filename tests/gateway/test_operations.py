@@ -17,8 +17,9 @@ from store import TaskStore
 from tests.cable import Cable
 from tests.conftest import unique
 from tests.gateway.conftest import Api, NewRun
-from tests.gateway.serving import Gateway, bearer, eventually, served, tick, token_for
+from tests.gateway.serving import Gateway, bearer, served, tick, token_for
 from tests.store.facts import claim_of
+from tests.waiting import until
 
 NOBODY_LISTENS = "postgresql://user:password@127.0.0.1:1/tasks"
 IMAGE = {"template_id": "text-to-image", "prompt": "a lighthouse"}
@@ -78,7 +79,7 @@ async def test_without_temporal_tasks_are_read_and_none_is_changed(
     async def is_ready() -> bool:
         return (await gateway.http.get("/readyz")).status_code == 200
 
-    await eventually(is_ready)
+    await until(is_ready)
     assert (await run.describe()).status is not None
     started = await ask(gateway, "POST", "/images", {**IMAGE, "task_id": new_id}, tenant=tenant)
     assert started.status_code in (200, 202)
@@ -138,7 +139,7 @@ async def test_metrics_count_what_happens(api: Api) -> None:
         async def is_shown() -> bool:
             return value_of(await metrics(), "gateway_streams_open", kind="sse") == 1
 
-        await eventually(is_shown)
+        await until(is_shown)
     after = await metrics()
 
     def grown(name: str, **labels: str) -> float:

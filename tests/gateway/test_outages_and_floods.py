@@ -22,7 +22,6 @@ from tests.gateway.serving import (
     Gateway,
     GatewayProcess,
     delivery,
-    eventually,
     gateway_process,
     kept_by,
     served,
@@ -30,6 +29,7 @@ from tests.gateway.serving import (
     training_tick,
 )
 from tests.store.facts import claim_of
+from tests.waiting import until
 
 NOBODY_LISTENS = "postgresql://user:password@127.0.0.1:1/tasks"
 
@@ -69,7 +69,7 @@ async def test_temporal_away_is_a_503_and_the_repeat_is_taken(
     async def repeated() -> bool:
         return (await gateway.post(task_id, delivery(3), webhook_id=f"{task_id}-end")).status_code == 202
 
-    await eventually(repeated)
+    await until(repeated)
     assert (await kept_by(run))[-1]["job_status"] == "delivery"
 
 
@@ -162,5 +162,5 @@ async def test_out_of_pace_the_newest_tick_is_signalled_by_itself(gateway: Gatew
     async def newest_kept() -> bool:
         return bool((await kept_by(run))[-1]["sequence"] == last)
 
-    await eventually(newest_kept)
+    await until(newest_kept)
     assert len(await kept_by(run)) < last

@@ -13,8 +13,8 @@ from proof.simulators.admin_wire import FaultKind
 from store import StoreUnavailable
 from tests.conftest import unique
 from tests.gateway.conftest import OTHER_TOKEN, Api
-from tests.gateway.serving import eventually
 from tests.pausing import pause, unpause
+from tests.waiting import until
 from tests.workflows.platform import answered
 from workflows import ledger_search
 
@@ -128,7 +128,7 @@ async def test_a_submit_that_was_refused_is_not_sent_again(
         patch.setattr(api.platform.store, "write", _store_away)
         made = api.platform.image(task_id=task_id) if scene == "image" else api.platform.training(task_id=task_id)
         await api.call("POST", "/images" if scene == "image" else "/trainings", made)
-        await eventually(lambda: answered(handle_of(api, task_id), route))
+        await until(lambda: answered(handle_of(api, task_id), route))
         await handle_of(api, task_id).terminate("by an operator")
 
     answer = await api.call("POST", f"/{task_id}/rollback")
@@ -167,7 +167,7 @@ async def test_a_vanished_run_is_given_back_by_its_row(api: Api) -> None:
             return True
         return False
 
-    await eventually(is_gone, within=timedelta(seconds=60))
+    await until(is_gone, within_seconds=60)
     answer = await api.call("POST", f"/{task_id}/rollback")
 
     assert (answer.status_code, answer.json()["outcome"]) == (200, "given_back"), answer.text

@@ -10,8 +10,9 @@ import pytest
 
 from tests.conftest import unique
 from tests.gateway.conftest import DEMO_TOKEN, OTHER_TOKEN, Api
-from tests.gateway.serving import eventually, token_for
+from tests.gateway.serving import token_for
 from tests.store.facts import NOON, claim_of, new_task_id
+from tests.waiting import until
 
 
 def image(**fields: Any) -> dict[str, Any]:
@@ -52,7 +53,7 @@ async def test_a_training_is_confirmed_and_followed_in_its_log(api: Api) -> None
     async def asked() -> Any:
         return (await api.call("GET", f"/{task_id}")).json().get("confirmation")
 
-    confirmation = await eventually(asked)
+    confirmation = await until(asked)
     low = await api.call("POST", f"/{task_id}/confirm-price", {"max_credits": confirmation["estimated_cost"]})
     assert low.json() == {"max_credits": confirmation["estimated_cost"]}
     raised = await api.call("POST", f"/{task_id}/confirm-price", {"max_credits": 5_000})
@@ -113,7 +114,7 @@ async def test_the_list_is_the_tenants_own_newest_first_with_filters_and_pages(a
             task = (await api.call("GET", f"/{task_id}", token=token)).json()
             return bool(task["status"] == "failed")
 
-        await eventually(has_failed)
+        await until(has_failed)
 
     first = (await api.call("GET", "?limit=2", token=token)).json()
     rest = (await api.call("GET", f"?limit=2&cursor={first['cursor']}", token=token)).json()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from local_stack.folder import RunFolder
-from local_stack.ports import PREFERRED, any_free_port
+from local_stack.ports import free_ports
 
 
 def new_run_folder(path: Path) -> RunFolder:
@@ -13,8 +13,6 @@ def new_run_folder(path: Path) -> RunFolder:
 
     Those may be another stack's, which is just being restarted: then this stack's worker would take the other's tasks.
     """
-    folder, ports = RunFolder(path), dict[str, int]()
-    for part in PREFERRED:
-        ports[part] = any_free_port(set(ports.values()))
-    folder.remember_ports(ports)
+    folder = RunFolder(path)
+    folder.remember_ports(free_ports())
     return folder

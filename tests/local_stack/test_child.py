@@ -18,7 +18,7 @@ import pytest
 
 from local_stack.child import Child, Part
 from local_stack.folder import StackFailure
-from tests.local_stack.waiting import comes_true, eventually
+from tests.waiting import comes_true, eventually
 
 FOREVER = "import time; print('up', flush=True); time.sleep(60)"
 

@@ -23,7 +23,7 @@ class Answers(BaseHTTPRequestHandler):
 def test_only_a_silent_server_is_named_with_what_to_do() -> None:
     with HTTPServer(("127.0.0.1", 0), Answers) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        there, gone = f"http://127.0.0.1:{server.server_port}/", f"http://127.0.0.1:{any_free_port(set())}"
+        there, gone = f"http://127.0.0.1:{server.server_port}/", f"http://127.0.0.1:{any_free_port()}"
         said = list(silent_servers([there, gone, f"{there}elsewhere"]))
         server.shutdown()
     assert [sentence.split()[2] for sentence in said] == [gone, f"{there}elsewhere"]

@@ -108,7 +108,7 @@ def test_a_leftover_is_ended_but_never_another_process_under_its_id() -> None:
 
 
 def test_ports_are_the_last_ones_then_the_usual_then_any() -> None:
-    usual, last = any_free_port(set()), any_free_port(set())
+    usual, last = any_free_port(), any_free_port()
     assert choose_ports({}, {"gateway": usual}) == {"gateway": usual}
     assert choose_ports({"gateway": last}, {"gateway": usual}) == {"gateway": last}
 
@@ -125,6 +125,6 @@ def test_a_taken_port_is_given_up_for_another() -> None:
 
 
 def test_no_two_parts_get_one_port() -> None:
-    port = any_free_port(set())
+    port = any_free_port()
     chosen = choose_ports({"worker": port}, {"gateway": port, "worker": port})
     assert chosen["gateway"] != chosen["worker"]

@@ -34,7 +34,7 @@ from runtime.reconciler_schedule import standing_reconciler
 from runtime.settings import Settings
 from tests.conftest import unique
 from tests.local_stack.folders import new_run_folder
-from tests.local_stack.waiting import comes_true, eventually
+from tests.waiting import comes_true, eventually
 
 SPEED = 200.0
 PARTS = {"temporal", "postgres", "credits", "comfyui", "gateway", "worker"}

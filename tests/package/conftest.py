@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
@@ -14,7 +14,6 @@ from tests.workflows.platform import CALLERS, Platform, running_platform
 
 CALLER = ("tenant-demo", "user-demo")
 STRANGER = ("tenant-other", "user-other")
-OpenTasks = Callable[[], Tasks]
 
 
 @pytest_asyncio.fixture(scope="session")

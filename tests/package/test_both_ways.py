@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -23,13 +22,8 @@ from comfyui_temporal import (
     UnknownTask,
 )
 from tests.conftest import unique
+from tests.waiting import until
 from tests.workflows.platform import Platform
-
-
-async def until(condition: Callable[[], Awaitable[object]], seconds: float = 15) -> None:
-    async with asyncio.timeout(seconds):
-        while not await condition():  # noqa: ASYNC110 - the condition is a server's state
-            await asyncio.sleep(0.05)
 
 
 def image(whole: Platform, **changes: object) -> ImageTask:

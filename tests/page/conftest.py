@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import pytest_asyncio
-import uvicorn
 from playwright.async_api import Browser, Page, async_playwright
 from temporalio.testing import WorkflowEnvironment
 
@@ -24,7 +23,7 @@ from proof.simulators.serving import TEST_CALLBACK_SECRET
 from runtime.caller_tokens import CallerTokens, SharedSecret
 from store import TaskStore
 from tests.cable import Cable
-from tests.local_stack.waiting import comes_true
+from tests.served_app import served_app
 from tests.workflows.platform import CALLERS, Platform, running_platform
 
 PAYER = ("tenant-demo", "user-demo")
@@ -62,13 +61,9 @@ async def _served(platform: Platform) -> AsyncIterator[int]:
         draining=draining,
         page=PageSettings(temporal_ui_url=UI_URL),
     )
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
-    serving = asyncio.create_task(server.serve())
-    await comes_true(lambda: server.started)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    draining.begin()
-    server.should_exit = True
-    await serving
+    async with served_app(app) as port:
+        yield port
+        draining.begin()
 
 
 @pytest_asyncio.fixture(scope="session")

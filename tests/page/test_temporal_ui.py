@@ -12,15 +12,15 @@ from temporalio.worker import Worker
 
 from comfyui_temporal.encryption import PayloadEncryption
 from comfyui_temporal.plugin import TasksPlugin
+from local_stack.ports import any_free_port
 from tests.conftest import temporal_binary
 from tests.test_codec_server import MARK, NEW, SETTINGS, TOKEN, Echo, serving
-from tests.workflows.processes import free_port
 
 pytestmark = pytest.mark.browser
 
 
 async def test_the_ui_decodes_for_a_browser_that_is_signed_in(browser: Browser) -> None:
-    ui = f"http://127.0.0.1:{(ui_port := free_port())}"
+    ui = f"http://127.0.0.1:{(ui_port := any_free_port())}"
     async with (
         await WorkflowEnvironment.start_local(
             ui=True, ui_port=ui_port, dev_server_existing_path=temporal_binary()

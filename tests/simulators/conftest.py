@@ -8,8 +8,9 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from proof.conformance.receiver import receiving
 from proof.simulators.serving import TEST_CALLBACK_SECRET, Simulators, running_simulators
-from tests.simulators.platform import Caller, Receiver, running_receiver
+from tests.simulators.platform import Caller, Receiver
 
 SPEED = 4_800.0
 """A standard image takes 0.1 s, a standard training 0.6 s."""
@@ -30,7 +31,7 @@ async def simulators(served: Simulators) -> Simulators:
 
 @pytest_asyncio.fixture(scope="session")
 async def receiver() -> AsyncIterator[Receiver]:
-    async with running_receiver(TEST_CALLBACK_SECRET) as receiver:
+    async with receiving(Receiver(TEST_CALLBACK_SECRET)) as receiver:
         yield receiver
 
 

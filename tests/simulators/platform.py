@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import socket
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import uvicorn
-from fastapi import FastAPI, Request, Response
-from standardwebhooks import Webhook, WebhookVerificationError
 
+from proof.conformance.receiver import CallbackReceiver
 from proof.simulators.serving import Simulators
 from proof.simulators.tokens import ALL_SCOPES
 from tests.conftest import unique
@@ -25,85 +17,14 @@ TENANT, USER = "tenant-demo", "user-demo"
 Json = dict[str, Any]
 
 
-async def eventually(condition: Callable[[], bool], what: str, within_seconds: float = 5.0) -> None:
-    """Wait until `condition` holds. Raises AssertionError naming `what` when it does not in time."""
-    ends = time.monotonic() + within_seconds
-    while not condition():
-        assert time.monotonic() < ends, f"{what} did not come within {within_seconds} s"
-        await asyncio.sleep(0.01)
-
-
-async def until(look: Callable[[], Awaitable[bool]], what: str, within_seconds: float = 5.0) -> None:
-    """As `eventually`, for a condition that is awaited."""
-    ends = time.monotonic() + within_seconds
-    while not await look():
-        assert time.monotonic() < ends, f"{what} did not come within {within_seconds} s"
-        await asyncio.sleep(0.01)
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """One callback as it arrived."""
-
-    webhook_id: str
-    timestamp: int
-    raw: bytes
-    is_genuine: bool
-
-    @property
-    def body(self) -> Json:
-        body: Json = json.loads(self.raw)
-        return body
-
-
-@dataclass
-class Receiver:
-    """Takes callbacks; answers the statuses given for a task in turn, then 202."""
-
-    secret: str
-    url: str = ""
-    arrivals: list[Arrival] = field(default_factory=list)
-    answers: dict[str, list[int]] = field(default_factory=dict)
-
-    def of(self, task_id: str) -> list[Arrival]:
-        return [arrival for arrival in self.arrivals if f'"{task_id}"'.encode() in arrival.raw]
+class Receiver(CallbackReceiver):
+    """With what these tests read of the arrivals that have a valid signature."""
 
     def genuine(self, task_id: str) -> list[Json]:
-        return [arrival.body for arrival in self.of(task_id) if arrival.is_genuine]
+        return [arrival.body for arrival in self.of(task_id) if not arrival.flaw]
 
     def statuses(self, task_id: str) -> list[str]:
         return [body.get("job_status") or body["training_status"] for body in self.genuine(task_id)]
-
-    async def take(self, request: Request, task_id: str) -> Response:
-        raw = await request.body()
-        headers = dict(request.headers)
-        try:
-            Webhook(self.secret).verify(raw, headers, json_parse=False)
-            is_genuine = True
-        except WebhookVerificationError:
-            is_genuine = False
-        self.arrivals.append(
-            Arrival(headers["webhook-id"], int(headers["webhook-timestamp"]), raw, is_genuine=is_genuine)
-        )
-        answers = self.answers.get(task_id) or [202]
-        return Response(status_code=answers.pop(0) if task_id in self.answers else 202)
-
-
-@asynccontextmanager
-async def running_receiver(secret: str) -> AsyncIterator[Receiver]:
-    receiver = Receiver(secret)
-    app = FastAPI()
-    app.post("/callbacks/comfyui/{task_id}")(receiver.take)
-    # The protocol is named, or asyncio would not set TCP_NODELAY and every answer would take 40 ms.
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.bind(("127.0.0.1", 0))
-    receiver.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
-    serving = asyncio.create_task(server.serve(sockets=[listening]))
-    await eventually(lambda: server.started, "the receiver")
-    yield receiver
-    server.should_exit = True
-    await serving
 
 
 @dataclass

@@ -14,7 +14,8 @@ from comfyui_temporal.contracts.errors import JOB_CODES
 from proof.simulators.admin_client import AdminRefused
 from proof.simulators.admin_wire import FaultKind
 from proof.simulators.serving import Simulators
-from tests.simulators.platform import TENANT, USER, Caller, Receiver, eventually, new_task, refusal, until
+from tests.simulators.platform import TENANT, USER, Caller, Receiver, new_task, refusal
+from tests.waiting import comes_true, until
 
 
 @pytest.mark.parametrize(("when", "jobs"), [("before", 0), ("after", 1), (None, 1)])
@@ -262,7 +263,7 @@ async def test_an_instant_jobs_delivery_arrives_before_its_202(
     await simulators.admin.comfyui.fault("delay", route="submit_job", when="after", seconds=0.5)
     task = new_task()
     submitting = asyncio.create_task(caller.submit(task))
-    await eventually(lambda: receiver.statuses(task) == ["delivery"], "the delivery")
+    await comes_true(lambda: receiver.statuses(task) == ["delivery"], "the delivery")
     assert not submitting.done()
     assert (await submitting)["job_status"] == "delivery"
 
@@ -303,7 +304,7 @@ async def test_gpu_hours_can_grow_while_a_training_runs(
     task = new_task()
     training_id = (await caller.create(task, epochs=10))["training_id"]
     await caller.start(task, training_id)
-    await eventually(lambda: "completed" in receiver.statuses(task), "the end")
+    await comes_true(lambda: "completed" in receiver.statuses(task), "the end")
     assert {body["gpu_hours"] for body in receiver.genuine(task)} == {1.5, 9}
     assert (await caller.training(training_id))["gpu_hours_used"] == 9
 

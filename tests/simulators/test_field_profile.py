@@ -14,7 +14,8 @@ from comfyui_temporal.contracts.credits import Estimate, HoldReply, Ledger
 from proof.simulators.admin_client import AdminRefused
 from proof.simulators.credits_profile import FIELD
 from proof.simulators.serving import Simulators, running_simulators
-from tests.simulators.platform import TENANT, USER, Caller, Json, Receiver, new_task, refusal, until
+from tests.simulators.platform import TENANT, USER, Caller, Json, Receiver, new_task, refusal
+from tests.waiting import until
 
 WHO = {"tenant_id": TENANT, "user_id": USER}
 FIRST = 100_000

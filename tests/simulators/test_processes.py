@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,19 +13,14 @@ import httpx
 import pytest
 
 import proof.simulators.__main__
+from local_stack.ports import any_free_port
 from proof.simulators.admin_client import ComfyUIAdmin, CreditsAdmin
 from proof.simulators.serving import TEST_ADMIN_TOKEN, TEST_CALLBACK_SECRET, TEST_TOKEN_SECRET, running_simulators
-from tests.simulators.platform import Caller, Receiver, eventually, new_task, until
+from tests.simulators.platform import Caller, Receiver, new_task
+from tests.waiting import comes_true, until
 
 ROOT = Path(__file__).parents[2]
 PREFIX = "COMFYUI_TEMPORAL_"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _settings(folder: Path, **other: str) -> dict[str, str]:
@@ -69,7 +63,7 @@ async def _kill(process: asyncio.subprocess.Process) -> None:
 
 
 async def test_a_killed_comfyui_goes_on_where_it_was(tmp_path: Path, receiver: Receiver) -> None:
-    port, task = _free_port(), new_task()
+    port, task = any_free_port(), new_task()
     receiver.answers[task] = [503]
     process = await _started("comfyui", tmp_path, port)
     admin = ComfyUIAdmin(f"http://127.0.0.1:{port}", TEST_ADMIN_TOKEN)
@@ -79,7 +73,7 @@ async def test_a_killed_comfyui_goes_on_where_it_was(tmp_path: Path, receiver: R
         body, headers = caller.job_body(task), caller.headers(f"{task}:submit:1")
         first = (await http.post(url, json=body, headers=headers)).json()
         await admin.advance(200)
-        await eventually(lambda: len(receiver.of(task)) == 1, "the first attempt")
+        await comes_true(lambda: len(receiver.of(task)) == 1, "the first attempt")
         await admin.fault("callback_duplicate", task_id=task, callback_status="delivery")
 
         await _kill(process)
@@ -90,7 +84,7 @@ async def test_a_killed_comfyui_goes_on_where_it_was(tmp_path: Path, receiver: R
             state = (await http.get(f"{url}/{first['job_id']}", headers=caller.headers())).json()
             assert state["job_status"] == "processing"
             await admin.advance(300)
-            await eventually(lambda: receiver.statuses(task).count("delivery") == 2, "delivery and its duplicate")
+            await comes_true(lambda: receiver.statuses(task).count("delivery") == 2, "delivery and its duplicate")
             assert receiver.statuses(task).count("processing") == 5, "the one answered 503 came again"
         finally:
             await admin.close()
@@ -98,7 +92,7 @@ async def test_a_killed_comfyui_goes_on_where_it_was(tmp_path: Path, receiver: R
 
 
 async def test_killed_credits_lose_no_hold_and_expire_it_in_time(tmp_path: Path, receiver: Receiver) -> None:
-    port, task = _free_port(), new_task()
+    port, task = any_free_port(), new_task()
     process = await _started("credits", tmp_path, port)
     admin = CreditsAdmin(f"http://127.0.0.1:{port}", TEST_ADMIN_TOKEN)
     async with running_simulators(tmp_path / "unused") as ours, httpx.AsyncClient() as http:
@@ -124,7 +118,7 @@ async def test_killed_credits_lose_no_hold_and_expire_it_in_time(tmp_path: Path,
 
 
 async def test_the_profile_of_credits_is_chosen_by_an_option(tmp_path: Path) -> None:
-    port = _free_port()
+    port = any_free_port()
     process = await _started("credits", tmp_path, port, "--credits-profile", "field")
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:

@@ -14,7 +14,8 @@ import pytest
 
 from comfyui_temporal.contracts.comfyui import TrainingAccepted, TrainingState
 from proof.simulators.serving import Simulators
-from tests.simulators.platform import Caller, Receiver, eventually, new_task, refusal
+from tests.simulators.platform import Caller, Receiver, new_task, refusal
+from tests.waiting import comes_true
 
 
 def _weights(uri: str) -> dict[str, Any]:
@@ -50,7 +51,7 @@ async def test_stages_follow_each_other_and_running_alternates_with_checkpointin
     task = new_task()
     training_id = (await caller.create(task, epochs=3))["training_id"]
     await caller.start(task, training_id)
-    await eventually(lambda: "completed" in receiver.statuses(task), "the completed callback")
+    await comes_true(lambda: "completed" in receiver.statuses(task), "the completed callback")
 
     received = sorted(receiver.genuine(task), key=lambda body: body["sequence"])
     stages = [body["training_stage"] for body in received]
@@ -70,7 +71,7 @@ async def test_the_loss_falls_and_checkpoints_and_model_exist(
     task = new_task()
     training_id = (await caller.create(task, epochs=6))["training_id"]
     await caller.start(task, training_id)
-    await eventually(lambda: "completed" in receiver.statuses(task), "the completed callback")
+    await comes_true(lambda: "completed" in receiver.statuses(task), "the completed callback")
 
     received = sorted(receiver.genuine(task), key=lambda body: body["sequence"])
     lines = [line["message"] for body in received for line in body["log"]]
@@ -113,7 +114,7 @@ async def test_many_epochs_have_ten_checkpoints(caller: Caller, simulators: Simu
     task = new_task()
     training_id = (await caller.create(task, epochs=1000))["training_id"]
     await caller.start(task, training_id)
-    await eventually(lambda: "completed" in receiver.statuses(task), "the completed callback")
+    await comes_true(lambda: "completed" in receiver.statuses(task), "the completed callback")
     assert receiver.statuses(task).count("checkpointing") == 10
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from proof.simulators.credits_profile import PROFILES
-from tests.local_stack.waiting import eventually
+from tests.waiting import eventually
 
 PROJECT = Path(__file__).parents[2]
 TASKS = 16

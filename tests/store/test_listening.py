@@ -14,8 +14,8 @@ from sqlalchemy.engine import make_url
 from store import EventListener, TaskStore
 from tests.cable import Cable
 from tests.conftest import unique
-from tests.gateway.serving import eventually
 from tests.store.facts import claim_of, end, fact, new_task_id, write_of
+from tests.waiting import until
 
 
 class Notifications:
@@ -50,11 +50,11 @@ async def running(listener: EventListener) -> AsyncIterator[None]:
 async def test_each_write_is_notified_with_its_newest_seq(task_store: TaskStore) -> None:
     notified = Notifications()
     async with running(task_store.listener(written=notified.written, resumed=notified.resumed)):
-        await eventually(lambda: notified.has_resumed(1))
+        await until(lambda: notified.has_resumed(1))
         task_id = new_task_id()
         await task_store.claim(claim_of(task_id))
         await task_store.write(write_of(task_id, fact("a"), fact("b")))
-        await eventually(lambda: notified.has_write(task_id, 3))
+        await until(lambda: notified.has_write(task_id, 3))
     assert [seq for written_id, seq in notified.writes if written_id == task_id] == [1, 3]
 
 
@@ -72,7 +72,7 @@ async def test_an_internal_error_of_the_driver_ends_no_listener(
 
     monkeypatch.setattr(asyncpg, "connect", failing)
     async with running(task_store.listener(written=notified.written, resumed=notified.resumed)):
-        await eventually(lambda: notified.has_resumed(1))
+        await until(lambda: notified.has_resumed(1))
 
 
 @pytest.mark.parametrize("fault", ["pull", "hang"])
@@ -84,18 +84,18 @@ async def test_a_lost_connection_is_noticed_and_reopened(task_store: TaskStore, 
         store = TaskStore(f"postgresql://postgres@127.0.0.1:{cable.port}/{url.database}")
         listener = store.listener(written=notified.written, resumed=notified.resumed)
         async with running(listener):
-            await eventually(lambda: notified.has_resumed(1))
+            await until(lambda: notified.has_resumed(1))
             getattr(cable, fault)()
 
             async def is_lost() -> bool:
                 return not listener.is_listening
 
-            await eventually(is_lost)
+            await until(is_lost)
             cable.plug_in()
-            await eventually(lambda: notified.has_resumed(2))
+            await until(lambda: notified.has_resumed(2))
             task_id = new_task_id()
             await task_store.claim(claim_of(task_id))
-            await eventually(lambda: notified.has_write(task_id, 1))
+            await until(lambda: notified.has_write(task_id, 1))
 
 
 async def test_the_events_of_many_tasks_come_after_each_ones_own_position(task_store: TaskStore) -> None:

@@ -15,8 +15,8 @@ from store import StoreUnavailable, TaskStore
 from store.database import POOL_SIZE, Database
 from tests.cable import Cable
 from tests.conftest import NewDatabase
-from tests.gateway.serving import eventually
 from tests.store.facts import claim_of, fact, new_task_id, write_of
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ async def test_an_outage_is_one_named_failure_in_time_and_ends_by_itself(
             return False
         return True
 
-    await eventually(written)
+    await until(written)
     events = await store.events(task_id)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     assert (await store.task(task_id)).version == 99  # type: ignore[union-attr]

@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import jwt
-import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 
 from comfyui_temporal.contracts.permissions import Scope
@@ -27,8 +26,9 @@ from gateway.tokens import StreamTokens
 from runtime.caller_tokens import Caller, CallerTokens, SharedSecret
 from store import TaskStore
 from tests.conftest import unique
-from tests.local_stack.waiting import comes_true
+from tests.served_app import served_app
 from tests.store.facts import claim_of, end, fact, new_task_id, write_of
+from tests.waiting import comes_true
 
 SECRET = "a secret of the tests, long enough for HS256"
 ISSUER, AUDIENCE = "tests", "gateway"
@@ -170,14 +170,9 @@ async def streams_on(store: TaskStore, *, heartbeat_seconds: int = 15) -> AsyncI
 
     app.add_api_route("/api/v1/tasks/{task_id}/events", events, response_model=None)
 
-    async with hub.running():
-        server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
-        serving = asyncio.create_task(server.serve())
-        await comes_true(lambda: server.started and hub.is_listening)
-        port = server.servers[0].sockets[0].getsockname()[1]
+    async with hub.running(), served_app(app) as port:
+        await comes_true(lambda: hub.is_listening)
         limits = httpx.Limits(max_connections=300)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, limits=limits) as http:
             yield Streams(hub, http, port, draining)
         draining.begin()
-        server.should_exit = True
-        await serving

@@ -14,9 +14,9 @@ from sqlalchemy.engine import make_url
 from gateway.streams_wires import EndReason
 from store import TaskStore
 from tests.cable import Cable
-from tests.local_stack.waiting import comes_true
 from tests.store.facts import NOON
 from tests.streams.serving import Streams, Writer, stream_token_for, streams_on, token_for
+from tests.waiting import comes_true
 
 HEAVY = {"result_urls": [f"https://images.example/{n:02}-{'x' * 2_000}" for n in range(64)]}
 """An event of about 128 KiB."""

@@ -6,7 +6,6 @@ import asyncio
 import tempfile
 import warnings
 from collections.abc import AsyncIterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from temporalio.testing import WorkflowEnvironment
 
 from store import StoreUnavailable, TaskStore, migrate
 from tests.conftest import unique
-from tests.gateway.serving import eventually, gateway_process, token_for
-from tests.local_stack.waiting import comes_true
+from tests.gateway.serving import gateway_process, token_for
 from tests.streams.serving import Reader, Streams, Writer, streams_on
 from tests.streams.serving import token_for as stream_token_for
+from tests.waiting import comes_true, until
 
 
 async def test_a_client_of_a_killed_gateway_goes_on_at_another_without_loss_or_repeat(
@@ -145,7 +144,7 @@ async def _persistently(writer: Writer, task_id: str, *, ends: bool = False) -> 
             return False
         return True
 
-    await eventually(is_written, within=timedelta(seconds=20))
+    await until(is_written, within_seconds=20)
 
 
 async def _followed(streams: Streams, tenant_id: str, task_id: str) -> list[int]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import httpx
 
+from comfyui_temporal.contracts.task_store import TaskRow
 from proof.simulators.admin_wire import EntrySeen, HoldSeen, RunSeen
 from tests.conftest import unique
-from tests.workflows.platform import Handle, Platform
+from tests.workflows.platform import Handle, Platform, task_id_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Payer:
     async def has(self, balance: int) -> None:
         """Set the balance, in points; what is frozen stays frozen."""
         await self.platform.simulators.admin.credits.set_balance(balance, self.tenant_id, self.user_id)
+
+    async def has_plain_service(self) -> None:
+        """The payer's service keeps no keys: each call acts again. Its ledger shows reasons alone."""
+        for fault in ("plain_ledger", "ignore_keys"):
+            await self.platform.simulators.admin.credits.fault(fault, tenant_id=self.tenant_id)
 
     async def balance(self) -> int:
         return (await self.platform.simulators.admin.credits.account(self.tenant_id, self.user_id)).balance
@@ -68,13 +74,9 @@ async def new_payer(platform: Platform, balance: int = 100_000) -> Payer:
     return payer
 
 
-def task_of(handle: Handle) -> str:
-    return handle.id.removeprefix("task-")
-
-
 async def holds_of(platform: Platform, handle: Handle) -> list[HoldSeen]:
     """The task's holds, oldest first."""
-    return await platform.simulators.admin.credits.holds(task_of(handle))
+    return await platform.simulators.admin.credits.holds(task_id_of(handle))
 
 
 async def end_open_holds(platform: Platform, handle: Handle) -> str:
@@ -97,7 +99,7 @@ def lost(platform: Platform) -> list[str]:
 
 async def entries_of(platform: Platform, handle: Handle) -> list[EntrySeen]:
     """The task's ledger entries, oldest first."""
-    return await platform.simulators.admin.credits.ledger(task_of(handle))
+    return await platform.simulators.admin.credits.ledger(task_id_of(handle))
 
 
 async def kinds_of(platform: Platform, handle: Handle) -> list[str]:
@@ -110,11 +112,43 @@ async def has_kinds(platform: Platform, handle: Handle, *kinds: str) -> bool:
     return await kinds_of(platform, handle) == list(kinds)
 
 
+async def until_kinds(platform: Platform, handle: Handle, kinds: list[str]) -> None:
+    await platform.until(lambda: has_kinds(platform, handle, *kinds))
+
+
+async def until_price_shown(platform: Platform, handle: Handle, cost: int | None = None) -> dict[str, Any]:
+    """Wait until the task shows this price, or any, for confirmation; the confirmation."""
+
+    async def shown() -> dict[str, Any] | None:
+        wanted: dict[str, Any] | None = (await platform.progress(handle))["confirmation"]
+        return wanted if wanted is not None and cost in (None, wanted["estimated_cost"]) else None
+
+    wanted = await platform.until(shown)
+    assert wanted is not None
+    return wanted
+
+
+async def row_of(platform: Platform, handle: Handle) -> TaskRow:
+    row = await platform.store.task(task_id_of(handle))
+    assert row is not None
+    return row
+
+
+async def start_long_training(platform: Platform, task: dict[str, Any]) -> Handle:
+    """Start a training of five hours; returns when it has begun: its hold of an hour is due after half of it."""
+    await platform.simulators.admin.comfyui.fault(
+        "job_duration", route="create_training", task_id=task["task_id"], seconds=5 * 3600
+    )
+    handle = await platform.start(task)
+    await until_started(platform, handle)
+    return handle
+
+
 async def until_started(platform: Platform, handle: Handle) -> RunSeen:
     """Wait until the task's newest job or training has started, which is once credits are held; its state."""
 
     async def begun() -> RunSeen | None:
-        runs = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+        runs = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
         is_held = any(hold.phase == "open" for hold in await holds_of(platform, handle))
         return runs[-1] if runs and is_held and runs[-1].phase in ("waiting", "working") else None
 

@@ -15,7 +15,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import uvicorn
 from temporalio.client import Client, WorkflowHandle, WorkflowUpdateFailedError
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Worker
@@ -55,6 +54,8 @@ from runtime.caller_tokens import CallerTokens, SharedSecret
 from runtime.settings import Settings
 from store import TaskStore
 from tests.conftest import unique
+from tests.served_app import served_app
+from tests.waiting import until
 from worker import WORKFLOWS, all_activities, make_worker
 from workflows.image_generation import ImageGenerationWorkflow
 from workflows.training import TrainingWorkflow
@@ -154,12 +155,7 @@ class Platform:
     # Waiting on conditions
 
     async def until(self, condition: Callable[[], Awaitable[T]], *, seconds: float = 30.0) -> T:
-        """The condition's first true value; fails when there is none in time."""
-        deadline = asyncio.get_running_loop().time() + seconds
-        while not (value := await condition()):
-            assert asyncio.get_running_loop().time() < deadline, "the condition did not become true in time"
-            await asyncio.sleep(0.02)
-        return value
+        return await until(condition, within_seconds=seconds)
 
     async def until_stage(self, handle: Handle, stage: str) -> dict[str, Any]:
         """Wait until the task shows this stage; its progress."""
@@ -324,16 +320,8 @@ async def served_gateway(client: Client, store: TaskStore, objects: str, task_qu
         access=access,
         task_queue=task_queue,
     )
-    server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, lifespan="on")
-    )
-    serving = asyncio.create_task(server.serve())
-    while not server.started:
-        assert not serving.done(), "the gateway ended while it was starting"
-        await asyncio.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    await serving
+    async with served_app(app) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @asynccontextmanager

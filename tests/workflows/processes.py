@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
+from local_stack.ports import any_free_port
 from proof.simulators.serving import TEST_TOKEN_SECRET
 from tests.workflows.platform import Platform
 
@@ -16,19 +16,12 @@ PROJECT = Path(__file__).parents[2]
 READY_SECONDS = 20.0
 
 
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port
-
-
 class WorkerProcess:
     """`python worker.py` on a platform's task queue."""
 
     def __init__(self, platform: Platform, address: str, database_dsn: str) -> None:
         self._log = platform.folder / "worker.log"
-        self._health_port = free_port()
+        self._health_port = any_free_port()
         settings = {
             "TEMPORAL_ADDRESS": address,
             "TASK_QUEUE": platform.task_queue,

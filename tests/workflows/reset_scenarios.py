@@ -13,8 +13,8 @@ from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError
 
 from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
 from tests.conftest import unique
-from tests.workflows.payers import Payer, has_kinds, task_of
-from tests.workflows.platform import Handle, Platform
+from tests.workflows.payers import Payer, has_kinds
+from tests.workflows.platform import Handle, Platform, task_id_of
 
 POLICY = {"retry_after_seconds": [0.05, 0.05, 0.05], "poll_after_seconds": 0.3, "poll_at_most_seconds": 1.0}
 RENEWED = ("pre_deduct", "pre_deduct", "cancel")
@@ -46,7 +46,7 @@ async def work_goes_on(platform: Platform, handle: Handle) -> AsyncIterator[None
 
     async def finish() -> None:
         while True:
-            for run in await platform.simulators.admin.comfyui.jobs(task_of(handle)):
+            for run in await platform.simulators.admin.comfyui.jobs(task_id_of(handle)):
                 if run.phase == "working" and not run.is_over:
                     with contextlib.suppress(Exception):
                         await platform.simulators.admin.comfyui.act(run.run_id, "finish")
@@ -75,12 +75,12 @@ async def until_working(platform: Platform, handle: Handle, *, jobs: int) -> str
     """Wait until the task's newest job, the `jobs`th, is worked on, and nothing more happens for a moment; its id."""
 
     async def working() -> str | None:
-        runs = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+        runs = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
         return runs[-1].run_id if len(runs) == jobs and runs[-1].phase == "working" else None
 
     run_id = await platform.until(working)
     assert run_id is not None
-    await platform.until_held(task_of(handle))
+    await platform.until_held(task_id_of(handle))
     await platform.until_settled(handle)
     return run_id
 
@@ -142,7 +142,7 @@ async def retried_training(platform: Platform, payer: Payer) -> Handle:
 async def topped_up(platform: Platform, payer: Payer) -> Handle:
     """A training whose price rises while it runs: it takes a new hold and cancels the old one; it waits."""
     handle = await stalled(platform, payer.training())
-    [run] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+    [run] = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
     await platform.simulators.admin.comfyui.act(run.run_id, "lie", fields={"gpu_hours": 5, "gpu_hours_used": 5})
     await platform.until(lambda: has_kinds(platform, handle, *RENEWED))
     await platform.until_settled(handle)
@@ -160,8 +160,8 @@ async def given_back_image(platform: Platform, payer: Payer) -> Handle:
     await handle.terminate("by a test")
     await platform.client.execute_workflow(
         GIVE_BACK_WORKFLOW,
-        GiveBackOrder(task_id=task_of(handle)),
-        id=give_back_id_of(task_of(handle)),
+        GiveBackOrder(task_id=task_id_of(handle)),
+        id=give_back_id_of(task_id_of(handle)),
         task_queue=platform.task_queue,
     )
     return handle

@@ -21,7 +21,7 @@ from proof.simulators.admin_wire import Fault
 from store import TaskStore
 from tests.cable import Cable
 from tests.workflows.books import ended, runs_of
-from tests.workflows.payers import holds_of, kinds_of, until_started
+from tests.workflows.payers import holds_of, kinds_of, until_price_shown, until_started
 from tests.workflows.platform import Handle, Platform, running_platform, sent, task_id_of
 
 URL = "https://example.org/1.png"
@@ -131,16 +131,6 @@ async def test_an_image_of_many_runs_is_one_task(platform: Platform) -> None:
     assert len(await runs_of(platform, handle)) >= 5
     assert await kinds_of(platform, handle) == ["pre_deduct", "commit"]
     await assert_requested_once(platform, handle, submit_job=2, estimate=2)
-
-
-async def until_price_shown(platform: Platform, handle: Handle, cost: int) -> None:
-    """Wait until the task shows this price for confirmation."""
-
-    async def is_shown() -> bool:
-        confirmation = (await platform.progress(handle))["confirmation"]
-        return confirmation is not None and confirmation["estimated_cost"] == cost
-
-    await platform.until(is_shown)
 
 
 async def until_holds(platform: Platform, handle: Handle, amount: int) -> None:

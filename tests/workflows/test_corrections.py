@@ -17,8 +17,8 @@ from proof.simulators.admin_wire import Fault
 from store import TaskStore
 from tests.conftest import NewDatabase, unique
 from tests.workflows.books import check_histories, ended
-from tests.workflows.payers import Payer, holds_of, new_payer, task_of
-from tests.workflows.platform import Handle, Platform, running_platform
+from tests.workflows.payers import Payer, holds_of, new_payer
+from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
 from tests.workflows.resets import points_of, reset
 from workflows import ledger_search
 
@@ -70,7 +70,7 @@ async def committed_unseen(payer: Payer, *, ledger: str = "by kind") -> tuple[Ha
 
 
 async def credits_in_row(platform: Platform, handle: Handle) -> dict[str, Any]:
-    row = await platform.store.task(task_of(handle))
+    row = await platform.store.task(task_id_of(handle))
     assert row is not None
     return row.credits.model_dump()
 
@@ -86,18 +86,18 @@ async def test_a_settlement_that_was_unknown_is_corrected_once_the_ledger_shows_
     assert result["credits"] | unknown == result["credits"] == await credits_in_row(alone, handle)
     assert (await reconcile(alone)).corrected == 0
     assert await credits_in_row(alone, handle) == result["credits"], "an absent entry proves nothing"
-    events = await alone.store.events(task_of(handle))
+    events = await alone.store.events(task_id_of(handle))
 
     await alone.simulators.admin.credits.remove_fault(lag)
     assert (await reconcile(alone)).corrected == 1
 
     known = {"settlement": SettlementState.SETTLED, "charged": HD, "returned": 0}
     assert await credits_in_row(alone, handle) == {**result["credits"], **known}
-    assert [record.code for record in await alone.store.exceptions(task_id=task_of(handle))] == [
+    assert [record.code for record in await alone.store.exceptions(task_id=task_id_of(handle))] == [
         "settlement_corrected",
         "settlement_unknown",
     ]
-    assert await alone.store.events(task_of(handle)) == events, "a correction publishes no event"
+    assert await alone.store.events(task_id_of(handle)) == events, "a correction publishes no event"
     assert (await handle.result())["credits"] == result["credits"], "the run's result stays as it was"
     assert (await reconcile(alone)).corrected == 0
 
@@ -170,4 +170,4 @@ async def test_the_ledger_is_looked_at_hourly_and_the_row_stays_for_that_day(alo
     assert (await credits_in_row(alone, handle))["settlement"] == "unknown"
     assert (await reconcile(alone)).corrected == 1
     await alone.store.purge(datetime.now(UTC) + timedelta(days=2))
-    assert await alone.store.task(task_of(handle)) is None
+    assert await alone.store.task(task_id_of(handle)) is None

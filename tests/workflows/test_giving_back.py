@@ -9,8 +9,8 @@ from temporalio.client import WorkflowExecutionStatus, WorkflowUpdateStage
 
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
-from tests.workflows.payers import end_open_holds, holds_of, kinds_of, new_payer, task_of, until_started
-from tests.workflows.platform import Handle, Platform
+from tests.workflows.payers import end_open_holds, holds_of, kinds_of, new_payer, until_started
+from tests.workflows.platform import Handle, Platform, task_id_of
 
 pytestmark = pytest.mark.on_both_profiles
 
@@ -25,7 +25,7 @@ async def start_held(platform: Platform, task: dict[str, Any]) -> Handle:
         "job_stall", route="submit_job", task_id=task["task_id"], while_queued=True
     )
     handle = await platform.start(task)
-    await platform.until_held(task_of(handle))
+    await platform.until_held(task_id_of(handle))
     return handle
 
 

@@ -5,32 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from temporalio.api.enums.v1 import EventType
-from temporalio.api.history.v1 import HistoryEvent
 from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal.client.submission import start_task
 from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus
+from proof.benchmarks.history_cost import billable_actions
 from store import TaskStore
 from tests.workflows.books import ended
 from tests.workflows.platform import running_platform
 
 MAX_EVENTS = 57
 MAX_ACTIONS = 23
-ACTIONS = {
-    EventType.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED,
-    EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED,
-    EventType.EVENT_TYPE_TIMER_STARTED,
-    EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED,
-    EventType.EVENT_TYPE_UPSERT_WORKFLOW_SEARCH_ATTRIBUTES,
-}
-"""Temporal Cloud's billable actions (docs.temporal.io/cloud/actions); local activities come to it, see below."""
-
-
-def billable_actions(events: list[HistoryEvent]) -> int:
-    """All local activities of one workflow task are one action: their markers name the task they completed with."""
-    markers = [event for event in events if event.event_type == EventType.EVENT_TYPE_MARKER_RECORDED]
-    tasks = {event.marker_recorded_event_attributes.workflow_task_completed_event_id for event in markers}
-    return sum(event.event_type in ACTIONS for event in events) + len(tasks)
 
 
 async def test_an_image_task_with_five_spread_callbacks_stays_small(

@@ -10,8 +10,8 @@ from temporalio.client import WorkflowExecutionStatus
 
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
-from tests.workflows.payers import holds_of, kinds_of, lost, new_payer, task_of
-from tests.workflows.platform import Platform
+from tests.workflows.payers import holds_of, kinds_of, lost, new_payer
+from tests.workflows.platform import Platform, task_id_of
 
 pytestmark = pytest.mark.on_both_profiles
 
@@ -194,7 +194,7 @@ async def test_prices_that_differ_are_all_recorded_and_the_larger_is_held(
     credits = ending.result["credits"]
     assert (credits["estimated"], credits["held"]) == (estimate, held)
     assert "prices_differ" in ending.exceptions
-    row = await quick_platform.store.task(task_of(handle))
+    row = await quick_platform.store.task(task_id_of(handle))
     assert row is not None and row.prices is not None
     assert row.prices.model_dump() == {"job": job, "estimate": estimate, "table": HD}
 
@@ -206,7 +206,7 @@ async def test_a_trainings_estimate_that_differs_from_the_table_is_recorded(quic
     handle = await quick_platform.start(task)
     ending = await ended(quick_platform, handle)
     assert (ending.result["credits"]["held"], ending.charged, ending.exceptions) == (150, 120, ["prices_differ"])
-    row = await quick_platform.store.task(task_of(handle))
+    row = await quick_platform.store.task(task_id_of(handle))
     assert row is not None and row.prices is not None
     assert row.prices.model_dump() == {"job": None, "estimate": 150, "table": 120}
 

@@ -12,8 +12,8 @@ from comfyui_temporal.command_line.terminal import confirmation_of
 from comfyui_temporal.contracts.prices import PriceTable
 from comfyui_temporal.contracts.tasks import Confirmation, TaskStatus
 from tests.workflows.books import ended
-from tests.workflows.payers import Payer, entries_of, holds_of, new_payer, task_of
-from tests.workflows.platform import Handle, Platform
+from tests.workflows.payers import Payer, entries_of, holds_of, new_payer
+from tests.workflows.platform import Handle, Platform, task_id_of
 
 PRINTED = re.compile(r"--max-credits (\d+)`$")
 
@@ -23,7 +23,7 @@ async def shown_price(platform: Platform, handle: Handle) -> int | None:
 
     async def asks_or_runs() -> dict[str, Any] | None:
         progress = await platform.progress(handle)
-        runs = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+        runs = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
         has_begun = bool(runs) and (runs[-1].phase in ("waiting", "working") or runs[-1].is_over)
         return progress if progress["confirmation"] or has_begun else None
 
@@ -31,7 +31,7 @@ async def shown_price(platform: Platform, handle: Handle) -> int | None:
     assert progress is not None
     if progress["confirmation"] is None:
         return None
-    printed = PRINTED.search(confirmation_of(task_of(handle), Confirmation.model_validate(progress["confirmation"])))
+    printed = PRINTED.search(confirmation_of(task_id_of(handle), Confirmation.model_validate(progress["confirmation"])))
     assert printed is not None
     return int(printed[1])
 

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
-from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, lost, new_payer, task_of, until_started
-from tests.workflows.platform import Handle, Platform
+from tests.workflows.payers import (
+    Payer,
+    holds_of,
+    kinds_of,
+    lost,
+    new_payer,
+    start_long_training,
+    until_kinds,
+    until_started,
+)
+from tests.workflows.platform import Handle, Platform, task_id_of
 
 pytestmark = pytest.mark.on_both_profiles
 
 TRAINING = 120
 RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
 SWAPPED = ["pre_deduct", "cancel", "pre_deduct"]
-
-
-async def start_long_training(platform: Platform, task: dict[str, Any]) -> Handle:
-    """Start a training of five hours; returns when it has begun: its hold of an hour is due after half of it."""
-    await platform.simulators.admin.comfyui.fault(
-        "job_duration", route="create_training", task_id=task["task_id"], seconds=5 * 3600
-    )
-    handle = await platform.start(task)
-    await until_started(platform, handle)
-    return handle
 
 
 async def start_slow_image(platform: Platform, payer: Payer) -> Handle:
@@ -44,12 +42,8 @@ async def start_slow_image(platform: Platform, payer: Payer) -> Handle:
 
 
 async def finish(platform: Platform, handle: Handle) -> None:
-    [run] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+    [run] = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
     await platform.simulators.admin.comfyui.act(run.run_id, "finish")
-
-
-async def until_kinds(platform: Platform, handle: Handle, kinds: list[str]) -> None:
-    await platform.until(lambda: has_kinds(platform, handle, *kinds))
 
 
 async def test_a_hold_is_renewed_at_half_its_life_new_first(patient_platform: Platform) -> None:
@@ -134,11 +128,11 @@ async def test_no_next_attempt_begins_without_cover_and_a_cancel_takes_effect_me
     payer = await new_payer(patient_platform)
     handle = await start_long_training(patient_platform, payer.training())
     await in_the_last_minute(patient_platform, payer, handle, life=3_600)
-    [run] = await patient_platform.simulators.admin.comfyui.jobs(task_of(handle))
+    [run] = await patient_platform.simulators.admin.comfyui.jobs(task_id_of(handle))
     await patient_platform.simulators.admin.comfyui.act(run.run_id, "preempt")
     await patient_platform.pass_time(handle, 35)
     await patient_platform.until_settled(handle)
-    assert len(await patient_platform.simulators.admin.comfyui.jobs(task_of(handle))) == 1
+    assert len(await patient_platform.simulators.admin.comfyui.jobs(task_id_of(handle))) == 1
     async with asyncio.timeout(10):
         assert await patient_platform.cancel(handle) == "accepted"
     assert (await ended(patient_platform, handle)).status is TaskStatus.CANCELLED

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from comfyui_temporal.contracts.task_store import TaskRow
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import Ending, ended
-from tests.workflows.payers import new_payer, task_of
+from tests.workflows.payers import new_payer, row_of
 from tests.workflows.platform import Handle, Platform
 from tests.workflows.reset_scenarios import ENDED, OPEN, POLICY, Scenario, work_goes_on
 from tests.workflows.resets import Point, points_of, reset
@@ -37,12 +36,6 @@ async def platform(quick_platform: Platform) -> Platform:
     for gpu_type in ("rtx4090", "a100"):
         await quick_platform.simulators.admin.comfyui.set_gpus(gpu_type, 200)
     return quick_platform
-
-
-async def row_of(platform: Platform, handle: Handle) -> TaskRow:
-    row = await platform.store.task(task_of(handle))
-    assert row is not None
-    return row
 
 
 async def begun(platform: Platform, scenario: Scenario) -> Handle:

@@ -19,8 +19,8 @@ from comfyui_temporal.contracts.tasks import TaskStatus
 from store import TaskStore
 from tests.cable import Cable
 from tests.workflows.books import Ending, ended
-from tests.workflows.payers import has_kinds, holds_of, new_payer, task_of
-from tests.workflows.platform import Handle, Platform, running_platform
+from tests.workflows.payers import has_kinds, holds_of, new_payer
+from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
 from tests.workflows.reset_scenarios import POLICY, RENEWED, stalled, topped_up, work_goes_on
 from tests.workflows.resets import points_of, reset
 from workflows import row_look
@@ -44,8 +44,8 @@ async def platform(
 async def give_back(platform: Platform, handle: Handle) -> Handle:
     return await platform.client.start_workflow(
         GIVE_BACK_WORKFLOW,
-        GiveBackOrder(task_id=task_of(handle)),
-        id=give_back_id_of(task_of(handle)),
+        GiveBackOrder(task_id=task_id_of(handle)),
+        id=give_back_id_of(task_id_of(handle)),
         task_queue=platform.task_queue,
     )
 
@@ -116,7 +116,7 @@ async def test_a_run_that_was_reset_begins_nothing_while_the_store_is_away(platf
     """A cancel takes effect meanwhile."""
     payer = await new_payer(platform)
     handle = await stalled(platform, payer.image())
-    [job] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+    [job] = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
     cable.pull()
     await platform.simulators.admin.comfyui.act(job.run_id, "preempt")
     points = await points_of(platform, handle)
@@ -127,7 +127,7 @@ async def test_a_run_that_was_reset_begins_nothing_while_the_store_is_away(platf
         return any(call.activity_type.name == "submit_job" and call.attempt > 1 for call in pending)
 
     await platform.until(waits)
-    assert len(await platform.simulators.admin.comfyui.jobs(task_of(handle))) == 1
+    assert len(await platform.simulators.admin.comfyui.jobs(task_id_of(handle))) == 1
     asking = asyncio.create_task(platform.cancel(run))
     await platform.until(lambda: has_kinds(platform, handle, "pre_deduct", "cancel"))
     cable.plug_in()
@@ -215,7 +215,7 @@ async def test_a_give_back_stops_where_the_run_was_reset_before_it_could_claim_t
 
 
 async def _has_other_run(platform: Platform, handle: Handle) -> bool:
-    row = await platform.store.task(task_of(handle))
+    row = await platform.store.task(task_id_of(handle))
     return row is not None and row.run_id != handle.first_execution_run_id
 
 
@@ -227,7 +227,7 @@ async def test_a_reset_run_that_is_terminated_is_given_back_with_all_that_its_li
     await platform.until(lambda: _has_other_run(platform, handle))
     await run.terminate("by a test")
     assert (await (await give_back(platform, handle)).result())["outcome"] == "given_back"
-    row = await platform.store.task(task_of(handle))
+    row = await platform.store.task(task_id_of(handle))
     assert row is not None and (row.status, row.credits.charged) == (TaskStatus.FAILED, 0)
     assert {hold.phase for hold in await holds_of(platform, handle)} == {"cancelled"}
-    assert all(job.is_over for job in await platform.simulators.admin.comfyui.jobs(task_of(handle)))
+    assert all(job.is_over for job in await platform.simulators.admin.comfyui.jobs(task_id_of(handle)))

@@ -11,7 +11,7 @@ import pytest
 
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
-from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, until_started
+from tests.workflows.payers import has_kinds, holds_of, kinds_of, new_payer, until_started
 from tests.workflows.platform import Handle, Platform
 from tests.workflows.reset_scenarios import POLICY, RENEWED, work_goes_on
 from tests.workflows.resets import points_of, reset
@@ -24,13 +24,6 @@ HELD_AGAIN = ("pre_deduct", "pre_deduct", "cancel")
 """The ledger of a task that was reset: the earlier life's hold is cancelled before the other is committed."""
 IN_FLIGHT_SECONDS = 11
 """How long a reset run waits for the calls of its earlier life to end."""
-
-
-async def keeps_no_keys(payer: Payer) -> None:
-    """The payer's service repeats no answer: each call acts again. Its ledger shows reasons alone."""
-    credits = payer.platform.simulators.admin.credits
-    await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
-    await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
 
 
 async def stalled(platform: Platform, task: dict[str, Any]) -> Handle:
@@ -81,7 +74,7 @@ async def test_a_commit_that_acted_after_a_reset_is_not_charged_again(patient_pl
     """The ledger shows the cancel of the earlier hold, but not yet the commit of the other: that is no proof."""
     payer = await new_payer(patient_platform)
     credits = patient_platform.simulators.admin.credits
-    await keeps_no_keys(payer)
+    await payer.has_plain_service()
     handle = await stalled(patient_platform, payer.image())
     run = await reset_to_its_start(patient_platform, handle, holds=2)
     commit = {"route": "commit", "tenant_id": payer.tenant_id}
@@ -133,7 +126,7 @@ async def test_a_failed_task_whose_earlier_hold_has_an_unknown_end_says_so(patie
     """Its cancel was answered too late: the repeat is refused, and the ledger shows nothing for ten minutes."""
     payer = await new_payer(patient_platform)
     credits = patient_platform.simulators.admin.credits
-    await keeps_no_keys(payer)
+    await payer.has_plain_service()
     await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=3_600)
     handle = await stalled(patient_platform, payer.image())
     run = await reset_to_its_start(patient_platform, handle, holds=2)

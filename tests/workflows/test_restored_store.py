@@ -10,11 +10,10 @@ import pytest
 import pytest_asyncio
 
 from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
-from comfyui_temporal.contracts.task_store import TaskRow
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended, ended_without_its_run
-from tests.workflows.payers import has_kinds, holds_of, new_payer, task_of
-from tests.workflows.platform import Handle, Platform
+from tests.workflows.payers import has_kinds, holds_of, new_payer, row_of
+from tests.workflows.platform import Handle, Platform, task_id_of
 from tests.workflows.reset_scenarios import POLICY, RENEWED, over, stalled, topped_up, work_goes_on
 from tests.workflows.resets import points_of, reset
 
@@ -67,17 +66,11 @@ async def platform(quick_platform: Platform) -> Platform:
     return quick_platform
 
 
-async def row_of(platform: Platform, handle: Handle) -> TaskRow:
-    row = await platform.store.task(task_of(handle))
-    assert row is not None
-    return row
-
-
 async def given_back(platform: Platform, handle: Handle) -> dict[str, Any]:
     result: dict[str, Any] = await platform.client.execute_workflow(
         GIVE_BACK_WORKFLOW,
-        GiveBackOrder(task_id=task_of(handle)),
-        id=give_back_id_of(task_of(handle)),
+        GiveBackOrder(task_id=task_id_of(handle)),
+        id=give_back_id_of(task_id_of(handle)),
         task_queue=platform.task_queue,
     )
     return result
@@ -91,8 +84,8 @@ async def test_an_open_run_whose_row_was_lost_recreates_it_and_is_delivered(
 ) -> None:
     handle = await stalled(platform, (await new_payer(platform)).image())
     before = await row_of(platform, handle)
-    await database.restore(task_of(handle))
-    assert await platform.store.task(task_of(handle)) is None
+    await database.restore(task_id_of(handle))
+    assert await platform.store.task(task_id_of(handle)) is None
     async with work_goes_on(platform, handle):
         ending = await ended(platform, handle)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
@@ -108,7 +101,7 @@ async def test_an_open_run_whose_row_was_lost_is_cancelled_and_given_back(
     platform: Platform, database: Database
 ) -> None:
     handle = await stalled(platform, (await new_payer(platform)).image())
-    await database.restore(task_of(handle))
+    await database.restore(task_id_of(handle))
     assert await platform.cancel(handle) == "accepted"
     ending = await ended(platform, handle)
     assert (ending.status, ending.charged) == (TaskStatus.CANCELLED, 0)
@@ -117,12 +110,12 @@ async def test_an_open_run_whose_row_was_lost_is_cancelled_and_given_back(
 async def test_an_open_run_goes_on_with_an_older_row(platform: Platform, database: Database) -> None:
     """Its second hold and its job's progress are not in the backup."""
     handle = await stalled(platform, (await new_payer(platform)).training())
-    older = await database.backup(task_of(handle))
-    [run] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+    older = await database.backup(task_id_of(handle))
+    [run] = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
     await platform.simulators.admin.comfyui.act(run.run_id, "lie", fields={"gpu_hours": 5, "gpu_hours_used": 5})
     await platform.until(lambda: has_kinds(platform, handle, *RENEWED))
     await platform.until_settled(handle)
-    await database.restore(task_of(handle), older)
+    await database.restore(task_id_of(handle), older)
     async with work_goes_on(platform, handle):
         ending = await ended(platform, handle)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 360)
@@ -133,7 +126,7 @@ async def test_a_run_that_is_reset_after_the_row_was_lost_is_delivered(
     platform: Platform, database: Database, place: int
 ) -> None:
     handle = await topped_up(platform, await new_payer(platform))
-    await database.restore(task_of(handle))
+    await database.restore(task_id_of(handle))
     run = await reset(platform, handle, (await points_of(platform, handle))[place])
     async with work_goes_on(platform, run):
         ending = await ended(platform, run)
@@ -148,12 +141,12 @@ async def test_a_completed_task_whose_row_is_open_again_is_completed_again(
     platform: Platform, database: Database
 ) -> None:
     handle = await stalled(platform, (await new_payer(platform)).image())
-    older = await database.backup(task_of(handle))
+    older = await database.backup(task_id_of(handle))
     async with work_goes_on(platform, handle):
         ending = await ended(platform, handle)
-    await database.restore(task_of(handle), older)
+    await database.restore(task_id_of(handle), older)
     assert (await given_back(platform, handle))["outcome"] == "already_charged"
-    again = await ended_without_its_run(platform, task_of(handle))
+    again = await ended_without_its_run(platform, task_id_of(handle))
     assert (again.status, again.charged) == (TaskStatus.COMPLETED, ending.charged)
     assert again.result["result_urls"] == ending.result["result_urls"]
 
@@ -163,26 +156,26 @@ async def test_an_ended_task_whose_row_is_open_again_ends_as_it_had(
     platform: Platform, database: Database, how: str
 ) -> None:
     handle = await stalled(platform, (await new_payer(platform)).image())
-    older = await database.backup(task_of(handle))
+    older = await database.backup(task_id_of(handle))
     if how == "cancelled":
         await platform.cancel(handle)
     else:
-        [job] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+        [job] = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
         await platform.simulators.admin.comfyui.act(job.run_id, "fail", code="node_error")
     await over(handle)
     before = await row_of(platform, handle)
-    await database.restore(task_of(handle), older)
+    await database.restore(task_id_of(handle), older)
     await given_back(platform, handle)
-    again = await ended_without_its_run(platform, task_of(handle))
+    again = await ended_without_its_run(platform, task_id_of(handle))
     assert (again.status, again.code) == (before.status, before.error.code if before.error else None)
 
 
 async def test_a_backup_is_what_the_store_held(platform: Platform, database: Database) -> None:
     """Of the test's own means: a row that is restored is the row that was kept."""
     handle = await over(await platform.start((await new_payer(platform)).image()))
-    row, backup = await row_of(platform, handle), await database.backup(task_of(handle))
-    events = await platform.store.events(task_of(handle))
+    row, backup = await row_of(platform, handle), await database.backup(task_id_of(handle))
+    events = await platform.store.events(task_id_of(handle))
     assert len(backup["task_events"]) == len(events) and json.loads(backup["tasks"][0])["task_id"] == row.task_id
-    await database.restore(task_of(handle))
-    await database.restore(task_of(handle), backup)
-    assert await row_of(platform, handle) == row and await platform.store.events(task_of(handle)) == events
+    await database.restore(task_id_of(handle))
+    await database.restore(task_id_of(handle), backup)
+    assert await row_of(platform, handle) == row and await platform.store.events(task_id_of(handle)) == events

@@ -17,10 +17,9 @@ from tests.workflows.payers import (
     holds_of,
     kinds_of,
     new_payer,
-    task_of,
     until_started,
 )
-from tests.workflows.platform import Handle, Platform, scheduled, sent
+from tests.workflows.platform import Handle, Platform, scheduled, sent, task_id_of
 
 pytestmark = pytest.mark.on_both_profiles
 
@@ -42,15 +41,15 @@ async def start_reporting(platform: Platform, task: dict[str, Any], **fields: An
 
 async def expired(platform: Platform, handle: Handle) -> str:
     """Let the task's hold end before its commit; the kind of the entry that shows it."""
-    await platform.until_held(task_of(handle))
+    await platform.until_held(task_id_of(handle))
     return await end_open_holds(platform, handle)
 
 
 async def delivered(platform: Platform, handle: Handle) -> None:
     """Let the job be delivered now; returns when its commit has been requested."""
-    [job] = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+    [job] = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
     await platform.simulators.admin.comfyui.act(job.run_id, "finish")
-    await platform.until(lambda: platform.simulators.admin.credits.requests_seen("commit", task_of(handle)))
+    await platform.until(lambda: platform.simulators.admin.credits.requests_seen("commit", task_id_of(handle)))
 
 
 # What is charged (contract §5 *Charged*)
@@ -134,7 +133,7 @@ async def test_more_than_2000_points_are_charged_in_parts(quick_platform: Platfo
     ending = await ended(quick_platform, handle)
     assert ending.status is TaskStatus.COMPLETED
     assert ending.charged == 120 + 39 * 60 == 2_460
-    entries = await quick_platform.simulators.admin.credits.ledger(task_of(handle))
+    entries = await quick_platform.simulators.admin.credits.ledger(task_id_of(handle))
     assert [entry.change for entry in entries if entry.kind == "charge"] == [-2_000, -460]
 
 
@@ -231,13 +230,6 @@ async def test_a_training_that_used_more_than_is_held(quick_platform: Platform, 
 # A ledger that shows only reasons, as the platform's own does
 
 
-async def show_only_reasons(payer: Payer) -> None:
-    """Make the payer's service ignore keys and its ledger show no kinds."""
-    credits = payer.platform.simulators.admin.credits
-    await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
-    await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
-
-
 @pytest.mark.parametrize("ledger", ["by kind", "by reason"])
 @pytest.mark.parametrize("answer", ["lost", "500"])
 @pytest.mark.parametrize("cost", [HD - 4, HD], ids=["part of the hold", "all of it"])
@@ -247,7 +239,7 @@ async def test_a_commit_that_acted_without_an_answer_is_settled_within_seconds(
     payer = await new_payer(quick_platform)
     credits = quick_platform.simulators.admin.credits
     if ledger == "by reason":
-        await show_only_reasons(payer)
+        await payer.has_plain_service()
     if answer == "lost":
         await credits.fault("drop", route="commit", tenant_id=payer.tenant_id)
     else:
@@ -268,7 +260,7 @@ async def test_a_lagging_ledger_by_reason_never_reports_a_committed_hold_as_give
     """After a renewal the old hold's cancel is the only end that is shown: the new one's is looked for again."""
     payer = await new_payer(patient_platform)
     credits = patient_platform.simulators.admin.credits
-    await show_only_reasons(payer)
+    await payer.has_plain_service()
     await credits.fault("drop", route="commit", tenant_id=payer.tenant_id)
     task = payer.training()
     await patient_platform.simulators.admin.comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
@@ -293,7 +285,7 @@ async def test_a_not_found_cancel_never_reports_a_committed_hold_as_given_back(
     """The old hold's cancel acted and was answered `not found`: its entry is not taken for the new hold's end."""
     payer = await new_payer(patient_platform)
     credits = patient_platform.simulators.admin.credits
-    await show_only_reasons(payer)
+    await payer.has_plain_service()
     not_found = {"detail": {"code": "40401", "message": "pre_deduct_not_found"}}
     refused = {"route": "cancel_hold", "tenant_id": payer.tenant_id, "status": 404, "body": not_found}
     await credits.fault("answer", **refused, when="after")
@@ -321,7 +313,7 @@ async def test_a_commit_answered_with_another_amount_is_looked_up(
 ) -> None:
     payer = await new_payer(quick_platform)
     if ledger == "by reason":
-        await show_only_reasons(payer)
+        await payer.has_plain_service()
     await quick_platform.simulators.admin.credits.fault(
         "alter", route="commit", tenant_id=payer.tenant_id, fields={"frozen_amount": answered}
     )
@@ -371,7 +363,7 @@ async def test_an_unanswered_charge_is_repeated_where_keys_are_kept(
 
 async def cancelled_by_another_caller(platform: Platform, payer: Payer, handle: Handle) -> None:
     """Another caller gives the task's hold back before its commit."""
-    await platform.until_held(task_of(handle))
+    await platform.until_held(task_id_of(handle))
     [hold] = await holds_of(platform, handle)
     await payer.post("cancel", "by-hand", {"pre_deduct_id": hold.pre_deduct_id, "reason": "by hand"})
 
@@ -381,7 +373,7 @@ async def test_an_unanswered_charge_waits_for_the_ledger_where_no_keys_are_kept(
     patient_platform: Platform, acts: bool
 ) -> None:
     payer = await new_payer(patient_platform)
-    await show_only_reasons(payer)
+    await payer.has_plain_service()
     credits = patient_platform.simulators.admin.credits
     lost = await credits.fault("drop", route="charge", tenant_id=payer.tenant_id, when="after" if acts else "before")
     handle = await patient_platform.start(payer.image())
@@ -403,7 +395,7 @@ async def test_an_unanswered_charge_is_not_repeated_where_the_ledger_lacks_the_c
 ) -> None:
     """120 points are committed and 120 charged; ten minutes later the ledger shows the hold alone."""
     payer = await new_payer(patient_platform)
-    await show_only_reasons(payer)
+    await payer.has_plain_service()
     patient_platform.policy["charge_shortfall"] = True
     credits = patient_platform.simulators.admin.credits
     await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=800)
@@ -426,7 +418,7 @@ async def test_an_unanswered_charge_is_not_repeated_where_the_ledger_lacks_the_c
 async def unknown_settlement(platform: Platform, payer: Payer, *exempt: str) -> Ending:
     """Follow an image whose settlement stays unknown to its end, 10 minutes after its delivery."""
     handle = await platform.start(payer.image())
-    await platform.until_held(task_of(handle))
+    await platform.until_held(task_id_of(handle))
     await delivered(platform, handle)
     await platform.pass_time(handle, 590)
     assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING, "the ledger is looked at for 10 minutes"
@@ -460,7 +452,7 @@ async def test_a_commit_that_stays_unreadable_is_looked_up_in_the_ledger(patient
         "garbage", route="commit", tenant_id=payer.tenant_id, when="after", times=None
     )
     handle = await patient_platform.start(payer.image())
-    await patient_platform.until_held(task_of(handle))
+    await patient_platform.until_held(task_id_of(handle))
     await delivered(patient_platform, handle)
     await patient_platform.pass_time(handle, 880)
     assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING, "it is repeated for 15 minutes"
@@ -476,7 +468,7 @@ async def test_an_unanswered_commit_is_repeated_without_limit(patient_platform: 
         "rate_limit", route="commit", tenant_id=payer.tenant_id, seconds=60, times=None
     )
     handle = await patient_platform.start(payer.image())
-    await patient_platform.until_held(task_of(handle))
+    await patient_platform.until_held(task_id_of(handle))
     await delivered(patient_platform, handle)
     await patient_platform.pass_time(handle, 16 * 60)
     assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING

@@ -22,7 +22,7 @@ from proof.simulators.credits_profile import CreditsProfile
 from store import TaskStore
 from tests.cable import Cable
 from tests.workflows.books import Ending, ended
-from tests.workflows.payers import entries_of, has_kinds, kinds_of, until_started
+from tests.workflows.payers import entries_of, has_kinds, kinds_of, start_long_training, until_started
 from tests.workflows.platform import Handle, Platform, running_platform
 
 MINUTE = 60.0
@@ -87,19 +87,9 @@ async def test_an_image_is_delivered_and_paid_for_while_the_store_is_away(platfo
     assert_in_order(ending, ["queued", "processing", "delivery"])
 
 
-async def start_long_training(platform: Platform) -> Handle:
-    task = platform.training()
-    await platform.simulators.admin.comfyui.fault(
-        "job_duration", route="create_training", task_id=task["task_id"], seconds=5 * 60 * MINUTE
-    )
-    handle = await platform.start(task)
-    await until_started(platform, handle)
-    await platform.until_settled(handle)
-    return handle
-
-
 async def test_a_training_is_cancelled_and_given_back_while_the_store_is_away(platform: Platform, cable: Cable) -> None:
-    handle = await start_long_training(platform)
+    handle = await start_long_training(platform, platform.training())
+    await platform.until_settled(handle)
     await pass_minutes(platform, handle, 20)
     cable.pull()
     await pass_minutes(platform, handle, 8)
@@ -117,7 +107,8 @@ async def test_a_training_is_cancelled_and_given_back_while_the_store_is_away(pl
 
 async def test_a_renewal_waits_for_the_store_as_long_as_the_old_hold_lasts(platform: Platform, cable: Cable) -> None:
     """Nothing is begun for a task that may have ended meanwhile (contract §4); the renewal is due after 30 minutes."""
-    handle = await start_long_training(platform)
+    handle = await start_long_training(platform, platform.training())
+    await platform.until_settled(handle)
     await pass_minutes(platform, handle, 28)
     cable.pull()
     await pass_minutes(platform, handle, 1)

@@ -10,8 +10,16 @@ import pytest
 from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.simulators.admin_wire import RunSeen
 from tests.workflows.books import ended
-from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, task_of, until_started
-from tests.workflows.platform import Handle, Platform
+from tests.workflows.payers import (
+    Payer,
+    holds_of,
+    kinds_of,
+    new_payer,
+    until_kinds,
+    until_price_shown,
+    until_started,
+)
+from tests.workflows.platform import Handle, Platform, task_id_of
 
 BASE = 120
 """The price of a training of up to one GPU hour, in points; each further hour costs 60."""
@@ -29,7 +37,7 @@ async def start_training(platform: Platform, task: dict[str, Any]) -> Handle:
 
 async def until_checkpoint(platform: Platform, handle: Handle, number: int) -> None:
     async def written() -> bool:
-        events = await platform.store.events(task_of(handle))
+        events = await platform.store.events(task_id_of(handle))
         return sum(event.event.value == "task.checkpoint" for event in events) >= number
 
     await platform.until(written)
@@ -54,20 +62,6 @@ async def let_it_end(platform: Platform, handle: Handle) -> None:
 async def confirmation(platform: Platform, handle: Handle) -> dict[str, Any] | None:
     shown: dict[str, Any] | None = (await platform.progress(handle))["confirmation"]
     return shown
-
-
-async def until_price_shown(platform: Platform, handle: Handle, cost: int) -> None:
-    """Wait until the task shows this price for confirmation."""
-
-    async def is_shown() -> bool:
-        wanted = await confirmation(platform, handle)
-        return wanted is not None and wanted["estimated_cost"] == cost
-
-    await platform.until(is_shown)
-
-
-async def until_kinds(platform: Platform, handle: Handle, kinds: list[str]) -> None:
-    await platform.until(lambda: has_kinds(platform, handle, *kinds))
 
 
 @pytest.mark.on_both_profiles
@@ -173,7 +167,7 @@ async def test_a_retried_training_is_charged_to_its_checkpoint_and_its_last_atte
     await comfyui.fault("job_preempt", route="create_training", task_id=task["task_id"], at=0.6)
     handle = await quick_platform.start(task)
     ending = await ended(quick_platform, handle)
-    first, last = (run.state for run in await comfyui.jobs(task_of(handle)))
+    first, last = (run.state for run in await comfyui.jobs(task_id_of(handle)))
     assert 0 < first["checkpoint"]["gpu_hours_used"] < first["gpu_hours_used"]
     hours = first["checkpoint"]["gpu_hours_used"] + last["gpu_hours_used"]
     assert (ending.status, ending.result["attempts"]) == (TaskStatus.COMPLETED, 2)
@@ -236,7 +230,7 @@ async def until_attempt(platform: Platform, handle: Handle, number: int) -> RunS
     """Wait until the task's `number`th training is the one that it follows; its state."""
 
     async def begun() -> RunSeen | None:
-        runs = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+        runs = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
         followed = (await platform.progress(handle))["job_id"]
         is_there = len(runs) == number and followed == runs[-1].run_id and runs[-1].phase in ("waiting", "working")
         return runs[-1] if is_there else None

@@ -18,7 +18,7 @@ from activities.datasets import DatasetSnapshots
 from comfyui_temporal.contracts.comfyui import TrainingDraft, TrainingRequest
 from comfyui_temporal.contracts.tasks import EventType, TaskStatus
 from tests.workflows.books import Ending, ended
-from tests.workflows.payers import holds_of, kinds_of, new_payer, task_of, until_started
+from tests.workflows.payers import holds_of, kinds_of, new_payer, until_price_shown, until_started
 from tests.workflows.platform import Handle, Platform, sent, task_id_of
 
 PRICE = 120
@@ -323,18 +323,6 @@ async def test_a_training_that_the_service_refuses_leaves_nothing(quick_platform
 # The confirmation
 
 
-async def until_price_shown(platform: Platform, handle: Handle) -> dict[str, Any]:
-    """Wait until the task shows a price for confirmation; the confirmation."""
-
-    async def shown() -> dict[str, Any] | None:
-        wanted: dict[str, Any] | None = (await platform.progress(handle))["confirmation"]
-        return wanted
-
-    wanted = await platform.until(shown)
-    assert wanted is not None
-    return wanted
-
-
 async def test_an_unconfirmed_price_is_shown_by_query_and_event_until_it_is_confirmed(
     quick_platform: Platform,
 ) -> None:
@@ -415,7 +403,7 @@ async def test_a_retried_training_resumes_from_its_last_checkpoint(quick_platfor
     await comfyui.fault("job_preempt", route="create_training", task_id=task["task_id"], at=0.6)
     handle = await quick_platform.start(task)
     assert (await ended(quick_platform, handle)).status is TaskStatus.COMPLETED
-    first, _second = await comfyui.jobs(task_of(handle))
+    first, _second = await comfyui.jobs(task_id_of(handle))
     sources = [order["body"]["resume_from"] for order in await sent(handle, "create_training")]
     assert sources == [None, first.state["checkpoint"]["uri"]]
     assert len(await sent(handle, "snapshot")) == 1, "the same copy serves both"

@@ -11,8 +11,8 @@ from temporalio.client import WorkflowExecutionStatus
 from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.simulators.admin_wire import Fault
 from tests.workflows.books import ended
-from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, task_of, until_started
-from tests.workflows.platform import Handle, Platform, scheduled
+from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, until_started
+from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
 
 AWAY: dict[str, Any] = {"status": 503, "times": None}
 RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
@@ -51,7 +51,7 @@ async def start_working(platform: Platform, payer: Payer, kind: str, **duration:
 
 async def preempt(platform: Platform, handle: Handle) -> None:
     """End the newest job; returns when the task knows."""
-    runs = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+    runs = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
     await platform.simulators.admin.comfyui.act(runs[-1].run_id, "preempt")
 
     async def known() -> bool:
@@ -64,7 +64,7 @@ async def until_jobs(platform: Platform, handle: Handle, number: int) -> None:
     """Wait until the task follows its `number`th job."""
 
     async def followed() -> bool:
-        runs = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+        runs = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
         return len(runs) == number and (await platform.progress(handle))["job_id"] == runs[-1].run_id
 
     await platform.until(followed)
@@ -80,7 +80,7 @@ async def until_scheduled(platform: Platform, handle: Handle, route: str, times:
 
 
 async def finish(platform: Platform, handle: Handle) -> None:
-    runs = await platform.simulators.admin.comfyui.jobs(task_of(handle))
+    runs = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
     await platform.simulators.admin.comfyui.act(runs[-1].run_id, "finish")
 
 
@@ -92,7 +92,7 @@ async def test_the_next_attempt_follows_though_the_old_job_cannot_be_cancelled(p
     """Its cancel goes on beside the next attempt, and the task does not end before it has succeeded."""
     handle = await start_working(platform, await new_payer(platform), kind)
     route = "cancel_job" if kind == "image" else "cancel_training"
-    fault = await away(platform, route, task_of(handle))
+    fault = await away(platform, route, task_id_of(handle))
     await preempt(platform, handle)
     await platform.pass_time(handle, 31)
     await until_jobs(platform, handle, 2)
@@ -111,7 +111,7 @@ async def _is_charged(platform: Platform, handle: Handle) -> bool:
 
 async def test_a_cancel_between_two_attempts_does_not_wait_for_an_outage_to_end(platform: Platform) -> None:
     handle = await start_working(platform, await new_payer(platform), "image")
-    fault = await away(platform, "cancel_job", task_of(handle))
+    fault = await away(platform, "cancel_job", task_id_of(handle))
     await preempt(platform, handle)
     async with asyncio.timeout(10):
         assert await platform.cancel(handle) == "accepted"
@@ -125,7 +125,7 @@ async def test_the_tasks_time_runs_out_between_two_attempts_though_no_route_answ
     """Submitting the next job is tried again until the deadline, then the task ends with its credits back."""
     payer = await new_payer(platform)
     handle = await start_working(platform, payer, "image")
-    faults = [await away(platform, route, task_of(handle)) for route in ("cancel_job", "submit_job")]
+    faults = [await away(platform, route, task_id_of(handle)) for route in ("cancel_job", "submit_job")]
     await preempt(platform, handle)
     await platform.pass_time(handle, 31)
     await until_scheduled(platform, handle, "submit_job", 2)
@@ -146,7 +146,7 @@ async def test_the_hold_is_renewed_while_the_next_training_cannot_be_created(pla
     """Half of its life passes in the outage."""
     handle = await start_working(platform, await new_payer(platform), "training")
     await platform.pass_time(handle, 1_500)
-    fault = await away(platform, "create_training", task_of(handle))
+    fault = await away(platform, "create_training", task_id_of(handle))
     await preempt(platform, handle)
     await platform.pass_time(handle, 31)
     await platform.pass_time(handle, 400)
@@ -190,14 +190,14 @@ async def test_no_next_attempt_begins_under_a_hold_that_ran_out(platform: Platfo
     """The credits service is away from before the old hold's end: the next job waits for it to come back."""
     payer = await new_payer(platform)
     handle = await start_working(platform, payer, "training")
-    fault = await away(platform, "pre_deduct", task_of(handle))
+    fault = await away(platform, "pre_deduct", task_id_of(handle))
     await platform.pass_time(handle, 1_810)
     await platform.pass_time(handle, 1_700)
     await preempt(platform, handle)
     await platform.pass_time(handle, 100)
     await platform.pass_time(handle, 100)
     await platform.until(lambda: has_kinds(platform, handle, "pre_deduct", "expire"))
-    assert len(await platform.simulators.admin.comfyui.jobs(task_of(handle))) == 1
+    assert len(await platform.simulators.admin.comfyui.jobs(task_id_of(handle))) == 1
     await back(platform, fault)
     await platform.pass_time(handle, 31)
     await until_jobs(platform, handle, 2)
@@ -219,7 +219,7 @@ async def test_a_hold_is_renewed_again_though_the_one_before_cannot_be_given_bac
     """Its cancel hangs for longer than the new hold lives; what cannot be given back ends by expiry."""
     payer = await new_payer(platform)
     handle = await start_working(platform, payer, "training")
-    fault = await away(platform, "cancel_hold", task_of(handle))
+    fault = await away(platform, "cancel_hold", task_id_of(handle))
     await platform.simulators.admin.comfyui.act(
         (await platform.job(handle)).run_id, "lie", fields={"estimated_time": 600}
     )

@@ -14,8 +14,6 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from tests.bridge.native.definitions import PICTURES
-
 Json = dict[str, Any]
 SIDE = 512
 MOST_PIXELS_A_SIDE = 4096
@@ -133,7 +131,3 @@ class Saving:
     def has_input(self, name: str) -> bool:
         path = (self.folders["input"] / name).resolve()
         return path.is_relative_to(self.folders["input"].resolve()) and path.is_file()
-
-    def training_pictures(self, folder: str) -> int:
-        """The number of pictures in a dataset folder."""
-        return sum(path.suffix.lower() in PICTURES for path in (self.folders["input"] / folder).iterdir())

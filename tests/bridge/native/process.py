@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -13,16 +12,11 @@ from typing import Final, Self
 
 import httpx
 
+from local_stack.ports import any_free_port
 from tests.bridge.native.admin import NativeAdmin
 from tests.bridge.native.traps import Traps
 
 START_LIMIT_SECONDS: Final = 20.0
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
 
 
 class NativeServer:
@@ -30,7 +24,7 @@ class NativeServer:
 
     def __init__(self, folder: Path, *, port: int | None = None, **traps: object) -> None:
         self.folder = folder
-        self.port = port or free_port()
+        self.port = port or any_free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.admin = NativeAdmin(self.url)
         self._traps = Traps.model_validate(traps)

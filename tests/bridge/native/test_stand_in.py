@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import json
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from io import BytesIO
 from typing import Any
@@ -19,6 +18,7 @@ from websockets.exceptions import InvalidStatus
 
 from tests.bridge.native import NativeServer
 from tests.bridge.native.graphs import new_prompt_id, plain, sampled, training
+from tests.waiting import until
 
 Json = dict[str, Any]
 LIMIT_SECONDS = 10.0
@@ -30,15 +30,6 @@ async def submit(http: httpx.AsyncClient, graph: Json, client_id: str | None = N
     answer = await http.post("/prompt", json=body)
     assert answer.status_code == 200, answer.text
     return str(answer.json()["prompt_id"])
-
-
-async def until(look: Callable[[], Awaitable[Any]], what: str) -> Any:
-    """The first true result of `look`."""
-    ends = time.monotonic() + LIMIT_SECONDS
-    while not (found := await look()):
-        assert time.monotonic() < ends, f"no sign of {what}"
-        await asyncio.sleep(0.01)
-    return found
 
 
 async def ended(http: httpx.AsyncClient, prompt_id: str) -> Json:

@@ -13,7 +13,7 @@ from temporalio.client import Client
 
 from comfyui_temporal.contracts.permissions import Scope
 from proof.conformance import Person, Profile, Verdict, cases, opened, run
-from proof.conformance.receiver import receiving
+from proof.conformance.receiver import CallbackReceiver, receiving
 from tests.bridge.platform import CALLBACK_SECRET, running_bridge
 from tests.bridge.real.worker_process import WorkerProcess
 
@@ -24,7 +24,7 @@ PROFILE = Profile(patience_seconds=250)
 @pytest.mark.timeout(580)
 async def test_every_case_about_images_holds(temporal_client: Client, tmp_path: Path, comfyui_url: str) -> None:
     async with (
-        receiving(CALLBACK_SECRET) as receiver,
+        receiving(CallbackReceiver(CALLBACK_SECRET)) as receiver,
         running_bridge(temporal_client, tmp_path, bridge_callback_urls=[receiver.url]) as bridge,
         WorkerProcess(bridge, temporal_client, comfyui_url, tmp_path),
     ):
