@@ -146,7 +146,7 @@ class CreditsClient(OutsideClient):
             entries += answer.reply.entries
             cursor = answer.reply.cursor or None
             if cursor in seen:
-                raise self._http.reply_invalid(LEDGER, "its cursor leads in a circle")
+                raise self._client.reply_invalid(LEDGER, "its cursor leads in a circle")
             if cursor is None and not seen and _may_be_cut(answer.reply, query.limit):
                 with time_limit(limit - (time.monotonic() - began)):
                     entries, cursor = await self._longest_page(query, entries)

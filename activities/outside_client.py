@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import ClassVar, Self, TypeVar
+from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel, TypeAdapter
 
@@ -14,16 +13,19 @@ from activities.tokens import TokenMaker
 from comfyui_temporal.contracts.calls import CallFor
 from comfyui_temporal.contracts.errors import Answer
 from comfyui_temporal.contracts.permissions import Scope
+from runtime.http_transport import OwnsClient
 
 Reply = TypeVar("Reply")
 
 
-class OutsideClient:
+class OutsideClient(OwnsClient):
     """A party's service; an async context manager, opened once in each process.
 
     `url` is the service's address without a path of the contract. Durations in seconds. Raises ValueError for an
     unusable `url`. Every call returns an `Answer` or raises OutsideFailure.
     """
+
+    _client: OutsideHttp
 
     party: ClassVar[Party]
 
@@ -37,22 +39,13 @@ class OutsideClient:
         pool_size: int = POOL_SIZE,
     ) -> None:
         self._tokens = tokens
-        self._http = OutsideHttp(
+        self._client = OutsideHttp(
             self.party, url, connect_seconds=connect_seconds, read_seconds=read_seconds, pool_size=pool_size
         )
 
-    async def __aenter__(self) -> Self:
-        await self._http.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._http.__aexit__(kind, error, trace)
-
     @property
     def address(self) -> str:
-        return self._http.address
+        return self._client.address
 
     async def _call(
         self,
@@ -68,8 +61,8 @@ class OutsideClient:
         check: Callable[[Reply], str | None] = lambda _: None,
     ) -> Answer[Reply]:
         token = self._tokens(tenant_id=call_for.tenant_id, user_id=call_for.user_id, scope=scope)
-        raw = await self._http.send(route, token=token, ids=ids, query=query, key=key, body=body)
-        return read_answer(self._http, route, raw, model, check=check)
+        raw = await self._client.send(route, token=token, ids=ids, query=query, key=key, body=body)
+        return read_answer(self._client, route, raw, model, check=check)
 
 
 def same(name: str, expected: str, got: str) -> str | None:

@@ -23,8 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Final, Literal
 from urllib.parse import quote
 
 import httpx
@@ -34,7 +33,7 @@ from pydantic_core import PydanticSerializationError, to_json
 from comfyui_temporal.contracts import handed_on
 from comfyui_temporal.contracts.errors import FailureCode, WireError
 from comfyui_temporal.contracts.fields import repaired, shortened
-from runtime.http_transport import LIMIT, PatientClient
+from runtime.http_transport import LIMIT, OwnsClient, PatientClient
 
 CONNECT_SECONDS: Final = 2.0
 READ_SECONDS: Final = 6.0
@@ -129,11 +128,13 @@ def current_time_limit_seconds() -> float:
     return _time_limit_seconds.get()
 
 
-class OutsideHttp:
+class OutsideHttp(OwnsClient):
     """One pooled connection to a party; an async context manager, opened once in each process.
 
     Raises ValueError for an address that is not http or https, or that contains credentials.
     """
+
+    _client: PatientClient
 
     def __init__(
         self,
@@ -156,15 +157,6 @@ class OutsideHttp:
             headers={"accept": "application/json", "accept-encoding": "identity", "user-agent": "comfyui-temporal"},
             mounts={"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None},
         )
-
-    async def __aenter__(self) -> Self:
-        await self._client.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._client.__aexit__(kind, error, trace)
 
     async def send(
         self,

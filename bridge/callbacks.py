@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import httpx
 import structlog
@@ -15,7 +14,7 @@ from temporalio.exceptions import ApplicationError
 
 from bridge.calls import SEND_CALLBACK
 from bridge.orders import Callback
-from runtime.http_transport import PatientClient
+from runtime.http_transport import OwnsClient, PatientClient
 
 REPEATED_AFTER_SECONDS: Final = (1.0, 5.0, 30.0, 120.0, 600.0)
 HOURLY_SECONDS: Final = 3600.0
@@ -26,8 +25,10 @@ TICK_SECONDS: Final = 3.0
 log = structlog.get_logger(__name__)
 
 
-class CallbackSender:
+class CallbackSender(OwnsClient):
     """Posts signed callbacks. Raises ValueError unless the secret is `whsec_` and base64."""
+
+    _client: PatientClient
 
     def __init__(self, secret: str) -> None:
         try:
@@ -40,15 +41,6 @@ class CallbackSender:
             headers={"user-agent": "comfyui-temporal"},
             mounts={"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None},
         )
-
-    async def __aenter__(self) -> Self:
-        await self._client.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._client.__aexit__(kind, error, trace)
 
     async def send(self, callback: Callback, *, seconds: float = SEND_SECONDS) -> int | None:
         """POST the callback. Returns the status of the answer, or None without an answer."""

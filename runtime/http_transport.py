@@ -16,9 +16,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import httpcore
 import httpx
@@ -117,6 +118,21 @@ class PatientTransport(httpx.AsyncHTTPTransport):
     ) -> None:
         await self._all_ended()
         await super().__aexit__(exc_type, exc_value, traceback)
+
+
+class OwnsClient:
+    """A class with one HTTP client, which opens and closes with it."""
+
+    _client: AbstractAsyncContextManager[Any]
+
+    async def __aenter__(self) -> Self:
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.__aexit__(kind, error, trace)
 
 
 class PatientClient(httpx.AsyncClient):

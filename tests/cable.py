@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+from sqlalchemy.engine import make_url
+
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -21,6 +23,8 @@ class Cable:
         self._flows.set()
         self.is_plugged = True
         self.port = 0
+        self.dsn = ""
+        """To PostgreSQL, where the cable leads there."""
 
     @asynccontextmanager
     async def laid(self) -> AsyncIterator[Cable]:
@@ -62,3 +66,12 @@ class Cable:
             pass
         finally:
             sink.close()
+
+
+@asynccontextmanager
+async def cable_to_postgres(dsn: str) -> AsyncIterator[Cable]:
+    """A cable to the server of `dsn`, which names a unix socket."""
+    url = make_url(dsn)
+    async with Cable(lambda: asyncio.open_unix_connection(f"{url.query['host']}/.s.PGSQL.5432")).laid() as cable:
+        cable.dsn = f"postgresql://postgres:secret-word@127.0.0.1:{cable.port}/{url.database}"
+        yield cable

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from google.protobuf.duration_pb2 import Duration
-from sqlalchemy.engine import make_url
 from temporalio.api.workflowservice.v1 import RegisterNamespaceRequest
 from temporalio.client import Client
 from temporalio.service import RPCError
@@ -26,7 +25,7 @@ from runtime.required_settings import CannotStart
 from store import StoreHome, TaskStore
 from store import namespace_check as namespace_of_store
 from store.namespace_check import bound_store, check_home
-from tests.cable import Cable
+from tests.cable import cable_to_postgres
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, new_task_id
 
@@ -161,24 +160,21 @@ async def test_a_store_that_is_away_at_the_start_is_looked_at_once_it_is_back(
     monkeypatch.setattr(namespace_of_store, "FIRST_LOOK_SECONDS", 0.1)
     monkeypatch.setattr(namespace_of_store, "AGAIN_SECONDS", 0.1)
     await store.rebind(StoreHome(namespace="elsewhere", namespace_id="1"))
-    url = make_url(dsn)
-    socket = f"{url.query['host']}/.s.PGSQL.5432"
     refused, known = asyncio.Event(), asyncio.Event()
 
     async def then() -> None:
         known.set()
 
-    async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
-        through = f"postgresql://postgres:unused@127.0.0.1:{cable.port}/{url.database}"
+    async with cable_to_postgres(dsn) as cable:
         cable.pull()
         with pytest.raises(CannotStart, match="elsewhere"):
-            async with bound_store(client, through, refused=refused.set, then=then):
+            async with bound_store(client, cable.dsn, refused=refused.set, then=then):
                 assert not refused.is_set()
                 cable.plug_in()
                 await asyncio.wait_for(refused.wait(), 10)
         assert not known.is_set()
         await store.rebind(StoreHome(namespace=client.namespace))
         cable.pull()
-        async with bound_store(client, through, refused=refused.set, then=then):
+        async with bound_store(client, cable.dsn, refused=refused.set, then=then):
             cable.plug_in()
             await asyncio.wait_for(known.wait(), 10)

@@ -14,8 +14,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 from urllib.parse import quote
 
 import httpx
@@ -38,7 +37,7 @@ from bridge.server import (
 )
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 from comfyui_temporal.contracts.fields import repaired, shortened
-from runtime.http_transport import PatientClient
+from runtime.http_transport import OwnsClient, PatientClient
 
 OLDEST: Final = (0, 3, 56)
 """Before it, `/interrupt` ignores the id and stops whatever runs."""
@@ -51,8 +50,10 @@ NOT_OFFERED: Final = frozenset({404, 405, 501})
 _VENDORS: Final = re.compile(r"^(cuda|hip|xpu|mps|cpu)(:\d+)?\s+|\s*:.*$|nvidia|geforce|amd|radeon|intel|\(r\)|\(tm\)")
 
 
-class NativeServer:
+class NativeServer(OwnsClient):
     """A `Server` around one pooled client. Use it as an async context manager."""
+
+    _client: PatientClient
 
     def __init__(self, url: str, *, read_seconds: float = READ_SECONDS) -> None:
         """Raises ValueError if `url` is not an http:// or https:// address."""
@@ -67,15 +68,6 @@ class NativeServer:
             headers={"accept": "application/json, */*", "user-agent": "comfyui-temporal"},
             trust_env=False,
         )
-
-    async def __aenter__(self) -> Self:
-        await self._client.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._client.__aexit__(kind, error, trace)
 
     @property
     def ws_url(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from temporalio.client import WorkflowHandle
+from temporalio.client import Client, WorkflowHandle
+from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from store import TaskStore
+from tests.cable import Cable
 from tests.conftest import unique
 from tests.gateway.serving import Gateway, KeepsSignals, bearer, served, start_run, token_for
 from tests.waiting import until
@@ -72,6 +75,17 @@ async def new_run(temporal_env: WorkflowEnvironment) -> AsyncIterator[NewRun]:
 async def gateway(temporal_env: WorkflowEnvironment, task_store: TaskStore) -> AsyncIterator[Gateway]:
     async with served(temporal_env.client, task_store) as gateway:
         yield gateway
+
+
+@pytest_asyncio.fixture
+async def on_a_cable(temporal_env: WorkflowEnvironment, task_store: TaskStore) -> AsyncIterator[tuple[Gateway, Cable]]:
+    """A gateway whose way to Temporal can be cut."""
+    host, port = temporal_env.client.service_client.config.target_host.split(":")
+    async with Cable(lambda: asyncio.open_connection(host, int(port))).laid() as cable:
+        client = await Client.connect(f"127.0.0.1:{cable.port}", data_converter=pydantic_data_converter, lazy=True)
+        async with served(client, task_store) as gateway:
+            yield gateway, cable
+            cable.plug_in()
 
 
 @pytest_asyncio.fixture(scope="session")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from temporalio.client import Client
-from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal.contracts.tasks import workflow_id_of
@@ -23,17 +20,6 @@ from tests.waiting import until
 
 NOBODY_LISTENS = "postgresql://user:password@127.0.0.1:1/tasks"
 IMAGE = {"template_id": "text-to-image", "prompt": "a lighthouse"}
-
-
-@pytest.fixture
-async def on_a_cable(temporal_env: WorkflowEnvironment, task_store: TaskStore) -> AsyncIterator[tuple[Gateway, Cable]]:
-    """A gateway whose way to Temporal can be cut."""
-    host, port = temporal_env.client.service_client.config.target_host.split(":")
-    async with Cable(lambda: asyncio.open_connection(host, int(port))).laid() as cable:
-        client = await Client.connect(f"127.0.0.1:{cable.port}", data_converter=pydantic_data_converter, lazy=True)
-        async with served(client, task_store) as gateway:
-            yield gateway, cable
-            cable.plug_in()
 
 
 async def ask(gateway: Gateway, method: str, path: str, body: object = None, *, tenant: str) -> httpx.Response:

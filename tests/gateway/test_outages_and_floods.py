@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 
 import pytest
 from temporalio.client import Client
-from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.testing import WorkflowEnvironment
 
 from gateway import callback_news
@@ -32,16 +31,6 @@ from tests.store.facts import claim_of
 from tests.waiting import until
 
 NOBODY_LISTENS = "postgresql://user:password@127.0.0.1:1/tasks"
-
-
-@pytest.fixture
-async def on_a_cable(temporal_env: WorkflowEnvironment, task_store: TaskStore) -> AsyncIterator[tuple[Gateway, Cable]]:
-    """A gateway whose way to Temporal can be cut."""
-    host, port = temporal_env.client.service_client.config.target_host.split(":")
-    async with Cable(lambda: asyncio.open_connection(host, int(port))).laid() as cable:
-        client = await Client.connect(f"127.0.0.1:{cable.port}", data_converter=pydantic_data_converter, lazy=True)
-        async with served(client, task_store) as gateway:
-            yield gateway, cable
 
 
 @pytest.mark.parametrize("fault", ["pull", "hang"])

@@ -9,10 +9,9 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy.engine import make_url
 
 from store import EventListener, TaskStore
-from tests.cable import Cable
+from tests.cable import cable_to_postgres
 from tests.conftest import unique
 from tests.store.facts import claim_of, end, fact, new_task_id, write_of
 from tests.waiting import until
@@ -77,11 +76,9 @@ async def test_an_internal_error_of_the_driver_ends_no_listener(
 
 @pytest.mark.parametrize("fault", ["pull", "hang"])
 async def test_a_lost_connection_is_noticed_and_reopened(task_store: TaskStore, postgres_dsn: str, fault: str) -> None:
-    url = make_url(postgres_dsn)
-    socket = f"{url.query['host']}/.s.PGSQL.5432"
     notified = Notifications()
-    async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
-        store = TaskStore(f"postgresql://postgres@127.0.0.1:{cable.port}/{url.database}")
+    async with cable_to_postgres(postgres_dsn) as cable:
+        store = TaskStore(cable.dsn)
         listener = store.listener(written=notified.written, resumed=notified.resumed)
         async with running(listener):
             await until(lambda: notified.has_resumed(1))

@@ -8,12 +8,11 @@ from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
-from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from store import StoreUnavailable, TaskStore
 from store.database import POOL_SIZE, Database
-from tests.cable import Cable
+from tests.cable import Cable, cable_to_postgres
 from tests.conftest import NewDatabase
 from tests.store.facts import claim_of, fact, new_task_id, write_of
 from tests.waiting import until
@@ -22,10 +21,8 @@ from tests.waiting import until
 @pytest.fixture
 async def on_a_cable(postgres_dsn: str) -> AsyncIterator[tuple[TaskStore, Cable]]:
     """A store whose connection to PostgreSQL can be cut."""
-    url = make_url(postgres_dsn)
-    socket = f"{url.query['host']}/.s.PGSQL.5432"
-    async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
-        store = TaskStore(f"postgresql://postgres:secret-word@127.0.0.1:{cable.port}/{url.database}")
+    async with cable_to_postgres(postgres_dsn) as cable:
+        store = TaskStore(cable.dsn)
         yield store, cable
         cable.plug_in()
         await store.close()

@@ -9,11 +9,10 @@ from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
-from sqlalchemy.engine import make_url
 
 from gateway.streams_wires import EndReason
 from store import TaskStore
-from tests.cable import Cable
+from tests.cable import Cable, cable_to_postgres
 from tests.store.facts import NOON
 from tests.streams.serving import Streams, Writer, stream_token_for, streams_on, token_for
 from tests.waiting import comes_true
@@ -25,10 +24,8 @@ HEAVY = {"result_urls": [f"https://images.example/{n:02}-{'x' * 2_000}" for n in
 @pytest.fixture
 async def on_a_cable(postgres_dsn: str) -> AsyncIterator[tuple[Streams, Cable]]:
     """A process of streams whose connection to PostgreSQL can be cut."""
-    url = make_url(postgres_dsn)
-    address = f"{url.query['host']}/.s.PGSQL.5432"
-    async with Cable(lambda: asyncio.open_unix_connection(address)).laid() as cable:
-        store = TaskStore(f"postgresql://postgres@127.0.0.1:{cable.port}/{url.database}")
+    async with cable_to_postgres(postgres_dsn) as cable:
+        store = TaskStore(cable.dsn)
         async with streams_on(store) as streams:
             yield streams, cable
             cable.plug_in()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from sqlalchemy.engine import make_url
 from temporalio.common import SearchAttributeKey
 from temporalio.testing import TimeSkippingConfig, WorkflowEnvironment
 
@@ -18,7 +16,7 @@ from comfyui_temporal.plugin import TasksPlugin
 from local_stack.temporal_server import dynamic_config_flags
 from proof.simulators.credits_profile import CONTRACT, FIELD, PROFILES, CreditsProfile
 from store import TaskStore
-from tests.cable import Cable
+from tests.cable import Cable, cable_to_postgres
 from tests.conftest import server_config, temporal_binary
 from tests.workflows.platform import Platform, running_platform
 
@@ -131,8 +129,7 @@ async def direct_platform(
 @pytest_asyncio.fixture
 async def cable(postgres_dsn: str) -> AsyncIterator[Cable]:
     """The connection to PostgreSQL, which a scenario can cut."""
-    socket = f"{make_url(postgres_dsn).query['host']}/.s.PGSQL.5432"
-    async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
+    async with cable_to_postgres(postgres_dsn) as cable:
         yield cable
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from sqlalchemy.engine import make_url
 from temporalio.client import WorkflowExecutionStatus
 from temporalio.testing import WorkflowEnvironment
 
@@ -369,7 +368,7 @@ async def storeless(
     temporal_env: WorkflowEnvironment, postgres_dsn: str, cable: Cable, tmp_path: Path
 ) -> AsyncIterator[Platform]:
     """A platform of short runs whose store is reached by `cable`."""
-    store = TaskStore(f"postgresql://postgres:unused@127.0.0.1:{cable.port}/{make_url(postgres_dsn).database}")
+    store = TaskStore(cable.dsn)
     async with running_platform(temporal_env, store, tmp_path, speed=1.0, gateway=False) as platform:
         await platform.simulators.admin.comfyui.fault("callback_withhold", times=None)
         platform.policy = {"poll_after_seconds": 3_600.0, "poll_at_most_seconds": 3_600.0, **LONG_RUNS}

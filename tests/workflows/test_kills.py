@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from sqlalchemy.engine import make_url
 from temporalio.api.enums.v1 import EventType as HistoryEvent
 from temporalio.client import Client, WorkflowExecutionStatus
 from temporalio.testing import WorkflowEnvironment
@@ -241,22 +240,19 @@ async def test_a_temporal_server_killed_and_started_on_its_file_loses_no_task(
 
 @pytest.mark.parametrize("outage", ["pull", pytest.param("hang", marks=pytest.mark.slow)])
 async def test_postgresql_away_in_mid_task_costs_no_money_and_no_event(
-    temporal_env: WorkflowEnvironment, postgres_dsn: str, tmp_path: Path, outage: str
+    temporal_env: WorkflowEnvironment, cable: Cable, tmp_path: Path, outage: str
 ) -> None:
     """Money settles in time while the store is away; its events follow in order once it is back."""
-    url = make_url(postgres_dsn)
-    socket = f"{url.query['host']}/.s.PGSQL.5432"
-    async with Cable(lambda: asyncio.open_unix_connection(socket)).laid() as cable:
-        store = TaskStore(f"postgresql://postgres:unused@127.0.0.1:{cable.port}/{url.database}")
-        async with running_platform(temporal_env, store, tmp_path) as platform, platform.worker():
-            handle = await platform.start_image()
-            await platform.until_held(handle.id.removeprefix("task-"))
-            getattr(cable, outage)()
-            await platform.until(lambda: is_committed(platform, handle))
-            assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING
-            cable.plug_in()
-            ending = await ended(platform, handle)
-        await store.close()
+    store = TaskStore(cable.dsn)
+    async with running_platform(temporal_env, store, tmp_path) as platform, platform.worker():
+        handle = await platform.start_image()
+        await platform.until_held(handle.id.removeprefix("task-"))
+        getattr(cable, outage)()
+        await platform.until(lambda: is_committed(platform, handle))
+        assert (await handle.describe()).status is WorkflowExecutionStatus.RUNNING
+        cable.plug_in()
+        ending = await ended(platform, handle)
+    await store.close()
     assert ending.status is TaskStatus.COMPLETED
     assert [event.stage for event in ending.events if event.stage] == sorted(
         (event.stage for event in ending.events if event.stage), key=["queued", "processing", "delivery"].index

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from sqlalchemy.engine import make_url
 from temporalio.client import WorkflowFailureError
 from temporalio.testing import WorkflowEnvironment
 
@@ -31,7 +30,7 @@ async def platform(
     temporal_env: WorkflowEnvironment, postgres_dsn: str, cable: Cable, tmp_path: Path
 ) -> AsyncIterator[Platform]:
     """A platform whose worker and gateway reach PostgreSQL by `cable`."""
-    store = TaskStore(f"postgresql://postgres:unused@127.0.0.1:{cable.port}/{make_url(postgres_dsn).database}")
+    store = TaskStore(cable.dsn)
     async with running_platform(temporal_env, store, tmp_path, speed=2_000) as platform:
         platform.policy = {"deadline_factor": 1_000.0, **POLICY}
         for gpu_type in ("rtx4090", "a100"):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from sqlalchemy.engine import make_url
 from temporalio.client import WorkflowExecutionStatus
 from temporalio.service import RPCError
 from temporalio.testing import WorkflowEnvironment
@@ -38,7 +37,7 @@ async def platform(
     credits_profile: CreditsProfile,
 ) -> AsyncIterator[Platform]:
     """A platform at contract speed, whose worker and gateway reach PostgreSQL by `cable`."""
-    store = TaskStore(f"postgresql://postgres:unused@127.0.0.1:{cable.port}/{make_url(postgres_dsn).database}")
+    store = TaskStore(cable.dsn)
     running = running_platform(skipping_env, store, tmp_path, speed=1.0, credits_profile=credits_profile)
     async with running as platform, platform.worker():
         yield platform
