@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.command_line.failures import ExitCode
-from comfyui_temporal.contracts.stack import StackDescription
 from comfyui_temporal.contracts.tasks import workflow_id_of
 from starter import app
 from tests.cli.conftest import image_task, run_command, run_process, start_process
 from tests.conftest import unique
+from tests.package.test_settings import STACK
 
 WHO = ("--tenant", "tenant-a", "--user", "ann")
 
@@ -123,19 +123,8 @@ async def test_json_is_one_document_on_stdout_with_progress_on_stderr(opened: Co
 
 async def test_the_local_stack_names_server_queue_and_user(opened: Connection, tmp_path: Path) -> None:
     token = jwt.encode({"tenant_id": "tenant-demo", "user_id": "user-demo"}, "k" * 32, algorithm="HS256")
-    stack = StackDescription(
-        temporal_address=opened.server.address,
-        namespace="default",
-        task_queue=opened.task_queue,
-        ui_url="http://127.0.0.1:8233",
-        comfyui_url="http://127.0.0.1:1",
-        credits_url="http://127.0.0.1:1",
-        gateway_url="http://127.0.0.1:1",
-        database_dsn="",
-        callback_secret="",
-        admin_token="",
-        tokens={"tenant-demo": token},
-    )
+    server = {"temporal_address": opened.server.address, "namespace": "default", "task_queue": opened.task_queue}
+    stack = STACK.model_copy(update={**server, "tokens": {"tenant-demo": token}})
     (tmp_path / ".run").mkdir()
     (tmp_path / ".run" / "stack.json").write_text(stack.model_dump_json())
     task_id = unique("image")

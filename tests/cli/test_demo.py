@@ -25,7 +25,7 @@ from local_stack.demo import run_demo
 from store import TaskStore
 from tests.cli.test_tasks import Seen
 from tests.waiting import until
-from tests.workflows.platform import CALLERS, Platform, running_platform
+from tests.workflows.platform import Platform, running_platform
 
 PAYER = ("tenant-demo", "user-demo")
 
@@ -43,20 +43,7 @@ async def whole(
 @pytest.fixture(scope="module")
 def stack(whole: Platform) -> StackDescription:
     """The platform, described as a local stack describes itself."""
-    return StackDescription(
-        temporal_address=whole.client.service_client.config.target_host,
-        namespace="default",
-        task_queue=whole.task_queue,
-        ui_url="http://127.0.0.1:8233",
-        comfyui_url=whole.simulators.comfyui_url,
-        credits_url=whole.simulators.credits_url,
-        gateway_url=whole.gateway_url,
-        database_dsn="",
-        callback_secret="",
-        admin_token=whole.simulators.admin_token,
-        tokens={PAYER[0]: CALLERS.made_for(*PAYER)},
-        service_tokens={PAYER[0]: whole.simulators.tokens.made_for(*PAYER)},
-    )
+    return whole.description()
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,9 @@ import pytest
 import pytest_asyncio
 from temporalio.testing import WorkflowEnvironment
 
-from comfyui_temporal.contracts.stack import StackDescription
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from store import TaskStore
-from tests.package.conftest import CALLER
-from tests.workflows.platform import CALLERS, Platform, running_platform
+from tests.workflows.platform import Platform, running_platform
 
 PROJECT = Path(__file__).parents[2]
 UV = Path(sys.executable).with_name("uv")
@@ -79,21 +77,8 @@ async def stack(
         temporal_env, task_store, tmp_path_factory.mktemp("stack"), speed=800, task_queue=TASK_QUEUE
     )
     async with running as platform, platform.worker():
-        described = StackDescription(
-            temporal_address=platform.client.service_client.config.target_host,
-            namespace="default",
-            task_queue=platform.task_queue,
-            ui_url="http://127.0.0.1:8233",
-            comfyui_url=platform.simulators.comfyui_url,
-            credits_url=platform.simulators.credits_url,
-            gateway_url=platform.gateway_url,
-            database_dsn="",
-            callback_secret="",
-            admin_token="",
-            tokens={CALLER[0]: CALLERS.made_for(*CALLER)},
-        )
         (outside / ".run").mkdir()
-        (outside / ".run" / "stack.json").write_text(described.model_dump_json())
+        (outside / ".run" / "stack.json").write_text(platform.description().model_dump_json())
         yield platform
 
 

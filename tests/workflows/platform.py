@@ -26,6 +26,7 @@ from activities.file_lists import FileLists
 from activities.outside_http import READ_SECONDS
 from activities.tokens import SignedTokens
 from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.stack import StackDescription
 from comfyui_temporal.contracts.task_store import TaskClaim
 from comfyui_temporal.contracts.tasks import (
     CALLBACK_SIGNAL,
@@ -225,6 +226,24 @@ class Platform:
         seconds = span.total_seconds() if isinstance(span, timedelta) else span
         await self.simulators.admin.advance(seconds)
         await self.environment.fast_forward(handle, timedelta(seconds=seconds))
+
+    def description(self) -> StackDescription:
+        """The platform, described as a local stack describes itself."""
+        payer = ("tenant-demo", "user-demo")
+        return StackDescription(
+            temporal_address=self.client.service_client.config.target_host,
+            namespace="default",
+            task_queue=self.task_queue,
+            ui_url="http://127.0.0.1:8233",
+            comfyui_url=self.simulators.comfyui_url,
+            credits_url=self.simulators.credits_url,
+            gateway_url=self.gateway_url,
+            database_dsn="",
+            callback_secret="",
+            admin_token=self.simulators.admin_token,
+            tokens={payer[0]: CALLERS.made_for(*payer)},
+            service_tokens={payer[0]: self.simulators.tokens.made_for(*payer)},
+        )
 
     # Restarting parts
 
