@@ -20,6 +20,7 @@ from workflows.row_look import RowLook
 from workflows.task_ledger import TaskLedger
 from workflows.task_record import TaskRecord
 
+NAMELESS_RECORDED: Final = "nameless-hold-of-an-earlier-life-recorded"
 UNKNOWN_RECORDED: Final = "unknown-end-of-an-earlier-lifes-hold-recorded"
 
 
@@ -84,8 +85,29 @@ class ForgottenHolds:
         # With `keep_one` a charge follows, and whoever makes it records what stays unknown, with its cost.
         if not is_learned and not keep_one and workflow.patched(UNKNOWN_RECORDED):
             self._record_unknown()
+        if ledger is not None and self._has_nameless(ledger) and workflow.patched(NAMELESS_RECORDED):
+            await self._record_nameless()
         self.is_done = True
         return len(known) > len(own)
+
+    def _has_nameless(self, ledger: TaskLedger) -> bool:
+        """Whether a ledger without ids may show a hold of which neither this run nor the row knows."""
+        return not ledger.tells_ids and ledger.open_holds().nameless > self.own_standing()
+
+    async def _record_nameless(self) -> None:
+        own = [hold.amount for hold in self._state.asked if hold.pre_deduct_id and not hold.resolved]
+        left = await self._ledger.nameless_beside(own)
+        if not left.nameless:
+            return
+        self._state.asked_again = 0  # a doubled hold of this run is among them
+        self._record.record_exception(
+            "hold_doubled:forgotten",
+            ExceptionCode.HOLD_DOUBLED,
+            f"{left.nameless_points} points are held from before the task's run was reset. Neither row nor ledger "
+            "shows the id: the hold ends by expiry, or the service's operator cancels it.",
+            amount=left.nameless_points,
+            holds=left.nameless,
+        )
 
     def _may_stand(self, known: list[str], own: dict[str, RequestedHold], ledger: TaskLedger | None) -> list[str]:
         """Those of `known` whose end is not shown, oldest first."""

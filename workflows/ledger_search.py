@@ -164,6 +164,18 @@ class LedgerSearch:
         doubled = ledger.doubled(known, granted=granted)
         return doubled if doubled.named or doubled.nameless or ledger.shows_every_hold else None
 
+    async def nameless_beside(self, own: list[int]) -> OpenHolds:
+        """Open holds that a ledger without ids still shows after a minute beside our `own`, given in points."""
+
+        def seen(ledger: TaskLedger) -> OpenHolds | None:
+            return OpenHolds() if ledger.open_holds().nameless <= len(own) else None
+
+        found = await self._search(seen, DOUBLED_FOR)
+        if found is not None or self.newest is None:
+            return OpenHolds()
+        shown = self.newest.open_holds()
+        return OpenHolds({}, shown.nameless - len(own), shown.nameless_points - sum(own))
+
     async def _search(self, decided: Callable[[TaskLedger], T | None], span: timedelta) -> T | None:
         """Read the ledger until `decided` returns something. None where it does not within `span`."""
         until, wait = workflow.now() + span, LOOK_AGAIN_AFTER
