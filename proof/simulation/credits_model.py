@@ -54,7 +54,11 @@ class Hold:
     expires_at: float
     phase: str = "open"
     charged: int = 0
-    is_cancelled_by_operator: bool = False
+    cancelled_by_operator_at: float | None = None
+
+    @property
+    def is_cancelled_by_operator(self) -> bool:
+        return self.cancelled_by_operator_at is not None
 
     @property
     def n(self) -> int:
@@ -172,7 +176,7 @@ class CreditsModel:
         for hold in reversed(self.holds):
             if hold.phase == "open":
                 self._give_back(hold, "cancelled", LedgerKind.CANCEL)
-                hold.is_cancelled_by_operator = True
+                hold.cancelled_by_operator_at = self._timeline.now
                 return
 
     # What they do

@@ -148,13 +148,19 @@ class HoldRules:
         granted = self.granted()
         return self._world.parties.credits.account.holds[granted[-1].pre_deduct_id] if granted else None
 
-    def unreported(self) -> list[Hold]:
-        """Open holds whose answer the run never received: doubled by a service without idempotency."""
+    def unreported(self, *, open_at: float | None = None) -> list[Hold]:
+        """Open holds whose answer the run never received: doubled by a service without idempotency.
+
+        `open_at`: those that were open then, also where an operator gave one back since.
+        """
         received = {known.pre_deduct_id for known in self.granted()}
+        others = [hold for hold in self._world.parties.credits.holds if hold.pre_deduct_id not in received]
+        if open_at is None:
+            return [hold for hold in others if hold.phase == "open"]
         return [
             hold
-            for hold in self._world.parties.credits.holds
-            if hold.phase == "open" and hold.pre_deduct_id not in received
+            for hold in others
+            if hold.taken_at <= open_at and (hold.phase == "open" or (hold.cancelled_by_operator_at or 0) > open_at)
         ]
 
     def _is_given_up(self, known: Known) -> bool:

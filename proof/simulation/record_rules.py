@@ -218,7 +218,7 @@ class RecordRules:
         must(bool(looks), "the ledger is never read for a hold that was taken twice")
         if terms.lag_seconds or looks[-1].outcome is None:
             return
-        seen = sum(hold.amount for hold in unreported if hold.taken_at <= looks[-1].scheduled_at)
+        seen = sum(hold.amount for hold in self._holds.unreported(open_at=looks[-1].scheduled_at))
         records = self._world.parties.store.exceptions.values()
         recorded = sum(record.details["amount"] for record in records if record.code == ExceptionCode.HOLD_DOUBLED)
         must(recorded == seen, f"{seen} points are held twice, recorded are", recorded)
