@@ -14,13 +14,15 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
 
 import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
+
+from comfyui_temporal.contracts.paths import leaves_folder, spellings
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
@@ -78,13 +80,13 @@ def read_address(uri: str) -> FolderAddress:
         raise BadAddress("is not an address") from None
     if parts.scheme not in SCHEMES:
         raise BadAddress("must begin with file://, s3://, gs:// or az://")
-    if parts.query or parts.fragment or "@" in parts.netloc:
+    if "?" in uri or "#" in uri or "@" in parts.netloc:
         raise BadAddress("must not contain credentials, query or fragment")
-    path = unquote(parts.netloc + parts.path)
-    if ".." in PurePosixPath(path.replace("\\", "/")).parts or any(character < " " for character in path):
-        raise BadAddress("must not contain '..' or control characters")
+    path = parts.netloc + parts.path
+    if leaves_folder(path.lstrip("/")) or any(character < " " for form in spellings(uri) for character in form):
+        raise BadAddress("must not contain '..' or control characters, in whichever encoding")
     if parts.scheme == "file":
-        return _local_address(Path(path).absolute())
+        return _local_address(Path(unquote(path)).absolute())
     if not parts.netloc:
         raise BadAddress("must name a bucket")
     return FolderAddress(parts.scheme, uri.rstrip("/"), None)
@@ -163,8 +165,8 @@ class ObjectFolder:
             await obstore.delete_async(self._store, self._prefix + path)
 
     async def check_inside(self, path: str) -> None:
-        """Raise OutsideFolder if `path` leaves the folder, by '..' or (file://) by a symbolic link."""
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        """Raise OutsideFolder if `path` leaves the folder, by '..' in any encoding or (file://) a symbolic link."""
+        if leaves_folder(path):
             raise OutsideFolder(path)
         if self.address.local is not None and not await asyncio.to_thread(is_inside, self.address.local, path):
             raise OutsideFolder(path)

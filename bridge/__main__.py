@@ -59,14 +59,14 @@ class Bridge:
         """The ASGI application."""
         settings = self._settings
         runs = Runs(self._client, task_queue=settings.bridge_task_queue)
-        callback_prefixes = settings.bridge_callback_urls or [settings.callback_base_url]
+        callback_bases = settings.bridge_callback_urls or [settings.callback_base_url]
         images = ImageService(
             runs,
             self.forecast,
             self._templates,
             self.images,
             settings.prices,
-            callback_prefixes,
+            callback_bases,
         )
         trainings = TrainingService(
             runs,
@@ -74,7 +74,7 @@ class Bridge:
             self._templates,
             self.storage,
             settings.prices,
-            callback_prefixes=callback_prefixes,
+            callback_bases=callback_bases,
             snapshots_url=settings.object_store_url,
         )
         return bridge_app(Edge(self._tokens, Keys(runs)), images, trainings, self.storage, self.signed)

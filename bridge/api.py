@@ -17,12 +17,14 @@ from fastapi.responses import StreamingResponse
 from bridge.replies import Action, Call, Refused, Unanswered, Unauthenticated
 from bridge.runs import Keys
 from bridge.service import ImageService
-from bridge.storage import RESULTS_PATH, STORAGE_ERRORS, SignedAddresses, Storage, is_plain
+from bridge.storage import RESULTS_PATH, STORAGE_ERRORS, SignedAddresses, Storage
 from bridge.training_service import TrainingService
 from comfyui_temporal.contracts.outside_json import UnreadableJson, read_json
+from comfyui_temporal.contracts.paths import is_plain
 from comfyui_temporal.contracts.permissions import TokenClaims
 from comfyui_temporal.encryption_keys import EncryptionError
 from runtime.caller_tokens import CallerTokens, TokenRefused, TokensUnverifiable
+from runtime.stated_size import is_stated_above
 
 MAX_BODY_BYTES: Final = 8 * 1024 * 1024
 """A training's list of files may be long."""
@@ -89,14 +91,17 @@ class Edge:
 
 
 async def _body(request: Request) -> bytes:
-    """The whole body. Raises Refused if it is too large, Unanswered if it is too slow."""
+    """The whole body. Raises Refused if it is or claims to be too large, Unanswered if it is too slow."""
+    too_large = Refused("payload_invalid", fields=[f"body: larger than {MAX_BODY_BYTES} bytes"])
+    if is_stated_above(request.headers.get("content-length"), MAX_BODY_BYTES):
+        raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > MAX_BODY_BYTES:
-                    raise Refused("payload_invalid", fields=[f"body: larger than {MAX_BODY_BYTES} bytes"])
+                    raise too_large
     except TimeoutError:
         raise Unanswered(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
     return bytes(body)

@@ -19,7 +19,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from bridge.storage import STORAGE_ERRORS, Storage, is_plain
+from bridge.storage import STORAGE_ERRORS, Storage
+from comfyui_temporal.contracts.paths import is_plain
+from runtime.stated_size import is_stated_above
 
 MAX_IMAGE_BYTES: Final = 20 * 1024 * 1024
 FETCH_SECONDS: Final = 30.0
@@ -145,10 +147,13 @@ class ControlImages:
                 if response.status_code != 200:
                     raise ImageRefused(f"its host answered HTTP {response.status_code}; redirects are not followed")
                 content = bytearray()
+                too_large = ImageRefused(f"it is larger than {self._max_bytes} bytes")
+                if is_stated_above(response.headers.get("content-length"), self._max_bytes):
+                    raise too_large
                 async for chunk in response.aiter_bytes():
                     content += chunk
                     if len(content) > self._max_bytes:
-                        raise ImageRefused(f"it is larger than {self._max_bytes} bytes")
+                        raise too_large
                 return bytes(content)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ImageUnreachable(f"its host did not answer: {type(error).__name__}") from None

@@ -177,12 +177,13 @@ class GpuActivities:
                 return len(wanted)
             snapshot = Storage(order.snapshot.snapshot_uri)
             for file in wanted:
-                content = await snapshot.read_whole(file.path)
-                if hashlib.sha256(content).hexdigest() != file.sha256:
+                has_size = await snapshot.size_bytes(file.path) == file.size_bytes
+                content = await snapshot.read_whole(file.path) if has_size else b""
+                if not has_size or hashlib.sha256(content).hexdigest() != file.sha256:
                     raise PromptRefused(
                         ErrorDetails(
                             code=FailureCode.WORKFLOW_INVALID.value,
-                            message=f"dataset.files: {file.path!r} does not match its sha256.",
+                            message=f"dataset.files: {file.path!r} does not match its size and sha256.",
                         )
                     )
                 folder, _, name = file.path.rpartition("/")

@@ -40,7 +40,7 @@ class TakenJobRequest(JobRequest):
 
 
 class ImageService:
-    """Image jobs. Callbacks go only to `callback_prefixes`: no caller can make the bridge call other addresses."""
+    """Image jobs. Callbacks go only to the job's own task at one of the `callback_bases` (`check_callback`)."""
 
     def __init__(
         self,
@@ -49,14 +49,14 @@ class ImageService:
         templates: TemplateLibrary,
         images: ControlImages,
         prices: PriceTable,
-        callback_prefixes: Sequence[str],
+        callback_bases: Sequence[str],
     ) -> None:
         self._runs = runs
         self._forecast = forecast
         self._templates = templates
         self._images = images
         self._prices = prices
-        self._callback_prefixes = tuple(prefix.rstrip("/") + "/" for prefix in callback_prefixes)
+        self._callback_bases = tuple(callback_bases)
 
     async def submit(self, call: Call) -> Reply:
         require(call.claims, Operation.CREATE_JOB)
@@ -115,7 +115,7 @@ class ImageService:
         template = self._templates.get(request.template_id, Scene.IMAGE_GENERATE)
         if template is None:
             raise Refused("template_not_found")
-        check_callback(request.callback_url, self._callback_prefixes)
+        check_callback(request.callback_url, self._callback_bases, request.task_id)
         job_id = run_id_of("job", request.tenant_id, call.key)
         try:
             rendered = template.render(request, job_id=job_id)
@@ -161,11 +161,11 @@ def _job_id(call: Call) -> str:
     return call.run_id
 
 
-def check_callback(url: str, prefixes: tuple[str, ...]) -> None:
-    """Raises Refused if the callback address is not allowed."""
-    if not url.startswith(prefixes) or any(character <= " " for character in url) or "/../" in url:
-        allowed = ", ".join(prefixes)
-        raise Refused("payload_invalid", fields=[f"callback_url: must begin with {allowed}"])
+def check_callback(url: str, bases: Sequence[str], task_id: str) -> None:
+    """Raises Refused unless the callback address is exactly this task's at one of the gateways (contract §2)."""
+    own = [f"{base.rstrip('/')}/callbacks/comfyui/{task_id}" for base in bases]
+    if url not in own:
+        raise Refused("payload_invalid", fields=[f"callback_url: must be {' or '.join(own)}"])
 
 
 def require(claims: TokenClaims, operation: Operation) -> None:

@@ -17,13 +17,15 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
 import obstore
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store, from_url
+
+from comfyui_temporal.contracts.paths import is_plain
 
 STORAGE_ERRORS: Final = (BaseError, OSError, ValueError)
 """What obstore raises. A missing object is FileNotFoundError."""
@@ -131,18 +133,6 @@ class SignedAddresses:
 
     def _signature(self, path: str, expires: int) -> str:
         return hmac.new(self._key, f"{expires}:{path}".encode(), hashlib.sha256).hexdigest()
-
-
-def is_plain(path: str) -> bool:
-    """Whether a path stays below its folder: relative, without '..', '.', backslashes or control characters."""
-    parts = PurePosixPath(path).parts
-    return (
-        bool(parts)
-        and not path.startswith("/")
-        and "\\" not in path
-        and all(part not in ("..", ".") for part in path.split("/"))
-        and all(character >= " " for character in path)
-    )
 
 
 def safe_name(name: str) -> str:

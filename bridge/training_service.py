@@ -19,10 +19,11 @@ from bridge.orders import TrainingJob, long_list
 from bridge.replies import Call, Refused, Reply, Unanswered, checked
 from bridge.runs import NewRun, Runs, fingerprint
 from bridge.service import GPU_SLOTS, check_callback, require, require_user
-from bridge.storage import STORAGE_ERRORS, Storage, is_plain
+from bridge.storage import STORAGE_ERRORS, Storage
 from bridge.templates import RequestRefused, Template, TemplateLibrary
 from comfyui_temporal.contracts.comfyui import TrainingRequest, TrainingStatus
 from comfyui_temporal.contracts.fields import CallerId
+from comfyui_temporal.contracts.paths import is_plain
 from comfyui_temporal.contracts.permissions import Operation, Scene
 from comfyui_temporal.contracts.prices import PriceTable
 from comfyui_temporal.contracts.size_budget import MAX_INLINE_LIST_BYTES
@@ -54,7 +55,7 @@ class Resumed:
 
 
 class TrainingService:
-    """Trainings. Datasets are read only from snapshots below `snapshots_url`."""
+    """Trainings. A dataset is read only from the task's own folder of snapshots below `snapshots_url`."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class TrainingService:
         storage: Storage,
         prices: PriceTable,
         *,
-        callback_prefixes: Sequence[str],
+        callback_bases: Sequence[str],
         snapshots_url: str,
     ) -> None:
         self._runs = runs
@@ -72,7 +73,7 @@ class TrainingService:
         self._templates = templates
         self._storage = storage
         self._prices = prices
-        self._callback_prefixes = tuple(prefix.rstrip("/") + "/" for prefix in callback_prefixes)
+        self._callback_bases = tuple(callback_bases)
         self._snapshots = Storage(snapshots_url)
 
     async def create(self, call: Call) -> Reply:
@@ -125,7 +126,7 @@ class TrainingService:
 
     async def _new_job(self, request: TakenTrainingRequest, call: Call) -> TrainingJob:
         """Check the request: everything that can be refused is refused here, before anything is queued."""
-        check_callback(request.callback_url, self._callback_prefixes)
+        check_callback(request.callback_url, self._callback_bases, request.task_id)
         hyperparameters = self._hyperparameters(request)
         template = self._template(request.base_model)
         pictures = self._pictures(request)
@@ -195,12 +196,9 @@ class TrainingService:
     def _pictures(self, request: TakenTrainingRequest) -> int:
         """The number of pictures in the dataset. Raises Refused if it cannot be trained on, or must not be read."""
         dataset = request.dataset
-        root = f"{self._snapshots.url}/snapshots/"
-        if (
-            not dataset.snapshot_uri.startswith(root)
-            or self._snapshots.path_of(dataset.snapshot_uri.rstrip("/")) is None
-        ):
-            raise _invalid("dataset.snapshot_uri", f"must be below {root}")
+        path = self._snapshots.path_of(dataset.snapshot_uri.rstrip("/")) or ""
+        if not path.startswith(f"snapshots/{request.task_id}/"):
+            raise _invalid("dataset.snapshot_uri", "is not below the task's own folder of the object storage")
         if len(dataset.files) > MAX_FILES:
             raise _invalid("dataset.files", f"at most {MAX_FILES} are accepted")
         for file in dataset.files:

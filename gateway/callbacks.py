@@ -36,6 +36,7 @@ from gateway.callback_relay import CallbackRelay, Relayed
 from gateway.metrics import Metrics
 from gateway.signatures import CallbackSignatures, SeenCallbacks
 from gateway.training_log_writer import Logged, TrainingLogWriter
+from runtime.stated_size import is_stated_above
 
 log = structlog.get_logger(__name__)
 
@@ -138,11 +139,11 @@ class CallbackReceiver:
             log.warning("callback_unreadable", task_id=_shown(task_id), reason=str(error))
             return CallbackOutcome.UNREADABLE
         webhook_id = request.headers["webhook-id"]
-        if self._seen.knows(webhook_id):
+        if self._seen.knows(task_id, webhook_id):
             return CallbackOutcome.REPLAYED
         outcome = await self._take(task_id, callback)
         if _STATUS[outcome] < 300:
-            self._seen.remember(webhook_id)
+            self._seen.remember(task_id, webhook_id)
         return outcome
 
     async def _take(self, task_id: str, callback: Callback) -> CallbackOutcome:
@@ -224,7 +225,9 @@ def callback_routes(receiver: CallbackReceiver) -> APIRouter:
 
 
 async def _body(request: Request) -> bytes:
-    """The whole body, counted while it is read: the stated length is not trusted. Raises BodyTooLarge."""
+    """The whole body, counted while it is read. Raises BodyTooLarge, without reading where that length is stated."""
+    if is_stated_above(request.headers.get("content-length"), MAX_BYTES_WITH_LOG):
+        raise BodyTooLarge
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():

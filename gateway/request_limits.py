@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from comfyui_temporal.contracts.size_budget import KIB, MAX_FILE_LIST_BYTES
+from runtime.stated_size import is_stated_above
 
 MAX_BODY_BYTES: Final = 128 * KIB
 BODY_SECONDS: Final = 10.0
@@ -23,7 +25,8 @@ LIMITED_PATHS: Final = "/api/"
 
 
 class RequestLimits:
-    """ASGI middleware: 413 beyond 128 KiB, counted regardless of the stated length; 408 if it takes over 10 s.
+    """ASGI middleware: 413 beyond 128 KiB, by the stated length before anything is read, and counted regardless of
+    it; 408 if it takes over 10 s.
 
     The order of a training may also hold a list of files of 4 MiB, and take 30 s.
     """
@@ -36,19 +39,24 @@ class RequestLimits:
             await self._app(scope, receive, send)
             return
         if scope["path"].rstrip("/") == START_TRAINING:
-            limited = _limited(receive, MAX_BODY_BYTES + MAX_FILE_LIST_BYTES, LONG_BODY_SECONDS)
+            max_bytes, seconds = MAX_BODY_BYTES + MAX_FILE_LIST_BYTES, LONG_BODY_SECONDS
         else:
-            limited = _limited(receive, MAX_BODY_BYTES, BODY_SECONDS)
+            max_bytes, seconds = MAX_BODY_BYTES, BODY_SECONDS
+        is_too_large = is_stated_above(Headers(scope=scope).get("content-length"), max_bytes)
+        limited = _limited(receive, max_bytes, seconds, is_too_large=is_too_large)
         await self._app(scope, limited, send)
 
 
-def _limited(receive: Receive, max_bytes: int, seconds: float) -> Receive:
+def _limited(receive: Receive, max_bytes: int, seconds: float, *, is_too_large: bool) -> Receive:
     size = 0
     is_complete = False
     until = asyncio.get_running_loop().time() + seconds
 
     async def limited() -> Message:
         nonlocal size, is_complete
+        too_large = HTTPException(413, f"{max_bytes // KIB} KiB")
+        if is_too_large:
+            raise too_large
         if is_complete:
             return await receive()
         try:
@@ -58,7 +66,7 @@ def _limited(receive: Receive, max_bytes: int, seconds: float) -> Receive:
             raise HTTPException(408) from None
         size += len(message.get("body", b""))
         if size > max_bytes:
-            raise HTTPException(413, f"{max_bytes // KIB} KiB")
+            raise too_large
         is_complete = message["type"] != "http.request" or not message.get("more_body", False)
         return message
 

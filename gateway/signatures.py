@@ -48,20 +48,20 @@ class CallbackSignatures:
 
 
 class SeenCallbacks:
-    """The webhook ids that were taken in the last 10 minutes."""
+    """The webhook ids that were taken in the last 10 minutes. An id counts within its task."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._expires_at: OrderedDict[str, float] = OrderedDict()
+        self._expires_at: OrderedDict[tuple[str, str], float] = OrderedDict()
 
-    def knows(self, webhook_id: str) -> bool:
+    def knows(self, task_id: str, webhook_id: str) -> bool:
         self._forget_expired()
-        return webhook_id in self._expires_at
+        return (task_id, webhook_id) in self._expires_at
 
-    def remember(self, webhook_id: str) -> None:
+    def remember(self, task_id: str, webhook_id: str) -> None:
         """Call it only once the callback's effect is safe: a sender without an answer must be able to repeat."""
-        self._expires_at[webhook_id] = self._clock() + REMEMBERED_SECONDS
-        self._expires_at.move_to_end(webhook_id)
+        self._expires_at[task_id, webhook_id] = self._clock() + REMEMBERED_SECONDS
+        self._expires_at.move_to_end((task_id, webhook_id))
         self._forget_expired()
 
     def _forget_expired(self) -> None:

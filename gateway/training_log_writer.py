@@ -37,7 +37,7 @@ class Pending:
 
 
 class TrainingLogWriter:
-    """Stores log lines. The store skips known lines."""
+    """Stores log lines. The store skips known lines, and those of a training that the task's row does not name."""
 
     def __init__(self, store: TaskStore) -> None:
         self._store = store
@@ -72,7 +72,7 @@ class TrainingLogWriter:
 
     async def _written(self, task_id: str, writes: list[TrainingLogWrite]) -> Logged:
         try:
-            await self._store.write_log(task_id, writes)
+            foreign = await self._store.write_log(task_id, writes)
         except TaskUnknown:
             return Logged.TASK_UNKNOWN
         except StoreUnavailable as error:
@@ -82,4 +82,6 @@ class TrainingLogWriter:
             # PostgreSQL would refuse the same lines again.
             log.error("training_log_refused", task_id=task_id, reason=str(error))
             return Logged.STORED
+        if foreign:
+            log.warning("training_log_left_out", task_id=task_id, trainings=len(foreign))
         return Logged.STORED

@@ -172,7 +172,7 @@ class Settings(BaseSettings):
     """Prefixes of object storage for a tenant's control images, comma-separated; each must contain
     `{tenant_id}`."""
     bridge_callback_urls: Annotated[list[str], NoDecode] = []
-    """Where the bridge may send callbacks, comma-separated prefixes; default: `callback_base_url` alone."""
+    """Gateways to send callbacks to, as `callback_base_url`, comma-separated; default: that one alone."""
     bridge_result_secret: SecretStr | None = None
     """Secret (at least 32 bytes) that signs addresses of results, the same in all bridge processes; default: derived
     from `service_secret`."""

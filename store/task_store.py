@@ -128,9 +128,12 @@ class TaskStore:
             doing=f"claiming the give-back of the task {task_id}",
         )
 
-    async def write_log(self, task_id: str, writes: Sequence[TrainingLogWrite]) -> None:
-        """Append log lines of one task; known lines are skipped. Raises TaskUnknown."""
-        await self._database.transaction(
+    async def write_log(self, task_id: str, writes: Sequence[TrainingLogWrite]) -> set[str]:
+        """Append log lines of one task; known lines are skipped. Raises TaskUnknown.
+
+        Lines of a training that the task's row does not name are left out. Returns the ids of these trainings.
+        """
+        return await self._database.transaction(
             lambda connection: tasks.write_log(connection, task_id, writes),
             doing=f"writing the training log of the task {task_id}",
         )

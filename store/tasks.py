@@ -45,7 +45,7 @@ _LOCK: Final = (
     .where(tasks.c.task_id == bindparam("task"))
     .with_for_update(key_share=True)
 )
-_LISTS: Final = select(tasks.c.hold_ids, tasks.c.job_ids).where(tasks.c.task_id == bindparam("task"))
+_LISTS: Final = select(tasks.c.hold_ids, tasks.c.job_ids, tasks.c.job_id).where(tasks.c.task_id == bindparam("task"))
 _LISTS_BOTH: Final = select(
     bindparam("holds", type_=ARRAY(Text)).contained_by(tasks.c.hold_ids)
     & bindparam("jobs", type_=ARRAY(Text)).contained_by(tasks.c.job_ids)
@@ -222,9 +222,14 @@ async def _longer_lists(connection: AsyncConnection, task_id: str, state: TaskSt
     }
 
 
-async def write_log(connection: AsyncConnection, task_id: str, writes: Sequence[TrainingLogWrite]) -> None:
-    """Append the lines that are new, numbered in order of arrival. Raises TaskUnknown."""
+async def write_log(connection: AsyncConnection, task_id: str, writes: Sequence[TrainingLogWrite]) -> set[str]:
+    """Append the lines that are new, numbered in order of arrival. Raises TaskUnknown.
+
+    Lines of a training that the row does not name are left out. Returns the ids of these trainings.
+    """
     row = await _locked(connection, task_id)
+    foreign = {write.training_id for write in writes} - await _trainings(connection, task_id)
+    writes = [write for write in writes if write.training_id not in foreign]
     found = await connection.execute(
         select(training_log.c.training_id, training_log.c.sequence, training_log.c.line).where(
             training_log.c.task_id == task_id,
@@ -239,12 +244,18 @@ async def write_log(connection: AsyncConnection, task_id: str, writes: Sequence[
         if key not in known:
             known.add(key)
             new.append({"task_id": task_id, "position": row.last_log_position + len(new) + 1, **line})
-    if not new:
-        return
-    await connection.execute(insert(training_log), new)
-    await connection.execute(
-        update(tasks).where(tasks.c.task_id == task_id).values(last_log_position=row.last_log_position + len(new))
-    )
+    if new:
+        await connection.execute(insert(training_log), new)
+        await connection.execute(
+            update(tasks).where(tasks.c.task_id == task_id).values(last_log_position=row.last_log_position + len(new))
+        )
+    return foreign
+
+
+async def _trainings(connection: AsyncConnection, task_id: str) -> set[str]:
+    """Every training that any run of the task requested."""
+    row = (await connection.execute(_LISTS, {"task": task_id})).one()
+    return {*row.job_ids, *([row.job_id] if row.job_id else [])}
 
 
 async def _locked(connection: AsyncConnection, task_id: str, run_id: str | None = None) -> Row[*tuple[Any, ...]]:

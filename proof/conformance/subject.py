@@ -60,6 +60,11 @@ class TokenMaker(Protocol):
     def __call__(self, person: Person, scopes: Collection[Scope]) -> str: ...
 
 
+def _no_files(task_id: str) -> DatasetSnapshot:
+    uri = f"file:///snapshots/{task_id}/cats/files/"
+    return DatasetSnapshot(dataset_id="cats", snapshot_uri=uri, files=[])
+
+
 @dataclass(frozen=True)
 class Profile:
     """What this server offers, and how long it may take."""
@@ -69,9 +74,8 @@ class Profile:
     resolution: str = "sd"
     base_model: str = "base"
     epochs: int = 3
-    dataset: DatasetSnapshot = field(
-        default_factory=lambda: DatasetSnapshot(dataset_id="cats", snapshot_uri="file:///snapshots/cats", files=[])
-    )
+    dataset: Callable[[str], DatasetSnapshot] = _no_files
+    """The snapshot of a task, by its id."""
     patience_seconds: float = 30.0
     """How long a job, a training or a callback may take."""
     quiet_seconds: float = 2.0
@@ -161,7 +165,7 @@ class Subject:
             self._ordered(task_id)
             | {
                 "base_model": profile.base_model,
-                "dataset": profile.dataset.model_dump(mode="json"),
+                "dataset": profile.dataset(task_id).model_dump(mode="json"),
                 "hyperparameters": {"epochs": profile.epochs, "batch_size": 1, "learning_rate": 0.0001},
                 "priority": "standard",
             }

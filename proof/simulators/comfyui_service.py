@@ -56,7 +56,7 @@ class ComfyUIService:
         demand(call.claims, Operation.CREATE_JOB)
         order = checked(JobRequest, call.body)
         demand_person(call.claims, order.tenant_id, order.user_id)
-        _demand_address(order.callback_url)
+        _demand_address(order.callback_url, order.task_id)
         if order.template_id not in IMAGE_TEMPLATES:
             raise Refused("template_not_found")
         cost = self._image_price(order)
@@ -91,7 +91,7 @@ class ComfyUIService:
         demand(call.claims, Operation.CREATE_TRAINING)
         order = checked(TrainingRequest, call.body)
         demand_person(call.claims, order.tenant_id, order.user_id)
-        _demand_address(order.callback_url)
+        _demand_address(order.callback_url, order.task_id)
         self._demand_trainable(order)
         faults = self._decided("create_training", order.task_id, order.tenant_id)
         if FaultKind.JOB_REFUSE in faults:
@@ -240,7 +240,11 @@ def _lied_reply(body: dict[str, Any], faults: dict[FaultKind, Parameters]) -> Re
     return Reply(202, body | lie.reply if lie else body)
 
 
-def _demand_address(url: str) -> None:
+def _demand_address(url: str, task_id: str) -> None:
+    """Raises Refused unless the address is this task's at some gateway: which gateways there are is not known here."""
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    own = f"/callbacks/comfyui/{task_id}"
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
         raise Refused("payload_invalid", fields=["callback_url: must be an http or https address"])
+    if "?" in url or "#" in url or not parts.path.endswith(own):
+        raise Refused("payload_invalid", fields=[f"callback_url: must end with {own}"])

@@ -131,7 +131,7 @@ class Edge:
         return _json(reply)
 
     async def _read(self, request: Request, route: str) -> _Exchange:
-        raw = await request.body()
+        raw = await _bounded(request)
         body: Any = {}
         try:
             body = read_json(raw, max_bytes=MAX_BODY_BYTES) if raw else {}
@@ -225,6 +225,14 @@ class Edge:
         )
         self.requests_seen.note(seen)
         log.debug("request", route=seen.route, task_id=seen.task_id, status=status, outcome=outcome, faults=kinds)
+
+
+async def _bounded(request: Request) -> bytes:
+    """The body; of one that is too large only as much as shows it."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk[: MAX_BODY_BYTES + 1 - len(body)]
+    return bytes(body)
 
 
 def _when(fault: Fault) -> str:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx
 import pytest
 from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.update.v1 import UpdateRef
 from temporalio.api.workflowservice.v1 import PollWorkflowExecutionUpdateRequest
 from temporalio.service import RPCError, RPCStatusCode
 
+from bridge.api import MAX_BODY_BYTES
 from bridge.calls import CANCEL_UPDATE, workflow_of
 from bridge.gpu_worker import GpuWorker
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import TENANT, BridgePlatform, Json
+from tests.bridge.test_trainings import training_body
 from tests.conftest import unique
+from tests.gateway.serving import answer_to_head
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -153,6 +157,35 @@ async def test_an_invalid_job_is_refused_with_the_field(
     detail = answer.json()["detail"]
     assert detail["message"] == message
     assert named in "; ".join(detail.get("fields", []))
+
+
+@pytest.mark.parametrize("path", ["/jobs", "/training"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "{base}/callbacks/comfyui/another-task",
+        "{base}/callbacks/comfyui/{task}/",
+        "{base}/callbacks/comfyui/{task}?x=1",
+        "{base}/callbacks/comfyui/x/../{task}",
+        "{base}/callbacks/comfyui/%2e%2e/comfyui/{task}",
+        "{base}@evil.test/callbacks/comfyui/{task}",
+        "{base}.evil.test/callbacks/comfyui/{task}",
+    ],
+)
+async def test_a_job_calls_back_to_its_own_task_and_to_no_other_address(
+    bridge: BridgePlatform, path: str, address: str
+) -> None:
+    body = bridge.job_body() if path == "/jobs" else training_body(bridge)
+    body["callback_url"] = address.format(base=bridge.receiver.url, task=body["task_id"])
+    answer = await bridge.post(path, body)
+    assert answer.status_code == 422, answer.text
+    assert "callback_url: must be" in answer.json()["detail"]["fields"][0]
+
+
+async def test_a_body_that_claims_to_be_too_large_is_refused_before_it_is_read(bridge: BridgePlatform) -> None:
+    async with httpx.AsyncClient(base_url=bridge.url) as http:
+        head = {"Content-Length": str(MAX_BODY_BYTES + 1), **bridge.headers("key")}
+        assert await answer_to_head(http, "POST", "/comfyui/v1/jobs", head) == 422
 
 
 async def test_a_request_without_token_scope_or_key_is_refused(bridge: BridgePlatform) -> None:

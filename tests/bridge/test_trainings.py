@@ -231,7 +231,7 @@ async def test_losing_a_server_during_a_training_costs_one_chunk(
         ({"gpu_type": "h100"}, "gpu_type: no server has 'h100'"),
         (
             {"dataset": {"dataset_id": "cats", "snapshot_uri": "file:///etc/", "files": []}},
-            "dataset.snapshot_uri: must be below",
+            "dataset.snapshot_uri: is not below the task's own folder",
         ),
         ({"resume_from": "file:///etc/passwd"}, "resume_from: is no checkpoint"),
         ({"callback_url": "http://169.254.169.254/"}, "callback_url"),
@@ -241,6 +241,24 @@ async def test_an_invalid_training_is_refused_with_the_field(bridge: BridgePlatf
     answer = await bridge.post("/training", training_body(bridge, **fields))
     assert answer.status_code == 422, answer.text
     assert named in "; ".join(answer.json()["detail"]["fields"])
+
+
+@pytest.mark.parametrize("escape", ["..", "%2e%2e", "%2E%2e", "%252e%252e", "..%2f..", "..\\.."])
+async def test_a_training_reads_its_own_tasks_snapshot_and_no_other(bridge: BridgePlatform, escape: str) -> None:
+    body, other = training_body(bridge), training_body(bridge)
+    snapshot = body["dataset"]["snapshot_uri"]
+    uris = (
+        other["dataset"]["snapshot_uri"],
+        snapshot.replace(f"/{body['task_id']}/", f"/{body['task_id']}/{escape}/{other['task_id']}/"),
+        snapshot.replace("/snapshots/", f"/snapshots/{escape}/snapshots/"),
+    )
+    for uri in uris:
+        refused = await bridge.post("/training", body | {"dataset": body["dataset"] | {"snapshot_uri": uri}})
+        assert refused.status_code == 422, refused.text
+        assert "dataset.snapshot_uri" in refused.json()["detail"]["fields"][0]
+    file = body["dataset"]["files"][0] | {"path": f"{escape}/cat-0.png"}
+    refused = await bridge.post("/training", body | {"dataset": body["dataset"] | {"files": [file]}})
+    assert refused.status_code == 422 and "dataset.files" in refused.json()["detail"]["fields"][0]
 
 
 async def test_a_dataset_that_was_changed_ends_the_training(bridge: BridgePlatform, native: NativeServer) -> None:

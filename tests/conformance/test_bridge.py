@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Final
@@ -31,10 +32,10 @@ MODELS: Final = {"checkpoints": ["v1-5-pruned.safetensors"]}
 ALL = cases()
 
 
-def written_dataset(folder: Path) -> DatasetSnapshot:
-    """Two captioned pictures where the bridge looks for snapshots (`running_bridge`)."""
-    where = folder / "store" / "snapshots" / "conformance" / "cats" / "files"
-    where.mkdir(parents=True)
+def written_dataset(folder: Path, task_id: str) -> DatasetSnapshot:
+    """Two captioned pictures where the bridge looks for the task's snapshot (`running_bridge`)."""
+    where = folder / "store" / "snapshots" / task_id / "cats" / "files"
+    where.mkdir(parents=True, exist_ok=True)
     files = []
     for number in range(2):
         with BytesIO() as picture:
@@ -50,7 +51,7 @@ def written_dataset(folder: Path) -> DatasetSnapshot:
 @asynccontextmanager
 async def held_to_account(temporal_env: WorkflowEnvironment, folder: Path, *, servers: int) -> AsyncIterator[Subject]:
     """The bridge before so many ComfyUI servers."""
-    profile = Profile(dataset=written_dataset(folder), patience_seconds=60)
+    profile = Profile(dataset=partial(written_dataset, folder), patience_seconds=60)
     client = await Client.connect(temporal_env.client.service_client.config.target_host, plugins=[TasksPlugin()])
     async with (
         receiving(CallbackReceiver(CALLBACK_SECRET)) as receiver,

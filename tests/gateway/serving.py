@@ -212,6 +212,18 @@ async def start_run(client: Client, task_queue: str, task_id: str) -> WorkflowHa
     return await client.start_workflow("KeepsSignals", id=workflow_id_of(task_id), task_queue=task_queue)
 
 
+async def answer_to_head(http: httpx.AsyncClient, method: str, path: str, headers: dict[str, str]) -> int:
+    """The status of the answer to a request whose body never comes."""
+    reader, writer = await asyncio.open_connection(http.base_url.host, http.base_url.port)
+    lines = [f"{method} {path} HTTP/1.1", "Host: gateway", *(f"{name}: {value}" for name, value in headers.items())]
+    writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
+    try:
+        async with asyncio.timeout(5):
+            return int((await reader.readline()).split()[1])
+    finally:
+        writer.close()
+
+
 async def kept_by(handle: WorkflowHandle[Any, Any]) -> list[dict[str, Any]]:
     return await handle.query("callbacks")  # type: ignore[no-any-return]
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from temporalio.testing import WorkflowEnvironment
 
+from gateway.callback_body import MAX_BYTES_WITH_LOG
 from gateway.callbacks import CallbackOutcome
 from proof.site.callbacks import signed_headers
 from store import TaskStore
@@ -17,6 +18,7 @@ from tests.conftest import unique
 from tests.gateway.conftest import NewRun
 from tests.gateway.serving import (
     Gateway,
+    answer_to_head,
     delivery,
     kept_by,
     new_secret,
@@ -182,6 +184,19 @@ async def test_a_body_is_counted_while_it_is_read(gateway: Gateway) -> None:
     assert answer.status_code == 413
 
 
+async def test_a_body_that_claims_to_be_too_large_is_refused_before_it_is_read(gateway: Gateway) -> None:
+    head = {"Content-Length": str(MAX_BYTES_WITH_LOG + 1)}
+    assert await answer_to_head(gateway.http, "POST", "/callbacks/comfyui/any", head) == 413
+
+
+async def test_a_webhook_id_counts_within_its_task(gateway: Gateway, new_run: NewRun) -> None:
+    tasks = [task_id_of("first"), task_id_of("second")]
+    runs = [await new_run(task_id) for task_id in tasks]
+    for task_id in tasks:
+        assert (await gateway.post(task_id, tick(1), webhook_id="msg_1")).json() == {"outcome": "signalled"}
+    assert [len(await kept_by(run)) for run in runs] == [1, 1]
+
+
 async def test_a_replayed_id_is_taken_once(gateway: Gateway, new_run: NewRun) -> None:
     task_id = task_id_of("replay")
     run = await new_run(task_id)
@@ -229,6 +244,7 @@ async def test_log_lines_go_to_the_training_log_and_never_into_the_signal(
     task_id = task_id_of("log")
     run = await new_run(task_id)
     await task_store.claim(claim_of(task_id))
+    await task_store.note_made(task_id, "job", "training-1")
     lines = [
         {"ts": "2026-03-01T12:00:00Z", "level": "warning", "message": "loss=0.5\0"},
         {"level": "shouting", "message": "m"},
@@ -246,6 +262,24 @@ async def test_log_lines_go_to_the_training_log_and_never_into_the_signal(
         (2, 4, 2, "info", "m"),
         (3, 3, 1, "info", "late"),
     ]
+
+
+async def test_log_lines_of_a_training_that_is_not_the_tasks_are_left_out(
+    gateway: Gateway, new_run: NewRun, task_store: TaskStore
+) -> None:
+    task_id = task_id_of("foreign-log")
+    await new_run(task_id)
+    await task_store.claim(claim_of(task_id))
+    await task_store.note_made(task_id, "job", "training-1")
+    await task_store.note_made(task_id, "job", "training-2")
+
+    for training_id in ("training-2", "training-of-a-stranger"):
+        tick = training_tick(
+            1, training_id=training_id, log=[{"message": training_id}], output={"metrics": {"loss": 1}}
+        )
+        assert (await gateway.post(task_id, tick)).status_code == 202
+
+    assert {line.training_id for line in await task_store.training_log(task_id)} == {"training-2"}
 
 
 async def test_a_log_that_cannot_be_read_does_not_cost_the_message(gateway: Gateway, new_run: NewRun) -> None:

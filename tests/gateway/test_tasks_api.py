@@ -8,9 +8,10 @@ from typing import Any
 import asyncpg
 import pytest
 
+from gateway.request_limits import MAX_BODY_BYTES
 from tests.conftest import unique
 from tests.gateway.conftest import DEMO_TOKEN, OTHER_TOKEN, Api
-from tests.gateway.serving import token_for
+from tests.gateway.serving import answer_to_head, token_for
 from tests.store.facts import NOON, claim_of, new_task_id
 from tests.waiting import until
 
@@ -227,6 +228,8 @@ async def test_a_body_beyond_the_limit_is_refused_before_it_is_read(api: Api) ->
 
     answer = await api.http.post("/api/v1/tasks/images", content=endless(), headers=headers)
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+    stated = headers | {"Content-Length": str(MAX_BODY_BYTES + 1)}
+    assert await answer_to_head(api.http, "POST", "/api/v1/tasks/images", stated) == 413
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ async def test_an_unreachable_receiver_delays_no_other_task(
     caller: Caller, simulators: Simulators, receiver: Receiver
 ) -> None:
     lost, task = new_task(), new_task()
-    await caller.submit(lost, callback_url="http://127.0.0.1:1/callbacks/comfyui/x")
+    await caller.submit(lost, callback_url=f"http://127.0.0.1:1/callbacks/comfyui/{lost}")
     await caller.submit(task)
     await _delivered(receiver, task)
     await comes_true(lambda: len(receiver.of(task)) == 5, "all five")

@@ -100,6 +100,7 @@ async def test_log_lines_are_numbered_in_order_of_arrival_and_kept_once(task_sto
             metrics=metrics,
         )
 
+    await task_store.note_made(task_id, "job", "t")
     await task_store.write_log(task_id, [lines(2, "c", "d"), lines(2, "c", "d")])
     await task_store.write_log(task_id, [lines(1, "a"), lines(2, "c", "d", "e"), lines(3, loss=0.5)])
 
@@ -113,6 +114,22 @@ async def test_log_lines_are_numbered_in_order_of_arrival_and_kept_once(task_sto
     ]
     assert log[-1].metrics == {"loss": 0.5}
     assert await task_store.training_log(task_id, after_position=3) == log[3:]
+
+
+async def test_log_lines_are_kept_only_for_trainings_that_the_task_requested(task_store: TaskStore) -> None:
+    task_id = new_task_id()
+    await task_store.claim(claim_of(task_id, scene=Scene.MODEL_TRAIN))
+    for training in ("first", "second"):
+        await task_store.note_made(task_id, "job", training)
+
+    def write(training_id: str) -> TrainingLogWrite:
+        lines = [TrainingLogLine(ts=NOON, message=training_id)]
+        return TrainingLogWrite(task_id=task_id, training_id=training_id, sequence=1, lines=lines)
+
+    left_out = await task_store.write_log(task_id, [write("anothers"), write("first"), write("second")])
+
+    assert left_out == {"anothers"}
+    assert [row.message for row in await task_store.training_log(task_id)] == ["first", "second"]
 
 
 async def test_log_lines_of_an_unclaimed_task_are_refused(task_store: TaskStore) -> None:

@@ -33,6 +33,7 @@ async def test_the_command_purges_what_ended_before_the_retention_and_the_claims
         await store.write(write_of(task_id, fact("a"), end(ts=at), status=TaskStatus.COMPLETED))
     await store.claim(claim_of(still_open, at=now - timedelta(days=100)))
     lines = [TrainingLogLine(ts=now, level="info", message="x")] * 3_000
+    await store.note_made(old, "job", "t")
     for sequence in range(2):
         await store.write_log(old, [TrainingLogWrite(task_id=old, training_id="t", sequence=sequence, lines=lines)])
     assert LINES_AT_ONCE < 6_000

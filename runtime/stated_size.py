@@ -1,0 +1,14 @@
+"""The size that a request states before its body is read. What arrives is counted all the same."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MAX_DIGITS: Final = 18
+
+
+def is_stated_above(content_length: str | None, max_bytes: int) -> bool:
+    """Whether a `Content-Length` states more than `max_bytes`. What is missing or no number states nothing."""
+    if content_length is None or not (content_length.isascii() and content_length.isdigit()):
+        return False
+    return len(content_length) > MAX_DIGITS or int(content_length) > max_bytes
