@@ -44,7 +44,10 @@ def test_an_address_is_accepted_or_refused_before_any_request(
     assert (found is None) if problem is None else (problem in (found or "")), found
 
 
-@pytest.mark.parametrize("path", ["../other/a.png", "%2e%2e/other/a.png", "/etc/passwd", "a\\..\\b.png", "", "./a.png"])
+@pytest.mark.parametrize(
+    "path",
+    ["../other/a.png", "%2e%2e/other/a.png", "%252e%252e/other/a.png", "/etc/passwd", "a\\..\\b.png", "", "./a.png"],
+)
 def test_a_path_that_leaves_the_tenants_folder_is_refused(tmp_path: Path, path: str) -> None:
     address = f"{tmp_path.as_uri()}/tenant-demo/{path}"
     assert images(tmp_path).problem(address, "tenant-demo")
@@ -69,6 +72,11 @@ async def test_a_symbolic_link_out_of_the_folder_is_refused(tmp_path: Path) -> N
         "0.0.0.0",
         "::1",
         "::ffff:10.0.0.1",
+        "::ffff:169.254.169.254",
+        "192.0.2.1",
+        "198.18.0.1",
+        "240.0.0.1",
+        "2001:db8::1",
         "fe80::1",
         "fc00::1",
         "64:ff9b::a00:1",
