@@ -24,6 +24,7 @@ class ProblemCode(StrEnum):
     """What can be wrong with a request. It uses contract §1's code if there is one."""
 
     INPUT_INVALID = "input_invalid"
+    CURSOR_INVALID = "cursor_invalid"
     UNAUTHENTICATED = "unauthenticated"
     NOT_AUTHORIZED = "not_authorized"
     TASK_UNKNOWN = "task_unknown"
@@ -48,6 +49,7 @@ class ProblemCode(StrEnum):
 
 STATUS_OF: Final[dict[ProblemCode, int]] = {
     ProblemCode.INPUT_INVALID: 422,
+    ProblemCode.CURSOR_INVALID: 400,
     ProblemCode.UNAUTHENTICATED: 401,
     ProblemCode.NOT_AUTHORIZED: 403,
     ProblemCode.TASK_UNKNOWN: 404,

@@ -107,7 +107,7 @@ async def checked_start(
     try:
         positions = positions_of(cursor, task_ids) if cursor else dict.fromkeys(task_ids, 0)
     except CursorInvalid as error:
-        raise Problem(ProblemCode.INPUT_INVALID, str(error)) from None
+        raise Problem(ProblemCode.CURSOR_INVALID, str(error)) from None
     try:
         heads = await hub.heads(task_ids)
     except StoreFailure:
@@ -141,12 +141,13 @@ _Subscribe = Annotated[
     str | None,
     Query(max_length=4_096, description=f"Up to {MAX_TASKS} tasks, comma-separated; `*`: all of the caller's tenant."),
 ]
-_Cursor = Annotated[str | None, Query(max_length=2_048, description="Where to continue: an event's `cursor`.")]
+_Cursor = Annotated[str | None, Query(description="Where to continue: an event's `cursor`.")]
 _LastEventId = Annotated[
     str | None,
-    Header(max_length=2_048, description="As `cursor`, and preferred to it: browsers send it."),
+    Header(description="As `cursor`, and preferred to it: browsers send it."),
 ]
 _REFUSALS: Final = (
+    ProblemCode.CURSOR_INVALID,
     ProblemCode.INPUT_INVALID,
     ProblemCode.UNAUTHENTICATED,
     ProblemCode.NOT_AUTHORIZED,

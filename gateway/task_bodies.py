@@ -25,7 +25,8 @@ from comfyui_temporal.contracts.tasks import (
 
 IdempotencyKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")]
 """`X-Idempotency-Key`: printable ASCII without blanks."""
-Cursor = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,512}$")]
+Cursor = str
+"""Checked where it is read: whatever is wrong with it is `cursor_invalid`."""
 
 _IMAGE_EXAMPLE: Final[dict[str, JsonValue]] = {
     "template_id": "text-to-image",
@@ -128,10 +129,10 @@ class TaskFilters(CallerModel):
 class EventsQuery(CallerModel):
     """The query of a task's history."""
 
-    after: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,512}$")] | None = None
+    after: Cursor | None = None
     """An event's `cursor` or `seq`: the history after it."""
     limit: Annotated[int, Field(ge=1, le=1_000)] = 1_000
-    cursor: Annotated[str, Field(max_length=2_048)] | None = None
+    cursor: Cursor | None = None
     """For the live stream: as `after`, and preferred to it."""
     token: str | None = None
     """For the live stream: the token, for clients that send no headers."""

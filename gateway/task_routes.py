@@ -96,7 +96,7 @@ def task_routes(
         """Start a training task: 202 the task, 200 a repeat, 409 another body with the same id or key."""
         return _task_response(response, *await tasks.start(caller, order, key))
 
-    @router.get("", responses=problems(*_READ))
+    @router.get("", responses=problems(*_READ, ProblemCode.CURSOR_INVALID))
     async def list_tasks(caller: Reader, filters: Annotated[TaskFilters, Query()]) -> TaskList:
         """The tenant's tasks, newest first."""
         return await tasks.page(caller, filters)
@@ -109,7 +109,7 @@ def task_routes(
     @router.get(
         "/{task_id}/events",
         response_model=list[TaskEvent],
-        responses={**_event_stream_response(), **problems(*_ONE, ProblemCode.RATE_LIMITED)},
+        responses={**_event_stream_response(), **problems(*_ONE, ProblemCode.CURSOR_INVALID, ProblemCode.RATE_LIMITED)},
         openapi_extra={"security": [{"bearer": []}, {"token": []}, {"cookie": []}]},
     )
     async def read_events(

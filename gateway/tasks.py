@@ -133,7 +133,7 @@ class Tasks:
         """The task's history."""
         await self.owned(caller, task_id)
         after = query.after
-        if after is not None and after.isdigit() and len(after) < 19:
+        if after is not None and after.isascii() and after.isdigit() and len(after) < 19:
             return await _stored(self._store.events_after(task_id, int(after), limit=query.limit))
         return await _stored(self._store.events(task_id, after=after, limit=query.limit))
 
@@ -185,9 +185,7 @@ async def _stored(reading: Awaitable[T]) -> T:
     try:
         return await reading
     except CursorInvalid as error:
-        raise Problem(
-            ProblemCode.INPUT_INVALID, str(error), fields=[FieldProblem(field="cursor", message=str(error))]
-        ) from None
+        raise Problem(ProblemCode.CURSOR_INVALID, str(error)) from None
     except StoreUnavailable:
         raise Problem(
             ProblemCode.STORE_UNAVAILABLE, "The task store cannot be read now; nothing was changed. Try again."

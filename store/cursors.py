@@ -5,8 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 from datetime import datetime
+from typing import Final
+
+from pydantic import TypeAdapter, ValidationError
+
+from comfyui_temporal.contracts.fields import CallerId, Instant
 
 _MAX_LENGTH = 512
+_PLACE: Final[TypeAdapter[tuple[datetime, str]]] = TypeAdapter(tuple[Instant, CallerId])
 
 
 class CursorInvalid(ValueError):
@@ -52,9 +58,6 @@ def place_of_cursor(cursor: str) -> tuple[datetime, str]:
     """The creation time and id after which to continue in the list. Raises CursorInvalid."""
     created_at, task_id = _unpacked(cursor, "l", 2)
     try:
-        instant = datetime.fromisoformat(created_at)
-    except ValueError:
+        return _PLACE.validate_python((created_at, task_id))
+    except ValidationError:
         raise CursorInvalid("This cursor is not from this service: leave it out.") from None
-    if instant.tzinfo is None:
-        raise CursorInvalid("This cursor is not from this service: leave it out.")
-    return instant, task_id

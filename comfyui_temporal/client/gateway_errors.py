@@ -25,6 +25,7 @@ from comfyui_temporal.contracts.fields import OwnModel
 
 _ERROR_OF_CODE: Final[dict[str, type[TaskError]]] = {
     "input_invalid": InvalidInput,
+    "cursor_invalid": InvalidInput,
     "too_large": InvalidInput,
     "unauthenticated": AccessDenied,
     "not_authorized": AccessDenied,

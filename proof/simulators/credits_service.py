@@ -285,7 +285,7 @@ def _number_of(cursor: str | None) -> int | None:
         return None
     try:
         kind, _, number = base64.urlsafe_b64decode(cursor.encode()).decode().partition(":")
-        if kind == "entry":
+        if kind == "entry" and number.isascii() and number.isdigit() and len(number) < 19:
             return int(number)
     except (ValueError, UnicodeError):
         pass

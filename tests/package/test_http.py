@@ -34,6 +34,7 @@ from tests.workflows.platform import CALLERS, Platform
 
 ERROR_OF = {
     ProblemCode.INPUT_INVALID: InvalidInput,
+    ProblemCode.CURSOR_INVALID: InvalidInput,
     ProblemCode.UNAUTHENTICATED: AccessDenied,
     ProblemCode.NOT_AUTHORIZED: AccessDenied,
     ProblemCode.TASK_UNKNOWN: UnknownTask,

@@ -157,8 +157,8 @@ async def test_a_stream_of_one_task_says_its_events_under_the_tasks_own_address(
         ("task_id=a/b", 422, "input_invalid"),
         ("subscribe=" + ",".join(f"t{n}" for n in range(51)), 422, "input_invalid"),
         ("task_id=a&subscribe=*", 422, "input_invalid"),
-        ("task_id=none&cursor=%00%FF", 422, "input_invalid"),
-        ("task_id=none&cursor=" + "A" * 3000, 422, "input_invalid"),
+        ("task_id=none&cursor=%00%FF", 400, "cursor_invalid"),
+        ("task_id=none&cursor=" + "A" * 3000, 400, "cursor_invalid"),
         ("task_id=none", 404, "task_unknown"),
     ],
 )
