@@ -1,6 +1,7 @@
 """`/comfyui/v1` over HTTP (contract §2, §3), result files, and `/healthz`.
 
-A request is checked in this order: size → token → idempotency key → the action (service.py, training_service.py).
+A request is checked in this order: size → token → scope → idempotency key → the action (service.py,
+training_service.py). Nothing is stored or started for a token that lacks the scope.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bridge.storage import RESULTS_PATH, STORAGE_ERRORS, SignedAddresses, Storag
 from bridge.training_service import TrainingService
 from comfyui_temporal.contracts.outside_json import UnreadableJson, read_json
 from comfyui_temporal.contracts.paths import is_plain
-from comfyui_temporal.contracts.permissions import TokenClaims
+from comfyui_temporal.contracts.permissions import Operation, TokenClaims
 from comfyui_temporal.encryption_keys import EncryptionError
 from runtime.caller_tokens import CallerTokens, TokenRefused, TokensUnverifiable
 from runtime.stated_size import is_stated_above
@@ -43,17 +44,28 @@ class Edge:
         self._tokens = tokens
         self._keys = keys
 
-    def add_route(self, router: APIRouter, method: str, path: str, action: Action, *, begins: bool = False) -> None:
+    def add_route(
+        self,
+        router: APIRouter,
+        method: str,
+        path: str,
+        operation: Operation,
+        action: Action,
+        *,
+        begins: bool = False,
+    ) -> None:
         """`begins`: the action starts a workflow under the request's idempotency key."""
 
         async def answered(request: Request) -> Response:
-            return await self._handle(request, action, begins=begins)
+            return await self._handle(request, operation, action, begins=begins)
 
         router.add_api_route(path, answered, methods=[method], response_model=None)
 
-    async def _handle(self, request: Request, action: Action, *, begins: bool) -> Response:
+    async def _handle(self, request: Request, operation: Operation, action: Action, *, begins: bool) -> Response:
         try:
             call = await self._call(request)
+            if not call.claims.allows(operation):
+                raise Refused("authorization_missing")
             if request.method == "GET":
                 reply = await action(call)
             else:
@@ -124,19 +136,19 @@ def bridge_app(
 
 def _job_routes(edge: Edge, images: ImageService) -> APIRouter:
     router = APIRouter(prefix="/comfyui/v1")
-    edge.add_route(router, "POST", "/jobs", images.submit, begins=True)
-    edge.add_route(router, "GET", "/jobs/{run_id}", images.get)
-    edge.add_route(router, "POST", "/jobs/{run_id}/cancel", images.cancel)
-    edge.add_route(router, "GET", "/gpus", images.gpus)
+    edge.add_route(router, "POST", "/jobs", Operation.CREATE_JOB, images.submit, begins=True)
+    edge.add_route(router, "GET", "/jobs/{run_id}", Operation.READ_COMFYUI, images.get)
+    edge.add_route(router, "POST", "/jobs/{run_id}/cancel", Operation.CANCEL_JOB, images.cancel)
+    edge.add_route(router, "GET", "/gpus", Operation.READ_COMFYUI, images.gpus)
     return router
 
 
 def _training_routes(edge: Edge, trainings: TrainingService) -> APIRouter:
     router = APIRouter(prefix="/comfyui/v1")
-    edge.add_route(router, "POST", "/training", trainings.create, begins=True)
-    edge.add_route(router, "GET", "/training/{run_id}", trainings.get)
-    edge.add_route(router, "POST", "/training/{run_id}/start", trainings.start)
-    edge.add_route(router, "POST", "/training/{run_id}/cancel", trainings.cancel)
+    edge.add_route(router, "POST", "/training", Operation.CREATE_TRAINING, trainings.create, begins=True)
+    edge.add_route(router, "GET", "/training/{run_id}", Operation.READ_COMFYUI, trainings.get)
+    edge.add_route(router, "POST", "/training/{run_id}/start", Operation.START_TRAINING, trainings.start)
+    edge.add_route(router, "POST", "/training/{run_id}/cancel", Operation.CANCEL_JOB, trainings.cancel)
     return router
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -57,6 +58,9 @@ from comfyui_temporal.runs import NoQueryNow, RunSeen, RunStatus, describe_run, 
 
 ACCEPTED: Final = 202
 CLAIMED: Final = Reply(0, None)
+NOT_KEPT: Final = frozenset({"idempotency_conflict", "authorization_missing"})
+"""Refusals that leave their key free: nothing is stored for a request that its token does not allow."""
+JOBS_PATH: Final = "/comfyui/v1/jobs/"
 RPC_TIMEOUT: Final = timedelta(seconds=5)
 KIND_MEMO: Final = "kind"
 TENANT_MEMO: Final = "tenant_id"
@@ -106,14 +110,16 @@ class Keys:
         try:
             return await action(call)
         except Refused as refused:
-            if refused.message != "idempotency_conflict":
+            if refused.message not in NOT_KEPT:
                 await self._runs.keep(name, request_hash, refused.reply())
             raise
 
     async def claimed(self, call: Call, action: Action) -> Reply:
-        """Run an action that may be repeated without harm. Its key is stored first."""
+        """Run an action on a run of the caller's tenant that may be repeated without harm. Its key is stored first."""
         name, request_hash = workflow_id(call.claims.tenant_id, call.key), fingerprint(call.path, call.body)
         if await self._runs.kept(name, request_hash) is None:
+            kind = "job" if call.path.startswith(JOBS_PATH) else "training"
+            await self._runs.demand_own(call.run_id, kind=kind, tenant_id=call.claims.tenant_id)
             await self._runs.keep(name, request_hash, CLAIMED)
             await self._runs.kept(name, request_hash)
         return await action(call)
@@ -233,8 +239,13 @@ class Runs:
             # The position is only informative: a failure must not cost the answer.
             return view
 
+    async def demand_own(self, run_id: str, *, kind: str, tenant_id: str) -> None:
+        """Raises Refused (404) unless there is such a run of the tenant."""
+        await self._own(run_id, kind, tenant_id)
+
     async def _own(self, run_id: str, kind: str, tenant_id: str) -> RunSeen:
-        described = await self._described(workflow_of(run_id))
+        is_id = re.fullmatch(rf"{kind}-[0-9a-f]{{40}}", run_id) is not None
+        described = await self._described(workflow_of(run_id)) if is_id else None
         memo = await described.memo() if described is not None else {}
         if described is None or memo.get(TENANT_MEMO) != tenant_id or memo.get(KIND_MEMO) != kind:
             raise Refused(f"{kind}_not_found")

@@ -225,6 +225,6 @@ _EXAMPLE_DETAIL: Final = {
     ProblemCode.UNAUTHENTICATED: "A bearer token is needed: send it as `Authorization: Bearer …`.",
     ProblemCode.NOT_AUTHORIZED: "The token lacks the scope task.read.",
     ProblemCode.TASK_UNKNOWN: "There is no task image-3f9c of this tenant.",
-    ProblemCode.TASK_EXISTS: "Task image-3f9c exists with another input; nothing was started. Use another task_id.",
+    ProblemCode.TASK_EXISTS: "The task_id image-3f9c cannot be used with this input; nothing was started.",
     ProblemCode.ALREADY_CHARGED: "Task image-3f9c was delivered and charged: there is no hold left to give back.",
 }

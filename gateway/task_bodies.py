@@ -44,9 +44,13 @@ _TRAINING_EXAMPLE: Final[dict[str, JsonValue]] = {
 }
 
 
+KEYED: Final = "key-"
+"""Ids that begin so are made here. They can be computed by anybody who guesses the key, so no caller may give one."""
+
+
 def task_id_by_key(tenant_id: str, key: str) -> str:
     """The task id for an idempotency key: the same for every repeat, another for every tenant."""
-    return "key-" + hashlib.sha256(f"{tenant_id}\n{key}".encode()).hexdigest()[:40]
+    return KEYED + hashlib.sha256(f"{tenant_id}\n{key}".encode()).hexdigest()[:40]
 
 
 def new_task_id(scene: Scene, tenant_id: str, key: str | None) -> str:
@@ -56,6 +60,9 @@ def new_task_id(scene: Scene, tenant_id: str, key: str | None) -> str:
 
 class Order(Protocol):
     """The body that starts a task of any scene."""
+
+    @property
+    def task_id(self) -> str | None: ...
 
     def task(self, *, tenant_id: str, user_id: str, key: str | None) -> TaskInput: ...
 

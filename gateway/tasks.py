@@ -35,12 +35,14 @@ from comfyui_temporal.encryption import encryption_of
 from comfyui_temporal.runs import RunSeen
 from gateway.problems import FieldProblem, Problem, ProblemCode
 from gateway.task_bodies import (
+    KEYED,
     EventsQuery,
     LogQuery,
     Order,
     TaskFilters,
     TrainingLog,
     TrainingOrder,
+    task_id_by_key,
 )
 from gateway.temporal_calls import RunMissing, bounded, described, updated
 from runtime.caller_tokens import Caller
@@ -65,6 +67,7 @@ class Tasks:
     async def start(self, caller: Caller, order: Order, key: str | None) -> tuple[TaskView, bool]:
         """The task, and whether it is new. The same order with the same id or key is one task."""
         _check_own(caller, order)
+        _check_not_reserved(caller, order.task_id, key)
         task = order.task(tenant_id=caller.tenant_id, user_id=caller.user_id, key=key)
         earlier = await self._claimed(task)
         if earlier is not None:
@@ -203,10 +206,25 @@ def _check_own(caller: Caller, order: Order) -> None:
             )
 
 
+def _check_not_reserved(caller: Caller, task_id: str | None, key: str | None) -> None:
+    """Raises Problem 422 for an id that only the gateway makes, unless it is the one of the caller's own key."""
+    if task_id is None or not task_id.startswith(KEYED):
+        return
+    if key is None or task_id != task_id_by_key(caller.tenant_id, key):
+        message = f"ids that begin with {KEYED!r} are made from idempotency keys: leave it out, or use another"
+        raise Problem(
+            ProblemCode.INPUT_INVALID,
+            "Nothing was done: this task_id is reserved.",
+            fields=[FieldProblem(field="task_id", message=message)],
+        )
+
+
 def _exists(task_id: str) -> Problem:
+    """The same words whoever has the id: ids are global, and a caller learns nothing of another tenant's task."""
     return Problem(
         ProblemCode.TASK_EXISTS,
-        f"Task {task_id} exists with another input; nothing was started or changed. Use another task_id.",
+        f"The task_id {task_id} cannot be used with this input; nothing was started or changed. "
+        "Leave it out, and one is made, or use another.",
     )
 
 

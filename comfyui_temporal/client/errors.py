@@ -55,7 +55,7 @@ class TaskExists(TaskError):
 
     def __init__(self, task_id: str) -> None:
         self.task_id = task_id
-        super().__init__(f"Task {task_id!r} exists with another input; nothing was started or changed.")
+        super().__init__(f"The task_id {task_id!r} cannot be used with this input; nothing was started or changed.")
 
 
 class UnknownTask(TaskError):

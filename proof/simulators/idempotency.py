@@ -19,6 +19,8 @@ from proof.simulators.replies import Refused, Reply
 from proof.simulators.state_file import StateFile
 
 KEPT_SECONDS: Final = 30 * 24 * 3600
+NOT_ALLOWED: Final = Refused("authorization_missing").reply()
+"""Leaves its key free (contract §4)."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS idempotency (
     tenant_id TEXT NOT NULL,
@@ -74,7 +76,8 @@ class IdempotencyKeys:
             return Reply(kept["status"], json.loads(kept["body"])), True
         with self._state.transaction():
             reply = self.tried(act)
-            self._keep(tenant_id, key, print_, reply)
+            if reply != NOT_ALLOWED:
+                self._keep(tenant_id, key, print_, reply)
         return reply, False
 
     def tried(self, act: Callable[[], Reply]) -> Reply:

@@ -13,7 +13,7 @@ from temporalio.api.workflowservice.v1 import PollWorkflowExecutionUpdateRequest
 from temporalio.service import RPCError, RPCStatusCode
 
 from bridge.api import MAX_BODY_BYTES
-from bridge.calls import CANCEL_UPDATE, workflow_of
+from bridge.calls import CANCEL_UPDATE, workflow_id, workflow_of
 from bridge.gpu_worker import GpuWorker
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import TENANT, BridgePlatform, Json
@@ -195,6 +195,29 @@ async def test_a_request_without_token_scope_or_key_is_refused(bridge: BridgePla
     assert (await bridge.post("/jobs", body, scopes=["task.read"])).status_code == 403
     keyless = await bridge.http.post(f"{bridge.url}/comfyui/v1/jobs", json=body, headers=bridge.headers())
     assert "X-Idempotency-Key" in keyless.json()["detail"]["fields"][0]
+
+
+async def test_a_request_that_its_token_does_not_allow_starts_and_stores_nothing(bridge: BridgePlatform) -> None:
+    accepted = await bridge.submit()
+    own, unknown = f"/jobs/{accepted['job_id']}/cancel", f"/jobs/job-{'0' * 40}/cancel"
+    refusals: list[tuple[str, Json, dict[str, Any], int]] = [
+        ("/jobs", bridge.job_body(), {"scopes": ["task.read"]}, 403),
+        ("/jobs", bridge.job_body(user_id="user-other"), {}, 403),
+        ("/training", training_body(bridge), {"scopes": ["task.read"]}, 403),
+        (own, {}, {"scopes": ["task.read"]}, 403),
+        (own, {}, {"tenant": "tenant-other", "user": "user-other"}, 404),
+        (unknown, {}, {}, 404),
+    ]
+    for path, body, who, status in refusals:
+        key = unique("key")
+        answer = await bridge.post(path, body, key=key, **who)
+        assert answer.status_code == status, (path, answer.text)
+        with pytest.raises(RPCError) as missing:
+            await bridge.client.get_workflow_handle(workflow_id(who.get("tenant", TENANT), key)).describe()
+        assert missing.value.status is RPCStatusCode.NOT_FOUND, path
+    key, body = unique("key"), bridge.job_body()
+    assert (await bridge.post("/jobs", body, key=key, scopes=["task.read"])).status_code == 403
+    assert (await bridge.post("/jobs", body, key=key)).status_code == 202
 
 
 async def test_another_tenants_job_is_not_found(bridge: BridgePlatform) -> None:

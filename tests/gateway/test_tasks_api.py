@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 
 from gateway.request_limits import MAX_BODY_BYTES
+from gateway.task_bodies import task_id_by_key
 from tests.conftest import unique
 from tests.gateway.conftest import DEMO_TOKEN, OTHER_TOKEN, Api
 from tests.gateway.serving import answer_to_head, token_for
@@ -83,6 +84,7 @@ async def test_the_same_body_under_the_same_id_is_one_task_and_another_is_refuse
     assert again.json()["task_id"] == order["task_id"]
     for refused in (other, of_a_stranger):
         assert (refused.status_code, refused.json()["code"]) == (409, "task_exists")
+    assert other.json() == of_a_stranger.json()
     await api.ended(order["task_id"])
     after_its_end = await api.call("POST", "/images", order)
     assert (after_its_end.status_code, after_its_end.json()["status"]) == (200, "completed")
@@ -101,6 +103,26 @@ async def test_an_idempotency_key_gives_one_task_per_tenant(api: Api) -> None:
     assert first.json()["task_id"] == again.json()["task_id"] != stranger.json()["task_id"]
     bad = await api.call("POST", "/images", image(), X_Idempotency_Key="with blanks")
     assert (bad.status_code, bad.json()["code"]) == (422, "input_invalid")
+
+
+async def test_an_id_made_from_a_key_can_be_neither_taken_nor_probed(api: Api) -> None:
+    key = unique("key")
+    foreseen = task_id_by_key("tenant-demo", key)
+
+    async def taken_by_a_stranger(**headers: str) -> Any:
+        answer = await api.call("POST", "/images", image(task_id=foreseen), token=OTHER_TOKEN, **headers)
+        return answer.status_code, answer.json()
+
+    before = [await taken_by_a_stranger(), await taken_by_a_stranger(X_Idempotency_Key=key)]
+    own = await api.call("POST", "/images", image(), X_Idempotency_Key=key)
+    after = [await taken_by_a_stranger(), await taken_by_a_stranger(X_Idempotency_Key=key)]
+
+    assert (own.status_code, own.json()["task_id"]) == (202, foreseen)
+    assert before == after
+    for status, problem in before:
+        assert (status, problem["code"], problem["fields"][0]["field"]) == (422, "input_invalid", "task_id")
+    named = await api.call("POST", "/images", image(task_id=foreseen), X_Idempotency_Key=key)
+    assert (named.status_code, named.json()["task_id"]) == (200, foreseen)
 
 
 async def test_the_list_is_the_tenants_own_newest_first_with_filters_and_pages(api: Api) -> None:

@@ -46,6 +46,13 @@ async def test_keys_are_scoped_by_tenant(caller: Caller) -> None:
     assert mine.json()["pre_deduct_id"] != theirs.json()["pre_deduct_id"]
 
 
+async def test_a_request_that_its_token_does_not_allow_leaves_its_key_free(caller: Caller) -> None:
+    task, key = new_task(), "key of a token without scope"
+    refused = await caller.comfyui("POST", "/jobs", caller.job_body(task), key=key, scopes=["task.read"])
+    assert refusal(refused)[2] == "authorization_missing"
+    assert (await caller.comfyui("POST", "/jobs", caller.job_body(task), key=key)).status_code == 202
+
+
 async def test_a_repeat_waits_for_the_first_in_flight(caller: Caller, simulators: Simulators) -> None:
     await simulators.admin.comfyui.fault("act_late", route="submit_job", seconds=0.3)
     task = new_task()
