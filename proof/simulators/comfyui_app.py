@@ -42,7 +42,7 @@ def comfyui_app(
     service = ComfyUIService(
         state, clock, faults, folder=folder, prices=prices, callback_secrets=callback_secrets, gpus=gpus
     )
-    edge = Edge(state, clock, tokens, faults, service.queue.task_of)
+    edge = Edge(state, clock, tokens, faults, service.queue.task_of, before_act=service.queue.settle)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

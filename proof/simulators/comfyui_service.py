@@ -132,7 +132,6 @@ class ComfyUIService:
 
     def list_gpus(self, call: Call) -> Reply:
         demand(call.claims, Operation.READ_COMFYUI)
-        self.queue.settle()
         return Reply(200, [self._gpu(gpu_type, total) for gpu_type, total in self.queue.gpus.items() if total])
 
     def _gpu(self, gpu_type: str, total: int) -> dict[str, Any]:
@@ -169,7 +168,6 @@ class ComfyUIService:
 
     def _own(self, call: Call, kind: type[ImageRun] | type[TrainingRun]) -> Any:
         """The run in the path, when it is of this kind and of the token's tenant. Raises Refused (404)."""
-        self.queue.settle()
         run = self.queue.find(call.request.path_params["run_id"])
         if not isinstance(run, kind) or run.phase == "forgotten" or run.tenant_id != call.claims.tenant_id:
             raise Refused("job_not_found" if kind is ImageRun else "training_not_found")

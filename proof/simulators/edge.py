@@ -81,6 +81,7 @@ class Edge:
 
     Without `keeps_keys` every request acts, even with a known key. Without `asks_for_tokens` the caller is the user
     that the body or the query names, with every scope (contract §4, field).
+    `before_act` runs outside of the act's transaction: a refusal does not undo it.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Edge:
         faults: Faults,
         task_of: Callable[[str], str | None],
         *,
+        before_act: Callable[[], None] = lambda: None,
         keeps_keys: bool = True,
         asks_for_tokens: bool = True,
     ) -> None:
@@ -100,6 +102,7 @@ class Edge:
         self._clock = clock
         self._tokens = tokens
         self._task_of = task_of
+        self._before_act = before_act
         self._keeps_keys = keeps_keys
         self._asks_for_tokens = asks_for_tokens
 
@@ -174,10 +177,12 @@ class Edge:
             return refusal.reply(), "refused"
         if not self._looks_at_key(exchange):
             await asyncio.sleep(late)
+            self._before_act()
             reply, is_repeat = self.keys.tried(lambda: act(call)), False
         else:
             async with self.keys.only_one(call.claims.tenant_id, exchange.key or ""):
                 await asyncio.sleep(late)
+                self._before_act()
                 print_ = fingerprint(exchange.request.method, exchange.request.url.path, exchange.body)
                 reply, is_repeat = self.keys.answer(
                     call.claims.tenant_id, exchange.key or "", print_, lambda: act(call)
