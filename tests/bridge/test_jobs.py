@@ -197,6 +197,43 @@ async def test_a_request_without_token_scope_or_key_is_refused(bridge: BridgePla
     assert "X-Idempotency-Key" in keyless.json()["detail"]["fields"][0]
 
 
+ODD_BODIES = (
+    b"{",
+    b"[]",
+    b"\xff\xfe",
+    b'{"task_id": NaN}',
+    b'{"task_id": ' + b"9" * 5_000 + b"}",
+    b'{"extras": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    b'{"prompt": "\\ud800", "\\ud800": 1}',
+    b'{"task_id": "\\u0000", "callback_url": "\\u0000"}',
+)
+ODD_PATHS = (
+    "/comfyui/v1/jobs/%00",
+    "/comfyui/v1/jobs/..%2f..%2fetc",
+    "/comfyui/v1/training/%ff%fe",
+    f"/comfyui/v1/jobs/job-{'0' * 5_000}",
+    "/comfyui/files/%00?expires=1&signature=x",
+    "/comfyui/files/%2e%2e/%252e%252e/etc/passwd?expires=99999999999&signature=%00",
+    f"/comfyui/files/a?expires={'9' * 5_000}&signature=x",
+)
+
+
+async def test_odd_requests_are_refused_and_none_leaves_a_traceback(
+    bridge: BridgePlatform, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = [await bridge.http.get(f"{bridge.url}{path}", headers=bridge.headers()) for path in ODD_PATHS]
+    for route in ("/jobs", "/training", "/jobs/%00/cancel", f"/training/job-{'0' * 40}/start"):
+        for body in ODD_BODIES:
+            headers = bridge.headers(unique("key"))
+            answers.append(await bridge.http.post(f"{bridge.url}/comfyui/v1{route}", content=body, headers=headers))
+    for key in ("x" * 300, "\xe9\x7f"):
+        headers = httpx.Headers({**bridge.headers(), "X-Idempotency-Key": key}, encoding="latin-1")
+        body = bridge.job_body(prompt=None)
+        answers.append(await bridge.http.post(f"{bridge.url}/comfyui/v1/jobs", json=body, headers=headers))
+    assert [(answer.request.url, answer.text) for answer in answers if not 400 <= answer.status_code < 500] == []
+    assert not [record.getMessage() for record in caplog.records if record.exc_info]
+
+
 async def test_a_request_that_its_token_does_not_allow_starts_and_stores_nothing(bridge: BridgePlatform) -> None:
     accepted = await bridge.submit()
     own, unknown = f"/jobs/{accepted['job_id']}/cancel", f"/jobs/job-{'0' * 40}/cancel"
