@@ -227,9 +227,9 @@ async def test_odd_requests_are_refused_and_none_leaves_a_traceback(
             headers = bridge.headers(unique("key"))
             answers.append(await bridge.http.post(f"{bridge.url}/comfyui/v1{route}", content=body, headers=headers))
     for key in ("x" * 300, "\xe9\x7f"):
-        headers = httpx.Headers({**bridge.headers(), "X-Idempotency-Key": key}, encoding="latin-1")
-        body = bridge.job_body(prompt=None)
-        answers.append(await bridge.http.post(f"{bridge.url}/comfyui/v1/jobs", json=body, headers=headers))
+        odd = httpx.Headers({**bridge.headers(), "X-Idempotency-Key": key}, encoding="latin-1")
+        job = bridge.job_body(prompt=None)
+        answers.append(await bridge.http.post(f"{bridge.url}/comfyui/v1/jobs", json=job, headers=odd))
     assert [(answer.request.url, answer.text) for answer in answers if not 400 <= answer.status_code < 500] == []
     assert not [record.getMessage() for record in caplog.records if record.exc_info]
 

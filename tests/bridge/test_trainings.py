@@ -256,6 +256,11 @@ async def test_a_training_reads_its_own_tasks_snapshot_and_no_other(bridge: Brid
         refused = await bridge.post("/training", body | {"dataset": body["dataset"] | {"snapshot_uri": uri}})
         assert refused.status_code == 422, refused.text
         assert "dataset.snapshot_uri" in refused.json()["detail"]["fields"][0]
+    checkpoint = (
+        f"{bridge.bridge.storage.url}/checkpoints/{TENANT}/{escape}/tenant-other/epoch-1-r1_6_steps_.safetensors"
+    )
+    refused = await bridge.post("/training", body | {"resume_from": checkpoint})
+    assert refused.status_code == 422 and "resume_from" in refused.json()["detail"]["fields"][0]
     file = body["dataset"]["files"][0] | {"path": f"{escape}/cat-0.png"}
     refused = await bridge.post("/training", body | {"dataset": body["dataset"] | {"files": [file]}})
     assert refused.status_code == 422 and "dataset.files" in refused.json()["detail"]["fields"][0]
