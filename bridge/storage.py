@@ -1,9 +1,12 @@
 """The bridge's own object storage: results and control images, below one address (`file://`, `s3://`, `gs://`, `az://`).
 
-    results/{job_id}/…      results of a job, kept
-    controls/{job_id}/{n}   control images, deleted when the job has ended
-    checkpoints/…           checkpoints of trainings
-    datasets/{training_id}/ long lists of files to train on
+    results/{job_id}/…              results of a job
+    controls/{job_id}/{n}           control images, deleted when the job has ended
+    checkpoints/{tenant_id}/…       checkpoints of trainings
+    models/{tenant_id}/…            what they trained
+    datasets/{training_id}/…        long lists of files to train on
+
+The bridge keeps the rest: `python -m store purge` and `forget` delete it (store/task_files.py).
 
 Addresses of results expire. The store signs them if it can (`s3`, `gs`, `az`), otherwise the bridge does
 (`/comfyui/files/…`).

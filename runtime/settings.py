@@ -109,6 +109,11 @@ class Settings(BaseSettings):
     retention_days: int = Field(default=90, ge=30)
     """How long a task's row, events and log are kept after its end. At least 30 days, as long as idempotency keys live.
     The claim of its id is never deleted."""
+    result_retention_days: int | None = Field(default=None, ge=1)
+    """How long the bridge's results are kept; default: with their task's row, `retention_days`."""
+    model_retention_days: int | None = Field(default=None, ge=30)
+    """How long the bridge's models and checkpoints are kept; default: until their tenant is forgotten. At least 30
+    days, as long as a training may run: it resumes from its checkpoints."""
     object_store_url: str = "file://.run/objects"
     """Temporary object storage for dataset snapshots: `file://`, `s3://`, `gs://`, `az://`."""
     dataset_roots: Annotated[list[str], NoDecode] = ["file://.run/datasets/{tenant_id}/"]

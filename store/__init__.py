@@ -12,7 +12,8 @@ listener.py      one LISTEN connection: which task was written
 home.py          which Temporal namespace the store belongs to
 unseen.py        open tasks whose run could not be checked
 unsettled.py     ended tasks whose settlement is unknown: taken, corrected
-upkeep.py        purge, the state of the queues
+upkeep.py        deletion of ended tasks and of tenants, the state of the queues
+task_files.py    what they leave in object storage
 cursors.py       opaque positions
 """
 

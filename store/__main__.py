@@ -1,24 +1,35 @@
 """`python -m store`: the tables of the configured database.
 
-Migrate them, bind them to a Temporal namespace, purge what is older than the retention.
+Migrate them, bind them to a Temporal namespace, purge what is older than the retention, forget a tenant.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any, Final
 
 import typer
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
+from temporalio.service import RPCError
 
 from comfyui_temporal.contracts.errors import sentences_of
+from comfyui_temporal.contracts.fields import CallerId
+from runtime import temporal_connection
 from runtime.settings import Settings
 from store.database import address_of
 from store.failures import StoreFailure, StoreUnavailable
 from store.home import StoreHome
 from store.migrate import migrate, revert
+from store.task_files import MODELS, RESULTS, TaskFiles
 from store.task_store import TaskStore
+from store.upkeep import EndedTask, Undeletable
+
+RPC_TIMEOUT: Final = timedelta(seconds=5)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The task store's tables.")
 
@@ -80,29 +91,128 @@ async def _bind(dsn: str, namespace: str) -> StoreHome | None:
 
 @app.command("purge")
 def purge_command() -> None:
-    """Delete tasks that ended longer ago than RETENTION_DAYS, with events and logs. Safe to repeat.
+    """Delete tasks that ended longer ago than RETENTION_DAYS, with events, logs and results. Safe to repeat.
 
-    The claims of their ids are kept: no id is ever used twice.
+    Results, models and checkpoints that are older than RESULT_RETENTION_DAYS and MODEL_RETENTION_DAYS are deleted too.
+    The claims of ids are kept: no id is ever used twice.
     """
-    settings, dsn = _settings()
-    before = datetime.now(UTC) - timedelta(days=settings.retention_days)
+    _finish(_purge(*_settings()))
+
+
+@app.command("forget")
+def forget_command(tenant_id: Annotated[str, typer.Argument(help="The tenant, as its tokens name it.")]) -> None:
+    """Delete everything of a tenant: rows, events, logs, datasets' copies, results and models. Safe to repeat.
+
+    Refused while a task of it is open. Prints what Temporal still holds, and for how long. The ids of its tasks stay
+    taken, without the tenant's name. Withdraw its tokens first: a task that it starts meanwhile is not deleted.
+    """
     try:
-        count = asyncio.run(_purge(dsn, before))
-    except (StoreFailure, ValueError) as error:
+        TypeAdapter(CallerId).validate_python(tenant_id)
+    except ValidationError:
+        raise typer.BadParameter("A tenant's id has 1 to 64 letters, digits, '-' or '_'.") from None
+    _finish(_forget(*_settings(), tenant_id))
+
+
+def _finish(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        asyncio.run(work)
+    except (StoreFailure, CannotForget, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"{count} tasks that ended before {before:%Y-%m-%d %H:%M} UTC were deleted.")
 
 
-async def _purge(dsn: str, before: datetime) -> int:
-    """In many short transactions, so that other processes do not wait for it."""
-    store, total = TaskStore(dsn, pool_size=1), 0
+class CannotForget(Exception):
+    """Why a tenant is not forgotten yet. The text says what to do."""
+
+
+@asynccontextmanager
+async def _opened(settings: Settings, dsn: str) -> AsyncIterator[tuple[TaskStore, TaskFiles]]:
+    """Raises ValueError."""
+    files = TaskFiles(bridge_store_url=settings.bridge_store_url, object_store_url=settings.object_store_url)
+    store = TaskStore(dsn, pool_size=1)
     try:
-        while not (step := await store.purge(before)).is_done:
-            total += step.tasks
+        yield store, files
     finally:
         await store.close()
-    return total
+
+
+async def _purge(settings: Settings, dsn: str) -> None:
+    now = datetime.now(UTC)
+    before = now - timedelta(days=settings.retention_days)
+    async with _opened(settings, dsn) as (store, files):
+        tasks, deleted = await _deleted(store, files, partial(store.ended_before, before))
+        for days, folders in ((settings.result_retention_days, RESULTS), (settings.model_retention_days, MODELS)):
+            if days is not None:
+                deleted += await files.delete_older(folders, now - timedelta(days=days))
+    typer.echo(f"{tasks} tasks that ended before {before:%Y-%m-%d %H:%M} UTC were deleted, and {deleted} files.")
+
+
+async def _forget(settings: Settings, dsn: str, tenant_id: str) -> None:
+    async with _opened(settings, dsn) as (store, files):
+        _refuse_open(tenant_id, await store.undeletable(tenant_id))
+        tasks, deleted = await _deleted(store, files, partial(store.ended_of, tenant_id))
+        deleted += await files.delete_models_of(tenant_id)
+        while not await store.forget_claims(tenant_id):
+            pass
+        started = await store.undeletable(tenant_id)
+    typer.echo(f"Tenant {tenant_id}: {tasks} tasks and {deleted} files were deleted. Their ids stay taken, without it.")
+    typer.echo(await _left_in_temporal(settings, tenant_id))
+    _refuse_open(tenant_id, started)
+
+
+async def _deleted(
+    store: TaskStore, files: TaskFiles, some: Callable[[], Awaitable[list[EndedTask]]]
+) -> tuple[int, int]:
+    """Deletes tasks, `some` at a time, until none is left: files first, because only the rows name them.
+
+    In many short transactions, so that other processes do not wait for it.
+    """
+    tasks = deleted = 0
+    while ended := await some():
+        deleted += await files.delete_of(ended)
+        ids = [task.task_id for task in ended]
+        while not await store.delete_tasks(ids):
+            pass
+        tasks += len(ids)
+    return tasks, deleted
+
+
+def _refuse_open(tenant_id: str, found: Undeletable) -> None:
+    if found.open:
+        raise CannotForget(
+            f"Tenant {tenant_id} has {found.open} open tasks, which were not deleted ({', '.join(found.open_ids)}"
+            f"{', …' if found.open > len(found.open_ids) else ''}). End them first, so that job and credits are given "
+            "back: `comfyui-tasks cancel TASK_ID`, or POST /api/v1/tasks/TASK_ID/cancel. Then repeat the command."
+        )
+    if found.unsettled:
+        raise CannotForget(
+            f"Tenant {tenant_id} has {found.unsettled} ended tasks of which it is unknown whether they were charged, "
+            "which were not deleted. Their ledger is read hourly for a day after their end: repeat the command then."
+        )
+
+
+async def _left_in_temporal(settings: Settings, tenant_id: str) -> str:
+    query = f'TenantId = "{tenant_id}"'
+    try:
+        client = await temporal_connection.connect(settings)
+        runs = (await client.count_workflows(query, rpc_timeout=RPC_TIMEOUT)).count
+        described = await client.workflow_service.describe_namespace(
+            DescribeNamespaceRequest(namespace=client.namespace), timeout=RPC_TIMEOUT
+        )
+    except (RPCError, RuntimeError):
+        raise CannotForget(
+            "Temporal could not be asked what it still holds: check COMFYUI_TEMPORAL_TEMPORAL_ADDRESS and repeat the "
+            "command."
+        ) from None
+    if not runs:
+        return f"Temporal's namespace {client.namespace!r} holds no run of the tenant."
+    kept = described.config.workflow_execution_retention_ttl.ToTimedelta()
+    return (
+        f"Temporal's namespace {client.namespace!r} still holds {runs} runs of the tenant, with their inputs and "
+        f"results: each for {kept / timedelta(days=1):g} days after its end, so until "
+        f"{datetime.now(UTC) + kept:%Y-%m-%d %H:%M} UTC at the latest. To delete them now: "
+        f"temporal workflow delete --namespace {client.namespace} --query '{query}'"
+    )
 
 
 def _run(dsn: str, revision: str, *, forwards: bool) -> None:

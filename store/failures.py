@@ -4,7 +4,8 @@ StoreFailure          a sentence that names the address, what was tried and what
 ├── StoreUnavailable  no answer, no connection, a time limit, missing tables: try again
 ├── NotTheClaimant    a run writes to a task that another run claimed: never try again
 ├── TaskUnknown       the task has no row
-└── WriteRefused      PostgreSQL rejects the values themselves: a defect, a retry cannot help
+├── WriteRefused      PostgreSQL rejects the values themselves: a defect, a retry cannot help
+└── FilesUnavailable  files of tasks cannot be deleted from object storage: try again
 """
 
 from __future__ import annotations
@@ -28,3 +29,7 @@ class TaskUnknown(StoreFailure):
 
 class WriteRefused(StoreFailure):
     """PostgreSQL rejects the values."""
+
+
+class FilesUnavailable(StoreFailure):
+    """Object storage cannot be used now."""

@@ -54,6 +54,7 @@ task_claims = Table(
     Column("tenant_id", Text, nullable=False),
     Column("input_sha256", Text, nullable=False),
     _instant("claimed_at"),
+    Index("task_claims_of_tenant", "tenant_id"),
     comment="Who holds a task id (contract §8); outlives the task's row.",
 )
 

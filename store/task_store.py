@@ -29,7 +29,7 @@ from store.listener import EventListener
 from store.reads import UnreadableRow
 from store.stream_reads import TaskHead
 from store.unseen import UnseenTask, UnseenTaskRow
-from store.upkeep import Purged, QueueState
+from store.upkeep import EndedTask, QueueState, Undeletable
 
 MAX_PAGE: Final = 1_000
 Made = Literal["hold", "job"]
@@ -260,10 +260,35 @@ class TaskStore:
             doing=f"correcting the settlement of the task {correction.task_id}",
         )
 
-    async def purge(self, before: datetime) -> Purged:
-        """Delete some of the tasks that ended before a time. Call it again until it is done. Claims are kept."""
+    async def ended_before(self, before: datetime) -> list[EndedTask]:
+        """Some of the tasks that ended before a time, to be deleted. Empty: none is left."""
+        return await self._database.read(
+            lambda connection: upkeep.ended_before(connection, before),
+            doing=f"looking for tasks that ended by {before}",
+        )
+
+    async def ended_of(self, tenant_id: str) -> list[EndedTask]:
+        """Some of a tenant's ended tasks, to be deleted. Empty: none is left."""
+        return await self._database.read(
+            lambda connection: upkeep.ended_of(connection, tenant_id), doing=f"looking for tasks of {tenant_id}"
+        )
+
+    async def undeletable(self, tenant_id: str) -> Undeletable:
+        """A tenant's tasks that are open or whose ledger is still checked."""
+        return await self._database.read(
+            lambda connection: upkeep.undeletable(connection, tenant_id), doing=f"looking for tasks of {tenant_id}"
+        )
+
+    async def delete_tasks(self, task_ids: Sequence[str]) -> bool:
+        """Delete a part of some tasks, with events and logs. Call it again until it is True. Claims are kept."""
         return await self._database.transaction(
-            lambda connection: upkeep.purge(connection, before), doing=f"purging tasks that ended before {before}"
+            lambda connection: upkeep.delete_tasks(connection, task_ids), doing=f"deleting {len(task_ids)} tasks"
+        )
+
+    async def forget_claims(self, tenant_id: str) -> bool:
+        """Remove a tenant from some claims of deleted tasks. Call it again until it is True."""
+        return await self._database.transaction(
+            lambda connection: upkeep.forget_claims(connection, tenant_id), doing=f"forgetting the ids of {tenant_id}"
         )
 
     async def queue_states(self) -> list[QueueState]:

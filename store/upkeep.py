@@ -1,7 +1,8 @@
-"""Purge, and the state of the queues by priority. Each function takes a connection."""
+"""Deletion of ended tasks and of tenants, and the state of the queues by priority. Each function takes a connection."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -15,10 +16,12 @@ from sqlalchemy import (
     any_,
     bindparam,
     delete,
+    exists,
     func,
     literal_column,
     select,
     text,
+    update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -27,19 +30,29 @@ from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.errors import ExceptionCode
 from comfyui_temporal.contracts.fields import OwnModel
 from comfyui_temporal.contracts.tasks import TaskStatus
-from store.tables import task_events, task_exceptions, tasks, training_log
+from store.tables import task_claims, task_events, task_exceptions, tasks, training_log
 from store.unsettled import still_looked_at
 
-PURGED_AT_ONCE: Final = 20
+DELETED_AT_ONCE: Final = 20
+SHOWN_IDS: Final = 5
 LINES_AT_ONCE: Final = 5_000
 """Rows of log and events. A statement may take 1.5 s, and a long training has hundreds of thousands of them."""
 
 
-class Purged(OwnModel):
-    """What one step of a purge deleted. `is_done`: nothing is left to delete."""
+class EndedTask(OwnModel):
+    """A task that may be deleted, and its jobs: their files are deleted first, because only the row names them."""
 
-    tasks: int
-    is_done: bool
+    task_id: str
+    job_ids: list[str | None]
+    """The row's last job is named again at the end, None without one: releases before 0.1.0 kept no list."""
+
+
+class Undeletable(OwnModel):
+    """A tenant's tasks that prevent its deletion: how many, and some of their ids."""
+
+    open: int = 0
+    open_ids: list[str] = []
+    unsettled: int = 0
 
 
 class QueueState(OwnModel):
@@ -60,12 +73,29 @@ def _some_of(table: Table) -> Delete:
 
 
 ALIVE: Final[TextClause] = text("SELECT 1")
-_ENDED_BEFORE: Final = (
-    select(tasks.c.task_id)
-    .where(tasks.c.ended_at < bindparam("before"), ~still_looked_at())
+_ENDED: Final = (
+    select(tasks.c.task_id, func.array_append(tasks.c.job_ids, tasks.c.job_id).label("job_ids"))
+    .where(tasks.c.ended_at.is_not(None), ~still_looked_at())
     .order_by(tasks.c.ended_at)
-    .limit(PURGED_AT_ONCE)
-    .with_for_update(skip_locked=True)
+    .limit(DELETED_AT_ONCE)
+)
+_ENDED_BEFORE: Final = _ENDED.where(tasks.c.ended_at < bindparam("before"))
+_ENDED_OF: Final = _ENDED.where(tasks.c.tenant_id == bindparam("tenant"))
+_OPEN_OF: Final = select(tasks.c.task_id).where(tasks.c.tenant_id == bindparam("tenant"), tasks.c.ended_at.is_(None))
+_UNSETTLED_OF: Final = select(func.count()).where(tasks.c.tenant_id == bindparam("tenant"), still_looked_at())
+_FORGET_CLAIMS: Final = (
+    update(task_claims)
+    .where(
+        task_claims.c.task_id.in_(
+            select(task_claims.c.task_id)
+            .where(
+                task_claims.c.tenant_id == bindparam("tenant"),
+                ~exists().where(tasks.c.task_id == task_claims.c.task_id),
+            )
+            .limit(LINES_AT_ONCE)
+        )
+    )
+    .values(tenant_id="", input_sha256="", first_execution_run_id="")
 )
 _DELETE_TASKS: Final = delete(tasks).where(tasks.c.task_id == any_(bindparam("ids", type_=ARRAY(Text))))
 _DELETE_LINES: Final = tuple(_some_of(table) for table in (training_log, task_events))
@@ -90,19 +120,36 @@ _MISSED: Final[Select[Any]] = (
 )
 
 
-async def purge(connection: AsyncConnection, before: datetime) -> Purged:
-    """Delete some tasks that ended before a time: their lines first, then the tasks. The claims of their ids are kept.
+async def ended_before(connection: AsyncConnection, before: datetime) -> list[EndedTask]:
+    """Some tasks that ended before a time. One whose ledger is still checked is left out."""
+    return [EndedTask(**row._mapping) for row in await connection.execute(_ENDED_BEFORE, {"before": before})]
 
-    A task whose settlement is unknown is kept while its ledger is still checked.
-    """
-    ids = (await connection.scalars(_ENDED_BEFORE, {"before": before})).all()
-    if not ids:
-        return Purged(tasks=0, is_done=True)
+
+async def ended_of(connection: AsyncConnection, tenant_id: str) -> list[EndedTask]:
+    """Some ended tasks of a tenant. One whose ledger is still checked is left out."""
+    return [EndedTask(**row._mapping) for row in await connection.execute(_ENDED_OF, {"tenant": tenant_id})]
+
+
+async def undeletable(connection: AsyncConnection, tenant_id: str) -> Undeletable:
+    values = {"tenant": tenant_id}
+    open_ids = (await connection.scalars(_OPEN_OF, values)).all()
+    unsettled = await connection.scalar(_UNSETTLED_OF, values)
+    return Undeletable(open=len(open_ids), open_ids=list(open_ids[:SHOWN_IDS]), unsettled=unsettled or 0)
+
+
+async def delete_tasks(connection: AsyncConnection, task_ids: Sequence[str]) -> bool:
+    """Delete tasks: their lines first, some at a time, then the tasks. True once they are gone. Claims are kept."""
+    ids = {"ids": list(task_ids)}
     for statement in _DELETE_LINES:
-        if (await connection.execute(statement, {"ids": ids})).rowcount == LINES_AT_ONCE:
-            return Purged(tasks=0, is_done=False)
-    await connection.execute(_DELETE_TASKS, {"ids": ids})
-    return Purged(tasks=len(ids), is_done=False)
+        if (await connection.execute(statement, ids)).rowcount == LINES_AT_ONCE:
+            return False
+    await connection.execute(_DELETE_TASKS, ids)
+    return True
+
+
+async def forget_claims(connection: AsyncConnection, tenant_id: str) -> bool:
+    """Remove a tenant from some claims whose tasks are deleted. True once none is left. The ids stay taken."""
+    return (await connection.execute(_FORGET_CLAIMS, {"tenant": tenant_id})).rowcount < LINES_AT_ONCE
 
 
 async def queue_states(connection: AsyncConnection) -> list[QueueState]:

@@ -97,7 +97,12 @@ async def test_a_page_begins_at_its_cursor(filled: Filled, filters: dict[str, An
 async def test_the_queues_and_the_purge_read_only_the_rows_they_report(filled: Filled) -> None:
     await check_served(filled, lambda store: store.queue_states())
     await check_served(filled, lambda store: store.open_tasks(quiet_for=timedelta(minutes=1), limit=5))
-    await check_served(filled, lambda store: store.purge(datetime.now(UTC) - timedelta(days=1)))
+    await check_served(filled, lambda store: store.ended_before(datetime.now(UTC) - timedelta(days=1)))
+    await check_served(filled, lambda store: store.ended_of("tenant-7"))
+    await check_served(filled, lambda store: store.undeletable("tenant-7"))
+    await check_served(filled, lambda store: store.forget_claims("tenant-7"))
+    ended = await filled[0].ended_before(datetime.now(UTC) - timedelta(days=1))
+    await check_served(filled, lambda store: store.delete_tasks([task.task_id for task in ended]))
 
 
 async def test_claims_and_writes_find_their_task(filled: Filled) -> None:

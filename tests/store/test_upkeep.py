@@ -1,4 +1,4 @@
-"""Purge: tasks that ended long ago are deleted whole; recent and open tasks and all claims stay."""
+"""Deletion: of tasks that ended long ago, of results and models, of a tenant. What was not meant stays."""
 
 from __future__ import annotations
 
@@ -7,18 +7,56 @@ import os
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import asyncpg
 import pytest
 from pydantic import ValidationError
+from temporalio.client import Client
+from temporalio.common import SearchAttributeKey, SearchAttributePair, TypedSearchAttributes
+from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal.contracts.comfyui import TaskPriority, TrainingLogLine
 from comfyui_temporal.contracts.task_store import TrainingLogWrite
 from comfyui_temporal.contracts.tasks import TaskStatus
 from runtime.settings import Settings
-from store import TaskStore
+from store import NotTheClaimant, TaskStore
 from store.upkeep import LINES_AT_ONCE
-from tests.conftest import NewDatabase
+from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, end, fact, new_task_id, write_of
+from tests.waiting import until
+
+
+async def command(*arguments: str, **settings: str) -> tuple[int | None, str]:
+    """Exit code and output of `python -m store`."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "store", *arguments),
+        env={**os.environ, **{f"COMFYUI_TEMPORAL_{name}": value for name, value in settings.items()}},
+        cwd=Path(__file__).parents[2],
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await asyncio.wait_for(process.communicate(), 30)
+    return process.returncode, output.decode()
+
+
+async def ended_task(store: TaskStore, tenant_id: str, **state: Any) -> str:
+    task_id = new_task_id()
+    await store.claim(claim_of(task_id, tenant_id=tenant_id))
+    await store.write(write_of(task_id, fact("a"), end(), status=TaskStatus.COMPLETED, **state))
+    return task_id
+
+
+def write_files(folder: Path, *paths: str, age: timedelta = timedelta(0)) -> None:
+    at = (datetime.now(UTC) - age).timestamp()
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(b"x")
+        os.utime(folder / path, (at, at))
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 async def test_the_command_purges_what_ended_before_the_retention_and_the_claims_stay(
@@ -38,16 +76,10 @@ async def test_the_command_purges_what_ended_before_the_retention_and_the_claims
         await store.write_log(old, [TrainingLogWrite(task_id=old, training_id="t", sequence=sequence, lines=lines)])
     assert LINES_AT_ONCE < 6_000
 
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "store", "purge"),
-        env={**os.environ, "COMFYUI_TEMPORAL_DATABASE_DSN": dsn, "COMFYUI_TEMPORAL_RETENTION_DAYS": "30"},
-        cwd=Path(__file__).parents[2],
-        stdout=asyncio.subprocess.PIPE,
-    )
-    output, _ = await asyncio.wait_for(process.communicate(), 30)
+    code, output = await command("purge", DATABASE_DSN=dsn, RETENTION_DAYS="30")
 
-    assert process.returncode == 0
-    assert output.startswith(b"1 tasks")
+    assert code == 0
+    assert output.startswith("1 tasks")
     assert await store.task(old) is None
     assert await store.events(old) == [] and await store.training_log(old) == []
     assert await store.is_claimed(old)
@@ -77,3 +109,132 @@ async def test_the_queues_are_reported_by_priority(new_database: NewDatabase) ->
     assert 600 <= states[TaskPriority.ACCELERATED].oldest_seconds < 660
     assert (states[TaskPriority.STANDARD].queued, states[TaskPriority.STANDARD].oldest_seconds) == (0, 0.0)
     await store.close()
+
+
+async def test_a_purge_deletes_results_with_their_task_and_older_models_only_by_setting(
+    new_database: NewDatabase, tmp_path: Path
+) -> None:
+    dsn = await new_database()
+    store = TaskStore(dsn)
+    old = await ended_task(store, "tenant-a", job_id="job-1", attempts=1)
+    await store.note_made(old, "job", "training-0")
+    still_open = new_task_id()
+    await store.claim(claim_of(still_open))
+    await store.note_made(still_open, "job", "job-2")
+    of_old = {
+        "results/job-1/1/a.png",
+        "controls/job-1/0",
+        "datasets/training-0/list.json",
+        f"snapshots/{old}/set/a.png",
+    }
+    model, checkpoint = "models/tenant-a/training-0.safetensors", "checkpoints/tenant-a/training-0/1.safetensors"
+    of_open = {"results/job-2/a.png", f"snapshots/{still_open}/set/a.png"}
+    write_files(tmp_path, *of_old, *of_open)
+    write_files(tmp_path, model, checkpoint, age=timedelta(days=31))
+    write_files(tmp_path, "results/job-3/a.png", age=timedelta(days=8))
+    stores = {"BRIDGE_STORE_URL": tmp_path.as_uri(), "OBJECT_STORE_URL": tmp_path.as_uri()}
+
+    code, output = await command("purge", DATABASE_DSN=dsn, **stores)
+    assert (code, files_in(tmp_path)) == (0, {*of_open, model, checkpoint, "results/job-3/a.png"}), output
+
+    code, output = await command(
+        "purge", DATABASE_DSN=dsn, RESULT_RETENTION_DAYS="7", MODEL_RETENTION_DAYS="30", **stores
+    )
+    assert (code, files_in(tmp_path)) == (0, of_open), output
+    await store.close()
+
+
+async def test_rows_stay_while_the_files_that_they_name_cannot_be_deleted(
+    new_database: NewDatabase, tmp_path: Path
+) -> None:
+    dsn = await new_database()
+    store = TaskStore(dsn)
+    task_id = await ended_task(store, "tenant-a", job_id="job-1", attempts=1)
+    nowhere = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "k"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**nowhere, "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "r"}.items():
+            patch.setenv(name, value)
+        code, output = await command("forget", "tenant-a", DATABASE_DSN=dsn, BRIDGE_STORE_URL="s3://bucket/bridge")
+    assert code == 1 and "s3://bucket/bridge cannot be used" in output
+    assert await store.task(task_id) is not None
+    await store.close()
+
+
+async def test_a_tenant_is_forgotten_and_no_other_and_its_ids_stay_taken(
+    new_database: NewDatabase, tmp_path: Path, temporal_env: WorkflowEnvironment
+) -> None:
+    dsn = await new_database()
+    store, tenant, other = TaskStore(dsn), unique("tenant"), unique("other")
+    gone, purged, kept = [
+        await ended_task(store, tenant_id, job_id=f"job-{number}", attempts=1)
+        for number, tenant_id in enumerate((tenant, tenant, other))
+    ]
+    assert await store.delete_tasks([purged])
+    line = TrainingLogLine(ts=datetime.now(UTC), level="info", message="x")
+    await store.note_made(gone, "job", "t")
+    await store.write_log(gone, [TrainingLogWrite(task_id=gone, training_id="t", sequence=1, lines=[line])])
+    of_other = {f"models/{other}/t.safetensors", "results/job-2/a.png", f"snapshots/{kept}/set/a.png"}
+    write_files(
+        tmp_path, *of_other, f"models/{tenant}/t.safetensors", f"checkpoints/{tenant}/t/1", "results/job-0/a.png"
+    )
+    client = temporal_env.client
+    await client.start_workflow(
+        "None",
+        id=unique("run"),
+        task_queue=unique("queue"),
+        search_attributes=TypedSearchAttributes(
+            [SearchAttributePair(SearchAttributeKey.for_keyword("TenantId"), tenant)]
+        ),
+    )
+    await until(lambda: is_counted(client, tenant))
+    settings = {
+        "DATABASE_DSN": dsn,
+        "TEMPORAL_ADDRESS": client.service_client.config.target_host,
+        "BRIDGE_STORE_URL": tmp_path.as_uri(),
+        "OBJECT_STORE_URL": tmp_path.as_uri(),
+    }
+
+    code, output = await command("forget", tenant, **settings)
+
+    assert code == 0, output
+    assert "1 tasks and 3 files were deleted" in output
+    assert "still holds 1 runs of the tenant" in output and "days after its end" in output
+    assert f"temporal workflow delete --namespace default --query 'TenantId = \"{tenant}\"'" in output
+    assert await store.task(gone) is None and await store.events(gone) == [] and await store.training_log(gone) == []
+    assert files_in(tmp_path) == of_other
+    assert await store.task(kept) is not None and await store.claimed_input(kept) == "0" * 64
+    connection = await asyncpg.connect(dsn)
+    for table in ("tasks", "task_claims"):
+        assert await connection.fetchval(f"SELECT count(*) FROM {table} WHERE tenant_id = $1", tenant) == 0
+    await connection.close()
+    for task_id in (gone, purged):
+        assert await store.is_claimed(task_id)
+        assert not await store.claim(claim_of(task_id))
+        with pytest.raises(NotTheClaimant):
+            late = write_of(task_id, fact("late"))
+            await store.write(late.model_copy(update={"claim": claim_of(task_id)}))
+    assert (await command("forget", tenant, **settings))[0] == 0
+    await store.close()
+
+
+async def is_counted(client: Client, tenant_id: str) -> bool:
+    return (await client.count_workflows(f'TenantId = "{tenant_id}"')).count == 1
+
+
+async def test_a_tenant_with_an_open_task_is_not_forgotten(new_database: NewDatabase) -> None:
+    dsn = await new_database()
+    store = TaskStore(dsn)
+    ended, still_open = await ended_task(store, "tenant-a"), new_task_id()
+    await store.claim(claim_of(still_open))
+
+    code, output = await command("forget", "tenant-a", DATABASE_DSN=dsn)
+
+    assert code == 1
+    assert f"has 1 open tasks, which were not deleted ({still_open})" in output and "comfyui-tasks cancel" in output
+    assert await store.task(ended) is not None and await store.task(still_open) is not None
+    await store.close()
+
+
+async def test_no_tenants_id_leads_out_of_the_folder_of_tenants() -> None:
+    code, output = await command("forget", "../other", DATABASE_DSN="postgresql://nobody@127.0.0.1:1/none")
+    assert code == 2 and "1 to 64 letters" in output

@@ -1,0 +1,77 @@
+"""What tasks and tenants leave in object storage, and its deletion.
+
+    {BRIDGE_STORE_URL}/results, controls, datasets/{job_id}/…   of a job or training (bridge/storage.py)
+    {BRIDGE_STORE_URL}/models, checkpoints/{tenant_id}/…        of all trainings of a tenant
+    {OBJECT_STORE_URL}/snapshots/{task_id}/…                    copies of datasets, lists of files
+
+Results of a ComfyUI service that is not our bridge are stored by that service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Final
+
+from activities.object_folders import STORAGE_ERRORS, BadAddress, FolderAddress, ObjectFolder, read_address
+from store.failures import FilesUnavailable
+from store.upkeep import EndedTask
+
+RESULTS: Final = ("results",)
+MODELS: Final = ("models", "checkpoints")
+_OF_JOB: Final = (*RESULTS, "controls", "datasets")
+
+
+class TaskFiles:
+    """The files of tasks. Every method may be repeated, returns how many files it deleted, and raises
+    FilesUnavailable."""
+
+    def __init__(self, *, bridge_store_url: str, object_store_url: str) -> None:
+        """Raises ValueError for an unusable address."""
+        self._bridge = _address("BRIDGE_STORE_URL", bridge_store_url)
+        self._objects = _address("OBJECT_STORE_URL", object_store_url)
+
+    async def delete_of(self, ended: Iterable[EndedTask]) -> int:
+        """Delete results, control images, lists and snapshots of tasks. Models and checkpoints stay."""
+        deleted = 0
+        for task in ended:
+            deleted += await _delete(self._objects, "snapshots", task.task_id)
+            for job_id in {job_id for job_id in task.job_ids if job_id}:
+                for folder in _OF_JOB:
+                    deleted += await _delete(self._bridge, folder, job_id)
+        return deleted
+
+    async def delete_models_of(self, tenant_id: str) -> int:
+        """Delete every model and checkpoint of a tenant."""
+        return sum([await _delete(self._bridge, folder, tenant_id) for folder in MODELS])
+
+    async def delete_older(self, folders: Iterable[str], before: datetime) -> int:
+        """Delete what was written to `folders` of the bridge's storage before a time."""
+        return sum([await _delete(self._bridge, folder, before=before) for folder in folders])
+
+
+def _address(setting: str, url: str) -> FolderAddress:
+    try:
+        return read_address(url)
+    except BadAddress as error:
+        raise ValueError(f"COMFYUI_TEMPORAL_{setting} {error}.") from None
+
+
+async def _delete(root: FolderAddress, *below: str, before: datetime | None = None) -> int:
+    local = root.below(*below).local
+    if local is not None and not local.is_dir():
+        return 0
+    try:
+        folder = ObjectFolder(root, *below, is_ours=True)
+        paths = [
+            found.path
+            async for found in folder.objects()
+            if before is None or (found.changed_at is not None and found.changed_at < before)
+        ]
+        await folder.delete(paths)
+    except STORAGE_ERRORS as error:
+        raise FilesUnavailable(
+            f"Object storage at {root.text} cannot be used: {type(error).__name__}. Nothing that names its files was "
+            "deleted: check its credentials, then repeat the command."
+        ) from None
+    return len(paths)
