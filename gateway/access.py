@@ -17,6 +17,7 @@ from fastapi.security import APIKeyCookie, APIKeyQuery, HTTPBearer
 from starlette.requests import HTTPConnection
 
 from comfyui_temporal.contracts.permissions import REQUIRED_SCOPES, Operation
+from gateway.audit import note_caller, note_operation
 from gateway.problems import Problem, ProblemCode
 from gateway.tokens import StreamTokens
 from runtime.caller_tokens import Caller, CallerTokens, TokenRefused, TokensUnverifiable
@@ -95,22 +96,26 @@ class Access:
 
     async def caller(self, connection: HTTPConnection, operation: Operation) -> Caller:
         """The caller, by the bearer token alone. Raises Problem 401, 403 or 503."""
+        note_operation(connection, operation)
         if _in_address(connection):
             raise _unauthenticated(NOT_IN_ADDRESS)
         token = _bearer_token(connection)
         if token is None:
             raise _unauthenticated(MISSING)
-        if self.stream_tokens.read(token) is not None:
+        if (streaming := self.stream_tokens.read(token)) is not None:
+            note_caller(connection, streaming)
             raise Problem(ProblemCode.NOT_AUTHORIZED, "This token opens streams and nothing else.")
-        return _allowed(await self._read(token), operation)
+        return _allowed(note_caller(connection, await self._read(token)), operation)
 
     async def stream_caller(self, connection: HTTPConnection) -> Caller:
         """The caller of a stream, by header, address or cookie. Raises Problem 401, 403 or 503."""
+        note_operation(connection, Operation.READ_TASK)
         in_address = _in_address(connection)
         if any(self.stream_tokens.read(token) is None for token in in_address):
             raise _unauthenticated(NOT_IN_ADDRESS, error="invalid_token")
         token = _bearer_token(connection) or (in_address[0] if in_address else self._cookie_token(connection))
-        return _allowed(self.stream_tokens.read(token) or await self._read(token), Operation.READ_TASK)
+        caller = self.stream_tokens.read(token) or await self._read(token)
+        return _allowed(note_caller(connection, caller), Operation.READ_TASK)
 
     def _cookie_token(self, connection: HTTPConnection) -> str:
         token = connection.cookies.get(TOKEN_COOKIE)

@@ -14,6 +14,7 @@ from temporalio.client import Client
 from activities.file_lists import FileLists
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from gateway.access import Access
+from gateway.audit import AuditLog
 from gateway.callback_relay import CallbackRelay
 from gateway.callbacks import CallbackReceiver, callback_routes
 from gateway.draining import Draining
@@ -97,6 +98,7 @@ def create_app(
         app.include_router(stream_routes(hub, access, public_url=public_url))
         app.include_router(task_routes(tasks, access, roll_back=rollback.roll_back, event_stream=streams))
         app.include_router(page_routes(page or PageSettings()))
+    app.add_middleware(AuditLog, store)
     app.add_middleware(RequestLimits)
     if allowed_origins:
         app.add_middleware(

@@ -18,6 +18,8 @@ from comfyui_temporal.contracts.fields import OwnModel, repaired, shortened
 PROBLEM_JSON: Final = "application/problem+json"
 MAX_FIELDS: Final = 20
 MAX_NAME_BYTES: Final = 64
+PROBLEM_STATE: Final = "problem_code"
+"""Under this name a connection's state holds the code of the problem that it was answered with."""
 
 
 class ProblemCode(StrEnum):
@@ -162,7 +164,9 @@ def answer_with_problems(app: FastAPI) -> None:
     """Every refusal of the application becomes a problem document, over HTTP and in a WebSocket's handshake."""
 
     async def answer(connection: HTTPConnection, error: Exception) -> JSONResponse | None:
-        response = _problem_of(error).response()
+        problem = _problem_of(error)
+        setattr(connection.state, PROBLEM_STATE, problem.code)
+        response = problem.response()
         if isinstance(connection, WebSocket):
             await connection.send_denial_response(response)
             return None

@@ -39,6 +39,7 @@ class StreamTokens:
             "tenant_id": caller.tenant_id,
             "user_id": caller.user_id,
             "scopes": scopes,
+            "jti": caller.token_id,
         }
         return jwt.encode(claims, self._key, algorithm="HS256")
 
@@ -49,4 +50,4 @@ class StreamTokens:
             claims = decoded(token, self._key, ["HS256"], STREAM_ISSUER, STREAM_AUDIENCE)
         except Exception:
             return None
-        return caller_of(claims, is_for_streams=True)
+        return caller_of(claims, token, is_for_streams=True)

@@ -7,6 +7,7 @@ audience and expiry are required; any error of the JWT library is a refusal, nev
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -17,12 +18,15 @@ import jwt
 import structlog
 from pydantic import ValidationError
 
+from comfyui_temporal.contracts.fields import repaired, shortened
 from comfyui_temporal.contracts.permissions import TokenClaims
+from comfyui_temporal.contracts.size_budget import MAX_NAME_BYTES
 
 log = structlog.get_logger(__name__)
 
 MIN_SECRET_BYTES: Final = 32
 MAX_TOKEN_BYTES: Final = 8 * 1024
+ID_CHARACTERS: Final = 16
 LEEWAY_SECONDS: Final = 10
 JWKS_ALGORITHMS: Final = ("RS256", "PS256", "ES256", "EdDSA")
 JWKS_KEPT_SECONDS: Final = 300.0
@@ -43,6 +47,8 @@ class Caller(TokenClaims):
     """The authenticated caller. `expires_at` is when that ends, in seconds since the epoch."""
 
     expires_at: float
+    token_id: str = ""
+    """What the audit log calls the token: its `jti`, else a hash of header and claims. Never a part of the token."""
     is_for_streams: bool = False
     """A stream token: it opens streams and nothing else."""
 
@@ -140,7 +146,7 @@ class CallerTokens:
         except Exception as error:
             # The library lets other exceptions through too: deep nesting, an infinite `exp`, a key of another type.
             raise TokenRefused(_reason(error)) from None
-        return caller_of(claims, is_for_streams=False)
+        return caller_of(claims, token, is_for_streams=False)
 
 
 def check_size(token: str) -> None:
@@ -161,9 +167,15 @@ def decoded(token: str, key: Any, algorithms: list[str], issuer: str, audience: 
     )
 
 
-def caller_of(claims: dict[str, Any], *, is_for_streams: bool) -> Caller:
+def caller_of(claims: dict[str, Any], token: str, *, is_for_streams: bool) -> Caller:
+    """Raises TokenRefused."""
+    named = claims.get("jti")
+    # Without the signature: nothing that was ever signed can be made of it.
+    unsigned = token.rpartition(".")[0].encode()
+    token_id = named if isinstance(named, str) and named else hashlib.sha256(unsigned).hexdigest()[:ID_CHARACTERS]
+    own = {"token_id": shortened(repaired(token_id), MAX_NAME_BYTES), "is_for_streams": is_for_streams}
     try:
-        return Caller.model_validate({**claims, "expires_at": float(claims["exp"]), "is_for_streams": is_for_streams})
+        return Caller.model_validate({**claims, "expires_at": float(claims["exp"]), **own})
     except (ValidationError, TypeError, ValueError, OverflowError):
         raise TokenRefused("tenant_id, user_id or scopes are missing or malformed") from None
 

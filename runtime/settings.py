@@ -114,6 +114,8 @@ class Settings(BaseSettings):
     model_retention_days: int | None = Field(default=None, ge=30)
     """How long the bridge's models and checkpoints are kept; default: until their tenant is forgotten. At least 30
     days, as long as a training may run: it resumes from its checkpoints."""
+    audit_retention_days: int = Field(default=365, ge=30)
+    """How long the audit log is kept, at least 30 days."""
     object_store_url: str = "file://.run/objects"
     """Temporary object storage for dataset snapshots: `file://`, `s3://`, `gs://`, `az://`."""
     dataset_roots: Annotated[list[str], NoDecode] = ["file://.run/datasets/{tenant_id}/"]

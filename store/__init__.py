@@ -13,10 +13,12 @@ home.py          which Temporal namespace the store belongs to
 unseen.py        open tasks whose run could not be checked
 unsettled.py     ended tasks whose settlement is unknown: taken, corrected
 upkeep.py        deletion of ended tasks and of tenants, the state of the queues
+audit.py         who did what, or was refused
 task_files.py    what they leave in object storage
 cursors.py       opaque positions
 """
 
+from store.audit import AuditRecord
 from store.cursors import CursorInvalid
 from store.failures import NotTheClaimant, StoreFailure, StoreUnavailable, TaskUnknown, WriteRefused
 from store.home import StoreHome
@@ -28,6 +30,7 @@ from store.unseen import UnseenTask, UnseenTaskRow
 from store.upkeep import QueueState
 
 __all__ = [
+    "AuditRecord",
     "CursorInvalid",
     "EventListener",
     "NotTheClaimant",

@@ -94,7 +94,7 @@ def purge_command() -> None:
     """Delete tasks that ended longer ago than RETENTION_DAYS, with events, logs and results. Safe to repeat.
 
     Results, models and checkpoints that are older than RESULT_RETENTION_DAYS and MODEL_RETENTION_DAYS are deleted too.
-    The claims of ids are kept: no id is ever used twice.
+    So are records of the audit log, by AUDIT_RETENTION_DAYS. The claims of ids are kept: no id is ever used twice.
     """
     _finish(_purge(*_settings()))
 
@@ -144,7 +144,12 @@ async def _purge(settings: Settings, dsn: str) -> None:
         for days, folders in ((settings.result_retention_days, RESULTS), (settings.model_retention_days, MODELS)):
             if days is not None:
                 deleted += await files.delete_older(folders, now - timedelta(days=days))
+        audited = now - timedelta(days=settings.audit_retention_days)
+        records = 0
+        while some := await store.delete_audit_before(audited):
+            records += some
     typer.echo(f"{tasks} tasks that ended before {before:%Y-%m-%d %H:%M} UTC were deleted, and {deleted} files.")
+    typer.echo(f"{records} records of the audit log were deleted.")
 
 
 async def _forget(settings: Settings, dsn: str, tenant_id: str) -> None:

@@ -12,6 +12,7 @@ from sqlalchemy import (
     DateTime,
     Double,
     ForeignKey,
+    Identity,
     Index,
     Integer,
     MetaData,
@@ -199,4 +200,20 @@ unseen_tasks = Table(
     Column("last_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
     Column("times", Integer, nullable=False, server_default=text("1")),
     comment="Open tasks that the reconciler could not look at the last time it tried.",
+)
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("operation", Text, nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("code", Text),
+    Column("tenant_id", Text, nullable=False),
+    Column("user_id", Text, nullable=False),
+    Column("token_id", Text, nullable=False),
+    Column("task_id", Text),
+    Index("audit_log_by_time", "at"),
+    comment="Who did what, or was refused (contract §7). A trigger keeps it append-only.",
 )

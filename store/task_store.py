@@ -21,7 +21,8 @@ from comfyui_temporal.contracts.task_store import (
     UnsettledTask,
 )
 from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
-from store import home, lives, reads, stream_reads, tasks, unseen, unsettled, upkeep
+from store import audit, home, lives, reads, stream_reads, tasks, unseen, unsettled, upkeep
+from store.audit import AuditRecord
 from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
 from store.database import POOL_SIZE, WORK_SECONDS, Database
 from store.home import StoreHome
@@ -289,6 +290,18 @@ class TaskStore:
         """Remove a tenant from some claims of deleted tasks. Call it again until it is True."""
         return await self._database.transaction(
             lambda connection: upkeep.forget_claims(connection, tenant_id), doing=f"forgetting the ids of {tenant_id}"
+        )
+
+    async def append_audit(self, record: AuditRecord) -> None:
+        """Append one record to the audit log."""
+        await self._database.transaction(
+            lambda connection: audit.append(connection, record), doing=f"recording {record.operation} in the audit log"
+        )
+
+    async def delete_audit_before(self, before: datetime) -> int:
+        """Delete some records of the audit log. Call it again until it returns 0."""
+        return await self._database.transaction(
+            lambda connection: audit.delete_older(connection, before), doing="purging the audit log"
         )
 
     async def queue_states(self) -> list[QueueState]:

@@ -1,0 +1,95 @@
+"""The audit log: one line and one row for each request that acts, or that a known caller is refused.
+
+    starts, cancels, confirmations, rollbacks   every answer, refusals too
+    reads, streams                              only 403: the token is known and lacks the scope
+    without a usable token (401)                only the line: nobody is known, and strangers must not fill a table
+
+`Access` notes operation and caller; the answer shows the rest. The row is written after the answer: an outage of the
+store delays no request, and is logged as `audit_not_stored` with the same fields.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import structlog
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from comfyui_temporal.contracts.permissions import Operation
+from gateway.problems import PROBLEM_STATE, ProblemCode
+from runtime.caller_tokens import Caller
+from store import AuditRecord, StoreFailure, TaskStore
+
+log = structlog.get_logger(__name__)
+
+_OPERATION: Final = "audited_operation"
+_CALLER: Final = "audited_caller"
+_STARTS: Final = ("http.response.start", "websocket.http.response.start")
+_TASK_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def note_operation(connection: HTTPConnection, operation: Operation) -> None:
+    """Call it before anything can be refused."""
+    setattr(connection.state, _OPERATION, operation)
+
+
+def note_caller(connection: HTTPConnection, caller: Caller) -> Caller:
+    """Call it once the caller is known, before its scopes are checked. Returns it."""
+    setattr(connection.state, _CALLER, caller)
+    return caller
+
+
+class AuditLog:
+    """ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, store: TaskStore) -> None:
+        self._app = app
+        self._store = store
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        scope.setdefault("state", {})
+        status, location = 500, ""
+
+        async def seen(message: Message) -> None:
+            nonlocal status, location
+            if message["type"] in _STARTS:
+                status = message["status"]
+                location = dict(message.get("headers", ())).get(b"location", b"").decode("latin-1")
+            await send(message)
+
+        try:
+            await self._app(scope, receive, seen)
+        finally:
+            await self._record(scope, status, location)
+
+    async def _record(self, scope: Scope, status: int, location: str) -> None:
+        operation: Operation | None = scope["state"].get(_OPERATION)
+        code: ProblemCode | None = scope["state"].get(PROBLEM_STATE)
+        is_refused = code in (ProblemCode.UNAUTHENTICATED, ProblemCode.NOT_AUTHORIZED)
+        if operation is None or (operation is Operation.READ_TASK and not is_refused):
+            return
+        caller: Caller | None = scope["state"].get(_CALLER)
+        if caller is None:
+            log.info("audit", operation=operation.value, status=status, code=code, tenant_id=None)
+            return
+        # A start's answer names the task.
+        task_id = scope.get("path_params", {}).get("task_id") or location.rpartition("/")[2]
+        record = AuditRecord(
+            operation=operation,
+            status=status,
+            code=code,
+            tenant_id=caller.tenant_id,
+            user_id=caller.user_id,
+            token_id=caller.token_id,
+            task_id=task_id if _TASK_ID.fullmatch(task_id) else None,
+        )
+        log.info("audit", **record.model_dump(mode="json"))
+        try:
+            await self._store.append_audit(record)
+        except StoreFailure as error:
+            log.error("audit_not_stored", reason=str(error), **record.model_dump(mode="json"))
