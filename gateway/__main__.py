@@ -42,6 +42,7 @@ def access_by(settings: Settings) -> Access:
         caller_tokens_by(settings),
         StreamTokens(own or secrets.token_urlsafe(32)),
         allowed_origins=settings.allowed_origins,
+        own_tasks_only=settings.own_tasks_only,
     )
 
 

@@ -64,11 +64,22 @@ _COOKIE: Final = _Cookie(name=TOKEN_COOKIE, scheme_name="cookie", description="F
 class Access:
     """Authenticates callers and checks their scopes."""
 
-    def __init__(self, callers: CallerTokens, streams: StreamTokens, *, allowed_origins: Collection[str] = ()) -> None:
-        """`allowed_origins`: other origins whose pages may use the cookie, as in CORS; never `*`."""
+    def __init__(
+        self,
+        callers: CallerTokens,
+        streams: StreamTokens,
+        *,
+        allowed_origins: Collection[str] = (),
+        own_tasks_only: bool = False,
+    ) -> None:
+        """`allowed_origins`: other origins whose pages may use the cookie, as in CORS; never `*`.
+
+        `own_tasks_only`: users of one tenant do not see each other's tasks.
+        """
         self._callers = callers
         self.stream_tokens = streams
         self._allowed_origins = frozenset(allowed_origins)
+        self._own_tasks_only = own_tasks_only
 
     def requires(self, operation: Operation) -> Dependency:
         """The dependency of a route that does `operation`. Raises Problem 401, 403 or 503."""
@@ -103,9 +114,9 @@ class Access:
         if token is None:
             raise _unauthenticated(MISSING)
         if (streaming := self.stream_tokens.read(token)) is not None:
-            note_caller(connection, streaming)
+            self._known(connection, streaming)
             raise Problem(ProblemCode.NOT_AUTHORIZED, "This token opens streams and nothing else.")
-        return _allowed(note_caller(connection, await self._read(token)), operation)
+        return _allowed(self._known(connection, await self._read(token)), operation)
 
     async def stream_caller(self, connection: HTTPConnection) -> Caller:
         """The caller of a stream, by header, address or cookie. Raises Problem 401, 403 or 503."""
@@ -115,7 +126,12 @@ class Access:
             raise _unauthenticated(NOT_IN_ADDRESS, error="invalid_token")
         token = _bearer_token(connection) or (in_address[0] if in_address else self._cookie_token(connection))
         caller = self.stream_tokens.read(token) or await self._read(token)
-        return _allowed(note_caller(connection, caller), Operation.READ_TASK)
+        return _allowed(self._known(connection, caller), Operation.READ_TASK)
+
+    def _known(self, connection: HTTPConnection, caller: Caller) -> Caller:
+        caller = caller.model_copy(update={"own_tasks_only": self._own_tasks_only})
+        note_caller(connection, caller)
+        return caller
 
     def _cookie_token(self, connection: HTTPConnection) -> str:
         token = connection.cookies.get(TOKEN_COOKIE)

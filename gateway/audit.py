@@ -35,10 +35,9 @@ def note_operation(connection: HTTPConnection, operation: Operation) -> None:
     setattr(connection.state, _OPERATION, operation)
 
 
-def note_caller(connection: HTTPConnection, caller: Caller) -> Caller:
-    """Call it once the caller is known, before its scopes are checked. Returns it."""
+def note_caller(connection: HTTPConnection, caller: Caller) -> None:
+    """Call it once the caller is known, before its scopes are checked."""
     setattr(connection.state, _CALLER, caller)
-    return caller
 
 
 class AuditLog:

@@ -65,6 +65,7 @@ class StreamStart:
         return Subscriber(
             wire,
             tenant_id=self._caller.tenant_id,
+            user_id=self._caller.user_id if self._caller.own_tasks_only else None,
             expires_at=self._caller.expires_at,
             positions=self._positions,
             open_tasks=self._open_tasks,
@@ -113,8 +114,9 @@ async def checked_start(
     except StoreFailure:
         raise Problem(ProblemCode.STORE_UNAVAILABLE, "The task store cannot be read now: open it again.") from None
     for task_id in task_ids:
-        # Another tenant's task must look like one that does not exist.
-        if task_id not in heads or heads[task_id].tenant_id != caller.tenant_id:
+        # A task that the caller does not see must look like one that does not exist.
+        head = heads.get(task_id)
+        if head is None or not caller.sees(tenant_id=head.tenant_id, user_id=head.user_id):
             raise Problem(ProblemCode.TASK_UNKNOWN, f"There is no task {task_id} of this tenant.")
     return StreamStart(caller, heads, positions)
 
@@ -139,7 +141,7 @@ def requested_tasks(task_id: str | None, subscribe: str | None) -> tuple[list[st
 _TaskId = Annotated[str | None, Query(max_length=64, description="One task.", examples=["image-3f9c"])]
 _Subscribe = Annotated[
     str | None,
-    Query(max_length=4_096, description=f"Up to {MAX_TASKS} tasks, comma-separated; `*`: all of the caller's tenant."),
+    Query(max_length=4_096, description=f"Up to {MAX_TASKS} tasks, comma-separated; `*`: all that the caller sees."),
 ]
 _Cursor = Annotated[str | None, Query(description="Where to continue: an event's `cursor`.")]
 _LastEventId = Annotated[

@@ -43,11 +43,12 @@ ENDED_KEPT_SECONDS: Final = 120.0
 class Feed:
     """A task that at least one stream watches."""
 
-    __slots__ = ("ended_at", "last_seq", "notified_seq", "subscribers", "task_id", "tenant_id")
+    __slots__ = ("ended_at", "last_seq", "notified_seq", "subscribers", "task_id", "tenant_id", "user_id")
 
     def __init__(self, head: TaskHead, *, last_seq: int) -> None:
         self.task_id = head.task_id
         self.tenant_id = head.tenant_id
+        self.user_id = head.user_id
         self.last_seq = last_seq
         """The newest that the streams were given."""
         self.notified_seq = head.last_seq
@@ -275,7 +276,12 @@ class EventHub:
         shared = SharedEvent(event)
         if shared.is_end:
             feed.ended_at = time.monotonic()
-        for subscriber in (*feed.subscribers, *self._tenants.get(feed.tenant_id, ())):
+        of_tenant = (
+            subscriber
+            for subscriber in self._tenants.get(feed.tenant_id, ())
+            if subscriber.user_id in (None, feed.user_id)
+        )
+        for subscriber in (*feed.subscribers, *of_tenant):
             was_open = subscriber.ending is None
             subscriber.deliver(shared)
             if was_open and subscriber.ending is not None:

@@ -44,15 +44,27 @@ class Subscriber:
         "open_tasks",
         "positions",
         "tenant_id",
+        "user_id",
         "wire",
     )
 
     def __init__(
-        self, wire: Wire, *, tenant_id: str, expires_at: float, positions: Mapping[str, int], open_tasks: Iterable[str]
+        self,
+        wire: Wire,
+        *,
+        tenant_id: str,
+        user_id: str | None = None,
+        expires_at: float,
+        positions: Mapping[str, int],
+        open_tasks: Iterable[str],
     ) -> None:
-        """`positions`: the `seq` after which each task begins. `open_tasks`: those whose end was not sent yet."""
+        """`positions`: the `seq` after which each task begins. `open_tasks`: those whose end was not sent yet.
+
+        `user_id`: a stream of a whole tenant takes this user's tasks only.
+        """
         self.wire = wire
         self.tenant_id = tenant_id
+        self.user_id = user_id
         self.expires_at = expires_at
         self.positions = dict(positions)
         self.open_tasks = set(open_tasks)

@@ -1,6 +1,7 @@
 """What callers do with tasks: each method is one operation of contract §6, for one caller's tenant.
 
-Another tenant's task looks like one that does not exist (contract §7). All methods raise Problem.
+A task that the caller does not see, above all another tenant's, looks like one that does not exist (contract §7). All
+methods raise Problem.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ class Tasks:
     async def start(self, caller: Caller, order: Order, key: str | None) -> tuple[TaskView, bool]:
         """The task, and whether it is new. The same order with the same id or key is one task."""
         _check_own(caller, order)
+        if key and caller.own_tasks_only:
+            # Otherwise a user would learn from a refusal which keys the tenant's other users have.
+            key = f"{caller.user_id}\n{key}"
         _check_not_reserved(caller, order.task_id, key)
         task = order.task(tenant_id=caller.tenant_id, user_id=caller.user_id, key=key)
         earlier = await self._claimed(task)
@@ -118,10 +122,11 @@ class Tasks:
         return TaskDetail(**view.model_dump(), exceptions=exceptions)
 
     async def page(self, caller: Caller, filters: TaskFilters) -> TaskList:
-        """The tenant's tasks, newest first. One whose row this process cannot read is left out, and logged."""
+        """The tasks that the caller sees, newest first. One whose row cannot be read is left out, and logged."""
         page = await _stored(
             self._store.tasks(
                 tenant_id=caller.tenant_id,
+                user_id=caller.user_id if caller.own_tasks_only else None,
                 status=filters.status,
                 scene=filters.scene,
                 cursor=filters.cursor,
@@ -172,14 +177,14 @@ class Tasks:
             raise over from None
 
     async def owned(self, caller: Caller, task_id: str) -> TaskView:
-        """The task, if it belongs to the caller's tenant; also if its run has not claimed its id yet."""
+        """The task, if the caller sees it; also if its run has not claimed its id yet."""
         row = await _stored(self._store.task(task_id))
-        if row is not None and row.tenant_id == caller.tenant_id:
+        if row is not None and caller.sees(tenant_id=row.tenant_id, user_id=row.user_id):
             return TaskView.of_row(row)
         if row is None:
             run = await described(self._temporal, workflow_id_of(task_id))
             view = None if run is None else _view_of_run(task_id, run)
-            if view is not None and view.tenant_id == caller.tenant_id:
+            if view is not None and caller.sees(tenant_id=view.tenant_id, user_id=view.user_id):
                 return view
         raise Problem(ProblemCode.TASK_UNKNOWN, f"There is no task {task_id} of this tenant.")
 

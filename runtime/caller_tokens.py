@@ -52,6 +52,13 @@ class Caller(TokenClaims):
     is_for_streams: bool = False
     """A stream token: it opens streams and nothing else."""
 
+    own_tasks_only: bool = False
+    """Whether the gateway keeps the users of a tenant apart."""
+
+    def sees(self, *, tenant_id: str, user_id: str) -> bool:
+        """Whether a task of this tenant and user may be read and acted on; scopes are checked elsewhere."""
+        return self.tenant_id == tenant_id and (not self.own_tasks_only or self.user_id == user_id)
+
 
 class Keys(Protocol):
     """Finds the key that a token must be signed with."""
@@ -173,7 +180,11 @@ def caller_of(claims: dict[str, Any], token: str, *, is_for_streams: bool) -> Ca
     # Without the signature: nothing that was ever signed can be made of it.
     unsigned = token.rpartition(".")[0].encode()
     token_id = named if isinstance(named, str) and named else hashlib.sha256(unsigned).hexdigest()[:ID_CHARACTERS]
-    own = {"token_id": shortened(repaired(token_id), MAX_NAME_BYTES), "is_for_streams": is_for_streams}
+    own = {
+        "token_id": shortened(repaired(token_id), MAX_NAME_BYTES),
+        "is_for_streams": is_for_streams,
+        "own_tasks_only": False,
+    }
     try:
         return Caller.model_validate({**claims, "expires_at": float(claims["exp"]), **own})
     except (ValidationError, TypeError, ValueError, OverflowError):

@@ -99,6 +99,8 @@ class Settings(BaseSettings):
     stream_token_secret: SecretStr | None = None
     """Secret (at least 32 bytes) of the gateway's own stream tokens, the same in all its processes; default: derived
     from `caller_secret`, else a new one at each start."""
+    own_tasks_only: bool = False
+    """Users of one tenant do not see each other's tasks; default: they do."""
     allowed_origins: Annotated[list[str], NoDecode] = []
     """Origins whose pages may call the gateway from a browser, with credentials; comma-separated, e.g.
     `https://app.example`."""

@@ -49,6 +49,7 @@ async def task_list(
     connection: AsyncConnection,
     *,
     tenant_id: str | None,
+    user_id: str | None,
     status: TaskStatus | None,
     scene: Scene | None,
     after: tuple[datetime, str] | None,
@@ -61,6 +62,8 @@ async def task_list(
     statement = select(tasks).order_by(tasks.c.created_at.desc(), tasks.c.task_id.desc()).limit(limit)
     if tenant_id is not None:
         statement = statement.where(tasks.c.tenant_id == tenant_id)
+    if user_id is not None:
+        statement = statement.where(tasks.c.user_id == user_id)
     if status is not None:
         statement = statement.where(tasks.c.status == status)
     if scene is not None:

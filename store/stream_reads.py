@@ -26,13 +26,14 @@ class TaskHead(OwnModel):
 
     task_id: str
     tenant_id: str
+    user_id: str
     scene: Scene
     last_seq: int
     has_ended: bool
 
 
 _HEADS: Final[Select[*tuple[Any, ...]]] = select(
-    tasks.c.task_id, tasks.c.tenant_id, tasks.c.scene, tasks.c.last_seq, tasks.c.ended_at
+    tasks.c.task_id, tasks.c.tenant_id, tasks.c.user_id, tasks.c.scene, tasks.c.last_seq, tasks.c.ended_at
 )
 _HEADS_OF: Final = _HEADS.where(tasks.c.task_id == any_(bindparam("ids", type_=ARRAY(Text))))
 _RECENT_HEADS: Final = (

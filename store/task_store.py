@@ -160,6 +160,7 @@ class TaskStore:
         self,
         *,
         tenant_id: str | None = None,
+        user_id: str | None = None,
         status: TaskStatus | None = None,
         scene: Scene | None = None,
         cursor: str | None = None,
@@ -170,7 +171,13 @@ class TaskStore:
         place = None if cursor is None else place_of_cursor(cursor)
         rows = await self._database.read(
             lambda connection: reads.task_list(
-                connection, tenant_id=tenant_id, status=status, scene=scene, after=place, limit=limit + 1
+                connection,
+                tenant_id=tenant_id,
+                user_id=user_id,
+                status=status,
+                scene=scene,
+                after=place,
+                limit=limit + 1,
             ),
             doing="listing tasks",
         )

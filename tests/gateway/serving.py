@@ -137,6 +137,7 @@ async def served(
     *more_secrets: str,
     task_queue: str = TASK_QUEUE,
     objects: str = "file://.run/objects",
+    own_tasks_only: bool = False,
 ) -> AsyncIterator[Gateway]:
     secret = new_secret()
     origins = ["https://app.example"]
@@ -145,7 +146,7 @@ async def served(
         store=store,
         lists=FileLists.at(objects),
         callback_secrets=[secret, *more_secrets],
-        access=new_access(allowed_origins=origins),
+        access=new_access(allowed_origins=origins, own_tasks_only=own_tasks_only),
         task_queue=task_queue,
         allowed_origins=origins,
     )
