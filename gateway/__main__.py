@@ -6,16 +6,18 @@ import resource
 import secrets
 import signal
 import sys
+from contextlib import AsyncExitStack
 
 import structlog
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
 from activities.file_lists import FileLists
 from comfyui_temporal.process_end import end_process
 from gateway.access import Access
 from gateway.app import create_app
-from gateway.draining import Draining, DrainingServer
+from gateway.draining import Draining, DrainingServer, served_beside
 from gateway.page import PageSettings
 from gateway.tokens import StreamTokens
 from runtime import temporal_connection
@@ -66,22 +68,24 @@ async def serve(settings: Settings) -> None:
             draining=draining,
             public_url=settings.gateway_public_url,
             page=PageSettings(temporal_ui_url=settings.temporal_ui_url, namespace=client.namespace),
+            operations_apart=settings.gateway_operations_port is not None,
         )
     except ValueError as error:
         raise CannotStart(str(error)) from None
-    server = DrainingServer(
-        uvicorn.Config(
-            app,
+
+    def served_at(port: int, what: FastAPI) -> uvicorn.Config:
+        return uvicorn.Config(
+            what,
             host=settings.gateway_host,
-            port=settings.gateway_port,
+            port=port,
             access_log=False,
             log_config=None,
             server_header=False,
             limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=GRACE_SECONDS,
-        ),
-        draining,
-    )
+        )
+
+    server = DrainingServer(served_at(settings.gateway_port, app), draining)
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises the signal again after draining: without a handler it would kill us before we close.
         signal.signal(number, lambda *_: None)
@@ -90,7 +94,11 @@ async def serve(settings: Settings) -> None:
         server.should_exit = True
 
     try:
-        async with bound_store(client, dsn, refused=leave):
+        async with AsyncExitStack() as beside:
+            await beside.enter_async_context(bound_store(client, dsn, refused=leave))
+            if settings.gateway_operations_port is not None:
+                operations = served_at(settings.gateway_operations_port, app.state.operations)
+                await beside.enter_async_context(served_beside(operations))
             log.info("gateway_serves", host=settings.gateway_host, port=settings.gateway_port, database=store.address)
             await server.serve()
     finally:

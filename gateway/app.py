@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from temporalio.client import Client
 
@@ -20,11 +20,12 @@ from gateway.callbacks import CallbackReceiver, callback_routes
 from gateway.draining import Draining
 from gateway.metrics import CountRequests, Metrics, MetricsPage
 from gateway.openapi import DocumentedApp
-from gateway.operations_routes import operations_routes
+from gateway.operations_routes import health_routes, metrics_routes
 from gateway.page import PageSettings, page_routes
 from gateway.problems import answer_with_problems
 from gateway.request_limits import RequestLimits
 from gateway.rollback import Rollback
+from gateway.safe_answers import SafeAnswers
 from gateway.signatures import CallbackSignatures
 from gateway.streams import stream_routes, task_event_stream
 from gateway.streams_hub import EventHub
@@ -52,13 +53,15 @@ def create_app(
     draining: Draining | None = None,
     public_url: str | None = None,
     page: PageSettings | None = None,
+    operations_apart: bool = False,
 ) -> FastAPI:
     """The application. It closes what it opens; the caller closes client and store.
 
     Without `access` callers cannot be authenticated: then callbacks are served and the tasks API is not.
     `lists` is where long lists of files are stored for the workers.
     `public_url` is the address under which clients reach it; default: the address of their request.
-    `app.state.callbacks.outcomes` counts callbacks by outcome. Raises ValueError for unusable secrets.
+    `operations_apart`: `/metrics` and `/openapi.json` are served by `app.state.operations` alone, an application for a
+    port of its own. `app.state.callbacks.outcomes` counts callbacks by outcome. Raises ValueError for unusable secrets.
     """
     metrics = Metrics()
     draining = draining or Draining()
@@ -80,6 +83,7 @@ def create_app(
         version="1",
         description=DESCRIPTION,
         lifespan=lifespan,
+        openapi_url=None if operations_apart else "/openapi.json",
         # Those pages load scripts from elsewhere, on the origin where the live page keeps its token.
         docs_url=None,
         redoc_url=None,
@@ -90,7 +94,13 @@ def create_app(
     for kind in ("sse", "ws"):
         metrics.streams_open.labels(kind).set_function(partial(hub.open_of, kind))
     app.include_router(callback_routes(receiver))
-    app.include_router(operations_routes(temporal, store, MetricsPage(metrics, store.queue_states), draining))
+    health = health_routes(temporal, store, draining)
+    metrics_page = metrics_routes(MetricsPage(metrics, store.queue_states))
+    app.include_router(health)
+    if operations_apart:
+        app.state.operations = _operations(app, health, metrics_page)
+    else:
+        app.include_router(metrics_page)
     if access is not None:
         tasks = Tasks(temporal, store, lists, task_queue=task_queue)
         rollback = Rollback(temporal, tasks, task_queue=task_queue)
@@ -110,4 +120,20 @@ def create_app(
             expose_headers=["Location", "Retry-After"],
         )
     app.add_middleware(CountRequests, metrics)
+    app.add_middleware(SafeAnswers)
+    return app
+
+
+def _operations(gateway: FastAPI, *routers: APIRouter) -> FastAPI:
+    """What operators and not callers need: health, metrics, the OpenAPI document of `gateway`."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    answer_with_problems(app)
+    for router in routers:
+        app.include_router(router)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def document() -> dict[str, Any]:
+        return gateway.openapi()
+
+    app.add_middleware(SafeAnswers)
     return app

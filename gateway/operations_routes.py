@@ -27,7 +27,7 @@ class Readiness(OwnModel):
     temporal: State
 
 
-def operations_routes(temporal: Client, store: TaskStore, metrics: MetricsPage, draining: Draining) -> APIRouter:
+def health_routes(temporal: Client, store: TaskStore, draining: Draining) -> APIRouter:
     router = APIRouter(tags=["operations"])
 
     @router.get("/healthz")
@@ -46,6 +46,12 @@ def operations_routes(temporal: Client, store: TaskStore, metrics: MetricsPage, 
         response.status_code = 200 if is_ready else 503
         status: Literal["ready", "not_ready", "draining"] = "ready" if is_ready else "not_ready"
         return Readiness(status="draining" if draining.has_begun else status, postgresql=postgresql, temporal=server)
+
+    return router
+
+
+def metrics_routes(metrics: MetricsPage) -> APIRouter:
+    router = APIRouter(tags=["operations"])
 
     @router.get(
         "/metrics",

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
 from comfyui_temporal.contracts.fields import OwnModel, repaired, shortened
+from gateway.safe_answers import HEADERS as SAFE_HEADERS
 
 PROBLEM_JSON: Final = "application/problem+json"
 MAX_FIELDS: Final = 20
@@ -173,7 +174,11 @@ def answer_with_problems(app: FastAPI) -> None:
         return response
 
     async def answer_unforeseen(_request: Request, _error: Exception) -> JSONResponse:
-        return Problem(ProblemCode.INTERNAL, "The request could not be answered: this is a defect.").response()
+        # The framework answers outside all middleware here.
+        problem = Problem(
+            ProblemCode.INTERNAL, "The request could not be answered: this is a defect.", headers=SAFE_HEADERS
+        )
+        return problem.response()
 
     for kind in (Problem, RequestValidationError, WebSocketRequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)  # type: ignore[arg-type]

@@ -86,6 +86,8 @@ class Settings(BaseSettings):
     # Gateway
     gateway_host: str = "127.0.0.1"
     gateway_port: int = Field(default=8180, ge=0, le=65_535)
+    gateway_operations_port: int | None = Field(default=None, ge=1, le=65_535)
+    """Serves `/metrics` and `/openapi.json`, with health, instead of `gateway_port`; none by default."""
     gateway_public_url: ServiceUrl | None = None
     """The address under which clients reach the gateway, for `stream/config`; default: the address of their request."""
     temporal_ui_url: ServiceUrl | None = None
