@@ -11,11 +11,13 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import httpx
 import jwt
 import structlog
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from pydantic import ValidationError
 
 from comfyui_temporal.contracts.fields import repaired, shortened
@@ -28,7 +30,7 @@ MIN_SECRET_BYTES: Final = 32
 MAX_TOKEN_BYTES: Final = 8 * 1024
 ID_CHARACTERS: Final = 16
 LEEWAY_SECONDS: Final = 10
-JWKS_ALGORITHMS: Final = ("RS256", "PS256", "ES256", "EdDSA")
+MIN_RSA_BITS: Final = 2_048
 JWKS_KEPT_SECONDS: Final = 300.0
 JWKS_AGAIN_AFTER_SECONDS: Final = 10.0
 JWKS_TIMEOUT_SECONDS: Final = 5.0
@@ -60,47 +62,50 @@ class Caller(TokenClaims):
         return self.tenant_id == tenant_id and (not self.own_tasks_only or self.user_id == user_id)
 
 
+@dataclass(frozen=True)
+class Key:
+    """A key, and the algorithms that it may be used with: the token's header only chooses among them."""
+
+    key: Any
+    algorithms: list[str]
+
+
 class Keys(Protocol):
     """Finds the key that a token must be signed with."""
 
-    @property
-    def algorithms(self) -> list[str]: ...
-
-    async def key_for(self, token: str) -> Any:
+    async def key_for(self, token: str) -> Key:
         """Raises TokenRefused, TokensUnverifiable."""
 
 
 class SharedSecret:
     """HS256 with one secret. Raises ValueError for one of fewer than 32 bytes."""
 
-    algorithms: Final = ["HS256"]
-
     def __init__(self, secret: str) -> None:
         if len(secret.encode()) < MIN_SECRET_BYTES:
             raise ValueError(f"the token secret must be at least {MIN_SECRET_BYTES} bytes long")
-        self._secret = secret
+        self._key = Key(secret, ["HS256"])
 
-    async def key_for(self, token: str) -> str:
-        return self._secret
+    async def key_for(self, token: str) -> Key:
+        return self._key
 
 
 class KeySet:
     """The public keys at a JWKS URL, kept for 5 minutes. During an outage the known ones stay in use.
 
-    A token with an unknown key id causes a new read, at most every 10 s: strangers cannot trigger more.
+    A key is used with its own algorithm (`alg`), else with those of its kind. RSA keys of fewer than 2,048 bits,
+    secrets and keys of other kinds are left out, and logged. A token with an unknown key id causes a new read, at most
+    every 10 s: strangers cannot trigger more.
     """
-
-    algorithms: Final = list(JWKS_ALGORITHMS)
 
     def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.url = url
         self._clock = clock
-        self._keys: dict[str, jwt.PyJWK] = {}
+        self._keys: dict[str, Key] = {}
         self._fetched_at = -math.inf
         self._tried_at = -math.inf
         self._fetching = asyncio.Lock()
 
-    async def key_for(self, token: str) -> Any:
+    async def key_for(self, token: str) -> Key:
         key_id = jwt.get_unverified_header(token).get("kid")
         if not isinstance(key_id, str):
             raise TokenRefused("its header names no key (kid)")
@@ -110,7 +115,7 @@ class KeySet:
             if self._fetched_at == -math.inf:
                 raise TokensUnverifiable(f"The keys at {self.url} could not be read.")
             raise TokenRefused("it is signed with a key that is not in the key set")
-        return self._keys[key_id].key
+        return self._keys[key_id]
 
     async def _refresh(self, key_id: str) -> None:
         async with self._fetching:
@@ -125,35 +130,76 @@ class KeySet:
                 return
             self._fetched_at = self._clock()
 
-    async def _fetched(self) -> dict[str, jwt.PyJWK]:
+    async def _fetched(self) -> dict[str, Key]:
         async with httpx.AsyncClient(timeout=JWKS_TIMEOUT_SECONDS, follow_redirects=False) as http:
             answer = await http.get(self.url)
         if not answer.is_success or len(answer.content) > MAX_JWKS_BYTES:
             raise ValueError(f"status {answer.status_code}, {len(answer.content)} bytes")
-        key_set = jwt.PyJWKSet.from_dict(answer.json())
-        return {key.key_id: key for key in key_set.keys if key.key_id and key.public_key_use in (None, "sig")}
+        keys = dict(named for described in answer.json().get("keys") if (named := _named_key(described)))
+        if not keys:
+            raise ValueError("it has no key for callers' tokens")
+        return keys
+
+
+def _named_key(described: dict[str, Any]) -> tuple[str, Key] | None:
+    """A key of a set by its id; None if it is not for callers' tokens. Raises AttributeError if it is no object."""
+    key_id = described.get("kid")
+    if not isinstance(key_id, str) or described.get("use", "sig") != "sig":
+        return None
+    try:
+        key = jwt.PyJWK.from_dict(described).key
+    except (jwt.PyJWTError, ValueError, TypeError):
+        key = None
+    algorithms = [name for name in _algorithms_of(key) if described.get("alg", name) == name]
+    if not algorithms:
+        log.warning("jwks_key_not_used", key_id=shortened(repaired(key_id), MAX_NAME_BYTES))
+        return None
+    return key_id, Key(key, algorithms)
+
+
+def _algorithms_of(key: object) -> tuple[str, ...]:
+    match key:
+        case rsa.RSAPublicKey() if key.key_size >= MIN_RSA_BITS:
+            return ("RS256", "PS256")
+        case ec.EllipticCurvePublicKey() if isinstance(key.curve, ec.SECP256R1):
+            return ("ES256",)
+        case ed25519.Ed25519PublicKey():
+            return ("EdDSA",)
+    return ()
 
 
 class CallerTokens:
     """Reads the tokens of one audience: the gateway's, or that of the services."""
 
-    def __init__(self, keys: Keys, *, issuer: str, audience: str) -> None:
+    def __init__(self, keys: Keys, *, issuer: str, audience: str, max_seconds: float | None = None) -> None:
+        """`max_seconds`: the longest time from a token's `iat` to its `exp`; None: any, and `iat` is not demanded."""
         self._keys = keys
         self._issuer = issuer
         self._audience = audience
+        self._max_seconds = max_seconds
 
     async def read(self, token: str) -> Caller:
         """The caller that the token names. Raises TokenRefused, TokensUnverifiable."""
         try:
             check_size(token)
             key = await self._keys.key_for(token)
-            claims = decoded(token, key, self._keys.algorithms, self._issuer, self._audience)
+            claims = decoded(token, key.key, key.algorithms, self._issuer, self._audience)
+            self._check_lifetime(claims)
         except (TokenRefused, TokensUnverifiable):
             raise
         except Exception as error:
             # The library lets other exceptions through too: deep nesting, an infinite `exp`, a key of another type.
             raise TokenRefused(_reason(error)) from None
         return caller_of(claims, token, is_for_streams=False)
+
+    def _check_lifetime(self, claims: dict[str, Any]) -> None:
+        """Raises TokenRefused."""
+        if self._max_seconds is None:
+            return
+        if "iat" not in claims:
+            raise TokenRefused("it does not say when it was issued (iat)")
+        if float(claims["exp"]) - float(claims["iat"]) > self._max_seconds:
+            raise TokenRefused(f"it is valid for longer than {self._max_seconds:g} s from its iat to its exp")
 
 
 def check_size(token: str) -> None:

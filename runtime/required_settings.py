@@ -41,7 +41,12 @@ def caller_tokens_by(settings: Settings) -> CallerTokens:
             "No key for callers' tokens is set: set COMFYUI_TEMPORAL_CALLER_SECRET (HS256, at least 32 bytes) or "
             "COMFYUI_TEMPORAL_JWKS_URL."
         )
-    return CallerTokens(keys, issuer=settings.caller_issuer, audience=settings.caller_audience)
+    return CallerTokens(
+        keys,
+        issuer=settings.caller_issuer,
+        audience=settings.caller_audience,
+        max_seconds=settings.caller_token_max_seconds,
+    )
 
 
 def service_tokens_by(settings: Settings) -> CallerTokens:

@@ -98,6 +98,8 @@ class Settings(BaseSettings):
     """HS256 secret (at least 32 bytes) of the callers' tokens. Only the gateway needs it."""
     caller_issuer: str = "comfyui-temporal"
     caller_audience: str = "comfyui-platform"
+    caller_token_max_seconds: int | None = Field(default=None, ge=60)
+    """The longest time from `iat` to `exp` of a caller's token; then `iat` is demanded. Default: any."""
     stream_token_secret: SecretStr | None = None
     """Secret (at least 32 bytes) of the gateway's own stream tokens, the same in all its processes; default: derived
     from `caller_secret`, else a new one at each start."""

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import time
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -171,6 +172,72 @@ async def test_a_public_key_is_no_shared_secret() -> None:
     async with server.served() as url:
         with pytest.raises(TokenRefused):
             await CallerTokens(KeySet(url), issuer=ISSUER, audience=AUDIENCE).read(token)
+
+
+async def refusal_by(jwk: dict[str, Any], token: str) -> str | None:
+    """How a set with this key and a good one refuses the token. A token of the good one is taken all the same."""
+    server = KeyServer()
+    server.keys = [jwk, public_jwk("EdDSA", "good")]
+    async with server.served() as url:
+        callers = CallerTokens(KeySet(url), issuer=ISSUER, audience=AUDIENCE)
+        assert (await callers.read(signed("EdDSA", "good"))).tenant_id == "tenant-a"
+        try:
+            await callers.read(token)
+        except TokenRefused as refused:
+            return str(refused)
+    return None
+
+
+def signed_as(algorithm: str, key: Any) -> str:
+    claims = jwt.decode(token_for(), options={"verify_signature": False})
+    return jwt.encode(claims, key, algorithm=algorithm, headers={"kid": "key-1"})
+
+
+async def test_a_key_is_used_with_its_own_algorithm_only() -> None:
+    jwk, rsa_key = public_jwk("RS256", "key-1"), KEYS["RS256"]
+    for declared, used, is_refused in (
+        ("RS256", "RS256", False),
+        ("RS256", "PS256", True),
+        ("PS256", "PS256", False),
+        ("PS256", "RS256", True),
+        ("RS512", "RS512", True),
+        (None, "RS256", False),
+        (None, "PS256", False),
+        (None, "RS384", True),
+    ):
+        described = {name: value for name, value in {**jwk, "alg": declared}.items() if value is not None}
+        refusal = await refusal_by(described, signed_as(used, rsa_key))
+        assert (refusal is not None) is is_refused, (declared, used)
+
+
+async def test_a_weak_or_secret_key_of_a_set_opens_nothing() -> None:
+    algorithms = get_default_algorithms()
+    weak = rsa.generate_private_key(public_exponent=65537, key_size=1024)
+    curve = ec.generate_private_key(ec.SECP384R1())
+    shared = base64.urlsafe_b64encode(TOKEN_SECRET.encode()).decode().rstrip("=")
+    rs256, es384 = algorithms["RS256"], algorithms["ES384"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the library: the key is too short
+        weak_token = signed_as("RS256", weak)
+    for jwk, token in (
+        (rs256.to_jwk(weak.public_key(), as_dict=True), weak_token),
+        (es384.to_jwk(curve.public_key(), as_dict=True), signed_as("ES384", curve)),
+        ({"kty": "oct", "k": shared}, signed_as("HS256", TOKEN_SECRET)),
+        (rs256.to_jwk(KEYS["RS256"], as_dict=True), signed_as("RS256", KEYS["RS256"])),
+        ({**public_jwk("RS256", "key-1"), "use": "enc"}, signed_as("RS256", KEYS["RS256"])),
+    ):
+        refusal = await refusal_by({**jwk, "kid": "key-1"}, token)
+        assert refusal is not None and "not in the key set" in refusal, jwk["kty"]
+
+
+async def test_a_token_that_lives_too_long_is_refused() -> None:
+    callers = CallerTokens(SharedSecret(TOKEN_SECRET), issuer=ISSUER, audience=AUDIENCE, max_seconds=600)
+    assert (await callers.read(token_for(valid_seconds=600))).tenant_id == "tenant-a"
+    long = token_for(valid_seconds=300, iat=int(time.time()) - 400)
+    for token, reason in ((long, "longer than 600 s"), (token_for(iat=None), "iat")):
+        with pytest.raises(TokenRefused, match=reason):
+            await callers.read(token)
+        assert (await CALLERS.read(token)).tenant_id == "tenant-a"
 
 
 async def test_rotated_keys_are_fetched_and_unknown_key_ids_cause_no_flood_of_requests() -> None:
