@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 # DBOS is measured beside us. What it needs forbids newer versions of other packages, so it has a venv of its own.
 BENCH := .venv-bench
+# The auditors' own dependencies are no part of ours.
+AUDIT := .venv-audit
 STACK := $(BIN)/python -m local_stack
 CREDITS := $(if $(PROFILE),--credits-profile $(PROFILE))
 PACE := $(if $(SPEED),--speed $(SPEED)) $(if $(COMFYUI),--comfyui $(COMFYUI)) $(CREDITS)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down status logs test test-all test-comfyui simulate mutation kill-points soak bench lint types imports schemas pytest pytest-all format lock clean
+.PHONY: help setup demo up down status logs test test-all test-comfyui simulate mutation kill-points soak bench audit lint types imports schemas pytest pytest-all format lock clean
 
 help: ## list every target
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +98,16 @@ $(BENCH)/.ready: requirements-bench.lock | setup
 bench: $(BENCH)/.ready ## figures and ratios on this machine, as a table and as JSON (QUICK=1, ONLY=waits)
 	@PATH="$(CURDIR)/$(BENCH)/bin:$$PATH" $(BENCH)/bin/python -m proof.benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
+$(AUDIT)/.ready: Makefile | setup
+	@test -x $(AUDIT)/bin/python || $(PYTHON) -m venv --without-pip $(AUDIT)
+	@$(BIN)/uv pip install --quiet --python $(AUDIT)/bin/python pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	@touch $@
+
+audit: $(AUDIT)/.ready ## known vulnerabilities of the locks, and an SBOM: dist/sbom.json (SERVICE="--service osv"); 3: no database
+	@mkdir -p dist
+	@$(AUDIT)/bin/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible --of JSON -o dist/sbom.json
+	@$(BIN)/python -m proof.lock_audit $(AUDIT)/bin/pip-audit $(SERVICE)
+
 format: setup ## ruff: mend style and format
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
@@ -110,4 +122,4 @@ lock: setup ## lock the newest dependencies that pyproject.toml allows: for prod
 
 clean: ## end the stack; remove the venvs and everything that the stack kept
 	@test ! -x $(BIN)/python || test ! -d .run || $(STACK) down
-	rm -rf $(VENV) $(BENCH) .run
+	rm -rf $(VENV) $(BENCH) $(AUDIT) .run
