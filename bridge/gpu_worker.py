@@ -182,8 +182,7 @@ async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.E
             server = await opened.enter_async_context(open_server(options.server))
             storage = Storage(settings.bridge_store_url)
             sender: CallbackSender | None = None
-            if settings.callback_secrets:
-                secret = settings.callback_secrets[0].get_secret_value()
+            if (secret := settings.signing_secret) is not None:
                 sender = await opened.enter_async_context(CallbackSender(secret))
             client = await temporal_connection.connect(settings)
         except (ValueError, RuntimeError) as error:

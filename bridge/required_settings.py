@@ -30,9 +30,9 @@ def result_secret_by(settings: Settings) -> str:
 
 def callback_secret_by(settings: Settings) -> str:
     """Raises CannotStart."""
-    if not settings.callback_secrets:
+    if settings.signing_secret is None:
         raise CannotStart("COMFYUI_TEMPORAL_CALLBACK_SECRETS is not set: callbacks must be signed.")
-    return settings.callback_secrets[0].get_secret_value()
+    return settings.signing_secret
 
 
 def stop_on_signals(stop: Event) -> None:

@@ -127,8 +127,10 @@ class CallbackReceiver:
             return CallbackOutcome.TOO_SLOW
         except BodyTooLarge:
             return CallbackOutcome.TOO_LARGE
-        if not self._signatures.verifies(raw, request.headers):
+        signer = self._signatures.signer_of(raw, request.headers)
+        if signer is None:
             return CallbackOutcome.FORGED
+        self._metrics.callbacks_signed.labels(signer).inc()
         try:
             callback = read_callback(raw, task_id)
         except BodyTooLarge:

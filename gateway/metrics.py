@@ -39,6 +39,9 @@ class Metrics:
         self.callbacks = Counter(
             "gateway_callbacks", "Callbacks by what became of them.", ("outcome",), registry=self.registry
         )
+        self.callbacks_signed = Counter(
+            "gateway_callbacks_signed", "Callbacks by the name of their secret.", ("secret",), registry=self.registry
+        )
         self.signal_seconds = Histogram(
             "gateway_signal_seconds",
             "How long Temporal took to accept a callback's signal.",

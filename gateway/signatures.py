@@ -9,6 +9,8 @@ from typing import Final
 
 from standardwebhooks import Webhook
 
+from runtime.callback_secrets import by_name
+
 REMEMBERED_SECONDS: Final = 600.0
 MAX_REMEMBERED: Final = 100_000
 """Beyond this the oldest ids are forgotten early. A replay of those is coalesced like any repeat."""
@@ -16,26 +18,31 @@ MAX_ID_LENGTH: Final = 256
 
 
 class CallbackSignatures:
-    """Verifies callbacks with every configured secret: two during a rotation."""
+    """Verifies callbacks with every configured secret: one for each ComfyUI server, two of it during a rotation."""
 
     def __init__(self, secrets: Sequence[str]) -> None:
-        """`secrets` are `whsec_…`. Raises ValueError if there is none or one is malformed, without quoting it."""
+        """`secrets` are `whsec_…` or `name:whsec_…`.
+
+        Raises ValueError if there is none or one is malformed, without quoting it.
+        """
         if not secrets:
             raise ValueError("No callback secret is set: set at least one (whsec_…), or callbacks cannot be verified.")
-        self._webhooks = [self._webhook(number, secret) for number, secret in enumerate(secrets, start=1)]
+        self._webhooks = {name: self._webhook(name, secret) for name, secret in by_name(secrets).items()}
 
     @staticmethod
-    def _webhook(number: int, secret: str) -> Webhook:
+    def _webhook(name: str, secret: str) -> Webhook:
         try:
             return Webhook(secret)
         except Exception:
-            raise ValueError(f"Callback secret {number} is not `whsec_` and base64 (Standard Webhooks).") from None
+            raise ValueError(f"Callback secret {name} is not `whsec_` and base64 (Standard Webhooks).") from None
 
-    def verifies(self, raw: bytes, headers: Mapping[str, str]) -> bool:
-        """Whether `raw` was signed with one of the secrets within ±300 s of now."""
+    def signer_of(self, raw: bytes, headers: Mapping[str, str]) -> str | None:
+        """The name of the secret that `raw` was signed with within ±300 s of now; None if it was none of them."""
         if len(headers.get("webhook-id", "")) > MAX_ID_LENGTH:
-            return False
-        return any(self._signed_with(webhook, raw, headers) for webhook in self._webhooks)
+            return None
+        return next(
+            (name for name, webhook in self._webhooks.items() if self._signed_with(webhook, raw, headers)), None
+        )
 
     @staticmethod
     def _signed_with(webhook: Webhook, raw: bytes, headers: Mapping[str, str]) -> bool:

@@ -31,6 +31,7 @@ from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.size_budget import MAX_ATTEMPTS, MAX_TABLE_ENTRIES
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from comfyui_temporal.encryption_keys import EncryptionKeys
+from runtime.callback_secrets import by_name
 
 MIN_SECRET_BYTES = 32
 _IMAGE: Final = SCENES[Scene.IMAGE_GENERATE]
@@ -81,7 +82,8 @@ class Settings(BaseSettings):
     callback_base_url: ServiceUrl = "http://127.0.0.1:8180"
     """The address under which ComfyUI reaches our gateway."""
     callback_secrets: Annotated[list[SecretStr], NoDecode] = []
-    """Standard Webhooks secrets (`whsec_…`), comma-separated; several during a rotation."""
+    """Standard Webhooks secrets, `whsec_…` or `name:whsec_…`, comma-separated. A gateway takes callbacks signed with
+    any of them; a bridge or GPU worker signs with the first."""
 
     # Gateway
     gateway_host: str = "127.0.0.1"
@@ -277,9 +279,16 @@ class Settings(BaseSettings):
         """Every secret, for the logs to leave out; of the database's address its password."""
         values = [value for value in vars(self).values() if isinstance(value, SecretStr)]
         found = [secret.get_secret_value() for secret in (*values, *self.callback_secrets)]
+        found += [secret.get_secret_value().rpartition(":")[2] for secret in self.callback_secrets]
         found += re.split("[:,]", self.encryption_keys.get_secret_value()) if self.encryption_keys else []
         password = _PASSWORD.search(self.database_dsn.get_secret_value()) if self.database_dsn else None
         return [*found, *([password[1], unquote(password[1])] if password else [])]
+
+    @property
+    def signing_secret(self) -> str | None:
+        """The secret, `whsec_…`, that this process signs callbacks with."""
+        secrets = by_name([secret.get_secret_value() for secret in self.callback_secrets])
+        return next(iter(secrets.values()), None)
 
     @cached_property
     def queue_sla_minutes(self) -> dict[str, float]:

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None, settings: Settings | None = Non
     except CannotStart as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    if settings.service_secret is None or not settings.callback_secrets:
+    if settings.service_secret is None or settings.signing_secret is None:
         sys.stderr.write("Set COMFYUI_TEMPORAL_SERVICE_SECRET and COMFYUI_TEMPORAL_CALLBACK_SECRETS.\n")
         return 2
     try:
@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None, settings: Settings | None = Non
 
 
 async def _outcomes(options: argparse.Namespace, settings: Settings) -> list[Outcome]:
-    secret = settings.callback_secrets[0].get_secret_value()
+    secret = settings.signing_secret
+    assert secret is not None  # main has checked it
     profile = Profile(template_id=options.template, patience_seconds=options.patience)
     chosen = cases(with_trainings=not options.no_trainings)
     if options.only:

@@ -21,6 +21,7 @@ from proof.simulators.credits_app import credits_app
 from proof.simulators.credits_profile import PROFILES, CreditsProfile
 from proof.simulators.serving import server_config
 from proof.simulators.tokens import Tokens
+from runtime.callback_secrets import by_name
 from runtime.logs import configure_logs
 from runtime.required_settings import CannotStart, read_settings
 from runtime.settings import Settings
@@ -56,9 +57,9 @@ def _given(arguments: list[str]) -> argparse.Namespace:
 
 
 def _comfyui(settings: Settings) -> FastAPI:
-    if not settings.callback_secrets:
+    if settings.signing_secret is None:
         _give_up("COMFYUI_TEMPORAL_CALLBACK_SECRETS is not set: callbacks must be signed.")
-    secrets = [secret.get_secret_value() for secret in settings.callback_secrets]
+    secrets = list(by_name([secret.get_secret_value() for secret in settings.callback_secrets]).values())
     try:
         Webhook(secrets[0])
     except (ValueError, EmptyWebhookSecretError):

@@ -13,6 +13,7 @@ from temporalio.testing import WorkflowEnvironment
 from gateway.callback_body import MAX_BYTES_WITH_LOG
 from gateway.callbacks import CallbackOutcome
 from proof.site.callbacks import signed_headers
+from runtime.settings import Settings
 from store import TaskStore
 from tests.conftest import unique
 from tests.gateway.conftest import NewRun
@@ -50,6 +51,27 @@ async def test_a_signed_callback_reaches_the_run(gateway: Gateway, new_run: NewR
         "actual_cost": 24,
         "sequence": 7,
     }
+
+
+async def test_a_servers_secret_is_withdrawn_without_the_others(
+    temporal_env: WorkflowEnvironment, task_store: TaskStore
+) -> None:
+    first, second = new_secret(), new_secret()
+
+    async def statuses(*secrets: str) -> tuple[list[int], str]:
+        async with served(temporal_env.client, task_store, *secrets) as gateway:
+            answers = [await gateway.post(unique("unknown"), tick(1), secret=secret) for secret in (first, second)]
+            return [answer.status_code for answer in answers], (await gateway.http.get("/metrics")).text
+
+    # 404: the signature is good, the task is unknown.
+    found, metrics = await statuses(f"gpu-1:{first}", f"gpu-2:{second}")
+    assert found == [404, 404]
+    assert 'gateway_callbacks_signed_total{secret="gpu-1"} 1.0' in metrics and 'secret="gpu-2"} 1.0' in metrics
+    assert (await statuses(f"gpu-2:{second}"))[0] == [401, 404]
+    with pytest.raises(ValueError, match="named gpu-1"):
+        await statuses(f"gpu-1:{first}", f"gpu-1:{second}")
+    signing = Settings(_env_file=None, callback_secrets=f"gpu-1:{first},{second}").signing_secret  # type: ignore[arg-type]
+    assert signing == first
 
 
 def _headers(raw: bytes, **changes: str | None) -> dict[str, str]:

@@ -51,7 +51,7 @@ def test_what_is_no_secret_stays() -> None:
 def test_the_values_of_a_process_are_hidden_wherever_they_are() -> None:
     values = {
         **{name: f"{MARK} of {name}, long enough" for name in ("caller_secret", "service_secret", "service_token")},
-        "callback_secrets": f"whsec_{MARK},whsec_{MARK}2",
+        "callback_secrets": f"whsec_{MARK},gpu-1:whsec_{MARK}2",
         "database_dsn": f"postgresql://user:{MARK}%21word@host/db",
     }
     settings = Settings(_env_file=None, **values)  # type: ignore[arg-type]
