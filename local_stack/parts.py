@@ -57,6 +57,8 @@ class LocalParts:
         if not self.database_dsn:
             self.postgres = LocalPostgres(folder, ports["postgres"], self._sealed)
             self.database_dsn = self.postgres.dsn
+        self.owner_dsn = self.postgres.owner_dsn if self.postgres else self.database_dsn
+        """Of the user that owns the tables; the services' own may not change them."""
         self._environment = {**self._sealed, **self._settings(speed)}
 
     def url(self, part: str) -> str:
@@ -98,7 +100,7 @@ class LocalParts:
         """Migrate the task store's tables, once PostgreSQL is ready. Raises StackFailure."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "store", "migrate"),
-            env=self._environment,
+            env={**self._environment, DATABASE_SETTING: self.owner_dsn},
             cwd=self._folder.path,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -6,6 +6,8 @@ That package's own `get_server` is not used: it detaches the server from its sta
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
 import re
 import shutil
 import signal
@@ -20,6 +22,7 @@ from local_stack.child import Part
 from local_stack.folder import RunFolder, StackFailure
 from local_stack.ports import LOOPBACK
 from local_stack.privileges import before_exec, give_to_unprivileged_user, runs_as_root
+from store.migrate import SERVICES_ROLE
 
 USER: Final = "comfyui_temporal"
 DATABASE: Final = "comfyui_temporal"
@@ -39,10 +42,21 @@ class LocalPostgres:
 
     @property
     def dsn(self) -> str:
-        return self._dsn(DATABASE)
+        """The services' own, without the right to change tables."""
+        return f"postgresql://{SERVICES_ROLE}:{self._services_password}@{LOOPBACK}:{self._port}/{DATABASE}"
 
-    def _dsn(self, database: str) -> str:
+    @property
+    def owner_dsn(self) -> str:
+        """The superuser's, to migrate the tables."""
+        return self._owner_dsn(DATABASE)
+
+    def _owner_dsn(self, database: str) -> str:
         return f"postgresql://{USER}:{self._password}@{LOOPBACK}:{self._port}/{database}"
+
+    @property
+    def _services_password(self) -> str:
+        """Derived from the superuser's, which cannot be derived from it."""
+        return hmac.new(self._password.encode(), SERVICES_ROLE.encode(), hashlib.sha256).hexdigest()
 
     def part(self) -> Part:
         options = {
@@ -123,6 +137,9 @@ class LocalPostgres:
             known = await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", DATABASE)
             if known is None:
                 await connection.execute(f"CREATE DATABASE {DATABASE}")
+            if await connection.fetchval("SELECT 1 FROM pg_roles WHERE rolname = $1", SERVICES_ROLE) is None:
+                await connection.execute(f"CREATE ROLE {SERVICES_ROLE}")
+            await connection.execute(f"ALTER ROLE {SERVICES_ROLE} LOGIN PASSWORD '{self._services_password}'")
         finally:
             await connection.close()
 
@@ -134,7 +151,7 @@ class LocalPostgres:
             await connection.close()
 
     async def _connected(self) -> asyncpg.Connection[Any]:
-        return await asyncpg.connect(self._dsn(_ADMIN_DATABASE), timeout=_CONNECT_SECONDS)
+        return await asyncpg.connect(self._owner_dsn(_ADMIN_DATABASE), timeout=_CONNECT_SECONDS)
 
 
 def _binaries() -> Path:

@@ -26,13 +26,32 @@ MIGRATIONS: Final = Path(__file__).parent / "migrations"
 CONNECT_SECONDS: Final = 5.0
 _LOCK_KEY: Final = 7_265_481
 """An arbitrary lock number: two processes that migrate concurrently take turns."""
+SERVICES_ROLE: Final = "comfyui_temporal_services"
+"""The database user of workers and gateways, if the operator created it. It owns nothing and changes no table."""
+_SERVICES_EXIST: Final = text("SELECT 1 FROM pg_roles WHERE rolname = :role AND rolname <> current_user")
+_GRANTS: Final = (
+    "GRANT USAGE ON SCHEMA public TO {role}",
+    "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role}",
+    "REVOKE INSERT, UPDATE, DELETE ON alembic_version FROM {role}",
+    "REVOKE UPDATE, DELETE ON audit_log FROM {role}",
+)
 
 
 async def migrate(dsn: str, *, revision: str = "head") -> None:
-    """Migrate the tables forward to `revision`; up-to-date tables stay as they are. Raises StoreUnavailable."""
+    """Migrate the tables forward to `revision`; up-to-date tables stay as they are. Raises StoreUnavailable.
+
+    With all tables up to date `SERVICES_ROLE` gets the rights that it needs, if there is such a role.
+    """
     from alembic import command
 
-    await _run(dsn, lambda config: command.upgrade(config, revision))
+    def upgraded(config: Config) -> None:
+        command.upgrade(config, revision)
+        connection: Connection = config.attributes["connection"]
+        if revision == "head" and connection.scalar(_SERVICES_EXIST, {"role": SERVICES_ROLE}):
+            for statement in _GRANTS:
+                connection.execute(text(statement.format(role=SERVICES_ROLE)))
+
+    await _run(dsn, upgraded)
 
 
 async def revert(dsn: str, *, revision: str) -> None:

@@ -20,6 +20,7 @@ PROJECT = Path(__file__).parent.parent
 PREFIX = "COMFYUI_TEMPORAL_"
 OTHERS_VARIABLES = {
     "postgres": {"POSTGRES_USER", "POSTGRES_PASSWORD", "POSTGRES_DB"},
+    "database-user": {"PGHOST", "PGUSER", "PGDATABASE", "PGPASSWORD", "SERVICES_DATABASE_PASSWORD"},
     "temporal-schema": {"DB", "DB_PORT", "POSTGRES_SEEDS", "POSTGRES_USER", "POSTGRES_PWD", "SQL_PASSWORD"},
     "temporal": {
         *("DB", "DB_PORT", "POSTGRES_SEEDS", "POSTGRES_USER", "POSTGRES_PWD", "BIND_ON_IP"),
@@ -32,6 +33,7 @@ OURS = ("tables", "worker", "gateway", "comfyui-simulator", "credits-simulator",
 SECRET = "0123456789abcdef0123456789abcdef"
 FILLED_IN = {
     "POSTGRES_PASSWORD": "p",
+    "SERVICES_DATABASE_PASSWORD": "s",
     f"{PREFIX}CALLER_SECRET": SECRET,
     f"{PREFIX}SERVICE_SECRET": SECRET[::-1],
     f"{PREFIX}CALLBACK_SECRETS": "whsec_MDEyMzQ1Njc4OWFiY2RlZg==",

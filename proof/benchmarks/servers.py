@@ -35,7 +35,8 @@ class Servers:
         Raises StackFailure.
         """
         port = any_free_port()
-        own = {"HEALTH_PORT": str(port), "MAX_CACHED_WORKFLOWS": BIG_CACHE, "LOG_LEVEL": "WARNING", **settings}
+        own = {"HEALTH_PORT": str(port), "MAX_CACHED_WORKFLOWS": BIG_CACHE, "LOG_LEVEL": "WARNING"}
+        own |= {"DATABASE_DSN": self.database_dsn, **settings}  # other engines make tables of their own
         environment = {SETTINGS_PREFIX + setting: value for setting, value in own.items()}
         worker = self._stack.part("worker")
         self._stack.add(
@@ -57,9 +58,9 @@ async def file_backed_servers(folder: Path) -> AsyncIterator[Servers]:
     """Both servers with empty files in `folder`, ended with the context. Raises StackFailure."""
     stack = OwnStack(folder, said=print)
     async with stack.running() as described:
-        await _sync_as_temporal_does(described.database_dsn)
+        await _sync_as_temporal_does(stack.owner_dsn)
         client = await Client.connect(described.temporal_address, plugins=[TasksPlugin()])
-        yield Servers(stack, described.database_dsn, client)
+        yield Servers(stack, stack.owner_dsn, client)
 
 
 async def _sync_as_temporal_does(dsn: str) -> None:

@@ -134,8 +134,9 @@ async def compare(dsn: str) -> None:
 
 async def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        async with OwnStack(Path(folder)).running(servers=("postgres",)) as described:
-            await compare(described.database_dsn)
+        stack = OwnStack(Path(folder))
+        async with stack.running(servers=("postgres",)):
+            await compare(stack.owner_dsn)  # who owns the tables may analyse them
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ async def measure(streams: int, *, alone: bool) -> bool:
         async with stack.running("gateway") as described:
             for name, path in () if alone else FRAMEWORK:
                 await measure_framework(stack, name, path, streams)
-            ids = await written_tasks(described.database_dsn, streams)
+            ids = await written_tasks(stack.owner_dsn, streams)
             paths = [f"/api/v1/tasks/stream/sse?task_id={task_id}&token={token()}" for task_id in ids]
             port = int(described.gateway_url.rpartition(":")[2])
             taken = await cost("gateway", stack.process("gateway"), port, paths)

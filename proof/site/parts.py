@@ -71,6 +71,11 @@ class OwnStack:
         finally:
             await self._stop_all()
 
+    @property
+    def owner_dsn(self) -> str:
+        """Of the database user that owns the tables."""
+        return self._local.owner_dsn
+
     def part(self, name: str) -> Part:
         return self._children[name].part
 

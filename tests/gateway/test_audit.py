@@ -19,7 +19,8 @@ from runtime.caller_tokens import Caller
 from store import AuditRecord, TaskStore
 from tests.conftest import NewDatabase, unique
 from tests.gateway.conftest import Api
-from tests.gateway.serving import TOKEN_SECRET, bearer, eventually, token_for
+from tests.gateway.serving import TOKEN_SECRET, bearer, token_for
+from tests.waiting import until
 
 IMAGE = {"template_id": "text-to-image", "prompt": "a lighthouse at dusk"}
 
@@ -33,7 +34,7 @@ async def records_of(dsn: str, tenant_id: str, count: int) -> list[dict[str, Any
         return [dict(row) for row in rows] if len(rows) >= count else []
 
     try:
-        found: list[dict[str, Any]] = await eventually(read)
+        found: list[dict[str, Any]] = await until(read)
         return found
     finally:
         await connection.close()
@@ -108,7 +109,7 @@ async def test_an_action_counts_although_its_record_cannot_be_stored(
         async def is_logged() -> bool:
             return any(line["event"] == "audit_not_stored" and line["tenant_id"] == tenant for line in lines)
 
-        await eventually(is_logged)
+        await until(is_logged)
     assert answer.status_code == 202
     await away.close()
 

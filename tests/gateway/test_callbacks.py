@@ -70,7 +70,7 @@ async def test_a_servers_secret_is_withdrawn_without_the_others(
     assert (await statuses(f"gpu-2:{second}"))[0] == [401, 404]
     with pytest.raises(ValueError, match="named gpu-1"):
         await statuses(f"gpu-1:{first}", f"gpu-1:{second}")
-    signing = Settings(_env_file=None, callback_secrets=f"gpu-1:{first},{second}").signing_secret  # type: ignore[arg-type]
+    signing = Settings(_env_file=None, callback_secrets=f"gpu-1:{first},{second}").signing_secret
     assert signing == first
 
 

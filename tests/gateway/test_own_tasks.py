@@ -11,9 +11,10 @@ import pytest_asyncio
 from store import TaskStore
 from tests.conftest import unique
 from tests.gateway.conftest import Api
-from tests.gateway.serving import bearer, eventually, served, token_for
+from tests.gateway.serving import bearer, served, token_for
 from tests.gateway.test_permissions import NAMES_A_TASK, Route, asked, state_of
 from tests.store.facts import claim_of, end, fact, write_of
+from tests.waiting import until
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -65,7 +66,7 @@ async def test_a_stream_of_all_tasks_has_ones_own_only(apart: Api) -> None:
         async def is_watching() -> bool:
             return tenant in hub.watched_tenants
 
-        await eventually(is_watching)
+        await until(is_watching)
         adas, bens = unique("task"), unique("task")
         for task_id, user_id in ((adas, "ada"), (bens, "ben")):
             await store.claim(claim_of(task_id, tenant_id=tenant, user_id=user_id))

@@ -12,8 +12,9 @@ from temporalio.testing import WorkflowEnvironment
 
 from gateway.page import FILES
 from tests.gateway.conftest import Api
-from tests.gateway.serving import bearer, eventually, gateway_process, token_for
+from tests.gateway.serving import bearer, gateway_process, token_for
 from tests.gateway.test_permissions import NEEDS, OPEN, routes_of
+from tests.waiting import until
 
 PAGE = Path(__file__).parents[2] / "gateway" / "page"
 OPERATIONS = ("/metrics", "/openapi.json")
@@ -68,7 +69,7 @@ async def test_metrics_and_documents_can_have_a_port_of_their_own(
             except httpx.TransportError:
                 return False
 
-        await eventually(is_up)
+        await until(is_up)
         for path in OPERATIONS:
             assert (await http.get(f"http://127.0.0.1:{process.port}{path}")).status_code == 404
             assert (await http.get(f"http://127.0.0.1:{port}{path}")).status_code == 200

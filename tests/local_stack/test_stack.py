@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import asyncpg
 import httpx
 import jwt
 import psutil
@@ -112,6 +113,16 @@ def test_it_describes_itself_to_its_owner_alone(folder: RunFolder, stack: StackD
     assert set(described["pids"]) == PARTS
     assert set(described["tokens"]) == set(described["service_tokens"]) == {"tenant-demo", "tenant-other"}
     assert StackDescription.model_validate(described) == stack
+
+
+async def test_its_services_use_a_database_user_that_owns_nothing(stack: StackDescription) -> None:
+    connection = await asyncpg.connect(stack.database_dsn)
+    owned = "SELECT count(*) FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner WHERE r.rolname = current_user"
+    assert await connection.fetchval(owned) == 0
+    assert await connection.fetchval("SELECT rolsuper FROM pg_roles WHERE rolname = current_user") is False
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await connection.execute("UPDATE audit_log SET user_id = 'somebody'")
+    await connection.close()
 
 
 def test_everything_listens_on_this_machine_alone(stack: StackDescription) -> None:

