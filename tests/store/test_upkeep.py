@@ -36,7 +36,7 @@ async def command(*arguments: str, **settings: str) -> tuple[int | None, str]:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    output, _ = await asyncio.wait_for(process.communicate(), 30)
+    output, _ = await asyncio.wait_for(process.communicate(), 60)
     return process.returncode, output.decode()
 
 
@@ -186,7 +186,7 @@ async def test_a_tenant_is_forgotten_and_no_other_and_its_ids_stay_taken(
             [SearchAttributePair(SearchAttributeKey.for_keyword("TenantId"), tenant)]
         ),
     )
-    await until(lambda: is_counted(client, tenant))
+    await until(lambda: is_counted(client, tenant), within_seconds=30)
     settings = {
         "DATABASE_DSN": dsn,
         "TEMPORAL_ADDRESS": client.service_client.config.target_host,
