@@ -72,8 +72,11 @@ def reply_of(answer: Answer[Any]) -> Any:
     return answer.reply
 
 
+CALLBACKS = "http://127.0.0.1:1/callbacks/comfyui/"
+
+
 def new_job(task_id: str) -> Post[JobRequest]:
-    body = job_post().body.model_copy(update={"task_id": task_id})
+    body = job_post().body.model_copy(update={"task_id": task_id, "callback_url": CALLBACKS + task_id})
     return Post(call_for=call_for(task_id=task_id), key=f"{task_id}:submit:1", body=body)
 
 
@@ -83,7 +86,8 @@ def new_training(task_id: str) -> Post[TrainingRequest]:
         snapshot_uri=f"s3://temporary/snapshots/{task_id}/cats/files/",
         files=[DatasetFile(path="1.png", size_bytes=3, sha256="0" * 64)],
     )
-    body = training_post().body.model_copy(update={"task_id": task_id, "dataset": dataset})
+    named = {"task_id": task_id, "dataset": dataset, "callback_url": CALLBACKS + task_id}
+    body = training_post().body.model_copy(update=named)
     return Post(call_for=call_for(scene=Scene.MODEL_TRAIN, task_id=task_id), key=f"{task_id}:submit:1", body=body)
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final, cast
+from unittest.mock import Mock
 
 import httpx
 import psutil
@@ -16,7 +17,7 @@ import pytest_asyncio
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 
-from bridge.api import bridge_app
+from bridge.api import Edge, bridge_app
 from comfyui_temporal.contracts.prices import PriceTable
 from proof.simulators.comfyui_app import comfyui_app
 from proof.simulators.credits_app import credits_app
@@ -62,7 +63,7 @@ def test_every_route_of_a_service_is_a_door_here(tmp_path: Path) -> None:
     nothing = cast("Any", None)
     given = {"folder": tmp_path, "tokens": Tokens("", "", ""), "admin_token": "", "prices": PriceTable(), "speed": 1.0}
     apps = {
-        "bridge": bridge_app(nothing, nothing, nothing, nothing, nothing),
+        "bridge": bridge_app(Edge(nothing, nothing), Mock(), Mock(), nothing, nothing),
         "comfyui": comfyui_app(**given, callback_secrets=[TEST_CALLBACK_SECRET]),  # type: ignore[arg-type]
         "credits": credits_app(**given),  # type: ignore[arg-type]
     }
