@@ -61,7 +61,7 @@ class ForgottenHolds:
         other holds are cancelled too.
         """
         await self._look.once()
-        ledger = await self._ledger.read()
+        first = ledger = await self._ledger.read()
         own = {hold.pre_deduct_id: hold for hold in self._state.asked if hold.pre_deduct_id}
         stands = {} if ledger is None else ledger.open_holds().named
         known = dict.fromkeys(
@@ -85,14 +85,10 @@ class ForgottenHolds:
         # With `keep_one` a charge follows, and whoever makes it records what stays unknown, with its cost.
         if not is_learned and not keep_one and workflow.patched(UNKNOWN_RECORDED):
             self._record_unknown()
-        if ledger is not None and self._has_nameless(ledger) and workflow.patched(NAMELESS_RECORDED):
+        if _has_nameless(first, known=len(may_stand)) and workflow.patched(NAMELESS_RECORDED):
             await self._record_nameless()
         self.is_done = True
         return len(known) > len(own)
-
-    def _has_nameless(self, ledger: TaskLedger) -> bool:
-        """Whether a ledger without ids may show a hold of which neither this run nor the row knows."""
-        return not ledger.tells_ids and ledger.open_holds().nameless > self.own_standing()
 
     async def _record_nameless(self) -> None:
         own = [hold.amount for hold in self._state.asked if hold.pre_deduct_id and not hold.resolved]
@@ -168,3 +164,8 @@ class ForgottenHolds:
             f"Hold {pre_deduct_id}, taken before the run was reset, could not be cancelled. {refusal.sentence}",
             pre_deduct_id=pre_deduct_id,
         )
+
+
+def _has_nameless(ledger: TaskLedger | None, *, known: int) -> bool:
+    """Whether a ledger without ids shows more open holds than the `known` ones that may be open."""
+    return ledger is not None and not ledger.tells_ids and ledger.open_holds().nameless > known
