@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 from functools import cache
@@ -125,6 +126,19 @@ def test_our_services_read_valid_settings(service: str, monkeypatch: pytest.Monk
     assert settings.database_dsn is not None
     assert settings.database_dsn.get_secret_value().endswith("@postgres:5432/comfyui_temporal")
     assert settings.dataset_roots == ["file:///data/datasets/{tenant_id}/"]
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_every_command_names_a_program_that_exists(service: str) -> None:
+    python, *command = services()[service]["command"]
+    assert python == "python"
+    if command[0] == "-m":
+        program = importlib.util.find_spec(command[1])
+        assert program is not None
+        is_package = program.submodule_search_locations is not None
+        assert not is_package or importlib.util.find_spec(f"{command[1]}.__main__") is not None
+    else:
+        assert (PROJECT / command[0]).is_file()
 
 
 def test_services_listen_where_others_look_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
