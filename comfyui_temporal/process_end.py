@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 
@@ -19,3 +20,13 @@ def end_process(code: int) -> NoReturn:
         except BrokenPipeError:  # the reader, e.g. `head`, has stopped reading
             continue
     os._exit(code)
+
+
+def run_and_end(command: Callable[[], object]) -> NoReturn:
+    """Run a command line, then end the process with the exit code that it raises as SystemExit."""
+    code = 0
+    try:
+        command()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    end_process(code)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Annotated, Any, Final, NoReturn
+from typing import Annotated, Any, Final
 
 import typer
 from pydantic import TypeAdapter, ValidationError
@@ -19,7 +19,7 @@ from temporalio.service import RPCError
 
 from comfyui_temporal.contracts.errors import sentences_of
 from comfyui_temporal.contracts.fields import CallerId
-from comfyui_temporal.process_end import end_process
+from comfyui_temporal.process_end import run_and_end
 from runtime import temporal_connection
 from runtime.settings import Settings
 from store.database import address_of
@@ -230,15 +230,5 @@ def _run(dsn: str, revision: str, *, forwards: bool) -> None:
     typer.echo(f"The tables at {address_of(dsn)} are at revision {revision}.")
 
 
-def main() -> NoReturn:
-    """Run the command and end the process with its exit code."""
-    code = 0
-    try:
-        app()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    end_process(code)
-
-
 if __name__ == "__main__":
-    main()
+    run_and_end(app)

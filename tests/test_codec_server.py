@@ -1,4 +1,4 @@
-"""The codec server as a process: Temporal's protocol over HTTP, who may use it, and Temporal's own command line."""
+"""The codec server as a process: Temporal's protocol over HTTP, authentication, and Temporal's own command line."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 from temporalio import workflow
 
 from comfyui_temporal.contracts.credits import CancelHoldReply
-from comfyui_temporal.contracts.errors import HOLD_OUT_OF_SIGHT, Answer, ExceptionCode
+from comfyui_temporal.contracts.errors import HOLD_NAMELESS, HOLD_OUT_OF_SIGHT, Answer, ExceptionCode
 from comfyui_temporal.contracts.requests import HoldState
 from workflows.ledger_search import LedgerSearch
 from workflows.task_record import TaskRecord
@@ -45,10 +45,12 @@ class DoubledHolds:
         for n, (pre_deduct_id, amount) in enumerate(doubled.named.items(), start=1):
             answer = await self._cancel(pre_deduct_id, f"doubled-{n}", reason)
             if answer is not None and answer.reply is not None:
-                self._record_doubled(pre_deduct_id, amount, "It was cancelled.", pre_deduct_id=pre_deduct_id)
+                self._record_doubled(
+                    f"hold_doubled:{pre_deduct_id}", amount, "It was cancelled.", pre_deduct_id=pre_deduct_id
+                )
         if doubled.nameless:
             whose = "The ledger does not show its id: it ends by expiry, or the service's operator cancels it."
-            self._record_doubled("nameless", doubled.nameless_points, whose, holds=doubled.nameless)
+            self._record_doubled(HOLD_NAMELESS, doubled.nameless_points, whose, holds=doubled.nameless)
 
     def _record_out_of_sight(self) -> None:
         if not workflow.patched(OUT_OF_SIGHT):
@@ -62,7 +64,7 @@ class DoubledHolds:
 
     def _record_doubled(self, key: str, amount: int, what_next: str, **details: Any) -> None:
         self._record.record_exception(
-            f"hold_doubled:{key}",
+            key,
             ExceptionCode.HOLD_DOUBLED,
             f"The credits service took another hold of {amount} points for a repeated request. {what_next}",
             amount=amount,

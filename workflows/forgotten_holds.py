@@ -12,7 +12,7 @@ from typing import Final
 from temporalio import workflow
 
 from comfyui_temporal.contracts.credits import CancelHoldReply
-from comfyui_temporal.contracts.errors import Answer, ExceptionCode, Refusal, RefusalKind
+from comfyui_temporal.contracts.errors import HOLD_NAMELESS, Answer, ExceptionCode, Refusal, RefusalKind
 from comfyui_temporal.contracts.requests import HoldState, RequestedHold
 from workflows.hold_ends import HoldEnds
 from workflows.ledger_search import LedgerSearch
@@ -97,7 +97,7 @@ class ForgottenHolds:
             return
         self._state.asked_again = 0  # a doubled hold of this run is among them
         self._record.record_exception(
-            "hold_doubled:forgotten",
+            HOLD_NAMELESS,
             ExceptionCode.HOLD_DOUBLED,
             f"{left.nameless_points} points are held from before the task's run was reset. Neither row nor ledger "
             "shows the id: the hold ends by expiry, or the service's operator cancels it.",

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from comfyui_temporal.command_line import new_task_commands, task_commands
 from comfyui_temporal.command_line.app import app
-from comfyui_temporal.process_end import end_process
+from comfyui_temporal.process_end import run_and_end
 
 __all__ = ["app", "main", "new_task_commands", "task_commands"]
 
@@ -16,9 +16,4 @@ def main() -> NoReturn:
     """Run the command line and end the process with the command's exit code."""
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.WARNING)
-    code = 0
-    try:
-        app()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    end_process(code)
+    run_and_end(app)

@@ -82,6 +82,8 @@ class ExceptionCode(StrEnum):
     ROUTE_NOT_OFFERED = "route_not_offered"
 
 
+HOLD_NAMELESS: Final = "hold_doubled:nameless"
+"""Key of the `hold_doubled` record of holds without an id: however they are found, in whichever life, once a task."""
 HOLD_OUT_OF_SIGHT: Final = "hold_doubled:out_of_sight"
 """Key of the `undo_unfinished` record that says: the ledger does not show whether a hold is doubled."""
 

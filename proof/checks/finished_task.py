@@ -56,6 +56,8 @@ class Exempt(StrEnum):
     """The events' points do not add up: the service answered that it does not have a hold."""
     BUG = "bug"
     """Workflow tasks were made to fail."""
+    CHARGE_HIDDEN = "charge_hidden"
+    """The ledger lags by more than the ten minutes for which it is searched: an earlier life's charge stays unseen."""
     RESET = "reset"
     """The run may have been reset, which the server records as a failed workflow task."""
     NO_ROW = "no_row"

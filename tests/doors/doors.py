@@ -81,7 +81,7 @@ SIGNED_ROUTES: Final[dict[str, frozenset[Route]]] = {
 
 @dataclass(frozen=True)
 class Token:
-    """`kind`: what it is; None: it must open nothing that is closed. `tenant`: whom it names."""
+    """`kind`: what it is; None if it must open no closed door. `tenant`: the tenant that it names."""
 
     name: str
     text: str | None

@@ -44,6 +44,19 @@ def test_many_schedules_keep_the_invariants(kind: str, profile: str, resets: flo
     assert problems(kind, range(int(SEEDS[kind] * share), most), profile, resets) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "seed", "profile"),
+    [
+        pytest.param("image", 213, "field", id="a doubled hold is found twice and recorded once"),
+        pytest.param("image", 6081, "both", id="a ledger that lags hides an earlier life's charge"),
+        pytest.param("image", 7745, "both", id="an operator gives a doubled hold back once it is recorded"),
+        pytest.param("training", 1341, "both", id="no search for a hold that the row explains"),
+    ],
+)
+def test_a_schedule_that_once_failed_keeps_the_invariants(kind: str, seed: int, profile: str) -> None:
+    assert problems(kind, range(seed, seed + 1), profile, 0.1) == []
+
+
 def test_the_seeds_reset_runs_on_both_profiles() -> None:
     for profile in ("contract", "field"):
         outcomes = [play(seed, "image", profile=profile, resets=1.0) for seed in range(8)]

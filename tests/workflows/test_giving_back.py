@@ -9,7 +9,7 @@ from temporalio.client import WorkflowExecutionStatus, WorkflowUpdateStage
 
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
-from tests.workflows.payers import end_open_holds, holds_of, kinds_of, new_payer, until_started
+from tests.workflows.payers import Payer, end_open_holds, holds_of, kinds_of, new_payer, until_started
 from tests.workflows.platform import Handle, Platform, task_id_of
 
 pytestmark = pytest.mark.on_both_profiles
@@ -144,6 +144,19 @@ async def test_a_hold_whose_cancel_was_lost_is_found_by_reason_alone(quick_platf
     assert ending.result["credits"]["returned"] == HD
 
 
+async def held_twice(platform: Platform, payer: Payer, fate: str) -> Handle:
+    """A task whose first hold's answer is lost, on a service without keys; its `fate` is commit or cancel."""
+    credits = platform.simulators.admin.credits
+    await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
+    await credits.fault("drop", route="pre_deduct", tenant_id=payer.tenant_id)
+    if fate == "commit":
+        return await platform.start(payer.image())
+    handle = await start_held(platform, payer.image())
+    await until_started(platform, handle)
+    await platform.cancel(handle)
+    return handle
+
+
 @pytest.mark.parametrize("fate", ["commit", "cancel"])
 @pytest.mark.parametrize("ledger", [pytest.param("by kind", marks=BY_KIND), "by reason"])
 async def test_a_hold_that_was_taken_twice_is_recorded_with_its_amount(
@@ -151,20 +164,13 @@ async def test_a_hold_that_was_taken_twice_is_recorded_with_its_amount(
 ) -> None:
     """The first answer is lost and keys are ignored: another hold is open. It is cancelled where its id is known."""
     payer = await new_payer(quick_platform)
-    credits = quick_platform.simulators.admin.credits
-    await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
-    await credits.fault("drop", route="pre_deduct", tenant_id=payer.tenant_id)
     if ledger == "by reason":
-        await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
-    task = payer.image()
-    handle = await (quick_platform.start(task) if fate == "commit" else start_held(quick_platform, task))
-    if fate == "cancel":
-        await until_started(quick_platform, handle)
-        await quick_platform.cancel(handle)
+        await quick_platform.simulators.admin.credits.fault("plain_ledger", tenant_id=payer.tenant_id)
+    handle = await held_twice(quick_platform, payer, fate)
     ending = await ended(quick_platform, handle, exempt={"hold_expires"})
     assert ending.charged == (HD if fate == "commit" else 0)
     assert ending.exceptions == ["hold_doubled"]
-    [record] = await quick_platform.store.exceptions(task_id=task["task_id"])
+    [record] = await quick_platform.store.exceptions(task_id=task_id_of(handle))
     assert record.details["amount"] == HD
     open_holds = [hold for hold in await holds_of(quick_platform, handle) if hold.phase == "open"]
     assert len(open_holds) == (1 if ledger == "by reason" else 0)
@@ -177,8 +183,6 @@ async def test_a_repeated_request_that_the_ledger_no_longer_shows_is_recorded(
     """A busy account's ledger without pages ends before the request: whether another hold is open cannot be seen."""
     payer = await new_payer(quick_platform)
     credits = quick_platform.simulators.admin.credits
-    await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
-    await credits.fault("drop", route="pre_deduct", tenant_id=payer.tenant_id)
     others = [
         {"ledger_id": f"l-{n}", "task_id": f"other-{n}", "change": -24, "balance_after": 0, "reason": "pre_deduct"}
         | {"created_at": "2026-01-01T00:00:00Z"}
@@ -186,11 +190,7 @@ async def test_a_repeated_request_that_the_ledger_no_longer_shows_is_recorded(
     ]
     body = {"entries": others}
     await credits.fault("answer", route="ledger", tenant_id=payer.tenant_id, status=200, body=body, times=None)
-    task = payer.image()
-    handle = await (quick_platform.start(task) if fate == "commit" else start_held(quick_platform, task))
-    if fate == "cancel":
-        await until_started(quick_platform, handle)
-        await quick_platform.cancel(handle)
+    handle = await held_twice(quick_platform, payer, fate)
     ending = await ended(quick_platform, handle, exempt={"hold_expires"})
     assert ending.charged == (HD if fate == "commit" else 0)
     assert ending.exceptions == ["undo_unfinished"]
