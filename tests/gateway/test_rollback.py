@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from temporalio.client import WorkflowHandle
 
+from comfyui_temporal.contracts.lives import TaskRun
+from comfyui_temporal.contracts.task_store import TaskWrite
 from comfyui_temporal.contracts.tasks import TaskEvent, workflow_id_of
 from proof.simulators.admin_wire import FaultKind
 from store import StoreUnavailable
@@ -124,12 +126,19 @@ async def test_a_submit_that_was_refused_is_not_sent_again(
     comfyui = api.platform.simulators.admin.comfyui
     refusal = {"detail": {"code": "42202", "message": "job_refused"}}
     await comfyui.fault(FaultKind.ANSWER, route=route, task_id=task_id, status=422, body=refusal)
-    with monkeypatch.context() as patch:
-        patch.setattr(api.platform.store, "write", _store_away)
-        made = api.platform.image(task_id=task_id) if scene == "image" else api.platform.training(task_id=task_id)
-        await api.call("POST", "/images" if scene == "image" else "/trainings", made)
-        await until(lambda: answered(handle_of(api, task_id), route))
-        await handle_of(api, task_id).terminate("by an operator")
+    whole_write = api.platform.store.write
+
+    async def write_of_ended_runs(write: TaskWrite, run: TaskRun | None = None, **given: Any) -> None:
+        """The run's own writes fail, also one that is under way when it is terminated; the give-back's succeed."""
+        if run is not None:
+            raise StoreUnavailable("The task store is away.")
+        await whole_write(write, run, **given)
+
+    monkeypatch.setattr(api.platform.store, "write", write_of_ended_runs)
+    made = api.platform.image(task_id=task_id) if scene == "image" else api.platform.training(task_id=task_id)
+    await api.call("POST", "/images" if scene == "image" else "/trainings", made)
+    await until(lambda: answered(handle_of(api, task_id), route))
+    await handle_of(api, task_id).terminate("by an operator")
 
     answer = await api.call("POST", f"/{task_id}/rollback")
 
@@ -138,10 +147,6 @@ async def test_a_submit_that_was_refused_is_not_sent_again(
     assert len(await comfyui.requests_seen(route, task_id)) == 1
     assert await comfyui.jobs(task_id) == []
     await check_nothing_left(api, task_id)
-
-
-async def _store_away(*_: Any, **__: Any) -> None:
-    raise StoreUnavailable("The task store is away.")
 
 
 @pytest.mark.slow  # Temporal takes half a minute to delete a run
