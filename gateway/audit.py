@@ -5,12 +5,13 @@
     without a usable token (401)                only the line: nobody is known, and strangers must not fill a table
 
 `Access` notes operation and caller; the answer shows the rest. The row is written after the answer: an outage of the
-store delays no request, and is logged as `audit_not_stored` with the same fields.
+store delays no request, and is logged as `audit_not_stored` with the same fields. `at` gives the order, not `id`.
 """
 
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from typing import Final
 
 import structlog
@@ -52,21 +53,21 @@ class AuditLog:
             await self._app(scope, receive, send)
             return
         scope.setdefault("state", {})
-        status, location = 500, ""
+        status, location, answered_at = 500, "", None
 
         async def seen(message: Message) -> None:
-            nonlocal status, location
+            nonlocal status, location, answered_at
             if message["type"] in _STARTS:
-                status = message["status"]
+                status, answered_at = message["status"], datetime.now(UTC)
                 location = dict(message.get("headers", ())).get(b"location", b"").decode("latin-1")
             await send(message)
 
         try:
             await self._app(scope, receive, seen)
         finally:
-            await self._record(scope, status, location)
+            await self._record(scope, status, location, answered_at or datetime.now(UTC))
 
-    async def _record(self, scope: Scope, status: int, location: str) -> None:
+    async def _record(self, scope: Scope, status: int, location: str, at: datetime) -> None:
         operation: Operation | None = scope["state"].get(_OPERATION)
         code: ProblemCode | None = scope["state"].get(PROBLEM_STATE)
         is_refused = code in (ProblemCode.UNAUTHENTICATED, ProblemCode.NOT_AUTHORIZED)
@@ -79,6 +80,7 @@ class AuditLog:
         # A start's answer names the task.
         task_id = scope.get("path_params", {}).get("task_id") or location.rpartition("/")[2]
         record = AuditRecord(
+            at=at,
             operation=operation,
             status=status,
             code=code,

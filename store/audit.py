@@ -20,6 +20,8 @@ _DELETE_OLD: Final = delete(audit_log).where(audit_log.c.id.in_(_OLD))
 class AuditRecord(OwnModel):
     """What a caller did, or was refused: `status` and `code` are those of the answer."""
 
+    at: datetime
+    """When the answer began, by the gateway's clock. Rows are stored after their answers, in any order."""
     operation: Operation
     status: int
     code: str | None = None

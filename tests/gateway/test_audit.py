@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from datetime import UTC, datetime, timedelta
@@ -30,7 +31,7 @@ async def records_of(dsn: str, tenant_id: str, count: int) -> list[dict[str, Any
     connection = await asyncpg.connect(dsn)
 
     async def read() -> list[dict[str, Any]]:
-        rows = await connection.fetch("SELECT * FROM audit_log WHERE tenant_id = $1 ORDER BY id", tenant_id)
+        rows = await connection.fetch("SELECT * FROM audit_log WHERE tenant_id = $1 ORDER BY at", tenant_id)
         return [dict(row) for row in rows] if len(rows) >= count else []
 
     try:
@@ -92,9 +93,27 @@ async def test_a_refused_caller_is_recorded_by_a_hash_that_is_no_part_of_the_tok
     assert [record["operation"] for record in records] == ["start_image_task", *["read_task"] * 3]
     hashed = hashlib.sha256(token.rpartition(".")[0].encode()).hexdigest()[:16]
     assert [record["token_id"] for record in records] == [hashed, hashed, "first", "first"]
-    told = [line for line in lines if line["event"] == "audit"]
-    assert [(line["tenant_id"], line["status"]) for line in told] == [*[(tenant, 403)] * 4, (None, 401)]
+    logged = [line for line in lines if line["event"] == "audit"]
+    assert [(line["tenant_id"], line["status"]) for line in logged] == [*[(tenant, 403)] * 4, (None, 401)]
     assert token not in str(lines) and stream_token not in str(lines)
+
+
+async def test_records_are_in_the_order_of_their_answers_although_a_later_one_is_stored_first(
+    api: Api, task_store: TaskStore, postgres_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, second_is_stored = task_store.append_audit, asyncio.Event()
+
+    async def slowly_first(record: AuditRecord) -> None:
+        if record.status == 202:
+            await second_is_stored.wait()
+        await append(record)
+        second_is_stored.set()
+
+    monkeypatch.setattr(task_store, "append_audit", slowly_first)
+    tenant = unique("tenant")
+    for _ in range(2):
+        await api.call("POST", "/images", {**IMAGE, "task_id": f"image-{tenant}"}, token=token_for(tenant))
+    assert [record["status"] for record in await records_of(postgres_dsn, tenant, 2)] == [202, 200]
 
 
 async def test_an_action_counts_although_its_record_cannot_be_stored(
@@ -117,7 +136,8 @@ async def test_an_action_counts_although_its_record_cannot_be_stored(
 async def test_the_log_is_append_only_and_only_its_retention_deletes(new_database: NewDatabase) -> None:
     dsn = await new_database()
     store, connection = TaskStore(dsn), await asyncpg.connect(dsn)
-    record = AuditRecord(operation=Operation.CANCEL_TASK, status=200, tenant_id="t", user_id="u", token_id="j")
+    now = datetime.now(UTC)
+    record = AuditRecord(at=now, operation=Operation.CANCEL_TASK, status=200, tenant_id="t", user_id="u", token_id="j")
     await store.append_audit(record)
     await connection.execute(
         "INSERT INTO audit_log (at, operation, status, tenant_id, user_id, token_id) "

