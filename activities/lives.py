@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Any, Final, TypeVar
 
 import structlog
 from temporalio import activity
+from temporalio.client import RPCError, RPCStatusCode, WorkflowExecutionStatus
 from temporalio.exceptions import ApplicationError
 
 from activities.outside_http import current_time_limit_seconds, time_limit
@@ -27,6 +29,7 @@ Reply = TypeVar("Reply")
 
 LOOK_SECONDS: Final = 1.5
 NOTE_SECONDS: Final = 1.0
+CURRENT_RUN_WITHIN: Final = timedelta(seconds=1)
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +48,24 @@ def acting_run(task_id: str, first_execution_run_id: str | None, run_number: int
         run_number=run_number,
         first_execution_run_id=first_execution_run_id,
     )
+
+
+async def current(run: TaskRun) -> TaskRun | None:
+    """`run` as the current one, if Temporal says that it is. Raises ApplicationError, retryable.
+
+    To be called where the row says that the run was superseded: a late call of a run that was reset away may have
+    displaced it, and the row alone does not show which of the two is alive.
+    """
+    handle = activity.client().get_workflow_handle(activity.info().workflow_id or "")
+    try:
+        description = await handle.describe(rpc_timeout=CURRENT_RUN_WITHIN)
+    except RPCError as error:
+        if error.status is RPCStatusCode.NOT_FOUND:
+            return None
+        sentence = f"Temporal did not say which run of the task is the current one ({error.status.name})."
+        raise ApplicationError(sentence, type=FailureCode.INTERNAL.value) from None
+    is_current = description.run_id == run.run_id and description.status is WorkflowExecutionStatus.RUNNING
+    return run.model_copy(update={"is_current": True}) if is_current else None
 
 
 class Lives:
@@ -92,7 +113,10 @@ class Lives:
 
     async def _life(self, run: TaskRun, *, waits_for_store: bool) -> EarlierLife:
         try:
-            return await self._store.register(run, within_seconds=LOOK_SECONDS)
+            life = await self._store.register(run, within_seconds=LOOK_SECONDS)
+            if life.is_superseded and (again := await current(run)) is not None:
+                life = await self._store.register(again, within_seconds=LOOK_SECONDS)
+            return life
         except StoreUnavailable as failure:
             if waits_for_store:
                 raise ApplicationError(str(failure), type=STORE_UNAVAILABLE) from None

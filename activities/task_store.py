@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
-from activities.lives import acting_run
+from activities.lives import acting_run, current
 from activities.running_call import request_limit_seconds, uninterrupted
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.lives import EarlierLife
@@ -99,7 +99,9 @@ class TaskStoreActivities:
         run = acting_run(write.task_id, write.first_execution_run_id, write.run_number)
         if write.claim is not None:
             write = write.model_copy(update={"claim": self._with_stored_hash(write.claim)})
-        await self._tried(self._store.write(write, run, within_seconds=self._limit()))
+        is_written = await self._tried(self._store.write(write, run, within_seconds=self._limit()))
+        if not is_written and run is not None and (again := await current(run)) is not None:
+            await self._tried(self._store.write(write, again, within_seconds=self._limit()))
 
     @activity.defn
     async def look(self, order: LookOrder) -> RowSeen:
@@ -107,7 +109,10 @@ class TaskStoreActivities:
         run = acting_run(order.task_id, order.first_execution_run_id, order.run_number)
         if run is None:
             raise ApplicationError("Only a task's own run looks.", type=FailureCode.INTERNAL.value, non_retryable=True)
-        return await self._tried(self._store.look(run, within_seconds=self._limit()))
+        seen = await self._tried(self._store.look(run, within_seconds=self._limit()))
+        if seen.life.is_superseded and (again := await current(run)) is not None:
+            return await self._tried(self._store.look(again, within_seconds=self._limit()))
+        return seen
 
     def _with_stored_hash(self, claim: TaskClaim) -> TaskClaim:
         return claim.model_copy(update={"input_sha256": self._encryption.keyed_hash(claim.input_sha256)})

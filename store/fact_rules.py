@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from comfyui_temporal.contracts.task_store import Fact
+from comfyui_temporal.contracts.tasks import EventType, TaskStatus
 
 
 @dataclass
@@ -39,6 +40,32 @@ class WrittenSoFar:
             is_back = fact.progress is not None and progress > fact.progress
             taken.append((self.last_seq, fact.model_copy(update={"progress": progress}) if is_back else fact))
         return taken
+
+    def balance(self, taken: list[tuple[int, Fact]], *, published_points: int, charged: int | None, life: int) -> None:
+        """Before the end put an event that makes the task's points add up to what was charged.
+
+        An earlier life may have published points that the ending run, reset to before them, does not know. `charged`
+        None: it is unknown what the sum should be. `taken` ends with the end.
+        """
+        if charged is None:
+            return
+        seq, end = taken[-1]
+        moved = published_points + sum(fact.credits_delta or 0 for _, fact in taken)
+        missing = -charged - moved
+        if missing == 0:
+            return
+        what = "came back that were held" if missing > 0 else "were charged"
+        event = Fact(
+            key=f"balanced:{life}",
+            event=EventType.CREDITS,
+            ts=end.ts,
+            attempt=end.attempt,
+            status=TaskStatus.RUNNING,
+            credits_delta=missing,
+            message=f"{abs(missing)} points {what} before the task's run was reset.",
+        )
+        taken[-1:] = [(seq, event), (seq + 1, end)]
+        self.last_seq += 1
 
     def are_newer(self, facts: Iterable[Fact]) -> bool:
         """Whether every fact is newer than all that was written of its job, so that no key needs a lookup."""

@@ -1,9 +1,12 @@
 """Which run of a task acts (contract §4, earlier lives). Each function is one transaction's work.
 
     the run that is registered          nothing changes
-    a run that was registered before    nothing changes: it was superseded
+    a run that was registered before    nothing changes: it was superseded; unless Temporal names it as the current one
     a higher run number                 the run continued as new: the new one takes over
     anything else                       the run was reset: the new one takes over, and `lives` increases
+
+A call of a run that was reset away may land after the new run's first one and displace it. So the new run asks
+Temporal before it believes that it was superseded, and takes the task back.
 
 A take-over after a reset also resets the row's version: from then on the new run's state counts, not the old run's.
 """
@@ -39,6 +42,7 @@ _LOCKED: Final = _SEEN.with_for_update(key_share=True)
 _NEWEST_EARLIER: Final = func.array_prepend(tasks.c.run_id, tasks.c.earlier_run_ids, type_=ARRAY(Text))[
     1:MOST_EARLIER_RUNS
 ]
+_WITHOUT_ITSELF: Final = func.array_remove(_NEWEST_EARLIER, bindparam("run", type_=Text), type_=ARRAY(Text))
 _POINTS: Final = select(func.sum(task_events.c.credits_delta)).where(task_events.c.task_id == bindparam("task"))
 _LIFE_SECONDS: Final = select(func.extract("epoch", func.now() - tasks.c.life_began_at)).where(
     tasks.c.task_id == bindparam("task")
@@ -66,7 +70,7 @@ async def taken_over(connection: AsyncConnection, row: Row[*tuple[Any, ...]], ru
     changes = take_over(row, run)
     if changes:
         statement = update(tasks).where(tasks.c.task_id == run.task_id).values(**changes, updated_at=func.now())
-        await connection.execute(statement)
+        await connection.execute(statement, {"run": run.run_id} if row.is_earlier else {})
     return changes
 
 
@@ -80,12 +84,15 @@ async def note_older_row(
 
 def take_over(row: Row[*tuple[Any, ...]], run: TaskRun) -> dict[str, Any]:
     """The columns that make `run` the acting run; none if it acts already, or may not."""
-    if is_anothers(row, run) or row.ended_at is not None or row.run_id == run.run_id or row.is_earlier:
+    is_displaced = row.is_earlier and run.is_current
+    if is_anothers(row, run) or row.ended_at is not None or row.run_id == run.run_id:
+        return {}
+    if row.is_earlier and not is_displaced:
         return {}
     changes: dict[str, Any] = {"run_id": run.run_id, "run_number": run.run_number}
     if row.run_id is not None:
-        changes["earlier_run_ids"] = _NEWEST_EARLIER
-    is_reset = run.was_reset if row.run_id is None else run.run_number <= row.run_number
+        changes["earlier_run_ids"] = _WITHOUT_ITSELF if is_displaced else _NEWEST_EARLIER
+    is_reset = run.was_reset if row.run_id is None else is_displaced or run.run_number <= row.run_number
     if is_reset:
         changes |= {"lives": row.lives + 1, "life_began_at": func.now(), "version": 0}
     return changes
@@ -101,7 +108,7 @@ def life_of(row: Row[*tuple[Any, ...]], run: TaskRun, changes: dict[str, Any] | 
         lives=(changes or {}).get("lives", row.lives),
         has_ended=row.ended_at is not None,
         is_given_back=row.given_back_by is not None,
-        is_superseded=bool(row.is_earlier) or is_anothers(row, run),
+        is_superseded=(bool(row.is_earlier) and not changes) or is_anothers(row, run),
     )
 
 

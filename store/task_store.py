@@ -76,12 +76,13 @@ class TaskStore:
 
     async def write(
         self, write: TaskWrite, run: TaskRun | None = None, *, within_seconds: float = WORK_SECONDS
-    ) -> None:
+    ) -> bool:
         """Write row, events, exception records and NOTIFY in one transaction. Raises NotTheClaimant, TaskUnknown.
 
-        Registers `run`, the writing run. None: the caller writes on behalf of a run that has ended.
+        Registers `run`, the writing run. None: the caller writes on behalf of a run that has ended. Returns False if
+        `run` was superseded: its write is ignored.
         """
-        await self._database.transaction(
+        return await self._database.transaction(
             lambda connection: tasks.write_task(connection, write, run),
             doing=f"writing the events of the task {write.task_id}",
             within_seconds=within_seconds,

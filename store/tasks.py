@@ -22,7 +22,7 @@ from comfyui_temporal.contracts.task_store import Fact, TaskClaim, TaskException
 from comfyui_temporal.contracts.tasks import EventType, TaskStatus
 from store.fact_rules import WrittenSoFar
 from store.failures import NotTheClaimant, TaskUnknown
-from store.lives import IS_EARLIER, STANDING, note_older_row, taken_over
+from store.lives import IS_EARLIER, STANDING, note_older_row, published_points, taken_over
 from store.tables import EVENTS_CHANNEL, task_claims, task_events, task_exceptions, tasks, training_log
 
 ACCEPTED_KEY: Final = "accepted"
@@ -141,10 +141,11 @@ async def _insert_row(connection: AsyncConnection, claim: TaskClaim, run: TaskRu
     await connection.execute(_insert_of(frozenset(row)), _new(row) | _event_parameters(claim.task_id, [(1, first)]))
 
 
-async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun | None = None) -> None:
+async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun | None = None) -> bool:
     """Apply a write by the rules of contract §6. Raises NotTheClaimant, TaskUnknown.
 
-    `run` is the writing run; None if the caller writes on behalf of a run. A superseded run's state is ignored.
+    `run` is the writing run; None if the caller writes on behalf of a run. Returns False if it was superseded: its
+    write is ignored.
     A write with a lower run number takes nothing over: a write that was in flight when its run continued as new may
     land after the next run's first write. A run that was reset to before a continuation is registered by its calls
     and looks.
@@ -155,12 +156,13 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
             f"The task {write.task_id} is another run's: run {write.first_execution_run_id} never claimed it, "
             "and nothing was written. Start the task under a new task_id."
         )
-    if row.is_earlier:
-        return
+    if run is not None and row.is_earlier and not run.is_current:
+        return False
     had_ended = row.ended_at is not None
-    version, reached = row.version, dict[tuple[int, str | None], float]()
-    if run is not None and (row.run_id is None or run.run_number >= row.run_number):
-        version = (await taken_over(connection, row, run)).get("version", version)
+    version, lives, reached = row.version, row.lives, dict[tuple[int, str | None], float]()
+    if run is not None and (row.run_id is None or run.run_number >= row.run_number or run.is_current):
+        taken_by_run = await taken_over(connection, row, run)
+        version, lives = taken_by_run.get("version", version), taken_by_run.get("lives", lives)
         await note_older_row(connection, row, run, written=write.written_version)
     if not had_ended and (row.lives or (run is not None and run.run_id != row.run_id)):
         published = await connection.execute(_REACHED, {"task": write.task_id})
@@ -171,6 +173,9 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
     facts = [] if had_ended else [_with_clean_key(fact) for fact in write.facts]
     known = set() if so_far.are_newer(facts) else await _known_keys(connection, write.task_id, facts)
     taken = so_far.take(facts, known)
+    if lives and so_far.has_ended and not had_ended:
+        points = await published_points(connection, write.task_id)
+        so_far.balance(taken, published_points=points, charged=write.state.credits.charged, life=lives)
     changes: dict[str, Any] = {}
     if not had_ended and (write.state.version > version or so_far.has_ended):
         # The end counts regardless of its version: a run may have written a higher one before it was reset.
@@ -188,6 +193,7 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
         await connection.execute(statement, {"task": write.task_id} | _new(changes) | events)
     if write.exceptions:
         await insert_exceptions(connection, write.task_id, write.exceptions)
+    return True
 
 
 async def _row_of(connection: AsyncConnection, write: TaskWrite, run: TaskRun | None) -> Row[*tuple[Any, ...]]:

@@ -107,6 +107,9 @@ class CreditHold(TaskHolds):
             await self._top_up(old, cost)
         finally:
             self._is_taking = False
+        # The pause followed a refusal beside the old hold.
+        if self.state.next_renewal_at is not None and workflow.patched("new-hold-ends-the-pause"):
+            self.state.next_renewal_at = None
 
     async def _renewal_over(self) -> None:
         """Wait until no renewal is in flight. It may be refused for an hour. Raises as `cover`."""

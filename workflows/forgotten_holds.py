@@ -21,6 +21,7 @@ from workflows.task_ledger import TaskLedger
 from workflows.task_record import TaskRecord
 
 NAMELESS_RECORDED: Final = "nameless-hold-of-an-earlier-life-recorded"
+ROW_AWAITED: Final = "row-awaited-where-holds-may-be-forgotten"
 UNKNOWN_RECORDED: Final = "unknown-end-of-an-earlier-lifes-hold-recorded"
 
 
@@ -60,8 +61,11 @@ class ForgottenHolds:
         `keep_one`: the newest hold of the task that may be open is kept, as this run's own, to be committed; this run's
         other holds are cancelled too.
         """
-        await self._look.once()
+        has_row = await self._look.once()
         first = ledger = await self._ledger.read()
+        # A delivery is settled by the ledger alone: a store that is away must not delay it.
+        if not (has_row or keep_one) and self._may_be_forgotten(ledger) and workflow.patched(ROW_AWAITED):
+            await self._look.once_back()
         own = {hold.pre_deduct_id: hold for hold in self._state.asked if hold.pre_deduct_id}
         stands = {} if ledger is None else ledger.open_holds().named
         known = dict.fromkeys(
@@ -89,6 +93,13 @@ class ForgottenHolds:
             await self._record_nameless()
         self.is_done = True
         return len(known) > len(own)
+
+    def _may_be_forgotten(self, ledger: TaskLedger | None) -> bool:
+        """Whether there may be a hold whose id only the row knows: there was an earlier life, or the ledger shows more
+        holds than this run has requested.
+        """
+        is_shown = ledger is not None and len(ledger.holds) > self._state.asked_count
+        return is_shown or self._look.life.is_sure or self._state.lives > 0
 
     async def _record_nameless(self) -> None:
         own = [hold.amount for hold in self._state.asked if hold.pre_deduct_id and not hold.resolved]

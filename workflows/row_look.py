@@ -12,7 +12,7 @@ from activities.task_store import TaskStoreActivities
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.requests import not_left_out
-from comfyui_temporal.contracts.task_store import LookOrder, TaskRow
+from comfyui_temporal.contracts.task_store import LookOrder, RowSeen, TaskRow
 from workflows.failures import TaskFailed
 from workflows.outside_call import ATTEMPT_TIMEOUT, OutsideCall
 
@@ -38,21 +38,32 @@ class RowLook:
     def life(self) -> EarlierLife:
         return self._outside.earlier.life
 
-    async def once(self) -> None:
-        """Read the row once. Where the store does not answer, an earlier life counts as possible."""
-        order = LookOrder(
-            task_id=self._outside.call_for.task_id,
-            first_execution_run_id=workflow.info().first_execution_run_id,
-            run_number=self._outside.call_for.run_number,
-        )
+    async def once(self) -> bool:
+        """Read the row once. Returns whether the store answered; if not, an earlier life counts as possible."""
         try:
             seen = await self._outside.read_store(
-                TaskStoreActivities.look, order, summary=self._outside.labels.read_row, within=LOOK_WITHIN
+                TaskStoreActivities.look, self._order(), summary=self._outside.labels.read_row, within=LOOK_WITHIN
             )
         except FailureError:
             self._outside.earlier.add(EarlierLife(is_store_away=True))
             self.told_points = None
-            return
+            return False
+        self._take(seen)
+        return True
+
+    async def once_back(self) -> None:
+        """Read the row once the store answers, without a limit."""
+        summary = f"{self._outside.labels.read_row}: once the store is back"
+        self._take(await self._outside.visible(TaskStoreActivities.look, self._order(), summary=summary))
+
+    def _order(self) -> LookOrder:
+        return LookOrder(
+            task_id=self._outside.call_for.task_id,
+            first_execution_run_id=workflow.info().first_execution_run_id,
+            run_number=self._outside.call_for.run_number,
+        )
+
+    def _take(self, seen: RowSeen) -> None:
         self._outside.earlier.add(seen.life)
         self.row, self.told_points = seen.row, seen.told_points
         if seen.life_seconds is not None and not seen.life.has_ended:
@@ -104,5 +115,5 @@ class RowRead(RowLook):
         self.row = row
         outside.earlier.add(EarlierLife(lives=row.lives))
 
-    async def once(self) -> None:
-        return
+    async def once(self) -> bool:
+        return True

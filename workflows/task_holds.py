@@ -202,6 +202,7 @@ class TaskHolds:
         return self.state.add(self.forgotten.numbers_taken + 1, request, now)
 
     def _granted(self, hold: RequestedHold, answer: Answer[HoldReply]) -> HoldReply:
+        self.state.learn_lives(answer)
         if is_key_of_earlier_life(answer, self._outside.earlier) or (
             answer.earlier_life is not None and answer.earlier_life.is_known
         ):

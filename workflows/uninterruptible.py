@@ -50,6 +50,7 @@ UNINTERRUPTIBLE: Final = (
             "forgotten_jobs.ForgottenJobs.cancel",
             "forgotten_jobs.ForgottenJobs.delivery",
             "row_look.RowLook.once",
+            "row_look.RowLook.once_back",
             "row_look.RowLook.once_all_has_landed",
             "row_look.RowLook.ended",
             "training_dataset.TrainingDataset.delete",

@@ -26,6 +26,8 @@ class TaskRun(OwnModel):
     run_number: int = 0
     first_execution_run_id: str | None = None
     """None if a worker of release 0.1.0 scheduled the call."""
+    is_current: bool = False
+    """Temporal has just named it as the workflow's current run: it acts, although it was superseded."""
 
     @property
     def was_reset(self) -> bool:

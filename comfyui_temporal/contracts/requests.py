@@ -193,6 +193,8 @@ class HoldState(OwnModel):
     """How many of these are known to have been committed."""
     asked_again: int = 0
     """How many were sent more than once: a service without idempotency may have taken more of them."""
+    lives: int = 0
+    """The most earlier lives of the task that an answer has reported (contract §4)."""
     next_renewal_at: Instant | None = None
     uncovered_since: Instant | None = None
     asking: int | None = None
@@ -212,6 +214,11 @@ class HoldState(OwnModel):
         hold = RequestedHold(n=n, request=request, asked_at=at)
         self.asked.append(hold)
         return hold
+
+    def learn_lives(self, answer: Answer[Any]) -> None:
+        """Keep how many earlier lives an answer reports: a run that continues as new must know it too."""
+        if answer.earlier_life is not None:
+            self.lives = max(self.lives, answer.earlier_life.lives)
 
     def answered(self, hold: RequestedHold, answer: Answer[HoldReply], *, earlier_tries: int = 0) -> None:
         """Take the answer to a pre-deduct, first or repeated. `earlier_tries`: sendings that `tries` does not count."""

@@ -126,11 +126,16 @@ class HoldRules:
     # What the service has
 
     def granted(self) -> list[Known]:
-        """The holds whose answer the run received, by their number."""
+        """The holds whose answer the run received, by their number; not those that the row knew already.
+
+        These count as an earlier life's: the run gives them back.
+        """
         received: dict[int, Known] = {}
         for call in self._world.witness.calls.get("pre_deduct", ()):
             n, answer = number_of(key_of(call)), call.outcome
             if call.resolved_at is None or not isinstance(answer, Answer) or answer.reply is None or n in received:
+                continue
+            if answer.earlier_life is not None and answer.earlier_life.is_known:
                 continue
             first = self._world.witness.first("pre_deduct", n)
             assert first is not None

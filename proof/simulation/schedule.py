@@ -33,7 +33,7 @@ from proof.simulation.trace import Trace
 from proof.simulation.trainings import Trainings
 from proof.simulation.versions import Release, handed_on, keeps_unknown
 
-STEPS_AT_MOST: Final = 6_000
+STEPS_AT_MOST: Final = 12_000
 
 
 @dataclass
@@ -101,6 +101,7 @@ class Schedule:
         )
         environment = Environment(timeline, scenario.faults, rng, self.parties, self.trace)
         self.server = Server(environment, identity)
+        self.parties.store.is_current = self.server.is_current
         self.server.hand_on = self._hand_on
         self.oracle = Oracle(scenario, self.server, self.parties)
         self.clients = Clients(rng, timeline, self.server, self.oracle, self.parties, self.trace)

@@ -48,6 +48,9 @@ class Server:
     def witness(self) -> Witness:
         return self.environment.witness
 
+    def is_current(self, run_id: str) -> bool:
+        return self.closed is None and self._run.identity.run_id == run_id
+
     # What is sent to the task
 
     def signal(self, name: str, *payloads: Payload) -> None:

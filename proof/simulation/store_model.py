@@ -64,6 +64,8 @@ class StoreModel:
         self._reached: dict[tuple[int, str | None], float] = {}
         self._writes: list[tuple[TaskWrite, Caller]] = []
         self.on_event: Callable[[Fact], None] = lambda _fact: None
+        self.is_current: Callable[[str], bool] = lambda _run_id: False
+        """Whether Temporal names a run as the task's current one."""
 
     @property
     def has_ended(self) -> bool:
@@ -88,14 +90,19 @@ class StoreModel:
         """Raises StoreRefused."""
         if write.first_execution_run_id != self.held_by or self.state is None:
             raise StoreRefused("another run holds the id")
-        if caller.run_id in self._earlier_runs:
+        is_displaced = self._is_displaced(caller.run_id)
+        if caller.run_id in self._earlier_runs and not is_displaced:
             return
         self._writes.append((write, caller))
-        if write.run_number > self._run_number:  # calls in flight while a run continues as new are no reset
+        if (
+            write.run_number > self._run_number or is_displaced
+        ):  # calls in flight while a run continues as new are no reset
             self._take_over(caller.run_id, write.run_number)
         had_ended = self.has_ended
         for fact in write.facts:
             if not self.has_ended and fact.key not in self._keys and not self._is_outdated(fact):
+                if fact.is_end and self.lives:
+                    self._balance(fact, write.state.credits.charged)
                 self._append(fact)
         if not had_ended and (write.state.version > self._version or self.has_ended):
             self.state, self._version = write.state, write.state.version
@@ -123,12 +130,18 @@ class StoreModel:
             lives=self.lives, has_ended=self.has_ended, is_superseded=is_anothers or run_id in self._earlier_runs
         )
 
+    def _is_displaced(self, run_id: str) -> bool:
+        """Whether a late call of a run that was reset away took the task from the current run."""
+        return run_id in self._earlier_runs and self.is_current(run_id)
+
     def _take_over(self, run_id: str, run_number: int) -> None:
-        if self.has_ended or run_id == self._run_id or run_id in self._earlier_runs:
+        is_displaced = self._is_displaced(run_id)
+        if self.has_ended or run_id == self._run_id or (run_id in self._earlier_runs and not is_displaced):
             return
+        self._earlier_runs.discard(run_id)
         if self._run_id is not None:
             self._earlier_runs.add(self._run_id)
-            if run_number <= self._run_number:
+            if is_displaced or run_number <= self._run_number:
                 self.lives += 1
                 self._life_began_at, self._version = self._timeline.now, 0
         self._run_id, self._run_number = run_id, run_number
@@ -170,6 +183,21 @@ class StoreModel:
         """A second writer: an earlier write comes once more, from a worker that was cut off."""
         if self._writes:
             self.write(*rng.choice(self._writes))
+
+    def _balance(self, end: Fact, charged: int | None) -> None:
+        """Before the end of a task that was reset its points are made to add up to what was charged."""
+        moved = sum(event.credits_delta or 0 for event in self.events)
+        if charged is not None and moved != -charged:
+            self._append(
+                Fact(
+                    key=f"balanced:{self.lives}",
+                    event=EventType.CREDITS,
+                    ts=end.ts,
+                    attempt=end.attempt,
+                    status=TaskStatus.RUNNING,
+                    credits_delta=-charged - moved,
+                )
+            )
 
     def _is_outdated(self, fact: Fact) -> bool:
         if fact.job_id is None or fact.sequence is None:

@@ -50,11 +50,27 @@ def test_many_schedules_keep_the_invariants(kind: str, profile: str, resets: flo
         pytest.param("image", 213, "field", id="a doubled hold is found twice and recorded once"),
         pytest.param("image", 6081, "both", id="a ledger that lags hides an earlier life's charge"),
         pytest.param("image", 7745, "both", id="an operator gives a doubled hold back once it is recorded"),
+        pytest.param("image", 2815, "both", id="the current run takes the task back from a run that was reset away"),
+        pytest.param("training", 2614, "field", id="a pause after a refusal ends with the hold that it was for"),
+        pytest.param("training", 941, "field", id="a hold of an earlier life whose id only an absent row shows"),
         pytest.param("training", 1341, "both", id="no search for a hold that the row explains"),
     ],
 )
 def test_a_schedule_that_once_failed_keeps_the_invariants(kind: str, seed: int, profile: str) -> None:
     assert problems(kind, range(seed, seed + 1), profile, 0.1) == []
+
+
+@pytest.mark.parametrize(
+    ("seed", "profile"),
+    [
+        pytest.param(232, "contract", id="points in events of a life that is unknown while the store is away"),
+        pytest.param(604, "both", id="points of a hold that was taken again"),
+        pytest.param(1603, "both", id="a hold of an earlier life that a lagging ledger hides, after a continuation"),
+        pytest.param(2457, "both", id="a hold that the row knew already"),
+    ],
+)
+def test_a_schedule_of_many_resets_that_once_failed_keeps_the_invariants(seed: int, profile: str) -> None:
+    assert problems("training", range(seed, seed + 1), profile, 0.5) == []
 
 
 def test_the_seeds_reset_runs_on_both_profiles() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from comfyui_temporal.contracts.lives import EarlierLife, TaskRun
 from comfyui_temporal.contracts.task_store import TaskRow, TaskWrite
-from comfyui_temporal.contracts.tasks import CreditsSummary, TaskStatus
+from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, TaskStatus
 from store import NotTheClaimant, TaskStore
 from store.lives import MOST_EARLIER_RUNS
 from tests.store.facts import claim_of, end, fact, new_task_id, write_of
@@ -67,6 +67,46 @@ async def test_a_superseded_run_gets_that_answer_and_changes_nothing(task_store:
     await task_store.write(write_of(task_id, fact("late"), end(), version=99), run_of(task_id))
     assert await row_of(task_store, task_id) == before
     assert len(await task_store.events(task_id)) == 1
+
+
+async def test_the_current_run_takes_the_task_back_from_a_late_call_of_a_run_that_was_reset_away(
+    task_store: TaskStore,
+) -> None:
+    task_id = await claimed(task_store)
+    await task_store.register(run_of(task_id, "newest"))
+    await task_store.register(run_of(task_id, "late"))
+    newest = run_of(task_id, "newest")
+    assert not await task_store.write(write_of(task_id, fact("ignored"), version=3), newest)
+    current = newest.model_copy(update={"is_current": True})
+    life = await task_store.register(current)
+    assert not life.is_superseded and life.is_possible
+    assert (await row_of(task_store, task_id)).run_id == "newest"
+    assert (await task_store.register(run_of(task_id, "late"))).is_superseded
+    assert await task_store.write(write_of(task_id, fact("counts"), version=2), newest)
+
+    await task_store.register(run_of(task_id, "later still"))
+    assert await task_store.write(write_of(task_id, fact("again"), version=3), current), "a write takes it back too"
+    assert (await task_store.look(newest)).life.is_superseded is False
+    assert [event.seq for event in await task_store.events(task_id)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("charged", "moves"), [(0, [-24, 24]), (24, [-24]), (None, [-24])])
+async def test_the_points_of_a_task_that_was_reset_add_up_at_its_end(
+    task_store: TaskStore, charged: int | None, moves: list[int]
+) -> None:
+    """An earlier life has published a hold that the ending run does not know."""
+    task_id = await claimed(task_store)
+    held = fact("held:1", event=EventType.CREDITS, credits_delta=-24)
+    await task_store.write(write_of(task_id, held), run_of(task_id))
+    await task_store.register(run_of(task_id, "reset"))
+    credits = CreditsSummary(charged=charged)
+    write = write_of(task_id, end(), status=TaskStatus.COMPLETED, credits=credits)
+    await task_store.write(write, run_of(task_id, "reset"))
+    await task_store.write(write, run_of(task_id, "reset"))
+    events = await task_store.events(task_id)
+    assert [event.credits_delta for event in events if event.credits_delta] == moves
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    assert events[-1].event is EventType.COMPLETED
 
 
 async def test_another_chains_run_is_superseded_too(task_store: TaskStore) -> None:

@@ -184,12 +184,14 @@ class Platform:
 
         await self.until(quiet)
 
-    async def until_held(self, task_id: str) -> None:
-        """Wait until credits are held for the task."""
-        await self.until(lambda: self._open_holds(task_id))
+    async def until_held(self, task_id: str, *, points: int = 1) -> None:
+        """Wait until at least `points` are held for the task, in one hold."""
 
-    async def _open_holds(self, task_id: str) -> bool:
-        return any(hold.phase == "open" for hold in await self.simulators.admin.credits.holds(task_id))
+        async def is_held() -> bool:
+            holds = await self.simulators.admin.credits.holds(task_id)
+            return any(hold.phase == "open" and hold.amount >= points for hold in holds)
+
+        await self.until(is_held)
 
     def service_of(self, route: str) -> ServiceAdmin:
         """The switchboard of the service that offers this route."""

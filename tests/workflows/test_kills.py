@@ -180,7 +180,7 @@ async def test_what_happens_while_the_worker_is_dead_counts_when_it_is_back(
 ) -> None:
     """A kill in a call, then a cancel, a delivery or dearer GPU hours before the restart."""
     platform = bare_platform
-    await platform.simulators.admin.comfyui.fault("job_stall", at=0.1, times=2)
+    await platform.simulators.admin.comfyui.fault("job_stall", at=0.1, times=4)
     cancelled = await start_hanging(platform, "pre_deduct", "after", is_training=False)
     submitted = await start_hanging(platform, "submit_job", "after", is_training=False)
     delivered = await start_hanging(platform, "pre_deduct", "before", is_training=False)
@@ -194,6 +194,8 @@ async def test_what_happens_while_the_worker_is_dead_counts_when_it_is_back(
     [training] = await platform.simulators.admin.comfyui.jobs(dearer.id.removeprefix("task-"))
     await platform.simulators.admin.comfyui.act(training.run_id, "gpu_hours", gpu_hours=3.0)
     await worker.start()
+    await platform.until_held(dearer.id.removeprefix("task-"), points=120 + 2 * 60)
+    await platform.simulators.admin.comfyui.act(training.run_id, "finish")
     endings = await all_ended(platform, [cancelled, submitted, delivered, dearer])
     assert [ending.status for ending in endings] == [
         TaskStatus.CANCELLED,

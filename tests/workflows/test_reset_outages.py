@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from temporalio.client import WorkflowFailureError
 from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
+from comfyui_temporal.contracts.lives import TaskRun
 from comfyui_temporal.contracts.tasks import TaskStatus
 from store import TaskStore
 from tests.cable import Cable
@@ -47,6 +49,35 @@ async def give_back(platform: Platform, handle: Handle) -> Handle:
         id=give_back_id_of(task_id_of(handle)),
         task_queue=platform.task_queue,
     )
+
+
+# A late call of a run that was reset away
+
+
+@pytest.mark.parametrize("kind", ["image", "training"])
+async def test_a_late_call_of_a_run_that_was_reset_away_takes_nothing_from_the_newest(
+    platform: Platform, kind: str
+) -> None:
+    """It displaces the newest run in the row. That run asks Temporal, and goes on: charged once, its row ended."""
+    payer = await new_payer(platform)
+    handle = await stalled(platform, payer.training() if kind == "training" else payer.image())
+    points = await points_of(platform, handle)
+    run = await reset(platform, handle, points[-1])
+    task_id, store = task_id_of(handle), platform.store
+
+    async def acts() -> bool:
+        row = await store.task(task_id)
+        return row is not None and row.run_id == run.run_id
+
+    first = handle.first_execution_run_id
+    assert run.run_id is not None
+    await store.register(TaskRun(task_id=task_id, run_id=run.run_id, first_execution_run_id=first))
+    await store.register(TaskRun(task_id=task_id, run_id=str(uuid.uuid4()), first_execution_run_id=first))
+    assert not await acts()
+    async with work_goes_on(platform, run):
+        ending = await ended(platform, run)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120 if kind == "training" else 24)
+    assert await acts()
 
 
 # The store is away
