@@ -22,6 +22,7 @@ from workflows.task_record import TaskRecord
 
 NAMELESS_RECORDED: Final = "nameless-hold-of-an-earlier-life-recorded"
 ROW_AWAITED: Final = "row-awaited-where-holds-may-be-forgotten"
+NAMELESS_COUNTED: Final = "nameless-holds-counted-beside-the-known-ones"
 UNKNOWN_RECORDED: Final = "unknown-end-of-an-earlier-lifes-hold-recorded"
 
 
@@ -89,7 +90,7 @@ class ForgottenHolds:
         # With `keep_one` a charge follows, and whoever makes it records what stays unknown, with its cost.
         if not is_learned and not keep_one and workflow.patched(UNKNOWN_RECORDED):
             self._record_unknown()
-        if _has_nameless(first, known=len(may_stand)) and workflow.patched(NAMELESS_RECORDED):
+        if self._shows_nameless(first, known=len(known), open_at_most=len(may_stand)):
             await self._record_nameless()
         self.is_done = True
         return len(known) > len(own)
@@ -100,6 +101,15 @@ class ForgottenHolds:
         """
         is_shown = ledger is not None and len(ledger.holds) > self._state.asked_count
         return is_shown or self._look.life.is_sure or self._state.lives > 0
+
+    def _shows_nameless(self, ledger: TaskLedger | None, *, known: int, open_at_most: int) -> bool:
+        """Whether a ledger without ids shows an open hold that is none of the `known` ones."""
+        if ledger is None or ledger.tells_ids or ledger.open_holds().nameless <= open_at_most:
+            return False
+        if not workflow.patched(NAMELESS_RECORDED):
+            return False
+        # A ledger that lags may show a known hold and not its end yet.
+        return len(ledger.holds) > known + self._state.granted_before or not workflow.patched(NAMELESS_COUNTED)
 
     async def _record_nameless(self) -> None:
         own = [hold.amount for hold in self._state.asked if hold.pre_deduct_id and not hold.resolved]
@@ -175,8 +185,3 @@ class ForgottenHolds:
             f"Hold {pre_deduct_id}, taken before the run was reset, could not be cancelled. {refusal.sentence}",
             pre_deduct_id=pre_deduct_id,
         )
-
-
-def _has_nameless(ledger: TaskLedger | None, *, known: int) -> bool:
-    """Whether a ledger without ids shows more open holds than the `known` ones that may be open."""
-    return ledger is not None and not ledger.tells_ids and ledger.open_holds().nameless > known

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from pydantic import Field, model_validator
 
@@ -87,6 +87,15 @@ class TaskState(OwnModel):
     error: ErrorDetails | None = None
     dataset: SnapshotReference | None = None
     """What a training trains on: the address, checksum and counts of its list of files."""
+
+    def has_result_of(self, other: TaskState) -> bool:
+        """Whether both report the same end: everything that a task's result holds is equal."""
+        return all(getattr(self, name) == getattr(other, name) for name in _IN_RESULTS)
+
+
+_IN_RESULTS: Final = (
+    *("status", "credits", "attempts", "estimated_time", "gpu_slots", "job_id", "result_urls", "output", "error"),
+)
 
 
 class TaskClaim(OwnModel):

@@ -81,7 +81,7 @@ class HoldRules:
             price for attempt in attempts for price in self._prices.asked(attempt) | self._prices.refreshed(attempt)
         }
         must(amount in right, f"{amount} points are held, right is one of", sorted(right))
-        held = [known.body.estimated_cost for known in self.granted()]
+        held = [known.body.estimated_cost for known in self.granted() if not self._came_too_late(known)]
         must(not held or amount >= held[-1], "less is held than before:", amount, *held)
 
     def _check_life(self, expire_in: int, at: float) -> None:
@@ -167,6 +167,10 @@ class HoldRules:
             for hold in others
             if hold.taken_at <= open_at and (hold.phase == "open" or (hold.cancelled_by_operator_at or 0) > open_at)
         ]
+
+    def _came_too_late(self, known: Known) -> bool:
+        """Whether the run never relied on a hold: little of its life was left when the answer came."""
+        return known.life_when_granted < LEAST_LIFE
 
     def _is_given_up(self, known: Known) -> bool:
         return any(

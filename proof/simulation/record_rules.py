@@ -8,7 +8,7 @@ from typing import Final
 
 from comfyui_temporal.contracts.comfyui import JobState, JobStatus, TrainingState, TrainingStatus
 from comfyui_temporal.contracts.errors import HOLD_OUT_OF_SIGHT, Answer, ExceptionCode, FailureCode
-from comfyui_temporal.contracts.size_budget import MAX_INBOX
+from comfyui_temporal.contracts.size_budget import MAX_INBOX, MAX_INBOX_BYTES
 from comfyui_temporal.contracts.task_store import Fact, TaskException
 from comfyui_temporal.contracts.tasks import EventType, TaskStatus
 from proof.simulation.calls import Call
@@ -141,23 +141,33 @@ class RecordRules:
             s for n, s in stages if n == attempt.n
         }
         must(len(unreported) <= self._left_out(), "a stage was never published:", attempt.n, *unreported)
-        keys, before, missing = self._keys(), None, 0
+        keys = self._keys()
         resumed_from = {a.call.argument.body.resume_from for a in self._trained() if a.n <= attempt.n}
+        published: dict[str, bool] = {}
         for report in news:
-            key = f"checkpoint:{attempt.job_id}:{report.state.sequence}"
+            # Each later report names the checkpoint too: a poll's answer is dropped where the run continues as new.
             if report.checkpoint is not None and report.checkpoint.uri not in resumed_from:
-                missing += report.checkpoint.uri != before and key not in keys
-                before = report.checkpoint.uri
+                uri, key = report.checkpoint.uri, f"checkpoint:{attempt.job_id}:{report.state.sequence}"
+                published[uri] = published.get(uri, False) or key in keys
+        missing = sum(not is_published for is_published in published.values())
         must(missing <= self._left_out(), "checkpoints were never published:", missing)
 
     def _readable_reports(self, attempt: Attempt) -> list[Report]:
-        """The reports that the run could keep: while `start` is unanswered the inbox keeps the newest."""
+        """The reports that the run could keep.
+
+        The inbox keeps the newest: by count while `start` is unanswered, by bytes where many arrive at once.
+        """
         news = self._world.witness.reports_of(attempt.job_id)
         starts = self._world.witness.calls.get("start_training", ())
         own = [call for call in starts if call.argument.job_id == attempt.job_id and isinstance(call.outcome, Answer)]
         answered = [call.resolved_at for call in own if call.resolved_at is not None]
         waiting = [report for report in news if answered and report.at <= min(answered)]
-        return news[max(0, len(waiting) - MAX_INBOX) :]
+        kept = news[max(0, len(waiting) - MAX_INBOX) :]
+        return [report for report in kept if not self._is_burst(report.at)]
+
+    def _is_burst(self, at: float) -> bool:
+        """Whether so much arrived at once that the inbox may have dropped some. It measures its own form of it."""
+        return self._world.witness.signal_bytes[at] > MAX_INBOX_BYTES / 2
 
     def _left_out(self) -> int:
         """How many events were left out while the store was away, and counted."""

@@ -78,6 +78,8 @@ class Witness:
         self.reports: dict[str, list[Report]] = defaultdict(list)
         self.unknown_at: dict[str, list[float]] = defaultdict(list)
         """Job → when its server said that it does not know it."""
+        self.signal_bytes: defaultdict[float, int] = defaultdict(int)
+        """When → the bytes of all signals that arrived then."""
         self.confirmed: dict[float, int] = {}
         """The payer's confirmations: when, and how many points."""
 
@@ -86,6 +88,7 @@ class Witness:
     def received(self, job: WorkflowActivationJob, at: float) -> None:
         if job.HasField("signal_workflow"):
             inputs = job.signal_workflow.input
+            self.signal_bytes[at] += sum(len(given.data) for given in inputs)
             state = self.sent.get(inputs[0].data) if len(inputs) == 1 else None
             if state is not None:
                 self._report(state, at)

@@ -50,6 +50,8 @@ def test_many_schedules_keep_the_invariants(kind: str, profile: str, resets: flo
         pytest.param("image", 213, "field", id="a doubled hold is found twice and recorded once"),
         pytest.param("image", 6081, "both", id="a ledger that lags hides an earlier life's charge"),
         pytest.param("image", 7745, "both", id="an operator gives a doubled hold back once it is recorded"),
+        pytest.param("image", 12585, "both", id="the result is the row's, where another life has written the end"),
+        pytest.param("image", 14944, "both", id="a ledger that lags shows a known hold and not its end"),
         pytest.param("image", 2815, "both", id="the current run takes the task back from a run that was reset away"),
         pytest.param("training", 2614, "field", id="a pause after a refusal ends with the hold that it was for"),
         pytest.param("training", 941, "field", id="a hold of an earlier life whose id only an absent row shows"),
