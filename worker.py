@@ -38,6 +38,7 @@ from activities.unsettled import UnsettledActivities
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.task_store import TaskClaim
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
+from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from comfyui_temporal.encryption import NO_ENCRYPTION, encryption_of
 from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
@@ -106,6 +107,7 @@ def all_activities(
     store: TaskStore,
     policy_of: Callable[[TaskClaim], Policy],
     client: Client | None,
+    limits_of: Callable[[str], TenantLimits] = lambda _tenant_id: NO_LIMITS,
 ) -> list[Callable[..., Any]]:
     """Every activity, on open clients. Without `client` the activities that read other runs are left out."""
     lives = Lives(store)
@@ -113,7 +115,7 @@ def all_activities(
         ComfyUIActivities(comfyui, lives, datasets),
         CreditsActivities(credits_client, lives),
         DatasetActivities(datasets),
-        TaskStoreActivities(store, policy_of, encryption_of(client) if client else NO_ENCRYPTION),
+        TaskStoreActivities(store, policy_of, encryption_of(client) if client else NO_ENCRYPTION, limits_of),
         *([ClosedRunActivities(client, store), UnsettledActivities(store)] if client else []),
     )
 
@@ -139,7 +141,8 @@ async def opened_activities(
             )
         except ValueError as error:
             raise CannotStart(str(error)) from None
-        yield all_activities(comfyui, credits_client, datasets, store, policy_by(settings), client)
+        policy_of = policy_by(settings)
+        yield all_activities(comfyui, credits_client, datasets, store, policy_of, client, settings.limits_of)
 
 
 async def connect(settings: Settings) -> Client:

@@ -20,8 +20,9 @@ from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.task_store import ClaimOutcome, LookOrder, RowSeen, TaskClaim, TaskWrite
+from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from comfyui_temporal.encryption import NO_ENCRYPTION, PayloadEncryption
-from store import NotTheClaimant, StoreFailure, StoreUnavailable, TaskStore, TaskUnknown, WriteRefused
+from store import NotTheClaimant, StartRefused, StoreFailure, StoreUnavailable, TaskStore, TaskUnknown, WriteRefused
 
 T = TypeVar("T")
 
@@ -65,8 +66,13 @@ class TaskStoreActivities:
         store: TaskStore,
         policy_of: Callable[[TaskClaim], Policy],
         encryption: PayloadEncryption = NO_ENCRYPTION,
+        limits_of: Callable[[str], TenantLimits] = lambda _tenant_id: NO_LIMITS,
     ) -> None:
-        """`policy_of` reads the worker's settings: prices and limits are not part of the input (contract §5)."""
+        """`policy_of` reads the worker's settings: prices and limits are not part of the input (contract §5).
+
+        `limits_of` gives a tenant's limits, for starts that reach Temporal past the gateway.
+        """
+        self._limits_of = limits_of
         self._store = store
         self._encryption = encryption
         self._policy_of = policy_of
@@ -77,11 +83,15 @@ class TaskStoreActivities:
         """Claim the task id for the run (contract §8) and read the policy. Raises ApplicationError, retryable."""
         run = acting_run(claim.task_id, claim.first_execution_run_id, 0)
         stored = self._with_stored_hash(claim)
-        claimed = await self._tried(self._store.claim(stored, run, within_seconds=self._limit()))
+        policy, limits = self._policy_of(claim), self._limits_of(claim.tenant_id)
+        try:
+            claimed = await self._tried(self._store.claim(stored, run, limits=limits, within_seconds=self._limit()))
+        except StartRefused as refused:
+            self._breaker.succeeded()
+            return ClaimOutcome(claimed=False, policy=policy, refused=str(refused))
         life = EarlierLife()
         if claimed and run is not None:
             life = await self._tried(self._store.register(run, within_seconds=self._limit()))
-        policy = self._policy_of(claim)
         return ClaimOutcome(
             claimed=claimed,
             policy=policy,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final
@@ -13,6 +13,7 @@ from temporalio.client import Client
 
 from activities.file_lists import FileLists
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
+from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from gateway.access import Access
 from gateway.audit import AuditLog
 from gateway.callback_relay import CallbackRelay
@@ -32,6 +33,7 @@ from gateway.streams_hub import EventHub
 from gateway.task_routes import task_routes
 from gateway.task_runs import TaskRuns
 from gateway.tasks import Tasks
+from gateway.tenant_limits import LEFT_HEADER, POLICY_HEADER, TenantDoor
 from gateway.training_log_writer import TrainingLogWriter
 from store import TaskStore
 
@@ -54,11 +56,13 @@ def create_app(
     public_url: str | None = None,
     page: PageSettings | None = None,
     operations_apart: bool = False,
+    limits_of: Callable[[str], TenantLimits] = lambda _tenant_id: NO_LIMITS,
 ) -> FastAPI:
     """The application. It closes what it opens; the caller closes client and store.
 
     Without `access` callers cannot be authenticated: then callbacks are served and the tasks API is not.
     `lists` is where long lists of files are stored for the workers.
+    `limits_of` gives a tenant's limits.
     `public_url` is the address under which clients reach it; default: the address of their request.
     `operations_apart`: `/metrics` and `/openapi.json` are served by `app.state.operations` alone, an application for a
     port of its own. `app.state.callbacks.outcomes` counts callbacks by outcome. Raises ValueError for unusable secrets.
@@ -70,10 +74,11 @@ def create_app(
     receiver = CallbackReceiver(CallbackSignatures(callback_secrets), relay, log_writer, metrics)
 
     hub = EventHub(store, draining)
+    door = TenantDoor(store, limits_of)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        async with hub.running():
+        async with hub.running(), door.reporting():
             yield
         await relay.close()
         await log_writer.close()
@@ -102,10 +107,10 @@ def create_app(
     else:
         app.include_router(metrics_page)
     if access is not None:
-        tasks = Tasks(temporal, store, lists, task_queue=task_queue)
+        tasks = Tasks(temporal, store, lists, task_queue=task_queue, door=door)
         rollback = Rollback(temporal, tasks, task_queue=task_queue)
-        streams = task_event_stream(hub)
-        app.include_router(stream_routes(hub, access, public_url=public_url))
+        streams = task_event_stream(hub, door)
+        app.include_router(stream_routes(hub, door, access, public_url=public_url))
         app.include_router(task_routes(tasks, access, roll_back=rollback.roll_back, event_stream=streams))
         app.include_router(page_routes(page or PageSettings()))
     app.add_middleware(AuditLog, store)
@@ -117,7 +122,7 @@ def create_app(
             allow_credentials=True,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "Last-Event-ID", "X-Idempotency-Key"],
-            expose_headers=["Location", "Retry-After"],
+            expose_headers=["Location", "Retry-After", POLICY_HEADER, LEFT_HEADER],
         )
     app.add_middleware(CountRequests, metrics)
     app.add_middleware(SafeAnswers)

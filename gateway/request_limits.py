@@ -6,7 +6,8 @@ Streams are not limited: once a body is complete, waiting for the client to leav
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from collections.abc import MutableMapping
+from typing import Any, Final
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -20,6 +21,8 @@ BODY_SECONDS: Final = 10.0
 START_TRAINING: Final = "/api/v1/tasks/trainings"
 LONG_BODY_SECONDS: Final = 30.0
 """For a list of files: 4 MiB over a line of little more than 1 Mbit/s."""
+BODY_BYTES: Final = "body_bytes"
+"""Under this name a request's state holds how long its body is."""
 LIMITED_PATHS: Final = "/api/"
 """Callbacks have their own limits (contract §2)."""
 
@@ -43,11 +46,14 @@ class RequestLimits:
         else:
             max_bytes, seconds = MAX_BODY_BYTES, BODY_SECONDS
         is_too_large = is_stated_above(Headers(scope=scope).get("content-length"), max_bytes)
-        limited = _limited(receive, max_bytes, seconds, is_too_large=is_too_large)
+        state = scope.setdefault("state", {})
+        limited = _limited(receive, max_bytes, seconds, state, is_too_large=is_too_large)
         await self._app(scope, limited, send)
 
 
-def _limited(receive: Receive, max_bytes: int, seconds: float, *, is_too_large: bool) -> Receive:
+def _limited(
+    receive: Receive, max_bytes: int, seconds: float, state: MutableMapping[str, Any], *, is_too_large: bool
+) -> Receive:
     size = 0
     is_complete = False
     until = asyncio.get_running_loop().time() + seconds
@@ -65,6 +71,7 @@ def _limited(receive: Receive, max_bytes: int, seconds: float, *, is_too_large: 
         except TimeoutError:
             raise HTTPException(408) from None
         size += len(message.get("body", b""))
+        state[BODY_BYTES] = size
         if size > max_bytes:
             raise too_large
         is_complete = message["type"] != "http.request" or not message.get("more_body", False)

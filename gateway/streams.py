@@ -5,7 +5,7 @@ Annotations are evaluated when this module runs: `stream_routes` makes the depen
 """
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response, WebSocket
@@ -18,6 +18,7 @@ from gateway.streams_cursors import positions_of
 from gateway.streams_hub import EventHub
 from gateway.streams_subscriber import Subscriber
 from gateway.streams_wires import FRAME_SCHEMA, RETRY_MILLISECONDS, EndReason, SseWire, WebSocketWire
+from gateway.tenant_limits import TenantDoor
 from runtime.caller_tokens import Caller
 from store import CursorInvalid, StoreFailure, TaskHead
 
@@ -48,6 +49,7 @@ class StreamStart:
     """A stream that may start: its tasks, how far each has come, and the `seq` after which each begins."""
 
     def __init__(self, caller: Caller, heads: dict[str, TaskHead], positions: dict[str, int]) -> None:
+        self.tenant_id = caller.tenant_id
         self._caller = caller
         self.heads = heads
         self._positions = positions
@@ -77,18 +79,23 @@ class EventStreamResponse(Response):
 
     media_type = EVENT_STREAM
 
-    def __init__(self, hub: EventHub, start: StreamStart) -> None:
-        super().__init__(headers=_HEADERS)
+    def __init__(self, hub: EventHub, door: TenantDoor, start: StreamStart, limits: Mapping[str, str]) -> None:
+        """The stream is counted already: its end is noted at `door`. `limits`: headers."""
+        super().__init__(headers={**_HEADERS, **limits})
         del self.headers["content-length"]
         self._hub = hub
+        self._door = door
         self._start = start
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        wire = SseWire(receive, send)
-        # A first line immediately: some browsers and proxies hold a response back until its body begins.
-        await wire.write([f"retry: {RETRY_MILLISECONDS}\n\n".encode()])
-        await self._hub.serve(self._start.subscriber(wire), self._start.heads)
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            wire = SseWire(receive, send)
+            # A first line immediately: some browsers and proxies hold a response back until its body begins.
+            await wire.write([f"retry: {RETRY_MILLISECONDS}\n\n".encode()])
+            await self._hub.serve(self._start.subscriber(wire), self._start.heads)
+        finally:
+            self._door.close_stream(self._start.tenant_id)
 
 
 async def checked_start(
@@ -178,7 +185,7 @@ _STREAM_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-def stream_routes(hub: EventHub, access: Access, *, public_url: str | None = None) -> APIRouter:
+def stream_routes(hub: EventHub, door: TenantDoor, access: Access, *, public_url: str | None = None) -> APIRouter:
     """`public_url`: the address under which clients reach the gateway; default: the address of their request."""
     router = APIRouter(prefix="/api/v1/tasks", tags=["streams"])
     watcher = access.requires_for_stream()
@@ -206,9 +213,8 @@ def stream_routes(hub: EventHub, access: Access, *, public_url: str | None = Non
         token has expired.
         """
         task_ids, all_tasks = requested_tasks(task_id, subscribe)
-        return _answer(
-            hub, await checked_start(hub, caller, task_ids, cursor=last_event_id or cursor, all_tasks=all_tasks)
-        )
+        start = await checked_start(hub, caller, task_ids, cursor=last_event_id or cursor, all_tasks=all_tasks)
+        return await _answer(hub, door, start)
 
     @router.websocket("/stream/ws")
     async def stream_ws(
@@ -220,12 +226,16 @@ def stream_routes(hub: EventHub, access: Access, *, public_url: str | None = Non
     ) -> None:
         task_ids, all_tasks = requested_tasks(task_id, subscribe)
         start = await checked_start(hub, caller, task_ids, cursor=cursor, all_tasks=all_tasks)
-        await socket.accept()
-        wire = WebSocketWire(socket)
-        if start.is_over:
-            await wire.end(EndReason.OVER, RETRY_MILLISECONDS)
-            return
-        await hub.serve(start.subscriber(wire), start.heads)
+        headers = await door.open_stream(start.tenant_id)
+        try:
+            await socket.accept(headers=[(name.encode(), value.encode()) for name, value in headers.items()])
+            wire = WebSocketWire(socket)
+            if start.is_over:
+                await wire.end(EndReason.OVER, RETRY_MILLISECONDS)
+                return
+            await hub.serve(start.subscriber(wire), start.heads)
+        finally:
+            door.close_stream(start.tenant_id)
 
     @router.get(
         "/stream/config",
@@ -245,16 +255,19 @@ def stream_routes(hub: EventHub, access: Access, *, public_url: str | None = Non
     return router
 
 
-def task_event_stream(hub: EventHub) -> Callable[[Request, Caller, str], Awaitable[Response]]:
+def task_event_stream(hub: EventHub, door: TenantDoor) -> Callable[[Request, Caller, str], Awaitable[Response]]:
     """The live stream of one task, under the address of its history; resumed by `cursor`, `after` or Last-Event-ID."""
 
     async def stream(request: Request, caller: Caller, task_id: str) -> Response:
         last_event_id = request.headers.get("last-event-id")
         cursor = last_event_id or request.query_params.get("cursor") or request.query_params.get("after")
-        return _answer(hub, await checked_start(hub, caller, requested_tasks(task_id, None)[0], cursor=cursor))
+        start = await checked_start(hub, caller, requested_tasks(task_id, None)[0], cursor=cursor)
+        return await _answer(hub, door, start)
 
     return stream
 
 
-def _answer(hub: EventHub, start: StreamStart) -> Response:
-    return Response(status_code=204) if start.is_over else EventStreamResponse(hub, start)
+async def _answer(hub: EventHub, door: TenantDoor, start: StreamStart) -> Response:
+    if start.is_over:
+        return Response(status_code=204)
+    return EventStreamResponse(hub, door, start, await door.open_stream(start.tenant_id))

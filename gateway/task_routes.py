@@ -15,6 +15,7 @@ from comfyui_temporal.contracts.tasks import CancelTask, CancelTaskOutcome, Conf
 from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
 from gateway.access import Access
 from gateway.problems import ProblemCode, problems
+from gateway.request_limits import BODY_BYTES
 from gateway.streams_wires import FRAME_SCHEMA
 from gateway.task_bodies import (
     EventsQuery,
@@ -27,7 +28,8 @@ from gateway.task_bodies import (
     TrainingLog,
     TrainingOrder,
 )
-from gateway.tasks import Tasks
+from gateway.tasks import StartedTask, Tasks
+from gateway.tenant_limits import LEFT_HEADER, POLICY_HEADER
 from runtime.caller_tokens import Caller
 
 TASKS: Final = "/api/v1/tasks"
@@ -47,9 +49,13 @@ _READ: Final = (
 )
 _ONE: Final = (*_READ, ProblemCode.TASK_UNKNOWN)
 _CHANGE: Final = (*_ONE, ProblemCode.TOO_LARGE, ProblemCode.TOO_SLOW, ProblemCode.WORKER_UNAVAILABLE)
-_START: Final = (*_READ, ProblemCode.TASK_EXISTS, ProblemCode.TOO_LARGE, ProblemCode.TOO_SLOW)
+_START: Final = (*_READ, ProblemCode.TASK_EXISTS, ProblemCode.TOO_LARGE, ProblemCode.TOO_SLOW, ProblemCode.RATE_LIMITED)
 _START_TRAINING: Final = (*_START, ProblemCode.STORAGE_UNAVAILABLE)
-_LOCATION: Final = {"Location": {"description": "The task's address.", "schema": {"type": "string"}}}
+_LOCATION: Final = {
+    "Location": {"description": "The task's address.", "schema": {"type": "string"}},
+    POLICY_HEADER: {"description": "The tenant's limits: `q` per `w` seconds.", "schema": {"type": "string"}},
+    LEFT_HEADER: {"description": "What is left of them: `r`, more in `t` seconds.", "schema": {"type": "string"}},
+}
 _STARTED: Final[dict[int | str, dict[str, Any]]] = {
     202: {"description": "The task", "headers": _LOCATION},
     200: {"model": TaskView, "description": "A repeat: the same task", "headers": _LOCATION},
@@ -80,21 +86,23 @@ def task_routes(
     async def start_image(
         caller: Annotated[Caller, Depends(access.requires(Operation.START_IMAGE_TASK))],
         order: ImageOrder,
+        request: Request,
         response: Response,
         key: Key = None,
     ) -> TaskView:
         """Start an image task: 202 the task, 200 a repeat, 409 another body with the same id or key."""
-        return _task_response(response, *await tasks.start(caller, order, key))
+        return _task_response(response, await tasks.start(caller, order, key, size=_body_bytes(request)))
 
     @router.post("/trainings", status_code=202, responses={**_STARTED, **problems(*_START_TRAINING)})
     async def start_training(
         caller: Annotated[Caller, Depends(access.requires(Operation.START_TRAINING_TASK))],
         order: TrainingOrder,
+        request: Request,
         response: Response,
         key: Key = None,
     ) -> TaskView:
         """Start a training task: 202 the task, 200 a repeat, 409 another body with the same id or key."""
-        return _task_response(response, *await tasks.start(caller, order, key))
+        return _task_response(response, await tasks.start(caller, order, key, size=_body_bytes(request)))
 
     @router.get("", responses=problems(*_READ, ProblemCode.CURSOR_INVALID))
     async def list_tasks(caller: Reader, filters: Annotated[TaskFilters, Query()]) -> TaskList:
@@ -163,10 +171,15 @@ def task_routes(
     return router
 
 
-def _task_response(response: Response, task: TaskView, is_new: bool) -> TaskView:
-    response.status_code = 202 if is_new else 200
-    response.headers["Location"] = f"{TASKS}/{task.task_id}"
-    return task
+def _task_response(response: Response, started: StartedTask) -> TaskView:
+    response.status_code = 202 if started.is_new else 200
+    response.headers["Location"] = f"{TASKS}/{started.task.task_id}"
+    response.headers.update(started.headers)
+    return started.task
+
+
+def _body_bytes(request: Request) -> int:
+    return int(request.scope["state"].get(BODY_BYTES, 0))
 
 
 def _wants_stream(connection: HTTPConnection) -> bool:

@@ -6,9 +6,9 @@ methods raise Problem.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import structlog
 from temporalio.client import Client
@@ -46,6 +46,7 @@ from gateway.task_bodies import (
     task_id_by_key,
 )
 from gateway.temporal_calls import RunMissing, bounded, described, updated
+from gateway.tenant_limits import TenantDoor
 from runtime.caller_tokens import Caller
 from store import CursorInvalid, StoreUnavailable, TaskStore
 
@@ -55,18 +56,32 @@ T = TypeVar("T")
 MAX_EXCEPTIONS: Final = 100
 
 
+class StartedTask(NamedTuple):
+    """A start's answer; `headers`: the tenant's limits."""
+
+    task: TaskView
+    is_new: bool
+    headers: Mapping[str, str] = {}
+
+
 class Tasks:
     """The tasks of all tenants, for one caller at a time."""
 
-    def __init__(self, temporal: Client, store: TaskStore, lists: FileLists, *, task_queue: str) -> None:
+    def __init__(
+        self, temporal: Client, store: TaskStore, lists: FileLists, *, task_queue: str, door: TenantDoor
+    ) -> None:
         """`lists` stores lists of files that are too long for a run's input."""
+        self._door = door
         self._temporal = temporal
         self._store = store
         self._lists = lists
         self._task_queue = task_queue
 
-    async def start(self, caller: Caller, order: Order, key: str | None) -> tuple[TaskView, bool]:
-        """The task, and whether it is new. The same order with the same id or key is one task."""
+    async def start(self, caller: Caller, order: Order, key: str | None, *, size: int = 0) -> StartedTask:
+        """Start a task, or find it: the same order with the same id or key is one task.
+
+        `size`: the bytes of the request's body, for the tenant's limits.
+        """
         _check_own(caller, order)
         if key and caller.own_tasks_only:
             # Otherwise a user would learn from a refusal which keys the tenant's other users have.
@@ -75,7 +90,8 @@ class Tasks:
         task = order.task(tenant_id=caller.tenant_id, user_id=caller.user_id, key=key)
         earlier = await self._claimed(task)
         if earlier is not None:
-            return earlier, False
+            return StartedTask(earlier, is_new=False)
+        headers = await self._door.admit_start(caller.tenant_id, task.task_id, size)
         if isinstance(order, TrainingOrder) and order.long_list is not None:
             await self._keep(task.task_id, order.dataset.dataset_id, order.long_list)
         try:
@@ -83,9 +99,9 @@ class Tasks:
         except TaskExists:
             raise _exists(task.task_id) from None
         if started.is_new:
-            return TaskView.accepted(task), True
+            return StartedTask(TaskView.accepted(task), is_new=True, headers=headers)
         row = await _stored(self._store.task(task.task_id))
-        return TaskView.of_row(row) if row else TaskView.accepted(task), False
+        return StartedTask(TaskView.of_row(row) if row else TaskView.accepted(task), is_new=False, headers=headers)
 
     async def _keep(self, task_id: str, dataset_id: str, files: list[str]) -> None:
         try:

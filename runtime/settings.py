@@ -30,6 +30,7 @@ from comfyui_temporal.contracts.prices import PriceTable
 from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.size_budget import MAX_ATTEMPTS, MAX_TABLE_ENTRIES
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
+from comfyui_temporal.contracts.tenant_limits import MAX_LIMIT, TenantLimits
 from comfyui_temporal.encryption_keys import EncryptionKeys
 from runtime.callback_secrets import by_name
 
@@ -41,6 +42,9 @@ _KEYS: Final = (
     *("simulator_admin_token", "codec_server_token"),
 )
 _PASSWORD: Final = re.compile(r"://[^/]*?:(.+)@")
+
+
+_LimitName = Literal["starts_per_minute", "bytes_per_minute", "open_tasks", "open_streams"]
 
 
 def _without_slash(url: str) -> str:
@@ -105,6 +109,14 @@ class Settings(BaseSettings):
     stream_token_secret: SecretStr | None = None
     """Secret (at least 32 bytes) of the gateway's own stream tokens, the same in all its processes; default: derived
     from `caller_secret`, else a new one at each start."""
+    tenant_starts_per_minute: int = Field(default=6_000, ge=0, le=MAX_LIMIT)
+    """Limits of each tenant; 0: none. Gateways refuse beyond them, and workers what was started past the gateways."""
+    tenant_bytes_per_minute: int = Field(default=268_435_456, ge=0, le=MAX_LIMIT)
+    """Of the bodies of starts."""
+    tenant_open_tasks: int = Field(default=50_000, ge=0, le=MAX_LIMIT)
+    tenant_open_streams: int = Field(default=5_000, ge=0, le=MAX_LIMIT)
+    tenant_limits: dict[str, dict[_LimitName, Annotated[int, Field(ge=0, le=MAX_LIMIT)]]] = {}
+    """Other limits of single tenants, as JSON: `{"tenant-a": {"starts_per_minute": 60}}`."""
     own_tasks_only: bool = False
     """Users of one tenant do not see each other's tasks; default: they do."""
     allowed_origins: Annotated[list[str], NoDecode] = []
@@ -273,6 +285,20 @@ class Settings(BaseSettings):
             if "{tenant_id}/" not in root or not root.endswith("/"):
                 raise ValueError(f"{root!r} must contain '{{tenant_id}}/' and end with '/'")
         return roots
+
+    def limits_of(self, tenant_id: str) -> TenantLimits:
+        """A tenant's limits: the settings', with what is set for this tenant alone."""
+        own = self.tenant_limits.get(tenant_id, {})
+        return self._limits.model_copy(update={str(name): most for name, most in own.items()})
+
+    @cached_property
+    def _limits(self) -> TenantLimits:
+        return TenantLimits(
+            starts_per_minute=self.tenant_starts_per_minute,
+            bytes_per_minute=self.tenant_bytes_per_minute,
+            open_tasks=self.tenant_open_tasks,
+            open_streams=self.tenant_open_streams,
+        )
 
     @property
     def hidden_values(self) -> list[str]:

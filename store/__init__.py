@@ -12,6 +12,7 @@ listener.py      one LISTEN connection: which task was written
 home.py          which Temporal namespace the store belongs to
 unseen.py        open tasks whose run could not be checked
 unsettled.py     ended tasks whose settlement is unknown: taken, corrected
+tenant_limits.py what each tenant starts and has open, counted for its limits
 upkeep.py        deletion of ended tasks and of tenants, the state of the queues
 audit.py         who did what, or was refused
 task_files.py    what they leave in object storage
@@ -20,7 +21,7 @@ cursors.py       opaque positions
 
 from store.audit import AuditRecord
 from store.cursors import CursorInvalid
-from store.failures import NotTheClaimant, StoreFailure, StoreUnavailable, TaskUnknown, WriteRefused
+from store.failures import NotTheClaimant, StartRefused, StoreFailure, StoreUnavailable, TaskUnknown, WriteRefused
 from store.home import StoreHome
 from store.listener import EventListener
 from store.migrate import migrate
@@ -35,6 +36,7 @@ __all__ = [
     "EventListener",
     "NotTheClaimant",
     "QueueState",
+    "StartRefused",
     "StoreFailure",
     "StoreHome",
     "StoreUnavailable",

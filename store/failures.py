@@ -31,5 +31,9 @@ class WriteRefused(StoreFailure):
     """PostgreSQL rejects the values."""
 
 
+class StartRefused(Exception):
+    """A claim is beyond one of its tenant's limits. No failure: `str()` of it is a sentence for the caller."""
+
+
 class FilesUnavailable(StoreFailure):
     """Object storage cannot be used now."""

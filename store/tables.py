@@ -113,6 +113,7 @@ tasks = Table(
         *("tenant_id", "scene", "status", text("created_at DESC"), text("task_id DESC")),
     ),
     Index("tasks_open", "created_at", "task_id", postgresql_where=text("ended_at IS NULL")),
+    Index("tasks_open_of_tenant", "tenant_id", postgresql_where=text("ended_at IS NULL")),
     Index("tasks_by_end", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
     Index(
         "tasks_unsettled",
@@ -200,6 +201,26 @@ unseen_tasks = Table(
     Column("last_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
     Column("times", Integer, nullable=False, server_default=text("1")),
     comment="Open tasks that the reconciler could not look at the last time it tried.",
+)
+
+tenant_starts = Table(
+    "tenant_starts",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("task_id", Text, primary_key=True),
+    Column("at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("bytes", BigInteger, nullable=False),
+    comment="The starts of the last minute, for the limits of each tenant (contract §7).",
+)
+
+tenant_streams = Table(
+    "tenant_streams",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("process_id", Text, primary_key=True),
+    Column("open", Integer, nullable=False),
+    Column("reported_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    comment="The open streams of each gateway process, for the limits of each tenant (contract §7).",
 )
 
 audit_log = Table(

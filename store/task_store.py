@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import datetime, timedelta
 from typing import Final, Literal
+from weakref import WeakValueDictionary
 
 from comfyui_temporal.contracts.fields import OwnModel
 from comfyui_temporal.contracts.lives import EarlierLife, TaskRun
@@ -21,7 +24,8 @@ from comfyui_temporal.contracts.task_store import (
     UnsettledTask,
 )
 from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
-from store import audit, home, lives, reads, stream_reads, tasks, unseen, unsettled, upkeep
+from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, Admission, TenantLimits
+from store import audit, home, lives, reads, stream_reads, tasks, tenant_limits, unseen, unsettled, upkeep
 from store.audit import AuditRecord
 from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
 from store.database import POOL_SIZE, WORK_SECONDS, Database
@@ -52,6 +56,8 @@ class TaskStore:
         """Opens no connection yet. Raises ValueError if `dsn` is not a PostgreSQL DSN."""
         self._dsn = dsn
         self._database = Database(dsn, pool_size=pool_size)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Starts of one tenant take turns in the database: here too, so that they hold one connection at a time."""
 
     @property
     def address(self) -> str:
@@ -62,17 +68,26 @@ class TaskStore:
         await self._database.close()
 
     async def claim(
-        self, claim: TaskClaim, run: TaskRun | None = None, *, within_seconds: float = WORK_SECONDS
+        self,
+        claim: TaskClaim,
+        run: TaskRun | None = None,
+        *,
+        limits: TenantLimits = NO_LIMITS,
+        within_seconds: float = WORK_SECONDS,
     ) -> bool:
         """Claim the task id for a run (contract §8): True for the first run and its repeats, False for any other.
 
-        `run` becomes the acting run with the first claim.
+        `run` becomes the acting run with the first claim. Raises StartRefused if that is beyond the tenant's limits.
         """
-        return await self._database.transaction(
-            lambda connection: tasks.claim_task(connection, claim, run),
-            doing=f"claiming the task {claim.task_id}",
-            within_seconds=within_seconds,
-        )
+        async with self._turn(claim.tenant_id) if limits.bounds_starts else nullcontext():
+            return await self._database.transaction(
+                lambda connection: tasks.claim_task(connection, claim, run, limits=limits),
+                doing=f"claiming the task {claim.task_id}",
+                within_seconds=within_seconds,
+            )
+
+    def _turn(self, tenant_id: str) -> asyncio.Lock:
+        return self._turns.setdefault(tenant_id, asyncio.Lock())
 
     async def write(
         self, write: TaskWrite, run: TaskRun | None = None, *, within_seconds: float = WORK_SECONDS
@@ -121,6 +136,42 @@ class TaskStore:
             lambda connection: lives.note_made(connection, task_id, column=f"{kind}_ids", made=made),
             doing=f"noting a {kind} of the task {task_id}",
             within_seconds=within_seconds,
+        )
+
+    async def admit_start(
+        self,
+        *,
+        tenant_id: str,
+        task_id: str,
+        size: int,
+        limits: TenantLimits,
+        within_seconds: float = WORK_SECONDS,
+    ) -> Admission:
+        """Count a start with an order of `size` bytes, if the tenant's limits allow it. A repeat counts once."""
+        async with self._turn(tenant_id):
+            return await self._database.transaction(
+                lambda connection: tenant_limits.admit_start(
+                    connection, tenant_id=tenant_id, task_id=task_id, size=size, limits=limits
+                ),
+                doing=f"checking the limits of the tenant {tenant_id}",
+                within_seconds=within_seconds,
+            )
+
+    async def admit_stream(self, *, tenant_id: str, process_id: str, own_open: int, limits: TenantLimits) -> Admission:
+        """Count one more stream of a process that has `own_open` of the tenant, if the tenant's limit allows it."""
+        async with self._turn(tenant_id):
+            return await self._database.transaction(
+                lambda connection: tenant_limits.admit_stream(
+                    connection, tenant_id=tenant_id, process_id=process_id, own_open=own_open, limits=limits
+                ),
+                doing=f"checking the limits of the tenant {tenant_id}",
+            )
+
+    async def report_streams(self, *, process_id: str, open_of: Mapping[str, int]) -> None:
+        """State how many streams of each tenant a process has open. A process that stops reporting counts as gone."""
+        await self._database.transaction(
+            lambda connection: tenant_limits.report_streams(connection, process_id=process_id, open_of=open_of),
+            doing="counting open streams",
         )
 
     async def claim_give_back(self, task_id: str, *, by: str, found_run: str | None) -> bool:

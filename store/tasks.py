@@ -20,10 +20,12 @@ from comfyui_temporal.contracts.fields import OwnModel, repaired
 from comfyui_temporal.contracts.lives import TaskRun
 from comfyui_temporal.contracts.task_store import Fact, TaskClaim, TaskException, TaskState, TaskWrite, TrainingLogWrite
 from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from store.fact_rules import WrittenSoFar
 from store.failures import NotTheClaimant, TaskUnknown
 from store.lives import IS_EARLIER, STANDING, note_older_row, published_points, taken_over
 from store.tables import EVENTS_CHANNEL, task_claims, task_events, task_exceptions, tasks, training_log
+from store.tenant_limits import admit_claim
 
 ACCEPTED_KEY: Final = "accepted"
 METRICS_LINE: Final = 0
@@ -116,12 +118,22 @@ def _columns(model: OwnModel, json_fields: Sequence[str]) -> dict[str, Any]:
     return _clean({**model.model_dump(exclude=set(json_fields)), **documents})  # type: ignore[no-any-return]
 
 
-async def claim_task(connection: AsyncConnection, claim: TaskClaim, run: TaskRun | None = None) -> bool:
-    """Whether `claim`'s run holds the id. The first claim writes the row and the event `task.accepted`."""
+async def claim_task(
+    connection: AsyncConnection,
+    claim: TaskClaim,
+    run: TaskRun | None = None,
+    *,
+    limits: TenantLimits = NO_LIMITS,
+) -> bool:
+    """Whether `claim`'s run holds the id. The first claim writes the row and the event `task.accepted`.
+
+    Raises StartRefused if the claim is the first and is beyond the tenant's limits.
+    """
     claimed = claim.model_dump(include=set(_CLAIM_COLUMNS)) | {"claimed_at": claim.at}
     if await connection.scalar(_CLAIM, claimed) is None:
         holder = await connection.scalar(_HOLDER, {"task": claim.task_id})
         return bool(holder == claim.first_execution_run_id)
+    await admit_claim(connection, tenant_id=claim.tenant_id, task_id=claim.task_id, limits=limits)
     await _insert_row(connection, claim, run, lives=int(run is not None and run.was_reset))
     return True
 

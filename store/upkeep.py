@@ -30,7 +30,15 @@ from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.errors import ExceptionCode
 from comfyui_temporal.contracts.fields import OwnModel
 from comfyui_temporal.contracts.tasks import TaskStatus
-from store.tables import task_claims, task_events, task_exceptions, tasks, training_log
+from store.tables import (
+    task_claims,
+    task_events,
+    task_exceptions,
+    tasks,
+    tenant_starts,
+    tenant_streams,
+    training_log,
+)
 from store.unsettled import still_looked_at
 
 DELETED_AT_ONCE: Final = 20
@@ -148,7 +156,12 @@ async def delete_tasks(connection: AsyncConnection, task_ids: Sequence[str]) -> 
 
 
 async def forget_claims(connection: AsyncConnection, tenant_id: str) -> bool:
-    """Remove a tenant from some claims whose tasks are deleted. True once none is left. The ids stay taken."""
+    """Remove a tenant from its counts, and from some claims whose tasks are deleted. True once none is left.
+
+    The ids stay taken.
+    """
+    for counts in (tenant_starts, tenant_streams):
+        await connection.execute(delete(counts).where(counts.c.tenant_id == tenant_id))
     return (await connection.execute(_FORGET_CLAIMS, {"tenant": tenant_id})).rowcount < LINES_AT_ONCE
 
 

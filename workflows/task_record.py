@@ -71,14 +71,16 @@ class TaskRecord:
     async def claim(self) -> Policy:
         """Claim the task's id for this run; the store writes the first event with it. Returns the task's policy.
 
-        Raises ApplicationError `task_exists` where another run holds the id. Nothing was called then, and nothing is
-        undone.
+        Raises ApplicationError `task_exists` where another run holds the id, `quota_exceeded` where one of the tenant's
+        limits is used up. Nothing was called then, and nothing is undone.
         """
         claim = self._claim
         assert claim is not None
         outcome = await self._outside.write_store(TaskStoreActivities.claim, claim, summary=ACCEPT)
         if outcome.earlier_life is not None:
             self._outside.earlier.add(outcome.earlier_life)
+        if outcome.refused is not None:
+            raise ApplicationError(outcome.refused, type=FailureCode.QUOTA_EXCEEDED, non_retryable=True)
         if not outcome.claimed:
             raise ApplicationError(
                 f"Task {claim.task_id} exists: another run holds its id. Use a new task_id, or read that run's result.",

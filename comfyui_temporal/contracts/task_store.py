@@ -123,6 +123,8 @@ class ClaimOutcome(KeptModel):
     earlier_life: EarlierLife | None = None
     input_sha256: str | None = None
     """The hash that the store has, where it is keyed (docs/encryption.md)."""
+    refused: str | None = None
+    """Which of the tenant's limits is used up, in a sentence; then nothing was claimed."""
 
 
 class LookOrder(OwnModel):

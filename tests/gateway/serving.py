@@ -10,7 +10,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,6 +26,7 @@ from temporalio.client import Client, WorkflowHandle
 from activities.file_lists import FileLists
 from comfyui_temporal.contracts.permissions import Scope
 from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, TASK_QUEUE, workflow_id_of
+from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.callbacks import CallbackOutcome
@@ -138,6 +139,7 @@ async def served(
     task_queue: str = TASK_QUEUE,
     objects: str = "file://.run/objects",
     own_tasks_only: bool = False,
+    limits_of: Callable[[str], TenantLimits] = lambda _tenant_id: NO_LIMITS,
 ) -> AsyncIterator[Gateway]:
     secret = new_secret()
     origins = ["https://app.example"]
@@ -149,6 +151,7 @@ async def served(
         access=new_access(allowed_origins=origins, own_tasks_only=own_tasks_only),
         task_queue=task_queue,
         allowed_origins=origins,
+        limits_of=limits_of,
     )
     limits = httpx.Limits(max_connections=200)
     async with (

@@ -15,6 +15,7 @@ from sqlalchemy import event
 
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.tenant_limits import TenantLimits
 from proof.benchmarks.store_reads import fill, reads_of
 from store import TaskStore
 from tests.conftest import NewDatabase
@@ -25,10 +26,19 @@ Filled = tuple[TaskStore, "asyncpg.Connection[Any]"]
 
 @pytest_asyncio.fixture(scope="module")
 async def filled(new_database: NewDatabase) -> AsyncIterator[Filled]:
-    """A store of 20,000 tasks and 80,000 events, and a separate connection to read plans."""
+    """A store of 20,000 tasks and 80,000 events, 10,000 counted starts, and a separate connection to read plans."""
     dsn = await new_database()
     await fill(dsn, 1, 20_000, events_each=4)
     store, connection = TaskStore(dsn), await asyncpg.connect(dsn)
+    await connection.execute(
+        "INSERT INTO tenant_starts SELECT 'tenant-' || n % 100, 'start-' || n, now(), 1 "
+        "FROM generate_series(1, 10000) n"
+    )
+    await connection.execute(
+        "INSERT INTO tenant_streams SELECT 'tenant-' || n, 'process-' || p, 1 "
+        "FROM generate_series(1, 1000) n, generate_series(1, 4) p"
+    )
+    await connection.execute("ANALYZE")
     yield store, connection
     await connection.close()
     await store.close()
@@ -109,3 +119,13 @@ async def test_claims_and_writes_find_their_task(filled: Filled) -> None:
     task_id = new_task_id()
     await check_served(filled, lambda store: store.claim(claim_of(task_id)))
     await check_served(filled, lambda store: store.write(write_of(task_id, fact("a"))))
+
+
+async def test_starts_and_streams_read_only_what_their_tenant_has(filled: Filled) -> None:
+    limits = TenantLimits(starts_per_minute=1_000, bytes_per_minute=1_000_000, open_tasks=1_000, open_streams=1_000)
+    await check_served(
+        filled, lambda store: store.admit_start(tenant_id="tenant-7", task_id=new_task_id(), size=10, limits=limits)
+    )
+    await check_served(
+        filled, lambda store: store.admit_stream(tenant_id="tenant-7", process_id="here", own_open=0, limits=limits)
+    )

@@ -17,11 +17,13 @@ from fastapi import Depends, FastAPI, Request, Response
 from comfyui_temporal.contracts.permissions import Scope
 from comfyui_temporal.contracts.task_store import TaskWrite
 from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from gateway.access import Access
 from gateway.draining import Draining
 from gateway.problems import answer_with_problems
 from gateway.streams import stream_routes, task_event_stream
 from gateway.streams_hub import EventHub
+from gateway.tenant_limits import TenantDoor
 from gateway.tokens import StreamTokens
 from runtime.caller_tokens import Caller, CallerTokens, SharedSecret
 from store import TaskStore
@@ -156,23 +158,26 @@ class Writer:
 
 
 @asynccontextmanager
-async def streams_on(store: TaskStore, *, heartbeat_seconds: int = 15) -> AsyncIterator[Streams]:
+async def streams_on(
+    store: TaskStore, *, heartbeat_seconds: int = 15, limits: TenantLimits = NO_LIMITS
+) -> AsyncIterator[Streams]:
     draining = Draining()
+    door = TenantDoor(store, lambda _tenant_id: limits)
     hub = EventHub(store, draining, heartbeat_seconds=heartbeat_seconds)
     callers = access()
     watcher = Depends(callers.requires_for_stream())
     app = FastAPI()
     answer_with_problems(app)
-    app.include_router(stream_routes(hub, callers))
+    app.include_router(stream_routes(hub, door, callers))
 
     async def events(request: Request, task_id: str, caller: Caller = watcher) -> Response:
-        return await task_event_stream(hub)(request, caller, task_id)
+        return await task_event_stream(hub, door)(request, caller, task_id)
 
     app.add_api_route("/api/v1/tasks/{task_id}/events", events, response_model=None)
 
-    async with hub.running(), served_app(app) as port:
+    async with hub.running(), door.reporting(), served_app(app) as port:
         await comes_true(lambda: hub.is_listening)
-        limits = httpx.Limits(max_connections=300)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, limits=limits) as http:
+        pool = httpx.Limits(max_connections=300)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, limits=pool) as http:
             yield Streams(hub, http, port, draining)
         draining.begin()

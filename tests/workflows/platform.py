@@ -35,6 +35,7 @@ from comfyui_temporal.contracts.tasks import (
     WORKFLOW_ID_PREFIX,
     workflow_id_of,
 )
+from comfyui_temporal.contracts.tenant_limits import TenantLimits
 from comfyui_temporal.plugin import TasksPlugin
 from gateway.access import Access
 from gateway.app import create_app
@@ -82,6 +83,8 @@ class Platform:
     gateway_url: str = ""
     task_queue: str = field(default_factory=lambda: unique("queue"))
     policy: dict[str, Any] = field(default_factory=dict)
+    limits: TenantLimits = field(default_factory=TenantLimits)
+    """Each tenant's."""
     read_seconds: float = READ_SECONDS
     """How long the worker's clients wait for an answer."""
 
@@ -284,7 +287,9 @@ class Platform:
             snapshots = await stack.enter_async_context(
                 DatasetSnapshots((self.folder / "objects").as_uri(), dataset_roots=self.settings().dataset_roots)
             )
-            activities = all_activities(comfyui, credits, snapshots, self.store, self.policy_of, self.client)
+            activities = all_activities(
+                comfyui, credits, snapshots, self.store, self.policy_of, self.client, lambda _tenant_id: self.limits
+            )
             own = {"task_queue": self.task_queue, "graceful_shutdown_timeout": timedelta(seconds=5), **self._cache()}
             worker = make_worker(
                 self.client,

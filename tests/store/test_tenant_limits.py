@@ -1,0 +1,126 @@
+"""What each tenant starts and has open, counted for all processes together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from comfyui_temporal.contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.tenant_limits import Admission, Limit, TenantLimits
+from store import StartRefused, TaskStore
+from tests.conftest import unique
+from tests.store.facts import claim_of, end, new_task_id, write_of
+
+AT_ONCE = 20
+
+
+@pytest_asyncio.fixture
+async def stores(postgres_dsn: str) -> AsyncIterator[list[TaskStore]]:
+    """Two processes' stores on one database."""
+    both = [TaskStore(postgres_dsn), TaskStore(postgres_dsn)]
+    yield both
+    await asyncio.gather(*(store.close() for store in both))
+
+
+@pytest.fixture
+def tenant_id() -> str:
+    return unique("tenant")
+
+
+async def admit(store: TaskStore, tenant_id: str, limits: TenantLimits, *, size: int = 100) -> Admission:
+    return await store.admit_start(tenant_id=tenant_id, task_id=new_task_id(), size=size, limits=limits)
+
+
+@pytest.mark.parametrize(
+    ("limits", "refused"),
+    [
+        (TenantLimits(starts_per_minute=7), Limit.STARTS),
+        (TenantLimits(bytes_per_minute=700), Limit.BYTES),
+        (TenantLimits(open_tasks=7), Limit.OPEN_TASKS),
+    ],
+)
+async def test_two_processes_admit_exactly_the_limit_together(
+    stores: list[TaskStore], tenant_id: str, limits: TenantLimits, refused: Limit
+) -> None:
+    admissions = await asyncio.gather(*(admit(stores[n % 2], tenant_id, limits) for n in range(AT_ONCE)))
+    assert sum(each.refused is None for each in admissions) == 7
+    assert {each.refused for each in admissions} == {None, refused}
+    [allowance] = admissions[-1].allowances
+    assert (allowance.most, allowance.left) in {(7, 0), (700, 0)}
+    assert 1 <= next(each.retry_after_seconds for each in admissions if each.refused) <= 60
+    assert (await admit(stores[0], unique("tenant"), limits)).refused is None, "another tenant's are its own"
+
+
+async def test_a_repeat_counts_once_and_a_claimed_task_not_again(task_store: TaskStore, tenant_id: str) -> None:
+    limits, task_id = TenantLimits(starts_per_minute=2), new_task_id()
+    for _ in range(5):
+        admission = await task_store.admit_start(tenant_id=tenant_id, task_id=task_id, size=1, limits=limits)
+        assert admission.refused is None
+    claim = claim_of(task_id, tenant_id=tenant_id)
+    assert await task_store.claim(claim, limits=limits)
+    assert (await admit(task_store, tenant_id, limits)).refused is None
+    assert (await admit(task_store, tenant_id, limits)).refused is Limit.STARTS
+    assert await task_store.claim(claim, limits=limits), "a repeat of the claim"
+
+
+async def test_starts_are_counted_for_a_minute(task_store: TaskStore, tenant_id: str, postgres_dsn: str) -> None:
+    limits = TenantLimits(starts_per_minute=1)
+    assert (await admit(task_store, tenant_id, limits)).refused is None
+    assert (await admit(task_store, tenant_id, limits)).refused is Limit.STARTS
+    connection = await asyncpg.connect(postgres_dsn)
+    await connection.execute("UPDATE tenant_starts SET at = at - interval '61 s' WHERE tenant_id = $1", tenant_id)
+    assert (await admit(task_store, tenant_id, limits)).refused is None
+    assert await connection.fetchval("SELECT count(*) FROM tenant_starts WHERE tenant_id = $1", tenant_id) == 1
+    await connection.close()
+
+
+async def test_an_ended_task_makes_room_for_another(task_store: TaskStore, tenant_id: str) -> None:
+    limits, task_id = TenantLimits(open_tasks=1), new_task_id()
+    await task_store.admit_start(tenant_id=tenant_id, task_id=task_id, size=1, limits=limits)
+    await task_store.claim(claim_of(task_id, tenant_id=tenant_id), limits=limits)
+    refused = await admit(task_store, tenant_id, limits)
+    assert refused.refused is Limit.OPEN_TASKS and tenant_id in refused.sentence(tenant_id)
+    await task_store.write(write_of(task_id, end(), status=TaskStatus.COMPLETED))
+    assert (await admit(task_store, tenant_id, limits)).refused is None
+
+
+async def test_claims_past_the_gateway_are_bounded_and_leave_nothing(stores: list[TaskStore], tenant_id: str) -> None:
+    limits = TenantLimits(open_tasks=3)
+    claims = [claim_of(new_task_id(), tenant_id=tenant_id) for _ in range(AT_ONCE)]
+    outcomes = await asyncio.gather(
+        *(stores[n % 2].claim(claim, limits=limits) for n, claim in enumerate(claims)), return_exceptions=True
+    )
+    assert outcomes.count(True) == 3
+    assert sum(isinstance(outcome, StartRefused) for outcome in outcomes) == AT_ONCE - 3
+    for claim, outcome in zip(claims, outcomes, strict=True):
+        assert await stores[0].is_claimed(claim.task_id) == (outcome is True)
+        assert (await stores[0].task(claim.task_id) is not None) == (outcome is True)
+
+
+async def test_streams_of_all_processes_count_until_one_is_gone(
+    stores: list[TaskStore], tenant_id: str, postgres_dsn: str
+) -> None:
+    limits = TenantLimits(open_streams=3)
+
+    async def opened(n: int, own_open: int) -> Admission:
+        return await stores[n].admit_stream(
+            tenant_id=tenant_id, process_id=f"{tenant_id}-{n}", own_open=own_open, limits=limits
+        )
+
+    assert [(await opened(n, own)).refused for n, own in ((0, 0), (1, 0), (1, 1))] == [None] * 3
+    refused = await opened(0, 1)
+    assert (refused.refused, refused.allowances[0].left) == (Limit.OPEN_STREAMS, 0)
+    await stores[1].report_streams(process_id=f"{tenant_id}-1", open_of={tenant_id: 1})
+    assert (await opened(0, 1)).refused is None
+    connection = await asyncpg.connect(postgres_dsn)
+    await connection.execute(
+        "UPDATE tenant_streams SET reported_at = now() - interval '31 s' WHERE process_id = $1", f"{tenant_id}-1"
+    )
+    assert (await opened(0, 2)).refused is None, "a process that was killed holds no streams"
+    await stores[0].report_streams(process_id=f"{tenant_id}-0", open_of={})
+    assert await connection.fetchval("SELECT count(*) FROM tenant_streams WHERE tenant_id = $1", tenant_id) == 0
+    await connection.close()
