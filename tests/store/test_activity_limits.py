@@ -16,6 +16,7 @@ from activities.task_store import BREAK_SECONDS, TRY_SECONDS, LocalBreaker, Task
 from comfyui_temporal.contracts.lives import EarlierLife, TaskRun
 from comfyui_temporal.contracts.task_store import LookOrder, RowSeen
 from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW
+from comfyui_temporal.contracts.tenant_limits import TenantLimits
 from store import StoreUnavailable, TaskStore, TaskUnknown
 from tests.store.facts import claim_of, fact, write_of
 from tests.store.test_activities import policy_of
@@ -40,7 +41,7 @@ class RecordingStore:
         if self.fails_with is not None:
             raise self.fails_with
 
-    async def claim(self, _claim: Any, run: TaskRun | None, *, within_seconds: float) -> bool:
+    async def claim(self, _claim: Any, run: TaskRun | None, *, limits: TenantLimits, within_seconds: float) -> bool:
         self._record("claim", run, within_seconds)
         return self.is_claimed
 
@@ -48,8 +49,9 @@ class RecordingStore:
         self._record("register", run, within_seconds)
         return self.life
 
-    async def write(self, _write: Any, run: TaskRun | None, *, within_seconds: float) -> None:
+    async def write(self, _write: Any, run: TaskRun | None, *, within_seconds: float) -> bool:
         self._record("write", run, within_seconds)
+        return True
 
     async def look(self, run: TaskRun, *, within_seconds: float) -> RowSeen:
         self._record("look", run, within_seconds)
