@@ -31,6 +31,7 @@ from temporalio.api.common.v1 import Payload, Payloads
 from comfyui_temporal.contracts.size_budget import KIB
 from comfyui_temporal.encryption import PayloadEncryption, encryption_by
 from comfyui_temporal.encryption_keys import EncryptionError
+from runtime.doors import Door, DoorConfig, door_limits_by
 from runtime.logs import configure_logs
 from runtime.required_settings import CannotStart, read_settings
 from runtime.settings import Settings
@@ -138,14 +139,8 @@ def main() -> int:
         # uvicorn raises the signal again after draining: without a handler it would end us with its number.
         signal.signal(number, lambda *_: None)
     log.info("codec_server_serves", host=settings.codec_server_host, port=settings.codec_server_port)
-    uvicorn.run(
-        app,
-        host=settings.codec_server_host,
-        port=settings.codec_server_port,
-        access_log=False,
-        log_config=None,
-        server_header=False,
-    )
+    door = Door(door_limits_by(settings))
+    uvicorn.Server(DoorConfig(app, door, host=settings.codec_server_host, port=settings.codec_server_port)).run()
     return 0
 
 

@@ -29,6 +29,7 @@ from bridge.training_service import TrainingService
 from bridge.training_workflow import ComfyUITrainingWorkflow
 from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
+from runtime.doors import Door, DoorConfig, door_limits_by
 from runtime.logs import configure_logs
 from runtime.required_settings import CannotStart, read_settings, service_tokens_by
 from runtime.settings import Settings
@@ -111,13 +112,11 @@ async def serve(settings: Settings) -> None:
         await opened.enter_async_context(bridge.sender)
         await opened.enter_async_context(bridge.worker())
         server = uvicorn.Server(
-            uvicorn.Config(
+            DoorConfig(
                 bridge.app(),
+                Door(door_limits_by(settings)),
                 host=settings.bridge_host,
                 port=settings.bridge_port,
-                access_log=False,
-                log_config=None,
-                server_header=False,
                 timeout_graceful_shutdown=GRACE_SECONDS,
             )
         )

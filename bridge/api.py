@@ -1,7 +1,7 @@
 """`/comfyui/v1` over HTTP (contract §2, §3), result files, and `/healthz`.
 
-A request is checked in this order: size → token → scope → idempotency key → the action (service.py,
-training_service.py). Nothing is stored or started for a token that lacks the scope.
+A request is checked in this order: stated size → token → scope → its body → idempotency key → the action (service.py,
+training_service.py). Nothing is read for a stranger; nothing is stored or started for a token that lacks the scope.
 """
 
 from __future__ import annotations
@@ -63,9 +63,12 @@ class Edge:
 
     async def _handle(self, request: Request, operation: Operation, action: Action, *, begins: bool) -> Response:
         try:
-            call = await self._call(request)
-            if not call.claims.allows(operation):
+            if is_stated_above(request.headers.get("content-length"), MAX_BODY_BYTES):
+                raise _too_large()
+            claims = await self._claims(request.headers.get("authorization"))
+            if not claims.allows(operation):
                 raise Refused("authorization_missing")
+            call = await self._call(request, claims)
             if request.method == "GET":
                 reply = await action(call)
             else:
@@ -78,9 +81,8 @@ class Edge:
         log.info("request", method=request.method, route=request.scope["route"].path, status=reply.status)
         return Response(json.dumps(reply.body), reply.status, reply.headers, media_type="application/json")
 
-    async def _call(self, request: Request) -> Call:
+    async def _call(self, request: Request, claims: TokenClaims) -> Call:
         raw = await _body(request)
-        claims = await self._claims(request.headers.get("authorization"))
         try:
             body = read_json(raw, max_bytes=MAX_BODY_BYTES) if raw else {}
         except UnreadableJson as error:
@@ -102,18 +104,19 @@ class Edge:
             raise Unanswered(503, "the keys for tokens cannot be read now") from None
 
 
+def _too_large() -> Refused:
+    return Refused("payload_invalid", fields=[f"body: larger than {MAX_BODY_BYTES} bytes"])
+
+
 async def _body(request: Request) -> bytes:
-    """The whole body. Raises Refused if it is or claims to be too large, Unanswered if it is too slow."""
-    too_large = Refused("payload_invalid", fields=[f"body: larger than {MAX_BODY_BYTES} bytes"])
-    if is_stated_above(request.headers.get("content-length"), MAX_BODY_BYTES):
-        raise too_large
+    """The whole body. Raises Refused if it is too large, Unanswered if it is too slow."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > MAX_BODY_BYTES:
-                    raise too_large
+                    raise _too_large()
     except TimeoutError:
         raise Unanswered(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
     return bytes(body)

@@ -9,7 +9,6 @@ import sys
 from contextlib import AsyncExitStack
 
 import structlog
-import uvicorn
 import uvloop
 from fastapi import FastAPI
 
@@ -18,9 +17,11 @@ from comfyui_temporal.process_end import end_process
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.draining import Draining, DrainingServer, served_beside
+from gateway.metrics import Metrics
 from gateway.page import PageSettings
 from gateway.tokens import StreamTokens
 from runtime import temporal_connection
+from runtime.doors import Door, DoorConfig, door_limits_by
 from runtime.logs import configure_logs
 from runtime.required_settings import CannotStart, caller_tokens_by, database_of, read_settings
 from runtime.settings import Settings
@@ -30,8 +31,6 @@ from store.namespace_check import bound_store
 log = structlog.get_logger("gateway")
 
 GRACE_SECONDS = 10
-MAX_CONNECTIONS = 20_000
-"""Streams (15,000 at most, gateway/streams.py) and requests."""
 
 
 def access_by(settings: Settings) -> Access:
@@ -74,19 +73,21 @@ async def serve(settings: Settings) -> None:
     except ValueError as error:
         raise CannotStart(str(error)) from None
 
-    def served_at(port: int, what: FastAPI) -> uvicorn.Config:
-        return uvicorn.Config(
-            what,
-            host=settings.gateway_host,
-            port=port,
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            limit_concurrency=MAX_CONNECTIONS,
-            timeout_graceful_shutdown=GRACE_SECONDS,
+    metrics: Metrics = app.state.metrics
+    limits = door_limits_by(settings)
+
+    def door() -> Door:
+        return Door(limits, lambda refusal: metrics.connections_refused.labels(refusal.value).inc())
+
+    def served_at(port: int, what: FastAPI, door: Door, *, websockets: bool = False) -> DoorConfig:
+        host = settings.gateway_host
+        return DoorConfig(
+            what, door, host=host, port=port, websockets=websockets, timeout_graceful_shutdown=GRACE_SECONDS
         )
 
-    server = DrainingServer(served_at(settings.gateway_port, app), draining)
+    callers = door()
+    metrics.connections_open.set_function(lambda: callers.open)
+    server = DrainingServer(served_at(settings.gateway_port, app, callers, websockets=True), draining)
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises the signal again after draining: without a handler it would kill us before we close.
         signal.signal(number, lambda *_: None)
@@ -98,7 +99,7 @@ async def serve(settings: Settings) -> None:
         async with AsyncExitStack() as beside:
             await beside.enter_async_context(bound_store(client, dsn, refused=leave))
             if settings.gateway_operations_port is not None:
-                operations = served_at(settings.gateway_operations_port, app.state.operations)
+                operations = served_at(settings.gateway_operations_port, app.state.operations, door())
                 await beside.enter_async_context(served_beside(operations))
             log.info("gateway_serves", host=settings.gateway_host, port=settings.gateway_port, database=store.address)
             await server.serve()

@@ -128,6 +128,19 @@ class Access:
         caller = self.stream_tokens.read(token) or await self._read(token)
         return _allowed(self._known(connection, caller), Operation.READ_TASK)
 
+    async def knows(self, connection: HTTPConnection) -> bool:
+        """Whether the request bears a valid token; also where the keys cannot be read now, which its route answers."""
+        token = _bearer_token(connection)
+        if token is None:
+            return False
+        try:
+            await self._callers.read(token)
+        except TokenRefused:
+            return False
+        except TokensUnverifiable:
+            return True
+        return True
+
     def _known(self, connection: HTTPConnection, caller: Caller) -> Caller:
         caller = caller.model_copy(update={"own_tasks_only": self._own_tasks_only})
         note_caller(connection, caller)

@@ -94,6 +94,7 @@ def create_app(
         redoc_url=None,
     )
     answer_with_problems(app)
+    app.state.metrics = metrics
     app.state.callbacks = receiver
     app.state.streams = hub
     for kind in ("sse", "ws"):
@@ -114,7 +115,7 @@ def create_app(
         app.include_router(task_routes(tasks, access, roll_back=rollback.roll_back, event_stream=streams))
         app.include_router(page_routes(page or PageSettings()))
     app.add_middleware(AuditLog, store)
-    app.add_middleware(RequestLimits)
+    app.add_middleware(RequestLimits, access)
     if allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -36,6 +36,10 @@ class Metrics:
             registry=self.registry,
         )
         self.streams_open = Gauge("gateway_streams_open", "Streams open now.", ("kind",), registry=self.registry)
+        self.connections_open = Gauge("gateway_connections_open", "Connections open now.", registry=self.registry)
+        self.connections_refused = Counter(
+            "gateway_connections_refused", "Connections that the door closed.", ("reason",), registry=self.registry
+        )
         self.callbacks = Counter(
             "gateway_callbacks", "Callbacks by what became of them.", ("outcome",), registry=self.registry
         )

@@ -11,9 +11,11 @@ from typing import Any, Final
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from comfyui_temporal.contracts.size_budget import KIB, MAX_FILE_LIST_BYTES
+from gateway.access import Access
 from runtime.stated_size import is_stated_above
 
 MAX_BODY_BYTES: Final = 128 * KIB
@@ -31,17 +33,19 @@ class RequestLimits:
     """ASGI middleware: 413 beyond 128 KiB, by the stated length before anything is read, and counted regardless of
     it; 408 if it takes over 10 s.
 
-    The order of a training may also hold a list of files of 4 MiB, and take 30 s.
+    The order of a training may also hold a list of files of 4 MiB, and take 30 s; not a stranger's, whose body is read
+    before its token.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, access: Access | None) -> None:
         self._app = app
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith(LIMITED_PATHS):
             await self._app(scope, receive, send)
             return
-        if scope["path"].rstrip("/") == START_TRAINING:
+        if scope["path"].rstrip("/") == START_TRAINING and await self._is_known(scope):
             max_bytes, seconds = MAX_BODY_BYTES + MAX_FILE_LIST_BYTES, LONG_BODY_SECONDS
         else:
             max_bytes, seconds = MAX_BODY_BYTES, BODY_SECONDS
@@ -49,6 +53,9 @@ class RequestLimits:
         state = scope.setdefault("state", {})
         limited = _limited(receive, max_bytes, seconds, state, is_too_large=is_too_large)
         await self._app(scope, limited, send)
+
+    async def _is_known(self, scope: Scope) -> bool:
+        return self._access is not None and await self._access.knows(HTTPConnection(scope))
 
 
 def _limited(

@@ -9,6 +9,7 @@ override it if they are set.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from functools import cached_property
 from pathlib import Path
@@ -88,6 +89,14 @@ class Settings(BaseSettings):
     callback_secrets: Annotated[list[SecretStr], NoDecode] = []
     """Standard Webhooks secrets, `whsec_…` or `name:whsec_…`, comma-separated. A gateway takes callbacks signed with
     any of them; a bridge or GPU worker signs with the first."""
+
+    # Doors: gateway, bridge, codec server
+    connections_per_address: int = Field(default=1_000, ge=0)
+    """How many connections one address may have open at one port of ours; 0: any number. Of IPv6 a network of 64 bits
+    counts as one address."""
+    trusted_proxies: Annotated[list[str], NoDecode] = ["127.0.0.1", "::1"]
+    """Addresses and networks of your own proxies, comma-separated: their `X-Forwarded-…` headers are believed, and they
+    may open any number of connections."""
 
     # Gateway
     gateway_host: str = "127.0.0.1"
@@ -227,7 +236,7 @@ class Settings(BaseSettings):
 
     @field_validator(
         *("callback_secrets", "dataset_roots", "retry_after_seconds", "allowed_origins", "codec_server_origins"),
-        *("bridge_templates", "bridge_image_hosts", "bridge_image_roots", "bridge_callback_urls"),
+        *("bridge_templates", "bridge_image_hosts", "bridge_image_roots", "bridge_callback_urls", "trusted_proxies"),
         mode="before",
     )
     @classmethod
@@ -277,6 +286,16 @@ class Settings(BaseSettings):
             if not re.fullmatch(r"https?://[^/*\s]+", origin):
                 raise ValueError(f"{origin!r} must look like https://app.example, without a path; * is not allowed")
         return origins
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _addresses_or_networks(cls, proxies: list[str]) -> list[str]:
+        for proxy in proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError as error:
+                raise ValueError(f"{proxy!r} is neither an address nor a network: {error}") from None
+        return proxies
 
     @field_validator("dataset_roots", "bridge_image_roots")
     @classmethod

@@ -7,15 +7,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
+from runtime.doors import Door, DoorConfig, DoorLimits
 from tests.waiting import comes_true
 
 
 @asynccontextmanager
-async def served_app(app: FastAPI) -> AsyncIterator[int]:
-    """Serve it; its port. Its lifespan runs too."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
+async def served_app(app: ASGIApp, limits: DoorLimits | None = None) -> AsyncIterator[int]:
+    """Serve it behind a door of ours; its port. Its lifespan runs too."""
+    door = Door(limits or DoorLimits())
+    server = uvicorn.Server(DoorConfig(app, door, host="127.0.0.1", port=0, websockets=True))
     serving = asyncio.create_task(server.serve())
     await comes_true(lambda: server.started or serving.done())
     assert server.started, "the application ended while it was starting"

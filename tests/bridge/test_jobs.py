@@ -188,6 +188,14 @@ async def test_a_body_that_claims_to_be_too_large_is_refused_before_it_is_read(b
         assert await answer_to_head(http, "POST", "/comfyui/v1/jobs", head) == 422
 
 
+async def test_a_strangers_body_is_not_read(bridge: BridgePlatform) -> None:
+    async with httpx.AsyncClient(base_url=bridge.url) as http:
+        for headers, status in (({}, 401), ({"Authorization": "Bearer x"}, 401), (bridge.headers(scopes=[]), 403)):
+            head = {"Content-Length": str(MAX_BODY_BYTES), "X-Idempotency-Key": "key", **headers}
+            for path in ("/comfyui/v1/jobs", "/comfyui/v1/training"):
+                assert await answer_to_head(http, "POST", path, head) == status
+
+
 async def test_a_request_without_token_scope_or_key_is_refused(bridge: BridgePlatform) -> None:
     body = bridge.job_body()
     bare = await bridge.http.post(f"{bridge.url}/comfyui/v1/jobs", json=body, headers={"X-Idempotency-Key": "k"})

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from comfyui_temporal.contracts.size_budget import MAX_INLINE_LIST_BYTES
+from gateway.request_limits import MAX_BODY_BYTES
 from tests.conftest import unique
 from tests.gateway.conftest import Api
+from tests.gateway.serving import answer_to_head, bearer, token_for
 
 CONFIRMED = 5_000
 
@@ -104,6 +106,17 @@ async def test_a_list_of_four_megabytes_is_taken_and_a_longer_one_is_not(api: Ap
     answer = await api.call("POST", "/trainings", order_of(api, source_uri="file:///x", files=names))
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
     assert "4224 KiB" in answer.json()["detail"]
+
+
+async def test_a_stranger_has_no_room_for_a_long_list(api: Api) -> None:
+    """The body is read before the token is checked: 4 MiB of each stranger were kept."""
+    head = {"Content-Type": "application/json", "Content-Length": str(MAX_BODY_BYTES + 1)}
+    for token in (
+        {},
+        bearer("x"),
+        bearer(token_for(secret="another secret, just as long as the right one is: 64 bytes")),
+    ):
+        assert await answer_to_head(api.http, "POST", "/api/v1/tasks/trainings", head | token) == 413
 
 
 @pytest.mark.parametrize(
