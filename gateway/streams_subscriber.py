@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from starlette.websockets import WebSocketDisconnect
+
 from gateway.streams_cursors import cursor_of
 from gateway.streams_wires import RETRY_MILLISECONDS, EndReason, SharedEvent, Wire
 
@@ -173,7 +175,7 @@ class Subscriber:
                     else:
                         await self.wire.end(self.ending or EndReason.OVER, _retry_milliseconds(self.ending))
                         return
-        except (TimeoutError, OSError, RuntimeError):
+        except (TimeoutError, OSError, RuntimeError, WebSocketDisconnect):
             # RuntimeError: the framework raises it for a connection that was closed meanwhile.
             self._queue = None
             self.ending = self.ending or EndReason.SLOW

@@ -32,6 +32,8 @@ import structlog
 import uvicorn
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
+from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -425,6 +427,12 @@ class DeafWebSocket(WebSocketsSansIOProtocol):
         self.config.door.leave(self._address)
         super().connection_lost(exc)
 
+    async def send(self, message: ASGISendEvent) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and self.close_sent:
+            # uvicorn takes a refused handshake for one that was forgotten, and logs each as an error.
+            self.handshake_complete = True
+
     def send_receive_event_to_app(self) -> None:
         self.frames = []
 
@@ -456,10 +464,10 @@ class DeafWebSocket(WebSocketsSansIOProtocol):
 
 
 def _without_tracebacks_of_leaving(app: ASGIApp) -> ASGIApp:
-    """A client that leaves while its body is read is nobody's error, and must not fill the log with tracebacks."""
+    """A client that leaves while its body is read, or while it is sent something, is nobody's error."""
 
     async def quiet(scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientDisconnect):
+        with suppress(ClientDisconnect, WebSocketDisconnect):
             await app(scope, receive, send)
 
     return quiet

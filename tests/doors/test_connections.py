@@ -94,8 +94,10 @@ def handshake(path: str) -> bytes:
 
 
 class Served:
-    def __init__(self, port: int, door: Door, refused: Counter[Refusal]) -> None:
-        self.port, self.door, self.refused = port, door, refused
+    def __init__(self, server: uvicorn.Server, door: Door, refused: Counter[Refusal]) -> None:
+        self.port = server.servers[0].sockets[0].getsockname()[1]
+        self.tasks = server.server_state.tasks
+        self.door, self.refused = door, refused
         self._open: list[Connection] = []
 
     async def connection(self, address: str = "127.0.0.1") -> Connection:
@@ -127,8 +129,15 @@ async def large(_request: Request) -> Response:
 async def listen(socket: WebSocket) -> None:
     await asyncio.sleep(float(socket.query_params.get("after_seconds", "0")))
     await socket.accept()
+    if "greeted_after_seconds" in socket.query_params:
+        await asyncio.sleep(float(socket.query_params["greeted_after_seconds"]))
+        await socket.send_text("hello")
     while (await socket.receive())["type"] != "websocket.disconnect":
         pass
+
+
+async def refuse(socket: WebSocket) -> None:
+    await socket.send_denial_response(PlainTextResponse("no", 401))
 
 
 APP = Starlette(
@@ -137,6 +146,7 @@ APP = Starlette(
         Route("/read", read_all, methods=["POST"]),
         Route("/large", large),
         WebSocketRoute("/ws", listen),
+        WebSocketRoute("/refused", refuse),
     ]
 )
 
@@ -149,7 +159,7 @@ async def served(limits: DoorLimits = QUICK) -> AsyncIterator[Served]:
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     await comes_true(lambda: server.started or serving.done())
-    found = Served(server.servers[0].sockets[0].getsockname()[1], door, refused)
+    found = Served(server, door, refused)
     try:
         yield found
     finally:
@@ -276,6 +286,15 @@ async def test_a_handshake_that_the_websocket_library_does_not_take_is_refused(h
         connection = await door.connection()
         await connection.send(handshake("/ws") + headers + b"\r\n")
         assert await connection.status() == 431
+        assert await connection.ended() < 1
+
+
+async def test_a_refused_handshake_is_no_error_of_ours() -> None:
+    """Seen: an error in the log for each, at a stranger's will."""
+    async with served() as door:
+        connection = await door.connection()
+        await connection.send(handshake("/refused") + b"\r\n")
+        assert await connection.status() == 401
         assert await connection.ended() < 1
 
 
@@ -446,6 +465,16 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_no_tracebac
         await connection.send(b"POST /read HTTP/1.1\r\nHost: here\r\nContent-Length: 10\r\n\r\n1")
         await comes_true(lambda: not door.door._waiting)
         connection.close()
+
+
+@pytest.mark.parametrize("when", ["after_seconds", "greeted_after_seconds"])
+async def test_a_client_that_leaves_before_it_is_sent_something_leaves_no_traceback(when: str) -> None:
+    async with served() as door:
+        connection = await door.connection()
+        await connection.send(handshake(f"/ws?{when}=0.1") + b"\r\n")
+        await comes_true(lambda: not door.door._waiting)
+        connection.close()
+        await comes_true(lambda: not door.tasks)
 
 
 async def test_an_answer_that_nobody_reads_is_given_up() -> None:

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -175,7 +175,8 @@ class GatewayProcess:
 
 
 @asynccontextmanager
-async def gateway_process(environment: dict[str, str]) -> AsyncIterator[GatewayProcess]:
+async def gateway_process(environment: dict[str, str], *, log: Path | None = None) -> AsyncIterator[GatewayProcess]:
+    """`log`: a file for what it writes."""
     secret = new_secret()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -187,11 +188,13 @@ async def gateway_process(environment: dict[str, str]) -> AsyncIterator[GatewayP
         "CALLER_AUDIENCE": AUDIENCE,
         **environment,
     }
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gateway"),
-        env={**os.environ, **{f"COMFYUI_TEMPORAL_{name}": value for name, value in settings.items()}},
-        cwd=Path(__file__).parents[2],
-    )
+    with log.open("ab") if log else nullcontext() as written:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "gateway"),
+            env={**os.environ, **{f"COMFYUI_TEMPORAL_{name}": value for name, value in settings.items()}},
+            cwd=Path(__file__).parents[2],
+            stderr=written,
+        )
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
 
         async def is_up() -> bool:

@@ -15,19 +15,20 @@ from tests.gateway.conftest import Api
 from tests.gateway.serving import token_for
 
 ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "tests" / "gateway" / "schemathesis.toml"
 
 
-async def schemathesis(api: Api, *options: str) -> tuple[int, str]:
-    """Its exit code and its report. A process of its own: it asks as any client does."""
+async def schemathesis(url: str, secret: str, *options: str, config: Path = CONFIG) -> tuple[int, str]:
+    """Its exit code and its report. A process of its own: it asks as any client does. `secret`: of callbacks."""
     process = await asyncio.create_subprocess_exec(
-        *(Path(sys.executable).parent / "st", "--config-file", "tests/gateway/schemathesis.toml"),
-        *("run", f"{api.http.base_url}/openapi.json", "--no-color", *options),
+        *(Path(sys.executable).parent / "st", "--config-file", config),
+        *("run", f"{url}/openapi.json", "--no-color", *options),
         cwd=ROOT,
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
-            "GATEWAY_TOKEN": token_for("tenant-demo", "user-demo", valid_seconds=600),
-            "GATEWAY_CALLBACK_SECRET": api.gateway.secret,
+            "GATEWAY_TOKEN": token_for("tenant-demo", "user-demo", valid_seconds=1_200),
+            "GATEWAY_CALLBACK_SECRET": secret,
         },
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -57,7 +58,7 @@ async def tasks(api: Api) -> AsyncIterator[None]:
 
 @pytest.mark.usefixtures("tasks")
 async def test_every_answer_is_as_documented(api: Api) -> None:
-    code, report = await schemathesis(api, "--max-examples", "5")
+    code, report = await schemathesis(str(api.http.base_url), api.gateway.secret, "--max-examples", "5")
     assert code == 0, report
 
 
@@ -65,5 +66,5 @@ async def test_every_answer_is_as_documented(api: Api) -> None:
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("tasks")
 async def test_every_answer_is_as_documented_in_a_longer_run(api: Api) -> None:
-    code, report = await schemathesis(api, "--max-examples", "100")
+    code, report = await schemathesis(str(api.http.base_url), api.gateway.secret, "--max-examples", "100")
     assert code == 0, report

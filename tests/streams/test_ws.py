@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from store import TaskStore
 from tests.streams.serving import Streams, Writer, streams_on, token_for
+from tests.waiting import comes_true
 
 
 def dialled(streams: Streams, tenant_id: str, query: str, *, token: str | None = None, origin: Any = None) -> connect:
@@ -73,3 +76,18 @@ async def test_a_draining_process_says_so_and_an_expired_token_too(task_store: T
             await received(socket, 1)
             streams.draining.begin()
             assert await close_code(socket) == 1012
+
+
+async def test_clients_that_leave_while_they_are_sent_something_leave_no_traceback(
+    streams: Streams, writer: Writer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Seen: one for each that closed its connection while its history was on its way."""
+    task_id = await writer.begun()
+    await writer.write(task_id, 300)
+    for _ in range(20):
+        async with dialled(streams, writer.tenant_id, f"task_id={task_id}") as socket:
+            await socket.recv()
+            socket.transport.abort()
+    await comes_true(lambda: streams.hub.open_of("ws") == 0)
+    gc.collect()
+    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []
