@@ -20,6 +20,7 @@ from local_stack.ports import LOOPBACK
 from local_stack.postgres import LocalPostgres
 from local_stack.temporal_server import NAMESPACE, LocalTemporal
 from proof.simulators.credits_profile import CONTRACT
+from runtime.settings import SECRETS
 
 SETTINGS_PREFIX: Final = "COMFYUI_TEMPORAL_"
 DATABASE_SETTING: Final = SETTINGS_PREFIX + "DATABASE_DSN"
@@ -32,6 +33,19 @@ NEVER_INHERITED: Final = frozenset(
     }
 )
 """A real platform's settings in the user's shell must not reach the simulators."""
+SECRETS_OF: Final[dict[str, frozenset[str]]] = {
+    "tables": frozenset({"DATABASE_DSN"}),
+    "worker": frozenset({"DATABASE_DSN", "SERVICE_SECRET", "SERVICE_TOKEN", "ENCRYPTION_KEYS"}),
+    "gateway": frozenset(
+        {"DATABASE_DSN", "CALLER_SECRET", "STREAM_TOKEN_SECRET", "CALLBACK_SECRETS", "ENCRYPTION_KEYS"}
+    ),
+    "bridge": frozenset({"SERVICE_SECRET", "BRIDGE_RESULT_SECRET", "CALLBACK_SECRETS", "ENCRYPTION_KEYS"}),
+    "gpu-worker": frozenset({"CALLBACK_SECRETS", "ENCRYPTION_KEYS"}),
+    "comfyui-simulator": frozenset({"SERVICE_SECRET", "CALLBACK_SECRETS", "SIMULATOR_ADMIN_TOKEN"}),
+    "credits-simulator": frozenset({"SERVICE_SECRET", "SIMULATOR_ADMIN_TOKEN"}),
+    "codec-server": frozenset({"CODEC_SERVER_TOKEN", "ENCRYPTION_KEYS"}),
+}
+"""Program → the secrets that it reads. No other reaches its process, here or in docker-compose.yml."""
 GRACE_SECONDS: Final = 5.0
 """The worker's grace here: longer than the simulators take to answer, shorter than a user waits for `make down`."""
 LOOK_SECONDS: Final = 1.0
@@ -59,7 +73,7 @@ class LocalParts:
             self.database_dsn = self.postgres.dsn
         self.owner_dsn = self.postgres.owner_dsn if self.postgres else self.database_dsn
         """Of the user that owns the tables; the services' own may not change them."""
-        self._environment = {**self._sealed, **self._settings(speed)}
+        self._all_settings = self._settings(speed)
 
     def url(self, part: str) -> str:
         return f"http://{LOOPBACK}:{self._ports[part]}"
@@ -73,34 +87,34 @@ class LocalParts:
         return [
             self.temporal.part(),
             *([self.postgres.part()] if self.postgres is not None else []),
-            self._ours("credits", ["-m", "proof.simulators", "credits"]),
+            self._ours("credits", "credits-simulator", ["-m", "proof.simulators", "credits"]),
             *self._comfyui_parts(),
-            self._ours("gateway", ["-m", "gateway"]),
-            self._ours("worker", [str(PROJECT / "worker.py")], needs=("temporal",), page="/readyz"),
+            self._ours("gateway", "gateway", ["-m", "gateway"]),
+            self._ours("worker", "worker", [str(PROJECT / "worker.py")], needs=("temporal",), page="/readyz"),
         ]
 
     def _comfyui_parts(self) -> list[Part]:
         """The simulator; or the bridge, and a GPU worker for each real server."""
         if not self._comfyui:
-            return [self._ours("comfyui", ["-m", "proof.simulators", "comfyui"])]
+            return [self._ours("comfyui", "comfyui-simulator", ["-m", "proof.simulators", "comfyui"])]
         workers = [
             Part(
                 name=f"gpu-{number}",
                 command=[sys.executable, "-m", "bridge.gpu_worker", "--server", server],
-                environment=self._environment,
+                environment=self._environment_of("gpu-worker"),
                 is_ready=serves(server),
                 needs=("temporal",),
                 stop_within_seconds=GRACE_SECONDS + 10,
             )
             for number, server in enumerate(self._comfyui, 1)
         ]
-        return [self._ours("comfyui", ["-m", "bridge"], needs=("temporal",)), *workers]
+        return [self._ours("comfyui", "bridge", ["-m", "bridge"], needs=("temporal",)), *workers]
 
     async def make_tables(self) -> None:
         """Migrate the task store's tables, once PostgreSQL is ready. Raises StackFailure."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "store", "migrate"),
-            env={**self._environment, DATABASE_SETTING: self.owner_dsn},
+            env={**self._environment_of("tables"), DATABASE_SETTING: self.owner_dsn},
             cwd=self._folder.path,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -110,11 +124,20 @@ class LocalParts:
         if process.returncode != 0:
             raise StackFailure(f"The task store's tables could not be made: {output.decode(errors='replace').strip()}")
 
-    def _ours(self, name: str, arguments: list[str], *, needs: tuple[str, ...] = (), page: str = "/healthz") -> Part:
+    def _environment_of(self, program: str) -> dict[str, str]:
+        """All settings, and of the secrets its own."""
+        others = {SETTINGS_PREFIX + name.upper() for name in SECRETS} - {
+            SETTINGS_PREFIX + name for name in SECRETS_OF[program]
+        }
+        return {**self._sealed, **{name: value for name, value in self._all_settings.items() if name not in others}}
+
+    def _ours(
+        self, name: str, program: str, arguments: list[str], *, needs: tuple[str, ...] = (), page: str = "/healthz"
+    ) -> Part:
         return Part(
             name=name,
             command=[sys.executable, *arguments],
-            environment=self._environment,
+            environment=self._environment_of(program),
             is_ready=answers(self._ports[name], page),
             port=self._ports[name],
             needs=needs,

@@ -362,3 +362,9 @@ class Settings(BaseSettings):
             continue_as_new_signals=self.continue_as_new_signals,
             dataset_roots=[root.replace("{tenant_id}", tenant_id) for root in self.dataset_roots],
         )
+
+
+SECRETS: Final = frozenset(
+    name for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation)
+)
+"""The settings that no other process and no log may learn."""

@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES, TASK_QUEUE
+from local_stack.parts import SECRETS_OF
 from local_stack.temporal_server import DYNAMIC_CONFIG, RETENTION, dynamic_config, temporal_binary
-from runtime.settings import Settings
+from runtime.settings import SECRETS, Settings
 
 PROJECT = Path(__file__).parent.parent
 PREFIX = "COMFYUI_TEMPORAL_"
@@ -31,6 +32,8 @@ OTHERS_VARIABLES = {
     "temporal-ui": {"TEMPORAL_ADDRESS"},
 }
 OURS = ("tables", "worker", "gateway", "comfyui-simulator", "credits-simulator", "bridge", "gpu-worker")
+ALTERNATIVES = {"SERVICE_TOKEN", "STREAM_TOKEN_SECRET", "BRIDGE_RESULT_SECRET"}
+"""A secret that the service is given serves in their place."""
 SECRET = "0123456789abcdef0123456789abcdef"
 FILLED_IN = {
     "POSTGRES_PASSWORD": "p",
@@ -123,9 +126,15 @@ def test_our_services_read_valid_settings(service: str, monkeypatch: pytest.Monk
     settings = settings_of(service, monkeypatch)
     assert settings.task_queue == TASK_QUEUE
     assert settings.temporal_address == "temporal:7233"
-    assert settings.database_dsn is not None
-    assert settings.database_dsn.get_secret_value().endswith("@postgres:5432/comfyui_temporal")
+    if settings.database_dsn is not None:
+        assert settings.database_dsn.get_secret_value().endswith("@postgres:5432/comfyui_temporal")
     assert settings.dataset_roots == ["file:///data/datasets/{tenant_id}/"]
+
+
+@pytest.mark.parametrize("service", [*OURS, "codec-server"])
+def test_a_service_gets_the_secrets_that_it_reads_and_no_others(service: str) -> None:
+    given = {name.removeprefix(PREFIX) for name in services()[service]["environment"]} & {s.upper() for s in SECRETS}
+    assert given == SECRETS_OF[service] - ALTERNATIVES
 
 
 @pytest.mark.parametrize("service", OURS)
