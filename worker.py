@@ -290,6 +290,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         refused=stop.set,
         then=lambda: schedule_reconciler(client, settings),
     )
+    if not settings.dataset_roots:
+        log.warning("no_dataset_roots", setting="COMFYUI_TEMPORAL_DATASET_ROOTS", means="trainings are refused")
     async with home, opened_activities(settings, client) as activities:
         worker = make_worker(client, settings, activities)
         page = HealthPage(client, worker, stop)

@@ -53,6 +53,7 @@ from comfyui_temporal.contracts.errors import FailureCode
 
 MAX_FILES: Final = 10_000
 MAX_BYTES: Final = 100 * 1024**3
+ROOTS_SETTING: Final = "COMFYUI_TEMPORAL_DATASET_ROOTS"
 MANIFEST: Final = "manifest.json"
 LOOK_EVERY_SECONDS: Final = 5.0
 """After a deletion a copy that still runs stops within this time, apart from the file that it is copying."""
@@ -109,8 +110,8 @@ def chained(digest: str, file: DatasetFile) -> str:
 class DatasetSnapshots:
     """Temporary storage of snapshots; an async context manager. Raises OutsideFailure.
 
-    `dataset_roots` are prefixes with `{tenant_id}`. If they are given, a source must be below one of its tenant's, with
-    symbolic links resolved. Raises ValueError for an unusable address.
+    `dataset_roots` are prefixes with `{tenant_id}`: a source must be below one of its tenant's, with symbolic links
+    resolved. Without any, no source is read. Raises ValueError for an unusable address.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class DatasetSnapshots:
     ) -> None:
         self._root = _setting("COMFYUI_TEMPORAL_OBJECT_STORE_URL", object_store_url)
         for root in dataset_roots:
-            _setting("COMFYUI_TEMPORAL_DATASET_ROOTS", root)
+            _setting(ROOTS_SETTING, root)
         self._dataset_roots = tuple(dataset_roots)
         self._max_files = max_files
         self._max_bytes = max_bytes
@@ -274,7 +275,9 @@ class DatasetSnapshots:
             address = read_address(uri)
         except BadAddress as error:
             raise invalid(f"{field} {error}.") from None
-        if self._dataset_roots and not self._is_tenants(address, order.call_for.tenant_id):
+        if not self._dataset_roots:
+            raise invalid(f"{field} cannot be read: this worker knows no folders of datasets ({ROOTS_SETTING}).")
+        if not self._is_tenants(address, order.call_for.tenant_id):
             raise invalid(f"{field} is not below a folder of the task's tenant.")
         try:
             return ObjectFolder(address)

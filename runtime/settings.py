@@ -147,8 +147,9 @@ class Settings(BaseSettings):
     """How long the audit log is kept, at least 30 days."""
     object_store_url: str = "file://.run/objects"
     """Temporary object storage for dataset snapshots: `file://`, `s3://`, `gs://`, `az://`."""
-    dataset_roots: Annotated[list[str], NoDecode] = ["file://.run/datasets/{tenant_id}/"]
-    """Prefixes for a tenant's datasets and checkpoints, comma-separated; each must contain `{tenant_id}`."""
+    dataset_roots: Annotated[list[str], NoDecode] = []
+    """Prefixes for a tenant's datasets and checkpoints, comma-separated; each must contain `{tenant_id}`.
+    Without any, no dataset is read: trainings are refused."""
 
     # Policy (contract §5, §8)
     prices: PriceTable = PriceTable()

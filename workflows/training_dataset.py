@@ -62,9 +62,9 @@ class TrainingDataset:
         }
         for field, uri in addresses.items():
             if uri is not None and not policy.is_own_address(uri):
+                roots = ", ".join(policy.dataset_roots) or "no folder: COMFYUI_TEMPORAL_DATASET_ROOTS names none"
                 raise TaskFailed(
-                    FailureCode.INPUT_INVALID,
-                    f"The input is not valid: {field}: must lie under one of {', '.join(policy.dataset_roots)}.",
+                    FailureCode.INPUT_INVALID, f"The input is not valid: {field}: must lie under one of {roots}."
                 )
 
     async def snapshot(self) -> SnapshotReference:

@@ -50,8 +50,11 @@ def order(source: Path | str, *, files: list[str] | None = None, **changes: Any)
     return SnapshotOrder(**(given | changes))
 
 
+ANYWHERE = ("file:///", "s3://bucket/", "gs://bucket/")
+
+
 def activities(objects: Path, **limits: Any) -> DatasetActivities:
-    return DatasetActivities(DatasetSnapshots(objects.as_uri(), **limits))
+    return DatasetActivities(DatasetSnapshots(objects.as_uri(), **{"dataset_roots": ANYWHERE, **limits}))
 
 
 EARLIER = datetime(2026, 1, 1, tzinfo=UTC)
@@ -171,7 +174,7 @@ class Interrupted(DatasetSnapshots):
 
 async def interrupted_once(source: Path, objects: Path) -> tuple[Interrupted, Any]:
     """A snapshot that stopped after two of three files, and the heartbeat that it left."""
-    client = Interrupted(objects.as_uri())
+    client = Interrupted(objects.as_uri(), dataset_roots=ANYWHERE)
     client.written = []
     env, beats = environment(), []
     env.on_heartbeat = lambda *details: beats.append(details)
@@ -310,6 +313,11 @@ async def test_a_source_outside_of_the_tenants_roots_is_refused(source: Path, ob
         assert "tenant" in await refused(objects, order(outside_uri), dataset_roots=roots)
 
 
+async def test_without_roots_no_source_is_read(source: Path, objects: Path) -> None:
+    """Seen: any folder that the worker could read was taken then."""
+    assert "COMFYUI_TEMPORAL_DATASET_ROOTS" in await refused(objects, order(source), dataset_roots=())
+
+
 @pytest.mark.parametrize("task_id", ["../task-2", "", "a/b", ".."])
 async def test_a_task_id_that_names_no_folder_is_refused(source: Path, objects: Path, task_id: str) -> None:
     wanted = order(source, call_for=call_for(task_id=task_id))
@@ -352,7 +360,7 @@ async def test_remote_storage_that_is_away_is_retried(
         "AWS_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    away = DatasetActivities(DatasetSnapshots("s3://bucket/prefix"))
+    away = DatasetActivities(DatasetSnapshots("s3://bucket/prefix", dataset_roots=ANYWHERE))
     for running in (
         environment().run(away.snapshot, order(source)),
         environment().run(away.delete_snapshot, order(source)),
@@ -367,7 +375,7 @@ class CutOff(DatasetSnapshots):
     """Goes on copying after Temporal gave its attempt up: before its n-th file another worker deletes the snapshot."""
 
     def __init__(self, objects: Path, *, before_file: int, deleting: DatasetActivities, **limits: Any) -> None:
-        super().__init__(objects.as_uri(), **limits)
+        super().__init__(objects.as_uri(), dataset_roots=ANYWHERE, **limits)
         self._left, self._deleting = before_file, deleting
         self.order: SnapshotOrder
 
@@ -440,7 +448,9 @@ async def test_a_cancelled_snapshot_stops_and_a_stopping_worker_leaves_it_to_the
     env = environment()
     began = asyncio.Event()
     env.on_heartbeat = lambda *_: began.set()
-    running = asyncio.ensure_future(env.run(DatasetActivities(Slow(objects.as_uri())).snapshot, order(source)))
+    running = asyncio.ensure_future(
+        env.run(DatasetActivities(Slow(objects.as_uri(), dataset_roots=ANYWHERE)).snapshot, order(source))
+    )
     async with asyncio.timeout(5):
         await began.wait()
     env.cancel(activity.ActivityCancellationDetails(cancel_requested=by_workflow, worker_shutdown=not by_workflow))
@@ -455,7 +465,7 @@ async def test_a_relative_address_lies_below_the_working_directory(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    client = DatasetActivities(DatasetSnapshots("file://.run/objects"))
+    client = DatasetActivities(DatasetSnapshots("file://.run/objects", dataset_roots=ANYWHERE))
     snapshot = await environment().run(client.snapshot, order("file://datasets/tenant-demo/cats/"))
     assert snapshot.snapshot_uri.startswith((tmp_path / ".run/objects").as_uri())
     assert copied(tmp_path / ".run/objects") == FILES
@@ -482,7 +492,7 @@ class VanishingSource(DatasetSnapshots):
 
 
 async def test_a_file_that_vanishes_while_it_is_copied_is_named(source: Path, objects: Path) -> None:
-    client = VanishingSource(objects.as_uri())
+    client = VanishingSource(objects.as_uri(), dataset_roots=ANYWHERE)
     client.folder = source
     with pytest.raises(ApplicationError) as raised:
         await environment().run(DatasetActivities(client).snapshot, order(source))
@@ -501,7 +511,7 @@ def test_an_unusable_setting_is_named_at_start(objects: Path) -> None:
 async def test_a_store_in_ones_own_network_needs_no_tls(monkeypatch: pytest.MonkeyPatch) -> None:
     async with s3(monkeypatch) as bucket:
         await bucket.put({f"datasets/tenant-demo/cats/{path}": content for path, content in FILES.items()})
-        client = DatasetSnapshots(f"s3://{BUCKET}/objects")
+        client = DatasetSnapshots(f"s3://{BUCKET}/objects", dataset_roots=[f"s3://{BUCKET}/datasets/{{tenant_id}}/"])
         wanted = order(f"s3://{BUCKET}/datasets/tenant-demo/cats/")
         snapshot = await environment().run(DatasetActivities(client).snapshot, wanted)
         copies = {f"objects/snapshots/task-1/cats/files/{path}": content for path, content in FILES.items()}

@@ -409,6 +409,15 @@ async def test_a_retried_training_resumes_from_its_last_checkpoint(quick_platfor
     assert len(await sent(handle, "snapshot")) == 1, "the same copy serves both"
 
 
+async def test_without_dataset_roots_a_training_is_refused(quick_platform: Platform) -> None:
+    quick_platform.policy["dataset_roots"] = []
+    handle = await quick_platform.start_training()
+    ending = await ended(quick_platform, handle)
+    assert ending.code == "input_invalid"
+    assert "COMFYUI_TEMPORAL_DATASET_ROOTS" in (ending.events[-1].message or "")
+    await assert_nothing_begun(quick_platform, handle)
+
+
 async def test_a_training_resumes_from_the_checkpoint_that_its_caller_names(quick_platform: Platform) -> None:
     """The service refuses a checkpoint it does not know: a completed training shows that it got the checkpoint."""
     first = await quick_platform.start_training()
