@@ -7,21 +7,18 @@ another worker or later. A second signal ends the process immediately; that dela
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from typing import Any, Final
 
 import structlog
 import uvloop
-from temporalio.api.enums.v1 import IndexedValueType, TaskQueueType
+from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
-from temporalio.api.taskqueue.v1 import TaskQueue
-from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import Client
 from temporalio.runtime import PrometheusConfig, Runtime, TelemetryConfig
 from temporalio.service import RPCError, RPCStatusCode
@@ -42,6 +39,7 @@ from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from comfyui_temporal.encryption import NO_ENCRYPTION, encryption_of
 from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
+from runtime.health_page import FirstAnswers, HealthPage, is_polling
 from runtime.logs import configure_logs
 from runtime.reconciler_schedule import ensure_reconciler
 from runtime.required_settings import CannotStart, database_of, read_settings
@@ -61,7 +59,6 @@ With 1 s a burst of 150 starts on a busy machine missed it 121 times. Each miss 
 the machine busy. A killed worker's work continues within 5 s either way.
 """
 FIRST_POLLERS: Final = 5
-LOOK_SECONDS: Final = 3.0
 REQUEST_SECONDS: Final = 5.0
 EXIT_CANNOT_START: Final = 2
 EXIT_FORCED: Final = 1
@@ -218,67 +215,26 @@ def _pollers(*, at_least: int, at_most: int) -> PollerBehaviorAutoscaling:
     return PollerBehaviorAutoscaling(minimum=at_least, maximum=at_most, initial=min(FIRST_POLLERS, at_most))
 
 
-class HealthPage:
-    """`/healthz`: the process is alive. `/readyz`: the server sees this worker poll, and it is not draining."""
+def health_page(
+    client: Client, worker: Worker, stop: asyncio.Event, parties: Mapping[str, str] | None = None
+) -> HealthPage:
+    """`/readyz`: the server sees this worker poll, and it is not draining. `/startupz`: also, each of `parties` (name →
+    address) has answered once.
+    """
+    first_answers = FirstAnswers(parties or {})
 
-    def __init__(self, client: Client, worker: Worker, stop: asyncio.Event) -> None:
-        self._client = client
-        self._worker = worker
-        self._stop = stop
+    async def ready() -> list[str]:
+        if stop.is_set() or not worker.is_running:
+            return ["not polling: the worker starts or drains"]
+        if not await is_polling(client, worker.task_queue, client.identity):
+            return [f"not polling: Temporal does not see this worker at task queue {worker.task_queue}"]
+        return []
 
-    @asynccontextmanager
-    async def served(self, host: str, port: int | None) -> AsyncIterator[None]:
-        """Raises CannotStart if the port is taken."""
-        if port is None:
-            yield
-            return
-        try:
-            server = await asyncio.start_server(self._answer, host, port, limit=8 * 1024)
-        except OSError as error:
-            raise CannotStart(
-                f"The health page cannot listen at {host}:{port} ({error.strerror}): "
-                "set COMFYUI_TEMPORAL_HEALTH_PORT to a free port."
-            ) from None
-        try:
-            yield
-        finally:
-            server.close()
+    async def started() -> list[str]:
+        looked = await asyncio.gather(ready(), first_answers.missing())
+        return [sentence for missing in looked for sentence in missing]
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), LOOK_SECONDS)
-            target = head.split(b" ", 2)[1:2]
-            status, text = await self._page(b"".join(target).split(b"?")[0])
-            body = f"{text}\n".encode()
-            head_lines = (f"HTTP/1.1 {status}", "Content-Type: text/plain", f"Content-Length: {len(body)}")
-            writer.write("\r\n".join([*head_lines, "Connection: close", "", ""]).encode() + body)
-            await writer.drain()
-        writer.close()
-
-    async def _page(self, target: bytes) -> tuple[str, str]:
-        if target == b"/healthz":
-            return "200 OK", "alive"
-        if target != b"/readyz":
-            return "404 Not Found", "there is /healthz and /readyz"
-        if await self._polls():
-            return "200 OK", "polling"
-        return "503 Service Unavailable", "not polling"
-
-    async def _polls(self) -> bool:
-        if self._stop.is_set() or not self._worker.is_running:
-            return False
-        request = DescribeTaskQueueRequest(
-            namespace=self._client.namespace,
-            task_queue=TaskQueue(name=self._worker.task_queue),
-            task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW,
-        )
-        try:
-            seen = await self._client.workflow_service.describe_task_queue(
-                request, timeout=timedelta(seconds=LOOK_SECONDS)
-            )
-        except RPCError:
-            return False
-        return any(poller.identity == self._client.identity for poller in seen.pollers)
+    return HealthPage({"/readyz": ready, "/startupz": started})
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
@@ -294,7 +250,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         log.warning("no_dataset_roots", setting="COMFYUI_TEMPORAL_DATASET_ROOTS", means="trainings are refused")
     async with home, opened_activities(settings, client) as activities:
         worker = make_worker(client, settings, activities)
-        page = HealthPage(client, worker, stop)
+        parties = {"ComfyUI": settings.comfyui_url, "the credits service": settings.credits_url}
+        page = health_page(client, worker, stop, parties)
         async with page.served(settings.worker_host, settings.health_port):
             running = asyncio.create_task(worker.run())
             stopping = asyncio.create_task(stop.wait())

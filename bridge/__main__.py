@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import structlog
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from temporalio.client import Client
 from temporalio.worker import Worker
 
@@ -30,6 +30,7 @@ from bridge.training_workflow import ComfyUITrainingWorkflow
 from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
 from runtime.doors import Door, DoorConfig, door_limits_by
+from runtime.health_page import is_polling
 from runtime.logs import configure_logs
 from runtime.required_settings import CannotStart, read_settings, service_tokens_by
 from runtime.settings import Settings
@@ -78,7 +79,17 @@ class Bridge:
             callback_bases=callback_bases,
             snapshots_url=settings.object_store_url,
         )
-        return bridge_app(Edge(self._tokens, Keys(runs)), images, trainings, self.storage, self.signed)
+        app = bridge_app(Edge(self._tokens, Keys(runs)), images, trainings, self.storage, self.signed)
+
+        @app.get("/readyz", include_in_schema=False)
+        async def readyz(response: Response) -> dict[str, list[str]]:
+            """Temporal sees this process poll for the bridge's own work; without it no request is answered."""
+            queue = settings.bridge_task_queue
+            polls = await is_polling(self._client, queue, self._client.identity)
+            response.status_code = 200 if polls else 503
+            return {"missing": [] if polls else [f"Temporal does not see this bridge at task queue {queue}"]}
+
+        return app
 
     def worker(self) -> Worker:
         """The worker of the bridge's own queue."""

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import structlog
 from temporalio import activity
+from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.client import Client
 from temporalio.worker import FixedSizeSlotSupplier, PollerBehaviorSimpleMaximum, Worker, WorkerTuner
 
@@ -38,12 +39,15 @@ from bridge.storage import Storage
 from bridge.templates import TemplateLibrary
 from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
+from runtime.health_page import HealthPage, is_polling
 from runtime.logs import configure_logs
 from runtime.required_settings import CannotStart, read_settings
 from runtime.settings import Settings
 
 BEAT_EVERY: Final = timedelta(seconds=1)
 RETRY_SECONDS: Final = 2.0
+LOOK_SECONDS: Final = 1.0
+"""A server answers its health page's question within it; the page as a whole has 4 s."""
 LINGER_SECONDS: Final = 3.0
 """After a run ends, this worker still has to copy its results."""
 
@@ -72,11 +76,12 @@ class GpuWorker:
         taken_seconds: float = TAKEN_SECONDS,
         linger_seconds: float = LINGER_SECONDS,
     ) -> None:
+        self._client = client
         self._linger_seconds = linger_seconds
         self.slot = Slot(server, taken_seconds=taken_seconds)
         identity = ServerIdentity(seen.name, server_queue(bridge_queue, seen.name), seen.gpu_type)
         self.activities = GpuActivities(server, identity, self.slot, storage, sender, patience=patience)
-        poller_identity = identity_of(seen, os.getpid())
+        self._identity = poller_identity = identity_of(seen, os.getpid())
         one_poller = PollerBehaviorSimpleMaximum(maximum=1)
         self._pool = Worker(
             client,
@@ -110,6 +115,14 @@ class GpuWorker:
             activity_task_poller_behavior=one_poller,
         )
 
+    async def missing(self) -> list[str]:
+        """What keeps this worker from taking jobs, a sentence each: for its health page."""
+        queue = self._presence.task_queue
+        kind = TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY
+        if not await is_polling(self._client, queue, self._identity, kind):
+            return [f"not polling: Temporal does not see this worker at task queue {queue}"]
+        return []
+
     @asynccontextmanager
     async def running(self, *, grace_seconds: float) -> AsyncIterator[None]:
         """Work while the body runs. Afterwards finish running work for `grace_seconds`, then hand it back."""
@@ -127,6 +140,26 @@ class GpuWorker:
                         await asyncio.sleep(self._linger_seconds)
         except TimeoutError:
             log.warning("gpu_worker_hands_back", grace_seconds=grace_seconds)
+
+
+class GpuHealth:
+    """`/readyz` of one GPU worker: its server answers, Temporal sees it poll, and it is not draining."""
+
+    def __init__(self, server: Server, stop: asyncio.Event) -> None:
+        self._server = server
+        self._stop = stop
+        self.worker: GpuWorker | None = None
+        """None while the server has not answered yet."""
+
+    async def missing(self) -> list[str]:
+        if self._stop.is_set():
+            return ["draining"]
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                await self._server.describe()
+        except (ServerError, TimeoutError) as error:
+            return [f"the server cannot be used: {error or 'no answer in time'}"]
+        return await self.worker.missing() if self.worker else ["the worker starts"]
 
 
 def open_server(url: str) -> NativeServer:
@@ -187,6 +220,11 @@ async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.E
             client = await temporal_connection.connect(settings)
         except (ValueError, RuntimeError) as error:
             raise CannotStart(str(error)) from None
+        health = GpuHealth(server, stop)
+        page = HealthPage({"/readyz": health.missing})
+        await opened.enter_async_context(
+            page.served(settings.worker_host, settings.gpu_health_port, setting="GPU_HEALTH_PORT")
+        )
         description = await until_answering(server, stop)
         if description is None:
             return
@@ -195,6 +233,7 @@ async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.E
         gpu_type = options.gpu_type or description.gpu_type
         seen = SeenServer(name=options.name or name_of(server.url), pool=options.pool, gpu_type=gpu_type)
         worker = GpuWorker(client, server, seen, storage, sender, bridge_queue=settings.bridge_task_queue)
+        health.worker = worker
         async with worker.running(grace_seconds=settings.gpu_grace_seconds):
             log.info(
                 "gpu_worker_serves",

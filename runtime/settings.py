@@ -183,9 +183,9 @@ class Settings(BaseSettings):
     grace_seconds: float = Field(default=20, ge=0)
     """How long a stopping worker lets calls in flight end."""
     worker_host: str = "127.0.0.1"
-    """Where the worker's health and metrics pages listen."""
+    """Where the health and metrics pages of worker and GPU worker listen."""
     health_port: int | None = Field(default=None, ge=1, le=65_535)
-    """`/healthz` and `/readyz`; none by default."""
+    """`/healthz`, `/readyz` and `/startupz`; none by default."""
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
     """Prometheus metrics, `/metrics`; none by default."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -213,6 +213,8 @@ class Settings(BaseSettings):
     bridge_result_secret: SecretStr | None = None
     """Secret (at least 32 bytes) that signs addresses of results, the same in all bridge processes; default: derived
     from `service_secret`."""
+    gpu_health_port: int | None = Field(default=None, ge=1, le=65_535)
+    """A GPU worker's `/healthz` and `/readyz`, at `worker_host`; none by default."""
     gpu_grace_seconds: float = Field(default=600, ge=0)
     """How long a stopping GPU worker lets its graph run to the end before it returns the job."""
 
@@ -228,6 +230,8 @@ class Settings(BaseSettings):
     simulator_host: str = "127.0.0.1"
     comfyui_simulator_port: int = Field(default=8188, ge=0, le=65_535)
     credits_simulator_port: int = Field(default=8190, ge=0, le=65_535)
+    simulator_public_url: ServiceUrl | None = None
+    """The address under which results are fetched; default: the address of the job's request."""
     simulator_folder: Path = Path(".run/simulators")
     simulator_speed: float = Field(default=1.0, gt=0)
     """How many contract seconds pass in one real second."""

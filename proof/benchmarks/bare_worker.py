@@ -72,7 +72,7 @@ async def main() -> None:
     client = await worker.connect(settings)
     async with worker.opened_activities(settings) as activities:
         bare = worker.make_worker(client, settings, activities, workflows=[BareImageWorkflow])
-        page = worker.HealthPage(client, bare, stop)
+        page = worker.health_page(client, bare, stop)
         async with page.served(settings.worker_host, settings.health_port), bare:
             await stop.wait()
 

@@ -71,6 +71,7 @@ def _comfyui(settings: Settings) -> FastAPI:
         callback_secrets=secrets,
         prices=settings.prices,
         speed=settings.simulator_speed,
+        public_url=settings.simulator_public_url,
     )
 
 

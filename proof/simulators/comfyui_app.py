@@ -34,15 +34,23 @@ def comfyui_app(
     prices: PriceTable,
     speed: float,
     gpus: dict[str, int] | None = None,
+    public_url: str | None = None,
 ) -> FastAPI:
-    """The application; its state is in `folder`/comfyui.sqlite3 and is closed when the application ends."""
+    """The application; its state is in `folder`/comfyui.sqlite3 and is closed when the application ends.
+
+    `public_url`: where clients fetch results; default: the address that the job's request came to.
+    """
     state = StateFile(folder / "comfyui.sqlite3")
     clock = Clock(state, speed=speed)
     faults = Faults(state)
     service = ComfyUIService(
         state, clock, faults, folder=folder, prices=prices, callback_secrets=callback_secrets, gpus=gpus
     )
-    edge = Edge(state, clock, tokens, faults, service.queue.task_of, before_act=service.queue.settle)
+    edge = Edge(
+        *(state, clock, tokens, faults, service.queue.task_of),
+        before_act=service.queue.settle,
+        public_url=public_url,
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

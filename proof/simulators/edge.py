@@ -81,6 +81,7 @@ class Edge:
 
     Without `keeps_keys` every request acts, even with a known key. Without `asks_for_tokens` the caller is the user
     that the body or the query names, with every scope (contract §4, field).
+    `public_url` is the base of addresses in answers; else the request's own is.
     `before_act` runs outside of the act's transaction: a refusal does not undo it.
     """
 
@@ -95,6 +96,7 @@ class Edge:
         before_act: Callable[[], None] = lambda: None,
         keeps_keys: bool = True,
         asks_for_tokens: bool = True,
+        public_url: str | None = None,
     ) -> None:
         self.faults = faults
         self.keys = IdempotencyKeys(state, clock)
@@ -105,6 +107,7 @@ class Edge:
         self._before_act = before_act
         self._keeps_keys = keeps_keys
         self._asks_for_tokens = asks_for_tokens
+        self._public_url = public_url
 
     def add_route(
         self, router: APIRouter, method: str, path: str, name: str, act: Act, *, is_ours: bool = False
@@ -203,7 +206,7 @@ class Edge:
         wants_key = exchange.request.method == "POST" and self._keeps_keys
         if wants_key and not 0 < len(exchange.key or "") <= MAX_KEY_CHARACTERS:
             raise Refused("payload_invalid", fields=["X-Idempotency-Key: Field required"])
-        base_url = str(exchange.request.base_url).rstrip("/")
+        base_url = self._public_url or str(exchange.request.base_url).rstrip("/")
         return Call(exchange.request, exchange.route, exchange.body, claims, base_url)
 
     def _spoiled(self, exchange: _Exchange, fault: Fault, reply: Reply, outcome: Outcome) -> Response:

@@ -129,10 +129,11 @@ async def running_simulators(
     credits_profile: CreditsProfile = CONTRACT,
     comfyui_port: int = 0,
     credits_port: int = 0,
+    public_url: str | None = None,
 ) -> AsyncIterator[Simulators]:
     """Serve both from `folder`. At the default speed a standard image takes a second, a training about six.
 
-    `gpus`: GPU type → how many (default `comfyui_service.FIRST_GPUS`).
+    `gpus`: GPU type → how many (default `comfyui_service.FIRST_GPUS`). `public_url`: where results are said to be.
     """
     tokens = Tokens(token_secret, issuer, audience)
     signing = callback_secrets or [TEST_CALLBACK_SECRET]
@@ -147,6 +148,7 @@ async def running_simulators(
             prices=table,
             speed=speed,
             gpus=gpus,
+            public_url=public_url,
         )
 
     def credits_() -> FastAPI:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 from datetime import datetime, timedelta
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
 from comfyui_temporal.contracts.comfyui import JobAccepted, JobState
-from proof.simulators.serving import Simulators
-from tests.simulators.platform import Caller, new_task, refusal
+from proof.simulators.serving import Simulators, running_simulators
+from tests.simulators.platform import Caller, Receiver, new_task, refusal
 
 SLOW = 1.0
 """At this speed nothing moves unless the clock is advanced."""
@@ -200,3 +202,14 @@ async def test_scopes_and_tenants_guard_jobs(caller: Caller) -> None:
 async def test_a_job_is_no_training(caller: Caller) -> None:
     job_id = (await caller.submit(new_task()))["job_id"]
     assert refusal(await caller.comfyui("GET", f"/training/{job_id}")) == (404, "40401", "training_not_found")
+
+
+async def test_results_are_at_the_public_address_if_one_is_set(
+    receiver: Receiver, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    """In containers the worker's address of the service is none that a caller can open."""
+    async with running_simulators(tmp_path, public_url="http://results.example") as simulators:
+        caller = Caller(simulators, receiver, http)
+        job_id = (await caller.submit(new_task()))["job_id"]
+        await simulators.admin.comfyui.act(job_id, "finish")
+        assert (await caller.job(job_id))["result_urls"] == [f"http://results.example/results/{job_id}/1.png"]
