@@ -1,5 +1,6 @@
 #!/bin/sh
-# Creates Temporal's two databases, or migrates them; safe to repeat. Runs in temporalio/admin-tools.
+# Creates the tables of Temporal's two databases, or migrates them; safe to repeat. Runs in temporalio/admin-tools.
+# database-users.sh has created the databases themselves.
 set -eu
 
 sql_tool() {
@@ -9,7 +10,6 @@ sql_tool() {
 bring_up_to_date() {
     database=$1
     schema=$2
-    sql_tool --db "$database" create
     sql_tool --db "$database" setup-schema -v 0.0
     sql_tool --db "$database" update-schema -d "/etc/temporal/schema/postgresql/v12/$schema/versioned"
 }

@@ -38,7 +38,7 @@ class LocalPostgres:
         self._port = port
         self._environment = environment
         self._password = folder.secrets().database_password
-        self._binaries = _binaries()
+        self._binaries = postgres_binaries()
 
     @property
     def dsn(self) -> str:
@@ -154,7 +154,7 @@ class LocalPostgres:
         return await asyncpg.connect(self._owner_dsn(_ADMIN_DATABASE), timeout=_CONNECT_SECONDS)
 
 
-def _binaries() -> Path:
+def postgres_binaries() -> Path:
     """The folder of the newest PostgreSQL in the package, found without importing it.
 
     Its import creates folders elsewhere and takes a machine-wide lock.
