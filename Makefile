@@ -12,10 +12,10 @@ PACE := $(if $(SPEED),--speed $(SPEED)) $(if $(COMFYUI),--comfyui $(COMFYUI)) $(
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down status logs test test-all test-comfyui simulate mutation kill-points soak bench audit lint types imports schemas pytest pytest-all format lock clean
+.PHONY: help setup demo up down status logs test test-all test-comfyui test-containers simulate mutation kill-points soak bench audit lint types imports schemas pytest pytest-all format lock clean
 
 help: ## list every target
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready ## make the venv and install the locked dependencies
 	@:
@@ -55,6 +55,9 @@ test-all: lint types imports schemas pytest-all ## the slow tests too
 test-comfyui: setup ## against a real ComfyUI that nobody else uses (COMFYUI=http://127.0.0.1:8188)
 	@test -n "$(COMFYUI)" || { echo "say which: make test-comfyui COMFYUI=http://127.0.0.1:8188"; exit 2; }
 	@COMFYUI=$(COMFYUI) RESTART="$(RESTART)" $(BIN)/python -m pytest tests/bridge/real
+
+test-containers: setup ## builds the image and runs docker-compose.yml; makes an engine where root and Debian allow (FOLDER=/tmp/…)
+	@$(BIN)/python -m proof.containers $(if $(FOLDER),--folder $(FOLDER))
 
 lint: setup ## ruff: style and format
 	$(call timed,lint,$(BIN)/ruff check . && $(BIN)/ruff format --check .)

@@ -157,8 +157,10 @@ class GpuHealth:
         try:
             async with asyncio.timeout(LOOK_SECONDS):
                 await self._server.describe()
-        except (ServerError, TimeoutError) as error:
-            return [f"the server cannot be used: {error or 'no answer in time'}"]
+        except TimeoutError:
+            return [f"the server cannot be used: no answer from {self._server.url} within {LOOK_SECONDS:g} s"]
+        except ServerError as error:
+            return [f"the server cannot be used: {error}"]
         return await self.worker.missing() if self.worker else ["the worker starts"]
 
 

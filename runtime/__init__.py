@@ -1,1 +1,1 @@
-"""What every entry point reads first: settings, logs, tokens, the Temporal connection."""
+"""What every entry point reads first: settings, logs, tokens, the Temporal connection, health pages."""

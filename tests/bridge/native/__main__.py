@@ -15,6 +15,7 @@ from tests.bridge.native.traps import Traps
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A stand-in for ComfyUI's native API.")
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8188)
     parser.add_argument("--folder", type=Path, default=Path(".run/native"), help="folder of output, temp and input")
     parser.add_argument("--traps", default="{}", help="JSON of tests/bridge/native/traps.py")
@@ -24,7 +25,7 @@ def main() -> None:
     app = native_app(chosen.folder.resolve(), Traps.model_validate_json(chosen.traps))
     uvicorn.run(
         app,
-        host="127.0.0.1",
+        host=chosen.host,
         port=chosen.port,
         http=CuttableProtocol,
         ws="websockets-sansio",
