@@ -168,8 +168,8 @@ async def check_search_attributes(client: Client) -> None:
             log.warning("search_attributes_unchecked", reason=error.message, needed=list(SEARCH_ATTRIBUTES))
             return
         raise CannotStart(
-            f"Temporal does not show the search attributes of namespace {client.namespace!r}: {error.message}. "
-            "Check that the namespace exists."
+            f"Temporal does not show the search attributes of namespace {client.namespace!r}: "
+            f"{error.message.rstrip('.')}. Check that the namespace exists."
         ) from None
     keyword = IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD
     missing = [name for name in SEARCH_ATTRIBUTES if known.custom_attributes.get(name) != keyword]

@@ -192,9 +192,9 @@ def _end_daemon(folder: Path) -> None:
             while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
                 time.sleep(0.1)
             _ran("ip", "link", "delete", "docker0")
-    # It leaves this mounted, and the folder could not be deleted.
+    # It leaves this file mounted, and the folder could not be deleted.
     namespace = folder / "exec" / "netns" / "default"
-    if namespace.is_mount():
+    if os.path.ismount(namespace):
         _ran("umount", str(namespace))
     with suppress(OSError):
         pidfile.unlink()
