@@ -18,10 +18,10 @@ _NO_SUCH_NAME: Final = b"\x81\x83"
 
 
 @contextmanager
-def answering_no(address: str) -> Iterator[None]:
+def answering_no(address: str, port: int = PORT) -> Iterator[None]:
     """Answers every question at this address while the body runs. Raises OSError if the port is taken."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
-        server.bind((address, PORT))
+        server.bind((address, port))
         server.settimeout(0.5)
         over = threading.Event()
         thread = threading.Thread(target=_answer, args=(server, over), daemon=True)
