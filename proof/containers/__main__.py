@@ -52,6 +52,7 @@ def _judged(engine: Engine, folder: Path) -> int:
     shutil.rmtree(work, ignore_errors=True)
     project = Project(engine, work)
     project.write()
+    project.fetch()
     began = time.monotonic()
 
     def built() -> str:

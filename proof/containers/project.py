@@ -22,7 +22,7 @@ from local_stack.folder import PROJECT
 from local_stack.ports import LOOPBACK, any_free_port
 from proof.containers import stand_ins
 from proof.containers.debian_engine import open_files
-from proof.containers.engine import MINUTES, CommandFailed, Engine
+from proof.containers.engine import MINUTES, CannotRun, CommandFailed, Engine
 
 COMPOSE_FILE: Final = PROJECT / "docker-compose.yml"
 DOCKERFILE: Final = PROJECT / "Dockerfile"
@@ -83,14 +83,21 @@ class Project:
         lines = [f"{name}={value}\n" for name, value in self.variables.items()]
         (self._folder / "deploy" / "compose.env").write_text("".join(lines))
 
+    def fetch(self) -> None:
+        """The images that our files name, from a registry. Raises CannotRun where none answers."""
+        for image in [] if self.engine.stand_ins else [_base(), *sorted(self._others())]:
+            done = self.engine.run("pull", "--quiet", image, check=False, within_seconds=BUILD_SECONDS)
+            # A registry that answers and does not know the name or digest is an error in our files.
+            if done.returncode != 0 and not re.search("not found|manifest unknown", done.stderr):
+                raise CannotRun(f"{self.engine.name} reaches no registry: {done.stderr.strip()[-300:]}")
+
     def build(self, folder: Path) -> None:
         """Our images; on an engine without a registry also those that the files name. Raises CommandFailed."""
-        [base] = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+        base = _base()
         arguments: list[str] = []
         if self.engine.stand_ins:
             stand_ins.make_python_base(self.engine, base, folder)
-            others = {service["image"] for service in self._services.values() if "build" not in service}
-            images = {stand_ins.stage_of(image): image for image in others}
+            images = {stand_ins.stage_of(image): image for image in self._others()}
             stand_ins.make_others(self.engine, base, images, folder)
             # Its build reaches the package index as this machine does.
             arguments = ["--network", "host", "--build-arg", f"PYTHON_IMAGE={stand_ins.without_digest(base)}"]
@@ -113,9 +120,9 @@ class Project:
             cwd=self._folder,
         )
 
-    def up(self, *services: str, profiles: Iterable[str] = ()) -> None:
-        """Start, without waiting for health. Raises CommandFailed."""
-        self.compose("up", "--detach", "--no-build", *services, profiles=profiles)
+    def up(self, *, profiles: Iterable[str] = (), is_awaited: bool = False) -> None:
+        """Start; `is_awaited`: until compose says that all is healthy. Raises CommandFailed."""
+        self.compose("up", "--detach", "--no-build", *(["--wait"] if is_awaited else []), profiles=profiles)
 
     def seen(self) -> dict[str, Seen]:
         """Every container, by its service."""
@@ -161,6 +168,10 @@ class Project:
     def _services(self) -> dict[str, dict[str, Any]]:
         services: dict[str, dict[str, Any]] = self.file["services"]
         return services
+
+    def _others(self) -> set[str]:
+        """Images that are not built here."""
+        return {service["image"] for service in self._services.values() if "build" not in service}
 
     def our_images(self) -> dict[str, str]:
         """Image → stage of the Dockerfile."""
@@ -227,6 +238,12 @@ class Project:
             | {PREFIX + name: value for name, value in ours.items()}
             | {"COMFYUI_SERVER": f"http://{STAND_IN_SERVER}:8188"}
         )
+
+
+def _base() -> str:
+    """The Dockerfile's."""
+    [base] = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    return str(base)
 
 
 def _seen(container: dict[str, Any]) -> Seen:

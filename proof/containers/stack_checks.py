@@ -67,7 +67,7 @@ def check_first_start(project: Project, report: Report) -> bool:
 
     def green() -> str:
         began = time.monotonic()
-        project.up(profiles=(SIMULATORS,))
+        project.up(profiles=(SIMULATORS,), is_awaited=True)
         seen = project.until(_all_well, "all containers are healthy", within_seconds=UP_SECONDS)
         return f"{_counted(seen)} {time.monotonic() - began:.0f} s after `up`"
 

@@ -132,3 +132,22 @@ def test_a_time_is_judged_where_no_other_work_has_the_processors(
             in_time(4.0, 3.0)
     else:
         assert "NOT JUDGED" in in_time(4.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "is_a_defect"), [("dial tcp: lookup registry: no such host", False), ("manifest unknown", True)]
+)
+def test_without_a_registry_it_is_not_run_and_an_unknown_image_is_a_defect(
+    tmp_path: Path, said: str, is_a_defect: bool
+) -> None:
+    docker = tmp_path / "docker"
+    docker.write_text(f'#!/bin/sh\necho "{said}" >&2\nexit 1\n')
+    docker.chmod(0o755)
+    project = Project(Engine("the engine at hand", str(docker)), tmp_path / "project")
+    if is_a_defect:
+        project.fetch()
+        with pytest.raises(CommandFailed, match=said):
+            project.build(tmp_path)
+    else:
+        with pytest.raises(CannotRun, match=f"reaches no registry: {said}"):
+            project.fetch()
