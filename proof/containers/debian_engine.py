@@ -189,7 +189,7 @@ def _end_daemon(folder: Path) -> None:
         if b"dockerd" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGTERM)
             deadline = time.monotonic() + END_SECONDS
-            while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            while _runs(pid) and time.monotonic() < deadline:
                 time.sleep(0.1)
             _ran("ip", "link", "delete", "docker0")
     # It leaves this file mounted, and the folder could not be deleted.
@@ -198,6 +198,15 @@ def _end_daemon(folder: Path) -> None:
         _ran("umount", str(namespace))
     with suppress(OSError):
         pidfile.unlink()
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process has not ended; its parent, us, may not have asked for its exit code yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
 def _ran(*command: str, cwd: Path | None = None) -> str:
