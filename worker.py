@@ -20,7 +20,7 @@ import uvloop
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
 from temporalio.client import Client
-from temporalio.runtime import PrometheusConfig, Runtime, TelemetryConfig
+from temporalio.runtime import Runtime
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import PollerBehaviorAutoscaling, Worker
 
@@ -29,6 +29,7 @@ from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetActivities, DatasetSnapshots
 from activities.lives import Lives
+from activities.metrics import BUCKETS_SECONDS
 from activities.task_store import TaskStoreActivities
 from activities.tokens import ServiceToken, SignedTokens, TokenMaker
 from activities.unsettled import UnsettledActivities
@@ -41,6 +42,7 @@ from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
 from runtime.health_page import FirstAnswers, HealthPage, is_polling
 from runtime.logs import configure_logs
+from runtime.metrics_page import metrics_runtime
 from runtime.reconciler_schedule import ensure_reconciler
 from runtime.required_settings import CannotStart, database_of, read_settings
 from runtime.settings import Settings
@@ -59,6 +61,7 @@ With 1 s a burst of 150 starts on a busy machine missed it 121 times. Each miss 
 the machine busy. A killed worker's work continues within 5 s either way.
 """
 FIRST_POLLERS: Final = 5
+RECONCILE_EVERY: Final = "reconciler_every_seconds"
 REQUEST_SECONDS: Final = 5.0
 EXIT_CANNOT_START: Final = 2
 EXIT_FORCED: Final = 1
@@ -266,15 +269,17 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
 
 def _runtime(settings: Settings) -> Runtime | None:
-    if settings.metrics_port is None:
-        return None
-    address = f"{settings.worker_host}:{settings.metrics_port}"
     try:
-        return Runtime(telemetry=TelemetryConfig(metrics=PrometheusConfig(bind_address=address)))
-    except (RuntimeError, ValueError) as error:
-        raise CannotStart(
-            f"The metrics page cannot listen at {address} ({error}): set COMFYUI_TEMPORAL_METRICS_PORT to a free port."
-        ) from None
+        runtime = metrics_runtime(
+            settings.worker_host, settings.metrics_port, setting="METRICS_PORT", buckets=BUCKETS_SECONDS
+        )
+    except ValueError as error:
+        raise CannotStart(str(error)) from None
+    if runtime is not None:
+        runtime.metric_meter.create_gauge_float(
+            RECONCILE_EVERY, "How often the reconciler is to look for open rows whose run is closed."
+        ).set(settings.reconcile_every_seconds)
+    return runtime
 
 
 def _handle_signals(stop: asyncio.Event) -> None:

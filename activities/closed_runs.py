@@ -19,6 +19,7 @@ from temporalio.client import Client, WorkflowHandle, WorkflowHistoryEventFilter
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
+from activities import metrics
 from activities.orphans import HistoryReader, NotReadHere, add_from_row, orphans_by_row
 from activities.running_call import uninterrupted
 from comfyui_temporal.contracts.errors import FailureCode, sentences_of
@@ -163,6 +164,8 @@ class ClosedRunActivities:
         for row in page.unreadable:
             looks.unseen.append(UnseenTask(task_id=row.task_id, reason=f"Its row cannot be read: {row.reason}."))
         await self._record(looks)
+        if page.cursor is None:
+            metrics.note_look()
         return OpenTasksSeen(closed=looks.closed, cursor=page.cursor, unseen=len(looks.unseen))
 
     async def _still_closed(self, found: list[ClosedRun]) -> list[ClosedRun]:
@@ -229,9 +232,7 @@ class ClosedRunActivities:
         for task in looks.unseen:
             log.warning("task_not_looked_at", task_id=task.task_id, reason=task.reason)
         if looks.unseen:
-            activity.metric_meter().create_counter(
-                "reconciler_rows_not_looked_at", "Open rows whose run the reconciler could not read."
-            ).add(len(looks.unseen))
+            metrics.count_rows_not_looked_at(len(looks.unseen))
         try:
             await self._store.note_looks(unseen_tasks=looks.unseen, seen=looks.seen)
         except StoreFailure as failure:

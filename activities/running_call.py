@@ -22,6 +22,7 @@ import structlog
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
+from activities import metrics
 from activities.outside_http import REQUEST_SECONDS, OutsideFailure, only_if_answering, time_limit
 from comfyui_temporal.contracts.calls import CallFor
 from comfyui_temporal.contracts.errors import Answer
@@ -83,6 +84,7 @@ def one_line(call_for: CallFor) -> Iterator[LogLine]:
                 attempt=info.attempt,
                 milliseconds=round((time.monotonic() - began) * 1000),
             )
+            metrics.count_call(metrics.party_of(info.activity_type), line.outcome)
 
 
 async def uninterrupted(call: Coroutine[Any, Any, T], details: Callable[[], tuple[Any, ...]] = tuple) -> T:

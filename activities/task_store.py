@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
+from activities import metrics
 from activities.lives import acting_run, current
 from activities.running_call import request_limit_seconds, uninterrupted
 from comfyui_temporal.contracts.errors import FailureCode
@@ -109,9 +110,12 @@ class TaskStoreActivities:
         run = acting_run(write.task_id, write.first_execution_run_id, write.run_number)
         if write.claim is not None:
             write = write.model_copy(update={"claim": self._with_stored_hash(write.claim)})
-        is_written = await self._tried(self._store.write(write, run, within_seconds=self._limit()))
-        if not is_written and run is not None and (again := await current(run)) is not None:
-            await self._tried(self._store.write(write, again, within_seconds=self._limit()))
+        metrics.observe_write_lag(write.facts)
+        written = await self._tried(self._store.write(write, run, within_seconds=self._limit()))
+        if written is None and run is not None and (again := await current(run)) is not None:
+            written = await self._tried(self._store.write(write, again, within_seconds=self._limit()))
+        if written is not None and written.ended:
+            metrics.count_end(written.scene, write.state)
 
     @activity.defn
     async def look(self, order: LookOrder) -> RowSeen:
@@ -143,6 +147,7 @@ class TaskStoreActivities:
             outcome = await uninterrupted(work)
         except StoreUnavailable as failure:
             self._breaker.failed()
+            metrics.count_call(metrics.STORE, FailureCode.INTERNAL.value)
             raise ApplicationError(str(failure), type=FailureCode.INTERNAL.value) from None
         except StoreFailure as failure:
             self._breaker.succeeded()

@@ -12,6 +12,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI, Response
 from temporalio.client import Client
+from temporalio.common import MetricMeter
 from temporalio.worker import Worker
 
 from bridge.api import Edge, bridge_app
@@ -21,6 +22,7 @@ from bridge.forecast import Forecast
 from bridge.job_activities import JobActivities
 from bridge.job_workflow import ComfyUIJobWorkflow
 from bridge.key_workflow import ComfyUIKeyWorkflow
+from bridge.pool_gauges import PoolGauges
 from bridge.required_settings import callback_secret_by, result_secret_by, templates_by
 from bridge.runs import Keys, Runs
 from bridge.service import ImageService
@@ -32,6 +34,7 @@ from runtime import temporal_connection
 from runtime.doors import Door, DoorConfig, door_limits_by
 from runtime.health_page import is_polling
 from runtime.logs import configure_logs
+from runtime.metrics_page import metrics_runtime
 from runtime.required_settings import CannotStart, read_settings, service_tokens_by
 from runtime.settings import Settings
 
@@ -91,6 +94,10 @@ class Bridge:
 
         return app
 
+    def pool_gauges(self, meter: MetricMeter) -> PoolGauges:
+        """What its metrics page says of the pools."""
+        return PoolGauges(meter, self.forecast, {template.manifest.pool for template in self._templates})
+
     def worker(self) -> Worker:
         """The worker of the bridge's own queue."""
         jobs = JobActivities(self.storage, self.images, self.signed)
@@ -116,12 +123,15 @@ async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises CannotStart."""
     async with AsyncExitStack() as opened:
         try:
-            client = await temporal_connection.connect(settings)
+            runtime = metrics_runtime(settings.bridge_host, settings.bridge_metrics_port, setting="BRIDGE_METRICS_PORT")
+            client = await temporal_connection.connect(settings, runtime=runtime)
             bridge = Bridge(settings, client)
         except (ValueError, RuntimeError) as error:
             raise CannotStart(str(error)) from None
         await opened.enter_async_context(bridge.sender)
         await opened.enter_async_context(bridge.worker())
+        if runtime is not None:
+            await opened.enter_async_context(bridge.pool_gauges(runtime.metric_meter).shown())
         server = uvicorn.Server(
             DoorConfig(
                 bridge.app(),

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Collection, Hashable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -68,6 +69,21 @@ class Backlog:
     def ahead_of(self, priority: TaskPriority) -> int:
         """About how many jobs run before a new one of this priority."""
         return self.accelerated + (self.standard if priority is TaskPriority.STANDARD else 0)
+
+
+@dataclass(frozen=True)
+class PoolFigures:
+    """`servers`: GPU workers of the pool that poll. `busy`: those that run a job. `waiting`: jobs, by priority."""
+
+    pool: str
+    servers: int
+    busy: int
+    waiting: dict[TaskPriority, int]
+
+    @property
+    def demand(self) -> int:
+        """Jobs that wait or run: the servers that the pool can use."""
+        return self.busy + sum(self.waiting.values())
 
 
 @dataclass(frozen=True)
@@ -135,43 +151,57 @@ class Forecast:
         return await self._cached(("run", template_id, resolution), read, None, MEASURED_CACHE_SECONDS)
 
     async def backlog(self, pool: str) -> Backlog:
-        async def read() -> Backlog:
-            seen = await self._describe(pool_queue(self._task_queue, pool), stats=True)
-            by_key = {key: stats.approximate_backlog_count for key, stats in seen.stats_by_priority_key.items()}
-            accelerated = by_key.get(PRIORITY_KEYS[TaskPriority.ACCELERATED], 0)
-            return Backlog(accelerated=accelerated, standard=sum(by_key.values()) - accelerated)
+        return await self._cached(("backlog", pool), partial(self._read_backlog, pool), Backlog(), CACHE_SECONDS / 3)
 
-        return await self._cached(("backlog", pool), read, Backlog(), CACHE_SECONDS / 3)
+    async def _read_backlog(self, pool: str) -> Backlog:
+        seen = await self._describe(pool_queue(self._task_queue, pool), stats=True)
+        by_key = {key: stats.approximate_backlog_count for key, stats in seen.stats_by_priority_key.items()}
+        accelerated = by_key.get(PRIORITY_KEYS[TaskPriority.ACCELERATED], 0)
+        return Backlog(accelerated=accelerated, standard=sum(by_key.values()) - accelerated)
 
     async def servers(self) -> list[SeenServer]:
         """The running GPU workers, sorted by name; empty if Temporal does not answer."""
+        return await self._cached(("servers",), self._read_servers, [], CACHE_SECONDS)
 
-        async def read() -> list[SeenServer]:
-            seen = await self._describe(presence_queue(self._task_queue))
-            oldest = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)
-            found: dict[str, SeenServer] = {}
-            for poller in seen.pollers:
-                match = _IDENTITY.match(poller.identity)
-                if match and poller.last_access_time.ToDatetime(UTC) > oldest:
-                    found[match["name"]] = SeenServer(match["name"], match["pool"], match["gpu_type"])
-            return [found[name] for name in sorted(found)]
-
-        return await self._cached(("servers",), read, [], CACHE_SECONDS)
+    async def _read_servers(self) -> list[SeenServer]:
+        seen = await self._describe(presence_queue(self._task_queue))
+        oldest = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)
+        found: dict[str, SeenServer] = {}
+        for poller in seen.pollers:
+            match = _IDENTITY.match(poller.identity)
+            if match and poller.last_access_time.ToDatetime(UTC) > oldest:
+                found[match["name"]] = SeenServer(match["name"], match["pool"], match["gpu_type"])
+        return [found[name] for name in sorted(found)]
 
     async def busy_servers(self) -> set[str]:
         """Names of servers that run a job or training."""
+        return await self._cached(("busy",), self._read_busy, set(), CACHE_SECONDS / 3)
 
-        async def read() -> set[str]:
-            query = (
-                f"TaskQueue = '{self._task_queue}' AND WorkflowType IN ('{JOB_WORKFLOW}', '{TRAINING_WORKFLOW}') "
-                "AND ExecutionStatus = 'Running' AND TaskStatus = 'running'"
+    async def _read_busy(self) -> set[str]:
+        query = (
+            f"TaskQueue = '{self._task_queue}' AND WorkflowType IN ('{JOB_WORKFLOW}', '{TRAINING_WORKFLOW}') "
+            "AND ExecutionStatus = 'Running' AND TaskStatus = 'running'"
+        )
+        return {
+            str((await execution.memo()).get(SERVER_MEMO))
+            async for execution in self._client.list_workflows(query, page_size=200, limit=1_000)
+        }
+
+    async def pools(self, known: Collection[str]) -> list[PoolFigures]:
+        """The figures of these pools and of all that have a server, read now. Raises RPCError, TimeoutError."""
+        async with asyncio.timeout(REQUEST_SECONDS):
+            servers, busy = await asyncio.gather(self._read_servers(), self._read_busy())
+            names = sorted({*known, *(server.pool for server in servers)})
+            backlogs = await asyncio.gather(*(self._read_backlog(pool) for pool in names))
+        return [
+            PoolFigures(
+                pool=pool,
+                servers=sum(server.pool == pool for server in servers),
+                busy=sum(server.pool == pool and server.name in busy for server in servers),
+                waiting={TaskPriority.ACCELERATED: backlog.accelerated, TaskPriority.STANDARD: backlog.standard},
             )
-            return {
-                str((await execution.memo()).get(SERVER_MEMO))
-                async for execution in self._client.list_workflows(query, page_size=200, limit=1_000)
-            }
-
-        return await self._cached(("busy",), read, set(), CACHE_SECONDS / 3)
+            for pool, backlog in zip(names, backlogs, strict=True)
+        ]
 
     async def gpus(self, accelerated_run_seconds: float) -> list[dict[str, Any]]:
         """The list of contract §3: one row for each type of GPU."""

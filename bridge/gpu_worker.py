@@ -34,6 +34,7 @@ from bridge.native import NativeServer
 from bridge.prompt_run import Patience
 from bridge.required_settings import stop_on_signals, templates_by
 from bridge.server import Server, ServerDescription, ServerError, UnsupportedServer
+from bridge.server_gauges import ServerGauges
 from bridge.slot import TAKEN_SECONDS, FreeSlots, Slot
 from bridge.storage import Storage
 from bridge.templates import TemplateLibrary
@@ -41,6 +42,7 @@ from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
 from runtime.health_page import HealthPage, is_polling
 from runtime.logs import configure_logs
+from runtime.metrics_page import metrics_runtime
 from runtime.required_settings import CannotStart, read_settings
 from runtime.settings import Settings
 
@@ -219,7 +221,8 @@ async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.E
             sender: CallbackSender | None = None
             if (secret := settings.signing_secret) is not None:
                 sender = await opened.enter_async_context(CallbackSender(secret))
-            client = await temporal_connection.connect(settings)
+            runtime = metrics_runtime(settings.worker_host, settings.gpu_metrics_port, setting="GPU_METRICS_PORT")
+            client = await temporal_connection.connect(settings, runtime=runtime)
         except (ValueError, RuntimeError) as error:
             raise CannotStart(str(error)) from None
         health = GpuHealth(server, stop)
@@ -227,15 +230,19 @@ async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.E
         await opened.enter_async_context(
             page.served(settings.worker_host, settings.gpu_health_port, setting="GPU_HEALTH_PORT")
         )
+        name = options.name or name_of(server.url)
+        gauges = ServerGauges(runtime.metric_meter, server, name=name, pool=options.pool) if runtime else None
         description = await until_answering(server, stop)
         if description is None:
             return
         for problem in await check_templates(server, templates, options.pool):
             log.warning("template_unusable_here", problem=problem)
         gpu_type = options.gpu_type or description.gpu_type
-        seen = SeenServer(name=options.name or name_of(server.url), pool=options.pool, gpu_type=gpu_type)
+        seen = SeenServer(name=name, pool=options.pool, gpu_type=gpu_type)
         worker = GpuWorker(client, server, seen, storage, sender, bridge_queue=settings.bridge_task_queue)
         health.worker = worker
+        if gauges is not None:
+            await opened.enter_async_context(gauges.shown(worker.slot))
         async with worker.running(grace_seconds=settings.gpu_grace_seconds):
             log.info(
                 "gpu_worker_serves",

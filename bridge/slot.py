@@ -70,6 +70,10 @@ class Slot:
         log.warning("comfyui_server_drained", server=self._server.url, reason=reason)
         self._drained_until = time.monotonic() + DRAINED_SECONDS
 
+    @property
+    def is_drained(self) -> bool:
+        return time.monotonic() < self._drained_until
+
     async def problem(self) -> str | None:
         """Why the server may take no job now, or None. Another client's prompt is a reason."""
         try:
@@ -78,7 +82,7 @@ class Slot:
             # A server that was away comes back as a new process.
             self._drained_until = 0.0
             return str(error)
-        if time.monotonic() < self._drained_until:
+        if self.is_drained:
             return "the server runs nothing; restart it"
         return None if queue.is_empty else "the server runs something else"
 

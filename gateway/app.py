@@ -101,7 +101,7 @@ def create_app(
         metrics.streams_open.labels(kind).set_function(partial(hub.open_of, kind))
     app.include_router(callback_routes(receiver))
     health = health_routes(temporal, store, draining)
-    metrics_page = metrics_routes(MetricsPage(metrics, store.queue_states))
+    metrics_page = metrics_routes(MetricsPage(metrics, store))
     app.include_router(health)
     if operations_apart:
         app.state.operations = _operations(app, health, metrics_page)

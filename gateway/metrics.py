@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from store import QueueState, StoreUnavailable
+from comfyui_temporal.contracts.permissions import Scene
+from store import StoreUnavailable, TaskStore
+from store.figures import StoreFigures
+from store.upkeep import QueueState
 
 log = structlog.get_logger(__name__)
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS: Final = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 QUEUES_KEPT_SECONDS: Final = 5.0
+FIGURES_KEPT_SECONDS: Final = 15.0
 NO_ROUTE: Final = "none"
 
 
@@ -66,6 +69,50 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._add_figures()
+
+    def _add_figures(self) -> None:
+        """Figures of the task store. Every gateway shows the same ones, so queries take the maximum, not the sum."""
+        registry = self.registry
+        self.store_up = Gauge("task_store_up", "Whether the task store was read the last time.", registry=registry)
+        self.open = Gauge("tasks_open", "Tasks that have not ended.", ("scene", "status"), registry=registry)
+        self.points_held = Gauge("tasks_points_held", "Points that open tasks hold.", ("scene",), registry=registry)
+        self.oldest_hold = Gauge(
+            "tasks_oldest_hold_seconds", "Age of the oldest open task's hold, 0 without one.", registry=registry
+        )
+        self.unsettled = Gauge(
+            "tasks_unsettled",
+            "Ended tasks whose settlement is unknown, by who reads their ledger: the reconciler, then a person.",
+            ("read",),
+            registry=registry,
+        )
+        self.points_unknown = Gauge(
+            "tasks_points_unknown", "Points that those tasks held.", ("read",), registry=registry
+        )
+        self.exceptions = Gauge(
+            "task_exceptions", "Exception records of the last 24 hours, 1,000 at most.", ("code",), registry=registry
+        )
+        self.not_looked_at = Gauge(
+            "tasks_not_looked_at", "Open tasks whose run the reconciler could not read.", registry=registry
+        )
+
+    def show_figures(self, figures: StoreFigures) -> None:
+        # Only what is open is reported: a scene without open tasks has 0 again.
+        self.open.clear()
+        held = dict.fromkeys(Scene, 0)
+        for tasks in figures.open:
+            self.open.labels(tasks.scene.value, tasks.status.value).set(tasks.tasks)
+            held[tasks.scene] += tasks.points_held
+        for scene, points in held.items():
+            self.points_held.labels(scene.value).set(points)
+        self.oldest_hold.set(figures.oldest_hold_seconds)
+        for unsettled in figures.unsettled:
+            self.unsettled.labels(unsettled.read).set(unsettled.tasks)
+            self.points_unknown.labels(unsettled.read).set(unsettled.points)
+        for code, records in figures.exceptions.items():
+            self.exceptions.labels(code.value).set(records)
+        self.not_looked_at.set(figures.not_looked_at)
+
     def show_queues(self, states: list[QueueState]) -> None:
         for state in states:
             self.queued.labels(state.priority.value).set(state.queued)
@@ -74,21 +121,30 @@ class Metrics:
 
 
 class MetricsPage:
-    """`/metrics`: the counters, and the queues from the store, read at most every 5 s."""
+    """`/metrics`: the counters, and what the store says: queues read at most every 5 s, its other figures every 15 s.
 
-    def __init__(self, metrics: Metrics, queue_states: Callable[[], Awaitable[list[QueueState]]]) -> None:
+    While the store cannot be read its figures stay as they were, and `task_store_up` is 0.
+    """
+
+    def __init__(self, metrics: Metrics, store: TaskStore) -> None:
         self._metrics = metrics
-        self._queue_states = queue_states
-        self._read_at = -QUEUES_KEPT_SECONDS
+        self._store = store
+        self._queues_at = -QUEUES_KEPT_SECONDS
+        self._figures_at = -FIGURES_KEPT_SECONDS
 
     async def text(self) -> bytes:
         now = time.monotonic()
-        if now - self._read_at >= QUEUES_KEPT_SECONDS:
-            self._read_at = now
-            try:
-                self._metrics.show_queues(await self._queue_states())
-            except StoreUnavailable as error:
-                log.warning("queues_not_read", reason=str(error))
+        try:
+            if now - self._queues_at >= QUEUES_KEPT_SECONDS:
+                self._queues_at = now
+                self._metrics.show_queues(await self._store.queue_states())
+                self._metrics.store_up.set(1)
+            if now - self._figures_at >= FIGURES_KEPT_SECONDS:
+                self._figures_at = now
+                self._metrics.show_figures(await self._store.figures())
+        except StoreUnavailable as error:
+            self._metrics.store_up.set(0)
+            log.warning("figures_not_read", reason=str(error))
         return generate_latest(self._metrics.registry)
 
 

@@ -215,6 +215,10 @@ class Settings(BaseSettings):
     from `service_secret`."""
     gpu_health_port: int | None = Field(default=None, ge=1, le=65_535)
     """A GPU worker's `/healthz` and `/readyz`, at `worker_host`; none by default."""
+    bridge_metrics_port: int | None = Field(default=None, ge=1, le=65_535)
+    """The bridge's Prometheus metrics, `/metrics`, at `bridge_host`; none by default."""
+    gpu_metrics_port: int | None = Field(default=None, ge=1, le=65_535)
+    """A GPU worker's Prometheus metrics, `/metrics`, at `worker_host`; none by default."""
     gpu_grace_seconds: float = Field(default=600, ge=0)
     """How long a stopping GPU worker lets its graph run to the end before it returns the job."""
 

@@ -14,6 +14,7 @@ unseen.py        open tasks whose run could not be checked
 unsettled.py     ended tasks whose settlement is unknown: taken, corrected
 tenant_limits.py what each tenant starts and has open, counted for its limits
 upkeep.py        deletion of ended tasks and of tenants, the state of the queues
+figures.py       figures of all tasks, for operators
 audit.py         who did what, or was refused
 task_files.py    what they leave in object storage
 cursors.py       opaque positions
@@ -22,6 +23,7 @@ cursors.py       opaque positions
 from store.audit import AuditRecord
 from store.cursors import CursorInvalid
 from store.failures import NotTheClaimant, StartRefused, StoreFailure, StoreUnavailable, TaskUnknown, WriteRefused
+from store.figures import StoreFigures
 from store.home import StoreHome
 from store.listener import EventListener
 from store.migrate import migrate
@@ -38,6 +40,7 @@ __all__ = [
     "QueueState",
     "StartRefused",
     "StoreFailure",
+    "StoreFigures",
     "StoreHome",
     "StoreUnavailable",
     "TaskHead",

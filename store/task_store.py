@@ -25,14 +25,16 @@ from comfyui_temporal.contracts.task_store import (
 )
 from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, Admission, TenantLimits
-from store import audit, home, lives, reads, stream_reads, tasks, tenant_limits, unseen, unsettled, upkeep
+from store import audit, figures, home, lives, reads, stream_reads, tasks, tenant_limits, unseen, unsettled, upkeep
 from store.audit import AuditRecord
 from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
 from store.database import POOL_SIZE, WORK_SECONDS, Database
+from store.figures import StoreFigures
 from store.home import StoreHome
 from store.listener import EventListener
 from store.reads import UnreadableRow
 from store.stream_reads import TaskHead
+from store.tasks import Written
 from store.unseen import UnseenTask, UnseenTaskRow
 from store.upkeep import EndedTask, QueueState, Undeletable
 
@@ -91,10 +93,10 @@ class TaskStore:
 
     async def write(
         self, write: TaskWrite, run: TaskRun | None = None, *, within_seconds: float = WORK_SECONDS
-    ) -> bool:
+    ) -> Written | None:
         """Write row, events, exception records and NOTIFY in one transaction. Raises NotTheClaimant, TaskUnknown.
 
-        Registers `run`, the writing run. None: the caller writes on behalf of a run that has ended. Returns False if
+        Registers `run`, the writing run. None: the caller writes on behalf of a run that has ended. Returns None if
         `run` was superseded: its write is ignored.
         """
         return await self._database.transaction(
@@ -366,6 +368,10 @@ class TaskStore:
     async def queue_states(self) -> list[QueueState]:
         """How many tasks are queued, and for how long, for each priority."""
         return await self._database.read(upkeep.queue_states, doing="reading the queues")
+
+    async def figures(self) -> StoreFigures:
+        """Figures of the whole store: open tasks, points, unknown settlements, exception records."""
+        return await self._database.read(figures.read, doing="reading the figures of all tasks")
 
     async def home(self) -> StoreHome | None:
         """The Temporal namespace that the store belongs to; None if it was never bound."""

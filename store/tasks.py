@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import BindParameter, Row, Text, any_, bindparam, func, literal_column, select, update
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
@@ -36,6 +36,7 @@ _LOCK: Final = (
     select(
         *STANDING,
         IS_EARLIER,
+        tasks.c.scene,
         tasks.c.version,
         tasks.c.last_seq,
         tasks.c.job_sequences,
@@ -70,6 +71,13 @@ _NOTIFY: Final = func.pg_notify(EVENTS_CHANNEL, bindparam("payload"))
 _CLAIM_COLUMNS: Final = tuple(task_claims.columns.keys())
 _CLAIM: Final = insert(task_claims).on_conflict_do_nothing().returning(task_claims.c.task_id)
 _HOLDER: Final = select(task_claims.c.first_execution_run_id).where(task_claims.c.task_id == bindparam("task"))
+
+
+class Written(NamedTuple):
+    """What a write did. `ended`: it was the one that stored the task's end."""
+
+    ended: bool
+    scene: str
 
 
 def _parameters(columns: frozenset[str]) -> dict[str, BindParameter[Any]]:
@@ -153,10 +161,10 @@ async def _insert_row(connection: AsyncConnection, claim: TaskClaim, run: TaskRu
     await connection.execute(_insert_of(frozenset(row)), _new(row) | _event_parameters(claim.task_id, [(1, first)]))
 
 
-async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun | None = None) -> bool:
+async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun | None = None) -> Written | None:
     """Apply a write by the rules of contract §6. Raises NotTheClaimant, TaskUnknown.
 
-    `run` is the writing run; None if the caller writes on behalf of a run. Returns False if it was superseded: its
+    `run` is the writing run; None if the caller writes on behalf of a run. Returns None if it was superseded: its
     write is ignored.
     A write with a lower run number takes nothing over: a write that was in flight when its run continued as new may
     land after the next run's first write. A run that was reset to before a continuation is registered by its calls
@@ -169,7 +177,7 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
             "and nothing was written. Start the task under a new task_id."
         )
     if run is not None and row.is_earlier and not run.is_current:
-        return False
+        return None
     had_ended = row.ended_at is not None
     version, lives, reached = row.version, row.lives, dict[tuple[int, str | None], float]()
     if run is not None and (row.run_id is None or run.run_number >= row.run_number or run.is_current):
@@ -205,7 +213,7 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
         await connection.execute(statement, {"task": write.task_id} | _new(changes) | events)
     if write.exceptions:
         await insert_exceptions(connection, write.task_id, write.exceptions)
-    return True
+    return Written(ended=so_far.has_ended and not had_ended, scene=row.scene)
 
 
 async def _row_of(connection: AsyncConnection, write: TaskWrite, run: TaskRun | None) -> Row[*tuple[Any, ...]]:

@@ -27,6 +27,7 @@ from local_stack.ports import any_free_port
 from runtime.required_settings import CannotStart
 from runtime.settings import Settings
 from tests.conftest import unique
+from tests.metrics_page import value_in
 
 SECRET = "0123456789abcdef0123456789abcdef"
 CALLS = {
@@ -198,7 +199,10 @@ async def test_it_serves_health_and_metrics_drains_at_the_first_signal_and_ends_
             await come_true(polls)
             assert (await web.get(f"http://127.0.0.1:{health}/healthz")).text == "alive\n"
             assert (await web.get(f"http://127.0.0.1:{health}/other?q=1")).status_code == 404
-            assert "temporal_worker_task_slots_available" in (await web.get(f"http://127.0.0.1:{metrics}/metrics")).text
+            shown = (await web.get(f"http://127.0.0.1:{metrics}/metrics")).text
+            assert value_in(shown, "temporal_num_pollers", task_queue=queue, poller_type="activity_task")
+            assert value_in(shown, "temporal_worker_task_slots_available", worker_type="WorkflowWorker") is not None
+            assert value_in(shown, worker.RECONCILE_EVERY) == Settings.model_fields["reconcile_every_seconds"].default
             task_id = unique("held")
             handle = await client.start_workflow(
                 "ImageGenerationWorkflow",

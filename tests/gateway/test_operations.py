@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import re
 
 import httpx
 import pytest
 from temporalio.testing import WorkflowEnvironment
 
+from comfyui_temporal.contracts.errors import ExceptionCode
 from comfyui_temporal.contracts.tasks import workflow_id_of
 from store import TaskStore
 from tests.cable import Cable
 from tests.conftest import unique
 from tests.gateway.conftest import Api, NewRun
 from tests.gateway.serving import Gateway, bearer, served, tick, token_for
+from tests.metrics_page import value_in
 from tests.store.facts import claim_of
 from tests.waiting import until
 
@@ -92,15 +93,12 @@ async def test_without_postgresql_tasks_are_started_and_none_is_read(temporal_en
     assert [(answer.status_code, answer.json()["code"]) for answer in reads] == [(503, "store_unavailable")] * 3
     assert (readiness.status_code, readiness.json()["postgresql"]) == (503, "unavailable")
     assert metrics.status_code == 200
+    assert value_in(metrics.text, "task_store_up") == 0
 
 
 def value_of(metrics: str, name: str, **labels: str) -> float:
     """A sample's value; 0 where it was not counted yet."""
-    for line in metrics.splitlines():
-        found = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
-        if found and all(f'{key}="{value}"' in (found[1] or "") for key, value in labels.items()):
-            return float(found[2])
-    return 0.0
+    return value_in(metrics, name, **labels) or 0.0
 
 
 async def test_metrics_count_what_happens(api: Api) -> None:
@@ -142,5 +140,10 @@ async def test_metrics_count_what_happens(api: Api) -> None:
     for priority in ("standard", "accelerated"):
         for name in ("tasks_queued", "tasks_queue_wait_seconds", "tasks_queue_sla_missed"):
             assert f'{name}{{priority="{priority}"}}' in after
+    assert value_of(after, "task_store_up") == 1
+    for code in ExceptionCode:
+        assert value_in(after, "task_exceptions", code=code.value) is not None
+    for name in ("tasks_oldest_hold_seconds", "tasks_points_held", "tasks_unsettled", "tasks_points_unknown"):
+        assert value_in(after, name) is not None, name
     await api.platform.cancel(handle)
     await handle.result()

@@ -18,6 +18,7 @@ from comfyui_temporal.contracts.task_store import LookOrder, RowSeen
 from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW
 from comfyui_temporal.contracts.tenant_limits import TenantLimits
 from store import StoreUnavailable, TaskStore, TaskUnknown
+from store.tasks import Written
 from tests.store.facts import claim_of, fact, write_of
 from tests.store.test_activities import policy_of
 
@@ -49,9 +50,9 @@ class RecordingStore:
         self._record("register", run, within_seconds)
         return self.life
 
-    async def write(self, _write: Any, run: TaskRun | None, *, within_seconds: float) -> bool:
+    async def write(self, _write: Any, run: TaskRun | None, *, within_seconds: float) -> Written:
         self._record("write", run, within_seconds)
-        return True
+        return Written(ended=False, scene="image.generate")
 
     async def look(self, run: TaskRun, *, within_seconds: float) -> RowSeen:
         self._record("look", run, within_seconds)

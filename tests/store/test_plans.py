@@ -21,6 +21,8 @@ from store import TaskStore
 from tests.conftest import NewDatabase
 from tests.store.facts import claim_of, fact, new_task_id, write_of
 
+SMALL = "unseen_tasks"
+"""It has a row only for each open task that the reconciler could not look at."""
 Filled = tuple[TaskStore, "asyncpg.Connection[Any]"]
 
 
@@ -82,7 +84,7 @@ async def check_served(filled: Filled, work: Callable[[TaskStore], Awaitable[obj
     for statement, parameters in sent:
         for step in await steps_of(connection, statement, parameters):
             step_and_statement = f"{step['Node Type']} on {step.get('Relation Name')}: {statement}"
-            assert step["Node Type"] != "Seq Scan", step_and_statement
+            assert step["Node Type"] != "Seq Scan" or step["Relation Name"] == SMALL, step_and_statement
             assert not (step["Node Type"] == "Sort" and "ORDER BY tasks.created_at" in statement), step_and_statement
 
 
@@ -106,6 +108,7 @@ async def test_a_page_begins_at_its_cursor(filled: Filled, filters: dict[str, An
 
 async def test_the_queues_and_the_purge_read_only_the_rows_they_report(filled: Filled) -> None:
     await check_served(filled, lambda store: store.queue_states())
+    await check_served(filled, lambda store: store.figures())
     await check_served(filled, lambda store: store.open_tasks(quiet_for=timedelta(minutes=1), limit=5))
     await check_served(filled, lambda store: store.ended_before(datetime.now(UTC) - timedelta(days=1)))
     await check_served(filled, lambda store: store.ended_of("tenant-7"))

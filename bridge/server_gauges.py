@@ -1,0 +1,59 @@
+"""What a GPU worker's metrics page says of its server: whether it can be used, and whether it runs one of our jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+from temporalio.common import MetricMeter
+
+from bridge.server import Server, ServerError
+from bridge.slot import Slot
+
+EVERY_SECONDS: Final = 5.0
+ANSWER_SECONDS: Final = 3.0
+USABLE: Final = "gpu_worker_server_usable"
+BUSY: Final = "gpu_worker_busy"
+GAUGES: Final = (USABLE, BUSY)
+
+
+class ServerGauges:
+    """Of one server. It is unusable until it has answered for the first time."""
+
+    def __init__(self, meter: MetricMeter, server: Server, *, name: str, pool: str) -> None:
+        labels: dict[str, str | int | float | bool] = {"server": name, "pool": pool}
+        self._server = server
+        self._usable = meter.create_gauge(USABLE, "Whether the server answers and runs what it is given.")
+        self._usable = self._usable.with_additional_attributes(labels)
+        self._busy = meter.create_gauge(BUSY, "Whether the server runs a job of ours, or is about to.")
+        self._busy = self._busy.with_additional_attributes(labels)
+        self._usable.set(0)
+        self._busy.set(0)
+
+    @asynccontextmanager
+    async def shown(self, slot: Slot) -> AsyncIterator[None]:
+        """Look at the server every 5 s while the body runs."""
+        looking = asyncio.create_task(self._look_always(slot))
+        try:
+            yield
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+
+    async def look(self, slot: Slot) -> None:
+        """Look once. A server that is silent or runs nothing is unusable; one that is busy is not."""
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await self._server.queue()
+        except (ServerError, TimeoutError):
+            self._usable.set(0)
+        else:
+            self._usable.set(0 if slot.is_drained else 1)
+        self._busy.set(1 if slot.is_held else 0)
+
+    async def _look_always(self, slot: Slot) -> None:
+        while True:
+            await self.look(slot)
+            await asyncio.sleep(EVERY_SECONDS)

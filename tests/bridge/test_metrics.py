@@ -1,0 +1,98 @@
+"""What bridge and GPU worker show of their pools and servers: figures that a pool can be scaled by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from bridge import pool_gauges, server_gauges
+from bridge.forecast import Forecast
+from bridge.native import NativeServer as NativeClient
+from bridge.pool_gauges import BACKLOG, BUSY, DEMAND, SERVERS
+from bridge.server_gauges import ServerGauges
+from bridge.slot import Slot
+from local_stack.ports import any_free_port
+from tests.bridge.native import NativeServer
+from tests.bridge.platform import BridgePlatform
+from tests.bridge.test_servers import until_running
+from tests.metrics_page import MetricsPage, names_in, value_in
+
+
+@pytest.fixture
+def page() -> Iterator[MetricsPage]:
+    yield MetricsPage()
+
+
+async def test_a_pool_s_demand_is_what_waits_and_what_runs(
+    bridge: BridgePlatform, native: NativeServer, page: MetricsPage
+) -> None:
+    await native.admin.set(hold=True)
+    gauges = bridge.bridge.pool_gauges(page.runtime.metric_meter)
+    async with gauges.shown():
+        jobs = [await bridge.submit(priority=priority) for priority in ("standard", "standard", "accelerated")]
+
+        async def shows(servers: int, busy: int, waiting: int) -> bool:
+            await gauges.read()
+            text = page.text
+            by_priority = [value_in(text, BACKLOG, pool="default", priority=p) for p in ("accelerated", "standard")]
+            return [value_in(text, name, pool="default") for name in (SERVERS, BUSY, DEMAND)] == [
+                *(servers, busy),
+                busy + waiting,
+            ] and sum(number or 0 for number in by_priority) == waiting
+
+        await bridge.until(lambda: shows(0, 0, 3), seconds=60)
+        async with bridge.gpu(native):
+            await until_running(bridge, native)
+            await bridge.until(lambda: shows(1, 1, 2), seconds=60)
+            await native.admin.set(hold=False)
+            for job in jobs:
+                await bridge.ended(job["job_id"])
+            await bridge.until(lambda: shows(1, 0, 0), seconds=60)
+    assert names_in(page.text) == set(pool_gauges.GAUGES)
+
+
+async def test_figures_stay_while_temporal_does_not_answer(
+    bridge: BridgePlatform, page: MetricsPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros would take servers away in an outage."""
+    gauges = bridge.bridge.pool_gauges(page.runtime.metric_meter)
+    await bridge.submit()
+
+    async def waits() -> bool:
+        await gauges.read()
+        return page.value(DEMAND, pool="default") == 1
+
+    await bridge.until(waits, seconds=60)
+    monkeypatch.setattr(Forecast, "_describe", _unreachable)
+    with pytest.raises(TimeoutError):
+        await gauges.read()
+    assert page.value(DEMAND, pool="default") == 1
+
+
+async def _unreachable(*_: object, **__: object) -> None:
+    raise TimeoutError
+
+
+async def test_a_server_is_usable_while_it_answers_and_runs_what_it_is_given(
+    native: NativeServer, page: MetricsPage
+) -> None:
+    async with NativeClient(native.url, read_seconds=1.0) as server:
+        gauges, slot = ServerGauges(page.runtime.metric_meter, server, name="gpu-1", pool="default"), Slot(server)
+
+        async def usable() -> float:
+            await gauges.look(slot)
+            return page.value(server_gauges.USABLE, server="gpu-1", pool="default")
+
+        assert value_in(page.text, server_gauges.USABLE) == 0, "it has not answered yet"
+        assert await usable() == 1
+        slot.begin("job-1")
+        assert (await usable(), page.value(server_gauges.BUSY)) == (1, 1)
+        slot.end()
+        slot.drain("it runs nothing")
+        assert (await usable(), page.value(server_gauges.BUSY)) == (0, 0)
+    async with NativeClient(f"http://127.0.0.1:{any_free_port()}", read_seconds=1.0) as nobody:
+        gauges = ServerGauges(page.runtime.metric_meter, nobody, name="gpu-2", pool="default")
+        await gauges.look(Slot(nobody))
+        assert value_in(page.text, server_gauges.USABLE, server="gpu-2") == 0
+    assert names_in(page.text) == set(server_gauges.GAUGES)
