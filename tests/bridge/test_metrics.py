@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
+import httpx
 import pytest
 
 from bridge import pool_gauges, server_gauges
@@ -14,7 +19,7 @@ from bridge.server_gauges import ServerGauges
 from bridge.slot import Slot
 from local_stack.ports import any_free_port
 from tests.bridge.native import NativeServer
-from tests.bridge.platform import BridgePlatform
+from tests.bridge.platform import CALLBACK_SECRET, SECRET, BridgePlatform
 from tests.bridge.test_servers import until_running
 from tests.metrics_page import MetricsPage, names_in, value_in
 
@@ -96,3 +101,54 @@ async def test_a_server_is_usable_while_it_answers_and_runs_what_it_is_given(
         await gauges.look(Slot(nobody))
         assert value_in(page.text, server_gauges.USABLE, server="gpu-2") == 0
     assert names_in(page.text) == set(server_gauges.GAUGES)
+
+
+@asynccontextmanager
+async def process_of(bridge: BridgePlatform, *command: str, **settings: str) -> AsyncIterator[None]:
+    """`python -m …` as a process of its own, killed at the end."""
+    given: dict[str, str] = {
+        "TEMPORAL_ADDRESS": bridge.client.service_client.config.target_host,
+        "BRIDGE_TASK_QUEUE": bridge.settings.bridge_task_queue,
+        "BRIDGE_STORE_URL": bridge.settings.bridge_store_url,
+        "SERVICE_SECRET": SECRET,
+        "CALLBACK_SECRETS": CALLBACK_SECRET,
+        **settings,
+    }
+    environment = {**os.environ, **{f"COMFYUI_TEMPORAL_{name}": value for name, value in given.items()}}
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", *command, env=environment)
+    try:
+        yield
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def test_both_processes_serve_their_page_with_temporals_metrics_beside_ours(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    ports = {"bridge": any_free_port(), "gpu": any_free_port()}
+
+    async def page_of(process: str) -> str:
+        try:
+            return (await bridge.http.get(f"http://127.0.0.1:{ports[process]}/metrics")).text
+        except httpx.TransportError:
+            return ""
+
+    async def both_show() -> bool:
+        of_bridge, of_gpu = await page_of("bridge"), await page_of("gpu")
+        return (
+            value_in(of_bridge, SERVERS, pool="default") == 1
+            and value_in(of_gpu, server_gauges.USABLE, server="gpu-1", pool="default") == 1
+            and {"temporal_num_pollers", *pool_gauges.GAUGES} <= names_in(of_bridge)
+            and {"temporal_num_pollers", *server_gauges.GAUGES} <= names_in(of_gpu)
+        )
+
+    async with (
+        process_of(bridge, "bridge", BRIDGE_PORT="0", BRIDGE_METRICS_PORT=str(ports["bridge"])),
+        process_of(
+            *(bridge, "bridge.gpu_worker", "--server", native.url, "--name", "gpu-1"),
+            GPU_METRICS_PORT=str(ports["gpu"]),
+        ),
+    ):
+        await bridge.until(both_show, seconds=60)
