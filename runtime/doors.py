@@ -343,6 +343,7 @@ class BoundedHttp(HttpToolsProtocol):
         elif active.more_body and not active.response_started:
             # What cannot be read is the body of this very request.
             active.disconnected = True
+            active.waiting_for_100_continue = False
             active.message_event.set()
             self._answer(refusal)
             seconds = LINGER_SECONDS

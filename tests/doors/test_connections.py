@@ -467,6 +467,16 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_no_tracebac
         connection.close()
 
 
+async def test_a_body_that_is_garbage_from_a_client_that_waits_to_send_it_leaves_no_traceback() -> None:
+    """Seen in ten minutes of fuzz: the 100 Continue was written after the connection's end."""
+    async with served() as door:
+        connection = await door.connection()
+        head = b"POST /read HTTP/1.1\r\nHost: here\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n"
+        await connection.send(head + b"no chunk\r\n")
+        assert await connection.status() == 400
+        await comes_true(lambda: not door.tasks)
+
+
 @pytest.mark.parametrize("when", ["after_seconds", "greeted_after_seconds"])
 async def test_a_client_that_leaves_before_it_is_sent_something_leaves_no_traceback(when: str) -> None:
     async with served() as door:
