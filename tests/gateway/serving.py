@@ -195,17 +195,17 @@ async def gateway_process(environment: dict[str, str], *, log: Path | None = Non
             cwd=Path(__file__).parents[2],
             stderr=written,
         )
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
 
-        async def is_up() -> bool:
-            assert process.returncode is None, "the gateway ended at its start"
-            try:
-                return (await http.get("/healthz")).is_success
-            except httpx.TransportError:
-                return False
+    async def is_up() -> bool:
+        assert process.returncode is None, "the gateway ended at its start"
+        try:
+            return (await http.get("/healthz")).is_success
+        except httpx.TransportError:
+            return False
 
-        await until(is_up, within_seconds=20)
     try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+            await until(is_up, within_seconds=60)
         yield GatewayProcess(process, port, secret)
     finally:
         was_running = process.returncode is None
