@@ -385,8 +385,16 @@ def test_what_runs_is_checked_by_readiness() -> None:
         "credits-simulator": "/health",
         "codec-server": "/healthz",
     }
-    for name in ("tables", "purge"):
-        assert services()[name]["healthcheck"] == {"disable": True}, "the image's own check is the worker's"
+    assert services()["tables"]["healthcheck"] == {"disable": True}, "the image's own check is the worker's"
+    *_, told = services()["purge"]["healthcheck"]["test"]
+    assert f"touch {told}" in (PROJECT / "deploy" / "purge.sh").read_text()
+
+
+def test_what_runs_on_does_not_turn_its_check_off() -> None:
+    """`up --wait` fails for such a service: it waits for a health that there is none of."""
+    for name, service in services().items():
+        runs_once = service.get("restart", "no") == "no"
+        assert runs_once or "disable" not in service.get("healthcheck", {}), name
 
 
 @pytest.mark.parametrize("name", ["COMFYUI_URL", "CREDITS_URL"])
