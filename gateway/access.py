@@ -129,7 +129,7 @@ class Access:
         return _allowed(self._known(connection, caller), Operation.READ_TASK)
 
     async def knows(self, connection: HTTPConnection) -> bool:
-        """Whether the request bears a valid token; also where the keys cannot be read now, which its route answers."""
+        """Whether the request has a valid token; also where the keys cannot be read now, which its route answers."""
         token = _bearer_token(connection)
         if token is None:
             return False

@@ -116,7 +116,7 @@ class DoorLimits:
 
 
 class Door:
-    """What is open at one port, and what was refused there. `on_refused` is told of each."""
+    """What is open at one port, and what was refused there. `on_refused` is called for each."""
 
     def __init__(self, limits: DoorLimits, on_refused: Callable[[Refusal], None] | None = None) -> None:
         self.limits = limits
