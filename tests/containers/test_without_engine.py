@@ -69,7 +69,8 @@ def test_a_project_has_ports_and_secrets_of_its_own_and_leaves_the_developers_ou
     project = Project(engine, tmp_path / "project")
     project.write()
     files = {path.name for path in (tmp_path / "project" / "deploy").iterdir()}
-    assert {path.name for path in (PROJECT / "deploy").iterdir() if path.suffix != ".env"} == files - {"compose.env"}
+    ours = {path.name for path in (PROJECT / "deploy").iterdir() if path.is_file() and path.suffix != ".env"}
+    assert ours == files - {"compose.env"}
     assert (tmp_path / "project" / "datasets" / TENANT / "demo-cats").is_dir()
 
     override = (tmp_path / "project" / "override.yml").read_text()
