@@ -53,7 +53,7 @@ class Api:
             task = (await self.call("GET", f"/{task_id}")).json()
             return task if task.get("ended_at") else None
 
-        task: dict[str, Any] = await until(read)
+        task: dict[str, Any] = await until(read, within_seconds=40)
         return task
 
 

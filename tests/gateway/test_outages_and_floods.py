@@ -138,7 +138,8 @@ async def test_a_flood_neither_fills_the_history_nor_delays_another_task(
     assert "delivery" in [callback["job_status"] for callback in kept]
     assert len(kept) <= callback_news.BURST + callback_news.PER_SECOND * took + 2
     assert len(await kept_by(calm_run)) >= min(len(calm_waits), callback_news.BURST - callback_news.KEPT_FOR_FINALS)
-    assert sorted(calm_waits)[int(len(calm_waits) * 0.9)] < 0.5, calm_waits
+    # Behind the flood it would wait for all of it.
+    assert sorted(calm_waits)[int(len(calm_waits) * 0.9)] < took / 2, calm_waits
 
 
 async def test_out_of_pace_the_newest_tick_is_signalled_by_itself(gateway: Gateway, new_run: NewRun) -> None:

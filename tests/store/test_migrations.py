@@ -85,10 +85,12 @@ async def test_the_services_user_works_with_the_tables_and_changes_none_of_them(
         "PGHOST": str(server.query["host"]),
         "PGUSER": server.username or "",
         "PGDATABASE": "postgres",
+        "TEMPORAL_DATABASE_PASSWORD": "temporal's",
+        "OWNER_DATABASE_PASSWORD": "the owner's",
         "SERVICES_DATABASE_PASSWORD": "it's secret",
     }
     for _ in range(2):
-        process = await asyncio.create_subprocess_exec("/bin/sh", str(DEPLOY / "database-user.sh"), env=environment)
+        process = await asyncio.create_subprocess_exec("/bin/sh", str(DEPLOY / "database-users.sh"), env=environment)
         assert await process.wait() == 0
     for _ in range(2):
         await migrate(dsn)

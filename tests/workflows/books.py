@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,11 @@ from temporalio.exceptions import ApplicationError, CancelledError
 from comfyui_temporal.contracts.task_store import TaskExceptionRow
 from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
 from proof.checks.evidence import Sources
-from proof.checks.finished_task import Exempt, Findings
+from proof.checks.finished_task import Exempt, Findings, FinishedTask
 from proof.checks.histories import PATCH_MARKER, check_history
 from proof.checks.judge import judge
+from store import StoreUnavailable
+from tests.waiting import until
 from tests.workflows.platform import Handle, Platform, task_id_of
 
 CLOSE_EVENT = WorkflowHistoryEventFilterType.CLOSE_EVENT
@@ -99,7 +102,13 @@ async def _assert_judged(
     services = await sources.services(task_id)
     assert not services.problems, services.problems
     histories = [await run.fetch_history() for run in await runs_of(platform, handle)] if handle else None
-    findings = judge(await sources.task(task_id, services, result=result, histories=histories), exempt=exempt)
+
+    async def read() -> FinishedTask | None:
+        with suppress(StoreUnavailable):  # a scenario may just have cut it off
+            return await sources.task(task_id, services, result=result, histories=histories)
+        return None
+
+    findings = judge(await until(read, within_seconds=20), exempt=exempt)
     assert not findings, "; ".join(f"{finding.rule}: {finding.text}" for finding in findings)
 
 
