@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from temporalio import workflow
+
 from comfyui_temporal.contracts.calls import JobCall
 from comfyui_temporal.contracts.continuation import JobUpdate
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode, FailureCode
@@ -41,6 +43,13 @@ class ForgottenJobs:
             answer: Answer[Any] | None = await self._outside.until_answered(
                 self._routes.cancel, call, summary=self._outside.labels.cancel_job
             )
+            if answer is not None and answer.not_offered and workflow.patched("route-not-offered-recorded"):
+                self._record.record_exception(
+                    f"route_not_offered:{job_id}",
+                    ExceptionCode.ROUTE_NOT_OFFERED,
+                    f"ComfyUI has no cancel route: job {job_id}, requested before the run was reset, runs to its end.",
+                    job_id=job_id,
+                )
             if answer is not None and answer.refusal is not None and answer.refusal.code is not FailureCode.LOST:
                 self._record.record_exception(
                     f"undo_job:{job_id}",
