@@ -141,7 +141,8 @@ async def claim_task(
     if await connection.scalar(_CLAIM, claimed) is None:
         holder = await connection.scalar(_HOLDER, {"task": claim.task_id})
         return bool(holder == claim.first_execution_run_id)
-    await admit_claim(connection, tenant_id=claim.tenant_id, task_id=claim.task_id, limits=limits)
+    if run is None or not run.was_reset:  # of a reset run the store lost the claim: its task was admitted, and may hold
+        await admit_claim(connection, tenant_id=claim.tenant_id, task_id=claim.task_id, limits=limits)
     await _insert_row(connection, claim, run, lives=int(run is not None and run.was_reset))
     return True
 

@@ -1,4 +1,4 @@
-"""A tenant's limits at the gateway: 429 with Retry-After before anything is started, for two processes together."""
+"""A tenant's limits at the gateway: 429 with Retry-After before anything is started, for all gateways together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from websockets.exceptions import InvalidStatus
 from comfyui_temporal.contracts.tenant_limits import TenantLimits
 from store import TaskStore
 from tests.conftest import unique
-from tests.gateway.serving import Gateway, bearer, served, token_for
+from tests.gateway.serving import Gateway, bearer, gateway_process, served, token_for
 from tests.waiting import until
 
 LIMITS = TenantLimits(starts_per_minute=4, bytes_per_minute=2_000, open_tasks=10, open_streams=2)
@@ -94,3 +94,33 @@ async def test_streams_beyond_the_limit_are_refused_until_one_is_closed(gateways
                 return again.status_code == 200
 
         assert await until(opens)
+
+
+async def test_two_processes_admit_exactly_the_limits_together(
+    temporal_env: WorkflowEnvironment, postgres_dsn: str
+) -> None:
+    settings = {
+        "TEMPORAL_ADDRESS": temporal_env.client.service_client.config.target_host,
+        "DATABASE_DSN": postgres_dsn,
+        "TASK_QUEUE": unique("nobody"),
+        "TENANT_STARTS_PER_MINUTE": "5",
+        "TENANT_OPEN_STREAMS": "3",
+    }
+    async with AsyncExitStack() as stack:
+        processes = [await stack.enter_async_context(gateway_process(settings)) for _ in range(2)]
+        clients = [
+            await stack.enter_async_context(
+                httpx.AsyncClient(
+                    base_url=f"http://127.0.0.1:{process.port}", headers=bearer(token_for("tenant-of-two")), timeout=30
+                )
+            )
+            for process in processes
+        ]
+        starts = await asyncio.gather(*(clients[n % 2].post(f"{TASKS}/images", json=IMAGE) for n in range(14)))
+        assert sorted(answer.status_code for answer in starts) == [202] * 5 + [429] * 9
+
+        async def opened(n: int) -> int:
+            stream = clients[n % 2].stream("GET", f"{TASKS}/stream/sse?subscribe=*")
+            return (await stack.enter_async_context(stream)).status_code
+
+        assert sorted([await opened(n) for n in range(6)]) == [200] * 3 + [429] * 3

@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
+from comfyui_temporal.contracts.lives import TaskRun
 from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.contracts.tenant_limits import Admission, Limit, TenantLimits
 from store import StartRefused, TaskStore
@@ -20,7 +21,7 @@ AT_ONCE = 20
 
 @pytest_asyncio.fixture
 async def stores(postgres_dsn: str) -> AsyncIterator[list[TaskStore]]:
-    """Two processes' stores on one database."""
+    """Two stores, each with connections of its own, on one database."""
     both = [TaskStore(postgres_dsn), TaskStore(postgres_dsn)]
     yield both
     await asyncio.gather(*(store.close() for store in both))
@@ -43,7 +44,7 @@ async def admit(store: TaskStore, tenant_id: str, limits: TenantLimits, *, size:
         (TenantLimits(open_tasks=7), Limit.OPEN_TASKS),
     ],
 )
-async def test_two_processes_admit_exactly_the_limit_together(
+async def test_two_stores_admit_exactly_the_limit_together(
     stores: list[TaskStore], tenant_id: str, limits: TenantLimits, refused: Limit
 ) -> None:
     admissions = await asyncio.gather(*(admit(stores[n % 2], tenant_id, limits) for n in range(AT_ONCE)))
@@ -99,6 +100,19 @@ async def test_claims_past_the_gateway_are_bounded_and_leave_nothing(stores: lis
     for claim, outcome in zip(claims, outcomes, strict=True):
         assert await stores[0].is_claimed(claim.task_id) == (outcome is True)
         assert (await stores[0].task(claim.task_id) is not None) == (outcome is True)
+
+
+async def test_a_run_that_was_reset_gets_back_the_claim_that_the_store_lost(
+    task_store: TaskStore, tenant_id: str
+) -> None:
+    """It may hold credits and have a job: refused by a limit it would end without giving them back."""
+    limits, task_id = TenantLimits(open_tasks=1), new_task_id()
+    assert await task_store.claim(claim_of(new_task_id(), tenant_id=tenant_id), limits=limits)
+    first = TaskRun(task_id=task_id, run_id="run-1", first_execution_run_id="run-1")
+    with pytest.raises(StartRefused):
+        await task_store.claim(claim_of(task_id, tenant_id=tenant_id), first, limits=limits)
+    reset = first.model_copy(update={"run_id": "reset"})
+    assert await task_store.claim(claim_of(task_id, tenant_id=tenant_id), reset, limits=limits)
 
 
 async def test_streams_of_all_processes_count_until_one_is_gone(
