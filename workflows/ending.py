@@ -128,7 +128,19 @@ class TaskEnding:
             self._publish_end(outcome.end)
         await self._all_published()
         row = await self._ended_otherwise()
+        if outcome.end is not None:
+            await self._give_back_forgotten(str(outcome.end))
         return outcome if row is None else await self._publish_row(row)
+
+    async def _give_back_forgotten(self, reason: str) -> None:
+        """Give back what only the row knew, once the store is back: the ledger may have been late as well."""
+        known = {hold.pre_deduct_id for hold in self._hold.state.asked if hold.pre_deduct_id}
+        left_out = self._hold.state.granted_before
+        if not self._outside.earlier.life.is_store_away or not self._row_look.forgotten_holds(known, left_out=left_out):
+            return
+        if workflow.patched("forgotten-holds-given-back-once-the-store-is-back"):
+            await self._hold.forgotten.give_back(reason)
+            await self._all_published()
 
     async def _publish_completed(self, delivery: JobUpdate | None) -> None:
         if delivery is not None:

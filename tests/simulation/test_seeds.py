@@ -54,6 +54,7 @@ def test_many_schedules_keep_the_invariants(kind: str, profile: str, resets: flo
         pytest.param("image", 14944, "both", id="a ledger that lags shows a known hold and not its end"),
         pytest.param("image", 2815, "both", id="the current run takes the task back from a run that was reset away"),
         pytest.param("training", 2614, "field", id="a pause after a refusal ends with the hold that it was for"),
+        pytest.param("training", 15231, "both", id="a hold that only the row knew, once the store is back"),
         pytest.param("training", 9666, "both", id="a job of an earlier life that no route cancels is recorded"),
         pytest.param("training", 941, "field", id="a hold of an earlier life whose id only an absent row shows"),
         pytest.param("training", 1341, "both", id="no search for a hold that the row explains"),
