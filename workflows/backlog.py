@@ -72,8 +72,11 @@ class Backlog:
                 break
 
     def _leave_out_progress(self, end: int) -> bool:
+        """Leave out the oldest progress whose stage a later fact still shows."""
         waiting = self._facts.items
-        oldest = next((i for i in range(self._facts_in_flight, end) if _is_progress(waiting[i])), None)
+        last_of = {(fact.job_id, fact.stage): i for i, fact in enumerate(waiting) if _is_progress(fact)}
+        within = (i for i in range(self._facts_in_flight, end) if _is_progress(waiting[i]))
+        oldest = next((i for i in within if last_of[waiting[i].job_id, waiting[i].stage] > i), None)
         if oldest is not None:
             self._facts.remove(oldest)
         return oldest is not None

@@ -134,9 +134,7 @@ class TaskEnding:
 
     async def _give_back_forgotten(self, reason: str) -> None:
         """Give back what only the row knew, once the store is back: the ledger may have been late as well."""
-        known = {hold.pre_deduct_id for hold in self._hold.state.asked if hold.pre_deduct_id}
-        left_out = self._hold.state.granted_before
-        if not self._outside.earlier.life.is_store_away or not self._row_look.forgotten_holds(known, left_out=left_out):
+        if not self._outside.earlier.life.is_store_away or not self._hold.forgotten.left():
             return
         if workflow.patched("forgotten-holds-given-back-once-the-store-is-back"):
             await self._hold.forgotten.give_back(reason)

@@ -49,6 +49,13 @@ class ForgottenHolds:
         """Whether the ledger shows a commit of any of the task's holds: the task is settled."""
         self.is_done = False
         """Whether they were given back: no more of them can appear."""
+        self._cancelled: set[str] = set()
+
+    def left(self) -> list[str]:
+        """Those that only the row knows and that this run has not cancelled."""
+        known = {hold.pre_deduct_id for hold in self._state.asked if hold.pre_deduct_id}
+        forgotten = self._look.forgotten_holds(known, left_out=self._state.granted_before)
+        return [hold_id for hold_id in forgotten if hold_id not in self._cancelled]
 
     @property
     def numbers_taken(self) -> int:
@@ -82,6 +89,8 @@ class ForgottenHolds:
                 continue
             answer = await self._cancel(pre_deduct_id, f"forgotten:{pre_deduct_id}", reason)
             is_unsure |= self._is_unsure(pre_deduct_id, answer)
+            if answer is not None and answer.reply is not None:
+                self._cancelled.add(pre_deduct_id)
             if pre_deduct_id in own:
                 own[pre_deduct_id].resolved = True
         if is_unsure:
@@ -134,6 +143,7 @@ class ForgottenHolds:
         in_order = self._look.row.hold_ids if self._look.row is not None else []
         place = {pre_deduct_id: n for n, pre_deduct_id in enumerate(in_order)}
         ended |= {pre_deduct_id for pre_deduct_id, hold in own.items() if hold.resolved}
+        ended |= self._cancelled
         return sorted((each for each in known if each not in ended), key=lambda each: place.get(each, len(place)))
 
     def _adopt(self, pre_deduct_id: str, amount: int) -> None:

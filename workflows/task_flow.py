@@ -208,6 +208,7 @@ class TaskFlow(Generic[Run, Result]):
         """Continue as new where the history is long, never with a cancel pending or a call in flight (pitfall 22).
 
         A renewal, a give-back and a job's cancel may hang for hours: they are suspended, and the next run repeats them.
+        Each of them is sent once first: under a flood of callbacks every run is long from its first task on.
         Returns True where it waited and did not continue: the caller checks everything again. Within one workflow task
         the SDK handles signals first, then a cancellation; a run that ended on the signals would never see it. So the
         run ends on a timer, which a stop that arrived with the signals interrupts.
@@ -215,6 +216,8 @@ class TaskFlow(Generic[Run, Result]):
         if not self._may_try_to_continue():
             return False
         self.watch.stop_polling()
+        if workflow.patched("begun-calls-sent-before-continuing"):
+            await workflow.wait_condition(lambda: True)  # until each call that has begun was sent
         await self.outside.suspend()
         moment = timedelta(milliseconds=1)
         if await self.outside.wait_for(moment, lambda: self.stop.requested, summary="continue as new"):

@@ -143,14 +143,24 @@ class RecordRules:
         must(len(unreported) <= self._left_out(), "a stage was never published:", attempt.n, *unreported)
         keys = self._keys()
         resumed_from = {a.call.argument.body.resume_from for a in self._trained() if a.n <= attempt.n}
-        published: dict[str, bool] = {}
-        for report in news:
-            # Each later report names the checkpoint too: a poll's answer is dropped where the run continues as new.
+        # Each later report names the checkpoint too: a poll's answer is dropped where the run continues as new.
+        news_of: dict[str, list[str]] = {}
+        for report in self._world.witness.reports_of(attempt.job_id):
             if report.checkpoint is not None and report.checkpoint.uri not in resumed_from:
-                uri, key = report.checkpoint.uri, f"checkpoint:{attempt.job_id}:{report.state.sequence}"
-                published[uri] = published.get(uri, False) or key in keys
-        missing = sum(not is_published for is_published in published.values())
+                key = f"checkpoint:{attempt.job_id}:{report.state.sequence}"
+                news_of.setdefault(report.checkpoint.uri, []).append(key)
+        kept = self._kept_for_checkpoints(attempt, news)
+        expected = {report.checkpoint.uri for report in kept if report.checkpoint is not None} & news_of.keys()
+        missing = sum(keys.isdisjoint(news_of[uri]) for uri in expected)
         must(missing <= self._left_out(), "checkpoints were never published:", missing)
+
+    def _kept_for_checkpoints(self, attempt: Attempt, news: list[Report]) -> list[Report]:
+        """Those that did not have to share a full inbox: a stage is kept there, of many checkpoints only some are."""
+        until = self._followed_from(attempt)
+        waiting = sum(
+            size for at, size in self._world.witness.signal_bytes.items() if attempt.accepted_at <= at <= until
+        )
+        return [report for report in news if report.at > until] if waiting > MAX_INBOX_BYTES / 2 else news
 
     def _readable_reports(self, attempt: Attempt) -> list[Report]:
         """The reports that the run could keep.
@@ -158,12 +168,16 @@ class RecordRules:
         The inbox keeps the newest: by count while `start` is unanswered, by bytes where many arrive at once.
         """
         news = self._world.witness.reports_of(attempt.job_id)
-        starts = self._world.witness.calls.get("start_training", ())
-        own = [call for call in starts if call.argument.job_id == attempt.job_id and isinstance(call.outcome, Answer)]
-        answered = [call.resolved_at for call in own if call.resolved_at is not None]
-        waiting = [report for report in news if answered and report.at <= min(answered)]
+        until = self._followed_from(attempt)
+        waiting = [report for report in news if report.at <= until]
         kept = news[max(0, len(waiting) - MAX_INBOX) :]
         return [report for report in kept if not self._is_burst(report.at)]
+
+    def _followed_from(self, attempt: Attempt) -> float:
+        """When a training's `start` was answered: until then its messages stay in the inbox."""
+        starts = self._world.witness.calls.get("start_training", ())
+        own = [call for call in starts if call.argument.job_id == attempt.job_id and isinstance(call.outcome, Answer)]
+        return min((call.resolved_at for call in own if call.resolved_at is not None), default=0.0)
 
     def _is_burst(self, at: float) -> bool:
         """Whether so much arrived at once that the inbox may have dropped some. It measures its own form of it."""

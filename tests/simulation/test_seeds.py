@@ -57,6 +57,9 @@ def test_many_schedules_keep_the_invariants(kind: str, profile: str, resets: flo
         pytest.param("training", 15231, "both", id="a hold that only the row knew, once the store is back"),
         pytest.param("training", 9666, "both", id="a job of an earlier life that no route cancels is recorded"),
         pytest.param("training", 941, "field", id="a hold of an earlier life whose id only an absent row shows"),
+        pytest.param("training", 17658, "both", id="a hold is requested by a run that is long from its first task on"),
+        pytest.param("training", 11050, "both", id="a stage that is first of many messages while a call hangs"),
+        pytest.param("training", 18164, "both", id="a hold that only the row knew is given back once"),
         pytest.param("training", 1341, "both", id="no search for a hold that the row explains"),
     ],
 )

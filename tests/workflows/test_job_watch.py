@@ -88,6 +88,7 @@ class Watched:
     ) -> None:
         self.now = NOON
         patch.setattr(workflow, "now", lambda: self.now)
+        patch.setattr(workflow, "patched", lambda _: True)
         self.record, self.polls = FakeRecord(), Polls(limits or limits_of())
         self.updates: list[int] = []
         self.watch = JobWatch(
@@ -205,6 +206,15 @@ def test_a_full_inbox_keeps_the_newest_and_every_final_message(watched: Watched)
     kept = [update.sequence for update in watched.state.inbox]
     assert kept == [1, *range(4, MAX_INBOX + 3)]
     assert len(kept) == MAX_INBOX == 256
+
+
+def test_a_full_inbox_keeps_a_message_of_each_stage(watched: Watched) -> None:
+    watched.watch.take(json.dumps(said(1, "queued")).encode())
+    for sequence in range(2, 2 * MAX_INBOX):
+        watched.watch.take(json.dumps(said(sequence)).encode())
+
+    stages = [update.stage for update in watched.state.inbox]
+    assert (len(stages), stages[0], set(stages[1:])) == (MAX_INBOX, "queued", {"processing"})
 
 
 def test_an_inbox_full_of_final_messages_drops_the_oldest(watched: Watched) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from comfyui_temporal.contracts.size_budget import (
     MAX_INBOX_BYTES,
     MAX_KEPT_HOLDS,
     MAX_TABLE_ENTRIES,
+    MAX_UNWRITTEN,
     MAX_UNWRITTEN_BYTES,
     PAYLOAD_BYTES,
     json_bytes,
@@ -376,6 +378,20 @@ def test_facts_say_how_many_are_missing() -> None:
     kept = len(waiting) - 1
     assert marker.message == f"{3_002 - kept} events were left out while the task store was away."
     assert [each.key for each in waiting[-3:]] == ["held:2999", "settled", "end"]
+
+
+def test_progress_is_left_out_only_within_a_stage() -> None:
+    record = RecordState()
+    backlog = Backlog(record)
+    progress = partial(fact, event=EventType.RUNNING, job_id="j1", message=None)
+    backlog.add(progress("j1:1", sequence=1, stage="data_ingest"))
+    for n in range(2, MAX_UNWRITTEN // 2 + 20):
+        backlog.add(progress(f"j1:{n}", sequence=n, stage="training"))
+        backlog.add(fact(f"checkpoint:j1:{n}", EventType.CHECKPOINT, message="Checkpoint."))
+
+    keys = [each.key for each in record.unwritten]
+    assert keys[0] == "j1:1" and "j1:2" not in keys
+    assert len(keys) == MAX_UNWRITTEN and not any(key.startswith(LEFT_OUT) for key in keys)
 
 
 def test_what_is_being_written_is_not_touched() -> None:
