@@ -20,7 +20,15 @@ from activities.running_call import request_limit_seconds, uninterrupted
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.policy import Policy
-from comfyui_temporal.contracts.task_store import ClaimOutcome, LookOrder, RowSeen, TaskClaim, TaskWrite
+from comfyui_temporal.contracts.task_store import (
+    ClaimOutcome,
+    Heard,
+    HeardOrder,
+    LookOrder,
+    RowSeen,
+    TaskClaim,
+    TaskWrite,
+)
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from comfyui_temporal.encryption import NO_ENCRYPTION, PayloadEncryption
 from store import NotTheClaimant, StartRefused, StoreFailure, StoreUnavailable, TaskStore, TaskUnknown, WriteRefused
@@ -127,6 +135,11 @@ class TaskStoreActivities:
         if seen.life.is_superseded and (again := await current(run)) is not None:
             return await self._tried(self._store.look(again, within_seconds=self._limit()))
         return seen
+
+    @activity.defn
+    async def heard(self, order: HeardOrder) -> Heard | None:
+        """The newest figures of a job that the gateway stored (decision 4). Raises ApplicationError `internal`."""
+        return await self._tried(self._store.heard(order, within_seconds=self._limit()))
 
     def _with_stored_hash(self, claim: TaskClaim) -> TaskClaim:
         return claim.model_copy(update={"input_sha256": self._encryption.keyed_hash(claim.input_sha256)})

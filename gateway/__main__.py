@@ -69,6 +69,7 @@ async def serve(settings: Settings) -> None:
             page=PageSettings(temporal_ui_url=settings.temporal_ui_url, namespace=client.namespace),
             operations_apart=settings.gateway_operations_port is not None,
             limits_of=settings.limits_of,
+            short_way=settings.short_way,
         )
     except ValueError as error:
         raise CannotStart(str(error)) from None

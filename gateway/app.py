@@ -34,6 +34,7 @@ from gateway.task_routes import task_routes
 from gateway.task_runs import TaskRuns
 from gateway.tasks import Tasks
 from gateway.tenant_limits import LEFT_HEADER, POLICY_HEADER, TenantDoor
+from gateway.tick_writer import TickWriter
 from gateway.training_log_writer import TrainingLogWriter
 from store import TaskStore
 
@@ -57,12 +58,14 @@ def create_app(
     page: PageSettings | None = None,
     operations_apart: bool = False,
     limits_of: Callable[[str], TenantLimits] = lambda _tenant_id: NO_LIMITS,
+    short_way: bool = True,
 ) -> FastAPI:
     """The application. It closes what it opens; the caller closes client and store.
 
     Without `access` callers cannot be authenticated: then callbacks are served and the tasks API is not.
     `lists` is where long lists of files are stored for the workers.
     `limits_of` gives a tenant's limits.
+    `short_way`: ticks are stored here and are no signals (decision 4).
     `public_url` is the address under which clients reach it; default: the address of their request.
     `operations_apart`: `/metrics` and `/openapi.json` are served by `app.state.operations` alone, an application for a
     port of its own. `app.state.callbacks.outcomes` counts callbacks by outcome. Raises ValueError for unusable secrets.
@@ -71,7 +74,8 @@ def create_app(
     draining = draining or Draining()
     relay = CallbackRelay(TaskRuns(temporal, store, metrics))
     log_writer = TrainingLogWriter(store)
-    receiver = CallbackReceiver(CallbackSignatures(callback_secrets), relay, log_writer, metrics)
+    ticks = TickWriter(store, relay) if short_way else None
+    receiver = CallbackReceiver(CallbackSignatures(callback_secrets), relay, log_writer, metrics, ticks)
 
     hub = EventHub(store, draining)
     door = TenantDoor(store, limits_of)
@@ -80,6 +84,8 @@ def create_app(
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with hub.running(), door.reporting():
             yield
+        if ticks is not None:
+            await ticks.close()
         await relay.close()
         await log_writer.close()
 

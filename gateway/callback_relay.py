@@ -89,6 +89,7 @@ class TaskLine:
         self._waiting: dict[tuple[str, bool], Waiting] = {}
         self._arrived = asyncio.Event()
         self._in_flight: str | None = None
+        self._signalling: Callback | None = None
         self._is_failing = False
         self.sender: asyncio.Task[None] | None = None
 
@@ -109,6 +110,13 @@ class TaskLine:
         if self.sender is None or self.sender.done():
             self.sender = asyncio.create_task(self._send())
         return Relayed.COALESCED if joining.answer is None else await self._outcome_of(joining, joining.answer)
+
+    def has_signalled_like(self, callback: Callback) -> bool | None:
+        """Whether the newest signal of the job says the same but for figures; None without one."""
+        newest = self._signalling if self._in_flight == callback.job_id else None
+        reported = self._reported.get(callback.job_id)
+        news = news_of(newest) if newest is not None else (reported.news if reported is not None else None)
+        return None if news is None else news[1:] == news_of(callback)[1:]
 
     async def _outcome_of(self, joining: Waiting, answer: asyncio.Future[Relayed]) -> Relayed:
         await asyncio.wait({answer}, timeout=TAKE_SECONDS)
@@ -132,7 +140,7 @@ class TaskLine:
 
     async def _signal(self, first: Waiting) -> None:
         self._pace.spend()
-        self._in_flight = first.callback.job_id
+        self._in_flight, self._signalling = first.callback.job_id, first.callback
         relayed = await self._signalled(first.callback)
         self._in_flight = None
         self._is_failing = relayed is Relayed.UNAVAILABLE
@@ -211,6 +219,11 @@ class CallbackRelay:
         if len(self._lines) > MAX_LINES:
             self._lines.popitem(last=False)
         return await line.take(callback)
+
+    def has_signalled_like(self, task_id: str, callback: Callback) -> bool | None:
+        """Whether the newest signal of the job says the same but for figures; None where this process sent none."""
+        line = self._lines.get(task_id)
+        return None if line is None else line.has_signalled_like(callback)
 
     async def close(self) -> None:
         """Give waiting ticks a moment to be sent, then stop."""

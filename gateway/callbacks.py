@@ -35,6 +35,7 @@ from gateway.callback_body import (
 from gateway.callback_relay import CallbackRelay, Relayed
 from gateway.metrics import Metrics
 from gateway.signatures import CallbackSignatures, SeenCallbacks
+from gateway.tick_writer import Ticked, TickWriter
 from gateway.training_log_writer import Logged, TrainingLogWriter
 from runtime.stated_size import is_stated_above
 
@@ -48,6 +49,7 @@ class CallbackOutcome(StrEnum):
     """What became of a callback. `CallbackReceiver.outcomes` counts them."""
 
     SIGNALLED = "signalled"
+    STORED = "stored"
     COALESCED = "coalesced"
     REPLAYED = "replayed"
     UNREADABLE = "unreadable"
@@ -62,6 +64,7 @@ class CallbackOutcome(StrEnum):
 
 _STATUS: Final = {
     CallbackOutcome.SIGNALLED: 202,
+    CallbackOutcome.STORED: 202,
     CallbackOutcome.COALESCED: 202,
     CallbackOutcome.REPLAYED: 202,
     CallbackOutcome.UNREADABLE: 202,
@@ -89,13 +92,22 @@ _OF_RELAYED: Final = {
     Relayed.UNAVAILABLE: CallbackOutcome.UNAVAILABLE,
 }
 
+_OF_TICKED: Final = {Ticked.STORED: CallbackOutcome.STORED, Ticked.COALESCED: CallbackOutcome.COALESCED}
+
 
 class CallbackReceiver:
     """Takes callbacks; one in each process."""
 
     def __init__(
-        self, signatures: CallbackSignatures, relay: CallbackRelay, log_writer: TrainingLogWriter, metrics: Metrics
+        self,
+        signatures: CallbackSignatures,
+        relay: CallbackRelay,
+        log_writer: TrainingLogWriter,
+        metrics: Metrics,
+        ticks: TickWriter | None = None,
     ) -> None:
+        """Without `ticks` every callback is a signal."""
+        self._ticks = ticks
         self._metrics = metrics
         self._signatures = signatures
         self._relay = relay
@@ -149,12 +161,20 @@ class CallbackReceiver:
         return outcome
 
     async def _take(self, task_id: str, callback: Callback) -> CallbackOutcome:
-        """Signal and log lines run in parallel, so that an outage of one party does not block the other."""
+        """Report and log lines run in parallel, so that an outage of one party does not block the other."""
         lines = _log_write(task_id, callback)
         if lines is None:
-            return _OF_RELAYED[await self._relay.take(task_id, callback)]
-        relayed, logged = await asyncio.gather(self._relay.take(task_id, callback), self._log_writer.take(lines))
-        return CallbackOutcome.UNAVAILABLE if logged is Logged.UNAVAILABLE else _OF_RELAYED[relayed]
+            return await self._report(task_id, callback)
+        reported, logged = await asyncio.gather(self._report(task_id, callback), self._log_writer.take(lines))
+        return CallbackOutcome.UNAVAILABLE if logged is Logged.UNAVAILABLE else reported
+
+    async def _report(self, task_id: str, callback: Callback) -> CallbackOutcome:
+        """A tick is stored, everything else is signalled (decision 4)."""
+        if self._ticks is not None:
+            ticked = await self._ticks.take(task_id, callback)
+            if ticked is not Ticked.LONG_WAY:
+                return _OF_TICKED[ticked]
+        return _OF_RELAYED[await self._relay.take(task_id, callback)]
 
 
 class CallbackTaken(OwnModel):

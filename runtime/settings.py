@@ -166,6 +166,9 @@ class Settings(BaseSettings):
     charge_shortfall: bool = False
     queue_sla_accelerated_minutes: float = Field(default=3.0, gt=0)
     queue_sla_standard_minutes: float = Field(default=8.0, gt=0)
+    short_way: bool = True
+    """Whether the gateway stores ticks itself, and the workflow looks for them there (decision 4). Off: each callback
+    is a signal."""
     continue_as_new_events: int = Field(default=CONTINUE_AS_NEW_EVENTS, ge=50)
     continue_as_new_signals: int = Field(default=CONTINUE_AS_NEW_SIGNALS, ge=10)
 
@@ -369,6 +372,7 @@ class Settings(BaseSettings):
             queue_sla_minutes=self.queue_sla_minutes[priority],
             continue_as_new_events=self.continue_as_new_events,
             continue_as_new_signals=self.continue_as_new_signals,
+            short_way=self.short_way,
             dataset_roots=[root.replace("{tenant_id}", tenant_id) for root in self.dataset_roots],
         )
 

@@ -5,6 +5,7 @@ database.py      engine, limits, and the one place that maps driver errors to fa
 tables.py        the tables; migrations/ creates them
 fact_rules.py    which facts become events (contract §6), as a pure function
 lives.py         which run of a task acts, and what it may not know of the runs before it
+ticks.py         figures that the gateway stores without the workflow, in one statement
 tasks.py         claim, write (row + events + exceptions + NOTIFY in one transaction), log lines
 reads.py         tasks, events, training log, exceptions
 stream_reads.py  heads of tasks, events of many tasks together
@@ -29,6 +30,7 @@ from store.listener import EventListener
 from store.migrate import migrate
 from store.stream_reads import TaskHead
 from store.task_store import TaskStore
+from store.ticks import TickAnswer
 from store.unseen import UnseenTask, UnseenTaskRow
 from store.upkeep import QueueState
 
@@ -46,6 +48,7 @@ __all__ = [
     "TaskHead",
     "TaskStore",
     "TaskUnknown",
+    "TickAnswer",
     "UnseenTask",
     "UnseenTaskRow",
     "WriteRefused",

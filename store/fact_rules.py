@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from comfyui_temporal.contracts.task_store import Fact
+from comfyui_temporal.contracts.task_store import Fact, TakenReport
 from comfyui_temporal.contracts.tasks import EventType, TaskStatus
 
 
@@ -34,7 +34,8 @@ class WrittenSoFar:
             known.add(fact.key)
             self.last_seq += 1
             if fact.job_id is not None and fact.sequence is not None:
-                self.job_sequences[fact.job_id] = fact.sequence
+                newest = self.job_sequences.get(fact.job_id, fact.sequence)
+                self.job_sequences[fact.job_id] = max(newest, fact.sequence)
             self.has_ended = fact.is_end
             progress = self.reached(fact.attempt, fact.stage, fact.progress or 0.0)
             is_back = fact.progress is not None and progress > fact.progress
@@ -88,7 +89,11 @@ class WrittenSoFar:
         self.attempt, self.stage, self.progress = attempt, stage, progress
         return progress
 
+    def has_newer_figures(self, taken: TakenReport | None) -> bool:
+        """Whether figures of the job were written that are newer than the workflow's."""
+        return taken is not None and self.job_sequences.get(taken.job_id, taken.sequence) > taken.sequence
+
     def _is_outdated(self, fact: Fact) -> bool:
-        if fact.job_id is None or fact.sequence is None:
+        if fact.job_id is None or fact.sequence is None or fact.is_change:
             return False
         return fact.sequence < self.job_sequences.get(fact.job_id, fact.sequence)

@@ -95,6 +95,9 @@ tasks = Table(
     _json("output"),
     _json("error"),
     _json("dataset"),
+    _json("taken"),
+    _instant("ticked_at", nullable=True),
+    _instant("last_event_at", nullable=True),
     _instant("settlement_looked_at", nullable=True),
     Column("run_id", Text),
     Column("run_number", Integer, nullable=False, server_default=text("0")),
@@ -123,7 +126,8 @@ tasks = Table(
     Index("tasks_queued", "priority", postgresql_where=text("status = 'queued'")),
     comment="One row a task; job_sequences: the newest sequence written of each job.",
 )
-"""`run_id` is the acting run, `lives` counts resets, `hold_ids` and `job_ids` are those of every run."""
+"""`taken` is what the workflow last took of its job, `ticked_at` the last tick. `run_id` is the acting run, `lives`
+counts resets, `hold_ids` and `job_ids` are those of every run."""
 
 task_events = Table(
     "task_events",

@@ -14,6 +14,8 @@ from comfyui_temporal.contracts.lives import EarlierLife, TaskRun
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.task_store import (
     Correction,
+    Heard,
+    HeardOrder,
     RowSeen,
     TaskClaim,
     TaskExceptionRow,
@@ -25,7 +27,21 @@ from comfyui_temporal.contracts.task_store import (
 )
 from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, Admission, TenantLimits
-from store import audit, figures, home, lives, reads, stream_reads, tasks, tenant_limits, unseen, unsettled, upkeep
+from comfyui_temporal.contracts.ticks import Tick
+from store import (
+    audit,
+    figures,
+    home,
+    lives,
+    reads,
+    stream_reads,
+    tasks,
+    tenant_limits,
+    ticks,
+    unseen,
+    unsettled,
+    upkeep,
+)
 from store.audit import AuditRecord
 from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
 from store.database import POOL_SIZE, WORK_SECONDS, Database
@@ -35,6 +51,7 @@ from store.listener import EventListener
 from store.reads import UnreadableRow
 from store.stream_reads import TaskHead
 from store.tasks import Written
+from store.ticks import TickAnswer
 from store.unseen import UnseenTask, UnseenTaskRow
 from store.upkeep import EndedTask, QueueState, Undeletable
 
@@ -191,6 +208,23 @@ class TaskStore:
         return await self._database.transaction(
             lambda connection: tasks.write_log(connection, task_id, writes),
             doing=f"writing the training log of the task {task_id}",
+        )
+
+    async def write_ticks(self, given: Sequence[Tick]) -> dict[str, TickAnswer]:
+        """Task → what its row says about its tick, which is an event then or is not. Unknown tasks are left out.
+
+        One tick of each task at most. A repeat writes nothing.
+        """
+        return await self._database.transaction(
+            lambda connection: ticks.write_ticks(connection, given), doing=f"writing {len(given)} ticks"
+        )
+
+    async def heard(self, order: HeardOrder, *, within_seconds: float = WORK_SECONDS) -> Heard | None:
+        """The newest figures of a job that came as a tick; None without any."""
+        return await self._database.read(
+            lambda connection: ticks.heard(connection, order.task_id, order.job_id),
+            doing=f"reading what was heard of the task {order.task_id}",
+            within_seconds=within_seconds,
         )
 
     async def task(self, task_id: str) -> TaskRow | None:

@@ -6,8 +6,8 @@ the lock may be outdated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -29,7 +29,7 @@ from store.tenant_limits import admit_claim
 
 ACCEPTED_KEY: Final = "accepted"
 METRICS_LINE: Final = 0
-_JSON_STATE: Final = ("credits", "prices", "confirmation", "result_urls", "output", "error", "dataset")
+_JSON_STATE: Final = ("credits", "prices", "confirmation", "result_urls", "output", "error", "dataset", "taken")
 
 # Built once: building a statement costs as much as running it.
 _LOCK: Final = (
@@ -44,6 +44,9 @@ _LOCK: Final = (
         tasks.c.attempts,
         tasks.c.stage,
         tasks.c.progress,
+        tasks.c.next_eta,
+        tasks.c.queue_position,
+        tasks.c.last_event_at,
     )
     .where(tasks.c.task_id == bindparam("task"))
     .with_for_update(key_share=True)
@@ -71,6 +74,9 @@ _NOTIFY: Final = func.pg_notify(EVENTS_CHANNEL, bindparam("payload"))
 _CLAIM_COLUMNS: Final = tuple(task_claims.columns.keys())
 _CLAIM: Final = insert(task_claims).on_conflict_do_nothing().returning(task_claims.c.task_id)
 _HOLDER: Final = select(task_claims.c.first_execution_run_id).where(task_claims.c.task_id == bindparam("task"))
+
+
+_APART: Final = timedelta(microseconds=1)
 
 
 class Written(NamedTuple):
@@ -153,6 +159,7 @@ async def _insert_row(connection: AsyncConnection, claim: TaskClaim, run: TaskRu
         **_columns(TaskState(version=0, status=TaskStatus.QUEUED), _JSON_STATE),
         "created_at": claim.at,
         "updated_at": claim.at,
+        "last_event_at": claim.at,
         "last_seq": 1,
         "run_id": run.run_id if run else None,
         "run_number": run.run_number if run else 0,
@@ -185,18 +192,21 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
         taken_by_run = await taken_over(connection, row, run)
         version, lives = taken_by_run.get("version", version), taken_by_run.get("lives", lives)
         await note_older_row(connection, row, run, written=write.written_version)
-    if not had_ended and (row.lives or (run is not None and run.run_id != row.run_id)):
+    is_late = any(_is_late_change(fact, row.job_sequences) for fact in write.facts)
+    if not had_ended and (is_late or row.lives or (run is not None and run.run_id != row.run_id)):
         published = await connection.execute(_REACHED, {"task": write.task_id})
         reached = {(attempt, stage): progress for attempt, stage, progress in published}
     so_far = WrittenSoFar(
         row.last_seq, had_ended, dict(row.job_sequences), max(row.attempts, 1), row.stage, row.progress, reached
     )
+    write = _with_newest_figures(write, row, so_far)
     facts = [] if had_ended else [_with_clean_key(fact) for fact in write.facts]
     known = set() if so_far.are_newer(facts) else await _known_keys(connection, write.task_id, facts)
     taken = so_far.take(facts, known)
     if lives and so_far.has_ended and not had_ended:
         points = await published_points(connection, write.task_id)
         so_far.balance(taken, published_points=points, charged=write.state.credits.charged, life=lives)
+    taken = list(_in_order_of_time(taken, row.last_event_at))
     changes: dict[str, Any] = {}
     if not had_ended and (write.state.version > version or so_far.has_ended):
         # The end counts regardless of its version: a run may have written a higher one before it was reset.
@@ -204,7 +214,11 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
         progress = so_far.reached(max(state.attempts, 1), state.stage, state.progress)
         changes |= _columns(state.model_copy(update={"progress": progress}), _JSON_STATE)
     if taken:
-        changes |= {"last_seq": so_far.last_seq, "job_sequences": so_far.job_sequences}
+        changes |= {
+            "last_seq": so_far.last_seq,
+            "job_sequences": so_far.job_sequences,
+            "last_event_at": taken[-1][1].ts,
+        }
     if so_far.has_ended and not had_ended:
         changes["ended_at"] = taken[-1][1].ts
     if changes:
@@ -215,6 +229,40 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
     if write.exceptions:
         await insert_exceptions(connection, write.task_id, write.exceptions)
     return Written(ended=so_far.has_ended and not had_ended, scene=row.scene)
+
+
+def _in_order_of_time(taken: Sequence[tuple[int, Fact]], last: datetime | None) -> Iterator[tuple[int, Fact]]:
+    """The facts, each later than the event before it: a worker's clock may be behind the one that timed a tick."""
+    for seq, fact in taken:
+        if last is not None and fact.ts <= last:
+            fact = fact.model_copy(update={"ts": last + _APART})
+        last = fact.ts
+        yield seq, fact
+
+
+def _is_late_change(fact: Fact, job_sequences: Mapping[str, int]) -> bool:
+    """Whether a change of stage comes after a later tick: its stage may have been left and entered again."""
+    if not fact.is_change or fact.job_id is None or fact.sequence is None:
+        return False
+    return fact.sequence < job_sequences.get(fact.job_id, fact.sequence)
+
+
+def _with_newest_figures(write: TaskWrite, row: Row[*tuple[Any, ...]], so_far: WrittenSoFar) -> TaskWrite:
+    """The write with the row's ETA and queue position, where a tick brought newer ones than the workflow has.
+
+    `progress` needs no such care: it never goes back.
+    """
+    here = (row.attempts, row.stage)
+    if not so_far.has_newer_figures(write.state.taken):
+        return write
+    newest = {"next_eta": row.next_eta, "queue_position": row.queue_position}
+    facts = [
+        fact.model_copy(update=newest) if (fact.attempt, fact.stage) == here and not fact.is_end else fact
+        for fact in write.facts
+    ]
+    is_here = (write.state.attempts, write.state.stage) == here and not any(fact.is_end for fact in facts)
+    state = write.state.model_copy(update=newest) if is_here else write.state
+    return write.model_copy(update={"facts": facts, "state": state})
 
 
 async def _row_of(connection: AsyncConnection, write: TaskWrite, run: TaskRun | None) -> Row[*tuple[Any, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from typing import Final
 
 from temporalio import workflow
 
@@ -15,9 +16,16 @@ from workflows.failures import TaskFailed
 from workflows.task_limits import TaskLimits
 from workflows.task_record import TaskRecord
 
+LAST_ANSWER_WITHIN: Final = timedelta(seconds=10)
+"""How long a timeout waits for the answer to a last poll."""
+
 
 def _readable() -> str:
     return ""
+
+
+def _never() -> bool:
+    return False
 
 
 class JobClock:
@@ -31,13 +39,18 @@ class JobClock:
         *,
         default_eta_minutes: float,
         unreadable: Callable[[], str] = _readable,
+        asks_last: Callable[[], bool] = _never,
     ) -> None:
-        """`unreadable`: why the job's state cannot be read, empty where it can."""
+        """`unreadable`: why the job's state cannot be read, empty where it can.
+
+        `asks_last`: polls once more before a timeout where that may bring news; whether its answer is awaited.
+        """
         self._record = record
         self._state = state
         self._limits = limits
         self._default_eta_minutes = default_eta_minutes
         self._unreadable = unreadable
+        self._asks_last = asks_last
 
     def carry(self) -> ClockState:
         return self._state
@@ -104,8 +117,10 @@ class JobClock:
         return False
 
     def due(self) -> datetime:
-        sla = self._sla_at()
-        return min(self.deadline(), sla) if sla else self.deadline()
+        sla, over = self._sla_at(), self.deadline()
+        if workflow.now() >= over:
+            over += LAST_ANSWER_WITHIN
+        return min(over, sla) if sla else over
 
     def check(self) -> None:
         """Raise TaskFailed past the deadline; record a missed queue SLA once.
@@ -113,7 +128,7 @@ class JobClock:
         The code is `timeout`, or `reply_invalid` where the job's state could not be read.
         """
         now = workflow.now()
-        if now >= self.deadline():
+        if now >= self.deadline() + LAST_ANSWER_WITHIN or (now >= self.deadline() and not self._asks_last()):
             unreadable = self._unreadable()
             if unreadable:
                 raise TaskFailed(FailureCode.REPLY_INVALID, f"{self._timeout_sentence()} {unreadable}")

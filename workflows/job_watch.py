@@ -24,6 +24,7 @@ from workflows.job_routes import JobRoutes
 from workflows.outside_call import RETRY_SILENCE_ONLY, UNREADABLE_FOR, OutsideCall
 from workflows.step_labels import POLL
 from workflows.task_record import TaskRecord
+from workflows.tick_watch import TickWatch
 
 LOST_AFTER: Final = timedelta(seconds=10)
 
@@ -52,6 +53,7 @@ class JobWatch:
         self.state = state
         self._on_update = on_update
         self._inbox = Inbox(state)
+        self._ticks = TickWatch(task_id, outside, state)
         self._poll: ActivityHandle[Answer[State]] | None = None
         self._read_bytes = 0
 
@@ -98,6 +100,7 @@ class JobWatch:
         self.state.silence_seconds = 0.0
         self.state.unknown_since = self.state.unreadable_since = None
         self.state.unreadable = ""
+        self.state.reported_at = self.state.looked_at = None
         self.stop_polling()
         if first is not None:
             self._apply(first)
@@ -110,7 +113,8 @@ class JobWatch:
         """Whether `read` has something to do."""
         if self.state.current is None:
             return False
-        return bool(self.state.inbox) or (self._poll is not None and self._poll.done())
+        is_polled = self._poll is not None and self._poll.done()
+        return bool(self.state.inbox) or is_polled or self._ticks.has_update()
 
     def has_delivery(self) -> bool:
         """Whether the current job has delivered, by a message that was read or is in the inbox."""
@@ -118,12 +122,14 @@ class JobWatch:
         return any(update.succeeded and update.job_id == self.state.current for update in updates)
 
     def read(self) -> None:
-        """Apply the inbox, then a poll's answer. An older message changes nothing."""
+        """Apply the inbox, then what the store or a poll answered. An older message changes nothing."""
         for update in self._inbox.take_all():
             if update.job_id == self.state.current:
                 self._apply(update)
             else:
                 self.state.callbacks_refused += 1
+        if self._ticks.has_update():
+            self._take_ticks()
         if self._poll is not None and self._poll.done():
             self._take_poll()
 
@@ -141,7 +147,7 @@ class JobWatch:
             return
         is_new_stage = newest is None or (update.stage, update.status) != (newest.stage, newest.status)
         self.state.newest = update
-        self.state.last_news_at = workflow.now()
+        self.state.last_news_at = self.state.reported_at = workflow.now()
         self.state.silence_seconds = 0.0
         self.state.unknown_since = self.state.unreadable_since = None
         self.state.unreadable = ""
@@ -149,9 +155,26 @@ class JobWatch:
         self._on_update(update)
         self._record.publish_progress(update, is_new_stage=is_new_stage or update.is_final)
 
+    def _take_ticks(self) -> None:
+        """Take over the figures of ticks: they are published already."""
+        heard = self._ticks.taken()
+        if heard is None:
+            return
+        self.state.newest = heard
+        self.state.silence_seconds = 0.0
+        self.state.unreadable_since, self.state.unreadable = None, ""
+        self._record.heard(heard, at=self.state.last_news_at or workflow.now())
+
     # Polling replaces callbacks that do not arrive
 
     def due(self) -> datetime | None:
+        """When to look into the store, or to poll; None while an answer is awaited."""
+        if self._ticks.is_looking() or self._poll is not None:
+            return None
+        dues = [due for due in (self._ticks.due(), self._poll_due()) if due is not None]
+        return min(dues, default=None)
+
+    def _poll_due(self) -> datetime | None:
         if self._poll is not None or self.state.last_news_at is None:
             return None
         if self.state.unknown_since is not None:
@@ -165,17 +188,31 @@ class JobWatch:
         return since + timedelta(seconds=silence)
 
     def check(self) -> None:
-        """Ask ComfyUI where it has been silent for too long."""
-        due = self.due()
-        if due is not None and workflow.now() >= due and self.state.current is not None:
+        """Ask ComfyUI where it has been silent for too long, and the store has heard nothing either."""
+        if self._poll is None:
+            self._ticks.check()
+        due = self._poll_due()
+        if due is not None and workflow.now() >= due and not self._ticks.is_looking():
+            self._ask()
+
+    def _ask(self) -> None:
+        if self.state.current is not None:
             call = JobCall(call_for=self._outside.call_for, job_id=self.state.current)
             self._poll = self._outside.visible(self._routes.get, call, summary=POLL, retry=RETRY_SILENCE_ONLY)
+
+    def asks_before_timeout(self) -> bool:
+        """Poll once more where the last news came from the store alone. Whether the answer is awaited."""
+        if self._poll is None and self._ticks.hides_reports():
+            self._ask()
+            return True
+        return self._poll is not None and self._ticks.hides_reports()
 
     def is_polling(self) -> bool:
         return self._poll is not None
 
     def stop_polling(self) -> None:
-        """A poll changes nothing and may be dropped at any time."""
+        """A poll or a look changes nothing and may be dropped at any time."""
+        self._ticks.stop()
         if self._poll is not None:
             self._poll.cancel()
             self._poll = None

@@ -281,6 +281,16 @@ class OutsideCall:
         except _NoLocalAnswer:
             return await self.visible(method, argument, summary=summary, within=within)
 
+    def local(self, method: Method[Argument, Result], argument: Argument, *, summary: str) -> ActivityHandle[Result]:
+        """A short read of our own store that the flow does not wait for, tried once."""
+        return workflow.start_local_activity_method(
+            method,
+            argument,
+            schedule_to_close_timeout=LOCAL_TIMEOUT,
+            retry_policy=RetryPolicy(maximum_attempts=1),
+            summary=summary,
+        )
+
     async def _local_try(self, method: Method[Argument, Result], argument: Argument, *, summary: str) -> Result:
         """For reads and keyed writes only: history does not show it before its result is recorded (pitfall 21).
 

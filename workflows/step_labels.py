@@ -14,6 +14,7 @@ from comfyui_temporal.contracts.scenes import SCENES, StepRows
 ACCEPT: Final = "0 accept"
 HOLD: Final = "3 hold"
 POLL: Final = "4 poll"
+HEARD: Final = "4 ticks heard"
 WAIT: Final = "4 wait: callback, poll, deadline"
 RETRY: Final = "4 retry: next attempt"
 

@@ -65,6 +65,7 @@ class TaskFlow(Generic[Run, Result]):
             self.limits,
             default_eta_minutes=SCENES[task.scene].eta_minutes[task.priority],
             unreadable=self.watch.unreadable,
+            asks_last=self.watch.asks_before_timeout,
         )
         self.hold = CreditHold(
             task,
@@ -281,6 +282,7 @@ class TaskFlow(Generic[Run, Result]):
             "estimated_time": state.estimated_time,
             "gpu_slots": state.gpu_slots,
             "queue_position": state.queue_position,
+            "as_of": self.record.as_of,
             "job_id": state.job_id,
             "attempts": state.attempts,
             "error_details": state.error,

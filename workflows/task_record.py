@@ -33,6 +33,7 @@ from comfyui_temporal.contracts.tasks import (
     TaskStatus,
     input_sha256_of,
 )
+from comfyui_temporal.contracts.ticks import report_taken
 from workflows.backlog import Backlog
 from workflows.details import current_details
 from workflows.failures import TaskFailed
@@ -134,6 +135,7 @@ class TaskRecord:
         self.state.attempts = number
         self.state.stage = None
         self.state.progress = 0.0
+        self.state.taken = None
         self._own.held_back = None
 
     def job_accepted(self, job_id: str | None, gpu_slots: int | None) -> None:
@@ -182,6 +184,7 @@ class TaskRecord:
         """Apply a job's update; progress never goes back within an attempt and stage."""
         state = self.state
         self._own.last_news_at = workflow.now()
+        state.taken = report_taken(update)
         stage_changed = update.stage != state.stage or attempt_changed
         reached = update.progress if update.progress is not None else (0.0 if stage_changed else state.progress)
         state.progress = reached if stage_changed else max(state.progress, reached)
@@ -192,6 +195,17 @@ class TaskRecord:
         state.estimated_time = update.estimated_time or state.estimated_time
         state.gpu_slots = update.gpu_slots if update.gpu_slots is not None else state.gpu_slots
         self.update_search_attributes()
+
+    def heard(self, update: JobUpdate, *, at: datetime) -> None:
+        """Take over figures that the gateway has stored and published."""
+        self.apply(update)
+        self._own.last_news_at = at
+        self._own.last_shown = self._shown()
+
+    @property
+    def as_of(self) -> datetime | None:
+        """How old stage and figures are; None before a job has reported."""
+        return self._own.last_news_at
 
     def publish(self, key: str, event: EventType, **fields: Any) -> None:
         """Add a fact, named by its key; the writer writes it."""
@@ -238,12 +252,13 @@ class TaskRecord:
         if not is_new_stage and last is not None and workflow.now() - last < PROGRESS_EVERY:
             self._own.held_back = HeldProgress(job_id=update.job_id, sequence=update.sequence)
             return
-        self._publish_progress(update.job_id, update.sequence)
+        self._publish_progress(update.job_id, update.sequence, is_change=is_new_stage or update.error is not None)
 
-    def _publish_progress(self, job_id: str, sequence: int) -> None:
+    def _publish_progress(self, job_id: str, sequence: int, *, is_change: bool = False) -> None:
         self._own.last_shown = self._shown()
         self._own.last_progress_at = workflow.now()
-        self.publish(f"{job_id}:{sequence}", EventType.RUNNING, job_id=job_id, sequence=sequence)
+        key = f"{job_id}:{sequence}"
+        self.publish(key, EventType.RUNNING, job_id=job_id, sequence=sequence, is_change=is_change)
 
     def _shown(self) -> str:
         state = self.state

@@ -102,6 +102,10 @@ class WatchState(OwnModel):
     unreadable_since: Instant | None = None
     unknown_since: Instant | None = None
     """When the server first answered that it does not know the job."""
+    reported_at: Instant | None = None
+    """When the job last reported to the workflow, by a callback or a poll."""
+    looked_at: Instant | None = None
+    """When the workflow last looked into the store for its ticks."""
 
 
 class ClockState(OwnModel):

@@ -40,6 +40,8 @@ class Policy(OwnModel):
     """How long submit, create, estimate, pre-deduct and start are retried (contract §4)."""
     continue_as_new_events: int = CONTINUE_AS_NEW_EVENTS
     continue_as_new_signals: int = CONTINUE_AS_NEW_SIGNALS
+    short_way: bool = False
+    """Whether the store is looked into for ticks (decision 4). False in runs that an earlier release began."""
     dataset_roots: list[str] = []
     """`dataset.source_uri` and `resume_from` must be below one of this tenant's prefixes."""
 

@@ -20,7 +20,8 @@ class Fact(OwnModel):
     """One thing that happened, named by the workflow. The store gives it its `seq` (contract §6).
 
     `key` is `accepted`, `held:{n}`, `{job_id}:{sequence}`, `settled`, `end` and the like. A known key writes
-    nothing. If `job_id` and `sequence` are set, a lower sequence than the job's newest writes nothing.
+    nothing. If `job_id` and `sequence` are set, a lower sequence than the job's newest writes nothing, unless the
+    fact `is_change`.
     """
 
     key: str = Field(max_length=256)
@@ -43,6 +44,8 @@ class Fact(OwnModel):
     sequence: int | None = None
     is_end: bool = False
     """The task's last fact: nothing is written after it."""
+    is_change: bool = False
+    """A job's new stage, error or result: it is written also after later ticks (contract §6)."""
 
 
 class TaskException(OwnModel):
@@ -62,6 +65,15 @@ class RecordedPrices(OwnModel):
     job: int | None = None
     estimate: int | None = None
     table: int | None = None
+
+
+class TakenReport(OwnModel):
+    """What the workflow last took of its current job. A report that differs from it only in figures is a tick."""
+
+    job_id: str
+    sequence: int
+    digest: str
+    """Of everything but the figures (`contracts/ticks.py`)."""
 
 
 class TaskState(OwnModel):
@@ -87,6 +99,8 @@ class TaskState(OwnModel):
     error: ErrorDetails | None = None
     dataset: SnapshotReference | None = None
     """What a training trains on: the address, checksum and counts of its list of files."""
+    taken: TakenReport | None = None
+    """None until the current job has reported: then every report is a signal."""
 
     def has_result_of(self, other: TaskState) -> bool:
         """Whether both report the same end: everything that a task's result holds is equal."""
@@ -210,6 +224,23 @@ class TaskRow(TaskState):
     def _of_an_earlier_release(cls, values: Any) -> Any:
         has_ended = isinstance(values, dict) and values.get("ended_at") is not None
         return with_settlement(values, has_ended=has_ended)
+
+
+class HeardOrder(OwnModel):
+    """Whether the store has heard of a job since."""
+
+    task_id: str
+    job_id: str
+
+
+class Heard(OwnModel):
+    """The newest figures of a job that the store has without the workflow, and how old they are."""
+
+    sequence: int
+    progress: float
+    next_eta: Instant | None = None
+    queue_position: int | None = None
+    seconds_ago: float
 
 
 class UnsettledTask(OwnModel):

@@ -307,6 +307,8 @@ class ImageProgress(OwnModel):
     estimated_time: float | None = None
     gpu_slots: int | None = None
     queue_position: int | None = None
+    as_of: Instant | None = None
+    """When these figures were news; the store may have newer ones."""
     job_id: str | None = None
     attempts: int = 0
     error_details: ErrorDetails | None = None

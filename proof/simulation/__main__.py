@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -45,6 +45,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kind", choices=KINDS, help="one kind of task; both by default")
     parser.add_argument("--profile", choices=PROFILES, default="contract", help="whose credits service (contract)")
     parser.add_argument("--resets", type=float, default=RESETS, help="how likely a run is reset (%(default)g)")
+    parser.add_argument("--signals", action="store_true", help="every callback a signal: no tick takes the short way")
     parser.add_argument("--seed", type=int, help="play this one and print all that happens")
     parser.add_argument("--mutant", choices=MUTANTS, help="put this mistake back first; only with --seed")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once (one for each processor)")
@@ -54,7 +55,8 @@ def _options() -> argparse.Namespace:
 
 def _one(seed: int, kind: str, options: argparse.Namespace) -> int:
     with MUTANTS[options.mutant].put_back() if options.mutant else nullcontext():
-        outcome = play(seed, kind, profile=options.profile, resets=options.resets, is_traced=True)
+        played = partial(play, short_way=not options.signals, is_traced=True)
+        outcome = played(seed, kind, profile=options.profile, resets=options.resets)
     print("\n".join(outcome.trace))
     print(f"{kind} {seed}: {outcome.problem or outcome.end}")
     return 1 if outcome.problem else 0
@@ -85,13 +87,14 @@ def _quiet() -> None:
 
 def _played(processes: ProcessPoolExecutor, seeds: range, kind: str, options: argparse.Namespace) -> Iterator[Outcome]:
     chunks = [seeds[at : at + AT_ONCE] for at in range(0, len(seeds), AT_ONCE)]
-    play_some = partial(_play_all, kind=kind, profile=options.profile, resets=options.resets)
+    play_one = partial(play, kind=kind, profile=options.profile, resets=options.resets, short_way=not options.signals)
+    play_some = partial(_play_all, play_one)
     for outcomes in processes.map(play_some, chunks):
         yield from outcomes
 
 
-def _play_all(seeds: range, *, kind: str, profile: str, resets: float) -> list[Outcome]:
-    return [play(seed, kind, profile=profile, resets=resets) for seed in seeds]
+def _play_all(play_one: Callable[[int], Outcome], seeds: range) -> list[Outcome]:
+    return [play_one(seed) for seed in seeds]
 
 
 def _print(
@@ -102,7 +105,7 @@ def _print(
     print("  ends: " + ", ".join(f"{end} {count}" for end, count in ends.most_common()))
     print("  " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     for outcome in failed:
-        print(f"  replay: {outcome.command(options.profile, options.resets)}")
+        print(f"  replay: {outcome.command(options.profile, options.resets, short_way=not options.signals)}")
 
 
 if __name__ == "__main__":

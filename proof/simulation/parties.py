@@ -122,6 +122,7 @@ class Parties:
             "claim": store.claim,
             "write": store.write,
             "look": store.look,
+            "heard": store.heard,
         }
 
     def _create_training(self, post: Post[TrainingDraft]) -> Answer[TrainingAccepted]:

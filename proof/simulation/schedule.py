@@ -13,11 +13,13 @@ from temporalio.api.common.v1 import Payload
 
 from comfyui_temporal.contracts.comfyui import GpuPool
 from comfyui_temporal.contracts.credits import EstimateRequest
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, workflow_id_of
 from proof.simulation.clients import Clients
 from proof.simulation.comfyui_model import Work
 from proof.simulation.credits_model import CreditsModel
 from proof.simulation.fault_schedule import Party
+from proof.simulation.gateway_model import GatewayModel
 from proof.simulation.hosted_run import RunIdentity, TaskFailed, payload_of
 from proof.simulation.image_jobs import ImageJobs
 from proof.simulation.invariants import InvariantViolated
@@ -48,9 +50,9 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)
     trace: list[str] = field(default_factory=list)
 
-    def command(self, profile: str, resets: float) -> str:
+    def command(self, profile: str, resets: float, *, short_way: bool = True) -> str:
         """What plays this seed again."""
-        given = f" --profile {profile} --resets {resets:g}"
+        given = f" --profile {profile} --resets {resets:g}" + ("" if short_way else " --signals")
         return f"python -m proof.simulation --kind {self.kind} --seed {self.seed}{given}"
 
 
@@ -59,10 +61,16 @@ RESETS: Final = 0.1
 
 
 def play(
-    seed: int, kind: str, *, profile: str = "contract", resets: float = RESETS, is_traced: bool = False
+    seed: int,
+    kind: str,
+    *,
+    profile: str = "contract",
+    resets: float = RESETS,
+    short_way: bool = True,
+    is_traced: bool = False,
 ) -> Outcome:
-    """Run one schedule to its end."""
-    schedule = Schedule(seed, kind, profile=profile, resets=resets, is_traced=is_traced)
+    """Run one schedule to its end. Without `short_way` each callback is a signal."""
+    schedule = Schedule(seed, kind, profile=profile, resets=resets, short_way=short_way, is_traced=is_traced)
     outcome = Outcome(seed, kind)
     try:
         with warnings.catch_warnings(action="ignore"):  # the oracle sees what temporalio warns about
@@ -81,12 +89,13 @@ def play(
 class Schedule:
     """The world of one seed."""
 
-    def __init__(self, seed: int, kind: str, *, profile: str, resets: float, is_traced: bool) -> None:
+    def __init__(self, seed: int, kind: str, *, profile: str, resets: float, short_way: bool, is_traced: bool) -> None:
         self.rng = rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seed that repeats the schedule is wanted
         self.timeline = timeline = Timeline(rng)
         self.trace = Trace(timeline, is_wanted=is_traced)
         more = random.Random(f"{kind} {seed} more")  # noqa: S311
         self.scenario = scenario = drawn(rng, more, timeline, kind, profile=profile, resets=resets)
+        scenario.policy.short_way = short_way
         self.trace("%s", scenario)
         self.parties = self._parties(scenario)
         identity = RunIdentity(
@@ -103,6 +112,8 @@ class Schedule:
         self.server = Server(environment, identity)
         self.parties.store.is_current = self.server.is_current
         self.server.hand_on = self._hand_on
+        apart = random.Random(f"{kind} {seed} gateway")  # noqa: S311
+        self.gateway = GatewayModel(timeline, apart, scenario.faults, self.parties.store, is_on=short_way)
         self.oracle = Oracle(scenario, self.server, self.parties)
         self.clients = Clients(rng, timeline, self.server, self.oracle, self.parties, self.trace)
 
@@ -184,6 +195,7 @@ class Schedule:
             "resets": server.resets,
             "jobs": len(self.parties.jobs.works) + len(self.parties.trainings.works),
             "holds": len(self.parties.credits.account.holds),
+            "ticks": self.gateway.stored,
         }
 
     def tear_down(self) -> None:
@@ -212,6 +224,7 @@ class Schedule:
                 self.timeline.after(self.rng.choice((0.0, 0.0, 0.01)), partial(self.clients.do, action))
 
     def _arrive(self, payload: Payload, with_it: list[Action]) -> None:
-        self.server.signal(CALLBACK_SIGNAL, payload)
+        callback = SCENES[self.scenario.task.scene].callback.model_validate_json(payload.data)
+        self.gateway.take(callback, lambda: self.server.signal(CALLBACK_SIGNAL, payload))
         for action in with_it:
             self.clients.do(action)

@@ -13,6 +13,8 @@ from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.task_store import (
     ClaimOutcome,
     Fact,
+    Heard,
+    HeardOrder,
     LookOrder,
     RowSeen,
     TaskClaim,
@@ -22,6 +24,7 @@ from comfyui_temporal.contracts.task_store import (
     TaskWrite,
 )
 from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.ticks import Tick, TickVerdict
 from proof.simulation.timeline import Timeline
 
 OTHER_RUN: Final = "another-run"
@@ -62,6 +65,9 @@ class StoreModel:
         self._keys: set[str] = set()
         self._sequences: dict[str, int] = {}
         self._reached: dict[tuple[int, str | None], float] = {}
+        self._ticked_at: float | None = None
+        self.ticks: list[Tick] = []
+        """Every tick that was written, in order."""
         self._writes: list[tuple[TaskWrite, Caller]] = []
         self.on_event: Callable[[Fact], None] = lambda _fact: None
         self.is_current: Callable[[str], bool] = lambda _run_id: False
@@ -99,6 +105,7 @@ class StoreModel:
         ):  # calls in flight while a run continues as new are no reset
             self._take_over(caller.run_id, write.run_number)
         had_ended = self.has_ended
+        write = self._with_newest_figures(write)
         for fact in write.facts:
             if not self.has_ended and fact.key not in self._keys and not self._is_outdated(fact):
                 if fact.is_end and self.lives:
@@ -109,6 +116,68 @@ class StoreModel:
             self._list_ids(write.state)
         for exception in write.exceptions:
             self.exceptions.setdefault(exception.key, exception)
+
+    def tick(self, tick: Tick) -> TickVerdict:
+        """Contract §2: a tick changes only figures of the job that the workflow last took a report of."""
+        state = self.state
+        if state is None:
+            return TickVerdict.NOT_KNOWN
+        is_current = state.taken is not None and state.taken.job_id == tick.job_id
+        newest = self._sequences.get(tick.job_id, -1)
+        if is_current and state.taken is not None:
+            newest = max(newest, state.taken.sequence)
+        if self.has_ended or tick.sequence <= newest:
+            return TickVerdict.OUTDATED
+        if not is_current or state.taken is None or state.taken.digest != tick.digest:
+            return TickVerdict.NOT_KNOWN
+        if self._ticked_at is not None and self._timeline.now < self._ticked_at + 1:
+            return TickVerdict.TOO_EARLY
+        self._ticked_at = self._timeline.now
+        self.ticks.append(tick)
+        figures = {
+            "progress": max(state.progress, tick.progress or 0.0),
+            "next_eta": tick.next_eta,
+            "queue_position": tick.queue_position,
+        }
+        self.state = state.model_copy(update=figures)
+        self._append(
+            Fact(
+                key=f"{tick.job_id}:{tick.sequence}",
+                event=EventType.RUNNING,
+                ts=datetime.fromtimestamp(self._timeline.now, UTC),
+                attempt=max(state.attempts, 1),
+                status=state.status,
+                stage=state.stage,
+                job_id=tick.job_id,
+                sequence=tick.sequence,
+                **figures,
+            )
+        )
+        return TickVerdict.WRITTEN
+
+    def heard(self, order: HeardOrder, _caller: Caller) -> Heard | None:
+        state = self.state
+        if state is None or state.taken is None or state.taken.job_id != order.job_id or self._ticked_at is None:
+            return None
+        figures = state.model_dump(include={"progress", "next_eta", "queue_position"})
+        sequence = self._sequences.get(order.job_id, 0)
+        return Heard(sequence=sequence, seconds_ago=self._timeline.now - self._ticked_at, **figures)
+
+    def _with_newest_figures(self, write: TaskWrite) -> TaskWrite:
+        """ETA and queue position of a later tick stay, in the same attempt and stage."""
+        taken, row = write.state.taken, self.state
+        if taken is None or row is None or self._sequences.get(taken.job_id, taken.sequence) <= taken.sequence:
+            return write
+        here = (row.attempts, row.stage)
+        newest = {"next_eta": row.next_eta, "queue_position": row.queue_position}
+        facts = [
+            fact.model_copy(update=newest) if (fact.attempt, fact.stage) == here and not fact.is_end else fact
+            for fact in write.facts
+        ]
+        is_here = (write.state.attempts, write.state.stage) == here and not any(fact.is_end for fact in facts)
+        update = {**newest, "progress": max(row.progress, write.state.progress)}
+        state = write.state.model_copy(update=update) if is_here else write.state
+        return write.model_copy(update={"facts": facts, "state": state})
 
     def look(self, order: LookOrder, caller: Caller) -> RowSeen:
         life = self.register(caller.run_id, order.run_number, order.first_execution_run_id)
@@ -200,15 +269,16 @@ class StoreModel:
             )
 
     def _is_outdated(self, fact: Fact) -> bool:
-        if fact.job_id is None or fact.sequence is None:
+        if fact.job_id is None or fact.sequence is None or fact.is_change:
             return False
         return fact.sequence < self._sequences.get(fact.job_id, fact.sequence)
 
     def _append(self, fact: Fact) -> None:
         self._keys.add(fact.key)
+        is_late = fact.job_id is not None and (fact.sequence or 0) < self._sequences.get(fact.job_id, 0)
         if fact.job_id is not None and fact.sequence is not None:
-            self._sequences[fact.job_id] = fact.sequence
-        progress = self._progress_before(fact)
+            self._sequences[fact.job_id] = max(fact.sequence, self._sequences.get(fact.job_id, fact.sequence))
+        progress = self._progress_before(fact, is_late=is_late)
         if (fact.progress or 0.0) < progress:
             fact = fact.model_copy(update={"progress": progress})
         at = (fact.attempt, fact.stage)
@@ -216,10 +286,10 @@ class StoreModel:
         self.events.append(fact)
         self.on_event(fact)
 
-    def _progress_before(self, fact: Fact) -> float:
-        """The progress that was published of this attempt and stage: by the last event, and after a reset by any."""
+    def _progress_before(self, fact: Fact, *, is_late: bool) -> float:
+        """The progress that was published of this attempt and stage: by the last event, by any where it may be old."""
         at = (fact.attempt, fact.stage)
-        if self.lives:
+        if self.lives or is_late:
             return self._reached.get(at, 0.0)
         last = self.events[-1] if self.events else fact
         return (last.progress or 0.0) if (last.attempt, last.stage) == at else 0.0

@@ -86,7 +86,8 @@ async def test_a_known_key_writes_nothing_also_with_a_higher_sequence(task_store
     ],
 )
 async def test_extreme_values_of_every_type_are_read_back_unchanged(task_store: TaskStore, instant: datetime) -> None:
-    task_id = await claimed(task_store)
+    task_id = new_task_id()
+    await task_store.claim(claim_of(task_id, at=datetime(1, 1, 1, 12, tzinfo=UTC)))
     given = {"ts": instant, "next_eta": instant, "progress": 33.333333333333336, "message": 'a "\\u0000" \n é 😀'}
     numbers = {"queue_position": 2**63 - 1, "credits_delta": -(2**63), "balance_after": 0}
 
@@ -98,16 +99,16 @@ async def test_extreme_values_of_every_type_are_read_back_unchanged(task_store: 
 
 
 async def test_nothing_is_written_after_the_end(task_store: TaskStore) -> None:
-    task_id = await claimed(task_store)
+    task_id, later = await claimed(task_store), NOON + timedelta(minutes=1)
     await task_store.write(
-        write_of(task_id, end(message="end"), keyed_fact("x"), version=5, status=TaskStatus.COMPLETED)
+        write_of(task_id, end(message="end", ts=later), keyed_fact("x"), version=5, status=TaskStatus.COMPLETED)
     )
     await task_store.write(write_of(task_id, keyed_fact("y"), version=9, status=TaskStatus.RUNNING))
 
     assert await history(task_store, task_id) == [(2, "end")]
     row = await task_store.task(task_id)
     assert row is not None
-    assert (row.status, row.version, row.ended_at) == (TaskStatus.COMPLETED, 5, NOON)
+    assert (row.status, row.version, row.ended_at) == (TaskStatus.COMPLETED, 5, later)
 
 
 async def test_a_late_repeat_of_an_older_write_changes_nothing(task_store: TaskStore) -> None:

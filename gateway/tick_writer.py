@@ -1,0 +1,183 @@
+"""Ticks → task store, without the workflow (decision 4).
+
+    take(callback)
+      a newer tick of the task waits            → coalesced
+      less than a second after the last one     → coalesced; written when the second is over, unless a newer one came
+      the row knows what it says                → stored
+      the row does not, or the store is away    → the long way: a signal
+
+One statement is in flight in each process, with one tick of each task at most. So a flood for one task costs the others
+nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Protocol
+
+import structlog
+
+from comfyui_temporal.contracts.scenes import Callback, scene_of_callback
+from comfyui_temporal.contracts.ticks import Tick, TickVerdict
+from store import StoreFailure, TaskStore, TickAnswer
+
+log = structlog.get_logger(__name__)
+
+MAX_BATCH: Final = 200
+MAX_WAITING: Final = 10_000
+"""Tasks whose tick waits here. Beyond it ticks take the long way."""
+KNOWN_SOON: Final = 0.1
+"""Seconds until a row that does not know a signalled report yet is tried again."""
+MAX_TRIES: Final = 10
+
+
+class Ticked(StrEnum):
+    STORED = "stored"
+    COALESCED = "coalesced"
+    LONG_WAY = "long_way"
+
+
+class LongWay(Protocol):
+    """Signals the workflow: `gateway.callback_relay.CallbackRelay`."""
+
+    async def take(self, task_id: str, callback: Callback) -> object: ...
+
+    def has_signalled_like(self, task_id: str, callback: Callback) -> bool | None:
+        """Whether the last signal of the job said the same but for figures; None where there was none."""
+
+
+@dataclass
+class Waiting:
+    """A tick that is not decided. `answer` is None once its sender was answered."""
+
+    tick: Tick
+    callback: Callback
+    answer: asyncio.Future[Ticked] | None
+    tries: int = 0
+
+    def resolve(self, ticked: Ticked) -> None:
+        if self.answer is not None and not self.answer.done():
+            self.answer.set_result(ticked)
+        self.answer = None
+
+
+class TickWriter:
+    """Stores ticks; one in each process."""
+
+    def __init__(self, store: TaskStore, long_way: LongWay, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._long_way = long_way
+        self._clock = clock
+        self._waiting: dict[str, Waiting] = {}
+        self._ready_at: dict[str, float] = {}
+        """Task → when its next tick may be written; forgotten once it is past."""
+        self._arrived = asyncio.Event()
+        self._writer: asyncio.Task[None] | None = None
+        self._handed_over: set[asyncio.Task[object]] = set()
+
+    async def take(self, task_id: str, callback: Callback) -> Ticked:
+        """Store the callback if it is a tick. Never raises, and never waits longer than the store's own limit."""
+        if callback.has_ended() or self._long_way.has_signalled_like(task_id, callback) is False:
+            return Ticked.LONG_WAY
+        tick = Tick.of(task_id, scene_of_callback(callback).update(callback))
+        older = self._waiting.get(task_id)
+        if older is None and len(self._waiting) >= MAX_WAITING:
+            return Ticked.LONG_WAY
+        if older is not None:
+            if older.tick.job_id != tick.job_id:
+                return Ticked.LONG_WAY
+            if older.tick.sequence >= tick.sequence:
+                return Ticked.COALESCED
+            older.resolve(Ticked.COALESCED)
+        is_early = self._ready_at.get(task_id, 0.0) > self._clock()
+        answer = None if is_early else asyncio.get_running_loop().create_future()
+        self._waiting[task_id] = Waiting(tick, callback, answer)
+        self._arrived.set()
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write_all())
+        return Ticked.COALESCED if answer is None else await answer
+
+    async def close(self) -> None:
+        """Write what waits, whatever the pace; what cannot be written is dropped: a poll replaces it."""
+        self._ready_at.clear()
+        self._arrived.set()
+        if self._writer is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(2.5):
+                    await self._writer
+            self._writer.cancel()
+        await asyncio.gather(*self._handed_over, return_exceptions=True)
+
+    async def _write_all(self) -> None:
+        while self._waiting:
+            now = self._clock()
+            self._ready_at = {task_id: at for task_id, at in self._ready_at.items() if at > now}
+            ready = [task_id for task_id in self._waiting if task_id not in self._ready_at][:MAX_BATCH]
+            if ready:
+                await self._write([self._waiting.pop(task_id) for task_id in ready])
+            else:
+                await self._pause(min(self._ready_at[task_id] for task_id in self._waiting) - now)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait until the next tick is ready, or one arrives."""
+        self._arrived.clear()
+        # Not `asyncio.wait_for`: Python 3.11 loses a cancellation that comes in the same step as the event.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._arrived.wait()
+
+    async def _write(self, batch: list[Waiting]) -> None:
+        try:
+            answers = await self._store.write_ticks([waiting.tick for waiting in batch])
+        except StoreFailure as error:
+            log.warning("ticks_not_stored", ticks=len(batch), reason=str(error))
+            answers = {}
+        except Exception:
+            log.exception("ticks_broke", ticks=len(batch))
+            answers = {}
+        for waiting in batch:
+            self._decide(waiting, answers.get(waiting.tick.task_id))
+
+    def _decide(self, waiting: Waiting, answer: TickAnswer | None) -> None:
+        if answer is None:
+            self._hand_over(waiting)
+        elif answer.verdict is TickVerdict.WRITTEN:
+            self._ready_at[waiting.tick.task_id] = self._clock() + answer.ready_in
+            waiting.resolve(Ticked.STORED)
+        elif answer.verdict is TickVerdict.OUTDATED:
+            waiting.resolve(Ticked.COALESCED)
+        elif answer.verdict is TickVerdict.TOO_EARLY:
+            self._again(waiting, answer.ready_in)
+        elif self._is_known_soon(waiting):
+            self._again(waiting, KNOWN_SOON)
+        else:
+            self._hand_over(waiting)
+
+    def _is_known_soon(self, waiting: Waiting) -> bool:
+        """Whether a signal of this process says the same: the workflow's write of it is on its way to the row."""
+        is_signalled = self._long_way.has_signalled_like(waiting.tick.task_id, waiting.callback)
+        return bool(is_signalled) and waiting.tries < MAX_TRIES
+
+    def _again(self, waiting: Waiting, seconds: float) -> None:
+        """Keep it for later, unless a newer one came. Its sender need not wait: a poll replaces a lost tick."""
+        waiting.resolve(Ticked.COALESCED)
+        waiting.tries += 1
+        task_id = waiting.tick.task_id
+        self._waiting.setdefault(task_id, waiting).tries = waiting.tries
+        self._ready_at[task_id] = self._clock() + seconds
+
+    def _hand_over(self, waiting: Waiting) -> None:
+        if waiting.answer is not None:
+            waiting.resolve(Ticked.LONG_WAY)
+            return
+        signalling = asyncio.create_task(self._signal(waiting))
+        self._handed_over.add(signalling)
+        signalling.add_done_callback(self._handed_over.discard)
+
+    async def _signal(self, waiting: Waiting) -> object:
+        return await self._long_way.take(waiting.tick.task_id, waiting.callback)

@@ -1,0 +1,125 @@
+"""Ticks: figures of a job that the gateway stores without the workflow (contract §2, decision 4).
+
+One statement for a batch: it locks the rows in order of their ids, checks each against what the workflow last took,
+moves the figures, numbers and stores the event and notifies. Every guard reads the task's row alone. A tick touches
+neither `version` nor `updated_at`: the reconciler looks at rows that nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Text, bindparam, select, text
+from sqlalchemy import func as sql
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from comfyui_temporal.contracts.fields import repaired
+from comfyui_temporal.contracts.task_store import Heard
+from comfyui_temporal.contracts.ticks import Tick, TickVerdict
+from store.tables import EVENTS_CHANNEL, tasks
+
+# The guards stand twice: in `locked` for the verdict, in `ticked` for the row as it is when it is changed.
+# A task has one tick a second, at all gateways together. A fraction of a percent is no event of its own: a training of
+# a month would have millions.
+_WRITE: Final = text(
+    """
+WITH given AS (
+    SELECT * FROM jsonb_to_recordset(:ticks) AS given (
+        task_id text, job_id text, sequence bigint, digest text,
+        progress double precision, next_eta timestamptz, queue_position bigint
+    )
+), locked AS (
+    SELECT given.*, tasks.ticked_at,
+        tasks.ended_at IS NULL AND tasks.taken ->> 'job_id' = given.job_id
+            AND tasks.taken ->> 'digest' = given.digest AS is_known,
+        tasks.ended_at IS NOT NULL
+            OR given.sequence <= greatest(
+                (tasks.job_sequences ->> given.job_id)::bigint,
+                CASE WHEN tasks.taken ->> 'job_id' = given.job_id THEN (tasks.taken ->> 'sequence')::bigint END
+            ) AS is_outdated,
+        floor(greatest(tasks.progress, given.progress)) > floor(tasks.progress)
+            OR tasks.queue_position IS DISTINCT FROM given.queue_position
+            OR (tasks.next_eta IS NULL) <> (given.next_eta IS NULL)
+            OR coalesce(abs(extract(epoch FROM tasks.next_eta - given.next_eta)) >= 10, false) AS is_shown
+    FROM tasks JOIN given USING (task_id)
+    ORDER BY tasks.task_id
+    FOR NO KEY UPDATE OF tasks
+), ticked AS (
+    UPDATE tasks SET
+        progress = greatest(tasks.progress, locked.progress),
+        next_eta = locked.next_eta,
+        queue_position = locked.queue_position,
+        job_sequences = tasks.job_sequences || jsonb_build_object(locked.job_id, locked.sequence),
+        ticked_at = clock_timestamp(),
+        last_seq = tasks.last_seq + locked.is_shown::int,
+        last_event_at = CASE
+            WHEN locked.is_shown THEN greatest(clock_timestamp(), tasks.last_event_at) ELSE tasks.last_event_at
+        END
+    FROM locked
+    WHERE tasks.task_id = locked.task_id
+        AND tasks.ended_at IS NULL
+        AND tasks.taken ->> 'job_id' = locked.job_id
+        AND tasks.taken ->> 'digest' = locked.digest
+        AND coalesce((tasks.job_sequences ->> locked.job_id)::bigint, -1) < locked.sequence
+        AND (tasks.taken ->> 'sequence')::bigint < locked.sequence
+        AND (tasks.ticked_at IS NULL OR tasks.ticked_at <= clock_timestamp() - interval '1 second')
+    RETURNING tasks.*, locked.is_shown, locked.sequence
+), events AS (
+    INSERT INTO task_events (
+        task_id, seq, key, event, ts, attempt, status, stage, progress, next_eta, queue_position, job_id, sequence
+    )
+    SELECT task_id, last_seq, (taken ->> 'job_id') || ':' || sequence, 'task.running', last_event_at,
+        greatest(attempts, 1), status, stage, progress, next_eta, queue_position, taken ->> 'job_id', sequence
+    FROM ticked WHERE is_shown
+)
+SELECT locked.task_id,
+    CASE WHEN ticked.task_id IS NOT NULL THEN 'written'
+         WHEN locked.is_outdated THEN 'outdated'
+         WHEN locked.is_known THEN 'too_early'
+         ELSE 'not_known' END AS verdict,
+    1 - coalesce(extract(epoch FROM clock_timestamp() - coalesce(ticked.ticked_at, locked.ticked_at)), 1) AS ready_in,
+    CASE WHEN ticked.is_shown THEN pg_notify(:channel, ticked.task_id || ':' || ticked.last_seq) END
+FROM locked LEFT JOIN ticked USING (task_id)
+"""
+).bindparams(bindparam("ticks", type_=JSONB))
+
+_JOB: Final = bindparam("job", type_=Text)
+_HEARD: Final = select(
+    tasks.c.job_sequences[_JOB].astext.label("sequence"),
+    tasks.c.progress,
+    tasks.c.next_eta,
+    tasks.c.queue_position,
+    sql.extract("epoch", sql.clock_timestamp() - tasks.c.ticked_at).label("seconds_ago"),
+).where(
+    tasks.c.task_id == bindparam("task"),
+    tasks.c.ticked_at.is_not(None),
+    tasks.c.taken["job_id"].astext == _JOB,
+)
+
+
+class TickAnswer(NamedTuple):
+    """What a task's row says about a tick, and in how many seconds the next one may be written."""
+
+    verdict: TickVerdict
+    ready_in: float
+
+
+async def write_ticks(connection: AsyncConnection, ticks: Sequence[Tick]) -> dict[str, TickAnswer]:
+    """Task → what its row says about its tick; a task without a row is left out. One tick of each task at most."""
+    documents = [_document(tick) for tick in ticks]
+    found = await connection.execute(_WRITE, {"ticks": documents, "channel": EVENTS_CHANNEL})
+    return {
+        task_id: TickAnswer(TickVerdict(verdict), max(0.0, float(ready_in))) for task_id, verdict, ready_in, _ in found
+    }
+
+
+def _document(tick: Tick) -> dict[str, Any]:
+    return tick.model_dump(mode="json") | {"job_id": repaired(tick.job_id)}
+
+
+async def heard(connection: AsyncConnection, task_id: str, job_id: str) -> Heard | None:
+    """The newest figures of the task's current job that came as a tick; None without any."""
+    row = (await connection.execute(_HEARD, {"task": task_id, "job": repaired(job_id)})).one_or_none()
+    return None if row is None or row.sequence is None else Heard.model_validate(dict(row._mapping))

@@ -1,0 +1,107 @@
+"""Ticks take the short way (decision 4): the store has them, the workflow is not signalled and does not poll."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from temporalio.api.enums.v1 import EventType as HistoryEventType
+
+from comfyui_temporal.contracts.tasks import TaskStatus
+from tests.workflows.books import ended
+from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
+
+SIGNALED = HistoryEventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED
+
+
+async def started_job(platform: Platform) -> Handle:
+    """An image task whose job has reported that it works, and goes on only as the test says."""
+    await platform.simulators.admin.comfyui.fault("job_stall", route="submit_job", while_queued=True)
+    handle = await platform.start_waiting_image()
+    await report(platform, handle, stage_progress=1.0)
+    await platform.until_stage(handle, "processing")
+    await platform.until_settled(handle)
+    return handle
+
+
+async def report(platform: Platform, handle: Handle, **fields: Any) -> None:
+    """The job changes so, and calls back. A stalled job would announce more time in each report."""
+    changed = {"job_status": "processing", "estimated_time": 5.0, **fields}
+    await platform.simulators.admin.comfyui.act((await platform.job(handle)).run_id, "lie", fields=changed)
+
+
+async def shown(platform: Platform, handle: Handle, progress: float) -> None:
+    """Wait until the task's row shows this progress."""
+
+    async def reached() -> bool:
+        row = await platform.store.task(task_id_of(handle))
+        return row is not None and row.progress == progress
+
+    await platform.until(reached)
+
+
+async def signals(handle: Handle) -> int:
+    return len([event async for event in handle.fetch_history_events() if event.event_type == SIGNALED])
+
+
+async def test_ticks_reach_the_store_and_leave_no_trace_in_the_history(platform: Platform) -> None:
+    handle = await started_job(platform)
+    before = (await handle.describe()).history_length
+    for progress in (20.0, 30.0, 40.0):
+        await report(platform, handle, stage_progress=progress)
+        await shown(platform, handle, progress)
+
+    assert (await handle.describe()).history_length == before
+    events = await platform.store.events(task_id_of(handle))
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    assert [event.progress for event in events if event.stage == "processing"][-3:] == [20.0, 30.0, 40.0]
+
+    await platform.cancel(handle)
+    ending = await ended(platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.CANCELLED, 0)
+    assert [event.seq for event in ending.events] == list(range(1, len(ending.events) + 1))
+
+
+async def test_what_is_no_tick_is_a_signal_and_ends_older_ones(platform: Platform) -> None:
+    handle = await started_job(platform)
+    await report(platform, handle, stage_progress=20.0)
+    await shown(platform, handle, 20.0)
+    before = await signals(handle)
+    await report(platform, handle, stage_progress=21.0, estimated_time=77.0)
+
+    async def known() -> bool:
+        return bool((await platform.progress(handle))["estimated_time"] == 77.0)
+
+    await platform.until(known)
+    assert await signals(handle) == before + 1
+
+
+async def test_a_job_that_ticks_is_not_polled_and_one_that_falls_silent_is(slow_platform: Platform) -> None:
+    handle = await started_job(slow_platform)
+    await report(slow_platform, handle, stage_progress=30.0)
+    await shown(slow_platform, handle, 30.0)
+    await slow_platform.pass_time(handle, 31)
+
+    async def heard() -> bool:
+        return bool((await slow_platform.progress(handle))["progress"] == 30.0)
+
+    await slow_platform.until(heard)
+    assert await scheduled(handle, "get_job") == []
+
+    await slow_platform.pass_time(handle, 125)
+
+    async def polled() -> bool:
+        return bool(await scheduled(handle, "get_job"))
+
+    await slow_platform.until(polled)
+
+
+async def test_the_query_says_how_old_its_figures_are(platform: Platform) -> None:
+    handle = await started_job(platform)
+    first = (await platform.progress(handle))["as_of"]
+    assert first is not None
+    await platform.callback(handle, job_id=(await platform.job(handle)).run_id, job_status="processing", sequence=10**6)
+
+    async def newer() -> bool:
+        return bool((await platform.progress(handle))["as_of"] > first)
+
+    await platform.until(newer)

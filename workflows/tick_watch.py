@@ -1,0 +1,93 @@
+"""Looks into the task store for ticks before ComfyUI is polled (decision 4).
+
+A job that ticks is not polled: its callbacks reach the store, and the workflow takes its figures over from there. Every
+30 minutes, and once before a timeout, ComfyUI is polled all the same.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Final
+
+from temporalio import workflow
+from temporalio.exceptions import FailureError
+from temporalio.workflow import ActivityHandle
+
+from activities.task_store import TaskStoreActivities
+from comfyui_temporal.contracts.continuation import JobUpdate, WatchState
+from comfyui_temporal.contracts.task_store import Heard, HeardOrder
+from workflows.outside_call import OutsideCall
+from workflows.step_labels import HEARD
+
+UNPOLLED_AT_MOST: Final = timedelta(minutes=30)
+
+
+class TickWatch:
+    """What the store has heard of the current job. Off in runs whose policy has no short way."""
+
+    def __init__(self, task_id: str, outside: OutsideCall, state: WatchState) -> None:
+        self._task_id = task_id
+        self._outside = outside
+        self._state = state
+        self._look: ActivityHandle[Heard | None] | None = None
+
+    def due(self) -> datetime | None:
+        """When to look: once after each silence of a job that has reported."""
+        state = self._state
+        if not self._is_on() or self._look is not None or state.newest is None or state.last_news_at is None:
+            return None
+        if state.unknown_since is not None or self._has_looked_since(state.last_news_at):
+            return None
+        if state.reported_at is not None and workflow.now() - state.reported_at >= UNPOLLED_AT_MOST:
+            return None
+        return state.last_news_at + timedelta(seconds=self._outside.limits.poll_after_seconds)
+
+    def is_looking(self) -> bool:
+        return self._look is not None
+
+    def has_update(self) -> bool:
+        return self._look is not None and self._look.done()
+
+    def check(self) -> None:
+        """Look if it is due."""
+        due = self.due()
+        if due is None or workflow.now() < due or self._state.current is None:
+            return
+        self._state.looked_at = workflow.now()
+        order = HeardOrder(task_id=self._task_id, job_id=self._state.current)
+        self._look = self._outside.local(TaskStoreActivities.heard, order, summary=HEARD)
+
+    def stop(self) -> None:
+        """Drop a look in flight: it changes nothing."""
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+
+    def taken(self) -> JobUpdate | None:
+        """The newest update with what was heard since; None where nothing new was heard, or the store is away."""
+        look, self._look = self._look, None
+        newest = self._state.newest
+        if look is None or newest is None:
+            return None
+        try:
+            heard = look.result()
+        except FailureError:
+            return None
+        if heard is None or heard.sequence <= newest.sequence or newest.is_final:
+            return None
+        self._state.last_news_at = workflow.now() - timedelta(seconds=heard.seconds_ago)
+        figures = heard.model_dump(include={"sequence", "progress", "next_eta", "queue_position"})
+        return newest.model_copy(update=figures)
+
+    def hides_reports(self) -> bool:
+        """Whether the newest news came from the store: ComfyUI may have said more than reached this run."""
+        state = self._state
+        if not self._is_on() or state.reported_at is None or state.last_news_at is None:
+            return False
+        return state.last_news_at > state.reported_at
+
+    def _is_on(self) -> bool:
+        return self._outside.limits.policy.short_way
+
+    def _has_looked_since(self, at: datetime) -> bool:
+        return self._state.looked_at is not None and self._state.looked_at > at
