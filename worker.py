@@ -20,9 +20,10 @@ import uvloop
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
 from temporalio.client import Client
+from temporalio.common import VersioningBehavior, WorkerDeploymentVersion
 from temporalio.runtime import Runtime
 from temporalio.service import RPCError, RPCStatusCode
-from temporalio.worker import PollerBehaviorAutoscaling, Worker
+from temporalio.worker import PollerBehaviorAutoscaling, Worker, WorkerDeploymentConfig
 
 from activities.closed_runs import ClosedRunActivities
 from activities.comfyui import ComfyUIActivities, ComfyUIClient
@@ -50,10 +51,13 @@ from store import TaskStore
 from store.namespace_check import bound_store
 from workflows.give_back import GiveBackWorkflow
 from workflows.image_generation import ImageGenerationWorkflow
+from workflows.pinned import PinnedImageGenerationWorkflow
 from workflows.reconciler import ReconcileWorkflow
 from workflows.training import TrainingWorkflow
 
 WORKFLOWS: Final = (ImageGenerationWorkflow, TrainingWorkflow, GiveBackWorkflow, ReconcileWorkflow)
+VERSIONED: Final = {ImageGenerationWorkflow: PinnedImageGenerationWorkflow}
+"""What a versioned worker runs in place of a workflow that stays on its build (decision 15)."""
 STICKY_SECONDS: Final = 2.5
 """How long a workflow waits for its worker: this delays the work of a killed one.
 
@@ -200,7 +204,11 @@ def make_worker(
     **options: Any,
 ) -> Worker:
     """The worker, with the defaults of docs/architecture.md, "Defaults"; `options` override them."""
+    deployment = deployment_of(settings)
+    if deployment is not None:
+        workflows = [VERSIONED.get(each, each) for each in workflows]
     defaults: dict[str, Any] = {
+        "deployment_config": deployment,
         "task_queue": settings.task_queue,
         "max_cached_workflows": settings.max_cached_workflows,
         "max_concurrent_workflow_tasks": settings.max_workflow_tasks,
@@ -212,6 +220,21 @@ def make_worker(
         "graceful_shutdown_timeout": timedelta(seconds=settings.grace_seconds),
     }
     return Worker(client, workflows=workflows, activities=activities, **{**defaults, **options})
+
+
+def deployment_of(settings: Settings) -> WorkerDeploymentConfig | None:
+    """The worker's version; None where no deployment is named (decision 15).
+
+    Images stay on their build (`VERSIONED`). All else moves on: trainings last for days, no give-back may ever wait for
+    a build that is gone, and a pass of the reconciler that waited for one would hold back every later pass.
+    """
+    if settings.deployment_name is None or settings.build_id is None:
+        return None
+    return WorkerDeploymentConfig(
+        version=WorkerDeploymentVersion(deployment_name=settings.deployment_name, build_id=settings.build_id),
+        use_worker_versioning=True,
+        default_versioning_behavior=VersioningBehavior.AUTO_UPGRADE,
+    )
 
 
 def _pollers(*, at_least: int, at_most: int) -> PollerBehaviorAutoscaling:
@@ -259,6 +282,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             running = asyncio.create_task(worker.run())
             stopping = asyncio.create_task(stop.wait())
             log.info("worker_serves", task_queue=settings.task_queue, namespace=client.namespace)
+            if settings.deployment_name is not None:
+                log.info("worker_is_versioned", **_version_of(settings))
             await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
             stopping.cancel()
             if not running.done():
@@ -266,6 +291,16 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 await worker.shutdown()
             await running
     log.info("worker_ended")
+
+
+def _version_of(settings: Settings) -> dict[str, str]:
+    """What an operator must know of a versioned worker: it gets no work before its build is current or ramping."""
+    named = f"--deployment-name {settings.deployment_name} --build-id {settings.build_id}"
+    return {
+        "deployment_name": settings.deployment_name or "",
+        "build_id": settings.build_id or "",
+        "gets_work_after": f"temporal worker deployment set-current-version {named}",
+    }
 
 
 def _runtime(settings: Settings) -> Runtime | None:

@@ -42,6 +42,9 @@ _KEYS: Final = (
     *("caller_secret", "service_secret", "stream_token_secret", "bridge_result_secret"),
     *("simulator_admin_token", "codec_server_token"),
 )
+_DEPLOYMENT_NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,127}$"
+"""Temporal writes a version as `name.build` or `name:build`: neither sign may be in the name."""
+_BUILD_ID: Final = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,127}$"
 _PASSWORD: Final = re.compile(r"://[^/]*?:(.+)@")
 
 
@@ -191,6 +194,11 @@ class Settings(BaseSettings):
     """`/healthz`, `/readyz` and `/startupz`; none by default."""
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
     """Prometheus metrics, `/metrics`; none by default."""
+    deployment_name: Annotated[str, Field(pattern=_DEPLOYMENT_NAME)] | None = None
+    """The Worker Deployment that workers belong to (docs/operations.md#rolling-out); none by default: workers are
+    unversioned. The bridge and its GPU workers never read it."""
+    build_id: Annotated[str, Field(pattern=_BUILD_ID)] | None = None
+    """The build of this worker within its deployment. Each build that runs other workflow code needs its own."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_json: bool = True
 
@@ -272,6 +280,13 @@ class Settings(BaseSettings):
                 raise ValueError(f"{names[key]} and {name} must differ, or one token would open the other's doors")
         if self.caller_audience == self.service_audience:
             raise ValueError("caller_audience and service_audience must differ")
+        return self
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> Self:
+        # A worker with half of a version would poll unversioned, and get nothing once a version is current.
+        if (self.deployment_name is None) != (self.build_id is None):
+            raise ValueError("deployment_name and build_id must be set together, or neither")
         return self
 
     @field_validator("prices")

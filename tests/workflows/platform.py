@@ -271,11 +271,14 @@ class Platform:
         return {"max_cached_workflows": self.cached_workflows, **one}
 
     @asynccontextmanager
-    async def worker(self, *, flows: Sequence[type] = FLOWS, **options: Any) -> AsyncIterator[Worker]:
+    async def worker(
+        self, *, flows: Sequence[type] = FLOWS, build: tuple[str, str] | None = None, **options: Any
+    ) -> AsyncIterator[Worker]:
         """A worker on this platform's task queue, with its own clients, as `worker.py` opens them.
 
-        `flows`: the tasks' workflows, to run another version's instead.
+        `flows`: the tasks' workflows, to run another version's instead. `build`: names of deployment and build.
         """
+        version = dict(zip(("deployment_name", "build_id"), build or (), strict=False))
         tokens = SignedTokens(TEST_TOKEN_SECRET, DEFAULT_ISSUER, DEFAULT_AUDIENCE)
         async with AsyncExitStack() as stack:
             comfyui = await stack.enter_async_context(
@@ -293,7 +296,7 @@ class Platform:
             own = {"task_queue": self.task_queue, "graceful_shutdown_timeout": timedelta(seconds=5), **self._cache()}
             worker = make_worker(
                 self.client,
-                self.settings(),
+                self.settings().model_copy(update=version),
                 activities,
                 [*flows, *(each for each in WORKFLOWS if each not in FLOWS)],
                 **{**own, **STICKY, **options},
