@@ -1,7 +1,7 @@
 """Record the histories that `test_replay.py` replays: `python -m tests.workflows.record_histories [name …]`.
 
 Run it when a step is added, never to make a failing replay pass: a history that no longer replays is a run that would
-be stuck (docs/versioning.md).
+be stuck (docs/versioning.md). Then write the commands of the new one: `python -m tests.command_fingerprints NAME`.
 """
 
 from __future__ import annotations
@@ -109,6 +109,16 @@ async def image_reconciled(platform: Platform) -> Handle:
     )
 
 
+async def reconciler_idle(platform: Platform) -> Handle:
+    """A pass that finds no row, on code that reads the ledgers of unsettled tasks, behind a patch."""
+    return await platform.client.start_workflow(
+        RECONCILE_WORKFLOW,
+        ReconcileOrder(pause_seconds=0.1),
+        id="reconcile",
+        task_queue=platform.task_queue,
+    )
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     image_completed,
     image_polled,
@@ -121,6 +131,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     training_resumed,
     image_given_back,
     image_reconciled,
+    reconciler_idle,
 )
 
 
