@@ -10,6 +10,7 @@ override it if they are set.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,8 @@ from comfyui_temporal.encryption_keys import EncryptionKeys
 from runtime.callback_secrets import by_name
 
 MIN_SECRET_BYTES = 32
+TEMPORALS_OWN_KEY: Final = "TEMPORAL_API_KEY"
+"""Read by Temporal's environment configuration, not by these settings."""
 _IMAGE: Final = SCENES[Scene.IMAGE_GENERATE]
 _TRAINING: Final = SCENES[Scene.MODEL_TRAIN]
 _KEYS: Final = (
@@ -348,11 +351,12 @@ class Settings(BaseSettings):
 
     @property
     def hidden_values(self) -> list[str]:
-        """Every secret, for the logs to leave out; of the database's address its password."""
+        """Every secret, Temporal's API key too, for the logs to leave out; of the database's address its password."""
         values = [value for value in vars(self).values() if isinstance(value, SecretStr)]
         found = [secret.get_secret_value() for secret in (*values, *self.callback_secrets)]
         found += [secret.get_secret_value().rpartition(":")[2] for secret in self.callback_secrets]
         found += re.split("[:,]", self.encryption_keys.get_secret_value()) if self.encryption_keys else []
+        found += [key for key in [os.environ.get(TEMPORALS_OWN_KEY)] if key]
         password = _PASSWORD.search(self.database_dsn.get_secret_value()) if self.database_dsn else None
         return [*found, *([password[1], unquote(password[1])] if password else [])]
 

@@ -48,13 +48,15 @@ def test_what_is_no_secret_stays() -> None:
     assert redacted(line) == line
 
 
-def test_the_values_of_a_process_are_hidden_wherever_they_are() -> None:
+def test_the_values_of_a_process_are_hidden_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         **{name: f"{MARK} of {name}, long enough" for name in ("caller_secret", "service_secret", "service_token")},
         "callback_secrets": f"whsec_{MARK},gpu-1:whsec_{MARK}2",
         "database_dsn": f"postgresql://user:{MARK}%21word@host/db",
     }
+    monkeypatch.setenv("TEMPORAL_API_KEY", f"{MARK} of Temporal's own")
     settings = Settings(_env_file=None, **values)  # type: ignore[arg-type]
+    assert f"{MARK} of Temporal's own" in settings.hidden_values
     assert {f"{MARK}%21word", f"{MARK}!word", f"whsec_{MARK}2"} <= set(settings.hidden_values)
     assert set(values.values()) - {values["callback_secrets"]} <= set(settings.hidden_values)
 
