@@ -56,7 +56,7 @@ from workflows.reconciler import ReconcileWorkflow
 from workflows.training import TrainingWorkflow
 
 WORKFLOWS: Final = (ImageGenerationWorkflow, TrainingWorkflow, GiveBackWorkflow, ReconcileWorkflow)
-VERSIONED: Final = {ImageGenerationWorkflow: PinnedImageGenerationWorkflow}
+VERSIONED: Final[dict[type, type]] = {ImageGenerationWorkflow: PinnedImageGenerationWorkflow}
 """What a versioned worker runs in place of a workflow that stays on its build (decision 15)."""
 STICKY_SECONDS: Final = 2.5
 """How long a workflow waits for its worker: this delays the work of a killed one.

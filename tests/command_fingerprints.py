@@ -113,7 +113,7 @@ def line_of(command: WorkflowCommand, own_queue: str) -> str:
     return " | ".join([*said, *([f"arguments {count}"] if count else [])])
 
 
-def _names(body: Message) -> list[str]:
+def _names(body: Any) -> list[str]:
     """Types, ids of patches, and names of attributes."""
     fields = ("activity_type", "workflow_type", "patch_id", "signal_name")
     found = [str(getattr(body, name)) for name in fields if _has(body, name)]

@@ -6,17 +6,22 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from pydantic import ValidationError
 from temporalio import workflow
 from temporalio.common import RawValue
 from temporalio.exceptions import ApplicationError
 
 from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.fields import CallerModel
 from comfyui_temporal.contracts.handed_on import Doubtful, RunArgument
+from comfyui_temporal.contracts.outside_json import UnreadableJson, read_json
+from comfyui_temporal.contracts.size_budget import SMALL_SIGNAL_BYTES
 from comfyui_temporal.contracts.tasks import workflow_id_of
 
 Self = TypeVar("Self")
 Task = TypeVar("Task")
 Argument = TypeVar("Argument", bound=RunArgument)
+Ordered = TypeVar("Ordered", bound=CallerModel)
 
 
 class NotReadHere(Exception):
@@ -27,15 +32,15 @@ def input_invalid(reason: str) -> ApplicationError:
     return ApplicationError(f"The input is not valid: {reason}.", type=FailureCode.INPUT_INVALID, non_retryable=True)
 
 
-def validated(argument: Any, model: type[Argument]) -> Argument:
+def validated(argument: Any, model: type[Argument], *, parent_is_ours: bool = True) -> Argument:
     """The run's argument, checked in the run itself: what is refused depends on its sender.
 
     Raises ApplicationError `input_invalid` for a caller's doubtful argument. An argument that another worker of ours
     accepted or wrote is read as far as this worker knows it; otherwise NotReadHere fails the workflow task, so that a
-    worker that can read it takes over.
+    worker that can read it takes over. `parent_is_ours`: whether only our own workflows start this one as a child.
     """
     if isinstance(argument, Doubtful):
-        if _is_from_caller():
+        if _is_from_caller(parent_is_ours=parent_is_ours):
             raise input_invalid(argument.reason)
         argument = argument.as_read
         if argument is None:
@@ -47,10 +52,11 @@ def validated(argument: Any, model: type[Argument]) -> Argument:
     return argument
 
 
-def _is_from_caller() -> bool:
+def _is_from_caller(*, parent_is_ours: bool) -> bool:
     """Whether no worker of ours has accepted the argument: no earlier run, no parent, no workflow task so far."""
     info = workflow.info()
-    return info.continued_run_id is None and info.parent is None and not workflow.unsafe.is_replaying()
+    is_our_child = info.parent is not None and parent_is_ours
+    return info.continued_run_id is None and not is_our_child and not workflow.unsafe.is_replaying()
 
 
 def validated_input(init: Callable[[Self, Task], None]) -> Callable[[Self, Task], None]:
@@ -64,7 +70,7 @@ def validated_input(init: Callable[[Self, Task], None]) -> Callable[[Self, Task]
     def guarded(self: Self, *arguments: Any) -> None:
         if len(arguments) != 1:
             raise input_invalid(f"exactly one argument is taken, {len(arguments)} were given")
-        task = validated(arguments[0], RunArgument)
+        task = validated(arguments[0], RunArgument, parent_is_ours=False)  # a task's parent is a caller's workflow
         if workflow.info().workflow_id != workflow_id_of(getattr(task, "task_id", "")):
             raise input_invalid("task_id: the workflow id must be 'task-' followed by it")
         if getattr(task, "carried", None) is not None and workflow.info().continued_run_id is None:
@@ -86,3 +92,13 @@ def any_payload(handler: Callable[[Self, bytes | None], None]) -> Callable[[Self
     # The SDK reads the argument's type from here: RawValue reaches the handler undecoded.
     guarded.__annotations__ = {"payload": RawValue, "return": None}
     return guarded
+
+
+def order_in(payload: bytes | None, model: type[Ordered]) -> Ordered | None:
+    """What a caller's signal orders; None if it cannot be read. Never raises (pitfall 2)."""
+    if payload is None:
+        return None
+    try:
+        return model.model_validate(read_json(payload, max_bytes=SMALL_SIGNAL_BYTES))
+    except (UnreadableJson, ValidationError):
+        return None

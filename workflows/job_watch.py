@@ -66,9 +66,13 @@ class JobWatch:
         """Take any payload (pitfall 2). One that is no message of this task is counted; nothing is raised."""
         update = self._read(payload)
         if update is None:
-            self.state.callbacks_refused += 1
+            self.refuse()
             return
         self._inbox.put(update)
+
+    def refuse(self) -> None:
+        """Count a signal that cannot be read."""
+        self.state.callbacks_refused += 1
 
     def _read(self, payload: bytes | None) -> JobUpdate | None:
         if payload is None or not self._may_read(len(payload)):

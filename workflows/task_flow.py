@@ -15,6 +15,7 @@ from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.scenes import SCENES, AnyResult, AnyRun
 from comfyui_temporal.contracts.tasks import (
     CALLBACK_SIGNAL,
+    CANCEL_SIGNAL,
     CancelTask,
     CancelTaskOutcome,
     CreditsSummary,
@@ -27,7 +28,7 @@ from workflows.ending import Outcome, TaskEnding
 from workflows.failures import TaskFailed
 from workflows.following import Concern, Following
 from workflows.forgotten_jobs import ForgottenJobs
-from workflows.guards import any_payload
+from workflows.guards import Ordered, any_payload, order_in
 from workflows.interruptible import InterruptibleWaits
 from workflows.job_clock import JobClock
 from workflows.job_routes import JobRoutes
@@ -161,6 +162,24 @@ class TaskFlow(Generic[Run, Result]):
         """ComfyUI's callback (contract §2, §3)."""
         self.signals += 1
         self.watch.take(payload)
+
+    @workflow.signal(name=CANCEL_SIGNAL)
+    @any_payload
+    def cancel_by_signal(self, payload: bytes | None) -> None:
+        """The update `cancel_task` without an answer, for callers that are workflows (contract §8)."""
+        order = self.ordered(payload, CancelTask)
+        if order is not None:
+            self.stop.ask(order.reason)
+
+    def ordered(self, payload: bytes | None, model: type[Ordered]) -> Ordered | None:
+        """What a signal orders; what cannot be read is counted. Older workers did not know such signals."""
+        if not workflow.patched("orders-by-signal"):
+            return None
+        self.signals += 1
+        order = order_in(payload, model)
+        if order is None:
+            self.watch.refuse()
+        return order
 
     @workflow.update
     async def cancel_task(self, request: CancelTask) -> CancelTaskOutcome:

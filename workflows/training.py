@@ -9,6 +9,7 @@ from comfyui_temporal.contracts.calls import JobCall
 from comfyui_temporal.contracts.comfyui import TrainingAccepted
 from comfyui_temporal.contracts.continuation import Continuation, JobUpdate, TrainingRun
 from comfyui_temporal.contracts.tasks import (
+    CONFIRM_SIGNAL,
     ConfirmPrice,
     ConfirmPriceOutcome,
     TaskStatus,
@@ -17,7 +18,7 @@ from comfyui_temporal.contracts.tasks import (
 )
 from workflows.failures import TaskEnd, TaskFailed
 from workflows.gpu_window import Window, check_gpus
-from workflows.guards import validated_input
+from workflows.guards import any_payload, validated_input
 from workflows.job_requests import training_draft
 from workflows.job_routes import TRAINING_ROUTES
 from workflows.task_flow import TaskFlow
@@ -111,6 +112,14 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         if answer.refusal is not None:
             raise TaskFailed.by_refusal(answer.refusal)
         self.watch.started()
+
+    @workflow.signal(name=CONFIRM_SIGNAL)
+    @any_payload
+    def confirm_by_signal(self, payload: bytes | None) -> None:
+        """The update `confirm_price` without an answer, for callers that are workflows (contract §8)."""
+        order = self.ordered(payload, ConfirmPrice)
+        if order is not None:
+            self.price.raise_ceiling(order.max_credits)
 
     @workflow.update
     def confirm_price(self, request: ConfirmPrice) -> ConfirmPriceOutcome:

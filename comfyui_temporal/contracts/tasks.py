@@ -33,6 +33,9 @@ WORKFLOW_ID_PREFIX: Final = "task-"
 IMAGE_WORKFLOW: Final = "ImageGenerationWorkflow"
 TRAINING_WORKFLOW: Final = "TrainingWorkflow"
 CALLBACK_SIGNAL: Final = "comfyui_callback"
+CANCEL_SIGNAL: Final = "cancel_task"
+CONFIRM_SIGNAL: Final = "confirm_price"
+"""As the updates of these names, without an answer: for callers that are workflows, which cannot send updates."""
 PRIORITY_KEYS: Final = {TaskPriority.ACCELERATED: 1, TaskPriority.STANDARD: 3}
 """Temporal's priority keys: 1 goes first, 3 is its default."""
 INPUT_MEMO: Final = "input_sha256"
@@ -332,7 +335,7 @@ class TrainingProgress(ImageProgress):
 
 
 class CancelTask(CallerModel):
-    """Argument of the update `cancel_task`."""
+    """Argument of the update and of the signal `cancel_task`."""
 
     reason: CallerMessage = ""
 
@@ -344,7 +347,7 @@ class CancelTaskOutcome(OwnModel):
 
 
 class ConfirmPrice(CallerModel):
-    """Argument of the update `confirm_price`: the ceiling in points. It can only be raised."""
+    """Argument of the update and of the signal `confirm_price`: the ceiling in points. It can only be raised."""
 
     max_credits: CallerPoints
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from temporalio.client import Client
 
+from bridge.calls import workflow_of
 from tests.bridge.native import NativeServer
-from tests.bridge.platform import running_bridge, workflow_of
+from tests.bridge.platform import running_bridge
 from tests.conftest import unique
 
 

@@ -49,6 +49,14 @@ async def image_cancelled(platform: Platform) -> Handle:
     return handle
 
 
+async def image_cancelled_by_signal(platform: Platform) -> Handle:
+    await platform.simulators.admin.comfyui.fault("job_stall")
+    handle = await platform.start_image()
+    await platform.until_held(handle.id.removeprefix("task-"))
+    await handle.signal("cancel_task", {"reason": "no longer wanted"})
+    return handle
+
+
 async def image_refused(platform: Platform) -> Handle:
     return await platform.start_image(max_credits=1)
 
@@ -70,6 +78,17 @@ async def training_confirmed(platform: Platform) -> Handle:
 
     await platform.until(is_waiting)
     await handle.execute_update("confirm_price", {"max_credits": 1_000})
+    return handle
+
+
+async def training_confirmed_by_signal(platform: Platform) -> Handle:
+    handle = await platform.start_training(max_credits=None)
+
+    async def is_waiting() -> bool:
+        return bool((await platform.progress(handle))["confirmation"])
+
+    await platform.until(is_waiting)
+    await handle.signal("confirm_price", {"max_credits": 1_000})
     return handle
 
 
@@ -124,10 +143,12 @@ SCENARIOS: tuple[Scenario, ...] = (
     image_polled,
     image_retried,
     image_cancelled,
+    image_cancelled_by_signal,
     image_refused,
     image_continued,
     training_completed,
     training_confirmed,
+    training_confirmed_by_signal,
     training_resumed,
     image_given_back,
     image_reconciled,

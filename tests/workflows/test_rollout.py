@@ -264,6 +264,40 @@ async def test_what_a_withdrawn_build_has_begun_is_moved_and_ends(rollout: Rollo
     await rollout.until_open("1.5.0", 0)
 
 
+async def test_versions_are_switched_off_again(rollout: Rollout) -> None:
+    """New runs and trainings go to unversioned workers; images end where they began."""
+    platform = rollout.platform
+    await rollout.start("1.4.0")
+    await rollout.run(documented("set-current-version", "1.4.0"))
+    [image] = await waiting(platform, platform.start_image, 1)
+    [training] = await waiting(platform, platform.start_training, 1)
+    async with platform.worker():
+        await rollout.run(documented("set-current-version", "--unversioned"))
+        await quickly(platform)
+        later = await platform.start_image()
+        for handle in (image, training, later):
+            assert (await ended(platform, handle)).status == "completed"
+        assert await builds_of(platform, image) == ["1.4.0"]
+        assert await builds_of(platform, training) == ["1.4.0", ""]
+        assert await builds_of(platform, later) == [""]
+
+
+async def test_an_image_whose_build_is_gone_is_reset_to_the_current_one(rollout: Rollout) -> None:
+    platform = rollout.platform
+    await quickly(platform)
+    await rollout.start("1.4.0")
+    await rollout.run(documented("set-current-version", "1.4.0"))
+    image = await platform.start_image()
+    first = await ended(platform, image)
+    await rollout.start("1.5.0")
+    await rollout.run(documented("set-current-version", "1.4.0").replace("1.4.0", "1.5.0"))
+    await rollout.stop("1.4.0")
+    await rollout.run(documented("workflow reset").replace("task-ID", image.id))
+    again = platform.client.get_workflow_handle(image.id)
+    assert (await asyncio.wait_for(again.result(), 20))["status"] == first.status == "completed"
+    assert await platform.simulators.admin.credits.charged(image.id.removeprefix("task-")) == first.charged
+
+
 async def test_give_backs_and_passes_of_the_reconciler_move_on(rollout: Rollout) -> None:
     """A give-back does not wait for the build that began it: its worker goes in the middle of the work."""
     platform = rollout.platform
