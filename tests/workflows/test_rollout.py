@@ -18,8 +18,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from temporalio import workflow
-from temporalio.api.enums.v1 import EventType, VersioningBehavior
+from temporalio.api.deployment.v1 import WorkerDeploymentVersion
+from temporalio.api.enums.v1 import EventType, TaskQueueType, VersioningBehavior
+from temporalio.api.workflowservice.v1 import DescribeWorkerDeploymentVersionRequest
 from temporalio.client import WorkflowExecutionStatus, WorkflowHistory
+from temporalio.service import RPCError
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Replayer
 
@@ -29,6 +32,7 @@ from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrd
 from comfyui_temporal.contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder
 from comfyui_temporal.contracts.tasks import TrainingResult
 from comfyui_temporal.plugin import TasksPlugin
+from runtime.health_page import is_polling
 from runtime.required_settings import CannotStart, read_settings
 from store import TaskStore
 from tests.conftest import temporal_binary, unique
@@ -89,10 +93,15 @@ class Rollout:
         await self.workers.pop(build).aclose()
 
     async def _is_known(self, build: str) -> bool:
-        described = ("worker", "deployment", "describe-version", "--deployment-name", self.deployment)
-        code, said = await self._temporal(*described, "--build-id", build, "--output", "json")
-        queues = json.loads(said).get("taskQueuesInfos", []) if code == 0 else []
-        return {queue["type"] for queue in queues} >= {"workflow", "activity"}
+        version = WorkerDeploymentVersion(deployment_name=self.deployment, build_id=build)
+        client = self.platform.client
+        request = DescribeWorkerDeploymentVersionRequest(namespace=client.namespace, deployment_version=version)
+        try:
+            described = await client.workflow_service.describe_worker_deployment_version(request)
+        except RPCError:  # it has not been heard of yet
+            return False
+        kinds = {queue.type for queue in described.version_task_queues}
+        return kinds >= {TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW, TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY}
 
     async def run(self, command: str) -> str:
         """A command of the document; what it prints. Repeated while the server still works on the batch before."""
@@ -126,11 +135,13 @@ class Rollout:
     async def until_open(self, build: str, count: int) -> None:
         """Wait until so many runs of the build are open, as the document counts them."""
         command = documented("workflow count").replace("1.5.0", build)
+        query = shlex.split(command.replace("comfyui", self.deployment))[-1]
 
         async def counted() -> bool:
-            return f"{count}" == re.sub(r"\D", "", await self.run(command))
+            return (await self.platform.client.count_workflows(query)).count == count
 
         await self.platform.until(counted)
+        assert f"{count}" in await self.run(command)
 
 
 async def version_of(handle: Handle) -> str | None:
@@ -198,6 +209,7 @@ async def test_a_ramp_and_a_rollback_lose_nothing(rollout: Rollout) -> None:
         assert [await version_of(handle) for handle in earlier] == [None, None]
     await rollout.start("1.4.0")
     await rollout.run(documented("set-current-version", "1.4.0"))
+    assert await is_polling(platform.client, platform.task_queue, platform.client.identity), "its health page is green"
     await rollout.start("1.5.0")
     await rollout.run(documented("set-ramping-version", "50"))
     images = await on_both(platform, platform.start_image, 3)
@@ -264,6 +276,7 @@ async def test_what_a_withdrawn_build_has_begun_is_moved_and_ends(rollout: Rollo
     await rollout.until_open("1.5.0", 0)
 
 
+@pytest.mark.slow
 async def test_versions_are_switched_off_again(rollout: Rollout) -> None:
     """New runs and trainings go to unversioned workers; images end where they began."""
     platform = rollout.platform
@@ -325,7 +338,7 @@ async def test_give_backs_and_passes_of_the_reconciler_move_on(rollout: Rollout)
     assert await behaviours([giving, looking]) == Counter(AUTO_UPGRADE=2)
 
 
-@pytest.mark.parametrize("recorded", sorted(HISTORIES.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recorded", sorted(HISTORIES.glob("image_*.json")), ids=lambda path: path.stem)
 async def test_what_a_versioned_worker_runs_replays_unversioned_histories(recorded: Path) -> None:
     replayer = Replayer(workflows=[VERSIONED.get(each, each) for each in WORKFLOWS], plugins=[TasksPlugin()])
     history = json.loads(recorded.read_text())  # noqa: ASYNC240
