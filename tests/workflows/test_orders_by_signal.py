@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import pytest_asyncio
 from temporalio import workflow
 from temporalio.api.enums.v1 import EventType
+from temporalio.client import WorkflowHistory
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Replayer
 
@@ -22,6 +24,7 @@ from comfyui_temporal.plugin import TasksPlugin
 from store import TaskStore
 from tests.workflows.books import ended
 from tests.workflows.platform import Handle, Platform, running_platform
+from tests.workflows.record_histories import HISTORIES
 from worker import WORKFLOWS
 from workflows import outside_call
 from workflows.image_generation import ImageGenerationWorkflow
@@ -65,6 +68,15 @@ async def test_what_an_earlier_worker_let_pass_leaves_no_run_stuck(bare: Platfor
         assert await bare.cancel(handle) == "accepted"
         ending = await ended(bare, handle)
     assert (ending.status, ending.charged) == ("cancelled", 0)
+
+
+async def test_a_build_that_does_not_know_a_patch_cannot_take_its_run_back() -> None:
+    """Why a rollback keeps such runs on the newer build (docs/operations.md)."""
+    history = json.loads((HISTORIES / "image_cancelled_by_signal.json").read_text())
+    workflow_id = history["events"][0]["workflowExecutionStartedEventAttributes"]["workflowId"]
+    replayer = Replayer(workflows=[EarlierImage], plugins=[TasksPlugin()])
+    with pytest.raises(workflow.NondeterminismError, match="orders-by-signal"):
+        await replayer.replay_workflow(WorkflowHistory.from_json(workflow_id, history))
 
 
 @pytest.mark.parametrize("is_training", [False, True], ids=["image", "training"])

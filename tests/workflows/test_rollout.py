@@ -37,7 +37,7 @@ from runtime.required_settings import CannotStart, read_settings
 from store import TaskStore
 from tests.conftest import temporal_binary, unique
 from tests.workflows.books import ended, runs_of
-from tests.workflows.platform import FLOWS, Handle, Platform, running_platform
+from tests.workflows.platform import FLOWS, Handle, Platform, running_platform, task_id_of
 from tests.workflows.record_histories import HISTORIES
 from worker import VERSIONED, WORKFLOWS, deployment_of
 from workflows.gpu_window import check_gpus
@@ -185,7 +185,12 @@ async def quickly(platform: Platform) -> None:
 async def waiting(platform: Platform, begin: Callable[[], Awaitable[Handle]], count: int) -> list[Handle]:
     """So many tasks, each with its credits held and its job begun."""
     handles = [await begin() for _ in range(count)]
-    await asyncio.gather(*(platform.until_held(handle.id.removeprefix("task-")) for handle in handles))
+
+    async def all_held() -> bool:
+        held = {hold.task_id for hold in await platform.simulators.admin.credits.holds() if hold.phase == "open"}
+        return held >= {task_id_of(handle) for handle in handles}
+
+    await platform.until(all_held, seconds=90)
     return handles
 
 
@@ -245,6 +250,7 @@ async def behaviours(handles: list[Handle]) -> Counter[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 async def test_what_a_withdrawn_build_has_begun_is_moved_and_ends(rollout: Rollout) -> None:
     """Many tasks; the new build's only worker goes too early; images are moved, trainings go to the mended build."""
     platform = rollout.platform
@@ -252,8 +258,8 @@ async def test_what_a_withdrawn_build_has_begun_is_moved_and_ends(rollout: Rollo
     await rollout.run(documented("set-current-version", "1.4.0"))
     await rollout.start("1.5.0")
     await rollout.run(documented("set-ramping-version", "50"))
-    images = await on_both(platform, platform.start_image, 30)
-    trainings = await on_both(platform, platform.start_training, 10)
+    images = await on_both(platform, platform.start_image, 16)
+    trainings = await on_both(platform, platform.start_training, 6)
     patched = [handle for handle in trainings if await version_of(handle) == "1.5.0"]
     stranded = [handle for handle in images if await version_of(handle) == "1.5.0"]
     await rollout.until_open("1.5.0", len(patched) + len(stranded))
@@ -269,7 +275,7 @@ async def test_what_a_withdrawn_build_has_begun_is_moved_and_ends(rollout: Rollo
     await rollout.start("1.5.1")
     await rollout.run(documented("set-current-version", "1.5.1"))
     await rollout.run(documented("update-options", "PATCH", "unspecified"))
-    await rollout.run(documented("update-options", "auto_upgrade"))
+    await rollout.run(documented("workflow update-options", "auto_upgrade"))
     for handle in [*images, *trainings]:
         ending = await ended(platform, handle)
         assert (ending.status, ending.exceptions) == ("completed", []), handle.id
