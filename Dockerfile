@@ -3,11 +3,13 @@
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d
 
 FROM ${PYTHON_IMAGE} AS packages
-COPY requirements.lock .
+# requirements-otel.lock: with OpenTelemetry's exporter, for COMFYUI_TEMPORAL_TRACES.
+ARG LOCK=requirements.lock
+COPY ${LOCK} locked
 # Compiled once here, and not by every process at its start. Sources in C, type stubs, tests and commands of packages are
 # used by nobody in a container. Pillow draws the simulators' pictures, and is theirs alone.
 RUN python -m pip install --no-cache-dir --disable-pip-version-check --no-compile --require-hashes \
-        --target /packages -r requirements.lock \
+        --target /packages -r locked \
     && rm -rf /packages/bin /packages/sqlalchemy/testing /packages/alembic/testing \
     && find /packages -type d -name tests -prune -exec rm -rf {} + \
     && find /packages -type f \( -name '*.c' -o -name '*.h' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pyi' \) -delete \

@@ -118,9 +118,10 @@ format: setup ## ruff: mend style and format
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --python-version 3.11 \
 	--upgrade pyproject.toml --extra cli
 
-lock: setup ## lock the newest dependencies that pyproject.toml allows: for production, development and benchmarks
+lock: setup ## lock the newest dependencies that pyproject.toml allows: for production (with traces: otel), development, benchmarks
 	@$(LOCK) --group server --output-file requirements.lock
-	@$(LOCK) --group dev --constraint requirements.lock --output-file requirements-dev.lock
+	@$(LOCK) --extra otel --group server --constraint requirements.lock --output-file requirements-otel.lock
+	@$(LOCK) --extra otel --group dev --constraint requirements.lock --output-file requirements-dev.lock
 	@$(LOCK) --group bench --constraint requirements.lock --output-file requirements-bench.lock
 
 clean: ## end the stack; remove the venvs and everything that the stack kept

@@ -47,6 +47,7 @@ from runtime.metrics_page import metrics_runtime
 from runtime.reconciler_schedule import ensure_reconciler
 from runtime.required_settings import CannotStart, database_of, read_settings
 from runtime.settings import Settings
+from runtime.tracing import traced_process
 from store import TaskStore
 from store.namespace_check import bound_store
 from workflows.give_back import GiveBackWorkflow
@@ -338,7 +339,8 @@ def main() -> int:
     try:
         settings = read_settings()
         configure_logs(level=settings.log_level, as_json=settings.log_json, hidden=settings.hidden_values)
-        uvloop.run(run(settings))
+        with traced_process("worker", is_on=settings.traces):
+            uvloop.run(run(settings))
     except CannotStart as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_CANNOT_START

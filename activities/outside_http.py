@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Final, Literal
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx
 from pydantic import BaseModel
@@ -34,6 +34,7 @@ from comfyui_temporal.contracts import handed_on
 from comfyui_temporal.contracts.errors import FailureCode, WireError
 from comfyui_temporal.contracts.fields import repaired, shortened
 from runtime.http_transport import LIMIT, OwnsClient, PatientClient
+from runtime.trace_context import SpanKind, span, with_trace
 
 CONNECT_SECONDS: Final = 2.0
 READ_SECONDS: Final = 6.0
@@ -174,7 +175,28 @@ class OutsideHttp(OwnsClient):
         """
         if _only_if_answering.get() and time.monotonic() < self._hangs_until:
             raise self.unavailable(route, "another request to it timed out a moment ago")
-        headers = {"authorization": f"Bearer {token}"}
+        address = urlsplit(self.address)
+        names = {
+            "http.request.method": route.method,
+            "url.template": route.path,
+            "server.address": address.hostname or "",
+        }
+        with span(str(route), SpanKind.CLIENT, names) as call:
+            reply = await self._sent(route, token=token, ids=ids, query=query, key=key, body=body)
+            call.set_attribute("http.response.status_code", reply.status)
+            return reply
+
+    async def _sent(
+        self,
+        route: Route,
+        *,
+        token: str,
+        ids: Mapping[str, str] | None,
+        query: Mapping[str, str | int] | None,
+        key: str | None,
+        body: BaseModel | None,
+    ) -> RawReply:
+        headers = with_trace({"authorization": f"Bearer {token}"})
         if key is not None:
             headers["x-idempotency-key"] = self._header_safe(key, route)
         content: bytes | None = None

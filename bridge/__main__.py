@@ -37,6 +37,7 @@ from runtime.logs import configure_logs
 from runtime.metrics_page import metrics_runtime
 from runtime.required_settings import CannotStart, read_settings, service_tokens_by
 from runtime.settings import Settings
+from runtime.tracing import traced_process
 
 WORKFLOWS = (ComfyUIJobWorkflow, ComfyUITrainingWorkflow, ComfyUIKeyWorkflow)
 GRACE_SECONDS = 10
@@ -152,7 +153,8 @@ def main() -> int:
     try:
         settings = read_settings()
         configure_logs(level=settings.log_level, as_json=settings.log_json, hidden=settings.hidden_values)
-        asyncio.run(serve(settings))
+        with traced_process("bridge", is_on=settings.traces):
+            asyncio.run(serve(settings))
     except CannotStart as error:
         sys.stderr.write(f"{error}\n")
         return 2

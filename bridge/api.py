@@ -26,6 +26,7 @@ from comfyui_temporal.contracts.permissions import Operation, TokenClaims
 from comfyui_temporal.encryption_keys import EncryptionError
 from runtime.caller_tokens import CallerTokens, TokenRefused, TokensUnverifiable
 from runtime.stated_size import is_stated_above
+from runtime.trace_context import REQUEST_SPANS
 
 MAX_BODY_BYTES: Final = 8 * 1024 * 1024
 """A training's list of files may be long."""
@@ -125,7 +126,7 @@ async def _body(request: Request) -> bytes:
 def bridge_app(
     edge: Edge, images: ImageService, trainings: TrainingService, storage: Storage, signed: SignedAddresses
 ) -> FastAPI:
-    app = FastAPI(title="ComfyUI bridge", docs_url=None, redoc_url=None)
+    app = FastAPI(title="ComfyUI bridge", docs_url=None, redoc_url=None, telemetry=REQUEST_SPANS)
     app.include_router(_job_routes(edge, images))
     app.include_router(_training_routes(edge, trainings))
     app.include_router(_result_routes(storage, signed))

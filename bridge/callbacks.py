@@ -15,6 +15,7 @@ from temporalio.exceptions import ApplicationError
 from bridge.calls import SEND_CALLBACK
 from bridge.orders import Callback
 from runtime.http_transport import OwnsClient, PatientClient
+from runtime.trace_context import with_trace
 
 REPEATED_AFTER_SECONDS: Final = (1.0, 5.0, 30.0, 120.0, 600.0)
 HOURLY_SECONDS: Final = 3600.0
@@ -53,7 +54,7 @@ class CallbackSender(OwnsClient):
         }
         try:
             response = await self._client.post(
-                callback.url, content=callback.body.encode(), headers=headers, timeout=seconds
+                callback.url, content=callback.body.encode(), headers=with_trace(headers), timeout=seconds
             )
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             log.info("callback_unanswered", webhook_id=callback.webhook_id, reason=type(error).__name__)

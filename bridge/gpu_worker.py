@@ -45,6 +45,7 @@ from runtime.logs import configure_logs
 from runtime.metrics_page import metrics_runtime
 from runtime.required_settings import CannotStart, read_settings
 from runtime.settings import Settings
+from runtime.tracing import traced_process
 
 BEAT_EVERY: Final = timedelta(seconds=1)
 RETRY_SECONDS: Final = 2.0
@@ -299,7 +300,8 @@ def main() -> int:
     try:
         settings = read_settings()
         configure_logs(level=settings.log_level, as_json=settings.log_json, hidden=settings.hidden_values)
-        return asyncio.run(_run(settings, options))
+        with traced_process("gpu-worker", is_on=settings.traces):
+            return asyncio.run(_run(settings, options))
     except CannotStart as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -5,9 +5,10 @@ https://docs.temporal.io/develop/environment-configuration
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
-from temporalio.client import Client
+from temporalio.client import Client, Interceptor
 from temporalio.envconfig import ClientConfig
 from temporalio.runtime import Runtime
 
@@ -26,6 +27,7 @@ async def connect(
     runtime: Runtime | None = None,
     lazy: bool = False,
     encryption: PayloadEncryption = NO_ENCRYPTION,
+    interceptors: Sequence[Interceptor] = (),
 ) -> Client:
     """A client; `address` (`host:port`) and `namespace` take precedence over the environment configuration.
 
@@ -34,4 +36,4 @@ async def connect(
     options: dict[str, Any] = {**ClientConfig.load_client_connect_config(profile=profile)}
     options["target_host"] = address or options.get("target_host") or DEFAULT_ADDRESS
     options["namespace"] = namespace or options.get("namespace") or DEFAULT_NAMESPACE
-    return await Client.connect(**options, plugins=[TasksPlugin(encryption)], runtime=runtime, lazy=lazy)
+    return await Client.connect(**options, plugins=[TasksPlugin(encryption, interceptors)], runtime=runtime, lazy=lazy)

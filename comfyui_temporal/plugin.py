@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, Final, TypeGuard, TypeVar
 
 import temporalio.api.common.v1
+import temporalio.client
 import temporalio.converter
 from pydantic import BaseModel, ValidationError
 from temporalio import workflow
@@ -152,7 +153,7 @@ def _unsandboxed(_runner: WorkflowRunner | None) -> WorkflowRunner:
 
 
 class TasksPlugin(SimplePlugin):
-    """Converter, encryption and runner of this project. Give it to a client: its workers have them too.
+    """Converter, encryption, runner and `interceptors`. Give it to a client: its workers have them too.
 
     A deliberate departure: no sandbox. The sandbox loads workflow modules again for every run, which costs 660 KiB for
     each open workflow (pitfall 8). With the modules passed through it guards nothing and still costs 18 KiB and a fifth
@@ -160,5 +161,12 @@ class TasksPlugin(SimplePlugin):
     recorded histories keep workflow code deterministic.
     """
 
-    def __init__(self, encryption: PayloadEncryption = NO_ENCRYPTION) -> None:
-        super().__init__("comfyui-temporal", data_converter=data_converter_of(encryption), workflow_runner=_unsandboxed)
+    def __init__(
+        self, encryption: PayloadEncryption = NO_ENCRYPTION, interceptors: Sequence[temporalio.client.Interceptor] = ()
+    ) -> None:
+        super().__init__(
+            "comfyui-temporal",
+            data_converter=data_converter_of(encryption),
+            interceptors=interceptors,
+            workflow_runner=_unsandboxed,
+        )

@@ -25,6 +25,7 @@ from runtime.doors import Door, DoorConfig, door_limits_by
 from runtime.logs import configure_logs
 from runtime.required_settings import CannotStart, caller_tokens_by, database_of, read_settings
 from runtime.settings import Settings
+from runtime.tracing import traced_process
 from store import TaskStore
 from store.namespace_check import bound_store
 
@@ -119,7 +120,8 @@ def main() -> int:
     try:
         settings = read_settings()
         configure_logs(level=settings.log_level, as_json=settings.log_json, hidden=settings.hidden_values)
-        uvloop.run(serve(settings))
+        with traced_process("gateway", is_on=settings.traces):
+            uvloop.run(serve(settings))
     except CannotStart as error:
         sys.stderr.write(f"{error}\n")
         return 2

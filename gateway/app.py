@@ -36,6 +36,7 @@ from gateway.tasks import Tasks
 from gateway.tenant_limits import LEFT_HEADER, POLICY_HEADER, TenantDoor
 from gateway.tick_writer import TickWriter
 from gateway.training_log_writer import TrainingLogWriter
+from runtime.trace_context import REQUEST_SPANS
 from store import TaskStore
 
 DESCRIPTION: Final = (
@@ -98,6 +99,7 @@ def create_app(
         # Those pages load scripts from elsewhere, on the origin where the live page keeps its token.
         docs_url=None,
         redoc_url=None,
+        telemetry=REQUEST_SPANS,
     )
     answer_with_problems(app)
     app.state.metrics = metrics
@@ -138,7 +140,7 @@ def create_app(
 
 def _operations(gateway: FastAPI, *routers: APIRouter) -> FastAPI:
     """What operators and not callers need: health, metrics, the OpenAPI document of `gateway`."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, telemetry=REQUEST_SPANS)
     answer_with_problems(app)
     for router in routers:
         app.include_router(router)

@@ -24,7 +24,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final, Protocol
 
@@ -32,6 +32,7 @@ import structlog
 
 from comfyui_temporal.contracts.scenes import Callback
 from gateway.callback_news import Pace, Reported, news_of
+from runtime.trace_context import Context, current_context, in_context
 
 log = structlog.get_logger(__name__)
 
@@ -67,6 +68,8 @@ class Waiting:
     callback: Callback
     answer: asyncio.Future[Relayed] | None
     retries: int = 0
+    context: Context = field(default_factory=current_context)
+    """The trace of the callback's own request, which its signal continues."""
 
     @property
     def place(self) -> tuple[str, bool]:
@@ -141,7 +144,8 @@ class TaskLine:
     async def _signal(self, first: Waiting) -> None:
         self._pace.spend()
         self._in_flight, self._signalling = first.callback.job_id, first.callback
-        relayed = await self._signalled(first.callback)
+        with in_context(first.context):
+            relayed = await self._signalled(first.callback)
         self._in_flight = None
         self._is_failing = relayed is Relayed.UNAVAILABLE
         if relayed is Relayed.SIGNALLED:

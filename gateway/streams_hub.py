@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from itertools import count
 from typing import Final
 
@@ -23,7 +23,8 @@ from comfyui_temporal.contracts.tasks import TaskEvent
 from gateway.draining import Draining
 from gateway.streams_subscriber import Subscriber
 from gateway.streams_wires import EndReason, SharedEvent
-from store import StoreFailure, StoreUnavailable, TaskHead, TaskStore
+from runtime.trace_context import SpanKind, span
+from store import StoredEvent, StoreFailure, StoreUnavailable, TaskHead, TaskStore
 
 log = structlog.get_logger(__name__)
 
@@ -38,6 +39,18 @@ STORE_RETRY_SECONDS: Final = 0.25
 MAX_STRANGERS: Final = 10_000
 ENDED_KEPT_SECONDS: Final = 120.0
 """How long an ended task of a watched tenant is remembered, so that it is not mistaken for a new task."""
+
+
+def _sending_of(event: StoredEvent, streams: int) -> AbstractContextManager[object]:
+    """The span of a new event on its way to `streams` streams, in the trace that wrote the event."""
+    if event.traceparent is None or not streams:
+        return nullcontext()
+    named: dict[str, str | int] = {
+        "comfyui.task_id": event.task_id,
+        "comfyui.event": event.event,
+        "comfyui.seq": event.seq,
+    }
+    return span("SendEvent", SpanKind.PRODUCER, {**named, "comfyui.streams": streams}, parent=event.traceparent)
 
 
 class Feed:
@@ -268,7 +281,7 @@ class EventHub:
         if self._with_news:
             self._news.set()
 
-    def _give(self, event: TaskEvent) -> None:
+    def _give(self, event: StoredEvent) -> None:
         feed = self._feeds.get(event.task_id)
         if feed is None or event.seq <= feed.last_seq:
             return
@@ -281,11 +294,13 @@ class EventHub:
             for subscriber in self._tenants.get(feed.tenant_id, ())
             if subscriber.user_id in (None, feed.user_id)
         )
-        for subscriber in (*feed.subscribers, *of_tenant):
-            was_open = subscriber.ending is None
-            subscriber.deliver(shared)
-            if was_open and subscriber.ending is not None:
-                self.ended[subscriber.ending] += 1
+        subscribers = (*feed.subscribers, *of_tenant)
+        with _sending_of(event, len(subscribers)):
+            for subscriber in subscribers:
+                was_open = subscriber.ending is None
+                subscriber.deliver(shared)
+                if was_open and subscriber.ending is not None:
+                    self.ended[subscriber.ending] += 1
 
     def _sweep_now(self) -> None:
         self._sweep_due.set()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-LOCKS: Final = ("requirements.lock", "requirements-dev.lock", "requirements-bench.lock")
+LOCKS: Final = ("requirements.lock", "requirements-otel.lock", "requirements-dev.lock", "requirements-bench.lock")
 KNOWN_VULNERABLE: Final = "jinja2==2.10"
 VULNERABLE: Final = 1
 NO_DATABASE: Final = 3

@@ -12,6 +12,8 @@ from typing import Final
 
 import structlog
 
+from runtime.trace_context import current_ids
+
 HIDDEN: Final = "[hidden]"
 MIN_HIDDEN_CHARACTERS: Final = 8
 """A shorter value is hidden by its place alone, or it would be cut out of ordinary words."""
@@ -63,6 +65,7 @@ def configure_logs(*, level: str = "INFO", as_json: bool = True, hidden: Collect
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _with_trace,
         structlog.processors.format_exc_info,
     ]
     renderer: structlog.typing.Processor = (
@@ -92,6 +95,13 @@ def configure_logs(*, level: str = "INFO", as_json: bool = True, hidden: Collect
     for noisy in ("httpx", "httpcore", "uvicorn.access", "alembic.runtime.migration"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     sys.excepthook = _log_uncaught
+
+
+def _with_trace(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """The record with `trace_id` and `span_id` of the work that it is about, if that is traced."""
+    if (ids := current_ids()) is not None:
+        event["trace_id"], event["span_id"] = ids
+    return event
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -204,6 +204,8 @@ class Settings(BaseSettings):
     """The build of this worker within its deployment. Each build that runs other workflow code needs its own."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_json: bool = True
+    traces: bool = False
+    """Send traces by OTLP over HTTP, of all our processes; where to is said by `OTEL_EXPORTER_OTLP_ENDPOINT`."""
 
     # Bridge: see docs/use-your-own-comfyui.md
     bridge_task_queue: str = "comfyui-bridge"

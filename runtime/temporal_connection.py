@@ -7,6 +7,7 @@ from temporalio.runtime import Runtime
 
 from comfyui_temporal import connecting
 from comfyui_temporal.encryption import encryption_by
+from runtime import tracing
 from runtime.settings import Settings
 
 
@@ -22,4 +23,5 @@ async def connect(settings: Settings, *, runtime: Runtime | None = None, lazy: b
         runtime=runtime,
         lazy=lazy,
         encryption=encryption_by(settings.encryption_keys),
+        interceptors=tracing.interceptors(),
     )

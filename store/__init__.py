@@ -28,6 +28,7 @@ from store.figures import StoreFigures
 from store.home import StoreHome
 from store.listener import EventListener
 from store.migrate import migrate
+from store.reads import StoredEvent
 from store.stream_reads import TaskHead
 from store.task_store import TaskStore
 from store.ticks import TickAnswer
@@ -45,6 +46,7 @@ __all__ = [
     "StoreFigures",
     "StoreHome",
     "StoreUnavailable",
+    "StoredEvent",
     "TaskHead",
     "TaskStore",
     "TaskUnknown",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from sqlalchemy import Row, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -17,6 +17,12 @@ from comfyui_temporal.contracts.task_store import TaskExceptionRow, TaskRow, Tra
 from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
 from store.cursors import event_cursor
 from store.tables import task_claims, task_events, task_exceptions, tasks, training_log
+
+
+class StoredEvent(TaskEvent):
+    """An event with what is not its callers': the trace that it was written in, which is never sent to a stream."""
+
+    traceparent: str | None = Field(default=None, exclude=True)
 
 
 class UnreadableRow(OwnModel):
@@ -134,10 +140,10 @@ def _task_row(row: Row[*tuple[Any, ...]]) -> TaskRow:
     return TaskRow.model_validate(dict(row._mapping))
 
 
-def event_of_row(row: Row[*tuple[Any, ...]]) -> TaskEvent:
+def event_of_row(row: Row[*tuple[Any, ...]]) -> StoredEvent:
     values = dict(row._mapping)
     task_id, seq = values["task_id"], values["seq"]
-    return TaskEvent.model_validate(
+    return StoredEvent.model_validate(
         {
             **values,
             "event_id": f"{task_id}:{seq}",

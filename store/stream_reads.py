@@ -12,8 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from comfyui_temporal.contracts.fields import OwnModel
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
-from store.reads import event_of_row
+from comfyui_temporal.contracts.tasks import TaskStatus
+from store.reads import StoredEvent, event_of_row
 from store.tables import task_events, tasks
 
 NEW_TASK_SECONDS: Final = 60
@@ -84,7 +84,7 @@ async def recent_heads(connection: AsyncConnection, tenant_id: str, *, limit: in
 
 async def events_of_each(
     connection: AsyncConnection, positions: Mapping[str, int], *, limit_each: int
-) -> list[TaskEvent]:
+) -> list[StoredEvent]:
     """Events after each task's `seq`, at most `limit_each` of a task, in order of `seq` within each."""
     values = {"ids": list(positions), "seqs": list(positions.values()), "most": limit_each}
     return [event_of_row(row) for row in await connection.execute(_EVENTS_OF_EACH, values)]

@@ -152,6 +152,7 @@ task_events = Table(
     _json("confirmation"),
     Column("job_id", Text),
     Column("sequence", BigInteger),
+    Column("traceparent", Text),
     UniqueConstraint("task_id", "key", name="task_events_key"),
     comment="A task's history (contract §6): seq is 1, 2, 3 … without a gap, key the workflow's name of the fact.",
 )

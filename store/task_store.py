@@ -48,7 +48,7 @@ from store.database import POOL_SIZE, WORK_SECONDS, Database
 from store.figures import StoreFigures
 from store.home import StoreHome
 from store.listener import EventListener
-from store.reads import UnreadableRow
+from store.reads import StoredEvent, UnreadableRow
 from store.stream_reads import TaskHead
 from store.tasks import Written
 from store.ticks import TickAnswer
@@ -296,7 +296,7 @@ class TaskStore:
             doing=f"reading the events of the task {task_id}",
         )
 
-    async def events_of_each(self, positions: Mapping[str, int], *, limit_each: int = MAX_PAGE) -> list[TaskEvent]:
+    async def events_of_each(self, positions: Mapping[str, int], *, limit_each: int = MAX_PAGE) -> list[StoredEvent]:
         """The events of several tasks after each one's `seq`, at most `limit_each` of a task, in order within each."""
         return await self._database.read(
             lambda connection: stream_reads.events_of_each(connection, positions, limit_each=limit_each),

@@ -21,6 +21,7 @@ from comfyui_temporal.contracts.lives import TaskRun
 from comfyui_temporal.contracts.task_store import Fact, TaskClaim, TaskException, TaskState, TaskWrite, TrainingLogWrite
 from comfyui_temporal.contracts.tasks import EventType, TaskStatus
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
+from runtime.trace_context import traceparent
 from store.fact_rules import WrittenSoFar
 from store.failures import NotTheClaimant, TaskUnknown
 from store.lives import IS_EARLIER, STANDING, note_older_row, published_points, taken_over
@@ -111,7 +112,8 @@ def _new(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _event_parameters(task_id: str, taken: Sequence[tuple[int, Fact]]) -> dict[str, Any]:
     """Parameters of `_INSERT_EVENTS` and `_NOTIFY`."""
-    documents = [{"task_id": task_id, "seq": seq} | _clean(fact.model_dump(mode="json")) for seq, fact in taken]
+    own = {"task_id": task_id, "traceparent": traceparent()}
+    documents = [own | {"seq": seq} | _clean(fact.model_dump(mode="json")) for seq, fact in taken]
     return {"events": documents, "payload": f"{task_id}:{taken[-1][0]}"}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[2]
-LOCKS = ["requirements.lock", "requirements-dev.lock", "requirements-bench.lock"]
+LOCKS = ["requirements.lock", "requirements-otel.lock", "requirements-dev.lock", "requirements-bench.lock"]
 IN_THE_IMAGE = [
     "worker.py",
     "codec_server.py",
@@ -85,7 +85,15 @@ def test_production_installs_everything_its_code_imports() -> None:
 
 def test_production_installs_no_test_tool() -> None:
     assert locked("requirements.lock").keys() & TOOLS == set()
-    assert "requirements.lock" in (PROJECT / "Dockerfile").read_text()
+    assert "ARG LOCK=requirements.lock\n" in (PROJECT / "Dockerfile").read_text()
+
+
+def test_what_sends_traces_is_in_a_lock_of_its_own() -> None:
+    """The image has it only where it is wanted."""
+    exporter = "opentelemetry-exporter-otlp-proto-http"
+    assert exporter not in locked("requirements.lock")
+    assert exporter in locked("requirements-otel.lock").keys() & locked("requirements-dev.lock").keys()
+    assert locked("requirements.lock").keys() < locked("requirements-otel.lock").keys()
 
 
 @pytest.mark.parametrize("lock", LOCKS)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from temporalio.api.enums.v1 import EventType as HistoryEvent
-from temporalio.client import WorkflowHistory
+from temporalio.client import Interceptor, WorkflowHistory
+from temporalio.contrib.opentelemetry import TracingInterceptor
 from temporalio.worker import Replayer
 
 from comfyui_temporal.plugin import TasksPlugin
@@ -24,8 +25,9 @@ RECORDED = sorted(HISTORIES.glob("*.json"))
 
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda path: path.stem)
-async def test_a_recorded_history_replays(recorded: Path) -> None:
-    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()])
+@pytest.mark.parametrize("interceptors", [[], [TracingInterceptor()]], ids=["", "traced"])
+async def test_a_recorded_history_replays(recorded: Path, interceptors: list[Interceptor]) -> None:
+    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin(interceptors=interceptors)])
     history = json.loads(recorded.read_text())  # noqa: ASYNC240
     workflow_id = history["events"][0]["workflowExecutionStartedEventAttributes"]["workflowId"]
     await replayer.replay_workflow(WorkflowHistory.from_json(workflow_id, history))
