@@ -60,7 +60,8 @@ ALTERNATIVES = {"SERVICE_TOKEN", "STREAM_TOKEN_SECRET", "BRIDGE_RESULT_SECRET"}
 IN_OUR_IMAGE = (*OURS, "codec-server")
 FIXED = {
     *("GATEWAY_HOST", "GATEWAY_PORT", "WORKER_HOST", "HEALTH_PORT", "METRICS_PORT", "GRACE_SECONDS"),
-    *("BRIDGE_HOST", "BRIDGE_PORT", "GPU_HEALTH_PORT", "GPU_GRACE_SECONDS", "CODEC_SERVER_HOST", "CODEC_SERVER_PORT"),
+    *("BRIDGE_HOST", "BRIDGE_PORT", "BRIDGE_METRICS_PORT", "GPU_HEALTH_PORT", "GPU_METRICS_PORT", "GPU_GRACE_SECONDS"),
+    *("CODEC_SERVER_HOST", "CODEC_SERVER_PORT"),
     *("SIMULATOR_HOST", "COMFYUI_SIMULATOR_PORT", "CREDITS_SIMULATOR_PORT", "SIMULATOR_FOLDER", "DATABASE_DSN"),
 }
 """Settings that docker-compose.yml decides: published ports, checks, volumes and grace periods depend on them."""
@@ -207,12 +208,13 @@ def test_services_listen_where_others_look_for_them(monkeypatch: pytest.MonkeyPa
     worker = settings_of("worker", monkeypatch)
     gateway = settings_of("gateway", monkeypatch)
     comfyui = settings_of("comfyui-simulator", monkeypatch)
+    bridge = settings_of("bridge", monkeypatch)
     listens = {
         "worker": {worker.health_port, worker.metrics_port},
         "gateway": {gateway.gateway_port},
         "comfyui-simulator": {comfyui.comfyui_simulator_port},
         "credits-simulator": {comfyui.credits_simulator_port},
-        "bridge": {settings_of("bridge", monkeypatch).bridge_port},
+        "bridge": {bridge.bridge_port, bridge.bridge_metrics_port},
         "codec-server": {settings_of("codec-server", monkeypatch).codec_server_port},
     }
     for name, ports in listens.items():
@@ -220,13 +222,15 @@ def test_services_listen_where_others_look_for_them(monkeypatch: pytest.MonkeyPa
         assert page_of(name)[0] in ports, name
     gpu_worker = settings_of("gpu-worker", monkeypatch)
     assert page_of("gpu-worker")[0] == gpu_worker.gpu_health_port
-    assert gpu_worker.worker_host == "0.0.0.0"
+    assert services()["gpu-worker"]["ports"] == [
+        f"127.0.0.1:{gpu_worker.gpu_metrics_port}:{gpu_worker.gpu_metrics_port}"
+    ]
+    assert {gpu_worker.worker_host, bridge.bridge_host} == {"0.0.0.0"}
     assert worker.comfyui_url == f"http://comfyui-simulator:{comfyui.comfyui_simulator_port}"
     assert worker.credits_url == f"http://credits-simulator:{comfyui.credits_simulator_port}"
     assert comfyui.callback_base_url == f"http://gateway:{gateway.gateway_port}"
     # Who starts tasks is outside, and fetches results from there.
     published = {port.rpartition(":")[0] for service in services().values() for port in service.get("ports", [])}
-    bridge = settings_of("bridge", monkeypatch)
     for address in (comfyui.simulator_public_url, bridge.bridge_url, gateway.gateway_public_url):
         assert (address or "").removeprefix("http://") in published
     assert {worker.worker_host, gateway.gateway_host, comfyui.simulator_host} == {"0.0.0.0"}

@@ -47,6 +47,13 @@ SECRETS: Final = {
     "purge": {"database-owner/dsn", *_STORE},
 }
 """What each process needs, and nothing else: secret and key."""
+PROBES: Final = {
+    "worker": {"startupProbe": "/readyz", "readinessProbe": "/startupz", "livenessProbe": "/healthz"},
+    "gateway": {"startupProbe": "/healthz", "readinessProbe": "/readyz", "livenessProbe": "/healthz"},
+    "bridge": {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/healthz"},
+    "gpu-worker": {"startupProbe": "/healthz", "readinessProbe": "/readyz", "livenessProbe": "/healthz"},
+}
+"""A page that is red while another party is away restarts nothing: liveness never asks it."""
 
 
 @cache
@@ -206,14 +213,14 @@ def test_ports_are_those_that_the_process_listens_at(monkeypatch: pytest.MonkeyP
     assert ports("worker") == {"health": worker.health_port, "metrics": worker.metrics_port}
     assert ports("gateway") == {"http": gateway.gateway_port, "operations": gateway.gateway_operations_port}
     assert ports("bridge") == {"http": bridge.bridge_port, "metrics": bridge.bridge_metrics_port}
-    assert ports("gpu-worker") == {"metrics": gpu.gpu_metrics_port}
+    assert ports("gpu-worker") == {"health": gpu.gpu_health_port, "metrics": gpu.gpu_metrics_port}
     assert {worker.worker_host, gateway.gateway_host, bridge.bridge_host, gpu.worker_host} == {"0.0.0.0"}
     for name in ("worker", "gateway", "bridge", "gpu-worker"):
         container = container_of(name)
         probes = [value for key, value in container.items() if key.endswith("Probe")]
-        assert "livenessProbe" in container
         assert {probe["httpGet"]["port"] for probe in probes} <= ports(name).keys()
-        assert {probe["httpGet"]["path"] for probe in probes} <= {"/healthz", "/readyz", "/metrics"}
+        paths = {key: value["httpGet"]["path"] for key, value in container.items() if key.endswith("Probe")}
+        assert paths == PROBES[name]
     for service in of_kind("Service"):
         name = service["metadata"]["name"]
         assert service["spec"]["selector"] == {NAME: name}
@@ -278,9 +285,14 @@ def test_every_deployment_has_a_disruption_budget_and_a_policy() -> None:
         assert policies[name]["podSelector"]["matchLabels"] == {NAME: name}
         assert set(policies[name]["policyTypes"]) == {"Ingress", "Egress"}
         opened = {port["port"] for rule in policies[name].get("ingress", []) for port in rule["ports"]}
-        listens = {port["containerPort"] for port in container_of(name).get("ports", []) if port["name"] != "health"}
+        listens = {port["name"]: port["containerPort"] for port in container_of(name).get("ports", [])}
         # The kubelet's probes need no rule.
-        assert opened == listens, name
+        assert opened == {port for what, port in listens.items() if what != "health"}, name
+        # Who scrapes comes from the namespace of Prometheus alone, to the port that has `/metrics`.
+        scraped = [rule for rule in policies[name].get("ingress", []) if "from" in rule]
+        assert [port["port"] for rule in scraped for port in rule["ports"]] == [
+            port for what, port in listens.items() if what in ("metrics", "operations")
+        ], name
 
 
 def test_a_process_reaches_what_its_settings_name() -> None:
