@@ -50,6 +50,7 @@ class Bridge:
     """The parts of one bridge process. Raises CannotStart, and ValueError for an unusable address or secret."""
 
     def __init__(self, settings: Settings, client: Client) -> None:
+        self._tokens = service_tokens_by(settings)
         self.storage = Storage(settings.bridge_store_url)
         base_url = settings.bridge_url or f"http://{settings.bridge_host}:{settings.bridge_port}"
         self.signed = SignedAddresses(base_url, result_secret_by(settings))
@@ -58,7 +59,6 @@ class Bridge:
         self.forecast = Forecast(client, task_queue=settings.bridge_task_queue)
         self._client = client
         self._settings = settings
-        self._tokens = service_tokens_by(settings)
         self._templates = templates_by(settings)
 
     def app(self) -> FastAPI:
@@ -126,6 +126,7 @@ async def serve(settings: Settings) -> None:
         try:
             runtime = metrics_runtime(settings.bridge_host, settings.bridge_metrics_port, setting="BRIDGE_METRICS_PORT")
             client = await temporal_connection.connect(settings, runtime=runtime)
+            await temporal_connection.check_namespace(client)
             bridge = Bridge(settings, client)
         except (ValueError, RuntimeError) as error:
             raise CannotStart(str(error)) from None

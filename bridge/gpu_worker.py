@@ -224,6 +224,7 @@ async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.E
                 sender = await opened.enter_async_context(CallbackSender(secret))
             runtime = metrics_runtime(settings.worker_host, settings.gpu_metrics_port, setting="GPU_METRICS_PORT")
             client = await temporal_connection.connect(settings, runtime=runtime)
+            await temporal_connection.check_namespace(client)
         except (ValueError, RuntimeError) as error:
             raise CannotStart(str(error)) from None
         health = GpuHealth(server, stop)

@@ -46,7 +46,8 @@ class Storage:
         parts = urlsplit(url)
         if parts.scheme not in SCHEMES or parts.query or parts.fragment or "@" in parts.netloc:
             raise ValueError(
-                "the bridge's storage must be a file://, s3://, gs:// or az:// address, without credentials"
+                "COMFYUI_TEMPORAL_BRIDGE_STORE_URL must be a file://, s3://, gs:// or az:// address, without "
+                "credentials."
             )
         self.url = url.rstrip("/")
         self._local: Path | None = None

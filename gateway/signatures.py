@@ -26,7 +26,10 @@ class CallbackSignatures:
         Raises ValueError if there is none or one is malformed, without quoting it.
         """
         if not secrets:
-            raise ValueError("No callback secret is set: set at least one (whsec_…), or callbacks cannot be verified.")
+            raise ValueError(
+                "No callback secret is set: set COMFYUI_TEMPORAL_CALLBACK_SECRETS (whsec_…), or callbacks cannot be "
+                "verified."
+            )
         self._webhooks = {name: self._webhook(name, secret) for name, secret in by_name(secrets).items()}
 
     @staticmethod

@@ -26,6 +26,8 @@ SETTINGS_PREFIX: Final = "COMFYUI_TEMPORAL_"
 DATABASE_SETTING: Final = SETTINGS_PREFIX + "DATABASE_DSN"
 PROFILE_SETTING: Final = SETTINGS_PREFIX + "SIMULATOR_CREDITS_PROFILE"
 DEFAULT_PROFILE: Final = CONTRACT.name
+TABLES: Final = "tables"
+"""The need of parts that use the task store's tables."""
 NEVER_INHERITED: Final = frozenset(
     {
         *("SERVICE_TOKEN", "TEMPORAL_PROFILE", "SERVICE_ISSUER", "SERVICE_AUDIENCE"),
@@ -89,8 +91,9 @@ class LocalParts:
             *([self.postgres.part()] if self.postgres is not None else []),
             self._ours("credits", "credits-simulator", ["-m", "proof.simulators", "credits"]),
             *self._comfyui_parts(),
-            self._ours("gateway", "gateway", ["-m", "gateway"]),
-            self._ours("worker", "worker", [str(PROJECT / "worker.py")], needs=("temporal",), page="/readyz"),
+            # On older tables both refuse to start.
+            self._ours("gateway", "gateway", ["-m", "gateway"], needs=(TABLES,)),
+            self._ours("worker", "worker", [str(PROJECT / "worker.py")], needs=("temporal", TABLES), page="/readyz"),
         ]
 
     def _comfyui_parts(self) -> list[Part]:

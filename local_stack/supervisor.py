@@ -20,7 +20,7 @@ from typing import Any, Final
 from local_stack.child import Child, kill_leftover
 from local_stack.description import REWRITE_SECONDS, describe
 from local_stack.folder import AlreadyLocked, RunFolder, StackFailure, StackRecord
-from local_stack.parts import DEFAULT_PROFILE, PROFILE_SETTING, STAGES, LocalParts
+from local_stack.parts import DEFAULT_PROFILE, PROFILE_SETTING, STAGES, TABLES, LocalParts
 from local_stack.ports import PREFERRED, choose_ports
 
 READY_LINE: Final = "ready"
@@ -86,7 +86,7 @@ class Supervisor:
         for part in parts.processes():
             log = self._folder.log(part.name)
             self._children[part.name] = Child(part, folder=self._folder.path, log=log, report=self._report)
-        ready = {name: asyncio.Event() for name in self._children}
+        ready = {name: asyncio.Event() for name in (*self._children, TABLES)}
 
         async def start(child: Child) -> None:
             for name in child.part.needs:
@@ -98,10 +98,10 @@ class Supervisor:
             ready[child.part.name].set()
 
         async def make_tables() -> None:
-            # In parallel with the worker's start, not before it: no task starts before the stack is ready.
             if "postgres" in ready:
                 await ready["postgres"].wait()
             await parts.make_tables()
+            ready[TABLES].set()
 
         try:
             async with asyncio.TaskGroup() as starting:

@@ -13,6 +13,14 @@ class CannotStart(Exception):
     """A setting or a server prevents the start. The text says which and what to do."""
 
 
+def namespace_missing(namespace: str, address: str) -> CannotStart:
+    """What to raise where the server does not know the namespace: to wait for it would look like work."""
+    return CannotStart(
+        f"Temporal at {address} has no namespace {namespace!r}: correct COMFYUI_TEMPORAL_TEMPORAL_NAMESPACE, or make "
+        f"it: temporal operator namespace create --namespace {namespace}"
+    )
+
+
 def read_settings() -> Settings:
     """Raises CannotStart."""
     try:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import Final
+
+from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 from temporalio.client import Client
 from temporalio.runtime import Runtime
+from temporalio.service import RPCError, RPCStatusCode
 
 from comfyui_temporal import connecting
 from comfyui_temporal.encryption import encryption_by
 from runtime import tracing
+from runtime.required_settings import namespace_missing
 from runtime.settings import Settings
+
+LOOK_SECONDS: Final = 3.0
 
 
 async def connect(settings: Settings, *, runtime: Runtime | None = None, lazy: bool = False) -> Client:
@@ -25,3 +33,13 @@ async def connect(settings: Settings, *, runtime: Runtime | None = None, lazy: b
         encryption=encryption_by(settings.encryption_keys),
         interceptors=tracing.interceptors(),
     )
+
+
+async def check_namespace(client: Client) -> None:
+    """Raises CannotStart if the server does not know the client's namespace. Any other answer decides nothing."""
+    request = DescribeNamespaceRequest(namespace=client.namespace)
+    try:
+        await client.workflow_service.describe_namespace(request, timeout=timedelta(seconds=LOOK_SECONDS))
+    except RPCError as error:
+        if error.status is RPCStatusCode.NOT_FOUND:
+            raise namespace_missing(client.namespace, client.service_client.config.target_host) from None

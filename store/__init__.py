@@ -3,6 +3,7 @@
 failures.py      every failure, as one tree
 database.py      engine, limits, and the one place that maps driver errors to failures
 tables.py        the tables; migrations/ creates them
+schema.py        whether a database's tables are those that this code needs
 fact_rules.py    which facts become events (contract §6), as a pure function
 lives.py         which run of a task acts, and what it may not know of the runs before it
 ticks.py         figures that the gateway stores without the workflow, in one statement
@@ -23,7 +24,15 @@ cursors.py       opaque positions
 
 from store.audit import AuditRecord
 from store.cursors import CursorInvalid
-from store.failures import NotTheClaimant, StartRefused, StoreFailure, StoreUnavailable, TaskUnknown, WriteRefused
+from store.failures import (
+    NotTheClaimant,
+    StartRefused,
+    StoreFailure,
+    StoreUnavailable,
+    TablesTooOld,
+    TaskUnknown,
+    WriteRefused,
+)
 from store.figures import StoreFigures
 from store.home import StoreHome
 from store.listener import EventListener
@@ -47,6 +56,7 @@ __all__ = [
     "StoreHome",
     "StoreUnavailable",
     "StoredEvent",
+    "TablesTooOld",
     "TaskHead",
     "TaskStore",
     "TaskUnknown",

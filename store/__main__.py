@@ -31,6 +31,7 @@ from store.task_store import TaskStore
 from store.upkeep import EndedTask, Undeletable
 
 RPC_TIMEOUT: Final = timedelta(seconds=5)
+CANNOT_START: Final = 2
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The task store's tables.")
 
@@ -40,12 +41,18 @@ def _settings() -> tuple[Settings, str]:
     try:
         settings = Settings()
     except ValidationError as error:
-        raise typer.BadParameter(f"A setting is invalid: {'; '.join(sentences_of(error))}.") from None
+        raise _refused(f"A setting is invalid: {'; '.join(sentences_of(error))}.") from None
     if settings.database_dsn is None:
-        raise typer.BadParameter(
+        raise _refused(
             "No database is set: set COMFYUI_TEMPORAL_DATABASE_DSN=postgresql://user:password@host:port/database."
         )
     return settings, settings.database_dsn.get_secret_value()
+
+
+def _refused(sentence: str, code: int = CANNOT_START) -> typer.Exit:
+    """One sentence, without the usage that typer puts around an error of its own."""
+    typer.echo(sentence, err=True)
+    return typer.Exit(code)
 
 
 @app.command("migrate")
@@ -128,10 +135,11 @@ class CannotForget(Exception):
 
 @asynccontextmanager
 async def _opened(settings: Settings, dsn: str) -> AsyncIterator[tuple[TaskStore, TaskFiles]]:
-    """Raises ValueError."""
+    """Raises ValueError, StoreFailure."""
     files = TaskFiles(bridge_store_url=settings.bridge_store_url, object_store_url=settings.object_store_url)
     store = TaskStore(dsn, pool_size=1)
     try:
+        await store.check_tables()
         yield store, files
     finally:
         await store.close()

@@ -4,6 +4,7 @@ StoreFailure          a sentence that names the address, what was tried and what
 ├── StoreUnavailable  no answer, no connection, a time limit, missing tables: try again
 ├── NotTheClaimant    a run writes to a task that another run claimed: never try again
 ├── TaskUnknown       the task has no row
+├── TablesTooOld      the tables are of an older version: migrate them
 ├── WriteRefused      PostgreSQL rejects the values themselves: a defect, a retry cannot help
 └── FilesUnavailable  files of tasks cannot be deleted from object storage: try again
 """
@@ -25,6 +26,10 @@ class NotTheClaimant(StoreFailure):
 
 class TaskUnknown(StoreFailure):
     """The store does not have the task."""
+
+
+class TablesTooOld(StoreFailure):
+    """The database has no tables, or those of an older version."""
 
 
 class WriteRefused(StoreFailure):

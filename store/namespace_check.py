@@ -18,8 +18,8 @@ from temporalio.client import Client
 from temporalio.service import RPCError, RPCStatusCode
 
 from comfyui_temporal.runs import describe_run
-from runtime.required_settings import CannotStart
-from store import StoreFailure, StoreHome, TaskStore
+from runtime.required_settings import CannotStart, namespace_missing
+from store import StoreFailure, StoreHome, TablesTooOld, TaskStore
 
 FIRST_LOOK_SECONDS: Final = 2.0
 """A start waits this long for the answer. If store or Temporal is away, it continues and repeats the check."""
@@ -31,12 +31,14 @@ log = structlog.get_logger("store")
 
 
 async def home_of(client: Client) -> StoreHome:
-    """The client's namespace, with its id if we may read it. Raises RPCError."""
+    """The client's namespace, with its id if we may read it. Raises RPCError, and CannotStart if there is none."""
     try:
         described = await client.workflow_service.describe_namespace(
             DescribeNamespaceRequest(namespace=client.namespace), timeout=RPC_TIMEOUT
         )
     except RPCError as error:
+        if error.status is RPCStatusCode.NOT_FOUND:
+            raise namespace_missing(client.namespace, client.service_client.config.target_host) from None
         if error.status not in (RPCStatusCode.UNIMPLEMENTED, RPCStatusCode.PERMISSION_DENIED):
             raise
         return StoreHome(namespace=client.namespace)
@@ -46,8 +48,13 @@ async def home_of(client: Client) -> StoreHome:
 async def check_home(client: Client, store: TaskStore) -> None:
     """Return if the store belongs to the client's namespace, and bind an unbound one.
 
-    Raises CannotStart if it belongs to another; StoreFailure or RPCError if this cannot be decided now.
+    Raises CannotStart if it belongs to another, if its tables are older than this code, or if there is no such
+    namespace; StoreFailure or RPCError if this cannot be decided now.
     """
+    try:
+        await store.check_tables()
+    except TablesTooOld as error:
+        raise CannotStart(str(error)) from None
     ours = await home_of(client)
     home = await store.home()
     if home is None:

@@ -34,6 +34,7 @@ from store import (
     home,
     lives,
     reads,
+    schema,
     stream_reads,
     tasks,
     tenant_limits,
@@ -45,6 +46,7 @@ from store import (
 from store.audit import AuditRecord
 from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
 from store.database import POOL_SIZE, WORK_SECONDS, Database
+from store.failures import TablesTooOld
 from store.figures import StoreFigures
 from store.home import StoreHome
 from store.listener import EventListener
@@ -406,6 +408,16 @@ class TaskStore:
     async def figures(self) -> StoreFigures:
         """Figures of the whole store: open tasks, points, unknown settlements, exception records."""
         return await self._database.read(figures.read, doing="reading the figures of all tasks")
+
+    async def check_tables(self) -> None:
+        """Raises TablesTooOld."""
+        found = await self._database.read(schema.revision, doing="reading the tables' revision")
+        if found is None or found < schema.NEEDED:
+            raise TablesTooOld(
+                f"The tables of PostgreSQL at {self.address} are "
+                f"{f'of revision {found}' if found else 'missing'}, and this version needs {schema.NEEDED}: run "
+                "`python -m store migrate` of this version, then start again."
+            )
 
     async def home(self) -> StoreHome | None:
         """The Temporal namespace that the store belongs to; None if it was never bound."""

@@ -45,6 +45,8 @@ _LONGEST_FIRST = (
     "bridge/test_jobs.py",
     "workflows/test_callbacks_in.py",
     "workflows/test_reconciler.py",
+    "test_bad_starts.py",
+    "runtime/test_tracing.py",
 )
 """Files that take half a minute and more: were one begun last, the other processes would wait for it."""
 
