@@ -14,6 +14,7 @@ listener.py      one LISTEN connection: which task was written
 home.py          which Temporal namespace the store belongs to
 unseen.py        open tasks whose run could not be checked
 unsettled.py     ended tasks whose settlement is unknown: taken, corrected
+by_hand.py       an unknown settlement that an operator closes
 tenant_limits.py what each tenant starts and has open, counted for its limits
 upkeep.py        deletion of ended tasks and of tenants, the state of the queues
 figures.py       figures of all tasks, for operators

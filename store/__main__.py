@@ -1,6 +1,7 @@
 """`python -m store`: the tables of the configured database.
 
-Migrate them, bind them to a Temporal namespace, purge what is older than the retention, forget a tenant.
+Migrate them, bind them to a Temporal namespace, purge what is older than the retention, forget a tenant, close an
+unknown settlement.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from comfyui_temporal.contracts.fields import CallerId
 from comfyui_temporal.process_end import run_and_end
 from runtime import temporal_connection
 from runtime.settings import Settings
+from store.by_hand import Found
 from store.database import address_of
 from store.failures import StoreFailure, StoreUnavailable
 from store.home import StoreHome
@@ -119,6 +121,39 @@ def forget_command(tenant_id: Annotated[str, typer.Argument(help="The tenant, as
     except ValidationError:
         raise typer.BadParameter("A tenant's id has 1 to 64 letters, digits, '-' or '_'.") from None
     _finish(_forget(*_settings(), tenant_id))
+
+
+@app.command("settle")
+def settle_command(
+    task_id: Annotated[str, typer.Argument(help="The task.")],
+    charged: Annotated[int, typer.Option(help="The points that the ledger shows as charged for the task.")],
+    returned: Annotated[int, typer.Option(help="The points that it shows as returned.")],
+    by: Annotated[str, typer.Option(help="Who read the ledger.")],
+    reason: Annotated[str, typer.Option(help="What the ledger shows, and why nobody but a person can tell.")],
+) -> None:
+    """Close an unknown settlement by hand, after a look at the ledger. Safe to repeat.
+
+    Refused while the task is open, and where its settlement is known. Moves no points: it records in the task's row
+    what became of them, who says so and why. The task's events and its run's result stay as they are.
+    """
+    try:
+        found = Found(task_id=task_id, charged=charged, returned=returned, by=by, reason=reason)
+    except ValidationError as error:
+        raise _refused(f"An option is invalid: {'; '.join(sentences_of(error))}.") from None
+    _finish(_settle(_settings()[1], found))
+
+
+async def _settle(dsn: str, found: Found) -> None:
+    store = TaskStore(dsn, pool_size=1)
+    try:
+        await store.check_tables()
+        is_new = await store.settle_by_hand(found)
+    finally:
+        await store.close()
+    typer.echo(
+        f"Task {found.task_id}: {found.charged} points charged, {found.returned} returned, settled"
+        f"{f' by {found.by}' if is_new else ' before, with these figures; nothing was changed'}."
+    )
 
 
 def _finish(work: Coroutine[Any, Any, None]) -> None:

@@ -3,6 +3,7 @@
 StoreFailure          a sentence that names the address, what was tried and what to do
 ├── StoreUnavailable  no answer, no connection, a time limit, missing tables: try again
 ├── NotTheClaimant    a run writes to a task that another run claimed: never try again
+├── NotToBeSettled   the task is open, or its settlement is known: nothing to close by hand
 ├── TaskUnknown       the task has no row
 ├── TablesTooOld      the tables are of an older version: migrate them
 ├── WriteRefused      PostgreSQL rejects the values themselves: a defect, a retry cannot help
@@ -26,6 +27,10 @@ class NotTheClaimant(StoreFailure):
 
 class TaskUnknown(StoreFailure):
     """The store does not have the task."""
+
+
+class NotToBeSettled(StoreFailure):
+    """A settlement that is not unknown is not closed by hand."""
 
 
 class TablesTooOld(StoreFailure):

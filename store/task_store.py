@@ -30,6 +30,7 @@ from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, Admission, Tenan
 from comfyui_temporal.contracts.ticks import Tick
 from store import (
     audit,
+    by_hand,
     figures,
     home,
     lives,
@@ -44,6 +45,7 @@ from store import (
     upkeep,
 )
 from store.audit import AuditRecord
+from store.by_hand import Found
 from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
 from store.database import POOL_SIZE, WORK_SECONDS, Database
 from store.failures import TablesTooOld
@@ -356,6 +358,15 @@ class TaskStore:
         return await self._database.transaction(
             lambda connection: unsettled.correct(connection, correction),
             doing=f"correcting the settlement of the task {correction.task_id}",
+        )
+
+    async def settle_by_hand(self, found: Found) -> bool:
+        """Record what an operator read in the ledger. False: it was recorded before.
+
+        Raises TaskUnknown, and NotToBeSettled where the task is open or its settlement is known.
+        """
+        return await self._database.transaction(
+            lambda connection: by_hand.settle(connection, found), doing=f"settling the task {found.task_id} by hand"
         )
 
     async def ended_before(self, before: datetime) -> list[EndedTask]:
