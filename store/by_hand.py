@@ -68,7 +68,7 @@ async def settle(connection: AsyncConnection, found: Found) -> bool:
     return True
 
 
-async def _known(connection: AsyncConnection, found: Found, row: Row[Any]) -> bool:
+async def _known(connection: AsyncConnection, found: Found, row: Row[*tuple[Any, ...]]) -> bool:
     """False if it was closed by hand with these figures. Raises NotToBeSettled."""
     by_hand = select(task_exceptions.c.details).where(
         task_exceptions.c.task_id == found.task_id, task_exceptions.c.key == KEY
