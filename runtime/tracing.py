@@ -74,7 +74,7 @@ def traced_process(name: str, *, is_on: bool) -> Iterator[None]:
         ) from None
     named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: f"comfyui-{name}"}
     try:
-        processor = BatchSpanProcessor(_bare(OTLPSpanExporter()))
+        processor = BatchSpanProcessor(bare(OTLPSpanExporter()))
         provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
     except ValueError as error:
         raise CannotStart(f"OpenTelemetry's settings (OTEL_…) are not valid: {error}.") from None
@@ -96,7 +96,7 @@ def _begin(provider: trace.TracerProvider) -> None:
     _begun = True
 
 
-def _bare(exporter: SpanExporter) -> SpanExporter:
+def bare(exporter: SpanExporter) -> SpanExporter:
     """The exporter, which is given spans without anything that others wrote."""
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 

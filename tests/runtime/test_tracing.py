@@ -8,7 +8,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +18,10 @@ import httpx
 import pytest
 import pytest_asyncio
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -279,3 +283,15 @@ async def test_both_services_are_told_the_trace() -> None:
     [request] = server.seen
     assert request.headers["traceparent"].split("-")[1] == TRACE
     assert "tracestate" not in request.headers
+
+
+def test_of_an_exception_only_its_type_leaves() -> None:
+    sent = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(tracing.bare(sent)))
+    with suppress(ValueError), provider.get_tracer("a test").start_as_current_span("work", attributes={"x": PROMPT}):
+        raise ValueError(PROMPT)
+    [left] = sent.get_finished_spans()
+    assert [event.attributes for event in left.events] == [{"exception.type": "ValueError"}]
+    assert left.status.status_code is StatusCode.ERROR
+    assert PROMPT not in left.to_json()
