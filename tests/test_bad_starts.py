@@ -233,3 +233,25 @@ async def test_it_ends_with_one_sentence_and_is_never_green(ends: dict[str, asyn
     assert WRONG not in sentence, "a value may be a secret"
     assert end.seconds <= ENDS_WITHIN_SECONDS
     assert end.greens == []
+
+
+def _purged_at() -> float | None:
+    mark = Path("/tmp/purged")
+    return mark.stat().st_mtime if mark.exists() else None
+
+
+async def test_a_purge_that_fails_ends_its_container_and_leaves_its_check_red(places: Places, tmp_path: Path) -> None:
+    """The check looks for a file that only a purge makes which succeeded (deploy/purge.sh)."""
+    before = _purged_at()
+    environment = environment_of({**places["older"], "OBJECT_STORE_URL": tmp_path.as_uri()})
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    purge = await asyncio.create_subprocess_exec(
+        *("sh", str(PROJECT / "deploy" / "purge.sh")),
+        env={**environment, "PURGE_EVERY_SECONDS": "60"},
+        cwd=tmp_path,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await asyncio.wait_for(purge.communicate(), 60)
+    assert purge.returncode == 1
+    assert said.decode().startswith("The tables of PostgreSQL")
+    assert _purged_at() == before
