@@ -9,7 +9,8 @@ The spans of workflows and activities are those of Temporal's own interceptor, w
 replayed. FastAPI makes those of requests. Where to send them is said by OpenTelemetry's own environment
 (`OTEL_EXPORTER_OTLP_ENDPOINT`, `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER`, …).
 
-Nothing that a caller or a service wrote leaves in a span: only the attributes in `SENT`, and of an exception its type.
+Nothing that a caller or a service wrote leaves in a span, but for ids: only the attributes in `SENT`, and of an
+exception its type.
 """
 
 from __future__ import annotations
@@ -114,19 +115,25 @@ def bare(exporter: SpanExporter) -> SpanExporter:
 
 
 def stripped(span: ReadableSpan) -> ReadableSpan:
-    """The span with the attributes in `SENT`, and its status without the exception's text."""
+    """The span with the attributes in `SENT`, and its status without the exception's text.
+
+    Of a request that arrives, `server.address` is what its sender wrote into `Host`.
+    """
     from opentelemetry.sdk.trace import Event, ReadableSpan
-    from opentelemetry.trace import Status
+    from opentelemetry.trace import SpanKind, Status
 
     def kept(event: Event) -> Event:
         return Event(event.name, _sent(event.attributes), event.timestamp)
 
+    attributes = _sent(span.attributes)
+    if span.kind is SpanKind.SERVER:
+        attributes = {name: value for name, value in attributes.items() if not name.startswith("server.")}
     return ReadableSpan(
         name=span.name,
         context=span.context,
         parent=span.parent,
         resource=span.resource,
-        attributes=_sent(span.attributes),
+        attributes=attributes,
         events=[kept(event) for event in span.events],
         links=span.links,
         kind=span.kind,

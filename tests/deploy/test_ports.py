@@ -95,7 +95,7 @@ async def test_a_process_opens_the_ports_that_are_named_and_no_other(
         open_now = {c.laddr.port for c in psutil.Process(process.pid).net_connections("tcp") if c.status == "LISTEN"}
         return open_now == set(process.given.values())
 
-    await until(listening, f"{name} opens {process.given}", within_seconds=20)
+    await until(listening, f"{name} opens {process.given}", within_seconds=60)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -111,5 +111,5 @@ async def test_a_page_that_is_asked_exists(running: tuple[str, dict[str, Running
                 except httpx.TransportError:
                     return None
 
-            status = await until(answered, address, within_seconds=20)
+            status = await until(answered, address, within_seconds=60)
             assert status in (200, 503), f"{address} of {name}: {status}"

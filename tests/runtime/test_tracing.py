@@ -43,6 +43,11 @@ from tests.our_processes import CALLBACK_SECRET, CALLER_SECRET, SERVICE_SECRET, 
 from tests.served_app import served_app
 from tests.waiting import until
 
+pytestmark = pytest.mark.timeout(300)
+READY_SECONDS: Final = 120.0
+END_SECONDS: Final = 120.0
+"""Limits for a machine that runs other tests beside: alone each takes a few seconds."""
+STREAM: Final = "/api/v1/tasks/stream/sse?subscribe=*"
 PROMPT: Final = "the-prompt-that-no-span-may-show"
 TRACE: Final = "0af7651916cd43dd8448eb211c80319c"
 CALLERS_SPAN: Final = "b7ad6b7169203331"
@@ -145,7 +150,7 @@ async def traced(
         http = await opened.enter_async_context(httpx.AsyncClient(base_url=stack.url("gateway"), trust_env=False))
         http.headers["authorization"] = f"Bearer {TOKEN}"
         async with stack.running(native.url):
-            await until(lambda: _is_ready(http, stack), within_seconds=40)
+            await until(lambda: _is_ready(http, stack), within_seconds=READY_SECONDS)
             frames = await _followed(http, task_id)
         # Each process has sent its last spans before it ended.
         connection = await asyncpg.connect(dsn)
@@ -166,15 +171,16 @@ async def _is_ready(http: httpx.AsyncClient, stack: Stack) -> bool:
 async def _followed(http: httpx.AsyncClient, task_id: str) -> str:
     """Start an image in a trace of the caller's own, with a stream open; what the stream sent up to its end."""
     frames = ""
-    async with asyncio.timeout(40), http.stream("GET", "/api/v1/tasks/stream/sse?subscribe=*", timeout=40) as stream:
+    async with asyncio.timeout(END_SECONDS), http.stream("GET", STREAM, timeout=END_SECONDS) as stream:
         assert stream.status_code == 200
         image = {"task_id": task_id, "template_id": "test-pattern", "prompt": PROMPT}
         sent = {
             "traceparent": f"00-{TRACE}-{CALLERS_SPAN}-01",
             "tracestate": "vendor=of-the-callers-own",
             "baggage": "who=the-caller",
+            "host": "written-by-the-caller",
         }
-        started = await http.post("/api/v1/tasks/images", json=image, headers=sent)
+        started = await http.post("/api/v1/tasks/images", json=image, headers=sent, timeout=END_SECONDS)
         assert started.status_code == 202, started.text
         async for line in stream.aiter_lines():
             frames += f"{line}\n"
@@ -242,7 +248,18 @@ def test_logs_have_the_trace(traced: Traced) -> None:
 def test_no_span_holds_a_prompt_a_token_or_what_else_the_caller_sent(traced: Traced) -> None:
     everything = b"".join(traced.collector.bodies)
     assert traced.task_id.encode() in everything
-    for hidden in (PROMPT, TOKEN, SERVICE_SECRET, CALLER_SECRET, CALLBACK_SECRET, "eyJ", "whsec_", "the-callers-own"):
+    for hidden in (
+        PROMPT,
+        TOKEN,
+        SERVICE_SECRET,
+        CALLER_SECRET,
+        CALLBACK_SECRET,
+        "eyJ",
+        "whsec_",
+        "the-callers-own",
+        "who=",
+        "written-by",
+    ):
         assert hidden.encode() not in everything, hidden
     assert b"subscribe" not in everything, "addresses' queries may hold a stream token"
 
