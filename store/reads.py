@@ -140,14 +140,17 @@ def _task_row(row: Row[*tuple[Any, ...]]) -> TaskRow:
     return TaskRow.model_validate(dict(row._mapping))
 
 
-def event_of_row(row: Row[*tuple[Any, ...]]) -> StoredEvent:
+def event_of_row(row: Row[*tuple[Any, ...]]) -> TaskEvent:
+    return TaskEvent.model_validate(event_values(row))
+
+
+def event_values(row: Row[*tuple[Any, ...]]) -> dict[str, Any]:
+    """The fields of an event, and of a StoredEvent."""
     values = dict(row._mapping)
     task_id, seq = values["task_id"], values["seq"]
-    return StoredEvent.model_validate(
-        {
-            **values,
-            "event_id": f"{task_id}:{seq}",
-            "task_type": values["scene"],
-            "cursor": event_cursor(task_id, seq),
-        }
-    )
+    return {
+        **values,
+        "event_id": f"{task_id}:{seq}",
+        "task_type": values["scene"],
+        "cursor": event_cursor(task_id, seq),
+    }

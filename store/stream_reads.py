@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from comfyui_temporal.contracts.fields import OwnModel
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.tasks import TaskStatus
-from store.reads import StoredEvent, event_of_row
+from store.reads import StoredEvent, event_values
 from store.tables import task_events, tasks
 
 NEW_TASK_SECONDS: Final = 60
@@ -87,7 +87,8 @@ async def events_of_each(
 ) -> list[StoredEvent]:
     """Events after each task's `seq`, at most `limit_each` of a task, in order of `seq` within each."""
     values = {"ids": list(positions), "seqs": list(positions.values()), "most": limit_each}
-    return [event_of_row(row) for row in await connection.execute(_EVENTS_OF_EACH, values)]
+    rows = await connection.execute(_EVENTS_OF_EACH, values)
+    return [StoredEvent.model_validate(event_values(row)) for row in rows]
 
 
 def _head(row: Row[*tuple[Any, ...]]) -> TaskHead:
