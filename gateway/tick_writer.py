@@ -16,7 +16,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Protocol
 
@@ -24,6 +24,7 @@ import structlog
 
 from comfyui_temporal.contracts.scenes import Callback, scene_of_callback
 from comfyui_temporal.contracts.ticks import Tick, TickVerdict
+from runtime.trace_context import Context, current_context, in_context, traceparent
 from store import StoreFailure, TaskStore, TickAnswer
 
 log = structlog.get_logger(__name__)
@@ -59,6 +60,8 @@ class Waiting:
     callback: Callback
     answer: asyncio.Future[Ticked] | None
     tries: int = 0
+    context: Context = field(default_factory=current_context)
+    """The trace of the callback's own request."""
 
     def resolve(self, ticked: Ticked) -> None:
         if self.answer is not None and not self.answer.done():
@@ -84,7 +87,7 @@ class TickWriter:
         """Store the callback if it is a tick. Never raises, and never waits longer than the store's own limit."""
         if callback.has_ended() or self._long_way.has_signalled_like(task_id, callback) is False:
             return Ticked.LONG_WAY
-        tick = Tick.of(task_id, scene_of_callback(callback).update(callback))
+        tick = Tick.of(task_id, scene_of_callback(callback).update(callback), traceparent())
         older = self._waiting.get(task_id)
         if older is None and len(self._waiting) >= MAX_WAITING:
             return Ticked.LONG_WAY
@@ -180,4 +183,5 @@ class TickWriter:
         signalling.add_done_callback(self._handed_over.discard)
 
     async def _signal(self, waiting: Waiting) -> object:
-        return await self._long_way.take(waiting.tick.task_id, waiting.callback)
+        with in_context(waiting.context):
+            return await self._long_way.take(waiting.tick.task_id, waiting.callback)

@@ -28,7 +28,7 @@ _WRITE: Final = text(
 WITH given AS (
     SELECT * FROM jsonb_to_recordset(:ticks) AS given (
         task_id text, job_id text, sequence bigint, digest text,
-        progress double precision, next_eta timestamptz, queue_position bigint
+        progress double precision, next_eta timestamptz, queue_position bigint, traceparent text
     )
 ), locked AS (
     SELECT given.*, tasks.ticked_at,
@@ -65,13 +65,15 @@ WITH given AS (
         AND coalesce((tasks.job_sequences ->> locked.job_id)::bigint, -1) < locked.sequence
         AND (tasks.taken ->> 'sequence')::bigint < locked.sequence
         AND (tasks.ticked_at IS NULL OR tasks.ticked_at <= clock_timestamp() - interval '1 second')
-    RETURNING tasks.*, locked.is_shown, locked.sequence
+    RETURNING tasks.*, locked.is_shown, locked.sequence, locked.traceparent
 ), events AS (
     INSERT INTO task_events (
-        task_id, seq, key, event, ts, attempt, status, stage, progress, next_eta, queue_position, job_id, sequence
+        task_id, seq, key, event, ts, attempt, status, stage, progress, next_eta, queue_position, job_id, sequence,
+        traceparent
     )
     SELECT task_id, last_seq, (taken ->> 'job_id') || ':' || sequence, 'task.running', last_event_at,
-        greatest(attempts, 1), status, stage, progress, next_eta, queue_position, taken ->> 'job_id', sequence
+        greatest(attempts, 1), status, stage, progress, next_eta, queue_position, taken ->> 'job_id', sequence,
+        traceparent
     FROM ticked WHERE is_shown
 )
 SELECT locked.task_id,

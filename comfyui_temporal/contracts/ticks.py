@@ -38,11 +38,13 @@ class Tick(OwnModel):
     progress: float | None = None
     next_eta: Instant | None = None
     queue_position: int | None = None
+    traceparent: str | None = None
 
     @classmethod
-    def of(cls, task_id: str, update: JobUpdate) -> Tick:
+    def of(cls, task_id: str, update: JobUpdate, traceparent: str | None = None) -> Tick:
         return cls(
             task_id=task_id,
+            traceparent=traceparent,
             digest=digest_of(update),
             **update.model_dump(include={"job_id", "sequence", "progress", "next_eta", "queue_position"}),
         )

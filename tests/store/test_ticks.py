@@ -250,3 +250,10 @@ async def test_several_gateways_and_the_workflow_at_once_leave_no_gap(task_store
         assert progress == sorted(progress) and len(set(progress)) > 1
     for store in others:
         await store.close()
+
+
+async def test_a_ticks_event_keeps_the_trace_of_its_callback(task_store: TaskStore) -> None:
+    task_id, trace = await taken(task_store), "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    assert await written(task_store, tick(task_id, 2, traceparent=trace)) is TickVerdict.WRITTEN
+    [event] = await task_store.events_of_each({task_id: 2})
+    assert event.traceparent == trace
