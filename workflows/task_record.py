@@ -127,6 +127,7 @@ class TaskRecord:
             pairs = [SearchAttributePair(key, wanted[name]) for name, key in keys.items()]
             workflow.upsert_search_attributes([pair.key.value_set(pair.value) for pair in pairs])
         self._own.written_status = TaskStatus.QUEUED
+        self._own.written_stage = present.get(_STAGE)
 
     # What happened
 

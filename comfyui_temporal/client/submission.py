@@ -89,6 +89,9 @@ def _search_attributes(task: TaskInput) -> TypedSearchAttributes:
         "TaskPriority": task.priority.value,
         "TaskStatus": TaskStatus.QUEUED.value,
     }
+    first_stage = SCENES[task.scene].first_stage
+    if first_stage is not None:
+        values["TaskStage"] = first_stage
     return TypedSearchAttributes(
         [SearchAttributePair(SearchAttributeKey.for_keyword(name), value) for name, value in values.items()]
     )

@@ -19,6 +19,7 @@ from comfyui_temporal.contracts.comfyui import (
     JobCallback,
     JobRequest,
     JobState,
+    JobStatus,
     TaskPriority,
     TrainingAccepted,
     TrainingCallback,
@@ -102,6 +103,8 @@ class SceneSpec:
     """How long a task may continue without a hold, if the balance is too low to renew it."""
     confirms_price: bool = False
     """Whether it waits for a price confirmation if `max_credits` does not cover the price."""
+    first_stage: str | None = None
+    """The stage of each of its jobs until it reports: the start sets it, which saves a run an upsert."""
     copies_dataset: bool = False
     """Whether it copies its dataset before the submit. The copy is deleted when the task ends."""
 
@@ -133,6 +136,7 @@ SCENES: Final[Mapping[Scene, SceneSpec]] = {
         poll_at_most_seconds=120,
         cap_minutes=24 * 60,
         uncovered_limit=timedelta(seconds=60),
+        first_stage=JobStatus.QUEUED.value,
     ),
     Scene.MODEL_TRAIN: SceneSpec(
         scene=Scene.MODEL_TRAIN,
