@@ -6,11 +6,17 @@ import asyncio
 from typing import Any, Protocol
 
 from comfyui_temporal.client.submission import WORKFLOW_TASK_TIMEOUT, start_task
+from comfyui_temporal.contracts.comfyui import JobCallback
 from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, TASK_QUEUE, workflow_id_of
+from gateway.callback_relay import CallbackRelay
+from gateway.metrics import Metrics
+from gateway.task_runs import TaskRuns
+from gateway.tick_writer import Ticked, TickWriter
 from local_stack.folder import PROJECT
 from proof.benchmarks import job
 from proof.benchmarks.bare_worker import BARE_WORKFLOW
 from proof.benchmarks.servers import Servers
+from store import TaskStore
 
 
 class Contestant(Protocol):
@@ -28,12 +34,15 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """`ImageGenerationWorkflow` on `worker.py`; callbacks as signals, as the gateway gives them."""
+    """`ImageGenerationWorkflow` on `worker.py`; callbacks by the gateway's own code, without its HTTP."""
 
     name = "ours"
 
     def __init__(self, servers: Servers) -> None:
         self.servers = servers
+        self._store = TaskStore(servers.database_dsn)
+        self._relay = CallbackRelay(TaskRuns(servers.client, self._store, Metrics()))
+        self._ticks = TickWriter(self._store, self._relay)
 
     async def run_workers(self, count: int, settings: dict[str, str]) -> None:
         for number in range(count):
@@ -43,19 +52,27 @@ class Ours:
         await start_task(self.servers.client, job.image_task(task_id))
 
     async def call_back(self, task_id: str, body: dict[str, Any]) -> None:
-        await self.servers.client.get_workflow_handle(workflow_id_of(task_id)).signal(CALLBACK_SIGNAL, body)
+        callback = JobCallback.model_validate(body)
+        if await self._ticks.take(task_id, callback) is Ticked.LONG_WAY:
+            await self._relay.take(task_id, callback)
 
     async def aclose(self) -> None:
         """Its client is the servers'."""
+        await self._ticks.close()
+        await self._relay.close()
+        await self._store.close()
 
     def _command(self) -> list[str]:
         return [str(PROJECT / "worker.py")]
 
 
 class Bare(Ours):
-    """`BareImageWorkflow`."""
+    """`BareImageWorkflow`; callbacks as signals."""
 
     name = "bare Temporal"
+
+    async def call_back(self, task_id: str, body: dict[str, Any]) -> None:
+        await self.servers.client.get_workflow_handle(workflow_id_of(task_id)).signal(CALLBACK_SIGNAL, body)
 
     async def start(self, task_id: str) -> None:
         await self.servers.client.start_workflow(
