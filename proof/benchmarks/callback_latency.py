@@ -143,7 +143,7 @@ async def first_reports(site: Site, tasks: Sequence[tuple[str, str]], wires: Seq
         await wires[number % WIRES].post(request)
     async with asyncio.timeout(60):
         for task_id, _ in tasks:
-            while (row := await site.store.task(task_id)) is None or row.stage != "processing":
+            while (row := await site.store.task(task_id)) is None or row.stage != "processing":  # noqa: ASYNC110
                 await asyncio.sleep(0.2)
 
 

@@ -16,6 +16,7 @@ from unittest.mock import patch
 from temporalio import workflow
 from temporalio.exceptions import FailureError
 
+from comfyui_temporal.contracts import ticks
 from comfyui_temporal.contracts.tasks import CancelTaskOutcome
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
@@ -32,7 +33,7 @@ from workflows.task_flow import TaskFlow
 from workflows.task_ledger import Found, HoldFate, TaskLedger
 from workflows.task_record import TaskRecord
 
-Patches = list[tuple[type, str, Any]]
+Patches = list[tuple[Any, str, Any]]
 
 
 @dataclass(frozen=True)
@@ -330,6 +331,10 @@ def ceiling_ignored() -> Patches:
     return [(ImagePrice, "agree", without_limit)]
 
 
+def a_stage_is_a_tick() -> Patches:
+    return [(ticks, "FIGURES", ticks.FIGURES | {"stage", "status"})]
+
+
 MUTANTS: Final = {
     "submit_by_local_activity": Mutant("pitfall 21", "image", submit_by_local_activity),
     "undo_by_local_activity": Mutant("pitfalls 21, 34", "image", undo_by_local_activity),
@@ -358,6 +363,7 @@ MUTANTS: Final = {
     "hold_without_margin": Mutant("pitfall 60, contract §4 Renewal", "image", hold_without_margin),
     "estimate_ignored": Mutant("pitfall 60, contract §5", "image", estimate_ignored),
     "ceiling_ignored": Mutant("pitfall 60, contract §5", "image", ceiling_ignored),
+    "a_stage_is_a_tick": Mutant("contract §2, decision 4", "image", a_stage_is_a_tick),
     "training_hold_never_refreshed": Mutant(
         "pitfall 60, contract §5", "training", lambda: [(CreditHold, "require", lambda _self, _amount: None)]
     ),
