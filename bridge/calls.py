@@ -49,6 +49,10 @@ class RunFailureType(StrEnum):
     DEAD = "server_dead"
     HANDED_BACK = "handed_back"
     """The worker was stopped."""
+    SICK = "server_sick"
+    """The server takes no prompts, its GPU is broken, or it fails whatever it is given."""
+    INTERRUPTED = "prompt_interrupted"
+    """Someone stopped the run at the server, not by a cancel of the job. The next prompt has a new id."""
 
 
 def pool_queue(bridge_queue: str, pool: str) -> str:

@@ -11,10 +11,11 @@ import hashlib
 import json
 import mimetypes
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -30,6 +31,7 @@ from bridge.orders import (
     CopyOrder,
     DatasetOrder,
     ExistingLora,
+    FailedRun,
     GraphOutcome,
     GraphRun,
     ServerTaken,
@@ -37,7 +39,16 @@ from bridge.orders import (
     TakeOrder,
     long_list,
 )
-from bridge.prompt_run import Patience, PromptLost, PromptRun, RunFailure, ServerDead, ServerGone
+from bridge.prompt_run import (
+    Interrupted,
+    Patience,
+    PromptLost,
+    PromptRun,
+    RunFailure,
+    ServerDead,
+    ServerGone,
+    ServerSick,
+)
 from bridge.server import FileUse, PromptRefused, ResultFile, Server, ServerError
 from bridge.slot import Slot
 from bridge.storage import STORAGE_ERRORS, Storage, safe_name
@@ -46,11 +57,15 @@ from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 
 HEARTBEAT_SECONDS: Final = 1.0
 TICK_EVERY_SECONDS: Final = 1.0
+OTHERS_FIRST: Final = timedelta(seconds=20)
+"""So long a server leaves a job that it failed to the other servers of its pool."""
 _LOSS: Final = re.compile(r"loss=([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)")
 _TYPES: Final[dict[type[RunFailure], RunFailureType]] = {
     PromptLost: RunFailureType.LOST,
     ServerGone: RunFailureType.GONE,
     ServerDead: RunFailureType.DEAD,
+    ServerSick: RunFailureType.SICK,
+    Interrupted: RunFailureType.INTERRUPTED,
 }
 
 T = TypeVar("T")
@@ -58,7 +73,7 @@ log = structlog.get_logger(__name__)
 
 
 class RunBeat(BaseModel):
-    """Details of a heartbeat of `run_graph`."""
+    """Details of a heartbeat of `run_graph`, and of its failure (`FailedRun`)."""
 
     percent: int = 0
     was_sent: bool = False
@@ -85,7 +100,10 @@ class GpuActivities:
         sender: CallbackSender | None,
         *,
         patience: Patience | None = None,
+        are_others: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
+        """`are_others`: whether the pool has other servers; default: none."""
+        self._are_others = are_others or _nobody
         self._server = server
         self._identity = identity
         self._slot = slot
@@ -102,6 +120,8 @@ class GpuActivities:
     @activity.defn(name=TAKE_SERVER)
     async def take_server(self, order: TakeOrder) -> ServerTaken:
         """Hold this server for a job. Raises ApplicationError (retried, on any server) if it is not free."""
+        if self._identity.name in order.avoid and _is_young(activity.info()) and await self._are_others():
+            raise ApplicationError(f"{self._identity.name}: it failed this job; others go first", type="server_taken")
         problem = await self._slot.take(order.job_id)
         if problem is not None:
             raise ApplicationError(f"{self._identity.name}: {problem}", type="server_taken")
@@ -123,6 +143,7 @@ class GpuActivities:
             patience=self._patience,
             on_percent=ticks.reached,
         )
+        began = time.monotonic()
         bound = {"job_id": run.job_id, "task_id": run.task_id, "tenant_id": run.tenant_id, "run": run.run}
         with structlog.contextvars.bound_contextvars(**bound), self._held(run.job_id):
             try:
@@ -131,16 +152,12 @@ class GpuActivities:
                     lambda: (RunBeat(percent=prompt.percent, was_sent=prompt.was_sent).model_dump(),),
                     on_cancel=prompt.stop,
                 )
+                self._judge(run, outcome, time.monotonic() - began)
             except RunFailure as failure:
-                if isinstance(failure, ServerDead):
-                    self._slot.drain(str(failure))
+                if isinstance(failure, ServerDead | ServerSick):
+                    self._slot.health.fell_sick(str(failure))
                 log.warning("run_failed", kind=type(failure).__name__, reason=str(failure))
-                raise ApplicationError(
-                    str(failure),
-                    {"percent": prompt.percent},
-                    type=_TYPES[type(failure)].value,
-                    non_retryable=True,
-                ) from None
+                raise _moving(failure, prompt) from None
             finally:
                 await ticks.close()
             outcome = await self._with_loss(run, outcome)
@@ -151,6 +168,12 @@ class GpuActivities:
                 attempt=activity.info().attempt,
             )
             return outcome
+
+    def _judge(self, run: GraphRun, outcome: GraphOutcome, seconds: float) -> None:
+        """Tell the server's health how the run ended. Raises ServerSick if the failure is more likely the server's."""
+        reason = self._slot.health.ran(run.task_id, outcome, outcome.seconds or seconds)
+        if reason is not None:
+            raise ServerSick(reason, error=outcome.error, is_over=True)
 
     @activity.defn(name=COPY_RESULTS)
     async def copy_results(self, order: CopyOrder) -> list[StoredResult]:
@@ -323,6 +346,22 @@ class GpuActivities:
             yield
         finally:
             self._slot.end()
+
+
+async def _nobody() -> bool:
+    return False
+
+
+def _is_young(info: activity.Info) -> bool:
+    return datetime.now(UTC) - info.scheduled_time < OTHERS_FIRST
+
+
+def _moving(failure: RunFailure, prompt: PromptRun) -> ApplicationError:
+    """The failure as the job's workflow reads it."""
+    failed = FailedRun(percent=prompt.percent, was_sent=prompt.was_sent, is_over=failure.is_over, error=failure.error)
+    return ApplicationError(
+        str(failure), failed.model_dump(mode="json"), type=_TYPES[type(failure)].value, non_retryable=True
+    )
 
 
 def is_trained_on(path: str) -> bool:

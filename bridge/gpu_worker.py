@@ -26,7 +26,7 @@ from temporalio.worker import FixedSizeSlotSupplier, PollerBehaviorSimpleMaximum
 
 from bridge.callbacks import CallbackSender
 from bridge.calls import BRIDGE_QUEUE, pool_queue, presence_queue, server_queue
-from bridge.forecast import SeenServer, identity_of
+from bridge.forecast import Forecast, SeenServer, identity_of
 from bridge.gpu_activities import GpuActivities, ServerIdentity
 from bridge.graph_check import NoModel, chosen_models, graph_problems
 from bridge.manifest import DEFAULT_POOL
@@ -35,6 +35,7 @@ from bridge.prompt_run import Patience
 from bridge.required_settings import stop_on_signals, templates_by
 from bridge.server import Server, ServerDescription, ServerError, UnsupportedServer
 from bridge.server_gauges import ServerGauges
+from bridge.server_health import ServerHealth
 from bridge.slot import TAKEN_SECONDS, FreeSlots, Slot
 from bridge.storage import Storage
 from bridge.templates import TemplateLibrary
@@ -78,12 +79,18 @@ class GpuWorker:
         patience: Patience | None = None,
         taken_seconds: float = TAKEN_SECONDS,
         linger_seconds: float = LINGER_SECONDS,
+        health: ServerHealth | None = None,
     ) -> None:
         self._client = client
+        self._seen = seen
+        self._forecast = Forecast(client, task_queue=bridge_queue)
         self._linger_seconds = linger_seconds
-        self.slot = Slot(server, taken_seconds=taken_seconds)
+        self.health = health or ServerHealth(server)
+        self.slot = Slot(server, self.health, taken_seconds=taken_seconds)
         identity = ServerIdentity(seen.name, server_queue(bridge_queue, seen.name), seen.gpu_type)
-        self.activities = GpuActivities(server, identity, self.slot, storage, sender, patience=patience)
+        self.activities = GpuActivities(
+            server, identity, self.slot, storage, sender, patience=patience, are_others=self._are_others
+        )
         self._identity = poller_identity = identity_of(seen, os.getpid())
         one_poller = PollerBehaviorSimpleMaximum(maximum=1)
         self._pool = Worker(
@@ -129,10 +136,14 @@ class GpuWorker:
     @asynccontextmanager
     async def running(self, *, grace_seconds: float) -> AsyncIterator[None]:
         """Work while the body runs. Afterwards finish running work for `grace_seconds`, then hand it back."""
-        async with self._own:
+        async with self._own, self.health.watched():
             async with self._presence, self._pool:
                 yield
             await self._finish(grace_seconds)
+
+    async def _are_others(self) -> bool:
+        servers = await self._forecast.servers()
+        return any(server.pool == self._seen.pool and server.name != self._seen.name for server in servers)
 
     async def _finish(self, grace_seconds: float) -> None:
         try:

@@ -110,8 +110,23 @@ class ServerTaken(OwnModel):
 
 
 class TakeOrder(OwnModel):
+    """A job that waits for a server. `avoid`: the servers that failed it; they leave it to others for a while."""
+
     job_id: str
     run: int
+    avoid: list[str] = []
+
+
+class FailedRun(OwnModel):
+    """Details of the failure with which a run leaves its server. A lost heartbeat leaves the first two only."""
+
+    percent: int = 0
+    was_sent: bool = False
+    """The server had accepted the prompt."""
+    is_over: bool = False
+    """The prompt has ended there: the next one needs a new id."""
+    error: ErrorDetails | None = None
+    """What the server said of the run."""
 
 
 class StoredResult(OwnModel):

@@ -1,16 +1,19 @@
 """Places a graph on a server, runs it there and stores its results. If a server fails, it moves to another.
 
-A job returns to the pool only if its server no longer knows the prompt, has not answered for 2 minutes or runs nothing,
-or if its worker was stopped. Only in the first case does the run's number rise, and with it the prompt's id change.
+A job returns to the pool only if the failure is its server's (`RunFailureType`), and goes before the jobs that still
+wait for their first server. Only if the prompt is lost or over does the run's number rise, and with it the
+prompt's id change. No job goes to more than `MAX_FAILED_RUNS` servers: see `FailedRuns`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
+from pydantic import ValidationError
 from temporalio import workflow
 from temporalio.common import Priority, RetryPolicy
 from temporalio.exceptions import (
@@ -23,11 +26,11 @@ from temporalio.exceptions import (
 from temporalio.workflow import ActivityCancellationType
 
 from bridge.calls import COPY_RESULTS, RUN_GRAPH, TAKE_SERVER, RunFailureType, pool_queue
-from bridge.orders import CopyOrder, GraphOutcome, GraphRun, ServerTaken, StoredResult, TakeOrder
+from bridge.orders import CopyOrder, FailedRun, GraphOutcome, GraphRun, ServerTaken, StoredResult, TakeOrder
 from comfyui_temporal.contracts.errors import JOB_CODES, ErrorDetails, FailureCode
 
 MAX_FAILED_RUNS: Final = 3
-"""A job ends `lost` after this many servers in a row failed. Another attempt of its task may follow."""
+"""A job ends after this many servers failed."""
 SERVER_AWAY: Final = timedelta(minutes=2)
 """How long a server's worker may be away before its job returns to the pool."""
 HEARTBEAT_TIMEOUT: Final = timedelta(seconds=5)
@@ -35,6 +38,8 @@ HEARTBEAT_TIMEOUT: Final = timedelta(seconds=5)
 LONGEST_RUN: Final = timedelta(hours=24)
 COPY_WITHIN: Final = timedelta(hours=1)
 CANCELLED: Final = ErrorDetails(code=FailureCode.CANCELLED.value, message="It was cancelled.", retryable=False)
+MOVED_KEYS: Final = {0: 2, 1: 1, 2: 2, 3: 2}
+"""Priority keys of jobs that a server failed: before the jobs of their own priority, after higher ones."""
 _PROMPTS: Final = uuid.UUID("6f0d5e64-3c6f-4d5e-9a43-6f2f0f3a5c11")
 _MOVING_FAILURES: Final = frozenset(RunFailureType)
 _TAKE_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=10))
@@ -49,6 +54,35 @@ class RunRefused(Exception):
     def __init__(self, details: ErrorDetails) -> None:
         super().__init__(details.message)
         self.details = details
+
+
+class FailedRuns:
+    """The servers that failed one graph, and how the job ends if they are too many.
+
+    If every one of them failed while it ran the graph, the graph is the likely cause: the job ends as the last server
+    said, or `internal`, and is not tried again. Otherwise it ends `lost`, and another attempt of its task may follow.
+    """
+
+    def __init__(self) -> None:
+        self.servers: list[str] = []
+        self._are_all_suspect = True
+
+    def add(self, server: str, failed: FailedRun) -> None:
+        """Raises RunRefused if this was one too many."""
+        self.servers.append(server)
+        self._are_all_suspect = self._are_all_suspect and (failed.was_sent or failed.error is not None)
+        if len(self.servers) < MAX_FAILED_RUNS:
+            return
+        names = ", ".join(dict.fromkeys(self.servers))
+        if not self._are_all_suspect:
+            message = f"{len(self.servers)} servers in a row failed this job ({names})."
+            raise RunRefused(ErrorDetails(code=FailureCode.LOST.value, message=message, retryable=True))
+        if failed.error is not None and failed.error.code != FailureCode.CANCELLED:
+            raise RunRefused(failed.error)
+        message = (
+            f"{len(self.servers)} servers in a row failed while they ran this job ({names}): it is not tried again."
+        )
+        raise RunRefused(ErrorDetails(code=FailureCode.INTERNAL.value, message=message, retryable=False))
 
 
 class Placement:
@@ -86,10 +120,10 @@ class Placement:
         `is_wanted` is checked before every step. A cancel that arrives in the same workflow task as a step's result
         cannot cancel that step any more, so it takes effect here.
         """
-        failed = 0
+        failed_runs = FailedRuns()
         while True:
             _check_wanted(is_wanted)
-            taken = await self._take_server()
+            taken = await self._take_server(failed_runs.servers)
             _check_wanted(is_wanted)
             self.server = taken.server
             try:
@@ -103,26 +137,20 @@ class Placement:
             except ActivityError as error:
                 if is_cancelled_exception(error):
                     raise
-                kind = self._moving_failure(error)
-                failed += kind is not RunFailureType.HANDED_BACK
-            if failed >= MAX_FAILED_RUNS:
-                raise RunRefused(
-                    ErrorDetails(
-                        code=FailureCode.LOST.value,
-                        message=f"{failed} servers in a row failed this job; the last was {taken.server}.",
-                        retryable=True,
-                    )
-                )
+                failed = self._moving_failure(error)
+            if failed is not None:
+                failed_runs.add(taken.server, failed)
 
-    async def _take_server(self) -> ServerTaken:
+    async def _take_server(self, avoid: list[str]) -> ServerTaken:
+        moved = dataclasses.replace(self._priority, priority_key=MOVED_KEYS[self._priority.priority_key or 0])
         taken: ServerTaken = await workflow.execute_activity(
             TAKE_SERVER,
-            TakeOrder(job_id=self._run_id, run=self.run),
+            TakeOrder(job_id=self._run_id, run=self.run, avoid=list(dict.fromkeys(avoid))),
             result_type=ServerTaken,
             task_queue=pool_queue(workflow.info().task_queue, self.pool),
             start_to_close_timeout=timedelta(seconds=45),
             retry_policy=_TAKE_RETRY,
-            priority=self._priority,
+            priority=moved if avoid else self._priority,
             summary="wait for a server",
         )
         return taken
@@ -173,16 +201,19 @@ class Placement:
         self._part = part
         self.percent = 0
 
-    def _moving_failure(self, error: ActivityError) -> RunFailureType:
-        """Why the job moves to another server. Raises RunRefused if it does not."""
+    def _moving_failure(self, error: ActivityError) -> FailedRun | None:
+        """The failure after which the job moves to another server; None if the worker just stopped.
+
+        Raises RunRefused if the job does not move.
+        """
         cause = error.cause
         is_away = (TimeoutType.SCHEDULE_TO_START, TimeoutType.HEARTBEAT)
         if isinstance(cause, TimeoutError) and cause.type in is_away:
-            return RunFailureType.GONE
+            return _failed_run(cause.last_heartbeat_details)
         if isinstance(cause, ApplicationError) and cause.type in _MOVING_FAILURES:
-            kind = RunFailureType(cause.type)
-            self.run += kind is RunFailureType.LOST
-            return kind
+            kind, failed = RunFailureType(cause.type), _failed_run(cause.details)
+            self.run += kind is RunFailureType.LOST or failed.is_over
+            return None if kind is RunFailureType.HANDED_BACK else failed
         known = isinstance(cause, ApplicationError) and cause.type in set(JOB_CODES)
         code = str(cause.type) if isinstance(cause, ApplicationError) and known else FailureCode.INTERNAL.value
         message = cause.message if isinstance(cause, ApplicationError) else str(cause or error)
@@ -195,10 +226,15 @@ class Placement:
             details = cause.last_heartbeat_details
         elif isinstance(cause, ApplicationError):
             details = cause.details
-        beat = details[0] if details else None
-        percent = beat.get("percent") if isinstance(beat, dict) else None
-        if isinstance(percent, int):
-            self.percent = max(self.percent, min(percent, 99))
+        self.percent = max(self.percent, min(_failed_run(details).percent, 99))
+
+
+def _failed_run(details: Sequence[Any]) -> FailedRun:
+    """What the run's worker said of it last. What another version of the worker says otherwise is left out."""
+    try:
+        return FailedRun.model_validate(details[0]) if details else FailedRun()
+    except ValidationError:
+        return FailedRun()
 
 
 def prompt_id_of(run_id: str, part: int, run: int) -> str:

@@ -7,6 +7,8 @@ look up ─ unknown, never sent ─→ submit ─→ follow ─→ outcome
 
 ServerGone   no answer for 2 minutes
 ServerDead   the server answers but runs nothing: its worker thread has died, or hangs inside a node
+ServerSick   the server takes no prompt, or its GPU is broken
+Interrupted  someone stopped the run at the server, not by a cancel of the job
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from bridge.server import (
     Server,
     ServerError,
     ServerUnavailable,
+    SubmitRefused,
     UnexpectedAnswer,
 )
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
@@ -42,7 +45,15 @@ _QUICK_LOOK_UPS: Final = 30
 
 
 class RunFailure(Exception):
-    """This server will not finish this prompt; the text gives the reason."""
+    """This server will not finish this prompt; the text gives the reason.
+
+    `error` is what the server said of the run, if it said anything. `is_over`: the prompt has ended there.
+    """
+
+    def __init__(self, text: str, *, error: ErrorDetails | None = None, is_over: bool = False) -> None:
+        super().__init__(text)
+        self.error = error
+        self.is_over = is_over
 
 
 class PromptLost(RunFailure):
@@ -55,6 +66,14 @@ class ServerGone(RunFailure):
 
 class ServerDead(RunFailure):
     """The server answers but no longer runs anything."""
+
+
+class ServerSick(RunFailure):
+    """The server takes no prompt, or fails whatever it is given."""
+
+
+class Interrupted(RunFailure):
+    """The run was stopped at the server."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,8 @@ class Patience:
     """How long an unknown prompt is looked for before it counts as lost, or as never sent."""
     stop: float = 120.0
     """How long cancelling a prompt is repeated."""
+    submits: int = 3
+    """So many submits without a usable answer: the server is sick. None was queued."""
 
 
 class PromptRun:
@@ -97,6 +118,7 @@ class PromptRun:
         self._wake = asyncio.Event()
         self._published_percent = run.first_percent
         self._last_update_at = time.monotonic()
+        self._is_heard = False
         self._running_at: float | None = None
         self._idle_since: float | None = None
         self._is_submitting = was_sent
@@ -139,20 +161,28 @@ class PromptRun:
 
     async def _submit(self) -> ErrorDetails | None:
         """Submit it once. Returns the refusal, or None. Without an answer it is looked up before the next submit."""
+        sent = 0
         while True:
             try:
                 graph = await self._patiently(self._prepare)
                 self._is_submitting = True
+                sent += 1
                 await self._server.submit(graph, self._run.prompt_id)
                 self.was_sent = True
                 return None
             except PromptRefused as refused:
                 return refused.details
-            except (ServerUnavailable, UnexpectedAnswer) as error:
-                log.info("comfyui_submit_unanswered", reason=str(error))
+            except SubmitRefused as refused:
+                error = _too_large(refused) if refused.is_too_large else None
+                raise ServerSick(str(refused), error=error) from None
+            except (ServerUnavailable, UnexpectedAnswer) as failure:
+                reason = str(failure)
+                log.info("comfyui_submit_unanswered", reason=reason)
             if not await self._is_still_unknown():
                 self.was_sent = True
                 return None
+            if sent >= self._patience.submits:
+                raise ServerSick(f"{reason}; {sent} submits had no effect")
 
     async def _is_still_unknown(self) -> bool:
         """Whether two more look-ups do not find it either: a submitted prompt may take a moment to be queued."""
@@ -194,6 +224,7 @@ class PromptRun:
 
     def _receive(self, update: PromptUpdate) -> None:
         self._last_update_at = time.monotonic()
+        self._is_heard = not update.is_deaf
         self._progress.add(update)
         if update.is_end:
             self._wake.set()
@@ -205,6 +236,9 @@ class PromptRun:
             self._idle_since = None
             if self._running_at is None:
                 self._running_at = self._last_update_at = now
+            if not self._is_heard:
+                # Where messages do not get through, their absence says nothing: the queue shows that it runs.
+                return
             patience = max(self._patience.stalled, self._patience.stalled_runs * self._run.graph.expected_seconds)
             if now - self._last_update_at > patience:
                 await self._give_up(f"{self._server.url} has run the prompt without a message for {patience:.0f} s")
@@ -241,6 +275,10 @@ class PromptRun:
 
     def _outcome(self, result: PromptResult) -> GraphOutcome:
         error, files = result.error, result.files
+        if error is not None and result.is_interrupted:
+            raise Interrupted(error.message, error=error, is_over=True)
+        if error is not None and result.is_servers_fault:
+            raise ServerSick(error.message, error=error, is_over=True)
         if error is None:
             files = files + self._run.named_files
         if error is None and not files and not result.texts:
@@ -250,3 +288,8 @@ class PromptRun:
                 retryable=True,
             )
         return GraphOutcome(files=files, texts=result.texts, error=error, seconds=result.seconds, percent=self.percent)
+
+
+def _too_large(refused: SubmitRefused) -> ErrorDetails:
+    message = f"{refused}: the graph is larger than it accepts."
+    return ErrorDetails(code=FailureCode.WORKFLOW_INVALID.value, message=message, retryable=False)

@@ -8,6 +8,7 @@ ServerError
 ├── ServerUnavailable   no connection, no answer in time, 5xx: the request may have taken effect
 ├── UnexpectedAnswer    an answer that such a server never gives: another program, a proxy
 ├── UnsupportedServer   from `describe` only: the server cannot be used safely
+├── SubmitRefused       from `submit` only: refused, but not because of the graph; nothing was queued
 └── PromptRefused       the graph or a file was refused: the job ends with `details`
 """
 
@@ -37,6 +38,14 @@ class UnexpectedAnswer(ServerError):
 
 class UnsupportedServer(ServerError):
     """The server works, but the bridge cannot use it safely."""
+
+
+class SubmitRefused(ServerError):
+    """The server, or a proxy before it, takes no graph now. `is_too_large`: this request was too large for it."""
+
+    def __init__(self, text: str, *, is_too_large: bool = False) -> None:
+        super().__init__(text)
+        self.is_too_large = is_too_large
 
 
 class PromptRefused(ServerError):
@@ -76,6 +85,10 @@ class PromptResult:
     """Text outputs, which are in no file."""
     error: ErrorDetails | None = None
     seconds: float = 0.0
+    is_servers_fault: bool = False
+    """The error is of the server, such as a broken GPU: the next prompt would fail there as well."""
+    is_interrupted: bool = False
+    """Someone stopped the run at the server."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,8 @@ class PromptUpdate:
     """All nodes whose outputs were cached; None if the message does not say."""
     is_end: bool = False
     """The prompt has ended or is about to end: look it up soon."""
+    is_deaf: bool = False
+    """The connection for messages broke: until the next message, silence says nothing about the prompt."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +160,7 @@ class Server(Protocol):
         """Where a prompt is; once it has ended, its result has the outputs of `result_nodes`."""
 
     async def submit(self, graph: Mapping[str, Any], prompt_id: str) -> None:
-        """Queue a graph (API format) under this id. Raises PromptRefused.
+        """Queue a graph (API format) under this id. Raises PromptRefused, SubmitRefused.
 
         Callers look the id up first: a server may run a duplicate a second time.
         """

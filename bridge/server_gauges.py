@@ -50,7 +50,7 @@ class ServerGauges:
         except (ServerError, TimeoutError):
             self._usable.set(0)
         else:
-            self._usable.set(0 if slot.is_drained else 1)
+            self._usable.set(0 if slot.health.problem else 1)
         self._busy.set(1 if slot.is_held else 0)
 
     async def _look_always(self, slot: Slot) -> None:

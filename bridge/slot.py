@@ -10,7 +10,6 @@ import asyncio
 import time
 from typing import Final
 
-import structlog
 from temporalio.worker import (
     CustomSlotSupplier,
     SlotMarkUsedContext,
@@ -20,25 +19,23 @@ from temporalio.worker import (
 )
 
 from bridge.server import Server, ServerError
+from bridge.server_health import ServerHealth
 
 TAKEN_SECONDS: Final = 20.0
 """If a taken job has not started by then, it was cancelled and the slot is free again."""
 CHECK_SECONDS: Final = 0.5
-DRAINED_SECONDS: Final = 600.0
-
-log = structlog.get_logger(__name__)
 
 
 class Slot:
     """Which job holds the server, and whether the server may take one."""
 
-    def __init__(self, server: Server, *, taken_seconds: float = TAKEN_SECONDS) -> None:
+    def __init__(self, server: Server, health: ServerHealth, *, taken_seconds: float = TAKEN_SECONDS) -> None:
         self._server = server
+        self.health = health
         self._taken_seconds = taken_seconds
         self._holder: str | None = None
         self._runs = 0
         self._taken_until = 0.0
-        self._drained_until = 0.0
         self._changed = asyncio.Event()
 
     @property
@@ -65,25 +62,14 @@ class Slot:
             self._holder = None
         self._changed.set()
 
-    def drain(self, reason: str) -> None:
-        """Take nothing for ten minutes or until the server restarts: it answers but runs nothing."""
-        log.warning("comfyui_server_drained", server=self._server.url, reason=reason)
-        self._drained_until = time.monotonic() + DRAINED_SECONDS
-
-    @property
-    def is_drained(self) -> bool:
-        return time.monotonic() < self._drained_until
-
     async def problem(self) -> str | None:
         """Why the server may take no job now, or None. Another client's prompt is a reason."""
+        if self.health.problem is not None:
+            return self.health.problem
         try:
             queue = await self._server.queue()
         except ServerError as error:
-            # A server that was away comes back as a new process.
-            self._drained_until = 0.0
             return str(error)
-        if self.is_drained:
-            return "the server runs nothing; restart it"
         return None if queue.is_empty else "the server runs something else"
 
     async def until_free(self) -> None:

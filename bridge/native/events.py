@@ -118,6 +118,7 @@ async def _listen(ws_url: str, client_id: str, prompt_id: str, on_update: OnUpda
         except (OSError, TimeoutError, WebSocketException, InvalidHandshake, InvalidURI) as error:
             # The caller continues without a socket: it polls.
             tried.set()
+            on_update(PromptUpdate(is_deaf=True))
             log.info("comfyui_socket_broke", url=ws_url, reason=type(error).__name__)
         await asyncio.sleep(REOPEN_SECONDS)
 

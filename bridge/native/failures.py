@@ -10,6 +10,14 @@ from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 from comfyui_temporal.contracts.fields import repaired, shortened
 
 MAX_PROBLEMS: Final = 8
+OUT_OF_MEMORY: Final = ("out of memory", "outofmemory")
+BROKEN_GPU: Final = (
+    *("cuda error", "hip error", "acceleratorerror", "cublas_status_", "cudnn_status_internal_error"),
+    *("cudnn_status_execution_failed", "cudnn_status_not_initialized", "cufft_internal_error"),
+    *("cuda driver", "no cuda gpus are available", "device-side assert", "illegal memory access"),
+    *("unspecified launch failure", "uncorrectable ecc"),
+)
+"""What PyTorch says, in lower case, when the process can compute nothing any more until it is restarted."""
 
 
 def refusal_details(body: Any) -> ErrorDetails:
@@ -54,6 +62,21 @@ def execution_details(messages: Any) -> ErrorDetails:
         message="ComfyUI reports that the run failed, without a reason.",
         retryable=True,
     )
+
+
+def is_servers_fault(messages: Any) -> bool:
+    """Whether a run failed because its GPU is broken, which fails every run after it too."""
+    for name, data in _pairs(messages):
+        if name == "execution_error":
+            lowered = f"{_text(data, 'exception_type')} {_text(data, 'exception_message')}".lower()
+            is_full = any(sign in lowered for sign in OUT_OF_MEMORY)
+            return not is_full and any(sign in lowered for sign in BROKEN_GPU)
+    return False
+
+
+def is_interrupted(messages: Any) -> bool:
+    """Whether someone stopped the run."""
+    return any(name == "execution_interrupted" for name, _ in _pairs(messages))
 
 
 def _error_details(data: Any) -> ErrorDetails:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from bridge.native.failures import execution_details
+from bridge.native.failures import execution_details, is_interrupted, is_servers_fault
 from bridge.server import PromptResult, ResultFile
 from comfyui_temporal.contracts.fields import repaired
 
@@ -24,6 +24,8 @@ def result_of(entry: Mapping[str, Any], result_nodes: Sequence[str]) -> PromptRe
         texts=_texts(outputs, result_nodes),
         error=execution_details(messages) if is_error else None,
         seconds=_run_seconds(messages),
+        is_servers_fault=is_error and is_servers_fault(messages),
+        is_interrupted=is_error and is_interrupted(messages),
     )
 
 

@@ -32,6 +32,7 @@ from bridge.server import (
     ResultFile,
     ServerDescription,
     ServerUnavailable,
+    SubmitRefused,
     UnexpectedAnswer,
     UnsupportedServer,
 )
@@ -130,6 +131,11 @@ class NativeServer(OwnsClient):
         response = await self._request("POST", "/prompt", json=body)
         if response.status_code == 400:
             raise PromptRefused(refusal_details(self._parsed(response, "/prompt")))
+        if 400 < response.status_code < 500:
+            raise SubmitRefused(
+                f"ComfyUI at {self.url} refused /prompt with HTTP {response.status_code}",
+                is_too_large=response.status_code == 413,
+            )
         answer = _mapping(self._checked(response, "/prompt"), "/prompt")
         if answer.get("node_errors"):
             # ComfyUI dropped the wrong outputs and queued the rest: a partial result is useless.

@@ -17,8 +17,10 @@ from bridge.calls import TAKE_SERVER, workflow_of
 from bridge.forecast import SeenServer
 from bridge.gpu_worker import GpuWorker
 from bridge.native import NativeServer as NativeClient
+from bridge.probe import Probe
 from bridge.prompt_run import Patience
 from bridge.server import Server
+from bridge.server_health import ServerHealth
 from comfyui_temporal.contracts.permissions import Scope
 from comfyui_temporal.encryption import encryption_of
 from comfyui_temporal.plugin import TasksPlugin
@@ -38,6 +40,7 @@ CALLBACK_SECRET: Final = "whsec_dGhlLWJyaWRnZS1pbi10ZXN0cy1zaWducy13aXRoLXRoaXM=
 TENANT, USER = "tenant-demo", "user-demo"
 QUICK: Final = Patience(poll=0.1, silent=2.0, dead=1.0, stalled=60.0, stalled_runs=0.0, look_again=0.3, stop=10.0)
 """The defaults, about thirty times faster."""
+QUICK_PROBE: Final = Probe(within_seconds=2.0, poll_seconds=0.05)
 
 
 @dataclass
@@ -200,6 +203,7 @@ class BridgePlatform:
             patience=patience,
             taken_seconds=taken_seconds,
             linger_seconds=0.5,
+            health=ServerHealth(server, probe=QUICK_PROBE, first_pause_seconds=0.2),
         )
         async with worker.running(grace_seconds=grace_seconds):
             yield worker

@@ -16,6 +16,7 @@ from bridge.forecast import Forecast
 from bridge.native import NativeServer as NativeClient
 from bridge.pool_gauges import BACKLOG, BUSY, DEMAND, SERVERS
 from bridge.server_gauges import ServerGauges
+from bridge.server_health import ServerHealth
 from bridge.slot import Slot
 from local_stack.ports import any_free_port
 from tests.bridge.native import NativeServer
@@ -83,7 +84,10 @@ async def test_a_server_is_usable_while_it_answers_and_runs_what_it_is_given(
     native: NativeServer, page: MetricsPage
 ) -> None:
     async with NativeClient(native.url, read_seconds=1.0) as server:
-        gauges, slot = ServerGauges(page.runtime.metric_meter, server, name="gpu-1", pool="default"), Slot(server)
+        gauges, slot = (
+            ServerGauges(page.runtime.metric_meter, server, name="gpu-1", pool="default"),
+            Slot(server, ServerHealth(server)),
+        )
 
         async def usable() -> float:
             await gauges.look(slot)
@@ -94,11 +98,11 @@ async def test_a_server_is_usable_while_it_answers_and_runs_what_it_is_given(
         slot.begin("job-1")
         assert (await usable(), page.value(server_gauges.BUSY)) == (1, 1)
         slot.end()
-        slot.drain("it runs nothing")
+        slot.health.fell_sick("it runs nothing")
         assert (await usable(), page.value(server_gauges.BUSY)) == (0, 0)
     async with NativeClient(f"http://127.0.0.1:{any_free_port()}", read_seconds=1.0) as nobody:
         gauges = ServerGauges(page.runtime.metric_meter, nobody, name="gpu-2", pool="default")
-        await gauges.look(Slot(nobody))
+        await gauges.look(Slot(nobody, ServerHealth(nobody)))
         assert value_in(page.text, server_gauges.USABLE, server="gpu-2") == 0
     assert names_in(page.text) == set(server_gauges.GAUGES)
 

@@ -137,19 +137,6 @@ async def test_a_missing_model_is_named(bridge: BridgePlatform, native: NativeSe
     assert await native.admin.submissions() == []
 
 
-async def test_a_run_that_is_interrupted_on_the_server_ends_cancelled(
-    bridge: BridgePlatform, native: NativeServer
-) -> None:
-    await native.admin.set(hold=True)
-    async with bridge.gpu(native):
-        accepted = await bridge.submit()
-        prompt_id = await until_running(bridge, native)
-        await bridge.http.post(f"{native.url}/interrupt", json={"prompt_id": prompt_id})
-        state = await bridge.ended(accepted["job_id"])
-    assert state["error_details"]["code"] == "cancelled"
-    assert "interrupted on its ComfyUI server" in state["error_details"]["message"]
-
-
 # Servers that are lost
 
 
@@ -229,7 +216,7 @@ async def test_a_server_with_a_dead_thread_is_noticed_while_the_job_is_queued_th
     assert await first.admin.runs() == []
 
 
-async def test_after_three_failed_servers_the_job_is_lost_and_retryable(
+async def test_a_job_that_takes_three_servers_down_is_not_tried_again(
     bridge: BridgePlatform, native: NativeServer
 ) -> None:
     await native.admin.set(hold=True)
@@ -239,7 +226,9 @@ async def test_after_three_failed_servers_the_job_is_lost_and_retryable(
             await until_running(bridge, native, runs_before)
             await native.admin.forget()
         state = await bridge.ended(accepted["job_id"])
-    assert (state["error_details"]["code"], state["error_details"]["retryable"]) == ("lost", True)
+    assert (state["error_details"]["code"], state["error_details"]["retryable"]) == ("internal", False)
+    assert "while they ran this job" in state["error_details"]["message"]
+    assert len(await native.admin.runs()) == 3
 
 
 async def test_a_busy_server_takes_nothing(bridge: BridgePlatform, servers: Servers) -> None:
