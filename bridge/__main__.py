@@ -21,7 +21,7 @@ from bridge.control_images import ControlImages
 from bridge.forecast import Forecast
 from bridge.job_activities import JobActivities
 from bridge.job_workflow import ComfyUIJobWorkflow
-from bridge.key_workflow import ComfyUIKeyWorkflow
+from bridge.key_workflow import ComfyUIKeyWorkflow, ComfyUIServerWorkflow
 from bridge.pool_gauges import PoolGauges
 from bridge.required_settings import callback_secret_by, result_secret_by, templates_by
 from bridge.runs import Keys, Runs
@@ -39,7 +39,7 @@ from runtime.required_settings import CannotStart, read_settings, service_tokens
 from runtime.settings import Settings
 from runtime.tracing import traced_process
 
-WORKFLOWS = (ComfyUIJobWorkflow, ComfyUITrainingWorkflow, ComfyUIKeyWorkflow)
+WORKFLOWS = (ComfyUIJobWorkflow, ComfyUITrainingWorkflow, ComfyUIKeyWorkflow, ComfyUIServerWorkflow)
 GRACE_SECONDS = 10
 STICKY = timedelta(seconds=2.5)
 

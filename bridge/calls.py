@@ -16,6 +16,7 @@ CANCEL_UPDATE: Final = "cancel"
 START_UPDATE: Final = "start"
 MOVE_UPDATE: Final = "move"
 VIEW_QUERY: Final = "view"
+SERVER_WORKFLOW: Final = "ComfyUIServerWorkflow"
 
 TAKE_SERVER: Final = "take_server"
 RUN_GRAPH: Final = "run_graph"
@@ -38,6 +39,9 @@ STATUS_MEMO: Final = "status"
 SERVER_MEMO: Final = "server"
 SECONDS_MEMO: Final = "ran_seconds"
 RESOLUTION_MEMO: Final = "resolution"
+REPORT_MEMO: Final = "server_report"
+TEMPLATE_UNFIT: Final = "template_unfit"
+"""Type of the failure with which a server hands a job over to its template's queue."""
 
 
 class RunFailureType(StrEnum):
@@ -51,6 +55,8 @@ class RunFailureType(StrEnum):
     """The worker was stopped."""
     SICK = "server_sick"
     """The server takes no prompts, its GPU is broken, or it fails whatever it is given."""
+    UNFIT = "server_unfit"
+    """The server lacks a model or node that the job needs."""
     INTERRUPTED = "prompt_interrupted"
     """Someone stopped the run at the server, not by a cancel of the job. The next prompt has a new id."""
 
@@ -58,6 +64,16 @@ class RunFailureType(StrEnum):
 def pool_queue(bridge_queue: str, pool: str) -> str:
     """The queue of a pool's jobs that wait for a server."""
     return f"{bridge_queue}-pool-{pool}"
+
+
+def template_queue(bridge_queue: str, pool: str, template_id: str) -> str:
+    """The queue of a template's jobs that not every server of the pool can run."""
+    return f"{pool_queue(bridge_queue, pool)}-template-{template_id}"
+
+
+def report_id(bridge_queue: str, server: str) -> str:
+    """The workflow id of a server's report."""
+    return f"{bridge_queue}-report-{server}"
 
 
 def server_queue(bridge_queue: str, server: str) -> str:

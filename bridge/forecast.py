@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -32,7 +33,10 @@ from bridge.calls import (
     TRAINING_WORKFLOW,
     pool_queue,
     presence_queue,
+    template_queue,
 )
+from bridge.orders import Missing, ServerReport
+from bridge.server_reports import ServerReports
 from comfyui_temporal.contracts.comfyui import Resolution, TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES
@@ -44,7 +48,9 @@ MEASURED_RUNS: Final = 20
 ALIVE_SECONDS: Final = 100.0
 """A worker polls at least every minute. One that has not polled for this long is gone."""
 REQUEST_SECONDS: Final = 3.0
-_IDENTITY: Final = re.compile(r"gpu\|(?P<name>[^|]+)\|(?P<pool>[^|]+)\|(?P<gpu_type>[^|]+)\|")
+_IDENTITY: Final = re.compile(
+    r"gpu\|(?P<name>[^|]+)\|(?P<pool>[^|]+)\|(?P<gpu_type>[^|]+)\|(?P<process>[^|]*)(\|(?P<owner>[^|]*))?"
+)
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -52,11 +58,21 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class SeenServer:
-    """A GPU worker that is running."""
+    """A GPU worker that is running, with what it reports of its server (None: nothing yet)."""
 
     name: str
     pool: str
     gpu_type: str
+    owner: str = ""
+    """Who uses the name (`server_name.py`)."""
+    report: ServerReport | None = None
+
+    @property
+    def is_sick(self) -> bool:
+        return self.report is not None and self.report.sick_since is not None
+
+    def can_run(self, template_id: str) -> bool:
+        return self.report is None or self.report.can_run(template_id)
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,14 @@ class Backlog:
     def ahead_of(self, priority: TaskPriority) -> int:
         """About how many jobs run before a new one of this priority."""
         return self.accelerated + (self.standard if priority is TaskPriority.STANDARD else 0)
+
+
+@dataclass(frozen=True)
+class CanRun:
+    """`by_all`: every server of the pool can run it. `missing`: what the first one lacks, if all of them do."""
+
+    by_all: bool
+    missing: Missing | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +121,7 @@ class Expected:
 
 def identity_of(server: SeenServer, process_id: int) -> str:
     """A GPU worker's identity in Temporal."""
-    return f"gpu|{server.name}|{server.pool}|{server.gpu_type}|{process_id}"
+    return f"gpu|{server.name}|{server.pool}|{server.gpu_type}|{process_id}|{server.owner}"
 
 
 class Forecast:
@@ -106,6 +130,9 @@ class Forecast:
     def __init__(self, client: Client, *, task_queue: str = BRIDGE_QUEUE) -> None:
         self._client = client
         self._task_queue = task_queue
+        self._reports = ServerReports(client, task_queue)
+        self._handed_over: dict[str, set[str]] = {}
+        """Pool → templates that some server of it could not run, at any time."""
         self._cache: dict[Hashable, tuple[float, Any]] = {}
         self._locks: dict[Hashable, asyncio.Lock] = {}
 
@@ -154,24 +181,62 @@ class Forecast:
         return await self._cached(("backlog", pool), partial(self._read_backlog, pool), Backlog(), CACHE_SECONDS / 3)
 
     async def _read_backlog(self, pool: str) -> Backlog:
-        seen = await self._describe(pool_queue(self._task_queue, pool), stats=True)
-        by_key = {key: stats.approximate_backlog_count for key, stats in seen.stats_by_priority_key.items()}
-        accelerated = by_key.get(PRIORITY_KEYS[TaskPriority.ACCELERATED], 0)
-        return Backlog(accelerated=accelerated, standard=sum(by_key.values()) - accelerated)
+        queues = [pool_queue(self._task_queue, pool)]
+        queues += [template_queue(self._task_queue, pool, name) for name in sorted(self._handed_over.get(pool, ()))]
+        by_key: Counter[int] = Counter()
+        for seen in await asyncio.gather(*(self._describe(queue, stats=True) for queue in queues)):
+            by_key.update({key: stats.approximate_backlog_count for key, stats in seen.stats_by_priority_key.items()})
+        accelerated = by_key[PRIORITY_KEYS[TaskPriority.ACCELERATED]]
+        return Backlog(accelerated=accelerated, standard=by_key.total() - accelerated)
 
     async def servers(self) -> list[SeenServer]:
         """The running GPU workers, sorted by name; empty if Temporal does not answer."""
         return await self._cached(("servers",), self._read_servers, [], CACHE_SECONDS)
 
     async def _read_servers(self) -> list[SeenServer]:
+        pollers = await self._read_pollers()
+        reports = await self._reports.of({server.name for _, server in pollers})
+        found: dict[str, SeenServer] = {}
+        for identity, server in pollers:
+            report = reports.get(server.name)
+            if report is None or report.identity != identity:
+                found.setdefault(server.name, server)
+            elif not report.has_left:
+                found[server.name] = replace(server, report=report)
+                self._handed_over.setdefault(server.pool, set()).update([*report.unfit, *report.unknown])
+        return [found[name] for name in sorted(found)]
+
+    async def _read_pollers(self) -> list[tuple[str, SeenServer]]:
+        """(identity, server) of each GPU worker that polls. A worker that has left is among them for a while."""
         seen = await self._describe(presence_queue(self._task_queue))
         oldest = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)
-        found: dict[str, SeenServer] = {}
-        for poller in seen.pollers:
-            match = _IDENTITY.match(poller.identity)
-            if match and poller.last_access_time.ToDatetime(UTC) > oldest:
-                found[match["name"]] = SeenServer(match["name"], match["pool"], match["gpu_type"])
-        return [found[name] for name in sorted(found)]
+        matches = [
+            match
+            for poller in seen.pollers
+            if poller.last_access_time.ToDatetime(UTC) > oldest and (match := _IDENTITY.fullmatch(poller.identity))
+        ]
+        return [
+            (match.string, SeenServer(match["name"], match["pool"], match["gpu_type"], match["owner"] or ""))
+            for match in matches
+        ]
+
+    async def has_other_owner(self, name: str, owner: str) -> bool:
+        """Whether a worker of another server uses this name now. Raises RPCError, TimeoutError."""
+        others = [
+            identity
+            for identity, server in await self._read_pollers()
+            if server.name == name and server.owner not in ("", owner)
+        ]
+        report = (await self._reports.of([name])).get(name)
+        return any(report is None or report.identity != identity or not report.has_left for identity in others)
+
+    async def can_run(self, pool: str, template_id: str) -> CanRun:
+        """Whether the pool's servers can run a template. Sick ones count: they come back."""
+        servers = [server for server in await self.servers() if server.pool == pool]
+        lacking = [server for server in servers if not server.can_run(template_id)]
+        lacks = [server.report.unfit.get(template_id) for server in lacking if server.report]
+        missing = [found for found in lacks if found is not None]
+        return CanRun(by_all=not lacking, missing=missing[0] if missing and len(missing) == len(servers) else None)
 
     async def busy_servers(self) -> set[str]:
         """Names of servers that run a job or training."""

@@ -24,7 +24,8 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from bridge.callbacks import TICK_SECONDS, CallbackSender
-from bridge.calls import COPY_RESULTS, INGEST_DATASET, RUN_GRAPH, TAKE_SERVER, RunFailureType
+from bridge.calls import COPY_RESULTS, INGEST_DATASET, RUN_GRAPH, TAKE_SERVER, TEMPLATE_UNFIT, RunFailureType
+from bridge.fitness import Fitness, TemplateState
 from bridge.graph_check import NoModel, chosen_models, relink
 from bridge.orders import (
     Callback,
@@ -48,6 +49,7 @@ from bridge.prompt_run import (
     ServerDead,
     ServerGone,
     ServerSick,
+    ServerUnfit,
 )
 from bridge.server import FileUse, PromptRefused, ResultFile, Server, ServerError
 from bridge.slot import Slot
@@ -65,6 +67,7 @@ _TYPES: Final[dict[type[RunFailure], RunFailureType]] = {
     ServerGone: RunFailureType.GONE,
     ServerDead: RunFailureType.DEAD,
     ServerSick: RunFailureType.SICK,
+    ServerUnfit: RunFailureType.UNFIT,
     Interrupted: RunFailureType.INTERRUPTED,
 }
 
@@ -96,6 +99,7 @@ class GpuActivities:
         server: Server,
         identity: ServerIdentity,
         slot: Slot,
+        fitness: Fitness,
         storage: Storage,
         sender: CallbackSender | None,
         *,
@@ -107,6 +111,7 @@ class GpuActivities:
         self._server = server
         self._identity = identity
         self._slot = slot
+        self._fitness = fitness
         self._storage = storage
         self._sender = sender
         self._patience = patience or Patience()
@@ -119,9 +124,18 @@ class GpuActivities:
 
     @activity.defn(name=TAKE_SERVER)
     async def take_server(self, order: TakeOrder) -> ServerTaken:
-        """Hold this server for a job. Raises ApplicationError (retried, on any server) if it is not free."""
+        """Hold this server for a job. Raises ApplicationError, retried on any server, if it is not free or not fit.
+
+        A job in the pool's queue for which it is not fit is not retried there: it is for its template's queue.
+        """
         if self._identity.name in order.avoid and _is_young(activity.info()) and await self._are_others():
             raise ApplicationError(f"{self._identity.name}: it failed this job; others go first", type="server_taken")
+        if self._fitness.state_of(order.template_id) is not TemplateState.FIT:
+            raise ApplicationError(
+                f"{self._identity.name} cannot run {order.template_id}",
+                type=TEMPLATE_UNFIT,
+                non_retryable=not order.is_handed_over,
+            )
         problem = await self._slot.take(order.job_id)
         if problem is not None:
             raise ApplicationError(f"{self._identity.name}: {problem}", type="server_taken")
@@ -152,10 +166,9 @@ class GpuActivities:
                     lambda: (RunBeat(percent=prompt.percent, was_sent=prompt.was_sent).model_dump(),),
                     on_cancel=prompt.stop,
                 )
-                self._judge(run, outcome, time.monotonic() - began)
+                await self._judge(run, outcome, time.monotonic() - began)
             except RunFailure as failure:
-                if isinstance(failure, ServerDead | ServerSick):
-                    self._slot.health.fell_sick(str(failure))
+                await self._learn_from(failure)
                 log.warning("run_failed", kind=type(failure).__name__, reason=str(failure))
                 raise _moving(failure, prompt) from None
             finally:
@@ -169,8 +182,21 @@ class GpuActivities:
             )
             return outcome
 
-    def _judge(self, run: GraphRun, outcome: GraphOutcome, seconds: float) -> None:
-        """Tell the server's health how the run ended. Raises ServerSick if the failure is more likely the server's."""
+    async def _learn_from(self, failure: RunFailure) -> None:
+        if isinstance(failure, ServerDead | ServerSick):
+            self._slot.health.fell_sick(str(failure))
+        if isinstance(failure, ServerUnfit):
+            with suppress(ServerError):
+                await self._fitness.refresh()
+
+    async def _judge(self, run: GraphRun, outcome: GraphOutcome, seconds: float) -> None:
+        """Whether a failure is more likely the server's. Raises ServerSick, ServerUnfit."""
+        template_id, error = run.graph.template_id, outcome.error
+        if error is not None and error.code == FailureCode.WORKFLOW_INVALID:
+            with suppress(ServerError):
+                await self._fitness.refresh()
+            if self._fitness.state_of(template_id) is TemplateState.UNFIT:
+                raise ServerUnfit(error.message, error=error)
         reason = self._slot.health.ran(run.task_id, outcome, outcome.seconds or seconds)
         if reason is not None:
             raise ServerSick(reason, error=outcome.error, is_over=True)
@@ -248,16 +274,7 @@ class GpuActivities:
         """The graph with this server's models, images and checkpoint filled in. Raises PromptRefused."""
         graph: dict[str, Any] = json.loads(json.dumps(run.graph.graph))
         if run.graph.models:
-            info = await self._server.node_types()
-            if run.named_files:
-                relink(graph, info)
-            try:
-                for choice, name in chosen_models(graph, info, run.graph.models, run.graph.result_nodes):
-                    graph[choice.node]["inputs"][choice.input] = name
-            except NoModel as missing:
-                raise PromptRefused(
-                    ErrorDetails(code=FailureCode.MODEL_MISSING.value, message=f"{run.graph.template_id}: {missing}")
-                ) from None
+            await self._put_models(graph, run)
         for upload in run.graph.uploads:
             control = run.controls[upload.control]
             try:
@@ -276,6 +293,25 @@ class GpuActivities:
         if run.existing_lora is not None:
             await self._put_lora(graph, run, run.existing_lora)
         return graph
+
+    async def _put_models(self, graph: dict[str, Any], run: GraphRun) -> None:
+        """Name this server's models in the graph. What was removed since the last reading is read again."""
+        info = await self._fitness.node_types()
+        try:
+            chosen = chosen_models(graph, info, run.graph.models, run.graph.result_nodes)
+        except NoModel:
+            await self._fitness.refresh()
+            info = await self._fitness.node_types()
+            try:
+                chosen = chosen_models(graph, info, run.graph.models, run.graph.result_nodes)
+            except NoModel as missing:
+                raise PromptRefused(
+                    ErrorDetails(code=FailureCode.MODEL_MISSING.value, message=f"{run.graph.template_id}: {missing}")
+                ) from None
+        if run.named_files:
+            relink(graph, info)
+        for choice, name in chosen:
+            graph[choice.node]["inputs"][choice.input] = name
 
     async def _put_lora(self, graph: dict[str, Any], run: GraphRun, lora: ExistingLora) -> None:
         """Upload the checkpoint as a LoRA and name it in the graph."""

@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import re
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import timedelta
 from typing import Final
-from urllib.parse import urlsplit
 
 import structlog
 from temporalio import activity
@@ -25,20 +23,24 @@ from temporalio.client import Client
 from temporalio.worker import FixedSizeSlotSupplier, PollerBehaviorSimpleMaximum, Worker, WorkerTuner
 
 from bridge.callbacks import CallbackSender
-from bridge.calls import BRIDGE_QUEUE, pool_queue, presence_queue, server_queue
+from bridge.calls import BRIDGE_QUEUE, pool_queue, presence_queue, server_queue, template_queue
+from bridge.fitness import Fitness, problems_of
 from bridge.forecast import Forecast, SeenServer, identity_of
 from bridge.gpu_activities import GpuActivities, ServerIdentity
-from bridge.graph_check import NoModel, chosen_models, graph_problems
 from bridge.manifest import DEFAULT_POOL
 from bridge.native import NativeServer
+from bridge.orders import ServerReport
 from bridge.prompt_run import Patience
 from bridge.required_settings import stop_on_signals, templates_by
 from bridge.server import Server, ServerDescription, ServerError, UnsupportedServer
 from bridge.server_gauges import ServerGauges
 from bridge.server_health import ServerHealth
+from bridge.server_name import TAKEN_WAIT_SECONDS, NameTaken, demand_name, name_of, owner_of
+from bridge.server_reports import Reporting, ServerReports
 from bridge.slot import TAKEN_SECONDS, FreeSlots, Slot
 from bridge.storage import Storage
-from bridge.templates import TemplateLibrary
+from bridge.template_queues import TemplateQueues
+from bridge.templates import Template, TemplateLibrary
 from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
 from runtime.health_page import HealthPage, is_polling
@@ -50,6 +52,8 @@ from runtime.tracing import traced_process
 
 BEAT_EVERY: Final = timedelta(seconds=1)
 RETRY_SECONDS: Final = 2.0
+FIRST_LOOK_SECONDS: Final = 10.0
+"""How long the first reading of the server's nodes and models is waited for before jobs are taken without it."""
 LOOK_SECONDS: Final = 1.0
 """A server answers its health page's question within it; the page as a whole has 4 s."""
 LINGER_SECONDS: Final = 3.0
@@ -65,7 +69,8 @@ async def is_there() -> str:
 
 
 class GpuWorker:
-    """One server's workers: on the pool's queue, on the server's own, and on the presence queue."""
+    """One server's workers: on the queues of its pool and of the templates that it can run, on the server's own queue,
+    and on the presence queue."""
 
     def __init__(
         self,
@@ -75,6 +80,7 @@ class GpuWorker:
         storage: Storage,
         sender: CallbackSender | None,
         *,
+        templates: Iterable[Template] = (),
         bridge_queue: str = BRIDGE_QUEUE,
         patience: Patience | None = None,
         taken_seconds: float = TAKEN_SECONDS,
@@ -83,29 +89,29 @@ class GpuWorker:
     ) -> None:
         self._client = client
         self._seen = seen
+        self._bridge_queue = bridge_queue
         self._forecast = Forecast(client, task_queue=bridge_queue)
         self._linger_seconds = linger_seconds
         self.health = health or ServerHealth(server)
+        self.fitness = Fitness(server, templates)
+        self._queues = TemplateQueues(lambda: self.fitness.fit, self._template_worker)
+        self._reporting = Reporting(ServerReports(client, bridge_queue), self.report)
+        self.health.on_change = self.fitness.on_change = self._changed
         self.slot = Slot(server, self.health, taken_seconds=taken_seconds)
         identity = ServerIdentity(seen.name, server_queue(bridge_queue, seen.name), seen.gpu_type)
         self.activities = GpuActivities(
-            server, identity, self.slot, storage, sender, patience=patience, are_others=self._are_others
+            server,
+            identity,
+            self.slot,
+            self.fitness,
+            storage,
+            sender,
+            patience=patience,
+            are_others=self._are_others,
         )
         self._identity = poller_identity = identity_of(seen, os.getpid())
         one_poller = PollerBehaviorSimpleMaximum(maximum=1)
-        self._pool = Worker(
-            client,
-            task_queue=pool_queue(bridge_queue, seen.pool),
-            activities=[self.activities.take_server],
-            identity=poller_identity,
-            tuner=WorkerTuner.create_composite(
-                workflow_supplier=FixedSizeSlotSupplier(1),
-                activity_supplier=FreeSlots(self.slot),
-                local_activity_supplier=FixedSizeSlotSupplier(1),
-                nexus_supplier=FixedSizeSlotSupplier(1),
-            ),
-            activity_task_poller_behavior=one_poller,
-        )
+        self._pool = self._taking_worker(pool_queue(bridge_queue, seen.pool))
         self._own = Worker(
             client,
             task_queue=identity.task_queue,
@@ -125,8 +131,45 @@ class GpuWorker:
             activity_task_poller_behavior=one_poller,
         )
 
+    def _taking_worker(self, task_queue: str) -> Worker:
+        """A worker that takes jobs from a queue while the server is free."""
+        return Worker(
+            self._client,
+            task_queue=task_queue,
+            activities=[self.activities.take_server],
+            identity=self._identity,
+            tuner=WorkerTuner.create_composite(
+                workflow_supplier=FixedSizeSlotSupplier(1),
+                activity_supplier=FreeSlots(self.slot),
+                local_activity_supplier=FixedSizeSlotSupplier(1),
+                nexus_supplier=FixedSizeSlotSupplier(1),
+            ),
+            activity_task_poller_behavior=PollerBehaviorSimpleMaximum(maximum=1),
+        )
+
+    def _template_worker(self, template_id: str) -> Worker:
+        return self._taking_worker(template_queue(self._bridge_queue, self._seen.pool, template_id))
+
+    def report(self) -> ServerReport:
+        """What this server can run now, and how it is."""
+        sickness = self.health.sickness
+        return ServerReport(
+            name=self._seen.name,
+            identity=self._identity,
+            unfit=self.fitness.missing,
+            unknown=self.fitness.unknown,
+            sick_since=sickness.since if sickness else None,
+            sick_reason=sickness.reason if sickness else "",
+        )
+
+    def _changed(self) -> None:
+        self._queues.changed()
+        self._reporting.changed()
+
     async def missing(self) -> list[str]:
         """What keeps this worker from taking jobs, a sentence each: for its health page."""
+        if self.health.problem is not None:
+            return [self.health.problem]
         queue = self._presence.task_queue
         kind = TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY
         if not await is_polling(self._client, queue, self._identity, kind):
@@ -136,8 +179,11 @@ class GpuWorker:
     @asynccontextmanager
     async def running(self, *, grace_seconds: float) -> AsyncIterator[None]:
         """Work while the body runs. Afterwards finish running work for `grace_seconds`, then hand it back."""
-        async with self._own, self.health.watched():
-            async with self._presence, self._pool:
+        with suppress(ServerError, TimeoutError):
+            async with asyncio.timeout(FIRST_LOOK_SECONDS):
+                await self.fitness.refresh()
+        async with self._own, self.health.watched(), self.fitness.watched():
+            async with self._reporting.kept(), self._presence, self._pool, self._queues.polled():
                 yield
             await self._finish(grace_seconds)
 
@@ -203,24 +249,14 @@ async def until_answering(server: Server, stop: asyncio.Event) -> ServerDescript
     return None
 
 
-def name_of(url: str) -> str:
-    """A name for task queues, from the server's address: the same for every worker of this server."""
-    parts = urlsplit(url)
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{parts.hostname}-{parts.port or parts.scheme}")[:64]
-
-
 async def check_templates(server: Server, templates: TemplateLibrary, pool: str) -> list[str]:
     """What this server would refuse in its pool's templates. Raises ServerError."""
     info = await server.node_types()
-    problems: list[str] = []
-    for template in templates.of_pools([pool]):
-        found = graph_problems(template.graph, info, template.result_nodes, uploads=template.filled_in_later())
-        try:
-            chosen_models(template.graph, info, template.models_needed(), template.result_nodes)
-        except NoModel as missing:
-            found.append(str(missing))
-        problems += [f"template {template.template_id!r}: {problem}" for problem in found]
-    return problems
+    return [
+        f"template {template.template_id!r}: {problem}"
+        for template in templates.of_pools([pool])
+        for problem in problems_of(template, info)
+    ]
 
 
 async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.Event) -> None:
@@ -248,11 +284,18 @@ async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.E
         description = await until_answering(server, stop)
         if description is None:
             return
-        for problem in await check_templates(server, templates, options.pool):
-            log.warning("template_unusable_here", problem=problem)
         gpu_type = options.gpu_type or description.gpu_type
-        seen = SeenServer(name=name, pool=options.pool, gpu_type=gpu_type)
-        worker = GpuWorker(client, server, seen, storage, sender, bridge_queue=settings.bridge_task_queue)
+        seen = SeenServer(name=name, pool=options.pool, gpu_type=gpu_type, owner=owner_of(server.url))
+        forecast = Forecast(client, task_queue=settings.bridge_task_queue)
+        try:
+            await demand_name(forecast, name, seen.owner, wait_seconds=TAKEN_WAIT_SECONDS)
+        except NameTaken as taken:
+            raise CannotStart(str(taken)) from None
+        worker = GpuWorker(
+            *(client, server, seen, storage, sender),
+            templates=templates.of_pools([options.pool]),
+            bridge_queue=settings.bridge_task_queue,
+        )
         health.worker = worker
         if gauges is not None:
             await opened.enter_async_context(gauges.shown(worker.slot))

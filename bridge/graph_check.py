@@ -44,6 +44,14 @@ def graph_problems(
     return problems
 
 
+def missing_node_types(
+    graph: Mapping[str, Any], object_info: Mapping[str, Any], result_nodes: Iterable[str]
+) -> list[str]:
+    """The classes that this server does not have."""
+    needed = {graph[node]["class_type"] for node in reachable(graph, result_nodes)}
+    return sorted(kind for kind in needed if not isinstance(object_info.get(kind), dict))
+
+
 def _node_problems(
     graph: Mapping[str, Any],
     object_info: Mapping[str, Any],

@@ -45,7 +45,7 @@ class ComfyUIJobWorkflow(RunFlow):
             "error_details": None,
             "actual_cost": None,
         }
-        self._open(job.job_id, job.request, job.graph.pool, fields)
+        self._open(job.job_id, job.request, job.graph, fields, is_for_some=job.is_for_some)
 
     @workflow.run
     async def run(self, job: ImageJob) -> JobView:

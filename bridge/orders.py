@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from datetime import datetime
+from typing import Any, Final
 
 from pydantic import Field, JsonValue
 
 from bridge.server import ResultFile
 from comfyui_temporal.contracts.comfyui import DatasetSnapshot, JobRequest, TaskPriority, TrainingRequest
-from comfyui_temporal.contracts.errors import ErrorDetails
-from comfyui_temporal.contracts.fields import OwnModel
+from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
+from comfyui_temporal.contracts.fields import OwnModel, repaired, shortened
 
 Graph = dict[str, dict[str, Any]]
 """ComfyUI's API format: node id → `class_type`, `inputs`, `_meta`."""
+
+
+MOST_REASONS: Final = 8
 
 
 class Upload(OwnModel):
@@ -115,6 +119,47 @@ class TakeOrder(OwnModel):
     job_id: str
     run: int
     avoid: list[str] = []
+    template_id: str = ""
+    """Empty in the orders of an older version: such a job is never handed over."""
+    is_handed_over: bool = False
+    """It waits in its template's queue."""
+
+
+class Missing(OwnModel):
+    """What a server lacks for a template. `code`: `model_missing` or `workflow_invalid` (contract §1)."""
+
+    code: str
+    reasons: list[str]
+
+    @classmethod
+    def of(cls, code: FailureCode, reasons: list[str]) -> Missing:
+        """With as many and as long reasons as a memo bears."""
+        return cls(code=code.value, reasons=[shortened(repaired(reason), 300) for reason in reasons[:MOST_REASONS]])
+
+
+class ServerReport(OwnModel):
+    """What a server's worker says of it. `identity` is the worker's in Temporal."""
+
+    name: str
+    identity: str
+    unfit: dict[str, Missing] = {}
+    """Template → what is missing."""
+    unknown: list[str] = []
+    """Templates that wait for the server's lists of nodes and models."""
+    sick_since: datetime | None = None
+    sick_reason: str = ""
+    has_left: bool = False
+
+    def can_run(self, template_id: str) -> bool:
+        return template_id not in self.unfit and template_id not in self.unknown
+
+    def summary(self) -> str:
+        """One line for the Temporal UI."""
+        if self.has_left:
+            return f"{self.name} has left"
+        health = f"sick: {self.sick_reason}" if self.sick_since else "well"
+        lacks = f", cannot run {', '.join(sorted(self.unfit))}" if self.unfit else ""
+        return shortened(f"{self.name} is {health}{lacks}", 190)
 
 
 class FailedRun(OwnModel):
@@ -163,6 +208,8 @@ class ImageJob(OwnModel):
     estimated_time: float
     gpu_slots: int
     queue_position: int | None = None
+    is_for_some: bool = False
+    """Not every server of the pool can run it: it waits in its template's queue from the start."""
 
     @property
     def priority(self) -> TaskPriority:
@@ -250,3 +297,5 @@ class TrainingJob(OwnModel):
     estimated_time: float
     gpu_slots: int
     gpu_type: str
+    is_for_some: bool = False
+    """As in `ImageJob`."""

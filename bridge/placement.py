@@ -25,7 +25,15 @@ from temporalio.exceptions import (
 )
 from temporalio.workflow import ActivityCancellationType
 
-from bridge.calls import COPY_RESULTS, RUN_GRAPH, TAKE_SERVER, RunFailureType, pool_queue
+from bridge.calls import (
+    COPY_RESULTS,
+    RUN_GRAPH,
+    TAKE_SERVER,
+    TEMPLATE_UNFIT,
+    RunFailureType,
+    pool_queue,
+    template_queue,
+)
 from bridge.orders import CopyOrder, FailedRun, GraphOutcome, GraphRun, ServerTaken, StoredResult, TakeOrder
 from comfyui_temporal.contracts.errors import JOB_CODES, ErrorDetails, FailureCode
 
@@ -88,9 +96,12 @@ class FailedRuns:
 class Placement:
     """The servers that one job or training runs on, one after another."""
 
-    def __init__(self, run_id: str, pool: str, priority: Priority) -> None:
+    def __init__(self, run_id: str, pool: str, template_id: str, priority: Priority, *, is_for_some: bool) -> None:
+        """`is_for_some`: not every server of the pool can run the template."""
         self._run_id = run_id
         self.pool = pool
+        self._template_id = template_id
+        self._is_handed_over = is_for_some
         self._priority = priority
         self._part = 0
         self.run = 1
@@ -142,12 +153,33 @@ class Placement:
                 failed_runs.add(taken.server, failed)
 
     async def _take_server(self, avoid: list[str]) -> ServerTaken:
+        """A server of the pool, or, once one of them has said that it cannot run the template, of those that can."""
+        try:
+            return await self._taken_from_queue(avoid)
+        except ActivityError as error:
+            if not isinstance(error.cause, ApplicationError) or error.cause.type != TEMPLATE_UNFIT:
+                raise
+        self._is_handed_over = True
+        return await self._taken_from_queue(avoid)
+
+    async def _taken_from_queue(self, avoid: list[str]) -> ServerTaken:
+        bridge_queue = workflow.info().task_queue
         moved = dataclasses.replace(self._priority, priority_key=MOVED_KEYS[self._priority.priority_key or 0])
         taken: ServerTaken = await workflow.execute_activity(
             TAKE_SERVER,
-            TakeOrder(job_id=self._run_id, run=self.run, avoid=list(dict.fromkeys(avoid))),
+            TakeOrder(
+                job_id=self._run_id,
+                run=self.run,
+                avoid=list(dict.fromkeys(avoid)),
+                template_id=self._template_id,
+                is_handed_over=self._is_handed_over,
+            ),
             result_type=ServerTaken,
-            task_queue=pool_queue(workflow.info().task_queue, self.pool),
+            task_queue=(
+                template_queue(bridge_queue, self.pool, self._template_id)
+                if self._is_handed_over
+                else pool_queue(bridge_queue, self.pool)
+            ),
             start_to_close_timeout=timedelta(seconds=45),
             retry_policy=_TAKE_RETRY,
             priority=moved if avoid else self._priority,

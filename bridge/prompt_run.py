@@ -8,6 +8,7 @@ look up ─ unknown, never sent ─→ submit ─→ follow ─→ outcome
 ServerGone   no answer for 2 minutes
 ServerDead   the server answers but runs nothing: its worker thread has died, or hangs inside a node
 ServerSick   the server takes no prompt, or its GPU is broken
+ServerUnfit  the server lacks a model or node that the graph needs
 Interrupted  someone stopped the run at the server, not by a cancel of the job
 """
 
@@ -70,6 +71,10 @@ class ServerDead(RunFailure):
 
 class ServerSick(RunFailure):
     """The server takes no prompt, or fails whatever it is given."""
+
+
+class ServerUnfit(RunFailure):
+    """The server lacks what this graph needs."""
 
 
 class Interrupted(RunFailure):
@@ -171,6 +176,8 @@ class PromptRun:
                 self.was_sent = True
                 return None
             except PromptRefused as refused:
+                if refused.details.code == FailureCode.MODEL_MISSING:
+                    raise ServerUnfit(str(refused), error=refused.details) from None
                 return refused.details
             except SubmitRefused as refused:
                 error = _too_large(refused) if refused.is_too_large else None

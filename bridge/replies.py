@@ -9,11 +9,12 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from comfyui_temporal.contracts.errors import COMFYUI_ERRORS, sentences_of
+from comfyui_temporal.contracts.errors import COMFYUI_ERRORS, ErrorDetails, sentences_of
 from comfyui_temporal.contracts.permissions import TokenClaims
 
 _STATUSES: Final[dict[str, int]] = {
     "payload_invalid": 422,
+    "job_refused": 422,
     "template_not_found": 404,
     "job_not_found": 404,
     "training_not_found": 404,
@@ -54,11 +55,15 @@ class Refused(Exception):
 
     message: str
     fields: list[str] = field(default_factory=list)
+    error_details: ErrorDetails | None = None
+    """Of `job_refused`: the error that the task fails with."""
 
     def reply(self) -> Reply:
         detail: dict[str, Any] = {"code": _ROWS[self.message].code, "message": self.message}
         if self.fields:
             detail["fields"] = self.fields
+        if self.error_details is not None:
+            detail["error_details"] = self.error_details.model_dump(mode="json", exclude_none=True)
         return Reply(_STATUSES[self.message], {"detail": detail})
 
 

@@ -16,7 +16,7 @@ from temporalio.common import Priority, RetryPolicy, SearchAttributeKey
 from temporalio.exceptions import ActivityError, ApplicationError, FailureError, is_cancelled_exception
 
 from bridge.calls import CANCEL_UPDATE, VIEW_QUERY
-from bridge.orders import JobView
+from bridge.orders import JobView, RenderedGraph
 from bridge.placement import CANCELLED, Placement, RunRefused
 from bridge.publishing import Publishing
 from comfyui_temporal.contracts.comfyui import JobRequest, TrainingRequest
@@ -31,11 +31,19 @@ _STAGE: Final = SearchAttributeKey.for_keyword("TaskStage")
 class RunFlow:
     """State and messages of one run. A subclass calls `_open` in its `@workflow.init` and defines its own fields."""
 
-    def _open(self, run_id: str, request: JobRequest | TrainingRequest, pool: str, fields: dict[str, Any]) -> None:
+    def _open(
+        self,
+        run_id: str,
+        request: JobRequest | TrainingRequest,
+        graph: RenderedGraph,
+        fields: dict[str, Any],
+        *,
+        is_for_some: bool,
+    ) -> None:
         self._request = request
         self._priority = Priority(priority_key=PRIORITY_KEYS[request.priority], fairness_key=request.tenant_id)
         self._publishing = Publishing(run_id, request.callback_url, self._priority)
-        self._placement = Placement(run_id, pool, self._priority)
+        self._placement = Placement(run_id, graph.pool, graph.template_id, self._priority, is_for_some=is_for_some)
         self._is_cancelled = False
         self._fields = fields
         self._progress_span = (0.0, 100.0)

@@ -9,13 +9,14 @@ from pydantic import Field, JsonValue
 
 from bridge.calls import CANCEL_UPDATE, JOB_WORKFLOW, run_id_of, workflow_id
 from bridge.control_images import ControlImages, address_of
-from bridge.forecast import Forecast
+from bridge.forecast import CanRun, Forecast
 from bridge.orders import ImageJob, JobView
 from bridge.replies import Call, Refused, Reply, checked
 from bridge.runs import NewRun, Runs, fingerprint
 from bridge.templates import RequestRefused, TemplateLibrary
 from comfyui_temporal.contracts.comfyui import JobRequest, JobStatus, TaskPriority
-from comfyui_temporal.contracts.fields import CallerId, Prompt
+from comfyui_temporal.contracts.errors import ErrorDetails
+from comfyui_temporal.contracts.fields import CallerId, Prompt, shortened
 from comfyui_temporal.contracts.permissions import Scene, TokenClaims
 from comfyui_temporal.contracts.prices import PriceTable, UnknownPrice
 from comfyui_temporal.contracts.scenes import SCENES
@@ -122,6 +123,8 @@ class ImageService:
         ]
         if problems:
             raise Refused("payload_invalid", fields=problems)
+        can_run = await self._forecast.can_run(rendered.pool, request.template_id)
+        demand_runnable(can_run, request.template_id)
         expected = await self._forecast.of_image(
             template_id=request.template_id,
             resolution=request.resolution,
@@ -137,6 +140,7 @@ class ImageService:
             estimated_time=expected.minutes,
             gpu_slots=GPU_SLOTS,
             queue_position=expected.ahead,
+            is_for_some=not can_run.by_all,
         )
 
     def _price(self, request: JobRequest) -> int:
@@ -147,6 +151,16 @@ class ImageService:
             )
         except UnknownPrice as error:
             raise Refused("payload_invalid", fields=[str(error)]) from None
+
+
+def demand_runnable(can_run: CanRun, template_id: str) -> None:
+    """Raises Refused with the names of what is missing, if no server of the pool can run the template."""
+    if can_run.missing is None:
+        return
+    message = shortened(f"No server can run {template_id!r}: {'; '.join(can_run.missing.reasons)}")
+    raise Refused(
+        "job_refused", error_details=ErrorDetails(code=can_run.missing.code, message=message, retryable=False)
+    )
 
 
 def check_callback(url: str, bases: Sequence[str], task_id: str) -> None:

@@ -37,6 +37,9 @@ class Slot:
         self._runs = 0
         self._taken_until = 0.0
         self._changed = asyncio.Event()
+        self._looking = asyncio.Lock()
+        self._looked_at = float("-inf")
+        self._seen_problem: str | None = None
 
     @property
     def is_held(self) -> bool:
@@ -60,6 +63,7 @@ class Slot:
         self._runs -= 1
         if not self._runs:
             self._holder = None
+        self._looked_at = float("-inf")
         self._changed.set()
 
     async def problem(self) -> str | None:
@@ -72,10 +76,18 @@ class Slot:
             return str(error)
         return None if queue.is_empty else "the server runs something else"
 
+    async def _recent_problem(self) -> str | None:
+        """As `problem`, for many who ask at once: the server is asked once for all of them."""
+        async with self._looking:
+            if time.monotonic() - self._looked_at >= CHECK_SECONDS / 2:
+                self._seen_problem = await self.problem()
+                self._looked_at = time.monotonic()
+            return self._seen_problem
+
     async def until_free(self) -> None:
         while True:
             self._changed.clear()
-            if not self.is_held and await self.problem() is None:
+            if not self.is_held and await self._recent_problem() is None and not self.is_held:
                 return
             try:
                 async with asyncio.timeout(CHECK_SECONDS):

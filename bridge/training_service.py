@@ -18,7 +18,7 @@ from bridge.gpu_activities import is_trained_on
 from bridge.orders import TrainingJob, long_list
 from bridge.replies import Call, Refused, Reply, Unanswered, checked
 from bridge.runs import NewRun, Runs, fingerprint
-from bridge.service import GPU_SLOTS, check_callback, require_user
+from bridge.service import GPU_SLOTS, check_callback, demand_runnable, require_user
 from bridge.storage import STORAGE_ERRORS, Storage
 from bridge.templates import RequestRefused, Template, TemplateLibrary
 from comfyui_temporal.contracts.comfyui import TrainingRequest, TrainingStatus
@@ -130,6 +130,8 @@ class TrainingService:
             graph = template.render_training(request.base_model, hyperparameters.model_dump(mode="json"))
         except RequestRefused as refused:
             raise Refused("payload_invalid", fields=refused.fields) from None
+        can_run = await self._forecast.can_run(template.manifest.pool, template.template_id)
+        demand_runnable(can_run, template.template_id)
         training = template.manifest.training
         assert training is not None
         first_epoch = resumed.epoch if resumed else 0
@@ -153,6 +155,7 @@ class TrainingService:
             estimated_time=round(max(hours * 60, 2 * LEAST_MINUTES), 2),
             gpu_slots=GPU_SLOTS,
             gpu_type=await self._gpu_type(request.gpu_type, template.manifest.pool),
+            is_for_some=not can_run.by_all,
         )
 
     async def _with_long_list_stored(self, job: TrainingJob) -> TrainingJob:

@@ -82,7 +82,7 @@ class ComfyUITrainingWorkflow(RunFlow):
             "output": None,
             "error_details": None,
         }
-        self._open(job.training_id, job.request, job.graph.rendered.pool, fields)
+        self._open(job.training_id, job.request, job.graph.rendered, fields, is_for_some=job.is_for_some)
 
     @workflow.run
     async def run(self, job: TrainingJob) -> JobView:

@@ -45,6 +45,8 @@ OLDEST: Final = (0, 3, 56)
 CONNECT_SECONDS: Final = 3.0
 READ_SECONDS: Final = 20.0
 """ComfyUI answers from the process whose threads run the graph, so it is slow when busy."""
+SLOW_FACTOR: Final = 6
+"""`/object_info` of a server with many custom nodes takes minutes, the first time."""
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
 """`/object_info` takes tens of megabytes on a server with many custom nodes."""
 NOT_OFFERED: Final = frozenset({404, 405, 501})
@@ -62,6 +64,7 @@ class NativeServer(OwnsClient):
         if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
             raise ValueError(f"{url!r} is not an http:// or https:// address of a ComfyUI server")
         self.url = str(parsed).rstrip("/")
+        self._slow = httpx.Timeout(SLOW_FACTOR * read_seconds, connect=CONNECT_SECONDS)
         self._client = PatientClient(
             timeout=httpx.Timeout(read_seconds, connect=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=16, keepalive_expiry=5),
@@ -89,7 +92,8 @@ class NativeServer(OwnsClient):
         return ServerDescription(version=version, gpu_type=gpu_type_of(stats))
 
     async def node_types(self) -> Mapping[str, Any]:
-        return _mapping(await self._json("GET", "/object_info"), "/object_info")
+        response = await self._request("GET", "/object_info", timeout=self._slow)
+        return _mapping(self._checked(response, "/object_info"), "/object_info")
 
     async def queue(self) -> QueueState:
         body = _mapping(await self._json("GET", "/queue"), "/queue")

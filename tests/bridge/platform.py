@@ -21,6 +21,8 @@ from bridge.probe import Probe
 from bridge.prompt_run import Patience
 from bridge.server import Server
 from bridge.server_health import ServerHealth
+from bridge.server_name import owner_of
+from bridge.templates import SHIPPED, Template, load_library
 from comfyui_temporal.contracts.permissions import Scope
 from comfyui_temporal.encryption import encryption_of
 from comfyui_temporal.plugin import TasksPlugin
@@ -55,6 +57,7 @@ class BridgePlatform:
     http: httpx.AsyncClient
     folder: Path
     working: AsyncExitStack = field(default_factory=AsyncExitStack)
+    templates: list[Template] = field(default_factory=lambda: list(load_library(SHIPPED)))
     tokens: Tokens = field(default_factory=lambda: Tokens(SECRET, "comfyui-temporal", "comfyui-services"))
 
     # Requests
@@ -188,7 +191,7 @@ class BridgePlatform:
         taken_seconds: float = 2.0,
     ) -> AsyncIterator[GpuWorker]:
         """A GPU worker for any kind of server, in this process."""
-        seen = SeenServer(name or unique("gpu"), "default", gpu_type)
+        seen = SeenServer(name or unique("gpu"), "default", gpu_type, owner_of(server.url))
         # A connection polls a queue only once per process. In production each worker is a process of its own.
         client = await Client.connect(
             self.client.service_client.config.target_host, plugins=[TasksPlugin(encryption_of(self.client))]
@@ -199,6 +202,7 @@ class BridgePlatform:
             seen,
             self.bridge.storage,
             self.bridge.sender,
+            templates=self.templates,
             bridge_queue=self.settings.bridge_task_queue,
             patience=patience,
             taken_seconds=taken_seconds,

@@ -128,15 +128,6 @@ async def test_a_failure_on_the_server_ends_the_job_with_its_code_and_node(
     assert details["node"]
 
 
-async def test_a_missing_model_is_named(bridge: BridgePlatform, native: NativeServer) -> None:
-    await native.admin.set(models={"checkpoints": []})
-    async with bridge.gpu(native):
-        state = await bridge.ended((await bridge.submit(template_id="text-to-image"))["job_id"])
-    assert state["error_details"]["code"] == "model_missing"
-    assert "ckpt_name" in state["error_details"]["message"]
-    assert await native.admin.submissions() == []
-
-
 # Servers that are lost
 
 

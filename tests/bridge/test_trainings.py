@@ -139,6 +139,7 @@ async def test_a_training_runs_chunk_by_chunk(bridge: BridgePlatform, native: Na
 async def test_a_training_that_is_not_started_holds_nothing_and_can_be_cancelled(
     bridge: BridgePlatform, native: NativeServer
 ) -> None:
+    await native.admin.set(models=MODELS)
     async with bridge.gpu(native):
         accepted = await created(bridge)
         assert (await bridge.ended((await bridge.submit())["job_id"]))["error_details"] is None

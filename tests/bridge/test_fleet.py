@@ -1,0 +1,167 @@
+"""A job goes only where it can run, and each server has a name of its own."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+import pytest
+
+from bridge import fitness, gpu_worker
+from bridge.forecast import Forecast, SeenServer, identity_of
+from bridge.manifest import DEFAULT_POOL
+from bridge.server_name import NameTaken, demand_name, name_of, owner_of
+from runtime.required_settings import CannotStart
+from tests.bridge.native import NativeServer
+from tests.bridge.platform import BridgePlatform, Json
+
+Servers = tuple[NativeServer, NativeServer]
+CHECKPOINT = {"checkpoints": ["a.safetensors"]}
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists are read about a hundred times more often."""
+    monkeypatch.setattr(fitness, "REFRESH_SECONDS", 0.4)
+    monkeypatch.setattr(fitness, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(fitness, "FRESH_SECONDS", 0.1)
+
+
+async def servers_seen(bridge: BridgePlatform, number: int) -> list[SeenServer]:
+    """The servers of the pool, once all of them have reported."""
+
+    async def reported() -> list[SeenServer] | None:
+        bridge.bridge.forecast.forget()
+        seen = await bridge.bridge.forecast.servers()
+        return seen if len(seen) == number and all(server.report for server in seen) else None
+
+    found = await bridge.until(reported)
+    assert found is not None
+    return found
+
+
+async def test_what_no_server_can_run_is_refused_with_the_names_of_what_is_missing(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    async with bridge.gpu(native):
+        await servers_seen(bridge, 1)
+        answer = await bridge.post("/jobs", bridge.job_body(template_id="text-to-image"))
+        assert (await bridge.ended((await bridge.submit())["job_id"]))["error_details"] is None
+    detail = answer.json()["detail"]
+    assert (answer.status_code, detail["code"], detail["message"]) == (422, "42202", "job_refused")
+    assert detail["error_details"]["code"] == "model_missing"
+    assert detail["error_details"]["retryable"] is False
+    assert "ckpt_name" in detail["error_details"]["message"]
+    assert len(await native.admin.submissions()) == 1
+
+
+async def test_without_any_server_a_job_waits(bridge: BridgePlatform) -> None:
+    assert (await bridge.job((await bridge.submit(template_id="text-to-image"))["job_id"]))["job_status"] == "queued"
+
+
+async def test_jobs_go_to_the_one_server_that_has_the_model(bridge: BridgePlatform, servers: Servers) -> None:
+    without, having = servers
+    await having.admin.set(models=CHECKPOINT)
+    early = [await bridge.submit(template_id="text-to-image") for _ in range(2)]
+    async with bridge.gpu(without), bridge.gpu(having):
+        await servers_seen(bridge, 2)
+        late = [await bridge.submit(template_id="text-to-image") for _ in range(2)]
+        patterns = [await bridge.submit() for _ in range(4)]
+        for job in [*early, *late, *patterns]:
+            state = await bridge.ended(job["job_id"])
+            assert state["error_details"] is None, state
+    assert all("save" in run.nodes for run in await without.admin.runs()), "it ran what it has no model for"
+    assert len(await having.admin.runs()) + len(await without.admin.runs()) == 8
+
+
+async def test_a_model_that_is_added_or_removed_while_the_server_runs_is_noticed(
+    bridge: BridgePlatform, servers: Servers
+) -> None:
+    first, second = servers
+    await first.admin.set(models=CHECKPOINT)
+    async with bridge.gpu(first) as losing, bridge.gpu(second) as gaining:
+        await second.admin.set(models=CHECKPOINT)
+        await bridge.until(lambda: can_run(gaining, is_fit=True))
+        await first.admin.set(models={"checkpoints": []})
+        state = await bridge.ended((await bridge.submit(template_id="text-to-image"))["job_id"])
+        assert state["error_details"] is None
+        await bridge.until(lambda: can_run(losing, is_fit=False))
+        state = await bridge.ended((await bridge.submit(template_id="text-to-image"))["job_id"])
+        assert state["error_details"] is None
+    assert len(await second.admin.runs()) == 2
+
+
+async def can_run(worker: gpu_worker.GpuWorker, *, is_fit: bool) -> bool:
+    return ("text-to-image" in worker.fitness.fit) is is_fit
+
+
+async def test_a_server_whose_lists_cannot_be_read_runs_what_needs_no_model(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    await native.admin.set(models=CHECKPOINT, broken_routes={"/object_info": 500})
+    async with bridge.gpu(native):
+        waiting = await bridge.submit(template_id="text-to-image")
+        assert (await bridge.ended((await bridge.submit())["job_id"]))["error_details"] is None
+        assert (await bridge.job(waiting["job_id"]))["job_status"] == "queued"
+        await native.admin.set(broken_routes={})
+        assert (await bridge.ended(waiting["job_id"]))["error_details"] is None
+        await native.admin.set(broken_routes={"/object_info": 500})
+        again: Json = await bridge.submit(template_id="text-to-image")
+        assert (await bridge.ended(again["job_id"]))["error_details"] is None, "what was read before is kept"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("http://127.0.0.1:8188", "machine-a"), ("http://127.0.0.1:8188", "machine-b")),
+        (("http://host.docker.internal:8188", "machine-a"), ("http://host.docker.internal:8188", "machine-b")),
+        (("https://gpus.example/one", "machine-a"), ("https://gpus.example/two", "machine-a")),
+        (("https://gpus.example/a.b", "machine-a"), ("https://gpus.example/a-b", "machine-a")),
+        (("https://gpus.example/" + "a" * 80, "machine-a"), ("https://gpus.example/" + "a" * 81, "machine-a")),
+    ],
+)
+def test_two_servers_never_have_the_same_name_by_default(one: tuple[str, str], other: tuple[str, str]) -> None:
+    assert name_of(*one) != name_of(*other)
+    assert len(name_of(*other)) <= 64
+
+
+def test_a_server_has_the_same_name_from_every_machine_that_means_the_same_by_its_address() -> None:
+    assert name_of("http://gpu-7:8188", "machine-a") == name_of("http://gpu-7:8188/", "machine-b")
+    assert name_of("http://localhost:8188", "machine-a") == name_of("http://localhost:8188", "machine-a")
+
+
+async def test_a_name_that_another_server_has_is_refused(bridge: BridgePlatform, servers: Servers) -> None:
+    first, second = servers
+    forecast = Forecast(bridge.client, task_queue=bridge.settings.bridge_task_queue)
+    async with bridge.gpu(first, name="gpu-1"):
+        await servers_seen(bridge, 1)
+        await demand_name(forecast, "gpu-1", owner_of(first.url), wait_seconds=0)
+        await demand_name(forecast, "gpu-2", owner_of(second.url), wait_seconds=0)
+        with pytest.raises(NameTaken, match="--name"):
+            await demand_name(forecast, "gpu-1", owner_of(second.url), wait_seconds=0)
+    # It has left: nobody has to wait until Temporal forgets its worker.
+    await demand_name(forecast, "gpu-1", owner_of(second.url), wait_seconds=0)
+
+
+async def test_a_worker_under_a_taken_name_does_not_start(
+    bridge: BridgePlatform, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_worker, "TAKEN_WAIT_SECONDS", 0.5)
+    first, second = servers
+    address = bridge.client.service_client.config.target_host
+    settings = bridge.settings.model_copy(update={"temporal_address": address})
+    options = argparse.Namespace(server=second.url, pool=DEFAULT_POOL, name="gpu-1", gpu_type=None)
+    async with bridge.gpu(first, name="gpu-1"):
+        await servers_seen(bridge, 1)
+        with pytest.raises(CannotStart, match="already called 'gpu-1'"):
+            await gpu_worker.serve(settings, options, asyncio.Event())
+
+
+def test_the_identity_of_an_older_worker_is_read() -> None:
+    from bridge.forecast import _IDENTITY
+
+    server = SeenServer("gpu-1", "default", "rtx-4090", "owner")
+    for identity in ("gpu|gpu-1|default|rtx-4090|7", identity_of(server, 7)):
+        match = _IDENTITY.fullmatch(identity)
+        assert match is not None
+        assert match["name"] == "gpu-1"
