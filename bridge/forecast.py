@@ -10,7 +10,7 @@ import asyncio
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Hashable
+from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -27,7 +27,7 @@ from bridge.calls import (
     BRIDGE_QUEUE,
     JOB_WORKFLOW,
     LEAST_MINUTES,
-    RESOLUTION_MEMO,
+    MANIFEST_MEMO,
     SECONDS_MEMO,
     SERVER_MEMO,
     TRAINING_WORKFLOW,
@@ -45,6 +45,7 @@ from comfyui_temporal.contracts.tasks import PRIORITY_KEYS
 CACHE_SECONDS: Final = 3.0
 MEASURED_CACHE_SECONDS: Final = 20.0
 MEASURED_RUNS: Final = 20
+SLOW_SHARE: Final = 0.8
 ALIVE_SECONDS: Final = 100.0
 """A worker polls at least every minute. One that has not polled for this long is gone."""
 REQUEST_SECONDS: Final = 3.0
@@ -143,39 +144,48 @@ class Forecast:
     async def of_image(
         self, *, template_id: str, resolution: Resolution, priority: TaskPriority, pool: str, by_manifest: float
     ) -> Expected:
-        """The forecast for a new image job. At least contract §1's default until runs of its kind were measured."""
-        measured, backlog, servers, busy = await asyncio.gather(
-            self.run_seconds(template_id, resolution), self.backlog(pool), self.servers(), self.busy_servers()
+        """The forecast for a new image job. At least contract §1's default until runs of its template were measured.
+
+        `by_manifest`: the run time that the manifest expects of this job. Measured runs may only raise it: a job of
+        another size or with other extras, or one that found everything cached, says nothing against it.
+        """
+        slowness, backlog, servers, busy = await asyncio.gather(
+            self.slowness(template_id), self.backlog(pool), self.servers(), self.busy_servers()
         )
-        in_pool = [server for server in servers if server.pool == pool]
-        seconds = measured if measured is not None else by_manifest
+        in_pool = [server for server in servers if server.pool == pool and server.can_run(template_id)]
+        in_pool = [server for server in in_pool if not server.is_sick] or in_pool
+        seconds = by_manifest * (1.0 if slowness is None else slowness)
         ahead = backlog.ahead_of(priority)
         running = sum(server.name in busy for server in in_pool)
         must_wait = ahead > 0 or running >= len(in_pool)
         wait = (ahead + running / 2) * seconds / max(1, len(in_pool)) if must_wait else 0.0
         minutes = (wait + seconds) / 60
-        if measured is None:
+        if slowness is None:
             minutes = max(minutes, SCENES[Scene.IMAGE_GENERATE].eta_minutes[priority])
         return Expected(minutes=round(max(minutes, LEAST_MINUTES), 4), ahead=ahead, run_seconds=round(seconds, 3))
 
-    async def run_seconds(self, template_id: str, resolution: Resolution) -> float | None:
-        """The mean of the last measured runs; None if there are none."""
+    async def slowness(self, template_id: str) -> float | None:
+        """How many times longer than by its manifest a template's run takes here, at least 1; None if never measured.
+
+        Four of five of the last runs took no longer, whatever their size and extras, and on whatever server. Runs that
+        were cut because they took too long are among them.
+        """
 
         async def read() -> float | None:
             ended = f"WorkflowType = '{JOB_WORKFLOW}' AND ExecutionStatus = 'Completed'"
             query = f"TaskQueue = '{self._task_queue}' AND {ended} AND TemplateId = '{template_id}'"
-            seconds: list[float] = []
+            measured: list[float] = []
             seen = 0
             async for execution in self._client.list_workflows(query, page_size=100):
-                memo = await execution.memo()
+                ratio = _slowness_of(await execution.memo())
                 seen += 1
-                if memo.get(RESOLUTION_MEMO) == resolution.value and isinstance(memo.get(SECONDS_MEMO), int | float):
-                    seconds.append(float(memo[SECONDS_MEMO]))
-                if len(seconds) >= MEASURED_RUNS or seen >= 200:
+                if ratio is not None:
+                    measured.append(ratio)
+                if len(measured) >= MEASURED_RUNS or seen >= 200:
                     break
-            return sum(seconds) / len(seconds) if seconds else None
+            return max(1.0, sorted(measured)[int(SLOW_SHARE * (len(measured) - 1))]) if measured else None
 
-        return await self._cached(("run", template_id, resolution), read, None, MEASURED_CACHE_SECONDS)
+        return await self._cached(("slowness", template_id), read, None, MEASURED_CACHE_SECONDS)
 
     async def backlog(self, pool: str) -> Backlog:
         return await self._cached(("backlog", pool), partial(self._read_backlog, pool), Backlog(), CACHE_SECONDS / 3)
@@ -313,3 +323,10 @@ class Forecast:
                 return default
             self._cache[key] = (time.monotonic(), fresh)
             return fresh
+
+
+def _slowness_of(memo: Mapping[str, Any]) -> float | None:
+    seconds, by_manifest = memo.get(SECONDS_MEMO), memo.get(MANIFEST_MEMO)
+    if not isinstance(seconds, int | float) or not isinstance(by_manifest, int | float) or by_manifest <= 0:
+        return None
+    return float(seconds / by_manifest)

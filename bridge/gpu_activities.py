@@ -23,12 +23,11 @@ from pydantic import BaseModel, ValidationError
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
-from bridge.callbacks import TICK_SECONDS, CallbackSender
+from bridge.callbacks import CallbackSender
 from bridge.calls import COPY_RESULTS, INGEST_DATASET, RUN_GRAPH, TAKE_SERVER, TEMPLATE_UNFIT, RunFailureType
 from bridge.fitness import Fitness, TemplateState
 from bridge.graph_check import NoModel, chosen_models, relink
 from bridge.orders import (
-    Callback,
     CopyOrder,
     DatasetOrder,
     ExistingLora,
@@ -54,11 +53,11 @@ from bridge.prompt_run import (
 from bridge.server import FileUse, PromptRefused, ResultFile, Server, ServerError
 from bridge.slot import Slot
 from bridge.storage import STORAGE_ERRORS, Storage, safe_name
+from bridge.ticks import RunningJobs, Ticks
 from comfyui_temporal.contracts.comfyui import DatasetFile, DatasetSnapshot
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 
 HEARTBEAT_SECONDS: Final = 1.0
-TICK_EVERY_SECONDS: Final = 1.0
 OTHERS_FIRST: Final = timedelta(seconds=20)
 """So long a server leaves a job that it failed to the other servers of its pool."""
 _LOSS: Final = re.compile(r"loss=([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)")
@@ -104,9 +103,11 @@ class GpuActivities:
         sender: CallbackSender | None,
         *,
         patience: Patience | None = None,
+        jobs: RunningJobs | None = None,
         are_others: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         """`are_others`: whether the pool has other servers; default: none."""
+        self._jobs = jobs
         self._are_others = are_others or _nobody
         self._server = server
         self._identity = identity
@@ -148,7 +149,7 @@ class GpuActivities:
     async def run_graph(self, run: GraphRun) -> GraphOutcome:
         """Run one graph to its end. Raises ApplicationError of a `RunFailureType`, not retried on this server."""
         beat = _last_beat()
-        ticks = _Ticks(run, self._sender)
+        ticks = Ticks(run, self._sender, self._jobs)
         prompt = PromptRun(
             self._server,
             run.model_copy(update={"first_percent": max(run.first_percent, beat.percent)}),
@@ -161,18 +162,17 @@ class GpuActivities:
         bound = {"job_id": run.job_id, "task_id": run.task_id, "tenant_id": run.tenant_id, "run": run.run}
         with structlog.contextvars.bound_contextvars(**bound), self._held(run.job_id):
             try:
-                outcome = await _with_heartbeats(
-                    prompt.finish(),
-                    lambda: (RunBeat(percent=prompt.percent, was_sent=prompt.was_sent).model_dump(),),
-                    on_cancel=prompt.stop,
-                )
+                async with ticks.following(prompt, is_repeated=activity.info().attempt > 1):
+                    outcome = await _with_heartbeats(
+                        prompt.finish(),
+                        lambda: (RunBeat(percent=prompt.percent, was_sent=prompt.was_sent).model_dump(),),
+                        on_cancel=prompt.stop,
+                    )
                 await self._judge(run, outcome, time.monotonic() - began)
             except RunFailure as failure:
                 await self._learn_from(failure)
                 log.warning("run_failed", kind=type(failure).__name__, reason=str(failure))
                 raise _moving(failure, prompt) from None
-            finally:
-                await ticks.close()
             outcome = await self._with_loss(run, outcome)
             log.info(
                 "run_ended",
@@ -416,50 +416,6 @@ def result_path(job_id: str, file: ResultFile) -> str:
 async def _paced(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     async for chunk in chunks:
         yield chunk
-
-
-class _Ticks:
-    """Publishes progress to the task, best effort: one request at a time, at most one a second."""
-
-    def __init__(self, run: GraphRun, sender: CallbackSender | None) -> None:
-        self._run = run
-        self._sender = sender
-        self._newest = 0
-        self._task: asyncio.Task[None] | None = None
-
-    def reached(self, percent: int) -> None:
-        self._newest = percent
-        if self._sender is not None and (self._task is None or self._task.done()):
-            self._task = asyncio.create_task(self._publish(self._sender))
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
-
-    async def _publish(self, sender: CallbackSender) -> None:
-        published = 0
-        while self._newest > published:
-            published = self._newest
-            await sender.send(tick(self._run, published), seconds=TICK_SECONDS)
-            await asyncio.sleep(TICK_EVERY_SECONDS)
-
-
-def tick(run: GraphRun, percent: int) -> Callback:
-    """A tick's callback. The same percent of the same run always has the same sequence and fields."""
-    sequence = run.sequence_base + percent
-    body = {
-        **run.tick_fields,
-        "stage_progress": scaled(percent, run.progress_from, run.progress_to),
-        "sequence": sequence,
-        "occurred_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-    }
-    return Callback(url=run.callback_url, webhook_id=f"msg_{run.job_id}_{sequence}", body=json.dumps(body))
-
-
-def scaled(percent: float, low: float, high: float) -> float:
-    """A run's own percent, scaled to the part of the stage that the run covers."""
-    return round(low + (high - low) * percent / 100, 2)
 
 
 def _last_beat() -> RunBeat:

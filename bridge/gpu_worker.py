@@ -41,6 +41,7 @@ from bridge.slot import TAKEN_SECONDS, FreeSlots, Slot
 from bridge.storage import Storage
 from bridge.template_queues import TemplateQueues
 from bridge.templates import Template, TemplateLibrary
+from bridge.ticks import RunningJobs
 from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
 from runtime.health_page import HealthPage, is_polling
@@ -107,6 +108,7 @@ class GpuWorker:
             storage,
             sender,
             patience=patience,
+            jobs=RunningJobs(client),
             are_others=self._are_others,
         )
         self._identity = poller_identity = identity_of(seen, os.getpid())

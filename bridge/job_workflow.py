@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from temporalio import workflow
@@ -12,6 +12,7 @@ from bridge.calls import (
     FETCH_CONTROLS,
     JOB_WORKFLOW,
     LEAST_MINUTES,
+    MANIFEST_MEMO,
     MOVE_UPDATE,
     RESOLUTION_MEMO,
     SECONDS_MEMO,
@@ -32,6 +33,7 @@ class ComfyUIJobWorkflow(RunFlow):
     def __init__(self, job: ImageJob) -> None:
         self._job = job
         self._submitted = workflow.now()
+        self._run_began: datetime | None = None
         wait = timedelta(seconds=max(0.0, job.estimated_time * 60 - job.graph.expected_seconds))
         fields: dict[str, Any] = {
             "job_id": job.job_id,
@@ -52,6 +54,7 @@ class ComfyUIJobWorkflow(RunFlow):
         """The job's last state."""
         self._change("queued")
         await self._finish(self._deliver_results())
+        self._remember_cut_run()
         if job.request.controls:
             await self._clean_up()
         await self._all_published()
@@ -79,6 +82,9 @@ class ComfyUIJobWorkflow(RunFlow):
 
     def _end_fields(self) -> dict[str, Any]:
         return {"queue_position": None}
+
+    def _expected_minutes(self, left_of_run: timedelta) -> float:
+        return minutes(workflow.now() + left_of_run - self._submitted, at_least=LEAST_MINUTES)
 
     async def _deliver_results(self) -> None:
         controls = await self._fetch_controls()
@@ -110,12 +116,13 @@ class ComfyUIJobWorkflow(RunFlow):
     def _graph_run(self, taken: ServerTaken, controls: list[ControlFile]) -> GraphRun:
         """The run for the taken server. The job is `processing` from here on."""
         if not self._is_over:
+            self._run_began = workflow.now()
             now, span = workflow.now(), timedelta(seconds=self._job.graph.expected_seconds)
             self._fields |= {
                 "job_status": JobStatus.PROCESSING.value,
                 "stage_progress": float(self._placement.percent),
                 "next_eta": instant(now + span),
-                "estimated_time": minutes(now + span - self._submitted, at_least=LEAST_MINUTES),
+                "estimated_time": self._expected_minutes(span),
                 "queue_position": None,
             }
             self._change("processing")
@@ -157,8 +164,29 @@ class ComfyUIJobWorkflow(RunFlow):
             "result_urls": urls,
             "actual_cost": self._job.estimated_cost,
         }
-        workflow.upsert_memo({SECONDS_MEMO: seconds, RESOLUTION_MEMO: self._job.request.resolution.value})
+        self._remember(seconds)
         self._change("delivery")
+
+    def _remember(self, seconds: float) -> None:
+        """Keep how long the run took, for the estimates of later jobs."""
+        workflow.upsert_memo(
+            {
+                SECONDS_MEMO: seconds,
+                RESOLUTION_MEMO: self._job.request.resolution.value,
+                MANIFEST_MEMO: self._job.manifest_seconds,
+            }
+        )
+
+    def _remember_cut_run(self) -> None:
+        """A run that was cut is a measure too, if it would have taken longer than the manifest says.
+
+        Otherwise a task that runs out of time on a slow server does so again and again.
+        """
+        if self._run_began is None or not self._is_cancelled or not workflow.patched("learn-from-cut-runs"):
+            return
+        seconds = (max(self._run_ends, workflow.now()) - self._run_began).total_seconds()
+        if seconds > self._job.manifest_seconds > 0:
+            self._remember(seconds)
 
     async def _clean_up(self) -> None:
         await workflow.execute_activity(

@@ -93,6 +93,13 @@ class ExistingLora(OwnModel):
     """(node, input) pairs."""
 
 
+class RunEstimate(OwnModel):
+    """How long a run on a server still takes, as its worker sees it, and its whole percent."""
+
+    left_seconds: float = Field(ge=0, le=86_400 * 30)
+    percent: int = Field(ge=0, le=100)
+
+
 class GraphOutcome(OwnModel):
     """How a run ended. `error` is set if it failed; `seconds` is the time on the server."""
 
@@ -208,6 +215,8 @@ class ImageJob(OwnModel):
     estimated_time: float
     gpu_slots: int
     queue_position: int | None = None
+    manifest_seconds: float = 0.0
+    """The run time by the manifest alone; 0 in the jobs of an older version. The graph has the expected one."""
     is_for_some: bool = False
     """Not every server of the pool can run it: it waits in its template's queue from the start."""
 

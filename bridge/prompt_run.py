@@ -133,6 +133,16 @@ class PromptRun:
     def percent(self) -> int:
         return self._progress.percent
 
+    @property
+    def ran_seconds(self) -> float:
+        """Since the prompt was first seen running; 0 before."""
+        return 0.0 if self._running_at is None else time.monotonic() - self._running_at
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the server's messages about this prompt get through."""
+        return self._is_heard
+
     async def finish(self) -> GraphOutcome:
         """Submit the prompt unless it is known already, and follow it to its end. Raises RunFailure."""
         found = await self._look_up()

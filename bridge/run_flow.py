@@ -15,8 +15,8 @@ from temporalio import workflow
 from temporalio.common import Priority, RetryPolicy, SearchAttributeKey
 from temporalio.exceptions import ActivityError, ApplicationError, FailureError, is_cancelled_exception
 
-from bridge.calls import CANCEL_UPDATE, VIEW_QUERY
-from bridge.orders import JobView, RenderedGraph
+from bridge.calls import CANCEL_UPDATE, ESTIMATE_UPDATE, VIEW_QUERY
+from bridge.orders import JobView, RenderedGraph, RunEstimate
 from bridge.placement import CANCELLED, Placement, RunRefused
 from bridge.publishing import Publishing
 from comfyui_temporal.contracts.comfyui import JobRequest, TrainingRequest
@@ -47,6 +47,7 @@ class RunFlow:
         self._is_cancelled = False
         self._fields = fields
         self._progress_span = (0.0, 100.0)
+        self._run_ends = workflow.now()
 
     # Defined by the subclass
 
@@ -66,6 +67,10 @@ class RunFlow:
     @abstractmethod
     def _end_fields(self) -> dict[str, Any]:
         """Fields that a failure or a cancel changes as well."""
+
+    @abstractmethod
+    def _expected_minutes(self, left_of_run: timedelta) -> float:
+        """`estimated_time`, if the present run on a server still takes this long."""
 
     # Messages
 
@@ -87,6 +92,25 @@ class RunFlow:
     def cancel(self) -> JobView:
         """End the run as cancelled, unless it is over. Idempotent."""
         self._cancel()
+        return self.view()
+
+    @workflow.update(name=ESTIMATE_UPDATE)
+    def estimate(self, estimate: RunEstimate) -> JobView:
+        """The run on a server takes longer than was expected. A shorter time changes nothing."""
+        if self._is_over or self._publishing.tick_base is None:
+            return self.view()
+        left = timedelta(seconds=estimate.left_seconds)
+        self._run_ends = workflow.now() + left
+        if self._expected_minutes(left) > self._fields["estimated_time"]:
+            low, high = self._progress_span
+            reached = round(low + (high - low) * estimate.percent / 100, 2)
+            self._fields |= {
+                "stage_progress": max(reached, self._fields["stage_progress"]),
+                "estimated_time": self._expected_minutes(left),
+                "next_eta": instant(workflow.now() + left),
+            }
+            self._change("takes longer")
+            self._publishing.run_begins()
         return self.view()
 
     # Running

@@ -140,6 +140,7 @@ class ImageService:
             estimated_time=expected.minutes,
             gpu_slots=GPU_SLOTS,
             queue_position=expected.ahead,
+            manifest_seconds=rendered.expected_seconds,
             is_for_some=not can_run.by_all,
         )
 

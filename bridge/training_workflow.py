@@ -61,7 +61,7 @@ class ComfyUITrainingWorkflow(RunFlow):
         self._job = job
         self._is_started = False
         self._started_at = workflow.now()
-        self._epoch = job.first_epoch
+        self._epoch = self._chunk_end = job.first_epoch
         self._step = job.first_step
         self._latest = job.resume_path
         self._hours = 0.0
@@ -136,6 +136,7 @@ class ComfyUITrainingWorkflow(RunFlow):
         """Train to the end of an epoch and keep the result. Raises RunRefused, or a cancellation."""
         steps = (last_epoch - self._epoch) * self._job.steps_per_epoch
         self._placement.begin_part(last_epoch)
+        self._chunk_end = last_epoch
         whole = self._job.epochs - self._job.first_epoch
         done = self._epoch - self._job.first_epoch
         self._progress_span = (100 * done / whole, 100 * (last_epoch - self._job.first_epoch) / whole)
@@ -228,6 +229,11 @@ class ComfyUITrainingWorkflow(RunFlow):
                 nodes[node]["inputs"][name] = value
         seconds = max(1.0, steps * self._seconds_per_step())
         return graph.rendered.model_copy(update={"graph": nodes, "expected_seconds": seconds})
+
+    def _expected_minutes(self, left_of_run: timedelta) -> float:
+        later = (self._job.epochs - self._chunk_end) * self._job.steps_per_epoch * self._seconds_per_step()
+        left = left_of_run + timedelta(seconds=later)
+        return minutes(workflow.now() + left - self._started_at, at_least=2 * LEAST_MINUTES)
 
     def _enter_checkpointing(self) -> None:
         if not self._is_over:

@@ -70,6 +70,8 @@ async def test_jobs_go_to_the_one_server_that_has_the_model(bridge: BridgePlatfo
         for job in [*early, *late, *patterns]:
             state = await bridge.ended(job["job_id"])
             assert state["error_details"] is None, state
+            taken = [status for status in bridge.receiver.statuses(job["task_id"]) if status == "processing"]
+            assert len(taken) == 1, "it was sent to the server that cannot run it"
     assert all("save" in run.nodes for run in await without.admin.runs()), "it ran what it has no model for"
     assert len(await having.admin.runs()) + len(await without.admin.runs()) == 8
 
