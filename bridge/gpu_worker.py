@@ -31,7 +31,7 @@ from bridge.manifest import DEFAULT_POOL
 from bridge.native import NativeServer
 from bridge.orders import ServerReport
 from bridge.prompt_run import Patience
-from bridge.required_settings import stop_on_signals, templates_by
+from bridge.required_settings import server_headers_by, stop_on_signals, templates_by
 from bridge.server import Server, ServerDescription, ServerError, UnsupportedServer
 from bridge.server_gauges import ServerGauges
 from bridge.server_health import ServerHealth
@@ -226,9 +226,9 @@ class GpuHealth:
         return await self.worker.missing() if self.worker else ["the worker starts"]
 
 
-def open_server(url: str) -> NativeServer:
-    """The only place that chooses a kind of server. Raises ValueError for an unusable address."""
-    return NativeServer(url)
+def open_server(url: str, settings: Settings) -> NativeServer:
+    """The only place that chooses a kind of server. Raises ValueError for an unusable address, CannotStart."""
+    return NativeServer(url, headers=server_headers_by(settings))
 
 
 async def until_answering(server: Server, stop: asyncio.Event) -> ServerDescription | None:
@@ -266,7 +266,7 @@ async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.E
     templates = templates_by(settings)
     async with AsyncExitStack() as opened:
         try:
-            server = await opened.enter_async_context(open_server(options.server))
+            server = await opened.enter_async_context(open_server(options.server, settings))
             storage = Storage(settings.bridge_store_url)
             sender: CallbackSender | None = None
             if (secret := settings.signing_secret) is not None:
@@ -319,7 +319,7 @@ async def check(settings: Settings, options: argparse.Namespace) -> int:
     """Print what the server would refuse in its pool's templates. Returns 1 if there is anything."""
     templates = templates_by(settings)
     try:
-        async with open_server(options.server) as server:
+        async with open_server(options.server, settings) as server:
             await server.describe()
             problems = await check_templates(server, templates, options.pool)
     except (ServerError, ValueError) as error:

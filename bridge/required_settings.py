@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import signal
 from asyncio import Event, get_running_loop
+
+from pydantic import SecretStr
 
 from bridge.templates import SHIPPED, TemplateLibrary, TemplateProblem, load_library
 from runtime.required_settings import CannotStart
@@ -33,6 +36,30 @@ def callback_secret_by(settings: Settings) -> str:
     if settings.signing_secret is None:
         raise CannotStart("COMFYUI_TEMPORAL_CALLBACK_SECRETS is not set: callbacks must be signed.")
     return settings.signing_secret
+
+
+def server_headers_by(settings: Settings) -> dict[str, str]:
+    """The headers that a proxy before the ComfyUI server demands. Raises CannotStart; no message has a secret."""
+    headers = dict(settings.gpu_server_headers)
+    token, login = settings.gpu_server_token, settings.gpu_server_login
+    names = [name for name, given in (("TOKEN", token), ("LOGIN", login)) if given is not None]
+    names += ["HEADERS"] if any(name.lower() == "authorization" for name in headers) else []
+    if len(names) > 1:
+        raise CannotStart(
+            f"COMFYUI_TEMPORAL_GPU_SERVER_{' and _'.join(names)} both set the header Authorization: set one of them."
+        )
+    if token is not None:
+        headers["Authorization"] = SecretStr(f"Bearer {token.get_secret_value()}")
+    if login is not None:
+        if ":" not in login.get_secret_value():
+            raise CannotStart("COMFYUI_TEMPORAL_GPU_SERVER_LOGIN must be user:password.")
+        encoded = base64.b64encode(login.get_secret_value().encode()).decode()
+        headers["Authorization"] = SecretStr(f"Basic {encoded}")
+    found = {name: value.get_secret_value() for name, value in headers.items()}
+    unusable = [name for name, value in found.items() if not (value.isascii() and value.isprintable())]
+    if unusable:
+        raise CannotStart(f"The header {unusable[0]} for the ComfyUI server has a value that no header may have.")
+    return found
 
 
 def stop_on_signals(stop: Event) -> None:

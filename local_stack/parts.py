@@ -42,7 +42,9 @@ SECRETS_OF: Final[dict[str, frozenset[str]]] = {
         {"DATABASE_DSN", "CALLER_SECRET", "STREAM_TOKEN_SECRET", "CALLBACK_SECRETS", "ENCRYPTION_KEYS"}
     ),
     "bridge": frozenset({"SERVICE_SECRET", "BRIDGE_RESULT_SECRET", "CALLBACK_SECRETS", "ENCRYPTION_KEYS"}),
-    "gpu-worker": frozenset({"CALLBACK_SECRETS", "ENCRYPTION_KEYS"}),
+    "gpu-worker": frozenset(
+        {"CALLBACK_SECRETS", "ENCRYPTION_KEYS", "GPU_SERVER_TOKEN", "GPU_SERVER_LOGIN", "GPU_SERVER_HEADERS"}
+    ),
     "comfyui-simulator": frozenset({"SERVICE_SECRET", "CALLBACK_SECRETS", "SIMULATOR_ADMIN_TOKEN"}),
     "credits-simulator": frozenset({"SERVICE_SECRET", "SIMULATOR_ADMIN_TOKEN"}),
     "codec-server": frozenset({"CODEC_SERVER_TOKEN", "ENCRYPTION_KEYS"}),

@@ -235,6 +235,12 @@ class Settings(BaseSettings):
     """The bridge's Prometheus metrics, `/metrics`, at `bridge_host`; none by default."""
     gpu_metrics_port: int | None = Field(default=None, ge=1, le=65_535)
     """A GPU worker's Prometheus metrics, `/metrics`, at `worker_host`; none by default."""
+    gpu_server_token: SecretStr | None = None
+    """Bearer token that a proxy before a GPU worker's ComfyUI server demands."""
+    gpu_server_login: SecretStr | None = None
+    """`user:password` for a proxy with basic authentication."""
+    gpu_server_headers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$")], SecretStr] = {}
+    """Other headers that such a proxy demands, a JSON object of names and values."""
     gpu_grace_seconds: float = Field(default=600, ge=0)
     """How long a stopping GPU worker lets its graph run to the end before it returns the job."""
 
@@ -357,6 +363,8 @@ class Settings(BaseSettings):
         values = [value for value in vars(self).values() if isinstance(value, SecretStr)]
         found = [secret.get_secret_value() for secret in (*values, *self.callback_secrets)]
         found += [secret.get_secret_value().rpartition(":")[2] for secret in self.callback_secrets]
+        found += [secret.get_secret_value() for secret in self.gpu_server_headers.values()]
+        found += [self.gpu_server_login.get_secret_value().partition(":")[2]] if self.gpu_server_login else []
         found += re.split("[:,]", self.encryption_keys.get_secret_value()) if self.encryption_keys else []
         found += [key for key in [os.environ.get(TEMPORALS_OWN_KEY)] if key]
         password = _PASSWORD.search(self.database_dsn.get_secret_value()) if self.database_dsn else None

@@ -81,13 +81,15 @@ def _finished(node: Any) -> dict[str, float]:
 
 
 @asynccontextmanager
-async def followed(ws_url: str, client_id: str, prompt_id: str, on_update: OnUpdate) -> AsyncIterator[None]:
+async def followed(
+    ws_url: str, client_id: str, prompt_id: str, on_update: OnUpdate, headers: Mapping[str, str]
+) -> AsyncIterator[None]:
     """Call `on_update` for each message about the prompt while the body runs.
 
     A socket that breaks or cannot be opened is opened again; the body does not notice.
     """
     tried = asyncio.Event()
-    listening = asyncio.create_task(_listen(ws_url, client_id, prompt_id, on_update, tried))
+    listening = asyncio.create_task(_listen(ws_url, client_id, prompt_id, on_update, headers, tried))
     try:
         waiting = asyncio.create_task(tried.wait())
         # The socket must be open before the submit, or ComfyUI drops the first messages.
@@ -99,7 +101,14 @@ async def followed(ws_url: str, client_id: str, prompt_id: str, on_update: OnUpd
         await asyncio.wait({listening})
 
 
-async def _listen(ws_url: str, client_id: str, prompt_id: str, on_update: OnUpdate, tried: asyncio.Event) -> None:
+async def _listen(
+    ws_url: str,
+    client_id: str,
+    prompt_id: str,
+    on_update: OnUpdate,
+    headers: Mapping[str, str],
+    tried: asyncio.Event,
+) -> None:
     address = f"{ws_url}?clientId={quote(client_id, safe='')}"
     reader = MessageReader()
     while True:
@@ -112,6 +121,7 @@ async def _listen(ws_url: str, client_id: str, prompt_id: str, on_update: OnUpda
                 max_size=MAX_MESSAGE_BYTES,
                 proxy=None,
                 user_agent_header="comfyui-temporal",
+                additional_headers=headers,
             ) as socket:
                 tried.set()
                 await _receive(socket, prompt_id, reader, on_update)

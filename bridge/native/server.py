@@ -58,18 +58,29 @@ class NativeServer(OwnsClient):
 
     _client: PatientClient
 
-    def __init__(self, url: str, *, read_seconds: float = READ_SECONDS) -> None:
-        """Raises ValueError if `url` is not an http:// or https:// address."""
+    def __init__(
+        self, url: str, *, headers: Mapping[str, str] | None = None, read_seconds: float = READ_SECONDS
+    ) -> None:
+        """`headers` go with every request, such as a proxy's `Authorization`.
+
+        Raises ValueError if `url` is not an http:// or https:// address, or has a password in it.
+        """
         parsed = httpx.URL(url)
+        if parsed.userinfo:
+            raise ValueError(
+                f"the address of the server at {parsed.host} has a password in it, which logs and process lists show: "
+                "set COMFYUI_TEMPORAL_GPU_SERVER_LOGIN"
+            )
         if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
             raise ValueError(f"{url!r} is not an http:// or https:// address of a ComfyUI server")
         self.url = str(parsed).rstrip("/")
+        self._headers = dict(headers or {})
         self._slow = httpx.Timeout(SLOW_FACTOR * read_seconds, connect=CONNECT_SECONDS)
         self._client = PatientClient(
             timeout=httpx.Timeout(read_seconds, connect=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=16, keepalive_expiry=5),
             follow_redirects=False,
-            headers={"accept": "application/json, */*", "user-agent": "comfyui-temporal"},
+            headers={"accept": "application/json, */*", "user-agent": "comfyui-temporal", **self._headers},
             trust_env=False,
         )
 
@@ -117,7 +128,7 @@ class NativeServer(OwnsClient):
         return Prompt(PromptState.ENDED, result_of(entry, result_nodes))
 
     def follow(self, prompt_id: str, on_update: Callable[[PromptUpdate], None]) -> AbstractAsyncContextManager[None]:
-        return followed(self.ws_url, _client_id(prompt_id), prompt_id, on_update)
+        return followed(self.ws_url, _client_id(prompt_id), prompt_id, on_update, self._headers)
 
     async def log_lines(self) -> list[str]:
         response = await self._request("GET", "/internal/logs/raw")
@@ -225,6 +236,11 @@ class NativeServer(OwnsClient):
     def _checked_status(self, response: httpx.Response, path: str) -> None:
         if response.status_code >= 500:
             raise ServerUnavailable(f"ComfyUI at {self.url} answered {path} with HTTP {response.status_code}")
+        if response.status_code in (401, 407):
+            raise UnexpectedAnswer(
+                f"{self.url}{path} answered HTTP {response.status_code}: set COMFYUI_TEMPORAL_GPU_SERVER_TOKEN, "
+                "_LOGIN or _HEADERS to what its proxy demands"
+            )
         if not 200 <= response.status_code < 300:
             raise UnexpectedAnswer(
                 f"{self.url}{path} answered HTTP {response.status_code}: is this a ComfyUI server (0.3.64 or later)?"

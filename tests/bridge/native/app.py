@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request, Response
 
 from tests.bridge.native.admin_routes import admin_router
 from tests.bridge.native.prompt_queue import Json
+from tests.bridge.native.proxy import Proxy
 from tests.bridge.native.routes import file_routes, internal_routes, jobs_routes, prompt_routes, reading_routes
 from tests.bridge.native.state import Native
 from tests.bridge.native.traps import Traps
@@ -42,6 +43,7 @@ def native_app(folder: Path, traps: Traps | None = None) -> FastAPI:
         for router in (prompt_routes(native), file_routes(native), reading_routes(native)):
             app.include_router(router, prefix=prefix)
     app.middleware("http")(_trapped(native))
+    app.add_middleware(Proxy, traps=lambda: native.traps)
     return app
 
 

@@ -41,6 +41,10 @@ class Traps(BaseModel):
     """How many `/prompt` requests are cut without an answer, before or after they took effect."""
     broken_routes: dict[str, int] = {}
     """Path without `/api` (or its beginning, with `*`) → HTTP status to answer instead."""
+    proxy_path: str = ""
+    """A proxy serves ComfyUI below this path, such as `/gpu-1`, and nothing elsewhere."""
+    proxy_header: str = ""
+    """A proxy demands this header, `Name: value`, of every request and socket."""
     history_delay_seconds: float = 0.0
     """Between `execution_success` and the history entry; the prompt is still `queue_running` meanwhile."""
     history_limit: int = 10_000
