@@ -97,8 +97,19 @@ class InterruptibleWaits:
 
     async def in_time(self, happened: Callable[[], bool], *, summary: str) -> None:
         """Wait until `happened()`. Raises TaskFailed `timeout` when the time is over, and as `raise_if_interrupted`."""
-        if not await self.until(happened, at=self.latest(), summary=summary):
-            raise _timeout()
+        while not happened():
+            latest = self.latest()
+            if not await self.until(self._or_less_time(happened, latest), at=latest, summary=summary):
+                raise _timeout()
+
+    def _or_less_time(self, happened: Callable[[], bool], latest: datetime | None) -> Callable[[], bool]:
+        """Also when the task's time ends earlier than `latest`: its job has begun while a wait was on."""
+
+        def has_less_time() -> bool:
+            now = self.latest()
+            return now is not None and latest is not None and now < latest
+
+        return lambda: happened() or has_less_time()
 
     def is_covered(self) -> bool:
         """Whether work may begin under the hold. True in a run that keeps none."""
@@ -131,7 +142,7 @@ class InterruptibleWaits:
                     return end
             if latest is not None and workflow.now() >= latest:
                 return _timeout()
-            await self._woken(call.done, at or latest, summary)
+            await self._woken(self._or_less_time(call.done, latest), at or latest, summary)
         return None
 
     async def _woken(self, happened: Callable[[], bool], at: datetime | None, summary: str) -> None:

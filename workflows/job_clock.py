@@ -28,8 +28,20 @@ def _never() -> bool:
     return False
 
 
+def _not_yet() -> datetime | None:
+    return None
+
+
+FROM_PROCESSING: Final = "deadline-counts-from-processing"
+"""In runs that began before it, a job's time in the queue counts."""
+
+
 class JobClock:
-    """Deadline = the attempt's start + factor × estimated_time. The whole task is capped from its first start."""
+    """Deadline = the time since when the job is at work + factor × estimated_time.
+
+    The whole task is capped from its first start. Waiting in the queue counts for neither: it is limited by the
+    policy's cap alone. While a job is queued, a deadline is as if the work began now.
+    """
 
     def __init__(
         self,
@@ -40,11 +52,13 @@ class JobClock:
         default_eta_minutes: float,
         unreadable: Callable[[], str] = _readable,
         asks_last: Callable[[], bool] = _never,
+        begun_at: Callable[[], datetime | None] = _not_yet,
     ) -> None:
-        """`unreadable`: why the job's state cannot be read, empty where it can.
+        """`unreadable`: why the job's state cannot be read, empty where it can. `begun_at`: when it began its work.
 
         `asks_last`: polls once more before a timeout where that may bring news; whether its answer is awaited.
         """
+        self._begun_at = begun_at
         self._record = record
         self._state = state
         self._limits = limits
@@ -67,6 +81,8 @@ class JobClock:
     def start(self) -> None:
         """An attempt is submitted (an image) or started (a training)."""
         now = workflow.now()
+        self._state.queued_seconds += self._queued().total_seconds()
+        self._state.counts_from_processing = workflow.patched(FROM_PROCESSING)
         self._state.attempt_start = now
         self._state.queued_since = now
         if self._state.first_start is None:
@@ -74,12 +90,33 @@ class JobClock:
 
     def not_started(self) -> None:
         """A training was created, or the next attempt is waited for: no deadline runs before a start."""
+        self._state.queued_seconds += self._queued().total_seconds()
         self._state.attempt_start = self._state.queued_since = None
 
     def deadline(self) -> datetime:
         """When the present attempt is out of time; before a start, as if it started now."""
-        start = self._state.attempt_start or workflow.now()
-        return min(minutes_from(start, self._span_minutes()), self._cap())
+        start = self._state.attempt_start
+        begun = workflow.now() if start is None else start + self._queued()
+        return min(minutes_from(begun, self._span_minutes()), self._cap())
+
+    def _is_queued(self) -> bool:
+        """Whether the present job's work has not begun, in a run that counts from there."""
+        start, begun = self._state.attempt_start, self._begun_at()
+        return self._state.counts_from_processing and start is not None and (begun is None or begun < start)
+
+    def _queued(self) -> timedelta:
+        """How long the present job has waited for its work to begin."""
+        start, begun = self._state.attempt_start, self._begun_at()
+        if start is None or not self._state.counts_from_processing:
+            return timedelta(0)
+        return (workflow.now() if begun is None or begun < start else begun) - start
+
+    def _ends_at(self) -> datetime:
+        """When the task ends for lack of time, if nothing changes."""
+        start = self._state.attempt_start
+        if start is not None and self._is_queued():
+            return minutes_from(start, self._limits.policy.cap_minutes)
+        return self.deadline()
 
     def is_running(self) -> bool:
         """Whether an attempt has begun."""
@@ -87,12 +124,14 @@ class JobClock:
 
     def deadline_is_fixed(self) -> bool:
         """Whether the deadline no longer moves: an attempt has begun, or the task's cap comes first."""
+        if self._is_queued():
+            return False
         return self.is_running() or (self._state.first_start is not None and self.deadline() >= self._cap())
 
     def latest(self) -> datetime | None:
         """When the attempt's time is over, or between two attempts the whole task's. None before the first start."""
         if self.is_running():
-            return self.deadline()
+            return self._ends_at()
         return self._cap() if self._state.first_start is not None else None
 
     def left_for_retry(self) -> datetime:
@@ -105,19 +144,20 @@ class JobClock:
 
     def _cap(self) -> datetime:
         first_span = self._state.first_span_minutes or self._span_minutes()
-        start = self._state.first_start or workflow.now()
+        queued = timedelta(seconds=self._state.queued_seconds) + self._queued()
+        start = workflow.now() if self._state.first_start is None else self._state.first_start + queued
         return minutes_from(start, min(2 * first_span, self._limits.policy.cap_minutes))
 
     # A concern of the follow loop
 
     def show_wait(self) -> None:
-        self._record.waiting_for("ComfyUI: callback or poll", self.deadline())
+        self._record.waiting_for("ComfyUI: callback or poll", self._ends_at())
 
     def has_update(self) -> bool:
         return False
 
     def due(self) -> datetime:
-        sla, over = self._sla_at(), self.deadline()
+        sla, over = self._sla_at(), self._ends_at()
         if workflow.now() >= over:
             over += LAST_ANSWER_WITHIN
         return min(over, sla) if sla else over
@@ -128,7 +168,8 @@ class JobClock:
         The code is `timeout`, or `reply_invalid` where the job's state could not be read.
         """
         now = workflow.now()
-        if now >= self.deadline() + LAST_ANSWER_WITHIN or (now >= self.deadline() and not self._asks_last()):
+        over = self._ends_at()
+        if now >= over + LAST_ANSWER_WITHIN or (now >= over and not self._asks_last()):
             unreadable = self._unreadable()
             if unreadable:
                 raise TaskFailed(FailureCode.REPLY_INVALID, f"{self._timeout_sentence()} {unreadable}")
@@ -153,5 +194,8 @@ class JobClock:
 
     def _timeout_sentence(self) -> str:
         started = self._state.attempt_start or workflow.now()
-        span = timedelta(seconds=round((self.deadline() - started).total_seconds()))
+        if self._is_queued():
+            hours = f"{self._limits.policy.cap_minutes / 60:g}"
+            return f"The job waited in the queue for {hours} hours; job and credits were given back."
+        span = timedelta(seconds=round((self.deadline() - started - self._queued()).total_seconds()))
         return f"The job did not end within {span} (its deadline); job and credits were given back."

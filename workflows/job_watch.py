@@ -27,6 +27,8 @@ from workflows.task_record import TaskRecord
 from workflows.tick_watch import TickWatch
 
 LOST_AFTER: Final = timedelta(seconds=10)
+MAX_BEGUN: Final = 4
+"""The current job, one whose id is not known yet, and strangers."""
 
 
 class JobWatch:
@@ -68,6 +70,7 @@ class JobWatch:
         if update is None:
             self.refuse()
             return
+        self._see_begun(update)
         self._inbox.put(update)
 
     def refuse(self) -> None:
@@ -120,6 +123,19 @@ class JobWatch:
         is_polled = self._poll is not None and self._poll.done()
         return bool(self.state.inbox) or is_polled or self._ticks.has_update()
 
+    def begun_at(self) -> datetime | None:
+        """When the current job was first seen at work, by a message that was read or is in the inbox."""
+        return self.state.begun.get(self.state.current or "")
+
+    def _see_begun(self, update: JobUpdate) -> None:
+        begun = self.state.begun
+        is_known = update.job_id in begun or update.job_id in self.state.earlier
+        if is_known or update.status is TaskStatus.QUEUED:
+            return
+        begun[update.job_id] = workflow.now()
+        if len(begun) > MAX_BEGUN:
+            del begun[next(job_id for job_id in begun if job_id not in (self.state.current, update.job_id))]
+
     def has_delivery(self) -> bool:
         """Whether the current job has delivered, by a message that was read or is in the inbox."""
         updates = [*self.state.inbox, *([self.state.newest] if self.state.newest else [])]
@@ -149,6 +165,7 @@ class JobWatch:
         newest = self.state.newest
         if newest is not None and (update.sequence <= newest.sequence or newest.is_final):
             return
+        self._see_begun(update)
         is_new_stage = newest is None or (update.stage, update.status) != (newest.stage, newest.status)
         self.state.newest = update
         self.state.last_news_at = self.state.reported_at = workflow.now()

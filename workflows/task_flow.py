@@ -67,6 +67,7 @@ class TaskFlow(Generic[Run, Result]):
             default_eta_minutes=SCENES[task.scene].eta_minutes[task.priority],
             unreadable=self.watch.unreadable,
             asks_last=self.watch.asks_before_timeout,
+            begun_at=self.watch.begun_at,
         )
         self.hold = CreditHold(
             task,

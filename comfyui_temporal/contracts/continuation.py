@@ -100,6 +100,8 @@ class WatchState(OwnModel):
     unreadable: str = ""
     """Why the last poll's answer could not be read; empty if it could."""
     unreadable_since: Instant | None = None
+    begun: dict[str, Instant] = {}
+    """When the newest jobs were first seen at work, by job id."""
     unknown_since: Instant | None = None
     """When the server first answered that it does not know the job."""
     reported_at: Instant | None = None
@@ -113,6 +115,10 @@ class ClockState(OwnModel):
 
     first_start: Instant | None = None
     attempt_start: Instant | None = None
+    counts_from_processing: bool = False
+    """The deadline of the present attempt counts from `processing`, not from its start."""
+    queued_seconds: float = 0.0
+    """How long earlier attempts waited in the queue."""
     first_span_minutes: float | None = None
     estimated_time: float | None = None
     queued_since: Instant | None = None

@@ -200,7 +200,7 @@ class HoldRules:
         first, current = witness.attempts.get(1), witness.attempt
         if first is None or current is None:
             return [at]
-        start, first_start = self.start_of(current.n), self.start_of(1)
+        start, first_start = self.begun_of(current.n, at), self.start_of(1)
         # Until a job is accepted the latest report on the one before counts.
         received = [current] if current.accepted is not None else list(witness.attempts.values())
         reports = [report for attempt in received for report in witness.reports.get(attempt.job_id or "", ())]
@@ -211,9 +211,26 @@ class HoldRules:
             spans.add(SCENES[scenario.task.scene].eta_minutes[scenario.task.priority])
         factor, cap = self._factor, scenario.policy.cap_minutes
         first_span = factor * (accepted[0] if accepted else max(spans))
-        capped = (first_start or at) + 60 * min(2 * first_span, cap)
+        queued = sum(self._queued_in(n, at) for n in witness.attempts)
+        capped = (first_start or at) + queued + 60 * min(2 * first_span, cap)
         starts = [start or at, at] if self._world.jobs.has_failed(current.job_id) else [start or at]
         return [min(start + 60 * factor * span, capped) for start in starts for span in spans]
+
+    def begun_of(self, n: int, at: float) -> float | None:
+        """Since when an attempt's job is at work; while it is queued: now. None before the attempt's start."""
+        start = self.start_of(n)
+        return None if start is None else start + self._queued_in(n, at)
+
+    def _queued_in(self, n: int, at: float) -> float:
+        """How long an attempt's job waited in the queue (contract §1: that counts for no deadline)."""
+        start, attempt = self.start_of(n), self._world.witness.attempts[n]
+        if start is None:
+            return 0.0
+        reports = self._world.witness.reports.get(attempt.job_id or "", ())
+        begun = [report.at for report in reports if not report.is_queued and report.at >= start]
+        later = self._world.witness.attempts.get(n + 1)
+        end = min(begun[:1] + ([later.call.scheduled_at] if later is not None else [at]))
+        return max(0.0, end - start)
 
     @property
     def _factor(self) -> float:

@@ -37,6 +37,11 @@ class Report:
         return self.state.error_details if isinstance(self.state, JobState) else self.state.failure()
 
     @property
+    def is_queued(self) -> bool:
+        status = self.state.job_status if isinstance(self.state, JobState) else self.state.training_status
+        return str(status) == "queued"
+
+    @property
     def checkpoint(self) -> Checkpoint | None:
         return self.state.checkpoint if isinstance(self.state, TrainingState) else None
 

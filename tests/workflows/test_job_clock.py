@@ -46,10 +46,19 @@ class FakeRecord:
 class Clock:
     """A task's job clock; the test moves its time."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, carried: ClockState | None = None, *, cap: float = 600.0) -> None:
+    def __init__(
+        self,
+        patch: pytest.MonkeyPatch,
+        carried: ClockState | None = None,
+        *,
+        cap: float = 600.0,
+        counts_from_processing: bool = True,
+    ) -> None:
         self.now = NOON
         self.record = FakeRecord()
         patch.setattr(workflow, "now", lambda: self.now)
+        patch.setattr(workflow, "patched", lambda _: counts_from_processing)
+        self.begun: datetime | None = None
         self.unreadable = ""
         self.job = JobClock(
             cast(TaskRecord, self.record),
@@ -57,7 +66,17 @@ class Clock:
             limits_of(deadline_factor=FACTOR, cap_minutes=cap, queue_sla_minutes=QUEUE_SLA),
             default_eta_minutes=DEFAULT_ETA,
             unreadable=lambda: self.unreadable,
+            begun_at=lambda: self.begun,
         )
+
+    def start(self, *, begins: bool = True) -> None:
+        """An attempt starts, and its job begins at once or stays in the queue."""
+        self.job.start()
+        if begins:
+            self.begin()
+
+    def begin(self) -> None:
+        self.begun = self.now
 
     def pass_minutes(self, minutes: float) -> None:
         self.now += timedelta(minutes=minutes)
@@ -68,7 +87,7 @@ class Clock:
 
 def test_a_deadline_is_the_start_and_the_factor_times_the_latest_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    clock.job.start()
+    clock.start()
     clock.pass_minutes(1)
     assert clock.in_minutes(clock.job.deadline()) == FACTOR * DEFAULT_ETA
 
@@ -79,6 +98,62 @@ def test_a_deadline_is_the_start_and_the_factor_times_the_latest_estimate(monkey
     clock.job.estimated(4.0)
     clock.job.estimated(None)
     assert clock.in_minutes(clock.job.deadline()) == 12.0
+
+
+def test_a_deadline_never_counts_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.start(begins=False)
+    clock.job.estimated(10.0)
+    clock.pass_minutes(100)
+    clock.job.check()
+    assert clock.in_minutes(clock.job.deadline()) == 130.0, "a hold is asked for as if the work began now"
+    assert clock.job.latest() == NOON + timedelta(minutes=600)
+    assert not clock.job.deadline_is_fixed()
+
+    clock.begin()
+    clock.pass_minutes(20)
+    assert clock.in_minutes(clock.job.deadline()) == 130.0
+    assert clock.job.latest() == clock.job.deadline()
+    assert clock.job.deadline_is_fixed()
+    clock.job.estimated(20.0)
+    assert clock.in_minutes(clock.job.deadline()) == 160.0, "the cap is twice the first span: it counts from there too"
+
+
+def test_the_queue_of_a_later_attempt_does_not_count_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.start()
+    clock.job.estimated(10.0)
+    clock.pass_minutes(20)
+    clock.job.not_started()
+    assert clock.in_minutes(clock.job.left_for_retry()) == 60.0
+    clock.start(begins=False)
+    clock.pass_minutes(300)
+    assert clock.in_minutes(clock.job.left_for_retry()) == 360.0
+    clock.begin()
+    clock.pass_minutes(1)
+    assert clock.in_minutes(clock.job.deadline()) == 350.0
+    clock.job.not_started()
+    assert clock.in_minutes(clock.job.left_for_retry()) == 360.0
+
+
+def test_a_job_that_waits_in_the_queue_ends_with_the_cap_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.start(begins=False)
+    clock.pass_minutes(600 - 0.001)
+    clock.job.check()
+    clock.pass_minutes(0.001)
+    with pytest.raises(TaskFailed, match=r"waited in the queue for 10 hours") as failed:
+        clock.job.check()
+    assert failed.value.code is FailureCode.TIMEOUT
+
+
+def test_a_run_that_began_before_counts_its_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, counts_from_processing=False)
+    clock.start(begins=False)
+    clock.job.estimated(10.0)
+    clock.pass_minutes(7)
+    assert clock.in_minutes(clock.job.deadline()) == 30.0
+    assert clock.job.deadline_is_fixed()
 
 
 def test_before_a_start_a_deadline_is_as_if_it_started_now(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +167,7 @@ def test_before_a_start_a_deadline_is_as_if_it_started_now(monkeypatch: pytest.M
 
 def test_no_deadline_of_an_earlier_attempt_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    clock.job.start()
+    clock.start()
     clock.job.estimated(10.0)
     clock.pass_minutes(9)
     clock.job.not_started()
@@ -101,17 +176,17 @@ def test_no_deadline_of_an_earlier_attempt_outlives_it(monkeypatch: pytest.Monke
     assert clock.job.due() == clock.job.deadline()
 
     clock.pass_minutes(1)
-    clock.job.start()
+    clock.start()
     clock.pass_minutes(1)
     assert clock.in_minutes(clock.job.deadline()) == 10 + 30.0
 
 
 def test_the_whole_task_has_twice_its_first_span_from_its_first_start(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    clock.job.start()
+    clock.start()
     clock.job.estimated(10.0)
     clock.pass_minutes(50)
-    clock.job.start()
+    clock.start()
     clock.job.estimated(100.0)
 
     assert clock.in_minutes(clock.job.deadline()) == 60.0
@@ -120,7 +195,7 @@ def test_the_whole_task_has_twice_its_first_span_from_its_first_start(monkeypatc
 
 def test_the_cap_of_the_policy_is_never_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, cap=20.0)
-    clock.job.start()
+    clock.start()
     clock.job.estimated(10.0)
 
     assert clock.in_minutes(clock.job.deadline()) == 20.0
@@ -137,7 +212,7 @@ def test_a_continued_run_goes_on_from_its_continuation(monkeypatch: pytest.Monke
 
 def test_past_its_deadline_a_task_fails_and_says_how_long_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    clock.job.start()
+    clock.start()
     clock.job.estimated(10.0)
     clock.record.state.status = TaskStatus.RUNNING
     clock.pass_minutes(30 - 0.001)
@@ -151,7 +226,7 @@ def test_past_its_deadline_a_task_fails_and_says_how_long_it_had(monkeypatch: py
 
 def test_a_job_whose_state_cannot_be_read_fails_as_that_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    clock.job.start()
+    clock.start()
     clock.unreadable = "The answer is no JSON."
     clock.job.check()
 
@@ -166,7 +241,7 @@ def test_between_two_attempts_the_whole_tasks_time_is_the_latest(monkeypatch: py
     clock.job.estimated(10.0)
     assert (clock.job.is_running(), clock.job.latest()) == (False, None)
 
-    clock.job.start()
+    clock.start()
     clock.pass_minutes(5)
     assert (clock.job.is_running(), clock.job.latest()) == (True, clock.job.deadline())
 
@@ -177,7 +252,7 @@ def test_between_two_attempts_the_whole_tasks_time_is_the_latest(monkeypatch: py
 
 def test_one_that_waits_in_the_queue_for_too_long_is_recorded_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    clock.job.start()
+    clock.start()
     clock.job.estimated(10.0)
     assert clock.in_minutes(clock.job.due()) == QUEUE_SLA
     clock.pass_minutes(QUEUE_SLA - 0.001)
@@ -197,7 +272,7 @@ def test_one_that_waits_in_the_queue_for_too_long_is_recorded_once_and_goes_on(m
 @pytest.mark.parametrize("status", [TaskStatus.RUNNING, TaskStatus.QUEUED])
 def test_only_the_queue_is_measured_against_its_promise(monkeypatch: pytest.MonkeyPatch, status: TaskStatus) -> None:
     clock = Clock(monkeypatch)
-    clock.job.start()
+    clock.start()
     clock.record.state.status = status
     clock.pass_minutes(QUEUE_SLA + 1)
     clock.job.check()
@@ -207,14 +282,14 @@ def test_only_the_queue_is_measured_against_its_promise(monkeypatch: pytest.Monk
 
 def test_a_deadline_before_the_promise_of_the_queue_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, cap=2.0)
-    clock.job.start()
+    clock.start()
 
     assert clock.in_minutes(clock.job.due()) == 2.0
 
 
 def test_an_operator_reads_what_is_waited_for_and_until_when(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    clock.job.start()
+    clock.start()
     clock.job.show_wait()
 
     assert clock.record.waits == [("ComfyUI: callback or poll", clock.job.deadline())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -105,31 +106,31 @@ async def test_the_next_poll_waits_for_the_announced_stage_but_no_longer_than_12
     assert (await ended(slow_platform, handle)).status is TaskStatus.COMPLETED
 
 
-async def announce_time(platform: Platform, handle: Handle, minutes: float) -> None:
-    """ComfyUI announces another `estimated_time`; wait until the task knows."""
-    comfyui = platform.simulators.admin.comfyui
-    await comfyui.act((await platform.job(handle)).run_id, "lie", fields={"estimated_time": minutes})
+async def announce(platform: Platform, handle: Handle, **fields: Any) -> None:
+    """ComfyUI announces that the work has begun, with these fields; wait until the task knows."""
+    await platform.simulators.admin.comfyui.act((await platform.job(handle)).run_id, "lie", fields=fields)
 
     async def known() -> bool:
-        return bool((await platform.progress(handle))["estimated_time"] == minutes)
+        progress = await platform.progress(handle)
+        estimate = fields.get("estimated_time", progress["estimated_time"])
+        return bool(progress["status"] == "running" and progress["estimated_time"] == estimate)
 
     await platform.until(known)
 
 
 @pytest.mark.parametrize(
     ("announced", "ends_after"),
-    [(None, 24), (4, 12), (12, 36), (100, 48)],
+    [(8, 24), (4, 12), (12, 36), (100, 48)],
     ids=["as first estimated", "shorter", "longer", "capped at twice the first span"],
 )
 async def test_past_its_deadline_a_task_times_out_and_everything_is_given_back(
-    slow_platform: Platform, announced: float | None, ends_after: float
+    slow_platform: Platform, announced: float, ends_after: float
 ) -> None:
-    """Deadline = submission + 3 x the newest estimated_time, 8 minutes at first; in minutes."""
+    """Deadline = `processing` + 3 x the newest estimated_time, 8 minutes at first; in minutes."""
     slow_platform.policy = NO_POLLS
     await slow_platform.simulators.admin.comfyui.fault("job_stall", route="submit_job", while_queued=True)
     handle = await slow_platform.start_waiting_image()
-    if announced is not None:
-        await announce_time(slow_platform, handle, announced)
+    await announce(slow_platform, handle, job_status="processing", estimated_time=announced)
     await slow_platform.pass_time(handle, (ends_after - 0.5) * MINUTE)
     await slow_platform.until_settled(handle)
     await slow_platform.pass_time(handle, 1 * MINUTE)
@@ -141,11 +142,26 @@ async def test_past_its_deadline_a_task_times_out_and_everything_is_given_back(
     assert ends_after - 0.1 <= lasted <= ends_after + 0.6
 
 
+async def test_a_job_that_waits_in_the_queue_has_no_deadline_but_the_whole_day(slow_platform: Platform) -> None:
+    """Behind a busy server a healthy task ended `timeout`, still queued."""
+    slow_platform.policy = NO_POLLS
+    await slow_platform.simulators.admin.comfyui.fault("job_stall", route="submit_job", while_queued=True)
+    handle = await slow_platform.start_waiting_image()
+    for _ in range(3):
+        await slow_platform.pass_time(handle, 30 * MINUTE)
+        await slow_platform.until_settled(handle)
+    assert (await slow_platform.progress(handle))["status"] == "queued"
+    await slow_platform.cancel(handle)
+    assert (await ended(slow_platform, handle)).result["credits"]["returned"] == 24
+
+
 async def test_a_training_past_its_deadline_times_out_and_everything_is_given_back(slow_platform: Platform) -> None:
     slow_platform.policy = NO_POLLS
     await slow_platform.simulators.admin.comfyui.fault("job_stall", route="create_training", at=0.3)
     handle = await slow_platform.start_training()
     await slow_platform.until_held(task_id_of(handle))
+    await slow_platform.until_settled(handle)
+    await announce(slow_platform, handle, training_status="running")
     for minutes in (25, 25, 25, 25, 25, 9.5, 1):  # 3 x 45 in all; holds are renewed after 30
         await slow_platform.pass_time(handle, minutes * MINUTE)
         await slow_platform.until_settled(handle)
