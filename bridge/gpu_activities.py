@@ -60,6 +60,17 @@ from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 HEARTBEAT_SECONDS: Final = 1.0
 OTHERS_FIRST: Final = timedelta(seconds=20)
 """So long a server leaves a job that it failed to the other servers of its pool."""
+FILE_TYPES: Final = {
+    **{".webp": "image/webp", ".avif": "image/avif", ".exr": "image/x-exr", ".svg": "image/svg+xml"},
+    **{".webm": "video/webm", ".mkv": "video/x-matroska", ".flac": "audio/flac", ".opus": "audio/ogg"},
+    **{
+        ".glb": "model/gltf-binary",
+        ".gltf": "model/gltf+json",
+        ".obj": "model/obj",
+        ".ply": "application/octet-stream",
+    },
+}
+"""What Python's table of names lacks on some systems."""
 _LOSS: Final = re.compile(r"loss=([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)")
 _TYPES: Final[dict[type[RunFailure], RunFailureType]] = {
     PromptLost: RunFailureType.LOST,
@@ -372,6 +383,7 @@ class GpuActivities:
         is_flat = bool(order.folder)
         path = f"{order.folder}/{safe_name(file.filename)}" if is_flat else result_path(order.job_id, file)
         async with self._server.fetch(file) as (content_type, chunks):
+            content_type = type_of(file.filename, content_type)
             size = await self._storage.write(path, _paced(chunks), content_type)
         return StoredResult(path=path, content_type=content_type, size_bytes=size)
 
@@ -403,6 +415,14 @@ def _moving(failure: RunFailure, prompt: PromptRun) -> ApplicationError:
 def is_trained_on(path: str) -> bool:
     """Whether ComfyUI's training nodes read this file: an image, or an image's caption."""
     return path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".txt"))
+
+
+def type_of(filename: str, content_type: str) -> str:
+    """A stored file's content type: by its name where the server gives none, as for much that it cannot show."""
+    if content_type.partition(";")[0].strip().lower() not in ("", "application/octet-stream"):
+        return content_type
+    suffix = f".{filename.rpartition('.')[2].lower()}"
+    return FILE_TYPES.get(suffix) or mimetypes.guess_type(filename)[0] or "application/octet-stream"
 
 
 def result_path(job_id: str, file: ResultFile) -> str:

@@ -2,6 +2,9 @@
 
 For each class, `/object_info` (ComfyUI 0.3.64 to 0.38) has `input.required` and `input.optional` (name → [type or list
 of choices, options]) and `output` (a list of types). Newer servers write choices as ["COMBO", {"options": […]}].
+
+Inputs of newer nodes may bring others along (`COMFY_DYNAMICCOMBO_V3`, `COMFY_AUTOGROW_V3`, …). In a graph these have
+the outer input's name before theirs: `resize_type` and `resize_type.width`. `_flat` gives them all.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ MODEL_INPUTS: Final = frozenset(
 )
 """Inputs whose choices are the server's model files."""
 ANY_TYPE: Final = "*"
+DYNAMIC: Final = "COMFY_"
+"""Types of inputs that are not the type of a value, such as `COMFY_AUTOGROW_V3`."""
 
 
 def graph_problems(
@@ -62,9 +67,9 @@ def _node_problems(
 ) -> list[str]:
     problems = []
     inputs = graph[node_id]["inputs"]
-    required, optional = _inputs_of(info, "required"), _inputs_of(info, "optional")
+    required, optional = _flat(_inputs_of(info, "required"), _inputs_of(info, "optional"), inputs)
     for name in required:
-        if name not in inputs:
+        if not _is_given(name, inputs):
             problems.append(f"{where}, input {name!r}: missing")
     for name, value in inputs.items():
         spec = required.get(name) or optional.get(name)
@@ -83,6 +88,40 @@ def _inputs_of(info: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _flat(
+    required: Mapping[str, Any], optional: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Required and optional inputs, with those that the chosen option of a dynamic input brings along."""
+    all_required, all_optional = dict(required), dict(optional)
+    for name, spec in {**optional, **required}.items():
+        chosen = next((option for option in _options_of(spec) if option.get("key") == inputs.get(name)), None)
+        if chosen is None:
+            continue
+        inner = [
+            {
+                f"{name}.{inner}": of_inner
+                for inner, of_inner in _inputs_of({"input": chosen.get("inputs")}, kind).items()
+            }
+            for kind in ("required", "optional")
+        ]
+        more_required, more_optional = _flat(inner[0], inner[1], inputs)
+        all_required |= more_required
+        all_optional |= more_optional
+    return all_required, all_optional
+
+
+def _options_of(spec: Any) -> list[Mapping[str, Any]]:
+    """The options of a dynamic choice; empty for any other input."""
+    is_dynamic = isinstance(spec, list) and len(spec) > 1 and str(spec[0]).startswith(DYNAMIC)
+    options = spec[1].get("options") if is_dynamic and isinstance(spec[1], Mapping) else None
+    return [option for option in options if isinstance(option, Mapping)] if isinstance(options, list) else []
+
+
+def _is_given(name: str, inputs: Mapping[str, Any]) -> bool:
+    """Whether an input, or one that it brings along, has a value."""
+    return name in inputs or any(given.startswith(f"{name}.") for given in inputs)
+
+
 def choices_of(object_info: Mapping[str, Any], class_type: str, name: str) -> list[str] | None:
     """The choices of one input; None if it has none."""
     info = object_info.get(class_type)
@@ -97,6 +136,8 @@ def _choices(spec: Any) -> list[str] | None:
         return None
     if isinstance(spec[0], list):
         return [str(choice) for choice in spec[0]]
+    if options := _options_of(spec):
+        return [str(option.get("key")) for option in options]
     options = spec[1].get("options") if len(spec) > 1 and isinstance(spec[1], dict) else None
     return [str(choice) for choice in options] if isinstance(options, list) else None
 
@@ -134,7 +175,7 @@ def _link_problem(graph: Mapping[str, Any], object_info: Mapping[str, Any], spec
     gives, takes = outputs[link[1]], spec[0] if isinstance(spec, list) and spec else ANY_TYPE
     if not isinstance(gives, str) or not isinstance(takes, str):
         return None
-    if ANY_TYPE in (gives, takes) or set(gives.split(",")) & set(takes.split(",")) or takes.startswith("COMFY_"):
+    if ANY_TYPE in (gives, takes) or set(gives.split(",")) & set(takes.split(",")) or DYNAMIC in (gives[:6], takes[:6]):
         return None
     return f"takes {takes}, but node {link[0]!r} ({source}) gives {gives}"
 

@@ -124,6 +124,7 @@ class PromptRun:
         self._published_percent = run.first_percent
         self._last_update_at = time.monotonic()
         self._is_heard = False
+        self._blocked = ""
         self._running_at: float | None = None
         self._idle_since: float | None = None
         self._is_submitting = was_sent
@@ -242,6 +243,7 @@ class PromptRun:
     def _receive(self, update: PromptUpdate) -> None:
         self._last_update_at = time.monotonic()
         self._is_heard = not update.is_deaf
+        self._blocked = update.blocked or self._blocked
         self._progress.add(update)
         if update.is_end:
             self._wake.set()
@@ -298,6 +300,9 @@ class PromptRun:
             raise ServerSick(error.message, error=error, is_over=True)
         if error is None:
             files = files + self._run.named_files
+        if error is None and not files and not result.texts and self._blocked:
+            message = f"A node stopped what its results need: {self._blocked}"
+            error = ErrorDetails(code=FailureCode.NODE_ERROR.value, message=message, retryable=False)
         if error is None and not files and not result.texts:
             error = ErrorDetails(
                 code=FailureCode.INTERNAL.value,

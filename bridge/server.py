@@ -109,6 +109,8 @@ class PromptUpdate:
     """All nodes whose outputs were cached; None if the message does not say."""
     is_end: bool = False
     """The prompt has ended or is about to end: look it up soon."""
+    blocked: str = ""
+    """A node let the run go on without what depends on it, for this reason."""
     is_deaf: bool = False
     """The connection for messages broke: until the next message, silence says nothing about the prompt."""
 

@@ -275,11 +275,18 @@ class Template:
         node_id, name = self._split(ref, where)
         if name not in self.graph[node_id]["inputs"]:
             has = ", ".join(sorted(self.graph[node_id]["inputs"])) or "none"
-            raise self._problem(f"{where}: node {ref.rpartition('.')[0]!r} has no input {name!r}; it has {has}")
+            raise self._problem(f"{where}: node {ref.removesuffix(f'.{name}')!r} has no input {name!r}; it has {has}")
 
     def _split(self, ref: str, where: str = "") -> tuple[str, str]:
-        node, _, name = ref.rpartition(".")
-        return self._node(f"{where}: {ref!r}", node), name
+        """(node id, input). Titles and inputs may have dots: `Resize.resize_type.width`."""
+        parts = ref.split(".")
+        splits = [(".".join(parts[:end]), ".".join(parts[end:])) for end in range(len(parts) - 1, 0, -1)]
+        for title, name in splits:
+            nodes = self._nodes.get(title, [])
+            if len(nodes) == 1 and name in self.graph[nodes[0]]["inputs"]:
+                return nodes[0], name
+        title, name = next((split for split in splits if split[0] in self._nodes), splits[0])
+        return self._node(f"{where}: {ref!r}", title), name
 
     def _node(self, where: str, name: str) -> str:
         found = self._nodes.get(name, [])

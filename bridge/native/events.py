@@ -20,6 +20,7 @@ from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketExcepti
 
 from bridge.graphs import is_count
 from bridge.server import PromptUpdate
+from comfyui_temporal.contracts.fields import repaired, shortened
 
 OPEN_SECONDS: Final = 5.0
 REOPEN_SECONDS: Final = 1.0
@@ -44,8 +45,12 @@ class MessageReader:
             return PromptUpdate(
                 cached=frozenset(str(node) for node in nodes) if isinstance(nodes, list) else frozenset()
             )
+        if kind == "execution_blocked" or data.get("exception_type") == "ExecutionBlocked":
+            # The run goes on without what depends on the node; the history calls it a success.
+            return PromptUpdate(blocked=shortened(repaired(str(data.get("exception_message") or kind)), 500))
         if kind == "executing":
-            return self._executing(data.get("node"))
+            # A node that expands runs nodes that are not in the graph, for it.
+            return self._executing(data.get("display_node") or data.get("node"))
         if kind == "progress":
             return PromptUpdate(shares=_share(data.get("node"), data.get("value"), data.get("max")))
         if kind == "progress_state":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from bridge.native.failures import execution_details, is_interrupted, is_servers_fault
@@ -18,7 +18,7 @@ def result_of(entry: Mapping[str, Any], result_nodes: Sequence[str]) -> PromptRe
     status = entry.get("status")
     messages = status.get("messages") if isinstance(status, Mapping) else None
     is_error = isinstance(status, Mapping) and status.get("status_str") == "error"
-    outputs = entry.get("outputs")
+    outputs = _shown(entry)
     return PromptResult(
         files=[file for file in _files(outputs, result_nodes) if file.type != TEMPORARY],
         texts=_texts(outputs, result_nodes),
@@ -29,11 +29,32 @@ def result_of(entry: Mapping[str, Any], result_nodes: Sequence[str]) -> PromptRe
     )
 
 
-def _files(outputs: Any, result_nodes: Sequence[str]) -> list[ResultFile]:
-    files: list[ResultFile] = []
+def _shown(entry: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(node of the graph, its outputs). A node that expands or loops has several: its nodes have ids of their own.
+
+    Their `meta` says for which node of the graph they are shown.
+    """
+    outputs, meta = entry.get("outputs"), entry.get("meta")
+    shown = []
+    for node, lists in outputs.items() if isinstance(outputs, Mapping) else ():
+        of_node = meta.get(node) if isinstance(meta, Mapping) else None
+        display = of_node.get("display_node") if isinstance(of_node, Mapping) else None
+        if isinstance(lists, Mapping):
+            shown += [(name, lists) for name in dict.fromkeys([str(node), str(display or node)])]
+    return shown
+
+
+def _of_nodes(
+    outputs: list[tuple[str, Mapping[str, Any]]], result_nodes: Sequence[str]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for node in result_nodes:
-        lists = outputs.get(node) if isinstance(outputs, Mapping) else None
-        for kind, items in lists.items() if isinstance(lists, Mapping) else ():
+        yield from ((name, lists) for name, lists in outputs if name == node)
+
+
+def _files(outputs: list[tuple[str, Mapping[str, Any]]], result_nodes: Sequence[str]) -> list[ResultFile]:
+    files: list[ResultFile] = []
+    for node, lists in _of_nodes(outputs, result_nodes):
+        for kind, items in lists.items():
             for item in items if isinstance(items, list) else ():
                 if isinstance(item, Mapping) and isinstance(item.get("filename"), str):
                     files.append(
@@ -48,11 +69,10 @@ def _files(outputs: Any, result_nodes: Sequence[str]) -> list[ResultFile]:
     return files
 
 
-def _texts(outputs: Any, result_nodes: Sequence[str]) -> list[str]:
+def _texts(outputs: list[tuple[str, Mapping[str, Any]]], result_nodes: Sequence[str]) -> list[str]:
     texts: list[str] = []
-    for node in result_nodes:
-        lists = outputs.get(node) if isinstance(outputs, Mapping) else None
-        found = lists.get(TEXT_LIST) if isinstance(lists, Mapping) else None
+    for _, lists in _of_nodes(outputs, result_nodes):
+        found = lists.get(TEXT_LIST)
         texts += [repaired(text) for text in found if isinstance(text, str)] if isinstance(found, list) else []
     return texts
 

@@ -104,7 +104,19 @@ class NativeServer(OwnsClient):
 
     async def node_types(self) -> Mapping[str, Any]:
         response = await self._request("GET", "/object_info", timeout=self._slow)
-        return _mapping(self._checked(response, "/object_info"), "/object_info")
+        info = _mapping(self._checked(response, "/object_info"), "/object_info")
+        return {**{name: {} for name in await self._replaced_types()}, **info}
+
+    async def _replaced_types(self) -> list[str]:
+        """Node types that the server does not have, but replaces by ones that it has. None on an older server."""
+        response = await self._request("GET", "/node_replacements")
+        if response.status_code != 200:
+            return []
+        try:
+            found = json.loads(response.content)
+        except (ValueError, RecursionError):
+            return []
+        return [str(name) for name in found] if isinstance(found, Mapping) else []
 
     async def queue(self) -> QueueState:
         body = _mapping(await self._json("GET", "/queue"), "/queue")

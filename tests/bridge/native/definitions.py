@@ -28,10 +28,40 @@ MODEL_INPUTS: Final = {
 """Inputs whose choices are the model files of a folder."""
 
 
+_SIZE: Final = {"min": 0, "max": 16384, "step": 1, "default": 512}
+RESIZE: Final[Json] = {
+    "input": {
+        "required": {
+            "input": ["IMAGE", {}],
+            "resize_type": [
+                "COMFY_DYNAMICCOMBO_V3",
+                {
+                    "options": [
+                        {
+                            "key": "scale dimensions",
+                            "inputs": {"required": {"width": ["INT", _SIZE], "height": ["INT", _SIZE]}},
+                        },
+                        {
+                            "key": "scale by multiplier",
+                            "inputs": {"required": {"multiplier": ["FLOAT", {"min": 0.01}]}},
+                        },
+                    ]
+                },
+            ],
+            "others": ["COMFY_AUTOGROW_V3", {"template": {"prefix": "image", "min": 1, "max": 5}}],
+        }
+    },
+    "output": ["IMAGE"],
+    "output_node": False,
+    "name": "ResizeImageMaskNode",
+}
+"""A node of later versions, with inputs that bring others along, as their sources describe it; not recorded."""
+
+
 @cache
 def _recorded() -> Json:
     recorded: Json = json.loads(RECORDED.read_text())
-    return recorded
+    return recorded | {"ResizeImageMaskNode": RESIZE}
 
 
 def model_folders() -> list[str]:

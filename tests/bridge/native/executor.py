@@ -218,13 +218,35 @@ class Executor:
         value_of(described, self._above(prompt, node), self._saving.folders["input"])
         extras = set(self._traps().extra_outputs)
         ui = write_outputs(described, self._above(prompt, node), self._saving, extras) if self._is_output(kind) else {}
-        if ui:
+        if ui and self._traps().blocked:
+            self._block(prompt, node)
+        elif ui and self._traps().expanding:
+            self._expand(prompt, node, kind, extras)
+        elif ui:
             meta = {"node_id": node, "display_node": node, "parent_node": None, "real_node_id": node}
             prompt.ui[node] = {"meta": meta, "output": ui}
             if self.client_id is not None:
                 self._publish("executed", self._named(prompt, node) | {"output": ui}, self.client_id)
         self._finish(prompt, node)
         prompt.executed.append(node)
+
+    def _block(self, prompt: _Prompt, node: str) -> None:
+        """As `execution.py` does for an `ExecutionBlocker` with a message: only the client is told."""
+        if self.client_id is not None:
+            what = {"exception_message": f"Execution Blocked: {self._traps().blocked}", "traceback": []}
+            data = self._where(prompt, node) | what | {"exception_type": "ExecutionBlocked"}
+            self._publish("execution_error", data | {"prompt_id": prompt.prompt_id}, self.client_id)
+
+    def _expand(self, prompt: _Prompt, node: str, kind: str, extras: set[str]) -> None:
+        for number in range(1, self._traps().expanding + 1):
+            inner = f"{node}.0.0.{number}"
+            ui = write_outputs(prompt.graph[node], self._above(prompt, node), self._saving, extras)
+            meta = {"node_id": inner, "display_node": node, "parent_node": node, "real_node_id": node}
+            prompt.ui[inner] = {"meta": meta, "output": ui}
+            named = {"node": inner, "display_node": node, "prompt_id": prompt.prompt_id}
+            if self.client_id is not None:
+                self._publish("executing", named, self.client_id)
+                self._publish("executed", named | {"output": ui}, self.client_id)
 
     def _fail(self, kind: str) -> None:
         if kind in self._traps().fail_nodes:

@@ -117,6 +117,14 @@ def reading_routes(native: Native) -> APIRouter:
     async def object_info() -> Json:
         return native.definitions.all(native.traps.models)
 
+    @router.get("/node_replacements")
+    async def node_replacements() -> Response:
+        replaced = native.traps.replaced_nodes
+        if not replaced:
+            return Response(status_code=404)
+        rows = {old: [{"new_node_id": new, "old_node_id": old}] for old, new in replaced.items()}
+        return JSONResponse(rows)
+
     @router.get("/object_info/{node_class}")
     async def object_info_of(node_class: str) -> Json:
         known = native.definitions.known(node_class)

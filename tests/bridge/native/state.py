@@ -91,6 +91,8 @@ class Native:
         number = float(body["number"]) if "number" in body else self._next_number(front=bool(body.get("front")))
         if "prompt" not in body:
             return 400, {"error": _NO_PROMPT, "node_errors": {}}
+        for node in body["prompt"].values() if isinstance(body["prompt"], dict) else ():
+            node["class_type"] = self.traps.replaced_nodes.get(node["class_type"], node["class_type"])
         prompt_id = str(body.get("prompt_id", uuid.uuid4()))
         if self.traps.strict_prompt_ids and not _UUID.fullmatch(prompt_id):
             return 400, {"error": _BAD_ID, "node_errors": {}}

@@ -71,5 +71,11 @@ class Traps(BaseModel):
     models: dict[str, list[str]] = {}
     """Folder → model files, e.g. `checkpoints`; others are refused as `value_not_in_list`."""
     max_upload_bytes: int = 100 * 1024 * 1024
+    expanding: int = 0
+    """`SaveImage` expands into so many nodes: each has an id of its own, such as `save.0.0.1`, and saves a picture."""
+    blocked: str = ""
+    """Output nodes do not run, because a node before them blocks them with this message; the prompt succeeds."""
+    replaced_nodes: dict[str, str] = {}
+    """Node class that the server does not have → the one that it takes instead (February 2026)."""
     previews: bool = False
     """Send a binary preview with each step."""

@@ -101,7 +101,7 @@ class _Validation:
         errors: list[Json] = []
         is_valid = True
         for group in ("required", "optional"):
-            for name, given in definition["input"].get(group, {}).items():
+            for name, given in _with_dynamic(definition["input"].get(group, {}), inputs).items():
                 kind, config = given[0], given[1] if len(given) > 1 else {}
                 if name not in inputs:
                     if group == "required":
@@ -144,6 +144,23 @@ class _Validation:
                 True,
             )
         return None, self._check_node(link[0])[0]
+
+
+def _with_dynamic(specs: Json, inputs: Json) -> Json:
+    """With the inputs that a dynamic one brings along, and without the outer one of a group that grows."""
+    found: Json = {}
+    for name, given in specs.items():
+        if given[0] == "COMFY_DYNAMICCOMBO_V3":
+            options = given[1]["options"]
+            found[name] = ["COMBO", {"options": [option["key"] for option in options]}]
+            chosen = next((option for option in options if option["key"] == inputs.get(name)), None)
+            inner = chosen["inputs"]["required"] if chosen else {}
+            found |= {f"{name}.{inner_name}": spec for inner_name, spec in inner.items()}
+        elif given[0] == "COMFY_AUTOGROW_V3":
+            found |= {f"{name}.image{number}": ["IMAGE", {}] for number in range(given[1]["template"]["min"])}
+        else:
+            found[name] = given
+    return found
 
 
 def _fits(received: Any, wanted: Any) -> bool:
