@@ -11,7 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -98,12 +98,19 @@ class CanRun:
 
 @dataclass(frozen=True)
 class PoolFigures:
-    """`servers`: GPU workers of the pool that poll. `busy`: those that run a job. `waiting`: jobs, by priority."""
+    """`servers`: GPU workers of the pool that poll. `busy`: those that run a job. `waiting`: jobs, by priority.
+
+    `free`: well servers that run nothing. `fit`: template → well servers that can run it, of templates that some server
+    of the pool cannot run.
+    """
 
     pool: str
     servers: int
     busy: int
     waiting: dict[TaskPriority, int]
+    sick: int = 0
+    free: int = 0
+    fit: dict[str, int] = field(default_factory=dict)
 
     @property
     def demand(self) -> int:
@@ -269,14 +276,21 @@ class Forecast:
             names = sorted({*known, *(server.pool for server in servers)})
             backlogs = await asyncio.gather(*(self._read_backlog(pool) for pool in names))
         return [
-            PoolFigures(
-                pool=pool,
-                servers=sum(server.pool == pool for server in servers),
-                busy=sum(server.pool == pool and server.name in busy for server in servers),
-                waiting={TaskPriority.ACCELERATED: backlog.accelerated, TaskPriority.STANDARD: backlog.standard},
-            )
+            self._figures(pool, [server for server in servers if server.pool == pool], busy, backlog)
             for pool, backlog in zip(names, backlogs, strict=True)
         ]
+
+    def _figures(self, pool: str, servers: list[SeenServer], busy: set[str], backlog: Backlog) -> PoolFigures:
+        well = [server for server in servers if not server.is_sick]
+        return PoolFigures(
+            pool=pool,
+            servers=len(servers),
+            busy=sum(server.name in busy for server in servers),
+            waiting={TaskPriority.ACCELERATED: backlog.accelerated, TaskPriority.STANDARD: backlog.standard},
+            sick=len(servers) - len(well),
+            free=sum(server.name not in busy for server in well),
+            fit={name: sum(server.can_run(name) for server in well) for name in self._handed_over.get(pool, ())},
+        )
 
     async def gpus(self, accelerated_run_seconds: float) -> list[dict[str, Any]]:
         """The list of contract §3: one row for each type of GPU."""

@@ -1,4 +1,4 @@
-"""What the bridge's metrics page says of each pool: servers, backlog, and jobs in all.
+"""What the bridge's metrics page says of each pool: servers and how they are, backlog, and jobs in all.
 
 `bridge_pool_demand` is backlog plus running. A pool that is scaled by it keeps the servers that work: by the backlog
 alone it would lose them as soon as the last job is taken. While Temporal does not answer, the last figures stay: zeros
@@ -22,7 +22,11 @@ SERVERS: Final = "bridge_pool_servers"
 BUSY: Final = "bridge_pool_busy"
 BACKLOG: Final = "bridge_pool_backlog"
 DEMAND: Final = "bridge_pool_demand"
-GAUGES: Final = (SERVERS, BUSY, BACKLOG, DEMAND)
+SICK: Final = "bridge_pool_sick"
+FREE: Final = "bridge_pool_free"
+FIT: Final = "bridge_pool_fit"
+GAUGES: Final = (SERVERS, BUSY, BACKLOG, DEMAND, SICK, FREE)
+"""Always shown. `FIT` is shown of templates that some server of their pool cannot run."""
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +41,10 @@ class PoolGauges:
         self._busy = meter.create_gauge(BUSY, "GPU workers of a pool that run a job.")
         self._backlog = meter.create_gauge(BACKLOG, "Jobs of a pool that wait for a server.")
         self._demand = meter.create_gauge(DEMAND, "Jobs of a pool that wait or run: the servers that it can use.")
+
+        self._sick = meter.create_gauge(SICK, "GPU workers of a pool whose server is sick: they take no job.")
+        self._free = meter.create_gauge(FREE, "GPU workers of a pool whose server is well and runs no job.")
+        self._fit = meter.create_gauge(FIT, "GPU workers of a pool whose server is well and can run this template.")
 
     @asynccontextmanager
     async def shown(self) -> AsyncIterator[None]:
@@ -57,6 +65,10 @@ class PoolGauges:
             self._servers.set(of_pool.servers, labels)
             self._busy.set(of_pool.busy, labels)
             self._demand.set(of_pool.demand, labels)
+            self._sick.set(of_pool.sick, labels)
+            self._free.set(of_pool.free, labels)
+            for template_id, servers in of_pool.fit.items():
+                self._fit.set(servers, {**labels, "template": template_id})
             for priority, jobs in of_pool.waiting.items():
                 self._backlog.set(jobs, {**labels, "priority": priority.value})
 

@@ -33,6 +33,7 @@ class MemoryServer:
         self._failure = failure
         self._followers: dict[str, Callable[[PromptUpdate], None]] = {}
         self._running: set[str] = set()
+        self._stopped: set[str] = set()
 
     async def describe(self) -> ServerDescription:
         return ServerDescription(version="1", gpu_type="memory")
@@ -44,6 +45,9 @@ class MemoryServer:
         return QueueState(running=sorted(self._running), pending=[])
 
     async def look_up(self, prompt_id: str, result_nodes: Sequence[str]) -> Prompt:
+        if prompt_id in self._stopped:
+            error = ErrorDetails(code="cancelled", message="It was stopped.", retryable=False)
+            return Prompt(PromptState.ENDED, PromptResult(error=error, is_interrupted=True))
         if prompt_id not in self.submitted:
             return Prompt(PromptState.UNKNOWN)
         if prompt_id in self._running:
@@ -64,8 +68,11 @@ class MemoryServer:
 
     async def cancel(self, prompt_id: str) -> PromptState:
         self.cancelled.append(prompt_id)
-        self._running.discard(prompt_id)
-        return PromptState.ENDED
+        if prompt_id in self._running:
+            self._running.discard(prompt_id)
+            self._stopped.add(prompt_id)
+            return PromptState.RUNNING
+        return PromptState.ENDED if prompt_id in self.submitted else PromptState.UNKNOWN
 
     async def upload(
         self, name: str, content: bytes, *, content_type: str, folder: str = "", use: FileUse = FileUse.INPUT
@@ -74,6 +81,9 @@ class MemoryServer:
 
     @asynccontextmanager
     async def fetch(self, file: ResultFile) -> AsyncIterator[tuple[str, AsyncIterator[bytes]]]:
+        if not any(file.filename == f"{node}.png" for graph in self.submitted.values() for node in graph):
+            raise FileNotFoundError(file.filename)
+
         async def chunks() -> AsyncIterator[bytes]:
             yield self._content
 

@@ -14,7 +14,7 @@ import pytest
 from bridge import pool_gauges, server_gauges
 from bridge.forecast import Forecast
 from bridge.native import NativeServer as NativeClient
-from bridge.pool_gauges import BACKLOG, BUSY, DEMAND, SERVERS
+from bridge.pool_gauges import BACKLOG, BUSY, DEMAND, FIT, FREE, SERVERS, SICK
 from bridge.server_gauges import ServerGauges
 from bridge.server_health import ServerHealth
 from bridge.slot import Slot
@@ -55,7 +55,28 @@ async def test_a_pool_s_demand_is_what_waits_and_what_runs(
             for job in jobs:
                 await bridge.ended(job["job_id"])
             await bridge.until(lambda: shows(1, 0, 0), seconds=60)
-    assert names_in(page.text) == set(pool_gauges.GAUGES)
+    assert names_in(page.text) >= set(pool_gauges.GAUGES)
+
+
+async def test_sick_free_and_fit_servers_are_counted(
+    bridge: BridgePlatform, servers: tuple[NativeServer, NativeServer], page: MetricsPage
+) -> None:
+    first, second = servers
+    await first.admin.set(models={"checkpoints": ["a.safetensors"]})
+    gauges = bridge.bridge.pool_gauges(page.runtime.metric_meter)
+
+    async def shows(sick: int, free: int, fit: int) -> bool:
+        await gauges.read()
+        by_pool = [value_in(page.text, name, pool="default") for name in (SICK, FREE)]
+        return [*by_pool, value_in(page.text, FIT, pool="default", template="text-to-image")] == [sick, free, fit]
+
+    async with bridge.gpu(first) as ill, bridge.gpu(second):
+        await bridge.until(lambda: shows(0, 2, 1), seconds=30)
+        await first.admin.set(fail_nodes={"ImageBlur": "CUDA error: broken"})
+        ill.health.fell_sick("for the test")
+        await bridge.until(lambda: shows(1, 1, 0), seconds=30)
+        await first.admin.set(fail_nodes={})
+        await bridge.until(lambda: shows(0, 2, 1), seconds=30)
 
 
 async def test_figures_stay_while_temporal_does_not_answer(
