@@ -136,8 +136,8 @@ def _choices(spec: Any) -> list[str] | None:
         return None
     if isinstance(spec[0], list):
         return [str(choice) for choice in spec[0]]
-    if options := _options_of(spec):
-        return [str(option.get("key")) for option in options]
+    if dynamic := _options_of(spec):
+        return [str(option.get("key")) for option in dynamic]
     options = spec[1].get("options") if len(spec) > 1 and isinstance(spec[1], dict) else None
     return [str(choice) for choice in options] if isinstance(options, list) else None
 

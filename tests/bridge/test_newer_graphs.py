@@ -74,8 +74,8 @@ def bridge_request() -> JobRequest:
         user_id="user-1",
         template_id="resize",
         prompt="",
-        resolution="sd",  # type: ignore[arg-type]
-        priority="standard",  # type: ignore[arg-type]
+        resolution="sd",
+        priority="standard",
         callback_url="http://127.0.0.1/",
     )
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -237,7 +237,7 @@ class Executor:
             data = self._where(prompt, node) | what | {"exception_type": "ExecutionBlocked"}
             self._publish("execution_error", data | {"prompt_id": prompt.prompt_id}, self.client_id)
 
-    def _expand(self, prompt: _Prompt, node: str, kind: str, extras: set[str]) -> None:
+    def _expand(self, prompt: _Prompt, node: str, kind: str, extras: Set[str]) -> None:
         for number in range(1, self._traps().expanding + 1):
             inner = f"{node}.0.0.{number}"
             ui = write_outputs(prompt.graph[node], self._above(prompt, node), self._saving, extras)
