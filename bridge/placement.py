@@ -7,6 +7,7 @@ prompt's id change. No job goes to more than `MAX_FAILED_RUNS` servers: see `Fai
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,11 +20,11 @@ from temporalio.common import Priority, RetryPolicy
 from temporalio.exceptions import (
     ActivityError,
     ApplicationError,
-    TimeoutError,
     TimeoutType,
     is_cancelled_exception,
 )
-from temporalio.workflow import ActivityCancellationType
+from temporalio.exceptions import TimeoutError as TemporalTimeout
+from temporalio.workflow import ActivityCancellationType, ActivityHandle
 
 from bridge.calls import (
     COPY_RESULTS,
@@ -37,6 +38,7 @@ from bridge.calls import (
 from bridge.orders import CopyOrder, FailedRun, GraphOutcome, GraphRun, ServerTaken, StoredResult, TakeOrder
 from comfyui_temporal.contracts.errors import JOB_CODES, ErrorDetails, FailureCode
 
+WAIT_TOLD_AFTER: Final = timedelta(seconds=30)
 MAX_FAILED_RUNS: Final = 3
 """A job ends after this many servers failed."""
 SERVER_AWAY: Final = timedelta(minutes=2)
@@ -96,8 +98,21 @@ class FailedRuns:
 class Placement:
     """The servers that one job or training runs on, one after another."""
 
-    def __init__(self, run_id: str, pool: str, template_id: str, priority: Priority, *, is_for_some: bool) -> None:
-        """`is_for_some`: not every server of the pool can run the template."""
+    def __init__(
+        self,
+        run_id: str,
+        pool: str,
+        template_id: str,
+        priority: Priority,
+        *,
+        is_for_some: bool,
+        on_wait: Callable[[timedelta], None],
+    ) -> None:
+        """`is_for_some`: not every server of the pool can run the template.
+
+        `on_wait` is called now and then while a job that was at work waits for another server, with how long it has.
+        """
+        self._on_wait = on_wait
         self._run_id = run_id
         self.pool = pool
         self._template_id = template_id
@@ -165,7 +180,7 @@ class Placement:
     async def _taken_from_queue(self, avoid: list[str]) -> ServerTaken:
         bridge_queue = workflow.info().task_queue
         moved = dataclasses.replace(self._priority, priority_key=MOVED_KEYS[self._priority.priority_key or 0])
-        taken: ServerTaken = await workflow.execute_activity(
+        taking = workflow.start_activity(
             TAKE_SERVER,
             TakeOrder(
                 job_id=self._run_id,
@@ -185,7 +200,29 @@ class Placement:
             priority=moved if avoid else self._priority,
             summary="wait for a server",
         )
+        if self.server is not None and workflow.patched("told-while-it-waits-again"):
+            await self._waited_for(taking)
+        taken: ServerTaken = await taking
         return taken
+
+    async def _waited_for(self, taking: ActivityHandle[ServerTaken]) -> None:
+        """Tell, at first after 30 s and then each time the wait has doubled, that a job that was at work waits again.
+
+        Its task's deadline runs meanwhile.
+        """
+        began, longest = workflow.now(), WAIT_TOLD_AFTER
+        try:
+            while True:
+                try:
+                    left = began + longest - workflow.now()
+                    await workflow.wait_condition(taking.done, timeout=left, timeout_summary="tell that it still waits")
+                    return
+                except TimeoutError:
+                    self._on_wait(longest)
+                    longest *= 2
+        except asyncio.CancelledError:
+            taking.cancel()
+            raise
 
     async def _run_on(self, taken: ServerTaken, graph_run: GraphRun, on_end: Callable[[], None]) -> GraphOutcome:
         try:
@@ -240,7 +277,7 @@ class Placement:
         """
         cause = error.cause
         is_away = (TimeoutType.SCHEDULE_TO_START, TimeoutType.HEARTBEAT)
-        if isinstance(cause, TimeoutError) and cause.type in is_away:
+        if isinstance(cause, TemporalTimeout) and cause.type in is_away:
             return _failed_run(cause.last_heartbeat_details)
         if isinstance(cause, ApplicationError) and cause.type in _MOVING_FAILURES:
             kind, failed = RunFailureType(cause.type), _failed_run(cause.details)
@@ -254,7 +291,7 @@ class Placement:
     def _keep_percent(self, cause: BaseException | None) -> None:
         """Keep the failed run's progress, so that the next run never shows less."""
         details: Sequence[Any] = ()
-        if isinstance(cause, TimeoutError):
+        if isinstance(cause, TemporalTimeout):
             details = cause.last_heartbeat_details
         elif isinstance(cause, ApplicationError):
             details = cause.details

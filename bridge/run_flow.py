@@ -43,7 +43,11 @@ class RunFlow:
         self._request = request
         self._priority = Priority(priority_key=PRIORITY_KEYS[request.priority], fairness_key=request.tenant_id)
         self._publishing = Publishing(run_id, request.callback_url, self._priority)
-        self._placement = Placement(run_id, graph.pool, graph.template_id, self._priority, is_for_some=is_for_some)
+        self._placement = Placement(
+            *(run_id, graph.pool, graph.template_id, self._priority),
+            is_for_some=is_for_some,
+            on_wait=self._waits_again,
+        )
         self._is_cancelled = False
         self._fields = fields
         self._progress_span = (0.0, 100.0)
@@ -181,6 +185,15 @@ class RunFlow:
         reached = low + (high - low) * self._placement.percent / 100
         self._fields["stage_progress"] = max(round(reached, 2), self._fields["stage_progress"])
         self._publishing.run_ended()
+
+    def _waits_again(self, waited: timedelta) -> None:
+        """A job that was at work has waited so long for another server: it may well wait for as long again."""
+        if not self._is_over:
+            self._fields |= {
+                "estimated_time": max(self._expected_minutes(waited), self._fields["estimated_time"]),
+                "next_eta": instant(workflow.now() + waited),
+            }
+            self._change("waits for another server")
 
     def _change(self, what: str, **more: Any) -> None:
         """Publish the present state. `more` is only in the callback."""

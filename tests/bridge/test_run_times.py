@@ -140,3 +140,23 @@ async def test_quick_runs_never_overrule_the_manifest_downwards(bridge: BridgePl
     assert await measured(bridge) == 1.0
     memo = await (await handle_of(bridge, job).describe()).memo()
     assert memo[SECONDS_MEMO] < memo[MANIFEST_MEMO] == 2.0
+
+
+@pytest.mark.slow
+async def test_a_job_that_waits_for_another_server_gives_its_task_time(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    """Its task's deadline runs since its first server took it."""
+    await native.admin.set(broken_routes={"/prompt": 403})
+    async with bridge.gpu(native):
+        job = await bridge.submit()
+        await bridge.in_status(job["job_id"], "processing")
+
+        async def has_more_time() -> bool:
+            return bool((await bridge.job(job["job_id"]))["estimated_time"] > 1.0)
+
+        await bridge.until(has_more_time, seconds=60)
+        assert bridge.receiver.genuine(job["task_id"])[-1]["job_status"] == "processing"
+        await native.admin.set(broken_routes={})
+        assert (await bridge.ended(job["job_id"]))["error_details"] is None
+    assert len(await native.admin.runs()) >= 1

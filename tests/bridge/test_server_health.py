@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 
+from bridge.calls import workflow_of
 from bridge.gpu_worker import GpuWorker
 from bridge.native import NativeServer as NativeClient
 from bridge.orders import GraphOutcome
@@ -127,6 +128,24 @@ async def test_a_job_whose_server_failed_goes_before_those_that_wait(bridge: Bri
         for job in waiting:
             assert (await bridge.ended(job["job_id"]))["error_details"] is None
     assert (await second.admin.runs())[0].prompt_id == prompt_id_of(moved[0], 0, 1)
+
+
+async def test_a_job_that_waits_for_another_server_can_be_cancelled(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    await native.admin.set(broken_routes={"/prompt": 403})
+    async with bridge.gpu(native) as failing:
+        job = await bridge.submit()
+        await fell_sick(failing)
+        await bridge.until(partial(bridge.is_waiting, job))
+        await bridge.cancel(job["job_id"])
+        assert (await bridge.ended(job["job_id"]))["error_details"]["code"] == "cancelled"
+
+        async def is_over() -> bool:
+            return bool((await bridge.client.get_workflow_handle(workflow_of(job["job_id"])).describe()).close_time)
+
+        await bridge.until(is_over, seconds=10)
+    assert await native.admin.submissions() == []
 
 
 async def test_a_silent_socket_is_not_a_dead_run(bridge: BridgePlatform, native: NativeServer) -> None:
