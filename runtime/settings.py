@@ -402,6 +402,7 @@ class Settings(BaseSettings):
             continue_as_new_events=self.continue_as_new_events,
             continue_as_new_signals=self.continue_as_new_signals,
             short_way=self.short_way,
+            counts_from_processing=True,
             dataset_roots=[root.replace("{tenant_id}", tenant_id) for root in self.dataset_roots],
         )
 

@@ -32,10 +32,6 @@ def _not_yet() -> datetime | None:
     return None
 
 
-FROM_PROCESSING: Final = "deadline-counts-from-processing"
-"""In runs that began before it, a job's time in the queue counts."""
-
-
 class JobClock:
     """Deadline = the time since when the job is at work + factor × estimated_time.
 
@@ -82,7 +78,7 @@ class JobClock:
         """An attempt is submitted (an image) or started (a training)."""
         now = workflow.now()
         self._state.queued_seconds += self._queued().total_seconds()
-        self._state.counts_from_processing = workflow.patched(FROM_PROCESSING)
+        self._state.counts_from_processing = self._limits.policy.counts_from_processing
         self._state.attempt_start = now
         self._state.queued_since = now
         if self._state.first_start is None:

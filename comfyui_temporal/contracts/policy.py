@@ -42,6 +42,8 @@ class Policy(OwnModel):
     continue_as_new_signals: int = CONTINUE_AS_NEW_SIGNALS
     short_way: bool = False
     """Whether the store is looked into for ticks (decision 4). False in runs that an earlier release began."""
+    counts_from_processing: bool = False
+    """Whether deadline and cap leave out the time in the queue (contract §1). False in runs of an earlier release."""
     dataset_roots: list[str] = []
     """`dataset.source_uri` and `resume_from` must be below one of this tenant's prefixes."""
 

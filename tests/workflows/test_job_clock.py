@@ -57,13 +57,17 @@ class Clock:
         self.now = NOON
         self.record = FakeRecord()
         patch.setattr(workflow, "now", lambda: self.now)
-        patch.setattr(workflow, "patched", lambda _: counts_from_processing)
         self.begun: datetime | None = None
         self.unreadable = ""
         self.job = JobClock(
             cast(TaskRecord, self.record),
             carried or ClockState(),
-            limits_of(deadline_factor=FACTOR, cap_minutes=cap, queue_sla_minutes=QUEUE_SLA),
+            limits_of(
+                deadline_factor=FACTOR,
+                cap_minutes=cap,
+                queue_sla_minutes=QUEUE_SLA,
+                counts_from_processing=counts_from_processing,
+            ),
             default_eta_minutes=DEFAULT_ETA,
             unreadable=lambda: self.unreadable,
             begun_at=lambda: self.begun,
