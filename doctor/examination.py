@@ -50,9 +50,8 @@ class Services:
 
 async def examine(settings: Settings, connecting: CommandSettings, server: Server) -> list[Finding]:
     """All findings. A party that cannot be reached is one finding; the other parties are still checked."""
-    queue = server.stack.task_queue if server.stack else settings.task_queue
     try:
-        opened = await open_connection(server, connecting, task_queue=queue)
+        opened = await open_connection(server, connecting)
         with sentences(opened):
             findings = await check_temporal(opened)
             findings += await check_store(opened, settings)

@@ -26,7 +26,7 @@ LEAST_RETENTION: Final = timedelta(days=30)
 async def check_temporal(connection: Connection) -> list[Finding]:
     """All findings about the server. Without the namespace nothing more can be checked."""
     server = connection.server
-    findings = [ok("Temporal", f"answers at {server.address} ({server.named_by})")]
+    findings = [ok("Temporal", f"answers at {server.address} (named by {server.named_by})")]
     try:
         findings.append(await _retention(connection))
     except RPCError as error:

@@ -62,7 +62,7 @@ def run_demo(stack: StackDescription, folder: Path = RUN_FOLDER, *, page_url: st
 
 async def _demo(console: Console, stack: StackDescription, folder: Path, page_url: str | None) -> int:
     settings = read_settings(CommandSettings)
-    opened = await open_connection(server_of(stack), settings, task_queue=stack.task_queue)
+    opened = await open_connection(server_of(stack), settings)
     with sentences(opened):
         tasks = real_tasks(stack) if is_bridged(stack) else simulated_tasks(stack, folder)
         started = [await opened.tasks.start(tasks.image)]

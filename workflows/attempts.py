@@ -287,5 +287,5 @@ def _refusal_of(answer: Answer[Any]) -> Refusal:
         code=FailureCode.COMFYUI_UNAVAILABLE,
         message="not_offered",
         http_status=404,
-        sentence="The server at the ComfyUI address does not offer contract §2's routes; check the address.",
+        sentence="The server at COMFYUI_TEMPORAL_COMFYUI_URL has no /comfyui/v1: the operator must check the address.",
     )

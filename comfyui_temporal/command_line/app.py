@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Annotated
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.command_line.failures import CommandFailure, ExitCode, exit_code_of
 from comfyui_temporal.command_line.follow import follow
 from comfyui_temporal.command_line.reports import outcome_lines, print_failure, print_json, print_lines
+from comfyui_temporal.command_line.settings import be_verbose, use_flags
 from comfyui_temporal.command_line.terminal import watchers
 
 EXIT_CODES = """\b
@@ -30,15 +33,76 @@ Exit codes:
   7  too late: the task was over first
 """
 
+PROGRAM: Final = "comfyui-tasks"
+_flags = typer.Typer(add_completion=False)
+
+
+@_flags.command()
+def _taken(
+    *,
+    address: Annotated[str | None, typer.Option(help="Temporal's host:port.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Temporal's namespace.")] = None,
+    task_queue: Annotated[str | None, typer.Option(help="The task queue of the workers.")] = None,
+    gateway: Annotated[str | None, typer.Option(help="The gateway whose streams are followed.")] = None,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Say which addresses and names are used, and what named them.")
+    ] = False,
+) -> None:
+    """The flags that every command has. Without them: the environment, `.env`, the local stack."""
+    use_flags(temporal_address=address, temporal_namespace=namespace, task_queue=task_queue, gateway_url=gateway)
+    be_verbose(verbose)
+
+
+class _Commands(TyperGroup):
+    """Every command has the flags of `_taken`."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and all(option.name != "verbose" for option in command.params):
+            shared = typer.main.get_command(_flags)
+            command.params.extend(option for option in shared.params if option.name != "help")
+            command.callback = _with_flags(command.callback, {option.name for option in shared.params})
+        return command
+
+
+def _with_flags(command: Callable[..., Any], names: set[str | None]) -> Callable[..., Any]:
+    def run(**given: Any) -> Any:
+        _taken(**{name: given.pop(name) for name in names & given.keys() if name})
+        return command(**given)
+
+    return run
+
+
 app = typer.Typer(
-    name="comfyui-tasks",
+    name=PROGRAM,
+    cls=_Commands,
     help="Start and follow ComfyUI image and training tasks that run as Temporal workflows.\n\n" + EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            number = version("comfyui-temporal")
+        except PackageNotFoundError:
+            number = "(a checkout)"
+        typer.echo(f"{PROGRAM} {number}")
+        raise typer.Exit
+
+
+@app.callback(no_args_is_help=True)
+def _program(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """The program's own options."""
+
 
 CheckBeforeStart = Callable[[Connection], Awaitable[None]]
 checks_before_start: list[CheckBeforeStart] = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import NoReturn
 
 from comfyui_temporal.command_line import new_task_commands, task_commands
-from comfyui_temporal.command_line.app import app
+from comfyui_temporal.command_line.app import PROGRAM, app
 from comfyui_temporal.process_end import run_and_end
 
 __all__ = ["app", "main", "new_task_commands", "task_commands"]
@@ -16,4 +17,4 @@ def main() -> NoReturn:
     """Run the command line and end the process with the command's exit code."""
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.WARNING)
-    run_and_end(app)
+    run_and_end(partial(app, prog_name=PROGRAM))

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Final
 
+from rich.console import Console
+from rich.text import Text
 from temporalio.client import Client
 from temporalio.runtime import LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
 from temporalio.service import RPCError
@@ -29,8 +31,8 @@ from comfyui_temporal.client.http_tasks import HttpTasks
 from comfyui_temporal.client.temporal_errors import task_error
 from comfyui_temporal.client.temporal_tasks import TemporalTasks
 from comfyui_temporal.command_line.failures import BadInput, CannotReach, CommandFailure, ExitCode
-from comfyui_temporal.command_line.server import Server, find_server
-from comfyui_temporal.command_line.settings import CommandSettings
+from comfyui_temporal.command_line.server import BY_STACK, Server, find_server
+from comfyui_temporal.command_line.settings import CommandSettings, is_verbose, source_of
 from comfyui_temporal.connecting import connect
 from comfyui_temporal.encryption import encryption_by
 from comfyui_temporal.encryption_keys import EncryptionError, KeysUnusable
@@ -72,13 +74,24 @@ class Connection:
 async def connection(settings: CommandSettings) -> AsyncIterator[Connection]:
     """The connection that a command uses. Inside, errors become CommandFailures."""
     server = find_server(settings)
-    task_queue = server.stack.task_queue if server.stack else settings.task_queue
-    opened = await open_connection(server, settings, task_queue=task_queue)
+    say_what_is_used(server, settings)
+    opened = await open_connection(server, settings)
     with sentences(opened):
         yield opened
 
 
-async def open_connection(server: Server, settings: CommandSettings, *, task_queue: str) -> Connection:
+def say_what_is_used(server: Server, settings: CommandSettings) -> None:
+    """With `-v`: each address and name, and what named it, on standard error."""
+    if not is_verbose():
+        return
+    gateway = _gateway(server, settings)
+    named_by = source_of(settings, "gateway_url") or BY_STACK
+    lines = [*server.lines(), f"gateway {gateway.url} ({named_by})" if gateway else "no gateway: tasks are queried"]
+    for line in lines:
+        Console(stderr=True).print(Text(f"uses {line}", style="dim"), soft_wrap=True)
+
+
+async def open_connection(server: Server, settings: CommandSettings) -> Connection:
     """Connect within three seconds. Raises CannotReach, BadInput."""
     try:
         encryption = encryption_by(settings.encryption_keys)
@@ -97,7 +110,7 @@ async def open_connection(server: Server, settings: CommandSettings, *, task_que
         raise CannotReach(_unreachable(server, f"no answer within {CONNECT_SECONDS:g} s")) from None
     except (RuntimeError, ValueError, OSError, RPCError) as error:
         raise CannotReach(_unreachable(server, _short_cause(error))) from None
-    return Connection(client, server, task_queue, _gateway(server, settings))
+    return Connection(client, server, server.task_queue, _gateway(server, settings))
 
 
 def _gateway(server: Server, settings: CommandSettings) -> GatewayAccess | None:
@@ -133,8 +146,8 @@ def sentences(opened: Connection) -> Iterator[None]:
 def _failure_of(error: TaskError, server: Server) -> CommandFailure:
     match error:
         case NamespaceMissing():
-            advice = "Create it, or set another in TEMPORAL_NAMESPACE."
-            return CannotReach(f"{error.sentence} It was {server.named_by}. {advice}")
+            advice = "Create it, or name another with --namespace or in TEMPORAL_NAMESPACE."
+            return CannotReach(f"{error.sentence} It was named by {server.namespace_named_by}. {advice}")
         case TemporalUnavailable():
             return CannotReach(_unreachable(server, error.sentence))
         case WorkerUnavailable():
@@ -159,7 +172,7 @@ def _failure_of(error: TaskError, server: Server) -> CommandFailure:
 
 def _unreachable(server: Server, cause: str) -> str:
     return (
-        f"Cannot reach Temporal at {server.address} ({server.named_by}), namespace {server.namespace!r}: "
+        f"Cannot reach Temporal at {server.address} (named by {server.named_by}), namespace {server.namespace!r}: "
         f"{cause.rstrip('.')}. {server.advice}"
     )
 

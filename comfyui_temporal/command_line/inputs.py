@@ -7,7 +7,7 @@ import json
 import re
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -24,15 +24,16 @@ _SHOWN_CHARACTERS: Final = 60
 _ID_PATTERN: Final = "{1,64}$"
 
 
-def read_model(model: type[Model], values: Mapping[str, Any]) -> Model:
-    """The values as a model. Raises BadInput with one line for each field."""
+def read_model(model: type[Model], values: Mapping[str, Any], hints: Mapping[str, str] | None = None) -> Model:
+    """The values as a model. Raises BadInput with one line for each field; `hints`: what to do where one is missing."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         fields: dict[str, str] = {}
         for issue in error.errors(include_url=False):
             name = ".".join(str(part) for part in issue["loc"]) or "input"
-            fields.setdefault(name, _explained(issue))
+            hint = (hints or {}).get(name) if issue["type"] == "missing" else None
+            fields.setdefault(name, f"is missing: {hint}" if hint else _explained(issue))
         noun = "field is" if len(fields) == 1 else "fields are"
         raise BadInput(f"Nothing was done: {len(fields)} {noun} wrong.", fields) from None
 
@@ -144,6 +145,12 @@ def dataset_name(address: str) -> str:
     """A `dataset_id` made from the last part of the dataset's address."""
     last = address.rstrip("/").rpartition("/")[2]
     return re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-")[:64] or "dataset"
+
+
+def one_of(name: str, value: str | None, allowed: Iterable[str]) -> None:
+    """Raises BadInput for a value that is not one of these."""
+    if value is not None and value not in set(allowed):
+        raise BadInput("Nothing was listed.", {name: f"must be one of {', '.join(allowed)} (given: {value!r})"})
 
 
 def checked(annotation: Any, name: str, value: object) -> Any:

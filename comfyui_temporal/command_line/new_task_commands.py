@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, TypeVar
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.text import Text
 
@@ -14,11 +15,12 @@ from comfyui_temporal.command_line.app import EXIT_CODES, Json, app, checks_befo
 from comfyui_temporal.command_line.connection import connection
 from comfyui_temporal.command_line.failures import ExitCode
 from comfyui_temporal.command_line.reports import print_json
-from comfyui_temporal.command_line.server import find_server, user_of
+from comfyui_temporal.command_line.server import BY_DEFAULT, find_server, user_of
 from comfyui_temporal.command_line.settings import CommandSettings, read_settings
 from comfyui_temporal.contracts.scenes import AnyTask
 from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
 
+Model = TypeVar("Model", bound=BaseModel)
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Start the task and return; `watch` follows it.")]
 Tenant = Annotated[str | None, typer.Option(help="The tenant that pays. Local stack: tenant-demo or tenant-other.")]
 User = Annotated[str | None, typer.Option(help="Default on the local stack: the tenant's own user.")]
@@ -30,13 +32,28 @@ InputFile = Annotated[
 ]
 
 
-def _with_user(values: dict[str, Any]) -> dict[str, Any]:
-    """On the local stack a tenant's user is known; elsewhere it must be given."""
+_MISSING: Final = {
+    "tenant_id": "name it with --tenant",
+    "prompt": "give it in quotation marks after `generate`",
+    "dataset": "name its folder or address with --dataset",
+}
+_NO_STACK: Final = (
+    "no local stack runs in this folder that would know the tenant's user. Start it with `make up`, or name a user "
+    "with --user, and your own server with --address"
+)
+_NO_USER: Final = "name the user with --user: the local stack knows no user of this tenant"
+
+
+def _read_task(model: type[Model], values: dict[str, Any]) -> Model:
+    """The task. On the local stack a tenant's user is known; elsewhere it must be given. Raises BadInput."""
     tenant_id = values.get("tenant_id")
+    hints = _MISSING
     if isinstance(tenant_id, str) and "user_id" not in values:
-        user_id = user_of(find_server(read_settings(CommandSettings)).stack, tenant_id)
-        return values | inputs.given(user_id=user_id)
-    return values
+        server = find_server(read_settings(CommandSettings))
+        values = values | inputs.given(user_id=user_of(server.stack, tenant_id))
+        is_unnamed = server.named_by == BY_DEFAULT
+        hints = _MISSING | {"user_id": _NO_STACK if is_unnamed else _NO_USER if server.stack else "name it with --user"}
+    return inputs.read_model(model, values, hints)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -89,8 +106,8 @@ def generate(
             max_credits=max_credits,
             task_id=task_id,
         )
-        values = {"task_id": inputs.new_task_id("image"), "template_id": "text-to-image"} | _with_user(values)
-        task = inputs.read_model(ImageTask, values)
+        values = {"task_id": inputs.new_task_id("image"), "template_id": "text-to-image"} | values
+        task = _read_task(ImageTask, values)
         return await _start(task, no_wait=no_wait, as_json=as_json)
 
     perform(work, as_json=as_json)
@@ -175,8 +192,8 @@ def train(
             task_id=task_id,
             **chosen,
         )
-        values = {"task_id": inputs.new_task_id("training"), "template_id": "lora-train"} | _with_user(values)
-        task = inputs.read_model(TrainingTask, values)
+        values = {"task_id": inputs.new_task_id("training"), "template_id": "lora-train"} | values
+        task = _read_task(TrainingTask, values)
         inputs.check_list_fits(task)
         return await _start(task, no_wait=no_wait, as_json=as_json)
 

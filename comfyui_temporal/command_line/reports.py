@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
-from datetime import datetime
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from comfyui_temporal.client.models import TaskDetails, TaskOutcome, TaskSummary
 from comfyui_temporal.command_line.failures import CommandFailure
+from comfyui_temporal.command_line.glances import Glance
 from comfyui_temporal.command_line.terminal import confirmation_of, eta_of, printable
 from comfyui_temporal.contracts.comfyui import TrainingOutput
 from comfyui_temporal.contracts.tasks import (
     CreditsSummary,
     SettlementState,
+    TaskStatus,
     TrainingProgress,
 )
 
@@ -124,29 +125,45 @@ def details_lines(details: TaskDetails) -> Lines:
     yield "Temporal UI", task.ui_url or ""
 
 
-def print_rows(console: Console, rows: list[TaskSummary]) -> None:
-    """A table on a terminal, tab-separated lines elsewhere."""
-    columns = ("task", "scene", "status", "stage", "tenant", "priority", "started")
-    cells = [
-        (
-            row.task_id,
-            row.scene or "",
-            row.status or "",
-            row.stage or "",
-            row.tenant_id or "",
-            row.priority or "",
-            _instant(row.started_at),
-        )
-        for row in rows
-    ]
-    if not console.is_terminal:
-        for cell in cells:
-            sys.stdout.write("\t".join(map(printable, cell)) + "\n")
+def print_rows(rows: list[TaskSummary]) -> None:
+    """One tab-separated line for each task, for scripts."""
+    for row in rows:
+        cells = (row.task_id, row.scene, row.status, row.stage, row.tenant_id, row.priority, _instant(row.started_at))
+        sys.stdout.write("\t".join(printable(cell or "") for cell in cells) + "\n")
+
+
+def print_table(console: Console, rows: list[TaskSummary], seen: Mapping[str, Glance]) -> None:
+    """A table for a terminal: ids whole, and what each task is for as far as the line goes."""
+    if not rows:
+        console.print("No task matches.")
         return
-    table = Table(*columns, box=None, header_style="dim")
-    for cell in cells:
-        table.add_row(*(Text(printable(text)) for text in cell))
-    console.print(table if rows else Text("No task matches."))
+    cells = [("task", "status", "age", "points", "for")]
+    for row in rows:
+        glance = seen[row.task_id]
+        about = " ".join(glance.about.split())
+        cells.append((row.task_id, _short_status(row), _age(row.started_at), glance.points, about))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]
+    room = max(0, console.width - sum(widths) - 2 * len(widths))
+    for number, (*columns, about) in enumerate(cells):
+        padded = "  ".join(f"{text:<{width}}" for text, width in zip(columns, widths, strict=True))
+        shown = about if len(about) <= room else about[: max(0, room - 1)] + "…" * (room > 0)
+        console.print(Text(printable(f"{padded}  {shown}"), style="" if number else "dim"), soft_wrap=True)
+
+
+def _short_status(row: TaskSummary) -> str:
+    if row.is_paused:
+        return "paused"
+    return row.stage or row.status or "" if row.status == TaskStatus.RUNNING else row.status or ""
+
+
+def _age(instant: datetime | None) -> str:
+    if instant is None:
+        return ""
+    seconds = (datetime.now(UTC) - instant).total_seconds()
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{max(0, int(seconds))} s"
 
 
 def _instant(instant: datetime | None) -> str:

@@ -1,11 +1,13 @@
 """The command line's own settings: the addresses of Temporal and the gateway.
 
-Environment variables `COMFYUI_TEMPORAL_<NAME>`; a `.env` file in the working directory is read too.
+A setting is the command's flag if there is one, else the environment variable `COMFYUI_TEMPORAL_<NAME>`, else a line
+of a `.env` file in the working directory.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+import os
+from typing import Annotated, Final, TypeVar
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -37,10 +39,46 @@ class CommandSettings(BaseSettings):
     """The caller's token for it, with the scope `task.read`."""
 
 
+FLAGS: Final = {
+    "temporal_address": "--address",
+    "temporal_namespace": "--namespace",
+    "task_queue": "--task-queue",
+    "gateway_url": "--gateway",
+}
+"""Setting → the flag that every command has for it."""
+_given: dict[str, str] = {}
+_verbose: list[bool] = []
+
+
+def be_verbose(wanted: bool) -> None:
+    """`-v`: the command says what it uses."""
+    _verbose[:] = [wanted]
+
+
+def is_verbose() -> bool:
+    return any(_verbose)
+
+
+def use_flags(**values: str | None) -> None:
+    """Take over the flags of the command that is being run; None: one was not given."""
+    _given.clear()
+    _given.update({name: value for name, value in values.items() if value is not None})
+
+
+def source_of(settings: BaseSettings, name: str) -> str | None:
+    """Where a setting comes from: its flag, its variable or `.env`; None if it is not set."""
+    if name in _given:
+        return FLAGS[name]
+    if name not in settings.model_fields_set:
+        return None
+    variable = PREFIX + name.upper()
+    return variable if variable in os.environ else f"{variable} in .env"
+
+
 def read_settings(kind: type[AnySettings]) -> AnySettings:
     """The settings of this process. Raises BadInput, which names each invalid variable and shows no value."""
     try:
-        return kind()
+        return kind(**{name: value for name, value in _given.items() if name in kind.model_fields})
     except ValidationError as error:
         fields = {PREFIX + "_".join(map(str, issue["loc"])).upper(): issue["msg"] for issue in error.errors()}
         raise BadInput("Settings cannot be used.", fields) from None

@@ -1,24 +1,38 @@
-"""The commands about existing tasks: `watch`, `show`, `list`, `cancel`, `confirm`."""
+"""The commands about existing tasks: `watch`, `show`, `list`, `cancel`, `open`, `confirm`."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
+from comfyui_temporal.client.errors import UnknownTask
+from comfyui_temporal.client.interface import CancelAnswer
 from comfyui_temporal.command_line import inputs
 from comfyui_temporal.command_line.app import EXIT_CODES, Json, app, followed, perform
 from comfyui_temporal.command_line.connection import Connection, connection
 from comfyui_temporal.command_line.failures import BadInput, CommandFailure, ExitCode
-from comfyui_temporal.command_line.reports import details_lines, print_json, print_lines, print_rows
+from comfyui_temporal.command_line.glances import glances
+from comfyui_temporal.command_line.reports import details_lines, print_json, print_lines, print_rows, print_table
 from comfyui_temporal.command_line.settings import CommandSettings, read_settings
-from comfyui_temporal.command_line.terminal import confirmation_of
+from comfyui_temporal.command_line.terminal import confirmation_of, printable
+from comfyui_temporal.contracts.comfyui import JobStatus, TaskPriority, TrainingStage
 from comfyui_temporal.contracts.fields import CallerId
-from comfyui_temporal.contracts.tasks import CancelTask, Confirmation, ConfirmPrice, TaskStatus
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.tasks import (
+    WORKFLOW_ID_PREFIX,
+    CancelTask,
+    Confirmation,
+    ConfirmPrice,
+    TaskStatus,
+)
 
-TaskIdArgument = Annotated[str, typer.Argument(metavar="TASK_ID", help="The task's id, without `task-` before it.")]
+TaskIdArgument = Annotated[str, typer.Argument(metavar="TASK_ID", help="The task's id, or its workflow's: `task-…`.")]
 
 
 @app.command(epilog=EXIT_CODES)
@@ -33,8 +47,7 @@ def watch(task_id: TaskIdArgument, as_json: Json = False) -> None:
     """
 
     async def work() -> ExitCode:
-        known_id = _checked_id(task_id)
-        async with connection(read_settings(CommandSettings)) as opened:
+        async with _task(task_id) as (opened, known_id):
             return await followed(opened, known_id, as_json=as_json)
 
     perform(work, as_json=as_json)
@@ -52,8 +65,7 @@ def show(task_id: TaskIdArgument, as_json: Json = False) -> None:
     """
 
     async def work() -> ExitCode:
-        known_id = _checked_id(task_id)
-        async with connection(read_settings(CommandSettings)) as opened:
+        async with _task(task_id) as (opened, known_id):
             details = await opened.tasks.show(known_id)
         if as_json:
             print_json(details)
@@ -77,9 +89,9 @@ def list_command(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Maximum number of tasks.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """List tasks, newest first.
+    """List tasks, newest first: how old each is, what it shows and its points.
 
-    If piped, prints one tab-separated line for each task.
+    If piped, prints one tab-separated line for each task: id, scene, status, stage, tenant, priority, start.
 
     \b
     Examples:
@@ -97,14 +109,20 @@ def list_command(
             TemplateId=template,
             TaskPriority=priority,
         )
-        if status is not None and status not in set(TaskStatus):
-            raise BadInput("Nothing was listed.", {"status": f"must be one of {', '.join(TaskStatus)}"})
+        inputs.one_of("status", status, [*TaskStatus])
+        inputs.one_of("stage", stage, [*JobStatus, *TrainingStage])
+        inputs.one_of("scene", scene, [*Scene])
+        inputs.one_of("priority", priority, [*TaskPriority])
+        console = Console()
         async with connection(read_settings(CommandSettings)) as opened:
             rows = [row async for row in opened.tasks.list(filters=filters, limit=limit)]
+            if console.is_terminal and not as_json:
+                print_table(console, rows, await glances(opened, rows))
+                return ExitCode.COMPLETED
         if as_json:
             print_json([row.model_dump(mode="json") for row in rows])
         else:
-            print_rows(Console(), rows)
+            print_rows(rows)
         return ExitCode.COMPLETED
 
     perform(work, as_json=as_json)
@@ -118,7 +136,7 @@ def cancel(
 ) -> None:
     """Cancel a task and give its credits back.
 
-    Prints `accepted`, or `too_late` if the task was delivered or over first.
+    It is too late once the task was delivered or had ended: then nothing changes, and the exit code is 7.
 
     \b
     Example:
@@ -126,17 +144,47 @@ def cancel(
     """
 
     async def work() -> ExitCode:
-        known_id = _checked_id(task_id)
         wanted = inputs.read_model(CancelTask, {"reason": reason})
-        async with connection(read_settings(CommandSettings)) as opened:
+        async with _task(task_id) as (opened, known_id):
             outcome = await opened.tasks.cancel(known_id, wanted.reason)
         if as_json:
-            print_json({"task_id": task_id, "outcome": outcome})
+            print_json({"task_id": known_id, "outcome": outcome})
         else:
-            Console().print(outcome)
+            Console().print(_CANCELLED[outcome].format(known_id), highlight=False, soft_wrap=True)
         return ExitCode.COMPLETED if outcome == "accepted" else ExitCode.TOO_LATE
 
     perform(work, as_json=as_json)
+
+
+_CANCELLED: Final[dict[CancelAnswer, str]] = {
+    "accepted": "Task {0} is being cancelled: its job is stopped and its credits are given back.",
+    "too_late": "Too late: task {0} was delivered or had ended. Nothing was changed; see `comfyui-tasks show {0}`.",
+}
+
+
+@app.command("open", epilog=EXIT_CODES)
+def open_command(task_id: TaskIdArgument) -> None:
+    """Open a task's picture in the browser, and print its address.
+
+    \b
+    Example:
+      comfyui-tasks open cat-1
+    """
+
+    async def work() -> ExitCode:
+        async with _task(task_id) as (opened, known_id):
+            details = await opened.tasks.show(known_id)
+        outcome = details.outcome
+        if outcome is None:
+            raise CommandFailure(f"Task {known_id} has not ended: follow it with `comfyui-tasks watch {known_id}`.")
+        if not outcome.result_urls:
+            raise CommandFailure(f"Task {known_id} has no picture: see `comfyui-tasks show {known_id}`.")
+        for url in outcome.result_urls:
+            Console().print(Text(printable(url)), soft_wrap=True)
+            typer.launch(url)
+        return ExitCode.COMPLETED
+
+    perform(work, as_json=False)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -156,19 +204,19 @@ def confirm(
     """
 
     async def work() -> ExitCode:
-        known_id = _checked_id(task_id)
         if max_credits is not None:
             inputs.read_model(ConfirmPrice, {"max_credits": max_credits})
-        async with connection(read_settings(CommandSettings)) as opened:
+        async with _task(task_id) as (opened, known_id):
             limit = max_credits if max_credits is not None else await _confirmed_price(opened, known_id)
             in_force = await opened.tasks.confirm(known_id, limit)
             wanted = await _confirmation_of(opened, known_id)
         if as_json:
-            print_json({"task_id": task_id, "max_credits": in_force})
+            print_json({"task_id": known_id, "max_credits": in_force})
         else:
             is_short = wanted is not None and wanted.estimated_cost > in_force
-            more = f" It costs {wanted.estimated_cost}, so the task keeps waiting." if wanted and is_short else ""
-            Console().print(f"Confirmed: up to {in_force} points.{more}", highlight=False)
+            more = f"It costs {wanted.estimated_cost}, so the task keeps waiting." if wanted and is_short else ""
+            goes_on = more or "The training goes on."
+            Console().print(f"Task {known_id} may cost up to {in_force} points. {goes_on}", highlight=False)
         return ExitCode.COMPLETED
 
     perform(work, as_json=as_json)
@@ -192,6 +240,14 @@ async def _confirmed_price(opened: Connection, task_id: str) -> int:
     return wanted.estimated_cost
 
 
-def _checked_id(task_id: str) -> str:
-    checked: str = inputs.checked(CallerId, "task_id", task_id)
-    return checked
+@asynccontextmanager
+async def _task(given: str) -> AsyncIterator[tuple[Connection, str]]:
+    """The connection and the task's id; `given` may be its workflow's id. Raises BadInput for an id that none has."""
+    task_id: str = inputs.checked(CallerId, "task_id", given)
+    async with connection(read_settings(CommandSettings)) as opened:
+        shorter = task_id.removeprefix(WORKFLOW_ID_PREFIX)
+        if shorter not in ("", task_id):
+            with suppress(UnknownTask):
+                await opened.tasks.find(task_id)
+                shorter = task_id
+        yield opened, shorter or task_id

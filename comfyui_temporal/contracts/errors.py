@@ -166,7 +166,10 @@ def _row(message: str, code: str, failure: FailureCode, advice: str, *, definite
 
 _F = FailureCode
 _CORRECT: Final = "The caller has to correct the field that the message names."
-_SCOPE: Final = "The operator has to give our service token the scope that contract §7 names."
+_SCOPE: Final = (
+    "The operator has to make the service accept our service token: both need the same secret "
+    "(COMFYUI_TEMPORAL_SERVICE_SECRET), issuer and audience, and the service must allow the scope of this call."
+)
 _NEW_KEY: Final = "The caller has to use a new task_id: another request used this task's key."
 _WAITED: Final = "No action is needed yet: it is retried; if it lasts, the operator has to look at the service."
 _LOOKED_UP: Final = "No action is needed: the ledger is checked."

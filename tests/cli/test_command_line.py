@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import re
 import time
 from pathlib import Path
 
 import jwt
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from comfyui_temporal.client.models import TaskSummary
 from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.command_line.failures import ExitCode
+from comfyui_temporal.command_line.glances import glances
+from comfyui_temporal.command_line.reports import print_table
 from comfyui_temporal.contracts.tasks import workflow_id_of
 from starter import app
 from tests.cli.conftest import image_task, run_command, run_process, start_process
 from tests.conftest import unique
 from tests.package.test_settings import STACK
+from tests.waiting import until
 
 WHO = ("--tenant", "tenant-a", "--user", "ann")
 
@@ -30,7 +37,8 @@ async def test_bad_input_is_reported_field_by_field_and_nothing_is_started() -> 
     assert "resolution: must be 'sd', 'hd' or '4k' (given: '8k')" in image.err
     assert "max_credits: must be greater than or equal to 1" in image.err
     assert "task_id: must be 1 to 64 of the characters A-Z a-z 0-9 _ - (given: 'a b')" in image.err
-    assert {"user_id: is missing", "dataset: is missing"} <= {line.strip() for line in training.err.splitlines()}
+    assert "dataset: is missing: name its folder or address with --dataset" in training.err
+    assert "user_id: is missing: no local stack runs" in training.err and "`make up`" in training.err
     assert "hyperparameters.epochs: must be greater than or equal to 1 (given: 0)" in training.err
     refused = json.loads(script.out)["error"]
     assert (refused["code"], list(refused["fields"])) == ("input_invalid", ["tenant_id"])
@@ -43,7 +51,7 @@ async def test_an_unreachable_server_is_named_within_three_seconds(unused_tcp_po
     assert time.monotonic() - began < 3
     script = await run_process("watch", "cat-1", "--json", environment={"COMFYUI_TEMPORAL_TEMPORAL_ADDRESS": address})
     assert (configured.exit_code, script.exit_code) == (ExitCode.CANNOT_REACH, ExitCode.CANNOT_REACH)
-    assert f"Cannot reach Temporal at {address} (named by Temporal's environment configuration)" in configured.err
+    assert f"Cannot reach Temporal at {address} (named by TEMPORAL_ADDRESS)" in configured.err
     assert address in json.loads(script.out)["error"]["message"]
 
 
@@ -60,7 +68,10 @@ async def test_a_server_that_stays_silent_is_given_up_within_three_seconds() -> 
         assert time.monotonic() - began < 3
         held.set()
     assert ended.exit_code == ExitCode.CANNOT_REACH
-    assert f"{address} (named by the settings), namespace 'default': no answer within 2.5 s" in ended.err
+    assert (
+        f"{address} (named by COMFYUI_TEMPORAL_TEMPORAL_ADDRESS), namespace 'default': no answer within 2.5 s"
+        in ended.err
+    )
 
 
 async def test_exit_codes_follow_how_tasks_end(opened: Connection) -> None:
@@ -70,7 +81,8 @@ async def test_exit_codes_follow_how_tasks_end(opened: Connection) -> None:
     await opened.client.get_workflow_handle(workflow_id_of(done.task_id)).signal("deliver")
 
     accepted = await run_command("cancel", cancelled.task_id, "--reason", "wrong", connection=opened)
-    assert (accepted.exit_code, accepted.out) == (0, "accepted\n")
+    assert accepted.exit_code == 0
+    assert f"Task {cancelled.task_id} is being cancelled" in accepted.out and "given back" in accepted.out
     watched = [await run_command("watch", task.task_id, connection=opened) for task in (done, failing, cancelled)]
     assert [ended.exit_code for ended in watched] == [ExitCode.COMPLETED, ExitCode.FAILED, ExitCode.CANCELLED]
     assert "http://127.0.0.1/results/job-1/0.png" in watched[0].out
@@ -144,3 +156,74 @@ def test_every_commands_help_has_an_example(command: str) -> None:
     help_text = CliRunner().invoke(app, [command, "--help"]).output
     assert f"comfyui-tasks {command}" in help_text
     assert "Exit codes:" in help_text
+
+
+async def test_a_task_may_be_named_by_its_workflows_id(opened: Connection) -> None:
+    task = image_task()
+    await opened.tasks.start(task)
+    shown = await run_command("show", workflow_id_of(task.task_id), connection=opened)
+    assert shown.exit_code == 0 and re.search(rf"^task +{task.task_id}$", shown.out, re.MULTILINE)
+    odd = image_task(task_id=workflow_id_of(unique("image")))
+    await opened.tasks.start(odd)
+    cancelled = await run_command("cancel", odd.task_id, connection=opened)
+    assert odd.task_id in cancelled.out, "an id that begins with task- itself means that task"
+    assert (await opened.tasks.wait(odd.task_id)).status == "cancelled"
+
+
+async def test_an_unknown_filter_value_lists_nothing(opened: Connection) -> None:
+    for name, value in (("scene", "image"), ("priority", "urgent"), ("stage", "baking"), ("status", "done")):
+        ended = await run_command("list", f"--{name}", value, connection=opened)
+        assert (ended.exit_code, ended.out) == (ExitCode.BAD_INPUT, "")
+        assert f"{name}: must be one of" in ended.err and f"(given: '{value}')" in ended.err
+
+
+async def test_a_list_shows_whole_ids_age_points_and_prompt_within_80_columns(opened: Connection) -> None:
+    task = image_task(task_id=unique("i" * 20), prompt="a lighthouse at dusk")
+    await opened.tasks.start(task)
+    await opened.tasks.wait(task.task_id)
+
+    async def listed() -> list[TaskSummary]:
+        return [row async for row in opened.tasks.list(filters={"TaskId": task.task_id}, limit=5)]
+
+    rows = await until(listed)
+    out = io.StringIO()
+    print_table(Console(file=out, width=80, force_terminal=True, color_system=None), rows, await glances(opened, rows))
+    [_, line] = out.getvalue().splitlines()
+    assert len(line.rstrip()) <= 80 and line.startswith(task.task_id)
+    assert re.search(r" \d+ s +24 +a lighthouse", line), line
+
+
+async def test_the_program_has_its_own_name_a_version_and_completion() -> None:
+    usage, version = await run_process("list", "--help"), await run_process("--version")
+    assert usage.out.startswith("Usage: comfyui-tasks list ")
+    assert re.fullmatch(r"comfyui-tasks \S.*\n", version.out) and version.exit_code == 0
+    completion = await run_process("--show-completion", "bash", environment={"SHELL": "/bin/bash"})
+    assert "_COMFYUI_TASKS_COMPLETE" in completion.out
+    assert (await run_process()).err.startswith("Usage: comfyui-tasks ")
+
+
+async def test_what_is_used_is_said_on_request(opened: Connection) -> None:
+    verbose = await run_command("list", "-v", "--namespace", "default", connection=opened)
+    assert f"uses Temporal at {opened.server.address} (COMFYUI_TEMPORAL_TEMPORAL_ADDRESS)" in verbose.err
+    assert "uses namespace default (--namespace)" in verbose.err
+    assert f"uses task queue {opened.task_queue} (COMFYUI_TEMPORAL_TASK_QUEUE)" in verbose.err
+    assert "uses" not in (await run_command("list", connection=opened)).err, "only where it was asked for"
+
+
+async def test_open_opens_the_picture_of_a_task_that_has_one(
+    opened: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+    monkeypatch.setattr("typer.launch", launched.append)
+    task = image_task()
+    await opened.tasks.start(task)
+    early = await run_command("open", task.task_id, connection=opened)
+    assert early.exit_code == 1 and "has not ended" in early.err
+    await opened.client.get_workflow_handle(workflow_id_of(task.task_id)).signal("deliver")
+    await opened.tasks.wait(task.task_id)
+    ended = await run_command("open", task.task_id, connection=opened)
+    assert (ended.exit_code, launched) == (0, ["http://127.0.0.1/results/job-1/0.png"])
+    failing = image_task(prompt="fail")
+    await opened.tasks.start(failing)
+    await opened.tasks.wait(failing.task_id)
+    assert "has no picture" in (await run_command("open", failing.task_id, connection=opened)).err

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from comfyui_temporal.command_line.failures import BadInput
-from comfyui_temporal.command_line.server import find_server
-from comfyui_temporal.command_line.settings import CommandSettings, read_settings
+from comfyui_temporal.command_line.server import BY_STACK, find_server
+from comfyui_temporal.command_line.settings import CommandSettings, read_settings, use_flags
 from comfyui_temporal.contracts.stack import StackDescription
 
 STACK = StackDescription(
@@ -28,8 +29,9 @@ STACK = StackDescription(
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, with nothing set."""
-    for name in ("COMFYUI_TEMPORAL_TEMPORAL_ADDRESS", "TEMPORAL_ADDRESS", "TEMPORAL_PROFILE", "TEMPORAL_CONFIG_FILE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(("COMFYUI_TEMPORAL_", "TEMPORAL_"))]:
+        monkeypatch.delenv(name)
+    use_flags()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("comfyui_temporal.command_line.server._folders", [Path()])
@@ -60,6 +62,31 @@ def test_the_stack_brings_its_namespace_and_interface(folder: Path) -> None:
     (folder / ".run" / "stack.json").write_text(STACK.model_dump_json())
     server = find_server(read_settings(CommandSettings))
     assert (server.namespace, server.ui_url) == ("stack-namespace", "http://127.0.0.1:8233")
+
+
+def test_what_is_set_wins_over_a_running_stack(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack that runs gives only what nobody has set, and each value says what named it."""
+    (folder / ".run").mkdir()
+    (folder / ".run" / "stack.json").write_text(STACK.model_dump_json())
+    monkeypatch.setenv("TEMPORAL_NAMESPACE", "mine")
+    (folder / ".env").write_text("COMFYUI_TEMPORAL_TASK_QUEUE=my-queue\n")
+    server = find_server(read_settings(CommandSettings))
+    assert (server.address, server.named_by) == ("stack:7233", BY_STACK)
+    assert (server.namespace, server.namespace_named_by) == ("mine", "TEMPORAL_NAMESPACE")
+    assert (server.task_queue, server.task_queue_named_by) == ("my-queue", "COMFYUI_TEMPORAL_TASK_QUEUE in .env")
+    assert server.stack is None, "its gateway and its store know another namespace's tasks"
+    monkeypatch.setenv("COMFYUI_TEMPORAL_TASK_QUEUE", "environment")
+    monkeypatch.setenv("COMFYUI_TEMPORAL_TEMPORAL_NAMESPACE", "ours")
+    server = find_server(read_settings(CommandSettings))
+    assert (server.namespace, server.task_queue) == ("ours", "environment")
+    use_flags(temporal_namespace="flag", task_queue="flags-queue", temporal_address="flags:7233")
+    server = find_server(read_settings(CommandSettings))
+    assert [*server.lines()] == [
+        "Temporal at flags:7233 (--address)",
+        "namespace flag (--namespace)",
+        "task queue flags-queue (--task-queue)",
+    ]
+    use_flags()
 
 
 def test_a_bad_setting_is_named_and_its_value_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
