@@ -26,6 +26,7 @@ from pydantic import (
     StrictInt,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
@@ -159,6 +160,18 @@ OutsideId = Annotated[str, StringConstraints(pattern=r"^[._:-]*[A-Za-z0-9][A-Za-
 
 CallerText = Annotated[str, AfterValidator(_clean)]
 Prompt = Annotated[CallerText, _at_most_bytes(MAX_PROMPT_BYTES)]
+WRITTEN_BY_US: Final = {"written_by_us": True}
+"""Validation context of what our own runs and workers wrote: an earlier release took some of what is refused now."""
+
+
+def _not_blank(text: str, info: ValidationInfo) -> str:
+    if not text.strip() and info.context != WRITTEN_BY_US:
+        raise ValueError("must not be blank")
+    return text
+
+
+TaskPrompt = Annotated[Prompt, AfterValidator(_not_blank), Field(json_schema_extra={"pattern": r"\S"})]
+"""A task's prompt: a blank one would cost what a picture of something costs."""
 CallerMessage = Annotated[CallerText, _at_most_bytes(MAX_MESSAGE_BYTES)]
 OutsideText = Annotated[str, AfterValidator(repaired), AfterValidator(shortened)]
 OutsideName = Annotated[str, AfterValidator(repaired), AfterValidator(lambda text: shortened(text, MAX_NAME_BYTES))]

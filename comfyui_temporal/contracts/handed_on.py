@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from comfyui_temporal.contracts.fields import CallerModel, OwnModel
+from comfyui_temporal.contracts.fields import WRITTEN_BY_US, CallerModel, OwnModel
 
 Model = TypeVar("Model", bound=BaseModel)
 _LEAVES: Final = frozenset({str, int, float, bool, type(None), datetime})
@@ -48,7 +48,7 @@ class Doubtful:
 
 def read_tolerantly(model: type[Model], document: bytes) -> Model:
     """Read a JSON document and keep unknown fields at every depth. Raises ValidationError."""
-    return model.model_validate_json(document, extra="allow")
+    return model.model_validate_json(document, extra="allow", context=WRITTEN_BY_US)
 
 
 def has_unknown_fields(value: BaseModel) -> bool:

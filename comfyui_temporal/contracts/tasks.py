@@ -23,7 +23,7 @@ from comfyui_temporal.contracts.fields import (
     CleanJson,
     Instant,
     OwnModel,
-    Prompt,
+    TaskPrompt,
 )
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.size_budget import MAX_EXTRAS_BYTES
@@ -120,7 +120,7 @@ class TaskInput(CallerModel):
 class ImageTask(TaskInput):
     """Input of `ImageGenerationWorkflow`. `max_credits` in points: the most this task may cost its payer."""
 
-    prompt: Prompt
+    prompt: TaskPrompt
     controls: Annotated[list[Control], Field(max_length=16)] = []
     resolution: Resolution = Resolution.HD
     extras: Extras = {}

@@ -189,7 +189,7 @@ async def test_a_cancelled_task_is_charged_nothing_and_one_that_is_over_is_too_l
 
 
 NOTHING_STARTED: dict[str, dict[str, Any]] = {
-    "prompt": {"template_id": "text-to-image"},
+    "prompt": image(prompt=" \u3000"),
     "unknown": image(unknown=1),
     "task_id": image(task_id="a/b"),
     "resolution": image(resolution="8k"),

@@ -97,6 +97,7 @@ BAD_FIELDS: dict[str, Task] = {
 }
 BAD_IMAGE_FIELDS: dict[str, Task] = {
     "empty object as prompt": {"prompt": {}},
+    "blank prompt": {"prompt": " \n\t"},
     "huge prompt": {"prompt": "x" * (16 * 1024 + 1)},
     "NUL in the prompt": {"prompt": "a\x00b"},
     "unknown resolution": {"resolution": "8k"},

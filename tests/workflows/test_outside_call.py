@@ -22,7 +22,7 @@ from workflows.stop import Stop
 
 def calls_of(priority: TaskPriority) -> OutsideCall:
     task = ImageTask(
-        task_id="t1", tenant_id="tenant", user_id="user", template_id="upscale", prompt="", priority=priority
+        task_id="t1", tenant_id="tenant", user_id="user", template_id="upscale", prompt="a cat", priority=priority
     )
     return OutsideCall(task, Stop())
 

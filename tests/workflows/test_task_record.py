@@ -19,7 +19,7 @@ from workflows.outside_call import OutsideCall
 from workflows.task_record import TaskRecord
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
-TASK = ImageTask(task_id="t1", tenant_id="tenant", user_id="user", template_id="upscale", prompt="")
+TASK = ImageTask(task_id="t1", tenant_id="tenant", user_id="user", template_id="upscale", prompt="a cat")
 
 
 class Recorded:
