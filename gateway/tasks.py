@@ -6,6 +6,7 @@ methods raise Problem.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import structlog
 from temporalio.client import Client
 from temporalio.common import SearchAttributeKey
+from temporalio.service import RPCError
 
 from activities.file_lists import FileLists
 from activities.outside_http import OutsideFailure
@@ -26,14 +28,16 @@ from comfyui_temporal.contracts.tasks import (
     CancelTaskOutcome,
     ConfirmPrice,
     ConfirmPriceOutcome,
+    TaskDelay,
     TaskEvent,
     TaskInput,
     TaskStatus,
     workflow_id_of,
 )
 from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
+from comfyui_temporal.delays import RPC_TIMEOUT, delays_of
 from comfyui_temporal.encryption import encryption_of
-from comfyui_temporal.runs import RunSeen
+from comfyui_temporal.runs import RunSeen, describe_run
 from gateway.problems import FieldProblem, Problem, ProblemCode
 from gateway.task_bodies import (
     KEYED,
@@ -54,6 +58,8 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 MAX_EXCEPTIONS: Final = 100
+DELAYS_SECONDS: Final = 2.0
+"""A task is answered without its delays if Temporal takes longer than this."""
 
 
 class StartedTask(NamedTuple):
@@ -135,7 +141,18 @@ class Tasks:
     async def task(self, caller: Caller, task_id: str) -> TaskDetail:
         view = await self.owned(caller, task_id)
         exceptions = await _stored(self._store.exceptions(task_id=task_id, limit=MAX_EXCEPTIONS))
-        return TaskDetail(**view.model_dump(), exceptions=exceptions)
+        return TaskDetail(**view.model_dump(), exceptions=exceptions, delays=await self._delays(view))
+
+    async def _delays(self, view: TaskView) -> list[TaskDelay]:
+        """What delays an open task; none if Temporal does not say so now."""
+        if view.ended_at is not None:
+            return []
+        try:
+            async with asyncio.timeout(DELAYS_SECONDS):
+                run = await describe_run(self._temporal, view.workflow_id, rpc_timeout=RPC_TIMEOUT)
+                return await delays_of(self._temporal, run, task_id=view.task_id, task_queue=self._task_queue)
+        except (RPCError, TimeoutError):
+            return []
 
     async def page(self, caller: Caller, filters: TaskFilters) -> TaskList:
         """The tasks that the caller sees, newest first. One whose row cannot be read is left out, and logged."""

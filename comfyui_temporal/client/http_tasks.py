@@ -155,7 +155,9 @@ class HttpTasks:
         view = await self._view(task_id)
         outcome = _outcome(view) if view.status.is_end() else None
         progress = None if outcome else _progress(view)
-        return TaskDetails(task=_summary(view), progress=progress, credits=view.credits, outcome=outcome)
+        return TaskDetails(
+            task=_summary(view), progress=progress, credits=view.credits, outcome=outcome, delays=view.delays
+        )
 
     async def list(
         self, *, status: TaskStatus | None = None, scene: Scene | None = None, limit: int = 20

@@ -6,7 +6,7 @@ from datetime import datetime
 
 from comfyui_temporal.contracts.fields import OwnModel
 from comfyui_temporal.contracts.scenes import AnyResult
-from comfyui_temporal.contracts.tasks import CreditsSummary, TaskStatus, TrainingProgress
+from comfyui_temporal.contracts.tasks import CreditsSummary, TaskDelay, TaskStatus, TrainingProgress
 
 
 class StartedTask(OwnModel):
@@ -83,3 +83,5 @@ class TaskDetails(OwnModel):
     progress: TrainingProgress | None = None
     credits: CreditsSummary | None = None
     outcome: TaskOutcome | None = None
+    delays: list[TaskDelay] = []
+    """Why it makes no progress now; empty if nothing delays it."""

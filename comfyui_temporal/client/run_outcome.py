@@ -10,10 +10,18 @@ from temporalio.client import WorkflowFailureError, WorkflowHandle
 from temporalio.exceptions import ApplicationError, CancelledError, TerminatedError, TimeoutError
 
 from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.give_back import GiveBackOutcome
 from comfyui_temporal.contracts.scenes import AnyResult, scene_of_message
 from comfyui_temporal.contracts.tasks import TaskStatus
 
 TERMINATED: Final = "terminated"
+_ENDED: Final = "The run ended in Temporal without its own clean-up. The reconciler looked after it: "
+GIVEN_BACK: Final[dict[GiveBackOutcome, str]] = {
+    "given_back": f"{_ENDED}job and credits were given back, nothing was charged.",
+    "already_charged": f"{_ENDED}the task had been delivered and charged, so it counts as completed.",
+    "nothing_held": f"{_ENDED}nothing was held any more.",
+    "settlement_unknown": f"{_ENDED}it is not known yet whether it was charged; the ledger is read again each hour.",
+}
 
 
 async def ended_as(handle: WorkflowHandle[Any, Any]) -> dict[str, Any]:
@@ -40,7 +48,7 @@ def _failed(cause: BaseException | None) -> dict[str, Any]:
             code = cause.type or FailureCode.INTERNAL.value
             return failed | {"code": code, "sentence": cause.message, "result": _result_in(cause.details)}
         case TerminatedError():
-            sentence = "The run was terminated: no clean-up ran. Its hold ends by expiry, its job may still run."
+            sentence = "The run was terminated in Temporal and gave nothing back itself."
             return failed | {"code": TERMINATED, "sentence": sentence}
         case TimeoutError():
             sentence = "The run reached a Temporal timeout that its starter had set; this system sets none."

@@ -25,7 +25,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from comfyui_temporal.client.errors import InvalidInput, TaskOver, UnknownTask, WorkerUnavailable, checked
 from comfyui_temporal.client.interface import CancelAnswer
 from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
-from comfyui_temporal.client.run_outcome import ended_as
+from comfyui_temporal.client.run_outcome import GIVEN_BACK, ended_as
 from comfyui_temporal.client.submission import RPC_TIMEOUT, start_task
 from comfyui_temporal.client.temporal_errors import typed_errors
 from comfyui_temporal.contracts.permissions import Scene
@@ -43,6 +43,7 @@ from comfyui_temporal.contracts.tasks import (
     TrainingProgress,
     workflow_id_of,
 )
+from comfyui_temporal.delays import WITHOUT_CLEAN_UP, delays_of, give_back_of
 from comfyui_temporal.encryption import NO_ENCRYPTION
 from comfyui_temporal.plugin import TaskPayloadConverter
 from comfyui_temporal.runs import NoQueryNow, RunSeen, RunStatus, describe_run, list_runs, query_run
@@ -118,13 +119,14 @@ class TemporalTasks:
         handle = await self.find(task_id)
         with typed_errors(self.client, task_id=task_id):
             run = await describe_run(self.client, handle.id, rpc_timeout=RPC_TIMEOUT)
+            delays = await delays_of(self.client, run, task_id=task_id, task_queue=self.task_queue)
         summary = self._summary(run)
         if run.status.is_over:
             outcome = await self._outcome(handle, task_id)
-            return TaskDetails(task=summary, credits=outcome.credits, outcome=outcome)
+            return TaskDetails(task=summary, credits=outcome.credits, outcome=outcome, delays=delays)
         progress = await self._queried(handle, "progress", TrainingProgress)
         credits = await self._queried(handle, "credits", CreditsSummary)
-        return TaskDetails(task=summary, progress=progress, credits=credits)
+        return TaskDetails(task=summary, progress=progress, credits=credits, delays=delays)
 
     async def list(
         self,
@@ -204,7 +206,22 @@ class TemporalTasks:
         with typed_errors(self.client, task_id=task_id):
             ended = await ended_as(handle)
             run = await describe_run(self.client, handle.id, rpc_timeout=RPC_TIMEOUT)
+            if run.status in WITHOUT_CLEAN_UP:
+                ended |= await self._left_behind(handle, run, task_id)
         return TaskOutcome(task_id=task_id, workflow_id=handle.id, ui_url=self.ui_link(handle.id, run.run_id), **ended)
+
+    async def _left_behind(self, handle: WorkflowHandle[Any, Any], run: RunSeen, task_id: str) -> dict[str, Any]:
+        """What became of a run that gave nothing back itself, as its task's row has it. Raises RPCError."""
+        spec = SCENE_OF_WORKFLOW[run.workflow_type]
+        given_back = await give_back_of(self.client, task_id)
+        if given_back is not None:
+            status = TaskStatus.COMPLETED if given_back.outcome == "already_charged" else TaskStatus.FAILED
+            result = spec.result(task_id=task_id, status=status, credits=given_back.credits)
+            return {"status": status, "result": result, "sentence": GIVEN_BACK[given_back.outcome]}
+        [delay] = await delays_of(self.client, run, task_id=task_id, task_queue=self.task_queue)
+        credits = await self._queried(handle, "credits", CreditsSummary)
+        open_credits = spec.result(task_id=task_id, status=TaskStatus.FAILED, credits=credits) if credits else None
+        return {"sentence": delay.sentence, "result": open_credits}
 
     async def _queried(self, handle: WorkflowHandle[Any, Any], query: str, result_type: type[T]) -> T | None:
         with suppress(WorkflowQueryFailedError, WorkflowQueryRejectedError, NoQueryNow, RPCError):

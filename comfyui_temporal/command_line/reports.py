@@ -20,6 +20,7 @@ from comfyui_temporal.contracts.comfyui import TrainingOutput
 from comfyui_temporal.contracts.tasks import (
     CreditsSummary,
     SettlementState,
+    TaskDelay,
     TaskStatus,
     TrainingProgress,
 )
@@ -52,7 +53,7 @@ def print_failure(console: Console, failure: CommandFailure, *, as_json: bool) -
         console.print(Text(f"  {printable(name)}: {printable(reason)}"), soft_wrap=True)
 
 
-def credit_lines(credits: CreditsSummary | None) -> Lines:
+def credit_lines(credits: CreditsSummary | None, *, has_ended: bool = False) -> Lines:
     if credits is None:
         return
     points = {"estimated": credits.estimated, "held": credits.held}
@@ -61,6 +62,8 @@ def credit_lines(credits: CreditsSummary | None) -> Lines:
     if credits.shortfall:
         points["shortfall"] = credits.shortfall
     yield "points", ", ".join(f"{name} {count}" for name, count in points.items())
+    if credits.settlement is SettlementState.OPEN and has_ended and credits.held:
+        yield "settlement", "open: the hold is not given back yet"
     if credits.settlement is SettlementState.UNKNOWN:
         yield "settlement", "unknown: the ledger does not show yet whether it was charged; it is checked again"
 
@@ -80,8 +83,8 @@ def outcome_lines(outcome: TaskOutcome) -> Lines:
         yield "version", output.version or ""
         metrics = output.metrics or {}
         yield "metrics", ", ".join(f"{name} {value:g}" for name, value in metrics.items())
-    yield from credit_lines(outcome.credits)
-    if result is not None:
+    yield from credit_lines(outcome.credits, has_ended=True)
+    if result is not None and result.attempts:
         yield "attempts", str(result.attempts)
     yield "workflow", outcome.workflow_id
     yield "Temporal UI", outcome.ui_url or ""
@@ -99,6 +102,17 @@ def _progress_lines(task_id: str, progress: TrainingProgress) -> Lines:
         yield "last error", f"{progress.error_details.code}: {progress.error_details.message}"
     if progress.callbacks_refused:
         yield "callbacks refused", str(progress.callbacks_refused)
+
+
+def _delay_lines(delays: Iterable[TaskDelay]) -> Lines:
+    """What is tried, since when, until when."""
+    for delay in delays:
+        yield "delayed by", f"{delay.code}: {delay.sentence}"
+        until = f"until {_instant(delay.until)}" if delay.until else delay.limit or ""
+        tried = f"{delay.call} failed {delay.tries} times" if delay.call else ""
+        since = f"since {_instant(delay.since)}" if delay.since else ""
+        again = f"next try {_instant(delay.next_try_at)}" if delay.next_try_at and delay.call else ""
+        yield "", ", ".join(part for part in (tried, since, again, until) if part)
 
 
 def details_lines(details: TaskDetails) -> Lines:
@@ -120,6 +134,7 @@ def details_lines(details: TaskDetails) -> Lines:
         yield from _progress_lines(task.task_id, details.progress)
     else:
         yield "status", f"{task.status or 'open'} (no worker answers, so this is what the run last wrote)"
+    yield from _delay_lines(details.delays)
     yield from credit_lines(details.credits)
     yield "workflow", task.workflow_id
     yield "Temporal UI", task.ui_url or ""

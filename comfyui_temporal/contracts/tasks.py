@@ -334,6 +334,25 @@ class TrainingProgress(ImageProgress):
     confirmation: Confirmation | None = None
 
 
+class TaskDelay(OwnModel):
+    """Why a task makes no progress now: a call that is being retried, a pause, a run that is not given back yet."""
+
+    code: str
+    """The failure's code of contract §1, `terminated` or `paused`."""
+    sentence: str
+    """The cause, and what to do about it."""
+    call: str | None = None
+    """The call that is retried, e.g. `pre_deduct`."""
+    tries: int = 0
+    """How often it failed."""
+    since: Instant | None = None
+    until: Instant | None = None
+    """When the task gives up; null: see `limit`."""
+    limit: str | None = None
+    """What ends the retries if `until` is null."""
+    next_try_at: Instant | None = None
+
+
 class CancelTask(CallerModel):
     """Argument of the update and of the signal `cancel_task`."""
 

@@ -13,6 +13,7 @@ from comfyui_temporal.contracts.task_store import RecordedPrices, TaskExceptionR
 from comfyui_temporal.contracts.tasks import (
     Confirmation,
     CreditsSummary,
+    TaskDelay,
     TaskInput,
     TaskStatus,
     workflow_id_of,
@@ -79,9 +80,10 @@ class TaskView(OwnModel):
 
 
 class TaskDetail(TaskView):
-    """A task, with its exception records."""
+    """A task, with its exception records and what delays it now."""
 
     exceptions: list[TaskExceptionRow] = []
+    delays: list[TaskDelay] = []
 
 
 class TaskList(OwnModel):

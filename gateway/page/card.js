@@ -25,6 +25,17 @@ export function webAddress(text) {
   }
 }
 
+/** What is tried, since when, until when. */
+function delayed({ code, sentence, call, tries, since, until, limit, next_try_at }) {
+  const time = (at) => new Date(at).toLocaleTimeString();
+  const said = [];
+  if (call) said.push(`${call} failed ${tries} times`);
+  if (since) said.push(`since ${time(since)}`);
+  if (call && next_try_at) said.push(`next try ${time(next_try_at)}`);
+  if (until || limit) said.push(until ? `until ${time(until)}` : limit);
+  return `${code}: ${sentence} ${said.join(", ")}`.trim();
+}
+
 export class Card {
   #actions;
   #links;
@@ -131,6 +142,7 @@ export class Card {
   }
 
   show() {
+    this.shownAt = Date.now();
     const { task } = this;
     const part = this.#parts;
     part.article.dataset.status = task.status;
@@ -198,8 +210,9 @@ export class Card {
   }
 
   #showErrors() {
-    const { error, exceptions, message, status } = this.task;
+    const { error, exceptions, delays, message, status } = this.task;
     const lines = (exceptions ?? []).map((exception) => `${exception.code}: ${exception.message}`);
+    if (!this.isOver) lines.push(...(delays ?? []).map(delayed));
     if (error && !lines.length) lines.push(`${error.code}: ${status === "failed" && message ? message : error.message}`);
     this.#parts.error.textContent = lines.join("\n");
     this.#parts.error.hidden = !lines.length;

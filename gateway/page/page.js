@@ -6,6 +6,8 @@ import { Card } from "./card.js";
 const TOKEN = "comfyui-temporal.token";
 const MAX_CARDS = 300;
 const REFRESH_MILLISECONDS = 250;
+const QUIET_MILLISECONDS = 10_000; // an open task without events: what delays it is in the task, not in its events
+const MAX_QUIET = 20;
 
 const $ = (id) => document.getElementById(id);
 const cards = new Map();
@@ -115,6 +117,13 @@ function refresh(taskId) {
   }, REFRESH_MILLISECONDS));
 }
 
+function lookAtQuietOnes() {
+  if (document.hidden || !api) return;
+  const since = Date.now() - QUIET_MILLISECONDS;
+  const quiet = [...cards.values()].filter((card) => !card.isOver && card.shownAt < since);
+  for (const card of quiet.slice(0, MAX_QUIET)) refresh(card.task.task_id);
+}
+
 function happened(event) {
   const card = cards.get(event.task_id);
   if (card && !card.apply(event)) return;
@@ -203,6 +212,7 @@ function wire() {
   $("filter").onchange = () => attempt(load);
   $("older").onclick = () => attempt(() => load({ older: true }));
   setInterval(() => cards.forEach((card) => card.isOver || card.showTime()), 1000);
+  setInterval(lookAtQuietOnes, QUIET_MILLISECONDS);
 }
 
 wire();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 
 import pytest
 
@@ -21,6 +22,8 @@ from comfyui_temporal import (
     TrainingTask,
     UnknownTask,
 )
+from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, give_back_id_of
+from comfyui_temporal.contracts.tasks import TaskDelay
 from tests.conftest import unique
 from tests.waiting import until
 from tests.workflows.platform import Platform
@@ -181,3 +184,81 @@ async def test_both_ways_see_the_same_task(whole: Platform, token: str) -> None:
         # Temporal alone knows the run; the two clocks are those of two servers.
         differing = {"run_id", "started_at", "ended_at", "ui_url"}
         assert ours.task.model_dump(exclude=differing) == theirs.task.model_dump(exclude=differing)
+
+
+async def test_an_outage_says_what_is_tried_since_when_and_until_when(whole: Platform, tasks: Tasks) -> None:
+    task = image(whole)
+    admin = whole.simulators.admin.credits
+    fault = await admin.fault("drop", route="pre_deduct", task_id=task.task_id, times=None)
+    async with tasks:
+        await tasks.start(task)
+
+        async def delayed() -> TaskDelay | None:
+            [delay] = (await tasks.show(task.task_id)).delays or [None]
+            return delay if delay is not None and delay.tries > 1 else None
+
+        delay = await until(delayed)
+        assert delay is not None and delay.since is not None and delay.until is not None
+        assert (delay.code, delay.call) == ("credits_unavailable", "pre_deduct")
+        assert whole.simulators.credits_url in delay.sentence and "COMFYUI_TEMPORAL_CREDITS_URL" in delay.sentence
+        assert delay.until - delay.since == timedelta(minutes=15), "the limit that holds"
+        await admin.remove_fault(fault)
+        assert (await tasks.wait(task.task_id)).status is TaskStatus.COMPLETED
+        assert (await tasks.show(task.task_id)).delays == []
+
+
+async def test_a_poll_that_fails_is_limited_by_the_jobs_deadline(whole: Platform, token: str) -> None:
+    task = image(whole)
+    comfyui = whole.simulators.admin.comfyui
+    await comfyui.fault("job_stall", route="submit_job", task_id=task.task_id)
+    fault = await comfyui.fault("drop", route="get_job", task_id=task.task_id, times=None)
+    by_temporal = TemporalTasks(whole.client, task_queue=whole.task_queue)
+    options = {"options": {"poll_after_seconds": 0.1}}
+    await by_temporal.start(ImageTask.model_validate(task.model_dump(exclude_unset=True) | options))
+
+    async def delayed() -> TaskDelay | None:
+        return next(iter((await by_temporal.show(task.task_id)).delays), None)
+
+    delay = await until(delayed)
+    assert delay is not None and delay.since is not None
+    assert (delay.code, delay.until) == ("comfyui_unavailable", None)
+    assert delay.limit is not None and "deadline" in delay.limit
+    await comfyui.remove_fault(fault)
+    assert await by_temporal.cancel(task.task_id) == "accepted"
+    await by_temporal.wait(task.task_id)
+
+
+async def test_a_terminated_task_says_the_same_about_its_money_both_ways(whole: Platform, token: str) -> None:
+    task = image(whole)
+    await whole.simulators.admin.comfyui.fault("job_stall", route="submit_job", task_id=task.task_id)
+    by_temporal = TemporalTasks(whole.client, task_queue=whole.task_queue)
+    async with HttpTasks(whole.gateway_url, token) as over_http:
+        started = await by_temporal.start(task)
+        await whole.until_held(task.task_id)
+
+        async def recorded() -> bool:
+            credits = (await over_http.show(task.task_id)).credits
+            return credits is not None and credits.held > 0
+
+        await until(recorded)
+        await whole.client.get_workflow_handle(started.workflow_id).terminate("by a test")
+        ours, theirs = await by_temporal.show(task.task_id), await over_http.show(task.task_id)
+        assert ours.credits == theirs.credits and ours.credits is not None
+        assert (ours.credits.settlement, ours.credits.returned) == ("open", 0)
+        assert [delay.code for delay in ours.delays] == [delay.code for delay in theirs.delays] == ["terminated"]
+        assert ours.outcome is not None and ours.outcome.sentence == theirs.delays[0].sentence
+        assert "reconciler" in theirs.delays[0].sentence
+        handle = await whole.client.start_workflow(
+            GIVE_BACK_WORKFLOW,
+            {"task_id": task.task_id},
+            id=give_back_id_of(task.task_id),
+            task_queue=whole.task_queue,
+        )
+        await handle.result()
+        ours, theirs = await by_temporal.show(task.task_id), await over_http.show(task.task_id)
+    assert ours.credits == theirs.credits and ours.credits is not None
+    assert (ours.credits.settlement, ours.credits.returned) == ("settled", ours.credits.held)
+    assert ours.delays == theirs.delays == []
+    assert ours.outcome is not None and theirs.outcome is not None
+    assert ours.outcome.status is theirs.outcome.status is TaskStatus.FAILED
+    assert "given back" in (ours.outcome.sentence or "") and "given back" in (theirs.outcome.sentence or "")
