@@ -7,8 +7,8 @@ BENCH := .venv-bench
 # The auditors' own dependencies are no part of ours.
 AUDIT := .venv-audit
 STACK := $(BIN)/python -m local_stack
-CREDITS := $(if $(PROFILE),--credits-profile $(PROFILE))
-PACE := $(if $(SPEED),--speed $(SPEED)) $(if $(COMFYUI),--comfyui $(COMFYUI)) $(CREDITS)
+OWN := $(if $(COMFYUI),--comfyui $(COMFYUI)) $(if $(CREDITS),--credits $(CREDITS))
+PACE := $(if $(SPEED),--speed $(SPEED)) $(OWN) $(if $(PROFILE),--credits-profile $(PROFILE))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -28,10 +28,10 @@ $(VENV)/.ready: requirements-dev.lock Makefile
 	@chmod +x $(BIN)/comfyui-tasks
 	@touch $@
 
-demo: setup ## one image and one training task, start to finish (SPEED=100, COMFYUI=http://…, PROFILE=field)
+demo: setup ## one image and one training task, start to finish (SPEED=100, COMFYUI=http://…, CREDITS=http://…, PROFILE=field)
 	@$(STACK) demo $(PACE)
 
-up: setup ## start the local stack and leave it running (SPEED=100, COMFYUI=http://…, PROFILE=field)
+up: setup ## start the local stack and leave it running (SPEED=100, COMFYUI=http://…, CREDITS=http://…, PROFILE=field)
 	@$(STACK) up $(PACE)
 
 down: setup ## end the local stack

@@ -34,10 +34,12 @@ from activities.metrics import BUCKETS_SECONDS
 from activities.task_store import TaskStoreActivities
 from activities.tokens import ServiceToken, SignedTokens, TokenMaker
 from activities.unsettled import UnsettledActivities
+from activities.worker_settings import WorkerSettingsActivities
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.task_store import TaskClaim
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
+from comfyui_temporal.contracts.worker_settings import WorkerSettings
 from comfyui_temporal.encryption import NO_ENCRYPTION, encryption_of
 from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
@@ -55,10 +57,17 @@ from workflows.image_generation import ImageGenerationWorkflow
 from workflows.pinned import PinnedImageGenerationWorkflow
 from workflows.reconciler import ReconcileWorkflow
 from workflows.training import TrainingWorkflow
+from workflows.worker_settings import WorkerSettingsWorkflow
 
-WORKFLOWS: Final = (ImageGenerationWorkflow, TrainingWorkflow, GiveBackWorkflow, ReconcileWorkflow)
 VERSIONED: Final[dict[type, type]] = {ImageGenerationWorkflow: PinnedImageGenerationWorkflow}
 """What a versioned worker runs in place of a workflow that stays on its build (decision 15)."""
+WORKFLOWS: Final = (
+    ImageGenerationWorkflow,
+    TrainingWorkflow,
+    GiveBackWorkflow,
+    ReconcileWorkflow,
+    WorkerSettingsWorkflow,
+)
 STICKY_SECONDS: Final = 2.5
 """How long a workflow waits for its worker: this delays the work of a killed one.
 
@@ -147,7 +156,18 @@ async def opened_activities(
         except ValueError as error:
             raise CannotStart(str(error)) from None
         policy_of = policy_by(settings)
-        yield all_activities(comfyui, credits_client, datasets, store, policy_of, client, settings.limits_of)
+        tasks = all_activities(comfyui, credits_client, datasets, store, policy_of, client, settings.limits_of)
+        yield [*tasks, *activities_of(WorkerSettingsActivities(_used(settings, store)))]
+
+
+def _used(settings: Settings, store: TaskStore) -> WorkerSettings:
+    return WorkerSettings(
+        comfyui_url=settings.comfyui_url,
+        credits_url=settings.credits_url,
+        callback_base_url=settings.callback_base_url,
+        object_store_url=settings.object_store_url,
+        database=store.address,
+    )
 
 
 async def connect(settings: Settings) -> Client:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from comfyui_temporal.command_line import inputs
 from comfyui_temporal.command_line.app import EXIT_CODES, Json, app, perform
+from comfyui_temporal.command_line.connection import say_what_is_used
 from comfyui_temporal.command_line.failures import ExitCode
 from comfyui_temporal.command_line.reports import print_json
 from comfyui_temporal.command_line.server import find_server
@@ -34,7 +35,8 @@ def doctor(
     """Check a set-up before it costs money.
 
     Temporal, its namespace, retention and search attributes, a worker, the credits service, ComfyUI and which
-    optional routes it offers. It starts no job and changes nothing; only --hold takes a hold, and gives it back.
+    optional routes it offers; and whether the worker calls these services: it is asked, by a workflow that does
+    nothing else. No job is started and nothing is changed; only --hold takes a hold, and gives it back.
 
     \b
     Examples:
@@ -49,6 +51,7 @@ def doctor(
             inputs.checked(CallerId, name, value)
             for name, value in zip(("TENANT", "USER", "TEMPLATE"), hold, strict=True)
         ]
+        say_what_is_used(server, connecting)
         findings = await examine(settings, connecting, server)
         if payer:
             tenant_id, user_id, template_id = payer

@@ -24,9 +24,12 @@ from comfyui_temporal.contracts.credits import MIN_HOLD_SECONDS, CancelHoldReque
 from comfyui_temporal.contracts.errors import Answer
 from comfyui_temporal.contracts.permissions import Scene, Scope
 from comfyui_temporal.contracts.stack import StackDescription
+from comfyui_temporal.contracts.worker_settings import WorkerSettings
 from doctor.finding import Finding, note, ok, wrong
+from doctor.finding import Verdict as FindingVerdict
 from doctor.task_store import check_store
 from doctor.temporal import check_temporal
+from doctor.worker import ask_worker, compare
 from proof import conformance
 from proof.conformance import Outcome, Person, Unreachable, Verdict, cases, run
 from proof.conformance import opened as conformant
@@ -50,15 +53,19 @@ class Services:
 
 async def examine(settings: Settings, connecting: CommandSettings, server: Server) -> list[Finding]:
     """All findings. A party that cannot be reached is one finding; the other parties are still checked."""
+    used: WorkerSettings | None = None
     try:
         opened = await open_connection(server, connecting)
         with sentences(opened):
             findings = await check_temporal(opened)
+            if all(finding.what != "worker" or finding.verdict is FindingVerdict.OK for finding in findings):
+                used = await ask_worker(opened)
+                findings += compare(used, **_examined(settings, server.stack, used))
             findings += await check_store(opened, settings)
     except CommandFailure as failure:
         findings = [wrong("Temporal", failure.sentence, "")]
     try:
-        async with services(settings, server.stack) as opened_services:
+        async with services(settings, server.stack, used=used) as opened_services:
             findings += await check_credits(opened_services)
             findings += await check_comfyui(opened_services)
     except BadInput as failure:
@@ -68,9 +75,18 @@ async def examine(settings: Settings, connecting: CommandSettings, server: Serve
 
 @asynccontextmanager
 async def services(
-    settings: Settings, stack: StackDescription | None, *, tenant_id: str | None = None, user_id: str | None = None
+    settings: Settings,
+    stack: StackDescription | None,
+    *,
+    tenant_id: str | None = None,
+    user_id: str | None = None,
+    used: WorkerSettings | None = None,
 ) -> AsyncIterator[Services]:
-    """Clients by the settings, else by the local stack. Raises BadInput without a token or with an invalid address."""
+    """Clients by the settings, else by what the worker uses, else by the local stack.
+
+    Raises BadInput without a token or with an invalid address.
+    """
+    addresses = _examined(settings, stack, used)
     tenant_id = tenant_id or (next(iter(stack.service_tokens), None) if stack else None) or "doctor"
     user_id = user_id or user_of(stack, tenant_id) or "doctor"
     call_for = CallFor(
@@ -78,8 +94,8 @@ async def services(
     )
     tokens = _tokens(settings, stack, tenant_id)
     try:
-        comfyui = ComfyUIClient(_address(settings, stack, "comfyui_url"), tokens)
-        credits = CreditsClient(_address(settings, stack, "credits_url"), tokens)
+        comfyui = ComfyUIClient(addresses["comfyui_url"], tokens)
+        credits = CreditsClient(addresses["credits_url"], tokens)
     except ValueError as error:
         raise BadInput(str(error)) from None
     async with comfyui, credits:
@@ -97,9 +113,14 @@ def _tokens(settings: Settings, stack: StackDescription | None, tenant_id: str) 
     raise BadInput("There is no token to call ComfyUI and the credits service with.")
 
 
-def _address(settings: Settings, stack: StackDescription | None, name: str) -> str:
-    chosen = getattr(settings if stack is None or name in settings.model_fields_set else stack, name)
-    return str(chosen)
+def _examined(settings: Settings, stack: StackDescription | None, used: WorkerSettings | None) -> dict[str, str]:
+    """The addresses of both services: what is set wins, then the worker's own, the local stack's, the default."""
+
+    def chosen(name: str) -> str:
+        known = [settings] if name in settings.model_fields_set else [used, stack, settings]
+        return str(getattr(next(one for one in known if one is not None), name))
+
+    return {name: chosen(name) for name in ("comfyui_url", "credits_url")}
 
 
 async def check_credits(opened: Services) -> list[Finding]:

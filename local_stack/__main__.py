@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from comfyui_temporal.process_end import end_process
-from local_stack.commands import demo, down, status, up
+from local_stack.commands import EXIT_INTERRUPTED, demo, down, status, up
 from local_stack.folder import DEFAULT_FOLDER, RunFolder, StackFailure
+from local_stack.own_services import CREDITS_URL, read_dotenv
 from local_stack.pace import DEMO_SPEED
 from local_stack.parts import PROFILE_SETTING
 from local_stack.supervisor import supervise
@@ -21,6 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     if getattr(given, "credits_profile", None):
         os.environ[PROFILE_SETTING] = given.credits_profile  # as if the user had set it: every part inherits it
+    if getattr(given, "credits", None):
+        os.environ[CREDITS_URL] = given.credits
+    read_dotenv()
     try:
         folder = RunFolder(given.folder)
         if given.command == "supervise":
@@ -34,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of the output has gone
+        return EXIT_UNREAD
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="URL",
         help="a real ComfyUI server, reached through the bridge, instead of the simulated one; may be repeated",
+    )
+    paced.add_argument(
+        "--credits",
+        type=_service,
+        metavar="URL",
+        help="a credits service of your own, instead of the simulated one; its secret: COMFYUI_TEMPORAL_SERVICE_SECRET",
     )
     paced.add_argument(
         "--credits-profile",
@@ -82,7 +94,14 @@ def _server(text: str) -> str:
     return text.rstrip("/")
 
 
+def _service(text: str) -> str:
+    if not re.fullmatch(r"https?://[^\s]+", text):
+        raise argparse.ArgumentTypeError("must be the address of a credits service, like http://127.0.0.1:8190")
+    return text.rstrip("/")
+
+
 MAX_SPEED = 10_000.0
+EXIT_UNREAD = 141
 
 if __name__ == "__main__":
     end_process(main())

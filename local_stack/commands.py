@@ -15,6 +15,7 @@ from local_stack.child import is_running
 from local_stack.comfyui_servers import silent_servers
 from local_stack.description import ACCOUNTS, PAGE_SECONDS, page_url
 from local_stack.folder import RunFolder, StackFailure, StackRecord
+from local_stack.own_services import COMFYUI_URL, CREDITS_URL, own_url, sentences, silent_services
 from local_stack.pace import DEMO_SPEED, REAL_SPEED
 from local_stack.parts import DEFAULT_PROFILE, PROFILE_SETTING
 
@@ -24,11 +25,14 @@ EXIT_INTERRUPTED: Final = 130
 
 def up(folder: RunFolder, speed: float | None, comfyui: Sequence[str] = ()) -> int:
     """Start the stack and leave it running. A stack that is up already is left unchanged."""
+    _refuse_another(folder, speed, comfyui)
     print("Starting the local stack …", flush=True)
+    _say_each(sentences())
     _say_each(silent_servers(comfyui))
+    _say_each(silent_services())
     started = start_stack(folder, pace_of(speed, comfyui), _print_line, comfyui, has_lifeline=False)
     stack = _described(folder)
-    _say_whether_started(folder, started, speed)
+    _say_whether_started(folder, started)
     _show(folder, stack)
     print("\nTry `.venv/bin/comfyui-tasks --help`, or `make demo`. `make down` ends it.")
     return 0
@@ -64,15 +68,21 @@ def _say_each(sentences: Iterable[str]) -> None:
 
 
 def demo(folder: RunFolder, speed: float | None, comfyui: Sequence[str] = ()) -> int:
-    """Run one image and one training task on a stack. The stack is ended afterwards if it was started for this."""
-    _say_each(silent_servers(comfyui))
+    """Run one image and one training task on a stack. The stack is ended afterwards if it was started for this.
+
+    Raises StackFailure where a stack is up that is another than the one asked for, or a real server does not answer.
+    """
+    _refuse_another(folder, speed, comfyui)
+    _say_each(sentences())
+    if silent := [*silent_servers(comfyui), *silent_services()]:
+        raise StackFailure("\n".join([*silent, "Nothing was started."]))
     started = start_stack(folder, pace_of(speed, comfyui), _print_line, comfyui, has_lifeline=True)
     try:
         stack = _described(folder)
-        _say_whether_started(folder, started, speed)
+        _say_whether_started(folder, started)
         code = _run_demo(folder, stack)
         if started is not None and sys.stdin.isatty() and sys.stdout.isatty():
-            input("\nThe stack is still up, so that the links work. Press Enter to end it. ")
+            _wait_for_enter()
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
         print()
@@ -98,16 +108,36 @@ def _described(folder: RunFolder) -> StackDescription:
     return stack
 
 
-def _say_whether_started(folder: RunFolder, started: Background | None, speed: float | None) -> None:
+def _wait_for_enter() -> None:
+    with contextlib.suppress(EOFError):  # Ctrl-D says the same
+        input("\nThe stack is still up, so that the links work. Press Enter to end it. ")
+
+
+def _refuse_another(folder: RunFolder, speed: float | None, comfyui: Sequence[str]) -> None:
+    """Raises StackFailure if a stack is up and is another than the one asked for: it would be used as it is."""
     record = folder.record()
-    if started is not None or record is None:
+    if running_stack(folder) is None or record is None:
         return
     profile = os.environ.get(PROFILE_SETTING)
-    print(f"A stack is already up in this folder and is used as it is (speed {record.speed:g}).")
-    if profile and profile != record.credits_profile:
-        print(f"To use the {profile} credits profile, end it first: `make down`.")
-    if speed is not None and speed != record.speed:
-        print(f"To use speed {speed:g}, end it first: `make down`.")
+    own = {setting: own_url(setting) for setting in (CREDITS_URL, COMFYUI_URL)}
+    wanted = {
+        f"SPEED={speed or 0:g}": speed is None or speed == record.speed,
+        f"PROFILE={profile}": not profile or profile == record.credits_profile,
+        f"COMFYUI={','.join(comfyui)}": not comfyui or list(comfyui) == record.comfyui,
+        **{f"{name}={url}": url is None or record.own_services.get(name) == url for name, url in own.items()},
+    }
+    others = [what for what, agrees in wanted.items() if not agrees]
+    if others:
+        raise StackFailure(
+            f"A stack is already up in {folder.path}, and not with {', '.join(others)}. Nothing was started: end that "
+            "stack first with `make down`, or leave this out."
+        )
+
+
+def _say_whether_started(folder: RunFolder, started: Background | None) -> None:
+    record = folder.record()
+    if started is None and record is not None:
+        print(f"A stack is already up in this folder and is used as it is (speed {record.speed:g}).")
 
 
 def _show(folder: RunFolder, stack: StackDescription) -> None:
@@ -118,8 +148,8 @@ def _show(folder: RunFolder, stack: StackDescription) -> None:
         ("Temporal UI", stack.ui_url),
         ("Temporal", stack.temporal_address),
         ("gateway", stack.gateway_url),
-        ("ComfyUI", f"{stack.comfyui_url} ({_behind(stack)})"),
-        ("credits", f"{stack.credits_url} (simulated{_unusual(record)})"),
+        ("ComfyUI", f"{stack.comfyui_url} ({_behind(stack, record)})"),
+        ("credits", f"{stack.credits_url} ({_credits(record)})"),
         ("described in", folder.path / "stack.json"),
         ("logs", folder.path / "logs"),
     ):
@@ -129,13 +159,16 @@ def _show(folder: RunFolder, stack: StackDescription) -> None:
     print(f"  {'':<13} (as {tenant_id}, for {PAGE_SECONDS // 60} minutes; `make status` prints a new link)")
 
 
-def _unusual(record: StackRecord | None) -> str:
-    if record is None or record.credits_profile == DEFAULT_PROFILE:
-        return ""
-    return f", profile {record.credits_profile}"
+def _credits(record: StackRecord | None) -> str:
+    if record is not None and CREDITS_URL in record.own_services:
+        return "your own"
+    is_usual = record is None or record.credits_profile == DEFAULT_PROFILE
+    return "simulated" if is_usual else f"simulated, profile {record.credits_profile}"  # type: ignore[union-attr]
 
 
-def _behind(stack: StackDescription) -> str:
+def _behind(stack: StackDescription, record: StackRecord | None) -> str:
+    if record is not None and COMFYUI_URL in record.own_services and not record.comfyui:
+        return "your own"
     servers = sum(name.startswith("gpu-") for name in stack.pids)
     return f"the bridge, {servers} server{'s' if servers > 1 else ''} behind it" if servers else "simulated"
 

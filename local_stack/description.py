@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Final
 
 import jwt
 
 from comfyui_temporal.contracts.permissions import Scope
 from comfyui_temporal.contracts.stack import StackDescription
-from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from local_stack.folder import ProcessRecord, Secrets
+from local_stack.own_services import PREFIX, tokens_of_own_services
 from local_stack.parts import LocalParts
 from local_stack.temporal_server import NAMESPACE
 from runtime.settings import Settings
@@ -31,10 +32,10 @@ def describe(parts: LocalParts, secrets: Secrets, processes: Mapping[str, Proces
     return StackDescription(
         temporal_address=parts.temporal.address,
         namespace=NAMESPACE,
-        task_queue=TASK_QUEUE,
+        task_queue=parts.task_queue,
         ui_url=parts.temporal.ui_url,
-        comfyui_url=parts.url("comfyui"),
-        credits_url=parts.url("credits"),
+        comfyui_url=parts.comfyui_url,
+        credits_url=parts.credits_url,
         gateway_url=parts.url("gateway"),
         database_dsn=parts.database_dsn,
         callback_secret=secrets.callback_secret,
@@ -60,15 +61,27 @@ def caller_token(
 
 def service_token(tenant: str, user: str, secrets: Secrets) -> str:
     """Opens ComfyUI and the credits service and nothing else, with every scope, for 24 hours (contract §7, §8)."""
-    return _token("service", secrets.service_secret, tenant, user, TOKEN_SECONDS, tuple(Scope))
+    own = {name.removeprefix(PREFIX).lower(): value for name, value in tokens_of_own_services().items()}
+    if "service_token" in own:
+        return own["service_token"]
+    secret = own.get("service_secret", secrets.service_secret)
+    return _token("service", secret, tenant, user, TOKEN_SECONDS, tuple(Scope), own)
 
 
-def _token(kind: str, secret: str, tenant: str, user: str, seconds: int, scopes: Collection[Scope]) -> str:
+def _token(
+    kind: str,
+    secret: str,
+    tenant: str,
+    user: str,
+    seconds: int,
+    scopes: Collection[Scope],
+    own: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     now = int(time.time())
     claims = {
-        # The parts run with the default issuers and audiences.
-        "iss": Settings.model_fields[f"{kind}_issuer"].default,
-        "aud": Settings.model_fields[f"{kind}_audience"].default,
+        # Otherwise the parts run with the default issuers and audiences.
+        "iss": own.get(f"{kind}_issuer", Settings.model_fields[f"{kind}_issuer"].default),
+        "aud": own.get(f"{kind}_audience", Settings.model_fields[f"{kind}_audience"].default),
         "iat": now - CLOCK_SKEW_SECONDS,
         "exp": now + seconds,
         "tenant_id": tenant,

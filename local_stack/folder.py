@@ -69,6 +69,10 @@ class StackRecord(BaseModel):
     speed: float
     credits_profile: str = "contract"
     """Which credits service is simulated."""
+    comfyui: list[str] = []
+    """The real ComfyUI servers behind the bridge; empty: ComfyUI is simulated, or a service of the user's own."""
+    own_services: dict[str, str] = {}
+    """Setting → address, of the services of the user's own."""
     processes: dict[str, ProcessRecord] = {}
 
 

@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from local_stack.child import Part
 from local_stack.folder import PROJECT, RunFolder, StackFailure
+from local_stack.own_services import COMFYUI_URL, CREDITS_URL, own_url, tokens_of_own_services
+from local_stack.own_services import TASK_QUEUE as TASK_QUEUE_SETTING
 from local_stack.pace import paced_settings
 from local_stack.ports import LOOPBACK
 from local_stack.postgres import LocalPostgres
@@ -77,6 +79,9 @@ class LocalParts:
             self.database_dsn = self.postgres.dsn
         self.owner_dsn = self.postgres.owner_dsn if self.postgres else self.database_dsn
         """Of the user that owns the tables; the services' own may not change them."""
+        self.credits_url = own_url(CREDITS_URL) or self.url("credits")
+        self.comfyui_url = (own_url(COMFYUI_URL) if not comfyui else None) or self.url("comfyui")
+        self.task_queue = os.environ.get(TASK_QUEUE_SETTING) or TASK_QUEUE
         self._all_settings = self._settings(speed)
 
     def url(self, part: str) -> str:
@@ -91,15 +96,23 @@ class LocalParts:
         return [
             self.temporal.part(),
             *([self.postgres.part()] if self.postgres is not None else []),
-            self._ours("credits", "credits-simulator", ["-m", "proof.simulators", "credits"]),
+            *self._credits_parts(),
             *self._comfyui_parts(),
             # On older tables both refuse to start.
             self._ours("gateway", "gateway", ["-m", "gateway"], needs=(TABLES,)),
             self._ours("worker", "worker", [str(PROJECT / "worker.py")], needs=("temporal", TABLES), page="/readyz"),
         ]
 
+    def _credits_parts(self) -> list[Part]:
+        """The simulator; nothing if the user's own service is used."""
+        if self.credits_url != self.url("credits"):
+            return []
+        return [self._ours("credits", "credits-simulator", ["-m", "proof.simulators", "credits"])]
+
     def _comfyui_parts(self) -> list[Part]:
-        """The simulator; or the bridge, and a GPU worker for each real server."""
+        """The simulator; or the bridge, and a GPU worker for each real server; nothing for a service of the user's."""
+        if self.comfyui_url != self.url("comfyui"):
+            return []
         if not self._comfyui:
             return [self._ours("comfyui", "comfyui-simulator", ["-m", "proof.simulators", "comfyui"])]
         workers = [
@@ -155,16 +168,16 @@ class LocalParts:
             inherited.pop(SETTINGS_PREFIX + name, None)
         paced = {SETTINGS_PREFIX + name: value for name, value in paced_settings(speed).items()}
         own = {SETTINGS_PREFIX + name: value for name, value in self._own_settings(speed).items()}
-        return {**paced, **inherited, **own}
+        return {**paced, **inherited, **own, **tokens_of_own_services()}
 
     def _own_settings(self, speed: float) -> dict[str, str]:
         secrets = self._folder.secrets()
         return {
             "TEMPORAL_ADDRESS": self.temporal.address,
             "TEMPORAL_NAMESPACE": NAMESPACE,
-            "TASK_QUEUE": TASK_QUEUE,
-            "COMFYUI_URL": self.url("comfyui"),
-            "CREDITS_URL": self.url("credits"),
+            "TASK_QUEUE": self.task_queue,
+            "COMFYUI_URL": self.comfyui_url,
+            "CREDITS_URL": self.credits_url,
             "CALLER_SECRET": secrets.caller_secret,
             "SERVICE_SECRET": secrets.service_secret,
             "CALLBACK_BASE_URL": self.url("gateway"),

@@ -20,6 +20,7 @@ from typing import Any, Final
 from local_stack.child import Child, kill_leftover
 from local_stack.description import REWRITE_SECONDS, describe
 from local_stack.folder import AlreadyLocked, RunFolder, StackFailure, StackRecord
+from local_stack.own_services import COMFYUI_URL, CREDITS_URL, own_url
 from local_stack.parts import DEFAULT_PROFILE, PROFILE_SETTING, STAGES, TABLES, LocalParts
 from local_stack.ports import PREFERRED, choose_ports
 
@@ -149,7 +150,16 @@ class Supervisor:
         processes = {name: child.record for name, child in self._children.items()}
         kept = {name: process for name, process in processes.items() if process is not None}
         profile = os.environ.get(PROFILE_SETTING) or DEFAULT_PROFILE
-        self._folder.write_record(StackRecord(speed=self._speed, credits_profile=profile, processes=kept))
+        own = {setting: url for setting in (CREDITS_URL, COMFYUI_URL) if (url := own_url(setting)) is not None}
+        self._folder.write_record(
+            StackRecord(
+                speed=self._speed,
+                credits_profile=profile,
+                comfyui=list(self._comfyui),
+                own_services=own,
+                processes=kept,
+            )
+        )
 
     def _write(self, parts: LocalParts) -> None:
         self._record()

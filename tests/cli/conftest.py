@@ -25,6 +25,7 @@ from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Worker
 from typer.testing import CliRunner
 
+from activities.worker_settings import WorkerSettingsActivities
 from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.command_line.server import Server
 from comfyui_temporal.contracts.comfyui import TrainingOutput
@@ -45,9 +46,11 @@ from comfyui_temporal.contracts.tasks import (
     TrainingResult,
     TrainingTask,
 )
+from comfyui_temporal.contracts.worker_settings import WorkerSettings
 from comfyui_temporal.plugin import TasksPlugin
 from starter import app
 from tests.conftest import unique
+from workflows.worker_settings import WorkerSettingsWorkflow
 
 PROJECT = Path(__file__).parents[2]
 CREDITS = CreditsSummary(estimated=24, held=24, charged=24, returned=0, pre_deduct_ids=["pd-1"])
@@ -150,6 +153,16 @@ async def nothing() -> None:
     """Never called: with it the worker polls for activities too, as a whole one does."""
 
 
+USED = WorkerSettings(
+    comfyui_url="http://127.0.0.1:9",
+    credits_url="http://127.0.0.1:9",
+    callback_base_url="",
+    object_store_url="",
+    database="",
+)
+"""What the worker of these tests says that it uses; a test changes it."""
+
+
 @pytest.fixture(autouse=True)
 def no_logs_among_the_output() -> Iterator[None]:
     """Services of this test log in the process whose standard output is judged."""
@@ -176,7 +189,9 @@ def server(temporal_env: WorkflowEnvironment) -> Server:
 async def opened(client: Client, server: Server) -> AsyncIterator[Connection]:
     """A connection to a task queue that a worker with the scripted workflows serves."""
     queue = unique("queue")
-    async with Worker(client, task_queue=queue, workflows=[ScriptedImage, ScriptedTraining], activities=[nothing]):
+    workflows = [ScriptedImage, ScriptedTraining, WorkerSettingsWorkflow]
+    activities = [nothing, WorkerSettingsActivities(USED).worker_settings]
+    async with Worker(client, task_queue=queue, workflows=workflows, activities=activities):
         yield Connection(client, server, queue)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -24,7 +25,7 @@ from runtime.reconciler_schedule import ensure_reconciler
 from runtime.settings import Settings
 from store import StoreHome, TaskStore, UnseenTask
 from store.namespace_check import home_of
-from tests.cli.conftest import Ended, run_command
+from tests.cli.conftest import USED, Ended, run_command
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, new_task_id
 
@@ -50,6 +51,7 @@ async def kept_namespace(temporal_env: WorkflowEnvironment) -> str:
 async def examined(
     opened: Connection, simulators: Simulators, *arguments: str, **environment: str
 ) -> tuple[Ended, dict[str, Finding]]:
+    USED.comfyui_url, USED.credits_url = simulators.comfyui_url, simulators.credits_url
     services = {
         "COMFYUI_TEMPORAL_COMFYUI_URL": simulators.comfyui_url,
         "COMFYUI_TEMPORAL_CREDITS_URL": simulators.credits_url,
@@ -130,7 +132,7 @@ async def test_unreachable_services_are_each_named(
         opened, simulators, COMFYUI_TEMPORAL_COMFYUI_URL=away, COMFYUI_TEMPORAL_CREDITS_URL=away
     )
     assert ended.exit_code == 1
-    assert {"credits: balance", "ComfyUI"} <= wrong_checks(findings)
+    assert {"credits: balance", "ComfyUI", "worker's services"} <= wrong_checks(findings)
     assert away in findings["ComfyUI"].says
     assert away in findings["credits: balance"].says
 
@@ -233,3 +235,27 @@ async def test_give_backs_that_could_not_be_started_are_reported(
         assert findings["reconciler"].verdict is Verdict.NOTE and "2 give-backs" in findings["reconciler"].says
     finally:
         await schedule.delete()
+
+
+async def test_services_that_the_worker_does_not_call_are_not_ok(
+    opened: Connection, simulators: Simulators, tmp_path: Path
+) -> None:
+    """What is set here is fine, and no task uses it: only the worker knows what it calls."""
+    async with running_simulators(tmp_path) as others:
+        _, findings = await examined(opened, simulators)
+        assert findings["worker's services"].verdict is Verdict.OK
+        assert simulators.credits_url in findings["worker's services"].says
+        ended, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_CREDITS_URL=others.credits_url)
+    assert findings["credits: balance"].verdict is not Verdict.WRONG, "the service that is set here answers"
+    finding = findings["worker's services"]
+    assert ended.exit_code == 1 and finding.verdict is Verdict.WRONG
+    assert simulators.credits_url in finding.says and others.credits_url in finding.says
+
+
+async def test_without_settings_the_services_of_the_worker_are_examined(
+    opened: Connection, simulators: Simulators
+) -> None:
+    USED.comfyui_url, USED.credits_url = simulators.comfyui_url, simulators.credits_url
+    secret = {"COMFYUI_TEMPORAL_SERVICE_SECRET": TEST_TOKEN_SECRET}
+    ended = await run_command("doctor", connection=opened, environment=secret)
+    assert f"{simulators.comfyui_url} answers" in ended.out and f"{simulators.credits_url} answers" in ended.out
