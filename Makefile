@@ -40,8 +40,8 @@ down: setup ## end the local stack
 status: setup ## what runs, and where
 	@$(STACK) status
 
-logs: ## follow the local stack's logs
-	@tail -n 20 -F .run/logs/*.log
+logs: setup ## follow the local stack's logs
+	@$(STACK) logs
 
 # Prints how long a part took; $(1) is its name, $(2) its command.
 define timed

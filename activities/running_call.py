@@ -25,13 +25,14 @@ from temporalio.exceptions import ApplicationError
 from activities import metrics
 from activities.outside_http import REQUEST_SECONDS, OutsideFailure, only_if_answering, time_limit
 from comfyui_temporal.contracts.calls import CallFor
-from comfyui_temporal.contracts.errors import Answer
+from comfyui_temporal.contracts.errors import Answer, FailureCode
 
 HEARTBEAT_SECONDS: Final = 0.5
 MARGIN_SECONDS: Final = 0.5
 """A request must end this long before Temporal's limit, so that its end can still be reported."""
 SHORTEST_LIMIT_SECONDS: Final = 0.5
 
+_FAILURES: Final = frozenset(code.value for code in FailureCode)
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
@@ -77,7 +78,8 @@ def one_line(call_for: CallFor) -> Iterator[LogLine]:
             line.outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
             raise
         finally:
-            log.info(
+            say = log.warning if line.outcome in _FAILURES else log.info
+            say(
                 "outside_call",
                 call=info.activity_type,
                 outcome=line.outcome,

@@ -17,6 +17,7 @@ from temporalio.exceptions import ApplicationError
 from activities import metrics
 from activities.lives import acting_run, current
 from activities.running_call import request_limit_seconds, uninterrupted
+from activities.task_story import TaskStory
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.policy import Policy
@@ -86,6 +87,7 @@ class TaskStoreActivities:
         self._encryption = encryption
         self._policy_of = policy_of
         self._breaker = LocalBreaker()
+        self._story = TaskStory()
 
     @activity.defn
     async def claim(self, claim: TaskClaim) -> ClaimOutcome:
@@ -98,6 +100,7 @@ class TaskStoreActivities:
         except StartRefused as refused:
             self._breaker.succeeded()
             return ClaimOutcome(claimed=False, policy=policy, refused=str(refused))
+        self._story.claimed(claim, is_ours=claimed)
         life = EarlierLife()
         if claimed and run is not None:
             life = await self._tried(self._store.register(run, within_seconds=self._limit()))
@@ -122,6 +125,7 @@ class TaskStoreActivities:
         written = await self._tried(self._store.write(write, run, within_seconds=self._limit()))
         if written is None and run is not None and (again := await current(run)) is not None:
             written = await self._tried(self._store.write(write, again, within_seconds=self._limit()))
+        self._story.written(write)
         if written is not None and written.ended:
             metrics.count_end(written.scene, write.state)
 

@@ -25,6 +25,7 @@ from gateway.operations_routes import health_routes, metrics_routes
 from gateway.page import PageSettings, page_routes
 from gateway.problems import answer_with_problems
 from gateway.request_limits import RequestLimits
+from gateway.request_log import RequestLog
 from gateway.rollback import Rollback
 from gateway.safe_answers import SafeAnswers
 from gateway.signatures import CallbackSignatures
@@ -134,6 +135,7 @@ def create_app(
             expose_headers=["Location", "Retry-After", POLICY_HEADER, LEFT_HEADER],
         )
     app.add_middleware(CountRequests, metrics)
+    app.add_middleware(RequestLog)
     app.add_middleware(SafeAnswers)
     return app
 

@@ -41,6 +41,12 @@ def note_caller(connection: HTTPConnection, caller: Caller) -> None:
     setattr(connection.state, _CALLER, caller)
 
 
+def caller_in(scope: Scope) -> Caller | None:
+    """The caller of a request, once it is known."""
+    caller: Caller | None = scope["state"].get(_CALLER)
+    return caller
+
+
 class AuditLog:
     """ASGI middleware."""
 
@@ -73,7 +79,7 @@ class AuditLog:
         is_refused = code in (ProblemCode.UNAUTHENTICATED, ProblemCode.NOT_AUTHORIZED)
         if operation is None or (operation is Operation.READ_TASK and not is_refused):
             return
-        caller: Caller | None = scope["state"].get(_CALLER)
+        caller = caller_in(scope)
         if caller is None:
             log.info("audit", operation=operation.value, status=status, code=code, tenant_id=None)
             return

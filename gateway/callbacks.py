@@ -34,6 +34,7 @@ from gateway.callback_body import (
 )
 from gateway.callback_relay import CallbackRelay, Relayed
 from gateway.metrics import Metrics
+from gateway.request_log import CALLBACK_OUTCOME
 from gateway.signatures import CallbackSignatures, SeenCallbacks
 from gateway.tick_writer import Ticked, TickWriter
 from gateway.training_log_writer import Logged, TrainingLogWriter
@@ -120,6 +121,7 @@ class CallbackReceiver:
         outcome = await self._outcome(task_id, request)
         self.outcomes[outcome] += 1
         self._metrics.callbacks.labels(outcome.value).inc()
+        setattr(request.state, CALLBACK_OUTCOME, outcome.value)
         status = _STATUS[outcome]
         if status < 300:
             return JSONResponse({"outcome": outcome.value}, status)

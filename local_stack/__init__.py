@@ -12,5 +12,6 @@ parts.py        the parts, their settings, and when each is ready
 supervisor.py   starts the parts in parallel, watches them, ends them
 description.py  `.run/stack.json` (contract §8)
 background.py   the supervisor as a background process
+log_reader.py   the logs of all parts, readable
 commands.py     what `make up`, `make down`, `make demo` and `make status` do
 """

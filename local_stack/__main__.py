@@ -1,4 +1,4 @@
-"""`python -m local_stack up|down|demo|status`: see `make help`."""
+"""`python -m local_stack up|down|demo|status|logs`: see `make help`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from comfyui_temporal.process_end import end_process
-from local_stack.commands import EXIT_INTERRUPTED, demo, down, status, up
+from local_stack.commands import EXIT_INTERRUPTED, demo, down, logs, status, up
 from local_stack.folder import DEFAULT_FOLDER, RunFolder, StackFailure
 from local_stack.own_services import CREDITS_URL, read_dotenv
 from local_stack.pace import DEMO_SPEED
@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
             return supervise(folder, given.speed or DEMO_SPEED, given.comfyui, has_lifeline=given.lifeline)
         if given.command == "down":
             return down(folder)
+        if given.command == "logs":
+            return logs(folder)
         if given.command == "status":
             return status(folder)
         return (up if given.command == "up" else demo)(folder, given.speed, given.comfyui)
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("up", parents=[common, paced], help="start the stack and leave it running")
     commands.add_parser("down", parents=[common], help="end it")
     commands.add_parser("demo", parents=[common, paced], help="run one image and one training task")
+    commands.add_parser("logs", parents=[common], help="follow the logs of all parts")
     commands.add_parser("status", parents=[common], help="show what runs, and where")
     supervisor = commands.add_parser("supervise", parents=[common, paced], help="run the stack in this process")
     supervisor.add_argument("--lifeline", action="store_true", help="end when standard input is closed")

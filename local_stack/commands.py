@@ -1,4 +1,4 @@
-"""What `make up`, `make down`, `make demo` and `make status` do."""
+"""What `make up`, `make down`, `make demo`, `make status` and `make logs` do."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from local_stack.child import is_running
 from local_stack.comfyui_servers import silent_servers
 from local_stack.description import ACCOUNTS, PAGE_SECONDS, page_url
 from local_stack.folder import RunFolder, StackFailure, StackRecord
+from local_stack.log_reader import follow_logs
 from local_stack.own_services import COMFYUI_URL, CREDITS_URL, own_url, sentences, silent_services
 from local_stack.pace import DEMO_SPEED, REAL_SPEED
 from local_stack.parts import DEFAULT_PROFILE, PROFILE_SETTING
@@ -54,6 +55,13 @@ def status(folder: RunFolder) -> int:
     for name, process in (record.processes if record is not None else {}).items():
         restarts = f", restarted {process.restarts} times" if process.restarts else ""
         print(f"  {name:<10} {'runs' if is_running(process) else 'is down'} (pid {process.pid}){restarts}")
+    return 0
+
+
+def logs(folder: RunFolder) -> int:
+    """Follow the logs of all parts until Ctrl-C, which is how this ends."""
+    with contextlib.suppress(KeyboardInterrupt):
+        follow_logs(folder)
     return 0
 
 

@@ -11,9 +11,12 @@ from types import TracebackType
 from typing import Final
 
 import structlog
+from temporalio.exceptions import ApplicationError
 
+from comfyui_temporal.contracts.errors import FailureCode
 from runtime.trace_context import current_ids
 
+_CODES: Final = frozenset(code.value for code in FailureCode)
 HIDDEN: Final = "[hidden]"
 MIN_HIDDEN_CHARACTERS: Final = 8
 """A shorter value is hidden by its place alone, or it would be cut out of ordinary words."""
@@ -43,6 +46,15 @@ class _Redacting(structlog.stdlib.ProcessorFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return redacted(super().format(record), self.hidden)
+
+
+class _WithoutRetries(logging.Filter):
+    """Leaves out the SDK's line, with a traceback, for each failed try of a call: `outside_call` names its outcome."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        failure = record.exc_info[1] if record.exc_info else None
+        is_told = isinstance(failure, ApplicationError) and failure.type in _CODES
+        return not (is_told and record.name == "temporalio.activity")
 
 
 def redacted(line: str, hidden: Collection[str] = ()) -> str:
@@ -86,6 +98,7 @@ def configure_logs(*, level: str = "INFO", as_json: bool = True, hidden: Collect
     values = {form for value in hidden for form in (value, json.dumps(value)[1:-1])}
     formatter.hidden = tuple(sorted((v for v in values if len(v) >= MIN_HIDDEN_CHARACTERS), key=len, reverse=True))
     handler.setFormatter(formatter)
+    handler.addFilter(_WithoutRetries())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(logging.INFO, logging.getLevelNamesMapping()[level]))

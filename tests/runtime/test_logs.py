@@ -86,6 +86,26 @@ def test_libraries_never_log_at_debug_and_no_exception_shows_a_secret() -> None:
     assert "RuntimeError" in lines[-1]["exception"]
 
 
+RETRIES = """
+import logging
+from temporalio.exceptions import ApplicationError
+from runtime.logs import configure_logs
+configure_logs(level="INFO", as_json=True)
+unavailable = ApplicationError("no answer", type="credits_unavailable")
+for error in (unavailable, ApplicationError("odd", type="KeyError"), ValueError("bug")):
+    try:
+        raise error
+    except Exception:
+        logging.getLogger("temporalio.activity").warning("Completing activity as failed", exc_info=True)
+"""
+
+
+def test_a_retry_leaves_no_traceback_and_an_unforeseen_error_does() -> None:
+    ended = subprocess.run([sys.executable, "-c", RETRIES], cwd=PROJECT, capture_output=True, text=True, check=True)
+    shown = [json.loads(line)["exception"].splitlines()[-1] for line in ended.stderr.splitlines()]
+    assert [line.partition(": ")[2] for line in shown] == ["KeyError: odd", "bug"]
+
+
 def test_every_logger_of_ours_has_the_level_of_the_settings() -> None:
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=PROJECT, capture_output=True, text=True, check=True)
     sources = [name for name in listed.stdout.split() if not name.startswith("tests/")]
