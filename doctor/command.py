@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from comfyui_temporal.command_line import inputs
 from comfyui_temporal.command_line.app import EXIT_CODES, Json, app, perform
-from comfyui_temporal.command_line.connection import say_what_is_used
+from comfyui_temporal.command_line.connection import gateway_of, say_what_is_used
 from comfyui_temporal.command_line.failures import ExitCode
 from comfyui_temporal.command_line.reports import print_json
 from comfyui_temporal.command_line.server import find_server
@@ -18,6 +19,7 @@ from comfyui_temporal.contracts.fields import CallerId
 from doctor.examination import examine, services, take_hold
 from doctor.finding import Verdict
 from doctor.report import print_findings
+from doctor.token import examine_token
 from runtime.settings import Settings
 
 
@@ -29,6 +31,10 @@ def doctor(
             metavar="TENANT USER TEMPLATE",
             help="Also request a hold of 1 point twice with one key, then cancel the result.",
         ),
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(metavar="JWT", help="Only say what this caller's token may do here; `-`: from stdin."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -42,6 +48,7 @@ def doctor(
     Examples:
       comfyui-tasks doctor
       comfyui-tasks doctor --hold tenant-demo user-demo text-to-image
+      comfyui-tasks doctor --token - < token.txt
     """
 
     async def work() -> ExitCode:
@@ -52,8 +59,12 @@ def doctor(
             for name, value in zip(("TENANT", "USER", "TEMPLATE"), hold, strict=True)
         ]
         say_what_is_used(server, connecting)
-        findings = await examine(settings, connecting, server)
-        if payer:
+        if token is not None:
+            given = sys.stdin.read() if token == "-" else token
+            findings = await examine_token(given.strip(), settings, gateway_of(server, connecting))
+        else:
+            findings = await examine(settings, connecting, server)
+        if payer and token is None:
             tenant_id, user_id, template_id = payer
             async with services(settings, server.stack, tenant_id=tenant_id, user_id=user_id) as opened:
                 findings += await take_hold(opened, template_id)

@@ -71,6 +71,8 @@ async def serve(settings: Settings) -> None:
             operations_apart=settings.gateway_operations_port is not None,
             limits_of=settings.limits_of,
             short_way=settings.short_way,
+            ended_streams_are_kept=settings.ended_streams == "keep",
+            status_words={str(status): word for status, word in settings.status_words.items()},
         )
     except ValueError as error:
         raise CannotStart(str(error)) from None

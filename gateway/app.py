@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final
 
 from fastapi import APIRouter, FastAPI
@@ -46,6 +47,13 @@ DESCRIPTION: Final = (
 )
 
 
+ALLOWED_HEADERS: Final = (
+    *("Authorization", "Cache-Control", "Content-Type", "Last-Event-ID"),
+    *("Prefer", "X-Idempotency-Key", "X-Request-Id"),
+)
+"""What pages of allowed origins may send, beside what browsers always allow."""
+
+
 def create_app(
     *,
     temporal: Client,
@@ -61,13 +69,16 @@ def create_app(
     operations_apart: bool = False,
     limits_of: Callable[[str], TenantLimits] = lambda _tenant_id: NO_LIMITS,
     short_way: bool = True,
+    ended_streams_are_kept: bool = False,
+    status_words: Mapping[str, str] = MappingProxyType({}),
 ) -> FastAPI:
     """The application. It closes what it opens; the caller closes client and store.
 
     Without `access` callers cannot be authenticated: then callbacks are served and the tasks API is not.
     `lists` is where long lists of files are stored for the workers.
-    `limits_of` gives a tenant's limits.
     `short_way`: ticks are stored here and are no signals (decision 4).
+    `limits_of` gives a tenant's limits. `ended_streams_are_kept`: a stream whose tasks have all ended stays open.
+    `status_words`: other words for ends in events.
     `public_url` is the address under which clients reach it; default: the address of their request.
     `operations_apart`: `/metrics` and `/openapi.json` are served by `app.state.operations` alone, an application for a
     port of its own. `app.state.callbacks.outcomes` counts callbacks by outcome. Raises ValueError for unusable secrets.
@@ -79,7 +90,7 @@ def create_app(
     ticks = TickWriter(store, relay) if short_way else None
     receiver = CallbackReceiver(CallbackSignatures(callback_secrets), relay, log_writer, metrics, ticks)
 
-    hub = EventHub(store, draining)
+    hub = EventHub(store, draining, keeps_ended=ended_streams_are_kept, status_words=status_words)
     door = TenantDoor(store, limits_of)
 
     @asynccontextmanager
@@ -121,7 +132,9 @@ def create_app(
         rollback = Rollback(temporal, tasks, task_queue=task_queue)
         streams = task_event_stream(hub, door)
         app.include_router(stream_routes(hub, door, access, public_url=public_url))
-        app.include_router(task_routes(tasks, access, roll_back=rollback.roll_back, event_stream=streams))
+        app.include_router(
+            task_routes(tasks, access, roll_back=rollback.roll_back, event_stream=streams, status_words=status_words)
+        )
         app.include_router(page_routes(page or PageSettings()))
     app.add_middleware(AuditLog, store)
     app.add_middleware(RequestLimits, access)
@@ -131,7 +144,7 @@ def create_app(
             allow_origins=list(allowed_origins),
             allow_credentials=True,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "Last-Event-ID", "X-Idempotency-Key"],
+            allow_headers=list(ALLOWED_HEADERS),
             expose_headers=["Location", "Retry-After", POLICY_HEADER, LEFT_HEADER],
         )
     app.add_middleware(CountRequests, metrics)

@@ -127,7 +127,13 @@ class CallbackReceiver:
             return JSONResponse({"outcome": outcome.value}, status)
         log.warning("callback_not_taken", task_id=_shown(task_id), outcome=outcome.value, status=status)
         return JSONResponse(
-            {"title": outcome.value, "status": status, "detail": _DETAIL[outcome]},
+            {
+                "title": outcome.value,
+                "status": status,
+                "detail": _DETAIL[outcome],
+                "code": outcome.value,
+                "message": _DETAIL[outcome],
+            },
             status,
             headers={"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None,
             media_type="application/problem+json",

@@ -94,6 +94,8 @@ class ProblemBody(OwnModel):
     code: ProblemCode
     detail: str
     """A sentence: what is wrong and what to do."""
+    message: str
+    """As `detail`, for clients that read `code` and `message`."""
     fields: list[FieldProblem] = []
 
 
@@ -124,6 +126,7 @@ class Problem(Exception):
             status=status,
             code=self.code,
             detail=self.detail,
+            message=self.detail,
             fields=self.fields,
         )
         return JSONResponse(body.model_dump(mode="json"), status, headers=self.headers, media_type=PROBLEM_JSON)
@@ -224,7 +227,8 @@ def problems(*codes: ProblemCode) -> dict[int | str, dict[str, Any]]:
                 title=HTTPStatus(status).phrase,
                 status=status,
                 code=code,
-                detail=_EXAMPLE_DETAIL.get(code, "What is wrong and what to do."),
+                detail=(detail := _EXAMPLE_DETAIL.get(code, "What is wrong and what to do.")),
+                message=detail,
             ).model_dump(mode="json")
         }
     return by_status

@@ -48,7 +48,18 @@ class StreamConfig(OwnModel):
 class StreamStart:
     """A stream that may start: its tasks, how far each has come, and the `seq` after which each begins."""
 
-    def __init__(self, caller: Caller, heads: dict[str, TaskHead], positions: dict[str, int]) -> None:
+    def __init__(
+        self,
+        caller: Caller,
+        heads: dict[str, TaskHead],
+        positions: dict[str, int],
+        *,
+        unknown: Sequence[str] = (),
+        keeps_ended: bool = False,
+    ) -> None:
+        """`unknown`: ids that were left out. `keeps_ended`: it stays open when every task has ended."""
+        self.unknown = unknown
+        self._keeps_ended = keeps_ended
         self.tenant_id = caller.tenant_id
         self._caller = caller
         self.heads = heads
@@ -60,8 +71,8 @@ class StreamStart:
 
     @property
     def is_over(self) -> bool:
-        """Everything was sent before, up to the end of every task."""
-        return bool(self._positions) and not self._open_tasks
+        """Everything was sent before, up to the end of every task, and the stream is not kept open."""
+        return bool(self._positions) and not self._open_tasks and not self._keeps_ended
 
     def subscriber(self, wire: SseWire | WebSocketWire) -> Subscriber:
         return Subscriber(
@@ -71,7 +82,14 @@ class StreamStart:
             expires_at=self._caller.expires_at,
             positions=self._positions,
             open_tasks=self._open_tasks,
+            keeps_ended=self._keeps_ended,
         )
+
+    @property
+    def first_line(self) -> bytes:
+        """What an SSE stream begins with; the comment names the ids that were left out."""
+        comment = f": unknown tasks are left out: {', '.join(self.unknown)}\n" if self.unknown else ""
+        return f"{comment}retry: {RETRY_MILLISECONDS}\n\n".encode()
 
 
 class EventStreamResponse(Response):
@@ -92,7 +110,7 @@ class EventStreamResponse(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             wire = SseWire(receive, send)
             # A first line immediately: some browsers and proxies hold a response back until its body begins.
-            await wire.write([f"retry: {RETRY_MILLISECONDS}\n\n".encode()])
+            await wire.write([self._start.first_line])
             await self._hub.serve(self._start.subscriber(wire), self._start.heads)
         finally:
             self._door.close_stream(self._start.tenant_id)
@@ -120,12 +138,21 @@ async def checked_start(
         heads = await hub.heads(task_ids)
     except StoreFailure:
         raise Problem(ProblemCode.STORE_UNAVAILABLE, "The task store cannot be read now: open it again.") from None
-    for task_id in task_ids:
-        # A task that the caller does not see must look like one that does not exist.
-        head = heads.get(task_id)
-        if head is None or not caller.sees(tenant_id=head.tenant_id, user_id=head.user_id):
-            raise Problem(ProblemCode.TASK_UNKNOWN, f"There is no task {task_id} of this tenant.")
-    return StreamStart(caller, heads, positions)
+    # A task that the caller does not see must look like one that does not exist.
+    seen = {
+        task_id: head
+        for task_id in task_ids
+        if (head := heads.get(task_id)) and caller.sees(tenant_id=head.tenant_id, user_id=head.user_id)
+    }
+    if not seen:
+        raise Problem(ProblemCode.TASK_UNKNOWN, f"There is no task {', '.join(task_ids)} of this tenant.")
+    return StreamStart(
+        caller,
+        seen,
+        {task_id: positions[task_id] for task_id in seen},
+        unknown=[task_id for task_id in task_ids if task_id not in seen],
+        keeps_ended=hub.keeps_ended,
+    )
 
 
 def requested_tasks(task_id: str | None, subscribe: str | None) -> tuple[list[str], bool]:
@@ -180,7 +207,10 @@ _STREAM_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
         "description": "Frames: `id` is the cursor, `event` the type, `data` one JSON object (TaskEvent).",
         "content": {EVENT_STREAM: {"schema": FRAME_SCHEMA, "example": _EXAMPLE}},
     },
-    204: {"description": "Every event was sent before and every task has ended: do not reconnect."},
+    204: {
+        "description": "Every event was sent before and every task has ended: do not reconnect. With the setting "
+        "ENDED_STREAMS=keep there is no such answer: the stream stays open, with heartbeats."
+    },
     **problems(*_REFUSALS),
 }
 
@@ -205,6 +235,8 @@ def stream_routes(hub: EventHub, door: TenantDoor, access: Access, *, public_url
         last_event_id: _LastEventId = None,
     ) -> Response:
         """History from the cursor on, then live, without a gap or a duplicate; ends after the last task's last event.
+
+        An unknown id among several is left out, and named in a comment at the stream's beginning.
 
         `subscribe=*` begins now, has no `id` in its frames and cannot be resumed.
 

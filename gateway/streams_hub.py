@@ -15,6 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from itertools import count
+from types import MappingProxyType
 from typing import Final
 
 import structlog
@@ -73,7 +74,18 @@ class Feed:
 class EventHub:
     """Gives the new events of tasks to every open stream of this process. `running()` is its lifetime."""
 
-    def __init__(self, store: TaskStore, draining: Draining, *, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
+    def __init__(
+        self,
+        store: TaskStore,
+        draining: Draining,
+        *,
+        heartbeat_seconds: int = HEARTBEAT_SECONDS,
+        keeps_ended: bool = False,
+        status_words: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`keeps_ended`: a stream whose tasks have all ended stays open. `status_words`: other words for ends."""
+        self.keeps_ended = keeps_ended
+        self._words = status_words
         self._store = store
         self._draining = draining
         self._listener = store.listener(written=self._written, resumed=self._sweep_now)
@@ -173,7 +185,7 @@ class EventHub:
             except StoreFailure:
                 self._end(subscriber, EndReason.UNAVAILABLE)
                 return
-            subscriber.catch_up(SharedEvent(event) for event in events)
+            subscriber.catch_up(SharedEvent(event, self._words) for event in events)
             self._mark_caught_up(subscriber, events, page)
             await subscriber.written()
 
@@ -286,7 +298,7 @@ class EventHub:
         if feed is None or event.seq <= feed.last_seq:
             return
         feed.last_seq = event.seq
-        shared = SharedEvent(event)
+        shared = SharedEvent(event, self._words)
         if shared.is_end:
             feed.ended_at = time.monotonic()
         of_tenant = (

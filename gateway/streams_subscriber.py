@@ -43,6 +43,7 @@ class Subscriber:
         "ending",
         "expires_at",
         "is_aborted",
+        "keeps_ended",
         "open_tasks",
         "positions",
         "tenant_id",
@@ -59,11 +60,14 @@ class Subscriber:
         expires_at: float,
         positions: Mapping[str, int],
         open_tasks: Iterable[str],
+        keeps_ended: bool = False,
     ) -> None:
         """`positions`: the `seq` after which each task begins. `open_tasks`: those whose end was not sent yet.
 
-        `user_id`: a stream of a whole tenant takes this user's tasks only.
+        `user_id`: a stream of a whole tenant takes this user's tasks only. `keeps_ended`: it stays open when every
+        task has ended.
         """
+        self.keeps_ended = keeps_ended
         self.wire = wire
         self.tenant_id = tenant_id
         self.user_id = user_id
@@ -144,7 +148,7 @@ class Subscriber:
         return self.wire.frame(event, "" if is_own else cursor_of(self.positions), is_own=is_own)
 
     def _end_if_over(self) -> None:
-        if not self.open_tasks and not self.is_of_tenant:
+        if not self.open_tasks and not self.is_of_tenant and not self.keeps_ended:
             self.end(EndReason.OVER)
 
     def _enqueue(self, frame: bytes | str) -> None:

@@ -8,10 +8,12 @@ Departures from the framework, each to save memory: measured with proof/benchmar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from starlette.types import Receive, Send
@@ -74,10 +76,17 @@ _LINE_ENDS: Final = {ord(character): f"\\u{ord(character):04x}" for character in
 """JSON allows them and SSE treats them as text, but readers that split lines as Python does would break."""
 
 
-class SharedEvent:
-    """An event and its texts, each made at most once."""
+def worded(event: TaskEvent, words: Mapping[str, str]) -> dict[str, Any]:
+    """The event as JSON, with other words for ends where `words` has some."""
+    document = event.model_dump(mode="json")
+    return document | {"status": words.get(document["status"], document["status"])}
 
-    def __init__(self, event: TaskEvent) -> None:
+
+class SharedEvent:
+    """An event and its texts, each made at most once. `words`: other words for ends."""
+
+    def __init__(self, event: TaskEvent, words: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._words = words if event.status in words else None
         self.task_id = event.task_id
         self.seq = event.seq
         self.is_end = event.event in ENDS
@@ -85,7 +94,13 @@ class SharedEvent:
 
     @cached_property
     def _before_cursor(self) -> str:
-        return self._event.model_dump_json(exclude={"cursor"})[:-1].translate(_LINE_ENDS)
+        if self._words is None:
+            text = self._event.model_dump_json(exclude={"cursor"})
+        else:
+            document = worded(self._event, self._words)
+            del document["cursor"]
+            text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+        return text[:-1].translate(_LINE_ENDS)
 
     @cached_property
     def own_json(self) -> str:

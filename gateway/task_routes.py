@@ -3,10 +3,12 @@
 Annotations are evaluated when this module runs: `task_routes` makes the dependencies that they name.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
+from fastapi.responses import JSONResponse
 from starlette.requests import HTTPConnection
 
 from comfyui_temporal.contracts.fields import CallerId
@@ -16,7 +18,7 @@ from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
 from gateway.access import Access
 from gateway.problems import ProblemCode, problems
 from gateway.request_limits import BODY_BYTES
-from gateway.streams_wires import FRAME_SCHEMA
+from gateway.streams_wires import FRAME_SCHEMA, worded
 from gateway.task_bodies import (
     EventsQuery,
     IdempotencyKey,
@@ -71,9 +73,17 @@ Key = Annotated[
 
 
 def task_routes(
-    tasks: Tasks, access: Access, *, roll_back: RollBack, event_stream: EventStream | None = None
+    tasks: Tasks,
+    access: Access,
+    *,
+    roll_back: RollBack,
+    event_stream: EventStream | None = None,
+    status_words: Mapping[str, str] = MappingProxyType({}),
 ) -> APIRouter:
-    """The routes. `event_stream` serves `…/events` to clients that accept an event stream."""
+    """The routes. `event_stream` serves `…/events` to clients that accept an event stream.
+
+    `status_words`: other words for ends in events.
+    """
     router = APIRouter(prefix=TASKS, tags=["tasks"])
     Reader = Annotated[Caller, Depends(access.requires(Operation.READ_TASK))]
 
@@ -129,7 +139,8 @@ def task_routes(
         """The task's history, in order; with `Accept: text/event-stream` the live stream."""
         if event_stream is not None and _wants_stream(request):
             return await event_stream(request, caller, task_id)
-        return await tasks.events(caller, task_id, query)
+        history = await tasks.events(caller, task_id, query)
+        return JSONResponse([worded(event, status_words) for event in history]) if status_words else history
 
     @router.get("/{task_id}/training-log", responses=problems(*_ONE))
     async def read_training_log(caller: Reader, task_id: CallerId, query: Annotated[LogQuery, Query()]) -> TrainingLog:

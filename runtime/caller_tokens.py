@@ -23,8 +23,11 @@ from pydantic import ValidationError
 from comfyui_temporal.contracts.fields import repaired, shortened
 from comfyui_temporal.contracts.permissions import TokenClaims
 from comfyui_temporal.contracts.size_budget import MAX_NAME_BYTES
+from runtime.caller_claims import CallerClaims
 
 log = structlog.get_logger(__name__)
+
+CONTRACT_CLAIMS: Final = CallerClaims()
 
 MIN_SECRET_BYTES: Final = 32
 MAX_TOKEN_BYTES: Final = 8 * 1024
@@ -171,8 +174,20 @@ def _algorithms_of(key: object) -> tuple[str, ...]:
 class CallerTokens:
     """Reads the tokens of one audience: the gateway's, or that of the services."""
 
-    def __init__(self, keys: Keys, *, issuer: str, audience: str, max_seconds: float | None = None) -> None:
-        """`max_seconds`: the longest time from a token's `iat` to its `exp`; None: any, and `iat` is not demanded."""
+    def __init__(
+        self,
+        keys: Keys,
+        *,
+        issuer: str | None,
+        audience: str | None,
+        max_seconds: float | None = None,
+        claims: CallerClaims = CONTRACT_CLAIMS,
+    ) -> None:
+        """`issuer`, `audience`: None: tokens need not name one, and any that they name is taken.
+
+        `max_seconds`: the longest time from a token's `iat` to its `exp`; None: any, and `iat` is not demanded.
+        """
+        self._claims = claims
         self._keys = keys
         self._issuer = issuer
         self._audience = audience
@@ -190,7 +205,7 @@ class CallerTokens:
         except Exception as error:
             # The library lets other exceptions through too: deep nesting, an infinite `exp`, a key of another type.
             raise TokenRefused(_reason(error)) from None
-        return caller_of(claims, token, is_for_streams=False)
+        return caller_of(claims, token, is_for_streams=False, names=self._claims)
 
     def _check_lifetime(self, claims: dict[str, Any]) -> None:
         """Raises TokenRefused."""
@@ -208,7 +223,8 @@ def check_size(token: str) -> None:
         raise TokenRefused(f"it is longer than {MAX_TOKEN_BYTES} bytes")
 
 
-def decoded(token: str, key: Any, algorithms: list[str], issuer: str, audience: str) -> dict[str, Any]:
+def decoded(token: str, key: Any, algorithms: list[str], issuer: str | None, audience: str | None) -> dict[str, Any]:
+    demanded = {"iss": issuer, "aud": audience}
     return jwt.decode(
         token,
         key,
@@ -216,11 +232,17 @@ def decoded(token: str, key: Any, algorithms: list[str], issuer: str, audience: 
         issuer=issuer,
         audience=audience,
         leeway=LEEWAY_SECONDS,
-        options={"require": ["exp", "iss", "aud"]},
+        options={
+            "require": ["exp", *(name for name, value in demanded.items() if value is not None)],
+            "verify_iss": issuer is not None,
+            "verify_aud": audience is not None,
+        },
     )
 
 
-def caller_of(claims: dict[str, Any], token: str, *, is_for_streams: bool) -> Caller:
+def caller_of(
+    claims: dict[str, Any], token: str, *, is_for_streams: bool, names: CallerClaims = CONTRACT_CLAIMS
+) -> Caller:
     """Raises TokenRefused."""
     named = claims.get("jti")
     # Without the signature: nothing that was ever signed can be made of it.
@@ -232,9 +254,9 @@ def caller_of(claims: dict[str, Any], token: str, *, is_for_streams: bool) -> Ca
         "own_tasks_only": False,
     }
     try:
-        return Caller.model_validate({**claims, "expires_at": float(claims["exp"]), **own})
+        return Caller.model_validate({**names.read(claims), "expires_at": float(claims["exp"]), **own})
     except (ValidationError, TypeError, ValueError, OverflowError):
-        raise TokenRefused("tenant_id, user_id or scopes are missing or malformed") from None
+        raise TokenRefused(f"{names.tenant}, {names.user} or {names.scopes} are missing or malformed") from None
 
 
 def _reason(error: Exception) -> str:

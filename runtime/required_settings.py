@@ -51,9 +51,10 @@ def caller_tokens_by(settings: Settings) -> CallerTokens:
         )
     return CallerTokens(
         keys,
-        issuer=settings.caller_issuer,
-        audience=settings.caller_audience,
+        issuer=settings.caller_issuer or None,
+        audience=settings.caller_audience or None,
         max_seconds=settings.caller_token_max_seconds,
+        claims=settings.caller_claims,
     )
 
 

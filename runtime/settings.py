@@ -20,7 +20,8 @@ from urllib.parse import unquote
 from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.fields import CallerId
+from comfyui_temporal.contracts.permissions import Scene, Scope
 from comfyui_temporal.contracts.policy import (
     CONFIRM_WITHIN_SECONDS,
     CONTINUE_AS_NEW_EVENTS,
@@ -35,6 +36,7 @@ from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from comfyui_temporal.contracts.tenant_limits import MAX_LIMIT, TenantLimits
 from comfyui_temporal.encryption_keys import EncryptionKeys
 from runtime.callback_secrets import by_name
+from runtime.caller_claims import CallerClaims
 
 MIN_SECRET_BYTES = 32
 TEMPORALS_OWN_KEY: Final = "TEMPORAL_API_KEY"
@@ -118,7 +120,25 @@ class Settings(BaseSettings):
     caller_secret: SecretStr | None = None
     """HS256 secret (at least 32 bytes) of the callers' tokens. Only the gateway needs it."""
     caller_issuer: str = "comfyui-temporal"
+    """Empty: callers' tokens need no `iss`, and any is taken."""
     caller_audience: str = "comfyui-platform"
+    """Empty: callers' tokens need no `aud`, and any is taken."""
+    caller_tenant_claim: str = "tenant_id"
+    """The claim that names the tenant; `a.b` is the claim `b` in the object `a`. A token without it is refused."""
+    caller_user_claim: str = "user_id"
+    caller_scopes_claim: str = "scopes"
+    """A list, or a text with blanks in between, as OAuth's `scope`."""
+    caller_default_user: CallerId | None = None
+    """The user of tokens that name none; default: such a token is refused."""
+    caller_scope_meanings: dict[str, list[Scope]] = {}
+    """What wider scopes of the platform mean here, as JSON: `{"task.manage": ["task.read", "task.cancel"]}`."""
+    ended_streams: Literal["close", "keep"] = "close"
+    """A stream of tasks that have all ended: `close` answers 204; `keep` answers 200 with heartbeats until its client
+    leaves, for clients that count a stream that does not open as a failure."""
+    status_words: dict[
+        Literal["completed", "failed", "cancelled"], Annotated[str, Field(pattern=r"^[a-z_]{1,32}$")]
+    ] = {}
+    """Other words for ends in events, as JSON, for clients that know others: `{"completed": "success"}`."""
     caller_token_max_seconds: int | None = Field(default=None, ge=60)
     """The longest time from `iat` to `exp` of a caller's token; then `iat` is demanded. Default: any."""
     stream_token_secret: SecretStr | None = None
@@ -342,6 +362,16 @@ class Settings(BaseSettings):
             if "{tenant_id}/" not in root or not root.endswith("/"):
                 raise ValueError(f"{root!r} must contain '{{tenant_id}}/' and end with '/'")
         return roots
+
+    @cached_property
+    def caller_claims(self) -> CallerClaims:
+        return CallerClaims(
+            tenant=self.caller_tenant_claim,
+            user=self.caller_user_claim,
+            scopes=self.caller_scopes_claim,
+            default_user=self.caller_default_user,
+            meanings=self.caller_scope_meanings,
+        )
 
     def limits_of(self, tenant_id: str) -> TenantLimits:
         """A tenant's limits: the settings', with what is set for this tenant alone."""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
 from pydantic import Field, ValidationError
-from sqlalchemy import Row, func, select, tuple_
+from sqlalchemy import ColumnElement, Row, case, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from comfyui_temporal.contracts.errors import sentences_of
 from comfyui_temporal.contracts.fields import Instant, OwnModel
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.task_store import TaskExceptionRow, TaskRow, TrainingLogRow
-from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
+from comfyui_temporal.contracts.tasks import EventType, TaskEvent, TaskStatus
 from store.cursors import event_cursor
 from store.tables import task_claims, task_events, task_exceptions, tasks, training_log
+
+_ENDS: Final = (EventType.COMPLETED.value, EventType.FAILED.value, EventType.CANCELLED.value)
 
 
 class StoredEvent(TaskEvent):
@@ -101,9 +103,14 @@ def _row_if_readable(row: Row[*tuple[Any, ...]]) -> TaskRow | UnreadableRow:
         return UnreadableRow(task_id=row.task_id, created_at=row.created_at, reason="; ".join(sentences_of(error)))
 
 
+def credits_at_end(event: ColumnElement[str]) -> ColumnElement[Any]:
+    """The task's credits beside its end, null beside its other events."""
+    return case((event.in_(_ENDS), tasks.c.credits)).label("credits_at_end")
+
+
 async def events(connection: AsyncConnection, task_id: str, *, after_seq: int, limit: int) -> list[TaskEvent]:
     statement = (
-        select(task_events, tasks.c.scene)
+        select(task_events, tasks.c.scene, credits_at_end(task_events.c.event))
         .join(tasks, tasks.c.task_id == task_events.c.task_id)
         .where(task_events.c.task_id == task_id, task_events.c.seq > after_seq)
         .order_by(task_events.c.seq)
@@ -145,9 +152,13 @@ def event_of_row(row: Row[*tuple[Any, ...]]) -> TaskEvent:
 
 
 def event_values(row: Row[*tuple[Any, ...]]) -> dict[str, Any]:
-    """The fields of an event, and of a StoredEvent."""
+    """The fields of an event, and of a StoredEvent. `credits_at_end` is the task's row's, read for ends alone."""
     values = dict(row._mapping)
     task_id, seq = values["task_id"], values["seq"]
+    if credits := values.pop("credits_at_end", None):
+        values["credits"] = {"final_cost": credits.get("charged"), "refund": credits.get("returned")}
+    if values["event"] == EventType.FAILED:
+        values["failure_reason"] = values["message"] or (values["error"] or {}).get("message")
     return {
         **values,
         "event_id": f"{task_id}:{seq}",

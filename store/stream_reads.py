@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from comfyui_temporal.contracts.fields import OwnModel
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.tasks import TaskStatus
-from store.reads import StoredEvent, event_values
+from store.reads import StoredEvent, credits_at_end, event_values
 from store.tables import task_events, tasks
 
 NEW_TASK_SECONDS: Final = 60
@@ -63,7 +63,7 @@ def _events_of_each() -> Select[*tuple[Any, ...]]:
         .lateral("newer")
     )
     return (
-        select(newer, tasks.c.scene)
+        select(newer, tasks.c.scene, credits_at_end(newer.c.event))
         .select_from(wanted.join(tasks, tasks.c.task_id == wanted.c.task_id).join(newer, true()))
         .order_by(newer.c.task_id, newer.c.seq)
     )

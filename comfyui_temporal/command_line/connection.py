@@ -84,7 +84,7 @@ def say_what_is_used(server: Server, settings: CommandSettings) -> None:
     """With `-v`: each address and name, and what named it, on standard error."""
     if not is_verbose():
         return
-    gateway = _gateway(server, settings)
+    gateway = gateway_of(server, settings)
     named_by = source_of(settings, "gateway_url") or BY_STACK
     lines = [*server.lines(), f"gateway {gateway.url} ({named_by})" if gateway else "no gateway: tasks are queried"]
     for line in lines:
@@ -110,10 +110,10 @@ async def open_connection(server: Server, settings: CommandSettings) -> Connecti
         raise CannotReach(_unreachable(server, f"no answer within {CONNECT_SECONDS:g} s")) from None
     except (RuntimeError, ValueError, OSError, RPCError) as error:
         raise CannotReach(_unreachable(server, _short_cause(error))) from None
-    return Connection(client, server, server.task_queue, _gateway(server, settings))
+    return Connection(client, server, server.task_queue, gateway_of(server, settings))
 
 
-def _gateway(server: Server, settings: CommandSettings) -> GatewayAccess | None:
+def gateway_of(server: Server, settings: CommandSettings) -> GatewayAccess | None:
     """The configured gateway, else the local stack's, with its tenants' tokens."""
     if settings.gateway_url is not None:
         token = settings.gateway_token

@@ -388,6 +388,20 @@ class EventType(StrEnum):
     HEARTBEAT = "system.heartbeat"
 
 
+_END_OF: Final = {
+    EventType.COMPLETED: TaskStatus.COMPLETED,
+    EventType.FAILED: TaskStatus.FAILED,
+    EventType.CANCELLED: TaskStatus.CANCELLED,
+}
+
+
+class EndCredits(OwnModel):
+    """What a task cost and what came back, in points; null where it is not known."""
+
+    final_cost: int | None
+    refund: int | None
+
+
 class TaskEvent(OwnModel):
     """One event as pushed and stored (contract §6). `seq` is the store's; `cursor` is opaque."""
 
@@ -411,6 +425,17 @@ class TaskEvent(OwnModel):
     output: TrainingOutput | None = None
     error: ErrorDetails | None = None
     confirmation: Confirmation | None = None
+    failure_reason: str | None = None
+    """On `task.failed`: the error's sentence."""
+    credits: EndCredits | None = None
+    """On an end."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_another_word(cls, values: Any) -> Any:
+        """A gateway may say an end in its clients' words (`STATUS_WORDS`); the type says which end it was."""
+        end = _END_OF.get(values.get("event")) if isinstance(values, dict) else None
+        return values | {"status": end} if end is not None else values
 
 
 class Heartbeat(OwnModel):

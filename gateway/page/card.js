@@ -7,6 +7,7 @@ const STAGES = {
   "model.train": ["data_ingest", "training", "evaluating", "publishing"],
 };
 const ENDS = ["completed", "failed", "cancelled"];
+const ENDS_OF = { "task.completed": "completed", "task.failed": "failed", "task.cancelled": "cancelled" };
 const KINDS = { "image.generate": "image", "model.train": "training" };
 
 function element(name, properties = {}, ...children) {
@@ -66,7 +67,8 @@ export class Card {
   /** Apply an event. Returns false if it is older than what is shown. */
   apply(event) {
     if (event.seq <= this.task.last_seq) return false;
-    const { seq, status, stage, progress, next_eta, queue_position, attempt, confirmation, error, result_urls, output } = event;
+    const status = ENDS_OF[event.event] ?? event.status; // an operator may have other words for ends
+    const { seq, stage, progress, next_eta, queue_position, attempt, confirmation, error, result_urls, output } = event;
     Object.assign(this.task, { last_seq: seq, status, next_eta, queue_position, attempts: attempt });
     if (stage) this.task.stage = stage;
     if (progress !== null) this.task.progress = progress;

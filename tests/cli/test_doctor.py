@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from comfyui_temporal.contracts.tasks import workflow_id_of
 from comfyui_temporal.encryption import encryption_of
 from doctor.finding import Finding, Verdict
 from proof.simulators.serving import TEST_TOKEN_SECRET, Simulators, running_simulators
+from proof.simulators.tokens import Tokens
 from runtime import temporal_connection
 from runtime.reconciler_schedule import ensure_reconciler
 from runtime.settings import Settings
@@ -259,3 +261,30 @@ async def test_without_settings_the_services_of_the_worker_are_examined(
     secret = {"COMFYUI_TEMPORAL_SERVICE_SECRET": TEST_TOKEN_SECRET}
     ended = await run_command("doctor", connection=opened, environment=secret)
     assert f"{simulators.comfyui_url} answers" in ended.out and f"{simulators.credits_url} answers" in ended.out
+
+
+async def test_what_a_token_may_do_here_is_said_and_why_not(opened: Connection) -> None:
+    secret = "the gateway's secret for callers, long enough"
+    tokens = Tokens(secret, "comfyui-temporal", "comfyui-platform")
+    here = {"COMFYUI_TEMPORAL_CALLER_SECRET": secret}
+
+    async def said(token: str) -> tuple[int, str]:
+        ended = await run_command("doctor", "--token", token, connection=opened, environment=here)
+        return ended.exit_code, ended.out
+
+    code, out = await said(tokens.made_for("tenant-a", "ann", scopes=["task.read"]))
+    assert code == 0 and "as tenant-a / ann" in out
+    assert re.search(r"^ok +token: read tasks, events and streams +allowed", out, re.MULTILINE)
+    assert re.search(r"^note +token: start images +not allowed: it lacks the scope comfyui.image.generate", out, re.M)
+    foreign = Tokens(secret, "comfyui-temporal", "comfyui-services").made_for("tenant-a", "ann")
+    code, out = await said(foreign)
+    assert code == 1 and "Audience doesn't match" in out and "CALLER_AUDIENCE" in out
+    assert (await said("no token"))[0] == 1
+
+
+async def test_without_the_gateways_settings_the_gateway_is_asked(opened: Connection, unused_tcp_port: int) -> None:
+    token = Tokens("s" * 32, "i", "a").made_for("tenant-a", "ann")
+    away = {"COMFYUI_TEMPORAL_GATEWAY_URL": f"http://127.0.0.1:{unused_tcp_port}"}
+    ended = await run_command("doctor", "--token", token, connection=opened, environment=away)
+    assert ended.exit_code == 1 and f"127.0.0.1:{unused_tcp_port} does not answer" in ended.out
+    assert "neither the gateway's address" in (await run_command("doctor", "--token", token, connection=opened)).out

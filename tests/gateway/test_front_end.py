@@ -73,3 +73,50 @@ async def test_its_history_is_an_array_and_a_refusal_can_be_read_by_the_page(api
     foreign = await api.http.get(f"{STREAM}?task_id={task_id}", headers={**BY_COOKIE, "origin": "https://evil.example"})
     assert foreign.status_code == 403
     assert "access-control-allow-origin" not in foreign.headers
+
+
+async def test_its_users_see_why_a_task_failed_what_it_cost_and_what_came_back(api: Api) -> None:
+    comfyui = api.platform.simulators.admin.comfyui
+    good, bad = unique("image"), unique("image")
+    await comfyui.fault("job_fail", route="submit_job", task_id=bad, code="node_error", node="KSampler")
+    ends = {}
+    for task_id in (good, bad):
+        await api.platform.start_image(task_id=task_id)
+        task = await api.ended(task_id)
+        history = (await api.call("GET", f"/{task_id}/events")).json()
+        streamed = frames_of((await api.http.get(f"{STREAM}?task_id={task_id}", headers=BY_COOKIE, timeout=30)).text)
+        assert streamed[-1]["data"] == history[-1]
+        assert all(event["credits"] is None and event["failure_reason"] is None for event in history[:-1])
+        assert [event["ts"] for event in history] == sorted(event["ts"] for event in history)
+        ends[task_id] = (task, history[-1])
+    task, end = ends[good]
+    assert end["credits"] == {"final_cost": task["credits"]["charged"], "refund": task["credits"]["returned"]}
+    assert end["credits"]["final_cost"] > 0 and end["failure_reason"] is None
+    task, end = ends[bad]
+    assert end["credits"] == {"final_cost": 0, "refund": task["credits"]["held"]}
+    assert "KSampler" in end["failure_reason"] or task["error"]["message"] in end["failure_reason"]
+
+
+async def test_a_refusal_carries_code_and_message(api: Api) -> None:
+    refused = [
+        await api.call("GET", f"/{unique('none')}"),
+        await api.call("POST", "/images", {"template_id": "text-to-image"}),
+        await api.http.get("/api/v1/tasks"),
+        await api.http.get("/nowhere"),
+        await api.http.post("/callbacks/comfyui/nobody", content=b"{}"),
+    ]
+    for answer in refused:
+        body = answer.json()
+        assert body["code"] and body["message"] == body["detail"], answer.text
+
+
+async def test_a_preflight_with_the_headers_of_such_clients_passes(api: Api) -> None:
+    sent = "x-request-id,authorization,cache-control,last-event-id,content-type,x-idempotency-key"
+    asked = {"Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": sent}
+    for path in (STREAM, "/api/v1/tasks/images"):
+        answer = await api.http.options(path, headers={"Origin": ORIGIN, **asked})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, ORIGIN), answer.text
+        allowed = answer.headers["access-control-allow-headers"].lower()
+        assert all(name in allowed for name in sent.split(","))
+        foreign = await api.http.options(path, headers={"Origin": "https://evil.example", **asked})
+        assert foreign.status_code == 400

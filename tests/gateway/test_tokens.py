@@ -25,6 +25,8 @@ from gateway.access import TOKEN_COOKIE
 from gateway.problems import answer_with_problems
 from gateway.tokens import StreamTokens
 from runtime.caller_tokens import Caller, CallerTokens, KeySet, SharedSecret, TokenRefused, TokensUnverifiable
+from runtime.required_settings import caller_tokens_by
+from runtime.settings import Settings
 from tests.gateway.serving import AUDIENCE, ISSUER, TOKEN_SECRET, bearer, new_access, token_for
 
 CALLERS = CallerTokens(SharedSecret(TOKEN_SECRET), issuer=ISSUER, audience=AUDIENCE)
@@ -238,6 +240,58 @@ async def test_a_token_that_lives_too_long_is_refused() -> None:
         with pytest.raises(TokenRefused, match=reason):
             await callers.read(token)
         assert (await CALLERS.read(token)).tenant_id == "tenant-a"
+
+
+def platform_token(**claims: Any) -> str:
+    """As a platform makes them: tenant, scopes and expiry alone, under its own names."""
+    return jwt.encode({"exp": int(time.time()) + 300, **claims}, TOKEN_SECRET, algorithm="HS256")
+
+
+PLATFORM = Settings(
+    _env_file=None,
+    caller_secret=TOKEN_SECRET,
+    caller_issuer="",
+    caller_audience="",
+    caller_tenant_claim="org.id",
+    caller_scopes_claim="scope",
+    caller_default_user="everybody",
+    caller_scope_meanings={"task.manage": ["task.read", "task.cancel"], "tasks.push": ["task.read"]},
+)
+
+
+async def test_tokens_that_name_only_tenant_scopes_and_expiry_are_read_by_settings() -> None:
+    callers = caller_tokens_by(PLATFORM)
+    caller = await callers.read(platform_token(org={"id": "tenant-a"}, scope="task.manage comfyui.image.generate"))
+    assert (caller.tenant_id, caller.user_id) == ("tenant-a", "everybody")
+    assert all(caller.allows(one) for one in (Operation.READ_TASK, Operation.CANCEL_TASK, Operation.START_IMAGE_TASK))
+    assert not caller.allows(Operation.ROLL_BACK) and not caller.allows(Operation.START_TRAINING_TASK)
+    named = await callers.read(platform_token(org={"id": "tenant-a"}, scope=["tasks.push"], user_id="ann"))
+    assert named.user_id == "ann" and named.allows(Operation.READ_TASK)
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"scope": "task.read"},
+        {"scope": "task.read", "tenant_id": "tenant-a"},
+        {"scope": "task.read", "org": {"name": "tenant-a"}},
+        {"scope": "task.read", "org": "tenant-a"},
+        {"scope": "task.read", "org": {"id": "*"}},
+        {"scope": "task.read", "org": {"id": ["tenant-a"]}},
+    ],
+)
+async def test_a_token_without_the_claim_that_names_the_tenant_is_trusted_as_none(claims: dict[str, Any]) -> None:
+    with pytest.raises(TokenRefused, match=r"org\.id"):
+        await caller_tokens_by(PLATFORM).read(platform_token(**claims))
+
+
+async def test_a_wider_scope_means_nothing_unless_a_setting_says_so() -> None:
+    caller = await CALLERS.read(token_for(scopes=["admin.full", "task.manage"]))
+    assert not any(caller.allows(operation) for operation in Operation)
+    with pytest.raises(TokenRefused, match="user_id"):
+        await caller_tokens_by(
+            Settings(_env_file=None, caller_secret=TOKEN_SECRET, caller_issuer="", caller_audience="")
+        ).read(platform_token(tenant_id="tenant-a", scopes=[]))
 
 
 async def test_rotated_keys_are_fetched_and_unknown_key_ids_cause_no_flood_of_requests() -> None:

@@ -159,11 +159,11 @@ class Writer:
 
 @asynccontextmanager
 async def streams_on(
-    store: TaskStore, *, heartbeat_seconds: int = 15, limits: TenantLimits = NO_LIMITS
+    store: TaskStore, *, heartbeat_seconds: int = 15, limits: TenantLimits = NO_LIMITS, **options: Any
 ) -> AsyncIterator[Streams]:
     draining = Draining()
     door = TenantDoor(store, lambda _tenant_id: limits)
-    hub = EventHub(store, draining, heartbeat_seconds=heartbeat_seconds)
+    hub = EventHub(store, draining, heartbeat_seconds=heartbeat_seconds, **options)
     callers = access()
     watcher = Depends(callers.requires_for_stream())
     app = FastAPI()

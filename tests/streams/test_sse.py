@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from comfyui_temporal.contracts.tasks import TaskEvent
+from store import TaskStore
 from tests.conftest import unique
-from tests.streams.serving import Streams, Writer, stream_token_for, token_for
+from tests.streams.serving import Streams, Writer, stream_token_for, streams_on, token_for
 
 
 async def test_history_comes_first_then_what_happens_then_the_end(streams: Streams, writer: Writer) -> None:
@@ -173,7 +174,13 @@ async def test_another_tenants_task_is_unknown_alone_and_among_ones_own(streams:
     own = await writer.begun()
     foreign = await Writer(writer.store, unique("tenant")).begun()
     assert await streams.status(writer.tenant_id, f"task_id={foreign}") == 404
-    assert await streams.status(writer.tenant_id, f"subscribe={own},{foreign}") == 404
+    assert await streams.status(writer.tenant_id, f"subscribe={foreign},{unique('none')}") == 404
+    await writer.end(own)
+    headers = {"authorization": f"Bearer {token_for(writer.tenant_id)}"}
+    answer = await streams.http.get(f"/api/v1/tasks/stream/sse?subscribe={own},{foreign}", headers=headers)
+    assert answer.status_code == 200
+    assert answer.text.startswith(f": unknown tasks are left out: {foreign}\n"), "in the first frame's comment"
+    assert foreign not in answer.text.partition("\n")[2] and own in answer.text
 
 
 async def test_streams_take_a_stream_token_in_the_address_or_a_cookie_and_only_one_with_the_right_scope(
@@ -206,3 +213,41 @@ async def test_the_config_gives_addresses_and_a_token_for_streams_alone(streams:
     answer = await streams.http.get(f"{config['sse_url']}?task_id={task_id}&token={config['token']}")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/event-stream")
+
+
+async def test_where_ended_streams_are_kept_an_ended_task_opened_again_is_no_failure(
+    task_store: TaskStore, writer: Writer
+) -> None:
+    """The platform's page opens an ended task again, and counts a stream that does not open as a failure."""
+    task_id = await writer.begun()
+    await writer.end(task_id)
+    async with streams_on(task_store, heartbeat_seconds=1, keeps_ended=True) as kept:
+        async with kept.opened(writer.tenant_id, f"task_id={task_id}") as first:
+            await first.until_received(task_id, 2)
+            cursor = first.last_id
+        async with kept.opened(writer.tenant_id, f"task_id={task_id}&cursor={cursor}") as again:
+            await again.until(lambda reader: len(reader.frames) >= 3)
+            beats = [frame["event"] for frame in again.frames if "event" in frame]
+            assert set(beats) == {"system.heartbeat"} and not again.has_ended
+        live = await writer.begun()
+        async with kept.opened(writer.tenant_id, f"task_id={live}") as following:
+            await writer.end(live)
+            await following.until_received(live, 2)
+            await following.until(lambda reader: reader.frames[-1].get("event") == "system.heartbeat")
+            assert not following.has_ended, "it does not end under a client that watches"
+
+
+async def test_an_end_comes_in_the_words_of_the_setting(task_store: TaskStore, writer: Writer) -> None:
+    task_id = await writer.begun()
+    await writer.end(task_id)
+    words = {"completed": "success", "cancelled": "failed"}
+    async with (
+        streams_on(task_store, status_words=words) as worded,
+        worded.opened(writer.tenant_id, f"task_id={task_id}") as reader,
+    ):
+        await reader.until_ended()
+    assert [(event["event"], event["status"]) for event in reader.events] == [
+        ("task.accepted", "queued"),
+        ("task.completed", "success"),
+    ]
+    assert TaskEvent.model_validate(reader.events[-1]).status == "completed", "our own clients read it by its type"
