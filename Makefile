@@ -12,7 +12,7 @@ PACE := $(if $(SPEED),--speed $(SPEED)) $(OWN) $(if $(PROFILE),--credits-profile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down status logs test test-all test-comfyui test-containers simulate mutation kill-points soak bench audit lint types imports schemas pytest pytest-all format lock clean
+.PHONY: help setup demo up down status env logs test test-all test-comfyui test-containers simulate mutation kill-points soak bench audit lint types imports schemas pytest pytest-all format lock clean
 
 help: ## list every target
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ down: setup ## end the local stack
 
 status: setup ## what runs, and where
 	@$(STACK) status
+
+env: setup ## what a shell needs to know of the stack, to be evaluated
+	@$(STACK) env
 
 logs: setup ## follow the local stack's logs
 	@$(STACK) logs

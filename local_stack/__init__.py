@@ -6,6 +6,7 @@ child.py        one process that ends with its supervisor and is restarted when 
 privileges.py   what that process does first: tie its life to ours; drop root for PostgreSQL
 postgres.py     the local PostgreSQL
 temporal_server.py  the local Temporal server
+dataset.py      the demo's dataset
 own_services.py  services of the user's own, used instead of simulated ones
 pace.py         limits that assume the real pace, adapted to a speed
 parts.py        the parts, their settings, and when each is ready

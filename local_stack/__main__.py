@@ -1,4 +1,4 @@
-"""`python -m local_stack up|down|demo|status|logs`: see `make help`."""
+"""`python -m local_stack up|down|demo|status|env|logs`: see `make help`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Final
 
 from comfyui_temporal.process_end import end_process
-from local_stack.commands import EXIT_INTERRUPTED, demo, down, logs, status, up
+from local_stack.commands import EXIT_INTERRUPTED, demo, down, env, logs, status, up
 from local_stack.folder import DEFAULT_FOLDER, RunFolder, StackFailure
 from local_stack.own_services import CREDITS_URL, read_dotenv
 from local_stack.pace import DEMO_SPEED
@@ -29,12 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         folder = RunFolder(given.folder)
         if given.command == "supervise":
             return supervise(folder, given.speed or DEMO_SPEED, given.comfyui, has_lifeline=given.lifeline)
-        if given.command == "down":
-            return down(folder)
-        if given.command == "logs":
-            return logs(folder)
-        if given.command == "status":
-            return status(folder)
+        if given.command in _BY_FOLDER:
+            return _BY_FOLDER[given.command](folder)
         return (up if given.command == "up" else demo)(folder, given.speed, given.comfyui)
     except StackFailure as error:
         sys.stderr.write(f"{error}\n")
@@ -74,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("up", parents=[common, paced], help="start the stack and leave it running")
     commands.add_parser("down", parents=[common], help="end it")
     commands.add_parser("demo", parents=[common, paced], help="run one image and one training task")
+    commands.add_parser("env", parents=[common], help="print what a shell needs to know of it")
     commands.add_parser("logs", parents=[common], help="follow the logs of all parts")
     commands.add_parser("status", parents=[common], help="show what runs, and where")
     supervisor = commands.add_parser("supervise", parents=[common, paced], help="run the stack in this process")
@@ -103,6 +101,7 @@ def _service(text: str) -> str:
     return text.rstrip("/")
 
 
+_BY_FOLDER: Final = {"down": down, "status": status, "env": env, "logs": logs}
 MAX_SPEED = 10_000.0
 EXIT_UNREAD = 141
 

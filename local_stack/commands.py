@@ -1,18 +1,21 @@
-"""What `make up`, `make down`, `make demo`, `make status` and `make logs` do."""
+"""What `make up`, `make down`, `make demo`, `make status`, `make env` and `make logs` do."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Final
 
 from comfyui_temporal.contracts.stack import StackDescription
 from local_stack.background import Background, end_stack, running_stack, start_stack
 from local_stack.child import is_running
 from local_stack.comfyui_servers import silent_servers
+from local_stack.dataset import demo_dataset
 from local_stack.description import ACCOUNTS, PAGE_SECONDS, page_url
 from local_stack.folder import RunFolder, StackFailure, StackRecord
 from local_stack.log_reader import follow_logs
@@ -33,9 +36,11 @@ def up(folder: RunFolder, speed: float | None, comfyui: Sequence[str] = ()) -> i
     _say_each(silent_services())
     started = start_stack(folder, pace_of(speed, comfyui), _print_line, comfyui, has_lifeline=False)
     stack = _described(folder)
+    demo_dataset(folder.path, next(iter(ACCOUNTS)))
     _say_whether_started(folder, started)
     _show(folder, stack)
     print("\nTry `.venv/bin/comfyui-tasks --help`, or `make demo`. `make down` ends it.")
+    print('This shell then knows its programs, addresses and a token: eval "$(make -s env)"')
     return 0
 
 
@@ -55,6 +60,24 @@ def status(folder: RunFolder) -> int:
     for name, process in (record.processes if record is not None else {}).items():
         restarts = f", restarted {process.restarts} times" if process.restarts else ""
         print(f"  {name:<10} {'runs' if is_running(process) else 'is down'} (pid {process.pid}){restarts}")
+    return 0
+
+
+def env(folder: RunFolder) -> int:
+    """Print what a shell needs to know of the running stack, to be evaluated. The exit code is 1 if none is up."""
+    stack = running_stack(folder)
+    if stack is None:
+        sys.stderr.write(f"No stack is up in {folder.path}. Start one with `make up`.\n")
+        return EXIT_NOT_UP
+    tenant_id = next(iter(ACCOUNTS))
+    print(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
+    for name, value in (
+        ("TEMPORAL_ADDRESS", stack.temporal_address),
+        ("GATEWAY", stack.gateway_url),
+        ("TOKEN", stack.tokens[tenant_id]),
+        ("DATASETS", str(folder.path / "datasets" / tenant_id)),
+    ):
+        print(f"export {name}={shlex.quote(value)}")
     return 0
 
 

@@ -33,13 +33,12 @@ from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus, TrainingTask
 from doctor.books import LedgerUnreadable, check_books
 from doctor.finding import Finding, Verdict, wrong
 from doctor.report import print_findings
+from local_stack.dataset import demo_dataset
 
 TENANT: Final = "tenant-demo"
 RUN_FOLDER: Final = Path(__file__).parent.parent / ".run"
 LIMIT_SECONDS: Final = 900.0
 """Beyond it something is stuck, even at the slowest speed. The demo then fails instead of waiting forever."""
-_PICTURES: Final = 6
-_PIXELS: Final = 96
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def is_bridged(stack: StackDescription) -> bool:
 
 
 def simulated_tasks(stack: StackDescription, folder: Path) -> DemoTasks:
-    return demo_tasks(stack, make_dataset(folder / "datasets" / TENANT / "demo-cats"))
+    return demo_tasks(stack, demo_dataset(folder, TENANT))
 
 
 def real_tasks(stack: StackDescription) -> DemoTasks:
@@ -124,19 +123,6 @@ def demo_tasks(stack: StackDescription, dataset: Path) -> DemoTasks:
         "max_credits": 500,
     }
     return DemoTasks(read_model(ImageTask, payer | image), read_model(TrainingTask, payer | training))
-
-
-def make_dataset(folder: Path) -> Path:
-    """A few captioned pictures, generated: the same bytes each time."""
-    from PIL import Image, ImageDraw  # only the demo draws: other commands start faster without it
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for n in range(_PICTURES):
-        picture = Image.new("RGB", (_PIXELS, _PIXELS), (40 * n, 90, 200 - 30 * n))
-        ImageDraw.Draw(picture).ellipse((10 + 4 * n, 20, 60 + 4 * n, 70), fill=(240, 200, 40 * n))
-        picture.save(folder / f"cat-{n}.png")
-        (folder / f"cat-{n}.txt").write_text(f"a cat, number {n}\n", encoding="utf-8")
-    return folder
 
 
 def _announce(console: Console, opened: Connection, page_url: str | None, started: list[StartedTask]) -> None:

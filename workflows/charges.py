@@ -25,6 +25,7 @@ from workflows.earlier_life import is_of_store, raise_unless_settled
 from workflows.failures import failure_from
 from workflows.ledger_search import LedgerSearch, Shown
 from workflows.outside_call import OutsideCall
+from workflows.step_labels import wait_in
 
 SENT_ONCE: Final = "charge-sent-once"
 ONE_TRY: Final = RetryPolicy(maximum_attempts=1)
@@ -137,7 +138,7 @@ class Charges:
             except FailureError as error:
                 if not is_of_store(error):
                     raise
-            await workflow.sleep(wait, summary=f"{self._outside.labels.charge}: the task store is away")
+            await workflow.sleep(wait, summary=wait_in(self._outside.labels.charge, "the task store is away"))
             wait = min(2 * wait, STORE_AGAIN_AT_MOST)
 
     async def _unanswered(self, post: Post[ChargeRequest], reason: str) -> Answer[ChargeReply]:

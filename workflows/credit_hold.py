@@ -25,7 +25,7 @@ from workflows.earlier_life import is_key_of_earlier_life
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall
 from workflows.row_look import RowLook
-from workflows.step_labels import HOLD
+from workflows.step_labels import HOLD, wait_in
 from workflows.task_holds import LAST_SECONDS, HoldRefused, TaskHolds, no_answer
 from workflows.task_record import TaskRecord
 
@@ -120,7 +120,7 @@ class CreditHold(TaskHolds):
             if waits.keeps_hold():
                 await waits.in_time(
                     lambda renewal=renewal: renewal.done() or renewal is not self._renewal,  # type: ignore[misc]
-                    summary="3 hold: wait for its renewal",
+                    summary=wait_in(HOLD, "its renewal"),
                 )
             else:
                 await self._outside.wait_unless_stopped(renewal.done)
@@ -148,7 +148,7 @@ class CreditHold(TaskHolds):
         self.state.uncovered_since = None
 
     async def _returned_in_time(self, is_back: Callable[[], bool]) -> None:
-        await self._outside.waits.in_time(is_back, summary="3 hold: wait for the old one's points")
+        await self._outside.waits.in_time(is_back, summary=wait_in(HOLD, "the old one's points"))
 
     async def _request_setup(self, hold: RequestedHold) -> HoldReply:
         answer = await self._outside.setup(CreditsActivities.pre_deduct, self._post(hold), summary=HOLD)
@@ -293,7 +293,7 @@ class CreditHold(TaskHolds):
             await self._outside.wait_for(
                 REFUSED_AGAIN_AFTER,
                 lambda: self._is_closing or self.state.checkpoint_passed,
-                summary=f"{HOLD}: refused",
+                summary=wait_in(HOLD, "refused"),
             )
 
     async def _take_renewing(self, amount: int) -> None:

@@ -31,7 +31,8 @@ def current_details(state: TaskState, *, waits_for: str, until: datetime | None,
         rows["to be confirmed"] = f"{state.confirmation.estimated_cost} points, see confirm_price"
     if state.error is not None:
         rows["last error"] = f"{state.error.code}: {state.error.message}"
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {escaped(value)} |" for name, value in rows.items())
+    # A list: the UI shows no tables, and would run the words of one together.
+    return "\n".join(f"- **{name}:** {escaped(value)}" for name, value in rows.items())
 
 
 def _waiting(state: TaskState, what: str, until: datetime | None) -> str:

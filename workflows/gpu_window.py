@@ -36,7 +36,7 @@ class Window:
         opens = self._opens
         self.check()
         if opens is not None:
-            await self._waits.until(lambda: workflow.now() >= opens, at=opens, summary="0 window: wait until it opens")
+            await self._waits.until(lambda: workflow.now() >= opens, at=opens, summary="0 wait: the window opens")
 
 
 async def check_gpus(outside: OutsideCall, gpu_type: str | None) -> None:

@@ -119,7 +119,7 @@ class InterruptibleWaits:
     async def covered(self) -> None:
         """Wait until work may begin under the hold. Raises as `in_time`."""
         if not self.is_covered():
-            await self.in_time(self.is_covered, summary="3 hold: wait until it is renewed")
+            await self.in_time(self.is_covered, summary="3 wait: hold (until it is renewed)")
 
     async def answered(self, call: ActivityHandle[Any], *, at: datetime | None = None, summary: str) -> TaskEnd | None:
         """Wait until a setup call is answered, a cancel arrives, or `at`. Returns what ended the task meanwhile.

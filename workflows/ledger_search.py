@@ -18,6 +18,7 @@ from comfyui_temporal.contracts.calls import LedgerQuery
 from comfyui_temporal.contracts.credits import LedgerEntry, LedgerKind
 from comfyui_temporal.contracts.requests import HoldState, RequestedHold
 from workflows.outside_call import OutsideCall
+from workflows.step_labels import wait_in
 from workflows.task_ledger import Found, HoldFate, OpenHolds, TaskLedger
 
 T = TypeVar("T")
@@ -185,7 +186,7 @@ class LedgerSearch:
             if found is not None or workflow.now() >= until:
                 return found
             await workflow.sleep(
-                min(wait, until - workflow.now()), summary=f"{self._outside.labels.ledger}: look again"
+                min(wait, until - workflow.now()), summary=wait_in(self._outside.labels.ledger, "look again")
             )
             wait = min(2 * wait, LOOK_AGAIN_AT_MOST)
 
@@ -225,7 +226,7 @@ class LedgerSearch:
             if found.fate is not HoldFate.UNKNOWN or workflow.now() >= until:
                 return found
             await workflow.sleep(
-                min(wait, until - workflow.now()), summary=f"{self._outside.labels.ledger}: look again"
+                min(wait, until - workflow.now()), summary=wait_in(self._outside.labels.ledger, "look again")
             )
             wait = min(2 * wait, LOOK_AGAIN_AT_MOST)
 

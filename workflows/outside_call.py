@@ -30,7 +30,7 @@ from workflows.alarm import Alarm
 from workflows.earlier_life import is_of_store, was_stopped
 from workflows.failures import RowEnded, failure_from
 from workflows.interruptible import InterruptibleWaits
-from workflows.step_labels import STEP_LABELS
+from workflows.step_labels import STEP_LABELS, wait_in
 from workflows.stop import Stop
 from workflows.task_limits import TaskLimits
 
@@ -136,7 +136,7 @@ class OutsideCall:
         while True:
             self.waits.raise_if_interrupted()
             handle = self.visible(method, argument, summary=summary, within=within)
-            end = await self.waits.answered(handle, summary=f"{summary}: keep the hold meanwhile")
+            end = await self.waits.answered(handle, summary=wait_in(summary, "keep the hold meanwhile"))
             if not handle.done():
                 handle.cancel()
             try:
@@ -189,7 +189,7 @@ class OutsideCall:
             if workflow.now() >= unreadable_until:
                 return Answer(refusal=UnreadableReply(sentence=str(failure)))
             rest = unreadable_until - workflow.now()
-            if await self.wait_for(min(wait, rest), give_up, summary=f"{summary}: unreadable answer, repeat"):
+            if await self.wait_for(min(wait, rest), give_up, summary=wait_in(summary, "unreadable answer, repeat")):
                 return None
             wait = min(2 * wait, ASK_AGAIN_AT_MOST)
 

@@ -39,7 +39,7 @@ class ReconcileWorkflow:
         order = validated(order, ReconcileOrder)
         closed, cursor, unseen = await self._found_closed(order)
         if closed:
-            summary = f"look again at {len(closed)} closed runs"
+            summary = f"2 wait: look again at {len(closed)} closed runs"
             await workflow.sleep(timedelta(seconds=order.pause_seconds), summary=summary)
             closed = await workflow.execute_activity_method(
                 ClosedRunActivities.still_closed,

@@ -15,6 +15,7 @@ from comfyui_temporal.contracts.requests import not_left_out
 from comfyui_temporal.contracts.task_store import LookOrder, RowSeen, TaskRow
 from workflows.failures import TaskFailed
 from workflows.outside_call import ATTEMPT_TIMEOUT, OutsideCall
+from workflows.step_labels import wait_in
 
 LOOK_WITHIN: Final = timedelta(seconds=15)
 """A store that does not answer for this long counts as away: the ledger alone decides."""
@@ -75,7 +76,7 @@ class RowLook:
         if until is not None and workflow.now() < until:
             await workflow.sleep(
                 until - workflow.now(),
-                summary=f"{self._outside.labels.read_row}: after calls that were in flight at the reset",
+                summary=wait_in(self._outside.labels.read_row, "calls that were in flight at the reset"),
             )
             await self.once()
 
@@ -85,7 +86,7 @@ class RowLook:
         while self.row is None or self.row.ended_at is None:
             if self.life.is_superseded or workflow.now() >= until:
                 return None
-            await workflow.sleep(wait, summary=f"{self._outside.labels.read_row}: wait for its end")
+            await workflow.sleep(wait, summary=wait_in(self._outside.labels.read_row, "its end"))
             wait = min(2 * wait, LOOK_AGAIN_AT_MOST)
             await self.once()
         return self.row

@@ -1,4 +1,5 @@
-"""The labels of activities and timers in the Temporal UI. Each begins with a row of its task's step table.
+"""The labels of activities and timers in the Temporal UI. Each begins with a row of its task's step table; those of
+timers go on with `wait`.
 
 The two tables number their rows differently (docs/architecture.md): an image task settles in row 5 and records in row
 6, a training records in row 5 and settles in row 6. A label is user metadata: changing one breaks no replay.
@@ -16,7 +17,13 @@ HOLD: Final = "3 hold"
 POLL: Final = "4 poll"
 HEARD: Final = "4 ticks heard"
 WAIT: Final = "4 wait: callback, poll, deadline"
-RETRY: Final = "4 retry: next attempt"
+RETRY: Final = "4 wait: next attempt"
+
+
+def wait_in(step: str, what: str) -> str:
+    """The label of a timer: `1 submit` → `1 wait: submit (…)`. All that is not called `wait` is a call or a write."""
+    row, _, name = step.partition(" ")
+    return f"{row} wait: {name} ({what})"
 
 
 @dataclass(frozen=True)

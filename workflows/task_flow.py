@@ -241,7 +241,7 @@ class TaskFlow(Generic[Run, Result]):
             await workflow.wait_condition(lambda: True)  # until each call that has begun was sent
         await self.outside.suspend()
         moment = timedelta(milliseconds=1)
-        if await self.outside.wait_for(moment, lambda: self.stop.requested, summary="continue as new"):
+        if await self.outside.wait_for(moment, lambda: self.stop.requested, summary="wait: continue as new"):
             return True
         await workflow.wait_condition(lambda: True)  # until what arrived with the timer was handled too
         if self._may_continue():

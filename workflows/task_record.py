@@ -38,7 +38,7 @@ from workflows.backlog import Backlog
 from workflows.details import current_details
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall
-from workflows.step_labels import ACCEPT
+from workflows.step_labels import ACCEPT, wait_in
 
 PROGRESS_EVERY: Final = timedelta(seconds=1)
 _STATUS: Final = SearchAttributeKey.for_keyword("TaskStatus")
@@ -340,7 +340,7 @@ class TaskRecord:
                 await workflow.wait_condition(
                     lambda: not self._backlog.is_empty or self._own.held_back is None,
                     timeout=rest,
-                    timeout_summary=f"{self._outside.labels.record}: progress held back",
+                    timeout_summary=wait_in(self._outside.labels.record, "progress held back"),
                 )
             except TimeoutError:
                 pass

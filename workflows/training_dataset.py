@@ -85,7 +85,7 @@ class TrainingDataset:
             within=COPY_WITHIN,
             attempt_timeout=COPY_WITHIN,
         )
-        await self._outside.waits.answered(handle, at=at, summary="0 snapshot dataset: until the window closes")
+        await self._outside.waits.answered(handle, at=at, summary="0 wait: snapshot dataset (until the window closes)")
         if not handle.done():
             handle.cancel()
         try:

@@ -119,7 +119,7 @@ class TrainingPrice:
             confirm_by = min(confirm_by, limit or confirm_by)
         self._request_confirmation(cost, confirm_by, quote.estimate)
         is_confirmed = await self._waits.until(
-            lambda: self.state.ceiling >= cost, at=confirm_by, summary="3 confirm: wait for the payer"
+            lambda: self.state.ceiling >= cost, at=confirm_by, summary="3 wait: the payer confirms"
         )
         if not is_confirmed:
             raise TaskFailed(

@@ -70,6 +70,7 @@ function place(task, isNew) {
     known.is(task);
     return known;
   }
+  if (!cards.size) temporalLink(task.tenant_id);
   const card = new Card(task, actions, links);
   cards.set(task.task_id, card);
   const later = [...cards.values()].find((other) => other !== card && other.item.isConnected && other.task.created_at < task.created_at && isFirst(other, task));
@@ -147,12 +148,21 @@ async function load({ older = false } = {}) {
   trim();
 }
 
+/** The list of runs in the Temporal UI, narrowed to tasks: of this tenant, once one of its tasks is known. */
+function temporalLink(tenantId) {
+  if (!links.temporal_ui_url) return;
+  const types = "WorkflowType IN ('ImageGenerationWorkflow', 'TrainingWorkflow')";
+  const query = tenantId ? `TenantId = '${tenantId}' AND ${types}` : types;
+  const base = `${links.temporal_ui_url.replace(/\/$/, "")}/namespaces/${encodeURIComponent(links.namespace)}`;
+  $("temporal").href = `${base}/workflows?${new URLSearchParams({ query })}`;
+}
+
 async function begin(token) {
   api = new Api(token);
   $("entry").hidden = true;
   links = await fetch("/page/settings.json").then((answer) => answer.json()).catch(() => ({}));
   if (links.temporal_ui_url) {
-    $("temporal").href = links.temporal_ui_url;
+    temporalLink();
     $("temporal").hidden = false;
   }
   const live = new Live(api, {

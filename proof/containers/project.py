@@ -17,7 +17,8 @@ from typing import Any, Final
 
 import yaml
 
-from local_stack.demo import TENANT, make_dataset
+from local_stack.dataset import make_dataset
+from local_stack.demo import TENANT
 from local_stack.folder import PROJECT
 from local_stack.ports import LOOPBACK, any_free_port
 from proof.containers import stand_ins

@@ -82,7 +82,7 @@ async def stack(
         yield platform
 
 
-async def run(program: Path, *arguments: str, cwd: Path) -> tuple[int, str]:
+async def run(program: Path, *arguments: str, cwd: Path, **environment: str) -> tuple[int, str]:
     """Exit code and output; nothing of this test's environment leads to the checkout."""
     process = await asyncio.create_subprocess_exec(
         program,
@@ -90,7 +90,7 @@ async def run(program: Path, *arguments: str, cwd: Path) -> tuple[int, str]:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         cwd=cwd,
-        env={"PATH": os.defpath, "HOME": str(cwd), "COLUMNS": "200"},
+        env={"PATH": os.defpath, "HOME": str(cwd), "COLUMNS": "200"} | environment,
     )
     out, _ = await asyncio.wait_for(process.communicate(), timeout=60)
     # temporalio/sdk-python issue 300: a script that ends normally may be aborted in the interpreter's shutdown.
@@ -132,8 +132,15 @@ async def test_nothing_else_of_the_tree_can_be_imported(library: Path, outside: 
 
 
 @pytest.mark.parametrize("name", ["by temporal", "over http", "without async"])
-async def test_the_readmes_example_runs(library: Path, outside: Path, stack: Platform, name: str) -> None:
-    exit_code, said = await run(library / "python", "-c", example(name), cwd=outside)
+async def test_the_readmes_example_runs_anywhere(library: Path, tmp_path: Path, stack: Platform, name: str) -> None:
+    """In an empty folder, by what `make env` gives to a shell."""
+    described = stack.description()
+    given = {
+        "TEMPORAL_ADDRESS": described.temporal_address,
+        "GATEWAY": described.gateway_url,
+        "TOKEN": described.tokens["tenant-demo"],
+    }
+    exit_code, said = await run(library / "python", "-c", example(name), cwd=tmp_path, **given)
     # The SDK's threads may crash an interpreter that shuts down, once everything is done and said.
     assert exit_code == 0 or (exit_code == -signal.SIGSEGV and name == "by temporal"), said
     assert "completed delivery 100.0" in said, "the last update"

@@ -232,7 +232,9 @@ async def test_the_last_progress_of_a_burst_is_published_a_second_later_even_if_
     gaps = [(later.ts - earlier.ts).total_seconds() for earlier, later in pairwise(running)]
     assert running[0].progress == 1
     assert gaps and min(gaps) >= 1, "at most one a second"
-    assert len(await timers(handle, "6 record: progress held back")) <= len(gaps), "one timer a burst, none a message"
+    assert len(await timers(handle, "6 wait: record (progress held back)")) <= len(gaps), (
+        "one timer a burst, none a message"
+    )
     await delivered(direct_platform, handle, job_id)
 
 

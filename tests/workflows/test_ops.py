@@ -24,7 +24,7 @@ from tests.workflows.books import PATCH_MARKER, ended
 from tests.workflows.payers import new_payer, until_started
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
 
-RECORD = re.compile("[56] record")
+RECORD = re.compile("[56] (record|wait: record)")
 WAIT = "4 wait: callback, poll, deadline"
 OPENING = ["0 accept", "1 submit", "2 agree", "3 hold"]
 TRAINING = ["0 snapshot dataset", "1 create", "3 estimate"]
@@ -110,8 +110,8 @@ async def test_a_polled_and_retried_image_reads_as_its_step_table(quick_platform
     await ended(quick_platform, handle)
     seen = [step for step in await read(handle) if step not in (WAIT, "4 poll")]
     assert seen == [
-        *(*OPENING, "5 cancel job", "4 retry: next attempt"),
-        *("1 submit", "1 submit: keep the hold meanwhile", "2 agree", "5 commit"),
+        *(*OPENING, "5 cancel job", "4 wait: next attempt"),
+        *("1 submit", "1 wait: submit (keep the hold meanwhile)", "2 agree", "5 commit"),
     ]
     assert {WAIT, "4 poll"} <= set(await read(handle))
 
@@ -134,7 +134,7 @@ async def test_a_training_reads_as_its_step_table(quick_platform: Platform) -> N
     handle = await quick_platform.start_training()
     await ended(quick_platform, handle)
     assert await read(handle) == [
-        *("0 accept", "0 check GPUs", *TRAINING, "3 hold", "3 start", "3 start: keep the hold meanwhile"),
+        *("0 accept", "0 check GPUs", *TRAINING, "3 hold", "3 start", "3 wait: start (keep the hold meanwhile)"),
         *(WAIT, "6 commit", "6 delete snapshot"),
     ]
 
@@ -150,7 +150,7 @@ async def test_a_training_that_waits_before_it_starts_says_for_what(quick_platfo
     assert ending.code == "price_not_confirmed"
     seen = await read(handle)
     assert seen[:-3] == [
-        *("0 accept", "0 window: wait until it opens", "0 check GPUs"),
+        *("0 accept", "0 wait: the window opens", "0 check GPUs"),
         *(*TRAINING, "3 confirm: wait for the payer"),
     ]
     assert seen[-3:] == ["6 cancel job", "6 read the task's row", "6 delete snapshot"]
@@ -252,14 +252,12 @@ async def test_the_memo_is_the_inputs_hash_for_every_starter(quick_platform: Pla
 
 
 async def details(handle: Handle) -> dict[str, str]:
-    """The run's current details: the rows of its table, as the UI would show their text."""
+    """The run's current details: the items of its list, as the UI would show their text."""
     metadata = await handle.query("__temporal_workflow_metadata", result_type=WorkflowMetadata)
     assert isinstance(metadata, WorkflowMetadata)
-    head, rule, *rows = metadata.current_details.splitlines()
-    assert (head, rule) == ("| | |", "|---|---|")
     shown: dict[str, str] = {}
-    for row in rows:
-        cells = re.fullmatch(r"\| ([a-zA-Z ]+) \| ((?:[^\\`*_{}\[\]()+!|<>~&#]|&#\d+;)*) \|", row)
+    for row in metadata.current_details.splitlines():
+        cells = re.fullmatch(r"- \*\*([a-zA-Z ]+):\*\* ((?:[^\\`*_{}\[\]()+!|<>~&#]|&#\d+;)*)", row)
         assert cells is not None, f"markup from outside: {row}"
         shown[cells[1]] = html.unescape(cells[2])
     return shown
