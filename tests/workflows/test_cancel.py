@@ -216,7 +216,7 @@ async def image_being_polled(platform: Platform) -> Handle:
 async def training_before_its_window(platform: Platform) -> Handle:
     opens = datetime.now(UTC) + timedelta(hours=1)
     handle = await platform.start_training(window={"not_before": opens.isoformat()})
-    await platform.until(lambda: waits_for(handle, "0 window: wait until it opens"))
+    await platform.until(lambda: waits_for(handle, "0 wait: the window opens"))
     return handle
 
 

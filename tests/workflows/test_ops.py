@@ -151,7 +151,7 @@ async def test_a_training_that_waits_before_it_starts_says_for_what(quick_platfo
     seen = await read(handle)
     assert seen[:-3] == [
         *("0 accept", "0 wait: the window opens", "0 check GPUs"),
-        *(*TRAINING, "3 confirm: wait for the payer"),
+        *(*TRAINING, "3 wait: the payer confirms"),
     ]
     assert seen[-3:] == ["6 cancel job", "6 read the task's row", "6 delete snapshot"]
 
