@@ -139,7 +139,7 @@ async def _next_look(client: Client, task_queue: str) -> tuple[datetime | None, 
         return None, 0
     order = ReconcileOrder()
     if isinstance(standing.schedule.action, ScheduleActionStartWorkflow) and standing.schedule.action.args:
-        [order] = await client.data_converter.decode(standing.schedule.action.args[:1], [ReconcileOrder])  # type: ignore[arg-type]
+        [order] = await client.data_converter.decode(standing.schedule.action.args[:1], [ReconcileOrder])
     times = [] if standing.schedule.state.paused else standing.info.next_action_times
     return (times[0] if times else None), order.pause_seconds
 

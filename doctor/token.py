@@ -6,7 +6,7 @@ The gateway's settings decide. Where they are set here too, the token is verifie
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import httpx
 import jwt
@@ -54,7 +54,7 @@ def _said(claims: dict[str, Any]) -> Finding:
     return note("token", f"says: {says or 'no iss, no aud'}; valid {until}; claims: {', '.join(sorted(claims))}")
 
 
-def _is_time(value: Any) -> bool:
+def _is_time(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and 0 <= value < 253_402_300_800
 
 

@@ -23,7 +23,7 @@ ASK_SECONDS: Final = 4.0
 async def ask_worker(connection: Connection) -> WorkerSettings | None:
     """What the worker that answers uses; None if none says so: there is none, or it is of an earlier release."""
     try:
-        return await connection.client.execute_workflow(
+        used: WorkerSettings = await connection.client.execute_workflow(
             WORKER_SETTINGS_WORKFLOW,
             id=f"{WORKER_SETTINGS_PREFIX}{secrets.token_hex(6)}",
             task_queue=connection.task_queue,
@@ -31,6 +31,7 @@ async def ask_worker(connection: Connection) -> WorkerSettings | None:
             execution_timeout=timedelta(seconds=ASK_SECONDS),
             static_summary="doctor asks what the worker uses",
         )
+        return used
     except (WorkflowFailureError, RPCError):
         return None
 

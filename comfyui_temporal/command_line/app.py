@@ -61,7 +61,9 @@ class _Commands(TyperGroup):
         if command is not None and all(option.name != "verbose" for option in command.params):
             shared = typer.main.get_command(_flags)
             command.params.extend(option for option in shared.params if option.name != "help")
-            command.callback = _with_flags(command.callback, {option.name for option in shared.params})
+            command.callback = _with_flags(
+                command.callback or (lambda: None), {option.name for option in shared.params}
+            )
         return command
 
 

@@ -75,9 +75,10 @@ def find_server(settings: CommandSettings) -> Server:
         raise BadInput(f"Temporal's environment configuration cannot be read: {error}") from None
     set_address = settings.temporal_address or profile.address
     stack = _stack_at(set_address)
-    address, named_by = _chosen(settings, "temporal_address", profile.address, stack and stack.temporal_address)
-    namespace, namespace_by = _chosen(settings, "temporal_namespace", profile.namespace, stack and stack.namespace)
-    queue, queue_by = _chosen(settings, "task_queue", None, stack and stack.task_queue)
+    running = (stack.temporal_address, stack.namespace, stack.task_queue) if stack else (None, None, None)
+    address, named_by = _chosen(settings, "temporal_address", profile.address, running[0])
+    namespace, namespace_by = _chosen(settings, "temporal_namespace", profile.namespace, running[1])
+    queue, queue_by = _chosen(settings, "task_queue", None, running[2])
     is_stacks = stack is not None and (namespace, queue) == (stack.namespace, stack.task_queue)
     return Server(
         address=address or DEFAULT_ADDRESS,

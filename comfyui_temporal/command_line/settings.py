@@ -7,7 +7,7 @@ of a `.env` file in the working directory.
 from __future__ import annotations
 
 import os
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -78,7 +78,8 @@ def source_of(settings: BaseSettings, name: str) -> str | None:
 def read_settings(kind: type[AnySettings]) -> AnySettings:
     """The settings of this process. Raises BadInput, which names each invalid variable and shows no value."""
     try:
-        return kind(**{name: value for name, value in _given.items() if name in kind.model_fields})
+        flags: dict[str, Any] = {name: value for name, value in _given.items() if name in kind.model_fields}
+        return kind(**flags)
     except ValidationError as error:
         fields = {PREFIX + "_".join(map(str, issue["loc"])).upper(): issue["msg"] for issue in error.errors()}
         raise BadInput("Settings cannot be used.", fields) from None

@@ -388,7 +388,7 @@ class EventType(StrEnum):
     HEARTBEAT = "system.heartbeat"
 
 
-_END_OF: Final = {
+_END_OF: Final[dict[Any, TaskStatus]] = {
     EventType.COMPLETED: TaskStatus.COMPLETED,
     EventType.FAILED: TaskStatus.FAILED,
     EventType.CANCELLED: TaskStatus.CANCELLED,

@@ -194,11 +194,11 @@ async def test_an_outage_says_what_is_tried_since_when_and_until_when(whole: Pla
         await tasks.start(task)
 
         async def delayed() -> TaskDelay | None:
-            [delay] = (await tasks.show(task.task_id)).delays or [None]
+            delay = next(iter((await tasks.show(task.task_id)).delays), None)
             return delay if delay is not None and delay.tries > 1 else None
 
         delay = await until(delayed)
-        assert delay is not None and delay.since is not None and delay.until is not None
+        assert delay.since is not None and delay.until is not None
         assert (delay.code, delay.call) == ("credits_unavailable", "pre_deduct")
         assert whole.simulators.credits_url in delay.sentence and "COMFYUI_TEMPORAL_CREDITS_URL" in delay.sentence
         assert delay.until - delay.since == timedelta(minutes=15), "the limit that holds"
@@ -220,7 +220,7 @@ async def test_a_poll_that_fails_is_limited_by_the_jobs_deadline(whole: Platform
         return next(iter((await by_temporal.show(task.task_id)).delays), None)
 
     delay = await until(delayed)
-    assert delay is not None and delay.since is not None
+    assert delay.since is not None
     assert (delay.code, delay.until) == ("comfyui_unavailable", None)
     assert delay.limit is not None and "deadline" in delay.limit
     await comfyui.remove_fault(fault)
