@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Locator, Page, expect
 
 from tests.conftest import unique
-from tests.page.conftest import Watched, opened
+from tests.page.conftest import UI_URL, Watched, opened
 
 pytestmark = pytest.mark.browser
 
@@ -180,3 +181,24 @@ async def test_without_a_good_token_it_asks_for_one(browser: Browser, watched: W
         await is_live(page)
         await page.reload()
         await is_live(page)
+
+
+async def test_an_outage_is_shown_and_the_link_leads_to_the_tenants_tasks(browser: Browser, watched: Watched) -> None:
+    task_id = unique("image")
+    credits = watched.platform.simulators.admin.credits
+    fault = await credits.fault("drop", route="pre_deduct", task_id=task_id, times=None)
+    async with opened(browser, watched) as seen:
+        await is_live(seen.page)
+        handle = await watched.platform.start_image(task_id=task_id)
+        told = card(seen.page, task_id).locator(".error")
+        await expect(told).to_have_text(re.compile(r"^credits_unavailable: .* pre_deduct failed \d"), timeout=30_000)
+        await expect(told).to_have_text(re.compile("since .* until "))
+        href = await seen.page.locator("#temporal").get_attribute("href")
+        await credits.remove_fault(fault)
+        await handle.result()
+        await expect(told).to_be_hidden(timeout=20_000)
+    address = urlsplit(href or "")
+    assert f"{address.scheme}://{address.netloc}{address.path}" == f"{UI_URL}/namespaces/default/workflows"
+    [query] = parse_qs(address.query)["query"]
+    assert query == "TenantId = 'tenant-demo' AND WorkflowType IN ('ImageGenerationWorkflow', 'TrainingWorkflow')"
+    assert [run async for run in watched.platform.client.list_workflows(query)], "the server can read it"
