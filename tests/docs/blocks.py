@@ -17,7 +17,8 @@ SHOWN: Final = frozenset({"text", "mermaid", "json"})
 """Blocks that show something: nothing of them is run."""
 RUNNABLE: Final = frozenset({"sh", "python"})
 _BLOCK: Final = re.compile(
-    r"(?:^<!-- (?P<mark>[^\n]*?) -->\n(?:^<!-- [^\n]*? -->\n)?)?^(?P<fence>```+)(?P<language>\w*)\n(?P<code>.*?)^(?P=fence)$",
+    r"(?:^<!-- (?P<mark>[^\n]*?) -->\n(?:^<!-- [^\n]*? -->\n)?)?"
+    r"^(?P<fence>```+)(?P<language>\w*)\n(?P<code>.*?)^(?P=fence)$",
     re.MULTILINE | re.DOTALL,
 )
 _NOT_RUN: Final = "not run: "
