@@ -82,6 +82,7 @@ pytest: setup
 
 pytest-all: setup $(BENCH)/.ready
 	$(call timed,tests,$(BIN)/python -m pytest $(SIDE_BY_SIDE))
+	$(call timed,flows with every callback a signal,$(BIN)/python -m pytest tests/workflows -m "not slow" --signals $(SIDE_BY_SIDE))
 	$(call timed,tests of the benchmarks,$(BENCH)/bin/python -m pytest tests/benchmarks)
 
 simulate: setup ## both workflows by seeds, without a server (SEEDS=10000 PROFILE=both)

@@ -55,6 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--uncached", action="store_true", help="workers keep no run in memory: each step replays the whole history"
     )
+    parser.addoption("--signals", action="store_true", help="every callback is a signal: no tick takes the short way")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

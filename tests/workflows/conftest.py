@@ -33,6 +33,22 @@ def replayed_at_every_step(pytestconfig: pytest.Config) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def every_callback_a_signal(pytestconfig: pytest.Config) -> Iterator[None]:
+    """With `--signals` no gateway of any test here stores ticks, and no worker looks for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if pytestconfig.getoption("signals"):
+            patch.setenv("COMFYUI_TEMPORAL_SHORT_WAY", "false")
+        yield
+
+
+@pytest.fixture
+def short_way(pytestconfig: pytest.Config) -> None:
+    """Of tests that are about ticks."""
+    if pytestconfig.getoption("signals"):
+        pytest.skip("no tick takes the short way with --signals")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Scenarios run on both credits profiles (contract §4)."""
     if "credits_profile" in metafunc.fixturenames:

@@ -348,6 +348,7 @@ async def served_gateway(client: Client, store: TaskStore, objects: str, task_qu
         callback_secrets=[TEST_CALLBACK_SECRET],
         access=access,
         task_queue=task_queue,
+        short_way=Settings(_env_file=None).short_way,
     )
     async with served_app(app) as port:
         yield f"http://127.0.0.1:{port}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from temporalio.api.enums.v1 import EventType
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.testing import WorkflowEnvironment
@@ -23,6 +24,7 @@ def names_of(events: list[HistoryEvent]) -> list[str]:
     return [EventType.Name(event.event_type).removeprefix("EVENT_TYPE_") for event in events]
 
 
+@pytest.mark.usefixtures("short_way")
 async def test_an_image_task_with_five_spread_callbacks_stays_small(
     temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path
 ) -> None:

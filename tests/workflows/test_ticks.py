@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from temporalio.api.enums.v1 import EventType as HistoryEventType
 
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
 from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
 
+pytestmark = pytest.mark.usefixtures("short_way")
 SIGNALED = HistoryEventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED
 
 
