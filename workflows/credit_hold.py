@@ -17,7 +17,7 @@ from temporalio import workflow
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import Post
 from comfyui_temporal.contracts.credits import Estimate, EstimateRequest, HoldReply
-from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode, Refusal
+from comfyui_temporal.contracts.errors import CREDITS_ERRORS, ExceptionCode, FailureCode, Refusal
 from comfyui_temporal.contracts.requests import HoldState, RequestedHold
 from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tasks import TaskInput
@@ -34,6 +34,8 @@ LOOK_AGAIN_AFTER: Final = timedelta(seconds=1)
 LEFT_FOR_LATE: Final = 0.75
 """The share of a hold's life after which it is renewed even while the hold before is still being given back."""
 TOO_SHORT: Final = "The balance was too short for the renewal and the old hold together."
+
+_TOP_UP: Final = next(row.advice for row in CREDITS_ERRORS if row.failure is FailureCode.INSUFFICIENT_BALANCE)
 
 
 def _always() -> bool:
@@ -77,26 +79,46 @@ class CreditHold(TaskHolds):
 
     # Estimate
 
-    async def estimate(self, request: EstimateRequest, *, n: int | str) -> Estimate:
+    async def estimate(self, request: EstimateRequest, *, n: int | str, summary: str) -> Estimate:
         """The credits service's price. `n`: for the key. Raises as `OutsideCall.setup`, TaskFailed for a refusal."""
         post = Post[EstimateRequest](
             call_for=self._outside.call_for, key=self._outside.key("estimate", n), body=request
         )
-        answer = await self._outside.read(CreditsActivities.estimate, post, summary=self._outside.labels.estimate)
+        answer = await self._outside.read(CreditsActivities.estimate, post, summary=summary)
         if is_key_of_earlier_life(answer, self._outside.earlier):
-            return await self.estimate(request, n=f"{n}:{workflow.info().get_current_history_length()}")
+            again = f"{n}:{workflow.info().get_current_history_length()}"
+            return await self.estimate(request, n=again, summary=summary)
         if answer.reply is None:
             raise TaskFailed.by_refusal(answer.refusal or no_answer())
         self.state.estimated = answer.reply.selected_cost
         return answer.reply
+
+    def check_balance(self, estimate: Estimate) -> None:
+        """Raise TaskFailed `insufficient_balance` where the balance cannot cover the estimate.
+
+        Not where the service tells no balance. Not where a hold stands or an earlier life may have one: its points are
+        no longer in the balance.
+        """
+        cost, balance = estimate.selected_cost, estimate.current_balance
+        is_held = self.standing is not None or self._outside.earlier.is_possible
+        if balance is None or balance >= cost or is_held:
+            return
+        raise TaskFailed(
+            FailureCode.INSUFFICIENT_BALANCE,
+            f"The task would cost {cost} points and the balance is {balance}; nothing was submitted. {_TOP_UP}",
+        )
 
     # Row 3: hold
 
     async def cover(self, cost: int) -> None:
         """Make sure that `cost` points are held; a dearer job tops the hold up first (contract §1).
 
-        Raises TaskFailed with the refusal's code, and as `OutsideCall.setup`.
+        A start that waits is answered then. Raises TaskFailed with the refusal's code, and as `OutsideCall.setup`.
         """
+        await self._covered(cost)
+        self._record.answers.held()
+
+    async def _covered(self, cost: int) -> None:
         await self._renewal_over()
         old = self.standing
         if cost == 0 or (old is not None and old.request.estimated_cost >= cost):

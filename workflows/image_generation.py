@@ -17,7 +17,7 @@ from workflows.task_flow import TaskFlow
 
 @workflow.defn
 class ImageGenerationWorkflow(TaskFlow[ImageRun, ImageResult]):
-    """One image: submit, agree on the price, hold, wait for the delivery, settle, record.
+    """One image: price check, submit, agree on the price, hold, wait for the delivery, settle, record.
 
     The number at a call is its row. Every mechanism that a row names is made in `__init__`, here or in `TaskFlow`.
     """
@@ -55,6 +55,7 @@ class ImageGenerationWorkflow(TaskFlow[ImageRun, ImageResult]):
 
     async def attempt(self) -> JobUpdate:
         table = self.price.table()
+        await self.price.check_balance(n=self.attempts.number + 1)  # row 1: price check
         job = await self.submit()  # row 1
         cost = await self.price.agree(job, table, n=self.attempts.number)  # row 2
         await self.hold.cover(cost)  # row 3

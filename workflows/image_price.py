@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from temporalio import workflow
+
 from comfyui_temporal.contracts.comfyui import JobAccepted, TaskPriority
 from comfyui_temporal.contracts.continuation import JobUpdate, PriceState
-from comfyui_temporal.contracts.credits import EstimateRequest
+from comfyui_temporal.contracts.credits import Estimate, EstimateRequest
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
 from comfyui_temporal.contracts.prices import UnknownPrice
 from comfyui_temporal.contracts.task_store import RecordedPrices
 from comfyui_temporal.contracts.tasks import ImageTask
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskFailed
+from workflows.step_labels import STEP_LABELS
 from workflows.task_limits import TaskLimits
 from workflows.task_record import TaskRecord
 
@@ -22,10 +25,12 @@ class ImagePrice:
         self, task: ImageTask, limits: TaskLimits, hold: CreditHold, record: TaskRecord, state: PriceState
     ) -> None:
         self._task = task
+        self._labels = STEP_LABELS[task.scene]
         self._limits = limits
         self._hold = hold
         self._record = record
         self._state = state
+        self._checked: Estimate | None = None
 
     def table(self) -> int:
         """The table's price. Raises TaskFailed `input_invalid` for an extra that is not offered."""
@@ -37,6 +42,15 @@ class ImagePrice:
         except UnknownPrice as error:
             raise TaskFailed(FailureCode.INPUT_INVALID, f"The input is not valid: {error}.") from None
 
+    async def check_balance(self, *, n: int) -> None:
+        """Read the estimate before anything is submitted, which the balance must cover. `n`: as in `agree`.
+
+        Raises TaskFailed `insufficient_balance`, and as `CreditHold.estimate`.
+        """
+        if workflow.patched("balance-checked-before-submit"):
+            self._checked = await self._estimate(n, self._labels.price_check)
+            self._hold.check_balance(self._checked)
+
     async def agree(self, job: JobAccepted, table: int, *, n: int) -> int:
         """Points to hold: the larger of the job's price and the estimate.
 
@@ -44,16 +58,7 @@ class ImagePrice:
         `CreditHold.estimate`.
         """
         task = self._task
-        request = EstimateRequest(
-            tenant_id=task.tenant_id,
-            user_id=task.user_id,
-            template_id=task.template_id,
-            scene=task.scene,
-            resolution=task.resolution.value,
-            priority=task.priority,
-            extras=self._limits.policy.prices.points_of_extras(task.extras),
-        )
-        estimate = await self._hold.estimate(request, n=n)
+        estimate = self._checked or await self._estimate(n, self._labels.estimate)
         self._state.job_estimate = job.estimated_cost
         prices = RecordedPrices(job=job.estimated_cost, estimate=estimate.selected_cost, table=table)
         self._record.priced(prices, attempt=n)
@@ -66,6 +71,19 @@ class ImagePrice:
                 "Raise max_credits, or have the prices compared: all three are recorded on the task.",
             )
         return cost
+
+    async def _estimate(self, n: int, summary: str) -> Estimate:
+        task = self._task
+        request = EstimateRequest(
+            tenant_id=task.tenant_id,
+            user_id=task.user_id,
+            template_id=task.template_id,
+            scene=task.scene,
+            resolution=task.resolution.value,
+            priority=task.priority,
+            extras=self._limits.policy.prices.points_of_extras(task.extras),
+        )
+        return await self._hold.estimate(request, n=n, summary=summary)
 
     def cost_of(self, delivery: JobUpdate) -> int:
         """Points to charge (contract §5 *Charged*). Raises TaskFailed `reply_invalid` for a negative cost."""

@@ -33,6 +33,10 @@ class StepLabels:
     rows: StepRows
 
     @property
+    def price_check(self) -> str:
+        return self.rows.price_check
+
+    @property
     def submit(self) -> str:
         return self.rows.submit
 

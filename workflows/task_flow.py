@@ -13,6 +13,7 @@ from temporalio.exceptions import ApplicationError
 from comfyui_temporal.contracts.continuation import Continuation, JobUpdate
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.scenes import SCENES, AnyResult, AnyRun
+from comfyui_temporal.contracts.start_answer import StartAnswer, WaitUntilHeld
 from comfyui_temporal.contracts.tasks import (
     CALLBACK_SIGNAL,
     CANCEL_SIGNAL,
@@ -92,6 +93,8 @@ class TaskFlow(Generic[Run, Result]):
         self.undo = Undo()  # every undo in parallel, each until it succeeds
         self.ending = self._ending_of(task, routes)
         self.price_state = carried.price
+        if task.carried is not None:
+            self.record.answers.held()  # no run continues as new before that
 
     def _ending_of(self, task: Run, routes: JobRoutes) -> TaskEnding:
         return TaskEnding(
@@ -142,7 +145,12 @@ class TaskFlow(Generic[Run, Result]):
         """Claim the id and read the policy; a continued run has both. Raises ApplicationError `task_exists`."""
         self.record.set_claim(resolution)
         if not self.limits.is_known:
-            self.limits.claimed(await self.record.claim())
+            try:
+                self.limits.claimed(await self.record.claim())
+            except ApplicationError:
+                self.stop.close()
+                await workflow.wait_condition(workflow.all_handlers_finished)
+                raise
         self.undo.push("cancel job", self.attempts.cancel_all)
         self.undo.push("cancel hold", self.hold.give_back)
         self.resume_calls()
@@ -189,6 +197,15 @@ class TaskFlow(Generic[Run, Result]):
 
     @cancel_task.validator
     def refuse_bad_cancel(self, request: CancelTask) -> None:
+        """Reached only with one valid argument: anything else is refused before it (pitfall 3)."""
+
+    @workflow.update
+    async def wait_until_held(self, request: WaitUntilHeld) -> StartAnswer:
+        """Answered once credits are held, a price is to be confirmed, or the task has ended. It changes nothing."""
+        return await self.record.answers.given()
+
+    @wait_until_held.validator
+    def refuse_bad_wait(self, request: WaitUntilHeld) -> None:
         """Reached only with one valid argument: anything else is refused before it (pitfall 3)."""
 
     @workflow.query

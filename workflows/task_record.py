@@ -38,6 +38,7 @@ from workflows.backlog import Backlog
 from workflows.details import current_details
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall
+from workflows.start_answer import StartAnswers
 from workflows.step_labels import ACCEPT, wait_in
 
 PROGRESS_EVERY: Final = timedelta(seconds=1)
@@ -59,6 +60,7 @@ class TaskRecord:
         self._decided_at = 0
         self._waits: tuple[str, datetime | None] = ("", None)
         self._claim: TaskClaim | None = None
+        self.answers = StartAnswers(lambda: self.state)
 
     @property
     def state(self) -> TaskState:
@@ -81,15 +83,21 @@ class TaskRecord:
         if outcome.earlier_life is not None:
             self._outside.earlier.add(outcome.earlier_life)
         if outcome.refused is not None:
-            raise ApplicationError(outcome.refused, type=FailureCode.QUOTA_EXCEEDED, non_retryable=True)
+            raise self._claim_refused(FailureCode.QUOTA_EXCEEDED, outcome.refused)
         if not outcome.claimed:
-            raise ApplicationError(
+            raise self._claim_refused(
+                FailureCode.TASK_EXISTS,
                 f"Task {claim.task_id} exists: another run holds its id. Use a new task_id, or read that run's result.",
-                type=FailureCode.TASK_EXISTS,
-                non_retryable=True,
             )
         self._publish_identity(claim, outcome.input_sha256 or claim.input_sha256)
         return outcome.policy
+
+    def _claim_refused(self, code: FailureCode, sentence: str) -> ApplicationError:
+        """There is no row to publish this end in: only a start that waits is told."""
+        self.state.status = TaskStatus.FAILED
+        self.state.error = ErrorDetails(code=code.value, message=sentence, retryable=False)
+        self.answers.tell()
+        return ApplicationError(sentence, type=code, non_retryable=True)
 
     def set_claim(self, resolution: str) -> None:
         """Keep the claim: each write sends it too, for a store that was restored and has lost the row."""
@@ -153,6 +161,7 @@ class TaskRecord:
     def confirming(self, confirmation: Confirmation | None) -> None:
         """The price that waits to be confirmed, or None."""
         self.state.confirmation = confirmation
+        self.answers.tell()
 
     def credits_changed(self, credits: CreditsSummary) -> CreditsSummary:
         self.state.credits = credits
@@ -283,6 +292,7 @@ class TaskRecord:
         self.state.next_eta = self.state.queue_position = self.state.confirmation = None
         self.update_search_attributes()
         self.publish("end", event, is_end=True, **fields)
+        self.answers.tell()
 
     def failed(self, failure: TaskFailed) -> None:
         self.state.error = failure.error_details
@@ -294,6 +304,7 @@ class TaskRecord:
         self._own.state = TaskState.model_validate(row.model_dump(include=set(TaskState.model_fields)))
         self._own.held_back = None
         self.update_search_attributes()
+        self.answers.tell()
 
     def waiting_for(self, what: str, until: datetime | None) -> None:
         """Show what the task waits for now, and until when, in the UI."""

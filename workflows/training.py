@@ -28,7 +28,7 @@ from workflows.training_price import TrainingPrice
 
 @workflow.defn
 class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
-    """One training: window, GPUs, snapshot, create, estimate, confirm, hold, start, follow, record, settle.
+    """One training: window, GPUs, balance, snapshot, create, estimate, confirm, hold, start, follow, record, settle.
 
     The number at a call is its row. Every mechanism that a row names is made in `__init__`, here or in `TaskFlow`.
     """
@@ -76,6 +76,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         self.dataset.check_addresses(self.policy)
         await self.window.opens()  # row 0
         await check_gpus(self.outside, self.task.gpu_type)  # row 0
+        await self.price.check_balance()  # row 0: price check
         self.record.dataset_copied(await self.dataset.snapshot())  # row 0
         return await self.attempt()
 

@@ -17,6 +17,7 @@ from comfyui_temporal.contracts.tasks import Confirmation, EventType, TrainingTa
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskFailed
 from workflows.interruptible import InterruptibleWaits
+from workflows.step_labels import STEP_LABELS
 from workflows.task_limits import TaskLimits
 from workflows.task_record import TaskRecord
 
@@ -41,6 +42,7 @@ class TrainingPrice:
         state: PriceState,
     ) -> None:
         self._task = task
+        self._labels = STEP_LABELS[task.scene]
         self._limits = limits
         self._hold = hold
         self._record = record
@@ -78,11 +80,28 @@ class TrainingPrice:
         """A training was created: ComfyUI's estimate of this attempt's hours."""
         self.state.gpu_hours = gpu_hours
 
+    # Before the dataset is copied
+
+    async def check_balance(self) -> None:
+        """Read the estimate without GPU hours, which only ComfyUI knows; the balance must cover it.
+
+        Raises TaskFailed `insufficient_balance`, and as `CreditHold.estimate`.
+        """
+        if workflow.patched("balance-checked-before-copying"):
+            self._hold.check_balance(await self._estimate(0.0, n=0, summary=self._labels.price_check))
+
     # Before the hold: estimate, confirm
 
     async def agree(self, *, n: int) -> Quote:
         """The price to confirm and hold. `n`: the attempt, for the key. Raises as `CreditHold.estimate`."""
-        task, hours = self._task, self.expected_gpu_hours
+        hours = self.expected_gpu_hours
+        estimate = await self._estimate(hours, n=n, summary=self._labels.estimate)
+        table = self.of(hours)
+        self._record.priced(RecordedPrices(estimate=estimate.selected_cost, table=table), attempt=n)
+        return Quote(self.larger(estimate.selected_cost, table), estimate)
+
+    async def _estimate(self, hours: float, *, n: int, summary: str) -> Estimate:
+        task = self._task
         request = EstimateRequest(
             tenant_id=task.tenant_id,
             user_id=task.user_id,
@@ -92,10 +111,7 @@ class TrainingPrice:
             priority=task.priority,
             gpu_hours=hours,
         )
-        estimate = await self._hold.estimate(request, n=n)
-        table = self.of(hours)
-        self._record.priced(RecordedPrices(estimate=estimate.selected_cost, table=table), attempt=n)
-        return Quote(self.larger(estimate.selected_cost, table), estimate)
+        return await self._hold.estimate(request, n=n, summary=summary)
 
     def larger(self, estimate: int, table: int) -> int:
         """The larger of the estimate and the table's price (contract §5).

@@ -70,8 +70,9 @@ UNINTERRUPTIBLE: Final = (
     ),
     Uninterruptible(
         "the claim",
-        "Nothing is begun before the id is claimed, and without the task store the end could not be recorded either.",
-        ("task_record.TaskRecord.claim",),
+        "Nothing is begun before the id is claimed, and without the task store the end could not be recorded either. "
+        "A run that is refused the id answers its updates and ends.",
+        ("task_record.TaskRecord.claim", "task_flow.TaskFlow.accept"),
     ),
     Uninterruptible(
         "the event writer",
@@ -90,6 +91,11 @@ UNINTERRUPTIBLE: Final = (
             "ending.TaskEnding._all_published",
             "give_back.OrphanedTask._publish_difference",
         ),
+    ),
+    Uninterruptible(
+        "the update wait_until_held",
+        "It only tells what the flow has decided, and is answered at the end at the latest.",
+        ("start_answer.StartAnswers.given",),
     ),
     Uninterruptible(
         "the update cancel_task",

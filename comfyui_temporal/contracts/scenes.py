@@ -49,6 +49,8 @@ Callback = JobCallback | TrainingCallback
 class StepRows:
     """The rows of a scene's step table whose number or name differs, as the Temporal UI shows them."""
 
+    price_check: str
+    """Before anything is submitted or copied: does the balance cover the price?"""
     submit: str
     estimate: str
     settle: int
@@ -124,7 +126,7 @@ SCENES: Final[Mapping[Scene, SceneSpec]] = {
         submit="submit_job",
         get="get_job",
         cancel="cancel_job",
-        steps=StepRows(submit="1 submit", estimate="2 agree", settle=5, record=6),
+        steps=StepRows(price_check="1 price check", submit="1 submit", estimate="2 agree", settle=5, record=6),
         request=JobRequest,
         accepted=JobAccepted,
         callback=JobCallback,
@@ -155,7 +157,7 @@ SCENES: Final[Mapping[Scene, SceneSpec]] = {
         submit="create_training",
         get="get_training",
         cancel="cancel_training",
-        steps=StepRows(submit="1 create", estimate="3 estimate", settle=6, record=5),
+        steps=StepRows(price_check="0 price check", submit="1 create", estimate="3 estimate", settle=6, record=5),
         request=TrainingDraft,
         accepted=TrainingAccepted,
         callback=TrainingCallback,

@@ -8,6 +8,7 @@ from typing import Final
 
 from temporalio.api.common.v1 import Payload
 
+from comfyui_temporal.contracts.start_answer import WAIT_UNTIL_HELD, WaitUntilHeld
 from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, CancelTask, ConfirmPrice
 from proof.simulation.hosted_run import payload_of
 from proof.simulation.oracle import Oracle
@@ -58,6 +59,7 @@ class Clients:
             Action.CANCEL_BY_UPDATE: self._cancel_by_update,
             Action.CANCEL_BY_TEMPORAL: self._cancel_by_temporal,
             Action.CONFIRM: self._confirm,
+            Action.WAIT_UNTIL_HELD: self._wait_until_held,
             Action.BAD_UPDATE: self._send_bad_update,
             Action.GARBAGE: self._send_garbage,
             Action.OLD_CALLBACK: self._send_old_callback,
@@ -90,6 +92,9 @@ class Clients:
     def _confirm(self) -> None:
         request = ConfirmPrice(max_credits=self._rng.choice((150, 300, 1_000)))
         self._server.update(f"confirm-{self._timeline.steps}", "confirm_price", payload_of(request))
+
+    def _wait_until_held(self) -> None:
+        self._server.update(f"wait-{self._timeline.steps}", WAIT_UNTIL_HELD, payload_of(WaitUntilHeld()))
 
     def _send_bad_update(self) -> None:
         name = self._rng.choice(("cancel_task", "confirm_price", "none"))

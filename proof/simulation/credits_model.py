@@ -74,6 +74,8 @@ class CreditsTerms:
     price_offset: int = 0
     lag_seconds: float = 0.0
     tells_kinds: bool = True
+    tells_balance: bool = True
+    """Whether an estimate says how many points there are."""
     grants_more: int = 0
     """Points that a hold has beyond what was requested."""
     commits_less: int = 0
@@ -132,7 +134,8 @@ class CreditsModel:
         body = post.body.model_copy(update={"gpu_hours": 0.0}) if self._ignores_hours(post.body) else post.body
         cost = max(0, self._price_of(body) + self.terms.price_offset)
         self.account.estimates[int(post.key.rpartition(":")[2])] = cost
-        return Answer(reply=Estimate(selected_cost=cost, estimated_cost=cost, current_balance=self.balance))
+        balance = self.balance if self.terms.tells_balance else None
+        return Answer(reply=Estimate(selected_cost=cost, estimated_cost=cost, current_balance=balance))
 
     def _ignores_hours(self, body: EstimateRequest) -> bool:
         return self.terms.is_field and body.gpu_hours is not None

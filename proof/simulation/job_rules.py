@@ -36,8 +36,17 @@ class JobRules:
         n = number_of(key_of(call))
         self._check_body(call.argument.body)
         must(n == len(self._submitted), "jobs are numbered with a gap:", key_of(call))
+        if self._world.scenario.is_image:
+            self.check_paid(n)
         if n > 1:
             self._check_next(self._world.witness.attempts[n - 1], call)
+
+    def check_paid(self, n: int) -> None:
+        """The estimate was read before, and the balance that it told covers it, or a hold stands."""
+        estimate = self._world.witness.reply("estimate", n)
+        must(estimate is not None, "begun without a look at the price: estimate", n)
+        is_short = estimate.current_balance is not None and estimate.current_balance < estimate.selected_cost
+        must(not is_short or bool(self._holds.granted()), "begun although the balance was too short: estimate", n)
 
     def _check_body(self, body: Any) -> None:
         task, wanted = self._world.scenario.task, {"task_id", "tenant_id", "user_id", "template_id", "priority"}
@@ -113,6 +122,7 @@ class JobRules:
         reasons: set[str] = set(self._refused())
         if scenario.has_wrong_input:
             reasons.add(FailureCode.INPUT_INVALID)
+        reasons |= self._reasons_of_balance()
         if not scenario.is_image:
             reasons |= self._reasons_of_training(at)
         if attempt is not None:
@@ -135,6 +145,14 @@ class JobRules:
                     codes |= {FailureCode.CREDITS_UNAVAILABLE, FailureCode.COMFYUI_UNAVAILABLE}
                     codes |= {FailureCode.REPLY_INVALID, FailureCode.DATASET_INVALID}
         return codes
+
+    def _reasons_of_balance(self) -> set[str]:
+        """The balance did not cover an estimate, and nothing was begun after it."""
+        newest = max(self._world.witness.attempts, default=0)
+        told = [self._world.witness.reply("estimate", n) for n in {0, newest + 1} - set(self._world.witness.attempts)]
+        is_short = any(e is not None and (e.current_balance or 0) < e.selected_cost for e in told)
+        has_begun = bool(self._world.parties.objects.kept) or (not self._world.scenario.is_image and newest > 0)
+        return {FailureCode.INSUFFICIENT_BALANCE} if is_short and not has_begun else set()
 
     def _reasons_of_job(self, attempt: Attempt) -> set[str]:
         news = self._world.witness.reports_of(attempt.job_id)

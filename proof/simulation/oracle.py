@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from comfyui_temporal.contracts.comfyui import JobStatus, TrainingStage
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
+from comfyui_temporal.contracts.start_answer import Reached, StartAnswer
 from comfyui_temporal.contracts.task_store import Fact, TaskState
 from comfyui_temporal.contracts.tasks import (
     CreditsSummary,
@@ -167,6 +168,8 @@ class Oracle:
             self._keys.add(key)
         if call.name in SUBMITS:
             self._jobs.submitted(call)
+        elif call.name == "snapshot":
+            self._jobs.check_paid(0)
         elif call.name in CANCELS:
             self._jobs.cancelled(call)
         elif call.name == "pre_deduct":
@@ -348,6 +351,19 @@ class Oracle:
     def _check_updates_answered(self) -> None:
         open_updates = [name for name, answer in self._server.updates.items() if answer == "accepted"]
         must(not open_updates, "ended while an update was being handled:", *open_updates)
+        for name, answer in self._server.updates.items():
+            if name.startswith("wait") and answer.startswith("{"):
+                self._check_told(StartAnswer.model_validate_json(answer))
+
+    def _check_told(self, told: StartAnswer) -> None:
+        """A start that waits is told what became true, and nothing of the work before it is paid."""
+        attempt, held = self._world.witness.attempt, self._holds.granted()
+        is_free = attempt is not None and 0 in self._prices.asked(attempt)
+        must(told.reached is not Reached.HELD or bool(held) or is_free, "a start is told `held`, and nothing is held")
+        must(told.reached is not Reached.ENDED or told.state.status == self.status, "a start is told another end")
+        is_asked = told.reached is Reached.CONFIRMATION
+        must(is_asked <= (told.state.confirmation is not None), "a start is told to confirm no price")
+        must(not (told.state.result_urls or told.state.output) or self._world.is_completed, "a start is told a result")
 
     def _check_cancels(self, how: str) -> None:
         answers = [

@@ -58,6 +58,7 @@ class Action(StrEnum):
     BALANCE_FALLS = "balance falls"
     PAUSE = "pause"
     OLD_WRITE = "old write"
+    WAIT_UNTIL_HELD = "wait until held"
     RESET = "reset"
 
 
@@ -113,6 +114,8 @@ class Scenario:
     """How many a training passes, where it is not drawn when it begins: many, while the store is away."""
     resets_at_end: int = 0
     """How often the run is reset when the task has ended."""
+    waits_from_start: bool = False
+    """Whether the task is started by a client that waits until credits are held."""
 
     @property
     def is_image(self) -> bool:
@@ -152,9 +155,19 @@ class Scenario:
 
 
 def drawn(
-    rng: random.Random, more: random.Random, timeline: Timeline, kind: str, *, profile: str, resets: float
+    rng: random.Random,
+    more: random.Random,
+    newest: random.Random,
+    timeline: Timeline,
+    kind: str,
+    *,
+    profile: str,
+    resets: float,
 ) -> Scenario:
-    """The scenario of these generators' seed; `more` is for what was added later, so that older draws stay the same."""
+    """The scenario of these generators' seed.
+
+    `more` is for what was added later, `newest` for what came after that, so that older draws stay the same.
+    """
     is_image = kind == "image"
     task: ImageRun | TrainingRun = _image(rng) if is_image else _training(rng)
     scenario = Scenario(
@@ -184,7 +197,17 @@ def drawn(
     if scenario.credits.is_field:
         scenario.credits.tells_kinds = False
         scenario.credits.acts_and_fails = more.random() < 0.3
+    _add_newest(newest, scenario)
     return scenario
+
+
+def _add_newest(newest: random.Random, scenario: Scenario) -> None:
+    scenario.credits.tells_balance = newest.random() < 0.9
+    scenario.waits_from_start = newest.random() < 0.5
+    if newest.random() < 0.3:
+        acts = scenario.actions.at_step
+        acts.extend((newest.randrange(60), Action.WAIT_UNTIL_HELD) for _ in range(newest.choice((1, 1, 3))))
+        acts.sort(key=lambda act: act[0], reverse=True)
 
 
 def _prices(more: random.Random, is_image: bool) -> PriceTable:

@@ -94,7 +94,8 @@ class Schedule:
         self.timeline = timeline = Timeline(rng)
         self.trace = Trace(timeline, is_wanted=is_traced)
         more = random.Random(f"{kind} {seed} more")  # noqa: S311
-        self.scenario = scenario = drawn(rng, more, timeline, kind, profile=profile, resets=resets)
+        newest = random.Random(f"{kind} {seed} newest")  # noqa: S311
+        self.scenario = scenario = drawn(rng, more, newest, timeline, kind, profile=profile, resets=resets)
         scenario.policy.short_way = short_way
         self.trace("%s", scenario)
         self.parties = self._parties(scenario)
@@ -151,6 +152,8 @@ class Schedule:
 
     def run(self) -> str:
         """Step until nothing is left to happen; how the task ended. Raises InvariantViolated, TaskFailed."""
+        if self.scenario.waits_from_start:
+            self.clients.do(Action.WAIT_UNTIL_HELD)
         self._step_to_the_end()
         for _ in range(self.scenario.resets_at_end):
             self.clients.do(Action.RESET)

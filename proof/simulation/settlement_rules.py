@@ -128,9 +128,8 @@ class SettlementRules:
         must(reported.shortfall == self.shortfall, "the row says short:", reported.shortfall, self.shortfall)
 
     def _last_estimate(self) -> int:
-        reported = [
-            self._world.witness.reply("estimate", n) for n in sorted(self._world.witness.attempts, reverse=True)
-        ]
+        newest = max(self._world.witness.attempts, default=0)  # an estimate may be read for the attempt after it
+        reported = [self._world.witness.reply("estimate", n) for n in range(newest + 1, -1, -1)]
         return next((reply.selected_cost for reply in reported if reply is not None), 0)
 
     def _check_sum_of_events(self, charged: int) -> None:

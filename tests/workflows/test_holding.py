@@ -202,7 +202,7 @@ async def test_prices_that_differ_are_all_recorded_and_the_larger_is_held(
 async def test_a_trainings_estimate_that_differs_from_the_table_is_recorded(quick_platform: Platform) -> None:
     task = quick_platform.training()
     admin, named = quick_platform.simulators.admin, {"task_id": task["task_id"]}
-    await admin.credits.fault("alter", route="estimate", **named, fields={"selected_cost": 150})
+    await admin.credits.fault("alter", route="estimate", **named, fields={"selected_cost": 150}, times=None)
     handle = await quick_platform.start(task)
     ending = await ended(quick_platform, handle)
     assert (ending.result["credits"]["held"], ending.charged, ending.exceptions) == (150, 120, ["prices_differ"])

@@ -1,0 +1,34 @@
+"""What a start that waits is told (contract §6 `Prefer: wait`, §8 `wait_until_held`)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+from comfyui_temporal.contracts.fields import CallerModel, OwnModel
+from comfyui_temporal.contracts.task_store import TaskState
+
+WAIT_UNTIL_HELD: Final = "wait_until_held"
+MAX_WAIT_SECONDS: Final = 60
+"""A start waits for no longer; a longer wait counts as this one."""
+
+
+class Reached(StrEnum):
+    """How far a task has come, as a start that waits sees it."""
+
+    HELD = "held"
+    """Credits are held, or the task costs nothing."""
+    CONFIRMATION = "confirmation"
+    """A training waits for its price to be confirmed."""
+    ENDED = "ended"
+
+
+class WaitUntilHeld(CallerModel):
+    """Argument of the update `wait_until_held`: it has no fields."""
+
+
+class StartAnswer(OwnModel):
+    """Answer to `wait_until_held`. `state`: the task's row at that moment; an ended one names its error."""
+
+    reached: Reached
+    state: TaskState
