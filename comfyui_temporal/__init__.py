@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from comfyui_temporal.client.errors import (
         AccessDenied,
+        CreditsRefused,
         GatewayUnavailable,
         InvalidInput,
         NamespaceMissing,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccessDenied",
+    "CreditsRefused",
     "EncryptionKey",
     "GatewayUnavailable",
     "HttpTasks",

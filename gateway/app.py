@@ -30,9 +30,10 @@ from gateway.request_log import RequestLog
 from gateway.rollback import Rollback
 from gateway.safe_answers import SafeAnswers
 from gateway.signatures import CallbackSignatures
+from gateway.start_waits import APPLIED, StartWaits
 from gateway.streams import stream_routes, task_event_stream
 from gateway.streams_hub import EventHub
-from gateway.task_routes import task_routes
+from gateway.task_routes import REPLAYED, task_routes
 from gateway.task_runs import TaskRuns
 from gateway.tasks import Tasks
 from gateway.tenant_limits import LEFT_HEADER, POLICY_HEADER, TenantDoor
@@ -128,7 +129,8 @@ def create_app(
     else:
         app.include_router(metrics_page)
     if access is not None:
-        tasks = Tasks(temporal, store, lists, task_queue=task_queue, door=door)
+        waits = StartWaits(temporal, store, draining, task_queue=task_queue)
+        tasks = Tasks(temporal, store, lists, task_queue=task_queue, door=door, waits=waits)
         rollback = Rollback(temporal, tasks, task_queue=task_queue)
         streams = task_event_stream(hub, door)
         app.include_router(stream_routes(hub, door, access, public_url=public_url))
@@ -145,7 +147,7 @@ def create_app(
             allow_credentials=True,
             allow_methods=["GET", "POST"],
             allow_headers=list(ALLOWED_HEADERS),
-            expose_headers=["Location", "Retry-After", POLICY_HEADER, LEFT_HEADER],
+            expose_headers=["Location", "Retry-After", APPLIED, REPLAYED, POLICY_HEADER, LEFT_HEADER],
         )
     app.add_middleware(CountRequests, metrics)
     app.add_middleware(RequestLog)

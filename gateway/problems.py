@@ -27,6 +27,7 @@ class ProblemCode(StrEnum):
     """What can be wrong with a request. It uses contract §1's code if there is one."""
 
     INPUT_INVALID = "input_invalid"
+    DATASET_INVALID = "dataset_invalid"
     CURSOR_INVALID = "cursor_invalid"
     UNAUTHENTICATED = "unauthenticated"
     NOT_AUTHORIZED = "not_authorized"
@@ -34,6 +35,10 @@ class ProblemCode(StrEnum):
     ROUTE_UNKNOWN = "route_unknown"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     TASK_EXISTS = "task_exists"
+    TASK_CONFLICT = "task_conflict"
+    INSUFFICIENT_BALANCE = "insufficient_balance"
+    QUOTA_EXCEEDED = "quota_exceeded"
+    PRICE_MISMATCH = "price_mismatch"
     TASK_OVER = "task_over"
     ALREADY_CHARGED = "already_charged"
     SETTLEMENT_UNKNOWN = "settlement_unknown"
@@ -52,6 +57,7 @@ class ProblemCode(StrEnum):
 
 STATUS_OF: Final[dict[ProblemCode, int]] = {
     ProblemCode.INPUT_INVALID: 422,
+    ProblemCode.DATASET_INVALID: 422,
     ProblemCode.CURSOR_INVALID: 400,
     ProblemCode.UNAUTHENTICATED: 401,
     ProblemCode.NOT_AUTHORIZED: 403,
@@ -59,6 +65,10 @@ STATUS_OF: Final[dict[ProblemCode, int]] = {
     ProblemCode.ROUTE_UNKNOWN: 404,
     ProblemCode.METHOD_NOT_ALLOWED: 405,
     ProblemCode.TASK_EXISTS: 409,
+    ProblemCode.TASK_CONFLICT: 409,
+    ProblemCode.INSUFFICIENT_BALANCE: 402,
+    ProblemCode.QUOTA_EXCEEDED: 402,
+    ProblemCode.PRICE_MISMATCH: 402,
     ProblemCode.TASK_OVER: 409,
     ProblemCode.ALREADY_CHARGED: 409,
     ProblemCode.SETTLEMENT_UNKNOWN: 409,
@@ -109,27 +119,29 @@ class Problem(Exception):
         *,
         fields: Sequence[FieldProblem] = (),
         headers: Mapping[str, str] | None = None,
+        status: int | None = None,
     ) -> None:
+        """`status`: default that of the code."""
         self.code = code
+        self.status = status or STATUS_OF[code]
         self.detail = detail
         self.fields = list(fields)
         self.headers = dict(headers or {})
-        if STATUS_OF[code] == HTTPStatus.SERVICE_UNAVAILABLE:
+        if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
             self.headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
         super().__init__(detail)
 
     def response(self) -> JSONResponse:
-        status = STATUS_OF[self.code]
         body = ProblemBody(
             type=f"urn:comfyui-temporal:problem:{self.code}",
-            title=HTTPStatus(status).phrase,
-            status=status,
+            title=HTTPStatus(self.status).phrase,
+            status=self.status,
             code=self.code,
             detail=self.detail,
             message=self.detail,
             fields=self.fields,
         )
-        return JSONResponse(body.model_dump(mode="json"), status, headers=self.headers, media_type=PROBLEM_JSON)
+        return JSONResponse(body.model_dump(mode="json"), self.status, headers=self.headers, media_type=PROBLEM_JSON)
 
 
 def input_invalid(errors: Sequence[Any]) -> Problem:
@@ -239,5 +251,6 @@ _EXAMPLE_DETAIL: Final = {
     ProblemCode.NOT_AUTHORIZED: "The token lacks the scope task.read.",
     ProblemCode.TASK_UNKNOWN: "There is no task image-3f9c of this tenant.",
     ProblemCode.TASK_EXISTS: "The task_id image-3f9c cannot be used with this input; nothing was started.",
+    ProblemCode.INSUFFICIENT_BALANCE: "The task would cost 24 points and the balance is 3; nothing was submitted.",
     ProblemCode.ALREADY_CHARGED: "Task image-3f9c was delivered and charged: there is no hold left to give back.",
 }

@@ -23,6 +23,7 @@ from comfyui_temporal.contracts.tasks import (
     TrainingTask,
 )
 
+TASKS: Final = "/api/v1/tasks"
 IdempotencyKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")]
 """`X-Idempotency-Key`: printable ASCII without blanks."""
 Cursor = str

@@ -18,8 +18,10 @@ from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
 from gateway.access import Access
 from gateway.problems import ProblemCode, problems
 from gateway.request_limits import BODY_BYTES
+from gateway.start_waits import APPLIED, seconds_of
 from gateway.streams_wires import FRAME_SCHEMA, worded
 from gateway.task_bodies import (
+    TASKS,
     EventsQuery,
     IdempotencyKey,
     ImageOrder,
@@ -34,7 +36,7 @@ from gateway.tasks import StartedTask, Tasks
 from gateway.tenant_limits import LEFT_HEADER, POLICY_HEADER
 from runtime.caller_tokens import Caller
 
-TASKS: Final = "/api/v1/tasks"
+REPLAYED: Final = "Idempotent-Replayed"
 EVENT_STREAM: Final = "text/event-stream"
 
 EventStream = Callable[[Request, Caller, str], Awaitable[Response]]
@@ -51,16 +53,30 @@ _READ: Final = (
 )
 _ONE: Final = (*_READ, ProblemCode.TASK_UNKNOWN)
 _CHANGE: Final = (*_ONE, ProblemCode.TOO_LARGE, ProblemCode.TOO_SLOW, ProblemCode.WORKER_UNAVAILABLE)
-_START: Final = (*_READ, ProblemCode.TASK_EXISTS, ProblemCode.TOO_LARGE, ProblemCode.TOO_SLOW, ProblemCode.RATE_LIMITED)
-_START_TRAINING: Final = (*_START, ProblemCode.STORAGE_UNAVAILABLE)
+_REFUSED: Final = (
+    *(ProblemCode.INSUFFICIENT_BALANCE, ProblemCode.QUOTA_EXCEEDED, ProblemCode.PRICE_MISMATCH),
+    ProblemCode.TASK_CONFLICT,
+)
+_START: Final = (
+    *(*_READ, *_REFUSED, ProblemCode.TASK_EXISTS, ProblemCode.TOO_LARGE, ProblemCode.TOO_SLOW),
+    ProblemCode.RATE_LIMITED,
+)
+_START_TRAINING: Final = (*_START, ProblemCode.DATASET_INVALID, ProblemCode.STORAGE_UNAVAILABLE)
 _LOCATION: Final = {
     "Location": {"description": "The task's address.", "schema": {"type": "string"}},
     POLICY_HEADER: {"description": "The tenant's limits: `q` per `w` seconds.", "schema": {"type": "string"}},
     LEFT_HEADER: {"description": "What is left of them: `r`, more in `t` seconds.", "schema": {"type": "string"}},
+    APPLIED: {"description": "How long the start waits at most: `wait=N`.", "schema": {"type": "string"}},
+    REPLAYED: {"description": "`true`: a repeat, the same task.", "schema": {"type": "string"}},
 }
 _STARTED: Final[dict[int | str, dict[str, Any]]] = {
     202: {"description": "The task", "headers": _LOCATION},
-    200: {"model": TaskView, "description": "A repeat: the same task", "headers": _LOCATION},
+    200: {
+        "model": TaskView,
+        "description": "A repeat: the same task. With `Prefer: wait=N`: credits are held, a price is to be confirmed, "
+        "or the task has ended",
+        "headers": _LOCATION,
+    },
 }
 
 Key = Annotated[
@@ -68,6 +84,14 @@ Key = Annotated[
     Header(
         alias="X-Idempotency-Key",
         description="Makes the task id if the body has none: the same key and body is one task.",
+    ),
+]
+
+Prefer = Annotated[
+    str | None,
+    Header(
+        alias="Prefer",
+        description="`wait=N`: answer once credits are held, after N seconds (60) at most; 402 if they are refused.",
     ),
 ]
 
@@ -99,9 +123,12 @@ def task_routes(
         request: Request,
         response: Response,
         key: Key = None,
+        prefer: Prefer = None,
     ) -> TaskView:
         """Start an image task: 202 the task, 200 a repeat, 409 another body with the same id or key."""
-        return _task_response(response, await tasks.start(caller, order, key, size=_body_bytes(request)))
+        seconds = seconds_of(prefer)
+        started = await tasks.start(caller, order, key, size=_body_bytes(request), wait_seconds=seconds)
+        return _task_response(response, started, seconds)
 
     @router.post("/trainings", status_code=202, responses={**_STARTED, **problems(*_START_TRAINING)})
     async def start_training(
@@ -110,9 +137,12 @@ def task_routes(
         request: Request,
         response: Response,
         key: Key = None,
+        prefer: Prefer = None,
     ) -> TaskView:
         """Start a training task: 202 the task, 200 a repeat, 409 another body with the same id or key."""
-        return _task_response(response, await tasks.start(caller, order, key, size=_body_bytes(request)))
+        seconds = seconds_of(prefer)
+        started = await tasks.start(caller, order, key, size=_body_bytes(request), wait_seconds=seconds)
+        return _task_response(response, started, seconds)
 
     @router.get("", responses=problems(*_READ, ProblemCode.CURSOR_INVALID))
     async def list_tasks(caller: Reader, filters: Annotated[TaskFilters, Query()]) -> TaskList:
@@ -182,10 +212,15 @@ def task_routes(
     return router
 
 
-def _task_response(response: Response, started: StartedTask) -> TaskView:
-    response.status_code = 202 if started.is_new else 200
+def _task_response(response: Response, started: StartedTask, wait_seconds: int) -> TaskView:
+    is_open_question = started.is_new if started.is_told is None else not started.is_told
+    response.status_code = 202 if is_open_question else 200
     response.headers["Location"] = f"{TASKS}/{started.task.task_id}"
     response.headers.update(started.headers)
+    if wait_seconds:
+        response.headers[APPLIED] = f"wait={wait_seconds}"
+    if not started.is_new:
+        response.headers[REPLAYED] = "true"
     return started.task
 
 

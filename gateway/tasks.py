@@ -23,6 +23,7 @@ from comfyui_temporal.client.errors import TaskExists
 from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES
+from comfyui_temporal.contracts.start_answer import StartAnswer
 from comfyui_temporal.contracts.tasks import (
     CancelTask,
     CancelTaskOutcome,
@@ -39,6 +40,7 @@ from comfyui_temporal.delays import RPC_TIMEOUT, delays_of
 from comfyui_temporal.encryption import encryption_of
 from comfyui_temporal.runs import RunSeen, describe_run
 from gateway.problems import FieldProblem, Problem, ProblemCode
+from gateway.start_waits import StartWaits, ends_at, is_told, refusal_of
 from gateway.task_bodies import (
     KEYED,
     EventsQuery,
@@ -68,26 +70,40 @@ class StartedTask(NamedTuple):
     task: TaskView
     is_new: bool
     headers: Mapping[str, str] = {}
+    is_told: bool | None = None
+    """Of a start that waits: whether credits are held, a price is to be confirmed, or the task has ended."""
 
 
 class Tasks:
     """The tasks of all tenants, for one caller at a time."""
 
     def __init__(
-        self, temporal: Client, store: TaskStore, lists: FileLists, *, task_queue: str, door: TenantDoor
+        self,
+        temporal: Client,
+        store: TaskStore,
+        lists: FileLists,
+        *,
+        task_queue: str,
+        door: TenantDoor,
+        waits: StartWaits,
     ) -> None:
         """`lists` stores lists of files that are too long for a run's input."""
         self._door = door
+        self._waits = waits
         self._temporal = temporal
         self._store = store
         self._lists = lists
         self._task_queue = task_queue
 
-    async def start(self, caller: Caller, order: Order, key: str | None, *, size: int = 0) -> StartedTask:
+    async def start(
+        self, caller: Caller, order: Order, key: str | None, *, size: int = 0, wait_seconds: int = 0
+    ) -> StartedTask:
         """Start a task, or find it: the same order with the same id or key is one task.
 
-        `size`: the bytes of the request's body, for the tenant's limits.
+        `size`: the bytes of the request's body, for the tenant's limits. `wait_seconds`: how long to wait until credits
+        are held; then a task that failed before that is raised as its Problem.
         """
+        until = ends_at(wait_seconds) if wait_seconds else None
         _check_own(caller, order)
         if key and caller.own_tasks_only:
             # Otherwise a user would learn from a refusal which keys the tenant's other users have.
@@ -96,11 +112,13 @@ class Tasks:
         task = order.task(tenant_id=caller.tenant_id, user_id=caller.user_id, key=key)
         earlier = await self._claimed(task)
         if earlier is not None:
-            return StartedTask(earlier, is_new=False)
+            return await self._repeated(task, earlier, until)
         headers = await self._door.admit_start(caller.tenant_id, task.task_id, size)
         if isinstance(order, TrainingOrder) and order.long_list is not None:
             await self._keep(task.task_id, order.dataset.dataset_id, order.long_list)
         try:
+            if until is not None:
+                return (await self._started_waiting(task, until))._replace(headers=headers)
             started = await bounded(submission.start_task(self._temporal, task, task_queue=self._task_queue))
         except TaskExists:
             raise _exists(task.task_id) from None
@@ -108,6 +126,26 @@ class Tasks:
             return StartedTask(TaskView.accepted(task), is_new=True, headers=headers)
         row = await _stored(self._store.task(task.task_id))
         return StartedTask(TaskView.of_row(row) if row else TaskView.accepted(task), is_new=False, headers=headers)
+
+    async def _started_waiting(self, task: TaskInput, until: float) -> StartedTask:
+        waited = await self._waits.begin(task, until)
+        answer = await self._waits.go_on(waited, until)
+        return self._told(await self._waits.seen(task, answer), answer, is_new=waited.started.is_new)
+
+    async def _repeated(self, task: TaskInput, earlier: TaskView, until: float | None) -> StartedTask:
+        """The answer to a repeat of a start whose run has claimed the id."""
+        if until is None:
+            return StartedTask(earlier, is_new=False)
+        if is_told(earlier) and earlier.confirmation is None:
+            return self._told(earlier, None, is_new=False)
+        answer = await self._waits.again(earlier, until)
+        return self._told(await self._waits.seen(task, answer), answer, is_new=False)
+
+    def _told(self, view: TaskView, answer: StartAnswer | None, *, is_new: bool) -> StartedTask:
+        refusal = refusal_of(view)
+        if refusal is not None:
+            raise refusal
+        return StartedTask(view, is_new=is_new, is_told=answer is not None or is_told(view))
 
     async def _keep(self, task_id: str, dataset_id: str, files: list[str]) -> None:
         try:

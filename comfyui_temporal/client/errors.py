@@ -2,6 +2,7 @@
 
 TaskError
 ├── InvalidInput             a value is wrong, or the task refuses it; `fields` names each field
+├── CreditsRefused           a start that waits: the task has ended without credits; a new try needs a new task id
 ├── TaskExists               another input holds this task id
 ├── UnknownTask              there is no such task, or it is another tenant's
 ├── TaskOver                 the task ended before the call reached it
@@ -23,6 +24,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.start_answer import CREDITS_REFUSED, ID_REFUSED, INPUT_REFUSED
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -46,6 +48,15 @@ class InvalidInput(TaskError):
     def __init__(self, sentence: str, *, code: str | None = None, fields: Mapping[str, str] | None = None) -> None:
         super().__init__(sentence, code=code)
         self.fields = dict(fields or {})
+
+
+class CreditsRefused(TaskError):
+    """Credits were refused before anything was held: the task has ended `failed`, and a new try needs a new task id.
+
+    `code`: `insufficient_balance`, `quota_exceeded`, `not_authorized` or `price_mismatch`.
+    """
+
+    default_code = FailureCode.INSUFFICIENT_BALANCE.value
 
 
 class TaskExists(TaskError):
@@ -108,6 +119,15 @@ class Undecryptable(TaskError):
 
 class UnexpectedReply(TaskError):
     """An answer that this version does not know."""
+
+
+def start_refused(task_id: str, code: str, sentence: str) -> TaskError | None:
+    """The error of a start that waits whose task failed with `code` before anything was held; None: no refusal."""
+    if code in CREDITS_REFUSED:
+        return CreditsRefused(sentence, code=code)
+    if code in INPUT_REFUSED:
+        return InvalidInput(sentence, code=code)
+    return TaskExists(task_id) if code in ID_REFUSED else None
 
 
 def checked(model: type[Model], **values: Any) -> Model:

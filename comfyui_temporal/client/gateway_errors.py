@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from comfyui_temporal.client.errors import (
     AccessDenied,
+    CreditsRefused,
     GatewayUnavailable,
     InvalidInput,
     TaskError,
@@ -30,7 +31,9 @@ _ERROR_OF_CODE: Final[dict[str, type[TaskError]]] = {
     "unauthenticated": AccessDenied,
     "not_authorized": AccessDenied,
     "task_unknown": UnknownTask,
+    "dataset_invalid": InvalidInput,
     "task_exists": TaskExists,
+    "task_conflict": TaskExists,
     "task_over": TaskOver,
     "temporal_unavailable": TemporalUnavailable,
     "worker_unavailable": WorkerUnavailable,
@@ -69,6 +72,8 @@ def task_error(response: httpx.Response, task_id: str | None) -> TaskError:
         problem = _Problem.model_validate_json(response.content)
     except ValidationError:
         problem = _Problem(code="", detail=f"The gateway answered {status} without a reason.")
+    if status == httpx.codes.PAYMENT_REQUIRED:
+        return CreditsRefused(problem.detail, code=problem.code or None)
     kind = _ERROR_OF_CODE.get(problem.code)
     if kind is TaskExists:
         return TaskExists(task_id or "")

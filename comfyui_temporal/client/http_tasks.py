@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -22,10 +23,11 @@ from comfyui_temporal.client.errors import (
     checked,
 )
 from comfyui_temporal.client.gateway_errors import task_error, typed_transport_errors
-from comfyui_temporal.client.interface import CancelAnswer
+from comfyui_temporal.client.interface import WAIT_SECONDS, CancelAnswer
 from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES, AnyTask
+from comfyui_temporal.contracts.start_answer import MAX_WAIT_SECONDS, Reached, WaitFor
 from comfyui_temporal.contracts.tasks import (
     CancelTask,
     CancelTaskOutcome,
@@ -45,6 +47,8 @@ SILENCE_SECONDS: Final = 40.0
 PAUSES_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Pauses before each new try to open a stream. The last one repeats."""
 MAX_PAGE: Final = 200
+APPLIED: Final = "preference-applied"
+REPLAYED: Final = "idempotent-replayed"
 ENDS: Final = frozenset({EventType.COMPLETED, EventType.FAILED, EventType.CANCELLED})
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -92,17 +96,23 @@ class HttpTasks:
         """Close the connections."""
         await self._http.aclose()
 
-    async def start(self, task: AnyTask) -> StartedTask:
-        """Start a task. The same input with the same task id is one task. Raises TaskExists for another input.
-
-        `tenant_id` and `user_id` must be the token's.
-        """
+    async def start(
+        self, task: AnyTask, *, wait_for: WaitFor | None = None, wait_seconds: float = WAIT_SECONDS
+    ) -> StartedTask:
+        """Start a task, as `Tasks.start` says. `tenant_id` and `user_id` must be the token's."""
         path = f"{TASKS}/{SCENES[task.scene].collection}"
         body = task.model_dump(mode="json", exclude_unset=True)
-        response = await self._answered("POST", path, json=body, task_id=task.task_id)
+        seconds = 0 if wait_for is None else max(1, min(MAX_WAIT_SECONDS, math.ceil(wait_seconds)))
+        response = await self._answered("POST", path, json=body, task_id=task.task_id, wait_seconds=seconds)
         view = _read(TaskView, response)
-        is_new = response.status_code == httpx.codes.ACCEPTED
-        return StartedTask(task_id=view.task_id, workflow_id=view.workflow_id, is_new=is_new)
+        started = StartedTask(
+            task_id=view.task_id, workflow_id=view.workflow_id, is_new=response.status_code == httpx.codes.ACCEPTED
+        )
+        if APPLIED not in response.headers:  # also a gateway that does not know how to wait
+            return started
+        is_told = response.status_code == httpx.codes.OK
+        told = {"reached": _reached(view), "credits": view.credits, "confirmation": view.confirmation}
+        return started.model_copy(update={"is_new": REPLAYED not in response.headers, **(told if is_told else {})})
 
     async def follow(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskUpdate, None]:
         """Yield each change that the gateway publishes, until the task ends; after `cursor` if one is given.
@@ -197,10 +207,23 @@ class HttpTasks:
         return _read(TaskDetail, await self._answered("GET", _path(task_id), task_id=task_id))
 
     async def _answered(
-        self, method: str, path: str, *, task_id: str | None = None, params: Any = None, json: Any = None
+        self,
+        method: str,
+        path: str,
+        *,
+        task_id: str | None = None,
+        params: Any = None,
+        json: Any = None,
+        wait_seconds: int = 0,
     ) -> httpx.Response:
+        headers, timeout = self._headers(), self._http.timeout
+        if wait_seconds:
+            headers["prefer"] = f"wait={wait_seconds}"
+            timeout = httpx.Timeout(**{**timeout.as_dict(), "read": (timeout.read or CONNECT_SECONDS) + wait_seconds})
         with typed_transport_errors(self._http.base_url):
-            response = await self._http.request(method, path, params=params, json=json, headers=self._headers())
+            response = await self._http.request(
+                method, path, params=params, json=json, headers=headers, timeout=timeout
+            )
         if response.is_success:
             return response
         raise task_error(response, task_id)
@@ -272,6 +295,12 @@ def _read(model: type[Model], answer: httpx.Response | str) -> Model:
     except ValidationError as error:
         places = ", ".join(".".join(map(str, issue["loc"])) or "body" for issue in error.errors()[:5])
         raise UnexpectedReply(f"The gateway's answer is not a {model.__name__}: {places}.") from None
+
+
+def _reached(view: TaskView) -> Reached:
+    if view.status.is_end():
+        return Reached.ENDED
+    return Reached.HELD if view.confirmation is None else Reached.CONFIRMATION
 
 
 def _summary(view: TaskView) -> TaskSummary:

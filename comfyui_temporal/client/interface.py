@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Final, Literal, Protocol, Self
 
 from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import AnyTask
+from comfyui_temporal.contracts.start_answer import WaitFor
 from comfyui_temporal.contracts.tasks import TaskStatus
+
+WAIT_SECONDS: Final = 30.0
 
 CancelAnswer = Literal["accepted", "too_late"]
 """`accepted`: the task ends cancelled. `too_late`: it was delivered or ended first."""
@@ -18,8 +21,14 @@ CancelAnswer = Literal["accepted", "too_late"]
 class Tasks(Protocol):
     """Every method raises TaskError (comfyui_temporal.client.errors), over either connection."""
 
-    async def start(self, task: AnyTask) -> StartedTask:
-        """Start a task. The same input with the same task id is one task. Raises TaskExists for another input."""
+    async def start(
+        self, task: AnyTask, *, wait_for: WaitFor | None = None, wait_seconds: float = WAIT_SECONDS
+    ) -> StartedTask:
+        """Start a task. The same input with the same task id is one task. Raises TaskExists for another input.
+
+        `wait_for="held"`: return once credits are held, a price is to be confirmed, the task has ended, or after
+        `wait_seconds` (60 at most). Then it also raises CreditsRefused, and InvalidInput, of a task that ended so.
+        """
 
     def follow(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskUpdate, None]:
         """Yield each change until the task ends. The last update has its final status. Raises UnknownTask."""

@@ -6,7 +6,8 @@ from datetime import datetime
 
 from comfyui_temporal.contracts.fields import OwnModel
 from comfyui_temporal.contracts.scenes import AnyResult
-from comfyui_temporal.contracts.tasks import CreditsSummary, TaskDelay, TaskStatus, TrainingProgress
+from comfyui_temporal.contracts.start_answer import Reached
+from comfyui_temporal.contracts.tasks import Confirmation, CreditsSummary, TaskDelay, TaskStatus, TrainingProgress
 
 
 class StartedTask(OwnModel):
@@ -17,6 +18,12 @@ class StartedTask(OwnModel):
     run_id: str | None = None
     """By Temporal only."""
     is_new: bool
+    reached: Reached | None = None
+    """Of a start that waits: what it was told; None where it was told nothing in time."""
+    credits: CreditsSummary | None = None
+    """With `reached` only."""
+    confirmation: Confirmation | None = None
+    """The price to confirm, where `reached` is `confirmation`."""
 
 
 class TaskUpdate(TrainingProgress):

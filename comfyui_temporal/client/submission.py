@@ -53,30 +53,38 @@ class Started:
 async def start_task(client: Client, task: TaskInput, *, task_queue: str = TASK_QUEUE) -> Started:
     """Start a task of any scene, or find the run of the same input. Raises TaskExists, RPCError, EncryptionError."""
     spec = SCENES[task.scene]
-    workflow_id = workflow_id_of(task.task_id)
+    options = start_options(client, task, task_queue)
     try:
         handle: WorkflowHandle[Any, Any] = await client.start_workflow(
-            spec.workflow,
-            task,
-            id=workflow_id,
-            task_queue=task_queue,
-            result_type=spec.result,
-            # A closed run counts too: a finished task is never run, or paid, again.
-            id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
-            # Not USE_EXISTING: that would return a run of another input or type with the same id.
-            id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-            memo={INPUT_MEMO: encryption_of(client).input_hash(task)},
-            search_attributes=_search_attributes(task),
-            static_summary=spec.summary(task),
-            priority=Priority(priority_key=PRIORITY_KEYS[task.priority], fairness_key=task.tenant_id),
-            # Another worker takes over from a killed one after 3 s instead of 10.
-            task_timeout=WORKFLOW_TASK_TIMEOUT,
-            rpc_timeout=RPC_TIMEOUT,
+            spec.workflow, task, rpc_timeout=RPC_TIMEOUT, **options
         )
     except WorkflowAlreadyStartedError:
-        handle = client.get_workflow_handle(workflow_id, result_type=spec.result)
-        return await _same_task(client, handle, task)
+        return await _same_task(client, _handle_of(client, task), task)
     return Started(handle, task.task_id, handle.first_execution_run_id or "", is_new=True)
+
+
+def start_options(client: Client, task: TaskInput, task_queue: str) -> dict[str, Any]:
+    """Every start of a task has these, whether or not it waits."""
+    spec = SCENES[task.scene]
+    return {
+        "id": workflow_id_of(task.task_id),
+        "task_queue": task_queue,
+        "result_type": spec.result,
+        # A closed run counts too: a finished task is never run, or paid, again.
+        "id_reuse_policy": WorkflowIDReusePolicy.REJECT_DUPLICATE,
+        # Not USE_EXISTING: that would return a run of another input or type with the same id.
+        "id_conflict_policy": WorkflowIDConflictPolicy.FAIL,
+        "memo": {INPUT_MEMO: encryption_of(client).input_hash(task)},
+        "search_attributes": _search_attributes(task),
+        "static_summary": spec.summary(task),
+        "priority": Priority(priority_key=PRIORITY_KEYS[task.priority], fairness_key=task.tenant_id),
+        # Another worker takes over from a killed one after 3 s instead of 10.
+        "task_timeout": WORKFLOW_TASK_TIMEOUT,
+    }
+
+
+def _handle_of(client: Client, task: TaskInput) -> WorkflowHandle[Any, Any]:
+    return client.get_workflow_handle(workflow_id_of(task.task_id), result_type=SCENES[task.scene].result)
 
 
 def _search_attributes(task: TaskInput) -> TypedSearchAttributes:

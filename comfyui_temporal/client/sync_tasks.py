@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -11,11 +12,12 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from temporalio.client import Client
 
 from comfyui_temporal.client.http_tasks import HttpTasks
-from comfyui_temporal.client.interface import CancelAnswer, Tasks
+from comfyui_temporal.client.interface import WAIT_SECONDS, CancelAnswer, Tasks
 from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
 from comfyui_temporal.client.temporal_tasks import TemporalTasks
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import AnyTask
+from comfyui_temporal.contracts.start_answer import WaitFor
 from comfyui_temporal.contracts.tasks import TASK_QUEUE, TaskStatus
 
 T = TypeVar("T")
@@ -77,10 +79,12 @@ class SyncTasks(AbstractContextManager["SyncTasks"]):
         with self._opened:
             portal.call(tasks.aclose)
 
-    def start(self, task: AnyTask) -> StartedTask:
+    def start(
+        self, task: AnyTask, *, wait_for: WaitFor | None = None, wait_seconds: float = WAIT_SECONDS
+    ) -> StartedTask:
         """See `Tasks.start`."""
         portal, tasks = self._running()
-        return portal.call(tasks.start, task)
+        return portal.call(partial(tasks.start, task, wait_for=wait_for, wait_seconds=wait_seconds))
 
     def follow(self, task_id: str, *, cursor: str | None = None) -> Generator[TaskUpdate, None, None]:
         """See `Tasks.follow`."""

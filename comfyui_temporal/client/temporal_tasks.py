@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -22,14 +23,24 @@ from temporalio.common import SearchAttributeKey
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from comfyui_temporal.client.errors import InvalidInput, TaskOver, UnknownTask, WorkerUnavailable, checked
-from comfyui_temporal.client.interface import CancelAnswer
+from comfyui_temporal.client.errors import (
+    InvalidInput,
+    TaskOver,
+    TemporalUnavailable,
+    UnknownTask,
+    WorkerUnavailable,
+    checked,
+    start_refused,
+)
+from comfyui_temporal.client.interface import WAIT_SECONDS, CancelAnswer
 from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
 from comfyui_temporal.client.run_outcome import GIVEN_BACK, ended_as
-from comfyui_temporal.client.submission import RPC_TIMEOUT, start_task
+from comfyui_temporal.client.submission import RPC_TIMEOUT, Started, start_task
 from comfyui_temporal.client.temporal_errors import typed_errors
+from comfyui_temporal.client.waiting_start import go_on_waiting, start_waiting
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENE_OF_WORKFLOW, AnyTask
+from comfyui_temporal.contracts.start_answer import MAX_WAIT_SECONDS, WAIT_AGAIN, Reached, StartAnswer, WaitFor
 from comfyui_temporal.contracts.tasks import (
     SEARCH_ATTRIBUTES,
     TASK_QUEUE,
@@ -80,13 +91,46 @@ class TemporalTasks:
     async def aclose(self) -> None:
         """Does nothing: the caller closes the client."""
 
-    async def start(self, task: AnyTask) -> StartedTask:
-        """Start a task. The same input with the same task id is one task. Raises TaskExists for another input."""
+    async def start(
+        self, task: AnyTask, *, wait_for: WaitFor | None = None, wait_seconds: float = WAIT_SECONDS
+    ) -> StartedTask:
+        """Start a task, as `Tasks.start` says."""
+        if wait_for is not None:
+            return await self._start_waiting(task, time.monotonic() + min(MAX_WAIT_SECONDS, wait_seconds))
         with typed_errors(self.client):
             started = await start_task(self.client, task, task_queue=self.task_queue)
-        return StartedTask(
-            task_id=started.task_id, workflow_id=started.handle.id, run_id=started.run_id, is_new=started.is_new
-        )
+        return _started(started)
+
+    async def _start_waiting(self, task: AnyTask, ends_at: float) -> StartedTask:
+        with typed_errors(self.client):
+            try:
+                waited = await start_waiting(
+                    self.client, task, task_queue=self.task_queue, within_seconds=ends_at - time.monotonic()
+                )
+            except TimeoutError:
+                raise TemporalUnavailable(f"Temporal at {_address(self.client)} does not answer.") from None
+        started, handle, update_id = _started(waited.started), waited.started.handle, waited.update_id
+        if waited.answer is not None:
+            return _told(started, waited.answer)
+        if not started.is_new:
+            progress = await self._queried(handle, "progress", TrainingProgress)
+            if progress is not None and progress.status.is_end():
+                return await self._start_of_ended(started, handle)
+            if progress is not None and progress.job_id is not None and progress.confirmation is None:
+                update_id = WAIT_AGAIN  # a price that was shown before has been confirmed
+        with typed_errors(self.client):
+            answer = await go_on_waiting(handle, update_id, within_seconds=ends_at - time.monotonic())
+        return started if answer is None else _told(started, answer)
+
+    async def _start_of_ended(self, started: StartedTask, handle: WorkflowHandle[Any, Any]) -> StartedTask:
+        """The answer to the repeat of a start whose task has ended."""
+        outcome = await self._outcome(handle, started.task_id)
+        credits = outcome.credits
+        if outcome.code is not None and not (credits and credits.pre_deduct_count):
+            refusal = start_refused(started.task_id, outcome.code, outcome.sentence or outcome.code)
+            if refusal is not None:
+                raise refusal
+        return started.model_copy(update={"reached": Reached.ENDED, "credits": credits})
 
     async def follow(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskUpdate, None]:
         """Yield each change until the task ends, read by query twice a second. `cursor` is ignored.
@@ -274,6 +318,23 @@ class TemporalTasks:
             return None
         page = f"{self._ui_url.rstrip('/')}/namespaces/{self.client.namespace}/workflows/{workflow_id}"
         return f"{page}/{run_id}/history" if run_id else page
+
+
+def _started(started: Started) -> StartedTask:
+    return StartedTask(
+        task_id=started.task_id, workflow_id=started.handle.id, run_id=started.run_id, is_new=started.is_new
+    )
+
+
+def _told(started: StartedTask, answer: StartAnswer) -> StartedTask:
+    """Raises CreditsRefused, InvalidInput, TaskExists of a task that ended so before anything was held."""
+    state = answer.state
+    if state.status is TaskStatus.FAILED and state.error is not None and not state.credits.pre_deduct_count:
+        refusal = start_refused(started.task_id, state.error.code, state.error.message)
+        if refusal is not None:
+            raise refusal
+    told = {"reached": answer.reached, "credits": state.credits, "confirmation": state.confirmation}
+    return started.model_copy(update=told)
 
 
 def _with_our_converter(client: Client) -> Client:

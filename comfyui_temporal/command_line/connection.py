@@ -17,6 +17,7 @@ from temporalio.service import RPCError
 
 from comfyui_temporal.client.errors import (
     AccessDenied,
+    CreditsRefused,
     InvalidInput,
     NamespaceMissing,
     TaskError,
@@ -164,7 +165,7 @@ def _failure_of(error: TaskError, server: Server) -> CommandFailure:
             return BadInput(error.sentence, error.fields)
         case TaskOver():
             return BadInput(error.sentence)
-        case Undecryptable():
+        case CreditsRefused() | Undecryptable():
             return CommandFailure(error.sentence, code=error.code)
     advice = " Register it: `comfyui-tasks doctor` shows how." if "search attribute" in error.sentence.lower() else ""
     return CommandFailure(f"{error.sentence}{advice}")

@@ -17,11 +17,17 @@ from comfyui_temporal.command_line.failures import ExitCode
 from comfyui_temporal.command_line.reports import print_json
 from comfyui_temporal.command_line.server import BY_DEFAULT, find_server, user_of
 from comfyui_temporal.command_line.settings import CommandSettings, read_settings
+from comfyui_temporal.command_line.terminal import confirmation_of
 from comfyui_temporal.contracts.scenes import AnyTask
+from comfyui_temporal.contracts.start_answer import MAX_WAIT_SECONDS, Reached, WaitFor
 from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
 
 Model = TypeVar("Model", bound=BaseModel)
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Start the task and return; `watch` follows it.")]
+WaitHeld = Annotated[
+    bool,
+    typer.Option("--wait-held", help="Start the task and return once its credits are held or refused (60 s at most)."),
+]
 Tenant = Annotated[str | None, typer.Option(help="The tenant that pays. Local stack: tenant-demo or tenant-other.")]
 User = Annotated[str | None, typer.Option(help="Default on the local stack: the tenant's own user.")]
 TaskId = Annotated[str | None, typer.Option(help="Default: a new one. The same id and input twice is one task.")]
@@ -77,6 +83,7 @@ def generate(
     task_id: TaskId = None,
     input_file: InputFile = None,
     no_wait: NoWait = False,
+    wait_held: WaitHeld = False,
     as_json: Json = False,
 ) -> None:
     """Start an image task and follow it to its end.
@@ -108,7 +115,7 @@ def generate(
         )
         values = {"task_id": inputs.new_task_id("image"), "template_id": "text-to-image"} | values
         task = _read_task(ImageTask, values)
-        return await _start(task, no_wait=no_wait, as_json=as_json)
+        return await _start(task, no_wait=no_wait, wait_held=wait_held, as_json=as_json)
 
     perform(work, as_json=as_json)
 
@@ -148,6 +155,7 @@ def train(
     task_id: TaskId = None,
     input_file: InputFile = None,
     no_wait: NoWait = False,
+    wait_held: WaitHeld = False,
     as_json: Json = False,
 ) -> None:
     """Start a training task and follow it to its end.
@@ -195,7 +203,7 @@ def train(
         values = {"task_id": inputs.new_task_id("training"), "template_id": "lora-train"} | values
         task = _read_task(TrainingTask, values)
         inputs.check_list_fits(task)
-        return await _start(task, no_wait=no_wait, as_json=as_json)
+        return await _start(task, no_wait=no_wait, wait_held=wait_held, as_json=as_json)
 
     perform(work, as_json=as_json)
 
@@ -215,22 +223,40 @@ def _hyperparameters(from_file: Any, chosen: dict[str, Any]) -> Any:
     return from_file | chosen if isinstance(from_file, dict) else from_file
 
 
-async def _start(task: AnyTask, *, no_wait: bool, as_json: bool) -> ExitCode:
+async def _start(task: AnyTask, *, no_wait: bool, wait_held: bool, as_json: bool) -> ExitCode:
+    returns = no_wait or wait_held
     async with connection(read_settings(CommandSettings)) as opened:
         for check in checks_before_start:
             await check(opened)
-        started = await opened.tasks.start(task)
+        wait_for: WaitFor | None = "held" if wait_held else None
+        started = await opened.tasks.start(task, wait_for=wait_for, wait_seconds=MAX_WAIT_SECONDS)
         ui_url = opened.tasks.ui_link(started.workflow_id, started.run_id)
-        if no_wait and as_json:
-            print_json(started.model_dump(mode="json") | {"ui_url": ui_url})
+        if returns and as_json:
+            not_told = None if wait_held else {"reached", "credits", "confirmation"}
+            print_json(started.model_dump(mode="json", exclude=not_told) | {"ui_url": ui_url})
             return ExitCode.COMPLETED
-        _announce(started, ui_url, Console(stderr=as_json), no_wait=no_wait)
-        return ExitCode.COMPLETED if no_wait else await followed(opened, started.task_id, as_json=as_json)
+        _announce(started, ui_url, Console(stderr=as_json), returns=returns, wait_held=wait_held)
+        return ExitCode.COMPLETED if returns else await followed(opened, started.task_id, as_json=as_json)
 
 
-def _announce(started: StartedTask, ui_url: str | None, console: Console, *, no_wait: bool) -> None:
+def _announce(started: StartedTask, ui_url: str | None, console: Console, *, returns: bool, wait_held: bool) -> None:
     console.print(f"{'Started' if started.is_new else 'Already started:'} task {started.task_id}", highlight=False)
     if ui_url:
         console.print(Text(ui_url, style="dim"), soft_wrap=True)
-    if no_wait:
+    if wait_held:
+        console.print(_told(started), highlight=False, soft_wrap=True)
+    if returns:
         console.print(f"Follow it: comfyui-tasks watch {started.task_id}", highlight=False)
+
+
+def _told(started: StartedTask) -> str:
+    """What a start that waits was told, as a sentence."""
+    match started.reached:
+        case Reached.HELD if started.credits is not None:
+            return f"{started.credits.held} points are held."
+        case Reached.CONFIRMATION if started.confirmation is not None:
+            return f"It {confirmation_of(started.task_id, started.confirmation)}"
+        case Reached.ENDED:
+            return f"It has ended: comfyui-tasks show {started.task_id}"
+        case _:
+            return f"After {MAX_WAIT_SECONDS} s no credits are held yet; the task goes on."

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Final
+from typing import Final, Literal
 
+from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.fields import CallerModel, OwnModel
 from comfyui_temporal.contracts.task_store import TaskState
 
 WAIT_UNTIL_HELD: Final = "wait_until_held"
+WAIT_AGAIN: Final = "wait_until_held:priced"
+"""The update's id, once the price is known; before that it is the update's name. One id has one answer, for ever."""
 MAX_WAIT_SECONDS: Final = 60
 """A start waits for no longer; a longer wait counts as this one."""
+
+
+CREDITS_REFUSED: Final = frozenset(
+    {
+        *(FailureCode.INSUFFICIENT_BALANCE, FailureCode.QUOTA_EXCEEDED),
+        *(FailureCode.NOT_AUTHORIZED, FailureCode.PRICE_MISMATCH),
+    }
+)
+"""A task that fails with one of these before anything is held: its credits are refused."""
+INPUT_REFUSED: Final = frozenset({FailureCode.INPUT_INVALID, FailureCode.DATASET_INVALID})
+ID_REFUSED: Final = frozenset({FailureCode.TASK_EXISTS, FailureCode.TASK_CONFLICT})
+WaitFor = Literal["held"]
 
 
 class Reached(StrEnum):

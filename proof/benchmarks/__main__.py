@@ -2,7 +2,7 @@
 
 python -m proof.benchmarks                     about half an hour on two quiet processors
 python -m proof.benchmarks --quick             about 10 minutes: smaller numbers, same measurements
-python -m proof.benchmarks --only waits        one of: compare, open, workers, history, waits, memory
+python -m proof.benchmarks --only waits        one of: compare, open, workers, history, waits, starts, memory
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from comfyui_temporal.process_end import end_process
 from local_stack.folder import DEFAULT_FOLDER
-from proof.benchmarks import history_cost, memory, throughput, whole_stack
+from proof.benchmarks import history_cost, memory, throughput, waiting_starts, whole_stack
 from proof.benchmarks.results import Results
 from runtime.logs import configure_logs
 
@@ -45,6 +45,7 @@ MEASUREMENTS: Final[dict[str, tuple[str, Callable[[Size], Coroutine[Any, Any, An
     "workers": ("by_workers", lambda size: throughput.by_workers(size.tasks, size.workers)),
     "history": ("history", lambda size: history_cost.measure()),
     "waits": ("waits", lambda size: whole_stack.measure(size.probes, size.kills)),
+    "starts": ("starts", lambda size: waiting_starts.measure(size.probes)),
     "memory": ("memory", lambda size: memory.measure(size.memory_tasks, size.streams)),
 }
 """Name → its field in the results, and what measures it."""

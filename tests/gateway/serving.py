@@ -30,6 +30,7 @@ from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.callbacks import CallbackOutcome
+from gateway.draining import Draining
 from gateway.tokens import StreamTokens
 from proof.site.callbacks import signed_headers, signed_request
 from runtime.caller_tokens import CallerTokens, SharedSecret
@@ -140,6 +141,7 @@ async def served(
     objects: str = "file://.run/objects",
     own_tasks_only: bool = False,
     limits_of: Callable[[str], TenantLimits] = lambda _tenant_id: NO_LIMITS,
+    draining: Draining | None = None,
 ) -> AsyncIterator[Gateway]:
     secret = new_secret()
     origins = ["https://app.example"]
@@ -152,6 +154,7 @@ async def served(
         task_queue=task_queue,
         allowed_origins=origins,
         limits_of=limits_of,
+        draining=draining,
     )
     limits = httpx.Limits(max_connections=200)
     async with (

@@ -27,6 +27,7 @@ NOT_ONE_OBJECT: dict[str, list[Any]] = {
 }
 BAD_FIELDS: dict[str, list[dict[str, Any]]] = {
     "cancel_task": [{"why": "x"}, {"reason": None}, {"reason": "\0"}, {"reason": "x" * 3_000}, {"reason": 1}],
+    "wait_until_held": [{"why": "x"}, {"reached": "held"}],
     "confirm_price": [{}, {"max_credits": 0}, {"max_credits": 1.5}, {"max_credits": "200"}, {"max_credits": 10**30}],
 }
 

@@ -1,0 +1,143 @@
+"""A start that waits until credits are held (contract §6 `Prefer: wait=N`): what it is answered, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Final
+
+from temporalio.client import Client, WorkflowQueryFailedError, WorkflowQueryRejectedError
+from temporalio.service import RPCError
+
+from comfyui_temporal.client.errors import TaskExists
+from comfyui_temporal.client.waiting_start import WaitedStart, go_on_waiting, start_waiting
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.start_answer import (
+    CREDITS_REFUSED,
+    ID_REFUSED,
+    INPUT_REFUSED,
+    MAX_WAIT_SECONDS,
+    WAIT_AGAIN,
+    WAIT_UNTIL_HELD,
+    StartAnswer,
+)
+from comfyui_temporal.contracts.task_store import TaskRow, TaskState
+from comfyui_temporal.contracts.tasks import TaskInput, TaskStatus, TrainingProgress, workflow_id_of
+from comfyui_temporal.contracts.tasks_api import TaskView
+from comfyui_temporal.encryption import encryption_of
+from comfyui_temporal.runs import NoQueryNow, query_run
+from gateway.draining import Draining
+from gateway.problems import Problem, ProblemCode
+from gateway.task_bodies import TASKS
+from gateway.temporal_calls import RPC_TIMEOUT, temporal_problems
+from store import StoreUnavailable, TaskStore
+
+APPLIED: Final = "Preference-Applied"
+_OF_STATE: Final = set(TaskState.model_fields) & set(TaskView.model_fields)
+
+
+def seconds_of(prefer: str | None) -> int:
+    """N of `Prefer: wait=N`, 60 at most; 0 without one. What cannot be read is ignored (RFC 7240)."""
+    for preference in (prefer or "").split(","):
+        name, _, value = preference.partition(";")[0].partition("=")
+        if name.strip().lower() == "wait":
+            digits = value.strip().strip('"')
+            is_number = digits.isascii() and digits.isdigit() and len(digits) < 10
+            return min(int(digits), MAX_WAIT_SECONDS) if is_number else 0
+    return 0
+
+
+def is_told(view: TaskView) -> bool:
+    """Whether the task itself answers a start that waits: a hold, a price to confirm, or the end."""
+    return view.status.is_end() or view.confirmation is not None or view.credits.pre_deduct_count > 0
+
+
+def refusal_of(view: TaskView) -> Problem | None:
+    """The problem that a start that waits is answered where its task failed before anything was held."""
+    if view.status is not TaskStatus.FAILED or view.error is None or view.credits.pre_deduct_count:
+        return None
+    code, headers = view.error.code, {"Location": f"{TASKS}/{view.task_id}"}
+    if code in CREDITS_REFUSED:
+        return Problem(ProblemCode(code), view.error.message, headers=headers, status=HTTPStatus.PAYMENT_REQUIRED)
+    if code in INPUT_REFUSED | ID_REFUSED:
+        return Problem(ProblemCode(code), view.error.message, headers=headers)
+    return None
+
+
+class StartWaits:
+    """Each wait ends after its seconds, or when the gateway shuts down: then the task goes on without it."""
+
+    def __init__(self, temporal: Client, store: TaskStore, draining: Draining, *, task_queue: str) -> None:
+        self._temporal = temporal
+        self._store = store
+        self._draining = draining
+        self._task_queue = task_queue
+
+    async def begin(self, task: TaskInput, ends_at: float) -> WaitedStart:
+        """Start the task, and wait for two seconds at most. Raises Problem, TaskExists."""
+        with temporal_problems():
+            return await start_waiting(
+                self._temporal, task, task_queue=self._task_queue, within_seconds=_left_until(ends_at)
+            )
+
+    async def go_on(self, waited: WaitedStart, ends_at: float) -> StartAnswer | None:
+        """The rest of a wait: the answer, or None. Raises Problem."""
+        if waited.answer is not None:
+            return waited.answer
+        with temporal_problems():
+            return await self._until_drained(waited.started.handle.id, waited.update_id, ends_at)
+
+    async def again(self, view: TaskView, ends_at: float) -> StartAnswer | None:
+        """The wait of a repeat, as `go_on`. `view`: the task, which does not answer it yet."""
+        if view.confirmation is not None and await self._asks(view.task_id):
+            return None
+        # Once the price is known a confirmation that was requested before has been given.
+        update_id = WAIT_UNTIL_HELD if view.prices.estimate is None else WAIT_AGAIN
+        with temporal_problems():
+            return await self._until_drained(workflow_id_of(view.task_id), update_id, ends_at)
+
+    async def _asks(self, task_id: str) -> bool:
+        """Whether the task still waits for the payer, whose answer reaches the row with the next event only."""
+        handle = self._temporal.get_workflow_handle(workflow_id_of(task_id))
+        try:
+            progress = await query_run(handle, "progress", result_type=TrainingProgress, rpc_timeout=RPC_TIMEOUT)
+        except (RPCError, NoQueryNow, WorkflowQueryFailedError, WorkflowQueryRejectedError):
+            return True
+        return progress.confirmation is not None
+
+    async def _until_drained(self, workflow_id: str, update_id: str, ends_at: float) -> StartAnswer | None:
+        handle = self._temporal.get_workflow_handle(workflow_id)
+        waiting = asyncio.create_task(go_on_waiting(handle, update_id, within_seconds=_left_until(ends_at)))
+        drained = asyncio.create_task(self._draining.wait())
+        try:
+            await asyncio.wait({waiting, drained}, return_when=asyncio.FIRST_COMPLETED)
+            return waiting.result() if waiting.done() else None
+        finally:
+            for left in (waiting, drained):
+                left.cancel()
+            await asyncio.gather(waiting, drained, return_exceptions=True)
+
+    async def seen(self, task: TaskInput, answer: StartAnswer | None) -> TaskView:
+        """The task by its row, or by the answer where that is newer. Raises TaskExists for another task's row."""
+        row: TaskRow | None = None
+        if answer is None or answer.state.error is None or answer.state.error.code != FailureCode.TASK_EXISTS:
+            with suppress(StoreUnavailable):
+                row = await self._store.task(task.task_id)
+        elif answer.state.status is TaskStatus.FAILED:
+            raise TaskExists(task.task_id)
+        if row is not None and not encryption_of(self._temporal).is_hash_of(row.input_sha256, task):
+            raise TaskExists(task.task_id)
+        view = TaskView.accepted(task) if row is None else TaskView.of_row(row)
+        if answer is None or (row is not None and row.version >= answer.state.version):
+            return view
+        return view.model_copy(update={name: getattr(answer.state, name) for name in _OF_STATE})
+
+
+def ends_at(seconds: int) -> float:
+    return time.monotonic() + seconds
+
+
+def _left_until(ends_at: float) -> float:
+    return max(0.0, ends_at - time.monotonic())
