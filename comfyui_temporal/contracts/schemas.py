@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
-from comfyui_temporal.contracts import comfyui, credits, errors, stack, tasks
+from comfyui_temporal.contracts import comfyui, credits, errors, stack, start_answer, tasks
 
 FOLDER: Final = Path("docs/schemas")
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
@@ -53,6 +53,8 @@ SCHEMAS: Final[tuple[WireSchema, ...]] = (
     WireSchema("credits-summary", "answer to the query `credits`", tasks.CreditsSummary, "serialization"),
     WireSchema("cancel-task", "argument of the update and the signal `cancel_task`", tasks.CancelTask),
     WireSchema("cancel-task-outcome", "answer to `cancel_task`", tasks.CancelTaskOutcome, "serialization"),
+    WireSchema("wait-until-held", "argument of the update `wait_until_held`", start_answer.WaitUntilHeld),
+    WireSchema("start-answer", "answer to `wait_until_held`", start_answer.StartAnswer, "serialization"),
     WireSchema("confirm-price", "argument of the update and the signal `confirm_price`", tasks.ConfirmPrice),
     WireSchema("confirm-price-outcome", "answer to `confirm_price`", tasks.ConfirmPriceOutcome, "serialization"),
     WireSchema("task-event", "one event of a task", tasks.TaskEvent, "serialization"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from comfyui_temporal import (
@@ -9,6 +11,7 @@ from comfyui_temporal import (
     HttpTasks,
     ImageTask,
     InvalidInput,
+    StartedTask,
     SyncTasks,
     TaskExists,
     Tasks,
@@ -81,7 +84,9 @@ async def test_without_a_worker_it_returns_after_its_seconds(whole: Platform) ->
     assert (started.is_new, started.reached) == (True, None)
 
 
-def test_it_is_the_same_without_async(whole: Platform, token: str) -> None:
-    with SyncTasks.over_http(whole.gateway_url, token) as tasks:
-        started = tasks.start(image(whole), wait_for="held", wait_seconds=20)
-    assert started.reached == "held"
+async def test_it_is_the_same_without_async(whole: Platform, token: str) -> None:
+    def script() -> StartedTask:
+        with SyncTasks.over_http(whole.gateway_url, token) as tasks:
+            return tasks.start(image(whole), wait_for="held", wait_seconds=20)
+
+    assert (await asyncio.to_thread(script)).reached == "held"
