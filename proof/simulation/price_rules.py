@@ -30,7 +30,8 @@ class Prices:
     def stated(self, attempt: Attempt) -> dict[str, int]:
         """The prices compared for an attempt: job's, estimate, table; empty where the run received too few."""
         estimate = self._world.witness.reply("estimate", attempt.n)
-        return self._compared(attempt, estimate.selected_cost) if estimate is not None else {}
+        is_compared = not self._scenario.is_image or self._world.witness.was_accepted(attempt)
+        return self._compared(attempt, estimate.selected_cost) if estimate is not None and is_compared else {}
 
     def answered(self, attempt: Attempt) -> dict[str, int]:
         """The same by the services' answers, although the run may have been reset before it recorded them."""

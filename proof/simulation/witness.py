@@ -130,6 +130,15 @@ class Witness:
 
     # Conclusions
 
+    def was_accepted(self, attempt: Attempt) -> bool:
+        """Whether the run received the job's acceptance before it began to undo it."""
+        return any(
+            call.resolved_at is not None and isinstance(call.outcome, Answer) and call.outcome.reply is not None
+            for name in SUBMITS
+            for call in self.calls.get(name, ())
+            if number_of(key_of(call)) == attempt.n and not call.argument.is_undo
+        )
+
     @property
     def attempt(self) -> Attempt | None:
         """The newest job that was requested."""
