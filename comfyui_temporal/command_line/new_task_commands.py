@@ -259,4 +259,4 @@ def _told(started: StartedTask) -> str:
         case Reached.ENDED:
             return f"It has ended: comfyui-tasks show {started.task_id}"
         case _:
-            return f"After {MAX_WAIT_SECONDS} s no credits are held yet; the task goes on."
+            return "No credits are held yet; the task goes on."

@@ -17,6 +17,7 @@ from tests.cable import Cable
 from tests.conftest import unique
 from tests.gateway.conftest import DEMO_TOKEN, Api
 from tests.gateway.serving import Gateway, bearer, served, token_for
+from tests.waiting import until
 from tests.workflows.payers import Payer, new_payer
 
 HD = 24
@@ -80,8 +81,12 @@ async def test_refused_credits_are_402_with_their_sentence_and_a_new_try_needs_a
     await payer.has(HD)
     still = await api.call("POST", "/images", IMAGE, token=token, X_Idempotency_Key="k1", **WAIT)
     assert still.status_code == 402
-    row = (await api.call("GET", f"/{task_id}", token=token)).json()
-    assert (row["status"], row["credits"]["held"]) == ("failed", 0)
+
+    async def is_failed() -> bool:
+        row = (await api.call("GET", f"/{task_id}", token=token)).json()
+        return (row["status"], row["credits"]["held"], row["ended_at"] is None) == ("failed", 0, False)
+
+    await until(is_failed)
     assert await api.platform.simulators.admin.credits.holds(task_id) == []
     assert await submitted(api, task_id) == 0
     new = await api.call("POST", "/images", IMAGE, token=token, X_Idempotency_Key="k2", **WAIT)

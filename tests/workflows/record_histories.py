@@ -12,12 +12,16 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from temporalio.client import WorkflowFailureError
 from temporalio.testing import WorkflowEnvironment
 
+from comfyui_temporal.client.waiting_start import start_waiting
 from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
 from comfyui_temporal.contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder
+from comfyui_temporal.contracts.start_answer import WAIT_UNTIL_HELD
+from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
 from proof.benchmarks.servers import file_backed_servers
 from store import TaskStore
 from tests.workflows.platform import Handle, Platform, running_platform
@@ -59,6 +63,37 @@ async def image_cancelled_by_signal(platform: Platform) -> Handle:
 
 async def image_refused(platform: Platform) -> Handle:
     return await platform.start_image(max_credits=1)
+
+
+async def image_short_of_points(platform: Platform) -> Handle:
+    """The balance does not cover the estimate; its starter waits until credits are held."""
+    await platform.simulators.admin.credits.set_balance(23, "tenant-demo", "user-demo")
+    return await _waited_for(platform, platform.image())
+
+
+async def training_short_of_points(platform: Platform) -> Handle:
+    await platform.simulators.admin.credits.set_balance(119, "tenant-demo", "user-demo")
+    return await platform.start_training()
+
+
+async def image_waited_for(platform: Platform) -> Handle:
+    return await _waited_for(platform, platform.image())
+
+
+async def training_waited_for(platform: Platform) -> Handle:
+    handle = await _waited_for(platform, platform.training(max_credits=None))
+    await handle.execute_update("confirm_price", {"max_credits": 1_000})
+    await handle.execute_update(WAIT_UNTIL_HELD, {})
+    return handle
+
+
+async def _waited_for(platform: Platform, task: dict[str, Any]) -> Handle:
+    """Started as a caller does who waits until credits are held."""
+    model = TrainingTask if "dataset" in task else ImageTask
+    waited = await start_waiting(
+        platform.client, model.model_validate(task), task_queue=platform.task_queue, within_seconds=60
+    )
+    return waited.started.handle
 
 
 async def image_continued(platform: Platform) -> Handle:
@@ -145,6 +180,10 @@ SCENARIOS: tuple[Scenario, ...] = (
     image_cancelled,
     image_cancelled_by_signal,
     image_refused,
+    image_short_of_points,
+    image_waited_for,
+    training_short_of_points,
+    training_waited_for,
     image_continued,
     training_completed,
     training_confirmed,

@@ -14,6 +14,7 @@ from temporalio.client import Interceptor, WorkflowHistory
 from temporalio.contrib.opentelemetry import TracingInterceptor
 from temporalio.worker import Replayer
 
+from comfyui_temporal.contracts.start_answer import WAIT_UNTIL_HELD
 from comfyui_temporal.plugin import TasksPlugin
 from tests.workflows.books import ended
 from tests.workflows.platform import Handle, Platform
@@ -38,8 +39,9 @@ def test_every_scenario_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("is_training", [False, True], ids=["image", "training"])
-async def test_a_cancel_that_came_while_a_local_try_outlived_its_workflow_task_replays(
-    quick_platform: Platform, monkeypatch: pytest.MonkeyPatch, is_training: bool
+@pytest.mark.parametrize("update", ["cancel_task", WAIT_UNTIL_HELD])
+async def test_an_update_that_came_while_a_local_try_outlived_its_workflow_task_replays(
+    quick_platform: Platform, monkeypatch: pytest.MonkeyPatch, update: str, is_training: bool
 ) -> None:
     """Replayed, it comes with the start; as it happened, it came some workflow tasks later."""
     monkeypatch.setattr(outside_call, "LOCAL_TIMEOUT", timedelta(seconds=60))
@@ -53,14 +55,16 @@ async def test_a_cancel_that_came_while_a_local_try_outlived_its_workflow_task_r
     task = quick_platform.training() if is_training else quick_platform.image()
     handle = await quick_platform.start(task, task_timeout=timedelta(seconds=1))
     await quick_platform.until(lambda: _has_workflow_tasks(handle, 1))
-    asking = asyncio.create_task(quick_platform.cancel(handle))
+    asking = asyncio.create_task(handle.execute_update(update, {}))
     await quick_platform.until(lambda: _has_workflow_tasks(handle, 4))
     may_claim.set()
-    assert await asking == "accepted"
+    answer = await asking
+    assert answer.get("outcome", answer.get("reached")) in ("accepted", "held")
     await ended(quick_platform, handle)
     order = [event.event_type async for event in handle.fetch_history_events()]
     answered = order.index(HistoryEvent.EVENT_TYPE_WORKFLOW_EXECUTION_UPDATE_COMPLETED)
-    assert answered < order.index(HistoryEvent.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED), "as when it comes with the start"
+    is_early = answered < order.index(HistoryEvent.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED)
+    assert is_early == (update == "cancel_task"), "as when it comes with the start"
     replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()])
     await replayer.replay_workflow(await handle.fetch_history())
 
