@@ -29,6 +29,9 @@ from activities.worker_settings import WorkerSettingsActivities
 from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.command_line.server import Server
 from comfyui_temporal.contracts.comfyui import TrainingOutput
+from comfyui_temporal.contracts.errors import ErrorDetails
+from comfyui_temporal.contracts.start_answer import Reached, StartAnswer, WaitUntilHeld
+from comfyui_temporal.contracts.task_store import TaskState
 from comfyui_temporal.contracts.tasks import (
     IMAGE_WORKFLOW,
     TRAINING_WORKFLOW,
@@ -97,6 +100,14 @@ class ScriptedImage:
     @workflow.query
     def credits(self) -> CreditsSummary:
         return CreditsSummary(estimated=24, held=24)
+
+    @workflow.update
+    def wait_until_held(self, _request: WaitUntilHeld) -> StartAnswer:
+        if self.task.prompt == "too dear":
+            error = ErrorDetails(code="insufficient_balance", message="The balance is 3.", retryable=False)
+            return StartAnswer(reached=Reached.ENDED, state=TaskState(version=1, status=TaskStatus.FAILED, error=error))
+        held = CreditsSummary(estimated=24, held=24, pre_deduct_count=1)
+        return StartAnswer(reached=Reached.HELD, state=TaskState(version=1, status=TaskStatus.QUEUED, credits=held))
 
     @workflow.update
     def cancel_task(self, order: CancelTask) -> CancelTaskOutcome:

@@ -133,6 +133,21 @@ async def test_json_is_one_document_on_stdout_with_progress_on_stderr(opened: Co
     assert task_id in {row["task_id"] for row in json.loads(listed.out)}
 
 
+async def test_a_start_that_waits_prints_what_is_held_or_why_nothing_is(opened: Connection) -> None:
+    task_id, dear = unique("image"), unique("image")
+    held = await run_command("generate", "a cat", *WHO, "--task-id", task_id, "--wait-held", connection=opened)
+    assert (held.exit_code, "24 points are held." in held.out) == (ExitCode.COMPLETED, True), held
+    again = await run_command(
+        "generate", "a cat", *WHO, "--task-id", task_id, "--wait-held", "--json", connection=opened
+    )
+    told = json.loads(again.out)
+    assert (told["is_new"], told["reached"], told["credits"]["held"]) == (False, "held", 24)
+    refused = await run_command("generate", "too dear", *WHO, "--task-id", dear, "--wait-held", connection=opened)
+    assert (refused.exit_code, "The balance is 3." in refused.err) == (ExitCode.FAILED, True), refused
+    for name in (task_id, dear):
+        await opened.client.get_workflow_handle(workflow_id_of(name)).terminate()
+
+
 async def test_the_local_stack_names_server_queue_and_user(opened: Connection, tmp_path: Path) -> None:
     token = jwt.encode({"tenant_id": "tenant-demo", "user_id": "user-demo"}, "k" * 32, algorithm="HS256")
     server = {"temporal_address": opened.server.address, "namespace": "default", "task_queue": opened.task_queue}
