@@ -151,4 +151,5 @@ async def test_every_recorded_history_is_read_to_its_end(recorded: Path) -> None
     reading = new_reading()
     for event in history.events:
         await reading.take(event)
-    assert reading.orphans.jobs
+    has_begun = not recorded.stem.endswith("short_of_points")  # those end at the price check
+    assert bool(reading.orphans.jobs) == has_begun
