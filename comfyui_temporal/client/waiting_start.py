@@ -67,8 +67,11 @@ async def start_waiting(
         return WaitedStart(await _started(client, task, task_queue))
     except WorkflowUpdateFailedError:  # by an older worker, which does not know the update
         answer = None
-    except TimeoutError:
+    except (TimeoutError, RPCError) as error:
         await _read(operation)
+        # NOT_FOUND: the run closed before it handled the update, or there is no such namespace, which the start tells.
+        if isinstance(error, RPCError) and error.status is not RPCStatusCode.NOT_FOUND:
+            raise
         started = await _started(client, task, task_queue)
         # A task of an earlier start would have been reported at once.
         return WaitedStart(Started(started.handle, started.task_id, started.run_id, is_new=True), update_id=update_id)

@@ -6,10 +6,11 @@ import asyncio
 from typing import Any
 
 import pytest
-from temporalio.client import WorkflowUpdateStage
+from temporalio.client import WithStartWorkflowOperation, WorkflowUpdateStage
+from temporalio.common import WorkflowIDConflictPolicy
 
 from comfyui_temporal.contracts.start_answer import WAIT_UNTIL_HELD
-from comfyui_temporal.contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TaskStatus
 from tests.workflows.books import ended, runs_of
 from tests.workflows.payers import new_payer, until_price_shown, until_started
 from tests.workflows.platform import Handle, Platform
@@ -89,9 +90,16 @@ async def test_a_run_that_is_refused_the_id_answers_too(direct_platform: Platfor
     first = await direct_platform.start(task)
     await until_started(direct_platform, first)
     await first.terminate()
-    again = await direct_platform.start(task | {"prompt": "another"})
-    waiting = await again.start_update(WAIT_UNTIL_HELD, {}, wait_for_stage=WorkflowUpdateStage.ACCEPTED)
-    answer = await waiting.result()
+    operation: WithStartWorkflowOperation[Any, Any] = WithStartWorkflowOperation(
+        IMAGE_WORKFLOW,
+        task | {"prompt": "another"},
+        id=first.id,
+        task_queue=direct_platform.task_queue,
+        id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+    )
+    answer = await direct_platform.client.execute_update_with_start_workflow(
+        WAIT_UNTIL_HELD, {}, start_workflow_operation=operation
+    )
     assert (answer["reached"], answer["state"]["error"]["code"]) == ("ended", "task_exists")
 
 
