@@ -433,6 +433,7 @@ class Settings(BaseSettings):
             continue_as_new_signals=self.continue_as_new_signals,
             short_way=self.short_way,
             counts_from_processing=True,
+            checks_balance_first=True,
             dataset_roots=[root.replace("{tenant_id}", tenant_id) for root in self.dataset_roots],
         )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from temporalio import workflow
-
 from comfyui_temporal.contracts.comfyui import JobAccepted, TaskPriority
 from comfyui_temporal.contracts.continuation import JobUpdate, PriceState
 from comfyui_temporal.contracts.credits import Estimate, EstimateRequest
@@ -47,7 +45,7 @@ class ImagePrice:
 
         Raises TaskFailed `insufficient_balance`, and as `CreditHold.estimate`.
         """
-        if workflow.patched("balance-checked-before-submit"):
+        if self._limits.policy.checks_balance_first:
             self._checked = await self._estimate(n, self._labels.price_check)
             self._hold.check_balance(self._checked)
 

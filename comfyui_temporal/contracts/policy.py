@@ -44,6 +44,9 @@ class Policy(OwnModel):
     """Whether the store is looked into for ticks (decision 4). False in runs that an earlier release began."""
     counts_from_processing: bool = False
     """Whether deadline and cap leave out the time in the queue (contract §1). False in runs of an earlier release."""
+    checks_balance_first: bool = False
+    """Whether the balance is compared with the estimate before anything is submitted or copied. False in runs of an
+    earlier release."""
     dataset_roots: list[str] = []
     """`dataset.source_uri` and `resume_from` must be below one of this tenant's prefixes."""
 

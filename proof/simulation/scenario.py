@@ -290,6 +290,7 @@ def _policy(rng: random.Random, is_image: bool, prices: PriceTable) -> Policy:
         poll_at_most_seconds=120 if is_image else 1_800,
         deadline_factor=3,
         counts_from_processing=True,
+        checks_balance_first=True,
         cap_minutes=24 * 60 if is_image else 30 * 24 * 60,
         charge_shortfall=rng.random() < 0.2,
         queue_sla_minutes=rng.choice((0.5, 8)),
