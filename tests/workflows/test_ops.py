@@ -34,6 +34,7 @@ IMAGE_STEPS = {
     "submit_job": "1 submit",
     "estimate": "1 price check",
     "pre_deduct": "3 hold",
+    "heard": "4 ticks heard",
     "get_job": "4 poll",
     "commit": "5 commit",
     "cancel_job": "5 cancel job",
@@ -50,6 +51,7 @@ TRAINING_STEPS: dict[str, tuple[str, ...]] = {
     "estimate": ("0 price check", "3 estimate"),
     "pre_deduct": ("3 hold",),
     "start_training": ("3 start",),
+    "heard": ("4 ticks heard",),
     "get_training": ("4 poll",),
     "write": ("5 record",),
     "commit": ("6 commit",),
@@ -109,9 +111,9 @@ async def test_a_polled_and_retried_image_reads_as_its_step_table(quick_platform
     handle = await quick_platform.start(task)
     await ended(quick_platform, handle)
     kept = "1 wait: submit (keep the hold meanwhile)"  # no timer where that of the pause still runs
-    seen = [step for step in await read(handle) if step not in (WAIT, "4 poll", kept)]
+    seen = [step for step in await read(handle) if step not in (WAIT, "4 ticks heard", "4 poll", kept)]
     assert seen == [*OPENING, "5 cancel job", "4 wait: next attempt", "1 price check", "1 submit", "5 commit"]
-    assert {WAIT, "4 poll"} <= set(await read(handle))
+    assert {WAIT, "4 ticks heard", "4 poll"} <= set(await read(handle))
 
 
 async def test_a_cancelled_image_reads_as_its_step_table(quick_platform: Platform) -> None:
