@@ -1,4 +1,4 @@
-"""ComfyUI and credits for measurements: every call is answered at once, every job calls back five times.
+"""ComfyUI and credits for measurements: every call is answered at once, every job calls back.
 
 It runs in the driver's process, costs almost nothing, and records when credits are held and when they are committed.
 """
@@ -34,10 +34,19 @@ WAITING: Final = "waiting-"
 CallBack = Callable[[str, dict[str, Any]], Awaitable[None]]
 
 
+def states_of(callbacks: int) -> list[dict[str, Any]]:
+    """What a job reports; all between the first and the last report are its progress."""
+    steps = callbacks - 1
+    at_work = [{"job_status": "processing", "stage_progress": round(100 * n / steps)} for n in range(1, steps)]
+    return [CALLBACKS[0], *at_work, CALLBACKS[-1]]
+
+
 class Party:
     """Both services. `call_back` brings a callback's body to a task."""
 
-    def __init__(self) -> None:
+    def __init__(self, callbacks: int = len(CALLBACKS)) -> None:
+        """`callbacks`: how often a job calls back: queued, at work, delivered."""
+        self.callbacks = states_of(callbacks)
         self.url = ""
         self.call_back: CallBack | None = None
         self.held: dict[str, float] = {}
@@ -83,15 +92,15 @@ class Party:
     async def _submit(self, request: Request) -> JSONResponse:
         task_id = (await request.json())["task_id"]
         if not task_id.startswith(WAITING):
-            calling = asyncio.create_task(self._call_back_five_times(task_id))
+            calling = asyncio.create_task(self._call_back_in_turn(task_id))
             self._calling_back.add(calling)
             calling.add_done_callback(self._calling_back.discard)
         accepted = {"job_id": f"job-{task_id}", "job_status": "queued", "estimated_time": 60, "gpu_slots": 1}
         return JSONResponse({**accepted, "estimated_cost": COST}, 202)
 
-    async def _call_back_five_times(self, task_id: str) -> None:
+    async def _call_back_in_turn(self, task_id: str) -> None:
         assert self.call_back is not None
-        for number, state in enumerate(CALLBACKS, start=1):
+        for number, state in enumerate(self.callbacks, start=1):
             await asyncio.sleep(CALLBACK_PAUSE_SECONDS)
             now = datetime.now(UTC).isoformat()
             body = {"job_id": f"job-{task_id}", "task_id": task_id, "sequence": number, "occurred_at": now, **state}

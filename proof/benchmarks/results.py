@@ -64,6 +64,7 @@ class Results(BaseModel):
     comparison: Comparison | None = None
     by_open_tasks: list[Rate] | None = None
     by_workers: list[Rate] | None = None
+    by_callbacks: list[Rate] | None = None
     history: list[Cost] | None = None
     waits: Waits | None = None
     memory: Memory | None = None
@@ -82,6 +83,7 @@ class Results(BaseModel):
             *((self.comparison and _comparison_rows(self.comparison)) or ()),
             *(_rate_row(f"with {rate.open_tasks:,} tasks open", rate) for rate in self.by_open_tasks or ()),
             *(_rate_row(f"on {rate.workers} workers", rate) for rate in self.by_workers or ()),
+            *(_rate_row(f"with {rate.callbacks} callbacks a job", rate) for rate in self.by_callbacks or ()),
             *(
                 (f"{cost.name}: history", f"{cost.events} events, {cost.actions} actions")
                 for cost in self.history or ()
@@ -112,7 +114,7 @@ def _comparison_rows(comparison: Comparison) -> list[tuple[str, str]]:
 
 def _rate_row(name: str, rate: Rate) -> tuple[str, str]:
     spent = sum(rate.processor_seconds.values())
-    return f"ours {name}", f"{rate.tasks_per_second:.2f} tasks a second, {1000 * spent:.0f} ms processor a task"
+    return f"{rate.name} {name}", f"{rate.tasks_per_second:.2f} tasks a second, {1000 * spent:.0f} ms processor a task"
 
 
 def _shown(spread: Spread) -> str:

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from comfyui_temporal.contracts.tasks import workflow_id_of
 from proof.benchmarks.contestants import Bare, Contestant, OnDbos, Ours
-from proof.benchmarks.party import WAITING, Party
+from proof.benchmarks.party import CALLBACKS, WAITING, Party
 from proof.benchmarks.servers import Servers, file_backed_servers
 
 UNDER_WAY: Final = 120
@@ -38,6 +38,8 @@ class Rate(BaseModel):
     workers: int = 1
     open_tasks: int = 0
     """Tasks that wait while the measured ones run."""
+    callbacks: int = len(CALLBACKS)
+    """Of each job."""
     tasks: int
     tasks_per_second: float
     stored_events: float | None = None
@@ -74,6 +76,19 @@ async def compare(tasks: int, rounds: int) -> Comparison:
     return Comparison(rounds=measured, to_bare=ours / medians[Bare.name], to_dbos=ours / medians[OnDbos.name])
 
 
+async def by_callbacks(tasks: int, counts: Sequence[int]) -> list[Rate]:
+    """Ours and bare Temporal by how often a job calls back."""
+    measured = []
+    for count in counts:
+        for kind in (Ours, Bare):
+            async with contest(count) as (servers, party), aclosing(_contestant(kind, servers)) as contestant:
+                await contestant.run_workers(1, towards(party))
+                rate = await measure(contestant, servers, party, tasks)
+                measured.append(rate.model_copy(update={"callbacks": count}))
+                print(f"{count} callbacks: {_line(measured[-1])}", flush=True)
+    return measured
+
+
 def _contestant(kind: Callable[[Servers], Contestant], servers: Servers) -> Contestant:
     return kind(servers)
 
@@ -108,10 +123,10 @@ async def by_workers(tasks: int, counts: Sequence[int]) -> list[Rate]:
 
 
 @asynccontextmanager
-async def contest() -> AsyncIterator[tuple[Servers, Party]]:
-    """Empty servers and a party."""
+async def contest(callbacks: int = len(CALLBACKS)) -> AsyncIterator[tuple[Servers, Party]]:
+    """Empty servers and a party whose jobs call back so often."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        async with Party().served() as party, file_backed_servers(Path(folder)) as servers:
+        async with Party(callbacks).served() as party, file_backed_servers(Path(folder)) as servers:
             yield servers, party
 
 
