@@ -27,6 +27,7 @@ from bridge.callbacks import CallbackSender
 from bridge.calls import COPY_RESULTS, INGEST_DATASET, RUN_GRAPH, TAKE_SERVER, TEMPLATE_UNFIT, RunFailureType
 from bridge.fitness import Fitness, TemplateState
 from bridge.graph_check import NoModel, chosen_models, relink
+from bridge.graphs import needed_part
 from bridge.orders import (
     CopyOrder,
     DatasetOrder,
@@ -282,11 +283,16 @@ class GpuActivities:
         return DatasetSnapshot.model_validate_json(raw).files
 
     async def _prepare(self, run: GraphRun) -> Mapping[str, Any]:
-        """The graph with this server's models, images and checkpoint filled in. Raises PromptRefused."""
-        graph: dict[str, Any] = json.loads(json.dumps(run.graph.graph))
+        """What the results need of the graph, with this server's models, images and checkpoint filled in.
+
+        Raises PromptRefused.
+        """
+        graph = needed_part(json.loads(json.dumps(run.graph.graph)), run.graph.result_nodes)
         if run.graph.models:
             await self._put_models(graph, run)
         for upload in run.graph.uploads:
+            if upload.node not in graph:
+                continue
             control = run.controls[upload.control]
             try:
                 content = await self._storage.read_whole(control.path)
@@ -340,7 +346,8 @@ class GpuActivities:
             use=FileUse.LORA,
         )
         for node, name in lora.inputs:
-            graph[node]["inputs"][name] = stored
+            if node in graph:
+                graph[node]["inputs"][name] = stored
 
     async def _with_loss(self, run: GraphRun, outcome: GraphOutcome) -> GraphOutcome:
         """A training's outcome with the last loss in the server's log, if the server offers its log."""

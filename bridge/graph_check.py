@@ -37,8 +37,8 @@ def graph_problems(
 ) -> list[str]:
     """What this server would refuse: one message each, with node and input. `uploads` are filled in later."""
     problems: list[str] = []
-    later = set(uploads)
-    for node_id in sorted(reachable(graph, result_nodes)):
+    later, results = set(uploads), list(result_nodes)
+    for node_id in sorted(reachable(graph, results)):
         node = graph[node_id]
         info = object_info.get(node["class_type"])
         where = f"node {node_id!r} ({node['class_type']})"
@@ -46,6 +46,11 @@ def graph_problems(
             problems.append(f"{where}: this server has no such node type; install the custom nodes that provide it")
             continue
         problems += _node_problems(graph, object_info, where, node_id, info, later)
+    for node_id in dict.fromkeys(results):
+        kind = graph[node_id]["class_type"]
+        info = object_info.get(kind)
+        if isinstance(info, dict) and info.get("output_node") is False:
+            problems.append(f"node {node_id!r} ({kind}): gives no result, because it is no output node")
     return problems
 
 

@@ -10,6 +10,10 @@ from typing import Any, Final
 from bridge.orders import Graph
 
 MOST_STEPS: Final = 1e12
+PREVIEWS: Final = frozenset({"MaskPreview", "MaskPreview+", "LossGraphNode", "ImageCompare", "easy previewImage"})
+"""Node types that write to ComfyUI's folder for temporary files, beside those whose names begin with `Preview`."""
+TEXT_PREVIEWS: Final = frozenset({"PreviewAny"})
+"""These give a text, which is a result."""
 
 
 class GraphProblem(ValueError):
@@ -75,6 +79,29 @@ def reachable(graph: Mapping[str, Any], from_nodes: Iterable[str]) -> set[str]:
         links = (value[0] for value in graph[node]["inputs"].values() if is_link(value))
         open_nodes.extend(link for link in links if link in graph)
     return seen
+
+
+def needed_part(graph: dict[str, Any], results: Iterable[str]) -> dict[str, Any]:
+    """The graph without the nodes that no result needs. Otherwise their output nodes run, and are waited for."""
+    needed = reachable(graph, results)
+    return {node: described for node, described in graph.items() if node in needed}
+
+
+def shown_name(graph: Mapping[str, Any], node: str) -> str:
+    """A node as people know it: its title, or class and id."""
+    described = graph.get(node) or {}
+    title = (described.get("_meta") or {}).get("title")
+    return repr(title) if isinstance(title, str) and title else f"{described.get('class_type', 'node')} {node!r}"
+
+
+def gives_no_result(node: Mapping[str, Any]) -> str | None:
+    """Why a node's files are never a result, or None: ComfyUI deletes temporary ones at its next start."""
+    kind, inputs = node["class_type"], node["inputs"]
+    if kind in PREVIEWS or (kind.startswith("Preview") and kind not in TEXT_PREVIEWS):
+        return f"{kind} only shows a preview and saves nothing"
+    if inputs.get("save_output") is False:
+        return f"its input 'save_output' is false, so that {kind} saves nothing"
+    return None
 
 
 def by_name(graph: Graph) -> dict[str, list[str]]:

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import structlog
 
+from bridge.graphs import shown_name
 from bridge.orders import GraphOutcome, GraphRun
 from bridge.progress import RunProgress
 from bridge.server import (
@@ -183,7 +184,7 @@ class PromptRun:
                 graph = await self._patiently(self._prepare)
                 self._is_submitting = True
                 sent += 1
-                await self._server.submit(graph, self._run.prompt_id)
+                await self._server.submit(graph, self._run.prompt_id, self._run.graph.result_nodes)
                 self.was_sent = True
                 return None
             except PromptRefused as refused:
@@ -300,16 +301,25 @@ class PromptRun:
             raise ServerSick(error.message, error=error, is_over=True)
         if error is None:
             files = files + self._run.named_files
-        if error is None and not files and not result.texts and self._blocked:
-            message = f"A node stopped what its results need: {self._blocked}"
-            error = ErrorDetails(code=FailureCode.NODE_ERROR.value, message=message, retryable=False)
-        if error is None and not files and not result.texts:
-            error = ErrorDetails(
-                code=FailureCode.INTERNAL.value,
-                message="ComfyUI reports success, but its result nodes returned nothing.",
-                retryable=True,
-            )
+        if error is None:
+            named = {file.node for file in self._run.named_files}
+            empty = result.empty_nodes if files or result.texts else self._run.graph.result_nodes
+            error = self._half_result([node for node in empty if node not in named])
         return GraphOutcome(files=files, texts=result.texts, error=error, seconds=result.seconds, percent=self.percent)
+
+    def _half_result(self, empty_nodes: Sequence[str]) -> ErrorDetails | None:
+        """The error of a run that succeeded without some of its results: they were asked for, and are all paid for."""
+        if not empty_nodes:
+            return None
+        if self._blocked:
+            message = f"A node stopped what its results need: {self._blocked}"
+            return ErrorDetails(code=FailureCode.NODE_ERROR.value, message=message, retryable=False)
+        graph = self._run.graph.graph
+        message = (
+            "ComfyUI reports success, but its result nodes returned nothing: "
+            f"{', '.join(shown_name(graph, node) for node in empty_nodes)}."
+        )
+        return ErrorDetails(code=FailureCode.INTERNAL.value, message=message, retryable=True, node=empty_nodes[0])
 
 
 def _too_large(refused: SubmitRefused) -> ErrorDetails:

@@ -83,6 +83,8 @@ class PromptResult:
     files: list[ResultFile] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     """Text outputs, which are in no file."""
+    empty_nodes: list[str] = field(default_factory=list)
+    """The result nodes that gave neither a file nor a text."""
     error: ErrorDetails | None = None
     seconds: float = 0.0
     is_servers_fault: bool = False
@@ -161,10 +163,11 @@ class Server(Protocol):
     async def look_up(self, prompt_id: str, result_nodes: Sequence[str]) -> Prompt:
         """Where a prompt is; once it has ended, its result has the outputs of `result_nodes`."""
 
-    async def submit(self, graph: Mapping[str, Any], prompt_id: str) -> None:
-        """Queue a graph (API format) under this id. Raises PromptRefused, SubmitRefused.
+    async def submit(self, graph: Mapping[str, Any], prompt_id: str, result_nodes: Sequence[str] = ()) -> None:
+        """Queue a graph (API format) under this id, for these nodes only. Raises PromptRefused, SubmitRefused.
 
-        Callers look the id up first: a server may run a duplicate a second time.
+        Callers look the id up first: a server may run a duplicate a second time. A server that cannot limit a run to
+        some nodes runs the whole graph.
         """
 
     def follow(self, prompt_id: str, on_update: Callable[[PromptUpdate], None]) -> AbstractAsyncContextManager[None]:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from bridge.graphs import GraphProblem, by_name, read_graph
+from bridge.graphs import GraphProblem, by_name, gives_no_result, read_graph
 from bridge.manifest import (
     BooleanExtra,
     ChoiceExtra,
@@ -67,6 +67,11 @@ class Template:
                 self._check(where, ref)
                 self._value(where, ref, value)
         self.result_nodes = [self._node(f"results: {name!r}", name) for name in manifest.results]
+        for name, node_id in zip(manifest.results, self.result_nodes, strict=True):
+            if reason := gives_no_result(graph[node_id]):
+                raise self._problem(f"results: {name!r} gives no result: {reason}; name a node that saves")
+        if len(set(self.result_nodes)) < len(self.result_nodes):
+            raise self._problem("results: a node is named twice")
 
     @property
     def template_id(self) -> str:

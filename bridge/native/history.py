@@ -19,9 +19,11 @@ def result_of(entry: Mapping[str, Any], result_nodes: Sequence[str]) -> PromptRe
     messages = status.get("messages") if isinstance(status, Mapping) else None
     is_error = isinstance(status, Mapping) and status.get("status_str") == "error"
     outputs = _shown(entry)
+    by_node = {node: (_kept_files(outputs, node), _texts(outputs, [node])) for node in result_nodes}
     return PromptResult(
-        files=[file for file in _files(outputs, result_nodes) if file.type != TEMPORARY],
-        texts=_texts(outputs, result_nodes),
+        files=[file for files, _ in by_node.values() for file in files],
+        texts=[text for _, texts in by_node.values() for text in texts],
+        empty_nodes=[node for node, (files, texts) in by_node.items() if not files and not texts],
         error=execution_details(messages) if is_error else None,
         seconds=_run_seconds(messages),
         is_servers_fault=is_error and is_servers_fault(messages),
@@ -49,6 +51,10 @@ def _of_nodes(
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for node in result_nodes:
         yield from ((name, lists) for name, lists in outputs if name == node)
+
+
+def _kept_files(outputs: list[tuple[str, Mapping[str, Any]]], node: str) -> list[ResultFile]:
+    return [file for file in _files(outputs, [node]) if file.type != TEMPORARY]
 
 
 def _files(outputs: list[tuple[str, Mapping[str, Any]]], result_nodes: Sequence[str]) -> list[ResultFile]:

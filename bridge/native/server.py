@@ -153,8 +153,11 @@ class NativeServer(OwnsClient):
 
     # Acting
 
-    async def submit(self, graph: Mapping[str, Any], prompt_id: str) -> None:
+    async def submit(self, graph: Mapping[str, Any], prompt_id: str, result_nodes: Sequence[str] = ()) -> None:
         body = {"prompt": graph, "prompt_id": prompt_id, "client_id": _client_id(prompt_id)}
+        if result_nodes:
+            # A server that does not know the field runs every output node of the graph.
+            body["partial_execution_targets"] = list(result_nodes)
         response = await self._request("POST", "/prompt", json=body)
         if response.status_code == 400:
             raise PromptRefused(refusal_details(self._parsed(response, "/prompt")))

@@ -56,7 +56,7 @@ class MemoryServer:
             return Prompt(PromptState.RUNNING)
         return Prompt(PromptState.ENDED, self._result(prompt_id, result_nodes))
 
-    async def submit(self, graph: Graph, prompt_id: str) -> None:
+    async def submit(self, graph: Graph, prompt_id: str, result_nodes: Sequence[str] = ()) -> None:
         self.submitted[prompt_id] = graph
         self._running.add(prompt_id)
 

@@ -31,6 +31,17 @@ class RequestSeen(BaseModel):
     at: float
 
 
+class GraphSeen(BaseModel):
+    """A graph that a `/prompt` queued, and its `partial_execution_targets`."""
+
+    graph: dict[str, Any]
+    targets: list[str] | None
+
+    @property
+    def nodes(self) -> list[str]:
+        return sorted(self.graph)
+
+
 class SocketSeen(BaseModel):
     client_id: str
     origin: str | None
@@ -70,6 +81,10 @@ class NativeAdmin:
     async def submissions(self) -> list[str]:
         """The prompt id of every `/prompt` that took effect, answered or not."""
         return TypeAdapter(list[str]).validate_json((await self._http.get("/submissions")).content)
+
+    async def sent(self) -> list[GraphSeen]:
+        """The graph of every `/prompt` that took effect."""
+        return await self._list(GraphSeen, "/sent")
 
     async def requests(self) -> list[RequestSeen]:
         return await self._list(RequestSeen, "/requests")

@@ -32,6 +32,10 @@ def admin_router(native: Native) -> APIRouter:
     async def submissions() -> list[str]:
         return native.submissions
 
+    @router.get("/sent")
+    async def sent() -> list[Json]:
+        return native.sent
+
     @router.get("/requests")
     async def requests() -> list[Json]:
         return native.requests
@@ -49,6 +53,7 @@ def admin_router(native: Native) -> APIRouter:
         native.set(Traps())
         native.forget()
         native.submissions.clear()
+        native.sent.clear()
         native.requests.clear()
         native.sockets.seen.clear()
         native.executor.runs.clear()

@@ -135,7 +135,7 @@ class Executor:
 
     def _finish_prompt(self, number: int, prompt: _Prompt, run: Run) -> None:
         is_success = run.outcome == "success"
-        outputs = {node: ui["output"] for node, ui in prompt.ui.items()}
+        outputs = {node: ui["output"] for node, ui in prompt.ui.items() if node not in self._traps().lost_outputs}
         if self._traps().empty_cached_outputs and is_success and not run.nodes:
             outputs = {}
         status = {

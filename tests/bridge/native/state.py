@@ -47,6 +47,8 @@ class Native:
         )
         self.submissions: list[str] = []
         """The prompt id of every `/prompt` that took effect."""
+        self.sent: list[Json] = []
+        """What each of them asked for, as `GraphSeen`."""
         self.requests: list[Json] = []
         self.number = 0
         self.answers = asyncio.Event()
@@ -112,6 +114,7 @@ class Native:
         self.queue.put(item)
         self.executor.log("got prompt\n")
         self.submissions.append(prompt_id)
+        self.sent.append({"graph": body["prompt"], "targets": body.get("partial_execution_targets")})
         errors: Any = verdict.node_errors or ([] if self.traps.node_errors_as_list else {})
         if self.traps.node_errors_on_200:
             errors = _another_output(verdict.outputs)

@@ -50,6 +50,8 @@ class Traps(BaseModel):
     history_limit: int = 10_000
     empty_cached_outputs: bool = False
     """A prompt whose outputs are all cached succeeds with empty `outputs` (before July 2026, seen for some clients)."""
+    lost_outputs: set[str] = set()
+    """The history lacks the outputs of these nodes, although the prompt succeeded."""
     extra_outputs: set[Literal["temp", "gifs", "audio", "text", "subfolder"]] = set()
     """`SaveImage` also returns these kinds of files."""
     node_errors_on_200: bool = False
