@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import mimetypes
-from typing import Any, Final
+import re
+from typing import Final
+from urllib.parse import quote
 
 import structlog
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
+from bridge.file_types import type_of
 from bridge.replies import Action, Call, Refused, Unanswered, Unauthenticated
 from bridge.runs import Keys
 from bridge.service import ImageService
@@ -34,6 +36,8 @@ BODY_SECONDS: Final = 15.0
 MAX_KEY_CHARACTERS: Final = 256
 SHOWN_TYPES: Final = frozenset({"image/png", "image/jpeg", "image/webp", "image/gif", "video/mp4", "video/webm"})
 """Browsers may show these. All other results are downloads."""
+UNSATISFIABLE: Final = (0, 0)
+"""The part that a `Range` asks for when the result has no such bytes."""
 
 log = structlog.get_logger(__name__)
 
@@ -159,9 +163,9 @@ def _training_routes(edge: Edge, trainings: TrainingService) -> APIRouter:
 def _result_routes(storage: Storage, signed: SignedAddresses) -> APIRouter:
     router = APIRouter()
 
-    @router.get(RESULTS_PATH + "/{path:path}")
-    async def result(path: str, expires: int = 0, signature: str = "") -> Response:
-        """A result, if its signed address has not expired. Otherwise 404, as for an unknown result."""
+    @router.api_route(RESULTS_PATH + "/{path:path}", methods=["GET", "HEAD"])
+    async def result(request: Request, path: str, expires: int = 0, signature: str = "") -> Response:
+        """A result, whole or in part, if its signed address has not expired. Otherwise 404, as for an unknown one."""
         if not is_plain(path) or not signed.is_valid(path, expires=expires, signature=signature):
             return _detail(404, "There is no such result, or its address has expired.")
         try:
@@ -170,18 +174,53 @@ def _result_routes(storage: Storage, signed: SignedAddresses) -> APIRouter:
             return _detail(404, "There is no such result, or its address has expired.")
         except STORAGE_ERRORS:
             return _detail(503, "The storage of results cannot be read now.")
-        kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
-        headers: dict[str, Any] = {
-            "Content-Length": str(size),
-            "X-Content-Type-Options": "nosniff",
-            "Content-Security-Policy": "default-src 'none'; sandbox",
-            "Cache-Control": "private, max-age=3600",
-        }
-        if kind not in SHOWN_TYPES:
-            headers["Content-Disposition"] = "attachment"
-        return StreamingResponse(storage.read(path), headers=headers, media_type=kind)
+        headers = _result_headers(path)
+        part = asked_part(request.headers.get("range") if request.method == "GET" else None, size)
+        if part == UNSATISFIABLE:
+            headers["Content-Range"] = f"bytes */{size}"
+            return Response(status_code=416, headers=headers)
+        start, end = part or (0, size)
+        headers["Content-Length"] = str(end - start)
+        if part is not None:
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        kind, status = type_of(path, ""), 200 if part is None else 206
+        if request.method == "HEAD":
+            return Response(status_code=status, headers=headers, media_type=kind)
+        content = storage.read(path) if part is None else storage.read_part(path, start, end)
+        return StreamingResponse(content, status, headers=headers, media_type=kind)
 
     return router
+
+
+def _result_headers(path: str) -> dict[str, str]:
+    """A result's file name, and what keeps a browser from running what is in it."""
+    name = path.rpartition("/")[2]
+    shown = "inline" if type_of(path, "") in SHOWN_TYPES else "attachment"
+    plain = "".join(character if character.isascii() else "_" for character in name)
+    return {
+        "Accept-Ranges": "bytes",
+        "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": "default-src 'none'; sandbox",
+        "Cache-Control": "private, max-age=3600",
+        "Content-Disposition": f"{shown}; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}",
+    }
+
+
+def asked_part(header: str | None, size: int) -> tuple[int, int] | None:
+    """The part [start, end) that a `Range` asks for; None for the whole.
+
+    Several parts in one request and other units are answered with the whole, as RFC 9110 allows.
+    """
+    found = re.fullmatch(r"\s*bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", header or "")
+    if found is None or not (found[1] or found[2]):
+        return None
+    if not found[1]:
+        start, end = max(0, size - int(found[2])), size
+    else:
+        start, end = int(found[1]), min(int(found[2]) + 1, size) if found[2] else size
+        if found[2] and int(found[2]) < start:
+            return None
+    return (start, end) if start < end else UNSATISFIABLE
 
 
 def _detail(status: int, sentence: str) -> Response:

@@ -13,7 +13,7 @@ import mimetypes
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
@@ -25,6 +25,7 @@ from temporalio.exceptions import ApplicationError
 
 from bridge.callbacks import CallbackSender
 from bridge.calls import COPY_RESULTS, INGEST_DATASET, RUN_GRAPH, TAKE_SERVER, TEMPLATE_UNFIT, RunFailureType
+from bridge.file_types import type_of
 from bridge.fitness import Fitness, TemplateState
 from bridge.graph_check import NoModel, chosen_models, relink
 from bridge.graphs import needed_part
@@ -51,6 +52,7 @@ from bridge.prompt_run import (
     ServerSick,
     ServerUnfit,
 )
+from bridge.result_files import BUNDLE, Bundle, kept, own_names, pieces, scratch_file, single_count
 from bridge.server import FileUse, PromptRefused, ResultFile, Server, ServerError
 from bridge.slot import Slot
 from bridge.storage import STORAGE_ERRORS, Storage, safe_name
@@ -61,17 +63,6 @@ from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 HEARTBEAT_SECONDS: Final = 1.0
 OTHERS_FIRST: Final = timedelta(seconds=20)
 """So long a server leaves a job that it failed to the other servers of its pool."""
-FILE_TYPES: Final = {
-    **{".webp": "image/webp", ".avif": "image/avif", ".exr": "image/x-exr", ".svg": "image/svg+xml"},
-    **{".webm": "video/webm", ".mkv": "video/x-matroska", ".flac": "audio/flac", ".opus": "audio/ogg"},
-    **{
-        ".glb": "model/gltf-binary",
-        ".gltf": "model/gltf+json",
-        ".obj": "model/obj",
-        ".ply": "application/octet-stream",
-    },
-}
-"""What Python's table of names lacks on some systems."""
 _LOSS: Final = re.compile(r"loss=([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)")
 _TYPES: Final[dict[type[RunFailure], RunFailureType]] = {
     PromptLost: RunFailureType.LOST,
@@ -361,15 +352,10 @@ class GpuActivities:
         return outcome.model_copy(update={"loss": float(losses[-1])}) if losses else outcome
 
     async def _copy(self, order: CopyOrder) -> list[StoredResult]:
-        stored: list[StoredResult] = []
         try:
-            for file in order.files:
-                stored.append(await self._store(order, file))
-            for number, text in enumerate(order.texts, 1):
-                content = text.encode("utf-8", "replace")
-                path = f"results/{order.job_id}/text-{number}.txt"
-                size = await self._storage.write(path, content, "text/plain; charset=utf-8")
-                stored.append(StoredResult(path=path, content_type="text/plain", size_bytes=size))
+            if order.folder:
+                return [await self._store_as_is(order, file) for file in order.files]
+            return await self._store_results(order)
         except FileNotFoundError as error:
             raise ApplicationError(
                 f"{self._identity.name} no longer has the file {error}.",
@@ -384,15 +370,53 @@ class GpuActivities:
                 "COMFYUI_TEMPORAL_BRIDGE_STORE_URL, its credentials and its free space.",
                 type=FailureCode.INTERNAL.value,
             ) from None
-        return stored
 
-    async def _store(self, order: CopyOrder, file: ResultFile) -> StoredResult:
-        is_flat = bool(order.folder)
-        path = f"{order.folder}/{safe_name(file.filename)}" if is_flat else result_path(order.job_id, file)
+    async def _store_as_is(self, order: CopyOrder, file: ResultFile) -> StoredResult:
+        path = f"{order.folder}/{safe_name(file.filename)}"
         async with self._server.fetch(file) as (content_type, chunks):
             content_type = type_of(file.filename, content_type)
             size = await self._storage.write(path, _paced(chunks), content_type)
         return StoredResult(path=path, content_type=content_type, size_bytes=size)
+
+    async def _store_results(self, order: CopyOrder) -> list[StoredResult]:
+        """Store the first results one by one, and what a job cannot name one by one in a zip."""
+        sources: list[ResultFile | str] = [*order.files, *order.texts]
+        named = list(zip(sources, own_names(order.files, len(order.texts), order.job_id), strict=True))
+        singles = single_count(len(named))
+        stored: list[StoredResult] = []
+        for source, name in named[:singles]:
+            path = f"results/{order.job_id}/{name}"
+            async with self._content(order, source) as (content_type, content):
+                size = await self._storage.write(path, content, content_type)
+            stored.append(StoredResult(path=path, content_type=content_type, size_bytes=size))
+        if rest := named[singles:]:
+            stored.append(await self._store_bundle(order, rest))
+        return stored
+
+    async def _store_bundle(self, order: CopyOrder, named: list[tuple[ResultFile | str, str]]) -> StoredResult:
+        path = f"results/{order.job_id}/{BUNDLE}"
+        with scratch_file() as file:
+            bundle = Bundle(file)
+            for source, name in named:
+                async with self._content(order, source) as (_, content):
+                    await bundle.add(name, content)
+            bundle.close()
+            size = await self._storage.write(path, pieces(file, is_stripped=False), "application/zip")
+        return StoredResult(path=path, content_type="application/zip", size_bytes=size)
+
+    @asynccontextmanager
+    async def _content(
+        self, order: CopyOrder, source: ResultFile | str
+    ) -> AsyncIterator[tuple[str, AsyncIterator[bytes]]]:
+        """A result's content type and bytes, without its metadata unless the template keeps them."""
+        with scratch_file() as file:
+            if isinstance(source, str):
+                file.write(source.encode("utf-8", "replace"))
+                yield "text/plain; charset=utf-8", pieces(file, is_stripped=False)
+                return
+            async with self._server.fetch(source) as (content_type, chunks):
+                await kept(chunks, file)
+            yield type_of(source.filename, content_type), pieces(file, is_stripped=not order.keep_metadata)
 
     @contextmanager
     def _held(self, job_id: str) -> Any:
@@ -422,22 +446,6 @@ def _moving(failure: RunFailure, prompt: PromptRun) -> ApplicationError:
 def is_trained_on(path: str) -> bool:
     """Whether ComfyUI's training nodes read this file: an image, or an image's caption."""
     return path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".txt"))
-
-
-def type_of(filename: str, content_type: str) -> str:
-    """A stored file's content type: by its name where the server gives none, as for much that it cannot show."""
-    if content_type.partition(";")[0].strip().lower() not in ("", "application/octet-stream"):
-        return content_type
-    suffix = f".{filename.rpartition('.')[2].lower()}"
-    return FILE_TYPES.get(suffix) or mimetypes.guess_type(filename)[0] or "application/octet-stream"
-
-
-def result_path(job_id: str, file: ResultFile) -> str:
-    """Where a file is stored: its own folder below the job's, without the prefix that we chose."""
-    folders = [safe_name(part) for part in file.subfolder.replace("\\", "/").split("/") if part]
-    if folders[:2] == ["comfyui-temporal", safe_name(job_id)]:
-        folders = folders[2:]
-    return "/".join(["results", job_id, *folders, safe_name(file.filename)])
 
 
 async def _paced(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

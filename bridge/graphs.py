@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,6 +94,18 @@ def shown_name(graph: Mapping[str, Any], node: str) -> str:
     described = graph.get(node) or {}
     title = (described.get("_meta") or {}).get("title")
     return repr(title) if isinstance(title, str) and title else f"{described.get('class_type', 'node')} {node!r}"
+
+
+def file_names(graph: Mapping[str, Any], nodes: Sequence[str]) -> dict[str, str]:
+    """Node → the beginning of its files' names: its title in plain letters, or its id where two would be the same."""
+    titles = {node: _slug((graph[node].get("_meta") or {}).get("title")) or _slug(node) or "result" for node in nodes}
+    counted = Counter(titles.values())
+    return {node: title if counted[title] == 1 else f"{title}-{_slug(node)}" for node, title in titles.items()}
+
+
+def _slug(text: Any) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()) if isinstance(text, str) else ""
+    return words.strip("-")[:40].strip("-")
 
 
 def gives_no_result(node: Mapping[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ from bridge.control_images import ControlImages, ImageRefused, ImageUnreachable,
 from bridge.orders import ControlFile, ControlsOrder, PublishOrder, StoredResult
 from bridge.storage import RESULT_SECONDS, STORAGE_ERRORS, SignedAddresses, Storage
 from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.size_budget import MAX_ADDRESS_BYTES, MAX_RESULT_URLS
 
 MAX_CONTROLS = 16
 log = structlog.get_logger(__name__)
@@ -51,15 +52,25 @@ class JobActivities:
 
     @activity.defn(name=SIGN_RESULTS)
     async def sign_results(self, stored: list[StoredResult]) -> list[str]:
-        """An expiring address for each result."""
+        """An expiring address for each result. Raises ApplicationError: `workflow_invalid`, or retried.
+
+        Some stores sign with addresses of any length: where one is too long for a job, the bridge serves that result.
+        """
         urls: list[str] = []
+        if len(stored) > MAX_RESULT_URLS:
+            raise _undeliverable(f"{len(stored)} results; a job delivers at most {MAX_RESULT_URLS}")
         for result in stored:
             try:
                 by_store = await self._storage.signed_by_store(result.path, RESULT_SECONDS)
             except STORAGE_ERRORS as error:
                 raise self._storage_failed(error) from None
-            expires = int(time.time()) + RESULT_SECONDS
-            urls.append(by_store or self._signed.address(result.path, expires=expires))
+            if by_store is not None and len(by_store.encode()) <= MAX_ADDRESS_BYTES:
+                urls.append(by_store)
+                continue
+            url = self._signed.address(result.path, expires=int(time.time()) + RESULT_SECONDS)
+            if len(url.encode()) > MAX_ADDRESS_BYTES:
+                raise _undeliverable(f"a result whose address has more than {MAX_ADDRESS_BYTES} bytes")
+            urls.append(url)
         return urls
 
     @activity.defn(name=PUBLISH_MODEL)
@@ -91,6 +102,10 @@ class JobActivities:
             "COMFYUI_TEMPORAL_BRIDGE_STORE_URL, its credentials and its free space.",
             type=FailureCode.INTERNAL.value,
         )
+
+
+def _undeliverable(what: str) -> ApplicationError:
+    return ApplicationError(f"The run made {what}.", type=FailureCode.WORKFLOW_INVALID.value, non_retryable=True)
 
 
 def control_path(job_id: str, number: int) -> str:

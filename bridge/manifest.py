@@ -4,6 +4,7 @@
     graph = "graph.json"                ComfyUI's API format ("Export (API)" in its menu), in the manifest's folder
     pool = "default"                    which GPU workers take its jobs
     results = ["Save image"]            the nodes whose files are the result
+    keep_metadata = false               whether the files keep the graph that ComfyUI writes into them
 
     [inputs]                            request → graph inputs, "node.input"; a node by its id or its title
     prompt = ["Positive prompt.text"]
@@ -176,6 +177,8 @@ class Manifest(ManifestModel):
     pool: CallerId = DEFAULT_POOL
     results: list[str] = []
     """Node ids or titles."""
+    keep_metadata: bool = False
+    """Leave in the results what ComfyUI writes into them: the whole graph, with the prompt."""
     inputs: Inputs = Inputs()
     resolutions: dict[Resolution, ResolutionSetting] = {}
     priorities: dict[TaskPriority, Setting] = {}

@@ -46,6 +46,8 @@ class RenderedGraph(OwnModel):
     uploads: list[Upload] = []
     models: list[ModelChoice] = []
     result_nodes: list[str]
+    keep_metadata: bool = False
+    """Results keep what ComfyUI writes into them: the graph, with the prompt."""
     expected_seconds: float = Field(gt=0)
     """Run time by the manifest, until runs were measured."""
 
@@ -195,6 +197,7 @@ class CopyOrder(OwnModel):
     """Target folder; default: the job's results."""
     files: list[ResultFile]
     texts: list[str] = []
+    keep_metadata: bool = False
 
 
 class Callback(OwnModel):

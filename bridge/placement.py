@@ -156,10 +156,11 @@ class Placement:
                 if prepare is not None:
                     await prepare(taken)
                     _check_wanted(is_wanted)
-                outcome = await self._run_on(taken, graph_run(taken), on_end)
+                run = graph_run(taken)
+                outcome = await self._run_on(taken, run, on_end)
                 _check_wanted(is_wanted)
                 on_copy()
-                return outcome, await self._copy(taken, outcome, folder)
+                return outcome, await self._copy(taken, run, outcome, folder)
             except ActivityError as error:
                 if is_cancelled_exception(error):
                     raise
@@ -249,10 +250,16 @@ class Placement:
             raise RunRefused(outcome.error)
         return outcome
 
-    async def _copy(self, taken: ServerTaken, outcome: GraphOutcome, folder: str) -> list[StoredResult]:
+    async def _copy(self, taken: ServerTaken, run: GraphRun, outcome: GraphOutcome, folder: str) -> list[StoredResult]:
         stored: list[StoredResult] = await workflow.execute_activity(
             COPY_RESULTS,
-            CopyOrder(job_id=self._run_id, folder=folder, files=outcome.files, texts=outcome.texts),
+            CopyOrder(
+                job_id=self._run_id,
+                folder=folder,
+                files=outcome.files,
+                texts=outcome.texts,
+                keep_metadata=run.graph.keep_metadata,
+            ),
             result_type=list[StoredResult],
             task_queue=taken.task_queue,
             schedule_to_start_timeout=SERVER_AWAY,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -25,6 +25,7 @@ import structlog
 from bridge.graphs import shown_name
 from bridge.orders import GraphOutcome, GraphRun
 from bridge.progress import RunProgress
+from bridge.result_files import too_much
 from bridge.server import (
     Prompt,
     PromptRefused,
@@ -304,7 +305,9 @@ class PromptRun:
         if error is None:
             named = {file.node for file in self._run.named_files}
             empty = result.empty_nodes if files or result.texts else self._run.graph.result_nodes
-            error = self._half_result([node for node in empty if node not in named])
+            error = self._half_result([node for node in empty if node not in named]) or too_much(files, result.texts)
+        if error is not None:
+            files, result = [], replace(result, texts=[])
         return GraphOutcome(files=files, texts=result.texts, error=error, seconds=result.seconds, percent=self.percent)
 
     def _half_result(self, empty_nodes: Sequence[str]) -> ErrorDetails | None:

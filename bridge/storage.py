@@ -92,6 +92,16 @@ class Storage:
         async for chunk in result.stream(min_chunk_size=1024 * 1024):
             yield bytes(chunk)
 
+    async def read_part(self, path: str, start: int, end: int) -> AsyncIterator[bytes]:
+        """The bytes from `start` up to, but not including, `end`."""
+        while start < end:
+            until = min(end, start + PART_BYTES)
+            part = bytes(await obstore.get_range_async(self._store, path, start=start, end=until))
+            if not part:
+                return
+            yield part
+            start += len(part)
+
     async def read_whole(self, path: str) -> bytes:
         result = await obstore.get_async(self._store, path)
         return bytes(await result.bytes_async())

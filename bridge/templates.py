@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from bridge.graphs import GraphProblem, by_name, gives_no_result, read_graph
+from bridge.graphs import GraphProblem, by_name, file_names, gives_no_result, read_graph
 from bridge.manifest import (
     BooleanExtra,
     ChoiceExtra,
@@ -72,6 +72,7 @@ class Template:
                 raise self._problem(f"results: {name!r} gives no result: {reason}; name a node that saves")
         if len(set(self.result_nodes)) < len(self.result_nodes):
             raise self._problem("results: a node is named twice")
+        self._file_names = file_names(graph, self.result_nodes)
 
     @property
     def template_id(self) -> str:
@@ -98,7 +99,7 @@ class Template:
             inputs = graph[node_id]["inputs"]
             if "filename_prefix" in inputs:
                 # Each job has its own prefix. Otherwise ComfyUI skips a node that wrote the same picture before.
-                inputs["filename_prefix"] = f"comfyui-temporal/{job_id}/{node_id}"
+                inputs["filename_prefix"] = f"comfyui-temporal/{job_id}/{self._file_names[node_id]}"
         rendered = RenderedGraph(
             template_id=self.template_id,
             pool=manifest.pool,
@@ -106,6 +107,7 @@ class Template:
             uploads=uploads,
             models=self._model_choices(),
             result_nodes=self.result_nodes,
+            keep_metadata=manifest.keep_metadata,
             expected_seconds=seconds,
         )
         if len(rendered.model_dump_json()) > MAX_GRAPH_BYTES:

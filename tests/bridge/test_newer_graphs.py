@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from bridge.file_types import type_of
 from bridge.fitness import problems_of
-from bridge.gpu_activities import type_of
 from bridge.graph_check import graph_problems
 from bridge.native import NativeServer as NativeClient
 from bridge.native.history import result_of

@@ -90,7 +90,7 @@ def test_a_control_image_is_uploaded_later_and_its_strength_counts() -> None:
 
 
 def test_every_result_has_a_prefix_of_its_job() -> None:
-    assert rendered("test-pattern").graph["save"]["inputs"]["filename_prefix"] == "comfyui-temporal/job-1/save"
+    assert rendered("test-pattern").graph["save"]["inputs"]["filename_prefix"] == "comfyui-temporal/job-1/save-image"
 
 
 @pytest.mark.parametrize(

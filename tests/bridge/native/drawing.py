@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 Json = dict[str, Any]
 SIDE = 512
@@ -70,8 +71,8 @@ def _steps_trained(inputs: Json) -> int:
     )
 
 
-def picture(digest: str, width: int, height: int) -> bytes:
-    """A PNG drawn from the digest."""
+def picture(digest: str, width: int, height: int, *, prompt: Json | None = None) -> bytes:
+    """A PNG drawn from the digest. ComfyUI writes the graph into it, unless `--disable-metadata` is set."""
     colors = [tuple(bytes.fromhex(digest[start : start + 6])) for start in range(0, 48, 6)]
     canvas = Image.new("RGB", (64, 64), colors[0])
     pen = ImageDraw.Draw(canvas)
@@ -79,7 +80,10 @@ def picture(digest: str, width: int, height: int) -> bytes:
         x, y = color[0] % 48, color[1] % 48
         (pen.ellipse if place % 2 else pen.rectangle)((x, y, x + 16, y + 16), fill=color)
     with BytesIO() as file:
-        canvas.resize((width, height), Image.Resampling.NEAREST).save(file, "PNG", compress_level=1)
+        texts = PngInfo()
+        if prompt is not None:
+            texts.add_text("prompt", json.dumps(prompt))
+        canvas.resize((width, height), Image.Resampling.NEAREST).save(file, "PNG", compress_level=1, pnginfo=texts)
         return file.getvalue()
 
 

@@ -218,6 +218,8 @@ class Executor:
         value_of(described, self._above(prompt, node), self._saving.folders["input"])
         extras = set(self._traps().extra_outputs)
         ui = write_outputs(described, self._above(prompt, node), self._saving, extras) if self._is_output(kind) else {}
+        if "text" in ui and self._traps().text_bytes:
+            ui["text"] = ["x" * self._traps().text_bytes]
         if ui and self._traps().blocked:
             self._block(prompt, node)
         elif ui and self._traps().expanding:

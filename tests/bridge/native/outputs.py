@@ -30,14 +30,13 @@ def write_outputs(node: Json, above: dict[str, Value], saving: Saving, extras: S
     if kind in {"SaveAnimatedWEBP", "SaveAnimatedPNG", "SaveWEBM", "SaveVideo"}:
         suffix = {"SaveWEBM": ".webm", "SaveVideo": ".mp4", "SaveAnimatedPNG": ".png"}.get(kind, ".webp")
         return {"images": [saving.save("output", prefix, suffix, TINY_MP4)], "animated": [True]}
-    ui: Json = {"images": _pictures(value, saving, "output", prefix)}
+    ui: Json = {"images": _pictures(value, saving, "output", prefix, {"node": node})}
     return ui | _extras(value, saving, prefix, extras, ui["images"])
 
 
-def _pictures(value: Value, saving: Saving, kind: str, prefix: str) -> list[Json]:
-    return [
-        saving.save(kind, prefix, ".png", picture(value.digest, value.width, value.height)) for _ in range(value.batch)
-    ]
+def _pictures(value: Value, saving: Saving, kind: str, prefix: str, prompt: Json | None = None) -> list[Json]:
+    drawn = picture(value.digest, value.width, value.height, prompt=prompt)
+    return [saving.save(kind, prefix, ".png", drawn) for _ in range(value.batch)]
 
 
 def _extras(value: Value, saving: Saving, prefix: str, extras: Set[str], images: list[Json]) -> Json:

@@ -94,7 +94,9 @@ class Native:
         if "prompt" not in body:
             return 400, {"error": _NO_PROMPT, "node_errors": {}}
         for node in body["prompt"].values() if isinstance(body["prompt"], dict) else ():
-            node["class_type"] = self.traps.replaced_nodes.get(node["class_type"], node["class_type"])
+            kind = node.get("class_type")
+            if kind in self.traps.replaced_nodes:
+                node["class_type"] = self.traps.replaced_nodes[kind]
         prompt_id = str(body.get("prompt_id", uuid.uuid4()))
         if self.traps.strict_prompt_ids and not _UUID.fullmatch(prompt_id):
             return 400, {"error": _BAD_ID, "node_errors": {}}

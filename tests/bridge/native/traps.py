@@ -54,6 +54,8 @@ class Traps(BaseModel):
     """The history lacks the outputs of these nodes, although the prompt succeeded."""
     extra_outputs: set[Literal["temp", "gifs", "audio", "text", "subfolder"]] = set()
     """`SaveImage` also returns these kinds of files."""
+    text_bytes: int = 0
+    """Length of the text that `SaveImage` returns with `extra_outputs`."""
     node_errors_on_200: bool = False
     """A prompt is queued although one of its outputs was refused, as if the graph had a second, bad output."""
     node_errors_as_list: bool = False
