@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 import structlog
 from pydantic import BaseModel, ValidationError
@@ -56,6 +57,7 @@ from bridge.result_files import BUNDLE, Bundle, kept, own_names, pieces, scratch
 from bridge.server import FileUse, PromptRefused, ResultFile, Server, ServerError
 from bridge.slot import Slot
 from bridge.storage import STORAGE_ERRORS, Storage, safe_name
+from bridge.task_files import foreign_files, shown
 from bridge.ticks import RunningJobs, Ticks
 from comfyui_temporal.contracts.comfyui import DatasetFile, DatasetSnapshot
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
@@ -175,7 +177,10 @@ class GpuActivities:
             except RunFailure as failure:
                 await self._learn_from(failure)
                 log.warning("run_failed", kind=type(failure).__name__, reason=str(failure))
+                failure.error = self._shown(failure.error, run.job_id)
                 raise _moving(failure, prompt) from None
+            if outcome.error is not None:
+                outcome = outcome.model_copy(update={"error": self._shown(outcome.error, run.job_id)})
             outcome = await self._with_loss(run, outcome)
             log.info(
                 "run_ended",
@@ -184,6 +189,12 @@ class GpuActivities:
                 attempt=activity.info().attempt,
             )
             return outcome
+
+    def _shown(self, error: ErrorDetails | None, job_id: str) -> ErrorDetails | None:
+        """The error as the job's tenant may read it."""
+        address = urlsplit(self._server.url)
+        places = (self._server.url, address.netloc, address.hostname or "", self._identity.name)
+        return None if error is None else shown(error, job_id, places=places)
 
     async def _learn_from(self, failure: RunFailure) -> None:
         if isinstance(failure, ServerDead | ServerSick):
@@ -300,6 +311,9 @@ class GpuActivities:
             )
         if run.existing_lora is not None:
             await self._put_lora(graph, run, run.existing_lora)
+        if foreign := next(foreign_files(graph, run.job_id), None):
+            message = f"Node {foreign[0]}, input {foreign[1]!r} names a file of another task."
+            raise PromptRefused(ErrorDetails(code=FailureCode.WORKFLOW_INVALID.value, message=message))
         return graph
 
     async def _put_models(self, graph: dict[str, Any], run: GraphRun) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from bridge.graphs import is_link, reachable
 from bridge.orders import ModelChoice
+from bridge.task_files import is_of_a_task
 
 MODEL_INPUTS: Final = frozenset(
     {
@@ -152,7 +153,7 @@ def _value_problem(name: str, spec: Any, value: Any) -> str | None:
     if choices is not None:
         if str(value) in choices:
             return None
-        has = ", ".join(choices[:8]) or "none"
+        has = ", ".join([choice for choice in choices if not is_of_a_task(choice)][:8]) or "none"
         noun = "model file" if name in MODEL_INPUTS else "choice"
         return f"{value!r} is not a {noun} of this server; it has {has}"
     kind = spec[0] if isinstance(spec, list) and spec else None
@@ -214,7 +215,9 @@ def chosen_models(
     for choice in choices:
         if choice.node not in needed_nodes:
             continue
-        installed = choices_of(object_info, graph[choice.node]["class_type"], choice.input) or []
+        offered = choices_of(object_info, graph[choice.node]["class_type"], choice.input) or []
+        # What a tenant trained is among the server's models, and no other task's to use.
+        installed = [name for name in offered if not is_of_a_task(name)]
         found = best_fit(installed, choice.prefer)
         if found is None:
             has = ", ".join(installed[:8]) or "none at all"

@@ -83,15 +83,12 @@ class FailedRuns:
         self._are_all_suspect = self._are_all_suspect and (failed.was_sent or failed.error is not None)
         if len(self.servers) < MAX_FAILED_RUNS:
             return
-        names = ", ".join(dict.fromkeys(self.servers))
         if not self._are_all_suspect:
-            message = f"{len(self.servers)} servers in a row failed this job ({names})."
+            message = f"{len(self.servers)} servers in a row failed this job."
             raise RunRefused(ErrorDetails(code=FailureCode.LOST.value, message=message, retryable=True))
         if failed.error is not None and failed.error.code != FailureCode.CANCELLED:
             raise RunRefused(failed.error)
-        message = (
-            f"{len(self.servers)} servers in a row failed while they ran this job ({names}): it is not tried again."
-        )
+        message = f"{len(self.servers)} servers in a row failed while they ran this job: it is not tried again."
         raise RunRefused(ErrorDetails(code=FailureCode.INTERNAL.value, message=message, retryable=False))
 
 
@@ -293,7 +290,7 @@ class Placement:
         known = isinstance(cause, ApplicationError) and cause.type in set(JOB_CODES)
         code = str(cause.type) if isinstance(cause, ApplicationError) and known else FailureCode.INTERNAL.value
         message = cause.message if isinstance(cause, ApplicationError) else str(cause or error)
-        raise RunRefused(ErrorDetails(code=code, message=f"On {self.server}: {message}", retryable=not known))
+        raise RunRefused(ErrorDetails(code=code, message=message, retryable=not known))
 
     def _keep_percent(self, cause: BaseException | None) -> None:
         """Keep the failed run's progress, so that the next run never shows less."""

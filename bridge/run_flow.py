@@ -19,6 +19,7 @@ from bridge.calls import CANCEL_UPDATE, ESTIMATE_UPDATE, VIEW_QUERY
 from bridge.orders import JobView, RenderedGraph, RunEstimate
 from bridge.placement import CANCELLED, Placement, RunRefused
 from bridge.publishing import Publishing
+from bridge.task_files import shown
 from comfyui_temporal.contracts.comfyui import JobRequest, TrainingRequest
 from comfyui_temporal.contracts.errors import JOB_CODES, ErrorDetails, FailureCode
 from comfyui_temporal.contracts.tasks import PRIORITY_KEYS, TaskStatus
@@ -40,6 +41,7 @@ class RunFlow:
         *,
         is_for_some: bool,
     ) -> None:
+        self._run_id = run_id
         self._request = request
         self._priority = Priority(priority_key=PRIORITY_KEYS[request.priority], fairness_key=request.tenant_id)
         self._publishing = Publishing(run_id, request.callback_url, self._priority)
@@ -170,7 +172,7 @@ class RunFlow:
         if self._is_over:
             return
         self._fields |= {
-            "error_details": details.model_dump(mode="json", exclude_none=True),
+            "error_details": shown(details, self._run_id).model_dump(mode="json", exclude_none=True),
             "next_eta": None,
             **self._end_fields(),
         }

@@ -13,6 +13,7 @@ from bridge.forecast import CanRun, Forecast
 from bridge.orders import ImageJob, JobView
 from bridge.replies import Call, Refused, Reply, checked
 from bridge.runs import NewRun, Runs, fingerprint
+from bridge.task_files import for_tenant
 from bridge.templates import RequestRefused, TemplateLibrary
 from comfyui_temporal.contracts.comfyui import JobRequest, JobStatus, TaskPriority
 from comfyui_temporal.contracts.errors import ErrorDetails
@@ -158,7 +159,7 @@ def demand_runnable(can_run: CanRun, template_id: str) -> None:
     """Raises Refused with the names of what is missing, if no server of the pool can run the template."""
     if can_run.missing is None:
         return
-    message = shortened(f"No server can run {template_id!r}: {'; '.join(can_run.missing.reasons)}")
+    message = shortened(f"No server can run {template_id!r}: {for_tenant('; '.join(can_run.missing.reasons))}")
     raise Refused(
         "job_refused", error_details=ErrorDetails(code=can_run.missing.code, message=message, retryable=False)
     )

@@ -30,6 +30,7 @@ from bridge.manifest import (
     TextExtra,
 )
 from bridge.orders import Graph, ModelChoice, RenderedGraph, TrainingGraph, Upload
+from bridge.task_files import problem_of
 from comfyui_temporal.contracts.comfyui import JobRequest
 from comfyui_temporal.contracts.errors import sentences_of
 from comfyui_temporal.contracts.permissions import Scene
@@ -90,6 +91,7 @@ class Template:
             self._put_all(graph, setting.set)
             seconds *= setting.seconds_factor
         self._put_texts(graph, request, problems)
+        problems += _foreign_files({"prompt": request.prompt}) + _foreign_files(request.extras, "extras.")
         for name, value in request.extras.items():
             seconds *= self._put_extra(graph, name, value, problems)
         uploads = self._put_controls(graph, request, problems)
@@ -121,6 +123,7 @@ class Template:
         graph, inputs = copy.deepcopy(self.graph), training.inputs
         problems: list[str] = []
         known = {"batch_size": inputs.batch_size, "learning_rate": inputs.learning_rate, **inputs.hyperparameters}
+        problems += _foreign_files(hyperparameters, "hyperparameters.")
         for name, value in hyperparameters.items():
             if name in known:
                 self.put(graph, known[name], value)
@@ -364,6 +367,11 @@ def load_template(folder: Path) -> Template:
         return Template(manifest, read_graph(folder / manifest.graph))
     except GraphProblem as problem:
         raise TemplateProblem(f"template {manifest.template_id!r}: {problem}") from None
+
+
+def _foreign_files(values: Mapping[str, Any], where: str = "") -> list[str]:
+    texts = {name: value for name, value in values.items() if isinstance(value, str)}
+    return [f"{where}{name}: {problem}" for name, text in texts.items() if (problem := problem_of(text))]
 
 
 def _extra_problem(extra: Extra, value: Any) -> str | None:

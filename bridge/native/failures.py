@@ -36,6 +36,9 @@ def refusal_details(body: Any) -> ErrorDetails:
             is_choice = _text(problem, "type") == "value_not_in_list"
             missing_model = missing_model or (is_choice and name in MODEL_INPUTS)
             text = _text(problem, "details") or _text(problem, "message")
+            if is_choice:
+                # The list that follows has the files of everybody who uses the server.
+                text = text.partition(" not in ")[0]
             sentences.append(f"node {node_id} ({class_type}): {_text(problem, 'message')}: {text}")
     if not sentences:
         sentences = [_text(error, "message") or (error if isinstance(error, str) else "the graph was refused")]
