@@ -25,12 +25,21 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from bridge.callbacks import CallbackSender
-from bridge.calls import COPY_RESULTS, INGEST_DATASET, RUN_GRAPH, TAKE_SERVER, TEMPLATE_UNFIT, RunFailureType
+from bridge.calls import (
+    CLEAN_SERVER,
+    COPY_RESULTS,
+    INGEST_DATASET,
+    RUN_GRAPH,
+    TAKE_SERVER,
+    TEMPLATE_UNFIT,
+    RunFailureType,
+)
 from bridge.file_types import type_of
 from bridge.fitness import Fitness, TemplateState
 from bridge.graph_check import NoModel, chosen_models, relink
 from bridge.graphs import needed_part
 from bridge.orders import (
+    CleanOrder,
     CopyOrder,
     DatasetOrder,
     ExistingLora,
@@ -40,6 +49,7 @@ from bridge.orders import (
     ServerTaken,
     StoredResult,
     TakeOrder,
+    control_name,
     long_list,
 )
 from bridge.prompt_run import (
@@ -54,10 +64,10 @@ from bridge.prompt_run import (
     ServerUnfit,
 )
 from bridge.result_files import BUNDLE, Bundle, kept, own_names, pieces, scratch_file, single_count
-from bridge.server import FileUse, PromptRefused, ResultFile, Server, ServerError
+from bridge.server import TEMPORARY, FileUse, PromptRefused, PromptState, ResultFile, Server, ServerError
 from bridge.slot import Slot
 from bridge.storage import STORAGE_ERRORS, Storage, safe_name
-from bridge.task_files import foreign_files, shown
+from bridge.task_files import FOLDER, foreign_files, is_of_a_task, shown
 from bridge.ticks import RunningJobs, Ticks
 from comfyui_temporal.contracts.comfyui import DatasetFile, DatasetSnapshot
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
@@ -224,6 +234,44 @@ class GpuActivities:
         finally:
             self._copying -= 1
 
+    @activity.defn(name=CLEAN_SERVER)
+    async def clean_server(self, order: CleanOrder) -> int:
+        """Remove a job's files and prompts from this server. Returns the number of files. Raises ApplicationError."""
+        self._copying += 1
+        try:
+            return await _with_heartbeats(self._clean(order), tuple)
+        except ServerError as error:
+            raise ApplicationError(str(error), type=RunFailureType.GONE.value) from None
+        except (PromptRefused, *STORAGE_ERRORS) as error:
+            raise ApplicationError(f"{type(error).__name__}", type=FailureCode.INTERNAL.value) from None
+        finally:
+            self._copying -= 1
+
+    async def _clean(self, order: CleanOrder) -> int:
+        files = list(order.files)
+        for prompt_id in order.prompts:
+            # A server that was away may run what its job has given up.
+            if (await self._server.look_up(prompt_id, ())).state in (PromptState.PENDING, PromptState.RUNNING):
+                await self._server.cancel(prompt_id)
+            files += [file for file in await self._server.produced(prompt_id) if _is_left_by(file, order.job_id)]
+        if order.dataset is not None:
+            files += await self._ingested(order.dataset)
+            self._ingested_datasets.discard(order.dataset.training_id)
+        for file in files:
+            await self._server.erase(file)
+        for prompt_id in order.prompts:
+            await self._server.forget(prompt_id)
+        return len(files)
+
+    async def _ingested(self, order: DatasetOrder) -> list[ResultFile]:
+        """A dataset's files on this server."""
+        found = []
+        for file in await self._files_of(order):
+            if is_trained_on(file.path):
+                folder, name = _place_of(order, file.path)
+                found.append(ResultFile(node="", kind="", filename=name, subfolder=folder, type="input"))
+        return found
+
     @activity.defn(name=INGEST_DATASET)
     async def ingest_dataset(self, order: DatasetOrder) -> int:
         """Put a training's dataset on this server. Returns the number of files.
@@ -249,13 +297,9 @@ class GpuActivities:
                             message=f"dataset.files: {file.path!r} does not match its size and sha256.",
                         )
                     )
-                folder, _, name = file.path.rpartition("/")
-                await self._server.upload(
-                    name,
-                    content,
-                    content_type=mimetypes.guess_type(name)[0] or "application/octet-stream",
-                    folder="/".join(part for part in ("comfyui-temporal", order.training_id, folder) if part),
-                )
+                folder, name = _place_of(order, file.path)
+                kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+                await self._server.upload(name, content, content_type=kind, folder=folder)
         except PromptRefused as refused:
             raise ApplicationError(refused.details.message, type=refused.details.code, non_retryable=True) from None
         except FileNotFoundError as error:
@@ -302,12 +346,11 @@ class GpuActivities:
                 raise PromptRefused(
                     ErrorDetails(code=FailureCode.INTERNAL.value, message="The control image is no longer in storage.")
                 ) from None
-            suffix = mimetypes.guess_extension(control.content_type) or ".png"
             graph[upload.node]["inputs"][upload.input] = await self._server.upload(
-                f"control-{upload.control}{suffix}",
+                control_name(upload.control, control),
                 content,
                 content_type=control.content_type,
-                folder=f"comfyui-temporal/{run.job_id}",
+                folder=f"{FOLDER}/{run.job_id}",
             )
         if run.existing_lora is not None:
             await self._put_lora(graph, run, run.existing_lora)
@@ -347,7 +390,7 @@ class GpuActivities:
             lora.name,
             content,
             content_type="application/octet-stream",
-            folder=f"comfyui-temporal/{run.job_id}",
+            folder=f"{FOLDER}/{run.job_id}",
             use=FileUse.LORA,
         )
         for node, name in lora.inputs:
@@ -455,6 +498,18 @@ def _moving(failure: RunFailure, prompt: PromptRun) -> ApplicationError:
     return ApplicationError(
         str(failure), failed.model_dump(mode="json"), type=_TYPES[type(failure)].value, non_retryable=True
     )
+
+
+def _place_of(order: DatasetOrder, path: str) -> tuple[str, str]:
+    """(folder, name) of a dataset's file below the server's input folder."""
+    folder, _, name = path.rpartition("/")
+    return "/".join(part for part in (FOLDER, order.training_id, folder) if part), name
+
+
+def _is_left_by(file: ResultFile, job_id: str) -> bool:
+    """Whether a file that a prompt shows is the job's alone: a node may also show one that was there before."""
+    is_own = is_of_a_task(f"{file.subfolder}/") and job_id in file.subfolder.replace("\\", "/").split("/")
+    return is_own or file.type == TEMPORARY
 
 
 def is_trained_on(path: str) -> bool:

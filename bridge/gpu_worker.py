@@ -117,7 +117,12 @@ class GpuWorker:
         self._own = Worker(
             client,
             task_queue=identity.task_queue,
-            activities=[self.activities.run_graph, self.activities.copy_results, self.activities.ingest_dataset],
+            activities=[
+                self.activities.run_graph,
+                self.activities.copy_results,
+                self.activities.clean_server,
+                self.activities.ingest_dataset,
+            ],
             identity=poller_identity,
             max_concurrent_activities=8,
             activity_task_poller_behavior=PollerBehaviorSimpleMaximum(maximum=2),

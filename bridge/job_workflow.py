@@ -57,6 +57,7 @@ class ComfyUIJobWorkflow(RunFlow):
         self._remember_cut_run()
         if job.request.controls:
             await self._clean_up()
+        await self._placement.clean_up()
         await self._all_published()
         return self.view()
 

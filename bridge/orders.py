@@ -17,6 +17,7 @@ Graph = dict[str, dict[str, Any]]
 
 
 MOST_REASONS: Final = 8
+IMAGE_SUFFIXES: Final = {"image/jpeg": ".jpg", "image/gif": ".gif", "image/webp": ".webp"}
 
 
 class Upload(OwnModel):
@@ -58,6 +59,11 @@ class ControlFile(OwnModel):
     path: str
     content_type: str
     size_bytes: int
+
+
+def control_name(number: int, control: ControlFile) -> str:
+    """A control image's name on a server."""
+    return f"control-{number}{IMAGE_SUFFIXES.get(control.content_type, '.png')}"
 
 
 class GraphRun(OwnModel):
@@ -200,6 +206,25 @@ class CopyOrder(OwnModel):
     keep_metadata: bool = False
 
 
+class DatasetOrder(OwnModel):
+    """A training's dataset, to be uploaded to the server that trains."""
+
+    training_id: str
+    snapshot: DatasetSnapshot
+    list_sha256: str | None = None
+    """Set if the list of files is long: it is in the bridge's storage (`long_list`), and `snapshot` has none."""
+
+
+class CleanOrder(OwnModel):
+    """What a job or training leaves on a server once it is copied, or over: its prompts and its files."""
+
+    job_id: str
+    prompts: list[str] = []
+    files: list[ResultFile] = []
+    """Files that no prompt's history names."""
+    dataset: DatasetOrder | None = None
+
+
 class Callback(OwnModel):
     """One state of a job, for its task. `body` is fixed when the state is reached."""
 
@@ -249,15 +274,6 @@ class ControlsOrder(OwnModel):
     job_id: str
     tenant_id: str
     controls: list[dict[str, JsonValue]]
-
-
-class DatasetOrder(OwnModel):
-    """A training's dataset, to be uploaded to the server that trains."""
-
-    training_id: str
-    snapshot: DatasetSnapshot
-    list_sha256: str | None = None
-    """Set if the list of files is long: it is in the bridge's storage (`long_list`), and `snapshot` has none."""
 
 
 def long_list(training_id: str, sha256: str) -> str:

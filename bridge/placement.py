@@ -27,6 +27,7 @@ from temporalio.exceptions import TimeoutError as TemporalTimeout
 from temporalio.workflow import ActivityCancellationType, ActivityHandle
 
 from bridge.calls import (
+    CLEAN_SERVER,
     COPY_RESULTS,
     RUN_GRAPH,
     TAKE_SERVER,
@@ -35,7 +36,20 @@ from bridge.calls import (
     pool_queue,
     template_queue,
 )
-from bridge.orders import CopyOrder, FailedRun, GraphOutcome, GraphRun, ServerTaken, StoredResult, TakeOrder
+from bridge.orders import (
+    CleanOrder,
+    CopyOrder,
+    DatasetOrder,
+    FailedRun,
+    GraphOutcome,
+    GraphRun,
+    ServerTaken,
+    StoredResult,
+    TakeOrder,
+    control_name,
+)
+from bridge.server import ResultFile
+from bridge.task_files import FOLDER
 from comfyui_temporal.contracts.errors import JOB_CODES, ErrorDetails, FailureCode
 
 WAIT_TOLD_AFTER: Final = timedelta(seconds=30)
@@ -47,6 +61,7 @@ HEARTBEAT_TIMEOUT: Final = timedelta(seconds=5)
 """A heartbeat is sent each second. This long after a worker is killed, another attempt looks for its run."""
 LONGEST_RUN: Final = timedelta(hours=24)
 COPY_WITHIN: Final = timedelta(hours=1)
+CLEAN_WITHIN: Final = timedelta(minutes=10)
 CANCELLED: Final = ErrorDetails(code=FailureCode.CANCELLED.value, message="It was cancelled.", retryable=False)
 MOVED_KEYS: Final = {0: 2, 1: 1, 2: 2, 3: 2}
 """Priority keys of jobs that a server failed: before the jobs of their own priority, after higher ones."""
@@ -56,6 +71,8 @@ _TAKE_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_
 _RUN_RETRY: Final = RetryPolicy(
     initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=10), maximum_attempts=100
 )
+
+_CLEAN_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_attempts=3)
 
 
 class RunRefused(Exception):
@@ -119,6 +136,8 @@ class Placement:
         self.run = 1
         self.percent = 0
         self.server: str | None = None
+        self._left: dict[str, CleanOrder] = {}
+        """Task queue of a server → what the job left there."""
 
     def prompt_id(self) -> str:
         """The id of the next prompt."""
@@ -149,11 +168,13 @@ class Placement:
             taken = await self._take_server(failed_runs.servers)
             _check_wanted(is_wanted)
             self.server = taken.server
+            self._left.setdefault(taken.task_queue, CleanOrder(job_id=self._run_id))
             try:
                 if prepare is not None:
                     await prepare(taken)
                     _check_wanted(is_wanted)
                 run = graph_run(taken)
+                self._will_leave(taken, run)
                 outcome = await self._run_on(taken, run, on_end)
                 _check_wanted(is_wanted)
                 on_copy()
@@ -269,6 +290,48 @@ class Placement:
         )
         return stored
 
+    def _will_leave(self, taken: ServerTaken, run: GraphRun) -> None:
+        left = self._left[taken.task_queue]
+        self._left[taken.task_queue] = left.model_copy(
+            update={
+                "prompts": list(dict.fromkeys([*left.prompts, run.prompt_id])),
+                "files": [*left.files, *files_left_by(run)],
+            }
+        )
+
+    async def clean_up(self, dataset: DatasetOrder | None = None) -> None:
+        """Remove what the job left on its servers, as far as they answer. Raises nothing but a cancellation.
+
+        `dataset`: remove it as well, from every server that had it.
+        """
+        if not self._left or not workflow.patched("clean-servers"):
+            return
+        orders = {queue: left.model_copy(update={"dataset": dataset}) for queue, left in self._left.items()}
+        cleaning = [
+            workflow.start_activity(
+                CLEAN_SERVER,
+                order,
+                result_type=int,
+                task_queue=queue,
+                schedule_to_start_timeout=SERVER_AWAY,
+                schedule_to_close_timeout=CLEAN_WITHIN,
+                start_to_close_timeout=CLEAN_WITHIN,
+                heartbeat_timeout=HEARTBEAT_TIMEOUT,
+                retry_policy=_CLEAN_RETRY,
+                summary="remove what the job left",
+            )
+            for queue, order in sorted(orders.items())
+            if order.prompts or order.files or order.dataset
+        ]
+        for handle in cleaning:
+            try:
+                await handle
+            except ActivityError as error:
+                if is_cancelled_exception(error):
+                    raise
+                workflow.logger.warning("left on a server: %s", error.cause)
+        self._left = {queue: CleanOrder(job_id=self._run_id) for queue in self._left}
+
     def begin_part(self, part: int) -> None:
         """Begin the next part of the work: its prompts have their own ids, and its progress restarts at 0."""
         self._part = part
@@ -300,6 +363,18 @@ class Placement:
         elif isinstance(cause, ApplicationError):
             details = cause.details
         self.percent = max(self.percent, min(_failed_run(details).percent, 99))
+
+
+def files_left_by(run: GraphRun) -> list[ResultFile]:
+    """The files of a run that no history names: its uploads, and what `SaveLoRA` writes."""
+    folder = f"{FOLDER}/{run.job_id}"
+    controls = [
+        ResultFile(node="", kind="", filename=control_name(number, control), subfolder=folder, type="input")
+        for number, control in enumerate(run.controls)
+    ]
+    lora = run.existing_lora
+    continued = [ResultFile(node="", kind="", filename=lora.name, subfolder=f"loras/{folder}")] if lora else []
+    return [*controls, *continued, *run.named_files]
 
 
 def _failed_run(details: Sequence[Any]) -> FailedRun:

@@ -18,10 +18,13 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from comfyui_temporal.contracts.errors import ErrorDetails
 from comfyui_temporal.contracts.fields import OwnModel
+
+TEMPORARY: Final = "temp"
+"""The type of files that are never results."""
 
 
 class ServerError(Exception):
@@ -190,6 +193,15 @@ class Server(Protocol):
 
     def fetch(self, file: ResultFile) -> AbstractAsyncContextManager[tuple[str, AsyncIterator[bytes]]]:
         """A file's content type and its bytes as they arrive. Raises FileNotFoundError if it is gone."""
+
+    async def produced(self, prompt_id: str) -> list[ResultFile]:
+        """Every file that an ended prompt left, of all its nodes, temporary ones too."""
+
+    async def erase(self, file: ResultFile) -> None:
+        """Free a file's space, so that nobody reads it again. A missing file is no error; its name may stay."""
+
+    async def forget(self, prompt_id: str) -> None:
+        """Drop an ended prompt from the server's history."""
 
     async def log_lines(self) -> list[str]:
         """The server's latest log lines; empty if it does not offer them."""

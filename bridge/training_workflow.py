@@ -89,6 +89,7 @@ class ComfyUITrainingWorkflow(RunFlow):
         """The training's last state."""
         self._change("queued")
         await self._finish(self._train())
+        await self._placement.clean_up(self._dataset)
         await self._all_published()
         return self.view()
 
@@ -149,19 +150,22 @@ class ComfyUITrainingWorkflow(RunFlow):
             folder=f"checkpoints/{self._request.tenant_id}/{self._job.training_id}",
         )
         self._record_chunk(last_epoch, steps, outcome, stored)
+        # Until the next chunk the server is free for others: what was trained is copied, and is not left there.
+        await self._placement.clean_up()
+
+    @property
+    def _dataset(self) -> DatasetOrder:
+        dataset = self._job.request.dataset
+        assert dataset is not None
+        return DatasetOrder(training_id=self._job.training_id, snapshot=dataset, list_sha256=self._job.list_sha256)
 
     async def _ingest(self, taken: ServerTaken) -> None:
         if self._fields["training_stage"] is None:
             self._enter(TrainingStage.DATA_INGEST)
         workflow.upsert_memo({SERVER_MEMO: taken.server})
-        assert self._job.request.dataset is not None
         files: int = await workflow.execute_activity(
             INGEST_DATASET,
-            DatasetOrder(
-                training_id=self._job.training_id,
-                snapshot=self._job.request.dataset,
-                list_sha256=self._job.list_sha256,
-            ),
+            self._dataset,
             result_type=int,
             task_queue=taken.task_queue,
             schedule_to_start_timeout=SERVER_AWAY,

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from bridge.native.failures import execution_details, is_interrupted, is_servers_fault
-from bridge.server import PromptResult, ResultFile
+from bridge.server import TEMPORARY, PromptResult, ResultFile
 from comfyui_temporal.contracts.fields import repaired
 
-TEMPORARY: Final = "temp"
 TEXT_LIST: Final = "text"
 
 
@@ -29,6 +28,12 @@ def result_of(entry: Mapping[str, Any], result_nodes: Sequence[str]) -> PromptRe
         is_servers_fault=is_error and is_servers_fault(messages),
         is_interrupted=is_error and is_interrupted(messages),
     )
+
+
+def files_of(entry: Mapping[str, Any]) -> list[ResultFile]:
+    """The files of all nodes, temporary ones too."""
+    outputs = _shown(entry)
+    return _files(outputs, list(dict.fromkeys(node for node, _ in outputs)))
 
 
 def _shown(entry: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

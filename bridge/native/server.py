@@ -21,7 +21,7 @@ import httpx
 
 from bridge.native.events import followed
 from bridge.native.failures import refusal_details
-from bridge.native.history import result_of
+from bridge.native.history import files_of, result_of
 from bridge.server import (
     FileUse,
     Prompt,
@@ -223,6 +223,25 @@ class NativeServer(OwnsClient):
             yield response.headers.get("content-type", "application/octet-stream"), self._chunks(response)
         finally:
             await response.aclose()
+
+    async def produced(self, prompt_id: str) -> list[ResultFile]:
+        history = _mapping(await self._json("GET", f"/history/{quote(prompt_id, safe='')}"), "/history")
+        entry = history.get(prompt_id)
+        return files_of(entry) if isinstance(entry, Mapping) else []
+
+    async def erase(self, file: ResultFile) -> None:
+        """ComfyUI deletes no file over HTTP, but replaces one by an empty one."""
+        try:
+            async with self.fetch(file):
+                pass
+        except FileNotFoundError:
+            return
+        fields = {"type": file.type, "subfolder": file.subfolder, "overwrite": "true"}
+        files = {"image": (file.filename, b"", "application/octet-stream")}
+        self._checked_status(await self._request("POST", "/upload/image", data=fields, files=files), "/upload/image")
+
+    async def forget(self, prompt_id: str) -> None:
+        self._checked_status(await self._request("POST", "/history", json={"delete": [prompt_id]}), "/history")
 
     async def _chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
         try:

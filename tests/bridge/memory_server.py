@@ -89,6 +89,15 @@ class MemoryServer:
 
         yield "image/png", chunks()
 
+    async def produced(self, prompt_id: str) -> list[ResultFile]:
+        return []
+
+    async def erase(self, file: ResultFile) -> None:
+        return None
+
+    async def forget(self, prompt_id: str) -> None:
+        return None
+
     async def log_lines(self) -> list[str]:
         return []
 
