@@ -34,6 +34,7 @@ from bridge.calls import (
     TEMPLATE_UNFIT,
     RunFailureType,
 )
+from bridge.datasets import CorruptPicture, Placed, named, plan_of, read_picture
 from bridge.file_types import type_of
 from bridge.fitness import Fitness, TemplateState
 from bridge.graph_check import NoModel, chosen_models, relink
@@ -265,12 +266,8 @@ class GpuActivities:
 
     async def _ingested(self, order: DatasetOrder) -> list[ResultFile]:
         """A dataset's files on this server."""
-        found = []
-        for file in await self._files_of(order):
-            if is_trained_on(file.path):
-                folder, name = _place_of(order, file.path)
-                found.append(ResultFile(node="", kind="", filename=name, subfolder=folder, type="input"))
-        return found
+        places = [_place_of(order, placed.target) for placed in plan_of(await self._files_of(order)).placed]
+        return [ResultFile(node="", kind="", filename=name, subfolder=folder, type="input") for folder, name in places]
 
     @activity.defn(name=INGEST_DATASET)
     async def ingest_dataset(self, order: DatasetOrder) -> int:
@@ -283,23 +280,12 @@ class GpuActivities:
 
     async def _ingest(self, order: DatasetOrder) -> int:
         try:
-            wanted = [file for file in await self._files_of(order) if is_trained_on(file.path)]
+            wanted = plan_of(await self._files_of(order)).placed
             if order.training_id in self._ingested_datasets:
                 return len(wanted)
-            snapshot = Storage(order.snapshot.snapshot_uri)
-            for file in wanted:
-                has_size = await snapshot.size_bytes(file.path) == file.size_bytes
-                content = await snapshot.read_whole(file.path) if has_size else b""
-                if not has_size or hashlib.sha256(content).hexdigest() != file.sha256:
-                    raise PromptRefused(
-                        ErrorDetails(
-                            code=FailureCode.WORKFLOW_INVALID.value,
-                            message=f"dataset.files: {file.path!r} does not match its size and sha256.",
-                        )
-                    )
-                folder, name = _place_of(order, file.path)
-                kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-                await self._server.upload(name, content, content_type=kind, folder=folder)
+            corrupt = [placed.file.path for placed in wanted if not await self._ingest_file(order, placed)]
+            if corrupt:
+                raise _dataset_refused(f"{named(corrupt)} cannot be read: no pictures, or broken off")
         except PromptRefused as refused:
             raise ApplicationError(refused.details.message, type=refused.details.code, non_retryable=True) from None
         except FileNotFoundError as error:
@@ -317,6 +303,23 @@ class GpuActivities:
             ) from None
         self._ingested_datasets.add(order.training_id)
         return len(wanted)
+
+    async def _ingest_file(self, order: DatasetOrder, placed: Placed) -> bool:
+        """Upload a verified file. Returns whether it can be read. Raises PromptRefused, ServerError, STORAGE_ERRORS."""
+        file, snapshot = placed.file, Storage(order.snapshot.snapshot_uri)
+        has_size = await snapshot.size_bytes(file.path) == file.size_bytes
+        content = await snapshot.read_whole(file.path) if has_size else b""
+        if not has_size or hashlib.sha256(content).hexdigest() != file.sha256:
+            raise _dataset_refused(f"{file.path!r} does not match its size and sha256")
+        folder, name = _place_of(order, placed.target)
+        if not name.lower().endswith(".txt"):
+            try:
+                content = await asyncio.to_thread(read_picture, content, as_png=placed.is_converted)
+            except CorruptPicture:
+                return False
+        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        await self._server.upload(name, content, content_type=kind, folder=folder)
+        return True
 
     async def _files_of(self, order: DatasetOrder) -> list[DatasetFile]:
         """The files to train on. Raises STORAGE_ERRORS, PromptRefused."""
@@ -512,9 +515,8 @@ def _is_left_by(file: ResultFile, job_id: str) -> bool:
     return is_own or file.type == TEMPORARY
 
 
-def is_trained_on(path: str) -> bool:
-    """Whether ComfyUI's training nodes read this file: an image, or an image's caption."""
-    return path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".txt"))
+def _dataset_refused(problem: str) -> PromptRefused:
+    return PromptRefused(ErrorDetails(code=FailureCode.WORKFLOW_INVALID.value, message=f"dataset.files: {problem}."))
 
 
 async def _paced(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -327,3 +327,5 @@ class TrainingJob(OwnModel):
     gpu_type: str
     is_for_some: bool = False
     """As in `ImageJob`."""
+    dataset_summary: str = ""
+    """What is trained on and what is left out, for people."""

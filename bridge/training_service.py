@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Annotated, Final
 
 from pydantic import Field
 
 from bridge.calls import CANCEL_UPDATE, LEAST_MINUTES, START_UPDATE, TRAINING_WORKFLOW, run_id_of, workflow_id
+from bridge.datasets import (
+    CONVERTED,
+    HEAD_BYTES,
+    NATIVE,
+    Placed,
+    Plan,
+    looks_like_a_picture,
+    named,
+    plan_of,
+)
 from bridge.forecast import Forecast
-from bridge.gpu_activities import is_trained_on
 from bridge.orders import TrainingJob, long_list
 from bridge.replies import Call, Refused, Reply, Unanswered, checked
 from bridge.runs import NewRun, Runs, fingerprint
@@ -32,6 +41,8 @@ from comfyui_temporal.contracts.tasks import Hyperparameters
 MAX_FILE_BYTES: Final = 100 * 1024 * 1024
 """ComfyUI's own upload limit."""
 MAX_FILES: Final = 10_000
+HEADS_AT_ONCE: Final = 32
+"""Pictures whose first bytes are read side by side."""
 _CHECKPOINT: Final = re.compile(r"epoch-(?P<epoch>\d+)-r\d+_(?P<step>\d+)_steps_")
 
 
@@ -86,6 +97,7 @@ class TrainingService:
             "gpu_hours": job.gpu_hours,
             "gpu_slots": job.gpu_slots,
             "gpu_type": job.gpu_type,
+            "dataset_summary": job.dataset_summary,
         }
         return await self._runs.begin(
             NewRun(
@@ -122,7 +134,7 @@ class TrainingService:
         check_callback(request.callback_url, self._callback_bases, request.task_id)
         hyperparameters = self._hyperparameters(request)
         template = self._template(request.base_model)
-        pictures = self._pictures(request)
+        plan = await self._plan(request)
         resumed = self._resumed(request)
         if resumed is not None and resumed.epoch >= hyperparameters.epochs:
             raise _invalid("resume_from", f"is of epoch {resumed.epoch}; hyperparameters.epochs must be higher")
@@ -135,7 +147,7 @@ class TrainingService:
         training = template.manifest.training
         assert training is not None
         first_epoch = resumed.epoch if resumed else 0
-        steps_per_epoch = math.ceil(pictures / hyperparameters.batch_size)
+        steps_per_epoch = math.ceil(len(plan.pictures) / hyperparameters.batch_size)
         seconds_per_step = training.seconds_per_image * hyperparameters.batch_size
         epochs = hyperparameters.epochs - first_epoch
         hours = max(epochs * steps_per_epoch * seconds_per_step / 3600, 0.0001)
@@ -156,6 +168,7 @@ class TrainingService:
             gpu_slots=GPU_SLOTS,
             gpu_type=await self._gpu_type(request.gpu_type, template.manifest.pool),
             is_for_some=not can_run.by_all,
+            dataset_summary=plan.summary(),
         )
 
     async def _with_long_list_stored(self, job: TrainingJob) -> TrainingJob:
@@ -189,8 +202,8 @@ class TrainingService:
             raise _invalid("base_model", f"{base_model!r} is not offered; offered are {', '.join(sorted(offered))}")
         return offered[base_model]
 
-    def _pictures(self, request: TakenTrainingRequest) -> int:
-        """The number of pictures in the dataset. Raises Refused if it cannot be trained on, or must not be read."""
+    async def _plan(self, request: TakenTrainingRequest) -> Plan:
+        """What of the dataset is trained on. Raises Refused if it cannot be trained on, or must not be read."""
         dataset = request.dataset
         path = self._snapshots.path_of(dataset.snapshot_uri.rstrip("/")) or ""
         if not path.startswith(f"snapshots/{request.task_id}/"):
@@ -202,12 +215,34 @@ class TrainingService:
                 raise _invalid("dataset.files", f"{file.path!r} must be a relative path without '..'")
             if file.size_bytes > MAX_FILE_BYTES:
                 raise _invalid("dataset.files", f"{file.path!r} is larger than {MAX_FILE_BYTES} bytes")
-        pictures = sum(
-            is_trained_on(file.path) and PurePosixPath(file.path).suffix.lower() != ".txt" for file in dataset.files
-        )
-        if not pictures:
-            raise _invalid("dataset.files", "has no picture (png, jpg, jpeg, webp) to train on")
-        return pictures
+        plan = plan_of(dataset.files)
+        if not plan.pictures:
+            taken = ", ".join(sorted(suffix[1:] for suffix in NATIVE | CONVERTED))
+            raise _invalid("dataset.files", f"has no picture ({taken}) to train on")
+        await self._demand_pictures(dataset.snapshot_uri, plan)
+        return plan
+
+    async def _demand_pictures(self, snapshot_uri: str, plan: Plan) -> None:
+        """Raises Refused with the names of files that are no pictures, before anything costs anything."""
+        snapshot = Storage(snapshot_uri)
+        at_once = asyncio.Semaphore(HEADS_AT_ONCE)
+
+        async def is_picture(placed: Placed) -> bool:
+            async with at_once:
+                end = min(HEAD_BYTES, placed.file.size_bytes)
+                return looks_like_a_picture(
+                    b"".join([part async for part in snapshot.read_part(placed.file.path, 0, end)])
+                )
+
+        try:
+            found = await asyncio.gather(*(is_picture(placed) for placed in plan.pictures))
+        except FileNotFoundError:
+            raise _invalid("dataset.files", "names a file that is not in the snapshot") from None
+        except STORAGE_ERRORS as error:
+            raise Unanswered(503, f"the dataset's snapshot cannot be read now: {type(error).__name__}") from None
+        corrupt = [placed.file.path for placed, is_one in zip(plan.pictures, found, strict=True) if not is_one]
+        if corrupt:
+            raise _invalid("dataset.files", f"{named(corrupt)}: no pictures, whatever their names say")
 
     def _resumed(self, request: TakenTrainingRequest) -> Resumed | None:
         if request.resume_from is None:

@@ -161,7 +161,7 @@ class ComfyUITrainingWorkflow(RunFlow):
 
     async def _ingest(self, taken: ServerTaken) -> None:
         if self._fields["training_stage"] is None:
-            self._enter(TrainingStage.DATA_INGEST)
+            self._enter(TrainingStage.DATA_INGEST, self._job.dataset_summary)
         workflow.upsert_memo({SERVER_MEMO: taken.server})
         files: int = await workflow.execute_activity(
             INGEST_DATASET,

@@ -95,7 +95,7 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         self.clock.not_started()
         training = await self.attempts.submit(draft)
         assert isinstance(training, TrainingAccepted)
-        self.price.created(training.gpu_hours)
+        self.price.created(training.gpu_hours, training.dataset_summary)
         self.watch.follow(training.training_id)
         self.record.submitted(None)
         return training

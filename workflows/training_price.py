@@ -48,6 +48,7 @@ class TrainingPrice:
         self._record = record
         self._waits = waits
         self.state = state
+        self._dataset_summary = ""
         if task.max_credits is not None:
             self.state.ceiling = max(self.state.ceiling, task.max_credits)
 
@@ -76,9 +77,10 @@ class TrainingPrice:
         """Hours over all attempts: up to the checkpoint resumed from, plus the present attempt's estimate."""
         return self.state.carried_gpu_hours + self.state.gpu_hours
 
-    def created(self, gpu_hours: float) -> None:
-        """A training was created: ComfyUI's estimate of this attempt's hours."""
+    def created(self, gpu_hours: float, dataset_summary: str | None = None) -> None:
+        """A training was created: ComfyUI's estimate of this attempt's hours, and what it trains on."""
         self.state.gpu_hours = gpu_hours
+        self._dataset_summary = dataset_summary or ""
 
     # Before the dataset is copied
 
@@ -158,7 +160,7 @@ class TrainingPrice:
             f"confirm:{self._record.state.attempts}:{cost}",
             EventType.CREDITS,
             confirmation=confirmation,
-            message=f"The training costs {cost} points; it waits for confirm_price.",
+            message=f"The training costs {cost} points; it waits for confirm_price. {self._dataset_summary}".rstrip(),
         )
 
     def _options(self, cost: int, estimate: Estimate | None) -> list[PriceOption]:

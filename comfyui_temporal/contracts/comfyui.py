@@ -230,6 +230,8 @@ class TrainingAccepted(OutsideModel):
     gpu_hours: GpuHours
     gpu_slots: Annotated[GpuSlots | None, Informative] = None
     gpu_type: Annotated[OutsideName | None, Informative] = None
+    dataset_summary: Annotated[OutsideText | None, Informative] = None
+    """What is trained on, and what of the dataset is left out, for people."""
 
     @property
     def job_id(self) -> str:
