@@ -1,8 +1,13 @@
-"""`python -m bridge`: serves `/comfyui/v1` (contract §2, §3) and runs the worker of the bridge's workflows."""
+"""`python -m bridge`: serves `/comfyui/v1` (contract §2, §3) and runs the worker of the bridge's workflows.
+
+`python -m bridge templates`: prints the templates, with inputs, prices, and which server can run which of them.
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import json
 import signal
 import sys
 from contextlib import AsyncExitStack
@@ -23,10 +28,12 @@ from bridge.job_activities import JobActivities
 from bridge.job_workflow import ComfyUIJobWorkflow
 from bridge.key_workflow import ComfyUIKeyWorkflow, ComfyUIServerWorkflow
 from bridge.pool_gauges import PoolGauges
-from bridge.required_settings import callback_secret_by, result_secret_by, templates_by
+from bridge.required_settings import callback_secret_by, result_secret_by, template_folders_by, templates_by
 from bridge.runs import Keys, Runs
 from bridge.service import ImageService
 from bridge.storage import SignedAddresses, Storage
+from bridge.template_list import lines_of, listed, servers_of
+from bridge.template_watch import TemplateWatch
 from bridge.training_service import TrainingService
 from bridge.training_workflow import ComfyUITrainingWorkflow
 from comfyui_temporal.process_end import end_process
@@ -95,6 +102,10 @@ class Bridge:
 
         return app
 
+    def template_watch(self) -> TemplateWatch:
+        """Reads the templates again when their files change."""
+        return TemplateWatch(self._templates, template_folders_by(self._settings))
+
     def pool_gauges(self, meter: MetricMeter) -> PoolGauges:
         """What its metrics page says of the pools."""
         return PoolGauges(meter, self.forecast, {template.manifest.pool for template in self._templates})
@@ -132,6 +143,7 @@ async def serve(settings: Settings) -> None:
             raise CannotStart(str(error)) from None
         await opened.enter_async_context(bridge.sender)
         await opened.enter_async_context(bridge.worker())
+        await opened.enter_async_context(bridge.template_watch().watched())
         if runtime is not None:
             await opened.enter_async_context(bridge.pool_gauges(runtime.metric_meter).shown())
         server = uvicorn.Server(
@@ -150,9 +162,41 @@ async def serve(settings: Settings) -> None:
         await server.serve()
 
 
+async def print_templates(settings: Settings, *, as_json: bool) -> None:
+    """Print every template. Raises CannotStart."""
+    templates = templates_by(settings)
+    try:
+        client = await temporal_connection.connect(settings)
+        await temporal_connection.check_namespace(client)
+    except (ValueError, RuntimeError) as error:
+        raise CannotStart(str(error)) from None
+    servers = await Forecast(client, task_queue=settings.bridge_task_queue).servers()
+    rows = listed(templates, settings.prices, servers)
+    by_id = {template.template_id: servers_of(template, servers) for template in templates}
+    for row in rows:
+        row["servers"] = by_id[row["template_id"]]
+    if as_json:
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        return
+    for row in rows:
+        sys.stdout.write("\n".join(lines_of(row)) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bridge", description="Serve /comfyui/v1.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    templates = commands.add_parser("templates", help="print the templates, and which server can run which")
+    templates.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args()
+
+
 def main() -> int:
+    options = _options()
     try:
         settings = read_settings()
+        if options.command == "templates":
+            asyncio.run(print_templates(settings, as_json=options.json))
+            return 0
         configure_logs(level=settings.log_level, as_json=settings.log_json, hidden=settings.hidden_values)
         with traced_process("bridge", is_on=settings.traces):
             asyncio.run(serve(settings))

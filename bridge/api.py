@@ -148,6 +148,7 @@ def _job_routes(edge: Edge, images: ImageService) -> APIRouter:
     edge.add_route(router, "GET", "/jobs/{run_id}", Operation.READ_COMFYUI, images.get)
     edge.add_route(router, "POST", "/jobs/{run_id}/cancel", Operation.CANCEL_JOB, images.cancel)
     edge.add_route(router, "GET", "/gpus", Operation.READ_COMFYUI, images.gpus)
+    edge.add_route(router, "GET", "/templates", Operation.READ_COMFYUI, images.templates)
     return router
 
 

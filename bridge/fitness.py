@@ -89,12 +89,21 @@ class Fitness:
             self._read_at = time.monotonic()
             is_first = self._info is None
             self._info = info
-            missing = {name: found for name, template in self._templates.items() if (found := _missing(template, info))}
-            if missing != self.missing or is_first:
-                for name, what in missing.items():
-                    log.warning("template_unusable_here", template_id=name, problems=what.reasons)
-                self.missing = missing
-                self.on_change()
+            self._judge(info, is_told=is_first)
+
+    def replace(self, templates: Iterable[Template]) -> None:
+        """Judge these templates from now on, by what was read last."""
+        self._templates = {template.template_id: template for template in templates}
+        self._judge(self._info or {}, is_told=True)
+
+    def _judge(self, info: Mapping[str, Any], *, is_told: bool) -> None:
+        missing = {name: found for name, template in self._templates.items() if (found := _missing(template, info))}
+        if missing == self.missing and not is_told:
+            return
+        for name, what in missing.items():
+            log.warning("template_unusable_here", template_id=name, problems=what.reasons)
+        self.missing = missing
+        self.on_change()
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:

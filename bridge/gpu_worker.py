@@ -31,7 +31,7 @@ from bridge.manifest import DEFAULT_POOL
 from bridge.native import NativeServer
 from bridge.orders import ServerReport
 from bridge.prompt_run import Patience
-from bridge.required_settings import server_headers_by, stop_on_signals, templates_by
+from bridge.required_settings import server_headers_by, stop_on_signals, template_folders_by, templates_by
 from bridge.server import Server, ServerDescription, ServerError, UnsupportedServer
 from bridge.server_gauges import ServerGauges
 from bridge.server_health import ServerHealth
@@ -40,6 +40,7 @@ from bridge.server_reports import Reporting, ServerReports
 from bridge.slot import TAKEN_SECONDS, FreeSlots, Slot
 from bridge.storage import Storage
 from bridge.template_queues import TemplateQueues
+from bridge.template_watch import TemplateWatch
 from bridge.templates import Template, TemplateLibrary
 from bridge.ticks import RunningJobs
 from comfyui_temporal.process_end import end_process
@@ -304,6 +305,11 @@ async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.E
             bridge_queue=settings.bridge_task_queue,
         )
         health.worker = worker
+        watch = TemplateWatch(
+            *(templates, template_folders_by(settings)),
+            on_change=lambda: worker.fitness.replace(templates.of_pools([options.pool])),
+        )
+        await opened.enter_async_context(watch.watched())
         if gauges is not None:
             await opened.enter_async_context(gauges.shown(worker.slot))
         async with worker.running(grace_seconds=settings.gpu_grace_seconds):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import signal
 from asyncio import Event, get_running_loop
+from pathlib import Path
 
 from pydantic import SecretStr
 
@@ -13,10 +14,15 @@ from runtime.required_settings import CannotStart
 from runtime.settings import Settings
 
 
+def template_folders_by(settings: Settings) -> list[Path]:
+    """Shipped templates first: a later folder replaces an earlier one's."""
+    return [SHIPPED, *settings.bridge_templates]
+
+
 def templates_by(settings: Settings) -> TemplateLibrary:
     """Raises CannotStart."""
     try:
-        return load_library(SHIPPED, *settings.bridge_templates)
+        return load_library(*template_folders_by(settings))
     except TemplateProblem as problem:
         raise CannotStart(f"{problem}.") from None
 

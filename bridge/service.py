@@ -14,6 +14,7 @@ from bridge.orders import ImageJob, JobView
 from bridge.replies import Call, Refused, Reply, checked
 from bridge.runs import NewRun, Runs, fingerprint
 from bridge.task_files import for_tenant
+from bridge.template_list import listed
 from bridge.templates import RequestRefused, TemplateLibrary
 from comfyui_temporal.contracts.comfyui import JobRequest, JobStatus, TaskPriority
 from comfyui_temporal.contracts.errors import ErrorDetails
@@ -105,6 +106,10 @@ class ImageService:
     async def gpus(self, call: Call) -> Reply:
         default = SCENES[Scene.IMAGE_GENERATE].eta_minutes[TaskPriority.ACCELERATED]
         return Reply(200, await self._forecast.gpus(default * 60))
+
+    async def templates(self, call: Call) -> Reply:
+        """Every template, with its prices, and how many servers can run it."""
+        return Reply(200, listed(self._templates, self._prices, await self._forecast.servers()))
 
     async def _new_job(self, request: TakenJobRequest, call: Call) -> ImageJob:
         """Check the request: everything that can be refused is refused here, before anything is queued."""

@@ -319,6 +319,10 @@ class TemplateLibrary:
                 raise TemplateProblem(f"template {template.template_id!r}: two folders have this template_id")
             self._templates[template.template_id] = template
 
+    def replace(self, loaded: TemplateLibrary) -> None:
+        """Have the templates of another library from now on."""
+        self._templates = dict(loaded._templates)
+
     def get(self, template_id: str, scene: Scene) -> Template | None:
         found = self._templates.get(template_id)
         return found if found is not None and found.manifest.scene is scene else None

@@ -238,3 +238,19 @@ async def until_attempt(platform: Platform, handle: Handle, number: int) -> RunS
     run = await platform.until(begun)
     assert run is not None
     return run
+
+
+async def test_what_is_left_out_of_a_dataset_is_said_with_the_price(quick_platform: Platform) -> None:
+    task = quick_platform.training(max_credits=None)
+    summary = "Dataset: 10 pictures, 9 with a caption. Left out, neither pictures nor captions: 1 file (a.md)."
+    reply = {"dataset_summary": summary}
+    await quick_platform.simulators.admin.comfyui.fault(
+        "job_lie", route="create_training", task_id=task["task_id"], at=0, reply=reply
+    )
+    handle = await quick_platform.start(task)
+    shown = await quick_platform.until(lambda: confirmation(quick_platform, handle))
+    assert shown is not None
+    await handle.execute_update("confirm_price", {"max_credits": shown["estimated_cost"]})
+    ending = await ended(quick_platform, handle)
+    (asked,) = [event for event in ending.events if event.confirmation is not None]
+    assert (asked.message or "").endswith(f"it waits for confirm_price. {summary}")
