@@ -1,11 +1,12 @@
-"""Record the histories that `test_replay.py` replays: `python -m tests.bridge.record_histories`.
+"""Record the histories that `test_replay.py` replays: `python -m tests.bridge.record_histories NAME`.
 
-Run it when a step is added, never to make a failing replay pass (docs/versioning.md).
+Run it when a step is added, with the new scenario's name, never to make a failing replay pass (docs/versioning.md).
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -59,15 +60,25 @@ async def training_completed(bridge: BridgePlatform, native: NativeServer) -> st
     return str(accepted["training_id"])
 
 
+async def job_delivered_and_cleaned(bridge: BridgePlatform, native: NativeServer) -> str:
+    return await job_delivered(bridge, native)
+
+
+async def training_completed_and_cleaned(bridge: BridgePlatform, native: NativeServer) -> str:
+    return await training_completed(bridge, native)
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     job_delivered,
     job_cancelled_in_mid_run,
     job_lost_and_run_again,
     training_completed,
+    job_delivered_and_cleaned,
+    training_completed_and_cleaned,
 )
 
 
-async def record() -> None:
+async def record(names: list[str]) -> None:
     HISTORIES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         environment = await WorkflowEnvironment.start_local(
@@ -76,14 +87,18 @@ async def record() -> None:
         )
         async with environment, NativeServer(Path(folder) / "server") as native:
             client = await Client.connect(environment.client.service_client.config.target_host, plugins=[TasksPlugin()])
-            async with running_bridge(client, Path(folder)) as bridge, bridge.gpu(native):
+            async with running_bridge(client, Path(folder)) as bridge:
                 for scenario in SCENARIOS:
+                    if scenario.__name__ not in names:
+                        continue
                     await native.admin.reset()
-                    handle = client.get_workflow_handle(workflow_of(await scenario(bridge, native)))
-                    await handle.result()
+                    await native.admin.set(models=MODELS)
+                    async with bridge.gpu(native):
+                        handle = client.get_workflow_handle(workflow_of(await scenario(bridge, native)))
+                        await handle.result()
                     history = await handle.fetch_history()
                     (HISTORIES / f"{scenario.__name__}.json").write_text(history.to_json() + "\n")
 
 
 if __name__ == "__main__":
-    asyncio.run(record())
+    asyncio.run(record(sys.argv[1:]))
