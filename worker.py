@@ -122,6 +122,8 @@ def all_activities(
     policy_of: Callable[[TaskClaim], Policy],
     client: Client | None,
     limits_of: Callable[[str], TenantLimits] = lambda _tenant_id: NO_LIMITS,
+    *,
+    keeps_inputs: bool = True,
 ) -> list[Callable[..., Any]]:
     """Every activity, on open clients. Without `client` the activities that read other runs are left out."""
     lives = Lives(store)
@@ -129,7 +131,13 @@ def all_activities(
         ComfyUIActivities(comfyui, lives, datasets),
         CreditsActivities(credits_client, lives),
         DatasetActivities(datasets),
-        TaskStoreActivities(store, policy_of, encryption_of(client) if client else NO_ENCRYPTION, limits_of),
+        TaskStoreActivities(
+            store,
+            policy_of,
+            encryption_of(client) if client else NO_ENCRYPTION,
+            limits_of,
+            keeps_inputs=keeps_inputs,
+        ),
         *([ClosedRunActivities(client, store), UnsettledActivities(store)] if client else []),
     )
 
@@ -156,7 +164,16 @@ async def opened_activities(
         except ValueError as error:
             raise CannotStart(str(error)) from None
         policy_of = policy_by(settings)
-        tasks = all_activities(comfyui, credits_client, datasets, store, policy_of, client, settings.limits_of)
+        tasks = all_activities(
+            comfyui,
+            credits_client,
+            datasets,
+            store,
+            policy_of,
+            client,
+            settings.limits_of,
+            keeps_inputs=settings.keep_inputs,
+        )
         yield [*tasks, *activities_of(WorkerSettingsActivities(_used(settings, store)))]
 
 

@@ -7,6 +7,7 @@ out whether PostgreSQL is back; it occupies no scarce slot.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
@@ -32,7 +33,16 @@ from comfyui_temporal.contracts.task_store import (
 )
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from comfyui_temporal.encryption import NO_ENCRYPTION, PayloadEncryption
-from store import NotTheClaimant, StartRefused, StoreFailure, StoreUnavailable, TaskStore, TaskUnknown, WriteRefused
+from store import (
+    NotTheClaimant,
+    StartRefused,
+    StoredInput,
+    StoreFailure,
+    StoreUnavailable,
+    TaskStore,
+    TaskUnknown,
+    WriteRefused,
+)
 
 T = TypeVar("T")
 
@@ -77,15 +87,19 @@ class TaskStoreActivities:
         policy_of: Callable[[TaskClaim], Policy],
         encryption: PayloadEncryption = NO_ENCRYPTION,
         limits_of: Callable[[str], TenantLimits] = lambda _tenant_id: NO_LIMITS,
+        *,
+        keeps_inputs: bool = True,
     ) -> None:
         """`policy_of` reads the worker's settings: prices and limits are not part of the input (contract §5).
 
         `limits_of` gives a tenant's limits, for starts that reach Temporal past the gateway.
+        `keeps_inputs`: whether what was asked for is stored, encrypted where `encryption` encrypts.
         """
         self._limits_of = limits_of
         self._store = store
         self._encryption = encryption
         self._policy_of = policy_of
+        self._keeps_inputs = keeps_inputs
         self._breaker = LocalBreaker()
         self._story = TaskStory()
 
@@ -96,7 +110,9 @@ class TaskStoreActivities:
         stored = self._with_stored_hash(claim)
         policy, limits = self._policy_of(claim), self._limits_of(claim.tenant_id)
         try:
-            claimed = await self._tried(self._store.claim(stored, run, limits=limits, within_seconds=self._limit()))
+            claimed = await self._tried(
+                self._store.claim(stored, run, limits=limits, given=self._input_of(claim), within_seconds=self._limit())
+            )
         except StartRefused as refused:
             self._breaker.succeeded()
             return ClaimOutcome(claimed=False, policy=policy, refused=str(refused))
@@ -144,6 +160,13 @@ class TaskStoreActivities:
     async def heard(self, order: HeardOrder) -> Heard | None:
         """The newest figures of a job that the gateway stored (decision 4). Raises ApplicationError `internal`."""
         return await self._tried(self._store.heard(order, within_seconds=self._limit()))
+
+    def _input_of(self, claim: TaskClaim) -> StoredInput | None:
+        if claim.input is None or not self._keeps_inputs:
+            return None
+        if not self._encryption.encrypts:
+            return StoredInput(document=claim.input)
+        return StoredInput(sealed=self._encryption.sealed(json.dumps(claim.input).encode()))
 
     def _with_stored_hash(self, claim: TaskClaim) -> TaskClaim:
         return claim.model_copy(update={"input_sha256": self._encryption.keyed_hash(claim.input_sha256)})

@@ -96,6 +96,14 @@ class PayloadEncryption(PayloadCodec):
                 "another key under this id (docs/encryption.md)."
             ) from None
 
+    def sealed(self, content: bytes) -> bytes:
+        """The content encrypted as a payload, for the task store. Only where this encrypts."""
+        return self._encrypted(Payload(data=content)).SerializeToString()
+
+    def opened(self, sealed: bytes) -> bytes:
+        """What `sealed` encrypted. Raises KeyMissing, PayloadRejected."""
+        return self._decrypted(Payload.FromString(sealed)).data
+
     def input_hash(self, task: TaskInput) -> str:
         """`input_sha256` as it is stored: keyed while this encrypts, so that no prompt can be guessed from it."""
         return self.keyed_hash(input_sha256_of(task))

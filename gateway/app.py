@@ -37,6 +37,7 @@ from gateway.task_routes import REPLAYED, task_routes
 from gateway.task_runs import TaskRuns
 from gateway.tasks import Tasks
 from gateway.tenant_limits import LEFT_HEADER, POLICY_HEADER, TenantDoor
+from gateway.tenant_routes import tenant_routes
 from gateway.tick_writer import TickWriter
 from gateway.training_log_writer import TrainingLogWriter
 from runtime.trace_context import REQUEST_SPANS
@@ -137,6 +138,7 @@ def create_app(
         app.include_router(
             task_routes(tasks, access, roll_back=rollback.roll_back, event_stream=streams, status_words=status_words)
         )
+        app.include_router(tenant_routes(store, access))
         app.include_router(page_routes(page or PageSettings()))
     app.add_middleware(AuditLog, store)
     app.add_middleware(RequestLimits, access)

@@ -129,6 +129,8 @@ class TaskFilters(CallerModel):
 
     status: TaskStatus | None = None
     scene: Scene | None = None
+    text: Annotated[CallerText, Field(min_length=1, max_length=200)] | None = None
+    """Those whose id or prompt holds this text, in any case. A prompt that is encrypted or not kept is not searched."""
     cursor: Cursor | None = None
     """The `cursor` of the page before."""
     limit: Annotated[int, Field(ge=1, le=200)] = 50

@@ -39,6 +39,7 @@ from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
 from comfyui_temporal.delays import RPC_TIMEOUT, delays_of
 from comfyui_temporal.encryption import encryption_of
 from comfyui_temporal.runs import RunSeen, describe_run
+from gateway.inputs import StoredInputs
 from gateway.problems import FieldProblem, Problem, ProblemCode
 from gateway.start_waits import StartWaits, ends_at, is_told, refusal_of
 from gateway.task_bodies import (
@@ -92,6 +93,7 @@ class Tasks:
         self._waits = waits
         self._temporal = temporal
         self._store = store
+        self._inputs = StoredInputs(store, encryption_of(temporal))
         self._lists = lists
         self._task_queue = task_queue
 
@@ -179,7 +181,9 @@ class Tasks:
     async def task(self, caller: Caller, task_id: str) -> TaskDetail:
         view = await self.owned(caller, task_id)
         exceptions = await _stored(self._store.exceptions(task_id=task_id, limit=MAX_EXCEPTIONS))
-        return TaskDetail(**view.model_dump(), exceptions=exceptions, delays=await self._delays(view))
+        given = await _stored(self._inputs.of_task(task_id))
+        delays = await self._delays(view)
+        return TaskDetail(**view.model_dump() | {"input": given}, exceptions=exceptions, delays=delays)
 
     async def _delays(self, view: TaskView) -> list[TaskDelay]:
         """What delays an open task; none if Temporal does not say so now."""
@@ -200,13 +204,16 @@ class Tasks:
                 user_id=caller.user_id if caller.own_tasks_only else None,
                 status=filters.status,
                 scene=filters.scene,
+                text=filters.text,
                 cursor=filters.cursor,
                 limit=filters.limit,
             )
         )
         for row in page.unreadable:
             log.warning("row_not_listed", task_id=row.task_id, reason=row.reason)
-        return TaskList(tasks=[TaskView.of_row(row) for row in page.tasks], cursor=page.cursor)
+        given = await _stored(self._inputs.of_tasks([row.task_id for row in page.tasks]))
+        views = [TaskView.of_row(row, given.get(row.task_id)) for row in page.tasks]
+        return TaskList(tasks=views, cursor=page.cursor)
 
     async def events(self, caller: Caller, task_id: str, query: EventsQuery) -> list[TaskEvent]:
         """The task's history."""

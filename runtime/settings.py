@@ -164,6 +164,9 @@ class Settings(BaseSettings):
     retention_days: int = Field(default=90, ge=30)
     """How long a task's row, events and log are kept after its end. At least 30 days, as long as idempotency keys live.
     The claim of its id is never deleted."""
+    keep_inputs: bool = True
+    """Whether a task's prompt and parameters are stored with its row, to be shown and searched; encrypted, and then not
+    searched, where `ENCRYPTION_KEYS` encrypt. False: they are in Temporal alone."""
     result_retention_days: int | None = Field(default=None, ge=1)
     """How long the bridge's results are kept; default: with their task's row, `retention_days`."""
     model_retention_days: int | None = Field(default=None, ge=30)

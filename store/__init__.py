@@ -17,6 +17,8 @@ unsettled.py     ended tasks whose settlement is unknown: taken, corrected
 by_hand.py       an unknown settlement that an operator closes
 tenant_limits.py what each tenant starts and has open, counted for its limits
 upkeep.py        deletion of ended tasks and of tenants, the state of the queues
+tenant_reads.py  a tenant at a glance
+inputs.py        what was asked for
 figures.py       figures of all tasks, for operators
 audit.py         who did what, or was refused
 task_files.py    what they leave in object storage
@@ -36,6 +38,7 @@ from store.failures import (
 )
 from store.figures import StoreFigures
 from store.home import StoreHome
+from store.inputs import StoredInput
 from store.listener import EventListener
 from store.migrate import migrate
 from store.reads import StoredEvent
@@ -57,6 +60,7 @@ __all__ = [
     "StoreHome",
     "StoreUnavailable",
     "StoredEvent",
+    "StoredInput",
     "TablesTooOld",
     "TaskHead",
     "TaskStore",

@@ -16,6 +16,7 @@ from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.task_store import TaskExceptionRow, TaskRow, TrainingLogRow
 from comfyui_temporal.contracts.tasks import EventType, TaskEvent, TaskStatus
 from store.cursors import event_cursor
+from store.inputs import has_text
 from store.tables import task_claims, task_events, task_exceptions, tasks, training_log
 
 _ENDS: Final = (EventType.COMPLETED.value, EventType.FAILED.value, EventType.CANCELLED.value)
@@ -60,6 +61,7 @@ async def task_list(
     user_id: str | None,
     status: TaskStatus | None,
     scene: Scene | None,
+    text: str | None,
     after: tuple[datetime, str] | None,
     limit: int,
 ) -> list[TaskRow | UnreadableRow]:
@@ -76,6 +78,8 @@ async def task_list(
         statement = statement.where(tasks.c.status == status)
     if scene is not None:
         statement = statement.where(tasks.c.scene == scene)
+    if text:
+        statement = statement.where(has_text(text))
     if after is not None:
         statement = statement.where(tuple_(tasks.c.created_at, tasks.c.task_id) < tuple_(*after))
     return [_row_if_readable(row) for row in await connection.execute(statement)]

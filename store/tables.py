@@ -15,6 +15,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Table,
     Text,
@@ -155,6 +156,15 @@ task_events = Table(
     Column("traceparent", Text),
     UniqueConstraint("task_id", "key", name="task_events_key"),
     comment="A task's history (contract §6): seq is 1, 2, 3 … without a gap, key the workflow's name of the fact.",
+)
+
+task_inputs = Table(
+    "task_inputs",
+    metadata,
+    _task_id(),
+    _json("document"),
+    Column("sealed", LargeBinary),
+    comment="What was asked for (contract §6); sealed: encrypted, where encryption keys are set.",
 )
 
 training_log = Table(

@@ -33,12 +33,14 @@ from store import (
     by_hand,
     figures,
     home,
+    inputs,
     lives,
     reads,
     schema,
     stream_reads,
     tasks,
     tenant_limits,
+    tenant_reads,
     ticks,
     unseen,
     unsettled,
@@ -51,10 +53,12 @@ from store.database import POOL_SIZE, WORK_SECONDS, Database
 from store.failures import TablesTooOld
 from store.figures import StoreFigures
 from store.home import StoreHome
+from store.inputs import StoredInput
 from store.listener import EventListener
 from store.reads import StoredEvent, UnreadableRow
 from store.stream_reads import TaskHead
 from store.tasks import Written
+from store.tenant_reads import TenantSeen
 from store.ticks import TickAnswer
 from store.unseen import UnseenTask, UnseenTaskRow
 from store.upkeep import EndedTask, QueueState, Undeletable
@@ -96,15 +100,17 @@ class TaskStore:
         run: TaskRun | None = None,
         *,
         limits: TenantLimits = NO_LIMITS,
+        given: StoredInput | None = None,
         within_seconds: float = WORK_SECONDS,
     ) -> bool:
         """Claim the task id for a run (contract §8): True for the first run and its repeats, False for any other.
 
-        `run` becomes the acting run with the first claim. Raises StartRefused if that is beyond the tenant's limits.
+        `run` becomes the acting run with the first claim, which also stores its input, `given`.
+        Raises StartRefused if that is beyond the tenant's limits.
         """
         async with self._turn(claim.tenant_id) if limits.bounds_starts else nullcontext():
             return await self._database.transaction(
-                lambda connection: tasks.claim_task(connection, claim, run, limits=limits),
+                lambda connection: tasks.claim_task(connection, claim, run, limits=limits, given=given),
                 doing=f"claiming the task {claim.task_id}",
                 within_seconds=within_seconds,
             )
@@ -236,6 +242,13 @@ class TaskStore:
             lambda connection: reads.task(connection, task_id), doing=f"reading the task {task_id}"
         )
 
+    async def inputs(self, task_ids: Sequence[str]) -> dict[str, StoredInput]:
+        """Task → what was asked for. Tasks whose input is not stored are left out."""
+        return await self._database.read(
+            lambda connection: inputs.of_tasks(connection, task_ids),
+            doing=f"reading the input of {len(task_ids)}",
+        )
+
     async def is_claimed(self, task_id: str) -> bool:
         """Whether any run ever claimed this id, even if its row was purged."""
         return await self._database.read(
@@ -255,10 +268,11 @@ class TaskStore:
         user_id: str | None = None,
         status: TaskStatus | None = None,
         scene: Scene | None = None,
+        text: str | None = None,
         cursor: str | None = None,
         limit: int = 50,
     ) -> TaskPage:
-        """One page, newest first. Raises CursorInvalid."""
+        """One page, newest first; with `text` those whose id or prompt holds it. Raises CursorInvalid."""
         limit = _bounded(limit)
         place = None if cursor is None else place_of_cursor(cursor)
         rows = await self._database.read(
@@ -268,12 +282,20 @@ class TaskStore:
                 user_id=user_id,
                 status=status,
                 scene=scene,
+                text=text,
                 after=place,
                 limit=limit + 1,
             ),
             doing="listing tasks",
         )
         return _page(rows, limit)
+
+    async def tenant_seen(self, tenant_id: str, user_id: str, *, only_user: str | None = None) -> TenantSeen:
+        """A tenant's open tasks, of one user or of all, and a user's balance as last stated."""
+        return await self._database.read(
+            lambda connection: tenant_reads.seen(connection, tenant_id, user_id, only_user=only_user),
+            doing=f"reading the open tasks of {tenant_id}",
+        )
 
     async def open_tasks(self, *, quiet_for: timedelta, cursor: str | None = None, limit: int = 50) -> TaskPage:
         """One page of the tasks that have not ended and had no write for `quiet_for`; oldest first.

@@ -22,8 +22,10 @@ from comfyui_temporal.contracts.task_store import Fact, TaskClaim, TaskException
 from comfyui_temporal.contracts.tasks import EventType, TaskStatus
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from runtime.trace_context import traceparent
+from store import inputs
 from store.fact_rules import WrittenSoFar
 from store.failures import NotTheClaimant, TaskUnknown
+from store.inputs import StoredInput
 from store.lives import IS_EARLIER, STANDING, note_older_row, published_points, taken_over
 from store.tables import EVENTS_CHANNEL, task_claims, task_events, task_exceptions, tasks, training_log
 from store.tenant_limits import admit_claim
@@ -140,8 +142,9 @@ async def claim_task(
     run: TaskRun | None = None,
     *,
     limits: TenantLimits = NO_LIMITS,
+    given: StoredInput | None = None,
 ) -> bool:
-    """Whether `claim`'s run holds the id. The first claim writes the row and the event `task.accepted`.
+    """Whether `claim`'s run holds the id. The first claim writes the row, the event `task.accepted` and the input.
 
     Raises StartRefused if the claim is the first and is beyond the tenant's limits.
     """
@@ -152,12 +155,14 @@ async def claim_task(
     if run is None or not run.was_reset:  # of a reset run the store lost the claim: its task was admitted, and may hold
         await admit_claim(connection, tenant_id=claim.tenant_id, task_id=claim.task_id, limits=limits)
     await _insert_row(connection, claim, run, lives=int(run is not None and run.was_reset))
+    if given is not None:
+        await inputs.keep(connection, claim.task_id, StoredInput(document=_clean(given.document), sealed=given.sealed))
     return True
 
 
 async def _insert_row(connection: AsyncConnection, claim: TaskClaim, run: TaskRun | None, *, lives: int) -> None:
     row = {
-        **claim.model_dump(exclude={"at"}),
+        **claim.model_dump(exclude={"at", "input"}),
         **_columns(TaskState(version=0, status=TaskStatus.QUEUED), _JSON_STATE),
         "created_at": claim.at,
         "updated_at": claim.at,

@@ -31,6 +31,7 @@ from comfyui_temporal.contracts.tasks import (
     EventType,
     TaskInput,
     TaskStatus,
+    input_document,
     input_sha256_of,
 )
 from comfyui_temporal.contracts.ticks import report_taken
@@ -79,7 +80,8 @@ class TaskRecord:
         """
         claim = self._claim
         assert claim is not None
-        outcome = await self._outside.write_store(TaskStoreActivities.claim, claim, summary=ACCEPT)
+        first = claim.model_copy(update={"input": input_document(self._task)})
+        outcome = await self._outside.write_store(TaskStoreActivities.claim, first, summary=ACCEPT)
         if outcome.earlier_life is not None:
             self._outside.earlier.add(outcome.earlier_life)
         if outcome.refused is not None:

@@ -39,6 +39,7 @@ ENCRYPTION_BYTES: Final = 256
 # Input from callers.
 MAX_PROMPT_BYTES: Final = 16 * KIB
 MAX_EXTRAS_BYTES: Final = 32 * KIB
+MAX_STORED_INPUT_BYTES: Final = 256 * KIB
 
 # What a run keeps until it can be used.
 MAX_SIGNAL_BYTES: Final = 256 * KIB

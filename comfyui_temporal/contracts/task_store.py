@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from comfyui_temporal.contracts.comfyui import SnapshotReference, TaskPriority, TrainingLogLine, TrainingOutput
 from comfyui_temporal.contracts.errors import ErrorDetails
@@ -127,6 +127,8 @@ class TaskClaim(OwnModel):
     first_execution_run_id: str
     input_sha256: str
     at: Instant
+    input: dict[str, JsonValue] | None = None
+    """What was asked for, without ids, to be stored; only the first call of the run has it."""
 
 
 class ClaimOutcome(KeptModel):

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
 
 from comfyui_temporal.contracts.comfyui import Resolution, TaskPriority, TrainingOutput
 from comfyui_temporal.contracts.credits import PriceOption
@@ -26,7 +26,7 @@ from comfyui_temporal.contracts.fields import (
     TaskPrompt,
 )
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.size_budget import MAX_EXTRAS_BYTES
+from comfyui_temporal.contracts.size_budget import MAX_EXTRAS_BYTES, MAX_STORED_INPUT_BYTES
 
 TASK_QUEUE: Final = "comfyui"
 WORKFLOW_ID_PREFIX: Final = "task-"
@@ -228,6 +228,17 @@ def input_sha256_of(task: TaskInput) -> str:
     """
     canonical = json.dumps(task.model_dump(mode="json", exclude_defaults=True), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def input_document(task: TaskInput) -> dict[str, JsonValue] | None:
+    """What was asked for, as it is stored and served: the input without ids and without what was not given.
+
+    None where it is larger than `MAX_STORED_INPUT_BYTES`: half of an order would look like another one.
+    """
+    document = task.model_dump(mode="json", exclude={"task_id", "tenant_id", "user_id"})
+    document["options"] = {name: value for name, value in document["options"].items() if value is not None} or None
+    document = {name: value for name, value in document.items() if value is not None}
+    return document if len(json.dumps(document).encode()) <= MAX_STORED_INPUT_BYTES else None
 
 
 class SettlementState(StrEnum):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from pydantic import JsonValue
+
 from comfyui_temporal.contracts.comfyui import TaskPriority, TrainingOutput
 from comfyui_temporal.contracts.errors import ErrorDetails
 from comfyui_temporal.contracts.fields import Instant, OwnModel
@@ -53,12 +55,15 @@ class TaskView(OwnModel):
     created_at: Instant
     updated_at: Instant
     ended_at: Instant | None = None
+    input: dict[str, JsonValue] | None = None
+    """What was asked for: §8's input without ids. Null where it is not kept, before the run has claimed its id, and in
+    the answer to a start; in a list without `dataset.files`."""
     last_seq: int = 0
     """`seq` of the newest event; 0 before the first."""
 
     @classmethod
-    def of_row(cls, row: TaskRow) -> TaskView:
-        return cls.model_validate(row.model_dump())
+    def of_row(cls, row: TaskRow, given: dict[str, JsonValue] | None = None) -> TaskView:
+        return cls.model_validate(row.model_dump() | {"input": given})
 
     @classmethod
     def accepted(cls, task: TaskInput) -> TaskView:

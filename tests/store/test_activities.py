@@ -75,6 +75,19 @@ async def test_a_write_lands(activities: TaskStoreActivities, task_store: TaskSt
     assert [event.seq for event in await task_store.events(task_id)] == [1, 2]
 
 
+@pytest.mark.parametrize("keeps_inputs", [True, False])
+async def test_what_was_asked_for_is_stored_unless_a_setting_forbids_it(
+    task_store: TaskStore, keeps_inputs: bool
+) -> None:
+    activities = TaskStoreActivities(task_store, policy_of, keeps_inputs=keeps_inputs)
+    task_id, given = new_task_id(), {"prompt": "a lighthouse"}
+
+    await run(activities.claim, claim_of(task_id, input=given))
+
+    stored = await task_store.inputs([task_id])
+    assert [found.document for found in stored.values()] == ([given] if keeps_inputs else [])
+
+
 async def test_a_run_that_holds_no_claim_is_never_tried_again(activities: TaskStoreActivities) -> None:
     task_id = new_task_id()
     await run(activities.claim, claim_of(task_id))

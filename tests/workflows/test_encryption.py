@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import pytest_asyncio
 from temporalio.api.common.v1 import WorkflowExecution
@@ -144,6 +145,26 @@ async def test_the_hash_of_an_input_is_keyed_in_memo_and_store(encrypting: Platf
     [memo, of_bare] = [(await (await run.describe()).memo())[INPUT_MEMO] for run in (handle, bare)]
     assert memo == await encrypting.store.claimed_input(task.task_id) == keyed
     assert of_bare == await encrypting.store.claimed_input(task_id_of(bare)), "a start without a memo gets one"
+
+
+async def test_the_stored_input_is_encrypted_shown_to_callers_and_not_searched(encrypting: Platform) -> None:
+    async with encrypting.worker():
+        handle = await started(encrypting, image(encrypting))
+        await ended(encrypting, handle)
+    task_id = task_id_of(handle)
+
+    stored = (await encrypting.store.inputs([task_id]))[task_id]
+    async with httpx.AsyncClient(
+        base_url=encrypting.gateway_url,
+        headers={"authorization": f"Bearer {CALLERS.made_for('tenant-demo', 'user-demo')}"},
+    ) as http:
+        task = (await http.get(f"/api/v1/tasks/{task_id}")).json()
+        by_prompt = (await http.get("/api/v1/tasks", params={"text": MARK})).json()["tasks"]
+        by_id = (await http.get("/api/v1/tasks", params={"text": task_id})).json()["tasks"]
+
+    assert stored.document is None and stored.sealed is not None and MARK.encode() not in stored.sealed
+    assert task["input"]["prompt"] == MARK
+    assert [[found["task_id"] for found in tasks] for tasks in (by_prompt, by_id)] == [[], [task_id]]
 
 
 async def test_the_same_input_is_one_task_across_keys(encrypting: Platform, temporal_env: WorkflowEnvironment) -> None:
