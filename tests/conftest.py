@@ -32,6 +32,7 @@ _LONGEST_FIRST = (
     "workflows/test_kills.py",
     "workflows/test_cancel.py",
     "page/test_page.py",
+    "page/test_list.py",
     "bridge/test_servers.py",
     "workflows/test_attempts.py",
     "local_stack/test_stack.py",

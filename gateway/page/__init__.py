@@ -2,10 +2,14 @@
 
 index.html   the content
 page.css     the style, light and dark, from 360 px on
-page.js      the behaviour: token, list, stream, form
+page.js      the behaviour: token, header, list, stream, form
 api.js       requests and the stream, as any client would make them
 card.js      one task on the page
+results.js   its pictures, video and audio; the large view
+detail.js    a task's own page
 loss.js      a training's loss curve
+words.js     the language: strings, dates, numbers
+en.js, zh.js every string, in English and in Chinese
 
 Its headers forbid the browser to run other scripts, to send a referrer, and to show the page in a frame.
 """
@@ -24,17 +28,18 @@ FOLDER: Final = Path(__file__).parent
 FILES: Final = {
     "index.html": "text/html; charset=utf-8",
     "page.css": "text/css; charset=utf-8",
-    "page.js": "text/javascript; charset=utf-8",
-    "api.js": "text/javascript; charset=utf-8",
-    "card.js": "text/javascript; charset=utf-8",
-    "loss.js": "text/javascript; charset=utf-8",
+    **{
+        f"{name}.js": "text/javascript; charset=utf-8"
+        for name in ("page", "api", "card", "results", "detail", "loss", "words", "en", "zh")
+    },
     "icon.svg": "image/svg+xml",
 }
 HEADERS: Final = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        # Result images are stored wherever ComfyUI put them.
-        "img-src 'self' http: https:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        # Results are stored wherever ComfyUI put them.
+        "img-src 'self' http: https:; media-src http: https:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",

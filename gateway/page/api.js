@@ -1,15 +1,27 @@
 // Requests and the stream, as any client of the gateway would make them.
 
+import { say } from "./words.js";
+
 const TASKS = "/api/v1/tasks";
-const SILENCE_SECONDS = 40; // heartbeats come every 15 s
+const ANSWER_SECONDS = 20;
+const QUIET_SECONDS = 20; // heartbeats come every 15 s
+const SILENCE_SECONDS = 40;
 const EVENTS = ["task.accepted", "task.running", "task.checkpoint", "task.completed", "task.failed", "task.cancelled", "credits.updated"];
 
 /** A refused request. The message is the problem document's, to be displayed. */
 export class Refused extends Error {
   constructor(status, problem) {
     const fields = (problem.fields ?? []).map(({ field, message }) => `${field}: ${message}`);
-    super([problem.detail ?? `The gateway answered ${status}.`, ...fields].join("\n"));
+    super([problem.detail ?? say("gateway.status", { status }), ...fields].join("\n"));
     this.status = status;
+  }
+}
+
+/** No answer. `isFrozen`: the gateway took the request and stayed silent. */
+export class Away extends Error {
+  constructor(isFrozen) {
+    super(say(isFrozen ? "gateway.frozen" : "gateway.gone"));
+    this.isFrozen = isFrozen;
   }
 }
 
@@ -23,33 +35,51 @@ export class Api {
   async #request(path, options = {}) {
     const headers = { authorization: `Bearer ${this.#token}` };
     if (options.body) headers["content-type"] = "application/json";
-    const answer = await fetch(TASKS + path, { ...options, headers, cache: "no-store" });
+    const signal = AbortSignal.timeout(ANSWER_SECONDS * 1000);
+    let answer;
+    try {
+      answer = await fetch(path, { ...options, headers, signal, cache: "no-store" });
+    } catch (error) {
+      throw new Away(error.name === "TimeoutError");
+    }
     const body = await answer.json().catch(() => ({}));
     if (!answer.ok) throw new Refused(answer.status, body);
     return body;
   }
 
   #post(path, body) {
-    return this.#request(path, { method: "POST", body: JSON.stringify(body) });
+    return this.#request(TASKS + path, { method: "POST", body: JSON.stringify(body) });
   }
 
   #of(taskId, what) {
     return `/${encodeURIComponent(taskId)}${what}`;
   }
 
-  list(status, cursor) {
+  #get(path) {
+    return this.#request(TASKS + path);
+  }
+
+  tenant() {
+    return this.#request("/api/v1/tenant");
+  }
+
+  /** `filters`: {status, scene, text}, each may be empty. */
+  list(filters, cursor) {
     const query = new URLSearchParams({ limit: "30" });
-    if (status) query.set("status", status);
-    if (cursor) query.set("cursor", cursor);
-    return this.#request(`?${query}`);
+    for (const [name, value] of Object.entries({ ...filters, cursor })) if (value) query.set(name, value);
+    return this.#get(`?${query}`);
   }
 
   task(taskId) {
-    return this.#request(this.#of(taskId, ""));
+    return this.#get(this.#of(taskId, ""));
   }
 
-  async trainingLog(taskId, after) {
-    return this.#request(this.#of(taskId, `/training-log?after=${after}`));
+  events(taskId) {
+    return this.#get(this.#of(taskId, "/events"));
+  }
+
+  trainingLog(taskId, after) {
+    return this.#get(this.#of(taskId, `/training-log?after=${after}`));
   }
 
   start(kind, order) {
@@ -65,7 +95,7 @@ export class Api {
   }
 
   streamConfig() {
-    return this.#request("/stream/config");
+    return this.#get("/stream/config");
   }
 }
 
@@ -77,13 +107,25 @@ export class Live {
   #tries = 0;
   #heardAt = 0;
   #timer = null;
+  #listening = null;
+  #online = null;
+  #isStopped = false;
 
-  /** `listener`: {event(event), live(), waiting(seconds), refused(error)} */
+  /** `listener`: {event(event), live(), heard(), quiet(seconds), waiting(seconds), away(error), refused(error)} */
   constructor(api, listener) {
     this.#api = api;
     this.#listener = listener;
-    setInterval(() => this.#listenForSilence(), 1000);
-    addEventListener("online", () => this.#again(0));
+    this.#listening = setInterval(() => this.#listenForSilence(), 1000);
+    this.#online = () => this.#again(0);
+    addEventListener("online", this.#online);
+  }
+
+  /** For good. */
+  stop() {
+    this.#isStopped = true;
+    this.#close();
+    clearInterval(this.#listening);
+    removeEventListener("online", this.#online);
   }
 
   async open() {
@@ -91,9 +133,14 @@ export class Live {
     let config;
     try {
       config = await this.#api.streamConfig();
+      if (this.#isStopped) return;
     } catch (error) {
+      if (this.#isStopped) return;
       if (error instanceof Refused && [401, 403].includes(error.status)) this.#listener.refused(error);
-      else this.#again();
+      else {
+        if (error instanceof Away) this.#listener.away(error);
+        this.#again();
+      }
       return;
     }
     this.backoff = config.retry_backoff_seconds;
@@ -107,10 +154,10 @@ export class Live {
       this.#listener.live();
     };
     source.onerror = () => source === this.#source && this.#again();
-    source.addEventListener("system.heartbeat", () => (this.#heardAt = Date.now()));
+    source.addEventListener("system.heartbeat", () => this.#heard());
     for (const type of EVENTS) {
       source.addEventListener(type, ({ data }) => {
-        this.#heardAt = Date.now();
+        this.#heard();
         this.#listener.event(JSON.parse(data));
       });
     }
@@ -130,7 +177,15 @@ export class Live {
     this.#source = null;
   }
 
+  #heard() {
+    this.#heardAt = Date.now();
+    this.#listener.heard();
+  }
+
   #listenForSilence() {
-    if (this.#source && Date.now() - this.#heardAt > SILENCE_SECONDS * 1000) this.#again(0);
+    const seconds = Math.floor((Date.now() - this.#heardAt) / 1000);
+    if (!this.#source || seconds <= QUIET_SECONDS) return;
+    if (seconds > SILENCE_SECONDS) this.#again(0);
+    else this.#listener.quiet(seconds);
   }
 }

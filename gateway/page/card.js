@@ -1,49 +1,72 @@
 // One task on the page. Foreign text is inserted as text only; an address becomes a link only with http or https.
 
 import { drawLosses, lossesOf } from "./loss.js";
+import { button, copy, drawResults, element, webAddress } from "./results.js";
+import { clock, instant, percent, say, since, span } from "./words.js";
 
+export { webAddress };
+
+/** The stages of a whole task, each with its part of it in percent. */
 const STAGES = {
-  "image.generate": ["queued", "processing", "delivery"],
-  "model.train": ["data_ingest", "training", "evaluating", "publishing"],
+  "image.generate": [["queued", 10], ["processing", 80], ["delivery", 10]],
+  "model.train": [["data_ingest", 10], ["training", 75], ["evaluating", 10], ["publishing", 5]],
 };
 const ENDS = ["completed", "failed", "cancelled"];
 const ENDS_OF = { "task.completed": "completed", "task.failed": "failed", "task.cancelled": "cancelled" };
-const KINDS = { "image.generate": "image", "model.train": "training" };
+const MAX_SEED = 2 ** 32;
 
-function element(name, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(name), properties);
-  made.append(...children);
-  return made;
+/** How far the whole task is, 0 to 1. */
+export function wholeOf({ scene, status, stage, progress }) {
+  if (status === "completed") return 1;
+  let before = 0;
+  for (const [name, part] of STAGES[scene] ?? []) {
+    if (name === stage) return (before + (part * (progress ?? 0)) / 100) / 100;
+    before += part;
+  }
+  return 0;
 }
 
-/** The address if it is http or https, else null. */
-export function webAddress(text) {
-  try {
-    const address = new URL(text);
-    return ["http:", "https:"].includes(address.protocol) ? address.href : null;
-  } catch {
-    return null;
-  }
+/** What the task costs, in one phrase. */
+export function moneyOf({ credits, confirmation, ended_at, status }) {
+  const { estimated, held, charged, shortfall, settlement } = credits;
+  const isOver = ended_at || ENDS.includes(status);
+  if (!isOver && confirmation) return say("credits.confirm", { n: confirmation.estimated_cost });
+  if (settlement === "unknown" || charged === null) return say("credits.unknown");
+  if (isOver && charged && shortfall) return say("credits.short", { n: charged, short: shortfall });
+  if (charged) return say("credits.charged", { n: charged });
+  if (isOver) return status === "completed" && held ? say("credits.held", { n: held }) : say("credits.nothing");
+  if (held) return say("credits.held", { n: held });
+  return estimated ? say("credits.about", { n: estimated }) : "";
 }
 
 /** What is tried, since when, until when. */
-function delayed({ code, sentence, call, tries, since, until, limit, next_try_at }) {
-  const time = (at) => new Date(at).toLocaleTimeString();
+function delayed({ code, sentence, call, tries, since: began, until, limit, next_try_at }) {
   const said = [];
-  if (call) said.push(`${call} failed ${tries} times`);
-  if (since) said.push(`since ${time(since)}`);
-  if (call && next_try_at) said.push(`next try ${time(next_try_at)}`);
-  if (until || limit) said.push(until ? `until ${time(until)}` : limit);
+  if (call) said.push(say("delay.failed", { call, n: tries }));
+  if (began) said.push(say("delay.since", { time: clock(began) }));
+  if (call && next_try_at) said.push(say("delay.next", { time: clock(next_try_at) }));
+  if (until || limit) said.push(until ? say("delay.until", { time: clock(until) }) : limit);
   return `${code}: ${sentence} ${said.join(", ")}`.trim();
+}
+
+/** The link to a task's run in the Temporal UI, or null. */
+function temporalLink({ task_id, workflow_id }, { temporal_ui_url, namespace }) {
+  const address = temporal_ui_url && webAddress(temporal_ui_url);
+  if (!address) return null;
+  const path = `/namespaces/${encodeURIComponent(namespace)}/workflows/${encodeURIComponent(workflow_id)}`;
+  const link = element("a", { href: address.replace(/\/$/, "") + path, target: "_blank", rel: "noreferrer", textContent: say("action.temporal") });
+  link.setAttribute("aria-label", say("action.temporal.task", { task: task_id }));
+  return link;
 }
 
 export class Card {
   #actions;
   #links;
-  #parts = {};
+  #part = {};
   #log = { after: 0, lines: [] };
+  #reached = 0;
 
-  /** `actions`: {cancel(taskId), confirm(taskId, points), trainingLog(taskId, after)}; `links`: the Temporal UI. */
+  /** `actions`: {cancel, confirm, again, trainingLog, large, may(operation)}; `links`: the Temporal UI. */
   constructor(task, actions, links) {
     this.#actions = actions;
     this.#links = links;
@@ -54,13 +77,17 @@ export class Card {
   }
 
   get isOver() {
-    return ENDS.includes(this.task.status);
+    return Boolean(this.task.ended_at) || ENDS.includes(this.task.status);
+  }
+
+  get needsYou() {
+    return Boolean(this.task.confirmation) && !this.isOver;
   }
 
   /** Show the task as the gateway returned it. */
   is(task) {
     if (task.last_seq < this.task.last_seq) return;
-    this.task = task;
+    this.task = { ...task, input: task.input ?? this.task.input };
     this.show();
   }
 
@@ -82,133 +109,184 @@ export class Card {
   }
 
   #build() {
-    const { task_id, scene, template_id, resolution, priority, workflow_id } = this.task;
-    const part = this.#parts;
-    const title = element("h3", { id: `task-${task_id}`, textContent: task_id });
-    part.status = element("span", { className: "status" });
-    part.stages = element("ol", { className: "stages" }, ...(STAGES[scene] ?? []).map((stage) => element("li", { textContent: stage })));
-    part.stages.setAttribute("aria-label", "stages");
-    part.progress = element("progress", { max: 100 });
-    part.progress.setAttribute("aria-label", `progress of ${task_id}`);
-    part.eta = element("p", { className: "quiet eta" });
-    part.credits = element("dl", { className: "credits" });
-    part.pictures = element("ul", { className: "pictures", hidden: true });
+    const { task_id, scene } = this.task;
+    const part = this.#part;
+    part.blank = element("p", { className: "blank" });
+    part.results = element("ul", { className: "results", hidden: true });
     part.loss = element("figure", { className: "loss", hidden: true });
-    part.output = element("p", { className: "quiet", hidden: true });
+    part.title = element("h3", { id: `task-${task_id}` });
+    part.status = element("span", { className: "status" });
+    part.facts = element("p", { className: "quiet" });
+    part.fill = element("span", { className: "fill" });
+    part.bar = element("div", { className: "progress", role: "progressbar" }, part.fill, ...this.#cuts(scene));
+    part.bar.setAttribute("aria-label", say("progress", { task: task_id }));
+    part.bar.setAttribute("aria-valuemin", 0);
+    part.bar.setAttribute("aria-valuemax", 100);
+    part.now = element("p", { className: "now" });
+    part.money = element("span", { className: "money" });
+    part.when = element("time", { dateTime: this.task.created_at, title: instant(this.task.created_at) });
     part.error = element("p", { className: "error", hidden: true });
+    part.output = element("p", { className: "quiet output", hidden: true });
     part.confirm = this.#confirmation();
-    part.cancel = element("button", { className: "plain", type: "button", textContent: "Cancel" });
-    part.cancel.setAttribute("aria-label", `Cancel ${task_id}`);
-    part.cancel.onclick = () => this.#act(part.cancel, () => this.#actions.cancel(task_id));
-    const footer = element("p", { className: "actions" }, part.cancel);
-    const address = this.#links.temporal_ui_url && webAddress(this.#links.temporal_ui_url);
-    if (address) {
-      const path = `/namespaces/${encodeURIComponent(this.#links.namespace)}/workflows/${encodeURIComponent(workflow_id)}`;
-      const link = element("a", { href: address.replace(/\/$/, "") + path, target: "_blank", rel: "noreferrer", textContent: "in the Temporal UI" });
-      link.setAttribute("aria-label", `${task_id} in the Temporal UI`);
-      footer.append(link);
-    }
     part.article = element(
       "article", {},
-      element("header", {}, title, part.status),
-      element("p", { className: "quiet", textContent: [KINDS[scene] ?? scene, template_id, resolution, priority].join(" · ") }),
-      part.stages, part.progress, part.eta, part.credits, part.confirm, part.error, part.pictures, part.loss, part.output, footer,
+      element("div", { className: "media" }, part.blank, part.results, part.loss),
+      element("header", {}, part.title, part.status),
+      part.facts, part.bar, part.now, part.confirm, part.error, part.output,
+      element("p", { className: "foot" }, part.money, part.when),
+      this.#footer(),
     );
-    part.article.setAttribute("aria-labelledby", title.id);
+    part.article.setAttribute("aria-label", task_id);
     this.item.append(part.article);
+  }
+
+  #cuts(scene) {
+    let place = 0;
+    return (STAGES[scene] ?? []).slice(0, -1).map(([, part]) => {
+      const cut = element("span", { className: "cut" });
+      cut.style.left = `${(place += part)}%`;
+      return cut;
+    });
+  }
+
+  #footer() {
+    const { task_id } = this.task;
+    const part = this.#part;
+    const details = element("a", { href: `#task=${encodeURIComponent(task_id)}`, textContent: say("action.details") });
+    details.setAttribute("aria-label", say("action.details.task", { task: task_id }));
+    part.cancel = button(say("action.cancel"), say("action.cancel.task", { task: task_id }), () => this.#act(part.cancel, () => this.#actions.cancel(task_id)));
+    part.runs = element("span", { className: "runs" });
+    const temporal = temporalLink(this.task, this.#links);
+    return element("p", { className: "actions" }, part.runs, part.cancel, details, ...(temporal ? [temporal] : []));
+  }
+
+  /** Copy prompt, run again, vary seed: as far as what was asked for is known and the token allows it. */
+  runButtons(done = () => {}) {
+    const { task_id: task, input, scene } = this.task;
+    if (!input) return [];
+    const made = [];
+    if (input.prompt) {
+      const copying = button(say("action.copy_prompt"), say("action.copy_prompt.task", { task }), () => copy(copying, input.prompt));
+      made.push(copying);
+    }
+    const isImage = scene === "image.generate";
+    // A long list of files was stored for that task alone.
+    if (input.dataset?.files_sha256 || !this.#actions.may(isImage ? "start_image_task" : "start_training_task")) return made;
+    const run = async (pressed, changes) => {
+      await this.#act(pressed, () => this.#actions.again(this.task, changes));
+      done();
+    };
+    const again = button(say("action.again"), say("action.again.task", { task }), () => run(again, {}));
+    made.push(again);
+    if (isImage) {
+      const seed = () => crypto.getRandomValues(new Uint32Array(1))[0] % MAX_SEED;
+      const vary = button(say("action.vary"), say("action.vary.task", { task }), () => run(vary, { extras: { ...input.extras, seed: seed() } }));
+      made.push(vary);
+    }
+    return made;
   }
 
   #confirmation() {
     const { task_id } = this.task;
     const field = element("input", { type: "number", min: 1, step: 1, required: true, name: "points" });
-    const button = element("button", { type: "button", textContent: "Confirm" });
-    button.setAttribute("aria-label", `Confirm the price of ${task_id}`);
-    button.onclick = () => field.reportValidity() && this.#act(button, () => this.#actions.confirm(task_id, Number(field.value)));
+    const confirm = button(say("confirm"), say("confirm.task", { task: task_id }), () => {
+      if (field.reportValidity()) this.#act(confirm, () => this.#actions.confirm(task_id, Number(field.value)));
+    }, "");
     const text = element("p");
-    const group = element("div", { className: "confirm", hidden: true }, text, element("label", {}, "Limit in points ", field), button);
-    group.show = ({ estimated_cost, current_balance, confirm_by }) => {
-      const balance = current_balance === null ? "" : `, the balance is ${current_balance}`;
-      text.textContent = `The price is ${estimated_cost} points${balance}. Confirm it by ${new Date(confirm_by).toLocaleTimeString()}.`;
-      if (!field.value || Number(field.value) < estimated_cost) field.value = estimated_cost;
+    const group = element("div", { className: "confirm", hidden: true }, text, element("label", {}, `${say("confirm.limit")} `, field), confirm);
+    group.show = ({ estimated_cost: n, current_balance: balance, confirm_by }) => {
+      text.textContent = say(balance === null ? "confirm.price" : "confirm.price.balance", { n, balance, time: clock(confirm_by) });
+      if (!field.value || Number(field.value) < n) field.value = n;
     };
     return group;
   }
 
-  async #act(button, act) {
-    button.disabled = true;
+  async #act(pressed, act) {
+    pressed.disabled = true;
     try {
       await act();
     } finally {
-      button.disabled = false;
+      pressed.disabled = false;
     }
   }
 
   show() {
     this.shownAt = Date.now();
     const { task } = this;
-    const part = this.#parts;
+    const part = this.#part;
     part.article.dataset.status = task.status;
-    part.status.textContent = task.attempts > 1 ? `${task.status}, attempt ${task.attempts}` : task.status;
-    const stages = STAGES[task.scene] ?? [];
-    const at = task.status === "completed" ? stages.length : stages.indexOf(task.stage);
-    [...part.stages.children].forEach((item, n) => {
-      item.toggleAttribute("data-done", n < at);
-      if (n === at && !this.isOver) item.setAttribute("aria-current", "step");
-      else item.removeAttribute("aria-current");
-    });
-    part.progress.value = task.status === "completed" ? 100 : (task.progress ?? 0);
+    part.article.dataset.scene = task.scene;
+    const status = say(`status.${task.status}`);
+    part.status.textContent = task.attempts > 1 ? say("status.attempt", { status, n: task.attempts }) : status;
+    part.title.textContent = task.input?.prompt ?? task.input?.dataset?.dataset_id ?? task.task_id;
+    this.#showFacts();
+    this.#showProgress();
     this.showTime();
-    this.#showCredits();
-    part.confirm.hidden = !task.confirmation || this.isOver;
+    part.money.textContent = moneyOf(task);
+    part.confirm.hidden = !this.needsYou || !this.#actions.may("confirm_price");
     if (!part.confirm.hidden) part.confirm.show(task.confirmation);
-    part.cancel.hidden = this.isOver;
+    part.cancel.hidden = this.isOver || !this.#actions.may("cancel_task");
+    if (!part.runs.children.length) part.runs.replaceChildren(...this.runButtons());
     this.#showResults();
     this.#showErrors();
   }
 
-  /** Called each second: updates remaining times. */
-  showTime() {
-    const { next_eta, queue_position, message } = this.task;
-    const said = [];
-    if (!this.isOver && next_eta) {
-      const seconds = Math.round((new Date(next_eta) - Date.now()) / 1000);
-      said.push(seconds > 0 ? `next stage in ${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}` : "next stage any moment");
-    }
-    if (!this.isOver && queue_position) said.push(`${queue_position} ahead in the queue`);
-    if (message && this.task.status !== "failed") said.push(message);
-    this.#parts.eta.textContent = said.join(" · ");
-    this.#parts.eta.hidden = !said.length;
+  #showFacts() {
+    const { scene, template_id, resolution, priority, input, ended_at, created_at } = this.task;
+    const facts = [say(`scene.${scene}`), template_id, resolution];
+    if (priority !== "standard") facts.push(say(`priority.${priority}`));
+    if (input?.extras?.seed !== undefined) facts.push(say("fact.seed", { seed: String(input.extras.seed) }));
+    if (ended_at) facts.push(say("fact.took", { time: span((new Date(ended_at) - new Date(created_at)) / 1000) }));
+    this.#part.facts.textContent = facts.filter(Boolean).join(" · ");
   }
 
-  #showCredits() {
-    const { held, shortfall } = this.task.credits;
-    // Unknown amounts are null and shown as unknown.
-    const charged = this.task.credits.charged ?? "unknown";
-    const returned = this.task.credits.returned ?? "unknown";
-    // Until a price is confirmed, only the confirmation holds the estimate.
-    const estimated = this.task.credits.estimated || (this.task.confirmation?.estimated_cost ?? 0);
-    const amounts = { estimated, held, charged, returned };
-    if (shortfall) amounts.shortfall = shortfall;
-    this.#parts.credits.replaceChildren(
-      ...Object.entries(amounts).map(([name, points]) => element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: points }))),
-    );
+  /** The bar of the whole task: it never goes back, also when another attempt begins. */
+  #showProgress() {
+    const { bar, fill } = this.#part;
+    this.#reached = Math.max(this.#reached, wholeOf(this.task));
+    bar.hidden = this.isOver && this.task.status !== "completed";
+    fill.style.width = `${100 * this.#reached}%`;
+    bar.setAttribute("aria-valuenow", Math.round(100 * this.#reached));
+    bar.setAttribute("aria-valuetext", say("progress.text", { stage: this.#stage(), percent: percent(this.#reached) }));
+  }
+
+  #stage() {
+    return say(this.task.stage ? `stage.${this.task.stage}` : "stage.none");
+  }
+
+  /** Called each second: updates remaining times. */
+  showTime() {
+    const { next_eta, queue_position, message, created_at } = this.task;
+    const { now, when } = this.#part;
+    when.textContent = since(created_at);
+    now.hidden = this.isOver;
+    if (this.isOver) return;
+    const said = [this.#stage()];
+    if (next_eta) {
+      const seconds = Math.round((new Date(next_eta) - Date.now()) / 1000);
+      said.push(seconds > 0 ? say("eta.in", { time: span(seconds) }) : say("eta.soon"));
+    }
+    if (queue_position) said.push(say("eta.ahead", { n: queue_position }));
+    if (message) said.push(message);
+    now.textContent = said.join(" · ");
   }
 
   #showResults() {
-    const { pictures, output } = this.#parts;
-    const addresses = (this.task.result_urls ?? []).map(webAddress).filter(Boolean);
-    if (addresses.length !== pictures.children.length) {
-      pictures.replaceChildren(
-        ...addresses.map((address, n) => {
-          const alt = `result ${n + 1} of ${this.task.task_id}`;
-          const picture = element("img", { src: address, alt, loading: "lazy", referrerPolicy: "no-referrer" });
-          return element("li", {}, element("a", { href: address, target: "_blank", rel: "noreferrer" }, picture));
-        }),
-      );
+    const { results, output, blank } = this.#part;
+    const { task } = this;
+    const addresses = (task.result_urls ?? []).map(webAddress).filter(Boolean);
+    drawResults(results, addresses, task.task_id, (n) => this.#actions.large(this, addresses, n));
+    results.hidden = !addresses.length;
+    blank.hidden = Boolean(addresses.length) || task.scene === "model.train";
+    const ends = { failed: "result.none", cancelled: "result.cancelled", completed: "result.none" };
+    blank.textContent = this.isOver ? say(ends[task.status] ?? "result.none") : percent(this.#reached);
+    const model = task.output?.model_path;
+    output.hidden = !model;
+    if (model && output.dataset.model !== model) {
+      output.dataset.model = model;
+      const copying = button(say("action.copy_address"), null, () => copy(copying, model));
+      output.replaceChildren(element("span", { textContent: `${say("model")} ${model}` }), " ", copying);
     }
-    pictures.hidden = !addresses.length;
-    output.hidden = !this.task.output;
-    if (this.task.output) output.textContent = `model ${this.task.output.model_path}`;
   }
 
   #showErrors() {
@@ -216,8 +294,8 @@ export class Card {
     const lines = (exceptions ?? []).map((exception) => `${exception.code}: ${exception.message}`);
     if (!this.isOver) lines.push(...(delays ?? []).map(delayed));
     if (error && !lines.length) lines.push(`${error.code}: ${status === "failed" && message ? message : error.message}`);
-    this.#parts.error.textContent = lines.join("\n");
-    this.#parts.error.hidden = !lines.length;
+    this.#part.error.textContent = lines.join("\n");
+    this.#part.error.hidden = !lines.length;
   }
 
   /** Read new lines of the training log and redraw the curve. */
@@ -225,6 +303,7 @@ export class Card {
     if (this.task.scene !== "model.train") return;
     const { lines, after } = await this.#actions.trainingLog(this.task.task_id, this.#log.after);
     this.#log = { after, lines: [...this.#log.lines, ...lossesOf(lines)].slice(-1000) };
-    drawLosses(this.#parts.loss, this.#log.lines);
+    drawLosses(this.#part.loss, this.#log.lines);
+    this.#showResults();
   }
 }
