@@ -12,7 +12,7 @@ PACE := $(if $(SPEED),--speed $(SPEED)) $(OWN) $(if $(PROFILE),--credits-profile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down status env logs test test-all test-comfyui test-containers simulate mutation kill-points soak bench audit lint types imports schemas pytest pytest-all format lock clean
+.PHONY: help setup demo up down status env logs test test-all test-comfyui test-containers simulate mutation kill-points soak bench screenshots audit lint types imports schemas pytest pytest-all format lock clean
 
 help: ## list every target
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ mutation: setup ## which small mistakes neither simulation nor tests see (ONLY=w
 
 kill-points: setup ## the whole stack struck at every instant of both flows (ONLY="image: commit" KINDS=worker-killed,… PROFILE=field)
 	@$(BIN)/python -m proof.kill_points $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
+
+screenshots: setup ## the live page's pictures for README and docs/page.md, made anew (needs Chromium)
+	@mkdir -p docs/images && SCREENSHOTS=docs/images $(BIN)/python -m pytest -q tests/page/test_pictures.py
 
 soak: setup ## tasks under random faults on a whole stack (TASKS=10000 SEED=1 PROFILE=field, RESUME=1)
 	@$(BIN)/python -m proof.soak $(if $(PROFILE),--profile $(PROFILE)) $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)

@@ -35,14 +35,18 @@ export class Api {
   async #request(path, options = {}) {
     const headers = { authorization: `Bearer ${this.#token}` };
     if (options.body) headers["content-type"] = "application/json";
-    const signal = AbortSignal.timeout(ANSWER_SECONDS * 1000);
+    const waited = new AbortController();
+    const timer = setTimeout(() => waited.abort(), ANSWER_SECONDS * 1000);
     let answer;
+    let body;
     try {
-      answer = await fetch(path, { ...options, headers, signal, cache: "no-store" });
-    } catch (error) {
-      throw new Away(error.name === "TimeoutError");
+      answer = await fetch(path, { ...options, headers, signal: waited.signal, cache: "no-store" });
+      body = await answer.json().catch(() => ({}));
+    } catch {
+      throw new Away(waited.signal.aborted);
+    } finally {
+      clearTimeout(timer);
     }
-    const body = await answer.json().catch(() => ({}));
     if (!answer.ok) throw new Refused(answer.status, body);
     return body;
   }

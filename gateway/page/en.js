@@ -49,6 +49,9 @@ export default {
   "start.batch_size": "Batch size",
   "start.learning_rate": "Learning rate",
   "start.go": "Start",
+  "start.price": "{n} points the last time",
+  "start.price.one": "1 point the last time",
+  "start.price.unknown": "The price is not known here yet: no such task is shown.",
   "start.done": "{task} started",
 
   "list": "Newest first",

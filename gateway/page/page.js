@@ -331,6 +331,34 @@ function orderOf(form) {
   return [kind, order];
 }
 
+/** What a task that was ordered alike cost, or would have cost: {points}, or null if none is known here. */
+function lastPrice([kind, { template_id, priority, resolution, base_model }]) {
+  const scene = kind === "images" ? "image.generate" : "model.train";
+  const free = ["seed", "negative_prompt"];
+  const alike = [...cards.values()].map(({ task }) => task).filter((task) =>
+    task.scene === scene && task.template_id === template_id && task.priority === priority &&
+    task.resolution === (resolution ?? base_model) && task.input && Object.keys(task.input.extras ?? {}).every((name) => free.includes(name)));
+  const priced = alike.map(({ created_at, credits, confirmation }) => ({ created_at, points: credits.charged || credits.estimated || confirmation?.estimated_cost || 0 }));
+  return priced.filter(({ points }) => points).sort((one, other) => (one.created_at < other.created_at ? 1 : -1))[0] ?? null;
+}
+
+function showPrice() {
+  const known = lastPrice(orderOf($("start-form")));
+  $("price").textContent = known ? say("start.price", { n: known.points }) : say("start.price.unknown");
+}
+
+/** Offer the templates and datasets of the tasks that are shown. */
+function suggest() {
+  const options = (values) => values.map((value) => Object.assign(document.createElement("option"), { value }));
+  const known = new Set([...$("templates").children].map(({ value }) => value));
+  const tasks = [...cards.values()].map(({ task }) => task);
+  $("templates").append(...options([...new Set(tasks.map(({ template_id }) => template_id))].filter((id) => !known.has(id))));
+  const datasets = new Map(tasks.filter(({ input }) => input?.dataset).map(({ input }) => [input.dataset.dataset_id, input.dataset.source_uri]));
+  $("datasets").replaceChildren(...options([...datasets.keys()]));
+  const { dataset_id, source_uri } = $("start-form").elements;
+  dataset_id.onchange = () => datasets.has(dataset_id.value) && (source_uri.value = datasets.get(dataset_id.value));
+}
+
 function wireForms() {
   $("token-form").onsubmit = (submitted) => {
     submitted.preventDefault();
@@ -346,6 +374,12 @@ function wireForms() {
       fields.hidden = fields.disabled = fields.dataset.kind !== form.elements.kind.value;
     }
     form.elements.template_id.value = form.elements.kind.value === "images" ? "text-to-image" : "lora-train";
+    showPrice();
+  };
+  form.oninput = showPrice;
+  $("start").ontoggle = () => {
+    suggest();
+    showPrice();
   };
   form.onsubmit = async (submitted) => {
     submitted.preventDefault();

@@ -77,7 +77,7 @@ def test_an_input_is_kept_whole_or_not_at_all() -> None:
     }
     kept = input_document(TrainingTask.model_validate(training))
     assert kept is not None and "task_id" not in kept and "max_credits" not in kept and "options" not in kept
-    long: dict[str, Any] = {**training["dataset"], "files": [f"{n:0500}.png" for n in range(600)]}  # type: ignore[dict-item]
+    long: dict[str, Any] = {**training["dataset"], "files": [f"{n:0500}.png" for n in range(600)]}
     assert input_document(TrainingTask.model_validate({**training, "dataset": long})) is None
     image = ImageTask(task_id="t", **IDS, template_id="t", prompt="p", options={"deadline_factor": 2})  # type: ignore[arg-type]
     options = (input_document(image) or {})["options"]

@@ -124,7 +124,7 @@ async def test_the_bar_of_the_whole_task_never_goes_back(browser: Browser, watch
 
     async def written(version: int, stage: str, progress: float, attempt: int) -> None:
         told = fact(f"{version}", stage=stage, progress=progress, attempt=attempt)
-        state = {"stage": stage, "progress": progress, "attempts": attempt}
+        state: dict[str, Any] = {"stage": stage, "progress": progress, "attempts": attempt}
         await store.write(write_of(task_id, told, version=version, **state))
 
     await written(2, "processing", 75, 1)

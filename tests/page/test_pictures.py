@@ -20,7 +20,7 @@ SHOTS: dict[str, dict[str, Any]] = {
     "page-dark": {"viewport": DESK, "color_scheme": "dark"},
     "page-phone": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light"},
 }
-LOADED = "() => [...document.querySelectorAll('#list img')].slice(0, 2).every(image => image.complete)"
+DECODED = "() => Promise.all([...document.querySelectorAll('#list img')].slice(0, 2).map((image) => image.decode()))"
 
 
 async def _shown(page: Page) -> None:
@@ -29,7 +29,7 @@ async def _shown(page: Page) -> None:
     await expect(page.locator("#list .loss svg").first).to_be_attached(timeout=10_000)
     await expect(page.locator("#list img").nth(1)).to_be_attached(timeout=10_000)
     if page.viewport_size == DESK:
-        await page.wait_for_function(LOADED)
+        await page.evaluate(DECODED)
 
 
 async def test_the_pages_pictures_are_made(browser: Browser, watched: Watched, tmp_path: Path) -> None:
