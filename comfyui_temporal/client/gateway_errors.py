@@ -33,7 +33,7 @@ _ERROR_OF_CODE: Final[dict[str, type[TaskError]]] = {
     "task_unknown": UnknownTask,
     "dataset_invalid": InvalidInput,
     "task_exists": TaskExists,
-    "task_conflict": TaskExists,
+    "task_conflict": UnexpectedReply,
     "task_over": TaskOver,
     "temporal_unavailable": TemporalUnavailable,
     "worker_unavailable": WorkerUnavailable,

@@ -68,7 +68,7 @@ async def test_a_list_leaves_a_datasets_files_out_and_the_task_has_them(api: Api
 
 
 def test_an_input_is_kept_whole_or_not_at_all() -> None:
-    training = {
+    training: dict[str, Any] = {
         "task_id": "t",
         **IDS,
         "template_id": "lora-train",
@@ -79,7 +79,7 @@ def test_an_input_is_kept_whole_or_not_at_all() -> None:
     assert kept is not None and "task_id" not in kept and "max_credits" not in kept and "options" not in kept
     long: dict[str, Any] = {**training["dataset"], "files": [f"{n:0500}.png" for n in range(600)]}
     assert input_document(TrainingTask.model_validate({**training, "dataset": long})) is None
-    image = ImageTask(task_id="t", **IDS, template_id="t", prompt="p", options={"deadline_factor": 2})  # type: ignore[arg-type]
+    image = ImageTask(task_id="t", **IDS, template_id="t", prompt="p", options={"deadline_factor": 2})
     options = (input_document(image) or {})["options"]
     assert options == {"deadline_factor": 2}
 

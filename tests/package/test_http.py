@@ -25,6 +25,7 @@ from comfyui_temporal import (
     UnknownTask,
     WorkerUnavailable,
 )
+from comfyui_temporal.client.errors import CreditsRefused
 from comfyui_temporal.client.submission import start_task
 from gateway.problems import Problem, ProblemCode, input_invalid
 from tests.cable import Cable
@@ -34,6 +35,11 @@ from tests.workflows.platform import CALLERS, Platform
 
 ERROR_OF = {
     ProblemCode.INPUT_INVALID: InvalidInput,
+    ProblemCode.DATASET_INVALID: InvalidInput,
+    ProblemCode.TASK_CONFLICT: UnexpectedReply,
+    ProblemCode.INSUFFICIENT_BALANCE: CreditsRefused,
+    ProblemCode.QUOTA_EXCEEDED: CreditsRefused,
+    ProblemCode.PRICE_MISMATCH: CreditsRefused,
     ProblemCode.CURSOR_INVALID: InvalidInput,
     ProblemCode.UNAUTHENTICATED: AccessDenied,
     ProblemCode.NOT_AUTHORIZED: AccessDenied,

@@ -42,7 +42,9 @@ class RecordingStore:
         if self.fails_with is not None:
             raise self.fails_with
 
-    async def claim(self, _claim: Any, run: TaskRun | None, *, limits: TenantLimits, within_seconds: float) -> bool:
+    async def claim(
+        self, _claim: Any, run: TaskRun | None, *, given: Any, limits: TenantLimits, within_seconds: float
+    ) -> bool:
         self._record("claim", run, within_seconds)
         return self.is_claimed
 

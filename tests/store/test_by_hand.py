@@ -15,7 +15,7 @@ import pytest_asyncio
 
 from comfyui_temporal.contracts.errors import ExceptionCode
 from comfyui_temporal.contracts.task_store import Correction, TaskException
-from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState, TaskStatus
+from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState, TaskEvent, TaskStatus
 from store import TaskStore, TaskUnknown
 from store.by_hand import Found
 from store.failures import NotToBeSettled
@@ -38,6 +38,11 @@ async def store(dsn: str) -> AsyncIterator[TaskStore]:
     store = TaskStore(dsn)
     yield store
     await store.close()
+
+
+def without_credits(events: list[TaskEvent]) -> list[TaskEvent]:
+    """An end is read with the row's points, which a correction changes."""
+    return [event.model_copy(update={"credits": None}) for event in events]
 
 
 async def unsettled(store: TaskStore, *, ended_days_ago: float = 3, **changes: Any) -> str:
@@ -84,7 +89,7 @@ async def test_the_row_gets_the_figures_and_the_record_and_the_audit_log_say_who
         **{"operation": "settle_by_hand", "user_id": "ada@example.org"},
         **{"tenant_id": "tenant-a", "task_id": task_id},
     }
-    assert await store.events(task_id) == events, "what streams showed stays as it was"
+    assert without_credits(await store.events(task_id)) == without_credits(events), "what streams showed stays"
     figures = await store.figures()
     assert sum(one.tasks for one in figures.unsettled) == 0, "the alert ends"
 

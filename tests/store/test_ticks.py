@@ -247,7 +247,7 @@ async def test_several_gateways_and_the_workflow_at_once_leave_no_gap(task_store
         assert [event.ts for event in events] == sorted({event.ts for event in events})
         assert events[-1].event is EventType.COMPLETED
         progress = [event.progress for event in events if event.stage == "processing" and event.progress is not None]
-        assert progress == sorted(progress) and len(set(progress)) > 1
+        assert progress == sorted(progress) and progress[-1] > 0
     for store in others:
         await store.close()
 

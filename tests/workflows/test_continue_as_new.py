@@ -190,7 +190,7 @@ async def test_a_training_of_many_runs_keeps_its_hours_its_price_and_its_copy(pl
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120 + 30)
     assert ending.result["output"] == OUTPUT
     await assert_requested_once(
-        platform, handle, create_training=2, estimate=2, start_training=2, pre_deduct=5, cancel_hold=4
+        platform, handle, create_training=2, estimate=3, start_training=2, pre_deduct=5, cancel_hold=4
     )
 
 

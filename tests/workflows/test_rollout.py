@@ -70,7 +70,7 @@ FLOWS_OF = {"1.4.0": FLOWS, "1.5.0": NEXT_FLOWS, "1.5.1": NEXT_FLOWS}
 def documented(*words: str) -> str:
     """The only command of the document that contains these words."""
     text = OPERATIONS.read_text(encoding="utf-8").partition("## Rolling out")[2].partition("\n## ")[0]
-    blocks = "".join(re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
     [found] = [line for line in blocks.splitlines() if all(word in line for word in words)]
     return found
 

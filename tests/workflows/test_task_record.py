@@ -314,4 +314,4 @@ def test_an_operator_sees_what_is_waited_for_and_the_last_update(recorded: Recor
     assert len(recorded.details) == 3
 
     recorded.receive(1)
-    assert "| last update from ComfyUI | 2026&#45;03&#45;01 12:00:00 UTC |" in recorded.details[-1]
+    assert "- **last update from ComfyUI:** 2026&#45;03&#45;01 12:00:00 UTC" in recorded.details[-1]

