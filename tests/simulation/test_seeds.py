@@ -59,7 +59,6 @@ def test_many_schedules_keep_the_invariants(kind: str, profile: str, resets: flo
         pytest.param("training", 941, "field", id="a hold of an earlier life whose id only an absent row shows"),
         pytest.param("training", 17658, "both", id="a hold is requested by a run that is long from its first task on"),
         pytest.param("training", 11050, "both", id="a stage that is first of many messages while a call hangs"),
-        pytest.param("training", 18164, "both", id="a hold that only the row knew is given back once"),
         pytest.param("training", 1341, "both", id="no search for a hold that the row explains"),
     ],
 )
