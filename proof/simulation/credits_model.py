@@ -55,6 +55,7 @@ class Hold:
     phase: str = "open"
     charged: int = 0
     cancelled_by_operator_at: float | None = None
+    ended_at: float | None = None
 
     @property
     def is_cancelled_by_operator(self) -> bool:
@@ -255,7 +256,7 @@ class CreditsModel:
                 self._give_back(hold, "expired", LedgerKind.EXPIRE)
 
     def _give_back(self, hold: Hold, phase: str, kind: LedgerKind) -> None:
-        hold.phase = phase
+        hold.phase, hold.ended_at = phase, self._timeline.now
         self._enter(hold.task_id, kind, hold.amount, hold)
 
     def _enter(

@@ -156,7 +156,7 @@ class HoldRules:
     def unreported(self, *, open_at: float | None = None) -> list[Hold]:
         """Open holds whose answer the run never received: doubled by a service without idempotency.
 
-        `open_at`: those that were open then, also where an operator gave one back since.
+        `open_at`: those that were open then, whoever ended one since.
         """
         received = {known.pre_deduct_id for known in self.granted()}
         others = [hold for hold in self._world.parties.credits.holds if hold.pre_deduct_id not in received]
@@ -165,7 +165,7 @@ class HoldRules:
         return [
             hold
             for hold in others
-            if hold.taken_at <= open_at and (hold.phase == "open" or (hold.cancelled_by_operator_at or 0) > open_at)
+            if hold.taken_at <= open_at and (hold.phase == "open" or (hold.ended_at or 0) > open_at)
         ]
 
     def _came_too_late(self, known: Known) -> bool:
@@ -228,8 +228,10 @@ class HoldRules:
             return 0.0
         reports = self._world.witness.reports.get(attempt.job_id or "", ())
         begun = [report.at for report in reports if not report.is_queued and report.at >= start]
+        lost_at = self._world.witness.lost_at(attempt.job_id)
         later = self._world.witness.attempts.get(n + 1)
-        end = min(begun[:1] + ([later.call.scheduled_at] if later is not None else [at]))
+        ends = [*begun[:1], lost_at, later.call.scheduled_at if later is not None else at]
+        end = min(found for found in ends if found is not None)
         return max(0.0, end - start)
 
     @property

@@ -129,7 +129,9 @@ class JobRules:
             reasons |= self._reasons_of_job(attempt)
             reasons |= self._reasons_of_price(attempt)
             reasons |= self._reasons_of_row()
-            if at >= min(self._holds.deadlines(at)) or attempt.n > 1 or self._waits_for_retry(attempt):
+            was_queued_too_long = at >= self._queue_limit(attempt)
+            is_over = was_queued_too_long or at >= min(self._holds.deadlines(at))
+            if is_over or attempt.n > 1 or self._waits_for_retry(attempt):
                 reasons.add(FailureCode.TIMEOUT)
         must(code in reasons, f"failed with {code}, the reasons there are:", *sorted(reasons))
 
@@ -163,6 +165,11 @@ class JobRules:
             return set()
         is_last = attempt.n > len(self._world.scenario.policy.retry_after_seconds)
         return set() if details.may_be_retried() and not is_last else {details.code}
+
+    def _queue_limit(self, attempt: Attempt) -> float:
+        """Until when an attempt's job may wait in the queue."""
+        start = self._holds.start_of(attempt.n)
+        return float("inf") if start is None else start + 60 * self._world.scenario.policy.cap_minutes
 
     def _waits_for_retry(self, attempt: Attempt) -> bool:
         return self._ended_at(attempt) is not None

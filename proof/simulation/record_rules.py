@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Final
 
-from comfyui_temporal.contracts.comfyui import JobState, JobStatus, TrainingState, TrainingStatus
+from comfyui_temporal.contracts.comfyui import JobState, TrainingState
 from comfyui_temporal.contracts.errors import HOLD_OUT_OF_SIGHT, Answer, ExceptionCode, FailureCode
 from comfyui_temporal.contracts.size_budget import MAX_INBOX, MAX_INBOX_BYTES
 from comfyui_temporal.contracts.task_store import Fact, TaskException
@@ -137,7 +137,7 @@ class RecordRules:
         news = self._readable_reports(attempt)
         events = self._world.parties.store.events
         stages = {(event.attempt, event.stage) for event in events}
-        unreported = {_stage(report.state) for report in news if not _is_queued(report)} - {
+        unreported = {_stage(report.state) for report in news if not report.is_queued} - {
             s for n, s in stages if n == attempt.n
         }
         must(len(unreported) <= self._left_out(), "a stage was never published:", attempt.n, *unreported)
@@ -242,9 +242,12 @@ class RecordRules:
         is_shown = bool(looks) and looks[-1].outcome is not None and terms.lag_seconds == 0
         if not is_shown:  # a worker of the other release reads no ledger for it
             return
-        seen = sum(hold.amount for hold in self._holds.unreported(open_at=looks[-1].scheduled_at))
-        records = self._world.parties.store.exceptions.values()
-        recorded = sum(record.details["amount"] for record in records if record.code == ExceptionCode.HOLD_DOUBLED)
+        exceptions = self._world.parties.store.exceptions.values()
+        records = [record for record in exceptions if record.code == ExceptionCode.HOLD_DOUBLED]
+        recorded = sum(record.details["amount"] for record in records)
+        # A record says what was true when it was made; the run may give one of them back later.
+        judged_at = max((record.ts.timestamp() for record in records), default=looks[-1].scheduled_at)
+        seen = sum(hold.amount for hold in self._holds.unreported(open_at=judged_at))
         must(recorded == seen, f"{seen} points are held twice, recorded are", recorded)
 
     def _hides_doubled(self, exception: TaskException) -> bool:
@@ -292,7 +295,7 @@ class RecordRules:
         sla = 60 * self._world.scenario.policy.queue_sla_minutes
         for attempt in self._world.witness.attempts.values():
             start = self._holds.start_of(attempt.n)
-            moved = [report.at for report in self._world.witness.reports_of(attempt.job_id) if not _is_queued(report)]
+            moved = [report.at for report in self._world.witness.reports_of(attempt.job_id) if not report.is_queued]
             if start is not None and at >= start + sla - SLACK and (not moved or moved[0] >= at - SLACK):
                 return True
         return False
@@ -335,7 +338,7 @@ class RecordRules:
             start, news = self._holds.start_of(attempt.n), self._world.witness.reports_of(attempt.job_id)
             if start is None or attempt.accepted is None:
                 continue
-            moved = [report.at for report in news if not _is_queued(report)]
+            moved = [report.at for report in news if not report.is_queued]
             until = min([*moved, *self._cancels_of(attempt), *self._world.cancels_seen, ended_at])
             begun = max(start + sla, attempt.accepted_at, self._holds.followed_since(attempt))
             if until > begun + SURELY:
@@ -351,12 +354,3 @@ def _stage(state: JobState | TrainingState) -> str | None:
     if isinstance(state, JobState):
         return state.job_status.value
     return state.training_stage.value if state.training_stage else None
-
-
-def _is_queued(report: Report) -> bool:
-    state = report.state
-    if report.error is not None:
-        return False
-    if isinstance(state, JobState):
-        return state.job_status is JobStatus.QUEUED
-    return state.training_status is TrainingStatus.QUEUED

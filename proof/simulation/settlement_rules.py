@@ -6,6 +6,7 @@ from typing import Final
 
 from comfyui_temporal.contracts.credits import LedgerKind
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode
+from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
 from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, SettlementState
 from proof.simulation.hold_rules import HoldRules
 from proof.simulation.invariants import World, must
@@ -119,7 +120,9 @@ class SettlementRules:
         must(reported.estimated == estimate, "the row's estimate:", reported.estimated, estimate)
         must(reported.held == self.held, "the row says held:", reported.held, self.held)
         ids = [known.pre_deduct_id for known in self._holds.granted()]
-        must(reported.pre_deduct_ids == ids, "the row names the holds:", *reported.pre_deduct_ids)
+        must(reported.pre_deduct_count == len(ids), "the row counts the holds:", reported.pre_deduct_count, len(ids))
+        # A long wait renews its hold more often than the row names: it names the newest.
+        must(reported.pre_deduct_ids == ids[-MAX_KEPT_HOLDS:], "the row names the holds:", *reported.pre_deduct_ids)
         if self.is_unknown or ExceptionCode.UNDO_UNFINISHED in self._world.recorded_codes():
             is_reported = reported.settlement is SettlementState.UNKNOWN
             must(is_reported or not self.is_unknown, "what is unknown is reported as known:", reported)

@@ -38,6 +38,9 @@ class Report:
 
     @property
     def is_queued(self) -> bool:
+        """Whether the job waits: one that failed in the queue does so no longer."""
+        if self.error is not None:
+            return False
         status = self.state.job_status if isinstance(self.state, JobState) else self.state.training_status
         return str(status) == "queued"
 
