@@ -130,7 +130,7 @@ async def test_the_smallest_worker_works(temporal_env: WorkflowEnvironment) -> N
 
 
 class Silence:
-    """A ComfyUI that takes calls and never answers. `calls` counts them."""
+    """A service that takes calls and never answers. `calls` counts them."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -192,6 +192,7 @@ async def test_it_serves_health_and_metrics_drains_at_the_first_signal_and_ends_
             service_secret=SECRET,
             database_dsn=postgres_dsn,
             comfyui_url=comfyui,
+            credits_url=comfyui,
             health_port=str(health),
             metrics_port=str(metrics),
             grace_seconds="20",

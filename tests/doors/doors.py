@@ -42,7 +42,7 @@ _SWITCHBOARD: Final = frozenset(
     }
 )
 SERVICE_ROUTES: Final[dict[str, frozenset[Route]]] = {
-    "bridge": _RUNS,
+    "bridge": _RUNS | {("GET", "/comfyui/v1/templates")},
     "comfyui": _RUNS,
     "credits": frozenset(
         {
@@ -74,7 +74,7 @@ OPEN_ROUTES: Final[dict[str, frozenset[Route]]] = {
 }
 SIGNED_ROUTES: Final[dict[str, frozenset[Route]]] = {
     "gateway": frozenset({("POST", "/callbacks/comfyui/{task_id}")}),
-    "bridge": frozenset({("GET", "/comfyui/files/{path:path}")}),
+    "bridge": frozenset({(method, "/comfyui/files/{path:path}") for method in ("GET", "HEAD")}),
 }
 """A signature opens them, and no token does."""
 

