@@ -221,7 +221,16 @@ def _green_now(fault: Fault, settings: dict[str, str]) -> list[str]:
     return [done.stdout] if done.returncode == 0 else []
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
+FIRST_OF_EACH: Final = {fault.name: fault for fault in reversed(FAULTS)}
+
+
+def _rows() -> list[Any]:
+    """One process for each fault; the other processes are slow tests."""
+    marks = {False: [pytest.mark.slow], True: []}
+    return [pytest.param(fault, marks=marks[FIRST_OF_EACH[fault.name] is fault]) for fault in FAULTS]
+
+
+@pytest.mark.parametrize("fault", _rows(), ids=str)
 async def test_it_ends_with_one_sentence_and_is_never_green(ends: dict[str, asyncio.Task[End]], fault: Fault) -> None:
     end = await ends[str(fault)]
     assert end.code in (1, 2), end.output

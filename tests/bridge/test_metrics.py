@@ -149,6 +149,7 @@ async def process_of(bridge: BridgePlatform, *command: str, **settings: str) -> 
         await process.wait()
 
 
+@pytest.mark.slow
 async def test_both_processes_serve_their_page_with_temporals_metrics_beside_ours(
     bridge: BridgePlatform, native: NativeServer
 ) -> None:

@@ -97,6 +97,7 @@ async def test_a_run_that_takes_longer_says_so_and_its_ticks_go_on(
     assert any(body["estimated_time"] == pytest.approx(10.0, rel=0.1) for body in told)
 
 
+@pytest.mark.slow
 async def test_a_gpu_worker_tells_that_its_run_is_slow(bridge: BridgePlatform, native: NativeServer) -> None:
     await native.admin.set(step_seconds=4.0, models={"checkpoints": ["a.safetensors"]})
     async with bridge.gpu(native):

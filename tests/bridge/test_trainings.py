@@ -89,6 +89,7 @@ async def has_end_callback(bridge: BridgePlatform, task_id: str) -> bool:
     return bool(set(bridge.receiver.statuses(task_id)) & {"completed", "failed"})
 
 
+@pytest.mark.slow
 async def test_a_dataset_of_ten_thousand_long_paths_is_trained_on(bridge: BridgePlatform, native: NativeServer) -> None:
     """The list has 3 MB, more than a Temporal input may have. Most of its files are not for training."""
     await native.admin.set(models=MODELS)

@@ -134,6 +134,7 @@ async def test_what_is_not_a_callers_to_give_is_named(api: Api, dataset: dict[st
     assert [problem["field"] for problem in answer.json()["fields"]] == [field]
 
 
+@pytest.mark.slow
 async def test_storage_that_is_away_starts_nothing(api: Api) -> None:
     folder, names = dataset_of(api, 800)
     order = order_of(api, source_uri=folder.as_uri(), files=names)

@@ -96,6 +96,7 @@ async def test_streams_beyond_the_limit_are_refused_until_one_is_closed(gateways
         assert await until(opens)
 
 
+@pytest.mark.slow
 async def test_two_processes_admit_exactly_the_limits_together(
     temporal_env: WorkflowEnvironment, postgres_dsn: str
 ) -> None:

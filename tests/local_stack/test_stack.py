@@ -98,6 +98,7 @@ def restarts_of(folder: RunFolder, part: str) -> int:
     return record.processes[part].restarts if record is not None and part in record.processes else 0
 
 
+@pytest.mark.slow
 def test_a_stack_ends_with_the_command_that_started_it(folder: RunFolder, first_life: StackRecord) -> None:
     assert set(first_life.processes) == PARTS
     eventually(lambda: not folder.is_locked(), within_seconds=30)
@@ -203,6 +204,7 @@ def test_a_second_up_uses_the_stack_that_is_up(
     assert stack.ui_url in capsys.readouterr().out
 
 
+@pytest.mark.slow
 async def test_a_stopped_worker_costs_no_task(folder: RunFolder, stack: StackDescription, client: Client) -> None:
     task_id = unique("drained")
     handle = await client.start_workflow(
@@ -226,6 +228,7 @@ async def test_a_stopped_worker_costs_no_task(folder: RunFolder, stack: StackDes
     assert result["credits"]["charged"] == result["credits"]["held"] > 0
 
 
+@pytest.mark.slow
 async def test_a_part_that_is_killed_comes_back_at_its_place(folder: RunFolder, stack: StackDescription) -> None:
     os.kill(stack.pids["gateway"], signal.SIGKILL)
     await comes_true(lambda: pid_of(folder, "gateway") not in (None, stack.pids["gateway"]))

@@ -65,6 +65,7 @@ def test_a_test_kills_what_no_seed_sees(tmp_path: Path) -> None:
     assert verdict_on("workflows/details.py", "if (not what):", tmp_path, seeds=3, tests=(test,)) == ["tests", test]
 
 
+@pytest.mark.slow
 def test_a_mutant_that_no_test_fails_on_survives(tmp_path: Path) -> None:
     test = f"{DETAILS}::test_a_task_that_has_ended_waits_for_nothing"
 
@@ -75,6 +76,7 @@ def test_a_mutant_that_nothing_executes_is_reported_unreached(tmp_path: Path) ->
     assert verdict_on("workflows/stop.py", 'removed: self.reason = ""', tmp_path) == ["unreached", ""]
 
 
+@pytest.mark.slow
 def test_the_source_tree_is_unchanged(tmp_path: Path) -> None:
     before = (ROOT / "workflows/stop.py").read_bytes()
 

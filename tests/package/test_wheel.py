@@ -162,6 +162,7 @@ async def test_without_its_extra_encryption_names_it(library: Path, outside: Pat
     assert exit_code == 1 and "comfyui-temporal[encryption]" in said
 
 
+@pytest.mark.slow
 async def test_the_command_line_finds_the_stack_and_follows_a_task(
     command_line: Path, outside: Path, stack: Platform
 ) -> None:

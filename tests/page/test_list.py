@@ -30,6 +30,7 @@ async def stored_tasks(watched: Watched, tenant: str, count: int) -> list[str]:
     return ids
 
 
+@pytest.mark.slow
 async def test_a_price_that_waits_stands_on_top_until_it_is_confirmed(browser: Browser, watched: Watched) -> None:
     handle = await watched.platform.start_training(max_credits=None)
     task_id = task_id_of(handle)

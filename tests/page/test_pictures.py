@@ -32,6 +32,7 @@ async def _shown(page: Page) -> None:
         await page.evaluate(DECODED)
 
 
+@pytest.mark.slow
 async def test_the_pages_pictures_are_made(browser: Browser, watched: Watched, tmp_path: Path) -> None:
     folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
     platform = watched.platform

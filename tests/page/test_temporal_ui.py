@@ -19,6 +19,7 @@ from tests.test_codec_server import MARK, NEW, SETTINGS, TOKEN, Echo, serving
 pytestmark = pytest.mark.browser
 
 
+@pytest.mark.slow
 async def test_the_ui_decodes_for_a_browser_that_is_signed_in(browser: Browser) -> None:
     ui = f"http://127.0.0.1:{(ui_port := any_free_port())}"
     async with (

@@ -196,6 +196,7 @@ async def failed_workflow_tasks(platform: Platform, handle: Handle) -> int:
     return described.pending_workflow_task.attempt
 
 
+@pytest.mark.slow
 async def test_what_an_older_worker_cannot_read_waits_for_the_newer_one(bare: Platform) -> None:
     """Neither the run nor its hold ends: only workflow tasks fail, until a worker that can read them takes one."""
     task = bare.image()

@@ -93,6 +93,7 @@ async def test_a_training_that_fails_without_details_is_internal(brisk_platform:
     assert ending.result["attempts"] == 1
 
 
+@pytest.mark.slow
 async def test_three_more_attempts_follow_after_30_60_and_120_seconds_under_one_hold(slow_platform: Platform) -> None:
     comfyui = slow_platform.simulators.admin.comfyui
     handle = await slow_platform.start_waiting_image()

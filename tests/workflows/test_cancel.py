@@ -100,6 +100,7 @@ async def cancelled_while_hanging(platform: Platform, kind: str, route: str, whe
     await ended_cancelled(platform, handle, way, await cancel(platform, handle, way))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
 async def test_cancelled_while_a_call_hangs_before_and_after_it_acted(working: Platform, when: str) -> None:
     """Two kinds of cancel a call, so that both runs together cover every call with every kind."""
@@ -125,6 +126,7 @@ async def cancelled_while_retried(platform: Platform, kind: str, route: str, way
     return handle, outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ways",
     [

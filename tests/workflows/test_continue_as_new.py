@@ -377,6 +377,7 @@ async def storeless(
     await store.close()
 
 
+@pytest.mark.slow
 async def test_facts_that_wait_for_the_store_are_carried_on_and_written_in_order(
     storeless: Platform, cable: Cable
 ) -> None:

@@ -108,6 +108,7 @@ async def test_a_settlement_that_was_unknown_is_corrected_once_the_ledger_shows_
     assert (await reconcile(alone)).corrected == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["unknown", "corrected"])
 async def test_a_task_whose_settlement_was_unknown_ends_as_its_row_says_from_every_reset_point(
     alone: Platform, row: str

@@ -175,6 +175,7 @@ async def test_a_worker_killed_while_it_gives_back_gives_everything_back(
         assert ending.status is TaskStatus.CANCELLED
 
 
+@pytest.mark.slow
 async def test_what_happens_while_the_worker_is_dead_counts_when_it_is_back(
     bare_platform: Platform, worker: WorkerProcess
 ) -> None:
@@ -206,6 +207,7 @@ async def test_what_happens_while_the_worker_is_dead_counts_when_it_is_back(
     assert endings[3].charged == 120 + 2 * 60
 
 
+@pytest.mark.slow
 async def test_a_worker_stopped_during_a_submit_leaves_the_same_job(
     bare_platform: Platform, worker: WorkerProcess
 ) -> None:
@@ -220,6 +222,7 @@ async def test_a_worker_stopped_during_a_submit_leaves_the_same_job(
     assert len(await bare_platform.simulators.admin.comfyui.jobs(task["task_id"])) == 1
 
 
+@pytest.mark.slow
 async def test_a_temporal_server_killed_and_started_on_its_file_loses_no_task(
     temporal_env: WorkflowEnvironment, new_database: NewDatabase, tmp_path: Path
 ) -> None:
@@ -240,6 +243,7 @@ async def test_a_temporal_server_killed_and_started_on_its_file_loses_no_task(
     assert [ending.status for ending in endings] == [TaskStatus.COMPLETED, TaskStatus.COMPLETED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outage", ["pull", pytest.param("hang", marks=pytest.mark.slow)])
 async def test_postgresql_away_in_mid_task_costs_no_money_and_no_event(
     temporal_env: WorkflowEnvironment, cable: Cable, tmp_path: Path, outage: str

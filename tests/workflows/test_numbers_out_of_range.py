@@ -55,6 +55,7 @@ async def test_a_number_that_only_informs_costs_no_training_its_result(
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120)
 
 
+@pytest.mark.slow
 async def test_a_state_that_stays_unreadable_until_the_deadline_is_named(quick_platform: Platform) -> None:
     """No callback, poll or cancel answer is readable: the failure at the deadline says so, and why."""
     quick_platform.policy |= {"deadline_factor": 25.0, "poll_after_seconds": 0.3, "poll_at_most_seconds": 1.0}

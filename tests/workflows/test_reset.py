@@ -62,7 +62,7 @@ async def test_an_ended_task_ends_the_same_way_from_every_reset_point(platform: 
 @pytest.mark.parametrize("scenario", [scenario for scenario in ENDED if scenario.name in SAMPLE], ids=str)
 async def test_a_task_that_had_ended_ends_as_it_had(platform: Platform, scenario: Scenario) -> None:
     """At some points; at every one in the slow suite."""
-    await ends_as_it_had(platform, scenario, every=3)
+    await ends_as_it_had(platform, scenario, every=5)
 
 
 async def ends_as_it_had(platform: Platform, scenario: Scenario, *, every: int) -> None:
@@ -87,7 +87,7 @@ async def test_a_waiting_task_is_completed_and_charged_once_from_every_reset_poi
 @pytest.mark.parametrize("scenario", [scenario for scenario in OPEN if scenario.name in SAMPLE], ids=str)
 async def test_a_task_that_waits_is_completed_and_charged_once(platform: Platform, scenario: Scenario) -> None:
     """At some points; at every one in the slow suite."""
-    await completed_once(platform, scenario, every=4)
+    await completed_once(platform, scenario, every=7)
 
 
 async def completed_once(platform: Platform, scenario: Scenario, *, every: int) -> None:

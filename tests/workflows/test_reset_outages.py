@@ -96,6 +96,7 @@ async def test_an_image_whose_end_is_not_written_is_delivered(platform: Platform
         assert ending.result["result_urls"]
 
 
+@pytest.mark.slow
 async def test_a_training_whose_end_is_not_written_is_delivered(platform: Platform, cable: Cable) -> None:
     """Where it is reset to before its second hold, the first one's commit would be another key's."""
     handles = [await topped_up(platform, await new_payer(platform)) for _ in SHARES]
@@ -198,6 +199,7 @@ async def _is_completed(platform: Platform, run: Handle) -> bool:
 # It is being given back
 
 
+@pytest.mark.slow
 async def test_a_run_that_is_reset_while_it_is_given_back_begins_nothing(platform: Platform) -> None:
     payer = await new_payer(platform)
     handle = await stalled(platform, payer.image())

@@ -122,6 +122,7 @@ async def _is_cancelled(platform: Platform, handle: Handle, *, place: int) -> bo
     return (await holds_of(platform, handle))[place].phase == "cancelled"
 
 
+@pytest.mark.slow
 async def test_a_failed_task_whose_earlier_hold_has_an_unknown_end_says_so(patient_platform: Platform) -> None:
     """Its cancel was answered too late: the repeat is refused, and the ledger shows nothing for ten minutes."""
     payer = await new_payer(patient_platform)

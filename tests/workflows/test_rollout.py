@@ -317,6 +317,7 @@ async def test_an_image_whose_build_is_gone_is_reset_to_the_current_one(rollout:
     assert await platform.simulators.admin.credits.charged(image.id.removeprefix("task-")) == first.charged
 
 
+@pytest.mark.slow
 async def test_give_backs_and_passes_of_the_reconciler_move_on(rollout: Rollout) -> None:
     """A give-back does not wait for the build that began it: its worker goes in the middle of the work."""
     platform = rollout.platform

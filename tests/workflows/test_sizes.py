@@ -115,6 +115,7 @@ async def test_a_list_as_large_as_temporal_takes_works_to_the_end(direct_platfor
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [300, pytest.param(9_000, marks=pytest.mark.slow)])
 async def test_a_terminated_run_with_a_large_dataset_is_given_back(direct_platform: Platform, count: int) -> None:
     """Seen with 9,000 files and two attempts: the orphans were too large to pass on, hold and training stayed open."""

@@ -53,6 +53,7 @@ async def test_a_bad_update_is_refused_and_changes_nothing(direct_platform: Plat
     assert (await ended(direct_platform, handle)).status is TaskStatus.CANCELLED
 
 
+@pytest.mark.slow
 async def test_each_of_many_concurrent_cancels_is_answered_or_refused_by_the_server(direct_platform: Platform) -> None:
     """They are answered once it is decided; more than ten in flight the server takes of no run."""
     task = direct_platform.image()
