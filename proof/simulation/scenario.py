@@ -208,6 +208,10 @@ def _add_newest(newest: random.Random, scenario: Scenario) -> None:
         acts = scenario.actions.at_step
         acts.extend((newest.randrange(60), Action.WAIT_UNTIL_HELD) for _ in range(newest.choice((1, 1, 3))))
         acts.sort(key=lambda act: act[0], reverse=True)
+    # A whole day in the queue is thousands of workflow tasks, and shows nothing that an hour does not.
+    if scenario.is_image and newest.random() < 0.95:
+        cap = newest.choice((30.0, 60.0, 120.0))
+        scenario.policy = scenario.policy.model_copy(update={"cap_minutes": cap})
 
 
 def _prices(more: random.Random, is_image: bool) -> PriceTable:

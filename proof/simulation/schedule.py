@@ -35,7 +35,7 @@ from proof.simulation.trace import Trace
 from proof.simulation.trainings import Trainings
 from proof.simulation.versions import Release, handed_on, keeps_unknown
 
-STEPS_AT_MOST: Final = 12_000
+STEPS_AT_MOST: Final = 40_000
 
 
 @dataclass
