@@ -28,7 +28,7 @@ from tests.waiting import until
 NO_PROMETHEUS: Final = "prometheus is not installed (Debian's package prometheus): alerts are not shown on a real stack"
 needs_prometheus = pytest.mark.skipif(PROMETHEUS is None, reason=NO_PROMETHEUS)
 AMOUNT_INVALID: Final = {"detail": {"code": "0", "message": "amount_invalid"}}
-TOKEN: Final = Tokens(CALLER_SECRET, "comfyui-temporal", "comfyui-platform").made_for("tenant-demo", "user-demo")
+CALLERS: Final = Tokens(CALLER_SECRET, "comfyui-temporal", "comfyui-platform")
 
 
 def test_quickened_rules_differ_in_their_durations_alone() -> None:
@@ -86,7 +86,7 @@ async def watched(
         await opened.enter_async_context(stack.running(native.url, "worker", "bridge", "gpu-worker"))
         await opened.enter_async_context(gateway.running(None, "gateway"))
         http = await opened.enter_async_context(httpx.AsyncClient(base_url=stack.url("gateway"), trust_env=False))
-        http.headers["authorization"] = f"Bearer {TOKEN}"
+        http.headers["authorization"] = f"Bearer {CALLERS.made_for('tenant-demo', 'user-demo')}"
         pages = {
             "comfyui-worker": stack.ports["worker-metrics"],
             "comfyui-gateway": stack.ports["gateway"],

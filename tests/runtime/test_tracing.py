@@ -51,7 +51,7 @@ STREAM: Final = "/api/v1/tasks/stream/sse?subscribe=*"
 PROMPT: Final = "the-prompt-that-no-span-may-show"
 TRACE: Final = "0af7651916cd43dd8448eb211c80319c"
 CALLERS_SPAN: Final = "b7ad6b7169203331"
-TOKEN: Final = Tokens(CALLER_SECRET, "comfyui-temporal", "comfyui-platform").made_for("tenant-demo", "user-demo")
+CALLERS: Final = Tokens(CALLER_SECRET, "comfyui-temporal", "comfyui-platform")
 
 
 @dataclass
@@ -118,6 +118,7 @@ class Traced:
     collector: Collector
     stack: Stack
     task_id: str
+    token: str
     rows: list[str | None]
     """The `traceparent` of each of its events' rows."""
     frames: str
@@ -148,7 +149,8 @@ async def traced(
             OTEL_BSP_SCHEDULE_DELAY="200",
         )
         http = await opened.enter_async_context(httpx.AsyncClient(base_url=stack.url("gateway"), trust_env=False))
-        http.headers["authorization"] = f"Bearer {TOKEN}"
+        token = CALLERS.made_for("tenant-demo", "user-demo")
+        http.headers["authorization"] = f"Bearer {token}"
         async with stack.running(native.url):
             await until(lambda: _is_ready(http, stack), within_seconds=READY_SECONDS)
             frames = await _followed(http, task_id)
@@ -156,7 +158,7 @@ async def traced(
         connection = await asyncpg.connect(dsn)
         rows = await connection.fetch("SELECT traceparent FROM task_events WHERE task_id = $1 ORDER BY seq", task_id)
         await connection.close()
-        yield Traced(collector, stack, task_id, [row["traceparent"] for row in rows], frames)
+        yield Traced(collector, stack, task_id, token, [row["traceparent"] for row in rows], frames)
 
 
 async def _is_ready(http: httpx.AsyncClient, stack: Stack) -> bool:
@@ -251,7 +253,7 @@ def test_no_span_holds_a_prompt_a_token_or_what_else_the_caller_sent(traced: Tra
     assert traced.task_id.encode() in everything
     for hidden in (
         PROMPT,
-        TOKEN,
+        traced.token,
         SERVICE_SECRET,
         CALLER_SECRET,
         CALLBACK_SECRET,
