@@ -94,7 +94,7 @@ mutation: setup ## which small mistakes neither simulation nor tests see (ONLY=w
 kill-points: setup ## the whole stack struck at every instant of both flows (ONLY="image: commit" KINDS=worker-killed,… PROFILE=field)
 	@$(BIN)/python -m proof.kill_points $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
 
-screenshots: setup ## the live page's pictures for README and docs/page.md, made anew (needs Chromium)
+screenshots: setup ## the live page's pictures for README and docs/page.md (needs Chromium)
 	@mkdir -p docs/images && SCREENSHOTS=docs/images $(BIN)/python -m pytest -q tests/page/test_pictures.py
 
 soak: setup ## tasks under random faults on a whole stack (TASKS=10000 SEED=1 PROFILE=field, RESUME=1)

@@ -148,7 +148,7 @@ class Missing(OwnModel):
 
     @classmethod
     def of(cls, code: FailureCode, reasons: list[str]) -> Missing:
-        """With as many and as long reasons as a memo bears."""
+        """With as many and as long reasons as a memo can hold."""
         return cls(code=code.value, reasons=[shortened(repaired(reason), 300) for reason in reasons[:MOST_REASONS]])
 
 

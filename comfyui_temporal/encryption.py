@@ -46,7 +46,7 @@ class PayloadRejected(EncryptionError):
 
 
 class PayloadEncryption(PayloadCodec):
-    """Encrypts with the first key and decrypts with each. Without keys, or if told not to encrypt, it writes plainly.
+    """Encrypts with the first key and decrypts with each. Without keys, or where encryption is off, it writes plainly.
 
     `encode` never fails; `decode` raises KeyMissing or PayloadRejected.
     """

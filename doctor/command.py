@@ -41,8 +41,8 @@ def doctor(
     """Check a set-up before it costs money.
 
     Temporal, its namespace, retention and search attributes, a worker, the credits service, ComfyUI and which
-    optional routes it offers; and whether the worker calls these services: it is asked, by a workflow that does
-    nothing else. No job is started and nothing is changed; only --hold takes a hold, and gives it back.
+    optional routes it offers; and whether the worker uses the same services, which a small workflow
+    reads from it. No job is started and nothing is changed; only --hold takes a hold, and gives it back.
 
     \b
     Examples:

@@ -1,6 +1,6 @@
 """`doctor --token`: what a caller's token may do here, and why not.
 
-The gateway's settings decide. Where they are set here too, the token is verified here; else the gateway is asked.
+The gateway's settings decide. Where they are set here too, the token is verified here; else the gateway answers.
 """
 
 from __future__ import annotations

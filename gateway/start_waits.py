@@ -49,7 +49,7 @@ def seconds_of(prefer: str | None) -> int:
     return 0
 
 
-def is_told(view: TaskView) -> bool:
+def is_answered(view: TaskView) -> bool:
     """Whether the task itself answers a start that waits: a hold, a price to confirm, or the end."""
     return view.status.is_end() or view.confirmation is not None or view.credits.pre_deduct_count > 0
 

@@ -213,7 +213,7 @@ def task_routes(
 
 
 def _task_response(response: Response, started: StartedTask, wait_seconds: int) -> TaskView:
-    is_open_question = started.is_new if started.is_told is None else not started.is_told
+    is_open_question = started.is_new if started.is_answered is None else not started.is_answered
     response.status_code = 202 if is_open_question else 200
     response.headers["Location"] = f"{TASKS}/{started.task.task_id}"
     response.headers.update(started.headers)

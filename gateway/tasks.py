@@ -41,7 +41,7 @@ from comfyui_temporal.encryption import encryption_of
 from comfyui_temporal.runs import RunSeen, describe_run
 from gateway.inputs import StoredInputs
 from gateway.problems import FieldProblem, Problem, ProblemCode
-from gateway.start_waits import StartWaits, ends_at, is_told, refusal_of
+from gateway.start_waits import StartWaits, ends_at, is_answered, refusal_of
 from gateway.task_bodies import (
     KEYED,
     EventsQuery,
@@ -71,7 +71,7 @@ class StartedTask(NamedTuple):
     task: TaskView
     is_new: bool
     headers: Mapping[str, str] = {}
-    is_told: bool | None = None
+    is_answered: bool | None = None
     """Of a start that waits: whether credits are held, a price is to be confirmed, or the task has ended."""
 
 
@@ -132,22 +132,22 @@ class Tasks:
     async def _started_waiting(self, task: TaskInput, until: float) -> StartedTask:
         waited = await self._waits.begin(task, until)
         answer = await self._waits.go_on(waited, until)
-        return self._told(await self._waits.seen(task, answer), answer, is_new=waited.started.is_new)
+        return self._answered(await self._waits.seen(task, answer), answer, is_new=waited.started.is_new)
 
     async def _repeated(self, task: TaskInput, earlier: TaskView, until: float | None) -> StartedTask:
         """The answer to a repeat of a start whose run has claimed the id."""
         if until is None:
             return StartedTask(earlier, is_new=False)
-        if is_told(earlier) and earlier.confirmation is None:
-            return self._told(earlier, None, is_new=False)
+        if is_answered(earlier) and earlier.confirmation is None:
+            return self._answered(earlier, None, is_new=False)
         answer = await self._waits.again(earlier, until)
-        return self._told(await self._waits.seen(task, answer), answer, is_new=False)
+        return self._answered(await self._waits.seen(task, answer), answer, is_new=False)
 
-    def _told(self, view: TaskView, answer: StartAnswer | None, *, is_new: bool) -> StartedTask:
+    def _answered(self, view: TaskView, answer: StartAnswer | None, *, is_new: bool) -> StartedTask:
         refusal = refusal_of(view)
         if refusal is not None:
             raise refusal
-        return StartedTask(view, is_new=is_new, is_told=answer is not None or is_told(view))
+        return StartedTask(view, is_new=is_new, is_answered=answer is not None or is_answered(view))
 
     async def _keep(self, task_id: str, dataset_id: str, files: list[str]) -> None:
         try:

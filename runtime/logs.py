@@ -53,8 +53,8 @@ class _WithoutRetries(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         failure = record.exc_info[1] if record.exc_info else None
         # By its name: simulators log too, and know nothing of Temporal.
-        is_told = type(failure).__name__ == "ApplicationError" and getattr(failure, "type", None) in _CODES
-        return not (is_told and record.name == "temporalio.activity")
+        is_known = type(failure).__name__ == "ApplicationError" and getattr(failure, "type", None) in _CODES
+        return not (is_known and record.name == "temporalio.activity")
 
 
 def redacted(line: str, hidden: Collection[str] = ()) -> str:

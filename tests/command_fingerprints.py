@@ -46,7 +46,7 @@ CHANGED: Final = """\
 
 A command more or less, or in another place: put the change behind workflow.patched, with the old branch untouched
 (docs/versioning.md, "What needs a patch"). The old history must keep its old commands. Only a time limit, a retry, a
-queue, a search attribute or a timer's duration: old runs go on with it. If that is meant, write the file anew and let
+queue, a search attribute or a timer's duration: old runs go on with it. If that is meant, write the file again and let
 the change be reviewed: python -m tests.command_fingerprints {name}
 """
 

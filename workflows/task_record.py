@@ -95,7 +95,7 @@ class TaskRecord:
         return outcome.policy
 
     def _claim_refused(self, code: FailureCode, sentence: str) -> ApplicationError:
-        """There is no row to publish this end in: only a start that waits is told."""
+        """There is no row to publish this end in: only a start that waits gets an answer."""
         self.state.status = TaskStatus.FAILED
         self.state.error = ErrorDetails(code=code.value, message=sentence, retryable=False)
         self.answers.tell()

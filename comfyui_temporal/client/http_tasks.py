@@ -110,9 +110,11 @@ class HttpTasks:
         )
         if APPLIED not in response.headers:  # also a gateway that does not know how to wait
             return started
-        is_told = response.status_code == httpx.codes.OK
-        told = {"reached": _reached(view), "credits": view.credits, "confirmation": view.confirmation}
-        return started.model_copy(update={"is_new": REPLAYED not in response.headers, **(told if is_told else {})})
+        is_answered = response.status_code == httpx.codes.OK
+        answered = {"reached": _reached(view), "credits": view.credits, "confirmation": view.confirmation}
+        return started.model_copy(
+            update={"is_new": REPLAYED not in response.headers, **(answered if is_answered else {})}
+        )
 
     async def follow(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskUpdate, None]:
         """Yield each change that the gateway publishes, until the task ends; after `cursor` if one is given.

@@ -19,7 +19,7 @@ class StartedTask(OwnModel):
     """By Temporal only."""
     is_new: bool
     reached: Reached | None = None
-    """Of a start that waits: what it was told; None where it was told nothing in time."""
+    """Of a start that waits: what it reached; None where it reached nothing in time."""
     credits: CreditsSummary | None = None
     """With `reached` only."""
     confirmation: Confirmation | None = None

@@ -111,7 +111,7 @@ class TemporalTasks:
                 raise TemporalUnavailable(f"Temporal at {_address(self.client)} does not answer.") from None
         started, handle, update_id = _started(waited.started), waited.started.handle, waited.update_id
         if waited.answer is not None:
-            return _told(started, waited.answer)
+            return _with_answer(started, waited.answer)
         if not started.is_new:
             progress = await self._queried(handle, "progress", TrainingProgress)
             if progress is not None and progress.status.is_end():
@@ -120,7 +120,7 @@ class TemporalTasks:
                 update_id = WAIT_AGAIN  # a price that was shown before has been confirmed
         with typed_errors(self.client):
             answer = await go_on_waiting(handle, update_id, within_seconds=ends_at - time.monotonic())
-        return started if answer is None else _told(started, answer)
+        return started if answer is None else _with_answer(started, answer)
 
     async def _start_of_ended(self, started: StartedTask, handle: WorkflowHandle[Any, Any]) -> StartedTask:
         """The answer to the repeat of a start whose task has ended."""
@@ -326,15 +326,15 @@ def _started(started: Started) -> StartedTask:
     )
 
 
-def _told(started: StartedTask, answer: StartAnswer) -> StartedTask:
+def _with_answer(started: StartedTask, answer: StartAnswer) -> StartedTask:
     """Raises CreditsRefused, InvalidInput, TaskExists of a task that ended so before anything was held."""
     state = answer.state
     if state.status is TaskStatus.FAILED and state.error is not None and not state.credits.pre_deduct_count:
         refusal = start_refused(started.task_id, state.error.code, state.error.message)
         if refusal is not None:
             raise refusal
-    told = {"reached": answer.reached, "credits": state.credits, "confirmation": state.confirmation}
-    return started.model_copy(update=told)
+    answered = {"reached": answer.reached, "credits": state.credits, "confirmation": state.confirmation}
+    return started.model_copy(update=answered)
 
 
 def _with_our_converter(client: Client) -> Client:

@@ -232,8 +232,8 @@ async def _start(task: AnyTask, *, no_wait: bool, wait_held: bool, as_json: bool
         started = await opened.tasks.start(task, wait_for=wait_for, wait_seconds=MAX_WAIT_SECONDS)
         ui_url = opened.tasks.ui_link(started.workflow_id, started.run_id)
         if returns and as_json:
-            not_told = None if wait_held else {"reached", "credits", "confirmation"}
-            print_json(started.model_dump(mode="json", exclude=not_told) | {"ui_url": ui_url})
+            left_out = None if wait_held else {"reached", "credits", "confirmation"}
+            print_json(started.model_dump(mode="json", exclude=left_out) | {"ui_url": ui_url})
             return ExitCode.COMPLETED
         _announce(started, ui_url, Console(stderr=as_json), returns=returns, wait_held=wait_held)
         return ExitCode.COMPLETED if returns else await followed(opened, started.task_id, as_json=as_json)
@@ -244,13 +244,13 @@ def _announce(started: StartedTask, ui_url: str | None, console: Console, *, ret
     if ui_url:
         console.print(Text(ui_url, style="dim"), soft_wrap=True)
     if wait_held:
-        console.print(_told(started), highlight=False, soft_wrap=True)
+        console.print(_sentence_of(started), highlight=False, soft_wrap=True)
     if returns:
         console.print(f"Follow it: comfyui-tasks watch {started.task_id}", highlight=False)
 
 
-def _told(started: StartedTask) -> str:
-    """What a start that waits was told, as a sentence."""
+def _sentence_of(started: StartedTask) -> str:
+    """What a start that waits reached, as a sentence."""
     match started.reached:
         case Reached.HELD if started.credits is not None:
             return f"{started.credits.held} points are held."

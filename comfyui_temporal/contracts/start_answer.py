@@ -1,4 +1,4 @@
-"""What a start that waits is told (contract §6 `Prefer: wait`, §8 `wait_until_held`)."""
+"""The answer to a start that waits (contract §6 `Prefer: wait`, §8 `wait_until_held`)."""
 
 from __future__ import annotations
 

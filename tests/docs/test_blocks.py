@@ -100,7 +100,7 @@ def test_the_blocks_of_a_page_run_in_its_order(page: Path, checkout: Path, tmp_p
     ended = subprocess.run(
         ["bash", "-c", script_of(page, scripts)],
         cwd=checkout,
-        env=environment | {"PYTHON": "false"},  # nothing may set the environment up anew
+        env=environment | {"PYTHON": "false"},  # nothing may set the environment up again
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -85,7 +85,7 @@ async def test_results_that_cannot_be_loaded_say_so_and_others_play(browser: Bro
         assert kinds == ["img", "img", "video", "audio"]
 
 
-async def told(page: Page, function: str, task: dict[str, Any]) -> Any:
+async def shown(page: Page, function: str, task: dict[str, Any]) -> Any:
     script = f"async (task) => (await import('/page/card.js')).{function}(task)"
     return await page.evaluate(script, task)
 
@@ -96,7 +96,7 @@ async def test_money_is_one_phrase_and_progress_one_number(browser: Browser, wat
     async with opened(browser, watched) as seen:
 
         async def money(status: str, credits: dict[str, Any], **fields: Any) -> Any:
-            return await told(seen.page, "moneyOf", {"status": status, "credits": credits, **fields})
+            return await shown(seen.page, "moneyOf", {"status": status, "credits": credits, **fields})
 
         assert await money("queued", {**nothing, "estimated": 24}) == "about 24 points"
         assert await money("running", {**nothing, "held": 1200}) == "1,200 points held"
@@ -109,7 +109,7 @@ async def test_money_is_one_phrase_and_progress_one_number(browser: Browser, wat
 
         async def whole(scene: str, stage: str | None, progress: float, status: str = "running") -> Any:
             task = {"scene": scene, "stage": stage, "progress": progress, "status": status}
-            return await told(seen.page, "wholeOf", task)
+            return await shown(seen.page, "wholeOf", task)
 
         image = [("queued", 0), ("queued", 100), ("processing", 50), ("processing", 100), ("delivery", 100)]
         assert [await whole("image.generate", *at) for at in image] == [0, 0.1, 0.5, 0.9, 1]
@@ -123,9 +123,9 @@ async def test_the_bar_of_the_whole_task_never_goes_back(browser: Browser, watch
     await store.claim(claim_of(task_id, tenant_id=tenant))
 
     async def written(version: int, stage: str, progress: float, attempt: int) -> None:
-        told = fact(f"{version}", stage=stage, progress=progress, attempt=attempt)
+        shown = fact(f"{version}", stage=stage, progress=progress, attempt=attempt)
         state: dict[str, Any] = {"stage": stage, "progress": progress, "attempts": attempt}
-        await store.write(write_of(task_id, told, version=version, **state))
+        await store.write(write_of(task_id, shown, version=version, **state))
 
     await written(2, "processing", 75, 1)
     async with opened(browser, watched, fragment=f"#token={token_of(tenant)}") as seen:

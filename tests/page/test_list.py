@@ -145,7 +145,7 @@ async def test_five_hundred_tasks_do_not_make_it_stutter(browser: Browser, watch
                 return { built, longest, second: performance.now() - second };
             }"""
         )
-        # Far above what it takes, for a busy machine: 500 cards that lay each other out anew would take seconds.
+        # Far above what it takes, for a busy machine: 500 cards that each lay out the rest again would take seconds.
         assert longest["built"] < 5_000 and longest["longest"] < 250 and longest["second"] < 250, longest
 
 
