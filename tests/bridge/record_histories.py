@@ -23,6 +23,7 @@ from tests.bridge.platform import BridgePlatform, running_bridge
 from tests.bridge.test_servers import until_running
 from tests.bridge.test_trainings import MODELS, created, ended, post_action
 from tests.conftest import temporal_binary
+from tests.history_files import keep
 
 HISTORIES = Path(__file__).parent / "histories"
 Scenario = Callable[[BridgePlatform, NativeServer], Awaitable[str]]
@@ -97,7 +98,7 @@ async def record(names: list[str]) -> None:
                         handle = client.get_workflow_handle(workflow_of(await scenario(bridge, native)))
                         await handle.result()
                     history = await handle.fetch_history()
-                    (HISTORIES / f"{scenario.__name__}.json").write_text(history.to_json() + "\n")
+                    keep(history, HISTORIES / f"{scenario.__name__}.json")
 
 
 if __name__ == "__main__":

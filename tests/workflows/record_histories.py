@@ -24,6 +24,7 @@ from comfyui_temporal.contracts.start_answer import WAIT_UNTIL_HELD
 from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
 from proof.benchmarks.servers import file_backed_servers
 from store import TaskStore
+from tests.history_files import keep
 from tests.workflows.platform import Handle, Platform, running_platform
 
 HISTORIES = Path(__file__).parents[1] / "histories"
@@ -202,7 +203,7 @@ async def record(scenario: Scenario, platform: Platform) -> None:
         await handle.result()
     first = platform.client.get_workflow_handle(handle.id, run_id=handle.first_execution_run_id)
     history = await first.fetch_history()
-    (HISTORIES / f"{scenario.__name__}.json").write_text(history.to_json() + "\n")
+    keep(history, HISTORIES / f"{scenario.__name__}.json")
 
 
 async def main(names: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from temporalio.worker import Replayer
 
 from comfyui_temporal.contracts.start_answer import WAIT_UNTIL_HELD
 from comfyui_temporal.plugin import TasksPlugin
+from tests.bridge.record_histories import HISTORIES as OF_BRIDGE
 from tests.workflows.books import ended
 from tests.workflows.platform import Handle, Platform
 from tests.workflows.record_histories import HISTORIES, SCENARIOS
@@ -73,3 +75,8 @@ async def _has_workflow_tasks(handle: Handle, count: int) -> bool:
     """Whether so many workflow tasks have been completed, with nothing to show for it."""
     events = [event.event_type async for event in handle.fetch_history_events()]
     return events.count(HistoryEvent.EVENT_TYPE_WORKFLOW_TASK_COMPLETED) >= count
+
+
+@pytest.mark.parametrize("file", [*RECORDED, *sorted(OF_BRIDGE.glob("*.json"))], ids=lambda path: path.stem)
+def test_a_recorded_history_does_not_name_the_machine_that_recorded_it(file: Path) -> None:
+    assert re.findall(r'File \\"/', file.read_text()) == []
