@@ -37,6 +37,8 @@ class LongRun(Protocol):
 
     def is_long(self) -> bool: ...
 
+    def has_waited(self) -> bool: ...
+
     async def continue_as_new_if_long(self) -> bool: ...
 
 
@@ -159,13 +161,14 @@ class Attempts:
     def _pause_over(self, again_at: datetime) -> Callable[[], bool]:
         """What interrupts the pause: the hold covers the next attempt, or the run has become long.
 
-        A run that was long before and could not continue as new is not interrupted for that again.
+        A run that was long before and could not continue as new is not interrupted for that again, unless it waited for
+        a call.
         """
         long_run = self._long_run
         was_long = long_run is None or long_run.is_long()
 
         def is_over() -> bool:
-            is_long = not was_long and long_run is not None and long_run.is_long()
+            is_long = long_run is not None and ((not was_long and long_run.is_long()) or long_run.has_waited())
             return is_long or (workflow.now() >= again_at and self._outside.waits.is_covered())
 
         return is_over

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final, Protocol, TypeVar
 
 from temporalio import workflow
@@ -40,6 +40,8 @@ Result = TypeVar("Result")
 Method = Callable[[Any, Argument], Awaitable[Result]]
 
 ATTEMPT_TIMEOUT: Final = timedelta(seconds=10)
+NEW_FOR: Final = ATTEMPT_TIMEOUT
+"""How long a background call is waited for before the run continues as new."""
 HEARTBEAT_TIMEOUT: Final = timedelta(seconds=2)
 STORE_TIMEOUT: Final = timedelta(minutes=1)
 """Of one attempt of give-back, correction or reconciler at the task store. They hold nothing that could expire."""
@@ -109,7 +111,7 @@ class OutsideCall:
         self.waits = waits or InterruptibleWaits(stop, Alarm())
         self.earlier = self.waits.earlier
         self._is_suspended = False
-        self._in_background = 0
+        self._in_background: list[datetime] = []
 
     def key(self, step: str, n: int | str) -> str:
         """`X-Idempotency-Key` (contract §2, §4)."""
@@ -206,17 +208,22 @@ class OutsideCall:
         """`until_answered` for a call that the flow does not wait for. None also where it was suspended."""
         if self._is_suspended:
             return None
-        self._in_background += 1
+        began = workflow.now()
+        self._in_background.append(began)
         try:
             return await self.until_answered(
                 method, argument, summary=summary, give_up=lambda: self._is_suspended or give_up()
             )
         finally:
-            self._in_background -= 1
+            self._in_background.remove(began)
 
     def has_background_calls(self) -> bool:
         """Whether a background call is in flight: a run that closes would lose its answer."""
-        return self._in_background > 0
+        return bool(self._in_background)
+
+    def has_new_calls(self) -> bool:
+        """Whether a background call began a moment ago: suspended now, it might never be sent."""
+        return bool(self._in_background) and workflow.now() - max(self._in_background) < NEW_FOR
 
     @property
     def is_suspended(self) -> bool:

@@ -53,6 +53,7 @@ class TaskFlow(Generic[Run, Result]):
         carried = task.carried or Continuation()
         self.task: Run = task
         self.signals = 0
+        self._waits_for_calls = False
         self.limits = TaskLimits(task.options, carried.policy)
         self.stop = Stop()  # the one place that decides about a cancel
         self.alarm = Alarm()  # one long-lived timer
@@ -246,16 +247,20 @@ class TaskFlow(Generic[Run, Result]):
         """Continue as new where the history is long, never with a cancel pending or a call in flight (pitfall 22).
 
         A renewal, a give-back and a job's cancel may hang for hours: they are suspended, and the next run repeats them.
-        Each of them is sent once first: under a flood of callbacks every run is long from its first task on.
+        One that has just begun is waited for: under a flood of callbacks every run is long from its first task on.
         Returns True where it waited and did not continue: the caller checks everything again. Within one workflow task
         the SDK handles signals first, then a cancellation; a run that ended on the signals would never see it. So the
         run ends on a timer, which a stop that arrived with the signals interrupts.
         """
+        self._waits_for_calls = False
         if not self._may_try_to_continue():
             return False
+        if self._has_calls() and workflow.patched("calls-answered-before-continuing"):
+            await workflow.wait_condition(lambda: True)  # until each call that is due has begun
+            self._waits_for_calls = self.outside.has_new_calls()
+            if self._waits_for_calls:
+                return False
         self.watch.stop_polling()
-        if workflow.patched("begun-calls-sent-before-continuing"):
-            await workflow.wait_condition(lambda: True)  # until each call that has begun was sent
         await self.outside.suspend()
         moment = timedelta(milliseconds=1)
         if await self.outside.wait_for(moment, lambda: self.stop.requested, summary="wait: continue as new"):
@@ -296,11 +301,18 @@ class TaskFlow(Generic[Run, Result]):
             or self.signals >= self.policy.continue_as_new_signals
         )
 
+    def has_waited(self) -> bool:
+        """Whether the run is long and has waited for its calls: it may try to continue as new again."""
+        return self._waits_for_calls and not self.outside.has_new_calls()
+
     def _may_try_to_continue(self) -> bool:
         if not self.is_long() or self.stop.requested or not workflow.all_handlers_finished():
             return False
-        hangs = self.hold.is_renewing() or self.outside.has_background_calls()
-        return not hangs or workflow.patched("continues-while-calls-hang")
+        return not self._has_calls() or workflow.patched("continues-while-calls-hang")
+
+    def _has_calls(self) -> bool:
+        """Whether a renewal or another background call is in flight, or begins in this workflow task."""
+        return self.hold.is_renewing() or self.outside.has_background_calls()
 
     def _may_continue(self) -> bool:
         return not self.stop.requested and not self.outside.has_background_calls() and workflow.all_handlers_finished()

@@ -6,7 +6,9 @@ A run here gets only the messages that a scenario sends; `books.ended` checks ev
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tests.cable import Cable
 from tests.workflows.books import ended, runs_of
 from tests.workflows.payers import holds_of, kinds_of, until_price_shown, until_started
 from tests.workflows.platform import Handle, Platform, running_platform, sent, task_id_of
+from workflows import outside_call
 
 URL = "https://example.org/1.png"
 OUTPUT = {"model_path": "file:///models/1", "version": "1", "metrics": {"loss": 0.1}}
@@ -34,8 +37,9 @@ STAGES = ["data_ingest", "training", "evaluating", "publishing"]
 
 
 @pytest.fixture
-def platform(direct_platform: Platform) -> Iterator[Platform]:
-    """`direct_platform`, whose runs are short."""
+def platform(direct_platform: Platform, monkeypatch: pytest.MonkeyPatch) -> Iterator[Platform]:
+    """`direct_platform`, whose runs are short and wait less for a call before they continue."""
+    monkeypatch.setattr(outside_call, "NEW_FOR", timedelta(seconds=0.3))
     before = direct_platform.policy
     direct_platform.policy = before | LONG_RUNS
     yield direct_platform
@@ -272,6 +276,21 @@ async def test_a_run_continues_as_new_while_a_renewal_hangs(platform: Platform) 
     assert len({run.run_id for run in await runs_of(platform, handle)}) >= 3
 
 
+async def test_a_hold_that_is_due_is_requested_by_runs_that_are_long_from_their_first_task_on(
+    platform: Platform,
+) -> None:
+    """As under a flood of callbacks that lasts."""
+    platform.policy |= {"continue_as_new_signals": 0}
+    handle = await platform.start(platform.training())
+    training_id = await started(platform, handle)
+    for sequence in range(1, 4):
+        await platform.callback(handle, training_id=training_id, sequence=sequence, **RUNNING, gpu_hours=3.0)
+    await until_holds(platform, handle, 240)
+    await platform.callback(handle, **model(training_id, gpu_hours_used=3.0))
+    ending = await ended(platform, handle, exempt=FORGED)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 240)
+
+
 async def test_a_delivery_after_continuing_as_new_finds_the_renewal_that_hung(platform: Platform) -> None:
     """It finishes before anything is settled, in whichever run it began."""
     task = platform.training()
@@ -332,9 +351,15 @@ async def test_a_run_continues_as_new_between_two_attempts(platform: Platform) -
     handle = await platform.start_image()
     first = await started(platform, handle)
     await platform.callback(handle, **gone(first, 1))
-    for sequence in range(2, 2 + 2 * SIGNALS):
+
+    async def is_continued() -> bool:
+        """A run waits for the old job's cancel first, so the messages go on until then."""
+        sequence = 2 + next(more)
         await platform.callback(handle, job_id=first, job_status="processing", sequence=sequence)
-    await until_runs(platform, handle, 2)
+        return len(await runs_of(platform, handle)) >= 2
+
+    more = itertools.count()
+    await platform.until(is_continued)
     assert (await platform.progress(handle))["attempts"] == 1
     await until_progress(platform, handle, attempts=2)
     second = await started_again(platform, handle, 2)
