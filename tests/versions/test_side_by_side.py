@@ -234,6 +234,7 @@ async def test_a_run_that_a_newer_worker_began_with_a_new_field_goes_on_on_an_ol
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
 
 
+@pytest.mark.slow
 async def test_what_a_newer_workers_run_left_is_given_back_by_an_older_one(bare: Platform) -> None:
     """With unknown fields it is given back; what cannot be read stops it visibly until a worker comes that can."""
     readable, unreadable = bare.image(), bare.image()

@@ -146,7 +146,6 @@ async def test_a_job_that_only_says_it_failed_is_cancelled_before_the_next(brisk
     assert await keys_of(brisk_platform, handle, "submit_job") == [f"{task['task_id']}:submit:{n}" for n in (1, 2)]
 
 
-@pytest.mark.on_both_profiles
 @pytest.mark.parametrize(("balance", "covered"), [(100_000, True), (40, False)], ids=["ample", "too short for both"])
 async def test_a_dearer_job_tops_the_hold_up_first(brisk_platform: Platform, balance: int, covered: bool) -> None:
     tenant, user = f"tenant-{balance}", f"user-{balance}"
@@ -171,7 +170,6 @@ async def test_a_dearer_job_tops_the_hold_up_first(brisk_platform: Platform, bal
     assert ("uncovered" in ending.exceptions) is not covered
 
 
-@pytest.mark.on_both_profiles
 async def test_a_cheaper_job_keeps_the_hold(brisk_platform: Platform) -> None:
     task = brisk_platform.image()
     comfyui = brisk_platform.simulators.admin.comfyui

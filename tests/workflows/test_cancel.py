@@ -288,7 +288,6 @@ async def asks_to_confirm(platform: Platform, handle: Handle) -> bool:
     return bool((await platform.progress(handle)).get("confirmation"))
 
 
-@pytest.mark.on_both_profiles
 @pytest.mark.parametrize(
     "way", ["update", "temporal", *(pytest.param(way, marks=pytest.mark.slow) for way in ("two updates", "both"))]
 )

@@ -201,6 +201,7 @@ async def test_a_key_is_rotated_in_the_middle_of_a_run(encrypting: Platform, tem
     assert b"2030" in stored and b"2031" in stored and MARK.encode() not in stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "says"),
     [([], "which this process does not have"), ([NEW], "which this process does not have"), ([SAME_ID], "another key")],

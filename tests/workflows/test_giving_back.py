@@ -12,8 +12,6 @@ from tests.workflows.books import ended
 from tests.workflows.payers import Payer, end_open_holds, holds_of, kinds_of, new_payer, until_started
 from tests.workflows.platform import Handle, Platform, task_id_of
 
-pytestmark = pytest.mark.on_both_profiles
-
 HD = 18 + 6
 """The price of a standard image, in points."""
 BY_KIND = pytest.mark.by_contract("the ledger shows kinds and ids")

@@ -351,7 +351,6 @@ async def test_a_run_terminated_between_two_parts_of_a_charge_is_charged_to_the_
     assert recorded == (set() if balance == "enough" else {"shortfall"})
 
 
-@pytest.mark.on_both_profiles
 async def test_a_charge_that_was_refused_is_not_sent_again(
     reconciled: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:

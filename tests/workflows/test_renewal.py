@@ -20,8 +20,6 @@ from tests.workflows.payers import (
 )
 from tests.workflows.platform import Handle, Platform, task_id_of
 
-pytestmark = pytest.mark.on_both_profiles
-
 TRAINING = 120
 RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
 SWAPPED = ["pre_deduct", "cancel", "pre_deduct"]

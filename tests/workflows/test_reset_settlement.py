@@ -16,8 +16,6 @@ from tests.workflows.platform import Handle, Platform
 from tests.workflows.reset_scenarios import POLICY, RENEWED, work_goes_on
 from tests.workflows.resets import points_of, reset
 
-pytestmark = pytest.mark.on_both_profiles
-
 HD = 18 + 6
 """The price of a standard image, in points."""
 HELD_AGAIN = ("pre_deduct", "pre_deduct", "cancel")

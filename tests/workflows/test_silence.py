@@ -118,6 +118,7 @@ async def announce(platform: Platform, handle: Handle, **fields: Any) -> None:
     await platform.until(known)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("announced", "ends_after"),
     [(8, 24), (4, 12), (12, 36), (100, 48)],

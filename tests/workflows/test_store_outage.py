@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import pytest
 import pytest_asyncio
 from temporalio.client import WorkflowExecutionStatus
 from temporalio.service import RPCError
@@ -67,7 +66,6 @@ def assert_in_order(ending: Ending, stages: list[str | None]) -> None:
     assert (times[-1] - times[0]).total_seconds() > 5 * MINUTE
 
 
-@pytest.mark.on_both_profiles
 async def test_an_image_is_delivered_and_paid_for_while_the_store_is_away(platform: Platform, cable: Cable) -> None:
     handle = await platform.start_image()
     await until_started(platform, handle)

@@ -64,7 +64,6 @@ async def confirmation(platform: Platform, handle: Handle) -> dict[str, Any] | N
     return shown
 
 
-@pytest.mark.on_both_profiles
 async def test_a_price_that_rises_above_the_hold_takes_a_new_hold(quick_platform: Platform) -> None:
     handle = await start_training(quick_platform, quick_platform.training(max_credits=360))
     await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
@@ -158,7 +157,6 @@ async def until_refused(platform: Platform, payer: Payer) -> None:
     await platform.until(refused)
 
 
-@pytest.mark.on_both_profiles
 async def test_a_retried_training_is_charged_to_its_checkpoint_and_its_last_attempt(quick_platform: Platform) -> None:
     """The hours between the checkpoint and the preemption are lost and cost nothing."""
     quick_platform.policy["retry_after_seconds"] = [0.05]
