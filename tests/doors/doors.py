@@ -117,8 +117,9 @@ class Door:
         return is_right and self.is_stream and (place == "cookie" or token.kind == "stream")
 
     def is_tried_with(self, token: Token, place: str) -> bool:
-        """Every token in the header; elsewhere, where only the gateway looks for it, the good ones are enough."""
-        return place == "header" or (token.text is not None and (self.party == "gateway" or token.kind is not None))
+        """Every token in the header; elsewhere, where only streams look for it, the good ones are enough."""
+        is_stream = self.path.endswith(("/sse", "/ws"))
+        return place == "header" or (token.text is not None and (is_stream or token.kind is not None))
 
     def is_closed_by(self, status: int) -> bool:
         """Whether this answer says: not with this token. An unsigned result is as unknown as none."""
