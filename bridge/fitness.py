@@ -21,6 +21,7 @@ from bridge.orders import Missing
 from bridge.server import Server, ServerError
 from bridge.templates import Template
 from comfyui_temporal.contracts.errors import FailureCode
+from runtime.background import running_in_background
 
 REFRESH_SECONDS: Final = 60.0
 RETRY_SECONDS: Final = 5.0
@@ -89,16 +90,16 @@ class Fitness:
             self._read_at = time.monotonic()
             is_first = self._info is None
             self._info = info
-            self._judge(info, is_told=is_first)
+            self._judge(info, logs_all=is_first)
 
     def replace(self, templates: Iterable[Template]) -> None:
         """Judge these templates from now on, by what was read last."""
         self._templates = {template.template_id: template for template in templates}
-        self._judge(self._info or {}, is_told=True)
+        self._judge(self._info or {}, logs_all=True)
 
-    def _judge(self, info: Mapping[str, Any], *, is_told: bool) -> None:
+    def _judge(self, info: Mapping[str, Any], *, logs_all: bool) -> None:
         missing = {name: found for name, template in self._templates.items() if (found := _missing(template, info))}
-        if missing == self.missing and not is_told:
+        if missing == self.missing and not logs_all:
             return
         for name, what in missing.items():
             log.warning("template_unusable_here", template_id=name, problems=what.reasons)
@@ -108,12 +109,8 @@ class Fitness:
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
         """Read the lists now and then, while the body runs."""
-        watching = asyncio.create_task(self._watch())
-        try:
+        async with running_in_background(self._watch()):
             yield
-        finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
 
     async def _watch(self) -> None:
         is_logged = False

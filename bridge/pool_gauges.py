@@ -16,6 +16,7 @@ import structlog
 from temporalio.common import MetricMeter
 
 from bridge.forecast import Forecast
+from runtime.background import running_in_background
 
 EVERY_SECONDS: Final = 5.0
 SERVERS: Final = "bridge_pool_servers"
@@ -49,12 +50,8 @@ class PoolGauges:
     @asynccontextmanager
     async def shown(self) -> AsyncIterator[None]:
         """Read the pools every 5 s while the body runs."""
-        reading = asyncio.create_task(self._read_always())
-        try:
+        async with running_in_background(self._read_always()):
             yield
-        finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
 
     async def read(self) -> None:
         """Read the pools once. Raises RPCError (temporalio), TimeoutError: then nothing is changed."""

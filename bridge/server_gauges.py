@@ -11,6 +11,7 @@ from temporalio.common import MetricMeter
 
 from bridge.server import Server, ServerError
 from bridge.slot import Slot
+from runtime.background import running_in_background
 
 EVERY_SECONDS: Final = 5.0
 ANSWER_SECONDS: Final = 3.0
@@ -35,12 +36,8 @@ class ServerGauges:
     @asynccontextmanager
     async def shown(self, slot: Slot) -> AsyncIterator[None]:
         """Look at the server every 5 s while the body runs."""
-        looking = asyncio.create_task(self._look_always(slot))
-        try:
+        async with running_in_background(self._look_always(slot)):
             yield
-        finally:
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
 
     async def look(self, slot: Slot) -> None:
         """Look once. A server that is silent or runs nothing is unusable; one that is busy is not."""

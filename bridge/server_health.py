@@ -22,6 +22,7 @@ from bridge.orders import GraphOutcome
 from bridge.probe import Probe
 from bridge.server import Server
 from comfyui_temporal.contracts.errors import FailureCode
+from runtime.background import running_in_background
 
 QUICK_FAILURES: Final = 3
 """So many different jobs in a row, each failed faster than any run that succeeded, make a server sick."""
@@ -99,12 +100,8 @@ class ServerHealth:
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
         """Probe the server whenever it is sick, while the body runs."""
-        watching = asyncio.create_task(self._watch())
-        try:
+        async with running_in_background(self._watch()):
             yield
-        finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
 
     async def _watch(self) -> None:
         while True:

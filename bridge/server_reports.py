@@ -21,6 +21,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from bridge.calls import REPORT_MEMO, SERVER_WORKFLOW, report_id
 from bridge.orders import ServerReport
 from comfyui_temporal.runs import describe_run
+from runtime.background import running_in_background
 
 RPC_TIMEOUT: Final = timedelta(seconds=5)
 RETRY_SECONDS: Final = 2.0
@@ -85,12 +86,10 @@ class Reporting:
     async def kept(self) -> AsyncIterator[None]:
         """Report while the body runs, and at its end that the server has left."""
         self._changed.set()
-        writing = asyncio.create_task(self._write_always())
         try:
-            yield
+            async with running_in_background(self._write_always()):
+                yield
         finally:
-            writing.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
             await self._write(self._report().model_copy(update={"has_left": True}))
 
     async def _write_always(self) -> None:

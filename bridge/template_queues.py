@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager
 
 from temporalio.worker import Worker
 
+from runtime.background import running_in_background
+
 
 class TemplateQueues:
     """The workers of one server, one for each template that it can run."""
@@ -29,12 +31,10 @@ class TemplateQueues:
     async def polled(self) -> AsyncIterator[None]:
         """Poll the queues of the templates that are fit, while the body runs."""
         await self._follow(self._fit())
-        following = asyncio.create_task(self._follow_always())
         try:
-            yield
+            async with running_in_background(self._follow_always()):
+                yield
         finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
             await self._follow(set())
 
     async def _follow_always(self) -> None:

@@ -11,6 +11,7 @@ from typing import Final
 import structlog
 
 from bridge.templates import TemplateLibrary, TemplateProblem, load_library
+from runtime.background import running_in_background
 
 EVERY_SECONDS: Final = 2.0
 
@@ -37,12 +38,8 @@ class TemplateWatch:
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        watching = asyncio.create_task(self._watch())
-        try:
+        async with running_in_background(self._watch()):
             yield
-        finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
 
     async def _watch(self) -> None:
         seen = self._read

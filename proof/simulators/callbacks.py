@@ -18,10 +18,10 @@ import structlog
 from standardwebhooks import Webhook
 
 from proof.simulators.admin_wire import CALLBACK_KINDS, CallbackSeen, Fault, FaultKind
-from proof.simulators.background import woken
 from proof.simulators.clock import Clock
 from proof.simulators.faults import Faults, Occasion
 from proof.simulators.state_file import StateFile
+from runtime.background import woken
 
 RETRY_AFTER_SECONDS: Final = (1.0, 5.0, 30.0, 120.0, 600.0)
 HOURLY_SECONDS: Final = 3600.0

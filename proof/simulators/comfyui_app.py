@@ -14,7 +14,6 @@ from fastapi.responses import FileResponse
 from comfyui_temporal.contracts.prices import PriceTable
 from proof.simulators.admin_routes import add_shared_routes, guarded_router, health_router
 from proof.simulators.admin_wire import CallbackSeen, GpuOrder, RunOrder, RunSeen
-from proof.simulators.background import running_in_background
 from proof.simulators.clock import Clock
 from proof.simulators.comfyui_service import ComfyUIService
 from proof.simulators.edge import Edge
@@ -23,6 +22,7 @@ from proof.simulators.jobs import ImageRun
 from proof.simulators.pictures import picture
 from proof.simulators.state_file import StateFile
 from proof.simulators.tokens import Tokens
+from runtime.background import running_in_background
 
 
 def comfyui_app(

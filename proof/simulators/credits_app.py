@@ -20,7 +20,6 @@ from proof.simulators.admin_wire import (
     EntrySeen,
     HoldSeen,
 )
-from proof.simulators.background import running_in_background, woken
 from proof.simulators.clock import Clock
 from proof.simulators.credits_profile import CONTRACT, CreditsProfile
 from proof.simulators.credits_service import CreditsService
@@ -29,6 +28,7 @@ from proof.simulators.faults import Faults
 from proof.simulators.ledger import Person
 from proof.simulators.state_file import StateFile
 from proof.simulators.tokens import Tokens
+from runtime.background import running_in_background, woken
 
 _LONGEST_SLEEP_SECONDS = 30.0
 

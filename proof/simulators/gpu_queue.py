@@ -17,13 +17,13 @@ from pydantic import Field, TypeAdapter
 from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.errors import ErrorDetails
 from proof.simulators.admin_wire import RunSeen
-from proof.simulators.background import woken
 from proof.simulators.callbacks import Outbox
 from proof.simulators.clock import Clock
 from proof.simulators.jobs import ImageRun
 from proof.simulators.runs import ONLY_AT_THE_END, Forecast, Run, Trouble
 from proof.simulators.state_file import StateFile
 from proof.simulators.trainings import TrainingRun
+from runtime.background import woken
 
 _LONGEST_SLEEP_SECONDS = 30.0
 _SCHEMA = """

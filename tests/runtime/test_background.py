@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from proof.simulators.background import running_in_background, woken
+from runtime.background import running_in_background, woken
 
 
 @pytest.mark.parametrize("steps_between", range(5))

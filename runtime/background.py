@@ -1,4 +1,4 @@
-"""Background work of an application. A failure of it is logged."""
+"""Background work of a process. A failure of it is logged."""
 
 from __future__ import annotations
 
