@@ -30,6 +30,7 @@ from comfyui_temporal.contracts.task_store import (
     RowSeen,
     TaskClaim,
     TaskWrite,
+    TrainedModel,
 )
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from comfyui_temporal.encryption import NO_ENCRYPTION, PayloadEncryption
@@ -120,11 +121,17 @@ class TaskStoreActivities:
         life = EarlierLife()
         if claimed and run is not None:
             life = await self._tried(self._store.register(run, within_seconds=self._limit()))
+        models: list[TrainedModel] = []
+        if claimed and claim.model_ids:
+            models = await self._tried(
+                self._store.models(claim.tenant_id, claim.model_ids, within_seconds=self._limit())
+            )
         return ClaimOutcome(
             claimed=claimed,
             policy=policy,
             earlier_life=life if life.is_possible else None,
             input_sha256=stored.input_sha256 if self._encryption.encrypts else None,
+            models=models,
         )
 
     @activity.defn

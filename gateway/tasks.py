@@ -33,6 +33,7 @@ from comfyui_temporal.contracts.tasks import (
     TaskEvent,
     TaskInput,
     TaskStatus,
+    no_such_model,
     workflow_id_of,
 )
 from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
@@ -115,6 +116,7 @@ class Tasks:
         earlier = await self._claimed(task)
         if earlier is not None:
             return await self._repeated(task, earlier, until)
+        await self._check_models(caller, task)
         headers = await self._door.admit_start(caller.tenant_id, task.task_id, size)
         if isinstance(order, TrainingOrder) and order.long_list is not None:
             await self._keep(task.task_id, order.dataset.dataset_id, order.long_list)
@@ -148,6 +150,23 @@ class Tasks:
         if refusal is not None:
             raise refusal
         return StartedTask(view, is_new=is_new, is_answered=answer is not None or is_answered(view))
+
+    async def _check_models(self, caller: Caller, task: TaskInput) -> None:
+        """Raises Problem 422 for a model that is not one of the tenant's own; a run checks it again at its start."""
+        if not task.model_ids:
+            return
+        user_id = caller.user_id if caller.own_tasks_only else None
+        found = await _stored(self._store.models(caller.tenant_id, task.model_ids, user_id=user_id))
+        own = {model.model_id for model in found}
+        fields = [
+            FieldProblem(field=f"loras.{number}.model_id", message=no_such_model(model_id))
+            for number, model_id in enumerate(task.model_ids)
+            if model_id not in own
+        ]
+        if fields:
+            raise Problem(
+                ProblemCode.INPUT_INVALID, "Nothing was done: a model cannot be used; see `fields`.", fields=fields
+            )
 
     async def _keep(self, task_id: str, dataset_id: str, files: list[str]) -> None:
         try:

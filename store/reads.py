@@ -10,10 +10,11 @@ from pydantic import Field, ValidationError
 from sqlalchemy import ColumnElement, Row, case, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from comfyui_temporal.contracts.comfyui import TrainingOutput
 from comfyui_temporal.contracts.errors import sentences_of
 from comfyui_temporal.contracts.fields import Instant, OwnModel
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.task_store import TaskExceptionRow, TaskRow, TrainingLogRow
+from comfyui_temporal.contracts.task_store import TaskExceptionRow, TaskRow, TrainedModel, TrainingLogRow
 from comfyui_temporal.contracts.tasks import EventType, TaskEvent, TaskStatus
 from store.cursors import event_cursor
 from store.inputs import has_text
@@ -39,6 +40,28 @@ class UnreadableRow(OwnModel):
 async def task(connection: AsyncConnection, task_id: str) -> TaskRow | None:
     row = (await connection.execute(select(tasks).where(tasks.c.task_id == task_id))).one_or_none()
     return None if row is None else _task_row(row)
+
+
+async def models(
+    connection: AsyncConnection, tenant_id: str, task_ids: Sequence[str], *, user_id: str | None = None
+) -> list[TrainedModel]:
+    """What these trainings made: those of the tenant, or of one of its users, that have completed."""
+    statement = select(tasks.c.task_id, tasks.c.output).where(
+        tasks.c.task_id.in_(task_ids),
+        tasks.c.tenant_id == tenant_id,
+        tasks.c.scene == Scene.MODEL_TRAIN,
+        tasks.c.status == TaskStatus.COMPLETED,
+    )
+    if user_id is not None:
+        statement = statement.where(tasks.c.user_id == user_id)
+    outputs = [
+        (row.task_id, TrainingOutput.model_validate(row.output or {})) for row in await connection.execute(statement)
+    ]
+    return [
+        TrainedModel(model_id=task_id, model_path=output.model_path, sha256=output.sha256)
+        for task_id, output in outputs
+        if output.model_path is not None
+    ]
 
 
 async def is_claimed(connection: AsyncConnection, task_id: str) -> bool:

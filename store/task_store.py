@@ -21,6 +21,7 @@ from comfyui_temporal.contracts.task_store import (
     TaskExceptionRow,
     TaskRow,
     TaskWrite,
+    TrainedModel,
     TrainingLogRow,
     TrainingLogWrite,
     UnsettledTask,
@@ -240,6 +241,21 @@ class TaskStore:
     async def task(self, task_id: str) -> TaskRow | None:
         return await self._database.read(
             lambda connection: reads.task(connection, task_id), doing=f"reading the task {task_id}"
+        )
+
+    async def models(
+        self,
+        tenant_id: str,
+        task_ids: Sequence[str],
+        *,
+        user_id: str | None = None,
+        within_seconds: float = WORK_SECONDS,
+    ) -> list[TrainedModel]:
+        """What these of a tenant's trainings made; with `user_id` this user's only. Others are left out."""
+        return await self._database.read(
+            lambda connection: reads.models(connection, tenant_id, task_ids, user_id=user_id),
+            doing=f"reading the models of {tenant_id}",
+            within_seconds=within_seconds,
         )
 
     async def inputs(self, task_ids: Sequence[str]) -> dict[str, StoredInput]:

@@ -162,7 +162,7 @@ async def claim_task(
 
 async def _insert_row(connection: AsyncConnection, claim: TaskClaim, run: TaskRun | None, *, lives: int) -> None:
     row = {
-        **claim.model_dump(exclude={"at", "input"}),
+        **claim.model_dump(exclude={"at", "input", "model_ids"}),
         **_columns(TaskState(version=0, status=TaskStatus.QUEUED), _JSON_STATE),
         "created_at": claim.at,
         "updated_at": claim.at,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from temporalio import workflow
 
-from comfyui_temporal.contracts.comfyui import JobAccepted
+from comfyui_temporal.contracts.comfyui import JobAccepted, LoraFile
 from comfyui_temporal.contracts.continuation import ImageRun, JobUpdate
 from comfyui_temporal.contracts.tasks import ImageProgress, ImageResult, TaskStatus
 from workflows.failures import TaskEnd
 from workflows.guards import validated_input
 from workflows.image_price import ImagePrice
-from workflows.job_requests import image_job
+from workflows.job_requests import image_job, lora_files
 from workflows.job_routes import IMAGE_ROUTES
 from workflows.task_flow import TaskFlow
 
@@ -54,16 +54,17 @@ class ImageGenerationWorkflow(TaskFlow[ImageRun, ImageResult]):
         return end
 
     async def attempt(self) -> JobUpdate:
+        loras = lora_files(self.task, self.models)
         table = self.price.table()
         await self.price.check_balance(n=self.attempts.number + 1)  # row 1: price check
-        job = await self.submit()  # row 1
+        job = await self.submit(loras)  # row 1
         cost = await self.price.agree(job, table, n=self.attempts.number)  # row 2
         await self.hold.cover(cost)  # row 3
         return await self.following.job_end()  # row 4
 
-    async def submit(self) -> JobAccepted:
+    async def submit(self, loras: list[LoraFile]) -> JobAccepted:
         self.clock.start()
-        job = await self.attempts.submit(image_job(self.task, self.policy))
+        job = await self.attempts.submit(image_job(self.task, self.policy, loras))
         assert isinstance(job, JobAccepted)
         self.watch.follow(job.job_id)
         self.record.submitted(job.job_status.value)

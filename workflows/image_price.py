@@ -35,7 +35,10 @@ class ImagePrice:
         is_accelerated = self._task.priority is TaskPriority.ACCELERATED
         try:
             return self._limits.policy.prices.image(
-                resolution=self._task.resolution.value, accelerated=is_accelerated, extras=self._task.extras
+                resolution=self._task.resolution.value,
+                accelerated=is_accelerated,
+                extras=self._task.extras,
+                loras=len(self._task.loras),
             )
         except UnknownPrice as error:
             raise TaskFailed(FailureCode.INPUT_INVALID, f"The input is not valid: {error}.") from None
@@ -79,7 +82,7 @@ class ImagePrice:
             scene=task.scene,
             resolution=task.resolution.value,
             priority=task.priority,
-            extras=self._limits.policy.prices.points_of_extras(task.extras),
+            extras=self._limits.policy.prices.points_of_extras(task.extras, loras=len(task.loras)),
         )
         return await self._hold.estimate(request, n=n, summary=summary)
 

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from comfyui_temporal.contracts.comfyui import JobRequest, SnapshotReference, TrainingDraft
+from collections.abc import Sequence
+
+from comfyui_temporal.contracts.comfyui import JobRequest, LoraFile, SnapshotReference, TrainingDraft
+from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.policy import Policy
-from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
+from comfyui_temporal.contracts.task_store import TrainedModel
+from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask, no_such_model
+from workflows.failures import TaskFailed
 
 
-def image_job(task: ImageTask, policy: Policy) -> JobRequest:
+def lora_files(task: ImageTask, models: Sequence[TrainedModel]) -> list[LoraFile]:
+    """The files of an image's LoRAs. `models`: those of its tenant. Raises TaskFailed `input_invalid` for any other."""
+    of_tenant = {model.model_id: model for model in models}
+    for number, lora in enumerate(task.loras):
+        if lora.model_id not in of_tenant:
+            raise TaskFailed(
+                FailureCode.INPUT_INVALID,
+                f"The input is not valid: loras.{number}.model_id: {no_such_model(lora.model_id)}.",
+            )
+    files = [(of_tenant[lora.model_id], lora.strength) for lora in task.loras]
+    return [LoraFile(model_path=model.model_path, sha256=model.sha256, strength=strength) for model, strength in files]
+
+
+def image_job(task: ImageTask, policy: Policy, loras: Sequence[LoraFile]) -> JobRequest:
     return JobRequest(
         task_id=task.task_id,
         tenant_id=task.tenant_id,
@@ -18,6 +36,7 @@ def image_job(task: ImageTask, policy: Policy) -> JobRequest:
         resolution=task.resolution,
         priority=task.priority,
         extras=task.extras,
+        loras=list(loras) or None,
         callback_url=policy.callback_url,
     )
 

@@ -94,6 +94,7 @@ class TaskFlow(Generic[Run, Result]):
         self.undo = Undo()  # every undo in parallel, each until it succeeds
         self.ending = self._ending_of(task, routes)
         self.price_state = carried.price
+        self.models = carried.models  # those of the tenant that the task uses
         if task.carried is not None:
             self.record.answers.held()  # no run continues as new before that
 
@@ -147,11 +148,13 @@ class TaskFlow(Generic[Run, Result]):
         self.record.set_claim(resolution)
         if not self.limits.is_known:
             try:
-                self.limits.claimed(await self.record.claim())
+                claimed = await self.record.claim()
             except ApplicationError:
                 self.stop.close()
                 await workflow.wait_condition(workflow.all_handlers_finished)
                 raise
+            self.limits.claimed(claimed.policy)
+            self.models = claimed.models
         self.undo.push("cancel job", self.attempts.cancel_all)
         self.undo.push("cancel hold", self.hold.give_back)
         self.resume_calls()
@@ -288,6 +291,7 @@ class TaskFlow(Generic[Run, Result]):
             "jobs": self.attempts.carry(),
             "retry_at": self.attempts.retry_at,
             "price": self.price_state,
+            "models": self.models,
         }
         # A copy keeps the fields that a worker of another version added.
         return self.argument_of_next_run((self.task.carried or Continuation()).model_copy(update=state))

@@ -14,8 +14,8 @@ from comfyui_temporal.contracts.comfyui import SnapshotReference, TrainingOutput
 from comfyui_temporal.contracts.continuation import HeldProgress, JobUpdate, RecordState
 from comfyui_temporal.contracts.errors import ErrorDetails, ExceptionCode, FailureCode
 from comfyui_temporal.contracts.fields import shortened
-from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.task_store import (
+    ClaimOutcome,
     Fact,
     RecordedPrices,
     TaskClaim,
@@ -72,15 +72,17 @@ class TaskRecord:
 
     # Row 0: the claim
 
-    async def claim(self) -> Policy:
-        """Claim the task's id for this run; the store writes the first event with it. Returns the task's policy.
+    async def claim(self) -> ClaimOutcome:
+        """Claim the task's id for this run; the store writes the first event with it.
+
+        The answer has the task's policy, and the tenant's models that the task uses.
 
         Raises ApplicationError `task_exists` where another run holds the id, `quota_exceeded` where one of the tenant's
         limits is used up. Nothing was called then, and nothing is undone.
         """
         claim = self._claim
         assert claim is not None
-        first = claim.model_copy(update={"input": input_document(self._task)})
+        first = claim.model_copy(update={"input": input_document(self._task), "model_ids": self._task.model_ids})
         outcome = await self._outside.write_store(TaskStoreActivities.claim, first, summary=ACCEPT)
         if outcome.earlier_life is not None:
             self._outside.earlier.add(outcome.earlier_life)
@@ -92,7 +94,7 @@ class TaskRecord:
                 f"Task {claim.task_id} exists: another run holds its id. Use a new task_id, or read that run's result.",
             )
         self._publish_identity(claim, outcome.input_sha256 or claim.input_sha256)
-        return outcome.policy
+        return outcome
 
     def _claim_refused(self, code: FailureCode, sentence: str) -> ApplicationError:
         """There is no row to publish this end in: only a start that waits gets an answer."""

@@ -22,6 +22,7 @@ from comfyui_temporal.contracts.fields import (
     Percent,
     Points,
     Sequence,
+    Sha256,
     StatedPoints,
     WebAddress,
     first_of,
@@ -84,6 +85,15 @@ StatedHours = Annotated[float, stated(0, MAX_GPU_HOURS)]
 """As `GpuHours`; an out-of-range value is kept just outside the range."""
 
 
+class LoraFile(OwnModel):
+    """A trained model that a job uses, as its training's `output` names it."""
+
+    model_path: str
+    sha256: str | None = None
+    """None where the training's `output` has none."""
+    strength: float
+
+
 class JobRequest(OwnModel):
     """Body of `POST /comfyui/v1/jobs`."""
 
@@ -96,6 +106,7 @@ class JobRequest(OwnModel):
     resolution: Resolution
     priority: TaskPriority
     extras: dict[str, JsonValue] = {}
+    loras: list[LoraFile] | None = None
     callback_url: str
 
 
@@ -268,6 +279,8 @@ class TrainingOutput(OutsideModel):
 
     model_path: OutsideUri | None = None
     version: Annotated[OutsideName | None, Informative] = None
+    sha256: Annotated[Sha256 | None, Informative] = None
+    """Checksum of the model's bytes."""
     metrics: Annotated[dict[OutsideName, float] | None, first_of(MAX_METRICS), Informative] = None
 
 

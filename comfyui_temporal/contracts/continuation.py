@@ -20,7 +20,7 @@ from comfyui_temporal.contracts.fields import Instant, OwnModel
 from comfyui_temporal.contracts.handed_on import RunArgument
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.requests import HoldState, RequestedJob
-from comfyui_temporal.contracts.task_store import Fact, TaskException, TaskState
+from comfyui_temporal.contracts.task_store import Fact, TaskException, TaskState, TrainedModel
 from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus, TrainingTask
 
 
@@ -188,6 +188,8 @@ class Continuation(OwnModel):
     """When the next attempt may begin, if a run continues as new between two attempts."""
     price: PriceState = Field(default_factory=PriceState)
     dataset: DatasetState = Field(default_factory=DatasetState)
+    models: list[TrainedModel] = []
+    """The models that an image uses."""
 
 
 class ImageRun(ImageTask, RunArgument):

@@ -159,6 +159,8 @@ OutsideId = Annotated[str, StringConstraints(pattern=r"^[._:-]*[A-Za-z0-9][A-Za-
 
 
 CallerText = Annotated[str, AfterValidator(_clean)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""A checksum in hex."""
 Prompt = Annotated[CallerText, _at_most_bytes(MAX_PROMPT_BYTES)]
 WRITTEN_BY_US: Final = {"written_by_us": True}
 """Validation context of what our own runs and workers wrote: an earlier release took some of what is refused now."""

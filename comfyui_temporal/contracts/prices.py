@@ -11,6 +11,8 @@ from pydantic import Field
 from comfyui_temporal.contracts.fields import OwnModel
 
 FREE_EXTRAS: Final = frozenset({"seed", "negative_prompt"})
+LORAS: Final = "loras"
+"""The name under which LoRAs are among the extras of an estimate."""
 
 
 class UnknownPrice(ValueError):
@@ -28,14 +30,16 @@ class PriceTable(OwnModel):
     resolutions: dict[str, int] = {"sd": 0, "hd": 6, "4k": 14}
     image_accelerated: int = Field(default=12, ge=0)
     extras: dict[str, int] = {"hires_fix": 8, "upscaler": 6}
+    lora: int = Field(default=0, ge=0)
+    """Points of each LoRA that an image uses."""
     training_base: int = Field(default=120, ge=0)
     base_models: dict[str, int] = {"base": 0, "sdxl": 30, "flux": 60}
     training_accelerated: int = Field(default=40, ge=0)
     included_gpu_hours: float = Field(default=1.0, ge=0)
     points_per_gpu_hour: int = Field(default=60, ge=0)
 
-    def points_of_extras(self, extras: dict[str, Any]) -> dict[str, int]:
-        """Name → points of the extras that cost something (contract §4 `extras`, §5).
+    def points_of_extras(self, extras: dict[str, Any], *, loras: int = 0) -> dict[str, int]:
+        """Name → points of the extras and LoRAs that cost something (contract §4 `extras`, §5).
 
         Raises UnknownPrice for a name that is not in the table.
         """
@@ -47,15 +51,17 @@ class PriceTable(OwnModel):
                 raise UnknownPrice("extras", name, [*self.extras, *FREE_EXTRAS])
             if value is not None and value is not False:
                 points[name] = self.extras[name]
+        if loras and self.lora:
+            points[LORAS] = points.get(LORAS, 0) + loras * self.lora
         return points
 
-    def image(self, *, resolution: str, accelerated: bool, extras: dict[str, Any]) -> int:
-        """Price of one image in points. Raises UnknownPrice."""
+    def image(self, *, resolution: str, accelerated: bool, extras: dict[str, Any], loras: int = 0) -> int:
+        """Price of one image in points; `loras`: how many it uses. Raises UnknownPrice."""
         return (
             self.image_base
             + self.resolutions[resolution]
             + (self.image_accelerated if accelerated else 0)
-            + sum(self.points_of_extras(extras).values())
+            + sum(self.points_of_extras(extras, loras=loras).values())
         )
 
     def check_base_model(self, base_model: str) -> None:

@@ -112,6 +112,14 @@ _IN_RESULTS: Final = (
 )
 
 
+class TrainedModel(OwnModel):
+    """What a completed training of a tenant has made. `model_id` is the training's task id."""
+
+    model_id: str
+    model_path: str
+    sha256: str | None = None
+
+
 class TaskClaim(OwnModel):
     """The first act of a run: it claims the task id for its `first_execution_run_id` (contract §8)."""
 
@@ -129,6 +137,8 @@ class TaskClaim(OwnModel):
     at: Instant
     input: dict[str, JsonValue] | None = None
     """What was asked for, without ids, to be stored; only the first call of the run has it."""
+    model_ids: list[str] = []
+    """The models that the task uses, to be looked up; only the first call of the run has them."""
 
 
 class ClaimOutcome(KeptModel):
@@ -141,6 +151,8 @@ class ClaimOutcome(KeptModel):
     """The hash that the store has, where it is keyed (docs/encryption.md)."""
     refused: str | None = None
     """Which of the tenant's limits is used up, in a sentence; then nothing was claimed."""
+    models: list[TrainedModel] = []
+    """Of the claim's `model_ids` those that are models of its tenant."""
 
 
 class LookOrder(OwnModel):

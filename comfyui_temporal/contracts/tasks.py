@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from comfyui_temporal.contracts.comfyui import Resolution, TaskPriority, TrainingOutput
 from comfyui_temporal.contracts.credits import PriceOption
@@ -23,10 +23,11 @@ from comfyui_temporal.contracts.fields import (
     CleanJson,
     Instant,
     OwnModel,
+    Sha256,
     TaskPrompt,
 )
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.size_budget import MAX_EXTRAS_BYTES, MAX_STORED_INPUT_BYTES
+from comfyui_temporal.contracts.size_budget import MAX_EXTRAS_BYTES, MAX_LORAS, MAX_STORED_INPUT_BYTES
 
 TASK_QUEUE: Final = "comfyui"
 WORKFLOW_ID_PREFIX: Final = "task-"
@@ -76,6 +77,29 @@ class Control(CallerModel):
     kind: Annotated[CallerText, Field(max_length=64)] | None = None
 
 
+class Lora(CallerModel):
+    """A model that a training of the same tenant has made, and how strongly it steers the result."""
+
+    model_id: CallerId
+    """The task id of the training. It must have completed."""
+    strength: Annotated[float, Field(ge=0, le=2)] = 1.0
+
+
+def no_such_model(model_id: str) -> str:
+    """The same words whether there is no such training, it has not completed, or another tenant has it."""
+    return f"this tenant has no completed training {model_id}"
+
+
+def _each_once(loras: list[Lora]) -> list[Lora]:
+    if len({lora.model_id for lora in loras}) < len(loras):
+        raise ValueError("must not name a model twice")
+    return loras
+
+
+Loras = Annotated[
+    list[Lora], Field(max_length=MAX_LORAS, exclude_if=lambda loras: not loras), AfterValidator(_each_once)
+]
+"""An empty list is not sent: a worker that does not know the field takes the task all the same."""
 _PositiveSeconds = Annotated[float, Field(gt=0, le=86_400)]
 _PositiveFactor = Annotated[float, Field(gt=0, le=1_000)]
 
@@ -116,6 +140,11 @@ class TaskInput(CallerModel):
     @abstractmethod
     def scene(self) -> Scene: ...
 
+    @property
+    def model_ids(self) -> list[str]:
+        """The models of the tenant that the task uses."""
+        return []
+
 
 class ImageTask(TaskInput):
     """Input of `ImageGenerationWorkflow`. `max_credits` in points: the most this task may cost its payer."""
@@ -124,12 +153,17 @@ class ImageTask(TaskInput):
     controls: Annotated[list[Control], Field(max_length=16)] = []
     resolution: Resolution = Resolution.HD
     extras: Extras = {}
+    loras: Loras = []
     max_credits: CallerPoints | None = None
     options: ImageOptions = ImageOptions()
 
     @property
     def scene(self) -> Scene:
         return Scene.IMAGE_GENERATE
+
+    @property
+    def model_ids(self) -> list[str]:
+        return [lora.model_id for lora in self.loras]
 
 
 def _relative_path(path: str) -> str:
@@ -142,7 +176,6 @@ def _relative_path(path: str) -> str:
 FilePath = Annotated[CallerText, Field(min_length=1, max_length=1024), AfterValidator(_relative_path)]
 """A dataset's file, relative to its folder."""
 FileList = Annotated[list[FilePath], Field(min_length=1, max_length=10_000)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 _Address = Annotated[CallerText, Field(min_length=1, max_length=2048)]
 
 

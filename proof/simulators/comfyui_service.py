@@ -59,6 +59,7 @@ class ComfyUIService:
         _demand_address(order.callback_url, order.task_id)
         if order.template_id not in IMAGE_TEMPLATES:
             raise Refused("template_not_found")
+        self._demand_models(order)
         cost = self._image_price(order)
         faults = self._decided("submit_job", order.task_id, order.tenant_id)
         if FaultKind.JOB_REFUSE in faults:
@@ -179,7 +180,12 @@ class ComfyUIService:
     def _image_price(self, order: JobRequest) -> int:
         is_accelerated = order.priority is TaskPriority.ACCELERATED
         try:
-            return self._prices.image(resolution=order.resolution, accelerated=is_accelerated, extras=order.extras)
+            return self._prices.image(
+                resolution=order.resolution,
+                accelerated=is_accelerated,
+                extras=order.extras,
+                loras=len(order.loras or []),
+            )
         except UnknownPrice as error:
             raise Refused("payload_invalid", fields=[str(error)]) from None
 
@@ -192,6 +198,18 @@ class ComfyUIService:
             raise Refused("payload_invalid", fields=[f"base_model: {order.base_model!r} is not offered"])
         if not self.queue.gpus.get(order.gpu_type or DEFAULT_GPU):
             raise Refused("payload_invalid", fields=[f"gpu_type: no {order.gpu_type or DEFAULT_GPU!r} here"])
+
+    def _demand_models(self, order: JobRequest) -> None:
+        """Raises Refused for a model that no training of the tenant has made."""
+        of_tenant = {
+            (run.output or {}).get("model_path")
+            for run in self.queue.all_runs()
+            if isinstance(run, TrainingRun) and run.tenant_id == order.tenant_id
+        }
+        for number, lora in enumerate(order.loras or []):
+            if lora.model_path not in of_tenant:
+                field = f"loras.{number}.model_path"
+                raise Refused("payload_invalid", fields=[f"{field}: is not the address of a model of this tenant"])
 
     def _epoch_of(self, order: TrainingRequest) -> int:
         """The epoch to resume after. A checkpoint that is not this tenant's or not ours is refused."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import uuid
@@ -128,6 +129,7 @@ class TrainingRun(Run):
         write_weights(path, seed=self.run_id, metadata=metadata)
         self.output = {
             "model_path": path.resolve().as_uri(),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "version": f"v{at:%Y%m%d%H%M%S}",
             "metrics": {
                 "loss": self.loss(self.epochs),

@@ -67,8 +67,9 @@ _BY_NAME: Final[dict[str, Any]] = {
     "result_urls": [_ADDRESS],
     "sha256": "0" * 64,
     "files_sha256": "0" * 64,
+    "strength": 1.5,
 }
-"""What no type shows: the order of two times, addresses."""
+"""What no type shows: the order of two times, addresses, limits of a number."""
 _LEAVES: Final[dict[Any, Any]] = {
     bool: True,
     int: 77,

@@ -26,6 +26,7 @@ from activities.file_lists import FileLists
 from activities.outside_http import READ_SECONDS
 from activities.tokens import SignedTokens
 from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.prices import PriceTable
 from comfyui_temporal.contracts.stack import StackDescription
 from comfyui_temporal.contracts.task_store import TaskClaim
 from comfyui_temporal.contracts.tasks import (
@@ -364,11 +365,13 @@ async def running_platform(
     gateway: bool = True,
     client: Client | None = None,
     credits_profile: CreditsProfile = CONTRACT,
+    prices: PriceTable | None = None,
     task_queue: str | None = None,
 ) -> AsyncIterator[Platform]:
     """Everything but the worker, so that a scenario can start, stop and configure it.
 
-    `client`: for a server of the scenario's own. `task_queue`: default one that no other scenario uses.
+    `client`: for a server of the scenario's own. `task_queue`: default one that no other scenario uses. `prices`: of
+    tasks and of both services.
     """
     config = environment.client.service_client.config
     async with AsyncExitStack() as stack:
@@ -376,11 +379,11 @@ async def running_platform(
             client = environment.client
         client = client or await Client.connect(config.target_host, plugins=[TasksPlugin()])
         simulators = await stack.enter_async_context(
-            running_simulators(folder / "simulators", speed=speed, credits_profile=credits_profile)
+            running_simulators(folder / "simulators", speed=speed, credits_profile=credits_profile, prices=prices)
         )
         platform = Platform(client, environment, simulators, store, folder, task_queue=task_queue or unique("queue"))
         # At such a pace three times what is announced is a hiccup of a busy machine, as the local stack knows too.
-        platform.policy = {"deadline_factor": max(3.0, 0.3 * speed)}
+        platform.policy = {"deadline_factor": max(3.0, 0.3 * speed)} | ({"prices": prices} if prices else {})
         if gateway:
             platform.gateway_url = await stack.enter_async_context(
                 served_gateway(client, store, (folder / "objects").as_uri(), platform.task_queue)
