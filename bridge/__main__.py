@@ -34,6 +34,7 @@ from bridge.service import ImageService
 from bridge.storage import SignedAddresses, Storage
 from bridge.template_list import lines_of, listed, servers_of
 from bridge.template_watch import TemplateWatch
+from bridge.trained_models import TrainedModels
 from bridge.training_service import TrainingService
 from bridge.training_workflow import ComfyUITrainingWorkflow
 from comfyui_temporal.process_end import end_process
@@ -80,6 +81,7 @@ class Bridge:
             self.images,
             settings.prices,
             callback_bases,
+            TrainedModels(self.storage, limit_bytes=settings.bridge_lora_cache_bytes),
         )
         trainings = TrainingService(
             runs,

@@ -39,6 +39,7 @@ from bridge.file_types import type_of
 from bridge.fitness import Fitness, TemplateState
 from bridge.graph_check import NoModel, chosen_models, relink
 from bridge.graphs import needed_part
+from bridge.lora_cache import LoraCache
 from bridge.orders import (
     CleanOrder,
     CopyOrder,
@@ -118,6 +119,7 @@ class GpuActivities:
         storage: Storage,
         sender: CallbackSender | None,
         *,
+        loras: LoraCache,
         patience: Patience | None = None,
         jobs: RunningJobs | None = None,
         are_others: Callable[[], Awaitable[bool]] | None = None,
@@ -131,6 +133,7 @@ class GpuActivities:
         self._fitness = fitness
         self._storage = storage
         self._sender = sender
+        self._loras = loras
         self._patience = patience or Patience()
         self._copying = 0
         self._ingested_datasets: set[str] = set()
@@ -360,6 +363,12 @@ class GpuActivities:
         if foreign := next(foreign_files(graph, run.job_id), None):
             message = f"Node {foreign[0]}, input {foreign[1]!r} names a file of another task."
             raise PromptRefused(ErrorDetails(code=FailureCode.WORKFLOW_INVALID.value, message=message))
+        if run.graph.lora_inputs:
+            # After that check: these files are the tenant's, of no one task, and no request can name them.
+            names = await self._loras.take(run.job_id, run.tenant_id, run.graph.loras)
+            for place in run.graph.lora_inputs:
+                if place.node in graph:
+                    graph[place.node]["inputs"][place.input] = names[place.lora]
         return graph
 
     async def _put_models(self, graph: dict[str, Any], run: GraphRun) -> None:
@@ -433,10 +442,11 @@ class GpuActivities:
 
     async def _store_as_is(self, order: CopyOrder, file: ResultFile) -> StoredResult:
         path = f"{order.folder}/{safe_name(file.filename)}"
+        digest = hashlib.sha256()
         async with self._server.fetch(file) as (content_type, chunks):
             content_type = type_of(file.filename, content_type)
-            size = await self._storage.write(path, _paced(chunks), content_type)
-        return StoredResult(path=path, content_type=content_type, size_bytes=size)
+            size = await self._storage.write(path, _hashed(chunks, digest), content_type)
+        return StoredResult(path=path, content_type=content_type, size_bytes=size, sha256=digest.hexdigest())
 
     async def _store_results(self, order: CopyOrder) -> list[StoredResult]:
         """Store the first results one by one, and what a job cannot name one by one in a zip."""
@@ -484,6 +494,7 @@ class GpuActivities:
         try:
             yield
         finally:
+            self._loras.release(job_id)
             self._slot.end()
 
 
@@ -519,8 +530,9 @@ def _dataset_refused(problem: str) -> PromptRefused:
     return PromptRefused(ErrorDetails(code=FailureCode.WORKFLOW_INVALID.value, message=f"dataset.files: {problem}."))
 
 
-async def _paced(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _hashed(chunks: AsyncIterator[bytes], digest: hashlib._Hash) -> AsyncIterator[bytes]:
     async for chunk in chunks:
+        digest.update(chunk)
         yield chunk
 
 

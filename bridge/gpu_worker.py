@@ -27,6 +27,7 @@ from bridge.calls import BRIDGE_QUEUE, pool_queue, presence_queue, server_queue,
 from bridge.fitness import Fitness, problems_of
 from bridge.forecast import Forecast, SeenServer, identity_of
 from bridge.gpu_activities import GpuActivities, ServerIdentity
+from bridge.lora_cache import LORA_CACHE_BYTES, LoraCache
 from bridge.manifest import DEFAULT_POOL
 from bridge.native import NativeServer
 from bridge.orders import ServerReport
@@ -88,6 +89,7 @@ class GpuWorker:
         taken_seconds: float = TAKEN_SECONDS,
         linger_seconds: float = LINGER_SECONDS,
         health: ServerHealth | None = None,
+        lora_cache_bytes: int = LORA_CACHE_BYTES,
     ) -> None:
         self._client = client
         self._seen = seen
@@ -110,6 +112,7 @@ class GpuWorker:
             sender,
             patience=patience,
             jobs=RunningJobs(client),
+            loras=LoraCache(server, storage, seen.name, limit_bytes=lora_cache_bytes),
             are_others=self._are_others,
         )
         self._identity = poller_identity = identity_of(seen, os.getpid())
@@ -303,6 +306,7 @@ async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.E
             *(client, server, seen, storage, sender),
             templates=templates.of_pools([options.pool]),
             bridge_queue=settings.bridge_task_queue,
+            lora_cache_bytes=settings.bridge_lora_cache_bytes,
         )
         health.worker = worker
         watch = TemplateWatch(

@@ -27,6 +27,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, mo
 from comfyui_temporal.contracts.comfyui import Resolution, TaskPriority
 from comfyui_temporal.contracts.fields import CallerId
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.size_budget import MAX_LORAS
 
 Ref = Annotated[str, Field(min_length=3, pattern=r"^.+\..+$")]
 """`node.input`: the node's id or title, a dot, the input's name."""
@@ -127,6 +128,26 @@ class Model(ManifestModel):
     prefer: list[str] = Field(min_length=1)
 
 
+class LoraPlace(ManifestModel):
+    """Where LoRAs go: a chain of loaders between these outputs and all that takes them.
+
+    Default: those of the graph's checkpoint loader, if it has one and no more.
+    """
+
+    model: list[JsonValue] = []
+    """The output that gives the model: `["node", 0]`."""
+    clip: list[JsonValue] = []
+    """The output that gives the text encoder; without it LoRAs change the model alone."""
+    most: int = Field(default=MAX_LORAS, ge=0, le=MAX_LORAS)
+    """0: the template takes none."""
+
+    @model_validator(mode="after")
+    def _has_model(self) -> LoraPlace:
+        if self.clip and not self.model:
+            raise ValueError("clip is given without model")
+        return self
+
+
 class TrainingInputs(ManifestModel):
     """Which graph inputs a training sets (scene `model.train`)."""
 
@@ -185,6 +206,7 @@ class Manifest(ManifestModel):
     controls: list[ControlSlot] = []
     extras: Annotated[dict[str, Extra], AfterValidator(_not_reserved)] = {}
     models: list[Model] = []
+    loras: LoraPlace = LoraPlace()
     training: Training | None = None
 
     @model_validator(mode="after")

@@ -38,6 +38,23 @@ class ModelChoice(OwnModel):
     """Shell patterns, best first."""
 
 
+class LoraInput(OwnModel):
+    """A graph input that names a trained model. It is filled in once the model is on the server that runs the graph."""
+
+    node: str
+    input: str
+    lora: int = Field(ge=0)
+    """Index in the request's `loras`."""
+
+
+class StoredLora(OwnModel):
+    """A trained model in the bridge's own storage."""
+
+    path: str
+    sha256: str | None = None
+    size_bytes: int
+
+
 class RenderedGraph(OwnModel):
     """A template with one request's values filled in: everything that a server needs to run it."""
 
@@ -46,6 +63,9 @@ class RenderedGraph(OwnModel):
     graph: dict[str, JsonValue]
     uploads: list[Upload] = []
     models: list[ModelChoice] = []
+    lora_inputs: list[LoraInput] = []
+    loras: list[StoredLora] = []
+    """In the order of the request's `loras`."""
     result_nodes: list[str]
     keep_metadata: bool = False
     """Results keep what ComfyUI writes into them: the graph, with the prompt."""
@@ -195,6 +215,8 @@ class StoredResult(OwnModel):
     path: str
     content_type: str
     size_bytes: int
+    sha256: str | None = None
+    """Of a checkpoint."""
 
 
 class CopyOrder(OwnModel):

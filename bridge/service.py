@@ -16,15 +16,25 @@ from bridge.runs import NewRun, Runs, fingerprint
 from bridge.task_files import for_tenant
 from bridge.template_list import listed
 from bridge.templates import RequestRefused, TemplateLibrary
-from comfyui_temporal.contracts.comfyui import JobRequest, JobStatus, TaskPriority
+from bridge.trained_models import TrainedModels
+from comfyui_temporal.contracts.comfyui import JobRequest, JobStatus, LoraFile, TaskPriority
 from comfyui_temporal.contracts.errors import ErrorDetails
-from comfyui_temporal.contracts.fields import CallerId, Prompt, shortened
+from comfyui_temporal.contracts.fields import CallerId, Prompt, Sha256, shortened
 from comfyui_temporal.contracts.permissions import Scene, TokenClaims
 from comfyui_temporal.contracts.prices import PriceTable, UnknownPrice
 from comfyui_temporal.contracts.scenes import SCENES
+from comfyui_temporal.contracts.size_budget import MAX_LORAS
 from comfyui_temporal.contracts.tasks import Extras
 
 GPU_SLOTS: Final = 1
+
+
+class TakenLora(LoraFile):
+    """A LoRA as accepted from a caller."""
+
+    model_path: Annotated[str, Field(min_length=1, max_length=2048)]
+    sha256: Sha256 | None = None
+    strength: Annotated[float, Field(ge=0, le=2)]
 
 
 class TakenJobRequest(JobRequest):
@@ -37,6 +47,7 @@ class TakenJobRequest(JobRequest):
     prompt: Prompt
     controls: Annotated[list[dict[str, JsonValue]], Field(max_length=16)] = []
     extras: Extras = {}
+    loras: Annotated[list[TakenLora], Field(max_length=MAX_LORAS)] | None = None  # type: ignore[assignment]
     callback_url: Annotated[str, Field(max_length=2048)]
 
 
@@ -51,6 +62,7 @@ class ImageService:
         images: ControlImages,
         prices: PriceTable,
         callback_bases: Sequence[str],
+        models: TrainedModels,
     ) -> None:
         self._runs = runs
         self._forecast = forecast
@@ -58,6 +70,7 @@ class ImageService:
         self._images = images
         self._prices = prices
         self._callback_bases = tuple(callback_bases)
+        self._models = models
 
     async def submit(self, call: Call) -> Reply:
         request = checked(TakenJobRequest, call.body)
@@ -129,6 +142,7 @@ class ImageService:
         ]
         if problems:
             raise Refused("payload_invalid", fields=problems)
+        loras = await self._models.stored(request.loras or [], request.tenant_id)
         can_run = await self._forecast.can_run(rendered.pool, request.template_id)
         demand_runnable(can_run, request.template_id)
         expected = await self._forecast.of_image(
@@ -141,7 +155,7 @@ class ImageService:
         return ImageJob(
             job_id=job_id,
             request=request,
-            graph=rendered.model_copy(update={"expected_seconds": max(0.1, expected.run_seconds)}),
+            graph=rendered.model_copy(update={"expected_seconds": max(0.1, expected.run_seconds), "loras": loras}),
             estimated_cost=self._price(request),
             estimated_time=expected.minutes,
             gpu_slots=GPU_SLOTS,
@@ -154,7 +168,10 @@ class ImageService:
         is_accelerated = request.priority is TaskPriority.ACCELERATED
         try:
             return self._prices.image(
-                resolution=request.resolution.value, accelerated=is_accelerated, extras=request.extras
+                resolution=request.resolution.value,
+                accelerated=is_accelerated,
+                extras=request.extras,
+                loras=len(request.loras or []),
             )
         except UnknownPrice as error:
             raise Refused("payload_invalid", fields=[str(error)]) from None

@@ -3,6 +3,7 @@
     input/comfyui-temporal/{job_id}/…                  control images, datasets
     output/comfyui-temporal/{job_id}/…                 results
     output/loras/comfyui-temporal/{training_id}/…      what is trained
+    output/loras/comfyui-temporal/tenant-{tenant_id}/… models that images use (lora_cache.py)
 
 All tenants' tasks share the servers, and ComfyUI offers every file to every graph. So a graph names files of its own
 task and of no other, whoever wrote the name; and no text for a tenant shows an address, or a file of another task.

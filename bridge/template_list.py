@@ -18,7 +18,7 @@ Json = dict[str, Any]
 def listed(templates: Iterable[Template], prices: PriceTable, servers: Sequence[SeenServer]) -> list[Json]:
     """Each template by id; `servers` has numbers, no names: the caller is a tenant's service."""
     return [
-        _described(template.manifest, prices) | {"servers": _counts(template, servers)}
+        _described(template, prices) | {"servers": _counts(template, servers)}
         for template in sorted(templates, key=lambda template: template.template_id)
     ]
 
@@ -48,6 +48,8 @@ def lines_of(row: Json) -> list[str]:
     for name, extra in row.get("extras", {}).items():
         limits = ", ".join(f"{key} {value}" for key, value in extra.items() if key not in ("type", "points"))
         lines.append(f"  extras.{name}: {extra['type']}{f' ({limits})' if limits else ''}, {_shown(extra['points'])}")
+    if (loras := row.get("loras")) and loras["most"]:
+        lines.append(f"  loras: at most {loras['most']}, {_shown(loras['points'])} each")
     for name, setting in row.get("resolutions", {}).items():
         lines.append(f"  {name}: {_shown(setting['points'])}, about {setting['seconds']:g} s")
     for name, model in row.get("base_models", {}).items():
@@ -67,7 +69,8 @@ def _counts(template: Template, servers: Sequence[SeenServer]) -> Json:
     return {"total": len(of_pool), "fit": len(fit), "well": sum(not server.is_sick for server in fit)}
 
 
-def _described(manifest: Manifest, prices: PriceTable) -> Json:
+def _described(template: Template, prices: PriceTable) -> Json:
+    manifest = template.manifest
     described: Json = {
         "template_id": manifest.template_id,
         "summary": manifest.summary,
@@ -85,6 +88,7 @@ def _described(manifest: Manifest, prices: PriceTable) -> Json:
         "extras": {
             name: _extra(extra) | {"points": prices.extras.get(name)} for name, extra in manifest.extras.items()
         },
+        "loras": {"most": template.most_loras, "points": prices.lora},
         "resolutions": {
             name.value: {"seconds": setting.seconds, "points": _points(prices, name)}
             for name, setting in manifest.resolutions.items()

@@ -19,6 +19,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from bridge.graphs import GraphProblem, by_name, file_names, gives_no_result, read_graph
+from bridge.lora_chain import LORA_FILE, LoraChain
 from bridge.manifest import (
     BooleanExtra,
     ChoiceExtra,
@@ -29,7 +30,7 @@ from bridge.manifest import (
     SeedInput,
     TextExtra,
 )
-from bridge.orders import Graph, ModelChoice, RenderedGraph, TrainingGraph, Upload
+from bridge.orders import Graph, LoraInput, ModelChoice, RenderedGraph, TrainingGraph, Upload
 from bridge.task_files import problem_of
 from comfyui_temporal.contracts.comfyui import JobRequest
 from comfyui_temporal.contracts.errors import sentences_of
@@ -74,6 +75,7 @@ class Template:
         if len(set(self.result_nodes)) < len(self.result_nodes):
             raise self._problem("results: a node is named twice")
         self._file_names = file_names(graph, self.result_nodes)
+        self._lora_chain = self._chain_of_loras() if manifest.scene is Scene.IMAGE_GENERATE else None
 
     @property
     def template_id(self) -> str:
@@ -95,6 +97,7 @@ class Template:
         for name, value in request.extras.items():
             seconds *= self._put_extra(graph, name, value, problems)
         uploads = self._put_controls(graph, request, problems)
+        lora_inputs = self._put_loras(graph, request, problems)
         if problems:
             raise RequestRefused(problems)
         for node_id in self.result_nodes:
@@ -108,6 +111,7 @@ class Template:
             graph=graph,
             uploads=uploads,
             models=self._model_choices(),
+            lora_inputs=lora_inputs,
             result_nodes=self.result_nodes,
             keep_metadata=manifest.keep_metadata,
             expected_seconds=seconds,
@@ -267,6 +271,38 @@ class Template:
         self._put_all(graph, slot.set)
         node, name = self._split(slot.image)
         return Upload(node=node, input=name, control=number)
+
+    def _put_loras(self, graph: Graph, request: JobRequest, problems: list[str]) -> list[LoraInput]:
+        """Insert a loader for each LoRA. Its file is named once it is on the server."""
+        loras = request.loras or []
+        if len(loras) > self.most_loras:
+            taken = f"accepts at most {self.most_loras}" if self.most_loras else "accepts none"
+            problems.append(f"loras: template {self.template_id!r} {taken}, {len(loras)} given")
+            return []
+        if self._lora_chain is None:
+            return []
+        nodes = self._lora_chain.insert(graph, [lora.strength for lora in loras])
+        return [LoraInput(node=node, input=LORA_FILE, lora=number) for number, node in enumerate(nodes)]
+
+    @property
+    def most_loras(self) -> int:
+        """How many LoRAs a request may name."""
+        return self.manifest.loras.most if self._lora_chain is not None else 0
+
+    def _chain_of_loras(self) -> LoraChain | None:
+        """Where LoRAs go; None if the graph has no such place. Raises TemplateProblem."""
+        place = self.manifest.loras
+        if not place.model:
+            return LoraChain.of_checkpoint(self.graph)
+
+        def output(name: str, link: list[Any]) -> tuple[str, int]:
+            node, number = self._value("loras", name, link)
+            return node, number
+
+        chain = LoraChain(output("model", place.model), output("clip", place.clip) if place.clip else None)
+        if not chain.is_used(self.graph):
+            raise self._problem("loras: nothing in the graph takes the output that `model` names")
+        return chain
 
     def _put_all(self, graph: Graph, values: Mapping[str, Any]) -> None:
         for ref, value in values.items():

@@ -64,6 +64,7 @@ class ComfyUITrainingWorkflow(RunFlow):
         self._epoch = self._chunk_end = job.first_epoch
         self._step = job.first_step
         self._latest = job.resume_path
+        self._latest_sha256: str | None = None
         self._hours = 0.0
         self._trained_steps = 0
         self._loss: float | None = None
@@ -251,7 +252,7 @@ class ComfyUITrainingWorkflow(RunFlow):
         self._hours += outcome.seconds / 3600
         self._trained_steps += steps
         self._epoch, self._step = last_epoch, self._step + steps
-        self._latest = stored[0].path
+        self._latest, self._latest_sha256 = stored[0].path, stored[0].sha256
         self._loss = outcome.loss if outcome.loss is not None else self._loss
         left = timedelta(
             seconds=(self._job.epochs - self._epoch) * self._job.steps_per_epoch * self._seconds_per_step()
@@ -295,6 +296,7 @@ class ComfyUITrainingWorkflow(RunFlow):
         )
         if self._is_over:
             return
+        checksum = {} if self._latest_sha256 is None else {"sha256": self._latest_sha256}
         metrics = {"steps": float(self._step)} | ({} if self._loss is None else {"loss": self._loss})
         self._fields |= {
             "training_status": TrainingStatus.COMPLETED.value,
@@ -302,7 +304,7 @@ class ComfyUITrainingWorkflow(RunFlow):
             "next_eta": None,
             "gpu_hours": round(self._hours, 6),
             "estimated_time": minutes(workflow.now() - self._started_at),
-            "output": {"model_path": address, "version": self._job.training_id, "metrics": metrics},
+            "output": {"model_path": address, "version": self._job.training_id, "metrics": metrics} | checksum,
         }
         self._log_line("model published")
 

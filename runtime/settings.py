@@ -247,6 +247,9 @@ class Settings(BaseSettings):
     bridge_image_roots: Annotated[list[str], NoDecode] = []
     """Prefixes of object storage for a tenant's control images, comma-separated; each must contain
     `{tenant_id}`."""
+    bridge_lora_cache_bytes: int = Field(default=8 * 1024**3, ge=1)
+    """How much of tenants' trained models a ComfyUI server keeps for later images; what was used least recently goes
+    first. The models of one image must fit into it."""
     bridge_callback_urls: Annotated[list[str], NoDecode] = []
     """Gateways to send callbacks to, as `callback_base_url`, comma-separated; default: that one alone."""
     bridge_result_secret: SecretStr | None = None
