@@ -131,6 +131,19 @@ def controls(texts: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
+def loras(texts: Sequence[str]) -> list[dict[str, Any]]:
+    """LoRAs, each `TASK_ID` or `TASK_ID:STRENGTH`. Raises BadInput."""
+    found: list[dict[str, Any]] = []
+    for number, text in enumerate(texts):
+        model_id, separator, strength = text.partition(":")
+        try:
+            found.append({"model_id": model_id, **({"strength": float(strength)} if separator else {})})
+        except ValueError:
+            field = {f"loras.{number}": f"must be TASK_ID or TASK_ID:STRENGTH: {text!r}"}
+            raise BadInput("Nothing was done: 1 field is wrong.", field) from None
+    return found
+
+
 def new_task_id(kind: str) -> str:
     """A new task id: `image-3f9c…`."""
     return f"{kind}-{secrets.token_hex(6)}"

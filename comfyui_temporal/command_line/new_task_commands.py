@@ -77,6 +77,10 @@ def generate(
     control: Annotated[
         list[str] | None, typer.Option(metavar="URL[,STRENGTH]", help="A control image. Repeatable.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK_ID[:STRENGTH]", help="A model that a training of the tenant made. Repeatable."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same image.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the image must not show.")] = None,
     max_credits: MaxCredits = None,
@@ -93,6 +97,7 @@ def generate(
       comfyui-tasks generate "a cat" --tenant tenant-demo
       comfyui-tasks generate "a cat" --tenant tenant-demo --resolution 4k --priority accelerated --extra hires_fix
       comfyui-tasks generate "a cat" --tenant tenant-demo --task-id cat-1 --no-wait --json
+      comfyui-tasks generate "a cat" --tenant tenant-demo --lora train-cats:0.8
       comfyui-tasks generate --input docs/examples/tasks/image-task.json
     """
 
@@ -110,6 +115,7 @@ def generate(
             priority=priority,
             extras=extras or None,
             controls=inputs.controls(control) if control else None,
+            loras=inputs.loras(lora) if lora else None,
             max_credits=max_credits,
             task_id=task_id,
         )
