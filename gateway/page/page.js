@@ -337,7 +337,8 @@ function lastPrice([kind, { template_id, priority, resolution, base_model }]) {
   const free = ["seed", "negative_prompt"];
   const alike = [...cards.values()].map(({ task }) => task).filter((task) =>
     task.scene === scene && task.template_id === template_id && task.priority === priority &&
-    task.resolution === (resolution ?? base_model) && task.input && Object.keys(task.input.extras ?? {}).every((name) => free.includes(name)));
+    task.resolution === (resolution ?? base_model) && task.input && !task.input.loras?.length &&
+    Object.keys(task.input.extras ?? {}).every((name) => free.includes(name)));
   const priced = alike.map(({ created_at, credits, confirmation }) => ({ created_at, points: credits.charged || credits.estimated || confirmation?.estimated_cost || 0 }));
   return priced.filter(({ points }) => points).sort((one, other) => (one.created_at < other.created_at ? 1 : -1))[0] ?? null;
 }

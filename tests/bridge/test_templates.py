@@ -232,3 +232,69 @@ def test_the_installed_model_that_fits_best_is_chosen() -> None:
     assert [name for _, name in chosen_models(graph, info, [choice], ["c"])] == ["SDXL_base.safetensors"]
     with pytest.raises(NoModel, match="no installed model fits flux"):
         chosen_models(graph, info, [choice.model_copy(update={"prefer": ["flux*"]})], ["c"])
+
+
+def test_loras_are_a_chain_between_the_checkpoint_and_all_that_takes_it() -> None:
+    loras = [{"model_path": f"s3://models/{n}", "strength": n / 2} for n in (1, 2)]
+    found = rendered("text-to-image", loras=loras, extras={"hires_fix": True})
+    graph = found.graph
+    assert [(place.node, place.input, place.lora) for place in found.lora_inputs] == [
+        ("lora-0", "lora_name", 0),
+        ("lora-1", "lora_name", 1),
+    ]
+    assert graph["lora-0"]["inputs"]["model"] == ["checkpoint", 0]
+    assert graph["lora-1"]["inputs"] == {
+        **{"model": ["lora-0", 0], "clip": ["lora-0", 1], "lora_name": ""},
+        **{"strength_model": 1.0, "strength_clip": 1.0},
+    }
+    for sampler in ("sampler", "hires"):
+        assert graph[sampler]["inputs"]["model"] == ["lora-1", 0]
+    for prompt in ("positive", "negative"):
+        assert graph[prompt]["inputs"]["clip"] == ["lora-1", 1]
+    assert graph["decode"]["inputs"]["vae"] == ["checkpoint", 2]
+    assert {"lora-0", "lora-1", "checkpoint"} <= reachable(graph, ["save"])
+    assert "lora-0" not in rendered("text-to-image").graph
+    assert "lora-0" in rendered("image-to-image", loras=loras[:1], controls=[{"image_url": "x"}]).graph
+
+
+def test_a_manifest_names_the_place_of_loras_and_their_number(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "text-to-image")
+    manifest, graph_file = folder / "manifest.toml", folder / "graph.json"
+    graph = json.loads(graph_file.read_text())
+    graph["unet"] = {"class_type": "UNETLoader", "inputs": {}, "_meta": {"title": "Diffusion model"}}
+    graph["sampler"]["inputs"]["model"] = ["unet", 0]
+    graph["lora-0"] = graph.pop("larger")
+    graph["hires"]["inputs"]["latent_image"] = ["lora-0", 0]
+    graph_file.write_text(json.dumps(graph))
+    shipped = manifest.read_text()
+    manifest.write_text(shipped + '[loras]\nmodel = ["Diffusion model", 0]\nmost = 1\n')
+    lora = {"model_path": "s3://models/1", "strength": 0.5}
+    found = load_template(folder).render(request("text-to-image", loras=[lora]), job_id="job-1")
+    assert found.graph["lora-0"]["class_type"] == "LatentUpscaleBy", "no node of the graph is replaced"
+    assert found.graph["lora-0-"] == {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"model": ["unet", 0], "lora_name": "", "strength_model": 0.5},
+    }
+    assert found.graph["sampler"]["inputs"]["model"] == ["lora-0-", 0]
+    assert found.graph["hires"]["inputs"]["model"] == ["checkpoint", 0]
+    with pytest.raises(RequestRefused, match="accepts at most 1, 2 given"):
+        load_template(folder).render(request("text-to-image", loras=[lora, lora]), job_id="job-1")
+    for place, problem in (
+        ('model = ["Nowhere", 0]', "'Nowhere' is not in the graph"),
+        ('model = ["Save image", 0]', "nothing in the graph takes the output"),
+        ('clip = ["Checkpoint", 1]', "clip is given without model"),
+        ("most = 9", "less than or equal to 8"),
+    ):
+        manifest.write_text(f"{shipped}[loras]\n{place}\n")
+        with pytest.raises(TemplateProblem, match=problem):
+            load_template(folder)
+
+
+def test_a_template_without_one_checkpoint_takes_no_loras(tmp_path: Path) -> None:
+    lora = {"model_path": "s3://models/1", "strength": 0.5}
+    assert "'test-pattern' accepts none, 1 given" in refused("test-pattern", loras=[lora])
+    folder = copied(tmp_path, "text-to-image")
+    graph = json.loads((folder / "graph.json").read_text())
+    (folder / "graph.json").write_text(json.dumps(graph | {"second": graph["checkpoint"] | {"_meta": {"title": "B"}}}))
+    with pytest.raises(RequestRefused, match="accepts none"):
+        load_template(folder).render(request("text-to-image", loras=[lora]), job_id="job-1")

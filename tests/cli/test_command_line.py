@@ -97,6 +97,25 @@ async def test_exit_codes_follow_how_tasks_end(opened: Connection) -> None:
     assert (unknown.exit_code, taken.exit_code) == (ExitCode.UNKNOWN_TASK, ExitCode.TASK_EXISTS)
 
 
+async def test_loras_are_named_by_their_trainings(opened: Connection) -> None:
+    task_id = unique("image")
+    loras = ("--lora", "train-cats:0.8", "--lora", "train-snow")
+    started = await run_command("generate", "a cat", *WHO, "--task-id", task_id, "--no-wait", *loras, connection=opened)
+    assert started.exit_code == 0, started.err
+    handle = opened.client.get_workflow_handle(workflow_id_of(task_id))
+    first = await anext(aiter(handle.fetch_history_events()))
+    given = json.loads(first.workflow_execution_started_event_attributes.input.payloads[0].data)
+    assert given["loras"] == [
+        {"model_id": "train-cats", "strength": 0.8},
+        {"model_id": "train-snow", "strength": 1.0},
+    ]
+    await handle.terminate()
+    for text, problem in (("a:b", "loras.0: must be TASK_ID"), ("a:3", "loras.0.strength: must be less than")):
+        refused = await run_command("generate", "a cat", *WHO, "--lora", text)
+        assert refused.exit_code == 2
+        assert problem in refused.err
+
+
 async def test_a_task_is_started_and_followed_in_plain_lines(opened: Connection) -> None:
     task_id = unique("image")
     process = await start_process("generate", "a cat", *WHO, "--task-id", task_id, connection=opened)

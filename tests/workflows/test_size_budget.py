@@ -39,13 +39,14 @@ from comfyui_temporal.contracts.size_budget import (
     MAX_INBOX,
     MAX_INBOX_BYTES,
     MAX_KEPT_HOLDS,
+    MAX_LORAS,
     MAX_TABLE_ENTRIES,
     MAX_UNWRITTEN,
     MAX_UNWRITTEN_BYTES,
     PAYLOAD_BYTES,
     json_bytes,
 )
-from comfyui_temporal.contracts.task_store import Fact, TaskException, TaskRow, TaskState, TaskWrite
+from comfyui_temporal.contracts.task_store import Fact, TaskException, TaskRow, TaskState, TaskWrite, TrainedModel
 from comfyui_temporal.contracts.tasks import Confirmation, CreditsSummary, EventType, TaskStatus
 from workflows.backlog import LEFT_OUT, Backlog
 from workflows.inbox import Inbox
@@ -252,6 +253,7 @@ def carried(make: Callable[..., JobUpdate], text: str) -> Continuation:
         jobs=jobs,
         price=PriceState(resume_from=uri, checkpoint=newest.checkpoint, asked_at_checkpoint=uri),
         dataset=DatasetState(snapshot=snapshot, is_asked=True),
+        models=[TrainedModel(model_id=ID, model_path=uri, sha256="0" * 64) for _ in range(MAX_LORAS)],
     )
 
 
@@ -272,6 +274,7 @@ def image_run(text: str) -> ImageRun:
         prompt=most_of(text, 16 * 1024),
         controls=[control] * 16,
         extras={"negative_prompt": values},
+        loras=[{"model_id": f"{n}{ID[1:]}", "strength": 4 / 3} for n in range(MAX_LORAS)],
         max_credits=10**9,
         carried=carried(job_callback, text),
     )
