@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ import pytest
 import pytest_asyncio
 from temporalio.client import Client
 
+from comfyui_temporal import HttpTasks, ImageTask, InvalidInput, TrainingTask
 from comfyui_temporal.contracts.stack import StackDescription
 from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, workflow_id_of
 from comfyui_temporal.plugin import TasksPlugin
@@ -23,6 +25,7 @@ from local_stack.commands import up
 from local_stack.folder import PROJECT
 from tests.bridge.native import NativeServer
 from tests.bridge.test_servers import until_running
+from tests.bridge.test_trainings import MODELS, picture
 from tests.conftest import unique
 from tests.local_stack.folders import new_run_folder
 
@@ -80,3 +83,54 @@ async def test_a_killed_part_comes_back_and_the_task_is_delivered(
     assert len(await native.admin.submissions()) == 1
     async with httpx.AsyncClient(timeout=10) as http:
         assert (await http.get(result["result_urls"][0])).content.startswith(b"\x89PNG")
+
+
+@pytest_asyncio.fixture
+async def with_models(native: NativeServer) -> NativeServer:
+    """A server that has its models before the stack looks at it."""
+    await native.admin.set(models=MODELS)
+    return native
+
+
+async def test_what_was_trained_is_used_by_an_image(
+    with_models: NativeServer, stack: StackDescription, tmp_path: Path
+) -> None:
+    """Both through the gateway, with real workers, the bridge and its GPU worker."""
+    ids = {"tenant_id": "tenant-demo", "user_id": "user-demo"}
+    folder = tmp_path / "run" / "datasets" / "tenant-demo" / "cats"
+    folder.mkdir(parents=True)
+    (folder / "cat.png").write_bytes(picture(90))
+    training = TrainingTask.model_validate(
+        {
+            **ids,
+            "task_id": unique("training"),
+            "template_id": "lora-train",
+            "dataset": {"dataset_id": "cats", "source_uri": folder.as_uri() + "/"},
+            "hyperparameters": {"epochs": 2, "batch_size": 1, "learning_rate": 0.0005},
+            "max_credits": 1_000,
+        }
+    )
+    image = ImageTask.model_validate(
+        {
+            **ids,
+            "task_id": unique("image"),
+            "template_id": "text-to-image",
+            "prompt": "a cat in the snow",
+            "loras": [{"model_id": training.task_id, "strength": 0.8}],
+        }
+    )
+    async with HttpTasks(stack.gateway_url, stack.tokens["tenant-demo"]) as tasks:
+        with pytest.raises(InvalidInput, match="a model cannot be used"):
+            await tasks.start(image)
+        await tasks.start(training)
+        trained = await asyncio.wait_for(tasks.wait(training.task_id), 120)
+        assert trained.status == "completed", trained.sentence
+        await tasks.start(image)
+        made = await asyncio.wait_for(tasks.wait(image.task_id), 120)
+    assert made.status == "completed", made.sentence
+    assert made.credits is not None and made.credits.charged == 24
+    lora = (await with_models.admin.sent())[-1].graph["lora-0"]["inputs"]
+    on_server = with_models.folder / "output" / "loras" / lora["lora_name"]
+    sha256 = hashlib.sha256(on_server.read_bytes()).hexdigest()
+    assert lora["lora_name"] == f"comfyui-temporal/tenant-tenant-demo/{sha256}.safetensors"
+    assert (lora["strength_model"], lora["strength_clip"]) == (0.8, 0.8)

@@ -161,6 +161,7 @@ async def test_a_queued_job_can_be_cancelled_and_a_delivered_one_stays(caller: C
         ({"resolution": "8k"}, ("42201", "payload_invalid"), "resolution"),
         ({"prompt": 5}, ("42201", "payload_invalid"), "prompt"),
         ({"extras": {"turbo": True}}, ("42201", "payload_invalid"), "turbo"),
+        ({"loras": [{"model_path": "file:///x", "strength": 1.0}]}, ("42201", "payload_invalid"), "loras.0.model_path"),
         ({"callback_url": "ftp://x"}, ("42201", "payload_invalid"), "callback_url"),
         ({"template_id": "lora-train"}, ("40402", "template_not_found"), None),
         ({"tenant_id": "tenant-other"}, ("40302", "authorization_missing"), None),
