@@ -269,7 +269,7 @@ def test_a_manifest_names_the_place_of_loras_and_their_number(tmp_path: Path) ->
     shipped = manifest.read_text()
     manifest.write_text(shipped + '[loras]\nmodel = ["Diffusion model", 0]\nmost = 1\n')
     lora = {"model_path": "s3://models/1", "strength": 0.5}
-    found = load_template(folder).render(request("text-to-image", loras=[lora]), job_id="job-1")
+    found: Any = load_template(folder).render(request("text-to-image", loras=[lora]), job_id="job-1")
     assert found.graph["lora-0"]["class_type"] == "LatentUpscaleBy", "no node of the graph is replaced"
     assert found.graph["lora-0-"] == {
         "class_type": "LoraLoaderModelOnly",
