@@ -210,8 +210,9 @@ async def _history_events(servers: Servers, stem: str, tasks: int) -> float:
 
 
 def towards(party: Party) -> dict[str, str]:
-    """Settings of a worker. The waiting tasks' jobs never report: they must not be polled every two minutes."""
+    """Settings of a worker. Nothing of the waiting tasks is due while others are measured: neither poll nor SLA."""
     seldom = {"IMAGE_POLL_AFTER_SECONDS": "7200", "IMAGE_POLL_AT_MOST_SECONDS": "7200"}
+    seldom |= {"QUEUE_SLA_STANDARD_MINUTES": "7200", "QUEUE_SLA_ACCELERATED_MINUTES": "7200"}
     return {"COMFYUI_URL": party.url, "CREDITS_URL": party.url, **seldom}
 
 
