@@ -8,12 +8,13 @@ const QUIET_SECONDS = 20; // heartbeats come every 15 s
 const SILENCE_SECONDS = 40;
 const EVENTS = ["task.accepted", "task.running", "task.checkpoint", "task.completed", "task.failed", "task.cancelled", "credits.updated"];
 
-/** A refused request. The message is the problem document's, to be displayed. */
+/** A refused request. The message is the problem document's, to be displayed; `isQuoted`: in the gateway's words. */
 export class Refused extends Error {
   constructor(status, problem) {
     const fields = (problem.fields ?? []).map(({ field, message }) => `${field}: ${message}`);
     super([problem.detail ?? say("gateway.status", { status }), ...fields].join("\n"));
     this.status = status;
+    this.isQuoted = Boolean(problem.code);
   }
 }
 

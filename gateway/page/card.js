@@ -1,8 +1,8 @@
 // One task on the page. Foreign text is inserted as text only; an address becomes a link only with http or https.
 
 import { drawLosses, lossesOf } from "./loss.js";
-import { button, copy, drawResults, element, webAddress } from "./results.js";
-import { clock, instant, percent, say, since, span } from "./words.js";
+import { button, copy, drawResults, element, quoted, webAddress } from "./results.js";
+import { clock, failure, instant, percent, say, since, span } from "./words.js";
 
 export { webAddress };
 
@@ -39,14 +39,23 @@ export function moneyOf({ credits, confirmation, ended_at, status }) {
   return estimated ? say("credits.about", { n: estimated }) : "";
 }
 
+/** One line about a failure: its code, the page's sentence, then what the platform said of it. */
+function failed(code, sentence, rest = []) {
+  const own = failure(code, sentence);
+  const said = [element("code", { textContent: code }), `: ${own}`];
+  if (sentence) said.push(own && " ", quoted(sentence));
+  rest.forEach((part, n) => said.push(n ? ", " : " ", part));
+  return element("span", { className: "line" }, ...said);
+}
+
 /** What is tried, since when, until when. */
 function delayed({ code, sentence, call, tries, since: began, until, limit, next_try_at }) {
   const said = [];
   if (call) said.push(say("delay.failed", { call, n: tries }));
   if (began) said.push(say("delay.since", { time: clock(began) }));
   if (call && next_try_at) said.push(say("delay.next", { time: clock(next_try_at) }));
-  if (until || limit) said.push(until ? say("delay.until", { time: clock(until) }) : limit);
-  return `${code}: ${sentence} ${said.join(", ")}`.trim();
+  if (until || limit) said.push(until ? say("delay.until", { time: clock(until) }) : quoted(limit));
+  return failed(code, sentence, said);
 }
 
 /** The link to a task's run in the Temporal UI, or null. */
@@ -267,8 +276,7 @@ export class Card {
       said.push(seconds > 0 ? say("eta.in", { time: span(seconds) }) : say("eta.soon"));
     }
     if (queue_position) said.push(say("eta.ahead", { n: queue_position }));
-    if (message) said.push(message);
-    now.textContent = said.join(" · ");
+    now.replaceChildren(said.join(" · "), ...(message ? [" · ", quoted(message)] : []));
   }
 
   #showResults() {
@@ -285,16 +293,16 @@ export class Card {
     if (model && output.dataset.model !== model) {
       output.dataset.model = model;
       const copying = button(say("action.copy_address"), null, () => copy(copying, model));
-      output.replaceChildren(element("span", { textContent: `${say("model")} ${model}` }), " ", copying);
+      output.replaceChildren(element("span", {}, `${say("model")} `, element("code", { textContent: model })), " ", copying);
     }
   }
 
   #showErrors() {
     const { error, exceptions, delays, message, status } = this.task;
-    const lines = (exceptions ?? []).map((exception) => `${exception.code}: ${exception.message}`);
+    const lines = (exceptions ?? []).map((exception) => failed(exception.code, exception.message));
     if (!this.isOver) lines.push(...(delays ?? []).map(delayed));
-    if (error && !lines.length) lines.push(`${error.code}: ${status === "failed" && message ? message : error.message}`);
-    this.#part.error.textContent = lines.join("\n");
+    if (error && !lines.length) lines.push(failed(error.code, status === "failed" && message ? message : error.message));
+    this.#part.error.replaceChildren(...lines);
     this.#part.error.hidden = !lines.length;
   }
 

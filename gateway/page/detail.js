@@ -1,8 +1,8 @@
 // A task's own page: what was asked for, what happened, what it cost.
 
 import { Card } from "./card.js";
-import { element } from "./results.js";
-import { clock, instant, say, span } from "./words.js";
+import { element, quoted } from "./results.js";
+import { clock, failure, instant, say, span } from "./words.js";
 
 function section(title, ...content) {
   return element("section", {}, element("h3", { textContent: title }), ...content);
@@ -39,8 +39,8 @@ function factsOf(task) {
 
 function eventsOf(events) {
   return element("ol", { className: "events" }, ...events.map((event) => {
-    const said = [event.stage && say(`stage.${event.stage}`), event.message, event.credits_delta && `${event.credits_delta > 0 ? "+" : ""}${event.credits_delta}`];
-    return element("li", {}, element("time", { dateTime: event.ts, textContent: clock(event.ts) }), " ", element("code", { textContent: event.event }), " ", said.filter(Boolean).join(" · "));
+    const said = [event.stage && say(`stage.${event.stage}`), event.message && quoted(event.message), event.credits_delta && `${event.credits_delta > 0 ? "+" : ""}${event.credits_delta}`];
+    return element("li", {}, element("time", { dateTime: event.ts, textContent: clock(event.ts) }), " ", element("code", { textContent: event.event }), ...said.filter(Boolean).flatMap((part, n) => [n ? " · " : " ", part]));
   }));
 }
 
@@ -53,9 +53,9 @@ export function drawDetail(root, { task, events, log }, actions, links) {
     section(say("detail.facts"), factsOf(task)),
     section(say("detail.events"), eventsOf(events)),
   ];
-  if (log.length) parts.push(section(say("detail.log"), element("pre", { tabIndex: 0, textContent: log.map(({ ts, message }) => `${clock(ts)} ${message}`).join("\n") })));
+  if (log.length) parts.push(section(say("detail.log"), element("pre", { tabIndex: 0, lang: "en", textContent: log.map(({ ts, message }) => `${clock(ts)} ${message}`).join("\n") })));
   if (task.exceptions.length) {
-    parts.push(section(say("detail.exceptions"), element("ul", {}, ...task.exceptions.map(({ code, message, ts }) => element("li", { textContent: `${clock(ts)} ${code}: ${message}` })))));
+    parts.push(section(say("detail.exceptions"), element("ul", {}, ...task.exceptions.map(({ code, message, ts }) => element("li", {}, `${clock(ts)} ${code}: ${failure(code, message)} `, quoted(message))))));
   }
   root.replaceChildren(...parts);
   return card;

@@ -57,6 +57,7 @@ function connection(state, text) {
 function problem(error) {
   $("problem").hidden = !error;
   $("problem").textContent = error ? error.message : "";
+  $("problem").lang = error?.isQuoted ? "en" : language;
 }
 
 function away(error) {

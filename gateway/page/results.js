@@ -11,6 +11,9 @@ export function element(name, properties = {}, ...children) {
   return made;
 }
 
+/** What the platform said, in its own words: they are English in every language of the page. */
+export const quoted = (text) => element("span", { lang: "en", textContent: text });
+
 /** A button with a name of its own for screen readers. */
 export function button(text, label, act, className = "plain") {
   const made = element("button", { type: "button", className, textContent: text, onclick: act });

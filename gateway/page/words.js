@@ -34,6 +34,12 @@ export function say(key, values = {}) {
   return text.replace(/\{(\w+)\}/g, (_, name) => (typeof values[name] === "number" ? numbers.format(values[name]) : values[name]));
 }
 
+/** A failure's sentence, for whoever does not read the platform's own: it is English, and says more. */
+export function failure(code, sentence) {
+  const key = `failure.${code}`;
+  return key in strings && (language !== "en" || !sentence) ? say(key) : "";
+}
+
 export const percent = (part) => percents.format(part);
 export const clock = (at) => times.format(new Date(at));
 export const instant = (at) => instants.format(new Date(at));

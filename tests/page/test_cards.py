@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from store import StoredInput
 from tests.conftest import unique
 from tests.page.conftest import Watched, opened
 from tests.page.test_page import card, is_live
-from tests.store.facts import claim_of, end, fact, write_of
+from tests.store.facts import NOON, claim_of, end, fact, write_of
 from tests.workflows.platform import CALLERS, task_id_of
 
 pytestmark = pytest.mark.browser
@@ -23,13 +24,13 @@ def token_of(tenant: str, *scopes: str) -> str:
     return CALLERS.made_for(tenant, "user-a", *([scopes] if scopes else []))
 
 
-async def ended_task(watched: Watched, tenant: str, **state: Any) -> str:
+async def ended_task(watched: Watched, tenant: str, *, at: datetime = NOON, **state: Any) -> str:
     """A task that has ended, in the store alone."""
     task_id = unique("image")
     store = watched.platform.store
     given = StoredInput(document={"template_id": "text-to-image", "prompt": "a paper city"})
-    await store.claim(claim_of(task_id, tenant_id=tenant), given=given)
-    await store.write(write_of(task_id, end(), status=TaskStatus.COMPLETED, **state))
+    await store.claim(claim_of(task_id, tenant_id=tenant, at=at), given=given)
+    await store.write(write_of(task_id, end(), **{"status": TaskStatus.COMPLETED, **state}))
     return task_id
 
 
