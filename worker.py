@@ -56,6 +56,7 @@ from workflows.give_back import GiveBackWorkflow
 from workflows.image_generation import ImageGenerationWorkflow
 from workflows.pinned import PinnedImageGenerationWorkflow
 from workflows.reconciler import ReconcileWorkflow
+from workflows.template_list import TemplateListWorkflow
 from workflows.training import TrainingWorkflow
 from workflows.worker_settings import WorkerSettingsWorkflow
 
@@ -67,6 +68,7 @@ WORKFLOWS: Final = (
     GiveBackWorkflow,
     ReconcileWorkflow,
     WorkerSettingsWorkflow,
+    TemplateListWorkflow,
 )
 STICKY_SECONDS: Final = 2.5
 """How long a workflow waits for its worker: this delays the work of a killed one.

@@ -12,6 +12,7 @@ from typing import ClassVar, Final, Protocol
 
 from pydantic import TypeAdapter
 from temporalio import activity
+from temporalio.exceptions import ApplicationError
 
 from activities.lives import Lives
 from activities.outside_client import OutsideClient, same
@@ -32,8 +33,15 @@ from comfyui_temporal.contracts.comfyui import (
     TrainingState,
 )
 from comfyui_temporal.contracts.errors import COMFYUI_CODES_BY_NUMBER, COMFYUI_ERRORS, Answer, FailureCode
-from comfyui_temporal.contracts.permissions import REQUIRED_SCOPES, Operation
+from comfyui_temporal.contracts.permissions import REQUIRED_SCOPES, Operation, Scene
 from comfyui_temporal.contracts.size_budget import MAX_POOLS
+from comfyui_temporal.contracts.templates import (
+    MAX_TEMPLATES,
+    TEMPLATE_LIST_PREFIX,
+    ListedTemplate,
+    TemplateList,
+    TemplateQuestion,
+)
 
 COMFYUI: Final = Party(
     name="ComfyUI",
@@ -53,6 +61,7 @@ GET_TRAINING: Final = Route("GET", "/comfyui/v1/training/{job_id}", messages_by_
 START_TRAINING: Final = Route("POST", "/comfyui/v1/training/{job_id}/start", True, _TRAINING)
 CANCEL_TRAINING: Final = Route("POST", "/comfyui/v1/training/{job_id}/cancel", True, _TRAINING)
 LIST_GPUS: Final = Route("GET", "/comfyui/v1/gpus", is_ours=True)
+LIST_TEMPLATES: Final = Route("GET", "/comfyui/v1/templates", is_ours=True)
 
 
 class ComfyUIClient(OutsideClient):
@@ -86,6 +95,10 @@ class ComfyUIClient(OutsideClient):
     async def list_gpus(self, call_for: CallFor) -> Answer[list[GpuPool]]:
         scope = REQUIRED_SCOPES[Operation.READ_COMFYUI]
         return await self._call(LIST_GPUS, scope, call_for, TypeAdapter(list[GpuPool]))
+
+    async def list_templates(self, call_for: CallFor) -> Answer[list[ListedTemplate]]:
+        scope = REQUIRED_SCOPES[Operation.READ_COMFYUI]
+        return await self._call(LIST_TEMPLATES, scope, call_for, TypeAdapter(list[ListedTemplate]))
 
     async def _cancel(
         self, route: Route, call: JobCall, id_in: Callable[[JobCancelled], str | None]
@@ -174,6 +187,22 @@ class ComfyUIActivities:
         """The few pools that decide, from a list that may be long."""
         answer = await answered(question, self._client.list_gpus(question))
         return answer if answer.reply is None else Answer(reply=deciding_pools(answer.reply, question.gpu_type))
+
+    @activity.defn
+    async def list_templates(self, question: TemplateQuestion) -> TemplateList:
+        """What a tenant may see of each template. A refusal is raised: there is nothing to decide by it."""
+        call_for = CallFor(
+            task_id=f"{TEMPLATE_LIST_PREFIX}{question.tenant_id}",
+            tenant_id=question.tenant_id,
+            user_id=question.user_id,
+            scene=Scene.IMAGE_GENERATE,
+        )
+        answer = await answered(call_for, self._client.list_templates(call_for))
+        if answer.refusal is not None:
+            raise ApplicationError(answer.refusal.sentence, type=answer.refusal.code.value, non_retryable=True)
+        if answer.reply is None:
+            return TemplateList()
+        return TemplateList(templates=[template.for_tenants() for template in answer.reply[:MAX_TEMPLATES]])
 
 
 def deciding_pools(pools: list[GpuPool], gpu_type: str | None) -> list[GpuPool]:

@@ -129,5 +129,7 @@ def _training(manifest: Manifest, prices: PriceTable) -> Json:
         "base_models": {name: {"points": prices.base_models.get(name)} for name in training.base_models},
         "hyperparameters": ["batch_size", "epochs", "learning_rate", *sorted(training.inputs.hyperparameters)],
         "points": prices.training_base,
+        "accelerated_points": prices.training_accelerated,
+        "included_gpu_hours": prices.included_gpu_hours,
         "points_per_gpu_hour": prices.points_per_gpu_hour,
     }

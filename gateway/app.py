@@ -36,6 +36,7 @@ from gateway.streams_hub import EventHub
 from gateway.task_routes import REPLAYED, task_routes
 from gateway.task_runs import TaskRuns
 from gateway.tasks import Tasks
+from gateway.template_routes import Templates, template_routes
 from gateway.tenant_limits import LEFT_HEADER, POLICY_HEADER, TenantDoor
 from gateway.tenant_routes import tenant_routes
 from gateway.tick_writer import TickWriter
@@ -139,6 +140,7 @@ def create_app(
             task_routes(tasks, access, roll_back=rollback.roll_back, event_stream=streams, status_words=status_words)
         )
         app.include_router(tenant_routes(store, access))
+        app.include_router(template_routes(Templates(temporal, task_queue=task_queue), access))
         app.include_router(page_routes(page or PageSettings()))
     app.add_middleware(AuditLog, store)
     app.add_middleware(RequestLimits, access)

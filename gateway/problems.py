@@ -51,6 +51,8 @@ class ProblemCode(StrEnum):
     STORE_UNAVAILABLE = "store_unavailable"
     WORKER_UNAVAILABLE = "worker_unavailable"
     STORAGE_UNAVAILABLE = "storage_unavailable"
+    COMFYUI_UNAVAILABLE = "comfyui_unavailable"
+    ROUTE_NOT_OFFERED = "route_not_offered"
     TOKENS_UNVERIFIABLE = "tokens_unverifiable"
     DRAINING = "draining"
 
@@ -81,6 +83,8 @@ STATUS_OF: Final[dict[ProblemCode, int]] = {
     ProblemCode.STORE_UNAVAILABLE: 503,
     ProblemCode.WORKER_UNAVAILABLE: 503,
     ProblemCode.STORAGE_UNAVAILABLE: 503,
+    ProblemCode.COMFYUI_UNAVAILABLE: 503,
+    ProblemCode.ROUTE_NOT_OFFERED: 503,
     ProblemCode.TOKENS_UNVERIFIABLE: 503,
     ProblemCode.DRAINING: 503,
 }

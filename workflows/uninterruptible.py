@@ -139,7 +139,7 @@ UNINTERRUPTIBLE: Final = (
         ("credit_hold.CreditHold._renewal_over",),
     ),
     Uninterruptible(
-        "give-back, correction, reconciler, a worker's settings",
+        "give-back, correction, reconciler, a worker's settings, the templates",
         "They undo, or only read, and have no hold that could expire.",
         (
             "give_back.OrphanedRecord._write_batch",
@@ -154,6 +154,7 @@ UNINTERRUPTIBLE: Final = (
             "reconciler.ReconcileWorkflow._found_closed",
             "reconciler.ReconcileWorkflow._begin_give_back",
             "worker_settings.WorkerSettingsWorkflow.run",
+            "template_list.TemplateListWorkflow.run",
         ),
     ),
 )

@@ -77,6 +77,7 @@ def _contract_routes(service: ComfyUIService, edge: Edge) -> APIRouter:
     add("POST", "/training/{run_id}/start", "start_training", service.start_training, is_ours=True)
     add("POST", "/training/{run_id}/cancel", "cancel_training", service.cancel_training, is_ours=True)
     add("GET", "/gpus", "list_gpus", service.list_gpus, is_ours=True)
+    add("GET", "/templates", "list_templates", service.list_templates, is_ours=True)
     return router
 
 

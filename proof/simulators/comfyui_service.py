@@ -21,6 +21,7 @@ from proof.simulators.jobs import IMAGE_POOL, IMAGE_TEMPLATES, ImageRun, new_job
 from proof.simulators.replies import Refused, Reply, checked
 from proof.simulators.runs import Run, Trouble
 from proof.simulators.state_file import StateFile
+from proof.simulators.template_list import listed
 from proof.simulators.tokens import demand, demand_person
 from proof.simulators.trainings import DEFAULT_GPU, TrainingRun, new_training
 
@@ -134,6 +135,10 @@ class ComfyUIService:
     def list_gpus(self, call: Call) -> Reply:
         demand(call.claims, Operation.READ_COMFYUI)
         return Reply(200, [self._gpu(gpu_type, total) for gpu_type, total in self.queue.gpus.items() if total])
+
+    def list_templates(self, call: Call) -> Reply:
+        demand(call.claims, Operation.READ_COMFYUI)
+        return Reply(200, listed(self._prices, self.queue.gpus))
 
     def _gpu(self, gpu_type: str, total: int) -> dict[str, Any]:
         wait = self.queue.wait_of_new(gpu_type, TaskPriority.ACCELERATED)

@@ -39,6 +39,7 @@ NEEDS: dict[Route, str] = {
     ("POST", f"{TASKS}/{{task_id}}/confirm-price"): "comfyui.model.train",
     ("GET", TASKS): "task.read",
     ("GET", "/api/v1/tenant"): "task.read",
+    ("GET", "/api/v1/templates"): "task.read",
     ("GET", f"{TASKS}/{{task_id}}"): "task.read",
     ("GET", f"{TASKS}/{{task_id}}/events"): "task.read",
     ("GET", f"{TASKS}/{{task_id}}/training-log"): "task.read",

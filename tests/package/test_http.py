@@ -59,6 +59,8 @@ ERROR_OF = {
     ProblemCode.STORE_UNAVAILABLE: GatewayUnavailable,
     ProblemCode.WORKER_UNAVAILABLE: WorkerUnavailable,
     ProblemCode.STORAGE_UNAVAILABLE: GatewayUnavailable,
+    ProblemCode.COMFYUI_UNAVAILABLE: GatewayUnavailable,
+    ProblemCode.ROUTE_NOT_OFFERED: GatewayUnavailable,
     ProblemCode.TOKENS_UNVERIFIABLE: GatewayUnavailable,
     ProblemCode.DRAINING: GatewayUnavailable,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,7 +33,7 @@ OWN_WORDS = """() => {
     for (const quoted of document.body.querySelectorAll("[lang=en], code")) quoted.hidden = true;
     return document.body.innerText;
 }"""
-"""What the page itself says, without what it quotes: the platform's sentences, which are English, codes and addresses."""
+"""What the page itself says, without what it quotes: sentences of the platform, which are English, codes, addresses."""
 
 
 def strings_of(name: str) -> dict[str, str]:
@@ -65,7 +66,7 @@ def test_every_string_is_used_and_every_used_key_is_a_string() -> None:
 
 def test_every_failure_and_every_status_has_a_sentence_of_the_page() -> None:
     codes = [*FailureCode, *ExceptionCode, PAUSED, TERMINATED]
-    words = {
+    words: dict[str, Iterable[str]] = {
         "failure": codes,
         "status": TaskStatus,
         "scene": Scene,
