@@ -2,11 +2,12 @@
 
 index.html   the content
 page.css     the style, light and dark, from 360 px on
-page.js      the behaviour: token, header, list, stream, form
+page.js      the behaviour: token, header, list, stream
 api.js       requests and the stream, as any client would make them
 card.js      one task on the page
 results.js   its pictures, video and audio; the large view
 detail.js    a task's own page
+form.js      the form that starts a task
 loss.js      a training's loss curve
 words.js     the language: strings, dates, numbers
 en.js, zh.js every string, in English and in Chinese
@@ -30,7 +31,7 @@ FILES: Final = {
     "page.css": "text/css; charset=utf-8",
     **{
         f"{name}.js": "text/javascript; charset=utf-8"
-        for name in ("page", "api", "card", "results", "detail", "loss", "words", "en", "zh")
+        for name in ("page", "api", "card", "results", "detail", "form", "loss", "words", "en", "zh")
     },
     "icon.svg": "image/svg+xml",
 }

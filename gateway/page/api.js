@@ -68,6 +68,10 @@ export class Api {
     return this.#request("/api/v1/tenant");
   }
 
+  templates() {
+    return this.#request("/api/v1/templates");
+  }
+
   /** `filters`: {status, scene, text}, each may be empty. */
   list(filters, cursor) {
     const query = new URLSearchParams({ limit: "30" });

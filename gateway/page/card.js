@@ -74,9 +74,11 @@ export class Card {
   #part = {};
   #log = { after: 0, lines: [] };
   #reached = 0;
+  #heading;
 
-  /** `actions`: {cancel, confirm, again, trainingLog, large, may(operation)}; `links`: the Temporal UI. */
-  constructor(task, actions, links) {
+  /** `actions`: {cancel, confirm, again, trainingLog, large, may(operation)}; `links`: the Temporal UI; `heading`: of its title. */
+  constructor(task, actions, links, heading = "h3") {
+    this.#heading = heading;
     this.#actions = actions;
     this.#links = links;
     this.task = task;
@@ -123,7 +125,7 @@ export class Card {
     part.blank = element("p", { className: "blank" });
     part.results = element("ul", { className: "results", hidden: true });
     part.loss = element("figure", { className: "loss", hidden: true });
-    part.title = element("h3", { id: `task-${task_id}` });
+    part.title = element(this.#heading, { id: `task-${task_id}` });
     part.status = element("span", { className: "status" });
     part.facts = element("p", { className: "quiet" });
     part.fill = element("span", { className: "fill" });

@@ -46,7 +46,7 @@ function eventsOf(events) {
 
 /** Fill `root` with the task. Returns its card. */
 export function drawDetail(root, { task, events, log }, actions, links) {
-  const card = new Card(task, actions, links);
+  const card = new Card(task, actions, links, "h2");
   const parts = [
     element("ol", { className: "alone" }, card.item),
     section(say("detail.asked"), task.input ? facts(Object.entries(task.input).map(([name, value]) => [name, text(value)])) : element("p", { className: "quiet", textContent: say("detail.not_kept") })),

@@ -3,6 +3,7 @@
 import { Api, Away, Live, Refused } from "./api.js";
 import { Card } from "./card.js";
 import { drawDetail } from "./detail.js";
+import { StartForm } from "./form.js";
 import { Large } from "./results.js";
 import { LANGUAGES, choose, fill, instant, language, say } from "./words.js";
 
@@ -316,51 +317,6 @@ async function begin(token) {
   if (detailed) showDetail();
 }
 
-function orderOf(form) {
-  const given = Object.fromEntries([...new FormData(form)].filter(([, value]) => value !== ""));
-  const { kind, template_id, priority } = given;
-  const order = { template_id, priority };
-  if (given.max_credits) order.max_credits = Number(given.max_credits);
-  if (kind === "images") {
-    Object.assign(order, { prompt: given.prompt, resolution: given.resolution });
-    if (given.seed) order.extras = { seed: Number(given.seed) };
-  } else {
-    const { base_model, dataset_id, source_uri, epochs, batch_size, learning_rate } = given;
-    const hyperparameters = { epochs: Number(epochs), batch_size: Number(batch_size), learning_rate: Number(learning_rate) };
-    Object.assign(order, { base_model, dataset: { dataset_id, source_uri }, hyperparameters });
-  }
-  return [kind, order];
-}
-
-/** What a task that was ordered alike cost, or would have cost: {points}, or null if none is known here. */
-function lastPrice([kind, { template_id, priority, resolution, base_model }]) {
-  const scene = kind === "images" ? "image.generate" : "model.train";
-  const free = ["seed", "negative_prompt"];
-  const alike = [...cards.values()].map(({ task }) => task).filter((task) =>
-    task.scene === scene && task.template_id === template_id && task.priority === priority &&
-    task.resolution === (resolution ?? base_model) && task.input && !task.input.loras?.length &&
-    Object.keys(task.input.extras ?? {}).every((name) => free.includes(name)));
-  const priced = alike.map(({ created_at, credits, confirmation }) => ({ created_at, points: credits.charged || credits.estimated || confirmation?.estimated_cost || 0 }));
-  return priced.filter(({ points }) => points).sort((one, other) => (one.created_at < other.created_at ? 1 : -1))[0] ?? null;
-}
-
-function showPrice() {
-  const known = lastPrice(orderOf($("start-form")));
-  $("price").textContent = known ? say("start.price", { n: known.points }) : say("start.price.unknown");
-}
-
-/** Offer the templates and datasets of the tasks that are shown. */
-function suggest() {
-  const options = (values) => values.map((value) => Object.assign(document.createElement("option"), { value }));
-  const known = new Set([...$("templates").children].map(({ value }) => value));
-  const tasks = [...cards.values()].map(({ task }) => task);
-  $("templates").append(...options([...new Set(tasks.map(({ template_id }) => template_id))].filter((id) => !known.has(id))));
-  const datasets = new Map(tasks.filter(({ input }) => input?.dataset).map(({ input }) => [input.dataset.dataset_id, input.dataset.source_uri]));
-  $("datasets").replaceChildren(...options([...datasets.keys()]));
-  const { dataset_id, source_uri } = $("start-form").elements;
-  dataset_id.onchange = () => datasets.has(dataset_id.value) && (source_uri.value = datasets.get(dataset_id.value));
-}
-
 function wireForms() {
   $("token-form").onsubmit = (submitted) => {
     submitted.preventDefault();
@@ -369,29 +325,17 @@ function wireForms() {
     problem(null);
     begin(sessionStorage.getItem(TOKEN));
   };
-  const form = $("start-form");
-  form.elements.prompt.value = say("start.prompt.example");
-  form.elements.kind.onchange = () => {
-    for (const fields of form.querySelectorAll("fieldset")) {
-      fields.hidden = fields.disabled = fields.dataset.kind !== form.elements.kind.value;
-    }
-    form.elements.template_id.value = form.elements.kind.value === "images" ? "text-to-image" : "lora-train";
-    showPrice();
-  };
-  form.oninput = showPrice;
-  $("start").ontoggle = () => {
-    suggest();
-    showPrice();
-  };
-  form.onsubmit = async (submitted) => {
-    submitted.preventDefault();
-    const pressed = form.querySelector("button");
-    pressed.disabled = true;
-    $("started").textContent = "";
-    const task = await attempt(() => api.start(...orderOf(form)));
-    pressed.disabled = false;
-    if (task) started(task);
-  };
+  const form = new StartForm({
+    tasks: () => [...cards.values()].map(({ task }) => task),
+    // Whatever is wrong with the list, a task can be started without it.
+    templates: () => api.templates().then(({ templates }) => templates, () => null),
+    start: async (kind, order) => {
+      $("started").textContent = "";
+      const task = await attempt(() => api.start(kind, order));
+      if (task) started(task);
+    },
+  });
+  $("start").ontoggle = () => $("start").open && form.opened();
 }
 
 function wireList() {

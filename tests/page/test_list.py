@@ -147,24 +147,3 @@ async def test_five_hundred_tasks_do_not_make_it_stutter(browser: Browser, watch
         )
         # Far above what it takes, for a busy machine: 500 cards that each lay out the rest again would take seconds.
         assert longest["built"] < 5_000 and longest["longest"] < 250 and longest["second"] < 250, longest
-
-
-async def test_the_form_tells_what_the_same_cost_and_offers_known_datasets(browser: Browser, watched: Watched) -> None:
-    handle = await watched.platform.start_training()
-    await handle.result()
-    await (await watched.platform.start_image(resolution="4k", priority="accelerated")).result()
-    async with opened(browser, watched) as seen:
-        page = seen.page
-        await is_live(page)
-        await expect(card(page, task_id_of(handle))).to_be_visible()
-        await page.get_by_text("Start a task").click()
-        price = page.locator("#price")
-        await page.get_by_label("Resolution").select_option("4k")
-        await page.get_by_label("Priority").select_option("accelerated")
-        await expect(price).to_have_text("44 points the last time")
-        await page.get_by_label("Template").fill("nothing-like-it")
-        await expect(price).to_have_text(re.compile("not known here yet"))
-        await page.get_by_label("Kind").select_option("Training")
-        await page.get_by_label("Dataset", exact=True).fill("faces")
-        await page.get_by_label("Dataset", exact=True).blur()
-        await expect(page.get_by_label("Address of the dataset")).to_have_value(re.compile("/tenant-demo/faces$"))
