@@ -37,8 +37,23 @@ class UnreadableRow(OwnModel):
     reason: str
 
 
+_JOB_EVENT: Final = task_events.alias("job_event")
+_JOB_BEGAN: Final = (
+    select(func.min(_JOB_EVENT.c.ts))
+    .where(
+        _JOB_EVENT.c.task_id == tasks.c.task_id,
+        _JOB_EVENT.c.job_id == tasks.c.job_id,
+        tasks.c.ended_at.is_(None),
+    )
+    .correlate(tasks)
+    .scalar_subquery()
+    .label("job_began_at")
+)
+"""When an open task's job first reported: from then on its `estimated_time` counts."""
+
+
 async def task(connection: AsyncConnection, task_id: str) -> TaskRow | None:
-    row = (await connection.execute(select(tasks).where(tasks.c.task_id == task_id))).one_or_none()
+    row = (await connection.execute(select(tasks, _JOB_BEGAN).where(tasks.c.task_id == task_id))).one_or_none()
     return None if row is None else _task_row(row)
 
 
@@ -92,7 +107,7 @@ async def task_list(
 
     An unreadable row hides none of the others.
     """
-    statement = select(tasks).order_by(tasks.c.created_at.desc(), tasks.c.task_id.desc()).limit(limit)
+    statement = select(tasks, _JOB_BEGAN).order_by(tasks.c.created_at.desc(), tasks.c.task_id.desc()).limit(limit)
     if tenant_id is not None:
         statement = statement.where(tasks.c.tenant_id == tenant_id)
     if user_id is not None:

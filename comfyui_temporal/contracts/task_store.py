@@ -224,6 +224,8 @@ class TaskRow(TaskState):
     ended_at: Instant | None = None
     last_seq: int
     """`seq` of the newest event."""
+    job_began_at: Instant | None = None
+    """When the present job first reported; None before, after the task's end, and where it is not read."""
     run_id: str | None = None
     """The acting run of the task, as the store last saw it; None if none has written since release 0.1.0."""
     lives: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from pydantic import JsonValue
 
@@ -40,6 +40,8 @@ class TaskView(OwnModel):
     next_eta: Instant | None = None
     estimated_time: float | None = None
     """Minutes."""
+    expected_end: Instant | None = None
+    """When the whole task is expected to end; None before its job has reported, and after the end."""
     gpu_slots: int | None = None
     queue_position: int | None = None
     job_id: str | None = None
@@ -63,7 +65,7 @@ class TaskView(OwnModel):
 
     @classmethod
     def of_row(cls, row: TaskRow, given: dict[str, JsonValue] | None = None) -> TaskView:
-        return cls.model_validate(row.model_dump() | {"input": given})
+        return cls.model_validate(row.model_dump() | {"input": given, "expected_end": _expected_end(row)})
 
     @classmethod
     def accepted(cls, task: TaskInput) -> TaskView:
@@ -82,6 +84,14 @@ class TaskView(OwnModel):
             created_at=now,
             updated_at=now,
         )
+
+
+def _expected_end(row: TaskRow) -> datetime | None:
+    """Never before the next stage: that is the newer word."""
+    if row.ended_at is not None or row.job_began_at is None or row.estimated_time is None:
+        return None
+    ends = row.job_began_at + timedelta(minutes=row.estimated_time)
+    return max(ends, row.next_eta) if row.next_eta else ends
 
 
 class TaskDetail(TaskView):

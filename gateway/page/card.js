@@ -108,6 +108,8 @@ export class Card {
     const status = ENDS_OF[event.event] ?? event.status; // an operator may have other words for ends
     const { seq, stage, progress, next_eta, queue_position, attempt, confirmation, error, result_urls, output } = event;
     Object.assign(this.task, { last_seq: seq, status, next_eta, queue_position, attempts: attempt });
+    // The newer word: it is read with the task a moment later, with all else that events lack.
+    if (next_eta && this.task.expected_end && new Date(next_eta) > new Date(this.task.expected_end)) this.task.expected_end = next_eta;
     if (stage) this.task.stage = stage;
     if (progress !== null) this.task.progress = progress;
     if (confirmation) this.task.confirmation = confirmation;
@@ -265,18 +267,17 @@ export class Card {
     return say(this.task.stage ? `stage.${this.task.stage}` : "stage.none");
   }
 
-  /** Called each second: updates remaining times. */
+  /** Called each second: updates the time that is left of the whole task, or of the stage where no more is known. */
   showTime() {
-    const { next_eta, queue_position, message, created_at } = this.task;
+    const { expected_end, next_eta, queue_position, message, created_at } = this.task;
     const { now, when } = this.#part;
     when.textContent = since(created_at);
     now.hidden = this.isOver;
     if (this.isOver) return;
     const said = [this.#stage()];
-    if (next_eta) {
-      const seconds = Math.round((new Date(next_eta) - Date.now()) / 1000);
-      said.push(seconds > 0 ? say("eta.in", { time: span(seconds) }) : say("eta.soon"));
-    }
+    const left = (at) => Math.round((new Date(at) - Date.now()) / 1000);
+    if (expected_end) said.push(left(expected_end) > 0 ? say("eta.end", { time: span(left(expected_end)) }) : say("eta.moment"));
+    else if (next_eta) said.push(left(next_eta) > 0 ? say("eta.in", { time: span(left(next_eta)) }) : say("eta.soon"));
     if (queue_position) said.push(say("eta.ahead", { n: queue_position }));
     now.replaceChildren(said.join(" · "), ...(message ? [" · ", quoted(message)] : []));
   }

@@ -105,6 +105,8 @@ export default {
   "stage.none": "Getting ready",
   "progress": "progress of {task}",
   "progress.text": "{stage}, {percent} of the whole task",
+  "eta.end": "done in {time}",
+  "eta.moment": "done in a moment",
   "eta.in": "next step in {time}",
   "eta.soon": "next step any moment",
   "eta.ahead": "{n} ahead in the queue",

@@ -105,6 +105,8 @@ export default {
   "stage.none": "准备中",
   "progress": "{task} 的进度",
   "progress.text": "{stage}，整个任务的 {percent}",
+  "eta.end": "还有 {time} 完成",
+  "eta.moment": "马上完成",
   "eta.in": "下一步还有 {time}",
   "eta.soon": "即将进入下一步",
   "eta.ahead": "前面还有 {n} 个",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -162,3 +162,28 @@ async def test_a_task_has_a_page_of_its_own_with_what_was_asked_and_what_happene
         await expect(detail.get_by_text("task.completed")).to_be_visible(timeout=10_000)
         await page.get_by_role("link", name="All tasks").click()
         await expect(card(page, task_id)).to_be_visible()
+
+
+async def test_the_time_that_is_left_is_that_of_the_whole_task_and_never_below_zero(
+    browser: Browser, watched: Watched
+) -> None:
+    tenant, task_id = unique("tenant"), unique("image")
+    store, began = watched.platform.store, datetime.now(UTC)
+    await store.claim(claim_of(task_id, tenant_id=tenant, at=began))
+
+    async def reported(version: int, minutes: float, next_eta: datetime | None) -> None:
+        figures: dict[str, Any] = {"stage": "processing", "progress": 10.0 * version, "next_eta": next_eta}
+        tick = fact(f"job:{version}", ts=datetime.now(UTC), job_id="job", sequence=version, **figures)
+        await store.write(write_of(task_id, tick, version=version, job_id="job", estimated_time=minutes, **figures))
+
+    await reported(1, 10.0, began + timedelta(minutes=1))
+    async with opened(browser, watched, fragment=f"#token={token_of(tenant)}") as seen:
+        now = card(seen.page, task_id).locator(".now")
+        await expect(now).to_have_text(re.compile(r"^Generating · done in 9:5\d$"), timeout=10_000)
+        first = await now.text_content()
+        await expect(now).not_to_have_text(str(first), timeout=3_000)
+        # The stage ends after the whole task: the newer word counts.
+        await reported(2, 10.0, began + timedelta(minutes=20))
+        await expect(now).to_have_text(re.compile(r"^Generating · done in (19|20):\d\d$"), timeout=5_000)
+        await reported(3, 0.001, None)
+        await expect(now).to_have_text("Generating · done in a moment", timeout=5_000)

@@ -45,7 +45,7 @@ async def test_a_task_is_started_seen_moving_and_its_picture_shown(browser: Brow
         task_id = await started_by_form(page)
         shown = card(page, task_id)
         await expect(shown.locator(".now")).to_have_text(
-            re.compile("(Waiting for a GPU|Generating) · next step"), timeout=10_000
+            re.compile("(Waiting for a GPU|Generating) · (done in|next step)"), timeout=10_000
         )
         await expect(shown.locator(".status")).to_have_text("completed", timeout=20_000)
         picture = shown.get_by_role("img", name=f"result 1 of {task_id}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -135,3 +135,28 @@ async def test_log_lines_are_kept_only_for_trainings_that_the_task_requested(tas
 async def test_log_lines_of_an_unclaimed_task_are_refused(task_store: TaskStore) -> None:
     with pytest.raises(TaskUnknown):
         await task_store.write_log("unclaimed", [])
+
+
+async def test_an_open_task_says_when_its_present_job_first_reported(task_store: TaskStore) -> None:
+    task_id = new_task_id()
+    await task_store.claim(claim_of(task_id))
+
+    async def reported(version: int, job_id: str, attempt: int) -> None:
+        at = NOON + timedelta(minutes=version)
+        tick = fact(f"{job_id}:{version}", ts=at, job_id=job_id, sequence=version, attempt=attempt, stage="processing")
+        await task_store.write(write_of(task_id, tick, version=version, job_id=job_id, attempts=attempt))
+
+    async def began() -> list[datetime | None]:
+        row = await task_store.task(task_id)
+        listed = (await task_store.tasks(tenant_id="tenant-a", limit=1, text=task_id)).tasks[0]
+        assert row is not None
+        return [row.job_began_at, listed.job_began_at]
+
+    assert await began() == [None, None]
+    await reported(1, "job-1", 1)
+    await reported(2, "job-1", 1)
+    assert await began() == [NOON + timedelta(minutes=1)] * 2
+    await reported(3, "job-2", 2)
+    assert await began() == [NOON + timedelta(minutes=3)] * 2, "another attempt begins anew"
+    await task_store.write(write_of(task_id, end(), version=4, status=TaskStatus.COMPLETED, job_id="job-2"))
+    assert await began() == [None, None]
