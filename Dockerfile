@@ -7,14 +7,13 @@ FROM ${PYTHON_IMAGE} AS packages
 ARG LOCK=requirements.lock
 COPY ${LOCK} locked
 # Compiled once here, and not by every process at its start. Sources in C, type stubs, tests and commands of packages are
-# used by nobody in a container. Pillow draws the simulators' pictures, and is theirs alone.
+# used by nobody in a container.
 RUN python -m pip install --no-cache-dir --disable-pip-version-check --no-compile --require-hashes \
         --target /packages -r locked \
     && rm -rf /packages/bin /packages/sqlalchemy/testing /packages/alembic/testing \
     && find /packages -type d -name tests -prune -exec rm -rf {} + \
     && find /packages -type f \( -name '*.c' -o -name '*.h' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pyi' \) -delete \
-    && python -m compileall -q --invalidation-mode unchecked-hash /packages \
-    && mkdir /simulators && mv /packages/PIL /packages/pillow* /simulators
+    && python -m compileall -q --invalidation-mode unchecked-hash /packages
 
 FROM ${PYTHON_IMAGE} AS app
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/app:/packages
@@ -47,7 +46,6 @@ LABEL org.opencontainers.image.title="comfyui-temporal" \
       org.opencontainers.image.revision="${REVISION}"
 
 FROM app AS simulators
-COPY --from=packages /simulators /packages
 COPY proof/simulators proof/simulators
 RUN python -m compileall -q --invalidation-mode unchecked-hash /app/proof
 USER 10001:10001

@@ -1,6 +1,6 @@
 """The bridge's own object storage: results and control images, below one address (`file://`, `s3://`, `gs://`, `az://`).
 
-    results/{job_id}/…              results of a job
+    results/{job_id}/…              results of a job, and small pictures of them (thumbnails.py)
     controls/{job_id}/{n}           control images, deleted when the job has ended
     checkpoints/{tenant_id}/…       checkpoints of trainings
     models/{tenant_id}/…            what they trained

@@ -3,6 +3,9 @@
 import { say } from "./words.js";
 
 const VIDEO = /\.(mp4|webm|mov|m4v)$/i;
+const BRIDGE_FILES = /\/comfyui\/files\//;
+const WIDTHS = [512, 1024];
+const CARD_SIZES = "(max-width: 42rem) 92vw, 26rem";
 const AUDIO = /\.(mp3|wav|ogg|flac|m4a)$/i;
 
 export function element(name, properties = {}, ...children) {
@@ -43,11 +46,24 @@ function broken(address) {
   return element("p", { className: "broken" }, element("span", { textContent: say("result.broken") }), " ", link);
 }
 
+/** The bridge's own addresses give a picture in these widths (bridge/thumbnails.py); others are left as they are. */
+function small(address) {
+  const given = new URL(address);
+  if (!BRIDGE_FILES.test(given.pathname)) return {};
+  const of = (width) => {
+    given.searchParams.set("width", width);
+    return `${given.href} ${width}w`;
+  };
+  return { sizes: CARD_SIZES, srcset: WIDTHS.map(of).join(", ") };
+}
+
 function media(address, alt, large) {
   const kind = kindOf(address);
-  const made = element(kind, { src: address });
-  if (kind === "img") Object.assign(made, { alt, loading: large ? "eager" : "lazy", decoding: "async", referrerPolicy: "no-referrer" });
+  const made = element(kind);
+  if (kind === "img") Object.assign(made, { alt, loading: large ? "eager" : "lazy", decoding: "async", referrerPolicy: "no-referrer" }, large ? {} : small(address));
   else Object.assign(made, { controls: true, preload: "metadata", ariaLabel: alt });
+  // Last: whatever is set after it would begin another load.
+  made.src = address;
   return made;
 }
 

@@ -14,7 +14,7 @@ from proof.containers.report import Report, in_time, must
 
 MAX_MEGABYTES: Final = 350
 REFUSED_SECONDS: Final = 5.0
-NOT_WANTED: Final = ("pytest", "hypothesis", "mypy", "ruff", "playwright", "uv", "tests", "proof.simulators", "PIL")
+NOT_WANTED: Final = ("pytest", "hypothesis", "mypy", "ruff", "playwright", "uv", "tests", "proof.simulators")
 LABELS: Final = ("title", "description", "licenses", "version", "revision")
 _UNCOMPILED: Final = """
 import importlib.util, pathlib

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import re
+import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.async_api import Browser, Page, expect
+from fastapi import FastAPI
+from PIL import Image
+from playwright.async_api import Browser, Page, Request, expect
 
+from bridge.result_routes import result_routes
+from bridge.storage import SignedAddresses, Storage
 from comfyui_temporal.contracts.tasks import TaskStatus
 from store import StoredInput
 from tests.conftest import unique
 from tests.page.conftest import Watched, opened
 from tests.page.test_page import card, is_live
+from tests.served_app import served_app
 from tests.store.facts import NOON, claim_of, end, fact, write_of
 from tests.workflows.platform import CALLERS, task_id_of
 
@@ -187,3 +195,38 @@ async def test_the_time_that_is_left_is_that_of_the_whole_task_and_never_below_z
         await expect(now).to_have_text(re.compile(r"^Generating · done in (19|20):\d\d$"), timeout=5_000)
         await reported(3, 0.001, None)
         await expect(now).to_have_text("Generating · done in a moment", timeout=5_000)
+
+
+async def test_a_card_loads_a_small_picture_and_the_large_view_the_whole(
+    browser: Browser, watched: Watched, tmp_path: Path
+) -> None:
+    storage, tenant = Storage(tmp_path.as_uri()), unique("tenant")
+    out = io.BytesIO()
+    Image.effect_noise((2048, 2048), 40).save(out, "PNG")
+    await storage.write("results/job/1.png", out.getvalue())
+    app, loaded = FastAPI(), dict[str, int]()
+    async with served_app(app) as port:
+        signed = SignedAddresses(f"http://127.0.0.1:{port}", "a secret of this test")
+        app.include_router(result_routes(storage, signed))
+        address = signed.address("results/job/1.png", expires=int(time.time()) + 600)
+        task_id = await ended_task(watched, tenant, result_urls=[address])
+        async with opened(browser, watched, fragment=f"#token={token_of(tenant)}") as seen:
+
+            def note(request: Request) -> None:
+                if "/comfyui/files/" in request.url:
+                    loaded[request.url.removeprefix(address)] = 1
+
+            seen.page.on("request", note)
+            picture = card(seen.page, task_id).get_by_role("img")
+            await expect(picture).to_be_visible(timeout=10_000)
+            await seen.page.wait_for_function(
+                "image => image.complete && image.naturalWidth", arg=await picture.element_handle()
+            )
+            assert list(loaded) == ["&width=512"], "and not the whole file"
+            assert (tmp_path / "results/job/.thumbnails/512/1.png.webp").stat().st_size < len(out.getvalue()) / 10
+            await card(seen.page, task_id).get_by_role("button", name=re.compile("^Open result 1")).click()
+            large = seen.page.get_by_role("dialog").get_by_role("img")
+            await seen.page.wait_for_function(
+                "image => image.complete && image.naturalWidth === 2048", arg=await large.element_handle()
+            )
+            assert list(loaded) == ["&width=512", ""]
