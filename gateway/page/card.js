@@ -39,6 +39,11 @@ export function moneyOf({ credits, confirmation, ended_at, status }) {
   return estimated ? say("credits.about", { n: estimated }) : "";
 }
 
+/** A text that is as it was makes no work for the browser. */
+function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
 /** One line about a failure: its code, the page's sentence, then what the platform said of it. */
 function failed(code, sentence, rest = []) {
   const own = failure(code, sentence);
@@ -83,6 +88,12 @@ export class Card {
     this.#links = links;
     this.task = task;
     this.item = element("li");
+    this.isAway = false;
+    // Far off the screen the browser draws nothing of it: its times need no update there.
+    this.item.addEventListener("contentvisibilityautostatechange", ({ skipped }) => {
+      this.isAway = skipped;
+      if (!skipped) this.showTime();
+    });
     this.#build();
     this.show();
   }
@@ -135,12 +146,14 @@ export class Card {
     part.bar.setAttribute("aria-label", say("progress", { task: task_id }));
     part.bar.setAttribute("aria-valuemin", 0);
     part.bar.setAttribute("aria-valuemax", 100);
-    part.now = element("p", { className: "now" });
+    part.step = element("span");
+    part.message = quoted("");
+    part.now = element("p", { className: "now" }, part.step, part.message);
     part.money = element("span", { className: "money" });
     part.when = element("time", { dateTime: this.task.created_at, title: instant(this.task.created_at) });
     part.error = element("p", { className: "error", hidden: true });
     part.output = element("p", { className: "quiet output", hidden: true });
-    part.confirm = this.#confirmation();
+    part.confirm = element("div", { className: "confirm", hidden: true });
     part.article = element(
       "article", {},
       element("div", { className: "media" }, part.blank, part.results, part.loss),
@@ -199,19 +212,20 @@ export class Card {
     return made;
   }
 
+  /** Made when a price waits, and not before: the browser lays out each field of each card to see what it could fill in. */
   #confirmation() {
     const { task_id } = this.task;
+    const { confirm: group } = this.#part;
     const field = element("input", { type: "number", min: 1, step: 1, required: true, name: "points" });
     const confirm = button(say("confirm"), say("confirm.task", { task: task_id }), () => {
       if (field.reportValidity()) this.#act(confirm, () => this.#actions.confirm(task_id, Number(field.value)));
     }, "");
     const text = element("p");
-    const group = element("div", { className: "confirm", hidden: true }, text, element("label", {}, `${say("confirm.limit")} `, field), confirm);
-    group.show = ({ estimated_cost: n, current_balance: balance, confirm_by }) => {
+    group.append(text, element("label", {}, `${say("confirm.limit")} `, field), confirm);
+    return ({ estimated_cost: n, current_balance: balance, confirm_by }) => {
       text.textContent = say(balance === null ? "confirm.price" : "confirm.price.balance", { n, balance, time: clock(confirm_by) });
       if (!field.value || Number(field.value) < n) field.value = n;
     };
-    return group;
   }
 
   async #act(pressed, act) {
@@ -237,7 +251,7 @@ export class Card {
     this.showTime();
     part.money.textContent = moneyOf(task);
     part.confirm.hidden = !this.needsYou || !this.#actions.may("confirm_price");
-    if (!part.confirm.hidden) part.confirm.show(task.confirmation);
+    if (!part.confirm.hidden) (part.showConfirmation ??= this.#confirmation())(task.confirmation);
     part.cancel.hidden = this.isOver || !this.#actions.may("cancel_task");
     if (!part.runs.children.length) part.runs.replaceChildren(...this.runButtons());
     this.#showResults();
@@ -271,7 +285,7 @@ export class Card {
   showTime() {
     const { expected_end, next_eta, queue_position, message, created_at } = this.task;
     const { now, when } = this.#part;
-    when.textContent = since(created_at);
+    setText(when, since(created_at));
     now.hidden = this.isOver;
     if (this.isOver) return;
     const said = [this.#stage()];
@@ -279,7 +293,8 @@ export class Card {
     if (expected_end) said.push(left(expected_end) > 0 ? say("eta.end", { time: span(left(expected_end)) }) : say("eta.moment"));
     else if (next_eta) said.push(left(next_eta) > 0 ? say("eta.in", { time: span(left(next_eta)) }) : say("eta.soon"));
     if (queue_position) said.push(say("eta.ahead", { n: queue_position }));
-    now.replaceChildren(said.join(" · "), ...(message ? [" · ", quoted(message)] : []));
+    setText(this.#part.step, said.join(" · "));
+    setText(this.#part.message, message ?? "");
   }
 
   #showResults() {

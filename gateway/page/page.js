@@ -356,7 +356,7 @@ function wireList() {
     $("tasks").focus();
     $("tasks").scrollIntoView();
   };
-  setInterval(() => cards.forEach((card) => card.isOver || card.showTime()), 1000);
+  setInterval(() => cards.forEach((card) => card.isOver || card.isAway || card.showTime()), 1000);
   setInterval(lookAtQuietOnes, QUIET_MILLISECONDS);
 }
 
