@@ -47,6 +47,13 @@ class TemplatePrice(OutsideModel):
     """How long it usually takes on a GPU."""
 
 
+class TemplateLoras(OutsideModel):
+    """How many LoRAs a request may add, and what each costs."""
+
+    most: int = 0
+    points: TemplatePoints = None
+
+
 class TemplateView(OutsideModel):
     """A template as a tenant sees it: what a request may set, and what it costs in points."""
 
@@ -57,6 +64,7 @@ class TemplateView(OutsideModel):
     """Name → type, beside extras and controls."""
     controls: Annotated[list[TemplateControl], Field(max_length=MAX_EACH)] = []
     extras: Annotated[dict[OutsideName, TemplateExtra], Field(max_length=MAX_EACH)] = {}
+    loras: Annotated[TemplateLoras | None, Informative] = None
     resolutions: Annotated[dict[OutsideName, TemplatePrice], Field(max_length=MAX_EACH)] = {}
     base_models: Annotated[dict[OutsideName, TemplatePrice], Field(max_length=MAX_EACH)] = {}
     hyperparameters: Names = []
