@@ -64,7 +64,7 @@ async def models(
     statement = select(tasks.c.task_id, tasks.c.output).where(
         tasks.c.task_id.in_(task_ids),
         tasks.c.tenant_id == tenant_id,
-        tasks.c.scene == Scene.MODEL_TRAIN,
+        tasks.c.output.is_not(None),
         tasks.c.status == TaskStatus.COMPLETED,
     )
     if user_id is not None:

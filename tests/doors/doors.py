@@ -28,6 +28,7 @@ _RUNS: Final = frozenset(
         ("GET", "/comfyui/v1/jobs/{run_id}"),
         ("POST", "/comfyui/v1/jobs/{run_id}/cancel"),
         ("GET", "/comfyui/v1/gpus"),
+        ("GET", "/comfyui/v1/templates"),
         ("POST", "/comfyui/v1/training"),
         ("GET", "/comfyui/v1/training/{run_id}"),
         ("POST", "/comfyui/v1/training/{run_id}/start"),
@@ -42,7 +43,7 @@ _SWITCHBOARD: Final = frozenset(
     }
 )
 SERVICE_ROUTES: Final[dict[str, frozenset[Route]]] = {
-    "bridge": _RUNS | {("GET", "/comfyui/v1/templates")},
+    "bridge": _RUNS,
     "comfyui": _RUNS,
     "credits": frozenset(
         {

@@ -236,6 +236,12 @@ async def timed_out(platform: Platform, handle: Handle, minutes: float, lie: Tas
     job = await platform.job(handle)
     await platform.simulators.admin.comfyui.act(job.run_id, "lie", fields=lie)
     await platform.simulators.admin.comfyui.act(job.run_id, "finish")
+
+    async def is_heard() -> bool:
+        """The deadline counts from the first report of a job at work."""
+        return (await platform.progress(handle))["status"] == "running"
+
+    await platform.until(is_heard)
     for part in (minutes / 2, minutes / 2 - 1):
         await platform.pass_time(handle, part * 60)
         await platform.until_settled(handle)

@@ -192,7 +192,7 @@ async def test_a_training_of_many_runs_keeps_its_hours_its_price_and_its_copy(pl
     await platform.callback(handle, **model(second, gpu_hours_used=0.5))
     ending = await ended(platform, handle, exempt=FORGED)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120 + 30)
-    assert ending.result["output"] == OUTPUT
+    assert ending.result["output"] == OUTPUT | {"sha256": None}
     await assert_requested_once(
         platform, handle, create_training=2, estimate=3, start_training=2, pre_deduct=5, cancel_hold=4
     )
