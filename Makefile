@@ -10,6 +10,8 @@ STACK := $(BIN)/python -m local_stack
 OWN := $(if $(COMFYUI),--comfyui $(COMFYUI)) $(if $(CREDITS),--credits $(CREDITS))
 PACE := $(if $(SPEED),--speed $(SPEED)) $(OWN) $(if $(PROFILE),--credits-profile $(PROFILE))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Hundreds of processes start here: without bytecode each compiles the whole tree again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up down status env logs test test-all test-comfyui test-containers simulate mutation kill-points soak bench screenshots audit lint types imports schemas pytest pytest-all format lock clean
