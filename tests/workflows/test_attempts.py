@@ -239,7 +239,8 @@ async def timed_out(platform: Platform, handle: Handle, minutes: float, lie: Tas
 
     async def is_heard() -> bool:
         """The deadline counts from the first report of a job at work."""
-        return (await platform.progress(handle))["status"] == "running"
+        status: str = (await platform.progress(handle))["status"]
+        return status == "running"
 
     await platform.until(is_heard)
     for part in (minutes / 2, minutes / 2 - 1):
