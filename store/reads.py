@@ -14,6 +14,7 @@ from comfyui_temporal.contracts.comfyui import TrainingOutput
 from comfyui_temporal.contracts.errors import sentences_of
 from comfyui_temporal.contracts.fields import Instant, OwnModel
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.task_store import TaskExceptionRow, TaskRow, TrainedModel, TrainingLogRow
 from comfyui_temporal.contracts.tasks import EventType, TaskEvent, TaskStatus
 from store.cursors import event_cursor
@@ -64,7 +65,7 @@ async def models(
     statement = select(tasks.c.task_id, tasks.c.output).where(
         tasks.c.task_id.in_(task_ids),
         tasks.c.tenant_id == tenant_id,
-        tasks.c.output.is_not(None),
+        tasks.c.scene.in_([scene for scene, spec in SCENES.items() if spec.makes_models]),
         tasks.c.status == TaskStatus.COMPLETED,
     )
     if user_id is not None:

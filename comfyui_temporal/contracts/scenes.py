@@ -109,6 +109,8 @@ class SceneSpec:
     """The stage of each of its jobs until it reports: the start sets it, which saves a run an upsert."""
     copies_dataset: bool = False
     """Whether it copies its dataset before the submit. The copy is deleted when the task ends."""
+    makes_models: bool = False
+    """Whether its result is a model that later tasks may use (`loras`)."""
 
 
 SCENES: Final[Mapping[Scene, SceneSpec]] = {
@@ -179,6 +181,7 @@ SCENES: Final[Mapping[Scene, SceneSpec]] = {
         uncovered_limit=timedelta(hours=1),
         confirms_price=True,
         copies_dataset=True,
+        makes_models=True,
     ),
 }
 
