@@ -20,7 +20,7 @@ TEMPLATES = "/api/v1/templates"
 
 
 async def templates(api: Api, tenant: str) -> httpx.Response:
-    """As read by a user of the tenant; each tenant's list is read anew."""
+    """As read by a user of the tenant; each tenant's list is read for itself."""
     return await api.http.get(TEMPLATES, headers=bearer(token_for(tenant)), timeout=20)
 
 

@@ -157,6 +157,6 @@ async def test_an_open_task_says_when_its_present_job_first_reported(task_store:
     await reported(2, "job-1", 1)
     assert await began() == [NOON + timedelta(minutes=1)] * 2
     await reported(3, "job-2", 2)
-    assert await began() == [NOON + timedelta(minutes=3)] * 2, "another attempt begins anew"
+    assert await began() == [NOON + timedelta(minutes=3)] * 2, "another attempt has its own beginning"
     await task_store.write(write_of(task_id, end(), version=4, status=TaskStatus.COMPLETED, job_id="job-2"))
     assert await began() == [None, None]
