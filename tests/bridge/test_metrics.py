@@ -30,6 +30,7 @@ def page() -> Iterator[MetricsPage]:
     yield MetricsPage()
 
 
+@pytest.mark.slow
 async def test_a_pool_s_demand_is_what_waits_and_what_runs(
     bridge: BridgePlatform, native: NativeServer, page: MetricsPage
 ) -> None:

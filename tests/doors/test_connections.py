@@ -560,6 +560,7 @@ async def process(command: list[str], settings: dict[str, str], port: int) -> As
         await running.wait()
 
 
+@pytest.mark.slow
 async def test_every_http_door_of_ours_has_these_limits(
     temporal_env: WorkflowEnvironment, postgres_dsn: str, tmp_path: Path
 ) -> None:

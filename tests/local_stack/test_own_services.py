@@ -113,6 +113,7 @@ def test_without_own_services_nothing_of_the_users_secrets_is_used(
     assert list(sentences()) == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_ends_with_130_and_no_traceback(folder: RunFolder) -> None:
     """Ctrl-C while the stack starts: nothing stays, and the exit code says so."""
 

@@ -15,6 +15,7 @@ from tests.workflows.platform import CALLERS, task_id_of
 pytestmark = pytest.mark.browser
 
 
+@pytest.mark.slow
 async def test_an_expired_token_is_named_and_another_goes_on(browser: Browser, watched: Watched) -> None:
     token = CALLERS.made_for(*PAYER, valid_seconds=6)
     async with opened(browser, watched, fragment=f"#token={token}") as seen:

@@ -13,8 +13,6 @@ from tests.workflows.books import ended
 from tests.workflows.payers import holds_of, kinds_of, lost, new_payer
 from tests.workflows.platform import Platform, task_id_of
 
-pytestmark = pytest.mark.on_both_profiles
-
 HD = 18 + 6
 """The price of a standard image, in points."""
 TRAINING = 120

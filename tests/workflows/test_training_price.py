@@ -157,6 +157,7 @@ async def until_refused(platform: Platform, payer: Payer) -> None:
     await platform.until(refused)
 
 
+@pytest.mark.slow
 async def test_a_retried_training_is_charged_to_its_checkpoint_and_its_last_attempt(quick_platform: Platform) -> None:
     """The hours between the checkpoint and the preemption are lost and cost nothing."""
     quick_platform.policy["retry_after_seconds"] = [0.05]
