@@ -231,8 +231,9 @@ async def test_the_program_has_its_own_name_a_version_and_completion() -> None:
     usage, version = await run_process("list", "--help"), await run_process("--version")
     assert usage.out.startswith("Usage: comfyui-tasks list ")
     assert re.fullmatch(r"comfyui-tasks \S.*\n", version.out) and version.exit_code == 0
-    completion = await run_process("--show-completion", "bash", environment={"SHELL": "/bin/bash"})
-    assert "_COMFYUI_TASKS_COMPLETE" in completion.out
+    # --show-completion looks for the shell among the parent processes, which under make is sh.
+    completion = await run_process(environment={"_COMFYUI_TASKS_COMPLETE": "source_bash"})
+    assert "complete -o default -F _comfyui_tasks_completion comfyui-tasks" in completion.out
     assert (await run_process()).err.startswith("Usage: comfyui-tasks ")
 
 
