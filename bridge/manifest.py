@@ -24,10 +24,11 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from bridge.aspect_ratio import is_ratio
 from comfyui_temporal.contracts.comfyui import Resolution, TaskPriority
 from comfyui_temporal.contracts.fields import CallerId
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.size_budget import MAX_LORAS
+from comfyui_temporal.contracts.size_budget import MAX_IMAGES, MAX_LORAS
 
 Ref = Annotated[str, Field(min_length=3, pattern=r"^.+\..+$")]
 """`node.input`: the node's id or title, a dot, the input's name."""
@@ -39,6 +40,12 @@ class ManifestModel(BaseModel):
     """Strict: a misspelt name in a manifest is refused, not ignored."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _ratio(text: str) -> str:
+    if not is_ratio(text):
+        raise ValueError(f"must be like '16:9', not {text!r}")
+    return text
 
 
 class Setting(ManifestModel):
@@ -57,7 +64,7 @@ class SeedInput(ManifestModel):
     """`modulo`: for inputs with fewer than ComfyUI's 64 bits, e.g. a colour."""
 
     inputs: list[Ref] = Field(min_length=1)
-    modulo: int = Field(default=2**63, gt=1, le=2**63)
+    modulo: int = Field(default=2**64, gt=1, le=2**64)
 
 
 class Inputs(ManifestModel):
@@ -98,12 +105,20 @@ class NumberExtra(Setting):
     inputs: list[Ref] = Field(min_length=1)
     minimum: float
     maximum: float
+    seconds_at: float | None = Field(default=None, gt=0)
+    """The value at which the resolutions' `seconds` hold: the run time grows with the value."""
 
     @model_validator(mode="after")
     def _ordered(self) -> NumberExtra:
         if self.minimum > self.maximum:
             raise ValueError("minimum must not be above maximum")
+        if self.seconds_at is not None and self.minimum <= 0:
+            raise ValueError("seconds_at needs a minimum above 0")
         return self
+
+    def factor_of(self, value: float) -> float:
+        """What the run time is multiplied by."""
+        return self.seconds_factor if self.seconds_at is None else self.seconds_factor * value / self.seconds_at
 
 
 class ChoiceExtra(Setting):
@@ -112,13 +127,41 @@ class ChoiceExtra(Setting):
     choices: list[str] = Field(min_length=1)
 
 
+class AspectRatioExtra(Setting):
+    """`16:9`: sets width and height, with about as many pixels as the resolution has."""
+
+    type: Literal["aspect_ratio"]
+    width: list[Ref] = Field(min_length=1)
+    height: list[Ref] = Field(min_length=1)
+    choices: list[Annotated[str, AfterValidator(_ratio)]] = Field(min_length=1)
+    multiple: int = Field(default=64, ge=1, le=512)
+    """Pixels: both sides are multiples of it."""
+
+    @property
+    def inputs(self) -> list[Ref]:
+        return [*self.width, *self.height]
+
+
 class TextExtra(Setting):
     type: Literal["text"]
     inputs: list[Ref] = Field(min_length=1)
     max_length: int = Field(default=200, ge=1, le=4_096)
 
 
-Extra = Annotated[BooleanExtra | NumberExtra | ChoiceExtra | TextExtra, Field(discriminator="type")]
+Extra = Annotated[BooleanExtra | NumberExtra | ChoiceExtra | AspectRatioExtra | TextExtra, Field(discriminator="type")]
+
+
+class ImagesPlace(ManifestModel):
+    """Graph inputs that say how many images one run makes (`batch_size`). Without them a job makes one."""
+
+    inputs: list[Ref] = []
+    most: int = Field(default=MAX_IMAGES, ge=1, le=MAX_IMAGES)
+    seconds_factor: float = Field(default=1.0, gt=0)
+    """Run time of each image after the first, as a share of the first one's."""
+
+    @property
+    def limit(self) -> int:
+        return self.most if self.inputs else 1
 
 
 class Model(ManifestModel):
@@ -201,6 +244,7 @@ class Manifest(ManifestModel):
     keep_metadata: bool = False
     """Leave in the results what ComfyUI writes into them: the whole graph, with the prompt."""
     inputs: Inputs = Inputs()
+    images: ImagesPlace = ImagesPlace()
     resolutions: dict[Resolution, ResolutionSetting] = {}
     priorities: dict[TaskPriority, Setting] = {}
     controls: list[ControlSlot] = []
@@ -230,6 +274,7 @@ class Manifest(ManifestModel):
             ("inputs.prompt", inputs.prompt),
             ("inputs.negative_prompt", inputs.negative_prompt),
             ("inputs.seed", seed),
+            ("images", self.images.inputs),
         )
         for number, slot in enumerate(self.controls):
             yield f"controls.{number}.image", [slot.image]

@@ -67,6 +67,8 @@ class RenderedGraph(OwnModel):
     loras: list[StoredLora] = []
     """In the order of the request's `loras`."""
     result_nodes: list[str]
+    images: int = 1
+    """How many the results must have at least."""
     keep_metadata: bool = False
     """Results keep what ComfyUI writes into them: the graph, with the prompt."""
     expected_seconds: float = Field(gt=0)

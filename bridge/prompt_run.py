@@ -32,6 +32,7 @@ from bridge.server import (
     PromptResult,
     PromptState,
     PromptUpdate,
+    ResultFile,
     Server,
     ServerError,
     ServerUnavailable,
@@ -306,6 +307,7 @@ class PromptRun:
             named = {file.node for file in self._run.named_files}
             empty = result.empty_nodes if files or result.texts else self._run.graph.result_nodes
             error = self._half_result([node for node in empty if node not in named]) or too_much(files, result.texts)
+            error = error or self._too_few(files)
         if error is not None:
             files, result = [], replace(result, texts=[])
         return GraphOutcome(files=files, texts=result.texts, error=error, seconds=result.seconds, percent=self.percent)
@@ -323,6 +325,14 @@ class PromptRun:
             f"{', '.join(shown_name(graph, node) for node in empty_nodes)}."
         )
         return ErrorDetails(code=FailureCode.INTERNAL.value, message=message, retryable=True, node=empty_nodes[0])
+
+    def _too_few(self, files: Sequence[ResultFile]) -> ErrorDetails | None:
+        """The error of a run that made fewer images than were asked for: each is paid for."""
+        wanted = self._run.graph.images
+        if wanted == 1 or len(files) >= wanted:
+            return None
+        message = f"{wanted} images were asked for, and ComfyUI returned {len(files)}."
+        return ErrorDetails(code=FailureCode.INTERNAL.value, message=message, retryable=True)
 
 
 def _too_large(refused: SubmitRefused) -> ErrorDetails:

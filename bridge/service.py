@@ -23,7 +23,7 @@ from comfyui_temporal.contracts.fields import CallerId, Prompt, Sha256, shortene
 from comfyui_temporal.contracts.permissions import Scene, TokenClaims
 from comfyui_temporal.contracts.prices import PriceTable, UnknownPrice
 from comfyui_temporal.contracts.scenes import SCENES
-from comfyui_temporal.contracts.size_budget import MAX_LORAS
+from comfyui_temporal.contracts.size_budget import MAX_IMAGES, MAX_LORAS
 from comfyui_temporal.contracts.tasks import Extras
 
 GPU_SLOTS: Final = 1
@@ -48,6 +48,7 @@ class TakenJobRequest(JobRequest):
     controls: Annotated[list[dict[str, JsonValue]], Field(max_length=16)] = []
     extras: Extras = {}
     loras: Annotated[list[TakenLora], Field(max_length=MAX_LORAS)] | None = None  # type: ignore[assignment]
+    images: Annotated[int, Field(ge=1, le=MAX_IMAGES, strict=True)] | None = None
     callback_url: Annotated[str, Field(max_length=2048)]
 
 
@@ -172,6 +173,7 @@ class ImageService:
                 accelerated=is_accelerated,
                 extras=request.extras,
                 loras=len(request.loras or []),
+                images=request.images or 1,
             )
         except UnknownPrice as error:
             raise Refused("payload_invalid", fields=[str(error)]) from None

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bridge.forecast import SeenServer
-from bridge.manifest import BooleanExtra, ChoiceExtra, Extra, Manifest, NumberExtra
+from bridge.manifest import AspectRatioExtra, BooleanExtra, ChoiceExtra, Extra, Manifest, NumberExtra
 from bridge.templates import Template
 from comfyui_temporal.contracts.comfyui import Resolution
 from comfyui_temporal.contracts.permissions import Scene
@@ -50,6 +50,8 @@ def lines_of(row: Json) -> list[str]:
         lines.append(f"  extras.{name}: {extra['type']}{f' ({limits})' if limits else ''}, {_shown(extra['points'])}")
     if (loras := row.get("loras")) and loras["most"]:
         lines.append(f"  loras: at most {loras['most']}, {_shown(loras['points'])} each")
+    if (images := row.get("images")) and images["most"] > 1:
+        lines.append(f"  images: at most {images['most']}, each at the price of one")
     for name, setting in row.get("resolutions", {}).items():
         lines.append(f"  {name}: {_shown(setting['points'])}, about {setting['seconds']:g} s")
     for name, model in row.get("base_models", {}).items():
@@ -89,6 +91,7 @@ def _described(template: Template, prices: PriceTable) -> Json:
             name: _extra(extra) | {"points": prices.extras.get(name)} for name, extra in manifest.extras.items()
         },
         "loras": {"most": template.most_loras, "points": prices.lora},
+        "images": {"most": manifest.images.limit},
         "resolutions": {
             name.value: {"seconds": setting.seconds, "points": _points(prices, name)}
             for name, setting in manifest.resolutions.items()
@@ -113,7 +116,7 @@ def _extra(extra: Extra) -> Json:
         return {"type": "boolean"}
     if isinstance(extra, NumberExtra):
         return {"type": extra.type, "minimum": extra.minimum, "maximum": extra.maximum}
-    if isinstance(extra, ChoiceExtra):
+    if isinstance(extra, ChoiceExtra | AspectRatioExtra):
         return {"type": "choice", "choices": extra.choices}
     return {"type": "text", "max_length": extra.max_length}
 

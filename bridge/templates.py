@@ -18,20 +18,20 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from bridge.aspect_ratio import sized
 from bridge.graphs import GraphProblem, by_name, file_names, gives_no_result, read_graph
 from bridge.lora_chain import LORA_FILE, LoraChain
 from bridge.manifest import (
+    AspectRatioExtra,
     BooleanExtra,
-    ChoiceExtra,
     ControlSlot,
-    Extra,
     Manifest,
     NumberExtra,
     SeedInput,
-    TextExtra,
 )
 from bridge.orders import Graph, LoraInput, ModelChoice, RenderedGraph, TrainingGraph, Upload
 from bridge.task_files import problem_of
+from bridge.template_extras import problem_of_extra
 from comfyui_temporal.contracts.comfyui import JobRequest
 from comfyui_temporal.contracts.errors import sentences_of
 from comfyui_temporal.contracts.permissions import Scene
@@ -39,7 +39,8 @@ from comfyui_temporal.contracts.permissions import Scene
 SHIPPED: Final = Path(__file__).parent / "templates"
 MAX_GRAPH_BYTES: Final = 512 * 1024
 """A rendered graph is stored in workflow history, where 2 MiB is the limit."""
-MAX_SEED: Final = 2**63 - 1
+MAX_SEED: Final = 2**64 - 1
+_MAX_DERIVED_SEED: Final = 2**63 - 1
 
 
 class TemplateProblem(ValueError):
@@ -68,6 +69,7 @@ class Template:
             for ref, value in values.items():
                 self._check(where, ref)
                 self._value(where, ref, value)
+        self._check_sizes()
         self.result_nodes = [self._node(f"results: {name!r}", name) for name in manifest.results]
         for name, node_id in zip(manifest.results, self.result_nodes, strict=True):
             if reason := gives_no_result(graph[node_id]):
@@ -98,6 +100,7 @@ class Template:
             seconds *= self._put_extra(graph, name, value, problems)
         uploads = self._put_controls(graph, request, problems)
         lora_inputs = self._put_loras(graph, request, problems)
+        seconds *= self._put_images(graph, request.images or 1, problems)
         if problems:
             raise RequestRefused(problems)
         for node_id in self.result_nodes:
@@ -113,6 +116,7 @@ class Template:
             models=self._model_choices(),
             lora_inputs=lora_inputs,
             result_nodes=self.result_nodes,
+            images=request.images or 1,
             keep_metadata=manifest.keep_metadata,
             expected_seconds=seconds,
         )
@@ -205,7 +209,7 @@ class Template:
         """Without a seed, derive one from the task id: another attempt of the task makes the same picture."""
         seed = request.extras.get("seed")
         if seed is None:
-            seed = int.from_bytes(hashlib.sha256(request.task_id.encode()).digest()[:8], "big") & MAX_SEED
+            seed = int.from_bytes(hashlib.sha256(request.task_id.encode()).digest()[:8], "big") & _MAX_DERIVED_SEED
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
             problems.append(f"extras.seed: must be a whole number from 0 to {MAX_SEED}")
             return
@@ -223,17 +227,28 @@ class Template:
             known = ", ".join(sorted([*self.manifest.extras, "negative_prompt", "seed"]))
             problems.append(f"extras.{name}: template {self.template_id!r} does not offer it; it offers {known}")
             return 1.0
-        problem = _extra_problem(extra, value)
+        problem = problem_of_extra(extra, value)
         if problem:
             problems.append(f"extras.{name}: {problem}")
             return 1.0
         if isinstance(extra, BooleanExtra):
             if value is False:
                 return 1.0
+        elif isinstance(extra, AspectRatioExtra):
+            self._put_size(graph, extra, value)
         else:
             self.put(graph, extra.inputs, value)
         self._put_all(graph, extra.set)
-        return extra.seconds_factor
+        return extra.factor_of(value) if isinstance(extra, NumberExtra) else extra.seconds_factor
+
+    def _put_size(self, graph: Graph, extra: AspectRatioExtra, ratio: str) -> None:
+        node, name = self._split(extra.width[0])
+        width = graph[node]["inputs"][name]
+        node, name = self._split(extra.height[0])
+        height = graph[node]["inputs"][name]
+        width, height = sized(ratio, width=width, height=height, multiple=extra.multiple)
+        self.put(graph, extra.width, width)
+        self.put(graph, extra.height, height)
 
     def _put_controls(self, graph: Graph, request: JobRequest, problems: list[str]) -> list[Upload]:
         slots, given = self.manifest.controls, request.controls
@@ -284,6 +299,15 @@ class Template:
         nodes = self._lora_chain.insert(graph, [lora.strength for lora in loras])
         return [LoraInput(node=node, input=LORA_FILE, lora=number) for number, node in enumerate(nodes)]
 
+    def _put_images(self, graph: Graph, images: int, problems: list[str]) -> float:
+        """Say how many images the run makes. Returns its factor on the run time."""
+        place = self.manifest.images
+        if images > place.limit:
+            taken = f"makes at most {place.limit}" if place.limit > 1 else "makes one image at a time"
+            problems.append(f"images: template {self.template_id!r} {taken}, {images} given")
+        self.put(graph, place.inputs, images)
+        return 1 + (images - 1) * place.seconds_factor
+
     @property
     def most_loras(self) -> int:
         """How many LoRAs a request may name."""
@@ -322,6 +346,20 @@ class Template:
         if name not in self.graph[node_id]["inputs"]:
             has = ", ".join(sorted(self.graph[node_id]["inputs"])) or "none"
             raise self._problem(f"{where}: node {ref.removesuffix(f'.{name}')!r} has no input {name!r}; it has {has}")
+
+    def _check_sizes(self) -> None:
+        """An aspect ratio needs the pixels of every resolution."""
+        for name, extra in self.manifest.extras.items():
+            if not isinstance(extra, AspectRatioExtra):
+                continue
+            for resolution in self.manifest.resolutions.values():
+                graph = copy.deepcopy(self.graph)
+                self._put_all(graph, resolution.set)
+                for ref in (extra.width[0], extra.height[0]):
+                    node, name_of_input = self._split(ref)
+                    pixels = graph[node]["inputs"][name_of_input]
+                    if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < 1:
+                        raise self._problem(f"extras.{name}: {ref!r} must be a number of pixels, not {pixels!r}")
 
     def _split(self, ref: str, where: str = "") -> tuple[str, str]:
         """(node id, input). Titles and inputs may have dots: `Resize.resize_type.width`."""
@@ -412,23 +450,3 @@ def load_template(folder: Path) -> Template:
 def _foreign_files(values: Mapping[str, Any], where: str = "") -> list[str]:
     texts = {name: value for name, value in values.items() if isinstance(value, str)}
     return [f"{where}{name}: {problem}" for name, text in texts.items() if (problem := problem_of(text))]
-
-
-def _extra_problem(extra: Extra, value: Any) -> str | None:
-    """What is wrong with an extra's value, or None."""
-    if isinstance(extra, BooleanExtra):
-        return None if isinstance(value, bool) else "must be true or false"
-    if isinstance(extra, NumberExtra):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = is_number and extra.minimum <= value <= extra.maximum
-        if not fits or (extra.type == "integer" and not isinstance(value, int)):
-            kind = "a whole number" if extra.type == "integer" else "a number"
-            return f"must be {kind} from {extra.minimum:g} to {extra.maximum:g}"
-        return None
-    if isinstance(extra, ChoiceExtra):
-        return None if value in extra.choices else f"must be one of {', '.join(extra.choices)}"
-    return None if _is_short(extra, value) else f"must be a text of at most {extra.max_length} characters"
-
-
-def _is_short(extra: TextExtra, value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= extra.max_length

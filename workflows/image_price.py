@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfyui_temporal.contracts.comfyui import JobAccepted, TaskPriority
 from comfyui_temporal.contracts.continuation import JobUpdate, PriceState
 from comfyui_temporal.contracts.credits import Estimate, EstimateRequest
@@ -32,16 +34,21 @@ class ImagePrice:
 
     def table(self) -> int:
         """The table's price. Raises TaskFailed `input_invalid` for an extra that is not offered."""
-        is_accelerated = self._task.priority is TaskPriority.ACCELERATED
         try:
-            return self._limits.policy.prices.image(
-                resolution=self._task.resolution.value,
-                accelerated=is_accelerated,
-                extras=self._task.extras,
-                loras=len(self._task.loras),
-            )
+            return self._limits.policy.prices.image(**self._priced())
         except UnknownPrice as error:
             raise TaskFailed(FailureCode.INPUT_INVALID, f"The input is not valid: {error}.") from None
+
+    def _priced(self) -> dict[str, Any]:
+        """What the price depends on."""
+        task = self._task
+        return {
+            "resolution": task.resolution.value,
+            "accelerated": task.priority is TaskPriority.ACCELERATED,
+            "extras": task.extras,
+            "loras": len(task.loras),
+            "images": task.images,
+        }
 
     async def check_balance(self, *, n: int) -> None:
         """Read the estimate before anything is submitted, which the balance must cover. `n`: as in `agree`.
@@ -82,7 +89,7 @@ class ImagePrice:
             scene=task.scene,
             resolution=task.resolution.value,
             priority=task.priority,
-            extras=self._limits.policy.prices.points_of_extras(task.extras, loras=len(task.loras)),
+            extras=self._limits.policy.prices.points_of_order(**self._priced()),
         )
         return await self._hold.estimate(request, n=n, summary=summary)
 

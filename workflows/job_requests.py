@@ -37,6 +37,7 @@ def image_job(task: ImageTask, policy: Policy, loras: Sequence[LoraFile]) -> Job
         priority=task.priority,
         extras=task.extras,
         loras=list(loras) or None,
+        images=task.images if task.images > 1 else None,
         callback_url=policy.callback_url,
     )
 

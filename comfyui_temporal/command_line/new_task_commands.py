@@ -81,6 +81,7 @@ def generate(
         list[str] | None,
         typer.Option(metavar="TASK_ID[:STRENGTH]", help="A model that a training of the tenant made. Repeatable."),
     ] = None,
+    images: Annotated[int | None, typer.Option(help="How many images, 1 to 16; each has the same price.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same image.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the image must not show.")] = None,
     max_credits: MaxCredits = None,
@@ -96,6 +97,7 @@ def generate(
     Examples:
       comfyui-tasks generate "a cat" --tenant tenant-demo
       comfyui-tasks generate "a cat" --tenant tenant-demo --resolution 4k --priority accelerated --extra hires_fix
+      comfyui-tasks generate "a cat" --tenant tenant-demo --images 4 --extra aspect_ratio=16:9
       comfyui-tasks generate "a cat" --tenant tenant-demo --task-id cat-1 --no-wait --json
       comfyui-tasks generate "a cat" --tenant tenant-demo --lora train-cats:0.8
       comfyui-tasks generate --input docs/examples/tasks/image-task.json
@@ -116,6 +118,7 @@ def generate(
             extras=extras or None,
             controls=inputs.controls(control) if control else None,
             loras=inputs.loras(lora) if lora else None,
+            images=images,
             max_credits=max_credits,
             task_id=task_id,
         )

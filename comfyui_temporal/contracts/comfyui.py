@@ -107,6 +107,8 @@ class JobRequest(OwnModel):
     priority: TaskPriority
     extras: dict[str, JsonValue] = {}
     loras: list[LoraFile] | None = None
+    images: int | None = None
+    """How many; None: one."""
     callback_url: str
 
 

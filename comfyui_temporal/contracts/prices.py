@@ -13,6 +13,8 @@ from comfyui_temporal.contracts.fields import OwnModel
 FREE_EXTRAS: Final = frozenset({"seed", "negative_prompt"})
 LORAS: Final = "loras"
 """The name under which LoRAs are among the extras of an estimate."""
+IMAGES: Final = "images"
+"""The name under which all images but the first are among the extras of an estimate."""
 
 
 class UnknownPrice(ValueError):
@@ -29,7 +31,7 @@ class PriceTable(OwnModel):
     image_base: int = Field(default=18, ge=0)
     resolutions: dict[str, int] = {"sd": 0, "hd": 6, "4k": 14}
     image_accelerated: int = Field(default=12, ge=0)
-    extras: dict[str, int] = {"hires_fix": 8, "upscaler": 6}
+    extras: dict[str, int] = {"hires_fix": 8, "upscaler": 6, "steps": 0, "aspect_ratio": 0}
     lora: int = Field(default=0, ge=0)
     """Points of each LoRA that an image uses."""
     training_base: int = Field(default=120, ge=0)
@@ -49,20 +51,36 @@ class PriceTable(OwnModel):
                 continue
             if name not in self.extras:
                 raise UnknownPrice("extras", name, [*self.extras, *FREE_EXTRAS])
-            if value is not None and value is not False:
+            if self.extras[name] and value is not None and value is not False:
                 points[name] = self.extras[name]
         if loras and self.lora:
             points[LORAS] = points.get(LORAS, 0) + loras * self.lora
         return points
 
-    def image(self, *, resolution: str, accelerated: bool, extras: dict[str, Any], loras: int = 0) -> int:
-        """Price of one image in points; `loras`: how many it uses. Raises UnknownPrice."""
-        return (
+    def image(
+        self, *, resolution: str, accelerated: bool, extras: dict[str, Any], loras: int = 0, images: int = 1
+    ) -> int:
+        """Price of `images` images in points; `loras`: how many each uses. Raises UnknownPrice."""
+        of_one = (
             self.image_base
             + self.resolutions[resolution]
             + (self.image_accelerated if accelerated else 0)
             + sum(self.points_of_extras(extras, loras=loras).values())
         )
+        return images * of_one
+
+    def points_of_order(
+        self, *, resolution: str, accelerated: bool, extras: dict[str, Any], loras: int = 0, images: int = 1
+    ) -> dict[str, int]:
+        """`extras` of an estimate for images: they add up to `image` beside one image's base price.
+
+        Raises UnknownPrice.
+        """
+        points = self.points_of_extras(extras, loras=loras)
+        if images > 1:
+            of_one = self.image(resolution=resolution, accelerated=accelerated, extras=extras, loras=loras)
+            points[IMAGES] = points.get(IMAGES, 0) + (images - 1) * of_one
+        return points
 
     def check_base_model(self, base_model: str) -> None:
         """Raise UnknownPrice for a base model that is not in the table."""

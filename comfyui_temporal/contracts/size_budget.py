@@ -40,6 +40,8 @@ ENCRYPTION_BYTES: Final = 256
 MAX_PROMPT_BYTES: Final = 16 * KIB
 MAX_EXTRAS_BYTES: Final = 32 * KIB
 MAX_STORED_INPUT_BYTES: Final = 256 * KIB
+MAX_IMAGES: Final = 16
+"""Images that one task may ask for."""
 MAX_LORAS: Final = 8
 """LoRAs of an image. A run holds the address of each."""
 

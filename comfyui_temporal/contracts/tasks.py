@@ -27,7 +27,7 @@ from comfyui_temporal.contracts.fields import (
     TaskPrompt,
 )
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.size_budget import MAX_EXTRAS_BYTES, MAX_LORAS, MAX_STORED_INPUT_BYTES
+from comfyui_temporal.contracts.size_budget import MAX_EXTRAS_BYTES, MAX_IMAGES, MAX_LORAS, MAX_STORED_INPUT_BYTES
 
 TASK_QUEUE: Final = "comfyui"
 WORKFLOW_ID_PREFIX: Final = "task-"
@@ -100,6 +100,8 @@ Loras = Annotated[
     list[Lora], Field(max_length=MAX_LORAS, exclude_if=lambda loras: not loras), AfterValidator(_each_once)
 ]
 """An empty list is not sent: a worker that does not know the field takes the task all the same."""
+Images = Annotated[int, Field(ge=1, le=MAX_IMAGES, strict=True, exclude_if=lambda images: images == 1)]
+"""How many images a task makes. One is not sent, for the same reason."""
 _PositiveSeconds = Annotated[float, Field(gt=0, le=86_400)]
 _PositiveFactor = Annotated[float, Field(gt=0, le=1_000)]
 
@@ -154,6 +156,7 @@ class ImageTask(TaskInput):
     resolution: Resolution = Resolution.HD
     extras: Extras = {}
     loras: Loras = []
+    images: Images = 1
     max_credits: CallerPoints | None = None
     options: ImageOptions = ImageOptions()
 

@@ -84,24 +84,24 @@ def _contract_routes(service: ComfyUIService, edge: Edge) -> APIRouter:
 def _result_routes(service: ComfyUIService) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/results/{run_id}/1.png")
-    async def result(run_id: str) -> FileResponse:
+    @router.get("/results/{run_id}/{number}.png")
+    async def result(run_id: str, number: int) -> FileResponse:
         run = service.queue.find(run_id)
-        if not isinstance(run, ImageRun) or not run.has_finished:
+        if not isinstance(run, ImageRun) or not run.has_finished or not 1 <= number <= run.images:
             raise HTTPException(404, "No such result.")
-        path = service.folder / "results" / run.run_id / "1.png"
+        path = service.folder / "results" / run.run_id / f"{number}.png"
         if not path.exists():
-            await asyncio.to_thread(_draw, run, path)
+            await asyncio.to_thread(_draw, run, number, path)
         return FileResponse(path, media_type="image/png")
 
     return router
 
 
-def _draw(run: ImageRun, path: Path) -> None:
-    """Draw a picture when it is first read: it depends only on the job's prompt."""
+def _draw(run: ImageRun, number: int, path: Path) -> None:
+    """Draw a picture when it is first read: it depends only on the job's prompt, seed, resolution and its number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_bytes(picture(run.prompt, run.seed, run.resolution))
+    partial.write_bytes(picture(run.prompt, run.seed if number == 1 else f"{run.seed}/{number}", run.resolution))
     partial.replace(path)
 
 

@@ -190,6 +190,7 @@ class ComfyUIService:
                 accelerated=is_accelerated,
                 extras=order.extras,
                 loras=len(order.loras or []),
+                images=order.images or 1,
             )
         except UnknownPrice as error:
             raise Refused("payload_invalid", fields=[str(error)]) from None

@@ -17,7 +17,7 @@ from comfyui_temporal.contracts.credits import (
     PreDeductRequest,
 )
 from comfyui_temporal.contracts.permissions import Scene
-from comfyui_temporal.contracts.prices import LORAS, PriceTable
+from comfyui_temporal.contracts.prices import IMAGES, LORAS, PriceTable
 from comfyui_temporal.contracts.scenes import SCENES
 from proof.simulators.admin_wire import EntrySeen, FaultKind
 from proof.simulators.authorizations import Authorizations
@@ -106,7 +106,7 @@ class CreditsService:
 
     def _price(self, order: EstimateRequest, priority: TaskPriority) -> int:
         is_accelerated = priority is TaskPriority.ACCELERATED
-        unknown = sorted(set(order.extras) - {*self.prices.extras, LORAS})
+        unknown = sorted(set(order.extras) - {*self.prices.extras, LORAS, IMAGES})
         if unknown or any(points < 0 for points in order.extras.values()):
             raise Refused("payload_invalid", fields=[f"extras.{name}: not offered" for name in unknown] or ["extras"])
         if order.scene is Scene.IMAGE_GENERATE:

@@ -28,6 +28,7 @@ class ImageRun(Run):
     prompt: str
     resolution: Resolution
     seed: str
+    images: int = 1
     estimated_cost: int
     actual_cost: int | None = None
     result_urls: list[str] = []
@@ -59,7 +60,7 @@ class ImageRun(Run):
 
     def finish(self, at: datetime, folder: Path) -> None:
         self.actual_cost = self.estimated_cost
-        self.result_urls = [f"{self.base_url}/results/{self.run_id}/1.png"]
+        self.result_urls = [f"{self.base_url}/results/{self.run_id}/{n}.png" for n in range(1, self.images + 1)]
 
 
 def new_job(order: JobRequest, *, base_url: str, cost: int, work: float, seconds: float | None) -> ImageRun:
@@ -91,5 +92,6 @@ def new_job(order: JobRequest, *, base_url: str, cost: int, work: float, seconds
         prompt=order.prompt,
         resolution=Resolution(order.resolution),
         seed=str(order.extras.get("seed", order.task_id)),
+        images=order.images or 1,
         estimated_cost=cost,
     )

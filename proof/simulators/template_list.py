@@ -7,6 +7,7 @@ from typing import Any, Final
 from comfyui_temporal.contracts.comfyui import Resolution
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.prices import PriceTable
+from comfyui_temporal.contracts.size_budget import MAX_IMAGES
 from proof.simulators.jobs import IMAGE_POOL, IMAGE_TEMPLATES
 from proof.simulators.trainings import DEFAULT_GPU
 
@@ -37,6 +38,7 @@ def _image(template_id: str, prices: PriceTable) -> dict[str, Any]:
         "inputs": {"prompt": "text", "negative_prompt": "text", "seed": "integer"},
         "controls": [slot] if template_id in _NEEDS_AN_IMAGE else [],
         "extras": {name: {"type": "boolean", "points": price} for name, price in prices.extras.items()},
+        "images": {"most": MAX_IMAGES},
         "resolutions": {name.value: {"seconds": _SECONDS, "points": points(name)} for name in Resolution},
         "accelerated_points": prices.image_accelerated,
     }

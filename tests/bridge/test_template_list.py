@@ -34,7 +34,13 @@ async def test_the_list_has_inputs_types_prices_and_who_can_run_it(
     assert sorted(rows) == ["image-to-image", "lora-train", "test-pattern", "text-to-image", "upscale"]
     text = rows["text-to-image"]
     assert text["inputs"] == {"prompt": "text", "negative_prompt": "text", "seed": "integer"}
-    assert text["extras"] == {"hires_fix": {"type": "boolean", "points": 8}}
+    ratios = ["1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16"]
+    assert text["extras"] == {
+        "hires_fix": {"type": "boolean", "points": 8},
+        "aspect_ratio": {"type": "choice", "choices": ratios, "points": 0},
+        "steps": {"type": "integer", "minimum": 1, "maximum": 60, "points": 0},
+    }
+    assert (text["images"], rows["test-pattern"]["images"]) == ({"most": 16}, {"most": 1})
     assert {name: row["points"] for name, row in text["resolutions"].items()} == {"sd": 18, "hd": 24, "4k": 32}
     assert text["servers"] == {"total": 1, "fit": 0, "well": 0}
     assert rows["test-pattern"]["servers"] == {"total": 1, "fit": 1, "well": 1}

@@ -80,6 +80,42 @@ def test_without_a_seed_another_attempt_of_the_task_gives_the_same_picture() -> 
     assert again[0] == again[1] != other
 
 
+def test_several_images_are_one_run_that_takes_longer() -> None:
+    one, four = rendered("text-to-image"), rendered("text-to-image", images=4)
+    assert (one.graph["canvas"]["inputs"]["batch_size"], four.graph["canvas"]["inputs"]["batch_size"]) == (1, 4)
+    assert (one.images, four.images) == (1, 4)
+    assert four.expected_seconds == 4 * one.expected_seconds
+    copies = rendered("image-to-image", controls=[{"image_url": "file:///a.png"}], images=2).graph["copies"]
+    assert copies["inputs"] == {"samples": ["encode", 0], "amount": 2}
+
+
+@pytest.mark.parametrize(
+    ("resolution", "ratio", "size"),
+    [
+        ("hd", "1:1", (1024, 1024)),
+        ("hd", "16:9", (1344, 768)),
+        ("hd", "9:16", (768, 1344)),
+        ("sd", "3:2", (640, 448)),
+        ("4k", "2:3", (1664, 2496)),
+    ],
+)
+def test_an_aspect_ratio_keeps_the_number_of_pixels(resolution: str, ratio: str, size: tuple[int, int]) -> None:
+    canvas = rendered("text-to-image", resolution=resolution, extras={"aspect_ratio": ratio}).graph["canvas"]["inputs"]
+    assert (canvas["width"], canvas["height"]) == size
+
+
+def test_the_run_time_grows_with_the_steps() -> None:
+    plain, long = rendered("text-to-image"), rendered("text-to-image", extras={"steps": 60})
+    assert long.graph["sampler"]["inputs"]["steps"] == 60
+    assert long.expected_seconds == 3 * plain.expected_seconds
+
+
+def test_the_largest_seed_reaches_the_sampler() -> None:
+    assert rendered("text-to-image", extras={"seed": 2**64 - 1}).graph["sampler"]["inputs"]["seed"] == 2**64 - 1
+    with pytest.raises(RequestRefused, match=r"extras\.seed: must be a whole number from 0 to 18446744073709551615"):
+        rendered("text-to-image", extras={"seed": 2**64})
+
+
 def test_a_control_image_is_uploaded_later_and_its_strength_counts() -> None:
     control = {"image_url": "https://pictures.example/a.png", "strength": 1.0}
     strong = rendered("image-to-image", controls=[control])
@@ -106,6 +142,9 @@ def test_every_result_has_a_prefix_of_its_job() -> None:
         ("image-to-image", {"controls": [{"strength": 1}]}, "controls.0.image_url"),
         ("image-to-image", {"controls": [{"image_url": "x", "strength": "1"}]}, "controls.0.strength"),
         ("upscale", {"controls": [{"image_url": "x"}], "extras": {"upscaler": ""}}, "extras.upscaler: must be a text"),
+        ("test-pattern", {"images": 2}, "images: template 'test-pattern' makes one image at a time, 2 given"),
+        ("text-to-image", {"extras": {"aspect_ratio": "2:1"}}, "extras.aspect_ratio: must be one of 1:1, 3:2"),
+        ("text-to-image", {"extras": {"steps": 61}}, "extras.steps: must be a whole number from 1 to 60"),
     ],
 )
 def test_a_request_that_does_not_fit_is_refused_by_field(template_id: str, fields: Any, named: str) -> None:
@@ -137,14 +176,18 @@ def test_a_graph_in_the_editors_format_is_refused(tmp_path: Path) -> None:
         ('"Ground.width" = 512', '"Ground.width" = ["Nowhere", 0]', "'Nowhere' is not in the graph"),
         ('"Ground.width" = 512', '"Ground.width" = [1, 2, 3]', "must be a value or a link"),
         ("modulo = 0x1000000", "modulo = 0", "modulo"),
+        ('"Canvas.batch_size"', '"Canvas.batch"', "images: node 'Canvas' has no input 'batch'"),
+        ('"9:16"]', '"tall"]', "must be like '16:9', not 'tall'"),
+        ('width = ["Canvas.width"]', 'width = ["Decode.samples"]', "'Decode.samples' must be a number of pixels"),
+        ("minimum = 1", "minimum = 0", "seconds_at needs a minimum above 0"),
     ],
 )
 def test_a_manifest_that_does_not_fit_its_graph_is_refused_by_name(
     tmp_path: Path, old: str, new: str, named: str
 ) -> None:
-    folder = copied(tmp_path, "test-pattern")
-    text = (folder / "manifest.toml").read_text()
-    assert old in text
+    texts = {name: (SHIPPED / name / "manifest.toml").read_text() for name in ("test-pattern", "text-to-image")}
+    template_id, text = next((name, text) for name, text in texts.items() if old in text)
+    folder = copied(tmp_path, template_id)
     (folder / "manifest.toml").write_text(text.replace(old, new, 1))
     with pytest.raises(TemplateProblem, match=named):
         load_template(folder)

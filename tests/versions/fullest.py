@@ -68,6 +68,7 @@ _BY_NAME: Final[dict[str, Any]] = {
     "sha256": "0" * 64,
     "files_sha256": "0" * 64,
     "strength": 1.5,
+    "images": 7,
 }
 """What no type shows: the order of two times, addresses, limits of a number."""
 _LEAVES: Final[dict[Any, Any]] = {

@@ -18,6 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 Json = dict[str, Any]
 SIDE = 512
 MOST_PIXELS_A_SIDE = 4096
+_PICTURES = ("latent_image", "samples", "pixels", "images", "image")
+"""Inputs whose size and number of pictures a node's output has."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def value_of(node: Json, above: dict[str, Value], input_folder: Path) -> Value:
     signature = json.dumps(
         [node["class_type"], own, {name: value.digest for name, value in above.items()}], sort_keys=True
     )
-    sized = next((value for value in above.values()), Value(""))
+    sized = next((above[name] for name in _PICTURES if name in above), next(iter(above.values()), Value("")))
     width, height = sized.width, sized.height
     if isinstance(inputs.get("width"), int) and isinstance(inputs.get("height"), int):
         width, height = inputs["width"] or width, inputs["height"] or height
