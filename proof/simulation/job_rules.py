@@ -53,6 +53,8 @@ class JobRules:
         wanted |= {"prompt", "resolution", "extras"} if isinstance(task, ImageRun) else {"base_model", "gpu_type"}
         for field in wanted & set(type(body).model_fields):
             must(getattr(body, field) == getattr(task, field), "a job is requested with another", field)
+        if isinstance(task, ImageRun):
+            must((body.images or 1) == task.images, "a job is requested with another number of images:", body.images)
         must(body.callback_url == self._world.scenario.policy.callback_url, "another callback_url:", body.callback_url)
         if not isinstance(task, ImageRun):
             must(body.resume_from == self._newest_checkpoint(), "resumes from", body.resume_from)

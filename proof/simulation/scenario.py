@@ -147,7 +147,10 @@ class Scenario:
         if isinstance(self.task, ImageRun):
             extras = {name: value for name, value in self.task.extras.items() if name != NOT_OFFERED}
             return self.policy.prices.image(
-                resolution=self.task.resolution.value, accelerated=self.is_accelerated, extras=extras
+                resolution=self.task.resolution.value,
+                accelerated=self.is_accelerated,
+                extras=extras,
+                images=self.task.images,
             )
         return self.policy.prices.training(
             base_model=self.task.base_model, accelerated=self.is_accelerated, gpu_hours=self.gpu_hours
@@ -212,6 +215,19 @@ def _add_newest(newest: random.Random, scenario: Scenario) -> None:
     if scenario.is_image and newest.random() < 0.95:
         cap = newest.choice((30.0, 60.0, 120.0))
         scenario.policy = scenario.policy.model_copy(update={"cap_minutes": cap})
+    if scenario.is_image and newest.random() < 0.2:
+        _ask_for_several(newest.choice((2, 4, 16)), scenario)
+
+
+def _ask_for_several(images: int, scenario: Scenario) -> None:
+    """Balance and ceiling stay as near to the price as they were drawn."""
+    price, task = scenario.table_price, scenario.task
+    scenario.task = task.model_copy(update={"images": images})
+    dearer = scenario.table_price - price
+    if scenario.credits.balance != PLENTY:
+        scenario.credits.balance += dearer
+    if isinstance(task, ImageRun) and task.max_credits is not None:
+        scenario.task = scenario.task.model_copy(update={"max_credits": task.max_credits + dearer})
 
 
 def _prices(more: random.Random, is_image: bool) -> PriceTable:
