@@ -29,6 +29,7 @@ from activities.closed_runs import ClosedRunActivities
 from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetActivities, DatasetSnapshots
+from activities.earlier_runs import EarlierRunActivities
 from activities.lives import Lives
 from activities.metrics import BUCKETS_SECONDS
 from activities.task_store import TaskStoreActivities
@@ -140,7 +141,11 @@ def all_activities(
             limits_of,
             keeps_inputs=keeps_inputs,
         ),
-        *([ClosedRunActivities(client, store), UnsettledActivities(store)] if client else []),
+        *(
+            [ClosedRunActivities(client, store), EarlierRunActivities(client, store), UnsettledActivities(store)]
+            if client
+            else []
+        ),
     )
 
 

@@ -20,6 +20,7 @@ from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 from activities import metrics
+from activities.earlier_runs import unanswered_jobs
 from activities.orphans import HistoryReader, NotReadHere, add_from_row, orphans_by_row
 from activities.running_call import uninterrupted
 from comfyui_temporal.contracts.errors import FailureCode, sentences_of
@@ -27,7 +28,7 @@ from comfyui_temporal.contracts.give_back import GiveBackOrder, Orphans
 from comfyui_temporal.contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen
 from comfyui_temporal.contracts.task_store import TaskRow
 from comfyui_temporal.encryption_keys import EncryptionError
-from comfyui_temporal.runs import RunSeen, RunStatus, describe_run
+from comfyui_temporal.runs import RunSeen, RunStatus, describe_run, is_namespace_missing
 from store import StoreFailure, StoreUnavailable, TaskStore, UnseenTask
 
 VANISHED: Final = "vanished"
@@ -43,11 +44,6 @@ log = structlog.get_logger(__name__)
 
 class RunUnreadable(Exception):
     """It cannot be decided whether a row's run has ended. The text is a sentence for operators."""
-
-
-def is_namespace_missing(error: RPCError) -> bool:
-    """NOT_FOUND of the namespace, not of a run: the configuration is wrong, and no run has vanished."""
-    return any("NamespaceNotFound" in detail.type_url for detail in error.grpc_status.details)
 
 
 def _reason(error: Exception) -> str:
@@ -274,4 +270,17 @@ class ClosedRunActivities:
             await reader.take(event)
         orphans = reader.orphans
         add_from_row(orphans)
+        replaced = await self._store.earlier_runs(row.task_id) if row.lives else []
+        if row.run_id not in (None, last_run.run_id):  # the last run did nothing before it ended
+            replaced.append(row.run_id)
+        if replaced:
+            await self._add_earlier(orphans, replaced)
         return orphans
+
+    async def _add_earlier(self, orphans: Orphans, run_ids: Sequence[str]) -> None:
+        """Add jobs of earlier lives whose answers were lost: no row names them."""
+        earlier = await unanswered_jobs(self._client, orphans.row, run_ids)
+        for reason in earlier.unread:
+            log.warning("earlier_run_not_read", task_id=orphans.row.task_id, reason=reason)
+        known = {job.key for job in orphans.jobs if not job.is_key_taken}
+        orphans.jobs += [job for job in earlier.jobs if job.key not in known]

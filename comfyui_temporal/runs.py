@@ -20,9 +20,15 @@ from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionRequest, 
 from temporalio.client import Client, WorkflowHandle
 from temporalio.common import TypedSearchAttributes
 from temporalio.converter import DataConverter, decode_typed_search_attributes
+from temporalio.service import RPCError
 
 PAGE_SIZE: Final = 100
 T = TypeVar("T")
+
+
+def is_namespace_missing(error: RPCError) -> bool:
+    """NOT_FOUND of the namespace, not of a run: the configuration is wrong, and no run has vanished."""
+    return any("NamespaceNotFound" in detail.type_url for detail in error.grpc_status.details)
 
 
 class RunStatus(StrEnum):

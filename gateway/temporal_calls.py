@@ -19,7 +19,7 @@ from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 from comfyui_temporal.encryption_keys import EncryptionError
-from comfyui_temporal.runs import RunSeen, describe_run
+from comfyui_temporal.runs import RunSeen, describe_run, is_namespace_missing
 from gateway.problems import Problem, ProblemCode
 
 T = TypeVar("T")
@@ -88,11 +88,6 @@ def temporal_problems() -> Iterator[None]:
         ) from None
     except (TimeoutError, RuntimeError) as error:
         raise _unavailable(error) from None
-
-
-def is_namespace_missing(error: RPCError) -> bool:
-    """NOT_FOUND of the namespace, not of a run: our configuration is wrong."""
-    return any("NamespaceNotFound" in detail.type_url for detail in error.grpc_status.details)
 
 
 def _unavailable(error: Exception) -> Problem:

@@ -123,6 +123,12 @@ async def look(connection: AsyncConnection, run: TaskRun) -> RowSeen:
     )
 
 
+async def earlier_runs(connection: AsyncConnection, task_id: str) -> list[str]:
+    """The runs of a task that others have replaced, newest first."""
+    found = await connection.scalar(select(tasks.c.earlier_run_ids).where(tasks.c.task_id == task_id))
+    return list(found or [])
+
+
 async def published_points(connection: AsyncConnection, task_id: str) -> int:
     """The sum of the points in a task's events."""
     return int(await connection.scalar(_POINTS, {"task": task_id}) or 0)

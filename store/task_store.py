@@ -153,6 +153,12 @@ class TaskStore:
             within_seconds=within_seconds,
         )
 
+    async def earlier_runs(self, task_id: str) -> list[str]:
+        """The ids of the task's runs that a reset, or continuing as new, has replaced; newest first."""
+        return await self._database.read(
+            lambda connection: lives.earlier_runs(connection, task_id), doing=f"reading the runs of the task {task_id}"
+        )
+
     async def published_points(self, task_id: str) -> int:
         """The sum of the points in a task's events."""
         return await self._database.read(

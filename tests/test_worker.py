@@ -34,7 +34,7 @@ CALLS = {
     *("submit_job", "get_job", "cancel_job", "create_training", "start_training", "get_training", "cancel_training"),
     *("list_gpus", "list_templates", "estimate", "pre_deduct", "commit", "cancel_hold", "charge", "ledger"),
     *("snapshot", "delete_snapshot", "claim", "write", "left_behind", "closed_among_open", "still_closed"),
-    *("heard", "look", "told_points", "take_unsettled", "correct_settlement", "worker_settings"),
+    *("heard", "look", "told_points", "take_unsettled", "correct_settlement", "worker_settings", "unanswered_jobs"),
 }
 NO_DATABASE = "postgresql://unused:nothing@127.0.0.1:9/nowhere"
 

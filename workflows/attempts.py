@@ -218,6 +218,10 @@ class Attempts:
         if job.needs_undo:
             await self._cancel(job)
 
+    def of_earlier_lives(self, asked: list[RequestedJob]) -> Attempts:
+        """Jobs that earlier runs of the task requested, to be undone like its own."""
+        return Attempts(self._routes, self._outside, self._record, self._clock, self._stop, self._alarm, asked)
+
     # The undo
 
     async def cancel_all(self, _reason: str) -> None:

@@ -22,7 +22,7 @@ from comfyui_temporal.contracts.requests import HoldState, RequestedHold
 from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tasks import TaskInput
 from workflows.earlier_life import is_key_of_earlier_life
-from workflows.failures import TaskFailed
+from workflows.failures import RowEnded, TaskFailed
 from workflows.outside_call import OutsideCall
 from workflows.row_look import RowLook
 from workflows.step_labels import HOLD, wait_in
@@ -173,7 +173,12 @@ class CreditHold(TaskHolds):
         await self._outside.waits.in_time(is_back, summary=wait_in(HOLD, "the old one's points"))
 
     async def _request_setup(self, hold: RequestedHold) -> HoldReply:
-        answer = await self._outside.setup(CreditsActivities.pre_deduct, self._post(hold), summary=HOLD)
+        try:
+            answer = await self._outside.setup(CreditsActivities.pre_deduct, self._post(hold), summary=HOLD)
+        except RowEnded as end:
+            if end.is_unsent and workflow.patched("unsent-hold-not-undone"):
+                hold.refused = True
+            raise
         return self._granted(hold, answer)
 
     # Kept alive while the run waits

@@ -117,6 +117,7 @@ class TaskEnding:
         """Record the end and wait until it is written. Returns the outcome that counts: an earlier life's, if any."""
         if outcome.row is None:
             await self._forgotten_jobs.cancel()
+            await self._forgotten_jobs.learn_and_cancel("the task has ended")
             ended = await self._publish_difference()
             if ended is not None:
                 outcome = Outcome(row=ended)

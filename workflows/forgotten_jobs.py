@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from datetime import timedelta
+from typing import Any, Final
 
 from temporalio import workflow
 
+from activities.earlier_runs import EarlierRunActivities
 from comfyui_temporal.contracts.calls import JobCall
 from comfyui_temporal.contracts.continuation import JobUpdate
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode, FailureCode
@@ -16,9 +18,11 @@ from workflows.row_look import RowLook
 from workflows.step_labels import POLL
 from workflows.task_record import TaskRecord
 
+READ_WITHIN: Final = timedelta(minutes=1)
+
 
 class ForgottenJobs:
-    """The task's row holds their ids."""
+    """The task's row holds the ids of those that were answered."""
 
     def __init__(
         self, routes: JobRoutes, outside: OutsideCall, record: TaskRecord, attempts: Attempts, look: RowLook
@@ -58,6 +62,19 @@ class ForgottenJobs:
                     f"{answer.refusal.sentence}",
                     job_id=job_id,
                 )
+
+    async def learn_and_cancel(self, reason: str) -> None:
+        """Cancel those whose answer the earlier life never had: its history holds their requests, no row their ids."""
+        if not self._outside.earlier.life.lives or not workflow.patched("unanswered-jobs-of-earlier-lives-cancelled"):
+            return
+        summary = f"{self._outside.labels.cancel_job}: find those of runs before the reset"
+        found = await self._outside.visible(
+            EarlierRunActivities.unanswered_jobs, self._look.order(), summary=summary, attempt_timeout=READ_WITHIN
+        )
+        for number, sentence in enumerate(found.unread):
+            self._record.record_exception(f"earlier_run:{number}", ExceptionCode.UNDO_UNFINISHED, sentence)
+        known = {job.key for job in self._attempts.asked if not job.is_key_taken}
+        await self._attempts.of_earlier_lives([job for job in found.jobs if job.key not in known]).cancel_all(reason)
 
     async def delivery(self) -> JobUpdate | None:
         """The delivery of any job of the task: the task was charged, so it gets the result."""

@@ -124,17 +124,22 @@ class JobWatch:
         return bool(self.state.inbox) or is_polled or self._ticks.has_update()
 
     def begun_at(self) -> datetime | None:
-        """When the current job was first seen at work, by a message that was read or is in the inbox."""
+        """When the current job was first seen at work, or failed before that: by a message read, or in the inbox."""
         return self.state.begun.get(self.state.current or "")
 
     def _see_begun(self, update: JobUpdate) -> None:
         begun = self.state.begun
         is_known = update.job_id in begun or update.job_id in self.state.earlier
-        if is_known or update.status is TaskStatus.QUEUED:
+        if is_known or (update.status is TaskStatus.QUEUED and not self._failed_in_queue(update)):
             return
         begun[update.job_id] = workflow.now()
         if len(begun) > MAX_BEGUN:
             del begun[next(job_id for job_id in begun if job_id not in (self.state.current, update.job_id))]
+
+    @staticmethod
+    def _failed_in_queue(update: JobUpdate) -> bool:
+        """A job that failed waits no longer: from then on the task's time counts."""
+        return update.error is not None and workflow.patched("failed-in-queue-waits-no-longer")
 
     def has_delivery(self) -> bool:
         """Whether the current job has delivered, by a message that was read or is in the inbox."""

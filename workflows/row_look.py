@@ -43,7 +43,7 @@ class RowLook:
         """Read the row once. Returns whether the store answered; if not, an earlier life counts as possible."""
         try:
             seen = await self._outside.read_store(
-                TaskStoreActivities.look, self._order(), summary=self._outside.labels.read_row, within=LOOK_WITHIN
+                TaskStoreActivities.look, self.order(), summary=self._outside.labels.read_row, within=LOOK_WITHIN
             )
         except FailureError:
             self._outside.earlier.add(EarlierLife(is_store_away=True))
@@ -55,9 +55,10 @@ class RowLook:
     async def once_back(self) -> None:
         """Read the row once the store answers, without a limit."""
         summary = f"{self._outside.labels.read_row}: once the store is back"
-        self._take(await self._outside.visible(TaskStoreActivities.look, self._order(), summary=summary))
+        self._take(await self._outside.visible(TaskStoreActivities.look, self.order(), summary=summary))
 
-    def _order(self) -> LookOrder:
+    def order(self) -> LookOrder:
+        """Which task, and which of its runs."""
         return LookOrder(
             task_id=self._outside.call_for.task_id,
             first_execution_run_id=workflow.info().first_execution_run_id,

@@ -48,6 +48,7 @@ UNINTERRUPTIBLE: Final = (
             "task_holds.TaskHolds._all_released",
             "task_holds.TaskHolds._learn",
             "forgotten_jobs.ForgottenJobs.cancel",
+            "forgotten_jobs.ForgottenJobs.learn_and_cancel",
             "forgotten_jobs.ForgottenJobs.delivery",
             "row_look.RowLook.once",
             "row_look.RowLook.once_back",

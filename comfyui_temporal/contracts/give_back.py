@@ -106,6 +106,15 @@ class Orphans(KeptModel):
         return found
 
 
+class EarlierJobs(KeptModel):
+    """Jobs that earlier lives of a task requested and that they had no answer to."""
+
+    jobs: list[RequestedJob] = []
+    """Each with its body, so that the request can be repeated."""
+    unread: list[str] = []
+    """Sentences about what could not be read."""
+
+
 GiveBackOutcome = Literal["given_back", "already_charged", "nothing_held", "settlement_unknown"]
 
 

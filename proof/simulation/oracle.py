@@ -313,11 +313,14 @@ class Oracle:
         must(charged <= self._dearest(), "charged more than any of the jobs costs:", charged, self._dearest())
 
     def _dearest(self) -> int:
-        """The most that a job of the task may cost."""
-        holds = self._parties.credits.holds
-        return max((hold.amount for hold in holds), default=0) + (
-            10**6 if self._scenario.policy.charge_shortfall else 0
-        )
+        """The most that a job of the task may cost: what was held of it, or what its delivery costs without a hold."""
+        held = max((hold.amount for hold in self._parties.credits.holds), default=0)
+        delivered = [
+            self._prices.of_delivery(attempt, held)
+            for attempt in self._world.witness.attempts.values()
+            if (work := self._works.get(attempt.job_id or "")) is not None and work.state.has_succeeded()
+        ]
+        return max(held, *delivered, 0) + (10**6 if self._scenario.policy.charge_shortfall else 0)
 
     def _may_fail_delivered(self, closed: Any) -> bool:
         """Delivered work is refused only where it costs less than nothing or could not be covered."""

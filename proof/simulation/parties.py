@@ -10,10 +10,12 @@ from temporalio.api.common.v1 import Payload
 from activities.comfyui import ComfyUIActivities
 from activities.credits import CreditsActivities
 from activities.datasets import DatasetActivities
+from activities.earlier_runs import EarlierRunActivities
 from activities.task_store import TaskStoreActivities
 from comfyui_temporal.contracts.calls import Post, SnapshotOrder
 from comfyui_temporal.contracts.comfyui import ManifestReference, SnapshotReference, TrainingAccepted, TrainingDraft
 from comfyui_temporal.contracts.errors import Answer, FailureCode
+from comfyui_temporal.contracts.give_back import EarlierJobs
 from comfyui_temporal.contracts.lives import STORE_UNAVAILABLE
 from proof.simulation.credits_model import ActedAndFailed, CreditsModel
 from proof.simulation.fault_schedule import Party
@@ -31,11 +33,13 @@ _HOLDERS: Final = {
     Party.OBJECTS: DatasetActivities,
     Party.STORE: TaskStoreActivities,
 }
+_OF_RUNS: Final = EarlierRunActivities
+"""They read the store and Temporal, which is there whenever a run is."""
 
 
 def _definitions() -> dict[str, tuple[Party, list[type]]]:
     found = {}
-    for party, holder in _HOLDERS.items():
+    for party, holder in [*_HOLDERS.items(), (Party.STORE, _OF_RUNS)]:
         for method in vars(holder).values():
             definition = activity_definition(method) if callable(method) else None
             if definition is not None and definition.name is not None:
@@ -123,7 +127,9 @@ class Parties:
             "write": store.write,
             "look": store.look,
             "heard": store.heard,
+            "unanswered_jobs": lambda _order, _caller: self.unanswered_jobs(),
         }
+        self.unanswered_jobs: Callable[[], EarlierJobs] = EarlierJobs
 
     def _create_training(self, post: Post[TrainingDraft]) -> Answer[TrainingAccepted]:
         """The list of files is read from the snapshot, also for a repeat."""

@@ -112,6 +112,7 @@ class Schedule:
         environment = Environment(timeline, scenario.faults, rng, self.parties, self.trace)
         self.server = Server(environment, identity)
         self.parties.store.is_current = self.server.is_current
+        self.parties.unanswered_jobs = self.server.unanswered_jobs
         self.server.hand_on = self._hand_on
         apart = random.Random(f"{kind} {seed} gateway")  # noqa: S311
         self.gateway = GatewayModel(timeline, apart, scenario.faults, self.parties.store, is_on=short_way)

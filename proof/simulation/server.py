@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 
 from temporalio.api.common.v1 import Payload
 
+from comfyui_temporal.contracts.errors import Answer
+from comfyui_temporal.contracts.give_back import EarlierJobs
+from comfyui_temporal.contracts.requests import RequestedJob, RequestOutcome
 from proof.simulation.history import Closed, PastRun
 from proof.simulation.hosted_run import RunIdentity
 from proof.simulation.live_run import Environment, LiveRun
 from proof.simulation.sdk import WorkflowActivationJob, WorkflowCommand, activation_api
-from proof.simulation.witness import Witness
+from proof.simulation.witness import SUBMITS, Witness, number_of
 
 
 class Server:
@@ -29,6 +33,8 @@ class Server:
         """Changes the argument of a continued run."""
         self._past: list[PastRun] = []
         """The runs that continued as the present one, oldest first."""
+        self._replaced: list[PastRun] = []
+        """The runs that a reset has replaced."""
         self._open(identity)
 
     def _open(self, identity: RunIdentity) -> None:
@@ -98,10 +104,23 @@ class Server:
         self._trace("RESET of %s to its %d. activation", kept.identity.run_id, len(kept.history))
         self._run.stop()
         self._past = self._past[:which]
+        self._replaced += runs[which:]
         self.closed = None
         self._open(replace(kept.identity, run_id=f"reset-{self.resets}"))
         self.search_attributes = kept.search_attributes()
         self._run.restore(kept)
+
+    def unanswered_jobs(self) -> EarlierJobs:
+        """What replaced runs requested of ComfyUI, without an answer in their histories."""
+        jobs: dict[str, RequestedJob] = {}
+        for call in (call for run in self._replaced for _, call in sorted(run.called.items()) if call.name in SUBMITS):
+            post = call.argument
+            at = datetime.fromtimestamp(call.scheduled_at, UTC)
+            new = RequestedJob(attempt=number_of(post.key), key=post.key, request=post.body, asked_at=at)
+            job = jobs.setdefault(post.key, new)
+            if call.resolved_at is not None and isinstance(call.outcome, Answer):
+                job.answered(call.outcome)
+        return EarlierJobs(jobs=[job for job in jobs.values() if job.outcome is RequestOutcome.UNKNOWN])
 
     def end(self) -> None:
         """Leave nothing behind in memory."""

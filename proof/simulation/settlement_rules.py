@@ -111,7 +111,9 @@ class SettlementRules:
         since = granted[-1].resolved_at if granted else 0.0
         if any(at >= since for at, _ in witness.refusals("pre_deduct")):
             return True
-        asking = [call for call in witness.calls.get("pre_deduct", ()) if (call.resolved_at or last.at) >= last.at]
+        # The next hold is requested once the one before the present hold is given back.
+        calls = [*witness.calls.get("pre_deduct", ()), *witness.calls.get("cancel_hold", ())]
+        asking = [call for call in calls if (call.resolved_at or last.at) >= last.at]
         is_heard_at_once = self._holds.followed_since(attempt) >= last.at
         return bool(asking) or is_heard_at_once or self._prices.known_before(attempt, last) <= self.usable
 

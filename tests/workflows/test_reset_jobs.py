@@ -1,0 +1,83 @@
+"""Jobs that a run requested, without an answer, before it was reset: no row names them, and they do not run on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from temporalio.testing import WorkflowEnvironment
+
+from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
+from comfyui_temporal.contracts.tasks import CANCEL_SIGNAL, CancelTask, TaskStatus
+from store import TaskStore
+from tests.workflows.books import ended, ended_without_its_run
+from tests.workflows.payers import new_payer
+from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
+from tests.workflows.reset_scenarios import POLICY
+from tests.workflows.resets import points_of, reset
+
+ROUTES = {"image": "submit_job", "training": "create_training"}
+
+
+@pytest_asyncio.fixture
+async def platform(temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path) -> AsyncIterator[Platform]:
+    async with running_platform(temporal_env, task_store, tmp_path, speed=2_000) as platform:
+        platform.policy = {"deadline_factor": 1_000.0, **POLICY}
+        yield platform
+
+
+async def unanswered(platform: Platform, kind: str) -> Handle:
+    """A task whose job works, and does not end by itself; the run has no answer to its request."""
+    payer, comfyui = await new_payer(platform), platform.simulators.admin.comfyui
+    task = payer.image() if kind == "image" else payer.training()
+    await comfyui.fault("job_stall", route=ROUTES[kind], task_id=task["task_id"], at=0.3, times=None)
+    await comfyui.fault("drop", route=ROUTES[kind], task_id=task["task_id"], times=None)
+    handle = await platform.start(task)
+    await platform.until(lambda: jobs_of(platform, handle))
+    return handle
+
+
+async def jobs_of(platform: Platform, handle: Handle) -> list[tuple[str, bool]]:
+    """Job → whether it is over."""
+    runs = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
+    return [(run.run_id, run.is_over) for run in runs]
+
+
+async def answer_again(platform: Platform) -> None:
+    await platform.simulators.admin.comfyui.remove_faults()
+
+
+@pytest.mark.parametrize("kind", ["image", "training"])
+async def test_a_run_that_is_cancelled_once_reset_cancels_the_job_of_the_run_before(
+    platform: Platform, kind: str
+) -> None:
+    async with platform.worker():
+        handle = await unanswered(platform, kind)
+        await handle.signal(CANCEL_SIGNAL, CancelTask(reason="no longer wanted"))
+        run = await reset(platform, handle, (await points_of(platform, handle))[0])
+        await answer_again(platform)
+        ending = await ended(platform, run)
+    assert (ending.status, ending.charged) == (TaskStatus.CANCELLED, 0)
+    [(_, is_over)] = await jobs_of(platform, handle)
+    assert is_over
+
+
+async def test_a_give_back_cancels_the_job_of_a_run_before_the_last_one(platform: Platform) -> None:
+    async with platform.worker():
+        handle = await unanswered(platform, "image")
+        point = (await points_of(platform, handle))[0]
+    run = await reset(platform, handle, point)
+    await run.terminate()
+    await answer_again(platform)
+    async with platform.worker():
+        await platform.client.execute_workflow(
+            GIVE_BACK_WORKFLOW,
+            GiveBackOrder(task_id=task_id_of(handle)),
+            id=give_back_id_of(task_id_of(handle)),
+            task_queue=platform.task_queue,
+        )
+        await ended_without_its_run(platform, task_id_of(handle))
+    [(_, is_over)] = await jobs_of(platform, handle)
+    assert is_over
