@@ -11,9 +11,10 @@ from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
 from comfyui_temporal.contracts.tasks import CANCEL_SIGNAL, CancelTask, TaskStatus
+from proof.simulators.credits_profile import FIELD
 from store import TaskStore
 from tests.workflows.books import ended, ended_without_its_run
-from tests.workflows.payers import new_payer
+from tests.workflows.payers import holds_of, new_payer
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
 from tests.workflows.reset_scenarios import POLICY
 from tests.workflows.resets import points_of, reset
@@ -81,3 +82,18 @@ async def test_a_give_back_cancels_the_job_of_a_run_before_the_last_one(platform
         await ended_without_its_run(platform, task_id_of(handle))
     [(_, is_over)] = await jobs_of(platform, handle)
     assert is_over
+
+
+async def test_a_run_that_is_reset_to_before_its_hold_requests_none_once_the_task_has_ended(
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path
+) -> None:
+    """A service without idempotency would take another hold for the same request."""
+    running = running_platform(temporal_env, task_store, tmp_path, speed=2_000, credits_profile=FIELD)
+    async with running as platform, platform.worker():
+        payer = await new_payer(platform)
+        handle = await platform.start(payer.image())
+        await ended(platform, handle)
+        for point in await points_of(platform, handle):
+            run = await reset(platform, handle, point)
+            assert (await ended(platform, run)).status is TaskStatus.COMPLETED, point
+        assert len(await holds_of(platform, handle)) == 1
