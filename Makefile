@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down status env logs test test-all test-comfyui test-containers simulate mutation kill-points soak bench screenshots audit lint types imports schemas pytest pytest-all format lock clean
+.PHONY: help setup demo up down status env logs test test-all test-comfyui test-containers simulate mutation kill-points soak bench screenshots first-minutes audit lint types imports schemas pytest pytest-all format lock clean
 
 help: ## list every target
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +98,9 @@ kill-points: setup ## the whole stack struck at every instant of both flows (ONL
 
 screenshots: setup ## the live page's pictures for README and docs/page.md (needs Chromium)
 	@mkdir -p docs/images && SCREENSHOTS=docs/images $(BIN)/python -m pytest -q tests/page/test_pictures.py
+
+first-minutes: setup ## the README on a fresh clone, timed: docs/first-ten-minutes.md
+	@$(BIN)/python -m proof.first_minutes --out docs/first-ten-minutes.md
 
 soak: setup ## tasks under random faults on a whole stack (TASKS=10000 SEED=1 PROFILE=field, RESUME=1)
 	@$(BIN)/python -m proof.soak $(if $(PROFILE),--profile $(PROFILE)) $(if $(TASKS),--tasks $(TASKS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)

@@ -13,7 +13,7 @@ import pytest
 
 from local_stack.background import end_stack
 from local_stack.folder import RunFolder
-from tests.docs.blocks import PAGES, PROJECT, RUNNABLE, SHOWN, Block, blocks_of, script_of
+from proof.document_blocks import PAGES, PROJECT, RUNNABLE, SHOWN, Block, blocks_of, script_of
 from tests.local_stack.folders import new_run_folder
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]

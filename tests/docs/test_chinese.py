@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-from tests.docs.blocks import PROJECT, blocks_of
+from proof.document_blocks import PROJECT, blocks_of
 
 ENGLISH: Final = PROJECT / "README.md"
 CHINESE: Final = PROJECT / "README.zh-CN.md"
