@@ -112,7 +112,7 @@ def check_json(value: Any, depth: int = 0) -> None:
         _clean(value)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError("must be a finite number")
-    elif isinstance(value, int) and abs(value) > 2**63 - 1:
+    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
         raise ValueError("must fit into 64 bits")
     elif isinstance(value, dict):
         for key, item in value.items():

@@ -60,3 +60,9 @@ def test_a_task_of_one_image_is_what_it_was() -> None:
 def test_a_number_of_images_out_of_range_is_refused(images: object) -> None:
     with pytest.raises(ValidationError, match="images"):
         ImageTask.model_validate({**IDS, "images": images})
+
+
+def test_seeds_are_as_large_as_comfyuis() -> None:
+    assert ImageTask.model_validate({**IDS, "extras": {"seed": 2**64 - 1}}).extras["seed"] == 2**64 - 1
+    with pytest.raises(ValidationError, match="64 bits"):
+        ImageTask.model_validate({**IDS, "extras": {"seed": 2**64}})

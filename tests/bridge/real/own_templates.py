@@ -27,7 +27,11 @@ def write_templates(folder: Path) -> None:
     _write(folder, BAD, _bad_graph(), plain)
     inputs = '[inputs]\nprompt = ["prompt.text"]\nseed = ["sampler.seed"]\n'
     model = '[[models]]\ninput = "checkpoint.ckpt_name"\nprefer = ["tiny*", "*"]\n'
-    _write(folder, TINY, _tiny_graph(), inputs + model + plain)
+    several = '[images]\ninputs = ["canvas.batch_size"]\n'
+    steps = '[extras.steps]\ntype = "integer"\ninputs = ["sampler.steps"]\nminimum = 1\nmaximum = 4\nseconds_at = 2\n'
+    ratio = '[extras.aspect_ratio]\ntype = "aspect_ratio"\nwidth = ["canvas.width"]\nheight = ["canvas.height"]\n'
+    shapes = 'choices = ["1:1", "4:1"]\nmultiple = 16\n'
+    _write(folder, TINY, _tiny_graph(), inputs + several + model + plain + steps + ratio + shapes)
 
 
 def _resolution(name: str, seconds: int, values: str) -> str:

@@ -173,6 +173,23 @@ async def test_a_prompt_becomes_a_picture_if_there_is_a_checkpoint(
         assert picture.size == (64, 64)
 
 
+async def test_several_images_are_one_run_in_the_size_and_with_the_steps_that_were_asked_for(
+    worked: tuple[BridgePlatform, WorkerProcess], real: httpx.AsyncClient
+) -> None:
+    bridge, _ = worked
+    if not (await real.get("/models/checkpoints")).json():
+        pytest.skip("this server has no checkpoint; tests/bridge/real/tiny_checkpoint.py makes one")
+    extras = {"seed": 2**64 - 1 - new_seed(), "aspect_ratio": "4:1", "steps": 1}
+    accepted = await bridge.submit(template_id=TINY, images=3, extras=extras)
+    state = await bridge.ended(accepted["job_id"], seconds=LIMIT_SECONDS)
+    assert state["error_details"] is None, state
+    pictures = [(await bridge.http.get(url)).content for url in state["result_urls"]]
+    assert len(set(pictures)) == 3
+    for content in pictures:
+        with Image.open(BytesIO(content)) as picture:
+            assert picture.size == (128, 32)
+
+
 async def test_a_job_survives_a_restart_of_its_server(
     worked: tuple[BridgePlatform, WorkerProcess], real: httpx.AsyncClient
 ) -> None:

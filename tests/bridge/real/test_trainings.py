@@ -16,6 +16,8 @@ from temporalio.client import Client
 
 from bridge.templates import SHIPPED
 from tests.bridge.platform import BridgePlatform, Json
+from tests.bridge.real.own_templates import TINY as TINY_PICTURE
+from tests.bridge.real.own_templates import write_templates
 from tests.bridge.real.test_jobs import one_worker, queued_or_running, until_running
 from tests.bridge.test_trainings import created, ended, post_action
 
@@ -32,6 +34,7 @@ async def bridge(
 ) -> AsyncIterator[BridgePlatform]:
     if TINY not in (await real.get("/models/checkpoints")).json():
         pytest.skip(f"this server has no {TINY}; tests/bridge/real/tiny_checkpoint.py makes it")
+    write_templates(tmp_path / "templates")
     write_template(tmp_path / "templates")
     async with one_worker(temporal_client, tmp_path, comfyui_url, tmp_path / "templates") as (bridge, _):
         yield bridge
@@ -106,6 +109,23 @@ async def test_a_lora_is_trained_in_chunks_and_resumed(bridge: BridgePlatform) -
     state = await ended(bridge, resumed["training_id"], LIMIT_SECONDS)
     assert state["error_details"] is None, state
     assert (state["checkpoint"]["epoch"], state["checkpoint"]["step"]) == (3, 3)
+
+
+async def test_an_image_uses_what_was_trained(bridge: BridgePlatform) -> None:
+    accepted = await created(bridge, pictures=2, base_model=BASE_MODEL, hyperparameters=hyperparameters(1))
+    await post_action(bridge, accepted["training_id"], "start")
+    output = (await ended(bridge, accepted["training_id"], LIMIT_SECONDS))["output"]
+
+    async def picture(**fields: Any) -> bytes:
+        job = await bridge.submit(template_id=TINY_PICTURE, extras={"seed": 7}, **fields)
+        state = await bridge.ended(job["job_id"], seconds=LIMIT_SECONDS)
+        assert state["error_details"] is None, state
+        return (await bridge.http.get(state["result_urls"][0])).content
+
+    plain = await picture()
+    lora = {"model_path": output["model_path"], "sha256": output["sha256"], "strength": 2.0}
+    assert await picture(loras=[lora]) != plain
+    assert await picture(loras=[lora | {"strength": 0.0}]) == plain
 
 
 async def test_a_training_is_cancelled_during_a_chunk_and_the_server_is_free(
