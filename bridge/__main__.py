@@ -30,6 +30,7 @@ from bridge.key_workflow import ComfyUIKeyWorkflow, ComfyUIServerWorkflow
 from bridge.pool_gauges import PoolGauges
 from bridge.required_settings import callback_secret_by, result_secret_by, template_folders_by, templates_by
 from bridge.runs import Keys, Runs
+from bridge.server_check import ServerCheck
 from bridge.service import ImageService
 from bridge.storage import SignedAddresses, Storage
 from bridge.template_list import lines_of, listed, servers_of
@@ -125,6 +126,7 @@ class Bridge:
                 jobs.sign_results,
                 jobs.clear_up,
                 jobs.publish_model,
+                ServerCheck(self.forecast).check_servers,
             ],
             max_concurrent_workflow_tasks=self._settings.max_workflow_tasks,
             max_cached_workflows=self._settings.max_cached_workflows,

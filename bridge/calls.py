@@ -29,6 +29,7 @@ SIGN_RESULTS: Final = "sign_results"
 CLEAR_UP: Final = "clear_up"
 INGEST_DATASET: Final = "ingest_dataset"
 PUBLISH_MODEL: Final = "publish_model"
+CHECK_SERVERS: Final = "check_servers"
 
 LEAST_MINUTES: Final = 1.0
 """The shortest `estimated_time` of a run that is not over. A task's deadline is a multiple of it (3 by default), and a

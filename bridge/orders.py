@@ -162,6 +162,13 @@ class TakeOrder(OwnModel):
     """It waits in its template's queue."""
 
 
+class TemplatePlace(OwnModel):
+    """A template, and the pool whose servers run it."""
+
+    pool: str
+    template_id: str
+
+
 class Missing(OwnModel):
     """What a server lacks for a template. `code`: `model_missing` or `workflow_invalid` (contract §1)."""
 

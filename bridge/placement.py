@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ from temporalio.exceptions import TimeoutError as TemporalTimeout
 from temporalio.workflow import ActivityCancellationType, ActivityHandle
 
 from bridge.calls import (
+    CHECK_SERVERS,
     CLEAN_SERVER,
     COPY_RESULTS,
     RUN_GRAPH,
@@ -46,6 +48,7 @@ from bridge.orders import (
     ServerTaken,
     StoredResult,
     TakeOrder,
+    TemplatePlace,
     control_name,
 )
 from bridge.server import ResultFile
@@ -53,6 +56,9 @@ from bridge.task_files import FOLDER
 from comfyui_temporal.contracts.errors import JOB_CODES, ErrorDetails, FailureCode
 
 WAIT_TOLD_AFTER: Final = timedelta(seconds=30)
+CHECKED_AFTER: Final = timedelta(seconds=5)
+"""How soon a job that waits for a server that can run it looks whether there is any; doubled each time."""
+CHECKED_AT_LEAST: Final = timedelta(minutes=10)
 MAX_FAILED_RUNS: Final = 3
 """A job ends after this many servers failed."""
 SERVER_AWAY: Final = timedelta(minutes=2)
@@ -221,8 +227,38 @@ class Placement:
         )
         if self.server is not None and workflow.patched("told-while-it-waits-again"):
             await self._waited_for(taking)
+        elif self.server is None and self._is_handed_over and workflow.patched("refused-where-no-server-can-run-it"):
+            await self._waited_while_any_can(taking)
         taken: ServerTaken = await taking
         return taken
+
+    async def _waited_while_any_can(self, taking: ActivityHandle[ServerTaken]) -> None:
+        """Wait for a server that can run the template. Raises RunRefused once every server of the pool says it cannot.
+
+        The job was queued before they had reported, or what it needs was removed from them since.
+        """
+        place, wait = TemplatePlace(pool=self.pool, template_id=self._template_id), CHECKED_AFTER
+        try:
+            while True:
+                with suppress(TimeoutError):
+                    summary = "see whether any server can run it"
+                    await workflow.wait_condition(taking.done, timeout=wait, timeout_summary=summary)
+                    return
+                problems: list[ErrorDetails] = await workflow.execute_activity(
+                    CHECK_SERVERS,
+                    place,
+                    result_type=list[ErrorDetails],
+                    start_to_close_timeout=timedelta(seconds=15),
+                    priority=self._priority,
+                    summary="can any server run it?",
+                )
+                if problems and not taking.done():
+                    taking.cancel()
+                    raise RunRefused(problems[0])
+                wait = min(2 * wait, CHECKED_AT_LEAST)
+        except asyncio.CancelledError:
+            taking.cancel()
+            raise
 
     async def _waited_for(self, taking: ActivityHandle[ServerTaken]) -> None:
         """Tell, at first after 30 s and then each time the wait has doubled, that a job that was at work waits again.

@@ -13,13 +13,12 @@ from bridge.forecast import CanRun, Forecast
 from bridge.orders import ImageJob, JobView
 from bridge.replies import Call, Refused, Reply, checked
 from bridge.runs import NewRun, Runs, fingerprint
-from bridge.task_files import for_tenant
+from bridge.server_check import no_server
 from bridge.template_list import listed
 from bridge.templates import RequestRefused, TemplateLibrary
 from bridge.trained_models import TrainedModels
 from comfyui_temporal.contracts.comfyui import JobRequest, JobStatus, LoraFile, TaskPriority
-from comfyui_temporal.contracts.errors import ErrorDetails
-from comfyui_temporal.contracts.fields import CallerId, Prompt, Sha256, shortened
+from comfyui_temporal.contracts.fields import CallerId, Prompt, Sha256
 from comfyui_temporal.contracts.permissions import Scene, TokenClaims
 from comfyui_temporal.contracts.prices import PriceTable, UnknownPrice
 from comfyui_temporal.contracts.scenes import SCENES
@@ -181,12 +180,9 @@ class ImageService:
 
 def demand_runnable(can_run: CanRun, template_id: str) -> None:
     """Raises Refused with the names of what is missing, if no server of the pool can run the template."""
-    if can_run.missing is None:
-        return
-    message = shortened(f"No server can run {template_id!r}: {for_tenant('; '.join(can_run.missing.reasons))}")
-    raise Refused(
-        "job_refused", error_details=ErrorDetails(code=can_run.missing.code, message=message, retryable=False)
-    )
+    details = no_server(can_run, template_id)
+    if details is not None:
+        raise Refused("job_refused", error_details=details)
 
 
 def check_callback(url: str, bases: Sequence[str], task_id: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from datetime import timedelta
 
 import pytest
 
-from bridge import fitness, gpu_worker
+from bridge import fitness, gpu_worker, placement
 from bridge.calls import RUN_GRAPH, workflow_of
 from bridge.forecast import Forecast, SeenServer, identity_of
 from bridge.manifest import DEFAULT_POOL
@@ -58,6 +59,20 @@ async def test_what_no_server_can_run_is_refused_with_the_names_of_what_is_missi
 
 async def test_without_any_server_a_job_waits(bridge: BridgePlatform) -> None:
     assert (await bridge.job((await bridge.submit(template_id="text-to-image"))["job_id"]))["job_status"] == "queued"
+
+
+async def test_a_job_that_waits_for_the_first_server_ends_where_that_cannot_run_it(
+    bridge: BridgePlatform, native: NativeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "CHECKED_AFTER", timedelta(seconds=0.5))
+    job = await bridge.submit(template_id="text-to-image")
+    async with bridge.gpu(native):
+        state = await bridge.ended(job["job_id"], seconds=30)
+        assert state["error_details"]["code"] == "model_missing"
+        assert state["error_details"]["retryable"] is False
+        assert "ckpt_name" in state["error_details"]["message"]
+        assert (await bridge.ended((await bridge.submit())["job_id"]))["error_details"] is None, "the server is free"
+    assert len(await native.admin.submissions()) == 1
 
 
 async def test_jobs_go_to_the_one_server_that_has_the_model(bridge: BridgePlatform, servers: Servers) -> None:
