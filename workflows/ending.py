@@ -96,7 +96,7 @@ class TaskEnding:
             end = self._row_look.failure()
         if self._outside.earlier.is_possible:
             await self._row_look.once_all_has_landed()
-            await self._hold.forgotten.give_back(str(end))
+            await self._hold.forgotten.give_back()
         self._hold.ends.close()
         if not self._hold.state.charged:
             return Outcome(end=end)
@@ -130,15 +130,15 @@ class TaskEnding:
         await self._all_published()
         row = await self._ended_otherwise()
         if outcome.end is not None:
-            await self._give_back_forgotten(str(outcome.end))
+            await self._give_back_forgotten()
         return outcome if row is None else await self._publish_row(row)
 
-    async def _give_back_forgotten(self, reason: str) -> None:
+    async def _give_back_forgotten(self) -> None:
         """Give back what only the row knew, once the store is back: the ledger may have been late as well."""
         if not self._outside.earlier.life.is_store_away or not self._hold.forgotten.left():
             return
         if workflow.patched("forgotten-holds-given-back-once-the-store-is-back"):
-            await self._hold.forgotten.give_back(reason)
+            await self._hold.forgotten.give_back()
             await self._all_published()
 
     async def _publish_completed(self, delivery: JobUpdate | None) -> None:

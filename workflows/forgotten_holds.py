@@ -24,6 +24,8 @@ NAMELESS_RECORDED: Final = "nameless-hold-of-an-earlier-life-recorded"
 ROW_AWAITED: Final = "row-awaited-where-holds-may-be-forgotten"
 NAMELESS_COUNTED: Final = "nameless-holds-counted-beside-the-known-ones"
 UNKNOWN_RECORDED: Final = "unknown-end-of-an-earlier-lifes-hold-recorded"
+REASON: Final = "taken before the task's run was reset"
+"""The same in every request: a run that continues as new, and is reset, may send one again under its key."""
 
 
 class ForgottenHolds:
@@ -63,7 +65,7 @@ class ForgottenHolds:
         known = len(self._look.row.hold_ids) if self._look.row is not None else 0
         return max(known, self._state.asked_count)
 
-    async def give_back(self, reason: str, *, keep_one: bool = False) -> bool:
+    async def give_back(self, *, keep_one: bool = False) -> bool:
         """Cancel them, and find out what the task was charged. Returns whether there is any such hold.
 
         `keep_one`: the newest hold of the task that may be open is kept, as this run's own, to be committed; this run's
@@ -87,7 +89,7 @@ class ForgottenHolds:
         for pre_deduct_id in may_stand:
             if pre_deduct_id == kept or (pre_deduct_id in own and not keep_one):
                 continue
-            answer = await self._cancel(pre_deduct_id, f"forgotten:{pre_deduct_id}", reason)
+            answer = await self._cancel(pre_deduct_id, f"forgotten:{pre_deduct_id}", REASON)
             is_unsure |= self._is_unsure(pre_deduct_id, answer)
             if answer is not None and answer.reply is not None:
                 self._cancelled.add(pre_deduct_id)

@@ -143,7 +143,7 @@ class OrphanedTask:
         await self._undo.all("its run ended without its own clean-up")
         await self._finish_charges()
         if workflow.patched(LEDGER_READ):
-            await self._hold.forgotten.give_back("its run ended without its own clean-up")
+            await self._hold.forgotten.give_back()
         await self._delete_snapshot()
         self._hold.ends.close()
         credits = self._record.credits_changed(self._hold.summary())

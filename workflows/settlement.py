@@ -56,7 +56,7 @@ class Settlement:
         """What is left to charge of `cost` by the ledger: a commit of any hold settles the task."""
         self._outside.earlier.raise_if_ended()
         forgotten = self._hold.forgotten
-        await forgotten.give_back("another hold of the task is committed", keep_one=True)
+        await forgotten.give_back(keep_one=True)
         self._outside.earlier.raise_if_ended()  # the give-back has read the row
         self.charges.taken_before()
         if self._hold.state.is_unknown:

@@ -175,7 +175,7 @@ class TaskHolds:
     async def _give_back_forgotten(self, hold: RequestedHold) -> None:
         """An earlier life has taken a hold under this key: cancel it. The caller requests the next number."""
         hold.refused = True
-        if not await self.forgotten.give_back("taken before the task's run was reset"):
+        if not await self.forgotten.give_back():
             self._record.record_exception(
                 f"undo_hold:{hold.n}",
                 ExceptionCode.UNDO_UNFINISHED,
@@ -350,7 +350,7 @@ class TaskHolds:
         """How a hold ended whose commit or cancel was refused."""
         if self._outside.earlier.is_possible:
             if not self.forgotten.is_done:  # while they are open the ledger cannot show which end is this hold's
-                await self.forgotten.give_back("taken before the task's run was reset")
+                await self.forgotten.give_back()
             known = sum(bool(each.pre_deduct_id) for each in self.state.asked)
             others = self.forgotten.own_standing() - (not hold.resolved)
             return await self.ledger.fate_by_all(hold, known=known, but=others)

@@ -60,6 +60,7 @@ def test_many_schedules_keep_the_invariants(kind: str, profile: str, resets: flo
         pytest.param("image", 3467, "both", id="a stage whose write lands after a later one's"),
         pytest.param("training", 6286, "both", id="a hold that an operator ends before it is topped up"),
         pytest.param("training", 12666, "both", id="a delivery while the hold before the last is given back"),
+        pytest.param("training", 17789, "both", id="a forgotten hold is cancelled again with the same words"),
         pytest.param("training", 2614, "field", id="a pause after a refusal ends with the hold that it was for"),
         pytest.param("training", 15231, "both", id="a hold that only the row knew, once the store is back"),
         pytest.param("training", 9666, "both", id="a job of an earlier life that no route cancels is recorded"),
