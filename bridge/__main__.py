@@ -1,6 +1,7 @@
 """`python -m bridge`: serves `/comfyui/v1` (contract §2, §3) and runs the worker of the bridge's workflows.
 
 `python -m bridge templates`: prints the templates, with inputs, prices, and which server can run which of them.
+`python -m bridge template new FROM_EXPORTED.json`: makes a template of a graph that was exported from ComfyUI.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import asyncio
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import structlog
 import uvicorn
@@ -24,17 +28,21 @@ from bridge.api import Edge, bridge_app
 from bridge.callbacks import CallbackActivities, CallbackSender
 from bridge.control_images import ControlImages
 from bridge.forecast import Forecast
+from bridge.gpu_worker import open_server
 from bridge.job_activities import JobActivities
 from bridge.job_workflow import ComfyUIJobWorkflow
 from bridge.key_workflow import ComfyUIKeyWorkflow, ComfyUIServerWorkflow
+from bridge.new_template import read_exported, template_from, write
 from bridge.pool_gauges import PoolGauges
 from bridge.required_settings import callback_secret_by, result_secret_by, template_folders_by, templates_by
 from bridge.runs import Keys, Runs
+from bridge.server import ServerError
 from bridge.server_check import ServerCheck
 from bridge.service import ImageService
 from bridge.storage import SignedAddresses, Storage
 from bridge.template_list import lines_of, listed, servers_of
 from bridge.template_watch import TemplateWatch
+from bridge.templates import TemplateProblem
 from bridge.trained_models import TrainedModels
 from bridge.training_service import TrainingService
 from bridge.training_workflow import ComfyUITrainingWorkflow
@@ -186,11 +194,64 @@ async def print_templates(settings: Settings, *, as_json: bool) -> None:
         sys.stdout.write("\n".join(lines_of(row)) + "\n")
 
 
+def make_template(settings: Settings, options: argparse.Namespace) -> None:
+    """Write a template, and say what is left to do. Raises CannotStart."""
+    exported: Path = options.exported
+    folders = [folder.resolve() for folder in settings.bridge_templates]
+    out: Path = options.out or (folders[0] if folders else Path())
+    try:
+        graph = read_exported(exported)
+        info = asyncio.run(_node_types(settings, options.comfyui)) if options.comfyui else None
+        new = template_from(graph, exported.name, template_id=options.id, results=options.result, info=info)
+        folder = write(new, out)
+    except TemplateProblem as problem:
+        raise CannotStart(f"{problem}. Nothing was written.") from None
+    lines = [f"Wrote {folder}: graph.json and manifest.toml. The manifest is a first version: read it."]
+    if new.replaces_a_shipped_one:
+        lines.append(f"It takes the place of the shipped template {new.template_id}.")
+    for said, sentences in (
+        ("Left to decide, each a comment in the manifest:", new.decisions),
+        ("This server would refuse it as it is:", new.refused_by(info) if info else []),
+    ):
+        lines += [said, *(f"  - {sentence}" for sentence in sentences)] if sentences else []
+    lines += _next_steps(out, is_read=out.resolve() in folders, has_server=info is not None)
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _next_steps(out: Path, *, is_read: bool, has_server: bool) -> list[str]:
+    steps = []
+    if not is_read:
+        steps.append(f"Have bridge and GPU workers read it: COMFYUI_TEMPORAL_BRIDGE_TEMPLATES={out.resolve()}")
+    if not has_server:
+        steps.append("See what a server would refuse: python -m bridge.gpu_worker --server http://… --check")
+    return [*steps, "The credits service must know the template (docs/recipes.md)."]
+
+
+async def _node_types(settings: Settings, url: str) -> Mapping[str, Any]:
+    """A server's `/object_info`. Raises CannotStart."""
+    try:
+        async with open_server(url, settings) as server:
+            return await server.node_types()
+    except (ServerError, ValueError) as error:
+        raise CannotStart(f"{error}. Nothing was written.") from None
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bridge", description="Serve /comfyui/v1.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     templates = commands.add_parser("templates", help="print the templates, and which server can run which")
     templates.add_argument("--json", action="store_true", help="print JSON")
+    template = commands.add_parser("template", help="make a template").add_subparsers(metavar="COMMAND", required=True)
+    new = template.add_parser("new", help="make one of a graph that was exported from ComfyUI (API format)")
+    new.add_argument("exported", type=Path, metavar="FROM_EXPORTED.json", help="by Workflow → Export (API)")
+    new.add_argument("--id", help="the template_id, and its folder's name; default: made of the file's name")
+    new.add_argument(
+        "--out", type=Path, help="where its folder goes; default: the first of BRIDGE_TEMPLATES, else here"
+    )
+    new.add_argument("--comfyui", metavar="URL", help="ask this server about its nodes and models")
+    new.add_argument(
+        "--result", action="append", default=[], metavar="NODE", help="its files are a result; default: all that save"
+    )
     return parser.parse_args()
 
 
@@ -200,6 +261,9 @@ def main() -> int:
         settings = read_settings()
         if options.command == "templates":
             asyncio.run(print_templates(settings, as_json=options.json))
+            return 0
+        if options.command == "template":
+            make_template(settings, options)
             return 0
         configure_logs(level=settings.log_level, as_json=settings.log_json, hidden=settings.hidden_values)
         with traced_process("bridge", is_on=settings.traces):

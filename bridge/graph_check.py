@@ -128,13 +128,17 @@ def _is_given(name: str, inputs: Mapping[str, Any]) -> bool:
     return name in inputs or any(given.startswith(f"{name}.") for given in inputs)
 
 
-def choices_of(object_info: Mapping[str, Any], class_type: str, name: str) -> list[str] | None:
-    """The choices of one input; None if it has none."""
+def spec_of(object_info: Mapping[str, Any], class_type: str, name: str) -> Any:
+    """How `/object_info` describes one input; None if it does not."""
     info = object_info.get(class_type)
     if not isinstance(info, dict):
         return None
-    spec = _inputs_of(info, "required").get(name) or _inputs_of(info, "optional").get(name)
-    return None if spec is None else _choices(spec)
+    return _inputs_of(info, "required").get(name) or _inputs_of(info, "optional").get(name)
+
+
+def choices_of(object_info: Mapping[str, Any], class_type: str, name: str) -> list[str] | None:
+    """The choices of one input; None if it has none."""
+    return _choices(spec_of(object_info, class_type, name))
 
 
 def _choices(spec: Any) -> list[str] | None:

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from bridge.orders import Graph
 
@@ -33,10 +33,10 @@ def read_graph(path: Path) -> Graph:
 
 def checked_graph(graph: Any) -> Graph:
     """The graph itself. Raises GraphProblem if it is not in API format or a link has no target."""
-    if isinstance(graph, dict) and isinstance(graph.get("nodes"), list) and "links" in graph:
+    if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
         raise GraphProblem(
-            "the graph is in the editor's format (nodes and links). "
-            "Save it with Workflow → Export (API) in ComfyUI's menu."
+            "the graph is in the editor's format (nodes and links). Open it in ComfyUI and save it by Workflow → "
+            "Export (API) in its menu; older versions have Save (API Format), once Dev mode is on in their settings."
         )
     if not isinstance(graph, dict) or not graph:
         raise GraphProblem("the graph must be an object of nodes in API format")
@@ -44,8 +44,8 @@ def checked_graph(graph: Any) -> Graph:
         is_node = (
             isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
         )
-        if not is_node:
-            raise GraphProblem(f"node {node_id!r} has no class_type or no inputs")
+        if not is_node or not isinstance(node.get("_meta") or {}, dict):
+            raise GraphProblem(f"node {node_id!r} has no class_type or no inputs, or a _meta that is no object")
     for node_id, node in graph.items():
         for name, value in node["inputs"].items():
             if is_link(value) and value[0] not in graph:
@@ -53,7 +53,7 @@ def checked_graph(graph: Any) -> Graph:
     return graph
 
 
-def is_link(value: Any) -> bool:
+def is_link(value: Any) -> TypeGuard[list[Any]]:
     """Whether an input's value is the output of another node: `[id, number]`."""
     return (
         isinstance(value, list)
