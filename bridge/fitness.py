@@ -64,6 +64,10 @@ class Fitness:
             return TemplateState.UNKNOWN
         return TemplateState.FIT
 
+    def template(self, template_id: str) -> Template | None:
+        """One of the templates that are judged here."""
+        return self._templates.get(template_id)
+
     @property
     def fit(self) -> set[str]:
         """Ids of the templates that may run here."""

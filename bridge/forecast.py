@@ -10,7 +10,7 @@ import asyncio
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -200,11 +200,28 @@ class Forecast:
     async def _read_backlog(self, pool: str) -> Backlog:
         queues = [pool_queue(self._task_queue, pool)]
         queues += [template_queue(self._task_queue, pool, name) for name in sorted(self._handed_over.get(pool, ()))]
+        by_key = await self._waiting_in(queues)
+        accelerated = by_key[PRIORITY_KEYS[TaskPriority.ACCELERATED]]
+        return Backlog(accelerated=accelerated, standard=by_key.total() - accelerated)
+
+    async def waiting_for(self, pool: str, template_ids: Collection[str]) -> int:
+        """How many jobs wait for a server of this pool that can run these templates."""
+
+        async def read() -> int:
+            handed_over = sorted(self._handed_over.get(pool, set()) & set(template_ids))
+            queues = [pool_queue(self._task_queue, pool)]
+            queues += [template_queue(self._task_queue, pool, name) for name in handed_over]
+            return (await self._waiting_in(queues)).total()
+
+        await self.servers()
+        return await self._cached(("waiting", pool), read, 0, CACHE_SECONDS / 3)
+
+    async def _waiting_in(self, queues: Iterable[str]) -> Counter[int]:
+        """Priority key → jobs that wait in these queues."""
         by_key: Counter[int] = Counter()
         for seen in await asyncio.gather(*(self._describe(queue, stats=True) for queue in queues)):
             by_key.update({key: stats.approximate_backlog_count for key, stats in seen.stats_by_priority_key.items()})
-        accelerated = by_key[PRIORITY_KEYS[TaskPriority.ACCELERATED]]
-        return Backlog(accelerated=accelerated, standard=by_key.total() - accelerated)
+        return by_key
 
     async def servers(self) -> list[SeenServer]:
         """The running GPU workers, sorted by name; empty if Temporal does not answer."""

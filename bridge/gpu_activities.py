@@ -66,11 +66,12 @@ from bridge.prompt_run import (
     ServerUnfit,
 )
 from bridge.result_files import BUNDLE, Bundle, kept, own_names, pieces, scratch_file, single_count
-from bridge.server import TEMPORARY, FileUse, PromptRefused, PromptState, ResultFile, Server, ServerError
+from bridge.server import FileUse, PromptRefused, PromptState, ResultFile, Server, ServerError
 from bridge.slot import Slot
 from bridge.storage import STORAGE_ERRORS, Storage, safe_name
-from bridge.task_files import FOLDER, foreign_files, is_of_a_task, shown
+from bridge.task_files import FOLDER, foreign_files, is_left_by, shown
 from bridge.ticks import RunningJobs, Ticks
+from bridge.warm_up import WarmUps
 from comfyui_temporal.contracts.comfyui import DatasetFile, DatasetSnapshot
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 
@@ -120,6 +121,7 @@ class GpuActivities:
         sender: CallbackSender | None,
         *,
         loras: LoraCache,
+        warm_ups: WarmUps,
         patience: Patience | None = None,
         jobs: RunningJobs | None = None,
         are_others: Callable[[], Awaitable[bool]] | None = None,
@@ -134,6 +136,7 @@ class GpuActivities:
         self._storage = storage
         self._sender = sender
         self._loras = loras
+        self._warm_ups = warm_ups
         self._patience = patience or Patience()
         self._copying = 0
         self._ingested_datasets: set[str] = set()
@@ -211,6 +214,8 @@ class GpuActivities:
         return None if error is None else shown(error, job_id, places=places)
 
     async def _learn_from(self, failure: RunFailure) -> None:
+        if isinstance(failure, PromptLost | ServerGone):
+            self._warm_ups.was_away()
         if isinstance(failure, ServerDead | ServerSick):
             self._slot.health.fell_sick(str(failure))
         if isinstance(failure, ServerUnfit):
@@ -228,6 +233,8 @@ class GpuActivities:
         reason = self._slot.health.ran(run.task_id, outcome, outcome.seconds or seconds)
         if reason is not None:
             raise ServerSick(reason, error=outcome.error, is_over=True)
+        if error is None:
+            self._warm_ups.ran(template_id)
 
     @activity.defn(name=COPY_RESULTS)
     async def copy_results(self, order: CopyOrder) -> list[StoredResult]:
@@ -257,7 +264,7 @@ class GpuActivities:
             # A server that was away may run what its job has given up.
             if (await self._server.look_up(prompt_id, ())).state in (PromptState.PENDING, PromptState.RUNNING):
                 await self._server.cancel(prompt_id)
-            files += [file for file in await self._server.produced(prompt_id) if _is_left_by(file, order.job_id)]
+            files += [file for file in await self._server.produced(prompt_id) if is_left_by(file, order.job_id)]
         if order.dataset is not None:
             files += await self._ingested(order.dataset)
             self._ingested_datasets.discard(order.dataset.training_id)
@@ -518,12 +525,6 @@ def _place_of(order: DatasetOrder, path: str) -> tuple[str, str]:
     """(folder, name) of a dataset's file below the server's input folder."""
     folder, _, name = path.rpartition("/")
     return "/".join(part for part in (FOLDER, order.training_id, folder) if part), name
-
-
-def _is_left_by(file: ResultFile, job_id: str) -> bool:
-    """Whether a file that a prompt shows is the job's alone: a node may also show one that was there before."""
-    is_own = is_of_a_task(f"{file.subfolder}/") and job_id in file.subfolder.replace("\\", "/").split("/")
-    return is_own or file.type == TEMPORARY
 
 
 def _dataset_refused(problem: str) -> PromptRefused:

@@ -32,7 +32,13 @@ from bridge.manifest import DEFAULT_POOL
 from bridge.native import NativeServer
 from bridge.orders import ServerReport
 from bridge.prompt_run import Patience
-from bridge.required_settings import server_headers_by, stop_on_signals, template_folders_by, templates_by
+from bridge.required_settings import (
+    server_headers_by,
+    stop_on_signals,
+    template_folders_by,
+    templates_by,
+    warm_up_by,
+)
 from bridge.server import Server, ServerDescription, ServerError, UnsupportedServer
 from bridge.server_gauges import ServerGauges
 from bridge.server_health import ServerHealth
@@ -44,6 +50,7 @@ from bridge.template_queues import TemplateQueues
 from bridge.template_watch import TemplateWatch
 from bridge.templates import Template, TemplateLibrary
 from bridge.ticks import RunningJobs
+from bridge.warm_up import WarmUpPace, WarmUps
 from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
 from runtime.health_page import HealthPage, is_polling
@@ -90,7 +97,10 @@ class GpuWorker:
         linger_seconds: float = LINGER_SECONDS,
         health: ServerHealth | None = None,
         lora_cache_bytes: int = LORA_CACHE_BYTES,
+        warm_up: Iterable[str] = (),
+        warm_up_pace: WarmUpPace | None = None,
     ) -> None:
+        """`warm_up`: ids of the templates to run once before jobs need them."""
         self._client = client
         self._seen = seen
         self._bridge_queue = bridge_queue
@@ -100,8 +110,14 @@ class GpuWorker:
         self.fitness = Fitness(server, templates)
         self._queues = TemplateQueues(lambda: self.fitness.fit, self._template_worker)
         self._reporting = Reporting(ServerReports(client, bridge_queue), self.report)
-        self.health.on_change = self.fitness.on_change = self._changed
         self.slot = Slot(server, self.health, taken_seconds=taken_seconds)
+        self.warm_ups = WarmUps(
+            *(server, self.slot, self.fitness, warm_up),
+            waiting=lambda: self._forecast.waiting_for(seen.pool, self.fitness.fit),
+            pace=warm_up_pace,
+            on_change=self._reporting.changed,
+        )
+        self.health.on_change = self.fitness.on_change = self._changed
         identity = ServerIdentity(seen.name, server_queue(bridge_queue, seen.name), seen.gpu_type)
         self.activities = GpuActivities(
             server,
@@ -113,6 +129,7 @@ class GpuWorker:
             patience=patience,
             jobs=RunningJobs(client),
             loras=LoraCache(server, storage, seen.name, limit_bytes=lora_cache_bytes),
+            warm_ups=self.warm_ups,
             are_others=self._are_others,
         )
         self._identity = poller_identity = identity_of(seen, os.getpid())
@@ -171,9 +188,13 @@ class GpuWorker:
             unknown=self.fitness.unknown,
             sick_since=sickness.since if sickness else None,
             sick_reason=sickness.reason if sickness else "",
+            cold=self.warm_ups.cold,
+            failed_warm_ups=self.warm_ups.failed,
         )
 
     def _changed(self) -> None:
+        if self.health.sickness is not None:
+            self.warm_ups.was_away()
         self._queues.changed()
         self._reporting.changed()
 
@@ -194,7 +215,7 @@ class GpuWorker:
             async with asyncio.timeout(FIRST_LOOK_SECONDS):
                 await self.fitness.refresh()
         async with self._own, self.health.watched(), self.fitness.watched():
-            async with self._reporting.kept(), self._presence, self._pool, self._queues.polled():
+            async with self._reporting.kept(), self._presence, self.warm_ups.kept(), self._pool, self._queues.polled():
                 yield
             await self._finish(grace_seconds)
 
@@ -273,6 +294,7 @@ async def check_templates(server: Server, templates: TemplateLibrary, pool: str)
 async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.Event) -> None:
     """Work until `stop` is set. Raises CannotStart."""
     templates = templates_by(settings)
+    warm_up = warm_up_by(settings, templates, options.pool)
     async with AsyncExitStack() as opened:
         try:
             server = await opened.enter_async_context(open_server(options.server, settings))
@@ -307,6 +329,7 @@ async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.E
             templates=templates.of_pools([options.pool]),
             bridge_queue=settings.bridge_task_queue,
             lora_cache_bytes=settings.bridge_lora_cache_bytes,
+            warm_up=warm_up,
         )
         health.worker = worker
         watch = TemplateWatch(
@@ -315,7 +338,10 @@ async def serve(settings: Settings, options: argparse.Namespace, stop: asyncio.E
         )
         await opened.enter_async_context(watch.watched())
         if gauges is not None:
-            await opened.enter_async_context(gauges.shown(worker.slot))
+            warm_ups = worker.warm_ups
+            await opened.enter_async_context(
+                gauges.shown(worker.slot, lambda: len(warm_ups.cold) + len(warm_ups.failed))
+            )
         async with worker.running(grace_seconds=settings.gpu_grace_seconds):
             log.info(
                 "gpu_worker_serves",

@@ -192,6 +192,10 @@ class ServerReport(OwnModel):
     """Templates that wait for the server's lists of nodes and models."""
     sick_since: datetime | None = None
     sick_reason: str = ""
+    cold: list[str] = []
+    """Templates whose warm-up run is still to come."""
+    failed_warm_ups: dict[str, str] = {}
+    """Template → why its warm-up run failed."""
     has_left: bool = False
 
     def can_run(self, template_id: str) -> bool:
@@ -203,7 +207,8 @@ class ServerReport(OwnModel):
             return f"{self.name} has left"
         health = f"sick: {self.sick_reason}" if self.sick_since else "well"
         lacks = f", cannot run {', '.join(sorted(self.unfit))}" if self.unfit else ""
-        return shortened(f"{self.name} is {health}{lacks}", 190)
+        failed = f", warm-up failed: {', '.join(sorted(self.failed_warm_ups))}" if self.failed_warm_ups else ""
+        return shortened(f"{self.name} is {health}{lacks}{failed}", 190)
 
 
 class FailedRun(OwnModel):

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from bridge.templates import SHIPPED, TemplateLibrary, TemplateProblem, load_library
+from comfyui_temporal.contracts.permissions import Scene
 from runtime.required_settings import CannotStart
 from runtime.settings import Settings
 
@@ -25,6 +26,18 @@ def templates_by(settings: Settings) -> TemplateLibrary:
         return load_library(*template_folders_by(settings))
     except TemplateProblem as problem:
         raise CannotStart(f"{problem}.") from None
+
+
+def warm_up_by(settings: Settings, templates: TemplateLibrary, pool: str) -> list[str]:
+    """The ids of this pool's templates to warm up. Raises CannotStart."""
+    known = {template.template_id: template for template in templates.of_scene(Scene.IMAGE_GENERATE)}
+    if unknown := [name for name in settings.bridge_warm_up if name not in known]:
+        offered = ", ".join(sorted(known))
+        raise CannotStart(
+            f"COMFYUI_TEMPORAL_BRIDGE_WARM_UP names {', '.join(unknown)}, which no template of images is called; there "
+            f"are {offered}."
+        )
+    return [name for name in settings.bridge_warm_up if known[name].manifest.pool == pool]
 
 
 def result_secret_by(settings: Settings) -> str:

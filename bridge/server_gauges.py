@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -17,7 +17,8 @@ EVERY_SECONDS: Final = 5.0
 ANSWER_SECONDS: Final = 3.0
 USABLE: Final = "gpu_worker_server_usable"
 BUSY: Final = "gpu_worker_busy"
-GAUGES: Final = (USABLE, BUSY)
+COLD: Final = "gpu_worker_cold_templates"
+GAUGES: Final = (USABLE, BUSY, COLD)
 
 
 class ServerGauges:
@@ -28,18 +29,21 @@ class ServerGauges:
         self._server = server
         self._usable = meter.create_gauge(USABLE, "Whether the server answers and runs what it is given.")
         self._usable = self._usable.with_additional_attributes(labels)
-        self._busy = meter.create_gauge(BUSY, "Whether the server runs a job of ours, or is about to.")
+        self._busy = meter.create_gauge(BUSY, "Whether the server runs a job of ours or warms up, or is about to.")
         self._busy = self._busy.with_additional_attributes(labels)
+        self._cold = meter.create_gauge(COLD, "Templates to warm up whose run is still to come or failed.")
+        self._cold = self._cold.with_additional_attributes(labels)
         self._usable.set(0)
         self._busy.set(0)
+        self._cold.set(0)
 
     @asynccontextmanager
-    async def shown(self, slot: Slot) -> AsyncIterator[None]:
-        """Look at the server every 5 s while the body runs."""
-        async with running_in_background(self._look_always(slot)):
+    async def shown(self, slot: Slot, cold: Callable[[], int]) -> AsyncIterator[None]:
+        """Look at the server every 5 s while the body runs. `cold`: how many templates are not warmed up."""
+        async with running_in_background(self._look_always(slot, cold)):
             yield
 
-    async def look(self, slot: Slot) -> None:
+    async def look(self, slot: Slot, cold: int = 0) -> None:
         """Look once. A server that is silent or runs nothing is unusable; one that is busy is not."""
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
@@ -49,8 +53,9 @@ class ServerGauges:
         else:
             self._usable.set(0 if slot.health.problem else 1)
         self._busy.set(1 if slot.is_held else 0)
+        self._cold.set(cold)
 
-    async def _look_always(self, slot: Slot) -> None:
+    async def _look_always(self, slot: Slot, cold: Callable[[], int]) -> None:
         while True:
-            await self.look(slot)
+            await self.look(slot, cold())
             await asyncio.sleep(EVERY_SECONDS)

@@ -50,10 +50,19 @@ class Slot:
         if self.is_held and self._holder != job_id:
             return "the server is held by another job"
         problem = await self.problem()
+        if problem is None and self.is_held and self._holder != job_id:
+            return "the server is held by another job"
         if problem is None:
             self._holder = job_id
             self._taken_until = time.monotonic() + self._taken_seconds
         return problem
+
+    def hold(self, run_id: str) -> bool:
+        """Begin a run that no job asked for, unless the slot is held. Returns whether it has begun."""
+        if self.is_held:
+            return False
+        self.begin(run_id)
+        return True
 
     def begin(self, job_id: str) -> None:
         self._holder = job_id

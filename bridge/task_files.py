@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from bridge.server import TEMPORARY, ResultFile
 from comfyui_temporal.contracts.errors import ErrorDetails
 
 FOLDER: Final = "comfyui-temporal"
@@ -51,6 +52,12 @@ def foreign_files(graph: Mapping[str, Any], run_id: str) -> Iterator[tuple[str, 
         for name, value in described["inputs"].items():
             if any(_is_foreign(text, run_id) for text in _texts(value)):
                 yield node, name
+
+
+def is_left_by(file: ResultFile, run_id: str) -> bool:
+    """Whether a file that a prompt shows is this run's alone: a node may also show one that was there before."""
+    is_own = is_of_a_task(f"{file.subfolder}/") and run_id in file.subfolder.replace("\\", "/").split("/")
+    return is_own or file.type == TEMPORARY
 
 
 def _is_foreign(text: str, run_id: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from bridge.forecast import SeenServer
 from bridge.manifest import AspectRatioExtra, BooleanExtra, ChoiceExtra, Extra, Manifest, NumberExtra
+from bridge.orders import ServerReport
 from bridge.templates import Template
 from comfyui_temporal.contracts.comfyui import Resolution
 from comfyui_temporal.contracts.permissions import Scene
@@ -33,9 +34,17 @@ def servers_of(template: Template, servers: Sequence[SeenServer]) -> dict[str, s
         missing = report.unfit.get(template.template_id) if report else None
         if report is None or template.template_id in report.unknown:
             found[server.name] = "not known yet"
+        elif missing is not None:
+            found[server.name] = "; ".join(missing.reasons)
         else:
-            found[server.name] = "; ".join(missing.reasons) if missing else "sick" if server.is_sick else "ok"
+            found[server.name] = "sick" if server.is_sick else f"ok{_cold(report, template.template_id)}"
     return found
+
+
+def _cold(report: ServerReport, template_id: str) -> str:
+    if (reason := report.failed_warm_ups.get(template_id)) is not None:
+        return f", but its warm-up failed: {reason}"
+    return ", not warmed up yet" if template_id in report.cold else ""
 
 
 def lines_of(row: Json) -> list[str]:

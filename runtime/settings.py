@@ -250,6 +250,9 @@ class Settings(BaseSettings):
     bridge_lora_cache_bytes: int = Field(default=8 * 1024**3, ge=1)
     """How much of tenants' trained models a ComfyUI server keeps for later images; what was used least recently goes
     first. The models of one image must fit into it."""
+    bridge_warm_up: Annotated[list[str], NoDecode] = []
+    """Templates of images, comma-separated, that each GPU worker runs once when its server comes up or comes back,
+    while no job waits: their models are then loaded before the first job."""
     bridge_callback_urls: Annotated[list[str], NoDecode] = []
     """Gateways to send callbacks to, as `callback_base_url`, comma-separated; default: that one alone."""
     bridge_result_secret: SecretStr | None = None
@@ -294,6 +297,7 @@ class Settings(BaseSettings):
     @field_validator(
         *("callback_secrets", "dataset_roots", "retry_after_seconds", "allowed_origins", "codec_server_origins"),
         *("bridge_templates", "bridge_image_hosts", "bridge_image_roots", "bridge_callback_urls", "trusted_proxies"),
+        "bridge_warm_up",
         mode="before",
     )
     @classmethod

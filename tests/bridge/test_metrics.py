@@ -171,11 +171,16 @@ async def test_both_processes_serve_their_page_with_temporals_metrics_beside_our
             and {"temporal_num_pollers", *server_gauges.GAUGES} <= names_in(of_gpu)
         )
 
+    async def is_warm() -> bool:
+        return bool(await native.admin.submissions()) and value_in(await page_of("gpu"), server_gauges.COLD) == 0
+
     async with (
         process_of(bridge, "bridge", BRIDGE_PORT="0", BRIDGE_METRICS_PORT=str(ports["bridge"])),
         process_of(
             *(bridge, "bridge.gpu_worker", "--server", native.url, "--name", "gpu-1"),
             GPU_METRICS_PORT=str(ports["gpu"]),
+            BRIDGE_WARM_UP="test-pattern",
         ),
     ):
         await bridge.until(both_show, seconds=60)
+        await bridge.until(is_warm, seconds=60)

@@ -14,7 +14,9 @@ from bridge.gpu_worker import GpuWorker
 from bridge.native import NativeServer as NativeClient
 from bridge.orders import GraphOutcome
 from bridge.placement import prompt_id_of
+from bridge.server import QueueState
 from bridge.server_health import QUICK_FAILURES, ServerHealth
+from bridge.slot import Slot
 from comfyui_temporal.contracts.errors import ErrorDetails
 from tests.bridge.memory_server import MemoryServer
 from tests.bridge.native import NativeServer
@@ -175,6 +177,21 @@ async def test_a_relapse_is_probed_later_and_a_delivered_job_forgives_it(native:
             health.sickness = None
             health.fell_sick("another time")
             await comes_true(lambda: health.sickness is None, within_seconds=20)
+
+
+class SlowServer(MemoryServer):
+    async def queue(self) -> QueueState:
+        await asyncio.sleep(0.01)
+        return await super().queue()
+
+
+async def test_two_jobs_from_two_queues_never_hold_a_server_at_once() -> None:
+    server = SlowServer()
+    slot = Slot(server, ServerHealth(server))
+    assert sorted(await asyncio.gather(slot.take("one"), slot.take("another")), key=str) == [
+        None,
+        "the server is held by another job",
+    ]
 
 
 def test_jobs_that_fail_slowly_or_one_task_again_and_again_make_no_server_sick() -> None:
