@@ -8,6 +8,8 @@ card.js      one task on the page
 results.js   its pictures, video and audio; the large view
 detail.js    a task's own page
 form.js      the form that starts a task
+loras.js     the trained models that its image uses
+fields.js    fields of forms
 loss.js      a training's loss curve
 words.js     the language: strings, dates, numbers
 en.js, zh.js every string, in English and in Chinese
@@ -31,7 +33,7 @@ FILES: Final = {
     "page.css": "text/css; charset=utf-8",
     **{
         f"{name}.js": "text/javascript; charset=utf-8"
-        for name in ("page", "api", "card", "results", "detail", "form", "loss", "words", "en", "zh")
+        for name in ("page", "api", "card", "results", "detail", "form", "fields", "loras", "loss", "words", "en", "zh")
     },
     "icon.svg": "image/svg+xml",
 }

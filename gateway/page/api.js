@@ -72,6 +72,11 @@ export class Api {
     return this.#request("/api/v1/templates");
   }
 
+  /** The newest trainings that have made a model. */
+  models() {
+    return this.#get("?scene=model.train&status=completed&limit=100");
+  }
+
   /** `filters`: {status, scene, text}, each may be empty. */
   list(filters, cursor) {
     const query = new URLSearchParams({ limit: "30" });

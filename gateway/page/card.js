@@ -81,7 +81,7 @@ export class Card {
   #reached = 0;
   #heading;
 
-  /** `actions`: {cancel, confirm, again, trainingLog, large, may(operation)}; `links`: the Temporal UI; `heading`: of its title. */
+  /** `actions`: {cancel, confirm, again, use, trainingLog, large, may(operation)}; `links`: the Temporal UI; `heading`: of its title. */
   constructor(task, actions, links, heading = "h3") {
     this.#heading = heading;
     this.#actions = actions;
@@ -263,6 +263,7 @@ export class Card {
     const facts = [say(`scene.${scene}`), template_id, resolution];
     if (priority !== "standard") facts.push(say(`priority.${priority}`));
     if (input?.extras?.seed !== undefined) facts.push(say("fact.seed", { seed: String(input.extras.seed) }));
+    for (const { model_id: model, strength = 1 } of input?.loras ?? []) facts.push(say("fact.lora", { model, strength }));
     if (ended_at) facts.push(say("fact.took", { time: span((new Date(ended_at) - new Date(created_at)) / 1000) }));
     this.#part.facts.textContent = facts.filter(Boolean).join(" · ");
   }
@@ -308,10 +309,13 @@ export class Card {
     blank.textContent = this.isOver ? say(ends[task.status] ?? "result.none") : percent(this.#reached);
     const model = task.output?.model_path;
     output.hidden = !model;
-    if (model && output.dataset.model !== model) {
-      output.dataset.model = model;
+    const isUsable = task.status === "completed" && this.#actions.may("start_image_task");
+    if (model && output.dataset.known !== `${isUsable} ${model}`) {
+      output.dataset.known = `${isUsable} ${model}`;
       const copying = button(say("action.copy_address"), null, () => copy(copying, model));
-      output.replaceChildren(element("span", {}, `${say("model")} `, element("code", { textContent: model })), " ", copying);
+      const using = button(say("action.use"), say("action.use.task", { task: task.task_id }), () => this.#act(using, () => this.#actions.use(task)));
+      const buttons = element("span", { className: "actions" }, copying, ...(isUsable ? [using] : []));
+      output.replaceChildren(element("span", {}, `${say("model")} `, element("code", { textContent: model })), " ", buttons);
     }
   }
 

@@ -1,6 +1,8 @@
 // The form that starts a task: the templates that ComfyUI lists, what each takes, and the price before it is paid.
 // Where ComfyUI lists none, a template's id is typed in, and the price is what the same cost the last time.
 
+import { labelled, option, priced } from "./fields.js";
+import { LoraRows } from "./loras.js";
 import { element } from "./results.js";
 import { say } from "./words.js";
 
@@ -9,16 +11,10 @@ const FIRST = { images: "text-to-image", trainings: "lora-train" };
 const RESOLUTIONS = ["sd", "hd", "4k"];
 const FREE = ["seed", "negative_prompt"];
 const EXTRA = "extras.";
+const MOST_LORAS = 8; // what the platform takes, where ComfyUI does not say what a template takes
 
-/** `{name}, +8 points`, or without points where it is free. */
-const priced = (key, name, points) => (points ? say(key, { name, n: points }) : name);
-
-const option = (value, textContent = value) => element("option", { value, textContent });
-
-/** A label over its field. */
-function labelled(text, field, className = "") {
-  return element("label", { className }, element("span", { textContent: text }), field);
-}
+/** Whether a template takes trained models. A price that is not known means that it would refuse them. */
+const takesLoras = ({ scene, loras }) => scene === SCENES.images && Boolean(loras?.most) && loras.points !== null;
 
 function fieldOf(name, { type, minimum, maximum, choices, max_length }) {
   if (type === "boolean") return element("input", { name, type: "checkbox" });
@@ -38,10 +34,12 @@ export class StartForm {
   #typed = this.#form.elements.template_id;
   #chosen = element("select", { name: "template_id" });
   #part = Object.fromEntries(["templates", "datasets", "template-summary", "extras", "controls", "price"].map((id) => [id, document.getElementById(id)]));
+  #loras = new LoraRows();
   #offered = null;
+  #opening = null;
   #page;
 
-  /** `page`: {tasks(), templates(), start(kind, order)} */
+  /** `page`: {tasks(), templates(), models(), start(kind, order)} */
   constructor(page) {
     this.#page = page;
     const form = this.#form;
@@ -68,14 +66,41 @@ export class StartForm {
     return this.#offered?.find(({ template_id, scene }) => template_id === id && scene === SCENES[this.#kind]) ?? null;
   }
 
-  /** What is known of templates and datasets, read each time the form is opened. */
-  async opened() {
+  /** What is known of templates, trained models and datasets, read each time the form is opened. */
+  opened() {
+    this.#opening ??= this.#open().finally(() => (this.#opening = null));
+    return this.#opening;
+  }
+
+  /** Fill in that an image uses this training's model. Returns false if no template takes one. */
+  async use(training) {
+    await this.opened();
+    const { elements } = this.#form;
+    const fitting = (this.#offered ?? []).find(takesLoras);
+    if (this.#offered && !fitting) return false;
+    if (this.#kind !== "images") {
+      elements.kind.value = "images";
+      this.#kindChanged();
+    }
+    if (fitting && !takesLoras(this.#template)) {
+      this.#chosen.value = fitting.template_id;
+      this.#templateChanged();
+    }
+    this.#loras.choose(training);
+    this.#changed();
+    elements.prompt.focus();
+    return true;
+  }
+
+  async #open() {
     this.#suggest();
     this.#changed();
-    const listed = await this.#page.templates();
+    const [listed, models] = await Promise.all([this.#page.templates(), this.#page.models()]);
+    this.#loras.offer(models);
+    this.#suggest(models);
     const offered = listed?.length ? listed : null;
     // What is filled in stays, unless the templates are others.
-    if (JSON.stringify(offered) === JSON.stringify(this.#offered)) return;
+    if (JSON.stringify(offered) === JSON.stringify(this.#offered)) return this.#allowLoras();
     this.#offered = offered;
     this.#showTemplates();
   }
@@ -111,6 +136,7 @@ export class StartForm {
     this.#baseModels(template);
     this.#drawExtras(template);
     this.#drawControls(template);
+    this.#allowLoras();
     elements.negative_prompt.closest("label").hidden = elements.negative_prompt.disabled = !template?.inputs.negative_prompt;
     elements.seed.closest("label").hidden = elements.seed.disabled = Boolean(template) && !template.inputs.seed;
     this.#changed();
@@ -165,6 +191,12 @@ export class StartForm {
     }));
   }
 
+  #allowLoras() {
+    const template = this.#template;
+    if (!template) return this.#loras.allow(MOST_LORAS, 0);
+    return takesLoras(template) ? this.#loras.allow(template.loras.most, template.loras.points) : this.#loras.allow(0, 0);
+  }
+
   #changed() {
     // Images count by their place: none may be left out before another.
     const addresses = [...this.#part.controls.querySelectorAll("input[type=url]")];
@@ -201,10 +233,11 @@ export class StartForm {
     const order = { template_id, priority };
     if (given.max_credits) order.max_credits = Number(given.max_credits);
     if (kind === "images") {
-      const [extras, controls] = [this.#extrasGiven(), this.#controlsGiven(given)];
+      const [extras, controls, loras] = [this.#extrasGiven(), this.#controlsGiven(given), this.#loras.given()];
       Object.assign(order, { prompt: given.prompt, resolution: given.resolution });
       if (Object.keys(extras).length) order.extras = extras;
       if (controls.length) order.controls = controls;
+      if (loras.length) order.loras = loras;
     } else {
       const { base_model, dataset_id, source_uri, epochs, batch_size, learning_rate } = given;
       const hyperparameters = { epochs: Number(epochs), batch_size: Number(batch_size), learning_rate: Number(learning_rate) };
@@ -216,11 +249,11 @@ export class StartForm {
   #price() {
     const template = this.#template;
     if (!template) return this.#lastPrice();
-    const [kind, { priority, resolution, base_model, extras }] = this.order();
+    const [kind, { priority, resolution, base_model, extras, loras = [] }] = this.order();
     const base = kind === "images" ? template.resolutions[resolution]?.points : template.points;
     const model = kind === "images" ? 0 : template.base_models[base_model]?.points;
     const paid = Object.keys(extras ?? {}).filter((name) => !FREE.includes(name)).map((name) => template.extras[name].points);
-    const parts = [base, model, priority === "accelerated" ? template.accelerated_points : 0, ...paid];
+    const parts = [base, model, priority === "accelerated" ? template.accelerated_points : 0, ...paid, ...loras.map(() => template.loras.points)];
     if (parts.some((points) => points === null || points === undefined)) return say("start.price.none");
     const n = parts.reduce((one, other) => one + other, 0);
     if (kind === "images" || !template.points_per_gpu_hour) return say("start.price.now", { n });
@@ -229,7 +262,8 @@ export class StartForm {
 
   /** What a task that was ordered alike cost, or would have cost. */
   #lastPrice() {
-    const [kind, { template_id, priority, resolution, base_model }] = this.order();
+    const [kind, { template_id, priority, resolution, base_model, loras }] = this.order();
+    if (loras) return say("start.price.unknown");
     const alike = this.#page.tasks().filter((task) =>
       task.scene === SCENES[kind] && task.template_id === template_id && task.priority === priority &&
       task.resolution === (resolution ?? base_model) && task.input && !task.input.loras?.length && Object.keys(task.input.extras ?? {}).every((name) => FREE.includes(name)));
@@ -238,10 +272,10 @@ export class StartForm {
     return newest ? say("start.price", { n: newest.n }) : say("start.price.unknown");
   }
 
-  /** Templates and datasets of the tasks that are shown. */
-  #suggest() {
+  /** Templates and datasets of the tasks that are shown, and of `trainings`. */
+  #suggest(trainings = []) {
     const { templates, datasets } = this.#part;
-    const tasks = this.#page.tasks();
+    const tasks = [...trainings, ...this.#page.tasks()];
     const known = new Set([...templates.children].map(({ value }) => value));
     templates.append(...[...new Set(tasks.map(({ template_id }) => template_id))].filter((id) => !known.has(id)).map((id) => option(id, "")));
     const sources = new Map(tasks.filter(({ input }) => input?.dataset).map(({ input }) => [input.dataset.dataset_id, input.dataset.source_uri]));

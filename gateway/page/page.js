@@ -23,6 +23,7 @@ const refreshing = new Map();
 const arrived = new Map();
 let api;
 let live;
+let form;
 let large;
 let links = {};
 let tenant = null;
@@ -94,6 +95,16 @@ const actions = {
   }),
   trainingLog: (taskId, after) => api.trainingLog(taskId, after),
   large: (card, addresses, n) => large.open(card, addresses, n),
+  /** Fill the form in for an image with this training's model. */
+  use: (training) => attempt(async () => {
+    if (detailed) {
+      const routed = new Promise((done) => addEventListener("hashchange", done, { once: true }));
+      location.hash = "";
+      await routed;
+    }
+    $("start").open = true;
+    if (!(await form.use(training))) throw new Refused(200, { detail: say("start.lora.nowhere") });
+  }),
 };
 
 function started(task) {
@@ -325,10 +336,11 @@ function wireForms() {
     problem(null);
     begin(sessionStorage.getItem(TOKEN));
   };
-  const form = new StartForm({
+  form = new StartForm({
     tasks: () => [...cards.values()].map(({ task }) => task),
     // Whatever is wrong with the list, a task can be started without it.
     templates: () => api.templates().then(({ templates }) => templates, () => null),
+    models: () => api.models().then(({ tasks }) => tasks.filter(({ output }) => output?.model_path), () => []),
     start: async (kind, order) => {
       $("started").textContent = "";
       const task = await attempt(() => api.start(kind, order));

@@ -7,7 +7,7 @@ from typing import Any, Final
 from comfyui_temporal.contracts.comfyui import Resolution
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.prices import PriceTable
-from comfyui_temporal.contracts.size_budget import MAX_IMAGES
+from comfyui_temporal.contracts.size_budget import MAX_IMAGES, MAX_LORAS
 from proof.simulators.jobs import IMAGE_POOL, IMAGE_TEMPLATES
 from proof.simulators.trainings import DEFAULT_GPU
 
@@ -18,6 +18,7 @@ _SUMMARIES: Final = {
     "test-pattern": "A picture without a model.",
 }
 _NEEDS_AN_IMAGE: Final = frozenset({"image-to-image", "upscale"})
+_TAKES_LORAS: Final = frozenset({"text-to-image", "image-to-image"})
 _SECONDS: Final = 20.0
 
 
@@ -39,6 +40,7 @@ def _image(template_id: str, prices: PriceTable) -> dict[str, Any]:
         "controls": [slot] if template_id in _NEEDS_AN_IMAGE else [],
         "extras": {name: {"type": "boolean", "points": price} for name, price in prices.extras.items()},
         "images": {"most": MAX_IMAGES},
+        "loras": {"most": MAX_LORAS if template_id in _TAKES_LORAS else 0, "points": prices.lora},
         "resolutions": {name.value: {"seconds": _SECONDS, "points": points(name)} for name in Resolution},
         "accelerated_points": prices.image_accelerated,
     }

@@ -59,7 +59,7 @@ OPEN: set[Route] = {
     # Files, the same for everybody.
     *(("GET", path) for path in ("/", "/page/settings.json", "/page/index.html", "/page/page.css", "/page/icon.svg")),
     *(("GET", f"/page/{name}.js") for name in ("page", "api", "card", "results", "detail", "form")),
-    *(("GET", f"/page/{name}.js") for name in ("loss", "words", "en", "zh")),
+    *(("GET", f"/page/{name}.js") for name in ("fields", "loras", "loss", "words", "en", "zh")),
 }
 DATASET = {"dataset_id": "faces", "source_uri": "s3://datasets/unknown/faces/"}
 PACE = {"epochs": 1, "batch_size": 1, "learning_rate": 0.001}
