@@ -54,6 +54,12 @@ class TemplateLoras(OutsideModel):
     points: TemplatePoints = None
 
 
+class TemplateImages(OutsideModel):
+    """How many images one request may ask for, each at the price of one."""
+
+    most: int = 1
+
+
 class TemplateView(OutsideModel):
     """A template as a tenant sees it: what a request may set, and what it costs in points."""
 
@@ -65,6 +71,7 @@ class TemplateView(OutsideModel):
     controls: Annotated[list[TemplateControl], Field(max_length=MAX_EACH)] = []
     extras: Annotated[dict[OutsideName, TemplateExtra], Field(max_length=MAX_EACH)] = {}
     loras: Annotated[TemplateLoras | None, Informative] = None
+    images: Annotated[TemplateImages | None, Informative] = None
     resolutions: Annotated[dict[OutsideName, TemplatePrice], Field(max_length=MAX_EACH)] = {}
     base_models: Annotated[dict[OutsideName, TemplatePrice], Field(max_length=MAX_EACH)] = {}
     hyperparameters: Names = []

@@ -262,6 +262,7 @@ export class Card {
     const { scene, template_id, resolution, priority, input, ended_at, created_at } = this.task;
     const facts = [say(`scene.${scene}`), template_id, resolution];
     if (priority !== "standard") facts.push(say(`priority.${priority}`));
+    if (input?.images > 1) facts.push(say("fact.images", { n: input.images }));
     if (input?.extras?.seed !== undefined) facts.push(say("fact.seed", { seed: String(input.extras.seed) }));
     for (const { model_id: model, strength = 1 } of input?.loras ?? []) facts.push(say("fact.lora", { model, strength }));
     if (ended_at) facts.push(say("fact.took", { time: span((new Date(ended_at) - new Date(created_at)) / 1000) }));

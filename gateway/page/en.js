@@ -40,6 +40,7 @@ export default {
   "start.prompt": "Prompt",
   "start.prompt.example": "a lighthouse in a storm, oil on canvas",
   "start.resolution": "Resolution",
+  "start.images": "Images",
   "start.seed": "Seed",
   "start.seed.any": "any",
   "start.base_model": "Base model",
@@ -207,6 +208,7 @@ export default {
   "failure.paused": "An operator paused it.",
   "failure.terminated": "Its run was ended from outside.",
 
+  "fact.images": "{n} images",
   "fact.seed": "seed {seed}",
   "fact.lora": "{model} at {strength}",
   "fact.took": "took {time}",

@@ -10,6 +10,7 @@ const SCENES = { images: "image.generate", trainings: "model.train" };
 const FIRST = { images: "text-to-image", trainings: "lora-train" };
 const RESOLUTIONS = ["sd", "hd", "4k"];
 const FREE = ["seed", "negative_prompt"];
+const MOST_IMAGES = 16;
 const EXTRA = "extras.";
 const MOST_LORAS = 8; // what the platform takes, where ComfyUI does not say what a template takes
 
@@ -138,6 +139,11 @@ export class StartForm {
     this.#drawControls(template);
     this.#allowLoras();
     elements.negative_prompt.closest("label").hidden = elements.negative_prompt.disabled = !template?.inputs.negative_prompt;
+    // Where no template is listed it may take several.
+    const most = template ? (template.images?.most ?? 1) : MOST_IMAGES;
+    elements.images.max = most;
+    if (Number(elements.images.value) > most) elements.images.value = most;
+    elements.images.closest("label").hidden = elements.images.disabled = most < 2;
     elements.seed.closest("label").hidden = elements.seed.disabled = Boolean(template) && !template.inputs.seed;
     this.#changed();
   }
@@ -238,6 +244,7 @@ export class StartForm {
       if (Object.keys(extras).length) order.extras = extras;
       if (controls.length) order.controls = controls;
       if (loras.length) order.loras = loras;
+      if (Number(given.images) > 1) order.images = Number(given.images);
     } else {
       const { base_model, dataset_id, source_uri, epochs, batch_size, learning_rate } = given;
       const hyperparameters = { epochs: Number(epochs), batch_size: Number(batch_size), learning_rate: Number(learning_rate) };
@@ -249,24 +256,24 @@ export class StartForm {
   #price() {
     const template = this.#template;
     if (!template) return this.#lastPrice();
-    const [kind, { priority, resolution, base_model, extras, loras = [] }] = this.order();
+    const [kind, { priority, resolution, base_model, extras, loras = [], images = 1 }] = this.order();
     const base = kind === "images" ? template.resolutions[resolution]?.points : template.points;
     const model = kind === "images" ? 0 : template.base_models[base_model]?.points;
     const paid = Object.keys(extras ?? {}).filter((name) => !FREE.includes(name)).map((name) => template.extras[name].points);
     const parts = [base, model, priority === "accelerated" ? template.accelerated_points : 0, ...paid, ...loras.map(() => template.loras.points)];
     if (parts.some((points) => points === null || points === undefined)) return say("start.price.none");
-    const n = parts.reduce((one, other) => one + other, 0);
+    const n = images * parts.reduce((one, other) => one + other, 0);
     if (kind === "images" || !template.points_per_gpu_hour) return say("start.price.now", { n });
     return say("start.price.training", { n, hours: template.included_gpu_hours ?? 0, per: template.points_per_gpu_hour });
   }
 
   /** What a task that was ordered alike cost, or would have cost. */
   #lastPrice() {
-    const [kind, { template_id, priority, resolution, base_model, loras }] = this.order();
-    if (loras) return say("start.price.unknown");
+    const [kind, { template_id, priority, resolution, base_model, loras, images }] = this.order();
+    if (loras || images) return say("start.price.unknown");
     const alike = this.#page.tasks().filter((task) =>
       task.scene === SCENES[kind] && task.template_id === template_id && task.priority === priority &&
-      task.resolution === (resolution ?? base_model) && task.input && !task.input.loras?.length && Object.keys(task.input.extras ?? {}).every((name) => FREE.includes(name)));
+      task.resolution === (resolution ?? base_model) && task.input && !task.input.loras?.length && !task.input.images && Object.keys(task.input.extras ?? {}).every((name) => FREE.includes(name)));
     const known = alike.map(({ created_at, credits, confirmation }) => ({ created_at, n: credits.charged || credits.estimated || confirmation?.estimated_cost || 0 })).filter(({ n }) => n);
     const newest = known.sort((one, other) => (one.created_at < other.created_at ? 1 : -1))[0];
     return newest ? say("start.price", { n: newest.n }) : say("start.price.unknown");

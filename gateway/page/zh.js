@@ -40,6 +40,7 @@ export default {
   "start.prompt": "提示词",
   "start.prompt.example": "暴风雨中的灯塔，布面油画",
   "start.resolution": "分辨率",
+  "start.images": "张数",
   "start.seed": "种子",
   "start.seed.any": "任意",
   "start.base_model": "基础模型",
@@ -207,6 +208,7 @@ export default {
   "failure.paused": "运维人员暂停了它。",
   "failure.terminated": "其运行被外部终止。",
 
+  "fact.images": "{n} 张图片",
   "fact.seed": "种子 {seed}",
   "fact.lora": "模型 {model}，强度 {strength}",
   "fact.took": "用时 {time}",

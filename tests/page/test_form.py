@@ -38,13 +38,17 @@ async def test_the_form_offers_templates_with_extras_and_tells_the_price_before_
         await expect(price).to_have_text("40 points")
         await page.get_by_label("Priority").select_option("accelerated")
         await expect(price).to_have_text("52 points")
+        await page.get_by_role("spinbutton", name="Images").fill("3")
+        await expect(price).to_have_text("156 points")
         await page.get_by_label("What must not be in it").fill("people")
         await page.get_by_role("textbox", name="Prompt").fill("a lighthouse of extras")
         await page.get_by_role("button", name="Start", exact=True).click()
         started = page.locator("#started")
         await expect(started).to_have_text(re.compile(r"^image-\w+ started$"), timeout=10_000)
         shown = card(page, str(await started.text_content()).split(maxsplit=1)[0])
-        await expect(shown.locator(".money")).to_have_text("52 points charged", timeout=20_000)
+        await expect(shown.locator(".money")).to_have_text("156 points charged", timeout=20_000)
+        await expect(shown.locator("img")).to_have_count(3)
+        await expect(shown).to_contain_text("3 images")
 
 
 async def test_a_control_image_and_a_trainings_base_model_are_asked_for_where_they_are_needed(
