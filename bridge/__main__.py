@@ -71,7 +71,13 @@ class Bridge:
         self.storage = Storage(settings.bridge_store_url)
         base_url = settings.bridge_url or f"http://{settings.bridge_host}:{settings.bridge_port}"
         self.signed = SignedAddresses(base_url, result_secret_by(settings))
-        self.images = ControlImages(hosts=settings.bridge_image_hosts, roots=settings.bridge_image_roots)
+        uploads = settings.uploads_url
+        self.images = ControlImages(
+            hosts=settings.bridge_image_hosts,
+            roots=settings.bridge_image_roots,
+            uploads=None if uploads is None else Storage(uploads, setting="UPLOADS_URL"),
+            max_file_bytes=settings.upload_max_bytes,
+        )
         self.sender = CallbackSender(callback_secret_by(settings))
         self.forecast = Forecast(client, task_queue=settings.bridge_task_queue)
         self._client = client

@@ -357,7 +357,9 @@ class GpuActivities:
                 content = await self._storage.read_whole(control.path)
             except FileNotFoundError:
                 raise PromptRefused(
-                    ErrorDetails(code=FailureCode.INTERNAL.value, message="The control image is no longer in storage.")
+                    ErrorDetails(
+                        code=FailureCode.INTERNAL.value, message="A file of the request is no longer in storage."
+                    )
                 ) from None
             graph[upload.node]["inputs"][upload.input] = await self._server.upload(
                 control_name(upload.control, control),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from typing import Final
 
 import structlog
 from temporalio import activity
@@ -11,12 +12,14 @@ from temporalio.exceptions import ApplicationError
 
 from bridge.calls import CLEAR_UP, FETCH_CONTROLS, PUBLISH_MODEL, SIGN_RESULTS
 from bridge.control_images import ControlImages, ImageRefused, ImageUnreachable, address_of
+from bridge.manifest import MAX_FILES
 from bridge.orders import ControlFile, ControlsOrder, PublishOrder, StoredResult
 from bridge.storage import RESULT_SECONDS, STORAGE_ERRORS, SignedAddresses, Storage
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.size_budget import MAX_ADDRESS_BYTES, MAX_RESULT_URLS
+from comfyui_temporal.contracts.uploads import InputKind
 
-MAX_CONTROLS = 16
+MAX_CONTROLS: Final = 16
 log = structlog.get_logger(__name__)
 
 
@@ -30,24 +33,32 @@ class JobActivities:
 
     @activity.defn(name=FETCH_CONTROLS)
     async def fetch_controls(self, order: ControlsOrder) -> list[ControlFile]:
-        """Copy a job's control images to storage. Raises ApplicationError: `workflow_invalid`, or retried."""
+        """Copy a job's control images and other files to storage, in this order.
+
+        Raises ApplicationError: `workflow_invalid`, or retried.
+        """
+        named = [
+            (f"control image {number}", address_of(control), InputKind.IMAGE)
+            for number, control in enumerate(order.controls)
+        ]
+        named += [(f"file of extras.{file.name}", file.address, file.kind) for file in order.files]
         fetched: list[ControlFile] = []
-        for number, control in enumerate(order.controls):
+        for number, (what, address, kind) in enumerate(named):
+            path = control_path(order.job_id, number)
             try:
-                image = await self._images.fetch(address_of(control), order.tenant_id)
-                path = control_path(order.job_id, number)
-                await self._storage.write(path, image.content, image.content_type)
+                async with self._images.opened(address, order.tenant_id, kind) as file:
+                    size = await self._storage.write(path, file.chunks, file.content_type)
             except ImageRefused as refused:
                 raise ApplicationError(
-                    f"The control image {number} cannot be used: {refused}.",
+                    f"The {what} cannot be used: {refused}.",
                     type=FailureCode.WORKFLOW_INVALID.value,
                     non_retryable=True,
                 ) from None
             except ImageUnreachable as failure:
-                raise ApplicationError(f"The control image {number}: {failure}.", type="image_unreachable") from None
+                raise ApplicationError(f"The {what}: {failure}.", type="image_unreachable") from None
             except STORAGE_ERRORS as error:
                 raise self._storage_failed(error) from None
-            fetched.append(ControlFile(path=path, content_type=image.content_type, size_bytes=len(image.content)))
+            fetched.append(ControlFile(path=path, content_type=file.content_type, size_bytes=size))
         return fetched
 
     @activity.defn(name=SIGN_RESULTS)
@@ -89,8 +100,8 @@ class JobActivities:
 
     @activity.defn(name=CLEAR_UP)
     async def clear_up(self, job_id: str) -> None:
-        """Delete a job's control images. Idempotent."""
-        for number in range(MAX_CONTROLS):
+        """Delete a job's control images and other files. Idempotent."""
+        for number in range(MAX_CONTROLS + MAX_FILES):
             try:
                 await self._storage.delete(control_path(job_id, number))
             except STORAGE_ERRORS as error:

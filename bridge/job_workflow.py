@@ -55,7 +55,7 @@ class ComfyUIJobWorkflow(RunFlow):
         self._change("queued")
         await self._finish(self._deliver_results())
         self._remember_cut_run()
-        if job.request.controls:
+        if job.request.controls or job.graph.files:
             await self._clean_up()
         await self._placement.clean_up()
         await self._all_published()
@@ -99,12 +99,12 @@ class ComfyUIJobWorkflow(RunFlow):
             self._deliver(urls, outcome.seconds)
 
     async def _fetch_controls(self) -> list[ControlFile]:
-        request = self._job.request
-        if not request.controls:
+        request, files = self._job.request, self._job.graph.files
+        if not request.controls and not files:
             return []
         fetched: list[ControlFile] = await workflow.execute_activity(
             FETCH_CONTROLS,
-            ControlsOrder(job_id=self._job.job_id, tenant_id=request.tenant_id, controls=request.controls),
+            ControlsOrder(job_id=self._job.job_id, tenant_id=request.tenant_id, controls=request.controls, files=files),
             result_type=list[ControlFile],
             start_to_close_timeout=timedelta(minutes=2),
             schedule_to_close_timeout=timedelta(minutes=15),

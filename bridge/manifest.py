@@ -9,6 +9,10 @@
     [inputs]                            request → graph inputs, "node.input"; a node by its id or its title
     prompt = ["Positive prompt.text"]
 
+    [extras.mask]                       further values of a request: switches, numbers, choices, texts, files
+    type = "mask"                       a file: image, mask, video or audio
+    inputs = ["Load mask.image"]
+
     [resolutions.hd]                    seconds: expected run time; set: graph inputs
     seconds = 20
     set = { "Canvas.width" = 1024, "Canvas.height" = 1024 }
@@ -34,6 +38,8 @@ Ref = Annotated[str, Field(min_length=3, pattern=r"^.+\..+$")]
 """`node.input`: the node's id or title, a dot, the input's name."""
 Value = bool | int | float | str | list[JsonValue]
 DEFAULT_POOL: Final = "default"
+MAX_FILES: Final = 16
+"""Files of one request, beside its control images."""
 
 
 class ManifestModel(BaseModel):
@@ -148,7 +154,21 @@ class TextExtra(Setting):
     max_length: int = Field(default=200, ge=1, le=4_096)
 
 
-Extra = Annotated[BooleanExtra | NumberExtra | ChoiceExtra | AspectRatioExtra | TextExtra, Field(discriminator="type")]
+class FileExtra(Setting):
+    """A file: its address, as that of a control image, or an upload's. Of a mask the picture is taken.
+
+    The inputs are those of loaders (`LoadImage.image`, `LoadVideo.file`, `LoadAudio.audio`); they get its name on the
+    server. Without the file a loader must not be needed: let `set` link to it.
+    """
+
+    type: Literal["image", "mask", "video", "audio"]
+    inputs: list[Ref] = Field(min_length=1)
+    required: bool = False
+
+
+Extra = Annotated[
+    BooleanExtra | NumberExtra | ChoiceExtra | AspectRatioExtra | TextExtra | FileExtra, Field(discriminator="type")
+]
 
 
 class ImagesPlace(ManifestModel):
@@ -230,6 +250,8 @@ def _not_reserved(extras: dict[str, Extra]) -> dict[str, Extra]:
     for name in extras:
         if name in ("seed", "negative_prompt"):
             raise ValueError(f"{name!r} belongs under [inputs]")
+    if sum(isinstance(extra, FileExtra) for extra in extras.values()) > MAX_FILES:
+        raise ValueError(f"at most {MAX_FILES} of them may be files")
     return extras
 
 

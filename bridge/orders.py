@@ -11,22 +11,31 @@ from bridge.server import ResultFile
 from comfyui_temporal.contracts.comfyui import DatasetSnapshot, JobRequest, TaskPriority, TrainingRequest
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 from comfyui_temporal.contracts.fields import OwnModel, repaired, shortened
+from comfyui_temporal.contracts.uploads import SUFFIXES, InputKind
 
 Graph = dict[str, dict[str, Any]]
 """ComfyUI's API format: node id → `class_type`, `inputs`, `_meta`."""
 
 
 MOST_REASONS: Final = 8
-IMAGE_SUFFIXES: Final = {"image/jpeg": ".jpg", "image/gif": ".gif", "image/webp": ".webp"}
 
 
 class Upload(OwnModel):
-    """A graph input that names a control image. It is filled in once the image is on the server that runs the graph."""
+    """A graph input that names a file of the request. It is filled in once the file is on the server that runs it."""
 
     node: str
     input: str
     control: int = Field(ge=0)
-    """Index in the request's `controls`."""
+    """Index in the request's `controls`; from their number on, in the graph's `files`."""
+
+
+class InputFile(OwnModel):
+    """A file that an extra of the request names, and the kind of file that the template takes there."""
+
+    name: str
+    """The extra's."""
+    kind: InputKind
+    address: str
 
 
 class ModelChoice(OwnModel):
@@ -62,6 +71,8 @@ class RenderedGraph(OwnModel):
     pool: str
     graph: dict[str, JsonValue]
     uploads: list[Upload] = []
+    files: list[InputFile] = []
+    """Beside the request's `controls`: what its extras name."""
     models: list[ModelChoice] = []
     lora_inputs: list[LoraInput] = []
     loras: list[StoredLora] = []
@@ -76,7 +87,10 @@ class RenderedGraph(OwnModel):
 
 
 class ControlFile(OwnModel):
-    """A control image in the bridge's own storage. `size_bytes` and `content_type` are verified."""
+    """A control image, or another file of the request, in the bridge's own storage.
+
+    `size_bytes` and `content_type` are verified.
+    """
 
     path: str
     content_type: str
@@ -84,8 +98,8 @@ class ControlFile(OwnModel):
 
 
 def control_name(number: int, control: ControlFile) -> str:
-    """A control image's name on a server."""
-    return f"control-{number}{IMAGE_SUFFIXES.get(control.content_type, '.png')}"
+    """The file's name on a server."""
+    return f"control-{number}{SUFFIXES.get(control.content_type, '.png')}"
 
 
 class GraphRun(OwnModel):
@@ -305,11 +319,12 @@ class JobView(OwnModel):
 
 
 class ControlsOrder(OwnModel):
-    """Control images to fetch for a job, as the request names them (`image_url`)."""
+    """Control images to fetch for a job, as the request names them (`image_url`), and then its other files."""
 
     job_id: str
     tenant_id: str
     controls: list[dict[str, JsonValue]]
+    files: list[InputFile] = []
 
 
 def long_list(training_id: str, sha256: str) -> str:

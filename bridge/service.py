@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue
 from bridge.calls import CANCEL_UPDATE, JOB_WORKFLOW, run_id_of, workflow_id
 from bridge.control_images import ControlImages, address_of
 from bridge.forecast import CanRun, Forecast
-from bridge.orders import ImageJob, JobView
+from bridge.orders import ImageJob, JobView, RenderedGraph
 from bridge.replies import Call, Refused, Reply, checked
 from bridge.runs import NewRun, Runs, fingerprint
 from bridge.server_check import no_server
@@ -135,13 +135,7 @@ class ImageService:
             rendered = template.render(request, job_id=job_id)
         except RequestRefused as refused:
             raise Refused("payload_invalid", fields=refused.fields) from None
-        problems = [
-            f"controls.{number}.image_url: {problem}"
-            for number, control in enumerate(request.controls)
-            if (problem := self._images.problem(address_of(control), request.tenant_id))
-        ]
-        if problems:
-            raise Refused("payload_invalid", fields=problems)
+        await self._check_files(request, rendered)
         loras = await self._models.stored(request.loras or [], request.tenant_id)
         can_run = await self._forecast.can_run(rendered.pool, request.template_id)
         demand_runnable(can_run, request.template_id)
@@ -163,6 +157,18 @@ class ImageService:
             manifest_seconds=rendered.expected_seconds,
             is_for_some=not can_run.by_all,
         )
+
+    async def _check_files(self, request: TakenJobRequest, rendered: RenderedGraph) -> None:
+        """Raises Refused for a file that cannot be used, as far as that is known before it is fetched."""
+        named = {f"controls.{number}.image_url": address_of(each) for number, each in enumerate(request.controls)}
+        named |= {f"extras.{file.name}": file.address for file in rendered.files}
+        problems = []
+        for field, address in named.items():
+            problem = self._images.problem(address, request.tenant_id)
+            problem = problem or await self._images.missing(address, request.tenant_id)
+            problems += [f"{field}: {problem}"] if problem else []
+        if problems:
+            raise Refused("payload_invalid", fields=problems)
 
     def _price(self, request: JobRequest) -> int:
         is_accelerated = request.priority is TaskPriority.ACCELERATED

@@ -43,12 +43,11 @@ PART_BYTES: Final = 5 * 1024 * 1024
 class Storage:
     """One object store. Raises ValueError for an unusable address. Every method raises STORAGE_ERRORS."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, setting: str = "BRIDGE_STORE_URL") -> None:
         parts = urlsplit(url)
         if parts.scheme not in SCHEMES or parts.query or parts.fragment or "@" in parts.netloc:
             raise ValueError(
-                "COMFYUI_TEMPORAL_BRIDGE_STORE_URL must be a file://, s3://, gs:// or az:// address, without "
-                "credentials."
+                f"COMFYUI_TEMPORAL_{setting} must be a file://, s3://, gs:// or az:// address, without credentials."
             )
         self.url = url.rstrip("/")
         self._local: Path | None = None

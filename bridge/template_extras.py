@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bridge.manifest import AspectRatioExtra, BooleanExtra, ChoiceExtra, Extra, NumberExtra, TextExtra
+from bridge.manifest import AspectRatioExtra, BooleanExtra, ChoiceExtra, Extra, FileExtra, NumberExtra, TextExtra
+from comfyui_temporal.contracts.size_budget import MAX_ADDRESS_BYTES
 
 
 def problem_of_extra(extra: Extra, value: Any) -> str | None:
@@ -20,6 +21,9 @@ def problem_of_extra(extra: Extra, value: Any) -> str | None:
         return None
     if isinstance(extra, ChoiceExtra | AspectRatioExtra):
         return None if value in extra.choices else f"must be one of {', '.join(extra.choices)}"
+    if isinstance(extra, FileExtra):
+        is_address = isinstance(value, str) and 0 < len(value) <= MAX_ADDRESS_BYTES
+        return None if is_address else f"must be the address of a file of kind {extra.type}, or upload:UPLOAD_ID"
     return None if _is_short(extra, value) else f"must be a text of at most {extra.max_length} characters"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bridge.forecast import SeenServer
-from bridge.manifest import AspectRatioExtra, BooleanExtra, ChoiceExtra, Extra, Manifest, NumberExtra
+from bridge.manifest import AspectRatioExtra, BooleanExtra, ChoiceExtra, Extra, FileExtra, Manifest, NumberExtra
 from bridge.orders import ServerReport
 from bridge.templates import Template
 from comfyui_temporal.contracts.comfyui import Resolution
@@ -127,6 +127,8 @@ def _extra(extra: Extra) -> Json:
         return {"type": extra.type, "minimum": extra.minimum, "maximum": extra.maximum}
     if isinstance(extra, ChoiceExtra | AspectRatioExtra):
         return {"type": "choice", "choices": extra.choices}
+    if isinstance(extra, FileExtra):
+        return {"type": extra.type, "required": extra.required}
     return {"type": "text", "max_length": extra.max_length}
 
 

@@ -25,16 +25,18 @@ from bridge.manifest import (
     AspectRatioExtra,
     BooleanExtra,
     ControlSlot,
+    FileExtra,
     Manifest,
     NumberExtra,
     SeedInput,
 )
-from bridge.orders import Graph, LoraInput, ModelChoice, RenderedGraph, TrainingGraph, Upload
+from bridge.orders import Graph, InputFile, LoraInput, ModelChoice, RenderedGraph, TrainingGraph, Upload
 from bridge.task_files import problem_of
 from bridge.template_extras import problem_of_extra
 from comfyui_temporal.contracts.comfyui import JobRequest
 from comfyui_temporal.contracts.errors import sentences_of
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.uploads import InputKind
 
 SHIPPED: Final = Path(__file__).parent / "templates"
 MAX_GRAPH_BYTES: Final = 512 * 1024
@@ -76,6 +78,7 @@ class Template:
                 raise self._problem(f"results: {name!r} gives no result: {reason}; name a node that saves")
         if len(set(self.result_nodes)) < len(self.result_nodes):
             raise self._problem("results: a node is named twice")
+        self._file_extras = {name: extra for name, extra in manifest.extras.items() if isinstance(extra, FileExtra)}
         self._file_names = file_names(graph, self.result_nodes)
         self._lora_chain = self._chain_of_loras() if manifest.scene is Scene.IMAGE_GENERATE else None
 
@@ -95,10 +98,12 @@ class Template:
             self._put_all(graph, setting.set)
             seconds *= setting.seconds_factor
         self._put_texts(graph, request, problems)
-        problems += _foreign_files({"prompt": request.prompt}) + _foreign_files(request.extras, "extras.")
+        texts = {name: value for name, value in request.extras.items() if name not in self._file_extras}
+        problems += _foreign_files({"prompt": request.prompt}) + _foreign_files(texts, "extras.")
         for name, value in request.extras.items():
             seconds *= self._put_extra(graph, name, value, problems)
         uploads = self._put_controls(graph, request, problems)
+        files, of_files = self._files(request, problems)
         lora_inputs = self._put_loras(graph, request, problems)
         seconds *= self._put_images(graph, request.images or 1, problems)
         if problems:
@@ -112,7 +117,8 @@ class Template:
             template_id=self.template_id,
             pool=manifest.pool,
             graph=graph,
-            uploads=uploads,
+            uploads=uploads + of_files,
+            files=files,
             models=self._model_choices(),
             lora_inputs=lora_inputs,
             result_nodes=self.result_nodes,
@@ -173,8 +179,9 @@ class Template:
             graph[node_id]["inputs"][name] = value
 
     def filled_in_later(self) -> list[tuple[str, str]]:
-        """(node, input) of what is known only at run time: uploaded pictures, datasets, the server's models."""
+        """(node, input) of what is known only at run time: uploaded files, datasets, the server's models."""
         refs = [slot.image for slot in self.manifest.controls] + [model.input for model in self.manifest.models]
+        refs += [ref for extra in self._file_extras.values() for ref in extra.inputs]
         if (training := self.manifest.training) is not None:
             refs += [training.base_model_input, *training.inputs.folder, *training.inputs.existing_lora]
         return [self._split(ref) for ref in refs]
@@ -236,7 +243,7 @@ class Template:
                 return 1.0
         elif isinstance(extra, AspectRatioExtra):
             self._put_size(graph, extra, value)
-        else:
+        elif not isinstance(extra, FileExtra):
             self.put(graph, extra.inputs, value)
         self._put_all(graph, extra.set)
         return extra.factor_of(value) if isinstance(extra, NumberExtra) else extra.seconds_factor
@@ -249,6 +256,21 @@ class Template:
         width, height = sized(ratio, width=width, height=height, multiple=extra.multiple)
         self.put(graph, extra.width, width)
         self.put(graph, extra.height, height)
+
+    def _files(self, request: JobRequest, problems: list[str]) -> tuple[list[InputFile], list[Upload]]:
+        """The files that extras name, and the graph inputs that get their names on the server."""
+        files: list[InputFile] = []
+        uploads: list[Upload] = []
+        for name, extra in self._file_extras.items():
+            value = request.extras.get(name)
+            if value is None and extra.required:
+                problems.append(f"extras.{name}: template {self.template_id!r} needs it: the address of a file")
+            if not isinstance(value, str):
+                continue
+            number = len(request.controls) + len(files)
+            files.append(InputFile(name=name, kind=InputKind(extra.type), address=value))
+            uploads += [Upload(node=node, input=ref, control=number) for node, ref in map(self._split, extra.inputs)]
+        return files, uploads
 
     def _put_controls(self, graph: Graph, request: JobRequest, problems: list[str]) -> list[Upload]:
         slots, given = self.manifest.controls, request.controls

@@ -7,12 +7,14 @@ import secrets
 import signal
 import sys
 from contextlib import AsyncExitStack
+from datetime import timedelta
 
 import structlog
 import uvloop
 from fastapi import FastAPI
 
 from activities.file_lists import FileLists
+from activities.upload_files import UploadFiles
 from comfyui_temporal.process_end import end_process
 from gateway.access import Access
 from gateway.app import create_app
@@ -20,6 +22,7 @@ from gateway.draining import Draining, DrainingServer, served_beside
 from gateway.metrics import Metrics
 from gateway.page import PageSettings
 from gateway.tokens import StreamTokens
+from gateway.uploads import UploadSettings
 from runtime import temporal_connection
 from runtime.doors import Door, DoorConfig, door_limits_by
 from runtime.logs import configure_logs
@@ -48,6 +51,17 @@ def access_by(settings: Settings) -> Access:
     )
 
 
+def upload_settings_by(settings: Settings) -> UploadSettings:
+    """Raises ValueError for an unusable address."""
+    return UploadSettings(
+        files=None if settings.uploads_url is None else UploadFiles.at(settings.uploads_url),
+        max_bytes=settings.upload_max_bytes,
+        whole_bytes=settings.upload_whole_bytes,
+        inline_bytes=settings.upload_inline_bytes,
+        kept=timedelta(hours=settings.upload_hours),
+    )
+
+
 async def serve(settings: Settings) -> None:
     """Serve until a signal arrives. Raises CannotStart."""
     dsn = database_of(settings)
@@ -73,6 +87,7 @@ async def serve(settings: Settings) -> None:
             short_way=settings.short_way,
             ended_streams_are_kept=settings.ended_streams == "keep",
             status_words={str(status): word for status, word in settings.status_words.items()},
+            upload_settings=upload_settings_by(settings),
         )
     except ValueError as error:
         raise CannotStart(str(error)) from None

@@ -35,12 +35,15 @@ from gateway.streams import stream_routes, task_event_stream
 from gateway.streams_hub import EventHub
 from gateway.task_routes import REPLAYED, task_routes
 from gateway.task_runs import TaskRuns
+from gateway.task_uploads import TaskUploads
 from gateway.tasks import Tasks
 from gateway.template_routes import Templates, template_routes
 from gateway.tenant_limits import LEFT_HEADER, POLICY_HEADER, TenantDoor
 from gateway.tenant_routes import tenant_routes
 from gateway.tick_writer import TickWriter
 from gateway.training_log_writer import TrainingLogWriter
+from gateway.upload_routes import ANSWERED_HEADERS, SENT_HEADERS, upload_routes
+from gateway.uploads import Uploads, UploadSettings
 from runtime.trace_context import REQUEST_SPANS
 from store import TaskStore
 
@@ -53,6 +56,7 @@ DESCRIPTION: Final = (
 ALLOWED_HEADERS: Final = (
     *("Authorization", "Cache-Control", "Content-Type", "Last-Event-ID"),
     *("Prefer", "X-Idempotency-Key", "X-Request-Id"),
+    *SENT_HEADERS,
 )
 """What pages of allowed origins may send, beside what browsers always allow."""
 
@@ -74,6 +78,7 @@ def create_app(
     short_way: bool = True,
     ended_streams_are_kept: bool = False,
     status_words: Mapping[str, str] = MappingProxyType({}),
+    upload_settings: UploadSettings | None = None,
 ) -> FastAPI:
     """The application. It closes what it opens; the caller closes client and store.
 
@@ -81,7 +86,7 @@ def create_app(
     `lists` is where long lists of files are stored for the workers.
     `short_way`: ticks are stored here and are no signals (decision 4).
     `limits_of` gives a tenant's limits. `ended_streams_are_kept`: a stream whose tasks have all ended stays open.
-    `status_words`: other words for ends in events.
+    `status_words`: other words for ends in events. `upload_settings`: default: nothing can be uploaded.
     `public_url` is the address under which clients reach it; default: the address of their request.
     `operations_apart`: `/metrics` and `/openapi.json` are served by `app.state.operations` alone, an application for a
     port of its own. `app.state.callbacks.outcomes` counts callbacks by outcome. Raises ValueError for unusable secrets.
@@ -132,26 +137,32 @@ def create_app(
         app.include_router(metrics_page)
     if access is not None:
         waits = StartWaits(temporal, store, draining, task_queue=task_queue)
-        tasks = Tasks(temporal, store, lists, task_queue=task_queue, door=door, waits=waits)
+        uploads = Uploads(store, upload_settings or UploadSettings(), limits_of)
+        files = TaskUploads(uploads, templates := Templates(temporal, task_queue=task_queue))
+        tasks = Tasks(temporal, store, lists, files, task_queue=task_queue, door=door, waits=waits)
         rollback = Rollback(temporal, tasks, task_queue=task_queue)
         streams = task_event_stream(hub, door)
         app.include_router(stream_routes(hub, door, access, public_url=public_url))
         app.include_router(
             task_routes(tasks, access, roll_back=rollback.roll_back, event_stream=streams, status_words=status_words)
         )
+        app.include_router(upload_routes(uploads, access))
         app.include_router(tenant_routes(store, access))
-        app.include_router(template_routes(Templates(temporal, task_queue=task_queue), access))
+        app.include_router(template_routes(templates, access))
         app.include_router(page_routes(page or PageSettings()))
     app.add_middleware(AuditLog, store)
-    app.add_middleware(RequestLimits, access)
+    app.add_middleware(RequestLimits, access, inline_bytes=upload_settings.inline_bytes if upload_settings else 0)
     if allowed_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(allowed_origins),
             allow_credentials=True,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "HEAD", "PATCH", "DELETE"],
             allow_headers=list(ALLOWED_HEADERS),
-            expose_headers=["Location", "Retry-After", APPLIED, REPLAYED, POLICY_HEADER, LEFT_HEADER],
+            expose_headers=[
+                *("Location", "Retry-After", APPLIED, REPLAYED, POLICY_HEADER, LEFT_HEADER),
+                *ANSWERED_HEADERS,
+            ],
         )
     app.add_middleware(CountRequests, metrics)
     app.add_middleware(RequestLog)

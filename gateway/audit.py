@@ -1,7 +1,8 @@
 """The audit log: one line and one row for each request that acts, or that a known caller is refused.
 
     starts, cancels, confirmations, rollbacks   every answer, refusals too
-    reads, streams                              only 403: the token is known and lacks the scope
+    uploads                                     their beginning and their deletion, refusals too
+    reads, streams, parts of uploads            only 403: the token is known and lacks the scope
     without a usable token (401)                only the line: nobody is known, and strangers must not fill a table
 
 `Access` notes operation and caller; the answer shows the rest. The row is written after the answer: an outage of the
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from comfyui_temporal.contracts.permissions import Operation
 from gateway.problems import PROBLEM_STATE, ProblemCode
+from gateway.task_bodies import TASKS
 from runtime.caller_tokens import Caller
 from store import AuditRecord, StoreFailure, TaskStore
 
@@ -29,6 +31,8 @@ _OPERATION: Final = "audited_operation"
 _CALLER: Final = "audited_caller"
 _STARTS: Final = ("http.response.start", "websocket.http.response.start")
 _TASK_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MANY: Final = frozenset({Operation.READ_TASK, Operation.CONTINUE_UPLOAD})
+"""What one caller does again and again."""
 
 
 def note_operation(connection: HTTPConnection, operation: Operation) -> None:
@@ -77,14 +81,15 @@ class AuditLog:
         operation: Operation | None = scope["state"].get(_OPERATION)
         code: ProblemCode | None = scope["state"].get(PROBLEM_STATE)
         is_refused = code in (ProblemCode.UNAUTHENTICATED, ProblemCode.NOT_AUTHORIZED)
-        if operation is None or (operation is Operation.READ_TASK and not is_refused):
+        if operation is None or (operation in _MANY and not is_refused):
             return
         caller = caller_in(scope)
         if caller is None:
             log.info("audit", operation=operation.value, status=status, code=code, tenant_id=None)
             return
         # A start's answer names the task.
-        task_id = scope.get("path_params", {}).get("task_id") or location.rpartition("/")[2]
+        started = location.rpartition("/")[2] if location.startswith(TASKS) else ""
+        task_id = scope.get("path_params", {}).get("task_id") or started
         record = AuditRecord(
             at=at,
             operation=operation,

@@ -55,6 +55,12 @@ class ProblemCode(StrEnum):
     ROUTE_NOT_OFFERED = "route_not_offered"
     TOKENS_UNVERIFIABLE = "tokens_unverifiable"
     DRAINING = "draining"
+    UPLOAD_UNKNOWN = "upload_unknown"
+    UPLOAD_EXPIRED = "upload_expired"
+    UPLOAD_OFFSET = "upload_offset"
+    FILE_UNSUPPORTED = "file_unsupported"
+    PROTOCOL_UNSUPPORTED = "protocol_unsupported"
+    UPLOADS_NOT_OFFERED = "uploads_not_offered"
 
 
 STATUS_OF: Final[dict[ProblemCode, int]] = {
@@ -87,6 +93,12 @@ STATUS_OF: Final[dict[ProblemCode, int]] = {
     ProblemCode.ROUTE_NOT_OFFERED: 503,
     ProblemCode.TOKENS_UNVERIFIABLE: 503,
     ProblemCode.DRAINING: 503,
+    ProblemCode.UPLOAD_UNKNOWN: 404,
+    ProblemCode.UPLOAD_EXPIRED: 410,
+    ProblemCode.UPLOAD_OFFSET: 409,
+    ProblemCode.FILE_UNSUPPORTED: 415,
+    ProblemCode.PROTOCOL_UNSUPPORTED: 412,
+    ProblemCode.UPLOADS_NOT_OFFERED: 501,
 }
 RETRY_AFTER_SECONDS: Final = 2
 

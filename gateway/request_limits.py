@@ -20,7 +20,9 @@ from runtime.stated_size import is_stated_above
 
 MAX_BODY_BYTES: Final = 128 * KIB
 BODY_SECONDS: Final = 10.0
+START_IMAGE: Final = "/api/v1/tasks/images"
 START_TRAINING: Final = "/api/v1/tasks/trainings"
+UPLOADS: Final = "/api/v1/uploads"
 LONG_BODY_SECONDS: Final = 30.0
 """For a list of files: 4 MiB over a line of little more than 1 Mbit/s."""
 BODY_BYTES: Final = "body_bytes"
@@ -33,22 +35,28 @@ class RequestLimits:
     """ASGI middleware: 413 beyond 128 KiB, by the stated length before anything is read, and counted regardless of
     it; 408 if it takes over 10 s.
 
-    The order of a training may also hold a list of files of 4 MiB, and take 30 s; not a stranger's, whose body is read
-    before its token.
+    The order of a training may also hold a list of files of 4 MiB, that of an image files of `inline_bytes` in base64,
+    and take 30 s. An upload has limits of its own (upload_body.py, uploads.py). None of this is for a stranger, whose
+    body is read before its token.
     """
 
-    def __init__(self, app: ASGIApp, access: Access | None) -> None:
+    def __init__(self, app: ASGIApp, access: Access | None, *, inline_bytes: int = 0) -> None:
         self._app = app
         self._access = access
+        self._more = {START_TRAINING: MAX_FILE_LIST_BYTES, START_IMAGE: -(-inline_bytes // 3) * 4}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith(LIMITED_PATHS):
             await self._app(scope, receive, send)
             return
-        if scope["path"].rstrip("/") == START_TRAINING and await self._is_known(scope):
-            max_bytes, seconds = MAX_BODY_BYTES + MAX_FILE_LIST_BYTES, LONG_BODY_SECONDS
-        else:
-            max_bytes, seconds = MAX_BODY_BYTES, BODY_SECONDS
+        max_bytes, seconds = MAX_BODY_BYTES, BODY_SECONDS
+        path = scope["path"].rstrip("/")
+        is_upload = path == UPLOADS or path.startswith(f"{UPLOADS}/")
+        if (is_upload or self._more.get(path)) and await self._is_known(scope):
+            if is_upload:
+                await self._app(scope, receive, send)
+                return
+            max_bytes, seconds = MAX_BODY_BYTES + self._more[path], LONG_BODY_SECONDS
         is_too_large = is_stated_above(Headers(scope=scope).get("content-length"), max_bytes)
         state = scope.setdefault("state", {})
         limited = _limited(receive, max_bytes, seconds, state, is_too_large=is_too_large)

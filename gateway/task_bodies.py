@@ -6,22 +6,26 @@ import hashlib
 import secrets
 from typing import Annotated, Any, Final, Literal, Protocol
 
-from pydantic import ConfigDict, Field, JsonValue, StringConstraints, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue, StringConstraints, field_validator
 
 from activities.file_lists import as_list, checksum_of
-from comfyui_temporal.contracts.fields import CallerId, CallerModel, CallerText, OwnModel
+from comfyui_temporal.contracts.fields import CallerId, CallerModel, CallerText, CleanJson, OwnModel
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.size_budget import MAX_INLINE_LIST_BYTES
 from comfyui_temporal.contracts.task_store import TrainingLogRow
 from comfyui_temporal.contracts.tasks import (
+    Control,
     CreditsSummary,
     DatasetSource,
+    ExtraName,
     ImageTask,
     TaskInput,
     TaskStatus,
     TrainingTask,
+    bounded_extras,
 )
+from gateway.inline_files import InlineFile, as_address, checked_address, content_of, inline_id, is_inline
 
 TASKS: Final = "/api/v1/tasks"
 IdempotencyKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")]
@@ -68,11 +72,29 @@ class Order(Protocol):
     def task(self, *, tenant_id: str, user_id: str, key: str | None) -> TaskInput: ...
 
 
+class OrderedControl(Control):
+    """A control image: its address, `upload:UPLOAD_ID`, or a small file itself: `data:image/png;base64,…`."""
+
+    image_url: Annotated[CallerText, Field(min_length=1), AfterValidator(checked_address)]
+
+
+def _without_files(extras: dict[str, CleanJson]) -> dict[str, CleanJson]:
+    """The same extras, checked: files among them do not count as extras. Raises ValueError."""
+    for name, value in extras.items():
+        if isinstance(value, str) and is_inline(value):
+            try:
+                content_of(value)
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from None
+    bounded_extras({name: value for name, value in extras.items() if not is_inline(value)})
+    return extras
+
+
 class ImageOrder(ImageTask):
     """Body of `POST /api/v1/tasks/images`: `ImageGenerationWorkflow`'s input.
 
     `task_id` may be left out: then a new one is made. `tenant_id` and `user_id` may be left out too; if given they must
-    be the token's.
+    be the token's. In the place of a file's address a small file may be given itself, as `data:image/png;base64,…`.
     """
 
     model_config = ConfigDict(json_schema_extra={"examples": [_IMAGE_EXAMPLE]})
@@ -80,11 +102,29 @@ class ImageOrder(ImageTask):
     task_id: CallerId | None = None  # type: ignore[assignment]
     tenant_id: CallerId | None = None  # type: ignore[assignment]
     user_id: CallerId | None = None  # type: ignore[assignment]
+    controls: Annotated[list[OrderedControl], Field(max_length=16)] = []  # type: ignore[assignment]
+    extras: Annotated[dict[ExtraName, CleanJson], Field(max_length=64), AfterValidator(_without_files)] = {}
 
     def task(self, *, tenant_id: str, user_id: str, key: str | None) -> ImageTask:
-        """The ordered task, for the token's tenant and user."""
+        """The ordered task, for the token's tenant and user. Files in it are named as uploads."""
         task_id = self.task_id or new_task_id(self.scene, tenant_id, key)
-        return ImageTask(**_given(self, task_id=task_id, tenant_id=tenant_id, user_id=user_id))
+        given = _given(self, task_id=task_id, tenant_id=tenant_id, user_id=user_id)
+        if "controls" in given:
+            given["controls"] = [
+                control.model_dump(exclude_unset=True)
+                | {"image_url": as_address(control.image_url, tenant_id, task_id)}
+                for control in self.controls
+            ]
+        if "extras" in given:
+            given["extras"] = {name: as_address(value, tenant_id, task_id) for name, value in self.extras.items()}
+        return ImageTask(**given)
+
+    def inline_files(self, tenant_id: str, task_id: str) -> list[InlineFile]:
+        """The files in the order."""
+        given = {f"controls.{number}.image_url": each.image_url for number, each in enumerate(self.controls)}
+        given |= {f"extras.{name}": value for name, value in self.extras.items() if isinstance(value, str)}
+        files = {field: content_of(value) for field, value in given.items() if is_inline(value)}
+        return [InlineFile(field, inline_id(tenant_id, task_id, file), file) for field, file in files.items()]
 
 
 class TrainingOrder(TrainingTask):

@@ -46,6 +46,7 @@ from gateway.start_waits import StartWaits, ends_at, is_answered, refusal_of
 from gateway.task_bodies import (
     KEYED,
     EventsQuery,
+    ImageOrder,
     LogQuery,
     Order,
     TaskFilters,
@@ -53,6 +54,7 @@ from gateway.task_bodies import (
     TrainingOrder,
     task_id_by_key,
 )
+from gateway.task_uploads import TaskUploads
 from gateway.temporal_calls import RunMissing, bounded, described, updated
 from gateway.tenant_limits import TenantDoor
 from runtime.caller_tokens import Caller
@@ -84,12 +86,14 @@ class Tasks:
         temporal: Client,
         store: TaskStore,
         lists: FileLists,
+        uploads: TaskUploads,
         *,
         task_queue: str,
         door: TenantDoor,
         waits: StartWaits,
     ) -> None:
-        """`lists` stores lists of files that are too long for a run's input."""
+        """`lists` stores lists of files that are too long for a run's input; `uploads`: the files that orders name."""
+        self._uploads = uploads
         self._door = door
         self._waits = waits
         self._temporal = temporal
@@ -117,7 +121,10 @@ class Tasks:
         if earlier is not None:
             return await self._repeated(task, earlier, until)
         await self._check_models(caller, task)
+        inline = order.inline_files(task.tenant_id, task.task_id) if isinstance(order, ImageOrder) else []
+        await self._uploads.check(caller, task, inline)
         headers = await self._door.admit_start(caller.tenant_id, task.task_id, size)
+        await self._uploads.keep(caller, inline)
         if isinstance(order, TrainingOrder) and order.long_list is not None:
             await self._keep(task.task_id, order.dataset.dataset_id, order.long_list)
         try:

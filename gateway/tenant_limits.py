@@ -51,7 +51,7 @@ class TenantDoor:
             admission = await self._store.admit_start(tenant_id=tenant_id, task_id=task_id, size=size, limits=limits)
         except StoreFailure:
             return {}
-        return _checked(admission, tenant_id)
+        return checked(admission, tenant_id)
 
     async def open_stream(self, tenant_id: str) -> dict[str, str]:
         """Count a stream; `close_stream` must follow. Returns the answer's headers. Raises Problem 429."""
@@ -64,7 +64,7 @@ class TenantDoor:
             admission = await self._store.admit_stream(
                 tenant_id=tenant_id, process_id=self._process_id, own_open=own_open, limits=limits
             )
-            return _checked(admission, tenant_id)
+            return checked(admission, tenant_id)
         except StoreFailure:
             return {}
         except BaseException:
@@ -99,7 +99,7 @@ class TenantDoor:
                 log.warning("open_streams_not_reported", reason=str(failure))
 
 
-def _checked(admission: Admission, tenant_id: str) -> dict[str, str]:
+def checked(admission: Admission, tenant_id: str) -> dict[str, str]:
     headers = _headers(admission)
     if admission.refused is not None:
         headers["Retry-After"] = str(admission.retry_after_seconds)

@@ -53,7 +53,9 @@ _BUILD_ID: Final = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,127}$"
 _PASSWORD: Final = re.compile(r"://[^/]*?:(.+)@")
 
 
-_LimitName = Literal["starts_per_minute", "bytes_per_minute", "open_tasks", "open_streams"]
+_LimitName = Literal[
+    "starts_per_minute", "bytes_per_minute", "open_tasks", "open_streams", "open_uploads", "upload_bytes"
+]
 
 
 def _without_slash(url: str) -> str:
@@ -150,6 +152,10 @@ class Settings(BaseSettings):
     """Of the bodies of starts."""
     tenant_open_tasks: int = Field(default=50_000, ge=0, le=MAX_LIMIT)
     tenant_open_streams: int = Field(default=5_000, ge=0, le=MAX_LIMIT)
+    tenant_open_uploads: int = Field(default=100, ge=0, le=MAX_LIMIT)
+    """Of uploads that are not whole yet."""
+    tenant_upload_bytes: int = Field(default=20 * 1024**3, ge=0, le=MAX_LIMIT)
+    """Of all uploads that are kept, each with the size that it will have."""
     tenant_limits: dict[str, dict[_LimitName, Annotated[int, Field(ge=0, le=MAX_LIMIT)]]] = {}
     """Other limits of single tenants, as JSON: `{"tenant-a": {"starts_per_minute": 60}}`."""
     own_tasks_only: bool = False
@@ -176,6 +182,17 @@ class Settings(BaseSettings):
     """How long the audit log is kept, at least 30 days."""
     object_store_url: str = "file://.run/objects"
     """Temporary object storage for dataset snapshots: `file://`, `s3://`, `gs://`, `az://`."""
+    uploads_url: str | None = None
+    """Object storage for callers' uploads: `file://`, `s3://`, `gs://`, `az://`. Gateways and bridge must share it.
+    Without it nothing can be uploaded."""
+    upload_max_bytes: int = Field(default=512 * 1024**2, ge=1, le=2**40)
+    """The largest upload, in parts. The bridge takes no larger video or sound from elsewhere either."""
+    upload_whole_bytes: int = Field(default=20 * 1024**2, ge=1, le=1024**3)
+    """The largest upload that is sent at once."""
+    upload_inline_bytes: int = Field(default=256 * 1024, ge=0, le=8 * 1024**2)
+    """The most bytes of files within one order, in base64, all together; 0: none is taken."""
+    upload_hours: float = Field(default=24, gt=0, le=24 * 365)
+    """How long an upload may be named. It is deleted a day later, with the next purge."""
     dataset_roots: Annotated[list[str], NoDecode] = []
     """Prefixes for a tenant's datasets and checkpoints, comma-separated; each must contain `{tenant_id}`.
     Without any, no dataset is read: trainings are refused."""
@@ -395,6 +412,8 @@ class Settings(BaseSettings):
             bytes_per_minute=self.tenant_bytes_per_minute,
             open_tasks=self.tenant_open_tasks,
             open_streams=self.tenant_open_streams,
+            open_uploads=self.tenant_open_uploads,
+            upload_bytes=self.tenant_upload_bytes,
         )
 
     @property

@@ -21,6 +21,7 @@ tenant_reads.py  a tenant at a glance
 inputs.py        what was asked for
 figures.py       figures of all tasks, for operators
 audit.py         who did what, or was refused
+uploads.py       files that callers send for their tasks
 task_files.py    what they leave in object storage
 cursors.py       opaque positions
 """
@@ -47,6 +48,7 @@ from store.task_store import TaskStore
 from store.ticks import TickAnswer
 from store.unseen import UnseenTask, UnseenTaskRow
 from store.upkeep import QueueState
+from store.uploads import StoredUpload
 
 __all__ = [
     "AuditRecord",
@@ -61,6 +63,7 @@ __all__ = [
     "StoreUnavailable",
     "StoredEvent",
     "StoredInput",
+    "StoredUpload",
     "TablesTooOld",
     "TaskHead",
     "TaskStore",

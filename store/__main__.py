@@ -31,9 +31,14 @@ from store.migrate import migrate, revert
 from store.task_files import MODELS, RESULTS, TaskFiles
 from store.task_store import TaskStore
 from store.upkeep import EndedTask, Undeletable
+from store.uploads import StoredUpload
 
 RPC_TIMEOUT: Final = timedelta(seconds=5)
 CANNOT_START: Final = 2
+UPLOAD_GRACE: Final = timedelta(days=1)
+"""A task that was started before its upload expired may run for so long, and fetches it again for each attempt."""
+CLOCKS_DIFFER: Final = timedelta(hours=1)
+"""By less than this: an upload's row is older than its files."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The task store's tables.")
 
@@ -104,14 +109,17 @@ def purge_command() -> None:
     """Delete tasks that ended longer ago than RETENTION_DAYS, with events, logs and results. Safe to repeat.
 
     Results, models and checkpoints that are older than RESULT_RETENTION_DAYS and MODEL_RETENTION_DAYS are deleted too.
-    So are records of the audit log, by AUDIT_RETENTION_DAYS. The claims of ids are kept: no id is ever used twice.
+    So are uploads a day after they expired, and records of the audit log, by AUDIT_RETENTION_DAYS. The claims of ids
+    are kept: no id is ever used twice.
     """
     _finish(_purge(*_settings()))
 
 
 @app.command("forget")
 def forget_command(tenant_id: Annotated[str, typer.Argument(help="The tenant, as its tokens name it.")]) -> None:
-    """Delete everything of a tenant: rows, events, logs, datasets' copies, results and models. Safe to repeat.
+    """Delete everything of a tenant: rows, events, logs, uploads, datasets' copies, results and models.
+
+    Safe to repeat.
 
     Refused while a task of it is open. Prints what Temporal still holds, and for how long. The ids of its tasks stay
     taken, without the tenant's name. Withdraw its tokens first: a task that it starts meanwhile is not deleted.
@@ -171,7 +179,11 @@ class CannotForget(Exception):
 @asynccontextmanager
 async def _opened(settings: Settings, dsn: str) -> AsyncIterator[tuple[TaskStore, TaskFiles]]:
     """Raises ValueError, StoreFailure."""
-    files = TaskFiles(bridge_store_url=settings.bridge_store_url, object_store_url=settings.object_store_url)
+    files = TaskFiles(
+        bridge_store_url=settings.bridge_store_url,
+        object_store_url=settings.object_store_url,
+        uploads_url=settings.uploads_url,
+    )
     store = TaskStore(dsn, pool_size=1)
     try:
         await store.check_tables()
@@ -188,11 +200,15 @@ async def _purge(settings: Settings, dsn: str) -> None:
         for days, folders in ((settings.result_retention_days, RESULTS), (settings.model_retention_days, MODELS)):
             if days is not None:
                 deleted += await files.delete_older(folders, now - timedelta(days=days))
+        uploads, of_uploads = await _deleted_uploads(store, files, partial(store.uploads.expired, now - UPLOAD_GRACE))
+        oldest = await store.uploads.oldest()
+        of_uploads += await files.delete_uploads_older(now - UPLOAD_GRACE if oldest is None else oldest - CLOCKS_DIFFER)
         audited = now - timedelta(days=settings.audit_retention_days)
         records = 0
         while some := await store.delete_audit_before(audited):
             records += some
     typer.echo(f"{tasks} tasks that ended before {before:%Y-%m-%d %H:%M} UTC were deleted, and {deleted} files.")
+    typer.echo(f"{uploads} uploads that had expired were deleted, and {of_uploads} files of uploads.")
     typer.echo(f"{records} records of the audit log were deleted.")
 
 
@@ -201,6 +217,8 @@ async def _forget(settings: Settings, dsn: str, tenant_id: str) -> None:
         _refuse_open(tenant_id, await store.undeletable(tenant_id))
         tasks, deleted = await _deleted(store, files, partial(store.ended_of, tenant_id))
         deleted += await files.delete_models_of(tenant_id)
+        deleted += (await _deleted_uploads(store, files, partial(store.uploads.of_tenant, tenant_id)))[1]
+        deleted += await files.delete_uploads_of(tenant_id)
         while not await store.forget_claims(tenant_id):
             pass
         started = await store.undeletable(tenant_id)
@@ -224,6 +242,18 @@ async def _deleted(
             pass
         tasks += len(ids)
     return tasks, deleted
+
+
+async def _deleted_uploads(
+    store: TaskStore, files: TaskFiles, some: Callable[[], Awaitable[list[StoredUpload]]]
+) -> tuple[int, int]:
+    """Deletes uploads, `some` at a time, until none is left: files first. Returns how many, and how many files."""
+    uploads = deleted = 0
+    while found := await some():
+        deleted += await files.delete_uploads(found)
+        await store.uploads.forget([each.upload_id for each in found])
+        uploads += len(found)
+    return uploads, deleted
 
 
 def _refuse_open(tenant_id: str, found: Undeletable) -> None:

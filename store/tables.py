@@ -238,6 +238,29 @@ tenant_streams = Table(
     comment="The open streams of each gateway process, for the limits of each tenant (contract §7).",
 )
 
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("upload_id", Text, primary_key=True),
+    Column("tenant_id", Text, nullable=False),
+    Column("user_id", Text, nullable=False),
+    Column("declared", Text),
+    Column("kind", Text),
+    Column("content_type", Text),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("received_bytes", BigInteger, nullable=False),
+    _texts("parts"),
+    Column("sha256", Text),
+    Column("metadata", Text, nullable=False),
+    _instant("created_at"),
+    _instant("expires_at"),
+    _instant("whole_at", nullable=True),
+    Index("uploads_of_tenant", "tenant_id"),
+    Index("uploads_by_expiry", "expires_at"),
+    Index("uploads_by_age", "created_at"),
+    comment="Files that callers send for their tasks (contract §6); parts: what of them is in object storage.",
+)
+
 audit_log = Table(
     "audit_log",
     metadata,

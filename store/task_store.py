@@ -63,6 +63,7 @@ from store.tenant_reads import TenantSeen
 from store.ticks import TickAnswer
 from store.unseen import UnseenTask, UnseenTaskRow
 from store.upkeep import EndedTask, QueueState, Undeletable
+from store.uploads import UploadRows
 
 MAX_PAGE: Final = 1_000
 Made = Literal["hold", "job"]
@@ -86,6 +87,7 @@ class TaskStore:
         self._database = Database(dsn, pool_size=pool_size)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """Starts of one tenant take turns in the database: here too, so that they hold one connection at a time."""
+        self.uploads = UploadRows(self._database)
 
     @property
     def address(self) -> str:

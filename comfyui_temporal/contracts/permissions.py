@@ -35,6 +35,10 @@ class Operation(StrEnum):
     CANCEL_TASK = "cancel_task"
     CANCEL_JOB = "cancel_job"
     ROLL_BACK = "roll_back"
+    UPLOAD = "upload"
+    """Begin an upload, or delete it."""
+    CONTINUE_UPLOAD = "continue_upload"
+    """Send more of it, or look at it."""
 
 
 REQUIRED_SCOPES: Final[dict[Operation, Scope]] = {
@@ -49,6 +53,8 @@ REQUIRED_SCOPES: Final[dict[Operation, Scope]] = {
     Operation.CANCEL_TASK: Scope.TASK_CANCEL,
     Operation.CANCEL_JOB: Scope.TASK_CANCEL,
     Operation.ROLL_BACK: Scope.CREDITS_ROLLBACK,
+    Operation.UPLOAD: Scope.IMAGE_GENERATE,
+    Operation.CONTINUE_UPLOAD: Scope.IMAGE_GENERATE,
 }
 
 

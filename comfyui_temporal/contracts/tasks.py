@@ -119,14 +119,15 @@ class TrainingOptions(ImageOptions):
     confirm_within_seconds: _PositiveSeconds | None = None
 
 
-def _bounded_extras(extras: dict[str, CleanJson]) -> dict[str, CleanJson]:
+def bounded_extras(extras: dict[str, CleanJson]) -> dict[str, CleanJson]:
+    """The same extras. Raises ValueError where they are too large for a run."""
     if len(repr(extras).encode("utf-8", "surrogatepass")) > MAX_EXTRAS_BYTES:
         raise ValueError(f"must not be larger than {MAX_EXTRAS_BYTES} bytes")
     return extras
 
 
-_Name = Annotated[CallerText, Field(min_length=1, max_length=128)]
-Extras = Annotated[dict[_Name, CleanJson], Field(max_length=64), AfterValidator(_bounded_extras)]
+ExtraName = Annotated[CallerText, Field(min_length=1, max_length=128)]
+Extras = Annotated[dict[ExtraName, CleanJson], Field(max_length=64), AfterValidator(bounded_extras)]
 
 
 class TaskInput(CallerModel):
@@ -223,7 +224,7 @@ class Hyperparameters(BaseModel):
 
     @model_validator(mode="after")
     def _bounded(self) -> Hyperparameters:
-        _bounded_extras(self.__pydantic_extra__)
+        bounded_extras(self.__pydantic_extra__)
         return self
 
 

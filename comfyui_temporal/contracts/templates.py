@@ -21,7 +21,8 @@ Names = Annotated[list[OutsideName], Field(max_length=MAX_EACH)]
 
 
 class TemplateExtra(OutsideModel):
-    """One extra: `type` is `boolean`, `integer`, `number`, `choice` or `text`; the limits are those of its type."""
+    """One extra: `type` is `boolean`, `integer`, `number`, `choice` or `text`, or a kind of file: `image`, `mask`,
+    `video` or `audio`. The limits are those of its type."""
 
     type: OutsideName
     points: TemplatePoints = None
@@ -29,6 +30,8 @@ class TemplateExtra(OutsideModel):
     maximum: Annotated[float | None, Informative] = None
     choices: Annotated[Names | None, Informative] = None
     max_length: Annotated[int | None, Informative] = None
+    required: Annotated[bool | None, Informative] = None
+    """Of a file: whether the template needs it."""
 
 
 class TemplateControl(OutsideModel):

@@ -1,4 +1,4 @@
-"""What one tenant may use at a time (contract §7), and the answer to a start or a stream that is checked against it."""
+"""What one tenant may use at a time (contract §7), and the answer to what is checked against it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pydantic import Field
 from comfyui_temporal.contracts.fields import OwnModel
 
 WINDOW_SECONDS: Final = 60
-MAX_LIMIT: Final = 10_000_000_000
+MAX_LIMIT: Final = 999_999_999_999_999
+"""The largest number that a header of this kind can state (RFC 9651)."""
 
 
 class Limit(StrEnum):
@@ -20,6 +21,8 @@ class Limit(StrEnum):
     BYTES = "bytes"
     OPEN_TASKS = "open-tasks"
     OPEN_STREAMS = "open-streams"
+    OPEN_UPLOADS = "open-uploads"
+    UPLOAD_BYTES = "upload-bytes"
 
 
 class TenantLimits(OwnModel):
@@ -30,6 +33,10 @@ class TenantLimits(OwnModel):
     """Of the bodies of starts: prompts, lists of files."""
     open_tasks: int = Field(default=0, ge=0, le=MAX_LIMIT)
     open_streams: int = Field(default=0, ge=0, le=MAX_LIMIT)
+    open_uploads: int = Field(default=0, ge=0, le=MAX_LIMIT)
+    """Those that are not whole yet."""
+    upload_bytes: int = Field(default=0, ge=0, le=MAX_LIMIT)
+    """Of all uploads that are kept, each with the size that it will have."""
 
     @property
     def bounds_starts(self) -> bool:
@@ -48,11 +55,11 @@ class Allowance(OwnModel):
     left: int
     """Never below 0."""
     resets_in_seconds: int
-    """When more of it may be there again; for `open-tasks` and `open-streams` a guess: they depend on what ends."""
+    """When more of it may be there again; a guess for what is open or kept: it depends on what ends."""
 
 
 class Admission(OwnModel):
-    """Whether a start or a stream is within its tenant's limits."""
+    """Whether a start, a stream or an upload is within its tenant's limits."""
 
     refused: Limit | None = None
     """The limit that is used up; None: admitted."""
@@ -74,6 +81,10 @@ class Admission(OwnModel):
                 used = f"has sent {most} bytes of orders within a minute, its limit. Nothing was started"
             case Limit.OPEN_TASKS:
                 used = f"has {most} open tasks, its limit. Nothing was started: wait until some have ended"
+            case Limit.OPEN_UPLOADS:
+                used = f"has {most} unfinished uploads, its limit. Finish or delete some"
+            case Limit.UPLOAD_BYTES:
+                used = f"may keep {most} bytes of uploads, and this one is too many. Delete some"
             case _:
                 used = f"has {most} open streams, its limit. Close some"
         return f"The tenant {tenant_id} {used}; try again in {self.retry_after_seconds} s."

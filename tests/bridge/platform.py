@@ -236,6 +236,7 @@ async def running_bridge(client: Client, folder: Path, **settings: Any) -> Async
             object_store_url=(folder / "store").as_uri(),
             bridge_store_url=(folder / "objects").as_uri(),
             bridge_image_roots=[(folder / "images").as_uri() + "/{tenant_id}/"],
+            uploads_url=(folder / "uploads").as_uri(),
             **settings,
         )
         bridge = Bridge(chosen, client)

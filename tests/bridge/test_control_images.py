@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bridge.control_images import ControlImages, ImageRefused, ImageUnreachable, is_public, picture_type
+from bridge.control_images import ControlImages, ImageRefused, ImageUnreachable, is_public
+from bridge.storage import Storage
+from comfyui_temporal.contracts.uploads import InputKind
 
 HOST = "pictures.example.org"
+
+
+async def fetched(images: ControlImages, address: str, kind: InputKind = InputKind.IMAGE) -> tuple[str, bytes]:
+    """Content type and bytes, as a job of `tenant-demo` gets them."""
+    async with images.opened(address, "tenant-demo", kind) as file:
+        return file.content_type, b"".join([chunk async for chunk in file.chunks])
 
 
 def images(folder: Path, *addresses: str) -> ControlImages:
@@ -59,7 +68,7 @@ async def test_a_symbolic_link_out_of_the_folder_is_refused(tmp_path: Path) -> N
     (tmp_path / "tenant-demo").mkdir()
     (tmp_path / "tenant-demo" / "a.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(ImageRefused, match="leaves the tenant's folder"):
-        await images(tmp_path).fetch(f"{tmp_path.as_uri()}/tenant-demo/a.png", "tenant-demo")
+        await fetched(images(tmp_path), f"{tmp_path.as_uri()}/tenant-demo/a.png")
 
 
 @pytest.mark.parametrize(
@@ -91,12 +100,12 @@ async def test_a_symbolic_link_out_of_the_folder_is_refused(tmp_path: Path) -> N
 async def test_a_host_whose_address_is_not_public_is_refused_before_any_request(tmp_path: Path, address: str) -> None:
     assert not is_public(address)
     with pytest.raises(ImageRefused, match="not public"):
-        await images(tmp_path, "93.184.215.14", address).fetch(f"https://{HOST}/a.png", "tenant-demo")
+        await fetched(images(tmp_path, "93.184.215.14", address), f"https://{HOST}/a.png")
 
 
 async def test_a_host_that_cannot_be_resolved_may_be_tried_again(tmp_path: Path) -> None:
     with pytest.raises(ImageUnreachable):
-        await images(tmp_path).fetch(f"https://{HOST}/a.png", "tenant-demo")
+        await fetched(images(tmp_path), f"https://{HOST}/a.png")
 
 
 def test_public_addresses_are_public() -> None:
@@ -104,17 +113,52 @@ def test_public_addresses_are_public() -> None:
     assert is_public("2606:2800:21f:cb07:6820:80da:af6b:8b2c")
 
 
+PNG = b"\x89PNG\r\n\x1a\n" + b"x" * 3_000_000
+WAV = b"RIFF\x00\x00\x00\x00WAVEfmt "
+
+
+def with_uploads(folder: Path, **limits: Any) -> ControlImages:
+    return ControlImages(uploads=Storage(folder.as_uri()), **limits)
+
+
+async def test_an_upload_is_its_own_tenants_and_of_the_kind_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "tenant-demo").mkdir()
+    (tmp_path / "tenant-other").mkdir()
+    (tmp_path / "tenant-demo" / "one").write_bytes(PNG)
+    (tmp_path / "tenant-other" / "theirs").write_bytes(PNG)
+    (tmp_path / "tenant-demo" / "sound").write_bytes(WAV)
+    files = with_uploads(tmp_path)
+    assert await fetched(files, "upload:one") == ("image/png", PNG)
+    assert await fetched(files, "upload:one", InputKind.MASK) == ("image/png", PNG)
+    assert await fetched(files, "upload:sound", InputKind.AUDIO) == ("audio/wav", WAV)
+    for address, kind, reason in (
+        ("upload:theirs", InputKind.IMAGE, "does not exist, or has expired"),
+        ("upload:one", InputKind.VIDEO, "not an MP4, WebM or MOV"),
+        ("upload:sound", InputKind.IMAGE, "not a PNG, JPEG, GIF or WebP"),
+    ):
+        with pytest.raises(ImageRefused, match=reason):
+            await fetched(files, address, kind)
+    assert await files.missing("upload:one", "tenant-demo") is None
+    assert "no complete upload theirs" in (await files.missing("upload:theirs", "tenant-demo") or "")
+
+
 @pytest.mark.parametrize(
-    ("content", "kind"),
-    [
-        (b"\x89PNG\r\n\x1a\n....", "image/png"),
-        (b"\xff\xd8\xff\xe0", "image/jpeg"),
-        (b"GIF89a", "image/gif"),
-        (b"RIFF\x00\x00\x00\x00WEBPVP8 ", "image/webp"),
-        (b"RIFF\x00\x00\x00\x00WAVE", None),
-        (b"<svg xmlns=", None),
-        (b"", None),
-    ],
+    "upload_id", ["../tenant-other/a", "%2e%2e/tenant-other/a", "a/b", "a.parts", "", "a\nb", "x" * 65, "a b"]
 )
-def test_a_picture_is_recognised_by_its_first_bytes(content: bytes, kind: str | None) -> None:
-    assert picture_type(content) == kind
+async def test_no_id_of_an_upload_leads_to_another_place(tmp_path: Path, upload_id: str) -> None:
+    (tmp_path / "tenant-other").mkdir()
+    (tmp_path / "tenant-other" / "a").write_bytes(PNG)
+    assert with_uploads(tmp_path).problem(f"upload:{upload_id}", "tenant-demo") == "must be upload:UPLOAD_ID"
+    with pytest.raises(ImageRefused, match="must be upload"):
+        await fetched(with_uploads(tmp_path), f"upload:{upload_id}")
+
+
+async def test_a_file_is_limited_by_its_kind_and_without_storage_no_upload_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "tenant-demo").mkdir()
+    (tmp_path / "tenant-demo" / "one").write_bytes(PNG)
+    (tmp_path / "tenant-demo" / "sound").write_bytes(WAV)
+    files = with_uploads(tmp_path, max_bytes=1_000_000, max_file_bytes=10)
+    for address, kind in (("upload:one", InputKind.IMAGE), ("upload:sound", InputKind.AUDIO)):
+        with pytest.raises(ImageRefused, match="larger than"):
+            await fetched(files, address, kind)
+    assert ControlImages().problem("upload:one", "tenant-demo") == "is an upload, and none is taken here"

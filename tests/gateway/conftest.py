@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,8 @@ from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
+from activities.upload_files import UploadFiles
+from gateway.uploads import UploadSettings
 from store import TaskStore
 from tests.cable import Cable
 from tests.conftest import unique
@@ -27,12 +30,21 @@ DEMO_TOKEN = token_for("tenant-demo", "user-demo", valid_seconds=ALL_TESTS_SECON
 OTHER_TOKEN = token_for("tenant-other", "user-other", valid_seconds=ALL_TESTS_SECONDS)
 
 
+def uploads_below(folder: Path) -> UploadSettings:
+    return UploadSettings(UploadFiles.at((folder / "uploads").as_uri()))
+
+
 @dataclass
 class Api:
     """A gateway in front of a whole platform."""
 
     platform: Platform
     gateway: Gateway
+
+    @property
+    def uploads(self) -> UploadSettings:
+        """Where its uploads are kept."""
+        return uploads_below(self.platform.folder)
 
     @property
     def http(self) -> httpx.AsyncClient:
@@ -97,5 +109,11 @@ async def api(
     async with running_platform(temporal_env, task_store, folder, speed=2_000) as platform, platform.worker():
         platform.policy = {"deadline_factor": 1_000.0}
         objects = (platform.folder / "objects").as_uri()
-        async with served(platform.client, task_store, task_queue=platform.task_queue, objects=objects) as gateway:
+        async with served(
+            platform.client,
+            task_store,
+            task_queue=platform.task_queue,
+            objects=objects,
+            uploads=uploads_below(platform.folder),
+        ) as gateway:
             yield Api(platform, gateway)

@@ -32,6 +32,7 @@ from gateway.app import create_app
 from gateway.callbacks import CallbackOutcome
 from gateway.draining import Draining
 from gateway.tokens import StreamTokens
+from gateway.uploads import UploadSettings
 from proof.site.callbacks import signed_headers, signed_request
 from runtime.caller_tokens import CallerTokens, SharedSecret
 from store import TaskStore
@@ -142,6 +143,7 @@ async def served(
     own_tasks_only: bool = False,
     limits_of: Callable[[str], TenantLimits] = lambda _tenant_id: NO_LIMITS,
     draining: Draining | None = None,
+    uploads: UploadSettings | None = None,
 ) -> AsyncIterator[Gateway]:
     secret = new_secret()
     origins = ["https://app.example"]
@@ -155,6 +157,7 @@ async def served(
         allowed_origins=origins,
         limits_of=limits_of,
         draining=draining,
+        upload_settings=uploads,
     )
     limits = httpx.Limits(max_connections=200)
     async with (

@@ -1,4 +1,5 @@
-"""A hook of schemathesis: it signs callbacks as ComfyUI does, so that more than their refusal is tested."""
+"""Hooks of schemathesis: it signs callbacks as ComfyUI does, so that more than their refusal is tested, and can send a
+part of an upload."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 from contextlib import suppress
 from urllib.parse import unquote, urlsplit
 
+import schemathesis
 from requests import PreparedRequest
 from requests.auth import AuthBase
 from schemathesis.auths import GLOBAL_AUTH_STORAGE as AUTH_STORAGE
@@ -40,3 +42,4 @@ def _of_the_task_in_the_path(body: object, url: str) -> bytes:
 
 
 AUTH_STORAGE.set_from_requests(Signed()).apply_to(path="/callbacks/comfyui/{task_id}")
+schemathesis.serializer.alias("application/offset+octet-stream", "application/octet-stream")

@@ -251,8 +251,10 @@ async def test_a_body_beyond_the_limit_is_refused_before_it_is_read(api: Api) ->
 
     answer = await api.http.post("/api/v1/tasks/images", content=endless(), headers=headers)
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
-    stated = headers | {"Content-Length": str(MAX_BODY_BYTES + 1)}
-    assert await answer_to_head(api.http, "POST", "/api/v1/tasks/images", stated) == 413
+    of_files = len(base64.b64encode(bytes(api.uploads.inline_bytes)))
+    for path, most in (("/images", MAX_BODY_BYTES + of_files), ("/an-id/cancel", MAX_BODY_BYTES)):
+        stated = headers | {"Content-Length": str(most + 1)}
+        assert await answer_to_head(api.http, "POST", f"/api/v1/tasks{path}", stated) == 413
 
 
 @pytest.mark.parametrize("query", ["?limit=0", "?limit=201", "?status=done", "?scene=x", "?unknown=1"])

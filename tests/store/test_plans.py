@@ -16,8 +16,10 @@ from sqlalchemy import event
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.contracts.tenant_limits import TenantLimits
+from comfyui_temporal.contracts.uploads import FileKind
 from proof.benchmarks.store_reads import fill, reads_of
 from store import TaskStore
+from store.uploads import Finished, Received
 from tests.conftest import NewDatabase
 from tests.store.facts import claim_of, fact, new_task_id, write_of
 
@@ -39,6 +41,11 @@ async def filled(new_database: NewDatabase) -> AsyncIterator[Filled]:
     await connection.execute(
         "INSERT INTO tenant_streams SELECT 'tenant-' || n, 'process-' || p, 1 "
         "FROM generate_series(1, 1000) n, generate_series(1, 4) p"
+    )
+    await connection.execute(
+        "INSERT INTO uploads SELECT 'upload-' || n, 'tenant-' || n % 100, 'user', NULL, 'image', 'x', 9, 9, '{}', "
+        "'', '', now() - n * interval '1 second', now() + interval '1 day' - n * interval '1 minute', now() "
+        "FROM generate_series(1, 10000) n"
     )
     await connection.execute("ANALYZE")
     yield store, connection
@@ -132,3 +139,20 @@ async def test_starts_and_streams_read_only_what_their_tenant_has(filled: Filled
     await check_served(
         filled, lambda store: store.admit_stream(tenant_id="tenant-7", process_id="here", own_open=0, limits=limits)
     )
+
+
+async def test_uploads_are_found_by_id_tenant_and_age(filled: Filled) -> None:
+    limits = TenantLimits(open_uploads=1_000, upload_bytes=1_000_000_000)
+    known = (await filled[0].uploads.some("tenant-7", ["upload-7", "upload-8"]))["upload-7"]
+    part = Received(at_byte=9, size_bytes=1, name="x")
+    new = known.model_copy(update={"upload_id": new_task_id()})
+    whole = Finished(size_bytes=9, sha256="", kind=FileKind.IMAGE, content_type="image/png")
+    await check_served(filled, lambda store: store.uploads.admit(new, limits))
+    await check_served(filled, lambda store: store.uploads.one("upload-7"))
+    await check_served(filled, lambda store: store.uploads.some("tenant-7", ["upload-7", "upload-8"]))
+    await check_served(filled, lambda store: store.uploads.extend("upload-7", part))
+    await check_served(filled, lambda store: store.uploads.finish("upload-7", whole))
+    await check_served(filled, lambda store: store.uploads.expired(datetime.now(UTC) - timedelta(days=1)))
+    await check_served(filled, lambda store: store.uploads.of_tenant("tenant-7"))
+    await check_served(filled, lambda store: store.uploads.oldest())
+    await check_served(filled, lambda store: store.uploads.forget(["upload-7"]))

@@ -19,8 +19,9 @@ from temporalio.testing import WorkflowEnvironment
 from comfyui_temporal.contracts.comfyui import TaskPriority, TrainingLogLine
 from comfyui_temporal.contracts.task_store import TrainingLogWrite
 from comfyui_temporal.contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.tenant_limits import NO_LIMITS
 from runtime.settings import Settings
-from store import NotTheClaimant, TaskStore
+from store import NotTheClaimant, StoredUpload, TaskStore
 from store.upkeep import LINES_AT_ONCE
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, end, fact, new_task_id, write_of
@@ -144,6 +145,45 @@ async def test_a_purge_deletes_results_with_their_task_and_older_models_only_by_
     await store.close()
 
 
+def upload_of(tenant_id: str, *, ago: timedelta, upload_id: str | None = None) -> StoredUpload:
+    """One that was kept for an hour, so long ago."""
+    began = datetime.now(UTC) - ago
+    return StoredUpload(
+        upload_id=upload_id or unique("upload"),
+        tenant_id=tenant_id,
+        user_id="user-a",
+        size_bytes=1,
+        created_at=began,
+        expires_at=began + timedelta(hours=1),
+    )
+
+
+async def test_a_purge_deletes_uploads_a_day_after_they_expired_and_what_no_row_names(
+    new_database: NewDatabase, tmp_path: Path
+) -> None:
+    dsn = await new_database()
+    store, hours = TaskStore(dsn), timedelta(hours=1)
+    old, expired = upload_of("tenant-a", ago=26 * hours), upload_of("tenant-a", ago=24 * hours)
+    for upload in (old, expired):
+        await store.uploads.admit(upload, NO_LIMITS)
+    write_files(tmp_path, f"tenant-a/{old.upload_id}", f"tenant-a/{old.upload_id}.parts/0-1-x")
+    write_files(tmp_path, f"tenant-a/{expired.upload_id}", f"tenant-a/{expired.upload_id}.parts/0-1-y", age=23 * hours)
+    write_files(tmp_path, "tenant-b/orphan", "tenant-b/orphan.parts/0-1-z", age=26 * hours)
+    kept = {f"tenant-a/{expired.upload_id}", f"tenant-a/{expired.upload_id}.parts/0-1-y"}
+
+    code, output = await command("purge", DATABASE_DSN=dsn, UPLOADS_URL=tmp_path.as_uri(), **stores_in(tmp_path))
+
+    assert (code, files_in(tmp_path)) == (0, kept), output
+    assert "1 uploads that had expired were deleted, and 4 files of uploads" in output
+    assert [each.upload_id for each in await store.uploads.of_tenant("tenant-a")] == [expired.upload_id]
+    await store.close()
+
+
+def stores_in(folder: Path) -> dict[str, str]:
+    """The other stores, empty."""
+    return {"BRIDGE_STORE_URL": (folder / "b").as_uri(), "OBJECT_STORE_URL": (folder / "o").as_uri()}
+
+
 async def test_rows_stay_while_the_files_that_they_name_cannot_be_deleted(
     new_database: NewDatabase, tmp_path: Path
 ) -> None:
@@ -192,19 +232,26 @@ async def test_a_tenant_is_forgotten_and_no_other_and_its_ids_stay_taken(
         "TEMPORAL_ADDRESS": client.service_client.config.target_host,
         "BRIDGE_STORE_URL": tmp_path.as_uri(),
         "OBJECT_STORE_URL": tmp_path.as_uri(),
+        "UPLOADS_URL": (tmp_path / "uploads").as_uri(),
     }
+    sent, others = (upload_of(name, ago=timedelta(0)) for name in (tenant, other))
+    for upload in (sent, others):
+        await store.uploads.admit(upload, NO_LIMITS)
+        write_files(tmp_path, f"uploads/{upload.tenant_id}/{upload.upload_id}")
+    write_files(tmp_path, f"uploads/{tenant}/{sent.upload_id}.parts/0-1-x", f"uploads/{tenant}/orphan")
+    of_other.add(f"uploads/{other}/{others.upload_id}")
 
     code, output = await command("forget", tenant, **settings)
 
     assert code == 0, output
-    assert "1 tasks and 3 files were deleted" in output
+    assert "1 tasks and 6 files were deleted" in output
     assert "still holds 1 runs of the tenant" in output and "days after its end" in output
     assert f"temporal workflow delete --namespace default --query 'TenantId = \"{tenant}\"'" in output
     assert await store.task(gone) is None and await store.events(gone) == [] and await store.training_log(gone) == []
     assert files_in(tmp_path) == of_other
     assert await store.task(kept) is not None and await store.claimed_input(kept) == "0" * 64
     connection = await asyncpg.connect(dsn)
-    for table in ("tasks", "task_claims"):
+    for table in ("tasks", "task_claims", "uploads"):
         assert await connection.fetchval(f"SELECT count(*) FROM {table} WHERE tenant_id = $1", tenant) == 0
     await connection.close()
     for task_id in (gone, purged):
