@@ -187,6 +187,7 @@ class LocalParts:
             "TEMPORAL_UI_URL": self.temporal.ui_url,
             "DATABASE_DSN": self.database_dsn,
             "OBJECT_STORE_URL": (self._folder.path / "objects").as_uri(),
+            "UPLOADS_URL": (self._folder.path / "uploads").as_uri(),
             "DATASET_ROOTS": (self._folder.path / "datasets").as_uri() + "/{tenant_id}/",
             "GRACE_SECONDS": str(GRACE_SECONDS),
             "WORKER_HOST": LOOPBACK,
