@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from comfyui_temporal.client.temporal_tasks import TemporalTasks
     from comfyui_temporal.contracts.permissions import Scene
     from comfyui_temporal.contracts.tasks import ImageResult, ImageTask, TaskStatus, TrainingResult, TrainingTask
+    from comfyui_temporal.contracts.uploads import InputKind, UploadView
     from comfyui_temporal.encryption import PayloadEncryption
     from comfyui_temporal.encryption_keys import EncryptionKey
     from comfyui_temporal.plugin import TasksPlugin
@@ -48,6 +49,7 @@ __all__ = [
     "HttpTasks",
     "ImageResult",
     "ImageTask",
+    "InputKind",
     "InvalidInput",
     "NamespaceMissing",
     "PayloadEncryption",
@@ -72,6 +74,7 @@ __all__ = [
     "Undecryptable",
     "UnexpectedReply",
     "UnknownTask",
+    "UploadView",
     "WorkerUnavailable",
 ]
 
@@ -79,6 +82,7 @@ _MODULE_OF: Final = {
     **dict.fromkeys(("ImageResult", "ImageTask", "TaskStatus", "TrainingResult", "TrainingTask"), "contracts.tasks"),
     **dict.fromkeys(("StartedTask", "TaskDetails", "TaskOutcome", "TaskSummary", "TaskUpdate"), "client.models"),
     "EncryptionKey": "encryption_keys",
+    **dict.fromkeys(("InputKind", "UploadView"), "contracts.uploads"),
     "HttpTasks": "client.http_tasks",
     "PayloadEncryption": "encryption",
     "Scene": "contracts.permissions",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -25,6 +26,7 @@ from comfyui_temporal.client.errors import (
 from comfyui_temporal.client.gateway_errors import task_error, typed_transport_errors
 from comfyui_temporal.client.interface import WAIT_SECONDS, CancelAnswer
 from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
+from comfyui_temporal.client.uploading import upload
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES, AnyTask
 from comfyui_temporal.contracts.start_answer import MAX_WAIT_SECONDS, Reached, WaitFor
@@ -39,6 +41,7 @@ from comfyui_temporal.contracts.tasks import (
     TrainingProgress,
 )
 from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
+from comfyui_temporal.contracts.uploads import InputKind, UploadView
 
 TASKS: Final = "/api/v1/tasks"
 CONNECT_SECONDS: Final = 2.0
@@ -46,6 +49,7 @@ SILENCE_SECONDS: Final = 40.0
 """Heartbeats come every 15 s: a stream that is silent for this long is dead."""
 PAUSES_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Pauses before each new try to open a stream. The last one repeats."""
+UPLOAD_SECONDS: Final = 120.0
 MAX_PAGE: Final = 200
 APPLIED: Final = "preference-applied"
 REPLAYED: Final = "idempotent-replayed"
@@ -115,6 +119,15 @@ class HttpTasks:
         return started.model_copy(
             update={"is_new": REPLAYED not in response.headers, **(answered if is_answered else {})}
         )
+
+    async def upload(self, file: bytes | str | os.PathLike[str], *, kind: InputKind | None = None) -> UploadView:
+        """Send a picture, mask, video or sound, as bytes or by its path; a task names it by its `address`.
+
+        `kind`: what it is said to be; another file is refused. A large one is sent in parts: after an interruption it
+        goes on where it was, for `patience_seconds`. Raises InvalidInput for a file that no task takes, Unavailable,
+        and OSError where the file cannot be read.
+        """
+        return await upload(self._sent, file, kind, patience_seconds=self._patience_seconds)
 
     async def follow(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskUpdate, None]:
         """Yield each change that the gateway publishes, until the task ends; after `cursor` if one is given.
@@ -229,6 +242,17 @@ class HttpTasks:
         if response.is_success:
             return response
         raise task_error(response, task_id)
+
+    async def _sent(self, method: str, path: str, *, headers: Mapping[str, str], **more: Any) -> httpx.Response:
+        """A request of an upload. The last one is answered once the whole file is in its place."""
+        timeout = httpx.Timeout(UPLOAD_SECONDS, connect=CONNECT_SECONDS)
+        with typed_transport_errors(self._http.base_url):
+            response = await self._http.request(
+                method, path, headers={**headers, **self._headers()}, timeout=timeout, **more
+            )
+        if response.is_success:
+            return response
+        raise task_error(response, None)
 
     def _headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self._token if isinstance(self._token, str) else self._token()}"}

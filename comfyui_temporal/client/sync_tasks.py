@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -19,6 +20,7 @@ from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import AnyTask
 from comfyui_temporal.contracts.start_answer import WaitFor
 from comfyui_temporal.contracts.tasks import TASK_QUEUE, TaskStatus
+from comfyui_temporal.contracts.uploads import InputKind, UploadView
 
 T = TypeVar("T")
 _NO_MORE: Final = object()
@@ -85,6 +87,13 @@ class SyncTasks(AbstractContextManager["SyncTasks"]):
         """See `Tasks.start`."""
         portal, tasks = self._running()
         return portal.call(partial(tasks.start, task, wait_for=wait_for, wait_seconds=wait_seconds))
+
+    def upload(self, file: bytes | str | os.PathLike[str], *, kind: InputKind | None = None) -> UploadView:
+        """See `HttpTasks.upload`. Raises RuntimeError for tasks by Temporal: files go to the gateway."""
+        portal, tasks = self._running()
+        if not isinstance(tasks, HttpTasks):
+            raise RuntimeError("Files are uploaded to the gateway: use SyncTasks.over_http(…)")
+        return portal.call(partial(tasks.upload, file, kind=kind))
 
     def follow(self, task_id: str, *, cursor: str | None = None) -> Generator[TaskUpdate, None, None]:
         """See `Tasks.follow`."""

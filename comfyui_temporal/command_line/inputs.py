@@ -112,6 +112,17 @@ def named_values(field: str, pairs: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def named_files(pairs: Sequence[str]) -> dict[str, str]:
+    """`name=path` pairs. Raises BadInput."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, _, path = pair.partition("=")
+        if not name or not path:
+            raise BadInput("Nothing was done: 1 field is wrong.", {"file": f"must be name=path: {pair!r}"})
+        found[name] = path
+    return found
+
+
 def _json_or_text(text: str) -> Any:
     try:
         return json.loads(text)
@@ -120,7 +131,10 @@ def _json_or_text(text: str) -> Any:
 
 
 def controls(texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Control images, each `URL` or `URL,strength`. A comma without a number after it belongs to the URL."""
+    """Control images, each `URL` or `URL,strength`; a path may stand for the URL.
+
+    A comma without a number after it belongs to the URL.
+    """
     found: list[dict[str, Any]] = []
     for text in texts:
         url, _, strength = text.rpartition(",")

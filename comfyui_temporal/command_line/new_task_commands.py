@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, TypeVar
 
 import typer
@@ -14,6 +15,7 @@ from comfyui_temporal.command_line import inputs
 from comfyui_temporal.command_line.app import EXIT_CODES, Json, app, checks_before_start, followed, perform
 from comfyui_temporal.command_line.connection import connection
 from comfyui_temporal.command_line.failures import ExitCode
+from comfyui_temporal.command_line.local_files import with_uploads
 from comfyui_temporal.command_line.reports import print_json
 from comfyui_temporal.command_line.server import BY_DEFAULT, find_server, user_of
 from comfyui_temporal.command_line.settings import CommandSettings, read_settings
@@ -75,7 +77,12 @@ def generate(
         list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="An extra, e.g. hires_fix. Repeatable.")
     ] = None,
     control: Annotated[
-        list[str] | None, typer.Option(metavar="URL[,STRENGTH]", help="A control image. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="FILE|URL[,STRENGTH]", help="A control image; a file is uploaded. Repeatable."),
+    ] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE|URL", help="A file for an extra, e.g. mask=mask.png; uploaded. Repeatable."),
     ] = None,
     lora: Annotated[
         list[str] | None,
@@ -100,6 +107,7 @@ def generate(
       comfyui-tasks generate "a cat" --tenant tenant-demo --images 4 --extra aspect_ratio=16:9
       comfyui-tasks generate "a cat" --tenant tenant-demo --task-id cat-1 --no-wait --json
       comfyui-tasks generate "a cat" --tenant tenant-demo --lora train-cats:0.8
+      comfyui-tasks generate "a cat" --tenant tenant-demo --template image-to-image --control sketch.png,0.6
       comfyui-tasks generate --input docs/examples/tasks/image-task.json
     """
 
@@ -124,7 +132,8 @@ def generate(
         )
         values = {"task_id": inputs.new_task_id("image"), "template_id": "text-to-image"} | values
         task = _read_task(ImageTask, values)
-        return await _start(task, no_wait=no_wait, wait_held=wait_held, as_json=as_json)
+        files = inputs.named_files(file or [])
+        return await _start(task, files, no_wait=no_wait, wait_held=wait_held, as_json=as_json)
 
     perform(work, as_json=as_json)
 
@@ -232,11 +241,15 @@ def _hyperparameters(from_file: Any, chosen: dict[str, Any]) -> Any:
     return from_file | chosen if isinstance(from_file, dict) else from_file
 
 
-async def _start(task: AnyTask, *, no_wait: bool, wait_held: bool, as_json: bool) -> ExitCode:
+async def _start(
+    task: AnyTask, files: Mapping[str, str] | None = None, *, no_wait: bool, wait_held: bool, as_json: bool
+) -> ExitCode:
     returns = no_wait or wait_held
     async with connection(read_settings(CommandSettings)) as opened:
         for check in checks_before_start:
             await check(opened)
+        if isinstance(task, ImageTask):
+            task = await with_uploads(opened, task, files or {})
         wait_for: WaitFor | None = "held" if wait_held else None
         started = await opened.tasks.start(task, wait_for=wait_for, wait_seconds=MAX_WAIT_SECONDS)
         ui_url = opened.tasks.ui_link(started.workflow_id, started.run_id)

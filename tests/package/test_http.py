@@ -63,6 +63,12 @@ ERROR_OF = {
     ProblemCode.ROUTE_NOT_OFFERED: GatewayUnavailable,
     ProblemCode.TOKENS_UNVERIFIABLE: GatewayUnavailable,
     ProblemCode.DRAINING: GatewayUnavailable,
+    ProblemCode.FILE_UNSUPPORTED: InvalidInput,
+    ProblemCode.UPLOAD_UNKNOWN: InvalidInput,
+    ProblemCode.UPLOAD_EXPIRED: InvalidInput,
+    ProblemCode.UPLOADS_NOT_OFFERED: InvalidInput,
+    ProblemCode.UPLOAD_OFFSET: UnexpectedReply,
+    ProblemCode.PROTOCOL_UNSUPPORTED: UnexpectedReply,
 }
 """What a caller gets for each refusal; rollback's own are not among this client's calls."""
 
