@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from temporalio.client import Client
+from temporalio.client import Client, WorkflowFailureError
+from temporalio.exceptions import ApplicationError
 
 from comfyui_temporal import HttpTasks, ImageTask, InvalidInput, TrainingTask
 from comfyui_temporal.contracts.stack import StackDescription
@@ -24,8 +25,11 @@ from local_stack.background import end_stack
 from local_stack.commands import up
 from local_stack.folder import PROJECT
 from tests.bridge.native import NativeServer
+from tests.bridge.template_folders import written
+from tests.bridge.test_jobs import _png as png
 from tests.bridge.test_servers import until_running
 from tests.bridge.test_trainings import MODELS, picture
+from tests.bridge.test_uploads import GRAPH, MANIFEST, WAV
 from tests.conftest import unique
 from tests.local_stack.folders import new_run_folder
 
@@ -134,3 +138,75 @@ async def test_what_was_trained_is_used_by_an_image(
     sha256 = hashlib.sha256(on_server.read_bytes()).hexdigest()
     assert lora["lora_name"] == f"comfyui-temporal/tenant-tenant-demo/{sha256}.safetensors"
     assert (lora["strength_model"], lora["strength_clip"]) == (0.8, 0.8)
+
+
+@pytest_asyncio.fixture
+async def with_files(
+    native: NativeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[StackDescription]:
+    """A stack with a template that takes a mask and a sound."""
+    written(tmp_path / "templates", "files", GRAPH, results=["Kept", "Told of sound"], manifest=MANIFEST)
+    monkeypatch.setenv("COMFYUI_TEMPORAL_BRIDGE_TEMPLATES", str(tmp_path / "templates"))
+    monkeypatch.setenv("COMFYUI_TEMPORAL_PRICES", '{"extras": {"mask": 0, "sound": 5, "film": 7}}')
+    folder = new_run_folder(tmp_path / "run")
+    assert await asyncio.to_thread(up, folder, None, [native.url]) == 0
+    try:
+        description = folder.description()
+        assert description is not None
+        admin = {"Authorization": f"Bearer {description.admin_token}"}
+        async with httpx.AsyncClient(base_url=description.credits_url, headers=admin) as http:
+            answer = await http.put("/admin/authorizations/tenant-demo/files", json={})
+        assert answer.is_success, answer.text
+        yield description
+    finally:
+        await asyncio.to_thread(end_stack, folder)
+
+
+async def test_uploads_reach_the_graph_and_no_other_tenants_does(
+    with_files: StackDescription, native: NativeServer
+) -> None:
+    """Through gateway, worker, bridge and GPU worker; the last task goes past the gateway."""
+    stack = with_files
+    async with (
+        HttpTasks(stack.gateway_url, stack.tokens["tenant-demo"]) as tasks,
+        HttpTasks(stack.gateway_url, stack.tokens["tenant-other"]) as strangers,
+    ):
+        mask, sound = await tasks.upload(png()), await tasks.upload(WAV)
+        theirs = await strangers.upload(png())
+        good = {"mask": mask.address, "sound": sound.address}
+        await tasks.start(order := image_with(good))
+        made = await asyncio.wait_for(tasks.wait(order.task_id), 120)
+        assert made.status == "completed", made.sentence
+        assert made.credits is not None and made.credits.charged == 24 + 5
+        for extras, message in (
+            ({"mask": sound.address}, "is a WAV, MP3, FLAC or Ogg sound; a PNG, JPEG, GIF or WebP picture is needed"),
+            ({"mask": theirs.address}, f"there is no upload {theirs.upload_id} of this tenant"),
+        ):
+            with pytest.raises(InvalidInput) as refused:
+                await tasks.start(image_with(extras))
+            assert refused.value.fields == {"extras.mask": message}
+    async with httpx.AsyncClient(timeout=10) as http:
+        told = (await http.get(made.result.result_urls[1])).text  # type: ignore[union-attr]
+        assert told.endswith("/control-1.wav")
+    client = await Client.connect(stack.temporal_address, namespace=stack.namespace, plugins=[TasksPlugin()])
+    order = image_with({"mask": theirs.address})
+    handle = await client.start_workflow(
+        IMAGE_WORKFLOW, order, id=workflow_id_of(order.task_id), task_queue=stack.task_queue
+    )
+    with pytest.raises(WorkflowFailureError) as failed:
+        await asyncio.wait_for(handle.result(), 60)
+    assert isinstance(failed.value.cause, ApplicationError)
+    assert failed.value.cause.type == "input_invalid"
+    assert f"no complete upload {theirs.upload_id} of this tenant" in str(failed.value.cause)
+    assert len(await native.admin.runs()) == 1
+
+
+def image_with(extras: dict[str, Any]) -> ImageTask:
+    return ImageTask(
+        task_id=unique("image"),
+        tenant_id="tenant-demo",
+        user_id="user-demo",
+        template_id="files",
+        prompt="a lighthouse",
+        extras=extras,
+    )
