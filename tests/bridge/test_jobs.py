@@ -404,7 +404,7 @@ async def test_a_control_image_reaches_the_graph(bridge: BridgePlatform, native:
 
 
 async def _is_cleared(bridge: BridgePlatform) -> bool:
-    return not await asyncio.to_thread(lambda: list((bridge.folder / "objects" / "controls").rglob("*.*")))
+    return not await asyncio.to_thread(lambda: list((bridge.folder / "objects" / "controls").glob("*/*")))
 
 
 async def test_a_control_image_of_another_type_fails_the_job(bridge: BridgePlatform, native: NativeServer) -> None:

@@ -235,17 +235,19 @@ async def test_more_bytes_than_were_announced_are_refused_and_not_taken(sender: 
 
 async def test_of_many_who_send_the_same_part_one_is_taken(sender: Sender, elsewhere: Sender, folder: Path) -> None:
     """Each sends other bytes, at two gateways: the file is made of what was answered 204, and of nothing else."""
-    head = PNG[:600]
+    head, rest = PNG[:600], b"." * 5_000
     tails = [bytes([n]) * 1_000 for n in range(10)]
-    upload_id = await sender.begun(1_600)
+    upload_id = await sender.begun(6_600)
     assert (await sender.part(upload_id, 0, head)).status_code == 204
     answers = await asyncio.gather(
         *((sender, elsewhere)[n % 2].part(upload_id, 600, tail) for n, tail in enumerate(tails))
     )
     taken = [tail for tail, answer in zip(tails, answers, strict=True) if answer.status_code == 204]
     assert len(taken) == 1 and {answer.status_code for answer in answers} == {204, 409}
-    assert kept_of(folder, sender.tenant_id) == {upload_id: head + taken[0]}
-    assert (await elsewhere.view(upload_id))["sha256"] == hashlib.sha256(head + taken[0]).hexdigest()
+    answers = await asyncio.gather(*(each.part(upload_id, 1_600, rest) for each in (sender, elsewhere)))
+    assert sorted(answer.status_code for answer in answers) == [204, 409]
+    assert kept_of(folder, sender.tenant_id) == {upload_id: head + taken[0] + rest}
+    assert (await elsewhere.view(upload_id))["sha256"] == hashlib.sha256(head + taken[0] + rest).hexdigest()
 
 
 async def test_what_is_no_file_of_ours_ends_its_upload_with_the_first_part(sender: Sender, folder: Path) -> None:
@@ -389,12 +391,15 @@ async def test_a_tenant_keeps_no_more_than_its_limits_at_both_gateways_together(
     ):
         here = Sender(first, unique("tenant"))
         there = Sender(second, here.tenant_id)
-        begun = [await here.begun(100_000), await there.begun(100_000)]
+        # So that all of the store's connections are open, and the starts really meet.
+        await asyncio.gather(*(each.call("GET", "unknown") for each in (here, there) * 5))
         answers = await asyncio.gather(
-            *(each.call("POST", Tus_Resumable="1.0.0", Upload_Length=9) for each in (here, there) * 3)
+            *(each.call("POST", Tus_Resumable="1.0.0", Upload_Length=100_000) for each in (here, there) * 5)
         )
-        assert {answer.status_code for answer in answers} == {429}
-        assert "2 unfinished uploads" in answers[0].text and int(answers[0].headers["retry-after"]) > 0
+        begun = [answer.json()["upload_id"] for answer in answers if answer.status_code == 201]
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert (len(begun), len(answers)) == (2, 10)
+        assert "2 unfinished uploads" in refused.text and int(refused.headers["retry-after"]) > 0
         await here.call("DELETE", begun.pop())
         assert (await here.send(PNG)).status_code == 201
         refused = await there.send(MP4)
