@@ -23,7 +23,9 @@ OPERATIONS = ("/metrics", "/openapi.json")
 async def test_every_answer_forbids_caching_and_guessing(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     assert routes_of(api) == set(NEEDS) | OPEN
     token = bearer(token_for())
-    paths = [path.format(task_id="none") for method, path in NEEDS | dict.fromkeys(OPEN) if method == "GET"]
+    paths = [
+        path.format(task_id="none", upload_id="none") for method, path in NEEDS | dict.fromkeys(OPEN) if method == "GET"
+    ]
     for path in [*paths, "/nothing", "/api/v1/tasks/none/cancel"]:
         for headers in ({}, token):
             answer = await api.http.get(path, headers=headers)
