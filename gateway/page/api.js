@@ -3,7 +3,9 @@
 import { say } from "./words.js";
 
 const TASKS = "/api/v1/tasks";
+const UPLOADS = "/api/v1/uploads";
 const ANSWER_SECONDS = 20;
+const UPLOAD_SECONDS = 300;
 const QUIET_SECONDS = 20; // heartbeats come every 15 s
 const SILENCE_SECONDS = 40;
 const EVENTS = ["task.accepted", "task.running", "task.checkpoint", "task.completed", "task.failed", "task.cancelled", "credits.updated"];
@@ -33,11 +35,11 @@ export class Api {
     this.#token = token;
   }
 
-  async #request(path, options = {}) {
+  async #request(path, { type = "application/json", seconds = ANSWER_SECONDS, ...options } = {}) {
     const headers = { authorization: `Bearer ${this.#token}` };
-    if (options.body) headers["content-type"] = "application/json";
+    if (options.body) headers["content-type"] = type;
     const waited = new AbortController();
-    const timer = setTimeout(() => waited.abort(), ANSWER_SECONDS * 1000);
+    const timer = setTimeout(() => waited.abort(), seconds * 1000);
     let answer;
     let body;
     try {
@@ -98,6 +100,12 @@ export class Api {
 
   start(kind, order) {
     return this.#post(`/${kind}`, order);
+  }
+
+  /** `kind`: what the file is said to be; another one is refused. */
+  upload(file, kind) {
+    const path = `${UPLOADS}?${new URLSearchParams({ kind })}`;
+    return this.#request(path, { method: "POST", body: file, type: "application/octet-stream", seconds: UPLOAD_SECONDS });
   }
 
   cancel(taskId) {

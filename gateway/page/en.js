@@ -63,6 +63,7 @@ export default {
   "start.controls": "Control images",
   "start.control": "Address of the control image",
   "start.control.kind": "Address of the control image ({kind})",
+  "start.file": "or a file from this device; it can be dropped on the address too",
   "start.control.strength": "Strength, 0 to 1",
   "start.optional": "{name}, optional",
   "start.loras": "Trained models",

@@ -13,6 +13,7 @@ const FREE = ["seed", "negative_prompt"];
 const MOST_IMAGES = 16;
 const EXTRA = "extras.";
 const MOST_LORAS = 8; // what the platform takes, where ComfyUI does not say what a template takes
+const FILES = { image: "image", mask: "image", video: "video", audio: "audio" }; // of an extra: what a browser calls it
 
 /** Whether a template takes trained models. A price that is not known means that it would refuse them. */
 const takesLoras = ({ scene, loras }) => scene === SCENES.images && Boolean(loras?.most) && loras.points !== null;
@@ -21,6 +22,7 @@ function fieldOf(name, { type, minimum, maximum, choices, max_length }) {
   if (type === "boolean") return element("input", { name, type: "checkbox" });
   if (type === "choice") return element("select", { name }, option("", say("start.extra.none")), ...(choices ?? []).map((choice) => option(choice)));
   if (type === "text") return element("input", { name, maxLength: max_length ?? 4096 });
+  if (type in FILES) return element("input", { name, type: "url", maxLength: 2048, placeholder: "https://" });
   return element("input", { name, type: "number", min: minimum ?? "", max: maximum ?? "", step: type === "integer" ? 1 : "any" });
 }
 
@@ -40,7 +42,7 @@ export class StartForm {
   #opening = null;
   #page;
 
-  /** `page`: {tasks(), templates(), models(), start(kind, order)} */
+  /** `page`: {tasks(), templates(), models(), upload(file, kind), start(kind, order)} */
   constructor(page) {
     this.#page = page;
     const form = this.#form;
@@ -177,10 +179,35 @@ export class StartForm {
     const extras = Object.entries(template?.extras ?? {}).filter(([, { points }]) => points !== null);
     const { extras: box } = this.#part;
     box.hidden = !extras.length;
-    box.replaceChildren(...extras.map(([name, extra]) => {
+    box.replaceChildren(...extras.flatMap(([name, extra]) => {
       const field = fieldOf(EXTRA + name, extra);
-      return labelled(priced("start.extra", name, extra.points), field, extra.type === "boolean" ? "check" : "");
+      const text = priced("start.extra", name, extra.points);
+      if (!(extra.type in FILES)) return [labelled(text, field, extra.type === "boolean" ? "check" : "")];
+      field.required = Boolean(extra.required);
+      return this.#fileFields(extra.required ? text : say("start.optional", { name: text }), field, extra.type);
     }));
+  }
+
+  /** An address, and a file to choose or to drop on it instead: it is uploaded, and the address becomes the upload's. */
+  #fileFields(text, address, kind) {
+    const file = element("input", { type: "file", accept: `${FILES[kind]}/*` });
+    const label = labelled(text, address, "wide");
+    const send = async (chosen) => {
+      if (!chosen || file.disabled) return;
+      file.disabled = true;
+      const upload = await this.#page.upload(chosen, kind);
+      file.disabled = false;
+      if (!upload) return;
+      address.value = upload.address;
+      this.#changed();
+    };
+    file.onchange = () => send(file.files[0]);
+    label.ondragover = (dragged) => dragged.preventDefault();
+    label.ondrop = (dropped) => {
+      dropped.preventDefault();
+      if (!address.disabled) send(dropped.dataTransfer.files[0]);
+    };
+    return [label, labelled(say("start.file"), file, "wide")];
   }
 
   #drawControls(template) {
@@ -191,7 +218,7 @@ export class StartForm {
       const required = slots.slice(n).some((later) => later.required);
       const text = say(kind ? "start.control.kind" : "start.control", { kind });
       const address = element("input", { name: `control.${n}`, type: "url", maxLength: 2048, required, placeholder: "https://" });
-      const made = [labelled(required ? text : say("start.optional", { name: text }), address, "wide")];
+      const made = this.#fileFields(required ? text : say("start.optional", { name: text }), address, "image");
       if (strength) made.push(labelled(say("start.control.strength"), element("input", { name: `strength.${n}`, type: "number", min: 0, max: 1, step: 0.05, value: 1 })));
       return made;
     }));

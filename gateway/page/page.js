@@ -341,6 +341,7 @@ function wireForms() {
     // Whatever is wrong with the list, a task can be started without it.
     templates: () => api.templates().then(({ templates }) => templates, () => null),
     models: () => api.models().then(({ tasks }) => tasks.filter(({ output }) => output?.model_path), () => []),
+    upload: (file, kind) => attempt(() => api.upload(file, kind)),
     start: async (kind, order) => {
       $("started").textContent = "";
       const task = await attempt(() => api.start(kind, order));

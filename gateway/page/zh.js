@@ -63,6 +63,7 @@ export default {
   "start.controls": "控制图像",
   "start.control": "控制图像地址",
   "start.control.kind": "控制图像地址（{kind}）",
+  "start.file": "或本机的文件，也可以拖放到地址上",
   "start.control.strength": "强度，0 到 1",
   "start.optional": "{name}，可选",
   "start.loras": "训练得到的模型",

@@ -14,11 +14,13 @@ from playwright.async_api import Browser, Page, async_playwright
 from temporalio.testing import WorkflowEnvironment
 
 from activities.file_lists import FileLists
+from activities.upload_files import UploadFiles
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.draining import Draining
 from gateway.page import PageSettings
 from gateway.tokens import StreamTokens
+from gateway.uploads import UploadSettings
 from proof.simulators.serving import TEST_CALLBACK_SECRET
 from runtime.caller_tokens import CallerTokens, SharedSecret
 from store import TaskStore
@@ -60,6 +62,7 @@ async def _served(platform: Platform) -> AsyncIterator[int]:
         task_queue=platform.task_queue,
         draining=draining,
         page=PageSettings(temporal_ui_url=UI_URL),
+        upload_settings=UploadSettings(UploadFiles.at((platform.folder / "uploads").as_uri())),
     )
     async with served_app(app) as port:
         yield port

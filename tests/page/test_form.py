@@ -76,6 +76,67 @@ async def test_a_control_image_and_a_trainings_base_model_are_asked_for_where_th
         await expect(price).to_have_text(f"150 points{included}")
 
 
+PNG = b"\x89PNG\r\n\x1a\n" + b"a picture"
+DROPPED = """([name, text]) => {
+  const dropped = new DataTransfer();
+  dropped.items.add(new File([text], name));
+  return dropped;
+}"""
+
+
+async def test_a_file_of_this_device_is_uploaded_by_choice_and_by_drop(browser: Browser, watched: Watched) -> None:
+    async with opened(browser, watched) as seen:
+        page = seen.page
+        await form_opened(page)
+        await expect(page.locator("#price")).to_have_text("24 points", timeout=10_000)
+        await page.get_by_label("Template").select_option("upscale")
+        address, file = page.get_by_label("Address of the control image"), page.get_by_label("or a file from this")
+        page_file = await page.evaluate_handle(DROPPED, ["page.html", "<html>"])
+        await address.dispatch_event("drop", {"dataTransfer": page_file})
+        await expect(page.locator("#problem")).to_contain_text("By its first bytes the file is none of these")
+        await expect(address).to_have_value("")
+        await file.set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": PNG})
+        await expect(address).to_have_value(re.compile(r"^upload:\w+$"))
+        chosen = await address.input_value()
+        dropped = await page.evaluate_handle(DROPPED, ["b.gif", "GIF89a"])
+        await address.dispatch_event("drop", {"dataTransfer": dropped})
+        await expect(address).not_to_have_value(chosen)
+        async with page.expect_response("**/api/v1/tasks/images") as started:
+            await page.get_by_role("button", name="Start", exact=True).click()
+        answer = await started.value
+        order: Any = answer.request.post_data_json
+        assert answer.status == 202, await answer.text()
+        assert order["controls"] == [{"image_url": await address.input_value()}]
+
+
+async def with_a_mask(route: Route) -> None:
+    """One template, as a bridge lists one that takes a mask."""
+    extras = {"mask": {"type": "mask", "points": 3, "required": False}, "sound": {"type": "audio", "points": 0}}
+    template = {"template_id": "inpaint", "scene": "image.generate", "summary": "", "inputs": {}, "controls": []}
+    prices = {"resolutions": {"hd": {"points": 24}}, "accelerated_points": 12, "is_available": True}
+    await route.fulfill(json={"templates": [{**template, **prices, "extras": extras}]})
+
+
+async def test_an_extra_that_is_a_file_is_given_by_address_or_uploaded(browser: Browser, watched: Watched) -> None:
+    async with opened(browser, watched) as seen:
+        page = seen.page
+        await page.route("**/api/v1/templates", with_a_mask)
+        await form_opened(page)
+        price = page.locator("#price")
+        await expect(price).to_have_text("24 points", timeout=10_000)
+        mask, sound = page.get_by_label("mask, +3 points, optional"), page.get_by_label("sound, optional")
+        await page.get_by_label("or a file from this").first.set_input_files(
+            {"name": "mask.png", "mimeType": "image/png", "buffer": PNG}
+        )
+        await expect(mask).to_have_value(re.compile(r"^upload:\w+$"))
+        await expect(price).to_have_text("27 points")
+        await sound.fill("https://sounds.example/1.wav")
+        async with page.expect_request("**/api/v1/tasks/images") as sent:
+            await page.get_by_role("button", name="Start", exact=True).click()
+        order: Any = (await sent.value).post_data_json
+        assert order["extras"] == {"mask": await mask.input_value(), "sound": "https://sounds.example/1.wav"}
+
+
 async def none_listed(route: Route) -> None:
     """As the gateway answers where ComfyUI lists no templates (tests/gateway/test_templates.py)."""
     await route.fulfill(status=503, content_type="application/problem+json", json={"code": "route_not_offered"})
