@@ -98,7 +98,7 @@ STATUS_OF: Final[dict[ProblemCode, int]] = {
     ProblemCode.UPLOAD_OFFSET: 409,
     ProblemCode.FILE_UNSUPPORTED: 415,
     ProblemCode.PROTOCOL_UNSUPPORTED: 412,
-    ProblemCode.UPLOADS_NOT_OFFERED: 501,
+    ProblemCode.UPLOADS_NOT_OFFERED: 404,
 }
 RETRY_AFTER_SECONDS: Final = 2
 

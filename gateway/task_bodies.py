@@ -79,14 +79,14 @@ class OrderedControl(Control):
 
 
 def _without_files(extras: dict[str, CleanJson]) -> dict[str, CleanJson]:
-    """The same extras, checked: files among them do not count as extras. Raises ValueError."""
+    """The same extras, checked: a file among them counts as the address that it becomes. Raises ValueError."""
+    named: dict[str, CleanJson] = {}
     for name, value in extras.items():
-        if isinstance(value, str) and is_inline(value):
-            try:
-                content_of(value)
-            except ValueError as error:
-                raise ValueError(f"{name} {error}") from None
-    bounded_extras({name: value for name, value in extras.items() if not is_inline(value)})
+        try:
+            named[name] = as_address(value, "", "")
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+    bounded_extras(named)
     return extras
 
 

@@ -110,6 +110,7 @@ async def target(
             "DATABASE_DSN": postgres_dsn,
             "TASK_QUEUE": platform.task_queue,
             "OBJECT_STORE_URL": (folder / "objects").as_uri(),
+            "UPLOADS_URL": (folder / "uploads").as_uri(),
         }
         async with gateway_process(settings, log=log) as process:
             target = Target(platform, process, log, tasks)

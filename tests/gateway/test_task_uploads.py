@@ -12,6 +12,7 @@ import asyncpg
 import httpx
 import pytest
 
+from comfyui_temporal.contracts.size_budget import MAX_EXTRAS_BYTES
 from comfyui_temporal.contracts.tasks import workflow_id_of
 from gateway.request_limits import MAX_BODY_BYTES
 from tests.conftest import unique
@@ -143,6 +144,16 @@ async def test_a_file_within_an_order_that_cannot_be_used_is_refused_by_its_fiel
     assert message in problems_of(answer)["controls.0.image_url"]
     assert not value[30:90] or value[30:90] not in answer.text
     assert await api.platform.store.claimed_input(asked["task_id"]) is None
+
+
+async def test_a_file_within_an_extra_counts_as_the_address_that_it_becomes(api: Api) -> None:
+    texts = {f"text-{n}": "x" * 1_000 for n in range(32)}
+    room = MAX_EXTRAS_BYTES - len(repr({**texts, "mask": ""}))
+    texts["text-0"] += "x" * (room - 20)
+    found = problems_of(await api.call("POST", "/images", order(extras={**texts, "mask": inline(PNG)})))
+    assert "must not be larger than" in found["extras"]
+    found = problems_of(await api.call("POST", "/images", order(extras={"mask": "data:image/png;base64,!"})))
+    assert "mask is not base64" in found["extras"]
 
 
 async def test_files_within_an_order_may_have_so_many_bytes_together(api: Api) -> None:

@@ -179,7 +179,7 @@ async def test_without_storage_the_route_says_what_is_missing(gateway: Gateway) 
     answers = [await sender.send(PNG), await sender.call("GET", "an-id")]
     answers.append(await sender.call("POST", Tus_Resumable="1.0.0", Upload_Length=10))
     for answer in answers:
-        assert (answer.status_code, answer.json()["code"]) == (501, "uploads_not_offered")
+        assert (answer.status_code, answer.json()["code"]) == (404, "uploads_not_offered")
         assert "COMFYUI_TEMPORAL_UPLOADS_URL" in answer.json()["detail"]
 
 
