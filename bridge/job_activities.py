@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Final
@@ -101,11 +102,11 @@ class JobActivities:
     @activity.defn(name=CLEAR_UP)
     async def clear_up(self, job_id: str) -> None:
         """Delete a job's control images and other files. Idempotent."""
-        for number in range(MAX_CONTROLS + MAX_FILES):
-            try:
-                await self._storage.delete(control_path(job_id, number))
-            except STORAGE_ERRORS as error:
-                raise self._storage_failed(error) from None
+        places = [control_path(job_id, number) for number in range(MAX_CONTROLS + MAX_FILES)]
+        try:
+            await asyncio.gather(*(self._storage.delete(place) for place in places))
+        except STORAGE_ERRORS as error:
+            raise self._storage_failed(error) from None
 
     def _storage_failed(self, error: Exception) -> ApplicationError:
         return ApplicationError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from bridge.manifest import AspectRatioExtra, BooleanExtra, ChoiceExtra, Extra, FileExtra, NumberExtra, TextExtra
+from bridge.task_files import problem_of
 from comfyui_temporal.contracts.size_budget import MAX_ADDRESS_BYTES
 
 
@@ -29,3 +31,9 @@ def problem_of_extra(extra: Extra, value: Any) -> str | None:
 
 def _is_short(extra: TextExtra, value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= extra.max_length
+
+
+def foreign_files_in(values: Mapping[str, Any], where: str = "") -> list[str]:
+    """A sentence for each text that names a file of a task on a server: no request may."""
+    texts = {name: value for name, value in values.items() if isinstance(value, str)}
+    return [f"{where}{name}: {problem}" for name, text in texts.items() if (problem := problem_of(text))]

@@ -31,8 +31,7 @@ from bridge.manifest import (
     SeedInput,
 )
 from bridge.orders import Graph, InputFile, LoraInput, ModelChoice, RenderedGraph, TrainingGraph, Upload
-from bridge.task_files import problem_of
-from bridge.template_extras import problem_of_extra
+from bridge.template_extras import foreign_files_in, problem_of_extra
 from comfyui_temporal.contracts.comfyui import JobRequest
 from comfyui_temporal.contracts.errors import sentences_of
 from comfyui_temporal.contracts.permissions import Scene
@@ -99,7 +98,7 @@ class Template:
             seconds *= setting.seconds_factor
         self._put_texts(graph, request, problems)
         texts = {name: value for name, value in request.extras.items() if name not in self._file_extras}
-        problems += _foreign_files({"prompt": request.prompt}) + _foreign_files(texts, "extras.")
+        problems += foreign_files_in({"prompt": request.prompt}) + foreign_files_in(texts, "extras.")
         for name, value in request.extras.items():
             seconds *= self._put_extra(graph, name, value, problems)
         uploads = self._put_controls(graph, request, problems)
@@ -137,7 +136,7 @@ class Template:
         graph, inputs = copy.deepcopy(self.graph), training.inputs
         problems: list[str] = []
         known = {"batch_size": inputs.batch_size, "learning_rate": inputs.learning_rate, **inputs.hyperparameters}
-        problems += _foreign_files(hyperparameters, "hyperparameters.")
+        problems += foreign_files_in(hyperparameters, "hyperparameters.")
         for name, value in hyperparameters.items():
             if name in known:
                 self.put(graph, known[name], value)
@@ -467,8 +466,3 @@ def load_template(folder: Path) -> Template:
         return Template(manifest, read_graph(folder / manifest.graph))
     except GraphProblem as problem:
         raise TemplateProblem(f"template {manifest.template_id!r}: {problem}") from None
-
-
-def _foreign_files(values: Mapping[str, Any], where: str = "") -> list[str]:
-    texts = {name: value for name, value in values.items() if isinstance(value, str)}
-    return [f"{where}{name}: {problem}" for name, text in texts.items() if (problem := problem_of(text))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import os
 import signal
@@ -171,9 +172,9 @@ async def test_uploads_reach_the_graph_and_no_other_tenants_does(
         HttpTasks(stack.gateway_url, stack.tokens["tenant-demo"]) as tasks,
         HttpTasks(stack.gateway_url, stack.tokens["tenant-other"]) as strangers,
     ):
-        mask, sound = await tasks.upload(png()), await tasks.upload(WAV)
-        theirs = await strangers.upload(png())
-        good = {"mask": mask.address, "sound": sound.address}
+        sound, theirs = await tasks.upload(WAV), await strangers.upload(png())
+        mask = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
+        good = {"mask": mask, "sound": sound.address}
         await tasks.start(order := image_with(good))
         made = await asyncio.wait_for(tasks.wait(order.task_id), 120)
         assert made.status == "completed", made.sentence
