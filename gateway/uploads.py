@@ -217,12 +217,14 @@ class Uploads:
             kind=found.kind if found else None,
             content_type=found.content_type if found else None,
         )
-        counted = await _stored(self._rows.extend(upload_id, part))
-        if counted is None:
+        counted = await _stored(self._rows.extend(upload_id, part)) or await self._again(upload)
+        if counted.parts[-1:] == [name]:
+            # Also where the store did it, lost its connection and was asked again.
+            return counted
+        if name not in counted.parts:
             with suppress(*STORAGE_ERRORS):
                 await self.files.drop_part(tenant_id, upload_id, name)
-            raise _wrong_offset(await self._again(upload))
-        return counted
+        raise _wrong_offset(counted)
 
     async def _put(self, upload: StoredUpload, content: bytes) -> StoredUpload:
         """The whole file at once."""

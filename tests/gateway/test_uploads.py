@@ -22,8 +22,8 @@ from temporalio.testing import WorkflowEnvironment
 from activities.upload_files import UploadFiles
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from gateway.uploads import PART_BYTES, UploadSettings
-from store import TaskStore
-from store.uploads import MAX_PARTS
+from store import StoredUpload, TaskStore
+from store.uploads import MAX_PARTS, Received, UploadRows
 from tests.conftest import unique
 from tests.gateway.serving import Gateway, bearer, gateway_process, served, token_for
 from tests.waiting import until
@@ -491,6 +491,24 @@ async def test_a_killed_gateway_loses_nothing_that_was_counted(
     assert (await sender.part(upload_id, PART_BYTES, content[PART_BYTES:])).status_code == 204
     assert (await sender.view(upload_id))["sha256"] == hashlib.sha256(content).hexdigest()
     assert kept_of(folder, sender.tenant_id) == {upload_id: content}
+
+
+async def test_a_part_that_the_store_counts_and_is_asked_for_again_is_kept(
+    sender: Sender, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store repeats work whose connection broke after it was done (store/database.py)."""
+    once = UploadRows.extend
+
+    async def twice(rows: UploadRows, upload_id: str, part: Received) -> StoredUpload | None:
+        await once(rows, upload_id, part)
+        return await once(rows, upload_id, part)
+
+    monkeypatch.setattr(UploadRows, "extend", twice)
+    upload_id = await sender.begun(len(MP4))
+    for start, end in ((0, 1_000), (1_000, len(MP4))):
+        answer = await sender.part(upload_id, start, MP4[start:end])
+        assert (answer.status_code, answer.headers["upload-offset"]) == (204, str(end)), answer.text
+    assert kept_of(folder, sender.tenant_id) == {upload_id: MP4}
 
 
 async def test_a_file_that_was_not_joined_is_joined_by_whoever_asks_for_it(
