@@ -71,6 +71,8 @@ class Order(Protocol):
 
     def task(self, *, tenant_id: str, user_id: str, key: str | None) -> TaskInput: ...
 
+    def inline_files(self, tenant_id: str, task_id: str) -> list[InlineFile]: ...
+
 
 class OrderedControl(Control):
     """A control image: its address, `upload:UPLOAD_ID`, or a small file itself: `data:image/png;base64,…`."""
@@ -152,6 +154,10 @@ class TrainingOrder(TrainingTask):
             dataset |= {"files": None, "files_sha256": checksum_of(as_list(self.long_list))}
         given = _given(self, task_id=task_id, tenant_id=tenant_id, user_id=user_id)
         return TrainingTask(**given | {"dataset": dataset})
+
+    def inline_files(self, _tenant_id: str, _task_id: str) -> list[InlineFile]:
+        """None: its files are in its dataset."""
+        return []
 
     @property
     def long_list(self) -> list[str] | None:

@@ -6,12 +6,12 @@ The bridge checks again when it fetches them: a task may be started past the gat
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
-from comfyui_temporal.contracts.tasks import ImageTask, TaskInput
+from comfyui_temporal.contracts.tasks import TaskInput
 from comfyui_temporal.contracts.templates import TemplateExtra
 from comfyui_temporal.contracts.uploads import (
     HEAD_BYTES,
@@ -19,7 +19,6 @@ from comfyui_temporal.contracts.uploads import (
     FileKind,
     InputKind,
     file_type,
-    is_upload,
     upload_id_of,
 )
 from gateway.inline_files import InlineFile
@@ -52,7 +51,7 @@ class TaskUploads:
 
     async def check(self, caller: Caller, task: TaskInput, inline: Sequence[InlineFile]) -> None:
         """Each named upload exists, is whole, the caller's, not expired and of a fitting kind. Raises Problem 422."""
-        named = list(_named_by(task))
+        named = [Named(field, address) for field, address in task.uploads.items()]
         if not named:
             return
         extras = await self._extras(caller, task) if any(each.field.startswith(EXTRAS) for each in named) else {}
@@ -109,18 +108,6 @@ class TaskUploads:
                 listed = await self._templates.of(caller)
             return next((each.extras for each in listed if each.template_id == task.template_id), {})
         return {}
-
-
-def _named_by(task: TaskInput) -> Iterator[Named]:
-    if not isinstance(task, ImageTask):
-        return
-    for number, control in enumerate(task.controls):
-        if is_upload(control.image_url):
-            yield Named(f"controls.{number}.image_url", control.image_url)
-    for name, value in task.extras.items():
-        # Of a text that only begins so no upload is meant.
-        if isinstance(value, str) and upload_id_of(value) is not None:
-            yield Named(f"{EXTRAS}{name}", value)
 
 
 def _wanted(field: str, extras: dict[str, TemplateExtra]) -> str | None:

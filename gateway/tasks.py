@@ -46,7 +46,6 @@ from gateway.start_waits import StartWaits, ends_at, is_answered, refusal_of
 from gateway.task_bodies import (
     KEYED,
     EventsQuery,
-    ImageOrder,
     LogQuery,
     Order,
     TaskFilters,
@@ -121,7 +120,7 @@ class Tasks:
         if earlier is not None:
             return await self._repeated(task, earlier, until)
         await self._check_models(caller, task)
-        inline = order.inline_files(task.tenant_id, task.task_id) if isinstance(order, ImageOrder) else []
+        inline = order.inline_files(task.tenant_id, task.task_id)
         await self._uploads.check(caller, task, inline)
         headers = await self._door.admit_start(caller.tenant_id, task.task_id, size)
         await self._uploads.keep(caller, inline)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Final, TypeVar
 
 import typer
@@ -13,7 +13,7 @@ from rich.text import Text
 from comfyui_temporal.client.models import StartedTask
 from comfyui_temporal.command_line import inputs
 from comfyui_temporal.command_line.app import EXIT_CODES, Json, app, checks_before_start, followed, perform
-from comfyui_temporal.command_line.connection import connection
+from comfyui_temporal.command_line.connection import Connection, connection
 from comfyui_temporal.command_line.failures import ExitCode
 from comfyui_temporal.command_line.local_files import with_uploads
 from comfyui_temporal.command_line.reports import print_json
@@ -25,6 +25,8 @@ from comfyui_temporal.contracts.start_answer import MAX_WAIT_SECONDS, Reached, W
 from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
 
 Model = TypeVar("Model", bound=BaseModel)
+Prepare = Callable[[Connection], Awaitable[AnyTask]]
+"""What is done with the task once there is a connection."""
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Start the task and return; `watch` follows it.")]
 WaitHeld = Annotated[
     bool,
@@ -133,7 +135,11 @@ def generate(
         values = {"task_id": inputs.new_task_id("image"), "template_id": "text-to-image"} | values
         task = _read_task(ImageTask, values)
         files = inputs.named_files(file or [])
-        return await _start(task, files, no_wait=no_wait, wait_held=wait_held, as_json=as_json)
+
+        async def prepared(opened: Connection) -> ImageTask:
+            return await with_uploads(opened, task, files)
+
+        return await _start(task, prepared, no_wait=no_wait, wait_held=wait_held, as_json=as_json)
 
     perform(work, as_json=as_json)
 
@@ -242,14 +248,13 @@ def _hyperparameters(from_file: Any, chosen: dict[str, Any]) -> Any:
 
 
 async def _start(
-    task: AnyTask, files: Mapping[str, str] | None = None, *, no_wait: bool, wait_held: bool, as_json: bool
+    task: AnyTask, prepared: Prepare | None = None, *, no_wait: bool, wait_held: bool, as_json: bool
 ) -> ExitCode:
     returns = no_wait or wait_held
     async with connection(read_settings(CommandSettings)) as opened:
         for check in checks_before_start:
             await check(opened)
-        if isinstance(task, ImageTask):
-            task = await with_uploads(opened, task, files or {})
+        task = await prepared(opened) if prepared else task
         wait_for: WaitFor | None = "held" if wait_held else None
         started = await opened.tasks.start(task, wait_for=wait_for, wait_seconds=MAX_WAIT_SECONDS)
         ui_url = opened.tasks.ui_link(started.workflow_id, started.run_id)

@@ -28,6 +28,7 @@ from comfyui_temporal.contracts.fields import (
 )
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.size_budget import MAX_EXTRAS_BYTES, MAX_IMAGES, MAX_LORAS, MAX_STORED_INPUT_BYTES
+from comfyui_temporal.contracts.uploads import is_upload, upload_id_of
 
 TASK_QUEUE: Final = "comfyui"
 WORKFLOW_ID_PREFIX: Final = "task-"
@@ -148,6 +149,11 @@ class TaskInput(CallerModel):
         """The models of the tenant that the task uses."""
         return []
 
+    @property
+    def uploads(self) -> dict[str, str]:
+        """Field → address of each upload that the task names, rightly or not."""
+        return {}
+
 
 class ImageTask(TaskInput):
     """Input of `ImageGenerationWorkflow`. `max_credits` in points: the most this task may cost its payer."""
@@ -168,6 +174,14 @@ class ImageTask(TaskInput):
     @property
     def model_ids(self) -> list[str]:
         return [lora.model_id for lora in self.loras]
+
+    @property
+    def uploads(self) -> dict[str, str]:
+        given = {f"controls.{number}.image_url": each.image_url for number, each in enumerate(self.controls)}
+        named = {field: address for field, address in given.items() if is_upload(address)}
+        # Of a text that only begins so no upload is meant.
+        texts = {name: value for name, value in self.extras.items() if isinstance(value, str)}
+        return named | {f"extras.{name}": text for name, text in texts.items() if upload_id_of(text) is not None}
 
 
 def _relative_path(path: str) -> str:
