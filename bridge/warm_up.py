@@ -29,6 +29,7 @@ from PIL import Image
 from bridge.fitness import Fitness, TemplateState
 from bridge.graph_check import NoModel, chosen_models
 from bridge.graphs import needed_part
+from bridge.manifest import FileExtra
 from bridge.server import PromptRefused, PromptResult, PromptState, Server, ServerError
 from bridge.slot import Slot
 from bridge.task_files import FOLDER, is_left_by
@@ -249,12 +250,15 @@ class _Run:
 
     async def _prepared(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """The graph for the smallest job of the template, with this server's models. Raises RequestRefused, NoModel."""
-        slots = self._template.manifest.controls
+        slots, extras = self._template.manifest.controls, self._template.manifest.extras
+        needed = [name for name, extra in extras.items() if isinstance(extra, FileExtra) and extra.required]
         request = JobRequest(
             **{"task_id": self.run_id, "tenant_id": "warm-up", "user_id": "warm-up", "callback_url": ""},
             template_id=self._template.template_id,
             prompt=PROMPT,
             controls=[{"image_url": "warm-up"} for _ in slots],
+            # Of a video or sound a grey picture is none: that warm-up fails, and says so.
+            extras=dict.fromkeys(needed, "warm-up"),
             resolution=Resolution.SD,
             priority=TaskPriority.STANDARD,
         )

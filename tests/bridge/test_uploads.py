@@ -11,7 +11,7 @@ import pytest_asyncio
 from temporalio.client import Client
 
 from bridge.manifest import MAX_FILES
-from bridge.templates import TemplateProblem, load_template
+from bridge.templates import SHIPPED, TemplateProblem, load_library, load_template
 from comfyui_temporal.contracts.prices import PriceTable
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import TENANT, BridgePlatform, Json, running_bridge
@@ -19,6 +19,7 @@ from tests.bridge.template_folders import empty_image, node, save, written
 from tests.bridge.test_cleaning import bytes_left, is_closed
 from tests.bridge.test_jobs import _is_cleared as is_cleared
 from tests.bridge.test_jobs import _png as png
+from tests.bridge.test_warm_up import is_warm
 
 WAV = b"RIFF\x00\x00\x00\x00WAVEfmt sound"
 MP4 = b"\x00\x00\x00\x20ftypisom" + b"a video." * 400_000
@@ -182,6 +183,18 @@ async def test_a_file_that_a_template_needs_must_be_given(temporal_client: Clien
         answer = await bridge.post("/jobs", bridge.job_body(template_id="needs"))
     assert answer.status_code == 422
     assert "extras.mask: template 'needs' needs it" in answer.json()["detail"]["fields"][0]
+
+
+async def test_a_template_that_needs_a_mask_is_warmed_up_with_a_grey_one(
+    bridge: BridgePlatform, native: NativeServer, tmp_path: Path
+) -> None:
+    manifest = MANIFEST.replace('type = "mask"', 'type = "mask"\nrequired = true')
+    written(tmp_path / "templates", "needs", GRAPH, results=["Kept"], manifest=manifest)
+    bridge.templates = list(load_library(SHIPPED, tmp_path / "templates"))
+    async with bridge.gpu(native, warm_up=["needs"]) as worker:
+        await is_warm(worker)
+    assert [run.outcome for run in await native.admin.runs()] == ["success"]
+    assert "2" in (await native.admin.runs())[0].nodes
 
 
 def test_a_manifest_with_too_many_files_or_a_wrong_input_is_refused(tmp_path: Path) -> None:
