@@ -9,8 +9,8 @@ from typing import Final
 
 import structlog
 
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import Fact, TaskClaim, TaskWrite
-from comfyui_temporal.contracts.tasks import EventType
 
 log = structlog.get_logger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 
-from comfyui_temporal.contracts.tasks import Heartbeat
+from comfyui_temporal.contracts.task_events import Heartbeat
 from gateway.problems import PROBLEM_JSON
 
 _FRAMEWORK_REFUSALS: Final = ("HTTPValidationError", "ValidationError")

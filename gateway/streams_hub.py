@@ -20,7 +20,7 @@ from typing import Final
 
 import structlog
 
-from comfyui_temporal.contracts.tasks import TaskEvent
+from comfyui_temporal.contracts.task_events import TaskEvent
 from gateway.draining import Draining
 from gateway.streams_subscriber import Subscriber
 from gateway.streams_wires import EndReason, SharedEvent

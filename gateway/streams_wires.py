@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 from starlette.types import Receive, Send
 from starlette.websockets import WebSocket
 
-from comfyui_temporal.contracts.tasks import EventType, Heartbeat, TaskEvent
+from comfyui_temporal.contracts.task_events import EventType, Heartbeat, TaskEvent
 
 RETRY_MILLISECONDS: Final = 2_000
 ENDS: Final = frozenset({EventType.COMPLETED, EventType.FAILED, EventType.CANCELLED})

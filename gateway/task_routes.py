@@ -13,7 +13,8 @@ from starlette.requests import HTTPConnection
 
 from comfyui_temporal.contracts.fields import CallerId
 from comfyui_temporal.contracts.permissions import Operation
-from comfyui_temporal.contracts.tasks import CancelTask, CancelTaskOutcome, ConfirmPrice, ConfirmPriceOutcome, TaskEvent
+from comfyui_temporal.contracts.task_events import TaskEvent
+from comfyui_temporal.contracts.tasks import CancelTask, CancelTaskOutcome, ConfirmPrice, ConfirmPriceOutcome
 from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
 from gateway.access import Access
 from gateway.problems import ProblemCode, problems

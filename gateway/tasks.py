@@ -24,13 +24,13 @@ from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.start_answer import StartAnswer
+from comfyui_temporal.contracts.task_events import TaskEvent
 from comfyui_temporal.contracts.tasks import (
     CancelTask,
     CancelTaskOutcome,
     ConfirmPrice,
     ConfirmPriceOutcome,
     TaskDelay,
-    TaskEvent,
     TaskInput,
     TaskStatus,
     no_such_model,

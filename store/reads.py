@@ -15,8 +15,9 @@ from comfyui_temporal.contracts.errors import sentences_of
 from comfyui_temporal.contracts.fields import Instant, OwnModel
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES
+from comfyui_temporal.contracts.task_events import EventType, TaskEvent
 from comfyui_temporal.contracts.task_store import TaskExceptionRow, TaskRow, TrainedModel, TrainingLogRow
-from comfyui_temporal.contracts.tasks import EventType, TaskEvent, TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from store.cursors import event_cursor
 from store.inputs import has_text
 from store.tables import task_claims, task_events, task_exceptions, tasks, training_log

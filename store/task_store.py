@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 from comfyui_temporal.contracts.fields import OwnModel
 from comfyui_temporal.contracts.lives import EarlierLife, TaskRun
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.task_events import TaskEvent
 from comfyui_temporal.contracts.task_store import (
     Correction,
     Heard,
@@ -26,7 +27,7 @@ from comfyui_temporal.contracts.task_store import (
     TrainingLogWrite,
     UnsettledTask,
 )
-from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, Admission, TenantLimits
 from comfyui_temporal.contracts.ticks import Tick
 from store import (

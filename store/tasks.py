@@ -18,8 +18,9 @@ from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate, Update
 
 from comfyui_temporal.contracts.fields import OwnModel, repaired
 from comfyui_temporal.contracts.lives import TaskRun
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import Fact, TaskClaim, TaskException, TaskState, TaskWrite, TrainingLogWrite
-from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from runtime.trace_context import traceparent
 from store import inputs

@@ -16,7 +16,7 @@ from comfyui_temporal.contracts.comfyui import JobStatus, TrainingStatus
 from comfyui_temporal.contracts.credits import LedgerKind
 from comfyui_temporal.contracts.errors import COMFYUI_ERRORS, CREDITS_ERRORS, WireError
 from comfyui_temporal.contracts.schemas import SCHEMAS
-from comfyui_temporal.contracts.tasks import EventType
+from comfyui_temporal.contracts.task_events import EventType
 
 PROJECT = Path(__file__).parents[1]
 EXAMPLES = PROJECT / "docs" / "examples"

@@ -20,7 +20,7 @@ from comfyui_temporal.contracts.errors import (
 )
 from comfyui_temporal.contracts.requests import JobBody, RequestedJob, RequestOutcome
 from comfyui_temporal.contracts.scenes import Accepted
-from comfyui_temporal.contracts.tasks import EventType
+from comfyui_temporal.contracts.task_events import EventType
 from workflows.alarm import Alarm
 from workflows.earlier_life import is_key_of_earlier_life
 from workflows.failures import RowEnded, TaskFailed

@@ -20,8 +20,8 @@ from comfyui_temporal.contracts.size_budget import (
     MAX_UNWRITTEN_BYTES,
     json_bytes,
 )
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import Fact, TaskException
-from comfyui_temporal.contracts.tasks import EventType
 from workflows.measured import Measured
 
 LEFT_OUT: Final = "left_out:"

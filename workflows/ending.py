@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from temporalio import workflow
 
 from comfyui_temporal.contracts.continuation import JobUpdate
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import TaskRow
-from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
 from workflows.failures import RowEnded, TaskEnd, TaskFailed

@@ -30,13 +30,9 @@ from comfyui_temporal.contracts.give_back import (
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.requests import RequestedJob, RequestOutcome
 from comfyui_temporal.contracts.scenes import SCENES
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import TaskRow, TaskState, TaskWrite
-from comfyui_temporal.contracts.tasks import (
-    CreditsSummary,
-    EventType,
-    TaskInput,
-    TaskStatus,
-)
+from comfyui_temporal.contracts.tasks import CreditsSummary, TaskInput, TaskStatus
 from workflows.alarm import Alarm
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold

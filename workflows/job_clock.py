@@ -11,7 +11,8 @@ from temporalio import workflow
 from comfyui_temporal.contracts.continuation import ClockState
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
 from comfyui_temporal.contracts.fields import minutes_from
-from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.task_events import EventType
+from comfyui_temporal.contracts.tasks import TaskStatus
 from workflows.failures import TaskFailed
 from workflows.task_limits import TaskLimits
 from workflows.task_record import TaskRecord

@@ -11,7 +11,8 @@ from comfyui_temporal.contracts.calls import Post
 from comfyui_temporal.contracts.credits import ChargeRequest, CommitRequest, HoldReply
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode, Refusal, RefusalKind
 from comfyui_temporal.contracts.requests import RequestedHold
-from comfyui_temporal.contracts.tasks import EventType, SettlementState, TaskInput
+from comfyui_temporal.contracts.task_events import EventType
+from comfyui_temporal.contracts.tasks import SettlementState, TaskInput
 from workflows.charges import Charges, ChargeUnknown
 from workflows.credit_hold import CreditHold
 from workflows.earlier_life import EarlierLifePossible, is_key_of_earlier_life, raise_unless_settled

@@ -32,7 +32,8 @@ from comfyui_temporal.contracts.errors import (
 )
 from comfyui_temporal.contracts.requests import HoldState, RequestedHold, RequestOutcome
 from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
-from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, SettlementState, TaskInput
+from comfyui_temporal.contracts.task_events import EventType
+from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState, TaskInput
 from workflows.doubled_holds import DoubledHolds
 from workflows.earlier_life import is_key_of_earlier_life, was_stopped
 from workflows.forgotten_holds import ForgottenHolds

@@ -14,6 +14,7 @@ from comfyui_temporal.contracts.comfyui import SnapshotReference, TrainingOutput
 from comfyui_temporal.contracts.continuation import HeldProgress, JobUpdate, RecordState
 from comfyui_temporal.contracts.errors import ErrorDetails, ExceptionCode, FailureCode
 from comfyui_temporal.contracts.fields import shortened
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import (
     ClaimOutcome,
     Fact,
@@ -28,7 +29,6 @@ from comfyui_temporal.contracts.tasks import (
     INPUT_MEMO,
     Confirmation,
     CreditsSummary,
-    EventType,
     TaskInput,
     TaskStatus,
     input_document,

@@ -12,8 +12,9 @@ from comfyui_temporal.contracts.continuation import JobUpdate, PriceState
 from comfyui_temporal.contracts.credits import Estimate, EstimateRequest, PriceOption
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.prices import UnknownPrice
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import RecordedPrices
-from comfyui_temporal.contracts.tasks import Confirmation, EventType, TrainingTask
+from comfyui_temporal.contracts.tasks import Confirmation, TrainingTask
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskFailed
 from workflows.interruptible import InterruptibleWaits

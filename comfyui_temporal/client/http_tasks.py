@@ -30,13 +30,12 @@ from comfyui_temporal.client.uploading import upload
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES, AnyTask
 from comfyui_temporal.contracts.start_answer import MAX_WAIT_SECONDS, Reached, WaitFor
+from comfyui_temporal.contracts.task_events import EventType, TaskEvent
 from comfyui_temporal.contracts.tasks import (
     CancelTask,
     CancelTaskOutcome,
     ConfirmPrice,
     ConfirmPriceOutcome,
-    EventType,
-    TaskEvent,
     TaskStatus,
     TrainingProgress,
 )

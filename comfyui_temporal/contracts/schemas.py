@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
-from comfyui_temporal.contracts import comfyui, credits, errors, stack, start_answer, tasks
+from comfyui_temporal.contracts import comfyui, credits, errors, stack, start_answer, task_events, tasks
 
 FOLDER: Final = Path("docs/schemas")
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
@@ -57,8 +57,8 @@ SCHEMAS: Final[tuple[WireSchema, ...]] = (
     WireSchema("start-answer", "answer to `wait_until_held`", start_answer.StartAnswer, "serialization"),
     WireSchema("confirm-price", "argument of the update and the signal `confirm_price`", tasks.ConfirmPrice),
     WireSchema("confirm-price-outcome", "answer to `confirm_price`", tasks.ConfirmPriceOutcome, "serialization"),
-    WireSchema("task-event", "one event of a task", tasks.TaskEvent, "serialization"),
-    WireSchema("heartbeat", "the event `system.heartbeat` of a stream", tasks.Heartbeat, "serialization"),
+    WireSchema("task-event", "one event of a task", task_events.TaskEvent, "serialization"),
+    WireSchema("heartbeat", "the event `system.heartbeat` of a stream", task_events.Heartbeat, "serialization"),
     WireSchema("job-request", "`POST /comfyui/v1/jobs`", comfyui.JobRequest, "serialization"),
     WireSchema("job-accepted", "its answer", comfyui.JobAccepted),
     WireSchema("job-state", "`GET /comfyui/v1/jobs/{job_id}`, and `POST …/cancel`", comfyui.JobState),

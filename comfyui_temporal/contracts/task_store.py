@@ -13,7 +13,8 @@ from comfyui_temporal.contracts.handed_on import KeptModel
 from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.policy import Policy
-from comfyui_temporal.contracts.tasks import Confirmation, CreditsSummary, EventType, TaskStatus, with_settlement
+from comfyui_temporal.contracts.task_events import EventType
+from comfyui_temporal.contracts.tasks import Confirmation, CreditsSummary, TaskStatus, with_settlement
 
 
 class Fact(OwnModel):

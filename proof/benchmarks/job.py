@@ -8,15 +8,9 @@ from typing import Any, Final
 from comfyui_temporal.contracts.calls import CallFor, Post
 from comfyui_temporal.contracts.comfyui import JobAccepted, JobCallback, JobRequest, JobStatus
 from comfyui_temporal.contracts.credits import CommitRequest, EstimateRequest, HoldReply, PreDeductRequest
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import Fact, TaskClaim, TaskState, TaskWrite
-from comfyui_temporal.contracts.tasks import (
-    CreditsSummary,
-    EventType,
-    ImageTask,
-    TaskStatus,
-    input_sha256_of,
-    workflow_id_of,
-)
+from comfyui_temporal.contracts.tasks import CreditsSummary, ImageTask, TaskStatus, input_sha256_of, workflow_id_of
 
 RUN: Final = "run"
 LIFE_SECONDS: Final = 3_600

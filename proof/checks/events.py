@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from comfyui_temporal.contracts.tasks import EventType, TaskEvent, TaskStatus
+from comfyui_temporal.contracts.task_events import EventType, TaskEvent
+from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.checks.finished_task import Findings, FinishedTask, Rule
 
 ENDS: Final[Mapping[TaskStatus, EventType]] = {

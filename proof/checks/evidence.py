@@ -12,7 +12,8 @@ from temporalio.client import Client, WorkflowHistory
 from temporalio.service import RPCError
 
 from comfyui_temporal.contracts.give_back import give_back_id_of
-from comfyui_temporal.contracts.tasks import TaskEvent, workflow_id_of
+from comfyui_temporal.contracts.task_events import TaskEvent
+from comfyui_temporal.contracts.tasks import workflow_id_of
 from proof.checks.finished_task import Charges, FinishedTask
 from proof.simulators.admin_client import Admin
 from proof.simulators.admin_wire import EntrySeen, HoldSeen, RunSeen

@@ -9,8 +9,9 @@ from typing import Any, Final
 
 from temporalio.api.history.v1 import HistoryEvent
 
+from comfyui_temporal.contracts.task_events import TaskEvent
 from comfyui_temporal.contracts.task_store import Fact, TaskState
-from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.simulators.admin_wire import EntrySeen, HoldSeen, RunSeen
 from proof.simulators.credits_profile import CreditsProfile
 

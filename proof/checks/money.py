@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Final
 
 from comfyui_temporal.contracts.errors import ExceptionCode
-from comfyui_temporal.contracts.tasks import EventType, SettlementState
+from comfyui_temporal.contracts.task_events import EventType
+from comfyui_temporal.contracts.tasks import SettlementState
 from proof.checks.finished_task import Exempt, Expected, Findings, FinishedTask, Rule
 
 SAY_UNKNOWN: Final = frozenset(

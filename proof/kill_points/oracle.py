@@ -11,7 +11,8 @@ from typing import Final
 from temporalio.api.enums.v1 import EventType as Happened
 from temporalio.client import WorkflowHistory
 
-from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
+from comfyui_temporal.contracts.task_events import TaskEvent
+from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.checks.evidence import Services, Sources
 from proof.checks.finished_task import Exempt, Expected
 from proof.checks.histories import replay_failures

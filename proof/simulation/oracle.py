@@ -18,10 +18,10 @@ from typing import Any, Final
 from comfyui_temporal.contracts.comfyui import JobStatus, TrainingStage
 from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
 from comfyui_temporal.contracts.start_answer import Reached, StartAnswer
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import Fact, TaskState
 from comfyui_temporal.contracts.tasks import (
     CreditsSummary,
-    EventType,
     ImageProgress,
     ImageResult,
     TaskStatus,

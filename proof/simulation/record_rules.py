@@ -9,8 +9,9 @@ from typing import Final
 from comfyui_temporal.contracts.comfyui import JobState, TrainingState
 from comfyui_temporal.contracts.errors import HOLD_OUT_OF_SIGHT, Answer, ExceptionCode, FailureCode
 from comfyui_temporal.contracts.size_budget import MAX_INBOX, MAX_INBOX_BYTES
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import Fact, TaskException
-from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.simulation.calls import Call
 from proof.simulation.hold_rules import LEAST_LIFE, HoldRules
 from proof.simulation.invariants import World, must

@@ -7,7 +7,8 @@ from typing import Final
 from comfyui_temporal.contracts.credits import LedgerKind
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode
 from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
-from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, SettlementState
+from comfyui_temporal.contracts.task_events import EventType
+from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState
 from proof.simulation.hold_rules import HoldRules
 from proof.simulation.invariants import World, must
 from proof.simulation.price_rules import Prices

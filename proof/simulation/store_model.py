@@ -10,6 +10,7 @@ from typing import Final
 
 from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.policy import Policy
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import (
     ClaimOutcome,
     Fact,
@@ -23,7 +24,7 @@ from comfyui_temporal.contracts.task_store import (
     TaskState,
     TaskWrite,
 )
-from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.contracts.ticks import Tick, TickVerdict
 from proof.simulation.timeline import Timeline
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import httpx
 
-from comfyui_temporal.contracts.tasks import TaskEvent
+from comfyui_temporal.contracts.task_events import TaskEvent
 from proof.site.site import Site
 
 RETRY_SECONDS: Final = 0.5

@@ -9,8 +9,9 @@ from structlog.testing import capture_logs
 
 from activities.task_story import TaskStory
 from comfyui_temporal.contracts.errors import ErrorDetails
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import Fact, TaskState, TaskWrite
-from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 PREEMPTED = ErrorDetails(code="gpu_preempted", message="a lighthouse at dusk was too much", retryable=True)

@@ -12,8 +12,9 @@ from temporalio.api.enums.v1 import WorkflowTaskFailedCause
 from temporalio.api.history.v1 import HistoryEvent
 
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.task_events import EventType, TaskEvent
 from comfyui_temporal.contracts.task_store import TaskState
-from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, SettlementState, TaskEvent, TaskStatus
+from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState, TaskStatus
 from proof.checks.finished_task import Charges, Exempt, Expected, FinishedTask, Rule
 from proof.checks.judge import NotCollected, judge
 from proof.checks.money import SAY_UNKNOWN

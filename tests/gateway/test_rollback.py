@@ -9,8 +9,9 @@ import pytest
 from temporalio.client import WorkflowHandle
 
 from comfyui_temporal.contracts.lives import TaskRun
+from comfyui_temporal.contracts.task_events import TaskEvent
 from comfyui_temporal.contracts.task_store import TaskWrite
-from comfyui_temporal.contracts.tasks import TaskEvent, workflow_id_of
+from comfyui_temporal.contracts.tasks import workflow_id_of
 from proof.simulators.admin_wire import FaultKind
 from store import StoreUnavailable
 from tests.conftest import unique

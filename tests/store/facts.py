@@ -7,8 +7,9 @@ from typing import Any
 
 from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import Fact, TaskClaim, TaskState, TaskWrite
-from comfyui_temporal.contracts.tasks import EventType, TaskStatus, workflow_id_of
+from comfyui_temporal.contracts.tasks import TaskStatus, workflow_id_of
 from tests.conftest import unique
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)

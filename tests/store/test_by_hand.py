@@ -14,8 +14,9 @@ import pytest
 import pytest_asyncio
 
 from comfyui_temporal.contracts.errors import ExceptionCode
+from comfyui_temporal.contracts.task_events import TaskEvent
 from comfyui_temporal.contracts.task_store import Correction, TaskException
-from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState, TaskEvent, TaskStatus
+from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState, TaskStatus
 from store import TaskStore, TaskUnknown
 from store.by_hand import Found
 from store.failures import NotToBeSettled

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 
-from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.task_events import EventType
+from comfyui_temporal.contracts.tasks import TaskStatus
 from store import TaskStore
 from tests.store.facts import NOON, claim_of, new_task_id
 

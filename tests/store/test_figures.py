@@ -9,8 +9,9 @@ import pytest
 
 from comfyui_temporal.contracts.errors import ErrorDetails, ExceptionCode
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import TaskException, TaskWrite
-from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, SettlementState, TaskStatus
+from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState, TaskStatus
 from store import TaskStore, UnseenTask, figures
 from store.unsettled import LOOKED_AT_FOR
 from tests.conftest import NewDatabase

@@ -9,8 +9,9 @@ import asyncpg
 import pytest
 
 from comfyui_temporal.contracts.lives import EarlierLife, TaskRun
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import TaskRow, TaskWrite
-from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, TaskStatus
+from comfyui_temporal.contracts.tasks import CreditsSummary, TaskStatus
 from store import NotTheClaimant, TaskStore
 from store.lives import MOST_EARLIER_RUNS
 from tests.store.facts import claim_of, end, fact, new_task_id, write_of

@@ -10,8 +10,9 @@ from typing import Any
 import asyncpg
 import pytest
 
+from comfyui_temporal.contracts.task_events import EventType, TaskEvent
 from comfyui_temporal.contracts.task_store import HeardOrder, TakenReport
-from comfyui_temporal.contracts.tasks import EventType, TaskEvent, TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.contracts.ticks import Tick, TickVerdict
 from store import TaskStore
 from tests.store.facts import claim_of, end, fact, new_task_id, write_of

@@ -10,8 +10,9 @@ from typing import Any
 import asyncpg
 import pytest
 
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import TaskException
-from comfyui_temporal.contracts.tasks import CreditsSummary, EventType, TaskStatus
+from comfyui_temporal.contracts.tasks import CreditsSummary, TaskStatus
 from store import NotTheClaimant, TaskStore, TaskUnknown
 from tests.store.facts import NOON, claim_of, end, fact, new_task_id, write_of
 

@@ -15,8 +15,9 @@ import jwt
 from fastapi import Depends, FastAPI, Request, Response
 
 from comfyui_temporal.contracts.permissions import Scope
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import TaskWrite
-from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from gateway.access import Access
 from gateway.draining import Draining

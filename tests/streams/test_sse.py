@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from comfyui_temporal.contracts.tasks import TaskEvent
+from comfyui_temporal.contracts.task_events import TaskEvent
 from store import TaskStore
 from tests.conftest import unique
 from tests.streams.serving import Streams, Writer, stream_token_for, streams_on, token_for

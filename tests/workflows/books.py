@@ -10,8 +10,9 @@ from typing import Any
 from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError, WorkflowHistoryEventFilterType
 from temporalio.exceptions import ApplicationError, CancelledError
 
+from comfyui_temporal.contracts.task_events import TaskEvent
 from comfyui_temporal.contracts.task_store import TaskExceptionRow
-from comfyui_temporal.contracts.tasks import TaskEvent, TaskStatus
+from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.checks.evidence import Sources
 from proof.checks.finished_task import Exempt, Findings, FinishedTask
 from proof.checks.histories import PATCH_MARKER, check_history

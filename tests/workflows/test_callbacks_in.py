@@ -21,7 +21,8 @@ from temporalio.api.history.v1 import HistoryEvent
 from temporalio.common import RawValue
 from temporalio.service import RPCError, RPCStatusCode
 
-from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, EventType, TaskEvent, TaskStatus
+from comfyui_temporal.contracts.task_events import EventType, TaskEvent
+from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, TaskStatus
 from tests.workflows.books import Ending, ended
 from tests.workflows.platform import Handle, Platform, task_id_of
 

@@ -17,7 +17,8 @@ import pytest_asyncio
 from temporalio.client import WorkflowExecutionStatus
 from temporalio.testing import WorkflowEnvironment
 
-from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, EventType, TaskStatus
+from comfyui_temporal.contracts.task_events import EventType
+from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, TaskStatus
 from proof.simulators.admin_wire import Fault
 from store import TaskStore
 from tests.cable import Cable

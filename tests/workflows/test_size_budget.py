@@ -46,8 +46,9 @@ from comfyui_temporal.contracts.size_budget import (
     PAYLOAD_BYTES,
     json_bytes,
 )
+from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import Fact, TaskException, TaskRow, TaskState, TaskWrite, TrainedModel
-from comfyui_temporal.contracts.tasks import Confirmation, CreditsSummary, EventType, TaskStatus
+from comfyui_temporal.contracts.tasks import Confirmation, CreditsSummary, TaskStatus
 from workflows.backlog import LEFT_OUT, Backlog
 from workflows.inbox import Inbox
 

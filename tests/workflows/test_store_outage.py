@@ -15,7 +15,8 @@ from temporalio.service import RPCError
 from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal.contracts.lives import STORE_UNAVAILABLE
-from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.task_events import EventType
+from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.simulators.credits_profile import CreditsProfile
 from store import TaskStore
 from tests.cable import Cable

@@ -13,7 +13,8 @@ from temporalio.common import SearchAttributeUpdate
 from comfyui_temporal.contracts.continuation import HeldProgress, JobUpdate, RecordState
 from comfyui_temporal.contracts.errors import ErrorDetails, ExceptionCode, FailureCode
 from comfyui_temporal.contracts.size_budget import MAX_UNWRITTEN
-from comfyui_temporal.contracts.tasks import EventType, ImageTask, TaskStatus
+from comfyui_temporal.contracts.task_events import EventType
+from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall
 from workflows.task_record import TaskRecord

@@ -16,7 +16,8 @@ import pytest
 
 from activities.datasets import DatasetSnapshots
 from comfyui_temporal.contracts.comfyui import TrainingDraft, TrainingRequest
-from comfyui_temporal.contracts.tasks import EventType, TaskStatus
+from comfyui_temporal.contracts.task_events import EventType
+from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import Ending, ended
 from tests.workflows.payers import holds_of, kinds_of, new_payer, until_price_shown, until_started
 from tests.workflows.platform import Handle, Platform, sent, task_id_of
