@@ -7,13 +7,11 @@ worker finds the prompt again and never submits it twice.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import mimetypes
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
@@ -34,8 +32,7 @@ from bridge.calls import (
     TEMPLATE_UNFIT,
     RunFailureType,
 )
-from bridge.datasets import CorruptPicture, Placed, named, plan_of, read_picture
-from bridge.file_types import type_of
+from bridge.dataset_copies import DatasetCopies
 from bridge.fitness import Fitness, TemplateState
 from bridge.graph_check import NoModel, chosen_models, relink
 from bridge.graphs import needed_part
@@ -52,7 +49,6 @@ from bridge.orders import (
     StoredResult,
     TakeOrder,
     control_name,
-    long_list,
 )
 from bridge.prompt_run import (
     Interrupted,
@@ -65,14 +61,13 @@ from bridge.prompt_run import (
     ServerSick,
     ServerUnfit,
 )
-from bridge.result_files import BUNDLE, Bundle, kept, own_names, pieces, scratch_file, single_count
-from bridge.server import FileUse, PromptRefused, PromptState, ResultFile, Server, ServerError
+from bridge.result_copies import ResultCopies
+from bridge.server import FileUse, PromptRefused, PromptState, Server, ServerError
 from bridge.slot import Slot
-from bridge.storage import STORAGE_ERRORS, Storage, safe_name
+from bridge.storage import STORAGE_ERRORS, Storage
 from bridge.task_files import FOLDER, foreign_files, is_left_by, shown
 from bridge.ticks import RunningJobs, Ticks
 from bridge.warm_up import WarmUps
-from comfyui_temporal.contracts.comfyui import DatasetFile, DatasetSnapshot
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 
 HEARTBEAT_SECONDS: Final = 1.0
@@ -139,7 +134,8 @@ class GpuActivities:
         self._warm_ups = warm_ups
         self._patience = patience or Patience()
         self._copying = 0
-        self._ingested_datasets: set[str] = set()
+        self._results = ResultCopies(server, storage, identity.name)
+        self._datasets = DatasetCopies(server, storage)
 
     @property
     def is_copying(self) -> bool:
@@ -241,7 +237,7 @@ class GpuActivities:
         """Copy a run's files to storage. Raises ApplicationError: `prompt_lost` if they are gone, else retried."""
         self._copying += 1
         try:
-            return await _with_heartbeats(self._copy(order), tuple)
+            return await _with_heartbeats(self._results.copied(order), tuple)
         finally:
             self._copying -= 1
 
@@ -266,18 +262,13 @@ class GpuActivities:
                 await self._server.cancel(prompt_id)
             files += [file for file in await self._server.produced(prompt_id) if is_left_by(file, order.job_id)]
         if order.dataset is not None:
-            files += await self._ingested(order.dataset)
-            self._ingested_datasets.discard(order.dataset.training_id)
+            files += await self._datasets.files(order.dataset)
+            self._datasets.forget(order.dataset)
         for file in files:
             await self._server.erase(file)
         for prompt_id in order.prompts:
             await self._server.forget(prompt_id)
         return len(files)
-
-    async def _ingested(self, order: DatasetOrder) -> list[ResultFile]:
-        """A dataset's files on this server."""
-        places = [_place_of(order, placed.target) for placed in plan_of(await self._files_of(order)).placed]
-        return [ResultFile(node="", kind="", filename=name, subfolder=folder, type="input") for folder, name in places]
 
     @activity.defn(name=INGEST_DATASET)
     async def ingest_dataset(self, order: DatasetOrder) -> int:
@@ -286,60 +277,7 @@ class GpuActivities:
         Raises ApplicationError: `workflow_invalid`, a `RunFailureType`, or retried.
         """
         with self._held(order.training_id):
-            return await _with_heartbeats(self._ingest(order), tuple)
-
-    async def _ingest(self, order: DatasetOrder) -> int:
-        try:
-            wanted = plan_of(await self._files_of(order)).placed
-            if order.training_id in self._ingested_datasets:
-                return len(wanted)
-            corrupt = [placed.file.path for placed in wanted if not await self._ingest_file(order, placed)]
-            if corrupt:
-                raise _dataset_refused(f"{named(corrupt)} cannot be read: no pictures, or broken off")
-        except PromptRefused as refused:
-            raise ApplicationError(refused.details.message, type=refused.details.code, non_retryable=True) from None
-        except FileNotFoundError as error:
-            raise ApplicationError(
-                f"A file of the dataset's snapshot is missing: {error}.",
-                type=FailureCode.WORKFLOW_INVALID.value,
-                non_retryable=True,
-            ) from None
-        except ServerError as error:
-            raise ApplicationError(str(error), type=RunFailureType.GONE.value, non_retryable=True) from None
-        except STORAGE_ERRORS as error:
-            raise ApplicationError(
-                f"The dataset's snapshot at {order.snapshot.snapshot_uri} cannot be read: {type(error).__name__}.",
-                type=FailureCode.INTERNAL.value,
-            ) from None
-        self._ingested_datasets.add(order.training_id)
-        return len(wanted)
-
-    async def _ingest_file(self, order: DatasetOrder, placed: Placed) -> bool:
-        """Upload a verified file. Returns whether it can be read. Raises PromptRefused, ServerError, STORAGE_ERRORS."""
-        file, snapshot = placed.file, Storage(order.snapshot.snapshot_uri)
-        has_size = await snapshot.size_bytes(file.path) == file.size_bytes
-        content = await snapshot.read_whole(file.path) if has_size else b""
-        if not has_size or hashlib.sha256(content).hexdigest() != file.sha256:
-            raise _dataset_refused(f"{file.path!r} does not match its size and sha256")
-        folder, name = _place_of(order, placed.target)
-        if not name.lower().endswith(".txt"):
-            try:
-                content = await asyncio.to_thread(read_picture, content, as_png=placed.is_converted)
-            except CorruptPicture:
-                return False
-        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        await self._server.upload(name, content, content_type=kind, folder=folder)
-        return True
-
-    async def _files_of(self, order: DatasetOrder) -> list[DatasetFile]:
-        """The files to train on. Raises STORAGE_ERRORS, PromptRefused."""
-        if order.list_sha256 is None:
-            return order.snapshot.files
-        raw = await self._storage.read_whole(long_list(order.training_id, order.list_sha256))
-        if hashlib.sha256(raw).hexdigest() != order.list_sha256:
-            message = "dataset.files: the stored list does not match its sha256."
-            raise PromptRefused(ErrorDetails(code=FailureCode.WORKFLOW_INVALID.value, message=message))
-        return DatasetSnapshot.model_validate_json(raw).files
+            return await _with_heartbeats(self._datasets.ingest(order), tuple)
 
     async def _prepare(self, run: GraphRun) -> Mapping[str, Any]:
         """What the results need of the graph, with this server's models, images and checkpoint filled in.
@@ -429,74 +367,6 @@ class GpuActivities:
         losses = _LOSS.findall("".join(lines))
         return outcome.model_copy(update={"loss": float(losses[-1])}) if losses else outcome
 
-    async def _copy(self, order: CopyOrder) -> list[StoredResult]:
-        try:
-            if order.folder:
-                return [await self._store_as_is(order, file) for file in order.files]
-            return await self._store_results(order)
-        except FileNotFoundError as error:
-            raise ApplicationError(
-                f"{self._identity.name} no longer has the file {error}.",
-                type=RunFailureType.LOST.value,
-                non_retryable=True,
-            ) from None
-        except ServerError as error:
-            raise ApplicationError(str(error), type=RunFailureType.GONE.value) from None
-        except STORAGE_ERRORS as error:
-            raise ApplicationError(
-                f"Object storage at {self._storage.url} cannot be used: {type(error).__name__}. It is retried; check "
-                "COMFYUI_TEMPORAL_BRIDGE_STORE_URL, its credentials and its free space.",
-                type=FailureCode.INTERNAL.value,
-            ) from None
-
-    async def _store_as_is(self, order: CopyOrder, file: ResultFile) -> StoredResult:
-        path = f"{order.folder}/{safe_name(file.filename)}"
-        digest = hashlib.sha256()
-        async with self._server.fetch(file) as (content_type, chunks):
-            content_type = type_of(file.filename, content_type)
-            size = await self._storage.write(path, _hashed(chunks, digest), content_type)
-        return StoredResult(path=path, content_type=content_type, size_bytes=size, sha256=digest.hexdigest())
-
-    async def _store_results(self, order: CopyOrder) -> list[StoredResult]:
-        """Store the first results one by one, and what a job cannot name one by one in a zip."""
-        sources: list[ResultFile | str] = [*order.files, *order.texts]
-        named = list(zip(sources, own_names(order.files, len(order.texts), order.job_id), strict=True))
-        singles = single_count(len(named))
-        stored: list[StoredResult] = []
-        for source, name in named[:singles]:
-            path = f"results/{order.job_id}/{name}"
-            async with self._content(order, source) as (content_type, content):
-                size = await self._storage.write(path, content, content_type)
-            stored.append(StoredResult(path=path, content_type=content_type, size_bytes=size))
-        if rest := named[singles:]:
-            stored.append(await self._store_bundle(order, rest))
-        return stored
-
-    async def _store_bundle(self, order: CopyOrder, named: list[tuple[ResultFile | str, str]]) -> StoredResult:
-        path = f"results/{order.job_id}/{BUNDLE}"
-        with scratch_file() as file:
-            bundle = Bundle(file)
-            for source, name in named:
-                async with self._content(order, source) as (_, content):
-                    await bundle.add(name, content)
-            bundle.close()
-            size = await self._storage.write(path, pieces(file, is_stripped=False), "application/zip")
-        return StoredResult(path=path, content_type="application/zip", size_bytes=size)
-
-    @asynccontextmanager
-    async def _content(
-        self, order: CopyOrder, source: ResultFile | str
-    ) -> AsyncIterator[tuple[str, AsyncIterator[bytes]]]:
-        """A result's content type and bytes, without its metadata unless the template keeps them."""
-        with scratch_file() as file:
-            if isinstance(source, str):
-                file.write(source.encode("utf-8", "replace"))
-                yield "text/plain; charset=utf-8", pieces(file, is_stripped=False)
-                return
-            async with self._server.fetch(source) as (content_type, chunks):
-                await kept(chunks, file)
-            yield type_of(source.filename, content_type), pieces(file, is_stripped=not order.keep_metadata)
-
     @contextmanager
     def _held(self, job_id: str) -> Any:
         self._slot.begin(job_id)
@@ -521,22 +391,6 @@ def _moving(failure: RunFailure, prompt: PromptRun) -> ApplicationError:
     return ApplicationError(
         str(failure), failed.model_dump(mode="json"), type=_TYPES[type(failure)].value, non_retryable=True
     )
-
-
-def _place_of(order: DatasetOrder, path: str) -> tuple[str, str]:
-    """(folder, name) of a dataset's file below the server's input folder."""
-    folder, _, name = path.rpartition("/")
-    return "/".join(part for part in (FOLDER, order.training_id, folder) if part), name
-
-
-def _dataset_refused(problem: str) -> PromptRefused:
-    return PromptRefused(ErrorDetails(code=FailureCode.WORKFLOW_INVALID.value, message=f"dataset.files: {problem}."))
-
-
-async def _hashed(chunks: AsyncIterator[bytes], digest: hashlib._Hash) -> AsyncIterator[bytes]:
-    async for chunk in chunks:
-        digest.update(chunk)
-        yield chunk
 
 
 def _last_beat() -> RunBeat:
