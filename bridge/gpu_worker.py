@@ -46,9 +46,10 @@ from bridge.server_name import TAKEN_WAIT_SECONDS, NameTaken, demand_name, name_
 from bridge.server_reports import Reporting, ServerReports
 from bridge.slot import TAKEN_SECONDS, FreeSlots, Slot
 from bridge.storage import Storage
+from bridge.template_library import TemplateLibrary
 from bridge.template_queues import TemplateQueues
 from bridge.template_watch import TemplateWatch
-from bridge.templates import Template, TemplateLibrary
+from bridge.templates import Template
 from bridge.ticks import RunningJobs
 from bridge.warm_up import WarmUpPace, WarmUps
 from comfyui_temporal.process_end import end_process

@@ -26,7 +26,8 @@ from bridge.manifest import Manifest
 from bridge.manifest_text import AmbiguousName, ManifestText, one_line
 from bridge.orders import MOST_REASONS, Graph
 from bridge.task_files import is_of_a_task
-from bridge.templates import MAX_GRAPH_BYTES, SHIPPED, Template, TemplateProblem, load_library
+from bridge.template_library import SHIPPED, load_library
+from bridge.templates import MAX_GRAPH_BYTES, Template, TemplateProblem
 from comfyui_temporal.contracts.errors import sentences_of
 
 MAX_FILE_BYTES: Final = 4 * MAX_GRAPH_BYTES

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from bridge.templates import SHIPPED, TemplateLibrary, TemplateProblem, load_library
+from bridge.template_library import SHIPPED, TemplateLibrary, load_library
+from bridge.templates import TemplateProblem
 from comfyui_temporal.contracts.permissions import Scene
 from runtime.required_settings import CannotStart
 from runtime.settings import Settings

@@ -14,8 +14,9 @@ from bridge.orders import ImageJob, JobView, RenderedGraph
 from bridge.replies import Call, Refused, Reply, checked
 from bridge.runs import NewRun, Runs, fingerprint
 from bridge.server_check import no_server
+from bridge.template_library import TemplateLibrary
 from bridge.template_list import listed
-from bridge.templates import RequestRefused, TemplateLibrary
+from bridge.templates import RequestRefused
 from bridge.trained_models import TrainedModels
 from comfyui_temporal.contracts.comfyui import JobRequest, JobStatus, LoraFile, TaskPriority
 from comfyui_temporal.contracts.fields import CallerId, Prompt, Sha256

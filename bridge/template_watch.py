@@ -10,7 +10,8 @@ from typing import Final
 
 import structlog
 
-from bridge.templates import TemplateLibrary, TemplateProblem, load_library
+from bridge.template_library import TemplateLibrary, load_library
+from bridge.templates import TemplateProblem
 from runtime.background import running_in_background
 
 EVERY_SECONDS: Final = 2.0

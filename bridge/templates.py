@@ -11,15 +11,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import tomllib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Final
 
-from pydantic import ValidationError
-
 from bridge.aspect_ratio import sized
-from bridge.graphs import GraphProblem, by_name, file_names, gives_no_result, read_graph
+from bridge.graphs import by_name, file_names, gives_no_result
 from bridge.lora_chain import LORA_FILE, LoraChain
 from bridge.manifest import (
     AspectRatioExtra,
@@ -33,11 +29,9 @@ from bridge.manifest import (
 from bridge.orders import Graph, InputFile, LoraInput, ModelChoice, RenderedGraph, TrainingGraph, Upload
 from bridge.template_extras import foreign_files_in, problem_of_extra
 from comfyui_temporal.contracts.comfyui import JobRequest
-from comfyui_temporal.contracts.errors import sentences_of
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.uploads import InputKind
 
-SHIPPED: Final = Path(__file__).parent / "templates"
 MAX_GRAPH_BYTES: Final = 512 * 1024
 """A rendered graph is stored in workflow history, where 2 MiB is the limit."""
 MAX_SEED: Final = 2**64 - 1
@@ -402,67 +396,3 @@ class Template:
 
     def _problem(self, what: str) -> TemplateProblem:
         return TemplateProblem(f"template {self.template_id!r}: {what}")
-
-
-class TemplateLibrary:
-    """All templates of a bridge, by id."""
-
-    def __init__(self, templates: Iterable[Template]) -> None:
-        self._templates: dict[str, Template] = {}
-        for template in templates:
-            if template.template_id in self._templates:
-                raise TemplateProblem(f"template {template.template_id!r}: two folders have this template_id")
-            self._templates[template.template_id] = template
-
-    def replace(self, loaded: TemplateLibrary) -> None:
-        """Have the templates of another library from now on."""
-        self._templates = dict(loaded._templates)
-
-    def get(self, template_id: str, scene: Scene) -> Template | None:
-        found = self._templates.get(template_id)
-        return found if found is not None and found.manifest.scene is scene else None
-
-    def __iter__(self) -> Any:
-        return iter(self._templates.values())
-
-    def of_pools(self, pools: Iterable[str]) -> list[Template]:
-        wanted = set(pools)
-        return [template for template in self._templates.values() if template.manifest.pool in wanted]
-
-    def of_scene(self, scene: Scene) -> list[Template]:
-        return [template for template in self._templates.values() if template.manifest.scene is scene]
-
-
-def load_library(*folders: Path) -> TemplateLibrary:
-    """Every template in these folders; a later folder overrides an earlier one. Raises TemplateProblem."""
-    found: dict[str, Template] = {}
-    for folder in folders:
-        if not folder.is_dir():
-            raise TemplateProblem(f"{folder} is not a folder")
-        here: dict[str, Path] = {}
-        for path in sorted(folder.glob("*/manifest.toml")):
-            template = load_template(path.parent)
-            if template.template_id in here:
-                raise TemplateProblem(
-                    f"template {template.template_id!r}: both {here[template.template_id]} and {path.parent} name it"
-                )
-            here[template.template_id] = path.parent
-            found[template.template_id] = template
-    if not found:
-        raise TemplateProblem(f"no template in {', '.join(str(folder) for folder in folders)}")
-    return TemplateLibrary(found.values())
-
-
-def load_template(folder: Path) -> Template:
-    """Raises TemplateProblem."""
-    path = folder / "manifest.toml"
-    try:
-        manifest = Manifest.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise TemplateProblem(f"{path}: {error}") from None
-    except ValidationError as error:
-        raise TemplateProblem(f"{path}: {'; '.join(sentences_of(error))}") from None
-    try:
-        return Template(manifest, read_graph(folder / manifest.graph))
-    except GraphProblem as problem:
-        raise TemplateProblem(f"template {manifest.template_id!r}: {problem}") from None

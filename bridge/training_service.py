@@ -29,7 +29,8 @@ from bridge.replies import Call, Refused, Reply, Unanswered, checked
 from bridge.runs import NewRun, Runs, fingerprint
 from bridge.service import GPU_SLOTS, check_callback, demand_runnable, require_user
 from bridge.storage import STORAGE_ERRORS, Storage
-from bridge.templates import RequestRefused, Template, TemplateLibrary
+from bridge.template_library import TemplateLibrary
+from bridge.templates import RequestRefused, Template
 from comfyui_temporal.contracts.comfyui import TrainingRequest, TrainingStatus
 from comfyui_temporal.contracts.fields import CallerId
 from comfyui_temporal.contracts.paths import is_plain

@@ -22,7 +22,8 @@ from bridge.prompt_run import Patience
 from bridge.server import Server
 from bridge.server_health import ServerHealth
 from bridge.server_name import owner_of
-from bridge.templates import SHIPPED, Template, load_library
+from bridge.template_library import SHIPPED, load_library
+from bridge.templates import Template
 from bridge.warm_up import WarmUpPace
 from comfyui_temporal.contracts.permissions import Scope
 from comfyui_temporal.encryption import encryption_of

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bridge.gpu_worker import check_templates
 from bridge.native import NativeServer as NativeClient
-from bridge.templates import SHIPPED, load_library
+from bridge.template_library import SHIPPED, load_library
 from tests.bridge.native import NativeServer
 
 

@@ -21,7 +21,8 @@ from bridge.gpu_worker import check_templates
 from bridge.graph_check import best_fit
 from bridge.native import NativeServer as NativeClient
 from bridge.new_template import read_exported, template_from
-from bridge.templates import Template, TemplateProblem, load_library, load_template
+from bridge.template_library import load_library, load_template
+from bridge.templates import Template, TemplateProblem
 from comfyui_temporal.contracts.comfyui import JobRequest
 from tests.bridge.exported_graphs import CHECKPOINT, control_graph, default_graph, editors_graph, flux_graph
 from tests.bridge.native import NativeServer

@@ -14,7 +14,8 @@ from bridge.fitness import problems_of
 from bridge.graph_check import graph_problems
 from bridge.native import NativeServer as NativeClient
 from bridge.native.history import result_of
-from bridge.templates import TemplateProblem, load_template
+from bridge.template_library import load_template
+from bridge.templates import TemplateProblem
 from comfyui_temporal.contracts.comfyui import JobRequest
 from tests.bridge.native import NativeServer
 from tests.bridge.native.definitions import RESIZE

@@ -21,7 +21,8 @@ from bridge.orders import StoredResult
 from bridge.result_files import own_names
 from bridge.server import ResultFile
 from bridge.storage import Storage
-from bridge.templates import TemplateProblem, load_template
+from bridge.template_library import load_template
+from bridge.templates import TemplateProblem
 from comfyui_temporal.contracts.comfyui import JobState
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import BridgePlatform, running_bridge

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest_asyncio
 from temporalio.client import Client
 
+from bridge.template_library import SHIPPED, load_library
 from bridge.template_list import servers_of
 from bridge.template_watch import TemplateWatch
-from bridge.templates import SHIPPED, load_library
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import BridgePlatform, Json, running_bridge
 from tests.bridge.template_folders import empty_image, save, written

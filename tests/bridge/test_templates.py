@@ -12,7 +12,8 @@ import pytest
 from bridge.graph_check import NoModel, chosen_models, graph_problems
 from bridge.graphs import reachable
 from bridge.orders import ModelChoice
-from bridge.templates import SHIPPED, RequestRefused, TemplateProblem, load_library, load_template
+from bridge.template_library import SHIPPED, load_library, load_template
+from bridge.templates import RequestRefused, TemplateProblem
 from comfyui_temporal.contracts.comfyui import JobRequest
 from comfyui_temporal.contracts.permissions import Scene
 

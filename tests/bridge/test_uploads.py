@@ -11,7 +11,8 @@ import pytest_asyncio
 from temporalio.client import Client
 
 from bridge.manifest import MAX_FILES
-from bridge.templates import SHIPPED, TemplateProblem, load_library, load_template
+from bridge.template_library import SHIPPED, load_library, load_template
+from bridge.templates import TemplateProblem
 from comfyui_temporal.contracts.prices import PriceTable
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import TENANT, BridgePlatform, Json, running_bridge

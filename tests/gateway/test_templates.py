@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from bridge.template_library import SHIPPED, load_library
 from bridge.template_list import listed
-from bridge.templates import SHIPPED, load_library
 from comfyui_temporal.contracts.prices import PriceTable
 from comfyui_temporal.contracts.templates import TEMPLATE_LIST_PREFIX, ListedTemplate
 from tests.conftest import unique

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 from temporalio.client import Client
 
-from bridge.templates import SHIPPED
+from bridge.template_library import SHIPPED
 from tests.bridge.platform import BridgePlatform, Json
 from tests.bridge.real.own_templates import TINY as TINY_PICTURE
 from tests.bridge.real.own_templates import write_templates
