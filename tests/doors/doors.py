@@ -70,7 +70,7 @@ ADMIN_ROUTES: Final[dict[str, frozenset[Route]]] = {
 OPEN_ROUTES: Final[dict[str, frozenset[Route]]] = {
     "gateway": frozenset(gateway_routes.OPEN - {("POST", "/callbacks/comfyui/{task_id}")}),
     "bridge": frozenset({("GET", "/healthz"), ("GET", "/openapi.json")}),
-    "comfyui": frozenset({*(("GET", path) for path in ("/health", "/openapi.json", "/results/{run_id}/1.png"))}),
+    "comfyui": frozenset({*(("GET", path) for path in ("/health", "/openapi.json", "/results/{run_id}/{number}.png"))}),
     "credits": frozenset({("GET", "/health"), ("GET", "/openapi.json")}),
 }
 SIGNED_ROUTES: Final[dict[str, frozenset[Route]]] = {
