@@ -44,7 +44,7 @@ CALLBACK_SECRET: Final = "whsec_dGhlLWJyaWRnZS1pbi10ZXN0cy1zaWducy13aXRoLXRoaXM=
 TENANT, USER = "tenant-demo", "user-demo"
 QUICK: Final = Patience(poll=0.1, silent=2.0, dead=1.0, stalled=60.0, stalled_runs=0.0, look_again=0.3, stop=10.0)
 """The defaults, about thirty times faster."""
-QUICK_WARM_UP: Final = WarmUpPace(look=0.1, poll=0.05, within=30.0, stop=2.0)
+QUICK_WARM_UP: Final = WarmUpPace(look=0.1, poll=0.05, within=30.0, stop=15.0)
 QUICK_PROBE: Final = Probe(within_seconds=2.0, poll_seconds=0.05)
 
 

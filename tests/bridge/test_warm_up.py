@@ -188,7 +188,7 @@ async def test_a_warm_up_that_never_ends_makes_the_server_sick_until_it_does(
     bridge: BridgePlatform, native: NativeServer
 ) -> None:
     await native.admin.set(stuck=True)
-    quick = replace(QUICK_WARM_UP, within=1.0)
+    quick = replace(QUICK_WARM_UP, within=1.0, stop=1.0)
     async with bridge.gpu(native, warm_up=["test-pattern"], warm_up_pace=quick) as worker:
         await comes_true(lambda: worker.health.sickness is not None, "it is sick", within_seconds=20)
         assert worker.health.sickness is not None and "did not stop" in worker.health.sickness.reason
