@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -101,7 +102,7 @@ def _comparison_rows(comparison: Comparison) -> list[tuple[str, str]]:
     for name in dict.fromkeys(rate.name for rate in comparison.rounds):
         rates = [rate for rate in comparison.rounds if rate.name == name]
         each = ", ".join(f"{rate.tasks_per_second:.2f}" for rate in rates)
-        spent[name] = min(sum(rate.processor_seconds.values()) for rate in rates)
+        spent[name] = statistics.median(sum(rate.processor_seconds.values()) for rate in rates)
         shown = f"{each}; {1000 * spent[name]:.0f} ms processor a task"
         stored = f", {rates[0].stored_events:.1f} events stored" if rates[0].stored_events else ""
         rows.append((f"{name}: tasks a second, each round", shown + stored))

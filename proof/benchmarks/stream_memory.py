@@ -37,6 +37,13 @@ from runtime.caller_tokens import Caller
 KIB, MB = 1024, 1_000_000
 TENANT = "tenant-demo"
 SECRET = secrets.token_urlsafe(32)
+SETTINGS = {
+    "LOG_LEVEL": "ERROR",
+    "STREAM_TOKEN_SECRET": SECRET,
+    # All streams are one tenant's, from one address.
+    "TENANT_OPEN_STREAMS": "0",
+    "CONNECTIONS_PER_ADDRESS": "0",
+}
 LIMIT_BYTES = 500 * MB
 LIMIT_STREAMS = 10_000
 OPENING_AT_ONCE = 50
@@ -150,7 +157,7 @@ async def measure_framework(stack: OwnStack, name: str, path: str, streams: int)
 async def measure(streams: int, *, alone: bool) -> bool:
     """Whether the gateway stays within its limit."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        stack = OwnStack(Path(folder), settings={"LOG_LEVEL": "ERROR", "STREAM_TOKEN_SECRET": SECRET})
+        stack = OwnStack(Path(folder), settings=SETTINGS)
         async with stack.running("gateway") as described:
             for name, path in () if alone else FRAMEWORK:
                 await measure_framework(stack, name, path, streams)
