@@ -327,6 +327,8 @@ async def test_a_run_terminated_between_two_parts_of_a_charge_is_charged_to_the_
     second = await credits.fault("delay", route="charge", task_id=task["task_id"], seconds=HANG_SECONDS, nth=2)
     handle = await start_reporting(reconciled, task, gpu_hours=40, gpu_hours_used=40)
     run = await until_started(reconciled, handle)
+    # Ordered to finish in its first moment it would end with its own hours.
+    await reconciled.simulators.admin.comfyui.act(run.run_id, "lie", fields={"gpu_hours": 40, "gpu_hours_used": 40})
     await cancelled_by_another_caller(reconciled, payer, handle)
 
     async def is_being_charged() -> bool:
