@@ -135,12 +135,17 @@ def _steps(trace: str, blocks: Sequence[Block], folder: Path, began: float, over
         if traced is None:
             continue
         place = (traced[2], int(traced[3]))
-        if place in known and place not in seen:
+        # What `eval` runs is counted as lines too: the first word tells it from the command that stands there.
+        if place in known and place not in seen and _begins(known[place], text[traced.end() :]):
             seen.add(place)
             starts.append((float(traced[1].replace(",", ".")), known[place]))
     ends = [at for at, _ in starts[1:]] + [over]
     for (at, command), end in zip(starts, ends, strict=True):
         yield Step(command, at - began, end - at)
+
+
+def _begins(command: str, traced: str) -> bool:
+    return not command.startswith("`") or traced.split(" ", 1)[0] == command[1:].split(" ", 1)[0].rstrip("`")
 
 
 def document(steps: Sequence[Step]) -> str:
