@@ -59,7 +59,7 @@ class WarmUpPace:
     silent: float = 120.0
     """No answer for so long: it is away."""
     stop: float = 60.0
-    """A server that is still at it this long after it was told to stop is sick."""
+    """A server that still runs it this long after a stop is sick."""
 
 
 class _GivenUp(Exception):

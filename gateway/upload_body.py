@@ -28,7 +28,7 @@ class SentBytes:
         """What `Content-Length` says; None where it says nothing."""
         self.has_left = False
         self._waits = "100-continue" in request.headers.get("expect", "").lower()
-        """It sends nothing until it is told to, and reads an answer before that."""
+        """The sender waits for `100 Continue`: an answer before that is read at once."""
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Raises HTTPException 408."""

@@ -117,7 +117,7 @@ async def test_files_of_extras_reach_the_graph_by_their_kind_and_are_removed_aft
 
 
 async def told(bridge: BridgePlatform, state: Json) -> list[str]:
-    """What the graph was told to load: the texts among a job's results."""
+    """What the graph has loaded: the texts among a job's results."""
     return [(await bridge.http.get(url)).text for url in state["result_urls"][1:]]
 
 

@@ -1,4 +1,4 @@
-"""Warm-up runs: models are loaded before a job needs them, no job waits for that, and nobody is told or charged."""
+"""Warm-up runs: models are loaded before a job needs them, no job waits for that, and it costs nobody anything."""
 
 from __future__ import annotations
 
