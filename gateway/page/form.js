@@ -312,7 +312,9 @@ export class StartForm {
     const tasks = [...trainings, ...this.#page.tasks()];
     const known = new Set([...templates.children].map(({ value }) => value));
     templates.append(...[...new Set(tasks.map(({ template_id }) => template_id))].filter((id) => !known.has(id)).map((id) => option(id, "")));
-    const sources = new Map(tasks.filter(({ input }) => input?.dataset).map(({ input }) => [input.dataset.dataset_id, input.dataset.source_uri]));
+    // Of two addresses of one dataset the newest task's counts.
+    const given = tasks.filter(({ input }) => input?.dataset).sort((one, other) => (one.created_at < other.created_at ? -1 : 1));
+    const sources = new Map(given.map(({ input }) => [input.dataset.dataset_id, input.dataset.source_uri]));
     datasets.replaceChildren(...[...sources.keys()].map((id) => option(id, "")));
     const { dataset_id, source_uri } = this.#form.elements;
     dataset_id.onchange = () => sources.has(dataset_id.value) && (source_uri.value = sources.get(dataset_id.value));
