@@ -20,6 +20,11 @@ _SUMMARIES: Final = {
 _NEEDS_AN_IMAGE: Final = frozenset({"image-to-image", "upscale"})
 _TAKES_LORAS: Final = frozenset({"text-to-image", "image-to-image"})
 _SECONDS: Final = 20.0
+_SWITCH: Final[dict[str, Any]] = {"type": "boolean"}
+_KINDS: Final[dict[str, dict[str, Any]]] = {
+    "steps": {"type": "integer", "minimum": 1, "maximum": 60},
+    "aspect_ratio": {"type": "choice", "choices": ["1:1", "3:2", "2:3", "16:9", "9:16"]},
+}
 
 
 def listed(prices: PriceTable, gpus: dict[str, int]) -> list[dict[str, Any]]:
@@ -38,7 +43,7 @@ def _image(template_id: str, prices: PriceTable) -> dict[str, Any]:
         "scene": Scene.IMAGE_GENERATE.value,
         "inputs": {"prompt": "text", "negative_prompt": "text", "seed": "integer"},
         "controls": [slot] if template_id in _NEEDS_AN_IMAGE else [],
-        "extras": {name: {"type": "boolean", "points": price} for name, price in prices.extras.items()},
+        "extras": {name: _KINDS.get(name, _SWITCH) | {"points": price} for name, price in prices.extras.items()},
         "images": {"most": MAX_IMAGES},
         "loras": {"most": MAX_LORAS if template_id in _TAKES_LORAS else 0, "points": prices.lora},
         "resolutions": {name.value: {"seconds": _SECONDS, "points": points(name)} for name in Resolution},
