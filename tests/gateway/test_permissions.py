@@ -69,7 +69,7 @@ OPEN: set[Route] = {
 }
 DATASET = {"dataset_id": "faces", "source_uri": "s3://datasets/unknown/faces/"}
 PAST_THE_DOOR = {"input_invalid", "file_unsupported", "protocol_unsupported", "upload_unknown"}
-"""What is answered only to those who may ask: the task has ended and is no training, the file is none, or unknown."""
+"""Codes of answers that come only once the scope was checked."""
 PACE = {"epochs": 1, "batch_size": 1, "learning_rate": 0.001}
 
 
