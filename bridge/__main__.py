@@ -24,6 +24,7 @@ from temporalio.client import Client
 from temporalio.common import MetricMeter
 from temporalio.worker import Worker
 
+from bridge.allowed_hosts import AllowedHosts
 from bridge.api import Edge, bridge_app
 from bridge.callbacks import CallbackActivities, CallbackSender
 from bridge.control_images import ControlImages
@@ -32,6 +33,7 @@ from bridge.gpu_worker import open_server
 from bridge.job_activities import JobActivities
 from bridge.job_workflow import ComfyUIJobWorkflow
 from bridge.key_workflow import ComfyUIKeyWorkflow, ComfyUIServerWorkflow
+from bridge.lora_files import REDIRECTS, LoraFiles
 from bridge.new_template import read_exported, template_from, write
 from bridge.pool_gauges import PoolGauges
 from bridge.required_settings import callback_secret_by, result_secret_by, template_folders_by, templates_by
@@ -43,7 +45,6 @@ from bridge.storage import SignedAddresses, Storage
 from bridge.template_list import lines_of, listed, servers_of
 from bridge.template_watch import TemplateWatch
 from bridge.templates import TemplateProblem
-from bridge.trained_models import TrainedModels
 from bridge.training_service import TrainingService
 from bridge.training_workflow import ComfyUITrainingWorkflow
 from comfyui_temporal.process_end import end_process
@@ -73,11 +74,13 @@ class Bridge:
         self.signed = SignedAddresses(base_url, result_secret_by(settings))
         uploads = settings.uploads_url
         self.images = ControlImages(
-            hosts=settings.bridge_image_hosts,
+            hosts=AllowedHosts(settings.bridge_image_hosts),
             roots=settings.bridge_image_roots,
             uploads=None if uploads is None else Storage(uploads, setting="UPLOADS_URL"),
             max_file_bytes=settings.upload_max_bytes,
         )
+        self.lora_hosts = AllowedHosts(settings.bridge_lora_hosts, redirects=REDIRECTS)
+        self.loras = LoraFiles(self.storage, self.lora_hosts, limit_bytes=settings.bridge_lora_cache_bytes)
         self.sender = CallbackSender(callback_secret_by(settings))
         self.forecast = Forecast(client, task_queue=settings.bridge_task_queue)
         self._client = client
@@ -96,7 +99,7 @@ class Bridge:
             self.images,
             settings.prices,
             callback_bases,
-            TrainedModels(self.storage, limit_bytes=settings.bridge_lora_cache_bytes),
+            self.loras,
         )
         trainings = TrainingService(
             runs,
@@ -129,7 +132,7 @@ class Bridge:
 
     def worker(self) -> Worker:
         """The worker of the bridge's own queue."""
-        jobs = JobActivities(self.storage, self.images, self.signed)
+        jobs = JobActivities(self.storage, self.images, self.loras, self.signed)
         return Worker(
             self._client,
             task_queue=self._settings.bridge_task_queue,
@@ -137,6 +140,7 @@ class Bridge:
             activities=[
                 CallbackActivities(self.sender).send_callback,
                 jobs.fetch_controls,
+                jobs.fetch_models,
                 jobs.sign_results,
                 jobs.clear_up,
                 jobs.publish_model,

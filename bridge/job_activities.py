@@ -1,4 +1,4 @@
-"""Activities of a job that need no GPU: fetch control images, sign result addresses, publish models, clean up."""
+"""Activities of a job that need no GPU: fetch files and models, sign result addresses, publish models, clean up."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import structlog
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
-from bridge.calls import CLEAR_UP, FETCH_CONTROLS, PUBLISH_MODEL, SIGN_RESULTS
-from bridge.control_images import ControlImages, ImageRefused, ImageUnreachable, address_of
+from bridge.allowed_hosts import FileRefused, FileUnreachable
+from bridge.calls import CLEAR_UP, FETCH_CONTROLS, FETCH_MODELS, PUBLISH_MODEL, SIGN_RESULTS
+from bridge.control_images import ControlImages, address_of
+from bridge.lora_files import LoraFiles
 from bridge.manifest import MAX_FILES
-from bridge.orders import ControlFile, ControlsOrder, PublishOrder, StoredResult
+from bridge.orders import ControlFile, ControlsOrder, ModelsOrder, PublishOrder, StoredResult
 from bridge.storage import RESULT_SECONDS, STORAGE_ERRORS, SignedAddresses, Storage
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.size_budget import MAX_ADDRESS_BYTES, MAX_RESULT_URLS
@@ -27,9 +29,10 @@ log = structlog.get_logger(__name__)
 class JobActivities:
     """Activities of the bridge's own queue. All files are in `storage`."""
 
-    def __init__(self, storage: Storage, images: ControlImages, signed: SignedAddresses) -> None:
+    def __init__(self, storage: Storage, images: ControlImages, loras: LoraFiles, signed: SignedAddresses) -> None:
         self._storage = storage
         self._images = images
+        self._loras = loras
         self._signed = signed
 
     @activity.defn(name=FETCH_CONTROLS)
@@ -49,18 +52,31 @@ class JobActivities:
             try:
                 async with self._images.opened(address, order.tenant_id, kind) as file:
                     size = await self._storage.write(path, file.chunks, file.content_type)
-            except ImageRefused as refused:
-                raise ApplicationError(
-                    f"The {what} cannot be used: {refused}.",
-                    type=FailureCode.WORKFLOW_INVALID.value,
-                    non_retryable=True,
-                ) from None
-            except ImageUnreachable as failure:
+            except FileRefused as refused:
+                raise _unusable(what, refused) from None
+            except FileUnreachable as failure:
                 raise ApplicationError(f"The {what}: {failure}.", type="image_unreachable") from None
             except STORAGE_ERRORS as error:
                 raise self._storage_failed(error) from None
             fetched.append(ControlFile(path=path, content_type=file.content_type, size_bytes=size))
         return fetched
+
+    @activity.defn(name=FETCH_MODELS)
+    async def fetch_models(self, order: ModelsOrder) -> None:
+        """Copy the models of a job that lie elsewhere to storage. Raises ApplicationError: `workflow_invalid`, or
+        retried."""
+        for number, lora in enumerate(order.loras):
+            if lora.address is None:
+                continue
+            what = f"model of loras.{number}"
+            try:
+                await self._loras.fetch(lora, on_chunk=activity.heartbeat)
+            except FileRefused as refused:
+                raise _unusable(what, refused) from None
+            except FileUnreachable as failure:
+                raise ApplicationError(f"The {what}: {failure}.", type="model_unreachable") from None
+            except STORAGE_ERRORS as error:
+                raise self._storage_failed(error) from None
 
     @activity.defn(name=SIGN_RESULTS)
     async def sign_results(self, stored: list[StoredResult]) -> list[str]:
@@ -114,6 +130,12 @@ class JobActivities:
             "COMFYUI_TEMPORAL_BRIDGE_STORE_URL, its credentials and its free space.",
             type=FailureCode.INTERNAL.value,
         )
+
+
+def _unusable(what: str, refused: FileRefused) -> ApplicationError:
+    return ApplicationError(
+        f"The {what} cannot be used: {refused}.", type=FailureCode.WORKFLOW_INVALID.value, non_retryable=True
+    )
 
 
 def _undeliverable(what: str) -> ApplicationError:

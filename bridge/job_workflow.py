@@ -10,6 +10,7 @@ from temporalio import workflow
 from bridge.calls import (
     CLEAR_UP,
     FETCH_CONTROLS,
+    FETCH_MODELS,
     JOB_WORKFLOW,
     LEAST_MINUTES,
     MANIFEST_MEMO,
@@ -19,7 +20,16 @@ from bridge.calls import (
     SERVER_MEMO,
     SIGN_RESULTS,
 )
-from bridge.orders import ControlFile, ControlsOrder, GraphRun, ImageJob, JobView, ServerTaken, StoredResult
+from bridge.orders import (
+    ControlFile,
+    ControlsOrder,
+    GraphRun,
+    ImageJob,
+    JobView,
+    ModelsOrder,
+    ServerTaken,
+    StoredResult,
+)
 from bridge.run_flow import STORE_RETRY, RunFlow, instant, minutes
 from comfyui_temporal.contracts.comfyui import JobStatus
 from comfyui_temporal.contracts.tasks import TaskStatus
@@ -89,6 +99,7 @@ class ComfyUIJobWorkflow(RunFlow):
 
     async def _deliver_results(self) -> None:
         controls = await self._fetch_controls()
+        await self._fetch_models()
         outcome, stored = await self._placement.run_graph(
             lambda taken: self._graph_run(taken, controls),
             on_end=self._run_ended,
@@ -113,6 +124,21 @@ class ComfyUIJobWorkflow(RunFlow):
             summary="fetch control images",
         )
         return fetched
+
+    async def _fetch_models(self) -> None:
+        loras = self._job.graph.loras
+        if not any(lora.address for lora in loras):
+            return
+        await workflow.execute_activity(
+            FETCH_MODELS,
+            ModelsOrder(job_id=self._job.job_id, loras=loras),
+            start_to_close_timeout=timedelta(minutes=30),
+            schedule_to_close_timeout=timedelta(hours=1),
+            heartbeat_timeout=timedelta(minutes=1),
+            retry_policy=STORE_RETRY,
+            priority=self._priority,
+            summary="fetch models",
+        )
 
     def _graph_run(self, taken: ServerTaken, controls: list[ControlFile]) -> GraphRun:
         """The run for the taken server. The job is `processing` from here on."""

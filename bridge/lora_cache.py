@@ -90,7 +90,8 @@ class LoraCache:
         wanted = CachedLora(tenant_id=tenant_id, sha256=sha256, size_bytes=lora.size_bytes, path=lora.path)
         self._used_by.setdefault(job_id, set()).add(wanted.name)
         if wanted.name in cached and await self._is_there(wanted):
-            cached[wanted.name] = cached.pop(wanted.name)
+            # The newest place in storage: a fetched model's earlier one is purged first.
+            cached[wanted.name] = cached.pop(wanted.name).model_copy(update={"path": wanted.path})
             await self._keep_list()
             return wanted.name
         content = await self._read(lora) if content is None else content

@@ -57,11 +57,14 @@ class LoraInput(OwnModel):
 
 
 class StoredLora(OwnModel):
-    """A trained model in the bridge's own storage."""
+    """A model in the bridge's own storage."""
 
     path: str
     sha256: str | None = None
     size_bytes: int
+    """0 of one that is still to be fetched."""
+    address: str | None = None
+    """Where it is fetched from before the job is queued; None: it was trained here."""
 
 
 class RenderedGraph(OwnModel):
@@ -325,6 +328,13 @@ class ControlsOrder(OwnModel):
     tenant_id: str
     controls: list[dict[str, JsonValue]]
     files: list[InputFile] = []
+
+
+class ModelsOrder(OwnModel):
+    """Models to fetch for a job."""
+
+    job_id: str
+    loras: list[StoredLora]
 
 
 def long_list(training_id: str, sha256: str) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field, JsonValue
 from bridge.calls import CANCEL_UPDATE, JOB_WORKFLOW, run_id_of, workflow_id
 from bridge.control_images import ControlImages, address_of
 from bridge.forecast import CanRun, Forecast
+from bridge.lora_files import LoraFiles
 from bridge.orders import ImageJob, JobView, RenderedGraph
 from bridge.replies import Call, Refused, Reply, checked
 from bridge.runs import NewRun, Runs, fingerprint
@@ -17,7 +18,6 @@ from bridge.server_check import no_server
 from bridge.template_library import TemplateLibrary
 from bridge.template_list import listed
 from bridge.templates import RequestRefused
-from bridge.trained_models import TrainedModels
 from comfyui_temporal.contracts.comfyui import JobRequest, JobStatus, LoraFile, TaskPriority
 from comfyui_temporal.contracts.fields import CallerId, Prompt, Sha256
 from comfyui_temporal.contracts.permissions import Scene, TokenClaims
@@ -63,7 +63,7 @@ class ImageService:
         images: ControlImages,
         prices: PriceTable,
         callback_bases: Sequence[str],
-        models: TrainedModels,
+        models: LoraFiles,
     ) -> None:
         self._runs = runs
         self._forecast = forecast

@@ -159,14 +159,14 @@ class Tasks:
 
     async def _check_models(self, caller: Caller, task: TaskInput) -> None:
         """Raises Problem 422 for a model that is not one of the tenant's own; a run checks it again at its start."""
-        if not task.model_ids:
+        if not task.models:
             return
         user_id = caller.user_id if caller.own_tasks_only else None
-        found = await _stored(self._store.models(caller.tenant_id, task.model_ids, user_id=user_id))
+        found = await _stored(self._store.models(caller.tenant_id, list(task.models.values()), user_id=user_id))
         own = {model.model_id for model in found}
         fields = [
-            FieldProblem(field=f"loras.{number}.model_id", message=no_such_model(model_id))
-            for number, model_id in enumerate(task.model_ids)
+            FieldProblem(field=field, message=no_such_model(model_id))
+            for field, model_id in task.models.items()
             if model_id not in own
         ]
         if fields:

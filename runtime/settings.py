@@ -264,6 +264,8 @@ class Settings(BaseSettings):
     bridge_image_roots: Annotated[list[str], NoDecode] = []
     """Prefixes of object storage for a tenant's control images, comma-separated; each must contain
     `{tenant_id}`."""
+    bridge_lora_hosts: Annotated[list[str], NoDecode] = []
+    """Hosts that images' LoRAs may come from by https, comma-separated; `.example.org` for all below it."""
     bridge_lora_cache_bytes: int = Field(default=8 * 1024**3, ge=1)
     """How much of tenants' trained models a ComfyUI server keeps for later images; what was used least recently goes
     first. The models of one image must fit into it."""
@@ -314,7 +316,7 @@ class Settings(BaseSettings):
     @field_validator(
         *("callback_secrets", "dataset_roots", "retry_after_seconds", "allowed_origins", "codec_server_origins"),
         *("bridge_templates", "bridge_image_hosts", "bridge_image_roots", "bridge_callback_urls", "trusted_proxies"),
-        "bridge_warm_up",
+        *("bridge_warm_up", "bridge_lora_hosts"),
         mode="before",
     )
     @classmethod

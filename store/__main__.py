@@ -28,7 +28,7 @@ from store.database import address_of
 from store.failures import StoreFailure, StoreUnavailable
 from store.home import StoreHome
 from store.migrate import migrate, revert
-from store.task_files import MODELS, RESULTS, TaskFiles
+from store.task_files import FETCHED_MODELS, MODELS, RESULTS, TaskFiles
 from store.task_store import TaskStore
 from store.upkeep import EndedTask, Undeletable
 from store.uploads import StoredUpload
@@ -37,6 +37,8 @@ RPC_TIMEOUT: Final = timedelta(seconds=5)
 CANNOT_START: Final = 2
 UPLOAD_GRACE: Final = timedelta(days=1)
 """A task that was started before its upload expired may run for so long, and fetches it again for each attempt."""
+FETCHED_MODEL_DAYS: Final = 30
+"""A model that was fetched is used for jobs that begin within the same week (bridge/lora_files.py)."""
 CLOCKS_DIFFER: Final = timedelta(hours=1)
 """By less than this: an upload's row is older than its files."""
 
@@ -197,7 +199,11 @@ async def _purge(settings: Settings, dsn: str) -> None:
     before = now - timedelta(days=settings.retention_days)
     async with _opened(settings, dsn) as (store, files):
         tasks, deleted = await _deleted(store, files, partial(store.ended_before, before))
-        for days, folders in ((settings.result_retention_days, RESULTS), (settings.model_retention_days, MODELS)):
+        for days, folders in (
+            (settings.result_retention_days, RESULTS),
+            (settings.model_retention_days, MODELS),
+            (FETCHED_MODEL_DAYS, FETCHED_MODELS),
+        ):
             if days is not None:
                 deleted += await files.delete_older(folders, now - timedelta(days=days))
         uploads, of_uploads = await _deleted_uploads(store, files, partial(store.uploads.expired, now - UPLOAD_GRACE))

@@ -2,6 +2,7 @@
 
     {BRIDGE_STORE_URL}/results, controls, datasets/{job_id}/…   of a job or training (bridge/storage.py)
     {BRIDGE_STORE_URL}/models, checkpoints/{tenant_id}/…        of all trainings of a tenant
+    {BRIDGE_STORE_URL}/fetched-models/{tenant_id}/…             models that its images name by address
     {OBJECT_STORE_URL}/snapshots/{task_id}/…                    copies of datasets, lists of files
     {UPLOADS_URL}/{tenant_id}/…                                 what callers send for their tasks
 
@@ -23,6 +24,7 @@ from store.uploads import StoredUpload
 
 RESULTS: Final = ("results",)
 MODELS: Final = ("models", "checkpoints")
+FETCHED_MODELS: Final = ("fetched-models",)
 _OF_JOB: Final = (*RESULTS, "controls", "datasets")
 
 
@@ -48,7 +50,7 @@ class TaskFiles:
 
     async def delete_models_of(self, tenant_id: str) -> int:
         """Delete every model and checkpoint of a tenant."""
-        return sum([await _delete(self._bridge, folder, tenant_id) for folder in MODELS])
+        return sum([await _delete(self._bridge, folder, tenant_id) for folder in (*MODELS, *FETCHED_MODELS)])
 
     async def delete_older(self, folders: Iterable[str], before: datetime) -> int:
         """Delete what was written to `folders` of the bridge's storage before a time."""

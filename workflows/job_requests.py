@@ -15,14 +15,19 @@ from workflows.failures import TaskFailed
 def lora_files(task: ImageTask, models: Sequence[TrainedModel]) -> list[LoraFile]:
     """The files of an image's LoRAs. `models`: those of its tenant. Raises TaskFailed `input_invalid` for any other."""
     of_tenant = {model.model_id: model for model in models}
+    files: list[LoraFile] = []
     for number, lora in enumerate(task.loras):
-        if lora.model_id not in of_tenant:
+        if lora.model_id is None:
+            files.append(LoraFile(model_path=lora.model_url or "", sha256=lora.sha256, strength=lora.strength))
+            continue
+        model = of_tenant.get(lora.model_id)
+        if model is None:
             raise TaskFailed(
                 FailureCode.INPUT_INVALID,
                 f"The input is not valid: loras.{number}.model_id: {no_such_model(lora.model_id)}.",
             )
-    files = [(of_tenant[lora.model_id], lora.strength) for lora in task.loras]
-    return [LoraFile(model_path=model.model_path, sha256=model.sha256, strength=strength) for model, strength in files]
+        files.append(LoraFile(model_path=model.model_path, sha256=model.sha256, strength=lora.strength))
+    return files
 
 
 def image_job(task: ImageTask, policy: Policy, loras: Sequence[LoraFile]) -> JobRequest:

@@ -82,7 +82,8 @@ class TaskRecord:
         """
         claim = self._claim
         assert claim is not None
-        first = claim.model_copy(update={"input": input_document(self._task), "model_ids": self._task.model_ids})
+        model_ids = list(self._task.models.values())
+        first = claim.model_copy(update={"input": input_document(self._task), "model_ids": model_ids})
         outcome = await self._outside.write_store(TaskStoreActivities.claim, first, summary=ACCEPT)
         if outcome.earlier_life is not None:
             self._outside.earlier.add(outcome.earlier_life)

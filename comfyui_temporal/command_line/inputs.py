@@ -146,16 +146,29 @@ def controls(texts: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def loras(texts: Sequence[str]) -> list[dict[str, Any]]:
-    """LoRAs, each `TASK_ID` or `TASK_ID:STRENGTH`. Raises BadInput."""
+    """LoRAs, each `TASK_ID[:STRENGTH]` or `https://…,SHA256[,STRENGTH]`. Raises BadInput."""
     found: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
-        model_id, separator, strength = text.partition(":")
         try:
-            found.append({"model_id": model_id, **({"strength": float(strength)} if separator else {})})
+            found.append(_lora_at_address(text) if "://" in text else _trained_lora(text))
         except ValueError:
-            field = {f"loras.{number}": f"must be TASK_ID or TASK_ID:STRENGTH: {text!r}"}
+            field = {f"loras.{number}": f"must be TASK_ID[:STRENGTH] or URL,SHA256[,STRENGTH]: {text!r}"}
             raise BadInput("Nothing was done: 1 field is wrong.", field) from None
     return found
+
+
+def _trained_lora(text: str) -> dict[str, Any]:
+    model_id, separator, strength = text.partition(":")
+    return {"model_id": model_id, **({"strength": float(strength)} if separator else {})}
+
+
+def _lora_at_address(text: str) -> dict[str, Any]:
+    # An address may contain commas: the checksum is the last part that is one.
+    matched = re.fullmatch(r"(.+),([0-9a-f]{64})(?:,([^,]+))?", text)
+    if matched is None:
+        raise ValueError("no checksum")
+    url, sha256, strength = matched.groups()
+    return {"model_url": url, "sha256": sha256, **({} if strength is None else {"strength": float(strength)})}
 
 
 def new_task_id(kind: str) -> str:

@@ -88,7 +88,10 @@ def generate(
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK_ID[:STRENGTH]", help="A model that a training of the tenant made. Repeatable."),
+        typer.Option(
+            metavar="TASK_ID[:STRENGTH]|URL,SHA256[,STRENGTH]",
+            help="A model that a training of the tenant made, or a safetensors file at an allowed address. Repeatable.",
+        ),
     ] = None,
     images: Annotated[int | None, typer.Option(help="How many images, 1 to 16; each has the same price.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same image.")] = None,

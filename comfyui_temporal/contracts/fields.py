@@ -233,6 +233,11 @@ def _web_address(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("must be an http or https address")
+    return without_blanks(url)
+
+
+def without_blanks(url: str) -> str:
+    """The same address. Raises ValueError for a blank or control character in it."""
     if _BLANKS.search(url):
         raise ValueError("must not contain blanks or control characters")
     return url

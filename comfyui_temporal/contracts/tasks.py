@@ -7,7 +7,8 @@ import json
 from abc import abstractmethod
 from enum import StrEnum
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -25,6 +26,7 @@ from comfyui_temporal.contracts.fields import (
     OwnModel,
     Sha256,
     TaskPrompt,
+    without_blanks,
 )
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.size_budget import MAX_EXTRAS_BYTES, MAX_IMAGES, MAX_LORAS, MAX_STORED_INPUT_BYTES
@@ -78,12 +80,41 @@ class Control(CallerModel):
     kind: Annotated[CallerText, Field(max_length=64)] | None = None
 
 
-class Lora(CallerModel):
-    """A model that a training of the same tenant has made, and how strongly it steers the result."""
+def _https_address(address: str) -> str:
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        parts = None
+    if parts is None or parts.scheme != "https" or not parts.hostname or "@" in parts.netloc:
+        raise ValueError("must be an https:// address without credentials")
+    return without_blanks(address)
 
-    model_id: CallerId
+
+_ModelUrl = Annotated[CallerText, Field(min_length=1, max_length=2048), AfterValidator(_https_address)]
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class Lora(CallerModel):
+    """A model and how strongly it steers the result: one that a training of the same tenant has made (`model_id`), or
+    a safetensors file at an address that the ComfyUI service allows (`model_url`, with its checksum)."""
+
+    model_id: Annotated[CallerId | None, Field(exclude_if=_is_none)] = None
     """The task id of the training. It must have completed."""
+    model_url: Annotated[_ModelUrl | None, Field(exclude_if=_is_none)] = None
+    sha256: Annotated[Sha256 | None, Field(exclude_if=_is_none)] = None
+    """Of the file at `model_url`."""
     strength: Annotated[float, Field(ge=0, le=2)] = 1.0
+
+    @model_validator(mode="after")
+    def _names_one(self) -> Self:
+        if (self.model_id is None) == (self.model_url is None):
+            raise ValueError("must have either model_id or model_url")
+        if (self.model_url is None) != (self.sha256 is None):
+            raise ValueError("must have sha256 with model_url, and not with model_id")
+        return self
 
 
 def no_such_model(model_id: str) -> str:
@@ -92,7 +123,7 @@ def no_such_model(model_id: str) -> str:
 
 
 def _each_once(loras: list[Lora]) -> list[Lora]:
-    if len({lora.model_id for lora in loras}) < len(loras):
+    if len({lora.model_id or lora.sha256 for lora in loras}) < len(loras):
         raise ValueError("must not name a model twice")
     return loras
 
@@ -145,9 +176,9 @@ class TaskInput(CallerModel):
     def scene(self) -> Scene: ...
 
     @property
-    def model_ids(self) -> list[str]:
-        """The models of the tenant that the task uses."""
-        return []
+    def models(self) -> dict[str, str]:
+        """Field → id of each model of the tenant that the task uses."""
+        return {}
 
     @property
     def uploads(self) -> dict[str, str]:
@@ -172,8 +203,9 @@ class ImageTask(TaskInput):
         return Scene.IMAGE_GENERATE
 
     @property
-    def model_ids(self) -> list[str]:
-        return [lora.model_id for lora in self.loras]
+    def models(self) -> dict[str, str]:
+        named = {f"loras.{number}.model_id": lora.model_id for number, lora in enumerate(self.loras)}
+        return {field: model_id for field, model_id in named.items() if model_id is not None}
 
     @property
     def uploads(self) -> dict[str, str]:

@@ -264,7 +264,8 @@ export class Card {
     if (priority !== "standard") facts.push(say(`priority.${priority}`));
     if (input?.images > 1) facts.push(say("fact.images", { n: input.images }));
     if (input?.extras?.seed !== undefined) facts.push(say("fact.seed", { seed: String(input.extras.seed) }));
-    for (const { model_id: model, strength = 1 } of input?.loras ?? []) facts.push(say("fact.lora", { model, strength }));
+    for (const { model_id: id, model_url: url, strength = 1 } of input?.loras ?? [])
+      facts.push(say("fact.lora", { model: id ?? decodeURI(new URL(url).pathname.split("/").pop()), strength }));
     if (ended_at) facts.push(say("fact.took", { time: span((new Date(ended_at) - new Date(created_at)) / 1000) }));
     this.#part.facts.textContent = facts.filter(Boolean).join(" · ");
   }

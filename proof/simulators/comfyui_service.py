@@ -25,6 +25,8 @@ from proof.simulators.template_list import listed
 from proof.simulators.tokens import demand, demand_person
 from proof.simulators.trainings import DEFAULT_GPU, TrainingRun, new_training
 
+MODEL_HOST: Final = "models.example.org"
+"""The only one whose models jobs may use by address."""
 FIRST_GPUS: Final = {IMAGE_POOL: 8, DEFAULT_GPU: 2, "h100": 1}
 _PREEMPTED = Parameters(
     code=FailureCode.GPU_PREEMPTED, message="The GPU was taken away by a job of higher rank.", retryable=True
@@ -206,15 +208,18 @@ class ComfyUIService:
             raise Refused("payload_invalid", fields=[f"gpu_type: no {order.gpu_type or DEFAULT_GPU!r} here"])
 
     def _demand_models(self, order: JobRequest) -> None:
-        """Raises Refused for a model that no training of the tenant has made."""
+        """Raises Refused for a model that no training of the tenant has made, and for a host that is not allowed."""
         of_tenant = {
             (run.output or {}).get("model_path")
             for run in self.queue.all_runs()
             if isinstance(run, TrainingRun) and run.tenant_id == order.tenant_id
         }
         for number, lora in enumerate(order.loras or []):
-            if lora.model_path not in of_tenant:
-                field = f"loras.{number}.model_path"
+            field = f"loras.{number}.model_path"
+            if lora.model_path.startswith("https://"):
+                if not lora.model_path.startswith(f"https://{MODEL_HOST}/") or lora.sha256 is None:
+                    raise Refused("payload_invalid", fields=[f"{field}: is on a host that is not allowed"])
+            elif lora.model_path not in of_tenant:
                 raise Refused("payload_invalid", fields=[f"{field}: is not the address of a model of this tenant"])
 
     def _epoch_of(self, order: TrainingRequest) -> int:

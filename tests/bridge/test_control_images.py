@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bridge.control_images import ControlImages, ImageRefused, ImageUnreachable, is_public
+from bridge.allowed_hosts import AllowedHosts, FileRefused, FileUnreachable, is_public
+from bridge.control_images import ControlImages
 from bridge.storage import Storage
 from comfyui_temporal.contracts.uploads import InputKind
 
@@ -26,7 +27,8 @@ def images(folder: Path, *addresses: str) -> ControlImages:
             raise OSError("no such host")
         return list(addresses)
 
-    return ControlImages(hosts=[".example.org"], roots=[folder.as_uri() + "/{tenant_id}/"], resolve=resolve)
+    hosts = AllowedHosts([".example.org"], resolve=resolve)
+    return ControlImages(hosts=hosts, roots=[folder.as_uri() + "/{tenant_id}/"])
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,8 @@ def images(folder: Path, *addresses: str) -> ControlImages:
         ("https://127.0.0.1/a.png", "not allowed"),
         ("https://[::1]/a.png", "not allowed"),
         ("javascript:alert(1)", "must be an https"),
+        (f"HTTP://{HOST}/a.png", "must be an https"),
+        ("FILE:///etc/passwd", "must be an https"),
         ("https://[", "is not a valid address"),
         ("s3://their-bucket/a.png", "is not below"),
     ],
@@ -67,7 +71,7 @@ async def test_a_symbolic_link_out_of_the_folder_is_refused(tmp_path: Path) -> N
     (tmp_path / "secret.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (tmp_path / "tenant-demo").mkdir()
     (tmp_path / "tenant-demo" / "a.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(ImageRefused, match="leaves the tenant's folder"):
+    with pytest.raises(FileRefused, match="leaves the tenant's folder"):
         await fetched(images(tmp_path), f"{tmp_path.as_uri()}/tenant-demo/a.png")
 
 
@@ -99,12 +103,12 @@ async def test_a_symbolic_link_out_of_the_folder_is_refused(tmp_path: Path) -> N
 )
 async def test_a_host_whose_address_is_not_public_is_refused_before_any_request(tmp_path: Path, address: str) -> None:
     assert not is_public(address)
-    with pytest.raises(ImageRefused, match="not public"):
+    with pytest.raises(FileRefused, match="not public"):
         await fetched(images(tmp_path, "93.184.215.14", address), f"https://{HOST}/a.png")
 
 
 async def test_a_host_that_cannot_be_resolved_may_be_tried_again(tmp_path: Path) -> None:
-    with pytest.raises(ImageUnreachable):
+    with pytest.raises(FileUnreachable):
         await fetched(images(tmp_path), f"https://{HOST}/a.png")
 
 
@@ -136,7 +140,7 @@ async def test_an_upload_is_its_own_tenants_and_of_the_kind_that_is_asked_for(tm
         ("upload:one", InputKind.VIDEO, "not an MP4, WebM or MOV"),
         ("upload:sound", InputKind.IMAGE, "not a PNG, JPEG, GIF or WebP"),
     ):
-        with pytest.raises(ImageRefused, match=reason):
+        with pytest.raises(FileRefused, match=reason):
             await fetched(files, address, kind)
     assert await files.missing("upload:one", "tenant-demo") is None
     assert "no complete upload theirs" in (await files.missing("upload:theirs", "tenant-demo") or "")
@@ -149,7 +153,7 @@ async def test_no_id_of_an_upload_leads_to_another_place(tmp_path: Path, upload_
     (tmp_path / "tenant-other").mkdir()
     (tmp_path / "tenant-other" / "a").write_bytes(PNG)
     assert with_uploads(tmp_path).problem(f"upload:{upload_id}", "tenant-demo") == "must be upload:UPLOAD_ID"
-    with pytest.raises(ImageRefused, match="must be upload"):
+    with pytest.raises(FileRefused, match="must be upload"):
         await fetched(with_uploads(tmp_path), f"upload:{upload_id}")
 
 
@@ -159,6 +163,6 @@ async def test_a_file_is_limited_by_its_kind_and_without_storage_no_upload_is_ta
     (tmp_path / "tenant-demo" / "sound").write_bytes(WAV)
     files = with_uploads(tmp_path, max_bytes=1_000_000, max_file_bytes=10)
     for address, kind in (("upload:one", InputKind.IMAGE), ("upload:sound", InputKind.AUDIO)):
-        with pytest.raises(ImageRefused, match="larger than"):
+        with pytest.raises(FileRefused, match="larger than"):
             await fetched(files, address, kind)
     assert ControlImages().problem("upload:one", "tenant-demo") == "is an upload, and none is taken here"

@@ -108,7 +108,6 @@ async def test_a_model_that_is_not_the_tenants_is_refused_in_the_same_words(pric
         f"{folder}/%2e%2e/tenant-other/{name}",
         f"{folder}/%2E%2E%2Ftenant-other%2F{name}",
         folder.replace("models", "results") + "/a.png",
-        "https://example.org/a.safetensors",
         "file:///etc/passwd",
     ):
         refused = await priced.post(

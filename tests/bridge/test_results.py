@@ -131,7 +131,7 @@ async def test_texts_that_are_too_long_end_the_job(two_results: BridgePlatform, 
 
 async def test_an_address_that_the_store_makes_too_long_is_the_bridges_own(two_results: BridgePlatform) -> None:
     storage = LongAddresses(two_results.bridge.storage.url)
-    jobs = JobActivities(storage, two_results.bridge.images, two_results.bridge.signed)
+    jobs = JobActivities(storage, two_results.bridge.images, two_results.bridge.loras, two_results.bridge.signed)
     await storage.write("results/job-1/a.png", b"picture")
     urls = await jobs.sign_results([StoredResult(path="results/job-1/a.png", content_type="image/png", size_bytes=7)])
     assert [len(url) < 2_048 for url in urls] == [True]
@@ -147,7 +147,7 @@ class LongAddresses(Storage):
 
 @pytest.mark.parametrize("count", [65, 64])
 async def test_a_delivery_that_no_job_can_carry_is_refused_for_good(bridge: BridgePlatform, count: int) -> None:
-    jobs = JobActivities(bridge.bridge.storage, bridge.bridge.images, bridge.bridge.signed)
+    jobs = JobActivities(bridge.bridge.storage, bridge.bridge.images, bridge.bridge.loras, bridge.bridge.signed)
     stored = [StoredResult(path=f"results/job-1/{n}.png", content_type="image/png", size_bytes=7) for n in range(count)]
     if count == 64:
         assert len(await jobs.sign_results(stored)) == 64

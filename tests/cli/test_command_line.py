@@ -97,9 +97,10 @@ async def test_exit_codes_follow_how_tasks_end(opened: Connection) -> None:
     assert (unknown.exit_code, taken.exit_code) == (ExitCode.UNKNOWN_TASK, ExitCode.TASK_EXISTS)
 
 
-async def test_loras_are_named_by_their_trainings(opened: Connection) -> None:
+async def test_loras_are_named_by_their_trainings_or_addresses(opened: Connection) -> None:
     task_id = unique("image")
-    loras = ("--lora", "train-cats:0.8", "--lora", "train-snow")
+    url, sha256 = "https://models.example.org/a,b.safetensors", "a" * 64
+    loras = ("--lora", "train-cats:0.8", "--lora", "train-snow", "--lora", f"{url},{sha256},0.5")
     started = await run_command("generate", "a cat", *WHO, "--task-id", task_id, "--no-wait", *loras, connection=opened)
     assert started.exit_code == 0, started.err
     handle = opened.client.get_workflow_handle(workflow_id_of(task_id))
@@ -108,9 +109,15 @@ async def test_loras_are_named_by_their_trainings(opened: Connection) -> None:
     assert given["loras"] == [
         {"model_id": "train-cats", "strength": 0.8},
         {"model_id": "train-snow", "strength": 1.0},
+        {"model_url": url, "sha256": sha256, "strength": 0.5},
     ]
     await handle.terminate()
-    for text, problem in (("a:b", "loras.0: must be TASK_ID"), ("a:3", "loras.0.strength: must be less than")):
+    for text, problem in (
+        ("a:b", "loras.0: must be TASK_ID"),
+        ("a:3", "loras.0.strength: must be less than"),
+        (url, "loras.0: must be TASK_ID[:STRENGTH] or URL,SHA256[,STRENGTH]"),
+        (f"http://models.example.org/a,{sha256}", "loras.0.model_url: must be an https:// address"),
+    ):
         refused = await run_command("generate", "a cat", *WHO, "--lora", text)
         assert refused.exit_code == 2
         assert problem in refused.err

@@ -62,11 +62,13 @@ async def test_a_model_that_is_not_the_tenants_is_refused_in_the_same_words(api:
         case _:
             model_id = await task_of(store, tenant, scene=Scene.IMAGE_GENERATE)
     own, task_id = await task_of(store, tenant), unique("image")
-    refused = await api.call("POST", "/images", order(own, model_id, task_id=task_id), token=token_for(tenant, "ada"))
+    at_address = {"model_url": "https://models.example.org/a", "sha256": "b" * 64}
+    body = order(task_id=task_id) | {"loras": [at_address, {"model_id": own}, {"model_id": model_id}]}
+    refused = await api.call("POST", "/images", body, token=token_for(tenant, "ada"))
     assert refused.status_code == 422
     assert refused.json()["code"] == "input_invalid"
     message = f"this tenant has no completed training {model_id}"
-    assert refused.json()["fields"] == [{"field": "loras.1.model_id", "message": message}]
+    assert refused.json()["fields"] == [{"field": "loras.2.model_id", "message": message}]
     assert (await api.call("GET", f"/{task_id}", token=token_for(tenant, "ada"))).status_code == 404
 
 

@@ -133,6 +133,10 @@ async def test_a_purge_deletes_results_with_their_task_and_older_models_only_by_
     write_files(tmp_path, *of_old, *of_open)
     write_files(tmp_path, model, checkpoint, age=timedelta(days=31))
     write_files(tmp_path, "results/job-3/a.png", age=timedelta(days=8))
+    fetched = "fetched-models/tenant-a/2026-W40/{}.safetensors"
+    write_files(tmp_path, fetched.format("old"), age=timedelta(days=31))
+    write_files(tmp_path, fetched.format("new"), age=timedelta(days=29))
+    of_open.add(fetched.format("new"))
     stores = {"BRIDGE_STORE_URL": tmp_path.as_uri(), "OBJECT_STORE_URL": tmp_path.as_uri()}
 
     code, output = await command("purge", DATABASE_DSN=dsn, **stores)

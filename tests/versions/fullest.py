@@ -29,6 +29,7 @@ from comfyui_temporal.contracts.task_store import (
     TaskWrite,
     UnsettledTask,
 )
+from comfyui_temporal.contracts.tasks import Lora
 
 DOCUMENTS: Final[dict[str, type[BaseModel]]] = {
     "image-run": ImageRun,
@@ -64,6 +65,7 @@ _BY_NAME: Final[dict[str, Any]] = {
     "not_after": "2031-01-02T00:00:00Z",
     "callback_url": _ADDRESS,
     "image_url": _ADDRESS,
+    "model_url": _ADDRESS,
     "result_urls": [_ADDRESS],
     "sha256": "0" * 64,
     "files_sha256": "0" * 64,
@@ -71,6 +73,10 @@ _BY_NAME: Final[dict[str, Any]] = {
     "images": 7,
 }
 """What no type shows: the order of two times, addresses, limits of a number."""
+_FORMS: Final[dict[Any, list[list[str]]]] = {
+    Lora: [["model_id", "strength"], ["model_url", "sha256", "strength"]],
+}
+"""Objects that have some of their fields or the others, never both."""
 _LEAVES: Final[dict[Any, Any]] = {
     bool: True,
     int: 77,
@@ -107,7 +113,7 @@ def _value(kind: Any) -> Any:
     if origin is Literal:
         return parts[-1]
     if origin is list:
-        return [_value(kind_of_one) for kind_of_one in _kinds_of(parts[0])]
+        return [value for kind_of_one in _kinds_of(parts[0]) for value in _forms_of(kind_of_one)]
     if origin is dict:
         return {_value(parts[0]): _value(parts[1])}
     if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -115,6 +121,12 @@ def _value(kind: Any) -> Any:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return list(kind)[-1].value
     return _LEAVES.get(kind, "a-word")
+
+
+def _forms_of(kind: Any) -> list[Any]:
+    forms = _FORMS.get(kind)
+    whole = _value(kind)
+    return [whole] if forms is None else [{name: whole[name] for name in form} for form in forms]
 
 
 def _kinds_of(kind: Any) -> list[Any]:

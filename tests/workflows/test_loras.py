@@ -24,6 +24,7 @@ from tests.workflows.payers import kinds_of
 from tests.workflows.platform import Platform, running_platform, sent, task_id_of
 
 HD = 18 + 6
+URL = "https://models.example.org/style.safetensors"
 TENANT = "tenant-demo"
 
 
@@ -101,6 +102,23 @@ async def test_the_store_names_models_of_one_tenant_or_user_alone(quick_platform
     assert await store.models("tenant-other", [ada, ben]) == []
 
 
+async def test_a_model_at_an_address_is_sent_as_given_and_costs_the_same(priced: Platform) -> None:
+    own = await trained(priced.store)
+    lora = {"model_url": URL, "sha256": "b" * 64, "strength": 0.4}
+    refused = await priced.start_image(loras=[lora | {"model_url": "https://evil.example.com/a"}])
+    ending = await ended(priced, refused)
+    assert (ending.status, ending.code) == (TaskStatus.FAILED, "input_invalid")
+    assert await kinds_of(priced, refused) == []
+    handle = await priced.start_image(loras=[lora])
+    ending = await ended(priced, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, HD + 5)
+    [call] = await sent(handle, "submit_job")
+    assert call["body"]["loras"] == [{"model_path": URL, "sha256": "b" * 64, "strength": 0.4}]
+    handle = await priced.start_image(loras=[lora, {"model_id": own}, {"model_id": "unknown"}])
+    ending = await ended(priced, handle)
+    assert "loras.2.model_id: this tenant has no completed training unknown" in str(ending.result["error_details"])
+
+
 def test_a_lora_costs_nothing_unless_the_table_says_so() -> None:
     table = PriceTable()
     assert table.image(resolution="hd", accelerated=False, extras={}, loras=3) == HD
@@ -122,7 +140,22 @@ def test_a_task_without_loras_is_what_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    "loras", [[{"model_id": "a"}] * 2, [{"model_id": "a", "strength": 2.1}], [{"model_id": f"m{n}"} for n in range(9)]]
+    "loras",
+    [
+        [{"model_id": "a"}] * 2,
+        [{"model_id": "a", "strength": 2.1}],
+        [{"model_id": f"m{n}"} for n in range(9)],
+        [{}],
+        [{"model_url": URL}],
+        [{"model_id": "a", "sha256": "b" * 64}],
+        [{"model_id": "a", "model_url": URL, "sha256": "b" * 64}],
+        [{"model_url": URL, "sha256": "b" * 64}] * 2,
+        [{"model_url": "http" + URL[5:], "sha256": "b" * 64}],
+        [{"model_url": "https://user:secret@models.example.org/a", "sha256": "b" * 64}],
+        [{"model_url": "https:///a", "sha256": "b" * 64}],
+        [{"model_url": URL + " ", "sha256": "b" * 64}],
+        [{"model_url": URL, "sha256": "B" * 64}],
+    ],
 )
 def test_loras_out_of_range_are_refused(loras: list[dict[str, object]]) -> None:
     ids = {"task_id": "t", "tenant_id": "a", "user_id": "b"}

@@ -270,12 +270,16 @@ def image_run(text: str) -> ImageRun:
     while len(repr({"negative_prompt": values}).encode()) > 32_000:
         values.pop()
     control = {"image_url": text[:2_048], "strength": 10 / 3, "kind": text[:64]}
+    unblank = "".join(character for character in text if character > " ") or "x" * 2_048
     return ImageRun(
         **IDS,
         prompt=most_of(text, 16 * 1024),
         controls=[control] * 16,
         extras={"negative_prompt": values},
-        loras=[{"model_id": f"{n}{ID[1:]}", "strength": 4 / 3} for n in range(MAX_LORAS)],
+        loras=[
+            {"model_url": f"https://x/{unblank[:2_038]}", "sha256": f"{n}" * 64, "strength": 4 / 3}
+            for n in range(MAX_LORAS)
+        ],
         max_credits=10**9,
         carried=carried(job_callback, text),
     )
