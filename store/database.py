@@ -100,7 +100,16 @@ class Database:
     async def read(
         self, work: Callable[[AsyncConnection], Awaitable[T]], *, doing: str, within_seconds: float = WORK_SECONDS
     ) -> T:
-        """Do `work` without a transaction: for single statements that change nothing. Raises StoreFailure."""
+        """Do `work`, which changes nothing, without a transaction around it. Raises StoreFailure."""
+        return await self.statement(work, doing=doing, within_seconds=within_seconds)
+
+    async def statement(
+        self, work: Callable[[AsyncConnection], Awaitable[T]], *, doing: str, within_seconds: float = WORK_SECONDS
+    ) -> T:
+        """Do `work` that is a single statement: it needs no transaction around it, which would be two round trips.
+
+        Raises StoreFailure.
+        """
 
         async def once() -> T:
             async with self._autocommit.connect() as connection:

@@ -47,6 +47,13 @@ _POINTS: Final = select(func.sum(task_events.c.credits_delta)).where(task_events
 _LIFE_SECONDS: Final = select(func.extract("epoch", func.now() - tasks.c.life_began_at)).where(
     tasks.c.task_id == bindparam("task")
 )
+_MADE: Final = bindparam("made", type_=Text)
+_NOTE: Final = {
+    lists.name: update(tasks)
+    .where(tasks.c.task_id == bindparam("task"), ~(any_(lists) == _MADE))
+    .values({lists.name: func.array_append(lists, _MADE)})
+    for lists in (tasks.c.hold_ids, tasks.c.job_ids)
+}
 
 
 async def seen(connection: AsyncConnection, run: TaskRun) -> EarlierLife | None:
@@ -136,13 +143,7 @@ async def published_points(connection: AsyncConnection, task_id: str) -> int:
 
 async def note_made(connection: AsyncConnection, task_id: str, *, column: str, made: str) -> bool:
     """Add an id to `hold_ids` or `job_ids`. Returns whether it was there already."""
-    lists = tasks.c[column]
-    added = await connection.execute(
-        update(tasks)
-        .where(tasks.c.task_id == task_id, ~(bindparam("made", type_=Text) == any_(lists)))
-        .values({column: func.array_append(lists, bindparam("made", type_=Text))}),
-        {"made": made},
-    )
+    added = await connection.execute(_NOTE[column], {"task": task_id, "made": made})
     return added.rowcount == 0
 
 

@@ -171,7 +171,7 @@ class TaskStore:
 
     async def note_made(self, task_id: str, kind: Made, made: str, *, within_seconds: float = WORK_SECONDS) -> bool:
         """Store the id of a hold or job in its task's row, if the row exists. Returns whether it was known."""
-        return await self._database.transaction(
+        return await self._database.statement(
             lambda connection: lives.note_made(connection, task_id, column=f"{kind}_ids", made=made),
             doing=f"noting a {kind} of the task {task_id}",
             within_seconds=within_seconds,
@@ -215,7 +215,7 @@ class TaskStore:
 
     async def claim_give_back(self, task_id: str, *, by: str, found_run: str | None) -> bool:
         """Claim an open row for a give-back: False if another run than `found_run` acts for it, or it has ended."""
-        return await self._database.transaction(
+        return await self._database.statement(
             lambda connection: lives.claim_give_back(connection, task_id, by=by, found_run=found_run),
             doing=f"claiming the give-back of the task {task_id}",
         )
@@ -235,7 +235,7 @@ class TaskStore:
 
         One tick of each task at most. A repeat writes nothing.
         """
-        return await self._database.transaction(
+        return await self._database.statement(
             lambda connection: ticks.write_ticks(connection, given), doing=f"writing {len(given)} ticks"
         )
 
@@ -449,7 +449,7 @@ class TaskStore:
 
     async def append_audit(self, record: AuditRecord) -> None:
         """Append one record to the audit log."""
-        await self._database.transaction(
+        await self._database.statement(
             lambda connection: audit.append(connection, record), doing=f"recording {record.operation} in the audit log"
         )
 

@@ -51,15 +51,15 @@ _LOCK: Final = (
         tasks.c.next_eta,
         tasks.c.queue_position,
         tasks.c.last_event_at,
+        (
+            bindparam("holds", type_=ARRAY(Text)).contained_by(tasks.c.hold_ids)
+            & bindparam("jobs", type_=ARRAY(Text)).contained_by(tasks.c.job_ids)
+        ).label("lists_both"),
     )
     .where(tasks.c.task_id == bindparam("task"))
     .with_for_update(key_share=True)
 )
 _LISTS: Final = select(tasks.c.hold_ids, tasks.c.job_ids, tasks.c.job_id).where(tasks.c.task_id == bindparam("task"))
-_LISTS_BOTH: Final = select(
-    bindparam("holds", type_=ARRAY(Text)).contained_by(tasks.c.hold_ids)
-    & bindparam("jobs", type_=ARRAY(Text)).contained_by(tasks.c.job_ids)
-).where(tasks.c.task_id == bindparam("task"))
 _REACHED: Final = (
     select(task_events.c.attempt, task_events.c.stage, func.max(task_events.c.progress))
     .where(task_events.c.task_id == bindparam("task"), task_events.c.progress.is_not(None))
@@ -230,7 +230,8 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
     if so_far.has_ended and not had_ended:
         changes["ended_at"] = taken[-1][1].ts
     if changes:
-        changes |= await _longer_lists(connection, write.task_id, write.state)
+        if not row.lists_both:
+            changes |= await _longer_lists(connection, write.task_id, write.state)
         events = _event_parameters(write.task_id, taken) if taken else {}
         statement = _update_of(frozenset(changes), has_events=bool(taken))
         await connection.execute(statement, {"task": write.task_id} | _new(changes) | events)
@@ -278,9 +279,9 @@ async def _row_of(connection: AsyncConnection, write: TaskWrite, run: TaskRun | 
 
     It is unknown what else was lost, so the new row counts as one with an earlier life.
     """
-    run_id = run.run_id if run else None
+    run_id, made = run.run_id if run else None, _made(write.state)
     try:
-        return await _locked(connection, write.task_id, run_id)
+        return await _locked(connection, write.task_id, run_id, **made)
     except TaskUnknown:
         if write.claim is None:
             raise
@@ -289,19 +290,24 @@ async def _row_of(connection: AsyncConnection, write: TaskWrite, run: TaskRun | 
     holder = await connection.scalar(_HOLDER, {"task": write.task_id})
     if holder == write.first_execution_run_id:
         await _insert_row(connection, write.claim, run, lives=1)
-        return await _locked(connection, write.task_id, run_id)
+        return await _locked(connection, write.task_id, run_id, **made)
     raise NotTheClaimant(f"The task {write.task_id} is another run's, and nothing was written.")
 
 
-async def _longer_lists(connection: AsyncConnection, task_id: str, state: TaskState) -> dict[str, Any]:
-    """`hold_ids` and `job_ids` extended by those of `state`; empty if they contain these already."""
-    holds, jobs = _clean(state.credits.pre_deduct_ids), _clean([state.job_id] if state.job_id else [])
-    if await connection.scalar(_LISTS_BOTH, {"task": task_id, "holds": holds, "jobs": jobs}):
-        return {}
-    row = (await connection.execute(_LISTS, {"task": task_id})).one()
+def _made(state: TaskState) -> dict[str, list[str]]:
+    """Ids of holds and jobs, as the row lists them."""
     return {
-        "hold_ids": list(dict.fromkeys([*row.hold_ids, *holds])),
-        "job_ids": list(dict.fromkeys([*row.job_ids, *jobs])),
+        "holds": _clean(state.credits.pre_deduct_ids),
+        "jobs": _clean([state.job_id] if state.job_id else []),
+    }
+
+
+async def _longer_lists(connection: AsyncConnection, task_id: str, state: TaskState) -> dict[str, Any]:
+    """`hold_ids` and `job_ids` extended by those of `state`."""
+    row, made = (await connection.execute(_LISTS, {"task": task_id})).one(), _made(state)
+    return {
+        "hold_ids": list(dict.fromkeys([*row.hold_ids, *made["holds"]])),
+        "job_ids": list(dict.fromkeys([*row.job_ids, *made["jobs"]])),
     }
 
 
@@ -341,9 +347,20 @@ async def _trainings(connection: AsyncConnection, task_id: str) -> set[str]:
     return {*row.job_ids, *([row.job_id] if row.job_id else [])}
 
 
-async def _locked(connection: AsyncConnection, task_id: str, run_id: str | None = None) -> Row[*tuple[Any, ...]]:
-    """The task's row, locked against other writers but not against rows that refer to it."""
-    row = (await connection.execute(_LOCK, {"task": task_id, "run": run_id})).one_or_none()
+async def _locked(
+    connection: AsyncConnection,
+    task_id: str,
+    run_id: str | None = None,
+    *,
+    holds: Sequence[str] = (),
+    jobs: Sequence[str] = (),
+) -> Row[*tuple[Any, ...]]:
+    """The task's row, locked against other writers but not against rows that refer to it.
+
+    `lists_both`: the row lists these holds and jobs already.
+    """
+    given = {"task": task_id, "run": run_id, "holds": list(holds), "jobs": list(jobs)}
+    row = (await connection.execute(_LOCK, given)).one_or_none()
     if row is None:
         raise TaskUnknown(f"The task store has no task {task_id}: it was never claimed, or it was purged.")
     return row
