@@ -31,7 +31,8 @@ from temporalio.api.common.v1 import Payload, Payloads
 from comfyui_temporal.contracts.size_budget import KIB
 from comfyui_temporal.encryption import PayloadEncryption, encryption_by
 from comfyui_temporal.encryption_keys import EncryptionError
-from runtime.doors import Door, DoorConfig, door_limits_by
+from runtime.door_limits import Door
+from runtime.doors import DoorConfig, door_limits_by
 from runtime.logs import configure_logs
 from runtime.required_settings import CannotStart, read_settings
 from runtime.settings import Settings

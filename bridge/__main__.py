@@ -49,7 +49,8 @@ from bridge.training_service import TrainingService
 from bridge.training_workflow import ComfyUITrainingWorkflow
 from comfyui_temporal.process_end import end_process
 from runtime import temporal_connection
-from runtime.doors import Door, DoorConfig, door_limits_by
+from runtime.door_limits import Door
+from runtime.doors import DoorConfig, door_limits_by
 from runtime.health_page import is_polling
 from runtime.logs import configure_logs
 from runtime.metrics_page import metrics_runtime

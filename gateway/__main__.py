@@ -24,7 +24,8 @@ from gateway.page import PageSettings
 from gateway.tokens import StreamTokens
 from gateway.uploads import UploadSettings
 from runtime import temporal_connection
-from runtime.doors import Door, DoorConfig, door_limits_by
+from runtime.door_limits import Door
+from runtime.doors import DoorConfig, door_limits_by
 from runtime.logs import configure_logs
 from runtime.required_settings import CannotStart, caller_tokens_by, database_of, read_settings
 from runtime.settings import Settings

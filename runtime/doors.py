@@ -3,32 +3,21 @@
     accepted ─▶ waits for a head ─▶ a request is answered ─▶ waits for a head ─▶ …
                 10 s, 16 KiB         its route bounds the body    10 s, 16 KiB; what is left of a body: 1 MiB
 
-An address has a limited number of connections. Where all places are taken, the connection that has waited longest for a
-head makes room: whoever sends a request at once is served, however many others only sit there.
+Who may have how many connections open is the door's (door_limits.py).
 
 Departures from uvicorn
 1. `limit_concurrency` is not used. It counts idle connections too, accepts any number of further ones and then answers
    503 to every request, health checks included: idle connections alone would close the door.
 2. What a client sends over a WebSocket is dropped here. uvicorn writes a traceback for text that is not UTF-8.
-3. What is refused is counted by reason and logged once a minute for each, not once for each request.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import resource
-import time
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import StrEnum
-from functools import lru_cache
 from typing import Any, Final
 
 import httptools
-import structlog
 import uvicorn
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -37,148 +26,18 @@ from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from runtime.door_limits import Door, DoorLimits, Refusal, answer_to, most_connections
 from runtime.settings import Settings
 
-log = structlog.get_logger(__name__)
-
 HEAD_BYTES: Final = 16 * 1024
-HEAD_SECONDS: Final = 10.0
 REST_BYTES: Final = 1024 * 1024
 """What is read, and dropped, of a body after its answer: a client that is still sending can then read the answer."""
-STALL_SECONDS: Final = 30.0
 MAX_PIPELINED: Final = 16
 LINGER_SECONDS: Final = 2.0
 MAX_MESSAGE_BYTES: Final = 4 * 1024
 """Of a WebSocket message of a client; none of ours has to send any."""
 MAX_UNREAD_BYTES: Final = 1024 * 1024
 """Of a WebSocket whose client sends pings and reads nothing."""
-MAX_CONNECTIONS: Final = 20_000
-OWN_FILES: Final = 256
-"""Files that a process opens besides its connections."""
-IPV6_NETWORK_BITS: Final = 64
-"""One site has at least so many addresses."""
-LOG_SECONDS: Final = 60.0
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-
-class Refusal(StrEnum):
-    """Why a connection was closed by the door itself."""
-
-    HEAD_TOO_LARGE = "head_too_large"
-    HEAD_TOO_SLOW = "head_too_slow"
-    IDLE = "idle"
-    """It sent nothing: a browser opens such connections in advance."""
-    UNREADABLE = "unreadable"
-    TOO_MANY_OF_ADDRESS = "too_many_of_address"
-    TOO_MANY = "too_many"
-    MADE_ROOM = "made_room"
-    TOO_MANY_PIPELINED = "too_many_pipelined"
-    BODY_AFTER_ANSWER = "body_after_answer"
-    NOT_READ = "not_read"
-
-
-_ANSWERS: Final = {
-    Refusal.HEAD_TOO_LARGE: ("431 Request Header Fields Too Large", "The request's head is larger than 16 KiB."),
-    Refusal.UNREADABLE: ("400 Bad Request", "This is no HTTP/1.1 request."),
-    Refusal.TOO_MANY_OF_ADDRESS: ("429 Too Many Requests", "This address has too many connections open."),
-    Refusal.TOO_MANY: ("503 Service Unavailable", "Too many connections are open: try again."),
-}
-_RETRY_AFTER: Final = {Refusal.TOO_MANY_OF_ADDRESS: 10, Refusal.TOO_MANY: 2}
-
-
-def _answer_to(refusal: Refusal) -> bytes:
-    status, sentence = _ANSWERS[refusal]
-    retry = f"Retry-After: {_RETRY_AFTER[refusal]}\r\n" if refusal in _RETRY_AFTER else ""
-    return (
-        f"HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {len(sentence)}\r\n"
-        f"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n{retry}Connection: close\r\n\r\n{sentence}"
-    ).encode()
-
-
-@dataclass(frozen=True)
-class DoorLimits:
-    """What connections may cost. `connections_per_address`: 0 is any number.
-
-    `trusted_proxies`: addresses and networks whose `X-Forwarded-…` headers are believed, and which may open any number
-    of connections: everybody comes through them. Raises ValueError if one is neither.
-    """
-
-    connections_per_address: int = 1_000
-    trusted_proxies: Sequence[str] = ("127.0.0.1", "::1")
-    connections: int = MAX_CONNECTIONS
-    head_seconds: float = HEAD_SECONDS
-    stall_seconds: float = STALL_SECONDS
-
-    def __post_init__(self) -> None:
-        for network in self.trusted_proxies:
-            ipaddress.ip_network(network)
-
-
-class Door:
-    """What is open at one port, and what was refused there. `on_refused` is called for each."""
-
-    def __init__(self, limits: DoorLimits, on_refused: Callable[[Refusal], None] | None = None) -> None:
-        self.limits = limits
-        self.on_refused = on_refused
-        self._trusted = [ipaddress.ip_network(network) for network in limits.trusted_proxies]
-        self._of_address: Counter[str] = Counter()
-        self._waiting: dict[BoundedHttp, None] = {}
-        """Those that wait for a head; the one that has waited longest first."""
-        self._unlogged: Counter[Refusal] = Counter()
-        self._logged_at: dict[Refusal, float] = {}
-        self.open = 0
-
-    def enter(self, address: str) -> Refusal | None:
-        """Counts a new connection, also one that must be refused; `leave` takes it back."""
-        self.open += 1
-        group = _group(address)
-        self._of_address[group] += 1
-        most = self.limits.connections_per_address
-        if most and self._of_address[group] > most and not _is_in(address, self._trusted):
-            return Refusal.TOO_MANY_OF_ADDRESS
-        if self.open > self.limits.connections and not self._make_room():
-            return Refusal.TOO_MANY
-        return None
-
-    def enter_again(self, address: str) -> None:
-        """Counts a connection that goes on by another protocol; it was let in before."""
-        self.open += 1
-        self._of_address[_group(address)] += 1
-
-    def leave(self, address: str) -> None:
-        self.open -= 1
-        group = _group(address)
-        self._of_address[group] -= 1
-        if not self._of_address[group]:
-            del self._of_address[group]
-
-    def waits(self, connection: BoundedHttp) -> None:
-        self._waiting.pop(connection, None)
-        self._waiting[connection] = None
-
-    def waits_no_more(self, connection: BoundedHttp) -> None:
-        self._waiting.pop(connection, None)
-
-    def _make_room(self) -> bool:
-        oldest = next(iter(self._waiting), None)
-        if oldest is None:
-            return False
-        oldest.drop(Refusal.MADE_ROOM)
-        return True
-
-    def refused(self, refusal: Refusal, address: str) -> None:
-        """Counted, and logged at most once a minute."""
-        if self.on_refused is not None:
-            self.on_refused(refusal)
-        if refusal is Refusal.IDLE:
-            return
-        self._unlogged[refusal] += 1
-        now = time.monotonic()
-        if now - self._logged_at.get(refusal, -LOG_SECONDS) < LOG_SECONDS:
-            return
-        self._logged_at[refusal] = now
-        log.warning("connections_refused", reason=refusal.value, count=self._unlogged.pop(refusal), latest=address)
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -217,7 +76,7 @@ class BoundedHttp(HttpToolsProtocol):
         if refusal is not None:
             self._refusal = refusal
             self._door.refused(refusal, self._address)
-            transport.write(_answer_to(refusal))
+            transport.write(answer_to(refusal))
             transport.close()
             return
         self._wait_for_head()
@@ -356,7 +215,7 @@ class BoundedHttp(HttpToolsProtocol):
 
         So only this end is closed; what still comes is dropped for a moment.
         """
-        self.transport.write(_answer_to(refusal))
+        self.transport.write(answer_to(refusal))
         self.transport.write_eof()
 
     # The parser's calls. It turns what they raise into HttpParserError.
@@ -450,7 +309,7 @@ class DeafWebSocket(WebSocketsSansIOProtocol):
         # The WebSocket library takes fewer and shorter headers than HTTP. uvicorn neither sends its answer nor closes.
         self.config.door.refused(Refusal.HEAD_TOO_LARGE, self._address)
         self.handshake_complete = self.close_sent = True
-        self.transport.write(b"".join(self.conn.data_to_send()) or _answer_to(Refusal.UNREADABLE))
+        self.transport.write(b"".join(self.conn.data_to_send()) or answer_to(Refusal.UNREADABLE))
         self.transport.close()
 
     def handle_parser_exception(self) -> None:
@@ -503,32 +362,3 @@ def door_limits_by(settings: Settings) -> DoorLimits:
         trusted_proxies=settings.trusted_proxies,
         connections=most_connections(),
     )
-
-
-def most_connections(wanted: int = MAX_CONNECTIONS) -> int:
-    """As many as are wanted and as this process can open files for, besides its own."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return wanted if files == resource.RLIM_INFINITY else max(1, min(wanted, files - OWN_FILES))
-
-
-@lru_cache(maxsize=4_096)
-def _address_of(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        found = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return None
-    return getattr(found, "ipv4_mapped", None) or found
-
-
-@lru_cache(maxsize=4_096)
-def _group(address: str) -> str:
-    """Whose connections are counted together: an IPv4 address, an IPv6 network."""
-    found = _address_of(address)
-    if isinstance(found, ipaddress.IPv6Address):
-        return str(ipaddress.ip_network((found, IPV6_NETWORK_BITS), strict=False))
-    return str(found)
-
-
-def _is_in(address: str, networks: Collection[Network]) -> bool:
-    found = _address_of(address)
-    return found is not None and any(found in network for network in networks)

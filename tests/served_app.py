@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
-from runtime.doors import Door, DoorConfig, DoorLimits
+from runtime.door_limits import Door, DoorLimits
+from runtime.doors import DoorConfig
 from tests.waiting import comes_true
 
 

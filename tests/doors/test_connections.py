@@ -29,7 +29,8 @@ from websockets.exceptions import ConnectionClosed
 from local_stack.ports import any_free_port
 from proof.simulators.serving import TEST_CALLBACK_SECRET, TEST_TOKEN_SECRET
 from runtime import doors
-from runtime.doors import Door, DoorConfig, DoorLimits, Refusal
+from runtime.door_limits import Door, DoorLimits, Refusal
+from runtime.doors import DoorConfig
 from tests.gateway.serving import gateway_process
 from tests.waiting import comes_true, until
 
