@@ -10,11 +10,11 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, TypeVar
+from typing import IO, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import structlog
@@ -291,20 +291,13 @@ class GpuActivities:
             if upload.node not in graph:
                 continue
             control = run.controls[upload.control]
-            try:
-                content = await self._storage.read_whole(control.path)
-            except FileNotFoundError:
-                raise PromptRefused(
-                    ErrorDetails(
-                        code=FailureCode.INTERNAL.value, message="A file of the request is no longer in storage."
-                    )
-                ) from None
-            graph[upload.node]["inputs"][upload.input] = await self._server.upload(
-                control_name(upload.control, control),
-                content,
-                content_type=control.content_type,
-                folder=f"{FOLDER}/{run.job_id}",
-            )
+            async with self._copied(control.path, "A file of the request") as content:
+                graph[upload.node]["inputs"][upload.input] = await self._server.upload(
+                    control_name(upload.control, control),
+                    content,
+                    content_type=control.content_type,
+                    folder=f"{FOLDER}/{run.job_id}",
+                )
         if run.existing_lora is not None:
             await self._put_lora(graph, run, run.existing_lora)
         if foreign := next(foreign_files(graph, run.job_id), None):
@@ -317,6 +310,16 @@ class GpuActivities:
                 if place.node in graph:
                     graph[place.node]["inputs"][place.input] = names[place.lora]
         return graph
+
+    @asynccontextmanager
+    async def _copied(self, path: str, what: str) -> AsyncIterator[IO[bytes]]:
+        """A file of the bridge's storage. Raises PromptRefused where it is gone, STORAGE_ERRORS."""
+        try:
+            async with self._storage.copied(path) as content:
+                yield content
+        except FileNotFoundError:
+            message = f"{what} is no longer in storage."
+            raise PromptRefused(ErrorDetails(code=FailureCode.INTERNAL.value, message=message)) from None
 
     async def _put_models(self, graph: dict[str, Any], run: GraphRun) -> None:
         """Name this server's models in the graph. What was removed since the last reading is read again."""
@@ -339,19 +342,14 @@ class GpuActivities:
 
     async def _put_lora(self, graph: dict[str, Any], run: GraphRun, lora: ExistingLora) -> None:
         """Upload the checkpoint as a LoRA and name it in the graph."""
-        try:
-            content = await self._storage.read_whole(lora.path)
-        except FileNotFoundError:
-            raise PromptRefused(
-                ErrorDetails(code=FailureCode.INTERNAL.value, message="The checkpoint is no longer in storage.")
-            ) from None
-        stored = await self._server.upload(
-            lora.name,
-            content,
-            content_type="application/octet-stream",
-            folder=f"{FOLDER}/{run.job_id}",
-            use=FileUse.LORA,
-        )
+        async with self._copied(lora.path, "The checkpoint") as content:
+            stored = await self._server.upload(
+                lora.name,
+                content,
+                content_type="application/octet-stream",
+                folder=f"{FOLDER}/{run.job_id}",
+                use=FileUse.LORA,
+            )
         for node, name in lora.inputs:
             if node in graph:
                 graph[node]["inputs"][name] = stored

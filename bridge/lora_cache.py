@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
-from typing import Final
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import IO, Final
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -33,6 +35,8 @@ class CachedLora(OwnModel):
     sha256: str
     size_bytes: int
     path: str
+    is_whole: bool = False
+    """It was sent to its end. A server that is killed meanwhile may keep the beginning of a file."""
 
     @property
     def folder(self) -> str:
@@ -83,23 +87,28 @@ class LoraCache:
 
     async def _take(self, job_id: str, tenant_id: str, lora: StoredLora) -> str:
         cached = await self._listed()
-        content = None
-        if lora.sha256 is None:
-            content = await self._read(lora)
-        sha256 = lora.sha256 or hashlib.sha256(content or b"").hexdigest()
+        sha256 = lora.sha256 or await self._sha256_of(lora)
         wanted = CachedLora(tenant_id=tenant_id, sha256=sha256, size_bytes=lora.size_bytes, path=lora.path)
         self._used_by.setdefault(job_id, set()).add(wanted.name)
-        if wanted.name in cached and await self._is_there(wanted):
+        known = cached.get(wanted.name)
+        if known is not None and known.is_whole and await self._is_there(wanted):
             # The newest place in storage: a fetched model's earlier one is purged first.
-            cached[wanted.name] = cached.pop(wanted.name).model_copy(update={"path": wanted.path})
+            del cached[wanted.name]
+            cached[wanted.name] = known.model_copy(update={"path": wanted.path})
             await self._keep_list()
             return wanted.name
-        content = await self._read(lora) if content is None else content
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise _refused("a model does not match the checksum of its training")
-        wanted.size_bytes = len(content)
+        async with self._copied(lora) as content:
+            if (await _digest_of(content)) != sha256:
+                raise _refused("a model does not match the checksum of its training")
+            wanted.size_bytes = content.seek(0, os.SEEK_END)
+            content.seek(0)
+            await self._send(wanted, content)
+        return wanted.name
+
+    async def _send(self, wanted: CachedLora, content: IO[bytes]) -> None:
         await self._make_room(wanted)
         # Listed before it is sent: what a worker that is killed meanwhile has sent counts too.
+        cached = await self._listed()
         cached[wanted.name] = wanted
         await self._keep_list()
         await self._server.upload(
@@ -109,11 +118,18 @@ class LoraCache:
             folder=wanted.folder,
             use=FileUse.LORA,
         )
-        return wanted.name
+        wanted.is_whole = True
+        await self._keep_list()
 
-    async def _read(self, lora: StoredLora) -> bytes:
+    async def _sha256_of(self, lora: StoredLora) -> str:
+        async with self._copied(lora) as content:
+            return await _digest_of(content)
+
+    @asynccontextmanager
+    async def _copied(self, lora: StoredLora) -> AsyncIterator[IO[bytes]]:
         try:
-            return await self._storage.read_whole(lora.path)
+            async with self._storage.copied(lora.path) as content:
+                yield content
         except FileNotFoundError:
             raise _refused("a model is no longer in storage") from None
 
@@ -158,6 +174,11 @@ class LoraCache:
     async def _keep_list(self) -> None:
         cached = await self._listed()
         await self._storage.write(self._list_path, _LIST.dump_json(list(cached.values())))
+
+
+async def _digest_of(content: IO[bytes]) -> str:
+    digest = await asyncio.to_thread(hashlib.file_digest, content, "sha256")  # type: ignore[arg-type]
+    return digest.hexdigest()
 
 
 def too_large(loras: Sequence[StoredLora], limit_bytes: int) -> str | None:

@@ -18,11 +18,13 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, Protocol
+from typing import IO, Any, Final, Protocol
 
 from comfyui_temporal.contracts.errors import ErrorDetails
 from comfyui_temporal.contracts.fields import OwnModel
 
+Content = bytes | IO[bytes]
+"""Of a file that is sent to a server."""
 TEMPORARY: Final = "temp"
 """The type of files that are never results."""
 
@@ -184,11 +186,11 @@ class Server(Protocol):
         """Make this prompt stop, or never start, and leave all others alone. Returns where it was before."""
 
     async def upload(
-        self, name: str, content: bytes, *, content_type: str, folder: str = "", use: FileUse = FileUse.INPUT
+        self, name: str, content: Content, *, content_type: str, folder: str = "", use: FileUse = FileUse.INPUT
     ) -> str:
         """Store a file on the server, replacing one of the same name. Returns the name to use in graphs.
 
-        Raises PromptRefused if the file is too large.
+        An open file is sent from its beginning, part by part. Raises PromptRefused if it is too large.
         """
 
     def fetch(self, file: ResultFile) -> AbstractAsyncContextManager[tuple[str, AsyncIterator[bytes]]]:

@@ -23,6 +23,7 @@ from bridge.native.events import followed
 from bridge.native.failures import refusal_details
 from bridge.native.history import files_of, result_of
 from bridge.server import (
+    Content,
     FileUse,
     Prompt,
     PromptRefused,
@@ -188,7 +189,7 @@ class NativeServer(OwnsClient):
         return state
 
     async def upload(
-        self, name: str, content: bytes, *, content_type: str, folder: str = "", use: FileUse = FileUse.INPUT
+        self, name: str, content: Content, *, content_type: str, folder: str = "", use: FileUse = FileUse.INPUT
     ) -> str:
         """ComfyUI may store the file under another name than the one requested."""
         is_lora = use is FileUse.LORA
@@ -197,7 +198,10 @@ class NativeServer(OwnsClient):
             {"type": "output", "subfolder": f"loras/{folder}"} if is_lora else {"type": "input", "subfolder": folder}
         )
         files = {"image": (name, content, content_type)}
-        response = await self._request("POST", "/upload/image", data={**fields, "overwrite": "true"}, files=files)
+        # ComfyUI answers once it has written the whole file.
+        response = await self._request(
+            "POST", "/upload/image", data={**fields, "overwrite": "true"}, files=files, timeout=self._slow
+        )
         if response.status_code == 413:
             message = f"{name} is larger than {self.url} accepts."
             raise PromptRefused(ErrorDetails(code=FailureCode.WORKFLOW_INVALID.value, message=message))

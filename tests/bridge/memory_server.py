@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from bridge.server import (
+    Content,
     FileUse,
     Prompt,
     PromptResult,
@@ -75,7 +76,7 @@ class MemoryServer:
         return PromptState.ENDED if prompt_id in self.submitted else PromptState.UNKNOWN
 
     async def upload(
-        self, name: str, content: bytes, *, content_type: str, folder: str = "", use: FileUse = FileUse.INPUT
+        self, name: str, content: Content, *, content_type: str, folder: str = "", use: FileUse = FileUse.INPUT
     ) -> str:
         return f"{folder}/{name}"
 

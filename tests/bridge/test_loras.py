@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from temporalio.client import Client
 from bridge.lora_cache import LoraCache
 from bridge.native import NativeServer as NativeClient
 from bridge.orders import StoredLora
-from bridge.server import PromptRefused
+from bridge.server import Content, PromptRefused, ServerUnavailable
 from bridge.storage import Storage
 from comfyui_temporal.contracts.prices import PriceTable
 from tests.bridge.native import NativeServer
@@ -221,6 +223,60 @@ async def test_a_model_of_a_forgotten_tenant_leaves_the_server(
     await storage.delete(forgotten.path)
     await used(cache, next_one)
     assert sorted(content[:4] for content in cached(native).values()) == [b"kept", b"next"]
+
+
+class CutOff(NativeClient):
+    """Its server is killed while it receives a file, and keeps the beginning."""
+
+    async def upload(self, name: str, content: Content, **more: Any) -> str:
+        assert not isinstance(content, bytes)
+        await super().upload(name, content.read(5), **more)
+        raise ServerUnavailable("the connection was lost")
+
+
+async def test_a_model_that_was_sent_in_part_is_sent_again(
+    native: NativeServer, server: NativeClient, storage: Storage
+) -> None:
+    model = await stored(storage, "whole")
+    async with CutOff(native.url) as cut_off:
+        with pytest.raises(ServerUnavailable):
+            await used(LoraCache(cut_off, storage, "one", limit_bytes=1_000), model)
+    [name] = cached(native)
+    assert cached(native)[name] == b"whole"
+    assert await used(LoraCache(server, storage, "one", limit_bytes=1_000), model) == [name]
+    assert hashlib.sha256(cached(native)[name]).hexdigest() == model.sha256
+    sent = await uploads(native)
+    await used(LoraCache(server, storage, "one", limit_bytes=1_000), model)
+    assert await uploads(native) == sent
+
+
+async def test_a_large_model_is_never_whole_in_memory(storage: Storage) -> None:
+    size, received = 96 * 1024**2, 0
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal received
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        length = int(head.partition("content-length: ")[2].partition("\r")[0])
+        while received < length:
+            received += len(await reader.read(65_536))
+        body = b'{"name": "a.safetensors"}'
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body))
+        writer.write(body)
+        await writer.drain()
+        writer.close()
+
+    model = await stored(storage, "large", size)
+    listening = await asyncio.start_server(take, "127.0.0.1", 0)
+    async with listening, NativeClient(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}") as client:
+        cache = LoraCache(client, storage, "one", limit_bytes=2 * size)
+        tracemalloc.start()
+        try:
+            await used(cache, model)
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert received > size
+    assert most < 32 * 1024**2
 
 
 async def test_a_model_without_a_checksum_is_used_too(
