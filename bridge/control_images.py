@@ -59,7 +59,7 @@ class ControlImages:
         max_bytes: int = MAX_IMAGE_BYTES,
         max_file_bytes: int = MAX_FILE_BYTES,
     ) -> None:
-        self._hosts = hosts or AllowedHosts()
+        self.hosts = hosts or AllowedHosts()
         self._roots = list(roots)
         self._uploads = uploads
         self._max_bytes = max_bytes
@@ -73,7 +73,7 @@ class ControlImages:
             return None if upload_id_of(address) else "must be upload:UPLOAD_ID"
         if address.startswith(_STORE_PREFIXES):
             return None if self._below_root(address, tenant_id) else "is not below a folder of the tenant's images"
-        return self._hosts.problem(address, others="an upload, or in object storage")
+        return self.hosts.problem(address, others="an upload, or in object storage")
 
     async def missing(self, address: str, tenant_id: str) -> str | None:
         """Why an upload cannot be used, or None; None too while its storage does not answer: it is fetched later."""
@@ -98,7 +98,7 @@ class ControlImages:
             raise FileRefused(f"it {problem}")
         most = self._max_bytes if kind.file is FileKind.IMAGE else self._max_file_bytes
         is_stored = is_upload(address) or address.startswith(_STORE_PREFIXES)
-        arriving = self._read(address, tenant_id, most) if is_stored else self._hosts.download(address, most)
+        arriving = self._read(address, tenant_id, most) if is_stored else self.hosts.download(address, most)
         async with aclosing(arriving) as chunks:
             head = b""
             while len(head) < HEAD_BYTES and (chunk := await anext(chunks, b"")):

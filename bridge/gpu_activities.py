@@ -10,11 +10,11 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import IO, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import structlog
@@ -62,7 +62,7 @@ from bridge.prompt_run import (
     ServerUnfit,
 )
 from bridge.result_copies import ResultCopies
-from bridge.server import FileUse, PromptRefused, PromptState, Server, ServerError
+from bridge.server import FileParts, FileUse, PromptRefused, PromptState, Server, ServerError
 from bridge.slot import Slot
 from bridge.storage import STORAGE_ERRORS, Storage
 from bridge.task_files import FOLDER, foreign_files, is_left_by, shown
@@ -291,13 +291,12 @@ class GpuActivities:
             if upload.node not in graph:
                 continue
             control = run.controls[upload.control]
-            async with self._copied(control.path, "A file of the request") as content:
-                graph[upload.node]["inputs"][upload.input] = await self._server.upload(
-                    control_name(upload.control, control),
-                    content,
-                    content_type=control.content_type,
-                    folder=f"{FOLDER}/{run.job_id}",
-                )
+            graph[upload.node]["inputs"][upload.input] = await self._server.upload(
+                control_name(upload.control, control),
+                await self._stored(control.path, "A file of the request"),
+                content_type=control.content_type,
+                folder=f"{FOLDER}/{run.job_id}",
+            )
         if run.existing_lora is not None:
             await self._put_lora(graph, run, run.existing_lora)
         if foreign := next(foreign_files(graph, run.job_id), None):
@@ -311,12 +310,10 @@ class GpuActivities:
                     graph[place.node]["inputs"][place.input] = names[place.lora]
         return graph
 
-    @asynccontextmanager
-    async def _copied(self, path: str, what: str) -> AsyncIterator[IO[bytes]]:
+    async def _stored(self, path: str, what: str) -> FileParts:
         """A file of the bridge's storage. Raises PromptRefused where it is gone, STORAGE_ERRORS."""
         try:
-            async with self._storage.copied(path) as content:
-                yield content
+            return FileParts(await self._storage.size_bytes(path), self._storage.read(path))
         except FileNotFoundError:
             message = f"{what} is no longer in storage."
             raise PromptRefused(ErrorDetails(code=FailureCode.INTERNAL.value, message=message)) from None
@@ -342,14 +339,13 @@ class GpuActivities:
 
     async def _put_lora(self, graph: dict[str, Any], run: GraphRun, lora: ExistingLora) -> None:
         """Upload the checkpoint as a LoRA and name it in the graph."""
-        async with self._copied(lora.path, "The checkpoint") as content:
-            stored = await self._server.upload(
-                lora.name,
-                content,
-                content_type="application/octet-stream",
-                folder=f"{FOLDER}/{run.job_id}",
-                use=FileUse.LORA,
-            )
+        stored = await self._server.upload(
+            lora.name,
+            await self._stored(lora.path, "The checkpoint"),
+            content_type="application/octet-stream",
+            folder=f"{FOLDER}/{run.job_id}",
+            use=FileUse.LORA,
+        )
         for node, name in lora.inputs:
             if node in graph:
                 graph[node]["inputs"][name] = stored

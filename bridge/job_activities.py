@@ -20,7 +20,7 @@ from bridge.orders import ControlFile, ControlsOrder, ModelsOrder, PublishOrder,
 from bridge.storage import RESULT_SECONDS, STORAGE_ERRORS, SignedAddresses, Storage
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.size_budget import MAX_ADDRESS_BYTES, MAX_RESULT_URLS
-from comfyui_temporal.contracts.uploads import InputKind
+from comfyui_temporal.contracts.uploads import HEAD_BYTES, InputKind, file_type
 
 MAX_CONTROLS: Final = 16
 log = structlog.get_logger(__name__)
@@ -50,8 +50,11 @@ class JobActivities:
         for number, (what, address, kind) in enumerate(named):
             path = control_path(order.job_id, number)
             try:
+                if activity.info().attempt > 1 and (kept := await self._kept(path)) is not None:
+                    fetched.append(kept)
+                    continue
                 async with self._images.opened(address, order.tenant_id, kind) as file:
-                    size = await self._storage.write(path, file.chunks, file.content_type)
+                    size = await self._storage.write(path, _with_heartbeats(file.chunks), file.content_type)
             except FileRefused as refused:
                 raise _unusable(what, refused) from None
             except FileUnreachable as failure:
@@ -60,6 +63,16 @@ class JobActivities:
                 raise self._storage_failed(error) from None
             fetched.append(ControlFile(path=path, content_type=file.content_type, size_bytes=size))
         return fetched
+
+    async def _kept(self, path: str) -> ControlFile | None:
+        """What an earlier try fetched: a file is stored whole or not at all. Raises STORAGE_ERRORS."""
+        try:
+            size = await self._storage.size_bytes(path)
+        except FileNotFoundError:
+            return None
+        head = b"".join([part async for part in self._storage.read_part(path, 0, min(size, HEAD_BYTES))])
+        found = file_type(head)
+        return None if found is None else ControlFile(path=path, content_type=found.content_type, size_bytes=size)
 
     @activity.defn(name=FETCH_MODELS)
     async def fetch_models(self, order: ModelsOrder) -> None:
@@ -105,15 +118,10 @@ class JobActivities:
     async def publish_model(self, order: PublishOrder) -> str:
         """Copy a checkpoint to the folder of models. Returns its address. Idempotent."""
         try:
-            await self._storage.write(order.target, self._read_with_heartbeats(order.source))
+            await self._storage.write(order.target, _with_heartbeats(self._storage.read(order.source)))
         except STORAGE_ERRORS as error:
             raise self._storage_failed(error) from None
         return self._storage.address(order.target)
-
-    async def _read_with_heartbeats(self, path: str) -> AsyncIterator[bytes]:
-        async for chunk in self._storage.read(path):
-            activity.heartbeat()
-            yield chunk
 
     @activity.defn(name=CLEAR_UP)
     async def clear_up(self, job_id: str) -> None:
@@ -130,6 +138,12 @@ class JobActivities:
             "COMFYUI_TEMPORAL_BRIDGE_STORE_URL, its credentials and its free space.",
             type=FailureCode.INTERNAL.value,
         )
+
+
+async def _with_heartbeats(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for chunk in chunks:
+        activity.heartbeat()
+        yield chunk
 
 
 def _unusable(what: str, refused: FileRefused) -> ApplicationError:

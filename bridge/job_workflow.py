@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
 from temporalio import workflow
 
@@ -32,7 +32,18 @@ from bridge.orders import (
 )
 from bridge.run_flow import STORE_RETRY, RunFlow, instant, minutes
 from comfyui_temporal.contracts.comfyui import JobStatus
+from comfyui_temporal.contracts.fields import OwnModel
 from comfyui_temporal.contracts.tasks import TaskStatus
+
+IMAGES_WITHIN: Final = timedelta(minutes=15)
+LARGE_FILES_WITHIN: Final = timedelta(hours=1)
+FETCH_TRY: Final = timedelta(minutes=30)
+FETCH_SILENCE: Final = timedelta(minutes=3)
+"""A model's host may lead on three times, and each may take a minute to answer."""
+TRY_CANCEL, WAIT_CANCELLATION_COMPLETED = (
+    workflow.ActivityCancellationType.TRY_CANCEL,
+    workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
+)
 
 
 @workflow.defn(name=JOB_WORKFLOW)
@@ -113,31 +124,37 @@ class ComfyUIJobWorkflow(RunFlow):
         request, files = self._job.request, self._job.graph.files
         if not request.controls and not files:
             return []
-        fetched: list[ControlFile] = await workflow.execute_activity(
-            FETCH_CONTROLS,
-            ControlsOrder(job_id=self._job.job_id, tenant_id=request.tenant_id, controls=request.controls, files=files),
-            result_type=list[ControlFile],
-            start_to_close_timeout=timedelta(minutes=2),
-            schedule_to_close_timeout=timedelta(minutes=15),
-            retry_policy=STORE_RETRY,
-            priority=self._priority,
-            summary="fetch control images",
+        order = ControlsOrder(
+            job_id=self._job.job_id, tenant_id=request.tenant_id, controls=request.controls, files=files
+        )
+        within = LARGE_FILES_WITHIN if files else IMAGES_WITHIN
+        fetched: list[ControlFile] = await self._fetch(
+            FETCH_CONTROLS, order, within=within, summary="fetch control images", result=list[ControlFile]
         )
         return fetched
 
     async def _fetch_models(self) -> None:
         loras = self._job.graph.loras
-        if not any(lora.address for lora in loras):
-            return
-        await workflow.execute_activity(
-            FETCH_MODELS,
-            ModelsOrder(job_id=self._job.job_id, loras=loras),
-            start_to_close_timeout=timedelta(minutes=30),
-            schedule_to_close_timeout=timedelta(hours=1),
-            heartbeat_timeout=timedelta(minutes=1),
+        if any(lora.address for lora in loras):
+            order = ModelsOrder(job_id=self._job.job_id, loras=loras)
+            await self._fetch(FETCH_MODELS, order, within=LARGE_FILES_WITHIN, summary="fetch models")
+
+    async def _fetch(
+        self, activity: str, order: OwnModel, *, within: timedelta, summary: str, result: type | None = None
+    ) -> Any:
+        """A cancelled fetch writes nothing once this has ended: what it wrote is deleted afterwards."""
+        ends_first = workflow.patched("fetch-ends-before-clean-up")
+        return await workflow.execute_activity(
+            activity,
+            order,
+            result_type=result,
+            start_to_close_timeout=min(within, FETCH_TRY),
+            schedule_to_close_timeout=within,
+            heartbeat_timeout=FETCH_SILENCE,
+            cancellation_type=WAIT_CANCELLATION_COMPLETED if ends_first else TRY_CANCEL,
             retry_policy=STORE_RETRY,
             priority=self._priority,
-            summary="fetch models",
+            summary=summary,
         )
 
     def _graph_run(self, taken: ServerTaken, controls: list[ControlFile]) -> GraphRun:

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import IO, Final
+from collections.abc import Sequence
+from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
 from bridge.orders import StoredLora
-from bridge.server import FileUse, PromptRefused, ResultFile, Server
+from bridge.server import FileParts, FileUse, PromptRefused, ResultFile, Server
 from bridge.storage import Storage
 from bridge.task_files import FOLDER
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
@@ -97,15 +95,13 @@ class LoraCache:
             cached[wanted.name] = known.model_copy(update={"path": wanted.path})
             await self._keep_list()
             return wanted.name
-        async with self._copied(lora) as content:
-            if (await _digest_of(content)) != sha256:
-                raise _refused("a model does not match the checksum of its training")
-            wanted.size_bytes = content.seek(0, os.SEEK_END)
-            content.seek(0)
-            await self._send(wanted, content)
+        if lora.sha256 is not None and await self._sha256_of(lora) != sha256:
+            raise _refused("a model does not match the checksum of its training")
+        wanted.size_bytes = await self._storage.size_bytes(lora.path)
+        await self._send(wanted)
         return wanted.name
 
-    async def _send(self, wanted: CachedLora, content: IO[bytes]) -> None:
+    async def _send(self, wanted: CachedLora) -> None:
         await self._make_room(wanted)
         # Listed before it is sent: what a worker that is killed meanwhile has sent counts too.
         cached = await self._listed()
@@ -113,7 +109,7 @@ class LoraCache:
         await self._keep_list()
         await self._server.upload(
             wanted.filename,
-            content,
+            FileParts(wanted.size_bytes, self._storage.read(wanted.path)),
             content_type="application/octet-stream",
             folder=wanted.folder,
             use=FileUse.LORA,
@@ -122,16 +118,13 @@ class LoraCache:
         await self._keep_list()
 
     async def _sha256_of(self, lora: StoredLora) -> str:
-        async with self._copied(lora) as content:
-            return await _digest_of(content)
-
-    @asynccontextmanager
-    async def _copied(self, lora: StoredLora) -> AsyncIterator[IO[bytes]]:
+        digest = hashlib.sha256()
         try:
-            async with self._storage.copied(lora.path) as content:
-                yield content
+            async for part in self._storage.read(lora.path):
+                await asyncio.to_thread(digest.update, part)
         except FileNotFoundError:
             raise _refused("a model is no longer in storage") from None
+        return digest.hexdigest()
 
     async def _is_there(self, lora: CachedLora) -> bool:
         """Whether the server still has it: it may be another machine by now, and an erased file is an empty one."""
@@ -174,11 +167,6 @@ class LoraCache:
     async def _keep_list(self) -> None:
         cached = await self._listed()
         await self._storage.write(self._list_path, _LIST.dump_json(list(cached.values())))
-
-
-async def _digest_of(content: IO[bytes]) -> str:
-    digest = await asyncio.to_thread(hashlib.file_digest, content, "sha256")  # type: ignore[arg-type]
-    return digest.hexdigest()
 
 
 def too_large(loras: Sequence[StoredLora], limit_bytes: int) -> str | None:

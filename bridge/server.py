@@ -18,15 +18,24 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import IO, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
 from comfyui_temporal.contracts.errors import ErrorDetails
 from comfyui_temporal.contracts.fields import OwnModel
 
-Content = bytes | IO[bytes]
-"""Of a file that is sent to a server."""
 TEMPORARY: Final = "temp"
 """The type of files that are never results."""
+
+
+@dataclass(frozen=True)
+class FileParts:
+    """A file that is sent as it is read, so that a large one is never whole in memory."""
+
+    size_bytes: int
+    parts: AsyncIterator[bytes]
+
+
+Content = bytes | FileParts
 
 
 class ServerError(Exception):
@@ -190,7 +199,7 @@ class Server(Protocol):
     ) -> str:
         """Store a file on the server, replacing one of the same name. Returns the name to use in graphs.
 
-        An open file is sent from its beginning, part by part. Raises PromptRefused if it is too large.
+        Raises PromptRefused if the file is too large, and what reading its parts raises.
         """
 
     def fetch(self, file: ResultFile) -> AbstractAsyncContextManager[tuple[str, AsyncIterator[bytes]]]:

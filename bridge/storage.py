@@ -15,16 +15,14 @@ Addresses of results expire. The store signs them if it can (`s3`, `gs`, `az`), 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
-import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
 import obstore
@@ -40,8 +38,6 @@ RESULT_SECONDS: Final = 7 * 24 * 3600
 """S3's limit for signed addresses."""
 RESULTS_PATH: Final = "/comfyui/files"
 PART_BYTES: Final = 5 * 1024 * 1024
-MEMORY_BYTES: Final = 4 * 1024 * 1024
-"""So much of a copied object is kept in memory, the rest on disk."""
 
 
 class Storage:
@@ -109,16 +105,6 @@ class Storage:
     async def read_whole(self, path: str) -> bytes:
         result = await obstore.get_async(self._store, path)
         return bytes(await result.bytes_async())
-
-    @asynccontextmanager
-    async def copied(self, path: str) -> AsyncIterator[IO[bytes]]:
-        """The object as a temporary file, at its beginning: a large one is never whole in memory."""
-        with tempfile.SpooledTemporaryFile(MEMORY_BYTES) as file:
-            async for chunk in self.read(path):
-                # A disk may be slow, and this loop also keeps the heartbeats.
-                await asyncio.to_thread(file.write, chunk)
-            file.seek(0)
-            yield file
 
     async def size_bytes(self, path: str) -> int:
         return (await obstore.head_async(self._store, path))["size"]

@@ -21,6 +21,7 @@ import httpx
 
 from bridge.native.events import followed
 from bridge.native.failures import refusal_details
+from bridge.native.file_form import FileForm
 from bridge.native.history import files_of, result_of
 from bridge.server import (
     Content,
@@ -197,10 +198,10 @@ class NativeServer(OwnsClient):
         fields = (
             {"type": "output", "subfolder": f"loras/{folder}"} if is_lora else {"type": "input", "subfolder": folder}
         )
-        files = {"image": (name, content, content_type)}
+        form = FileForm({**fields, "overwrite": "true"}, name, content, content_type)
         # ComfyUI answers once it has written the whole file.
         response = await self._request(
-            "POST", "/upload/image", data={**fields, "overwrite": "true"}, files=files, timeout=self._slow
+            "POST", "/upload/image", content=form.body(), headers=form.headers, timeout=self._slow
         )
         if response.status_code == 413:
             message = f"{name} is larger than {self.url} accepts."

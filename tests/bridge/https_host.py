@@ -28,6 +28,8 @@ class HttpsHosts(httpx.AsyncBaseTransport):
         self.leads_to: dict[str, str] = {}
         self.statuses: dict[str, int] = {}
         self.requests: list[str] = []
+        self.halfway: dict[str, asyncio.Event] = {}
+        """A file is sent to its middle, and the rest once this is set."""
         self._inner = httpx.AsyncHTTPTransport(verify=tls)
         self._port = 0
 
@@ -63,7 +65,12 @@ class HttpsHosts(httpx.AsyncBaseTransport):
         writer.write(
             f"HTTP/1.1 {status} .\r\n{headers}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
         )
-        writer.write(body)
+        middle = len(body) // 2
+        writer.write(body[:middle])
+        await writer.drain()
+        if name in self.halfway:
+            await self.halfway[name].wait()
+        writer.write(body[middle:])
         await writer.drain()
         writer.close()
 

@@ -230,7 +230,7 @@ class CutOff(NativeClient):
 
     async def upload(self, name: str, content: Content, **more: Any) -> str:
         assert not isinstance(content, bytes)
-        await super().upload(name, content.read(5), **more)
+        await super().upload(name, (await anext(content.parts))[:5], **more)
         raise ServerUnavailable("the connection was lost")
 
 

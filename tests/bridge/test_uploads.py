@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,19 @@ import pytest
 import pytest_asyncio
 from temporalio.client import Client
 
+from bridge.calls import CLEAR_UP, FETCH_CONTROLS, workflow_of
 from bridge.manifest import MAX_FILES
 from bridge.template_library import SHIPPED, load_library, load_template
 from bridge.templates import TemplateProblem
 from comfyui_temporal.contracts.prices import PriceTable
+from tests.bridge.https_host import HttpsHosts, https_hosts
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import TENANT, BridgePlatform, Json, running_bridge
 from tests.bridge.template_folders import empty_image, node, save, written
 from tests.bridge.test_cleaning import bytes_left, is_closed
 from tests.bridge.test_jobs import _is_cleared as is_cleared
 from tests.bridge.test_jobs import _png as png
+from tests.bridge.test_loras_by_address import HOST, reached
 from tests.bridge.test_warm_up import is_warm
 
 WAV = b"RIFF\x00\x00\x00\x00WAVEfmt sound"
@@ -205,3 +209,69 @@ def test_a_manifest_with_too_many_files_or_a_wrong_input_is_refused(tmp_path: Pa
         folder = written(tmp_path, name, GRAPH, results=["Kept"], manifest=manifest)
         with pytest.raises(TemplateProblem, match=reason):
             load_template(folder)
+
+
+@pytest_asyncio.fixture
+async def hosted(temporal_client: Client, tmp_path: Path) -> AsyncIterator[tuple[BridgePlatform, HttpsHosts]]:
+    """As `filed`, with a public host that files may come from."""
+    written(
+        tmp_path / "templates", "files", GRAPH, results=["Kept", "Told of sound", "Told of film"], manifest=MANIFEST
+    )
+    settings: dict[str, Any] = {"bridge_templates": [tmp_path / "templates"], "bridge_image_hosts": [HOST]}
+    prices = PriceTable(extras={"mask": 0, "sound": 5, "film": 7})
+    async with (
+        https_hosts(tmp_path, HOST) as hosts,
+        running_bridge(temporal_client, tmp_path, prices=prices, **settings) as bridge,
+    ):
+        reached(bridge.bridge.images.hosts, hosts)
+        hosts.files |= {f"{HOST}/mask.png": png(), f"{HOST}/film.mp4": MP4}
+        yield bridge, hosts
+
+
+EXTRAS = {"mask": f"https://{HOST}/mask.png", "film": f"https://{HOST}/film.mp4"}
+
+
+async def test_a_file_that_was_fetched_is_not_fetched_again_with_the_next_one(
+    hosted: tuple[BridgePlatform, HttpsHosts], native: NativeServer
+) -> None:
+    bridge, hosts = hosted
+    hosts.statuses[f"{HOST}/film.mp4"] = 503
+    async with bridge.gpu(native):
+        job = await bridge.submit(template_id="files", extras=EXTRAS)
+
+        async def was_tried_again() -> bool:
+            return hosts.requests.count(f"{HOST}/film.mp4") > 1
+
+        await bridge.until(was_tried_again)
+        del hosts.statuses[f"{HOST}/film.mp4"]
+        state = await bridge.ended(job["job_id"])
+    assert state["error_details"] is None, state
+    assert hosts.requests.count(f"{HOST}/mask.png") == 1
+
+
+async def test_a_fetch_that_was_cancelled_leaves_nothing(hosted: tuple[BridgePlatform, HttpsHosts]) -> None:
+    bridge, hosts = hosted
+    rest = hosts.halfway[f"{HOST}/film.mp4"] = asyncio.Event()
+    job = await bridge.submit(template_id="files", extras=EXTRAS)
+
+    async def is_halfway() -> bool:
+        return f"{HOST}/film.mp4" in hosts.requests
+
+    await bridge.until(is_halfway)
+    await bridge.cancel(job["job_id"])
+    rest.set()
+    await bridge.until(lambda: is_closed(bridge, job["job_id"]))
+    history = await bridge.client.get_workflow_handle(workflow_of(job["job_id"])).fetch_history()
+    scheduled = {
+        event.activity_task_scheduled_event_attributes.activity_type.name: event.event_id for event in history.events
+    }
+    ended = next(
+        event.event_id
+        for event in history.events
+        for end in (event.activity_task_canceled_event_attributes, event.activity_task_completed_event_attributes)
+        if end.scheduled_event_id == scheduled[FETCH_CONTROLS]
+    )
+    cleared = scheduled[CLEAR_UP]
+    assert ended < cleared, "what the fetch still wrote would stay"
+    assert not list((bridge.folder / "objects" / "controls").rglob("*.*"))
+    assert await is_cleared(bridge)
