@@ -7,7 +7,6 @@ a queue that every GPU worker polls. Each is read at most once every few seconds
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping
@@ -23,6 +22,7 @@ from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest, Describe
 from temporalio.client import Client
 from temporalio.service import RPCError
 
+from bridge.absent_servers import AbsentServers
 from bridge.calls import (
     BRIDGE_QUEUE,
     JOB_WORKFLOW,
@@ -35,7 +35,8 @@ from bridge.calls import (
     presence_queue,
     template_queue,
 )
-from bridge.orders import Missing, ServerReport
+from bridge.orders import Missing
+from bridge.seen_server import SeenServer, server_of
 from bridge.server_reports import ServerReports
 from comfyui_temporal.contracts.comfyui import Resolution, TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
@@ -49,31 +50,8 @@ SLOW_SHARE: Final = 0.8
 ALIVE_SECONDS: Final = 100.0
 """A worker polls at least every minute. One that has not polled for this long is gone."""
 REQUEST_SECONDS: Final = 3.0
-_IDENTITY: Final = re.compile(
-    r"gpu\|(?P<name>[^|]+)\|(?P<pool>[^|]+)\|(?P<gpu_type>[^|]+)\|(?P<process>[^|]*)(\|(?P<owner>[^|]*))?"
-)
-
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class SeenServer:
-    """A GPU worker that is running, with what it reports of its server (None: nothing yet)."""
-
-    name: str
-    pool: str
-    gpu_type: str
-    owner: str = ""
-    """Who uses the name (`server_name.py`)."""
-    report: ServerReport | None = None
-
-    @property
-    def is_sick(self) -> bool:
-        return self.report is not None and self.report.sick_since is not None
-
-    def can_run(self, template_id: str) -> bool:
-        return self.report is None or self.report.can_run(template_id)
 
 
 @dataclass(frozen=True)
@@ -127,11 +105,6 @@ class Expected:
     run_seconds: float
 
 
-def identity_of(server: SeenServer, process_id: int) -> str:
-    """A GPU worker's identity in Temporal."""
-    return f"gpu|{server.name}|{server.pool}|{server.gpu_type}|{process_id}|{server.owner}"
-
-
 class Forecast:
     """Caches values for a short time. Uses defaults if Temporal does not answer."""
 
@@ -141,6 +114,7 @@ class Forecast:
         self._reports = ServerReports(client, task_queue)
         self._handed_over: dict[str, set[str]] = {}
         """Pool → templates that some server of it could not run, at any time."""
+        self._absent = AbsentServers()
         self._cache: dict[Hashable, tuple[float, Any]] = {}
         self._locks: dict[Hashable, asyncio.Lock] = {}
 
@@ -229,48 +203,53 @@ class Forecast:
 
     async def _read_servers(self) -> list[SeenServer]:
         pollers = await self._read_pollers()
-        reports = await self._reports.of({server.name for _, server in pollers})
+        reports = await self._reports.of({server.name for _, server, _ in pollers})
+        oldest = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)
         found: dict[str, SeenServer] = {}
-        for identity, server in pollers:
+        absent: list[tuple[SeenServer, datetime]] = []
+        for identity, server, polled_at in pollers:
             report = reports.get(server.name)
-            if report is None or report.identity != identity:
+            is_its = report is not None and report.identity == identity
+            reported = replace(server, report=report) if is_its else server
+            if polled_at <= oldest or (is_its and report is not None and report.has_left):
+                absent.append((reported, polled_at))
+            elif report is None or not is_its:
                 found.setdefault(server.name, server)
-            elif not report.has_left:
-                found[server.name] = replace(server, report=report)
+            else:
+                found[server.name] = reported
                 self._handed_over.setdefault(server.pool, set()).update([*report.unfit, *report.unknown])
+        self._absent.look(found.values(), absent)
         return [found[name] for name in sorted(found)]
 
-    async def _read_pollers(self) -> list[tuple[str, SeenServer]]:
-        """(identity, server) of each GPU worker that polls. A worker that has left is among them for a while."""
+    async def _read_pollers(self) -> list[tuple[str, SeenServer, datetime]]:
+        """(identity, server, last poll) of each GPU worker of the last minutes, those that have left among them."""
         seen = await self._describe(presence_queue(self._task_queue))
-        oldest = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)
-        matches = [
-            match
-            for poller in seen.pollers
-            if poller.last_access_time.ToDatetime(UTC) > oldest and (match := _IDENTITY.fullmatch(poller.identity))
-        ]
         return [
-            (match.string, SeenServer(match["name"], match["pool"], match["gpu_type"], match["owner"] or ""))
-            for match in matches
+            (poller.identity, server, poller.last_access_time.ToDatetime(UTC))
+            for poller in seen.pollers
+            if (server := server_of(poller.identity)) is not None
         ]
 
     async def has_other_owner(self, name: str, owner: str) -> bool:
         """Whether a worker of another server uses this name now. Raises RPCError, TimeoutError."""
+        oldest = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)
         others = [
             identity
-            for identity, server in await self._read_pollers()
-            if server.name == name and server.owner not in ("", owner)
+            for identity, server, polled_at in await self._read_pollers()
+            if server.name == name and server.owner not in ("", owner) and polled_at > oldest
         ]
         report = (await self._reports.of([name])).get(name)
         return any(report is None or report.identity != identity or not report.has_left for identity in others)
 
     async def can_run(self, pool: str, template_id: str) -> CanRun:
-        """Whether the pool's servers can run a template. Sick ones count: they come back."""
+        """Whether the pool's servers can run a template. Sick ones count, and those that were there a short time ago:
+        they come back."""
         servers = [server for server in await self.servers() if server.pool == pool]
         lacking = [server for server in servers if not server.can_run(template_id)]
         lacks = [server.report.unfit.get(template_id) for server in lacking if server.report]
         missing = [found for found in lacks if found is not None]
-        return CanRun(by_all=not lacking, missing=missing[0] if missing and len(missing) == len(servers) else None)
+        is_nowhere = len(missing) == len(servers) and not self._absent.can_run(pool, template_id)
+        return CanRun(by_all=not lacking, missing=missing[0] if missing and is_nowhere else None)
 
     async def busy_servers(self) -> set[str]:
         """Names of servers that run a job or training."""

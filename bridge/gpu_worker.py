@@ -25,7 +25,7 @@ from temporalio.worker import FixedSizeSlotSupplier, PollerBehaviorSimpleMaximum
 from bridge.callbacks import CallbackSender
 from bridge.calls import BRIDGE_QUEUE, pool_queue, presence_queue, server_queue, template_queue
 from bridge.fitness import Fitness, problems_of
-from bridge.forecast import Forecast, SeenServer, identity_of
+from bridge.forecast import Forecast
 from bridge.gpu_activities import GpuActivities, ServerIdentity
 from bridge.lora_cache import LORA_CACHE_BYTES, LoraCache
 from bridge.manifest import DEFAULT_POOL
@@ -39,6 +39,7 @@ from bridge.required_settings import (
     templates_by,
     warm_up_by,
 )
+from bridge.seen_server import SeenServer, identity_of
 from bridge.server import Server, ServerDescription, ServerError, UnsupportedServer
 from bridge.server_gauges import ServerGauges
 from bridge.server_health import ServerHealth

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bridge.forecast import SeenServer
 from bridge.manifest import AspectRatioExtra, BooleanExtra, ChoiceExtra, Extra, FileExtra, Manifest, NumberExtra
 from bridge.orders import ServerReport
+from bridge.seen_server import SeenServer
 from bridge.templates import Template
 from comfyui_temporal.contracts.comfyui import Resolution
 from comfyui_temporal.contracts.permissions import Scene

@@ -14,11 +14,11 @@ from temporalio.client import Client
 
 from bridge.__main__ import Bridge
 from bridge.calls import TAKE_SERVER, workflow_of
-from bridge.forecast import SeenServer
 from bridge.gpu_worker import GpuWorker
 from bridge.native import NativeServer as NativeClient
 from bridge.probe import Probe
 from bridge.prompt_run import Patience
+from bridge.seen_server import SeenServer
 from bridge.server import Server
 from bridge.server_health import ServerHealth
 from bridge.server_name import owner_of

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from bridge import fitness, gpu_worker, placement
-from bridge.calls import RUN_GRAPH, workflow_of
-from bridge.forecast import Forecast, SeenServer, identity_of
+from bridge.absent_servers import COMES_BACK_WITHIN, AbsentServers
+from bridge.calls import CHECK_SERVERS, RUN_GRAPH, workflow_of
+from bridge.forecast import Forecast
 from bridge.manifest import DEFAULT_POOL
+from bridge.orders import Missing, ServerReport
+from bridge.seen_server import SeenServer, identity_of, server_of
 from bridge.server_name import NameTaken, demand_name, name_of, owner_of
 from runtime.required_settings import CannotStart
 from tests.bridge.native import NativeServer
@@ -73,6 +76,48 @@ async def test_a_job_that_waits_for_the_first_server_ends_where_that_cannot_run_
         assert "ckpt_name" in state["error_details"]["message"]
         assert (await bridge.ended((await bridge.submit())["job_id"]))["error_details"] is None, "the server is free"
     assert len(await native.admin.submissions()) == 1
+
+
+async def test_while_the_only_server_that_can_run_it_restarts_a_job_waits(
+    bridge: BridgePlatform, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "CHECKED_AFTER", timedelta(seconds=0.2))
+    monkeypatch.setattr(placement, "CHECKED_AT_LEAST", timedelta(seconds=0.2))
+    without, having = servers
+    await having.admin.set(models=CHECKPOINT)
+    async with bridge.gpu(without):
+        async with bridge.gpu(having):
+            await servers_seen(bridge, 2)
+            await having.admin.set(hold=True)
+            running = await bridge.submit(template_id="text-to-image")
+            await bridge.in_status(running["job_id"], "processing")
+            waiting = await bridge.submit(template_id="text-to-image")
+            await until_checked(bridge, waiting, times=1)
+        await servers_seen(bridge, 1)
+        later = await bridge.submit(template_id="text-to-image")
+        for job in (waiting, later):
+            await until_checked(bridge, job, times=3)
+            assert (await bridge.job(job["job_id"]))["error_details"] is None
+        await having.admin.set(hold=False)
+        async with bridge.gpu(having):
+            for job in (running, waiting, later):
+                assert (await bridge.ended(job["job_id"]))["error_details"] is None
+
+
+async def until_checked(bridge: BridgePlatform, job: Json, *, times: int) -> None:
+    """Wait until it was checked so often whether any server can run the job, or it has ended."""
+
+    async def checked() -> bool:
+        history = await bridge.client.get_workflow_handle(workflow_of(job["job_id"])).fetch_history()
+        done = {event.activity_task_completed_event_attributes.scheduled_event_id for event in history.events}
+        checks = [
+            event.event_id
+            for event in history.events
+            if event.activity_task_scheduled_event_attributes.activity_type.name == CHECK_SERVERS
+        ]
+        return len(done.intersection(checks)) >= times or (await bridge.job(job["job_id"]))["error_details"] is not None
+
+    await bridge.until(checked)
 
 
 async def test_jobs_go_to_the_one_server_that_has_the_model(bridge: BridgePlatform, servers: Servers) -> None:
@@ -182,10 +227,28 @@ async def test_a_worker_under_a_taken_name_does_not_start(
 
 
 def test_the_identity_of_an_older_worker_is_read() -> None:
-    from bridge.forecast import _IDENTITY
-
     server = SeenServer("gpu-1", "default", "rtx-4090", "owner")
-    for identity in ("gpu|gpu-1|default|rtx-4090|7", identity_of(server, 7)):
-        match = _IDENTITY.fullmatch(identity)
-        assert match is not None
-        assert match["name"] == "gpu-1"
+    assert server_of(identity_of(server, 7)) == server
+    assert server_of("gpu|gpu-1|default|rtx-4090|7") == SeenServer("gpu-1", "default", "rtx-4090")
+    assert server_of("7@a-worker") is None
+
+
+def reporting(name: str, *unfit: str) -> SeenServer:
+    """A server of the default pool that lacks what these templates need."""
+    missing = {template: Missing(code="model_missing", reasons=["no model"]) for template in unfit}
+    return SeenServer(name, "default", "cpu", report=ServerReport(name=name, identity=name, unfit=missing))
+
+
+def test_only_a_server_that_was_there_a_short_time_ago_comes_back() -> None:
+    now, absent = datetime.now(UTC), AbsentServers()
+    having, lacking = reporting("gpu-1"), reporting("gpu-2", "t")
+    absent.look([lacking], [(having, now - COMES_BACK_WITHIN + timedelta(seconds=10))])
+    assert absent.can_run("default", "t")
+    assert not absent.can_run("other-pool", "t")
+    absent.look([lacking, having], [])
+    assert not absent.can_run("default", "t"), "it is there"
+    absent.look([lacking, reporting("gpu-1", "t")], [])
+    absent.look([lacking], [(having, now)])
+    assert not absent.can_run("default", "t"), "it had lost its model before it left"
+    absent.look([], [(reporting("gpu-3"), now - COMES_BACK_WITHIN)])
+    assert not absent.can_run("default", "t"), "it was away for too long"
