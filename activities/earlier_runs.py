@@ -27,7 +27,10 @@ MOST_JOBS: Final = 8
 
 
 async def unanswered_jobs(client: Client, row: TaskRow, run_ids: Sequence[str]) -> EarlierJobs:
-    """What these runs requested of ComfyUI without an answer. A run that Temporal has deleted is left out.
+    """What these runs requested of ComfyUI without an answer, or with one that was not noted in the row.
+
+    A key that was refused to a run says nothing of the job that another run made under it. A run that Temporal has
+    deleted is left out.
 
     Raises RPCError where Temporal does not answer.
     """
@@ -39,10 +42,15 @@ async def unanswered_jobs(client: Client, row: TaskRow, run_ids: Sequence[str]) 
         except NotReadHere as problem:
             found.unread.append(str(problem))
             continue
-        for job in jobs:
+        for job in (each for each in jobs if not each.is_key_taken):
             if job.key not in by_key or job.outcome is not RequestOutcome.UNKNOWN:
                 by_key[job.key] = job
-    unanswered = [job for job in by_key.values() if job.outcome is RequestOutcome.UNKNOWN]
+    in_row = {*row.job_ids, row.job_id}
+    unanswered = [
+        job
+        for job in by_key.values()
+        if job.outcome is RequestOutcome.UNKNOWN or (job.outcome is RequestOutcome.MADE and job.job_id not in in_row)
+    ]
     found.jobs = unanswered[:MOST_JOBS]
     found.unread += [f"The job requested under {job.key} was not looked for." for job in unanswered[MOST_JOBS:]]
     return found

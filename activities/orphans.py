@@ -41,6 +41,7 @@ from comfyui_temporal.contracts.requests import (
     RequestedHold,
     RequestedJob,
     RequestOutcome,
+    is_key_conflict,
     not_left_out,
     refuses_charge,
 )
@@ -225,7 +226,9 @@ class HistoryReader:
             case RequestedJob() if name in _CANCELS:
                 concerns.cancel_answered(await self._read(payloads, Answer[JobCancelled], event))
             case RequestedJob():
-                concerns.answered(await self._read(payloads, _SUBMIT_ANSWERS[name], event))
+                answer = await self._read(payloads, _SUBMIT_ANSWERS[name], event)
+                concerns.answered(answer)
+                concerns.is_key_taken = is_key_conflict(answer)
             case SnapshotOrder():
                 self._orphans.snapshot = None
 

@@ -13,6 +13,7 @@ from temporalio.exceptions import ApplicationError
 
 from comfyui_temporal.contracts.errors import Answer, RefusalKind
 from comfyui_temporal.contracts.lives import STORE_UNAVAILABLE, EarlierLife
+from comfyui_temporal.contracts.requests import is_key_conflict
 from workflows.failures import RowEnded
 
 
@@ -70,7 +71,7 @@ class EarlierLives:
 
 def is_key_of_earlier_life(answer: Answer[Any], earlier: EarlierLives) -> bool:
     """Whether an earlier life of the task used the key with another body."""
-    return answer.refusal is not None and answer.refusal.kind is RefusalKind.KEY_CONFLICT and earlier.is_possible
+    return is_key_conflict(answer) and earlier.is_possible
 
 
 class EarlierLifePossible(Exception):

@@ -56,6 +56,11 @@ def leaves_unknown(answer: Answer[Any]) -> bool:
     return isinstance(answer.refusal, UnreadableReply) or (is_unsent and answer.tries > 1)
 
 
+def is_key_conflict(answer: Answer[Any]) -> bool:
+    """Whether the key was used with another body: this says nothing of what was made under it."""
+    return answer.refusal is not None and answer.refusal.kind is RefusalKind.KEY_CONFLICT
+
+
 def refuses_charge(answer: Answer[Any]) -> bool:
     """Whether the answer to a charge says that nothing was or will be charged: the rest is a shortfall.
 
@@ -117,7 +122,7 @@ class RequestedJob(Requested):
 
     def cancel_answered(self, answer: Answer[Any]) -> None:
         """Take the answer to a cancel. A conflict of keys says nothing about the job; any other answer ends it."""
-        if answer.refusal is None or answer.refusal.kind is not RefusalKind.KEY_CONFLICT:
+        if not is_key_conflict(answer):
             self.cancelled = True
 
     def drop_body(self) -> None:

@@ -10,7 +10,7 @@ from temporalio.api.common.v1 import Payload
 
 from comfyui_temporal.contracts.errors import Answer
 from comfyui_temporal.contracts.give_back import EarlierJobs
-from comfyui_temporal.contracts.requests import RequestedJob, RequestOutcome
+from comfyui_temporal.contracts.requests import RequestedJob, RequestOutcome, is_key_conflict
 from proof.simulation.history import Closed, PastRun
 from proof.simulation.hosted_run import RunIdentity
 from proof.simulation.live_run import Environment, LiveRun
@@ -117,9 +117,12 @@ class Server:
             post = call.argument
             at = datetime.fromtimestamp(call.scheduled_at, UTC)
             new = RequestedJob(attempt=number_of(post.key), key=post.key, request=post.body, asked_at=at)
+            answer = call.outcome if call.resolved_at is not None and isinstance(call.outcome, Answer) else None
+            if answer is not None and is_key_conflict(answer):
+                continue
             job = jobs.setdefault(post.key, new)
-            if call.resolved_at is not None and isinstance(call.outcome, Answer):
-                job.answered(call.outcome)
+            if answer is not None:
+                job.answered(answer)
         return EarlierJobs(jobs=[job for job in jobs.values() if job.outcome is RequestOutcome.UNKNOWN])
 
     def end(self) -> None:

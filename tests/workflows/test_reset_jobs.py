@@ -84,6 +84,56 @@ async def test_a_give_back_cancels_the_job_of_a_run_before_the_last_one(platform
     assert is_over
 
 
+async def under_another_body(platform: Platform) -> Handle:
+    """A run whose two jobs work: the first one was requested, without an answer, before a reset; the key of that job
+    was then refused to it, because a worker with other settings sent another body."""
+    handle = await unanswered(platform, "image")
+    point = (await points_of(platform, handle))[0]
+    await answer_again(platform)
+    task_id = task_id_of(handle)
+    await platform.simulators.admin.comfyui.fault("job_stall", route="submit_job", task_id=task_id, at=0.3, times=None)
+    platform.policy["callback_url"] = f"https://other.example/callbacks/comfyui/{task_id}"
+    run = await reset(platform, handle, point)
+
+    async def has_its_own() -> bool:
+        return len(await jobs_of(platform, handle)) == 2
+
+    await platform.until(has_its_own)
+    return run
+
+
+async def test_a_give_back_cancels_a_job_whose_key_was_refused_to_the_last_run(platform: Platform) -> None:
+    async with platform.worker():
+        run = await under_another_body(platform)
+        await platform.until(lambda: knows_its_job(platform, run))
+    await run.terminate()
+    task_id = task_id_of(run)
+    async with platform.worker():
+        await platform.client.execute_workflow(
+            GIVE_BACK_WORKFLOW,
+            GiveBackOrder(task_id=task_id),
+            id=give_back_id_of(task_id),
+            task_queue=platform.task_queue,
+        )
+        await ended_without_its_run(platform, task_id)
+    assert [is_over for _, is_over in await jobs_of(platform, run)] == [True, True]
+
+
+async def test_a_run_that_was_reset_twice_cancels_a_job_whose_key_was_refused_between(platform: Platform) -> None:
+    async with platform.worker():
+        run = await under_another_body(platform)
+        await platform.until(lambda: knows_its_job(platform, run))
+        last = await reset(platform, run, (await points_of(platform, run))[0])
+        await last.signal(CANCEL_SIGNAL, CancelTask(reason="no longer wanted"))
+        assert (await ended(platform, last)).status is TaskStatus.CANCELLED
+    assert [is_over for _, is_over in await jobs_of(platform, run)] == [True, True]
+
+
+async def knows_its_job(platform: Platform, run: Handle) -> bool:
+    row = await platform.store.task(task_id_of(run))
+    return row is not None and row.job_id is not None
+
+
 async def test_a_run_that_is_reset_to_before_its_hold_requests_none_once_the_task_has_ended(
     temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path
 ) -> None:
