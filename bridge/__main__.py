@@ -133,7 +133,8 @@ class Bridge:
 
     def worker(self) -> Worker:
         """The worker of the bridge's own queue."""
-        jobs = JobActivities(self.storage, self.images, self.loras, self.signed)
+        by_bridge = self._settings.bridge_result_addresses == "bridge"
+        jobs = JobActivities(self.storage, self.images, self.loras, self.signed, signs_itself=by_bridge)
         return Worker(
             self._client,
             task_queue=self._settings.bridge_task_queue,

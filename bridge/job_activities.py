@@ -27,10 +27,22 @@ log = structlog.get_logger(__name__)
 
 
 class JobActivities:
-    """Activities of the bridge's own queue. All files are in `storage`."""
+    """Activities of the bridge's own queue. All files are in `storage`.
 
-    def __init__(self, storage: Storage, images: ControlImages, loras: LoraFiles, signed: SignedAddresses) -> None:
+    `signs_itself`: results have the bridge's addresses, also where the store signs.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        images: ControlImages,
+        loras: LoraFiles,
+        signed: SignedAddresses,
+        *,
+        signs_itself: bool = False,
+    ) -> None:
         self._storage = storage
+        self._signs_itself = signs_itself
         self._images = images
         self._loras = loras
         self._signed = signed
@@ -101,10 +113,12 @@ class JobActivities:
         if len(stored) > MAX_RESULT_URLS:
             raise _undeliverable(f"{len(stored)} results; a job delivers at most {MAX_RESULT_URLS}")
         for result in stored:
-            try:
-                by_store = await self._storage.signed_by_store(result.path, RESULT_SECONDS)
-            except STORAGE_ERRORS as error:
-                raise self._storage_failed(error) from None
+            by_store = None
+            if not self._signs_itself:
+                try:
+                    by_store = await self._storage.signed_by_store(result.path, RESULT_SECONDS)
+                except STORAGE_ERRORS as error:
+                    raise self._storage_failed(error) from None
             if by_store is not None and len(by_store.encode()) <= MAX_ADDRESS_BYTES:
                 urls.append(by_store)
                 continue

@@ -1,4 +1,8 @@
-"""Result files by their signed addresses: whole, in part, or as a small picture (thumbnails.py)."""
+"""Result files by their signed addresses: whole, in part, or as a small picture (thumbnails.py).
+
+Where the store signs addresses itself, a GET is led on to one of the store's, which lives for `LEAD_SECONDS`: the bytes
+do not go through the bridge.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Final
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import RedirectResponse, StreamingResponse
 
 from bridge.file_types import type_of
 from bridge.storage import RESULTS_PATH, STORAGE_ERRORS, SignedAddresses, Storage
@@ -23,6 +27,9 @@ GUARDED: Final = {
     "Cache-Control": "private, max-age=3600",
 }
 """What keeps a browser from running what is in a file, and others from keeping it."""
+LEAD_SECONDS: Final = 3600
+LED_ON: Final = {"Cache-Control": f"private, max-age={LEAD_SECONDS // 2}", "Referrer-Policy": "no-referrer"}
+"""A kept answer never leads to an address that has expired."""
 UNSATISFIABLE: Final = (0, 0)
 """The part that a `Range` asks for when the result has no such bytes."""
 
@@ -30,6 +37,13 @@ UNSATISFIABLE: Final = (0, 0)
 def result_routes(storage: Storage, signed: SignedAddresses) -> APIRouter:
     router = APIRouter()
     thumbnails = Thumbnails(storage)
+
+    async def at_store(path: str, size: int, width: int) -> str | None:
+        """The store's own address of a result or of its small picture; None where the bridge delivers it."""
+        if not storage.signs:
+            return None
+        small = await thumbnails.stored(path, size, width) if width else None
+        return await storage.signed_by_store(small or path, LEAD_SECONDS)
 
     @router.api_route(RESULTS_PATH + "/{path:path}", methods=["GET", "HEAD"])
     async def result(request: Request, path: str, expires: int = 0, signature: str = "", width: int = 0) -> Response:
@@ -41,6 +55,9 @@ def result_routes(storage: Storage, signed: SignedAddresses) -> APIRouter:
             return _detail(404, "There is no such result, or its address has expired.")
         try:
             size = await storage.size_bytes(path)
+            # An address that a store signs is for GET alone.
+            if request.method == "GET" and (address := await at_store(path, size, width)):
+                return RedirectResponse(address, 307, headers=LED_ON)
             small = await thumbnails.of(path, size, width) if width else None
         except FileNotFoundError:
             return _detail(404, "There is no such result, or its address has expired.")

@@ -10,7 +10,8 @@
 The bridge keeps the rest: `python -m store purge` and `forget` delete it (store/task_files.py).
 
 Addresses of results expire. The store signs them if it can (`s3`, `gs`, `az`), otherwise the bridge does
-(`/comfyui/files/…`).
+(`/comfyui/files/…`). By setting the bridge signs them all, and leads on to the store's: then pictures have small copies
+there too.
 """
 
 from __future__ import annotations
@@ -119,6 +120,11 @@ class Storage:
         """Delete an object. A missing one is no error."""
         with suppress(FileNotFoundError):
             await obstore.delete_async(self._store, path)
+
+    @property
+    def signs(self) -> bool:
+        """Whether the store itself signs addresses."""
+        return isinstance(self._store, S3Store | GCSStore | AzureStore)
 
     async def signed_by_store(self, path: str, seconds: int) -> str | None:
         """An expiring address signed by the store itself, or None if it cannot sign."""

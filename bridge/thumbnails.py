@@ -31,6 +31,7 @@ SIDEWAYS: Final = 5
 _FOLDER: Final = ".thumbnails"
 """No name of a result begins with a dot (storage.safe_name)."""
 _QUALITY: Final = 82
+MAX_REMEMBERED: Final = 10_000
 
 log = structlog.get_logger(__name__)
 
@@ -41,16 +42,17 @@ class Thumbnails:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._places = asyncio.Semaphore(AT_ONCE)
+        self._no_smaller: dict[tuple[str, int], None] = {}
+        """Pictures that were found to be small enough: a store elsewhere need not be read again to know it."""
 
     async def of(self, path: str, size_bytes: int, width: int) -> bytes | None:
         """The result at `path` in a width of `WIDTHS`; None where its own file is to be delivered.
 
         Raises STORAGE_ERRORS if the result cannot be read.
         """
-        if width not in WIDTHS or type_of(path, "") not in PICTURES or size_bytes > MAX_FILE_BYTES:
+        if not _may_be_small(path, size_bytes, width):
             return None
-        folder, _, name = path.rpartition("/")
-        stored = f"{folder}/{_FOLDER}/{width}/{name}.webp"
+        stored = _stored_path(path, width)
         with suppress(*STORAGE_ERRORS):
             return await self._storage.read_whole(stored)
         async with self._places:
@@ -58,11 +60,50 @@ class Thumbnails:
                 return await self._storage.read_whole(stored)
             small = await asyncio.to_thread(_made_small, await self._storage.read_whole(path), width)
         if small is not None:
-            try:
-                await self._storage.write(stored, small, MEDIA_TYPE)
-            except STORAGE_ERRORS as error:
-                log.warning("thumbnail_not_stored", reason=type(error).__name__)
+            await self._is_written(stored, small)
         return small
+
+    async def stored(self, path: str, size_bytes: int, width: int) -> str | None:
+        """Where the store has the small picture, for whoever fetches it there; None where the result's own file is to
+        be fetched. Raises STORAGE_ERRORS if the result cannot be read.
+        """
+        if not _may_be_small(path, size_bytes, width) or (path, width) in self._no_smaller:
+            return None
+        stored = _stored_path(path, width)
+        if await self._is_there(stored):
+            return stored
+        async with self._places:
+            if await self._is_there(stored):
+                return stored
+            small = await asyncio.to_thread(_made_small, await self._storage.read_whole(path), width)
+        if small is None:
+            self._no_smaller[path, width] = None
+            while len(self._no_smaller) > MAX_REMEMBERED:
+                del self._no_smaller[next(iter(self._no_smaller))]
+            return None
+        return stored if await self._is_written(stored, small) else None
+
+    async def _is_there(self, stored: str) -> bool:
+        with suppress(*STORAGE_ERRORS):
+            return await self._storage.size_bytes(stored) > 0
+        return False
+
+    async def _is_written(self, stored: str, small: bytes) -> bool:
+        try:
+            await self._storage.write(stored, small, MEDIA_TYPE)
+        except STORAGE_ERRORS as error:
+            log.warning("thumbnail_not_stored", reason=type(error).__name__)
+            return False
+        return True
+
+
+def _may_be_small(path: str, size_bytes: int, width: int) -> bool:
+    return width in WIDTHS and type_of(path, "") in PICTURES and size_bytes <= MAX_FILE_BYTES
+
+
+def _stored_path(path: str, width: int) -> str:
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/{_FOLDER}/{width}/{name}.webp"
 
 
 def _made_small(content: bytes, width: int) -> bytes | None:

@@ -253,7 +253,9 @@ class Settings(BaseSettings):
     bridge_host: str = "127.0.0.1"
     bridge_port: int = Field(default=8195, ge=0, le=65_535)
     bridge_url: ServiceUrl | None = None
-    """The address under which results are fetched, if the store signs none; default: host and port."""
+    """The address under which results are fetched whose addresses the bridge signs; default: host and port."""
+    bridge_result_addresses: Literal["store", "bridge"] = "store"
+    """Who signs addresses of results: the store, where it can, or the bridge, which leads on to the store."""
     bridge_store_url: str = "file://.run/bridge"
     """Object storage for results, control images and checkpoints: `file://`, `s3://`, `gs://`, `az://`. Bridge and GPU
     workers must share it."""

@@ -228,6 +228,7 @@ class BridgePlatform:
 async def running_bridge(client: Client, folder: Path, **settings: Any) -> AsyncIterator[BridgePlatform]:
     """A bridge that serves on a free port while the body runs."""
     async with receiving(Receiver(CALLBACK_SECRET)) as receiver, httpx.AsyncClient(timeout=10) as http:
+        kept_at = {"bridge_store_url": (folder / "objects").as_uri(), **settings}
         chosen = Settings(
             _env_file=None,
             service_secret=SecretStr(SECRET),
@@ -235,10 +236,9 @@ async def running_bridge(client: Client, folder: Path, **settings: Any) -> Async
             callback_base_url=receiver.url,
             bridge_task_queue=unique("bridge"),
             object_store_url=(folder / "store").as_uri(),
-            bridge_store_url=(folder / "objects").as_uri(),
             bridge_image_roots=[(folder / "images").as_uri() + "/{tenant_id}/"],
             uploads_url=(folder / "uploads").as_uri(),
-            **settings,
+            **kept_at,
         )
         bridge = Bridge(chosen, client)
         served = ServedApp(bridge.app)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from temporalio.client import Client
 
 from bridge import thumbnails
 from bridge.storage import Storage
-from tests.bridge.platform import BridgePlatform
+from tests.activities.s3_bucket import BUCKET, s3
+from tests.bridge.native import NativeServer
+from tests.bridge.platform import BridgePlatform, running_bridge
 
 PROMPT = "a prompt that stays here"
 
@@ -111,3 +116,76 @@ async def test_a_picture_of_too_many_points_is_not_decoded(tmp_path: Path, monke
     monkeypatch.setattr(thumbnails, "MAX_PIXELS", 1_000_000)
     assert await thumbnails.Thumbnails(storage).of("results/job/a.png", len(content), 512) is None
     assert await thumbnails.Thumbnails(storage).of("results/job/a.png", 2**40, 512) is None
+
+
+# Where the store signs addresses itself
+
+
+@pytest_asyncio.fixture
+async def on_s3(
+    temporal_client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[BridgePlatform]:
+    """A bridge on a bucket, which signs the addresses of results itself."""
+    async with (
+        s3(monkeypatch),
+        running_bridge(
+            temporal_client, tmp_path, bridge_store_url=f"s3://{BUCKET}/kept", bridge_result_addresses="bridge"
+        ) as platform,
+    ):
+        yield platform
+
+
+async def test_a_result_in_a_bucket_is_led_on_to_and_has_a_small_picture_there(
+    on_s3: BridgePlatform, native: NativeServer
+) -> None:
+    async with on_s3.gpu(native):
+        state = await on_s3.ended((await on_s3.submit(resolution="4k"))["job_id"])
+    (address,) = state["result_urls"]
+    assert address.startswith(f"{on_s3.url}/comfyui/files/results/"), "the page knows it as one with small pictures"
+    led = await on_s3.http.get(address)
+    assert (led.status_code, led.content) == (307, b"")
+    assert f"/{BUCKET}/kept/results/" in led.headers["location"] and "X-Amz-Signature" in led.headers["location"]
+    whole = await on_s3.http.get(address, follow_redirects=True)
+    small = await on_s3.http.get(f"{address}&width=512", follow_redirects=True)
+    assert (whole.headers["content-type"], small.headers["content-type"]) == ("image/png", "image/webp")
+    assert Image.open(io.BytesIO(small.content)).width == 512 < Image.open(io.BytesIO(whole.content)).width
+    assert len(small.content) < len(whole.content)
+    head = await on_s3.http.head(address)
+    assert (head.status_code, int(head.headers["content-length"])) == (200, len(whole.content))
+
+
+async def test_it_is_made_once_in_a_bucket_and_a_small_picture_is_not_read_again(
+    on_s3: BridgePlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = await stored(on_s3, "results/job-once/a.png", png())
+    tiny = await stored(on_s3, "results/job-once/b.png", png(300, 300))
+    first = [await on_s3.http.get(f"{address}&width=512", follow_redirects=True) for address in (large, tiny)]
+
+    def never(content: bytes, width: int) -> bytes | None:
+        raise AssertionError("it was looked at before")
+
+    monkeypatch.setattr(thumbnails, "_made_small", never)
+    again = [await on_s3.http.get(f"{address}&width=512", follow_redirects=True) for address in (large, tiny)]
+    assert [answer.status_code for answer in again] == [200, 200]
+    assert [answer.content for answer in again] == [answer.content for answer in first]
+    assert first[1].headers["content-type"] != "image/webp"
+
+
+async def test_a_bucket_is_led_on_to_by_a_signed_address_alone(on_s3: BridgePlatform) -> None:
+    address = await stored(on_s3, "results/job-shut/a.png", png())
+    for wrong in (address.replace("signature=", "signature=0"), address.replace("a.png", "b.png")):
+        assert (await on_s3.http.get(f"{wrong}&width=512")).status_code == 404
+    gone = on_s3.bridge.signed.address("results/job-shut/gone.png", expires=int(time.time()) + 60)
+    assert (await on_s3.http.get(gone)).status_code == 404
+
+
+async def test_by_default_a_store_that_signs_gives_the_addresses(
+    temporal_client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: NativeServer
+) -> None:
+    async with (
+        s3(monkeypatch),
+        running_bridge(temporal_client, tmp_path, bridge_store_url=f"s3://{BUCKET}/kept") as platform,
+        platform.gpu(native),
+    ):
+        state = await platform.ended((await platform.submit())["job_id"])
+    assert ["X-Amz-Signature" in url for url in state["result_urls"]] == [True]
