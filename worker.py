@@ -28,6 +28,7 @@ from temporalio.worker import PollerBehaviorAutoscaling, Worker, WorkerDeploymen
 from activities.closed_runs import ClosedRunActivities
 from activities.comfyui import ComfyUIActivities, ComfyUIClient
 from activities.credits import CreditsActivities, CreditsClient
+from activities.dataset_list import DatasetFolders, DatasetListActivities
 from activities.datasets import DatasetActivities, DatasetSnapshots
 from activities.earlier_runs import EarlierRunActivities
 from activities.lives import Lives
@@ -53,6 +54,7 @@ from runtime.settings import Settings
 from runtime.tracing import traced_process
 from store import TaskStore
 from store.namespace_check import bound_store
+from workflows.dataset_list import DatasetListWorkflow
 from workflows.give_back import GiveBackWorkflow
 from workflows.image_generation import ImageGenerationWorkflow
 from workflows.pinned import PinnedImageGenerationWorkflow
@@ -70,6 +72,7 @@ WORKFLOWS: Final = (
     ReconcileWorkflow,
     WorkerSettingsWorkflow,
     TemplateListWorkflow,
+    DatasetListWorkflow,
 )
 STICKY_SECONDS: Final = 2.5
 """How long a workflow waits for its worker: this delays the work of a killed one.
@@ -134,6 +137,7 @@ def all_activities(
         ComfyUIActivities(comfyui, lives, datasets),
         CreditsActivities(credits_client, lives),
         DatasetActivities(datasets),
+        DatasetListActivities(DatasetFolders(datasets.dataset_roots)),
         TaskStoreActivities(
             store,
             policy_of,

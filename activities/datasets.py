@@ -125,7 +125,7 @@ class DatasetSnapshots:
         self._root = _setting("COMFYUI_TEMPORAL_OBJECT_STORE_URL", object_store_url)
         for root in dataset_roots:
             _setting(ROOTS_SETTING, root)
-        self._dataset_roots = tuple(dataset_roots)
+        self.dataset_roots = tuple(dataset_roots)
         self._max_files = max_files
         self._max_bytes = max_bytes
 
@@ -275,7 +275,7 @@ class DatasetSnapshots:
             address = read_address(uri)
         except BadAddress as error:
             raise invalid(f"{field} {error}.") from None
-        if not self._dataset_roots:
+        if not self.dataset_roots:
             raise invalid(f"{field} cannot be read: this worker knows no folders of datasets ({ROOTS_SETTING}).")
         if not self._is_tenants(address, order.call_for.tenant_id):
             raise invalid(f"{field} is not below a folder of the task's tenant.")
@@ -285,7 +285,7 @@ class DatasetSnapshots:
             raise invalid(f"{address.text} cannot be opened: {message_of(error)}. Check {field}.") from None
 
     def _is_tenants(self, address: FolderAddress, tenant_id: str) -> bool:
-        for template in self._dataset_roots:
+        for template in self.dataset_roots:
             root = read_address(template.replace("{tenant_id}", tenant_id))
             if root.scheme != address.scheme:
                 continue

@@ -127,6 +127,11 @@ class ObjectFolder:
             for meta in batch:
                 yield FoundObject(meta["path"].removeprefix(self._prefix), meta["size"], meta["last_modified"])
 
+    async def folders(self) -> list[str]:
+        """The names of the folders directly below this one."""
+        listed = await obstore.list_with_delimiter_async(self._store, self._prefix or None)
+        return [path.removeprefix(self._prefix).strip("/") for path in listed["common_prefixes"]]
+
     async def size_bytes(self, path: str) -> int:
         meta = await obstore.head_async(self._store, self._prefix + path)
         return meta["size"]

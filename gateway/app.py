@@ -19,6 +19,7 @@ from gateway.access import Access
 from gateway.audit import AuditLog
 from gateway.callback_relay import CallbackRelay
 from gateway.callbacks import CallbackReceiver, callback_routes
+from gateway.dataset_routes import Datasets, dataset_routes
 from gateway.draining import Draining
 from gateway.metrics import CountRequests, Metrics, MetricsPage
 from gateway.openapi import DocumentedApp
@@ -146,10 +147,14 @@ def create_app(
         app.include_router(
             task_routes(tasks, access, roll_back=rollback.roll_back, event_stream=streams, status_words=status_words)
         )
-        app.include_router(upload_routes(uploads, access))
-        app.include_router(tenant_routes(store, access))
-        app.include_router(template_routes(templates, access))
-        app.include_router(page_routes(page or PageSettings()))
+        for router in (
+            upload_routes(uploads, access),
+            tenant_routes(store, access),
+            template_routes(templates, access),
+            dataset_routes(Datasets(temporal, task_queue=task_queue), access),
+            page_routes(page or PageSettings()),
+        ):
+            app.include_router(router)
     app.add_middleware(AuditLog, store)
     app.add_middleware(RequestLimits, access, inline_bytes=upload_settings.inline_bytes if upload_settings else 0)
     if allowed_origins:

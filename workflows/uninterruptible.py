@@ -140,7 +140,7 @@ UNINTERRUPTIBLE: Final = (
         ("credit_hold.CreditHold._renewal_over",),
     ),
     Uninterruptible(
-        "give-back, correction, reconciler, a worker's settings, the templates",
+        "give-back, correction, reconciler, a worker's settings, the lists for the gateway",
         "They undo, or only read, and have no hold that could expire.",
         (
             "give_back.OrphanedRecord._write_batch",
@@ -156,6 +156,7 @@ UNINTERRUPTIBLE: Final = (
             "reconciler.ReconcileWorkflow._begin_give_back",
             "worker_settings.WorkerSettingsWorkflow.run",
             "template_list.TemplateListWorkflow.run",
+            "dataset_list.DatasetListWorkflow.run",
         ),
     ),
 )

@@ -9,7 +9,9 @@ results.js   its pictures, video and audio; the large view
 detail.js    a task's own page
 form.js      the form that starts a task
 loras.js     the trained models that its image uses
+datasets.js  what its training is trained on
 fields.js    fields of forms
+json.js      JSON with exact whole numbers
 loss.js      a training's loss curve
 words.js     the language: strings, dates, numbers
 en.js, zh.js every string, in English and in Chinese
@@ -33,7 +35,10 @@ FILES: Final = {
     "page.css": "text/css; charset=utf-8",
     **{
         f"{name}.js": "text/javascript; charset=utf-8"
-        for name in ("page", "api", "card", "results", "detail", "form", "fields", "loras", "loss", "words", "en", "zh")
+        for name in (
+            *("page", "api", "card", "results", "detail", "form", "fields", "loras", "datasets", "loss", "words"),
+            *("json", "en", "zh"),
+        )
     },
     "icon.svg": "image/svg+xml",
 }

@@ -1,5 +1,6 @@
 // Requests and the stream, as any client of the gateway would make them.
 
+import { parse, stringify } from "./json.js";
 import { say } from "./words.js";
 
 const TASKS = "/api/v1/tasks";
@@ -28,6 +29,15 @@ export class Away extends Error {
   }
 }
 
+/** A body; empty where it is no JSON, as that of a proxy's error. */
+function read(text) {
+  try {
+    return parse(text);
+  } catch {
+    return {};
+  }
+}
+
 export class Api {
   #token;
 
@@ -44,7 +54,7 @@ export class Api {
     let body;
     try {
       answer = await fetch(path, { ...options, headers, signal: waited.signal, cache: "no-store" });
-      body = await answer.json().catch(() => ({}));
+      body = read(await answer.text());
     } catch {
       throw new Away(waited.signal.aborted);
     } finally {
@@ -55,7 +65,7 @@ export class Api {
   }
 
   #post(path, body) {
-    return this.#request(TASKS + path, { method: "POST", body: JSON.stringify(body) });
+    return this.#request(TASKS + path, { method: "POST", body: stringify(body) });
   }
 
   #of(taskId, what) {
@@ -72,6 +82,10 @@ export class Api {
 
   templates() {
     return this.#request("/api/v1/templates");
+  }
+
+  datasets() {
+    return this.#request("/api/v1/datasets");
   }
 
   /** The newest trainings that have made a model. */

@@ -1,6 +1,7 @@
 // A task's own page: what was asked for, what happened, what it cost.
 
 import { Card } from "./card.js";
+import { stringify } from "./json.js";
 import { element, quoted } from "./results.js";
 import { clock, failure, instant, say, span } from "./words.js";
 
@@ -14,7 +15,7 @@ function facts(rows) {
   return element("dl", { className: "facts" }, ...shown.map(([name, value]) => element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: value }))));
 }
 
-const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+const text = (value) => (typeof value === "string" ? value : stringify(value));
 
 function priceOf({ estimated, held, charged, returned }) {
   const known = (points) => points ?? say("detail.unknown");

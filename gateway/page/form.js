@@ -1,7 +1,9 @@
 // The form that starts a task: the templates that ComfyUI lists, what each takes, and the price before it is paid.
 // Where ComfyUI lists none, a template's id is typed in, and the price is what the same cost the last time.
 
+import { DatasetChoice } from "./datasets.js";
 import { labelled, option, priced } from "./fields.js";
+import { integer } from "./json.js";
 import { LoraRows } from "./loras.js";
 import { element } from "./results.js";
 import { say } from "./words.js";
@@ -29,20 +31,21 @@ function fieldOf(name, { type, minimum, maximum, choices, max_length }) {
 function valueOf(field, type) {
   if (type === "boolean") return field.checked || undefined;
   if (field.value === "") return undefined;
-  return type === "integer" || type === "number" ? Number(field.value) : field.value;
+  return type === "integer" ? integer(field.value) : type === "number" ? Number(field.value) : field.value;
 }
 
 export class StartForm {
   #form = document.getElementById("start-form");
   #typed = this.#form.elements.template_id;
   #chosen = element("select", { name: "template_id" });
-  #part = Object.fromEntries(["templates", "datasets", "template-summary", "extras", "controls", "price"].map((id) => [id, document.getElementById(id)]));
+  #part = Object.fromEntries(["templates", "template-summary", "extras", "controls", "price"].map((id) => [id, document.getElementById(id)]));
   #loras = new LoraRows();
+  #datasets = new DatasetChoice(this.#form);
   #offered = null;
   #opening = null;
   #page;
 
-  /** `page`: {tasks(), templates(), models(), upload(file, kind), start(kind, order)} */
+  /** `page`: {tasks(), templates(), models(), datasets(), upload(file, kind), start(kind, order)} */
   constructor(page) {
     this.#page = page;
     const form = this.#form;
@@ -98,8 +101,9 @@ export class StartForm {
   async #open() {
     this.#suggest();
     this.#changed();
-    const [listed, models] = await Promise.all([this.#page.templates(), this.#page.models()]);
+    const [listed, models, datasets] = await Promise.all([this.#page.templates(), this.#page.models(), this.#page.datasets()]);
     this.#loras.offer(models);
+    this.#datasets.offer(datasets);
     this.#suggest(models);
     const offered = listed?.length ? listed : null;
     // What is filled in stays, unless the templates are others.
@@ -245,7 +249,7 @@ export class StartForm {
       const value = field && valueOf(field, type);
       if (value !== undefined) given[name] = value;
     }
-    if (elements.seed.value && !elements.seed.disabled) given.seed = Number(elements.seed.value);
+    if (elements.seed.value && !elements.seed.disabled) given.seed = integer(elements.seed.value);
     if (elements.negative_prompt.value && !elements.negative_prompt.disabled) given.negative_prompt = elements.negative_prompt.value;
     return given;
   }
@@ -273,9 +277,9 @@ export class StartForm {
       if (loras.length) order.loras = loras;
       if (Number(given.images) > 1) order.images = Number(given.images);
     } else {
-      const { base_model, dataset_id, source_uri, epochs, batch_size, learning_rate } = given;
+      const { base_model, epochs, batch_size, learning_rate } = given;
       const hyperparameters = { epochs: Number(epochs), batch_size: Number(batch_size), learning_rate: Number(learning_rate) };
-      Object.assign(order, { base_model, dataset: { dataset_id, source_uri }, hyperparameters });
+      Object.assign(order, { base_model, dataset: this.#datasets.given(), hyperparameters });
     }
     return [kind, order];
   }
@@ -308,15 +312,10 @@ export class StartForm {
 
   /** Templates and datasets of the tasks that are shown, and of `trainings`. */
   #suggest(trainings = []) {
-    const { templates, datasets } = this.#part;
+    const { templates } = this.#part;
     const tasks = [...trainings, ...this.#page.tasks()];
     const known = new Set([...templates.children].map(({ value }) => value));
     templates.append(...[...new Set(tasks.map(({ template_id }) => template_id))].filter((id) => !known.has(id)).map((id) => option(id, "")));
-    // Of two addresses of one dataset the newest task's counts.
-    const given = tasks.filter(({ input }) => input?.dataset).sort((one, other) => (one.created_at < other.created_at ? -1 : 1));
-    const sources = new Map(given.map(({ input }) => [input.dataset.dataset_id, input.dataset.source_uri]));
-    datasets.replaceChildren(...[...sources.keys()].map((id) => option(id, "")));
-    const { dataset_id, source_uri } = this.#form.elements;
-    dataset_id.onchange = () => sources.has(dataset_id.value) && (source_uri.value = sources.get(dataset_id.value));
+    this.#datasets.suggest(tasks);
   }
 }

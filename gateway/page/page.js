@@ -340,6 +340,7 @@ function wireForms() {
     tasks: () => [...cards.values()].map(({ task }) => task),
     // Whatever is wrong with the list, a task can be started without it.
     templates: () => api.templates().then(({ templates }) => templates, () => null),
+    datasets: () => api.datasets().then(({ datasets }) => datasets, () => []),
     models: () => api.models().then(({ tasks }) => tasks.filter(({ output }) => output?.model_path), () => []),
     upload: (file, kind) => attempt(() => api.upload(file, kind)),
     start: async (kind, order) => {

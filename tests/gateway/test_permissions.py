@@ -41,6 +41,7 @@ NEEDS: dict[Route, str] = {
     ("GET", TASKS): "task.read",
     ("GET", "/api/v1/tenant"): "task.read",
     ("GET", "/api/v1/templates"): "task.read",
+    ("GET", "/api/v1/datasets"): "task.read",
     ("GET", f"{TASKS}/{{task_id}}"): "task.read",
     ("GET", f"{TASKS}/{{task_id}}/events"): "task.read",
     ("GET", f"{TASKS}/{{task_id}}/training-log"): "task.read",
@@ -65,7 +66,7 @@ OPEN: set[Route] = {
     # Files, the same for everybody.
     *(("GET", path) for path in ("/", "/page/settings.json", "/page/index.html", "/page/page.css", "/page/icon.svg")),
     *(("GET", f"/page/{name}.js") for name in ("page", "api", "card", "results", "detail", "form")),
-    *(("GET", f"/page/{name}.js") for name in ("fields", "loras", "loss", "words", "en", "zh")),
+    *(("GET", f"/page/{name}.js") for name in ("fields", "loras", "datasets", "json", "loss", "words", "en", "zh")),
 }
 DATASET = {"dataset_id": "faces", "source_uri": "s3://datasets/unknown/faces/"}
 PAST_THE_DOOR = {"input_invalid", "file_unsupported", "protocol_unsupported", "upload_unknown"}

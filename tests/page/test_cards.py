@@ -73,6 +73,26 @@ async def test_an_image_fills_its_card_opens_large_and_is_run_again_with_another
         await expect(again.get_by_text(re.compile(r"seed (?!7\b)\d+"))).to_be_visible()
 
 
+async def test_a_seed_of_64_bits_is_shown_and_run_again_as_it_is(browser: Browser, watched: Watched) -> None:
+    seed, platform = 2**64 - 1, watched.platform
+    handle = await platform.start_image(prompt="a heron of large numbers", extras={"seed": seed})
+    await handle.result()
+    task_id = task_id_of(handle)
+    async with opened(browser, watched) as seen:
+        page = seen.page
+        await is_live(page)
+        shown = card(page, task_id)
+        await expect(shown.get_by_text(f"seed {seed}")).to_be_visible()
+        await shown.get_by_role("button", name=f"Run {task_id} again", exact=True).click()
+        await expect(page.locator("#started")).to_have_text(re.compile(r"^image-\w+ started$"), timeout=10_000)
+        again = str(await page.locator("#started").text_content()).split(maxsplit=1)[0]
+        await expect(card(page, again).get_by_text(f"seed {seed}")).to_be_visible(timeout=10_000)
+        await page.evaluate("(id) => (location.hash = `task=${id}`)", again)
+        await expect(page.locator("#detail")).to_contain_text(f'{{"seed":{seed}}}', timeout=10_000)
+    stored = (await platform.store.inputs([again]))[again]
+    assert (stored.document or {})["extras"] == {"seed": seed}
+
+
 async def test_results_that_cannot_be_loaded_say_so_and_others_play(browser: Browser, watched: Watched) -> None:
     tenant = unique("tenant")
     gone = f"{watched.url}results/"

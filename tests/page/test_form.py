@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from playwright.async_api import Browser, Page, Route, expect
 
+from tests.conftest import unique
 from tests.page.conftest import Watched, opened
+from tests.page.test_cards import token_of
 from tests.page.test_page import card, is_live
 from tests.workflows.platform import task_id_of
 
@@ -142,6 +144,70 @@ async def none_listed(route: Route) -> None:
     await route.fulfill(status=503, content_type="application/problem+json", json={"code": "route_not_offered"})
 
 
+async def no_datasets(route: Route) -> None:
+    """As the gateway answers where no datasets are listed (tests/gateway/test_datasets.py)."""
+    await route.fulfill(status=503, content_type="application/problem+json", json={"code": "route_not_offered"})
+
+
+def filled(watched: Watched, tenant: str, name: str, files: int) -> str:
+    """A dataset of the tenant; its address."""
+    folder = watched.platform.folder / "datasets" / tenant / name
+    folder.mkdir(parents=True)
+    for number in range(files):
+        (folder / f"{number}.txt").write_text("a picture")
+    return f"{folder.as_uri()}/"
+
+
+async def test_a_dataset_is_chosen_by_its_name_or_typed_by_its_address(browser: Browser, watched: Watched) -> None:
+    tenant, name = unique("tenant"), "cats"
+    cats, empty = filled(watched, tenant, name, 3), filled(watched, tenant, "no cats", 0)
+    async with opened(browser, watched, fragment=f"#token={token_of(tenant)}") as seen:
+        page = seen.page
+        await form_opened(page)
+        await page.get_by_label("Kind").select_option("Training")
+        dataset, address = page.get_by_role("combobox", name="Dataset"), page.get_by_label("Address of the dataset")
+        await expect(dataset.locator(f"option[value='{cats}']")).to_have_text(f"{name}, 3 files", timeout=10_000)
+        await expect(dataset.locator(f"option[value='{empty}']")).to_be_disabled()
+        await expect(address).to_be_hidden()
+        await dataset.select_option(cats)
+        async with page.expect_response("**/api/v1/tasks/trainings") as started:
+            await page.get_by_role("button", name="Start", exact=True).click()
+        answer = await started.value
+        assert answer.status == 202, await answer.text()
+        order: Any = answer.request.post_data_json
+        assert order["dataset"] == {"dataset_id": name, "source_uri": cats}
+        await dataset.select_option("another one, by its address")
+        await page.get_by_label("Id of the dataset").fill("dogs")
+        await address.fill("s3://nowhere/tenant-demo/dogs/")
+        async with page.expect_request("**/api/v1/tasks/trainings") as sent:
+            await page.get_by_role("button", name="Start", exact=True).click()
+        order = (await sent.value).post_data_json
+        assert order["dataset"] == {"dataset_id": "dogs", "source_uri": "s3://nowhere/tenant-demo/dogs/"}
+
+
+async def test_datasets_are_offered_in_chinese_on_a_small_screen_and_what_was_typed_stays(
+    browser: Browser, watched: Watched
+) -> None:
+    cats = filled(watched, tenant := unique("tenant"), name := "cats", 1)
+    screen: Any = {"width": 360, "height": 740}
+    given: Any = {"viewport": screen, "locale": "zh-CN", "fragment": f"#token={token_of(tenant)}"}
+    async with opened(browser, watched, **given) as seen:
+        page = seen.page
+        await page.route("**/api/v1/datasets", no_datasets)
+        await expect(page.locator("#connection")).to_have_text("实时", timeout=10_000)
+        await page.locator("#start > summary").click()
+        await page.get_by_label("类型").select_option("训练")
+        await page.get_by_label("数据集地址").fill("s3://elsewhere/")
+        await page.unroute("**/api/v1/datasets")
+        for _ in range(2):
+            await page.locator("#start > summary").click()
+        dataset = page.get_by_role("combobox", name="数据集", exact=True)
+        await expect(dataset.locator(f"option[value='{cats}']")).to_have_text(f"{name}，1 个文件", timeout=10_000)
+        await expect(page.get_by_label("数据集地址")).to_have_value("s3://elsewhere/")
+        await expect(page.get_by_label("数据集地址")).to_be_visible()
+        assert await page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
 async def test_where_no_template_is_listed_the_form_tells_what_the_same_cost_and_offers_known_datasets(
     browser: Browser, watched: Watched
 ) -> None:
@@ -151,6 +217,7 @@ async def test_where_no_template_is_listed_the_form_tells_what_the_same_cost_and
     async with opened(browser, watched) as seen:
         page = seen.page
         await page.route("**/api/v1/templates", none_listed)
+        await page.route("**/api/v1/datasets", no_datasets)
         await is_live(page)
         await expect(card(page, task_id_of(handle))).to_be_visible()
         await page.get_by_text("Start a task").click()
@@ -161,6 +228,6 @@ async def test_where_no_template_is_listed_the_form_tells_what_the_same_cost_and
         await page.get_by_label("Template").fill("nothing-like-it")
         await expect(price).to_have_text(re.compile("not known here yet"))
         await page.get_by_label("Kind").select_option("Training")
-        await page.get_by_label("Dataset", exact=True).fill("faces")
-        await page.get_by_label("Dataset", exact=True).blur()
+        await page.get_by_label("Id of the dataset").fill("faces")
+        await page.get_by_label("Id of the dataset").blur()
         await expect(page.get_by_label("Address of the dataset")).to_have_value(re.compile("/tenant-demo/faces$"))

@@ -16,7 +16,7 @@ from store import StoredInput
 from tests.conftest import unique
 from tests.page.conftest import PAYER, Watched, opened
 from tests.page.test_cards import token_of
-from tests.page.test_form import form_opened, none_listed
+from tests.page.test_form import form_opened, no_datasets, none_listed
 from tests.page.test_page import card, is_live
 from tests.store.facts import claim_of, end, write_of
 from tests.workflows.platform import task_id_of
@@ -191,9 +191,10 @@ async def test_a_training_is_ordered_with_the_defaults_of_the_command_line_or_wi
 ) -> None:
     async with opened(browser, watched) as seen:
         page = seen.page
+        await page.route("**/api/v1/datasets", no_datasets)
         await form_opened(page)
         await page.get_by_label("Kind").select_option("Training")
-        await page.get_by_label("Dataset", exact=True).fill("cats")
+        await page.get_by_label("Id of the dataset").fill("cats")
         await page.get_by_label("Address of the dataset").fill("s3://nowhere/tenant-demo/cats/")
         order = await order_sent(page)
         assert order["hyperparameters"] == {"epochs": 10, "batch_size": 4, "learning_rate": 0.0001}
@@ -211,12 +212,13 @@ async def test_datasets_of_earlier_trainings_are_offered_though_their_tasks_are_
     training = await trained(watched)
     async with opened(browser, watched) as seen:
         page = seen.page
+        await page.route("**/api/v1/datasets", no_datasets)
         await is_live(page)
         await page.locator("#search").fill("no such task")
         await expect(page.locator("#none")).to_be_visible(timeout=10_000)
         await page.get_by_text("Start a task").click()
         await page.get_by_label("Kind").select_option("Training")
-        dataset = page.get_by_label("Dataset", exact=True)
+        dataset = page.get_by_label("Id of the dataset")
         await expect(page.locator(f"#datasets option[value='cats-of-{training}']")).to_be_attached(timeout=10_000)
         await dataset.fill(f"cats-of-{training}")
         await dataset.blur()
