@@ -32,7 +32,17 @@ from tests.metrics_page import value_in
 SECRET = "0123456789abcdef0123456789abcdef"
 CALLS = {
     *("submit_job", "get_job", "cancel_job", "create_training", "start_training", "get_training", "cancel_training"),
-    *("list_gpus", "list_templates", "estimate", "pre_deduct", "commit", "cancel_hold", "charge", "ledger"),
+    *(
+        "list_gpus",
+        "list_templates",
+        "list_datasets",
+        "estimate",
+        "pre_deduct",
+        "commit",
+        "cancel_hold",
+        "charge",
+        "ledger",
+    ),
     *("snapshot", "delete_snapshot", "claim", "write", "left_behind", "closed_among_open", "still_closed"),
     *("heard", "look", "told_points", "take_unsettled", "correct_settlement", "worker_settings", "unanswered_jobs"),
 }
