@@ -281,6 +281,7 @@ export class Card {
   }
 
   #stage() {
+    if (this.needsYou) return say("stage.confirm");
     return say(this.task.stage ? `stage.${this.task.stage}` : "stage.none");
   }
 
@@ -317,7 +318,7 @@ export class Card {
       const copying = button(say("action.copy_address"), null, () => copy(copying, model));
       const using = button(say("action.use"), say("action.use.task", { task: task.task_id }), () => this.#act(using, () => this.#actions.use(task)));
       const buttons = element("span", { className: "actions" }, copying, ...(isUsable ? [using] : []));
-      output.replaceChildren(element("span", {}, `${say("model")} `, element("code", { textContent: model })), " ", buttons);
+      output.replaceChildren(element("span", {}, `${say("model")} `, element("code", { textContent: model, title: model })), " ", buttons);
     }
   }
 

@@ -3,7 +3,7 @@
 import { Card } from "./card.js";
 import { stringify } from "./json.js";
 import { element, quoted } from "./results.js";
-import { clock, failure, instant, say, span } from "./words.js";
+import { clock, failure, instant, percent, points, say, span } from "./words.js";
 
 function section(title, ...content) {
   return element("section", {}, element("h3", { textContent: title }), ...content);
@@ -15,7 +15,27 @@ function facts(rows) {
   return element("dl", { className: "facts" }, ...shown.map(([name, value]) => element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: value }))));
 }
 
-const text = (value) => (typeof value === "string" ? value : stringify(value));
+/** An input's fields as the form names them; any other keeps its own name. */
+const NAMES = {
+  prompt: "start.prompt", negative_prompt: "start.negative_prompt", resolution: "start.resolution", images: "start.images",
+  seed: "start.seed", extras: "start.extras", loras: "start.loras", controls: "start.controls", base_model: "start.base_model",
+  dataset: "start.dataset", dataset_id: "start.dataset.id", source_uri: "start.dataset.address", max_credits: "start.limit",
+  hyperparameters: "detail.hyperparameters", epochs: "start.epochs", batch_size: "start.batch_size", learning_rate: "start.learning_rate",
+};
+const FACTS_HAVE = ["template_id", "priority"];
+const nameOf = (name) => (name in NAMES ? say(NAMES[name]) : name);
+const isGiven = (value) => value !== null && value !== undefined && value !== "" && !(typeof value === "object" && !Object.keys(value).length);
+
+/** A value for people: what an object holds line by line, and what a list holds one after the other. */
+function text(value) {
+  if (Array.isArray(value)) return value.map(text).join("\n");
+  if (typeof value !== "object" || value === null) return typeof value === "string" ? value : stringify(value);
+  return Object.entries(value).filter(([, part]) => isGiven(part)).map(([name, part]) => `${nameOf(name)}: ${text(part)}`).join("\n");
+}
+
+function askedFor(input) {
+  return facts(Object.entries(input).filter(([name, value]) => isGiven(value) && !FACTS_HAVE.includes(name)).map(([name, value]) => [nameOf(name), text(value)]));
+}
 
 function priceOf({ estimated, held, charged, returned }) {
   const known = (points) => points ?? say("detail.unknown");
@@ -40,7 +60,9 @@ function factsOf(task) {
 
 function eventsOf(events) {
   return element("ol", { className: "events" }, ...events.map((event) => {
-    const said = [event.stage && say(`stage.${event.stage}`), event.message && quoted(event.message), event.credits_delta && `${event.credits_delta > 0 ? "+" : ""}${event.credits_delta}`];
+    const stage = event.stage && say(`stage.${event.stage}`);
+    const isMoving = stage && event.event === "task.running" && event.progress > 0;
+    const said = [isMoving ? `${stage} ${percent(event.progress / 100)}` : stage, event.message && quoted(event.message), event.credits_delta && points(event.credits_delta)];
     return element("li", {}, element("time", { dateTime: event.ts, textContent: clock(event.ts) }), " ", element("code", { textContent: event.event }), ...said.filter(Boolean).flatMap((part, n) => [n ? " · " : " ", part]));
   }));
 }
@@ -50,7 +72,7 @@ export function drawDetail(root, { task, events, log }, actions, links) {
   const card = new Card(task, actions, links, "h2");
   const parts = [
     element("ol", { className: "alone" }, card.item),
-    section(say("detail.asked"), task.input ? facts(Object.entries(task.input).map(([name, value]) => [name, text(value)])) : element("p", { className: "quiet", textContent: say("detail.not_kept") })),
+    section(say("detail.asked"), task.input ? askedFor(task.input) : element("p", { className: "quiet", textContent: say("detail.not_kept") })),
     section(say("detail.facts"), factsOf(task)),
     section(say("detail.events"), eventsOf(events)),
   ];

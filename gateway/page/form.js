@@ -20,12 +20,14 @@ const FILES = { image: "image", mask: "image", video: "video", audio: "audio" };
 /** Whether a template takes trained models. A price that is not known means that it would refuse them. */
 const takesLoras = ({ scene, loras }) => scene === SCENES.images && Boolean(loras?.most) && loras.points !== null;
 
+const rangeOf = (minimum, maximum) => (Number.isFinite(minimum) && Number.isFinite(maximum) ? `${minimum}–${maximum}` : "");
+
 function fieldOf(name, { type, minimum, maximum, choices, max_length }) {
   if (type === "boolean") return element("input", { name, type: "checkbox" });
   if (type === "choice") return element("select", { name }, option("", say("start.extra.none")), ...(choices ?? []).map((choice) => option(choice)));
   if (type === "text") return element("input", { name, maxLength: max_length ?? 4096 });
   if (type in FILES) return element("input", { name, type: "url", maxLength: 2048, placeholder: "https://" });
-  return element("input", { name, type: "number", min: minimum ?? "", max: maximum ?? "", step: type === "integer" ? 1 : "any" });
+  return element("input", { name, type: "number", min: minimum ?? "", max: maximum ?? "", placeholder: rangeOf(minimum, maximum), step: type === "integer" ? 1 : "any" });
 }
 
 function valueOf(field, type) {

@@ -23,6 +23,7 @@ export function choose(wanted) {
 const locale = LOCALES[language] ?? (navigator.languages.find((tag) => tag.toLowerCase().startsWith(language)) || language);
 const strings = STRINGS[language];
 const numbers = new Intl.NumberFormat(locale);
+const changes = new Intl.NumberFormat(locale, { signDisplay: "exceptZero" });
 const percents = new Intl.NumberFormat(locale, { style: "percent" });
 const times = new Intl.DateTimeFormat(locale, { timeStyle: "medium" });
 const instants = new Intl.DateTimeFormat(locale, { dateStyle: "medium", timeStyle: "medium" });
@@ -40,6 +41,7 @@ export function failure(code, sentence) {
   return key in strings && (language !== "en" || !sentence) ? say(key) : "";
 }
 
+export const points = (change) => say("detail.points", { change: changes.format(change) });
 export const percent = (part) => percents.format(part);
 export const clock = (at) => times.format(new Date(at));
 export const instant = (at) => instants.format(new Date(at));

@@ -41,6 +41,7 @@ async def test_a_price_that_waits_stands_on_top_until_it_is_confirmed(browser: B
         needs = page.get_by_role("region", name="Needs you")
         waiting = needs.get_by_role("article", name=task_id)
         await expect(waiting.locator(".money")).to_have_text("120 points, not confirmed yet", timeout=10_000)
+        await expect(waiting.locator(".now")).to_have_text("Waiting for your confirmation")
         await waiting.get_by_role("button", name=f"Confirm the price of {task_id}").click()
         listed = page.locator("#list").get_by_role("article", name=task_id)
         await expect(listed).to_be_visible(timeout=15_000)
