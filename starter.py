@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from comfyui_temporal.command_line.app import app, checks_before_start
-from comfyui_temporal.command_line.commands import main
-from comfyui_temporal.command_line.server import also_look_for_stack_in
-from doctor import command as doctor_command
-from doctor.task_store import refuse_strange_store
-from runtime.logs import configure_logs
+# Loading takes a second or more: Ctrl-C ends that as it ends a command, without a traceback.
+try:
+    from comfyui_temporal.command_line.app import app, checks_before_start
+    from comfyui_temporal.command_line.commands import main
+    from comfyui_temporal.command_line.server import also_look_for_stack_in
+    from doctor import command as doctor_command
+    from doctor.task_store import refuse_strange_store
+    from runtime.logs import configure_logs
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
 
 __all__ = ["app", "doctor_command", "main"]
 

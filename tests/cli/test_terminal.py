@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime, timedelta
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from rich.text import Text
 
 from comfyui_temporal.command_line.terminal import eta_of, printable, span, watchers
 from comfyui_temporal.contracts.tasks import Confirmation, TaskStatus, TrainingProgress
+from tests.cli.conftest import run_process
 
 NOW = datetime(2026, 5, 4, 9, 0, tzinfo=UTC)
 
@@ -86,3 +89,23 @@ def test_an_eta_says_what_is_known() -> None:
         eta_of(progress(next_eta=NOW + timedelta(seconds=30), queue_position=2), NOW) == "next stage in 30 s, 2 ahead"
     )
     assert eta_of(progress(next_eta=NOW - timedelta(seconds=30)), NOW) == "next stage any moment"
+
+
+INTERRUPTED_AT = """
+import importlib.abc, os, signal, sys
+
+class Ctrl(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Ctrl())
+"""
+
+
+@pytest.mark.parametrize("module", ["comfyui_temporal.command_line.app", "doctor.command"])
+async def test_ctrl_c_while_it_is_loaded_ends_it_without_a_traceback(tmp_path: Path, module: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_AT.format(module=module))
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    ended = await run_process("list", environment=environment)
+    assert (ended.exit_code, ended.out, ended.err) == (130, "", "")
