@@ -38,14 +38,14 @@ async def delays_of(client: Client, run: RunSeen, *, task_id: str, task_queue: s
     if run.status in WITHOUT_CLEAN_UP:
         if await give_back_of(client, task_id) is not None:
             return []
-        return [await _not_given_back(client, run, task_id=task_id, task_queue=task_queue)]
+        running = await _running_give_back(client, task_id)
+        not_yet = await _not_given_back(
+            client, run, task_id=task_id, task_queue=task_queue, is_begun=running is not None
+        )
+        return [not_yet, *(await _retries(client, running) if running else [])]
     if run.status.is_over:
         return []
-    delays = [
-        await _retried(client, run, activity)
-        for activity in run.pending_activities
-        if activity.attempt > 1 and activity.HasField("last_failure")
-    ]
+    delays = await _retries(client, run)
     if run.status is RunStatus.PAUSED:
         advice = f"temporal workflow unpause --workflow-id {run.workflow_id}"
         delays.append(TaskDelay(code=PAUSED, sentence=f"An operator paused the run. To go on: {advice}."))
@@ -66,6 +66,25 @@ async def give_back_of(client: Client, task_id: str) -> GiveBackResult | None:
         if error.status is RPCStatusCode.NOT_FOUND:
             return None
         raise
+
+
+async def _running_give_back(client: Client, task_id: str) -> RunSeen | None:
+    try:
+        run = await describe_run(client, give_back_id_of(task_id), rpc_timeout=RPC_TIMEOUT)
+    except RPCError as error:
+        if error.status is RPCStatusCode.NOT_FOUND:
+            return None
+        raise
+    return None if run.status.is_over else run
+
+
+async def _retries(client: Client, run: RunSeen) -> list[TaskDelay]:
+    """The calls of a run that have failed and are tried again."""
+    return [
+        await _retried(client, run, activity)
+        for activity in run.pending_activities
+        if activity.attempt > 1 and activity.HasField("last_failure")
+    ]
 
 
 async def _retried(client: Client, run: RunSeen, activity: PendingActivityInfo) -> TaskDelay:
@@ -112,15 +131,17 @@ async def _scheduled(client: Client, run: RunSeen) -> AsyncIterator[tuple[str, d
             yield attributes.activity_id, event.event_time.ToDatetime(UTC)
 
 
-async def _not_given_back(client: Client, run: RunSeen, *, task_id: str, task_queue: str) -> TaskDelay:
+async def _not_given_back(client: Client, run: RunSeen, *, task_id: str, task_queue: str, is_begun: bool) -> TaskDelay:
     how = "was terminated in Temporal" if run.status is RunStatus.TERMINATED else "reached a Temporal timeout"
-    next_look, pause_seconds = await _next_look(client, task_queue)
-    when = (
-        f"looks next at {next_look:%H:%M:%S} UTC, and gives job and credits back once it has found the run over twice, "
-        f"{pause_seconds:g} s apart"
-        if next_look
-        else "is not scheduled here: start a worker, or roll the task back by hand"
-    )
+    next_look, pause_seconds = (None, 0.0) if is_begun else await _next_look(client, task_queue)
+    when = "is not scheduled here: start a worker, or roll the task back by hand"
+    if is_begun:
+        when = "has found it, and gives job and credits back now"
+    elif next_look:
+        when = (
+            f"looks next at {next_look:%H:%M:%S} UTC, and gives job and credits back once it has found the run over "
+            f"twice, {pause_seconds:g} s apart"
+        )
     return TaskDelay(
         code=TERMINATED,
         sentence=f"The run of {task_id} {how} and gave nothing back itself: its hold and its job may still be open. "

@@ -262,10 +262,12 @@ class TemporalTasks:
             status = TaskStatus.COMPLETED if given_back.outcome == "already_charged" else TaskStatus.FAILED
             result = spec.result(task_id=task_id, status=status, credits=given_back.credits)
             return {"status": status, "result": result, "sentence": GIVEN_BACK[given_back.outcome]}
-        [delay] = await delays_of(self.client, run, task_id=task_id, task_queue=self.task_queue)
+        delays = await delays_of(self.client, run, task_id=task_id, task_queue=self.task_queue)
+        if not delays:  # it was given back meanwhile
+            return await self._left_behind(handle, run, task_id)
         credits = await self._queried(handle, "credits", CreditsSummary)
         open_credits = spec.result(task_id=task_id, status=TaskStatus.FAILED, credits=credits) if credits else None
-        return {"sentence": delay.sentence, "result": open_credits}
+        return {"sentence": delays[0].sentence, "result": open_credits}
 
     async def _queried(self, handle: WorkflowHandle[Any, Any], query: str, result_type: type[T]) -> T | None:
         with suppress(WorkflowQueryFailedError, WorkflowQueryRejectedError, NoQueryNow, RPCError):

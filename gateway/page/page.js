@@ -228,6 +228,9 @@ async function load({ older = false, anew = false } = {}) {
     if (task.status === "failed" || task.confirmation || task.scene === "model.train") refresh(task.task_id);
     card.showTime();
   }
+  // What delays a task is not in the list: whoever opens the page in an outage need not wait to see it.
+  const open = page.tasks.map(({ task_id }) => cards.get(task_id)).filter((card) => card && !card.isOver);
+  for (const card of open.slice(0, MAX_QUIET)) refresh(card.task.task_id);
   $("older").hidden = !cursor;
   trim();
 }

@@ -8,11 +8,31 @@ import re
 import pytest
 from playwright.async_api import Browser, Route, expect
 
+from comfyui_temporal import TemporalTasks
+from tests.conftest import unique
 from tests.page.conftest import PAYER, Watched, opened
 from tests.page.test_page import card, is_live
+from tests.waiting import until
 from tests.workflows.platform import CALLERS, task_id_of
 
 pytestmark = pytest.mark.browser
+
+
+async def test_what_delays_a_task_is_there_when_the_page_is_opened(browser: Browser, watched: Watched) -> None:
+    admin = watched.platform.simulators.admin.credits
+    fault = await admin.fault("error", route="pre_deduct", task_id=(task_id := unique("delayed")), times=None)
+    handle = await watched.platform.start_image(task_id=task_id)
+    tasks = TemporalTasks(watched.platform.client, task_queue=watched.platform.task_queue)
+
+    async def delayed() -> bool:
+        return any(delay.tries > 1 for delay in (await tasks.show(task_id)).delays)
+
+    await until(delayed)
+    async with opened(browser, watched) as seen:
+        await is_live(seen.page)
+        await expect(card(seen.page, task_id).locator(".error")).to_contain_text("pre_deduct failed", timeout=5_000)
+    await admin.remove_fault(fault)
+    await handle.cancel()
 
 
 @pytest.mark.slow
