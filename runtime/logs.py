@@ -24,6 +24,8 @@ OURS: Final = (
     *("proof", "runtime", "simulators", "store", "worker", "workflows"),
 )
 """Loggers whose level is the setting's. Libraries log at INFO at most: at DEBUG they write headers and bodies."""
+_OF_RUN: Final = ("workflow_id", "activity_type", "attempt")
+_BEHIND: Final = re.compile(r" \(\{.*\}\)$", re.DOTALL)
 _SECRETS: Final = (
     (re.compile(r"\beyJ[\w-]+\.[\w-]+(?:\.[\w-]*)?"), HIDDEN),  # JWT
     (re.compile(r"\b(bearer|basic) +[^\s\"',\\]+", re.IGNORECASE), rf"\1 {HIDDEN}"),
@@ -55,6 +57,19 @@ class _WithoutRetries(logging.Filter):
         # By its name: simulators log too, and know nothing of Temporal.
         is_known = type(failure).__name__ == "ApplicationError" and getattr(failure, "type", None) in _CODES
         return not (is_known and record.name == "temporalio.activity")
+
+
+class _RunAsFields(logging.Filter):
+    """The SDK writes all that it knows of a run behind the message: `_OF_RUN` of it become fields of the line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        known = {**getattr(record, "temporal_workflow", {}), **getattr(record, "temporal_activity", {})}
+        if known and isinstance(record.msg, str):
+            record.msg = _BEHIND.sub("", record.msg)
+            for name in _OF_RUN:
+                if name in known:
+                    setattr(record, name, known[name])
+        return True
 
 
 def redacted(line: str, hidden: Collection[str] = ()) -> str:
@@ -91,7 +106,7 @@ def configure_logs(*, level: str = "INFO", as_json: bool = True, hidden: Collect
     )
     handler = logging.StreamHandler(sys.stderr)
     formatter = _Redacting(
-        foreign_pre_chain=shared,
+        foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder(allow=_OF_RUN)],
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
     )
     # The longest first: a value that contains another is hidden whole. Also as it stands inside JSON.
@@ -99,6 +114,7 @@ def configure_logs(*, level: str = "INFO", as_json: bool = True, hidden: Collect
     formatter.hidden = tuple(sorted((v for v in values if len(v) >= MIN_HIDDEN_CHARACTERS), key=len, reverse=True))
     handler.setFormatter(formatter)
     handler.addFilter(_WithoutRetries())
+    handler.addFilter(_RunAsFields())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(logging.INFO, logging.getLevelNamesMapping()[level]))

@@ -106,6 +106,23 @@ def test_a_retry_leaves_no_traceback_and_an_unforeseen_error_does() -> None:
     assert [line.partition(": ")[2] for line in shown] == ["KeyError: odd", "bug"]
 
 
+def test_what_a_run_logs_is_a_sentence_with_the_runs_id_as_a_field() -> None:
+    program = """
+import logging
+from runtime.logs import configure_logs
+configure_logs()
+run = {"workflow_id": "reconcile-comfyui", "attempt": 2, "namespace": "default"}
+log = logging.getLogger("workflows.reconciler")
+log.info(f"%s is being given back already ({run})", "image-1", extra={"temporal_workflow": run})
+log.info("nobody's ({})")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PROJECT)
+    first, second = (json.loads(line) for line in done.stderr.splitlines())
+    assert first["event"] == "image-1 is being given back already"
+    assert (first["workflow_id"], first["attempt"]) == ("reconcile-comfyui", 2)
+    assert "namespace" not in first and second["event"] == "nobody's ({})"
+
+
 def test_every_logger_of_ours_has_the_level_of_the_settings() -> None:
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=PROJECT, capture_output=True, text=True, check=True)
     sources = [name for name in listed.stdout.split() if not name.startswith("tests/")]
