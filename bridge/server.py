@@ -5,7 +5,8 @@ files. `bridge/native` implements it for ComfyUI's own API. Another kind of serv
 `gpu_worker.py` is the only place that creates one.
 
 ServerError
-├── ServerUnavailable   no connection, no answer in time, 5xx: the request may have taken effect
+├── ServerUnavailable   no answer in time, 5xx: the request may have taken effect
+│   └── NotListening    no connection
 ├── UnexpectedAnswer    an answer that such a server never gives: another program, a proxy
 ├── UnsupportedServer   from `describe` only: the server cannot be used safely
 ├── SubmitRefused       from `submit` only: refused, but not because of the graph; nothing was queued
@@ -44,6 +45,10 @@ class ServerError(Exception):
 
 class ServerUnavailable(ServerError):
     """No usable answer. The request may or may not have taken effect."""
+
+
+class NotListening(ServerUnavailable):
+    """Nothing takes connections at its address: the server's process is gone."""
 
 
 class UnexpectedAnswer(ServerError):

@@ -30,7 +30,7 @@ from bridge.fitness import Fitness, TemplateState
 from bridge.graph_check import NoModel, chosen_models
 from bridge.graphs import needed_part
 from bridge.manifest import FileExtra
-from bridge.server import PromptRefused, PromptResult, PromptState, Server, ServerError
+from bridge.server import NotListening, PromptRefused, PromptResult, PromptState, Server, ServerError
 from bridge.slot import Slot
 from bridge.task_files import FOLDER, is_left_by
 from bridge.templates import RequestRefused, Template
@@ -60,6 +60,8 @@ class WarmUpPace:
     """No answer for so long: it is away."""
     stop: float = 60.0
     """A server that still runs it this long after a stop is sick."""
+    appears: float = 3.0
+    """A submit without an answer may still be queued for so long."""
 
 
 class _GivenUp(Exception):
@@ -102,6 +104,7 @@ class WarmUps:
         self.failed: dict[str, str] = {}
         """Template → why its warm-up failed."""
         self._was_away = False
+        self._silent_since: float | None = None
         self._losses: Counter[str] = Counter()
         self._decided = asyncio.Event()
 
@@ -136,18 +139,29 @@ class WarmUps:
             await asyncio.sleep(self._pace.look)
 
     async def _is_usable(self) -> bool:
-        """Whether the server answers and is well. One that was not has lost its models."""
-        if self._slot.health.problem is None:
-            with suppress(ServerError):
-                await self._server.queue()
-                if self._was_away:
-                    self._was_away = False
-                    self.cold = [name for name in self._wanted if self._losses[name] < MOST_LOSSES]
-                    self.failed = {name: why for name, why in self.failed.items() if name not in self.cold}
-                    self.on_change()
-                return True
-        self._was_away = True
-        return False
+        """Whether the server answers and is well. One that was gone, or sick, has lost its models."""
+        if self._slot.health.problem is not None:
+            self._was_away = True
+            return False
+        try:
+            await self._server.queue()
+        except ServerError as error:
+            self._is_silent(is_gone=isinstance(error, NotListening))
+            return False
+        self._silent_since = None
+        if self._was_away:
+            self._was_away = False
+            self.cold = [name for name in self._wanted if self._losses[name] < MOST_LOSSES]
+            self.failed = {name: why for name, why in self.failed.items() if name not in self.cold}
+            self.on_change()
+        return True
+
+    def _is_silent(self, *, is_gone: bool) -> None:
+        """It did not answer. While it loads a model it is slow, and has lost nothing."""
+        now = time.monotonic()
+        self._silent_since = self._silent_since or now
+        if is_gone or now - self._silent_since > self._pace.silent:
+            self._was_away = True
 
     async def _warm(self, template_id: str) -> None:
         template = self._fitness.template(template_id)
@@ -221,6 +235,7 @@ class _Run:
         self._waiting = waiting
         self._pace = pace
         self._was_sent = False
+        self._is_queued = False
 
     async def finish(self, info: Mapping[str, Any]) -> None:
         """Run it to its end. Raises _GivenUp, _Failed."""
@@ -228,10 +243,12 @@ class _Run:
             graph = await self._prepared(info)
             self._was_sent = True
             await self._server.submit(graph, self._prompt_id, self._template.result_nodes)
+            self._is_queued = True
             await self._follow()
         except (RequestRefused, NoModel) as refused:
             raise _Failed(str(refused)) from None
         except PromptRefused as refused:
+            self._was_sent = False
             raise _Failed(refused.details.message) from None
         except ServerError as error:
             raise _Failed(str(error), is_away=True) from None
@@ -240,8 +257,14 @@ class _Run:
         """Raises ServerError."""
         if not self._was_sent:
             return
-        while (await self._server.look_up(self._prompt_id, ())).state in (PromptState.PENDING, PromptState.RUNNING):
-            await self._server.cancel(self._prompt_id)
+        appears_until = time.monotonic() + self._pace.appears
+        while True:
+            state = (await self._server.look_up(self._prompt_id, ())).state
+            if state in (PromptState.PENDING, PromptState.RUNNING):
+                self._is_queued = True
+                await self._server.cancel(self._prompt_id)
+            elif state is not PromptState.UNKNOWN or self._is_queued or time.monotonic() > appears_until:
+                break
             await asyncio.sleep(min(0.2, self._pace.poll))
         for file in await self._server.produced(self._prompt_id):
             if is_left_by(file, self.run_id):

@@ -41,7 +41,8 @@ async def take_unsettled(connection: AsyncConnection, *, every: timedelta, limit
             tasks.c.ended_at.is_not(None),
             func.coalesce(tasks.c.settlement_looked_at, tasks.c.ended_at) <= func.now() - every,
         )
-        .order_by(tasks.c.ended_at)
+        # Those that were never looked at first: ones that stay unknown must not keep them out for the whole day.
+        .order_by(func.coalesce(tasks.c.settlement_looked_at, tasks.c.ended_at))
         .limit(limit)
         .with_for_update(skip_locked=True)
     )

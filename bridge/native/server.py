@@ -26,6 +26,7 @@ from bridge.native.history import files_of, result_of
 from bridge.server import (
     Content,
     FileUse,
+    NotListening,
     Prompt,
     PromptRefused,
     PromptState,
@@ -266,7 +267,8 @@ class NativeServer(OwnsClient):
 
     def _unavailable(self, path: str, error: Exception) -> ServerUnavailable:
         reason = shortened(repaired(str(error)), 200) or type(error).__name__
-        return ServerUnavailable(f"ComfyUI at {self.url} did not answer {path}: {reason}")
+        kind = NotListening if isinstance(error, httpx.ConnectError) else ServerUnavailable
+        return kind(f"ComfyUI at {self.url} did not answer {path}: {reason}")
 
     def _checked(self, response: httpx.Response, path: str) -> Any:
         self._checked_status(response, path)

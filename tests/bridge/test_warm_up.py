@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bridge.fitness import TemplateState
 from bridge.gpu_worker import GpuWorker
+from bridge.native import NativeServer as NativeClient
+from bridge.server import QueueState, ServerUnavailable
 from bridge.template_list import servers_of
 from bridge.warm_up import MOST_LOSSES, PROMPT
 from tests.bridge.native import NativeServer
@@ -196,6 +200,57 @@ async def test_a_warm_up_that_never_ends_makes_the_server_sick_until_it_does(
         await native.admin.set(stuck=False)
         await comes_true(lambda: worker.health.sickness is None, "it is well again", within_seconds=20)
         await delivered(bridge)
+
+
+class LateToQueue(NativeClient):
+    """Its answers to submits are lost, and the prompts are queued half a second later."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, read_seconds=1.0)
+        self.late: list[asyncio.Task[None]] = []
+
+    async def submit(self, graph: Mapping[str, Any], prompt_id: str, result_nodes: Sequence[str] = ()) -> None:
+        async def later() -> None:
+            await asyncio.sleep(0.5)
+            await super(LateToQueue, self).submit(graph, prompt_id, result_nodes)
+
+        self.late.append(asyncio.create_task(later()))
+        raise ServerUnavailable("no answer")
+
+
+async def test_a_warm_up_that_is_queued_late_does_not_run_on(bridge: BridgePlatform, native: NativeServer) -> None:
+    await native.admin.set(hold=True)
+    async with LateToQueue(native.url) as server, bridge.gpu_of(server, warm_up=["test-pattern"]) as worker:
+        is_over = lambda: len(server.late) == MOST_LOSSES and not worker.slot.is_held  # noqa: E731
+        await comes_true(is_over, within_seconds=20)
+        assert all(late.done() for late in server.late)
+        assert (await server.queue()).is_empty, "nobody waits for it"
+
+
+class SometimesSilent(NativeClient):
+    """It does not answer one look at its queue while it loads a model."""
+
+    silent = 0
+    looks = 0
+
+    async def queue(self) -> QueueState:
+        self.looks += 1
+        if self.silent:
+            self.silent -= 1
+            raise ServerUnavailable("no answer in time")
+        return await super().queue()
+
+
+async def test_one_late_answer_makes_no_template_cold(bridge: BridgePlatform, native: NativeServer) -> None:
+    async with (
+        SometimesSilent(native.url, read_seconds=1.0) as server,
+        bridge.gpu_of(server, warm_up=["test-pattern"]) as worker,
+    ):
+        await is_warm(worker)
+        server.silent, looks = 3, server.looks
+        await comes_true(lambda: server.looks > looks + 6, within_seconds=10)
+        assert worker.warm_ups.cold == []
+        assert len(await native.admin.submissions()) == 1
 
 
 async def test_a_graph_that_takes_the_server_down_is_not_run_for_ever(bridge: BridgePlatform, tmp_path: Path) -> None:

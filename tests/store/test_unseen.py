@@ -55,6 +55,26 @@ def test_two_namespaces_of_one_name_are_distinguished_by_their_ids() -> None:
     assert not by_name.is_same(StoreHome(namespace="other"))
 
 
+async def test_rows_that_stay_unsettled_keep_no_other_one_out(new_database: NewDatabase) -> None:
+    dsn = await new_database()
+    store = TaskStore(dsn)
+    unknown = CreditsSummary(settlement=SettlementState.UNKNOWN, charged=None, returned=None)
+    task_ids = [new_task_id() for _ in range(3)]
+    for task_id in task_ids:
+        await store.claim(claim_of(task_id))
+        await store.write(write_of(task_id, end(), credits=unknown, status=TaskStatus.COMPLETED))
+    connection = await asyncpg.connect(dsn)
+    for hours, task_id in zip((3, 2, 1), task_ids, strict=True):
+        await connection.execute(
+            "UPDATE tasks SET ended_at = now() - make_interval(hours => $2) WHERE task_id = $1", task_id, hours
+        )
+    await connection.close()
+    looks = [await store.take_unsettled(every=timedelta(0), limit=2) for _ in range(2)]
+    assert [task.task_id for look in looks for task in look].count(task_ids[2]) == 1
+    assert task_ids[2] in {task.task_id for task in looks[1]}, "the others are due again, and were looked at before"
+    await store.close()
+
+
 async def test_an_unsettled_row_that_cannot_be_read_hides_no_other(new_database: NewDatabase) -> None:
     dsn = await new_database()
     store = TaskStore(dsn)
