@@ -128,18 +128,20 @@ class Access:
         caller = self.stream_tokens.read(token) or await self._read(token)
         return _allowed(self._known(connection, caller), Operation.READ_TASK)
 
-    async def knows(self, connection: HTTPConnection) -> bool:
-        """Whether the request has a valid token; also where the keys cannot be read now, which its route answers."""
+    async def tenant_of(self, connection: HTTPConnection) -> str | None:
+        """The tenant of the request's token; None without a valid one.
+
+        Empty where the keys cannot be read now, which its route answers.
+        """
         token = _bearer_token(connection)
         if token is None:
-            return False
+            return None
         try:
-            await self._callers.read(token)
+            return (await self._callers.read(token)).tenant_id
         except TokenRefused:
-            return False
+            return None
         except TokensUnverifiable:
-            return True
-        return True
+            return ""
 
     def _known(self, connection: HTTPConnection, caller: Caller) -> Caller:
         caller = caller.model_copy(update={"own_tasks_only": self._own_tasks_only})

@@ -17,6 +17,7 @@ from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS, TenantLimits
 from gateway.access import Access
 from gateway.audit import AuditLog
+from gateway.body_memory import BodyMemory
 from gateway.callback_relay import CallbackRelay
 from gateway.callbacks import CallbackReceiver, callback_routes
 from gateway.dataset_routes import Datasets, dataset_routes
@@ -100,7 +101,7 @@ def create_app(
     receiver = CallbackReceiver(CallbackSignatures(callback_secrets), relay, log_writer, metrics, ticks)
 
     hub = EventHub(store, draining, keeps_ended=ended_streams_are_kept, status_words=status_words)
-    door = TenantDoor(store, limits_of)
+    door, memory = TenantDoor(store, limits_of), BodyMemory()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -138,7 +139,7 @@ def create_app(
         app.include_router(metrics_page)
     if access is not None:
         waits = StartWaits(temporal, store, draining, task_queue=task_queue)
-        uploads = Uploads(store, upload_settings or UploadSettings(), limits_of)
+        uploads = Uploads(store, upload_settings or UploadSettings(), limits_of, memory)
         files = TaskUploads(uploads, templates := Templates(temporal, task_queue=task_queue))
         tasks = Tasks(temporal, store, lists, files, task_queue=task_queue, door=door, waits=waits)
         rollback = Rollback(temporal, tasks, task_queue=task_queue)
@@ -156,7 +157,9 @@ def create_app(
         ):
             app.include_router(router)
     app.add_middleware(AuditLog, store)
-    app.add_middleware(RequestLimits, access, inline_bytes=upload_settings.inline_bytes if upload_settings else 0)
+    app.add_middleware(
+        RequestLimits, access, memory, inline_bytes=upload_settings.inline_bytes if upload_settings else 0
+    )
     if allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -186,6 +186,8 @@ def of_http_exception(error: HTTPException) -> Problem:
             return Problem(ProblemCode.TOO_SLOW, "The body did not arrive in time; send the request again.")
         case 413:
             return Problem(ProblemCode.TOO_LARGE, f"The body is too large for this route: {error.detail}.")
+        case 429:
+            return Problem(ProblemCode.RATE_LIMITED, error.detail, headers=error.headers)
         case status if status < 500:
             return Problem(ProblemCode.INPUT_INVALID, "The request cannot be read: its body must be one JSON object.")
         case _:

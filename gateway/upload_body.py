@@ -1,4 +1,4 @@
-"""The bytes of an upload as they arrive: a stalled sender is sent away, and one that leaves keeps what it has sent."""
+"""The bytes of an upload as they arrive: a slow sender is sent away, and one that leaves keeps what it has sent."""
 
 from __future__ import annotations
 
@@ -11,40 +11,66 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from gateway.problems import Problem
+from runtime.stated_size import stated_size
 
-IDLE_SECONDS: Final = 30.0
-"""So long nothing may arrive. A whole body has no limit of time: a large file takes what it takes."""
+SLOW_SECONDS: Final = 30.0
+SLOW_BYTES: Final = 128 * 1024
+"""Within `SLOW_SECONDS` so much must arrive, or the end: some 35 kbit/s. A whole body has no limit of time: a large
+file takes what it takes."""
 MAX_DROPPED_BYTES: Final = 64 * 1024 * 1024
-MAX_DIGITS: Final = 18
 
 
 class SentBytes:
-    """A request's body, once. `has_left`: its sender went away before the end."""
+    """A request's body, once. `has_left`: its sender went away before the end, or was sent away (`end`)."""
 
-    def __init__(self, request: Request, *, idle_seconds: float = IDLE_SECONDS) -> None:
+    def __init__(self, request: Request) -> None:
         self._stream = request.stream()
-        self._idle_seconds = idle_seconds
-        self.stated = _stated(request.headers.get("content-length"))
+        self._arriving: asyncio.Timeout | None = None
+        """Set while it waits for bytes."""
+        self.stated = stated_size(request.headers.get("content-length"))
         """What `Content-Length` says; None where it says nothing."""
-        self.has_left = False
+        self.has_left = self.is_ended = False
         self._waits = "100-continue" in request.headers.get("expect", "").lower()
         """The sender waits for `100 Continue`: an answer before that is read at once."""
+
+    def end(self) -> None:
+        """Take no more of it, as though its sender had left."""
+        self.is_ended = True
+        if self._arriving is not None and not self._arriving.expired():
+            self._arriving.reschedule(asyncio.get_running_loop().time())
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Raises HTTPException 408."""
         self._waits = False
-        while True:
+        clock = asyncio.get_running_loop().time
+        # Only the wait for the sender counts: storage may be slow too.
+        seconds, missing = SLOW_SECONDS, SLOW_BYTES
+        while not self.is_ended:
+            began = clock()
             try:
-                async with asyncio.timeout(self._idle_seconds):
-                    chunk = await anext(self._stream, None)
+                chunk = await self._next(seconds)
             except TimeoutError:
+                if self.is_ended:
+                    break
                 raise HTTPException(408) from None
             except ClientDisconnect:
                 self.has_left = True
                 return
             if chunk is None:
                 return
+            seconds, missing = seconds - (clock() - began), missing - len(chunk)
+            if missing <= 0:
+                seconds, missing = SLOW_SECONDS, SLOW_BYTES
             yield chunk
+        self.has_left = True
+
+    async def _next(self, seconds: float) -> bytes | None:
+        """None: it is complete. Raises TimeoutError."""
+        try:
+            async with asyncio.timeout(seconds) as self._arriving:
+                return await anext(self._stream, None)
+        finally:
+            self._arriving = None
 
     @asynccontextmanager
     async def answered_at_its_end(self) -> AsyncIterator[None]:
@@ -67,8 +93,3 @@ class SentBytes:
                 left -= len(chunk)
                 if left < 0:
                     return
-
-
-def _stated(content_length: str | None) -> int | None:
-    is_number = content_length is not None and content_length.isascii() and content_length.isdigit()
-    return int(content_length) if is_number and content_length and len(content_length) <= MAX_DIGITS else None

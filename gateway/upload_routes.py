@@ -50,7 +50,7 @@ ANSWERED_HEADERS: Final = (
 _ANY: Final = (
     *(ProblemCode.UNAUTHENTICATED, ProblemCode.NOT_AUTHORIZED, ProblemCode.INPUT_INVALID),
     *(ProblemCode.STORE_UNAVAILABLE, ProblemCode.STORAGE_UNAVAILABLE, ProblemCode.TOKENS_UNVERIFIABLE),
-    ProblemCode.UPLOADS_NOT_OFFERED,
+    *(ProblemCode.UPLOADS_NOT_OFFERED, ProblemCode.RATE_LIMITED),
 )
 _OWN: Final = (*_ANY, ProblemCode.UPLOAD_UNKNOWN, ProblemCode.UPLOAD_EXPIRED)
 _TAKEN: Final = (
@@ -117,7 +117,7 @@ def upload_routes(uploads: Uploads, access: Access) -> APIRouter:
     @router.post(
         "",
         status_code=201,
-        responses=_BEGUN | problems(*_ANY, *_TAKEN, ProblemCode.RATE_LIMITED),
+        responses=_BEGUN | problems(*_ANY, *_TAKEN),
         openapi_extra=_FILE,
     )
     async def upload(

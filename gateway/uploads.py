@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final, TypeVar
@@ -35,15 +35,19 @@ from comfyui_temporal.contracts.uploads import (
     InputKind,
     file_type,
 )
+from gateway.body_memory import BodyMemory
 from gateway.problems import FieldProblem, Problem, ProblemCode
 from gateway.tenant_limits import checked
 from gateway.upload_body import SentBytes
+from gateway.upload_turns import TurnNotReached, UploadTurns
 from runtime.caller_tokens import Caller
 from store import StoredUpload, StoreUnavailable, TaskStore
 from store.uploads import MAX_PARTS, Finished, Received
 
 PART_BYTES: Final = 8 * 1024 * 1024
 """What one upload takes in memory, and what a killed gateway loses at most."""
+JOIN_BYTES: Final = 3 * PART_BYTES
+"""What a join takes: the part that it reads, and those that are being written (activities/object_folders.py)."""
 MIB: Final = 1024 * 1024
 
 T = TypeVar("T")
@@ -67,10 +71,18 @@ class UploadSettings:
 class Uploads:
     """The uploads of all tenants, for one caller at a time. Every method raises Problem."""
 
-    def __init__(self, store: TaskStore, settings: UploadSettings, limits_of: Callable[[str], TenantLimits]) -> None:
+    def __init__(
+        self,
+        store: TaskStore,
+        settings: UploadSettings,
+        limits_of: Callable[[str], TenantLimits],
+        memory: BodyMemory,
+    ) -> None:
         self._rows = store.uploads
         self.settings = settings
         self._limits_of = limits_of
+        self._memory = memory
+        self._turns, self._joins = UploadTurns(), UploadTurns()
 
     @property
     def files(self) -> UploadFiles:
@@ -113,12 +125,16 @@ class Uploads:
         )
         if body.stated is not None and body.stated > most:
             raise too_large
-        upload = await self.begin(caller, most if body.stated is None else body.stated, kind=kind)
-        try:
-            upload = await self._received(upload, body, is_whole=True, too_large=too_large)
-        except BaseException:
-            await self._drop(upload)
-            raise
+        async with AsyncExitStack() as room:
+            await room.enter_async_context(self._room_for(caller, body))
+            upload = await self.begin(caller, most if body.stated is None else body.stated, kind=kind)
+            try:
+                upload = await self._received(upload, body, is_whole=True, too_large=too_large)
+                await room.aclose()
+                upload = await self._joined(upload)
+            except BaseException:
+                await self._drop(upload)
+                raise
         if upload.whole_at is None:
             # Its sender has left.
             await self._drop(upload)
@@ -128,15 +144,19 @@ class Uploads:
     async def append(self, caller: Caller, upload_id: str, at_byte: int, body: SentBytes) -> StoredUpload:
         """More of an upload, from the byte on that it has reached. Raises Problem 404, 409, 410, 413, 415."""
         upload = await self.own(caller, upload_id)
-        if at_byte != upload.received_bytes or upload.whole_at is not None:
+        _check_part(upload, at_byte, body)
+        try:
+            async with self._turns.of(upload_id, body) as has_waited:
+                if has_waited:
+                    upload = await self._again(upload)
+                    _check_part(upload, at_byte, body)
+                async with self._room_for(caller, body):
+                    upload = await self._received(upload, body, is_whole=False, too_large=_more_than_said(upload))
+        except TurnNotReached:
+            raise _wrong_offset(upload) from None
+        if body.is_ended and upload.received_bytes == at_byte:
             raise _wrong_offset(upload)
-        too_large = Problem(
-            ProblemCode.TOO_LARGE,
-            f"More bytes than Upload-Length said ({upload.size_bytes}); begin a new upload with the right length.",
-        )
-        if body.stated is not None and at_byte + body.stated > upload.size_bytes:
-            raise too_large
-        return await self._received(upload, body, is_whole=False, too_large=too_large)
+        return await self._joined(upload)
 
     async def own(self, caller: Caller, upload_id: str) -> StoredUpload:
         """An upload that the caller sees, whole if everything has arrived. Raises Problem 404, 410."""
@@ -170,36 +190,41 @@ class Uploads:
         }
         return {upload_id: await self._joined(upload) for upload_id, upload in seen.items()}
 
+    def _room_for(self, caller: Caller, body: SentBytes) -> AbstractAsyncContextManager[None]:
+        """Within it the body's buffer has its memory. Raises Problem 429."""
+        size = PART_BYTES if body.stated is None else min(body.stated, PART_BYTES)
+        return self._memory.reserved(caller.tenant_id, size)
+
     async def _received(
         self, upload: StoredUpload, body: SentBytes, *, is_whole: bool, too_large: Problem
     ) -> StoredUpload:
-        """The upload with what the body brings. What had come before its sender left counts."""
+        """The upload with what the body brings, not joined yet. What had come before its sender left counts."""
         buffer, left = bytearray(), upload.size_bytes - upload.received_bytes
+        is_sized = body.stated is not None or not is_whole
         async for chunk in body.chunks():
             left -= len(chunk)
             if left < 0:
                 raise too_large
             buffer += chunk
             while len(buffer) >= PART_BYTES:
-                upload = await self._count(upload, bytes(buffer[:PART_BYTES]))
+                part = bytes(memoryview(buffer)[:PART_BYTES])
                 del buffer[:PART_BYTES]
+                upload = await self._count(upload, part, is_sized=is_sized)
         if is_whole and body.has_left:
             return upload
         if is_whole and not upload.received_bytes:
             # Nobody else knows its id yet: it can go where it belongs at once.
             return await self._put(upload, bytes(buffer))
         if buffer:
-            upload = await self._count(upload, bytes(buffer))
-        if is_whole:
-            upload = upload.model_copy(update={"size_bytes": upload.received_bytes})
-        return await self._joined(upload)
+            upload = await self._count(upload, bytes(buffer), is_sized=is_sized)
+        return upload.model_copy(update={"size_bytes": upload.received_bytes}) if is_whole else upload
 
-    async def _count(self, upload: StoredUpload, content: bytes) -> StoredUpload:
-        """Store one part and count it."""
+    async def _count(self, upload: StoredUpload, content: bytes, *, is_sized: bool) -> StoredUpload:
+        """Store one part and count it. `is_sized`: the upload's size is known, and not only the most that it may be."""
         found: FileType | None = None
-        is_last = upload.received_bytes + len(content) == upload.size_bytes
-        if not upload.received_bytes and (len(content) >= HEAD_BYTES or is_last):
-            found = await self._type_of(upload, content[:HEAD_BYTES])
+        reached = upload.received_bytes + len(content)
+        if not upload.received_bytes and (len(content) >= HEAD_BYTES or reached == upload.size_bytes):
+            found = await self._type_of(upload, content[:HEAD_BYTES], upload.size_bytes if is_sized else reached)
         if len(upload.parts) >= MAX_PARTS:
             least = -(-upload.size_bytes // MAX_PARTS)
             raise Problem(
@@ -228,22 +253,34 @@ class Uploads:
 
     async def _put(self, upload: StoredUpload, content: bytes) -> StoredUpload:
         """The whole file at once."""
-        found = await self._type_of(upload, content[:HEAD_BYTES])
+        found = await self._type_of(upload, content[:HEAD_BYTES], len(content))
         async with _storage():
             written = await self.files.put(upload.tenant_id, upload.upload_id, content)
         return await self._finished(upload, written, found)
 
     async def _joined(self, upload: StoredUpload) -> StoredUpload:
-        """The upload, whole if everything of it has arrived."""
+        """The upload, whole if everything of it has arrived. Raises Problem 429, 503."""
         if upload.whole_at is not None or not upload.is_received or not upload.parts:
             return upload
+        try:
+            async with self._joins.of(upload.upload_id) as has_waited:
+                if has_waited and (joined := await self._again(upload)).whole_at is not None:
+                    return joined
+                async with self._memory.reserved(upload.tenant_id, JOIN_BYTES):
+                    return await self._join(upload)
+        except TurnNotReached:
+            raise Problem(
+                ProblemCode.STORAGE_UNAVAILABLE, "All has arrived, and is being put together: ask again later."
+            ) from None
+
+    async def _join(self, upload: StoredUpload) -> StoredUpload:
         async with _storage():
             try:
                 written = await self.files.join(upload.tenant_id, upload.upload_id, upload.parts)
             except FileNotFoundError:
                 # Another gateway joined it first, and deleted the parts.
                 return await self._again(upload)
-        found = await self._type_of(upload, written.head)
+        found = await self._type_of(upload, written.head, written.size_bytes)
         finished = await self._finished(upload, written, found)
         with suppress(*STORAGE_ERRORS):
             await self.files.drop_parts(upload.tenant_id, upload.upload_id)
@@ -269,10 +306,10 @@ class Uploads:
             raise _unknown(upload.upload_id)
         return found
 
-    async def _type_of(self, upload: StoredUpload, head: bytes) -> FileType:
+    async def _type_of(self, upload: StoredUpload, head: bytes, size_bytes: int) -> FileType:
         """What the file is. One that no task takes, or that is not what it was said to be, is deleted."""
         try:
-            return _type_of(head, upload)
+            return _type_of(head, size_bytes, upload.declared)
         except Problem:
             await self._drop(upload)
             raise
@@ -284,15 +321,30 @@ class Uploads:
         await _stored(self._rows.forget([upload.upload_id]))
 
 
-def _type_of(head: bytes, upload: StoredUpload) -> FileType:
+def _check_part(upload: StoredUpload, at_byte: int, body: SentBytes) -> None:
+    """Raises Problem 409, 413."""
+    if at_byte != upload.received_bytes or upload.whole_at is not None:
+        raise _wrong_offset(upload)
+    if body.stated is not None and at_byte + body.stated > upload.size_bytes:
+        raise _more_than_said(upload)
+
+
+def _more_than_said(upload: StoredUpload) -> Problem:
+    return Problem(
+        ProblemCode.TOO_LARGE,
+        f"More bytes than Upload-Length said ({upload.size_bytes}); begin a new upload with the right length.",
+    )
+
+
+def _type_of(head: bytes, size_bytes: int, declared: str | None) -> FileType:
     """Raises Problem 413, 415, 422."""
-    found, declared = file_type(head), upload.declared
+    found = file_type(head)
     if found is None:
         known = ", ".join(KIND_NAMES.values())
         raise Problem(
             ProblemCode.FILE_UNSUPPORTED, f"By its first bytes the file is none of these: {known}. It was not kept."
         )
-    if found.kind is FileKind.IMAGE and upload.size_bytes > MAX_IMAGE_BYTES:
+    if found.kind is FileKind.IMAGE and size_bytes > MAX_IMAGE_BYTES:
         raise Problem(
             ProblemCode.TOO_LARGE, f"A picture may have at most {MAX_IMAGE_BYTES} bytes. The file was not kept."
         )
