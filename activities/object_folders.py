@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
@@ -33,6 +34,7 @@ PART_BYTES: Final = 5 * 1024 * 1024
 PARTS_AT_ONCE: Final = 2
 """Bounds the memory of one upload: at most these parts, and the one that is being filled."""
 DELETES_AT_ONCE: Final = 16
+_LEFTOVER: Final = re.compile(r"#[0-9]+$")
 REMOTE: Final[ClientConfig] = {"connect_timeout": timedelta(seconds=2), "timeout": timedelta(seconds=60)}
 RETRIES: Final[RetryConfig] = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
 STORAGE_ERRORS: Final = (BaseError, OSError, ValueError)
@@ -105,6 +107,10 @@ def _local_address(folder: Path) -> FolderAddress:
     return FolderAddress("file", folder.as_uri(), folder)
 
 
+def _any(_path: str) -> bool:
+    return True
+
+
 class ObjectFolder:
     """Reads and writes below one folder. Every method raises STORAGE_ERRORS; a missing object is FileNotFoundError.
 
@@ -114,6 +120,7 @@ class ObjectFolder:
 
     def __init__(self, root: FolderAddress, *below: str, is_ours: bool = False) -> None:
         self.address = root.below(*below)
+        self._root = root.local
         self._prefix = "".join(f"{part}/" for part in below)
         if root.local is not None:
             if not is_ours and not root.local.is_dir():
@@ -160,6 +167,16 @@ class ObjectFolder:
             self._store, self._prefix + path, content, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE
         )
 
+    async def delete_leftovers(self, before: datetime | None = None, *, is_meant: Callable[[str], bool] = _any) -> int:
+        """Delete what writers that were killed have left on a disk, by default however new. Returns how many files.
+
+        There an object is written beside its place, as `{path}#{number}`. Such names are no objects: they are never
+        listed, and no call of the store deletes them. `is_meant` takes the path of the object.
+        """
+        if self.address.local is None or self._root is None:
+            return 0
+        return await asyncio.to_thread(_delete_leftovers, self.address.local, self._root, before, is_meant)
+
     async def delete(self, paths: list[str]) -> None:
         """Delete objects. A missing object is not an error."""
         for start in range(0, len(paths), DELETES_AT_ONCE):
@@ -175,6 +192,29 @@ class ObjectFolder:
             raise OutsideFolder(path)
         if self.address.local is not None and not await asyncio.to_thread(is_inside, self.address.local, path):
             raise OutsideFolder(path)
+
+
+def _delete_leftovers(folder: Path, root: Path, before: datetime | None, is_meant: Callable[[str], bool]) -> int:
+    deleted = 0
+    for place, _, names in os.walk(folder):
+        for name in filter(_LEFTOVER.search, names):
+            path = Path(place, name)
+            with suppress(FileNotFoundError):
+                written_at = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+                is_old = before is None or written_at < before
+                if is_old and is_meant(_LEFTOVER.sub("", path.relative_to(folder).as_posix())):
+                    path.unlink()
+                    deleted += 1
+                    _remove_empty(path.parent, root)
+    return deleted
+
+
+def _remove_empty(folder: Path, root: Path) -> None:
+    """As the store does after its own deletions."""
+    with suppress(OSError):
+        while folder != root:
+            folder.rmdir()
+            folder = folder.parent
 
 
 def is_inside(folder: Path, path: str) -> bool:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
 from activities.object_folders import BadAddress, FolderAddress, ObjectFolder, read_address
-from comfyui_temporal.contracts.uploads import HEAD_BYTES, parts_folder, upload_path
+from comfyui_temporal.contracts.uploads import HEAD_BYTES, is_upload_path, parts_folder, upload_path
 
 
 class Joined(NamedTuple):
@@ -89,19 +89,30 @@ class UploadFiles:
 
     async def delete_of(self, tenant_id: str) -> int:
         """Delete everything of a tenant."""
-        return await self._empty(ObjectFolder(self.root, tenant_id, is_ours=True))
+        folder = ObjectFolder(self.root, tenant_id, is_ours=True)
+        return await self._empty(folder) + await folder.delete_leftovers()
 
     async def delete_older(self, before: datetime) -> int:
-        """Delete what was written before a time, whether any row names it or not."""
-        return await self._empty(self._files(), before)
+        """Delete uploads and parts that were written before a time, whether any row names them or not, and no other
+        file: somebody may keep something else at this address."""
+        return await self._empty(self._files(), before, is_upload_path)
 
-    async def _empty(self, folder: ObjectFolder, before: datetime | None = None) -> int:
+    async def delete_leftovers(self, before: datetime) -> int:
+        """Delete what killed writers have left on a disk before a time."""
+        if self.root.local is not None and not self.root.local.is_dir():
+            return 0
+        return await self._files().delete_leftovers(before, is_meant=is_upload_path)
+
+    async def _empty(
+        self, folder: ObjectFolder, before: datetime | None = None, is_meant: Callable[[str], bool] | None = None
+    ) -> int:
         if folder.address.local is not None and not folder.address.local.is_dir():
             return 0
         paths = [
             found.path
             async for found in folder.objects()
-            if before is None or (found.changed_at is not None and found.changed_at < before)
+            if (before is None or (found.changed_at is not None and found.changed_at < before))
+            and (is_meant is None or is_meant(found.path))
         ]
         await folder.delete(paths)
         return len(paths)

@@ -37,6 +37,7 @@ from comfyui_temporal.contracts.tenant_limits import MAX_LIMIT, TenantLimits
 from comfyui_temporal.encryption_keys import EncryptionKeys
 from runtime.callback_secrets import by_name
 from runtime.caller_claims import CallerClaims
+from runtime.storage_apart import check_apart
 
 MIN_SECRET_BYTES = 32
 TEMPORALS_OWN_KEY: Final = "TEMPORAL_API_KEY"
@@ -192,7 +193,8 @@ class Settings(BaseSettings):
     upload_inline_bytes: int = Field(default=256 * 1024, ge=0, le=8 * 1024**2)
     """The most bytes of files within one order, in base64, all together; 0: none is taken."""
     upload_hours: float = Field(default=24, gt=0, le=24 * 365)
-    """How long an upload may be named. It is deleted a day later, with the next purge."""
+    """How long an upload may be named. It is deleted with the first purge a day later, unless an open task may
+    name it."""
     dataset_roots: Annotated[list[str], NoDecode] = []
     """Prefixes for a tenant's datasets and checkpoints, comma-separated; each must contain `{tenant_id}`.
     Without any, no dataset is read: trainings are refused."""
@@ -342,6 +344,13 @@ class Settings(BaseSettings):
                 raise ValueError(f"{names[key]} and {name} must differ, or one token would open the other's doors")
         if self.caller_audience == self.service_audience:
             raise ValueError("caller_audience and service_audience must differ")
+        return self
+
+    @model_validator(mode="after")
+    def _uploads_apart(self) -> Self:
+        stores = {name: getattr(self, name) for name in ("bridge_store_url", "object_store_url")}
+        roots = {name: getattr(self, name) for name in ("dataset_roots", "bridge_image_roots")}
+        check_apart(self.uploads_url, stores, roots)
         return self
 
     @model_validator(mode="after")

@@ -31,16 +31,17 @@ from store.migrate import migrate, revert
 from store.task_files import FETCHED_MODELS, MODELS, RESULTS, TaskFiles
 from store.task_store import TaskStore
 from store.upkeep import EndedTask, Undeletable
-from store.uploads import StoredUpload
+from store.uploads import CLOCKS_DIFFER, LONG_AGO, StoredUpload
 
 RPC_TIMEOUT: Final = timedelta(seconds=5)
 CANNOT_START: Final = 2
 UPLOAD_GRACE: Final = timedelta(days=1)
-"""A task that was started before its upload expired may run for so long, and fetches it again for each attempt."""
+"""For tasks that were started while every worker was away: they have no row yet. What a task with a row may name stays
+as long as it is open (store/uploads.py)."""
+LEFTOVER_AGE: Final = timedelta(days=1)
+"""What a writer of today may still be writing is younger."""
 FETCHED_MODEL_DAYS: Final = 30
 """A model that was fetched is used for jobs that begin within the same week (bridge/lora_files.py)."""
-CLOCKS_DIFFER: Final = timedelta(hours=1)
-"""By less than this: an upload's row is older than its files."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The task store's tables.")
 
@@ -111,8 +112,8 @@ def purge_command() -> None:
     """Delete tasks that ended longer ago than RETENTION_DAYS, with events, logs and results. Safe to repeat.
 
     Results, models and checkpoints that are older than RESULT_RETENTION_DAYS and MODEL_RETENTION_DAYS are deleted too.
-    So are uploads a day after they expired, and records of the audit log, by AUDIT_RETENTION_DAYS. The claims of ids
-    are kept: no id is ever used twice.
+    So are uploads a day after they expired, unless an open task may name them, what killed processes have left on
+    disks, and records of the audit log, by AUDIT_RETENTION_DAYS. The claims of ids are kept: no id is ever used twice.
     """
     _finish(_purge(*_settings()))
 
@@ -206,8 +207,10 @@ async def _purge(settings: Settings, dsn: str) -> None:
         ):
             if days is not None:
                 deleted += await files.delete_older(folders, now - timedelta(days=days))
-        uploads, of_uploads = await _deleted_uploads(store, files, partial(store.uploads.expired, now - UPLOAD_GRACE))
+        deleted += await files.delete_leftovers(now - LEFTOVER_AGE)
+        uploads, of_uploads = await _deleted_uploads(store, files, _expired_before(store, now - UPLOAD_GRACE))
         oldest = await store.uploads.oldest()
+        # An upload's row is older than its files.
         of_uploads += await files.delete_uploads_older(now - UPLOAD_GRACE if oldest is None else oldest - CLOCKS_DIFFER)
         audited = now - timedelta(days=settings.audit_retention_days)
         records = 0
@@ -260,6 +263,19 @@ async def _deleted_uploads(
         await store.uploads.forget([each.upload_id for each in found])
         uploads += len(found)
     return uploads, deleted
+
+
+def _expired_before(store: TaskStore, before: datetime) -> Callable[[], Awaitable[list[StoredUpload]]]:
+    """Goes on where the last answer ended."""
+    since = LONG_AGO
+
+    async def some() -> list[StoredUpload]:
+        nonlocal since
+        found = await store.uploads.expired(before, since=since)
+        since = found[-1].expires_at if found else since
+        return found
+
+    return some
 
 
 def _refuse_open(tenant_id: str, found: Undeletable) -> None:

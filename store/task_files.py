@@ -77,6 +77,20 @@ class TaskFiles:
         async with _said(self._uploads.root):
             return await self._uploads.delete_older(before)
 
+    async def delete_leftovers(self, before: datetime) -> int:
+        """Delete what killed writers have left on disks before a time: no listing shows it."""
+        deleted = 0
+        of_bridge = (*_OF_JOB, *MODELS, *FETCHED_MODELS, "lora-caches")
+        for root, folders in ((self._bridge, of_bridge), (self._objects, ("snapshots",))):
+            for folder in folders:
+                async with _said(root):
+                    if (local := root.below(folder).local) is not None and local.is_dir():
+                        deleted += await ObjectFolder(root, folder, is_ours=True).delete_leftovers(before)
+        if self._uploads is not None:
+            async with _said(self._uploads.root):
+                deleted += await self._uploads.delete_leftovers(before)
+        return deleted
+
 
 def _address(setting: str, url: str) -> FolderAddress:
     try:
@@ -97,7 +111,7 @@ async def _delete(root: FolderAddress, *below: str, before: datetime | None = No
             if before is None or (found.changed_at is not None and found.changed_at < before)
         ]
         await folder.delete(paths)
-        return len(paths)
+        return len(paths) + (await folder.delete_leftovers() if before is None else 0)
 
 
 @asynccontextmanager

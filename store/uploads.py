@@ -9,23 +9,25 @@ Each function is one transaction's work.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Text, any_, bindparam, case, delete, func, literal, select, update
+from sqlalchemy import BigInteger, Text, any_, bindparam, case, delete, exists, func, literal, select, update
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from comfyui_temporal.contracts.fields import Instant, OwnModel
+from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.tenant_limits import Admission, Allowance, Limit, TenantLimits
 from comfyui_temporal.contracts.uploads import FileKind, UploadView, upload_address
 from store.database import Database
-from store.tables import uploads
+from store.tables import tasks, uploads
 
 MAX_PARTS: Final = 1_000
 LEAST_COUNTED_BYTES: Final = 64 * 1024
 """A small file counts as so much: many of them fill tables and directories."""
 DELETED_AT_ONCE: Final = 50
+LONG_AGO: Final = datetime(1970, 1, 1, tzinfo=UTC)
 OPEN_AGAIN_SECONDS: Final = 60
 """When a caller at a limit may try again: it depends on what is deleted or expires."""
 
@@ -123,9 +125,19 @@ _FINISH: Final = (
     )
     .returning(uploads)
 )
+CLOCKS_DIFFER: Final = timedelta(hours=1)
+"""By less than this: those of gateways, Temporal, the store and the storage."""
+_MAY_BE_NAMED: Final = exists().where(
+    tasks.c.tenant_id == uploads.c.tenant_id,
+    tasks.c.ended_at.is_(None),
+    tasks.c.scene != literal(Scene.MODEL_TRAIN.value),
+    tasks.c.created_at.between(uploads.c.created_at - CLOCKS_DIFFER, uploads.c.expires_at + CLOCKS_DIFFER),
+)
+"""By an open task: it began while the upload could be named. It fetches the file for each attempt, and how long it
+waits in queues has no limit. Its input is not searched: it may be encrypted, or not be kept."""
 _EXPIRED: Final = (
     select(uploads)
-    .where(uploads.c.expires_at < bindparam("before"))
+    .where(uploads.c.expires_at < bindparam("before"), uploads.c.expires_at >= bindparam("since"), ~_MAY_BE_NAMED)
     .order_by(uploads.c.expires_at)
     .limit(DELETED_AT_ONCE)
 )
@@ -199,9 +211,9 @@ async def forget(connection: AsyncConnection, upload_ids: Sequence[str]) -> None
     await connection.execute(_DELETE, {"ids": list(upload_ids)})
 
 
-async def expired(connection: AsyncConnection, before: datetime) -> list[StoredUpload]:
-    """Some uploads that expired before a time."""
-    return [_read(row) for row in await connection.execute(_EXPIRED, {"before": before})]
+async def expired(connection: AsyncConnection, before: datetime, since: datetime) -> list[StoredUpload]:
+    """Some uploads that expired before a time and not before another, in this order, and that no open task names."""
+    return [_read(row) for row in await connection.execute(_EXPIRED, {"before": before, "since": since})]
 
 
 async def of_tenant(connection: AsyncConnection, tenant_id: str) -> list[StoredUpload]:
@@ -259,10 +271,13 @@ class UploadRows:
             lambda connection: forget(connection, upload_ids), doing=f"deleting {len(upload_ids)} uploads"
         )
 
-    async def expired(self, before: datetime) -> list[StoredUpload]:
-        """Some uploads that expired before a time, to be deleted. Empty: none is left."""
+    async def expired(self, before: datetime, *, since: datetime = LONG_AGO) -> list[StoredUpload]:
+        """Some uploads that expired before a time, the oldest first, to be deleted. Empty: none is left.
+
+        `since`: only from here on. What an open task may name stays, and need not be looked at again for each answer.
+        """
         return await self._database.read(
-            lambda connection: expired(connection, before), doing=f"looking for uploads that expired by {before}"
+            lambda connection: expired(connection, before, since), doing=f"looking for uploads that expired by {before}"
         )
 
     async def of_tenant(self, tenant_id: str) -> list[StoredUpload]:

@@ -67,6 +67,7 @@ def _each(name: str, says: str, *processes: str, place: str) -> list[Fault]:
     return [Fault(process, name, says, place=place) for process in processes]
 
 
+_STORES: Final = ("UPLOADS_URL", "BRIDGE_STORE_URL", "OBJECT_STORE_URL")
 FAULTS: Final = [
     *(
         Fault(process, "a wrong setting", setting.lower(), {setting: WRONG})
@@ -78,6 +79,12 @@ FAULTS: Final = [
     ),
     Fault("purge", "a wrong store", "BRIDGE_STORE_URL", {"BRIDGE_STORE_URL": "ftp://nowhere"}),
     Fault("bridge", "a wrong store", "BRIDGE_STORE_URL", {"BRIDGE_STORE_URL": "ftp://nowhere"}),
+    *(
+        Fault(
+            process, "uploads among results", "uploads_url and bridge_store_url", dict.fromkeys(_STORES, "s3://bucket")
+        )
+        for process in ("worker", "gateway", "bridge", "gpu-worker", "purge")
+    ),
     *(
         Fault(process, f"no {secret}", f"COMFYUI_TEMPORAL_{secret}", {secret: None})
         for process, secret in (

@@ -17,6 +17,7 @@ MAX_IMAGE_BYTES: Final = 20 * 1024 * 1024
 _UPLOAD_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PARTS: Final = ".parts"
 """Not in any id: no upload lies where the parts of another do."""
+_UPLOAD_PATH: Final = re.compile(rf"{_UPLOAD_ID.pattern}/{_UPLOAD_ID.pattern}(?:{re.escape(_PARTS)}/[^/]+)?")
 
 
 class FileKind(StrEnum):
@@ -82,6 +83,11 @@ def upload_id_of(address: str) -> str | None:
 def upload_path(tenant_id: str, upload_id: str) -> str:
     """Where a whole upload lies, below the address of all uploads. A tenant's task can name none of another's."""
     return f"{tenant_id}/{upload_id}"
+
+
+def is_upload_path(path: str) -> bool:
+    """Whether a whole upload or a part of one may lie here, below the address of all uploads."""
+    return _UPLOAD_PATH.fullmatch(path) is not None
 
 
 def parts_folder(upload_id: str) -> str:

@@ -17,12 +17,14 @@ from temporalio.common import SearchAttributeKey, SearchAttributePair, TypedSear
 from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal.contracts.comfyui import TaskPriority, TrainingLogLine
+from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.task_store import TrainingLogWrite
 from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS
 from runtime.settings import Settings
 from store import NotTheClaimant, StoredUpload, TaskStore
 from store.upkeep import LINES_AT_ONCE
+from store.uploads import DELETED_AT_ONCE
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, end, fact, new_task_id, write_of
 from tests.waiting import until
@@ -173,9 +175,11 @@ async def test_a_purge_deletes_uploads_a_day_after_they_expired_and_what_no_row_
     write_files(tmp_path, f"tenant-a/{old.upload_id}", f"tenant-a/{old.upload_id}.parts/0-1-x")
     write_files(tmp_path, f"tenant-a/{expired.upload_id}", f"tenant-a/{expired.upload_id}.parts/0-1-y", age=23 * hours)
     write_files(tmp_path, "tenant-b/orphan", "tenant-b/orphan.parts/0-1-z", age=26 * hours)
-    kept = {f"tenant-a/{expired.upload_id}", f"tenant-a/{expired.upload_id}.parts/0-1-y"}
+    others = {"results/job/1/a.png", "orphan", "tenant-b/orphan.tar", "tenant-b/orphan.parts/a/b"}
+    write_files(tmp_path, *others, age=26 * hours)
+    kept = {f"tenant-a/{expired.upload_id}", f"tenant-a/{expired.upload_id}.parts/0-1-y", *others}
 
-    code, output = await command("purge", DATABASE_DSN=dsn, UPLOADS_URL=tmp_path.as_uri(), **stores_in(tmp_path))
+    code, output = await command("purge", DATABASE_DSN=dsn, UPLOADS_URL=tmp_path.as_uri(), **stores_beside(tmp_path))
 
     assert (code, files_in(tmp_path)) == (0, kept), output
     assert "1 uploads that had expired were deleted, and 4 files of uploads" in output
@@ -183,9 +187,94 @@ async def test_a_purge_deletes_uploads_a_day_after_they_expired_and_what_no_row_
     await store.close()
 
 
-def stores_in(folder: Path) -> dict[str, str]:
+def stores_beside(uploads: Path) -> dict[str, str]:
     """The other stores, empty."""
-    return {"BRIDGE_STORE_URL": (folder / "b").as_uri(), "OBJECT_STORE_URL": (folder / "o").as_uri()}
+    return {f"{name}_STORE_URL": uploads.with_name(f"{uploads.name}-{name}").as_uri() for name in ("BRIDGE", "OBJECT")}
+
+
+async def test_an_upload_that_an_open_task_may_name_outlives_its_time_and_no_other_waits_for_it(
+    new_database: NewDatabase, tmp_path: Path
+) -> None:
+    """A task waits in a queue for as long as it takes, and fetches its files for each attempt."""
+    dsn = await new_database()
+    store, hours = TaskStore(dsn), timedelta(hours=1)
+    named = [upload_of("tenant-a", ago=90 * hours, upload_id=f"named-{n:02}") for n in range(DELETED_AT_ONCE + 1)]
+    begun_later, of_other = upload_of("tenant-a", ago=80 * hours), upload_of("tenant-b", ago=90 * hours)
+    for upload in (*named, begun_later, of_other):
+        await store.uploads.admit(upload, NO_LIMITS)
+        write_files(tmp_path, f"{upload.tenant_id}/{upload.upload_id}", age=90 * hours)
+    waits, began = new_task_id(), datetime.now(UTC) - 89.5 * hours
+    await store.claim(claim_of(waits, tenant_id="tenant-a", at=began))
+    training = claim_of(new_task_id(), tenant_id="tenant-b", at=began)
+    await store.claim(training.model_copy(update={"scene": Scene.MODEL_TRAIN}))
+
+    async def purged() -> set[str]:
+        code, output = await command(
+            "purge", DATABASE_DSN=dsn, UPLOADS_URL=tmp_path.as_uri(), **stores_beside(tmp_path)
+        )
+        assert code == 0, output
+        return files_in(tmp_path)
+
+    assert await purged() == {f"tenant-a/{upload.upload_id}" for upload in named}
+    await store.write(write_of(waits, fact("a"), end(), status=TaskStatus.COMPLETED))
+    assert await purged() == set()
+    assert await store.uploads.of_tenant("tenant-a") == []
+    await store.close()
+
+
+async def test_what_killed_processes_left_on_a_disk_is_deleted_a_day_later(
+    new_database: NewDatabase, tmp_path: Path
+) -> None:
+    """Storage on a disk writes beside an object's place, under a name that it never lists."""
+    dsn, age = await new_database(), timedelta(hours=25)
+    old = {
+        *("uploads/tenant-a/film#1", "uploads/tenant-a/film.parts/0-1-x#12", "bridge/results/job-1/1/a.png#1"),
+        *("bridge/models/tenant-a/t.safetensors#1", "bridge/checkpoints/tenant-a/t/1#2", "bridge/controls/job-1/0#1"),
+        *("bridge/fetched-models/tenant-a/w/m#1", "bridge/datasets/t/list.json#1", "objects/snapshots/t/set/a.png#1"),
+    }
+    kept = {"uploads/tenant-a/new#1", "bridge/results/job-2/a.png#1"}
+    others = {"uploads/deep/er/a#1", "bridge/other/a#1", "objects/other/a#1", "bridge/results/job-1/issue#one"}
+    write_files(tmp_path, *old, *others, age=age)
+    write_files(tmp_path, *kept)
+    places = {"UPLOADS_URL": "uploads", "BRIDGE_STORE_URL": "bridge", "OBJECT_STORE_URL": "objects"}
+
+    code, output = await command(
+        "purge", DATABASE_DSN=dsn, **{name: (tmp_path / folder).as_uri() for name, folder in places.items()}
+    )
+
+    assert (code, files_in(tmp_path)) == (0, kept | others), output
+    assert f"and {len(old)} files" in output
+    assert not (tmp_path / "bridge" / "checkpoints" / "tenant-a").exists()
+
+
+@pytest.mark.parametrize("setting", ["BRIDGE_STORE_URL", "OBJECT_STORE_URL", "DATASET_ROOTS", "BRIDGE_IMAGE_ROOTS"])
+@pytest.mark.parametrize(
+    ("uploads", "other", "is_refused"),
+    [
+        ("s3://bucket", "s3://bucket", True),
+        ("s3://bucket/", "s3://bucket/other", True),
+        ("s3://bucket/uploads", "s3://bucket/uploads%2Fbelow", True),
+        ("file:///data", "file:///data/x/../bridge", True),
+        ("s3://bucket/up", "s3://bucket/uploads", False),
+        ("s3://bucket/uploads", "s3://other/uploads", False),
+        ("s3://bucket/uploads", "gs://bucket/uploads", False),
+    ],
+)
+def test_uploads_that_share_their_place_are_refused_by_both_settings(
+    setting: str, uploads: str, other: str, is_refused: bool
+) -> None:
+    """One bucket for everything is what people write first. Its first purge deleted every result and model."""
+    is_root = "ROOTS" in setting
+    given: dict[str, Any] = {setting.lower(): [f"{other}/{{tenant_id}}/"] if is_root else other}
+    if is_refused:
+        with pytest.raises(ValidationError, match=f"uploads_url and {setting.lower()} must be different places"):
+            Settings(_env_file=None, uploads_url=uploads, **given)
+    else:
+        Settings(_env_file=None, uploads_url=uploads, **given)
+    if is_refused and not is_root:
+        given = {"uploads_url": other, setting.lower(): uploads}
+        with pytest.raises(ValidationError, match="must be different places"):
+            Settings(_env_file=None, **given)
 
 
 async def test_rows_stay_while_the_files_that_they_name_cannot_be_deleted(
@@ -221,7 +310,10 @@ async def test_a_tenant_is_forgotten_and_no_other_and_its_ids_stay_taken(
     write_files(
         tmp_path, *of_other, f"models/{tenant}/t.safetensors", f"checkpoints/{tenant}/t/1", "results/job-0/a.png"
     )
-    client = temporal_env.client
+    leftovers = [f"models/{tenant}/u#1", f"checkpoints/{tenant}/u/1#1", f"fetched-models/{tenant}/w/m#1"]
+    leftovers += [f"snapshots/{gone}/set/a.png#1", "results/job-0/b.png#3", "controls/job-0/0#1", "datasets/t/a#1"]
+    write_files(tmp_path, *leftovers)
+    client, uploads = temporal_env.client, tmp_path.with_name(f"{tmp_path.name}-uploads")
     await client.start_workflow(
         "None",
         id=unique("run"),
@@ -236,23 +328,24 @@ async def test_a_tenant_is_forgotten_and_no_other_and_its_ids_stay_taken(
         "TEMPORAL_ADDRESS": client.service_client.config.target_host,
         "BRIDGE_STORE_URL": tmp_path.as_uri(),
         "OBJECT_STORE_URL": tmp_path.as_uri(),
-        "UPLOADS_URL": (tmp_path / "uploads").as_uri(),
+        "UPLOADS_URL": uploads.as_uri(),
     }
     sent, others = (upload_of(name, ago=timedelta(0)) for name in (tenant, other))
     for upload in (sent, others):
         await store.uploads.admit(upload, NO_LIMITS)
-        write_files(tmp_path, f"uploads/{upload.tenant_id}/{upload.upload_id}")
-    write_files(tmp_path, f"uploads/{tenant}/{sent.upload_id}.parts/0-1-x", f"uploads/{tenant}/orphan")
-    of_other.add(f"uploads/{other}/{others.upload_id}")
+        write_files(uploads, f"{upload.tenant_id}/{upload.upload_id}")
+    write_files(uploads, f"{tenant}/{sent.upload_id}.parts/0-1-x", f"{tenant}/orphan", f"{tenant}/orphan.parts/1#1")
 
     code, output = await command("forget", tenant, **settings)
 
     assert code == 0, output
-    assert "1 tasks and 6 files were deleted" in output
+    assert "1 tasks and 14 files were deleted" in output
     assert "still holds 1 runs of the tenant" in output and "days after its end" in output
     assert f"temporal workflow delete --namespace default --query 'TenantId = \"{tenant}\"'" in output
     assert await store.task(gone) is None and await store.events(gone) == [] and await store.training_log(gone) == []
     assert files_in(tmp_path) == of_other
+    assert files_in(uploads) == {f"{other}/{others.upload_id}"}
+    assert not [folder for root in (tmp_path, uploads) for folder in root.rglob(tenant)]
     assert await store.task(kept) is not None and await store.claimed_input(kept) == "0" * 64
     connection = await asyncpg.connect(dsn)
     for table in ("tasks", "task_claims", "uploads"):
