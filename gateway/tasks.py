@@ -21,6 +21,7 @@ from activities.outside_http import OutsideFailure
 from comfyui_temporal.client import submission
 from comfyui_temporal.client.errors import TaskExists
 from comfyui_temporal.contracts.comfyui import TaskPriority
+from comfyui_temporal.contracts.loras import no_such_model
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.start_answer import StartAnswer
@@ -33,7 +34,6 @@ from comfyui_temporal.contracts.tasks import (
     TaskDelay,
     TaskInput,
     TaskStatus,
-    no_such_model,
     workflow_id_of,
 )
 from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from comfyui_temporal.contracts.comfyui import JobRequest, LoraFile, SnapshotReference, TrainingDraft
 from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.loras import no_such_model
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.task_store import TrainedModel
-from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask, no_such_model
+from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask
 from workflows.failures import TaskFailed
 
 

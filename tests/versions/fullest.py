@@ -19,6 +19,7 @@ from comfyui_temporal.contracts.credits import (
     PreDeductRequest,
 )
 from comfyui_temporal.contracts.give_back import GiveBackRun, Orphans
+from comfyui_temporal.contracts.loras import Lora
 from comfyui_temporal.contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen, ReconcileOrder
 from comfyui_temporal.contracts.task_store import (
     ClaimOutcome,
@@ -29,7 +30,6 @@ from comfyui_temporal.contracts.task_store import (
     TaskWrite,
     UnsettledTask,
 )
-from comfyui_temporal.contracts.tasks import Lora
 
 DOCUMENTS: Final[dict[str, type[BaseModel]]] = {
     "image-run": ImageRun,
