@@ -20,6 +20,8 @@ from tests.bridge.native.graphs import new_prompt_id, plain, training
 Json = dict[str, Any]
 Exchange = Callable[[httpx.AsyncClient], Awaitable[Any]]
 LIMIT_SECONDS = 110.0
+FIRST_BLUR = "3"
+"""The first of eight nodes that each take a while."""
 
 
 def shape(value: Any, names: dict[str, str]) -> Any:
@@ -134,9 +136,8 @@ async def jobs_of_a_run(http: httpx.AsyncClient) -> Any:
 
 async def the_messages_of_a_run(http: httpx.AsyncClient) -> Any:
     client_id = new_prompt_id()
-    address = f"{str(http.base_url).rstrip('/').replace('http', 'ws', 1)}/ws?clientId={client_id}"
     messages: list[Json] = []
-    async with connect(address, origin=None) as ws:
+    async with connect(socket_address(http, client_id), origin=None) as ws:
         graph = plain(color(), prefix="conformance/p")
         _, prompt_id = await submitted(http, graph, client_id=client_id)
         async with asyncio.timeout(LIMIT_SECONDS):
@@ -202,27 +203,40 @@ async def a_prompt_id_that_is_sent_twice(http: httpx.AsyncClient) -> Any:
 
 async def an_interrupted_prompt(http: httpx.AsyncClient) -> Any:
     """A prompt deleted while pending leaves no trace. One interrupted while running ends with an error."""
-    _, running_id = await submitted(http, blurred())
-    _, pending_id = await submitted(http, plain(color(), prefix="conformance/p"))
-    ends = time.monotonic() + LIMIT_SECONDS
-    while running_id not in [item[1] for item in (await http.get("/queue")).json()["queue_running"]]:
-        assert time.monotonic() < ends, "it did not run"
-        await asyncio.sleep(0.02)
-    queue = (await http.get("/queue")).json()
-    shapes = [shape(item, {running_id: "<running>", pending_id: "<pending>"}) for item in queue["queue_pending"]]
-    await http.post("/queue", json={"delete": [pending_id]})
-    await http.post("/interrupt", json={"prompt_id": running_id})
-    entry = await ended(http, running_id)
+    client_id, graph = new_prompt_id(), blurred()
+    async with connect(socket_address(http, client_id), origin=None) as ws:
+        _, running_id = await submitted(http, graph, client_id=client_id)
+        _, pending_id = await submitted(http, plain(color(), prefix="conformance/p"))
+        # Nodes take different times on the two servers: both are interrupted in the row of blurs, at its beginning.
+        await until_executing(ws, FIRST_BLUR)
+        queue = (await http.get("/queue")).json()
+        shapes = [shape(item, {running_id: "<running>", pending_id: "<pending>"}) for item in queue["queue_pending"]]
+        await http.post("/queue", json={"delete": [pending_id]})
+        await http.post("/interrupt", json={"prompt_id": running_id})
+        entry = await ended(http, running_id)
     name, found = entry["status"]["messages"][-1]
     gone = (await http.get(f"/api/jobs/{pending_id}")).status_code
-    return [shapes, entry["status"]["status_str"], name, sorted(found), found["node_type"], gone]
+    is_named = graph[found["node_id"]]["class_type"] == found["node_type"]
+    has_run = "1" in found["executed"] and found["node_id"] not in found["executed"]
+    status = [entry["status"]["status_str"], entry["status"]["completed"], entry["outputs"]]
+    return [shapes, status, name, sorted(found), found["node_type"], is_named, has_run, gone]
+
+
+async def until_executing(ws: ClientConnection, node: str) -> None:
+    """Wait until the server begins this node."""
+    async with asyncio.timeout(LIMIT_SECONDS):
+        while True:
+            message = await ws.recv()
+            found: Json = json.loads(message) if isinstance(message, str) else {"type": "preview"}
+            if found["type"] == "executing" and found["data"]["node"] == node:
+                return
 
 
 def blurred() -> Json:
     """Some seconds of work on a CPU."""
     graph = plain(color(), width=512, height=512, prefix="conformance/p")
     above = "1"
-    for number in range(3, 11):
+    for number in range(int(FIRST_BLUR), 11):
         inputs = {"image": [above, 0], "blur_radius": 31, "sigma": 10.0}
         above = str(number)
         graph[above] = {"class_type": "ImageBlur", "inputs": inputs}
