@@ -57,9 +57,10 @@ test: lint types imports schemas pytest ## all checks and tests that end within 
 
 test-all: lint types imports schemas pytest-all ## the slow tests too
 
-test-comfyui: setup ## against a real ComfyUI that nobody else uses (COMFYUI=http://127.0.0.1:8188)
+test-comfyui: setup ## against a real ComfyUI that nobody else uses (COMFYUI=http://127.0.0.1:8188), or two (COMFYUI_2=…)
 	@test -n "$(COMFYUI)" || { echo "say which: make test-comfyui COMFYUI=http://127.0.0.1:8188"; exit 2; }
-	@COMFYUI=$(COMFYUI) RESTART="$(RESTART)" $(BIN)/python -m pytest tests/bridge/real
+	@COMFYUI="$(COMFYUI)" RESTART="$(RESTART)" COMFYUI_2="$(COMFYUI_2)" KILL_2="$(KILL_2)" START_2="$(START_2)" \
+		$(BIN)/python -m pytest tests/bridge/real
 
 test-containers: setup ## builds the image and runs docker-compose.yml; makes an engine where root and Debian allow (FOLDER=/tmp/…)
 	@$(BIN)/python -m proof.containers $(if $(FOLDER),--folder $(FOLDER))
