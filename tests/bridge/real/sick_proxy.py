@@ -37,9 +37,9 @@ class SickProxy:
         return f"http://127.0.0.1:{self._listening.sockets[0].getsockname()[1]}"
 
     @property
-    def graphs(self) -> list[dict[str, Any]]:
-        """What was submitted to the server, in order."""
-        return [json.loads(request.partition(b"\r\n\r\n")[2])["prompt"] for request in self._submitted]
+    def submitted(self) -> list[dict[str, Any]]:
+        """The bodies of the submits that the server was given, in order: `prompt_id`, `prompt` (the graph)."""
+        return [json.loads(request.partition(b"\r\n\r\n")[2]) for request in self._submitted]
 
     def silence(self) -> None:
         """Take connections and requests, and pass on nothing, as a process that hangs."""

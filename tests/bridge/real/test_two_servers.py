@@ -104,7 +104,7 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory, comfyui_url: str) -> A
 
 def of_template(proxy: SickProxy, node: str) -> list[Json]:
     """The graphs with this node that a server was given."""
-    return [graph for graph in proxy.graphs if node in graph]
+    return [body["prompt"] for body in proxy.submitted if node in body["prompt"]]
 
 
 async def test_jobs_go_only_to_the_server_that_has_the_model(fleet: Fleet) -> None:
@@ -120,10 +120,10 @@ async def test_jobs_go_only_to_the_server_that_has_the_model(fleet: Fleet) -> No
 
 async def test_a_server_that_refuses_submits_is_left_and_comes_back(fleet: Fleet) -> None:
     fleet.second.refuses_prompts = True
-    given = len(fleet.second.graphs)
+    given = len(fleet.second.submitted)
     await fleet.each_is_delivered_once(await fleet.start_slow(3))
     await fleet.has(SLOW, total=2, fit=2, well=1)
-    assert len(fleet.second.graphs) == given
+    assert len(fleet.second.submitted) == given
     assert 1 <= fleet.second.refused <= MOST_REFUSED
     fleet.second.refuses_prompts = False
     await is_used_again(fleet)
