@@ -16,6 +16,7 @@ from bridge.graph_wiring import Held, Place, Wiring
 from bridge.graphs import is_link
 from bridge.lora_chain import CHECKPOINT_LOADERS, LoraChain, Output
 from comfyui_temporal.contracts.comfyui import Resolution
+from comfyui_temporal.contracts.uploads import InputKind
 
 SEEDS: Final = ("seed", "noise_seed")
 WIDE_SEEDS: Final = frozenset({"KSampler", "KSamplerAdvanced", "SamplerCustom", "RandomNoise", "ImageAddNoise"})
@@ -42,6 +43,8 @@ KEEPS_BATCH: Final = frozenset(
 )
 """Node types that give as many pictures as they take."""
 PICTURES: Final = frozenset({"LoadImage", "LoadImageMask"})
+FILE_LOADERS: Final = {"LoadAudio": ("audio", InputKind.AUDIO), "LoadVideo": ("file", InputKind.VIDEO)}
+"""Node type → the input that names a file, and its kind."""
 MODEL_FILES: Final = (".safetensors", ".sft", ".ckpt", ".pt", ".pt2", ".pth", ".bin", ".gguf", ".onnx")
 MEDIA_FILES: Final = (
     ".png",
@@ -87,6 +90,8 @@ class Roles:
     """How many pictures one run makes."""
     is_video: bool = False
     pictures: list[Picture] = field(default_factory=list)
+    files: list[tuple[InputKind, Place]] = field(default_factory=list)
+    """Sounds and films that a request gives."""
     models: list[Held] = field(default_factory=list)
     lora_model: Output | None = None
     """Where LoRAs go, if that is not the graph's only checkpoint loader."""
@@ -102,7 +107,7 @@ def roles_of(wiring: Wiring) -> Roles:
     """Read a graph's roles."""
     roles = Roles()
     finders: tuple[Callable[[Wiring, Roles], None], ...] = (
-        *(_find_texts, _find_seeds, _find_steps, _find_sizes, _find_pictures, _find_models, _find_loras, _find_images),
+        *(_find_texts, _find_seeds, _find_steps, _find_sizes, _find_files, _find_models, _find_loras, _find_images),
     )
     for find in finders:
         find(wiring, roles)
@@ -272,18 +277,25 @@ def _check_limits(roles: Roles, limits: Iterable[int]) -> None:
             )
 
 
-def _find_pictures(wiring: Wiring, roles: Roles) -> None:
+def _find_files(wiring: Wiring, roles: Roles) -> None:
     pictures = [
         node
         for node in wiring.needed
         if wiring.kind(node) in PICTURES and isinstance(wiring.inputs(node).get("image"), str)
     ]
     roles.pictures = [Picture((node, "image"), _strength_of(wiring, node, pictures)) for node in pictures]
+    roles.files = [
+        (kind, (node, name))
+        for node in wiring.needed
+        for name, kind in [FILE_LOADERS.get(wiring.kind(node), ("", InputKind.IMAGE))]
+        if isinstance(wiring.inputs(node).get(name), str)
+    ]
+    given = {(node, "image") for node in pictures} | {place for _, place in roles.files}
     for node in wiring.needed:
-        if node in pictures:
-            continue
         for name, value in wiring.inputs(node).items():
-            if isinstance(value, str) and value.lower().split(" [")[0].endswith(MEDIA_FILES):
+            if (node, name) in given or not isinstance(value, str):
+                continue
+            if value.lower().split(" [")[0].endswith(MEDIA_FILES):
                 roles.ask(
                     "controls",
                     f"{wiring.shown(node)} reads {value!r} itself ({name}), and no request can replace it: each server "

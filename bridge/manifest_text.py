@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -53,6 +54,7 @@ class ManifestText:
             *self._resolutions(),
             self._aspect_ratio(),
             self._steps(),
+            *self._files(),
         ]
         return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
@@ -135,6 +137,19 @@ class ManifestText:
             f"maximum = {self._roles.most_steps}",
             f"seconds_at = {steps.value}",
         ]
+
+    def _files(self) -> Iterable[list[str]]:
+        counted: Counter[str] = Counter()
+        for kind, place in self._roles.files:
+            counted[kind.value] += 1
+            name = kind.value if counted[kind.value] == 1 else f"{kind.value}_{counted[kind.value]}"
+            yield [
+                *_comment(PRICED),
+                f"[extras.{name}]",
+                f"type = {_text(kind.value)}",
+                f"inputs = {self._refs([place])}{self._kinds([place])}",
+                "required = true",
+            ]
 
     def _questions(self, part: str) -> list[str]:
         return [line for question in self._roles.questions.get(part, []) for line in _comment(DECIDE + question)]

@@ -22,7 +22,7 @@ from bridge.graph_check import best_fit
 from bridge.native import NativeServer as NativeClient
 from bridge.new_template import read_exported, template_from
 from bridge.template_library import load_library, load_template
-from bridge.templates import Template, TemplateProblem
+from bridge.templates import RequestRefused, Template, TemplateProblem
 from comfyui_temporal.contracts.comfyui import JobRequest
 from tests.bridge.exported_graphs import CHECKPOINT, control_graph, default_graph, editors_graph, flux_graph
 from tests.bridge.native import NativeServer
@@ -385,6 +385,28 @@ def test_two_sizes_a_video_and_a_picture_that_gives_the_size_are_questions() -> 
         controls = [{"image_url": "https://example.org/a.png"}] if graph is redrawn else []
         made = rendered(template, resolution="4k", controls=controls)
         assert made["5"]["inputs"] == graph["5"]["inputs"]
+
+
+def test_sounds_and_films_are_extras_that_a_request_must_give() -> None:
+    """Whatever file the exported graph names, a server does not have it."""
+    graph: Json = {
+        "1": node("LoadVideo", "Film", file="mine.mp4"),
+        "2": node("LoadAudio", "Sound", audio="mine.wav", audioUI=""),
+        "3": node("LoadAudio", "Load Audio", audio="other.wav"),
+        "4": node("AudioConcat", "Both", audio1=["2", 0], audio2=["3", 0], direction="after"),
+        "5": node("SaveVideo", "Save Video", video=["1", 0], filename_prefix="x"),
+        "6": node("SaveAudio", "Save Audio", audio=["4", 0], filename_prefix="x"),
+    }
+    template, _, decisions = made_of(graph)
+    assert not [line for line in decisions if "mine" in line or "other" in line]
+    with pytest.raises(RequestRefused, match=r"extras\.audio_2: template"):
+        rendered(template, extras={"video": "upload:v", "audio": "upload:a"})
+    whole = template.render(
+        request(extras={"video": "upload:v", "audio": "upload:a", "audio_2": "upload:b"}), job_id="job"
+    )
+    names = {file.name: file.kind for file in whole.files}
+    assert names == {"video": "video", "audio": "audio", "audio_2": "audio"}
+    assert {(upload.node, upload.input) for upload in whole.uploads} == {("1", "file"), ("2", "audio"), ("3", "audio")}
 
 
 def test_several_images_are_offered_where_each_run_gives_them_all_and_else_a_batch_is_a_question() -> None:
