@@ -1,4 +1,4 @@
-"""`python -m local_stack up|down|demo|status|env|logs`: see `make help`."""
+"""`python -m local_stack up|down|demo|status|env|logs|authorise`: see `make help`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from comfyui_temporal.process_end import end_process
-from local_stack.commands import EXIT_INTERRUPTED, demo, down, env, logs, status, up
+from local_stack.commands import EXIT_INTERRUPTED, authorise, demo, down, env, logs, status, up
 from local_stack.folder import DEFAULT_FOLDER, RunFolder, StackFailure
 from local_stack.own_services import CREDITS_URL, read_dotenv
 from local_stack.pace import DEMO_SPEED
@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         folder = RunFolder(given.folder)
         if given.command == "supervise":
             return supervise(folder, given.speed or DEMO_SPEED, given.comfyui, has_lifeline=given.lifeline)
+        if given.command == "authorise":
+            return authorise(folder, given.template_id)
         if given.command in _BY_FOLDER:
             return _BY_FOLDER[given.command](folder)
         return (up if given.command == "up" else demo)(folder, given.speed, given.comfyui)
@@ -74,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("env", parents=[common], help="print what a shell needs to know of it")
     commands.add_parser("logs", parents=[common], help="follow the logs of all parts")
     commands.add_parser("status", parents=[common], help="show what runs, and where")
+    allowed = commands.add_parser(
+        "authorise",
+        parents=[common],
+        help="let its accounts use templates of your own, at the simulated credits service",
+    )
+    allowed.add_argument("template_id", nargs="+")
     supervisor = commands.add_parser("supervise", parents=[common, paced], help="run the stack in this process")
     supervisor.add_argument("--lifeline", action="store_true", help="end when standard input is closed")
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shlex
@@ -10,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Final
+
+import httpx
 
 from comfyui_temporal.contracts.stack import StackDescription
 from local_stack.background import Background, end_stack, running_stack, start_stack
@@ -22,6 +25,7 @@ from local_stack.log_reader import follow_logs
 from local_stack.own_services import COMFYUI_URL, CREDITS_URL, own_url, sentences, silent_services
 from local_stack.pace import DEMO_SPEED, REAL_SPEED
 from local_stack.parts import DEFAULT_PROFILE, PROFILE_SETTING
+from proof.simulators.admin_client import AdminRefused, CreditsAdmin
 
 EXIT_NOT_UP: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -79,6 +83,33 @@ def env(folder: RunFolder) -> int:
     ):
         print(f"export {name}={shlex.quote(value)}")
     return 0
+
+
+def authorise(folder: RunFolder, template_ids: Sequence[str]) -> int:
+    """Authorise the stack's accounts for templates of one's own: the simulated credits service knows the shipped ones.
+
+    The exit code is 1 if no stack is up. Raises StackFailure for a credits service that is not the simulated one.
+    """
+    stack = running_stack(folder)
+    if stack is None:
+        sys.stderr.write(f"No stack is up in {folder.path}. Start one with `make up`.\n")
+        return EXIT_NOT_UP
+    try:
+        asyncio.run(_authorise(stack, template_ids))
+    except (AdminRefused, httpx.HTTPError):
+        raise StackFailure(f"{stack.credits_url} is not the simulated credits service: authorise them there.") from None
+    print(f"{' and '.join(ACCOUNTS)} may use {', '.join(template_ids)}.")
+    return 0
+
+
+async def _authorise(stack: StackDescription, template_ids: Sequence[str]) -> None:
+    admin = CreditsAdmin(stack.credits_url, stack.admin_token)
+    try:
+        for tenant_id in ACCOUNTS:
+            for template_id in template_ids:
+                await admin.set_authorization(template_id, tenant_id)
+    finally:
+        await admin.close()
 
 
 def logs(folder: RunFolder) -> int:

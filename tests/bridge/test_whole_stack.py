@@ -23,7 +23,7 @@ from comfyui_temporal.contracts.stack import StackDescription
 from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, workflow_id_of
 from comfyui_temporal.plugin import TasksPlugin
 from local_stack.background import end_stack
-from local_stack.commands import up
+from local_stack.commands import authorise, up
 from local_stack.folder import PROJECT
 from tests.bridge.native import NativeServer
 from tests.bridge.template_folders import written
@@ -154,10 +154,7 @@ async def with_files(
     try:
         description = folder.description()
         assert description is not None
-        admin = {"Authorization": f"Bearer {description.admin_token}"}
-        async with httpx.AsyncClient(base_url=description.credits_url, headers=admin) as http:
-            answer = await http.put("/admin/authorizations/tenant-demo/files", json={})
-        assert answer.is_success, answer.text
+        assert await asyncio.to_thread(authorise, folder, ["files"]) == 0
         yield description
     finally:
         await asyncio.to_thread(end_stack, folder)

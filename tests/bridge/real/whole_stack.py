@@ -18,7 +18,7 @@ from comfyui_temporal.client.models import TaskOutcome
 from comfyui_temporal.contracts.stack import StackDescription
 from comfyui_temporal.contracts.tasks import TaskStatus
 from local_stack.background import end_stack
-from local_stack.commands import up
+from local_stack.commands import authorise, up
 from tests.conftest import unique
 from tests.local_stack.folders import new_run_folder
 
@@ -88,14 +88,11 @@ async def whole_stack(
     try:
         description = run_folder.description()
         assert description is not None
-        admin = {"Authorization": f"Bearer {description.admin_token}"}
+        assert await asyncio.to_thread(authorise, run_folder, template_ids) == 0
         async with (
             httpx.AsyncClient(timeout=30) as http,
             HttpTasks(description.gateway_url, description.tokens[TENANT]) as tasks,
         ):
-            for template_id in template_ids:
-                path = f"{description.credits_url}/admin/authorizations/{TENANT}/{template_id}"
-                assert (await http.put(path, json={}, headers=admin)).is_success
             yield WholeStack(description, tasks, http)
     finally:
         await asyncio.to_thread(end_stack, run_folder)
