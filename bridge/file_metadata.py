@@ -3,6 +3,7 @@
 PNG   tEXt, zTXt, iTXt, eXIf         WebP  EXIF, XMP
 JPEG  APP1 (EXIF, XMP), comments     MP4, MOV  `udta` and `meta` of the film and its tracks
 FLAC  comments                       WebM, MKV  tags            MP3  ID3v2
+Ogg   comments of Opus and Vorbis
 
 Each kind is read as a list of cuts, so that a file of any size is copied in pieces. Where a cut would move what the
 file refers to by its offset, zeros of the same length take its place, under the name of a block that readers skip.
@@ -24,6 +25,10 @@ _MP4_OUTER: Final = frozenset({b"moov", b"trak"})
 _MP4_TEXTS: Final = frozenset({b"udta", b"meta"})
 _MKV_SEGMENT: Final = 0x18538067
 _MKV_TAGS: Final = 0x1254C367
+_OGG: Final = b"OggS"
+_OGG_TEXTS: Final = {b"OpusHead": (b"OpusTags", b""), b"\x01vorbis": (b"\x03vorbis", b"\x01")}
+"""How a stream begins → how its comments begin, and what ends an empty list of them."""
+_OGG_POLYNOMIAL: Final = 0x04C11DB7
 _MOST_BLOCKS: Final = 100_000
 
 
@@ -82,6 +87,7 @@ def _cuts_of(file: IO[bytes]) -> list[Cut]:
         (head.startswith(b"fLaC"), _flac),
         (head.startswith(b"\x1a\x45\xdf\xa3"), _mkv),
         (head.startswith(b"ID3"), _mp3),
+        (head.startswith(_OGG), _ogg),
     ]
     return next((list(cuts(file)) for is_kind, cuts in readers if is_kind), [])
 
@@ -199,3 +205,59 @@ def _mp3(file: IO[bytes]) -> Iterator[Cut]:
     for byte in _at(file, 6, 4):
         size = size << 7 | byte & 0x7F
     yield Cut(0, 10 + size)
+
+
+def _ogg(file: IO[bytes]) -> Iterator[Cut]:
+    """The comments are the second packet, on pages of their own. They become empty, and zeros that readers skip."""
+    first = _ogg_page(file, 0)
+    content = first[27 + first[26] :]
+    texts = next((of_texts for begin, of_texts in _OGG_TEXTS.items() if content.startswith(begin)), None)
+    if texts is None:
+        return
+    magic, end_of_list = texts
+    instead = magic + bytes(8) + end_of_list
+    at, written = len(first), 0
+    for _ in range(_MOST_BLOCKS):
+        page = _ogg_page(file, at)
+        lengths = page[27 : 27 + page[26]]
+        if page[14:18] != first[14:18] or (not written and not page[27 + page[26] :].startswith(magic)):
+            return
+        is_last = any(length < 255 for length in lengths)
+        own = lengths[: next(n for n, length in enumerate(lengths, 1) if length < 255)] if is_last else lengths
+        start, size = 27 + page[26], sum(own)
+        blank = instead[written : written + size].ljust(size, b"\0")
+        yield Cut(at, at + len(page), _ogg_checked(page[:start] + blank + page[start + size :]))
+        at, written = at + len(page), written + size
+        if is_last:
+            return
+
+
+def _ogg_page(file: IO[bytes], at: int) -> bytes:
+    """Raises ValueError where no whole page begins."""
+    head = _at(file, at, 27)
+    if len(head) < 27 or not head.startswith(_OGG):
+        raise ValueError("no page of Ogg")
+    length = 27 + head[26] + sum(_at(file, at + 27, head[26]))
+    page = _at(file, at, length)
+    if len(page) < length:
+        raise ValueError("half a page of Ogg")
+    return page
+
+
+def _ogg_checked(page: bytes) -> bytes:
+    """The page with its checksum: readers drop one whose checksum is wrong."""
+    page = page[:22] + bytes(4) + page[26:]
+    checksum = 0
+    for byte in page:
+        checksum = checksum << 8 & 0xFFFFFFFF ^ _OGG_CHECKSUMS[checksum >> 24 ^ byte]
+    return page[:22] + struct.pack("<I", checksum) + page[26:]
+
+
+def _ogg_checksum(byte: int) -> int:
+    checksum = byte << 24
+    for _ in range(8):
+        checksum = checksum << 1 & 0xFFFFFFFF ^ (_OGG_POLYNOMIAL if checksum & 0x80000000 else 0)
+    return checksum
+
+
+_OGG_CHECKSUMS: Final = [_ogg_checksum(byte) for byte in range(256)]

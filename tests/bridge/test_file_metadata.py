@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from temporalio.client import Client
 
-from bridge.file_metadata import without_metadata
+from bridge.file_metadata import _ogg_checked, without_metadata
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import BridgePlatform, running_bridge
 from tests.bridge.template_folders import empty_image, save, written
@@ -73,14 +73,41 @@ FILM = (
 WEBM = element(0x1A45DFA3, b"head") + element(
     0x18538067, element(0x1549A966, b"info") + element(0x1254C367, SECRET) + element(0x1F43B675, FRAMES)
 )
+
+
+def ogg_page(content: bytes, number: int, lengths: list[int], flags: int = 0) -> bytes:
+    head = b"OggS" + struct.pack("<BBQIII", 0, flags, 0, 7, number, 0) + bytes([len(lengths), *lengths])
+    return _ogg_checked(head + content)
+
+
+def ogg(begin: bytes, magic: bytes) -> bytes:
+    """A stream whose comments need two pages."""
+    texts = magic + struct.pack("<I", 4) + b"Lavf" + struct.pack("<I", 1) + struct.pack("<I", 70_000) + SECRET * 2_200
+    texts, rest = texts[: 255 * 255], texts[255 * 255 :]
+    lengths = [255] * (len(rest) // 255) + [len(rest) % 255]
+    return (
+        ogg_page(begin + b"identity", 0, [len(begin) + 8], flags=2)
+        + ogg_page(texts, 1, [255] * 255)
+        + ogg_page(rest, 2, lengths, flags=1)
+        + ogg_page(FRAMES, 3, [255, len(FRAMES) - 255])
+    )
+
+
+OPUS, VORBIS = ogg(b"OpusHead", b"OpusTags"), ogg(b"\x01vorbis", b"\x03vorbis")
 FLAC = b"fLaC" + b"\0\0\0\x22" + b"\0" * 34 + b"\x84" + len(SECRET).to_bytes(3, "big") + SECRET + FRAMES
 
 
-@pytest.mark.parametrize("content", [FILM, WEBM, FLAC])
+@pytest.mark.parametrize("content", [FILM, WEBM, FLAC, OPUS, VORBIS])
 def test_a_film_or_sound_loses_its_notes_and_nothing_moves(content: bytes) -> None:
     found = stripped(content)
     assert SECRET not in found
     assert (len(found), found.index(FRAMES)) == (len(content), content.index(FRAMES))
+
+
+def test_an_empty_list_of_comments_ends_as_its_kind_does_and_each_page_has_its_checksum() -> None:
+    pages = stripped(VORBIS).split(b"OggS")[1:]
+    assert pages[1][27 - 4 + 255 :].startswith(b"\x03vorbis" + bytes(8) + b"\x01\0")
+    assert all(_ogg_checked(b"OggS" + page) == b"OggS" + page for page in pages)
 
 
 def test_an_mp3_loses_its_notes() -> None:
@@ -88,7 +115,7 @@ def test_an_mp3_loses_its_notes() -> None:
 
 
 @pytest.mark.parametrize(
-    "whole", [picture("PNG"), picture("JPEG"), picture("WEBP"), FILM, WEBM, FLAC, b"ID3", b"", SECRET]
+    "whole", [picture("PNG"), picture("JPEG"), picture("WEBP"), FILM, WEBM, FLAC, OPUS, b"ID3", b"", SECRET]
 )
 def test_a_file_that_ends_anywhere_is_copied_without_a_failure(whole: bytes) -> None:
     for length in range(0, min(len(whole), 400)):
