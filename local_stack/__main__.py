@@ -98,7 +98,7 @@ def _speed(text: str) -> float:
 
 
 def _server(text: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/]+/?", text):
+    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
         raise argparse.ArgumentTypeError("must be the address of a ComfyUI server, like http://127.0.0.1:8188")
     return text.rstrip("/")
 

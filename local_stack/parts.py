@@ -232,9 +232,10 @@ def serves(server: str) -> Callable[[], Awaitable[bool]]:
 
     async def look() -> bool:
         parts = urlsplit(server)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
             async with asyncio.timeout(LOOK_SECONDS):
-                _, writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
+                _, writer = await asyncio.open_connection(parts.hostname, port)
                 writer.close()
                 return True
         except (OSError, TimeoutError):
