@@ -57,6 +57,7 @@ from comfyui_temporal.contracts.tasks import (
 from comfyui_temporal.delays import WITHOUT_CLEAN_UP, delays_of, give_back_of
 from comfyui_temporal.encryption import NO_ENCRYPTION
 from comfyui_temporal.plugin import TaskPayloadConverter
+from comfyui_temporal.process_end import wait_for_last_reply_at_exit
 from comfyui_temporal.runs import NoQueryNow, RunSeen, RunStatus, describe_run, list_runs, query_run
 
 POLL_SECONDS: Final = 0.5
@@ -79,6 +80,7 @@ class TemporalTasks:
         self.client = _with_our_converter(client)
         self.task_queue = task_queue
         self._ui_url = ui_url
+        wait_for_last_reply_at_exit()
 
     async def __aenter__(self) -> Self:
         return self
