@@ -16,6 +16,7 @@ from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.contracts.ticks import Tick, TickVerdict
 from store import TaskStore
 from tests.store.facts import claim_of, end, fact, new_task_id, write_of
+from tests.waiting import until
 
 ETA = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
 
@@ -238,9 +239,14 @@ async def test_several_gateways_and_the_workflow_at_once_leave_no_gap(task_store
                     job_id="j",
                 )
             )
+        await until(lambda: has_ticked(task_store, task_id))
         await task_store.write(write_of(task_id, end(), version=99, status=TaskStatus.COMPLETED))
 
-    await asyncio.gather(*(gateway(store) for store in others), *(workflow(task_id) for task_id in task_ids))
+    try:
+        await asyncio.gather(*(gateway(store) for store in others), *(workflow(task_id) for task_id in task_ids))
+    finally:
+        for store in others:
+            await store.close()
 
     for task_id in task_ids:
         events = await task_store.events(task_id)
@@ -249,8 +255,11 @@ async def test_several_gateways_and_the_workflow_at_once_leave_no_gap(task_store
         assert events[-1].event is EventType.COMPLETED
         progress = [event.progress for event in events if event.stage == "processing" and event.progress is not None]
         assert progress == sorted(progress) and progress[-1] > 0
-    for store in others:
-        await store.close()
+
+
+async def has_ticked(store: TaskStore, task_id: str) -> bool:
+    row = await store.task(task_id)
+    return row is not None and (row.progress or 0) > 0
 
 
 async def test_a_ticks_event_keeps_the_trace_of_its_callback(task_store: TaskStore) -> None:
