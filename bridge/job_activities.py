@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import structlog
@@ -61,20 +62,28 @@ class JobActivities:
         fetched: list[ControlFile] = []
         for number, (what, address, kind) in enumerate(named):
             path = control_path(order.job_id, number)
-            try:
+            with self._typed_failures(what, type_="image_unreachable"):
                 if activity.info().attempt > 1 and (kept := await self._kept(path)) is not None:
                     fetched.append(kept)
                     continue
                 async with self._images.opened(address, order.tenant_id, kind) as file:
                     size = await self._storage.write(path, _with_heartbeats(file.chunks), file.content_type)
-            except FileRefused as refused:
-                raise _unusable(what, refused) from None
-            except FileUnreachable as failure:
-                raise ApplicationError(f"The {what}: {failure}.", type="image_unreachable") from None
-            except STORAGE_ERRORS as error:
-                raise self._storage_failed(error) from None
             fetched.append(ControlFile(path=path, content_type=file.content_type, size_bytes=size))
         return fetched
+
+    @contextmanager
+    def _typed_failures(self, what: str, *, type_: str) -> Iterator[None]:
+        """Raises ApplicationError for a file that cannot be fetched. `type_`: where a later try may succeed."""
+        try:
+            yield
+        except FileRefused as refused:
+            raise ApplicationError(
+                f"The {what} cannot be used: {refused}.", type=FailureCode.WORKFLOW_INVALID.value, non_retryable=True
+            ) from None
+        except FileUnreachable as failure:
+            raise ApplicationError(f"The {what}: {failure}.", type=type_) from None
+        except STORAGE_ERRORS as error:
+            raise self._storage_failed(error) from None
 
     async def _kept(self, path: str) -> ControlFile | None:
         """What an earlier try fetched: a file is stored whole or not at all. Raises STORAGE_ERRORS."""
@@ -93,15 +102,8 @@ class JobActivities:
         for number, lora in enumerate(order.loras):
             if lora.address is None:
                 continue
-            what = f"model of loras.{number}"
-            try:
+            with self._typed_failures(f"model of loras.{number}", type_="model_unreachable"):
                 await self._loras.fetch(lora, on_chunk=activity.heartbeat)
-            except FileRefused as refused:
-                raise _unusable(what, refused) from None
-            except FileUnreachable as failure:
-                raise ApplicationError(f"The {what}: {failure}.", type="model_unreachable") from None
-            except STORAGE_ERRORS as error:
-                raise self._storage_failed(error) from None
 
     @activity.defn(name=SIGN_RESULTS)
     async def sign_results(self, stored: list[StoredResult]) -> list[str]:
@@ -158,12 +160,6 @@ async def _with_heartbeats(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]
     async for chunk in chunks:
         activity.heartbeat()
         yield chunk
-
-
-def _unusable(what: str, refused: FileRefused) -> ApplicationError:
-    return ApplicationError(
-        f"The {what} cannot be used: {refused}.", type=FailureCode.WORKFLOW_INVALID.value, non_retryable=True
-    )
 
 
 def _undeliverable(what: str) -> ApplicationError:

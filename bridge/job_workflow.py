@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from temporalio import workflow
+from temporalio.workflow import ActivityCancellationType
 
 from bridge.calls import (
     CLEAR_UP,
@@ -40,10 +41,6 @@ LARGE_FILES_WITHIN: Final = timedelta(hours=1)
 FETCH_TRY: Final = timedelta(minutes=30)
 FETCH_SILENCE: Final = timedelta(minutes=3)
 """A model's host may lead on three times, and each may take a minute to answer."""
-TRY_CANCEL, WAIT_CANCELLATION_COMPLETED = (
-    workflow.ActivityCancellationType.TRY_CANCEL,
-    workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
-)
 
 
 @workflow.defn(name=JOB_WORKFLOW)
@@ -144,6 +141,7 @@ class ComfyUIJobWorkflow(RunFlow):
     ) -> Any:
         """A cancelled fetch writes nothing once this has ended: what it wrote is deleted afterwards."""
         ends_first = workflow.patched("fetch-ends-before-clean-up")
+        cancelled = ActivityCancellationType
         return await workflow.execute_activity(
             activity,
             order,
@@ -151,7 +149,7 @@ class ComfyUIJobWorkflow(RunFlow):
             start_to_close_timeout=min(within, FETCH_TRY),
             schedule_to_close_timeout=within,
             heartbeat_timeout=FETCH_SILENCE,
-            cancellation_type=WAIT_CANCELLATION_COMPLETED if ends_first else TRY_CANCEL,
+            cancellation_type=cancelled.WAIT_CANCELLATION_COMPLETED if ends_first else cancelled.TRY_CANCEL,
             retry_policy=STORE_RETRY,
             priority=self._priority,
             summary=summary,

@@ -1,6 +1,6 @@
 """One body at a time for each upload, in one gateway process: the newest one has the turn.
 
-    a connection breaks, and nobody notices      its sender begins anew
+    a connection breaks without notice           its sender begins again
     PATCH 1 ─▶ waits for bytes ─────────────────▶ is ended, and what it brought is counted ─▶ PATCH 2's turn
 
 A sender that was refused while its broken connection is held would give up: tus clients try for some ten seconds.

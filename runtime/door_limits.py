@@ -1,4 +1,4 @@
-"""One port's connections: who may open how many, which makes room for another, and what was refused.
+"""Limits on the connections to one port, and what was refused there.
 
 An address has a limited number of connections. Where all places are taken, the connection that has waited longest for a
 head makes room: whoever sends a request at once is served, however many others only sit there. What is refused is
