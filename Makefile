@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down status env logs test test-all test-comfyui test-containers simulate mutation kill-points soak bench screenshots first-minutes audit lint types imports schemas pytest pytest-all format lock clean
+.PHONY: help setup demo up down status env logs test test-long test-all test-comfyui test-containers simulate mutation kill-points soak bench screenshots first-minutes audit lint types imports schemas pytest pytest-long pytest-all format lock clean
 
 help: ## list every target
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,9 +53,11 @@ define timed
 	@echo "== $(1)"; began=$$(date +%s); $(2); code=$$?; echo "== $(1): $$(($$(date +%s) - began)) s"; exit $$code
 endef
 
-test: lint types imports schemas pytest ## all checks and tests that end within minutes
+test: lint types imports schemas pytest ## all checks and most tests, in five minutes
 
-test-all: lint types imports schemas pytest-all ## the slow tests too
+test-long: pytest-long ## the tests that take two seconds each and more: outages, kills, fleets, whole pages
+
+test-all: lint types imports schemas pytest-all ## every test, the slow ones too
 
 test-comfyui: setup ## against a real ComfyUI that nobody else uses (COMFYUI=http://127.0.0.1:8188), or two (COMFYUI_2=…)
 	@test -n "$(COMFYUI)" || { echo "say which: make test-comfyui COMFYUI=http://127.0.0.1:8188"; exit 2; }
@@ -81,7 +83,11 @@ schemas: setup ## whether docs/schemas and docs/openapi.json are what the code s
 SIDE_BY_SIDE := -n 4 --dist loadfile --no-loadscope-reorder
 
 pytest: setup
-	$(call timed,tests,$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE))
+	$(call timed,tests,$(BIN)/python -m pytest -m "not slow and not long" $(SIDE_BY_SIDE))
+	@echo "left out: longer tests, by make test-long, and slow ones, by make test-all"
+
+pytest-long: setup
+	$(call timed,longer tests,$(BIN)/python -m pytest -m "long and not slow" $(SIDE_BY_SIDE))
 
 pytest-all: setup $(BENCH)/.ready
 	$(call timed,tests,$(BIN)/python -m pytest $(SIDE_BY_SIDE))

@@ -28,26 +28,93 @@ NewDatabase = Callable[..., Awaitable[str]]
 """`await new_database()` → DSN of an empty, migrated database of its own; `migrated=False`: without tables."""
 
 _MIGRATED = "migrated_template"
+_LONG = frozenset(
+    {
+        "bridge/test_cleaning.py",
+        "bridge/test_datasets.py",
+        "bridge/test_fleet.py",
+        "bridge/test_kills.py",
+        "bridge/test_metrics.py",
+        "bridge/test_queueing.py",
+        "bridge/test_run_times.py",
+        "bridge/test_server_health.py",
+        "bridge/test_servers.py",
+        "bridge/test_template_list.py",
+        "bridge/test_warm_up.py",
+        "cli/test_demo.py",
+        "cli/test_gateway_stream.py",
+        "doors/test_doors.py",
+        "gateway/test_openapi.py",
+        "gateway/test_openapi_export.py",
+        "gateway/test_operations.py",
+        "gateway/test_outages_and_floods.py",
+        "gateway/test_safe_answers.py",
+        "local_stack/test_stack.py",
+        "mutation/test_judging.py",
+        "package/test_both_ways.py",
+        "package/test_called_by_workflows.py",
+        "package/test_scripts_end.py",
+        "package/test_wheel.py",
+        "page/test_cards.py",
+        "page/test_form.py",
+        "page/test_list.py",
+        "page/test_page.py",
+        "page/test_trained_models.py",
+        "runtime/test_tracing.py",
+        "streams/test_faults.py",
+        "streams/test_restarts.py",
+        "test_bad_starts.py",
+        "test_namespace_of_store.py",
+        "versions/test_side_by_side.py",
+        "workflows/test_continue_as_new.py",
+        "workflows/test_corrections.py",
+        "workflows/test_kills.py",
+        "workflows/test_orders_by_signal.py",
+        "workflows/test_reconciler.py",
+        "workflows/test_renewal.py",
+        "workflows/test_reset_jobs.py",
+        "workflows/test_reset_outages.py",
+        "workflows/test_reset_settlement.py",
+        "workflows/test_silence.py",
+        "workflows/test_sizes.py",
+        "workflows/test_store_outage.py",
+        "workflows/test_ticks.py",
+        "workflows/test_training_price.py",
+        "workflows/test_unseen_rows.py",
+        "workflows/test_updates.py",
+        "workflows/test_waits.py",
+    }
+)
+"""Files whose tests take two seconds each and more on average: outages, kills, fleets, whole pages, processes from outside.
+
+They are an eighth of all tests and take half of the time, so `make test` leaves them to `make test-long`; CI runs both.
+The step tables, cancels and resets stay in `make test`, whatever they take.
+"""
+
 _LONGEST_FIRST = (
-    "workflows/test_kills.py",
-    "workflows/test_cancel.py",
-    "page/test_page.py",
-    "page/test_list.py",
-    "bridge/test_servers.py",
-    "workflows/test_attempts.py",
-    "local_stack/test_stack.py",
     "doors/test_doors.py",
+    "bridge/test_fleet.py",
+    "page/test_page.py",
+    "local_stack/test_stack.py",
+    "workflows/test_reset_jobs.py",
     "workflows/test_settlement.py",
-    "workflows/test_training_steps.py",
-    "workflows/test_silence.py",
-    "workflows/test_renewal.py",
-    "simulation/test_seeds.py",
-    "workflows/test_continue_as_new.py",
+    "workflows/test_cancel.py",
+    "bridge/test_warm_up.py",
+    "bridge/test_servers.py",
+    "page/test_cards.py",
+    "page/test_form.py",
+    "page/test_trained_models.py",
     "bridge/test_jobs.py",
-    "workflows/test_callbacks_in.py",
+    "workflows/test_training_steps.py",
+    "workflows/test_continue_as_new.py",
     "workflows/test_reconciler.py",
+    "workflows/test_attempts.py",
+    "workflows/test_silence.py",
+    "versions/test_releases.py",
+    "simulation/test_seeds.py",
+    "package/test_both_ways.py",
     "test_bad_starts.py",
-    "runtime/test_tracing.py",
+    "gateway/test_openapi.py",
 )
 """Files that take half a minute and more: were one begun last, the other processes would wait for it."""
 
@@ -59,9 +126,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--signals", action="store_true", help="every callback is a signal: no tick takes the short way")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long files first. Without Chromium the tests of the live page are left out, and the summary says so."""
-    place = {Path(__file__).parent / name: number for number, name in enumerate(_LONGEST_FIRST)}
+    folder = Path(__file__).parent
+    if missing := [name for name in (*_LONG, *_LONGEST_FIRST) if not (folder / name).exists()]:
+        raise pytest.UsageError(f"tests/conftest.py names files that are not there: {', '.join(missing)}")
+    long_files = {folder / name for name in _LONG}
+    for item in items:
+        if item.path in long_files:
+            item.add_marker(pytest.mark.long)
+    place = {folder / name: number for number, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
     if shutil.which("chromium"):
         return
