@@ -166,7 +166,8 @@ class TaskStoreActivities:
     @activity.defn
     async def heard(self, order: HeardOrder) -> Heard | None:
         """The newest figures of a job that the gateway stored (decision 4). Raises ApplicationError `internal`."""
-        return await self._tried(self._store.heard(order, within_seconds=self._limit()))
+        run_id = activity.info().workflow_run_id or ""
+        return await self._tried(self._store.heard(order, run_id, within_seconds=self._limit()))
 
     def _input_of(self, claim: TaskClaim) -> StoredInput | None:
         if claim.input is None or not self._keeps_inputs:

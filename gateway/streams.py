@@ -149,10 +149,18 @@ async def checked_start(
     return StreamStart(
         caller,
         seen,
-        {task_id: positions[task_id] for task_id in seen},
+        {task_id: _position_in(head, positions[task_id]) for task_id, head in seen.items()},
         unknown=[task_id for task_id in task_ids if task_id not in seen],
         keeps_ended=hub.keeps_ended,
     )
+
+
+def _position_in(head: TaskHead, seq: int) -> int:
+    """Where a stream of the task continues after `seq`.
+
+    A restored store may have fewer events than were sent: then at the newest that it has, and at least with the end.
+    """
+    return seq if seq <= head.last_seq else head.last_seq - head.has_ended
 
 
 def requested_tasks(task_id: str | None, subscribe: str | None) -> tuple[list[str], bool]:

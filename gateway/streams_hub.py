@@ -34,6 +34,11 @@ HEARTBEAT_SECONDS: Final = 15
 PAGE: Final = 100
 """Events of one task in one read."""
 SWEEP_PAGE: Final = 2_000
+HEADS_PAGE: Final = 1_000
+EVENTS_AT_ONCE: Final = 2_000
+"""New events in one read, whatever tasks they are of."""
+GIVEN_AT_ONCE: Final = 64
+"""New events between two moments at which streams can write: less than may wait for one of them."""
 READERS: Final = 3
 """Streams that read history concurrently: the pool serves others too."""
 STORE_RETRY_SECONDS: Final = 0.25
@@ -187,6 +192,9 @@ class EventHub:
                 return
             subscriber.catch_up(SharedEvent(event, self._words) for event in events)
             self._mark_caught_up(subscriber, events, page)
+            if any(heads[task_id].has_ended for task_id in subscriber.open_tasks - subscriber.behind.keys()):
+                # Its end was purged while it was read.
+                self._end(subscriber, EndReason.UNAVAILABLE)
             await subscriber.written()
 
     def _mark_caught_up(self, subscriber: Subscriber, events: Sequence[TaskEvent], page: int) -> None:
@@ -202,9 +210,7 @@ class EventHub:
         tenant_id = subscriber.tenant_id
         try:
             if tenant_id not in self._tenants:
-                async with self._readers:
-                    recent = await self._store.recent_heads(tenant_id)
-                for head in recent:
+                for head in await self._all_heads(tenant_id):
                     self._feeds.setdefault(head.task_id, Feed(head, last_seq=head.last_seq))
                 self._strangers.clear()
         except StoreFailure:
@@ -212,6 +218,18 @@ class EventHub:
             return
         self._tenants.setdefault(tenant_id, set()).add(subscriber)
         self._sweep_now()
+
+    async def _all_heads(self, tenant_id: str) -> list[TaskHead]:
+        """Of all open tasks of the tenant: one that is missing here is taken for new when it moves."""
+        heads: list[TaskHead] = []
+        while True:
+            async with self._readers:
+                page = await self._store.recent_heads(
+                    tenant_id, older_than=heads[-1] if heads else None, limit=HEADS_PAGE
+                )
+            heads += page
+            if len(page) < HEADS_PAGE:
+                return heads
 
     def _leave(self, subscriber: Subscriber) -> None:
         """Feeds without streams are dropped by the next sweep."""
@@ -281,17 +299,33 @@ class EventHub:
             self._has_news(feed, head.last_seq)
 
     async def _read_events(self) -> None:
-        chosen = list(self._with_news)[:SWEEP_PAGE]
-        positions = {task_id: self._feeds[task_id].last_seq for task_id in chosen if task_id in self._feeds}
+        positions = self._next_to_read()
         events = await self._store.events_of_each(positions, limit_each=PAGE)
-        self._with_news.difference_update(chosen)
-        for event in events:
+        self._with_news.difference_update(positions)
+        for number, event in enumerate(events, start=1):
             self._give(event)
+            if number % GIVEN_AT_ONCE == 0:
+                await asyncio.sleep(0)
         for task_id in {event.task_id for event in events}:
             if feed := self._feeds.get(task_id):
                 self._has_news(feed, feed.notified_seq)
         if self._with_news:
             self._news.set()
+
+    def _next_to_read(self) -> dict[str, int]:
+        """Some tasks with news, with the `seq` after which theirs begin."""
+        positions: dict[str, int] = {}
+        left = EVENTS_AT_ONCE
+        for task_id in list(self._with_news):
+            feed = self._feeds.get(task_id)
+            if feed is None:
+                self._with_news.discard(task_id)
+                continue
+            positions[task_id] = feed.last_seq
+            left -= min(PAGE, feed.notified_seq - feed.last_seq)
+            if left <= 0:
+                break
+        return positions
 
     def _give(self, event: StoredEvent) -> None:
         feed = self._feeds.get(event.task_id)
@@ -330,15 +364,29 @@ class EventHub:
                 log.warning("sweep_failed", reason=str(error))
 
     async def _look_for_news(self) -> None:
-        watched = [task_id for task_id, feed in self._feeds.items() if feed.ended_at is None]
+        watched = [task_id for task_id, feed in self._feeds.items() if feed.ended_at is None or feed.subscribers]
         for start in range(0, len(watched), SWEEP_PAGE):
-            heads = await self._store.heads(watched[start : start + SWEEP_PAGE])
+            given = {task_id: self._feeds[task_id].last_seq for task_id in watched[start : start + SWEEP_PAGE]}
+            heads = await self._store.heads(list(given))
             for task_id, head in heads.items():
-                if feed := self._feeds.get(task_id):
+                feed = self._feeds.get(task_id)
+                if feed is not None and head.last_seq < given[task_id]:
+                    self._go_back(feed, head)
+                elif feed is not None:
                     self._has_news(feed, head.last_seq)
         for tenant_id in list(self._tenants):
             for head in await self._store.recent_heads(tenant_id):
                 self._begin(head)
+
+    def _go_back(self, feed: Feed, head: TaskHead) -> None:
+        """The store was restored and has fewer events than were given: those that come have numbers that were used.
+
+        Streams that name the task cannot go on; opened again they begin where the task is now.
+        """
+        feed.last_seq = feed.notified_seq = head.last_seq
+        feed.ended_at = time.monotonic() if head.has_ended else None
+        for subscriber in list(feed.subscribers):
+            self._end(subscriber, EndReason.UNAVAILABLE)
 
     def _drop_unwatched(self) -> None:
         forgotten = time.monotonic() - ENDED_KEPT_SECONDS

@@ -9,6 +9,7 @@ A call of a run that was reset away may land after the new run's first one and d
 Temporal before it believes that it was superseded, and takes the task back.
 
 A take-over after a reset also resets the row's version: from then on the new run's state counts, not the old run's.
+What the old run took of its job is forgotten too: the new run may be behind it. Until it has written nothing is a tick.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def take_over(row: Row[*tuple[Any, ...]], run: TaskRun) -> dict[str, Any]:
         changes["earlier_run_ids"] = _WITHOUT_ITSELF if is_displaced else _NEWEST_EARLIER
     is_reset = run.was_reset if row.run_id is None else is_displaced or run.run_number <= row.run_number
     if is_reset:
-        changes |= {"lives": row.lives + 1, "life_began_at": func.now(), "version": 0}
+        changes |= {"lives": row.lives + 1, "life_began_at": func.now(), "version": 0, "taken": None, "ticked_at": None}
     return changes
 
 

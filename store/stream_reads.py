@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Row, Select, Text, any_, bindparam, column, func, or_, select, true
+from sqlalchemy import BigInteger, Row, Select, Text, any_, bindparam, column, func, or_, select, true, tuple_
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -28,12 +28,19 @@ class TaskHead(OwnModel):
     tenant_id: str
     user_id: str
     scene: Scene
+    created_at: datetime
     last_seq: int
     has_ended: bool
 
 
 _HEADS: Final[Select[*tuple[Any, ...]]] = select(
-    tasks.c.task_id, tasks.c.tenant_id, tasks.c.user_id, tasks.c.scene, tasks.c.last_seq, tasks.c.ended_at
+    tasks.c.task_id,
+    tasks.c.tenant_id,
+    tasks.c.user_id,
+    tasks.c.scene,
+    tasks.c.created_at,
+    tasks.c.last_seq,
+    tasks.c.ended_at,
 )
 _HEADS_OF: Final = _HEADS.where(tasks.c.task_id == any_(bindparam("ids", type_=ARRAY(Text))))
 _RECENT_HEADS: Final = (
@@ -46,6 +53,9 @@ _RECENT_HEADS: Final = (
     )
     .order_by(tasks.c.created_at.desc(), tasks.c.task_id.desc())
     .limit(bindparam("most"))
+)
+_OLDER_HEADS: Final = _RECENT_HEADS.where(
+    tuple_(tasks.c.created_at, tasks.c.task_id) < tuple_(bindparam("created_at"), bindparam("task"))
 )
 
 
@@ -77,9 +87,15 @@ async def heads(connection: AsyncConnection, task_ids: Sequence[str]) -> list[Ta
     return [_head(row) for row in await connection.execute(_HEADS_OF, {"ids": list(task_ids)})]
 
 
-async def recent_heads(connection: AsyncConnection, tenant_id: str, *, limit: int) -> list[TaskHead]:
-    """A tenant's tasks that are open or were created within the last minute; the newest `limit` of them."""
-    return [_head(row) for row in await connection.execute(_RECENT_HEADS, {"tenant": tenant_id, "most": limit})]
+async def recent_heads(
+    connection: AsyncConnection, tenant_id: str, *, older_than: TaskHead | None, limit: int
+) -> list[TaskHead]:
+    """A tenant's tasks that are open or were created within the last minute: the newest `limit`, or the next older."""
+    statement, values = _RECENT_HEADS, {"tenant": tenant_id, "most": limit}
+    if older_than is not None:
+        statement = _OLDER_HEADS
+        values |= {"created_at": older_than.created_at, "task": older_than.task_id}
+    return [_head(row) for row in await connection.execute(statement, values)]
 
 
 async def events_of_each(

@@ -239,10 +239,10 @@ class TaskStore:
             lambda connection: ticks.write_ticks(connection, given), doing=f"writing {len(given)} ticks"
         )
 
-    async def heard(self, order: HeardOrder, *, within_seconds: float = WORK_SECONDS) -> Heard | None:
-        """The newest figures of a job that came as a tick; None without any."""
+    async def heard(self, order: HeardOrder, run_id: str, *, within_seconds: float = WORK_SECONDS) -> Heard | None:
+        """The newest figures of a job that came as a tick; None without any, and for a run that does not act."""
         return await self._database.read(
-            lambda connection: ticks.heard(connection, order.task_id, order.job_id),
+            lambda connection: ticks.heard(connection, order.task_id, order.job_id, run_id),
             doing=f"reading what was heard of the task {order.task_id}",
             within_seconds=within_seconds,
         )
@@ -362,10 +362,16 @@ class TaskStore:
         )
         return {head.task_id: head for head in found}
 
-    async def recent_heads(self, tenant_id: str, *, limit: int = MAX_PAGE) -> list[TaskHead]:
-        """How far a tenant's tasks have come that are open or younger than a minute; the newest `limit`."""
+    async def recent_heads(
+        self, tenant_id: str, *, older_than: TaskHead | None = None, limit: int = MAX_PAGE
+    ) -> list[TaskHead]:
+        """How far a tenant's tasks have come that are open or younger than a minute; newest first, `limit` of them.
+
+        `older_than`: the last head of the page before.
+        """
+        limit = _bounded(limit)
         return await self._database.read(
-            lambda connection: stream_reads.recent_heads(connection, tenant_id, limit=_bounded(limit)),
+            lambda connection: stream_reads.recent_heads(connection, tenant_id, older_than=older_than, limit=limit),
             doing=f"reading the recent tasks of {tenant_id}",
         )
 

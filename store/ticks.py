@@ -96,6 +96,7 @@ _HEARD: Final = select(
     sql.extract("epoch", sql.clock_timestamp() - tasks.c.ticked_at).label("seconds_ago"),
 ).where(
     tasks.c.task_id == bindparam("task"),
+    tasks.c.run_id == bindparam("run", type_=Text),
     tasks.c.ticked_at.is_not(None),
     tasks.c.taken["job_id"].astext == _JOB,
 )
@@ -121,7 +122,12 @@ def _document(tick: Tick) -> dict[str, Any]:
     return tick.model_dump(mode="json") | {"job_id": repaired(tick.job_id)}
 
 
-async def heard(connection: AsyncConnection, task_id: str, job_id: str) -> Heard | None:
-    """The newest figures of the task's current job that came as a tick; None without any."""
-    row = (await connection.execute(_HEARD, {"task": task_id, "job": repaired(job_id)})).one_or_none()
+async def heard(connection: AsyncConnection, task_id: str, job_id: str, run_id: str) -> Heard | None:
+    """The newest figures of the task's current job that came as a tick; None without any.
+
+    None for a run that does not act yet, because it was reset: an earlier life may have learned of the job by a poll
+    what this run has not, and its sequence would hide that from this run.
+    """
+    values = {"task": task_id, "job": repaired(job_id), "run": run_id}
+    row = (await connection.execute(_HEARD, values)).one_or_none()
     return None if row is None or row.sequence is None else Heard.model_validate(dict(row._mapping))

@@ -85,7 +85,7 @@ _LONG = frozenset(
         "workflows/test_waits.py",
     }
 )
-"""Files whose tests take two seconds each and more on average: outages, kills, fleets, whole pages, processes from outside.
+"""Files whose tests take two seconds each and more on average: outages, kills, fleets, whole pages, processes.
 
 They are an eighth of all tests and take half of the time, so `make test` leaves them to `make test-long`; CI runs both.
 The step tables, cancels and resets stay in `make test`, whatever they take.

@@ -156,9 +156,15 @@ class StoreModel:
         )
         return TickVerdict.WRITTEN
 
-    def heard(self, order: HeardOrder, _caller: Caller) -> Heard | None:
+    def heard(self, order: HeardOrder, caller: Caller) -> Heard | None:
         state = self.state
-        if state is None or state.taken is None or state.taken.job_id != order.job_id or self._ticked_at is None:
+        if (
+            caller.run_id != self._run_id
+            or state is None
+            or state.taken is None
+            or state.taken.job_id != order.job_id
+            or self._ticked_at is None
+        ):
             return None
         figures = state.model_dump(include={"progress", "next_eta", "queue_position"})
         sequence = self._sequences.get(order.job_id, 0)
@@ -213,7 +219,8 @@ class StoreModel:
             self._earlier_runs.add(self._run_id)
             if is_displaced or run_number <= self._run_number:
                 self.lives += 1
-                self._life_began_at, self._version = self._timeline.now, 0
+                self._life_began_at, self._version, self._ticked_at = self._timeline.now, 0, None
+                self.state = self.state and self.state.model_copy(update={"taken": None})
         self._run_id, self._run_number = run_id, run_number
 
     def record_id(self, made: str, ids: list[str]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from comfyui_temporal.contracts.lives import TaskRun
 from comfyui_temporal.contracts.task_events import EventType, TaskEvent
 from comfyui_temporal.contracts.task_store import HeardOrder, TakenReport
 from comfyui_temporal.contracts.tasks import TaskStatus
@@ -34,6 +35,20 @@ async def taken(store: TaskStore, sequence: int = 1, digest: str = "same", job_i
     change = fact(f"{job_id}:{sequence}", job_id=job_id, sequence=sequence, stage="processing", is_change=True)
     await store.write(write_of(task_id, change, job_id=job_id, attempts=1, stage="processing", taken=report, **state))
     return task_id
+
+
+def report_of(sequence: int) -> TakenReport:
+    return TakenReport(job_id="j", sequence=sequence, digest="same")
+
+
+def run_of(task_id: str, run_id: str) -> TaskRun:
+    return TaskRun(task_id=task_id, run_id=run_id)
+
+
+async def acting(store: TaskStore, task_id: str, run_id: str = "first") -> str:
+    """Make the run the one that acts: a second one was reset."""
+    await store.register(run_of(task_id, run_id))
+    return run_id
 
 
 async def written(store: TaskStore, given: Tick) -> TickVerdict | None:
@@ -202,13 +217,32 @@ async def test_times_rise_with_the_numbers_whoever_writes(task_store: TaskStore)
 
 async def test_what_was_heard_is_the_newest_tick_of_the_current_job(task_store: TaskStore) -> None:
     task_id = await taken(task_store)
-    assert await task_store.heard(HeardOrder(task_id=task_id, job_id="j")) is None
+    run_id = await acting(task_store, task_id)
+    assert await task_store.heard(HeardOrder(task_id=task_id, job_id="j"), run_id) is None
     await task_store.write_ticks([tick(task_id, 4, next_eta=ETA)])
 
-    heard = await task_store.heard(HeardOrder(task_id=task_id, job_id="j"))
+    heard = await task_store.heard(HeardOrder(task_id=task_id, job_id="j"), run_id)
     assert heard is not None and (heard.sequence, heard.progress, heard.next_eta) == (4, 40.0, ETA)
     assert 0 <= heard.seconds_ago < 60
-    assert await task_store.heard(HeardOrder(task_id=task_id, job_id="k")) is None
+    assert await task_store.heard(HeardOrder(task_id=task_id, job_id="k"), run_id) is None
+
+
+async def test_a_run_that_was_reset_hears_nothing_of_what_its_earlier_life_took(task_store: TaskStore) -> None:
+    task_id = await taken(task_store)
+    await acting(task_store, task_id)
+    await task_store.write_ticks([tick(task_id, 4)])
+    polled = fact("j:30", job_id="j", sequence=30, stage="delivery", is_change=True)
+    await task_store.write(write_of(task_id, polled, version=2, job_id="j", taken=report_of(4)))
+    order = HeardOrder(task_id=task_id, job_id="j")
+
+    assert await task_store.heard(order, "reset") is None, "it has not registered yet"
+    await acting(task_store, task_id, "reset")
+    assert await task_store.heard(order, "reset") is None
+    await task_store.write(write_of(task_id, version=1, job_id="j", taken=report_of(4)), run_of(task_id, "reset"))
+    assert await task_store.heard(order, "reset") is None
+    await task_store.write_ticks([tick(task_id, 31)])
+    heard = await task_store.heard(order, "reset")
+    assert heard is not None and heard.sequence == 31
 
 
 async def test_several_gateways_and_the_workflow_at_once_leave_no_gap(task_store: TaskStore, postgres_dsn: str) -> None:

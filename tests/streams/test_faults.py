@@ -62,6 +62,54 @@ async def test_an_event_whose_notification_is_lost_arrives_within_three_seconds(
         assert time.monotonic() - began < 3.0
 
 
+async def _restore(dsn: str, task_id: str, seq: int) -> None:
+    """Bring the task back to where its newest event was `seq`, as a restored backup does."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        async with connection.transaction():
+            await connection.execute("DELETE FROM task_events WHERE task_id = $1 AND seq > $2", task_id, seq)
+            await connection.execute("UPDATE tasks SET last_seq = $2 WHERE task_id = $1", task_id, seq)
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize("ends_meanwhile", [False, True])
+async def test_a_stream_says_the_end_of_a_task_whose_store_was_restored(
+    streams: Streams, writer: Writer, postgres_dsn: str, ends_meanwhile: bool
+) -> None:
+    task_id = await writer.begun()
+    await writer.write(task_id, 5)
+    async with streams.opened(writer.tenant_id, f"task_id={task_id}") as reader:
+        await reader.until_received(task_id, 6)
+        await _restore(postgres_dsn, task_id, 2)
+        if ends_meanwhile:
+            await writer.end(task_id)
+        await reader.until_ended()
+    async with streams.opened(writer.tenant_id, f"task_id={task_id}&cursor={reader.last_id}") as again:
+        if not ends_meanwhile:
+            await writer.end(task_id)
+        await again.until_ended()
+    assert again.seqs(task_id) == [3]
+    assert again.events[-1]["event"] == "task.completed"
+
+
+async def test_many_events_at_once_cut_no_stream_that_is_read(
+    on_a_cable: tuple[Streams, Cable], writer: Writer
+) -> None:
+    streams, cable = on_a_cable
+    async with streams.opened(writer.tenant_id, "subscribe=*") as reader:
+        await comes_true(lambda: writer.tenant_id in streams.hub.watched_tenants)
+        task_ids = [await writer.begun() for _ in range(8)]
+        await reader.until(lambda reader: len(reader.events) == 8)
+        cable.pull()
+        for task_id in task_ids:
+            await writer.write(task_id, 100)
+        cable.plug_in()
+        await reader.until(lambda reader: len(reader.events) == 808 or reader.has_ended)
+        assert not reader.has_ended
+    assert [reader.seqs(task_id) for task_id in task_ids] == [list(range(1, 102))] * 8
+
+
 @pytest.mark.parametrize("fault", ["pull", "hang"])
 async def test_streams_outlast_an_outage_of_postgresql(
     on_a_cable: tuple[Streams, Cable], writer: Writer, fault: str

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from comfyui_temporal.contracts.task_events import TaskEvent
+from gateway import streams_hub
 from store import TaskStore
 from tests.conftest import unique
 from tests.streams.serving import Streams, Writer, stream_token_for, streams_on, token_for
@@ -138,6 +139,20 @@ async def test_all_tasks_of_the_tenant_from_now_on(streams: Streams, writer: Wri
     assert (reader.seqs(new), reader.seqs(before)) == ([1, 2, 3, 4], [5, 6])
     assert reader.seqs(foreign) == []
     assert not any("id" in frame for frame in reader.frames), "it cannot be resumed, so browsers must not try"
+
+
+async def test_open_tasks_are_old_however_many_there_are(
+    streams: Streams, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams_hub, "HEADS_PAGE", 2)
+    old = [await writer.begun() for _ in range(5)]
+    await writer.write(old[0], 3)
+    async with streams.opened(writer.tenant_id, "subscribe=*") as reader:
+        await reader.until(lambda _: writer.tenant_id in streams.hub.watched_tenants)
+        for task_id in old:
+            await writer.write(task_id)
+        await reader.until(lambda reader: len(reader.events) >= 5)
+    assert [reader.seqs(task_id) for task_id in old] == [[5], [2], [2], [2], [2]]
 
 
 async def test_a_stream_of_one_task_says_its_events_under_the_tasks_own_address(

@@ -10,6 +10,7 @@ from temporalio.api.enums.v1 import EventType as HistoryEventType
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
 from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
+from tests.workflows.resets import points_of, reset
 
 pytestmark = pytest.mark.usefixtures("short_way")
 SIGNALED = HistoryEventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED
@@ -95,6 +96,38 @@ async def test_a_job_that_ticks_is_not_polled_and_one_that_falls_silent_is(slow_
         return bool(await scheduled(handle, "get_job"))
 
     await slow_platform.until(polled)
+
+
+async def test_a_run_that_was_reset_learns_again_of_a_delivery_that_a_poll_had_brought(platform: Platform) -> None:
+    """The row knows the delivery's sequence by the earlier life: that hides no later poll from the new run."""
+    platform.policy = {"poll_after_seconds": 2.0, "poll_at_most_seconds": 2.0}
+    admin = platform.simulators.admin
+    handle = await started_job(platform)
+    task_id = task_id_of(handle)
+    await report(platform, handle, stage_progress=30.0)
+    await shown(platform, handle, 30.0)
+    before = (await points_of(platform, handle))[-1]
+    await admin.comfyui.fault("callback_withhold", task_id=task_id, times=None)
+    away = await admin.credits.fault("rate_limit", route="commit", task_id=task_id, seconds=1, times=None)
+    await report(platform, handle, job_status="delivery", stage_progress=100.0)
+    await admin.comfyui.act((await platform.job(handle)).run_id, "finish")
+
+    async def delivered() -> bool:
+        row = await platform.store.task(task_id)
+        return row is not None and row.stage == "delivery"
+
+    await platform.until(delivered)
+
+    handle = await reset(platform, handle, before, forgets_messages=True)
+    await admin.credits.remove_fault(away)
+
+    async def over() -> bool:
+        row = await platform.store.task(task_id)
+        return row is not None and row.ended_at is not None
+
+    await platform.until(over)
+    ending = await ended(platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
 
 
 async def test_the_query_says_how_old_its_figures_are(platform: Platform) -> None:
