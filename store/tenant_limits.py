@@ -1,12 +1,14 @@
 """Counts what each tenant starts and has open, for all processes together (contract §7). Each function is one
 transaction's work.
 
-    tenant_starts    one row for each start of the last minute, made by the gateway or else by the run's claim
+    tenant_starts    one row for each start of the last minute, made by the gateway or else by the run's claim, and for
+                     each that was admitted and has not claimed its id yet
     tenant_streams   how many streams of a tenant each gateway process has open
 
 Starts of one tenant take turns by a lock, so that two processes never admit the same last one. A start counts once: a
 repeat with the same task id is admitted, and so is a task that is claimed already. A start whose run has not claimed
-its id yet counts as an open task for a minute.
+its id yet counts as an open task for a minute. Its admission is kept for a week: a run that waits for a worker is not
+refused by its claim, whatever was started meanwhile.
 
 No library fits: `limits` counts in Redis or MongoDB; `pyrate-limiter` in PostgreSQL, by a second driver that blocks and
 a table for each limit. Neither counts what is open.
@@ -27,6 +29,7 @@ from store.tables import task_claims, tasks, tenant_starts, tenant_streams
 
 OPEN_AGAIN_SECONDS: Final = 5
 """When a caller at a limit of what is open may try again: it depends on what ends."""
+ADMITTED_DAYS: Final = 7
 STREAMS_LAST_SECONDS: Final = 30
 """The streams of a process that has not reported for this long no longer count: it was killed."""
 
@@ -34,9 +37,12 @@ _TENANT: Final = bindparam("tenant", type_=Text)
 _TASK: Final = bindparam("task", type_=Text)
 _WINDOW: Final = text(f"interval '{WINDOW_SECONDS} seconds'")
 _LOCK: Final = select(func.pg_advisory_xact_lock(func.hashtextextended(_TENANT, literal(17, BigInteger))))
-_DROP_OLD: Final = delete(tenant_starts).where(
-    tenant_starts.c.tenant_id == _TENANT, tenant_starts.c.at < func.now() - _WINDOW
+_IS_RECENT: Final = tenant_starts.c.at >= func.now() - _WINDOW
+_HAS_CLAIMED: Final = select(1).where(task_claims.c.task_id == tenant_starts.c.task_id).exists()
+_DROP_ALL_OLD: Final = delete(tenant_starts).where(
+    ~_IS_RECENT, _HAS_CLAIMED | (tenant_starts.c.at < func.now() - text(f"interval '{ADMITTED_DAYS} days'"))
 )
+_DROP_OLD: Final = _DROP_ALL_OLD.where(tenant_starts.c.tenant_id == _TENANT)
 _IS_COUNTED: Final = select(
     select(1).where(tenant_starts.c.tenant_id == _TENANT, tenant_starts.c.task_id == _TASK).exists()
 )
@@ -45,19 +51,13 @@ _USED: Final = select(
     func.count(),
     func.coalesce(func.sum(tenant_starts.c.bytes), 0),
     func.coalesce(func.extract("epoch", func.min(tenant_starts.c.at) + _WINDOW - func.now()), WINDOW_SECONDS),
-).where(tenant_starts.c.tenant_id == _TENANT)
+).where(tenant_starts.c.tenant_id == _TENANT, _IS_RECENT)
 _MOST: Final = bindparam("most", type_=BigInteger)
 _OPEN_ROWS: Final = (
     select(1).where(tasks.c.tenant_id == _TENANT, tasks.c.ended_at.is_(None)).limit(_MOST).subquery("open_rows")
 )
 _UNCLAIMED: Final = (
-    select(1)
-    .where(
-        tenant_starts.c.tenant_id == _TENANT,
-        ~select(1).where(task_claims.c.task_id == tenant_starts.c.task_id).exists(),
-    )
-    .limit(_MOST)
-    .subquery("unclaimed")
+    select(1).where(tenant_starts.c.tenant_id == _TENANT, _IS_RECENT, ~_HAS_CLAIMED).limit(_MOST).subquery("unclaimed")
 )
 _OPEN: Final = select(
     select(func.count()).select_from(_OPEN_ROWS).scalar_subquery()
@@ -141,7 +141,7 @@ async def admit_stream(
 
 async def report_streams(connection: AsyncConnection, *, process_id: str, open_of: Mapping[str, int]) -> None:
     """State how many streams of each tenant a process has open, and drop what counts no longer, of all tenants."""
-    await connection.execute(delete(tenant_starts).where(tenant_starts.c.at < func.now() - _WINDOW))
+    await connection.execute(_DROP_ALL_OLD)
     is_own = (tenant_streams.c.process_id == process_id) & tenant_streams.c.tenant_id.not_in(list(open_of))
     await connection.execute(delete(tenant_streams).where(is_own | ~_ALIVE))
     if open_of:

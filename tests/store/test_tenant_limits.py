@@ -75,7 +75,32 @@ async def test_starts_are_counted_for_a_minute(task_store: TaskStore, tenant_id:
     connection = await asyncpg.connect(postgres_dsn)
     await connection.execute("UPDATE tenant_starts SET at = at - interval '61 s' WHERE tenant_id = $1", tenant_id)
     assert (await admit(task_store, tenant_id, limits)).refused is None
+    await connection.execute("UPDATE tenant_starts SET at = at - interval '8 days' WHERE tenant_id = $1", tenant_id)
+    assert (await admit(task_store, tenant_id, limits)).refused is None
     assert await connection.fetchval("SELECT count(*) FROM tenant_starts WHERE tenant_id = $1", tenant_id) == 1
+    await connection.close()
+
+
+@pytest.mark.parametrize("limits", [TenantLimits(starts_per_minute=2), TenantLimits(open_tasks=2)])
+async def test_a_start_that_was_admitted_is_claimed_however_long_its_run_waits(
+    task_store: TaskStore, tenant_id: str, postgres_dsn: str, limits: TenantLimits
+) -> None:
+    waiting = [new_task_id() for _ in range(2)]
+    for task_id in waiting:
+        admission = await task_store.admit_start(tenant_id=tenant_id, task_id=task_id, size=1, limits=limits)
+        assert admission.refused is None
+    connection = await asyncpg.connect(postgres_dsn)
+    await connection.execute("UPDATE tenant_starts SET at = at - interval '1 h' WHERE tenant_id = $1", tenant_id)
+    later = [new_task_id() for _ in range(2)]
+    for task_id in later:
+        admission = await task_store.admit_start(tenant_id=tenant_id, task_id=task_id, size=1, limits=limits)
+        assert admission.refused is None, "the minute is over"
+    await task_store.report_streams(process_id="gateway", open_of={})
+    for task_id in (*later, *waiting):
+        assert await task_store.claim(claim_of(task_id, tenant_id=tenant_id), limits=limits)
+    await connection.execute("UPDATE tenant_starts SET at = at - interval '1 h' WHERE tenant_id = $1", tenant_id)
+    await task_store.report_streams(process_id="gateway", open_of={})
+    assert await connection.fetchval("SELECT count(*) FROM tenant_starts WHERE tenant_id = $1", tenant_id) == 0
     await connection.close()
 
 
