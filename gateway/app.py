@@ -32,10 +32,10 @@ from gateway.request_log import RequestLog
 from gateway.rollback import Rollback
 from gateway.safe_answers import SafeAnswers
 from gateway.signatures import CallbackSignatures
-from gateway.start_waits import APPLIED, StartWaits
+from gateway.start_waits import APPLIED, REPLAYED, StartWaits
 from gateway.streams import stream_routes, task_event_stream
 from gateway.streams_hub import EventHub
-from gateway.task_routes import REPLAYED, task_routes
+from gateway.task_routes import task_routes
 from gateway.task_runs import TaskRuns
 from gateway.task_uploads import TaskUploads
 from gateway.tasks import Tasks

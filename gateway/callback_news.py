@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 from comfyui_temporal.contracts.scenes import Callback, scene_of_callback
 
@@ -15,10 +16,18 @@ KEPT_FOR_FINALS: Final = 5
 """The part of a burst that is reserved for callbacks of ended jobs."""
 
 
-def news_of(callback: Callback) -> tuple[Any, ...]:
-    """The values that matter to the workflow. Two callbacks of a job with equal values need one signal."""
+class News(NamedTuple):
+    """What matters of a callback to the workflow. Two callbacks of a job with equal news need one signal."""
+
+    percent: int | None
+    rest: bytes
+    """A digest: the values are kept for thousands of tasks, and one callback may have 64 addresses of results."""
+
+
+def news_of(callback: Callback) -> News:
     percent = None if callback.stage_progress is None else int(callback.stage_progress)
-    return (percent, *(getattr(callback, name) for name in scene_of_callback(callback).signalled_fields))
+    rest = [getattr(callback, name) for name in scene_of_callback(callback).signalled_fields]
+    return News(percent, hashlib.blake2s(repr(rest).encode()).digest())
 
 
 @dataclass
@@ -27,7 +36,7 @@ class Reported:
 
     sequence: int
     """The newest that was signalled, or that had nothing new beyond it."""
-    news: tuple[Any, ...]
+    news: News
     is_final: bool
 
     def covers(self, callback: Callback) -> bool:

@@ -31,7 +31,7 @@ from typing import Final, Protocol
 import structlog
 
 from comfyui_temporal.contracts.scenes import Callback
-from gateway.callback_news import Pace, Reported, news_of
+from gateway.callback_news import News, Pace, Reported, news_of
 from runtime.trace_context import Context, current_context, in_context
 
 log = structlog.get_logger(__name__)
@@ -92,7 +92,7 @@ class TaskLine:
         self._waiting: dict[tuple[str, bool], Waiting] = {}
         self._arrived = asyncio.Event()
         self._in_flight: str | None = None
-        self._signalling: Callback | None = None
+        self._signalling: News | None = None
         self._is_failing = False
         self.sender: asyncio.Task[None] | None = None
 
@@ -116,10 +116,9 @@ class TaskLine:
 
     def has_signalled_like(self, callback: Callback) -> bool | None:
         """Whether the newest signal of the job says the same but for figures; None without one."""
-        newest = self._signalling if self._in_flight == callback.job_id else None
         reported = self._reported.get(callback.job_id)
-        news = news_of(newest) if newest is not None else (reported.news if reported is not None else None)
-        return None if news is None else news[1:] == news_of(callback)[1:]
+        news = self._signalling if self._in_flight == callback.job_id else reported.news if reported else None
+        return None if news is None else news.rest == news_of(callback).rest
 
     async def _outcome_of(self, joining: Waiting, answer: asyncio.Future[Relayed]) -> Relayed:
         await asyncio.wait({answer}, timeout=TAKE_SECONDS)
@@ -143,10 +142,10 @@ class TaskLine:
 
     async def _signal(self, first: Waiting) -> None:
         self._pace.spend()
-        self._in_flight, self._signalling = first.callback.job_id, first.callback
+        self._in_flight, self._signalling = first.callback.job_id, news_of(first.callback)
         with in_context(first.context):
             relayed = await self._signalled(first.callback)
-        self._in_flight = None
+        self._in_flight = self._signalling = None
         self._is_failing = relayed is Relayed.UNAVAILABLE
         if relayed is Relayed.SIGNALLED:
             self._remember(first.callback)

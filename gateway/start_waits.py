@@ -30,11 +30,11 @@ from comfyui_temporal.encryption import encryption_of
 from comfyui_temporal.runs import NoQueryNow, query_run
 from gateway.draining import Draining
 from gateway.problems import Problem, ProblemCode
-from gateway.task_bodies import TASKS
 from gateway.temporal_calls import RPC_TIMEOUT, temporal_problems
 from store import StoreUnavailable, TaskStore
 
 APPLIED: Final = "Preference-Applied"
+REPLAYED: Final = "Idempotent-Replayed"
 _OF_STATE: Final = set(TaskState.model_fields) & set(TaskView.model_fields)
 
 
@@ -58,11 +58,11 @@ def refusal_of(view: TaskView) -> Problem | None:
     """The problem that a start that waits is answered where its task failed before anything was held."""
     if view.status is not TaskStatus.FAILED or view.error is None or view.credits.pre_deduct_count:
         return None
-    code, headers = view.error.code, {"Location": f"{TASKS}/{view.task_id}"}
+    code = view.error.code
     if code in CREDITS_REFUSED:
-        return Problem(ProblemCode(code), view.error.message, headers=headers, status=HTTPStatus.PAYMENT_REQUIRED)
+        return Problem(ProblemCode(code), view.error.message, status=HTTPStatus.PAYMENT_REQUIRED)
     if code in INPUT_REFUSED | ID_REFUSED:
-        return Problem(ProblemCode(code), view.error.message, headers=headers)
+        return Problem(ProblemCode(code), view.error.message)
     return None
 
 

@@ -19,7 +19,7 @@ from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
 from gateway.access import Access
 from gateway.problems import ProblemCode, problems
 from gateway.request_limits import BODY_BYTES
-from gateway.start_waits import APPLIED, seconds_of
+from gateway.start_waits import APPLIED, REPLAYED, seconds_of
 from gateway.streams_wires import FRAME_SCHEMA, worded
 from gateway.task_bodies import (
     TASKS,
@@ -37,7 +37,6 @@ from gateway.tasks import StartedTask, Tasks
 from gateway.tenant_limits import LEFT_HEADER, POLICY_HEADER
 from runtime.caller_tokens import Caller
 
-REPLAYED: Final = "Idempotent-Replayed"
 EVENT_STREAM: Final = "text/event-stream"
 
 EventStream = Callable[[Request, Caller, str], Awaitable[Response]]
@@ -129,7 +128,7 @@ def task_routes(
         """Start an image task: 202 the task, 200 a repeat, 409 another body with the same id or key."""
         seconds = seconds_of(prefer)
         started = await tasks.start(caller, order, key, size=_body_bytes(request), wait_seconds=seconds)
-        return _task_response(response, started, seconds)
+        return _task_response(response, started)
 
     @router.post("/trainings", status_code=202, responses={**_STARTED, **problems(*_START_TRAINING)})
     async def start_training(
@@ -143,7 +142,7 @@ def task_routes(
         """Start a training task: 202 the task, 200 a repeat, 409 another body with the same id or key."""
         seconds = seconds_of(prefer)
         started = await tasks.start(caller, order, key, size=_body_bytes(request), wait_seconds=seconds)
-        return _task_response(response, started, seconds)
+        return _task_response(response, started)
 
     @router.get("", responses=problems(*_READ, ProblemCode.CURSOR_INVALID))
     async def list_tasks(caller: Reader, filters: Annotated[TaskFilters, Query()]) -> TaskList:
@@ -213,15 +212,10 @@ def task_routes(
     return router
 
 
-def _task_response(response: Response, started: StartedTask, wait_seconds: int) -> TaskView:
+def _task_response(response: Response, started: StartedTask) -> TaskView:
     is_open_question = started.is_new if started.is_answered is None else not started.is_answered
     response.status_code = 202 if is_open_question else 200
-    response.headers["Location"] = f"{TASKS}/{started.task.task_id}"
-    response.headers.update(started.headers)
-    if wait_seconds:
-        response.headers[APPLIED] = f"wait={wait_seconds}"
-    if not started.is_new:
-        response.headers[REPLAYED] = "true"
+    response.headers.update(started.all_headers)
     return started.task
 
 

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping
-from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import structlog
 from temporalio.client import Client
-from temporalio.common import SearchAttributeKey
 from temporalio.service import RPCError
 
 from activities.file_lists import FileLists
 from activities.outside_http import OutsideFailure
 from comfyui_temporal.client import submission
 from comfyui_temporal.client.errors import TaskExists
-from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.loras import no_such_model
-from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.start_answer import StartAnswer
 from comfyui_temporal.contracts.task_events import TaskEvent
@@ -33,18 +29,19 @@ from comfyui_temporal.contracts.tasks import (
     ConfirmPriceOutcome,
     TaskDelay,
     TaskInput,
-    TaskStatus,
     workflow_id_of,
 )
 from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
 from comfyui_temporal.delays import RPC_TIMEOUT, delays_of
 from comfyui_temporal.encryption import encryption_of
-from comfyui_temporal.runs import RunSeen, describe_run
+from comfyui_temporal.runs import describe_run
 from gateway.inputs import StoredInputs
 from gateway.problems import FieldProblem, Problem, ProblemCode
-from gateway.start_waits import StartWaits, ends_at, is_answered, refusal_of
+from gateway.runs_without_row import view_of_run
+from gateway.start_waits import APPLIED, REPLAYED, StartWaits, ends_at, is_answered, refusal_of
 from gateway.task_bodies import (
     KEYED,
+    TASKS,
     EventsQuery,
     LogQuery,
     Order,
@@ -54,7 +51,7 @@ from gateway.task_bodies import (
     task_id_by_key,
 )
 from gateway.task_uploads import TaskUploads
-from gateway.temporal_calls import RunMissing, bounded, described, updated
+from gateway.temporal_calls import RunMissing, bounded, updated
 from gateway.tenant_limits import TenantDoor
 from runtime.caller_tokens import Caller
 from store import CursorInvalid, StoreUnavailable, TaskStore
@@ -68,13 +65,19 @@ DELAYS_SECONDS: Final = 2.0
 
 
 class StartedTask(NamedTuple):
-    """A start's answer; `headers`: the tenant's limits."""
+    """A start's answer; `headers`: the tenant's limits, and the wait in force."""
 
     task: TaskView
     is_new: bool
     headers: Mapping[str, str] = {}
     is_answered: bool | None = None
     """Of a start that waits: whether credits are held, a price is to be confirmed, or the task has ended."""
+
+    @property
+    def all_headers(self) -> dict[str, str]:
+        """Also for a refusal: a client must learn from it whether it was a repeat."""
+        place = {"Location": f"{TASKS}/{self.task.task_id}"}
+        return {**place, **self.headers, **({} if self.is_new else {REPLAYED: "true"})}
 
 
 class Tasks:
@@ -110,6 +113,7 @@ class Tasks:
         are held; then a task that failed before that is raised as its Problem.
         """
         until = ends_at(wait_seconds) if wait_seconds else None
+        applied = {APPLIED: f"wait={wait_seconds}"} if wait_seconds else {}
         _check_own(caller, order)
         if key and caller.own_tasks_only:
             # Otherwise a user would learn from a refusal which keys the tenant's other users have.
@@ -118,7 +122,7 @@ class Tasks:
         task = order.task(tenant_id=caller.tenant_id, user_id=caller.user_id, key=key)
         earlier = await self._claimed(task)
         if earlier is not None:
-            return await self._repeated(task, earlier, until)
+            return await self._repeated(task, earlier, until, applied)
         await self._check_models(caller, task)
         inline = order.inline_files(task.tenant_id, task.task_id)
         await self._uploads.check(caller, task, inline)
@@ -128,34 +132,50 @@ class Tasks:
             await self._keep(task.task_id, order.dataset.dataset_id, order.long_list)
         try:
             if until is not None:
-                return (await self._started_waiting(task, until))._replace(headers=headers)
+                return await self._started_waiting(task, until, {**headers, **applied})
             started = await bounded(submission.start_task(self._temporal, task, task_queue=self._task_queue))
         except TaskExists:
             raise _exists(task.task_id) from None
         if started.is_new:
             return StartedTask(TaskView.accepted(task), is_new=True, headers=headers)
         row = await _stored(self._store.task(task.task_id))
-        return StartedTask(TaskView.of_row(row) if row else TaskView.accepted(task), is_new=False, headers=headers)
+        view = TaskView.of_row(row) if row else await self._without_row(task)
+        return StartedTask(view, is_new=False, headers=headers)
 
-    async def _started_waiting(self, task: TaskInput, until: float) -> StartedTask:
+    async def _without_row(self, task: TaskInput) -> TaskView:
+        """A task that was started before and has no row: it waits for a worker, or its run was refused the id."""
+        return await view_of_run(self._temporal, task.task_id) or TaskView.accepted(task)
+
+    async def _started_waiting(self, task: TaskInput, until: float, headers: Mapping[str, str]) -> StartedTask:
         waited = await self._waits.begin(task, until)
         answer = await self._waits.go_on(waited, until)
-        return self._answered(await self._waits.seen(task, answer), answer, is_new=waited.started.is_new)
+        is_new = waited.started.is_new
+        view = await self._waits.seen(task, answer)
+        if answer is None and not is_new and not view.last_seq:
+            view = await self._without_row(task)
+        return self._answered(view, answer, is_new=is_new, headers=headers)
 
-    async def _repeated(self, task: TaskInput, earlier: TaskView, until: float | None) -> StartedTask:
+    async def _repeated(
+        self, task: TaskInput, earlier: TaskView, until: float | None, headers: Mapping[str, str]
+    ) -> StartedTask:
         """The answer to a repeat of a start whose run has claimed the id."""
         if until is None:
             return StartedTask(earlier, is_new=False)
         if is_answered(earlier) and earlier.confirmation is None:
-            return self._answered(earlier, None, is_new=False)
+            return self._answered(earlier, None, is_new=False, headers=headers)
         answer = await self._waits.again(earlier, until)
-        return self._answered(await self._waits.seen(task, answer), answer, is_new=False)
+        return self._answered(await self._waits.seen(task, answer), answer, is_new=False, headers=headers)
 
-    def _answered(self, view: TaskView, answer: StartAnswer | None, *, is_new: bool) -> StartedTask:
+    def _answered(
+        self, view: TaskView, answer: StartAnswer | None, *, is_new: bool, headers: Mapping[str, str]
+    ) -> StartedTask:
+        """Raises the Problem of a task that failed before anything was held."""
+        started = StartedTask(view, is_new, headers, is_answered=answer is not None or is_answered(view))
         refusal = refusal_of(view)
         if refusal is not None:
+            refusal.headers |= started.all_headers
             raise refusal
-        return StartedTask(view, is_new=is_new, is_answered=answer is not None or is_answered(view))
+        return started
 
     async def _check_models(self, caller: Caller, task: TaskInput) -> None:
         """Raises Problem 422 for a model that is not one of the tenant's own; a run checks it again at its start."""
@@ -285,8 +305,7 @@ class Tasks:
         if row is not None and caller.sees(tenant_id=row.tenant_id, user_id=row.user_id):
             return TaskView.of_row(row)
         if row is None:
-            run = await described(self._temporal, workflow_id_of(task_id))
-            view = None if run is None else _view_of_run(task_id, run)
+            view = await view_of_run(self._temporal, task_id)
             if view is not None and caller.sees(tenant_id=view.tenant_id, user_id=view.user_id):
                 return view
         raise Problem(ProblemCode.TASK_UNKNOWN, f"There is no task {task_id} of this tenant.")
@@ -334,28 +353,3 @@ def _exists(task_id: str) -> Problem:
         f"The task_id {task_id} cannot be used with this input; nothing was started or changed. "
         "Leave it out, and one is made, or use another.",
     )
-
-
-def _view_of_run(task_id: str, run: RunSeen) -> TaskView | None:
-    """A run without a row, by its search attributes; None if it is not one of ours."""
-
-    def attribute(name: str) -> Any:
-        return run.search_attributes.get(SearchAttributeKey.for_keyword(name))
-
-    try:
-        return TaskView(
-            task_id=task_id,
-            tenant_id=attribute("TenantId"),
-            user_id=attribute("UserId"),
-            scene=Scene(attribute("Scene")),
-            template_id=attribute("TemplateId"),
-            priority=TaskPriority(attribute("TaskPriority")),
-            resolution="",
-            workflow_id=run.workflow_id,
-            status=TaskStatus(attribute("TaskStatus")),
-            stage=attribute("TaskStage"),
-            created_at=run.start_time,
-            updated_at=datetime.now(UTC),
-        )
-    except ValueError:
-        return None

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from temporalio.testing import WorkflowEnvironment
 
+from comfyui_temporal.contracts.tenant_limits import TenantLimits
 from gateway.draining import Draining
 from gateway.start_waits import seconds_of
 from store import TaskStore
@@ -77,6 +78,8 @@ async def test_refused_credits_are_402_with_their_sentence_and_a_new_try_needs_a
         assert (answer.status_code, answer.json()["code"]) == (402, "insufficient_balance"), answer.text
         assert f"cost {HD} points and the balance is {HD - 1}" in answer.json()["detail"]
     assert tries[0].json() == tries[1].json()
+    assert [answer.headers.get("Idempotent-Replayed") for answer in tries] == [None, "true"]
+    assert [answer.headers["Preference-Applied"] for answer in tries] == ["wait=30"] * 2
     task_id = tries[0].headers["Location"].rpartition("/")[2]
     await payer.has(HD)
     still = await api.call("POST", "/images", IMAGE, token=token, X_Idempotency_Key="k1", **WAIT)
@@ -99,6 +102,22 @@ async def test_a_right_that_was_taken_is_402_too(api: Api) -> None:
     answer = await api.call("POST", "/images", IMAGE, token=token, **WAIT)
     assert (answer.status_code, answer.json()["code"]) == (402, "not_authorized")
     assert "text-to-image" in answer.json()["detail"] or "revoked" in answer.json()["detail"]
+
+
+async def test_a_start_that_its_claim_refused_is_never_queued_again(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api.platform, "limits", TenantLimits(starts_per_minute=1))
+    _, token = await poor(api, 1_000)
+    assert (await api.call("POST", "/images", IMAGE, token=token, **WAIT)).status_code == 200
+    body = IMAGE | {"task_id": unique("waits")}
+    refused = await api.call("POST", "/images", body, token=token, **WAIT)
+    assert (refused.status_code, refused.json()["code"]) == (402, "quota_exceeded"), refused.text
+
+    again = await api.call("POST", "/images", body, token=token, **WAIT)
+    assert (again.status_code, again.json()) == (402, refused.json())
+    without = await api.call("POST", "/images", body, token=token)
+    assert (without.status_code, without.json()["status"]) == (200, "failed")
+    read = (await api.call("GET", f"/{body['task_id']}", token=token)).json()
+    assert (read["status"], read["error"]["code"], read["ended_at"] is None) == ("failed", "quota_exceeded", False)
 
 
 async def test_another_body_is_409_and_an_extra_that_is_not_offered_422(api: Api) -> None:
