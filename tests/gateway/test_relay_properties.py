@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, given, settings
@@ -107,6 +109,21 @@ async def test_a_return_to_the_last_signalled_state_is_signalled_while_another_s
     await in_flight
 
     assert [callback.sequence for callback in recorder.arrived] == [0, 1, 2]
+
+
+async def test_nothing_of_a_callback_is_kept_once_it_was_signalled() -> None:
+    [delivery] = job_states([(3, False)])
+    recorder = Recorder([])
+    relay = CallbackRelay(recorder)
+    assert await relay.take("t", delivery) is Relayed.SIGNALLED
+    assert await relay.take("t", delivery) is Relayed.COALESCED, "what it said is known all the same"
+    left, urls = weakref.ref(delivery), id(delivery.result_urls)
+    recorder.arrived.clear()
+    del delivery
+    await asyncio.sleep(0)
+    gc.collect()
+    assert left() is None
+    assert not any(id(each) == urls for each in gc.get_objects() if isinstance(each, list) and len(each) == 1)
 
 
 async def test_signals_stay_within_the_pace_under_any_load() -> None:
