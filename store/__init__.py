@@ -16,6 +16,7 @@ unseen.py        open tasks whose run could not be checked
 unsettled.py     ended tasks whose settlement is unknown: taken, corrected
 by_hand.py       an unknown settlement that an operator closes
 tenant_limits.py what each tenant starts and has open, counted for its limits
+tenant_usage.py  ... and when the count of a moment ago is enough
 upkeep.py        deletion of ended tasks and of tenants, the state of the queues
 tenant_reads.py  a tenant at a glance
 inputs.py        what was asked for

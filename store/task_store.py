@@ -61,6 +61,7 @@ from store.reads import StoredEvent, UnreadableRow
 from store.stream_reads import TaskHead
 from store.tasks import Written
 from store.tenant_reads import TenantSeen
+from store.tenant_usage import TenantUsage
 from store.ticks import TickAnswer
 from store.unseen import UnseenTask, UnseenTaskRow
 from store.upkeep import EndedTask, QueueState, Undeletable
@@ -88,6 +89,7 @@ class TaskStore:
         self._database = Database(dsn, pool_size=pool_size)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """Starts of one tenant take turns in the database: here too, so that they hold one connection at a time."""
+        self._usage = TenantUsage()
         self.uploads = UploadRows(self._database)
 
     @property
@@ -114,7 +116,7 @@ class TaskStore:
         """
         async with self._turn(claim.tenant_id) if limits.bounds_starts else nullcontext():
             return await self._database.transaction(
-                lambda connection: tasks.claim_task(connection, claim, run, limits=limits, given=given),
+                lambda connection: tasks.claim_task(connection, claim, run, self._usage, limits=limits, given=given),
                 doing=f"claiming the task {claim.task_id}",
                 within_seconds=within_seconds,
             )
@@ -190,7 +192,7 @@ class TaskStore:
         async with self._turn(tenant_id):
             return await self._database.transaction(
                 lambda connection: tenant_limits.admit_start(
-                    connection, tenant_id=tenant_id, task_id=task_id, size=size, limits=limits
+                    connection, self._usage, tenant_id=tenant_id, task_id=task_id, size=size, limits=limits
                 ),
                 doing=f"checking the limits of the tenant {tenant_id}",
                 within_seconds=within_seconds,

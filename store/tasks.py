@@ -30,6 +30,7 @@ from store.inputs import StoredInput
 from store.lives import IS_EARLIER, STANDING, note_older_row, published_points, taken_over
 from store.tables import EVENTS_CHANNEL, task_claims, task_events, task_exceptions, tasks, training_log
 from store.tenant_limits import admit_claim
+from store.tenant_usage import TenantUsage
 
 ACCEPTED_KEY: Final = "accepted"
 METRICS_LINE: Final = 0
@@ -140,7 +141,8 @@ def _columns(model: OwnModel, json_fields: Sequence[str]) -> dict[str, Any]:
 async def claim_task(
     connection: AsyncConnection,
     claim: TaskClaim,
-    run: TaskRun | None = None,
+    run: TaskRun | None,
+    usage: TenantUsage,
     *,
     limits: TenantLimits = NO_LIMITS,
     given: StoredInput | None = None,
@@ -154,7 +156,7 @@ async def claim_task(
         holder = await connection.scalar(_HOLDER, {"task": claim.task_id})
         return bool(holder == claim.first_execution_run_id)
     if run is None or not run.was_reset:  # of a reset run the store lost the claim: its task was admitted, and may hold
-        await admit_claim(connection, tenant_id=claim.tenant_id, task_id=claim.task_id, limits=limits)
+        await admit_claim(connection, usage, tenant_id=claim.tenant_id, task_id=claim.task_id, limits=limits)
     await _insert_row(connection, claim, run, lives=int(run is not None and run.was_reset))
     if given is not None:
         await inputs.keep(connection, claim.task_id, StoredInput(document=_clean(given.document), sealed=given.sealed))

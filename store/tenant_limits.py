@@ -5,10 +5,11 @@ transaction's work.
                      each that was admitted and has not claimed its id yet
     tenant_streams   how many streams of a tenant each gateway process has open
 
-Starts of one tenant take turns by a lock, so that two processes never admit the same last one. A start counts once: a
-repeat with the same task id is admitted, and so is a task that is claimed already. A start whose run has not claimed
-its id yet counts as an open task for a minute. Its admission is kept for a week: a run that waits for a worker is not
-refused by its claim, whatever was started meanwhile.
+Starts of one tenant take turns by a lock where they are counted, so that two processes never admit the same last one.
+Far from every limit they are not counted again (tenant_usage.py). A start counts once: a repeat with the same id is
+admitted, and so is a task that is claimed already. A start whose run has not claimed its id yet counts as an open task
+for a minute. Its admission is kept for a week: a run that waits for a worker is not refused by its claim, whatever was
+started meanwhile.
 
 No library fits: `limits` counts in Redis or MongoDB; `pyrate-limiter` in PostgreSQL, by a second driver that blocks and
 a table for each limit. Neither counts what is open.
@@ -26,9 +27,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from comfyui_temporal.contracts.tenant_limits import WINDOW_SECONDS, Admission, Allowance, Limit, TenantLimits
 from store.failures import StartRefused
 from store.tables import task_claims, tasks, tenant_starts, tenant_streams
+from store.tenant_usage import OPEN_AGAIN_SECONDS, TenantUsage, Used
 
-OPEN_AGAIN_SECONDS: Final = 5
-"""When a caller at a limit of what is open may try again: it depends on what ends."""
 ADMITTED_DAYS: Final = 7
 STREAMS_LAST_SECONDS: Final = 30
 """The streams of a process that has not reported for this long no longer count: it was killed."""
@@ -75,28 +75,42 @@ _STREAMS_ELSEWHERE: Final = select(func.coalesce(func.sum(tenant_streams.c.open)
 
 
 async def admit_start(
-    connection: AsyncConnection, *, tenant_id: str, task_id: str, size: int, limits: TenantLimits
+    connection: AsyncConnection, usage: TenantUsage, *, tenant_id: str, task_id: str, size: int, limits: TenantLimits
 ) -> Admission:
     """Count a start whose order has `size` bytes, if the tenant's limits allow it."""
     of_task = {"tenant": tenant_id, "task": task_id}
     if await connection.scalar(_IS_COUNTED, of_task) or await connection.scalar(_IS_CLAIMED, of_task):
         return Admission()
-    return await _admit(connection, tenant_id, task_id, size, limits)
+    return await _admit(connection, usage, tenant_id, task_id, size, limits)
 
 
-async def admit_claim(connection: AsyncConnection, *, tenant_id: str, task_id: str, limits: TenantLimits) -> None:
+async def admit_claim(
+    connection: AsyncConnection, usage: TenantUsage, *, tenant_id: str, task_id: str, limits: TenantLimits
+) -> None:
     """Count a start that reached Temporal past the gateway, in the transaction of its claim. Raises StartRefused."""
     of_task = {"tenant": tenant_id, "task": task_id}
     if not limits.bounds_starts or await connection.scalar(_IS_COUNTED, of_task):
         return
-    admission = await _admit(connection, tenant_id, task_id, 0, limits)
+    admission = await _admit(connection, usage, tenant_id, task_id, 0, limits)
     if admission.refused is not None:
         raise StartRefused(admission.sentence(tenant_id))
 
 
 async def _admit(
-    connection: AsyncConnection, tenant_id: str, task_id: str, size: int, limits: TenantLimits
+    connection: AsyncConnection, usage: TenantUsage, tenant_id: str, task_id: str, size: int, limits: TenantLimits
 ) -> Admission:
+    used, refused = usage.after(tenant_id, size, limits), None
+    if used is None:
+        used = (await _counted(connection, tenant_id, limits)).with_own(1, size)
+        usage.counted(tenant_id, used)
+        refused = used.refused_by(limits)
+    if refused is None:
+        await connection.execute(_COUNT, {"tenant": tenant_id, "task": task_id, "size": size})
+    return Admission(refused=refused, allowances=used.allowances(limits))
+
+
+async def _counted(connection: AsyncConnection, tenant_id: str, limits: TenantLimits) -> Used:
+    """Starts of the tenant take turns from here to the end of the transaction."""
     of_tenant = {"tenant": tenant_id}
     await connection.execute(_LOCK, of_tenant)
     await connection.execute(_DROP_OLD, of_tenant)
@@ -104,23 +118,7 @@ async def _admit(
     opened = 0
     if limits.open_tasks:
         opened = int(await connection.scalar(_OPEN, {**of_tenant, "most": limits.open_tasks}) or 0)
-    window = max(1, round(float(frees_in)))
-    used = (
-        (Limit.STARTS, limits.starts_per_minute, int(starts) + 1, window),
-        (Limit.BYTES, limits.bytes_per_minute, int(sent) + size, window),
-        (Limit.OPEN_TASKS, limits.open_tasks, opened + 1, OPEN_AGAIN_SECONDS),
-    )
-    refused = next((name for name, most, after, _ in used if 0 < most < after), None)
-    if refused is None:
-        await connection.execute(_COUNT, {**of_tenant, "task": task_id, "size": size})
-    return Admission(
-        refused=refused,
-        allowances=[
-            Allowance(limit=name, most=most, left=max(0, most - after), resets_in_seconds=seconds)
-            for name, most, after, seconds in used
-            if most
-        ],
-    )
+    return Used(int(starts), int(sent), opened, max(1, round(float(frees_in))))
 
 
 async def admit_stream(

@@ -13,6 +13,7 @@ from comfyui_temporal.contracts.lives import TaskRun
 from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.contracts.tenant_limits import Admission, Limit, TenantLimits
 from store import StartRefused, TaskStore
+from store.tenant_usage import TenantUsage, Used
 from tests.conftest import unique
 from tests.store.facts import claim_of, end, new_task_id, write_of
 
@@ -54,6 +55,31 @@ async def test_two_stores_admit_exactly_the_limit_together(
     assert (allowance.most, allowance.left) in {(7, 0), (700, 0)}
     assert 1 <= next(each.retry_after_seconds for each in admissions if each.refused) <= 60
     assert (await admit(stores[0], unique("tenant"), limits)).refused is None, "another tenant's are its own"
+
+
+async def test_a_large_limit_is_exceeded_by_a_fiftieth_at_most(stores: list[TaskStore], tenant_id: str) -> None:
+    """Far from it a process does not count again; near it every start is counted."""
+    limits = TenantLimits(starts_per_minute=200, open_tasks=1_000)
+    admissions = [await admit(stores[n % 2], tenant_id, limits) for n in range(220)]
+    admitted = [each.refused is None for each in admissions]
+    assert 200 <= sum(admitted) <= 204
+    assert not any(admitted[-10:])
+    left = [allowance.left for each in admissions for allowance in each.allowances if allowance.limit is Limit.STARTS]
+    assert (left[0], left[-1]) == (199, 0)
+
+
+def test_a_count_is_used_for_five_seconds_and_a_fiftieth_of_what_is_left() -> None:
+    now, limits = [0.0], TenantLimits(starts_per_minute=1_000)
+    usage = TenantUsage(lambda: now[0])
+    assert usage.after("t", 0, limits) is None
+    usage.counted("t", Used(starts=500, sent=0, opened=0))
+    assert [each.starts for _ in range(10) if (each := usage.after("t", 0, limits)) is not None] == [*range(501, 511)]
+    assert usage.after("t", 0, limits) is None, "a fiftieth of 500 was admitted"
+    usage.counted("t", Used(starts=510, sent=0, opened=0))
+    assert usage.after("t", 0, TenantLimits(bytes_per_minute=49)) is not None
+    assert usage.after("t", 1, TenantLimits(bytes_per_minute=49)) is None, "small limits are exact"
+    now[0] = 5.1
+    assert usage.after("t", 0, limits) is None
 
 
 async def test_a_repeat_counts_once_and_a_claimed_task_not_again(task_store: TaskStore, tenant_id: str) -> None:
