@@ -23,7 +23,7 @@ class WrittenSoFar:
     progress: float = 0.0
     """The progress in the row for the current attempt and stage, in percent."""
     published: dict[tuple[int, str | None], float] = field(default_factory=dict)
-    """Attempt and stage → the highest published progress. Set after a reset: the run goes through them again."""
+    """Attempt and stage → the highest published progress. Set where a stage may be gone through again."""
 
     def take(self, facts: Iterable[Fact], known_keys: Collection[str]) -> list[tuple[int, Fact]]:
         """The facts to write with their `seq`, in order; known, outdated and late facts are left out."""

@@ -202,8 +202,8 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
         taken_by_run = await taken_over(connection, row, run)
         version, lives = taken_by_run.get("version", version), taken_by_run.get("lives", lives)
         await note_older_row(connection, row, run, written=write.written_version)
-    is_late = any(_is_late_change(fact, row.job_sequences) for fact in write.facts)
-    if not had_ended and (is_late or row.lives or (run is not None and run.run_id != row.run_id)):
+    may_repeat = any(_may_repeat(fact, row) for fact in write.facts)
+    if not had_ended and (may_repeat or row.lives or (run is not None and run.run_id != row.run_id)):
         published = await connection.execute(_REACHED, {"task": write.task_id})
         reached = {(attempt, stage): progress for attempt, stage, progress in published}
     so_far = WrittenSoFar(
@@ -251,11 +251,15 @@ def _in_order_of_time(taken: Sequence[tuple[int, Fact]], last: datetime | None) 
         yield seq, fact
 
 
-def _is_late_change(fact: Fact, job_sequences: Mapping[str, int]) -> bool:
-    """Whether a change of stage comes after a later tick: its stage may have been left and entered again."""
+def _may_repeat(fact: Fact, row: Row[*tuple[Any, ...]]) -> bool:
+    """Whether the fact may enter a stage that was entered before: a server may put a job back into its queue.
+
+    Or it comes after a later tick: its stage may have been left and entered again meanwhile.
+    """
     if not fact.is_change or fact.job_id is None or fact.sequence is None:
         return False
-    return fact.sequence < job_sequences.get(fact.job_id, fact.sequence)
+    is_late = fact.sequence < row.job_sequences.get(fact.job_id, fact.sequence)
+    return is_late or (row.stage is not None and fact.stage != row.stage)
 
 
 def _with_newest_figures(write: TaskWrite, row: Row[*tuple[Any, ...]], so_far: WrittenSoFar) -> TaskWrite:

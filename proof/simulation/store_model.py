@@ -297,7 +297,7 @@ class StoreModel:
     def _progress_before(self, fact: Fact, *, is_late: bool) -> float:
         """The progress that was published of this attempt and stage: by the last event, by any where it may be old."""
         at = (fact.attempt, fact.stage)
-        if self.lives or is_late:
+        if self.lives or is_late or fact.is_change:
             return self._reached.get(at, 0.0)
         last = self.events[-1] if self.events else fact
         return (last.progress or 0.0) if (last.attempt, last.stage) == at else 0.0

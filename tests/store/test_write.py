@@ -209,6 +209,20 @@ async def test_concurrent_writers_leave_one_gapless_history(task_store: TaskStor
     assert (row.version, row.attempts, row.last_seq) == (12, 12, len(events))
 
 
+async def test_a_stage_that_a_job_enters_again_goes_on_where_it_was(task_store: TaskStore) -> None:
+    """ComfyUI may put a job back into its queue, e.g. where its server restarts."""
+    task_id = new_task_id()
+    await task_store.claim(claim_of(task_id))
+    reports = [("processing", 80.0), ("queued", 0.0), ("processing", 5.0), ("processing", 90.0)]
+    for sequence, (stage, progress) in enumerate(reports, start=1):
+        there: dict[str, Any] = {"stage": stage, "progress": progress}
+        given = fact(f"j:{sequence}", job_id="j", sequence=sequence, is_change=sequence < 4, **there)
+        await task_store.write(write_of(task_id, given, version=sequence, attempts=1, job_id="j", **there))
+
+    shown = [(event.stage, event.progress) for event in await task_store.events(task_id)][1:]
+    assert shown == [("processing", 80.0), ("queued", 0.0), ("processing", 80.0), ("processing", 90.0)]
+
+
 async def test_progress_within_an_attempt_and_stage_never_goes_back(task_store: TaskStore) -> None:
     task_id = await claimed(task_store)
     there: dict[str, Any] = {"stage": "processing", "progress": 66.0}
