@@ -60,11 +60,11 @@ async def start_image(site: Site, task_id: str) -> Handle:
     )
 
 
-async def until_held(site: Site, task_id: str) -> None:
+async def until_held(site: Site, task_id: str, *, seconds: float = 30) -> None:
     async def is_held() -> bool:
         return any(hold.phase == "open" for hold in await site.admin.credits.holds(task_id))
 
-    await until(is_held, f"a hold of {task_id}", seconds=30)
+    await until(is_held, f"a hold of {task_id}", seconds=seconds)
 
 
 async def timed_out_workflow_tasks(handles: list[Handle]) -> Counter[str]:

@@ -35,6 +35,8 @@ from worker import make_worker
 
 SECONDS_BETWEEN = 1.2
 WIRES = 16
+STARTING_SECONDS = 600.0
+"""Longest wait for the tasks, which all start at once."""
 SETTLING_SECONDS = 15.0
 """Longest wait for the last ones."""
 Sent = Callable[[int, int], Coroutine[Any, Any, None]]
@@ -116,7 +118,7 @@ async def waiting_tasks(site: Site, count: int) -> list[tuple[str, str]]:
         await start_image(site, task_id)
     ids = []
     for task_id in task_ids:
-        await until_held(site, task_id)
+        await until_held(site, task_id, seconds=STARTING_SECONDS)
         [run] = await site.admin.comfyui.jobs(task_id)
         ids.append((task_id, run.run_id))
     return ids
@@ -142,7 +144,7 @@ async def first_reports(site: Site, tasks: Sequence[tuple[str, str]]) -> None:
     for task_id, job_id in tasks:
         await wire.post(signed_request(task_id, report(job_id, 0), site.stack.callback_secret))
     wire.close()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(STARTING_SECONDS):
         for task_id, _ in tasks:
             while (row := await site.store.task(task_id)) is None or row.stage != "processing":  # noqa: ASYNC110
                 await asyncio.sleep(0.2)
