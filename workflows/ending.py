@@ -197,7 +197,7 @@ class TaskEnding:
         What the ledger showed, or did not show, may differ from what that life saw. While the store is away the end is
         published at once, and the row is read afterwards.
         """
-        if self._hold.state.is_unknown and workflow.patched("row-looked-at-where-settlement-is-unknown"):
+        if self._hold.ends.are_unknown and workflow.patched("row-looked-at-where-settlement-is-unknown"):
             return True
         has_read = self._hold.ledger.newest is not None and not self._outside.earlier.life.is_store_away
         return has_read and workflow.patched("row-looked-at-where-the-ledger-decided")

@@ -24,6 +24,7 @@ NAMELESS_RECORDED: Final = "nameless-hold-of-an-earlier-life-recorded"
 ROW_AWAITED: Final = "row-awaited-where-holds-may-be-forgotten"
 NAMELESS_COUNTED: Final = "nameless-holds-counted-beside-the-known-ones"
 UNKNOWN_RECORDED: Final = "unknown-end-of-an-earlier-lifes-hold-recorded"
+UNKNOWN_LOOKED_UP: Final = "unknown-ends-looked-up-again-at-the-delivery"
 REASON: Final = "taken before the task's run was reset"
 """The same in every request: a run that continues as new, and is reset, may send one again under its key."""
 
@@ -49,6 +50,8 @@ class ForgottenHolds:
         self._cancel = cancel
         self.was_committed = False
         """Whether the ledger shows a commit of any of the task's holds: the task is settled."""
+        self.is_unknown = False
+        """Whether the last reading leaves open what the task was charged."""
         self.is_done = False
         """Whether they were given back: no more of them can appear."""
         self._cancelled: set[str] = set()
@@ -69,7 +72,7 @@ class ForgottenHolds:
         """Cancel them, and find out what the task was charged. Returns whether there is any such hold.
 
         `keep_one`: the newest hold of the task that may be open is kept, as this run's own, to be committed; this run's
-        other holds are cancelled too.
+        other holds are cancelled too, also those whose end could not be found out before.
         """
         has_row = await self._look.once()
         first = ledger = await self._ledger.read()
@@ -85,26 +88,35 @@ class ForgottenHolds:
         kept = may_stand[-1] if keep_one and may_stand and self._state.asked else None
         if kept is not None and kept not in own:
             self._adopt(kept, stands.get(kept) or (ledger.holds[0].amount if ledger and ledger.holds else 0))
+        doubtful: list[str] = []
+        finds_out_again = keep_one and workflow.patched(UNKNOWN_LOOKED_UP)
+        if finds_out_again:
+            self._ends.find_out_again()
+            doubtful = self._doubtful(ledger)
+        others = [each for each in may_stand if each != kept and (keep_one or each not in own)]
+        if await self._cancel_all([*doubtful, *others], own):
+            ledger = await self._ledger.once_all_ended(but=self.own_standing(), known=len(known))
+        is_learned = self._learn_charged(ledger)
+        self.is_unknown = not is_learned if finds_out_again else self._state.is_unknown
+        # With `keep_one` a charge follows, and whoever makes it records what stays unknown, with its cost.
+        if not is_learned and not keep_one and workflow.patched(UNKNOWN_RECORDED):
+            self._record_unknown()
+        if self._shows_nameless(first, known=len(known), open_at_most=len(doubtful) + len(may_stand)):
+            await self._record_nameless()
+        self.is_done = True
+        return len(known) > len(own)
+
+    async def _cancel_all(self, hold_ids: list[str], own: dict[str, RequestedHold]) -> bool:
+        """Cancel these holds. Returns whether one of them may have been committed."""
         is_unsure = False
-        for pre_deduct_id in may_stand:
-            if pre_deduct_id == kept or (pre_deduct_id in own and not keep_one):
-                continue
+        for pre_deduct_id in hold_ids:
             answer = await self._cancel(pre_deduct_id, f"forgotten:{pre_deduct_id}", REASON)
             is_unsure |= self._is_unsure(pre_deduct_id, answer)
             if answer is not None and answer.reply is not None:
                 self._cancelled.add(pre_deduct_id)
             if pre_deduct_id in own:
                 own[pre_deduct_id].resolved = True
-        if is_unsure:
-            ledger = await self._ledger.once_all_ended(but=self.own_standing(), known=len(known))
-        is_learned = self._learn_charged(ledger)
-        # With `keep_one` a charge follows, and whoever makes it records what stays unknown, with its cost.
-        if not is_learned and not keep_one and workflow.patched(UNKNOWN_RECORDED):
-            self._record_unknown()
-        if self._shows_nameless(first, known=len(known), open_at_most=len(may_stand)):
-            await self._record_nameless()
-        self.is_done = True
-        return len(known) > len(own)
+        return is_unsure
 
     def _may_be_forgotten(self, ledger: TaskLedger | None) -> bool:
         """Whether there may be a hold whose id only the row knows: there was an earlier life, or the ledger shows more
@@ -147,6 +159,12 @@ class ForgottenHolds:
         ended |= {pre_deduct_id for pre_deduct_id, hold in own.items() if hold.resolved}
         ended |= self._cancelled
         return sorted((each for each in known if each not in ended), key=lambda each: place.get(each, len(place)))
+
+    def _doubtful(self, ledger: TaskLedger | None) -> list[str]:
+        """This run's holds of which neither an answer nor `ledger` shows the end: their cancel was refused."""
+        shown = self._cancelled | (set() if ledger is None else ledger.ended_ids())
+        granted = [hold for hold in self._state.granted_holds() if hold.resolved and not hold.told_back]
+        return [hold.pre_deduct_id for hold in granted if hold.pre_deduct_id and hold.pre_deduct_id not in shown]
 
     def _adopt(self, pre_deduct_id: str, amount: int) -> None:
         """Make a forgotten hold this run's own."""

@@ -5,9 +5,15 @@ In a ledger without ids a hold's end is recognised by these counts: it is one mo
 
 from __future__ import annotations
 
+from typing import Final
+
+from temporalio import workflow
+
 from comfyui_temporal.contracts.requests import HoldState
 from comfyui_temporal.contracts.tasks import SettlementState
 from workflows.task_ledger import HoldFate
+
+LEFT_APART: Final = "hold-left-to-expiry-apart-from-the-unknown"
 
 
 class HoldEnds:
@@ -27,14 +33,25 @@ class HoldEnds:
             self._state.given_back = (self._state.given_back or 0) + 1
 
     def left_open(self) -> None:
-        """A hold may outlive the task: its points are not returned, unless another hold was committed."""
-        if self._state.committed == 0:
+        """A hold may outlive the task: its points are not returned, unless the task is charged."""
+        if workflow.patched(LEFT_APART):
+            self._state.is_left = True
+        elif self._state.committed == 0:
             self.mark_unknown()
 
     def mark_unknown(self) -> None:
         """How a hold or a charge ended could not be found out."""
         self._state.is_unknown = True
 
+    def find_out_again(self) -> None:
+        """What was unknown until now is looked up again: only what stays so counts."""
+        self._state.is_unknown = self._state.is_left = False
+
+    @property
+    def are_unknown(self) -> bool:
+        """Whether the task would end with `settlement` unknown."""
+        return self._state.is_unknown or (self._state.is_left and not self._state.charged)
+
     def close(self) -> None:
         """The task's credits are settled, as far as could be found out."""
-        self._state.settlement = SettlementState.UNKNOWN if self._state.is_unknown else SettlementState.SETTLED
+        self._state.settlement = SettlementState.UNKNOWN if self.are_unknown else SettlementState.SETTLED

@@ -60,9 +60,9 @@ class Settlement:
         await forgotten.give_back(keep_one=True)
         self._outside.earlier.raise_if_ended()  # the give-back has read the row
         self.charges.taken_before()
-        if self._hold.state.is_unknown:
+        if forgotten.is_unknown:
             self._record_unknown(self._hold.standing, cost, ChargeUnknown("The task's run was reset."))
-        return self._hold.state.charged if forgotten.was_committed or self._hold.state.is_unknown else cost
+        return self._hold.state.charged if forgotten.was_committed or forgotten.is_unknown else cost
 
     async def _charge(self, cost: int) -> None:
         standing = self._hold.standing

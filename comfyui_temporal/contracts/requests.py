@@ -190,6 +190,8 @@ class HoldState(OwnModel):
     settlement: SettlementState = SettlementState.OPEN
     is_unknown: bool = False
     """The outcome of a hold or a charge is unknown: the task ends with `settlement` unknown."""
+    is_left: bool = False
+    """A hold is left to its expiry: `settlement` is unknown unless points of the task are charged."""
     granted: int | None = None
     """How many holds were granted in all; None, as in `given_back`, if an earlier release did not count."""
     given_back: int | None = None

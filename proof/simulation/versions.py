@@ -15,7 +15,7 @@ NEW_SINCE_0_1_0: Final = {
     "carried": {"run_number", "retry_at"},
     "hold": {
         *("asked_again", "asked_count", "asking", "checkpoint_passed", "committed", "given_back", "granted"),
-        *("granted_before", "is_unknown", "settlement"),
+        *("granted_before", "is_left", "is_unknown", "settlement"),
     },
     "asked": {"leaving", "told", "told_back"},
     "jobs": {"is_key_taken"},

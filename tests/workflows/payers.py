@@ -92,6 +92,14 @@ async def end_open_holds(platform: Platform, handle: Handle) -> str:
     return "expire" if expires else "cancel"
 
 
+async def refuse_cancels(platform: Platform, handle: Handle, *, times: int | None = 1) -> None:
+    """Refuse the next cancels of holds (None: all) for no reason that the contract gives: a hold ends by expiry."""
+    body = {"detail": {"code": "42200", "message": "amount_invalid"}}
+    await platform.simulators.admin.credits.fault(
+        "answer", route="cancel_hold", task_id=task_id_of(handle), times=times, status=422, body=body
+    )
+
+
 def lost(platform: Platform) -> list[str]:
     """The state of a hold whose answer was lost: by contract the repeat is the same hold, else it is a second one."""
     return [] if platform.simulators.credits_profile.keeps_keys else ["open"]

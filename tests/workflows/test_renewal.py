@@ -14,6 +14,7 @@ from tests.workflows.payers import (
     kinds_of,
     lost,
     new_payer,
+    refuse_cancels,
     start_long_training,
     until_kinds,
     until_started,
@@ -213,3 +214,23 @@ async def test_an_old_hold_that_another_caller_committed_is_not_charged_again(pa
     await finish(patient_platform, handle)
     ending = await ended(patient_platform, handle)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, TRAINING)
+
+
+@pytest.mark.on_both_profiles
+async def test_an_old_hold_that_could_not_be_cancelled_does_not_leave_a_commit_unknown(
+    patient_platform: Platform,
+) -> None:
+    """It ends by expiry, and the task's other hold was committed (contract §4 *What stays unknown*)."""
+    handle = await start_long_training(patient_platform, patient_platform.training())
+    await refuse_cancels(patient_platform, handle)
+    await patient_platform.pass_time(handle, 1_810)
+    await until_kinds(patient_platform, handle, ["pre_deduct", "pre_deduct"])
+    await patient_platform.until_settled(handle)
+    await finish(patient_platform, handle)
+    ending = await ended(patient_platform, handle, exempt={"hold_expires"})
+    assert (ending.status, ending.charged, ending.exceptions) == (
+        TaskStatus.COMPLETED,
+        TRAINING,
+        ["hold_left_to_expiry"],
+    )
+    assert (ending.result["credits"]["settlement"], ending.result["credits"]["charged"]) == ("settled", TRAINING)

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 from temporalio.client import WorkflowExecutionStatus
 from temporalio.service import RPCError
@@ -21,8 +22,17 @@ from proof.simulators.credits_profile import CreditsProfile
 from store import TaskStore
 from tests.cable import Cable
 from tests.workflows.books import Ending, ended
-from tests.workflows.payers import entries_of, has_kinds, kinds_of, start_long_training, until_started
-from tests.workflows.platform import Handle, Platform, running_platform
+from tests.workflows.payers import (
+    entries_of,
+    has_kinds,
+    holds_of,
+    kinds_of,
+    new_payer,
+    refuse_cancels,
+    start_long_training,
+    until_started,
+)
+from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
 
 MINUTE = 60.0
 RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
@@ -119,6 +129,66 @@ async def test_a_renewal_waits_for_the_store_as_long_as_the_old_hold_lasts(platf
     await handle.cancel()
     ending = await ended(platform, handle)
     assert (ending.status, "uncovered" in ending.exceptions) == (TaskStatus.CANCELLED, False)
+
+
+# Delivered while the store is away: the ledger alone decides, and what was unknown before does not
+
+
+async def delivered_while_away(platform: Platform, cable: Cable, handle: Handle, *, minutes: int = 5) -> None:
+    """Let the training be delivered while the store is away, for as long as its settlement takes."""
+    cable.pull()
+    [run] = await platform.simulators.admin.comfyui.jobs(task_id_of(handle))
+    await platform.simulators.admin.comfyui.act(run.run_id, "finish")
+    await pass_minutes(platform, handle, minutes)
+    cable.plug_in()
+    with contextlib.suppress(RPCError):  # it may have ended by now
+        await platform.pass_time(handle, 31)
+
+
+@pytest.mark.on_both_profiles
+@pytest.mark.parametrize("times", [1, None], ids=["once", "always"])
+async def test_a_delivery_is_paid_for_though_an_old_hold_was_left_to_its_expiry(
+    platform: Platform, cable: Cable, times: int | None
+) -> None:
+    """At the delivery its cancel is requested once more."""
+    handle = await start_long_training(platform, platform.training())
+    await platform.until_settled(handle)
+    await refuse_cancels(platform, handle, times=times)
+    await pass_minutes(platform, handle, 31)
+    assert await kinds_of(platform, handle) == ["pre_deduct", "pre_deduct"]
+    await delivered_while_away(platform, cable, handle)
+    ending = await ended(platform, handle, exempt={"hold_expires"} if times is None else ())
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120)
+    assert "hold_left_to_expiry" in ending.exceptions
+    assert (ending.result["credits"]["settlement"], ending.result["credits"]["charged"]) == ("settled", 120)
+
+
+@pytest.mark.on_both_profiles
+@pytest.mark.parametrize(
+    ("ends", "is_late", "settlement"),
+    [("cancel", False, "settled"), ("commit", False, "settled"), ("commit", True, "unknown")],
+    ids=["cancelled", "committed", "committed, and still not shown"],
+)
+async def test_a_delivery_is_paid_for_once_though_an_old_holds_end_was_not_shown(
+    platform: Platform, cable: Cable, ends: str, is_late: bool, settlement: str
+) -> None:
+    """Another caller has ended it. Its end may be a commit until the ledger shows it."""
+    payer = await new_payer(platform)
+    credits, task = platform.simulators.admin.credits, payer.training()
+    handle = await start_long_training(platform, task)
+    await platform.until_settled(handle)
+    [hold] = await holds_of(platform, handle)
+    commit = {"task_id": task["task_id"], "template_id": task["template_id"], "actual_cost": 120}
+    fields = commit if ends == "commit" else {"reason": "by hand"}
+    late = await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=3 * 3_600, times=None)
+    await payer.post(ends, "by-hand", {"pre_deduct_id": hold.pre_deduct_id, **fields})
+    await pass_minutes(platform, handle, 45)
+    if not is_late:
+        await credits.remove_fault(late)
+    await delivered_while_away(platform, cable, handle, minutes=13 if is_late else 5)
+    ending = await ended(platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120)
+    assert ending.result["credits"]["settlement"] == settlement
 
 
 async def waits_for_store(handle: Handle) -> bool:
