@@ -152,6 +152,7 @@ class HistoryReader:
                 self._orphans.snapshot = self._snapshot_of(run.dataset)
         if continuation is not None:
             self._holds, self._orphans.jobs = continuation.hold, list(continuation.jobs)
+            self._holds.open_doubtful()
             self._sendings.update(hold.n for hold in continuation.hold.asked if hold.outcome is RequestOutcome.UNKNOWN)
 
     def _snapshot_of(self, dataset: DatasetSource) -> SnapshotOrder:

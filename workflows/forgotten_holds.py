@@ -163,8 +163,8 @@ class ForgottenHolds:
     def _doubtful(self, ledger: TaskLedger | None) -> list[str]:
         """This run's holds of which neither an answer nor `ledger` shows the end: their cancel was refused."""
         shown = self._cancelled | (set() if ledger is None else ledger.ended_ids())
-        granted = [hold for hold in self._state.granted_holds() if hold.resolved and not hold.told_back]
-        return [hold.pre_deduct_id for hold in granted if hold.pre_deduct_id and hold.pre_deduct_id not in shown]
+        doubtful = [hold.pre_deduct_id for hold in self._state.granted_holds() if hold.is_doubtful]
+        return [hold_id for hold_id in doubtful if hold_id and hold_id not in shown]
 
     def _adopt(self, pre_deduct_id: str, amount: int) -> None:
         """Make a forgotten hold this run's own."""

@@ -162,6 +162,11 @@ class RequestedHold(Requested):
         return self.resolved and (self.told_back or not self.told)
 
     @property
+    def is_doubtful(self) -> bool:
+        """Whether it counts as ended and was not seen to be given back: committed, left to its expiry or unknown."""
+        return self.resolved and not self.is_over
+
+    @property
     def usable(self) -> int:
         """Points that may be charged to it: points beyond the requested amount are never used (contract §5)."""
         return min(self.amount, self.request.estimated_cost)
@@ -236,6 +241,12 @@ class HoldState(OwnModel):
                 self.granted += 1
         elif not leaves_unknown(answer):
             hold.refused = True
+
+    def open_doubtful(self) -> None:
+        """Count the holds that were not seen to be given back as open: an undo cancels them once more."""
+        for hold in self.asked:
+            if hold.is_doubtful:
+                hold.resolved = False
 
     def granted_holds(self) -> list[RequestedHold]:
         """The kept holds that were granted, oldest first."""

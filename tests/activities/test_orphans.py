@@ -15,7 +15,7 @@ from temporalio.exceptions import ApplicationError
 
 from activities.orphans import HistoryReader, NotReadHere
 from comfyui_temporal.contracts.give_back import Orphans
-from comfyui_temporal.contracts.requests import HoldState, RequestOutcome
+from comfyui_temporal.contracts.requests import HoldState, RequestedHold, RequestOutcome
 from comfyui_temporal.contracts.task_store import TaskRow
 from comfyui_temporal.encryption import PayloadEncryption
 from comfyui_temporal.encryption_keys import EncryptionKey
@@ -131,6 +131,17 @@ async def test_what_the_runs_before_had_sent_more_than_once_is_remembered() -> N
     history = History()
     await history.continued_with(HoldState(asked_again=1))
     assert history.reader.orphans.asked_again
+
+
+@pytest.mark.parametrize("is_published", [True, False])
+async def test_a_hold_that_runs_before_did_not_see_given_back_is_cancelled_again(is_published: bool) -> None:
+    """Its cancel had been refused, or its end could not be found out."""
+    history = History()
+    hold = RequestedHold(
+        n=1, request=HOLD["body"], asked_at=AT, pre_deduct_id="hold-1", resolved=True, told=24, told_back=is_published
+    )
+    await history.continued_with(HoldState(asked=[hold]))
+    assert [hold.needs_undo for hold in history.reader.orphans.holds] == [not is_published]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError, WorkflowHistoryEventFilterType
 from temporalio.exceptions import ApplicationError, CancelledError
 
+from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
 from comfyui_temporal.contracts.task_events import TaskEvent
 from comfyui_temporal.contracts.task_store import TaskExceptionRow
 from comfyui_temporal.contracts.tasks import TaskStatus
@@ -60,9 +61,19 @@ async def ended(platform: Platform, handle: Handle, *, exempt: Collection[str] =
     return await _ending(platform, task_id, status, code, result)
 
 
-async def ended_without_its_run(platform: Platform, task_id: str) -> Ending:
+async def give_back(platform: Platform, handle: Handle) -> Handle:
+    """Start the give-back of a task whose run has ended."""
+    return await platform.client.start_workflow(
+        GIVE_BACK_WORKFLOW,
+        GiveBackOrder(task_id=task_id_of(handle)),
+        id=give_back_id_of(task_id_of(handle)),
+        task_queue=platform.task_queue,
+    )
+
+
+async def ended_without_its_run(platform: Platform, task_id: str, *, exempt: Collection[str] = ()) -> Ending:
     """The same assertion on a task whose run was terminated or vanished: its row shows how it ended."""
-    await _assert_judged(platform, task_id, WITHOUT_RUN)
+    await _assert_judged(platform, task_id, WITHOUT_RUN | {Exempt(name) for name in exempt})
     row = await platform.store.task(task_id)
     assert row is not None
     result = {"credits": row.credits.model_dump(), "result_urls": row.result_urls, "output": row.output}
@@ -136,4 +147,4 @@ async def check_histories(platform: Platform, handle: Handle, exempt: Collection
     assert not findings.found, findings.found
 
 
-__all__ = ["PATCH_MARKER", "Ending", "check_histories", "ended", "ended_without_its_run", "runs_of"]
+__all__ = ["PATCH_MARKER", "Ending", "check_histories", "ended", "ended_without_its_run", "give_back", "runs_of"]

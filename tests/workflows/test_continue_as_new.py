@@ -22,8 +22,8 @@ from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, TaskStatus
 from proof.simulators.admin_wire import Fault
 from store import TaskStore
 from tests.cable import Cable
-from tests.workflows.books import ended, runs_of
-from tests.workflows.payers import holds_of, kinds_of, until_price_shown, until_started
+from tests.workflows.books import ended, ended_without_its_run, give_back, runs_of
+from tests.workflows.payers import holds_of, kinds_of, refuse_cancels, until_price_shown, until_started
 from tests.workflows.platform import Handle, Platform, running_platform, sent, task_id_of
 from workflows import outside_call
 
@@ -137,11 +137,11 @@ async def test_an_image_of_many_runs_is_one_task(platform: Platform) -> None:
     await assert_requested_once(platform, handle, submit_job=2, estimate=2)
 
 
-async def until_holds(platform: Platform, handle: Handle, amount: int) -> None:
-    """Wait until this is held, and nothing else."""
+async def until_holds(platform: Platform, handle: Handle, *amounts: int) -> None:
+    """Wait until these points are held, oldest hold first, and nothing else."""
 
     async def held() -> bool:
-        return [hold.amount for hold in await holds_of(platform, handle) if hold.phase == "open"] == [amount]
+        return [hold.amount for hold in await holds_of(platform, handle) if hold.phase == "open"] == [*amounts]
 
     await platform.until(held)
 
@@ -321,6 +321,25 @@ async def test_a_run_continues_as_new_while_an_old_hold_cannot_be_given_back(pla
     ending = await ended(platform, handle, exempt=FORGED)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 240)
     assert await kinds_of(platform, handle) == ["pre_deduct", "pre_deduct", "cancel", "commit"]
+
+
+@pytest.mark.parametrize(("times", "outcome"), [(1, "given_back"), (2, "settlement_unknown")])
+async def test_a_give_back_cancels_a_hold_that_a_run_before_the_last_had_left_to_its_expiry(
+    platform: Platform, times: int, outcome: str
+) -> None:
+    """The service refuses the old hold's cancel so many times."""
+    handle = await platform.start(platform.training())
+    training_id = await started(platform, handle)
+    await refuse_cancels(platform, handle, times=times)
+    await tick(platform, handle, training_id, 1, **RUNNING, gpu_hours=3.0)
+    await until_holds(platform, handle, 120, 240)
+    await until_more_runs(platform, handle, 2, training_id, **RUNNING)
+    await platform.client.get_workflow_handle(handle.id).terminate()
+    giving_back = await give_back(platform, handle)
+    assert (await giving_back.result())["outcome"] == outcome
+    phases = [hold.phase for hold in await holds_of(platform, handle)]
+    assert phases == (["cancelled", "cancelled"] if times == 1 else ["open", "cancelled"])
+    await ended_without_its_run(platform, task_id_of(handle), exempt={"hold_expires"} if times == 2 else ())
 
 
 async def test_a_run_continues_as_new_while_an_old_job_cannot_be_cancelled(platform: Platform) -> None:

@@ -14,12 +14,11 @@ import pytest_asyncio
 from temporalio.client import WorkflowFailureError
 from temporalio.testing import WorkflowEnvironment
 
-from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
 from comfyui_temporal.contracts.lives import TaskRun
 from comfyui_temporal.contracts.tasks import TaskStatus
 from store import TaskStore
 from tests.cable import Cable
-from tests.workflows.books import Ending, ended
+from tests.workflows.books import Ending, ended, give_back
 from tests.workflows.payers import has_kinds, holds_of, new_payer
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
 from tests.workflows.reset_scenarios import POLICY, RENEWED, stalled, topped_up, work_goes_on
@@ -40,15 +39,6 @@ async def platform(
         async with platform.worker():
             yield platform
     await store.close()
-
-
-async def give_back(platform: Platform, handle: Handle) -> Handle:
-    return await platform.client.start_workflow(
-        GIVE_BACK_WORKFLOW,
-        GiveBackOrder(task_id=task_id_of(handle)),
-        id=give_back_id_of(task_id_of(handle)),
-        task_queue=platform.task_queue,
-    )
 
 
 # A late call of a run that was reset away
