@@ -206,6 +206,7 @@ class HistoryReader:
     def _take_commit(self, post: Post[CommitRequest]) -> None:
         """The first commit requests the whole cost. If the hold has less, a second one requests what it has."""
         self._orphans.cost = max(self._orphans.cost or 0, post.body.actual_cost)
+        self._orphans.commit_of = post.body.pre_deduct_id
 
     def _take_charge(self, post: Post[ChargeRequest]) -> None:
         if all(known.key != post.key for known in self._orphans.charges):

@@ -143,7 +143,7 @@ class OrphanedTask:
         await self._delete_snapshot()
         self._hold.ends.close()
         credits = self._record.credits_changed(self._hold.summary())
-        is_charged = bool(self._hold.state.charged) or (self._orphans.cost is not None and credits.charged is None)
+        is_charged = bool(self._hold.state.charged) or (credits.charged is None and self._may_be_charged())
         if is_charged and workflow.patched(CHARGE_TOLD):
             self._publish_settled()
         if workflow.patched(LEDGER_READ):
@@ -155,6 +155,16 @@ class OrphanedTask:
         await self._record.all_written()
         outcome = outcome_of(credits, "given_back")
         return GiveBackResult(task_id=self._orphans.row.task_id, outcome=outcome, credits=credits)
+
+    def _may_be_charged(self) -> bool:
+        """Whether the run had begun to charge and nothing shows that this had no effect."""
+        orphans = self._orphans
+        if orphans.cost is None:
+            return False
+        if orphans.charges or orphans.row.lives:
+            return True  # a charge, or the commit of another life
+        committed = [hold for hold in self._hold.state.asked if hold.pre_deduct_id == orphans.commit_of]
+        return not committed or not committed[0].told_back
 
     async def _publish_own_end(self) -> None:
         """Nothing was charged: publish the end that the run came to by itself, or that it came to none."""

@@ -77,6 +77,8 @@ class Orphans(KeptModel):
     """How many of the holds were requested more than once."""
     cost: int | None = None
     """Points that were to be committed after delivery; None if no commit had been requested."""
+    commit_of: str | None = None
+    """The hold that was to be committed last."""
     snapshot: SnapshotOrder | None = None
     """The copy of the dataset that must be deleted. The order names no files."""
     own_end: OwnEnd | None = None

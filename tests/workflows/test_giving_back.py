@@ -8,8 +8,18 @@ import pytest
 from temporalio.client import WorkflowExecutionStatus, WorkflowUpdateStage
 
 from comfyui_temporal.contracts.tasks import TaskStatus
-from tests.workflows.books import ended
-from tests.workflows.payers import Payer, end_open_holds, holds_of, kinds_of, new_payer, until_started
+from tests.workflows.books import ended, ended_without_its_run, give_back
+from tests.workflows.payers import (
+    Payer,
+    end_open_holds,
+    holds_of,
+    kinds_of,
+    new_payer,
+    refuse_cancels,
+    start_long_training,
+    until_kinds,
+    until_started,
+)
 from tests.workflows.platform import Handle, Platform, task_id_of
 
 HD = 18 + 6
@@ -247,3 +257,28 @@ async def test_a_job_that_cannot_be_cancelled_runs_out_and_costs_nothing(quick_p
     await quick_platform.cancel(handle)
     ending = await ended(quick_platform, handle, exempt={"job_runs_out"})
     assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, ["route_not_offered"])
+
+
+@pytest.mark.on_both_profiles
+async def test_a_terminated_run_hands_nothing_out_where_the_hold_of_its_commit_was_given_back(
+    patient_platform: Platform,
+) -> None:
+    """The commit never acted. That another hold is left to its expiry says nothing about it."""
+    handle = await start_long_training(patient_platform, patient_platform.training())
+    task_id = task_id_of(handle)
+    await refuse_cancels(patient_platform, handle, times=2)
+    await patient_platform.pass_time(handle, 1_810)
+    await until_kinds(patient_platform, handle, ["pre_deduct", "pre_deduct"])
+    await patient_platform.until_settled(handle)
+    away = await patient_platform.simulators.admin.credits.fault(
+        "error", route="commit", task_id=task_id, status=503, times=None
+    )
+    [run] = await patient_platform.simulators.admin.comfyui.jobs(task_id)
+    await patient_platform.simulators.admin.comfyui.act(run.run_id, "finish")
+    await patient_platform.until_hit("commit", away)
+    await handle.terminate()
+    given_back = await (await give_back(patient_platform, handle)).result()
+    assert given_back["outcome"] == "settlement_unknown"
+    ending = await ended_without_its_run(patient_platform, task_id, exempt={"hold_expires"})
+    assert (ending.status, ending.charged, ending.result["output"]) == (TaskStatus.FAILED, 0, None)
+    assert [hold.phase for hold in await holds_of(patient_platform, handle)] == ["open", "cancelled"]
