@@ -65,6 +65,7 @@ arrives then is replayed earlier than it was handled. Where it changes a decisio
 nondeterministic.
 """
 LOCAL_RETRY_THRESHOLD: Final = timedelta(seconds=2.5)
+ROUNDS_COUNTED: Final = "calls-before-an-outage-of-the-store-counted-as-tries"
 
 
 class _NoLocalAnswer(Exception):
@@ -134,7 +135,7 @@ class OutsideCall:
         answer, RowEnded where the task has ended.
         """
         within = timedelta(minutes=self.limits.policy.opening_call_minutes)
-        is_first = True
+        rounds = 0
         while True:
             self.waits.raise_if_interrupted()
             handle = self.visible(method, argument, summary=summary, within=within)
@@ -149,12 +150,14 @@ class OutsideCall:
                 if end is not None:
                     raise end from error
                 if is_of_store(error):
-                    is_first = False
+                    rounds += 1
                     continue
                 raise failure_from(error, _unavailable(method)) from error
             self.earlier.learn_from(answer)
             if was_stopped(answer):
-                raise RowEnded(is_unsent=is_first and answer.tries == 1)
+                raise RowEnded(is_unsent=rounds + answer.tries == 1)
+            if rounds and workflow.patched(ROUNDS_COUNTED):
+                answer.tries += rounds
             return answer
 
     async def until_answered(

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from temporalio import activity
 from temporalio.client import WorkflowExecutionStatus, WorkflowUpdateStage
+from temporalio.exceptions import ApplicationError
 
+from activities.lives import Lives
+from comfyui_temporal.contracts.lives import STORE_UNAVAILABLE, EarlierLife, TaskRun
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended, ended_without_its_run, give_back
 from tests.workflows.payers import (
@@ -20,7 +24,7 @@ from tests.workflows.payers import (
     until_kinds,
     until_started,
 )
-from tests.workflows.platform import Handle, Platform, task_id_of
+from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
 
 HD = 18 + 6
 """The price of a standard image, in points."""
@@ -182,6 +186,36 @@ async def test_a_hold_that_was_taken_twice_is_recorded_with_its_amount(
     assert record.details["amount"] == HD
     open_holds = [hold for hold in await holds_of(quick_platform, handle) if hold.phase == "open"]
     assert len(open_holds) == (1 if ledger == "by reason" else 0)
+
+
+@pytest.fixture
+def away_for_longer_than_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task store is away from the second attempt of a first pre-deduct on, until that call's time is over."""
+    look, first = Lives._life, dict[str, str]()
+
+    async def look_of(lives: Lives, run: TaskRun, *, waits_for_store: bool) -> EarlierLife:
+        info = activity.info()
+        is_first = first.setdefault(f"{run.run_id} {info.activity_type}", info.activity_id) == info.activity_id
+        if info.activity_type == "pre_deduct" and is_first and info.attempt > 1:
+            raise ApplicationError("The task store does not answer.", type=STORE_UNAVAILABLE)
+        return await look(lives, run, waits_for_store=waits_for_store)
+
+    monkeypatch.setattr(Lives, "_life", look_of)
+
+
+@pytest.mark.on_both_profiles
+@pytest.mark.usefixtures("away_for_longer_than_the_call")
+async def test_a_hold_that_two_calls_took_is_recorded(quick_platform: Platform) -> None:
+    """The first call's answer is lost; another one is made once the store is back, and its first try is answered."""
+    payer = await new_payer(quick_platform)
+    await payer.has_plain_service()
+    await quick_platform.simulators.admin.credits.fault("drop", route="pre_deduct", tenant_id=payer.tenant_id)
+    quick_platform.policy["opening_call_minutes"] = 0.1
+    handle = await quick_platform.start(payer.image())
+    ending = await ended(quick_platform, handle, exempt={"hold_expires"})
+    assert len(await scheduled(handle, "pre_deduct")) == 2
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, HD)
+    assert [record.details["amount"] for record in ending.records if record.code == "hold_doubled"] == [HD]
 
 
 @pytest.mark.parametrize("fate", ["commit", "cancel"])
