@@ -89,6 +89,8 @@ class CreditsTerms:
     """(field) The first commit acts and is answered with 500."""
     refuses_holds_with: str | None = None
     refuses_commits_with: str | None = None
+    refuses_cancels: int = 0
+    """How many cancels are refused for a reason that is not the contract's: such a hold ends by its expiry."""
 
 
 @dataclass
@@ -233,6 +235,9 @@ class CreditsModel:
 
     def _cancel(self, body: CancelHoldRequest) -> Answer[CancelHoldReply]:
         hold = self.account.holds.get(body.pre_deduct_id)
+        if self.terms.refuses_cancels:
+            self.terms.refuses_cancels -= 1
+            return refused("amount_invalid")
         if hold is None:
             return refused("pre_deduct_not_found")
         if hold.phase != "open":

@@ -224,7 +224,7 @@ class RecordRules:
             ExceptionCode.ROUTE_NOT_OFFERED: self._lacks_route,
             ExceptionCode.UNCOVERED: lambda: self._was_uncovered(at),
             ExceptionCode.QUEUE_SLA_MISSED: lambda: self._was_queued_until(at),
-            ExceptionCode.HOLD_LEFT_TO_EXPIRY: self._was_not_given_back,
+            ExceptionCode.HOLD_LEFT_TO_EXPIRY: lambda: self._was_not_given_back() or self._is_cancel_refused(),
             ExceptionCode.UNDO_UNFINISHED: lambda: self._hides_doubled(exception) or self._was_unreadable(),
             ExceptionCode.HOLD_DOUBLED: lambda: self._world.parties.credits.terms.is_field,
         }
@@ -265,6 +265,10 @@ class RecordRules:
     def _was_not_given_back(self) -> bool:
         refused = {message for _, message in self._world.witness.refusals("cancel_hold")}
         return bool(refused - {"pre_deduct_not_found"}) and self._hides_resolutions()
+
+    def _is_cancel_refused(self) -> bool:
+        """Whether a cancel was refused for a reason that says nothing about its hold."""
+        return "amount_invalid" in {message for _, message in self._world.witness.refusals("cancel_hold")}
 
     def _hides_resolutions(self) -> bool:
         terms = self._world.parties.credits.terms

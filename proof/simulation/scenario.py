@@ -217,6 +217,7 @@ def _add_newest(newest: random.Random, scenario: Scenario) -> None:
         scenario.policy = scenario.policy.model_copy(update={"cap_minutes": cap})
     if scenario.is_image and newest.random() < 0.2:
         _ask_for_several(newest.choice((2, 4, 16)), scenario)
+    scenario.credits.refuses_cancels = _rarely(newest, 0.05, lambda: newest.choice((1, 1, 2, 100)), 0)
 
 
 def _ask_for_several(images: int, scenario: Scenario) -> None:

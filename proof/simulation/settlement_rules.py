@@ -71,7 +71,8 @@ class SettlementRules:
 
     def _check_unknown(self) -> None:
         """Only what was refused or unreadable, or what the ledger does not show in time, is unknown."""
-        is_hold_unknown = bool(self._world.witness.refusals("cancel_hold"))
+        refused = [message for _, message in self._world.witness.refusals("cancel_hold")]
+        is_hold_unknown = any("already_processed" in message for message in refused)
         has_doubt = self._commits_refused() or self._is_answered_otherwise() or self._is_charge_unanswered()
         has_doubt = has_doubt or is_hold_unknown
         must(bool(has_doubt), "settlement_unknown although no commit was refused")
@@ -126,7 +127,9 @@ class SettlementRules:
         must(reported.pre_deduct_count == len(ids), "the row counts the holds:", reported.pre_deduct_count, len(ids))
         # A long wait renews its hold more often than the row names: it names the newest.
         must(reported.pre_deduct_ids == ids[-MAX_KEPT_HOLDS:], "the row names the holds:", *reported.pre_deduct_ids)
-        if self.is_unknown or ExceptionCode.UNDO_UNFINISHED in self._world.recorded_codes():
+        codes = self._world.recorded_codes()
+        is_left = ExceptionCode.HOLD_LEFT_TO_EXPIRY in codes and not charged
+        if self.is_unknown or is_left or ExceptionCode.UNDO_UNFINISHED in codes:
             is_reported = reported.settlement is SettlementState.UNKNOWN
             must(is_reported or not self.is_unknown, "what is unknown is reported as known:", reported)
             return
