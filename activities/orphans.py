@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from temporalio.api.enums.v1 import EventType as Happened
+from temporalio.api.enums.v1 import WorkflowTaskFailedCause as Cause
 from temporalio.api.failure.v1 import Failure
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.converter import DataConverter
@@ -21,7 +22,7 @@ from activities.comfyui import ComfyUIActivities
 from activities.credits import CreditsActivities
 from activities.datasets import DatasetActivities
 from activities.task_store import TaskStoreActivities
-from comfyui_temporal.contracts.calls import CallFor, JobCall, Post, SnapshotOrder
+from comfyui_temporal.contracts.calls import CallFor, JobCall, Post, SnapshotOrder, number_in
 from comfyui_temporal.contracts.comfyui import JobCancelled
 from comfyui_temporal.contracts.continuation import Continuation
 from comfyui_temporal.contracts.credits import (
@@ -42,6 +43,7 @@ from comfyui_temporal.contracts.requests import (
     RequestedJob,
     RequestOutcome,
     is_key_conflict,
+    is_unsent,
     not_left_out,
     refuses_charge,
 )
@@ -80,6 +82,7 @@ _CANCELS: Final = frozenset(spec.cancel for spec in SCENES.values())
 _PRE_DEDUCT: Final = _named(CreditsActivities.pre_deduct)
 _CANCEL_HOLD: Final = _named(CreditsActivities.cancel_hold)
 _CHARGE: Final = _named(CreditsActivities.charge)
+_RESET: Final = Cause.WORKFLOW_TASK_FAILED_CAUSE_RESET_WORKFLOW
 
 
 class _Call(NamedTuple):
@@ -87,11 +90,6 @@ class _Call(NamedTuple):
 
     name: str
     concerns: RequestedJob | RequestedHold | SnapshotOrder | None = None
-
-
-def _number_in(key: str) -> int:
-    """`n` of an idempotency key `{task_id}:{step}:{n}`."""
-    return int(key.rpartition(":")[2])
 
 
 class HistoryReader:
@@ -107,6 +105,8 @@ class HistoryReader:
         self._converter = converter
         self._sendings: Counter[int] = Counter()
         """How many calls requested each hold, by its `n`."""
+        self._first_charges: dict[int, str] = {}
+        """Keys of charges that this life was the first to request, by the id of their `scheduled` event."""
         self._calls: dict[int, _Call] = {}
         """By the id of their `scheduled` event."""
 
@@ -128,6 +128,9 @@ class HistoryReader:
                 await self._take_call(event)
             case Happened.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
                 await self._take_answer(event)
+            case Happened.EVENT_TYPE_WORKFLOW_TASK_FAILED:
+                if event.workflow_task_failed_event_attributes.cause == _RESET:
+                    self._first_charges.clear()  # an earlier life, whose events these are, may have sent them
             case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED:
                 completed = event.workflow_execution_completed_event_attributes
                 await self._take_result(completed.result.payloads, event)
@@ -180,7 +183,7 @@ class HistoryReader:
         elif name == _named(CreditsActivities.commit):
             self._take_commit(await self._read(payloads, Post[CommitRequest], event))
         elif name == _CHARGE:
-            self._take_charge(await self._read(payloads, Post[ChargeRequest], event))
+            self._take_charge(await self._read(payloads, Post[ChargeRequest], event), event)
         elif name == _named(DatasetActivities.snapshot):
             self._orphans.snapshot = (await self._read(payloads, SnapshotOrder, event)).to_delete()
         elif name == _named(DatasetActivities.delete_snapshot):
@@ -190,12 +193,12 @@ class HistoryReader:
     def _job(self, post: Post[Any], at: datetime) -> RequestedJob:
         known = next((job for job in self._orphans.jobs if job.key == post.key), None)
         if known is None:
-            known = RequestedJob(attempt=_number_in(post.key), key=post.key, request=post.body, asked_at=at)
+            known = RequestedJob(attempt=number_in(post.key), key=post.key, request=post.body, asked_at=at)
             self._orphans.jobs.append(known)
         return known
 
     def _hold(self, post: Post[PreDeductRequest], at: datetime) -> RequestedHold:
-        n = _number_in(post.key)
+        n = number_in(post.key)
         known = next((hold for hold in self._holds.asked if hold.n == n), None)
         if known is None:
             known = RequestedHold(n=n, request=post.body, asked_at=at)
@@ -208,17 +211,26 @@ class HistoryReader:
         self._orphans.cost = max(self._orphans.cost or 0, post.body.actual_cost)
         self._orphans.commit_of = post.body.pre_deduct_id
 
-    def _take_charge(self, post: Post[ChargeRequest]) -> None:
+    def _take_charge(self, post: Post[ChargeRequest], event: HistoryEvent) -> None:
         if all(known.key != post.key for known in self._orphans.charges):
             self._orphans.charges.append(post)
             self._orphans.charge_refused = False
+            self._first_charges[event.event_id] = post.key
+
+    def _take_charged(self, answer: Answer[ChargeReply], scheduled_event_id: int) -> None:
+        """A charge that was stopped before it was sent is none: the ledger was read in its place."""
+        self._orphans.charge_refused = refuses_charge(answer)
+        key = self._first_charges.pop(scheduled_event_id, None)
+        if key is not None and is_unsent(answer):
+            self._orphans.charges = [post for post in self._orphans.charges if post.key != key]
 
     async def _take_answer(self, event: HistoryEvent) -> None:
         completed = event.activity_task_completed_event_attributes
         payloads = completed.result.payloads
         name, concerns = self._calls.get(completed.scheduled_event_id, _Call(""))
         if name == _CHARGE:
-            self._orphans.charge_refused = refuses_charge(await self._read(payloads, Answer[ChargeReply], event))
+            charged = await self._read(payloads, Answer[ChargeReply], event)
+            self._take_charged(charged, completed.scheduled_event_id)
         match concerns:
             case RequestedHold() if name == _CANCEL_HOLD:
                 concerns.cancel_answered(await self._read(payloads, Answer[CancelHoldReply], event))

@@ -16,18 +16,19 @@ from temporalio.common import RetryPolicy
 from temporalio.exceptions import FailureError
 
 from activities.credits import CreditsActivities
-from comfyui_temporal.contracts.calls import Post
+from comfyui_temporal.contracts.calls import Post, number_in
 from comfyui_temporal.contracts.credits import CHARGE_REASON, MAX_CHARGE_POINTS, ChargeReply, ChargeRequest
 from comfyui_temporal.contracts.errors import Answer, FailureCode
 from comfyui_temporal.contracts.requests import refuses_charge
 from comfyui_temporal.contracts.tasks import TaskInput
-from workflows.earlier_life import is_of_store, raise_unless_settled
+from workflows.earlier_life import EarlierLifePossible, is_of_store, raise_unless_settled
 from workflows.failures import failure_from
 from workflows.ledger_search import LedgerSearch, Shown
 from workflows.outside_call import OutsideCall
 from workflows.step_labels import wait_in
 
 SENT_ONCE: Final = "charge-sent-once"
+NUMBERED_BY_LEDGER: Final = "charge-numbered-as-the-ledger-shows-it"
 ONE_TRY: Final = RetryPolicy(maximum_attempts=1)
 STORE_AGAIN_AFTER: Final = timedelta(seconds=2)
 """Doubled each time, up to `STORE_AGAIN_AT_MOST`."""
@@ -54,7 +55,11 @@ class Charged(NamedTuple):
 
 
 class Charges:
-    """The parts of one task, numbered 1, 2, 3 …"""
+    """The parts of one task, numbered 1, 2, 3 … as the ledger shows them.
+
+    A part that a reset kept from being charged leaves its number to the next one: with a number too high the ledger
+    would never seem to show that one.
+    """
 
     def __init__(self, task: TaskInput, outside: OutsideCall, ledger: LedgerSearch) -> None:
         self._task = task
@@ -68,8 +73,14 @@ class Charges:
         self._n = max(self._n, len(shown.charges) if shown is not None else 0)
         return self._ledger.charged_without_hold()
 
+    def shown_of(self, requested: list[Post[ChargeRequest]]) -> int:
+        """Points of these parts that the last reading shows."""
+        newest = self._ledger.newest
+        shown = len(newest.charges) if newest is not None else 0
+        return sum(post.body.amount for post in requested if number_in(post.key) <= shown)
+
     async def take(self, points: int, *, before: int = 0) -> Charged:
-        """Charge `points`; after a refusal the rest stays uncharged. Raises ChargeUnknown.
+        """Charge `points`; after a refusal the rest stays uncharged. Raises ChargeUnknown and EarlierLifePossible.
 
         `before`: what was charged for the task until now, for the failure.
         """
@@ -80,16 +91,24 @@ class Charges:
                 answer = await self._sent(self._post(amount))
             except ChargeUnknown as unknown:
                 raise ChargeUnknown(str(unknown), charged=before + charged) from None
+            except EarlierLifePossible:
+                if not workflow.patched(NUMBERED_BY_LEDGER):
+                    raise
+                self._n -= 1
+                raise EarlierLifePossible(charged=charged) from None
             if answer.reply is None:
                 return Charged(charged, balance_after, is_refused=True)
             charged, balance_after = charged + amount, answer.reply.balance_after
         return Charged(charged, balance_after)
 
-    async def learn(self, requested: list[Post[ChargeRequest]]) -> Charged:
-        """What became of parts that a run had requested when it ended. Raises ChargeUnknown."""
+    async def learn(self, requested: list[Post[ChargeRequest]], *, by_key: bool) -> Charged:
+        """What became of parts that a run had requested when it ended. Raises ChargeUnknown.
+
+        `by_key`: each has its key's number, as charges of earlier lives may come before. False for older give-backs.
+        """
         charged, balance_after = 0, None
         for post in requested:
-            self._n += 1
+            self._n = number_in(post.key) if by_key else self._n + 1
             try:
                 answer = await self._unanswered(post, "its run had ended")
             except ChargeUnknown as unknown:

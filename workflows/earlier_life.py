@@ -75,7 +75,11 @@ def is_key_of_earlier_life(answer: Answer[Any], earlier: EarlierLives) -> bool:
 
 
 class EarlierLifePossible(Exception):
-    """A call that settles was not made: the task's ledger is read first."""
+    """A call that settles was not made: the task's ledger is read first. `charged`: points charged before it."""
+
+    def __init__(self, *, charged: int = 0) -> None:
+        self.charged = charged
+        super().__init__()
 
 
 def raise_unless_settled(answer: Answer[Any]) -> None:

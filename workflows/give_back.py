@@ -52,6 +52,7 @@ from workflows.undo import Undo
 CHARGED_TO_THE_END: Final = "left-charges-finished"
 CHARGE_TOLD: Final = "left-charge-told"
 LEDGER_READ: Final = "ledger-read-by-give-back"
+LEDGER_READ_FIRST: Final = "ledger-read-before-left-charges"
 
 
 class ManualCall(OutsideCall):
@@ -138,8 +139,6 @@ class OrphanedTask:
         # A constant text: a second give-back repeats key and body of the first.
         await self._undo.all("its run ended without its own clean-up")
         await self._finish_charges()
-        if workflow.patched(LEDGER_READ):
-            await self._hold.forgotten.give_back()
         await self._delete_snapshot()
         self._hold.ends.close()
         credits = self._record.credits_changed(self._hold.summary())
@@ -205,12 +204,26 @@ class OrphanedTask:
         return f"The task's run ended without its own clean-up ({how}); job and credits were given back{reason}."
 
     async def _finish_charges(self) -> None:
-        """Charge the rest of the price of a task that was being charged after its hold had ended."""
+        """Charge the rest of the price of a task that was being charged after its hold had ended.
+
+        The ledger is read first: earlier lives may have charged a part of it.
+        """
+        if workflow.patched(LEDGER_READ_FIRST):
+            await self._hold.forgotten.give_back()
+            await self._finish_requested(has_read=True)
+            return
         if self._orphans.charges and not workflow.patched(CHARGED_TO_THE_END):
             await self._repeat_charges()
         else:
-            orphans = self._orphans
-            await self._settlement.finish(orphans.charges, orphans.cost, is_refused=orphans.charge_refused)
+            await self._finish_requested(has_read=False)
+        if workflow.patched(LEDGER_READ):
+            await self._hold.forgotten.give_back()
+
+    async def _finish_requested(self, *, has_read: bool) -> None:
+        orphans = self._orphans
+        await self._settlement.finish(
+            orphans.charges, orphans.cost, is_refused=orphans.charge_refused, has_read=has_read
+        )
 
     async def _repeat_charges(self) -> None:
         for post in self._orphans.charges:

@@ -50,7 +50,8 @@ class Settlement:
             if self._outside.earlier.is_possible:
                 raise EarlierLifePossible()
             await self._charge(cost)
-        except EarlierLifePossible:
+        except EarlierLifePossible as possible:
+            self._hold.add_charged(possible.charged)
             await self._charge(await self._left_by_earlier_lives(cost))
 
     async def _left_by_earlier_lives(self, cost: int) -> int:
@@ -113,18 +114,24 @@ class Settlement:
         self._hold.add_charged(more.points)
         return missing - more.points, more.balance_after or balance_after
 
-    async def finish(self, requested: list[Post[ChargeRequest]], cost: int | None, *, is_refused: bool) -> None:
+    async def finish(
+        self, requested: list[Post[ChargeRequest]], cost: int | None, *, is_refused: bool, has_read: bool
+    ) -> None:
         """Finish what a run had begun to charge when it ended. What cannot be charged is recorded.
 
-        `cost`: points in all; None where that is not known. `is_refused`: the last request was, so nothing more is
-        charged.
+        `cost`: the whole price in points; None where that is not known. `is_refused`: the last request was, so nothing
+        more is charged. `has_read`: `state.charged` is what the ledger shows of the whole task, earlier lives included.
         """
         state = self._hold.state
+        sent = requested[:-1] if is_refused else requested
+        if has_read:
+            state.charged = max(0, state.charged - self.charges.shown_of(sent))  # each of them is learned below
         try:
-            learned = await self.charges.learn(requested[:-1] if is_refused else requested)
+            learned = await self.charges.learn(sent, by_key=has_read)
             self._hold.add_charged(learned.points)
             missing = max(0, (cost or 0) - state.charged)
-            if requested and missing and not (is_refused or learned.is_refused):
+            has_begun = bool(requested) or (has_read and not state.is_unknown and self.charges.taken_before() > 0)
+            if has_begun and missing and not (is_refused or learned.is_refused):
                 more = await self.charges.take(missing)
                 self._hold.add_charged(more.points)
                 missing -= more.points

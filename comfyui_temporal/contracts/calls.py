@@ -39,6 +39,11 @@ class Post(KeptModel, Generic[Body]):
     """A commit or charge after the task's ledger was read, which showed that no earlier life has settled the task."""
 
 
+def number_in(key: str) -> int:
+    """`n` of an idempotency key `{task_id}:{step}:{n}`."""
+    return int(key.rpartition(":")[2])
+
+
 class JobCall(KeptModel):
     """A call about one job or training: `key` only for POSTs (start, cancel)."""
 

@@ -61,6 +61,13 @@ def is_key_conflict(answer: Answer[Any]) -> bool:
     return answer.refusal is not None and answer.refusal.kind is RefusalKind.KEY_CONFLICT
 
 
+def is_unsent(answer: Answer[Any]) -> bool:
+    """Whether a call that settles was stopped before any attempt of it was sent."""
+    if answer.refusal is None:
+        return False
+    return answer.refusal.kind in (RefusalKind.TASK_ENDED, RefusalKind.READ_THE_LEDGER) and answer.tries == 1
+
+
 def refuses_charge(answer: Answer[Any]) -> bool:
     """Whether the answer to a charge says that nothing was or will be charged: the rest is a shortfall.
 

@@ -185,6 +185,27 @@ async def test_only_a_refusal_of_the_last_charge_ends_charging(
     assert history.reader.orphans.charge_refused is is_refused
 
 
+@pytest.mark.parametrize(
+    ("calls", "sent"),
+    [
+        ([(1, {"refusal": refusal("read_the_ledger")}), (2, None)], [2]),
+        ([(1, {"refusal": refusal("read_the_ledger")}), (1, None)], [1]),
+        ([(1, {"refusal": refusal("task_ended")})], []),
+        ([(1, {"refusal": refusal("read_the_ledger"), "tries": 2})], [1]),
+        ([(1, None), (1, {"refusal": refusal("read_the_ledger")})], [1]),
+        ([(1, {"refusal": refusal("insufficient_balance")})], [1]),
+    ],
+    ids=str,
+)
+async def test_a_charge_that_was_stopped_before_it_was_sent_is_none_to_finish(
+    calls: list[tuple[int, dict[str, Any] | None]], sent: list[int]
+) -> None:
+    history = History()
+    for n, answer in calls:
+        await history.call("charge", {**CHARGE, "key": f"task-1:charge:{n}"}, answer)
+    assert [post.key for post in history.reader.orphans.charges] == [f"task-1:charge:{n}" for n in sent]
+
+
 ENCRYPTED = data_converter_of(PayloadEncryption([EncryptionKey("2030", b"o" * 32)]))
 
 

@@ -34,6 +34,21 @@ async def points_of(platform: Platform, handle: Handle) -> list[Point]:
     return points
 
 
+async def point_before(platform: Platform, handle: Handle, call: str, *, nth: int = 1) -> Point:
+    """The point that requested this call: a run that is reset to it requests the call anew."""
+    newest: Point | None = None
+    seen = 0
+    for run in await runs_of(platform, handle):
+        run_id = run.run_id or run.result_run_id or ""
+        async for event in run.fetch_history_events():
+            if event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED:
+                newest = Point(run_id, event.event_id, newest.place + 1 if newest else 0)
+            seen += event.activity_task_scheduled_event_attributes.activity_type.name == call
+            if seen == nth and newest is not None:
+                return newest
+    raise LookupError(call)
+
+
 async def reset(platform: Platform, handle: Handle, point: Point, *, forgets_messages: bool = False) -> Handle:
     """Reset the task; the new run. Signals and updates that came later are given to it, unless it forgets them."""
     forgotten = [ResetReapplyExcludeType.Value(f"RESET_REAPPLY_EXCLUDE_TYPE_{name}") for name in ("SIGNAL", "UPDATE")]

@@ -18,11 +18,12 @@ from comfyui_temporal.contracts.lives import TaskRun
 from comfyui_temporal.contracts.tasks import TaskStatus
 from store import TaskStore
 from tests.cable import Cable
-from tests.workflows.books import Ending, ended, give_back
-from tests.workflows.payers import has_kinds, holds_of, new_payer
-from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
+from tests.workflows.books import Ending, ended, ended_without_its_run, give_back
+from tests.workflows.payers import end_open_holds, has_kinds, holds_of, new_payer, until_started
+from tests.workflows.platform import Handle, Platform, running_platform, sent, task_id_of
 from tests.workflows.reset_scenarios import POLICY, RENEWED, stalled, topped_up, work_goes_on
-from tests.workflows.resets import points_of, reset
+from tests.workflows.resets import point_before, points_of, reset
+from tests.workflows.test_settlement import start_reporting
 from workflows import row_look
 
 
@@ -253,3 +254,63 @@ async def test_a_reset_run_that_is_terminated_is_given_back_with_all_that_its_li
     assert row is not None and (row.status, row.credits.charged) == (TaskStatus.FAILED, 0)
     assert {hold.phase for hold in await holds_of(platform, handle)} == {"cancelled"}
     assert all(job.is_over for job in await platform.simulators.admin.comfyui.jobs(task_id_of(handle)))
+
+
+async def test_a_charge_that_a_reset_kept_from_being_sent_is_not_made_by_the_give_back(platform: Platform) -> None:
+    """The reset run reads the ledger in its place and sends another, which gets no answer before it is terminated."""
+    payer = await new_payer(platform)
+    handle = await stalled(platform, payer.image())
+    task_id = task_id_of(handle)
+    credits, comfyui = platform.simulators.admin.credits, platform.simulators.admin.comfyui
+    await end_open_holds(platform, handle)
+    lost = await credits.fault("drop", route="charge", task_id=task_id, when="before", times=None)
+    await comfyui.act((await platform.job(handle)).run_id, "finish")
+    await platform.until_hit("charge", lost)
+    run = await reset(platform, handle, await point_before(platform, handle, "charge"))
+
+    async def sent_again() -> bool:
+        """The one that is answered `read_the_ledger`, and one after it."""
+        return len(await sent(run, "charge")) >= 2
+
+    await platform.until(sent_again)
+    await run.terminate("by a test")
+    await credits.remove_fault(lost)
+    assert (await (await give_back(platform, handle)).result())["outcome"] == "already_charged"
+    row = await platform.store.task(task_id)
+    assert row is not None and (row.status, row.credits.charged) == (TaskStatus.COMPLETED, 24)
+    assert await credits.charged(task_id) == 24
+
+
+@pytest.mark.parametrize("balance", ["enough", "short"])
+async def test_what_an_earlier_life_had_charged_is_not_charged_again_by_the_give_back(
+    platform: Platform, balance: str
+) -> None:
+    """Of 2,460 points 2,000 were charged before the reset; the reset run requests 460, and is terminated."""
+    payer = await new_payer(platform)
+    credits, comfyui = platform.simulators.admin.credits, platform.simulators.admin.comfyui
+    task = payer.training(max_credits=5_000)
+    task_id = task["task_id"]
+    second = await credits.fault("drop", route="charge", task_id=task_id, when="before", nth=2)
+    await comfyui.fault("job_stall", route="create_training", task_id=task_id, at=0.3, times=None)
+    handle = await start_reporting(platform, task, gpu_hours=40, gpu_hours_used=40)
+    job = await until_started(platform, handle)
+    await comfyui.act(job.run_id, "lie", fields={"gpu_hours": 40, "gpu_hours_used": 40})
+    await end_open_holds(platform, handle)
+    async with work_goes_on(platform, handle):
+        await platform.until_hit("charge", second)
+    lost = await credits.fault("drop", route="charge", task_id=task_id, when="before", times=None)
+    run = await reset(platform, handle, await point_before(platform, handle, "charge"))
+
+    async def asks_for_the_rest() -> bool:
+        return len(await sent(run, "charge")) >= 2
+
+    await platform.until(asks_for_the_rest)
+    if balance == "short":
+        await payer.has(100)
+    await run.terminate("by a test")
+    await credits.remove_fault(lost)
+    assert (await (await give_back(platform, handle)).result())["outcome"] == "already_charged"
+    ending = await ended_without_its_run(platform, task_id)
+    charged = 2_460 if balance == "enough" else 2_000
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, charged)
+    assert ending.result["credits"]["shortfall"] == 2_460 - charged

@@ -14,7 +14,8 @@ from tests.workflows.books import ended
 from tests.workflows.payers import has_kinds, holds_of, kinds_of, new_payer, until_started
 from tests.workflows.platform import Handle, Platform
 from tests.workflows.reset_scenarios import POLICY, RENEWED, work_goes_on
-from tests.workflows.resets import points_of, reset
+from tests.workflows.resets import point_before, points_of, reset
+from tests.workflows.test_settlement import cancelled_by_another_caller, delivered
 
 HD = 18 + 6
 """The price of a standard image, in points."""
@@ -118,6 +119,26 @@ async def test_work_that_costs_nothing_is_not_handed_out_where_an_earlier_life_w
 
 async def _is_cancelled(platform: Platform, handle: Handle, *, place: int) -> bool:
     return (await holds_of(platform, handle))[place].phase == "cancelled"
+
+
+async def test_a_charge_that_was_never_sent_counts_as_none(patient_platform: Platform) -> None:
+    """Reset as it is charged, the run reads the ledger first. What it sends then acts, and its answer is lost."""
+    payer = await new_payer(patient_platform)
+    await payer.has_plain_service()
+    credits = patient_platform.simulators.admin.credits
+    handle = await stalled(patient_platform, payer.image())
+    await cancelled_by_another_caller(patient_platform, payer, handle)
+    unsent = await credits.fault("drop", route="charge", tenant_id=payer.tenant_id, when="before")
+    lost = await credits.fault("drop", route="charge", tenant_id=payer.tenant_id, nth=2)
+    await delivered(patient_platform, handle)
+    await patient_platform.until_hit("charge", unsent)
+    run = await reset(patient_platform, handle, await point_before(patient_platform, handle, "charge"))
+    await patient_platform.until_settled(run)
+    await patient_platform.pass_time(run, 700)
+    await patient_platform.until_hit("charge", lost)
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
+    assert await kinds_of(patient_platform, handle) == ["pre_deduct", "cancel", "charge"]
 
 
 @pytest.mark.slow
