@@ -32,6 +32,7 @@ DOUBLED_FOR: Final = timedelta(minutes=1)
 BY_KIND_OR_REASON: Final = "ledger-by-kind-or-reason"
 BY_SIZE: Final = "commit-of-another-hold-by-its-size"
 ALL_ENDED: Final = "no-doubled-hold-where-all-have-ended"
+BY_COMMITS: Final = "fate-by-commits-without-charges"
 
 
 class Shown(Enum):
@@ -90,7 +91,7 @@ class LedgerSearch:
         """How a hold ended that has surely ended, where an earlier life may have ended other holds of the task.
 
         By its id. In a ledger without ids: by the sum over the task's holds, at least `known`, once all but `but` have
-        ended.
+        ended. Charges without a hold are no part of it.
         """
 
         def seen(ledger: TaskLedger) -> Found | None:
@@ -98,6 +99,8 @@ class LedgerSearch:
                 return self._known(ledger.fate(hold))
             stands = ledger.open_holds()
             charged = ledger.charged()
+            if charged and ledger.charges and workflow.patched(BY_COMMITS):
+                charged -= ledger.charged_without_hold()
             if charged:
                 return Found(HoldFate.COMMITTED, charged)
             has_all = len(ledger.holds) >= known and stands.nameless <= but

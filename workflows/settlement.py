@@ -22,6 +22,7 @@ from workflows.task_record import TaskRecord
 
 MOST_COMMITS: Final = 20
 COMMIT_LOOKED_UP: Final = "commit-of-another-amount-looked-up"
+COUNTED_ONCE: Final = "charges-of-earlier-lives-counted-once"
 
 
 class Paid(NamedTuple):
@@ -169,11 +170,18 @@ class Settlement:
         if found.fate is HoldFate.UNKNOWN:
             raise ChargeUnknown(refusal.sentence if refusal else said)
         self._hold.ends.count(HoldFate.GIVEN_BACK)
-        charged = self.charges.taken_before()
+        charged = self._not_yet_counted()
         if charged >= cost:
             return Paid(charged)
         more = await self.charges.take(cost - charged, before=charged)
         return Paid(charged + more.points, more.balance_after)
+
+    def _not_yet_counted(self) -> int:
+        """Points that the ledger shows as charged for the task, and that `state.charged` does not hold yet."""
+        charges, ledger = self.charges.taken_before(), self._hold.ledger.newest
+        shown = ledger.charged() if ledger is not None else None
+        more = max(0, (charges if shown is None else shown) - self._hold.state.charged)
+        return more if more != charges and workflow.patched(COUNTED_ONCE) else charges
 
     async def _ask_commit(self, hold: RequestedHold, cost: int, *, n: int) -> Answer[HoldReply]:
         assert hold.pre_deduct_id is not None

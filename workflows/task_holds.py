@@ -360,7 +360,8 @@ class TaskHolds:
     def count_committed(self, points: int) -> None:
         """Count the points of a hold that turned out to be committed, unless the ledger was read for the whole task."""
         if self._outside.earlier.is_possible:
-            self.state.charged = max(self.state.charged, points)
+            total = points + self.ledger.charged_without_hold() if points else 0
+            self.state.charged = max(self.state.charged, total)
         else:
             self.state.charged += points
 

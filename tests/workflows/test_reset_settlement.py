@@ -11,11 +11,21 @@ import pytest
 
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
-from tests.workflows.payers import has_kinds, holds_of, kinds_of, new_payer, until_started
+from tests.workflows.payers import (
+    Payer,
+    end_open_holds,
+    entries_of,
+    has_kinds,
+    holds_of,
+    kinds_of,
+    new_payer,
+    until_started,
+)
 from tests.workflows.platform import Handle, Platform
 from tests.workflows.reset_scenarios import POLICY, RENEWED, work_goes_on
 from tests.workflows.resets import point_before, points_of, reset
-from tests.workflows.test_settlement import cancelled_by_another_caller, delivered
+from tests.workflows.test_settlement import cancelled_by_another_caller, delivered, start_reporting
+from workflows import charges
 
 HD = 18 + 6
 """The price of a standard image, in points."""
@@ -139,6 +149,59 @@ async def test_a_charge_that_was_never_sent_counts_as_none(patient_platform: Pla
     ending = await ended(patient_platform, run)
     assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
     assert await kinds_of(patient_platform, handle) == ["pre_deduct", "cancel", "charge"]
+
+
+async def test_a_training_that_is_reset_between_two_parts_of_a_charge_is_charged_the_rest(
+    patient_platform: Platform,
+) -> None:
+    """2,460 points are charged as 2,000 and 460. The ledger shows the first part, and no id of the hold that ended."""
+    payer = await new_payer(patient_platform)
+    await payer.has_plain_service()
+    handle = await between_two_parts(patient_platform, payer)
+    run = await reset(patient_platform, handle, await point_before(patient_platform, handle, "charge", nth=2))
+    await patient_platform.until_settled(run)
+    await patient_platform.pass_time(run, 700)
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged, ending.result["credits"]["shortfall"]) == (TaskStatus.COMPLETED, 2_460, 0)
+    assert set(ending.exceptions) <= {"prices_differ"}
+    assert await kinds_of(patient_platform, handle) == ["pre_deduct", "cancel", "charge", "charge"]
+
+
+async def test_a_part_that_an_earlier_life_charged_is_counted_once_where_the_next_hold_ends_too(
+    patient_platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 of 24 points were charged. The reset run has a hold of its own, which expires once the ledger was read."""
+    monkeypatch.setattr(charges, "MAX_CHARGE_POINTS", HD - 4)
+    payer = await new_payer(patient_platform)
+    credits = patient_platform.simulators.admin.credits
+    handle = await stalled(patient_platform, payer.image())
+    await end_open_holds(patient_platform, handle)
+    second = await credits.fault("delay", route="charge", tenant_id=payer.tenant_id, seconds=60, nth=2)
+    await delivered(patient_platform, handle)
+    await patient_platform.until_hit("charge", second)
+    waits = await credits.fault("rate_limit", route="commit", tenant_id=payer.tenant_id, seconds=60)
+    run = await reset(patient_platform, handle, (await points_of(patient_platform, handle))[0])
+    await patient_platform.until_hit("commit", waits)
+    await end_open_holds(patient_platform, handle)
+    await patient_platform.pass_time(run, 70)
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, [])
+    shown = await entries_of(patient_platform, handle)
+    assert [-entry.change for entry in shown if entry.kind == "charge"] == [HD - 4, 4]
+
+
+async def between_two_parts(platform: Platform, payer: Payer) -> Handle:
+    """A training whose hold was given back by another caller; the first part is charged, the second is never sent."""
+    task = payer.training(max_credits=5_000)
+    admin = platform.simulators.admin
+    second = await admin.credits.fault("drop", route="charge", task_id=task["task_id"], when="before", nth=2)
+    handle = await start_reporting(platform, task, gpu_hours=40, gpu_hours_used=40)
+    run = await until_started(platform, handle)
+    await admin.comfyui.act(run.run_id, "lie", fields={"gpu_hours": 40, "gpu_hours_used": 40})
+    await cancelled_by_another_caller(platform, payer, handle)
+    await delivered(platform, handle)
+    await platform.until_hit("charge", second)
+    return handle
 
 
 @pytest.mark.slow
