@@ -207,8 +207,9 @@ class HistoryReader:
         return known
 
     def _take_commit(self, post: Post[CommitRequest]) -> None:
-        """The first commit requests the whole cost. If the hold has less, a second one requests what it has."""
-        self._orphans.cost = max(self._orphans.cost or 0, post.body.actual_cost)
+        """A commit requests no more than the hold has. Where an older worker named no price, the largest one counts."""
+        least = max(self._orphans.cost or 0, post.body.actual_cost)
+        self._orphans.cost = least if post.price is None else post.price
         self._orphans.commit_of = post.body.pre_deduct_id
 
     def _take_charge(self, post: Post[ChargeRequest], event: HistoryEvent) -> None:
@@ -216,6 +217,8 @@ class HistoryReader:
             self._orphans.charges.append(post)
             self._orphans.charge_refused = False
             self._first_charges[event.event_id] = post.key
+        if post.price is not None:
+            self._orphans.cost = post.price
 
     def _take_charged(self, answer: Answer[ChargeReply], scheduled_event_id: int) -> None:
         """A charge that was stopped before it was sent is none: the ledger was read in its place."""

@@ -66,6 +66,8 @@ class Charges:
         self._outside = outside
         self._ledger = ledger
         self._n = 0
+        self.price: int | None = None
+        """The whole price of the delivered work, in points: a give-back finds it in each request."""
 
     def taken_before(self) -> int:
         """Points that the ledger showed as charged when it was last read; their numbers are taken."""
@@ -130,7 +132,9 @@ class Charges:
         )
         key = self._outside.key("charge", self._n)
         has_read = self._outside.earlier.is_possible
-        return Post[ChargeRequest](call_for=self._outside.call_for, key=key, body=body, has_read_ledger=has_read)
+        return Post[ChargeRequest](
+            call_for=self._outside.call_for, key=key, body=body, has_read_ledger=has_read, price=self.price
+        )
 
     async def _sent(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
         """The answer to a part: what was charged, or a refusal. Raises ChargeUnknown."""

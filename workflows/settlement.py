@@ -22,6 +22,7 @@ from workflows.task_record import TaskRecord
 
 MOST_COMMITS: Final = 20
 COMMIT_LOOKED_UP: Final = "commit-of-another-amount-looked-up"
+SHORT_AFTER_RESET: Final = "shortfall-beside-a-commit-of-an-earlier-life"
 COUNTED_ONCE: Final = "charges-of-earlier-lives-counted-once"
 
 
@@ -47,6 +48,7 @@ class Settlement:
 
         Raises RowEnded where an earlier life has ended the task.
         """
+        self.charges.price = cost
         try:
             if self._outside.earlier.is_possible:
                 raise EarlierLifePossible()
@@ -64,6 +66,8 @@ class Settlement:
         self.charges.taken_before()
         if forgotten.is_unknown:
             self._record_unknown(self._hold.standing, cost, ChargeUnknown("The task's run was reset."))
+        elif forgotten.was_committed and cost > self._hold.state.charged and workflow.patched(SHORT_AFTER_RESET):
+            self.record_shortfall(cost - self._hold.state.charged)
         return self._hold.state.charged if forgotten.was_committed or forgotten.is_unknown else cost
 
     async def _charge(self, cost: int) -> None:
@@ -198,6 +202,7 @@ class Settlement:
             key=self._outside.key("commit", n),
             body=body,
             has_read_ledger=self._outside.earlier.is_possible,
+            price=self.charges.price,
         )
         answer = await self._outside.until_answered(CreditsActivities.commit, post, summary=self._outside.labels.commit)
         assert answer is not None

@@ -37,6 +37,11 @@ class Post(KeptModel, Generic[Body]):
     """Repeats a key to learn what it made, so that it can be undone; also for a task that has ended."""
     has_read_ledger: bool = False
     """A commit or charge after the task's ledger was read, which showed that no earlier life has settled the task."""
+    price: int | None = None
+    """Of a commit or charge: the whole price of the delivered work in points, also beyond the hold, for a give-back.
+
+    It is not sent. None where an older worker made the request.
+    """
 
 
 def number_in(key: str) -> int:

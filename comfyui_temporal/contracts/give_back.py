@@ -76,7 +76,8 @@ class Orphans(KeptModel):
     asked_again: int = 0
     """How many of the holds were requested more than once."""
     cost: int | None = None
-    """Points that were to be committed after delivery; None if no commit had been requested."""
+    """The price of the delivered work in points, or what of it was to be committed, where an older worker requested
+    that; None if neither a commit nor a charge with a price had been requested."""
     commit_of: str | None = None
     """The hold that was to be committed last."""
     snapshot: SnapshotOrder | None = None

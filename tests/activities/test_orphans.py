@@ -206,6 +206,35 @@ async def test_a_charge_that_was_stopped_before_it_was_sent_is_none_to_finish(
     assert [post.key for post in history.reader.orphans.charges] == [f"task-1:charge:{n}" for n in sent]
 
 
+COMMIT = fullest(DOCUMENTS["commit"])
+
+
+@pytest.mark.parametrize(
+    ("commits", "cost"),
+    [
+        ([{"price": 240, "actual_cost": 120}], 240),
+        ([{"price": 240, "actual_cost": 240}, {"price": 240, "actual_cost": 120}], 240),
+        ([{"price": None, "actual_cost": 240}, {"price": None, "actual_cost": 120}], 240),
+        ([{"price": 240, "actual_cost": 120}, {"price": None, "actual_cost": 120}], 240),
+        ([{"price": 100, "actual_cost": 77}], 100),
+    ],
+    ids=str,
+)
+async def test_the_price_is_known_beyond_what_was_committed(commits: list[dict[str, Any]], cost: int) -> None:
+    """A worker that does not know the field sends none: then the largest commit counts."""
+    history = History()
+    for commit in commits:
+        body = {**COMMIT["body"], "actual_cost": commit["actual_cost"]}
+        await history.call("commit", {**COMMIT, "body": body, "price": commit["price"]})
+    assert history.reader.orphans.cost == cost
+
+
+async def test_the_price_is_known_where_only_charges_were_requested() -> None:
+    history = History()
+    await history.call("charge", {**CHARGE, "key": "task-1:charge:1", "price": 2_460})
+    assert history.reader.orphans.cost == 2_460
+
+
 ENCRYPTED = data_converter_of(PayloadEncryption([EncryptionKey("2030", b"o" * 32)]))
 
 

@@ -309,7 +309,55 @@ async def test_a_run_terminated_after_its_commit_shows_what_was_returned(reconci
     assert sum(event.credits_delta or 0 for event in ending.events) == -20
 
 
+@pytest.mark.parametrize("is_policy", [False, True], ids=["shortfall", "shortfall charged"])
+async def test_a_run_terminated_in_its_commit_has_its_shortfall_recorded(reconciled: Platform, is_policy: bool) -> None:
+    """120 points were held and 240 used. No charge was requested: the policy is not in the history's requests."""
+    task = reconciled.training()
+    lost = await reconciled.simulators.admin.credits.fault("drop", route="commit", task_id=task["task_id"], times=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(reconciled.policy, "charge_shortfall", is_policy)
+        handle = await start_reporting(reconciled, task, gpu_hours_used=3)
+        await reconciled.until_hit("commit", lost)
+    await handle.terminate("by a test")
+    await reconciled.simulators.admin.credits.remove_fault(lost)
+    await asyncio.sleep(PAUSE_SECONDS)
+    assert task["task_id"] in (await reconcile(reconciled)).task_ids
+    ending = await ended_without_its_run(reconciled, task["task_id"])
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120)
+    assert ending.result["credits"]["shortfall"] == 120
+    assert "shortfall" in ending.exceptions
+
+
 # Terminated between two parts of a charge
+
+
+@pytest.mark.parametrize("balance", ["enough", "short"])
+async def test_a_run_terminated_while_it_charges_its_shortfall_is_charged_to_the_end_or_leaves_a_record(
+    reconciled: Platform, balance: str
+) -> None:
+    """Of 4,860 points 120 were held and committed. The rest takes three parts; the run ends while the second is out."""
+    payer = await new_payer(reconciled)
+    credits = reconciled.simulators.admin.credits
+    task = payer.training(max_credits=5_000)
+    second = await credits.fault("delay", route="charge", task_id=task["task_id"], seconds=HANG_SECONDS, nth=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(reconciled.policy, "charge_shortfall", True)
+        handle = await start_reporting(reconciled, task, gpu_hours_used=80)
+        await reconciled.until_hit("charge", second)
+    await handle.terminate("by a test")
+    await credits.remove_fault(second)
+    if balance == "short":
+        await payer.has(100)
+    await asyncio.sleep(PAUSE_SECONDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger_search, "LOOK_FOR", timedelta(seconds=1))
+        assert task["task_id"] in (await reconcile(reconciled)).task_ids
+    ending = await ended_without_its_run(reconciled, task["task_id"])
+    charged = 4_860 if balance == "enough" else 2_120
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, charged)
+    assert ending.result["credits"]["shortfall"] == 4_860 - charged
+    recorded = set(ending.exceptions) - {"prices_differ"}
+    assert recorded == (set() if balance == "enough" else {"shortfall"})
 
 
 @pytest.mark.parametrize("ledger", ["by kind", "by reason"])

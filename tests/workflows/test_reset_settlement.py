@@ -167,6 +167,23 @@ async def test_a_training_that_is_reset_between_two_parts_of_a_charge_is_charged
     assert await kinds_of(patient_platform, handle) == ["pre_deduct", "cancel", "charge", "charge"]
 
 
+async def test_a_training_that_is_reset_after_its_commit_keeps_its_shortfall(patient_platform: Platform) -> None:
+    """120 points were held and committed, 240 used; the run is reset before its end is written."""
+    payer = await new_payer(patient_platform)
+    task = payer.training()
+    lost = await patient_platform.simulators.admin.credits.fault("drop", route="commit", task_id=task["task_id"])
+    handle = await start_reporting(patient_platform, task, gpu_hours_used=3)
+    job = await until_started(patient_platform, handle)
+    # Ordered to finish in its first moment it would end with its own hours.
+    await patient_platform.simulators.admin.comfyui.act(job.run_id, "lie", fields={"gpu_hours_used": 3})
+    await delivered(patient_platform, handle)
+    await patient_platform.until_hit("commit", lost)
+    run = await reset(patient_platform, handle, await point_before(patient_platform, handle, "commit"))
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged, ending.result["credits"]["shortfall"]) == (TaskStatus.COMPLETED, 120, 120)
+    assert [code for code in ending.exceptions if code != "prices_differ"] == ["shortfall"]
+
+
 async def test_a_part_that_an_earlier_life_charged_is_counted_once_where_the_next_hold_ends_too(
     patient_platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
