@@ -66,6 +66,8 @@ class StoreModel:
         self._keys: set[str] = set()
         self._sequences: dict[str, int] = {}
         self._reached: dict[tuple[int, str | None], float] = {}
+        self._is_of_another_run = False
+        """Whether what is written comes from a run that does not act, or not yet."""
         self._ticked_at: float | None = None
         self.ticks: list[Tick] = []
         """Every tick that was written, in order."""
@@ -102,9 +104,10 @@ class StoreModel:
             return
         self._writes.append((write, caller))
         if (
-            write.run_number > self._run_number or is_displaced
+            write.run_number >= self._run_number or is_displaced
         ):  # calls in flight while a run continues as new are no reset
             self._take_over(caller.run_id, write.run_number)
+        self._is_of_another_run = caller.run_id != self._run_id
         had_ended = self.has_ended
         write = self._with_newest_figures(write)
         for fact in write.facts:
@@ -297,7 +300,7 @@ class StoreModel:
     def _progress_before(self, fact: Fact, *, is_late: bool) -> float:
         """The progress that was published of this attempt and stage: by the last event, by any where it may be old."""
         at = (fact.attempt, fact.stage)
-        if self.lives or is_late or fact.is_change:
+        if self.lives or is_late or fact.is_change or self._is_of_another_run:
             return self._reached.get(at, 0.0)
         last = self.events[-1] if self.events else fact
         return (last.progress or 0.0) if (last.attempt, last.stage) == at else 0.0
