@@ -63,10 +63,10 @@ class ImageGenerationWorkflow(TaskFlow[ImageRun, ImageResult]):
         return await self.following.job_end()  # row 4
 
     async def submit(self, loras: list[LoraFile]) -> JobAccepted:
-        self.clock.start()
+        start = self.clock.start()
         job = await self.attempts.submit(image_job(self.task, self.policy, loras))
         assert isinstance(job, JobAccepted)
-        self.watch.follow(job.job_id)
+        self.watch.follow(job.job_id, since=start)
         self.record.submitted(job.job_status.value)
         return job
 

@@ -75,8 +75,8 @@ class JobClock:
         if self._state.first_span_minutes is None:
             self._state.first_span_minutes = self._span_minutes()
 
-    def start(self) -> None:
-        """An attempt is submitted (an image) or started (a training)."""
+    def start(self) -> datetime:
+        """An attempt is submitted (an image) or started (a training): now."""
         now = workflow.now()
         self._state.queued_seconds += self._queued().total_seconds()
         self._state.counts_from_processing = self._limits.policy.counts_from_processing
@@ -84,6 +84,7 @@ class JobClock:
         self._state.queued_since = now
         if self._state.first_start is None:
             self._state.first_start = now
+        return now
 
     def not_started(self) -> None:
         """A training was created, or the next attempt is waited for: no deadline runs before a start."""

@@ -97,8 +97,11 @@ class JobWatch:
 
     # The current job
 
-    def follow(self, job_id: str, *, first: JobUpdate | None = None) -> None:
-        """Make `job_id` the current job. Messages of an earlier one are counted, never applied."""
+    def follow(self, job_id: str, *, since: datetime | None = None, first: JobUpdate | None = None) -> None:
+        """Make `job_id` the current job. Messages of an earlier one are counted, never applied.
+
+        `since`: when its attempt started, where it has.
+        """
         if self.state.current is not None and self.state.current != job_id:
             self.state.earlier.append(self.state.current)
         self.state.current = job_id
@@ -108,13 +111,27 @@ class JobWatch:
         self.state.unknown_since = self.state.unreadable_since = None
         self.state.unreadable = ""
         self.state.reported_at = self.state.looked_at = None
+        self._count_from(since)
         self.stop_polling()
         if first is not None:
             self._apply(first)
 
-    def started(self) -> None:
-        """A training was started: its silence is measured from now."""
+    def started(self, since: datetime) -> None:
+        """A training was started: its silence is measured from now, its work from `since` at the earliest."""
         self.state.last_news_at = workflow.now()
+        self._count_from(since)
+
+    def _count_from(self, since: datetime | None) -> None:
+        """Work that was seen before its attempt started counts from there: else it counts as queued for good.
+
+        A server without a start route works from the beginning on. A run that was reset gets the callbacks of a job
+        before it requests that job.
+        """
+        begun = self.begun_at()
+        if begun is None or since is None or begun >= since:
+            return
+        if self.state.current is not None and workflow.patched("work-seen-before-its-start-counts-from-there"):
+            self.state.begun[self.state.current] = since
 
     def has_update(self) -> bool:
         """Whether `read` has something to do."""

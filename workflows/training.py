@@ -108,11 +108,11 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
             job_id=training.training_id,
             key=self.outside.key("start", self.attempts.key_number),
         )
-        self.clock.start()
+        start = self.clock.start()
         answer = await self.outside.setup(ComfyUIActivities.start_training, call, summary="3 start")
         if answer.refusal is not None:
             raise TaskFailed.by_refusal(answer.refusal)
-        self.watch.started()
+        self.watch.started(start)
 
     @workflow.signal(name=CONFIRM_SIGNAL)
     @any_payload

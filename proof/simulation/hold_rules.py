@@ -227,7 +227,7 @@ class HoldRules:
         if start is None:
             return 0.0
         reports = self._world.witness.reports.get(attempt.job_id or "", ())
-        begun = [report.at for report in reports if not report.is_queued and report.at >= start]
+        begun = [max(start, report.at) for report in reports if not report.is_queued]
         lost_at = self._world.witness.lost_at(attempt.job_id)
         later = self._world.witness.attempts.get(n + 1)
         ends = [*begun[:1], lost_at, later.call.scheduled_at if later is not None else at]

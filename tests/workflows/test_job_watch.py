@@ -361,7 +361,7 @@ def test_nothing_is_polled_before_there_is_a_job(monkeypatch: pytest.MonkeyPatch
     watched = Watched(monkeypatch)
     assert watched.due_in() is None
 
-    watched.watch.started()
+    watched.watch.started(watched.now)
     watched.pass_seconds(1_000)
     watched.watch.check()
     assert watched.polls.all == []
@@ -369,9 +369,44 @@ def test_nothing_is_polled_before_there_is_a_job(monkeypatch: pytest.MonkeyPatch
 
 def test_a_trainings_silence_counts_from_its_start(watched: Watched) -> None:
     watched.pass_seconds(20)
-    watched.watch.started()
+    watched.watch.started(watched.now)
 
     assert watched.due_in() == 30.0
+
+
+def test_work_that_was_seen_before_its_start_counts_from_there(watched: Watched) -> None:
+    """A server without a start route works from the beginning on."""
+    watched.receive(said(1))
+    watched.pass_seconds(60)
+    start = watched.now
+    watched.pass_seconds(1)
+    watched.watch.started(start)
+
+    assert watched.watch.begun_at() == start
+
+
+def test_work_that_was_seen_after_its_start_counts_from_when_it_was_seen(watched: Watched) -> None:
+    start = watched.now
+    watched.pass_seconds(1)
+    watched.receive(said(1))
+    watched.pass_seconds(1)
+    watched.watch.started(start)
+
+    assert watched.watch.begun_at() == start + timedelta(seconds=1)
+
+
+@pytest.mark.parametrize("seen_before", [True, False])
+def test_a_job_that_worked_before_its_id_was_known_counts_from_its_attempt_at_the_earliest(
+    watched: Watched, seen_before: bool
+) -> None:
+    """A run that was reset gets the callbacks of the job that it is about to request."""
+    watched.receive(said(1) | {"job_id": "j2"})
+    seen = watched.now
+    watched.pass_seconds(60)
+    start = watched.now if seen_before else seen - timedelta(seconds=1)
+    watched.watch.follow("j2", since=start)
+
+    assert watched.watch.begun_at() == (start if seen_before else seen)
 
 
 def test_a_poll_is_applied_like_any_other_update(watched: Watched) -> None:

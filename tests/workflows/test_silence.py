@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended
+from tests.workflows.payers import until_price_shown
 from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
 
 MINUTE = 60.0
@@ -167,6 +169,29 @@ async def test_a_training_past_its_deadline_times_out_and_everything_is_given_ba
         await slow_platform.pass_time(handle, minutes * MINUTE)
         await slow_platform.until_settled(handle)
     ending = await ended(slow_platform, handle)
+    assert ending.code == "timeout"
+    assert ending.result["credits"]["charged"] == 0
+
+
+async def test_a_training_that_worked_before_its_price_was_confirmed_has_a_deadline(slow_platform: Platform) -> None:
+    """On a server without a start route it works while its price is shown. It counted as queued for 30 days."""
+    slow_platform.policy = NO_POLLS
+    comfyui = slow_platform.simulators.admin.comfyui
+    await comfyui.fault("not_offered", route="start_training", times=None)
+    await comfyui.fault("job_stall", route="create_training", at=0.3)
+    handle = await slow_platform.start_training(max_credits=1)
+    await until_price_shown(slow_platform, handle)
+    await comfyui.act((await slow_platform.job(handle)).run_id, "lie", fields={"training_status": "running"})
+    await slow_platform.until_settled(handle)
+    await slow_platform.pass_time(handle, 1 * MINUTE)
+    await handle.execute_update("confirm_price", {"max_credits": 1_000})
+    await slow_platform.until_held(task_id_of(handle))
+    await slow_platform.until_settled(handle)
+    for minutes in (25, 25, 25, 25, 25, 9.5, 1):  # 3 x 45 in all; holds are renewed after 30
+        await slow_platform.pass_time(handle, minutes * MINUTE)
+        await slow_platform.until_settled(handle)
+    async with asyncio.timeout(20):
+        ending = await ended(slow_platform, handle)
     assert ending.code == "timeout"
     assert ending.result["credits"]["charged"] == 0
 
