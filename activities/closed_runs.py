@@ -265,14 +265,16 @@ class ClosedRunActivities:
         return self._client.get_workflow_handle(row.workflow_id, run_id=run_id)
 
     async def _by_history(self, row: TaskRow, how: str, last_run: WorkflowHandle[Any, Any]) -> Orphans:
-        reader = HistoryReader(Orphans(row=row, how=how), self._client.data_converter)
+        replaced = await self._store.earlier_runs(row.task_id) if row.lives else []
+        if row.run_id not in (None, last_run.run_id):  # the last run did nothing before it ended
+            replaced.append(row.run_id)
+        orphans = Orphans(row=row, how=how)
+        has_earlier_runs = bool(row.lives or replaced)
+        reader = HistoryReader(orphans, self._client.data_converter, has_earlier_runs=has_earlier_runs)
         async for event in last_run.fetch_history_events():
             await reader.take(event)
         orphans = reader.orphans
         add_from_row(orphans)
-        replaced = await self._store.earlier_runs(row.task_id) if row.lives else []
-        if row.run_id not in (None, last_run.run_id):  # the last run did nothing before it ended
-            replaced.append(row.run_id)
         if replaced:
             await self._add_earlier(orphans, replaced)
         return orphans

@@ -23,7 +23,7 @@ from activities.credits import CreditsActivities
 from activities.datasets import DatasetActivities
 from activities.task_store import TaskStoreActivities
 from comfyui_temporal.contracts.calls import CallFor, JobCall, Post, SnapshotOrder, number_in
-from comfyui_temporal.contracts.comfyui import JobCancelled
+from comfyui_temporal.contracts.comfyui import JobCancelled, SnapshotReference
 from comfyui_temporal.contracts.continuation import Continuation
 from comfyui_temporal.contracts.credits import (
     MIN_HOLD_SECONDS,
@@ -98,11 +98,15 @@ class HistoryReader:
     The first event of a continued run contains the requests of the runs before it.
     """
 
-    def __init__(self, orphans: Orphans, converter: DataConverter) -> None:
-        """`orphans` names the task's row; the reader fills in the rest."""
+    def __init__(self, orphans: Orphans, converter: DataConverter, *, has_earlier_runs: bool = False) -> None:
+        """`orphans` names the task's row; the reader fills in the rest.
+
+        `has_earlier_runs`: runs before a reset acted for the task as well, and may have copied its dataset.
+        """
         self._orphans = orphans
         self._holds = orphans.hold_state()
         self._converter = converter
+        self._has_earlier_runs = has_earlier_runs
         self._sendings: Counter[int] = Counter()
         """How many calls requested each hold, by its `n`."""
         self._first_charges: dict[int, str] = {}
@@ -151,17 +155,12 @@ class HistoryReader:
                 continuation is not None and continuation.dataset.is_asked and not continuation.dataset.is_deleted
             )
             # A checksum means that the gateway has stored a list of files next to the copy.
-            if has_copy or run.dataset.files_sha256 is not None:
-                self._orphans.snapshot = self._snapshot_of(run.dataset)
+            if has_copy or self._has_earlier_runs or run.dataset.files_sha256 is not None:
+                self._orphans.snapshot = _snapshot_of(self._orphans.row, run.dataset)
         if continuation is not None:
             self._holds, self._orphans.jobs = continuation.hold, list(continuation.jobs)
             self._holds.open_doubtful()
             self._sendings.update(hold.n for hold in continuation.hold.asked if hold.outcome is RequestOutcome.UNKNOWN)
-
-    def _snapshot_of(self, dataset: DatasetSource) -> SnapshotOrder:
-        row = self._orphans.row
-        call_for = CallFor(task_id=row.task_id, tenant_id=row.tenant_id, user_id=row.user_id, scene=row.scene)
-        return SnapshotOrder(call_for=call_for, dataset_id=dataset.dataset_id, source_uri=dataset.source_uri)
 
     async def _take_call(self, event: HistoryEvent) -> None:
         scheduled = event.activity_task_scheduled_event_attributes
@@ -299,6 +298,8 @@ class HistoryReader:
 def orphans_by_row(row: TaskRow, how: str) -> Orphans:
     """What the row knows, for a run that Temporal no longer has."""
     orphans = Orphans(row=row, how=how)
+    if row.dataset is not None:
+        orphans.snapshot = _snapshot_of(row, row.dataset)
     add_from_row(orphans)
     return orphans
 
@@ -323,6 +324,13 @@ def add_from_row(orphans: Orphans) -> None:
         if job_id not in jobs:
             attempt += 1
             orphans.jobs.append(_job_of(row, attempt, job_id))
+
+
+def _snapshot_of(row: TaskRow, dataset: DatasetSource | SnapshotReference) -> SnapshotOrder:
+    """To be deleted: the task and the dataset's id name its folder, wherever it was copied from."""
+    call_for = CallFor(task_id=row.task_id, tenant_id=row.tenant_id, user_id=row.user_id, scene=row.scene)
+    source_uri = dataset.source_uri if isinstance(dataset, DatasetSource) else ""
+    return SnapshotOrder(call_for=call_for, dataset_id=dataset.dataset_id, source_uri=source_uri)
 
 
 def _hold_of(row: TaskRow, n: int, pre_deduct_id: str) -> RequestedHold:

@@ -13,7 +13,7 @@ from temporalio.api.history.v1 import HistoryEvent
 from temporalio.converter import DataConverter
 from temporalio.exceptions import ApplicationError
 
-from activities.orphans import HistoryReader, NotReadHere
+from activities.orphans import HistoryReader, NotReadHere, orphans_by_row
 from comfyui_temporal.contracts.give_back import Orphans
 from comfyui_temporal.contracts.requests import HoldState, RequestedHold, RequestOutcome
 from comfyui_temporal.contracts.task_store import TaskRow
@@ -233,6 +233,15 @@ async def test_the_price_is_known_where_only_charges_were_requested() -> None:
     history = History()
     await history.call("charge", {**CHARGE, "key": "task-1:charge:1", "price": 2_460})
     assert history.reader.orphans.cost == 2_460
+
+
+def test_a_vanished_run_leaves_the_copy_that_its_row_names() -> None:
+    row = TaskRow.model_validate(fullest(Orphans)["row"])
+    assert row.dataset is not None
+    left = orphans_by_row(row, "vanished").snapshot
+    assert left is not None
+    assert (left.call_for.task_id, left.dataset_id) == (row.task_id, row.dataset.dataset_id)
+    assert orphans_by_row(row.model_copy(update={"dataset": None}), "vanished").snapshot is None
 
 
 ENCRYPTED = data_converter_of(PayloadEncryption([EncryptionKey("2030", b"o" * 32)]))

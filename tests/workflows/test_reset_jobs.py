@@ -65,9 +65,11 @@ async def test_a_run_that_is_cancelled_once_reset_cancels_the_job_of_the_run_bef
     assert is_over
 
 
-async def test_a_give_back_cancels_the_job_of_a_run_before_the_last_one(platform: Platform) -> None:
+@pytest.mark.parametrize("kind", ["image", "training"])
+async def test_a_give_back_cancels_the_job_of_a_run_before_the_last_one(platform: Platform, kind: str) -> None:
+    """It deletes the dataset's copy of that run too: the last run's history has no call that made it."""
     async with platform.worker():
-        handle = await unanswered(platform, "image")
+        handle = await unanswered(platform, kind)
         point = (await points_of(platform, handle))[0]
     run = await reset(platform, handle, point)
     await run.terminate()
