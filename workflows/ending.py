@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Final
 
 from temporalio import workflow
 
@@ -22,6 +23,8 @@ from workflows.settlement import Settlement
 from workflows.stop import Stop
 from workflows.task_record import TaskRecord
 from workflows.undo import Undo
+
+JOBS_CANCELLED_ONCE_BACK: Final = "forgotten-jobs-cancelled-once-the-store-is-back"
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,18 @@ class TaskEnding:
             self._publish_end(outcome.end)
         await self._all_published()
         row = await self._ended_otherwise()
+        await self._cancel_forgotten_jobs()
         if outcome.end is not None:
             await self._give_back_forgotten()
         return outcome if row is None else await self._publish_row(row)
+
+    async def _cancel_forgotten_jobs(self) -> None:
+        """Cancel the jobs that only the row or an earlier run knows, once the store is back: the end did not wait."""
+        if not self._outside.earlier.life.is_store_away or not workflow.patched(JOBS_CANCELLED_ONCE_BACK):
+            return
+        await self._forgotten_jobs.cancel()
+        await self._forgotten_jobs.learn_and_cancel("the task has ended")
+        await self._all_published()
 
     async def _give_back_forgotten(self) -> None:
         """Give back what only the row knew, once the store is back: the ledger may have been late as well."""
@@ -206,7 +218,8 @@ class TaskEnding:
         """The row, where the store was away before and the row has ended in another way than this run."""
         if not self._outside.earlier.life.is_store_away or not workflow.patched("row-looked-at-when-the-store-is-back"):
             return None
-        await self._row_look.once()
+        if not await self._row_look.once() and workflow.patched(JOBS_CANCELLED_ONCE_BACK):
+            await self._row_look.once_back()  # it was away again: only the row knows what is left to be cancelled
         row, own = self._row_look.row, self._record.state
         if row is None or row.ended_at is None or row.has_result_of(own):
             return None

@@ -32,13 +32,16 @@ class ForgottenJobs:
         self._record = record
         self._attempts = attempts
         self._look = look
+        self._cancelled: set[str] = set()
+        self._has_learned = False
 
     def _own(self) -> set[str]:
         return {job.job_id for job in self._attempts.asked if job.job_id}
 
     async def cancel(self) -> None:
-        """Cancel them. ComfyUI leaves one that is over as it is."""
-        for job_id in self._look.forgotten_jobs(self._own()):
+        """Cancel them, each once. ComfyUI leaves one that is over as it is."""
+        for job_id in self._look.forgotten_jobs(self._own() | self._cancelled):
+            self._cancelled.add(job_id)
             call = JobCall(
                 call_for=self._outside.call_for,
                 job_id=job_id,
@@ -67,6 +70,9 @@ class ForgottenJobs:
         """Cancel those whose answer the earlier life never had: its history holds their requests, no row their ids."""
         if not self._outside.earlier.life.lives or not workflow.patched("unanswered-jobs-of-earlier-lives-cancelled"):
             return
+        if self._has_learned:
+            return
+        self._has_learned = True
         summary = f"{self._outside.labels.cancel_job}: find those of runs before the reset"
         found = await self._outside.visible(
             EarlierRunActivities.unanswered_jobs, self._look.order(), summary=summary, attempt_timeout=READ_WITHIN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrd
 from comfyui_temporal.contracts.tasks import CANCEL_SIGNAL, CancelTask, TaskStatus
 from proof.simulators.credits_profile import FIELD
 from store import TaskStore
+from tests.cable import Cable
 from tests.workflows.books import ended, ended_without_its_run
 from tests.workflows.payers import holds_of, new_payer
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
-from tests.workflows.reset_scenarios import POLICY
-from tests.workflows.resets import points_of, reset
+from tests.workflows.reset_scenarios import POLICY, until_working
+from tests.workflows.resets import Point, points_of, reset
+from workflows import row_look
 
 ROUTES = {"image": "submit_job", "training": "create_training"}
 
@@ -129,6 +132,62 @@ async def test_a_run_that_was_reset_twice_cancels_a_job_whose_key_was_refused_be
         await last.signal(CANCEL_SIGNAL, CancelTask(reason="no longer wanted"))
         assert (await ended(platform, last)).status is TaskStatus.CANCELLED
     assert [is_over for _, is_over in await jobs_of(platform, run)] == [True, True]
+
+
+@pytest_asyncio.fixture
+async def cut_off(
+    temporal_env: WorkflowEnvironment, cable: Cable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Platform]:
+    """A platform whose workers and gateway reach PostgreSQL by `cable`."""
+    monkeypatch.setattr(row_look, "LOOK_WITHIN", timedelta(seconds=1))
+    store = TaskStore(cable.dsn)
+    async with running_platform(temporal_env, store, tmp_path, speed=2_000) as platform:
+        platform.policy = {"deadline_factor": 1_000.0, **POLICY}
+        yield platform
+    await store.close()
+
+
+async def test_a_job_that_only_the_row_knows_is_cancelled_once_the_store_is_back(
+    cut_off: Platform, cable: Cable
+) -> None:
+    """The run ends by a cancel before it has begun anything: no call has reported that it was reset."""
+    async with cut_off.worker():
+        handle = await second_attempt(cut_off)
+    before_second = await last_point_before(cut_off, handle, "submit_job")
+    await handle.signal(CANCEL_SIGNAL, CancelTask(reason="no longer wanted"))
+    cable.pull()
+    run = await reset(cut_off, handle, before_second)
+    async with cut_off.worker():
+
+        async def is_cancelled() -> bool:
+            return bool((await cut_off.progress(run))["status"] == TaskStatus.CANCELLED)
+
+        await cut_off.until(is_cancelled)
+        assert [is_over for _, is_over in await jobs_of(cut_off, run)] == [True, False]
+        cable.plug_in()
+        assert (await ended(cut_off, run)).status is TaskStatus.CANCELLED
+    assert [is_over for _, is_over in await jobs_of(cut_off, run)] == [True, True]
+
+
+async def second_attempt(platform: Platform) -> Handle:
+    """An image whose first job was preempted; the second is worked on under the same hold, and does not end."""
+    task, comfyui = (await new_payer(platform)).image(), platform.simulators.admin.comfyui
+    await comfyui.fault("job_preempt", route="submit_job", task_id=task["task_id"])
+    await comfyui.fault("job_stall", route="submit_job", task_id=task["task_id"], nth=2, at=0.3, times=None)
+    handle = await platform.start(task)
+    await until_working(platform, handle, jobs=2)
+    return handle
+
+
+async def last_point_before(platform: Platform, handle: Handle, call: str) -> Point:
+    """The last workflow task that had not yet made the newest of these calls."""
+    made = [
+        event.event_id
+        async for event in handle.fetch_history_events()
+        if event.activity_task_scheduled_event_attributes.activity_type.name == call
+    ]
+    # The task that made the call has completed just before it.
+    return [point for point in await points_of(platform, handle) if point.event_id < made[-1]][-2]
 
 
 async def knows_its_job(platform: Platform, run: Handle) -> bool:
